@@ -1,0 +1,147 @@
+"""Source audio to what a model takes: downmix, then resample, block by block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import soxr
+
+from latentmill.audio.stream import BLOCK, AudioStream, Samples
+from latentmill.errors import ItemError
+
+
+@dataclass(frozen=True)
+class WaveformStats:
+    """What was measured while a waveform went by.
+
+    Attributes:
+        num_samples: Samples per channel at the model's rate.
+        source_num_samples: Samples per channel that were decoded.
+        rms: Root mean square of the converted signal over all channels.
+        peak: Largest magnitude of the converted signal.
+    """
+
+    num_samples: int
+    source_num_samples: int
+    rms: float
+    peak: float
+
+
+class Waveform:
+    """A recording at a model's rate and channels: once through `blocks()`, then `stats`.
+
+    Attributes:
+        sample_rate: Hz, the model's.
+        channels: Channels, the model's.
+    """
+
+    def __init__(self, stream: AudioStream, sample_rate: int, channels: int) -> None:
+        self.sample_rate = sample_rate
+        self.channels = channels
+        self._stream = stream
+        self._source_samples = 0
+        self._stats: WaveformStats | None = None
+
+    @property
+    def stats(self) -> WaveformStats:
+        """The signal's measures.
+
+        Raises:
+            RuntimeError: `blocks()` was not read to its end.
+        """
+        if self._stats is None:
+            raise RuntimeError("the waveform's stats are known when blocks() is exhausted")
+        return self._stats
+
+    def blocks(self) -> Iterator[Samples]:
+        """Yield blocks `[C, n]`, float32, contiguous, n at most `BLOCK`, in total
+        ceil(source samples * model rate / source rate).
+
+        The samples do not depend on how the source was cut into blocks, bit for bit.
+
+        Raises:
+            ItemError: As `AudioStream.blocks`.
+        """
+        samples, power, peak = 0, 0.0, 0.0
+        for block in self._converted():  # [C or 1, n]
+            samples += block.shape[1]
+            power += float(np.square(block, dtype=np.float64).mean(axis=0).sum())
+            peak = max(peak, float(np.abs(block).max()))
+            copies = self.channels // len(block)
+            yield np.repeat(block, copies, axis=0) if copies > 1 else block
+        rms = math.sqrt(power / samples)
+        self._stats = WaveformStats(samples, self._source_samples, rms, peak)
+
+    def _converted(self) -> Iterator[Samples]:
+        """Downmixed and resampled blocks; mono stays mono here, which is cheaper."""
+        channels = min(self._stream.channels, self.channels)
+        if self._stream.sample_rate == self.sample_rate:
+            yield from self._downmixed()
+            return
+        resampler = _Resampler(self._stream.sample_rate, self.sample_rate, channels)
+        for block in self._downmixed():
+            yield from resampler.push(block)
+        yield from resampler.finish()
+
+    def _downmixed(self) -> Iterator[Samples]:
+        for block in self._stream.blocks():  # [C, n]
+            self._source_samples += block.shape[1]
+            mono = self.channels == 1 and len(block) > 1
+            mixed = block.mean(axis=0, keepdims=True) if mono else np.ascontiguousarray(block)
+            for start in range(0, mixed.shape[1], BLOCK):
+                yield np.ascontiguousarray(mixed[:, start : start + BLOCK])
+
+
+def prepare(stream: AudioStream, *, sample_rate: int, channels: int) -> Waveform:
+    """Convert a recording to a model's rate and channels, as it is decoded.
+
+    Downmix first (mono is the mean of the channels; mono input is copied to all channels), then
+    resample with soxr HQ where the rates differ. No gain and no clipping.
+
+    Raises:
+        ItemError: The channels cannot be matched.
+    """
+    if channels not in (stream.channels, 1) and stream.channels != 1:
+        raise ItemError(
+            f"it has {stream.channels} channels and the model takes {channels}: "
+            "only mono or equal channels can be converted"
+        )
+    return Waveform(stream, sample_rate, channels)
+
+
+class _Resampler:
+    """A streaming soxr whose output has exactly ceil(input * out rate / in rate) samples."""
+
+    def __init__(self, in_rate: int, out_rate: int, channels: int) -> None:
+        self._soxr = soxr.ResampleStream(in_rate, out_rate, channels, "float32", "HQ")
+        self._rates = (in_rate, out_rate)
+        self._channels = channels
+        self._pushed = 0
+        self._given = 0
+
+    def push(self, block: Samples) -> Iterator[Samples]:
+        """Resample `[C, n]` in pieces whose output is small, whatever the ratio."""
+        in_rate, out_rate = self._rates
+        piece = max(1, BLOCK * in_rate // max(in_rate, out_rate))
+        self._pushed += block.shape[1]
+        for start in range(0, block.shape[1], piece):
+            yield from self._run(block[:, start : start + piece], last=False)
+
+    def finish(self) -> Iterator[Samples]:
+        """Flush, followed by silence, because soxr rounds the length down as often as up."""
+        in_rate, out_rate = self._rates
+        silence = np.zeros((self._channels, in_rate // out_rate + 2), np.float32)
+        yield from self._run(silence, last=True)
+
+    def _run(self, block: Samples, *, last: bool) -> Iterator[Samples]:
+        in_rate, out_rate = self._rates
+        output: Samples = self._soxr.resample_chunk(np.ascontiguousarray(block.T), last)  # [n, C]
+        total = -(-self._pushed * out_rate // in_rate)
+        output = output[: total - self._given]
+        self._given += len(output)
+        assert not last or self._given == total
+        for start in range(0, len(output), BLOCK):
+            yield np.ascontiguousarray(output[start : start + BLOCK].T)

@@ -1,0 +1,222 @@
+"""Is the file as long as its own headers say? Asked of the bytes, before anything is decoded.
+
+The decoders do not ask: libsndfile and FFmpeg read a cut WAV, AIFF or Ogg file to its end and
+report no error. FLAC and MP3 are not here: their headers count samples, and the samples that come
+out of the decoder are counted.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from latentmill.audio.media import MediaFile
+from latentmill.audio.ogg import find_cut
+from latentmill.audio.sniff import Sniffed
+
+_MAX_CHUNKS = 4096
+"""No real file has more; a file of zeros would be walked eight bytes at a time."""
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """What a file lacks.
+
+    Attributes:
+        text: Which bytes are missing.
+        num_samples: Samples that the header promises, where it says so.
+    """
+
+    text: str
+    num_samples: int | None = None
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    name: bytes
+    start: int
+    size: int
+
+
+def find_shortage(media: MediaFile, sniffed: Sniffed) -> Shortage | None:
+    """What is missing at the end of the file by its own headers; None where nothing is known to be.
+
+    A header without a length (a stream that could not be rewound: size 0 or all ones) promises
+    nothing, so nothing is missing. Only audio counts: a lost tag after it is no shortage.
+    """
+    checks: dict[str, Callable[[MediaFile], Shortage | None]] = {
+        "wav": _wav,
+        "rf64": _wav,
+        "w64": _w64,
+        "aiff": _aiff,
+        "au": _au,
+        "caf": _caf,
+        "mp4": _mp4,
+        "matroska": _matroska,
+    }
+    if sniffed.format.startswith("ogg"):
+        text = find_cut(media)
+        return Shortage(text) if text else None
+    check = checks.get(sniffed.format)
+    return check(media) if check else None
+
+
+def _beyond(
+    media: MediaFile, start: int, size: int, num_samples: int | None = None
+) -> Shortage | None:
+    missing = start + size - media.size
+    if missing <= 0:
+        return None
+    return Shortage(f"{missing} bytes are missing at the end", num_samples)
+
+
+def _riff_chunks(media: MediaFile, order: str) -> Iterator[_Chunk]:
+    """Chunks of RIFF and of AIFF: name, 32-bit size, padded to an even length."""
+    at = 12
+    for _ in range(_MAX_CHUNKS):
+        head = media.read_at(at, 8)
+        if len(head) < 8:
+            return
+        size = struct.unpack(f"{order}I", head[4:])[0]
+        yield _Chunk(head[:4], at + 8, size)
+        at += 8 + size + (size & 1)
+
+
+def _is_streaming_size(size: int) -> bool:
+    """Sizes that writers leave in a WAV that they cannot rewind (FFmpeg, sox, arecord)."""
+    return size == 0 or size >= 0xFFFF_F000 or 0x7FFF_F000 <= size <= 0x8000_0000
+
+
+def _wav(media: MediaFile) -> Shortage | None:
+    order = ">" if media.read_at(0, 4) == b"RIFX" else "<"
+    frame_bytes, long_size = 0, None
+    for chunk in _riff_chunks(media, order):
+        if chunk.name == b"ds64":
+            sizes = media.read_at(chunk.start, 16)
+            long_size = struct.unpack("<Q", sizes[8:])[0] if len(sizes) == 16 else None
+        elif chunk.name == b"fmt ":
+            frame_bytes = _pcm_frame_bytes(media.read_at(chunk.start, 26), order)
+        elif chunk.name == b"data":
+            size = chunk.size
+            if size == 0xFFFF_FFFF and long_size:
+                size = long_size
+            elif _is_streaming_size(size):
+                return None
+            return _beyond(media, chunk.start, size, size // frame_bytes if frame_bytes else None)
+    return None
+
+
+def _pcm_frame_bytes(fmt: bytes, order: str) -> int:
+    """Bytes per sample of all channels by a `fmt ` chunk; 0 where samples have no fixed size."""
+    if len(fmt) < 16:
+        return 0
+    tag, block_align = struct.unpack_from(f"{order}H10xH", fmt)
+    if tag == 0xFFFE and len(fmt) == 26:  # extensible: the tag is the start of the sub-format
+        tag = struct.unpack_from(f"{order}H", fmt, 24)[0]
+    return block_align if tag in (1, 3, 6, 7) else 0
+
+
+def _w64(media: MediaFile) -> Shortage | None:
+    """Sony Wave64: 16-byte names, 64-bit sizes that count the header, padded to 8 bytes."""
+    at, frame_bytes = 40, 0
+    for _ in range(_MAX_CHUNKS):
+        head = media.read_at(at, 24)
+        if len(head) < 24:
+            break
+        size = struct.unpack("<Q", head[16:])[0]
+        if head[:4] == b"fmt ":
+            frame_bytes = _pcm_frame_bytes(media.read_at(at + 24, 26), "<")
+        elif head[:4] == b"data":
+            if size <= 24 or size >> 63:
+                return None
+            samples = (size - 24) // frame_bytes if frame_bytes else None
+            return _beyond(media, at + 24, size - 24, samples)
+        at += max(size + 7 & ~7, 24)
+    return None
+
+
+def _aiff(media: MediaFile) -> Shortage | None:
+    samples = None
+    for chunk in _riff_chunks(media, ">"):
+        if chunk.name == b"COMM":
+            head = media.read_at(chunk.start, 6)
+            samples = struct.unpack(">I", head[2:])[0] if len(head) == 6 else None
+        elif chunk.name == b"SSND":
+            return (
+                None
+                if _is_streaming_size(chunk.size)
+                else _beyond(media, chunk.start, chunk.size, samples)
+            )
+    return None
+
+
+def _au(media: MediaFile) -> Shortage | None:
+    head = media.read_at(0, 24)
+    if len(head) < 24:
+        return None
+    order = ">" if head[:4] == b".snd" else "<"
+    start, size, encoding, _, channels = struct.unpack(f"{order}5I", head[4:])
+    width = {1: 1, 2: 1, 3: 2, 4: 3, 5: 4, 6: 4, 7: 8, 27: 1}.get(encoding, 0) * channels
+    if _is_streaming_size(size):
+        return None
+    return _beyond(media, start, size, size // width if width else None)
+
+
+def _caf(media: MediaFile) -> Shortage | None:
+    at, frame_bytes = 8, 0
+    for _ in range(_MAX_CHUNKS):
+        head = media.read_at(at, 12)
+        if len(head) < 12:
+            break
+        size = struct.unpack(">q", head[4:])[0]
+        if head[:4] == b"desc":
+            description = media.read_at(at + 12, 24)
+            if len(description) == 24 and description[20:] == b"\0\0\0\1":
+                frame_bytes = struct.unpack_from(">I", description, 16)[0]
+        elif head[:4] == b"data":
+            if size < 4:  # -1: up to the end of the file
+                return None
+            samples = (size - 4) // frame_bytes if frame_bytes else None
+            return _beyond(media, at + 12, size, samples)
+        at += 12 + max(size, 0)
+    return None
+
+
+def _mp4(media: MediaFile) -> Shortage | None:
+    """The top-level boxes (ISO 14496-12, section 4.2): does one that matters pass the end?"""
+    at = 0
+    for _ in range(_MAX_CHUNKS):
+        head = media.read_at(at, 16)
+        if len(head) < 8:
+            break
+        size = struct.unpack(">I", head[:4])[0]
+        if size == 1 and len(head) == 16:
+            size = struct.unpack(">Q", head[8:])[0]
+        if size < 8:  # 0: up to the end of the file
+            break
+        if head[4:8] in (b"mdat", b"moov", b"moof"):
+            shortage = _beyond(media, at, size)
+            if shortage:
+                return shortage
+        at += size
+    return None
+
+
+def _matroska(media: MediaFile) -> Shortage | None:
+    """The EBML header and then the segment, which spans the file (RFC 8794, section 6)."""
+    at = 0
+    for name in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):
+        head = media.read_at(at, 12)
+        if not head.startswith(name) or len(head) < 5 or head[4] == 0:
+            return None
+        length = 9 - head[4].bit_length()
+        mask = (1 << 7 * length) - 1
+        size = int.from_bytes(head[4 : 4 + length], "big") & mask
+        if size == mask:  # unknown: a live recording
+            return None
+        at += 4 + length
+        if name == b"\x18\x53\x80\x67":
+            return _beyond(media, at, size)
+        at += size
+    return None

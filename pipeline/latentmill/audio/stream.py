@@ -1,0 +1,175 @@
+"""Decoded audio as a stream of blocks, what came out checked against what was promised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentmill.errors import ItemError
+
+Samples = NDArray[np.float32]
+
+BLOCK = 1 << 17
+"""Samples per channel that a block has at most: 1 MiB of stereo."""
+
+KEEP_HINT = "(--allow-truncated keeps what is there)"
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What is known of a recording before it is decoded.
+
+    Attributes:
+        sample_rate: Hz.
+        channels: Channels.
+        num_samples: Samples per channel that the file promises; None where it says nothing. What
+            is decoded has exactly as many, or an ItemError was raised, or truncated files are
+            allowed, or it is an MP3 whose encoder miscounted by one or two frames.
+        format: Container, as `sniff` names it.
+        codec: Codec or sample format, such as `pcm_16`, `vorbis`, `aac`.
+        decoder: `soundfile` or `pyav`.
+    """
+
+    sample_rate: int
+    channels: int
+    num_samples: int | None
+    format: str
+    codec: str
+    decoder: str
+
+    def check(self) -> None:
+        """Refuse a header that no recording has.
+
+        Raises:
+            ItemError: The rate or the channel count is absurd.
+        """
+        if not 100 <= self.sample_rate <= 1_000_000:
+            raise ItemError(f"a sample rate of {self.sample_rate} Hz: not from 100 to 1000000")
+        if not 1 <= self.channels <= 64:
+            raise ItemError(f"{self.channels} channels: not from 1 to 64")
+
+
+class DecodeError(Exception):
+    """A decoder gave up. Internal: `AudioStream` turns it into an ItemError or an end."""
+
+
+class Decoder(Protocol):
+    """One open file in one decoder."""
+
+    @property
+    def info(self) -> AudioInfo:
+        """What the decoder's reading of the header says."""
+        ...
+
+    def blocks(self) -> Iterator[Samples]:
+        """Yield blocks `[n, C]`, n at most about `BLOCK`, each a fresh array.
+
+        Raises:
+            DecodeError: After everything before the fault was yielded.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the decoder; the file stays open."""
+        ...
+
+
+class AudioStream:
+    """One recording being decoded: its `info`, and its samples once through `blocks()`.
+
+    Attributes:
+        info: The recording's header.
+    """
+
+    def __init__(
+        self, decoder: Decoder, info: AudioInfo, *, slack: int = 0, allow_truncated: bool = False
+    ) -> None:
+        self.info = info
+        self._decoder = decoder
+        self._slack = slack
+        self._allow_truncated = allow_truncated
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz."""
+        return self.info.sample_rate
+
+    @property
+    def channels(self) -> int:
+        """Channels."""
+        return self.info.channels
+
+    @property
+    def num_samples(self) -> int | None:
+        """Samples per channel that the file promises, or None."""
+        return self.info.num_samples
+
+    def blocks(self) -> Iterator[Samples]:
+        """Decode: yield blocks `[C, n]`, float32, integer formats in [-1, 1), and close.
+
+        Raises:
+            ItemError: NaN or Inf in the samples; no samples at all; and, unless truncated files
+                are allowed, fewer than promised or a fault of the decoder.
+        """
+        done, fault = 0, None
+        try:
+            for block in self._decoder.blocks():  # [n, C]
+                self._check_finite(block, done)
+                room = len(block) if self.num_samples is None else self.num_samples - done
+                if room < len(block):  # what an AAC encoder padded after the end
+                    block = block[: max(room, 0)]  # noqa: PLW2901
+                done += len(block)
+                if len(block):
+                    yield block.T
+        except DecodeError as error:
+            fault = str(error)
+        finally:
+            self.close()
+        self._check_complete(done, fault)
+
+    def _check_finite(self, block: Samples, done: int) -> None:
+        finite = np.isfinite(block).all(axis=1)
+        if not finite.all():
+            first = done + int(np.argmin(finite))
+            at = first / self.sample_rate
+            raise ItemError(f"NaN or Inf in the samples, first at sample {first} ({at:.3f} s)")
+
+    def _check_complete(self, done: int, fault: str | None) -> None:
+        promised = self.num_samples
+        complete = promised is None or done >= promised - self._slack
+        if done == 0:
+            raise ItemError(f"no samples could be decoded{f': {fault}' if fault else ''}")
+        if self._allow_truncated or (complete and fault is None):
+            return
+        if fault is None:
+            raise ItemError(truncated(promised, done))
+        where = f"sample {done}" + (f" of {promised}" if promised is not None else "")
+        raise ItemError(f"truncated or damaged: decoding stopped at {where}, {fault} {KEEP_HINT}")
+
+    def close(self) -> None:
+        """Release the decoder. Closing twice is fine."""
+        self._decoder.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def truncated(promised: int | None, decodable: int) -> str:
+    """The message for a file whose header promises more samples than it has."""
+    return (
+        f"truncated: the header promises {promised} samples, "
+        f"{decodable} could be decoded {KEEP_HINT}"
+    )

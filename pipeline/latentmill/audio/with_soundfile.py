@@ -1,0 +1,63 @@
+"""Decoding with libsndfile, which reads from the file descriptor itself: no callbacks into Python,
+so decode threads do not wait for each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import soundfile as sf
+
+from latentmill.audio.media import MediaFile
+from latentmill.audio.sniff import Sniffed
+from latentmill.audio.stream import BLOCK, AudioInfo, DecodeError, Samples
+
+
+class SoundFileDecoder:
+    """A file open in libsndfile.
+
+    Raises:
+        DecodeError: libsndfile cannot open it.
+    """
+
+    def __init__(self, media: MediaFile, sniffed: Sniffed) -> None:
+        try:
+            self._file = sf.SoundFile(media.rewind(), closefd=False)
+        except sf.LibsndfileError as error:
+            raise DecodeError(_text(error)) from error
+        self.info = AudioInfo(
+            sample_rate=self._file.samplerate,
+            channels=self._file.channels,
+            num_samples=self._file.frames,
+            format=sniffed.format,
+            codec=self._file.subtype.lower(),
+            decoder="soundfile",
+        )
+
+    def blocks(self) -> Iterator[Samples]:
+        """Yield blocks `[n, C]`; see `Decoder`."""
+        done = 0
+        # Reading past the promised end would report what lies behind the audio, such as a tag.
+        while done < self._file.frames:
+            count = min(BLOCK, self._file.frames - done)
+            block = np.empty((count, self.info.channels), np.float32)
+            try:
+                read = len(self._file.read(out=block))
+            except sf.LibsndfileError as error:
+                kept = min(max(self._file.tell() - done, 0), count)
+                yield block[:kept]
+                raise DecodeError(_text(error)) from error
+            if read == 0:
+                return
+            yield block[:read]
+            done += read
+
+    def close(self) -> None:
+        """Release the decoder."""
+        self._file.close()
+
+
+def _text(error: sf.LibsndfileError) -> str:
+    text = " ".join(str(error.error_string).split())
+    return text.removeprefix("Error : ").rstrip(".")

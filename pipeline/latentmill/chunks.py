@@ -1,0 +1,265 @@
+"""The chunk grid: cutting audio into chunks of one length, packing them, stitching latents.
+
+Chunks start on multiples of the model's hop, counted from sample 0, so that stems of one song
+share the grid and their latents can be added. The last chunk is moved back to end with the audio
+(rounded up to a whole frame): an encoder that normalises over the chunk would answer to a tail of
+zeros in every frame. An item shorter than one chunk is encoded at its own length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from latentmill.errors import ConfigError
+from latentmill.models.base import ModelSpec, Stitch
+from latentmill.record import Latent
+
+Audio = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """How items are cut and put together again.
+
+    Attributes:
+        stitch: `trim` keeps each chunk's inner frames, `crossfade` blends the overlapping
+            frames of neighbours, `none` stores the overlapping chunks as they are.
+        samples: Length of a chunk.
+        step: Samples from one chunk's start to the next one's.
+        overlap: Latent frames that neighbouring chunks share (0 with `none`).
+    """
+
+    stitch: Stitch
+    samples: int
+    step: int
+    overlap: int
+
+    @classmethod
+    def for_model(
+        cls,
+        spec: ModelSpec,
+        *,
+        stitch: Stitch | None = None,
+        seconds: float | None = None,
+        overlap: float | None = None,
+    ) -> Chunking:
+        """The chunking for a model: its own defaults, or what the user asks for.
+
+        Args:
+            spec: The model.
+            stitch: How to stitch; default is the model's.
+            seconds: Chunk length, rounded to a length that the model takes.
+            overlap: Share of a chunk that its neighbour repeats, 0 to 0.5.
+
+        Raises:
+            ConfigError: The chunk is too short, or the overlap does not fit the stitch.
+        """
+        stitch = stitch or spec.stitch
+        frames = spec.chunk_frames
+        if seconds is not None:
+            frames = spec.frames(round(seconds * spec.sample_rate))
+        samples = spec.samples(frames)
+        if samples < spec.min_samples or spec.padded(samples) != samples:
+            raise ConfigError(
+                f"A chunk of {seconds} s is too short for {spec.name}: ask for at least "
+                f"{2 * (spec.min_samples + spec.hop) / spec.sample_rate:.2f} s."
+            )
+        if overlap is not None and not 0 <= overlap <= 0.5:
+            raise ConfigError(f"An overlap of {overlap} is no share of a chunk from 0 to 0.5.")
+        if stitch == "none":
+            shared = int(samples * (0.25 if overlap is None else overlap))
+            return cls(stitch, samples, samples - shared, 0)
+        shared = min(spec.overlap_frames, frames // 2)
+        if overlap is not None:
+            shared = round(overlap * frames)
+        if stitch == "trim":
+            _check_trim(spec, frames, shared)
+        return cls(stitch, samples, (frames - shared) * spec.hop, shared)
+
+
+def _check_trim(spec: ModelSpec, frames: int, overlap: int) -> None:
+    if spec.context is None:
+        raise ConfigError(
+            f"{spec.name} cannot be stitched by trimming, since each frame depends on its whole "
+            "chunk: use stitch crossfade."
+        )
+    if overlap < 2 * spec.context:
+        raise ConfigError(
+            f"{spec.name} needs neighbouring chunks to share {2 * spec.context} latent frames for "
+            f"stitch trim, but {overlap} of {frames} were asked for: raise the overlap or the "
+            "chunk length."
+        )
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A window of one item's samples, at its place on the item's latent time line."""
+
+    frame: int
+    audio: Audio  # [C, T]
+
+
+class Chunker:
+    """Cuts one item's audio, block by block, into chunks; holds about one chunk of it.
+
+    With `stitch: none` the chunks start every `step` samples and the last one is filled up with
+    zeros, as the linear-cae package does it.
+    """
+
+    def __init__(self, spec: ModelSpec, chunking: Chunking) -> None:
+        self._spec = spec
+        self._chunking = chunking
+        self._buffer: Audio = np.zeros((spec.channels, 0), np.float32)
+        self._offset = 0  # the sample at which the buffer starts
+        self._emitted = 0  # chunks emitted
+
+    def push(self, block: Audio) -> Iterator[Chunk]:
+        """Take a block `[C, n]`; give the chunks that it completes."""
+        self._buffer = np.concatenate([self._buffer, block], axis=1)
+        size, step = self._chunking.samples, self._chunking.step
+        while self._offset + self._buffer.shape[1] >= self._emitted * step + size:
+            yield self._cut(self._emitted * step)
+        # The last chunk may start anywhere after the start of the one before it.
+        keep = max(0, (self._emitted - 1) * step) - self._offset
+        if keep > 0:
+            self._buffer = self._buffer[:, keep:]
+            self._offset += keep
+
+    def finish(self) -> Iterator[Chunk]:
+        """Give the last chunk, moved back to end with the audio, if frames are still open."""
+        spec, chunking = self._spec, self._chunking
+        total = self._offset + self._buffer.shape[1]
+        if self._emitted == 0 and spec.padded(total) <= chunking.samples:
+            yield self._cut(0, spec.padded(total))
+            return
+        covered = (self._emitted - 1) * chunking.step + chunking.samples
+        if chunking.stitch == "none":
+            if total > covered:
+                yield self._cut(self._emitted * chunking.step)
+            return
+        frames = spec.frames(spec.padded(total))
+        if spec.samples(frames) > covered:
+            yield self._cut(spec.samples(frames) - chunking.samples)
+
+    def _cut(self, start: int, size: int | None = None) -> Chunk:
+        size = size or self._chunking.samples
+        first = start - self._offset
+        audio = self._buffer[:, first : first + size]
+        if audio.shape[1] < size:
+            audio = np.pad(audio, ((0, 0), (0, size - audio.shape[1])))
+        self._emitted += 1
+        return Chunk(start // self._spec.hop, audio.copy())
+
+
+class Stitcher:
+    """Puts the latents of one item's chunks together, in the order of the chunks.
+
+    Frames are settled (converted to the stored dtype) once no later chunk can touch them, so that
+    it holds the stored latent and about one chunk in float32.
+    """
+
+    def __init__(self, chunking: Chunking, dtype: np.dtype, frames_hint: int = 0) -> None:
+        self._chunking = chunking
+        self._dtype = dtype
+        self._hint = frames_hint
+        self._settled: npt.NDArray[np.generic] | None = None  # [capacity, D], time-major
+        self._count = 0  # settled frames
+        self._open: npt.NDArray[np.float32] | None = None  # [frames, D], after the settled ones
+        self._chunks: list[npt.NDArray[np.float32]] = []  # stitch: none
+        self.finite = True  # whether all frames fit the stored dtype
+
+    def add(self, frame: int, latent: npt.NDArray[np.float32]) -> None:
+        """Add a chunk's latent `[D, Z]`, float32, whose first frame is `frame` of the item."""
+        if self._chunking.stitch == "none":
+            self._chunks.append(latent)
+            return
+        new = latent.T  # [Z, D]
+        if self._open is None:
+            self._open = new
+            return
+        overlap = self._count + len(self._open) - frame
+        width = self._chunking.overlap if self._chunking.stitch == "crossfade" else 0
+        before = (overlap - width) // 2  # frames of `new` before the blend
+        begin = frame + before - self._count  # where the blend starts in `_open`
+        old = self._open[begin : begin + width]
+        weight = (np.arange(1, width + 1, dtype=np.float32) / (width + 1))[:, None]
+        blend = old + weight * (new[before : before + width] - old)
+        self._settle(self._open[:begin])
+        self._open = np.concatenate([blend, new[before + width :]])
+
+    def finish(self) -> Latent:
+        """The item's latent `[D, Z]` in the stored dtype (its bytes are time-major), or with
+        `stitch: none` the chunks `[N, D, Z]`.
+        """
+        with np.errstate(over="ignore"):  # the caller gates the range
+            if self._chunking.stitch == "none":
+                chunks: Latent = np.stack(self._chunks).astype(self._dtype)
+                self.finite = bool(np.isfinite(chunks).all())
+                return chunks
+            assert self._open is not None, "an item has at least one chunk"
+            self._settle(self._open)
+        assert self._settled is not None
+        return self._settled[: self._count].T  # type: ignore[return-value]
+
+    def _settle(self, frames: npt.NDArray[np.float32]) -> None:
+        end = self._count + len(frames)
+        if self._settled is None or end > len(self._settled):
+            room = np.empty((max(self._hint, end + end // 4), frames.shape[1]), self._dtype)
+            if self._settled is not None:
+                room[: self._count] = self._settled[: self._count]
+            self._settled = room
+        with np.errstate(over="ignore"):
+            self._settled[self._count : end] = frames
+        self.finite &= bool(np.isfinite(self._settled[self._count : end]).all())
+        self._count = end
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Chunks of one length for one forward pass, with the item that each belongs to."""
+
+    owners: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+    def audio(self) -> Audio:
+        """The batch `[B, C, T]`."""
+        return np.stack([chunk.audio for chunk in self.chunks])
+
+
+class Packer:
+    """Packs chunks of many items into full batches of one length.
+
+    What it packs depends on the order of the chunks alone, never on time, so that a unit's
+    batches are the same on every worker.
+    """
+
+    def __init__(self, chunking: Chunking, batch_size: int) -> None:
+        self._budget = chunking.samples * batch_size
+        self._max_batch = max(batch_size, 16)
+        self._bins: dict[int, list[tuple[int, Chunk]]] = {}
+        self._pending = 0  # samples in the bins
+
+    def add(self, owner: int, chunk: Chunk) -> Iterator[Batch]:
+        """Take a chunk; give the batches that are due."""
+        length = chunk.audio.shape[1]
+        waiting = self._bins.setdefault(length, [])
+        waiting.append((owner, chunk))
+        self._pending += length
+        if len(waiting) >= min(self._max_batch, max(1, self._budget // length)):
+            yield self._take(length)
+        while self._pending > 4 * self._budget:
+            yield self._take(next(iter(self._bins)))
+
+    def flush(self) -> Iterator[Batch]:
+        """Give what is left."""
+        while self._bins:
+            yield self._take(next(iter(self._bins)))
+
+    def _take(self, length: int) -> Batch:
+        taken = self._bins.pop(length)
+        self._pending -= length * len(taken)
+        return Batch(tuple(o for o, _ in taken), tuple(c for _, c in taken))

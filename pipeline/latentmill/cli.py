@@ -1,0 +1,239 @@
+"""The command line, thin: each command is a call of the library and a few lines of print."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import numpy as np
+import soundfile
+import typer
+
+from latentmill import show
+from latentmill.config import load_config
+from latentmill.errors import INTERRUPTED_EXIT_CODE, ConfigError, LatentmillError, VerifyError
+from latentmill.models import registry
+from latentmill.ops import mix as mix_latents
+from latentmill.run import run
+from latentmill.store.store import LatentStore, open_store
+from latentmill.store.verify import verify as verify_store
+from latentmill.version import __version__
+
+app = typer.Typer(
+    help="Audio corpora to latent datasets, and back.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Out = Annotated[str, typer.Argument(metavar="OUT", help="The store: a folder or fsspec URL.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Seed = Annotated[int, typer.Option(help="Noise of a stochastic decoder.")]
+
+
+def main() -> NoReturn:
+    """Run the command line; errors of ours become one sentence and their exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = app(standalone_mode=False)
+    except LatentmillError as error:
+        print(f"latentmill: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        print("latentmill: interrupted; the same command resumes", file=sys.stderr)  # noqa: T201
+        sys.exit(INTERRUPTED_EXIT_CODE)
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # wrong usage
+            print(f"latentmill: {error.format_message()}", file=sys.stderr)  # noqa: T201
+            sys.exit(error.exit_code)
+        raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _print(as_json: bool, value: Any, text: Callable[[Any], str]) -> None:
+    typer.echo(json.dumps(show.plain(value), ensure_ascii=False) if as_json else text(value))
+
+
+@app.command()
+def encode(
+    source: Annotated[str | None, typer.Argument(help="Folder or fsspec URL of audio.")] = None,
+    out: Annotated[str | None, typer.Argument(help="The store to write or resume.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file; options win over it.")] = None,
+    model: Annotated[str | None, typer.Option(help="Autoencoder (default: mdct).")] = None,
+    model_option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE, such as scale_factor=20; repeatable.")
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="parquet (default) or webdataset.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float16 (default) or float32.")] = None,
+    stitch: Annotated[str | None, typer.Option(help="trim, crossfade or none.")] = None,
+    chunk_seconds: Annotated[float | None, typer.Option(help="Chunk length.")] = None,
+    overlap: Annotated[float | None, typer.Option(help="Shared part of a chunk, 0-0.5.")] = None,
+    allow_truncated: Annotated[
+        bool | None, typer.Option("--allow-truncated", help="Keep what truncated files hold.")
+    ] = None,
+    min_seconds: Annotated[float | None, typer.Option(help="Skip shorter items.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Skip longer items.")] = None,
+    unit_seconds: Annotated[float | None, typer.Option(help="Audio per shard.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto (default), cpu or cuda.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Models in memory.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads per worker.")] = None,
+    decode_threads: Annotated[int | None, typer.Option(help="Decoders per worker.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Chunks per forward pass.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster (default: embedded).")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Encode SOURCE into the store OUT; the same command again resumes it."""
+    options = {**locals(), "model_options": _options(model_option)}
+    for name in ("config", "model_option", "as_json"):
+        del options[name]
+    settings = load_config(config, options)
+    summary = run(settings, show.progress())
+    _print(as_json, summary, show.summary)
+    return summary.exit_code
+
+
+@app.command()
+def status(out: Out, as_json: AsJson = False) -> None:
+    """Say how far a store is: units, items, failures. Needs no Ray."""
+    _print(as_json, show.StoreStatus.of(open_store(out)), show.status)
+
+
+@app.command()
+def info(out: Out, as_json: AsJson = False) -> None:
+    """Say what a store is: model, format, rates, hours, statistics."""
+    _print(as_json, open_store(out).info, show.info)
+
+
+@app.command()
+def verify(
+    out: Out,
+    decode: Annotated[int, typer.Option(help="Decode N records back to audio.")] = 0,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Check hashes, counts, numbers; exit code 8 if the store is not whole."""
+    report = verify_store(open_store(out, device=device), decode=decode)
+    _print(as_json, report, show.verification)
+    if report.faults:
+        raise VerifyError(f"{len(report.faults)} faults in {out}, the first: {report.faults[0]}.")
+
+
+@app.command()
+def decode(
+    out: Out,
+    keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="Records to decode.")],
+    folder: Annotated[Path, typer.Option("-o", "--output", help="Folder for the WAV files.")],
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Decode records to WAV files, FOLDER/KEY.wav."""
+    store = open_store(out, device=device)
+    for key in keys:
+        _check_key(store, key)
+    written = []
+    for key in keys:
+        written.append(_write(folder / f"{_safe(key)}.wav", store.decode(key, seed=seed), store))
+    _print(as_json, {"files": written}, show.files)
+
+
+@app.command()
+def mix(
+    out: Out,
+    parts: Annotated[list[str], typer.Argument(metavar="KEY[:GAIN]...", help="What to mix.")],
+    file: Annotated[Path, typer.Option("-o", "--output", help="The WAV file to write.")],
+    raw: Annotated[bool, typer.Option("--raw", help="Plain sum, without the origin.")] = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Mix records in latent space and decode the mix to a WAV file."""
+    store = open_store(out, device=device)
+    wanted = [_part(store, part) for part in parts]
+    records = [store[key] for key, _ in wanted]
+    latent = mix_latents(
+        [record.latent for record in records],
+        [gain for _, gain in wanted],
+        origin=None if raw else store.origin,
+    )
+    length = max(record.num_samples for record in records)
+    written = _write(file, store.decode_latent(latent, length, seed=seed), store)
+    _print(as_json, {"files": [written]}, show.files)
+
+
+@app.command()
+def models(as_json: AsJson = False) -> None:
+    """List the autoencoders."""
+    _print(as_json, registry.available(), show.models)
+
+
+@app.command()
+def demo(
+    source: Annotated[str | None, typer.Argument(help="Your own folder of audio.")] = None,
+    folder: Annotated[Path, typer.Option("-o", "--output", help="Where to work.")] = Path("demo"),
+) -> None:
+    """Write a small corpus (or take yours), encode it, mix it in latent space, decode the mix."""
+    from latentmill.demo.run import run_demo
+
+    run_demo(folder, source, typer.echo)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def _options(pairs: list[str] | None) -> dict[str, Any] | None:
+    """`name=value` options; a value is read as YAML, so that numbers are numbers."""
+    import yaml
+
+    options = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"Model option {pair!r} must be NAME=VALUE.")
+        options[name] = yaml.safe_load(value)
+    return options or None
+
+
+def _part(store: LatentStore, part: str) -> tuple[str, float]:
+    """`KEY` or `KEY:GAIN`; a key may hold colons itself."""
+    if part in store:
+        return part, 1.0
+    key, colon, gain = part.rpartition(":")
+    try:
+        factor = float(gain)
+    except ValueError:
+        _check_key(store, part)
+        raise
+    _check_key(store, key if colon else part)
+    return key, factor
+
+
+def _check_key(store: LatentStore, key: str) -> None:
+    if key not in store:
+        near = show.closest(key, store.keys())
+        hint = f"did you mean {near}?" if near else f"`latentmill status {store.url}` counts them."
+        raise ConfigError(f"{store.url} has no record {key}: {hint}")
+
+
+def _safe(key: str) -> str:
+    """A key as a relative path that stays below its folder."""
+    return "/".join(part for part in key.split("/") if part not in ("", ".", ".."))
+
+
+def _write(path: Path, audio: np.ndarray, store: LatentStore) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rate = store.plan.fingerprint["model"]["sample_rate"]
+    soundfile.write(path, audio.T, rate, subtype="FLOAT")
+    return str(path)

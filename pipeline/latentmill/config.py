@@ -1,0 +1,149 @@
+"""What a user may set, and the rule of the fingerprint.
+
+The fingerprint covers everything that changes the latents. It is built from the whole
+configuration less `OPERATIONAL`, the settings that only change how fast or where a run works.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from latentmill.chunks import Chunking
+from latentmill.errors import ConfigError
+from latentmill.models.base import ModelSpec, Stitch
+
+AUDIO_EXTENSIONS = (
+    "wav wave flac ogg oga opus mp3 m4a m4b mp4 aac aif aiff aifc au snd caf w64 rf64 webm mka wma"
+).split()
+
+# Changes whenever the same file, model and settings would give other latents than before.
+ENCODING_VERSION = 1
+
+# Settings that do not change the latents. All others are part of the fingerprint.
+OPERATIONAL = frozenset(
+    {"source", "out", "device", "workers", "threads", "decode_threads", "batch_size"}
+    | {"unit_seconds", "extensions", "address", "format"}
+)
+
+
+class RunConfig(BaseModel):
+    """A run: what `latentmill encode` takes as options and `--config FILE` as YAML."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str = Field(description="Folder or fsspec URL of the audio.")
+    out: str = Field(description="Folder or fsspec URL of the store.")
+    model: str = Field("mdct", description="Name of the autoencoder; `latentmill models` lists.")
+    model_options: dict[str, str | int | float | bool | None] = Field(
+        default_factory=dict, description="Options of the model, such as scale_factor."
+    )
+    format: Literal["parquet", "webdataset"] = Field("parquet", description="Format of a shard.")
+    dtype: Literal["float16", "float32"] = Field("float16", description="Stored number format.")
+    stitch: Stitch | None = Field(None, description="How chunks become one latent.")
+    chunk_seconds: float | None = Field(None, gt=0, description="Chunk length in seconds.")
+    overlap: float | None = Field(
+        None, ge=0, le=0.5, description="Share of a chunk that the next one repeats."
+    )
+    allow_truncated: bool = Field(
+        False, description="Keep what can be decoded of truncated files instead of failing them."
+    )
+    min_seconds: float | None = Field(None, ge=0, description="Skip shorter items.")
+    max_seconds: float | None = Field(None, gt=0, description="Skip longer items.")
+    extensions: tuple[str, ...] = Field(
+        tuple(AUDIO_EXTENSIONS), description="File name extensions that make a file an item."
+    )
+    unit_seconds: float | None = Field(
+        None, gt=0, description="Audio seconds per unit (one shard); default by corpus size."
+    )
+    device: str = Field("auto", description="auto, cpu or cuda.")
+    workers: int | None = Field(None, ge=1, description="Models in memory; default one per GPU.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of a worker on CPU.")
+    decode_threads: int = Field(2, ge=1, description="Decoding threads of a worker.")
+    batch_size: int | None = Field(None, ge=1, description="Chunks per forward pass.")
+    address: str | None = Field(
+        None, description="Ray cluster; default RAY_ADDRESS, else an embedded Ray."
+    )
+
+
+def load_config(file: str | Path | None, options: Mapping[str, Any]) -> RunConfig:
+    """Read a YAML config; options that are not None win over it.
+
+    Raises:
+        ConfigError: The file cannot be read, or a setting is unknown or invalid.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"Config {file} cannot be read: {error.strerror}.") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"Config {file} is no valid YAML: {error}.") from error
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"Config {file} must hold `setting: value` lines.")
+        values.update(loaded)
+    values.update({name: value for name, value in options.items() if value is not None})
+    try:
+        return RunConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "config"
+        raise ConfigError(f"Setting {name}: {first['msg'].lower()}.") from error
+
+
+def fingerprint_document(
+    config: RunConfig, spec: ModelSpec, chunking: Chunking
+) -> dict[str, dict[str, Any]]:
+    """Everything that changes the latents, by section, as JSON values."""
+    settings = config.model_dump(mode="json")
+    resolved = {"model", "model_options", "stitch", "chunk_seconds", "overlap"}
+    return {
+        "model": {
+            "name": spec.name,
+            "sample_rate": spec.sample_rate,
+            "channels": spec.channels,
+            "latent_channels": spec.latent_channels,
+            "hop": spec.hop,
+            "scale_factor": spec.scale_factor,
+            **spec.identity,
+        },
+        "chunking": {
+            "stitch": chunking.stitch,
+            "samples": chunking.samples,
+            "step": chunking.step,
+            "overlap": chunking.overlap,
+        },
+        "numeric": {"precision": "float32"},
+        "preprocessing": {"encoding_version": ENCODING_VERSION, "resampler": "soxr HQ"},
+        "settings": {
+            name: value
+            for name, value in settings.items()
+            if name not in OPERATIONAL and name not in resolved
+        },
+    }
+
+
+def fingerprint(document: Mapping[str, Any]) -> str:
+    """The hash of a fingerprint document: 32 hex digits of its SHA-256."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What differs between two fingerprint documents, one line each, `section.name: a, not b`."""
+    lines = []
+    for section in sorted(set(stored) | set(wanted)):
+        old, new = stored.get(section, {}), wanted.get(section, {})
+        for name in sorted(set(old) | set(new)):
+            if old.get(name) != new.get(name):
+                lines.append(
+                    f"{section}.{name} is {old.get(name)!r} in the store, {new.get(name)!r} now"
+                )
+    return lines

@@ -1,0 +1,326 @@
+"""One unit -> latents: decode, chunk, batch, encode, stitch. No Ray, no storage.
+
+Decode threads read the unit's items in order into bounded queues; the calling thread packs their
+chunks into full batches, runs the model and puts each item's latents together. The batches depend
+on the unit's items alone, so a unit's latents are the same on every worker.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+
+from latentmill.audio import open_audio, open_media, prepare
+from latentmill.chunks import Batch, Chunk, Chunker, Chunking, Packer, Stitcher
+from latentmill.errors import ItemError
+from latentmill.models.base import Autoencoder, ModelSpec
+from latentmill.record import DTYPES, Outcome, Record
+from latentmill.sources.base import Item
+from latentmill.sources.metadata import read_metadata
+
+# Chunks that a decode thread may be ahead of the model.
+QUEUE_CHUNKS = 16
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """What encoding a unit depends on, next to the model and the chunking."""
+
+    dtype: str = "float16"
+    batch_size: int = 1
+    decode_threads: int = 2
+    allow_truncated: bool = False
+    min_seconds: float | None = None
+    max_seconds: float | None = None
+
+
+COUNTERS = ("audio_seconds", "decode_seconds", "wait_seconds", "model_seconds")
+
+
+@dataclass
+class Meter:
+    """What a worker has done so far; written by its threads, read by anyone."""
+
+    audio_seconds: float = 0.0  # encoded by the model
+    decode_seconds: float = 0.0  # spent reading and decoding, summed over threads
+    wait_seconds: float = 0.0  # the model waited for audio
+    model_seconds: float = 0.0  # the model worked
+    parent: Meter | None = None  # counts everything too
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add to one of the counters."""
+        with self._lock:
+            setattr(self, name, getattr(self, name) + seconds)
+        if self.parent is not None:
+            self.parent.add(name, seconds)
+
+    def snapshot(self) -> dict[str, float]:
+        """The counters by name."""
+        with self._lock:
+            return {name: getattr(self, name) for name in COUNTERS}
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An item's header was read: how many latent frames it promises (0 if it does not say)."""
+
+    frames: int
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is known of an item once its audio is read to the end."""
+
+    source_sample_rate: int
+    source_channels: int
+    content_hash: str
+    num_samples: int
+    rms: float
+    peak: float
+    metadata: dict[str, object]
+
+
+_Event = _Opened | Chunk | _Facts | Outcome
+
+
+@dataclass
+class _Job:
+    """An item on its way through the unit."""
+
+    index: int
+    item: Item
+    stitcher: Stitcher
+    expected: int = 0  # chunks packed
+    arrived: int = 0  # chunks that came back from the model
+    facts: _Facts | None = None
+    outcome: Outcome | None = None
+
+
+class UnitEncoder:
+    """Encodes units with one model. One unit at a time; not thread-safe."""
+
+    def __init__(
+        self,
+        model: Autoencoder,
+        chunking: Chunking,
+        settings: EncodeSettings,
+        meter: Meter | None = None,
+    ) -> None:
+        self._model = model
+        self._chunking = chunking
+        self._settings = settings
+        self.meter = meter or Meter()
+
+    def encode(self, audio: AudioStream) -> Iterator[Outcome]:
+        """Encode a unit's audio, as `AudioStream` gives it; outcomes come in the items' order."""
+        packer = Packer(self._chunking, self._settings.batch_size)
+        jobs: deque[_Job] = deque()
+        by_index: dict[int, _Job] = {}
+        for index, item, event in audio:
+            if isinstance(event, _Opened):
+                stitcher = Stitcher(self._chunking, DTYPES[self._settings.dtype], event.frames)
+                jobs.append(_Job(index, item, stitcher))
+                by_index[index] = jobs[-1]
+            elif isinstance(event, Chunk):
+                by_index[index].expected += 1
+                for batch in packer.add(index, event):
+                    self._run(batch, by_index)
+            elif isinstance(event, _Facts):
+                by_index[index].facts = event
+            else:
+                by_index[index].outcome = event
+            yield from self._done(jobs, by_index)
+        for batch in packer.flush():
+            self._run(batch, by_index)
+        yield from self._done(jobs, by_index)
+        assert not jobs, "every item of the unit is accounted for"
+
+    def _run(self, batch: Batch, jobs: dict[int, _Job]) -> None:
+        start = time.perf_counter()
+        audio = torch.from_numpy(batch.audio())  # [B, C, T]
+        latents = self._model.encode(audio).float().cpu().numpy()  # [B, D, Z]
+        self.meter.add("model_seconds", time.perf_counter() - start)
+        self.meter.add("audio_seconds", audio.shape[0] * self._new_seconds(audio.shape[2]))
+        for owner, chunk, latent in zip(batch.owners, batch.chunks, latents, strict=True):
+            job = jobs.get(owner)
+            if job is not None:  # else it failed after this chunk was packed
+                job.arrived += 1
+                job.stitcher.add(chunk.frame, latent)
+
+    def _new_seconds(self, length: int) -> float:
+        """Seconds of audio that a chunk adds, without what it shares with the one before."""
+        return min(length, self._chunking.step) / self._model.spec.sample_rate
+
+    def _done(self, jobs: deque[_Job], by_index: dict[int, _Job]) -> Iterator[Outcome]:
+        """Give the outcomes of the first items, as far as they are complete."""
+        while jobs:
+            job = jobs[0]
+            if job.outcome is None:
+                if job.facts is None or job.arrived < job.expected:
+                    return
+                job.outcome = self._finish(job, job.facts)
+            jobs.popleft()
+            del by_index[job.index]
+            yield job.outcome
+
+    def _finish(self, job: _Job, facts: _Facts) -> Outcome:
+        latent = job.stitcher.finish()
+        if not job.stitcher.finite:
+            return Outcome(job.item.key, "failed", _gate_message(self._settings.dtype))
+        spec = self._model.spec
+        record = Record(
+            key=job.item.key,
+            latent=latent,
+            num_samples=facts.num_samples,
+            sample_rate=spec.sample_rate,
+            source_uri=job.item.uri,
+            source_sample_rate=facts.source_sample_rate,
+            source_channels=facts.source_channels,
+            content_hash=facts.content_hash,
+            rms=facts.rms,
+            peak=facts.peak,
+            metadata=facts.metadata,
+        )
+        return Outcome(job.item.key, "encoded", record=record)
+
+
+def _gate_message(dtype: str) -> str:
+    if dtype == "float16":
+        return "the latents hold NaN, or values beyond float16's range (dtype float32 keeps those)"
+    return "the latents hold NaN or Inf"
+
+
+class AudioStream:
+    """Reads a unit's items with decode threads, in order, ahead of whoever iterates.
+
+    Reading starts at once. Iterating gives (index, item, event): that the item is opened, its
+    chunks, then its facts, or instead the outcome of an item that failed or was skipped. Closing it stops the
+    threads, in the middle of a unit too.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        spec: ModelSpec,
+        chunking: Chunking,
+        settings: EncodeSettings,
+        meter: Meter,
+    ) -> None:
+        self._items = items
+        self._spec = spec
+        self._chunking = chunking
+        self._settings = settings
+        self._meter = meter
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+        self._waiting = iter(enumerate(items))
+        self._running: deque[tuple[int, Item, queue.Queue[_Event]]] = deque()
+        for _ in range(settings.decode_threads + 1):
+            self._submit()
+
+    def __iter__(self) -> Iterator[tuple[int, Item, _Event]]:
+        while self._running:
+            index, item, events = self._running[0]
+            while True:
+                start = time.perf_counter()
+                event = events.get()
+                self._meter.add("wait_seconds", time.perf_counter() - start)
+                yield index, item, event
+                if isinstance(event, _Facts | Outcome):
+                    break
+            self._running.popleft()
+            self._submit()
+
+    def close(self) -> None:
+        """Stop the decode threads."""
+        self._stop.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(self) -> None:
+        for index, item in itertools.islice(self._waiting, 1):
+            events: queue.Queue[_Event] = queue.Queue(QUEUE_CHUNKS)
+            self._running.append((index, item, events))
+            self._pool.submit(self._read, item, events)
+
+    def _read(self, item: Item, events: queue.Queue[_Event]) -> None:
+        """Read one item into its queue; whatever happens, the last event ends it."""
+        start = time.perf_counter()
+        waited = 0.0
+        opened = False
+        try:
+            for event in _events(item, self._spec, self._chunking, self._settings):
+                opened = True
+                waited += self._put(events, event)
+        except ItemError as error:
+            last = Outcome(item.key, "failed", str(error))
+        except Exception as error:  # noqa: BLE001  one odd file must not end the unit
+            last = Outcome(item.key, "failed", f"{type(error).__name__} while reading: {error}")
+        else:
+            last = None
+        if last is not None:
+            if not opened:
+                waited += self._put(events, _Opened(0))
+            waited += self._put(events, last)
+        self._meter.add("decode_seconds", time.perf_counter() - start - waited)
+
+    def _put(self, events: queue.Queue[_Event], event: _Event) -> float:
+        """Put an event into a bounded queue; gives the seconds that it had to wait."""
+        start = time.perf_counter()
+        while not self._stop.is_set():
+            try:
+                events.put(event, timeout=0.2)
+            except queue.Full:
+                continue
+            break
+        return time.perf_counter() - start
+
+
+def _events(
+    item: Item, spec: ModelSpec, chunking: Chunking, settings: EncodeSettings
+) -> Iterator[_Event]:
+    """That the item is opened, its chunks, then its facts; or that it is skipped."""
+    metadata = read_metadata(item)
+    chunker = Chunker(spec, chunking)
+    with open_media(item.uri) as media:
+        stream = open_audio(media, allow_truncated=settings.allow_truncated)
+        promised = (stream.num_samples or 0) * spec.sample_rate // stream.sample_rate
+        yield _Opened(spec.frames(spec.padded(promised)) + 1 if promised else 0)
+        if promised and (skipped := _length_filter(item, promised / spec.sample_rate, settings)):
+            yield skipped
+            return
+        waveform = prepare(stream, sample_rate=spec.sample_rate, channels=spec.channels)
+        for block in waveform.blocks():
+            yield from chunker.push(block)
+        stats = waveform.stats
+        if skipped := _length_filter(item, stats.num_samples / spec.sample_rate, settings):
+            yield skipped
+            return
+        yield from chunker.finish()
+        yield _Facts(
+            source_sample_rate=stream.sample_rate,
+            source_channels=stream.channels,
+            content_hash=media.content_hash,
+            num_samples=stats.num_samples,
+            rms=stats.rms,
+            peak=stats.peak,
+            metadata=metadata,
+        )
+
+
+def _length_filter(item: Item, seconds: float, settings: EncodeSettings) -> Outcome | None:
+    if settings.min_seconds is not None and seconds < settings.min_seconds:
+        return Outcome(item.key, "skipped", f"min_seconds: {seconds:.3f} s")
+    if settings.max_seconds is not None and seconds > settings.max_seconds:
+        return Outcome(item.key, "skipped", f"max_seconds: {seconds:.3f} s")
+    return None
+
+

@@ -1,0 +1,66 @@
+"""The actor: a worker that Ray places on a share of a GPU, or on CPU cores."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray
+
+from latentmill.engine.worker import Job, UnitResult, Worker
+from latentmill.plan import Unit
+
+UNITS_IN_FLIGHT = 2
+
+
+@ray.remote(max_restarts=0, max_task_retries=0)
+class EncodeActor:
+    """Pins one model and takes whole units, `UNITS_IN_FLIGHT` at a time; see `Worker`."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._worker: Worker | None = None
+        self._loading = threading.Lock()
+
+    def origin(self) -> npt.NDArray[np.float32]:
+        """See `Worker.origin`."""
+        return self._loaded().origin()
+
+    def encode(self, unit: Unit) -> UnitResult:
+        """See `Worker.encode`."""
+        return self._loaded().encode(unit)
+
+    def meter(self) -> dict[str, float]:
+        """See `Worker.meter`; empty while the model is being loaded."""
+        return self._worker.meter() if self._worker else {}
+
+    def _loaded(self) -> Worker:
+        # Not in the constructor: Ray passes on an error of ours from a method only.
+        with self._loading:
+            if self._worker is None:
+                self._worker = Worker(self._job)
+        return self._worker
+
+
+@dataclass(frozen=True)
+class ActorShape:
+    """What Ray reserves for one actor."""
+
+    cpus: float
+    gpus: float
+
+
+def start_actor(job: Job, shape: ActorShape) -> Any:
+    """Start an actor; gives its handle at once, while the model is still being loaded."""
+    if shape.gpus:
+        # Ray shows each actor its own GPU, as device 0.
+        job = replace(job, device="cuda")
+    return EncodeActor.options(  # type: ignore[attr-defined]
+        num_cpus=shape.cpus,
+        num_gpus=shape.gpus,
+        # The units, and the progress that the driver asks for meanwhile.
+        max_concurrency=UNITS_IN_FLIGHT + 1,
+    ).remote(job)

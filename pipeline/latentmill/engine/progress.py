@@ -1,0 +1,157 @@
+"""Telling how a run goes: a bar in a terminal, plain lines elsewhere, or nothing.
+
+Audio hours, times real time, the time left, failed items so far. The time left follows from the
+estimated length of the units that are still open.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from latentmill.engine.worker import UnitResult
+from latentmill.plan import Plan, Unit
+from latentmill.store.schema import Commit
+
+LINE_SECONDS = 10.0
+
+
+class QuietProgress:
+    """Says nothing; base of those that do."""
+
+    def begin(self, plan: Plan, commits: Mapping[str, Commit]) -> None:
+        """The run starts; `commits` are there already."""
+
+    def unit_done(self, result: UnitResult) -> None:
+        """A unit was committed."""
+
+    def unit_lost(self, unit: Unit, attempt: int, reason: str) -> None:
+        """A unit was lost with its actor."""
+
+    def tick(self, audio_seconds: float) -> None:
+        """Seconds of audio that the actors have encoded so far in this run."""
+
+    def end(self) -> None:
+        """The run is over, whichever way."""
+
+
+Progress = QuietProgress
+
+
+class _Counting(QuietProgress):
+    """Keeps the counts that are shown."""
+
+    def begin(self, plan: Plan, commits: Mapping[str, Commit]) -> None:
+        self._began = time.monotonic()
+        self._items = plan.num_items
+        self._estimates = {unit.number: unit.seconds for unit in plan.units}
+        for unit in plan.units:
+            if unit.name in commits:
+                self._estimates[unit.number] = 0.0
+        self._todo = sum(self._estimates.values())
+        self._done_items = sum(len(commit.items) for commit in commits.values())
+        self._failed = sum(commit.count("failed") for commit in commits.values())
+        self._committed = 0.0  # audio seconds of units that this run committed
+        self._estimated = 0.0  # what those units were estimated at
+        self._audio = 0.0
+
+    def unit_done(self, result: UnitResult) -> None:
+        self._done_items += result.encoded + result.skipped + result.failed
+        self._failed += result.failed
+        self._committed += result.audio_seconds
+        self._estimated += self._estimates[result.unit]
+
+    def tick(self, audio_seconds: float) -> None:
+        self._audio = max(audio_seconds, self._committed)
+
+    @property
+    def _elapsed(self) -> float:
+        return max(time.monotonic() - self._began, 1e-6)
+
+    @property
+    def _share(self) -> float:
+        """Share of this run's work that is done, 0 to 1."""
+        ahead = self._audio - self._committed
+        total = self._committed + max(self._todo - self._estimated, ahead)
+        return self._audio / total if total else 0.0
+
+    def _text(self) -> str:
+        share = self._share
+        left = self._elapsed * (1 - share) / share if share > 0.01 else None
+        return (
+            f"{self._done_items}/{self._items} items, {self._audio / 3600:.3f} h of audio, "
+            f"{self._audio / self._elapsed:.1f} x real time, "
+            f"{'--' if left is None else _clock(left)} left, {self._failed} failed"
+        )
+
+
+class LineProgress(_Counting):
+    """Plain lines, one every ten seconds: for logs."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._next = 0.0
+
+    def begin(self, plan: Plan, commits: Mapping[str, Commit]) -> None:
+        super().begin(plan, commits)
+        self._next = self._began + LINE_SECONDS
+
+    def unit_lost(self, unit: Unit, attempt: int, reason: str) -> None:
+        self._say(f"unit {unit.name} was lost on attempt {attempt}: {reason}")
+
+    def tick(self, audio_seconds: float) -> None:
+        super().tick(audio_seconds)
+        if time.monotonic() >= self._next:
+            self._next += LINE_SECONDS
+            self._say(self._text())
+
+    def end(self) -> None:
+        self._say(self._text())
+
+    def _say(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)  # noqa: T201
+
+
+class BarProgress(_Counting):
+    """A bar in a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._bar = Bar(
+            TextColumn("encoding"), BarColumn(), TextColumn("{task.description}"), console=console
+        )
+        self._task = self._bar.add_task("starting the workers", total=1.0)
+
+    def begin(self, plan: Plan, commits: Mapping[str, Commit]) -> None:
+        super().begin(plan, commits)
+        self._bar.start()
+
+    def unit_lost(self, unit: Unit, attempt: int, reason: str) -> None:
+        self._bar.console.print(f"unit {unit.name} was lost on attempt {attempt}: {reason}")
+
+    def tick(self, audio_seconds: float) -> None:
+        super().tick(audio_seconds)
+        if audio_seconds:
+            self._bar.update(self._task, completed=self._share, description=self._text())
+
+    def end(self) -> None:
+        self._bar.update(self._task, description=self._text())
+        self._bar.stop()
+
+
+def for_terminal(stream: TextIO | None = None) -> Progress:
+    """A bar if the stream (default: stderr) is a terminal, else plain lines."""
+    stream = stream or sys.stderr
+    console = Console(file=stream)
+    return BarProgress(console) if console.is_terminal else LineProgress(stream)
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

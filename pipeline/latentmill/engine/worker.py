@@ -1,0 +1,124 @@
+"""What a worker does with a unit, without Ray: encode it, write its shard, commit it.
+
+A worker is called by two threads at once: while the model works on one unit, the other thread
+writes the previous unit's shard and then starts to decode the next one. Units take turns at the
+model whole, so that the one in front is finished first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from latentmill.chunks import Chunking
+from latentmill.encode import AudioStream, EncodeSettings, Meter, UnitEncoder
+from latentmill.models.base import ModelHandle
+from latentmill.plan import Unit
+from latentmill.record import Outcome
+from latentmill.storage import Storage
+from latentmill.store.commit import write_commit, write_unit
+from latentmill.store.schema import Commit
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a worker needs to know; small and picklable."""
+
+    model: ModelHandle
+    chunking: Chunking
+    settings: EncodeSettings
+    store: str
+    format: str
+    fingerprint: str
+    info: dict[str, Any]
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """What the driver learns of a unit: counters, no payload."""
+
+    unit: int
+    encoded: int
+    skipped: int
+    failed: int
+    audio_seconds: float
+    failures: tuple[tuple[str, str], ...]  # (key, reason) of the first few
+    timings: dict[str, float]
+
+
+MAX_REPORTED_FAILURES = 20
+
+
+class Worker:
+    """One model in memory, fed with units. `encode` may be called by two threads."""
+
+    def __init__(self, job: Job) -> None:
+        if job.device == "cpu":
+            torch.set_num_threads(job.threads)
+        self._job = job
+        self._storage = Storage(job.store)
+        self._model = job.model.load(job.device)
+        self._meter = Meter()
+        self._turn = threading.Lock()
+
+    def origin(self) -> npt.NDArray[np.float32]:
+        """The latent of one chunk of silence, `[D, Z]`."""
+        spec = self._model.spec
+        silence = torch.zeros(1, spec.channels, self._job.chunking.samples)  # [B, C, T]
+        with self._turn:
+            origin: npt.NDArray[np.float32] = self._model.encode(silence)[0].float().cpu().numpy()
+        return origin
+
+    def meter(self) -> dict[str, float]:
+        """The counters so far."""
+        return self._meter.snapshot()
+
+    def encode(self, unit: Unit) -> UnitResult:
+        """Encode a unit, write its shard and commit it.
+
+        Raises:
+            StorageError: The store cannot be written; nothing of the unit stays.
+        """
+        began = time.perf_counter()
+        job = self._job
+        meter = Meter(parent=self._meter)
+        encoder = UnitEncoder(self._model, job.chunking, job.settings, meter)
+        audio = AudioStream(unit.items, self._model.spec, job.chunking, job.settings, meter)
+        with contextlib.closing(audio), contextlib.closing(self._in_turn(encoder, audio)) as done:
+            commit = write_unit(
+                self._storage,
+                unit.name,
+                done,
+                format_name=job.format,
+                fingerprint=job.fingerprint,
+                info=job.info,
+            )
+        timings = {**meter.snapshot(), "total_seconds": time.perf_counter() - began}
+        return _result(unit, write_commit(self._storage, commit, timings))
+
+    def _in_turn(self, encoder: UnitEncoder, audio: AudioStream) -> Iterator[Outcome]:
+        with self._turn:
+            yield from encoder.encode(audio)
+
+
+def _result(unit: Unit, commit: Commit) -> UnitResult:
+    failures = [(item.key, item.reason or "") for item in commit.items if item.status == "failed"]
+    return UnitResult(
+        unit=unit.number,
+        encoded=commit.count("encoded"),
+        skipped=commit.count("skipped"),
+        failed=len(failures),
+        audio_seconds=commit.audio_seconds,
+        failures=tuple(failures[:MAX_REPORTED_FAILURES]),
+        timings=commit.timings,
+    )

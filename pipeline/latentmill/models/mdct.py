@@ -1,0 +1,153 @@
+"""The built-in model `mdct`: no weights, exactly linear, exactly invertible.
+
+The modified discrete cosine transform of N = `hop` coefficients over frames of 2N samples,
+
+    X[k] = sqrt(2/N) * sum_n w[n] x[n] cos(pi/N (n + 1/2 + N/2) (k + 1/2)),
+
+with the sine window w[n] = sin(pi/(2N) (n + 1/2)). Because w[n]^2 + w[n+N]^2 = 1, the aliasing of
+neighbouring frames cancels and the transform is orthonormal: J. Princen, A. Johnson, A. Bradley,
+"Subband/Transform Coding Using Filter Bank Designs Based on Time Domain Aliasing Cancellation",
+ICASSP 1987.
+
+A frame [a, b, c, d] of four blocks of N/2 samples folds to [-c_r - d, a - b_r] (`_r`: reversed in
+time), whose type-IV cosine transform is X. That one is its own inverse, and costs a complex FFT of
+N/2 points between two multiplications with the same twiddle factors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from latentmill.errors import ModelError
+from latentmill.models.base import ModelSpec
+from latentmill.models.checks import check_audio, check_device, check_latents
+
+CHUNK_SECONDS = 8.0
+CONTEXT = 1  # the frames at both ends of a chunk overlap samples outside it
+
+
+@dataclass(frozen=True)
+class MdctHandle:
+    """The model `mdct`; there is nothing to load but a window."""
+
+    spec: ModelSpec
+
+    def load(self, device: str) -> Mdct:
+        """Build the window and the twiddle factors on `device`."""
+        return Mdct(self.spec, check_device(self.spec.name, device))
+
+
+class Mdct:
+    """The transform on one device; see the module's text."""
+
+    def __init__(self, spec: ModelSpec, device: torch.device) -> None:
+        self._spec = spec
+        self._device = device
+        hop = spec.hop
+        phase = math.pi / (2 * hop) * (torch.arange(2 * hop, dtype=torch.float64) + 0.5)
+        self._window = torch.sin(phase).float().to(device)  # [2 * hop]
+        # sqrt(2/N) is split evenly between the multiplication before and after the FFT.
+        angle = -math.pi / hop * (torch.arange(hop // 2, dtype=torch.float64) + 0.125)
+        twiddle = torch.polar(torch.full_like(angle, (2 / hop) ** 0.25), angle)
+        self._twiddle = twiddle.to(torch.complex64).to(device)  # [hop / 2]
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What is fixed about this model."""
+        return self._spec
+
+    @torch.inference_mode()
+    def encode(self, audio: Tensor) -> Tensor:
+        """Transform audio `[B, C, T]` to `[B, C * hop, T / hop + 1]`; see `Autoencoder.encode`."""
+        check_audio(self._spec, audio)
+        batch, channels, _ = audio.shape
+        hop = self._spec.hop
+        padded = F.pad(audio.to(self._device), (hop, hop))
+        blocks = padded.reshape(batch, channels, -1, hop)  # [B, C, Z + 1, hop]
+        a, b = (blocks[..., :-1, :] * self._window[:hop]).chunk(2, dim=-1)
+        c, d = (blocks[..., 1:, :] * self._window[hop:]).chunk(2, dim=-1)
+        folded = torch.cat((-c.flip(-1) - d, a - b.flip(-1)), dim=-1)
+        coefficients = self._cosine4(folded) * self._spec.scale_factor  # [B, C, Z, hop]
+        return coefficients.transpose(2, 3).reshape(batch, channels * hop, -1)
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        latents: Tensor,
+        num_samples: int,
+        *,
+        seed: int = 0,
+        positions: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Invert the transform; the seed has no effect, no noise is drawn."""
+        del seed
+        check_latents(self._spec, latents, num_samples, positions)
+        batch, _, frames = latents.shape
+        hop = self._spec.hop
+        coefficients = latents.to(self._device).reshape(batch, -1, hop, frames).transpose(2, 3)
+        folded = self._cosine4(coefficients / self._spec.scale_factor)  # [B, C, Z, hop]
+        p, q = folded.chunk(2, dim=-1)
+        rising = torch.cat((q, -q.flip(-1)), dim=-1) * self._window[:hop]
+        falling = torch.cat((-p.flip(-1), -p), dim=-1) * self._window[hop:]
+        return (rising[..., 1:, :] + falling[..., :-1, :]).flatten(-2)[..., :num_samples]
+
+    def _cosine4(self, blocks: Tensor) -> Tensor:
+        """Orthonormal type-IV cosine transform of the last dimension, N points."""
+        pairs = torch.complex(blocks[..., 0::2], blocks.flip(-1)[..., 0::2])  # [..., N / 2]
+        spectrum = torch.fft.fft(pairs * self._twiddle) * self._twiddle
+        return torch.stack((spectrum.real, -spectrum.imag.flip(-1)), dim=-1).flatten(-2)
+
+
+def build(
+    *, hop: int = 512, sample_rate: int = 44100, channels: int = 1, scale_factor: float = 1.0
+) -> MdctHandle:
+    """Make the model's handle.
+
+    Args:
+        hop: Samples per frame and coefficients per channel; even.
+        sample_rate: Hz.
+        channels: Audio channels; the latent has `channels * hop` channels.
+        scale_factor: What the coefficients are multiplied by.
+
+    Raises:
+        ModelError: A value is out of range.
+    """
+    if hop < 2 or hop % 2:
+        raise ModelError(f"model mdct: option hop must be even and at least 2, not {hop}")
+    if sample_rate < 1 or channels < 1:
+        raise ModelError("model mdct: options sample_rate and channels must be at least 1")
+    if not (math.isfinite(scale_factor) and scale_factor > 0):
+        raise ModelError(f"model mdct: option scale_factor must be positive, not {scale_factor}")
+    spec = ModelSpec(
+        name="mdct",
+        sample_rate=sample_rate,
+        channels=channels,
+        latent_channels=channels * hop,
+        hop=hop,
+        overhang=-hop,
+        sample_multiple=hop,
+        min_samples=hop,
+        context=CONTEXT,
+        stitch="trim",
+        chunk_frames=max(4 * CONTEXT, round(CHUNK_SECONDS * sample_rate / hop)),
+        overlap_frames=2 * CONTEXT,
+        batch_size={"cpu": 8, "cuda": 64},
+        scale_factor=float(scale_factor),
+        stochastic_decoder=False,
+        identity={
+            "transform": "mdct",
+            "version": 1,
+            "window": "sine",
+            "hop": hop,
+            "sample_rate": sample_rate,
+            "channels": channels,
+            "scale_factor": float(scale_factor),
+        },
+    )
+    return MdctHandle(spec)

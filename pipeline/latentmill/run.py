@@ -1,0 +1,255 @@
+"""A run, from a source to a sealed store: what `latentmill encode` and `jobs/encode.py` call."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from latentmill.chunks import Chunking
+from latentmill.config import RunConfig, differences, fingerprint, fingerprint_document, load_config
+from latentmill.device import pick_device
+from latentmill.encode import EncodeSettings
+from latentmill.engine.actor import ActorShape
+from latentmill.engine.cluster import Cluster, connect
+from latentmill.engine.progress import Progress, QuietProgress
+from latentmill.engine.scheduler import Scheduler
+from latentmill.engine.worker import Job
+from latentmill.errors import ITEMS_FAILED_EXIT_CODE, ConfigError, StoreError
+from latentmill.models import registry
+from latentmill.models.base import ModelHandle
+from latentmill.plan import Plan, Unit, cut_units, freeze, load
+from latentmill.sources.folder import FolderSource
+from latentmill.storage import Storage
+from latentmill.store.commit import read_commits
+from latentmill.store.schema import DATASET_PATH, ORIGIN_PATH, SHARDS, Commit, DatasetInfo
+from latentmill.store.seal import seal, write_origin
+
+DEFAULT_CPU_THREADS = 4
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """How a run ended.
+
+    Attributes:
+        store: Where the store is.
+        info: What dataset.json says.
+        failures: (key, reason) of every failed item of the store.
+        units: Units of the plan.
+        resumed_units: Units that were committed before this run.
+        seconds: Wall time of this run.
+        encoded_seconds: Audio that this run encoded.
+        bound: What the workers spent their time on, in words.
+    """
+
+    store: str
+    info: DatasetInfo
+    failures: tuple[tuple[str, str], ...]
+    skipped: tuple[tuple[str, str], ...]
+    units: int
+    resumed_units: int
+    seconds: float
+    encoded_seconds: float
+    stages: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """0 if every item was encoded or skipped, 3 if items failed."""
+        return ITEMS_FAILED_EXIT_CODE if self.failures else 0
+
+
+def encode(source: str, out: str, *, config: str | None = None, **options: Any) -> RunSummary:
+    """Encode a source into a store; called again with the same arguments it resumes.
+
+    Args:
+        source: Folder or fsspec URL of the audio.
+        out: Folder or fsspec URL of the store.
+        config: A YAML file of settings; `options` win over it.
+        **options: Settings by the names of `RunConfig`: model, format, dtype, ...
+
+    Returns:
+        The summary. Failed items are in it, by key and reason; they raise nothing.
+
+    Raises:
+        LatentmillError: The run could not be made or completed; see `latentmill.errors`.
+    """
+    return run(load_config(config, {"source": str(source), "out": str(out), **options}))
+
+
+def run(config: RunConfig, progress: Progress | None = None) -> RunSummary:
+    """Run a configuration; see `encode`."""
+    progress = progress or QuietProgress()
+    began = time.perf_counter()
+    handle = registry.resolve(config.model, config.model_options)
+    chunking = Chunking.for_model(
+        handle.spec, stitch=config.stitch, seconds=config.chunk_seconds, overlap=config.overlap
+    )
+    if config.address is None and "RAY_ADDRESS" not in os.environ:
+        pick_device(config.device)  # before anything is written
+    storage = Storage(config.out)
+    plan = _planned(config, storage, fingerprint_document(config, handle.spec, chunking))
+    commits = _trusted(storage, read_commits(storage), fingerprint(plan.fingerprint))
+    todo = [unit for unit in plan.units if unit.name not in commits]
+    resumed = len(commits)
+    storage.clear_scratch()
+    if todo:
+        storage.delete(DATASET_PATH)  # not complete while units are missing
+        progress.begin(plan, commits)
+        try:
+            _encode_units(config, handle, chunking, plan, todo, storage, progress)
+        finally:
+            progress.end()
+            storage.clear_scratch()
+        commits = read_commits(storage)
+    if todo or not storage.exists(DATASET_PATH):
+        info = seal(storage, plan, commits)
+    else:
+        info = DatasetInfo.model_validate_json(storage.read(DATASET_PATH))
+    return _summary(storage, plan, info, commits, todo, resumed, time.perf_counter() - began)
+
+
+def _planned(config: RunConfig, storage: Storage, document: dict[str, dict[str, Any]]) -> Plan:
+    """The store's plan; if it has none, a new one, frozen before anything is encoded."""
+    source = FolderSource(config.source, config.extensions)
+    if storage.root == source.uri or storage.root.startswith(source.uri.rstrip("/") + "/"):
+        raise ConfigError(
+            f"The output {storage.root} lies inside the source {source.uri}: choose a folder "
+            "outside of it."
+        )
+    plan = load(storage)
+    if plan is None:
+        listing = source.list()
+        plan = Plan(
+            source=source.uri,
+            units=cut_units(listing.items, config.unit_seconds),
+            fingerprint=document,
+            model=config.model,
+            model_options=dict(config.model_options),
+            format=config.format,
+            ignored=listing.ignored,
+        )
+        _refuse_foreign(storage)
+        freeze(plan, storage)
+        return plan
+    lines = differences(plan.fingerprint, document)
+    if plan.source != source.uri:
+        lines.append(f"source is {plan.source!r} in the store, {source.uri!r} now")
+    if plan.format != config.format:
+        lines.append(f"format is {plan.format!r} in the store, {config.format!r} now")
+    if lines:
+        raise StoreError(
+            f"Store {storage.root} belongs to another run: {'; '.join(lines)}. "
+            "Use the same settings to resume it, or another output folder."
+        )
+    return plan
+
+
+def _refuse_foreign(storage: Storage) -> None:
+    """A folder with shards but no plan is none of ours to write into."""
+    if storage.list(SHARDS):
+        raise StoreError(
+            f"{storage.root} holds shards but no plan: choose another output folder, or restore "
+            "its plan/ folder."
+        )
+
+
+def _trusted(
+    storage: Storage, commits: dict[str, Commit], wanted: str
+) -> dict[str, Commit]:
+    """The commits whose shards are there in full; the others' units are encoded anew."""
+    sizes = storage.list(SHARDS)
+    trusted = {}
+    for name, commit in commits.items():
+        if commit.fingerprint != wanted:
+            raise StoreError(
+                f"Commit {name} of {storage.root} has fingerprint {commit.fingerprint}, the plan "
+                f"{wanted}: the store was put together from two; encode into a new one."
+            )
+        if commit.shard is None or sizes.get(commit.shard.rsplit("/", 1)[-1]) == commit.bytes:
+            trusted[name] = commit
+    return trusted
+
+
+def _encode_units(
+    config: RunConfig,
+    handle: ModelHandle,
+    chunking: Chunking,
+    plan: Plan,
+    todo: list[Unit],
+    storage: Storage,
+    progress: Progress,
+) -> None:
+    with connect(config.address) as cluster:
+        device = _device(config, cluster)
+        threads = config.threads or min(DEFAULT_CPU_THREADS, cluster.cpus)
+        on_gpu = device.startswith("cuda")
+        default_workers = cluster.gpus if on_gpu else max(1, cluster.cpus // threads)
+        job = Job(
+            model=handle,
+            chunking=chunking,
+            settings=EncodeSettings(
+                dtype=config.dtype,
+                batch_size=config.batch_size or handle.spec.batch_size["cuda" if on_gpu else "cpu"],
+                decode_threads=config.decode_threads,
+                allow_truncated=config.allow_truncated,
+                min_seconds=config.min_seconds,
+                max_seconds=config.max_seconds,
+            ),
+            store=storage.root,
+            format=config.format,
+            fingerprint=fingerprint(plan.fingerprint),
+            info={
+                "model": plan.fingerprint["model"],
+                "dtype": config.dtype,
+                "layout": "chunks" if chunking.stitch == "none" else "time-major",
+                "fingerprint": fingerprint(plan.fingerprint),
+            },
+            device=device,
+            threads=threads,
+        )
+        workers = config.workers or default_workers
+        shape = ActorShape(cpus=0 if on_gpu else min(threads, cluster.cpus / workers), gpus=on_gpu)
+        scheduler = Scheduler(job, shape, workers, progress)
+        needs_origin = not storage.exists(ORIGIN_PATH)
+        scheduler.run(
+            todo, (lambda origin: write_origin(storage, origin)) if needs_origin else None
+        )
+
+
+def _device(config: RunConfig, cluster: Cluster) -> str:
+    if config.device == "auto":
+        return "cuda" if cluster.gpus else "cpu"
+    if config.device.startswith("cuda") and not cluster.gpus:
+        raise ConfigError("Device cuda was asked for, but Ray has no GPUs: use device cpu.")
+    return config.device
+
+
+def _summary(
+    storage: Storage,
+    plan: Plan,
+    info: DatasetInfo,
+    commits: Mapping[str, Commit],
+    todo: list[Unit],
+    resumed: int,
+    seconds: float,
+) -> RunSummary:
+    entries = [item for commit in commits.values() for item in commit.items]
+    done = [commits[unit.name] for unit in todo if unit.name in commits]
+    stages: dict[str, float] = {}
+    for commit in done:
+        for name, value in commit.timings.items():
+            stages[name] = stages.get(name, 0.0) + value
+    return RunSummary(
+        store=storage.root,
+        info=info,
+        failures=tuple((i.key, i.reason or "") for i in entries if i.status == "failed"),
+        skipped=tuple((i.key, i.reason or "") for i in entries if i.status == "skipped"),
+        units=len(plan.units),
+        resumed_units=resumed,
+        seconds=seconds,
+        encoded_seconds=sum(commit.audio_seconds for commit in done),
+        stages=stages,
+    )

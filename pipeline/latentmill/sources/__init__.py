@@ -1,0 +1,1 @@
+"""Audio sources: where items come from."""

@@ -1,0 +1,1 @@
+"""The format on disk: schema, shard writers, commits, index, opening a store."""

@@ -1,0 +1,126 @@
+"""Where every record of a store lies: from the commits, or from a sealed store's index file.
+
+The file is an Arrow IPC table sorted by key, which a reader maps into memory: millions of items
+cost it a few megabytes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from latentmill.store.schema import Commit
+
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("shard", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),
+        pa.field("length", pa.int64(), nullable=False),
+        pa.field("hash", pa.uint64(), nullable=False),
+        pa.field("chunks", pa.int32(), nullable=False),  # 0 for a stitched latent
+        pa.field("channels", pa.int32(), nullable=False),
+        pa.field("frames", pa.int32(), nullable=False),
+        pa.field("num_samples", pa.int64(), nullable=False),
+        pa.field("fields_offset", pa.int64(), nullable=False),  # -1 in Parquet
+        pa.field("fields_length", pa.int64(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class IndexEntry:
+    """One record's place: its shard and row, its latent's bytes, hash and shape."""
+
+    key: str
+    shard: str
+    row: int
+    offset: int
+    length: int
+    hash: int
+    chunks: int
+    channels: int
+    frames: int
+    num_samples: int
+    fields_offset: int
+    fields_length: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The latent's shape: `[channels, frames]`, or with chunks in front."""
+        stitched = (self.channels, self.frames)
+        return (self.chunks, *stitched) if self.chunks else stitched
+
+
+class Index:
+    """The records of a store by key."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table.combine_chunks()
+        self._keys = self._table["key"].chunk(0) if len(table) else pa.array([], pa.string())
+
+    @classmethod
+    def from_commits(cls, commits: Iterable[Commit]) -> Index:
+        """Gather the index from commits."""
+        rows = [row for commit in commits for row in _rows(commit)]
+        rows.sort(key=lambda row: str(row["key"]))
+        return cls(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))
+
+    @classmethod
+    def from_file(cls, source: pa.NativeFile | bytes) -> Index:
+        """Open an index file (a memory map, or its bytes)."""
+        return cls(pa.ipc.open_file(source).read_all())
+
+    def to_bytes(self) -> bytes:
+        """The index file's content."""
+        buffer = io.BytesIO()
+        with pa.ipc.new_file(buffer, self._table.schema) as file:
+            file.write_table(self._table)
+        return buffer.getvalue()
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def key(self, position: int) -> str:
+        """The key at a position of the sorted keys."""
+        return str(self._keys[position].as_py())
+
+    def find(self, key: str) -> int | None:
+        """The position of a key, by bisection; None if there is no such record."""
+        low, high = 0, len(self._keys)
+        while low < high:
+            middle = (low + high) // 2
+            if self.key(middle) < key:
+                low = middle + 1
+            else:
+                high = middle
+        return low if low < len(self._keys) and self.key(low) == key else None
+
+    def entry(self, position: int) -> IndexEntry:
+        """The entry at a position."""
+        return IndexEntry(**{n: self._table[n][position].as_py() for n in INDEX_SCHEMA.names})
+
+
+def _rows(commit: Commit) -> Iterable[dict[str, str | int]]:
+    encoded = [item for item in commit.items if item.status == "encoded"]
+    for row, item in enumerate(encoded):
+        assert item.shape is not None and item.hash is not None and commit.shard is not None
+        assert item.offset is not None and item.length is not None
+        yield {
+            "key": item.key,
+            "shard": commit.shard,
+            "row": row,
+            "offset": item.offset,
+            "length": item.length,
+            "hash": int(item.hash, 16),
+            "chunks": item.shape[0] if len(item.shape) == 3 else 0,
+            "channels": item.shape[-2],
+            "frames": item.shape[-1],
+            "num_samples": item.num_samples or 0,
+            "fields_offset": -1 if item.fields_offset is None else item.fields_offset,
+            "fields_length": -1 if item.fields_length is None else item.fields_length,
+        }

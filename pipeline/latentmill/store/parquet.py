@@ -1,0 +1,113 @@
+"""Parquet shards whose latents are addressable by byte, and still plain Parquet to every tool.
+
+The `latent` column is required, PLAIN, uncompressed, without dictionary or statistics, and each
+row group is one page: each value is a 4-byte length and the raw bytes, so its position follows
+from the footer alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latentmill.record import Record, time_major_bytes
+from latentmill.store.schema import RECORD_SCHEMA, record_fields
+from latentmill.store.writers import Location
+
+ROW_GROUP_ITEMS = 16
+ROW_GROUP_BYTES = 1 << 20
+LENGTH_PREFIX = 4  # bytes before each value of a PLAIN byte array
+
+_LATENT = RECORD_SCHEMA.get_field_index("latent")
+_OTHERS = [name for name in RECORD_SCHEMA.names if name != "latent"]
+_COLUMN_PATHS = ["shape.list.element" if name == "shape" else name for name in _OTHERS]
+
+
+class ParquetShardWriter:
+    """Writes one Parquet shard; see `ShardWriter`."""
+
+    # A page's size is a signed 32-bit number; the rest is room for its header and the prefix.
+    max_latent_bytes = 2**31 - 2**16
+
+    def __init__(self, path: Path, info: Mapping[str, Any]) -> None:
+        self._path = path
+        metadata = {"latentmill": json.dumps(info, sort_keys=True)}
+        self._file = pq.ParquetWriter(
+            path,
+            RECORD_SCHEMA.with_metadata(metadata),
+            compression={"latent": "NONE", **dict.fromkeys(_COLUMN_PATHS, "ZSTD")},
+            use_dictionary=[p for p in _COLUMN_PATHS if p != "key"],
+            write_statistics=_COLUMN_PATHS,
+            data_page_size=2**31 - 1,
+            data_page_version="1.0",
+            write_page_checksum=True,
+        )
+        self._rows: list[Record] = []
+        self._bytes = 0
+        self._lengths: list[list[int]] = []  # of the latents, by row group
+
+    def add(self, record: Record) -> None:
+        """Take a record; a full row group is written."""
+        size = record.latent.nbytes
+        if self._rows and self._bytes + size > ROW_GROUP_BYTES:
+            self._flush()
+        self._rows.append(record)
+        self._bytes += size
+        if len(self._rows) >= ROW_GROUP_ITEMS:
+            self._flush()
+
+    def close(self) -> list[Location]:
+        """Write the footer and read the latents' positions from it."""
+        self._flush()
+        self._file.close()
+        footer = pq.read_metadata(self._path)
+        locations: list[Location] = []
+        with self._path.open("rb") as file:
+            for group, lengths in enumerate(self._lengths):
+                column = footer.row_group(group).column(_LATENT)
+                values = sum(LENGTH_PREFIX + length for length in lengths)
+                position = column.data_page_offset + column.total_compressed_size - values
+                for length in lengths:
+                    file.seek(position)
+                    prefix = int.from_bytes(file.read(LENGTH_PREFIX), "little")
+                    assert prefix == length, "a row group is one page of plain values"
+                    locations.append(Location(position + LENGTH_PREFIX, length))
+                    position += LENGTH_PREFIX + length
+        return locations
+
+    def abort(self) -> None:
+        """Close the file, unfinished."""
+        with contextlib.suppress(OSError, pa.ArrowException):
+            self._file.close()
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        fields = [record_fields(record) for record in self._rows]
+        latents = [time_major_bytes(record.latent) for record in self._rows]
+        columns = {
+            name: pa.array([row[name] for row in fields], RECORD_SCHEMA.field(name).type)
+            for name in _OTHERS
+        }
+        columns["latent"] = _binary(latents)
+        arrays = [columns[name] for name in RECORD_SCHEMA.names]
+        table = pa.Table.from_arrays(arrays, schema=self._file.schema)
+        self._file.write_table(table, row_group_size=len(self._rows))
+        self._lengths.append([len(latent) for latent in latents])
+        self._rows, self._bytes = [], 0
+
+
+def _binary(values: list[memoryview]) -> pa.Array:
+    """A large_binary array; one value alone is not copied."""
+    if len(values) > 1:
+        return pa.array([bytes(value) for value in values], pa.large_binary())
+    offsets = pa.py_buffer(b"".join(n.to_bytes(8, "little") for n in (0, len(values[0]))))
+    return pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), 1, [None, offsets, pa.py_buffer(values[0])]
+    )

@@ -1,0 +1,242 @@
+"""A store, opened for reading: records by key, its origin and statistics, decoding."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import OrderedDict
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from latentmill.chunks import Chunking
+from latentmill.decode import Audio, decode_latent
+from latentmill.device import pick_device
+from latentmill.errors import ModelError, StorageError, StoreError
+from latentmill.models import registry
+from latentmill.models.base import Autoencoder
+from latentmill.ops import Origin
+from latentmill.plan import Plan, load
+from latentmill.record import Latent, Record, latent_from_bytes
+from latentmill.storage import Storage
+from latentmill.store.commit import read_commits
+from latentmill.store.index import Index, IndexEntry
+from latentmill.store.schema import (
+    DATASET_PATH,
+    INDEX_PATH,
+    ORIGIN_PATH,
+    RECORD_SCHEMA,
+    Commit,
+    DatasetInfo,
+)
+from latentmill.store.seal import dataset_info
+
+_FIELD_COLUMNS = [name for name in RECORD_SCHEMA.names if name != "latent"]
+_CACHED_SHARDS = 8
+
+
+def open_store(url: str, *, device: str = "auto") -> LatentStore:
+    """Open a store for reading. Committed records only; an unfinished run's store opens too.
+
+    Args:
+        url: Folder or fsspec URL.
+        device: Where `decode` runs: `auto`, `cpu`, `cuda`, `cuda:1`.
+
+    Raises:
+        StoreError: There is no store at this place.
+    """
+    return LatentStore(url, device=device)
+
+
+class LatentStore:
+    """The records of a store by key, in the order of the keys.
+
+    Picklable and safe to use after a fork: it holds no open files. Not thread-safe.
+    """
+
+    def __init__(self, url: str, *, device: str = "auto") -> None:
+        self._storage = Storage(url)
+        self._device = device
+        self._model: Autoencoder | None = None
+        self._shard_fields: OrderedDict[str, _ShardFields] = OrderedDict()
+        plan = load(self._storage)
+        if plan is None:
+            raise StoreError(f"{url} holds no latentmill store: check the path.")
+        self.plan: Plan = plan
+        sealed = self._storage.read_if_exists(DATASET_PATH)
+        self.sealed = sealed is not None
+        self._info = DatasetInfo.model_validate_json(sealed) if sealed else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self._storage.root, "device": self._device}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["url"], device=state["device"])  # type: ignore[misc]
+
+    @property
+    def url(self) -> str:
+        """Where the store is."""
+        return self._storage.root
+
+    @cached_property
+    def commits(self) -> dict[str, Commit]:
+        """Every commit by unit name, as they were when first asked for."""
+        return read_commits(self._storage)
+
+    @property
+    def info(self) -> DatasetInfo:
+        """What dataset.json says; of an unsealed store, what it would say now."""
+        if self._info is None:
+            self._info = dataset_info(self.plan, self.commits)
+        return self._info
+
+    @property
+    def chunking(self) -> Chunking:
+        """How the items were chunked."""
+        return Chunking(**self.plan.fingerprint["chunking"])
+
+    @cached_property
+    def origin(self) -> Origin:
+        """The latent of silence, which latent arithmetic needs."""
+        frames = np.load(io.BytesIO(self._storage.read(ORIGIN_PATH)), allow_pickle=False)
+        return Origin(frames)
+
+    @property
+    def mean(self) -> npt.NDArray[np.float64]:
+        """Mean of every latent channel over the store, `[channels]`."""
+        return np.array(self.info.mean)
+
+    @property
+    def std(self) -> npt.NDArray[np.float64]:
+        """Standard deviation of every latent channel over the store, `[channels]`."""
+        return np.array(self.info.std)
+
+    @cached_property
+    def _index(self) -> Index:
+        if not self.sealed:
+            return Index.from_commits(self.commits.values())
+        if self._storage.local:
+            return Index.from_file(pa.memory_map(self._storage.full(INDEX_PATH)))
+        return Index.from_file(self._storage.read(INDEX_PATH))
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def keys(self) -> Iterator[str]:
+        """The keys of all records, sorted."""
+        return (self._index.key(position) for position in range(len(self)))
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self._index.find(key) is not None
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self._record(self._index.entry(position)) for position in range(len(self)))
+
+    def __getitem__(self, key: str) -> Record:
+        """The record of a key; KeyError if there is none."""
+        return self._record(self._entry(key))
+
+    def crop(self, key: str, start: int, frames: int) -> Latent:
+        """Frames `start` to `start + frames` of a stitched latent, `[channels, frames]`.
+
+        Reads the bytes of these frames only. Raises KeyError, or IndexError beyond the latent.
+        """
+        entry = self._entry(key)
+        if entry.chunks or not 0 <= start <= start + frames <= entry.frames:
+            raise IndexError(f"{key} has {entry.frames} frames: no {start} to {start + frames}")
+        width = entry.length // entry.frames  # bytes of a frame
+        data = self._read(entry, entry.offset + start * width, frames * width)
+        return latent_from_bytes(data, (entry.channels, frames), self.info.dtype)
+
+    def model(self) -> Autoencoder:
+        """The store's autoencoder, loaded once.
+
+        Raises:
+            ModelError: It cannot be loaded, or its weights are not those that encoded the store.
+        """
+        if self._model is None:
+            handle = registry.resolve(self.plan.model, self.plan.model_options)
+            stored = self.plan.fingerprint["model"]
+            changed = [name for name, value in handle.spec.identity.items() if stored[name] != value]
+            if changed:
+                raise ModelError(
+                    f"{self.plan.model} is not the model that encoded {self.url} (other "
+                    f"{', '.join(changed)}): install or download that one."
+                )
+            self._model = handle.load(pick_device(self._device))
+        return self._model
+
+    def decode(self, key: str, *, seed: int = 0) -> Audio:
+        """Decode a record to audio `[channels, samples]`, float32, at the model's rate."""
+        record = self[key]
+        return self.decode_latent(record.latent, record.num_samples, seed=seed)
+
+    def decode_latent(self, latent: Latent, num_samples: int, *, seed: int = 0) -> Audio:
+        """Decode any latent on this store's grid, such as a mix, to `num_samples` samples."""
+        return decode_latent(self.model(), latent, num_samples, self.chunking, seed=seed)
+
+    def _entry(self, key: str) -> IndexEntry:
+        position = self._index.find(key)
+        if position is None:
+            raise KeyError(key)
+        return self._index.entry(position)
+
+    def _read(self, entry: IndexEntry, offset: int, length: int) -> bytes:
+        data = self._storage.read_range(entry.shard, offset, length)
+        if len(data) != length:
+            raise StorageError(f"{self.url}/{entry.shard} is cut short: restore it or run again.")
+        return data
+
+    def _record(self, entry: IndexEntry) -> Record:
+        data = self._read(entry, entry.offset, entry.length)
+        if xxhash.xxh3_64_intdigest(data) != entry.hash:
+            raise StorageError(
+                f"{self.url}/{entry.shard} is damaged: the latent of {entry.key} does not match "
+                "its hash. Restore the shard, or delete it and run again."
+            )
+        fields = self._fields(entry)
+        return Record(
+            key=entry.key,
+            latent=latent_from_bytes(data, entry.shape, fields["dtype"]),
+            num_samples=fields["num_samples"],
+            sample_rate=fields["sample_rate"],
+            source_uri=fields["source_uri"],
+            source_sample_rate=fields["source_sample_rate"],
+            source_channels=fields["source_channels"],
+            content_hash=fields["content_hash"],
+            rms=fields["rms"],
+            peak=fields["peak"],
+            group=fields["group"],
+            role=fields["role"],
+            metadata=json.loads(fields["metadata"]),
+        )
+
+    def _fields(self, entry: IndexEntry) -> dict[str, Any]:
+        if entry.fields_offset >= 0:
+            data = self._read(entry, entry.fields_offset, entry.fields_length)
+            fields: dict[str, Any] = json.loads(data)
+            return fields
+        shard = self._shard_fields.get(entry.shard)
+        if shard is None:
+            shard = self._shard_fields[entry.shard] = _ShardFields(self._storage, entry.shard)
+            if len(self._shard_fields) > _CACHED_SHARDS:
+                self._shard_fields.popitem(last=False)
+        return shard.row(entry.row)
+
+
+class _ShardFields:
+    """The columns beside the latents of one Parquet shard, read once."""
+
+    def __init__(self, storage: Storage, path: str) -> None:
+        with storage.open(path) as file:
+            self._table = pq.read_table(file, columns=_FIELD_COLUMNS)
+
+    def row(self, row: int) -> dict[str, Any]:
+        fields: dict[str, Any] = self._table.slice(row, 1).to_pylist()[0]
+        return fields

@@ -1,0 +1,82 @@
+"""WebDataset shards: per record a Fortran-ordered `.npy` of `[C, T]` and a `.json`.
+
+numpy gives `[C, T]` back, while the bytes are time-major.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from webdataset import TarWriter
+
+from latentmill.record import Latent, Record, time_major_bytes
+from latentmill.store.schema import record_fields
+from latentmill.store.writers import Location
+
+
+class TarShardWriter:
+    """Writes one WebDataset tar; see `ShardWriter`."""
+
+    max_latent_bytes = 2**40
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("wb")
+        # Fixed times and owners: the same records give the same bytes.
+        self._tar = TarWriter(self._file, encoder=False, mtime=0, format="PAX_FORMAT")
+        self._headers: list[int] = []  # bytes of each .npy header
+
+    def add(self, record: Record) -> None:
+        """Write a record's two members."""
+        header = npy_header(record.latent)
+        self._headers.append(len(header))
+        self._tar.write(
+            {
+                "__key__": member_key(record.key),
+                "json": json.dumps(record_fields(record), ensure_ascii=False).encode(),
+                "npy": header + time_major_bytes(record.latent),
+            }
+        )
+
+    def close(self) -> list[Location]:
+        """Complete the tar and read the members' positions back."""
+        self._tar.close()
+        self._file.close()
+        with tarfile.open(self._path, "r:") as tar:
+            members = tar.getmembers()
+        return [
+            Location(
+                npy.offset_data + header, npy.size - header, fields.offset_data, fields.size
+            )
+            for fields, npy, header in zip(members[::2], members[1::2], self._headers, strict=True)
+        ]
+
+    def abort(self) -> None:
+        """Close the file, unfinished."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def member_key(key: str) -> str:
+    """An item's name in a tar: WebDataset ends a key at the base name's first dot."""
+    folder, slash, name = key.rpartition("/")
+    return folder + slash + name.replace("%", "%25").replace(".", "%2E")
+
+
+def npy_header(latent: Latent) -> bytes:
+    """The .npy header for a latent's time-major bytes (chunks `[N, C, T]` are C-ordered)."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        buffer,
+        {
+            "descr": np.lib.format.dtype_to_descr(latent.dtype),
+            "fortran_order": latent.ndim == 2,
+            "shape": latent.shape,
+        },
+    )
+    return buffer.getvalue()

@@ -1,0 +1,211 @@
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from audio_files import ALL, RATE, SECONDS, encoded, music, rate_of, sound
+
+from latentmill.audio import AudioInfo, media_from_bytes, open_audio, open_media, prepare, probe
+from latentmill.audio.sniff import sniff
+from latentmill.errors import ItemError
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "audio"
+ID3 = b"ID3\x04\0\0\0\0\x02\0" + bytes(256)
+LOSSLESS = ("wav", "rf64", "w64", "aiff", "au", "caf", "flac", "alac", "ogg-flac")
+
+
+def decode(data: bytes, **options: bool) -> np.ndarray:
+    with media_from_bytes(data) as media:
+        return np.concatenate(list(open_audio(media, **options).blocks()), axis=1)
+
+
+def info(data: bytes) -> AudioInfo:
+    with media_from_bytes(data) as media:
+        return probe(media)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_every_format_comes_back_on_its_own_time_line(kind: str) -> None:
+    signal = music(SECONDS * rate_of(kind), rate_of(kind)).T
+    audio = decode(encoded(kind))
+    assert audio.dtype == np.float32
+    start = {"adts": 1024, "mp3-without-xing": 1105}.get(kind, 0)  # no place to write the delay
+    if not start:
+        assert audio.shape == signal.shape
+    audio = audio[:, start : start + signal.shape[1]]
+    if kind in LOSSLESS:
+        assert np.abs(audio - signal).max() <= 2**-15
+    part = signal[0, 20_000:40_000]
+    fit = [np.dot(part, audio[0, 20_000 + lag : 40_000 + lag]) for lag in range(-200, 201)]
+    assert np.argmax(fit) == 200
+    assert np.dot(part, audio[0, 20_000:40_000]) == pytest.approx(np.dot(part, part), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("wav", ("wav", "pcm_16", "soundfile")),
+        ("wav-24", ("wav", "pcm_24", "soundfile")),
+        ("rf64", ("rf64", "pcm_16", "soundfile")),
+        ("aiff", ("aiff", "pcm_16", "soundfile")),
+        ("flac", ("flac", "pcm_16", "soundfile")),
+        ("vorbis", ("ogg-vorbis", "vorbis", "soundfile")),
+        ("mp3", ("mp3", "mpeg_layer_iii", "soundfile")),
+        ("mp3-without-xing", ("mp3", "mp3", "pyav")),
+        ("m4a", ("mp4", "aac", "pyav")),
+        ("adts", ("aac", "aac", "pyav")),
+        ("opus", ("ogg-opus", "opus", "pyav")),
+        ("webm", ("matroska", "opus", "pyav")),
+        ("ogg-flac", ("ogg-flac", "flac", "pyav")),
+        ("wavpack", ("wavpack", "wavpack", "pyav")),
+    ],
+)
+def test_probe_and_routing(kind: str, expected: tuple[str, str, str]) -> None:
+    found = info(encoded(kind))
+    assert (found.format, found.codec, found.decoder) == expected
+    assert (found.sample_rate, found.channels) == (rate_of(kind), 2)
+    unknown = kind in ("mp3-without-xing", "adts", "webm")
+    assert found.num_samples == (None if unknown else SECONDS * rate_of(kind))
+
+
+@pytest.mark.parametrize("kind", ["flac", "mp3", "mp3-without-xing", "adts"])
+def test_tags_in_front_and_behind_change_nothing(kind: str) -> None:
+    data = encoded(kind)
+    plain = decode(data)
+    assert np.array_equal(decode(ID3 + ID3 + data), plain)
+    if kind != "adts":
+        assert np.array_equal(decode(data + b"TAG" + bytes(125)), plain)
+    with media_from_bytes(ID3 + data) as media:
+        assert sniff(media).offset == len(ID3)
+
+
+def test_mp3_with_zeros_behind_is_whole_but_damage_inside_is_not() -> None:
+    data = encoded("mp3-without-xing")
+    assert np.array_equal(decode(data + bytes(4000)), decode(data))
+    damaged = data[:9000] + bytes(byte ^ 0x5A for byte in data[9000:9400]) + data[9400:]
+    with pytest.raises(ItemError, match="truncated or damaged: decoding stopped at sample"):
+        decode(damaged)
+
+
+def test_flac_of_unknown_length() -> None:
+    data = bytearray(encoded("flac"))
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    found = info(bytes(data))
+    assert (found.num_samples, found.decoder) == (None, "pyav")
+    assert np.array_equal(decode(bytes(data)), decode(encoded("flac")))
+
+
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
+def test_both_decoders_scale_alike(subtype: str) -> None:
+    signal = np.linspace(-1, 1, 2001)[:, None].repeat(2, axis=1)
+    data = sound(signal, RATE, "WAV", subtype)
+    from latentmill.audio.with_pyav import PyAVDecoder
+
+    with media_from_bytes(data) as media:
+        decoder = PyAVDecoder(media, sniff(media))
+        other = np.concatenate(list(decoder.blocks())).T
+        decoder.close()
+    audio = decode(data)
+    assert np.array_equal(audio, other)
+    assert audio.min() == -1
+    assert np.abs(audio[:, :-1] - signal.T[:, :-1].astype(np.float32)).max() <= 2**-7
+
+
+def test_soundfile_refuses_and_pyav_retries() -> None:
+    """BW64 is RF64 under another name, which libsndfile does not know."""
+    data = b"BW64" + encoded("rf64")[4:]
+    assert info(data).decoder == "pyav"
+    assert np.array_equal(decode(data), decode(encoded("rf64")))
+
+
+@pytest.mark.parametrize("size", [0, 0xFFFFFFFF, 0x7FFFF000])
+def test_a_wav_from_a_pipe_has_no_length_to_miss(size: int) -> None:
+    data = encoded("wav")
+    streamed = data[:40] + size.to_bytes(4, "little") + data[44:]
+    streamed = streamed[:4] + min(size + 36, 0xFFFFFFFF).to_bytes(4, "little") + streamed[8:]
+    assert np.array_equal(decode(streamed), decode(data))
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"", r"the file is empty \(0 bytes\)"),
+        (b"hello world, not audio", "not a known audio format .*68 65 6c 6c 6f"),
+        (b"#EXTM3U\n#EXTINF:1,\n/etc/hostname\n", "not a known audio format"),
+        (b"\xff" * 5000, "not a known audio format"),
+        (bytes(5000), "not a known audio format"),
+        (ID3, "no audio after the file's ID3 tag"),
+        (b"RIFF\x24\0\0\0WAVE", "cannot be decoded as wav"),
+        (b"OggS" + bytes(40), "truncated|cannot be decoded"),
+        (sound(np.zeros((0, 2)), RATE), "no samples could be decoded"),
+        (sound(np.zeros((10, 65)), RATE), "65 channels"),
+        (sound(np.zeros((10, 1)), 2_000_000), "2000000 Hz"),
+        (sound(np.zeros((10, 1)), 50), "50 Hz"),
+    ],
+)
+def test_what_is_no_audio_is_refused_in_one_line(data: bytes, text: str) -> None:
+    with pytest.raises(ItemError, match=text) as caught:
+        decode(data)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_inf_are_found_where_they_are(value: float) -> None:
+    signal = music(5 * RATE)
+    signal[200_000, 1] = signal[210_000, 0] = value
+    with pytest.raises(ItemError, match=r"^NaN or Inf .* first at sample 200000 \(4\.535 s\)$"):
+        decode(sound(signal, RATE))
+
+
+def test_a_ten_minute_wav_is_decoded_in_bounded_memory(tmp_path: Path) -> None:
+    path = tmp_path / "long.wav"
+    minute = (music(60 * RATE) * 32767).astype("<i2").tobytes()
+    header = bytearray(encoded("wav")[:44])
+    header[4:8] = (36 + 10 * len(minute)).to_bytes(4, "little")
+    header[40:44] = (10 * len(minute)).to_bytes(4, "little")
+    with path.open("wb") as file:
+        file.write(header)
+        for _ in range(10):
+            file.write(minute)
+    tracemalloc.start()
+    with open_media(str(path)) as media:
+        waveform = prepare(open_audio(media), sample_rate=48000, channels=1)
+        lengths = [block.shape[1] for block in waveform.blocks()]
+        assert media.content_hash.startswith("xxh3:")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(lengths) == 600 * 48000
+    assert peak < 16 << 20  # the file has 106 MB
+
+
+def test_two_threads_do_not_disturb_each_other() -> None:
+    kinds = ["wav", "flac", "vorbis", "mp3", "m4a", "opus", "webm", "alac"]
+    expected = [decode(encoded(kind)) for kind in kinds]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(decode, [encoded(kind) for kind in kinds] * 3))
+    for index, audio in enumerate(found):
+        assert np.array_equal(audio, expected[index % len(kinds)])
+
+
+def test_one_file_can_be_opened_again() -> None:
+    with media_from_bytes(encoded("vorbis")) as media:
+        first = [block.sum() for block in open_audio(media).blocks()]
+        probe(media)
+        assert [block.sum() for block in open_audio(media).blocks()] == first
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the recordings in ../shared/audio")
+@pytest.mark.parametrize("folder", ["flac", "ogg", "stems"])
+def test_real_recordings_have_the_length_they_promise(folder: str) -> None:
+    paths = sorted(p for p in (SHARED / folder).rglob("*.*") if p.suffix not in (".txt", ".md"))
+    lengths = set()
+    for path in paths[:2] if folder == "stems" else paths:
+        with open_media(str(path)) as media:
+            stream = open_audio(media)
+            assert sum(block.shape[1] for block in stream.blocks()) == stream.num_samples
+            lengths.add(stream.num_samples)
+    assert paths
+    if folder == "stems":  # four minutes of AAC each, on one time line
+        assert len(lengths) == 1

@@ -1,0 +1,123 @@
+import errno
+import os
+import socket
+from pathlib import Path
+
+import fsspec
+import pytest
+import xxhash
+from audio_files import encoded
+
+from latentmill.audio import media as media_module
+from latentmill.audio import media_from_bytes, open_audio, open_media
+from latentmill.audio.media import MediaFile
+from latentmill.errors import ConfigError, ItemError
+
+DATA = bytes(range(256)) * 9000
+
+
+@pytest.fixture
+def remote():
+    """DATA on a file system that is not the local one."""
+    with fsspec.open("memory://audio/a.wav", "wb") as file:
+        file.write(DATA)
+    yield "memory://audio/a.wav"
+    fsspec.filesystem("memory").rm("/audio", recursive=True)
+
+
+@pytest.mark.parametrize("form", ["{}", "file://{}"])
+@pytest.mark.parametrize("name", ["a.wav", "with space #1?.wav", "a::b.wav", "http:c.wav"])
+def test_a_local_file_is_opened_where_it_lies(tmp_path: Path, form: str, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(DATA)
+    with open_media(form.format(path)) as media:
+        assert os.fstat(media.fileno()).st_ino == path.stat().st_ino
+        assert media.size == len(DATA)
+        assert media.content_hash == f"xxh3:{xxhash.xxh3_128(DATA).hexdigest()}"
+        assert media.read_at(len(DATA) - 3, 10) == DATA[-3:]
+
+
+@pytest.mark.parametrize("limit", [media_module.MEMORY_LIMIT, 1000])
+@pytest.mark.parametrize("memfd", [True, False])
+def test_a_remote_file_is_fetched_whole(remote, monkeypatch, limit, memfd) -> None:
+    monkeypatch.setattr(media_module, "MEMORY_LIMIT", limit)
+    if not memfd:
+        monkeypatch.delattr(os, "memfd_create", raising=False)
+    with open_media(remote) as media:
+        assert os.pread(media.fileno(), len(DATA) + 1, 0) == DATA
+        assert media.content_hash == f"xxh3:{xxhash.xxh3_128(DATA).hexdigest()}"
+
+
+def test_a_short_transfer_is_noticed(remote, monkeypatch) -> None:
+    memory = type(fsspec.filesystem("memory"))
+    monkeypatch.setattr(memory, "cat_file", lambda self, path: DATA[:-1])
+    with pytest.raises(ItemError, match=f"gave {len(DATA) - 1} of {len(DATA)} bytes"):
+        open_media(remote)
+
+
+def test_what_is_no_readable_file_is_refused_in_one_line(tmp_path: Path) -> None:
+    fifo, unix = tmp_path / "fifo", socket.socket(socket.AF_UNIX)
+    os.mkfifo(fifo)
+    unix.bind(str(tmp_path / "socket"))
+    refused = {
+        str(tmp_path / "missing.wav"): "no such file",
+        str(tmp_path): "not a regular file",
+        str(fifo): "not a regular file",
+        str(tmp_path / "socket"): "not a regular file",
+        "/dev/null": "not a regular file",
+        str(fifo / "below"): "cannot be opened",
+        "memory://nothing/here.wav": "no such file",
+        "nosuchscheme://a/b.wav": "cannot be fetched",
+        "http://127.0.0.1:9/a.wav?secret=1": "cannot be fetched|no such file",
+    }
+    for uri, text in refused.items():
+        with pytest.raises(ItemError, match=text) as caught:
+            open_media(uri)
+        message = str(caught.value)
+        assert "\n" not in message
+        assert str(tmp_path) not in message
+        assert "secret" not in message
+    unix.close()
+
+
+def test_no_permission(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "a.wav"
+    path.write_bytes(DATA)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)  # root may read everything, chmod would not do
+    with pytest.raises(ItemError, match=r"^no permission to read the file$"):
+        open_media(str(path))
+
+
+def test_a_missing_package_is_no_fault_of_the_item(monkeypatch) -> None:
+    def missing(url: str) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", missing)
+    with pytest.raises(ConfigError, match="s3fs"):
+        open_media("s3://bucket/a.wav")
+
+
+def test_closing_leaves_no_descriptor_behind(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    descriptors = Path("/proc/self/fd")
+    if not descriptors.exists():
+        pytest.skip("needs /proc to count descriptors")
+    before = len(list(descriptors.iterdir()))
+    for kind in ("wav", "flac", "m4a", "opus", "mp3"):
+        path.write_bytes(encoded(kind))
+        with open_media(str(path)) as media:
+            list(open_audio(media).blocks())
+        with open_media(str(path)) as media, open_audio(media):
+            pass
+    assert len(list(descriptors.iterdir())) == before
+
+
+def test_bytes_become_a_file() -> None:
+    with media_from_bytes(b"abc") as media:
+        assert isinstance(media, MediaFile)
+        assert (media.size, media.read_at(0, 9)) == (3, b"abc")
+    media.close()

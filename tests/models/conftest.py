@@ -1,0 +1,54 @@
+"""Weights for the model tests: random ones of the real classes, in a cache of their own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `support`
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def use_cache(patch: pytest.MonkeyPatch, hf_home: Path) -> None:
+    """Let huggingface_hub, which read its variables at import, use another cache, offline."""
+    patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hf_home / "hub"))
+    patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="session")
+def tiny_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An HF_HOME that holds `lin-cae` and `m2l` with tiny random weights. Leave it unchanged."""
+    from support.linear_cae_weights import write_cache
+
+    home = tmp_path_factory.mktemp("hf_home")
+    write_cache(home, ("lin-cae", "m2l"))
+    return home
+
+
+@pytest.fixture(scope="module")
+def tiny_cache(tiny_home: Path) -> Iterator[Path]:
+    """`tiny_home`, in use."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_cache(patch, tiny_home)
+        yield tiny_home
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The snapshot of a cache that a test may spoil, in use."""
+    from support.linear_cae_weights import write_cache
+
+    use_cache(monkeypatch, tmp_path)
+    return write_cache(tmp_path)

@@ -1,0 +1,191 @@
+"""What every model must keep. A new family adds one line to `CASES`."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentmill.errors import ModelError
+from latentmill.models.base import Autoencoder, ModelHandle, ModelSpec
+from latentmill.models.registry import resolve
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mdct-mono": ("mdct", {}),
+    "mdct-stereo": ("mdct", {"channels": 2, "hop": 256, "sample_rate": 48000, "scale_factor": 3.0}),
+    "lin-cae": ("lin-cae", {}),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def handle(request: pytest.FixtureRequest, tiny_cache: Path) -> ModelHandle:
+    name, options = CASES[request.param]
+    return resolve(name, options)
+
+
+@pytest.fixture(scope="module")
+def model(handle: ModelHandle) -> Autoencoder:
+    return handle.load("cpu")
+
+
+@pytest.fixture(scope="module")
+def spec(handle: ModelHandle) -> ModelSpec:
+    return handle.spec
+
+
+def audio(spec: ModelSpec, blocks: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    """Noise `[B, C, T]` of `blocks` multiples more than the shortest length."""
+    samples = spec.min_samples + blocks * spec.sample_multiple
+    noise = torch.randn(
+        batch, spec.channels, samples, generator=torch.Generator().manual_seed(seed)
+    )
+    return noise * torch.linspace(0.02, 0.3, samples)
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def test_shapes_and_dtypes(model: Autoencoder, spec: ModelSpec) -> None:
+    x = audio(spec, blocks=40, batch=3)
+    z = model.encode(x)
+    assert z.shape == (3, spec.latent_channels, spec.frames(x.shape[-1]))
+    assert z.dtype == torch.float32
+    assert z.device.type == "cpu"
+    assert not z.requires_grad
+    y = model.decode(z, x.shape[-1])
+    assert y.shape == x.shape
+    assert y.dtype == torch.float32
+    assert y.isfinite().all()
+
+
+def test_defaults_make_sense(spec: ModelSpec) -> None:
+    seconds = spec.samples(spec.chunk_frames) / spec.sample_rate
+    assert 5 < seconds < 15
+    assert spec.samples(spec.chunk_frames) % spec.sample_multiple == 0
+    assert spec.hop % spec.sample_multiple == 0
+    assert spec.min_samples % spec.sample_multiple == 0
+    assert 2 * (spec.context or 0) <= spec.overlap_frames <= spec.chunk_frames / 2
+    assert set(spec.batch_size) == {"cpu", "cuda"}
+    assert (spec.context is None) == (spec.stitch != "trim")
+
+
+def test_frames_are_those_of_encode_for_200_lengths(model: Autoencoder, spec: ModelSpec) -> None:
+    x = audio(spec, blocks=200)
+    for blocks in range(200):
+        samples = spec.min_samples + blocks * spec.sample_multiple
+        assert model.encode(x[..., :samples]).shape[-1] == spec.frames(samples)
+
+
+@given(st.data())
+def test_length_arithmetic(spec: ModelSpec, data: st.DataObject) -> None:
+    samples = data.draw(st.integers(1, 10**9))
+    frames = data.draw(st.integers(1, 10**6))
+    padded = spec.padded(samples)
+    assert padded >= samples
+    assert padded % spec.sample_multiple == 0
+    assert spec.padded(padded) == padded
+    assert spec.samples(spec.frames(samples)) >= samples
+    longest = spec.samples(frames)
+    if longest >= spec.min_samples:
+        assert spec.frames(longest) == frames
+        assert spec.frames(longest + 1) == frames + 1
+
+
+@pytest.mark.parametrize("frames", [2, 3, 9])
+def test_a_latent_decodes_to_at_most_its_samples(
+    model: Autoencoder, spec: ModelSpec, frames: int
+) -> None:
+    z = torch.zeros(1, spec.latent_channels, frames)
+    longest = spec.samples(frames)
+    whole = model.decode(z, longest)
+    assert whole.shape[-1] == longest
+    assert torch.equal(model.decode(z, longest - 7), whole[..., :-7])
+    with pytest.raises(ModelError, match=f"at most {longest} samples"):
+        model.decode(z, longest + 1)
+
+
+def test_encode_is_deterministic(model: Autoencoder, handle: ModelHandle, spec: ModelSpec) -> None:
+    x = audio(spec, blocks=20)
+    first = model.encode(x)
+    torch.manual_seed(99)
+    assert torch.equal(model.encode(x), first)
+    travelled = pickle.loads(pickle.dumps(handle))
+    assert travelled == handle
+    assert torch.equal(travelled.load("cpu").encode(x), first)
+
+
+def test_batch_elements_are_independent(model: Autoencoder, spec: ModelSpec) -> None:
+    x = torch.cat([audio(spec, blocks=20, seed=seed) * 10.0 ** (-seed) for seed in range(4)])
+    together = model.encode(x)
+    samples = x.shape[-1]
+    decoded = model.decode(together, samples)
+    for index in range(4):
+        alone = model.encode(x[index : index + 1])
+        assert distance(together[index : index + 1], alone) < 1e-4
+        z = together[index : index + 1]
+        assert distance(decoded[index : index + 1], model.decode(z, samples)) < 1e-4
+
+
+def test_silence_is_finite(model: Autoencoder, spec: ModelSpec) -> None:
+    assert model.encode(torch.zeros_like(audio(spec, blocks=20))).isfinite().all()
+
+
+def test_the_handle_is_small(handle: ModelHandle) -> None:
+    assert len(pickle.dumps(handle)) < 10_000
+    for name, value in handle.spec.identity.items():
+        assert isinstance(name, str)
+        assert value is None or isinstance(value, (str, int, float, bool))
+
+
+def test_decoding_is_a_function_of_seed_and_position(model: Autoencoder, spec: ModelSpec) -> None:
+    x = audio(spec, blocks=40)
+    z, samples = model.encode(x), x.shape[-1]
+    state = torch.get_rng_state()
+    first = model.decode(z, samples, seed=7, positions=[3])
+    assert torch.equal(torch.get_rng_state(), state)  # nobody else's random numbers are used up
+    torch.manual_seed(99)
+    assert torch.equal(model.decode(z, samples, seed=7, positions=[3]), first)
+    pair = model.decode(z.repeat(2, 1, 1), samples, seed=7, positions=[3, 4])
+    assert distance(pair[:1], first) < 1e-4
+    assert torch.equal(model.decode(z, samples), model.decode(z, samples, seed=0, positions=[0]))
+    differs = spec.stochastic_decoder
+    assert (distance(pair[1:], first) > 1e-3) == differs
+    assert (distance(model.decode(z, samples, seed=8, positions=[3]), first) > 1e-3) == differs
+
+
+def test_wrong_audio_is_refused(model: Autoencoder, spec: ModelSpec) -> None:
+    x = audio(spec, blocks=8)
+    with pytest.raises(ModelError, match="float32"):
+        model.encode((x * 32767).to(torch.int16))
+    with pytest.raises(ModelError, match="float32"):
+        model.encode(x.half())
+    with pytest.raises(ModelError, match="shape"):
+        model.encode(x[0])
+    with pytest.raises(ModelError, match="shape"):
+        model.encode(x.repeat(1, spec.channels + 1, 1))
+    with pytest.raises(ModelError, match="multiple"):
+        model.encode(x[..., :-1])
+    with pytest.raises(ModelError, match=f"pad them to {spec.min_samples}"):
+        model.encode(x[..., : spec.min_samples - spec.sample_multiple])
+
+
+def test_wrong_latents_are_refused(model: Autoencoder, spec: ModelSpec) -> None:
+    z = torch.zeros(2, spec.latent_channels, 4)
+    with pytest.raises(ModelError, match="float32"):
+        model.decode(z.half(), 10)
+    with pytest.raises(ModelError, match="shape"):
+        model.decode(z[:, :-1], 10)
+    with pytest.raises(ModelError, match="positions"):
+        model.decode(z, 10, positions=[0])
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "mps", "gpu"])
+def test_a_device_that_is_not_there_is_refused(handle: ModelHandle, device: str) -> None:
+    with pytest.raises(ModelError, match=device):
+        handle.load(device)

@@ -1,0 +1,335 @@
+"""The linear-cae models against the package itself, its traps, and its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import linear_cae
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentmill.errors import ModelError
+from latentmill.models.linear_cae import LinearCae, LinearCaeHandle, frame_noise
+from latentmill.models.registry import resolve
+from support.hub import serve
+from support.linear_cae_weights import FRONTEND, random_state, write_folder
+
+REPO = "BernardoTorres/linear_consistency_autoencoders"
+FOLDER = "0a3afbec_weights"
+PIPELINE = Path(__file__).parents[2] / "pipeline"
+
+
+@pytest.fixture(scope="module")
+def handle(tiny_cache: Path) -> Any:
+    return resolve("lin-cae")
+
+
+@pytest.fixture(scope="module")
+def model(handle: LinearCaeHandle) -> LinearCae:
+    return handle.load("cpu")
+
+
+@pytest.fixture
+def package_model(tiny_cache: Path) -> Any:
+    return linear_cae.Autoencoder.from_pretrained("lin-cae")
+
+
+def noise(batch: int, samples: int = 40960) -> torch.Tensor:
+    return 0.1 * torch.randn(batch, 1, samples, generator=torch.Generator().manual_seed(0))
+
+
+def test_spec_of_the_published_architecture(handle: LinearCaeHandle) -> None:
+    spec = handle.spec
+    assert (spec.sample_rate, spec.channels, spec.latent_channels) == (44100, 1, 64)
+    assert (spec.hop, spec.overhang, spec.sample_multiple, spec.min_samples) == (
+        4096,
+        1536,
+        512,
+        2048,
+    )
+    assert spec.samples(spec.chunk_frames) == 443904  # 10.07 s
+
+
+@given(st.integers(0, 5000))
+def test_lengths_are_the_package_s(tiny_cache: Path, handle: LinearCaeHandle, blocks: int) -> None:
+    spec = handle.spec
+    package_model = PACKAGE.setdefault("model", linear_cae.Autoencoder.from_pretrained("lin-cae"))
+    samples = 2048 + 512 * blocks
+    assert spec.frames(samples) == package_model.get_latent_size(samples)
+    assert spec.samples(blocks + 1) == package_model.get_decoded_size(blocks + 1)
+
+
+PACKAGE: dict[str, Any] = {}
+
+
+def test_the_package_fails_obscurely_below_its_shortest_length(
+    model: LinearCae, package_model: Any
+) -> None:
+    short = noise(1, 1536)
+    with pytest.raises(RuntimeError, match="unfold"):
+        package_model.encode(short[:, 0])
+    with pytest.raises(ModelError, match="at least 2048"):
+        model.encode(short)
+
+
+def test_encode_is_the_package_s(model: LinearCae, package_model: Any) -> None:
+    x = noise(3)
+    with torch.inference_mode():
+        expected = package_model.encode(x[:, 0], max_batch_size=3)
+        alone = package_model.encode(x[:1, 0])
+    assert torch.equal(model.encode(x), expected)
+    assert torch.equal(model.encode(x[:1]), alone)
+    assert expected.std() > 1  # scaled, not squashed
+
+
+def test_encode_does_not_grow_the_state_dict(model: LinearCae, package_model: Any) -> None:
+    before = set(package_model.state_dict())
+    with torch.inference_mode():
+        package_model.encode(noise(1)[:, 0])
+    assert len(package_model.state_dict()) > len(before)  # the trap
+    ours = linear_cae.Autoencoder.from_pretrained("lin-cae")
+    LinearCae(model.spec, ours, torch.device("cpu"), 1).encode(noise(1))
+    assert set(ours.state_dict()) == before
+
+
+def test_nothing_asks_for_gradients(model: LinearCae) -> None:
+    assert not any(p.requires_grad for p in model._generator.parameters())
+    assert not model._generator.training
+    assert model.encode(noise(1)).grad_fn is None
+
+
+def test_autocast_around_encode_reaches_the_encoder_alone(model: LinearCae) -> None:
+    x = noise(1)
+    exact = model.encode(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        coarse = model.encode(x)
+    assert coarse.dtype == torch.float32
+    assert 1e-4 < (coarse - exact).norm() / exact.norm() < 0.2
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_decode_is_the_package_s_with_the_same_noise(
+    package_model: Any, handle: LinearCaeHandle, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    model = dataclasses.replace(handle, diffusion_steps=steps).load("cpu")
+    x = noise(2)
+    z = model.encode(x)
+    drawn = list(model._noise(z.shape[-1], 5, [3, 40]).unbind(1))
+    ours = model.decode(z, x.shape[-1], seed=5, positions=[3, 40])
+
+    feed = iter([*drawn, drawn[0]])  # the package draws once more after the last step
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: next(feed))
+    monkeypatch.setattr(torch, "randn_like", lambda *_: next(feed))
+    theirs = package_model.decode(z, x.shape[-1], diffusion_steps=steps, max_batch_size=2)
+    assert torch.equal(ours[:, 0], theirs)
+    assert ours.std() > 1e-3
+
+
+def test_noise_depends_on_seed_and_position_alone() -> None:
+    shape = (1, 2, 16, 8)
+    whole = frame_noise(3, [0], 50, shape)[0]
+    assert torch.equal(frame_noise(3, [17], 20, shape)[0], whole[17:37])
+    assert torch.equal(frame_noise(3, [30, 5], 9, shape), torch.stack((whole[30:39], whole[5:14])))
+    assert whole.flatten(1).unique(dim=0).shape[0] == 50
+    assert not torch.equal(frame_noise(4, [0], 50, shape)[0], whole)
+    assert not torch.equal(frame_noise(-3, [0], 50, shape)[0], whole)
+    assert whole.std() == pytest.approx(1, abs=0.03)
+    assert whole.mean() == pytest.approx(0, abs=0.03)
+
+
+def test_noise_of_more_steps_begins_with_that_of_fewer() -> None:
+    one = frame_noise(0, [7], 3, (1, 2, 16, 8))
+    assert torch.equal(frame_noise(0, [7], 3, (4, 2, 16, 8))[:, :, :1], one)
+
+
+def test_noise_is_that_of_the_first_release() -> None:
+    expected = [-0.0, 0.0]
+    assert frame_noise(1, [2], 1, (2,)).flatten().tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_scale_factor_is_the_name_s_or_the_option_s(
+    tiny_cache: Path, handle: LinearCaeHandle, model: LinearCae
+) -> None:
+    assert (handle.spec.scale_factor, resolve("m2l").spec.scale_factor) == (33.0, 15.0)
+    doubled = resolve("lin-cae", {"scale_factor": 66})
+    assert doubled.spec.identity["scale_factor"] == 66.0
+    x = noise(1)
+    z = doubled.load("cpu").encode(x)
+    assert torch.allclose(z, 2 * model.encode(x))
+    assert torch.allclose(
+        doubled.load("cpu").decode(z, 40960), model.decode(z / 2, 40960), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("options", [{"scale_factor": 0.0}, {"diffusion_steps": 0}])
+def test_options_out_of_range_are_refused(tiny_cache: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=next(iter(options))):
+        resolve("lin-cae", options)
+
+
+def test_identity_names_every_file(handle: LinearCaeHandle, tiny_home: Path) -> None:
+    identity = handle.spec.identity
+    (revision,) = (tiny_home / "hub").glob("*/refs/main")
+    assert identity["revision"] == revision.read_text()
+    assert identity["repo"] == REPO
+    assert identity["package_version"] == "0.1.4"
+    assert {len(str(v)) for k, v in identity.items() if k.startswith("sha256_")} == {64}
+
+
+def test_one_changed_weight_is_another_identity(own_cache: Path) -> None:
+    before = resolve("lin-cae")
+    path = own_cache / FOLDER / "autoencoder_inference_model_last.pth"
+    state = torch.load(path)
+    state["generator.encoder.conv_out.bias"][0] += 1e-3
+    torch.save(state, path)
+    after = resolve("lin-cae")
+    changed = {k for k, v in after.spec.identity.items() if before.spec.identity[k] != v}
+    assert changed == {"sha256_weights"}
+    with pytest.raises(ModelError, match="the weights file on this machine"):
+        before.load("cpu")
+    after.load("cpu")
+
+
+def test_the_frontend_s_values_are_the_model_s_not_the_package_s(own_cache: Path) -> None:
+    path = own_cache / FOLDER / "frontend_kwargs_last.yaml"
+    path.write_text(yaml.safe_dump({**FRONTEND, "hop_size": 256, "sample_rate": 22050}))
+    generator = own_cache / FOLDER / "generator_kwargs_last.yaml"
+    generator.write_text(yaml.safe_dump({"hop": 256, "bottleneck_channels": 32}))
+    spec = resolve("lin-cae").spec
+    assert (spec.hop, spec.overhang, spec.sample_multiple) == (2048, 768, 256)
+    assert (spec.sample_rate, spec.latent_channels) == (22050, 32)
+
+
+def test_missing_weights_say_what_to_run(own_cache: Path) -> None:
+    (own_cache / FOLDER / "generator_kwargs_last.yaml").unlink()
+    with pytest.raises(ModelError, match=r"hf download .*'0a3afbec_weights/\*'") as caught:
+        resolve("lin-cae")
+    assert "HF_HUB_OFFLINE is set" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unreachable_hub_says_what_to_run(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve(own_cache, REPO, "0" * 40) as hub:
+        dead = hub.endpoint
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", dead)
+    with pytest.raises(ModelError, match="hf download"):
+        resolve("m2l")
+
+
+def test_a_weights_file_runs_no_code(own_cache: Path, tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"x": Payload()}, own_cache / FOLDER / "autoencoder_inference_model_last.pth")
+    with pytest.raises(ModelError, match="does not load"):
+        resolve("lin-cae").load("cpu")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_unrestricted_loading_is_refused(
+    handle: LinearCaeHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(ModelError, match="unset it"):
+        handle.load("cpu")
+
+
+@pytest.mark.parametrize("spoil", ["cut", "other"])
+def test_weights_that_do_not_fit_are_refused(own_cache: Path, spoil: str) -> None:
+    path = own_cache / FOLDER / "autoencoder_inference_model_last.pth"
+    if spoil == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        torch.save({"frontend.window": torch.zeros(2048)}, path)
+    with pytest.raises(ModelError, match=r"does not load .*delete it"):
+        resolve("lin-cae").load("cpu")
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "colour: blue", "a: [", ""])
+def test_a_configuration_that_does_not_fit_is_refused(own_cache: Path, text: str) -> None:
+    (own_cache / FOLDER / "frontend_kwargs_last.yaml").write_text(text)
+    with pytest.raises(ModelError, match="does not fit the installed linear-cae"):
+        resolve("lin-cae")
+
+
+def test_without_the_package_the_error_is_the_pip_line(
+    tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "linear_cae.inference", None)
+    line = "--no-deps linear-cae==0.1.4" if sys.version_info >= (3, 13) else r"latentmill\[lin"
+    with pytest.raises(ModelError, match=f"pip install .*{line}"):
+        resolve("lin-cae")
+
+
+@pytest.mark.parametrize("version", ["0.1.2", "0.1.3"])
+def test_withdrawn_releases_are_refused(
+    tiny_cache: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr("latentmill.models.linear_cae_files.version", lambda _: version)
+    with pytest.raises(ModelError, match=f"{version} was withdrawn"):
+        resolve("lin-cae")
+
+
+def test_downloads_once_from_the_hub_then_works_offline(tmp_path: Path) -> None:
+    """In a process of its own: huggingface_hub reads its variables at import."""
+    script = (
+        "import json, torch\n"
+        "from latentmill.models.registry import resolve\n"
+        "torch.set_num_threads(1)\n"
+        "handle = resolve('lin-cae')\n"
+        "z = handle.load('cpu').encode(torch.zeros(1, 1, 8192))\n"
+        "print(json.dumps([handle.spec.identity['revision'], float(z.std())]))\n"
+    )
+    served, revision = tmp_path / "served", "ab" * 20
+    write_folder(served)
+    env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(PIPELINE)}
+    env.pop("HF_HUB_OFFLINE", None)
+
+    def run(**more: str) -> Any:
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**env, **more},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    with serve(served, REPO, revision) as hub:
+        online = run(HF_ENDPOINT=hub.endpoint)
+        gets = [request for request in hub.requests if request.startswith("GET")]
+    assert online[0] == revision
+    assert online[1] > 0
+    assert len([get for get in gets if "/resolve/" in get]) == 4
+    assert run(HF_HUB_OFFLINE="1") == online
+
+
+def test_random_weights_are_the_same_every_time_and_all_count(model: LinearCae) -> None:
+    first, again, other = (random_state("tiny", seed) for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["generator.conv_out.weight"], other["generator.conv_out.weight"])
+    x = noise(1)
+    z = model.encode(x)
+    assert 0.1 < (z / model.spec.scale_factor).std() < 0.5
+    for name, parameter in model._generator.encoder.named_parameters():
+        if not name.endswith("weight"):
+            continue
+        kept = parameter.clone()
+        parameter.mul_(0.5)
+        assert not torch.equal(model.encode(x), z), name
+        parameter.copy_(kept)
