@@ -1,12 +1,12 @@
 """latentmill: audio corpora to latent datasets, exactly once, and back again.
 
-    import latentmill as lm
+import latentmill as lm
 
-    lm.encode("corpus", "latents", model="lin-cae")
-    store = lm.open("latents")
-    record = store["album/song"]
-    audio = store.decode("album/song", seed=0)
-    mixed = lm.mix([store["a"].latent, store["b"].latent], gains=[1.0, 0.5], origin=store.origin)
+lm.encode("corpus", "latents", model="lin-cae")
+store = lm.open("latents")
+record = store["album/song"]
+audio = store.decode("album/song", seed=0)
+mixed = lm.mix([store["a"].latent, store["b"].latent], gains=[1.0, 0.5], origin=store.origin)
 """
 
 from latentmill.config import RunConfig, load_config

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -162,7 +163,7 @@ class Stitcher:
     it holds the stored latent and about one chunk in float32.
     """
 
-    def __init__(self, chunking: Chunking, dtype: np.dtype, frames_hint: int = 0) -> None:
+    def __init__(self, chunking: Chunking, dtype: np.dtype[Any], frames_hint: int = 0) -> None:
         self._chunking = chunking
         self._dtype = dtype
         self._hint = frames_hint

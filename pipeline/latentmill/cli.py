@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import numpy as np
 import soundfile
 import typer
 
 from latentmill import show
 from latentmill.config import load_config
+from latentmill.decode import Audio
 from latentmill.errors import INTERRUPTED_EXIT_CODE, ConfigError, LatentmillError, VerifyError
 from latentmill.models import registry
 from latentmill.ops import mix as mix_latents
@@ -49,7 +49,8 @@ def main() -> NoReturn:
         sys.exit(INTERRUPTED_EXIT_CODE)
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # wrong usage
-            print(f"latentmill: {error.format_message()}", file=sys.stderr)  # noqa: T201
+            if message := error.format_message():
+                print(f"latentmill: {message}", file=sys.stderr)  # noqa: T201
             sys.exit(error.exit_code)
         raise
     sys.exit(code if isinstance(code, int) else 0)
@@ -140,9 +141,9 @@ def decode(
     store = open_store(out, device=device)
     for key in keys:
         _check_key(store, key)
-    written = []
-    for key in keys:
-        written.append(_write(folder / f"{_safe(key)}.wav", store.decode(key, seed=seed), store))
+    written = [
+        _write(folder / f"{_safe(key)}.wav", store.decode(key, seed=seed), store) for key in keys
+    ]
     _print(as_json, {"files": written}, show.files)
 
 
@@ -232,7 +233,7 @@ def _safe(key: str) -> str:
     return "/".join(part for part in key.split("/") if part not in ("", ".", ".."))
 
 
-def _write(path: Path, audio: np.ndarray, store: LatentStore) -> str:
+def _write(path: Path, audio: Audio, store: LatentStore) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     rate = store.plan.fingerprint["model"]["sample_rate"]
     soundfile.write(path, audio.T, rate, subtype="FLOAT")

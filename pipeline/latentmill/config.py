@@ -19,9 +19,10 @@ from latentmill.chunks import Chunking
 from latentmill.errors import ConfigError
 from latentmill.models.base import ModelSpec, Stitch
 
-AUDIO_EXTENSIONS = (
-    "wav wave flac ogg oga opus mp3 m4a m4b mp4 aac aif aiff aifc au snd caf w64 rf64 webm mka wma"
-).split()
+AUDIO_EXTENSIONS = tuple(
+    "wav wave w64 rf64 flac ogg oga opus mp3 m4a m4b mp4 aac aif aiff aifc au snd caf "  # noqa: SIM905
+    "webm mka wma".split()
+)
 
 # Changes whenever the same file, model and settings would give other latents than before.
 ENCODING_VERSION = 1
@@ -57,7 +58,7 @@ class RunConfig(BaseModel):
     min_seconds: float | None = Field(None, ge=0, description="Skip shorter items.")
     max_seconds: float | None = Field(None, gt=0, description="Skip longer items.")
     extensions: tuple[str, ...] = Field(
-        tuple(AUDIO_EXTENSIONS), description="File name extensions that make a file an item."
+        AUDIO_EXTENSIONS, description="File name extensions that make a file an item."
     )
     unit_seconds: float | None = Field(
         None, gt=0, description="Audio seconds per unit (one shard); default by corpus size."
@@ -143,7 +144,6 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
         old, new = stored.get(section, {}), wanted.get(section, {})
         for name in sorted(set(old) | set(new)):
             if old.get(name) != new.get(name):
-                lines.append(
-                    f"{section}.{name} is {old.get(name)!r} in the store, {new.get(name)!r} now"
-                )
+                was, now = old.get(name), new.get(name)
+                lines.append(f"{section}.{name} is {was!r} in the store, {now!r} now")
     return lines

@@ -18,7 +18,7 @@ def pick_device(wanted: str) -> str:
     try:
         device = torch.device(wanted)
     except RuntimeError as error:
-        raise ConfigError(f"Device {wanted!r} is unknown: use auto, cpu, cuda or cuda:N.") from error
+        raise ConfigError(f"Device {wanted!r} is none of auto, cpu, cuda, cuda:N.") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"Device {wanted} was asked for, but torch {torch.__version__} sees "

@@ -203,8 +203,8 @@ class AudioStream:
     """Reads a unit's items with decode threads, in order, ahead of whoever iterates.
 
     Reading starts at once. Iterating gives (index, item, event): that the item is opened, its
-    chunks, then its facts, or instead the outcome of an item that failed or was skipped. Closing it stops the
-    threads, in the middle of a unit too.
+    chunks, then its facts, or instead the outcome of an item that failed or was skipped.
+    Closing it stops the threads, in the middle of a unit too.
     """
 
     def __init__(
@@ -261,7 +261,7 @@ class AudioStream:
                 opened = True
                 waited += self._put(events, event)
         except ItemError as error:
-            last = Outcome(item.key, "failed", str(error))
+            last: Outcome | None = Outcome(item.key, "failed", str(error))
         except Exception as error:  # noqa: BLE001  one odd file must not end the unit
             last = Outcome(item.key, "failed", f"{type(error).__name__} while reading: {error}")
         else:
@@ -322,5 +322,3 @@ def _length_filter(item: Item, seconds: float, settings: EncodeSettings) -> Outc
     if settings.max_seconds is not None and seconds > settings.max_seconds:
         return Outcome(item.key, "skipped", f"max_seconds: {seconds:.3f} s")
     return None
-
-

@@ -12,7 +12,7 @@ import numpy.typing as npt
 Status = Literal["encoded", "skipped", "failed"]
 Latent = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 
-DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,12 @@ def time_major_bytes(latent: Latent) -> memoryview:
     Copies only if the latent is not already laid out that way.
     """
     flat = latent.T if latent.ndim == 2 else latent
-    return memoryview(np.ascontiguousarray(flat)).cast("B")
+    return np.ascontiguousarray(flat).data.cast("B")
 
 
 def latent_from_bytes(data: bytes | memoryview, shape: tuple[int, ...], dtype: str) -> Latent:
     """The inverse of `time_major_bytes`: a read-only view of `data`, of the given shape."""
-    flat = np.frombuffer(data, dtype=DTYPES[dtype])
+    flat: Latent = np.frombuffer(data, dtype=DTYPES[dtype])
     if len(shape) == 2:
         return flat.reshape(shape[::-1]).T
     return flat.reshape(shape)

@@ -11,23 +11,15 @@ from typing import Any
 from latentmill.chunks import Chunking
 from latentmill.config import RunConfig, differences, fingerprint, fingerprint_document, load_config
 from latentmill.device import pick_device
-from latentmill.encode import EncodeSettings
-from latentmill.engine.actor import ActorShape
-from latentmill.engine.cluster import Cluster, connect
 from latentmill.engine.progress import Progress, QuietProgress
-from latentmill.engine.scheduler import Scheduler
-from latentmill.engine.worker import Job
 from latentmill.errors import ITEMS_FAILED_EXIT_CODE, ConfigError, StoreError
 from latentmill.models import registry
-from latentmill.models.base import ModelHandle
 from latentmill.plan import Plan, Unit, cut_units, freeze, load
 from latentmill.sources.folder import FolderSource
 from latentmill.storage import Storage
 from latentmill.store.commit import read_commits
-from latentmill.store.schema import DATASET_PATH, ORIGIN_PATH, SHARDS, Commit, DatasetInfo
-from latentmill.store.seal import seal, write_origin
-
-DEFAULT_CPU_THREADS = 4
+from latentmill.store.schema import DATASET_PATH, SHARDS, Commit, DatasetInfo
+from latentmill.store.seal import seal
 
 
 @dataclass(frozen=True)
@@ -98,8 +90,10 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunSummary:
     if todo:
         storage.delete(DATASET_PATH)  # not complete while units are missing
         progress.begin(plan, commits)
+        from latentmill.engine.launch import encode_units  # imports ray, which readers do without
+
         try:
-            _encode_units(config, handle, chunking, plan, todo, storage, progress)
+            encode_units(config, handle, chunking, plan, todo, progress)
         finally:
             progress.end()
             storage.clear_scratch()
@@ -156,9 +150,7 @@ def _refuse_foreign(storage: Storage) -> None:
         )
 
 
-def _trusted(
-    storage: Storage, commits: dict[str, Commit], wanted: str
-) -> dict[str, Commit]:
+def _trusted(storage: Storage, commits: dict[str, Commit], wanted: str) -> dict[str, Commit]:
     """The commits whose shards are there in full; the others' units are encoded anew."""
     sizes = storage.list(SHARDS)
     trusted = {}
@@ -171,60 +163,6 @@ def _trusted(
         if commit.shard is None or sizes.get(commit.shard.rsplit("/", 1)[-1]) == commit.bytes:
             trusted[name] = commit
     return trusted
-
-
-def _encode_units(
-    config: RunConfig,
-    handle: ModelHandle,
-    chunking: Chunking,
-    plan: Plan,
-    todo: list[Unit],
-    storage: Storage,
-    progress: Progress,
-) -> None:
-    with connect(config.address) as cluster:
-        device = _device(config, cluster)
-        threads = config.threads or min(DEFAULT_CPU_THREADS, cluster.cpus)
-        on_gpu = device.startswith("cuda")
-        default_workers = cluster.gpus if on_gpu else max(1, cluster.cpus // threads)
-        job = Job(
-            model=handle,
-            chunking=chunking,
-            settings=EncodeSettings(
-                dtype=config.dtype,
-                batch_size=config.batch_size or handle.spec.batch_size["cuda" if on_gpu else "cpu"],
-                decode_threads=config.decode_threads,
-                allow_truncated=config.allow_truncated,
-                min_seconds=config.min_seconds,
-                max_seconds=config.max_seconds,
-            ),
-            store=storage.root,
-            format=config.format,
-            fingerprint=fingerprint(plan.fingerprint),
-            info={
-                "model": plan.fingerprint["model"],
-                "dtype": config.dtype,
-                "layout": "chunks" if chunking.stitch == "none" else "time-major",
-                "fingerprint": fingerprint(plan.fingerprint),
-            },
-            device=device,
-            threads=threads,
-        )
-        workers = config.workers or default_workers
-        shape = ActorShape(cpus=0 if on_gpu else min(threads, cluster.cpus / workers), gpus=on_gpu)
-        scheduler = Scheduler(job, shape, workers, progress)
-        needs_origin = not storage.exists(ORIGIN_PATH)
-        scheduler.run(
-            todo, (lambda origin: write_origin(storage, origin)) if needs_origin else None
-        )
-
-
-def _device(config: RunConfig, cluster: Cluster) -> str:
-    if config.device == "auto":
-        return "cuda" if cluster.gpus else "cpu"
-    if config.device.startswith("cuda") and not cluster.gpus:
-        raise ConfigError("Device cuda was asked for, but Ray has no GPUs: use device cpu.")
-    return config.device
 
 
 def _summary(

@@ -36,7 +36,6 @@ PYAV = {
     "ogg-flac": ("flac", "ogg", {}),
     "mp3-without-xing": ("libmp3lame", "mp3", {"write_xing": "0"}),
     "wavpack": ("wavpack", "wv", {}),
-    "tta": ("tta", "tta", {}),
 }
 ALL = [*SOUNDFILE, *PYAV]
 
@@ -60,7 +59,7 @@ def encoded(kind: str, num_samples: int | None = None) -> bytes:
     if kind in SOUNDFILE:
         container, subtype = SOUNDFILE[kind]
         return sound(signal, rate, container, subtype)
-    return _with_pyav(signal, rate, *PYAV[kind])
+    return with_pyav(signal, rate, *PYAV[kind])
 
 
 def sound(signal: np.ndarray, rate: int, container: str = "WAV", subtype: str = "FLOAT") -> bytes:
@@ -70,23 +69,26 @@ def sound(signal: np.ndarray, rate: int, container: str = "WAV", subtype: str = 
     return target.getvalue()
 
 
-def _with_pyav(
-    signal: np.ndarray, rate: int, codec: str, container: str, options: dict[str, str]
+def with_pyav(
+    signal: np.ndarray,
+    rate: int,
+    codec: str,
+    container: str,
+    options: dict[str, str],
+    *,
+    layout: str = "stereo",
+    sample: str | None = None,
 ) -> bytes:
+    """Any signal `[n, C]` through FFmpeg; `sample` is the encoder's sample format."""
     with tempfile.NamedTemporaryFile() as target:  # +faststart reads back what it wrote
-        _encode(signal, rate, codec, target.name, container, options)
+        with av.open(target.name, "w", format=container, options=options) as output:
+            stream = output.add_stream(codec, rate=rate)
+            stream.layout = layout
+            stream.format = sample or stream.format
+            for start in range(0, len(signal), 4096):
+                part = np.ascontiguousarray(signal[start : start + 4096]).reshape(1, -1)
+                frame = av.AudioFrame.from_ndarray(part, format="flt", layout=layout)
+                frame.sample_rate, frame.pts = rate, start
+                output.mux(stream.encode(frame))
+            output.mux(stream.encode(None))
         return Path(target.name).read_bytes()
-
-
-def _encode(
-    signal: np.ndarray, rate: int, codec: str, path: str, container: str, options: dict[str, str]
-) -> None:
-    with av.open(path, "w", format=container, options=options) as output:
-        stream = output.add_stream(codec, rate=rate)
-        stream.layout = "stereo"
-        for start in range(0, len(signal), 4096):
-            part = np.ascontiguousarray(signal[start : start + 4096].T)
-            frame = av.AudioFrame.from_ndarray(part, format="fltp", layout="stereo")
-            frame.sample_rate, frame.pts = rate, start
-            output.mux(stream.encode(frame))
-        output.mux(stream.encode(None))

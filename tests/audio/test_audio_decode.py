@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from audio_files import ALL, RATE, SECONDS, encoded, music, rate_of, sound
+from audio_files import ALL, RATE, SECONDS, encoded, music, rate_of, sound, with_pyav
 
 from latentmill.audio import AudioInfo, media_from_bytes, open_audio, open_media, prepare, probe
 from latentmill.audio.sniff import sniff
@@ -76,8 +76,8 @@ def test_tags_in_front_and_behind_change_nothing(kind: str) -> None:
     assert np.array_equal(decode(ID3 + ID3 + data), plain)
     if kind != "adts":
         assert np.array_equal(decode(data + b"TAG" + bytes(125)), plain)
-    with media_from_bytes(ID3 + data) as media:
-        assert sniff(media).offset == len(ID3)
+    with media_from_bytes(ID3 + data) as tagged, media_from_bytes(data) as bare:
+        assert sniff(tagged).offset == len(ID3) + sniff(bare).offset
 
 
 def test_mp3_with_zeros_behind_is_whole_but_damage_inside_is_not() -> None:
@@ -113,6 +113,13 @@ def test_both_decoders_scale_alike(subtype: str) -> None:
     assert np.abs(audio[:, :-1] - signal.T[:, :-1].astype(np.float32)).max() <= 2**-7
 
 
+@pytest.mark.parametrize(("layout", "channels"), [("5.1", 6), ("7.1", 8), ("hexadecagonal", 16)])
+def test_many_channels(layout: str, channels: int) -> None:
+    signal = (np.arange(9000)[None] * np.arange(1, channels + 1)[:, None] % 991 / 991).astype("f4")
+    audio = decode(with_pyav(signal.T, RATE, "wavpack", "wv", {}, layout=layout, sample="fltp"))
+    assert np.abs(audio - signal).max() < 1e-6
+
+
 def test_soundfile_refuses_and_pyav_retries() -> None:
     """BW64 is RF64 under another name, which libsndfile does not know."""
     data = b"BW64" + encoded("rf64")[4:]
@@ -139,7 +146,7 @@ def test_a_wav_from_a_pipe_has_no_length_to_miss(size: int) -> None:
         (ID3, "no audio after the file's ID3 tag"),
         (b"RIFF\x24\0\0\0WAVE", "cannot be decoded as wav"),
         (b"OggS" + bytes(40), "truncated|cannot be decoded"),
-        (sound(np.zeros((0, 2)), RATE), "no samples could be decoded"),
+        (sound(np.zeros((0, 2)), RATE), "cannot be decoded as wav: it holds no samples"),
         (sound(np.zeros((10, 65)), RATE), "65 channels"),
         (sound(np.zeros((10, 1)), 2_000_000), "2000000 Hz"),
         (sound(np.zeros((10, 1)), 50), "50 Hz"),

@@ -13,7 +13,7 @@ from latentmill.audio.headers import find_shortage
 from latentmill.audio.sniff import sniff
 from latentmill.errors import ItemError
 
-MUTATIONS = 24  # of each of 21 formats, twice
+MUTATIONS = 24  # of each of 20 formats, twice
 
 
 def survives(data: bytes, *, allow_truncated: bool) -> bool:
@@ -51,11 +51,22 @@ def test_mutations(kind: str) -> None:
 
 
 MAGICS = [
-    b"RIFF\0\0\0\0WAVEfmt ", b"RF64\xff\xff\xff\xffWAVEds64", b"FORM\0\0\0\0AIFFCOMM",
-    b"caff\0\1\0\0", b"fLaC\0\0\0\x22", b"OggS\0\2", b"ID3\4\0\0\0\0\0\0", b"\xff\xfb\x90\0", b"\xff\xf1\x50\x80",
-    b"\0\0\0\x18ftypM4A ", b"\x1a\x45\xdf\xa3", b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb", b".snd",
-    b"wvpk", b"TTA1", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", b"",
-]  # fmt: skip
+    b"RIFF\0\0\0\0WAVEfmt ",
+    b"RF64\xff\xff\xff\xffWAVEds64",
+    b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb",
+    b"FORM\0\0\0\0AIFFCOMM",
+    b"caff\0\1\0\0",
+    b".snd",
+    b"fLaC\0\0\0\x22",
+    b"OggS\0\2",
+    b"ID3\4\0\0\0\0\0\0",
+    b"\xff\xfb\x90\0",
+    b"\xff\xf1\x50\x80",
+    b"\0\0\0\x18ftypM4A ",
+    b"\x1a\x45\xdf\xa3",
+    b"wvpk",
+    b"",
+]
 
 
 @settings(max_examples=150, deadline=None)
@@ -75,4 +86,4 @@ def test_no_whole_file_is_called_short_and_a_cut_one_never_crashes(kind: str, da
         try:
             find_shortage(media, sniff(media))
         except ItemError as error:
-            assert "not a known audio format" in str(error)
+            assert "audio" in str(error)  # too little is left to know the format

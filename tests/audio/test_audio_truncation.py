@@ -110,3 +110,9 @@ def test_lost_tags_behind_the_audio_are_no_truncation() -> None:
     data += b"LIST" + (1000).to_bytes(4, "little") + b"INFO"
     data[4:8] = (len(data) + 988).to_bytes(4, "little")
     assert np.array_equal(decode(bytes(data)), decode(encoded("wav")))
+
+
+@pytest.mark.parametrize("kind", ["vorbis", "opus"])
+def test_a_chained_ogg_file_is_not_cut_to_its_first_stream(kind: str) -> None:
+    with pytest.raises(ItemError, match="^chained: a second Ogg stream starts at byte"):
+        decode(encoded(kind) + encoded(kind, 30_000))

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 
@@ -19,12 +18,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def use_cache(patch: pytest.MonkeyPatch, hf_home: Path) -> None:
-    """Let huggingface_hub, which read its variables at import, use another cache, offline."""
-    patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hf_home / "hub"))
-    patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +33,8 @@ def tiny_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tiny_cache(tiny_home: Path) -> Iterator[Path]:
     """`tiny_home`, in use."""
+    from support.linear_cae_weights import use_cache
+
     with pytest.MonkeyPatch.context() as patch:
         use_cache(patch, tiny_home)
         yield tiny_home
@@ -48,7 +43,7 @@ def tiny_cache(tiny_home: Path) -> Iterator[Path]:
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The snapshot of a cache that a test may spoil, in use."""
-    from support.linear_cae_weights import write_cache
+    from support.linear_cae_weights import use_cache, write_cache
 
     use_cache(monkeypatch, tmp_path)
     return write_cache(tmp_path)

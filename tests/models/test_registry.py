@@ -60,7 +60,7 @@ def test_an_unknown_name_gets_the_closest(name: str, close: str) -> None:
 
 
 def test_a_name_like_no_other_gets_no_guess() -> None:
-    with pytest.raises(ModelError, match="unknown model 'whisper'; known are"):
+    with pytest.raises(ModelError, match="Unknown model 'whisper'; known are"):
         resolve("whisper")
 
 

@@ -13,12 +13,16 @@ import argparse
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
 import torch
 import yaml
 from linear_cae.components.generator import UNet
 from linear_cae.inference import HF_REPO, id_to_hash
+
+if TYPE_CHECKING:
+    import pytest
 
 FRONTEND = {
     "hop_size": 512,
@@ -95,6 +99,12 @@ def write_cache(
     (repo / "refs").mkdir(exist_ok=True)
     (repo / "refs" / "main").write_text(revision)
     return snapshot
+
+
+def use_cache(patch: pytest.MonkeyPatch, hf_home: Path) -> None:
+    """Let huggingface_hub, which read its variables at import, use another cache, offline."""
+    patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hf_home / "hub"))
+    patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ def open_audio(media: MediaFile, *, allow_truncated: bool = False) -> AudioStrea
         elif sniffed.format.startswith("ogg") and not allow_truncated:
             damage = find_damage(media, sniffed.offset)
             if damage:
-                raise ItemError(f"damaged: {damage} {KEEP_HINT}")
+                raise ItemError(f"{damage} {KEEP_HINT}")
     except ItemError:
         decoder.close()
         raise

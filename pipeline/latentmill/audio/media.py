@@ -54,6 +54,8 @@ class MediaFile:
 
     def read_at(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes from `offset`, fewer at the end; leaves the position alone."""
+        if offset >= self.size:  # also what no file system can address
+            return b""
         try:
             return os.pread(self.fileno(), size, offset)
         except OSError as error:
@@ -67,6 +69,8 @@ class MediaFile:
         while piece := self.read_at(offset, _PIECE):
             digest.update(piece)
             offset += len(piece)
+        if offset != self.size:
+            raise ItemError(f"the file was cut to {offset} of {self.size} bytes while it was read")
         return f"xxh3:{digest.hexdigest()}"
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ class Sniffed:
 
     Attributes:
         format: `wav`, `rf64`, `w64`, `aiff`, `au`, `caf`, `flac`, `ogg-vorbis`, `ogg-opus`,
-            `ogg-flac`, `ogg`, `mp3`, `aac`, `mp4`, `matroska`, `wavpack`, `tta` or `asf`.
+            `ogg-flac`, `ogg`, `mp3`, `aac`, `mp4`, `matroska` or `wavpack`.
         offset: Bytes of ID3v2 tags in front of the audio.
         has_length: False where this format can carry its length in samples and this file does
             not: an MP3 without a Xing or Info header, a FLAC of unknown length.
@@ -71,8 +71,6 @@ def _by_magic(head: bytes) -> str | None:
         b"dns.": "au",
         b"\x1a\x45\xdf\xa3": "matroska",
         b"wvpk": "wavpack",
-        b"TTA1": "tta",
-        b"\x30\x26\xb2\x75\x8e\x66\xcf\x11": "asf",
     }
     return next((name for magic, name in magics.items() if head.startswith(magic)), None)
 

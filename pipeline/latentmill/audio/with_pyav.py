@@ -10,13 +10,10 @@ from collections.abc import Iterator
 from itertools import chain
 
 import av
-import numpy as np
-from numpy.typing import NDArray
 
 from latentmill.audio.media import MediaFile
 from latentmill.audio.sniff import Sniffed
-from latentmill.audio.stream import BLOCK, AudioInfo, DecodeError, Samples
-from latentmill.errors import ItemError
+from latentmill.audio.stream import AudioInfo, DecodeError, Samples
 
 _DEMUXERS = {
     "rf64": "wav",
@@ -28,7 +25,8 @@ _DEMUXERS = {
 }
 """FFmpeg's name of a format, where it is not ours."""
 
-_FULL_SCALE = {"uint8": 1 << 7, "int16": 1 << 15, "int32": 1 << 31}
+_PACKED = 1 << 16
+"""Samples per channel of a block."""
 
 _AV_ERRORS = (av.FFmpegError, ValueError, EOFError)
 
@@ -37,8 +35,7 @@ class PyAVDecoder:
     """A file open in FFmpeg, its first frame decoded.
 
     Raises:
-        DecodeError: FFmpeg cannot open it or cannot decode its first samples.
-        ItemError: It holds no audio.
+        DecodeError: FFmpeg cannot open it, or cannot decode its first samples.
     """
 
     def __init__(self, media: MediaFile, sniffed: Sniffed) -> None:
@@ -62,15 +59,17 @@ class PyAVDecoder:
         """Decode the first frame: rate and channels of HE-AAC are known only then."""
         stream = self._container.streams.best("audio")
         if not isinstance(stream, av.AudioStream):
-            raise ItemError("there is no audio stream in the file")
+            raise DecodeError("it holds no audio stream")
+        if stream.codec_context is None:
+            raise DecodeError("its codec is unknown")
         stream.codec_context.thread_count = 1  # the callers have threads
         self._stream = stream
         self._frames = self._decode()
         first = next(self._frames, None)
         if first is None:
-            raise ItemError("no samples could be decoded")
+            raise DecodeError("it holds no samples")
         self._frames = chain([first], self._frames)
-        self._layout = (first.sample_rate, first.layout.nb_channels)
+        self._layout = first.layout
         self.info = AudioInfo(
             sample_rate=first.sample_rate,
             channels=first.layout.nb_channels,
@@ -82,20 +81,16 @@ class PyAVDecoder:
 
     def blocks(self) -> Iterator[Samples]:
         """Yield blocks `[n, C]`; see `Decoder`."""
-        parts: list[Samples] = []
-        waiting = 0
+        # Packed floats at the same rate. Planar frames never become arrays: PyAV (18.1) looks
+        # for a null after the last plane, which is not there from eight channels on.
+        packer = av.AudioResampler("flt", self._layout, self.info.sample_rate, _PACKED)
         fault = None
         try:
             for frame in self._frames:
-                parts.append(self._samples(frame))
-                waiting += frame.samples
-                if waiting >= BLOCK:
-                    yield np.concatenate(parts)
-                    parts, waiting = [], 0
+                yield from self._packed(packer, frame)
         except DecodeError as error:
             fault = error
-        if parts:
-            yield np.concatenate(parts)
+        yield from self._packed(packer, None)
         if fault:
             raise fault
 
@@ -107,7 +102,8 @@ class PyAVDecoder:
         fault: DecodeError | None = None
         try:
             for packet in self._container.demux(self._stream):
-                if packet.is_corrupt:  # shorter than the container says
+                # Shorter than the container says; others read to the end of the file.
+                if packet.is_corrupt and self._format in ("mp4", "matroska", "wavpack"):
                     raise DecodeError("a packet is incomplete")
                 try:
                     frames = packet.decode()
@@ -123,19 +119,15 @@ class PyAVDecoder:
         if fault and self._format != "mp3":
             raise fault
 
-    def _samples(self, frame: av.AudioFrame) -> Samples:
-        """A frame as `[n, C]`, scaled as libsndfile scales."""
-        if (frame.sample_rate, frame.layout.nb_channels) != self._layout:
+    def _packed(self, packer: av.AudioResampler, frame: av.AudioFrame | None) -> list[Samples]:
+        """What is ready of the frames so far as blocks `[n, C]`, scaled as libsndfile scales."""
+        rate, channels = self.info.sample_rate, self.info.channels
+        if frame and (frame.sample_rate, frame.layout.nb_channels) != (rate, channels):
             raise DecodeError("the sample rate or the channels change within the file")
-        data: NDArray[np.generic] = frame.to_ndarray()  # [C, n], or packed [1, n * C]
-        data = data.T if frame.format.is_planar else data.reshape(-1, self.info.channels)
-        if data.dtype.kind == "f":
-            return data.astype(np.float32)
-        full_scale = _FULL_SCALE.get(data.dtype.name)
-        if full_scale is None:
-            raise DecodeError(f"samples of type {frame.format.name}")
-        samples = data.astype(np.float32) / np.float32(full_scale)
-        return samples - np.float32(1) if data.dtype == np.uint8 else samples
+        try:
+            return [out.to_ndarray().reshape(-1, channels) for out in packer.resample(frame)]
+        except _AV_ERRORS as error:
+            raise DecodeError(_text(error)) from error
 
     def _promised(self, rate: int) -> int | None:
         """Samples that the container promises; None where it says so only roughly, or not."""
@@ -146,7 +138,7 @@ class PyAVDecoder:
             # RFC 7845, section 4.5: the last granule position counts the pre-skip (section 5.1).
             extra = self._stream.codec_context.extradata or b""
             return duration - int.from_bytes(extra[10:12], "little")
-        if self._format not in ("mp4", "flac", "ogg-flac", "wavpack", "tta"):
+        if self._format not in ("mp4", "flac", "ogg-flac", "wavpack"):
             return None
         # HE-AAC may be counted at half its rate; milliseconds would be too coarse.
         if rate not in (time_base.denominator, 2 * time_base.denominator):

@@ -18,7 +18,7 @@ class SoundFileDecoder:
     """A file open in libsndfile.
 
     Raises:
-        DecodeError: libsndfile cannot open it.
+        DecodeError: libsndfile cannot open it, or finds nothing in it.
     """
 
     def __init__(self, media: MediaFile, sniffed: Sniffed) -> None:
@@ -26,6 +26,9 @@ class SoundFileDecoder:
             self._file = sf.SoundFile(media.rewind(), closefd=False)
         except sf.LibsndfileError as error:
             raise DecodeError(_text(error)) from error
+        if self._file.frames == 0:  # such as a WAV whose writer never came back to write its size
+            self._file.close()
+            raise DecodeError("it holds no samples")
         self.info = AudioInfo(
             sample_rate=self._file.samplerate,
             channels=self._file.channels,

@@ -67,5 +67,5 @@ def connect(address: str | None) -> Iterator[Cluster]:
 
 
 def _describe(*, embedded: bool) -> Cluster:
-    resources = ray.cluster_resources()
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return Cluster(embedded, int(resources.get("CPU", 1)), int(resources.get("GPU", 0)))

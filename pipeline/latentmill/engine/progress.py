@@ -115,7 +115,7 @@ class LineProgress(_Counting):
         self._say(self._text())
 
     def _say(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)  # noqa: T201
+        print(text, file=self._stream, flush=True)
 
 
 class BarProgress(_Counting):

@@ -76,11 +76,13 @@ class Scheduler:
         """
         waiting = deque(sorted(units, key=lambda unit: (-unit.seconds, unit.number)))
         attempts: dict[int, int] = {}
-        seats = [_Seat(start_actor(self.job, self.shape)) for _ in range(min(self.workers, len(units)))]
+        seats = [
+            _Seat(start_actor(self.job, self.shape)) for _ in range(min(self.workers, len(units)))
+        ]
         try:
             if on_origin is not None:
                 on_origin(_get(seats[0].actor.origin.remote()))
-            while (waiting or any(seat.units for seat in seats)):
+            while waiting or any(seat.units for seat in seats):
                 for seat in seats:
                     while waiting and len(seat.units) < UNITS_IN_FLIGHT:
                         unit = waiting.popleft()
@@ -96,9 +98,7 @@ class Scheduler:
                 f"(unit {name}: {reason}); the others are committed. Run again to try them again."
             )
 
-    def _wait(
-        self, seats: list[_Seat], waiting: deque[Unit], attempts: dict[int, int]
-    ) -> None:
+    def _wait(self, seats: list[_Seat], waiting: deque[Unit], attempts: dict[int, int]) -> None:
         owners = {reference: seat for seat in seats for reference in seat.units}
         ready, _ = ray.wait(list(owners), num_returns=1, timeout=POLL_SECONDS)
         for reference in ready:
@@ -172,5 +172,3 @@ def _get(reference: Any) -> Any:
 def _first_line(error: BaseException | None) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +106,7 @@ class Worker:
         timings = {**meter.snapshot(), "total_seconds": time.perf_counter() - began}
         return _result(unit, write_commit(self._storage, commit, timings))
 
-    def _in_turn(self, encoder: UnitEncoder, audio: AudioStream) -> Iterator[Outcome]:
+    def _in_turn(self, encoder: UnitEncoder, audio: AudioStream) -> Generator[Outcome]:
         with self._turn:
             yield from encoder.encode(audio)
 

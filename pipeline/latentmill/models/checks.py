@@ -18,19 +18,19 @@ def check_audio(spec: ModelSpec, audio: torch.Tensor) -> None:
     """
     if audio.dtype != torch.float32:
         raise ModelError(
-            f"model {spec.name}: audio must be float32 in -1..1, not {audio.dtype}; "
-            "convert it (16-bit samples are divided by 32768)"
+            f"Model {spec.name}: audio must be float32 in -1..1, not {audio.dtype}; "
+            "convert it (16-bit samples are divided by 32768)."
         )
     if audio.ndim != 3 or audio.shape[1] != spec.channels:
         raise ModelError(
-            f"model {spec.name}: audio must have the shape [batch, {spec.channels}, samples], "
-            f"not {list(audio.shape)}; mix it down or choose another model"
+            f"Model {spec.name}: audio must have the shape [batch, {spec.channels}, samples], "
+            f"not {list(audio.shape)}; mix it down or choose another model."
         )
     samples = audio.shape[2]
     if samples < spec.min_samples or samples % spec.sample_multiple:
         raise ModelError(
-            f"model {spec.name}: {samples} samples are not a multiple of {spec.sample_multiple} of "
-            f"at least {spec.min_samples}; pad them to {spec.padded(samples)}"
+            f"Model {spec.name}: {samples} samples are not a multiple of {spec.sample_multiple} of "
+            f"at least {spec.min_samples}; pad them to {spec.padded(samples)}."
         )
 
 
@@ -51,24 +51,24 @@ def check_latents(
     """
     if latents.dtype != torch.float32:
         raise ModelError(
-            f"model {spec.name}: latents must be float32, not {latents.dtype}; convert them"
+            f"Model {spec.name}: latents must be float32, not {latents.dtype}; convert them."
         )
     if latents.ndim != 3 or latents.shape[1] != spec.latent_channels or latents.shape[2] == 0:
         raise ModelError(
-            f"model {spec.name}: latents must have the shape [batch, {spec.latent_channels}, "
-            f"frames], not {list(latents.shape)}"
+            f"Model {spec.name}: latents must have the shape [batch, {spec.latent_channels}, "
+            f"frames], not {list(latents.shape)}."
         )
     most = spec.samples(latents.shape[2])
     if not 0 <= num_samples <= most:
         raise ModelError(
-            f"model {spec.name}: {latents.shape[2]} latent frames decode to at most {most} samples,"
-            f" not {num_samples}"
+            f"Model {spec.name}: {latents.shape[2]} latent frames decode to at most {most} samples,"
+            f" not {num_samples}."
         )
     chosen = [0] * latents.shape[0] if positions is None else list(positions)
     if len(chosen) != latents.shape[0]:
         raise ModelError(
-            f"model {spec.name}: {latents.shape[0]} latents need as many positions, "
-            f"not {len(chosen)}"
+            f"Model {spec.name}: {latents.shape[0]} latents need as many positions, "
+            f"not {len(chosen)}."
         )
     return chosen
 
@@ -83,13 +83,13 @@ def check_device(name: str, device: str) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ModelError(
-            f"model {name}: {device!r} is no device; choose cpu, cuda or cuda:N"
+            f"Model {name}: {device!r} is no device; choose cpu, cuda or cuda:N."
         ) from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ModelError(
-            f"model {name}: device {device} was asked for, but PyTorch sees "
-            f"{torch.cuda.device_count()} GPUs here; use --device cpu or a CUDA build of PyTorch"
+            f"Model {name}: device {device} was asked for, but PyTorch sees "
+            f"{torch.cuda.device_count()} GPUs here; use --device cpu or a CUDA build of PyTorch."
         )
     if chosen.type not in ("cpu", "cuda"):
-        raise ModelError(f"model {name}: device {device} is not supported; choose cpu or cuda")
+        raise ModelError(f"Model {name}: device {device} is not supported; choose cpu or cuda.")
     return chosen

@@ -33,6 +33,7 @@ from latentmill.models.linear_cae_files import (
     check_weights_only,
     import_linear_cae,
     locate,
+    one_line,
 )
 
 CHUNK_FRAMES = 108  # 10.07 s
@@ -67,17 +68,17 @@ class LinearCaeHandle:
         differing = [role for role, digest in files.sha256.items() if digest != self.sha256[role]]
         if differing:
             raise ModelError(
-                f"model {name}: the {', '.join(differing)} file on this machine (revision "
+                f"Model {name}: the {', '.join(differing)} file on this machine (revision "
                 f"{files.revision}) is not the one that this run started with; download the same "
-                "revision on every machine, or start the run again"
+                "revision on every machine, or start the run again."
             )
         try:
             model = package.Autoencoder.from_pretrained(name, scale_factor=self.spec.scale_factor)
         except LOAD_ERRORS as error:
             raise ModelError(
-                f"model {name}: {files.paths['weights']} does not load "
-                f"({type(error).__name__}: {str(error).splitlines()[0]}); delete it and download "
-                "it again"
+                f"Model {name}: {files.paths['weights']} does not load "
+                f"({one_line(error)}); delete it and download "
+                "it again."
             ) from error
         model = model.eval().requires_grad_(False).to(chosen)
         return LinearCae(self.spec, model, chosen, self.diffusion_steps)
@@ -199,10 +200,10 @@ def build(
     """
     if diffusion_steps < 1:
         raise ModelError(
-            f"model {name}: option diffusion_steps must be at least 1, not {diffusion_steps}"
+            f"Model {name}: option diffusion_steps must be at least 1, not {diffusion_steps}."
         )
     if scale_factor is not None and not 0 < scale_factor < float("inf"):
-        raise ModelError(f"model {name}: option scale_factor must be positive, not {scale_factor}")
+        raise ModelError(f"Model {name}: option scale_factor must be positive, not {scale_factor}.")
     package = import_linear_cae(name)
     files = locate(name, package)
     scale = float(package.scale_factors[name] if scale_factor is None else scale_factor)

@@ -78,11 +78,11 @@ def import_linear_cae(name: str) -> LinearCaePackage:
         inference = importlib.import_module("linear_cae.inference")
     except (PackageNotFoundError, ImportError) as error:
         raise ModelError(
-            f"model {name} needs the package linear-cae ({error}): {install}"
+            f"Model {name} needs the package linear-cae ({error}): {install}."
         ) from error
     if installed in WITHDRAWN:
         raise ModelError(
-            f"model {name}: linear-cae {installed} was withdrawn for wrong latent scales: {install}"
+            f"Model {name}: linear-cae {installed} was withdrawn for wrong latent scales: {install}."
         )
     return LinearCaePackage(
         version=installed,
@@ -105,7 +105,7 @@ def check_weights_only(name: str) -> None:
     """
     if os.environ.get(UNSAFE_LOAD_VARIABLE, "").lower() in ("1", "y", "yes", "true"):
         raise ModelError(
-            f"model {name}: {UNSAFE_LOAD_VARIABLE} lets a weights file run code; unset it"
+            f"Model {name}: {UNSAFE_LOAD_VARIABLE} lets a weights file run code; unset it."
         )
 
 
@@ -149,9 +149,9 @@ def _download(name: str, repo: str, filename: str) -> Path:
         offline = " (HF_HUB_OFFLINE is set)" if huggingface_hub.constants.HF_HUB_OFFLINE else ""
         command = _download_command(repo, filename.partition("/")[0])
         raise ModelError(
-            f"model {name}: cannot get {filename} of {repo}{offline}: {_first_line(error)}; run "
+            f"Model {name}: cannot get {filename} of {repo}{offline}: {one_line(error)}; run "
             f"`{command}` where there is a network, or copy a filled cache here and set HF_HOME "
-            "and HF_HUB_OFFLINE=1"
+            "and HF_HUB_OFFLINE=1."
         ) from error
 
 
@@ -159,8 +159,10 @@ def _download_command(repo: str, folder: str) -> str:
     return f"hf download {repo} --include '{folder}/*'"
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line of at most 300 characters, without a full stop."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:300].rstrip(". ")
 
 
 def _sha256(path: Path) -> str:
@@ -175,8 +177,8 @@ def _arguments(name: str, path: Path, cls: Callable[..., Any]) -> dict[str, Any]
         bound = inspect.signature(cls).bind(**given)
     except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
         raise ModelError(
-            f"model {name}: {path} does not fit the installed linear-cae "
-            f"({_first_line(error)}); delete it and download it again"
+            f"Model {name}: {path} does not fit the installed linear-cae "
+            f"({one_line(error)}); delete it and download it again."
         ) from error
     bound.apply_defaults()
     return bound.arguments

@@ -119,11 +119,11 @@ def build(
         ModelError: A value is out of range.
     """
     if hop < 2 or hop % 2:
-        raise ModelError(f"model mdct: option hop must be even and at least 2, not {hop}")
+        raise ModelError(f"Model mdct: option hop must be even and at least 2, not {hop}.")
     if sample_rate < 1 or channels < 1:
-        raise ModelError("model mdct: options sample_rate and channels must be at least 1")
+        raise ModelError("Model mdct: options sample_rate and channels must be at least 1.")
     if not (math.isfinite(scale_factor) and scale_factor > 0):
-        raise ModelError(f"model mdct: option scale_factor must be positive, not {scale_factor}")
+        raise ModelError(f"Model mdct: option scale_factor must be positive, not {scale_factor}.")
     spec = ModelSpec(
         name="mdct",
         sample_rate=sample_rate,

@@ -90,8 +90,8 @@ def resolve(name: str, options: Mapping[str, Any] | None = None) -> ModelHandle:
     handle = factory(**checked)
     if not isinstance(getattr(handle, "spec", None), ModelSpec) or not hasattr(handle, "load"):
         raise ModelError(
-            f"model {name}: its factory gave a {type(handle).__name__}, which has no `spec` of "
-            "type ModelSpec and no `load(device)`; see latentmill.models.base.ModelHandle"
+            f"Model {name}: its factory gave a {type(handle).__name__}, which has no `spec` of "
+            "type ModelSpec and no `load(device)`; see latentmill.models.base.ModelHandle."
         )
     return handle
 
@@ -114,8 +114,8 @@ def _find(name: str) -> Factory:
     close = difflib.get_close_matches(name.lower(), known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise ModelError(
-        f"unknown model {name!r}; {hint}known are {', '.join(known)} and "
-        "python:package.module:factory"
+        f"Unknown model {name!r}; {hint}known are {', '.join(known)} and "
+        "python:package.module:factory."
     )
 
 
@@ -123,15 +123,15 @@ def _import(name: str, target: str) -> Factory:
     """Import `package.module:attribute`."""
     module, separator, attribute = target.partition(":")
     if not (module and separator and attribute):
-        raise ModelError(f"model {name}: write it as python:package.module:factory")
+        raise ModelError(f"Model {name}: write it as python:package.module:factory.")
     try:
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
-        raise ModelError(f"model {name}: cannot import {target}: {error}") from error
+        raise ModelError(f"Model {name}: cannot import {target}: {error}.") from error
     if not callable(found):
-        raise ModelError(f"model {name}: {target} is no function, but a {type(found).__name__}")
+        raise ModelError(f"Model {name}: {target} is no function, but a {type(found).__name__}.")
     factory: Factory = found
     return factory
 
@@ -150,16 +150,18 @@ def _check_options(name: str, factory: Factory, options: Mapping[str, Any]) -> N
                 continue
             close = difflib.get_close_matches(option, named, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
-            raise ModelError(f"model {name}: unknown option {option!r}; {hint}options are {listed}")
+            raise ModelError(
+                f"Model {name}: unknown option {option!r}; {hint}options are {listed}."
+            )
         if not _fits(value, named[option].annotation):
             raise ModelError(
-                f"model {name}: option {option} must be {_type_name(named[option].annotation)}, "
-                f"not {value!r}; options are {listed}"
+                f"Model {name}: option {option} must be {_type_name(named[option].annotation)}, "
+                f"not {value!r}; options are {listed}."
             )
     missing = [n for n, p in named.items() if p.default is p.empty and n not in options]
     if missing:
         raise ModelError(
-            f"model {name}: option {', '.join(missing)} is required; options are {listed}"
+            f"Model {name}: option {', '.join(missing)} is required; options are {listed}."
         )
 
 

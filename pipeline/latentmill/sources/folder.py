@@ -6,6 +6,7 @@ import os
 import posixpath
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -15,6 +16,9 @@ from latentmill.errors import SourceError
 from latentmill.sources.base import Item, Listing
 
 SIDECARS = (".json", ".txt")
+
+# What the file systems call that which changes when a file does.
+VERSION_FIELDS = ("ETag", "etag", "mtime", "LastModified")
 
 
 class FolderSource:
@@ -54,9 +58,7 @@ class FolderSource:
                 f"{', '.join(sorted(self._extensions))} in {len(files)} files."
             )
         names = _names(audio)
-        items = [
-            self._item(path, names[path], files[path], sidecars) for path in audio
-        ]
+        items = [self._item(path, names[path], files[path], sidecars) for path in audio]
         return Listing(tuple(sorted(items, key=lambda item: item.key)), dict(ignored))
 
     def _find(self) -> Mapping[str, Mapping[str, Any]]:
@@ -81,11 +83,13 @@ class FolderSource:
         path: str,
         name: str,
         info: Mapping[str, Any],
-        sidecars: Mapping[str, list[str]],
+        sidecars: Mapping[str, Sequence[str]],
     ) -> Item:
         stem = posixpath.splitext(path)[0]
         beside = [*sidecars.get(stem, []), *sidecars.get(path, [])]
-        version = next((info[n] for n in ("ETag", "etag", "mtime", "LastModified") if n in info), "")
+        version = next(
+            (info[n] for n in ("ETag", "etag", "mtime", "LastModified") if n in info), ""
+        )
         return Item(
             key=posixpath.relpath(name, self._root),
             uri=self._address(path),
@@ -118,7 +122,7 @@ def _walk(root: str) -> dict[str, dict[str, Any]]:
         for name in files:
             path = f"{folder.rstrip('/')}/{name}"
             try:
-                status = os.stat(path)
+                status = Path(path).stat()
                 found[path] = {"size": status.st_size, "mtime": status.st_mtime_ns}
             except FileNotFoundError:  # a dangling link: an item that will fail by name
                 found[path] = {"size": 0}

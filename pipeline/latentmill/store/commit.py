@@ -43,7 +43,7 @@ class _Ledger:
         record = outcome.record
         if record is not None and record.latent.nbytes > limit:
             size = record.latent.nbytes / 2**30
-            reason = f"the latent of {size:.1f} GiB is too large for Parquet: use --format webdataset"
+            reason = f"its latent of {size:.1f} GiB is too large for Parquet: use format webdataset"
             outcome, record = Outcome(outcome.key, "failed", reason), None
         if record is None:
             self.entries.append(

@@ -20,12 +20,15 @@ SHARDS = "shards"
 SHARD_EXTENSION = {"parquet": ".parquet", "webdataset": ".tar"}
 
 _TEXT = pa.string()
+_ELEMENT = pa.field("element", pa.int32(), nullable=False)
 
 RECORD_SCHEMA = pa.schema(
     [
         pa.field("key", _TEXT, nullable=False),
         pa.field("latent", pa.large_binary(), nullable=False),
-        pa.field("shape", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False),
+        pa.field(
+            "shape", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False
+        ),
         pa.field("dtype", _TEXT, nullable=False),
         pa.field("frames", pa.int32(), nullable=False),
         pa.field("channels", pa.int32(), nullable=False),

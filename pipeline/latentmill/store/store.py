@@ -163,7 +163,9 @@ class LatentStore:
         if self._model is None:
             handle = registry.resolve(self.plan.model, self.plan.model_options)
             stored = self.plan.fingerprint["model"]
-            changed = [name for name, value in handle.spec.identity.items() if stored[name] != value]
+            changed = [
+                name for name, value in handle.spec.identity.items() if stored[name] != value
+            ]
             if changed:
                 raise ModelError(
                     f"{self.plan.model} is not the model that encoded {self.url} (other "

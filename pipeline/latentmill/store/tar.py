@@ -50,9 +50,7 @@ class TarShardWriter:
         with tarfile.open(self._path, "r:") as tar:
             members = tar.getmembers()
         return [
-            Location(
-                npy.offset_data + header, npy.size - header, fields.offset_data, fields.size
-            )
+            Location(npy.offset_data + header, npy.size - header, fields.offset_data, fields.size)
             for fields, npy, header in zip(members[::2], members[1::2], self._headers, strict=True)
         ]
 
@@ -71,10 +69,10 @@ def member_key(key: str) -> str:
 def npy_header(latent: Latent) -> bytes:
     """The .npy header for a latent's time-major bytes (chunks `[N, C, T]` are C-ordered)."""
     buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
+    np.lib.format.write_array_header_1_0(  # type: ignore[no-untyped-call]
         buffer,
         {
-            "descr": np.lib.format.dtype_to_descr(latent.dtype),
+            "descr": latent.dtype.str,
             "fortran_order": latent.ndim == 2,
             "shape": latent.shape,
         },

@@ -68,7 +68,9 @@ def verify(store: LatentStore, *, decode: int = 0) -> Report:
             f"{missing[0]}): run the same encode command again"
         )
     keys = Counter(item.key for item in plan.items)
-    report.faults += [f"{key} is in the plan {count} times" for key, count in keys.items() if count > 1]
+    report.faults += [
+        f"{key} is in the plan {count} times" for key, count in keys.items() if count > 1
+    ]
     for unit in plan.units:
         if commit := commits.get(unit.name):
             if commit.fingerprint != wanted:
@@ -114,7 +116,7 @@ def _strays(storage: Storage, commits: dict[str, Commit]) -> Iterator[str]:
 
 
 def _record_faults(store: LatentStore) -> Iterator[str]:
-    for key in store.keys():
+    for key in store.keys():  # noqa: SIM118  iterating the store gives records
         try:
             record = store[key]
         except StorageError as error:

@@ -1,0 +1,85 @@
+"""The demo: encode a corpus, mix two or more of its latents, decode the mix, compare."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from latentmill import show
+from latentmill.config import load_config
+from latentmill.demo.corpus import write_corpus
+from latentmill.ops import mix
+from latentmill.record import Record
+from latentmill.run import run
+from latentmill.store.store import LatentStore, open_store
+from latentmill.store.verify import read_source
+
+MAX_MIX_SECONDS = 30.0
+
+
+def run_demo(folder: Path, source: str | None, say: Callable[[str], None]) -> None:
+    """Encode the demo's corpus, or the user's folder, and mix in latent space.
+
+    Args:
+        folder: Where everything is written.
+        source: The user's own folder of audio; default is a corpus that is synthesised here.
+        say: Takes each line of what is printed.
+
+    Raises:
+        LatentmillError: The run failed.
+    """
+    store_folder = folder / "latents"
+    if source is None:
+        corpus = write_corpus(folder / "corpus")
+        say(
+            f"corpus: {corpus.audio_files} files, {corpus.seconds:.0f} s of audio in "
+            f"{corpus.folder} ({len(corpus.broken)} of them broken on purpose)"
+        )
+        source, keys = str(corpus.folder), list(corpus.songs[0].stem_keys)
+    else:
+        source, keys = str(Path(source).expanduser()), []
+        digest = hashlib.sha256(str(Path(source).resolve()).encode()).hexdigest()[:8]
+        store_folder = folder / f"latents-{digest}"
+    summary = run(load_config(None, {"source": source, "out": str(store_folder)}), show.progress())
+    say(show.summary(summary))
+    store = open_store(str(store_folder))
+    keys = keys or [key for key, _ in zip(store.keys(), range(2), strict=False)]
+    if len(keys) < 2:
+        say("no two records to mix: try a folder with more audio")
+        return
+    say(_mix(store, keys, folder / "mix.wav"))
+    say(f"next: latentmill info {store_folder}; latentmill verify {store_folder} --decode 3")
+
+
+def _mix(store: LatentStore, keys: Sequence[str], path: Path) -> str:
+    """Mix records, as far as all of them have frames, and write the decoded mix."""
+    records = [store[key] for key in keys]
+    spec = store.model().spec
+    longest = spec.frames(round(MAX_MIX_SECONDS * spec.sample_rate))
+    frames = min(longest, *(record.frames for record in records))
+    samples = min(spec.samples(frames), *(record.num_samples for record in records))
+    latent = mix([record.latent[:, :frames] for record in records], origin=store.origin)
+    decoded = store.decode_latent(latent, samples)  # [C, T]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, decoded.T, spec.sample_rate, subtype="FLOAT")
+    waveform = _waveform_mix(records, spec.channels, samples)
+    noise = np.square(waveform - decoded, dtype=np.float64).sum()
+    signal = np.square(waveform, dtype=np.float64).sum()
+    snr = 10 * np.log10(signal / noise) if noise > 0 and signal > 0 else float("inf")
+    return (
+        f"mix of {' + '.join(keys)} in latent space, decoded to {path}: {snr:.1f} dB SNR against "
+        f"the mix of the waveforms ({samples / spec.sample_rate:.1f} s)"
+    )
+
+
+def _waveform_mix(
+    records: Sequence[Record], channels: int, samples: int
+) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    return sum(
+        (read_source(record, channels)[:, :samples] for record in records),
+        start=np.zeros((channels, samples), np.float32),
+    )
