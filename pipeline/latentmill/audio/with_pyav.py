@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from itertools import chain
 
 import av
+import numpy as np
 
 from latentmill.audio.media import MediaFile
 from latentmill.audio.sniff import Sniffed
@@ -125,9 +126,10 @@ class PyAVDecoder:
         if frame and (frame.sample_rate, frame.layout.nb_channels) != (rate, channels):
             raise DecodeError("the sample rate or the channels change within the file")
         try:
-            return [out.to_ndarray().reshape(-1, channels) for out in packer.resample(frame)]
+            arrays = [out.to_ndarray() for out in packer.resample(frame)]  # [1, n * C]
         except _AV_ERRORS as error:
             raise DecodeError(_text(error)) from error
+        return [array.reshape(-1, channels).astype(np.float32, copy=False) for array in arrays]
 
     def _promised(self, rate: int) -> int | None:
         """Samples that the container promises; None where it says so only roughly, or not."""

@@ -21,6 +21,7 @@ from typing import Literal, Protocol
 import torch
 
 Stitch = Literal["trim", "crossfade", "none"]
+Value = str | int | float | bool | None
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,10 @@ class ModelSpec:
         batch_size: Default chunks per forward pass, by device type (`cpu`, `cuda`).
         scale_factor: What latents are multiplied by after encoding, divided by before decoding.
         stochastic_decoder: Whether decoding draws noise (then it takes a seed).
-        identity: What else changes the latents: package and version, repo, revision, sha256 of
-            the weights, options. Goes into the fingerprint as it is.
+        identity: What else changes the latents: package and version, sha256 of the weights,
+            options. Goes into the fingerprint as it is.
+        provenance: Where the weights came from and what only decoding depends on; recorded
+            beside the fingerprint, so that a new revision with the same weights still resumes.
     """
 
     name: str
@@ -63,7 +66,8 @@ class ModelSpec:
     batch_size: Mapping[str, int]
     scale_factor: float
     stochastic_decoder: bool
-    identity: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+    identity: Mapping[str, Value] = field(default_factory=dict)
+    provenance: Mapping[str, Value] = field(default_factory=dict)
 
     def frames(self, num_samples: int) -> int:
         """Latent frames that `encode` gives for `num_samples` samples."""

@@ -246,10 +246,12 @@ def _spec(
         identity={
             "package": "linear-cae",
             "package_version": version,
-            "repo": files.repo,
-            "revision": files.revision,
             **{f"sha256_{role}": digest for role, digest in files.sha256.items()},
             "scale_factor": scale,
+        },
+        provenance={
+            "repo": files.repo,
+            "revision": files.revision,
             "diffusion_steps": diffusion_steps,
         },
     )

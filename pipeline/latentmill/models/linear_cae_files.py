@@ -78,11 +78,12 @@ def import_linear_cae(name: str) -> LinearCaePackage:
         inference = importlib.import_module("linear_cae.inference")
     except (PackageNotFoundError, ImportError) as error:
         raise ModelError(
-            f"Model {name} needs the package linear-cae ({error}): {install}."
+            f"Model {name} needs the package linear-cae ({error}): run `{install}`."
         ) from error
     if installed in WITHDRAWN:
         raise ModelError(
-            f"Model {name}: linear-cae {installed} was withdrawn for wrong latent scales: {install}."
+            f"Model {name}: linear-cae {installed} was withdrawn for its wrong latent scales: "
+            f"run `{install}`."
         )
     return LinearCaePackage(
         version=installed,
@@ -124,8 +125,8 @@ def locate(name: str, package: LinearCaePackage) -> ModelFiles:
     revisions = {path.parents[1].name for path in paths.values()}  # .../snapshots/REVISION/folder/
     if len(revisions) > 1:
         raise ModelError(
-            f"model {name}: its files are of different revisions ({', '.join(sorted(revisions))});"
-            f" run `{_download_command(package.repo, folder)}`"
+            f"Model {name}: its files are of different revisions ({', '.join(sorted(revisions))});"
+            f" run `{_download_command(package.repo, folder)}`."
         )
     return ModelFiles(
         repo=package.repo,

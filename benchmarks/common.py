@@ -1,0 +1,68 @@
+"""What the benchmarks share: the machine in words, results as JSON, weights to measure with."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+SHARED_AUDIO = ROOT.parent / "shared" / "audio"
+
+
+def machine() -> str:
+    """The machine in words."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].split(":", 1)[1].strip() if names else model
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpu = ""
+    import torch
+
+    if torch.cuda.is_available():
+        gpu = f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return (
+        f"{os.cpu_count()} cores of {model}, {memory:.0f} GiB of memory{gpu}, "
+        f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"ray {version('ray')}; virtual machine on shared hardware"
+    )
+
+
+def write_result(name: str, result: dict[str, Any]) -> Path:
+    """Write a result beside the script and print it."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+    print(f"written to {path.relative_to(ROOT)}")
+    return path
+
+
+def median(values: list[float]) -> float:
+    return round(statistics.median(values), 4)
+
+
+@contextmanager
+def random_linear_cae(size: str) -> Iterator[Path]:
+    """A Hugging Face home with random weights of the real lin-cae classes; set in os.environ.
+
+    Enter it before anything imports huggingface_hub.
+    """
+    assert "huggingface_hub" not in sys.modules, "huggingface_hub reads HF_HOME when it is imported"
+    with tempfile.TemporaryDirectory() as folder:
+        script = ROOT / "tests" / "support" / "linear_cae_weights.py"
+        subprocess.run([sys.executable, script, "--size", size, folder], check=True)
+        os.environ |= {"HF_HOME": folder, "HF_HUB_OFFLINE": "1"}
+        yield Path(folder)

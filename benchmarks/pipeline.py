@@ -1,0 +1,211 @@
+"""The pipeline's throughput over the model's own, and over the loop of the linear-cae README.
+
+    python benchmarks/pipeline.py [--seconds 60] [--rounds 3] [--source FOLDER]
+
+In one process tree, in turns: `pipeline` encodes a folder through Ray, decoding, stitching and
+committed shards; `model` runs the same batches with the audio already in memory, in a process and
+with threads like the actor's; `loop` does what the README of linear-cae shows, file by file.
+Starting Ray and loading the model are not counted for any of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import SHARED_AUDIO, machine, median, random_linear_cae, write_result
+
+README_CHUNK = 44100 * 10
+README_OVERLAP = 0.25
+README_BATCH = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--source", type=Path, default=SHARED_AUDIO / "ogg")
+    parser.add_argument("--seconds", type=float, default=90, help="audio a round for lin-cae")
+    parser.add_argument("--copies", type=int, default=6, help="times the folder is read for mdct")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--size", choices=("full", "tiny"), default="full")
+    arguments = parser.parse_args()
+    if not arguments.source.is_dir():
+        parser.error(f"{arguments.source} is missing: name a folder of audio with --source")
+    result: dict[str, Any] = {"script": "benchmarks/pipeline.py", "rounds": arguments.rounds}
+    with random_linear_cae(arguments.size), tempfile.TemporaryDirectory() as folder:
+        import ray
+
+        ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        few = pick(arguments.source, Path(folder) / "few", arguments.seconds, 1)
+        many = pick(arguments.source, Path(folder) / "many", float("inf"), arguments.copies)
+        print(machine(), flush=True)
+        for model, corpus in (("mdct", many), ("lin-cae", few)):
+            result[model] = measure(model, corpus, Path(folder), arguments.rounds)
+            print(model, result[model], flush=True)
+    result["weights"] = f"lin-cae with random weights, {arguments.size} architecture"
+    write_result("pipeline", result)
+
+
+def pick(source: Path, target: Path, seconds: float, copies: int) -> Path:
+    """Copy files of a folder until they hold so many seconds."""
+    import soundfile
+
+    target.mkdir()
+    total = 0.0
+    for copy in range(copies):
+        for path in sorted(source.glob("*.ogg")) or sorted(source.rglob("*.*")):
+            length = soundfile.info(path).duration
+            if total + length <= seconds:
+                total += length
+                shutil.copy(path, target / f"{copy}-{path.name}")
+    return target
+
+
+def measure(model: str, corpus: Path, folder: Path, rounds: int) -> dict[str, Any]:
+    """Rounds of pipeline, model and loop in turn; medians and ratios of the pairs."""
+    import ray
+
+    bench = Bench(model, corpus)
+    alone = ray.remote(num_cpus=0)(ModelAlone).remote(bench.job, bench.units)
+    seconds = ray.get(alone.prepare.remote())
+    loop = model == "lin-cae"
+    times: dict[str, list[float]] = {"pipeline": [], "model": [], "loop": []}
+    for turn in range(rounds):
+        times["model"].append(ray.get(alone.run.remote()))
+        times["pipeline"].append(bench.run(folder / f"{model}-{turn}"))
+        if loop:
+            times["loop"].append(readme_loop(corpus, folder / "loop", bench.job.threads))
+        print(model, {name: round(v[-1], 2) for name, v in times.items() if v}, flush=True)
+    ray.kill(alone)
+    pairs = zip(times["model"], times["pipeline"], strict=True)
+    result: dict[str, Any] = {
+        "audio_seconds": round(seconds, 1),
+        "pipeline_x_real_time": median([seconds / t for t in times["pipeline"]]),
+        "model_x_real_time": median([seconds / t for t in times["model"]]),
+        "pipeline_over_model": median([m / p for m, p in pairs]),
+        "seconds": {name: [round(t, 3) for t in v] for name, v in times.items() if v},
+    }
+    if loop:
+        pairs = zip(times["loop"], times["pipeline"], strict=True)
+        result["readme_loop_x_real_time"] = median([seconds / t for t in times["loop"]])
+        result["pipeline_over_readme_loop"] = median([other / p for other, p in pairs])
+    return result
+
+
+class Bench:
+    """A run of the pipeline whose clock starts when the workers have loaded the model."""
+
+    def __init__(self, model: str, corpus: Path) -> None:
+        from latentmill.chunks import Chunking
+        from latentmill.encode import EncodeSettings
+        from latentmill.engine.worker import Job
+        from latentmill.models import registry
+        from latentmill.plan import cut_units
+        from latentmill.sources.folder import FolderSource
+
+        handle = registry.resolve(model)
+        self.units = cut_units(FolderSource(str(corpus), ("ogg", "flac", "wav")).list().items)
+        self.job = Job(
+            model=handle,
+            chunking=Chunking.for_model(handle.spec),
+            settings=EncodeSettings(batch_size=handle.spec.batch_size["cpu"]),
+            store="",
+            format="parquet",
+            fingerprint="benchmark",
+            info={},
+            device="cpu",
+            threads=2,
+        )
+
+    def run(self, out: Path) -> float:
+        from dataclasses import replace
+
+        from latentmill.engine.actor import ActorShape
+        from latentmill.engine.progress import QuietProgress
+        from latentmill.engine.scheduler import Scheduler
+
+        marks = []
+
+        class Marks(QuietProgress):
+            def unit_done(self, result: object) -> None:
+                marks.append(time.perf_counter())
+
+        job = replace(self.job, store=str(out))
+        scheduler = Scheduler(job, ActorShape(cpus=0, gpus=0), 1, Marks())
+        scheduler.run(self.units, lambda origin: marks.append(time.perf_counter()))
+        assert len(marks) == len(self.units) + 1
+        shutil.rmtree(out)
+        return marks[-1] - marks[0]
+
+
+class ModelAlone:
+    """The model on the pipeline's own batches, with the audio in memory; a Ray actor."""
+
+    def __init__(self, job: Any, units: Any) -> None:
+        self._job, self._units = job, units
+
+    def prepare(self) -> float:
+        """Decode and pack everything; gives the seconds of audio."""
+        import torch
+
+        from latentmill.chunks import Chunk, Packer
+        from latentmill.encode import AudioStream, Meter
+
+        torch.set_num_threads(self._job.threads)
+        self._model = self._job.model.load("cpu")
+        spec, chunking, settings = self._model.spec, self._job.chunking, self._job.settings
+        self._batches, seconds = [], 0.0
+        for unit in self._units:
+            packer = Packer(chunking, settings.batch_size)
+            stream = AudioStream(unit.items, spec, chunking, settings, Meter())
+            with contextlib.closing(stream):
+                for index, _, event in stream:
+                    if isinstance(event, Chunk):
+                        self._batches += packer.add(index, event)
+                    elif hasattr(event, "num_samples"):
+                        seconds += event.num_samples / spec.sample_rate
+            self._batches += packer.flush()
+        self._batches = [torch.from_numpy(batch.audio()) for batch in self._batches]
+        self._model.encode(self._batches[0])
+        return seconds
+
+    def run(self) -> float:
+        began = time.perf_counter()
+        for batch in self._batches:
+            self._model.encode(batch)
+        return time.perf_counter() - began
+
+
+def readme_loop(corpus: Path, out: Path, threads: int) -> float:
+    """File by file, as the package's README: load, to mono, encode in chunks, save."""
+    import numpy as np
+    import soundfile
+    import soxr
+    import torch
+    from linear_cae import Autoencoder
+
+    torch.set_num_threads(threads)
+    model = Autoencoder.from_pretrained(
+        "lin-cae",
+        max_chunk_size=README_CHUNK,
+        overlap_percentage=README_OVERLAP,
+        max_batch_size=README_BATCH,
+    )
+    out.mkdir(exist_ok=True)
+    began = time.perf_counter()
+    # The README shows no inference mode; without it this loop needs tens of GiB.
+    with torch.inference_mode():
+        for path in sorted(corpus.iterdir()):
+            audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
+            mono = soxr.resample(audio.mean(axis=1), rate, 44100)
+            latent = model.encode(torch.from_numpy(mono)[None])
+            np.save(out / f"{path.stem}.npy", latent.numpy())
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()
