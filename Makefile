@@ -17,7 +17,7 @@ PIP = $(BIN)/python -m pip $$([ -t 1 ] || echo --quiet) --disable-pip-version-ch
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo install dev test lint format bench constraints clean
+.PHONY: help demo install dev test lint format schemas bench constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +46,9 @@ lint: $(VENV)/.installed-dev ## ruff check, ruff format --check, mypy --strict
 format: $(VENV)/.installed-dev ## format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+schemas: $(VENV)/.installed-base ## write schemas/ anew from the code
+	$(BIN)/python -m latentmill.store.schemas schemas
 
 bench: $(VENV)/.installed-dev ## run the benchmarks
 	@set -e; for script in $(BENCHMARKS); do \

@@ -8,6 +8,7 @@ zeros in every frame. An item shorter than one chunk is encoded at its own lengt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -65,9 +66,10 @@ class Chunking:
             frames = spec.frames(round(seconds * spec.sample_rate))
         samples = spec.samples(frames)
         if samples < spec.min_samples or spec.padded(samples) != samples:
+            least = 2 * (spec.min_samples + spec.hop) / spec.sample_rate
             raise ConfigError(
-                f"A chunk of {seconds} s is too short for {spec.name}: ask for at least "
-                f"{2 * (spec.min_samples + spec.hop) / spec.sample_rate:.2f} s."
+                f"A chunk of {samples / spec.sample_rate:g} s is too short for {spec.name}: ask "
+                f"for at least {math.ceil(1000 * least) / 1000} s."
             )
         if overlap is not None and not 0 <= overlap <= 0.5:
             raise ConfigError(f"An overlap of {overlap} is no share of a chunk from 0 to 0.5.")
@@ -77,22 +79,24 @@ class Chunking:
         shared = min(spec.overlap_frames, frames // 2)
         if overlap is not None:
             shared = round(overlap * frames)
-        if stitch == "trim":
-            _check_trim(spec, frames, shared)
+        _check_overlap(spec, stitch, frames, shared)
         return cls(stitch, samples, (frames - shared) * spec.hop, shared)
 
 
-def _check_trim(spec: ModelSpec, frames: int, overlap: int) -> None:
-    if spec.context is None:
+def _check_overlap(spec: ModelSpec, stitch: Stitch, frames: int, overlap: int) -> None:
+    needed = max(0, math.ceil(-spec.overhang / spec.hop))  # with fewer, samples between are lost
+    if stitch == "trim":
+        if spec.context is None:
+            raise ConfigError(
+                f"{spec.name} cannot be stitched by trimming, since each frame depends on its "
+                "whole chunk: use stitch crossfade."
+            )
+        needed = max(needed, 2 * spec.context)
+    if overlap < needed:
         raise ConfigError(
-            f"{spec.name} cannot be stitched by trimming, since each frame depends on its whole "
-            "chunk: use stitch crossfade."
-        )
-    if overlap < 2 * spec.context:
-        raise ConfigError(
-            f"{spec.name} needs neighbouring chunks to share {2 * spec.context} latent frames for "
-            f"stitch trim, but {overlap} of {frames} were asked for: raise the overlap or the "
-            "chunk length."
+            f"{spec.name} needs neighbouring chunks to share {needed} latent frames for stitch "
+            f"{stitch}, but {overlap} of {frames} were asked for: raise the overlap or the chunk "
+            "length."
         )
 
 
@@ -188,7 +192,8 @@ class Stitcher:
         begin = frame + before - self._count  # where the blend starts in `_open`
         old = self._open[begin : begin + width]
         weight = (np.arange(1, width + 1, dtype=np.float32) / (width + 1))[:, None]
-        blend = old + weight * (new[before : before + width] - old)
+        with np.errstate(invalid="ignore", over="ignore"):  # gated when the frames settle
+            blend = old + weight * (new[before : before + width] - old)
         self._settle(self._open[:begin])
         self._open = np.concatenate([blend, new[before + width :]])
 
@@ -209,7 +214,9 @@ class Stitcher:
     def _settle(self, frames: npt.NDArray[np.float32]) -> None:
         end = self._count + len(frames)
         if self._settled is None or end > len(self._settled):
-            room = np.empty((max(self._hint, end + end // 4), frames.shape[1]), self._dtype)
+            # The hint comes from a header, which may lie: follow it in steps.
+            capacity = min(self._hint, 8 * end) if end <= self._hint else end + end // 4
+            room = np.empty((capacity, frames.shape[1]), self._dtype)
             if self._settled is not None:
                 room[: self._count] = self._settled[: self._count]
             self._settled = room
@@ -235,25 +242,29 @@ class Packer:
     """Packs chunks of many items into full batches of one length.
 
     What it packs depends on the order of the chunks alone, never on time, so that a unit's
-    batches are the same on every worker.
+    batches are the same on every worker. A chunk waits for others of its length while at most
+    four full batches' samples go by: finished items queue up behind the one that it belongs to.
     """
 
     def __init__(self, chunking: Chunking, batch_size: int) -> None:
         self._budget = chunking.samples * batch_size
         self._max_batch = max(batch_size, 16)
-        self._bins: dict[int, list[tuple[int, Chunk]]] = {}
-        self._pending = 0  # samples in the bins
+        self._bins: dict[int, list[tuple[int, Chunk]]] = {}  # by length
+        self._begun: dict[int, int] = {}  # samples seen when each bin was begun
+        self._seen = 0
 
     def add(self, owner: int, chunk: Chunk) -> Iterator[Batch]:
         """Take a chunk; give the batches that are due."""
         length = chunk.audio.shape[1]
         waiting = self._bins.setdefault(length, [])
+        self._begun.setdefault(length, self._seen)
         waiting.append((owner, chunk))
-        self._pending += length
+        self._seen += length
         if len(waiting) >= min(self._max_batch, max(1, self._budget // length)):
             yield self._take(length)
-        while self._pending > 4 * self._budget:
-            yield self._take(next(iter(self._bins)))
+        horizon = self._seen - 4 * self._budget
+        for overdue in [other for other, begun in self._begun.items() if begun < horizon]:
+            yield self._take(overdue)
 
     def flush(self) -> Iterator[Batch]:
         """Give what is left."""
@@ -262,5 +273,5 @@ class Packer:
 
     def _take(self, length: int) -> Batch:
         taken = self._bins.pop(length)
-        self._pending -= length * len(taken)
+        del self._begun[length]
         return Batch(tuple(o for o, _ in taken), tuple(c for _, c in taken))

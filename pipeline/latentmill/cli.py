@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import signal
 import sys
 from collections.abc import Callable
@@ -15,7 +17,13 @@ import typer
 from latentmill import show
 from latentmill.config import load_config
 from latentmill.decode import Audio
-from latentmill.errors import INTERRUPTED_EXIT_CODE, ConfigError, LatentmillError, VerifyError
+from latentmill.errors import (
+    INTERRUPTED_EXIT_CODE,
+    ConfigError,
+    LatentmillError,
+    StorageError,
+    VerifyError,
+)
 from latentmill.models import registry
 from latentmill.ops import mix as mix_latents
 from latentmill.run import run
@@ -41,6 +49,8 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED_EXIT_CODE:  # as typer passes on a KeyboardInterrupt
+            raise KeyboardInterrupt
     except LatentmillError as error:
         print(f"latentmill: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(error.exit_code)
@@ -97,7 +107,8 @@ def encode(
     for name in ("config", "model_option", "as_json"):
         del options[name]
     settings = load_config(config, options)
-    summary = run(settings, show.progress())
+    with contextlib.redirect_stdout(sys.stderr):  # where Ray may complain of a lost worker
+        summary = run(settings, show.progress())
     _print(as_json, summary, show.summary)
     return summary.exit_code
 
@@ -158,6 +169,8 @@ def mix(
     as_json: AsJson = False,
 ) -> None:
     """Mix records in latent space and decode the mix to a WAV file."""
+    if file.suffix.lower() != ".wav":
+        raise ConfigError(f"Output {file}: name a .wav file.")
     store = open_store(out, device=device)
     wanted = [_part(store, part) for part in parts]
     records = [store[key] for key, _ in wanted]
@@ -203,21 +216,27 @@ def _options(pairs: list[str] | None) -> dict[str, Any] | None:
         name, equals, value = pair.partition("=")
         if not equals:
             raise ConfigError(f"Model option {pair!r} must be NAME=VALUE.")
-        options[name] = yaml.safe_load(value)
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"Model option {pair!r}: its value is no valid YAML.") from error
     return options or None
 
 
 def _part(store: LatentStore, part: str) -> tuple[str, float]:
     """`KEY` or `KEY:GAIN`; a key may hold colons itself."""
-    if part in store:
+    key, _, gain = part.rpartition(":")
+    if part in store or key not in store:
+        _check_key(store, part)
         return part, 1.0
-    key, colon, gain = part.rpartition(":")
     try:
         factor = float(gain)
     except ValueError:
-        _check_key(store, part)
-        raise
-    _check_key(store, key if colon else part)
+        factor = math.nan
+    if not math.isfinite(factor):
+        raise ConfigError(
+            f"Gain {gain!r} of {key} is no number: write KEY:GAIN, such as {key}:0.5."
+        )
     return key, factor
 
 
@@ -234,7 +253,15 @@ def _safe(key: str) -> str:
 
 
 def _write(path: Path, audio: Audio, store: LatentStore) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
     rate = store.plan.fingerprint["model"]["sample_rate"]
-    soundfile.write(path, audio.T, rate, subtype="FLOAT")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, audio.T, rate, subtype="FLOAT")
+    except (OSError, soundfile.LibsndfileError) as error:
+        cause = getattr(error, "strerror", None) or str(error)
+        raise StorageError(f"Cannot write {path}: {cause}.") from error
     return str(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ configuration less `OPERATIONAL`, the settings that only change how fast or wher
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from latentmill.chunks import Chunking
 from latentmill.errors import ConfigError
@@ -37,7 +39,7 @@ OPERATIONAL = frozenset(
 class RunConfig(BaseModel):
     """A run: what `latentmill encode` takes as options and `--config FILE` as YAML."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     source: str = Field(description="Folder or fsspec URL of the audio.")
     out: str = Field(description="Folder or fsspec URL of the store.")
@@ -86,17 +88,36 @@ def load_config(file: str | Path | None, options: Mapping[str, Any]) -> RunConfi
         except OSError as error:
             raise ConfigError(f"Config {file} cannot be read: {error.strerror}.") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"Config {file} is no valid YAML: {error}.") from error
+            cause = " ".join(str(error).split())
+            raise ConfigError(f"Config {file} is no valid YAML: {cause}.") from error
         if not isinstance(loaded, dict):
             raise ConfigError(f"Config {file} must hold `setting: value` lines.")
         values.update(loaded)
     values.update({name: value for name, value in options.items() if value is not None})
     try:
-        return RunConfig(**values)
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "config"
-        raise ConfigError(f"Setting {name}: {first['msg'].lower()}.") from error
+        raise ConfigError(_explain(error.errors()[0])) from error
+    shortest, longest = config.min_seconds, config.max_seconds
+    if shortest is not None and longest is not None and shortest > longest:
+        raise ConfigError(
+            f"Setting min_seconds: {shortest} is above max_seconds, {longest}, so that every item "
+            "would be skipped."
+        )
+    return config
+
+
+def _explain(error: ErrorDetails) -> str:
+    name = ".".join(str(part) for part in error["loc"][:2])  # a third part names a union's member
+    if error["type"] in ("extra_forbidden", "invalid_key"):
+        close = difflib.get_close_matches(name, RunConfig.model_fields, n=1)
+        return f"Setting {name} is unknown{f': did you mean {close[0]}?' if close else '.'}"
+    if error["type"] == "missing":
+        return f"Setting {name} is missing: give it as an option or in the config file."
+    if len(error["loc"]) > 2:
+        return f"Setting {name}: {error['input']!r} is no text, number, true, false or null."
+    message = error["msg"][:1].lower() + error["msg"][1:]
+    return f"Setting {name}: {message}, not {error['input']!r}."
 
 
 def fingerprint_document(

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from latentmill.chunks import Chunking
+from latentmill.errors import ConfigError
 from latentmill.models.base import Autoencoder, ModelSpec
 from latentmill.record import Latent
 
@@ -49,12 +50,26 @@ def decode_latent(
         chunking: How the item was encoded.
         seed: Noise of a stochastic decoder; equal seeds share it frame by frame.
         batch_size: Windows per forward pass.
+
+    Raises:
+        ConfigError: The latent does not hold so many samples.
     """
     spec = model.spec
+    most = spec.samples(latent.shape[-1])
+    if latent.ndim == 3:
+        most += (len(latent) - 1) * chunking.step
+    if not 0 <= num_samples <= most:
+        raise ConfigError(
+            f"A latent of shape {latent.shape} decodes to at most {most} samples of {spec.name}, "
+            f"not {num_samples}."
+        )
     windows = _chunk_windows if latent.ndim == 3 else _stitched_windows
+    needed = itertools.takewhile(
+        lambda window: window.start < num_samples, windows(latent, num_samples, spec, chunking)
+    )
     audio: Audio = np.zeros((spec.channels, num_samples), np.float32)
     end = 0  # samples written so far
-    for batch in _batches(windows(latent, num_samples, spec, chunking), batch_size):
+    for batch in _batches(needed, batch_size):
         latents = np.stack([window.latent for window in batch]).astype(np.float32)
         decoded = model.decode(  # [B, C, T]
             torch.from_numpy(latents),

@@ -16,9 +16,11 @@ def pick_device(wanted: str) -> str:
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise ConfigError(f"Device {wanted!r} is none of auto, cpu, cuda, cuda:N.") from error
+        device: torch.device | None = torch.device(wanted)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"Device {wanted!r} is none of auto, cpu, cuda, cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"Device {wanted} was asked for, but torch {torch.__version__} sees "

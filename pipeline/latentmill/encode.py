@@ -260,10 +260,12 @@ class AudioStream:
             for event in _events(item, self._spec, self._chunking, self._settings):
                 opened = True
                 waited += self._put(events, event)
+                if self._stop.is_set():
+                    return
         except ItemError as error:
-            last: Outcome | None = Outcome(item.key, "failed", str(error))
+            last: Outcome | None = _failed(item, str(error))
         except Exception as error:  # noqa: BLE001  one odd file must not end the unit
-            last = Outcome(item.key, "failed", f"{type(error).__name__} while reading: {error}")
+            last = _failed(item, f"{type(error).__name__} while reading: {error}")
         else:
             last = None
         if last is not None:
@@ -314,6 +316,10 @@ def _events(
             peak=stats.peak,
             metadata=metadata,
         )
+
+
+def _failed(item: Item, reason: str) -> Outcome:
+    return Outcome(item.key, "failed", " ".join(reason.split()))  # one line
 
 
 def _length_filter(item: Item, seconds: float, settings: EncodeSettings) -> Outcome | None:

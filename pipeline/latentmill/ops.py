@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from latentmill.chunks import Chunking, Stitcher
 from latentmill.errors import ConfigError
-from latentmill.record import Latent
+from latentmill.record import DTYPES, Latent
 
 Float = npt.NDArray[np.float32]
 
@@ -27,15 +28,23 @@ class Origin:
     """The latent of silence, E(0), for items of any length.
 
     Attributes:
-        frames: E(0) of one chunk, float32 `[channels, chunk frames]`. Longer items repeat its
-            middle frame: away from the borders silence is the same in every frame.
+        frames: E(0) of one chunk, float32 `[channels, chunk frames]`.
+        chunking: How the store's items were chunked: a longer silence is then stitched from this
+            chunk as its items are. Without it the middle frame is repeated, which is the same
+            where silence is constant away from a chunk's borders (`stitch: trim`).
+
+    A shorter item gets the chunk's borders: exact where a frame does not depend on the chunk's
+    length, an approximation for an encoder that normalises over the chunk.
     """
 
     frames: Float
+    chunking: Chunking | None = None
 
     def of_length(self, frames: int) -> Float:
         """The origin of an item of `frames` latent frames, `[channels, frames]`."""
         have = self.frames.shape[1]
+        if self.chunking is not None and self.chunking.stitch != "none" and frames > have:
+            return self._stitched(self.chunking, frames)
         left = min(frames, have) // 2
         right = min(frames, have) - left
         middle = np.repeat(self.frames[:, have // 2, None], max(0, frames - have), axis=1)
@@ -43,8 +52,24 @@ class Origin:
             [self.frames[:, :left], middle, self.frames[:, have - right :]], axis=1
         )
 
+    def _stitched(self, chunking: Chunking, frames: int) -> Float:
+        have = self.frames.shape[1]
+        stitcher = Stitcher(chunking, DTYPES["float32"], frames)
+        for start in [*range(0, frames - have, have - chunking.overlap), frames - have]:
+            stitcher.add(start, self.frames)
+        return stitcher.finish().astype(np.float32, copy=False)
+
     def like(self, latent: Latent) -> Float:
-        """The origin of an item with this latent: `[C, T]`, or `[N, C, T]` for chunks."""
+        """The origin of an item with this latent: `[C, T]`, or `[N, C, T]` for chunks.
+
+        Raises:
+            ConfigError: The latent has other channels.
+        """
+        if latent.shape[-2] != len(self.frames):
+            raise ConfigError(
+                f"The origin has {len(self.frames)} channels and the latents {latent.shape[-2]}: "
+                "take the origin of the store that they come from."
+            )
         return np.broadcast_to(self.of_length(latent.shape[-1]), latent.shape)
 
 
@@ -65,10 +90,12 @@ def mix(
         `[C, T]`, float32.
 
     Raises:
-        ConfigError: No latents, different shapes, or another number of gains.
+        ConfigError: No latents, different shapes, another number of gains, or a foreign origin.
     """
     gains = [1.0] * len(latents) if gains is None else list(gains)
-    if not latents or len(gains) != len(latents):
+    if not latents:
+        raise ConfigError("mix needs at least one latent.")
+    if len(gains) != len(latents):
         raise ConfigError(f"mix needs one gain per latent: {len(latents)} and {len(gains)} given.")
     shapes = {latent.shape for latent in latents}
     if len(shapes) > 1:

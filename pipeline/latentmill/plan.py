@@ -6,7 +6,7 @@ import io
 import json
 import posixpath
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -73,6 +73,8 @@ class Plan:
         model_options: Options of the model, as they were asked for.
         format: Format of the shards.
         ignored: Files of the source that are no items, counted by extension.
+        provenance: Where the model's weights came from; see `ModelSpec`.
+        unit_seconds: How the units were cut, as it was asked for.
     """
 
     source: str
@@ -82,6 +84,8 @@ class Plan:
     model_options: dict[str, Any]
     format: Literal["parquet", "webdataset"]
     ignored: dict[str, int]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    unit_seconds: float | None = None
 
     @property
     def items(self) -> Iterator[Item]:
@@ -128,15 +132,22 @@ def freeze(plan: Plan, storage: Storage) -> None:
     Raises:
         StorageError: The store cannot be written.
     """
-    rows = [{"unit": unit.number, **asdict(item)} for unit in plan.units for item in unit.items]
+    columns: dict[str, list[Any]] = {
+        "unit": [unit.number for unit in plan.units for _ in unit.items],
+        **{
+            field.name: [getattr(item, field.name) for item in plan.items] for field in fields(Item)
+        },
+    }
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=_ITEMS_SCHEMA), buffer, compression="zstd")
+    pq.write_table(pa.Table.from_pydict(columns, _ITEMS_SCHEMA), buffer, compression="zstd")
     items = buffer.getvalue()
     document = {
         "format_version": FORMAT_VERSION,
         "source": plan.source,
         "model": plan.model,
         "model_options": plan.model_options,
+        "provenance": plan.provenance,
+        "unit_seconds": plan.unit_seconds,
         "format": plan.format,
         "items": plan.num_items,
         "units": len(plan.units),
@@ -152,19 +163,29 @@ def load(storage: Storage) -> Plan | None:
     """Read the store's plan; None if it has none.
 
     Raises:
-        StoreError: The plan is of a newer format, or its parts do not belong together.
+        StoreError: The plan is of a newer format, damaged, or its parts do not belong together.
     """
     text = storage.read_if_exists(PLAN_PATH)
     if text is None:
         return None
-    document = json.loads(text)
+    try:
+        document = json.loads(text)
+        return _read_plan(document, storage)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise StoreError(
+            f"Store {storage.root}: {PLAN_PATH} is damaged; restore it from a copy or encode into "
+            "a new store."
+        ) from error
+
+
+def _read_plan(document: dict[str, Any], storage: Storage) -> Plan:
     if document.get("format_version") != FORMAT_VERSION:
         raise StoreError(
             f"Store {storage.root} has plan format {document.get('format_version')}, this "
             f"latentmill reads {FORMAT_VERSION}: use the version that wrote it."
         )
-    items = storage.read(ITEMS_PATH)
-    if _hash(items) != document["items_hash"]:
+    items = storage.read_if_exists(ITEMS_PATH)
+    if items is None or _hash(items) != document["items_hash"]:
         raise StoreError(
             f"Store {storage.root}: {ITEMS_PATH} is not the one that {PLAN_PATH} names; restore "
             "both from one backup or encode into a new store."
@@ -178,6 +199,8 @@ def load(storage: Storage) -> Plan | None:
         model_options=document["model_options"],
         format=document["format"],
         ignored=document["ignored"],
+        provenance=document["provenance"],
+        unit_seconds=document["unit_seconds"],
     )
 
 

@@ -6,20 +6,24 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from latentmill.chunks import Chunking
 from latentmill.config import RunConfig, differences, fingerprint, fingerprint_document, load_config
 from latentmill.device import pick_device
+from latentmill.engine.lock import only_run
 from latentmill.engine.progress import Progress, QuietProgress
-from latentmill.errors import ITEMS_FAILED_EXIT_CODE, ConfigError, StoreError
+from latentmill.errors import ITEMS_FAILED_EXIT_CODE, ConfigError, SourceError, StoreError
 from latentmill.models import registry
-from latentmill.plan import Plan, Unit, cut_units, freeze, load
+from latentmill.models.base import ModelHandle
+from latentmill.plan import ITEMS_PATH, PLAN_PATH, Plan, Unit, cut_units, freeze, load
 from latentmill.sources.folder import FolderSource
 from latentmill.storage import Storage
 from latentmill.store.commit import read_commits
-from latentmill.store.schema import DATASET_PATH, SHARDS, Commit, DatasetInfo
+from latentmill.store.schema import COMMITS, DATASET_PATH, SHARDS, Commit, DatasetInfo
 from latentmill.store.seal import seal
+from latentmill.store.store import open_store
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,12 @@ class RunSummary:
         store: Where the store is.
         info: What dataset.json says.
         failures: (key, reason) of every failed item of the store.
+        skipped: (key, filter) of every item that a filter left out.
         units: Units of the plan.
         resumed_units: Units that were committed before this run.
         seconds: Wall time of this run.
         encoded_seconds: Audio that this run encoded.
-        bound: What the workers spent their time on, in words.
+        stages: Seconds that this run's workers spent, by stage, summed over workers.
     """
 
     store: str
@@ -82,37 +87,60 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunSummary:
     if config.address is None and "RAY_ADDRESS" not in os.environ:
         pick_device(config.device)  # before anything is written
     storage = Storage(config.out)
-    plan = _planned(config, storage, fingerprint_document(config, handle.spec, chunking))
-    commits = _trusted(storage, read_commits(storage), fingerprint(plan.fingerprint))
-    todo = [unit for unit in plan.units if unit.name not in commits]
-    resumed = len(commits)
-    storage.clear_scratch()
-    if todo:
-        storage.delete(DATASET_PATH)  # not complete while units are missing
-        progress.begin(plan, commits)
-        from latentmill.engine.launch import encode_units  # imports ray, which readers do without
-
-        try:
-            encode_units(config, handle, chunking, plan, todo, progress)
-        finally:
-            progress.end()
-            storage.clear_scratch()
-        commits = read_commits(storage)
-    if todo or not storage.exists(DATASET_PATH):
-        info = seal(storage, plan, commits)
-    else:
-        info = DatasetInfo.model_validate_json(storage.read(DATASET_PATH))
+    plan = _planned(config, storage, handle, chunking)
+    with only_run(storage):
+        commits = _trusted(storage, read_commits(storage), fingerprint(plan.fingerprint))
+        todo = [unit for unit in plan.units if unit.name not in commits]
+        resumed = len(commits)
+        storage.clear_scratch()
+        if todo:
+            _encode_todo(config, handle, chunking, plan, commits, todo, progress)
+            commits = read_commits(storage)
+        if todo or not storage.exists(DATASET_PATH):
+            info = seal(storage, plan, commits)
+            storage.clear_scratch()  # an empty folder
+        else:
+            info = open_store(storage.root).info
     return _summary(storage, plan, info, commits, todo, resumed, time.perf_counter() - began)
 
 
-def _planned(config: RunConfig, storage: Storage, document: dict[str, dict[str, Any]]) -> Plan:
+def _encode_todo(
+    config: RunConfig,
+    handle: ModelHandle,
+    chunking: Chunking,
+    plan: Plan,
+    commits: dict[str, Commit],
+    todo: list[Unit],
+    progress: Progress,
+) -> None:
+    """Encode the units that have no commit yet."""
+    from latentmill.engine.launch import encode_units  # imports ray, which readers do without
+
+    storage = Storage(config.out)
+    if not Storage(plan.source).exists(""):
+        raise SourceError(
+            f"Source {plan.source} is gone, and {len(todo)} units of {storage.root} still need it: "
+            "mount or restore it."
+        )
+    storage.delete(DATASET_PATH)  # not complete while units are missing
+    progress.begin(plan, commits)
+    try:
+        encode_units(config, handle, chunking, plan, todo, progress)
+    finally:
+        progress.end()
+        storage.clear_scratch()
+
+
+def _planned(config: RunConfig, storage: Storage, handle: ModelHandle, chunking: Chunking) -> Plan:
     """The store's plan; if it has none, a new one, frozen before anything is encoded."""
+    document = fingerprint_document(config, handle.spec, chunking)
     source = FolderSource(config.source, config.extensions)
     if storage.root == source.uri or storage.root.startswith(source.uri.rstrip("/") + "/"):
         raise ConfigError(
             f"The output {storage.root} lies inside the source {source.uri}: choose a folder "
             "outside of it."
         )
+    _refuse_file(storage)
     plan = load(storage)
     if plan is None:
         listing = source.list()
@@ -124,6 +152,8 @@ def _planned(config: RunConfig, storage: Storage, document: dict[str, dict[str, 
             model_options=dict(config.model_options),
             format=config.format,
             ignored=listing.ignored,
+            provenance=dict(handle.spec.provenance),
+            unit_seconds=config.unit_seconds,
         )
         _refuse_foreign(storage)
         freeze(plan, storage)
@@ -133,6 +163,8 @@ def _planned(config: RunConfig, storage: Storage, document: dict[str, dict[str, 
         lines.append(f"source is {plan.source!r} in the store, {source.uri!r} now")
     if plan.format != config.format:
         lines.append(f"format is {plan.format!r} in the store, {config.format!r} now")
+    if config.unit_seconds not in (None, plan.unit_seconds):
+        lines.append(f"unit_seconds is {plan.unit_seconds} in the store, {config.unit_seconds} now")
     if lines:
         raise StoreError(
             f"Store {storage.root} belongs to another run: {'; '.join(lines)}. "
@@ -141,12 +173,30 @@ def _planned(config: RunConfig, storage: Storage, document: dict[str, dict[str, 
     return plan
 
 
+def _refuse_file(storage: Storage) -> None:
+    if storage.local and Path(storage.root).exists() and not Path(storage.root).is_dir():
+        raise ConfigError(f"The output {storage.root} is a file: name a folder.")
+
+
 def _refuse_foreign(storage: Storage) -> None:
-    """A folder with shards but no plan is none of ours to write into."""
-    if storage.list(SHARDS):
+    """A folder without a plan must hold nothing that a run would overwrite or clear away."""
+    for folder in (SHARDS, COMMITS):
+        if storage.list(folder):
+            raise StoreError(
+                f"{storage.root} holds {folder} but no plan: choose another output folder, or "
+                "restore its plan/ folder."
+            )
+    # A run that was killed while it froze its plan leaves one such file.
+    leftovers = tuple(f".{path.replace('/', '.')}" for path in (ITEMS_PATH, PLAN_PATH))
+    scratch = storage.scratch_folder
+    if (
+        storage.local
+        and scratch.is_dir()
+        and not all(entry.name.endswith(leftovers) for entry in scratch.iterdir())
+    ):
         raise StoreError(
-            f"{storage.root} holds shards but no plan: choose another output folder, or restore "
-            "its plan/ folder."
+            f"{scratch} would be cleared by a run, but holds files that are not "
+            "latentmill's: choose another output folder."
         )
 
 

@@ -7,10 +7,13 @@ local disk a temporary file that is flushed and renamed, on object storage one p
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -22,21 +25,68 @@ from latentmill.errors import StorageError, StoreError
 
 SCRATCH = "tmp"
 
+# The extra of latentmill that brings a protocol's package.
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"} | dict.fromkeys(
+    ("az", "abfs", "abfss", "adl"), "azure"
+)
+
+# What storage clients raise that is no OSError, by module.
+CLIENT_ERRORS = (
+    ("aiohttp", "ClientError"),
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("gcsfs.retry", "HttpError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("azure.core.exceptions", "AzureError"),
+)
+
+
+def storage_errors() -> tuple[type[Exception], ...]:
+    """What reading and writing may raise, with the storage clients that are in use."""
+    clients = [getattr(sys.modules.get(module), name, None) for module, name in CLIENT_ERRORS]
+    return (OSError, *(client for client in clients if client is not None))
+
+
+def cause_of(error: Exception) -> str:
+    """Why reading or writing failed, in a few words."""
+    if isinstance(error, FileNotFoundError) and not error.strerror and "/" in str(error):
+        return "no such file"  # fsspec gives the path alone
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return " ".join(text.split()).rstrip(".") or type(error).__name__
+
+
+def why_not_opened(url: str, error: Exception) -> str:
+    """Why fsspec refuses a URL, and what to install where a package is missing."""
+    extra = EXTRAS.get(url.partition("://")[0])
+    if isinstance(error, ImportError) and extra is not None:
+        return f"a package is missing; pip install 'latentmill[{extra}]'"
+    return cause_of(error)
+
 
 class Storage:
-    """A folder on a local disk or in a bucket (any fsspec URL). Picklable, not thread-bound."""
+    """A folder on a local disk or in a bucket (any fsspec URL). Picklable, survives a fork."""
 
     def __init__(self, url: str) -> None:
         try:
-            self._fs, path = fsspec.core.url_to_fs(url)
+            self._opened, path = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:
-            raise StoreError(f"Store {url} cannot be opened: {error}.") from error
+            cause = why_not_opened(url, error)
+            raise StoreError(f"Store {url} cannot be opened: {cause}.") from error
+        self._pid = os.getpid()
         self._path = path.rstrip("/")
-        self.local = isinstance(self._fs, LocalFileSystem)
-        self.root = self._path if self.local else str(self._fs.unstrip_protocol(self._path))
+        self.local = isinstance(self._opened, LocalFileSystem)
+        self.root = self._path if self.local else str(self._opened.unstrip_protocol(self._path))
 
     def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
         return Storage, (self.root,)
+
+    @property
+    def _fs(self) -> fsspec.AbstractFileSystem:
+        """The file system, opened anew after a fork: the parent's connections are not ours."""
+        if self._pid != os.getpid():
+            self._opened, _ = fsspec.core.url_to_fs(self.root)
+            self._pid = os.getpid()
+        return self._opened
 
     def full(self, path: str) -> str:
         """The path as the file system knows it."""
@@ -45,6 +95,7 @@ class Storage:
     def exists(self, path: str) -> bool:
         """Whether there is such a file."""
         with self._errors("look for", path):
+            self._fs.invalidate_cache()
             return bool(self._fs.exists(self.full(path)))
 
     def list(self, folder: str) -> dict[str, int]:
@@ -72,7 +123,12 @@ class Storage:
                 return None
 
     def read_range(self, path: str, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset` on: one positioned read or one ranged request."""
+        """`length` bytes from `offset` on: one positioned read or one ranged request.
+
+        A local file that ends before gives fewer, object storage then may refuse the range.
+        """
+        if length == 0:  # there is no such range in HTTP: s3fs would read the whole file
+            return b""
         with self._errors("read", path):
             if self.local:
                 with Path(self.full(path)).open("rb", buffering=0) as file:
@@ -119,12 +175,13 @@ class Storage:
         folder = self.scratch_folder
         with self._errors("write", path):
             folder.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=folder, suffix="." + path.replace("/", "."))
-            os.close(handle)
+            # Not mkstemp, which would hide the finished file from everyone but its writer.
+            temporary = folder / f"{uuid.uuid4().hex}.{path.replace('/', '.')}"
+            temporary.touch(exist_ok=False)
         try:
-            yield Path(name)
+            yield temporary
         finally:
-            Path(name).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
     @property
     def scratch_folder(self) -> Path:
@@ -145,6 +202,9 @@ class Storage:
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # the name itself must survive a power cut
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # SMB, FUSE: not for folders
+                raise
         finally:
             os.close(folder)
 
@@ -152,6 +212,5 @@ class Storage:
     def _errors(self, verb: str, path: str) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            cause = error.strerror or str(error) or type(error).__name__
-            raise StorageError(f"Cannot {verb} {self.root}/{path}: {cause}.") from error
+        except storage_errors() as error:
+            raise StorageError(f"Cannot {verb} {self.root}/{path}: {cause_of(error)}.") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ class EncodeActor:
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        self._stopped = threading.Event()
         self._worker: Worker | None = None
         self._loading = threading.Lock()
 
@@ -37,11 +38,15 @@ class EncodeActor:
         """See `Worker.meter`; empty while the model is being loaded."""
         return self._worker.meter() if self._worker else {}
 
+    def stop(self) -> None:
+        """Let the units in flight end soon, without a trace."""
+        self._stopped.set()
+
     def _loaded(self) -> Worker:
         # Not in the constructor: Ray passes on an error of ours from a method only.
         with self._loading:
             if self._worker is None:
-                self._worker = Worker(self._job)
+                self._worker = Worker(self._job, self._stopped)
         return self._worker
 
 
@@ -55,12 +60,9 @@ class ActorShape:
 
 def start_actor(job: Job, shape: ActorShape) -> Any:
     """Start an actor; gives its handle at once, while the model is still being loaded."""
-    if shape.gpus:
-        # Ray shows each actor its own GPU, as device 0.
-        job = replace(job, device="cuda")
     return EncodeActor.options(  # type: ignore[attr-defined]
         num_cpus=shape.cpus,
         num_gpus=shape.gpus,
-        # The units, and the progress that the driver asks for meanwhile.
+        # The units, and what the driver asks or says meanwhile.
         max_concurrency=UNITS_IN_FLIGHT + 1,
     ).remote(job)

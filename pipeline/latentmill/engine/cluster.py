@@ -5,24 +5,34 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import ray
+from ray.exceptions import RayError
 
 from latentmill.errors import ConfigError
 
 # Units carry no payloads, so the object store may be as small as Ray allows.
 OBJECT_STORE_BYTES = 100 * 2**20
+CONNECT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The Ray that this run uses."""
+    """The Ray that this run uses: how many CPUs and GPUs each of its nodes has."""
 
     embedded: bool
-    cpus: int
-    gpus: int
+    node_cpus: tuple[int, ...]
+    node_gpus: tuple[int, ...]
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of all nodes."""
+        return sum(self.node_gpus)
 
 
 @contextlib.contextmanager
@@ -36,36 +46,72 @@ def connect(address: str | None) -> Iterator[Cluster]:
     Raises:
         ConfigError: The named cluster cannot be reached.
     """
-    address = address or os.environ.get("RAY_ADDRESS")
     if ray.is_initialized():
         yield _describe(embedded=False)
         return
-    embedded = address is None
+    address = address or os.environ.get("RAY_ADDRESS")
+    with _own_sigterm() as take_back:
+        try:
+            _init(address)
+        except (OSError, RuntimeError, ValueError, RayError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(
+                f"Ray at {address or 'this machine'} cannot be used ({reason}): check the address "
+                "and that the cluster runs."
+            ) from error
+        except SystemExit as error:  # Ray's answer to a SIGTERM while it starts
+            raise KeyboardInterrupt from error
+        try:
+            take_back()
+            yield _describe(embedded=address is None)
+        finally:
+            ray.shutdown()
+
+
+def _init(address: str | None) -> None:
+    if address is not None:
+        _knock(address)
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+
+
+def _knock(address: str) -> None:
+    """Find out at once that nobody is at HOST:PORT; Ray tries for two minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "://" not in address:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[Callable[[], None]]:
+    """Give the program its SIGTERM handler back, which ray.init replaces by its own."""
+    before = signal.getsignal(signal.SIGTERM)
+    ours = threading.current_thread() is threading.main_thread() and before is not None
+
+    def take_back() -> None:
+        if ours and callable(before):  # Ray's is better than none: it ends Ray's processes
+            signal.signal(signal.SIGTERM, before)
+
     try:
-        if embedded:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-            )
-        else:
-            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(
-            f"Ray at {address or 'this machine'} cannot be used ({reason}): check the address and "
-            "that the cluster runs."
-        ) from error
-    try:
-        yield _describe(embedded=embedded)
+        yield take_back
     finally:
-        ray.shutdown()
+        if ours:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _describe(*, embedded: bool) -> Cluster:
-    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return Cluster(embedded, int(resources.get("CPU", 1)), int(resources.get("GPU", 0)))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    return Cluster(
+        embedded,
+        node_cpus=tuple(int(node.get("CPU", 0)) for node in nodes),
+        node_gpus=tuple(int(node.get("GPU", 0)) for node in nodes),
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TextIO
 
 from rich.console import Console
@@ -45,10 +45,13 @@ Progress = QuietProgress
 
 
 class _Counting(QuietProgress):
-    """Keeps the counts that are shown."""
+    """Keeps the counts that are shown; `clock` gives seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
 
     def begin(self, plan: Plan, commits: Mapping[str, Commit]) -> None:
-        self._began = time.monotonic()
+        self._began = self._clock()
         self._items = plan.num_items
         self._estimates = {unit.number: unit.seconds for unit in plan.units}
         for unit in plan.units:
@@ -72,7 +75,7 @@ class _Counting(QuietProgress):
 
     @property
     def _elapsed(self) -> float:
-        return max(time.monotonic() - self._began, 1e-6)
+        return max(self._clock() - self._began, 1e-6)
 
     @property
     def _share(self) -> float:
@@ -87,14 +90,15 @@ class _Counting(QuietProgress):
         return (
             f"{self._done_items}/{self._items} items, {self._audio / 3600:.3f} h of audio, "
             f"{self._audio / self._elapsed:.1f} x real time, "
-            f"{'--' if left is None else _clock(left)} left, {self._failed} failed"
+            f"{'--' if left is None else _minutes(left)} left, {self._failed} failed"
         )
 
 
 class LineProgress(_Counting):
     """Plain lines, one every ten seconds: for logs."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(clock)
         self._stream = stream
         self._next = 0.0
 
@@ -107,7 +111,7 @@ class LineProgress(_Counting):
 
     def tick(self, audio_seconds: float) -> None:
         super().tick(audio_seconds)
-        if time.monotonic() >= self._next:
+        if self._clock() >= self._next:
             self._next += LINE_SECONDS
             self._say(self._text())
 
@@ -121,7 +125,8 @@ class LineProgress(_Counting):
 class BarProgress(_Counting):
     """A bar in a terminal."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(clock)
         self._bar = Bar(
             TextColumn("encoding"), BarColumn(), TextColumn("{task.description}"), console=console
         )
@@ -132,7 +137,8 @@ class BarProgress(_Counting):
         self._bar.start()
 
     def unit_lost(self, unit: Unit, attempt: int, reason: str) -> None:
-        self._bar.console.print(f"unit {unit.name} was lost on attempt {attempt}: {reason}")
+        text = f"unit {unit.name} was lost on attempt {attempt}: {reason}"
+        self._bar.console.print(text, markup=False, highlight=False)
 
     def tick(self, audio_seconds: float) -> None:
         super().tick(audio_seconds)
@@ -151,7 +157,7 @@ def for_terminal(stream: TextIO | None = None) -> Progress:
     return BarProgress(console) if console.is_terminal else LineProgress(stream)
 
 
-def _clock(seconds: float) -> str:
+def _minutes(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,13 @@ import numpy.typing as npt
 import torch
 
 from latentmill.chunks import Chunking
+from latentmill.device import pick_device
 from latentmill.encode import AudioStream, EncodeSettings, Meter, UnitEncoder
+from latentmill.engine.lock import join_run
 from latentmill.models.base import ModelHandle
 from latentmill.plan import Unit
 from latentmill.record import Outcome
+from latentmill.sources.base import Item
 from latentmill.storage import Storage
 from latentmill.store.commit import write_commit, write_unit
 from latentmill.store.schema import Commit
@@ -59,15 +62,25 @@ class UnitResult:
 MAX_REPORTED_FAILURES = 20
 
 
-class Worker:
-    """One model in memory, fed with units. `encode` may be called by two threads."""
+class Stopped(Exception):  # noqa: N818  nothing is wrong
+    """The worker was told to stop in the middle of a unit."""
 
-    def __init__(self, job: Job) -> None:
-        if job.device == "cpu":
+
+class Worker:
+    """One model in memory, fed with units. `encode` may be called by two threads.
+
+    Once `stopped` is set, units end with `Stopped` at their next piece of audio.
+    """
+
+    def __init__(self, job: Job, stopped: threading.Event | None = None) -> None:
+        device = pick_device(job.device)  # asked of the machine where the model will be
+        if device == "cpu":
             torch.set_num_threads(job.threads)
         self._job = job
+        self._stopped = stopped or threading.Event()
         self._storage = Storage(job.store)
-        self._model = job.model.load(job.device)
+        self._lock = join_run(self._storage)
+        self._model = job.model.load(device)
         self._meter = Meter()
         self._turn = threading.Lock()
 
@@ -83,17 +96,25 @@ class Worker:
         """The counters so far."""
         return self._meter.snapshot()
 
+    def close(self) -> None:
+        """Let go of the store; the end of the process does so, too."""
+        if self._lock is not None:
+            self._lock.close()
+
     def encode(self, unit: Unit) -> UnitResult:
         """Encode a unit, write its shard and commit it.
 
         Raises:
             StorageError: The store cannot be written; nothing of the unit stays.
+            Stopped: The worker was told to stop; nothing of the unit stays.
         """
         began = time.perf_counter()
         job = self._job
         meter = Meter(parent=self._meter)
         encoder = UnitEncoder(self._model, job.chunking, job.settings, meter)
-        audio = AudioStream(unit.items, self._model.spec, job.chunking, job.settings, meter)
+        audio = _StoppableStream(
+            unit.items, self._model.spec, job.chunking, job.settings, meter, stopped=self._stopped
+        )
         with contextlib.closing(audio), contextlib.closing(self._in_turn(encoder, audio)) as done:
             commit = write_unit(
                 self._storage,
@@ -109,6 +130,20 @@ class Worker:
     def _in_turn(self, encoder: UnitEncoder, audio: AudioStream) -> Generator[Outcome]:
         with self._turn:
             yield from encoder.encode(audio)
+
+
+class _StoppableStream(AudioStream):
+    """A unit's audio that ends with `Stopped` when the worker is told to stop."""
+
+    def __init__(self, *args: Any, stopped: threading.Event) -> None:
+        super().__init__(*args)
+        self._worker_stopped = stopped
+
+    def __iter__(self) -> Iterator[tuple[int, Item, Any]]:
+        for event in super().__iter__():
+            if self._worker_stopped.is_set():
+                raise Stopped
+            yield event
 
 
 def _result(unit: Unit, commit: Commit) -> UnitResult:

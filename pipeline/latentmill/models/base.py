@@ -29,7 +29,8 @@ class ModelSpec:
     """What is fixed about a model; known without loading it onto a device.
 
     Attributes:
-        name: The name it was asked for by, such as `lin-cae`.
+        name: The name it was asked for by, such as `lin-cae`, without a repository: where the
+            weights were does not matter, what they are is in the identity.
         sample_rate: Hz.
         channels: Audio channels that `encode` expects.
         latent_channels: D of a latent `[D, Z]`.

@@ -5,10 +5,11 @@ Regularization", arXiv 2510.23530. Audio becomes a complex STFT with companded a
 encoder gives one latent frame per 2**d STFT frames; decoding is a consistency model, which starts
 from noise.
 
-The package's `Autoencoder` is loaded by its own `from_pretrained`, but its `encode` and `decode`
-are not called: `encode` registers the encoder a second time (the state dict grows), splits batches
-into single chunks and switches an autocast region around it off; `decode` draws unseeded noise.
-Here the same modules are called in the same order.
+The package's `Autoencoder` is built from its classes, but not by its `from_pretrained`, which
+knows no revisions and no local files. Its `encode` and `decode` are not called: `encode` registers
+the encoder a second time (the state dict grows), splits batches into single chunks and switches an
+autocast region around it off; `decode` draws unseeded noise. Here the same modules are called in
+the same order.
 """
 
 from __future__ import annotations
@@ -25,15 +26,23 @@ import torch
 from torch import Tensor
 
 from latentmill.errors import ModelError
-from latentmill.models.base import ModelSpec
+from latentmill.models.base import ModelSpec, Value
 from latentmill.models.checks import check_audio, check_device, check_latents
+from latentmill.models.codec import check_scale_factor
 from latentmill.models.linear_cae_files import (
+    LinearCaeArguments,
+    find_linear_cae,
+    import_linear_cae,
+    read_arguments,
+)
+from latentmill.models.weights import (
     LOAD_ERRORS,
     ModelFiles,
-    check_weights_only,
-    import_linear_cae,
-    locate,
-    one_line,
+    Repo,
+    does_not_load,
+    find_again,
+    parse_repo,
+    read_state,
 )
 
 CHUNK_FRAMES = 108  # 10.07 s
@@ -46,12 +55,12 @@ class LinearCaeHandle:
 
     Attributes:
         spec: Its spec.
-        sha256: The hash of each of the four files, by role; see `linear_cae_files.ROLES`.
+        files: Its files.
         diffusion_steps: Steps of the decoder.
     """
 
     spec: ModelSpec
-    sha256: Mapping[str, str]
+    files: ModelFiles
     diffusion_steps: int
 
     def load(self, device: str) -> LinearCae:
@@ -63,29 +72,25 @@ class LinearCaeHandle:
         name = self.spec.name
         chosen = check_device(name, device)
         package = import_linear_cae(name)
-        check_weights_only(name)
-        files = locate(name, package)
-        differing = [role for role, digest in files.sha256.items() if digest != self.sha256[role]]
-        if differing:
-            raise ModelError(
-                f"Model {name}: the {', '.join(differing)} file on this machine (revision "
-                f"{files.revision}) is not the one that this run started with; download the same "
-                "revision on every machine, or start the run again."
-            )
+        files = find_again(name, self.files)
+        parts = read_arguments(name, package, files)
+        state = read_state(name, files.paths["weights"])
         try:
-            model = package.Autoencoder.from_pretrained(name, scale_factor=self.spec.scale_factor)
+            model = package.Autoencoder(
+                dict(parts.frontend), dict(parts.generator), dict(parts.diffusion), name=name
+            )
+            model.load_state_dict(state)
         except LOAD_ERRORS as error:
-            raise ModelError(
-                f"Model {name}: {files.paths['weights']} does not load "
-                f"({one_line(error)}); delete it and download "
-                "it again."
-            ) from error
+            raise does_not_load(name, files.paths["weights"], error) from error
         model = model.eval().requires_grad_(False).to(chosen)
         return LinearCae(self.spec, model, chosen, self.diffusion_steps)
 
 
 class LinearCae:
-    """The package's model on one device, behind the protocol `Autoencoder`."""
+    """A consistency autoencoder on one device, behind the protocol `Autoencoder`.
+
+    `model` has the package's parts: `frontend`, `generator` and `diffusion`.
+    """
 
     def __init__(
         self, spec: ModelSpec, model: Any, device: torch.device, diffusion_steps: int
@@ -186,29 +191,36 @@ def frame_noise(seed: int, positions: Sequence[int], frames: int, shape: tuple[i
 
 
 def build(
-    name: str, *, scale_factor: float | None = None, diffusion_steps: int = 1
+    name: str,
+    *,
+    repo: str | None = None,
+    revision: str | None = None,
+    scale_factor: float | None = None,
+    diffusion_steps: int = 1,
 ) -> LinearCaeHandle:
     """Find a model's files, downloading them where they are not cached, and make its handle.
 
     Args:
         name: `lin-cae`, `lin-cae-2` or `m2l`.
+        repo: Hub repository or local folder with the model's files; None: the package's.
+        revision: Branch, tag or commit of a hub repository.
         scale_factor: What latents are multiplied by; None: what the package has for this name.
         diffusion_steps: Steps of the decoder; 1 is what the models were made for.
 
     Raises:
         ModelError: The package or the weights are missing, or an option is out of range.
     """
-    if diffusion_steps < 1:
-        raise ModelError(
-            f"Model {name}: option diffusion_steps must be at least 1, not {diffusion_steps}."
-        )
-    if scale_factor is not None and not 0 < scale_factor < float("inf"):
-        raise ModelError(f"Model {name}: option scale_factor must be positive, not {scale_factor}.")
+    check_diffusion_steps(name, diffusion_steps)
+    if scale_factor is not None:
+        check_scale_factor(name, scale_factor)
     package = import_linear_cae(name)
-    files = locate(name, package)
+    where = Repo(package.repo, revision) if repo is None else parse_repo(name, repo, revision)
+    files = find_linear_cae(name, package, where)
+    parts = read_arguments(name, package, files)
     scale = float(package.scale_factors[name] if scale_factor is None else scale_factor)
-    spec = _spec(name, files, scale, diffusion_steps, package.version)
-    return LinearCaeHandle(spec, files.sha256, diffusion_steps)
+    return LinearCaeHandle(
+        _spec(name, parts, files, scale, diffusion_steps, package.version), files, diffusion_steps
+    )
 
 
 lin_cae = partial(build, "lin-cae")
@@ -216,23 +228,39 @@ lin_cae_2 = partial(build, "lin-cae-2")
 m2l = partial(build, "m2l")
 
 
-def _spec(
-    name: str, files: ModelFiles, scale: float, diffusion_steps: int, version: str
-) -> ModelSpec:
-    """The spec, from the models' own configuration files.
+def check_diffusion_steps(name: str, steps: int) -> None:
+    """Check the option.
 
-    A chunk of T samples has F = T / hop_size - n_fft_factor + 1 STFT frames; each of the d
-    downsampling convolutions halves their number, rounding up.
+    Raises:
+        ModelError: There is not one step.
     """
-    frontend, generator = files.frontend, files.generator
-    hop_size: int = frontend["hop_size"]
-    frame_length = hop_size * frontend["n_fft_factor"]
+    if steps < 1:
+        raise ModelError(f"Model {name}: option diffusion_steps must be at least 1, not {steps}.")
+
+
+def consistency_spec(
+    name: str,
+    *,
+    sample_rate: int,
+    hop_size: int,
+    frame_length: int,
+    halvings: int,
+    latent_channels: int,
+    scale_factor: float,
+    identity: Mapping[str, Value],
+    provenance: Mapping[str, Value],
+) -> ModelSpec:
+    """The spec of a consistency autoencoder.
+
+    A chunk of T samples has F = (T - frame_length) / hop_size + 1 STFT frames; each of the
+    `halvings` convolutions with stride 2 halves their number, rounding up.
+    """
     return ModelSpec(
         name=name,
-        sample_rate=frontend["sample_rate"] or 44100,  # the package works without knowing it
+        sample_rate=sample_rate,
         channels=1,
-        latent_channels=generator["bottleneck_channels"],
-        hop=hop_size * 2 ** list(generator["freq_downsample_list"]).count(0),
+        latent_channels=latent_channels,
+        hop=hop_size * 2**halvings,
         overhang=frame_length - hop_size,
         sample_multiple=hop_size,
         min_samples=frame_length,
@@ -241,17 +269,35 @@ def _spec(
         chunk_frames=CHUNK_FRAMES,
         overlap_frames=OVERLAP_FRAMES,
         batch_size={"cpu": 1, "cuda": 8},
-        scale_factor=scale,
+        scale_factor=scale_factor,
         stochastic_decoder=True,
+        identity=identity,
+        provenance=provenance,
+    )
+
+
+def _spec(
+    name: str,
+    parts: LinearCaeArguments,
+    files: ModelFiles,
+    scale: float,
+    diffusion_steps: int,
+    version: str,
+) -> ModelSpec:
+    frontend, generator = parts.frontend, parts.generator
+    return consistency_spec(
+        name,
+        sample_rate=frontend["sample_rate"] or 44100,  # the package works without knowing it
+        hop_size=frontend["hop_size"],
+        frame_length=frontend["hop_size"] * frontend["n_fft_factor"],
+        halvings=list(generator["freq_downsample_list"]).count(0),
+        latent_channels=generator["bottleneck_channels"],
+        scale_factor=scale,
         identity={
             "package": "linear-cae",
             "package_version": version,
-            **{f"sha256_{role}": digest for role, digest in files.sha256.items()},
+            **files.identity,
             "scale_factor": scale,
         },
-        provenance={
-            "repo": files.repo,
-            "revision": files.revision,
-            "diffusion_steps": diffusion_steps,
-        },
+        provenance={**files.provenance, "diffusion_steps": diffusion_steps},
     )

@@ -137,7 +137,7 @@ def build(
         stitch="trim",
         chunk_frames=max(4 * CONTEXT, round(CHUNK_SECONDS * sample_rate / hop)),
         overlap_frames=2 * CONTEXT,
-        batch_size={"cpu": 8, "cuda": 64},
+        batch_size={"cpu": 1, "cuda": 64},  # on a CPU one chunk already fills the cache
         scale_factor=float(scale_factor),
         stochastic_decoder=False,
         identity={

@@ -1,9 +1,10 @@
 """Models by name.
 
-A new family is one file with a factory and one line in `_BUILT_IN`. A factory is a function whose
-keyword arguments are the model's options, with types and defaults, and that returns a
-`ModelHandle`. A user's own factory needs no line here: `python:package.module:factory`, or an
-entry point of the group `latentmill.models`.
+A new family is one file with a factory and one line in `_BUILT_IN` or, if its name carries a
+repository (`dac:descript/dac_44khz`), in `_FAMILIES`: that one's factory takes the repository
+first. A factory is a function whose keyword arguments are the model's options, with types and
+defaults, and that returns a `ModelHandle`. A user's own factory needs no line here:
+`python:package.module:factory`, or an entry point of the group `latentmill.models`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, NamedTuple, Union
 
@@ -22,6 +24,7 @@ from latentmill.models.base import ModelHandle, ModelSpec
 
 ENTRY_POINT_GROUP = "latentmill.models"
 PYTHON_PREFIX = "python:"
+PLACEHOLDER = "REPO"
 
 Factory = Callable[..., ModelHandle]
 
@@ -38,6 +41,7 @@ class _BuiltIn(NamedTuple):
     factory: str  # module:attribute, imported when the model is asked for
     description: str
     requirement: str = ""
+    example: str = ""  # of a family's repository
 
 
 _LINEAR_CAE = "pip install 'latentmill[linear-cae]'"
@@ -61,12 +65,48 @@ _BUILT_IN = {
         "their baseline without linearity training, the same architecture, scale factor 15",
         _LINEAR_CAE,
     ),
+    "music2latent": _BuiltIn(
+        "latentmill.models.music2latent:build",
+        "consistency autoencoder, 44.1 kHz mono, 64 channels at 10.8 frames/s (CC BY-NC)",
+        "pip install 'latentmill[music2latent]'",
+    ),
+}
+_TRANSFORMERS = "pip install 'latentmill[transformers]'"
+_FAMILIES = {
+    "oobleck": _BuiltIn(
+        "latentmill.models.oobleck:build",
+        "VAE of Stable Audio Open, 44.1 kHz stereo, 64 channels at 21.5 frames/s",
+        "pip install 'latentmill[diffusers]'",
+        "stabilityai/stable-audio-open-1.0",
+    ),
+    "encodec": _BuiltIn(
+        "latentmill.models.encodec:build",
+        "EnCodec before quantisation, 24 kHz mono or 48 kHz stereo, 75 or 150 frames/s",
+        _TRANSFORMERS,
+        "facebook/encodec_24khz",
+    ),
+    "dac": _BuiltIn(
+        "latentmill.models.dac:build",
+        "Descript Audio Codec before quantisation, mono, 1024 channels at 50 to 86 frames/s",
+        _TRANSFORMERS,
+        "descript/dac_44khz",
+    ),
+    "mimi": _BuiltIn(
+        "latentmill.models.mimi:build",
+        "Mimi before quantisation, 24 kHz mono, 512 channels at 12.5 frames/s",
+        _TRANSFORMERS,
+        "kyutai/mimi",
+    ),
 }
 
 
 def available() -> list[ModelEntry]:
-    """List the models that `resolve` knows by name: the built-in ones, then entry points."""
-    listed = [ModelEntry(name, m.description, m.requirement) for name, m in _BUILT_IN.items()]
+    """List the models that `resolve` knows by name: the built-in ones, then entry points.
+
+    A family stands there as `family:REPO`, REPO being its weights' hub repository or local path.
+    """
+    named = {**_BUILT_IN, **{f"{f}:{PLACEHOLDER}": model for f, model in _FAMILIES.items()}}
+    listed = [ModelEntry(name, m.description, m.requirement) for name, m in named.items()]
     for name, point in sorted(_entry_points().items()):
         package = point.dist.name if point.dist else point.module
         listed.append(ModelEntry(name, f"from {package} ({point.value})", ""))
@@ -77,7 +117,8 @@ def resolve(name: str, options: Mapping[str, Any] | None = None) -> ModelHandle:
     """Find a model by name: its weights are located and its spec is known, nothing is loaded.
 
     Args:
-        name: A name that `available` lists, or `python:package.module:factory`.
+        name: A name that `available` lists, `family:REPO` with the repository filled in, or
+            `python:package.module:factory`.
         options: The factory's keyword arguments.
 
     Raises:
@@ -99,7 +140,11 @@ def resolve(name: str, options: Mapping[str, Any] | None = None) -> ModelHandle:
 def _entry_points() -> dict[str, EntryPoint]:
     """The entry points that do not take a built-in model's name."""
     points = entry_points(group=ENTRY_POINT_GROUP)
-    return {point.name: point for point in points if point.name not in _BUILT_IN}
+    return {point.name: point for point in points if not _is_built_in(point.name)}
+
+
+def _is_built_in(name: str) -> bool:
+    return name in _BUILT_IN or name.partition(":")[0] in _FAMILIES
 
 
 def _find(name: str) -> Factory:
@@ -107,12 +152,21 @@ def _find(name: str) -> Factory:
         return _import(name, name.removeprefix(PYTHON_PREFIX))
     if name in _BUILT_IN:
         return _import(name, _BUILT_IN[name].factory)
+    family, _, repo = name.partition(":")
+    if family in _FAMILIES:
+        if repo in ("", PLACEHOLDER):
+            raise ModelError(
+                f"Model {family} needs its weights' repository or local path: write "
+                f"{family}:{PLACEHOLDER}, as in {family}:{_FAMILIES[family].example}."
+            )
+        return partial(_import(name, _FAMILIES[family].factory), repo)
     points = _entry_points()
     if name in points:
         return _import(name, f"{points[name].module}:{points[name].attr}")
-    known = [*_BUILT_IN, *sorted(points)]
-    close = difflib.get_close_matches(name.lower(), known, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
+    known = [*_BUILT_IN, *(f"{family}:{PLACEHOLDER}" for family in _FAMILIES), *sorted(points)]
+    near = {each.partition(":")[0]: each for each in known}
+    close = difflib.get_close_matches(family.lower(), near, n=1)
+    hint = f"did you mean {near[close[0]]}? " if close else ""
     raise ModelError(
         f"Unknown model {name!r}; {hint}known are {', '.join(known)} and "
         "python:package.module:factory."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import posixpath
 from collections import Counter, defaultdict
@@ -14,6 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from latentmill.errors import SourceError
 from latentmill.sources.base import Item, Listing
+from latentmill.storage import cause_of, storage_errors, why_not_opened
 
 SIDECARS = (".json", ".txt")
 
@@ -34,13 +36,15 @@ class FolderSource:
         try:
             self._fs, self._root = fsspec.core.url_to_fs(uri)
         except (ValueError, ImportError) as error:
-            raise SourceError(f"Source {uri} cannot be opened: {error}.") from error
+            cause = why_not_opened(uri, error)
+            raise SourceError(f"Source {uri} cannot be opened: {cause}.") from error
         self._root = self._root.rstrip("/") or "/"
         self.uri = self._address(self._root)
 
     def list(self) -> Listing:
         """List the items; see `Source.list`."""
         files = self._find()
+        self._check_names(files)
         audio: list[str] = []
         sidecars: dict[str, list[str]] = defaultdict(list)
         ignored: Counter[str] = Counter()
@@ -57,6 +61,10 @@ class FolderSource:
                 f"Source {self.uri} holds no audio files: looked for "
                 f"{', '.join(sorted(self._extensions))} in {len(files)} files."
             )
+        owners = {*audio, *(posixpath.splitext(path)[0] for path in audio)}
+        for stem, orphans in sidecars.items():
+            if stem not in owners:
+                ignored.update(posixpath.splitext(path)[1].lower() for path in orphans)
         names = _names(audio)
         items = [self._item(path, names[path], files[path], sidecars) for path in audio]
         return Listing(tuple(sorted(items, key=lambda item: item.key)), dict(ignored))
@@ -64,6 +72,7 @@ class FolderSource:
     def _find(self) -> Mapping[str, Mapping[str, Any]]:
         """Every file below the folder with its size and version."""
         try:
+            self._fs.invalidate_cache()
             if self._fs.isfile(self._root):
                 raise SourceError(f"Source {self.uri} is a file: name the folder that holds it.")
             if not self._fs.isdir(self._root):
@@ -71,12 +80,24 @@ class FolderSource:
             if isinstance(self._fs, LocalFileSystem):
                 return _walk(self._root)
             found: dict[str, dict[str, Any]] = self._fs.find(self._root, detail=True)
-        except OSError as error:
+        except storage_errors() as error:
+            filename = getattr(error, "filename", None)
             raise SourceError(
-                f"Source {self.uri} cannot be listed: {error.strerror or error}"
-                f"{f' ({error.filename})' if error.filename else ''}."
+                f"Source {self.uri} cannot be listed: {cause_of(error)}"
+                f"{f' ({filename})' if filename else ''}."
             ) from error
-        return found
+        # An empty object whose name ends in a slash is how some tools write a folder.
+        return {path: info for path, info in found.items() if not path.endswith("/")}
+
+    def _check_names(self, files: Collection[str]) -> None:
+        for path in files:
+            try:
+                path.encode()
+            except UnicodeEncodeError as error:
+                raise SourceError(
+                    f"Source {self.uri} holds a file whose name is no UTF-8, {os.fsencode(path)!r}:"
+                    " rename it, for instance with convmv."
+                ) from error
 
     def _item(
         self,
@@ -87,11 +108,9 @@ class FolderSource:
     ) -> Item:
         stem = posixpath.splitext(path)[0]
         beside = [*sidecars.get(stem, []), *sidecars.get(path, [])]
-        version = next(
-            (info[n] for n in ("ETag", "etag", "mtime", "LastModified") if n in info), ""
-        )
+        version = next((info[name] for name in VERSION_FIELDS if name in info), "")
         return Item(
-            key=posixpath.relpath(name, self._root),
+            key=name.removeprefix(self._root.rstrip("/") + "/"),
             uri=self._address(path),
             size=int(info.get("size") or 0),
             version=str(version).strip('"'),
@@ -119,13 +138,16 @@ def _walk(root: str) -> dict[str, dict[str, Any]]:
             folders.clear()
             continue
         seen.add(real)
+        folders.sort()  # of two ways to one folder always the same is taken
         for name in files:
             path = f"{folder.rstrip('/')}/{name}"
             try:
                 status = Path(path).stat()
                 found[path] = {"size": status.st_size, "mtime": status.st_mtime_ns}
-            except FileNotFoundError:  # a dangling link: an item that will fail by name
-                found[path] = {"size": 0}
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ELOOP):
+                    raise
+                found[path] = {"size": 0}  # a link to nowhere: an item that will fail by name
     return found
 
 

@@ -10,6 +10,7 @@ import fsspec
 
 from latentmill.errors import ItemError
 from latentmill.sources.base import Item
+from latentmill.storage import cause_of, storage_errors
 
 
 def read_metadata(item: Item) -> dict[str, Any]:
@@ -24,16 +25,26 @@ def read_metadata(item: Item) -> dict[str, Any]:
         try:
             with fsspec.open(uri, "rb") as file:
                 text = file.read().decode("utf-8-sig")
-        except OSError as error:
-            raise ItemError(f"sidecar {name} cannot be read: {error}") from error
+        except storage_errors() as error:
+            raise ItemError(f"sidecar {name} cannot be read: {cause_of(error)}") from error
         except UnicodeDecodeError as error:
             raise ItemError(f"sidecar {name} is no UTF-8 text") from error
         if name.lower().endswith(".txt"):
             metadata["text"] = text.strip()
             continue
         try:
-            value = json.loads(text)
-        except ValueError as error:
+            value = json.loads(text, parse_constant=_refuse)
+            json.dumps(value, ensure_ascii=False).encode()  # as it will be stored
+        except UnicodeEncodeError as error:
+            raise ItemError(
+                f"sidecar {name} holds half a surrogate pair, which is no text"
+            ) from error
+        except (ValueError, RecursionError) as error:
             raise ItemError(f"sidecar {name} is no valid JSON: {error}") from error
         metadata.update(value if isinstance(value, dict) else {"json": value})
     return metadata
+
+
+def _refuse(constant: str) -> float:
+    """Python takes NaN and Infinity; whoever reads the store as JSON will not."""
+    raise ValueError(f"{constant} is none of its numbers")

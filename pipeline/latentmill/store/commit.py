@@ -7,11 +7,11 @@ import datetime
 import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import xxhash
-from pydantic import ValidationError
 
 from latentmill.errors import StorageError, StoreError
 from latentmill.record import Outcome, Record, time_major_bytes
@@ -22,12 +22,14 @@ from latentmill.store.schema import (
     ItemEntry,
     StatisticsEntry,
     commit_path,
+    parse_document,
     shard_path,
 )
 from latentmill.store.statistics import ChannelStatistics
-from latentmill.store.writers import Location, ShardWriter, open_writer
+from latentmill.store.writers import Location, open_writer
 
 HASH_BLOCK = 1 << 22
+READERS = 16  # commits read at once, for storage that answers slowly
 
 
 @dataclass
@@ -99,18 +101,23 @@ def write_unit(
         StorageError: The shard cannot be written; nothing of it stays.
     """
     path = shard_path(unit, format_name)
+    where = f"{storage.root}/{path}"
     ledger = _Ledger()
-    with storage.scratch_file(path) as temporary:
-        writer = open_writer(format_name, temporary, info)
-        with _abort_on_failure(writer, f"{storage.root}/{path}"):
-            for outcome in outcomes:
-                record = ledger.add(outcome, writer.max_latent_bytes)
-                if record is not None:
+    with storage.scratch_file(path) as temporary, contextlib.ExitStack() as on_failure:
+        with _writing(where):
+            writer = open_writer(format_name, temporary, info)
+        on_failure.callback(writer.abort)
+        for outcome in outcomes:
+            record = ledger.add(outcome, writer.max_latent_bytes)
+            if record is not None:
+                with _writing(where):
                     writer.add(record)
+        with _writing(where):
             locations = writer.close()
+            with temporary.open("rb") as file:
+                size, digest = temporary.stat().st_size, hash_of(file)
+        on_failure.pop_all()
         rows = len(locations)
-        with temporary.open("rb") as file:
-            size, digest = temporary.stat().st_size, hash_of(file)
         if rows:
             storage.publish(temporary, path)
     return Commit(
@@ -146,18 +153,41 @@ def read_commits(storage: Storage) -> dict[str, Commit]:
     Raises:
         StoreError: A commit is not valid JSON of this format.
     """
-    commits = {}
-    for name in sorted(storage.list(COMMITS)):
-        if name.endswith(".json"):
-            try:
-                commit = Commit.model_validate_json(storage.read(f"{COMMITS}/{name}"))
-            except ValidationError as error:
-                raise StoreError(
-                    f"Commit {storage.root}/{COMMITS}/{name} is damaged; delete it and run again "
-                    "to encode its unit anew."
-                ) from error
-            commits[commit.unit] = commit
-    return commits
+    return {commit.unit: commit for commit in iter_commits(storage)}
+
+
+def iter_commits(storage: Storage) -> Iterator[Commit]:
+    """Every commit of a store, in the order of the units; holds a few at a time.
+
+    Raises:
+        StoreError: A commit is not valid JSON of this format.
+    """
+    units = committed_units(storage)
+    with ThreadPoolExecutor(READERS, thread_name_prefix="commits") as pool:
+        for start in range(0, len(units), READERS):
+            some = units[start : start + READERS]
+            yield from pool.map(lambda unit: read_commit(storage, unit), some)
+
+
+def committed_units(storage: Storage) -> list[str]:
+    """The names of the units that have a commit, sorted."""
+    names = storage.list(COMMITS)
+    return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
+
+
+def read_commit(storage: Storage, unit: str) -> Commit:
+    """The commit of a unit.
+
+    Raises:
+        StoreError: It is not valid JSON of this format, or another unit's.
+        StorageError: It cannot be read.
+    """
+    path = commit_path(unit)
+    where, cure = f"{storage.root}/{path}", "delete it and run again to encode its unit anew"
+    commit = parse_document(Commit, storage.read(path), where, cure)
+    if commit.unit != unit:
+        raise StoreError(f"{where} is the commit of unit {commit.unit}: {cure}.")
+    return commit
 
 
 def hash_of(file: BinaryIO) -> str:
@@ -169,17 +199,13 @@ def hash_of(file: BinaryIO) -> str:
 
 
 @contextlib.contextmanager
-def _abort_on_failure(writer: ShardWriter, path: str) -> Iterator[None]:
-    """Release the writer when writing is left half-way, by an error or by a closed generator."""
-    complete = False
+def _writing(path: str) -> Iterator[None]:
     try:
         yield
-        complete = True
     except OSError as error:
-        raise StorageError(f"Cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        if not complete:
-            writer.abort()
+        # pyarrow's text is long; its number says the same in three words.
+        cause = os.strerror(error.errno) if error.errno else str(error)
+        raise StorageError(f"Cannot write {path}: {cause}.") from error
 
 
 def _statistics_entry(statistics: ChannelStatistics | None) -> StatisticsEntry | None:

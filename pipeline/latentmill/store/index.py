@@ -7,7 +7,7 @@ cost it a few megabytes.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -56,23 +56,54 @@ class IndexEntry:
         return (self.chunks, *stitched) if self.chunks else stitched
 
 
+def entries(commit: Commit) -> Iterator[IndexEntry]:
+    """The places of a commit's records, in the order of the shard's rows."""
+    encoded = (item for item in commit.items if item.status == "encoded")
+    for row, item in enumerate(encoded):
+        assert item.shape is not None and item.hash is not None and commit.shard is not None
+        assert item.offset is not None and item.length is not None
+        yield IndexEntry(
+            key=item.key,
+            shard=commit.shard,
+            row=row,
+            offset=item.offset,
+            length=item.length,
+            hash=int(item.hash, 16),
+            chunks=item.shape[0] if len(item.shape) == 3 else 0,
+            channels=item.shape[-2],
+            frames=item.shape[-1],
+            num_samples=item.num_samples or 0,
+            fields_offset=-1 if item.fields_offset is None else item.fields_offset,
+            fields_length=-1 if item.fields_length is None else item.fields_length,
+        )
+
+
 class Index:
     """The records of a store by key."""
 
     def __init__(self, table: pa.Table) -> None:
-        self._table = table.combine_chunks()
-        self._keys = self._table["key"].chunk(0) if len(table) else pa.array([], pa.string())
+        self._table = table.unify_dictionaries().combine_chunks()
+        names = INDEX_SCHEMA.names if len(table) else []
+        self._columns = {name: self._table[name].chunk(0) for name in names}
 
     @classmethod
     def from_commits(cls, commits: Iterable[Commit]) -> Index:
-        """Gather the index from commits."""
-        rows = [row for commit in commits for row in _rows(commit)]
-        rows.sort(key=lambda row: str(row["key"]))
-        return cls(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))
+        """Gather the index from commits, one at a time."""
+        batches = [
+            pa.RecordBatch.from_pylist([vars(entry) for entry in entries(commit)], INDEX_SCHEMA)
+            for commit in commits
+        ]
+        table = pa.Table.from_batches(batches, INDEX_SCHEMA)
+        # Arrow sorts by UTF-8 bytes, which is Python's order of strings.
+        return cls(table.unify_dictionaries().combine_chunks().sort_by("key"))
 
     @classmethod
     def from_file(cls, source: pa.NativeFile | bytes) -> Index:
-        """Open an index file (a memory map, or its bytes)."""
+        """Open an index file (a memory map, or its bytes).
+
+        Raises:
+            pa.ArrowInvalid: It is no Arrow file.
+        """
         return cls(pa.ipc.open_file(source).read_all())
 
     def to_bytes(self) -> bytes:
@@ -83,44 +114,23 @@ class Index:
         return buffer.getvalue()
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._table)
 
     def key(self, position: int) -> str:
         """The key at a position of the sorted keys."""
-        return str(self._keys[position].as_py())
+        return str(self._columns["key"][position].as_py())
 
     def find(self, key: str) -> int | None:
         """The position of a key, by bisection; None if there is no such record."""
-        low, high = 0, len(self._keys)
+        low, high = 0, len(self)
         while low < high:
             middle = (low + high) // 2
             if self.key(middle) < key:
                 low = middle + 1
             else:
                 high = middle
-        return low if low < len(self._keys) and self.key(low) == key else None
+        return low if low < len(self) and self.key(low) == key else None
 
     def entry(self, position: int) -> IndexEntry:
         """The entry at a position."""
-        return IndexEntry(**{n: self._table[n][position].as_py() for n in INDEX_SCHEMA.names})
-
-
-def _rows(commit: Commit) -> Iterable[dict[str, str | int]]:
-    encoded = [item for item in commit.items if item.status == "encoded"]
-    for row, item in enumerate(encoded):
-        assert item.shape is not None and item.hash is not None and commit.shard is not None
-        assert item.offset is not None and item.length is not None
-        yield {
-            "key": item.key,
-            "shard": commit.shard,
-            "row": row,
-            "offset": item.offset,
-            "length": item.length,
-            "hash": int(item.hash, 16),
-            "chunks": item.shape[0] if len(item.shape) == 3 else 0,
-            "channels": item.shape[-2],
-            "frames": item.shape[-1],
-            "num_samples": item.num_samples or 0,
-            "fields_offset": -1 if item.fields_offset is None else item.fields_offset,
-            "fields_length": -1 if item.fields_length is None else item.fields_length,
-        }
+        return IndexEntry(**{n: column[position].as_py() for n, column in self._columns.items()})

@@ -82,9 +82,11 @@ class ParquetShardWriter:
         return locations
 
     def abort(self) -> None:
-        """Close the file, unfinished."""
+        """Close the file and remove it: closing gives even an unfinished file a valid footer."""
         with contextlib.suppress(OSError, pa.ArrowException):
             self._file.close()
+        with contextlib.suppress(OSError):
+            self._path.unlink()
 
     def _flush(self) -> None:
         if not self._rows:

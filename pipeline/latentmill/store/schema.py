@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self, TypeVar
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from latentmill.record import Record, Status
+from latentmill.errors import StoreError
+from latentmill.record import Latent, Record, Status
 
 FORMAT_VERSION = 1
 
@@ -26,9 +29,7 @@ RECORD_SCHEMA = pa.schema(
     [
         pa.field("key", _TEXT, nullable=False),
         pa.field("latent", pa.large_binary(), nullable=False),
-        pa.field(
-            "shape", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False
-        ),
+        pa.field("shape", pa.list_(_ELEMENT), nullable=False),
         pa.field("dtype", _TEXT, nullable=False),
         pa.field("frames", pa.int32(), nullable=False),
         pa.field("channels", pa.int32(), nullable=False),
@@ -39,8 +40,8 @@ RECORD_SCHEMA = pa.schema(
         pa.field("source_channels", pa.int32(), nullable=False),
         pa.field("duration", pa.float64(), nullable=False),
         pa.field("content_hash", _TEXT, nullable=False),
-        pa.field("rms", pa.float32(), nullable=False),
-        pa.field("peak", pa.float32(), nullable=False),
+        pa.field("rms", pa.float64(), nullable=False),
+        pa.field("peak", pa.float64(), nullable=False),
         pa.field("group", _TEXT),
         pa.field("role", _TEXT),
         pa.field("metadata", _TEXT, nullable=False),
@@ -67,8 +68,28 @@ def record_fields(record: Record) -> dict[str, Any]:
         "peak": record.peak,
         "group": record.group,
         "role": record.role,
-        "metadata": json.dumps(record.metadata, ensure_ascii=False),
+        "metadata": _json(record.metadata),
     }
+
+
+def record_from_fields(fields: Mapping[str, Any], latent: Latent) -> Record:
+    """The inverse of `record_fields`.
+
+    Raises:
+        LookupError, ValueError, TypeError: The fields are not those of a record.
+    """
+    given = {field.name for field in dataclasses.fields(Record)} - {"latent", "metadata"}
+    metadata = json.loads(fields["metadata"])
+    return Record(latent=latent, metadata=metadata, **{name: fields[name] for name in given})
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which only an escape can hold
+        return json.dumps(value)
+    return text
 
 
 class _Document(BaseModel):
@@ -115,6 +136,16 @@ class Commit(_Document):
     worker: str = Field("", description="Host and process that encoded the unit.")
     finished: str = Field("", description="UTC time, ISO 8601.")
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        encoded = [item for item in self.items if item.status == "encoded"]
+        located = all(
+            None not in (item.offset, item.length, item.hash, item.shape) for item in encoded
+        )
+        if not located or len(encoded) != self.rows or (self.shard is None) != (self.rows == 0):
+            raise ValueError("the items do not fit the shard")
+        return self
+
     def count(self, status: Status) -> int:
         """How many items ended with this status."""
         return sum(item.status == status for item in self.items)
@@ -139,7 +170,9 @@ class DatasetInfo(_Document):
         description="Order of a latent's bytes: frame after frame, or [chunks, channels, frames]."
     )
     dtype: Literal["float16", "float32"]
-    model: dict[str, Any] = Field(description="Name, options, rate, scale factor, weights.")
+    model: dict[str, Any] = Field(
+        description="Name, rate, scale factor, weights; `asked` and `options`: as it was asked for."
+    )
     chunking: dict[str, Any]
     fingerprint: str
     source: str
@@ -153,6 +186,33 @@ class DatasetInfo(_Document):
     std: list[float] = Field(description="Standard deviation of every latent channel.")
     origin: str = Field(description="File with the latent of one chunk of silence [D, Z].")
     shards: list[ShardEntry]
+
+
+_Kind = TypeVar("_Kind", bound=_Document)
+
+
+def parse_document(kind: type[_Kind], data: bytes, path: str, cure: str) -> _Kind:
+    """Read a commit or dataset.json.
+
+    Args:
+        kind: What it is.
+        data: The file's content.
+        path: The file, for the message.
+        cure: What to do if it is damaged, for the message.
+
+    Raises:
+        StoreError: The document is damaged, or of another format version.
+    """
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        for fault in error.errors():
+            if fault["loc"] == ("format_version",):
+                raise StoreError(
+                    f"{path} is of format version {fault['input']}, this latentmill reads "
+                    f"{FORMAT_VERSION}: use the version that wrote it."
+                ) from error
+        raise StoreError(f"{path} is damaged: {cure}.") from error
 
 
 def commit_path(unit: str) -> str:

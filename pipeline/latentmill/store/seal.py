@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -24,44 +25,56 @@ from latentmill.store.statistics import ChannelStatistics
 from latentmill.version import __version__
 
 
-def dataset_info(plan: Plan, commits: Mapping[str, Commit]) -> DatasetInfo:
-    """What the plan and the commits so far say of the store."""
+def dataset_info(plan: Plan, commits: Iterable[Commit]) -> DatasetInfo:
+    """What the plan and the commits so far say of the store; goes through the commits once."""
     document = plan.fingerprint
     statistics = ChannelStatistics.empty(document["model"]["latent_channels"])
-    for commit in commits.values():
+    counts: Counter[str] = Counter()
+    seconds = 0.0
+    shards: list[ShardEntry] = []
+    for commit in commits:
+        counts.update(item.status for item in commit.items)
+        seconds += commit.audio_seconds
         if entry := commit.statistics:
             part = ChannelStatistics(entry.frames, np.array(entry.mean), np.array(entry.m2))
             statistics = statistics.merge(part)
+        if commit.shard is not None and commit.hash is not None:
+            shards.append(
+                ShardEntry(
+                    path=commit.shard, rows=commit.rows, bytes=commit.bytes, hash=commit.hash
+                )
+            )
     chunking = document["chunking"]
     return DatasetInfo(
         latentmill_version=__version__,
         format=plan.format,
         layout="chunks" if chunking["stitch"] == "none" else "time-major",
         dtype=document["settings"]["dtype"],
-        model={**document["model"], "options": plan.model_options},
+        model={
+            **document["model"],
+            "asked": plan.model,
+            "options": plan.model_options,
+            "provenance": plan.provenance,
+        },
         chunking=chunking,
         fingerprint=fingerprint(document),
         source=plan.source,
         items=plan.num_items,
-        encoded=sum(commit.count("encoded") for commit in commits.values()),
-        skipped=sum(commit.count("skipped") for commit in commits.values()),
-        failed=sum(commit.count("failed") for commit in commits.values()),
-        hours=round(sum(commit.audio_seconds for commit in commits.values()) / 3600, 6),
+        encoded=counts["encoded"],
+        skipped=counts["skipped"],
+        failed=counts["failed"],
+        hours=round(seconds / 3600, 6),
         frames=statistics.frames,
         mean=statistics.mean.tolist(),
         std=statistics.std.tolist(),
         origin=ORIGIN_PATH,
-        shards=[
-            ShardEntry(path=c.shard, rows=c.rows, bytes=c.bytes, hash=c.hash or "")
-            for c in commits.values()
-            if c.shard is not None
-        ],
+        shards=shards,
     )
 
 
 def seal(storage: Storage, plan: Plan, commits: Mapping[str, Commit]) -> DatasetInfo:
     """Write the index, then dataset.json."""
-    info = dataset_info(plan, commits)
+    info = dataset_info(plan, commits.values())
     storage.write(INDEX_PATH, Index.from_commits(commits.values()).to_bytes())
     storage.write(DATASET_PATH, info.model_dump_json(indent=2).encode())
     return info

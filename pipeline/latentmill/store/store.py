@@ -18,11 +18,11 @@ import xxhash
 from latentmill.chunks import Chunking
 from latentmill.decode import Audio, decode_latent
 from latentmill.device import pick_device
-from latentmill.errors import ModelError, StorageError, StoreError
+from latentmill.errors import ConfigError, ModelError, StorageError, StoreError
 from latentmill.models import registry
 from latentmill.models.base import Autoencoder
 from latentmill.ops import Origin
-from latentmill.plan import Plan, load
+from latentmill.plan import PLAN_PATH, Plan, load
 from latentmill.record import Latent, Record, latent_from_bytes
 from latentmill.storage import Storage
 from latentmill.store.commit import read_commits
@@ -34,6 +34,8 @@ from latentmill.store.schema import (
     RECORD_SCHEMA,
     Commit,
     DatasetInfo,
+    parse_document,
+    record_from_fields,
 )
 from latentmill.store.seal import dataset_info
 
@@ -57,7 +59,8 @@ def open_store(url: str, *, device: str = "auto") -> LatentStore:
 class LatentStore:
     """The records of a store by key, in the order of the keys.
 
-    Picklable and safe to use after a fork: it holds no open files. Not thread-safe.
+    Picklable, and as safe to use after a fork as its storage is: it holds no open files. Not
+    thread-safe.
     """
 
     def __init__(self, url: str, *, device: str = "auto") -> None:
@@ -65,13 +68,14 @@ class LatentStore:
         self._device = device
         self._model: Autoencoder | None = None
         self._shard_fields: OrderedDict[str, _ShardFields] = OrderedDict()
-        plan = load(self._storage)
-        if plan is None:
+        self._info: DatasetInfo | None = None
+        data = self._storage.read_if_exists(DATASET_PATH)
+        self.sealed = data is not None
+        if data is not None:
+            where, cure = f"{self.url}/{DATASET_PATH}", "delete it and run again to seal the store"
+            self._info = parse_document(DatasetInfo, data, where, cure)
+        elif not self._storage.exists(PLAN_PATH):
             raise StoreError(f"{url} holds no latentmill store: check the path.")
-        self.plan: Plan = plan
-        sealed = self._storage.read_if_exists(DATASET_PATH)
-        self.sealed = sealed is not None
-        self._info = DatasetInfo.model_validate_json(sealed) if sealed else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self._storage.root, "device": self._device}
@@ -85,6 +89,14 @@ class LatentStore:
         return self._storage.root
 
     @cached_property
+    def plan(self) -> Plan:
+        """The plan with all its items; reading a sealed store does without it."""
+        plan = load(self._storage)
+        if plan is None:
+            raise StoreError(f"{self.url} has no {PLAN_PATH}: restore it from a copy of the store.")
+        return plan
+
+    @cached_property
     def commits(self) -> dict[str, Commit]:
         """Every commit by unit name, as they were when first asked for."""
         return read_commits(self._storage)
@@ -93,19 +105,24 @@ class LatentStore:
     def info(self) -> DatasetInfo:
         """What dataset.json says; of an unsealed store, what it would say now."""
         if self._info is None:
-            self._info = dataset_info(self.plan, self.commits)
+            self._info = dataset_info(self.plan, self.commits.values())
         return self._info
 
     @property
     def chunking(self) -> Chunking:
         """How the items were chunked."""
-        return Chunking(**self.plan.fingerprint["chunking"])
+        return Chunking(**self.info.chunking)
 
     @cached_property
     def origin(self) -> Origin:
         """The latent of silence, which latent arithmetic needs."""
-        frames = np.load(io.BytesIO(self._storage.read(ORIGIN_PATH)), allow_pickle=False)
-        return Origin(frames)
+        data = self._storage.read(ORIGIN_PATH)
+        try:
+            return Origin(np.load(io.BytesIO(data), allow_pickle=False))
+        except (ValueError, EOFError) as error:
+            raise StorageError(
+                f"{self.url}/{ORIGIN_PATH} is damaged: restore it from a copy of the store."
+            ) from error
 
     @property
     def mean(self) -> npt.NDArray[np.float64]:
@@ -121,9 +138,15 @@ class LatentStore:
     def _index(self) -> Index:
         if not self.sealed:
             return Index.from_commits(self.commits.values())
-        if self._storage.local:
-            return Index.from_file(pa.memory_map(self._storage.full(INDEX_PATH)))
-        return Index.from_file(self._storage.read(INDEX_PATH))
+        try:
+            if self._storage.local:
+                return Index.from_file(pa.memory_map(self._storage.full(INDEX_PATH)))
+            return Index.from_file(self._storage.read(INDEX_PATH))
+        except (FileNotFoundError, pa.ArrowInvalid) as error:
+            raise StoreError(
+                f"{self.url}/{INDEX_PATH} is missing or damaged: delete {DATASET_PATH} and run "
+                "again to seal the store."
+            ) from error
 
     def __len__(self) -> int:
         return len(self._index)
@@ -136,19 +159,54 @@ class LatentStore:
         return isinstance(key, str) and self._index.find(key) is not None
 
     def __iter__(self) -> Iterator[Record]:
-        return (self._record(self._index.entry(position)) for position in range(len(self)))
+        return (self.read(self._index.entry(position)) for position in range(len(self)))
 
     def __getitem__(self, key: str) -> Record:
         """The record of a key; KeyError if there is none."""
-        return self._record(self._entry(key))
+        return self.read(self.entry(key))
+
+    def entry(self, key: str) -> IndexEntry:
+        """Where the record of a key lies; KeyError if there is none."""
+        position = self._index.find(key)
+        if position is None:
+            raise KeyError(key)
+        return self._index.entry(position)
+
+    def read(self, entry: IndexEntry) -> Record:
+        """The record at a place.
+
+        Raises:
+            StorageError: The shard cannot be read, or holds other bytes than were written.
+        """
+        data = self._read(entry, entry.offset, entry.length)
+        if xxhash.xxh3_64_intdigest(data) != entry.hash:
+            raise self._damaged(entry, "the latent does not match its hash")
+        try:
+            fields = self._fields(entry)
+            if fields["key"] != entry.key:
+                raise self._damaged(entry, f"its fields are those of {fields['key']}")
+            latent = latent_from_bytes(data, entry.shape, fields["dtype"])
+            return record_from_fields(fields, latent)
+        except (ValueError, TypeError, LookupError, pa.ArrowException) as error:
+            raise self._damaged(entry, "its fields cannot be read") from error
 
     def crop(self, key: str, start: int, frames: int) -> Latent:
         """Frames `start` to `start + frames` of a stitched latent, `[channels, frames]`.
 
-        Reads the bytes of these frames only. Raises KeyError, or IndexError beyond the latent.
+        Reads the bytes of these frames only, so that the latent's hash cannot be checked.
+
+        Raises:
+            KeyError: There is no such record.
+            IndexError: There are no such frames.
+            ConfigError: The store holds overlapping chunks (`stitch: none`).
         """
-        entry = self._entry(key)
-        if entry.chunks or not 0 <= start <= start + frames <= entry.frames:
+        entry = self.entry(key)
+        if entry.chunks:
+            raise ConfigError(
+                f"{self.url} holds overlapping chunks, which have no one time line to crop: read "
+                "whole records, or encode with stitch trim or crossfade."
+            )
+        if not 0 <= start < start + frames <= entry.frames:
             raise IndexError(f"{key} has {entry.frames} frames: no {start} to {start + frames}")
         width = entry.length // entry.frames  # bytes of a frame
         data = self._read(entry, entry.offset + start * width, frames * width)
@@ -161,14 +219,15 @@ class LatentStore:
             ModelError: It cannot be loaded, or its weights are not those that encoded the store.
         """
         if self._model is None:
-            handle = registry.resolve(self.plan.model, self.plan.model_options)
-            stored = self.plan.fingerprint["model"]
-            changed = [
-                name for name, value in handle.spec.identity.items() if stored[name] != value
-            ]
+            stored = self.info.model
+            handle = registry.resolve(stored["asked"], stored["options"])
+            spec = handle.spec
+            names = ("sample_rate", "channels", "latent_channels", "hop", "scale_factor")
+            present = {**{name: getattr(spec, name) for name in names}, **spec.identity}
+            changed = [name for name, value in present.items() if stored.get(name) != value]
             if changed:
                 raise ModelError(
-                    f"{self.plan.model} is not the model that encoded {self.url} (other "
+                    f"{stored['asked']} is not the model that encoded {self.url} (other "
                     f"{', '.join(changed)}): install or download that one."
                 )
             self._model = handle.load(pick_device(self._device))
@@ -183,53 +242,31 @@ class LatentStore:
         """Decode any latent on this store's grid, such as a mix, to `num_samples` samples."""
         return decode_latent(self.model(), latent, num_samples, self.chunking, seed=seed)
 
-    def _entry(self, key: str) -> IndexEntry:
-        position = self._index.find(key)
-        if position is None:
-            raise KeyError(key)
-        return self._index.entry(position)
-
     def _read(self, entry: IndexEntry, offset: int, length: int) -> bytes:
         data = self._storage.read_range(entry.shard, offset, length)
         if len(data) != length:
-            raise StorageError(f"{self.url}/{entry.shard} is cut short: restore it or run again.")
+            raise self._damaged(entry, "it is cut short")
         return data
 
-    def _record(self, entry: IndexEntry) -> Record:
-        data = self._read(entry, entry.offset, entry.length)
-        if xxhash.xxh3_64_intdigest(data) != entry.hash:
-            raise StorageError(
-                f"{self.url}/{entry.shard} is damaged: the latent of {entry.key} does not match "
-                "its hash. Restore the shard, or delete it and run again."
-            )
-        fields = self._fields(entry)
-        return Record(
-            key=entry.key,
-            latent=latent_from_bytes(data, entry.shape, fields["dtype"]),
-            num_samples=fields["num_samples"],
-            sample_rate=fields["sample_rate"],
-            source_uri=fields["source_uri"],
-            source_sample_rate=fields["source_sample_rate"],
-            source_channels=fields["source_channels"],
-            content_hash=fields["content_hash"],
-            rms=fields["rms"],
-            peak=fields["peak"],
-            group=fields["group"],
-            role=fields["role"],
-            metadata=json.loads(fields["metadata"]),
-        )
-
     def _fields(self, entry: IndexEntry) -> dict[str, Any]:
+        """A record's fields beside the latent, from the tar's JSON or the Parquet columns."""
         if entry.fields_offset >= 0:
             data = self._read(entry, entry.fields_offset, entry.fields_length)
             fields: dict[str, Any] = json.loads(data)
             return fields
-        shard = self._shard_fields.get(entry.shard)
+        shard = self._shard_fields.pop(entry.shard, None)
         if shard is None:
-            shard = self._shard_fields[entry.shard] = _ShardFields(self._storage, entry.shard)
-            if len(self._shard_fields) > _CACHED_SHARDS:
-                self._shard_fields.popitem(last=False)
+            shard = _ShardFields(self._storage, entry.shard)
+        self._shard_fields[entry.shard] = shard  # the last one is the most recently used
+        if len(self._shard_fields) > _CACHED_SHARDS:
+            self._shard_fields.popitem(last=False)
         return shard.row(entry.row)
+
+    def _damaged(self, entry: IndexEntry, what: str) -> StorageError:
+        return StorageError(
+            f"{self.url}/{entry.shard} is damaged at record {entry.key}: {what}. Restore the "
+            "shard, or delete it and run again."
+        )
 
 
 class _ShardFields:
@@ -237,7 +274,9 @@ class _ShardFields:
 
     def __init__(self, storage: Storage, path: str) -> None:
         with storage.open(path) as file:
-            self._table = pq.read_table(file, columns=_FIELD_COLUMNS)
+            self._table = pq.read_table(
+                file, columns=_FIELD_COLUMNS, page_checksum_verification=True
+            )
 
     def row(self, row: int) -> dict[str, Any]:
         fields: dict[str, Any] = self._table.slice(row, 1).to_pylist()[0]

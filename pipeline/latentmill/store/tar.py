@@ -55,15 +55,25 @@ class TarShardWriter:
         ]
 
     def abort(self) -> None:
-        """Close the file, unfinished."""
+        """Close the file and remove it: a tar cut at a member's border reads as a short one."""
+        with contextlib.suppress(OSError):
+            self._tar.close()
         with contextlib.suppress(OSError):
             self._file.close()
+        with contextlib.suppress(OSError):
+            self._path.unlink()
 
 
 def member_key(key: str) -> str:
-    """An item's name in a tar: WebDataset ends a key at the base name's first dot."""
-    folder, slash, name = key.rpartition("/")
-    return folder + slash + name.replace("%", "%25").replace(".", "%2E")
+    """An item's name in a tar; `urllib.parse.unquote` gives the key back.
+
+    WebDataset ends a name at the first dot after the last slash, so dots are escaped there, and
+    so is what would lead out of the folder into which a tar is unpacked: `..` and a first slash.
+    """
+    *folders, name = key.replace("%", "%25").split("/")
+    folders = ["%2E" * len(part) if part in (".", "..") else part for part in folders]
+    path = "/".join([*folders, name.replace(".", "%2E")])
+    return "%2F" + path[1:] if path.startswith("/") else path
 
 
 def npy_header(latent: Latent) -> bytes:

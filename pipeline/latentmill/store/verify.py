@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,12 +13,22 @@ import numpy as np
 from latentmill.audio import open_audio, open_media, prepare
 from latentmill.config import fingerprint
 from latentmill.decode import Audio
-from latentmill.errors import ItemError, StorageError
+from latentmill.errors import ItemError, LatentmillError, StorageError, StoreError
 from latentmill.plan import Unit
 from latentmill.record import Record
 from latentmill.storage import SCRATCH, Storage
-from latentmill.store.commit import hash_of
-from latentmill.store.schema import COMMITS, SHARDS, Commit
+from latentmill.store.commit import committed_units, hash_of, iter_commits, read_commit
+from latentmill.store.index import IndexEntry, entries
+from latentmill.store.schema import (
+    COMMITS,
+    DATASET_PATH,
+    INDEX_PATH,
+    SHARDS,
+    Commit,
+    commit_path,
+    shard_path,
+)
+from latentmill.store.seal import dataset_info
 from latentmill.store.store import LatentStore
 
 
@@ -53,79 +65,128 @@ class Report:
 def verify(store: LatentStore, *, decode: int = 0) -> Report:
     """Check a store: plan, commits, hashes, counts, numbers; decode some records back to audio.
 
+    Goes through the store unit by unit: beside the plan it holds a few commits and one record. A
+    fault is one line; of a shard that is not what its commit says the records are not looked at.
+
     Args:
         store: The store.
-        decode: How many records to decode, spread evenly over the store.
+        decode: How many records to decode, spread evenly over the store; none if it has faults.
+
+    Raises:
+        StoreError: The plan cannot be read.
     """
-    storage = Storage(store.url)
-    plan, commits = store.plan, store.commits
-    report = Report(units=len(plan.units), committed=len(commits), items=plan.num_items)
-    wanted = fingerprint(plan.fingerprint)
-    missing = [unit.name for unit in plan.units if unit.name not in commits]
-    if missing:
-        report.faults.append(
-            f"{len(missing)} of {len(plan.units)} units are not committed (the first is "
-            f"{missing[0]}): run the same encode command again"
-        )
-    keys = Counter(item.key for item in plan.items)
-    report.faults += [
-        f"{key} is in the plan {count} times" for key, count in keys.items() if count > 1
-    ]
-    for unit in plan.units:
-        if commit := commits.get(unit.name):
-            if commit.fingerprint != wanted:
-                report.faults.append(f"commit {unit.name} has another fingerprint than the plan")
-            report.faults += _unit_faults(storage, unit, commit)
-            report.records += commit.rows
-    report.faults += _strays(storage, commits)
-    report.faults += _record_faults(store)
-    if decode and not report.faults:
-        keys_to_decode = list(store.keys())
-        step = max(1, len(keys_to_decode) // decode)
-        for key in keys_to_decode[::step][:decode]:
-            _decode(store, key, report)
-    return report
+    return _Verification(store).run(decode)
 
 
-def _unit_faults(storage: Storage, unit: Unit, commit: Commit) -> Iterator[str]:
-    planned = [item.key for item in unit.items]
-    if planned != [item.key for item in commit.items]:
-        yield f"commit {unit.name} does not list the items that the plan gives its unit"
-    if commit.rows != commit.count("encoded"):
-        yield f"commit {unit.name} counts {commit.rows} rows, {commit.count('encoded')} encoded"
-    if commit.shard is None:
-        return
-    try:
-        with storage.open(commit.shard) as file:
-            if hash_of(file) != commit.hash:
-                yield f"{commit.shard} does not match the hash in its commit"
-    except StorageError as error:
-        yield str(error)
+class _Verification:
+    """One run over a store."""
 
+    def __init__(self, store: LatentStore) -> None:
+        self._store = store
+        self._plan = store.plan
+        self._storage = Storage(store.url)
+        self._fingerprint = fingerprint(self._plan.fingerprint)
+        self._shards: set[str] = set()  # those that a commit accounts for
 
-def _strays(storage: Storage, commits: dict[str, Commit]) -> Iterator[str]:
-    known = {commit.shard for commit in commits.values()}
-    for name in storage.list(SHARDS):
-        if f"{SHARDS}/{name}" not in known:
-            yield f"{SHARDS}/{name} has no commit: it does not count, and running again replaces it"
-    for name in storage.list(SCRATCH) if storage.local else {}:
-        yield f"{SCRATCH}/{name} was left behind by a killed run: running again removes it"
-    for name in storage.list(COMMITS):
-        if name.removesuffix(".json") not in commits:
-            yield f"{COMMITS}/{name} is no commit"
+    def run(self, decode: int) -> Report:
+        plan = self._plan
+        report = Report(units=len(plan.units), items=plan.num_items)
+        committed = set(committed_units(self._storage))
+        missing = [unit.name for unit in plan.units if unit.name not in committed]
+        if missing:
+            report.faults.append(
+                f"{len(missing)} of {len(plan.units)} units are not committed (the first is "
+                f"{missing[0]}): run the same encode command again"
+            )
+        keys = Counter(item.key for item in plan.items)
+        report.faults += [f"{key} is in the plan {n} times" for key, n in keys.items() if n > 1]
+        for unit in plan.units:
+            if unit.name in committed:
+                report.faults += self._unit_faults(unit, report)
+        report.faults += self._strays()
+        if not report.faults and self._store.sealed:
+            report.faults += self._seal_faults()
+        if decode and not report.faults:
+            step = max(1, len(self._store) // decode)
+            for key in itertools.islice(self._store.keys(), 0, step * decode, step):
+                _decode(self._store, key, report)
+        return report
 
-
-def _record_faults(store: LatentStore) -> Iterator[str]:
-    for key in store.keys():  # noqa: SIM118  iterating the store gives records
+    def _unit_faults(self, unit: Unit, report: Report) -> Iterator[str]:
         try:
-            record = store[key]
+            commit = read_commit(self._storage, unit.name)
+        except LatentmillError as error:
+            self._shards.add(shard_path(unit.name, self._plan.format))
+            yield str(error)
+            return
+        report.committed += 1
+        report.records += commit.rows
+        if commit.fingerprint != self._fingerprint:
+            yield f"commit {unit.name} has another fingerprint than the plan"
+        if [item.key for item in unit.items] != [item.key for item in commit.items]:
+            yield f"commit {unit.name} does not list the items that the plan gives its unit"
+        if commit.shard is None:
+            return
+        self._shards.add(commit.shard)
+        if fault := self._shard_fault(commit.shard, commit):
+            yield f"{fault}: restore the shard, or delete it and run again"
+            return
+        for entry in entries(commit):
+            yield from self._record_faults(entry)
+
+    def _shard_fault(self, shard: str, commit: Commit) -> str | None:
+        try:
+            with self._storage.open(shard) as file:
+                size = file.seek(0, os.SEEK_END)
+                if size != commit.bytes:
+                    return f"{shard} has {size} bytes, not the {commit.bytes} of its commit"
+                file.seek(0)
+                if hash_of(file) != commit.hash:
+                    return f"{shard} does not match the hash in its commit"
+        except StorageError as error:
+            return str(error).rstrip(".")
+        return None
+
+    def _record_faults(self, entry: IndexEntry) -> Iterator[str]:
+        try:
+            record = self._store.read(entry)
         except StorageError as error:
             yield str(error)
-            continue
+            return
         if not np.isfinite(record.latent).all():
-            yield f"the latent of {key} holds NaN or Inf"
-        if record.key != key:
-            yield f"the record of {key} says that it is {record.key}"
+            yield f"the latent of {entry.key} holds NaN or Inf"
+
+    def _strays(self) -> Iterator[str]:
+        storage = self._storage
+        for name in storage.list(SHARDS):
+            if f"{SHARDS}/{name}" not in self._shards:
+                yield f"{SHARDS}/{name} belongs to no commit: it does not count; delete it"
+        for name in storage.list(SCRATCH) if storage.local else {}:
+            yield f"{SCRATCH}/{name} was left behind by a killed run: running again removes it"
+        units = {commit_path(unit.name) for unit in self._plan.units}
+        for name in storage.list(COMMITS):
+            if f"{COMMITS}/{name}" not in units:
+                yield f"{COMMITS}/{name} is the commit of no unit of the plan; delete it"
+
+    def _seal_faults(self) -> Iterator[str]:
+        """Whether dataset.json and the index say what the commits say."""
+        store, cure = self._store, f"delete {DATASET_PATH} and run again to seal the store"
+        expected = dataset_info(self._plan, iter_commits(self._storage))
+        for name in ("fingerprint", "items", "encoded", "skipped", "failed", "frames", "shards"):
+            if getattr(expected, name) != getattr(store.info, name):
+                yield f"{DATASET_PATH} and the commits disagree on {name}: {cure}"
+        try:
+            if len(store) != expected.encoded:
+                yield f"{INDEX_PATH} holds {len(store)} of {expected.encoded} records: {cure}"
+                return
+        except StoreError as error:
+            yield str(error)
+            return
+        for commit in iter_commits(self._storage):
+            for entry in entries(commit):
+                if entry.key not in store or store.entry(entry.key) != entry:
+                    yield f"{INDEX_PATH} does not place {entry.key} where its commit does: {cure}"
+                    return
 
 
 def _decode(store: LatentStore, key: str, report: Report) -> None:

@@ -45,7 +45,7 @@ class ShardWriter(Protocol):
         ...
 
     def abort(self) -> None:
-        """Let go of the file, whatever state it is in."""
+        """Let go of the file, whatever state it is in, and remove it. Raises nothing."""
         ...
 
 
@@ -55,7 +55,8 @@ def open_writer(format_name: str, path: Path, info: Mapping[str, Any]) -> ShardW
     Args:
         format_name: The store's format.
         path: The file to write.
-        info: What a reader of this file alone needs to know: model, dtype, layout.
+        info: What a reader of this file alone needs to know: model, dtype, layout. Parquet keeps
+            it as file metadata; a tar has no place for it.
     """
     if format_name == "parquet":
         from latentmill.store.parquet import ParquetShardWriter

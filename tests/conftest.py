@@ -1,0 +1,100 @@
+"""What the tests share: small real recordings, the real recordings beside the repo, an S3."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from support.recordings import write_corpus
+
+SHARED_AUDIO = Path(__file__).parents[2] / "shared" / "audio"
+
+settings.register_profile("latentmill", deadline=None, max_examples=60)
+settings.load_profile("latentmill")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_torch_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_audio() -> Path:
+    """The folder of real recordings; a test that asks for it is skipped without them."""
+    if not SHARED_AUDIO.is_dir():
+        pytest.skip(f"needs the real recordings in {SHARED_AUDIO}")
+    return SHARED_AUDIO
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small corpus of real files with two sidecars and a picture. Leave it unchanged."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def one_sentence() -> Callable[[BaseException], str]:
+    """Checks that an error is one sentence, and returns its text."""
+
+    def check(error: BaseException) -> str:
+        text = str(error)
+        assert text.endswith((".", "?")), text
+        assert "\n" not in text
+        assert ". " not in text
+        return text
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def _s3_server() -> Iterator[str]:
+    s3fs = pytest.importorskip("s3fs")
+    server_module = pytest.importorskip("moto.server")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield f"http://{host}:{port}"
+        s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+_buckets = itertools.count()
+
+
+@pytest.fixture
+def s3_bucket(_s3_server: str) -> str:
+    """The URL of a fresh bucket on an S3 of our own."""
+    import fsspec
+
+    name = f"mill-{next(_buckets)}"
+    fsspec.filesystem("s3").mkdir(name)
+    return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A Ray in this process, which runs use as it is and leave running."""
+    import ray
+
+    from latentmill.engine.cluster import connect
+
+    tests = Path(__file__).parent
+    paths = [tests, tests.parent / "pipeline", os.environ.get("PYTHONPATH", "")]
+    with pytest.MonkeyPatch.context() as patch:  # for the workers
+        patch.setenv("PYTHONPATH", os.pathsep.join(str(path) for path in paths if str(path)))
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with connect(None):
+            yield
+            assert ray.is_initialized(), "no run shuts down a Ray that it did not start"

@@ -1,0 +1,104 @@
+"""Which Ray a run uses, what it reserves there, and what is left when it ends."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import ray
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentmill.config import load_config
+from latentmill.engine.cluster import Cluster, connect
+from latentmill.engine.launch import _device, _resources
+from latentmill.errors import ConfigError
+from support import runs
+
+NODES = st.lists(st.integers(0, 128), min_size=1, max_size=8)
+
+
+def config(**options: object):
+    return load_config(None, {"source": "a", "out": "b", **options})
+
+
+def test_a_ray_that_runs_already_is_used_and_left_running(ray_session: None) -> None:
+    before = ray.get_runtime_context().get_job_id()
+    with connect(None) as cluster:
+        assert not cluster.embedded
+        assert sum(cluster.node_cpus) >= 1
+    assert ray.get_runtime_context().get_job_id() == before
+
+
+def test_an_embedded_ray_is_started_and_stopped_and_says_nothing(tmp_path: Path) -> None:
+    songs = runs.write_songs(tmp_path / "songs", 2)
+    args = ["encode", songs, tmp_path / "store", "--device", "cpu", "--json"]
+    with runs.started(*args) as process:
+        family: dict[int, str] = {}
+        while process.poll() is None:
+            found = runs.descendants(process.pid)
+            family |= {pid: name for pid, name in found.items() if name.strip()}
+            time.sleep(0.05)
+        out, err = process.communicate()
+    assert process.returncode == 0, err
+    names = " ".join(family.values())
+    assert "raylet" in names
+    assert "ray::EncodeActor" in names
+    left = [name for pid, name in family.items() if runs.alive(pid)]
+    assert [name for name in left if "Agent" not in name] == []
+    assert runs.outcome(runs.Result(0, out, err))["exit_code"] == 0
+    assert len(out.splitlines()) == 1
+    assert all("items, " in line and "x real time" in line for line in err.splitlines()), err
+    runs.assert_whole(tmp_path / "store")
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
+    songs = runs.write_songs(tmp_path / "songs", 1)
+    result = runs.command("encode", songs, tmp_path / "store", "--address", "127.0.0.1:1")
+    assert result.code == 2
+    assert "Ray at 127.0.0.1:1 cannot be used" in result.err.splitlines()[-1]
+    assert "check the address and that the cluster runs" in result.err
+
+
+@given(cpus=NODES, workers=st.none() | st.integers(1, 40), threads=st.none() | st.integers(1, 64))
+def test_ray_can_place_all_workers_on_cpus(
+    cpus: list[int], workers: int | None, threads: int | None
+) -> None:
+    cluster = Cluster(embedded=True, node_cpus=tuple(cpus), node_gpus=(0,) * len(cpus))
+    wanted = config(workers=workers, threads=threads)
+    resources = _resources(wanted, cluster, on_gpu=False)
+    assert resources.workers == workers or workers is None
+    assert resources.shape.gpus == 0
+    assert placed(resources.shape.cpus, cpus) >= resources.workers
+    if workers is None and max(cpus) >= resources.threads:  # no cores beyond those there are
+        assert resources.shape.cpus == resources.threads
+
+
+@given(gpus=NODES.filter(any), workers=st.none() | st.integers(1, 200), cpus=st.integers(1, 64))
+def test_ray_can_place_all_workers_on_gpus(gpus: list[int], workers: int | None, cpus: int) -> None:
+    cluster = Cluster(embedded=False, node_cpus=(cpus,) * len(gpus), node_gpus=tuple(gpus))
+    resources = _resources(config(workers=workers), cluster, on_gpu=True)
+    assert resources.workers == (workers or sum(gpus))
+    assert 0 < resources.shape.gpus <= 1
+    assert placed(resources.shape.gpus, gpus) >= resources.workers
+
+
+def placed(share: float, node_units: list[int]) -> int:
+    """How many actors Ray places, which gives an actor a share of one unit or whole units."""
+    if share == 0:
+        return 10**9
+    if share < 1:
+        return sum(units * int(1 / share) for units in node_units)
+    return sum(int(units // share) for units in node_units)
+
+
+def test_devices() -> None:
+    with_gpu, without = Cluster(True, (8,), (2,)), Cluster(True, (8,), (0,))
+    assert _device(config(), with_gpu) == "cuda"
+    assert _device(config(), without) == "cpu"
+    assert _device(config(device="cpu"), with_gpu) == "cpu"
+    with pytest.raises(ConfigError, match="Ray has no GPUs"):
+        _device(config(device="cuda"), without)
+    with pytest.raises(ConfigError, match="Ray chooses the GPUs"):
+        _device(config(device="cuda:1"), with_gpu)

@@ -1,0 +1,103 @@
+"""A worker without Ray: two units at once, and what stays of a unit that is stopped."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latentmill.chunks import Chunking
+from latentmill.config import fingerprint, fingerprint_document, load_config
+from latentmill.engine.launch import make_job
+from latentmill.engine.worker import Job, Stopped, Worker
+from latentmill.models import registry
+from latentmill.plan import Plan, cut_units, freeze
+from latentmill.sources.folder import FolderSource
+from latentmill.storage import Storage
+from latentmill.store.commit import read_commits
+from support import runs
+
+
+def prepared(
+    folder: Path, store: Path, songs_per_unit: int = 2, **options: object
+) -> tuple[Job, Plan]:
+    """A frozen plan of three units of songs, and a job for it."""
+    songs = runs.write_songs(folder, 3 * songs_per_unit)
+    values = {"source": str(songs), "out": str(store), "device": "cpu", **options}
+    config = load_config(None, values)
+    handle = registry.resolve(config.model, config.model_options)
+    chunking = Chunking.for_model(handle.spec, seconds=config.chunk_seconds)
+    plan = Plan(
+        source=str(songs),
+        units=cut_units(FolderSource(str(songs), ("wav",)).list().items, 1.2 * songs_per_unit),
+        fingerprint=fingerprint_document(config, handle.spec, chunking),
+        model=config.model,
+        model_options={},
+        format=config.format,
+        ignored={},
+    )
+    assert len(plan.units) == 3
+    freeze(plan, Storage(str(store)))
+    return make_job(config, handle, chunking, plan, device="cpu", threads=1), plan
+
+
+def shards(store: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (store / "shards").iterdir()}
+
+
+@pytest.mark.parametrize("format_name", ["parquet", "webdataset"])
+def test_two_threads_give_the_same_shards_as_one(tmp_path: Path, format_name: str) -> None:
+    job, plan = prepared(tmp_path / "songs", tmp_path / "one", format=format_name)
+    worker = Worker(job)
+    results = [worker.encode(unit) for unit in plan.units]
+    worker.close()
+    assert [(r.unit, r.encoded, r.failed) for r in results] == [(0, 2, 0), (1, 2, 0), (2, 2, 0)]
+    assert results[0].audio_seconds == pytest.approx(worker.meter()["audio_seconds"] / 3, rel=0.2)
+
+    job, plan = prepared(tmp_path / "songs", tmp_path / "two", format=format_name)
+    worker = Worker(job)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(worker.encode, plan.units))
+    worker.close()
+    assert shards(tmp_path / "two") == shards(tmp_path / "one")
+    commits = read_commits(Storage(str(tmp_path / "two")))
+    assert {commit.fingerprint for commit in commits.values()} == {fingerprint(plan.fingerprint)}
+
+
+def test_a_stopped_worker_leaves_nothing_of_its_units(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    options = {"seconds": 0.2, "log": str(log)}
+    job, plan = prepared(
+        tmp_path / "songs",
+        tmp_path / "store",
+        songs_per_unit=6,
+        model=runs.SLOW_MODEL,
+        model_options=options,
+        chunk_seconds=0.5,
+        batch_size=1,
+    )
+    stopped = threading.Event()
+    worker = Worker(job, stopped)
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(worker.encode, unit) for unit in plan.units]
+        runs.until(log.exists, 10, "the model works")
+        stopped.set()
+        errors = [future.exception(timeout=10) for future in futures]
+    worker.close()
+    assert [type(error) for error in errors] == [Stopped] * 3
+    assert not list((tmp_path / "store" / "tmp").iterdir())
+    assert not (tmp_path / "store" / "commits").exists()
+    assert threading.active_count() < 4
+
+
+def test_the_origin_is_the_latent_of_silence(tmp_path: Path) -> None:
+    job, _ = prepared(tmp_path / "songs", tmp_path / "store")
+    worker = Worker(job)
+    origin = worker.origin()
+    worker.close()
+    spec = job.model.spec
+    assert origin.shape == (spec.latent_channels, spec.frames(job.chunking.samples))
+    assert not np.any(origin)  # the MDCT is linear

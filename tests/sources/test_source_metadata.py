@@ -1,0 +1,63 @@
+"""Sidecars become metadata, or fail their item with one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from latentmill.errors import ItemError
+from latentmill.sources.base import Item
+from latentmill.sources.metadata import read_metadata
+
+
+def item(folder: Path, **sidecars: bytes) -> Item:
+    paths = []
+    for number, (extension, data) in enumerate(sidecars.items()):
+        path = folder / f"s{number}.{extension.rstrip('_')}"
+        path.write_bytes(data)
+        paths.append(str(path))
+    return Item("s", str(folder / "s.wav"), 0, "", tuple(paths))
+
+
+def test_sidecars_are_merged_in_their_order(tmp_path: Path) -> None:
+    first = '\ufeff{"title": "Größe", "n": 1, "nested": {"a": [null, true, 1.5]}}'.encode()
+    found = read_metadata(item(tmp_path, json=first, txt=b" two\nlines \n", JSON=b'{"n": 2}'))
+    assert found == {
+        "title": "Größe",
+        "n": 2,
+        "nested": {"a": [None, True, 1.5]},
+        "text": "two\nlines",
+    }
+    assert read_metadata(item(tmp_path)) == {}
+    assert read_metadata(item(tmp_path, json=b"[1, 2]")) == {"json": [1, 2]}
+
+
+BAD = {
+    "cut": b'{"title": ',
+    "empty": b"",
+    "latin-1": b'{"title": "Gr\xf6\xdfe"}',
+    "NaN": b'{"loudness": NaN}',  # which Python would take and write into the store
+    "half a character": rb'{"title": "\ud800"}',
+    "bottomless": b"[" * 200_000,
+    "another kind": b"title: yaml",
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_sidecar_that_is_no_json_fails_the_item(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(ItemError, match=r"^sidecar s0\.json (is|holds) ") as caught:
+        read_metadata(item(tmp_path, json=BAD[kind]))
+    assert "\n" not in str(caught.value)
+
+
+def test_any_json_text_comes_back_as_it_was(tmp_path: Path) -> None:
+    value = {"quotes": '"\\', "null": None, "emoji": "🎵", "large": 2**70, "float": 0.1}
+    assert read_metadata(item(tmp_path, json=json.dumps(value).encode())) == value
+
+
+def test_a_sidecar_that_is_gone_fails_the_item(tmp_path: Path) -> None:
+    for uri in (str(tmp_path / "gone.json"), "memory://nothing/gone.json"):
+        with pytest.raises(ItemError, match=r"^sidecar gone\.json cannot be read: [Nn]o such file"):
+            read_metadata(Item("s", "s.wav", 0, "", (uri,)))

@@ -1,0 +1,191 @@
+"""One unit, one shard, one commit: everything is there, or nothing is."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from store_files import FORMATS, make_record
+
+from latentmill.errors import StorageError, StoreError
+from latentmill.record import Outcome
+from latentmill.storage import Storage
+from latentmill.store.commit import iter_commits, read_commits, write_commit, write_unit
+from latentmill.store.parquet import ParquetShardWriter
+from latentmill.store.schema import Commit
+
+each_format = pytest.mark.parametrize("name", FORMATS)
+
+
+def encoded(key: str, frames: int = 100) -> Outcome:
+    rng = np.random.default_rng(frames)
+    latent = rng.standard_normal((64, frames), np.float32).astype(np.float16)
+    return Outcome(key, "encoded", record=make_record(key, latent))
+
+
+def write(folder: Path, name: str, outcomes: Iterator[Outcome] | list[Outcome]) -> Commit:
+    return write_unit(
+        Storage(str(folder)), "000007", outcomes, format_name=name, fingerprint="f00", info={}
+    )
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+@each_format
+def test_a_unit(name: str, tmp_path: Path) -> None:
+    outcomes = [
+        Outcome("a", "failed", "the file is empty"),
+        encoded("b", 40),
+        Outcome("c", "skipped", "min_seconds: 0.1 s"),
+        encoded("d", 2000),
+        encoded("e", 1),
+        Outcome("f", "failed", "late"),
+    ]
+    commit = write(tmp_path, name, outcomes)
+    assert [(i.key, i.status, i.reason) for i in commit.items] == [
+        (o.key, o.status, o.reason) for o in outcomes
+    ]
+    assert commit.shard is not None
+    data = (tmp_path / commit.shard).read_bytes()
+    assert (commit.rows, commit.bytes) == (3, len(data))
+    assert commit.hash == xxhash.xxh3_128_hexdigest(data)
+    assert commit.audio_seconds == pytest.approx(3 * 1000 / 22050)
+    for item, outcome in zip(commit.items, outcomes, strict=True):
+        if outcome.record is None:
+            assert item.offset is item.length is item.hash is item.shape is None
+        else:
+            stored = outcome.record.latent.T.tobytes()
+            assert data[item.offset : item.offset + item.length] == stored
+            assert item.hash == xxhash.xxh3_64_hexdigest(stored)
+            assert item.shape == outcome.record.latent.shape
+    frames = np.concatenate([o.record.latent for o in outcomes if o.record], axis=1)
+    assert commit.statistics is not None
+    assert commit.statistics.frames == frames.shape[1]
+    np.testing.assert_allclose(commit.statistics.mean, frames.astype(np.float64).mean(axis=1))
+
+    storage = Storage(str(tmp_path))
+    assert read_commits(storage) == {}  # the shard does not count yet
+    written = write_commit(storage, commit, {"total_seconds": 1.23456})
+    assert read_commits(storage) == {"000007": written}
+    assert written.timings == {"total_seconds": 1.2346}
+    assert files(tmp_path) == ["commits/000007.json", commit.shard]
+
+
+@each_format
+def test_a_unit_without_records_has_no_shard(name: str, tmp_path: Path) -> None:
+    commit = write(tmp_path, name, [Outcome("a", "failed", "why"), Outcome("b", "skipped", "so")])
+    assert (commit.shard, commit.hash, commit.bytes, commit.rows) == (None, None, 0, 0)
+    assert commit.statistics is None
+    storage = Storage(str(tmp_path))
+    written = write_commit(storage, commit, {})
+    assert read_commits(storage) == {"000007": written}
+    assert files(tmp_path) == ["commits/000007.json"]
+
+
+@each_format
+@pytest.mark.parametrize("error", [RuntimeError("boom"), OSError(5, "encoder's own"), SystemExit()])
+def test_a_failing_encoder_leaves_nothing(name: str, tmp_path: Path, error: BaseException) -> None:
+    def outcomes() -> Iterator[Outcome]:
+        for n in range(40):
+            yield encoded(str(n))
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        write(tmp_path, name, outcomes())
+    assert raised.value is error  # an error of the encoder is none of the storage
+    assert files(tmp_path) == []
+
+
+@each_format
+@pytest.mark.parametrize("frames", [500, 30000])  # 64 kB records, or one larger than the limit
+def test_a_full_disk_leaves_nothing(name: str, tmp_path: Path, frames: int) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(StorageError) as raised:
+            write(tmp_path, name, [encoded(str(n), frames) for n in range(40)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    extension = {"parquet": "parquet", "webdataset": "tar"}[name]
+    expected = f"Cannot write {tmp_path}/shards/000007.{extension}: File too large."
+    assert str(raised.value) == expected
+    assert files(tmp_path) == []
+
+
+@each_format
+def test_a_full_disk_at_the_end_leaves_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last bytes (footer, end of the tar) are what does not fit."""
+    size = write(tmp_path / "whole", name, [encoded("a")]).bytes
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="File too large"):
+            write(tmp_path / "full", name, [encoded("a")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files(tmp_path / "full") == []
+
+
+def test_an_unwritable_store(tmp_path: Path) -> None:
+    (tmp_path / "shards").write_text("a file where a folder must be")
+    with pytest.raises(StorageError, match=r"Cannot write .*/shards/000007.parquet: "):
+        write(tmp_path, "parquet", [encoded("a")])
+    assert files(tmp_path) == ["shards"]
+
+
+def test_too_large_for_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ParquetShardWriter, "max_latent_bytes", 64 * 2 * 50)
+    commit = write(tmp_path, "parquet", [encoded("fits", 50), encoded("large", 51)])
+    fits, large = commit.items
+    assert fits.status == "encoded"
+    assert large.status == "failed"
+    assert large.reason is not None
+    assert large.reason.endswith("is too large for Parquet: use format webdataset")
+    assert (commit.rows, commit.statistics and commit.statistics.frames) == (1, 50)
+
+
+def test_commits_come_in_order(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    names = [f"{n:06d}" for n in range(50)]
+    for unit in reversed(names):
+        commit = write_unit(storage, unit, [], format_name="parquet", fingerprint="f00", info={})
+        write_commit(storage, commit, {})
+    (tmp_path / "commits/notes.txt").write_text("not a commit")
+    assert [commit.unit for commit in iter_commits(storage)] == names
+    assert list(read_commits(storage)) == names
+
+
+def change(document: dict, **values: object) -> str:
+    return json.dumps({**document, **values})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: "", "is damaged: delete it"),
+        (lambda d: change(d)[:-20], "is damaged: delete it"),
+        (lambda d: change(d, rows=2), "is damaged: delete it"),
+        (lambda d: change(d, shard=None), "is damaged: delete it"),
+        (lambda d: change(d, surprise=1), "is damaged: delete it"),
+        (lambda d: change(d, items=[{**d["items"][0], "offset": None}]), "is damaged: delete it"),
+        (lambda d: change(d, unit="000008"), "is the commit of unit 000008: delete it"),
+        (lambda d: change(d, format_version=2), "is of format version 2, this latentmill reads 1"),
+    ],
+)
+def test_a_damaged_commit_is_refused(tmp_path: Path, spoil: object, message: str) -> None:
+    storage = Storage(str(tmp_path))
+    write_commit(storage, write(tmp_path, "parquet", [encoded("a")]), {})
+    path = tmp_path / "commits/000007.json"
+    path.write_text(spoil(json.loads(path.read_text())))
+    with pytest.raises(StoreError) as raised:
+        read_commits(storage)
+    assert f"{path} {message}" in str(raised.value)

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentmill.store.index import Index
+from latentmill.store.schema import Commit, ItemEntry
+
+keys = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+
+
+def commit(number: int, some_keys: list[str]) -> Commit:
+    items = [ItemEntry(key=f"failed {number}", status="failed", reason="why")]
+    for place, key in enumerate(some_keys):
+        chunks = (place,) if place % 2 else ()
+        items.append(
+            ItemEntry(
+                key=key,
+                status="encoded",
+                offset=100 * place,
+                length=place + 1,
+                hash=f"{2**64 - 1 - place:016x}",
+                shape=(*chunks, 2, place + 3),
+                num_samples=7,
+            )
+        )
+    return Commit(
+        unit=f"{number:06d}",
+        fingerprint="f00",
+        shard=f"shards/{number:06d}.parquet" if some_keys else None,
+        bytes=1,
+        hash="00",
+        rows=len(some_keys),
+        audio_seconds=1.0,
+        items=items,
+        timings={},
+    )
+
+
+@given(units=st.lists(st.lists(keys, max_size=6), max_size=5), absent=keys)
+def test_every_key_is_found_in_order(units: list[list[str]], absent: str) -> None:
+    """Units need not be in the order of the keys, as in a plan that was extended."""
+    seen: set[str] = set()
+    units = [[k for k in unit if not (k in seen or seen.add(k))] for unit in units]
+    built = Index.from_commits(commit(n, unit) for n, unit in enumerate(units))
+    for index in (built, Index.from_file(built.to_bytes())):
+        assert [index.key(n) for n in range(len(index))] == sorted(seen)
+        assert absent in seen or index.find(absent) is None
+        for number, unit in enumerate(units):
+            for place, key in enumerate(unit):
+                position = index.find(key)
+                assert position is not None
+                entry = index.entry(position)
+                assert (entry.key, entry.shard) == (key, f"shards/{number:06d}.parquet")
+                assert (entry.row, entry.offset, entry.length) == (place, 100 * place, place + 1)
+                assert entry.hash == 2**64 - 1 - place
+                assert entry.shape == ((place,) if place % 2 else ()) + (2, place + 3)

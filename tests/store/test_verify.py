@@ -1,0 +1,191 @@
+"""`verify`: a whole store has no faults, and each thing that goes wrong is one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from store_files import KEYS
+
+from latentmill.errors import ItemError, StorageError
+from latentmill.record import Record
+from latentmill.storage import Storage
+from latentmill.store.store import LatentStore
+from latentmill.store.verify import read_source, verify
+
+
+def faults(folder: Path) -> list[str]:
+    return verify(LatentStore(str(folder), device="cpu"), decode=1).faults
+
+
+def shard(folder: Path) -> Path:
+    return sorted((folder / "shards").iterdir())[1]
+
+
+def commit(folder: Path) -> Path:
+    return folder / "commits/000001.json"
+
+
+def change(path: Path, edit: Callable[[dict], object]) -> None:
+    document = json.loads(path.read_text())
+    edit(document)
+    path.write_text(json.dumps(document))
+
+
+def flip_a_byte(folder: Path) -> None:
+    data = bytearray(shard(folder).read_bytes())
+    data[len(data) // 2] ^= 1
+    shard(folder).write_bytes(data)
+
+
+def cut_short(folder: Path) -> None:
+    shard(folder).write_bytes(shard(folder).read_bytes()[:-1])
+
+
+def repackage(folder: Path) -> None:
+    """A shard of other bytes whose commit was made to fit, but not the records' hashes."""
+    item = json.loads(commit(folder).read_text())["items"][0]
+    data = bytearray(shard(folder).read_bytes())
+    data[item["offset"]] ^= 1
+    shard(folder).write_bytes(data)
+    change(commit(folder), lambda d: d.update(hash=xxhash.xxh3_128_hexdigest(bytes(data))))
+
+
+def move_a_record(folder: Path) -> None:
+    change(commit(folder), lambda d: d["items"][0].update(offset=d["items"][0]["offset"] + 1))
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flipped byte": (flip_a_byte, "does not match the hash in its commit: restore the shard"),
+    "shard cut short": (cut_short, "bytes, not the "),
+    "missing shard": (lambda f: shard(f).unlink(), "No such file or directory: restore the shard"),
+    "stray shard": (
+        lambda f: shutil.copy(shard(f), f / "shards/999999.parquet"),
+        "shards/999999.parquet belongs to no commit",
+    ),
+    "stray temporary file": (
+        lambda f: ((f / "tmp").mkdir(exist_ok=True), (f / "tmp/x").write_text("")),
+        "tmp/x was left behind by a killed run",
+    ),
+    "damaged commit": (lambda f: commit(f).write_text("{"), "000001.json is damaged: delete it"),
+    "stray commit": (
+        lambda f: shutil.copy(commit(f), f / "commits/000099.json"),
+        "commits/000099.json is the commit of no unit",
+    ),
+    "other fingerprint": (
+        lambda f: change(commit(f), lambda d: d.update(fingerprint="0" * 32)),
+        "commit 000001 has another fingerprint than the plan",
+    ),
+    "other items": (
+        lambda f: change(commit(f), lambda d: d["items"][0].update(key="other")),
+        "commit 000001 does not list the items",
+    ),
+    "other bytes": (repackage, "the latent does not match its hash"),
+    "moved record": (move_a_record, "the latent does not match its hash"),
+    "dataset.json": (
+        lambda f: change(f / "dataset.json", lambda d: d.update(encoded=3)),
+        "dataset.json and the commits disagree on encoded: delete dataset.json",
+    ),
+    "missing index": (lambda f: (f / "index.arrow").unlink(), "index.arrow is missing or damaged"),
+}
+
+
+def test_a_whole_store(store: LatentStore) -> None:
+    report = verify(store, decode=3)
+    assert report.faults == []
+    assert report.units == report.committed == len(store.plan.units)
+    assert (report.items, report.records) == (27, 25)
+    assert len(report.decoded) == 3
+    for decoded in report.decoded:
+        assert decoded.key in KEYS
+        assert decoded.level_db == pytest.approx(0, abs=0.01)
+        assert decoded.snr_db is not None
+        assert decoded.snr_db > 60
+
+
+@pytest.mark.parametrize(("spoil", "line"), FAULTS.values(), ids=FAULTS.keys())
+def test_each_fault_is_one_line(
+    spoilable: Path, spoil: Callable[[Path], object], line: str
+) -> None:
+    spoil(spoilable)
+    found = faults(spoilable)
+    assert any(line in fault for fault in found), found
+    if spoil is not FAULTS["other items"][0]:  # there the fields name another record, too
+        assert len(found) == 1, found
+    assert not any("\n" in fault for fault in found)
+
+
+def test_missing_commits(spoilable: Path) -> None:
+    """The unit's shard is then a stray."""
+    (spoilable / "dataset.json").unlink()
+    commit(spoilable).unlink()
+    units = len(LatentStore(str(spoilable)).plan.units)
+    unit, stray = faults(spoilable)
+    assert unit.startswith(f"1 of {units} units are not committed (the first is 000001): run the")
+    assert f"shards/{shard(spoilable).name} belongs to no commit" in stray
+
+
+def test_an_index_that_is_not_of_these_commits(spoilable: Path, stores: dict[str, Path]) -> None:
+    """Sealed, then a unit was encoded anew with another writer: same counts, other places."""
+    other = next(f for f in stores.values() if shard(f).suffix != shard(spoilable).suffix)
+    shutil.copy(other / "index.arrow", spoilable / "index.arrow")
+    (fault,) = faults(spoilable)
+    assert fault.startswith(f"index.arrow does not place {KEYS[0]} where its commit does")
+
+
+def test_an_unsealed_store_is_verified_too(spoilable: Path) -> None:
+    (spoilable / "dataset.json").unlink()
+    (spoilable / "index.arrow").unlink()
+    assert faults(spoilable) == []
+    commit(spoilable).write_text("{")
+    (fault,) = faults(spoilable)
+    assert "000001.json is damaged" in fault
+
+
+def test_verify_holds_one_record_at_a_time(
+    store: LatentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither all commits nor more than a record's bytes at once."""
+    largest = max(store.entry(key).length for key in KEYS)
+    read_range = Storage.read_range
+
+    def bounded(self: Storage, path: str, offset: int, length: int) -> bytes:
+        assert length <= largest
+        return read_range(self, path, offset, length)
+
+    def refuse(self: LatentStore) -> None:
+        raise AssertionError("all commits are loaded")
+
+    monkeypatch.setattr(Storage, "read_range", bounded)
+    monkeypatch.setattr(LatentStore, "commits", property(refuse))
+    assert verify(store).faults == []
+
+
+def test_a_source_that_is_gone_or_changed(spoilable: Path, corpus: Path, tmp_path: Path) -> None:
+    record: Record = LatentStore(str(spoilable))["drums"]
+    assert read_source(record, 1).shape == (1, record.num_samples)
+    with pytest.raises(ItemError, match="there is no such file"):
+        read_source(replace(record, source_uri=str(tmp_path / "gone.wav")), 1)
+    with pytest.raises(ItemError, match="has changed since it was encoded"):
+        read_source(replace(record, source_uri=str(corpus / "one-frame.wav")), 1)
+
+
+def test_numbers_are_checked(store: LatentStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = LatentStore.read
+
+    def with_nan(self: LatentStore, entry: object) -> Record:
+        record = read(self, entry)
+        if record.key == "drums":
+            record = Record(**{**vars(record), "latent": np.full((2, 3), np.nan, np.float16)})
+        return record
+
+    monkeypatch.setattr(LatentStore, "read", with_nan)
+    assert verify(store).faults == ["the latent of drums holds NaN or Inf"]
+    monkeypatch.setattr(LatentStore, "read", lambda *_: (_ for _ in ()).throw(StorageError("gone")))
+    assert verify(store).faults == ["gone"] * len(KEYS)

@@ -1,0 +1,206 @@
+"""Bad input of every kind: one sentence, its exit code, and nothing committed is lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from support import runs
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.write_songs(tmp_path_factory.mktemp("songs"), 3)
+
+
+def refused(capsys: Capture, code: int, *args: object) -> str:
+    """Run a command that must fail; gives its one sentence."""
+    result = runs.call(capsys, *args)
+    assert (result.code, result.out) == (code, ""), result.err
+    lines = result.err.splitlines()
+    assert len(lines) == 1, result.err
+    assert lines[0].startswith("latentmill: ")
+    return lines[0].removeprefix("latentmill: ")
+
+
+def test_sources_that_cannot_be_used(capsys: Capture, tmp_path: Path, songs: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.txt").write_text("no audio")
+    file = next(songs.rglob("*.wav"))
+    out = tmp_path / "out"
+    for source, sentence in [
+        (tmp_path / "empty", "holds no audio files"),
+        (tmp_path / "notes", "holds no audio files"),
+        (tmp_path / "missing", "does not exist"),
+        (file, "is a file: name the folder that holds it"),
+        ("nosuch://bucket/songs", "cannot be opened"),
+    ]:
+        assert sentence in refused(capsys, 4, "encode", source, out)
+        assert not out.exists()
+
+
+def test_outputs_that_cannot_be_used(capsys: Capture, tmp_path: Path, songs: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("precious")
+    assert "lies inside the source" in refused(capsys, 2, "encode", songs, songs / "latents")
+    assert "lies inside the source" in refused(capsys, 2, "encode", songs, songs)
+    assert "is a file: name a folder" in refused(capsys, 2, "encode", songs, file)
+    assert "Not a directory" in refused(capsys, 6, "encode", songs, file / "below")
+    # Even root may not write here.
+    assert "Cannot write /proc/latents" in refused(capsys, 6, "encode", songs, "/proc/latents")
+    assert file.read_text() == "precious"
+    assert sorted(path.suffix for path in songs.rglob("*") if path.is_file()) == [".wav"] * 3
+
+
+@pytest.fixture
+def nobody() -> Iterator[Path]:
+    """A folder that everyone may list, and for root: no more rights than anyone."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        before = os.geteuid()
+        if before == 0:
+            os.seteuid(65534)
+        try:
+            yield Path(name)
+        finally:
+            os.seteuid(before)
+
+
+def test_no_permission(capsys: Capture, songs: Path, nobody: Path) -> None:
+    closed, open_, out = nobody / "closed", nobody / "open", nobody / "out"
+    with as_owner(nobody):
+        shutil.copytree(songs, open_)
+        shutil.copytree(songs, closed)
+        open_.chmod(0o755)
+        closed.chmod(0)
+        out.mkdir(mode=0o555)
+    try:
+        assert "Permission denied" in refused(capsys, 4, "encode", closed, nobody / "new")
+        assert "Permission denied" in refused(capsys, 6, "encode", open_, out)
+    finally:
+        with as_owner(nobody):
+            closed.chmod(0o700)
+            out.chmod(0o700)
+
+
+@contextmanager
+def as_owner(folder: Path) -> Iterator[None]:
+    """With the rights of a folder's owner, which root may take."""
+    before = os.geteuid()
+    os.seteuid(folder.stat().st_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "sentence"),
+    [
+        (["--model", "lin-cea"], 7, "did you mean lin-cae?"),
+        (["--model", "python:no.such:factory"], 7, "cannot import no.such:factory"),
+        (["--model-option", "hop=7"], 7, "option hop must be even"),
+        (["--model-option", "hops=8"], 7, "did you mean hop?"),
+        (["--model-option", "hop"], 2, "must be NAME=VALUE"),
+        (["--model-option", "hop=[1"], 2, "no valid YAML"),
+        (["--format", "zip"], 2, "Setting format"),
+        (["--dtype", "int8"], 2, "Setting dtype"),
+        (["--overlap", "0.9"], 2, "Setting overlap"),
+        (["--chunk-seconds", "-1"], 2, "Setting chunk_seconds"),
+        (["--chunk-seconds", "abc"], 2, "Invalid value for '--chunk-seconds'"),
+        (["--workers", "0"], 2, "Setting workers"),
+        (["--device", "tpu9"], 2, "is none of auto, cpu, cuda"),
+        (["--no-such-option"], 2, "No such option"),
+        (["--config", "no/such.yaml"], 2, "Config no/such.yaml cannot be read"),
+    ],
+)
+def test_options(
+    capsys: Capture,
+    tmp_path: Path,
+    songs: Path,
+    options: list[str],
+    code: int,
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sentence in refused(capsys, code, "encode", songs, tmp_path / "out", *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_config_files(capsys: Capture, tmp_path: Path, songs: Path) -> None:
+    config = tmp_path / "run.yaml"
+    for text, sentence in [
+        (f"source: {songs}\nout: {tmp_path}/out\ncolour: blue\n", "Setting colour"),
+        ("source: [", "is no valid YAML"),
+        ("just words", "must hold `setting: value` lines"),
+        (f"out: {tmp_path}/out\n", "Setting source is missing"),
+    ]:
+        config.write_text(text)
+        assert sentence in refused(capsys, 2, "encode", "--config", config)
+
+
+def test_stores_that_cannot_be_read(capsys: Capture, tmp_path: Path, songs: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for command in (["status"], ["info"], ["verify"], ["decode"], ["mix"]):
+        more = ["key", "-o", tmp_path / "x.wav"] if command[0] in ("decode", "mix") else []
+        for folder in ("empty", "missing"):
+            sentence = refused(capsys, 5, *command, tmp_path / folder, *more)
+            assert "holds no latentmill store" in sentence
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    try:
+        done = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        done = False
+    if not done:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("format_name", ["parquet", "webdataset"])
+def test_a_full_disk_stops_the_run_and_loses_nothing(
+    capsys: Capture, small_disk: Path, tmp_path: Path, format_name: str
+) -> None:
+    songs = runs.write_songs(tmp_path / "songs", 8, seconds=6.0)  # 4.3 MB of latents
+    store = small_disk / "store"
+    args = ["encode", songs, store, "--unit-seconds", "10", "--format", format_name]
+    args += ["--device", "cpu", "--workers", "1", "--threads", "1"]
+    result = runs.call(capsys, *args)
+    assert result.code == 6, result.err
+    assert result.out == ""
+    sentence = result.err.splitlines()[-1]
+    assert sentence.startswith(f"latentmill: Cannot write {store}/")
+    assert "No space left on device" in sentence
+    kept = runs.commits(store)
+    assert 0 < len(kept) < 8
+    assert {path.stem for path in store.glob("shards/*")} == {
+        name.removesuffix(".json") for name in kept
+    }
+    assert not (store / "tmp").exists()
+    status = runs.call(capsys, "status", store, "--json")
+    assert runs.outcome(status)["encoded"] == len(kept)
+
+    subprocess.run(["mount", "-o", "remount,size=30m", str(small_disk)], check=True)
+    result = runs.call(capsys, *args)
+    assert result.code == 0, result.err
+    assert kept.items() <= runs.commits(store).items()
+    runs.assert_whole(store)

@@ -1,0 +1,212 @@
+"""The commands, with and without --json, on a store that a real run has made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from latentmill import cli
+from latentmill.run import encode
+from latentmill.version import __version__
+from support import runs
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three songs of one length, a shorter one, and one that is broken."""
+    folder = tmp_path_factory.mktemp("songs")
+    for number in (0, 7, 14):
+        runs.write_songs(folder, 1, first=number)
+    runs.write_songs(folder, 1, seconds=0.6, first=21)
+    (folder / "broken.wav").write_bytes(b"RIFF")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(songs: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
+    """Their store; leave it unchanged."""
+    out = tmp_path_factory.mktemp("store") / "latents"
+    encode(str(songs), str(out), device="cpu", workers=1, threads=1)
+    return out
+
+
+def test_encode(capsys: Capture, songs: Path, ray_session: None, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(f"source: {songs}\nout: nowhere\ndevice: cpu\nmodel: mdct\nthreads: 1\n")
+    args = ["encode", "--config", config, songs, tmp_path / "new" / "store", "--workers", 1]
+    result = runs.call(capsys, *args)
+    assert result.code == 3  # an item failed
+    assert result.out.splitlines()[0].startswith(
+        f"{tmp_path}/new/store: 4 encoded, 0 skipped, 1 failed of 5 items"
+    )
+    assert "failed: broken: " in result.out
+    assert "\x1b" not in result.err  # no terminal: plain lines
+    assert result.err.splitlines()[-1].startswith("5/5 items, 0.001 h of audio, ")
+    again = runs.call(capsys, *args, "--json")
+    assert (again.code, again.err) == (3, "")
+    parsed = runs.outcome(again)
+    assert parsed["exit_code"] == 3
+    assert parsed["resumed_units"] == parsed["units"] == 1
+    assert [key for key, _ in parsed["failures"]] == ["broken"]
+
+
+def test_status_and_info(capsys: Capture, store: Path) -> None:
+    text = runs.call(capsys, "status", store)
+    assert (text.code, text.err) == (0, "")
+    assert text.out.splitlines()[:2] == [f"{store}: complete", "units     1 of 1 committed"]
+    assert "items     4 encoded, 0 skipped, 1 failed of 5" in text.out
+    status = runs.outcome(runs.call(capsys, "status", store, "--json"))
+    assert (status["complete"], status["encoded"], status["failed"]) == (True, 4, 1)
+    text = runs.call(capsys, "info", store)
+    assert text.code == 0
+    assert "mdct, 44100 Hz" in text.out
+    info = runs.outcome(runs.call(capsys, "info", store, "--json"))
+    assert info == json.loads((store / "dataset.json").read_text())
+
+
+def test_status_of_a_store_that_is_not_complete(
+    capsys: Capture, store: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(store, tmp_path / "copy")
+    (copy / "commits" / "000000.json").unlink()
+    (copy / "dataset.json").unlink()
+    text = runs.call(capsys, "status", copy)
+    assert text.code == 0
+    assert "not complete: the same encode command resumes it" in text.out
+    assert runs.outcome(runs.call(capsys, "status", copy, "--json"))["complete"] is False
+    assert runs.call(capsys, "verify", copy).code == 8
+
+
+def test_verify(capsys: Capture, store: Path, tmp_path: Path) -> None:
+    text = runs.call(capsys, "verify", store, "--decode", 2)
+    assert (text.code, text.err) == (0, "")
+    assert "1 of 1 units, 4 records of 5 items: whole" in text.out
+    assert text.out.count("decoded ") == 2
+    report = runs.outcome(runs.call(capsys, "verify", store, "--decode", 1, "--json"))
+    assert report["faults"] == []
+    assert report["decoded"][0]["snr_db"] > 50
+
+    copy = shutil.copytree(store, tmp_path / "copy")
+    shard = copy / "shards" / "000000.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3] ^= 1
+    shard.write_bytes(content)
+    damaged = runs.call(capsys, "verify", copy, "--json")
+    assert damaged.code == 8
+    assert any("does not match" in fault for fault in runs.outcome(damaged)["faults"])
+    assert damaged.err.startswith("latentmill: ")
+
+
+def test_decode_makes_the_folder_and_gives_the_audio(
+    capsys: Capture, store: Path, songs: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "not" / "there"
+    keys = ["album 0/song 00", "album 1/song 07"]
+    result = runs.call(capsys, "decode", store, *keys, "-o", folder, "--json")
+    assert (result.code, result.err) == (0, "")
+    files = [folder / f"{key}.wav" for key in keys]
+    assert runs.outcome(result) == {"files": [str(file) for file in files]}
+    for key, file in zip(keys, files, strict=True):
+        source, _ = soundfile.read(songs / f"{key}.wav", dtype="float32")
+        decoded, rate = soundfile.read(file, dtype="float32")
+        assert rate == 44100
+        assert decoded.shape == source.shape
+        np.testing.assert_allclose(decoded, source, atol=2e-3)
+
+
+def test_decode_to_where_nothing_can_be_written(
+    capsys: Capture, store: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    result = runs.call(capsys, "decode", store, "album 0/song 00", "-o", tmp_path / "file")
+    assert result.code == 6
+    assert result.err.startswith(f"latentmill: Cannot write {tmp_path}/file/album 0/song 00.wav: ")
+    result = runs.call(capsys, "mix", store, "album 0/song 00", "-o", tmp_path / "mix.flac")
+    assert (result.code, result.err) == (
+        2,
+        f"latentmill: Output {tmp_path}/mix.flac: name a .wav file.\n",
+    )
+
+
+def test_mix(capsys: Capture, store: Path, songs: Path, tmp_path: Path) -> None:
+    file = tmp_path / "new" / "mix.wav"
+    parts = ["album 0/song 00", "album 1/song 07:-0.5"]
+    result = runs.call(capsys, "mix", store, *parts, "-o", file)
+    assert (result.code, result.out) == (0, f"{file}\n")
+    first, second = (
+        soundfile.read(songs / name, dtype="float32")[0]
+        for name in ("album 0/song 00.wav", "album 1/song 07.wav")
+    )
+    np.testing.assert_allclose(soundfile.read(file)[0], first - 0.5 * second, atol=3e-3)
+
+
+def test_mixes_that_make_no_sense(capsys: Capture, store: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mix.wav"
+    for parts, sentence in [
+        (["album 1/song 8"], "did you mean album 1/song 07?"),
+        (["album 0/song 00:loud"], "Gain 'loud' of album 0/song 00 is no number"),
+        (["album 0/song 00:nan"], "Gain 'nan' of album 0/song 00 is no number"),
+        (["album 0/song 00", "album 0/song 21"], "different shapes cannot be mixed"),
+    ]:
+        result = runs.call(capsys, "mix", store, *parts, "-o", file)
+        assert (result.code, result.out) == (2, "")
+        assert sentence in result.err
+        assert len(result.err.splitlines()) == 1
+        assert not file.exists()
+    assert runs.call(capsys, "decode", store, "zzz", "-o", tmp_path).code == 2
+
+
+def test_a_key_may_hold_colons() -> None:
+    store = {"a:b": None, "a": None}
+    assert cli._part(store, "a:b") == ("a:b", 1.0)
+    assert cli._part(store, "a:b:2") == ("a:b", 2.0)
+    assert cli._part(store, "a:2") == ("a", 2.0)
+
+
+@pytest.mark.parametrize("key", ["../../x", "/etc/x", "a/../../../x", "./..//x", "..", ""])
+def test_a_key_does_not_leave_its_folder(key: str, tmp_path: Path) -> None:
+    path = (tmp_path / f"{cli._safe(key)}.wav").resolve()
+    assert path.is_relative_to(tmp_path)
+    assert path.parent.is_relative_to(tmp_path)
+
+
+def test_models_and_version(capsys: Capture) -> None:
+    text = runs.call(capsys, "models")
+    assert text.code == 0
+    assert {"mdct", "lin-cae"} <= {line.split()[0] for line in text.out.splitlines()}
+    listed = json.loads(runs.call(capsys, "models", "--json").out)
+    assert all(set(entry) == {"name", "description", "requirement"} for entry in listed)
+    assert runs.call(capsys, "version").out == f"{__version__}\n"
+    assert runs.call(capsys, "--help").code == 0
+    assert runs.call(capsys, "no-such-command").code == 2
+
+
+READERS = """
+import sys
+sys.argv = ["latentmill", "status", {store!r}]
+import latentmill
+assert "ray" not in sys.modules, "import latentmill"
+from latentmill.cli import main
+try:
+    main()
+finally:
+    assert "ray" not in sys.modules, "latentmill status"
+    latentmill.open({store!r}).decode("album 0/song 00")
+    assert "ray" not in sys.modules, "reading"
+"""
+
+
+def test_reading_does_without_ray(store: Path) -> None:
+    code = READERS.format(store=str(store))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "complete" in done.stdout

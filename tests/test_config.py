@@ -1,0 +1,169 @@
+"""Settings from a file and options, and what of them the fingerprint knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentmill.chunks import Chunking
+from latentmill.config import (
+    OPERATIONAL,
+    RunConfig,
+    differences,
+    fingerprint,
+    fingerprint_document,
+    load_config,
+)
+from latentmill.errors import ConfigError
+from latentmill.models import registry
+
+BASE: dict[str, Any] = {"source": "/music", "out": "/latents"}
+
+
+def document(**settings: Any) -> dict[str, dict[str, Any]]:
+    config = load_config(None, {**BASE, **settings})
+    spec = registry.resolve(config.model, config.model_options).spec
+    chunking = Chunking.for_model(
+        spec, stitch=config.stitch, seconds=config.chunk_seconds, overlap=config.overlap
+    )
+    return fingerprint_document(config, spec, chunking)
+
+
+# Another value than the default for every setting. A new setting must be added here, and to
+# OPERATIONAL if it does not change the latents.
+LATENTS: dict[str, Any] = {
+    "model_options": {"hop": 256},
+    "dtype": "float32",
+    "stitch": "crossfade",
+    "chunk_seconds": 3.0,
+    "overlap": 0.25,
+    "allow_truncated": True,
+    "min_seconds": 1.0,
+    "max_seconds": 60.0,
+}
+PLACE_AND_SPEED: dict[str, Any] = {
+    "source": "/other",
+    "out": "/elsewhere",
+    "format": "webdataset",
+    "extensions": ("wav",),
+    "unit_seconds": 10.0,
+    "device": "cpu",
+    "workers": 2,
+    "threads": 3,
+    "decode_threads": 4,
+    "batch_size": 5,
+    "address": "ray://host:10001",
+}
+
+
+def test_every_setting_is_known_here() -> None:
+    assert {*LATENTS, *PLACE_AND_SPEED, "model"} == set(RunConfig.model_fields)
+    assert set(PLACE_AND_SPEED) == OPERATIONAL
+
+
+@pytest.mark.parametrize("name", LATENTS)
+def test_what_changes_latents_changes_the_fingerprint(name: str) -> None:
+    before, after = document(), document(**{name: LATENTS[name]})
+    assert fingerprint(before) != fingerprint(after)
+    lines = differences(before, after)
+    section = "settings" if name in before["settings"] else None
+    part = {"model_options": "model.hop", "stitch": "chunking.stitch"}.get(name)
+    wanted = f"{section}.{name}" if section else part or "chunking.step"
+    assert any(line.startswith(f"{wanted} is ") for line in lines)
+
+
+def test_another_model_changes_the_fingerprint() -> None:
+    before = document()
+    after = {**before, "model": {**before["model"], "sha256": "00ff"}}
+    assert fingerprint(before) != fingerprint(after)
+    assert differences(before, after) == ["model.sha256 is None in the store, '00ff' now"]
+
+
+@pytest.mark.parametrize("name", PLACE_AND_SPEED)
+def test_what_does_not_change_latents_leaves_the_fingerprint(name: str) -> None:
+    assert document(**{name: PLACE_AND_SPEED[name]}) == document()
+
+
+def test_the_fingerprint_is_stable_and_survives_json() -> None:
+    import json
+
+    stored = json.loads(json.dumps(document(min_seconds=1)))
+    assert fingerprint(stored) == fingerprint(document(min_seconds=1.0))
+    assert differences(stored, document(min_seconds=1.0)) == []
+    assert len(fingerprint(stored)) == 32
+
+
+def test_a_section_that_only_one_side_has_differs_in_all_its_names() -> None:
+    assert differences({}, {"numeric": {"a": 1, "b": 2}}) == [
+        "numeric.a is None in the store, 1 now",
+        "numeric.b is None in the store, 2 now",
+    ]
+
+
+def test_options_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "source: /from-file\nout: /out\nmodel_options: {hop: 256}\nbatch_size: 3\nstitch: trim\n"
+    )
+    config = load_config(path, {"source": "/from-option", "batch_size": None, "stitch": "none"})
+    assert config.source == "/from-option"
+    assert config.batch_size == 3  # an option that was not given
+    assert config.stitch == "none"
+    assert config.model_options == {"hop": 256}
+    assert load_config(None, BASE) == RunConfig(source="/music", out="/latents")
+
+
+FILES = {
+    "unknown": ("batchsize: 3", "batchsize is unknown: did you mean batch_size?"),
+    "unknown and far": ("zzz: 3", "zzz is unknown"),
+    "no text": ("1: 3", "1 is unknown"),
+    "of another kind": ("batch_size: many", "batch_size: input should be a valid integer"),
+    "out of range": ("overlap: 0.7", "less than or equal to 0.5, not 0.7"),
+    "zero": ("batch_size: 0", "not 0"),
+    "no choice": ("format: zip", "'parquet' or 'webdataset', not 'zip'"),
+    "infinite": ("chunk_seconds: .inf", "finite number"),
+    "not a number": ("min_seconds: .nan", "min_seconds"),
+    "nested": ("model_options: {hop: [1]}", "model_options.hop: [1] is no"),
+    "empty range": ("{min_seconds: 9, max_seconds: 3}", "min_seconds: 9.0 is above max_seconds"),
+    "missing": ("{source: }", "source: input should be a valid string, not None"),
+    "a list": ("- a", "must hold"),
+    "empty": ("", "must hold"),
+    "no yaml": ("a: [", "no valid YAML"),
+    "code": ("!!python/object/apply:os.getcwd []", "no valid YAML"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_wrong_setting_is_refused_in_one_sentence(
+    kind: str, tmp_path: Path, one_sentence: Callable[[BaseException], str]
+) -> None:
+    text, says = FILES[kind]
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    options = BASE if kind != "missing" else {"out": "/out"}
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, options)
+    assert says in one_sentence(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_refused(
+    tmp_path: Path, one_sentence: Callable[[BaseException], str]
+) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    for name, says in (
+        ("missing.yaml", "No such file"),
+        (".", "Is a directory"),
+        ("binary.yaml", "no valid YAML"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_config(tmp_path / name, BASE)
+        assert says in one_sentence(caught.value)
+
+
+def test_a_setting_that_nobody_gave_is_named(one_sentence: Callable[[BaseException], str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, {"source": "/music"})
+    assert "out is missing" in one_sentence(caught.value)

@@ -1,0 +1,341 @@
+"""A unit of real files through decode threads, batches and a model: nothing mixed, nothing lost."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import struct
+import sys
+import threading
+import time
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+
+from latentmill.chunks import Chunking
+from latentmill.decode import decode_latent
+from latentmill.encode import AudioStream, EncodeSettings, Meter, UnitEncoder
+from latentmill.models import mdct
+from latentmill.models.base import Autoencoder, ModelSpec
+from latentmill.record import Outcome, Record
+from latentmill.sources.base import Item
+from latentmill.sources.folder import FolderSource
+from support.recordings import CORPUS, noise
+
+RATE = 8000
+MODEL = mdct.build(hop=64, sample_rate=RATE).load("cpu")
+CHUNKING = Chunking.for_model(MODEL.spec, seconds=0.5)
+EXTENSIONS = ("wav", "flac", "ogg", "mp3", "aiff")
+
+
+def items_of(folder: Path) -> tuple[Item, ...]:
+    return FolderSource(str(folder), EXTENSIONS).list().items
+
+
+def encode(
+    items: Sequence[Item],
+    model: Autoencoder = MODEL,
+    chunking: Chunking = CHUNKING,
+    settings: EncodeSettings = EncodeSettings(dtype="float32", batch_size=4),  # noqa: B008
+    meter: Meter | None = None,
+) -> list[Outcome]:
+    """Every item's outcome; always in the items' order, each once."""
+    encoder = UnitEncoder(model, chunking, settings, meter)
+    audio = AudioStream(items, model.spec, chunking, settings, encoder.meter)
+    with contextlib.closing(audio):
+        outcomes = list(encoder.encode(audio))
+    assert [outcome.key for outcome in outcomes] == [item.key for item in items]
+    for outcome in outcomes:
+        assert (outcome.record is not None) == (outcome.status == "encoded")
+        assert (outcome.reason is None) == (outcome.status == "encoded")
+        assert outcome.reason is None or ("\n" not in outcome.reason and outcome.reason)
+    assert not decode_threads()
+    return outcomes
+
+
+def decode_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("decode")]
+
+
+def records(outcomes: Sequence[Outcome]) -> dict[str, Record]:
+    return {outcome.key: outcome.record for outcome in outcomes if outcome.record is not None}
+
+
+def statuses(outcomes: Sequence[Outcome]) -> dict[str, str]:
+    return {outcome.key: outcome.status for outcome in outcomes}
+
+
+def test_a_corpus_becomes_records(corpus: Path) -> None:
+    meter = Meter()
+    done = records(encode(items_of(corpus), meter=meter))
+    assert len(done) == len(CORPUS)
+    for name, (seconds, rate, channels, _) in CORPUS.items():
+        record = done[name.rsplit(".", 1)[0]]
+        samples = -(-round(seconds * rate) * RATE // rate)
+        assert record.num_samples == samples
+        assert record.latent.shape == (64, MODEL.spec.frames(MODEL.spec.padded(samples)))
+        assert record.source_sample_rate == rate
+        assert record.source_channels == channels
+        assert 0 < record.rms < record.peak
+        assert record.content_hash.startswith("xxh3:")
+        assert record.source_uri == str(corpus / name)
+    assert done["album/long"].metadata == {"title": "Länge", "bpm": 120, "text": "a long piece"}
+    assert done["boundary"].metadata == {}
+    encoded = sum(record.duration for record in done.values())
+    assert meter.audio_seconds == pytest.approx(encoded, rel=0.2)
+    assert all(value > 0 for value in meter.snapshot().values())
+
+
+def test_a_latent_is_that_of_the_file_encoded_whole(corpus: Path) -> None:
+    record = records(encode(items_of(corpus)))["album/long"]
+    audio, _ = sf.read(corpus / "album/long.wav", dtype="float32")
+    padded = torch.zeros(1, 1, MODEL.spec.padded(len(audio)))
+    padded[0, 0, : len(audio)] = torch.from_numpy(audio)
+    assert np.abs(record.latent - MODEL.encode(padded)[0].numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize("stitch", ["trim", "crossfade", "none"])
+def test_neighbours_and_batch_size_change_nothing(corpus: Path, stitch: str) -> None:
+    items = items_of(corpus)
+    chunking = Chunking.for_model(MODEL.spec, stitch=stitch, seconds=0.5)  # type: ignore[arg-type]
+    alone = {item.key: records(encode([item], chunking=chunking))[item.key] for item in items}
+    for batch_size, order in ((1, items), (3, items[::-1]), (64, items)):
+        settings = EncodeSettings(dtype="float32", batch_size=batch_size)
+        for key, record in records(encode(order, MODEL, chunking, settings)).items():
+            assert np.abs(record.latent - alone[key].latent).max() <= 1e-6
+            assert replace(record, latent=alone[key].latent) == alone[key]
+
+
+def test_neighbours_and_batch_size_change_little_in_lin_cae(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("linear_cae")
+    from latentmill.models import registry
+    from support.linear_cae_weights import use_cache, write_cache
+
+    write_cache(tmp_path)
+    use_cache(monkeypatch, tmp_path)
+    model = registry.resolve("lin-cae", {}).load("cpu")
+    chunking = Chunking.for_model(model.spec, seconds=1.0, overlap=0.2)
+    items = [item for item in items_of(corpus) if item.key in ("lame", "album/stereo", "tiny")]
+    together = records(encode(items, model, chunking))
+    assert len(together) == 3
+    for item in items:
+        settings = EncodeSettings(dtype="float32", batch_size=1)
+        latent = records(encode([item], model, chunking, settings))[item.key].latent
+        other = together[item.key].latent
+        assert latent.shape == other.shape
+        assert np.abs(latent - other).max() <= 1e-4 * np.abs(latent).max()
+
+
+def test_real_recordings_come_back(shared_audio: Path, tmp_path: Path) -> None:
+    files = [path for kind in ("flac", "ogg") for path in sorted((shared_audio / kind).iterdir())]
+    files = [path for path in files if path.suffix in (".flac", ".ogg")]
+    smallest = sorted(files, key=lambda path: path.stat().st_size)[:12]
+    for path in smallest:
+        (tmp_path / path.name).symlink_to(path)
+    model = mdct.build(hop=256).load("cpu")
+    chunking = Chunking.for_model(model.spec, seconds=0.5)
+    for record in records(encode(items_of(tmp_path), model, chunking)).values():
+        audio = decode_latent(model, record.latent, record.num_samples, chunking)
+        source, rate = sf.read(record.source_uri, dtype="float32", always_2d=True)
+        assert record.source_sample_rate == rate
+        if rate == model.spec.sample_rate:
+            assert np.abs(audio[0] - source.mean(axis=1)).max() < 1e-5
+        assert np.sqrt(np.square(audio).mean()) == pytest.approx(record.rms, rel=1e-3)
+
+
+def test_the_number_of_decode_threads_changes_no_bit(corpus: Path) -> None:
+    items = items_of(corpus)
+    one, *others = (
+        encode(items, settings=EncodeSettings(batch_size=3, decode_threads=threads))
+        for threads in (1, 2, 4)
+    )
+    for outcomes in others:
+        for outcome, wanted in zip(outcomes, one, strict=True):
+            assert outcome.record is not None
+            assert wanted.record is not None
+            assert outcome.record.latent.tobytes() == wanted.record.latent.tobytes()
+
+
+def without_length(flac: bytes) -> bytes:
+    """A FLAC that does not say how long it is, as a live encoder writes it."""
+    return flac[:21] + bytes([flac[21] & 0xF0, 0, 0, 0, 0]) + flac[26:]
+
+
+@pytest.fixture
+def broken(tmp_path: Path, corpus: Path) -> Path:
+    """Good files between bad ones."""
+    long = (corpus / "album/stereo.flac").read_bytes()
+    good = (corpus / "boundary.wav").read_bytes()
+    nan = np.full(4 * RATE, 0.1, np.float32)
+    nan[3 * RATE] = np.nan  # several chunks are packed by then
+    for name in ("a0.wav", "b0.wav", "c0.wav", "d0.wav", "e0.wav", "f0.wav", "g0.wav"):
+        (tmp_path / name).write_bytes(good)
+    (tmp_path / "a1.flac").write_bytes(long[: len(long) * 3 // 4])
+    (tmp_path / "b1.flac").write_bytes(b"")
+    sf.write(tmp_path / "c1.wav", nan, RATE, subtype="FLOAT")
+    (tmp_path / "d1.ogg").write_bytes(b"no audio at all " * 100)
+    (tmp_path / "e1.wav").symlink_to(tmp_path / "nowhere.wav")
+    (tmp_path / "f1.wav").write_bytes(good)
+    (tmp_path / "f1.json").write_text('{"title": ')
+    sf.write(tmp_path / "g1.wav", np.zeros(0, np.float32), RATE)
+    return tmp_path
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_a_file_that_fails_says_why_and_leaves_its_neighbours_alone(
+    broken: Path, batch_size: int, corpus: Path
+) -> None:
+    settings = EncodeSettings(dtype="float32", batch_size=batch_size)
+    outcomes = encode(items_of(broken), settings=settings)
+    reasons = {one.key: one.reason for one in outcomes if one.status == "failed"}
+    assert list(reasons) == ["a1", "b1", "c1", "d1", "e1", "f1", "g1"]
+    for key, says in {
+        "a1": "truncated",
+        "b1": "empty",
+        "c1": "NaN",
+        "e1": "no such file",
+        "f1": "f1.json is no valid JSON",
+    }.items():
+        assert says in (reasons[key] or "")
+    wanted = records(encode([i for i in items_of(corpus) if i.key == "boundary"]))["boundary"]
+    for record in records(outcomes).values():
+        assert np.abs(record.latent - wanted.latent).max() <= 1e-6
+
+
+def test_a_truncated_file_is_kept_where_that_is_allowed(broken: Path) -> None:
+    settings = EncodeSettings(dtype="float32", allow_truncated=True)
+    assert statuses(encode(items_of(broken), settings=settings))["a1"] == "encoded"
+
+
+def test_an_error_that_nobody_foresaw_fails_its_item_alone(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["latentmill.encode"]  # the package's attribute is the function
+    real = module.open_media
+
+    def fragile(uri: str) -> object:
+        if uri.endswith("lame.mp3"):
+            raise ZeroDivisionError("a bug\nin a decoder")
+        return real(uri)
+
+    monkeypatch.setattr(module, "open_media", fragile)
+    outcomes = encode(items_of(corpus))
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    assert [outcome.key for outcome in failed] == ["lame"]
+    assert failed[0].reason == "ZeroDivisionError while reading: a bug in a decoder"
+
+
+def test_filters_skip_by_name(corpus: Path, tmp_path: Path) -> None:
+    settings = EncodeSettings(min_seconds=0.21, max_seconds=2.3)
+    outcomes = {one.key: one for one in encode(items_of(corpus), settings=settings)}
+    skipped = {key: one.reason for key, one in outcomes.items() if one.status == "skipped"}
+    assert skipped == {
+        "album/long": "max_seconds: 3.700 s",
+        "lame": "max_seconds: 2.600 s",
+        "tiny": "min_seconds: 0.004 s",
+    }
+    assert {one.status for key, one in outcomes.items() if key not in skipped} == {"encoded"}
+
+
+def test_filters_work_where_the_header_does_not_say_the_length(tmp_path: Path) -> None:
+    for name, seconds in (("brief", 0.3), ("middling", 1.0), ("long", 3.0)):
+        path = tmp_path / f"{name}.flac"
+        sf.write(path, noise(seconds, RATE), RATE)
+        path.write_bytes(without_length(path.read_bytes()))
+    settings = EncodeSettings(min_seconds=0.5, max_seconds=2.0, batch_size=2)
+    outcomes = encode(items_of(tmp_path), settings=settings)
+    assert [(one.key, one.status, one.reason) for one in outcomes] == [
+        ("brief", "skipped", "min_seconds: 0.300 s"),
+        ("long", "skipped", "max_seconds: 3.000 s"),
+        ("middling", "encoded", None),
+    ]
+
+
+def test_latents_that_float16_cannot_hold_fail(corpus: Path) -> None:
+    loud = mdct.build(hop=64, sample_rate=RATE, scale_factor=1e8).load("cpu")
+    items = items_of(corpus)
+    failed = encode(items, loud, settings=EncodeSettings(dtype="float16"))
+    assert {outcome.status for outcome in failed} == {"failed"}
+    assert "float16" in (failed[0].reason or "")
+    kept = encode(items, loud, settings=EncodeSettings(dtype="float32"))
+    assert {outcome.status for outcome in kept} == {"encoded"}
+
+
+def test_an_empty_unit_has_no_outcomes() -> None:
+    assert encode([]) == []
+
+
+def sparse_wav(path: Path, samples: int) -> Path:
+    """A 16-bit mono WAV of silence that takes no room on the disk."""
+    size = 2 * samples
+    fields = (b"RIFF", 36 + size, b"WAVE", b"fmt ", 16, 1, 1, RATE, 2 * RATE, 2, 16, b"data", size)
+    with path.open("wb") as file:
+        file.write(struct.pack("<4sI4s4sIHHIIHH4sI", *fields))
+        file.truncate(44 + size)
+    return path
+
+
+@pytest.mark.parametrize("events", [0, 1, 3, 20])
+def test_closing_in_the_middle_ends_the_threads_at_once(tmp_path: Path, events: int) -> None:
+    sparse_wav(tmp_path / "a.wav", 1_000_000_000)  # seconds of work for each thread
+    sparse_wav(tmp_path / "b.wav", 1_000_000_000)
+    settings = EncodeSettings(decode_threads=2)
+    audio = AudioStream(items_of(tmp_path), MODEL.spec, CHUNKING, settings, Meter())
+    assert len(list(itertools.islice(audio, events))) == events
+    start = time.perf_counter()
+    audio.close()
+    assert time.perf_counter() - start < 2
+    assert not decode_threads()
+    audio.close()
+
+
+class Averager:
+    """A model with one latent number per second, so that audio alone takes memory."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        small = mdct.build(hop=RATE, sample_rate=RATE).spec
+        self.spec: ModelSpec = replace(small, overhang=0, latent_channels=1, context=0)
+
+    def encode(self, audio: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.002)  # slower than decoding, so that the queues fill up
+        self.most = max(self.most, tracemalloc.get_traced_memory()[0])
+        return audio.reshape(*audio.shape[:2], -1, RATE).mean(-1)
+
+    def decode(
+        self,
+        latents: torch.Tensor,
+        num_samples: int,
+        *,
+        seed: int = 0,
+        positions: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def traced() -> Iterator[None]:
+    tracemalloc.start()
+    yield
+    tracemalloc.stop()
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_long_item_is_streamed(tmp_path: Path) -> None:
+    samples = 30_000_000  # an hour: 120 MB as float32
+    sparse_wav(tmp_path / "a.wav", samples)
+    model = Averager()
+    chunking = Chunking.for_model(model.spec, seconds=8)
+    outcomes = encode(items_of(tmp_path), model, chunking, EncodeSettings(batch_size=4))
+    assert outcomes[0].record is not None
+    assert outcomes[0].record.num_samples == samples
+    assert outcomes[0].record.latent.shape == (1, samples // RATE)
+    assert 0 < model.most < 20e6
