@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -84,17 +85,24 @@ def s3_bucket(_s3_server: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    """A Ray in this process, which runs use as it is and leave running."""
+def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A Ray in this process, which runs use as it is and leave running.
+
+    Gives the HF_HOME of its workers, which is empty and offline.
+    """
     import ray
 
     from latentmill.engine.cluster import connect
 
     tests = Path(__file__).parent
     paths = [tests, tests.parent / "pipeline", os.environ.get("PYTHONPATH", "")]
-    with pytest.MonkeyPatch.context() as patch:  # for the workers
-        patch.setenv("PYTHONPATH", os.pathsep.join(str(path) for path in paths if str(path)))
-        patch.delenv("RAY_ADDRESS", raising=False)
-        with connect(None):
-            yield
-            assert ray.is_initialized(), "no run shuts down a Ray that it did not start"
+    hf_home = tmp_path_factory.mktemp("hf_home")
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:  # the workers inherit it, this process does not
+            patch.setenv("PYTHONPATH", os.pathsep.join(str(path) for path in paths if str(path)))
+            patch.setenv("HF_HOME", str(hf_home))
+            patch.setenv("HF_HUB_OFFLINE", "1")
+            patch.delenv("RAY_ADDRESS", raising=False)
+            stack.enter_context(connect(None))
+        yield hf_home
+        assert ray.is_initialized(), "no run shuts down a Ray that it did not start"

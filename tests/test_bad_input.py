@@ -12,6 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from latentmill.chunks import Chunking
+from latentmill.config import load_config
+from latentmill.models import registry
+from latentmill.run import _planned
+from latentmill.storage import Storage
 from support import runs
 
 Capture = pytest.CaptureFixture[str]
@@ -87,10 +92,21 @@ def test_no_permission(capsys: Capture, songs: Path, nobody: Path) -> None:
     try:
         assert "Permission denied" in refused(capsys, 4, "encode", closed, nobody / "new")
         assert "Permission denied" in refused(capsys, 6, "encode", open_, out)
+        with as_owner(nobody):
+            store = frozen(open_, nobody / "store")
+        assert "Permission denied" in refused(capsys, 6, "encode", open_, store)
     finally:
         with as_owner(nobody):
             closed.chmod(0o700)
             out.chmod(0o700)
+
+
+def frozen(songs: Path, store: Path) -> Path:
+    """A store with a plan and no commits."""
+    config = load_config(None, {"source": str(songs), "out": str(store)})
+    handle = registry.resolve(config.model)
+    _planned(config, Storage(config.out), handle, Chunking.for_model(handle.spec))
+    return store
 
 
 @contextmanager

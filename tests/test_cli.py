@@ -32,14 +32,14 @@ def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def store(songs: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
+def store(songs: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: Path) -> Path:
     """Their store; leave it unchanged."""
     out = tmp_path_factory.mktemp("store") / "latents"
     encode(str(songs), str(out), device="cpu", workers=1, threads=1)
     return out
 
 
-def test_encode(capsys: Capture, songs: Path, ray_session: None, tmp_path: Path) -> None:
+def test_encode(capsys: Capture, songs: Path, ray_session: Path, tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(f"source: {songs}\nout: nowhere\ndevice: cpu\nmodel: mdct\nthreads: 1\n")
     args = ["encode", "--config", config, songs, tmp_path / "new" / "store", "--workers", 1]

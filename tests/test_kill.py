@@ -1,6 +1,6 @@
 """Runs that are killed: the same command again finishes them, with the same bytes.
 
-The model sleeps before every batch, so that a shard takes two seconds to write.
+The model sleeps before every batch, so that a shard takes a second to write.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import pytest
 
 from support import runs
 
-SONGS = 28
-UNIT_SECONDS = 18.0  # seven songs, whose latents fill more than one row group
-BATCH_SECONDS = 0.4
+SONGS = 20
+UNIT_SECONDS = 13.0  # five songs, whose latents fill more than one row group
+BATCH_SECONDS = 0.3
 
 
 def arguments(songs: Path, store: Path, seconds: float = BATCH_SECONDS) -> list[str]:
@@ -36,7 +36,7 @@ def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    songs: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None
+    songs: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: Path
 ) -> dict[str, bytes]:
     """The latents of a run that nobody killed."""
     from latentmill.run import encode
@@ -124,7 +124,7 @@ def test_a_killed_driver_and_a_killed_actor(
     songs: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     moment = random.Random(7).uniform(0.0, 4.0)
-    kills = [("driver", None), ("driver", moment), ("actor", 0.3)]
+    kills = [("driver", None), ("driver", moment), ("actor", 0.1)]
     kill_and_resume(songs, tmp_path / "store", undisturbed, kills)
 
 

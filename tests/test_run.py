@@ -56,7 +56,7 @@ def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(songs: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
+def reference(songs: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: Path) -> Path:
     """A store of one worker's making; leave it unchanged."""
     store = tmp_path_factory.mktemp("reference") / "store"
     summary = encode(songs, store)
@@ -78,6 +78,26 @@ def test_latents_do_not_depend_on_the_workers(songs: Path, reference: Path, tmp_
     shards = {path.name: path.read_bytes() for path in (reference / "shards").iterdir()}
     for name, content in shards.items():
         assert (tmp_path / "two" / "shards" / name).read_bytes() == content
+
+
+def test_latents_of_lin_cae_do_not_depend_on_workers_or_restarts(
+    songs: Path, tmp_path: Path, ray_session: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("linear_cae")
+    from support.linear_cae_weights import use_cache, write_cache
+
+    write_cache(ray_session)
+    use_cache(monkeypatch, ray_session)
+    options = {"model": "lin-cae", "dtype": "float32", "unit_seconds": 4.5}
+    encode(songs, tmp_path / "one", **options)
+    one = runs.latents(tmp_path / "one")
+    assert len(one) == 9
+    two = Path(shutil.copytree(tmp_path / "one", tmp_path / "two"))
+    for unit in ("000000", "000002"):
+        (two / "commits" / f"{unit}.json").unlink()
+        (two / "shards" / f"{unit}.parquet").unlink()
+    assert encode(songs, two, workers=2, **options).encoded_seconds > 4
+    assert runs.latents(two) == one
 
 
 def test_a_second_run_encodes_nothing(songs: Path, copy: Path, reference: Path) -> None:
@@ -223,6 +243,8 @@ def test_a_deadly_unit_takes_no_other_with_it(tmp_path: Path, raising: bool) -> 
     assert not (store / "dataset.json").exists()
     assert not (store / "tmp").exists()
 
+    if raising:
+        return
     kept = runs.commits(store)
     log.unlink()
     options["model_options"] = {"deadly_peak": 2.0, "log": str(log)}  # it was repaired

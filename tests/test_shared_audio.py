@@ -33,12 +33,14 @@ def audio_files(folder: Path) -> set[str]:
 @pytest.mark.parametrize("store_format", ["parquet", "webdataset"])
 @pytest.mark.parametrize("model", ["mdct", "lin-cae"])
 def test_every_file_is_accounted_for_and_decodes(
-    model: str, store_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str,
+    store_format: str,
+    tmp_path: Path,
+    ray_session: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write_cache(tmp_path / "hf")
-    use_cache(monkeypatch, tmp_path / "hf")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write_cache(ray_session)
+    use_cache(monkeypatch, ray_session)
     out = tmp_path / "out"
     summary = lm.encode(str(SHARED_AUDIO), str(out), model=model, format=store_format)
     assert summary.exit_code == 0
@@ -52,6 +54,7 @@ def test_every_file_is_accounted_for_and_decodes(
 
 @pytest.mark.parametrize("store_format", ["parquet", "webdataset"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.usefixtures("ray_session")
 def test_mdct_gives_the_recordings_back(dtype: str, store_format: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     source = SHARED_AUDIO / "ogg"
@@ -63,6 +66,7 @@ def test_mdct_gives_the_recordings_back(dtype: str, store_format: str, tmp_path:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.usefixtures("ray_session")
 def test_stems_added_as_latents_are_the_stems_added(dtype: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     stems = tmp_path / "stems"

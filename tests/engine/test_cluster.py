@@ -23,7 +23,7 @@ def config(**options: object):
     return load_config(None, {"source": "a", "out": "b", **options})
 
 
-def test_a_ray_that_runs_already_is_used_and_left_running(ray_session: None) -> None:
+def test_a_ray_that_runs_already_is_used_and_left_running(ray_session: Path) -> None:
     before = ray.get_runtime_context().get_job_id()
     with connect(None) as cluster:
         assert not cluster.embedded

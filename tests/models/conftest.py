@@ -37,6 +37,27 @@ def tiny_cache(tiny_home: Path) -> Iterator[Path]:
         yield tiny_home
 
 
+@pytest.fixture(scope="session")
+def _tiny_repos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from support.tiny_models import shrink_music2latent, write_repos
+
+    root = tmp_path_factory.mktemp("repos")
+    with pytest.MonkeyPatch.context() as patch:
+        shrink_music2latent(patch)
+        write_repos(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def tiny_repos(_tiny_repos: Path) -> Iterator[Path]:
+    """Repositories of all families with tiny random weights, in use. Leave them unchanged."""
+    from support.tiny_models import shrink_music2latent
+
+    with pytest.MonkeyPatch.context() as patch:
+        shrink_music2latent(patch)
+        yield _tiny_repos
+
+
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The snapshot of a cache that a test may spoil, in use."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import pickle
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +13,53 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from latentmill.chunks import Chunking
 from latentmill.errors import ModelError
 from latentmill.models.base import Autoencoder, ModelHandle, ModelSpec
 from latentmill.models.registry import resolve
+from support.chunked import encode_chunked, encode_whole
 
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mdct-mono": ("mdct", {}),
-    "mdct-stereo": ("mdct", {"channels": 2, "hop": 256, "sample_rate": 48000, "scale_factor": 3.0}),
-    "lin-cae": ("lin-cae", {}),
+
+@dataclass(frozen=True)
+class Case:
+    """A model: its name (`REPOS` is the folder of tiny repositories) and options, the relative
+    error of trimmed chunks that it promises, and how many lengths are worth their time."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    seam: float = math.nan  # no promise: stitched by crossfade
+    lengths: int = 200
+
+
+CASES = {
+    "mdct-mono": Case("mdct", seam=0),
+    "mdct-stereo": Case(
+        "mdct", {"channels": 2, "hop": 256, "sample_rate": 48000, "scale_factor": 3.0}, seam=0
+    ),
+    "lin-cae": Case("lin-cae", lengths=72),  # nine of its periods
+    "music2latent": Case("music2latent", {"repo": "REPOS/music2latent"}, lengths=72),
+    "oobleck": Case("oobleck:REPOS/oobleck", seam=1e-6),
+    "encodec-24k": Case("encodec:REPOS/encodec-24k", {"scale_factor": 0.5}, seam=1e-5),
+    "encodec-48k": Case("encodec:REPOS/encodec-48k"),
+    "dac-44k": Case("dac:REPOS/dac-44k", seam=1e-6, lengths=72),
+    "dac-24k": Case("dac:REPOS/dac-24k", {"quantise": True}, seam=1e-6),
+    "mimi": Case("mimi:REPOS/mimi", seam=1e-3),
 }
 
 
 @pytest.fixture(scope="module", params=CASES)
-def handle(request: pytest.FixtureRequest, tiny_cache: Path) -> ModelHandle:
-    name, options = CASES[request.param]
-    return resolve(name, options)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def handle(case: Case, tiny_cache: Path, tiny_repos: Path) -> ModelHandle:
+    options = {k: _fill(v, tiny_repos) for k, v in case.options.items()}
+    return resolve(_fill(case.name, tiny_repos), options)
+
+
+def _fill(value: Any, repos: Path) -> Any:
+    return value.replace("REPOS", str(repos)) if isinstance(value, str) else value
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +100,7 @@ def test_shapes_and_dtypes(model: Autoencoder, spec: ModelSpec) -> None:
 
 def test_defaults_make_sense(spec: ModelSpec) -> None:
     seconds = spec.samples(spec.chunk_frames) / spec.sample_rate
-    assert 5 < seconds < 15
+    assert 0.9 < seconds < 61
     assert spec.samples(spec.chunk_frames) % spec.sample_multiple == 0
     assert spec.hop % spec.sample_multiple == 0
     assert spec.min_samples % spec.sample_multiple == 0
@@ -75,9 +109,9 @@ def test_defaults_make_sense(spec: ModelSpec) -> None:
     assert (spec.context is None) == (spec.stitch != "trim")
 
 
-def test_frames_are_those_of_encode(model: Autoencoder, spec: ModelSpec) -> None:
-    x = audio(spec, blocks=72)
-    for blocks in range(72):  # nine times lin-cae's period
+def test_frames_are_those_of_encode(case: Case, model: Autoencoder, spec: ModelSpec) -> None:
+    x = audio(spec, blocks=case.lengths)
+    for blocks in range(case.lengths):
         samples = spec.min_samples + blocks * spec.sample_multiple
         assert model.encode(x[..., :samples]).shape[-1] == spec.frames(samples)
 
@@ -131,6 +165,44 @@ def test_batch_elements_are_independent(model: Autoencoder, spec: ModelSpec) -> 
         assert distance(together[index : index + 1], alone) < 1e-4
         z = together[index : index + 1]
         assert distance(decoded[index : index + 1], model.decode(z, samples)) < 1e-4
+
+
+def test_trimmed_chunks_are_the_whole(case: Case, model: Autoencoder, spec: ModelSpec) -> None:
+    if spec.context is None:
+        pytest.skip("no context suffices: stitched by crossfade")
+    frames = 2 * spec.overlap_frames + 1
+    chunking = Chunking.for_model(spec, seconds=spec.samples(frames) / spec.sample_rate)
+    assert chunking.samples == spec.samples(frames)
+    x = audio(spec, blocks=int(2.6 * chunking.samples / spec.sample_multiple))[0]
+    whole = encode_whole(model, x)
+    chunked = encode_chunked(model, x, chunking)
+    assert distance(chunked, whole) <= case.seam
+    worst = (chunked - whole).norm(dim=0).max() / whole.norm(dim=0).mean()
+    assert worst <= 3 * case.seam
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+def test_items_that_end_on_a_chunk_s_boundary(
+    model: Autoencoder, spec: ModelSpec, chunks: int, extra: int
+) -> None:
+    frames = max(12, 2 * spec.overlap_frames)
+    chunking = Chunking.for_model(spec, seconds=spec.samples(frames) / spec.sample_rate)
+    samples = chunking.samples + (chunks - 1) * chunking.step + extra
+    x = audio(spec, blocks=math.ceil(samples / spec.sample_multiple))[0, :, :samples]
+    latent = encode_chunked(model, x, chunking)
+    assert latent.shape == (spec.latent_channels, spec.frames(spec.padded(samples)))
+    if (chunks, extra) == (1, 0):
+        assert torch.equal(latent, encode_whole(model, x))
+
+
+@pytest.mark.parametrize("samples", [1, 100])
+def test_items_shorter_than_a_frame(model: Autoencoder, spec: ModelSpec, samples: int) -> None:
+    x = audio(spec, blocks=1)[0, :, :samples]
+    latent = encode_chunked(model, x, Chunking.for_model(spec))
+    assert latent.shape == (spec.latent_channels, spec.frames(spec.padded(samples)))
+    assert torch.equal(latent, encode_whole(model, x))
+    assert model.decode(latent[None], samples).shape == (1, spec.channels, samples)
 
 
 def test_silence_is_finite(model: Autoencoder, spec: ModelSpec) -> None:

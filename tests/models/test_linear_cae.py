@@ -194,7 +194,7 @@ def test_one_changed_weight_is_another_identity(own_cache: Path) -> None:
     after = resolve("lin-cae")
     changed = {k for k, v in after.spec.identity.items() if before.spec.identity[k] != v}
     assert changed == {"sha256_weights"}
-    with pytest.raises(ModelError, match="the weights file on this machine"):
+    with pytest.raises(ModelError, match=r"the weights file of .* on this machine"):
         before.load("cpu")
     after.load("cpu")
 
@@ -217,20 +217,37 @@ def test_missing_weights_say_what_to_run(own_cache: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_files_of_two_revisions_are_refused(
-    own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The repository moved on between two downloads."""
+def test_all_files_are_of_the_first_one_s_commit(own_cache: Path) -> None:
+    """`main` moved on, and only one file of the new commit was downloaded."""
     newer = own_cache.with_name("f" * 40)
-    shutil.copytree(own_cache, newer)
-    snapshots = {".pth": own_cache, "yaml": newer}
-    monkeypatch.setattr(
-        huggingface_hub,
-        "hf_hub_download",
-        lambda repo_id, filename: snapshots[filename[-4:]] / filename,
-    )
-    with pytest.raises(ModelError, match=r"different revisions .*; run `hf download"):
+    (newer / FOLDER).mkdir(parents=True)
+    weights = f"{FOLDER}/autoencoder_inference_model_last.pth"
+    shutil.copy(own_cache / weights, newer / weights)
+    (own_cache.parents[1] / "refs" / "main").write_text(newer.name)
+    with pytest.raises(ModelError, match=rf"revision {newer.name}\) .*--revision {newer.name}"):
         resolve("lin-cae")
+    pinned = resolve("lin-cae", {"revision": own_cache.name})
+    assert pinned.spec.provenance["revision"] == own_cache.name
+    pinned.load("cpu")
+
+
+def test_a_handle_keeps_its_commit_when_main_moves_on(own_cache: Path) -> None:
+    handle = resolve("lin-cae")
+    (own_cache.parents[1] / "refs" / "main").write_text("f" * 40)
+    handle.load("cpu")
+    with pytest.raises(ModelError, match="cannot get"):
+        resolve("lin-cae")
+
+
+@pytest.mark.parametrize("folder", [".", FOLDER])
+def test_a_local_folder_gives_the_same_latents(
+    handle: LinearCaeHandle, model: LinearCae, tiny_home: Path, folder: str
+) -> None:
+    (snapshot,) = (tiny_home / "hub").glob("*/snapshots/*")
+    local = resolve("lin-cae", {"repo": str(snapshot / folder)})
+    assert local.spec.identity == handle.spec.identity
+    assert local.spec.provenance["revision"] is None
+    assert torch.equal(local.load("cpu").encode(noise(1)), model.encode(noise(1)))
 
 
 def test_an_unreachable_hub_says_what_to_run(
@@ -245,7 +262,11 @@ def test_an_unreachable_hub_says_what_to_run(
         resolve("m2l")
 
 
-def test_a_weights_file_runs_no_code(own_cache: Path, tmp_path: Path) -> None:
+def test_a_weights_file_runs_no_code(
+    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # has no power over us
+
     class Payload:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(tmp_path / "executed"),)
@@ -254,14 +275,6 @@ def test_a_weights_file_runs_no_code(own_cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="does not load"):
         resolve("lin-cae").load("cpu")
     assert not (tmp_path / "executed").exists()
-
-
-def test_unrestricted_loading_is_refused(
-    handle: LinearCaeHandle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    with pytest.raises(ModelError, match="unset it"):
-        handle.load("cpu")
 
 
 @pytest.mark.parametrize("spoil", ["cut", "other"])
@@ -295,7 +308,7 @@ def test_without_the_package_the_error_is_the_pip_line(
 def test_withdrawn_releases_are_refused(
     tiny_cache: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
-    monkeypatch.setattr("latentmill.models.linear_cae_files.version", lambda _: version)
+    monkeypatch.setattr("latentmill.models.weights.version", lambda _: version)
     with pytest.raises(ModelError, match=f"{version} was withdrawn"):
         resolve("lin-cae")
 

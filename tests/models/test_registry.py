@@ -51,8 +51,34 @@ def test_available_lists_the_built_in_models() -> None:
     assert entries["m2l"].requirement == "pip install 'latentmill[linear-cae]'"
 
 
+FAMILIES = ("oobleck", "encodec", "dac", "mimi")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("suffix", ["", ":", ":REPO"])
+def test_a_family_needs_a_repository(family: str, suffix: str) -> None:
+    assert f"{family}:REPO" in {entry.name for entry in available()}
+    with pytest.raises(ModelError, match=rf"write {family}:REPO, as in {family}:\w+/\w+"):
+        resolve(family + suffix)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_s_options_do_not_name_the_repository(family: str) -> None:
+    with pytest.raises(
+        ModelError, match=r"unknown option 'repo'; .*options are revision: str \| N"
+    ):
+        resolve(f"{family}:owner/name", {"repo": "other/name"})
+
+
 @pytest.mark.parametrize(
-    ("name", "close"), [("lincae", "lin-cae"), ("MDCT", "mdct"), ("lin-cae2", "lin-cae-2")]
+    ("name", "close"),
+    [
+        ("lincae", "lin-cae"),
+        ("MDCT", "mdct"),
+        ("lin-cae2", "lin-cae-2"),
+        ("oobleek:stabilityai/stable-audio-open-1.0", "oobleck:REPO"),
+        ("music2latents", "music2latent"),
+    ],
 )
 def test_an_unknown_name_gets_the_closest(name: str, close: str) -> None:
     with pytest.raises(ModelError, match=rf"did you mean {close}\? known are mdct, lin-cae,"):
@@ -125,10 +151,12 @@ def test_an_entry_point_of_an_installed_package(user_module: Path) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[latentmill.models]\ntheirs = user_models:factory\nmdct = user_models:nothing\n"
+        "dac = user_models:nothing\n"
     )
     assert resolve("theirs", {"hop": 64}).spec.hop == 64
     (entry,) = [entry for entry in available() if entry.name == "theirs"]
     assert entry.description == "from their-package (user_models:factory)"
     assert resolve("mdct").spec.name == "mdct"  # a built-in name cannot be taken over
+    assert [entry.name for entry in available() if entry.name.startswith("dac")] == ["dac:REPO"]
     with pytest.raises(ModelError, match="did you mean theirs"):
         resolve("their")

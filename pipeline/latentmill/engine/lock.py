@@ -13,9 +13,9 @@ import fcntl
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
-from latentmill.errors import StoreError
+from latentmill.errors import StorageError, StoreError
 from latentmill.plan import PLAN_PATH
 from latentmill.storage import Storage
 
@@ -29,11 +29,12 @@ def only_run(storage: Storage) -> Iterator[None]:
 
     Raises:
         StoreError: Another run, or a worker of one, has held the store for `WAIT_SECONDS`.
+        StorageError: The store may not be written.
     """
     if not storage.local:
         yield
         return
-    with Path(storage.full(PLAN_PATH)).open("rb+") as file:  # NFS locks what is writable
+    with _open_plan(storage, "rb+") as file:  # NFS locks what is writable
         end = time.monotonic() + WAIT_SECONDS
         while not (_lock(file, fcntl.LOCK_EX) and _lock(file, fcntl.LOCK_SH)):
             if time.monotonic() > end:
@@ -48,11 +49,19 @@ def join_run(storage: Storage) -> BinaryIO | None:
     """Hold a store for a worker of the run that holds it, as long as the file is open."""
     if not storage.local:
         return None
-    file = Path(storage.full(PLAN_PATH)).open("rb")  # noqa: SIM115  as long as the worker lives
+    file = _open_plan(storage, "rb")
     if not _lock(file, fcntl.LOCK_SH):
         file.close()
         raise StoreError(f"Another run has begun to write into {storage.root}.")
     return file
+
+
+def _open_plan(storage: Storage, mode: Literal["rb", "rb+"]) -> BinaryIO:
+    path = Path(storage.full(PLAN_PATH))
+    try:
+        return path.open(mode)
+    except OSError as error:
+        raise StorageError(f"Cannot write {storage.root}: {error.strerror}.") from error
 
 
 def _lock(file: BinaryIO, kind: int) -> bool:

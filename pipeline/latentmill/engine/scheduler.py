@@ -84,7 +84,7 @@ class Scheduler:
         try:
             for _ in range(min(self._workers, len(units))):
                 self._seats.append(_Seat(start_actor(self._job, self._shape)))
-            on_origin(_origin(self._seats[0].actor))
+            on_origin(self._origin())
             while self._waiting or self._lost or any(seat.units for seat in self._seats):
                 for seat in self._seats:
                     self._fill(seat)
@@ -99,6 +99,25 @@ class Scheduler:
                 f"(unit {name}: {_first_line(error)}); the others are committed. Run again to try "
                 "them again."
             ) from error
+
+    def _origin(self) -> npt.NDArray[np.float32]:
+        """The model's latent of silence, when the first actor has its place and its model."""
+        reference = self._seats[0].actor.origin.remote()
+        while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
+            self._watcher.tick(0.0)
+        try:
+            origin: npt.NDArray[np.float32] = ray.get(reference)
+        except RayTaskError as error:
+            if isinstance(error.cause, LatentmillError):
+                raise error.cause from error
+            raise UnitsFailedError(
+                f"A worker failed while it loaded the model: {_first_line(error.cause or error)}."
+            ) from error
+        except RayError as error:
+            raise UnitsFailedError(
+                f"A worker died while it loaded the model: {_first_line(error)}"
+            ) from error
+        return origin
 
     def _fill(self, seat: _Seat) -> None:
         """Give a seat the units that it may have."""
@@ -177,23 +196,6 @@ class Scheduler:
             ray.wait(open_units, num_returns=len(open_units), timeout=STOP_SECONDS)
         for seat in self._seats:
             ray.kill(seat.actor)
-
-
-def _origin(actor: Any) -> npt.NDArray[np.float32]:
-    """The model's latent of silence; an error of ours comes as it is."""
-    try:
-        origin: npt.NDArray[np.float32] = ray.get(actor.origin.remote())
-    except RayTaskError as error:
-        if isinstance(error.cause, LatentmillError):
-            raise error.cause from error
-        raise UnitsFailedError(
-            f"A worker failed while it loaded the model: {_first_line(error.cause or error)}."
-        ) from error
-    except RayError as error:
-        raise UnitsFailedError(
-            f"A worker died while it loaded the model: {_first_line(error)}"
-        ) from error
-    return origin
 
 
 def _first_line(error: BaseException) -> str:

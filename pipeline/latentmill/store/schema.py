@@ -160,6 +160,14 @@ class ShardEntry(_Document):
     hash: str
 
 
+class SeamEntry(_Document):
+    """Stitched latents against those of whole items: ||stitched - whole|| / ||whole||."""
+
+    items: int = Field(description="Items that were compared.")
+    median: float
+    largest: float
+
+
 class DatasetInfo(_Document):
     """What a store is: dataset.json, written when a run is complete."""
 
@@ -186,6 +194,7 @@ class DatasetInfo(_Document):
     std: list[float] = Field(description="Standard deviation of every latent channel.")
     origin: str = Field(description="File with the latent of one chunk of silence [D, Z].")
     shards: list[ShardEntry]
+    seams: SeamEntry | None = Field(None, description="What `latentmill seams` measured.")
 
 
 _Kind = TypeVar("_Kind", bound=_Document)

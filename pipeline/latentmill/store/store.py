@@ -118,7 +118,7 @@ class LatentStore:
         """The latent of silence, which latent arithmetic needs."""
         data = self._storage.read(ORIGIN_PATH)
         try:
-            return Origin(np.load(io.BytesIO(data), allow_pickle=False))
+            return Origin(np.load(io.BytesIO(data), allow_pickle=False), self.chunking)
         except (ValueError, EOFError) as error:
             raise StorageError(
                 f"{self.url}/{ORIGIN_PATH} is damaged: restore it from a copy of the store."

@@ -1,0 +1,108 @@
+"""The model `encodec:REPO`: EnCodec, as transformers has it.
+
+A. Défossez and others, "High Fidelity Neural Audio Compression", TMLR 2023. The latents are the
+encoder's, before quantisation.
+
+The 24 kHz model is causal, with an LSTM whose memory fades: trimming leaves an error that the
+context makes small. The 48 kHz model normalises over its native chunk of one second, by GroupNorm
+inside and by the chunk's loudness outside, which the decoder needs: it is stored as one more
+latent channel (the last), the same in every frame of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from latentmill.models.base import ModelSpec, Value
+from latentmill.models.codec import CodecHandle, check_scale_factor
+from latentmill.models.transformers_codec import find_model, load_model
+from latentmill.models.weights import ModelFiles
+
+CONTEXT = 48  # 9 for the convolutions; for 1e-5 of the latents' norm (random weights)
+CHUNK_SECONDS = 10.0
+# Frames that native chunks share, nearest to the codec's 1.5 of 150: as many as the windows of
+# decoding share, so that these are the chunks and each has one loudness.
+NATIVE_OVERLAP = 4
+
+
+class EncodecNetwork:
+    """`EncodecModel` without its quantiser, or with it before the decoder."""
+
+    def __init__(self, model: Any, quantise: bool) -> None:
+        self._model = model
+        self._quantise = quantise
+        self._normalise: bool = model.config.normalize
+
+    def encode(self, audio: Tensor) -> Tensor:
+        """The encoder's output; where the model normalises, followed by the loudness."""
+        if not self._normalise:
+            latents: Tensor = self._model.encoder(audio)
+            return latents
+        mono = audio.mean(dim=1, keepdim=True)
+        loudness = mono.square().mean(dim=-1, keepdim=True).sqrt() + 1e-8  # [B, 1, 1]
+        latents = self._model.encoder(audio / loudness)
+        return torch.cat((latents, loudness.expand(-1, 1, latents.shape[-1])), dim=1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The decoder's output, at the loudness of the last channel where there is one."""
+        inner = latents[:, :-1] if self._normalise else latents
+        if self._quantise:
+            bandwidth = self._model.config.target_bandwidths[-1]
+            inner = self._model.quantizer.decode(self._model.quantizer.encode(inner, bandwidth))
+        audio: Tensor = self._model.decoder(inner)
+        if self._normalise:
+            audio = audio * F.interpolate(latents[:, -1:], size=audio.shape[-1], mode="linear")
+        return audio
+
+
+def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -> EncodecNetwork:
+    """Build the network; see `Loader`. The option `quantise` is `build`'s."""
+    return EncodecNetwork(load_model(name, "encodec", files, device), bool(options["quantise"]))
+
+
+def build(
+    repo: str, *, revision: str | None = None, scale_factor: float = 1.0, quantise: bool = False
+) -> CodecHandle:
+    """Find the model's files and make its handle.
+
+    Args:
+        repo: Hub repository, local folder, or local weights file beside its `config.json`.
+        revision: Branch, tag or commit of a hub repository.
+        scale_factor: What latents are multiplied by.
+        quantise: Whether decoding quantises the latents first, at the highest bandwidth, as the
+            codec does; the stored latents are the same.
+
+    Raises:
+        ModelError: The package or the weights are missing, or they are another model's.
+    """
+    name = f"encodec:{repo}"
+    scale = check_scale_factor(name, scale_factor)
+    files, config, version = find_model(name, "encodec", repo, revision)
+    hop, rate = config.hop_length, config.sampling_rate
+    chunk_frames = round((config.chunk_length or CHUNK_SECONDS * rate) / hop)
+    # Normalisation over the chunk reaches all of its frames: no context suffices.
+    native = config.normalize or config.norm_type == "time_group_norm"
+    spec = ModelSpec(
+        name="encodec",
+        sample_rate=rate,
+        channels=config.audio_channels,
+        latent_channels=config.hidden_size + int(config.normalize),
+        hop=hop,
+        overhang=0,
+        sample_multiple=hop,
+        min_samples=hop,
+        context=None if native else CONTEXT,
+        stitch="crossfade" if native else "trim",
+        chunk_frames=chunk_frames,
+        overlap_frames=NATIVE_OVERLAP if native else 2 * CONTEXT,
+        batch_size={"cpu": 1, "cuda": 64 if native else 16},
+        scale_factor=scale,
+        stochastic_decoder=False,
+        identity={"package": "transformers", "package_version": version, **files.identity},
+        provenance={**files.provenance, "quantise": quantise},
+    )
+    return CodecHandle(spec, files, load, {"quantise": quantise})

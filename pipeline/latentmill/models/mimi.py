@@ -1,0 +1,94 @@
+"""The model `mimi:REPO`: Kyutai's Mimi, as transformers has it.
+
+A. Défossez and others, "Moshi: a speech-text foundation model for real-time dialogue", arXiv
+2410.00037. The latents are those before quantisation; Mimi was trained with the quantiser left
+out half of the time, so its decoder knows them.
+
+Its convolutions are causal, and a transformer over them attends to the last 250 steps (10 s) in
+each layer: what a frame depends on fades with distance, but ends only after minutes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentmill.models.base import ModelSpec, Value
+from latentmill.models.codec import CodecHandle, check_scale_factor
+from latentmill.models.transformers_codec import find_model, load_model
+from latentmill.models.weights import ModelFiles
+
+CONTEXT_SECONDS = 10.0  # for 1e-3 of the latents' norm; 15 s for 1e-5 (random weights)
+CHUNK_SECONDS = 60.0  # a third of it is context
+
+
+class MimiNetwork:
+    """`MimiModel` without its quantiser, or with it before the decoder."""
+
+    def __init__(self, model: Any, quantise: bool) -> None:
+        self._model = model
+        self._quantise = quantise
+
+    def encode(self, audio: Tensor) -> Tensor:
+        """The output of encoder, transformer and downsampling."""
+        latents: Tensor = self._model.encoder(audio).latents
+        return latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The output of upsampling, transformer and decoder."""
+        if self._quantise:
+            codes = self._model.quantizer.encode(latents)  # [quantisers, B, Z]
+            latents = self._model.quantizer.decode(codes.transpose(0, 1))
+        audio: Tensor = self._model.decoder(latents).audio_values
+        return audio
+
+
+def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -> MimiNetwork:
+    """Build the network; see `Loader`. The option `quantise` is `build`'s."""
+    return MimiNetwork(load_model(name, "mimi", files, device), bool(options["quantise"]))
+
+
+def build(
+    repo: str, *, revision: str | None = None, scale_factor: float = 1.0, quantise: bool = False
+) -> CodecHandle:
+    """Find the model's files and make its handle.
+
+    Args:
+        repo: Hub repository, local folder, or local weights file beside its `config.json`.
+        revision: Branch, tag or commit of a hub repository.
+        scale_factor: What latents are multiplied by.
+        quantise: Whether decoding quantises the latents first, as the codec does; the stored
+            latents are the same.
+
+    Raises:
+        ModelError: The package or the weights are missing, or they are another model's.
+    """
+    name = f"mimi:{repo}"
+    scale = check_scale_factor(name, scale_factor)
+    files, config, version = find_model(name, "mimi", repo, revision)
+    rate = config.sampling_rate
+    hop = math.prod(config.upsampling_ratios) * config.latent_stride
+    context = math.ceil(CONTEXT_SECONDS * rate / hop)
+    spec = ModelSpec(
+        name="mimi",
+        sample_rate=rate,
+        channels=config.audio_channels,
+        latent_channels=config.hidden_size,
+        hop=hop,
+        overhang=0,
+        sample_multiple=hop,
+        min_samples=hop,
+        context=context,
+        stitch="trim",
+        chunk_frames=round(CHUNK_SECONDS * rate / hop),
+        overlap_frames=2 * context,
+        batch_size={"cpu": 1, "cuda": 8},
+        scale_factor=scale,
+        stochastic_decoder=False,
+        identity={"package": "transformers", "package_version": version, **files.identity},
+        provenance={**files.provenance, "quantise": quantise},
+    )
+    return CodecHandle(spec, files, load, {"quantise": quantise})

@@ -1,0 +1,131 @@
+"""The model `oobleck:REPO`: the autoencoder of Stable Audio Open, as diffusers has it.
+
+Z. Evans and others, "Stable Audio Open", arXiv 2407.14358. A VAE: the mean of the posterior is
+stored, since sampling is the reader's business.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentmill.models.base import ModelSpec, Value
+from latentmill.models.codec import (
+    CodecHandle,
+    check_scale_factor,
+    dac_encoder_context,
+)
+from latentmill.models.weights import (
+    LOAD_ERRORS,
+    ModelFiles,
+    does_not_load,
+    find,
+    import_package,
+    parse_repo,
+    read_config,
+    read_state,
+)
+
+CHUNK_SECONDS = 10.0
+CLASS = "AutoencoderOobleck"
+
+
+class OobleckNetwork:
+    """`AutoencoderOobleck` without its tiling."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def encode(self, audio: Tensor) -> Tensor:
+        """The posterior's mean: the first half of the encoder's channels."""
+        mean: Tensor = self._model.encoder(audio).chunk(2, dim=1)[0]
+        return mean
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The decoder's output."""
+        audio: Tensor = self._model.decoder(latents)
+        return audio
+
+
+def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -> OobleckNetwork:
+    """Build the network from its configuration and its state dict; see `Loader`."""
+    assert not options
+    package, _ = import_package(name, "diffusers")
+    state = read_state(name, files.paths["weights"])
+    config = read_config(name, files.paths["config"])
+    try:
+        with warnings.catch_warnings():  # it uses torch's older weight_norm
+            warnings.simplefilter("ignore", FutureWarning)
+            model = package.AutoencoderOobleck.from_config(config)
+        model.load_state_dict(state)
+    except LOAD_ERRORS as error:
+        raise does_not_load(name, files.paths["weights"], error) from error
+    return OobleckNetwork(model.float().eval().requires_grad_(False).to(device))
+
+
+def build(
+    repo: str,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    scale_factor: float = 1.0,
+) -> CodecHandle:
+    """Find the model's files and make its handle.
+
+    Args:
+        repo: Hub repository, local folder, or local weights file beside its `config.json`.
+        revision: Branch, tag or commit of a hub repository.
+        subfolder: Where in it the autoencoder is; None: `vae` where there is one, else the root.
+        scale_factor: What latents are multiplied by.
+
+    Raises:
+        ModelError: The package or the weights are missing, or they are another model's.
+    """
+    name = f"oobleck:{repo}"
+    scale = check_scale_factor(name, scale_factor)
+    _, version = import_package(name, "diffusers")
+    folders = ["vae/", ""] if subfolder is None else [f"{subfolder.strip('/')}/".lstrip("/")]
+    stems = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"]
+    wanted = {
+        "config": [f"{folder}config.json" for folder in folders],
+        "weights": [f"{folder}{stem}" for folder in folders for stem in stems],
+    }
+    files = find(name, parse_repo(name, repo, revision), wanted)
+    config = read_config(name, files.paths["config"])
+    if config.get("_class_name") != CLASS:
+        found = config.get("_class_name") or config.get("model_type")
+        raise does_not_load(name, files.paths["config"], ValueError(f"it is of {found}"))
+    try:
+        spec = _spec(config, scale, files, version)
+    except LOAD_ERRORS as error:
+        raise does_not_load(name, files.paths["config"], error) from error
+    return CodecHandle(spec, files, load)
+
+
+def _spec(config: dict[str, Any], scale: float, files: ModelFiles, version: str) -> ModelSpec:
+    strides: list[int] = config["downsampling_ratios"]
+    hop = math.prod(strides)
+    context = dac_encoder_context(strides)
+    return ModelSpec(
+        name="oobleck",
+        sample_rate=config["sampling_rate"],
+        channels=config["audio_channels"],
+        latent_channels=config["decoder_input_channels"],
+        hop=hop,
+        overhang=0,
+        sample_multiple=hop,
+        min_samples=hop,
+        context=context,
+        stitch="trim",
+        chunk_frames=max(4 * context, round(CHUNK_SECONDS * config["sampling_rate"] / hop)),
+        overlap_frames=2 * context,
+        batch_size={"cpu": 1, "cuda": 16},
+        scale_factor=scale,
+        stochastic_decoder=False,
+        identity={"package": "diffusers", "package_version": version, **files.identity},
+        provenance=files.provenance,
+    )

@@ -1,0 +1,88 @@
+"""A mono model on stereo audio: each channel is a latent of its own, side by side in one record.
+
+So pan and width stay linear: whatever is done to one channel's latent is done to that channel
+alone. The latent `[2 * D, Z]` holds the left channel's D rows, then the right one's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from latentmill.errors import ModelError
+from latentmill.models.base import Autoencoder, ModelHandle, ModelSpec
+
+AUDIO_CHANNELS = 2
+
+
+@dataclass(frozen=True)
+class SplitHandle:
+    """A mono model's handle, for stereo."""
+
+    inner: ModelHandle
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The mono model's spec with twice the channels on both sides."""
+        spec = self.inner.spec
+        return replace(
+            spec,
+            channels=AUDIO_CHANNELS,
+            latent_channels=AUDIO_CHANNELS * spec.latent_channels,
+            identity={**spec.identity, "split": AUDIO_CHANNELS},
+        )
+
+    def load(self, device: str) -> Split:
+        """Load the mono model."""
+        return Split(self.spec, self.inner.load(device))
+
+
+class Split:
+    """Runs a mono model on each channel, all in one batch; see `Autoencoder`."""
+
+    def __init__(self, spec: ModelSpec, inner: Autoencoder) -> None:
+        self._spec = spec
+        self._inner = inner
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What is fixed about this model."""
+        return self._spec
+
+    def encode(self, audio: Tensor) -> Tensor:
+        """Encode `[B, 2, T]` to `[B, 2 * D, Z]`."""
+        latents = self._inner.encode(audio.flatten(0, 1)[:, None])  # [B * 2, D, Z]
+        return latents.reshape(len(audio), -1, latents.shape[-1])
+
+    def decode(
+        self,
+        latents: Tensor,
+        num_samples: int,
+        *,
+        seed: int = 0,
+        positions: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Decode `[B, 2 * D, Z]` to `[B, 2, num_samples]`; both channels share the noise."""
+        batch, rows, frames = latents.shape
+        each = latents.reshape(batch * AUDIO_CHANNELS, rows // AUDIO_CHANNELS, frames)
+        doubled = None
+        if positions is not None:
+            doubled = [position for position in positions for _ in range(AUDIO_CHANNELS)]
+        audio = self._inner.decode(each, num_samples, seed=seed, positions=doubled)
+        return audio.reshape(batch, AUDIO_CHANNELS, num_samples)
+
+
+def split(handle: ModelHandle) -> SplitHandle:
+    """Make a mono model take stereo audio, channel by channel.
+
+    Raises:
+        ModelError: The model takes more than one channel itself.
+    """
+    if handle.spec.channels != 1:
+        raise ModelError(
+            f"Model {handle.spec.name} takes {handle.spec.channels} channels as it is: leave out "
+            "channels: split."
+        )
+    return SplitHandle(handle)

@@ -1,0 +1,310 @@
+"""What a model is made of on this machine: an optional package, and files.
+
+Files come from the Hugging Face hub, a local folder or a local file.
+
+HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE have their usual meaning. Files are downloaded
+once into the shared cache (huggingface_hub locks it), and all from one commit. Nothing in a file
+is executed: safetensors, or `torch.load(weights_only=True)`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePosixPath
+from pickle import UnpicklingError  # what torch.load raises; nothing is unpickled here
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from latentmill.errors import ModelError
+from latentmill.models.base import Value
+
+LOAD_ERRORS = (
+    RuntimeError,
+    UnpicklingError,
+    EOFError,
+    OSError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
+WEIGHTS = "weights"  # the role of the file that a local file stands for
+
+
+@dataclass(frozen=True)
+class Repo:
+    """Where a model's files are.
+
+    Attributes:
+        location: `owner/name` on the hub, or an absolute local path.
+        revision: Branch, tag or commit on the hub; None: `main`, or a local path.
+    """
+
+    location: str
+    revision: str | None = None
+
+    @property
+    def local(self) -> Path | None:
+        """The path, if it is one."""
+        return Path(self.location) if Path(self.location).is_absolute() else None
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model's files; the paths hold on the machine that found them, the rest everywhere.
+
+    Attributes:
+        repo: Where they come from; a hub repository's revision is the commit.
+        names: File name inside the repository, by role.
+        sha256: By role.
+        paths: By role.
+    """
+
+    repo: Repo
+    names: Mapping[str, str]
+    sha256: Mapping[str, str]
+    paths: Mapping[str, Path]
+
+    @property
+    def identity(self) -> dict[str, Value]:
+        """What of them belongs into the fingerprint."""
+        return {f"sha256_{role}": digest for role, digest in self.sha256.items()}
+
+    @property
+    def provenance(self) -> dict[str, Value]:
+        """Where they came from."""
+        return {"repo": self.repo.location, "revision": self.repo.revision}
+
+
+def import_package(
+    model: str, package: str, *, module: str | None = None, install: str | None = None
+) -> tuple[ModuleType, str]:
+    """Import an optional package.
+
+    Args:
+        model: The model's name, for errors.
+        package: The package's name.
+        module: Its module to import; None: that of its name.
+        install: What installs it; None: the extra of its name.
+
+    Returns:
+        The module and the package's version.
+
+    Raises:
+        ModelError: It is not installed or does not import.
+    """
+    try:
+        return importlib.import_module(module or package), version(package)
+    except (PackageNotFoundError, ImportError) as error:
+        install = install or f"pip install 'latentmill[{package}]'"
+        raise ModelError(
+            f"Model {model} needs the package {package} ({one_line(error)}): run `{install}`."
+        ) from error
+
+
+def parse_repo(model: str, text: str, revision: str | None = None) -> Repo:
+    """Understand what a user gives for a repository.
+
+    Args:
+        model: The model's name, for errors.
+        text: `owner/name`, or a local path, which begins with `/`, `.` or `~`.
+        revision: Branch, tag or commit.
+
+    Raises:
+        ModelError: It is neither, the path does not exist, or a path is given a revision.
+    """
+    if text.startswith(("/", ".", "~")):
+        path = Path(os.path.abspath(Path(text).expanduser()))  # noqa: PTH100  links stay
+        if not path.exists():
+            raise ModelError(
+                f"Model {model}: there is no {path}; name a folder, a weights file or a hub "
+                "repository."
+            )
+        if revision is not None:
+            raise ModelError(
+                f"Model {model}: {path} is a local path, which has no revisions; leave out the "
+                "option revision."
+            )
+        return Repo(str(path))
+    if text.count("/") != 1 or not all(text.split("/")) or any(c.isspace() for c in text):
+        raise ModelError(
+            f"Model {model}: {text!r} is no hub repository (owner/name); a local path begins with "
+            "/, ./ or ~."
+        )
+    return Repo(text, revision)
+
+
+def find(model: str, repo: Repo, wanted: Mapping[str, Sequence[str]]) -> ModelFiles:
+    """Find a model's files, downloading from the hub those that are not cached.
+
+    Args:
+        model: The model's name, for errors.
+        repo: Where to look.
+        wanted: For each role the file names that it may have, best first. The role `weights` is
+            the file itself where the repository is a local file.
+
+    Raises:
+        ModelError: A file cannot be had.
+    """
+    names: dict[str, str] = {}
+    paths: dict[str, Path] = {}
+    for role, candidates in wanted.items():
+        if repo.local:
+            names[role], paths[role] = _find_local(model, repo.local, role, candidates)
+            continue
+        names[role], paths[role] = _find_on_hub(model, repo, candidates, wanted)
+        # .../snapshots/COMMIT/NAME: the other files must be of the same commit.
+        repo = Repo(repo.location, paths[role].parents[names[role].count("/")].name)
+    return ModelFiles(repo, names, {role: _sha256(path) for role, path in paths.items()}, paths)
+
+
+def find_again(model: str, files: ModelFiles) -> ModelFiles:
+    """Find the same files on this machine, which may be another one.
+
+    Raises:
+        ModelError: A file cannot be had, or has another content.
+    """
+    found = find(model, files.repo, {role: [name] for role, name in files.names.items()})
+    differing = [role for role, digest in files.sha256.items() if digest != found.sha256[role]]
+    if differing:
+        raise ModelError(
+            f"Model {model}: the {', '.join(differing)} file of {_describe(files.repo)} on this "
+            "machine is not the one that this run started with; copy the same files to every "
+            "machine, or start the run again."
+        )
+    return found
+
+
+def read_state(model: str, path: Path, entry: str | None = None) -> dict[str, torch.Tensor]:
+    """Read a state dict: safetensors by its extension, otherwise a file of `torch.save`.
+
+    Args:
+        model: The model's name, for errors.
+        path: The file.
+        entry: Where in a training checkpoint of `torch.save` the state dict is.
+
+    Raises:
+        ModelError: The file is damaged, or holds anything but tensors by name.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            state = _read_safetensors(model, path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state if entry is None else state[entry]
+    except LOAD_ERRORS as error:
+        raise does_not_load(model, path, error) from error
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise does_not_load(model, path, ValueError("it holds more than tensors by name"))
+    return state
+
+
+def read_config(model: str, path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ModelError: The file holds anything else.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise TypeError("it is no JSON object")
+    except (ValueError, TypeError) as error:
+        raise does_not_load(model, path, error) from error
+    return config
+
+
+def does_not_load(model: str, path: Path, error: BaseException) -> ModelError:
+    """The error for a file that is there and cannot be used."""
+    return ModelError(
+        f"Model {model}: {path} does not load ({one_line(error)}); delete it and download it again."
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line of at most 300 characters, without full stops."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:300].rstrip(". ").replace(". ", "; ")
+
+
+def _find_local(model: str, local: Path, role: str, candidates: Sequence[str]) -> tuple[str, Path]:
+    if local.is_file() and role == WEIGHTS:
+        return local.name, local
+    folder = local.parent if local.is_file() else local
+    for name in candidates:
+        if (folder / name).is_file():
+            return name, folder / name
+    raise ModelError(
+        f"Model {model}: {folder} holds no {' or '.join(candidates)}; copy the model's folder "
+        "as its repository has it."
+    )
+
+
+def _find_on_hub(
+    model: str, repo: Repo, candidates: Sequence[str], wanted: Mapping[str, Sequence[str]]
+) -> tuple[str, Path]:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    # The bases are the HTTP client's errors, whichever client this huggingface_hub uses.
+    hub_errors: tuple[type[Exception], ...] = (
+        OSError,
+        ValueError,
+        HfHubHTTPError,
+        *HfHubHTTPError.__bases__,
+    )
+    failure: Exception | None = None
+    for name in candidates:
+        try:
+            path = huggingface_hub.hf_hub_download(
+                repo_id=repo.location, filename=name, revision=repo.revision
+            )
+        except EntryNotFoundError as error:  # not in the repository, or not in an offline cache
+            failure = failure or error
+        except hub_errors as error:
+            failure = error
+            break
+        else:
+            return name, Path(path)
+    assert failure is not None, "there is at least one candidate"
+    offline = " (HF_HUB_OFFLINE is set)" if huggingface_hub.constants.HF_HUB_OFFLINE else ""
+    raise ModelError(
+        f"Model {model}: cannot get {' or '.join(candidates)} of {_describe(repo)}{offline}: "
+        f"{one_line(failure)}; run `{_download_command(repo, wanted)}` where there is a network, "
+        "or copy a filled cache here and set HF_HOME and HF_HUB_OFFLINE=1."
+    ) from failure
+
+
+def _download_command(repo: Repo, wanted: Mapping[str, Sequence[str]]) -> str:
+    names = [candidates[0] for candidates in wanted.values()]
+    folders = {str(PurePosixPath(name).parent) for name in names}
+    files = " ".join(names) if "." in folders else f"--include '{folders.pop()}/*'"
+    revision = f" --revision {repo.revision}" if repo.revision else ""
+    return f"hf download {repo.location} {files}{revision}"
+
+
+def _describe(repo: Repo) -> str:
+    return f"{repo.location} (revision {repo.revision})" if repo.revision else repo.location
+
+
+def _read_safetensors(model: str, path: Path) -> dict[str, torch.Tensor]:
+    package, _ = import_package(model, "safetensors", install="pip install safetensors")
+    load_file = importlib.import_module("safetensors.torch").load_file
+    try:
+        state: dict[str, torch.Tensor] = load_file(path)
+    except package.SafetensorError as error:
+        raise ValueError(str(error)) from error
+    return state
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

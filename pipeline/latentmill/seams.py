@@ -1,0 +1,111 @@
+"""The error at the seams: stitched latents against those of the whole item, on the user's audio.
+
+`trim` makes it vanish for a model whose frames see a finite stretch of audio. Where normalisation
+or attention reaches over the whole chunk, chunks and whole items differ; how much depends on the
+model and on the audio, so it is measured, and recorded in dataset.json.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from latentmill.errors import ConfigError, ItemError
+from latentmill.record import Record
+from latentmill.storage import Storage
+from latentmill.store.schema import DATASET_PATH, SeamEntry
+from latentmill.store.store import LatentStore
+from latentmill.store.verify import read_source
+
+
+@dataclass(frozen=True)
+class SeamError:
+    """How far one record is from the latent of its whole item.
+
+    Attributes:
+        key: The record's key.
+        seconds: Its length.
+        error: ||stitched - whole|| / ||whole|| over all frames.
+        worst: The same for the worst single frame, against the whole's mean frame.
+    """
+
+    key: str
+    seconds: float
+    error: float
+    worst: float
+
+
+@dataclass(frozen=True)
+class SeamReport:
+    """What was measured on a store's own audio; see `SeamError`."""
+
+    items: tuple[SeamError, ...]
+    median: float
+    largest: float
+
+
+def measure_seams(
+    store: LatentStore, *, items: int = 8, max_seconds: float = 60.0, record: bool = True
+) -> SeamReport:
+    """Encode some items whole and compare with what the store has.
+
+    Args:
+        store: A store whose source can still be read.
+        items: How many items, spread evenly over those that are longer than one chunk.
+        max_seconds: Longest item to encode whole: a model needs memory in proportion.
+        record: Whether to write the result into a sealed store's dataset.json.
+
+    Raises:
+        ConfigError: The store keeps its chunks apart, or no item fits.
+    """
+    chunking, rate = store.chunking, store.info.model["sample_rate"]
+    if chunking.stitch == "none":
+        raise ConfigError(f"{store.url} keeps its chunks apart (stitch none): it has no seams.")
+    fitting = [
+        key
+        for key in store.keys()  # noqa: SIM118  iterating the store gives records
+        if chunking.samples < store.entry(key).num_samples <= max_seconds * rate
+    ]
+    if not fitting:
+        raise ConfigError(
+            f"{store.url} has no items between one chunk ({chunking.samples / rate:.1f} s) and "
+            f"{max_seconds:g} s: ask for more with --max-seconds."
+        )
+    step = max(1, len(fitting) // items)
+    measured = []
+    for key in fitting[::step][:items]:
+        try:
+            measured.append(_measure(store, store[key]))
+        except ItemError as error:
+            raise ConfigError(f"The source of {key} cannot be compared: {error}.") from error
+    errors = [one.error for one in measured]
+    report = SeamReport(tuple(measured), statistics.median(errors), max(errors))
+    if record and store.sealed:
+        _write(store, report)
+    return report
+
+
+def _measure(store: LatentStore, record: Record) -> SeamError:
+    model = store.model()
+    audio = read_source(record, model.spec.channels)  # [C, T]
+    padding = model.spec.padded(audio.shape[1]) - audio.shape[1]
+    whole = model.encode(torch.from_numpy(np.pad(audio, ((0, 0), (0, padding))))[None])
+    reference = whole[0].double().cpu().numpy()  # [D, Z]
+    difference = record.latent.astype(np.float64) - reference
+    frames = np.linalg.norm(difference, axis=0)
+    typical = np.sqrt(np.mean(np.square(np.linalg.norm(reference, axis=0))))
+    return SeamError(
+        key=record.key,
+        seconds=record.duration,
+        error=float(np.linalg.norm(difference) / np.linalg.norm(reference)),
+        worst=float(frames.max() / typical),
+    )
+
+
+def _write(store: LatentStore, report: SeamReport) -> None:
+    seams = SeamEntry(items=len(report.items), median=report.median, largest=report.largest)
+    info = store.info.model_copy(update={"seams": seams})
+    Storage(store.url).write(DATASET_PATH, info.model_dump_json(indent=2).encode())

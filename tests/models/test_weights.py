@@ -1,0 +1,237 @@
+"""Where weights come from: the hub at a revision, its cache, a folder, a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from latentmill.errors import ModelError
+from latentmill.models.registry import resolve
+from latentmill.models.weights import Repo, find, find_again, parse_repo, read_state
+from support.hub import serve
+from support.linear_cae_weights import use_cache
+
+PIPELINE = Path(__file__).parents[2] / "pipeline"
+FILES = {"config": ["config.json"], "weights": ["model.safetensors", "pytorch_model.bin"]}
+COMMIT = "ab" * 20
+
+
+@pytest.fixture
+def folder(tiny_repos: Path, tmp_path: Path) -> Path:
+    """A copy of a repository that a test may spoil."""
+    return Path(shutil.copytree(tiny_repos / "dac-44k", tmp_path / "dac"))
+
+
+@pytest.fixture
+def cache(tiny_repos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The snapshot of `owner/dac` in an offline cache."""
+    repo = tmp_path / "home" / "hub" / "models--owner--dac"
+    shutil.copytree(tiny_repos / "dac-44k", repo / "snapshots" / COMMIT)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(COMMIT)
+    use_cache(monkeypatch, tmp_path / "home")
+    return repo / "snapshots" / COMMIT
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dac_44khz", "no hub repository"),
+        ("a/b/c", "no hub repository"),
+        ("owner/", "no hub repository"),
+        ("owner/my model", "no hub repository"),
+        ("./nowhere", "there is no /"),
+        ("/nowhere/at/all", "there is no /nowhere/at/all"),
+        ("~/nowhere-at-all", "there is no /"),
+    ],
+)
+def test_what_is_no_repository_is_refused(
+    text: str, message: str, one_sentence: Callable[[BaseException], str]
+) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        parse_repo("dac", text)
+    one_sentence(caught.value)
+
+
+def test_a_path_is_absolute_and_has_no_revision(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    assert parse_repo("dac", "./dac") == Repo(str(folder))
+    with pytest.raises(ModelError, match="leave out the option revision"):
+        parse_repo("dac", "./dac", "main")
+
+
+def test_folder_file_and_cache_are_the_same_model(folder: Path, cache: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "mine.safetensors")
+    asked = [f"dac:{folder / 'mine.safetensors'}", f"dac:{cache}", "dac:owner/dac"]
+    by_file, by_folder, by_name = (resolve(name).spec for name in asked)
+    assert by_file.identity == by_folder.identity == by_name.identity
+    assert by_file.name == by_name.name == "dac"
+    assert by_name.provenance["repo"] == "owner/dac"
+    assert by_name.provenance["revision"] == COMMIT
+    assert by_folder.provenance["repo"] == str(cache)
+    assert by_folder.provenance["revision"] is None
+    with pytest.raises(ModelError, match=r"holds no model\.safetensors or pytorch_model\.bin"):
+        resolve(f"dac:{folder}")
+
+
+def test_every_weight_and_setting_counts(folder: Path) -> None:
+    handle = resolve(f"dac:{folder}")
+    state = load_file(folder / "model.safetensors")
+    last = sorted(state)[-1]
+    state[last].flatten()[-1] += 1e-3
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    changed = resolve(f"dac:{folder}").spec.identity
+    assert {k for k, v in handle.spec.identity.items() if changed[k] != v} == {"sha256_weights"}
+    with pytest.raises(ModelError, match=r"the weights file of .* on this machine is not the one"):
+        handle.load("cpu")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "codebook_dim": 8, "x": 1}))
+    again = resolve(f"dac:{folder}").spec.identity
+    assert {k for k, v in changed.items() if again[k] != v} == {"sha256_config"}
+
+
+def test_files_that_are_not_there_say_what_to_run(
+    cache: Path, one_sentence: Callable[[BaseException], str]
+) -> None:
+    (cache / "model.safetensors").unlink()
+    with pytest.raises(ModelError) as caught:
+        resolve("dac:owner/dac")
+    assert "HF_HUB_OFFLINE is set" in one_sentence(caught.value)
+    command = f"`hf download owner/dac config.json model.safetensors --revision {COMMIT}`"
+    assert command in str(caught.value)
+    with pytest.raises(ModelError, match=r"`hf download owner/other config\.json model\.safet"):
+        resolve("dac:owner/other")
+    with pytest.raises(ModelError, match="--revision v1`"):
+        resolve("dac:owner/dac", {"revision": "v1"})
+
+
+def test_a_local_file_stands_for_the_weights_alone(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    found = find("dac", Repo(str(file)), FILES)
+    assert found.paths == {"config": folder / "config.json", "weights": file}
+    assert find_again("dac", found) == found
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"holds no config\.json"):
+        find("dac", Repo(str(file)), FILES)
+
+
+def test_a_pickle_of_tensors_is_read_and_one_with_code_is_not(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # has no power over us
+    x = 0.1 * torch.randn(1, 1, 5120)
+    expected = resolve(f"dac:{folder}").load("cpu").encode(x)
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    assert torch.equal(resolve(f"dac:{folder}").load("cpu").encode(x), expected)
+    for evil in ({**state, "x": Payload()}, Payload()):
+        torch.save(evil, folder / "pytorch_model.bin")
+        with pytest.raises(ModelError, match=r"does not load .*delete it"):
+            resolve(f"dac:{folder}").load("cpu")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\xff" * 100])
+def test_a_damaged_file_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError, match="does not load"):
+        read_state("dac", tmp_path / name)
+
+
+def test_a_file_of_other_things_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    for other in ([1, 2], {"epoch": 3}, torch.zeros(3)):
+        torch.save(other, path)
+        with pytest.raises(ModelError, match="more than tensors"):
+            read_state("dac", path)
+    torch.save({"state": {"x": torch.zeros(2)}}, path)
+    assert list(read_state("dac", path, "state")) == ["x"]
+    with pytest.raises(ModelError, match="does not load"):
+        read_state("dac", path, "other")
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("oobleck", "diffusers"),
+        ("encodec", "transformers"),
+        ("dac", "transformers"),
+        ("mimi", "transformers"),
+    ],
+)
+def test_without_the_package_the_error_is_the_pip_line(
+    name: str,
+    package: str,
+    monkeypatch: pytest.MonkeyPatch,
+    one_sentence: Callable[[BaseException], str],
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModelError) as caught:
+        resolve(f"{name}:owner/name")
+    assert f"run `pip install 'latentmill[{package}]'`" in one_sentence(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "repo", "files"),
+    [
+        ("oobleck", "oobleck", ["config.json", "diffusion_pytorch_model.safetensors"]),
+        ("mimi", "mimi", ["config.json", "model.safetensors"]),
+    ],
+)
+def test_downloads_once_from_the_hub_then_works_offline(
+    tiny_repos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    repo: str,
+    files: list[str],
+) -> None:
+    """The download is in a process of its own: huggingface_hub reads its variables at import."""
+    script = (
+        "import json, sys, torch\n"
+        "from latentmill.models.registry import resolve\n"
+        "torch.set_num_threads(1)\n"
+        "handle = resolve(sys.argv[1])\n"
+        "handle.load('cpu')\n"
+        "print(json.dumps([handle.spec.identity, handle.spec.provenance]))\n"
+    )
+    with serve(tiny_repos / repo, "owner/model", COMMIT) as hub:
+        env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        env |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.endpoint, "PYTHONPATH": str(PIPELINE)}
+        done = subprocess.run(
+            [sys.executable, "-c", script, f"{name}:owner/model"],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        downloads = [r.rpartition("/")[2] for r in hub.requests if r.startswith("GET /owner/")]
+        others = [r for r in hub.requests if "/owner/model/resolve/" not in r]
+    assert done.returncode == 0, done.stderr
+    identity, provenance = json.loads(done.stdout.splitlines()[-1])
+    assert provenance["revision"] == COMMIT
+    assert sorted(downloads) == files
+    assert not any("owner/model" in request for request in others)  # such as its listing
+
+    use_cache(monkeypatch, tmp_path)
+    offline = resolve(f"{name}:owner/model")
+    assert offline.spec.identity == identity
+    offline.load("cpu")
