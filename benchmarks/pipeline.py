@@ -15,6 +15,7 @@ import contextlib
 import shutil
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,32 +102,34 @@ class Bench:
 
     def __init__(self, model: str, corpus: Path) -> None:
         from latentmill.chunks import Chunking
-        from latentmill.encode import EncodeSettings
-        from latentmill.engine.worker import Job
+        from latentmill.config import fingerprint_document, load_config
+        from latentmill.engine.launch import make_job
         from latentmill.models import registry
-        from latentmill.plan import cut_units
+        from latentmill.plan import Plan, cut_units
         from latentmill.sources.folder import FolderSource
 
+        config = load_config(None, {"source": str(corpus), "out": "unused", "model": model})
         handle = registry.resolve(model)
-        self.units = cut_units(FolderSource(str(corpus), ("ogg", "flac", "wav")).list().items)
-        self.job = Job(
-            model=handle,
-            chunking=Chunking.for_model(handle.spec),
-            settings=EncodeSettings(batch_size=handle.spec.batch_size["cpu"]),
-            store="",
-            format="parquet",
-            fingerprint="benchmark",
-            info={},
-            device="cpu",
-            threads=2,
+        chunking = Chunking.for_model(handle.spec)
+        listing = FolderSource(str(corpus), config.extensions).list()
+        self.units = cut_units(listing.items)
+        self.plan = Plan(
+            source=str(corpus),
+            units=self.units,
+            fingerprint=fingerprint_document(config, handle.spec, chunking),
+            model=model,
+            model_options={},
+            format=config.format,
+            ignored={},
         )
+        self.job = make_job(config, handle, chunking, self.plan, device="cpu", threads=2)
 
     def run(self, out: Path) -> float:
-        from dataclasses import replace
-
         from latentmill.engine.actor import ActorShape
         from latentmill.engine.progress import QuietProgress
         from latentmill.engine.scheduler import Scheduler
+        from latentmill.plan import freeze
+        from latentmill.storage import Storage
 
         marks = []
 
@@ -134,6 +137,7 @@ class Bench:
             def unit_done(self, result: object) -> None:
                 marks.append(time.perf_counter())
 
+        freeze(self.plan, Storage(str(out)))
         job = replace(self.job, store=str(out))
         scheduler = Scheduler(job, ActorShape(cpus=0, gpus=0), 1, Marks())
         scheduler.run(self.units, lambda origin: marks.append(time.perf_counter()))

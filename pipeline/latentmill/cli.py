@@ -27,6 +27,7 @@ from latentmill.errors import (
 from latentmill.models import registry
 from latentmill.ops import mix as mix_latents
 from latentmill.run import run
+from latentmill.seams import measure_seams
 from latentmill.store.store import LatentStore, open_store
 from latentmill.store.verify import verify as verify_store
 from latentmill.version import __version__
@@ -40,6 +41,9 @@ app = typer.Typer(
 
 Out = Annotated[str, typer.Argument(metavar="OUT", help="The store: a folder or fsspec URL.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+ModelOption = Annotated[
+    list[str] | None, typer.Option(help="NAME=VALUE, such as scale_factor=20; repeatable.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Seed = Annotated[int, typer.Option(help="Noise of a stochastic decoder.")]
 
@@ -80,9 +84,7 @@ def encode(
     out: Annotated[str | None, typer.Argument(help="The store to write or resume.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file; options win over it.")] = None,
     model: Annotated[str | None, typer.Option(help="Autoencoder (default: mdct).")] = None,
-    model_option: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE, such as scale_factor=20; repeatable.")
-    ] = None,
+    model_option: ModelOption = None,
     format: Annotated[str | None, typer.Option(help="parquet (default) or webdataset.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float16 (default) or float32.")] = None,
     stitch: Annotated[str | None, typer.Option(help="trim, crossfade or none.")] = None,
@@ -185,9 +187,31 @@ def mix(
 
 
 @app.command()
-def models(as_json: AsJson = False) -> None:
-    """List the autoencoders."""
-    _print(as_json, registry.available(), show.models)
+def seams(
+    out: Out,
+    items: Annotated[int, typer.Option(min=1, help="How many items to encode whole.")] = 8,
+    max_seconds: Annotated[float, typer.Option(help="Longest of them.")] = 60.0,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure the error at the seams of chunks against whole items; goes into dataset.json."""
+    store = open_store(out, device=device)
+    _print(as_json, measure_seams(store, items=items, max_seconds=max_seconds), show.seams)
+
+
+@app.command()
+def models(
+    name: Annotated[
+        str | None, typer.Argument(help="One model: its lengths and stitching.")
+    ] = None,
+    model_option: ModelOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the autoencoders, or show one (its weights must be at hand)."""
+    if name is None:
+        _print(as_json, registry.available(), show.models)
+    else:
+        _print(as_json, registry.resolve(name, _options(model_option)).spec, show.model)
 
 
 @app.command()

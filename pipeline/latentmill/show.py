@@ -12,7 +12,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from latentmill.engine.progress import Progress, for_terminal
+from latentmill.models.base import ModelSpec
 from latentmill.run import RunSummary
+from latentmill.seams import SeamReport
 from latentmill.store.schema import DatasetInfo
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import Report
@@ -175,6 +177,44 @@ def files(value: Mapping[str, Sequence[str]]) -> str:
 def models(entries: Sequence[Any]) -> str:
     """What `models` prints."""
     return "\n".join(f"{e.name:<12} {e.description} [{e.requirement}]" for e in entries)
+
+
+def model(spec: ModelSpec) -> str:
+    """What `models NAME` prints."""
+    chunk = spec.samples(spec.chunk_frames) / spec.sample_rate
+    why = (
+        "no context makes a chunk's frames equal to the whole item's"
+        if spec.context is None
+        else f"a frame sees {spec.context} frames on each side, at most"
+    )
+    rows = {
+        "model": f"{spec.name}, {spec.sample_rate} Hz, {spec.channels} channel(s), scale factor "
+        f"{spec.scale_factor:g}",
+        "latents": f"{spec.latent_channels} channels at {spec.frame_rate:.3f} Hz "
+        f"({spec.hop} samples a frame)",
+        "lengths": f"frames(T) = max(1, ceil((T - {spec.overhang}) / {spec.hop})), T a multiple "
+        f"of {spec.sample_multiple}, at least {spec.min_samples}",
+        "chunking": f"{spec.stitch}, chunks of {chunk:.2f} s that share {spec.overlap_frames} "
+        f"frames: {why}",
+        "decoder": "draws noise, takes a seed" if spec.stochastic_decoder else "deterministic",
+        "weights": ", ".join(f"{n} {v}" for n, v in spec.provenance.items()) or "none",
+    }
+    lines = [f"{name:<9} {text}" for name, text in rows.items()]
+    return "\n".join(lines + [f"          {n} {v}" for n, v in spec.identity.items()])
+
+
+def seams(report: SeamReport) -> str:
+    """What `seams` prints."""
+    lines = [
+        f"{one.key}: {one.seconds:.1f} s, relative error {one.error:.2g}, worst frame "
+        f"{one.worst:.2g}"
+        for one in report.items
+    ]
+    lines.append(
+        f"stitched against whole: median {report.median:.2g}, largest {report.largest:.2g} of "
+        f"{len(report.items)} items"
+    )
+    return "\n".join(lines)
 
 
 def closest(word: str, words: Iterable[str]) -> str | None:
