@@ -5,7 +5,8 @@
 In one process tree, in turns: `pipeline` encodes a folder through Ray, decoding, stitching and
 committed shards; `model` runs the same batches with the audio already in memory, in a process and
 with threads like the actor's; `loop` does what the README of linear-cae shows, file by file.
-Starting Ray and loading the model are not counted for any of them.
+Starting Ray and loading the model are not counted for any of them. `model_busy_share` is measured
+inside the pipeline's run: the part of the time in which its model was working.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ def measure(model: str, corpus: Path, folder: Path, rounds: int) -> dict[str, An
         "pipeline_x_real_time": median([seconds / t for t in times["pipeline"]]),
         "model_x_real_time": median([seconds / t for t in times["model"]]),
         "pipeline_over_model": median([m / p for m, p in pairs]),
+        "model_busy_share": median(bench.busy),
         "seconds": {name: [round(t, 3) for t in v] for name, v in times.items() if v},
     }
     if loop:
@@ -122,20 +124,23 @@ class Bench:
             format=config.format,
             ignored={},
         )
+        self.busy: list[float] = []  # share of each run in which the model worked
         self.job = make_job(config, handle, chunking, self.plan, device="cpu", threads=2)
 
     def run(self, out: Path) -> float:
         from latentmill.engine.actor import ActorShape
         from latentmill.engine.progress import QuietProgress
         from latentmill.engine.scheduler import Scheduler
+        from latentmill.engine.worker import UnitResult
         from latentmill.plan import freeze
         from latentmill.storage import Storage
 
-        marks = []
+        marks, busy = [], []
 
         class Marks(QuietProgress):
-            def unit_done(self, result: object) -> None:
+            def unit_done(self, result: UnitResult) -> None:
                 marks.append(time.perf_counter())
+                busy.append(result.timings["model_seconds"])
 
         freeze(self.plan, Storage(str(out)))
         job = replace(self.job, store=str(out))
@@ -143,7 +148,9 @@ class Bench:
         scheduler.run(self.units, lambda origin: marks.append(time.perf_counter()))
         assert len(marks) == len(self.units) + 1
         shutil.rmtree(out)
-        return marks[-1] - marks[0]
+        seconds = marks[-1] - marks[0]
+        self.busy.append(sum(busy) / seconds)
+        return seconds
 
 
 class ModelAlone:

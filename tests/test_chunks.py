@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from latentmill.chunks import Chunk, Chunker, Chunking, Packer, Stitcher
 from latentmill.errors import ConfigError
 from latentmill.models import mdct
-from latentmill.models.base import ModelSpec
+from latentmill.models.base import ModelSpec, Stitch
 
 FLOAT16, FLOAT32 = np.dtype("<f2"), np.dtype("<f4")
 
@@ -58,6 +58,11 @@ class Case:
         return [*chunks, *chunker.finish()]
 
 
+def decoded(spec: ModelSpec, samples: int) -> int:
+    """Samples that come back of a chunk."""
+    return spec.samples(spec.frames(samples - samples % spec.sample_multiple))
+
+
 @st.composite
 def cases(draw: st.DrawFn, stitches: tuple[str, ...] = ("trim", "crossfade", "none")) -> Case:
     """Any model whose chunk lengths are multiples of what it takes, any chunking, any length."""
@@ -69,7 +74,10 @@ def cases(draw: st.DrawFn, stitches: tuple[str, ...] = ("trim", "crossfade", "no
     frames = draw(st.integers(least, least + 9))
     samples = spec.samples(frames)
     stitch = draw(st.sampled_from(stitches))
-    if stitch == "none":
+    if stitch == "none":  # also lengths of which the model takes only a part
+        parts = [(n, n - n % multiple) for n in range(samples - hop + 1, samples + 1)]
+        fitting = [n for n, part in parts if part >= spec.min_samples]
+        samples = draw(st.sampled_from([n for n in fitting if decoded(spec, n) >= n]))
         chunking = Chunking("none", samples, samples - draw(st.integers(0, samples // 2)), 0)
     else:
         gap = 1 if overhang < 0 else 0
@@ -139,7 +147,9 @@ def test_unstitched_chunks_step_evenly_and_are_as_few_as_cover_the_audio(case: C
     if len(chunks) == 1:
         assert case.total <= chunking.samples
     else:
-        assert {chunk.audio.shape[1] for chunk in chunks} == {chunking.samples}
+        model_samples = chunking.model_samples(case.spec)
+        assert {chunk.audio.shape[1] for chunk in chunks} == {model_samples}
+        assert chunking.samples - case.spec.sample_multiple < model_samples <= chunking.samples
         covered_before = (len(chunks) - 2) * chunking.step + chunking.samples
         assert covered_before < case.total <= covered_before + chunking.step
 
@@ -193,6 +203,50 @@ def test_the_advice_on_a_short_chunk_holds() -> None:
     with pytest.raises(ConfigError, match=r"0\.2 s is too short.* 2\.2 s"):
         Chunking.for_model(spec, stitch="crossfade", seconds=0.2)
     assert Chunking.for_model(spec, stitch="crossfade", seconds=2.2).samples == 220
+
+
+@pytest.mark.parametrize("spec", [LINCAE, MDCT, PADDED], ids=["lin-cae", "mdct", "padded"])
+@given(samples=st.integers(1, 60_000), stitch=st.sampled_from(["none", "crossfade"]))
+@example(samples=441_000, stitch="none")
+@example(samples=47_103, stitch="none")
+def test_a_chunk_in_samples_decodes_whole_or_the_nearest_that_does_is_named(
+    spec: ModelSpec, samples: int, stitch: Stitch
+) -> None:
+    def whole(length: int) -> bool:
+        enough = length - length % spec.sample_multiple >= spec.min_samples
+        back = decoded(spec, length)
+        return enough and (back >= length if stitch == "none" else back == length)
+
+    wanted = {"stitch": stitch, "overlap": 0.25}
+    if whole(samples):
+        try:
+            chunking = Chunking.for_model(spec, samples=samples, **wanted)  # type: ignore[arg-type]
+        except ConfigError as error:
+            assert "raise the overlap" in str(error)  # noqa: PT017
+            return
+        assert chunking.samples == samples
+        if stitch == "none":
+            assert chunking.step == samples - int(samples * 0.25)
+        return
+    with pytest.raises(ConfigError, match="do not decode whole") as caught:
+        Chunking.for_model(spec, samples=samples, **wanted)  # type: ignore[arg-type]
+    nearest = int(str(caught.value).split()[-1].rstrip("."))
+    assert whole(nearest)
+    away = abs(nearest - samples)
+    assert not any(whole(length) for length in range(samples - away + 1, samples + away))
+
+
+def test_the_readme_s_chunk_of_linear_cae_is_taken_and_one_that_drifts_is_not(
+    one_sentence: Callable[[BaseException], str],
+) -> None:
+    chunking = Chunking.for_model(LINCAE, stitch="none", samples=441_000, overlap=0.25)
+    assert chunking == Chunking("none", 441_000, 330_750, 0)
+    assert chunking.model_samples(LINCAE) == 440_832
+    with pytest.raises(ConfigError) as caught:
+        Chunking.for_model(LINCAE, stitch="none", samples=47_103)
+    assert one_sentence(caught.value).endswith("the nearest length that does is 47104.")
+    with pytest.raises(ConfigError, match="not both"):
+        Chunking.for_model(LINCAE, samples=441_000, seconds=10)
 
 
 def stitched(case: Case, latents: list[np.ndarray], dtype: np.dtype = FLOAT32) -> Stitcher:

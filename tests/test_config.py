@@ -25,9 +25,13 @@ BASE: dict[str, Any] = {"source": "/music", "out": "/latents"}
 
 def document(**settings: Any) -> dict[str, dict[str, Any]]:
     config = load_config(None, {**BASE, **settings})
-    spec = registry.resolve(config.model, config.model_options).spec
+    spec = registry.resolve(config.model, config.model_options, config.channels).spec
     chunking = Chunking.for_model(
-        spec, stitch=config.stitch, seconds=config.chunk_seconds, overlap=config.overlap
+        spec,
+        stitch=config.stitch,
+        seconds=config.chunk_seconds,
+        samples=config.chunk_samples,
+        overlap=config.overlap,
     )
     return fingerprint_document(config, spec, chunking)
 
@@ -36,9 +40,12 @@ def document(**settings: Any) -> dict[str, dict[str, Any]]:
 # OPERATIONAL if it does not change the latents.
 LATENTS: dict[str, Any] = {
     "model_options": {"hop": 256},
+    "channels": "split",
     "dtype": "float32",
+    "precision": "bf16",
     "stitch": "crossfade",
     "chunk_seconds": 3.0,
+    "chunk_samples": 51200,
     "overlap": 0.25,
     "allow_truncated": True,
     "min_seconds": 1.0,
@@ -70,7 +77,12 @@ def test_what_changes_latents_changes_the_fingerprint(name: str) -> None:
     assert fingerprint(before) != fingerprint(after)
     lines = differences(before, after)
     section = "settings" if name in before["settings"] else None
-    part = {"model_options": "model.hop", "stitch": "chunking.stitch"}.get(name)
+    part = {
+        "model_options": "model.hop",
+        "channels": "model.channels",
+        "precision": "numeric.precision",
+        "stitch": "chunking.stitch",
+    }.get(name)
     wanted = f"{section}.{name}" if section else part or "chunking.step"
     assert any(line.startswith(f"{wanted} is ") for line in lines)
 
@@ -80,6 +92,10 @@ def test_another_model_changes_the_fingerprint() -> None:
     after = {**before, "model": {**before["model"], "sha256": "00ff"}}
     assert fingerprint(before) != fingerprint(after)
     assert differences(before, after) == ["model.sha256 is None in the store, '00ff' now"]
+
+
+def test_mono_of_a_mono_model_is_what_it_is_anyway() -> None:
+    assert document(channels="mono") == document()
 
 
 @pytest.mark.parametrize("name", PLACE_AND_SPEED)
@@ -124,6 +140,7 @@ FILES = {
     "out of range": ("overlap: 0.7", "less than or equal to 0.5, not 0.7"),
     "zero": ("batch_size: 0", "not 0"),
     "no choice": ("format: zip", "'parquet' or 'webdataset', not 'zip'"),
+    "no channels": ("channels: stereo", "'mono' or 'split', not 'stereo'"),
     "infinite": ("chunk_seconds: .inf", "finite number"),
     "not a number": ("min_seconds: .nan", "min_seconds"),
     "nested": ("model_options: {hop: [1]}", "model_options.hop: [1] is no"),

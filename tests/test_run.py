@@ -11,7 +11,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 
 from latentmill.config import load_config
 from latentmill.engine import launch, lock
@@ -129,6 +131,7 @@ def test_a_restart_encodes_what_is_missing_and_no_more(
     [
         ({"model_options": {"scale_factor": 2.0}}, "model.scale_factor is 1.0 in the store, 2.0"),
         ({"model_options": {"hop": 256}}, "model.hop is 512 in the store, 256 now"),
+        ({"channels": "split"}, "model.channels is 1 in the store, 2 now"),
         ({"chunk_seconds": 2.0}, "chunking.samples is "),
         ({"dtype": "float32"}, "settings.dtype is 'float16' in the store, 'float32' now"),
         ({"min_seconds": 0.5}, "settings.min_seconds is None in the store, 0.5 now"),
@@ -159,6 +162,26 @@ def test_a_store_put_together_from_two_is_refused(songs: Path, copy: Path) -> No
     commit.write_text(commit.read_text().replace(fingerprint, "0" * 32))
     with pytest.raises(StoreError, match=r"000001 .* put together from two"):
         encode(songs, copy)
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_mono_model_takes_stereo_channel_by_channel(tmp_path: Path) -> None:
+    stereo = np.random.default_rng(0).uniform(-0.5, 0.5, (50_001, 2)).astype(np.float32)
+    (tmp_path / "in").mkdir()
+    soundfile.write(tmp_path / "in" / "stereo.wav", stereo, 44100, subtype="FLOAT")
+    soundfile.write(tmp_path / "in" / "mono.wav", stereo[:, 0], 44100, subtype="FLOAT")
+    options: dict[str, Any] = {"dtype": "float32", "channels": "split"}
+    encode(tmp_path / "in", tmp_path / "out", **options)
+    store = open_store(str(tmp_path / "out"))
+    assert store.plan.channels == store.info.model["asked_channels"] == "split"
+    assert (store.info.model["channels"], store.info.model["latent_channels"]) == (2, 1024)
+    assert np.abs(store.decode("stereo") - stereo.T).max() < 1e-5
+    left, right = np.split(store["mono"].latent, 2)
+    assert np.array_equal(left, right)
+    assert store.decode("mono").shape == (2, 50_001)
+    assert encode(tmp_path / "in", tmp_path / "out", **options).encoded_seconds == 0
+    with pytest.raises(StoreError, match=r"model\.split is 2 in the store, None now"):
+        encode(tmp_path / "in", tmp_path / "out", dtype="float32")
 
 
 @pytest.mark.usefixtures("inline")

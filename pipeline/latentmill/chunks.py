@@ -30,7 +30,7 @@ class Chunking:
     Attributes:
         stitch: `trim` keeps each chunk's inner frames, `crossfade` blends the overlapping
             frames of neighbours, `none` stores the overlapping chunks as they are.
-        samples: Length of a chunk.
+        samples: Length of a chunk; the model sees `model_samples` of them.
         step: Samples from one chunk's start to the next one's.
         overlap: Latent frames that neighbouring chunks share (0 with `none`).
     """
@@ -47,6 +47,7 @@ class Chunking:
         *,
         stitch: Stitch | None = None,
         seconds: float | None = None,
+        samples: int | None = None,
         overlap: float | None = None,
     ) -> Chunking:
         """The chunking for a model: its own defaults, or what the user asks for.
@@ -55,32 +56,80 @@ class Chunking:
             spec: The model.
             stitch: How to stitch; default is the model's.
             seconds: Chunk length, rounded to a length that the model takes.
+            samples: Chunk length, exactly, instead of `seconds`.
             overlap: Share of a chunk that its neighbour repeats, 0 to 0.5.
 
         Raises:
-            ConfigError: The chunk is too short, or the overlap does not fit the stitch.
+            ConfigError: The chunk is too short, the overlap does not fit the stitch, or `samples`
+                is no length that decodes whole.
         """
         stitch = stitch or spec.stitch
-        frames = spec.chunk_frames
-        if seconds is not None:
-            frames = spec.frames(round(seconds * spec.sample_rate))
-        samples = spec.samples(frames)
-        if samples < spec.min_samples or spec.padded(samples) != samples:
-            least = 2 * (spec.min_samples + spec.hop) / spec.sample_rate
-            raise ConfigError(
-                f"A chunk of {samples / spec.sample_rate:g} s is too short for {spec.name}: ask "
-                f"for at least {math.ceil(1000 * least) / 1000} s."
-            )
+        if samples is None:
+            samples = _rounded(spec, seconds)
+        elif seconds is not None:
+            raise ConfigError("Give chunk_seconds or chunk_samples, not both.")
+        else:
+            _check_samples(spec, stitch, samples)
         if overlap is not None and not 0 <= overlap <= 0.5:
             raise ConfigError(f"An overlap of {overlap} is no share of a chunk from 0 to 0.5.")
+        if stitch == "crossfade" and spec.codebook_size is not None:
+            raise ConfigError(
+                f"{spec.name} gives codes, which cannot be blended: use stitch "
+                f"{'none' if spec.context is None else 'trim'}."
+            )
         if stitch == "none":
             shared = int(samples * (0.25 if overlap is None else overlap))
             return cls(stitch, samples, samples - shared, 0)
+        frames = spec.frames(samples)
         shared = min(spec.overlap_frames, frames // 2)
         if overlap is not None:
             shared = round(overlap * frames)
         _check_overlap(spec, stitch, frames, shared)
         return cls(stitch, samples, (frames - shared) * spec.hop, shared)
+
+    def model_samples(self, spec: ModelSpec) -> int:
+        """Samples of a chunk that the model sees: as many as it takes.
+
+        With `stitch: none` and a length in samples, up to `spec.sample_multiple - 1` samples at
+        the end are left out, as by the front end of the linear-cae package.
+        """
+        return self.samples - self.samples % spec.sample_multiple
+
+
+def _rounded(spec: ModelSpec, seconds: float | None) -> int:
+    """A chunk length that the model takes: its own, or `seconds` up to a whole frame."""
+    frames = spec.chunk_frames
+    if seconds is not None:
+        frames = spec.frames(round(seconds * spec.sample_rate))
+    samples = spec.samples(frames)
+    if samples < spec.min_samples or spec.padded(samples) != samples:
+        least = 2 * (spec.min_samples + spec.hop) / spec.sample_rate
+        raise ConfigError(
+            f"A chunk of {samples / spec.sample_rate:g} s is too short for {spec.name}: ask "
+            f"for at least {math.ceil(1000 * least) / 1000} s."
+        )
+    return samples
+
+
+def _check_samples(spec: ModelSpec, stitch: Stitch, samples: int) -> None:
+    if _decodes_whole(spec, stitch, samples):
+        return
+    around = range(max(1, samples - spec.hop), max(samples, spec.min_samples) + 2 * spec.hop)
+    good = [length for length in around if _decodes_whole(spec, stitch, length)]
+    nearest = min(good, key=lambda length: abs(length - samples))
+    raise ConfigError(
+        f"Chunks of {samples} samples do not decode whole with {spec.name} and stitch {stitch}: "
+        f"the nearest length that does is {nearest}."
+    )
+
+
+def _decodes_whole(spec: ModelSpec, stitch: Stitch, samples: int) -> bool:
+    """Whether a chunk's frames decode to all of its samples, and if stitched to no more."""
+    seen = samples - samples % spec.sample_multiple
+    if seen < spec.min_samples:
+        return False
+    decoded = spec.samples(spec.frames(seen))
+    return decoded >= samples if stitch == "none" else decoded == samples
 
 
 def _check_overlap(spec: ModelSpec, stitch: Stitch, frames: int, overlap: int) -> None:
@@ -89,7 +138,7 @@ def _check_overlap(spec: ModelSpec, stitch: Stitch, frames: int, overlap: int) -
         if spec.context is None:
             raise ConfigError(
                 f"{spec.name} cannot be stitched by trimming, since each frame depends on its "
-                "whole chunk: use stitch crossfade."
+                f"whole chunk: use stitch {'crossfade' if spec.codebook_size is None else 'none'}."
             )
         needed = max(needed, 2 * spec.context)
     if overlap < needed:
@@ -118,6 +167,7 @@ class Chunker:
     def __init__(self, spec: ModelSpec, chunking: Chunking) -> None:
         self._spec = spec
         self._chunking = chunking
+        self._model_samples = chunking.model_samples(spec)
         self._buffer: Audio = np.zeros((spec.channels, 0), np.float32)
         self._offset = 0  # the sample at which the buffer starts
         self._emitted = 0  # chunks emitted
@@ -151,7 +201,7 @@ class Chunker:
             yield self._cut(spec.samples(frames) - chunking.samples)
 
     def _cut(self, start: int, size: int | None = None) -> Chunk:
-        size = size or self._chunking.samples
+        size = size or self._model_samples
         first = start - self._offset
         audio = self._buffer[:, first : first + size]
         if audio.shape[1] < size:

@@ -85,10 +85,17 @@ def encode(
     config: Annotated[Path | None, typer.Option(help="YAML file; options win over it.")] = None,
     model: Annotated[str | None, typer.Option(help="Autoencoder (default: mdct).")] = None,
     model_option: ModelOption = None,
+    channels: Annotated[
+        str | None, typer.Option(help="mono, or split: a mono model on each channel of stereo.")
+    ] = None,
     format: Annotated[str | None, typer.Option(help="parquet (default) or webdataset.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float16 (default) or float32.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="float32, tf32, bf16 or fp16 (default: by the device).")
+    ] = None,
     stitch: Annotated[str | None, typer.Option(help="trim, crossfade or none.")] = None,
     chunk_seconds: Annotated[float | None, typer.Option(help="Chunk length.")] = None,
+    chunk_samples: Annotated[int | None, typer.Option(help="The same, exactly.")] = None,
     overlap: Annotated[float | None, typer.Option(help="Shared part of a chunk, 0-0.5.")] = None,
     allow_truncated: Annotated[
         bool | None, typer.Option("--allow-truncated", help="Keep what truncated files hold.")

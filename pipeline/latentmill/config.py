@@ -19,7 +19,8 @@ from pydantic_core import ErrorDetails
 
 from latentmill.chunks import Chunking
 from latentmill.errors import ConfigError
-from latentmill.models.base import ModelSpec, Stitch
+from latentmill.models.base import Channels, ModelSpec, Stitch
+from latentmill.models.precision import Precision
 
 AUDIO_EXTENSIONS = tuple(
     "wav wave w64 rf64 flac ogg oga opus mp3 m4a m4b mp4 aac aif aiff aifc au snd caf "  # noqa: SIM905
@@ -47,10 +48,20 @@ class RunConfig(BaseModel):
     model_options: dict[str, str | int | float | bool | None] = Field(
         default_factory=dict, description="Options of the model, such as scale_factor."
     )
+    channels: Channels | None = Field(
+        None,
+        description="mono or split (a mono model on each channel of stereo); default the model's.",
+    )
     format: Literal["parquet", "webdataset"] = Field("parquet", description="Format of a shard.")
     dtype: Literal["float16", "float32"] = Field("float16", description="Stored number format.")
+    precision: Precision | None = Field(
+        None, description="float32, tf32, bf16 or fp16; default tf32 on GPUs, float32 on CPUs."
+    )
     stitch: Stitch | None = Field(None, description="How chunks become one latent.")
     chunk_seconds: float | None = Field(None, gt=0, description="Chunk length in seconds.")
+    chunk_samples: int | None = Field(
+        None, ge=1, description="Chunk length in samples, exactly, instead of chunk_seconds."
+    )
     overlap: float | None = Field(
         None, ge=0, le=0.5, description="Share of a chunk that the next one repeats."
     )
@@ -123,18 +134,23 @@ def _explain(error: ErrorDetails) -> str:
 def fingerprint_document(
     config: RunConfig, spec: ModelSpec, chunking: Chunking
 ) -> dict[str, dict[str, Any]]:
-    """Everything that changes the latents, by section, as JSON values."""
+    """Everything that changes the latents, by section, as JSON values.
+
+    The default precision depends on where the workers are: `run` settles it before. Left open, it
+    is that of a CPU.
+    """
     settings = config.model_dump(mode="json")
-    resolved = {"model", "model_options", "stitch", "chunk_seconds", "overlap"}
+    resolved = {"model", "model_options", "channels", "precision"}
+    resolved |= {"stitch", "chunk_seconds", "chunk_samples", "overlap"}
     return {
         "model": {
+            **spec.identity,
             "name": spec.name,
             "sample_rate": spec.sample_rate,
             "channels": spec.channels,
             "latent_channels": spec.latent_channels,
             "hop": spec.hop,
             "scale_factor": spec.scale_factor,
-            **spec.identity,
         },
         "chunking": {
             "stitch": chunking.stitch,
@@ -142,7 +158,7 @@ def fingerprint_document(
             "step": chunking.step,
             "overlap": chunking.overlap,
         },
-        "numeric": {"precision": "float32"},
+        "numeric": {"precision": config.precision or "float32"},
         "preprocessing": {"encoding_version": ENCODING_VERSION, "resampler": "soxr HQ"},
         "settings": {
             name: value

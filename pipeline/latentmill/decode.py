@@ -56,8 +56,8 @@ def decode_latent(
     """
     spec = model.spec
     most = spec.samples(latent.shape[-1])
-    if latent.ndim == 3:
-        most += (len(latent) - 1) * chunking.step
+    if latent.ndim == 3 and len(latent) > 1:
+        most = chunking.samples + (len(latent) - 1) * chunking.step
     if not 0 <= num_samples <= most:
         raise ConfigError(
             f"A latent of shape {latent.shape} decodes to at most {most} samples of {spec.name}, "
@@ -68,7 +68,7 @@ def decode_latent(
         lambda window: window.start < num_samples, windows(latent, num_samples, spec, chunking)
     )
     audio: Audio = np.zeros((spec.channels, num_samples), np.float32)
-    end = 0  # samples written so far
+    end = 0  # of the window before
     for batch in _batches(needed, batch_size):
         latents = np.stack([window.latent for window in batch]).astype(np.float32)
         decoded = model.decode(  # [B, C, T]
@@ -79,7 +79,7 @@ def decode_latent(
         )
         for window, samples in zip(batch, decoded.float().cpu().numpy(), strict=True):
             _blend(audio, samples, window.start, end - window.start, whole=latent.ndim == 3)
-            end = min(window.start + window.samples, num_samples)
+            end = window.start + window.samples
     return audio
 
 
@@ -116,13 +116,14 @@ def _batches(windows: Iterator[_Window], batch_size: int) -> Iterator[list[_Wind
 
 def _blend(audio: Audio, new: Audio, start: int, overlap: int, *, whole: bool) -> None:
     """Write `new` at `start`, fading from what is there over the overlap (or its middle half)."""
-    new = new[:, : audio.shape[1] - start]
-    overlap = min(overlap, new.shape[1])
+    room = audio[:, start : start + new.shape[1]]  # less than `new` where the audio ends
+    new = new[:, : room.shape[1]]
     if overlap > 0:
         begin, width = (0, overlap) if whole else (overlap // 4, overlap // 2)
-        old = audio[:, start : start + overlap]
         fade = np.zeros(overlap, np.float32)
         fade[begin : begin + width] = np.linspace(0, 1, width, dtype=np.float32)
         fade[begin + width :] = 1
-        new = np.concatenate([old + fade * (new[:, :overlap] - old), new[:, overlap:]], axis=1)
-    audio[:, start : start + new.shape[1]] = new
+        fade = fade[: room.shape[1]]
+        old, faded = room[:, :overlap], new[:, :overlap]
+        new = np.concatenate([old + fade * (faded - old), new[:, overlap:]], axis=1)
+    room[:] = new

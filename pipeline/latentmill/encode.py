@@ -16,12 +16,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from latentmill.audio import open_audio, open_media, prepare
 from latentmill.chunks import Batch, Chunk, Chunker, Chunking, Packer, Stitcher
 from latentmill.errors import ItemError
 from latentmill.models.base import Autoencoder, ModelSpec
+from latentmill.models.feed import Array, Feed
+from latentmill.models.precision import Precision, numeric_mode
 from latentmill.record import DTYPES, Outcome, Record
 from latentmill.sources.base import Item
 from latentmill.sources.metadata import read_metadata
@@ -35,6 +38,7 @@ class EncodeSettings:
     """What encoding a unit depends on, next to the model and the chunking."""
 
     dtype: str = "float16"
+    precision: Precision = "float32"
     batch_size: int = 1
     decode_threads: int = 2
     allow_truncated: bool = False
@@ -52,7 +56,7 @@ class Meter:
     audio_seconds: float = 0.0  # encoded by the model
     decode_seconds: float = 0.0  # spent reading and decoding, summed over threads
     wait_seconds: float = 0.0  # the model waited for audio
-    model_seconds: float = 0.0  # the model worked
+    model_seconds: float = 0.0  # the model worked, or on a GPU: it was waited for
     parent: Meter | None = None  # counts everything too
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -114,8 +118,12 @@ class UnitEncoder:
         chunking: Chunking,
         settings: EncodeSettings,
         meter: Meter | None = None,
+        device: str = "cpu",
     ) -> None:
         self._model = model
+        self._device = device
+        self._feed = Feed(model, device, settings.precision)
+        self._queued: deque[Batch] = deque()  # in the feed
         self._chunking = chunking
         self._settings = settings
         self.meter = meter or Meter()
@@ -141,20 +149,43 @@ class UnitEncoder:
             yield from self._done(jobs, by_index)
         for batch in packer.flush():
             self._run(batch, by_index)
+        self._collect(self._feed.flush(), by_index)
         yield from self._done(jobs, by_index)
         assert not jobs, "every item of the unit is accounted for"
 
     def _run(self, batch: Batch, jobs: dict[int, _Job]) -> None:
-        start = time.perf_counter()
-        audio = torch.from_numpy(batch.audio())  # [B, C, T]
-        latents = self._model.encode(audio).float().cpu().numpy()  # [B, D, Z]
-        self.meter.add("model_seconds", time.perf_counter() - start)
-        self.meter.add("audio_seconds", audio.shape[0] * self._new_seconds(audio.shape[2]))
-        for owner, chunk, latent in zip(batch.owners, batch.chunks, latents, strict=True):
-            job = jobs.get(owner)
-            if job is not None:  # else it failed after this chunk was packed
-                job.arrived += 1
-                job.stitcher.add(chunk.frame, latent)
+        audio = batch.audio()  # [B, C, T]
+        self._queued.append(batch)
+        self._collect(self._feed.push(audio), jobs)
+        self.meter.add("audio_seconds", len(audio) * self._new_seconds(audio.shape[2]))
+
+    def _collect(self, finished: Iterator[Array], jobs: dict[int, _Job]) -> None:
+        """Hand out the latents that the feed gives."""
+        while True:
+            start = time.perf_counter()
+            latents = next(finished, None)  # [B, D, Z]
+            self.meter.add("model_seconds", time.perf_counter() - start)
+            if latents is None:
+                return
+            batch = self._queued.popleft()
+            if self._settings.precision != "float32" and not self._fits(latents):
+                latents = self._exactly(batch)
+            for owner, chunk, latent in zip(batch.owners, batch.chunks, latents, strict=True):
+                job = jobs.get(owner)
+                if job is not None:  # else it failed after this chunk was packed
+                    job.arrived += 1
+                    job.stitcher.add(chunk.frame, latent)
+
+    def _fits(self, latents: Array) -> bool:
+        """Whether all numbers are finite and in the range of the stored dtype."""
+        return bool(np.abs(latents).max() <= np.finfo(DTYPES[self._settings.dtype]).max)
+
+    def _exactly(self, batch: Batch) -> Array:
+        """Encode a batch once more, in float32, before what it belongs to may fail."""
+        with numeric_mode("float32", self._device):
+            latents = self._model.encode(torch.from_numpy(batch.audio()))
+        exact: Array = latents.float().cpu().numpy()
+        return exact
 
     def _new_seconds(self, length: int) -> float:
         """Seconds of audio that a chunk adds, without what it shares with the one before."""

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from latentmill.errors import StoreError
+from latentmill.models.base import Channels
 from latentmill.sources.base import Item
 from latentmill.storage import Storage
 
@@ -72,6 +73,7 @@ class Plan:
         model: Name of the model, as it was asked for.
         model_options: Options of the model, as they were asked for.
         format: Format of the shards.
+        channels: What the model was made to do with channels, as it was asked for.
         ignored: Files of the source that are no items, counted by extension.
         provenance: Where the model's weights came from; see `ModelSpec`.
         unit_seconds: How the units were cut, as it was asked for.
@@ -84,6 +86,7 @@ class Plan:
     model_options: dict[str, Any]
     format: Literal["parquet", "webdataset"]
     ignored: dict[str, int]
+    channels: Channels | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     unit_seconds: float | None = None
 
@@ -146,6 +149,7 @@ def freeze(plan: Plan, storage: Storage) -> None:
         "source": plan.source,
         "model": plan.model,
         "model_options": plan.model_options,
+        "channels": plan.channels,
         "provenance": plan.provenance,
         "unit_seconds": plan.unit_seconds,
         "format": plan.format,
@@ -197,6 +201,7 @@ def _read_plan(document: dict[str, Any], storage: Storage) -> Plan:
         fingerprint=document["fingerprint"],
         model=document["model"],
         model_options=document["model_options"],
+        channels=document.get("channels"),
         format=document["format"],
         ignored=document["ignored"],
         provenance=document["provenance"],

@@ -17,6 +17,7 @@ from latentmill.engine.progress import Progress, QuietProgress
 from latentmill.errors import ITEMS_FAILED_EXIT_CODE, ConfigError, SourceError, StoreError
 from latentmill.models import registry
 from latentmill.models.base import ModelHandle
+from latentmill.models.precision import pick_precision
 from latentmill.plan import ITEMS_PATH, PLAN_PATH, Plan, Unit, cut_units, freeze, load
 from latentmill.sources.folder import FolderSource
 from latentmill.storage import Storage
@@ -24,6 +25,8 @@ from latentmill.store.commit import read_commits
 from latentmill.store.schema import COMMITS, DATASET_PATH, SHARDS, Commit, DatasetInfo
 from latentmill.store.seal import seal
 from latentmill.store.store import open_store
+
+LARGEST_FLOAT16_CODE = 2**11  # its significand has 11 bits
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,16 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunSummary:
     """Run a configuration; see `encode`."""
     progress = progress or QuietProgress()
     began = time.perf_counter()
-    handle = registry.resolve(config.model, config.model_options)
+    config = _with_precision(config)  # looks for the device, before anything is written
+    handle = registry.resolve(config.model, config.model_options, config.channels)
     chunking = Chunking.for_model(
-        handle.spec, stitch=config.stitch, seconds=config.chunk_seconds, overlap=config.overlap
+        handle.spec,
+        stitch=config.stitch,
+        seconds=config.chunk_seconds,
+        samples=config.chunk_samples,
+        overlap=config.overlap,
     )
-    if config.address is None and "RAY_ADDRESS" not in os.environ:
-        pick_device(config.device)  # before anything is written
+    _refuse_inexact_codes(config, handle.spec.codebook_size)
     storage = Storage(config.out)
     plan = _planned(config, storage, handle, chunking)
     with only_run(storage):
@@ -102,6 +109,32 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunSummary:
         else:
             info = open_store(storage.root).info
     return _summary(storage, plan, info, commits, todo, resumed, time.perf_counter() - began)
+
+
+def _refuse_inexact_codes(config: RunConfig, codebook_size: int | None) -> None:
+    largest = (codebook_size or 1) - 1
+    if config.dtype == "float16" and largest > LARGEST_FLOAT16_CODE:
+        raise ConfigError(
+            f"{config.model} has codes up to {largest}, and float16 holds whole numbers exactly "
+            f"up to {LARGEST_FLOAT16_CODE} only: use dtype float32."
+        )
+
+
+def _with_precision(config: RunConfig) -> RunConfig:
+    """Settle the numeric mode, which is part of the fingerprint.
+
+    Its default depends on the device of the workers. On this machine that is known; a cluster that
+    is named has GPUs or not whatever this machine has, and is asked.
+    """
+    if config.address is None and "RAY_ADDRESS" not in os.environ:
+        device = pick_device(config.device)
+    elif config.device == "auto" and config.precision in (None, "tf32"):
+        from latentmill.engine.launch import cluster_device
+
+        device = cluster_device(config)
+    else:
+        device = config.device
+    return config.model_copy(update={"precision": pick_precision(config.precision, device)})
 
 
 def _encode_todo(
@@ -150,6 +183,7 @@ def _planned(config: RunConfig, storage: Storage, handle: ModelHandle, chunking:
             fingerprint=document,
             model=config.model,
             model_options=dict(config.model_options),
+            channels=config.channels,
             format=config.format,
             ignored=listing.ignored,
             provenance=dict(handle.spec.provenance),

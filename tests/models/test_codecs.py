@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from latentmill.chunks import Chunking
 from latentmill.decode import decode_latent
-from latentmill.errors import ModelError
+from latentmill.errors import ConfigError, ModelError
 from latentmill.models.base import Autoencoder
 from latentmill.models.codec import dac_encoder_context
 from latentmill.models.registry import resolve
@@ -78,6 +79,63 @@ def test_quantised_latents_decode_to_what_the_package_decodes(repo: Path) -> Non
     assert not torch.allclose(continuous.decode(z, x.shape[-1]), ours, atol=1e-6)
 
 
+def test_codes_are_the_package_s_and_decode_to_its_audio(repo: Path) -> None:
+    theirs = package_model(repo)
+    model = load(family(repo), output="codes")
+    x = noise(model, 148 if repo.name == "encodec-48k" else 20)  # one of its chunks
+    z = model.encode(x)
+    given, expected = codes_and_audio(theirs, x)
+    given = given[0] if theirs.config.model_type == "encodec" else given  # of the only chunk
+    rows = given.shape[1]
+    assert torch.equal(z[:, :rows], given.float())
+    assert given.unique().numel() > 4
+    assert z.shape[1] == model.spec.latent_channels == rows + (repo.name == "encodec-48k")
+    assert model.spec.codebook_size == 16
+    expected = expected.reshape(x.shape[0], model.spec.channels, -1)
+    ours = model.decode(z.half().float(), x.shape[-1])[..., : expected.shape[-1]]
+    assert torch.allclose(ours, expected, atol=1e-5 if rows == z.shape[1] else 1e-4)
+
+
+def test_codes_are_neither_blended_nor_changed(
+    repo: Path, one_sentence: Callable[[BaseException], str]
+) -> None:
+    model = load(family(repo), output="codes")
+    whole_chunk = repo.name == "encodec-48k"
+    assert model.spec.stitch == ("none" if whole_chunk else "trim")
+    with pytest.raises(ConfigError) as refused:
+        Chunking.for_model(model.spec, stitch="crossfade")
+    advice = f"use stitch {model.spec.stitch}."
+    assert one_sentence(refused.value).endswith(advice)
+    if whole_chunk:
+        with pytest.raises(ConfigError, match=advice):
+            Chunking.for_model(model.spec, stitch="trim")
+    z = model.encode(noise(model, 20))
+    for wrong in (0.5 * z + 0.3, -1 - z, z + 16):
+        with pytest.raises(ModelError) as caught:
+            model.decode(wrong, 100)
+        assert "from 0 to 15" in one_sentence(caught.value)
+    for options in ({"scale_factor": 2.0}, {"quantise": True}):
+        with pytest.raises(ModelError, match=f"{next(iter(options))} has no meaning for codes"):
+            load(family(repo), output="codes", **options)
+
+
+def test_long_items_of_codes_come_back(repo: Path) -> None:
+    """Cut into chunks, stitched, and decoded window by window."""
+    model = load(family(repo), output="codes")
+    spec = model.spec
+    frames = 150 if repo.name == "encodec-48k" else 2 * spec.overlap_frames + 3
+    chunking = Chunking.for_model(spec, samples=spec.samples(frames), overlap=None)
+    x = noise(model, 2 * frames + 7, batch=1)[0]
+    z = encode_chunked(model, x, chunking)
+    audio = decode_latent(model, z.numpy(), x.shape[1], chunking)
+    assert np.isfinite(audio).all()
+    if chunking.stitch == "trim":
+        whole = model.encode(x[None])
+        assert (z == whole[0]).float().mean() > 0.99  # near a border a code may fall either way
+        decoded = model.decode(whole, x.shape[1])[0].numpy()
+        assert np.abs(audio - decoded).mean() < 0.1 * np.abs(decoded).mean()
+
+
 def test_oobleck_is_the_package_s(tiny_repos: Path) -> None:
     from diffusers import AutoencoderOobleck
 
@@ -89,6 +147,24 @@ def test_oobleck_is_the_package_s(tiny_repos: Path) -> None:
         decoded = theirs.decode(mean).sample
     assert torch.equal(model.encode(x), mean * 0.5)
     assert torch.equal(model.decode(mean * 0.5, x.shape[-1]), decoded)
+
+
+def test_the_posterior_s_standard_deviation_is_the_package_s(tiny_repos: Path) -> None:
+    from diffusers import AutoencoderOobleck
+
+    theirs = AutoencoderOobleck.from_pretrained(tiny_repos / "oobleck", subfolder="vae").eval()
+    name = f"oobleck:{tiny_repos / 'oobleck'}"
+    model, mean = load(name, scale_factor=0.5, posterior="mean+std"), load(name, scale_factor=0.5)
+    x = noise(model, 20)
+    z = model.encode(x)
+    with torch.inference_mode():
+        posterior = theirs.encode(x).latent_dist
+    assert torch.equal(z, 0.5 * torch.cat((posterior.mean, posterior.std), dim=1))
+    assert torch.equal(model.decode(z, x.shape[-1]), mean.decode(mean.encode(x), x.shape[-1]))
+    assert model.spec.identity["posterior"] == "mean+std"
+    assert (model.spec.latent_channels, mean.spec.latent_channels) == (8, 4)
+    with pytest.raises(ModelError, match="posterior must be"):
+        load(name, posterior="sample")
 
 
 def test_oobleck_takes_the_vae_folder_where_there_is_one(tiny_repos: Path, tmp_path: Path) -> None:

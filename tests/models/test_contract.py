@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from latentmill.chunks import Chunking
 from latentmill.errors import ModelError
-from latentmill.models.base import Autoencoder, ModelHandle, ModelSpec
+from latentmill.models.base import Autoencoder, Channels, ModelHandle, ModelSpec
 from latentmill.models.registry import resolve
 from support.chunked import encode_chunked, encode_whole
 
@@ -29,6 +29,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     seam: float = math.nan  # no promise: stitched by crossfade
     lengths: int = 200
+    channels: Channels | None = None
 
 
 CASES = {
@@ -36,14 +37,19 @@ CASES = {
     "mdct-stereo": Case(
         "mdct", {"channels": 2, "hop": 256, "sample_rate": 48000, "scale_factor": 3.0}, seam=0
     ),
+    "mdct-split": Case("mdct", seam=0, channels="split"),
     "lin-cae": Case("lin-cae", lengths=72),  # nine of its periods
+    "lin-cae-split": Case("lin-cae", lengths=24, channels="split"),
     "music2latent": Case("music2latent", {"repo": "REPOS/music2latent"}, lengths=72),
     "oobleck": Case("oobleck:REPOS/oobleck", seam=1e-6),
+    "oobleck-std": Case("oobleck:REPOS/oobleck", {"posterior": "mean+std"}, seam=1e-6, lengths=9),
     "encodec-24k": Case("encodec:REPOS/encodec-24k", {"scale_factor": 0.5}, seam=1e-5),
     "encodec-48k": Case("encodec:REPOS/encodec-48k"),
     "dac-44k": Case("dac:REPOS/dac-44k", seam=1e-6, lengths=72),
+    "dac-44k-codes": Case("dac:REPOS/dac-44k", {"output": "codes"}, seam=0, lengths=9),
     "dac-24k": Case("dac:REPOS/dac-24k", {"quantise": True}, seam=1e-6),
     "mimi": Case("mimi:REPOS/mimi", seam=1e-3),
+    "mimi-codes": Case("mimi:REPOS/mimi", {"output": "codes"}, seam=0, lengths=9),
 }
 
 
@@ -55,7 +61,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 @pytest.fixture(scope="module")
 def handle(case: Case, tiny_cache: Path, tiny_repos: Path) -> ModelHandle:
     options = {k: _fill(v, tiny_repos) for k, v in case.options.items()}
-    return resolve(_fill(case.name, tiny_repos), options)
+    return resolve(_fill(case.name, tiny_repos), options, case.channels)
 
 
 def _fill(value: Any, repos: Path) -> Any:

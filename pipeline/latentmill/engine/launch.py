@@ -63,6 +63,7 @@ def make_job(
         chunking=chunking,
         settings=EncodeSettings(
             dtype=config.dtype,
+            precision=plan.fingerprint["numeric"]["precision"],
             batch_size=config.batch_size
             or handle.spec.batch_size["cuda" if device == "cuda" else "cpu"],
             decode_threads=config.decode_threads,
@@ -82,6 +83,16 @@ def make_job(
         device=device,
         threads=threads,
     )
+
+
+def cluster_device(config: RunConfig) -> str:
+    """Ask the cluster where the workers will run: `cpu` or `cuda`.
+
+    Raises:
+        ConfigError: The cluster cannot be reached, or lacks the device.
+    """
+    with connect(config.address) as cluster:
+        return _device(config, cluster)
 
 
 def _device(config: RunConfig, cluster: Cluster) -> str:

@@ -23,6 +23,7 @@ from latentmill.device import pick_device
 from latentmill.encode import AudioStream, EncodeSettings, Meter, UnitEncoder
 from latentmill.engine.lock import join_run
 from latentmill.models.base import ModelHandle
+from latentmill.models.precision import numeric_mode, pick_precision
 from latentmill.plan import Unit
 from latentmill.record import Outcome
 from latentmill.sources.base import Item
@@ -74,9 +75,11 @@ class Worker:
 
     def __init__(self, job: Job, stopped: threading.Event | None = None) -> None:
         device = pick_device(job.device)  # asked of the machine where the model will be
+        pick_precision(job.settings.precision, device)
         if device == "cpu":
             torch.set_num_threads(job.threads)
         self._job = job
+        self._device = device
         self._stopped = stopped or threading.Event()
         self._storage = Storage(job.store)
         self._lock = join_run(self._storage)
@@ -87,8 +90,9 @@ class Worker:
     def origin(self) -> npt.NDArray[np.float32]:
         """The latent of one chunk of silence, `[D, Z]`."""
         spec = self._model.spec
-        silence = torch.zeros(1, spec.channels, self._job.chunking.samples)  # [B, C, T]
-        with self._turn:
+        samples = self._job.chunking.model_samples(spec)
+        silence = torch.zeros(1, spec.channels, samples)  # [B, C, T]
+        with self._turn, numeric_mode(self._job.settings.precision, self._device):
             origin: npt.NDArray[np.float32] = self._model.encode(silence)[0].float().cpu().numpy()
         return origin
 
@@ -111,7 +115,7 @@ class Worker:
         began = time.perf_counter()
         job = self._job
         meter = Meter(parent=self._meter)
-        encoder = UnitEncoder(self._model, job.chunking, job.settings, meter)
+        encoder = UnitEncoder(self._model, job.chunking, job.settings, meter, self._device)
         audio = _StoppableStream(
             unit.items, self._model.spec, job.chunking, job.settings, meter, stopped=self._stopped
         )

@@ -21,6 +21,7 @@ from typing import Literal, Protocol
 import torch
 
 Stitch = Literal["trim", "crossfade", "none"]
+Channels = Literal["mono", "split"]
 Value = str | int | float | bool | None
 
 
@@ -50,6 +51,8 @@ class ModelSpec:
             options. Goes into the fingerprint as it is.
         provenance: Where the weights came from and what only decoding depends on; recorded
             beside the fingerprint, so that a new revision with the same weights still resumes.
+        codebook_size: Where latents are codes, numbers from 0 to this less 1 that cannot be
+            blended; None: latents are continuous.
     """
 
     name: str
@@ -69,6 +72,7 @@ class ModelSpec:
     stochastic_decoder: bool
     identity: Mapping[str, Value] = field(default_factory=dict)
     provenance: Mapping[str, Value] = field(default_factory=dict)
+    codebook_size: int | None = None
 
     def frames(self, num_samples: int) -> int:
         """Latent frames that `encode` gives for `num_samples` samples."""

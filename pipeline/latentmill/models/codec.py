@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -15,6 +15,8 @@ from latentmill.errors import ModelError
 from latentmill.models.base import ModelSpec, Value
 from latentmill.models.checks import check_audio, check_device, check_latents
 from latentmill.models.weights import ModelFiles, find_again
+
+Output = Literal["latents", "codes"]
 
 
 class Network(Protocol):
@@ -27,6 +29,50 @@ class Network(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Decode `[B, D, Z]` to `[B, C, Z * hop]`, or a few samples fewer."""
         ...
+
+
+class QuantisingNetwork(Network, Protocol):
+    """A network with a quantiser between encoder and decoder, not in use by itself."""
+
+    def quantise(self, latents: Tensor) -> Tensor:
+        """Quantise `[B, D, Z]` to codes `[B, codebooks, Z]`, whole numbers in float32."""
+        ...
+
+    def dequantise(self, codes: Tensor) -> Tensor:
+        """Look up codes `[B, codebooks, Z]`, as `quantise` gives them, as latents `[B, D, Z]`."""
+        ...
+
+
+@dataclass(frozen=True)
+class QuantisedDecoder:
+    """A network whose decoder hears quantised latents, as the codec's own does."""
+
+    inner: QuantisingNetwork
+
+    def encode(self, audio: Tensor) -> Tensor:
+        """Latents before quantisation."""
+        return self.inner.encode(audio)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Quantise and decode."""
+        return self.inner.decode(self.inner.dequantise(self.inner.quantise(latents)))
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A network whose latents are its codes."""
+
+    inner: QuantisingNetwork
+
+    def encode(self, audio: Tensor) -> Tensor:
+        """Codes; an autocast region around the call does not reach the quantiser."""
+        latents = self.inner.encode(audio)
+        with torch.autocast(audio.device.type, enabled=False):
+            return self.inner.quantise(latents.float())
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode codes."""
+        return self.inner.decode(self.inner.dequantise(latents))
 
 
 class Loader(Protocol):
@@ -110,6 +156,41 @@ class Codec:
         wave = self._network.decode(latents.to(self._device) / self._spec.scale_factor).float()
         missing = num_samples - wave.shape[-1]
         return F.pad(wave, (0, missing)) if missing > 0 else wave[..., :num_samples]
+
+
+def with_quantiser(network: QuantisingNetwork, *, quantise: Value, output: Value) -> Network:
+    """A network as the options `quantise` and `output` want it."""
+    if output == "codes":
+        return Codes(network)
+    return QuantisedDecoder(network) if quantise else network
+
+
+def as_indices(codes: Tensor, codebook_size: int) -> Tensor:
+    """Codes as integers.
+
+    Raises:
+        ModelError: They are no codes: mixed, scaled or otherwise changed.
+    """
+    indices = codes.long()
+    if not bool(((indices == codes) & (indices >= 0) & (indices < codebook_size)).all()):
+        raise ModelError(
+            f"Codes are whole numbers from 0 to {codebook_size - 1}, and these are not: decode "
+            "them as they are stored, since codes cannot be mixed or scaled."
+        )
+    return indices
+
+
+def check_output(name: str, output: Output, scale_factor: float, quantise: bool) -> float:
+    """Check the options of a codec; gives the scale factor.
+
+    Raises:
+        ModelError: The scale factor is not positive and finite, or codes are to be scaled or
+            quantised.
+    """
+    if output == "codes" and (scale_factor != 1 or quantise):
+        option = "quantise" if quantise else "scale_factor"
+        raise ModelError(f"Model {name}: option {option} has no meaning for codes; leave it out.")
+    return check_scale_factor(name, scale_factor)
 
 
 def check_scale_factor(name: str, scale_factor: float) -> float:

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from latentmill.models.base import ModelSpec, Value
-from latentmill.models.codec import CodecHandle, check_scale_factor, dac_encoder_context
+from latentmill.models.codec import (
+    CodecHandle,
+    Network,
+    Output,
+    as_indices,
+    check_output,
+    dac_encoder_context,
+    with_quantiser,
+)
 from latentmill.models.transformers_codec import find_model, load_model
 from latentmill.models.weights import ModelFiles
 
@@ -21,11 +29,10 @@ CHUNK_SECONDS = 10.0
 
 
 class DacNetwork:
-    """`DacModel` without its quantiser, or with it before the decoder."""
+    """`DacModel`; see `QuantisingNetwork`."""
 
-    def __init__(self, model: Any, quantise: bool) -> None:
+    def __init__(self, model: Any) -> None:
         self._model = model
-        self._quantise = quantise
 
     def encode(self, audio: Tensor) -> Tensor:
         """The encoder's output."""
@@ -34,19 +41,33 @@ class DacNetwork:
 
     def decode(self, latents: Tensor) -> Tensor:
         """The decoder's output."""
-        if self._quantise:
-            latents = self._model.quantizer(latents)[0]
         audio: Tensor = self._model.decoder(latents)
         return audio
 
+    def quantise(self, latents: Tensor) -> Tensor:
+        """Codes of all codebooks."""
+        codes: Tensor = self._model.quantizer(latents)[1]
+        return codes.float()
 
-def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -> DacNetwork:
-    """Build the network; see `Loader`. The option `quantise` is `build`'s."""
-    return DacNetwork(load_model(name, "dac", files, device), bool(options["quantise"]))
+    def dequantise(self, codes: Tensor) -> Tensor:
+        """The sum of the codebooks' entries."""
+        indices = as_indices(codes, self._model.config.codebook_size)
+        latents: Tensor = self._model.quantizer.from_codes(indices)[0]
+        return latents
+
+
+def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -> Network:
+    """Build the network; see `Loader`. The options are `build`'s."""
+    return with_quantiser(DacNetwork(load_model(name, "dac", files, device)), **options)
 
 
 def build(
-    repo: str, *, revision: str | None = None, scale_factor: float = 1.0, quantise: bool = False
+    repo: str,
+    *,
+    revision: str | None = None,
+    scale_factor: float = 1.0,
+    quantise: bool = False,
+    output: Output = "latents",
 ) -> CodecHandle:
     """Find the model's files and make its handle.
 
@@ -56,12 +77,16 @@ def build(
         scale_factor: What latents are multiplied by.
         quantise: Whether decoding quantises the latents first, as the codec does; the stored
             latents are the same.
+        output: `latents`: those before quantisation. `codes`: the quantiser's codes
+            `[codebooks, frames]`, whole numbers.
 
     Raises:
-        ModelError: The package or the weights are missing, or they are another model's.
+        ModelError: The package or the weights are missing, they are another model's, or an option
+            has no meaning for codes.
     """
     name = f"dac:{repo}"
-    scale = check_scale_factor(name, scale_factor)
+    scale = check_output(name, output, scale_factor, quantise)
+    codes = output == "codes"
     files, config, version = find_model(name, "dac", repo, revision)
     context = dac_encoder_context(config.downsampling_ratios)
     hop, rate = config.hop_length, config.sampling_rate
@@ -69,7 +94,7 @@ def build(
         name="dac",
         sample_rate=rate,
         channels=1,
-        latent_channels=config.hidden_size,
+        latent_channels=config.n_codebooks if codes else config.hidden_size,
         hop=hop,
         overhang=0,
         sample_multiple=hop,
@@ -81,7 +106,13 @@ def build(
         batch_size={"cpu": 1, "cuda": 16},
         scale_factor=scale,
         stochastic_decoder=False,
-        identity={"package": "transformers", "package_version": version, **files.identity},
+        identity={
+            "package": "transformers",
+            "package_version": version,
+            "output": output,
+            **files.identity,
+        },
         provenance={**files.provenance, "quantise": quantise},
+        codebook_size=config.codebook_size if codes else None,
     )
-    return CodecHandle(spec, files, load, {"quantise": quantise})
+    return CodecHandle(spec, files, load, {"quantise": quantise, "output": output})

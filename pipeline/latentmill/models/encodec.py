@@ -18,7 +18,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from latentmill.models.base import ModelSpec, Value
-from latentmill.models.codec import CodecHandle, check_scale_factor
+from latentmill.models.codec import (
+    CodecHandle,
+    Network,
+    Output,
+    as_indices,
+    check_output,
+    with_quantiser,
+)
 from latentmill.models.transformers_codec import find_model, load_model
 from latentmill.models.weights import ModelFiles
 
@@ -30,11 +37,10 @@ NATIVE_OVERLAP = 4
 
 
 class EncodecNetwork:
-    """`EncodecModel` without its quantiser, or with it before the decoder."""
+    """`EncodecModel`; see `QuantisingNetwork`. The loudness is in the last row throughout."""
 
-    def __init__(self, model: Any, quantise: bool) -> None:
+    def __init__(self, model: Any) -> None:
         self._model = model
-        self._quantise = quantise
         self._normalise: bool = model.config.normalize
 
     def encode(self, audio: Tensor) -> Tensor:
@@ -50,22 +56,36 @@ class EncodecNetwork:
     def decode(self, latents: Tensor) -> Tensor:
         """The decoder's output, at the loudness of the last channel where there is one."""
         inner = latents[:, :-1] if self._normalise else latents
-        if self._quantise:
-            bandwidth = self._model.config.target_bandwidths[-1]
-            inner = self._model.quantizer.decode(self._model.quantizer.encode(inner, bandwidth))
         audio: Tensor = self._model.decoder(inner)
         if self._normalise:
             audio = audio * F.interpolate(latents[:, -1:], size=audio.shape[-1], mode="linear")
         return audio
 
+    def quantise(self, latents: Tensor) -> Tensor:
+        """Codes of all codebooks: those of the highest bandwidth."""
+        inner, loudness = latents.tensor_split([self._model.config.hidden_size], dim=1)
+        codes: Tensor = self._model.quantizer.encode(inner)  # [codebooks, B, Z]
+        return torch.cat((codes.transpose(0, 1).float(), loudness), dim=1)
 
-def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -> EncodecNetwork:
-    """Build the network; see `Loader`. The option `quantise` is `build`'s."""
-    return EncodecNetwork(load_model(name, "encodec", files, device), bool(options["quantise"]))
+    def dequantise(self, codes: Tensor) -> Tensor:
+        """The sum of the codebooks' entries."""
+        inner, loudness = codes.tensor_split([self._model.config.num_quantizers], dim=1)
+        indices = as_indices(inner, self._model.config.codebook_size)
+        return torch.cat((self._model.quantizer.decode(indices.transpose(0, 1)), loudness), dim=1)
+
+
+def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -> Network:
+    """Build the network; see `Loader`. The options are `build`'s."""
+    return with_quantiser(EncodecNetwork(load_model(name, "encodec", files, device)), **options)
 
 
 def build(
-    repo: str, *, revision: str | None = None, scale_factor: float = 1.0, quantise: bool = False
+    repo: str,
+    *,
+    revision: str | None = None,
+    scale_factor: float = 1.0,
+    quantise: bool = False,
+    output: Output = "latents",
 ) -> CodecHandle:
     """Find the model's files and make its handle.
 
@@ -75,14 +95,19 @@ def build(
         scale_factor: What latents are multiplied by.
         quantise: Whether decoding quantises the latents first, at the highest bandwidth, as the
             codec does; the stored latents are the same.
+        output: `latents`: those before quantisation. `codes`: the quantiser's codes
+            `[codebooks, frames]`, whole numbers, followed by the loudness.
 
     Raises:
-        ModelError: The package or the weights are missing, or they are another model's.
+        ModelError: The package or the weights are missing, they are another model's, or an option
+            has no meaning for codes.
     """
     name = f"encodec:{repo}"
-    scale = check_scale_factor(name, scale_factor)
+    scale = check_output(name, output, scale_factor, quantise)
+    codes = output == "codes"
     files, config, version = find_model(name, "encodec", repo, revision)
     hop, rate = config.hop_length, config.sampling_rate
+    rows = config.num_quantizers if codes else config.hidden_size
     chunk_frames = round((config.chunk_length or CHUNK_SECONDS * rate) / hop)
     # Normalisation over the chunk reaches all of its frames: no context suffices.
     native = config.normalize or config.norm_type == "time_group_norm"
@@ -90,19 +115,25 @@ def build(
         name="encodec",
         sample_rate=rate,
         channels=config.audio_channels,
-        latent_channels=config.hidden_size + int(config.normalize),
+        latent_channels=rows + int(config.normalize),
         hop=hop,
         overhang=0,
         sample_multiple=hop,
         min_samples=hop,
         context=None if native else CONTEXT,
-        stitch="crossfade" if native else "trim",
+        stitch=("none" if codes else "crossfade") if native else "trim",
         chunk_frames=chunk_frames,
         overlap_frames=NATIVE_OVERLAP if native else 2 * CONTEXT,
         batch_size={"cpu": 1, "cuda": 64 if native else 16},
         scale_factor=scale,
         stochastic_decoder=False,
-        identity={"package": "transformers", "package_version": version, **files.identity},
+        identity={
+            "package": "transformers",
+            "package_version": version,
+            "output": output,
+            **files.identity,
+        },
         provenance={**files.provenance, "quantise": quantise},
+        codebook_size=config.codebook_size if codes else None,
     )
-    return CodecHandle(spec, files, load, {"quantise": quantise})
+    return CodecHandle(spec, files, load, {"quantise": quantise, "output": output})

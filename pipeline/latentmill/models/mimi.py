@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from latentmill.models.base import ModelSpec, Value
-from latentmill.models.codec import CodecHandle, check_scale_factor
+from latentmill.models.codec import (
+    CodecHandle,
+    Network,
+    Output,
+    as_indices,
+    check_output,
+    with_quantiser,
+)
 from latentmill.models.transformers_codec import find_model, load_model
 from latentmill.models.weights import ModelFiles
 
@@ -26,11 +33,10 @@ CHUNK_SECONDS = 60.0  # a third of it is context
 
 
 class MimiNetwork:
-    """`MimiModel` without its quantiser, or with it before the decoder."""
+    """`MimiModel`; see `QuantisingNetwork`."""
 
-    def __init__(self, model: Any, quantise: bool) -> None:
+    def __init__(self, model: Any) -> None:
         self._model = model
-        self._quantise = quantise
 
     def encode(self, audio: Tensor) -> Tensor:
         """The output of encoder, transformer and downsampling."""
@@ -39,20 +45,33 @@ class MimiNetwork:
 
     def decode(self, latents: Tensor) -> Tensor:
         """The output of upsampling, transformer and decoder."""
-        if self._quantise:
-            codes = self._model.quantizer.encode(latents)  # [quantisers, B, Z]
-            latents = self._model.quantizer.decode(codes.transpose(0, 1))
         audio: Tensor = self._model.decoder(latents).audio_values
         return audio
 
+    def quantise(self, latents: Tensor) -> Tensor:
+        """Codes of all codebooks, the semantic one first."""
+        codes: Tensor = self._model.quantizer.encode(latents)  # [codebooks, B, Z]
+        return codes.transpose(0, 1).float()
 
-def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -> MimiNetwork:
-    """Build the network; see `Loader`. The option `quantise` is `build`'s."""
-    return MimiNetwork(load_model(name, "mimi", files, device), bool(options["quantise"]))
+    def dequantise(self, codes: Tensor) -> Tensor:
+        """The sum of the codebooks' entries."""
+        indices = as_indices(codes, self._model.config.codebook_size)
+        latents: Tensor = self._model.quantizer.decode(indices)
+        return latents
+
+
+def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -> Network:
+    """Build the network; see `Loader`. The options are `build`'s."""
+    return with_quantiser(MimiNetwork(load_model(name, "mimi", files, device)), **options)
 
 
 def build(
-    repo: str, *, revision: str | None = None, scale_factor: float = 1.0, quantise: bool = False
+    repo: str,
+    *,
+    revision: str | None = None,
+    scale_factor: float = 1.0,
+    quantise: bool = False,
+    output: Output = "latents",
 ) -> CodecHandle:
     """Find the model's files and make its handle.
 
@@ -62,12 +81,16 @@ def build(
         scale_factor: What latents are multiplied by.
         quantise: Whether decoding quantises the latents first, as the codec does; the stored
             latents are the same.
+        output: `latents`: those before quantisation. `codes`: the quantiser's codes
+            `[codebooks, frames]`, whole numbers.
 
     Raises:
-        ModelError: The package or the weights are missing, or they are another model's.
+        ModelError: The package or the weights are missing, they are another model's, or an option
+            has no meaning for codes.
     """
     name = f"mimi:{repo}"
-    scale = check_scale_factor(name, scale_factor)
+    scale = check_output(name, output, scale_factor, quantise)
+    codes = output == "codes"
     files, config, version = find_model(name, "mimi", repo, revision)
     rate = config.sampling_rate
     hop = math.prod(config.upsampling_ratios) * config.latent_stride
@@ -76,7 +99,7 @@ def build(
         name="mimi",
         sample_rate=rate,
         channels=config.audio_channels,
-        latent_channels=config.hidden_size,
+        latent_channels=config.num_quantizers if codes else config.hidden_size,
         hop=hop,
         overhang=0,
         sample_multiple=hop,
@@ -88,7 +111,13 @@ def build(
         batch_size={"cpu": 1, "cuda": 8},
         scale_factor=scale,
         stochastic_decoder=False,
-        identity={"package": "transformers", "package_version": version, **files.identity},
+        identity={
+            "package": "transformers",
+            "package_version": version,
+            "output": output,
+            **files.identity,
+        },
         provenance={**files.provenance, "quantise": quantise},
+        codebook_size=config.codebook_size if codes else None,
     )
-    return CodecHandle(spec, files, load, {"quantise": quantise})
+    return CodecHandle(spec, files, load, {"quantise": quantise, "output": output})

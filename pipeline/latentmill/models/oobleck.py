@@ -1,16 +1,18 @@
 """The model `oobleck:REPO`: the autoencoder of Stable Audio Open, as diffusers has it.
 
 Z. Evans and others, "Stable Audio Open", arXiv 2407.14358. A VAE: the mean of the posterior is
-stored, since sampling is the reader's business.
+stored, with its standard deviation where that is asked for, since sampling is the reader's
+business.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from latentmill.models.base import ModelSpec, Value
@@ -33,27 +35,38 @@ from latentmill.models.weights import (
 CHUNK_SECONDS = 10.0
 CLASS = "AutoencoderOobleck"
 
+Posterior = Literal["mean", "mean+std"]
+
 
 class OobleckNetwork:
     """`AutoencoderOobleck` without its tiling."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, std: bool) -> None:
         self._model = model
+        self._std = std
 
     def encode(self, audio: Tensor) -> Tensor:
-        """The posterior's mean: the first half of the encoder's channels."""
-        mean: Tensor = self._model.encoder(audio).chunk(2, dim=1)[0]
-        return mean
+        """The posterior's mean, and its standard deviation below it if that is wanted.
+
+        They are the halves of the encoder's channels, as in `OobleckDiagonalGaussianDistribution`.
+        """
+        mean: Tensor
+        mean, scale = self._model.encoder(audio).chunk(2, dim=1)
+        return torch.cat((mean, F.softplus(scale.float()) + 1e-4), dim=1) if self._std else mean
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The decoder's output."""
+        """The decoder's output for the mean."""
+        if self._std:
+            latents = latents.chunk(2, dim=1)[0]
         audio: Tensor = self._model.decoder(latents)
         return audio
 
 
 def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -> OobleckNetwork:
-    """Build the network from its configuration and its state dict; see `Loader`."""
-    assert not options
+    """Build the network from its configuration and its state dict; see `Loader`.
+
+    The option `posterior` is `build`'s.
+    """
     package, _ = import_package(name, "diffusers")
     state = read_state(name, files.paths["weights"])
     config = read_config(name, files.paths["config"])
@@ -64,7 +77,8 @@ def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -
         model.load_state_dict(state)
     except LOAD_ERRORS as error:
         raise does_not_load(name, files.paths["weights"], error) from error
-    return OobleckNetwork(model.float().eval().requires_grad_(False).to(device))
+    model = model.float().eval().requires_grad_(False).to(device)
+    return OobleckNetwork(model, std=options["posterior"] == "mean+std")
 
 
 def build(
@@ -73,6 +87,7 @@ def build(
     revision: str | None = None,
     subfolder: str | None = None,
     scale_factor: float = 1.0,
+    posterior: Posterior = "mean",
 ) -> CodecHandle:
     """Find the model's files and make its handle.
 
@@ -80,7 +95,9 @@ def build(
         repo: Hub repository, local folder, or local weights file beside its `config.json`.
         revision: Branch, tag or commit of a hub repository.
         subfolder: Where in it the autoencoder is; None: `vae` where there is one, else the root.
-        scale_factor: What latents are multiplied by.
+        scale_factor: What latents are multiplied by, mean and standard deviation alike.
+        posterior: `mean`, or `mean+std`: a latent `[2 * D, Z]` with D rows of means, then D rows
+            of standard deviations, which decoding leaves out.
 
     Raises:
         ModelError: The package or the weights are missing, or they are another model's.
@@ -100,13 +117,15 @@ def build(
         found = config.get("_class_name") or config.get("model_type")
         raise does_not_load(name, files.paths["config"], ValueError(f"it is of {found}"))
     try:
-        spec = _spec(config, scale, files, version)
+        spec = _spec(config, scale, posterior, files, version)
     except LOAD_ERRORS as error:
         raise does_not_load(name, files.paths["config"], error) from error
-    return CodecHandle(spec, files, load)
+    return CodecHandle(spec, files, load, {"posterior": posterior})
 
 
-def _spec(config: dict[str, Any], scale: float, files: ModelFiles, version: str) -> ModelSpec:
+def _spec(
+    config: dict[str, Any], scale: float, posterior: Posterior, files: ModelFiles, version: str
+) -> ModelSpec:
     strides: list[int] = config["downsampling_ratios"]
     hop = math.prod(strides)
     context = dac_encoder_context(strides)
@@ -114,7 +133,7 @@ def _spec(config: dict[str, Any], scale: float, files: ModelFiles, version: str)
         name="oobleck",
         sample_rate=config["sampling_rate"],
         channels=config["audio_channels"],
-        latent_channels=config["decoder_input_channels"],
+        latent_channels=config["decoder_input_channels"] * (2 if posterior == "mean+std" else 1),
         hop=hop,
         overhang=0,
         sample_multiple=hop,
@@ -126,6 +145,11 @@ def _spec(config: dict[str, Any], scale: float, files: ModelFiles, version: str)
         batch_size={"cpu": 1, "cuda": 16},
         scale_factor=scale,
         stochastic_decoder=False,
-        identity={"package": "diffusers", "package_version": version, **files.identity},
+        identity={
+            "package": "diffusers",
+            "package_version": version,
+            "posterior": posterior,
+            **files.identity,
+        },
         provenance=files.provenance,
     )

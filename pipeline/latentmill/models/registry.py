@@ -20,7 +20,8 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, NamedTuple, Union
 
 from latentmill.errors import ModelError
-from latentmill.models.base import ModelHandle, ModelSpec
+from latentmill.models.base import Channels, ModelHandle, ModelSpec
+from latentmill.models.split import split
 
 ENTRY_POINT_GROUP = "latentmill.models"
 PYTHON_PREFIX = "python:"
@@ -113,17 +114,21 @@ def available() -> list[ModelEntry]:
     return listed
 
 
-def resolve(name: str, options: Mapping[str, Any] | None = None) -> ModelHandle:
+def resolve(
+    name: str, options: Mapping[str, Any] | None = None, channels: Channels | None = None
+) -> ModelHandle:
     """Find a model by name: its weights are located and its spec is known, nothing is loaded.
 
     Args:
         name: A name that `available` lists, `family:REPO` with the repository filled in, or
             `python:package.module:factory`.
         options: The factory's keyword arguments.
+        channels: `split` runs a mono model on each channel of stereo audio, `mono` makes sure
+            that the model takes mono; None: as many channels as the model takes.
 
     Raises:
-        ModelError: The name or an option is unknown, an option has the wrong type, or the
-            model's package or weights are missing.
+        ModelError: The name or an option is unknown, an option has the wrong type, the model's
+            package or weights are missing, or it is no mono model where `channels` needs one.
     """
     factory = _find(name)
     checked = dict(options or {})
@@ -134,7 +139,12 @@ def resolve(name: str, options: Mapping[str, Any] | None = None) -> ModelHandle:
             f"Model {name}: its factory gave a {type(handle).__name__}, which has no `spec` of "
             "type ModelSpec and no `load(device)`; see latentmill.models.base.ModelHandle."
         )
-    return handle
+    if channels is not None and handle.spec.channels != 1:
+        raise ModelError(
+            f"Model {name} takes {handle.spec.channels} channels as it is: leave out channels "
+            f"{channels}, which is for mono models."
+        )
+    return split(handle) if channels == "split" else handle
 
 
 def _entry_points() -> dict[str, EntryPoint]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from latentmill.errors import ModelError
 from latentmill.models.base import Autoencoder, ModelHandle, ModelSpec
+from latentmill.models.checks import check_audio, check_latents
 
 AUDIO_CHANNELS = 2
 
@@ -25,12 +25,15 @@ class SplitHandle:
 
     @property
     def spec(self) -> ModelSpec:
-        """The mono model's spec with twice the channels on both sides."""
+        """The mono model's spec with twice the channels on both sides and half the batch."""
         spec = self.inner.spec
         return replace(
             spec,
             channels=AUDIO_CHANNELS,
             latent_channels=AUDIO_CHANNELS * spec.latent_channels,
+            batch_size={
+                device: max(1, size // AUDIO_CHANNELS) for device, size in spec.batch_size.items()
+            },
             identity={**spec.identity, "split": AUDIO_CHANNELS},
         )
 
@@ -53,6 +56,7 @@ class Split:
 
     def encode(self, audio: Tensor) -> Tensor:
         """Encode `[B, 2, T]` to `[B, 2 * D, Z]`."""
+        check_audio(self._spec, audio)
         latents = self._inner.encode(audio.flatten(0, 1)[:, None])  # [B * 2, D, Z]
         return latents.reshape(len(audio), -1, latents.shape[-1])
 
@@ -65,6 +69,7 @@ class Split:
         positions: Sequence[int] | None = None,
     ) -> Tensor:
         """Decode `[B, 2 * D, Z]` to `[B, 2, num_samples]`; both channels share the noise."""
+        check_latents(self._spec, latents, num_samples, positions)
         batch, rows, frames = latents.shape
         each = latents.reshape(batch * AUDIO_CHANNELS, rows // AUDIO_CHANNELS, frames)
         doubled = None
@@ -75,14 +80,6 @@ class Split:
 
 
 def split(handle: ModelHandle) -> SplitHandle:
-    """Make a mono model take stereo audio, channel by channel.
-
-    Raises:
-        ModelError: The model takes more than one channel itself.
-    """
-    if handle.spec.channels != 1:
-        raise ModelError(
-            f"Model {handle.spec.name} takes {handle.spec.channels} channels as it is: leave out "
-            "channels: split."
-        )
+    """Make a mono model take stereo audio, channel by channel."""
+    assert handle.spec.channels == 1, "the registry asks for no other"
     return SplitHandle(handle)

@@ -179,7 +179,8 @@ class DatasetInfo(_Document):
     )
     dtype: Literal["float16", "float32"]
     model: dict[str, Any] = Field(
-        description="Name, rate, scale factor, weights; `asked` and `options`: as it was asked for."
+        description="Name, rate, scale factor, weights; `asked`, `options` and `asked_channels`: "
+        "as it was asked for."
     )
     chunking: dict[str, Any]
     fingerprint: str

@@ -54,6 +54,7 @@ def dataset_info(plan: Plan, commits: Iterable[Commit]) -> DatasetInfo:
             **document["model"],
             "asked": plan.model,
             "options": plan.model_options,
+            "asked_channels": plan.channels,
             "provenance": plan.provenance,
         },
         chunking=chunking,

@@ -220,10 +220,11 @@ class LatentStore:
         """
         if self._model is None:
             stored = self.info.model
-            handle = registry.resolve(stored["asked"], stored["options"])
+            channels = stored.get("asked_channels")
+            handle = registry.resolve(stored["asked"], stored["options"], channels)
             spec = handle.spec
             names = ("sample_rate", "channels", "latent_channels", "hop", "scale_factor")
-            present = {**{name: getattr(spec, name) for name in names}, **spec.identity}
+            present = {**spec.identity, **{name: getattr(spec, name) for name in names}}
             changed = [name for name, value in present.items() if stored.get(name) != value]
             if changed:
                 raise ModelError(
