@@ -17,7 +17,7 @@ PIP = $(BIN)/python -m pip $$([ -t 1 ] || echo --quiet) --disable-pip-version-ch
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo install dev test lint format schemas bench constraints clean
+.PHONY: help demo install dev test test-all lint format schemas bench constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -37,6 +37,9 @@ dev: $(VENV)/.installed-dev ## install what tests and linters need, too
 
 test: $(VENV)/.installed-dev ## run the tests; ARGS="-k store" goes to pytest
 	$(BIN)/pytest $(ARGS)
+
+test-all: $(VENV)/.installed-dev ## the slow tests, too: ten kills, all recordings (half an hour)
+	$(BIN)/pytest -m "slow or not slow" --timeout 1800 $(ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff check, ruff format --check, mypy --strict
 	$(BIN)/ruff check .

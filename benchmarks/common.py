@@ -40,13 +40,13 @@ def machine() -> str:
     )
 
 
-def write_result(name: str, result: dict[str, Any]) -> Path:
-    """Write a result beside the script and print it."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write a result beside the script, or into another folder, and print it."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")
     print(json.dumps(result, indent=2))
-    print(f"written to {path.relative_to(ROOT)}")
+    print(f"written to {path}")
     return path
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
+import os
 import struct
 import sys
 import threading
@@ -13,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import soundfile as sf
@@ -215,6 +218,60 @@ def test_a_truncated_file_is_kept_where_that_is_allowed(broken: Path) -> None:
     assert statuses(encode(items_of(broken), settings=settings))["a1"] == "encoded"
 
 
+@pytest.fixture
+def planned(tmp_path: Path, corpus: Path) -> tuple[Item, ...]:
+    """Copies of one file as they were listed, before a test changes them."""
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.wav").write_bytes((corpus / "boundary.wav").read_bytes())
+    return items_of(tmp_path)
+
+
+def test_a_file_that_changed_after_the_plan_fails(planned: tuple[Item, ...]) -> None:
+    longer, rewritten = Path(planned[0].uri), Path(planned[1].uri)
+    size = planned[0].size
+    sf.write(longer, noise(1.5, RATE), RATE, subtype="FLOAT")
+    now = longer.stat().st_size
+    os.utime(rewritten, ns=(0, int(planned[1].version) + 1))
+    outcomes = encode(planned)
+    assert [outcome.reason for outcome in outcomes] == [
+        f"changed since the plan was made ({size} bytes then, {now} now)",
+        "changed since the plan was made (the same size, written anew)",
+        None,
+    ]
+    mended = EncodeSettings(allow_changed=True)
+    assert {outcome.status for outcome in encode(planned, settings=mended)} == {"encoded"}
+    # A listing that knew neither size nor version promised nothing.
+    unknown = [replace(item, size=0, version="") for item in planned]
+    assert {outcome.status for outcome in encode(unknown)} == {"encoded"}
+
+
+def test_a_remote_file_is_compared_by_its_size(planned: tuple[Item, ...]) -> None:
+    remote = fsspec.filesystem("memory")
+    data = Path(planned[0].uri).read_bytes()
+    for name in ("kept", "grown"):
+        remote.pipe_file(f"/changes/{name}.wav", data)
+    items = FolderSource("memory://changes", EXTENSIONS).list().items
+    remote.pipe_file("/changes/grown.wav", data + bytes(8))
+    items = tuple(replace(item, version="an etag") for item in items)
+    assert {one.key: one.reason for one in encode(items)} == {
+        "grown": f"changed since the plan was made ({len(data)} bytes then, {len(data) + 8} now)",
+        "kept": None,
+    }
+
+
+def test_group_and_role_come_from_the_metadata(planned: tuple[Item, ...]) -> None:
+    given = {"a": {"group": "song", "role": "drums"}, "b": {"group": 3, "role": None, "x": 1}}
+    for item in planned[:2]:
+        Path(item.uri).with_suffix(".json").write_text(json.dumps(given[item.key]))
+    done = records(encode(items_of(Path(planned[0].uri).parent)))
+    assert [(done[key].group, done[key].role) for key in "abc"] == [
+        ("song", "drums"),
+        (None, None),
+        (None, None),
+    ]
+    assert [done[key].metadata for key in "abc"] == [given["a"], given["b"], {}]
+
+
 def test_an_error_that_nobody_foresaw_fails_its_item_alone(
     corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +324,38 @@ def test_latents_that_float16_cannot_hold_fail(corpus: Path) -> None:
     assert "float16" in (failed[0].reason or "")
     kept = encode(items, loud, settings=EncodeSettings(dtype="float32"))
     assert {outcome.status for outcome in kept} == {"encoded"}
+
+
+class Overflowing:
+    """A model whose half precision overflows on loud chunks, as float16 does."""
+
+    def __init__(self) -> None:
+        self.spec, self.decode = MODEL.spec, MODEL.decode
+        self.calls: list[bool] = []
+
+    def encode(self, audio: torch.Tensor) -> torch.Tensor:
+        half = torch.is_autocast_enabled("cpu")
+        self.calls.append(half)
+        latents = MODEL.encode(audio)
+        return latents.where(latents.abs() < 0.5, torch.nan) if half else latents
+
+
+def test_what_overflows_in_a_fast_mode_is_encoded_again_in_float32(corpus: Path) -> None:
+    items = items_of(corpus)
+    model = Overflowing()
+    fast = EncodeSettings(dtype="float32", batch_size=4, precision="bf16")
+    again = records(encode(items, model, settings=fast))
+    wanted = records(encode(items))
+    assert again.keys() == wanted.keys()
+    for key, record in again.items():
+        assert np.array_equal(record.latent, wanted[key].latent)
+    assert 0 < model.calls.count(False) < model.calls.count(True)  # once each, where it must be
+
+
+def test_what_float32_cannot_save_fails_after_one_more_try(corpus: Path) -> None:
+    loud = mdct.build(hop=64, sample_rate=RATE, scale_factor=1e8).load("cpu")
+    settings = EncodeSettings(dtype="float16", precision="bf16")
+    assert {one.status for one in encode(items_of(corpus), loud, settings=settings)} == {"failed"}
 
 
 def test_an_empty_unit_has_no_outcomes() -> None:

@@ -65,15 +65,19 @@ def test_mdct_gives_the_recordings_back(dtype: str, store_format: str, tmp_path:
         assert snr_db(read_source(record, 1), store.decode(record.key)) > SNR_DB[dtype], record.key
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "store_format"), [("float32", "webdataset"), ("float16", "parquet")]
+)
 @pytest.mark.usefixtures("ray_session")
-def test_stems_added_as_latents_are_the_stems_added(dtype: str, tmp_path: Path) -> None:
+def test_stems_added_as_latents_are_the_stems_added(
+    dtype: str, store_format: str, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     stems = tmp_path / "stems"
     stems.mkdir()
     for path in sorted((SHARED_AUDIO / "stems" / "potassium").iterdir())[:3]:
         (stems / path.name).symlink_to(path)
-    assert lm.encode(str(stems), str(out), dtype=dtype).info.encoded == 3
+    assert lm.encode(str(stems), str(out), dtype=dtype, format=store_format).info.encoded == 3
     store = lm.open(str(out))
     records = list(store)
     mixed = lm.mix([record.latent for record in records], origin=store.origin)

@@ -11,7 +11,7 @@ mixed = lm.mix([store["a"].latent, store["b"].latent], gains=[1.0, 0.5], origin=
 
 from latentmill.config import RunConfig, load_config
 from latentmill.errors import LatentmillError
-from latentmill.ops import Origin, gain, mix, subtract
+from latentmill.ops import Origin, fit, gain, mix, subtract
 from latentmill.record import Record
 from latentmill.run import RunSummary, encode
 from latentmill.store.store import LatentStore
@@ -27,6 +27,7 @@ __all__ = [
     "RunSummary",
     "__version__",
     "encode",
+    "fit",
     "gain",
     "load_config",
     "mix",

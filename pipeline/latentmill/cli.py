@@ -25,6 +25,7 @@ from latentmill.errors import (
     VerifyError,
 )
 from latentmill.models import registry
+from latentmill.ops import fit
 from latentmill.ops import mix as mix_latents
 from latentmill.run import run
 from latentmill.seams import measure_seams
@@ -45,6 +46,7 @@ ModelOption = Annotated[
     list[str] | None, typer.Option(help="NAME=VALUE, such as scale_factor=20; repeatable.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
 Seed = Annotated[int, typer.Option(help="Noise of a stochastic decoder.")]
 
 
@@ -80,8 +82,12 @@ def _print(as_json: bool, value: Any, text: Callable[[Any], str]) -> None:
 
 @app.command()
 def encode(
-    source: Annotated[str | None, typer.Argument(help="Folder or fsspec URL of audio.")] = None,
-    out: Annotated[str | None, typer.Argument(help="The store to write or resume.")] = None,
+    source: Annotated[
+        str | None, typer.Argument(metavar="SOURCE", help="Folder or fsspec URL of audio.")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Argument(metavar="OUT", help="The store to write or resume.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file; options win over it.")] = None,
     model: Annotated[str | None, typer.Option(help="Autoencoder (default: mdct).")] = None,
     model_option: ModelOption = None,
@@ -102,6 +108,9 @@ def encode(
     ] = None,
     min_seconds: Annotated[float | None, typer.Option(help="Skip shorter items.")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Skip longer items.")] = None,
+    retry_failed: Annotated[
+        bool | None, typer.Option("--retry-failed", help="Encode units with failed items anew.")
+    ] = None,
     unit_seconds: Annotated[float | None, typer.Option(help="Audio per shard.")] = None,
     device: Annotated[str | None, typer.Option(help="auto (default), cpu or cuda.")] = None,
     workers: Annotated[int | None, typer.Option(help="Models in memory.")] = None,
@@ -137,7 +146,7 @@ def info(out: Out, as_json: AsJson = False) -> None:
 @app.command()
 def verify(
     out: Out,
-    decode: Annotated[int, typer.Option(help="Decode N records back to audio.")] = 0,
+    decode: Annotated[int, typer.Option(min=0, help="Decode N records back to audio.")] = 0,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -153,17 +162,18 @@ def decode(
     out: Out,
     keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="Records to decode.")],
     folder: Annotated[Path, typer.Option("-o", "--output", help="Folder for the WAV files.")],
+    overwrite: Overwrite = False,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Decode records to WAV files, FOLDER/KEY.wav."""
     store = open_store(out, device=device)
-    for key in keys:
+    targets = {key: folder / f"{_safe(key)}.wav" for key in keys}
+    for key, path in targets.items():
         _check_key(store, key)
-    written = [
-        _write(folder / f"{_safe(key)}.wav", store.decode(key, seed=seed), store) for key in keys
-    ]
+        _check_target(path, store, overwrite)
+    written = [_write(path, store.decode(key, seed=seed), store) for key, path in targets.items()]
     _print(as_json, {"files": written}, show.files)
 
 
@@ -172,6 +182,10 @@ def mix(
     out: Out,
     parts: Annotated[list[str], typer.Argument(metavar="KEY[:GAIN]...", help="What to mix.")],
     file: Annotated[Path, typer.Option("-o", "--output", help="The WAV file to write.")],
+    length: Annotated[
+        str | None, typer.Option(help="shortest or longest, where the records differ.")
+    ] = None,
+    overwrite: Overwrite = False,
     raw: Annotated[bool, typer.Option("--raw", help="Plain sum, without the origin.")] = False,
     seed: Seed = 0,
     device: Device = "auto",
@@ -181,15 +195,19 @@ def mix(
     if file.suffix.lower() != ".wav":
         raise ConfigError(f"Output {file}: name a .wav file.")
     store = open_store(out, device=device)
+    _check_target(file, store, overwrite)
     wanted = [_part(store, part) for part in parts]
     records = [store[key] for key, _ in wanted]
-    latent = mix_latents(
-        [record.latent for record in records],
-        [gain for _, gain in wanted],
-        origin=None if raw else store.origin,
-    )
-    length = max(record.num_samples for record in records)
-    written = _write(file, store.decode_latent(latent, length, seed=seed), store)
+    latents, samples = [record.latent for record in records], [r.num_samples for r in records]
+    origin = None if raw else store.origin
+    choose = {None: max, "longest": max, "shortest": min}.get(length)
+    if choose is None:
+        raise ConfigError(f"Option --length {length}: it is shortest or longest.")
+    if length is not None:
+        frames = choose(record.frames for record in records)
+        latents = [fit(latent, frames, origin=origin) for latent in latents]
+    mixed = mix_latents(latents, [gain for _, gain in wanted], origin=origin)
+    written = _write(file, store.decode_latent(mixed, choose(samples), seed=seed), store)
     _print(as_json, {"files": [written]}, show.files)
 
 
@@ -230,6 +248,17 @@ def demo(
     from latentmill.demo.run import run_demo
 
     run_demo(folder, source, typer.echo)
+
+
+@app.callback(no_args_is_help=True)
+def _options_of_all(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True)
+    ] = False,
+) -> None:
+    if show_version:
+        typer.echo(__version__)
+        raise typer.Exit
 
 
 @app.command()
@@ -283,8 +312,16 @@ def _safe(key: str) -> str:
     return "/".join(part for part in key.split("/") if part not in ("", ".", ".."))
 
 
+def _check_target(path: Path, store: LatentStore, overwrite: bool) -> None:
+    """A recording must not be lost to its own copy."""
+    if path.resolve().is_relative_to(Path(store.info.source)):
+        raise ConfigError(f"Output {path} lies in the source of {store.url}: choose another place.")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"Output {path} exists: choose another place, or add --overwrite.")
+
+
 def _write(path: Path, audio: Audio, store: LatentStore) -> str:
-    rate = store.plan.fingerprint["model"]["sample_rate"]
+    rate = store.info.model["sample_rate"]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(path, audio.T, rate, subtype="FLOAT")

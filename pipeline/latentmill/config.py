@@ -32,7 +32,16 @@ ENCODING_VERSION = 1
 
 # Settings that do not change the latents. All others are part of the fingerprint.
 OPERATIONAL = frozenset(
-    {"source", "out", "device", "workers", "threads", "decode_threads", "batch_size"}
+    {
+        "source",
+        "out",
+        "device",
+        "workers",
+        "threads",
+        "decode_threads",
+        "batch_size",
+        "retry_failed",
+    }
     | {"unit_seconds", "extensions", "address", "format"}
 )
 
@@ -73,6 +82,7 @@ class RunConfig(BaseModel):
     extensions: tuple[str, ...] = Field(
         AUDIO_EXTENSIONS, description="File name extensions that make a file an item."
     )
+    retry_failed: bool = Field(False, description="Encode the units anew that hold failed items.")
     unit_seconds: float | None = Field(
         None, gt=0, description="Audio seconds per unit (one shard); default by corpus size."
     )
@@ -124,7 +134,7 @@ def _explain(error: ErrorDetails) -> str:
         close = difflib.get_close_matches(name, RunConfig.model_fields, n=1)
         return f"Setting {name} is unknown{f': did you mean {close[0]}?' if close else '.'}"
     if error["type"] == "missing":
-        return f"Setting {name} is missing: give it as an option or in the config file."
+        return f"Setting {name} is missing: give it as an argument or in the config file."
     if len(error["loc"]) > 2:
         return f"Setting {name}: {error['input']!r} is no text, number, true, false or null."
     message = error["msg"][:1].lower() + error["msg"][1:]

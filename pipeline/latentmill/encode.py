@@ -8,6 +8,7 @@ on the unit's items alone, so a unit's latents are the same on every worker.
 from __future__ import annotations
 
 import itertools
+import os
 import queue
 import threading
 import time
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from latentmill.audio import open_audio, open_media, prepare
+from latentmill.audio.media import MediaFile
 from latentmill.chunks import Batch, Chunk, Chunker, Chunking, Packer, Stitcher
 from latentmill.errors import ItemError
 from latentmill.models.base import Autoencoder, ModelSpec
@@ -42,6 +44,7 @@ class EncodeSettings:
     batch_size: int = 1
     decode_threads: int = 2
     allow_truncated: bool = False
+    allow_changed: bool = False  # for a retry: files that were mended since they were planned
     min_seconds: float | None = None
     max_seconds: float | None = None
 
@@ -207,7 +210,8 @@ class UnitEncoder:
         latent = job.stitcher.finish()
         if not job.stitcher.finite:
             return Outcome(job.item.key, "failed", _gate_message(self._settings.dtype))
-        spec = self._model.spec
+        spec, metadata = self._model.spec, facts.metadata
+        group, role = metadata.get("group"), metadata.get("role")
         record = Record(
             key=job.item.key,
             latent=latent,
@@ -219,7 +223,9 @@ class UnitEncoder:
             content_hash=facts.content_hash,
             rms=facts.rms,
             peak=facts.peak,
-            metadata=facts.metadata,
+            group=group if isinstance(group, str) else None,
+            role=role if isinstance(role, str) else None,
+            metadata=metadata,
         )
         return Outcome(job.item.key, "encoded", record=record)
 
@@ -324,6 +330,8 @@ def _events(
     metadata = read_metadata(item)
     chunker = Chunker(spec, chunking)
     with open_media(item.uri) as media:
+        if not settings.allow_changed:
+            _check_unchanged(item, media)
         stream = open_audio(media, allow_truncated=settings.allow_truncated)
         promised = (stream.num_samples or 0) * spec.sample_rate // stream.sample_rate
         yield _Opened(spec.frames(spec.padded(promised)) + 1 if promised else 0)
@@ -347,6 +355,23 @@ def _events(
             peak=stats.peak,
             metadata=metadata,
         )
+
+
+def _check_unchanged(item: Item, media: MediaFile) -> None:
+    """Refuse a file that is not the one that was planned: what was listed is what is encoded.
+
+    A listing that gave neither size nor version (a dangling link, some web servers) promises
+    nothing. A fetched file's version would cost one more request: there the size must do.
+    """
+    if not item.size and not item.version:
+        return
+    if media.size != item.size:
+        raise ItemError(
+            f"changed since the plan was made ({item.size} bytes then, {media.size} now)"
+        )
+    local = item.uri.startswith("/")
+    if local and item.version and item.version != str(os.fstat(media.fileno()).st_mtime_ns):
+        raise ItemError("changed since the plan was made (the same size, written anew)")
 
 
 def _failed(item: Item, reason: str) -> Outcome:

@@ -101,7 +101,8 @@ def mix(
     if len(shapes) > 1:
         listed = ", ".join(str(shape) for shape in sorted(shapes))
         raise ConfigError(
-            f"Latents of different shapes cannot be mixed: {listed}; cut them to one length."
+            f"Latents of different shapes cannot be mixed: {listed}; bring them to one length "
+            "(`fit`; on the command line --length shortest or longest)."
         )
     total: Float = np.zeros(latents[0].shape, np.float32)
     for latent, gain_ in zip(latents, gains, strict=True):
@@ -110,6 +111,28 @@ def mix(
     if origin is not None and rest != 0.0:
         total += np.float32(rest) * origin.like(latents[0])
     return total
+
+
+def fit(latent: Latent, frames: int, *, origin: Origin | None = None) -> Float:
+    """The latent of a sound cut, or continued by silence, to `frames` latent frames.
+
+    Args:
+        latent: `[C, T]`.
+        frames: Length of the result.
+        origin: The latent of silence, which the sound is continued by; None: zeros, which are
+            silence only where the encoder is linear.
+
+    Raises:
+        ConfigError: The latent is chunks `[N, C, T]`, whose length cannot be changed.
+    """
+    if latent.ndim != 2:
+        raise ConfigError("Latents stored as chunks (stitch none) cannot be cut or continued.")
+    have = latent.shape[1]
+    result: Float = np.zeros((latent.shape[0], frames), np.float32)
+    result[:, : min(have, frames)] = latent[:, :frames]
+    if origin is not None and frames > have:
+        result[:, have:] = origin.like(result)[:, have:]
+    return result
 
 
 def gain(latent: Latent, factor: float, *, origin: Origin | None = None) -> Float:

@@ -77,6 +77,7 @@ class Plan:
         ignored: Files of the source that are no items, counted by extension.
         provenance: Where the model's weights came from; see `ModelSpec`.
         unit_seconds: How the units were cut, as it was asked for.
+        extensions: File name extensions that made a file an item.
     """
 
     source: str
@@ -89,6 +90,7 @@ class Plan:
     channels: Channels | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     unit_seconds: float | None = None
+    extensions: tuple[str, ...] = ()
 
     @property
     def items(self) -> Iterator[Item]:
@@ -152,6 +154,7 @@ def freeze(plan: Plan, storage: Storage) -> None:
         "channels": plan.channels,
         "provenance": plan.provenance,
         "unit_seconds": plan.unit_seconds,
+        "extensions": plan.extensions,
         "format": plan.format,
         "items": plan.num_items,
         "units": len(plan.units),
@@ -194,7 +197,9 @@ def _read_plan(document: dict[str, Any], storage: Storage) -> Plan:
             f"Store {storage.root}: {ITEMS_PATH} is not the one that {PLAN_PATH} names; restore "
             "both from one backup or encode into a new store."
         )
-    rows = pq.read_table(io.BytesIO(items)).to_pylist()
+    # Without threads: Arrow's may abort the process when they are young at its end.
+    table = pq.read_table(pa.BufferReader(items), use_threads=False, pre_buffer=False)
+    rows = table.to_pylist()
     return Plan(
         source=document["source"],
         units=tuple(_units(rows)),
@@ -206,6 +211,7 @@ def _read_plan(document: dict[str, Any], storage: Storage) -> Plan:
         ignored=document["ignored"],
         provenance=document["provenance"],
         unit_seconds=document["unit_seconds"],
+        extensions=tuple(document["extensions"]),
     )
 
 

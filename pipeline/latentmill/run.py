@@ -22,7 +22,15 @@ from latentmill.plan import ITEMS_PATH, PLAN_PATH, Plan, Unit, cut_units, freeze
 from latentmill.sources.folder import FolderSource
 from latentmill.storage import Storage
 from latentmill.store.commit import read_commits
-from latentmill.store.schema import COMMITS, DATASET_PATH, SHARDS, Commit, DatasetInfo
+from latentmill.store.schema import (
+    COMMITS,
+    DATASET_PATH,
+    INDEX_PATH,
+    ORIGIN_PATH,
+    SHARDS,
+    Commit,
+    DatasetInfo,
+)
 from latentmill.store.seal import seal
 from latentmill.store.store import open_store
 
@@ -38,6 +46,7 @@ class RunSummary:
         info: What dataset.json says.
         failures: (key, reason) of every failed item of the store.
         skipped: (key, filter) of every item that a filter left out.
+        ignored: Files of the source that are no items, counted by extension.
         units: Units of the plan.
         resumed_units: Units that were committed before this run.
         seconds: Wall time of this run.
@@ -49,6 +58,7 @@ class RunSummary:
     info: DatasetInfo
     failures: tuple[tuple[str, str], ...]
     skipped: tuple[tuple[str, str], ...]
+    ignored: Mapping[str, int]
     units: int
     resumed_units: int
     seconds: float
@@ -94,16 +104,20 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunSummary:
     )
     _refuse_inexact_codes(config, handle.spec.codebook_size)
     storage = Storage(config.out)
-    plan = _planned(config, storage, handle, chunking)
+    source = _source(config, storage)
     with only_run(storage):
-        commits = _trusted(storage, read_commits(storage), fingerprint(plan.fingerprint))
+        plan = _planned(config, source, storage, handle, chunking)
+        commits = _trusted(storage, plan)
+        if config.retry_failed:  # what is committed stays until it is replaced
+            commits = {name: one for name, one in commits.items() if not one.count("failed")}
         todo = [unit for unit in plan.units if unit.name not in commits]
         resumed = len(commits)
         storage.clear_scratch()
         if todo:
             _encode_todo(config, handle, chunking, plan, commits, todo, progress)
-            commits = read_commits(storage)
-        if todo or not storage.exists(DATASET_PATH):
+            commits = _trusted(storage, plan)
+            assert len(commits) == len(plan.units), "a run that ends well has committed every unit"
+        if todo or not (storage.exists(DATASET_PATH) and storage.exists(INDEX_PATH)):
             info = seal(storage, plan, commits)
             storage.clear_scratch()  # an empty folder
         else:
@@ -164,16 +178,28 @@ def _encode_todo(
         storage.clear_scratch()
 
 
-def _planned(config: RunConfig, storage: Storage, handle: ModelHandle, chunking: Chunking) -> Plan:
-    """The store's plan; if it has none, a new one, frozen before anything is encoded."""
-    document = fingerprint_document(config, handle.spec, chunking)
+def _source(config: RunConfig, storage: Storage) -> FolderSource:
+    """The source, if the store can lie where it is asked for; nothing is written yet."""
     source = FolderSource(config.source, config.extensions)
     if storage.root == source.uri or storage.root.startswith(source.uri.rstrip("/") + "/"):
         raise ConfigError(
             f"The output {storage.root} lies inside the source {source.uri}: choose a folder "
             "outside of it."
         )
-    _refuse_file(storage)
+    if storage.local and Path(storage.root).exists() and not Path(storage.root).is_dir():
+        raise ConfigError(f"The output {storage.root} is a file: name a folder.")
+    return source
+
+
+def _planned(
+    config: RunConfig,
+    source: FolderSource,
+    storage: Storage,
+    handle: ModelHandle,
+    chunking: Chunking,
+) -> Plan:
+    """The store's plan; if it has none, a new one, frozen before anything is encoded."""
+    document = fingerprint_document(config, handle.spec, chunking)
     plan = load(storage)
     if plan is None:
         listing = source.list()
@@ -188,6 +214,7 @@ def _planned(config: RunConfig, storage: Storage, handle: ModelHandle, chunking:
             ignored=listing.ignored,
             provenance=dict(handle.spec.provenance),
             unit_seconds=config.unit_seconds,
+            extensions=config.extensions,
         )
         _refuse_foreign(storage)
         freeze(plan, storage)
@@ -199,17 +226,15 @@ def _planned(config: RunConfig, storage: Storage, handle: ModelHandle, chunking:
         lines.append(f"format is {plan.format!r} in the store, {config.format!r} now")
     if config.unit_seconds not in (None, plan.unit_seconds):
         lines.append(f"unit_seconds is {plan.unit_seconds} in the store, {config.unit_seconds} now")
+    if "extensions" in config.model_fields_set and config.extensions != plan.extensions:
+        was, now = " ".join(plan.extensions), " ".join(config.extensions)
+        lines.append(f"extensions is {was!r} in the store, {now!r} now")
     if lines:
         raise StoreError(
             f"Store {storage.root} belongs to another run: {'; '.join(lines)}. "
             "Use the same settings to resume it, or another output folder."
         )
     return plan
-
-
-def _refuse_file(storage: Storage) -> None:
-    if storage.local and Path(storage.root).exists() and not Path(storage.root).is_dir():
-        raise ConfigError(f"The output {storage.root} is a file: name a folder.")
 
 
 def _refuse_foreign(storage: Storage) -> None:
@@ -219,6 +244,12 @@ def _refuse_foreign(storage: Storage) -> None:
             raise StoreError(
                 f"{storage.root} holds {folder} but no plan: choose another output folder, or "
                 "restore its plan/ folder."
+            )
+    for path in (DATASET_PATH, INDEX_PATH, ORIGIN_PATH):
+        if storage.exists(path):
+            raise StoreError(
+                f"{storage.root} holds a {path} that no plan belongs to: choose another output "
+                "folder, or remove the file."
             )
     # A run that was killed while it froze its plan leaves one such file.
     leftovers = tuple(f".{path.replace('/', '.')}" for path in (ITEMS_PATH, PLAN_PATH))
@@ -234,11 +265,12 @@ def _refuse_foreign(storage: Storage) -> None:
         )
 
 
-def _trusted(storage: Storage, commits: dict[str, Commit], wanted: str) -> dict[str, Commit]:
+def _trusted(storage: Storage, plan: Plan) -> dict[str, Commit]:
     """The commits whose shards are there in full; the others' units are encoded anew."""
     sizes = storage.list(SHARDS)
+    wanted = fingerprint(plan.fingerprint)
     trusted = {}
-    for name, commit in commits.items():
+    for name, commit in read_commits(storage).items():
         if commit.fingerprint != wanted:
             raise StoreError(
                 f"Commit {name} of {storage.root} has fingerprint {commit.fingerprint}, the plan "
@@ -269,6 +301,7 @@ def _summary(
         info=info,
         failures=tuple((i.key, i.reason or "") for i in entries if i.status == "failed"),
         skipped=tuple((i.key, i.reason or "") for i in entries if i.status == "skipped"),
+        ignored=plan.ignored,
         units=len(plan.units),
         resumed_units=resumed,
         seconds=seconds,

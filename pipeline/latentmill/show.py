@@ -42,6 +42,8 @@ class StoreStatus:
     hours: float
     bytes: int
     failures: tuple[tuple[str, str], ...]
+    skips: tuple[tuple[str, str], ...]
+    ignored: Mapping[str, int]
 
     @classmethod
     def of(cls, store: LatentStore) -> StoreStatus:
@@ -50,7 +52,7 @@ class StoreStatus:
         entries = [item for commit in commits for item in commit.items]
         return cls(
             store=store.url,
-            complete=len(store.commits) == len(store.plan.units),
+            complete=store.complete,
             units=len(store.plan.units),
             committed=len(store.commits),
             items=store.plan.num_items,
@@ -60,6 +62,8 @@ class StoreStatus:
             hours=sum(commit.audio_seconds for commit in commits) / 3600,
             bytes=sum(commit.bytes for commit in commits),
             failures=tuple((i.key, i.reason or "") for i in entries if i.status == "failed"),
+            skips=tuple((i.key, i.reason or "") for i in entries if i.status == "skipped"),
+            ignored=store.plan.ignored,
         )
 
 
@@ -90,24 +94,30 @@ def summary(run: RunSummary) -> str:
         f"{_size(sum(shard.bytes for shard in info.shards))} in {len(info.shards)} shards",
         _listed("failed", run.failures),
         _listed("skipped", run.skipped),
+        _left_alone(run.ignored),
     ]
+    if run.failures:
+        lines.append("  mend them and run again with --retry-failed to encode their units anew")
     if run.resumed_units == run.units:
-        lines.append("every unit was committed already: nothing to encode")
+        lines.append(
+            "every unit was committed already: nothing to encode (the plan is frozen: files that "
+            "came later need another OUT)"
+        )
     else:
         speed = run.encoded_seconds / run.seconds
         lines.append(
             f"this run: {run.units - run.resumed_units} of {run.units} units, "
             f"{run.encoded_seconds / 3600:.3f} h in {run.seconds:.1f} s ({speed:.1f} x real time)"
         )
-        lines.append(_bound(run.stages))
+        lines.append(_bound(run.stages, run.seconds))
     return "\n".join(line for line in lines if line)
 
 
-def _bound(stages: Mapping[str, float]) -> str:
+def _bound(stages: Mapping[str, float], seconds: float) -> str:
     """What the workers spent their time on."""
     model, wait = stages.get("model_seconds", 0.0), stages.get("wait_seconds", 0.0)
-    if model + wait <= 0:
-        return ""
+    if model + wait < 0.25 * seconds:
+        return f"most of it was starting Ray and loading the model; the model worked {model:.1f} s"
     share = model / (model + wait)
     verdict = "bound by the model" if share >= 0.5 else "bound by reading and decoding"
     return f"{verdict}: model {model:.1f} s, waiting for audio {wait:.1f} s"
@@ -125,6 +135,8 @@ def status(value: StoreStatus) -> str:
             f"of {value.items}",
             f"audio     {value.hours:.3f} h, {_size(value.bytes)} of shards",
             _listed("failed", value.failures),
+            _listed("skipped", value.skips),
+            _left_alone(value.ignored),
         )
         if line
     )
@@ -221,6 +233,14 @@ def closest(word: str, words: Iterable[str]) -> str | None:
     """The most similar word among the first 100,000."""
     near = difflib.get_close_matches(word, itertools.islice(words, 100_000), n=1)
     return near[0] if near else None
+
+
+def _left_alone(ignored: Mapping[str, int]) -> str:
+    """The files that are no items, by extension."""
+    if not ignored:
+        return ""
+    listed = ", ".join(f"{count} {extension}" for extension, count in sorted(ignored.items()))
+    return f"  left alone, as their names are not audio's: {listed}"
 
 
 def _listed(title: str, pairs: Sequence[tuple[str, str]]) -> str:

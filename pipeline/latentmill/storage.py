@@ -67,6 +67,8 @@ class Storage:
     """A folder on a local disk or in a bucket (any fsspec URL). Picklable, survives a fork."""
 
     def __init__(self, url: str) -> None:
+        if "::" in url:
+            raise StoreError(f"Store {url} is a chained URL: name a plain folder or bucket.")
         try:
             self._opened, path = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:

@@ -14,12 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentmill.chunks import Chunking
+from latentmill.config import load_config
 from latentmill.decode import decode_latent
-from latentmill.errors import ConfigError, ModelError
+from latentmill.errors import ConfigError, ModelError, SourceError
 from latentmill.models.base import Autoencoder
 from latentmill.models.codec import dac_encoder_context
 from latentmill.models.registry import resolve
 from latentmill.models.transformers_codec import LENGTHS, _move
+from latentmill.run import run
 from support.chunked import encode_chunked
 
 
@@ -82,18 +84,19 @@ def test_quantised_latents_decode_to_what_the_package_decodes(repo: Path) -> Non
 def test_codes_are_the_package_s_and_decode_to_its_audio(repo: Path) -> None:
     theirs = package_model(repo)
     model = load(family(repo), output="codes")
-    x = noise(model, 148 if repo.name == "encodec-48k" else 20)  # one of its chunks
+    x = 50 * noise(model, 148 if repo.name == "encodec-48k" else 20)  # one of its chunks
     z = model.encode(x)
     given, expected = codes_and_audio(theirs, x)
     given = given[0] if theirs.config.model_type == "encodec" else given  # of the only chunk
     rows = given.shape[1]
     assert torch.equal(z[:, :rows], given.float())
-    assert given.unique().numel() > 4
+    assert (given[..., 1:] != given[..., :-1]).float().mean() > 0.2
     assert z.shape[1] == model.spec.latent_channels == rows + (repo.name == "encodec-48k")
     assert model.spec.codebook_size == 16
     expected = expected.reshape(x.shape[0], model.spec.channels, -1)
-    ours = model.decode(z.half().float(), x.shape[-1])[..., : expected.shape[-1]]
-    assert torch.allclose(ours, expected, atol=1e-5 if rows == z.shape[1] else 1e-4)
+    assert torch.equal(z[:, :rows].half().float(), z[:, :rows])
+    ours = model.decode(z, x.shape[-1])[..., : expected.shape[-1]]
+    assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_codes_are_neither_blended_nor_changed(
@@ -119,13 +122,31 @@ def test_codes_are_neither_blended_nor_changed(
             load(family(repo), output="codes", **options)
 
 
+@pytest.mark.parametrize(("size", "exact"), [(2049, True), (2050, False)])
+def test_codes_that_float16_cannot_hold_are_refused(
+    tiny_repos: Path, tmp_path: Path, size: int, exact: bool
+) -> None:
+    copy = Path(shutil.copytree(tiny_repos / "dac-44k", tmp_path / "dac"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "codebook_size": size}))
+    values = np.arange(size, dtype=np.float16).astype(int)
+    assert np.array_equal(values, np.arange(size)) == exact
+    settings = {"source": str(tmp_path / "none"), "out": str(tmp_path / "out"), "device": "cpu"}
+    settings |= {"model": f"dac:{copy}", "model_options": {"output": "codes"}}  # type: ignore[dict-item]
+    refusal = SourceError if exact else ConfigError  # the source is looked for after that
+    with pytest.raises(refusal, match="none" if exact else r"codes up to 2049.*use dtype float32"):
+        run(load_config(None, settings))
+    with pytest.raises(SourceError):
+        run(load_config(None, {**settings, "dtype": "float32"}))
+
+
 def test_long_items_of_codes_come_back(repo: Path) -> None:
     """Cut into chunks, stitched, and decoded window by window."""
     model = load(family(repo), output="codes")
     spec = model.spec
     frames = 150 if repo.name == "encodec-48k" else 2 * spec.overlap_frames + 3
     chunking = Chunking.for_model(spec, samples=spec.samples(frames), overlap=None)
-    x = noise(model, 2 * frames + 7, batch=1)[0]
+    x = 50 * noise(model, 2 * frames + 7, batch=1)[0]
     z = encode_chunked(model, x, chunking)
     audio = decode_latent(model, z.numpy(), x.shape[1], chunking)
     assert np.isfinite(audio).all()

@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 
 from latentmill.errors import ModelError
 from latentmill.models.linear_cae import LinearCae, LinearCaeHandle, frame_noise
+from latentmill.models.linear_cae_lean import exact_attention
+from latentmill.models.precision import numeric_mode
 from latentmill.models.registry import resolve
 from support.hub import serve
 from support.linear_cae_weights import FRONTEND, random_state, use_cache, write_folder
@@ -82,12 +84,25 @@ def test_the_package_fails_obscurely_below_its_shortest_length(
 
 def test_encode_is_the_package_s(model: LinearCae, package_model: Any) -> None:
     x = noise(3)
-    with torch.inference_mode():
-        expected = package_model.encode(x[:, 0], max_batch_size=3)
-        alone = package_model.encode(x[:1, 0])
+    expected = package_model.encode(x[:, 0], max_batch_size=3)  # as its README calls it
+    alone = package_model.encode(x[:1, 0])
     assert torch.equal(model.encode(x), expected)
     assert torch.equal(model.encode(x[:1]), alone)
     assert expected.std() > 1  # scaled, not squashed
+
+
+def test_the_lean_encoder_is_the_package_s_in_every_numeric_mode(
+    model: LinearCae, package_model: Any
+) -> None:
+    x = noise(2, 30_720)
+    for precision, tolerance in (("float32", 0.0), ("bf16", 1e-6)):
+        with torch.inference_mode(), exact_attention():
+            spectrum = package_model.frontend.to_representation(x[:, 0])
+            with numeric_mode(precision, "cpu"):  # type: ignore[arg-type]
+                expected = package_model.generator.encoder(spectrum).float() * 33.0
+                ours = model.encode(x)
+        assert (ours - expected).abs().max() <= tolerance * expected.abs().max()
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_encode_does_not_grow_the_state_dict(model: LinearCae) -> None:

@@ -14,6 +14,7 @@ from latentmill.chunks import Chunking
 from latentmill.decode import decode_latent
 from latentmill.errors import ConfigError
 from latentmill.models.linear_cae import LinearCae
+from latentmill.models.linear_cae_lean import exact_attention
 from latentmill.models.registry import resolve
 from support.chunked import encode_chunked
 
@@ -57,7 +58,7 @@ def test_chunks_and_audio_are_the_package_s(
     chunking = chunking_of(model, overlap)
     x = noise(samples)
     ours = encode_chunked(model, x, chunking)  # [N, D, Z]
-    with torch.inference_mode():
+    with torch.inference_mode(), exact_attention():
         expected = theirs.encode(x)  # [1, N, D, Z], or [1, D, Z] of a single chunk
     expected = expected if expected.ndim == 4 else expected[:, None]
     assert ours.shape == expected.shape[1:]
@@ -69,7 +70,7 @@ def test_chunks_and_audio_are_the_package_s(
     monkeypatch.setattr(torch, "randn", lambda *_, **__: drawn)
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)  # drawn, but not used, at the end
     given = expected if len(ours) > 1 else expected[:, 0]
-    with torch.inference_mode():
+    with torch.inference_mode(), exact_attention():
         wanted = theirs.decode(given.clone(), full_length=samples)[0].numpy()
     decoded = decode_latent(model, ours.numpy(), samples, chunking, seed=5)[0]
     assert decoded.shape == (samples,)
@@ -84,8 +85,10 @@ def test_an_item_of_less_than_a_chunk_is_the_package_s(
 ) -> None:
     x = noise(samples)
     ours = encode_chunked(model, x, chunking_of(model, 0.25))
-    with torch.inference_mode():
-        assert torch.equal(ours, theirs.encode(x))
+    with torch.inference_mode(), exact_attention():
+        # Not to the bit: for one or two STFT frames PyTorch may choose another convolution, by the
+        # strides that a tensor of size 1 happens to have.
+        assert (ours - theirs.encode(x)).abs().max() < 1e-5 * ours.abs().max()
 
 
 def test_the_end_of_such_an_item_is_kept_where_the_package_drops_it(
@@ -96,7 +99,7 @@ def test_the_end_of_such_an_item_is_kept_where_the_package_drops_it(
     x = noise(samples)
     chunking = chunking_of(model, 0.25)
     ours = encode_chunked(model, x, chunking)
-    with torch.inference_mode():
+    with torch.inference_mode(), exact_attention():
         assert torch.equal(ours, theirs.encode(torch.nn.functional.pad(x, (0, 1))))
         assert theirs.decode(theirs.encode(x), full_length=samples).shape[-1] == samples - 511
     assert decode_latent(model, ours.numpy(), samples, chunking).shape == (1, samples)
@@ -109,8 +112,19 @@ def test_a_chunk_that_drifts_in_the_package_is_refused_here(
     monkeypatch.setattr(theirs, "max_chunk_size", 47_103)
     samples = 47_103 + 2 * (47_103 - int(47_103 * 0.25))
     x = noise(samples)
-    with torch.inference_mode():
+    with torch.inference_mode(), exact_attention():
         decoded = theirs.decode(theirs.encode(x), full_length=samples)
     assert decoded.shape[-1] == samples - 511 - 2 * 384
     with pytest.raises(ConfigError, match="47104"):
         Chunking.for_model(model.spec, stitch="none", samples=47_103)
+
+
+@pytest.mark.parametrize("fewer", [1, 11_250 + 9, 11_250 + 3_750, 2 * 11_250 + 1_000])
+def test_a_shorter_decode_is_the_beginning_of_the_whole(model: LinearCae, fewer: int) -> None:
+    """Also where it ends within an overlap: the fade keeps its length."""
+    samples, chunking = 3 * CHUNK, chunking_of(model, 0.25)
+    latent = encode_chunked(model, noise(samples), chunking).numpy()
+    whole = decode_latent(model, latent, samples, chunking, seed=1)
+    part = decode_latent(model, latent, fewer, chunking, seed=1)
+    assert part.shape == (1, fewer)
+    assert np.abs(part - whole[:, :fewer]).max() < 1e-5 * np.abs(whole).max()

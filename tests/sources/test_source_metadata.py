@@ -21,17 +21,37 @@ def item(folder: Path, **sidecars: bytes) -> Item:
     return Item("s", str(folder / "s.wav"), 0, "", tuple(paths))
 
 
-def test_sidecars_are_merged_in_their_order(tmp_path: Path) -> None:
+def test_sidecars_are_merged(tmp_path: Path) -> None:
     first = '\ufeff{"title": "Größe", "n": 1, "nested": {"a": [null, true, 1.5]}}'.encode()
-    found = read_metadata(item(tmp_path, json=first, txt=b" two\nlines \n", JSON=b'{"n": 2}'))
+    found = read_metadata(
+        item(tmp_path, json=first, txt=b" two\nlines \n", JSON=b'{"n": 1, "m": 2}')
+    )
     assert found == {
         "title": "Größe",
-        "n": 2,
+        "n": 1,
+        "m": 2,
         "nested": {"a": [None, True, 1.5]},
         "text": "two\nlines",
     }
     assert read_metadata(item(tmp_path)) == {}
     assert read_metadata(item(tmp_path, json=b"[1, 2]")) == {"json": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("sidecars", "says"),
+    [
+        ({"json": b'{"text": "one"}', "txt": b"two"}, "s0.json and s1.txt both give text"),
+        ({"txt": b"two", "json": b'{"text": null}'}, "s0.txt and s1.json both give text"),
+        ({"json": b'{"n": 1}', "JSON": b'{"m": 1, "n": 2}'}, "s0.json and s1.JSON both give n"),
+        ({"json": b"[1]", "JSON": b"[2]"}, "s0.json and s1.JSON both give json"),
+    ],
+)
+def test_sidecars_that_contradict_each_other_fail_the_item(
+    tmp_path: Path, sidecars: dict[str, bytes], says: str
+) -> None:
+    with pytest.raises(ItemError) as caught:
+        read_metadata(item(tmp_path, **sidecars))
+    assert str(caught.value) == f"sidecars {says}: remove one"
 
 
 BAD = {

@@ -137,6 +137,13 @@ def test_unsealed_equals_sealed(spoilable: Path) -> None:
         assert unsealed.entry(key) == sealed.entry(key)
 
 
+@pytest.mark.parametrize("missing", [DATASET_PATH, INDEX_PATH, "origin.npy", "commits/000001.json"])
+def test_a_store_is_complete_when_all_its_parts_are_there(spoilable: Path, missing: str) -> None:
+    assert LatentStore(str(spoilable)).complete
+    (spoilable / missing).unlink()
+    assert not LatentStore(str(spoilable)).complete
+
+
 def test_an_unfinished_store_shows_what_is_committed(spoilable: Path) -> None:
     (spoilable / DATASET_PATH).unlink()
     first, *others = sorted((spoilable / "commits").iterdir())

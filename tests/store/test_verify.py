@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
-from store_files import KEYS
+from store_files import KEYS, write_store
 
 from latentmill.errors import ItemError, StorageError
 from latentmill.record import Record
@@ -61,6 +61,14 @@ def move_a_record(folder: Path) -> None:
     change(commit(folder), lambda d: d["items"][0].update(offset=d["items"][0]["offset"] + 1))
 
 
+def write_origin_of(folder: Path, origin: np.ndarray) -> None:
+    np.save(folder / "origin.npy", origin)
+
+
+def nudge_statistics(folder: Path, factor: float) -> None:
+    change(folder / "dataset.json", lambda d: d["mean"].__setitem__(0, d["mean"][0] * factor))
+
+
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped byte": (flip_a_byte, "does not match the hash in its commit: restore the shard"),
     "shard cut short": (cut_short, "bytes, not the "),
@@ -90,7 +98,50 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "moved record": (move_a_record, "the latent does not match its hash"),
     "dataset.json": (
         lambda f: change(f / "dataset.json", lambda d: d.update(encoded=3)),
-        "dataset.json and the commits disagree on encoded: delete dataset.json",
+        "dataset.json is not what the plan and the commits say (encoded): delete dataset.json",
+    ),
+    "other dataset.json": (
+        lambda f: change(
+            f / "dataset.json",
+            lambda d: d.update(hours=1.0, source="elsewhere", model={}, dtype="float32"),
+        ),
+        "the plan and the commits say (dtype, hours, model, source): delete dataset.json",
+    ),
+    "other statistics": (
+        lambda f: nudge_statistics(f, 1 + 1e-8),
+        "dataset.json is not what the plan and the commits say (mean): delete dataset.json",
+    ),
+    "fewer statistics": (
+        lambda f: change(f / "dataset.json", lambda d: d["std"].pop()),
+        "dataset.json is not what the plan and the commits say (std): delete dataset.json",
+    ),
+    "not sealed": (
+        lambda f: (f / "dataset.json").unlink(),
+        "all units are committed, but dataset.json is missing: run the same encode command again",
+    ),
+    "missing origin": (
+        lambda f: (f / "origin.npy").unlink(),
+        "origin.npy is missing or damaged: delete it and any one shard, and run the same",
+    ),
+    "damaged origin": (
+        lambda f: (f / "origin.npy").write_bytes((f / "origin.npy").read_bytes()[:-1]),
+        "origin.npy is missing or damaged",
+    ),
+    "origin of other channels": (
+        lambda f: write_origin_of(f, np.load(f / "origin.npy")[1:]),
+        "origin.npy does not hold 64 x ",
+    ),
+    "origin of other frames": (
+        lambda f: write_origin_of(f, np.load(f / "origin.npy")[:, 1:]),
+        "origin.npy does not hold 64 x ",
+    ),
+    "origin of NaN": (
+        lambda f: write_origin_of(f, np.load(f / "origin.npy") * np.float32(np.nan)),
+        "origin.npy does not hold 64 x ",
+    ),
+    "origin of text": (
+        lambda f: write_origin_of(f, np.load(f / "origin.npy").astype(str)),
+        "origin.npy does not hold 64 x ",
     ),
     "missing index": (lambda f: (f / "index.arrow").unlink(), "index.arrow is missing or damaged"),
 }
@@ -121,6 +172,24 @@ def test_each_fault_is_one_line(
     assert not any("\n" in fault for fault in found)
 
 
+def test_what_a_whole_store_may_differ_in(spoilable: Path) -> None:
+    """Sealed by another version or machine, its seams measured."""
+    seams = {"items": 1, "median": 0.1, "largest": 0.2}
+    change(spoilable / "dataset.json", lambda d: d.update(latentmill_version="0", seams=seams))
+    nudge_statistics(spoilable, 1 + 1e-12)
+    assert faults(spoilable) == []
+
+
+@pytest.mark.parametrize("stitch", ["trim", "crossfade", "none"])
+def test_the_origin_of_every_stitch_is_known(corpus: Path, tmp_path: Path, stitch: str) -> None:
+    options = {"stitch": stitch, "chunk_seconds": 0.5, "unit_seconds": 60}
+    store = write_store(str(tmp_path / "store"), corpus, **options)
+    assert verify(store).faults == []
+    write_origin_of(tmp_path / "store", store.origin.frames[1:])
+    (fault,) = verify(store).faults
+    assert fault.startswith("origin.npy does not hold 64 x ")
+
+
 def test_missing_commits(spoilable: Path) -> None:
     """The unit's shard is then a stray."""
     (spoilable / "dataset.json").unlink()
@@ -142,7 +211,8 @@ def test_an_index_that_is_not_of_these_commits(spoilable: Path, stores: dict[str
 def test_an_unsealed_store_is_verified_too(spoilable: Path) -> None:
     (spoilable / "dataset.json").unlink()
     (spoilable / "index.arrow").unlink()
-    assert faults(spoilable) == []
+    (fault,) = faults(spoilable)
+    assert "dataset.json is missing" in fault
     commit(spoilable).write_text("{")
     (fault,) = faults(spoilable)
     assert "000001.json is damaged" in fault

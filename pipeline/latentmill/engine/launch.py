@@ -43,7 +43,7 @@ def encode_units(
         resources = _resources(config, cluster, on_gpu=device == "cuda")
         job = make_job(config, handle, chunking, plan, device=device, threads=resources.threads)
         write = partial(write_origin, storage)
-        has_origin = storage.exists(ORIGIN_PATH)
+        has_origin = len(todo) < len(plan.units) and storage.exists(ORIGIN_PATH)
         scheduler = Scheduler(job, resources.shape, resources.workers, progress)
         scheduler.run(todo, (lambda _: None) if has_origin else write)
 
@@ -68,6 +68,7 @@ def make_job(
             or handle.spec.batch_size["cuda" if device == "cuda" else "cpu"],
             decode_threads=config.decode_threads,
             allow_truncated=config.allow_truncated,
+            allow_changed=config.retry_failed,  # a file that was mended is another file
             min_seconds=config.min_seconds,
             max_seconds=config.max_seconds,
         ),

@@ -105,6 +105,7 @@ class LineProgress(_Counting):
     def begin(self, plan: Plan, commits: Mapping[str, Commit]) -> None:
         super().begin(plan, commits)
         self._next = self._began + LINE_SECONDS
+        self._say(f"{self._items} items; starting the workers")
 
     def unit_lost(self, unit: Unit, attempt: int, reason: str) -> None:
         self._say(f"unit {unit.name} was lost on attempt {attempt}: {reason}")

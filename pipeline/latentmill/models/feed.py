@@ -71,7 +71,7 @@ class CudaTransport:
 
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
-        self._copies = torch.cuda.Stream(self._device)
+        self._copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     def send(self, audio: Array) -> Tensor:
         """Copy on the stream of copies; the computation waits for it, this thread does not."""
@@ -87,7 +87,7 @@ class CudaTransport:
         """Copy behind the computation; the event marks the end of the copy."""
         here = torch.empty(latents.shape, dtype=torch.float32, pin_memory=True)
         here.copy_(latents, non_blocking=True)
-        done = torch.cuda.Event()
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record(torch.cuda.current_stream(self._device))
         return here, done
 

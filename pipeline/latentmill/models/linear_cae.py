@@ -35,6 +35,7 @@ from latentmill.models.linear_cae_files import (
     import_linear_cae,
     read_arguments,
 )
+from latentmill.models.linear_cae_lean import exact_attention, make_lean
 from latentmill.models.weights import (
     LOAD_ERRORS,
     ModelFiles,
@@ -83,6 +84,7 @@ class LinearCaeHandle:
         except LOAD_ERRORS as error:
             raise does_not_load(name, files.paths["weights"], error) from error
         model = model.eval().requires_grad_(False).to(chosen)
+        make_lean(model.generator.encoder)
         return LinearCae(self.spec, model, chosen, self.diffusion_steps)
 
 
@@ -118,7 +120,8 @@ class LinearCae:
         wave = audio[:, 0].to(self._device)  # [B, T]
         with torch.autocast(self._device.type, enabled=False):
             spectrum = self._frontend.to_representation(wave)  # [B, 2, bins, STFT frames]
-        latents: Tensor = self._generator.encoder(spectrum)
+        with exact_attention():
+            latents: Tensor = self._generator.encoder(spectrum)
         return latents.float() * self._spec.scale_factor
 
     @torch.inference_mode()

@@ -33,6 +33,8 @@ class FolderSource:
 
     def __init__(self, uri: str, extensions: Collection[str]) -> None:
         self._extensions = frozenset("." + e.lower().lstrip(".") for e in extensions)
+        if "::" in uri:
+            raise SourceError(f"Source {uri} is a chained URL: name a plain folder or bucket.")
         try:
             self._fs, self._root = fsspec.core.url_to_fs(uri)
         except (ValueError, ImportError) as error:

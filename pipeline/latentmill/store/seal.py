@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from latentmill.config import fingerprint
+from latentmill.errors import StorageError
 from latentmill.plan import Plan
 from latentmill.storage import Storage
 from latentmill.store.index import Index
@@ -86,3 +87,19 @@ def write_origin(storage: Storage, origin: npt.NDArray[np.float32]) -> None:
     buffer = io.BytesIO()
     np.save(buffer, origin, allow_pickle=False)
     storage.write(ORIGIN_PATH, buffer.getvalue())
+
+
+def read_origin(storage: Storage) -> npt.NDArray[np.float32]:
+    """E(0) of one chunk, `[D, Z]`.
+
+    Raises:
+        StorageError: It is missing or damaged.
+    """
+    data = storage.read(ORIGIN_PATH)
+    try:
+        origin: npt.NDArray[np.float32] = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise StorageError(
+            f"{storage.root}/{ORIGIN_PATH} is damaged: restore it from a copy of the store."
+        ) from error
+    return origin

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from latentmill.ops import Origin
 from latentmill.plan import PLAN_PATH, Plan, load
 from latentmill.record import Latent, Record, latent_from_bytes
 from latentmill.storage import Storage
-from latentmill.store.commit import read_commits
+from latentmill.store.commit import committed_units, read_commits
 from latentmill.store.index import Index, IndexEntry
 from latentmill.store.schema import (
     DATASET_PATH,
@@ -37,7 +36,7 @@ from latentmill.store.schema import (
     parse_document,
     record_from_fields,
 )
-from latentmill.store.seal import dataset_info
+from latentmill.store.seal import dataset_info, read_origin
 
 _FIELD_COLUMNS = [name for name in RECORD_SCHEMA.names if name != "latent"]
 _CACHED_SHARDS = 8
@@ -102,6 +101,19 @@ class LatentStore:
         return read_commits(self._storage)
 
     @property
+    def complete(self) -> bool:
+        """Whether every unit is committed and all that a finished run leaves is there.
+
+        Looks at names only: whether the files are whole, `verify` says.
+        """
+        committed = set(committed_units(self._storage))
+        return (
+            self.sealed
+            and all(unit.name in committed for unit in self.plan.units)
+            and all(self._storage.exists(path) for path in (INDEX_PATH, ORIGIN_PATH))
+        )
+
+    @property
     def info(self) -> DatasetInfo:
         """What dataset.json says; of an unsealed store, what it would say now."""
         if self._info is None:
@@ -116,13 +128,7 @@ class LatentStore:
     @cached_property
     def origin(self) -> Origin:
         """The latent of silence, which latent arithmetic needs."""
-        data = self._storage.read(ORIGIN_PATH)
-        try:
-            return Origin(np.load(io.BytesIO(data), allow_pickle=False), self.chunking)
-        except (ValueError, EOFError) as error:
-            raise StorageError(
-                f"{self.url}/{ORIGIN_PATH} is damaged: restore it from a copy of the store."
-            ) from error
+        return Origin(read_origin(self._storage), self.chunking)
 
     @property
     def mean(self) -> npt.NDArray[np.float64]:
@@ -276,7 +282,12 @@ class _ShardFields:
     def __init__(self, storage: Storage, path: str) -> None:
         with storage.open(path) as file:
             self._table = pq.read_table(
-                file, columns=_FIELD_COLUMNS, page_checksum_verification=True
+                file,
+                columns=_FIELD_COLUMNS,
+                page_checksum_verification=True,
+                # Arrow's threads may abort a process that ends soon after they began.
+                use_threads=False,
+                pre_buffer=False,
             )
 
     def row(self, row: int) -> dict[str, Any]:

@@ -23,12 +23,14 @@ from latentmill.store.schema import (
     COMMITS,
     DATASET_PATH,
     INDEX_PATH,
+    ORIGIN_PATH,
     SHARDS,
     Commit,
+    DatasetInfo,
     commit_path,
     shard_path,
 )
-from latentmill.store.seal import dataset_info
+from latentmill.store.seal import dataset_info, read_origin
 from latentmill.store.store import LatentStore
 
 
@@ -104,7 +106,9 @@ class _Verification:
             if unit.name in committed:
                 report.faults += self._unit_faults(unit, report)
         report.faults += self._strays()
-        if not report.faults and self._store.sealed:
+        if not missing:
+            report.faults += self._origin_faults()
+        if not report.faults:
             report.faults += self._seal_faults()
         if decode and not report.faults:
             step = max(1, len(self._store) // decode)
@@ -168,13 +172,38 @@ class _Verification:
             if f"{COMMITS}/{name}" not in units:
                 yield f"{COMMITS}/{name} is the commit of no unit of the plan; delete it"
 
+    def _origin_faults(self) -> Iterator[str]:
+        """Whether there is an origin of one chunk's shape, `[D, Z]`."""
+        model, chunking = self._plan.fingerprint["model"], self._plan.fingerprint["chunking"]
+        cure = "delete it and any one shard, and run the same encode command again"
+        try:
+            origin = read_origin(self._storage)
+        except StorageError:
+            yield f"{ORIGIN_PATH} is missing or damaged: {cure}"
+            return
+        channels = model["latent_channels"]
+        frames = chunking["step"] // model["hop"] + chunking["overlap"]
+        if chunking["stitch"] == "none":  # its chunks share samples, not frames
+            frames = origin.shape[-1] if origin.ndim else 1
+        fits = origin.shape == (channels, frames) and origin.dtype == np.float32
+        if not fits or not np.isfinite(origin).all():
+            yield f"{ORIGIN_PATH} does not hold {channels} x {frames} finite numbers: {cure}"
+
     def _seal_faults(self) -> Iterator[str]:
-        """Whether dataset.json and the index say what the commits say."""
+        """Whether dataset.json and the index say what the plan and the commits say."""
         store, cure = self._store, f"delete {DATASET_PATH} and run again to seal the store"
+        if not store.sealed:
+            yield (
+                f"all units are committed, but {DATASET_PATH} is missing: run the same encode "
+                "command again to seal it"
+            )
+            return
         expected = dataset_info(self._plan, iter_commits(self._storage))
-        for name in ("fingerprint", "items", "encoded", "skipped", "failed", "frames", "shards"):
-            if getattr(expected, name) != getattr(store.info, name):
-                yield f"{DATASET_PATH} and the commits disagree on {name}: {cure}"
+        if names := _differences(expected, store.info):
+            yield (
+                f"{DATASET_PATH} is not what the plan and the commits say ({', '.join(names)}): "
+                f"{cure}"
+            )
         try:
             if len(store) != expected.encoded:
                 yield f"{INDEX_PATH} holds {len(store)} of {expected.encoded} records: {cure}"
@@ -187,6 +216,19 @@ class _Verification:
                 if entry.key not in store or store.entry(entry.key) != entry:
                     yield f"{INDEX_PATH} does not place {entry.key} where its commit does: {cure}"
                     return
+
+
+def _differences(expected: DatasetInfo, found: DatasetInfo) -> list[str]:
+    """The fields that differ, but for those that the plan and the commits do not settle."""
+    names = DatasetInfo.model_fields.keys() - {"latentmill_version", "seams"}
+    return [name for name in sorted(names) if not _same(expected, found, name)]
+
+
+def _same(expected: DatasetInfo, found: DatasetInfo, name: str) -> bool:
+    left, right = getattr(expected, name), getattr(found, name)
+    if name in ("mean", "std", "hours"):  # summed by another machine, perhaps
+        return np.shape(left) == np.shape(right) and np.allclose(left, right, rtol=1e-9, atol=0)
+    return bool(left == right)
 
 
 def _decode(store: LatentStore, key: str, report: Report) -> None:

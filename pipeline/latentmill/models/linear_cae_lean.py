@@ -1,0 +1,59 @@
+"""The encoder of linear-cae with less memory traffic, to the same bits as its README loop.
+
+A chunk of 10 s is 226 MB in the first layers of the encoder, and touching fresh memory is a good
+part of its time on a CPU: what the package's blocks copy and allocate for training is
+done in place here. Activations and sums are the same operations on the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+
+def make_lean(encoder: Any) -> None:
+    """Let an encoder's residual blocks work in place; others than the published ones stay."""
+    from linear_cae.components.blocks import ResBlock
+
+    for block in encoder.modules():
+        if isinstance(block, ResBlock) and _is_plain(block):
+            block.forward = partial(_block, block)
+
+
+def _is_plain(block: Any) -> bool:
+    other = block.leaky or block.normalize_residual or block.downsample or block.upsample
+    return bool(block.normalize) and not other
+
+
+def _block(block: Any, x: Tensor) -> Tensor:
+    """`ResBlock.forward` in evaluation, without its copies."""
+    y: Tensor = block.conv1(F.silu(block.norm1(x), inplace=True))
+    y = block.conv2(F.silu(block.norm2(y), inplace=True))
+    residual = block.res_conv(x)
+    # Under autocast the sum is float32, as in the package: do not round it to half precision.
+    y = y.add_(residual) if y.dtype == residual.dtype else y + residual
+    if block.attention:
+        y = block.att(y)
+    return y
+
+
+@contextmanager
+def exact_attention() -> Iterator[None]:
+    """Run `nn.MultiheadAttention` as in training.
+
+    Its fast path, which it takes in evaluation, projects the inputs by one matrix product for each
+    STFT frame, so that small ones wait for each other, and to other bits than the package's
+    README loop.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -1,0 +1,63 @@
+"""The benchmarks of models and GPUs run on a CPU with tiny models; their figures mean nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile as sf
+import torch
+
+from support.recordings import noise
+
+ROOT = Path(__file__).parent.parent
+
+
+def benchmark(name: str, folder: Path, *arguments: str) -> dict[str, Any]:
+    """Run a script on two seconds of noise; gives its JSON."""
+    (folder / "audio").mkdir()
+    sf.write(folder / "audio" / "noise.wav", noise(2.5, 44100), 44100)
+    options = ["--device", "cpu", "--size", "tiny", "--rounds", "1"]
+    options += ["--audio", str(folder / "audio"), "--results", str(folder)]
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *options, *arguments]
+    subprocess.run(command, check=True, capture_output=True, timeout=280)
+    result: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    return result
+
+
+@pytest.mark.slow
+def test_models(tmp_path: Path) -> None:
+    pytest.importorskip("linear_cae")
+    result = benchmark("models", tmp_path, "--models", "mdct", "lin-cae", "--seconds", "2")
+    assert result["lin-cae"]["latents_differ_from_package"] < 1e-5
+    assert result["lin-cae"]["float32"]["deviation_from_float32"] == 0
+    assert 0 < result["lin-cae"]["bf16"]["deviation_from_float32"] < 0.2
+    assert result["lin-cae"]["gflop_per_audio_second"] > 0.1
+    assert result["mdct"]["float32"]["x_real_time"] > 0
+    assert "over_package" not in result["mdct"]
+
+
+@pytest.mark.slow
+def test_models_of_all_families(tmp_path: Path) -> None:
+    result = benchmark("models", tmp_path, "--models", "oobleck", "dac", "encodec", "mimi")
+    assert all(result[name]["float32"]["over_package"] > 0 for name in ("oobleck", "mimi"))
+
+
+@pytest.mark.slow
+def test_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("linear_cae")
+    result = benchmark("gpu", tmp_path, "--minutes", "0.03", "--decode-threads", "1")
+    assert result["float32"]["model"]["x_real_time"] > 0
+    assert result["float32"]["end_to_end"]["files"] == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_there_is_one_sentence() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("There is no GPU here")
+    assert done.stdout.count("\n") == 1
