@@ -63,6 +63,7 @@ PLACE_AND_SPEED: dict[str, Any] = {
     "decode_threads": 4,
     "batch_size": 5,
     "address": "ray://host:10001",
+    "retry_failed": True,
 }
 
 

@@ -47,9 +47,8 @@ def _block(block: Any, x: Tensor) -> Tensor:
 def exact_attention() -> Iterator[None]:
     """Run `nn.MultiheadAttention` as in training.
 
-    Its fast path, which it takes in evaluation, projects the inputs by one matrix product for each
-    STFT frame, so that small ones wait for each other, and to other bits than the package's
-    README loop.
+    Its fast path, which it takes in evaluation, projects the inputs by one small matrix product
+    for each STFT frame, and gives other bits than the package's README loop.
     """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
