@@ -16,6 +16,7 @@ from latentmill.chunks import Chunking
 from latentmill.config import load_config
 from latentmill.models import registry
 from latentmill.run import _planned
+from latentmill.sources.folder import FolderSource
 from latentmill.storage import Storage
 from support import runs
 
@@ -105,7 +106,9 @@ def frozen(songs: Path, store: Path) -> Path:
     """A store with a plan and no commits."""
     config = load_config(None, {"source": str(songs), "out": str(store)})
     handle = registry.resolve(config.model)
-    _planned(config, Storage(config.out), handle, Chunking.for_model(handle.spec))
+    storage = Storage(config.out)
+    listing = FolderSource(config.source, config.extensions).list()
+    _planned(config, listing, storage, handle, Chunking.for_model(handle.spec))
     return store
 
 
@@ -208,7 +211,8 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
     assert "No space left on device" in sentence
     kept = runs.commits(store)
     assert 0 < len(kept) < 8
-    assert {path.stem for path in store.glob("shards/*")} == {
+    # A shard may be there whose commit found no more room: it does not count.
+    assert {path.stem for path in store.glob("shards/*")} >= {
         name.removesuffix(".json") for name in kept
     }
     assert not (store / "tmp").exists()

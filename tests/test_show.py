@@ -51,6 +51,7 @@ def run(**changes: Any) -> RunSummary:
         "info": info(),
         "failures": tuple((f"song {i}", "the file is cut short") for i in range(25)),
         "skipped": (("short", "min_seconds: 0.2 s"),),
+        "ignored": {".jpg": 3, ".ape": 12},
         "units": 4,
         "resumed_units": 1,
         "seconds": 18.0,
@@ -75,15 +76,26 @@ def test_the_summary_accounts_for_every_item() -> None:
 
 
 def test_the_summary_of_a_run_with_nothing_to_do() -> None:
-    text = show.summary(run(failures=(), skipped=(), resumed_units=4, stages={}))
-    assert text.splitlines()[1:] == ["every unit was committed already: nothing to encode"]
+    text = show.summary(run(failures=(), skipped=(), ignored={}, resumed_units=4, stages={}))
+    assert text.splitlines()[1:] == [
+        "every unit was committed already: nothing to encode (the plan is frozen: files that came "
+        "later need another OUT)"
+    ]
+
+
+def test_the_summary_names_the_files_that_are_no_items_and_the_cure_of_failures() -> None:
+    lines = show.summary(run()).splitlines()
+    assert "  left alone, as their names are not audio's: 12 .ape, 3 .jpg" in lines
+    assert any("--retry-failed" in line for line in lines)
+    assert "--retry-failed" not in show.summary(run(failures=()))
 
 
 @pytest.mark.parametrize(
     ("stages", "verdict"),
     [
-        ({"model_seconds": 1.0, "wait_seconds": 3.0}, "bound by reading and decoding"),
-        ({"model_seconds": 3.0, "wait_seconds": 1.0}, "bound by the model"),
+        ({"model_seconds": 2.0, "wait_seconds": 6.0}, "bound by reading and decoding"),
+        ({"model_seconds": 6.0, "wait_seconds": 2.0}, "bound by the model"),
+        ({"model_seconds": 2.0, "wait_seconds": 1.0}, "most of it was starting Ray"),
     ],
 )
 def test_what_a_run_was_bound_by(stages: dict[str, float], verdict: str) -> None:

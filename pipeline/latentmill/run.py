@@ -19,6 +19,7 @@ from latentmill.models import registry
 from latentmill.models.base import ModelHandle
 from latentmill.models.precision import pick_precision
 from latentmill.plan import ITEMS_PATH, PLAN_PATH, Plan, Unit, cut_units, freeze, load
+from latentmill.sources.base import Listing
 from latentmill.sources.folder import FolderSource
 from latentmill.storage import Storage
 from latentmill.store.commit import read_commits
@@ -105,8 +106,10 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunSummary:
     _refuse_inexact_codes(config, handle.spec.codebook_size)
     storage = Storage(config.out)
     source = _source(config, storage)
+    # A new store's source is listed before anything is made for the store.
+    listing = source.list() if load(storage) is None else None
     with only_run(storage):
-        plan = _planned(config, source, storage, handle, chunking)
+        plan = _planned(config, listing, storage, handle, chunking)
         commits = _trusted(storage, plan)
         if config.retry_failed:  # what is committed stays until it is replaced
             commits = {name: one for name, one in commits.items() if not one.count("failed")}
@@ -193,16 +196,17 @@ def _source(config: RunConfig, storage: Storage) -> FolderSource:
 
 def _planned(
     config: RunConfig,
-    source: FolderSource,
+    listing: Listing | None,
     storage: Storage,
     handle: ModelHandle,
     chunking: Chunking,
 ) -> Plan:
     """The store's plan; if it has none, a new one, frozen before anything is encoded."""
     document = fingerprint_document(config, handle.spec, chunking)
+    source = FolderSource(config.source, config.extensions)
     plan = load(storage)
     if plan is None:
-        listing = source.list()
+        listing = listing or source.list()
         plan = Plan(
             source=source.uri,
             units=cut_units(listing.items, config.unit_seconds),

@@ -49,7 +49,7 @@ def test_the_folder_source_finds_exactly_the_items_that_the_summary_names(corpus
     for song in corpus.songs:
         named += [*song.stem_keys, *([song.mix_key] if song.mix_key else [])]
     assert [item.key for item in listing.items] == sorted(named)
-    assert listing.ignored == {".md": 1}
+    assert listing.ignored == {".json": 1, ".md": 1}
     assert corpus.audio_files == len(named)
     assert corpus.size == sum(item.size for item in listing.items) < 15e6
 

@@ -49,7 +49,9 @@ def test_an_embedded_ray_is_started_and_stopped_and_says_nothing(tmp_path: Path)
     assert [name for name in left if "Agent" not in name] == []
     assert runs.outcome(runs.Result(0, out, err))["exit_code"] == 0
     assert len(out.splitlines()) == 1
-    assert all("items, " in line and "x real time" in line for line in err.splitlines()), err
+    first, *others = err.splitlines()
+    assert first == "2 items; starting the workers"
+    assert all("items, " in line and "x real time" in line for line in others), err
     runs.assert_whole(tmp_path / "store")
 
 

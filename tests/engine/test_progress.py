@@ -122,7 +122,9 @@ def test_lines_come_every_ten_seconds_and_at_once_for_a_lost_unit() -> None:
     for _ in range(300):
         clock.now += 0.1
         progress.tick(1.0)
-    assert len(stream.getvalue().splitlines()) == 30 // LINE_SECONDS
+    first, *others = stream.getvalue().splitlines()
+    assert first == "20 items; starting the workers"
+    assert len(others) == 30 // LINE_SECONDS
     progress.unit_lost(plan().units[1], 2, "killed")
     assert last(stream) == "unit 000001 was lost on attempt 2: killed"
 

@@ -80,6 +80,7 @@ def test_a_stopped_worker_leaves_nothing_of_its_units(tmp_path: Path) -> None:
         batch_size=1,
     )
     stopped = threading.Event()
+    before = threading.active_count()
     worker = Worker(job, stopped)
     with ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(worker.encode, unit) for unit in plan.units]
@@ -90,7 +91,7 @@ def test_a_stopped_worker_leaves_nothing_of_its_units(tmp_path: Path) -> None:
     assert [type(error) for error in errors] == [Stopped] * 3
     assert not list((tmp_path / "store" / "tmp").iterdir())
     assert not (tmp_path / "store" / "commits").exists()
-    assert threading.active_count() < 4
+    assert threading.active_count() <= before
 
 
 def test_the_origin_is_the_latent_of_silence(tmp_path: Path) -> None:
