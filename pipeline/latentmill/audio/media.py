@@ -6,6 +6,7 @@ memory while it is small, because decoders seek and a seek on object storage is 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -144,14 +145,12 @@ def _fetch(uri: str) -> MediaFile:
 
 
 def _copy_to_disk(filesystem: Any, path: str) -> MediaFile:
-    target = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - the MediaFile closes it
-    try:
+    with contextlib.ExitStack() as stack:
+        target = stack.enter_context(tempfile.TemporaryFile(buffering=0))
         with filesystem.open(path, "rb", block_size=_FETCH_PIECE) as remote:
             while piece := remote.read(_FETCH_PIECE):
                 target.write(piece)
-    except BaseException:
-        target.close()
-        raise
+        stack.pop_all()  # from here on the MediaFile closes it
     return MediaFile(target)
 
 

@@ -6,6 +6,7 @@ that make it open other files and addresses.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from itertools import chain
 
@@ -50,11 +51,10 @@ class PyAVDecoder:
             )
         except _AV_ERRORS as error:
             raise DecodeError(_text(error)) from error
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._container.close)
             self._start()
-        except BaseException:
-            self._container.close()
-            raise
+            stack.pop_all()  # from here on close() does it
 
     def _start(self) -> None:
         """Decode the first frame: rate and channels of HE-AAC are known only then."""
