@@ -3,10 +3,10 @@
     python benchmarks/pipeline.py [--seconds 60] [--rounds 3] [--source FOLDER]
 
 In one process tree, in turns: `pipeline` encodes a folder through Ray, decoding, stitching and
-committed shards; `model` runs the same batches with the audio already in memory, in a process and
-with threads like the actor's; `loop` does what the README of linear-cae shows, file by file.
-Starting Ray and loading the model are not counted for any of them. `model_busy_share` is measured
-inside the pipeline's run: the part of the time in which its model was working.
+committed shards; `model` runs the same batches with the audio already in memory, in an actor with
+threads and memory like the pipeline's; `loop` does what the README of linear-cae shows, file by
+file. Starting Ray and loading the model are not counted for any of them. `model_busy_share` is
+measured inside the pipeline's run: the part of the time in which its model was working.
 """
 
 from __future__ import annotations
@@ -71,8 +71,14 @@ def measure(model: str, corpus: Path, folder: Path, rounds: int) -> dict[str, An
     """Rounds of pipeline, model and loop in turn; medians and ratios of the pairs."""
     import ray
 
+    from latentmill.device import KEEP_FREED_MEMORY
+    from latentmill.engine.actor import UNITS_IN_FLIGHT
+
     bench = Bench(model, corpus)
-    alone = ray.remote(num_cpus=0)(ModelAlone).remote(bench.job, bench.units)
+    # As many threads as the pipeline's actor: the only one of an actor would be its main thread.
+    options = {"num_cpus": 0, "max_concurrency": UNITS_IN_FLIGHT + 1}
+    options["runtime_env"] = {"env_vars": KEEP_FREED_MEMORY}
+    alone = ray.remote(**options)(ModelAlone).remote(bench.job, bench.units)
     seconds = ray.get(alone.prepare.remote())
     loop = model == "lin-cae"
     times: dict[str, list[float]] = {"pipeline": [], "model": [], "loop": []}

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
+from latentmill.device import KEEP_FREED_MEMORY
 from latentmill.engine.worker import Job, UnitResult, Worker
 from latentmill.plan import Unit
 
@@ -60,9 +61,11 @@ class ActorShape:
 
 def start_actor(job: Job, shape: ActorShape) -> Any:
     """Start an actor; gives its handle at once, while the model is still being loaded."""
+    environment = {} if shape.gpus else KEEP_FREED_MEMORY
     return EncodeActor.options(  # type: ignore[attr-defined]
         num_cpus=shape.cpus,
         num_gpus=shape.gpus,
         # The units, and what the driver asks or says meanwhile.
         max_concurrency=UNITS_IN_FLIGHT + 1,
+        runtime_env={"env_vars": environment},
     ).remote(job)

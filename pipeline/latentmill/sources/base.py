@@ -1,9 +1,41 @@
-"""What every source gives: items in a stable order."""
+"""What every source gives: items, in any order, and what it left alone."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a longer recording, in seconds of its own time.
+
+    Attributes:
+        start: Where it begins.
+        duration: How long it is; None: to the end.
+    """
+
+    start: float
+    duration: float | None = None
+
+
+@dataclass(frozen=True)
+class ByteRange:
+    """Audio that is a run of bytes inside a file: a member of an uncompressed tar."""
+
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class TableCell:
+    """Audio that is one value of a Parquet file: row `row` of row group `row_group`."""
+
+    row_group: int
+    row: int
+    column: str
 
 
 @dataclass(frozen=True)
@@ -12,10 +44,16 @@ class Item:
 
     Attributes:
         key: Unique and stable name, relative to the source, `/` between parts.
-        uri: Where its bytes are: an absolute local path or an fsspec URL.
-        size: Bytes of the audio file, as the listing gave them.
-        version: Whatever changes when the file does (etag, or modification time).
+        uri: The file that holds its bytes: an absolute local path or an fsspec URL.
+        size: Bytes of the encoded audio, as the listing gave them; 0 if it did not say.
+        version: Whatever changes when the file at `uri` does (etag, or modification time).
         sidecars: URIs of the files that carry its metadata, in a stable order.
+        place: Where in the file its bytes are; None: they are the whole file.
+        segment: The part of the recording that is meant; None: all of it.
+        seconds: Length of the item's audio where the source knows it without decoding.
+        metadata: What the source itself says of it (manifest columns, tar members): a JSON object.
+        group: What belongs together (the song of a stem), if known; see `sources/group.py`.
+        role: What the item is in its group (`drums`, `vocals`), if known.
     """
 
     key: str
@@ -23,6 +61,12 @@ class Item:
     size: int
     version: str
     sidecars: tuple[str, ...] = ()
+    place: ByteRange | TableCell | None = None
+    segment: Segment | None = None
+    seconds: float | None = None
+    metadata: str = "{}"
+    group: str | None = None
+    role: str | None = None
 
 
 @dataclass(frozen=True)
@@ -34,12 +78,21 @@ class Listing:
 
 
 class Source(Protocol):
-    """Where audio comes from. Must be deterministic: the same content gives the same items."""
+    """Where audio comes from. Must be deterministic: the same content gives the same items.
+
+    Attributes:
+        uri: What the user named, as an absolute path or URL.
+        ignored: Files or rows that are no items, counted by extension or reason; complete when
+            `items` has ended.
+    """
 
     uri: str
+    ignored: Counter[str]
 
-    def list(self) -> Listing:
-        """List the items, sorted by key, each key once.
+    def items(self) -> Iterator[Item]:
+        """Stream the items, in any order, with bounded memory.
+
+        The planner sorts them, and refuses a key that comes twice.
 
         Raises:
             SourceError: The source is missing, cannot be read, or holds no audio.

@@ -1,0 +1,1 @@
+"""Torch datasets over stores of latents: crops, masks, mixing, ranks, resumable state."""
