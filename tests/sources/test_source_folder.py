@@ -8,6 +8,7 @@ import shutil
 import string
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
@@ -16,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentmill.errors import SourceError
-from latentmill.sources.base import Item, Listing
-from latentmill.sources.folder import FolderSource, _names
+from latentmill.sources.base import Item
+from latentmill.sources.folder import FolderSource
+from latentmill.sources.names import without_extensions
 
 EXTENSIONS = ("wav", "FLAC", ".mp3")
 
@@ -71,8 +73,18 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(request.getfixturevalue("s3_bucket")) + "/music"
 
 
+@dataclass(frozen=True)
+class Listing:
+    """What a source found, in the order of the keys, and what it left alone."""
+
+    items: tuple[Item, ...]
+    ignored: dict[str, int]
+
+
 def listing(url: str) -> Listing:
-    return FolderSource(url, EXTENSIONS).list()
+    source = FolderSource(url, EXTENSIONS)
+    items = sorted(source.items(), key=lambda item: item.key)
+    return Listing(tuple(items), dict(source.ignored))
 
 
 def by_key(url: str) -> dict[str, Item]:
@@ -157,12 +169,12 @@ PARTS = st.lists(st.sampled_from(["a", "b", "wav", "flac", ""]), min_size=1, max
 
 @given(st.lists(PARTS.map(".".join).filter(lambda name: name.strip(".")), unique=True))
 def test_every_path_has_a_name_of_its_own(paths: list[str]) -> None:
-    names = _names(paths)
+    names = without_extensions(paths)
     assert list(names) == paths
     assert len(set(names.values())) == len(paths)
     for path, name in names.items():
         assert name == path or path.startswith(name + ".") or path == name
-    backwards = _names(paths[::-1])
+    backwards = without_extensions(paths[::-1])
     assert backwards == names
 
 

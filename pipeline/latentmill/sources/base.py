@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
+
+SourceType = Literal["folder", "manifest", "webdataset", "parquet"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Item:
     Attributes:
         key: Unique and stable name, relative to the source, `/` between parts.
         uri: The file that holds its bytes: an absolute local path or an fsspec URL.
-        size: Bytes of the encoded audio, as the listing gave them; 0 if it did not say.
+        size: Bytes of the encoded audio, as the listing gave them; 0 if it did not say. Of a
+            table's cell the average in its row group.
         version: Whatever changes when the file at `uri` does (etag, or modification time).
         sidecars: URIs of the files that carry its metadata, in a stable order.
         place: Where in the file its bytes are; None: they are the whole file.
@@ -67,14 +70,6 @@ class Item:
     metadata: str = "{}"
     group: str | None = None
     role: str | None = None
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What a source found: its items, and how many other files it left alone, by extension."""
-
-    items: tuple[Item, ...]
-    ignored: dict[str, int]
 
 
 class Source(Protocol):

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import errno
+import fnmatch
 import os
 import posixpath
+import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
 from latentmill.errors import SourceError
-from latentmill.sources.base import Item, Listing
-from latentmill.storage import cause_of, storage_errors, why_not_opened
+from latentmill.remote import retrying
+from latentmill.sources.base import Item
+from latentmill.sources.files import Place, version_of
+from latentmill.sources.names import dotted, without_extensions
 
 SIDECARS = (".json", ".txt")
+_OTHERS = {".parquet": "parquet", ".tar": "webdataset"}  # sources of another type, by extension
 
-# What the file systems call that which changes when a file does.
-VERSION_FIELDS = ("ETag", "etag", "mtime", "LastModified")
+_Entries = Mapping[str, Mapping[str, Any]]  # the files of one folder, by path
 
 
 class FolderSource:
@@ -28,28 +29,47 @@ class FolderSource:
 
     A key is the file's path relative to the folder without its extension; where several audio
     files share that, all of them keep their extensions. `song.json` and `song.txt` beside
-    `song.wav` are its sidecars, and `song.wav.json` too.
+    `song.wav` are its sidecars, and `song.wav.json` too. `include` and `exclude` are globs over
+    relative paths with their extensions; a `*` takes slashes too.
     """
 
-    def __init__(self, uri: str, extensions: Collection[str]) -> None:
-        self._extensions = frozenset("." + e.lower().lstrip(".") for e in extensions)
-        if "::" in uri:
-            raise SourceError(f"Source {uri} is a chained URL: name a plain folder or bucket.")
-        try:
-            self._fs, self._root = fsspec.core.url_to_fs(uri)
-        except (ValueError, ImportError) as error:
-            cause = why_not_opened(uri, error)
-            raise SourceError(f"Source {uri} cannot be opened: {cause}.") from error
-        self._root = self._root.rstrip("/") or "/"
-        self.uri = self._address(self._root)
+    def __init__(
+        self,
+        uri: str,
+        extensions: Collection[str],
+        *,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+    ) -> None:
+        self._extensions = frozenset(dotted(tuple(extensions)))
+        self._include, self._exclude = _globs(include), _globs(exclude)
+        self._place = Place(uri)
+        self.uri = self._place.uri
+        self.ignored: Counter[str] = Counter()
 
-    def list(self) -> Listing:
-        """List the items; see `Source.list`."""
-        files = self._find()
+    def items(self) -> Iterator[Item]:
+        """List the items, folder by folder; see `Source.items`."""
+        self.ignored.clear()
+        seen = found = 0
+        with self._place.errors():
+            kind = self._place.kind()
+            if kind == "file":
+                raise SourceError(f"Source {self.uri} is a file: name the folder that holds it.")
+            if kind == "nothing":
+                raise SourceError(f"Source {self.uri} does not exist: check the path.")
+            for files in self._folders():
+                seen += len(files)
+                for item in self._items_of(files):
+                    found += 1
+                    yield item
+        if not found:
+            raise SourceError(self._nothing(seen))
+
+    def _items_of(self, files: _Entries) -> Iterator[Item]:
+        """The items of one folder. Names clash and sidecars belong inside a folder only."""
         self._check_names(files)
         audio: list[str] = []
         sidecars: dict[str, list[str]] = defaultdict(list)
-        ignored: Counter[str] = Counter()
         for path in sorted(files):
             stem, extension = posixpath.splitext(path)
             if extension.lower() in self._extensions:
@@ -57,39 +77,39 @@ class FolderSource:
             elif extension.lower() in SIDECARS:
                 sidecars[stem].append(path)
             else:
-                ignored[extension.lower() or "no extension"] += 1
-        if not audio:
-            raise SourceError(
-                f"Source {self.uri} holds no audio files: looked for "
-                f"{', '.join(sorted(self._extensions))} in {len(files)} files."
-            )
+                self.ignored[extension.lower() or "no extension"] += 1
         owners = {*audio, *(posixpath.splitext(path)[0] for path in audio)}
         for stem, orphans in sidecars.items():
             if stem not in owners:
-                ignored.update(posixpath.splitext(path)[1].lower() for path in orphans)
-        names = _names(audio)
-        items = [self._item(path, names[path], files[path], sidecars) for path in audio]
-        return Listing(tuple(sorted(items, key=lambda item: item.key)), dict(ignored))
+                self.ignored.update(posixpath.splitext(path)[1].lower() for path in orphans)
+        names = without_extensions(audio)  # of all, so that a filter does not rename the others
+        for path in audio:
+            if self._wanted(path):
+                yield self._item(path, names[path], files[path], sidecars)
+            else:
+                self.ignored["excluded"] += 1
 
-    def _find(self) -> Mapping[str, Mapping[str, Any]]:
-        """Every file below the folder with its size and version."""
-        try:
-            self._fs.invalidate_cache()
-            if self._fs.isfile(self._root):
-                raise SourceError(f"Source {self.uri} is a file: name the folder that holds it.")
-            if not self._fs.isdir(self._root):
-                raise SourceError(f"Source {self.uri} does not exist: check the path.")
-            if isinstance(self._fs, LocalFileSystem):
-                return _walk(self._root)
-            found: dict[str, dict[str, Any]] = self._fs.find(self._root, detail=True)
-        except storage_errors() as error:
-            filename = getattr(error, "filename", None)
-            raise SourceError(
-                f"Source {self.uri} cannot be listed: {cause_of(error)}"
-                f"{f' ({filename})' if filename else ''}."
-            ) from error
-        # An empty object whose name ends in a slash is how some tools write a folder.
-        return {path: info for path, info in found.items() if not path.endswith("/")}
+    def _wanted(self, path: str) -> bool:
+        name = self._relative(path)
+        included = self._include is None or self._include.fullmatch(name)
+        return bool(included) and not (self._exclude and self._exclude.fullmatch(name))
+
+    def _folders(self) -> Iterator[_Entries]:
+        """The files below the folder with sizes and versions, each folder's at once."""
+        place = self._place
+        if place.local:
+            yield from _walk(place.path)
+            return
+        entries = retrying(lambda: place.fs.ls(place.path, detail=True))
+        folders = [e["name"].rstrip("/") for e in entries if e["type"] == "directory"]
+        if place.path in folders:  # an object store's name with two slashes: no tree to walk
+            yield from _by_folder(retrying(lambda: place.fs.find(place.path, detail=True)))
+            return
+        yield from _by_folder({e["name"]: e for e in entries if e["type"] == "file"})
+        for folder in sorted(set(folders)):
+            found = retrying(lambda f=folder: place.fs.find(f, detail=True))  # type: ignore[misc]
+            yield from _by_folder(found)
+            place.fs.invalidate_cache()  # of one folder at a time there is enough memory
 
     def _check_names(self, files: Collection[str]) -> None:
         for path in files:
@@ -101,6 +121,9 @@ class FolderSource:
                     " rename it, for instance with convmv."
                 ) from error
 
+    def _relative(self, path: str) -> str:
+        return path.removeprefix(self._place.path.rstrip("/") + "/")
+
     def _item(
         self,
         path: str,
@@ -110,25 +133,47 @@ class FolderSource:
     ) -> Item:
         stem = posixpath.splitext(path)[0]
         beside = [*sidecars.get(stem, []), *sidecars.get(path, [])]
-        version = next((info[name] for name in VERSION_FIELDS if name in info), "")
         return Item(
-            key=name.removeprefix(self._root.rstrip("/") + "/"),
-            uri=self._address(path),
+            key=self._relative(name),
+            uri=self._place.address(path),
             size=int(info.get("size") or 0),
-            version=str(version).strip('"'),
-            sidecars=tuple(self._address(other) for other in beside),
+            version=version_of(info),
+            sidecars=tuple(self._place.address(other) for other in beside),
         )
 
-    def _address(self, path: str) -> str:
-        """The path with its protocol; local paths stay plain."""
-        if isinstance(self._fs, LocalFileSystem):
-            return path
-        return str(self._fs.unstrip_protocol(path))
+    def _nothing(self, seen: int) -> str:
+        excluded = self.ignored["excluded"]
+        if excluded:
+            return (
+                f"Source {self.uri} holds {excluded} audio files, and the globs exclude them all."
+            )
+        text = (
+            f"Source {self.uri} holds no audio files: looked for "
+            f"{', '.join(sorted(self._extensions))} in {seen} files"
+        )
+        for extension, kind in _OTHERS.items():
+            if self.ignored[extension]:
+                return f"{text}, of which --source-type {kind} reads {self.ignored[extension]}."
+        return f"{text}."
 
 
-def _walk(root: str) -> dict[str, dict[str, Any]]:
+def _globs(patterns: Sequence[str]) -> re.Pattern[str] | None:
+    if not patterns:
+        return None
+    return re.compile("|".join(fnmatch.translate(pattern) for pattern in patterns))
+
+
+def _by_folder(files: _Entries) -> Iterator[_Entries]:
+    folders: dict[str, dict[str, Mapping[str, Any]]] = defaultdict(dict)
+    for path, info in files.items():
+        # An empty object whose name ends in a slash is how some tools write a folder.
+        if not path.endswith("/"):
+            folders[posixpath.dirname(path)][path] = info
+    yield from folders.values()
+
+
+def _walk(root: str) -> Iterator[_Entries]:
     """Find local files, through links to folders too. Raises OSError where it may not look."""
-    found: dict[str, dict[str, Any]] = {}
     seen: set[str] = set()
 
     def refuse(error: OSError) -> None:
@@ -141,6 +186,7 @@ def _walk(root: str) -> dict[str, dict[str, Any]]:
             continue
         seen.add(real)
         folders.sort()  # of two ways to one folder always the same is taken
+        found: dict[str, dict[str, Any]] = {}
         for name in files:
             path = f"{folder.rstrip('/')}/{name}"
             try:
@@ -150,15 +196,4 @@ def _walk(root: str) -> dict[str, dict[str, Any]]:
                 if error.errno not in (errno.ENOENT, errno.ELOOP):
                     raise
                 found[path] = {"size": 0}  # a link to nowhere: an item that will fail by name
-    return found
-
-
-def _names(paths: Sequence[str]) -> dict[str, str]:
-    """The name of each path: without its extension, except where that would not be unique."""
-    names = {path: posixpath.splitext(path)[0] for path in paths}
-    while True:
-        uses = Counter(names.values())
-        clashing = [path for path, name in names.items() if uses[name] > 1 and name != path]
-        if not clashing:
-            return names
-        names.update({path: path for path in clashing})
+        yield found

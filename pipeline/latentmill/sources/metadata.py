@@ -1,29 +1,35 @@
-"""An item's own metadata, read from its sidecar files."""
+"""An item's own metadata: what its source said of it, and its sidecar files."""
 
 from __future__ import annotations
 
 import json
 import posixpath
+import re
 from typing import Any
 
-import fsspec
-
 from latentmill.errors import ItemError
+from latentmill.remote import cause_of, storage_errors
 from latentmill.sources.base import Item
-from latentmill.storage import cause_of, storage_errors
+from latentmill.sources.files import read_bytes
+
+METADATA_LIMIT = 16 << 20
+"""Bytes of a sidecar; what is longer is no metadata."""
+
+# A member of a tar that could not be understood when the tar was listed.
+_MEMBER = re.compile(r"(?P<uri>.*)#bytes=(?P<first>\d+)-(?P<last>\d+)/[^/]*", re.DOTALL)
 
 
 def read_metadata(item: Item) -> dict[str, Any]:
-    """Read the sidecars of an item: JSON objects are merged, a text file becomes `text`.
+    """The item's metadata and that of its sidecars: JSON objects are merged, text becomes `text`.
 
     Raises:
         ItemError: A sidecar cannot be read, is not what its name says, or contradicts another.
     """
-    metadata: dict[str, Any] = {}
-    givers: dict[str, str] = {}  # the sidecar that gave a key
+    metadata: dict[str, Any] = json.loads(item.metadata)
+    givers = dict.fromkeys(metadata, "the source")  # what gave a key
     for uri in item.sidecars:
         name = posixpath.basename(uri)
-        for key, value in _read(uri, name).items():
+        for key, value in parse_sidecar(name, _read(uri, name)).items():
             if key in metadata and metadata[key] != value:
                 raise ItemError(f"sidecars {givers[key]} and {name} both give {key}: remove one")
             metadata[key] = value
@@ -31,17 +37,21 @@ def read_metadata(item: Item) -> dict[str, Any]:
     return metadata
 
 
-def _read(uri: str, name: str) -> dict[str, Any]:
-    """What one sidecar says."""
+def parse_sidecar(name: str, data: bytes) -> dict[str, Any]:
+    """What a sidecar says: `.json` a JSON object, `.txt` a `text`, `.cls` a `cls`.
+
+    Raises:
+        ItemError: It is not what its name says.
+    """
     try:
-        with fsspec.open(uri, "rb") as file:
-            text = file.read().decode("utf-8-sig")
-    except storage_errors() as error:
-        raise ItemError(f"sidecar {name} cannot be read: {cause_of(error)}") from error
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ItemError(f"sidecar {name} is no UTF-8 text") from error
     if name.lower().endswith(".txt"):
         return {"text": text.strip()}
+    if name.lower().endswith(".cls"):
+        label = text.strip()
+        return {"cls": int(label) if re.fullmatch(r"-?[0-9]{1,18}", label) else label}
     try:
         value = json.loads(text, parse_constant=_refuse)
         json.dumps(value, ensure_ascii=False).encode()  # as it will be stored
@@ -50,6 +60,21 @@ def _read(uri: str, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ItemError(f"sidecar {name} is no valid JSON: {error}") from error
     return value if isinstance(value, dict) else {"json": value}
+
+
+def _read(uri: str, name: str) -> bytes:
+    """One sidecar's bytes."""
+    match = _MEMBER.fullmatch(uri)
+    try:
+        if match:
+            data = read_bytes(match["uri"], int(match["first"]), int(match["last"]) + 1)
+        else:
+            data = read_bytes(uri)
+    except storage_errors() as error:
+        raise ItemError(f"sidecar {name} cannot be read: {cause_of(error)}") from error
+    if len(data) > METADATA_LIMIT:
+        raise ItemError(f"sidecar {name} has more than {METADATA_LIMIT >> 20} MiB")
+    return data
 
 
 def _refuse(constant: str) -> float:

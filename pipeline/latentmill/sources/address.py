@@ -1,0 +1,60 @@
+"""Where an item's audio lies, as one line: what records name as their `source_uri`.
+
+A file is its own URI. What is a part of one has a fragment behind it:
+`music.tar#bytes=1536-89712` (first and last byte), `train.parquet#cell=3,17,audio` (row group, row
+in it, column), `concert.wav#t=12.5,17` (seconds; no second number: to the end), as in media
+fragments (https://www.w3.org/TR/media-frags), or two of them joined by `&`.
+"""
+
+from __future__ import annotations
+
+import re
+
+from latentmill.sources.base import ByteRange, Item, Segment, TableCell
+
+_FRAGMENT = re.compile(
+    r"(?P<uri>.*)#"
+    r"(?:bytes=(?P<first>\d+)-(?P<last>\d+)|cell=(?P<group>\d+),(?P<row>\d+),(?P<column>[^#&]+))?"
+    r"(?:(?<!#)&)?(?:t=(?P<start>\d+(?:\.\d+)?),(?P<end>\d+(?:\.\d+)?)?)?",
+    re.DOTALL,
+)
+
+
+def address_of(item: Item) -> str:
+    """One line that names the item's audio exactly."""
+    parts = []
+    if isinstance(item.place, ByteRange):
+        parts.append(f"bytes={item.place.offset}-{item.place.offset + item.place.size - 1}")
+    elif item.place is not None:
+        parts.append(f"cell={item.place.row_group},{item.place.row},{item.place.column}")
+    if item.segment is not None:
+        parts.append(f"t={segment_text(item.segment, ',')}")
+    return f"{item.uri}#{'&'.join(parts)}" if parts else item.uri
+
+
+def item_at(address: str) -> Item:
+    """The inverse: an item that has nothing but its place."""
+    match = _FRAGMENT.fullmatch(address)
+    if match is None or not (match["first"] or match["group"] or match["start"]):
+        return Item("", address, 0, "")
+    place: ByteRange | TableCell | None = None
+    if match["first"]:
+        first, last = int(match["first"]), int(match["last"])
+        place = ByteRange(first, last - first + 1)
+    elif match["group"]:
+        place = TableCell(int(match["group"]), int(match["row"]), match["column"])
+    segment = None
+    if match["start"]:
+        start = float(match["start"])
+        segment = Segment(start, float(match["end"]) - start if match["end"] else None)
+    return Item("", match["uri"], 0, "", place=place, segment=segment)
+
+
+def segment_text(segment: Segment, between: str) -> str:
+    """`12.5-17.25`: where a segment begins and ends, in seconds, to the microsecond."""
+    end = "" if segment.duration is None else _seconds(segment.start + segment.duration)
+    return f"{_seconds(segment.start)}{between}{end}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.6f}".rstrip("0").rstrip(".")

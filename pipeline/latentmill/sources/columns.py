@@ -1,0 +1,89 @@
+"""Rows of a table as metadata: plain JSON values, whatever the table's types are."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from latentmill.errors import SourceError
+
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=str).encode
+
+
+def find_column(
+    columns: Sequence[str], asked: str | None, usual: Sequence[str], what: str, source: str
+) -> str | None:
+    """The column that was asked for, else the first of the usual names that is there.
+
+    Raises:
+        SourceError: The column that was asked for is not there.
+    """
+    if asked is not None:
+        if asked not in columns:
+            raise SourceError(
+                f"{source} has no column {asked} for the {what}: it has {', '.join(columns)}."
+            )
+        return asked
+    by_lower = {column.lower(): column for column in reversed(columns)}
+    return next((by_lower[name] for name in usual if name in by_lower), None)
+
+
+def as_json(row: Mapping[str, Any]) -> str:
+    """A row as a JSON object, without its empty values; NaN counts as empty, dates become text."""
+    kept = {name: value for name, value in row.items() if value is not None}
+    try:
+        return _encode(kept)
+    except ValueError:  # NaN or infinity somewhere
+        finite = {name: _finite(value) for name, value in kept.items()}
+        kept = {name: value for name, value in finite.items() if value is not None}
+        return _encode(kept)
+
+
+def is_binary(kind: pa.DataType) -> bool:
+    """Whether values of a column are bytes."""
+    return bool(
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_fixed_size_binary(kind)
+        or pa.types.is_binary_view(kind)
+    )
+
+
+def is_audio(kind: pa.DataType) -> bool:
+    """Whether a column is of the Hugging Face `Audio` kind: a struct of bytes and path."""
+    if not pa.types.is_struct(kind):
+        return False
+    fields = {kind.field(index).name: kind.field(index).type for index in range(kind.num_fields)}
+    return "bytes" in fields and is_binary(fields["bytes"])
+
+
+def plain_columns(schema: pa.Schema, *, without: Sequence[str] = ()) -> list[str]:
+    """The columns that can be metadata, as Parquet names them: no bytes, at any depth."""
+    names: list[str] = []
+    for field in schema:
+        if field.name not in without:
+            names += _plain(field.name, field.type)
+    return names
+
+
+def _plain(name: str, kind: pa.DataType) -> list[str]:
+    if pa.types.is_struct(kind):
+        fields = [kind.field(index) for index in range(kind.num_fields)]
+        return [part for field in fields for part in _plain(f"{name}.{field.name}", field.type)]
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return [name] if _plain(name, kind.value_type) == [name] else []
+    return [] if is_binary(kind) else [name]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return value

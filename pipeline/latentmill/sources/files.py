@@ -1,0 +1,214 @@
+"""Files on any storage, as sources find them: by folder, glob or brace pattern, with versions."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import braceexpand
+from fsspec.implementations.local import LocalFileSystem
+
+from latentmill.errors import SourceError
+from latentmill.remote import (
+    cause_of,
+    open_filesystem,
+    redact,
+    refuse_secrets,
+    retrying,
+    storage_errors,
+    why_not_opened,
+)
+
+# What the file systems call that which changes when a file does.
+VERSION_FIELDS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "blob_id", "sha256")
+
+_WILDCARDS = ("*", "?", "[")
+_REQUESTS = 16  # side by side, where files are named one by one
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a source.
+
+    Attributes:
+        uri: Absolute local path or fsspec URL.
+        path: The path as its file system knows it.
+        name: Its path relative to the folder that the source names.
+        size: Bytes.
+        version: Whatever changes when the file does; empty if the storage does not say.
+    """
+
+    uri: str
+    path: str
+    name: str
+    size: int
+    version: str
+
+
+class Place:
+    """A file system and a path in it: a folder, a file, or a pattern of files.
+
+    Attributes:
+        fs: The file system.
+        path: The path as `fs` knows it.
+        uri: The path with its protocol; local paths stay plain.
+        local: Whether it is this machine's disk.
+    """
+
+    def __init__(self, uri: str) -> None:
+        if "::" in uri:
+            raise SourceError(f"Source {redact(uri)} is a chained URL: name a plain one.")
+        refuse_secrets("Source", uri, SourceError)
+        try:
+            self.fs, path = open_filesystem(uri)
+        except (ValueError, ImportError) as error:
+            cause = why_not_opened(uri, error)
+            raise SourceError(f"Source {uri} cannot be opened: {cause}.") from error
+        self.path: str = path.rstrip("/") or "/"
+        self.local = isinstance(self.fs, LocalFileSystem)
+        self.uri = self.address(self.path)
+
+    def address(self, path: str) -> str:
+        """A path of this file system with its protocol; local paths stay plain."""
+        return path if self.local else str(self.fs.unstrip_protocol(path))
+
+    @contextmanager
+    def errors(self, verb: str = "listed") -> Iterator[None]:
+        """Storage errors become a SourceError that names the source."""
+        try:
+            yield
+        except storage_errors() as error:
+            filename = getattr(error, "filename", None)
+            raise SourceError(
+                f"Source {self.uri} cannot be {verb}: {cause_of(error)}"
+                f"{f' ({filename})' if filename else ''}."
+            ) from error
+
+    def kind(self) -> str:
+        """`file`, `folder`, or `nothing`; a pattern is `nothing`."""
+        with self.errors():
+            self.fs.invalidate_cache()
+            if retrying(lambda: self.fs.isfile(self.path)):
+                return "file"
+            return "folder" if retrying(lambda: self.fs.isdir(self.path)) else "nothing"
+
+
+def version_of(info: Mapping[str, Any]) -> str:
+    """The version that a file system's entry gives, or nothing."""
+    found = next((info[name] for name in VERSION_FIELDS if info.get(name) is not None), "")
+    return str(found).strip('"')
+
+
+def find_files(place: Place, extensions: Collection[str], ignored: dict[str, int]) -> list[File]:
+    """The files that a folder, a file's name, a glob or a brace pattern stands for, by name.
+
+    Of a folder those with one of the extensions (`.tar`); the others are counted in `ignored`.
+    Names are relative to the folder, or to the part of a pattern that holds no wildcard.
+
+    Raises:
+        SourceError: There is no such file, or a brace pattern names one that is not there.
+    """
+    kind = place.kind()
+    if kind == "folder":
+        root = place.path
+        with place.errors():
+            found = retrying(lambda: place.fs.find(root, detail=True))
+    else:
+        patterns = [place.path] if kind == "file" else list(braceexpand.braceexpand(place.path))
+        root = _common_folder(patterns)
+        found = _named(place, patterns)
+    files = []
+    for path, info in sorted(found.items()):
+        name = path.removeprefix(root.rstrip("/") + "/")
+        if kind == "folder" and not name.lower().endswith(tuple(extensions)):
+            extension = posixpath.splitext(name)[1].lower()
+            ignored[extension or "no extension"] = ignored.get(extension or "no extension", 0) + 1
+            continue
+        files.append(_file(place, path, name, info))
+    if not files:
+        raise SourceError(
+            f"Source {place.uri} holds no {' or '.join(sorted(extensions))} files: check the path."
+            if kind == "folder"
+            else f"Source {place.uri} does not exist: check the path."
+        )
+    return files
+
+
+def _named(place: Place, patterns: list[str]) -> dict[str, Mapping[str, Any]]:
+    """Entries of the files that patterns without braces stand for."""
+    found: dict[str, Mapping[str, Any]] = {}
+    plain = []
+    for pattern in patterns:
+        if any(mark in pattern for mark in _WILDCARDS) and not place.local:
+            with place.errors():
+                found |= retrying(lambda p=pattern: place.fs.glob(p, detail=True))  # type: ignore[misc]
+        elif any(mark in pattern for mark in _WILDCARDS) and not Path(pattern).exists():
+            found |= place.fs.glob(pattern, detail=True)
+        else:
+            plain.append(pattern)
+
+    def look(path: str) -> Mapping[str, Any]:
+        try:
+            info: Mapping[str, Any] = retrying(lambda: place.fs.info(path))
+        except FileNotFoundError as error:
+            raise SourceError(f"Source {place.address(path)} does not exist.") from error
+        return info
+
+    with place.errors("read"), ThreadPoolExecutor(1 if place.local else _REQUESTS) as pool:
+        found |= dict(zip(plain, pool.map(look, plain), strict=True))
+    return {path: info for path, info in found.items() if info.get("type") != "directory"}
+
+
+def _file(place: Place, path: str, name: str, info: Mapping[str, Any]) -> File:
+    if place.local:  # to the nanosecond, as it is compared when the file is read
+        status = os.stat(path)  # noqa: PTH116
+        return File(path, path, name, status.st_size, str(status.st_mtime_ns))
+    return File(place.address(path), path, name, int(info.get("size") or 0), version_of(info))
+
+
+def _common_folder(patterns: list[str]) -> str:
+    """The longest folder that all patterns lie in, before their first wildcard."""
+    folders = []
+    for pattern in patterns:
+        ends = [at for mark in _WILDCARDS if (at := pattern.find(mark)) >= 0]
+        folders.append(posixpath.dirname(pattern[: min(ends)] if ends else pattern))
+    return posixpath.commonpath(folders) if all(folders) else ""
+
+
+def current_version(uri: str) -> tuple[int, str]:
+    """Size and version of a file as it is now; for files that hold many items.
+
+    Raises:
+        OSError: Or what else the storage's client raises.
+    """
+    if "://" not in uri:
+        status = os.stat(uri)  # noqa: PTH116
+        return status.st_size, str(status.st_mtime_ns)
+    fs, path = open_filesystem(uri)
+    info = retrying(lambda: fs.info(path))
+    return int(info.get("size") or 0), version_of(info)
+
+
+def read_bytes(uri: str, start: int = 0, end: int | None = None) -> bytes:
+    """The bytes of a file from `start` to before `end`; fewer where it ends earlier.
+
+    Raises:
+        OSError: Or what else the storage's client raises.
+    """
+    if end is not None and end <= start:  # there is no such range in HTTP
+        return b""
+    if "://" not in uri:
+        with Path(uri).open("rb") as file:
+            file.seek(start)
+            return file.read(-1 if end is None else end - start)
+    fs, path = open_filesystem(uri)
+    whole = start == 0 and end is None
+    return retrying(
+        lambda: bytes(fs.cat_file(path) if whole else fs.cat_file(path, start=start, end=end))
+    )

@@ -1,0 +1,299 @@
+"""A manifest: one row per recording, or per segment of one; every other column is metadata."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import lzma
+import math
+import os
+import posixpath
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+from fsspec.utils import infer_compression
+
+from latentmill.errors import SourceError
+from latentmill.remote import cause_of, refuse_secrets, storage_errors
+from latentmill.sources import lhotse
+from latentmill.sources.address import segment_text
+from latentmill.sources.base import Item, Segment
+from latentmill.sources.cells import open_table
+from latentmill.sources.columns import as_json, find_column, plain_columns
+from latentmill.sources.files import Place
+from latentmill.sources.names import as_key
+from latentmill.sources.parquet import table_errors
+
+FORMATS = {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+FORMATS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl")
+
+PATHS: tuple[str, ...] = ("audio_filepath", "audio_path", "path", "filepath", "file_path")
+PATHS += ("file", "filename", "file_name", "url", "uri", "audio", "wav")
+STARTS = ("start", "offset", "begin", "start_time", "start_seconds")
+DURATIONS = ("duration", "dur", "length", "duration_seconds", "seconds")
+KEYS = ("key", "id")
+SIZES = ("size_bytes", "num_bytes", "file_size")
+
+_BROKEN: tuple[type[Exception], ...] = (EOFError, zlib.error, lzma.LZMAError)
+"""What a compressed file that is cut or damaged raises, next to OSError."""
+
+_Builder = Callable[[dict[str, Any], int], Item | None]
+
+_ROWS = 4096  # read at a time
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,15})(\.[0-9]+)?([eE][-+]?[0-9]{1,2})?")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of a manifest's columns, where they are not the usual ones."""
+
+    path: str | None = None
+    start: str | None = None
+    duration: str | None = None
+    key: str | None = None
+
+
+class ManifestSource:
+    """The rows of a CSV, TSV, JSONL or Parquet file, `.gz` and the like too.
+
+    A path is absolute, a URL, or relative to the manifest. A row with a start is a segment, which
+    its duration ends; a duration alone is the length of the recording. A key is the value of a
+    column `key` or `id`; else the path relative to the manifest without its extension, and of a
+    segment where it begins and ends: `talks/one#12.5-17.25`. Lhotse's cuts and NeMo's manifests
+    work as they are.
+    """
+
+    def __init__(self, uri: str, columns: Columns = Columns()) -> None:
+        self._place = Place(uri)
+        self._columns = columns
+        self.uri = self._place.uri
+        self.ignored: Counter[str] = Counter()
+        self._folder = posixpath.dirname(self.uri)
+
+    def items(self) -> Iterator[Item]:
+        """List the items; see `Source.items`."""
+        self.ignored.clear()
+        found = 0
+        try:
+            for item in self._items():
+                found += 1
+                yield item
+        except (*storage_errors(), *_BROKEN) as error:
+            raise SourceError(f"Manifest {self.uri} cannot be read: {cause_of(error)}.") from error
+        except UnicodeDecodeError as error:
+            raise SourceError(f"Manifest {self.uri} is no UTF-8 text.") from error
+        if not found:
+            raise SourceError(f"Manifest {self.uri} has no rows with a path.")
+
+    def _items(self) -> Iterator[Item]:
+        if self._place.kind() != "file":
+            raise SourceError(f"Manifest {self.uri} does not exist, or is no file: check the path.")
+        read = {"csv": self._csv, "tsv": self._csv, "jsonl": self._jsonl, "parquet": self._parquet}
+        rows = read[manifest_format(self.uri) or "jsonl"]()
+        builders: dict[tuple[str, ...], _Builder] = {}
+        for number, row in enumerate(rows, 1):
+            names = tuple(row)  # rows of JSON need not have the same fields
+            if names not in builders:
+                builders[names] = self._builder(row, required=number == 1)
+            item = builders[names](row, number)
+            if item is not None:
+                yield item
+
+    def _builder(self, row: dict[str, Any], *, required: bool) -> _Builder:
+        """The function that makes rows with these fields items."""
+        if lhotse.is_cut(row):
+            return self._item_of_cut
+        names = list(row)
+        where = f"Manifest {self.uri}"
+        given = {
+            name: value
+            for name, value in dataclasses.asdict(self._columns).items()
+            if required or value in row
+        }
+        asked = Columns(**given)
+        path = find_column(names, asked.path, PATHS, "path", where)
+        if path is None:
+            if not required:
+                return self._count_without_path
+            raise SourceError(
+                f"{where} has no column of paths: name it with --path-column; it has "
+                f"{', '.join(names)}."
+            )
+        start = find_column(names, asked.start, STARTS, "start", where)
+        duration = find_column(names, asked.duration, DURATIONS, "duration", where)
+        key = find_column(names, asked.key, KEYS, "keys", where)
+        key = self._columns.key or key  # where it was asked for, no row may lack it
+        size = find_column(names, None, SIZES, "size", where)
+        consumed = {path, start, duration} - {None}
+
+        def build(row: dict[str, Any], number: int) -> Item | None:
+            value = row[path]
+            if isinstance(value, dict):  # a Hugging Face audio column without bytes
+                value = value.get("path")
+            if value is None or value == "":
+                return self._count_without_path(row, number)
+            begin = self._seconds(row, start, number)
+            length = self._seconds(row, duration, number)
+            segment = None if begin is None else Segment(begin, length)
+            uri, name = self._locate(str(value), number)
+            return Item(
+                key=self._key(row, key if key != path else None, name, segment, number),
+                uri=uri,
+                size=int(row.get(size) or 0) if size else 0,
+                version="",
+                segment=segment,
+                seconds=length,
+                metadata=as_json({n: v for n, v in row.items() if n not in consumed}),
+            )
+
+        return build
+
+    def _count_without_path(self, row: dict[str, Any], number: int) -> Item | None:
+        self.ignored["rows without a path"] += 1
+        return None
+
+    def _item_of_cut(self, row: dict[str, Any], number: int) -> Item | None:
+        try:
+            cut = lhotse.read_cut(row)
+        except lhotse.Unusable as error:
+            self.ignored[str(error)] += 1
+            return None
+        except (KeyError, TypeError, ValueError) as error:
+            raise SourceError(f"Manifest {self.uri} has no proper cut in row {number}.") from error
+        uri, _ = self._locate(cut.path, number)
+        return Item(
+            key=as_key(cut.id),
+            uri=uri,
+            size=0,
+            version="",
+            segment=cut.segment,
+            seconds=cut.duration,
+            metadata=as_json(cut.metadata),
+        )
+
+    def _key(
+        self,
+        row: dict[str, Any],
+        column: str | None,
+        name: str,
+        segment: Segment | None,
+        number: int,
+    ) -> str:
+        if column is None:
+            return name if segment is None else f"{name}#{segment_text(segment, '-')}"
+        value = row.get(column)
+        if value is None or value == "":
+            raise SourceError(f"Manifest {self.uri} has no {column} in row {number}.")
+        return as_key(str(value))
+
+    def _locate(self, path: str, number: int) -> tuple[str, str]:
+        """A recording's URI, and its name: relative to the manifest, without its extension."""
+        if "::" in path or "\0" in path:
+            raise SourceError(
+                f"Manifest {self.uri} has no plain path or URL in row {number}: {path!r}."
+            )
+        if path.startswith("file://"):
+            path = path.removeprefix("file://")
+        if "://" in path:
+            if "?" in path or "@" in path:
+                refuse_secrets(f"Row {number} of manifest {self.uri}: URL", path, SourceError)
+            uri = path
+        elif path.startswith("/") or (self._place.local and path.startswith("~")):
+            uri = posixpath.normpath(os.path.expanduser(path))  # noqa: PTH111
+        else:
+            uri = self._beside(path)
+        below = self._folder.rstrip("/") + "/"
+        name = uri.removeprefix(below) if uri.startswith(below) else uri.partition("://")[2] or uri
+        stem, extension = posixpath.splitext(name)
+        return uri, as_key(stem if len(extension) <= 6 else name)
+
+    def _beside(self, path: str) -> str:
+        """A path relative to the manifest's folder."""
+        if ".." not in path and "./" not in path:
+            return f"{self._folder}/{path}"
+        protocol, mark, folder = self._folder.rpartition("://")
+        return protocol + mark + posixpath.normpath(f"{folder}/{path}")
+
+    def _seconds(self, row: dict[str, Any], column: str | None, number: int) -> float | None:
+        value = None if column is None else row.get(column)
+        if value is None or value == "":
+            return None
+        try:
+            seconds = float(value)
+        except (TypeError, ValueError):
+            seconds = math.nan
+        if not 0 <= seconds < 1e9:
+            raise SourceError(
+                f"Manifest {self.uri} has no seconds in row {number}: {column} is {value!r}."
+            )
+        return round(seconds, 6)
+
+    def _text(self) -> Any:
+        return fsspec.core.OpenFile(
+            self._place.fs,
+            self._place.path,
+            "rt",
+            compression=infer_compression(self.uri),
+            encoding="utf-8-sig",
+            newline="",
+        )
+
+    def _csv(self) -> Iterator[dict[str, Any]]:
+        delimiter = "\t" if manifest_format(self.uri) == "tsv" else ","
+        with self._text() as file:
+            reader = csv.DictReader(file, delimiter=delimiter, restkey=None, strict=True)
+            try:
+                for row in reader:
+                    if None in row:
+                        raise csv.Error("more fields than the header names")
+                    yield {name: _cell(value) for name, value in row.items()}
+            except csv.Error as error:
+                raise SourceError(
+                    f"Manifest {self.uri} is no proper CSV in line {reader.line_num}: {error}."
+                ) from error
+
+    def _jsonl(self) -> Iterator[dict[str, Any]]:
+        with self._text() as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise SourceError(
+                        f"Manifest {self.uri} is no JSON in line {number}: write one object per "
+                        "line."
+                    ) from error
+                if not isinstance(row, dict):
+                    raise SourceError(
+                        f"Manifest {self.uri} has no JSON object in line {number}: write one "
+                        "object per line."
+                    )
+                yield row
+
+    def _parquet(self) -> Iterator[dict[str, Any]]:
+        with table_errors(self.uri), open_table(self.uri) as table:
+            columns = plain_columns(table.schema_arrow)
+            for batch in table.iter_batches(_ROWS, columns=columns, use_threads=False):
+                yield from batch.to_pylist()
+
+
+def manifest_format(uri: str) -> str | None:
+    """`csv`, `tsv`, `jsonl` or `parquet` by the name of a file; None if it is no manifest's."""
+    name = re.sub(r"\.(gz|bz2|xz|zst)$", "", uri.lower())
+    return FORMATS.get(posixpath.splitext(name)[1])
+
+
+def _cell(value: str | None) -> Any:
+    """A CSV cell: a number where it looks exactly like one, nothing where it is empty."""
+    if value is None or value == "":
+        return None
+    if not _NUMBER.fullmatch(value):
+        return value
+    return float(value) if set(value) & set(".eE") else int(value)

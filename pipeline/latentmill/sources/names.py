@@ -1,0 +1,39 @@
+"""Names of items: which part of a path is a key."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+# Most names: nothing has to be done for them.
+_PLAIN = re.compile(r"[\w -][\w .#-]*(/[\w -][\w .#-]*)*", re.ASCII)
+
+
+def without_extensions(paths: Sequence[str]) -> dict[str, str]:
+    """The name of each path: without its extension, except where that would not be unique."""
+    names = {path: posixpath.splitext(path)[0] for path in paths}
+    while True:
+        uses = Counter(names.values())
+        clashing = [path for path, name in names.items() if uses[name] > 1 and name != path]
+        if not clashing:
+            return names
+        names.update({path: path for path in clashing})
+
+
+def as_key(name: str) -> str:
+    """A name from outside as a key: relative, without `..`, and text.
+
+    A key is never used as a path, and this one would do no harm if it were.
+    """
+    if _PLAIN.fullmatch(name):
+        return name
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    parts = (part for part in text.replace("\0", "").split("/") if part not in ("", "."))
+    return "/".join("%2E%2E" if part == ".." else part for part in parts)
+
+
+def dotted(extensions: Sequence[str]) -> tuple[str, ...]:
+    """Extensions in lower case, each with its dot."""
+    return tuple(sorted({"." + extension.lower().lstrip(".") for extension in extensions}))

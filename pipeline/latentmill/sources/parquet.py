@@ -1,0 +1,140 @@
+"""Parquet files with audio bytes in a column, as Hugging Face `datasets` writes them."""
+
+from __future__ import annotations
+
+import contextlib
+import posixpath
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from latentmill.errors import SourceError
+from latentmill.remote import cause_of, storage_errors
+from latentmill.sources.base import Item, TableCell
+from latentmill.sources.cells import open_table
+from latentmill.sources.columns import as_json, is_audio, is_binary, plain_columns
+from latentmill.sources.files import File, Place, find_files
+
+TABLES = (".parquet",)
+_ROWS = 1024  # of metadata, read at a time
+
+
+class ParquetSource:
+    """Every row of Parquet files: a file, a folder of them, a glob or a brace pattern.
+
+    The audio lies in a column of the kind `struct<bytes, path>`, or in one of plain bytes. A key is
+    the file's name without `.parquet`, a slash and the row's number in the file, which is stable as
+    long as the file is (`train-00000-of-00004/00000017`); or the value of `key_column`. All other
+    columns but bytes are metadata, and the audio's `path` too.
+    """
+
+    def __init__(
+        self, uri: str, *, audio_column: str | None = None, key_column: str | None = None
+    ) -> None:
+        self._place = Place(uri)
+        self._audio_column = audio_column
+        self._key_column = key_column
+        self.uri = self._place.uri
+        self.ignored: Counter[str] = Counter()
+
+    def items(self) -> Iterator[Item]:
+        """List the items; see `Source.items`."""
+        self.ignored.clear()
+        found = 0
+        for file in find_files(self._place, TABLES, self.ignored):
+            with table_errors(file.uri), open_table(file.uri) as table:
+                for item in self._items_of(file, table):
+                    found += 1
+                    yield item
+        if not found:
+            raise SourceError(f"Source {self.uri} holds no rows.")
+
+    def _items_of(self, file: File, table: Any) -> Iterator[Item]:
+        schema = table.schema_arrow
+        audio = audio_column(schema, self._audio_column, file.uri)
+        columns = plain_columns(schema, without=() if is_audio(schema.field(audio).type) else audio)
+        if self._key_column is not None and self._key_column not in columns:
+            raise SourceError(f"{file.uri} has no column {self._key_column} to take keys from.")
+        stem = posixpath.splitext(file.name)[0]
+        number = 0
+        for group in range(table.metadata.num_row_groups):
+            about = table.metadata.row_group(group)
+            size = _mean_size(about, audio)
+            for row, metadata in enumerate(_rows(table, group, columns, about.num_rows)):
+                path = (metadata.pop(audio, None) or {}).get("path")
+                if path is not None:
+                    metadata.setdefault("path", path)
+                name = f"{number:08d}" if self._key_column is None else None
+                yield Item(
+                    key=f"{stem}/{name}" if name else self._key(metadata, file, number),
+                    uri=file.uri,
+                    size=size,
+                    version=file.version,
+                    place=TableCell(group, row, audio),
+                    metadata=as_json(metadata),
+                )
+                number += 1
+
+    def _key(self, metadata: dict[str, Any], file: File, number: int) -> str:
+        value = metadata.get(str(self._key_column))
+        if value is None or value == "":
+            raise SourceError(f"{file.uri} has no {self._key_column} in row {number}.")
+        return str(value)
+
+
+def audio_column(schema: pa.Schema, asked: str | None, uri: str) -> str:
+    """The column that holds the audio.
+
+    Raises:
+        SourceError: There is none, or several could be meant.
+    """
+    kinds = {field.name: field.type for field in schema}
+    if asked is not None:
+        if asked not in kinds or not (is_audio(kinds[asked]) or is_binary(kinds[asked])):
+            raise SourceError(f"{uri} has no column {asked} that holds audio bytes.")
+        return asked
+    structs = [name for name, kind in kinds.items() if is_audio(kind)]
+    plain = [name for name, kind in kinds.items() if is_binary(kind)]
+    for found in (structs, plain):
+        if "audio" in found or len(found) == 1:
+            return "audio" if "audio" in found else found[0]
+        if found:
+            raise SourceError(
+                f"{uri} has several columns of bytes, {', '.join(found)}: choose one with "
+                "--audio-column."
+            )
+    raise SourceError(f"{uri} has no column of audio bytes: it has {', '.join(kinds)}.")
+
+
+def has_audio(schema: pa.Schema) -> bool:
+    """Whether a table holds audio, and is no manifest."""
+    return any(is_audio(field.type) or is_binary(field.type) for field in schema)
+
+
+@contextlib.contextmanager
+def table_errors(uri: str) -> Iterator[None]:
+    """What reading a Parquet file may raise becomes a SourceError that names the file."""
+    try:
+        yield
+    except (*storage_errors(), pa.ArrowException) as error:
+        cause = cause_of(error).split(". ")[0]  # Arrow's messages are long
+        raise SourceError(f"Table {uri} cannot be read: {cause}.") from error
+
+
+def _rows(table: Any, group: int, columns: list[str], rows: int) -> Iterator[dict[str, Any]]:
+    if not columns:
+        yield from ({} for _ in range(rows))
+        return
+    for batch in table.iter_batches(_ROWS, row_groups=[group], columns=columns, use_threads=False):
+        yield from batch.to_pylist()
+
+
+def _mean_size(group: Any, column: str) -> int:
+    """Bytes of a cell, on average: the row group's footer says no more."""
+    for index in range(group.num_columns):
+        chunk = group.column(index)
+        if chunk.path_in_schema in (column, f"{column}.bytes") and group.num_rows:
+            return int(chunk.total_compressed_size // group.num_rows)
+    return 0

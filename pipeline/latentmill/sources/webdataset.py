@@ -1,0 +1,256 @@
+"""WebDataset tars: each audio member is an item, read by its place in the tar.
+
+Only headers and small metadata members are read here; encoding an item is one ranged read. Members
+are taken by an explicit list of types, and nothing of them is ever executed or unpacked.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import posixpath
+import re
+import tarfile
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from latentmill.errors import ItemError, SourceError
+from latentmill.remote import cause_of, retrying, storage_errors
+from latentmill.sources.base import ByteRange, Item
+from latentmill.sources.files import File, Place, find_files
+from latentmill.sources.metadata import METADATA_LIMIT, parse_sidecar
+from latentmill.sources.names import as_key, dotted, without_extensions
+
+METADATA = (".json", ".txt", ".cls")
+TARS = (".tar",)
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_COMPRESSED_NAMES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+# webdataset's own rule: up to the first dot of the base name.
+_SAMPLE = re.compile(r"(?P<key>(?:.*/)?[^/.]+)\.(?P<extension>[^/]*)", re.DOTALL)
+
+LARGEST_HEADER = 1 << 20  # a long name; a header that claims more is no header
+READ_AHEAD = 128 << 10  # of a remote tar: what one request for a header brings along
+SIDE_BY_SIDE = 8  # remote tars whose headers are read at the same time
+
+
+@dataclass(frozen=True)
+class _Member:
+    """An ordinary file in a tar; `text` holds the bytes of a small metadata member."""
+
+    name: str
+    offset: int
+    size: int
+    text: bytes | None = None
+
+
+class WebDatasetSource:
+    """Every audio member of tars: a tar, a folder of them, a glob or a brace pattern.
+
+    A key is the tar's name without `.tar`, a slash, and the member's name without its extension
+    (`shard-000/album/song`), so that the items of a tar stay together in the plan. Members that
+    follow each other and share what webdataset calls a key (up to the first dot) are a sample: its
+    `.json`, `.txt` and `.cls` members are the metadata of its audio members. Where a sample has
+    several of those, `drums.json` belongs to `song.drums.wav` alone.
+    """
+
+    def __init__(self, uri: str, extensions: Sequence[str]) -> None:
+        self._place = Place(uri)
+        self._extensions = dotted(extensions)
+        self.uri = self._place.uri
+        self.ignored: Counter[str] = Counter()
+
+    def items(self) -> Iterator[Item]:
+        """List the items; see `Source.items`."""
+        self.ignored.clear()
+        if self.uri.lower().endswith(_COMPRESSED_NAMES):
+            raise SourceError(_compressed(self.uri))
+        tars = find_files(self._place, TARS, self.ignored)
+        found = 0
+        for items, ignored in self._scanned(tars):
+            found += len(items)
+            self.ignored.update(ignored)
+            yield from items
+        if not found:
+            raise SourceError(
+                f"Source {self.uri} holds no audio members: looked for "
+                f"{', '.join(self._extensions)} in {len(tars)} tars."
+            )
+
+    def _scanned(self, tars: Sequence[File]) -> Iterator[tuple[list[Item], Counter[str]]]:
+        """What each tar holds, in order, a few remote tars ahead."""
+        if self._place.local:
+            yield from (self._scan(tar) for tar in tars)
+            return
+        running: deque[Future[tuple[list[Item], Counter[str]]]] = deque()
+        with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+            for tar in tars:
+                running.append(pool.submit(self._scan, tar))
+                if len(running) > SIDE_BY_SIDE:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+
+    def _scan(self, tar: File) -> tuple[list[Item], Counter[str]]:
+        ignored: Counter[str] = Counter()
+        try:
+            # Reading on after a lost connection would begin in the middle: all of it again.
+            items: list[Item] = retrying(lambda: self._read(tar, ignored))
+            return items, ignored
+        except storage_errors() as error:
+            raise SourceError(f"Tar {tar.uri} cannot be read: {cause_of(error)}.") from error
+        except tarfile.TarError as error:
+            raise SourceError(
+                f"Tar {tar.uri} is no tar or damaged ({error}): mend it, or leave it out."
+            ) from error
+
+    def _read(self, tar: File, ignored: Counter[str]) -> list[Item]:
+        ignored.clear()
+        items: list[Item] = []
+        sample: list[_Member] = []
+        key = None
+        with self._open(tar) as file:
+            for member in _members(file, tar, ignored):
+                match = _SAMPLE.fullmatch(member.name)
+                if match is None:
+                    ignored["members without an extension"] += 1
+                    continue
+                if match["key"] != key:
+                    items += self._items_of(tar, sample, ignored)
+                    sample, key = [], match["key"]
+                sample.append(member)
+        return [*items, *self._items_of(tar, sample, ignored)]
+
+    def _open(self, tar: File) -> IO[bytes]:
+        if self._place.local:
+            return Path(tar.path).open("rb")
+        file: IO[bytes] = self._place.fs.open(
+            tar.path, "rb", block_size=READ_AHEAD, cache_type="readahead"
+        )
+        return file
+
+    def _items_of(self, tar: File, sample: list[_Member], ignored: Counter[str]) -> Iterator[Item]:
+        """The items of one sample: one per audio member."""
+        audio = [m for m in sample if _extension(m.name) in self._extensions]
+        others = [m for m in sample if _extension(m.name) not in self._extensions]
+        used: set[str] = set()
+        names = without_extensions([member.name for member in audio])
+        for member in audio:
+            own = [other for other in others if _belongs(other, member, alone=len(audio) == 1)]
+            used |= {other.name for other in own}
+            metadata, broken = _metadata(tar.uri, own)
+            yield Item(
+                key=f"{posixpath.splitext(tar.name)[0]}/{as_key(names[member.name])}",
+                uri=tar.uri,
+                size=member.size,
+                version=tar.version,
+                place=ByteRange(member.offset, member.size),
+                sidecars=tuple(broken),
+                metadata=json.dumps(metadata, ensure_ascii=False),
+            )
+        for other in others:
+            if other.name not in used:
+                ignored[_extension(other.name)] += 1
+
+
+def _extension(name: str) -> str:
+    return posixpath.splitext(name)[1].lower() or "no extension"
+
+
+def _belongs(other: _Member, audio: _Member, *, alone: bool) -> bool:
+    """Whether a metadata member of a sample is about an audio member of it."""
+    if other.text is None:
+        return False
+    stem = posixpath.splitext(other.name)[0]
+    return alone or "." not in posixpath.basename(stem) or stem == posixpath.splitext(audio.name)[0]
+
+
+def _metadata(tar: str, members: Sequence[_Member]) -> tuple[dict[str, Any], list[str]]:
+    """What metadata members say; and the addresses of those that cannot be understood.
+
+    The latter fail their item when it is encoded, with what is wrong with them.
+    """
+    metadata: dict[str, Any] = {}
+    broken = []
+    for member in members:
+        name = posixpath.basename(member.name)
+        try:
+            given = parse_sidecar(name, member.text or b"")
+        except ItemError:
+            given = None
+        if given is None or any(key in metadata and metadata[key] != given[key] for key in given):
+            last = member.offset + member.size - 1
+            broken.append(f"{tar}#bytes={member.offset}-{last}/{name}")
+        else:
+            metadata |= given
+    return metadata, broken
+
+
+def _members(file: IO[bytes], tar: File, ignored: Counter[str]) -> Iterator[_Member]:
+    """The ordinary files of a tar, in order; what else it holds is counted."""
+    head = file.read(6)
+    file.seek(0)
+    if any(head.startswith(magic) for magic in COMPRESSED):
+        raise SourceError(_compressed(tar.uri))
+    with tarfile.open(fileobj=_Headers(file), mode="r:") as reader:
+        end = 0
+        while (info := reader.next()) is not None:
+            reader.members = []  # type: ignore[attr-defined]  # it would keep all of them
+            if info.offset_data <= end and end:
+                raise tarfile.ReadError(f"its members overlap at byte {info.offset}")
+            end = info.offset_data
+            if not info.isreg() or info.issparse():
+                if not info.isdir():
+                    ignored[_kind(info)] += 1
+                continue
+            text = None
+            if _extension(info.name) in METADATA and info.size <= METADATA_LIMIT:
+                file.seek(info.offset_data)
+                text = file.read(info.size)
+            yield _Member(info.name, info.offset_data, info.size, text)
+        _check_end(file, reader.offset, ignored)
+
+
+def _kind(info: tarfile.TarInfo) -> str:
+    if info.issym() or info.islnk():
+        return "links in tars"
+    return "sparse members" if info.issparse() else "devices and other special members"
+
+
+def _check_end(file: IO[bytes], offset: int, ignored: Counter[str]) -> None:
+    """`tarfile` takes any end for the end; an end is a block of zeros."""
+    file.seek(offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if not block:  # cut between two members, or the last one's data are cut off
+        ignored["tars without an end mark"] += 1
+    elif block.strip(b"\0"):
+        raise tarfile.ReadError(f"there is no header at byte {offset}")
+
+
+class _Headers(io.RawIOBase):
+    """A tar's file for `tarfile`, which reads as much of a header as the header claims."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def read(self, size: int = -1, /) -> bytes:
+        if not 0 <= size <= LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def _compressed(uri: str) -> str:
+    return (
+        f"Tar {uri} is compressed, so that its members have no place of their own: unpack it to a "
+        ".tar first."
+    )

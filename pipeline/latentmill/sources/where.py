@@ -1,0 +1,103 @@
+"""Conditions on metadata, such as `genre == 'rock' and bpm > 100`: parsed, never executed.
+
+The syntax is Python's, of which only these are allowed: names and `a.b` for fields, constants,
+lists, comparisons, `in`, `and`, `or`, `not`.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from latentmill.errors import ConfigError
+
+MAX_LENGTH = 2000  # characters
+
+_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.In: lambda one, many: one in many,
+    ast.NotIn: lambda one, many: one not in many,
+    ast.Is: lambda one, other: one is other,
+    ast.IsNot: lambda one, other: one is not other,
+}
+_ALLOWED = (
+    *(ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub),
+    *(ast.Compare, ast.Name, ast.Attribute, ast.Load, ast.Constant, ast.List, ast.Tuple),
+    *_COMPARE,
+)
+
+
+class Condition:
+    """A condition on an item's metadata.
+
+    A field that is not there is None. What cannot be compared, such as None with a number, makes a
+    comparison false, as it does in SQL.
+
+    Raises:
+        ConfigError: The text is no such condition.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        try:
+            if len(text) > MAX_LENGTH:
+                raise ValueError(f"it has more than {MAX_LENGTH} characters")
+            self._tree = ast.parse(text.strip(), mode="eval").body
+            for node in ast.walk(self._tree):
+                if not isinstance(node, _ALLOWED):
+                    raise ValueError(f"{type(node).__name__} is not allowed")
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            cause = error.msg if isinstance(error, SyntaxError) else str(error)
+            raise ConfigError(
+                f"Setting where: {text!r} is no condition ({cause}): write it like genre == 'rock' "
+                "and bpm > 100."
+            ) from error
+
+    def holds(self, metadata: Mapping[str, Any]) -> bool:
+        """Whether it is true of an item."""
+        return bool(_value(self._tree, metadata))
+
+
+def _value(node: ast.AST, fields: Mapping[str, Any]) -> Any:  # noqa: PLR0911
+    match node:
+        case ast.Constant():
+            return node.value
+        case ast.Name():
+            return fields.get(node.id)
+        case ast.Attribute():
+            inner = _value(node.value, fields)
+            return inner.get(node.attr) if isinstance(inner, Mapping) else None
+        case ast.List() | ast.Tuple():
+            return [_value(part, fields) for part in node.elts]
+        case ast.UnaryOp(op=ast.Not()):
+            return not _value(node.operand, fields)
+        case ast.UnaryOp():
+            inner = _value(node.operand, fields)
+            return -inner if isinstance(inner, int | float) else None
+        case ast.BoolOp(op=ast.And()):
+            return all(_value(part, fields) for part in node.values)
+        case ast.BoolOp():
+            return any(_value(part, fields) for part in node.values)
+        case ast.Compare():
+            return _compare(node, fields)
+    raise AssertionError(type(node))
+
+
+def _compare(node: ast.Compare, fields: Mapping[str, Any]) -> bool:
+    left = _value(node.left, fields)
+    for compare, part in zip(node.ops, node.comparators, strict=True):
+        right = _value(part, fields)
+        try:
+            if not _COMPARE[type(compare)](left, right):
+                return False
+        except TypeError:
+            return False
+        left = right
+    return True

@@ -1,0 +1,172 @@
+"""What holds for every source: the same audio gives the same latents, keys, metadata, accounts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latentmill.chunks import Chunking
+from latentmill.encode import AudioStream, EncodeSettings, UnitEncoder
+from latentmill.errors import LatentmillError, SourceError
+from latentmill.models import mdct
+from latentmill.record import Outcome, Record
+from latentmill.sources.address import item_at
+from latentmill.sources.base import Item
+from latentmill.sources.reading import UnitReader
+from support.sources import KINDS, Recording, Written, put, recordings_in, sorted_items
+
+MODEL = mdct.build(hop=64, sample_rate=8000).load("cpu")
+CHUNKING = Chunking.for_model(MODEL.spec, seconds=0.5)
+ON_S3 = ("folder", "webdataset", "parquet", "jsonl", "table")
+
+
+def encode(items: Sequence[Item], settings: EncodeSettings | None = None) -> list[Outcome]:
+    settings = settings or EncodeSettings(dtype="float32", batch_size=4, decode_threads=3)
+    encoder = UnitEncoder(MODEL, CHUNKING, settings)
+    audio = AudioStream(items, MODEL.spec, CHUNKING, settings, encoder.meter)
+    with contextlib.closing(audio):
+        return list(encoder.encode(audio))
+
+
+def records(items: Sequence[Item]) -> dict[str, Record]:
+    outcomes = encode(items)
+    assert {one.key: one.reason for one in outcomes if one.record is None} == {}
+    return {one.key: one.record for one in outcomes if one.record is not None}
+
+
+@pytest.fixture(scope="module")
+def recordings(corpus: Path) -> list[Recording]:
+    return recordings_in(corpus, (".wav", ".flac", ".ogg", ".mp3", ".aiff"))
+
+
+@pytest.fixture(scope="module")
+def wanted(
+    recordings: list[Recording], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Record]:
+    """The records of the recordings as plain files, by name."""
+    folder = KINDS["folder"](str(tmp_path_factory.mktemp("plain")), recordings)
+    return records(sorted_items(folder.open()))
+
+
+CASES = [(kind, "local") for kind in KINDS] + [(kind, "memory") for kind in KINDS]
+CASES += [(kind, "s3") for kind in ON_S3]
+
+
+@pytest.fixture(params=CASES, ids="-".join)
+def written(request: pytest.FixtureRequest, recordings: list[Recording], tmp_path: Path) -> Written:
+    kind, storage = request.param
+    url = {"local": str(tmp_path / "in"), "memory": f"memory://{uuid.uuid4().hex}"}.get(storage)
+    return KINDS[kind](url or request.getfixturevalue("s3_bucket") + "/in", recordings)
+
+
+def test_the_same_audio_gives_the_same_latents(
+    written: Written, wanted: dict[str, Record], recordings: list[Recording]
+) -> None:
+    source = written.open()
+    items = sorted_items(source)
+    assert sorted(written.keys.values()) == [item.key for item in items]
+    assert dict(source.ignored) == written.ignored
+    done = records(items)
+    for one in recordings:
+        found, plain = done[written.keys[one.name]], wanted[one.name]
+        assert np.array_equal(found.latent, plain.latent)
+        assert found.content_hash == plain.content_hash
+        assert (found.num_samples, found.rms) == (plain.num_samples, plain.rms)
+        assert dict(found.metadata) == one.metadata
+        # The record says where its audio lies, exactly.
+        place = item_at(found.source_uri)
+        with UnitReader([place]) as reader, reader.open(place) as media:
+            assert media.read_at(0, media.size) == one.data
+
+
+def test_items_are_the_same_every_time(written: Written) -> None:
+    source = written.open()
+    first, ignored = sorted_items(source), dict(source.ignored)
+    assert sorted_items(source) == first  # asked again
+    assert dict(source.ignored) == ignored
+    other = written.open()
+    assert sorted_items(other) == first
+    for item in first:
+        assert isinstance(json.loads(item.metadata), dict)
+        assert item.key == item.key.strip("/")
+        item.key.encode()
+
+
+def test_items_are_read_in_any_order(written: Written, wanted: dict[str, Record]) -> None:
+    items = sorted_items(written.open())
+    names = {key: name for name, key in written.keys.items()}
+    for order in (items[::-1], items[1::2] + items[::2]):
+        for key, record in records(order).items():
+            assert record.content_hash == wanted[names[key]].content_hash
+
+
+def test_a_group_comes_from_the_metadata_or_the_key(written: Written) -> None:
+    by_field = sorted_items(written.open(group_by="metadata:title,bpm"))
+    assert {item.group for item in by_field} == {f"Stück {n}" for n in range(len(by_field))}
+    assert {item.role for item in by_field} == {str(60 + n) for n in range(len(by_field))}
+    by_key = sorted_items(written.open(group_by=r"(?P<group>.*)/(?P<role>[^/]+)$"))
+    assert [item.key for item in by_key] == [item.key for item in by_field]
+    for item in by_key:
+        folder, _, name = item.key.rpartition("/")
+        assert (item.group or "", item.role or name) == (folder, name)
+    record = records(by_field)[by_field[0].key]
+    assert (record.group, record.role) == (by_field[0].group, by_field[0].role)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_there_is_refused(
+    kind: str, tmp_path: Path, one_sentence: Callable[[BaseException], str]
+) -> None:
+    written = KINDS[kind](str(tmp_path / "in"), [])
+    with pytest.raises(SourceError) as caught:
+        sorted_items(written.open())
+    one_sentence(caught.value)
+    gone = Written(f"{tmp_path}/gone{Path(written.uri).suffix}", {}, {}, written.options)
+    with pytest.raises(SourceError) as caught:
+        sorted_items(gone.open())
+    assert "does not exist" in one_sentence(caught.value)
+
+
+NAMES = {"webdataset": "a.tar", "parquet": "a.parquet", "table": "a.parquet"}
+NAMES |= {"csv": "a.csv", "jsonl": "a.jsonl", "nemo": "a.json"}
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xfe nothing of the kind \0" * 200], ids=len)
+@pytest.mark.parametrize("kind", NAMES)
+def test_what_is_something_else_is_refused(
+    kind: str, data: bytes, tmp_path: Path, one_sentence: Callable[[BaseException], str]
+) -> None:
+    uri = put(f"{tmp_path}/{NAMES[kind]}", data)
+    with pytest.raises(LatentmillError) as caught:
+        sorted_items(Written(uri, {}, {}, {}).open())
+    assert NAMES[kind] in one_sentence(caught.value)
+
+
+CHANGED = ["folder", "webdataset", "parquet"]
+
+
+@pytest.mark.parametrize("storage", ["local", "s3"])
+@pytest.mark.parametrize("kind", CHANGED)
+def test_what_changed_after_the_plan_fails(
+    kind: str,
+    storage: str,
+    recordings: list[Recording],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    url = str(tmp_path) if storage == "local" else request.getfixturevalue("s3_bucket") + "/in"
+    items = sorted_items(KINDS[kind](url, recordings[:2]).open())
+    swapped = [
+        Recording(one.name, one.extension, other.data + b"\0", one.metadata)
+        for one, other in zip(recordings[:2], recordings[1::-1], strict=True)
+    ]
+    KINDS[kind](url, swapped)
+    for outcome in encode(items):
+        assert outcome.status == "failed"
+        assert "changed since the plan was made" in (outcome.reason or "")

@@ -1,0 +1,250 @@
+"""Manifests: paths, segments, keys, Lhotse and NeMo as they are, and what is wrong with them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentmill.errors import SourceError
+from latentmill.sources.address import address_of, item_at, segment_text
+from latentmill.sources.base import ByteRange, Item, Segment, TableCell
+from latentmill.sources.manifest import Columns, ManifestSource, manifest_format
+
+
+def manifest(path: Path, text: str | bytes) -> ManifestSource:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return ManifestSource(str(path))
+
+
+def jsonl(path: Path, *rows: dict[str, Any]) -> ManifestSource:
+    return manifest(path, "\n".join(json.dumps(row) for row in rows))
+
+
+def keys(source: ManifestSource) -> list[str]:
+    return [item.key for item in source.items()]
+
+
+def test_where_paths_lead_and_what_they_are_called(tmp_path: Path) -> None:
+    rows = {
+        "a/b.wav": (f"{tmp_path}/a/b.wav", "a/b"),
+        "./a/../c.flac": (f"{tmp_path}/c.flac", "c"),
+        f"{tmp_path}/in/d.v2.ogg": (f"{tmp_path}/in/d.v2.ogg", "in/d.v2"),
+        "/elsewhere/e.wav": ("/elsewhere/e.wav", "elsewhere/e"),
+        "../up.wav": (f"{tmp_path.parent}/up.wav", f"{tmp_path.parent}/up".lstrip("/")),
+        "file:///elsewhere/f.wav": ("/elsewhere/f.wav", "elsewhere/f"),
+        "https://host/g.mp3": ("https://host/g.mp3", "host/g"),
+        "s3://bucket/x/h.mp3?": ("s3://bucket/x/h.mp3?", "bucket/x/h"),
+        "ch. 1, take two": (f"{tmp_path}/ch. 1, take two", "ch. 1, take two"),
+    }
+    source = jsonl(tmp_path / "m.jsonl", *({"path": path} for path in rows))
+    found = list(source.items())
+    assert [item.uri for item in found] == [uri for uri, _ in rows.values()]
+    assert [item.key for item in found] == [key for _, key in rows.values()]
+
+
+def test_every_other_column_is_metadata(tmp_path: Path) -> None:
+    text = 'file,start,dur,title,year,plate,gain,gap\na.wav,1.5,2,"One, two",1999,007,-3.5e0,\n'
+    (item,) = manifest(tmp_path / "m.csv", "\ufeff" + text).items()
+    assert json.loads(item.metadata) == {
+        "title": "One, two",
+        "year": 1999,
+        "plate": "007",
+        "gain": -3.5,
+    }
+    assert item.segment == Segment(1.5, 2.0)
+    assert (item.key, item.seconds) == ("a#1.5-3.5", 2.0)
+    (item,) = manifest(tmp_path / "m.tsv", text.replace(",", "\t").replace("One\t", "One,")).items()
+    assert json.loads(item.metadata)["title"] == "One, two"
+
+
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    path.write_text("path,rec,from,for,id\nx,one.wav,2,3,7\n")
+    columns = Columns(path="rec", start="from", duration="for", key="path")
+    (item,) = ManifestSource(str(path), columns).items()
+    assert (item.key, item.uri, item.segment) == ("x", f"{tmp_path}/one.wav", Segment(2, 3))
+    (item,) = ManifestSource(str(path), Columns(path="rec")).items()
+    assert (item.key, item.segment) == ("7", None)  # a column `id` is taken by itself
+    (item,) = ManifestSource(str(path), Columns(path="rec", key="rec")).items()
+    assert item.key == "one"
+
+
+def test_a_duration_without_a_start_is_a_length(tmp_path: Path) -> None:
+    rows = [
+        {"audio_filepath": "a.wav", "duration": 3.25, "text": "nemo"},
+        {"audio_filepath": "b.wav", "duration": 3.25, "offset": 0.0, "text": "part"},
+        {"audio_filepath": "c.wav", "offset": 2, "text": "rest"},
+    ]
+    whole, first, rest = jsonl(tmp_path / "m.json", *rows).items()
+    assert (whole.segment, whole.seconds) == (None, 3.25)
+    assert (first.segment, first.key) == (Segment(0, 3.25), "b#0-3.25")
+    assert (rest.segment, rest.key, rest.seconds) == (Segment(2.0), "c#2-", None)
+    assert json.loads(rest.metadata) == {"text": "rest"}
+
+
+def cut(**changes: Any) -> dict[str, Any]:
+    """A cut as `lhotse.CutSet.to_jsonl` writes it."""
+    recording = {
+        "id": "rec",
+        "sources": [{"type": "file", "channels": [0], "source": "rec.flac"}],
+        "sampling_rate": 16000,
+        "num_samples": 160000,
+        "duration": 10.0,
+        "channel_ids": [0],
+    }
+    supervision = {"id": "s1", "recording_id": "rec", "start": 0, "duration": 2.5, "text": "hello"}
+    return {
+        "id": "rec-1",
+        "start": 4.0,
+        "duration": 2.5,
+        "channel": 0,
+        "supervisions": [supervision],
+        "recording": recording | changes.pop("recording", {}),
+        "custom": {"snr": 30},
+        "type": "MonoCut",
+    } | changes
+
+
+def test_lhotse_cuts(tmp_path: Path) -> None:
+    two = {"channel_ids": [0, 1], "sources": [{"type": "file", "channels": [0, 1], "source": "x"}]}
+    command = {"sources": [{"type": "command", "channels": [0], "source": "touch /tmp/pwned"}]}
+    rows = [
+        cut(),
+        cut(id="whole", start=0, duration=10.0),
+        cut(id="both", type="MultiCut", channel=[0, 1], recording=two),
+        cut(id="one of two", recording=two),
+        cut(id="shell", recording=command),
+        cut(id="faster", recording={"transforms": [{"name": "Speed"}]}),
+        {"id": "mix", "tracks": [], "type": "MixedCut"},
+    ]
+    path = tmp_path / "cuts.jsonl.gz"
+    source = manifest(path, gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    part, whole, both = source.items()
+    assert (part.key, part.uri) == ("rec-1", f"{tmp_path}/rec.flac")
+    assert (part.segment, part.seconds) == (Segment(4.0, 2.5), 2.5)
+    assert json.loads(part.metadata)["supervisions"][0]["text"] == "hello"
+    assert json.loads(part.metadata)["custom"] == {"snr": 30}
+    assert (whole.segment, both.segment) == (None, Segment(4.0, 2.5))
+    assert source.ignored == {
+        "cuts of some channels of their recording": 1,
+        "cuts whose recording is not one file or URL": 1,
+        "cuts that transform their recording": 1,
+        "MixedCut without a recording": 1,
+    }
+    with pytest.raises(SourceError, match="no proper cut in row 2"):
+        keys(jsonl(tmp_path / "m.jsonl", cut(), cut(duration="long")))
+
+
+def test_types_of_a_table_become_json(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "path": ["a.wav", "b.wav", None],
+            "loudness": pa.array([1.5, float("nan"), 0], pa.float32()),
+            "day": pa.array([0, 1, 2], pa.date32()),
+            "tags": [["x", None], [], None],
+            "embedding": [b"\xff", b"", None],
+            "nested": [{"n": 1, "raw": b"\xfe"}, {"n": None, "raw": None}, None],
+        }
+    )
+    pq.write_table(table, tmp_path / "m.parquet")
+    source = ManifestSource(str(tmp_path / "m.parquet"))
+    one, two = (json.loads(item.metadata) for item in source.items())
+    assert one == {"loudness": 1.5, "day": "1970-01-01", "tags": ["x", None], "nested": {"n": 1}}
+    assert two == {"day": "1970-01-02", "tags": [], "nested": {"n": None}}
+    assert source.ignored == {"rows without a path": 1}
+
+
+WRONG = {
+    "no paths": ("m.csv", "title\nx\n", "has no column of paths"),
+    "no rows": ("m.csv", "path\n", "has no rows with a path"),
+    "a quote": ("m.csv", 'path,x\na.wav,"one\n', "no proper CSV in line"),
+    "too many fields": ("m.csv", "path\na.wav,b\n", "more fields than the header"),
+    "no seconds": ("m.csv", "path,start\na.wav,1:30\n", "start is '1:30'"),
+    "before the start": ("m.csv", "path,start\na.wav,-1\n", "in row 1"),
+    "an array": ("m.json", '[{"path": "a.wav"}]', "no JSON object in line 1"),
+    "an array, indented": ("m.json", '[\n{"path": "a.wav"}\n]', "no JSON in line 1"),
+    "cut off": ("m.jsonl", '{"path": "a.wav"}\n{"pa', "no JSON in line 2"),
+    "no text": ("m.jsonl", b'{"path": "\xff"}', "no UTF-8"),
+    "no gzip": ("m.jsonl.gz", b"\x1f\x8b\x08\x00 no", "cannot be read"),
+    "half a gzip": (
+        "m.jsonl.gz",
+        gzip.compress(b'{"path": "a.wav"}\n' * 99)[:-9],
+        "cannot be read",
+    ),
+    "a chain": ("m.jsonl", '{"path": "zip://a::b.zip"}', "no plain path or URL in row 1"),
+    "a secret": ("m.jsonl", '{"url": "https://h/a.wav?X-Sig=deadbeef"}', "carries credentials"),
+    "no key": ("m.jsonl", '{"id": "", "path": "a.wav"}', "has no id in row 1"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_wrong_is_named(
+    kind: str, tmp_path: Path, one_sentence: Callable[[BaseException], str]
+) -> None:
+    name, text, says = WRONG[kind]
+    with pytest.raises(SourceError) as caught:
+        keys(manifest(tmp_path / name, text))
+    assert says in one_sentence(caught.value)
+    assert "deadbeef" not in str(caught.value)
+
+
+def test_names_of_manifests() -> None:
+    for name in ("a.csv", "s3://b/a.CSV.gz", "a.tsv", "a.jsonl", "cuts.jsonl.gz", "a.parquet"):
+        assert manifest_format(name) is not None
+    for name in ("a.wav", "music", "a.json.d", "a.tar", "a.gz"):
+        assert manifest_format(name) is None
+
+
+PLACES = st.one_of(
+    st.none(),
+    st.builds(ByteRange, st.integers(0, 2**50), st.integers(1, 2**50)),
+    st.builds(TableCell, st.integers(0, 9999), st.integers(0, 2**40), st.sampled_from("ab")),
+)
+SECONDS = st.integers(0, 10**12).map(lambda n: n / 1e6)
+SEGMENTS = st.one_of(st.none(), st.builds(Segment, SECONDS, st.one_of(st.none(), SECONDS)))
+
+
+@given(st.text(min_size=1).filter(lambda t: "#" not in t), PLACES, SEGMENTS)
+def test_an_address_finds_its_place_again(uri: str, place: Any, segment: Segment | None) -> None:
+    found = item_at(address_of(Item("k", uri, 0, "", place=place, segment=segment)))
+    assert (found.uri, found.place) == (uri, place)
+    assert (found.segment is None) == (segment is None)
+    if segment is not None and found.segment is not None:
+        assert segment_text(found.segment, "-") == segment_text(segment, "-")
+        assert (found.segment.duration is None) == (segment.duration is None)
+
+
+def test_an_address_without_a_fragment_is_a_file() -> None:
+    for uri in ("/a/b#c.wav", "s3://b/#t=", "/x#bytes=1-", "/x.wav#"):
+        assert item_at(uri).uri == uri
+
+
+def test_a_large_manifest_is_streamed(tmp_path: Path) -> None:
+    rows = 30_000
+    names = [f"album-{n // 1000:04d}/song-{n:07d}.flac" for n in range(rows)]
+    columns = {"path": names, "duration": np.full(rows, 3.5), "title": names}
+    pq.write_table(pa.table(columns), tmp_path / "m.parquet", row_group_size=rows)
+    del columns
+    tracemalloc.start()
+    before = pa.total_allocated_bytes()
+    found = most = 0
+    for item in ManifestSource(str(tmp_path / "m.parquet")).items():
+        found += len(item.metadata) > 0
+        if found % 2000 == 0:
+            arrow = pa.total_allocated_bytes() - before
+            most = max(most, tracemalloc.get_traced_memory()[0] + arrow)
+    tracemalloc.stop()
+    assert found == rows
+    print(most)
+    assert most < 25e6  # all items would take 40 MB
