@@ -9,58 +9,40 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import shutil
-import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from latentmill.errors import StorageError, StoreError
+from latentmill.errors import ConfigError, StorageError, StoreError
+from latentmill.remote import (
+    cause_of,
+    is_transient,
+    open_filesystem,
+    protocol_of,
+    redact,
+    refuse_secrets,
+    retrying,
+    status_of,
+    storage_errors,
+    why_not_opened,
+)
+
+T = TypeVar("T")
 
 SCRATCH = "tmp"
 
-# The extra of latentmill that brings a protocol's package.
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"} | dict.fromkeys(
-    ("az", "abfs", "abfss", "adl"), "azure"
-)
+READ_AHEAD = 1 << 20  # bytes that a remote file which is open is read by, at least
 
-# What storage clients raise that is no OSError, by module.
-CLIENT_ERRORS = (
-    ("aiohttp", "ClientError"),
-    ("botocore.exceptions", "BotoCoreError"),
-    ("botocore.exceptions", "ClientError"),
-    ("gcsfs.retry", "HttpError"),
-    ("google.auth.exceptions", "GoogleAuthError"),
-    ("azure.core.exceptions", "AzureError"),
-)
-
-
-def storage_errors() -> tuple[type[Exception], ...]:
-    """What reading and writing may raise, with the storage clients that are in use."""
-    clients = [getattr(sys.modules.get(module), name, None) for module, name in CLIENT_ERRORS]
-    return (OSError, *(client for client in clients if client is not None))
-
-
-def cause_of(error: Exception) -> str:
-    """Why reading or writing failed, in a few words."""
-    if isinstance(error, FileNotFoundError) and not error.strerror and "/" in str(error):
-        return "no such file"  # fsspec gives the path alone
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return " ".join(text.split()).rstrip(".") or type(error).__name__
-
-
-def why_not_opened(url: str, error: Exception) -> str:
-    """Why fsspec refuses a URL, and what to install where a package is missing."""
-    extra = EXTRAS.get(url.partition("://")[0])
-    if isinstance(error, ImportError) and extra is not None:
-        return f"a package is missing; pip install 'latentmill[{extra}]'"
-    return cause_of(error)
+# Protocols that nothing can be written to.
+READ_ONLY = ("http", "https")
 
 
 class Storage:
@@ -68,9 +50,11 @@ class Storage:
 
     def __init__(self, url: str) -> None:
         if "::" in url:
-            raise StoreError(f"Store {url} is a chained URL: name a plain folder or bucket.")
+            shown = redact(url)
+            raise StoreError(f"Store {shown} is a chained URL: name a plain folder or bucket.")
+        refuse_secrets("Store", url, StoreError)
         try:
-            self._opened, path = fsspec.core.url_to_fs(url)
+            self._opened, path = open_filesystem(url)
         except (ValueError, ImportError) as error:
             cause = why_not_opened(url, error)
             raise StoreError(f"Store {url} cannot be opened: {cause}.") from error
@@ -86,7 +70,7 @@ class Storage:
     def _fs(self) -> fsspec.AbstractFileSystem:
         """The file system, opened anew after a fork: the parent's connections are not ours."""
         if self._pid != os.getpid():
-            self._opened, _ = fsspec.core.url_to_fs(self.root)
+            self._opened, _ = open_filesystem(self.root)
             self._pid = os.getpid()
         return self._opened
 
@@ -95,34 +79,31 @@ class Storage:
         return f"{self._path}/{path}"
 
     def exists(self, path: str) -> bool:
-        """Whether there is such a file."""
+        """Whether there is such a file or folder."""
         with self._errors("look for", path):
             self._fs.invalidate_cache()
-            return bool(self._fs.exists(self.full(path)))
+            # Not fs.exists: for many clients that is False whatever went wrong.
+            return self._unless_missing(lambda: self._fs.info(self.full(path))) is not None
 
     def list(self, folder: str) -> dict[str, int]:
         """Names and sizes of the files directly in a folder; empty if there is none."""
         with self._errors("list", folder):
-            try:
-                self._fs.invalidate_cache()
-                entries = self._fs.ls(self.full(folder), detail=True)
-            except FileNotFoundError:
-                return {}
+            self._fs.invalidate_cache()
+            path = self.full(folder)
+            entries = self._unless_missing(lambda: self._fs.ls(path, detail=True)) or []
         files = (entry for entry in entries if entry["type"] == "file")
         return {file["name"].rsplit("/", 1)[-1]: int(file["size"]) for file in files}
 
     def read(self, path: str) -> bytes:
         """The whole file."""
         with self._errors("read", path):
-            return bytes(self._fs.cat_file(self.full(path)))
+            return bytes(retrying(lambda: self._fs.cat_file(self.full(path))))
 
     def read_if_exists(self, path: str) -> bytes | None:
         """The whole file, or None if there is none."""
         with self._errors("read", path):
-            try:
-                return bytes(self._fs.cat_file(self.full(path)))
-            except FileNotFoundError:
-                return None
+            found = self._unless_missing(lambda: self._fs.cat_file(self.full(path)))
+            return None if found is None else bytes(found)
 
     def read_range(self, path: str, offset: int, length: int) -> bytes:
         """`length` bytes from `offset` on: one positioned read or one ranged request.
@@ -135,32 +116,78 @@ class Storage:
             if self.local:
                 with Path(self.full(path)).open("rb", buffering=0) as file:
                     return os.pread(file.fileno(), length, offset)
-            return bytes(self._fs.cat_file(self.full(path), start=offset, end=offset + length))
+            start, end, full = offset, offset + length, self.full(path)
+            data = retrying(lambda: self._fs.cat_file(full, start=start, end=end))
+            return self._of_range(path, data, length)
+
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Sequence[bytes]:
+        """Many `(path, offset, length)` at once; see `read_range`.
+
+        Object storage answers the requests of one call side by side.
+        """
+        asked = [number for number, (_, _, length) in enumerate(ranges) if length]
+        if self.local or not asked:
+            return [self.read_range(*one) for one in ranges]
+        paths, offsets, lengths = zip(*(ranges[number] for number in asked), strict=True)
+        ends = [offset + length for offset, length in zip(offsets, lengths, strict=True)]
+        with self._errors("read", paths[0] if len(set(paths)) == 1 else f"{len(paths)} ranges"):
+            found = self._cat_ranges([self.full(path) for path in paths], list(offsets), ends)
+        data = [b""] * len(ranges)
+        for number, part in zip(asked, found, strict=True):
+            data[number] = self._of_range(ranges[number][0], part, ranges[number][2])
+        return data
 
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[BinaryIO]:
         """The file, open for reading and seeking."""
-        with self._errors("read", path), self._fs.open(self.full(path), "rb") as file:
-            yield file
+        with self._errors("read", path):
+            if self.local:
+                with Path(self.full(path)).open("rb") as file:
+                    yield file
+                return
+            size = int(retrying(lambda: self._fs.info(self.full(path)))["size"])
+            with io.BufferedReader(_RemoteFile(self, path, size), READ_AHEAD) as file:
+                yield file
 
     def write(self, path: str, data: bytes) -> None:
         """Write a whole file, or nothing."""
+        self.refuse_read_only()
         with self._errors("write", path):
             if not self.local:
-                self._fs.pipe_file(self.full(path), data)
+                retrying(lambda: self._fs.pipe_file(self.full(path), data))
                 return
-            with self.scratch_file(path) as temporary:
-                with temporary.open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
+            with self._written(path, data) as temporary:
                 self._rename(temporary, path)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a whole file where there is none; of two who try at once, one succeeds.
+
+        Returns:
+            False if there is a file already, which stays; True if it is `data` now. A server that
+            knows no conditional writes (`If-None-Match`) replaces the file.
+        """
+        self.refuse_read_only()
+        with self._errors("write", path):
+            try:
+                if self.local:
+                    with self._written(path, data) as temporary:
+                        self._rename(temporary, path, replace=False)
+                else:
+                    full = self.full(path)
+                    retrying(lambda: self._fs.pipe_file(full, data, mode="create"))
+            except storage_errors() as error:
+                if not isinstance(error, FileExistsError) and status_of(error) != 412:
+                    raise
+                # It may be ours: written by a request whose answer was lost.
+                return self.read_if_exists(path) == data
+        return True
 
     def publish(self, temporary: Path, path: str) -> None:
         """Give a finished local file its place in the store, whole or not at all."""
+        self.refuse_read_only()
         with self._errors("write", path):
             if not self.local:
-                self._fs.put_file(str(temporary), self.full(path))
+                retrying(lambda: self._fs.put_file(str(temporary), self.full(path)))
                 return
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -168,8 +195,22 @@ class Storage:
 
     def delete(self, path: str) -> None:
         """Remove a file, if it is there."""
-        with self._errors("delete", path), contextlib.suppress(FileNotFoundError):
-            self._fs.rm_file(self.full(path))
+        self.refuse_read_only()
+        with self._errors("delete", path):
+            self._unless_missing(lambda: self._fs.rm_file(self.full(path)))
+
+    def refuse_read_only(self) -> None:
+        """Refuse a place that nothing can be written to.
+
+        Raises:
+            ConfigError: It is on a web server.
+        """
+        protocol = protocol_of(self.root)
+        if protocol in READ_ONLY:
+            raise ConfigError(
+                f"The output {self.root} cannot be written, for {protocol} is read only: name a "
+                "folder or a bucket."
+            )
 
     @contextlib.contextmanager
     def scratch_file(self, path: str) -> Iterator[Path]:
@@ -197,10 +238,23 @@ class Storage:
         """Remove what killed runs left behind."""
         shutil.rmtree(self.scratch_folder, ignore_errors=True)
 
-    def _rename(self, temporary: Path, path: str) -> None:
+    @contextlib.contextmanager
+    def _written(self, path: str, data: bytes) -> Iterator[Path]:
+        """A local file that holds `data`, on the disk, and waits for its name."""
+        with self.scratch_file(path) as temporary:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+
+    def _rename(self, temporary: Path, path: str, *, replace: bool = True) -> None:
         target = Path(self.full(path))
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.replace(target)
+        if replace:
+            temporary.replace(target)
+        else:
+            _link(temporary, target)
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # the name itself must survive a power cut
@@ -210,9 +264,88 @@ class Storage:
         finally:
             os.close(folder)
 
+    def _unless_missing(self, call: Callable[[], T]) -> T | None:
+        """What a call gives, tried again where that may help; None if there is no such file."""
+        try:
+            return retrying(call)
+        except FileNotFoundError as error:
+            if is_transient(error):  # fsspec's http says so of a server that fails, too
+                raise
+            return None
+
+    def _cat_ranges(
+        self, paths: Sequence[str], starts: Sequence[int], ends: Sequence[int]
+    ) -> Sequence[bytes]:
+        """fsspec's; of many requests some fail, and only those are made again."""
+        found: dict[int, bytes] = {}
+
+        def attempt() -> None:
+            todo = [number for number in range(len(paths)) if number not in found]
+            columns: Iterator[Sequence[object]]
+            columns = ([column[number] for number in todo] for column in (paths, starts, ends))
+            answers = self._fs.cat_ranges(*columns, on_error="return")
+            failed = [answer for answer in answers if isinstance(answer, Exception)]
+            found.update(
+                (number, answer)
+                for number, answer in zip(todo, answers, strict=True)
+                if not isinstance(answer, Exception)
+            )
+            for error in sorted(failed, key=is_transient)[:1]:
+                raise error
+
+        retrying(attempt)
+        return [found[number] for number in range(len(paths))]
+
+    def _of_range(self, path: str, data: bytes, length: int) -> bytes:
+        if len(data) > length:  # fsspec's http gives what it gets
+            raise StorageError(
+                f"Cannot read {self.root}/{path} in parts: its server knows no ranges; "
+                "copy the store to a disk or a bucket."
+            )
+        return bytes(data)
+
     @contextlib.contextmanager
     def _errors(self, verb: str, path: str) -> Iterator[None]:
         try:
             yield
         except storage_errors() as error:
             raise StorageError(f"Cannot {verb} {self.root}/{path}: {cause_of(error)}.") from error
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file of a store, read by ranges; unlike fsspec's it tries again whatever may pass."""
+
+    def __init__(self, storage: Storage, path: str, size: int) -> None:
+        self._storage, self._path, self._size = storage, path, size
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = max(0, min(len(buffer), self._size - self._at))
+        data = self._storage.read_range(self._path, self._at, wanted)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _link(temporary: Path, target: Path) -> None:
+    """Give a file a second name that nothing has yet. Raises FileExistsError."""
+    try:
+        os.link(temporary, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        # SMB and FAT have no links: a name is looked for and then taken.
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
+        temporary.replace(target)

@@ -1,6 +1,12 @@
 """Garbage never crashes: it decodes, or it is an ItemError of one line."""
 
+import json
+import os
 import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,3 +93,35 @@ def test_no_whole_file_is_called_short_and_a_cut_one_never_crashes(kind: str, da
             find_shortage(media, sniff(media))
         except ItemError as error:
             assert "audio" in str(error)  # too little is left to know the format
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(1000, marks=pytest.mark.slow)])
+def test_damaged_files_are_encoded_or_fail_with_a_reason(tmp_path: Path, count: int) -> None:
+    """Through the encoder of units, in a process whose crash would be seen here."""
+    tests = Path(__file__).parents[1]
+    paths = [str(tests), str(tests.parent / "pipeline"), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-m", "support.fuzz_units", str(tmp_path), str(count), "1"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+        timeout=280 if count < 1000 else 1200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    outcomes = result["outcomes"]
+    assert len(outcomes) == 2 * count
+    for key, status, reason in outcomes:
+        assert status in ("encoded", "failed"), key
+        assert bool(reason) == (status == "failed"), key
+        assert "\n" not in reason
+        assert "while reading" not in reason, (key, reason)  # an error that nobody expected
+        assert str(tmp_path) not in reason
+    statuses = Counter(status for _, status, _ in outcomes)
+    assert statuses["failed"] > count / 2
+    assert all(status == "encoded" for key, status, _ in outcomes if ".whole." in key)
+    assert all(status == "failed" for key, status, _ in outcomes if ".nothing." in key)
+    assert result["after"] == result["before"]  # threads and open files
+    assert result["grown_mib"] < 300
+    assert result["slowest_unit_seconds"] < 120

@@ -3,26 +3,16 @@ import os
 import socket
 from pathlib import Path
 
-import fsspec
 import pytest
 import xxhash
 from audio_files import encoded
 
-from latentmill.audio import media as media_module
+from latentmill import remote as remote_module
 from latentmill.audio import media_from_bytes, open_audio, open_media
 from latentmill.audio.media import MediaFile
 from latentmill.errors import ConfigError, ItemError
 
 DATA = bytes(range(256)) * 9000
-
-
-@pytest.fixture
-def remote():
-    """DATA on a file system that is not the local one."""
-    with fsspec.open("memory://audio/a.wav", "wb") as file:
-        file.write(DATA)
-    yield "memory://audio/a.wav"
-    fsspec.filesystem("memory").rm("/audio", recursive=True)
 
 
 @pytest.mark.parametrize("form", ["{}", "file://{}"])
@@ -37,25 +27,8 @@ def test_a_local_file_is_opened_where_it_lies(tmp_path: Path, form: str, name: s
         assert media.read_at(len(DATA) - 3, 10) == DATA[-3:]
 
 
-@pytest.mark.parametrize("limit", [media_module.MEMORY_LIMIT, 1000])
-@pytest.mark.parametrize("memfd", [True, False])
-def test_a_remote_file_is_fetched_whole(remote, monkeypatch, limit, memfd) -> None:
-    monkeypatch.setattr(media_module, "MEMORY_LIMIT", limit)
-    if not memfd:
-        monkeypatch.delattr(os, "memfd_create", raising=False)
-    with open_media(remote) as media:
-        assert os.pread(media.fileno(), len(DATA) + 1, 0) == DATA
-        assert media.content_hash == f"xxh3:{xxhash.xxh3_128(DATA).hexdigest()}"
-
-
-def test_a_short_transfer_is_noticed(remote, monkeypatch) -> None:
-    memory = type(fsspec.filesystem("memory"))
-    monkeypatch.setattr(memory, "cat_file", lambda self, path: DATA[:-1])
-    with pytest.raises(ItemError, match=f"gave {len(DATA) - 1} of {len(DATA)} bytes"):
-        open_media(remote)
-
-
-def test_what_is_no_readable_file_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_what_is_no_readable_file_is_refused_in_one_line(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(remote_module, "FIRST_PAUSE", 0.0)
     fifo, unix = tmp_path / "fifo", socket.socket(socket.AF_UNIX)
     os.mkfifo(fifo)
     unix.bind(str(tmp_path / "socket"))
@@ -97,7 +70,7 @@ def test_a_missing_package_is_no_fault_of_the_item(monkeypatch) -> None:
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr("fsspec.core.url_to_fs", missing)
-    with pytest.raises(ConfigError, match="s3fs"):
+    with pytest.raises(ConfigError, match=r"pip install 'latentmill\[s3\]'"):
         open_media("s3://bucket/a.wav")
 
 

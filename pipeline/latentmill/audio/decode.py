@@ -7,6 +7,7 @@ import dataclasses
 from latentmill.audio.headers import Shortage, find_shortage
 from latentmill.audio.media import MediaFile
 from latentmill.audio.ogg import find_damage
+from latentmill.audio.part import PartDecoder
 from latentmill.audio.sniff import Sniffed, sniff
 from latentmill.audio.stream import (
     KEEP_HINT,
@@ -25,14 +26,25 @@ _SOUNDFILE_FORMATS = ("wav", "rf64", "w64", "aiff", "au", "caf", "flac", "ogg-vo
 _MP3_FRAME = 1152
 
 
-def open_audio(media: MediaFile, *, allow_truncated: bool = False) -> AudioStream:
+def open_audio(
+    media: MediaFile,
+    *,
+    start: float = 0.0,
+    duration: float | None = None,
+    allow_truncated: bool = False,
+    time_limit: float | None = None,
+) -> AudioStream:
     """Open a recording for decoding.
 
     The stream reads from `media`, which must stay open until it is exhausted or closed.
 
     Args:
         media: The file. One stream at a time may be open on it.
+        start: Where the wanted part of the recording begins, in seconds.
+        duration: How long it is, in seconds; None: to the end.
         allow_truncated: Deliver what can be decoded of a file that is cut off or damaged.
+        time_limit: Seconds that decoding may take, on top of the length of what was decoded. It
+            is looked at between blocks: what hangs inside a decoder hangs.
 
     Raises:
         ItemError: The file is empty, in no known format, truncated (unless allowed), or cannot
@@ -48,15 +60,20 @@ def open_audio(media: MediaFile, *, allow_truncated: bool = False) -> AudioStrea
             if not allow_truncated:
                 raise ItemError(_truncated_at_open(shortage, info))
             info = dataclasses.replace(info, num_samples=shortage.num_samples or info.num_samples)
-        elif sniffed.format.startswith("ogg") and not allow_truncated:
+        elif sniffed.format.startswith("ogg") and not allow_truncated and duration is None:
             damage = find_damage(media, sniffed.offset)
             if damage:
                 raise ItemError(f"{damage} {KEEP_HINT}")
+        if start > 0 or duration is not None:
+            decoder = PartDecoder(decoder, info, start, duration)
+            info = decoder.info
     except ItemError:
         decoder.close()
         raise
     slack = _mp3_slack(media, sniffed)
-    return AudioStream(decoder, info, slack=slack, allow_truncated=allow_truncated)
+    return AudioStream(
+        decoder, info, slack=slack, allow_truncated=allow_truncated, time_limit=time_limit
+    )
 
 
 def probe(media: MediaFile) -> AudioInfo:

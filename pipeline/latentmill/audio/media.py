@@ -1,33 +1,24 @@
 """One recording's bytes as a real file: seekable, with a descriptor that C decoders read from.
 
-A local file is opened where it lies and never read whole. Anything else is fetched whole, into
-memory while it is small, because decoders seek and a seek on object storage is a request.
+A local file is opened where it lies and never read whole. Anything else is fetched whole.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import stat
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Self
 
 import xxhash
 
-from latentmill.errors import ConfigError, ItemError
-
-MEMORY_LIMIT = 256 << 20
-"""Bytes above which a fetched file goes to an unlinked temporary file instead of memory."""
+from latentmill.audio.fetch import fetch, memory_file
+from latentmill.errors import ItemError
 
 _PIECE = 1 << 20
-_FETCH_PIECE = 16 << 20
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*(://|::)")
 
 
@@ -90,8 +81,12 @@ class MediaFile:
         self.close()
 
 
-def open_media(uri: str) -> MediaFile:
+def open_media(uri: str, size: int | None = None) -> MediaFile:
     """Open the file at `uri`: a local path, a `file://` URL or any fsspec URL.
+
+    Args:
+        uri: Where it is.
+        size: Bytes of a remote file as a listing gave them, which saves a request.
 
     Raises:
         ItemError: It is missing, not a regular file, or cannot be read or fetched.
@@ -99,14 +94,19 @@ def open_media(uri: str) -> MediaFile:
     """
     if uri.startswith("file://"):
         return _open_local(Path(uri.removeprefix("file://")))
-    if not _URL.match(uri):
+    if not is_remote(uri):
         return _open_local(Path(uri))
-    return _fetch(uri)
+    return MediaFile(fetch(uri, size))
+
+
+def is_remote(uri: str) -> bool:
+    """Whether opening `uri` fetches it: any URL but a `file://` one."""
+    return _URL.match(uri) is not None and not uri.startswith("file://")
 
 
 def media_from_bytes(data: bytes, name: str = "bytes") -> MediaFile:
     """A MediaFile of `data` held in memory; `name` shows up in /proc only."""
-    file = _memory_file(name)
+    file = memory_file(name)
     file.write(data)
     return MediaFile(file)
 
@@ -123,73 +123,6 @@ def _open_local(path: Path) -> MediaFile:
         raise ItemError("no permission to read the file") from error
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise ItemError(f"the file cannot be opened: {_reason(error)}") from error
-
-
-def _fetch(uri: str) -> MediaFile:
-    from fsspec.core import url_to_fs
-
-    try:
-        with _fetch_errors(uri):
-            filesystem, path = url_to_fs(uri)
-            size: int | None = filesystem.size(path)
-            if size is not None and size <= MEMORY_LIMIT:
-                media = media_from_bytes(filesystem.cat_file(path))
-            else:
-                media = _copy_to_disk(filesystem, path)
-    except ImportError as error:
-        raise ConfigError(f"this kind of URL needs a package: {error}") from error
-    if size is not None and media.size != size:
-        media.close()
-        raise ItemError(f"fetching it gave {media.size} of {size} bytes")
-    return media
-
-
-def _copy_to_disk(filesystem: Any, path: str) -> MediaFile:
-    with contextlib.ExitStack() as stack:
-        target = stack.enter_context(tempfile.TemporaryFile(buffering=0))
-        with filesystem.open(path, "rb", block_size=_FETCH_PIECE) as remote:
-            while piece := remote.read(_FETCH_PIECE):
-                target.write(piece)
-        stack.pop_all()  # from here on the MediaFile closes it
-    return MediaFile(target)
-
-
-def _memory_file(name: str) -> IO[bytes]:
-    if hasattr(os, "memfd_create"):
-        return open(os.memfd_create(name), "w+b", buffering=0)  # noqa: PTH123
-    return tempfile.TemporaryFile(buffering=0)
-
-
-@contextmanager
-def _fetch_errors(uri: str) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise ItemError("there is no such file") from error
-    except PermissionError as error:
-        raise ItemError("no permission to read the file") from error
-    except _fetch_error_types() as error:
-        # The text of a client's error may hold the URL, and a signed URL is a secret.
-        reason = _reason(error)
-        known = (uri, uri.partition("://")[2])
-        if any(part and part in reason for part in known) or "://" in reason:
-            reason = type(error).__name__
-        raise ItemError(f"the file cannot be fetched: {reason}") from error
-
-
-def _fetch_error_types() -> tuple[type[Exception], ...]:
-    """What fetching may raise: the storage clients in use have errors that are no OSError."""
-    names = [
-        ("aiohttp", "ClientError"),
-        ("botocore.exceptions", "BotoCoreError"),
-        ("botocore.exceptions", "ClientError"),
-        ("gcsfs.retry", "HttpError"),
-        ("google.auth.exceptions", "GoogleAuthError"),
-        ("azure.core.exceptions", "AzureError"),
-    ]
-    modules = [(sys.modules.get(module), name) for module, name in names]
-    clients = [getattr(module, name) for module, name in modules if hasattr(module, name)]
-    return (OSError, ValueError, *clients)
 
 
 def _reason(error: Exception) -> str:

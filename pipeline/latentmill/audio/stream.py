@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -74,6 +75,14 @@ class Decoder(Protocol):
         """
         ...
 
+    def seek(self, sample: int) -> int:
+        """Before `blocks()`: begin at a sample, or at an earlier one, and give its number.
+
+        Raises:
+            DecodeError: The file cannot be read there.
+        """
+        ...
+
     def close(self) -> None:
         """Release the decoder; the file stays open."""
         ...
@@ -83,13 +92,20 @@ class AudioStream:
     """One recording being decoded: its `info`, and its samples once through `blocks()`.
 
     Attributes:
-        info: The recording's header.
+        info: The recording's header; of a part of a recording, `num_samples` is the part's.
     """
 
     def __init__(
-        self, decoder: Decoder, info: AudioInfo, *, slack: int = 0, allow_truncated: bool = False
+        self,
+        decoder: Decoder,
+        info: AudioInfo,
+        *,
+        slack: int = 0,
+        allow_truncated: bool = False,
+        time_limit: float | None = None,
     ) -> None:
         self.info = info
+        self._time_limit = time_limit
         self._decoder = decoder
         self._slack = slack
         self._allow_truncated = allow_truncated
@@ -118,7 +134,7 @@ class AudioStream:
         """
         done, fault = 0, None
         try:
-            for block in self._decoder.blocks():  # [n, C]
+            for block in self._in_time(self._decoder.blocks()):  # [n, C]
                 self._check_finite(block, done)
                 room = len(block) if self.num_samples is None else self.num_samples - done
                 if room < len(block):  # what an AAC encoder padded after the end
@@ -131,6 +147,23 @@ class AudioStream:
         finally:
             self.close()
         self._check_complete(done, fault)
+
+    def _in_time(self, blocks: Iterator[Samples]) -> Iterator[Samples]:
+        """The blocks, while they come in time; what their taker does with them does not count."""
+        spent = seconds = 0.0
+        while True:
+            began = time.monotonic()
+            block = next(blocks, None)
+            spent += time.monotonic() - began
+            if block is None:
+                return
+            seconds += len(block) / self.sample_rate
+            if self._time_limit is not None and spent > self._time_limit + seconds:
+                raise ItemError(
+                    f"decoding took {spent:.0f} s for {seconds:.0f} s of audio, longer than "
+                    f"--decode-timeout {self._time_limit:g} allows"
+                )
+            yield block
 
     def _check_finite(self, block: Samples, done: int) -> None:
         finite = np.isfinite(block)

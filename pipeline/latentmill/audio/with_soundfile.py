@@ -40,7 +40,7 @@ class SoundFileDecoder:
 
     def blocks(self) -> Iterator[Samples]:
         """Yield blocks `[n, C]`; see `Decoder`."""
-        done = 0
+        done = self._file.tell()
         # Reading past the promised end would report what lies behind the audio, such as a tag.
         while done < self._file.frames:
             count = min(BLOCK, self._file.frames - done)
@@ -55,6 +55,13 @@ class SoundFileDecoder:
                 return
             yield block[:read]
             done += read
+
+    def seek(self, sample: int) -> int:
+        """Begin at a sample; exact in all of libsndfile's formats."""
+        try:
+            return int(self._file.seek(min(sample, self._file.frames)))
+        except sf.LibsndfileError as error:
+            raise DecodeError(_text(error)) from error
 
     def close(self) -> None:
         """Release the decoder."""

@@ -1,0 +1,64 @@
+"""A part of a recording, exact to the sample."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from latentmill.audio.stream import AudioInfo, DecodeError, Decoder, Samples
+from latentmill.errors import ItemError
+
+TOLERANCE = 0.05
+"""Seconds that a part may reach beyond the recording's end, as manifests round their numbers."""
+
+
+class PartDecoder:
+    """Of another decoder's samples those from `start` seconds on, `duration` seconds or to the end.
+
+    The part has the samples from round(start * rate) to before round((start + duration) * rate), so
+    that parts which follow each other neither share nor lose one.
+
+    Raises:
+        ItemError: The recording is known to end before the part does.
+    """
+
+    def __init__(self, decoder: Decoder, info: AudioInfo, start: float, duration: float | None):
+        rate, total = info.sample_rate, info.num_samples
+        first = round(start * rate)
+        last = None if duration is None else round((start + duration) * rate)
+        if total is not None:
+            if first >= total or (last or 0) - total > TOLERANCE * rate:
+                end = "" if duration is None else f" to {start + duration:g}"
+                raise ItemError(
+                    f"the recording has {total / rate:.3f} s, and the segment is from "
+                    f"{start:g}{end} s"
+                )
+            last = total if last is None else min(last, total)
+        if last is not None and last <= first:
+            raise ItemError("the segment has no samples")
+        self._decoder, self._first, self._last = decoder, first, last
+        self._sure = total is not None  # else nobody else sees that it is too short
+        self.info = dataclasses.replace(info, num_samples=None if last is None else last - first)
+
+    def blocks(self) -> Iterator[Samples]:
+        """Yield blocks `[n, C]`; see `Decoder`."""
+        at = self._decoder.seek(self._first)
+        for block in self._decoder.blocks():
+            end = at + len(block)
+            if end > self._first:
+                wanted = block[max(self._first - at, 0) :]
+                yield wanted if self._last is None else wanted[: self._last - max(at, self._first)]
+            at = end
+            if self._last is not None and at >= self._last:
+                return
+        if self._last is not None and not self._sure:
+            rate = self.info.sample_rate
+            raise DecodeError(f"the recording ends at {at / rate:.3f} s")
+
+    def seek(self, sample: int) -> int:
+        """A part begins where it begins."""
+        return 0
+
+    def close(self) -> None:
+        """Release the decoder."""
+        self._decoder.close()
