@@ -1,0 +1,44 @@
+"""The plan: the frozen, ordered list of items and the unit that each belongs to.
+
+A plan lies in files: `plan/items.parquet` has a row for each item, in order, `plan/units.parquet`
+a row for each unit, and `plan/plan.json`, written last, names them with their hashes. In memory
+there are the units alone; whoever needs a unit's items reads them from the store. An extension
+adds `items-0001.parquet` and `units-0001.parquet`, and replaces plan.json.
+"""
+
+from latentmill.plan.draft import DEFAULT_SHARD_SIZE, Cutting, Draft, draft
+from latentmill.plan.files import (
+    check_items,
+    copy,
+    extend,
+    freeze,
+    iter_keys,
+    iter_units,
+    load,
+    read_items,
+)
+from latentmill.plan.items import estimated_seconds
+from latentmill.plan.plan import ITEMS_PATH, PLAN, PLAN_PATH, UNITS_PATH, Part, Plan, Unit
+
+__all__ = [
+    "DEFAULT_SHARD_SIZE",
+    "ITEMS_PATH",
+    "PLAN",
+    "PLAN_PATH",
+    "UNITS_PATH",
+    "Cutting",
+    "Draft",
+    "Part",
+    "Plan",
+    "Unit",
+    "check_items",
+    "copy",
+    "draft",
+    "estimated_seconds",
+    "extend",
+    "freeze",
+    "iter_keys",
+    "iter_units",
+    "load",
+    "read_items",
+]

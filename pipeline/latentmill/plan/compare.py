@@ -1,0 +1,156 @@
+"""What has become of a source since it was planned: new, changed and vanished items.
+
+Both sides are sorted by key on this machine's disk and walked side by side, so that memory does
+not grow with them; what has changed is held, as somebody is going to look at it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from latentmill.plan.draft import Cutting, Draft
+from latentmill.plan.files import iter_units
+from latentmill.plan.items import DRAFT_SCHEMA
+from latentmill.plan.plan import Plan
+from latentmill.plan.sort import Sorter
+from latentmill.storage import Storage
+
+MAX_NAMED = 20
+
+_OLD_COLUMNS = ("key", "uri", "size", "version", "start", "duration", "unit")
+_NEW_COLUMNS = _OLD_COLUMNS[:-1]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What of an item must stay for it to be the one that was planned."""
+
+    key: str
+    uri: str
+    size: int
+    version: str
+    start: float | None
+    duration: float | None
+    unit: int = -1
+
+    def same(self, other: Row) -> bool:
+        """Whether nothing says that this is another file (a listing may leave things out)."""
+        sizes = not (self.size and other.size) or self.size == other.size
+        versions = not (self.version and other.version) or self.version == other.version
+        segments = (self.start, self.duration) == (other.start, other.duration)
+        return sizes and versions and segments and self.uri == other.uri
+
+
+@dataclass
+class Comparison:
+    """What a listing and a plan do not share.
+
+    Attributes:
+        new: How many items the plan does not have.
+        vanished: How many items the source does not have any more.
+        changed: The items that are other files now, as rows of `DRAFT_SCHEMA`.
+        units: The units of those, in the same order.
+        new_keys: The first few keys of the new items; the same of the others.
+    """
+
+    new: int = 0
+    vanished: int = 0
+    changed: pa.Table = field(default_factory=lambda: pa.Table.from_batches([], DRAFT_SCHEMA))
+    units: list[int] = field(default_factory=list)
+    new_keys: list[str] = field(default_factory=list)
+    vanished_keys: list[str] = field(default_factory=list)
+
+    @property
+    def changed_keys(self) -> list[str]:
+        """The first few keys of the changed items."""
+        keys: list[str] = self.changed["key"].slice(0, MAX_NAMED).to_pylist()
+        return keys
+
+
+def compare(
+    plan: Plan, storage: Storage, listed: Draft, cutting: Cutting
+) -> tuple[Comparison, Draft]:
+    """Compare a new listing with a plan; gives the new items too, cut into units.
+
+    Raises:
+        StoreError: The plan's items cannot be read.
+        StorageError: This machine has no room for temporary files.
+    """
+    new = Sorter(listed.folder / "new", ("key",))
+    for table in listed.tables():
+        new.push(table)
+    old = Sorter(listed.folder / "old", ("key",))
+    for table in _row_groups(plan, storage):
+        old.push(table)
+    fresh, found = Draft(), Comparison()
+    try:
+        sorter = Sorter(fresh.folder / "runs", ("block", "key"))
+        for table in _unknown(new, old, found):
+            fresh.totals.add(table)
+            sorter.push(table)
+        fresh.fill(sorter.tables(), cutting)
+    except BaseException:
+        fresh.close()
+        raise
+    return found, fresh
+
+
+def _row_groups(plan: Plan, storage: Storage) -> Iterator[pa.Table]:
+    """The planned items, some thousands at a time."""
+    some: list[pa.Table] = []
+    for _, table in iter_units(storage, plan, _OLD_COLUMNS):
+        some.append(table)
+        if sum(map(len, some)) >= 1 << 15:
+            yield pa.concat_tables(some)
+            some = []
+    if some:
+        yield pa.concat_tables(some)
+
+
+def _unknown(new: Sorter, old: Sorter, found: Comparison) -> Iterator[pa.Table]:
+    """Walk both sides by key; gives the rows of new items, and counts the others."""
+    planned = _rows(old, _OLD_COLUMNS)
+    before = next(planned, None)
+    for table in new.tables():
+        is_new, is_changed = [], []
+        for row in _rows_of(table, _NEW_COLUMNS):
+            while before is not None and before.key < row.key:
+                _vanished(before, found)
+                before = next(planned, None)
+            known = before if before is not None and before.key == row.key else None
+            is_new.append(known is None)
+            is_changed.append(known is not None and not known.same(row))
+            if known is not None:
+                if is_changed[-1]:
+                    found.units.append(known.unit)
+                before = next(planned, None)
+        found.changed = pa.concat_tables([found.changed, table.filter(pa.array(is_changed))])
+        if any(is_new):
+            unknown = table.filter(pa.array(is_new))
+            found.new += len(unknown)
+            found.new_keys += unknown["key"].slice(0, MAX_NAMED).to_pylist()
+            del found.new_keys[MAX_NAMED:]
+            yield unknown
+    while before is not None:
+        _vanished(before, found)
+        before = next(planned, None)
+
+
+def _vanished(row: Row, found: Comparison) -> None:
+    found.vanished += 1
+    if len(found.vanished_keys) < MAX_NAMED:
+        found.vanished_keys.append(row.key)
+
+
+def _rows(sorter: Sorter, columns: tuple[str, ...]) -> Iterator[Row]:
+    for table in sorter.tables():
+        yield from _rows_of(table, columns)
+
+
+def _rows_of(table: pa.Table, columns: tuple[str, ...]) -> Iterator[Row]:
+    values: list[list[Any]] = [table[name].to_pylist() for name in columns]
+    return (Row(*row) for row in zip(*values, strict=True))

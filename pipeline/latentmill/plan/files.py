@@ -1,0 +1,334 @@
+"""The plan's files: written whole with plan.json last, read unit by unit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from latentmill.errors import StorageError, StoreError
+from latentmill.plan.draft import Draft, Totals
+from latentmill.plan.items import ITEMS_SCHEMA, to_items, unit_hash
+from latentmill.plan.plan import PLAN, PLAN_PATH, Part, Plan, Unit
+from latentmill.sources.base import Item
+from latentmill.storage import Storage
+
+FORMAT_VERSION = 2
+
+# Whole units go into a row group until it has so many items: that few make a small footer, and
+# reading one unit's row group stays quick.
+ROW_GROUP_ITEMS = 2048
+HASH_BLOCK = 1 << 22
+
+UNITS_SCHEMA = pa.schema(
+    [
+        pa.field("number", pa.int32(), nullable=False),
+        pa.field("items", pa.int32(), nullable=False),
+        pa.field("seconds", pa.float64(), nullable=False),
+        pa.field("bytes", pa.int64(), nullable=False),
+        pa.field("hash", pa.string(), nullable=False),
+        pa.field("row_group", pa.int32(), nullable=False),
+    ]
+)
+
+
+def freeze(plan: Plan, draft: Draft, storage: Storage) -> Plan:
+    """Write the plan to a store that has none: the items and units first, plan.json last.
+
+    Args:
+        plan: All but the units.
+        draft: The items, cut into units.
+        storage: The store.
+
+    Returns:
+        The plan with its units.
+
+    Raises:
+        StorageError: The store cannot be written.
+    """
+    return extend(dataclasses.replace(plan, units=(), parts=()), draft, storage)
+
+
+def extend(plan: Plan, draft: Draft, storage: Storage) -> Plan:
+    """Add a draft's items as new units, in files of their own; the other units do not move.
+
+    Until plan.json is replaced, which is one step, the plan is what it was.
+
+    Raises:
+        StorageError: The store cannot be written.
+    """
+    part = _part(len(plan.parts), draft.totals, len(draft.cuts))
+    groups = _row_groups(draft, len(plan.units))
+    part, units = write_part(part, groups, storage)
+    longer = dataclasses.replace(plan, units=plan.units + units, parts=(*plan.parts, part))
+    write_document(longer, storage)
+    return longer
+
+
+def copy(plan: Plan, source: Storage, storage: Storage) -> None:
+    """Write a plan into a store that has none, with the items that another store's plan has."""
+    for part in plan.parts:
+        for path in (part.items_file, part.units_file):
+            with storage.scratch_file(path) as temporary, source.open(path) as file:
+                with _writing(storage, path), temporary.open("wb") as target:
+                    while block := file.read(HASH_BLOCK):
+                        target.write(block)
+                storage.publish(temporary, path)
+    write_document(plan, storage)
+
+
+def _part(number: int, totals: Totals, units: int) -> Part:
+    return Part(
+        number=number,
+        revision=0,
+        units=units,
+        items=totals.items,
+        seconds=totals.micros / 1e6,
+        estimated_seconds=totals.estimated_micros / 1e6,
+        estimated_items=totals.estimated_items,
+        bytes=totals.bytes,
+        formats=dict(sorted(totals.formats.items())),
+    )
+
+
+RowGroup = tuple[Sequence[Unit], pa.Table]
+
+
+def _row_groups(draft: Draft, first: int) -> Iterator[RowGroup]:
+    """The units of a draft, some to a row group, with their items; `first` is the first number."""
+    tables, rest = draft.tables(), pa.Table.from_batches([], ITEMS_SCHEMA)
+    number, todo = first, iter(draft.cuts)
+    while cuts := list(_enough(todo)):
+        wanted = sum(cut.items for cut in cuts)
+        parts = [rest]
+        while sum(map(len, parts)) < wanted:
+            parts.append(_without_unit(next(tables)))
+        table = pa.concat_tables(parts).combine_chunks()
+        table, rest = table.slice(0, wanted), table.slice(wanted)
+        units, start = [], 0
+        for cut in cuts:
+            digest = unit_hash(table.slice(start, cut.items))
+            units.append(Unit(number, cut.items, cut.micros / 1e6, cut.bytes, digest))
+            number, start = number + 1, start + cut.items
+        yield units, table
+
+
+def _enough(cuts: Iterator[Any]) -> Iterator[Any]:
+    items = 0
+    for cut in cuts:
+        yield cut
+        items += cut.items
+        if items >= ROW_GROUP_ITEMS:
+            return
+
+
+def _without_unit(table: pa.Table) -> pa.Table:
+    """Rows of a draft as rows of `ITEMS_SCHEMA` whose unit is still to be filled in."""
+    unit = pa.array([0] * len(table), pa.int32())
+    columns = [unit, *(table[name] for name in ITEMS_SCHEMA.names[1:])]
+    return pa.Table.from_arrays(columns, schema=ITEMS_SCHEMA)
+
+
+def write_part(
+    part: Part, groups: Iterable[RowGroup], storage: Storage
+) -> tuple[Part, tuple[Unit, ...]]:
+    """Write the items and units of a part; it counts when plan.json names it.
+
+    Returns:
+        The part with sizes and hashes, and its units with their places.
+    """
+    units: list[Unit] = []
+    path = part.items_file
+    with storage.scratch_file(path) as temporary:
+        with _writing(storage, path):
+            _write_items(temporary, groups, units, path)
+            size = temporary.stat().st_size
+            with temporary.open("rb") as file:
+                digest = _hash_of(file)
+        storage.publish(temporary, path)
+    rows = {name: [getattr(unit, name) for unit in units] for name in UNITS_SCHEMA.names}
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pydict(rows, UNITS_SCHEMA), buffer, compression="zstd")
+    data = buffer.getvalue()
+    storage.write(part.units_file, data)
+    written = dataclasses.replace(part, items_bytes=size, items_hash=digest, units_hash=_hash(data))
+    return written, tuple(units)
+
+
+def _write_items(path: Path, groups: Iterable[RowGroup], units: list[Unit], file: str) -> None:
+    with pq.ParquetWriter(
+        path,
+        ITEMS_SCHEMA,
+        compression="zstd",
+        use_dictionary=["unit", "column", "group", "role"],
+        write_page_checksum=True,
+    ) as writer:
+        for number, (some, table) in enumerate(groups):
+            column = [unit.number for unit in some for _ in range(unit.items)]
+            numbered = table.set_column(0, ITEMS_SCHEMA.field(0), pa.array(column, pa.int32()))
+            writer.write_table(numbered, row_group_size=len(table))
+            units += [dataclasses.replace(unit, file=file, row_group=number) for unit in some]
+
+
+def write_document(plan: Plan, storage: Storage) -> None:
+    """Write plan.json, which makes the plan what it says."""
+    names = [
+        field.name for field in dataclasses.fields(Plan) if field.name not in ("units", "parts")
+    ]
+    document = {
+        "format_version": FORMAT_VERSION,
+        **{name: getattr(plan, name) for name in names},
+        "items": plan.num_items,
+        "units": len(plan.units),
+        "parts": [dataclasses.asdict(part) for part in plan.parts],
+    }
+    storage.write(PLAN_PATH, json.dumps(document, indent=2).encode())
+
+
+def load(storage: Storage) -> Plan | None:
+    """Read the store's plan, without its items; None if it has none.
+
+    Raises:
+        StoreError: The plan is of another format, damaged, or its parts do not belong together.
+    """
+    text = storage.read_if_exists(PLAN_PATH)
+    if text is None:
+        return None
+    try:
+        document = json.loads(text)
+        return _read_plan(document, storage)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise StoreError(
+            f"Store {storage.root}: {PLAN_PATH} is damaged; restore it from a copy or encode into "
+            "a new store."
+        ) from error
+
+
+def _read_plan(document: dict[str, Any], storage: Storage) -> Plan:
+    if document.pop("format_version") != FORMAT_VERSION:
+        raise StoreError(
+            f"Store {storage.root} has another plan format than the {FORMAT_VERSION} that this "
+            "latentmill reads: use the version that wrote it."
+        )
+    num_items, num_units = document.pop("items"), document.pop("units")
+    parts = tuple(Part(**part) for part in document.pop("parts"))
+    document["extensions"] = tuple(document["extensions"])
+    sizes = storage.list(PLAN)
+    units: list[Unit] = []
+    for part in parts:
+        if sizes.get(part.items_file.rpartition("/")[2]) != part.items_bytes:
+            raise _foreign(storage, part.items_file)
+        units += _read_units(part, storage)
+    plan = Plan(**document, units=tuple(units), parts=parts)
+    if plan.num_items != num_items or len(units) != num_units:
+        raise ValueError("the parts do not add up")
+    return plan
+
+
+def _read_units(part: Part, storage: Storage) -> Iterator[Unit]:
+    data = storage.read_if_exists(part.units_file)
+    if data is None or _hash(data) != part.units_hash:
+        raise _foreign(storage, part.units_file)
+    # Without threads: Arrow's may abort the process when they are young at its end.
+    table = pq.read_table(pa.BufferReader(data), use_threads=False, pre_buffer=False)
+    file = part.items_file
+    return (Unit(**row, file=file) for row in table.to_pylist())
+
+
+def check_items(plan: Plan, storage: Storage) -> None:
+    """Make sure that the items are those that were planned.
+
+    Raises:
+        StoreError: A file of items is not the one that plan.json names.
+    """
+    for part in plan.parts:
+        with storage.open(part.items_file) as file:
+            if _hash_of(file) != part.items_hash:
+                raise _foreign(storage, part.items_file)
+
+
+def _foreign(storage: Storage, path: str) -> StoreError:
+    return StoreError(
+        f"Store {storage.root}: {path} is not the one that {PLAN_PATH} names; restore the folder "
+        f"{PLAN} from one backup or encode into a new store."
+    )
+
+
+def read_items(storage: Storage, unit: Unit) -> tuple[Item, ...]:
+    """A unit's items, in order.
+
+    Raises:
+        StoreError: The plan is damaged, or not the one that the unit is of.
+    """
+    with open_items(storage, unit.file) as read:
+        table = read(unit.row_group, None)
+    table = table.filter(pa.array([n == unit.number for n in table["unit"].to_pylist()]))
+    if len(table) != unit.items:
+        raise _foreign(storage, unit.file)
+    return to_items(table)
+
+
+def iter_units(
+    storage: Storage, plan: Plan, columns: Sequence[str] | None = None
+) -> Iterator[tuple[Unit, pa.Table]]:
+    """Every unit with its items as rows of `plan/items.parquet`; holds one row group."""
+    for (file, row_group), some in itertools.groupby(
+        plan.units, key=lambda unit: (unit.file, unit.row_group)
+    ):
+        with open_items(storage, file) as read:
+            table = read(row_group, columns)
+        start = 0
+        for unit in some:
+            yield unit, table.slice(start, unit.items)
+            start += unit.items
+        if start != len(table):
+            raise _foreign(storage, file)
+
+
+def iter_keys(storage: Storage, plan: Plan) -> Iterator[str]:
+    """The keys of all items, in the plan's order."""
+    for _, table in iter_units(storage, plan, ["key"]):
+        yield from table["key"].to_pylist()
+
+
+@contextlib.contextmanager
+def open_items(
+    storage: Storage, path: str
+) -> Iterator[Callable[[int, Sequence[str] | None], pa.Table]]:
+    """Open a file of items; gives what reads some columns (None: all) of a row group."""
+    try:
+        with storage.open(path) as file:
+            parquet = pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
+            yield lambda group, columns: parquet.read_row_group(group, columns, use_threads=False)
+    except (pa.ArrowException, ValueError, IndexError) as error:
+        raise _foreign(storage, path) from error
+
+
+@contextlib.contextmanager
+def _writing(storage: Storage, path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        cause = os.strerror(error.errno) if error.errno else str(error)
+        raise StorageError(f"Cannot write {storage.root}/{path}: {cause}.") from error
+
+
+def _hash(data: bytes) -> str:
+    return "xxh3:" + xxhash.xxh3_128_hexdigest(data)
+
+
+def _hash_of(file: BinaryIO) -> str:
+    digest = xxhash.xxh3_128()
+    while block := file.read(HASH_BLOCK):
+        digest.update(block)
+    return "xxh3:" + digest.hexdigest()

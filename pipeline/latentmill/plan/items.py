@@ -1,0 +1,182 @@
+"""Items as rows of an Arrow table, and what is guessed of an item that says too little."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import pyarrow as pa
+import xxhash
+
+from latentmill.sources.base import ByteRange, Item, Segment, TableCell
+
+# Bytes of a second of audio, to guess a file's length from its size: what decides is how units are
+# cut and the progress bar, never the latents.
+BYTES_PER_SECOND = {"wav": 176_400, "aif": 176_400, "aiff": 176_400, "flac": 100_000}
+COMPRESSED_BYTES_PER_SECOND = 20_000
+UNKNOWN_SECONDS = 180.0  # a manifest's row that says neither length nor size: a song
+LONGEST_SECONDS = 1e9  # a file that claims more lies
+
+_OPTIONAL = {
+    "offset": pa.int64(),  # a ByteRange, as is `length`
+    "length": pa.int64(),
+    "row_group": pa.int32(),  # a TableCell, as are the next two
+    "row": pa.int64(),
+    "column": pa.string(),
+    "start": pa.float64(),  # a Segment, as is `duration`
+    "duration": pa.float64(),
+    "seconds": pa.float64(),
+    "group": pa.string(),
+    "role": pa.string(),
+}
+
+ITEMS_SCHEMA = pa.schema(
+    [
+        pa.field("unit", pa.int32(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+        pa.field("version", pa.string(), nullable=False),
+        pa.field("sidecars", pa.list_(pa.string()), nullable=False),
+        pa.field("metadata", pa.string(), nullable=False),
+        *(pa.field(name, kind) for name, kind in _OPTIONAL.items()),
+    ]
+)
+
+# What decides the order, and how units are cut; not stored.
+DRAFT_SCHEMA = pa.schema(
+    [
+        *(field for field in ITEMS_SCHEMA if field.name != "unit"),
+        pa.field("block", pa.string(), nullable=False),  # the group, or else the key
+        pa.field("micros", pa.int64(), nullable=False),  # seconds, known or estimated, x 1e6
+    ]
+)
+
+_PLAIN = attrgetter("key", "uri", "size", "version", "sidecars", "metadata", "group", "role")
+
+
+def extension_of(uri: str) -> str:
+    """The file name extension of a file, in small letters; or "none"."""
+    name, dot, extension = uri.rpartition("/")[2].rpartition(".")
+    return extension.lower() if name and dot else "none"
+
+
+def known_seconds(item: Item) -> float | None:
+    """An item's length where the source says it; None if it does not, or says nonsense."""
+    seconds = _sane(item.seconds)
+    if seconds is None and item.segment is not None:
+        seconds = _sane(item.segment.duration)
+    return seconds
+
+
+def _sane(seconds: float | None) -> float | None:
+    return seconds if seconds is not None and 0 <= seconds < math.inf else None
+
+
+def estimated_seconds(item: Item) -> float:
+    """An item's length as it is known, or a guess from its size and extension."""
+    seconds = known_seconds(item)
+    if seconds is None and not item.size:
+        seconds = UNKNOWN_SECONDS
+    elif seconds is None:
+        rate = BYTES_PER_SECOND.get(extension_of(item.uri), COMPRESSED_BYTES_PER_SECOND)
+        seconds = item.size / rate
+        if item.segment is not None:
+            seconds = max(0.0, seconds - item.segment.start)
+    return min(seconds, LONGEST_SECONDS)
+
+
+def draft_table(items: Sequence[Item]) -> pa.Table:
+    """Items as rows of `DRAFT_SCHEMA`."""
+    keys, uris, sizes, versions, sidecars, metadata, groups, roles = zip(
+        *map(_PLAIN, items), strict=True
+    )
+    columns: dict[str, Any] = {
+        "key": keys,
+        "uri": uris,
+        "size": sizes,
+        "version": versions,
+        "sidecars": sidecars,
+        "metadata": metadata,
+        "seconds": [_sane(item.seconds) for item in items],
+        "group": [group or None for group in groups],
+        "role": roles,
+        "block": [group or key for group, key in zip(groups, keys, strict=True)],
+        "micros": [round(estimated_seconds(item) * 1e6) for item in items],
+        **_places(items),
+        **_segments(items),
+    }
+    arrays = [
+        pa.array(columns[field.name], field.type)
+        if field.name in columns
+        else pa.nulls(len(items), field.type)
+        for field in DRAFT_SCHEMA
+    ]
+    return pa.Table.from_arrays(arrays, schema=DRAFT_SCHEMA)
+
+
+def _places(items: Sequence[Item]) -> dict[str, Any]:
+    places = [item.place for item in items]
+    if not any(places):
+        return {}
+    ranges = [place if isinstance(place, ByteRange) else None for place in places]
+    cells = [place if isinstance(place, TableCell) else None for place in places]
+    return {
+        "offset": [one and one.offset for one in ranges],
+        "length": [one and one.size for one in ranges],
+        "row_group": [one and one.row_group for one in cells],
+        "row": [one and one.row for one in cells],
+        "column": [one and one.column for one in cells],
+    }
+
+
+def _segments(items: Sequence[Item]) -> dict[str, Any]:
+    segments = [item.segment for item in items]
+    if not any(segments):
+        return {}
+    return {
+        "start": [segment and segment.start for segment in segments],
+        "duration": [segment and segment.duration for segment in segments],
+    }
+
+
+def to_items(table: pa.Table) -> tuple[Item, ...]:
+    """The items that rows of `ITEMS_SCHEMA` stand for, in order."""
+    return tuple(_item(row) for row in table.to_pylist())
+
+
+def _item(row: dict[str, Any]) -> Item:
+    place: ByteRange | TableCell | None = None
+    if row["offset"] is not None:
+        place = ByteRange(row["offset"], row["length"])
+    elif row["row_group"] is not None:
+        place = TableCell(row["row_group"], row["row"], row["column"])
+    return Item(
+        key=row["key"],
+        uri=row["uri"],
+        size=row["size"],
+        version=row["version"],
+        sidecars=tuple(row["sidecars"]),
+        place=place,
+        segment=None if row["start"] is None else Segment(row["start"], row["duration"]),
+        seconds=row["seconds"],
+        metadata=row["metadata"],
+        group=row["group"],
+        role=row["role"],
+    )
+
+
+def unit_hash(table: pa.Table) -> str:
+    """What a unit's items are, as one number: xxh3-64 of each one's key and file, hex."""
+    digest = xxhash.xxh3_64()
+    for row in _identities(table):
+        digest.update("\0".join(map(str, row)).encode("utf-8", "surrogatepass"))
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def _identities(table: pa.Table) -> Iterable[tuple[Any, ...]]:
+    names = ("key", "uri", "size", "version", "start", "duration")
+    return zip(*(table[name].to_pylist() for name in names), strict=True)

@@ -1,0 +1,81 @@
+"""Reading the headers of items whose length nobody knows, many at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from latentmill.audio import AudioInfo, MediaFile, media_from_bytes, probe
+from latentmill.audio.media import is_remote
+from latentmill.errors import ItemError
+from latentmill.plan.items import known_seconds
+from latentmill.remote import storage_errors
+from latentmill.sources.base import ByteRange, Item, TableCell
+from latentmill.sources.files import read_bytes
+from latentmill.sources.reading import UnitReader
+
+READERS = 16
+BATCH = 8 * READERS
+ENDS = 256 << 10
+"""Bytes that are fetched of either end of a longer file: that is where headers are."""
+
+
+def probed(items: Iterable[Item], opened: Callable[[int], None] = lambda _: None) -> Iterator[Item]:
+    """The same items, with `seconds` where their header says it; known lengths are not looked up.
+
+    A file that cannot be read keeps an unknown length: encoding it will say what is wrong.
+
+    Args:
+        items: Items in any order.
+        opened: Is told how many headers were read so far.
+    """
+    count = 0
+    stream = iter(items)
+    with ThreadPoolExecutor(READERS, thread_name_prefix="probe") as pool:
+        while batch := list(itertools.islice(stream, BATCH)):
+            unknown = [item for item in batch if known_seconds(item) is None]
+            yield from (item for item in batch if known_seconds(item) is not None)
+            with UnitReader(unknown, allow_changed=True) as reader:
+                yield from pool.map(partial(_probe, reader), unknown)
+            count += len(unknown)
+            opened(count)
+
+
+def _probe(reader: UnitReader, item: Item) -> Item:
+    try:
+        info = _info(item, reader)
+    except ItemError:
+        return item
+    if info.num_samples is None:
+        return item
+    seconds = info.num_samples / info.sample_rate
+    if item.segment is not None:
+        seconds = max(0.0, seconds - item.segment.start)
+    return dataclasses.replace(item, seconds=seconds)
+
+
+def _info(item: Item, reader: UnitReader) -> AudioInfo:
+    """What a recording's header says; of a long one elsewhere only the ends are fetched."""
+    size = item.place.size if isinstance(item.place, ByteRange) else item.size
+    short = size <= 2 * ENDS or isinstance(item.place, TableCell)
+    with reader.open(item) if short or not is_remote(item.uri) else _ends(item, size) as media:
+        return probe(media)
+
+
+def _ends(item: Item, size: int) -> MediaFile:
+    """A file of the item's length that has its first and last bytes, and a hole between."""
+    start = item.place.offset if isinstance(item.place, ByteRange) else 0
+    end = start + size
+    try:
+        first = read_bytes(item.uri, start, start + ENDS)
+        last = read_bytes(item.uri, end - ENDS, end)
+    except storage_errors() as error:
+        raise ItemError("its header cannot be read") from error
+    media = media_from_bytes(first)
+    os.pwrite(media.fileno(), last, size - len(last))
+    media.size = size
+    return media

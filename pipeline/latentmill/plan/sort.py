@@ -1,0 +1,142 @@
+"""Sorting more rows than memory holds: sorted runs on this machine's disk, merged by blocks."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from latentmill.errors import StorageError
+
+# Of each run so much is in memory while runs are merged.
+BATCH_BYTES = 1 << 20
+SMALLEST_BATCH, LARGEST_BATCH = 64, 4096
+
+# Without threads: Arrow's may abort the process when they are young at its end.
+_WRITE = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
+_READ = pa.ipc.IpcReadOptions(use_threads=False)
+
+
+class Sorter:
+    """Sorts tables of any number of rows by some columns (no nulls in them) in bounded memory."""
+
+    def __init__(self, folder: Path, by: Sequence[str]) -> None:
+        """Take an empty or missing folder for the runs."""
+        self._folder = folder
+        self._by = list(by)
+        self._runs: list[Path] = []
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def runs(self) -> list[Path]:
+        """The sorted runs so far: Arrow IPC files."""
+        return self._runs
+
+    def push(self, table: pa.Table) -> None:
+        """Sort a table and lay it aside."""
+        path = self._folder / f"{len(self._runs):06d}.arrow"
+        write_table(path, sort(table, self._by))
+        self._runs.append(path)
+
+    def tables(self) -> Iterator[pa.Table]:
+        """All rows in order, some thousands at a time."""
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(pa.OSFile(str(run))) for run in self._runs]
+            heads = [_Head(file, self._by) for file in files]
+            while heads := [head for head in heads if head.fill()]:
+                # Of what is in memory these rows come first, whatever the runs still hold.
+                horizon = min(head.last for head in heads)
+                parts = [head.take(horizon) for head in heads]
+                yield sort(pa.concat_tables(part for part in parts if len(part)), self._by)
+
+
+class _Head:
+    """A run that is being merged: the batch that it is at."""
+
+    def __init__(self, file: pa.NativeFile, by: Sequence[str]) -> None:
+        self._reader = pa.ipc.open_file(file, options=_READ)
+        self._by = by
+        self._next = 0
+        self._table: pa.Table | None = None
+
+    def fill(self) -> bool:
+        """Make sure that there are rows; False at the end of the run."""
+        while self._table is None or not len(self._table):
+            if self._next == self._reader.num_record_batches:
+                return False
+            self._table = pa.Table.from_batches([self._reader.get_batch(self._next)])
+            self._next += 1
+            self._columns = [self._table[name].chunk(0) for name in self._by]
+            self._first, self._size = 0, len(self._table)
+            self.last = self._row(self._size - 1)
+        return True
+
+    def take(self, horizon: tuple[Any, ...]) -> pa.Table:
+        """Take the rows up to the horizon out of the batch."""
+        assert self._table is not None
+        rows = range(self._first, self._size)
+        count = bisect.bisect_right(rows, horizon, key=self._row)
+        taken = self._table.slice(0, count)
+        self._table = self._table.slice(count)
+        self._first += count
+        return taken
+
+    def _row(self, row: int) -> tuple[Any, ...]:
+        return tuple(column[row].as_py() for column in self._columns)
+
+
+def sort(table: pa.Table, by: Sequence[str]) -> pa.Table:
+    """Sort rows; strings by their UTF-8 bytes, which is Python's order of strings."""
+    return table.combine_chunks().sort_by([(name, "ascending") for name in by]).combine_chunks()
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write an Arrow IPC file whose batches have about `BATCH_BYTES`."""
+    with TableFile(path, table.schema) as file:
+        file.write(table)
+
+
+class TableFile(contextlib.AbstractContextManager["TableFile"]):
+    """An Arrow IPC file of this machine that is being written."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._path = path
+        with writing(path):
+            self._sink = pa.OSFile(str(path), "wb")
+            self._writer = pa.ipc.new_file(self._sink, schema, options=_WRITE)
+
+    def write(self, table: pa.Table) -> None:
+        """Add rows."""
+        rows = BATCH_BYTES * max(1, len(table)) // max(1, table.nbytes)
+        with writing(self._path):
+            self._writer.write_table(table, max(SMALLEST_BATCH, min(rows, LARGEST_BATCH)))
+
+    def __exit__(self, *_: object) -> None:
+        with writing(self._path):
+            self._writer.close()
+            self._sink.close()
+
+
+def read_tables(path: Path) -> Iterator[pa.Table]:
+    """The rows of an Arrow IPC file, batch by batch."""
+    with pa.OSFile(str(path)) as file:
+        reader = pa.ipc.open_file(file, options=_READ)
+        for number in range(reader.num_record_batches):
+            yield pa.Table.from_batches([reader.get_batch(number)])
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say it in one sentence where this machine's disk is full."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"Cannot write {path}, where the plan is sorted: {error.strerror or error}; the "
+            "variable TMPDIR names another folder."
+        ) from error

@@ -1,0 +1,298 @@
+"""From a configuration to the frozen plan of its store: what `plan` and `encode` have in common."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from latentmill.chunks import Chunking
+from latentmill.config import RunConfig, differences, fingerprint_document
+from latentmill.device import pick_device
+from latentmill.errors import ConfigError, StoreError
+from latentmill.models import registry
+from latentmill.models.base import ModelHandle
+from latentmill.models.precision import pick_precision
+from latentmill.plan import (
+    DEFAULT_SHARD_SIZE,
+    ITEMS_PATH,
+    PLAN_PATH,
+    UNITS_PATH,
+    Cutting,
+    Draft,
+    Plan,
+    draft,
+    extend,
+    freeze,
+    load,
+)
+from latentmill.plan.amend import amend
+from latentmill.plan.compare import compare
+from latentmill.plan.probe import probed
+from latentmill.sources.base import Item, Source
+from latentmill.sources.open import open_source, setting_differences, source_settings
+from latentmill.storage import Storage
+from latentmill.store.schema import COMMITS, DATASET_PATH, INDEX_PATH, ORIGIN_PATH, SHARDS
+
+LARGEST_FLOAT16_CODE = 2**11  # its significand has 11 bits
+NUMBER_BYTES = {"float16": 2, "float32": 4}
+
+
+class Listener(Protocol):
+    """Who is told how far planning is."""
+
+    def planning(self, items: int, headers: int) -> None:
+        """So many items were listed, and headers read, so far."""
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What `--extend` found: items that the plan did not have, and others that it has.
+
+    Attributes:
+        new: Items that were added.
+        changed: Items that are other files now than the plan says.
+        vanished: Items that the source does not have any more.
+        retried: Whether the changed items' units are encoded anew.
+        new_keys: The first few keys of each kind.
+    """
+
+    new: int
+    changed: int
+    vanished: int
+    retried: bool
+    new_keys: tuple[str, ...] = ()
+    changed_keys: tuple[str, ...] = ()
+    vanished_keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A configuration whose names are resolved: what a run needs before it has a plan."""
+
+    config: RunConfig
+    handle: ModelHandle
+    chunking: Chunking
+    storage: Storage
+    source: Source
+    listener: Listener | None = None
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Bytes of latents that a second of audio becomes."""
+        return bytes_per_second(self.handle, self.chunking, self.config.dtype)
+
+    @property
+    def cutting(self) -> Cutting:
+        """How large units may become."""
+        size = self.config.shard_size or DEFAULT_SHARD_SIZE
+        return Cutting(self.config.unit_seconds, size, self.bytes_per_second)
+
+
+def bytes_per_second(handle: ModelHandle, chunking: Chunking, dtype: str) -> float:
+    """Bytes of latents that a second of audio becomes."""
+    spec = handle.spec
+    repeated = chunking.samples / chunking.step if chunking.stitch == "none" else 1.0
+    return spec.frame_rate * spec.latent_channels * NUMBER_BYTES[dtype] * repeated
+
+
+def prepare(config: RunConfig, listener: Listener | None = None) -> Preparation:
+    """Resolve a configuration; looks for device and model, before anything is written.
+
+    Raises:
+        ConfigError: Settings do not fit each other or this machine.
+        ModelError: The model is not there.
+        SourceError: The source cannot be opened.
+        StoreError: The store cannot be opened.
+    """
+    if config.retry_changed and not config.extend:
+        raise ConfigError(
+            "Setting retry_changed needs extend, which looks for changed files: give both."
+        )
+    config = with_precision(config)
+    handle = registry.resolve(config.model, config.model_options, config.channels)
+    chunking = Chunking.for_model(
+        handle.spec,
+        stitch=config.stitch,
+        seconds=config.chunk_seconds,
+        samples=config.chunk_samples,
+        overlap=config.overlap,
+    )
+    _refuse_inexact_codes(config, handle.spec.codebook_size)
+    storage = Storage(config.out)
+    source = _source(config, storage)
+    return Preparation(config, handle, chunking, storage, source, listener)
+
+
+def with_precision(config: RunConfig) -> RunConfig:
+    """Settle the numeric mode, which is part of the fingerprint.
+
+    Its default depends on the device of the workers. On this machine that is known; a cluster that
+    is named has GPUs or not whatever this machine has, and is asked.
+    """
+    if config.address is None and "RAY_ADDRESS" not in os.environ:
+        device = pick_device(config.device)
+    elif config.device == "auto" and config.precision in (None, "tf32"):
+        from latentmill.engine.launch import cluster_device
+
+        device = cluster_device(config)
+    else:
+        device = config.device
+    return config.model_copy(update={"precision": pick_precision(config.precision, device)})
+
+
+def _refuse_inexact_codes(config: RunConfig, codebook_size: int | None) -> None:
+    largest = (codebook_size or 1) - 1
+    if config.dtype == "float16" and largest > LARGEST_FLOAT16_CODE:
+        raise ConfigError(
+            f"{config.model} has codes up to {largest}, and float16 holds whole numbers exactly "
+            f"up to {LARGEST_FLOAT16_CODE} only: use dtype float32."
+        )
+
+
+def _source(config: RunConfig, storage: Storage) -> Source:
+    """The source, if the store can lie where it is asked for; nothing is written yet."""
+    source = open_source(config)
+    if storage.root == source.uri or storage.root.startswith(source.uri.rstrip("/") + "/"):
+        raise ConfigError(
+            f"The output {storage.root} lies inside the source {source.uri}: choose a folder "
+            "outside of it."
+        )
+    if storage.local and Path(storage.root).exists() and not Path(storage.root).is_dir():
+        raise ConfigError(f"The output {storage.root} is a file: name a folder.")
+    return source
+
+
+def listed(prepared: Preparation) -> Draft | None:
+    """The source's items, sorted and cut, if the store has no plan or is to be extended.
+
+    Comes before anything is made for the store: a source that cannot be listed leaves no trace.
+
+    Raises:
+        SourceError: The source cannot be listed.
+    """
+    if not prepared.config.extend and load(prepared.storage) is not None:
+        return None
+    return draft(_items(prepared), prepared.cutting)
+
+
+def _items(prepared: Preparation) -> Iterator[Item]:
+    items, headers = prepared.source.items(), [0]
+    if prepared.config.probe:
+        items = probed(items, lambda count: headers.__setitem__(0, count))
+    for number, item in enumerate(items, 1):
+        yield item
+        if prepared.listener is not None and number % 256 == 0:
+            prepared.listener.planning(number, headers[0])
+
+
+def planned(prepared: Preparation, items: Draft | None) -> tuple[Plan, Extension | None]:
+    """The store's plan: a new one, frozen before anything is encoded; the one it has; or that
+    one, extended. The caller holds the store.
+
+    Raises:
+        StoreError: The store is another run's, or not latentmill's.
+    """
+    storage, config = prepared.storage, prepared.config
+    plan = load(storage)
+    if plan is None:
+        _refuse_foreign(storage)
+        with items or draft(_items(prepared), prepared.cutting) as drafted:
+            return freeze(_new_plan(prepared), drafted, storage), None
+    _refuse_other_run(prepared, plan)
+    if not config.extend or items is None:
+        return plan, None
+    with items:
+        return _extended(prepared, plan, items)
+
+
+def _new_plan(prepared: Preparation) -> Plan:
+    config, handle = prepared.config, prepared.handle
+    return Plan(
+        source=prepared.source.uri,
+        fingerprint=fingerprint_document(config, handle.spec, prepared.chunking),
+        model=config.model,
+        model_options=dict(config.model_options),
+        channels=config.channels,
+        format=config.format,
+        ignored=dict(sorted(prepared.source.ignored.items())),
+        provenance=dict(handle.spec.provenance),
+        unit_seconds=config.unit_seconds,
+        shard_size=config.shard_size,
+        extensions=config.extensions,
+        source_settings=source_settings(config),
+    )
+
+
+def _extended(prepared: Preparation, plan: Plan, items: Draft) -> tuple[Plan, Extension]:
+    storage, retried = prepared.storage, prepared.config.retry_changed
+    found, fresh = compare(plan, storage, items, prepared.cutting)
+    with fresh:
+        if retried and len(found.changed):
+            plan = amend(plan, found, storage)
+        if found.new:
+            plan = replace(plan, ignored=dict(sorted(prepared.source.ignored.items())))
+            plan = extend(plan, fresh, storage)
+    return plan, Extension(
+        new=found.new,
+        changed=len(found.changed),
+        vanished=found.vanished,
+        retried=retried,
+        new_keys=tuple(found.new_keys),
+        changed_keys=tuple(found.changed_keys),
+        vanished_keys=tuple(found.vanished_keys),
+    )
+
+
+def _refuse_other_run(prepared: Preparation, plan: Plan) -> None:
+    config, source = prepared.config, prepared.source
+    document = fingerprint_document(config, prepared.handle.spec, prepared.chunking)
+    lines = differences(plan.fingerprint, document)
+    if plan.source != source.uri:
+        lines.append(f"source is {plan.source!r} in the store, {source.uri!r} now")
+    if plan.format != config.format:
+        lines.append(f"format is {plan.format!r} in the store, {config.format!r} now")
+    for name in ("unit_seconds", "shard_size"):
+        was, now = getattr(plan, name), getattr(config, name)
+        if now not in (None, was):
+            lines.append(f"{name} is {was} in the store, {now} now")
+    lines += setting_differences(plan.source_settings, config)
+    if "extensions" in config.model_fields_set and config.extensions != plan.extensions:
+        was, now = " ".join(plan.extensions), " ".join(config.extensions)
+        lines.append(f"extensions is {was!r} in the store, {now!r} now")
+    if lines:
+        raise StoreError(
+            f"Store {prepared.storage.root} belongs to another run: {'; '.join(lines)}. "
+            "Use the same settings to resume it, or another output folder."
+        )
+
+
+def _refuse_foreign(storage: Storage) -> None:
+    """A folder without a plan must hold nothing that a run would overwrite or clear away."""
+    for folder in (SHARDS, COMMITS):
+        if storage.list(folder):
+            raise StoreError(
+                f"{storage.root} holds {folder} but no plan: choose another output folder, or "
+                "restore its plan/ folder."
+            )
+    for path in (DATASET_PATH, INDEX_PATH, ORIGIN_PATH):
+        if storage.exists(path):
+            raise StoreError(
+                f"{storage.root} holds a {path} that no plan belongs to: choose another output "
+                "folder, or remove the file."
+            )
+    # A run that was killed while it froze its plan leaves such files.
+    paths = (ITEMS_PATH, UNITS_PATH, PLAN_PATH)
+    leftovers = tuple(f".{path.replace('/', '.')}" for path in paths)
+    scratch = storage.scratch_folder
+    if (
+        storage.local
+        and scratch.is_dir()
+        and not all(entry.name.endswith(leftovers) for entry in scratch.iterdir())
+    ):
+        raise StoreError(
+            f"{scratch} would be cleared by a run, but holds files that are not "
+            "latentmill's: choose another output folder."
+        )
