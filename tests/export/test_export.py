@@ -1,0 +1,279 @@
+"""Exports: what stable-audio-tools reads, and stores of the other format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from latentmill.errors import ConfigError, StoreError
+from latentmill.export import Target, export_store, file_name
+from latentmill.store.store import LatentStore
+from latentmill.store.verify import verify
+from store.store_files import write_corpus, write_store
+from support import runs
+
+FORMATS = ["parquet", "webdataset"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def store(
+    request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory
+) -> LatentStore:
+    return write_store(str(tmp_path_factory.mktemp("store")), source, format=request.param)
+
+
+def assert_equal(one: LatentStore, other: LatentStore) -> None:
+    assert list(one.keys()) == list(other.keys())
+    for key in one.keys():  # noqa: SIM118
+        ours, theirs = one[key], other[key]
+        assert ours.latent.dtype == theirs.latent.dtype
+        assert np.array_equal(ours.latent, theirs.latent)
+        for name in ours.__dataclass_fields__.keys() - {"latent"}:
+            assert getattr(ours, name) == getattr(theirs, name), name
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_store_of_another_format_is_whole(store: LatentStore, to: str, tmp_path: Path) -> None:
+    summary = export_store(store, str(tmp_path / "new"), Target(to))
+    new = LatentStore(str(tmp_path / "new"), device="cpu")
+    assert (summary.records, summary.failures) == (len(store), ())
+    assert verify(new, decode=2).faults == []
+    assert new.info.format == to
+    assert_equal(store, new)
+    for name in ("fingerprint", "items", "failed", "skipped", "frames", "mean", "std", "hours"):
+        assert getattr(new.info, name) == getattr(store.info, name), name
+    assert new.plan.units == store.plan.units
+    same, back = (  # the same records give the same bytes
+        LatentStore(export_store(one, str(tmp_path / name), Target(store.info.format)).dest)
+        for one, name in ((store, "same"), (new, "back"))
+    )
+    assert [shard.hash for shard in back.info.shards] == [s.hash for s in same.info.shards]
+
+
+def test_chunks_kept_apart_are_converted_too(source: Path, tmp_path: Path) -> None:
+    store = write_store(str(tmp_path / "old"), source, stitch="none", chunk_seconds=0.5)
+    new = LatentStore(export_store(store, str(tmp_path / "new"), Target.WEBDATASET).dest)
+    assert verify(new).faults == []
+    assert_equal(store, new)
+
+
+def test_an_interrupted_export_goes_on(store: LatentStore, tmp_path: Path) -> None:
+    to = Target.PARQUET if store.info.format == "webdataset" else Target.WEBDATASET
+    new = tmp_path / "new"
+    export_store(store, str(new), to)
+    dataset = json.loads((new / "dataset.json").read_text())
+    commits = runs.commits(new)
+    first, *rest = sorted(commits)
+    for name in rest:
+        (new / "commits" / name).unlink()
+    (new / "dataset.json").unlink()
+    before = (new / "commits" / first).stat().st_mtime_ns
+    export_store(store, str(new), to)
+    assert (new / "commits" / first).stat().st_mtime_ns == before
+    assert verify(LatentStore(str(new))).faults == []
+    assert json.loads((new / "dataset.json").read_text()) == dataset
+
+
+def test_what_was_measured_comes_along(store: LatentStore, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(store.url, tmp_path / "copy"))
+    document = json.loads((copy / "dataset.json").read_text())
+    document["seams"] = {"items": 1, "median": 0.1, "largest": 0.2}
+    (copy / "dataset.json").write_text(json.dumps(document))
+    new = export_store(LatentStore(str(copy)), str(tmp_path / "new"), Target.PARQUET).dest
+    assert json.loads((Path(new) / "dataset.json").read_text())["seams"] == document["seams"]
+    assert verify(LatentStore(new)).faults == []
+
+
+def refusal(action: Callable[[], object], error: type[Exception] = ConfigError) -> str:
+    with pytest.raises(error) as caught:
+        action()
+    return str(caught.value)
+
+
+def test_what_cannot_be_exported_is_refused(
+    store: LatentStore, source: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("")
+    for to in Target:
+        assert "not empty" in refusal(lambda to=to: export_store(store, str(tmp_path / "full"), to))
+        inside = f"{store.url}/inside"
+        assert "in the store itself" in refusal(lambda to=to: export_store(store, inside, to))  # noqa: B023
+    other = write_store(str(tmp_path / "other"), source, chunk_seconds=1.0)
+    assert "another store" in refusal(
+        lambda: export_store(store, other.url, Target(other.info.format))
+    )
+    assert "no meaning for parquet" in refusal(
+        lambda: export_store(store, str(tmp_path / "new"), Target.PARQUET, frames=3)
+    )
+    partial = write_store(str(tmp_path / "partial"), source, sealed=False)
+    assert "not complete" in refusal(
+        lambda: export_store(partial, str(tmp_path / "new"), Target.PARQUET), StoreError
+    )
+    chunks = write_store(str(tmp_path / "chunks"), source, stitch="none", chunk_seconds=0.5)
+    assert "overlapping chunks" in refusal(
+        lambda: export_store(chunks, str(tmp_path / "new"), Target.STABLE_AUDIO_TOOLS)
+    )
+    assert ".npy in its name" in refusal(
+        lambda: export_store(store, str(tmp_path / "a.npy.d"), Target.STABLE_AUDIO_TOOLS)
+    )
+    assert not (tmp_path / "new").exists()
+
+
+hard = st.text(st.sampled_from("a./%é n p y"), min_size=1, max_size=12) | st.just("x.npy/.npy")
+
+
+@given(hard)
+@example("..")
+@example("../up")
+@example("/root")
+@example("a//b/.hidden/")
+def test_file_names_can_be_turned_back(key: str) -> None:
+    name = file_name(key)
+    assert unquote(name) == key
+    parts = name.split("/")
+    assert all(part and not part.startswith(".") for part in parts)
+    assert ".npy" not in name
+
+
+@pytest.fixture(params=[None, 40])
+def exported(
+    request: pytest.FixtureRequest, store: LatentStore, tmp_path: Path
+) -> tuple[LatentStore, Path, int | None]:
+    dest = tmp_path / "sat"
+    export_store(store, str(dest), Target.STABLE_AUDIO_TOOLS, frames=request.param)
+    return store, dest, request.param
+
+
+def test_the_files_of_stable_audio_tools(
+    exported: tuple[LatentStore, Path, int | None], source: Path
+) -> None:
+    store, dest, frames = exported
+    files = {path.relative_to(dest).as_posix() for path in dest.rglob("*") if path.is_file()}
+    names = {file_name(key) for key in store.keys()}  # noqa: SIM118
+    expected = {f"{name}{end}" for name in names for end in (".npy", ".json")}
+    assert files == expected | {"details.json", "dataset_config.json"}
+    for record in store:
+        latent = np.load(dest / f"{file_name(record.key)}.npy")
+        length = max(record.frames, frames or 0)
+        assert (latent.shape, latent.dtype) == ((record.channels, length), np.float32)
+        assert np.array_equal(latent[:, : record.frames], record.latent.astype(np.float32))
+        silence = store.origin.of_length(length)[:, record.frames :]
+        assert np.array_equal(latent[:, record.frames :], silence)
+        info = json.loads((dest / f"{file_name(record.key)}.json").read_text())
+        assert info["padding_mask"] == [1] * record.frames + [0] * (length - record.frames)
+        assert (info["seconds_start"], info["seconds_total"]) == (0, record.duration)
+        assert info["relpath"] == record.key
+    info = json.loads((dest / "album one/été.json").read_text())
+    assert info["prompt"] == "a caption — with a dash"
+    assert info["bpm"] == 127.5
+    config = json.loads((dest / "dataset_config.json").read_text())
+    assert config["datasets"] == [{"id": "latentmill", "path": str(dest)}]
+    assert config.get("latent_crop_length") == frames
+
+
+@pytest.fixture
+def stable_audio_dataset(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of the published package that reads pre-encoded latents.
+
+    The package pins numpy 1.23 and pandas 2.0.2 beside others, which fit no environment of ours:
+    `pip install --no-deps --target FOLDER stable-audio-tools` and `PYTHONPATH=FOLDER` let this run.
+    Its `data` package needs torchaudio for audio files only, which are not read here.
+    """
+    import importlib
+    import importlib.util
+
+    spec = importlib.util.find_spec("stable_audio_tools")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("needs stable-audio-tools (pip install --no-deps stable-audio-tools)")
+    folder = spec.submodule_search_locations[0]
+    # The package's own __init__ imports all of its models; an empty one leads to the same files.
+    package = types.ModuleType("stable_audio_tools")
+    package.__path__ = [folder]
+    monkeypatch.setitem(sys.modules, "stable_audio_tools", package)
+    if importlib.util.find_spec("torchaudio") is None:
+        torchaudio = types.ModuleType("torchaudio")
+        torchaudio.transforms = types.ModuleType("torchaudio.transforms")  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "torchaudio", torchaudio)
+        monkeypatch.setitem(sys.modules, "torchaudio.transforms", torchaudio.transforms)
+    module = importlib.import_module("stable_audio_tools.data.dataset")
+    yield module
+    for name in [name for name in sys.modules if name.startswith("stable_audio_tools")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_stable_audio_tools_reads_them(
+    exported: tuple[LatentStore, Path, int | None], stable_audio_dataset: Any, capsys: Any
+) -> None:
+    store, dest, frames = exported
+    config = json.loads((dest / "dataset_config.json").read_text())
+    local = stable_audio_dataset.LocalDatasetConfig(**config["datasets"][0])
+    dataset = stable_audio_dataset.PreEncodedDataset(
+        [local], latent_crop_length=config.get("latent_crop_length"), random_crop=True
+    )
+    assert len(dataset) == len(store)
+    seen = set()
+    for number in range(len(dataset)):
+        latents, info = dataset[number]
+        record = store[info["relpath"]]
+        seen.add(record.key)
+        start = info.get("latent_crop_start", 0)
+        length = frames or record.frames
+        assert tuple(latents.shape) == (record.channels, length)
+        part = record.latent[:, start : start + length].astype(np.float32)
+        assert np.array_equal(latents.numpy()[:, : part.shape[1]], part)
+        assert info["padding_mask"][0].tolist() == [1] * part.shape[1] + [0] * (
+            length - part.shape[1]
+        )
+        assert info["seconds_total"] == record.duration
+    assert seen == set(store.keys())  # it replaces what it cannot read by something else
+    assert "Couldn't load" not in capsys.readouterr().out
+    if frames is not None:  # as its `train.py --dataset-config` does
+        loader = stable_audio_dataset.create_dataloader_from_config(
+            config, batch_size=4, sample_size=0, sample_rate=0, num_workers=1
+        )
+        latents, info = next(iter(loader))
+        assert tuple(latents.shape) == (4, record.channels, frames)
+        assert all(isinstance(one["prompt"], str) for one in info)
+
+
+def test_the_command(
+    store: LatentStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = tmp_path / "new"
+    result = runs.call(capsys, "export", store.url, new, "--to", "webdataset", "--json")
+    assert result.code == 0
+    assert runs.outcome(result) == {
+        "dest": str(new),
+        "to": "webdataset",
+        "records": len(store),
+        "failures": [],
+    }
+    result = runs.call(
+        capsys, "export", store.url, tmp_path / "sat", "--to", "stable-audio-tools", "--frames", 9
+    )
+    assert (result.code, result.out) == (
+        0,
+        f"{tmp_path}/sat: {len(store)} records for stable-audio-tools\n",
+    )
+    result = runs.call(capsys, "export", store.url, tmp_path / "x", "--to", "zip")
+    assert (result.code, result.err) == (
+        2,
+        "latentmill: Option --to zip: it is one of stable-audio-tools, webdataset, parquet.\n",
+    )
