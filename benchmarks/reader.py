@@ -1,0 +1,251 @@
+"""The companion reader against other ways to store and read latents, in one run, interleaved.
+
+    python benchmarks/reader.py
+    python benchmarks/reader.py --items 20000 --rounds 9 --only latentmill litdata
+
+Every contender stores the same made-up latents `[64, frames]`, float16, of the lengths of songs at
+10.8 frames a second, and gives float32 tensors. Each lives in a process of its own; the rounds go
+from one to the next and around again, so that a slow spell of the machine hits all; the medians
+are reported, and the random crops checked against the originals.
+
+- crops_per_second: batches of 32 crops of 256 frames at random places of random items.
+- sequential_mb_per_second: all items whole, in stored order (MB of float16).
+- first_sample_ms: from opening to the first crop; imports are done before.
+- loader_crops_per_second: a DataLoader with 2 workers that live on, one shuffled epoch.
+- memory_mb: growth of the process's largest resident size over crops and a sequential pass
+  (files mapped into memory count as far as they were touched).
+
+The peers do not resolve beside this library's own pins, so they get an environment of their own:
+    pip install -e . litdata mosaicml-streaming pylance 'datasets<4'
+A contender that is not installed is left out, and the result says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import multiprocessing
+import os
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common import RESULTS, median, write_result
+from reader_contenders import BATCH, CHANNELS, CONTENDERS, CROP, Contender, Latent
+
+PACKAGES = {
+    "litdata": "litdata",
+    "mosaicml-streaming": "mosaicml-streaming",
+    "webdataset": "webdataset",
+    "datasets": "datasets",
+    "lance": "pylance",
+}
+WORKERS = 2
+
+
+def make_latents(items: int) -> list[Latent]:
+    """Songs of half a minute to ten minutes, most of about three."""
+    random = np.random.default_rng(0)
+    frames = np.clip(random.lognormal(np.log(1900), 0.45, items), 300, 6400).astype(int)
+    pool = random.standard_normal((8000, CHANNELS)).astype(np.float16)
+    latents = []
+    for number, length in enumerate(frames.tolist()):
+        latent = pool[number % 1500 : number % 1500 + length].copy()
+        latent[:, 0] = np.arange(length) % 2048  # which frame it is
+        latent[:, 1] = number % 2048  # which item
+        latents.append(latent)
+    return latents
+
+
+def peak_rss_mb() -> float:
+    """The largest resident size since it was last reset."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Measure:
+    """What is measured of one contender, in its process."""
+
+    def __init__(self, name: str, folder: Path, seconds: float) -> None:
+        self.new: Callable[[], Contender] = CONTENDERS[name]
+        self.folder, self.seconds = folder, seconds
+        self.random = np.random.default_rng(1)
+        self.contender = self.new()
+        self.contender.open(folder)
+        self.frames = np.load(folder.parent / "frames.npy")
+        self._draw_and_read()
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        self.before = peak_rss_mb()
+        self.loader: Any = None
+
+    def _draw_and_read(self) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
+        items = self.random.integers(0, len(self.frames), BATCH)
+        starts = (self.random.random(BATCH) * (self.frames[items] - CROP + 1)).astype(np.int64)
+        return items, starts, self.contender.crops(items.tolist(), starts.tolist())
+
+    def check(self) -> bool:
+        """Whether the crops are those that were asked for (WebDataset chooses its own)."""
+        items, starts, crops = self._draw_and_read()
+        crops = crops.reshape(BATCH, CROP, CHANNELS)
+        steps = (crops[:, 1:, 0] - crops[:, :-1, 0]) % 2048 == 1
+        mine = (crops[:, 0, 0].numpy() == starts % 2048) & (crops[:, 0, 1].numpy() == items % 2048)
+        return bool(steps.all()) and bool(
+            mine.all() or type(self.contender).__name__ == "WebDataset"
+        )
+
+    def crops_per_second(self) -> float:
+        end = time.perf_counter() + self.seconds
+        count, begin = 0, time.perf_counter()
+        while time.perf_counter() < end:
+            self._draw_and_read()
+            count += BATCH
+        return count / (time.perf_counter() - begin)
+
+    def sequential_mb_per_second(self) -> float:
+        begin, numbers = time.perf_counter(), 0
+        for latent in self.contender.sequential():
+            numbers += latent.numel()
+        assert numbers == int(self.frames.sum()) * CHANNELS
+        return numbers * 2 / 1e6 / (time.perf_counter() - begin)
+
+    def first_sample_ms(self) -> float:
+        item = int(self.random.integers(0, len(self.frames)))
+        gc.collect()
+        begin = time.perf_counter()
+        fresh = self.new()
+        fresh.open(self.folder)
+        fresh.crops([item], [7])
+        return (time.perf_counter() - begin) * 1000
+
+    def memory_mb(self) -> float:
+        return peak_rss_mb() - self.before
+
+    def loader_crops_per_second(self) -> float:
+        if self.loader is None:
+            self.loader = self.contender.loader(WORKERS)
+            list(self.loader)
+        begin, count = time.perf_counter(), 0
+        for batch in self.loader:
+            latents = batch["latents"] if isinstance(batch, dict) else batch
+            count += len(latents)
+        assert count == len(self.frames)
+        return count / (time.perf_counter() - begin)
+
+
+def serve(name: str, folder: Path, seconds: float, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    measure = Measure(name, folder, seconds)
+    pipe.send(measure.check())
+    while (ask := pipe.recv()) is not None:
+        pipe.send(getattr(measure, ask)())
+    del measure
+    os._exit(0)  # some peers' threads would keep the process
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(PACKAGES[name]) if name in PACKAGES else version("latentmill")
+    except PackageNotFoundError:
+        return None
+
+
+def measure_all(names: Sequence[str], folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    pipes = {}
+    for name in names:
+        here, there = context.Pipe()
+        process = context.Process(target=serve, args=(name, folder / name, seconds, there))
+        process.start()
+        there.close()
+        pipes[name] = (here, process)
+        assert here.recv(), f"{name} gives other crops than were asked for"
+    asked = ("crops_per_second", "sequential_mb_per_second", "first_sample_ms", "memory_mb")
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    for what in (*asked, "loader_crops_per_second"):
+        for turn in range(1 if what == "memory_mb" else rounds):
+            for name in [*names[turn % len(names) :], *names[: turn % len(names)]]:
+                pipe, _ = pipes[name]
+                pipe.send(what)
+                found[name].setdefault(what, []).append(pipe.recv())
+    for pipe, process in pipes.values():
+        pipe.send(None)
+        process.join(30)
+    return {
+        name: {what: median(values) for what, values in measures.items()}
+        | {"runs": {what: [round(v, 1) for v in values] for what, values in measures.items()}}
+        for name, measures in found.items()
+    }
+
+
+def verdict(found: dict[str, Any]) -> dict[str, Any]:
+    """What is required: ahead on crops and first sample, within 10 % of the best sequential."""
+    mine = found["latentmill"]
+    peers = {name: one for name, one in found.items() if not name.startswith("latentmill")}
+    if not peers:
+        return {}
+    best = {
+        what: max(one[what] for one in peers.values())
+        for what in ("crops_per_second", "sequential_mb_per_second", "loader_crops_per_second")
+    }
+    return {
+        "crops_over_best_peer": round(mine["crops_per_second"] / best["crops_per_second"], 2),
+        "sequential_over_best_peer": round(
+            mine["sequential_mb_per_second"] / best["sequential_mb_per_second"], 2
+        ),
+        "loader_over_best_peer": round(
+            mine["loader_crops_per_second"] / best["loader_crops_per_second"], 2
+        ),
+        "first_sample_over_best_peer": round(
+            min(one["first_sample_ms"] for one in peers.values()) / mine["first_sample_ms"], 2
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--items", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each run of random crops")
+    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--folder", type=Path, help="for the data; default: a temporary one")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    names = [name for name in options.only if installed(name)]
+    folder = Path(tempfile.mkdtemp(dir=options.folder))
+    try:
+        latents = make_latents(options.items)
+        np.save(folder / "frames.npy", np.array([len(latent) for latent in latents]))
+        for name in names:
+            print(f"writing {name}", flush=True)
+            CONTENDERS[name]().build(folder / name, latents)
+        size = sum(latent.nbytes for latent in latents) / 1e6
+        del latents
+        found = measure_all(names, folder, options.rounds, options.seconds)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    result = {
+        "items": options.items,
+        "megabytes": round(size),
+        "rounds": options.rounds,
+        "versions": {name: installed(name) for name in names},
+        "not_installed": [name for name in options.only if name not in names],
+        "load": [round(load, 1) for load in os.getloadavg()],
+        "readers": found,
+        "required": verdict(found) if "latentmill" in found else {},
+    }
+    write_result("reader", result, options.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""A batch from samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from latentmill.errors import ConfigError
+from latentmill.reader.sample import Sample
+
+
+def collate(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Make a batch; shorter samples are continued by silence, their store's origin.
+
+    Args:
+        samples: At least one, all of the same latent channels.
+
+    Returns:
+        `latents`: float32 `[B, D, T]`, in memory frame after frame as on disk (`.contiguous()`
+        where a kernel wants another order; a copy to a GPU keeps it).
+        `mask`: bool `[B, T]`, True where a frame is the item's.
+        `metadata`: a list of B dicts, with `seconds_start` and `seconds_total`.
+        `key`: a list of B keys.
+        `epoch`, `position`: int64 `[B]`, what `state_after` goes by.
+
+    Raises:
+        ConfigError: Samples of different lengths do not know their store's silence, or they have
+            different channels.
+    """
+    frames = max(sample.latent.shape[1] for sample in samples)
+    if len({sample.latent.shape[0] for sample in samples}) > 1:
+        raise ConfigError("Samples of different latent channels cannot be one batch.")
+    # [B, T, D]: the samples are transposed views of that order, which makes this a plain copy.
+    latents = np.stack([_of_length(sample, frames) for sample in samples])
+    mask = np.zeros((len(samples), frames), np.bool_)
+    for row, sample in zip(mask, samples, strict=True):
+        row[: len(sample.mask)] = sample.mask
+    return {
+        "latents": torch.from_numpy(latents).transpose(1, 2),
+        "mask": torch.from_numpy(mask),
+        "metadata": [dict(sample.metadata) for sample in samples],
+        "key": [sample.key for sample in samples],
+        "epoch": torch.tensor([sample.epoch for sample in samples]),
+        "position": torch.tensor([sample.position for sample in samples]),
+    }
+
+
+def _of_length(sample: Sample, frames: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The latent `[frames, D]`, continued by silence."""
+    latent = sample.latent
+    have = latent.shape[1]
+    if have < frames:
+        if sample.origin is None:
+            raise ConfigError(
+                f"{sample.key} is shorter than others of its batch and its store's silence is not "
+                "known: set crop, or keep `origin` where a transform makes a new Sample."
+            )
+        silence = sample.origin.crop(frames, have, frames - have)
+        latent = np.concatenate([latent, silence], axis=1, dtype=np.float32)
+    return latent.T

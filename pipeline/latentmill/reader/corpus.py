@@ -1,0 +1,295 @@
+"""One or several stores as one list of samples, and how a sample is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, TypeVar, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from latentmill.errors import ConfigError, StoreError
+from latentmill.reader.cache import RangeCache
+from latentmill.reader.crops import Crop, CropReader
+from latentmill.reader.fields import FieldReader, Where, select
+from latentmill.reader.order import Ints, random_below
+from latentmill.reader.sample import Sample, Transform, sample_random
+from latentmill.store.store import LatentStore
+
+Mode = Literal["random", "start", "windows"]
+Stores = str | os.PathLike[str] | LatentStore | Sequence[str | os.PathLike[str] | LatentStore]
+_Option = TypeVar("_Option", bound=str)
+
+# Of `model` in dataset.json: how it was asked for and where it came from, not what it is.
+_NOT_IDENTITY = {"asked", "options", "asked_channels", "provenance"}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How samples are read.
+
+    Attributes:
+        crop: Frames of a sample; None: whole items.
+        mode: Where crops are taken: at `random`, from the `start`, or an item's `windows` one
+            after the other, each a sample.
+        seed: Of the random crops, and of the transforms.
+        metadata: Whether to read the items' own metadata.
+        transforms: Applied in this order.
+    """
+
+    crop: int | None = None
+    mode: Mode = "random"
+    seed: int = 0
+    metadata: bool = True
+    transforms: tuple[Transform, ...] = ()
+
+    def __post_init__(self) -> None:
+        choice("mode", self.mode, Mode)
+        if self.crop is not None and self.crop < 1:
+            raise ConfigError(f"crop is {self.crop}: give at least one frame, or None.")
+        if self.crop is None and self.mode == "windows":
+            raise ConfigError("mode is windows: say with crop how many frames a window has.")
+
+
+def choice(name: str, value: object, options: Any) -> None:
+    """Refuse a value that is none of a Literal's.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    if value not in get_args(options):
+        raise ConfigError(f"{name} is {value!r}: choose one of {', '.join(get_args(options))}.")
+
+
+class Source:
+    """The samples of one store, in the order in which they lie in its shards."""
+
+    def __init__(
+        self,
+        store: LatentStore,
+        reading: Reading,
+        *,
+        where: Where | None = None,
+        cache: RangeCache | None = None,
+    ) -> None:
+        rows = None
+        if where is not None:
+            rows = np.zeros(len(store), np.bool_)
+            rows[select(store, where)] = True
+        self._open(store, reading, rows, cache)
+
+    def _open(
+        self,
+        store: LatentStore,
+        reading: Reading,
+        chosen: npt.NDArray[np.bool_] | None,
+        cache: RangeCache | None,
+    ) -> None:
+        if not len(store):
+            raise StoreError(f"{store.url} holds no records: look at `latentmill status`.")
+        self.store, self._reading, self._chosen, self._cache = store, reading, chosen, cache
+        self.crops = CropReader(store, cache)
+        self._fields = FieldReader(store, ["metadata"]) if reading.metadata else None
+        rows = self.crops.physical_order()
+        self.rows: Ints = rows if chosen is None else rows[chosen[rows]]
+        model = store.info.model
+        self._rate, self._hop = int(model["sample_rate"]), int(model["hop"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        packed = None if self._chosen is None else np.packbits(self._chosen)
+        return {
+            "store": self.store,
+            "reading": self._reading,
+            "chosen": packed,
+            "cache": self._cache,
+            "records": len(self.store),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        store, packed, records = state["store"], state["chosen"], state["records"]
+        if len(store) != records:
+            raise StoreError(f"{store.url} has changed while it was read: open it again.")
+        chosen = None if packed is None else np.unpackbits(packed, count=records).astype(np.bool_)
+        self._open(store, state["reading"], chosen, state["cache"])
+
+    @cached_property
+    def _windows(self) -> Ints:
+        """The number of the first window of each item, and of all windows."""
+        assert self._reading.crop is not None
+        counts = -(-self.crops.frames[self.rows] // self._reading.crop)
+        return np.concatenate([[0], np.cumsum(counts)])
+
+    def __len__(self) -> int:
+        if self._reading.mode == "windows":
+            return int(self._windows[-1])
+        return len(self.rows)
+
+    @property
+    def lengths(self) -> Ints:
+        """Frames of every sample that are an item's."""
+        if self._reading.mode == "windows":
+            rows, starts = self._place(np.arange(len(self)), 0, np.arange(len(self)))
+            left = self.crops.frames[rows] - starts
+        else:
+            left = self.crops.frames[self.rows]
+        crop = self._reading.crop
+        lengths: Ints = left.astype(np.int64) if crop is None else np.minimum(left, crop)
+        return lengths
+
+    def _place(self, samples: Ints, epoch: int, positions: Ints) -> tuple[Ints, Ints]:
+        """Row and first frame of samples."""
+        crop = self._reading.crop
+        if self._reading.mode == "windows":
+            assert crop is not None
+            items = np.searchsorted(self._windows, samples, "right") - 1
+            return self.rows[items], (samples - self._windows[items]) * crop
+        rows = self.rows[samples]
+        if crop is None or self._reading.mode == "start":
+            return rows, np.zeros(len(rows), np.int64)
+        room = np.maximum(self.crops.frames[rows].astype(np.int64) - crop, 0) + 1
+        return rows, random_below(room, self._reading.seed, epoch, positions)
+
+    def read(self, samples: Ints, epoch: int, positions: Ints) -> list[Sample]:
+        """Read samples, in one batch."""
+        rows, starts = self._place(samples, epoch, positions)
+        crop = self._reading.crop
+        if crop is None:
+            crops = [Crop(row, 0, int(self.crops.frames[row])) for row in rows.tolist()]
+            read = self.crops.read(crops)
+            latents, masks = [one.latent for one in read], [one.mask for one in read]
+        else:
+            block, have = self.crops.read_block(rows, starts, crop)
+            latents, masks = list(block.transpose(0, 2, 1)), list(np.arange(crop) < have[:, None])
+        own = self._fields.read(rows) if self._fields else [{"metadata": "{}"}] * len(rows)
+        begins = (starts * (self._hop / self._rate)).tolist()
+        totals = (self.crops.num_samples[rows] / self._rate).tolist()
+        index, origin = self.store.index, self.store.origin
+        return [
+            Sample(
+                index.key(row),
+                latent,
+                mask,
+                {**_parsed(fields["metadata"]), "seconds_start": begin, "seconds_total": total},
+                epoch,
+                position,
+                origin,
+            )
+            for row, latent, mask, fields, begin, total, position in zip(
+                rows.tolist(), latents, masks, own, begins, totals, positions.tolist(), strict=True
+            )
+        ]
+
+
+class Corpus:
+    """The samples of several stores of one model, numbered store after store.
+
+    Args:
+        stores: A store or several, open or by path or URL.
+        reading: How samples are read.
+        where: Which records; see `fields.select`.
+        cache: A folder for a local cache of stores that are not local.
+        cache_gib: The most that may lie there, GiB.
+
+    Raises:
+        ConfigError: The stores cannot be mixed, or the options do not fit.
+        StoreError: There is no store, or it is empty.
+    """
+
+    def __init__(
+        self,
+        stores: Stores,
+        reading: Reading,
+        *,
+        where: Where | None = None,
+        cache: str | os.PathLike[str] | None = None,
+        cache_gib: float = 50.0,
+    ) -> None:
+        given = [stores] if isinstance(stores, str | os.PathLike | LatentStore) else list(stores)
+        if not given:
+            raise ConfigError("No store is given.")
+        opened = [s if isinstance(s, LatentStore) else LatentStore(os.fspath(s)) for s in given]
+        check_mix(opened)
+        ranges = None if cache is None else RangeCache(os.fspath(cache), cache_gib)
+        self.reading = reading
+        self.sources = [Source(store, reading, where=where, cache=ranges) for store in opened]
+
+    @cached_property
+    def first(self) -> Ints:
+        """The number of each store's first sample, and of all samples."""
+        return np.cumsum([0, *(len(source) for source in self.sources)])
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    @property
+    def lengths(self) -> Ints:
+        """Frames of every sample that are an item's."""
+        return np.concatenate([source.lengths for source in self.sources])
+
+    @cached_property
+    def digest(self) -> str:
+        """A short hash of which samples there are: stores, filter, and how items are cut."""
+        stores = [
+            (
+                source.store.info.fingerprint,
+                len(source.store),
+                hashlib.sha256(source.rows.data).hexdigest(),
+            )
+            for source in self.sources
+        ]
+        text = json.dumps([stores, self.reading.crop, self.reading.mode])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def read(self, sources: Ints, samples: Ints, epoch: int, positions: Ints) -> list[Sample]:
+        """Read samples of one epoch: in one batch for each store.
+
+        Args:
+            sources: `[n]`, the number of each sample's store.
+            samples: `[n]`, its number in that store.
+            epoch: The epoch.
+            positions: `[n]`, where in the epoch it is.
+        """
+        found: list[Sample | None] = [None] * len(samples)
+        for number in np.unique(sources).tolist():
+            here = np.flatnonzero(sources == number)
+            read = self.sources[number].read(samples[here], epoch, positions[here])
+            for place, sample in zip(here.tolist(), read, strict=True):
+                found[place] = sample
+        return [self._transformed(sample) for sample in found if sample is not None]
+
+    def _transformed(self, sample: Sample) -> Sample:
+        if not self.reading.transforms:
+            return sample
+        epoch, position, origin = sample.epoch, sample.position, sample.origin
+        random = sample_random(self.reading.seed, epoch, position)
+        for transform in self.reading.transforms:
+            sample = transform(sample, random)
+        # A transform that builds a new sample need not know of these.
+        return replace(sample, epoch=epoch, position=position, origin=sample.origin or origin)
+
+
+def check_mix(stores: Sequence[LatentStore]) -> None:
+    """Refuse stores whose latents do not mean the same.
+
+    Raises:
+        ConfigError: They are of different models, or of other latent channels, rates or scales.
+    """
+    first = stores[0]
+    for store in stores[1:]:
+        names = {*first.info.model, *store.info.model} - _NOT_IDENTITY
+        differ = sorted(n for n in names if first.info.model.get(n) != store.info.model.get(n))
+        if differ:
+            raise ConfigError(
+                f"{first.url} and {store.url} cannot be mixed, their models differ in "
+                f"{', '.join(differ)}: encode both with one model."
+            )
+
+
+def _parsed(metadata: str) -> dict[str, Any]:
+    parsed: dict[str, Any] = {} if metadata == "{}" else json.loads(metadata)
+    return parsed

@@ -1,0 +1,108 @@
+"""The map-style dataset."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from latentmill.reader.corpus import Corpus, Mode, Reading, Stores
+from latentmill.reader.fields import Where
+from latentmill.reader.order import Ints
+from latentmill.reader.sample import Sample, Transform
+
+# Epoch, position in it, and number of a sample: what `BatchSampler` asks for.
+Ask: TypeAlias = tuple[int, int, int]
+
+
+class LatentDataset(Dataset[Sample]):
+    """Samples of one or several stores by number: store after store, as they lie in the shards.
+
+    For `torch.utils.data.DataLoader`, with `collate_fn=latentmill.collate`. A batch is read at
+    once (`__getitems__`): one positioned read for each local crop, one round of requests for a
+    remote store. Picklable and small; may be forked.
+
+    Args:
+        stores: A store or several, open or by path or URL; all of one model.
+        crop: Frames of a sample; None: whole items.
+        mode: Where crops are taken: at `random` (a function of seed, epoch and number), from the
+            `start`, or an item's `windows` one after the other, each a sample of its own. What an
+            item lacks is silence, and False in the mask.
+        seed: Of the random crops, and of the transforms.
+        where: Which records: a function of a record's fields, or a pyarrow expression.
+        metadata: Whether to read the items' own metadata.
+        transforms: Applied to every sample, in this order.
+        cache: A folder for a local cache of stores that are not local.
+        cache_gib: The most that may lie there, GiB.
+
+    Raises:
+        ConfigError: The stores cannot be mixed or cropped, or an option does not fit.
+        StoreError: There is no store, or it is empty.
+    """
+
+    def __init__(
+        self,
+        stores: Stores,
+        *,
+        crop: int | None = None,
+        mode: Mode = "random",
+        seed: int = 0,
+        where: Where | None = None,
+        metadata: bool = True,
+        transforms: Sequence[Transform] = (),
+        cache: str | os.PathLike[str] | None = None,
+        cache_gib: float = 50.0,
+    ) -> None:
+        reading = Reading(crop, mode, seed, metadata, tuple(transforms))
+        self.corpus = Corpus(stores, reading, where=where, cache=cache, cache_gib=cache_gib)
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose other random crops. Reaches only workers that start afterwards.
+
+        Not needed with `BatchSampler`, which says the epoch with every sample that it asks for.
+        """
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    @property
+    def lengths(self) -> Ints:
+        """Frames of every sample that are an item's, `[len(dataset)]`; reads no latents."""
+        return self.corpus.lengths
+
+    def __getitem__(self, number: int | Ask) -> Sample:
+        return self.__getitems__([number])[0]
+
+    def __getitems__(self, numbers: Sequence[int | Ask]) -> list[Sample]:
+        """Read samples, in one batch.
+
+        Raises:
+            IndexError: There is no such sample.
+            StorageError: A shard cannot be read.
+        """
+        asked = [self._ask(number) for number in numbers]
+        epochs, positions, found = np.array(asked, np.int64).reshape(-1, 3).T
+        if len(found) and not (found.min() >= 0 and found.max() < len(self)):
+            raise IndexError(f"There are samples 0 to {len(self) - 1}")
+        sources = np.searchsorted(self.corpus.first, found, "right") - 1
+        samples = found - self.corpus.first[sources]
+        if len(set(epochs.tolist())) == 1:
+            return self.corpus.read(sources, samples, int(epochs[0]), positions)
+        read = zip(sources, samples, epochs, positions, strict=True)
+        return [
+            self.corpus.read(source[None], sample[None], int(epoch), position[None])[0]
+            for source, sample, epoch, position in read
+        ]
+
+    def _ask(self, number: int | Ask) -> Ask:
+        if isinstance(number, tuple):
+            return number
+        number = int(number)
+        if -len(self) <= number < 0:
+            number += len(self)
+        return self.epoch, number, number

@@ -1,0 +1,176 @@
+"""What is stored beside the latents, read without them: for metadata and for filters."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from latentmill.errors import ConfigError, StorageError
+from latentmill.store.schema import RECORD_SCHEMA
+from latentmill.store.store import LatentStore
+
+# pyarrow has no types: an Expression is Any here.
+Where: TypeAlias = Callable[[Mapping[str, Any]], bool] | Any
+
+FIELDS = tuple(name for name in RECORD_SCHEMA.names if name not in ("latent", "levels"))
+KEPT_BYTES = 256 << 20  # of fields in memory, per process and store
+THREADS = 8  # side by side, where the store is not local
+_BATCH = 1024  # JSON members of a tar that are read at once
+
+
+class FieldReader:
+    """Reads the stored fields of records by row (position in the sorted keys).
+
+    Keeps the columns of the shards used last. Picklable and small; not thread-safe.
+    """
+
+    def __init__(self, store: LatentStore, columns: Sequence[str] = FIELDS) -> None:
+        self.store = store
+        self.columns = tuple(columns)
+        self._index = store.index
+        self._shard_of = self._index.column("shard")
+        self._row_in_shard = self._index.column("row")
+        self._paths = self._index.shards
+        self._tar = store.info.format == "webdataset"
+        self._kept: OrderedDict[int, pa.Table] = OrderedDict()
+        self._bytes = 0
+
+    def __reduce__(self) -> tuple[type[FieldReader], tuple[Any, ...]]:
+        return FieldReader, (self.store, self.columns)
+
+    def read(self, rows: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+        """The fields of some rows, in their order.
+
+        Raises:
+            StorageError: They cannot be read.
+        """
+        if self._tar:
+            return self._members(rows)
+        shards = self._shard_of[rows].tolist()
+        tables = self._tables(set(shards))
+        places = self._row_in_shard[rows].tolist()
+        return [
+            {name: tables[shard][name][place].as_py() for name in self.columns}
+            for shard, place in zip(shards, places, strict=True)
+        ]
+
+    def gather(self) -> pa.Table:
+        """The fields of all records, in the order of the keys.
+
+        Raises:
+            StorageError: They cannot be read.
+        """
+        if self._tar:
+            every = np.arange(len(self._index))
+            batches = (every[at : at + _BATCH] for at in range(0, len(every), _BATCH))
+            members = [member for batch in batches for member in self._members(batch)]
+            fields = [RECORD_SCHEMA.field(name).with_nullable(True) for name in self.columns]
+            return pa.Table.from_pylist(members, pa.schema(fields))
+        tables, found = [], []
+        for shard in range(len(self._paths)):
+            rows = np.flatnonzero(self._shard_of == shard)
+            table = self._table(shard)
+            tables.append(table.take(pa.array(self._row_in_shard[rows])))
+            found.append(rows)
+        order = np.argsort(np.concatenate(found)) if found else np.zeros(0, np.int64)
+        if not tables:
+            return pa.schema([RECORD_SCHEMA.field(name) for name in self.columns]).empty_table()
+        return pa.concat_tables(tables).take(pa.array(order))
+
+    def _members(self, rows: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+        offsets = self._index.column("fields_offset")[rows].tolist()
+        lengths = self._index.column("fields_length")[rows].tolist()
+        paths = [self._paths[shard] for shard in self._shard_of[rows].tolist()]
+        found = self.store.storage.read_ranges(list(zip(paths, offsets, lengths, strict=True)))
+        try:
+            members = [json.loads(data) for data in found]
+            return [{name: member.get(name) for name in self.columns} for member in members]
+        except (ValueError, AttributeError) as error:
+            raise self._damaged(error) from error
+
+    def _tables(self, shards: Iterable[int]) -> dict[int, pa.Table]:
+        """The tables of some shards, from memory or read now."""
+        missing = [shard for shard in shards if shard not in self._kept]
+        if self.store.storage.local or len(missing) < 2:
+            read = [self._table(shard) for shard in missing]
+        else:
+            with ThreadPoolExecutor(THREADS) as pool:
+                read = list(pool.map(self._table, missing))
+        for shard, table in zip(missing, read, strict=True):
+            self._kept[shard] = table
+            self._bytes += table.nbytes
+        tables = {shard: self._kept[shard] for shard in shards}
+        for shard in shards:
+            self._kept.move_to_end(shard)
+        while self._bytes > KEPT_BYTES and len(self._kept) > len(tables):
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return tables
+
+    def _table(self, shard: int) -> pa.Table:
+        try:
+            with contextlib.ExitStack() as stack:
+                source = stack.enter_context(self._open(shard))
+                file = stack.enter_context(pq.ParquetFile(source, pre_buffer=False))
+                table = file.read(columns=list(self.columns), use_threads=False)
+        except (OSError, pa.ArrowException, ValueError) as error:
+            raise self._damaged(error) from error
+        return table.combine_chunks()
+
+    def _open(self, shard: int) -> contextlib.AbstractContextManager[Any]:
+        """What pyarrow reads from: of a local file its path, which is five times as fast."""
+        storage, path = self.store.storage, self._paths[shard]
+        if storage.local:
+            return contextlib.nullcontext(storage.full(path))
+        return storage.open(path)
+
+    def _damaged(self, error: Exception) -> StorageError:
+        return StorageError(
+            f"A shard of {self.store.url} is damaged ({error}): `latentmill verify` says which."
+        )
+
+
+def select(store: LatentStore, where: Where) -> npt.NDArray[np.int64]:
+    """The rows that a condition is true for; no latent is read.
+
+    Args:
+        store: The store.
+        where: A function of a record's fields, a mapping whose `metadata` is the item's own, as a
+            dict; or a pyarrow expression over the stored columns, which is faster.
+
+    Raises:
+        ConfigError: The condition cannot be evaluated, or no record fulfils it.
+    """
+    table = FieldReader(store).gather()
+    try:
+        if isinstance(where, pc.Expression):
+            rows = np.arange(len(table))
+            with_row = table.append_column("__row", pa.array(rows))
+            chosen = with_row.filter(where)["__row"].to_numpy()
+        else:
+            chosen = np.array(
+                [row for row, fields in enumerate(_parsed(table)) if where(fields)], np.int64
+            )
+    except (pa.ArrowException, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"The condition `where` fails on {store.url} ({type(error).__name__}: {error}): the "
+            f"fields are {', '.join(FIELDS)}."
+        ) from error
+    if not len(chosen):
+        raise ConfigError(f"No record of {store.url} fulfils the condition `where`.")
+    return np.asarray(chosen, np.int64)
+
+
+def _parsed(table: pa.Table) -> Iterable[dict[str, Any]]:
+    for batch in table.to_batches(max_chunksize=_BATCH):
+        for fields in batch.to_pylist():
+            yield fields | {"metadata": json.loads(fields["metadata"])}

@@ -1,0 +1,127 @@
+"""Who reads what: the share of a rank in an epoch, and what an epoch consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch.distributed
+
+from latentmill.errors import ConfigError
+from latentmill.reader.corpus import choice
+from latentmill.reader.order import Mixture, apportion
+
+Even = Literal["off", "drop", "pad"]
+
+STATE_VERSION = 1
+BLOCK = 16
+WINDOW = 16384
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One of `world_size` processes that train together, and how they share an epoch.
+
+    The things of an epoch (samples or batches) are dealt in turn, as cards are: whenever all ranks
+    have taken equally many, those of a first part of the epoch are taken and no others.
+
+    Attributes:
+        rank: From 0.
+        world_size: How many processes.
+        even: Where the number of things is no multiple of `world_size`: `off` deals every one
+            exactly once, so that some ranks get one more; `drop` leaves out the last ones, `pad`
+            deals the first ones of the epoch again, so that all ranks get equally many.
+    """
+
+    rank: int
+    world_size: int
+    even: Even
+
+    @classmethod
+    def of(cls, rank: int | None, world_size: int | None, even: Even) -> Rank:
+        """As given; where it is not, as `torch.distributed` says if it is in use, else alone.
+
+        Raises:
+            ConfigError: There is no such rank, only one of both is given, or another `even`.
+        """
+        choice("even", even, Even)
+        if (rank is None) != (world_size is None):
+            raise ConfigError("Give both rank and world_size, or neither.")
+        if rank is None or world_size is None:
+            group = torch.distributed
+            together = group.is_available() and group.is_initialized()
+            rank, world_size = (group.get_rank(), group.get_world_size()) if together else (0, 1)
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"There is no rank {rank} in a world of {world_size}.")
+        return cls(rank, world_size, even)
+
+    def share(self, remaining: int) -> int:
+        """How many of the things that remain of an epoch this rank gets."""
+        every, rest = divmod(remaining, self.world_size)
+        if self.even == "off":
+            return every + (self.rank < rest)
+        return every + (self.even == "pad" and rest > 0)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where reading is.
+
+    Attributes:
+        epoch: The epoch.
+        position: The things of the epoch before this one are read, by whichever rank.
+        done: What one worker of one rank has read since, where it keeps its own account.
+    """
+
+    epoch: int = 0
+    position: int = 0
+    done: int = 0
+
+    def on_epoch(self, epoch: int) -> Progress:
+        """The start of an epoch; of this one, where it is."""
+        return self if epoch == self.epoch else Progress(epoch)
+
+
+def mixture(
+    sizes: Sequence[int],
+    weights: Sequence[float] | None,
+    seed: int,
+    *,
+    shuffle: bool,
+    block: int,
+    window: int,
+) -> Mixture:
+    """What an epoch consists of.
+
+    Raises:
+        ConfigError: An option does not fit.
+    """
+    taken = tuple(int(size) for size in sizes)
+    if weights is not None:
+        if len(weights) != len(sizes) or not all(weight > 0 for weight in weights):
+            raise ConfigError(f"weights needs a number above zero for each of {len(sizes)} stores.")
+        if not shuffle:
+            raise ConfigError(
+                "weights needs shuffle=True: without it the stores follow one another."
+            )
+        taken = apportion(sum(taken), list(weights))
+    if block < 1 or window < block:
+        raise ConfigError("shuffle_block needs at least 1, shuffle_window a block or more.")
+    return Mixture(tuple(map(int, sizes)), taken, seed, shuffle, block, window // block * block)
+
+
+def check_state(state: Mapping[str, Any], kind: str, digest: str) -> Progress:
+    """The progress that a state dict holds.
+
+    Raises:
+        ConfigError: It is none, or one of another data set, seed or shuffling.
+    """
+    if state.get("kind") != kind or state.get("version") != STATE_VERSION:
+        raise ConfigError(f"This is no state of a {kind} that this version of latentmill reads.")
+    if state["order"] != digest:
+        raise ConfigError(
+            "The state is of another order of samples: resume with the stores, filter, crop, mode, "
+            "seed, weights and shuffling that it was saved with."
+        )
+    return Progress(int(state["epoch"]), int(state["position"]), int(state.get("done", 0)))

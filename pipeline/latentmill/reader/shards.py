@@ -1,0 +1,138 @@
+"""Bytes of a store's shards: positioned reads of local files, batched ranged requests elsewhere."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from latentmill.errors import StorageError
+from latentmill.storage import Storage
+
+if TYPE_CHECKING:
+    from latentmill.reader.cache import RangeCache
+
+OPEN_FILES = 256
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard as its commit describes it: path, size and hash."""
+
+    path: str
+    bytes: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes to read: `target` is filled from `offset` on."""
+
+    shard: Shard
+    offset: int
+    target: memoryview
+
+
+class ShardReader:
+    """Fills buffers from shards. Opens files when they are needed, and anew after a fork.
+
+    Not thread-safe. The open files go with the object.
+    """
+
+    def __init__(self, storage: Storage, cache: RangeCache | None = None) -> None:
+        self._storage = storage
+        self._cache = cache
+        self._begin()
+        self._listed: dict[str, int] | None = None
+
+    def fill(self, pieces: Sequence[Piece]) -> None:
+        """Read all pieces, in one batch of requests where the store is not local.
+
+        Raises:
+            StorageError: A shard cannot be read, or has another size than its commit says.
+        """
+        if self._pid != os.getpid():  # the parent's files stay the parent's
+            self._begin()
+        if self._storage.local:
+            for piece in pieces:
+                self._fill_local(piece)
+        else:
+            self._fill_remote(pieces)
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
+        self._files: OrderedDict[str, int] = OrderedDict()
+        weakref.finalize(self, _close, self._files, self._pid)
+
+    def _fill_local(self, piece: Piece) -> None:
+        path = piece.shard.path
+        try:
+            file = self._files.get(path)
+            if file is None:
+                file = self._open(piece.shard)
+            else:
+                self._files.move_to_end(path)
+            if os.preadv(file, [piece.target], piece.offset) == len(piece.target):
+                return
+            self._fill_slowly(file, piece)
+        except OSError as error:
+            raise StorageError(
+                f"Cannot read {self._storage.root}/{path}: {error.strerror or error}."
+            ) from error
+
+    def _fill_slowly(self, file: int, piece: Piece) -> None:
+        """Of more than 2 GiB, and where a signal interrupts, one call reads only a part."""
+        done = 0
+        while done < len(piece.target):
+            count = os.preadv(file, [piece.target[done:]], piece.offset + done)
+            if count == 0:
+                raise self._changed(piece.shard)
+            done += count
+
+    def _open(self, shard: Shard) -> int:
+        file = os.open(Path(self._storage.full(shard.path)), os.O_RDONLY | os.O_CLOEXEC)
+        if os.fstat(file).st_size != shard.bytes:
+            os.close(file)
+            raise self._changed(shard)
+        self._files[shard.path] = file
+        if len(self._files) > OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        return file
+
+    def _fill_remote(self, pieces: Sequence[Piece]) -> None:
+        if self._listed is None:
+            folders = {piece.shard.path.rpartition("/")[0] for piece in pieces}
+            self._listed = {
+                f"{folder}/{name}": size
+                for folder in folders
+                for name, size in self._storage.list(folder).items()
+            }
+        for shard in {piece.shard for piece in pieces}:
+            if self._listed.get(shard.path) != shard.bytes:
+                raise self._changed(shard)
+        if self._cache is not None:
+            self._cache.fill(self._storage, pieces)
+            return
+        found = self._storage.read_ranges(
+            [(piece.shard.path, piece.offset, len(piece.target)) for piece in pieces]
+        )
+        for piece, data in zip(pieces, found, strict=True):
+            if len(data) != len(piece.target):
+                raise self._changed(piece.shard)
+            piece.target[:] = data
+
+    def _changed(self, shard: Shard) -> StorageError:
+        return StorageError(
+            f"{self._storage.root}/{shard.path} has another size than its commit says: restore "
+            "the shard, or delete it and run again."
+        )
+
+
+def _close(files: OrderedDict[str, int], pid: int) -> None:
+    if pid == os.getpid():
+        while files:
+            os.close(files.popitem()[1])

@@ -1,0 +1,241 @@
+"""The map-style dataset of stems: songs by number, each time another crop, other gains, a remix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Generic, TypeVar
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from latentmill.errors import ConfigError
+from latentmill.levels import decibels
+from latentmill.ops.origin import Float
+from latentmill.reader.crops import Crop, Cropped, CropReader
+from latentmill.reader.fields import FieldReader
+from latentmill.reader.sample import sample_random
+from latentmill.reader.stems import (
+    MIXES,
+    By,
+    Flags,
+    RandomStemGains,
+    StemGroup,
+    Stems,
+    StemTask,
+    stem_groups,
+)
+from latentmill.reader.transforms import Decibels
+from latentmill.store.schema import levels_of
+from latentmill.store.store import LatentStore
+
+T = TypeVar("T")
+# Epoch, position in it, and number of a sample.
+Ask = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What a sample is read from: stems of one or several songs, and where each crop begins."""
+
+    group: StemGroup
+    rows: tuple[int, ...]
+    starts: tuple[int, ...]
+    start: int  # of the song's own crop
+    random: np.random.Generator  # for what comes next
+
+
+class StemDataset(Dataset[T], Generic[T]):
+    """Samples made of the synchronised stems of songs; see `stems` for what is made of them.
+
+    For `torch.utils.data.DataLoader` with its own collate. Sample n of epoch e is a function of
+    the seed, e and n alone, whatever worker reads it; a `DistributedSampler` shares the numbers
+    out over ranks. Picklable and small; may be forked.
+
+    Args:
+        store: The store, open or by path or URL.
+        task: What becomes of the stems: `ContextAndTarget()`, `MixtureTriplet()`, `AllStems(roles)`
+            or your own.
+        crop: Frames of a sample.
+        seed: Of all that is random.
+        by: How stems are grouped; see `stem_groups`.
+        without: Roles that are left out, as they are mixes of the others.
+        gains: Range of the random gain of each stem, dB; None: as they are.
+        remix: How often, 0 to 1, a song's stems are swapped for stems of the same role from songs
+            drawn at random, each with a crop of its own. Tempo and key are not matched.
+        active_db: Level at which a stem can be heard, dB of full scale; None: do not read levels,
+            a stem is then heard wherever it has frames.
+        per_song: Samples of each song in an epoch.
+
+    Raises:
+        ConfigError: An option does not fit, or the store has no groups or cannot be cropped.
+    """
+
+    def __init__(
+        self,
+        store: LatentStore | str,
+        task: StemTask[T],
+        *,
+        crop: int,
+        seed: int = 0,
+        by: By = "fields",
+        without: Sequence[str] = MIXES,
+        gains: Decibels | None = None,
+        remix: float = 0.0,
+        active_db: float | None = -60.0,
+        per_song: int = 1,
+    ) -> None:
+        if crop < 1 or per_song < 1:
+            raise ConfigError("Options crop and per_song must be at least 1.")
+        if not 0 <= remix <= 1:
+            raise ConfigError(f"Option remix is a share from 0 to 1, not {remix}.")
+        self.store = LatentStore(store) if isinstance(store, str) else store
+        self.groups = stem_groups(self.store, by, without=without)
+        self.epoch = 0
+        self._task, self._crop, self._seed = task, crop, seed
+        self._gains = None if gains is None else RandomStemGains(gains)
+        self._remix, self._active_db, self._per_song = remix, active_db, per_song
+        self._crops = CropReader(self.store)
+        self._levels = FieldReader(self.store, ("levels",))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose other crops, gains and mixes. Reaches only workers that start afterwards."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.groups) * self._per_song
+
+    def __getitem__(self, number: int | Ask) -> T:
+        return self.__getitems__([number])[0]
+
+    def __getitems__(self, numbers: Sequence[int | Ask]) -> list[T]:
+        """Read samples, in one batch.
+
+        Raises:
+            IndexError: There is no such sample.
+            ConfigError: The store has no levels, which `active_db` needs.
+            StorageError: A shard cannot be read.
+        """
+        return [self._task(stems, random) for stems, random in self._read(numbers)]
+
+    def stems(self, number: int | Ask) -> Stems:
+        """The stems of a sample, as the task is given them."""
+        return self._read([number])[0][0]
+
+    def _read(self, numbers: Sequence[int | Ask]) -> list[tuple[Stems, np.random.Generator]]:
+        choices = [self._choose(number) for number in numbers]
+        places = [pair for one in choices for pair in zip(one.rows, one.starts, strict=True)]
+        inside = [start < self._crops.frames[row] for row, start in places]
+        crops = [
+            Crop(row, start, self._crop)
+            for (row, start), there in zip(places, inside, strict=True)
+            if there
+        ]
+        found = iter(self._crops.read(crops))
+        read = [
+            next(found) if there else self._silence(start)
+            for (_, start), there in zip(places, inside, strict=True)
+        ]
+        active = self._active(places, read)
+        samples, at = [], 0
+        for one in choices:
+            part = slice(at, at + len(one.rows))
+            at = part.stop
+            stems = self._stems(one, read[part], active[part])
+            samples.append((self._gains(stems, one.random) if self._gains else stems, one.random))
+        return samples
+
+    def _choose(self, number: int | Ask) -> _Choice:
+        """Which stems a sample has and where their crops begin."""
+        epoch, position, number = self._ask(number)
+        random = sample_random(self._seed, epoch, position)
+        group = self.groups[number % len(self.groups)]
+        start = self._start(max(self._frames(row) for row in group.rows), random)
+        rows, starts = list(group.rows), [start] * len(group.rows)
+        if random.random() < self._remix:
+            for stem, role in enumerate(group.roles):
+                among = self._of_role[role]
+                rows[stem] = among[int(random.integers(len(among)))]
+                starts[stem] = self._start(self._frames(rows[stem]), random)
+        return _Choice(group, tuple(rows), tuple(starts), start, random)
+
+    def _ask(self, number: int | Ask) -> Ask:
+        epoch, position, found = (
+            number if isinstance(number, tuple) else (self.epoch, int(number), int(number))
+        )
+        if not -len(self) <= found < len(self):
+            raise IndexError(f"There are samples 0 to {len(self) - 1}")
+        wrapped = found % len(self)
+        return epoch, position if isinstance(number, tuple) else wrapped, wrapped
+
+    def _frames(self, row: int) -> int:
+        return int(self._crops.frames[row])
+
+    def _start(self, frames: int, random: np.random.Generator) -> int:
+        return int(random.integers(max(0, frames - self._crop) + 1))
+
+    @cached_property
+    def _of_role(self) -> dict[str, list[int]]:
+        """The rows of each role, of all songs."""
+        rows: dict[str, list[int]] = {}
+        for group in self.groups:
+            for row, role in zip(group.rows, group.roles, strict=True):
+                rows.setdefault(role, []).append(row)
+        return rows
+
+    def _silence(self, start: int) -> Cropped:
+        """The crop of a stem that has ended before it begins."""
+        silence = self.store.origin.crop(start + self._crop, start, self._crop)
+        return Cropped(silence, np.zeros(self._crop, np.bool_))
+
+    def _active(self, places: Sequence[tuple[int, int]], read: Sequence[Cropped]) -> list[Flags]:
+        """Where each crop can be heard, `[T]` each."""
+        if self._active_db is None:
+            return [one.mask for one in read]
+        rows = np.array([row for row, _ in places], np.int64)
+        flags = []
+        for (_, start), fields in zip(places, self._levels.read(rows), strict=True):
+            levels = levels_of(fields)
+            if levels is None:
+                raise ConfigError(
+                    f"{self.store.url} has no levels, an earlier version wrote it: encode anew, or "
+                    "let active_db be None."
+                )
+            loud = decibels(levels)[start : start + self._crop] >= self._active_db
+            flags.append(np.pad(loud, (0, self._crop - len(loud))))
+        return flags
+
+    def _stems(self, choice: _Choice, read: Sequence[Cropped], active: Sequence[Flags]) -> Stems:
+        total = max(self._frames(row) for row in choice.group.rows)
+        place = (max(total, choice.start + self._crop), choice.start)
+        latents = [
+            one.latent
+            if (row, start) == (own, choice.start)
+            else self._moved(one.latent, row, start, place)
+            for one, row, own, start in zip(
+                read, choice.rows, choice.group.rows, choice.starts, strict=True
+            )
+        ]
+        model = self.store.info.model
+        return Stems(
+            group=choice.group.name,
+            roles=choice.group.roles,
+            keys=tuple(self.store.index.key(row) for row in choice.rows),
+            latents=np.stack(latents),
+            mask=np.stack([one.mask for one in read]),
+            active=np.stack(active),
+            origin=self.store.origin.at(*place),
+            seconds_start=choice.start * model["hop"] / model["sample_rate"],
+        )
+
+    def _moved(self, latent: Float, row: int, start: int, place: tuple[int, int]) -> Float:
+        """A crop of another song put at a place of this one: the origin may differ between them."""
+        origin = self.store.origin
+        total = max(self._frames(row), start + self._crop)
+        means = slice(0, len(latent) - origin.deviations)
+        moved = latent.copy()
+        moved[means] += (origin.crop(*place, self._crop) - origin.crop(total, start, self._crop))[
+            means
+        ]
+        return moved

@@ -1,0 +1,226 @@
+"""The iterable dataset: shuffled, mixed, sharded over ranks and workers, resumable."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from latentmill.errors import ConfigError
+from latentmill.reader.corpus import Corpus, Mode, Reading, Stores
+from latentmill.reader.fields import Where
+from latentmill.reader.order import EpochOrder, Ints
+from latentmill.reader.sample import Sample, Transform
+from latentmill.reader.sharding import (
+    BLOCK,
+    STATE_VERSION,
+    WINDOW,
+    Even,
+    Progress,
+    Rank,
+    check_state,
+    mixture,
+)
+
+READ_TOGETHER = 32  # samples that are read in one batch of requests
+
+
+class LatentStream(IterableDataset[Sample]):
+    """Epochs of samples of one or several stores; see `LatentDataset` for how they are read.
+
+    The order of an epoch is a pure function of stores, seed and epoch. Its samples are dealt to
+    the ranks in turn, and a rank's to its DataLoader workers: all of an epoch exactly once,
+    whatever their numbers. With `batch_size` the workers take turns by whole batches, so that the
+    batches of a loader are those of one process, and `state_after` can say where training is.
+
+    Every iteration is the next epoch. DataLoader's workers begin anew for every epoch as copies
+    of this object, so call `set_epoch` before each, or use `persistent_workers=True`.
+
+    Args:
+        stores: A store or several, open or by path or URL; all of one model.
+        weights: How often samples of each store are drawn, relative to the others; then an epoch
+            has as many samples as the stores together, and epochs go on in each store where the
+            last one stopped, so that every pass through a store has every sample once. None: an
+            epoch is every sample of every store, once.
+        crop: Frames of a sample; None: whole items.
+        mode: `random`, `start` or `windows`; see `LatentDataset`.
+        shuffle: Whether to shuffle; otherwise store after store, as they lie in the shards.
+        shuffle_block: Neighbours that are shuffled together; 1 shuffles an epoch as a whole.
+        shuffle_window: Samples that are shuffled one by one after that.
+        seed: Of the order, the random crops and the transforms.
+        rank: This process among those that train together; None: as `torch.distributed` says.
+        world_size: How many they are.
+        even: What happens to a rest that cannot be dealt evenly: see `Rank`.
+        batch_size: That of the DataLoader.
+        where: Which records: a function of a record's fields, or a pyarrow expression.
+        metadata: Whether to read the items' own metadata.
+        transforms: Applied to every sample, in this order.
+        cache: A folder for a local cache of stores that are not local.
+        cache_gib: The most that may lie there, GiB.
+
+    Raises:
+        ConfigError: The stores cannot be mixed or cropped, or an option does not fit.
+        StoreError: There is no store, or it is empty.
+    """
+
+    def __init__(
+        self,
+        stores: Stores,
+        weights: Sequence[float] | None = None,
+        *,
+        crop: int | None = None,
+        mode: Mode = "random",
+        shuffle: bool = True,
+        shuffle_block: int = BLOCK,
+        shuffle_window: int = WINDOW,
+        seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        even: Even = "off",
+        batch_size: int | None = None,
+        where: Where | None = None,
+        metadata: bool = True,
+        transforms: Sequence[Transform] = (),
+        cache: str | os.PathLike[str] | None = None,
+        cache_gib: float = 50.0,
+    ) -> None:
+        reading = Reading(crop, mode, seed, metadata, tuple(transforms))
+        self._rank = Rank.of(rank, world_size, even)
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}: give at least 1.")
+        self._batch_size = batch_size
+        self.corpus = Corpus(stores, reading, where=where, cache=cache, cache_gib=cache_gib)
+        sizes = [len(source) for source in self.corpus.sources]
+        self._mixture = mixture(
+            sizes, weights, seed, shuffle=shuffle, block=shuffle_block, window=shuffle_window
+        )
+        self._next: Progress | None = Progress()
+        self._now = Progress()
+        self._share: tuple[int, ...] | None = None  # whose the account in `_now` is
+        self._loaded_share: tuple[int, ...] | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration is. After `load_state_dict`, the same one goes on."""
+        known = self._next or Progress(self._now.epoch)
+        self._next = known.on_epoch(epoch)
+
+    def __len__(self) -> int:
+        """Samples that the next iteration gives to this rank."""
+        return self._rank.share(self._mixture.total - self._upcoming().position)
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        id_, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        share = (self._rank.rank, self._rank.world_size, id_, workers, self._batch_size or 1)
+        self._now, self._next = self._upcoming(), None
+        if self._now.done and self._loaded_share != share:
+            raise ConfigError(
+                "The state is that of one DataLoader worker among others: resume with as many "
+                "ranks, workers and the batch size that it was saved with, or save `state_after`."
+            )
+        self._share = share
+        return self._samples(self._now.epoch, self._now.position, id_, workers)
+
+    def _upcoming(self) -> Progress:
+        if self._next is not None:
+            return self._next
+        return Progress(self._now.epoch + 1) if self._now.done else self._now
+
+    def _samples(self, epoch: int, start: int, worker: int, workers: int) -> Iterator[Sample]:
+        order, total = EpochOrder(self._mixture, epoch), self._mixture.total
+        run = self._batch_size or 1
+        count = worker_share(self._rank.share(total - start), worker, workers, run)
+        together = max(READ_TOGETHER, run)
+        while self._now.done < count:
+            last = min(self._now.done + together, count)
+            turns = np.arange(self._now.done, last)
+            local = (turns // run * workers + worker) * run + turns % run
+            positions: Ints = start + self._rank.rank + local * self._rank.world_size
+            sources, samples = order.at(positions % total)
+            for sample in self.corpus.read(sources, samples, epoch, positions):
+                self._now = replace(self._now, done=self._now.done + 1)
+                yield sample
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this process's own iteration is, exactly.
+
+        For a loop over the stream itself or a DataLoader without workers, and for torchdata's
+        StatefulDataLoader, which calls it in the workers. What a plain DataLoader's workers have
+        read ahead this object cannot know: there, save `state_after(batch)`.
+
+        Raises:
+            ConfigError: The stream has not been iterated over in this process.
+        """
+        if self._share is None:
+            raise ConfigError(
+                "This stream was not iterated over in this process (a DataLoader's workers have "
+                "copies of it): save state_after(batch) with the last batch that was trained on."
+            )
+        if self._share[3] > 1:
+            return self._state(self._now) | {"done": self._now.done, "share": list(self._share)}
+        return self._state(self._after(self._now, self._now.done))
+
+    def state_after(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Where training is when all ranks have trained on their batch of this step.
+
+        Args:
+            batch: This rank's last batch, from `collate`.
+
+        Raises:
+            ConfigError: The loader's batches are not those of one process: `batch_size` is needed.
+        """
+        epoch, positions = int(batch["epoch"][0]), np.asarray(batch["position"])
+        start = (self._next or self._now).on_epoch(epoch).position
+        local, wrong = np.divmod(positions - start - self._rank.rank, self._rank.world_size)
+        count = self._rank.share(self._mixture.total - start)
+        first, last = int(local[0]), int(local[-1]) + 1
+        whole = self._batch_size is None or (
+            first % self._batch_size == 0 and (len(local) == self._batch_size or last == count)
+        )
+        if wrong.any() or (np.diff(local) != 1).any() or not whole or last > count:
+            raise ConfigError(
+                "After this batch it cannot be said what was read: give LatentStream the "
+                "DataLoader's batch_size and do not reorder batches."
+            )
+        return self._state(self._after(Progress(epoch, start), last))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a state was saved, with any number of ranks and workers.
+
+        Raises:
+            ConfigError: The state is of another order: other stores, filter, seed or shuffling.
+        """
+        self._next = check_state(state, "stream", self._digest)
+        self._loaded_share = tuple(state["share"]) if "share" in state else None
+        self._share = None
+
+    @property
+    def _digest(self) -> str:
+        return f"{self._mixture.digest}-{self.corpus.digest}"
+
+    def _after(self, progress: Progress, done: int) -> Progress:
+        """All ranks' progress, when each has read `done` samples since `progress`."""
+        total = self._mixture.total
+        if done >= self._rank.share(total - progress.position):
+            return Progress(progress.epoch, total)
+        return Progress(progress.epoch, progress.position + done * self._rank.world_size)
+
+    def _state(self, progress: Progress) -> dict[str, Any]:
+        return {
+            "kind": "stream",
+            "version": STATE_VERSION,
+            "order": self._digest,
+            "epoch": progress.epoch,
+            "position": progress.position,
+        }
+
+
+def worker_share(count: int, worker: int, workers: int, run: int) -> int:
+    """How many of `count` samples a worker gets, dealt in turn in runs of `run` samples."""
+    runs, rest = divmod(count, run)
+    mine = len(range(worker, runs, workers)) * run
+    return mine + (rest if runs % workers == worker else 0)

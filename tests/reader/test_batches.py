@@ -1,0 +1,170 @@
+"""Batches: every sample once for any ranks, like lengths together, exactly on after a resume."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from latentmill.errors import ConfigError
+from latentmill.reader.batches import BatchSampler
+from latentmill.reader.collate import collate
+from latentmill.reader.dataset import LatentDataset
+
+options = st.fixed_dictionaries(
+    {"batch_size": st.integers(1, 12), "buckets": st.integers(1, 4), "shuffle": st.booleans()}
+)
+
+
+def as_batch(asked: list[tuple[int, int, int]]) -> dict[str, Any]:
+    """What `state_after` needs of a batch."""
+    epochs, positions, _ = np.array(asked).T
+    return {"epoch": epochs, "position": positions}
+
+
+def read(
+    samplers: list[BatchSampler], steps: int | None = None
+) -> tuple[list[tuple[int, ...]], dict[str, Any] | None]:
+    """Let all ranks take steps; gives the numbers of their batches and rank 0's state."""
+    iterators = [iter(sampler) for sampler in samplers]
+    seen: list[tuple[int, ...]] = []
+    state = None
+    while steps is None or steps > 0:
+        batches = [next(one, None) for one in iterators]
+        seen += [tuple(number for _, _, number in batch) for batch in batches if batch]
+        if batches[0] is None:
+            break
+        state = samplers[0].state_after(as_batch(batches[0]))
+        steps = None if steps is None else steps - 1
+    return seen, state
+
+
+def ranks(dataset: LatentDataset, world: int, **given_: Any) -> list[BatchSampler]:
+    return [BatchSampler(dataset, rank=rank, world_size=world, **given_) for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def dataset(mixed: list[str]) -> LatentDataset:
+    return LatentDataset(mixed)
+
+
+@given(options, st.integers(1, 5), st.integers(0, 3))
+def test_an_epoch_is_every_sample_once(
+    dataset: LatentDataset, chosen: dict[str, Any], world: int, epoch: int
+) -> None:
+    samplers = ranks(dataset, world, **chosen)
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+    assert sum(len(sampler) for sampler in samplers) == -(-len(dataset) // chosen["batch_size"])
+    seen, _ = read(samplers)
+    assert sorted(number for batch in seen for number in batch) == list(range(len(dataset)))
+    assert sum(len(batch) < chosen["batch_size"] for batch in seen) <= 1
+
+
+@settings(max_examples=40)
+@given(options, st.lists(st.tuples(st.integers(1, 4), st.integers(0, 5)), max_size=4))
+def test_a_resumed_epoch_goes_on_exactly(
+    dataset: LatentDataset, chosen: dict[str, Any], path: list[tuple[int, int]]
+) -> None:
+    (alone,) = ranks(dataset, 1, **chosen)
+    alone.set_epoch(2)
+    expected, _ = read([alone])
+    seen: list[tuple[int, ...]] = []
+    state = None
+    for world, steps in [*path, (1, None)]:
+        samplers = ranks(dataset, world, **chosen)
+        for sampler in samplers:
+            if state:
+                sampler.load_state_dict(state)
+            sampler.set_epoch(2)
+        part, after = read(samplers, steps)
+        seen += part
+        state = after or state
+    assert sorted(seen) == sorted(expected)
+
+
+@pytest.mark.parametrize("even", ["drop", "pad"])
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_even_lengths(dataset: LatentDataset, world: int, even: str) -> None:
+    samplers = ranks(dataset, world, batch_size=7, even=even)  # 11 batches
+    seen, state = read(samplers)
+    assert len({len(sampler) for sampler in samplers}) == 1
+    times = Counter(number for batch in seen for number in batch)
+    if even == "drop":
+        assert set(times.values()) == {1}
+        assert len(seen) == 11 // world * world
+    else:
+        assert len(times) == len(dataset)
+        assert len(seen) == -(-11 // world) * world
+    assert state is not None
+    assert state["position"] == 11
+
+
+def test_buckets_keep_padding_low(made) -> None:
+    dataset = LatentDataset(made)
+
+    def padding(buckets: int) -> float:
+        numbers, _ = read([BatchSampler(dataset, 4, buckets=buckets)])
+        batches = [dataset.lengths[list(batch)] for batch in numbers]
+        return sum((batch.max() - batch).sum() for batch in batches) / dataset.lengths.sum()
+
+    assert padding(6) < 0.5 * padding(1)
+
+
+def test_drop_last_leaves_out_one_batch(dataset: LatentDataset) -> None:
+    seen, _ = read([BatchSampler(dataset, 10, drop_last=True, buckets=3)])
+    assert [len(batch) for batch in seen] == [10] * 7
+
+
+def test_a_dataloader_goes_through_epochs(mixed: list[str]) -> None:
+    """Workers that live on take each epoch's crops, though nobody tells them the epoch."""
+    dataset = LatentDataset(mixed, crop=4)
+    sampler = BatchSampler(dataset, 8)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=2,
+        collate_fn=collate,
+        persistent_workers=True,
+    )
+    assert len(loader) == 10
+    epochs = [list(loader), list(loader)]
+    starts = []
+    for number, batches in enumerate(epochs):
+        assert {int(batch["epoch"][0]) for batch in batches} == {number}
+        assert len({key for batch in batches for key in batch["key"]}) == 73
+        of_key = zip(
+            [key for batch in batches for key in batch["key"]],
+            [one["seconds_start"] for batch in batches for one in batch["metadata"]],
+            strict=True,
+        )
+        starts.append(dict(of_key))
+    assert starts[0] != starts[1]
+    state = sampler.state_after(epochs[1][4])
+    assert (state["epoch"], state["position"]) == (1, 5)
+    other = BatchSampler(LatentDataset(mixed, crop=4), 8)
+    other.load_state_dict(state)
+    resumed = DataLoader(dataset, batch_sampler=other, collate_fn=collate)
+    assert [batch["key"] for batch in resumed] == [batch["key"] for batch in epochs[1][5:]]
+
+
+def test_weights_repeat_a_store(mixed: list[str]) -> None:
+    dataset = LatentDataset(mixed[2:], crop=4)
+    seen, _ = read([BatchSampler(dataset, 5, weights=[3, 1])])
+    numbers = [number for batch in seen for number in batch]
+    assert abs(sum(number < 24 for number in numbers) - 65 * 3 / 4) < 1
+
+
+def test_what_does_not_fit_is_refused(dataset: LatentDataset, one_sentence) -> None:
+    for given_ in ({"batch_size": 0}, {"batch_size": 2, "buckets": 0}):
+        with pytest.raises(ConfigError) as error:
+            BatchSampler(dataset, **given_)
+        one_sentence(error.value)
+    state = BatchSampler(dataset, 4).state_after({"epoch": [0], "position": [0]})
+    with pytest.raises(ConfigError, match="another order"):
+        BatchSampler(dataset, 5).load_state_dict(state)

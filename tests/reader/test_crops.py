@@ -1,0 +1,190 @@
+"""Crops: the right frames, only their bytes, silence behind the end."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentmill.errors import ConfigError, StorageError
+from latentmill.reader import shards
+from latentmill.reader.crops import Crop, CropReader
+from latentmill.store.store import LatentStore
+from support.latent_store import write_latents
+
+
+def whole(store: LatentStore, row: int) -> np.ndarray:
+    return store[store.index.key(row)].latent.astype(np.float32)
+
+
+def expected(store: LatentStore, crop: Crop) -> tuple[np.ndarray, np.ndarray]:
+    """A crop by the slow way: the whole latent, continued by the origin."""
+    latent = whole(store, crop.row)
+    end = crop.start + crop.frames
+    missing = max(0, end - latent.shape[1])
+    silence = store.origin.of_length(end)[:, latent.shape[1] :]
+    long = np.concatenate([latent, silence], axis=1) if missing else latent
+    return long[:, crop.start : end], np.arange(crop.frames) < crop.frames - missing
+
+
+@given(data=st.data())
+def test_crops_are_those_of_the_whole_latent(_made: dict[str, str], data: st.DataObject) -> None:
+    store = LatentStore(_made[data.draw(st.sampled_from(sorted(_made)))])
+    reader = CropReader(store)
+    crops = []
+    for _ in range(data.draw(st.integers(0, 5))):
+        row = data.draw(st.integers(0, len(store) - 1))
+        start = data.draw(st.integers(0, int(reader.frames[row]) - 1))
+        crops.append(Crop(row, start, data.draw(st.integers(1, 350))))
+    for crop, read in zip(crops, reader.read(crops), strict=True):
+        latent, mask = expected(store, crop)
+        assert read.latent.dtype == np.float32
+        assert np.array_equal(read.latent, latent)
+        assert np.array_equal(read.mask, mask)
+
+
+def test_a_block_is_its_crops(made: LatentStore) -> None:
+    reader = CropReader(made)
+    rows = np.arange(len(made))
+    starts = reader.frames[rows] // 2
+    block, have = reader.read_block(rows, starts, 64)
+    assert block.shape == (len(made), 64, 4)
+    asked = [
+        Crop(row, start, 64) for row, start in zip(rows.tolist(), starts.tolist(), strict=True)
+    ]
+    for row, read in enumerate(reader.read(asked)):
+        assert np.array_equal(block[row].T, read.latent)
+        assert have[row] == read.mask.sum()
+
+
+def test_silence_is_the_origin_and_not_zeros(made: LatentStore) -> None:
+    reader = CropReader(made)
+    (read,) = reader.read([Crop(reader.row("item/00000"), 0, 64)])
+    assert read.mask.sum() == 1
+    assert np.array_equal(read.latent[:, 1:], made.origin.of_length(64)[:, 1:])
+    assert read.latent[:, -1].tolist() == [0.75] * 4  # the border of silence
+
+
+def test_only_the_crops_bytes_are_read(made: LatentStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = CropReader(made)
+    reads: list[int] = []
+    real = os.preadv
+
+    def counted(file: int, buffers: list[memoryview], offset: int) -> int:
+        reads.append(sum(len(buffer) for buffer in buffers))
+        return real(file, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    rows = np.flatnonzero(reader.frames >= 40)
+    reader.read_block(rows, np.full(len(rows), 3), 20)
+    assert reads == [20 * 4 * 2] * len(rows)
+
+
+@pytest.mark.parametrize("crop", [Crop(40, 0, 8), Crop(-1, 0, 8), Crop(0, -1, 8), Crop(0, 1, 8)])
+def test_what_is_not_there_is_an_index_error(made: LatentStore, crop: Crop) -> None:
+    with pytest.raises(IndexError):
+        CropReader(made).read([crop])
+    with pytest.raises(KeyError):
+        CropReader(made).row("no such key")
+
+
+def test_few_files_are_open_at_once(made: LatentStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "OPEN_FILES", 2)
+    reader = CropReader(made)
+    gc.collect()  # what other tests left behind
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(2):
+        block, _ = reader.read_block(np.arange(len(made)), np.zeros(len(made), np.int64), 8)
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
+    assert np.array_equal(block[5, :5].T, whole(made, 5)[:, :5])
+    del reader
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_shard_of_another_size_stops_reading(
+    made: LatentStore, tmp_path: Path, one_sentence
+) -> None:
+    for change in (b"", b"more"):
+        folder = tmp_path / f"store{len(change)}"
+        shutil.copytree(made.url, folder)
+        shard = next((folder / "shards").iterdir())
+        data = shard.read_bytes()
+        shard.write_bytes(data + change if change else data[: len(data) // 2])
+        store = LatentStore(str(folder))
+        with pytest.raises(StorageError, match="another size") as error:
+            CropReader(store).read([Crop(row, 0, 1) for row in range(len(store))])
+        one_sentence(error.value)
+
+
+def test_a_missing_shard_is_one_sentence(made: LatentStore, tmp_path: Path, one_sentence) -> None:
+    folder = Path(shutil.copytree(made.url, tmp_path / "store"))
+    shutil.rmtree(folder / "shards")
+    with pytest.raises(StorageError) as error:
+        CropReader(LatentStore(str(folder))).read([Crop(0, 0, 1)])
+    assert "No such file" in one_sentence(error.value)
+
+
+def test_a_remote_store_reads_the_same_in_one_batch(
+    lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = write_latents("memory://crops", lengths)
+    reader = CropReader(store)
+    batches: list[int] = []
+    real = type(store.storage).read_ranges
+    monkeypatch.setattr(
+        type(store.storage),
+        "read_ranges",
+        lambda self, ranges: batches.append(len(ranges)) or real(self, ranges),
+    )
+    crops = [Crop(row, 0, 64) for row in range(len(store))]
+    read = reader.read(crops)
+    assert batches == [len(store)]
+    assert all(
+        np.array_equal(r.latent, expected(store, c)[0]) for r, c in zip(read, crops, strict=True)
+    )
+    store.storage.write("shards/000001.parquet", b"cut")
+    with pytest.raises(StorageError, match="another size"):
+        CropReader(store).read(crops)
+
+
+def test_chunks_and_codes_are_refused(tmp_path: Path, one_sentence) -> None:
+    chunks = write_latents(
+        str(tmp_path / "chunks"), [8], latents=[np.zeros((2, 4, 8), np.float16)], stitch="none"
+    )
+    codes = write_latents(str(tmp_path / "codes"), [8], model={"output": "codes"})
+    for store, word in ((chunks, "stitch none"), (codes, "codes")):
+        with pytest.raises(ConfigError, match=word) as error:
+            CropReader(store)
+        one_sentence(error.value)
+
+
+def _sum_of(reader: CropReader) -> float:
+    block, _ = reader.read_block(np.arange(40), np.zeros(40, np.int64), 8)
+    return float(block.sum())
+
+
+def test_a_reader_may_be_forked_and_sent(_made: dict[str, str]) -> None:
+    reader = CropReader(LatentStore(_made["parquet"]))
+    here = _sum_of(reader)
+    files = set(Path("/proc/self/fd").iterdir())
+    assert len(pickle.dumps(reader)) < 1000
+    assert _sum_of(pickle.loads(pickle.dumps(reader))) == here
+    for way in ("fork", "spawn"):
+        with multiprocessing.get_context(way).Pool(1) as pool:
+            assert pool.map(_sum_of, [reader, reader]) == [here, here]
+    assert _sum_of(reader) == here  # its files are still its own
+    assert files <= set(Path("/proc/self/fd").iterdir())
+
+
+def test_an_unsealed_store_reads_too(tmp_path: Path, lengths: list[int]) -> None:
+    store = write_latents(str(tmp_path / "unsealed"), lengths, sealed=False)
+    (read,) = CropReader(store).read([Crop(4, 0, 8)])
+    assert np.array_equal(read.latent, expected(store, Crop(4, 0, 8))[0])

@@ -1,0 +1,109 @@
+"""The recipes of docs/reader.md, run as they stand there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+import latentmill as lm
+from latentmill.store.store import LatentStore
+from support.latent_store import write_latents
+
+PAGE = Path(__file__).parents[2] / "docs" / "reader.md"
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lengths: list[int]) -> LatentStore:
+    monkeypatch.chdir(tmp_path)
+    return write_latents(str(tmp_path / "latents"), lengths)
+
+
+def recipe(word: str) -> str:
+    """The code block of the page that has a word in it."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (found,) = [code for code in blocks if word in code]
+    return found
+
+
+def run(code: str) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    exec(code, names)  # our own page
+    return names
+
+
+def assert_same(rows: list[dict[str, Any]], store: LatentStore) -> None:
+    assert sorted(row["key"] for row in rows) == list(store.keys())
+    for row in rows:
+        assert np.array_equal(row["latent"], store[row["key"]].latent)
+
+
+def test_datasets_streams_it(store: LatentStore) -> None:
+    pytest.importorskip("datasets")
+    code = recipe("ray.data")
+    latent = code[code.index("def latent") : code.index("rows =")]
+    names = run("import numpy as np\n" + latent + recipe("load_dataset"))
+    rows = []
+    for row in names["rows"]:
+        row["latent"] = names["latent"](dict(row))["latent"]
+        rows.append(row)
+    assert_same(rows, store)
+    assert next(iter(names["rows"].map(names["latent"])))["key"] == rows[0]["key"]
+
+
+def test_ray_data_reads_it(store: LatentStore, ray_session: Path) -> None:
+    pytest.importorskip("ray.data")
+    code = recipe("ray.data").replace("/data/latents", store.url)
+    code = re.sub(r"^rows\.select.*$", r"made = \g<0>.take_all()", code, flags=re.MULTILINE)
+    assert_same(run(code)["made"], store)
+
+
+def test_a_loader_as_on_the_page(store: LatentStore) -> None:
+    code = recipe("s3://bucket/latents")
+    code = code.replace("s3://bucket/latents", store.url).replace("num_workers=4", "num_workers=1")
+    names = run(code.replace('cache="/nvme/latents"', 'cache="cache"'))
+    assert names["batch"]["latents"].shape == (8, 4, 256)
+
+
+def test_lightning_trains_on_it(store: LatentStore) -> None:
+    lightning = pytest.importorskip("lightning")
+    import torch
+
+    class Model(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Conv1d(4, 4, 1)
+            self.seen: dict[int, list[str]] = {}
+
+        def training_step(self, batch: dict[str, Any], index: int) -> torch.Tensor:
+            self.seen.setdefault(int(batch["epoch"][0]), []).extend(batch["key"])
+            return self.layer(batch["latents"]).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 1e-3)
+
+    dataset = lm.LatentDataset(store, crop=16)
+    stream = lm.LatentStream(store, crop=16, batch_size=8)
+    for loader in (
+        DataLoader(dataset, batch_sampler=lm.BatchSampler(dataset, 8), collate_fn=lm.collate),
+        DataLoader(
+            stream, batch_size=8, collate_fn=lm.collate, num_workers=1, persistent_workers=True
+        ),
+    ):
+        model = Model()
+        trainer = lightning.Trainer(
+            max_epochs=3,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        trainer.fit(model, loader)
+        assert sorted(model.seen) == [0, 1, 2]
+        assert all(sorted(keys) == list(store.keys()) for keys in model.seen.values())

@@ -1,0 +1,128 @@
+"""Transforms of one sample: against the same on the waveform, and the same every time."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from latentmill.errors import ConfigError
+from latentmill.ops import Origin, fade
+from latentmill.reader.dataset import LatentDataset
+from latentmill.reader.sample import Sample, sample_random
+from latentmill.reader.transforms import DrawFromPosterior, RandomFade, RandomGain
+from latentmill.store.store import LatentStore
+from support.stem_files import HOP, RATE, waveform, write_stem_store, write_stems
+
+CROP = 30
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_stems(tmp_path_factory.mktemp("songs"))
+
+
+@pytest.fixture(scope="module")
+def store(source: Path, tmp_path_factory: pytest.TempPathFactory) -> LatentStore:
+    return write_stem_store(tmp_path_factory.mktemp("store"), source)
+
+
+def test_a_random_gain_is_that_of_the_waveform(store: LatentStore, source: Path) -> None:
+    plain = LatentDataset(store, crop=CROP, seed=1)
+    louder = LatentDataset(store, crop=CROP, seed=1, transforms=[RandomGain((-12, 6))])
+    gains = []
+    for number in range(len(plain)):
+        before, after = plain[number], louder[number]
+        start = round(before.metadata["seconds_start"] * RATE / HOP)
+        factor = float(10 ** (sample_random(1, 0, number).uniform(-12, 6) / 20))
+        audio = factor * waveform(source, after.key, 3 * RATE)
+        model = store.model()
+        encoded = model.encode(torch.from_numpy(audio.astype(np.float32))[None])[0].numpy()
+        have = int(after.mask.sum())
+        assert np.allclose(after.latent[:, :have], encoded[:, start : start + have], atol=2e-5)
+        gains.append(factor)
+    assert len(set(gains)) == len(plain)
+    assert 10 ** (-12 / 20) <= min(gains) < max(gains) <= 10 ** (6 / 20)
+
+
+ORIGIN = Origin(np.linspace(-1, 1, 12, dtype=np.float32).reshape(2, 6))
+
+
+def sample(frames: int = 20, origin: Origin | None = ORIGIN) -> Sample:
+    latent = np.random.default_rng(frames).standard_normal((2, frames)).astype(np.float32)
+    return Sample("a", latent, np.ones(frames, np.bool_), {"title": "A"}, origin=origin)
+
+
+def test_a_gain_leaves_silence_as_it_is() -> None:
+    silent = Sample("s", ORIGIN.crop(90, 30, 20), np.ones(20, np.bool_), origin=ORIGIN.at(90, 30))
+    changed = RandomGain((6, 6))(silent, np.random.default_rng(0))
+    assert np.allclose(changed.latent, silent.latent, atol=1e-6)
+
+
+@given(seed=st.integers(0, 2**32), epoch=st.integers(0, 99), position=st.integers(0, 10**9))
+@settings(max_examples=30)
+def test_a_transform_is_a_function_of_its_random_numbers(
+    seed: int, epoch: int, position: int
+) -> None:
+    for transform in (RandomGain((-6, 6)), RandomFade(5)):
+        random = sample_random(seed, epoch, position)
+        again = sample_random(seed, epoch, position)
+        before = sample()
+        kept = before.latent.copy()
+        changed = transform(before, random)
+        copy = pickle.loads(pickle.dumps(transform))(sample(), again)
+        assert np.array_equal(changed.latent, copy.latent)
+        assert np.array_equal(before.latent, kept)
+        assert (changed.key, changed.metadata) == ("a", {"title": "A"})
+
+
+def test_fades_are_of_every_length_up_to_the_longest() -> None:
+    random, seen = np.random.default_rng(3), set()
+    for _ in range(400):
+        faded = RandomFade(3)(sample(), random).latent
+        fits = [
+            (i, o)
+            for i in range(4)
+            for o in range(4)
+            if np.array_equal(faded, fade(sample().latent, i, o, origin=ORIGIN))
+        ]
+        assert len(fits) == 1
+        seen.update(fits)
+    assert len(seen) == 16
+    short = RandomFade(100)(sample(4), random)  # at most half of it at each end
+    assert short.latent.shape == (2, 4)
+
+
+def test_latents_are_drawn_around_the_mean() -> None:
+    means, deviations = np.full((3, 5000), 2.0), np.full((3, 5000), [[0.0], [0.5], [3.0]])
+    latent = np.concatenate([means, deviations]).astype(np.float32)
+    origin = Origin(np.zeros((6, 4), np.float32), deviations=3)
+    posterior = Sample("p", latent, np.ones(5000, np.bool_), origin=origin)
+    drawn = DrawFromPosterior()(posterior, np.random.default_rng(1)).latent
+    assert drawn.shape == (3, 5000)
+    assert drawn.dtype == np.float32
+    assert np.allclose(drawn.mean(axis=1), 2, atol=0.15)
+    assert np.allclose(drawn.std(axis=1), [0, 0.5, 3], rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda: RandomGain((3, -3)), "from low to high"),
+        (lambda: RandomGain((-np.inf, 0)), "from low to high"),
+        (lambda: DrawFromPosterior()(sample(), np.random.default_rng()), "no standard deviations"),
+        (lambda: RandomFade(2)(sample(origin=None), np.random.default_rng()), "keep `origin`"),
+    ],
+)
+def test_what_makes_no_sense(
+    wrong: Callable[[], object], says: str, one_sentence: Callable[[BaseException], str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        wrong()
+    assert says in one_sentence(caught.value)
