@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", help="default: tf32, bf16 and fp16; on a CPU float32")
     parser.add_argument("--audio", type=Path, default=SHARED_AUDIO / "ogg")
     parser.add_argument("--minutes", type=float, default=60, help="audio a round")
-    parser.add_argument("--batch-size", type=int, help="chunks; default the model's")
+    parser.add_argument("--batch-size", type=int, help="chunks; default: found by trying")
     parser.add_argument("--decode-threads", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of gpu.json")
@@ -77,6 +77,7 @@ def model_alone(arguments: Any, mode: str) -> dict[str, Any]:
     from dataclasses import replace
 
     from latentmill.models import registry
+    from latentmill.models.batch import find_batch_size
 
     handle = registry.resolve("lin-cae")
     device, spec = arguments.device, handle.spec
@@ -86,6 +87,8 @@ def model_alone(arguments: Any, mode: str) -> dict[str, Any]:
     audio = recording(arguments.audio, spec.sample_rate, 1, min(20.0, 60 * arguments.minutes))
     chunk = pack(spec, audio, "cpu")[0][:1]
     size = spec.batch_size["cuda" if device.startswith("cuda") else "cpu"]
+    if device.startswith("cuda") and not arguments.batch_size:  # as a worker finds it
+        size = find_batch_size(model, chunk.shape[2], device, mode)  # type: ignore[arg-type]
     count = max(1, round(60 * arguments.minutes / (size * chunk.shape[2] / spec.sample_rate)))
     batches = [chunk.repeat(size, axis=0)] * count
     feed(model, batches[:1], device, mode)
@@ -108,7 +111,7 @@ def end_to_end(arguments: Any, mode: str, corpus: Path, out: Path) -> dict[str, 
     from latentmill.engine.launch import make_job
     from latentmill.engine.worker import Worker
     from latentmill.models import registry
-    from latentmill.plan import Plan, cut_units, freeze
+    from latentmill.plan import Cutting, Plan, draft, freeze
     from latentmill.sources.folder import FolderSource
     from latentmill.storage import Storage
 
@@ -123,14 +126,14 @@ def end_to_end(arguments: Any, mode: str, corpus: Path, out: Path) -> dict[str, 
         config = load_config(None, options)
         plan = Plan(
             source=str(corpus),
-            units=cut_units(FolderSource(str(corpus), ("flac",)).list().items),
             fingerprint=fingerprint_document(config, handle.spec, chunking),
             model="lin-cae",
             model_options={},
             format=config.format,
             ignored={},
         )
-        freeze(plan, Storage(config.out))
+        with draft(FolderSource(str(corpus), ("flac",)).items(), Cutting()) as items:
+            plan = freeze(plan, items, Storage(config.out))
         worker = Worker(make_job(config, handle, chunking, plan, device=device, threads=2))
         worker.origin()
         began = time.perf_counter()

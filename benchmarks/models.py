@@ -3,8 +3,9 @@
     python benchmarks/models.py [--size full] [--models lin-cae mimi] [--seconds 20] [--rounds 3]
 
 `ours` cuts a recording into the model's default chunks and feeds them in the default batches, as a
-worker does; `package` encodes the same recording as the package's README shows it (no inference
-mode). They take turns; times are medians. All weights are random ones of the real classes. The
+worker does, in a process with a worker's memory settings; `package` encodes the same recording as
+the package's README shows it (no inference mode), in a process of its own without them. They take
+turns; times are medians. All weights are random ones of the real classes. The
 work is counted by torch, attention included; the peak is that of a large matrix product of the
 same numeric mode, taken in the same round. The deviation of a mode is that of the latents from
 those in float32, on real recordings.
@@ -13,16 +14,21 @@ those in float32, on real recordings.
 from __future__ import annotations
 
 import argparse
+import os
+import pickle
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common import RESULTS, ROOT, SHARED_AUDIO, machine, median, random_linear_cae, write_result
 
 MODES = {"cpu": ("float32", "bf16"), "cuda": ("float32", "tf32", "bf16", "fp16")}
 NAMES = ("mdct", "lin-cae", "oobleck", "dac", "encodec", "mimi")
+PACKAGE = "--package-process"
 README_CALL = {"max_chunk_size": 44100 * 10, "overlap_percentage": 0.25, "max_batch_size": 8}
 
 
@@ -38,6 +44,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="on a CPU")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of models.json")
     arguments = parser.parse_args()
+    settle_memory(arguments.device)
     if not arguments.audio.is_dir():
         parser.error(f"{arguments.audio} is missing: name a folder of audio with --audio")
     with random_linear_cae(arguments.size), tempfile.TemporaryDirectory() as folder:
@@ -59,8 +66,6 @@ def main() -> None:
 
 def write_weights(name: str, size: str, root: Path) -> None:
     """Random weights of the real class: its published configuration, or a tiny one."""
-    import sys
-
     sys.path.insert(0, str(ROOT / "tests"))
     from support import tiny_models
 
@@ -94,24 +99,27 @@ def measure(name: str, root: Path, device: str, arguments: Any) -> dict[str, Any
     batches = pack(spec, audio, device)
     kind = device.partition(":")[0]
     modes = arguments.modes or MODES[kind]
-    calls: dict[str, Callable[[], Any]] = {
-        mode: lambda mode=mode: feed(model, batches, device, mode) for mode in modes
+    calls: dict[str, Callable[[], Timing]] = {
+        mode: lambda mode=mode: timed(lambda: feed(model, batches, device, mode), device)
+        for mode in modes
     }
-    if package := package_call(name, root, audio, device):
-        calls["package"] = package
+    package = None if name == "mdct" else Package(name, root, audio, device, arguments.threads)
+    if package:
+        calls["package"] = package.call
     times: dict[str, list[float]] = {key: [] for key in calls}
     cpu: dict[str, list[float]] = {key: [] for key in calls}  # less moved by a shared machine
     peaks: dict[str, list[float]] = {mode: [] for mode in modes}
-    if kind == "cuda":  # libraries load and choose their kernels on the first call
-        for call in calls.values():
-            call()
+    for call in calls.values():  # kernels are chosen and memory is taken on the first call
+        call()
     for _ in range(arguments.rounds):
         for key, call in calls.items():
-            began = time.process_time()
-            times[key].append(seconds_of(call, device))
-            cpu[key].append(time.process_time() - began)
+            timing = call()
+            times[key].append(timing.seconds)
+            cpu[key].append(timing.cpu_seconds)
             if key in peaks:
                 peaks[key].append(matrix_peak(key, device))
+    if package:
+        package.close()
     seconds = audio.shape[1] / spec.sample_rate
     work = count_work(model, batches[0][:1], spec.sample_rate)
     result: dict[str, Any] = {
@@ -189,12 +197,74 @@ def feed(model: Any, batches: list[Any], device: str, mode: str) -> list[Any]:
     return [*latents, *feeder.flush()]
 
 
-def package_call(name: str, root: Path, audio: Any, device: str) -> Callable[[], Any] | None:
-    """What the package's README or model card does with a recording; None for our own model."""
+class Timing(NamedTuple):
+    """Time on the clock, and of all of the process's threads."""
+
+    seconds: float
+    cpu_seconds: float
+
+
+def timed(call: Callable[[], Any], device: str) -> Timing:
+    began = time.process_time()
+    seconds = seconds_of(call, device)
+    return Timing(seconds, time.process_time() - began)
+
+
+def settle_memory(device: str) -> None:
+    """Begin anew with the memory settings of a worker on a CPU: they are read at the start."""
+    from latentmill.device import KEEP_FREED_MEMORY
+
+    there = KEEP_FREED_MEMORY.items() <= os.environ.items()
+    if not device.startswith("cuda") and not there:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_FREED_MEMORY})
+
+
+class Package:
+    """The package's own call, in a process with the memory settings that every process has."""
+
+    def __init__(self, name: str, root: Path, audio: Any, device: str, threads: int) -> None:
+        env = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, PACKAGE],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert self._process.stdin is not None
+        pickle.dump((name, root, audio, device, threads), self._process.stdin)
+        self._process.stdin.flush()
+
+    def call(self) -> Timing:
+        """Encode the recording once."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(b"\n")
+        self._process.stdin.flush()
+        seconds, cpu_seconds = self._process.stdout.readline().split()
+        return Timing(float(seconds), float(cpu_seconds))
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+def serve_package() -> None:
+    """What that process does: a call and a line for each line."""
     import torch
 
-    if name == "mdct":
-        return None
+    name, root, audio, device, threads = pickle.load(sys.stdin.buffer)
+    torch.set_num_threads(threads)
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # the packages may print
+    sys.stdout = sys.stderr
+    call = package_call(name, root, audio, device)
+    while sys.stdin.buffer.readline():
+        timing = timed(call, device)
+        print(timing.seconds, timing.cpu_seconds, file=answers, flush=True)
+
+
+def package_call(name: str, root: Path, audio: Any, device: str) -> Callable[[], Any]:
+    """What the package's README or model card does with a recording."""
+    import torch
+
     wave = torch.from_numpy(audio).to(device)
     if name == "lin-cae":
         from linear_cae import Autoencoder
@@ -273,4 +343,4 @@ def difference(model: Any, audio: Any, device: str) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    serve_package() if sys.argv[1:] == [PACKAGE] else main()

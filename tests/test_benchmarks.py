@@ -47,6 +47,16 @@ def test_models_of_all_families(tmp_path: Path) -> None:
     assert all(result[name]["float32"]["over_package"] > 0 for name in ("oobleck", "mimi"))
 
 
+def test_planning(tmp_path: Path) -> None:
+    script, options = ROOT / "benchmarks" / "planning.py", ["--items", "3000", "--grouped"]
+    command = [sys.executable, str(script), *options, "--results", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=280)
+    plain, grouped = json.loads((tmp_path / "planning.json").read_text())["plans"]
+    assert plain["items"] == grouped["items"] == 3000
+    assert plain["units"] > 100
+    assert 0 < plain["rss_before_mib"] <= plain["peak_rss_mib"]
+
+
 @pytest.mark.slow
 def test_gpu(tmp_path: Path) -> None:
     pytest.importorskip("linear_cae")

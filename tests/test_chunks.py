@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -14,13 +14,18 @@ from hypothesis import strategies as st
 from latentmill.chunks import Chunk, Chunker, Chunking, Packer, Stitcher
 from latentmill.errors import ConfigError
 from latentmill.models import mdct
-from latentmill.models.base import ModelSpec, Stitch
+from latentmill.models.base import Context, ModelSpec, Stitch
 
+ONE = Context(1, 1)
 FLOAT16, FLOAT32 = np.dtype("<f2"), np.dtype("<f4")
 
 
 def make_spec(
-    hop: int, overhang: int, multiple: int, min_samples: int, context: int | None = 1
+    hop: int,
+    overhang: int,
+    multiple: int,
+    min_samples: int,
+    context: Context | None = ONE,
 ) -> ModelSpec:
     return ModelSpec(
         name="toy",
@@ -278,6 +283,50 @@ def test_trimmed_chunks_equal_the_whole_item(total: int, frames: int, shared: in
     wanted = MODEL.encode(whole)[0].numpy()
     assert latent.shape == wanted.shape
     assert np.abs(latent - wanted).max() <= 1e-6 * np.abs(wanted).max()
+
+
+def see(audio: np.ndarray, hop: int, context: Context) -> np.ndarray:
+    """A latent `[1, Z]` whose frame n is a weighted sum of the samples of the frames n - left to
+    n + right; beyond the audio there are zeros."""
+    sums = audio.reshape(-1, hop).sum(axis=1, dtype=np.float64)
+    padded = np.pad(sums, context)
+    reach = sum(context) + 1
+    weights = 1.0 / np.arange(1, reach + 1)
+    return np.array([[padded[n : n + reach] @ weights for n in range(len(sums))]], np.float32)
+
+
+@given(
+    left=st.integers(0, 7),
+    right=st.integers(0, 7),
+    spare=st.integers(0, 5),
+    more=st.integers(0, 9),
+    total=st.integers(1, 900),
+    whole_item=st.booleans(),
+)
+@example(left=7, right=0, spare=0, more=0, total=400, whole_item=False)
+@example(left=0, right=7, spare=0, more=0, total=400, whole_item=False)
+def test_trimming_is_exact_for_any_context_on_either_side(
+    left: int, right: int, spare: int, more: int, total: int, whole_item: bool
+) -> None:
+    """As many shared frames as both contexts together suffice, and none of them less."""
+    hop, context = 4, Context(left, right)
+    shared = left + right + spare
+    frames = max(2 * shared, 2) + more
+    spec = replace(make_spec(hop, 0, hop, hop, context), overlap_frames=shared, latent_channels=1)
+    chunking = Chunking.for_model(spec, stitch="trim", samples=frames * hop)
+    assert (chunking.overlap, chunking.skew) == (shared, left - right)
+    if whole_item:
+        total = chunking.samples + 3 * chunking.step
+    case = Case(spec, chunking, total)
+    latents = [see(chunk.audio, hop, context) for chunk in case.chunks()]
+    padded = np.zeros((1, spec.padded(total)), np.float32)
+    padded[:, :total] = case.source
+    assert np.array_equal(stitched(case, latents).finish(), see(padded, hop, context))
+    if shared and not spare:
+        with pytest.raises(ConfigError, match=f"share {shared} latent frames"):
+            Chunking.for_model(
+                spec, stitch="trim", samples=frames * hop, overlap=(shared - 1) / frames
+            )
 
 
 @given(cases(("trim", "crossfade")), st.floats(-1e4, 1e4, width=32))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from latentmill.device import pick_device
+from latentmill.device import KEEP_FREED_MEMORY, pick_device
 from latentmill.errors import ConfigError
 
 
@@ -40,3 +45,70 @@ def test_what_is_no_device_is_refused(
     with pytest.raises(ConfigError) as caught:
         pick_device(wanted)
     assert "auto, cpu, cuda" in one_sentence(caught.value)
+
+
+SCRIPT = """
+import resource, threading
+import numpy as np
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(70_000_000, np.uint8)  # more than an arena beside the main one can hold
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+thread = threading.Thread(target=lambda: print([faults() for _ in range(3)][1:]))
+thread.start()
+thread.join()
+"""
+
+
+def page_faults(variables: dict[str, str]) -> list[int]:
+    """Fresh pages that an array takes each time, after one of its size was freed."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(
+        command, env={**env, **variables}, check=True, capture_output=True, text=True, timeout=120
+    )
+    pages: list[int] = json.loads(done.stdout)
+    return pages
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc")
+def test_freed_memory_is_kept_for_the_next_tensor() -> None:
+    all_anew = 70_000_000 // 2**21  # the least, if all pages are huge ones
+    assert min(page_faults({})) >= all_anew
+    assert max(page_faults(KEEP_FREED_MEMORY)) < all_anew
+    many_arenas = {n: v for n, v in KEEP_FREED_MEMORY.items() if n != "MALLOC_ARENA_MAX"}
+    assert min(page_faults(many_arenas)) >= all_anew
+
+
+TRIM = """
+import torch
+from latentmill.device import trim_memory
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+small = [torch.ones(30_000_000, dtype=torch.uint8), torch.ones(1000)]  # which stays, behind it
+del small[0]
+before = resident()
+print(trim_memory(), before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc")
+@pytest.mark.parametrize("kept", [True, False])
+def test_kept_memory_can_be_given_back(kept: bool) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", TRIM],
+        env={**env, **(KEEP_FREED_MEMORY if kept else {})},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    trimmed, freed = done.stdout.split()
+    assert trimmed == str(kept)
+    assert (int(freed) > 25_000_000) == kept

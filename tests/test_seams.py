@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import soundfile
 
 import latentmill as lm
 from latentmill.errors import ConfigError
-from latentmill.seams import measure_seams
+from latentmill.seams import _measure, measure_seams
 from latentmill.store.verify import verify
 from support.linear_cae_weights import use_cache, write_cache
 
@@ -65,6 +66,22 @@ def test_the_result_stands_in_dataset_json(encode, tmp_path: Path) -> None:
     assert verify(lm.open(str(tmp_path / "out"))).faults == []
 
 
+def test_what_was_measured_survives_a_longer_plan(
+    encode, noise: Path, tmp_path: Path, ray_session: Path
+) -> None:
+    measure_seams(encode())
+    before = lm.open(str(tmp_path / "out")).info
+    source, out = str(noise), str(tmp_path / "out")
+    (noise / "new.wav").write_bytes((noise / "1.wav").read_bytes())
+    try:
+        lm.encode(source, out, dtype="float32", chunk_seconds=2.0, threads=1, extend=True)
+    finally:
+        (noise / "new.wav").unlink()
+    after = lm.open(out).info
+    assert after.items == before.items + 1
+    assert after.seams == before.seams is not None
+
+
 def test_what_cannot_be_measured_is_said(encode, one_sentence) -> None:
     store = encode()
     with pytest.raises(ConfigError) as caught:
@@ -75,6 +92,27 @@ def test_what_cannot_be_measured_is_said(encode, one_sentence) -> None:
 def test_chunks_that_are_kept_apart_have_no_seams(encode) -> None:
     with pytest.raises(ConfigError, match="stitch none"):
         measure_seams(encode(stitch="none"))
+
+
+def test_codes_have_no_distance(encode, tmp_path: Path, one_sentence) -> None:
+    from support.tiny_models import write_dac
+
+    write_dac(tmp_path / "dac", downsampling_ratios=[2, 4, 8, 8], sampling_rate=44100)
+    store = encode(model=f"dac:{tmp_path / 'dac'}", model_options={"output": "codes"})
+    with pytest.raises(ConfigError) as caught:
+        measure_seams(store)
+    assert "holds codes" in one_sentence(caught.value)
+
+
+def test_whole_items_are_encoded_in_the_store_s_numeric_mode(
+    encode, ray_session: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cache(ray_session)
+    use_cache(monkeypatch, ray_session)
+    store = encode(model="lin-cae", precision="bf16", chunk_seconds=20.0)
+    same = _measure(store, store["3"]).error  # one chunk: it is the whole item
+    monkeypatch.setattr("latentmill.seams.numeric_mode", lambda *_: nullcontext())
+    assert same < 1e-6 < 1e-3 < _measure(store, store["3"]).error
 
 
 def test_the_command_prints_it(encode) -> None:
@@ -88,4 +126,19 @@ def test_the_command_prints_it(encode) -> None:
         text=True,
         check=True,
     )
-    assert json.loads(shown.stdout)["context"] == 1
+    assert json.loads(shown.stdout)["context"] == [1, 1]
+
+
+def test_the_command_shows_a_model_as_it_would_run() -> None:
+    command = [sys.executable, "-m", "latentmill.cli", "models", "mdct"]
+    split = subprocess.run(
+        [*command, "--channels", "split", "--json"], capture_output=True, text=True, check=True
+    )
+    spec = json.loads(split.stdout)
+    assert (spec["channels"], spec["latent_channels"]) == (2, 1024)
+    wrong = subprocess.run(
+        [*command, "--channels", "left"], capture_output=True, text=True, check=False
+    )
+    assert wrong.stderr == "latentmill: Channels 'left': it is mono or split.\n"
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "1 frames to its left and 1 to its right" in shown.stdout

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from latentmill.errors import ConfigError, ItemError
+from latentmill.models.precision import numeric_mode
 from latentmill.record import Record
 from latentmill.storage import Storage
 from latentmill.store.schema import DATASET_PATH, SeamEntry
@@ -59,11 +60,15 @@ def measure_seams(
         record: Whether to write the result into a sealed store's dataset.json.
 
     Raises:
-        ConfigError: The store keeps its chunks apart, or no item fits.
+        ConfigError: The store keeps its chunks apart or holds codes, or no item fits.
     """
     chunking, rate = store.chunking, store.info.model["sample_rate"]
     if chunking.stitch == "none":
         raise ConfigError(f"{store.url} keeps its chunks apart (stitch none): it has no seams.")
+    if store.model().spec.codebook_size is not None:
+        raise ConfigError(
+            f"{store.url} holds codes, between which there is no distance to measure."
+        )
     fitting = [
         key
         for key in store.keys()  # noqa: SIM118  iterating the store gives records
@@ -92,7 +97,8 @@ def _measure(store: LatentStore, record: Record) -> SeamError:
     model = store.model()
     audio = read_source(record, model.spec.channels)  # [C, T]
     padding = model.spec.padded(audio.shape[1]) - audio.shape[1]
-    whole = model.encode(torch.from_numpy(np.pad(audio, ((0, 0), (0, padding))))[None])
+    with numeric_mode(store.plan.fingerprint["numeric"]["precision"], store.device):
+        whole = model.encode(torch.from_numpy(np.pad(audio, ((0, 0), (0, padding))))[None])
     reference = whole[0].double().cpu().numpy()  # [D, Z]
     difference = record.latent.astype(np.float64) - reference
     frames = np.linalg.norm(difference, axis=0)

@@ -21,6 +21,7 @@ from latentmill.models.base import Autoencoder
 from latentmill.models.codec import dac_encoder_context
 from latentmill.models.linear_cae_lean import exact_attention
 from latentmill.models.registry import resolve
+from latentmill.models.same import encoder_context
 from latentmill.models.transformers_codec import LENGTHS, _move
 from latentmill.run import run
 from support.chunked import encode_chunked
@@ -171,6 +172,29 @@ def test_oobleck_is_the_package_s(tiny_repos: Path) -> None:
     assert torch.equal(model.decode(mean * 0.5, x.shape[-1]), decoded)
 
 
+def test_same_is_the_package_s(tiny_repos: Path) -> None:
+    from diffusers import AutoencoderSAME
+
+    theirs = AutoencoderSAME.from_pretrained(tiny_repos / "same").eval()
+    model = load(f"same:{tiny_repos / 'same'}", scale_factor=0.5)
+    x = noise(model, 20)
+    with torch.inference_mode():
+        latents = theirs.encode(x).latents
+        decoded = theirs.decode(latents).sample
+    assert torch.equal(model.encode(x), latents * 0.5)
+    assert torch.equal(model.decode(latents * 0.5, x.shape[-1]), decoded)
+    assert decoded.std() > 1e-3
+    with pytest.raises(ModelError, match=r"does not load \(it is of AutoencoderOobleck\)"):
+        load(f"same:{tiny_repos / 'oobleck'}")
+
+
+@pytest.mark.parametrize(
+    ("strides", "depths", "context"), [([16], [6], 6), ([16], [12], 12), ([4, 4], [3, 2], 3)]
+)
+def test_context_of_same(strides: list[int], depths: list[int], context: int) -> None:
+    assert encoder_context(strides, depths, window=1) == context
+
+
 def test_the_posterior_s_standard_deviation_is_the_package_s(tiny_repos: Path) -> None:
     from diffusers import AutoencoderOobleck
 
@@ -241,9 +265,11 @@ def test_context_of_the_published_dac_strides(strides: tuple[int, ...]) -> None:
 def test_context_is_as_short_as_it_can_be(tiny_repos: Path) -> None:
     """Probing: the frame right after the context does not see a changed sample, the one before
     may; all frames further away are the same to the bit."""
-    for name in ("oobleck:REPOS/oobleck", "dac:REPOS/dac-44k"):
+    for name in ("oobleck:REPOS/oobleck", "dac:REPOS/dac-44k", "same:REPOS/same"):
         model = load(name.replace("REPOS", str(tiny_repos)))
-        context, hop = model.spec.context or 0, model.spec.hop
+        assert model.spec.context is not None
+        (context, right), hop = model.spec.context, model.spec.hop
+        assert context == right
         x = noise(model, 6 * context, batch=1)
         changed = x.clone()
         middle = 3 * context
@@ -292,7 +318,15 @@ def test_encodec_48k_has_native_chunks(tiny_repos: Path) -> None:
     assert torch.equal(torch.stack(codes).transpose(1, 2), given.audio_codes[:3])
     assert torch.allclose(chunks[:, -1, 0], torch.stack(given.audio_scales[:3]).flatten())
     audio = decode_latent(model, chunks.numpy(), samples, chunking)
-    assert np.isfinite(audio).all()
+    with torch.inference_mode():
+        expected = theirs.decode(given.audio_codes[:3], given.audio_scales[:3]).audio_values[0]
+    error = np.abs(audio - expected[:, :samples].numpy())
+    faded = np.zeros(samples, bool)
+    for index in (1, 2):
+        faded[index * chunking.step : index * chunking.step + 480] = True
+    assert error[:, ~faded].max() < 1e-5 < 1e-3 < audio.std()
+    # Its fade goes from 1 / 481 to 480 / 481, ours from 0 to 1.
+    assert error[:, faded].max() < 0.01 * np.abs(audio).max()
 
 
 @pytest.mark.parametrize("name", ["encodec-24k", "mimi"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import latentmill
-from latentmill.errors import ConfigError
+from latentmill.errors import ConfigError, StoreError
 from latentmill.models.precision import numeric_mode, pick_precision
 
 
@@ -64,3 +64,15 @@ def test_on_a_cpu_the_switches_stay() -> None:
     before = switches()
     with numeric_mode("float32", "cpu"):
         assert switches() == before
+
+
+def test_a_store_is_not_resumed_in_another_mode(
+    corpus: Path, tmp_path: Path, ray_session: Path
+) -> None:
+    arguments = (str(corpus), str(tmp_path / "out"))
+    latentmill.encode(*arguments, device="cpu", threads=1)
+    with pytest.raises(StoreError) as caught:
+        latentmill.encode(*arguments, device="cpu", threads=1, precision="bf16")
+    assert "numeric.precision is 'float32' in the store, 'bf16' now" in str(caught.value)
+    same = latentmill.encode(*arguments, device="cpu", threads=1, precision="float32")
+    assert same.resumed_units == same.units

@@ -235,3 +235,27 @@ def test_downloads_once_from_the_hub_then_works_offline(
     offline = resolve(f"{name}:owner/model")
     assert offline.spec.identity == identity
     offline.load("cpu")
+
+
+def test_the_actors_of_a_node_ask_the_hub_once(tiny_repos: Path, tmp_path: Path) -> None:
+    """As when four actors load a model whose commit the driver knows."""
+    script = (
+        "import os\n"
+        "import huggingface_hub\n"
+        "from latentmill.models.weights import Repo, find\n"
+        f"repo = Repo('owner/model', '{COMMIT}')\n"
+        "names = {'config': ['config.json'], 'weights': ['model.safetensors']}\n"
+        "children = [os.fork() for _ in range(4)]\n"  # sixteen processes
+        "find('dac', repo, names)\n"
+        "codes = [os.waitpid(child, 0)[1] for child in children if child]\n"
+        "os._exit(any(codes))\n"
+    )
+    with serve(tiny_repos / "dac-44k", "owner/model", COMMIT) as hub:
+        env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        env |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.endpoint, "PYTHONPATH": str(PIPELINE)}
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        asked = [request for request in hub.requests if "/resolve/" in request]
+    assert sorted(request.partition(" ")[0] for request in asked) == ["GET", "GET", "HEAD", "HEAD"]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 def write_repos(root: Path) -> None:
     """Write one repository per case of the contract suite below `root`."""
     write_oobleck(root / "oobleck" / "vae")
+    write_same(root / "same")
     write_encodec(root / "encodec-24k")
     write_encodec(root / "encodec-48k", **ENCODEC_48K)
     write_dac(root / "dac-44k", downsampling_ratios=[2, 4, 8, 8], sampling_rate=44100)
@@ -38,6 +39,27 @@ def write_oobleck(folder: Path, seed: int = 0) -> None:
         decoder_channels=4,
         decoder_input_channels=4,
     )
+    model.save_pretrained(folder)
+
+
+def write_same(folder: Path, seed: int = 0) -> None:
+    """As deep as the model is, its zero-initialised layers random, so that every one counts."""
+    from diffusers import AutoencoderSAME
+
+    torch.manual_seed(seed)
+    model = AutoencoderSAME(
+        patch_size=16,
+        encoder_channels=4,
+        encoder_c_mults=[4],
+        encoder_strides=[4],
+        encoder_transformer_depths=[3],
+        latent_dim=6,
+        dim_heads=8,
+    )
+    for parameter in model.parameters():
+        if parameter.ndim == 2 and not parameter.any():
+            parameter.data.normal_(std=0.2)
+    model.bottleneck.running_std.fill_(1.7)
     model.save_pretrained(folder)
 
 

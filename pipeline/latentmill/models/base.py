@@ -16,13 +16,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
 Stitch = Literal["trim", "crossfade", "none"]
 Channels = Literal["mono", "split"]
 Value = str | int | float | bool | None
+
+
+class Context(NamedTuple):
+    """Latent frames beside a chunk that its own frames may depend on; 0 right of a causal model."""
+
+    left: int
+    right: int
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,9 @@ class ModelSpec:
         overhang: See the module's text.
         sample_multiple: `encode` takes lengths that are multiples of this.
         min_samples: The shortest length that `encode` takes (itself a multiple).
-        context: Frames on each side of a chunk after which its frames equal those of the whole
-            item; None where no context suffices (normalisation or attention over the chunk).
+        context: Frames from a chunk's start and from its end after which its frames equal those
+            of the whole item; None where no context suffices (normalisation or attention over
+            the chunk).
         stitch: The default way to stitch chunks.
         chunk_frames: Default chunk length in latent frames.
         overlap_frames: Default overlap of neighbouring chunks in latent frames.
@@ -53,6 +61,8 @@ class ModelSpec:
             beside the fingerprint, so that a new revision with the same weights still resumes.
         codebook_size: Where latents are codes, numbers from 0 to this less 1 that cannot be
             blended; None: latents are continuous.
+        max_batch_samples: The most samples of a whole batch that the model can take; None: as
+            memory allows.
     """
 
     name: str
@@ -63,7 +73,7 @@ class ModelSpec:
     overhang: int
     sample_multiple: int
     min_samples: int
-    context: int | None
+    context: Context | None
     stitch: Stitch
     chunk_frames: int
     overlap_frames: int
@@ -73,6 +83,7 @@ class ModelSpec:
     identity: Mapping[str, Value] = field(default_factory=dict)
     provenance: Mapping[str, Value] = field(default_factory=dict)
     codebook_size: int | None = None
+    max_batch_samples: int | None = None
 
     def frames(self, num_samples: int) -> int:
         """Latent frames that `encode` gives for `num_samples` samples."""

@@ -7,22 +7,15 @@ many bytes in 16 bits as the audio has.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from latentmill.models.base import ModelSpec, Value
-from latentmill.models.codec import (
-    CodecHandle,
-    Network,
-    Output,
-    as_indices,
-    check_output,
-    dac_encoder_context,
-    with_quantiser,
-)
-from latentmill.models.transformers_codec import find_model, load_model
+from latentmill.models.base import Context, Value
+from latentmill.models.codec import Network, as_indices, dac_encoder_context, with_quantiser
+from latentmill.models.transformers_codec import CodecShape, Family, build_codec, load_model
 from latentmill.models.weights import ModelFiles
 
 CHUNK_SECONDS = 10.0
@@ -61,58 +54,19 @@ def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -
     return with_quantiser(DacNetwork(load_model(name, "dac", files, device)), **options)
 
 
-def build(
-    repo: str,
-    *,
-    revision: str | None = None,
-    scale_factor: float = 1.0,
-    quantise: bool = False,
-    output: Output = "latents",
-) -> CodecHandle:
-    """Find the model's files and make its handle.
-
-    Args:
-        repo: Hub repository, local folder, or local weights file beside its `config.json`.
-        revision: Branch, tag or commit of a hub repository.
-        scale_factor: What latents are multiplied by.
-        quantise: Whether decoding quantises the latents first, as the codec does; the stored
-            latents are the same.
-        output: `latents`: those before quantisation. `codes`: the quantiser's codes
-            `[codebooks, frames]`, whole numbers.
-
-    Raises:
-        ModelError: The package or the weights are missing, they are another model's, or an option
-            has no meaning for codes.
-    """
-    name = f"dac:{repo}"
-    scale = check_output(name, output, scale_factor, quantise)
-    codes = output == "codes"
-    files, config, version = find_model(name, "dac", repo, revision)
-    context = dac_encoder_context(config.downsampling_ratios)
+def _shape(config: Any, codes: bool) -> CodecShape:
+    reach = dac_encoder_context(config.downsampling_ratios)
     hop, rate = config.hop_length, config.sampling_rate
-    spec = ModelSpec(
-        name="dac",
+    return CodecShape(
         sample_rate=rate,
         channels=1,
         latent_channels=config.n_codebooks if codes else config.hidden_size,
         hop=hop,
-        overhang=0,
-        sample_multiple=hop,
-        min_samples=hop,
-        context=context,
-        stitch="trim",
-        chunk_frames=max(4 * context, round(CHUNK_SECONDS * rate / hop)),
-        overlap_frames=2 * context,
+        context=Context(reach, reach),
+        chunk_frames=max(4 * reach, round(CHUNK_SECONDS * rate / hop)),
+        overlap_frames=2 * reach,
         batch_size={"cpu": 1, "cuda": 16},
-        scale_factor=scale,
-        stochastic_decoder=False,
-        identity={
-            "package": "transformers",
-            "package_version": version,
-            "output": output,
-            **files.identity,
-        },
-        provenance={**files.provenance, "quantise": quantise},
-        codebook_size=config.codebook_size if codes else None,
     )
-    return CodecHandle(spec, files, load, {"quantise": quantise, "output": output})
+
+
+build = partial(build_codec, Family("dac", load, _shape))

@@ -11,22 +11,16 @@ latent channel (the last), the same in every frame of a chunk.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from latentmill.models.base import ModelSpec, Value
-from latentmill.models.codec import (
-    CodecHandle,
-    Network,
-    Output,
-    as_indices,
-    check_output,
-    with_quantiser,
-)
-from latentmill.models.transformers_codec import find_model, load_model
+from latentmill.models.base import Context, Value
+from latentmill.models.codec import Network, as_indices, with_quantiser
+from latentmill.models.transformers_codec import CodecShape, Family, build_codec, load_model
 from latentmill.models.weights import ModelFiles
 
 CONTEXT = 48  # 9 for the convolutions; for 1e-5 of the latents' norm (random weights)
@@ -79,61 +73,22 @@ def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -
     return with_quantiser(EncodecNetwork(load_model(name, "encodec", files, device)), **options)
 
 
-def build(
-    repo: str,
-    *,
-    revision: str | None = None,
-    scale_factor: float = 1.0,
-    quantise: bool = False,
-    output: Output = "latents",
-) -> CodecHandle:
-    """Find the model's files and make its handle.
-
-    Args:
-        repo: Hub repository, local folder, or local weights file beside its `config.json`.
-        revision: Branch, tag or commit of a hub repository.
-        scale_factor: What latents are multiplied by.
-        quantise: Whether decoding quantises the latents first, at the highest bandwidth, as the
-            codec does; the stored latents are the same.
-        output: `latents`: those before quantisation. `codes`: the quantiser's codes
-            `[codebooks, frames]`, whole numbers, followed by the loudness.
-
-    Raises:
-        ModelError: The package or the weights are missing, they are another model's, or an option
-            has no meaning for codes.
-    """
-    name = f"encodec:{repo}"
-    scale = check_output(name, output, scale_factor, quantise)
-    codes = output == "codes"
-    files, config, version = find_model(name, "encodec", repo, revision)
+def _shape(config: Any, codes: bool) -> CodecShape:
+    """The loudness is one more row, of codes too."""
     hop, rate = config.hop_length, config.sampling_rate
     rows = config.num_quantizers if codes else config.hidden_size
-    chunk_frames = round((config.chunk_length or CHUNK_SECONDS * rate) / hop)
     # Normalisation over the chunk reaches all of its frames: no context suffices.
     native = config.normalize or config.norm_type == "time_group_norm"
-    spec = ModelSpec(
-        name="encodec",
+    return CodecShape(
         sample_rate=rate,
         channels=config.audio_channels,
         latent_channels=rows + int(config.normalize),
         hop=hop,
-        overhang=0,
-        sample_multiple=hop,
-        min_samples=hop,
-        context=None if native else CONTEXT,
-        stitch=("none" if codes else "crossfade") if native else "trim",
-        chunk_frames=chunk_frames,
-        overlap_frames=NATIVE_OVERLAP if native else 2 * CONTEXT,
+        context=None if native else Context(CONTEXT, 0),
+        chunk_frames=round((config.chunk_length or CHUNK_SECONDS * rate) / hop),
+        overlap_frames=NATIVE_OVERLAP if native else CONTEXT,
         batch_size={"cpu": 1, "cuda": 64 if native else 16},
-        scale_factor=scale,
-        stochastic_decoder=False,
-        identity={
-            "package": "transformers",
-            "package_version": version,
-            "output": output,
-            **files.identity,
-        },
-        provenance={**files.provenance, "quantise": quantise},
-        codebook_size=config.codebook_size if codes else None,
     )
-    return CodecHandle(spec, files, load, {"quantise": quantise, "output": output})
+
+
+build = partial(build_codec, Family("encodec", load, _shape))

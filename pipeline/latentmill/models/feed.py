@@ -10,17 +10,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from latentmill.device import trim_memory
 from latentmill.models.base import Autoencoder
 from latentmill.models.precision import Precision, numeric_mode
 
 Array = npt.NDArray[np.float32]
+
+# Other shapes in a row of batches: often enough to bound the memory, rare enough to cost nothing.
+CHANGES_UNTIL_TRIM = 8
 
 
 class Transport(Protocol):
@@ -42,12 +46,23 @@ class Transport(Protocol):
 
 
 class PlainTransport:
-    """For a model on the CPU."""
+    """For a model on the CPU.
+
+    Batches of different shapes leave holes in the memory that the process keeps: after some of
+    them it is given back. They are counted for the process: each unit has a feed of its own.
+    """
 
     ahead = 0
+    _shape: ClassVar[tuple[int, ...] | None] = None
+    _changes: ClassVar[int] = 0
 
     def send(self, audio: Array) -> Tensor:
         """The same memory."""
+        if PlainTransport._shape not in (None, audio.shape):
+            PlainTransport._changes += 1
+            if PlainTransport._changes % CHANGES_UNTIL_TRIM == 0:
+                trim_memory()
+        PlainTransport._shape = audio.shape
         return torch.from_numpy(audio)
 
     def fetch(self, latents: Tensor) -> Tensor:
@@ -126,15 +141,38 @@ class Feed:
         self._precision = precision
         self._transport = transport or transport_to(device)
         self._tickets: deque[Any] = deque()
+        self._halved = False  # the device has run out of memory
 
     def push(self, audio: Array) -> Iterator[Array]:
-        """Queue a batch `[B, C, T]`; give the latents `[B, D, Z]` of earlier ones, or its own."""
+        """Queue a batch `[B, C, T]`; give the latents `[B, D, Z]` of earlier ones, or its own.
+
+        Where the device's memory does not suffice, this batch and all later ones go in two halves.
+
+        Raises:
+            torch.OutOfMemoryError: It does not suffice for half a batch either.
+        """
         sent = self._transport.send(audio)
-        with numeric_mode(self._precision, self._device):
-            latents = self._model.encode(sent)
+        latents = self._encode(sent)
+        if latents is None:
+            torch.cuda.empty_cache()  # not in the handler, whose traceback holds activations
+            latents = self._encode(sent)
+            assert latents is not None, "it raises the second time"
         self._tickets.append(self._transport.fetch(latents))
         while len(self._tickets) > self._transport.ahead:
             yield self._transport.wait(self._tickets.popleft())
+
+    def _encode(self, sent: Tensor) -> Tensor | None:
+        """The latents; None the first time that memory runs out."""
+        with numeric_mode(self._precision, self._device):
+            try:
+                if not self._halved:
+                    return self._model.encode(sent)
+                return torch.cat([self._model.encode(half) for half in sent.chunk(2)])
+            except torch.OutOfMemoryError:
+                if self._halved or len(sent) == 1:
+                    raise
+                self._halved = True
+                return None
 
     def flush(self) -> Iterator[Array]:
         """Give the latents of all batches that are still queued."""

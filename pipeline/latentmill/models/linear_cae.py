@@ -47,6 +47,7 @@ from latentmill.models.weights import (
 )
 
 CHUNK_FRAMES = 108  # 10.07 s
+MAX_BATCH_SECONDS = 380  # 2**31 elements of an activation, pytorch issue 117736
 OVERLAP_FRAMES = 12  # the receptive field on each side is 12 to 13 frames, and then GroupNorm
 
 
@@ -276,6 +277,7 @@ def consistency_spec(
         stochastic_decoder=True,
         identity=identity,
         provenance=provenance,
+        max_batch_samples=MAX_BATCH_SECONDS * sample_rate,
     )
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from latentmill.errors import ModelError
-from latentmill.models.base import ModelSpec
+from latentmill.models.base import Context, ModelSpec
 from latentmill.models.checks import check_audio, check_device, check_latents
 
 CHUNK_SECONDS = 8.0
@@ -133,7 +133,7 @@ def build(
         overhang=-hop,
         sample_multiple=hop,
         min_samples=hop,
-        context=CONTEXT,
+        context=Context(CONTEXT, CONTEXT),
         stitch="trim",
         chunk_frames=max(4 * CONTEXT, round(CHUNK_SECONDS * sample_rate / hop)),
         overlap_frames=2 * CONTEXT,

@@ -11,25 +11,19 @@ each layer: what a frame depends on fades with distance, but ends only after min
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from latentmill.models.base import ModelSpec, Value
-from latentmill.models.codec import (
-    CodecHandle,
-    Network,
-    Output,
-    as_indices,
-    check_output,
-    with_quantiser,
-)
-from latentmill.models.transformers_codec import find_model, load_model
+from latentmill.models.base import Context, Value
+from latentmill.models.codec import Network, as_indices, with_quantiser
+from latentmill.models.transformers_codec import CodecShape, Family, build_codec, load_model
 from latentmill.models.weights import ModelFiles
 
 CONTEXT_SECONDS = 10.0  # for 1e-3 of the latents' norm; 15 s for 1e-5 (random weights)
-CHUNK_SECONDS = 60.0  # a third of it is context
+CHUNK_SECONDS = 60.0  # a sixth of it is context
 
 
 class MimiNetwork:
@@ -65,59 +59,20 @@ def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -
     return with_quantiser(MimiNetwork(load_model(name, "mimi", files, device)), **options)
 
 
-def build(
-    repo: str,
-    *,
-    revision: str | None = None,
-    scale_factor: float = 1.0,
-    quantise: bool = False,
-    output: Output = "latents",
-) -> CodecHandle:
-    """Find the model's files and make its handle.
-
-    Args:
-        repo: Hub repository, local folder, or local weights file beside its `config.json`.
-        revision: Branch, tag or commit of a hub repository.
-        scale_factor: What latents are multiplied by.
-        quantise: Whether decoding quantises the latents first, as the codec does; the stored
-            latents are the same.
-        output: `latents`: those before quantisation. `codes`: the quantiser's codes
-            `[codebooks, frames]`, whole numbers.
-
-    Raises:
-        ModelError: The package or the weights are missing, they are another model's, or an option
-            has no meaning for codes.
-    """
-    name = f"mimi:{repo}"
-    scale = check_output(name, output, scale_factor, quantise)
-    codes = output == "codes"
-    files, config, version = find_model(name, "mimi", repo, revision)
+def _shape(config: Any, codes: bool) -> CodecShape:
     rate = config.sampling_rate
     hop = math.prod(config.upsampling_ratios) * config.latent_stride
-    context = math.ceil(CONTEXT_SECONDS * rate / hop)
-    spec = ModelSpec(
-        name="mimi",
+    reach = math.ceil(CONTEXT_SECONDS * rate / hop)
+    return CodecShape(
         sample_rate=rate,
         channels=config.audio_channels,
         latent_channels=config.num_quantizers if codes else config.hidden_size,
         hop=hop,
-        overhang=0,
-        sample_multiple=hop,
-        min_samples=hop,
-        context=context,
-        stitch="trim",
+        context=Context(reach, 0),
         chunk_frames=round(CHUNK_SECONDS * rate / hop),
-        overlap_frames=2 * context,
+        overlap_frames=reach,
         batch_size={"cpu": 1, "cuda": 8},
-        scale_factor=scale,
-        stochastic_decoder=False,
-        identity={
-            "package": "transformers",
-            "package_version": version,
-            "output": output,
-            **files.identity,
-        },
-        provenance={**files.provenance, "quantise": quantise},
-        codebook_size=config.codebook_size if codes else None,
     )
-    return CodecHandle(spec, files, load, {"quantise": quantise, "output": output})
+
+
+build = partial(build_codec, Family("mimi", load, _shape))

@@ -8,29 +8,16 @@ business.
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from latentmill.models.base import ModelSpec, Value
-from latentmill.models.codec import (
-    CodecHandle,
-    check_scale_factor,
-    dac_encoder_context,
-)
-from latentmill.models.weights import (
-    LOAD_ERRORS,
-    ModelFiles,
-    does_not_load,
-    find,
-    import_package,
-    parse_repo,
-    read_config,
-    read_state,
-)
+from latentmill.models.base import Context, ModelSpec, Value
+from latentmill.models.codec import CodecHandle, check_scale_factor, dac_encoder_context
+from latentmill.models.diffusers_codec import find_autoencoder, load_autoencoder
+from latentmill.models.weights import LOAD_ERRORS, ModelFiles, does_not_load
 
 CHUNK_SECONDS = 10.0
 CLASS = "AutoencoderOobleck"
@@ -67,17 +54,7 @@ def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -
 
     The option `posterior` is `build`'s.
     """
-    package, _ = import_package(name, "diffusers")
-    state = read_state(name, files.paths["weights"])
-    config = read_config(name, files.paths["config"])
-    try:
-        with warnings.catch_warnings():  # it uses torch's older weight_norm
-            warnings.simplefilter("ignore", FutureWarning)
-            model = package.AutoencoderOobleck.from_config(config)
-        model.load_state_dict(state)
-    except LOAD_ERRORS as error:
-        raise does_not_load(name, files.paths["weights"], error) from error
-    model = model.float().eval().requires_grad_(False).to(device)
+    model = load_autoencoder(name, CLASS, files, device)
     return OobleckNetwork(model, std=options["posterior"] == "mean+std")
 
 
@@ -104,18 +81,7 @@ def build(
     """
     name = f"oobleck:{repo}"
     scale = check_scale_factor(name, scale_factor)
-    _, version = import_package(name, "diffusers")
-    folders = ["vae/", ""] if subfolder is None else [f"{subfolder.strip('/')}/".lstrip("/")]
-    stems = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"]
-    wanted = {
-        "config": [f"{folder}config.json" for folder in folders],
-        "weights": [f"{folder}{stem}" for folder in folders for stem in stems],
-    }
-    files = find(name, parse_repo(name, repo, revision), wanted)
-    config = read_config(name, files.paths["config"])
-    if config.get("_class_name") != CLASS:
-        found = config.get("_class_name") or config.get("model_type")
-        raise does_not_load(name, files.paths["config"], ValueError(f"it is of {found}"))
+    files, config, version = find_autoencoder(name, CLASS, repo, revision, subfolder)
     try:
         spec = _spec(config, scale, posterior, files, version)
     except LOAD_ERRORS as error:
@@ -138,7 +104,7 @@ def _spec(
         overhang=0,
         sample_multiple=hop,
         min_samples=hop,
-        context=context,
+        context=Context(context, context),
         stitch="trim",
         chunk_frames=max(4 * context, round(CHUNK_SECONDS * config["sampling_rate"] / hop)),
         overlap_frames=2 * context,

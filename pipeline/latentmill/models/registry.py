@@ -80,6 +80,12 @@ _FAMILIES = {
         "pip install 'latentmill[diffusers]'",
         "stabilityai/stable-audio-open-1.0",
     ),
+    "same": _BuiltIn(
+        "latentmill.models.same:build",
+        "autoencoder of Stable Audio 3, 44.1 kHz stereo, 256 channels at 10.8 frames/s",
+        "pip install 'latentmill[diffusers]'",
+        "stabilityai/stable-audio-3-medium",
+    ),
     "encodec": _BuiltIn(
         "latentmill.models.encodec:build",
         "EnCodec before quantisation, 24 kHz mono or 48 kHz stereo, 75 or 150 frames/s",
@@ -115,7 +121,7 @@ def available() -> list[ModelEntry]:
 
 
 def resolve(
-    name: str, options: Mapping[str, Any] | None = None, channels: Channels | None = None
+    name: str, options: Mapping[str, Any] | None = None, channels: str | None = None
 ) -> ModelHandle:
     """Find a model by name: its weights are located and its spec is known, nothing is loaded.
 
@@ -130,6 +136,8 @@ def resolve(
         ModelError: The name or an option is unknown, an option has the wrong type, the model's
             package or weights are missing, or it is no mono model where `channels` needs one.
     """
+    if channels not in (None, *typing.get_args(Channels)):
+        raise ModelError(f"Channels {channels!r}: it is mono or split.")
     factory = _find(name)
     checked = dict(options or {})
     _check_options(name, factory, checked)

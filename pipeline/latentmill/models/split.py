@@ -35,6 +35,7 @@ class SplitHandle:
                 device: max(1, size // AUDIO_CHANNELS) for device, size in spec.batch_size.items()
             },
             identity={**spec.identity, "split": AUDIO_CHANNELS},
+            max_batch_samples=spec.max_batch_samples and spec.max_batch_samples // AUDIO_CHANNELS,
         )
 
     def load(self, device: str) -> Split:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from latentmill.models.base import Context, ModelSpec, Stitch
+from latentmill.models.codec import CodecHandle, Loader, Output, check_output
 from latentmill.models.weights import (
     LOAD_ERRORS,
     ModelFiles,
@@ -22,6 +25,94 @@ from latentmill.models.weights import (
 
 WANTED = {"config": ["config.json"], "weights": ["model.safetensors", "pytorch_model.bin"]}
 LENGTHS = ("stride", "kernel_size", "padding_total")  # buffers of convolutions
+
+
+@dataclass(frozen=True)
+class CodecShape:
+    """What a family reads in a model's configuration; see `ModelSpec`."""
+
+    sample_rate: int
+    channels: int
+    latent_channels: int
+    hop: int
+    context: Context | None
+    chunk_frames: int
+    overlap_frames: int
+    batch_size: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of codecs.
+
+    Attributes:
+        name: Its name, which is also its `model_type`.
+        loader: What builds its network.
+        shape: Reads a configuration; the second argument is whether latents are codes.
+    """
+
+    name: str
+    loader: Loader
+    shape: Callable[[Any, bool], CodecShape]
+
+
+def build_codec(
+    family: Family,
+    repo: str,
+    *,
+    revision: str | None = None,
+    scale_factor: float = 1.0,
+    quantise: bool = False,
+    output: Output = "latents",
+) -> CodecHandle:
+    """Find a model's files and make its handle.
+
+    Args:
+        family: The model's family.
+        repo: Hub repository, local folder, or local weights file beside its `config.json`.
+        revision: Branch, tag or commit of a hub repository.
+        scale_factor: What latents are multiplied by.
+        quantise: Whether decoding quantises the latents first, at the highest bandwidth, as the
+            codec does; the stored latents are the same.
+        output: `latents`: those before quantisation. `codes`: the quantiser's codes
+            `[codebooks, frames]`, whole numbers.
+
+    Raises:
+        ModelError: The package or the weights are missing, they are another model's, or an option
+            has no meaning for codes.
+    """
+    name = f"{family.name}:{repo}"
+    scale = check_output(name, output, scale_factor, quantise)
+    codes = output == "codes"
+    files, config, version = find_model(name, family.name, repo, revision)
+    shape = family.shape(config, codes)
+    blend: Stitch = "none" if codes else "crossfade"
+    spec = ModelSpec(
+        name=family.name,
+        sample_rate=shape.sample_rate,
+        channels=shape.channels,
+        latent_channels=shape.latent_channels,
+        hop=shape.hop,
+        overhang=0,
+        sample_multiple=shape.hop,
+        min_samples=shape.hop,
+        context=shape.context,
+        stitch=blend if shape.context is None else "trim",
+        chunk_frames=shape.chunk_frames,
+        overlap_frames=shape.overlap_frames,
+        batch_size=shape.batch_size,
+        scale_factor=scale,
+        stochastic_decoder=False,
+        identity={
+            "package": "transformers",
+            "package_version": version,
+            "output": output,
+            **files.identity,
+        },
+        provenance={**files.provenance, "quantise": quantise},
+        codebook_size=config.codebook_size if codes else None,
+    )
+    return CodecHandle(spec, files, family.loader, {"quantise": quantise, "output": output})
 
 
 def find_model(

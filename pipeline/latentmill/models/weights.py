@@ -9,11 +9,14 @@ is executed: safetensors, or `torch.load(weights_only=True)`.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import importlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
@@ -183,6 +186,19 @@ def find_again(model: str, files: ModelFiles) -> ModelFiles:
     return found
 
 
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Let one process of this machine look for weights at a time.
+
+    When the actors of a node start together the first one downloads, and the others find the files
+    in the cache without asking the hub, which refuses those that ask too often.
+    """
+    path = Path(tempfile.gettempdir()) / f"latentmill-weights-{os.getuid()}.lock"
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def read_state(model: str, path: Path, entry: str | None = None) -> dict[str, torch.Tensor]:
     """Read a state dict: safetensors by its extension, otherwise a file of `torch.save`.
 
@@ -264,9 +280,10 @@ def _find_on_hub(
     failure: Exception | None = None
     for name in candidates:
         try:
-            path = huggingface_hub.hf_hub_download(
-                repo_id=repo.location, filename=name, revision=repo.revision
-            )
+            with one_at_a_time():
+                path = huggingface_hub.hf_hub_download(
+                    repo_id=repo.location, filename=name, revision=repo.revision
+                )
         except EntryNotFoundError as error:  # not in the repository, or not in an offline cache
             failure = failure or error
         except hub_errors as error:

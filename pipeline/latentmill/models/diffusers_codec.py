@@ -1,0 +1,78 @@
+"""What `oobleck` and `same` share: finding and loading autoencoders of diffusers."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from latentmill.errors import ModelError
+from latentmill.models.weights import (
+    LOAD_ERRORS,
+    ModelFiles,
+    does_not_load,
+    find,
+    import_package,
+    parse_repo,
+    read_config,
+    read_state,
+)
+
+STEMS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+
+
+def find_autoencoder(
+    name: str, class_name: str, repo: str, revision: str | None, subfolder: str | None
+) -> tuple[ModelFiles, dict[str, Any], str]:
+    """Find an autoencoder's files and read its configuration.
+
+    Args:
+        name: The model's name, for errors.
+        class_name: What `config.json` must say.
+        repo: Hub repository, local folder, or local weights file beside its `config.json`.
+        revision: Branch, tag or commit of a hub repository.
+        subfolder: Where in it the autoencoder is; None: `vae` where there is one, else the root.
+
+    Returns:
+        The files, the configuration, and the version of diffusers.
+
+    Raises:
+        ModelError: The package or the weights are missing, or they are another model's.
+    """
+    package, version = import_package(name, "diffusers")
+    if not hasattr(package, class_name):
+        raise ModelError(
+            f"Model {name}: diffusers {version} has no {class_name}: run "
+            "`pip install -U 'latentmill[diffusers]'`."
+        )
+    folders = ["vae/", ""] if subfolder is None else [f"{subfolder.strip('/')}/".lstrip("/")]
+    wanted = {
+        "config": [f"{folder}config.json" for folder in folders],
+        "weights": [f"{folder}{stem}" for folder in folders for stem in STEMS],
+    }
+    files = find(name, parse_repo(name, repo, revision), wanted)
+    config = read_config(name, files.paths["config"])
+    if config.get("_class_name") != class_name:
+        found = config.get("_class_name") or config.get("model_type")
+        raise does_not_load(name, files.paths["config"], ValueError(f"it is of {found}"))
+    return files, config, version
+
+
+def load_autoencoder(name: str, class_name: str, files: ModelFiles, device: torch.device) -> Any:
+    """Build an autoencoder from its configuration and its state dict, in float32.
+
+    Raises:
+        ModelError: The weights do not fit the configuration.
+    """
+    package, _ = import_package(name, "diffusers")
+    state = read_state(name, files.paths["weights"])
+    config = read_config(name, files.paths["config"])
+    try:
+        with warnings.catch_warnings():  # they use torch's older weight_norm
+            warnings.simplefilter("ignore", FutureWarning)
+            model = getattr(package, class_name).from_config(config)
+        model.load_state_dict(state)
+    except LOAD_ERRORS as error:
+        raise does_not_load(name, files.paths["weights"], error) from error
+    return model.float().eval().requires_grad_(False).to(device)

@@ -1,0 +1,129 @@
+"""A compiled encoder: the model's latents, for the one shape; everything else goes past it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from latentmill.chunks import Chunking
+from latentmill.encode import EncodeSettings, UnitEncoder
+from latentmill.errors import ModelError
+from latentmill.models import mdct
+from latentmill.models.base import Autoencoder
+from latentmill.models.compiled import Compiled, uncompiled
+from latentmill.models.registry import resolve
+
+MODEL = mdct.build(hop=16, sample_rate=800).load("cpu")
+SHAPE = (2, 1, 160)
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Compiled:
+    return Compiled(MODEL, SHAPE)
+
+
+def test_latents_are_the_model_s(compiled: Compiled) -> None:
+    x = noise(*SHAPE)
+    z = compiled.encode(x)
+    assert torch.allclose(z, MODEL.encode(x), atol=1e-6)
+    assert (z.dtype, z.requires_grad) == (torch.float32, False)
+    assert torch.equal(compiled.encode(x), z)
+    assert compiled.spec == MODEL.spec
+    assert torch.equal(compiled.decode(z, 160), MODEL.decode(z, 160))
+    assert uncompiled(compiled) is MODEL
+    assert uncompiled(MODEL) is MODEL
+
+
+def test_earlier_latents_are_not_overwritten(compiled: Compiled) -> None:
+    first = compiled.encode(noise(*SHAPE))
+    kept = first.clone()
+    compiled.encode(torch.ones(SHAPE))
+    assert torch.equal(first, kept)
+
+
+def test_nothing_is_compiled_again(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for another length or batch, not in another thread, not under the caller's autocast."""
+    compiled.encode(noise(*SHAPE))
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    for shape in ((1, 1, 160), (2, 1, 320), (3, 1, 176)):
+        x = noise(*shape)
+        assert torch.equal(compiled.encode(x), MODEL.encode(x))
+    found: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(compiled.encode(noise(*SHAPE))))
+    thread.start()
+    thread.join()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(compiled.encode(noise(*SHAPE)), found[0])
+
+
+def test_only_the_one_shape_goes_through_the_program(
+    compiled: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, seen = compiled._program, []
+    monkeypatch.setattr(compiled, "_program", lambda x: seen.append(tuple(x.shape)) or program(x))
+    for shape in (SHAPE, (1, 1, 160), (2, 1, 176)):
+        compiled.encode(noise(*shape))
+    assert seen == [SHAPE]
+    with pytest.raises(ModelError, match="float32"):
+        compiled.encode(noise(*SHAPE).half())
+
+
+def test_a_retry_in_float32_is_not_compiled(compiled: Compiled) -> None:
+    """What overflows in a faster mode is encoded once more, by the model as it is."""
+
+    class Exact:
+        spec = MODEL.spec
+        calls = 0
+
+        def encode(self, audio: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return MODEL.encode(audio)
+
+        decode = MODEL.decode
+
+    overflowing: Any = Compiled.__new__(Compiled)
+    overflowing.inner = exact = Exact()
+    chunking = Chunking.for_model(MODEL.spec)
+    encoder = UnitEncoder(overflowing, chunking, EncodeSettings(precision="bf16"))
+
+    class Batch:
+        def audio(self) -> Any:
+            return noise(*SHAPE).numpy()
+
+    latents = encoder._exactly(Batch())  # type: ignore[arg-type]
+    assert exact.calls == 1
+    assert np.array_equal(latents, MODEL.encode(noise(*SHAPE)).numpy())
+
+
+def test_without_a_compiler_the_error_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, one_sentence: Callable[[BaseException], str]
+) -> None:
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(inductor, "force_disable_caches", True)
+    other = mdct.build(hop=8, sample_rate=800).load("cpu")  # nothing of it is cached
+    with pytest.raises(ModelError) as caught:
+        Compiled(other, (1, 1, 48))
+    assert "install a C++ compiler" in one_sentence(caught.value)
+
+
+@pytest.mark.slow  # minutes
+@pytest.mark.parametrize("name", ["dac:REPOS/dac-44k", "oobleck:REPOS/oobleck", "lin-cae"])
+def test_models_with_weights_compile(name: str, tiny_cache: Path, tiny_repos: Path) -> None:
+    model: Autoencoder = resolve(name.replace("REPOS", str(tiny_repos))).load("cpu")
+    spec = model.spec
+    x = noise(1, spec.channels, spec.padded(spec.samples(3)))
+    expected = model.encode(x)
+    z = Compiled(model, tuple(x.shape)).encode(x)  # type: ignore[arg-type]
+    assert (z - expected).norm() <= 1e-4 * expected.norm()
