@@ -41,6 +41,7 @@ CLIENT_ERRORS = (
 PASSING_ERRORS = (
     ("aiohttp", "ClientConnectionError"),
     ("aiohttp", "ClientPayloadError"),
+    ("botocore.exceptions", "ConnectionError"),
     ("botocore.exceptions", "HTTPClientError"),
     ("botocore.exceptions", "IncompleteReadError"),
     ("botocore.exceptions", "ResponseStreamingError"),

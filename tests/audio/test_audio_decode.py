@@ -4,7 +4,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from audio_files import ALL, RATE, SECONDS, encoded, music, rate_of, sound, with_pyav
+from audio_files import (
+    ALL,
+    PYAV,
+    RATE,
+    SECONDS,
+    SOUNDFILE,
+    encoded,
+    music,
+    rate_of,
+    sound,
+    with_pyav,
+)
 
 from latentmill.audio import AudioInfo, media_from_bytes, open_audio, open_media, prepare, probe
 from latentmill.audio.sniff import sniff
@@ -216,3 +227,74 @@ def test_real_recordings_have_the_length_they_promise(folder: str) -> None:
     assert paths
     if folder == "stems":  # four minutes of AAC each, on one time line
         assert len(lengths) == 1
+
+
+def test_decoding_has_a_time_limit(monkeypatch) -> None:
+    from latentmill.audio.with_soundfile import SoundFileDecoder
+
+    data = encoded("wav")
+    clock = [0.0]
+    monkeypatch.setattr("latentmill.audio.stream.time.monotonic", lambda: clock[0])
+    plain = SoundFileDecoder.blocks
+
+    def slow(self: SoundFileDecoder):
+        for block in plain(self):
+            for start in range(0, len(block), 8820):  # 0.2 s
+                clock[0] += 2.0
+                yield block[start : start + 8820]
+
+    monkeypatch.setattr(SoundFileDecoder, "blocks", slow)
+    with media_from_bytes(data) as media:
+        total = 0
+        for block in open_audio(media, time_limit=18.1).blocks():
+            clock[0] += 1000.0  # whoever takes the blocks may take his time
+            total += block.shape[1]
+        assert total == SECONDS * RATE
+        with pytest.raises(
+            ItemError, match=r"^decoding took 14 s for 1 s of audio, .*--decode-timeout 12 allows$"
+        ):
+            list(open_audio(media, time_limit=12).blocks())
+
+
+@pytest.mark.parametrize("kind", ["m4a", "m4a-faststart", "alac", "mp3", "vorbis", "flac", "opus"])
+def test_clicks_stay_where_they_are(kind: str) -> None:
+    """An encoder's delay (priming, pre-skip, LAME's gap) is dropped to the sample."""
+    rate = rate_of(kind)
+    signal = np.zeros((rate, 2), np.float32)
+    at = 20_000
+    signal[at] = 0.9
+    if kind in SOUNDFILE:
+        data = sound(signal, rate, *SOUNDFILE[kind])
+    else:
+        data = with_pyav(signal, rate, *PYAV[kind])
+    audio = decode(data)
+    assert audio.shape == (2, rate)
+    assert int(np.abs(audio[0]).argmax()) == at
+
+
+def box(name: bytes, *parts: bytes) -> bytes:
+    body = b"".join(parts)
+    return (8 + len(body)).to_bytes(4, "big") + name + body
+
+
+def test_the_gap_that_itunes_writes_is_dropped() -> None:
+    """Without an edit list the delay is in a tag, of which FFmpeg takes the delay alone."""
+    signal = np.zeros((SECONDS * RATE, 2), np.float32)
+    signal[20_000] = 0.9
+    data = with_pyav(signal, RATE, "aac", "mp4", {"use_editlist": "0"})
+    gap = f" 00000000 {1024:08X} 00000000 {len(signal):016X}"
+    zero = bytes(4)
+    tag = box(
+        b"----",
+        box(b"mean", zero, b"com.apple.iTunes"),
+        box(b"name", zero, b"iTunSMPB"),
+        box(b"data", b"\0\0\0\1", zero, gap.encode()),
+    )
+    handler = box(b"hdlr", bytes(8), b"mdirappl", bytes(9))
+    moov = data.rindex(b"moov") - 4  # the last box; in it `udta` is last
+    udta = data.index(b"udta", moov) - 4
+    tags = box(b"udta", box(b"meta", zero, handler, box(b"ilst", tag)))
+    tagged = data[:moov] + box(b"moov", data[moov + 8 : udta], tags)
+    audio = decode(tagged)
+    assert audio.shape == (2, len(signal))
+    assert int(np.abs(audio[0]).argmax()) == 20_000

@@ -85,6 +85,28 @@ def test_the_same_audio_gives_the_same_latents(
             assert media.read_at(0, media.size) == one.data
 
 
+def test_real_recordings_are_the_same_everywhere(shared_audio: Path, tmp_path: Path) -> None:
+    """FLAC, Ogg Vorbis and AAC stems."""
+    some: list[Recording] = []
+    for folder, extension, count in (
+        ("flac", ".flac", 6),
+        ("ogg", ".ogg", 2),
+        ("stems", ".m4a", 1),
+    ):
+        paths = (shared_audio / folder).rglob(f"*{extension}")
+        smallest = sorted(paths, key=lambda path: path.stat().st_size)[:count]
+        some += [Recording(p.stem, extension, p.read_bytes(), {"title": p.stem}) for p in smallest]
+    plain = KINDS["folder"](str(tmp_path / "folder"), some)
+    wanted = records(sorted_items(plain.open()))
+    for kind in ("webdataset", "parquet", "csv"):
+        written = KINDS[kind](str(tmp_path / kind), some)
+        done = records(sorted_items(written.open()))
+        for one in some:
+            found = done[written.keys[one.name]]
+            assert np.array_equal(found.latent, wanted[one.name].latent)
+            assert found.metadata == wanted[one.name].metadata
+
+
 def test_items_are_the_same_every_time(written: Written) -> None:
     source = written.open()
     first, ignored = sorted_items(source), dict(source.ignored)

@@ -207,6 +207,10 @@ def _members(file: IO[bytes], tar: File, ignored: Counter[str]) -> Iterator[_Mem
                 if not info.isdir():
                     ignored[_kind(info)] += 1
                 continue
+            if info.offset_data + info.size > tar.size:  # reading it will fail, and say so
+                ignored["tars without an end mark"] += 1
+                yield _Member(info.name, info.offset_data, info.size)
+                return
             text = None
             if _extension(info.name) in METADATA and info.size <= METADATA_LIMIT:
                 file.seek(info.offset_data)

@@ -1,0 +1,152 @@
+"""Decoding, fetching and listing: what a source costs before any model sees it.
+
+    python benchmarks/sources.py [--seconds 60] [--rounds 5] [--latency 0.03] [--objects 300]
+
+`decode` is through latentmill's own path (open, check, decode, downmix, hash), from memory:
+seconds of audio per second of CPU time of one thread, and how much faster two threads are than one
+(wall time, in turns). `s3` fetches small objects from moto's server behind a proxy that answers
+late: as the decode threads and `UnitReader` do, and with a plain loop over fsspec's `cat_file`. On
+a loaded machine only the ratios mean something; they are medians of rounds in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import statistics
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from common import ROOT, machine, median, write_result
+
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "audio")]
+
+FORMATS = ("wav", "flac", "mp3", "vorbis", "opus", "m4a")
+RATE = 44100
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=int, default=60, help="length of the recording")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--latency", type=float, default=0.03, help="seconds before an answer")
+    parser.add_argument("--objects", type=int, default=300, help="of 200 kB each")
+    arguments = parser.parse_args()
+    print(machine(), flush=True)
+    result: dict[str, Any] = {"script": "benchmarks/sources.py", **vars(arguments)}
+    result["decode"] = {
+        name: decoding(name, arguments.seconds, arguments.rounds) for name in FORMATS
+    }
+    result["s3"] = s3(arguments.objects, arguments.latency, arguments.rounds)
+    write_result("sources", result)
+
+
+def decoding(name: str, seconds: int, rounds: int) -> dict[str, float]:
+    from audio_files import encoded, rate_of
+
+    from latentmill.audio import media_from_bytes, open_audio, prepare
+
+    data = encoded(name, seconds * rate_of(name))
+
+    def work(_: int = 0) -> float:
+        began = time.thread_time()
+        with media_from_bytes(data) as media:
+            waveform = prepare(open_audio(media), sample_rate=rate_of(name), channels=1)
+            for _block in waveform.blocks():
+                pass
+            _ = media.content_hash
+        return time.thread_time() - began
+
+    work()
+    cpu, speedups = [], []
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(rounds):
+            began = time.perf_counter()
+            cpu += [work(), work()]
+            one = time.perf_counter() - began
+            began = time.perf_counter()
+            list(pool.map(work, range(2)))
+            speedups.append(one / (time.perf_counter() - began))
+    result = {
+        "x_real_time_per_core": round(seconds / statistics.median(cpu), 1),
+        "two_threads_over_one": median(speedups),
+        "two_threads_over_one_best": round(max(speedups), 2),
+    }
+    print(name, result, flush=True)
+    return result
+
+
+def s3(objects: int, latency: float, rounds: int) -> dict[str, Any]:
+    """Small-object reads and a listing, with a server that answers late."""
+    import fsspec
+    from moto.server import ThreadedMotoServer
+
+    from latentmill.audio import open_media
+    from support.faulty_s3 import Faults, faulty_proxy
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line per request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    names = {
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with faulty_proxy(f"http://{host}:{port}", Faults(latency=latency)) as url:
+        os.environ |= {**names, "AWS_ENDPOINT_URL": url}
+        s3 = fsspec.filesystem("s3")
+        bucket = f"bench-{uuid.uuid4().hex[:8]}"
+        s3.mkdir(bucket)
+        data = os.urandom(200_000)
+        s3.pipe({f"{bucket}/{number}.wav": data for number in range(objects)})
+        urls = [f"s3://{bucket}/{number}.wav" for number in range(objects)]
+
+        def plain() -> None:
+            for one in urls:
+                assert len(s3.cat_file(one)) == len(data)
+
+        def ahead(threads: int) -> Callable[[], None]:
+            def run() -> None:
+                def fetch(one: str) -> None:
+                    open_media(one, len(data)).close()
+
+                with ThreadPoolExecutor(threads) as pool:
+                    list(pool.map(fetch, urls))
+
+            return run
+
+        def list_all() -> None:
+            s3.invalidate_cache()
+            assert len(s3.find(bucket)) == objects
+
+        ways = {
+            "fsspec_loop": plain,
+            "threads_2": ahead(2),
+            "threads_8": ahead(8),
+            "list": list_all,
+        }
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(rounds):
+            for name, way in ways.items():
+                began = time.perf_counter()
+                way()
+                times[name].append(time.perf_counter() - began)
+    server.stop()
+    result: dict[str, Any] = {
+        f"{n}_per_second": round(objects / median(t)) for n, t in times.items()
+    }
+    for name in ("threads_2", "threads_8"):
+        pairs = zip(times["fsspec_loop"], times[name], strict=True)
+        result[f"{name}_over_loop"] = median([loop / other for loop, other in pairs])
+    print(result, flush=True)
+    return result
+
+
+if __name__ == "__main__":
+    main()

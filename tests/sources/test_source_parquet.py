@@ -1,0 +1,177 @@
+"""Parquet with audio bytes: as `datasets` writes it, and each row group read once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from latentmill.errors import ItemError, SourceError
+from latentmill.sources import cells
+from latentmill.sources.base import Item, TableCell
+from latentmill.sources.cells import CellReader
+from latentmill.sources.open import source_type
+from latentmill.sources.parquet import ParquetSource
+from support.sources import sorted_items
+
+AUDIO = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def table(count: int, size: int = 10, **columns: Any) -> pa.Table:
+    audio = [{"bytes": bytes([n % 251]) * size, "path": f"{n}.wav"} for n in range(count)]
+    return pa.table({"audio": pa.array(audio, AUDIO), **columns})
+
+
+def write(path: Path, data: pa.Table, rows: int = 100) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(data, path, row_group_size=rows)
+    return str(path)
+
+
+def test_what_datasets_writes_is_read(tmp_path: Path, corpus: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    files = [str(corpus / "boundary.wav"), str(corpus / "lame.mp3")]
+    audio = pa.array([{"bytes": Path(file).read_bytes(), "path": file} for file in files], AUDIO)
+    made = datasets.Dataset(pa.table({"audio": audio, "text": ["one", "two"]}))
+    made = made.cast_column("audio", datasets.Audio())
+    made.to_parquet(tmp_path / "train.parquet")
+    assert source_type(str(tmp_path / "train.parquet")) == "parquet"
+    items = sorted_items(ParquetSource(str(tmp_path / "train.parquet")))
+    assert [item.key for item in items] == ["train/00000000", "train/00000001"]
+    assert [json.loads(item.metadata)["text"] for item in items] == ["one", "two"]
+    reader = CellReader(items)
+    for item, file in zip(items, files, strict=True):
+        assert isinstance(item.place, TableCell)
+        assert reader.read(item.uri, item.place) == Path(file).read_bytes()
+    reader.close()
+
+
+def test_columns_of_bytes_keys_and_paths(tmp_path: Path) -> None:
+    plain = pa.table({"flac": [b"1", b"2"], "id": ["x/1", "x/2"], "n": [1.5, None]})
+    uri = write(tmp_path / "a.parquet", plain)
+    items = sorted_items(ParquetSource(uri, key_column="id"))
+    assert [item.key for item in items] == ["x/1", "x/2"]
+    assert items[0].place == TableCell(0, 0, "flac")
+    assert json.loads(items[0].metadata) == {"id": "x/1", "n": 1.5}
+    assert json.loads(items[1].metadata) == {"id": "x/2"}
+    item = sorted_items(ParquetSource(write(tmp_path / "b.parquet", table(1))))[0]
+    assert json.loads(item.metadata) == {"path": "0.wav"}
+    assert source_type(uri) == "parquet"
+    paths = write(tmp_path / "c.parquet", pa.table({"path": ["a.wav"]}))
+    assert source_type(paths) == "manifest"
+
+
+def test_a_column_is_chosen_or_asked_for(
+    tmp_path: Path, one_sentence: Callable[[BaseException], str]
+) -> None:
+    two = pa.table({"left": [b"1"], "right": [b"2"], "n": [1]})
+    uri = write(tmp_path / "a.parquet", two)
+    assert sorted_items(ParquetSource(uri, audio_column="right"))[0].place == TableCell(
+        0, 0, "right"
+    )
+    none = write(tmp_path / "b.parquet", pa.table({"n": [1]}))
+    for found, says in (
+        (ParquetSource(uri), "several columns of bytes, left, right"),
+        (ParquetSource(uri, audio_column="n"), "no column n that holds audio"),
+        (ParquetSource(uri, audio_column="left", key_column="k"), "no column k to take keys"),
+        (ParquetSource(none), "no column of audio bytes: it has n"),
+    ):
+        with pytest.raises(SourceError) as caught:
+            sorted_items(found)
+        assert says in one_sentence(caught.value)
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> list[Item]:
+    """300 cells of 10 kB in row groups of 100."""
+    return sorted_items(ParquetSource(write(tmp_path / "a.parquet", table(300, 10_000))))
+
+
+def byte(item: Item) -> int:
+    return int(item.key.rpartition("/")[2]) % 251
+
+
+def read_all(reader: CellReader, wanted: list[Item]) -> None:
+    def check(item: Item) -> None:
+        assert isinstance(item.place, TableCell)
+        assert reader.read(item.uri, item.place) == bytes([byte(item)]) * 10_000
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(check, wanted))
+    reader.close()
+
+
+@pytest.mark.parametrize("order", ["forward", "backward", "mixed", "some"])
+@pytest.mark.parametrize("limit", [0, 10**9])
+def test_a_row_group_is_read_once(
+    order: str, limit: int, items: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cells, "WAITING_LIMIT", limit)  # 0: what waits goes to a file
+    opened: list[str] = []
+    real = cells.open_table
+    monkeypatch.setattr(cells, "open_table", lambda uri: opened.append(uri) or real(uri))
+    orders = {
+        "forward": items,
+        "backward": items[::-1],
+        "mixed": sorted(items, key=lambda item: hash(item.key) % 97),
+        "some": items[5::7],
+    }
+    read_all(CellReader(orders[order]), orders[order])
+    assert len(opened) == 3
+
+
+def test_few_row_groups_are_open_at_a_time(
+    items: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cells, "OPEN_PASSES", 1)
+    wanted = [items[n * 100 + k] for k in range(0, 100, 20) for n in range(3)]
+    reader = CellReader(wanted)
+    read_all(reader, wanted)
+    assert not reader._passes
+
+
+def test_memory_does_not_grow_with_the_row_group(tmp_path: Path) -> None:
+    size, count = 1 << 20, 64
+    big = table(count, size)
+    pq.write_table(  # pages of a few rows, as writers of long values make them
+        big,
+        tmp_path / "a.parquet",
+        row_group_size=count,
+        write_batch_size=4,
+        compression="none",
+        use_dictionary=False,
+    )
+    del big
+    found = sorted_items(ParquetSource(str(tmp_path / "a.parquet")))
+    reader = CellReader(found)
+    before, most = pa.total_allocated_bytes(), 0
+    for item in found:
+        assert isinstance(item.place, TableCell)
+        assert len(reader.read(item.uri, item.place)) == size
+        most = max(most, pa.total_allocated_bytes() - before)
+    reader.close()
+    assert 0 < most < count * size / 2
+
+
+def test_cells_that_are_not_there(items: list[Item], tmp_path: Path) -> None:
+    empty = pa.table({"audio": pa.array([{"bytes": None, "path": "elsewhere.wav"}], AUDIO)})
+    (nothing,) = sorted_items(ParquetSource(write(tmp_path / "b.parquet", empty)))
+    wrong = [
+        (nothing.uri, TableCell(0, 0, "audio"), "the cell holds no audio bytes"),
+        (items[0].uri, TableCell(0, 100, "audio"), "has 100 rows, and no row 100"),
+        (items[0].uri, TableCell(3, 0, "audio"), "no row group 3"),
+        (items[0].uri, TableCell(0, 0, "sound"), "no column sound"),
+    ]
+    reader = CellReader([])
+    for uri, cell, says in wrong * 2:
+        with pytest.raises(ItemError, match=says):
+            reader.read(uri, cell)
+    assert len(reader.read(items[0].uri, TableCell(0, 7, "audio"))) == 10_000
+    assert len(reader.read(items[0].uri, TableCell(0, 7, "audio"))) == 10_000
+    reader.close()
