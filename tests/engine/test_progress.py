@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 from dataclasses import dataclass
@@ -13,16 +14,14 @@ from rich.console import Console
 from latentmill.engine.progress import (
     LINE_SECONDS,
     BarProgress,
+    JsonProgress,
     LineProgress,
     QuietProgress,
-    for_terminal,
+    for_stream,
 )
 from latentmill.engine.worker import UnitResult
-from latentmill.plan import Plan, Unit
-from latentmill.sources.base import Item
-from latentmill.store.schema import Commit, ItemEntry
-
-BYTES_PER_SECOND = 176_400  # what a WAV file is estimated by
+from latentmill.plan import Part, Plan, Unit
+from latentmill.store.commit import Tally
 
 
 @dataclass
@@ -34,21 +33,16 @@ class Clock:
 
 
 def plan(units: int = 4, items: int = 5, seconds: float = 60.0) -> Plan:
-    def item(name: str) -> Item:
-        return Item(name, f"/songs/{name}.wav", round(seconds * BYTES_PER_SECOND), "1")
-
-    cut = tuple(Unit(u, tuple(item(f"{u}-{i}") for i in range(items))) for u in range(units))
-    return Plan("/songs", cut, {}, "mdct", {}, "parquet", {})
+    cut = tuple(Unit(number, items, items * seconds) for number in range(units))
+    part = Part(0, 0, units, units * items, units * items * seconds, 0.0, 0, 0, {})
+    return Plan("/songs", {}, "mdct", {}, "parquet", {}, units=cut, parts=(part,))
 
 
-def commit(unit: Unit, failed: int) -> Commit:
-    """The commit of a unit whose other items were skipped."""
-    entries = [
-        ItemEntry(key=item.key, status="failed" if index < failed else "skipped", reason="why")
-        for index, item in enumerate(unit.items)
-    ]
-    values = {"unit": unit.name, "fingerprint": "", "bytes": 0, "rows": 0, "audio_seconds": 0}
-    return Commit(**values, items=entries, timings={})
+def tally(unit: Unit, failed: int) -> Tally:
+    """What the commit of a unit comes to whose other items were skipped."""
+    failures = tuple((f"song {number}", "why") for number in range(failed))
+    skips = tuple((f"song {number}", "short") for number in range(failed, unit.items))
+    return Tally(unit.items, 0, len(skips), failed, 0.0, 0, {}, failures, skips)
 
 
 def result(unit: int, failed: int = 0) -> UnitResult:
@@ -89,7 +83,7 @@ def test_failed_items_count_as_done_and_shorten_the_rest() -> None:
 def test_a_resumed_run_counts_items_from_the_start_and_time_from_now() -> None:
     whole = plan()
     progress, stream, clock = lines()
-    progress.begin(whole, {unit.name: commit(unit, failed=1) for unit in whole.units[:2]})
+    progress.begin(whole, {unit.name: tally(unit, failed=1) for unit in whole.units[:2]})
     clock.now += 60
     progress.tick(300.0)
     assert last(stream) == "10/20 items, 0.083 h of audio, 5.0 x real time, 1:00 left, 2 failed"
@@ -140,10 +134,10 @@ def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_terminal_gets_a_bar_and_a_file_gets_lines() -> None:
-    assert isinstance(for_terminal(io.StringIO()), LineProgress)
+    assert isinstance(for_stream(stream=io.StringIO()), LineProgress)
     master, slave = pty.openpty()
     with os.fdopen(slave, "w") as terminal, os.fdopen(master, "rb", 0) as screen:
-        progress = for_terminal(terminal)
+        progress = for_stream(stream=terminal)
         assert isinstance(progress, BarProgress)
         progress.begin(plan(), {})
         progress.unit_done(result(0))
@@ -168,3 +162,35 @@ def test_a_bar_says_that_a_unit_was_lost() -> None:
     progress.end()
     assert "unit 000002 was lost on attempt 1: the worker [died]" in stream.getvalue()
     assert "60.0 x real time, 0:10 left" in stream.getvalue()
+
+
+def test_json_has_an_object_per_line() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = JsonProgress(stream, clock)
+    assert isinstance(for_stream("json", stream), JsonProgress)
+    clock.now += 2 * LINE_SECONDS
+    progress.planning(7, 3)
+    progress.begin(plan(), {})
+    progress.workers(0, 2)
+    progress.workers(2, 0)
+    progress.unit_lost(plan().units[1], 2, "killed")
+    progress.note("something\nelse")
+    clock.now += 20
+    progress.unit_done(result(0, failed=1))
+    progress.tick(400.0)
+    progress.end()
+    events = [json.loads(line) for line in stream.getvalue().splitlines()]
+    names = "planning begin workers workers unit_lost note unit_done progress end"
+    assert [event["event"] for event in events] == names.split()
+    assert all(event["time"].endswith("+00:00") for event in events)
+    assert events[1] | {"time": ""} == {
+        "time": "",
+        "event": "begin",
+        "items": 20,
+        "units": 4,
+        "units_todo": 4,
+    }
+    assert events[4]["reason"] == "killed"
+    assert (events[6]["unit"], events[6]["failed"]) == (0, 1)
+    assert (events[7]["items_done"], events[7]["failed"]) == (5, 1)
+    assert events[7]["x_real_time"] == 20.0

@@ -14,7 +14,7 @@ from latentmill.config import fingerprint, fingerprint_document, load_config
 from latentmill.engine.launch import make_job
 from latentmill.engine.worker import Job, Stopped, Worker
 from latentmill.models import registry
-from latentmill.plan import Plan, cut_units, freeze
+from latentmill.plan import Cutting, Plan, draft, freeze
 from latentmill.sources.folder import FolderSource
 from latentmill.storage import Storage
 from latentmill.store.commit import read_commits
@@ -32,15 +32,16 @@ def prepared(
     chunking = Chunking.for_model(handle.spec, seconds=config.chunk_seconds)
     plan = Plan(
         source=str(songs),
-        units=cut_units(FolderSource(str(songs), ("wav",)).list().items, 1.2 * songs_per_unit),
         fingerprint=fingerprint_document(config, handle.spec, chunking),
         model=config.model,
         model_options={},
         format=config.format,
         ignored={},
     )
+    items = FolderSource(str(songs), ("wav",)).items()
+    with draft(items, Cutting(1.2 * songs_per_unit)) as drafted:
+        plan = freeze(plan, drafted, Storage(str(store)))
     assert len(plan.units) == 3
-    freeze(plan, Storage(str(store)))
     return make_job(config, handle, chunking, plan, device="cpu", threads=1), plan
 
 

@@ -19,6 +19,7 @@ import pytest
 import soundfile
 
 from latentmill import cli
+from latentmill.plan import iter_keys
 from latentmill.store.store import open_store
 from latentmill.store.verify import verify
 
@@ -175,7 +176,7 @@ def assert_whole(store: Path) -> None:
     assert (store / "dataset.json").exists()
     opened = open_store(str(store))
     entries = Counter(item.key for commit in opened.commits.values() for item in commit.items)
-    assert entries == Counter(item.key for item in opened.plan.items)
+    assert entries == Counter(iter_keys(opened.storage, opened.plan))
     assert set(entries.values()) == {1}
     shards = {path.name for path in (store / "shards").iterdir()}
     named = {str(c.shard).removeprefix("shards/") for c in opened.commits.values() if c.shard}

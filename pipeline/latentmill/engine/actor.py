@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from latentmill.device import KEEP_FREED_MEMORY
+from latentmill.device import worker_environment
+from latentmill.engine.dispatch import UNITS_IN_FLIGHT
+from latentmill.engine.loss import memory_used
+from latentmill.engine.metrics import Metrics
 from latentmill.engine.worker import Job, UnitResult, Worker
 from latentmill.plan import Unit
-
-UNITS_IN_FLIGHT = 2
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)
@@ -25,29 +28,38 @@ class EncodeActor:
         self._job = job
         self._stopped = threading.Event()
         self._worker: Worker | None = None
-        self._loading = threading.Lock()
+        self._metrics = Metrics()
+
+    def ready(self) -> str:
+        """Load the model; gives where this is, for people."""
+        # Not in the constructor: Ray passes on an error of ours from a method only.
+        self._worker = Worker(self._job, self._stopped)
+        return f"process {os.getpid()} on {socket.gethostname()}"
 
     def origin(self) -> npt.NDArray[np.float32]:
         """See `Worker.origin`."""
-        return self._loaded().origin()
+        return self._loaded.origin()
 
-    def encode(self, unit: Unit) -> UnitResult:
+    def encode(self, unit: Unit, careful: bool = False) -> UnitResult:
         """See `Worker.encode`."""
-        return self._loaded().encode(unit)
+        result = self._loaded.encode(unit, careful)
+        self._metrics.unit(result)
+        return result
 
     def meter(self) -> dict[str, float]:
-        """See `Worker.meter`; empty while the model is being loaded."""
-        return self._worker.meter() if self._worker else {}
+        """See `Worker.meter`; and how full the host's memory is."""
+        meter = self._loaded.meter()
+        self._metrics.update(meter, self._loaded.queued)
+        used = memory_used()
+        return meter if used is None else {**meter, "memory_used": used}
 
     def stop(self) -> None:
         """Let the units in flight end soon, without a trace."""
         self._stopped.set()
 
+    @property
     def _loaded(self) -> Worker:
-        # Not in the constructor: Ray passes on an error of ours from a method only.
-        with self._loading:
-            if self._worker is None:
-                self._worker = Worker(self._job, self._stopped)
+        assert self._worker is not None, "nothing is asked of an actor that is not ready"
         return self._worker
 
 
@@ -58,10 +70,14 @@ class ActorShape:
     cpus: float
     gpus: float
 
+    def __str__(self) -> str:
+        gpus = f"{self.gpus:g} GPUs" if self.gpus else ""
+        return gpus or f"{self.cpus:g} CPU cores"
+
 
 def start_actor(job: Job, shape: ActorShape) -> Any:
     """Start an actor; gives its handle at once, while the model is still being loaded."""
-    environment = {} if shape.gpus else KEEP_FREED_MEMORY
+    environment = {} if shape.gpus else worker_environment()
     return EncodeActor.options(  # type: ignore[attr-defined]
         num_cpus=shape.cpus,
         num_gpus=shape.gpus,

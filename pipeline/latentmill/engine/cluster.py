@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -19,6 +20,7 @@ from latentmill.errors import ConfigError
 # Units carry no payloads, so the object store may be as small as Ray allows.
 OBJECT_STORE_BYTES = 100 * 2**20
 CONNECT_SECONDS = 10.0
+HEAD_CONNECT_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def connect(address: str | None) -> Iterator[Cluster]:
         ConfigError: The named cluster cannot be reached.
     """
     if ray.is_initialized():
-        yield _describe(embedded=False)
+        yield describe()
         return
     address = address or os.environ.get("RAY_ADDRESS")
     with _own_sigterm() as take_back:
@@ -63,9 +65,12 @@ def connect(address: str | None) -> Iterator[Cluster]:
             raise KeyboardInterrupt from error
         try:
             take_back()
-            yield _describe(embedded=address is None)
+            yield describe(embedded=address is None)
         finally:
-            ray.shutdown()
+            if head_answers():
+                ray.shutdown()
+            else:  # it would wait for the head, until Ray ends this process
+                atexit.unregister(ray.shutdown)
 
 
 def _init(address: str | None) -> None:
@@ -108,7 +113,22 @@ def _own_sigterm() -> Iterator[Callable[[], None]]:
             signal.signal(signal.SIGTERM, before)
 
 
-def _describe(*, embedded: bool) -> Cluster:
+def head_answers() -> bool:
+    """Whether somebody listens where the head of the cluster was."""
+    # A Ray client (ray://) has no such address, and talks to a server beside the head.
+    address = getattr(ray.get_runtime_context(), "gcs_address", None)
+    if address is None:
+        return True
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), HEAD_CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def describe(*, embedded: bool = False) -> Cluster:
+    """The nodes that are alive now."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     return Cluster(
         embedded,

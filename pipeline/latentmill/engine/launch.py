@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 from latentmill.chunks import Chunking
 from latentmill.config import RunConfig, fingerprint
 from latentmill.encode import EncodeSettings
 from latentmill.engine.actor import ActorShape
-from latentmill.engine.cluster import Cluster, connect
+from latentmill.engine.careful import HANG_SECONDS
+from latentmill.engine.cluster import Cluster, connect, describe, head_answers
+from latentmill.engine.lock import Hold
 from latentmill.engine.progress import Progress
 from latentmill.engine.scheduler import Scheduler
 from latentmill.engine.worker import Job
-from latentmill.errors import ConfigError
+from latentmill.errors import ConfigError, HeadGoneError
 from latentmill.models.base import ModelHandle
 from latentmill.plan import Plan, Unit
+from latentmill.sources.filters import Filters
 from latentmill.storage import Storage
 from latentmill.store.schema import ORIGIN_PATH
 from latentmill.store.seal import write_origin
 
 DEFAULT_CPU_THREADS = 4
+HEAD_SECONDS = 40.0  # without an answer
 
 
 def encode_units(
@@ -31,8 +36,11 @@ def encode_units(
     plan: Plan,
     todo: list[Unit],
     progress: Progress,
+    hold: Hold,
 ) -> None:
     """Connect to Ray and run the units on as many actors as it has GPUs, or CPU cores for.
+
+    Nodes that join later get actors too, unless the number of workers is set.
 
     Raises:
         LatentmillError: See `Scheduler.run` and `connect`.
@@ -42,9 +50,20 @@ def encode_units(
         device = _device(config, cluster)
         resources = _resources(config, cluster, on_gpu=device == "cuda")
         job = make_job(config, handle, chunking, plan, device=device, threads=resources.threads)
+        stall_seconds = config.stall_minutes * 60
+        # A decoder on trial is given up before its whole worker would be.
+        hang_seconds = min(HANG_SECONDS, stall_seconds / 3)
+        job = replace(job, owner=hold.owner, hang_seconds=hang_seconds)
         write = partial(write_origin, storage)
         has_origin = len(todo) < len(plan.units) and storage.exists(ORIGIN_PATH)
-        scheduler = Scheduler(job, resources.shape, resources.workers, progress)
+        scheduler = Scheduler(
+            job,
+            resources.shape,
+            _Room(resources.shape, config.workers),
+            progress,
+            check=hold.check,
+            stall_seconds=stall_seconds,
+        )
         scheduler.run(todo, (lambda _: None) if has_origin else write)
 
 
@@ -67,10 +86,10 @@ def make_job(
             batch_size=config.batch_size
             or handle.spec.batch_size["cuda" if device == "cuda" else "cpu"],
             decode_threads=config.decode_threads,
+            decode_timeout=config.decode_timeout,
             allow_truncated=config.allow_truncated,
             allow_changed=config.retry_failed,  # a file that was mended is another file
-            min_seconds=config.min_seconds,
-            max_seconds=config.max_seconds,
+            filters=Filters(**{one.name: getattr(config, one.name) for one in fields(Filters)}),
         ),
         store=Storage(config.out).root,
         format=config.format,
@@ -83,6 +102,8 @@ def make_job(
         },
         device=device,
         threads=threads,
+        compile=config.compile,
+        auto_batch=config.batch_size is None,
     )
 
 
@@ -105,8 +126,11 @@ def _device(config: RunConfig, cluster: Cluster) -> str:
             f"Device {config.device}: Ray chooses the GPUs. Use device cuda, and the variable "
             "CUDA_VISIBLE_DEVICES to leave some out."
         )
-    if config.device == "cuda" and not cluster.gpus:
-        raise ConfigError("Device cuda was asked for, but Ray has no GPUs: use device cpu.")
+    if config.device == "cuda" and not cluster.gpus and (cluster.embedded or not config.workers):
+        raise ConfigError(
+            "Device cuda was asked for, but Ray has no GPUs: use device cpu, or on a cluster that "
+            "adds GPU nodes when they are asked for, set workers."
+        )
     return config.device
 
 
@@ -127,12 +151,45 @@ def _resources(config: RunConfig, cluster: Cluster, *, on_gpu: bool) -> _Resourc
     threads = config.threads or max(1, min(DEFAULT_CPU_THREADS, max(cluster.node_cpus)))
     if on_gpu:
         workers = config.workers or cluster.gpus
-        share = _share(cluster.node_gpus, workers)
+        share = _share(cluster.node_gpus, workers) or 1  # none yet: an autoscaler adds them
         return _Resources(workers, ActorShape(cpus=0, gpus=min(1, share)), threads)
     fitting = sum(cpus // threads for cpus in cluster.node_cpus)
     workers = config.workers or max(1, fitting)
     cpus = min(threads, _share(cluster.node_cpus, workers))
     return _Resources(workers, ActorShape(cpus=cpus, gpus=0), threads)
+
+
+class _Room:
+    """How many actors there should be: as many as were asked for, or as the nodes have room for.
+
+    Asked again and again, it notices nodes that join or leave, and a head that is gone: Ray ends
+    a process that is without one for a minute, so the run ends in order before.
+    """
+
+    def __init__(self, shape: ActorShape, workers: int | None) -> None:
+        self._shape = shape
+        self._workers = workers
+        self._answer = workers or 1
+        self._heard = time.monotonic()
+
+    def __call__(self) -> int:
+        if head_answers():
+            self._heard = time.monotonic()
+            self._answer = self._workers or self._fitting()
+        elif time.monotonic() - self._heard > HEAD_SECONDS:
+            raise HeadGoneError(
+                "The head of the Ray cluster is gone: start the cluster again, then the same "
+                "command resumes."
+            )
+        return self._answer
+
+    def _fitting(self) -> int:
+        """One actor at least, for a first node that an autoscaler may add."""
+        cluster, shape = describe(), self._shape
+        nodes, share = cluster.node_cpus, shape.cpus
+        if shape.gpus:
+            nodes, share = cluster.node_gpus, shape.gpus
+        return max(1, sum(int(units / share) for units in nodes) if share else 1)
 
 
 def _share(node_units: Sequence[int], workers: int) -> float:

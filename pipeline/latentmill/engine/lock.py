@@ -1,10 +1,10 @@
-"""One run at a time: a lock on a store that lies on a disk.
+"""One run at a time: a lock on a store that lies on a disk, a lease on one in a bucket.
 
-It is taken before the plan is read or made, so that two first runs cannot both plan one store. The
-driver and its workers share it: a run that starts after another one was killed waits until Ray has
-ended the last of its workers, which cannot write into the new run's store then. A lock is gone with
-its process. Object storage has no such locks: there a worker that outlives its driver for a moment
-writes the same bytes as the new run.
+Either is taken before the plan is read or made, so that two first runs cannot both plan one store.
+The driver and its workers share the lock: a run that starts after another one was killed waits
+until Ray has ended the last of its workers, which cannot write into the new run's store then. A
+lock is gone with its process. Object storage has no such locks: there the driver holds a lease
+(`lease.py`), and its workers look whether it still does.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
+from latentmill.engine.lease import check_owner, hold
 from latentmill.errors import StorageError, StoreError
 from latentmill.storage import Storage
 
@@ -25,22 +26,50 @@ WAIT_SECONDS = 10.0
 POLL_SECONDS = 0.05
 
 
+class Hold(Protocol):
+    """What a run has of its store while it writes there."""
+
+    @property
+    def owner(self) -> str | None:
+        """By which workers recognise their run's lease; None: there is none."""
+        ...
+
+    def check(self) -> None:
+        """Make sure that the store is still this run's; cheap.
+
+        Raises:
+            StoreError: It is not: nothing more may be written.
+        """
+        ...
+
+
+class _Flock:
+    """Held until the process ends, whatever happens."""
+
+    owner = None
+
+    def check(self) -> None:
+        """Nobody can take it."""
+
+
 @contextlib.contextmanager
-def only_run(storage: Storage) -> Iterator[None]:
+def only_run(storage: Storage) -> Iterator[Hold]:
     """Hold a store for a run; a store that is still empty at the end leaves no trace.
 
     Raises:
-        StoreError: Another run, or a worker of one, has held the store for `WAIT_SECONDS`.
-        StorageError: The store's folder cannot be made or written.
+        StoreError: Another run, or a worker of one, has held the store for `WAIT_SECONDS`, or
+            another run's lease is alive.
+        StorageError: The store cannot be written.
     """
     if not storage.local:
-        yield
+        with hold(storage) as lease:
+            yield lease
         return
     path = Path(storage.full(LOCK_PATH))
     created = not path.parent.exists()
     with contextlib.closing(_acquire(path, storage)):
         try:
-            yield
+            yield _Flock()
         finally:
             if [entry.name for entry in path.parent.iterdir()] == [LOCK_PATH]:
                 path.unlink()
@@ -48,15 +77,41 @@ def only_run(storage: Storage) -> Iterator[None]:
                     path.parent.rmdir()
 
 
-def join_run(storage: Storage) -> BinaryIO | None:
-    """Hold a store for a worker of the run that holds it, as long as the file is open."""
-    if not storage.local:
-        return None
-    file = _open(Path(storage.full(LOCK_PATH)), storage)
-    if not _lock(file, fcntl.LOCK_SH):
-        file.close()
-        raise StoreError(f"Another run has begun to write into {storage.root}.")
-    return file
+class Membership:
+    """A worker's part in its run's hold on the store, until it is closed."""
+
+    def __init__(self, storage: Storage, owner: str | None) -> None:
+        """Join the run that holds the store, as `owner` if by a lease.
+
+        Raises:
+            StoreError: Another run holds it.
+        """
+        self._storage, self._owner = storage, owner
+        self._file: BinaryIO | None = None
+        if storage.local:
+            self._file = _open(Path(storage.full(LOCK_PATH)), storage)
+            if not _lock(self._file, fcntl.LOCK_SH):
+                self._file.close()
+                raise StoreError(f"Another run has begun to write into {storage.root}.")
+
+    def check(self) -> None:
+        """Make sure that the store is still the run's, before something is written.
+
+        Raises:
+            StoreError: It is not.
+        """
+        if self._owner is not None:
+            check_owner(self._storage, self._owner)
+
+    def close(self) -> None:
+        """Leave."""
+        if self._file is not None:
+            self._file.close()
+
+
+def join_run(storage: Storage, owner: str | None = None) -> Membership:
+    """Hold a store for a worker of the run that holds it; see `Membership`."""
+    return Membership(storage, owner)
 
 
 def _acquire(path: Path, storage: Storage) -> BinaryIO:

@@ -1,10 +1,15 @@
-"""Handing units to actors: longest first, a bounded number in flight, lost ones again elsewhere."""
+"""Running units on actors that come and go: who is asked what, and what becomes of the answers.
+
+Which unit goes where is `Dispatch`'s business, why a worker was lost is `classify`'s. A seat is
+given units once its actor has its place in the cluster and its model in memory, so that an actor
+that waits for a node holds up nothing.
+"""
 
 from __future__ import annotations
 
-from collections import deque
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,15 +17,27 @@ import numpy.typing as npt
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from latentmill.engine.actor import UNITS_IN_FLIGHT, ActorShape, start_actor
+from latentmill.engine.actor import ActorShape, start_actor
+from latentmill.engine.cluster import head_answers
+from latentmill.engine.dispatch import MAX_ATTEMPTS, Dispatch, Loss
+from latentmill.engine.loss import classify
+from latentmill.engine.seat import Seat
 from latentmill.engine.worker import Job, UnitResult
 from latentmill.errors import LatentmillError, UnitsFailedError
 from latentmill.plan import Unit
 
-MAX_ATTEMPTS = 3
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.1
+SEATS_A_SECOND = 500  # with more of them the driver looks less often, and has them wait longer
+METER_SECONDS = 1.0
+QUESTIONS_A_SECOND = 20
 # `ray job stop` gives a driver three seconds between SIGTERM and SIGKILL.
 STOP_SECONDS = 2.0
+STALL_SECONDS = 900.0
+GROW_SECONDS = 5.0  # between two looks at what the cluster has
+PATIENCE_SECONDS = 60.0  # without any worker, until it is said what is waited for
+MAX_STARTS = 3  # failing ones in a row, until the run ends or pauses starting
+
+Origin = npt.NDArray[np.float32]
 
 
 class Watcher(Protocol):
@@ -32,175 +49,263 @@ class Watcher(Protocol):
     def unit_lost(self, unit: Unit, attempt: int, reason: str) -> None:
         """A unit was lost with its actor; it is tried again if attempts are left."""
 
+    def note(self, text: str) -> None:
+        """Something that a person may want to know."""
+
+    def workers(self, ready: int, starting: int) -> None:
+        """So many actors are at work, and so many have no place or no model yet."""
+
     def tick(self, audio_seconds: float) -> None:
         """Seconds of audio that the actors have encoded, units in flight included."""
 
 
-@dataclass
-class _Seat:
-    """One place for an actor. When its actor fails, another one takes the seat."""
+@dataclass(frozen=True)
+class _Call:
+    """A question to an actor that is not answered yet."""
 
-    actor: Any
-    units: dict[Any, Unit] = field(default_factory=dict)  # by Ray reference
-    tainted: bool = False  # its actor failed: takes no more units
-    counted: float = 0.0  # audio seconds that its earlier actors encoded
-    seen: float = 0.0  # audio seconds of the present actor, as last asked
-    asked: Any = None  # reference of the open question
+    seat: Seat
+    kind: str  # ready, origin, unit, meter
 
 
 class Scheduler:
-    """Runs units to their commits on a fixed number of actors. For one run.
+    """Runs units to their commits on the actors that there is room for. For one run.
 
-    A unit that is lost with its actor is tried again, `MAX_ATTEMPTS` times in all, on another
-    actor and alone: if it is the one that kills actors, no other unit goes down with it.
+    Args:
+        job: What the workers need to know.
+        shape: What Ray reserves for an actor.
+        wanted: How many actors there should be, as the cluster is now.
+        watcher: Who is told.
+        check: Called again and again; raises when the store is not this run's any more.
+        stall_seconds: After so long without progress an actor is replaced.
     """
 
-    def __init__(self, job: Job, shape: ActorShape, workers: int, watcher: Watcher) -> None:
-        """Take a job, what Ray reserves for an actor, how many actors, and who is told."""
+    def __init__(
+        self,
+        job: Job,
+        shape: ActorShape,
+        wanted: Callable[[], int],
+        watcher: Watcher,
+        *,
+        check: Callable[[], None] = lambda: None,
+        stall_seconds: float = STALL_SECONDS,
+    ) -> None:
         self._job = job
         self._shape = shape
-        self._workers = workers
+        self._wanted = wanted
         self._watcher = watcher
-        self._seats: list[_Seat] = []
-        self._waiting: deque[Unit] = deque()
-        self._lost: deque[Unit] = deque()
-        self._attempts: dict[int, int] = {}  # by unit number, of units that were lost
-        self._failed: dict[str, BaseException] = {}  # by unit name, after the last attempt
+        self._check = check
+        self._stall_seconds = stall_seconds
+        self._seats: list[Seat] = []
+        self._hungry: set[Seat] = set()  # may have more units, perhaps
+        self._calls: dict[Any, _Call] = {}  # by Ray reference
+        self._origin: Origin | None = None
+        self._counted = 0.0  # audio seconds that actors encoded which are gone
+        self._target = 0
+        self._next_look = self._next_meter = 0.0
+        self._told: tuple[int, int] | None = None
+        self._idle_since = time.monotonic()  # since when no actor is ready
+        self._failed_starts = 0
 
-    def run(
-        self,
-        units: Sequence[Unit],
-        on_origin: Callable[[npt.NDArray[np.float32]], None],
-    ) -> None:
+    def run(self, units: Sequence[Unit], on_origin: Callable[[Origin], None]) -> None:
         """Run all units. `on_origin` gets the model's latent of silence before any unit starts.
 
         Raises:
             StorageError: The store cannot be written.
+            StoreError: The store is another run's now.
             ModelError: The model cannot be loaded.
-            UnitsFailedError: Units failed on every attempt (all others are committed), or a
-                worker died while it loaded the model.
+            UnitsFailedError: Units failed on every attempt (all others are committed), or the
+                workers die while they load the model.
         """
-        self._waiting.extend(sorted(units, key=lambda unit: (-unit.seconds, unit.number)))
+        self._dispatch = Dispatch(units)
+        self._on_origin = on_origin
         try:
-            for _ in range(min(self._workers, len(units))):
-                self._seats.append(_Seat(start_actor(self._job, self._shape)))
-            on_origin(self._origin())
-            while self._waiting or self._lost or any(seat.units for seat in self._seats):
-                for seat in self._seats:
-                    self._fill(seat)
+            while self._dispatch.open:
+                self._check()
+                self._grow()
+                self._fill()
                 self._wait()
-                self._ask()
+                self._look_after()
         finally:
             self._dismiss()
-        if self._failed:
-            name, error = next(iter(self._failed.items()))
+        if self._dispatch.failed:
+            name, loss = next(iter(self._dispatch.failed.items()))
+            attempts = f"{MAX_ATTEMPTS} attempts each" if loss.kind == "worker" else "every attempt"
             raise UnitsFailedError(
-                f"{len(self._failed)} of {len(units)} units failed on {MAX_ATTEMPTS} attempts each "
-                f"(unit {name}: {_first_line(error)}); the others are committed. Run again to try "
+                f"{len(self._dispatch.failed)} of {len(units)} units failed on {attempts} (unit "
+                f"{name}: {loss.reason.rstrip('.')}); the others are committed. Run again to try "
                 "them again."
-            ) from error
+            )
 
-    def _origin(self) -> npt.NDArray[np.float32]:
-        """The model's latent of silence, when the first actor has its place and its model."""
-        reference = self._seats[0].actor.origin.remote()
-        while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
-            self._watcher.tick(0.0)
-        try:
-            origin: npt.NDArray[np.float32] = ray.get(reference)
-        except RayTaskError as error:
-            if isinstance(error.cause, LatentmillError):
-                raise error.cause from error
-            raise UnitsFailedError(
-                f"A worker failed while it loaded the model: {_first_line(error.cause or error)}."
-            ) from error
-        except RayError as error:
-            raise UnitsFailedError(
-                f"A worker died while it loaded the model: {_first_line(error)}"
-            ) from error
-        return origin
+    def _grow(self) -> None:
+        """Start actors where there is room for more of them, and work."""
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._target, self._next_look = self._wanted(), now + GROW_SECONDS
+        if self._failed_starts >= MAX_STARTS and self._seats:
+            return  # those that are there go on
+        while len(self._seats) < min(self._target, self._dispatch.open):
+            seat = Seat(start_actor(self._job, self._shape))
+            self._seats.append(seat)
+            self._ask(seat, "ready", seat.actor.ready.remote())
+        self._tell()
 
-    def _fill(self, seat: _Seat) -> None:
-        """Give a seat the units that it may have."""
-        while unit := self._next(seat):
-            seat.units[seat.actor.encode.remote(unit)] = unit
+    def _fill(self) -> None:
+        """Give the seats the units that they may have: those for which something has changed."""
+        hungry, self._hungry = self._hungry, set()
+        for seat in hungry:
+            if not seat.ready or seat.tainted or self._origin is None:
+                continue
+            while assignment := self._dispatch.next(seat, seat.holding):
+                reference = seat.actor.encode.remote(assignment.unit, assignment.careful)
+                seat.give(reference, assignment)
+                self._ask(seat, "unit", reference)
+                if assignment.careful:
+                    name = assignment.unit.name
+                    self._watcher.note(
+                        f"unit {name}: its items are decoded on trial for its last attempt"
+                    )
 
-    def _next(self, seat: _Seat) -> Unit | None:
-        if seat.tainted or any(unit.number in self._attempts for unit in seat.units.values()):
-            return None
-        if self._lost and not seat.units:
-            return self._lost.popleft()
-        if self._waiting and len(seat.units) < UNITS_IN_FLIGHT:
-            return self._waiting.popleft()
-        return None
+    def _ask(self, seat: Seat, kind: str, reference: Any) -> None:
+        self._calls[reference] = _Call(seat, kind)
 
     def _wait(self) -> None:
-        """Wait a moment for a unit to end, one way or the other."""
-        owners = {reference: seat for seat in self._seats for reference in seat.units}
-        ready, _ = ray.wait(list(owners), num_returns=1, timeout=POLL_SECONDS)
+        """Wait a moment, and take the answers that are there."""
+        if not self._calls:  # no room for any actor
+            time.sleep(POLL_SECONDS)
+            return
+        references = list(self._calls)
+        # Not until the first one: each wait costs as much as there are calls.
+        patience = max(POLL_SECONDS, len(self._seats) / SEATS_A_SECOND)
+        ready, _ = ray.wait(references, num_returns=len(references), timeout=patience)
         for reference in ready:
-            seat = owners[reference]
-            unit = seat.units.pop(reference)
-            try:
-                self._watcher.unit_done(ray.get(reference))
-            except RayTaskError as error:
-                if isinstance(error.cause, LatentmillError):
-                    raise error.cause from error
-                # A process whose GPU or library has failed once may fail every unit after it.
-                seat.tainted = True
-                self._lose(unit, error.cause or error)
-            except RayError as error:  # the actor died, or cannot be reached any more
-                seat.tainted = True
-                for lost in (unit, *seat.units.values()):
-                    self._lose(lost, error)
-                seat.units.clear()
-            if seat.tainted and not seat.units:
-                self._replace(seat)
-
-    def _lose(self, unit: Unit, error: BaseException) -> None:
-        attempt = self._attempts[unit.number] = self._attempts.get(unit.number, 0) + 1
-        self._watcher.unit_lost(unit, attempt, _first_line(error))
-        if attempt < MAX_ATTEMPTS:
-            self._lost.append(unit)
-        else:
-            self._failed[unit.name] = error
-
-    def _replace(self, seat: _Seat) -> None:
-        """Put a new actor into a seat, if there is work left for it."""
-        seat.counted, seat.seen, seat.asked = seat.counted + seat.seen, 0.0, None
-        if self._waiting or self._lost:
-            ray.kill(seat.actor)
-            seat.actor = start_actor(self._job, self._shape)
-            seat.tainted = False
-
-    def _ask(self) -> None:
-        """Ask the actors how far they are, without waiting for the answer."""
-        for seat in self._seats:
-            if seat.tainted:
+            call = self._calls.pop(reference, None)
+            if call is None:  # its seat was lost a moment ago
                 continue
-            if seat.asked is None:
-                seat.asked = seat.actor.meter.remote()
-            elif ray.wait([seat.asked], timeout=0)[0]:
-                try:
-                    seat.seen = ray.get(seat.asked).get("audio_seconds", 0.0)
-                except RayError:
-                    continue  # it died; its units will say so
-                seat.asked = None
-        self._watcher.tick(sum(seat.counted + seat.seen for seat in self._seats))
+            try:
+                answer = ray.get(reference)
+            except RayTaskError as error:
+                self._failed(call, reference, error)
+            except RayError as error:  # the actor died, or cannot be reached any more
+                self._lose_seat(call.seat, classify(error, call.seat.memory_used))
+            else:
+                self._answered(call, reference, answer)
+
+    def _answered(self, call: _Call, reference: Any, answer: Any) -> None:
+        seat = call.seat
+        if call.kind == "unit":
+            self._dispatch.done(seat.finished(reference).unit)
+            self._watcher.unit_done(answer)
+            self._hungry.add(seat)
+            if seat.tainted and not seat.units:
+                self._end_seat(seat)
+        elif call.kind == "meter":
+            seat.heard(answer)
+        elif call.kind == "ready":
+            seat.ready, seat.place = True, answer
+            self._hungry.add(seat)
+            self._failed_starts = 0
+            if self._origin is None:
+                self._ask(seat, "origin", seat.actor.origin.remote())
+        elif self._origin is None:
+            self._origin = answer
+            self._on_origin(answer)
+            self._hungry.update(self._seats)
+
+    def _failed(self, call: _Call, reference: Any, error: RayTaskError) -> None:
+        """A call ended with an exception; its process lives."""
+        seat = call.seat
+        if isinstance(error.cause, LatentmillError):
+            if call.kind == "ready" and self._origin is not None:  # a latecomer's own trouble
+                self._watcher.note(f"a worker cannot start: {error.cause}")
+                self._end_seat(seat)
+                self._failed_starts = MAX_STARTS
+                return
+            raise error.cause from error
+        loss = classify(error)
+        if call.kind != "unit":
+            self._end_seat(seat)
+            self._failed_start("failed", loss, error)
+            return
+        # A process whose GPU or library has failed once may fail every unit after it.
+        seat.tainted = True
+        self._lose(seat.finished(reference).unit, loss)
+        if not seat.units:
+            self._end_seat(seat)
+
+    def _lose_seat(self, seat: Seat, loss: Loss) -> None:
+        """An actor is gone, with all that it had."""
+        lost = seat.holding
+        seat.units.clear()
+        for unit in lost:
+            self._lose(unit, loss)
+        self._end_seat(seat)
+        if not seat.ready and loss.kind == "worker":
+            self._failed_start("died", loss, None)
+        elif not lost:
+            self._watcher.note(f"{seat.place} was lost: {loss.reason}")
+
+    def _lose(self, unit: Unit, loss: Loss) -> None:
+        self._watcher.unit_lost(unit, self._dispatch.lost(unit, loss), loss.reason)
+        self._hungry.update(self._seats)
+
+    def _failed_start(self, how: str, loss: Loss, error: BaseException | None) -> None:
+        self._failed_starts += 1
+        text = f"A worker {how} while it loaded the model: {loss.reason.rstrip('.')}."
+        if self._origin is None and (how == "failed" or self._failed_starts >= MAX_STARTS):
+            raise UnitsFailedError(text) from error
+        self._watcher.note(text)
+
+    def _end_seat(self, seat: Seat) -> None:
+        """Take an actor out; `_grow` puts another one into its place if there is work left."""
+        assert not seat.units
+        self._seats.remove(seat)
+        self._hungry.discard(seat)
+        self._dispatch.leave(seat)
+        self._calls = {ref: call for ref, call in self._calls.items() if call.seat is not seat}
+        self._counted += seat.audio_seconds
+        ray.kill(seat.actor)
+
+    def _look_after(self) -> None:
+        """Ask the actors how far they are; replace those that do not move any more."""
+        now = time.monotonic()
+        if now < self._next_meter:
+            return
+        self._next_meter = now + max(METER_SECONDS, len(self._seats) / QUESTIONS_A_SECOND)
+        for seat in list(self._seats):
+            if seat.ready and not seat.asking:
+                seat.asking = True
+                self._ask(seat, "meter", seat.actor.meter.remote())
+            if seat.stalled(self._stall_seconds):
+                minutes = self._stall_seconds / 60
+                self._lose_seat(seat, Loss("worker", f"no progress for {minutes:g} minutes"))
+        self._tell()
+        self._watcher.tick(self._counted + sum(seat.audio_seconds for seat in self._seats))
+
+    def _tell(self) -> None:
+        ready = sum(seat.ready for seat in self._seats)
+        counts = ready, len(self._seats) - ready
+        if counts != self._told:
+            self._told = counts
+            self._watcher.workers(*counts)
+        now = time.monotonic()
+        if ready:
+            self._idle_since = now
+        elif now - self._idle_since > PATIENCE_SECONDS:
+            self._idle_since = now
+            self._watcher.note(
+                f"no worker is ready: {counts[1]} wait for {self._shape} of the cluster, or load "
+                "the model"
+            )
 
     def _dismiss(self) -> None:
         """End the actors; those in the middle of a unit may first remove its temporary file."""
+        if not head_answers():
+            return  # they are gone with it
         open_units = [reference for seat in self._seats for reference in seat.units]
         if open_units:
             for seat in self._seats:
-                seat.actor.stop.remote()
+                if seat.units:
+                    seat.actor.stop.remote()
             ray.wait(open_units, num_returns=len(open_units), timeout=STOP_SECONDS)
         for seat in self._seats:
             ray.kill(seat.actor)
-
-
-def _first_line(error: BaseException) -> str:
-    """What went wrong, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, RayError):
-        return lines[0] if lines else type(error).__name__
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -2,16 +2,18 @@
 
 A worker is called by two threads at once: while the model works on one unit, the other thread
 writes the previous unit's shard and then starts to decode the next one. Units take turns at the
-model whole, so that the one in front is finished first.
+model whole, so that the one in front is finished first. A unit that has killed workers before is
+encoded carefully: what its items do to a decoder is tried out in another process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +22,16 @@ import torch
 
 from latentmill.chunks import Chunking
 from latentmill.device import pick_device
-from latentmill.encode import AudioStream, EncodeSettings, Meter, UnitEncoder
+from latentmill.encode import AudioStream, EncodeSettings, UnitEncoder
+from latentmill.engine.careful import HANG_SECONDS, Trials
 from latentmill.engine.lock import join_run
-from latentmill.models.base import ModelHandle
+from latentmill.errors import StoreError
+from latentmill.meter import Meter
+from latentmill.models.base import Autoencoder, ModelHandle
+from latentmill.models.batch import find_batch_size
+from latentmill.models.compiled import Compiled
 from latentmill.models.precision import numeric_mode, pick_precision
-from latentmill.plan import Unit
+from latentmill.plan import Unit, read_items
 from latentmill.record import Outcome
 from latentmill.sources.base import Item
 from latentmill.storage import Storage
@@ -45,6 +52,10 @@ class Job:
     info: dict[str, Any]
     device: str
     threads: int
+    compile: bool = False
+    auto_batch: bool = False  # on a GPU the batch size of the settings is only where to begin
+    owner: str | None = None  # of the run's lease on the store, if it has one
+    hang_seconds: float = HANG_SECONDS  # a decoder on trial may be silent for so long
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,7 @@ class UnitResult:
 
 
 MAX_REPORTED_FAILURES = 20
+BATCH_PATH = "plan/batch.json"
 
 
 class Stopped(Exception):  # noqa: N818  nothing is wrong
@@ -82,10 +94,17 @@ class Worker:
         self._device = device
         self._stopped = stopped or threading.Event()
         self._storage = Storage(job.store)
-        self._lock = join_run(self._storage)
-        self._model = job.model.load(device)
+        self._hold = join_run(self._storage, job.owner)
+        self._model: Autoencoder = job.model.load(device)
+        if job.auto_batch and device != "cpu":
+            size = settled_batch_size(self._storage, self._model, job, device)
+            self._job = replace(job, settings=replace(job.settings, batch_size=size))
+        if job.compile:
+            self._model = compiled(self._model, self._job, device)
         self._meter = Meter()
         self._turn = threading.Lock()
+        self._streams: list[AudioStream] = []  # of the units in flight
+        self._free_since: float | None = None  # since when no unit has the model, but some are here
 
     def origin(self) -> npt.NDArray[np.float32]:
         """The latent of one chunk of silence, `[D, Z]`."""
@@ -97,29 +116,45 @@ class Worker:
         return origin
 
     def meter(self) -> dict[str, float]:
-        """The counters so far."""
-        return self._meter.snapshot()
+        """The counters so far; `steps` grows as long as anything goes on."""
+        return {**self._meter.snapshot(), "steps": self._meter.steps}
+
+    @property
+    def queued(self) -> int:
+        """Decoded chunks that wait for the model."""
+        return sum(stream.queued for stream in tuple(self._streams))
 
     def close(self) -> None:
         """Let go of the store; the end of the process does so, too."""
-        if self._lock is not None:
-            self._lock.close()
+        self._hold.close()
 
-    def encode(self, unit: Unit) -> UnitResult:
-        """Encode a unit, write its shard and commit it.
+    def encode(self, unit: Unit, careful: bool = False) -> UnitResult:
+        """Read a unit's items from the plan, encode them, write their shard and commit it.
+
+        Args:
+            unit: The unit.
+            careful: Decode each item on trial first; those that would end this process fail.
 
         Raises:
+            StoreError: The plan is damaged, or the store is another run's now.
             StorageError: The store cannot be written; nothing of the unit stays.
             Stopped: The worker was told to stop; nothing of the unit stays.
         """
         began = time.perf_counter()
-        job = self._job
-        meter = Meter(parent=self._meter)
+        job, meter = self._job, Meter(parent=self._meter)
+        items = read_items(self._storage, unit)
+        refused = self._refused(items, meter) if careful else {}
         encoder = UnitEncoder(self._model, job.chunking, job.settings, meter, self._device)
         audio = _StoppableStream(
-            unit.items, self._model.spec, job.chunking, job.settings, meter, stopped=self._stopped
+            items,
+            self._model.spec,
+            job.chunking,
+            job.settings,
+            meter,
+            refused,
+            stopped=self._stopped,
         )
-        with contextlib.closing(audio), contextlib.closing(self._in_turn(encoder, audio)) as done:
+        with self._listed(audio), contextlib.closing(self._in_turn(encoder, audio)) as done:
             commit = write_unit(
                 self._storage,
                 unit.name,
@@ -128,12 +163,82 @@ class Worker:
                 fingerprint=job.fingerprint,
                 info=job.info,
             )
+        meter.add("write_seconds", time.perf_counter() - audio.encoded_at)
         timings = {**meter.snapshot(), "total_seconds": time.perf_counter() - began}
+        commit = commit.model_copy(update={"items_hash": unit.hash})
+        self._hold.check()
         return _result(unit, write_commit(self._storage, commit, timings))
 
-    def _in_turn(self, encoder: UnitEncoder, audio: AudioStream) -> Generator[Outcome]:
+    def _refused(self, items: Sequence[Item], meter: Meter) -> dict[str, str]:
+        """What speaks against items, by key: their decoding ends or hangs a process."""
+        spec, settings = self._model.spec, self._job.settings
+        refused = {}
+        with Trials(
+            spec.sample_rate,
+            spec.channels,
+            allow_truncated=settings.allow_truncated,
+            hang_seconds=self._job.hang_seconds,
+        ) as trials:
+            for item in items:
+                if self._stopped.is_set():
+                    raise Stopped
+                if reason := trials.reason_against(item):
+                    refused[item.key] = reason
+                meter.add("decode_seconds", 0.0)  # a sign of life
+        return refused
+
+    @contextlib.contextmanager
+    def _listed(self, audio: AudioStream) -> Iterator[None]:
+        self._streams.append(audio)
+        try:
+            with contextlib.closing(audio):
+                yield
+        finally:
+            self._streams.remove(audio)
+            if not self._streams:
+                self._free_since = None
+
+    def _in_turn(self, encoder: UnitEncoder, audio: _StoppableStream) -> Generator[Outcome]:
         with self._turn:
+            if self._free_since is not None:
+                encoder.meter.add("idle_seconds", time.perf_counter() - self._free_since)
             yield from encoder.encode(audio)
+            audio.encoded_at = time.perf_counter()
+            self._free_since = audio.encoded_at if len(self._streams) > 1 else None
+        self._hold.check()
+
+
+def compiled(model: Autoencoder, job: Job, device: str) -> Compiled:
+    """A model, compiled for a job's full batches of full chunks."""
+    spec, settings = model.spec, job.settings
+    shape = (settings.batch_size, spec.channels, job.chunking.model_samples(spec))  # [B, C, T]
+    return Compiled(model, shape, device, settings.precision)
+
+
+def settled_batch_size(storage: Storage, model: Autoencoder, job: Job, device: str) -> int:
+    """The batch size of a store on GPUs, found by the first worker that asks for it.
+
+    It changes the latents in their last digits: every worker, and a run that resumes, takes what
+    is written in the store.
+
+    Raises:
+        ModelError: Not even one chunk fits into the GPU's memory.
+        StoreError: What is written is damaged.
+    """
+    if not storage.exists(BATCH_PATH):
+        samples = job.chunking.model_samples(model.spec)
+        size = find_batch_size(model, samples, device, job.settings.precision)
+        storage.create(BATCH_PATH, json.dumps({"batch_size": size}).encode())
+    try:
+        settled = json.loads(storage.read(BATCH_PATH))["batch_size"]
+        if not isinstance(settled, int) or settled < 1:
+            raise ValueError(settled)
+    except (ValueError, TypeError, KeyError) as error:
+        raise StoreError(
+            f"Store {storage.root}: {BATCH_PATH} is damaged; write the batch size of the run into "
+            'it, such as {"batch_size": 16}, or delete it.'
+        ) from error
+    return settled
 
 
 class _StoppableStream(AudioStream):
@@ -142,6 +247,7 @@ class _StoppableStream(AudioStream):
     def __init__(self, *args: Any, stopped: threading.Event) -> None:
         super().__init__(*args)
         self._worker_stopped = stopped
+        self.encoded_at = 0.0  # by the performance counter
 
     def __iter__(self) -> Iterator[tuple[int, Item, Any]]:
         for event in super().__iter__():

@@ -1,0 +1,111 @@
+"""Which unit a seat gets, and what becomes of a unit that is lost. Knows no Ray and no clock.
+
+Longest first, a bounded number per seat. A unit whose worker died or failed under it is a suspect:
+it is tried again alone, so that no other unit goes down with it, and carefully the last time (each
+item is decoded on trial first). A unit that was lost with its node is no suspect; it goes to the
+front of the queue, and is given up only after many such losses.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Collection, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from latentmill.plan import Unit
+
+UNITS_IN_FLIGHT = 2
+MAX_ATTEMPTS = 3
+MAX_NODE_LOSSES = 20
+
+LossKind = Literal["worker", "node"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Why a unit was lost: its worker (so that the unit is a suspect), or the node under it."""
+
+    kind: LossKind
+    reason: str
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A unit for a seat; if `careful`, its items are decoded on trial first."""
+
+    unit: Unit
+    careful: bool = False
+
+
+class Dispatch:
+    """The units of a run on their way to their commits.
+
+    Args:
+        units: What there is to do.
+        in_flight: Units that a seat may have at once.
+    """
+
+    def __init__(self, units: Iterable[Unit], in_flight: int = UNITS_IN_FLIGHT) -> None:
+        order = sorted(units, key=lambda unit: (-unit.seconds, unit.number))
+        self._waiting = deque(order)
+        self._suspects: deque[Unit] = deque()
+        self._in_flight = in_flight
+        self._open = len(order)
+        self._losses: dict[LossKind, Counter[int]] = {"worker": Counter(), "node": Counter()}
+        self._draining: set[Hashable] = set()  # seats that will be empty for a suspect
+        self.failed: dict[str, Loss] = {}  # by unit name, the last loss
+
+    @property
+    def open(self) -> int:
+        """Units that are neither committed nor given up."""
+        return self._open
+
+    @property
+    def queued(self) -> int:
+        """Open units that no seat has."""
+        return len(self._waiting) + len(self._suspects)
+
+    def next(self, seat: Hashable, holding: Collection[Unit]) -> Assignment | None:
+        """The next unit for a seat that holds some already; None if it gets no more now."""
+        if any(self._losses["worker"][unit.number] for unit in holding):
+            return None
+        if self._suspects:
+            if not holding:
+                self._draining.discard(seat)
+                return self._assign(self._suspects.popleft())
+            if seat in self._draining or len(self._draining) < len(self._suspects):
+                self._draining.add(seat)
+                return None
+        else:
+            self._draining.clear()
+        if self._waiting and len(holding) < self._in_flight:
+            return self._assign(self._waiting.popleft())
+        return None
+
+    def done(self, unit: Unit) -> None:
+        """A unit was committed."""
+        self._open -= 1
+
+    def lost(self, unit: Unit, loss: Loss) -> int:
+        """A unit was lost; it is queued again, or given up. Gives how often it was, in this way."""
+        times = self._losses[loss.kind]
+        times[unit.number] += 1
+        attempt = times[unit.number]
+        if attempt >= (MAX_ATTEMPTS if loss.kind == "worker" else MAX_NODE_LOSSES):
+            self.failed[unit.name] = loss
+            self._open -= 1
+        elif self._losses["worker"][unit.number]:
+            self._suspects.append(unit)
+        else:
+            self._waiting.appendleft(unit)
+        return attempt
+
+    def leave(self, seat: Hashable) -> None:
+        """A seat is gone."""
+        self._draining.discard(seat)
+
+    def _assign(self, unit: Unit) -> Assignment:
+        last_attempt = self._losses["worker"][unit.number] == MAX_ATTEMPTS - 1
+        last_node = self._losses["node"][unit.number] == MAX_NODE_LOSSES - 1
+        return Assignment(unit, careful=last_attempt or last_node)

@@ -1,0 +1,226 @@
+"""One run at a time on object storage, which knows no locks: a lease, a small object in the store.
+
+Its holder writes a heartbeat into it every few seconds. Another run is refused while the heartbeat
+beats, and takes the lease over once it has stood still, by the other run's own clock, for
+`dead_after` seconds; at once if the holder was a process of this machine that is gone. Taking is
+create-only (on S3 `If-None-Match`), then a pause, then a look at who has it: of two that take over
+the same dead lease the later one has it, and a holder that was only slow writes itself back in the
+pause. A holder that finds another one's name stops before it writes anything more; its workers
+look once before they publish a shard and once before they commit it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from latentmill.errors import StorageError, StoreError
+from latentmill.storage import Storage
+
+LEASE_PATH = ".lease"
+LONG_AGO_SECONDS = 3600.0  # beyond what clocks of two machines differ by
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The rhythm of a lease, in seconds."""
+
+    period: float = 5.0  # between two heartbeats
+    dead_after: float = 60.0  # without a heartbeat
+    settle: float = 2.0  # between taking a lease and looking who has it
+    poll: float = 1.0  # between two looks at another run's lease
+
+
+class _Document(BaseModel):
+    """What stands in the lease."""
+
+    model_config = ConfigDict(frozen=True)
+
+    owner: str
+    host: str
+    pid: int
+    process: str | None  # see `_stamp`
+    heartbeat: str  # ISO 8601, UTC: new at every beat
+    dead_after: float
+
+
+class Lease:
+    """The lease of a run on a store. Made by `hold`."""
+
+    def __init__(self, storage: Storage, timing: Timing) -> None:
+        self.owner = uuid.uuid4().hex
+        self._storage = storage
+        self._timing = timing
+        self._lost: str | None = None
+        self._renewed = time.monotonic()
+        self._beating = threading.Lock()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+
+    def check(self) -> None:
+        """Make sure that this run still has the store; cheap, for every turn of a loop.
+
+        Raises:
+            StoreError: Another run has taken the lease over.
+            StorageError: The heartbeat is overdue and cannot be written.
+        """
+        limit = self._timing.dead_after - 2 * self._timing.period
+        if self._lost is None and time.monotonic() - self._renewed > limit:
+            self._beat()  # this process was asleep, or the storage was away
+        if self._lost is not None:
+            raise StoreError(
+                f"This run lost its lease on {self._storage.root} to {self._lost}: wait until that "
+                "run has ended, then run again."
+            )
+
+    def _take(self) -> None:
+        """Wait until the lease is ours.
+
+        Raises:
+            StoreError: Another run is alive and has it.
+        """
+        first: _Document | None = None
+        since = 0.0
+        while True:
+            found = _read(self._storage)
+            if found is None:
+                taken = self._storage.create(LEASE_PATH, self._document())
+                self._over.wait(self._timing.settle if taken else 0.0)
+                if taken and self._is_ours():
+                    self._renewed = time.monotonic()
+                    return
+                first = None
+                continue
+            if first is None or found.owner != first.owner:
+                first, since = found, time.monotonic()
+            still = found.heartbeat == first.heartbeat
+            if not still or _lives_here(found):
+                raise StoreError(
+                    f"Another run is writing into {self._storage.root} (process {found.pid} on "
+                    f"{found.host}): wait until it has ended."
+                )
+            if _is_gone(found) or time.monotonic() - since > found.dead_after:
+                if _read(self._storage) == found:
+                    self._storage.delete(LEASE_PATH)
+            else:
+                self._over.wait(self._timing.poll)
+
+    def _renew(self) -> None:
+        while self._lost is None and not self._over.wait(self._timing.period):
+            with contextlib.suppress(StorageError):  # `check` will say so if it lasts
+                self._beat()
+
+    def _beat(self) -> None:
+        with self._beating:
+            found = _read(self._storage)
+            if found is None or found.owner != self.owner:
+                self._lost = "nobody" if found is None else f"process {found.pid} on {found.host}"
+                return
+            self._storage.write(LEASE_PATH, self._document())
+            self._renewed = time.monotonic()
+
+    def _release(self) -> None:
+        self._over.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        with contextlib.suppress(StorageError):  # the next run finds it dead
+            if self._is_ours():
+                self._storage.delete(LEASE_PATH)
+
+    def _is_ours(self) -> bool:
+        found = _read(self._storage)
+        return found is not None and found.owner == self.owner
+
+    def _document(self) -> bytes:
+        document = _Document(
+            owner=self.owner,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            process=_stamp(os.getpid()),
+            heartbeat=datetime.datetime.now(datetime.UTC).isoformat(),
+            dead_after=self._timing.dead_after,
+        )
+        return document.model_dump_json(indent=1).encode()
+
+
+@contextlib.contextmanager
+def hold(storage: Storage, timing: Timing | None = None) -> Iterator[Lease]:
+    """Hold the lease of a store.
+
+    Raises:
+        StoreError: Another run that is alive has it.
+        StorageError: The store cannot be read or written.
+    """
+    lease = Lease(storage, timing or Timing())
+    try:
+        lease._take()
+        lease._thread.start()
+        yield lease
+    finally:
+        lease._release()
+
+
+def check_owner(storage: Storage, owner: str) -> None:
+    """Make sure, for a worker, that its run still has the store.
+
+    Raises:
+        StoreError: It has not.
+    """
+    found = _read(storage)
+    if found is None or found.owner != owner:
+        raise StoreError(f"Another run has begun to write into {storage.root}.")
+
+
+def _read(storage: Storage) -> _Document | None:
+    text = storage.read_if_exists(LEASE_PATH)
+    if text is None:
+        return None
+    try:
+        return _Document.model_validate_json(text)
+    except ValidationError as error:
+        raise StoreError(
+            f"{storage.root}/{LEASE_PATH} is no lease of latentmill's: delete it if no run is "
+            "writing there."
+        ) from error
+
+
+def _stamp(pid: int) -> str | None:
+    """What tells a process from all others, of other machines and times too; Linux has it.
+
+    Boot and process namespace, then the process and its start. None if there is no such process.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = Path("/proc/self/ns/pid").readlink()
+        started = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (OSError, IndexError):
+        return None
+    return f"{boot} {namespace} {pid} {started}"
+
+
+def _machine(stamp: str | None) -> str | None:
+    return None if stamp is None else stamp.rsplit(" ", 2)[0]
+
+
+def _lives_here(lease: _Document) -> bool:
+    return lease.process is not None and lease.process == _stamp(lease.pid)
+
+
+def _is_gone(lease: _Document) -> bool:
+    """Whether it is known at once that a lease's holder is dead."""
+    here = lease.process is not None and _machine(lease.process) == _machine(_stamp(os.getpid()))
+    if here:
+        return not _lives_here(lease)
+    beat = datetime.datetime.fromisoformat(lease.heartbeat)
+    age = datetime.datetime.now(datetime.UTC) - beat
+    return age.total_seconds() > max(LONG_AGO_SECONDS, lease.dead_after)

@@ -1,0 +1,94 @@
+"""Items on trial: what kills, hangs or ends a decoder is named, whatever else fails is not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from latentmill.engine.careful import Trials
+from latentmill.sources.base import Item
+from support import runs
+
+DEADLY = runs.TESTS / "support" / "deadly"
+SEGFAULT, OUT_OF_MEMORY, HANG, EXIT = 22051, 22052, 22053, 22054
+
+
+def item(folder: Path, rate: int, name: str = "") -> Item:
+    path = folder / (name or f"{rate}.wav")
+    noise = np.random.default_rng(rate).uniform(-0.3, 0.3, 4 * rate)
+    soundfile.write(path, noise, rate, format="WAV")
+    return Item(path.stem, str(path), path.stat().st_size, "1")
+
+
+@pytest.fixture(scope="module")
+def trials() -> Iterator[Trials]:
+    paths = [DEADLY, runs.TESTS.parent / "pipeline", os.environ.get("PYTHONPATH", "")]
+    with pytest.MonkeyPatch.context() as patch, Trials(44100, 1, hang_seconds=2.0) as trials:
+        patch.setenv("PYTHONPATH", os.pathsep.join(str(path) for path in paths if str(path)))
+        yield trials
+        server = trials._server
+    assert server is None or server.returncode is not None
+
+
+def test_each_way_to_die_is_named_and_the_next_item_is_tried(
+    trials: Trials, tmp_path: Path
+) -> None:
+    reasons = {rate: trials.reason_against(item(tmp_path, rate)) for rate in (22050, SEGFAULT)}
+    server = trials._server
+    began = time.monotonic()
+    for rate in (OUT_OF_MEMORY, HANG, EXIT, 44100):
+        reasons[rate] = trials.reason_against(item(tmp_path, rate))
+    assert reasons == {
+        22050: None,
+        SEGFAULT: "decoding it kills the process (SIGSEGV)",
+        OUT_OF_MEMORY: "decoding it kills the process (SIGKILL, as when memory runs out)",
+        HANG: "decoding it hangs: nothing came for 2 s",
+        EXIT: "decoding it ends the process (exit code 3)",
+        44100: None,
+    }
+    assert trials._server is server  # no new process had to start
+    assert time.monotonic() - began < 10
+
+
+def test_an_orderly_failure_is_left_to_the_worker(trials: Trials, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(b"RIFF, but not much of it")
+    assert trials.reason_against(Item("broken", str(broken), 24, "1")) is None
+    assert trials.reason_against(Item("gone", str(tmp_path / "gone.wav"), 24, "1")) is None
+
+
+def test_a_server_that_dies_is_replaced(trials: Trials, tmp_path: Path) -> None:
+    good = item(tmp_path, 22050)
+    assert trials.reason_against(good) is None
+    assert trials._server is not None
+    first = trials._server.pid
+    os.kill(first, signal.SIGKILL)
+    reason = trials.reason_against(good)
+    assert reason == "decoding it kills the process (SIGKILL, as when memory runs out)"
+    assert trials.reason_against(good) is None
+    assert trials._server is not None
+    assert trials._server.pid != first
+
+
+def test_nothing_outlives_a_worker_that_is_killed(trials: Trials, tmp_path: Path) -> None:
+    trials.reason_against(item(tmp_path, 22050))
+    assert trials._server is not None
+    assert trials._socket is not None
+    patient = Trials(44100, 1, hang_seconds=600)
+    patient._server, patient._socket = trials._server, trials._socket
+    asking = threading.Thread(target=patient.reason_against, args=[item(tmp_path, HANG)])
+    asking.start()
+    server = trials._server.pid
+    runs.until(lambda: len(runs.descendants(server)) == 1, 10, "an item hangs")
+    (child,) = runs.descendants(server)
+    trials._socket.shutdown(2)  # what the death of this process would do
+    runs.until(lambda: not runs.alive(child) and not runs.alive(server), 10, "both are gone")
+    asking.join()

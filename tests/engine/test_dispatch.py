@@ -1,0 +1,137 @@
+"""Which unit goes where: order, suspects, caps, and that nothing is lost or done twice."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentmill.engine.dispatch import (
+    MAX_ATTEMPTS,
+    MAX_NODE_LOSSES,
+    UNITS_IN_FLIGHT,
+    Assignment,
+    Dispatch,
+    Loss,
+)
+from latentmill.plan import Unit
+
+DIED, NODE = Loss("worker", "died"), Loss("node", "node died")
+
+
+def units(*seconds: float) -> list[Unit]:
+    return [Unit(number, 1, length) for number, length in enumerate(seconds)]
+
+
+def take(dispatch: Dispatch, seat: str, *holding: Unit) -> Unit:
+    assignment = dispatch.next(seat, holding)
+    assert assignment is not None
+    return assignment.unit
+
+
+def test_longest_first_and_no_more_than_a_seat_may_have() -> None:
+    dispatch = Dispatch(units(1, 3, 2, 3))
+    first = take(dispatch, "a")
+    second = take(dispatch, "a", first)
+    assert dispatch.next("a", [first, second]) is None
+    assert [first.number, second.number] == [1, 3]
+    dispatch.done(first)
+    assert take(dispatch, "a", second).number == 2
+    assert (dispatch.open, dispatch.queued) == (3, 1)
+
+
+def test_a_suspect_runs_alone_and_carefully_at_last() -> None:
+    dispatch = Dispatch(units(3, 2, 1))
+    poison, healthy = take(dispatch, "a"), take(dispatch, "a")
+    dispatch.lost(poison, DIED)
+    assert dispatch.next("a", [healthy]) is None  # it is drained for the suspect
+    assert take(dispatch, "b", healthy).number == 2  # another seat goes on
+    dispatch.done(healthy)
+    assert dispatch.next("a", []) == Assignment(poison, careful=False)
+    assert dispatch.next("a", [poison]) is None
+    dispatch.lost(poison, DIED)
+    assert dispatch.next("a", []) == Assignment(poison, careful=True)
+    assert dispatch.lost(poison, DIED) == MAX_ATTEMPTS
+    assert dispatch.failed == {"000000": DIED}
+    assert dispatch.open == 1
+
+
+def test_a_unit_that_went_with_its_node_is_no_suspect() -> None:
+    dispatch = Dispatch(units(3, 2, 1))
+    long = take(dispatch, "a")
+    dispatch.lost(long, NODE)
+    again = take(dispatch, "b")
+    assert again == long  # at once, not at the end
+    assert take(dispatch, "b", again).number == 1  # and not alone
+    for loss in range(2, MAX_NODE_LOSSES):
+        assert dispatch.lost(again, NODE) == loss
+        assignment = dispatch.next("b", [])
+        assert assignment == Assignment(long, careful=loss == MAX_NODE_LOSSES - 1)
+    dispatch.lost(again, NODE)
+    assert dispatch.failed == {"000000": NODE}
+
+
+def test_a_seat_that_leaves_while_it_is_drained_keeps_no_place() -> None:
+    dispatch = Dispatch(units(4, 3, 2, 1))
+    poison, on_a, on_b = (take(dispatch, name) for name in "xab")
+    dispatch.lost(poison, DIED)
+    assert dispatch.next("a", [on_a]) is None
+    assert dispatch.next("b", [on_b]) is not None
+    dispatch.leave("a")
+    assert dispatch.next("b", [on_b]) is None  # now this one is drained
+
+
+@given(
+    lengths=st.lists(st.floats(0, 100), max_size=30),
+    seats=st.integers(1, 5),
+    seed=st.integers(0, 2**32 - 1),
+    deaths=st.sampled_from([0.0, 0.2, 0.6]),
+    poison=st.sets(st.integers(0, 29), max_size=3),
+)
+def test_every_unit_ends_once_whatever_dies(
+    lengths: list[float], seats: int, seed: int, deaths: float, poison: set[int]
+) -> None:
+    chance = random.Random(seed)
+    dispatch = Dispatch(units(*lengths))
+    held: dict[int, list[Assignment]] = {seat: [] for seat in range(seats)}
+    done: Counter[int] = Counter()
+    lost: Counter[tuple[int, str]] = Counter()
+    idle = 0
+    while dispatch.open:
+        seat = chance.choice(list(held))
+        mine = held[seat]
+        while (given_ := dispatch.next(seat, [one.unit for one in mine])) is not None:
+            mine.append(given_)
+        everywhere = [one.unit.number for some in held.values() for one in some]
+        assert len(everywhere) == len(set(everywhere))
+        assert len(mine) <= UNITS_IN_FLIGHT
+        suspects = [one for one in mine if lost[one.unit.number, "worker"]]
+        assert not suspects or len(mine) == 1 or lost[mine[0].unit.number, "worker"] == 0
+        idle = 0 if mine else idle + 1
+        assert idle < 1000, "somebody always has something to do"
+        if not mine:
+            continue
+        bad = any(one.unit.number in poison for one in mine)
+        if bad or chance.random() < deaths:
+            loss = DIED if bad else chance.choice([DIED, NODE])
+            for one in mine:
+                lost[one.unit.number, loss.kind] += 1
+                dispatch.lost(one.unit, loss)
+            dispatch.leave(seat)
+            held[seat] = []
+            continue
+        finished = mine.pop(0)
+        done[finished.unit.number] += 1
+        dispatch.done(finished.unit)
+    failed = {int(name) for name in dispatch.failed}
+    assert set(done.values()) <= {1}
+    assert failed | set(done) == set(range(len(lengths)))
+    assert not failed & set(done)
+    assert poison & set(range(len(lengths))) <= failed
+    assert all(
+        lost[number, "worker"] == MAX_ATTEMPTS or lost[number, "node"] == MAX_NODE_LOSSES
+        for number in failed
+    )
+    assert dispatch.queued == 0

@@ -1,0 +1,260 @@
+"""The lease of a run on a bucket: who has it, who is refused, who takes over, who stops."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from latentmill.engine import lease as lease_module
+from latentmill.engine.lease import LEASE_PATH, Lease, Timing, check_owner, hold
+from latentmill.engine.lock import join_run, only_run
+from latentmill.errors import StorageError, StoreError
+from latentmill.storage import Storage
+from support import runs
+
+QUICK = Timing(period=0.05, dead_after=1.0, settle=0.2, poll=0.02)
+
+OneSentence = Callable[[BaseException], str]
+
+
+@pytest.fixture(params=["memory", "s3"])
+def storage(request: pytest.FixtureRequest) -> Storage:
+    if request.param == "s3":
+        return Storage(request.getfixturevalue("s3_bucket") + "/latents")
+    return Storage(f"memory://{uuid.uuid4().hex}/latents")
+
+
+def document(storage: Storage) -> dict[str, object]:
+    parsed: dict[str, object] = json.loads(storage.read(LEASE_PATH))
+    return parsed
+
+
+def foreign(storage: Storage, **changes: object) -> dict[str, object]:
+    """Leave a lease as a run on another machine has written it just now."""
+    values = {
+        "owner": uuid.uuid4().hex,
+        "host": "elsewhere",
+        "pid": 7,
+        "process": "another-boot pid:[1] 7 1",
+        "heartbeat": datetime.datetime.now(datetime.UTC).isoformat(),
+        "dead_after": QUICK.dead_after,
+        **changes,
+    }
+    storage.write(LEASE_PATH, json.dumps(values).encode())
+    return values
+
+
+def test_a_lease_beats_and_is_gone_at_the_end(storage: Storage) -> None:
+    with hold(storage, QUICK) as lease:
+        first = document(storage)
+        assert first["owner"] == lease.owner
+        assert first["pid"] == os.getpid()
+        runs.until(lambda: document(storage)["heartbeat"] != first["heartbeat"], 5, "a beat")
+        lease.check()
+        check_owner(storage, lease.owner)
+    assert not storage.exists(LEASE_PATH)
+
+
+def test_a_second_run_is_refused_in_one_sentence(
+    storage: Storage, one_sentence: OneSentence
+) -> None:
+    with hold(storage, QUICK) as lease:
+        with pytest.raises(StoreError) as refused, hold(storage, QUICK):
+            pass
+        text = one_sentence(refused.value)
+        assert text.startswith(f"Another run is writing into {storage.root} (process {os.getpid()}")
+        lease.check()
+        assert document(storage)["owner"] == lease.owner
+
+
+def test_a_beating_lease_of_another_machine_is_left_alone(storage: Storage) -> None:
+    values = foreign(storage)
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(0.05):
+            now = datetime.datetime.now(datetime.UTC).isoformat()
+            storage.write(LEASE_PATH, json.dumps({**values, "heartbeat": now}).encode())
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(StoreError, match="process 7 on elsewhere"), hold(storage, QUICK):
+            pass
+    finally:
+        over.set()
+        thread.join()
+    assert document(storage)["owner"] == values["owner"]
+
+
+def test_a_lease_that_stands_still_is_taken_over_after_its_time(storage: Storage) -> None:
+    foreign(storage)
+    began = time.monotonic()
+    with hold(storage, QUICK) as lease:
+        assert time.monotonic() - began > QUICK.dead_after
+        assert document(storage)["owner"] == lease.owner
+
+
+def test_a_lease_of_a_dead_process_of_this_machine_is_taken_over_at_once(storage: Storage) -> None:
+    with subprocess.Popen(["sleep", "60"]) as sleeping:
+        stamp = lease_module._stamp(sleeping.pid)
+        sleeping.kill()
+    foreign(storage, process=stamp, pid=sleeping.pid, dead_after=600)
+    began = time.monotonic()
+    with hold(storage, QUICK):
+        assert time.monotonic() - began < 10
+
+
+def test_a_lease_from_long_ago_is_taken_over_at_once(storage: Storage) -> None:
+    past = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=2)
+    foreign(storage, heartbeat=past.isoformat(), dead_after=600)
+    began = time.monotonic()
+    with hold(storage, QUICK):
+        assert time.monotonic() - began < 10
+
+
+def test_of_many_takers_of_a_dead_lease_one_has_it(storage: Storage) -> None:
+    past = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=2)
+    foreign(storage, heartbeat=past.isoformat())
+    start = threading.Barrier(6)
+    held: list[str] = []
+    most = 0
+    over = threading.Event()
+
+    def take(_: int) -> str:
+        nonlocal most
+        start.wait()
+        try:
+            with hold(storage, QUICK) as lease:
+                held.append(lease.owner)
+                most = max(most, len(held))
+                over.wait(10)
+                held.remove(lease.owner)
+        except StoreError:
+            return "refused"
+        return "held"
+
+    with ThreadPoolExecutor(6) as pool:
+        results = [pool.submit(take, number) for number in range(6)]
+        runs.until(lambda: sum(one.done() for one in results) == 5, 60, "five are refused")
+        over.set()
+        assert sorted(one.result() for one in results) == ["held"] + ["refused"] * 5
+    assert most == 1
+
+
+def test_a_slow_holder_that_writes_itself_back_keeps_the_lease(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = foreign(storage, heartbeat="2020-01-01T00:00:00+00:00")
+    create = Storage.create
+
+    def slow_holder_returns(self: Storage, path: str, data: bytes) -> bool:
+        created = create(self, path, data)
+        if path == LEASE_PATH and created:
+            now = datetime.datetime.now(datetime.UTC).isoformat()
+            self.write(LEASE_PATH, json.dumps({**values, "heartbeat": now}).encode())
+            threading.Timer(
+                QUICK.settle + 0.3,
+                lambda: self.write(
+                    LEASE_PATH, json.dumps({**values, "heartbeat": now + "0"}).encode()
+                ),
+            ).start()
+        return created
+
+    monkeypatch.setattr(Storage, "create", slow_holder_returns)
+    with pytest.raises(StoreError, match="elsewhere"), hold(storage, QUICK):
+        pass
+    assert document(storage)["owner"] == values["owner"]
+
+
+def test_a_run_that_lost_its_lease_stops_and_leaves_the_other_ones(
+    storage: Storage, one_sentence: OneSentence
+) -> None:
+    with hold(storage, QUICK) as lease:
+        while lease._lost is None:  # a beat may just have been under way
+            values = foreign(storage)
+            time.sleep(0.2)
+        with pytest.raises(StoreError) as lost:
+            lease.check()
+        assert "lost its lease" in one_sentence(lost.value)
+        assert "process 7 on elsewhere" in str(lost.value)
+        with pytest.raises(StoreError, match="Another run has begun to write"):
+            check_owner(storage, lease.owner)
+    assert document(storage) == values
+
+
+def test_a_run_that_slept_looks_before_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(f"memory://{uuid.uuid4().hex}/latents")
+    sleepy = Timing(period=60.0, dead_after=120.5, settle=0.0)
+    with hold(storage, sleepy) as lease:
+        before = document(storage)["heartbeat"]
+        lease.check()
+        assert document(storage)["heartbeat"] == before
+        time.sleep(0.6)
+        lease.check()  # overdue, but nobody took it
+        assert document(storage)["heartbeat"] != before
+        time.sleep(0.6)
+        foreign(storage)
+        with pytest.raises(StoreError, match="lost its lease"):
+            lease.check()
+        storage.delete(LEASE_PATH)
+
+    def fails(self: Storage, path: str) -> bytes | None:
+        raise StorageError("Cannot read it: it is away.")
+
+    with hold(storage, sleepy) as lease, monkeypatch.context() as patch:
+        patch.setattr(Storage, "read_if_exists", fails)
+        lease.check()  # not overdue: it is not even looked at
+        time.sleep(0.6)
+        with pytest.raises(StorageError):
+            lease.check()
+
+
+def test_a_beat_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(f"memory://{uuid.uuid4().hex}/latents")
+    failing = threading.Event()
+    beat = Lease._beat
+
+    def sometimes(self: Lease) -> None:
+        if failing.is_set():
+            raise StorageError("Cannot write it: it is away.")
+        beat(self)
+
+    monkeypatch.setattr(Lease, "_beat", sometimes)
+    with hold(storage, QUICK) as lease:
+        failing.set()
+        time.sleep(0.3)
+        stood_still = document(storage)["heartbeat"]
+        failing.clear()
+        runs.until(lambda: document(storage)["heartbeat"] != stood_still, 5, "it beats again")
+        lease.check()
+
+
+def test_what_is_no_lease_is_named(storage: Storage, one_sentence: OneSentence) -> None:
+    storage.write(LEASE_PATH, b"something else")
+    with pytest.raises(StoreError) as error, hold(storage, QUICK):
+        pass
+    assert LEASE_PATH in one_sentence(error.value)
+
+
+def test_workers_of_a_bucket_look_for_their_runs_lease(
+    s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "Timing", lambda: Timing(period=60.0, settle=0.1))
+    storage = Storage(s3_bucket + "/latents")
+    with only_run(storage) as held:
+        worker = join_run(storage, held.owner)
+        worker.check()
+        foreign(storage)
+        with pytest.raises(StoreError, match="Another run has begun"):
+            worker.check()
+        worker.close()

@@ -1,0 +1,142 @@
+"""Units on real workers that fail, hang and die: what is tried again, what is named, what stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from latentmill.config import load_config
+from latentmill.engine.progress import QuietProgress
+from latentmill.engine.scheduler import Scheduler
+from latentmill.plan import Unit
+from latentmill.run import RunSummary, run
+from support import runs
+
+SEGFAULT = 22051  # see support/deadly
+TROUBLED_MODEL = "python:support.troubled_model:build"
+
+
+class Ear(QuietProgress):
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.lost: list[tuple[int, int, str]] = []
+        self.notes: list[str] = []
+        self.counts: list[tuple[int, int]] = []
+
+    def unit_lost(self, unit: Unit, attempt: int, reason: str) -> None:
+        self.lost.append((unit.number, attempt, reason))
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def workers(self, ready: int, starting: int) -> None:
+        self.counts.append((ready, starting))
+
+
+def encode(songs: Path, store: Path, ear: Ear, **options: Any) -> RunSummary:
+    values = {"device": "cpu", "threads": 1, "workers": 1, "unit_seconds": 3.0, **options}
+    return run(load_config(None, {"source": str(songs), "out": str(store), **values}), ear)
+
+
+@pytest.fixture(scope="module")
+def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.write_songs(tmp_path_factory.mktemp("songs"), 6)
+
+
+def test_the_item_that_kills_its_workers_is_named_and_the_others_are_encoded(
+    tmp_path: Path, ray_session: Path
+) -> None:
+    songs = runs.write_songs(tmp_path / "songs", 6)
+    noise = np.random.default_rng(0).uniform(-0.3, 0.3, SEGFAULT)
+    soundfile.write(songs / "album 1" / "song 04b.wav", noise, SEGFAULT)
+    ear = Ear()
+    summary = encode(songs, tmp_path / "store", ear)
+    reason = "decoding it kills the process (SIGSEGV)"
+    assert summary.failures == (("album 1/song 04b", reason),)
+    assert summary.exit_code == 3
+    assert (summary.info.encoded, summary.info.failed) == (6, 1)
+    runs.assert_whole(tmp_path / "store")
+    poison = {number for number, attempt, _ in ear.lost if attempt == 2}
+    assert len(poison) == 1
+    assert all("died without a word" in reason for *_, reason in ear.lost)
+    assert ear.notes == [
+        f"unit {poison.pop():06d}: its items are decoded on trial for its last attempt"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("trouble", "seconds_without_progress", "reason"),
+    [
+        ("cuda", 900, "AcceleratorError: CUDA error: an illegal memory access was encountered"),
+        ("kill", 900, "its process died without a word (it crashed, or was killed by SIGKILL"),
+        ("hang", 12, "no progress for 0.2 minutes"),
+    ],
+)
+def test_a_worker_in_trouble_is_replaced(
+    songs: Path,
+    tmp_path: Path,
+    ray_session: Path,
+    trouble: str,
+    seconds_without_progress: float,
+    reason: str,
+) -> None:
+    ear = Ear()
+    options = {"trouble": trouble, "mark": str(tmp_path / "mark")}
+    summary = encode(
+        songs,
+        tmp_path / "store",
+        ear,
+        model=TROUBLED_MODEL,
+        model_options=options,
+        stall_minutes=seconds_without_progress / 60,
+    )
+    assert summary.exit_code == 0
+    assert summary.info.encoded == 6
+    runs.assert_whole(tmp_path / "store")
+    assert {attempt for _, attempt, _ in ear.lost} == {1}
+    assert all(text.startswith(reason) for *_, text in ear.lost)
+    assert (1, 0) in ear.counts
+
+
+def test_a_device_out_of_memory_is_survived_in_place(
+    songs: Path, tmp_path: Path, ray_session: Path
+) -> None:
+    ear = Ear()
+    options = {"trouble": "memory", "mark": str(tmp_path / "mark")}
+    summary = encode(
+        songs,
+        tmp_path / "store",
+        ear,
+        model=TROUBLED_MODEL,
+        model_options=options,
+        chunk_seconds=0.25,
+        batch_size=3,
+    )
+    assert (tmp_path / "mark").exists()
+    assert summary.exit_code == 0
+    assert ear.lost == []
+
+
+def test_workers_that_are_not_placed_hold_no_units(
+    songs: Path, tmp_path: Path, ray_session: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More are asked for than the cluster has room for, as where an autoscaler is slow."""
+    import ray
+
+    cpus = int(ray.cluster_resources()["CPU"])
+    built = Scheduler.__init__
+
+    def greedy(self: Scheduler, job: Any, shape: Any, wanted: Any, *args: Any, **rest: Any) -> None:
+        built(self, job, shape, lambda: cpus + 2, *args, **rest)
+
+    monkeypatch.setattr(Scheduler, "__init__", greedy)
+    ear = Ear()
+    encode(songs, tmp_path / "store", ear, workers=None, unit_seconds=1.0)
+    runs.assert_whole(tmp_path / "store")
+    assert max(ready for ready, _ in ear.counts) <= cpus
+    assert max(starting for _, starting in ear.counts) >= 2

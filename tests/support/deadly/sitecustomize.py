@@ -1,0 +1,34 @@
+"""On PYTHONPATH: makes a decoder of this process crash, hang or run away at certain files.
+
+Python imports a module of this name when it starts, so that it reaches workers and their children.
+What happens is told by the sample rate of a file, which no other test uses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+
+import soundfile
+
+SEGFAULT, OUT_OF_MEMORY, HANG, EXIT = 22051, 22052, 22053, 22054
+
+_open = soundfile.SoundFile.__init__
+
+
+def _deadly(self: soundfile.SoundFile, *args: object, **kwargs: object) -> None:
+    _open(self, *args, **kwargs)
+    if self.samplerate == SEGFAULT:
+        ctypes.string_at(0)
+    if self.samplerate == OUT_OF_MEMORY:
+        os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(10)
+    if self.samplerate == HANG:
+        time.sleep(3600)
+    if self.samplerate == EXIT:
+        os._exit(3)
+
+
+soundfile.SoundFile.__init__ = _deadly
