@@ -95,7 +95,8 @@ def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     from latentmill.engine.cluster import connect
 
     tests = Path(__file__).parent
-    paths = [tests, tests.parent / "pipeline", os.environ.get("PYTHONPATH", "")]
+    paths = [tests, tests / "support" / "deadly", tests.parent / "pipeline"]
+    paths.append(os.environ.get("PYTHONPATH", ""))
     hf_home = tmp_path_factory.mktemp("hf_home")
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:  # the workers inherit it, this process does not

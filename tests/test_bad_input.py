@@ -12,12 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from latentmill.chunks import Chunking
 from latentmill.config import load_config
-from latentmill.models import registry
-from latentmill.run import _planned
-from latentmill.sources.folder import FolderSource
-from latentmill.storage import Storage
+from latentmill.planning import listed, planned, prepare
 from support import runs
 
 Capture = pytest.CaptureFixture[str]
@@ -104,11 +100,8 @@ def test_no_permission(capsys: Capture, songs: Path, nobody: Path) -> None:
 
 def frozen(songs: Path, store: Path) -> Path:
     """A store with a plan and no commits."""
-    config = load_config(None, {"source": str(songs), "out": str(store)})
-    handle = registry.resolve(config.model)
-    storage = Storage(config.out)
-    listing = FolderSource(config.source, config.extensions).list()
-    _planned(config, listing, storage, handle, Chunking.for_model(handle.spec))
+    prepared = prepare(load_config(None, {"source": str(songs), "out": str(store)}))
+    planned(prepared, listed(prepared))
     return store
 
 

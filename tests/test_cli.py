@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from latentmill import cli
+from latentmill import cli_read
 from latentmill.run import encode
 from latentmill.version import __version__
 from support import runs
@@ -130,10 +130,10 @@ def test_decode_to_where_nothing_can_be_written(
     result = runs.call(capsys, "decode", store, "album 0/song 00", "-o", tmp_path / "file")
     assert result.code == 6
     assert result.err.startswith(f"latentmill: Cannot write {tmp_path}/file/album 0/song 00.wav: ")
-    result = runs.call(capsys, "mix", store, "album 0/song 00", "-o", tmp_path / "mix.flac")
+    result = runs.call(capsys, "mix", store, "album 0/song 00", "-o", tmp_path / "mix.mp3")
     assert (result.code, result.err) == (
         2,
-        f"latentmill: Output {tmp_path}/mix.flac: name a .wav file.\n",
+        f"latentmill: Output {tmp_path}/mix.mp3: name a .wav or .flac file.\n",
     )
 
 
@@ -147,6 +147,40 @@ def test_mix(capsys: Capture, store: Path, songs: Path, tmp_path: Path) -> None:
         for name in ("album 0/song 00.wav", "album 1/song 07.wav")
     )
     np.testing.assert_allclose(soundfile.read(file)[0], first - 0.5 * second, atol=3e-3)
+
+
+def test_flac(capsys: Capture, store: Path, songs: Path, tmp_path: Path) -> None:
+    key = "album 1/song 07"
+    result = runs.call(capsys, "decode", store, key, "-o", tmp_path, "--format", "flac", "--json")
+    assert (result.code, result.err) == (0, "")
+    file = tmp_path / f"{key}.flac"
+    assert runs.outcome(result) == {"files": [str(file)]}
+    assert soundfile.info(file).subtype == "PCM_24"
+    source, _ = soundfile.read(songs / f"{key}.wav", dtype="float32")
+    np.testing.assert_allclose(soundfile.read(file)[0], source, atol=2e-3)
+    loud = runs.call(capsys, "mix", store, f"{key}:5", "-o", tmp_path / "loud.flac")
+    assert loud.code == 0
+    assert "samples clipped, the peak is +" in loud.err
+    assert np.abs(soundfile.read(tmp_path / "loud.flac")[0]).max() <= 1
+    wrong = runs.call(capsys, "decode", store, key, "-o", tmp_path, "--format", "mp3")
+    assert (wrong.code, wrong.err) == (2, "latentmill: Option --format mp3: it is wav or flac.\n")
+
+
+def test_mix_of_records_of_other_lengths(
+    capsys: Capture, store: Path, songs: Path, tmp_path: Path
+) -> None:
+    keys = ["album 0/song 00", "album 0/song 21"]
+    long, short = (soundfile.read(songs / f"{key}.wav", dtype="float32")[0] for key in keys)
+    for length, samples in (("longest", len(long)), ("shortest", len(short))):
+        file = tmp_path / f"{length}.wav"
+        result = runs.call(capsys, "mix", store, *keys, "-o", file, "--length", length)
+        assert (result.code, result.err) == (0, "")
+        audio = soundfile.read(file)[0]
+        expected = long[:samples].copy()
+        expected[: len(short)] += short
+        assert len(audio) == samples
+        # A cut latent lacks the frame that ends its last hop.
+        np.testing.assert_allclose(audio[:-512], expected[:-512], atol=4e-3)
 
 
 def test_mixes_that_make_no_sense(capsys: Capture, store: Path, tmp_path: Path) -> None:
@@ -167,14 +201,14 @@ def test_mixes_that_make_no_sense(capsys: Capture, store: Path, tmp_path: Path) 
 
 def test_a_key_may_hold_colons() -> None:
     store = {"a:b": None, "a": None}
-    assert cli._part(store, "a:b") == ("a:b", 1.0)
-    assert cli._part(store, "a:b:2") == ("a:b", 2.0)
-    assert cli._part(store, "a:2") == ("a", 2.0)
+    assert cli_read._part(store, "a:b") == ("a:b", 1.0)
+    assert cli_read._part(store, "a:b:2") == ("a:b", 2.0)
+    assert cli_read._part(store, "a:2") == ("a", 2.0)
 
 
 @pytest.mark.parametrize("key", ["../../x", "/etc/x", "a/../../../x", "./..//x", "..", ""])
 def test_a_key_does_not_leave_its_folder(key: str, tmp_path: Path) -> None:
-    path = (tmp_path / f"{cli._safe(key)}.wav").resolve()
+    path = (tmp_path / f"{cli_read._safe(key)}.wav").resolve()
     assert path.is_relative_to(tmp_path)
     assert path.parent.is_relative_to(tmp_path)
 

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import struct
-import sys
 import threading
 import time
 import tracemalloc
@@ -21,14 +20,17 @@ import pytest
 import soundfile as sf
 import torch
 
+from latentmill.audio import MediaFile
 from latentmill.chunks import Chunking
 from latentmill.decode import decode_latent
 from latentmill.encode import AudioStream, EncodeSettings, Meter, UnitEncoder
 from latentmill.models import mdct
-from latentmill.models.base import Autoencoder, ModelSpec
+from latentmill.models.base import Autoencoder, Context, ModelSpec
 from latentmill.record import Outcome, Record
 from latentmill.sources.base import Item
+from latentmill.sources.filters import Filters
 from latentmill.sources.folder import FolderSource
+from latentmill.sources.reading import UnitReader
 from support.recordings import CORPUS, noise
 
 RATE = 8000
@@ -38,7 +40,7 @@ EXTENSIONS = ("wav", "flac", "ogg", "mp3", "aiff")
 
 
 def items_of(folder: Path) -> tuple[Item, ...]:
-    return FolderSource(str(folder), EXTENSIONS).list().items
+    return tuple(sorted(FolderSource(str(folder), EXTENSIONS).items(), key=lambda i: i.key))
 
 
 def encode(
@@ -92,7 +94,8 @@ def test_a_corpus_becomes_records(corpus: Path) -> None:
     assert done["boundary"].metadata == {}
     encoded = sum(record.duration for record in done.values())
     assert meter.audio_seconds == pytest.approx(encoded, rel=0.2)
-    assert all(value > 0 for value in meter.snapshot().values())
+    stages = ("audio", "read", "decode", "wait", "model")  # the others are the worker's
+    assert all(meter.snapshot()[f"{stage}_seconds"] > 0 for stage in stages)
 
 
 def test_a_latent_is_that_of_the_file_encoded_whole(corpus: Path) -> None:
@@ -250,9 +253,9 @@ def test_a_remote_file_is_compared_by_its_size(planned: tuple[Item, ...]) -> Non
     data = Path(planned[0].uri).read_bytes()
     for name in ("kept", "grown"):
         remote.pipe_file(f"/changes/{name}.wav", data)
-    items = FolderSource("memory://changes", EXTENSIONS).list().items
+    items = list(FolderSource("memory://changes", EXTENSIONS).items())
     remote.pipe_file("/changes/grown.wav", data + bytes(8))
-    items = tuple(replace(item, version="an etag") for item in items)
+    items = [replace(item, version="an etag") for item in items]
     assert {one.key: one.reason for one in encode(items)} == {
         "grown": f"changed since the plan was made ({len(data)} bytes then, {len(data) + 8} now)",
         "kept": None,
@@ -275,15 +278,14 @@ def test_group_and_role_come_from_the_metadata(planned: tuple[Item, ...]) -> Non
 def test_an_error_that_nobody_foresaw_fails_its_item_alone(
     corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules["latentmill.encode"]  # the package's attribute is the function
-    real = module.open_media
+    real = UnitReader.open
 
-    def fragile(uri: str) -> object:
-        if uri.endswith("lame.mp3"):
+    def fragile(self: UnitReader, item: Item) -> MediaFile:
+        if item.key == "lame":
             raise ZeroDivisionError("a bug\nin a decoder")
-        return real(uri)
+        return real(self, item)
 
-    monkeypatch.setattr(module, "open_media", fragile)
+    monkeypatch.setattr(UnitReader, "open", fragile)
     outcomes = encode(items_of(corpus))
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     assert [outcome.key for outcome in failed] == ["lame"]
@@ -291,7 +293,7 @@ def test_an_error_that_nobody_foresaw_fails_its_item_alone(
 
 
 def test_filters_skip_by_name(corpus: Path, tmp_path: Path) -> None:
-    settings = EncodeSettings(min_seconds=0.21, max_seconds=2.3)
+    settings = EncodeSettings(filters=Filters(min_seconds=0.21, max_seconds=2.3))
     outcomes = {one.key: one for one in encode(items_of(corpus), settings=settings)}
     skipped = {key: one.reason for key, one in outcomes.items() if one.status == "skipped"}
     assert skipped == {
@@ -307,7 +309,8 @@ def test_filters_work_where_the_header_does_not_say_the_length(tmp_path: Path) -
         path = tmp_path / f"{name}.flac"
         sf.write(path, noise(seconds, RATE), RATE)
         path.write_bytes(without_length(path.read_bytes()))
-    settings = EncodeSettings(min_seconds=0.5, max_seconds=2.0, batch_size=2)
+    filters = Filters(min_seconds=0.5, max_seconds=2.0)
+    settings = EncodeSettings(filters=filters, batch_size=2)
     outcomes = encode(items_of(tmp_path), settings=settings)
     assert [(one.key, one.status, one.reason) for one in outcomes] == [
         ("brief", "skipped", "min_seconds: 0.300 s"),
@@ -392,7 +395,7 @@ class Averager:
     def __init__(self) -> None:
         self.most = 0
         small = mdct.build(hop=RATE, sample_rate=RATE).spec
-        self.spec: ModelSpec = replace(small, overhang=0, latent_channels=1, context=0)
+        self.spec: ModelSpec = replace(small, overhang=0, latent_channels=1, context=Context(0, 0))
 
     def encode(self, audio: torch.Tensor) -> torch.Tensor:
         time.sleep(0.002)  # slower than decoding, so that the queues fill up

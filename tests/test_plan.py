@@ -25,6 +25,7 @@ from latentmill.plan import (
     check_items,
     copy,
     draft,
+    drafting,
     estimated_seconds,
     extend,
     freeze,
@@ -33,15 +34,13 @@ from latentmill.plan import (
     load,
     read_items,
 )
-from latentmill.plan import draft as draft_function
 from latentmill.plan import files as files_module
-from latentmill.plan.draft import Cut, cut
+from latentmill.plan.drafting import Cut, cut
 from latentmill.plan.plan import Part
 from latentmill.sources.base import ByteRange, Item, Segment, TableCell
 from latentmill.storage import Storage
 
 LIMIT = 30.0
-draft_module = __import__(draft_function.__module__, fromlist=["draft"])
 
 
 def item(number: int, size: int, extension: str = "wav", **more: object) -> Item:
@@ -102,7 +101,7 @@ def _taken(blocks: Iterator[Cut], items: int) -> Iterator[Cut]:
 @example(sizes=[0] * 18, most=9)
 def test_a_unit_has_a_bounded_number_of_items(sizes: list[int], most: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draft_module, "MAX_UNIT_ITEMS", most)
+        patch.setattr(drafting, "MAX_UNIT_ITEMS", most)
         units = list(cut([Cut(1, size, size) for size in sizes], 1e9))
     assert [unit.items for unit in units[:-1]] == [most] * (len(units) - 1)
     assert units[-1].items <= most
@@ -192,7 +191,7 @@ def test_the_order_of_a_listing_does_not_matter(items: list[Item], chance: rando
     chance.shuffle(shuffled)
     with pytest.MonkeyPatch.context() as patch:
         write(items, one)
-        patch.setattr(draft_module, "RUN_ITEMS", 3)  # the other one merges many runs
+        patch.setattr(drafting, "RUN_ITEMS", 3)  # the other one merges many runs
         write(shuffled, other)
     assert contents(one) == contents(other)
 
@@ -200,7 +199,7 @@ def test_the_order_of_a_listing_does_not_matter(items: list[Item], chance: rando
 def test_many_runs_are_merged_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from latentmill.plan import sort
 
-    monkeypatch.setattr(draft_module, "RUN_ITEMS", 500)
+    monkeypatch.setattr(drafting, "RUN_ITEMS", 500)
     monkeypatch.setattr(sort, "LARGEST_BATCH", 64)
     numbers = list(range(5000))
     random.Random(1).shuffle(numbers)
@@ -220,7 +219,7 @@ def test_many_runs_are_merged_in_order(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_key_that_comes_twice_is_refused_by_name(
     groups: tuple[str | None, str | None], runs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(draft_module, "RUN_ITEMS", runs)
+    monkeypatch.setattr(drafting, "RUN_ITEMS", runs)
     items = [item(number, 1) for number in range(9)]
     items += [dataclasses.replace(item(4, 1), uri="/other.wav", group=groups[0])]
     items[4] = dataclasses.replace(items[4], group=groups[1])

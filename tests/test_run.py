@@ -36,7 +36,7 @@ from support import runs
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Encode units in this process."""
 
-    def encode_units(config, handle, chunking, plan, todo, progress) -> None:
+    def encode_units(config, handle, chunking, plan, todo, progress, hold) -> None:
         job = launch.make_job(config, handle, chunking, plan, device="cpu", threads=1)
         worker = Worker(job)
         write_origin(Storage(config.out), worker.origin())

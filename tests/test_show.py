@@ -9,6 +9,7 @@ import pytest
 
 from latentmill import show
 from latentmill.models.registry import available
+from latentmill.planning import Extension
 from latentmill.run import RunSummary
 from latentmill.store.schema import DatasetInfo, ShardEntry
 from latentmill.store.verify import Decoded, Report
@@ -78,9 +79,26 @@ def test_the_summary_accounts_for_every_item() -> None:
 def test_the_summary_of_a_run_with_nothing_to_do() -> None:
     text = show.summary(run(failures=(), skipped=(), ignored={}, resumed_units=4, stages={}))
     assert text.splitlines()[1:] == [
-        "every unit was committed already: nothing to encode (the plan is frozen: files that came "
-        "later need another OUT)"
+        "every unit was committed already: nothing to encode (the plan is frozen: --extend adds "
+        "files that came later)"
     ]
+
+
+def test_the_summary_of_an_extension() -> None:
+    keys = tuple(f"song {number}" for number in range(20))
+    found = Extension(3, 25, 1, False, keys[:3], keys, keys[:1])
+    text = show.summary(run(failures=(), skipped=(), ignored={}, resumed_units=4, extension=found))
+    lines = text.splitlines()
+    assert lines[1] == "  the plan was extended by 3 new items"
+    assert lines[2].startswith("  25 items changed since they were planned: song 0, song 1,")
+    assert lines[2].endswith("song 19, ...")
+    assert lines[3] == "  1 items are gone from the source; their latents stay: song 0"
+    assert lines[4] == "    --retry-changed encodes them anew"
+    assert "--extend" not in text
+    none = run(extension=Extension(0, 0, 0, False))
+    assert "  nothing new" in show.summary(none).splitlines()
+    retried = run(extension=Extension(0, 1, 0, True, (), ("a",)))
+    assert "their units were encoded anew" in show.summary(retried)
 
 
 def test_the_summary_names_the_files_that_are_no_items_and_the_cure_of_failures() -> None:

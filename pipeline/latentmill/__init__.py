@@ -7,30 +7,82 @@ store = lm.open("latents")
 record = store["album/song"]
 audio = store.decode("album/song", seed=0)
 mixed = lm.mix([store["a"].latent, store["b"].latent], gains=[1.0, 0.5], origin=store.origin)
+stream = lm.LatentStream("latents", crop=256, batch_size=32)
+loader = torch.utils.data.DataLoader(stream, batch_size=32, collate_fn=lm.collate)
 """
+
+from typing import TYPE_CHECKING, Any
 
 from latentmill.config import RunConfig, load_config
 from latentmill.errors import LatentmillError
-from latentmill.ops import Origin, fit, gain, mix, subtract
+from latentmill.ops import (
+    Linearity,
+    LinearityWarning,
+    Origin,
+    crossfade,
+    fade,
+    fit,
+    gain,
+    mix,
+    mixup,
+    subtract,
+)
 from latentmill.record import Record
 from latentmill.run import RunSummary, encode
 from latentmill.store.store import LatentStore
 from latentmill.store.store import open_store as open  # noqa: A004  lm.open(...) reads best
 from latentmill.version import __version__
 
+if TYPE_CHECKING:
+    from latentmill.reader.batches import BatchSampler
+    from latentmill.reader.collate import collate
+    from latentmill.reader.dataset import LatentDataset
+    from latentmill.reader.normalize import Normalize
+    from latentmill.reader.stem_dataset import StemDataset
+    from latentmill.reader.stream import LatentStream
+
+# The reader is imported when it is first used.
+_LAZY = {
+    "BatchSampler": "latentmill.reader.batches",
+    "LatentDataset": "latentmill.reader.dataset",
+    "LatentStream": "latentmill.reader.stream",
+    "Normalize": "latentmill.reader.normalize",
+    "StemDataset": "latentmill.reader.stem_dataset",
+    "collate": "latentmill.reader.collate",
+}
+
 __all__ = [
+    "BatchSampler",
+    "LatentDataset",
     "LatentStore",
+    "LatentStream",
     "LatentmillError",
+    "Linearity",
+    "LinearityWarning",
+    "Normalize",
     "Origin",
     "Record",
     "RunConfig",
     "RunSummary",
+    "StemDataset",
     "__version__",
+    "collate",
+    "crossfade",
     "encode",
+    "fade",
     "fit",
     "gain",
     "load_config",
     "mix",
+    "mixup",
     "open",
     "subtract",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'latentmill' has no attribute {name!r}")

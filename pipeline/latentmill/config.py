@@ -14,13 +14,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from latentmill.chunks import Chunking
 from latentmill.errors import ConfigError
 from latentmill.models.base import Channels, ModelSpec, Stitch
 from latentmill.models.precision import Precision
+from latentmill.sources.base import SourceType
+from latentmill.sources.filters import RANGES
+from latentmill.sources.group import check_rule
+from latentmill.sources.open import SOURCE_SETTINGS
+from latentmill.sources.where import Condition
 
 AUDIO_EXTENSIONS = tuple(
     "wav wave w64 rf64 flac ogg oga opus mp3 m4a m4b mp4 aac aif aiff aifc au snd caf "  # noqa: SIM905
@@ -39,10 +44,14 @@ OPERATIONAL = frozenset(
         "workers",
         "threads",
         "decode_threads",
+        "decode_timeout",
         "batch_size",
         "retry_failed",
     }
-    | {"unit_seconds", "extensions", "address", "format"}
+    | {"unit_seconds", "shard_size", "extensions", "address", "format"}
+    | {"extend", "retry_changed", "probe"}
+    | {"stall_minutes", "log_format"}
+    | SOURCE_SETTINGS
 )
 
 
@@ -51,7 +60,12 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    source: str = Field(description="Folder or fsspec URL of the audio.")
+    source: str = Field(
+        description="Folder, manifest, WebDataset tars or Parquet files: a path or fsspec URL."
+    )
+    source_type: SourceType | None = Field(
+        None, description="folder, manifest, webdataset or parquet; default by the source's name."
+    )
     out: str = Field(description="Folder or fsspec URL of the store.")
     model: str = Field("mdct", description="Name of the autoencoder; `latentmill models` lists.")
     model_options: dict[str, str | int | float | bool | None] = Field(
@@ -65,6 +79,9 @@ class RunConfig(BaseModel):
     dtype: Literal["float16", "float32"] = Field("float16", description="Stored number format.")
     precision: Precision | None = Field(
         None, description="float32, tf32, bf16 or fp16; default tf32 on GPUs, float32 on CPUs."
+    )
+    compile: bool = Field(
+        False, description="Encode full batches by torch.compile; on GPUs by CUDA graphs, too."
     )
     stitch: Stitch | None = Field(None, description="How chunks become one latent.")
     chunk_seconds: float | None = Field(None, gt=0, description="Chunk length in seconds.")
@@ -82,17 +99,58 @@ class RunConfig(BaseModel):
     extensions: tuple[str, ...] = Field(
         AUDIO_EXTENSIONS, description="File name extensions that make a file an item."
     )
+    min_rms: float | None = Field(None, le=0, description="Skip softer items, dB of full scale.")
+    min_sample_rate: int | None = Field(None, ge=1, description="Skip recordings of lower rates.")
+    max_sample_rate: int | None = Field(None, ge=1, description="Skip recordings of higher rates.")
+    min_channels: int | None = Field(None, ge=1, description="Skip recordings of fewer channels.")
+    max_channels: int | None = Field(None, ge=1, description="Skip recordings of more channels.")
+    where: str | None = Field(
+        None, description="Skip items whose metadata do not fit, such as genre == 'rock'."
+    )
+    include: tuple[str, ...] = Field(
+        (), description="Globs over a folder's paths: take these files only."
+    )
+    exclude: tuple[str, ...] = Field((), description="Globs over a folder's paths: not these.")
+    path_column: str | None = Field(None, description="A manifest's column of paths or URLs.")
+    start_column: str | None = Field(None, description="Its column of starts, in seconds.")
+    duration_column: str | None = Field(None, description="Its column of durations, in seconds.")
+    key_column: str | None = Field(None, description="A table's column of unique names.")
+    audio_column: str | None = Field(None, description="A Parquet file's column of audio bytes.")
+    group_by: str | None = Field(
+        None, description="Regular expression over keys, (?P<group>...), or metadata:FIELD,FIELD."
+    )
     retry_failed: bool = Field(False, description="Encode the units anew that hold failed items.")
     unit_seconds: float | None = Field(
         None, gt=0, description="Audio seconds per unit (one shard); default by corpus size."
+    )
+    shard_size: ByteSize | None = Field(
+        None, ge=1, description="Estimated size of a shard at most, such as 512MiB; default 1 GiB."
+    )
+    extend: bool = Field(
+        False, description="Add what is new in the source to the store's plan, as new units."
+    )
+    retry_changed: bool = Field(
+        False, description="With extend: encode the units anew whose files have changed."
+    )
+    probe: bool = Field(
+        False, description="Read headers for lengths that the source does not give."
     )
     device: str = Field("auto", description="auto, cpu or cuda.")
     workers: int | None = Field(None, ge=1, description="Models in memory; default one per GPU.")
     threads: int | None = Field(None, ge=1, description="CPU threads of a worker on CPU.")
     decode_threads: int = Field(2, ge=1, description="Decoding threads of a worker.")
+    decode_timeout: float = Field(
+        600, gt=0, description="Seconds that decoding an item may take, on top of its length."
+    )
     batch_size: int | None = Field(None, ge=1, description="Chunks per forward pass.")
     address: str | None = Field(
         None, description="Ray cluster; default RAY_ADDRESS, else an embedded Ray."
+    )
+    stall_minutes: float = Field(
+        15.0, gt=0, description="A worker that makes no progress for so long is replaced."
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="How the run tells how it goes: for people, or an object per line."
     )
 
 
@@ -119,12 +177,17 @@ def load_config(file: str | Path | None, options: Mapping[str, Any]) -> RunConfi
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error.errors()[0])) from error
-    shortest, longest = config.min_seconds, config.max_seconds
-    if shortest is not None and longest is not None and shortest > longest:
-        raise ConfigError(
-            f"Setting min_seconds: {shortest} is above max_seconds, {longest}, so that every item "
-            "would be skipped."
-        )
+    for name in RANGES:
+        low, high = getattr(config, f"min_{name}"), getattr(config, f"max_{name}")
+        if low is not None and high is not None and low > high:
+            raise ConfigError(
+                f"Setting min_{name}: {low} is above max_{name}, {high}, so that every item would "
+                "be skipped."
+            )
+    if config.where is not None:
+        Condition(config.where)
+    if config.group_by is not None:
+        check_rule(config.group_by)
     return config
 
 
@@ -167,6 +230,7 @@ def fingerprint_document(
             "samples": chunking.samples,
             "step": chunking.step,
             "overlap": chunking.overlap,
+            "skew": chunking.skew,
         },
         "numeric": {"precision": config.precision or "float32"},
         "preprocessing": {"encoding_version": ENCODING_VERSION, "resampler": "soxr HQ"},

@@ -1,9 +1,9 @@
-"""Latents -> audio, window by window, so that long items decode in bounded memory."""
+"""Latents -> audio, window by window, so that items of any length decode in bounded memory."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,26 @@ Audio = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
+class LatentSource:
+    """A latent that is read piece by piece: what is decoded need not lie in memory.
+
+    Attributes:
+        shape: `[D, T]`, or `[N, D, Z]` of the overlapping chunks of `stitch: none`.
+        read: Gives `n` frames from `start` on, `[D, n]`; of chunks, `n` chunks `[n, D, Z]`.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[int, int], Latent]
+
+    @classmethod
+    def of(cls, latent: Latent) -> LatentSource:
+        """A latent that lies in memory."""
+        if latent.ndim == 3:
+            return cls(latent.shape, lambda start, count: latent[start : start + count])
+        return cls(latent.shape, lambda start, count: latent[:, start : start + count])
+
+
+@dataclass(frozen=True)
 class _Window:
     """A stretch of one latent that is decoded at once, and the samples that it gives."""
 
@@ -30,18 +50,38 @@ class _Window:
 
 def decode_latent(
     model: Autoencoder,
-    latent: Latent,
+    latent: Latent | LatentSource,
     num_samples: int,
     chunking: Chunking,
     *,
     seed: int = 0,
     batch_size: int = 1,
 ) -> Audio:
-    """Decode one item's latent to audio `[C, num_samples]`, float32.
+    """Decode one item's latent to audio `[C, num_samples]`, float32; see `decode_blocks`."""
+    blocks = decode_blocks(model, latent, num_samples, chunking, seed=seed, batch_size=batch_size)
+    audio: Audio = np.empty((model.spec.channels, num_samples), np.float32)
+    done = 0
+    for block in blocks:
+        audio[:, done : done + block.shape[1]] = block
+        done += block.shape[1]
+    return audio
+
+
+def decode_blocks(
+    model: Autoencoder,
+    latent: Latent | LatentSource,
+    num_samples: int,
+    chunking: Chunking,
+    *,
+    seed: int = 0,
+    batch_size: int = 1,
+) -> Iterator[Audio]:
+    """Decode one item's latent, giving its audio as it is done, in order.
 
     Neighbouring windows overlap and are crossfaded in the waveform. With `stitch: none` the
     windows are the stored chunks and the fade spans their whole overlap, as in the linear-cae
-    package; otherwise it spans the middle half, away from the windows' edges.
+    package; otherwise it spans the middle half, away from the windows' edges (of a causal model:
+    away from their starts). Holds the windows of one batch and one more, however long the item is.
 
     Args:
         model: The autoencoder that encoded the item.
@@ -51,25 +91,37 @@ def decode_latent(
         seed: Noise of a stochastic decoder; equal seeds share it frame by frame.
         batch_size: Windows per forward pass.
 
+    Returns:
+        Blocks `[C, n]`, float32; together `num_samples` samples.
+
     Raises:
-        ConfigError: The latent does not hold so many samples.
+        ConfigError: The latent does not hold so many samples (at once, before any block).
     """
+    source = latent if isinstance(latent, LatentSource) else LatentSource.of(latent)
     spec = model.spec
-    most = spec.samples(latent.shape[-1])
-    if latent.ndim == 3 and len(latent) > 1:
-        most = chunking.samples + (len(latent) - 1) * chunking.step
+    most = spec.samples(source.shape[-1])
+    chunked = len(source.shape) == 3
+    if chunked and source.shape[0] > 1:
+        most = chunking.samples + (source.shape[0] - 1) * chunking.step
     if not 0 <= num_samples <= most:
         raise ConfigError(
-            f"A latent of shape {latent.shape} decodes to at most {most} samples of {spec.name}, "
+            f"A latent of shape {source.shape} decodes to at most {most} samples of {spec.name}, "
             f"not {num_samples}."
         )
-    windows = _chunk_windows if latent.ndim == 3 else _stitched_windows
+    windows = _chunk_windows if chunked else _stitched_windows
     needed = itertools.takewhile(
-        lambda window: window.start < num_samples, windows(latent, num_samples, spec, chunking)
+        lambda window: window.start < num_samples, windows(source, num_samples, spec, chunking)
     )
-    audio: Audio = np.zeros((spec.channels, num_samples), np.float32)
-    end = 0  # of the window before
-    for batch in _batches(needed, batch_size):
+    decoded = _decoded(model, needed, seed, batch_size)
+    skew = None if chunked else chunking.skew * spec.hop
+    return _joined(decoded, num_samples, skew)
+
+
+def _decoded(
+    model: Autoencoder, windows: Iterator[_Window], seed: int, batch_size: int
+) -> Iterator[tuple[int, Audio]]:
+    """Each window's first sample and its audio `[C, samples]`."""
+    while batch := list(itertools.islice(windows, batch_size)):
         latents = np.stack([window.latent for window in batch]).astype(np.float32)
         decoded = model.decode(  # [B, C, T]
             torch.from_numpy(latents),
@@ -77,53 +129,67 @@ def decode_latent(
             seed=seed,
             positions=[window.frame for window in batch],
         )
-        for window, samples in zip(batch, decoded.float().cpu().numpy(), strict=True):
-            _blend(audio, samples, window.start, end - window.start, whole=latent.ndim == 3)
-            end = window.start + window.samples
-    return audio
+        for window, audio in zip(batch, decoded.float().cpu().numpy(), strict=True):
+            yield window.start, audio
+
+
+def _joined(
+    windows: Iterator[tuple[int, Audio]], num_samples: int, skew: int | None
+) -> Iterator[Audio]:
+    """Blend each window into the one before; give what no later window touches."""
+    begin = 0  # the first sample of the last window
+    held: Audio | None = None
+    for start, audio in windows:
+        if held is None:
+            held = audio
+        else:
+            yield held[:, : start - begin]
+            held = _blended(held[:, start - begin :], audio, skew)
+        begin = start
+    if held is not None:
+        yield held[:, : num_samples - begin]
 
 
 def _stitched_windows(
-    latent: Latent, num_samples: int, spec: ModelSpec, chunking: Chunking
+    source: LatentSource, num_samples: int, spec: ModelSpec, chunking: Chunking
 ) -> Iterator[_Window]:
     """Windows of the chunk's length; the last one is moved back to end with the latent."""
-    total = latent.shape[1]
+    total = source.shape[1]
     size = spec.frames(chunking.samples)
     overlap = max(chunking.overlap, min(size // 4, 4))
     if total <= size:
-        yield _Window(0, latent, 0, num_samples)
+        yield _Window(0, source.read(0, total), 0, num_samples)
         return
-    starts = [*range(0, total - size, size - overlap), total - size]
-    for start in starts:
-        yield _Window(start, latent[:, start : start + size], start * spec.hop, chunking.samples)
+    for start in itertools.chain(range(0, total - size, size - overlap), (total - size,)):
+        yield _Window(start, source.read(start, size), start * spec.hop, chunking.samples)
 
 
 def _chunk_windows(
-    latent: Latent, num_samples: int, spec: ModelSpec, chunking: Chunking
+    source: LatentSource, num_samples: int, spec: ModelSpec, chunking: Chunking
 ) -> Iterator[_Window]:
-    if len(latent) == 1:
-        yield _Window(0, latent[0], 0, min(num_samples, chunking.samples))
+    if source.shape[0] == 1:
+        yield _Window(0, source.read(0, 1)[0], 0, min(num_samples, chunking.samples))
         return
-    for index, chunk in enumerate(latent):
+    for index in range(source.shape[0]):
         start = index * chunking.step
-        yield _Window(start // spec.hop, chunk, start, chunking.samples)
+        yield _Window(start // spec.hop, source.read(index, 1)[0], start, chunking.samples)
 
 
-def _batches(windows: Iterator[_Window], batch_size: int) -> Iterator[list[_Window]]:
-    while batch := list(itertools.islice(windows, batch_size)):
-        yield batch
+def _blended(old: Audio, new: Audio, skew: int | None) -> Audio:
+    """`new`, fading from `old` over the samples that they share, or some of them.
 
-
-def _blend(audio: Audio, new: Audio, start: int, overlap: int, *, whole: bool) -> None:
-    """Write `new` at `start`, fading from what is there over the overlap (or its middle half)."""
-    room = audio[:, start : start + new.shape[1]]  # less than `new` where the audio ends
-    new = new[:, : room.shape[1]]
-    if overlap > 0:
-        begin, width = (0, overlap) if whole else (overlap // 4, overlap // 2)
-        fade = np.zeros(overlap, np.float32)
-        fade[begin : begin + width] = np.linspace(0, 1, width, dtype=np.float32)
-        fade[begin + width :] = 1
-        fade = fade[: room.shape[1]]
-        old, faded = room[:, :overlap], new[:, :overlap]
-        new = np.concatenate([old + fade * (faded - old), new[:, overlap:]], axis=1)
-    room[:] = new
+    Without a `skew` over all of them. With one over half of those that a model with a context so
+    much longer on the left (in samples) gets right in both windows, but at least a sixteenth.
+    """
+    overlap = old.shape[1]
+    if overlap == 0:
+        return new
+    begin, width = 0, overlap
+    if skew is not None:
+        skew = max(-overlap, min(skew, overlap))
+        width = max((overlap - abs(skew)) // 2, overlap // 16)
+        begin = max(0, min((overlap + skew - width) // 2, overlap - width))
+    fade = np.zeros(overlap, np.float32)
+    fade[begin : begin + width] = np.linspace(0, 1, width, dtype=np.float32)
+    fade[begin + width :] = 1
+    return np.concatenate([old + fade * (new[:, :overlap] - old), new[:, overlap:]], axis=1)

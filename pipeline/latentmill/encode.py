@@ -8,28 +8,33 @@ on the unit's items alone, so a unit's latents are the same on every worker.
 from __future__ import annotations
 
 import itertools
-import os
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from latentmill.audio import open_audio, open_media, prepare
-from latentmill.audio.media import MediaFile
+from latentmill.audio import open_audio, prepare
 from latentmill.chunks import Batch, Chunk, Chunker, Chunking, Packer, Stitcher
 from latentmill.errors import ItemError
+from latentmill.levels import LevelMeter
+from latentmill.meter import Meter
 from latentmill.models.base import Autoencoder, ModelSpec
+from latentmill.models.compiled import uncompiled
 from latentmill.models.feed import Array, Feed
 from latentmill.models.precision import Precision, numeric_mode
 from latentmill.record import DTYPES, Outcome, Record
-from latentmill.sources.base import Item
+from latentmill.remote import redact
+from latentmill.sources.address import address_of
+from latentmill.sources.base import Item, Segment
+from latentmill.sources.filters import NO_FILTERS, Filters
 from latentmill.sources.metadata import read_metadata
+from latentmill.sources.reading import UnitReader
 
 # Chunks that a decode thread may be ahead of the model.
 QUEUE_CHUNKS = 16
@@ -44,36 +49,9 @@ class EncodeSettings:
     batch_size: int = 1
     decode_threads: int = 2
     allow_truncated: bool = False
+    decode_timeout: float | None = None  # seconds an item may take, beyond its length
     allow_changed: bool = False  # for a retry: files that were mended since they were planned
-    min_seconds: float | None = None
-    max_seconds: float | None = None
-
-
-COUNTERS = ("audio_seconds", "decode_seconds", "wait_seconds", "model_seconds")
-
-
-@dataclass
-class Meter:
-    """What a worker has done so far; written by its threads, read by anyone."""
-
-    audio_seconds: float = 0.0  # encoded by the model
-    decode_seconds: float = 0.0  # spent reading and decoding, summed over threads
-    wait_seconds: float = 0.0  # the model waited for audio
-    model_seconds: float = 0.0  # the model worked, or on a GPU: it was waited for
-    parent: Meter | None = None  # counts everything too
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def add(self, name: str, seconds: float) -> None:
-        """Add to one of the counters."""
-        with self._lock:
-            setattr(self, name, getattr(self, name) + seconds)
-        if self.parent is not None:
-            self.parent.add(name, seconds)
-
-    def snapshot(self) -> dict[str, float]:
-        """The counters by name."""
-        with self._lock:
-            return {name: getattr(self, name) for name in COUNTERS}
+    filters: Filters = NO_FILTERS
 
 
 @dataclass(frozen=True)
@@ -93,6 +71,7 @@ class _Facts:
     num_samples: int
     rms: float
     peak: float
+    levels: bytes
     metadata: dict[str, object]
 
 
@@ -186,7 +165,7 @@ class UnitEncoder:
     def _exactly(self, batch: Batch) -> Array:
         """Encode a batch once more, in float32, before what it belongs to may fail."""
         with numeric_mode("float32", self._device):
-            latents = self._model.encode(torch.from_numpy(batch.audio()))
+            latents = uncompiled(self._model).encode(torch.from_numpy(batch.audio()))
         exact: Array = latents.float().cpu().numpy()
         return exact
 
@@ -211,18 +190,20 @@ class UnitEncoder:
         if not job.stitcher.finite:
             return Outcome(job.item.key, "failed", _gate_message(self._settings.dtype))
         spec, metadata = self._model.spec, facts.metadata
-        group, role = metadata.get("group"), metadata.get("role")
+        group = job.item.group or metadata.get("group")
+        role = job.item.role or metadata.get("role")
         record = Record(
             key=job.item.key,
             latent=latent,
             num_samples=facts.num_samples,
             sample_rate=spec.sample_rate,
-            source_uri=job.item.uri,
+            source_uri=redact(address_of(job.item)),
             source_sample_rate=facts.source_sample_rate,
             source_channels=facts.source_channels,
             content_hash=facts.content_hash,
             rms=facts.rms,
             peak=facts.peak,
+            levels=facts.levels if latent.ndim == 2 else None,  # chunks overlap
             group=group if isinstance(group, str) else None,
             role=role if isinstance(role, str) else None,
             metadata=metadata,
@@ -251,12 +232,16 @@ class AudioStream:
         chunking: Chunking,
         settings: EncodeSettings,
         meter: Meter,
+        refused: Mapping[str, str] | None = None,
     ) -> None:
+        """Begin to read; items whose keys are `refused` fail unread, for the reason given."""
         self._items = items
+        self._refused = refused or {}
         self._spec = spec
         self._chunking = chunking
         self._settings = settings
         self._meter = meter
+        self._reader = UnitReader(items, allow_changed=settings.allow_changed)
         self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
         self._waiting = iter(enumerate(items))
@@ -277,10 +262,16 @@ class AudioStream:
             self._running.popleft()
             self._submit()
 
+    @property
+    def queued(self) -> int:
+        """Chunks and other events that are decoded and not taken yet."""
+        return sum(events.qsize() for _, _, events in tuple(self._running))
+
     def close(self) -> None:
         """Stop the decode threads."""
         self._stop.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._reader.close()
 
     def _submit(self) -> None:
         for index, item in itertools.islice(self._waiting, 1):
@@ -291,11 +282,14 @@ class AudioStream:
     def _read(self, item: Item, events: queue.Queue[_Event]) -> None:
         """Read one item into its queue; whatever happens, the last event ends it."""
         start = time.perf_counter()
-        waited = 0.0
+        waited = reading = 0.0
         opened = False
         try:
-            for event in _events(item, self._spec, self._chunking, self._settings):
-                opened = True
+            if item.key in self._refused:
+                raise ItemError(self._refused[item.key])
+            for event in _events(item, self._reader, self._spec, self._chunking, self._settings):
+                if not opened:
+                    opened, reading = True, time.perf_counter() - start
                 waited += self._put(events, event)
                 if self._stop.is_set():
                     return
@@ -309,7 +303,8 @@ class AudioStream:
             if not opened:
                 waited += self._put(events, _Opened(0))
             waited += self._put(events, last)
-        self._meter.add("decode_seconds", time.perf_counter() - start - waited)
+        self._meter.add("read_seconds", reading)
+        self._meter.add("decode_seconds", time.perf_counter() - start - waited - reading)
 
     def _put(self, events: queue.Queue[_Event], event: _Event) -> float:
         """Put an event into a bounded queue; gives the seconds that it had to wait."""
@@ -324,63 +319,62 @@ class AudioStream:
 
 
 def _events(
-    item: Item, spec: ModelSpec, chunking: Chunking, settings: EncodeSettings
+    item: Item,
+    reader: UnitReader,
+    spec: ModelSpec,
+    chunking: Chunking,
+    settings: EncodeSettings,
 ) -> Iterator[_Event]:
     """That the item is opened, its chunks, then its facts; or that it is skipped."""
+    filters = settings.filters
     metadata = read_metadata(item)
+    if reason := filters.of_source(item, metadata):
+        yield from (_Opened(0), _skipped(item, reason))
+        return
     chunker = Chunker(spec, chunking)
-    with open_media(item.uri) as media:
-        if not settings.allow_changed:
-            _check_unchanged(item, media)
-        stream = open_audio(media, allow_truncated=settings.allow_truncated)
+    with reader.open(item) as media:
+        part = item.segment or Segment(0.0)
+        stream = open_audio(
+            media,
+            start=part.start,
+            duration=part.duration,
+            allow_truncated=settings.allow_truncated,
+            time_limit=settings.decode_timeout,
+        )
         promised = (stream.num_samples or 0) * spec.sample_rate // stream.sample_rate
         yield _Opened(spec.frames(spec.padded(promised)) + 1 if promised else 0)
-        if promised and (skipped := _length_filter(item, promised / spec.sample_rate, settings)):
-            yield skipped
+        reason = filters.of_header(stream.sample_rate, stream.channels)
+        if promised and not reason:
+            reason = filters.of_length(promised / spec.sample_rate)
+        if reason:
+            yield _skipped(item, reason)
             return
         waveform = prepare(stream, sample_rate=spec.sample_rate, channels=spec.channels)
+        meter = LevelMeter(spec)
         for block in waveform.blocks():
+            meter.push(block)
             yield from chunker.push(block)
         stats = waveform.stats
-        if skipped := _length_filter(item, stats.num_samples / spec.sample_rate, settings):
-            yield skipped
+        seconds = stats.num_samples / spec.sample_rate
+        if reason := filters.of_length(seconds) or filters.of_audio(stats.rms):
+            yield _skipped(item, reason)
             return
         yield from chunker.finish()
         yield _Facts(
             source_sample_rate=stream.sample_rate,
             source_channels=stream.channels,
-            content_hash=media.content_hash,
+            content_hash=reader.content_hash(item, media),
             num_samples=stats.num_samples,
             rms=stats.rms,
             peak=stats.peak,
+            levels=meter.finish(spec.frames(spec.padded(stats.num_samples))),
             metadata=metadata,
         )
-
-
-def _check_unchanged(item: Item, media: MediaFile) -> None:
-    """Refuse a file that is not the one that was planned: what was listed is what is encoded.
-
-    A listing that gave neither size nor version (a dangling link, some web servers) promises
-    nothing. A fetched file's version would cost one more request: there the size must do.
-    """
-    if not item.size and not item.version:
-        return
-    if media.size != item.size:
-        raise ItemError(
-            f"changed since the plan was made ({item.size} bytes then, {media.size} now)"
-        )
-    local = item.uri.startswith("/")
-    if local and item.version and item.version != str(os.fstat(media.fileno()).st_mtime_ns):
-        raise ItemError("changed since the plan was made (the same size, written anew)")
 
 
 def _failed(item: Item, reason: str) -> Outcome:
     return Outcome(item.key, "failed", " ".join(reason.split()))  # one line
 
 
-def _length_filter(item: Item, seconds: float, settings: EncodeSettings) -> Outcome | None:
-    if settings.min_seconds is not None and seconds < settings.min_seconds:
-        return Outcome(item.key, "skipped", f"min_seconds: {seconds:.3f} s")
-    if settings.max_seconds is not None and seconds > settings.max_seconds:
-        return Outcome(item.key, "skipped", f"max_seconds: {seconds:.3f} s")
-    return None
+def _skipped(item: Item, reason: str) -> Outcome:
+    return Outcome(item.key, "skipped", reason)

@@ -57,6 +57,10 @@ class UnitsFailedError(LatentmillError):
     exit_code = 9
 
 
+class HeadGoneError(UnitsFailedError):
+    """The head of the Ray cluster went away; running again on another cluster resumes."""
+
+
 class ItemError(LatentmillError):
     """One item cannot be encoded. Its text becomes the item's recorded reason: one clear line."""
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+import pyarrow as pa
+
 from latentmill.chunks import Chunking
 from latentmill.config import RunConfig, differences, fingerprint_document
 from latentmill.device import pick_device
@@ -30,6 +32,7 @@ from latentmill.plan import (
 )
 from latentmill.plan.amend import amend
 from latentmill.plan.compare import compare
+from latentmill.plan.items import draft_table, to_items
 from latentmill.plan.probe import probed
 from latentmill.sources.base import Item, Source
 from latentmill.sources.open import open_source, setting_differences, source_settings
@@ -122,6 +125,7 @@ def prepare(config: RunConfig, listener: Listener | None = None) -> Preparation:
     )
     _refuse_inexact_codes(config, handle.spec.codebook_size)
     storage = Storage(config.out)
+    storage.refuse_read_only()
     source = _source(config, storage)
     return Preparation(config, handle, chunking, storage, source, listener)
 
@@ -175,12 +179,14 @@ def listed(prepared: Preparation) -> Draft | None:
     """
     if not prepared.config.extend and load(prepared.storage) is not None:
         return None
-    return draft(_items(prepared), prepared.cutting)
+    # Of a plan that is to be extended only the new items' headers are of interest, later.
+    probe = prepared.config.probe and load(prepared.storage) is None
+    return draft(_items(prepared, probe=probe), prepared.cutting)
 
 
-def _items(prepared: Preparation) -> Iterator[Item]:
+def _items(prepared: Preparation, *, probe: bool) -> Iterator[Item]:
     items, headers = prepared.source.items(), [0]
-    if prepared.config.probe:
+    if probe:
         items = probed(items, lambda count: headers.__setitem__(0, count))
     for number, item in enumerate(items, 1):
         yield item
@@ -199,7 +205,8 @@ def planned(prepared: Preparation, items: Draft | None) -> tuple[Plan, Extension
     plan = load(storage)
     if plan is None:
         _refuse_foreign(storage)
-        with items or draft(_items(prepared), prepared.cutting) as drafted:
+        probe = prepared.config.probe
+        with items or draft(_items(prepared, probe=probe), prepared.cutting) as drafted:
             return freeze(_new_plan(prepared), drafted, storage), None
     _refuse_other_run(prepared, plan)
     if not config.extend or items is None:
@@ -228,7 +235,8 @@ def _new_plan(prepared: Preparation) -> Plan:
 
 def _extended(prepared: Preparation, plan: Plan, items: Draft) -> tuple[Plan, Extension]:
     storage, retried = prepared.storage, prepared.config.retry_changed
-    found, fresh = compare(plan, storage, items, prepared.cutting)
+    refine = _with_headers if prepared.config.probe else _as_it_is
+    found, fresh = compare(plan, storage, items, prepared.cutting, refine)
     with fresh:
         if retried and len(found.changed):
             plan = amend(plan, found, storage)
@@ -244,6 +252,14 @@ def _extended(prepared: Preparation, plan: Plan, items: Draft) -> tuple[Plan, Ex
         changed_keys=tuple(found.changed_keys),
         vanished_keys=tuple(found.vanished_keys),
     )
+
+
+def _with_headers(table: pa.Table) -> pa.Table:
+    return draft_table(list(probed(to_items(table))))
+
+
+def _as_it_is(table: pa.Table) -> pa.Table:
+    return table
 
 
 def _refuse_other_run(prepared: Preparation, plan: Plan) -> None:

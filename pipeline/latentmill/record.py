@@ -33,6 +33,8 @@ class Record:
         peak: Largest absolute sample of the audio that the model saw.
         group: What belongs together (the song of a stem), if known.
         role: What the item is in its group (`drums`, `vocals`), if known.
+        levels: How loud each frame is, one byte a frame (`levels.decibels` reads them); None with
+            `stitch: none`.
         metadata: The item's own metadata, as it was given.
     """
 
@@ -48,6 +50,7 @@ class Record:
     peak: float
     group: str | None = None
     role: str | None = None
+    levels: bytes | None = field(default=None, repr=False)
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -5,16 +5,23 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
 
-from latentmill.engine.progress import Progress, for_terminal
+from latentmill.engine.progress import LogFormat, Progress, for_stream
+from latentmill.export import ExportSummary
+from latentmill.forecast import Forecast
+from latentmill.linearity import LinearityReport
+from latentmill.meter import bound
 from latentmill.models.base import ModelSpec
+from latentmill.planning import Extension
 from latentmill.run import RunSummary
 from latentmill.seams import SeamReport
+from latentmill.store.commit import Tally, iter_commits
 from latentmill.store.schema import DatasetInfo
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import Report
@@ -22,9 +29,9 @@ from latentmill.store.verify import Report
 MAX_LISTED = 20
 
 
-def progress() -> Progress:
-    """A progress bar on stderr, or lines if it is no terminal."""
-    return for_terminal()
+def progress(log_format: LogFormat = "text") -> Progress:
+    """JSON if asked for; else a progress bar on stderr, or lines if it is no terminal."""
+    return for_stream(log_format)
 
 
 @dataclass(frozen=True)
@@ -44,26 +51,30 @@ class StoreStatus:
     failures: tuple[tuple[str, str], ...]
     skips: tuple[tuple[str, str], ...]
     ignored: Mapping[str, int]
+    stages: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, store: LatentStore) -> StoreStatus:
         """The status of an open store."""
-        commits = store.commits.values()
-        entries = [item for commit in commits for item in commit.items]
+        tallies = [Tally.of(commit) for commit in iter_commits(store.storage)]
+        stages: Counter[str] = Counter()
+        for tally in tallies:
+            stages.update(tally.timings)
         return cls(
             store=store.url,
             complete=store.complete,
             units=len(store.plan.units),
-            committed=len(store.commits),
+            committed=len(tallies),
             items=store.plan.num_items,
-            encoded=sum(item.status == "encoded" for item in entries),
-            skipped=sum(item.status == "skipped" for item in entries),
-            failed=sum(item.status == "failed" for item in entries),
-            hours=sum(commit.audio_seconds for commit in commits) / 3600,
-            bytes=sum(commit.bytes for commit in commits),
-            failures=tuple((i.key, i.reason or "") for i in entries if i.status == "failed"),
-            skips=tuple((i.key, i.reason or "") for i in entries if i.status == "skipped"),
+            encoded=sum(tally.encoded for tally in tallies),
+            skipped=sum(tally.skipped for tally in tallies),
+            failed=sum(tally.failed for tally in tallies),
+            hours=sum(tally.audio_seconds for tally in tallies) / 3600,
+            bytes=sum(tally.bytes for tally in tallies),
+            failures=tuple(pair for tally in tallies for pair in tally.failures),
+            skips=tuple(pair for tally in tallies for pair in tally.skips),
             ignored=store.plan.ignored,
+            stages=dict(stages),
         )
 
 
@@ -95,13 +106,15 @@ def summary(run: RunSummary) -> str:
         _listed("failed", run.failures),
         _listed("skipped", run.skipped),
         _left_alone(run.ignored),
+        _extension(run.extension),
     ]
     if run.failures:
         lines.append("  mend them and run again with --retry-failed to encode their units anew")
     if run.resumed_units == run.units:
+        hint = " (the plan is frozen: --extend adds files that came later)"
         lines.append(
-            "every unit was committed already: nothing to encode (the plan is frozen: files that "
-            "came later need another OUT)"
+            "every unit was committed already: nothing to encode"
+            f"{hint if run.extension is None else ''}"
         )
     else:
         speed = run.encoded_seconds / run.seconds
@@ -113,19 +126,68 @@ def summary(run: RunSummary) -> str:
     return "\n".join(line for line in lines if line)
 
 
+def _extension(value: Extension | None) -> str:
+    """What an extension found."""
+    if value is None:
+        return ""
+    lines = [f"  the plan was extended by {value.new} new items" if value.new else "  nothing new"]
+    for count, keys, what in (
+        (value.changed, value.changed_keys, "changed since they were planned"),
+        (value.vanished, value.vanished_keys, "are gone from the source; their latents stay"),
+    ):
+        if count:
+            more = "" if count == len(keys) else ", ..."
+            lines.append(f"  {count} items {what}: {', '.join(keys)}{more}")
+    if value.changed:
+        done = "their units were encoded anew"
+        lines.append(f"    {done if value.retried else '--retry-changed encodes them anew'}")
+    return "\n".join(lines)
+
+
 def _bound(stages: Mapping[str, float], seconds: float) -> str:
     """What the workers spent their time on."""
     model, wait = stages.get("model_seconds", 0.0), stages.get("wait_seconds", 0.0)
     if model + wait < 0.25 * seconds:
         return f"most of it was starting Ray and loading the model; the model worked {model:.1f} s"
-    share = model / (model + wait)
-    verdict = "bound by the model" if share >= 0.5 else "bound by reading and decoding"
-    return f"{verdict}: model {model:.1f} s, waiting for audio {wait:.1f} s"
+    return bound(stages) or ""
+
+
+def forecast(value: Forecast) -> str:
+    """What `plan` prints."""
+    known = (
+        "known"
+        if not value.estimated_items
+        else (
+            f"of which {value.estimated_hours:.3f} h are estimated from the sizes of "
+            f"{value.estimated_items} items (--probe reads their headers)"
+        )
+    )
+    formats = ", ".join(f"{count} {name}" for name, count in value.formats.items())
+    done = f", {value.committed} of them committed" if value.committed else ""
+    rows = {
+        "source": value.source,
+        "items": f"{value.items} ({formats}), {_size(value.source_bytes)}",
+        "audio": f"{value.hours:.3f} h, {known}",
+        "units": f"{value.units}{done}",
+        "latents": f"about {_size(value.latent_bytes)}",
+    }
+    if value.calibration is not None and value.run_seconds is not None:
+        speed, workers = value.calibration.x_real_time, value.calibration.workers
+        rows["time"] = (
+            f"about {minutes(value.run_seconds)} with {workers} worker(s): the model alone encodes "
+            f"{speed:.1f} x real time on this machine's {value.calibration.device}"
+        )
+    lines = [f"{name:<9} {text}" for name, text in rows.items()]
+    last = f"the plan is frozen in {value.store}; the same settings of encode resume it"
+    return "\n".join(
+        filter(None, [*lines, _left_alone(value.ignored), _extension(value.extension), last])
+    )
 
 
 def status(value: StoreStatus) -> str:
     """What `status` prints."""
     state = "complete" if value.complete else "not complete: the same encode command resumes it"
+    speed = bound(value.stages)
     return "\n".join(
         line
         for line in (
@@ -134,6 +196,7 @@ def status(value: StoreStatus) -> str:
             f"items     {value.encoded} encoded, {value.skipped} skipped, {value.failed} failed "
             f"of {value.items}",
             f"audio     {value.hours:.3f} h, {_size(value.bytes)} of shards",
+            f"speed     {speed}" if speed else "",
             _listed("failed", value.failures),
             _listed("skipped", value.skips),
             _left_alone(value.ignored),
@@ -197,7 +260,8 @@ def model(spec: ModelSpec) -> str:
     why = (
         "no context makes a chunk's frames equal to the whole item's"
         if spec.context is None
-        else f"a frame sees {spec.context} frames on each side, at most"
+        else f"a frame sees {spec.context.left} frames to its left and {spec.context.right} to its "
+        "right, at most"
     )
     rows = {
         "model": f"{spec.name}, {spec.sample_rate} Hz, {spec.channels} channel(s), scale factor "
@@ -227,6 +291,39 @@ def seams(report: SeamReport) -> str:
         f"{len(report.items)} items"
     )
     return "\n".join(lines)
+
+
+def linearity(report: LinearityReport) -> str:
+    """What `linearity` prints."""
+    card = report.card
+    gains = ", ".join(f"{error:.3g} at gain {gain}" for gain, error in card.by_gain.items())
+    verdict = (
+        f"poor by the limit of {report.limit:g}: {', '.join(report.poor)} latents"
+        if report.poor
+        else f"good by the limit of {report.limit:g}"
+    )
+    return "\n".join(
+        (
+            f"scaling   relative error {card.homogeneity:.3g} with the origin, "
+            f"{card.homogeneity_raw:.3g} without, of {card.items} items ({gains})",
+            f"adding    relative error {card.additivity:.3g} with the origin, "
+            f"{card.additivity_raw:.3g} without, of {card.pairs} pairs",
+            verdict,
+        )
+    )
+
+
+def export(value: ExportSummary) -> str:
+    """What `export` prints."""
+    lines = [f"{value.dest}: {value.records} records for {value.to}"]
+    return "\n".join(filter(None, [*lines, _listed("failed", value.failures)]))
+
+
+def minutes(seconds: float) -> str:
+    """A time span, such as 2:05 or 1:02:05."""
+    whole, second = divmod(round(seconds), 60)
+    hour, minute = divmod(whole, 60)
+    return f"{hour}:{minute:02d}:{second:02d}" if hour else f"{minute}:{second:02d}"
 
 
 def closest(word: str, words: Iterable[str]) -> str | None:

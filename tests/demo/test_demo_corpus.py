@@ -44,14 +44,15 @@ def dbfs(audio: np.ndarray) -> float:
 
 
 def test_the_folder_source_finds_exactly_the_items_that_the_summary_names(corpus):
-    listing = FolderSource(str(corpus.folder), AUDIO_EXTENSIONS).list()
+    source = FolderSource(str(corpus.folder), AUDIO_EXTENSIONS)
+    items = list(source.items())
     named = [*corpus.broken, corpus.silent]
     for song in corpus.songs:
         named += [*song.stem_keys, *([song.mix_key] if song.mix_key else [])]
-    assert [item.key for item in listing.items] == sorted(named)
-    assert listing.ignored == {".json": 1, ".md": 1}
+    assert sorted(item.key for item in items) == sorted(named)
+    assert source.ignored == {".json": 1, ".md": 1}
     assert corpus.audio_files == len(named)
-    assert corpus.size == sum(item.size for item in listing.items) < 15e6
+    assert corpus.size == sum(item.size for item in items) < 15e6
 
 
 def test_formats_rates_and_channels_are_those_of_a_mixed_corpus():
@@ -96,7 +97,7 @@ def test_stereo_files_are_stereo(corpus):
 
 
 def test_every_stem_has_metadata_and_the_keys_have_a_caption(corpus):
-    items = {i.key: i for i in FolderSource(str(corpus.folder), AUDIO_EXTENSIONS).list().items}
+    items = {i.key: i for i in FolderSource(str(corpus.folder), AUDIO_EXTENSIONS).items()}
     for song in corpus.songs:
         for key in song.stem_keys:
             metadata = read_metadata(items[key])

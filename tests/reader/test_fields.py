@@ -46,8 +46,9 @@ def test_rows_come_as_asked_and_few_stay(
     [
         lambda fields: fields["role"] == "drums" and fields["frames"] > 100,
         (pc.field("role") == "drums") & (pc.field("frames") > 100),
+        "role == 'drums' and frames > 100 and number >= 0",
     ],
-    ids=["function", "expression"],
+    ids=["function", "expression", "condition"],
 )
 def test_a_filter_chooses_without_reading_latents(
     made: LatentStore, where: object, monkeypatch: pytest.MonkeyPatch
@@ -71,6 +72,8 @@ def test_bad_filters_are_one_sentence(made: LatentStore, one_sentence) -> None:
         (lambda fields: fields["role"] > 3, "TypeError"),
         (pc.field("tempo") > 3, "tempo"),
         (lambda fields: False, "No record"),
+        ("tempo > 3", "No record"),
+        ("__import__('os')", "no condition"),
     ]:
         with pytest.raises(ConfigError, match=word) as error:
             select(made, where)

@@ -76,7 +76,7 @@ def open_ranks(stores: list[str], world: World, **options: Any) -> list[LatentSt
 
 def look(batch: Batch, seen: list[tuple[int, str, bytes]]) -> None:
     latents = batch["latents"].numpy()
-    for number, position in enumerate(batch["position"].tolist()):
+    for number, position in enumerate(batch["position"]):
         seen.append((position, batch["key"][number], latents[number].tobytes()))
 
 

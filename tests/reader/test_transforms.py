@@ -18,6 +18,7 @@ from latentmill.reader.dataset import LatentDataset
 from latentmill.reader.sample import Sample, sample_random
 from latentmill.reader.transforms import DrawFromPosterior, RandomFade, RandomGain
 from latentmill.store.store import LatentStore
+from support.latent_store import write_latents
 from support.stem_files import HOP, RATE, waveform, write_stem_store, write_stems
 
 CROP = 30
@@ -63,6 +64,23 @@ def test_a_gain_leaves_silence_as_it_is() -> None:
     silent = Sample("s", ORIGIN.crop(90, 30, 20), np.ones(20, np.bool_), origin=ORIGIN.at(90, 30))
     changed = RandomGain((6, 6))(silent, np.random.default_rng(0))
     assert np.allclose(changed.latent, silent.latent, atol=1e-6)
+
+
+def test_a_crop_knows_its_place_in_its_item(tmp_path: Path) -> None:
+    lengths = [50, 9, 33]
+    made = write_latents(str(tmp_path / "origin"), [20])
+    silence = [made.origin.of_length(n).astype(np.float16) for n in lengths]
+    silent = write_latents(str(tmp_path / "silent"), lengths, latents=silence)
+    for crop, mode in ((12, "windows"), (12, "random"), (None, "start")):
+        plain = LatentDataset(silent, crop=crop, mode=mode)
+        louder = LatentDataset(silent, crop=crop, mode=mode, transforms=[RandomGain((6, 6))])
+        for number in range(len(plain)):
+            before, after = plain[number], louder[number]
+            have = int(before.mask.sum())
+            if have == len(before.mask):  # what was padded ends elsewhere than the item did
+                assert np.allclose(after.latent, before.latent, atol=1e-6)
+            else:
+                assert np.allclose(after.latent[:, have:], before.latent[:, have:], atol=1e-6)
 
 
 @given(seed=st.integers(0, 2**32), epoch=st.integers(0, 99), position=st.integers(0, 10**9))

@@ -15,11 +15,12 @@ from latentmill.chunks import Chunking
 from latentmill.config import RunConfig, fingerprint, fingerprint_document
 from latentmill.encode import AudioStream, EncodeSettings, Meter, UnitEncoder
 from latentmill.models import registry
-from latentmill.plan import Plan, cut_units, freeze
+from latentmill.plan import Cutting, Plan, draft, freeze, read_items
 from latentmill.record import Record
+from latentmill.sources.filters import Filters
 from latentmill.sources.folder import FolderSource
 from latentmill.storage import Storage
-from latentmill.store.commit import read_commits, write_commit, write_unit
+from latentmill.store.commit import write_commit, write_unit
 from latentmill.store.seal import seal, write_origin
 from latentmill.store.store import LatentStore
 
@@ -65,24 +66,23 @@ def write_store(url: str, source: Path, *, sealed: bool = True, **options: Any) 
     chunking = Chunking.for_model(handle.spec, stitch=config.stitch, seconds=config.chunk_seconds)
     document = fingerprint_document(config, handle.spec, chunking)
     folder = FolderSource(config.source, config.extensions)
-    listing = folder.list()
-    plan = Plan(
-        source=folder.uri,
-        units=cut_units(listing.items, config.unit_seconds),
-        fingerprint=document,
-        model=config.model,
-        model_options=config.model_options,
-        format=config.format,
-        ignored=listing.ignored,
-    )
     storage = Storage(url)
-    freeze(plan, storage)
+    with draft(folder.items(), Cutting(config.unit_seconds)) as drafted:
+        plan = Plan(
+            source=folder.uri,
+            fingerprint=document,
+            model=config.model,
+            model_options=config.model_options,
+            format=config.format,
+            ignored=dict(folder.ignored),
+        )
+        plan = freeze(plan, drafted, storage)
     model = handle.load("cpu")
     silence = torch.zeros(1, handle.spec.channels, chunking.samples)
     write_origin(storage, model.encode(silence)[0].numpy())
-    settings = EncodeSettings(config.dtype, 2, 1, min_seconds=config.min_seconds)
+    settings = EncodeSettings(dtype=config.dtype, filters=Filters(min_seconds=config.min_seconds))
     for unit in plan.units:
-        audio = AudioStream(unit.items, handle.spec, chunking, settings, Meter())
+        audio = AudioStream(read_items(storage, unit), handle.spec, chunking, settings, Meter())
         with contextlib.closing(audio):
             commit = write_unit(
                 storage,
@@ -94,7 +94,7 @@ def write_store(url: str, source: Path, *, sealed: bool = True, **options: Any) 
             )
         write_commit(storage, commit, {"total_seconds": 1.23456})
     if sealed:
-        seal(storage, plan, read_commits(storage))
+        seal(storage, plan)
     return LatentStore(url, device="cpu")
 
 

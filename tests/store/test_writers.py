@@ -155,6 +155,7 @@ def test_fields_come_back(name: str, tmp_path: Path) -> None:
         "peak": 0.5,
         "group": "song",
         "role": None,
+        "levels": None,
     }
 
 

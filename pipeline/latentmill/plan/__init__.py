@@ -6,7 +6,7 @@ there are the units alone; whoever needs a unit's items reads them from the stor
 adds `items-0001.parquet` and `units-0001.parquet`, and replaces plan.json.
 """
 
-from latentmill.plan.draft import DEFAULT_SHARD_SIZE, Cutting, Draft, draft
+from latentmill.plan.drafting import DEFAULT_SHARD_SIZE, Cutting, Draft, draft
 from latentmill.plan.files import (
     check_items,
     copy,

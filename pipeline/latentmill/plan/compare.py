@@ -6,13 +6,13 @@ not grow with them; what has changed is held, as somebody is going to look at it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
-from latentmill.plan.draft import Cutting, Draft
+from latentmill.plan.drafting import Cutting, Draft
 from latentmill.plan.files import iter_units
 from latentmill.plan.items import DRAFT_SCHEMA
 from latentmill.plan.plan import Plan
@@ -72,9 +72,20 @@ class Comparison:
 
 
 def compare(
-    plan: Plan, storage: Storage, listed: Draft, cutting: Cutting
+    plan: Plan,
+    storage: Storage,
+    listed: Draft,
+    cutting: Cutting,
+    refine: Callable[[pa.Table], pa.Table] = lambda table: table,
 ) -> tuple[Comparison, Draft]:
     """Compare a new listing with a plan; gives the new items too, cut into units.
+
+    Args:
+        plan: The plan.
+        storage: Its store.
+        listed: The source as it is now.
+        cutting: How large the new units may become.
+        refine: Is given rows of new items, and gives them with what else is known of them.
 
     Raises:
         StoreError: The plan's items cannot be read.
@@ -89,7 +100,7 @@ def compare(
     fresh, found = Draft(), Comparison()
     try:
         sorter = Sorter(fresh.folder / "runs", ("block", "key"))
-        for table in _unknown(new, old, found):
+        for table in map(refine, _unknown(new, old, found)):
             fresh.totals.add(table)
             sorter.push(table)
         fresh.fill(sorter.tables(), cutting)

@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -202,7 +203,7 @@ def _written(tables: Iterable[pa.Table], file: TableFile) -> Iterator[pa.Table]:
 
 def _blocks(tables: Iterable[pa.Table]) -> Iterator[Cut]:
     """What is never parted: items with the same group, or one without; refuses equal keys."""
-    for _, rows in itertools.groupby(_rows(tables), key=lambda row: row[0]):
+    for _, rows in itertools.groupby(_rows(tables), key=itemgetter(0)):
         items, micros, size, before = 0, 0, 0, None
         for _, key, uri, row_micros, row_size in rows:
             if before is not None and before[0] == key:

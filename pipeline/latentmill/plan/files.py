@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from latentmill.errors import StorageError, StoreError
-from latentmill.plan.draft import Draft, Totals
+from latentmill.plan.drafting import Draft, Totals
 from latentmill.plan.items import ITEMS_SCHEMA, to_items, unit_hash
 from latentmill.plan.plan import PLAN, PLAN_PATH, Part, Plan, Unit
 from latentmill.sources.base import Item

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -85,6 +85,10 @@ def estimated_seconds(item: Item) -> float:
         seconds = item.size / rate
         if item.segment is not None:
             seconds = max(0.0, seconds - item.segment.start)
+    return _bounded(seconds)
+
+
+def _bounded(seconds: float) -> float:
     return min(seconds, LONGEST_SECONDS)
 
 
@@ -93,6 +97,7 @@ def draft_table(items: Sequence[Item]) -> pa.Table:
     keys, uris, sizes, versions, sidecars, metadata, groups, roles = zip(
         *map(_PLAIN, items), strict=True
     )
+    known = [known_seconds(item) for item in items]
     columns: dict[str, Any] = {
         "key": keys,
         "uri": uris,
@@ -104,7 +109,10 @@ def draft_table(items: Sequence[Item]) -> pa.Table:
         "group": [group or None for group in groups],
         "role": roles,
         "block": [group or key for group, key in zip(groups, keys, strict=True)],
-        "micros": [round(estimated_seconds(item) * 1e6) for item in items],
+        "micros": [
+            round(1e6 * (estimated_seconds(item) if length is None else _bounded(length)))
+            for item, length in zip(items, known, strict=True)
+        ],
         **_places(items),
         **_segments(items),
     }
@@ -169,14 +177,8 @@ def _item(row: dict[str, Any]) -> Item:
 
 
 def unit_hash(table: pa.Table) -> str:
-    """What a unit's items are, as one number: xxh3-64 of each one's key and file, hex."""
+    """What a unit's items are, as one number: xxh3-64 of their keys and files, hex."""
     digest = xxhash.xxh3_64()
-    for row in _identities(table):
-        digest.update("\0".join(map(str, row)).encode("utf-8", "surrogatepass"))
-        digest.update(b"\n")
+    for name in ("key", "uri", "size", "version", "start", "duration"):
+        digest.update(repr(table[name].to_pylist()).encode())
     return digest.hexdigest()
-
-
-def _identities(table: pa.Table) -> Iterable[tuple[Any, ...]]:
-    names = ("key", "uri", "size", "version", "start", "duration")
-    return zip(*(table[name].to_pylist() for name in names), strict=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 
 from latentmill.errors import ConfigError
 from latentmill.reader.sample import Sample
@@ -24,7 +25,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
         `mask`: bool `[B, T]`, True where a frame is the item's.
         `metadata`: a list of B dicts, with `seconds_start` and `seconds_total`.
         `key`: a list of B keys.
-        `epoch`, `position`: int64 `[B]`, what `state_after` goes by.
+        `epoch`, `position`: lists of B numbers, what `state_after` goes by.
 
     Raises:
         ConfigError: Samples of different lengths do not know their store's silence, or they have
@@ -33,18 +34,19 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     frames = max(sample.latent.shape[1] for sample in samples)
     if len({sample.latent.shape[0] for sample in samples}) > 1:
         raise ConfigError("Samples of different latent channels cannot be one batch.")
-    # [B, T, D]: the samples are transposed views of that order, which makes this a plain copy.
-    latents = np.stack([_of_length(sample, frames) for sample in samples])
+    # [B, T, D]: the samples are transposed views of that order, which makes this a plain copy; in
+    # a DataLoader's worker torch makes it in memory that the main process shares.
+    latents = default_collate([torch.from_numpy(_of_length(s, frames)) for s in samples])
     mask = np.zeros((len(samples), frames), np.bool_)
     for row, sample in zip(mask, samples, strict=True):
         row[: len(sample.mask)] = sample.mask
     return {
-        "latents": torch.from_numpy(latents).transpose(1, 2),
+        "latents": latents.transpose(1, 2),
         "mask": torch.from_numpy(mask),
         "metadata": [dict(sample.metadata) for sample in samples],
         "key": [sample.key for sample in samples],
-        "epoch": torch.tensor([sample.epoch for sample in samples]),
-        "position": torch.tensor([sample.position for sample in samples]),
+        "epoch": [sample.epoch for sample in samples],
+        "position": [sample.position for sample in samples],
     }
 
 

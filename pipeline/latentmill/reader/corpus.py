@@ -168,7 +168,12 @@ class Source:
         own = self._fields.read(rows) if self._fields else [{"metadata": "{}"}] * len(rows)
         begins = (starts * (self._hop / self._rate)).tolist()
         totals = (self.crops.num_samples[rows] / self._rate).tolist()
-        index, origin = self.store.index, self.store.origin
+        index, origins = self.store.index, [self.store.origin] * len(rows)
+        if self._reading.transforms:  # arithmetic on a crop needs to know its place
+            ends = [start + len(mask) for start, mask in zip(starts.tolist(), masks, strict=True)]
+            lengths = np.maximum(self.crops.frames[rows], ends).tolist()
+            places = zip(origins, lengths, starts.tolist(), strict=True)
+            origins = [origin.at(length, start) for origin, length, start in places]
         return [
             Sample(
                 index.key(row),
@@ -179,8 +184,16 @@ class Source:
                 position,
                 origin,
             )
-            for row, latent, mask, fields, begin, total, position in zip(
-                rows.tolist(), latents, masks, own, begins, totals, positions.tolist(), strict=True
+            for row, latent, mask, fields, begin, total, position, origin in zip(
+                rows.tolist(),
+                latents,
+                masks,
+                own,
+                begins,
+                totals,
+                positions.tolist(),
+                origins,
+                strict=True,
             )
         ]
 

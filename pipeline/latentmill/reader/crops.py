@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,8 @@ from latentmill.record import DTYPES
 from latentmill.store.store import LatentStore
 
 Float = npt.NDArray[np.float32]
+Raw = npt.NDArray[Any]  # numbers as stored
+_Place = tuple[Shard, int, int]
 Ints = npt.NDArray[np.int64]
 
 
@@ -69,6 +71,7 @@ class CropReader:
         self._dtype = DTYPES[store.info.dtype]
         self._raw = np.empty(0, self._dtype)
         self.channels = int(index.column("channels")[0]) if len(index) else 0
+        self._width = self.channels * self._dtype.itemsize  # bytes of a frame
 
     def __reduce__(self) -> tuple[type[CropReader], tuple[Any, ...]]:
         return CropReader, (self.store, self._cache)
@@ -96,14 +99,32 @@ class CropReader:
         starts = np.array([crop.start for crop in crops], np.int64)
         frames = np.array([crop.frames for crop in crops], np.int64)
         have = self._lengths(rows, starts, frames)
-        raws = [np.empty((crop.frames, self.channels), self._dtype) for crop in crops]
-        self._fill(rows, starts, have, raws)
-        cropped = []
-        for crop, raw, length in zip(crops, raws, have.tolist(), strict=True):
-            block = _to_float(raw)
-            self._silence(block, crop.start, length)
-            cropped.append(Cropped(block.T, np.arange(crop.frames) < length))
-        return cropped
+        pieces = self._pieces(rows, starts, have)
+        lengths = have.tolist()
+        if self.store.storage.local:  # one after the other, through memory in the CPU's cache
+            raws = self._one_by_one(pieces, lengths)
+        else:
+            buffers = [np.empty((length, self.channels), self._dtype) for length in lengths]
+            self._fill(pieces, buffers)
+            raws = iter(buffers)
+        return [self._cropped(crop, raw) for crop, raw in zip(crops, raws, strict=True)]
+
+    def _one_by_one(self, pieces: list[_Place], lengths: list[int]) -> Iterator[Raw]:
+        """Read pieces into the same memory; each is gone when the next one is asked for."""
+        for piece, length in zip(pieces, lengths, strict=True):
+            raw = self._scratch(length * self.channels).reshape(length, self.channels)
+            self._fill([piece], [raw])
+            yield raw
+
+    def _cropped(self, crop: Crop, raw: Raw) -> Cropped:
+        """A crop of what there is of it, `[frames, channels]` as stored."""
+        mask = np.arange(crop.frames) < len(raw)
+        if len(raw) == crop.frames:
+            return Cropped(_to_float(raw).T, mask)
+        block = np.empty((crop.frames, self.channels), np.float32)
+        block[: len(raw)] = _to_float(raw)
+        self._silence(block, crop.start, len(raw))
+        return Cropped(block.T, mask)
 
     def read_block(self, rows: Ints, starts: Ints, frames: int) -> tuple[Float, Ints]:
         """Read crops of one length.
@@ -117,13 +138,13 @@ class CropReader:
         have = self._lengths(rows, starts, np.int64(frames))
         raw = self._scratch(len(rows) * frames * self.channels)
         raw = raw.reshape(len(rows), frames, self.channels)
-        self._fill(rows, starts, have, list(raw))
+        self._fill(self._pieces(rows, starts, have), list(raw))
         block = _to_float(raw)
         for number in np.flatnonzero(have < frames).tolist():
             self._silence(block[number], int(starts[number]), int(have[number]))
         return block, have
 
-    def _scratch(self, size: int) -> npt.NDArray[Any]:
+    def _scratch(self, size: int) -> Raw:
         """Memory for numbers as stored, used again and again: fresh pages cost more than a read."""
         if len(self._raw) < size:
             self._raw = np.empty(size, self._dtype)
@@ -138,16 +159,19 @@ class CropReader:
         lengths: Ints = np.minimum(left, frames)
         return lengths
 
-    def _fill(self, rows: Ints, starts: Ints, have: Ints, raws: list[npt.NDArray[Any]]) -> None:
-        """Fill the first frames of every `[frames, channels]` buffer with an item's."""
-        width = self.channels * self._dtype.itemsize
-        offsets = (self._offsets[rows] + starts * width).tolist()
-        shards = self._shard_of[rows].tolist()
-        lengths = (have * width).tolist()
+    def _pieces(self, rows: Ints, starts: Ints, have: Ints) -> list[_Place]:
+        """Shard, offset and bytes of the frames that there are."""
+        offsets = (self._offsets[rows] + starts * self._width).tolist()
+        lengths = (have * self._width).tolist()
+        shards = [self._paths[shard] for shard in self._shard_of[rows].tolist()]
+        return list(zip(shards, offsets, lengths, strict=True))
+
+    def _fill(self, pieces: list[_Place], raws: list[Raw]) -> None:
+        """Read pieces into the beginnings of `[frames, channels]` buffers."""
         self._shards.fill(
             [
-                Piece(self._paths[shard], offset, raw.data.cast("B")[:length])
-                for shard, offset, length, raw in zip(shards, offsets, lengths, raws, strict=True)
+                Piece(shard, offset, raw.data.cast("B")[:length])
+                for (shard, offset, length), raw in zip(pieces, raws, strict=True)
             ]
         )
 
@@ -159,7 +183,7 @@ class CropReader:
             block[have:] = self.store.origin.crop(end, start + have, missing).T
 
 
-def _to_float(raw: npt.NDArray[Any]) -> Float:
+def _to_float(raw: Raw) -> Float:
     # numpy converts half floats one by one: 20 times slower.
     converted: Float = torch.from_numpy(raw).to(torch.float32, copy=True).numpy()
     return converted
@@ -176,7 +200,7 @@ def check_croppable(store: LatentStore) -> None:
             f"{store.url} holds overlapping chunks (stitch none), which have no one time line to "
             "crop: encode with stitch trim or crossfade."
         )
-    if store.origin.codes:
+    if store.codes:
         raise ConfigError(
             f"{store.url} holds codes, which the training reader does not crop, pad or mix: "
             "encode without the option output=codes, or read whole records with store[key]."

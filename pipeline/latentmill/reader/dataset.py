@@ -32,7 +32,8 @@ class LatentDataset(Dataset[Sample]):
             `start`, or an item's `windows` one after the other, each a sample of its own. What an
             item lacks is silence, and False in the mask.
         seed: Of the random crops, and of the transforms.
-        where: Which records: a function of a record's fields, or a pyarrow expression.
+        where: Which records: a condition, a function or a pyarrow expression; see `select` in
+            `reader/fields.py`.
         metadata: Whether to read the items' own metadata.
         transforms: Applied to every sample, in this order.
         cache: A folder for a local cache of stores that are not local.

@@ -16,11 +16,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from latentmill.errors import ConfigError, StorageError
+from latentmill.sources.where import Condition
 from latentmill.store.schema import RECORD_SCHEMA
 from latentmill.store.store import LatentStore
 
 # pyarrow has no types: an Expression is Any here.
-Where: TypeAlias = Callable[[Mapping[str, Any]], bool] | Any
+Where: TypeAlias = str | Callable[[Mapping[str, Any]], bool] | Any
 
 FIELDS = tuple(name for name in RECORD_SCHEMA.names if name not in ("latent", "levels"))
 KEPT_BYTES = 256 << 20  # of fields in memory, per process and store
@@ -144,22 +145,22 @@ def select(store: LatentStore, where: Where) -> npt.NDArray[np.int64]:
 
     Args:
         store: The store.
-        where: A function of a record's fields, a mapping whose `metadata` is the item's own, as a
+        where: A condition such as `role == 'drums' and bpm > 100`, on stored fields and the items'
+            own metadata; a function of a record's fields, whose `metadata` is the item's own, as a
             dict; or a pyarrow expression over the stored columns, which is faster.
 
     Raises:
         ConfigError: The condition cannot be evaluated, or no record fulfils it.
     """
-    table = FieldReader(store).gather()
+    table = FieldReader(store, FIELDS).gather()
     try:
         if isinstance(where, pc.Expression):
-            rows = np.arange(len(table))
-            with_row = table.append_column("__row", pa.array(rows))
+            with_row = table.append_column("__row", pa.array(np.arange(len(table))))
             chosen = with_row.filter(where)["__row"].to_numpy()
         else:
-            chosen = np.array(
-                [row for row, fields in enumerate(_parsed(table)) if where(fields)], np.int64
-            )
+            holds = _condition(where) if isinstance(where, str) else where
+            rows = [row for row, fields in enumerate(_parsed(table)) if holds(fields)]
+            chosen = np.array(rows, np.int64)
     except (pa.ArrowException, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"The condition `where` fails on {store.url} ({type(error).__name__}: {error}): the "
@@ -168,6 +169,11 @@ def select(store: LatentStore, where: Where) -> npt.NDArray[np.int64]:
     if not len(chosen):
         raise ConfigError(f"No record of {store.url} fulfils the condition `where`.")
     return np.asarray(chosen, np.int64)
+
+
+def _condition(text: str) -> Callable[[Mapping[str, Any]], bool]:
+    condition = Condition(text)
+    return lambda fields: condition.holds({**fields["metadata"], **fields})
 
 
 def _parsed(table: pa.Table) -> Iterable[dict[str, Any]]:

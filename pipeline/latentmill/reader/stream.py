@@ -56,7 +56,8 @@ class LatentStream(IterableDataset[Sample]):
         world_size: How many they are.
         even: What happens to a rest that cannot be dealt evenly: see `Rank`.
         batch_size: That of the DataLoader.
-        where: Which records: a function of a record's fields, or a pyarrow expression.
+        where: Which records: a condition, a function or a pyarrow expression; see `select` in
+            `reader/fields.py`.
         metadata: Whether to read the items' own metadata.
         transforms: Applied to every sample, in this order.
         cache: A folder for a local cache of stores that are not local.

@@ -75,6 +75,50 @@ class _Ledger:
         ]
 
 
+@dataclass(frozen=True)
+class Tally:
+    """What a commit comes to, without its items: small, whatever the unit.
+
+    Attributes:
+        items: How many items it has.
+        encoded: How many of them were encoded; the same of `skipped` and `failed`.
+        audio_seconds: Audio that was encoded.
+        bytes: Size of the shard.
+        timings: Seconds by stage.
+        failures: (key, reason) of the failed items.
+        skips: (key, filter) of the skipped ones.
+    """
+
+    items: int
+    encoded: int
+    skipped: int
+    failed: int
+    audio_seconds: float
+    bytes: int
+    timings: Mapping[str, float]
+    failures: tuple[tuple[str, str], ...]
+    skips: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, commit: Commit) -> Tally:
+        """The tally of a commit."""
+        failures, skips = (
+            tuple((item.key, item.reason or "") for item in commit.items if item.status == status)
+            for status in ("failed", "skipped")
+        )
+        return cls(
+            items=len(commit.items),
+            encoded=commit.rows,
+            skipped=len(skips),
+            failed=len(failures),
+            audio_seconds=commit.audio_seconds,
+            bytes=commit.bytes,
+            timings=commit.timings,
+            failures=failures,
+            skips=skips,
+        )
+
+
 def write_unit(
     storage: Storage,
     unit: str,

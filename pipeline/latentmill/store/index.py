@@ -7,10 +7,13 @@ cost it a few megabytes.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from latentmill.store.schema import Commit
 
@@ -78,6 +81,11 @@ def entries(commit: Commit) -> Iterator[IndexEntry]:
         )
 
 
+def to_batch(commit: Commit) -> pa.RecordBatch:
+    """The places of a commit's records, as rows of the index."""
+    return pa.RecordBatch.from_pylist([vars(entry) for entry in entries(commit)], INDEX_SCHEMA)
+
+
 class Index:
     """The records of a store by key."""
 
@@ -89,10 +97,11 @@ class Index:
     @classmethod
     def from_commits(cls, commits: Iterable[Commit]) -> Index:
         """Gather the index from commits, one at a time."""
-        batches = [
-            pa.RecordBatch.from_pylist([vars(entry) for entry in entries(commit)], INDEX_SCHEMA)
-            for commit in commits
-        ]
+        return cls.from_batches([to_batch(commit) for commit in commits])
+
+    @classmethod
+    def from_batches(cls, batches: Sequence[pa.RecordBatch]) -> Index:
+        """Gather the index from what `to_batch` made of the commits."""
         table = pa.Table.from_batches(batches, INDEX_SCHEMA)
         # Arrow sorts by UTF-8 bytes, which is Python's order of strings.
         return cls(table.unify_dictionaries().combine_chunks().sort_by("key"))
@@ -104,7 +113,21 @@ class Index:
         Raises:
             pa.ArrowInvalid: It is no Arrow file.
         """
-        return cls(pa.ipc.open_file(source).read_all())
+        buffer = pa.py_buffer(source) if isinstance(source, bytes) else source.read_buffer()
+        if buffer.size < 8 or buffer.slice(0, 6).to_pybytes() != b"ARROW1":
+            raise pa.ArrowInvalid("not an Arrow file")
+        # The file's stream, without its footer: reading that hands over to a thread of Arrow's
+        # and back, which costs milliseconds on a busy machine.
+        return cls(pa.ipc.open_stream(buffer.slice(8)).read_all())
+
+    def of_shards(self, paths: Iterable[str]) -> Index:
+        """The records that lie in these shards."""
+        position = self._table.schema.get_field_index("shard")
+        shards = self._table["shard"].cast(pa.string())
+        table = self._table.set_column(position, "shard", shards)
+        table = table.filter(pc.is_in(shards, pa.array(list(paths), pa.string())))
+        encoded = table["shard"].dictionary_encode()
+        return Index(table.set_column(position, INDEX_SCHEMA.field("shard"), encoded))
 
     def to_bytes(self) -> bytes:
         """The index file's content."""
@@ -115,6 +138,23 @@ class Index:
 
     def __len__(self) -> int:
         return len(self._table)
+
+    def column(self, name: str) -> npt.NDArray[np.int64]:
+        """A column of numbers for all records, in the order of the keys; views of the file.
+
+        Of `shard` the numbers into `shards`.
+        """
+        if not len(self):
+            return np.zeros(0, np.int64)
+        column = self._columns[name]
+        numbers = column.indices if name == "shard" else column
+        values: npt.NDArray[np.int64] = numbers.to_numpy()
+        return values
+
+    @property
+    def shards(self) -> list[str]:
+        """The paths of the shards, numbered as in `column("shard")`."""
+        return [str(path) for path in self._columns["shard"].dictionary.to_pylist()] if self else []
 
     def key(self, position: int) -> str:
         """The key at a position of the sorted keys."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -44,6 +45,7 @@ RECORD_SCHEMA = pa.schema(
         pa.field("peak", pa.float64(), nullable=False),
         pa.field("group", _TEXT),
         pa.field("role", _TEXT),
+        pa.field("levels", pa.binary()),
         pa.field("metadata", _TEXT, nullable=False),
     ]
 )
@@ -68,6 +70,7 @@ def record_fields(record: Record) -> dict[str, Any]:
         "peak": record.peak,
         "group": record.group,
         "role": record.role,
+        "levels": record.levels,
         "metadata": _json(record.metadata),
     }
 
@@ -78,9 +81,25 @@ def record_from_fields(fields: Mapping[str, Any], latent: Latent) -> Record:
     Raises:
         LookupError, ValueError, TypeError: The fields are not those of a record.
     """
-    given = {field.name for field in dataclasses.fields(Record)} - {"latent", "metadata"}
-    metadata = json.loads(fields["metadata"])
-    return Record(latent=latent, metadata=metadata, **{name: fields[name] for name in given})
+    given = {field.name for field in dataclasses.fields(Record)} - {"latent", "levels", "metadata"}
+    return Record(
+        latent=latent,
+        levels=levels_of(fields),
+        metadata=json.loads(fields["metadata"]),
+        **{name: fields[name] for name in given},
+    )
+
+
+def levels_of(fields: Mapping[str, Any]) -> bytes | None:
+    """The levels among a record's stored fields: bytes in Parquet, base64 in a tar's JSON."""
+    levels = fields.get("levels")  # a store of an earlier version has none
+    return base64.b64decode(levels) if isinstance(levels, str) else levels
+
+
+def json_fields(record: Record) -> dict[str, Any]:
+    """A record's stored fields as JSON knows them."""
+    levels = None if record.levels is None else base64.b64encode(record.levels).decode()
+    return record_fields(record) | {"levels": levels}
 
 
 def _json(value: Mapping[str, Any]) -> str:
@@ -131,6 +150,9 @@ class Commit(_Document):
     rows: int = Field(description="Records in the shard.")
     audio_seconds: float = Field(description="Audio that was encoded.")
     items: list[ItemEntry] = Field(description="Every item of the unit, in the plan's order.")
+    items_hash: str | None = Field(
+        None, description="The unit's hash in the plan: what its items were when it was encoded."
+    )
     statistics: StatisticsEntry | None = None
     timings: dict[str, float] = Field(description="Seconds by stage: wait, model, write, total.")
     worker: str = Field("", description="Host and process that encoded the unit.")
@@ -168,6 +190,18 @@ class SeamEntry(_Document):
     largest: float
 
 
+class LinearityEntry(_Document):
+    """The linearity card: relative errors (relL2) of latent arithmetic, medians over items."""
+
+    items: int = Field(description="Sounds that were scaled, by each gain.")
+    pairs: int = Field(description="Pairs of sounds that were added.")
+    homogeneity: float = Field(description="E(a x) against a E(x) + (1 - a) E(0).")
+    homogeneity_raw: float = Field(description="E(a x) against a E(x).")
+    additivity: float = Field(description="E(x) + E(y) - E(0) against E(x + y).")
+    additivity_raw: float = Field(description="E(x) + E(y) against E(x + y).")
+    by_gain: dict[str, float] = Field(description="Homogeneity of each gain a.")
+
+
 class DatasetInfo(_Document):
     """What a store is: dataset.json, written when a run is complete."""
 
@@ -196,6 +230,9 @@ class DatasetInfo(_Document):
     origin: str = Field(description="File with the latent of one chunk of silence [D, Z].")
     shards: list[ShardEntry]
     seams: SeamEntry | None = Field(None, description="What `latentmill seams` measured.")
+    linearity: LinearityEntry | None = Field(
+        None, description="What `latentmill linearity` measured."
+    )
 
 
 _Kind = TypeVar("_Kind", bound=_Document)

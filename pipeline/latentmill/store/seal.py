@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,8 @@ from latentmill.config import fingerprint
 from latentmill.errors import StorageError
 from latentmill.plan import Plan
 from latentmill.storage import Storage
-from latentmill.store.index import Index
+from latentmill.store.commit import iter_commits
+from latentmill.store.index import Index, to_batch
 from latentmill.store.schema import (
     DATASET_PATH,
     INDEX_PATH,
@@ -21,6 +23,7 @@ from latentmill.store.schema import (
     Commit,
     DatasetInfo,
     ShardEntry,
+    parse_document,
 )
 from latentmill.store.statistics import ChannelStatistics
 from latentmill.version import __version__
@@ -74,12 +77,33 @@ def dataset_info(plan: Plan, commits: Iterable[Commit]) -> DatasetInfo:
     )
 
 
-def seal(storage: Storage, plan: Plan, commits: Mapping[str, Commit]) -> DatasetInfo:
-    """Write the index, then dataset.json."""
-    info = dataset_info(plan, commits.values())
-    storage.write(INDEX_PATH, Index.from_commits(commits.values()).to_bytes())
+def seal(storage: Storage, plan: Plan) -> DatasetInfo:
+    """Write the index, then dataset.json, from the commits of the plan's units, one at a time."""
+    names = {unit.name for unit in plan.units}
+    batches = []
+
+    def commits() -> Iterator[Commit]:
+        for commit in iter_commits(storage):
+            if commit.unit in names:
+                batches.append(to_batch(commit))
+                yield commit
+
+    info = dataset_info(plan, commits())
+    info = info.model_copy(update=_measured(storage, info.fingerprint))
+    storage.write(INDEX_PATH, Index.from_batches(batches).to_bytes())
     storage.write(DATASET_PATH, info.model_dump_json(indent=2).encode())
     return info
+
+
+def _measured(storage: Storage, fingerprint: str) -> dict[str, Any]:
+    """What was measured of these latents before: a longer plan does not undo it."""
+    data = storage.read_if_exists(DATASET_PATH)
+    if data is None:
+        return {}
+    before = parse_document(DatasetInfo, data, DATASET_PATH, "delete it and run again")
+    if before.fingerprint != fingerprint:
+        return {}
+    return {"seams": before.seams, "linearity": before.linearity}
 
 
 def write_origin(storage: Storage, origin: npt.NDArray[np.float32]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from latentmill.record import Latent
 
@@ -35,7 +36,9 @@ class ChannelStatistics:
         chunks = latent if latent.ndim == 3 else latent[None]
         for chunk in chunks:
             for start in range(0, chunk.shape[1], BLOCK_FRAMES):
-                block = chunk[:, start : start + BLOCK_FRAMES].astype(np.float64)
+                part = chunk[:, start : start + BLOCK_FRAMES]
+                # numpy takes three times as long to widen float16.
+                block = torch.tensor(part).double().numpy()
                 mean = block.mean(axis=1)
                 m2 = ((block - mean[:, None]) ** 2).sum(axis=1)
                 total = total.merge(cls(block.shape[1], mean, m2))

@@ -15,14 +15,14 @@ import pyarrow.parquet as pq
 import xxhash
 
 from latentmill.chunks import Chunking
-from latentmill.decode import Audio, decode_latent
+from latentmill.decode import Audio, LatentSource, decode_blocks, decode_latent
 from latentmill.device import pick_device
 from latentmill.errors import ConfigError, ModelError, StorageError, StoreError
 from latentmill.models import registry
 from latentmill.models.base import Autoencoder
-from latentmill.ops import Origin
+from latentmill.ops import Linearity, Origin
 from latentmill.plan import PLAN_PATH, Plan, load
-from latentmill.record import Latent, Record, latent_from_bytes
+from latentmill.record import Latent, Record, latent_from_bytes, time_major_bytes
 from latentmill.storage import Storage
 from latentmill.store.commit import committed_units, read_commits
 from latentmill.store.index import Index, IndexEntry
@@ -33,6 +33,7 @@ from latentmill.store.schema import (
     RECORD_SCHEMA,
     Commit,
     DatasetInfo,
+    levels_of,
     parse_document,
     record_from_fields,
 )
@@ -40,6 +41,10 @@ from latentmill.store.seal import dataset_info, read_origin
 
 _FIELD_COLUMNS = [name for name in RECORD_SCHEMA.names if name != "latent"]
 _CACHED_SHARDS = 8
+# A larger latent is decoded from the disk, window by window.
+_WHOLE_BYTES = 64 << 20
+# Decoding needs several times the memory of encoding: few windows at once.
+_DECODE_BATCH = {"cpu": 1, "cuda": 4}
 
 
 def open_store(url: str, *, device: str = "auto") -> LatentStore:
@@ -81,6 +86,11 @@ class LatentStore:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["url"], device=state["device"])  # type: ignore[misc]
+
+    @property
+    def device(self) -> str:
+        """Where its model is: `cpu`, `cuda` or `cuda:N`."""
+        return pick_device(self._device)
 
     @property
     def url(self) -> str:
@@ -125,10 +135,25 @@ class LatentStore:
         """How the items were chunked."""
         return Chunking(**self.info.chunking)
 
+    @property
+    def codes(self) -> bool:
+        """Whether the latents are codes, which cannot be blended."""
+        model = self.info.model
+        return model.get("output") == "codes" or model.get("codebook_size") is not None
+
     @cached_property
     def origin(self) -> Origin:
-        """The latent of silence, which latent arithmetic needs."""
-        return Origin(read_origin(self._storage), self.chunking)
+        """The latent of silence, which latent arithmetic needs, and what else it must know."""
+        model, card = self.info.model, self.info.linearity
+        names = Linearity.__dataclass_fields__
+        with_std = model.get("posterior") == "mean+std"
+        return Origin(
+            read_origin(self._storage),
+            self.chunking,
+            deviations=model["latent_channels"] // 2 if with_std else 0,
+            codes=self.codes,
+            linearity=None if card is None else Linearity(**{n: getattr(card, n) for n in names}),
+        )
 
     @property
     def mean(self) -> npt.NDArray[np.float64]:
@@ -146,13 +171,34 @@ class LatentStore:
             return Index.from_commits(self.commits.values())
         try:
             if self._storage.local:
-                return Index.from_file(pa.memory_map(self._storage.full(INDEX_PATH)))
-            return Index.from_file(self._storage.read(INDEX_PATH))
+                index = Index.from_file(pa.memory_map(self._storage.full(INDEX_PATH)))
+            else:
+                index = Index.from_file(self._storage.read(INDEX_PATH))
         except (FileNotFoundError, pa.ArrowInvalid) as error:
             raise StoreError(
                 f"{self.url}/{INDEX_PATH} is missing or damaged: delete {DATASET_PATH} and run "
                 "again to seal the store."
             ) from error
+        if len(index) > self.info.encoded:  # the store was extended since it was opened
+            return index.of_shards(shard.path for shard in self.info.shards)
+        return index
+
+    @property
+    def storage(self) -> Storage:
+        """The place of the store's files."""
+        return self._storage
+
+    @property
+    def index(self) -> Index:
+        """Where every record lies."""
+        return self._index
+
+    def shard_sizes(self) -> dict[str, tuple[int, str]]:
+        """Bytes and hash of every shard by path."""
+        if self.sealed:
+            return {shard.path: (shard.bytes, shard.hash) for shard in self.info.shards}
+        commits = self.commits.values()
+        return {c.shard: (c.bytes, c.hash or "") for c in commits if c.shard is not None}
 
     def __len__(self) -> int:
         return len(self._index)
@@ -240,14 +286,73 @@ class LatentStore:
             self._model = handle.load(pick_device(self._device))
         return self._model
 
-    def decode(self, key: str, *, seed: int = 0) -> Audio:
-        """Decode a record to audio `[channels, samples]`, float32, at the model's rate."""
-        record = self[key]
-        return self.decode_latent(record.latent, record.num_samples, seed=seed)
+    def levels(self, key: str) -> bytes | None:
+        """How loud each frame of a record is, as `latentmill.levels.decibels` reads it.
 
-    def decode_latent(self, latent: Latent, num_samples: int, *, seed: int = 0) -> Audio:
+        None with `stitch: none`, and in stores of a version that did not measure it.
+        """
+        return levels_of(self._fields(self.entry(key)))
+
+    def source(self, key: str) -> LatentSource:
+        """A record's latent, to be decoded or mixed piece by piece; a long one stays on the disk.
+
+        Raises:
+            KeyError: There is no such record.
+            StorageError: The shard cannot be read, or holds other bytes than were written.
+        """
+        entry = self.entry(key)
+        if entry.chunks or entry.length <= _WHOLE_BYTES:
+            return LatentSource.of(self.read(entry).latent)
+        digest, block = xxhash.xxh3_64(), _WHOLE_BYTES // (entry.length // entry.frames)
+        for start in range(0, entry.frames, block):
+            frames = min(block, entry.frames - start)
+            digest.update(time_major_bytes(self.crop(key, start, frames)))
+        if digest.intdigest() != entry.hash:
+            raise self._damaged(entry, "the latent does not match its hash")
+        return LatentSource(entry.shape, lambda start, frames: self.crop(key, start, frames))
+
+    def decode(self, key: str, *, seed: int = 0, batch_size: int | None = None) -> Audio:
+        """Decode a record to audio `[channels, samples]`, float32, at the model's rate.
+
+        Args:
+            key: The record's key.
+            seed: Noise of a stochastic decoder: equal seeds give a moment of every item the same.
+            batch_size: Windows per forward pass; default 1 on a CPU, 4 on a GPU.
+        """
+        samples = self.entry(key).num_samples
+        return self.decode_latent(self.source(key), samples, seed=seed, batch_size=batch_size)
+
+    def decode_latent(
+        self,
+        latent: Latent | LatentSource,
+        num_samples: int,
+        *,
+        seed: int = 0,
+        batch_size: int | None = None,
+    ) -> Audio:
         """Decode any latent on this store's grid, such as a mix, to `num_samples` samples."""
-        return decode_latent(self.model(), latent, num_samples, self.chunking, seed=seed)
+        batch = batch_size or self._decode_batch
+        return decode_latent(
+            self.model(), latent, num_samples, self.chunking, seed=seed, batch_size=batch
+        )
+
+    def decode_blocks(
+        self,
+        latent: Latent | LatentSource,
+        num_samples: int,
+        *,
+        seed: int = 0,
+        batch_size: int | None = None,
+    ) -> Iterator[Audio]:
+        """The same, giving the audio as it is done, `[channels, n]`: any length, bounded memory."""
+        batch = batch_size or self._decode_batch
+        return decode_blocks(
+            self.model(), latent, num_samples, self.chunking, seed=seed, batch_size=batch
+        )
+
+    @property
+    def _decode_batch(self) -> int:
+        return _DECODE_BATCH[pick_device(self._device).partition(":")[0]]
 
     def _read(self, entry: IndexEntry, offset: int, length: int) -> bytes:
         data = self._storage.read_range(entry.shard, offset, length)
@@ -281,9 +386,10 @@ class _ShardFields:
 
     def __init__(self, storage: Storage, path: str) -> None:
         with storage.open(path) as file:
+            have = set(pq.read_schema(file).names)  # a store of an earlier version has fewer
             self._table = pq.read_table(
                 file,
-                columns=_FIELD_COLUMNS,
+                columns=[name for name in _FIELD_COLUMNS if name in have],
                 page_checksum_verification=True,
                 # Arrow's threads may abort a process that ends soon after they began.
                 use_threads=False,

@@ -15,7 +15,7 @@ import numpy as np
 from webdataset import TarWriter
 
 from latentmill.record import Latent, Record, time_major_bytes
-from latentmill.store.schema import record_fields
+from latentmill.store.schema import json_fields
 from latentmill.store.writers import Location
 
 
@@ -38,7 +38,7 @@ class TarShardWriter:
         self._tar.write(
             {
                 "__key__": member_key(record.key),
-                "json": json.dumps(record_fields(record), ensure_ascii=False).encode(),
+                "json": json.dumps(json_fields(record), ensure_ascii=False).encode(),
                 "npy": header + time_major_bytes(record.latent),
             }
         )

@@ -9,13 +9,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import xxhash
 
-from latentmill.audio import open_audio, open_media, prepare
+from latentmill.audio import open_audio, prepare
 from latentmill.config import fingerprint
 from latentmill.decode import Audio
 from latentmill.errors import ItemError, LatentmillError, StorageError, StoreError
-from latentmill.plan import Unit
+from latentmill.models.precision import numeric_mode
+from latentmill.plan import Unit, check_items, iter_keys, iter_units
 from latentmill.record import Record
+from latentmill.sources.address import item_at
+from latentmill.sources.base import Segment
+from latentmill.sources.reading import UnitReader
 from latentmill.storage import SCRATCH, Storage
 from latentmill.store.commit import committed_units, hash_of, iter_commits, read_commit
 from latentmill.store.index import IndexEntry, entries
@@ -100,11 +105,11 @@ class _Verification:
                 f"{len(missing)} of {len(plan.units)} units are not committed (the first is "
                 f"{missing[0]}): run the same encode command again"
             )
-        keys = Counter(item.key for item in plan.items)
-        report.faults += [f"{key} is in the plan {n} times" for key, n in keys.items() if n > 1]
-        for unit in plan.units:
+        check_items(plan, self._storage)
+        report.faults += self._twins()
+        for unit, table in iter_units(self._storage, plan, ["key"]):
             if unit.name in committed:
-                report.faults += self._unit_faults(unit, report)
+                report.faults += self._unit_faults(unit, table["key"].to_pylist(), report)
         report.faults += self._strays()
         if not missing:
             report.faults += self._origin_faults()
@@ -116,7 +121,19 @@ class _Verification:
                 _decode(self._store, key, report)
         return report
 
-    def _unit_faults(self, unit: Unit, report: Report) -> Iterator[str]:
+    def _twins(self) -> Iterator[str]:
+        """Keys that the plan has more than once; holds eight bytes of each key."""
+        hashes = np.sort(np.fromiter(map(_hash_of_key, self._keys()), np.uint64))
+        if twice := set(hashes[1:][hashes[1:] == hashes[:-1]].tolist()):
+            suspects = (key for key in self._keys() if _hash_of_key(key) in twice)
+            for key, count in Counter(suspects).items():
+                if count > 1:
+                    yield f"{key} is in the plan {count} times"
+
+    def _keys(self) -> Iterator[str]:
+        return iter_keys(self._storage, self._plan)
+
+    def _unit_faults(self, unit: Unit, keys: list[str], report: Report) -> Iterator[str]:
         try:
             commit = read_commit(self._storage, unit.name)
         except LatentmillError as error:
@@ -127,8 +144,13 @@ class _Verification:
         report.records += commit.rows
         if commit.fingerprint != self._fingerprint:
             yield f"commit {unit.name} has another fingerprint than the plan"
-        if [item.key for item in unit.items] != [item.key for item in commit.items]:
+        if keys != [item.key for item in commit.items]:
             yield f"commit {unit.name} does not list the items that the plan gives its unit"
+        elif commit.items_hash not in (None, unit.hash):
+            yield (
+                f"commit {unit.name} is of items that have changed: run the same encode command "
+                "again"
+            )
         if commit.shard is None:
             return
         self._shards.add(commit.shard)
@@ -218,9 +240,13 @@ class _Verification:
                     return
 
 
+def _hash_of_key(key: str) -> int:
+    return xxhash.xxh3_64_intdigest(key.encode())
+
+
 def _differences(expected: DatasetInfo, found: DatasetInfo) -> list[str]:
     """The fields that differ, but for those that the plan and the commits do not settle."""
-    names = DatasetInfo.model_fields.keys() - {"latentmill_version", "seams"}
+    names = DatasetInfo.model_fields.keys() - {"latentmill_version", "seams", "linearity"}
     return [name for name in sorted(names) if not _same(expected, found, name)]
 
 
@@ -233,7 +259,8 @@ def _same(expected: DatasetInfo, found: DatasetInfo, name: str) -> bool:
 
 def _decode(store: LatentStore, key: str, report: Report) -> None:
     record = store[key]
-    audio = store.decode(key)  # [C, T]
+    with numeric_mode(store.plan.fingerprint["numeric"]["precision"], store.device):
+        audio = store.decode(key)  # [C, T]
     if audio.shape[1] != record.num_samples or not np.isfinite(audio).all():
         report.faults.append(f"{key} does not decode to {record.num_samples} finite samples")
         return
@@ -262,10 +289,12 @@ def read_source(record: Record, channels: int) -> Audio:
     Raises:
         ItemError: The source is gone or has changed.
     """
-    with open_media(record.source_uri) as media:
+    item = item_at(record.source_uri)
+    part = item.segment or Segment(0.0)
+    with UnitReader([item]) as reader, reader.open(item) as media:
         if media.content_hash != record.content_hash:
             raise ItemError("the source has changed since it was encoded")
-        stream = open_audio(media, allow_truncated=True)
+        stream = open_audio(media, start=part.start, duration=part.duration, allow_truncated=True)
         waveform = prepare(stream, sample_rate=record.sample_rate, channels=channels)
         audio: Audio = np.concatenate(list(waveform.blocks()), axis=1)
         return audio

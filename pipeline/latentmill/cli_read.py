@@ -1,0 +1,228 @@
+"""The commands that read a store: decode, mix, export, and what is measured on it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+
+from latentmill import show
+from latentmill.decode import LatentSource
+from latentmill.errors import ITEMS_FAILED_EXIT_CODE, ConfigError
+from latentmill.export import Target, export_store
+from latentmill.linearity import measure_linearity
+from latentmill.listen import FILE_TYPES, check_file_type, fitted, mixed, write_audio
+from latentmill.ops import LinearityWarning
+from latentmill.seams import measure_seams
+from latentmill.store.store import LatentStore, open_store
+
+app = typer.Typer()  # its commands become the main one's
+
+Out = Annotated[str, typer.Argument(metavar="OUT", help="The store: a folder or fsspec URL.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
+Seed = Annotated[int, typer.Option(help="Noise of a stochastic decoder.")]
+
+
+def print_value(as_json: bool, value: Any, text: Callable[[Any], str]) -> None:
+    """Print what a command gives, for people or for machines."""
+    typer.echo(json.dumps(show.plain(value), ensure_ascii=False) if as_json else text(value))
+
+
+@app.command()
+def decode(
+    out: Out,
+    keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="Records to decode.")],
+    folder: Annotated[Path, typer.Option("-o", "--output", help="Folder for the files.")],
+    format: Annotated[str, typer.Option(help="wav (float32) or flac (24 bit).")] = "wav",
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Decode records to audio files, FOLDER/KEY.wav; any length, in bounded memory."""
+    if f".{format}" not in FILE_TYPES:
+        raise ConfigError(f"Option --format {format}: it is wav or flac.")
+    store = open_store(out, device=device)
+    targets = {key: folder / f"{_safe(key)}.{format}" for key in keys}
+    for key, path in targets.items():
+        _check_key(store, key)
+        _check_target(path, store, overwrite)
+    written = [
+        _write(path, store, store.source(key), store.entry(key).num_samples, seed)
+        for key, path in targets.items()
+    ]
+    print_value(as_json, {"files": written}, show.files)
+
+
+@app.command()
+def mix(
+    out: Out,
+    parts: Annotated[list[str], typer.Argument(metavar="KEY[:GAIN]...", help="What to mix.")],
+    file: Annotated[Path, typer.Option("-o", "--output", help="The .wav or .flac to write.")],
+    length: Annotated[
+        str | None, typer.Option(help="shortest or longest, where the records differ.")
+    ] = None,
+    overwrite: Overwrite = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Plain sum, without the origin.")] = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Mix records in latent space and decode the mix to a WAV or FLAC file."""
+    check_file_type(file)
+    store = open_store(out, device=device)
+    _check_target(file, store, overwrite)
+    wanted = [_part(store, part) for part in parts]
+    origin = store.origin.raw() if raw else store.origin
+    origin.check_arithmetic()
+    sources = [store.source(key) for key, _ in wanted]
+    samples = [store.entry(key).num_samples for key, _ in wanted]
+    choose = {None: max, "longest": max, "shortest": min}.get(length)
+    if choose is None:
+        raise ConfigError(f"Option --length {length}: it is shortest or longest.")
+    if length is not None:
+        frames = choose(source.shape[-1] for source in sources)
+        sources = [fitted(source, frames, origin=origin) for source in sources]
+    mixture = mixed(sources, [gain for _, gain in wanted], origin=origin)
+    with _warnings_as_lines():
+        written = _write(file, store, mixture, choose(samples), seed)
+    print_value(as_json, {"files": [written]}, show.files)
+
+
+@app.command()
+def export(
+    out: Out,
+    dest: Annotated[str, typer.Argument(metavar="DEST", help="Where to: a new folder or URL.")],
+    to: Annotated[str, typer.Option("--to", help="stable-audio-tools, webdataset or parquet.")],
+    frames: Annotated[
+        int | None,
+        typer.Option(min=1, help="stable-audio-tools: continue shorter latents by silence."),
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Write a store for other tools, or as a store of the other format."""
+    try:
+        target = Target(to)
+    except ValueError:
+        names = ", ".join(Target)
+        raise ConfigError(f"Option --to {to}: it is one of {names}.") from None
+    summary = export_store(open_store(out), dest, target, frames=frames)
+    print_value(as_json, summary, show.export)
+    return ITEMS_FAILED_EXIT_CODE if summary.failures else 0
+
+
+@app.command()
+def seams(
+    out: Out,
+    items: Annotated[int, typer.Option(min=1, help="How many items to encode whole.")] = 8,
+    max_seconds: Annotated[float, typer.Option(help="Longest of them.")] = 60.0,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure the error at the seams of chunks against whole items; goes into dataset.json."""
+    store = open_store(out, device=device)
+    print_value(as_json, measure_seams(store, items=items, max_seconds=max_seconds), show.seams)
+
+
+@app.command()
+def linearity(
+    out: Out,
+    items: Annotated[int, typer.Option(min=2, help="How many items to scale and add.")] = 8,
+    max_seconds: Annotated[
+        float | None, typer.Option(min=0.1, help="How much of each (default: one chunk).")
+    ] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure how well latents scale and add on the store's audio; goes into dataset.json."""
+    store = open_store(out, device=device)
+    report = measure_linearity(store, items=items, max_seconds=max_seconds)
+    print_value(as_json, report, show.linearity)
+
+
+def _part(store: LatentStore, part: str) -> tuple[str, float]:
+    """`KEY` or `KEY:GAIN`; a key may hold colons itself."""
+    key, _, gain = part.rpartition(":")
+    if part in store or key not in store:
+        _check_key(store, part)
+        return part, 1.0
+    try:
+        factor = float(gain)
+    except ValueError:
+        factor = math.nan
+    if not math.isfinite(factor):
+        raise ConfigError(
+            f"Gain {gain!r} of {key} is no number: write KEY:GAIN, such as {key}:0.5."
+        )
+    return key, factor
+
+
+def _check_key(store: LatentStore, key: str) -> None:
+    if key not in store:
+        near = show.closest(key, store.keys())
+        hint = f"did you mean {near}?" if near else f"`latentmill status {store.url}` counts them."
+        raise ConfigError(f"{store.url} has no record {key}: {hint}")
+
+
+def _safe(key: str) -> str:
+    """A key as a relative path that stays below its folder."""
+    return "/".join(part for part in key.split("/") if part not in ("", ".", ".."))
+
+
+def _check_target(path: Path, store: LatentStore, overwrite: bool) -> None:
+    """A recording must not be lost to its own copy."""
+    if path.resolve().is_relative_to(Path(store.info.source)):
+        raise ConfigError(f"Output {path} lies in the source of {store.url}: choose another place.")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"Output {path} exists: choose another place, or add --overwrite.")
+
+
+def _write(path: Path, store: LatentStore, source: LatentSource, samples: int, seed: int) -> str:
+    """Decode to a file; say so if the file cannot hold the loudest samples."""
+    written = write_audio(
+        path,
+        store.decode_blocks(source, samples, seed=seed),
+        sample_rate=store.info.model["sample_rate"],
+        channels=store.model().spec.channels,
+        num_samples=samples,
+    )
+    if written.clipped:
+        typer.echo(
+            f"latentmill: warning: {path}: {written.clipped} samples clipped, the peak is "
+            f"{20 * math.log10(written.peak):+.1f} dB; a .wav file holds it",
+            err=True,
+        )
+    return written.path
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Print what the linearity card warns of as a line, once."""
+
+    def line(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, LinearityWarning):
+            print(f"latentmill: warning: {message}", file=sys.stderr)  # noqa: T201
+        else:
+            before(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        before = warnings.showwarning
+        warnings.simplefilter("once", LinearityWarning)
+        warnings.showwarning = line
+        yield
