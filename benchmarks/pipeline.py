@@ -78,7 +78,7 @@ def measure(model: str, corpus: Path, folder: Path, rounds: int) -> dict[str, An
     # As many threads as the pipeline's actor: the only one of an actor would be its main thread.
     options = {"num_cpus": 0, "max_concurrency": UNITS_IN_FLIGHT + 1}
     options["runtime_env"] = {"env_vars": KEEP_FREED_MEMORY}
-    alone = ray.remote(**options)(ModelAlone).remote(bench.job, bench.units)
+    alone = ray.remote(**options)(ModelAlone).remote(bench.job, bench.items)
     seconds = ray.get(alone.prepare.remote())
     loop = model == "lin-cae"
     times: dict[str, list[float]] = {"pipeline": [], "model": [], "loop": []}
@@ -113,17 +113,16 @@ class Bench:
         from latentmill.config import fingerprint_document, load_config
         from latentmill.engine.launch import make_job
         from latentmill.models import registry
-        from latentmill.plan import Plan, cut_units
+        from latentmill.plan import Plan, read_items
         from latentmill.sources.folder import FolderSource
+        from latentmill.storage import Storage
 
         config = load_config(None, {"source": str(corpus), "out": "unused", "model": model})
         handle = registry.resolve(model)
         chunking = Chunking.for_model(handle.spec)
-        listing = FolderSource(str(corpus), config.extensions).list()
-        self.units = cut_units(listing.items)
+        self.source = FolderSource(str(corpus), config.extensions)
         self.plan = Plan(
             source=str(corpus),
-            units=self.units,
             fingerprint=fingerprint_document(config, handle.spec, chunking),
             model=model,
             model_options={},
@@ -132,14 +131,22 @@ class Bench:
         )
         self.busy: list[float] = []  # share of each run in which the model worked
         self.job = make_job(config, handle, chunking, self.plan, device="cpu", threads=2)
+        with tempfile.TemporaryDirectory() as folder:
+            plan = self.freeze(Path(folder))
+            self.items = [read_items(Storage(folder), unit) for unit in plan.units]
+
+    def freeze(self, out: Path) -> Any:
+        from latentmill.plan import Cutting, draft, freeze
+        from latentmill.storage import Storage
+
+        with draft(self.source.items(), Cutting()) as items:
+            return freeze(self.plan, items, Storage(str(out)))
 
     def run(self, out: Path) -> float:
         from latentmill.engine.actor import ActorShape
         from latentmill.engine.progress import QuietProgress
         from latentmill.engine.scheduler import Scheduler
         from latentmill.engine.worker import UnitResult
-        from latentmill.plan import freeze
-        from latentmill.storage import Storage
 
         marks, busy = [], []
 
@@ -148,11 +155,11 @@ class Bench:
                 marks.append(time.perf_counter())
                 busy.append(result.timings["model_seconds"])
 
-        freeze(self.plan, Storage(str(out)))
+        units = self.freeze(out).units
         job = replace(self.job, store=str(out))
-        scheduler = Scheduler(job, ActorShape(cpus=0, gpus=0), 1, Marks())
-        scheduler.run(self.units, lambda origin: marks.append(time.perf_counter()))
-        assert len(marks) == len(self.units) + 1
+        scheduler = Scheduler(job, ActorShape(cpus=0, gpus=0), lambda: 1, Marks())
+        scheduler.run(units, lambda origin: marks.append(time.perf_counter()))
+        assert len(marks) == len(units) + 1
         shutil.rmtree(out)
         seconds = marks[-1] - marks[0]
         self.busy.append(sum(busy) / seconds)
@@ -163,14 +170,15 @@ class ModelAlone:
     """The model on the pipeline's own batches, with the audio in memory; a Ray actor."""
 
     def __init__(self, job: Any, units: Any) -> None:
-        self._job, self._units = job, units
+        self._job, self._units = job, units  # the items of each unit
 
     def prepare(self) -> float:
         """Decode and pack everything; gives the seconds of audio."""
         import torch
 
         from latentmill.chunks import Chunk, Packer
-        from latentmill.encode import AudioStream, Meter
+        from latentmill.encode import AudioStream
+        from latentmill.meter import Meter
 
         torch.set_num_threads(self._job.threads)
         self._model = self._job.model.load("cpu")
@@ -178,7 +186,7 @@ class ModelAlone:
         self._batches, seconds = [], 0.0
         for unit in self._units:
             packer = Packer(chunking, settings.batch_size)
-            stream = AudioStream(unit.items, spec, chunking, settings, Meter())
+            stream = AudioStream(unit, spec, chunking, settings, Meter())
             with contextlib.closing(stream):
                 for index, _, event in stream:
                     if isinstance(event, Chunk):

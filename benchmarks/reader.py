@@ -30,6 +30,7 @@ import resource
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
@@ -145,6 +146,7 @@ class Measure:
 
 def serve(name: str, folder: Path, seconds: float, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     measure = Measure(name, folder, seconds)
     pipe.send(measure.check())
     while (ask := pipe.recv()) is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -157,7 +158,7 @@ class LatentmillTar(Latentmill):
 
 
 class Npy(Peer):
-    """One .npy file per item, mapped into memory for crops."""
+    """One .npy file per item, found by listing the folder, mapped into memory for crops."""
 
     def build(self, folder: Path, latents: Sequence[Latent]) -> None:
         self.save_frames(folder, latents)
@@ -166,12 +167,14 @@ class Npy(Peer):
 
     def open(self, folder: Path) -> None:
         self.load_frames(folder)
+        names = sorted(name for name in os.listdir(folder) if name.endswith(".npy"))  # noqa: PTH208
+        self.paths = [folder / name for name in names]
 
     def one(self, item: int, start: int) -> Latent:
-        return np.load(self.folder / f"{item:06d}.npy", mmap_mode="r")[start : start + CROP]
+        return np.load(self.paths[item], mmap_mode="r")[start : start + CROP]
 
     def whole(self, item: int) -> Latent:
-        return np.load(self.folder / f"{item:06d}.npy")
+        return np.load(self.paths[item])
 
 
 class LitData(Peer):

@@ -1,0 +1,144 @@
+"""What scheduling costs: 10,000 units on a hundred simulated GPUs, and one real driver.
+
+    python benchmarks/driver.py [--units 10000] [--seconds 2] [--gpus 100]
+
+A unit takes its simulated GPU `--seconds`, asleep; everything between the driver and the GPUs is
+real: Ray, the calls, the answers, the scheduler. `overhead_of_run` is the run's time over that of
+GPUs which never wait, less one; `driver_cpu_share` the share of a core that the scheduler's thread
+needs meanwhile; `driver_growth_mib` how the driver's memory grows from the first unit to the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from common import write_result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--units", type=int, default=10_000)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--gpus", type=int, default=100)
+    parser.add_argument("--results", type=Path, default=None)
+    arguments = parser.parse_args()
+    result = measure(arguments.units, arguments.seconds, arguments.gpus)
+    result = {"script": "benchmarks/driver.py", **result}
+    write_result("driver", result, *([arguments.results] if arguments.results else []))
+
+
+class Gpus:
+    """Many simulated GPUs in one process; a Ray actor."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._turns: dict[int, asyncio.Lock] = {}
+        self._done: Counter[int] = Counter()
+
+    async def ready(self, gpu: int) -> str:
+        self._turns[gpu] = asyncio.Lock()
+        return f"GPU {gpu}"
+
+    async def origin(self, gpu: int) -> Any:
+        import numpy as np
+
+        return np.zeros((64, 8), np.float32)
+
+    async def encode(self, gpu: int, unit: Any, careful: bool) -> Any:
+        from latentmill.engine.worker import UnitResult
+
+        async with self._turns[gpu]:
+            await asyncio.sleep(self._seconds)
+        self._done[gpu] += 1
+        timings = {"model_seconds": self._seconds, "wait_seconds": 0.0}
+        return UnitResult(unit.number, unit.items, 0, 0, unit.seconds, (), timings)
+
+    async def meter(self, gpu: int) -> dict[str, float]:
+        return {"audio_seconds": float(self._done[gpu]), "steps": float(self._done[gpu])}
+
+    async def stop(self, gpu: int) -> None:
+        """Nothing is kept."""
+
+
+class Handle:
+    """What the scheduler takes for the handle of an actor."""
+
+    def __init__(self, gpus: Any, number: int) -> None:
+        self._gpus, self._number = gpus, number
+
+    def __getattr__(self, method: str) -> Any:
+        call = getattr(self._gpus, method)
+
+        class Method:
+            remote = staticmethod(lambda *arguments: call.remote(self._number, *arguments))
+
+        return Method
+
+
+def measure(units: int, seconds: float, gpus: int) -> dict[str, Any]:
+    import ray
+
+    from latentmill.engine import scheduler as module
+    from latentmill.engine.actor import ActorShape
+    from latentmill.engine.progress import LineProgress
+    from latentmill.plan import Plan, Unit
+
+    ray.init("local", include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    simulated = ray.remote(num_cpus=0, max_concurrency=4 * gpus)(Gpus).remote(seconds)
+    handles = (Handle(simulated, number) for number in range(10**9))
+    plan = Plan("", {}, "", {}, "parquet", {}, units=tuple(Unit(n, 50, 1e4) for n in range(units)))
+    marks: dict[str, tuple[float, float, float]] = {}
+
+    class Marks(LineProgress):
+        done = 0
+
+        def unit_done(self, result: Any) -> None:
+            super().unit_done(result)
+            self.done += 1
+            if self.done == gpus:  # all of them are at work
+                mark("begin")
+            if self.done == units:
+                mark("end")
+
+    def mark(name: str) -> None:
+        marks[name] = time.perf_counter(), time.thread_time(), memory()
+
+    with (
+        mock.patch.object(module, "start_actor", lambda job, shape: next(handles)),
+        mock.patch.object(module.ray, "kill", lambda actor: None),
+        Path("/dev/null").open("w") as nowhere,
+    ):
+        progress = Marks(nowhere)
+        progress.begin(plan, {})
+        scheduler = module.Scheduler(None, ActorShape(0, 0), lambda: gpus, progress)
+        scheduler.run(plan.units, lambda origin: None)
+    (began, cpu_began, before), (ended, cpu_ended, after) = marks["begin"], marks["end"]
+    counted = units - gpus
+    ideal = counted * seconds / gpus
+    return {
+        "units": units,
+        "simulated_gpus": gpus,
+        "seconds_per_unit": seconds,
+        "run_seconds": round(ended - began, 2),
+        "ideal_seconds": round(ideal, 2),
+        "overhead_of_run": round((ended - began) / ideal - 1, 4),
+        "driver_cpu_ms_per_unit": round(1000 * (cpu_ended - cpu_began) / counted, 3),
+        "driver_cpu_share": round((cpu_ended - cpu_began) / (ended - began), 4),
+        "driver_growth_mib": round(after - before, 1),
+    }
+
+
+def memory() -> float:
+    """Memory of this process, MiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096 / 2**20
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""A model that takes its time and no CPU, for `python:simulated_gpu:build`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from latentmill.models import mdct
+from latentmill.models.base import Autoencoder, ModelSpec
+
+
+@dataclass(frozen=True)
+class Handle:
+    """Latents of 64 channels at 21.5 Hz, zeros all of them, after a while."""
+
+    x_real_time: float
+    seconds: float
+    spec: ModelSpec
+
+    def load(self, device: str) -> Autoencoder:
+        return Model(self)
+
+
+class Model:
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+        self.spec = handle.spec
+
+    def encode(self, audio: torch.Tensor) -> torch.Tensor:
+        batch, _, samples = audio.shape
+        seconds = self._handle.seconds
+        if self._handle.x_real_time:
+            seconds += batch * samples / self.spec.sample_rate / self._handle.x_real_time
+        time.sleep(seconds)
+        return torch.zeros(batch, self.spec.latent_channels, self.spec.frames(samples))
+
+    def decode(
+        self,
+        latents: torch.Tensor,
+        num_samples: int,
+        *,
+        seed: int = 0,
+        positions: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        return torch.zeros(len(latents), self.spec.channels, num_samples)
+
+
+def build(*, x_real_time: float = 0.0, seconds: float = 0.0) -> Handle:
+    """A model that sleeps `seconds` a batch, and as long as its speed asks for."""
+    spec = replace(mdct.build(hop=2048).spec, latent_channels=64)
+    return Handle(x_real_time, seconds, spec)
