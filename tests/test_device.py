@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from latentmill.device import KEEP_FREED_MEMORY, pick_device
+from latentmill.device import KEEP_FREED_MEMORY, pick_device, worker_environment
 from latentmill.errors import ConfigError
 
 
@@ -112,3 +112,58 @@ def test_kept_memory_can_be_given_back(kept: bool) -> None:
     trimmed, freed = done.stdout.split()
     assert trimmed == str(kept)
     assert (int(freed) > 25_000_000) == kept
+
+
+def test_what_the_user_set_of_malloc_stays() -> None:
+    assert worker_environment({}) == KEEP_FREED_MEMORY
+    left = worker_environment({"MALLOC_ARENA_MAX": "4", "HOME": "/"})
+    assert left == {n: v for n, v in KEEP_FREED_MEMORY.items() if n != "MALLOC_ARENA_MAX"}
+
+
+MIXED = """
+import random, torch
+from latentmill.models.feed import Feed
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+
+def resident(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
+
+class Stack:  # activations as an encoder has them: large, and of sizes by the chunk's length
+    layers = [torch.nn.Conv1d(a, b, 3, padding=1) for a, b in ((1, 48), (48, 96), (96, 8))]
+
+    @torch.inference_mode()
+    def encode(self, audio):
+        for layer in self.layers:
+            audio = torch.nn.functional.silu(layer(audio))
+        return audio[..., ::64]
+
+rng = random.Random(0)
+lengths = [rng.randrange(20_000, 100_000) for _ in range(44)]
+before = resident("VmRSS")
+feed = Feed(Stack())
+one = torch.zeros(1, 1, max(lengths)).numpy()
+list(feed.push(one))
+single = resident("VmHWM") - before
+for length in lengths:
+    list(feed.push(torch.zeros(1, 1, length).numpy()))
+print(single, resident("VmRSS") - before, resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc")
+def test_chunks_of_mixed_lengths_do_not_pile_up_memory() -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", MIXED],
+        env={**env, **KEEP_FREED_MEMORY},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    single, after, _ = map(float, done.stdout.split())
+    assert single > 30  # MiB: more than the noise of an interpreter
+    assert after < 1.5 * single

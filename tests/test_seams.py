@@ -126,7 +126,7 @@ def test_the_command_prints_it(encode) -> None:
         text=True,
         check=True,
     )
-    assert json.loads(shown.stdout)["context"] == [1, 1]
+    assert json.loads(shown.stdout)["context"] == {"left": 1, "right": 1}
 
 
 def test_the_command_shows_a_model_as_it_would_run() -> None:

@@ -14,7 +14,7 @@ import pytest
 from latentmill.run import encode
 from support import nodes, runs
 
-SONGS = 24
+SONGS = 40
 
 
 @pytest.fixture
@@ -25,20 +25,21 @@ def cluster() -> Iterator[nodes.Nodes]:
 
 
 def wait_for(store: Path, units: int, driver: subprocess.Popen[str]) -> None:
-    """Wait until so many units are committed."""
+    """Wait until so many more units are committed."""
+    before = len(list(store.glob("commits/*.json")))
 
     def there() -> bool:
         if driver.poll() is not None:
             pytest.fail(f"the driver ended: {driver.communicate()}")
-        return len(list(store.glob("commits/*.json"))) >= units
+        return len(list(store.glob("commits/*.json"))) >= before + units
 
-    runs.until(there, 240, f"{units} units are committed")
+    runs.until(there, 240, f"{units} more units are committed")
 
 
 def started(
     songs: Path, store: Path, cluster: nodes.Nodes
 ) -> AbstractContextManager[subprocess.Popen[str]]:
-    arguments = nodes.arguments(songs, store, cluster.address, 0.5)
+    arguments = nodes.arguments(songs, store, cluster.address, 1.0)
     return runs.started(*arguments, **nodes.environment())
 
 
@@ -58,15 +59,15 @@ def test_a_store_survives_its_cluster(
         second = cluster.workers[-1]
         runs.until(lambda: bool(cluster.actors(second)), 90, "the second node has an actor")
         cluster.kill_node(first)
-        wait_for(store, 5, driver)
+        wait_for(store, 3, driver)
         for pid in cluster.actors(second):
             os.kill(pid, signal.SIGKILL)
-        wait_for(store, 8, driver)
+        wait_for(store, 3, driver)
         driver.kill()
     assert not (store / "dataset.json").exists()
     kept = runs.commits(store)
     with started(songs, store, cluster) as driver:
-        wait_for(store, len(kept) + 2, driver)
+        wait_for(store, 2, driver)
         cluster.kill_head()
         _, err = driver.communicate(timeout=90)
         assert driver.returncode == 9, err

@@ -10,9 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from torch._inductor import cpp_builder
+from torch._inductor.exc import InvalidCxxCompiler
 
 from latentmill.chunks import Chunking
 from latentmill.encode import EncodeSettings, UnitEncoder
+from latentmill.engine import worker
+from latentmill.engine.worker import Job
 from latentmill.errors import ModelError
 from latentmill.models import mdct
 from latentmill.models.base import Autoencoder
@@ -51,10 +56,10 @@ def test_earlier_latents_are_not_overwritten(compiled: Compiled) -> None:
     assert torch.equal(first, kept)
 
 
-def test_nothing_is_compiled_again(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_compiled_again(compiled: Compiled) -> None:
     """Not for another length or batch, not in another thread, not under the caller's autocast."""
-    compiled.encode(noise(*SHAPE))
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    programs = dict(counters["stats"])
+    assert programs["unique_graphs"] > 0
     for shape in ((1, 1, 160), (2, 1, 320), (3, 1, 176)):
         x = noise(*shape)
         assert torch.equal(compiled.encode(x), MODEL.encode(x))
@@ -64,6 +69,7 @@ def test_nothing_is_compiled_again(compiled: Compiled, monkeypatch: pytest.Monke
     thread.join()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(compiled.encode(noise(*SHAPE)), found[0])
+    assert dict(counters["stats"]) == programs
 
 
 def test_only_the_one_shape_goes_through_the_program(
@@ -108,14 +114,51 @@ def test_a_retry_in_float32_is_not_compiled(compiled: Compiled) -> None:
 def test_without_a_compiler_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, one_sentence: Callable[[BaseException], str]
 ) -> None:
-    import torch._inductor.config as inductor
-
-    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
-    monkeypatch.setattr(inductor, "force_disable_caches", True)
-    other = mdct.build(hop=8, sample_rate=800).load("cpu")  # nothing of it is cached
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", no_compiler)
+    torch.compiler.reset()
+    other = mdct.build(hop=8, sample_rate=800).load("cpu")
     with pytest.raises(ModelError) as caught:
         Compiled(other, (1, 1, 48))
     assert "install a C++ compiler" in one_sentence(caught.value)
+
+
+def no_compiler(*_: object) -> str:
+    raise InvalidCxxCompiler
+
+
+def test_a_worker_compiles_for_full_batches_of_full_chunks() -> None:
+    handle = mdct.build(hop=16, sample_rate=800)
+    chunking = Chunking.for_model(handle.spec, seconds=0.2)
+    job = Job(
+        model=handle,
+        chunking=chunking,
+        settings=EncodeSettings(batch_size=2),
+        store="out",
+        format="parquet",
+        fingerprint="",
+        info={},
+        device="cpu",
+        threads=1,
+        compile=True,
+    )
+    model = worker.compiled(handle.load("cpu"), job, "cpu")
+    assert model._shape == (2, 1, chunking.model_samples(handle.spec))
+
+
+def test_a_model_that_cannot_be_compiled_is_refused(
+    one_sentence: Callable[[BaseException], str],
+) -> None:
+    class Strange:
+        spec = MODEL.spec
+
+        def encode(self, audio: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no such kernel.")
+
+        decode = MODEL.decode
+
+    with pytest.raises(ModelError) as caught:
+        Compiled(Strange(), SHAPE)
+    assert "(no such kernel): leave compile out" in one_sentence(caught.value)
 
 
 @pytest.mark.slow  # minutes

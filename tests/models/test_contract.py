@@ -178,6 +178,17 @@ def test_batch_elements_are_independent(model: Autoencoder, spec: ModelSpec) -> 
         assert distance(decoded[index : index + 1], model.decode(z, samples)) < 1e-4
 
 
+def test_what_is_given_stays_as_it_is(model: Autoencoder, spec: ModelSpec) -> None:
+    """Audio comes in the very memory that decoding filled, and may be encoded once more."""
+    x = audio(spec, blocks=20)
+    kept = x.clone()
+    z = model.encode(x)
+    assert torch.equal(x, kept)
+    latents = z.clone()
+    model.decode(z, x.shape[-1])
+    assert torch.equal(z, latents)
+
+
 def test_trimmed_chunks_are_the_whole(case: Case, model: Autoencoder, spec: ModelSpec) -> None:
     if spec.context is None:
         pytest.skip("no context suffices: stitched by crossfade")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import xxhash
 from store_files import KEYS, write_store
 
@@ -17,7 +18,7 @@ from latentmill.errors import ItemError, StorageError
 from latentmill.record import Record
 from latentmill.storage import Storage
 from latentmill.store.store import LatentStore
-from latentmill.store.verify import read_source, verify
+from latentmill.store.verify import Report, _decode, read_source, verify
 
 
 def faults(folder: Path) -> list[str]:
@@ -158,6 +159,22 @@ def test_a_whole_store(store: LatentStore) -> None:
         assert decoded.level_db == pytest.approx(0, abs=0.01)
         assert decoded.snr_db is not None
         assert decoded.snr_db > 60
+
+
+def test_records_are_decoded_in_the_store_s_numeric_mode(
+    store: LatentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[bool] = []
+    decode = store.decode
+    monkeypatch.setattr(
+        store, "decode", lambda key: modes.append(torch.is_autocast_enabled("cpu")) or decode(key)
+    )
+    for precision in ("float32", "bf16"):
+        monkeypatch.setitem(store.plan.fingerprint["numeric"], "precision", precision)
+        report = Report()
+        _decode(store, KEYS[0], report)
+        assert report.faults == []
+    assert modes == [False, True]
 
 
 @pytest.mark.parametrize(("spoil", "line"), FAULTS.values(), ids=FAULTS.keys())

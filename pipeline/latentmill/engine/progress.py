@@ -83,6 +83,7 @@ class _Counting(QuietProgress):
         self._failed += result.failed
         self._committed += result.audio_seconds
         self._estimated += self._estimates[result.unit]
+        self._audio = max(self._audio, self._committed)
 
     def tick(self, audio_seconds: float) -> None:
         self._audio = max(audio_seconds, self._committed)
