@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
 from latentmill.chunks import Chunking
@@ -25,12 +24,12 @@ from latentmill.plan import PLAN_PATH, Plan, load
 from latentmill.record import Latent, Record, latent_from_bytes, time_major_bytes
 from latentmill.storage import Storage
 from latentmill.store.commit import committed_units, read_commits
+from latentmill.store.fields import ShardFields
 from latentmill.store.index import Index, IndexEntry
 from latentmill.store.schema import (
     DATASET_PATH,
     INDEX_PATH,
     ORIGIN_PATH,
-    RECORD_SCHEMA,
     Commit,
     DatasetInfo,
     levels_of,
@@ -39,7 +38,6 @@ from latentmill.store.schema import (
 )
 from latentmill.store.seal import dataset_info, read_origin
 
-_FIELD_COLUMNS = [name for name in RECORD_SCHEMA.names if name != "latent"]
 _CACHED_SHARDS = 8
 # A larger latent is decoded from the disk, window by window.
 _WHOLE_BYTES = 64 << 20
@@ -71,7 +69,7 @@ class LatentStore:
         self._storage = Storage(url)
         self._device = device
         self._model: Autoencoder | None = None
-        self._shard_fields: OrderedDict[str, _ShardFields] = OrderedDict()
+        self._shard_fields: OrderedDict[str, ShardFields] = OrderedDict()
         self._info: DatasetInfo | None = None
         data = self._storage.read_if_exists(DATASET_PATH)
         self.sealed = data is not None
@@ -368,7 +366,7 @@ class LatentStore:
             return fields
         shard = self._shard_fields.pop(entry.shard, None)
         if shard is None:
-            shard = _ShardFields(self._storage, entry.shard)
+            shard = ShardFields(self._storage, entry.shard)
         self._shard_fields[entry.shard] = shard  # the last one is the most recently used
         if len(self._shard_fields) > _CACHED_SHARDS:
             self._shard_fields.popitem(last=False)
@@ -379,23 +377,3 @@ class LatentStore:
             f"{self.url}/{entry.shard} is damaged at record {entry.key}: {what}. Restore the "
             "shard, or delete it and run again."
         )
-
-
-class _ShardFields:
-    """The columns beside the latents of one Parquet shard, read once."""
-
-    def __init__(self, storage: Storage, path: str) -> None:
-        with storage.open(path) as file:
-            have = set(pq.read_schema(file).names)  # a store of an earlier version has fewer
-            self._table = pq.read_table(
-                file,
-                columns=[name for name in _FIELD_COLUMNS if name in have],
-                page_checksum_verification=True,
-                # Arrow's threads may abort a process that ends soon after they began.
-                use_threads=False,
-                pre_buffer=False,
-            )
-
-    def row(self, row: int) -> dict[str, Any]:
-        fields: dict[str, Any] = self._table.slice(row, 1).to_pylist()[0]
-        return fields
