@@ -43,7 +43,8 @@ def test_models(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_models_of_all_families(tmp_path: Path) -> None:
-    result = benchmark("models", tmp_path, "--models", "oobleck", "dac", "encodec", "mimi")
+    models = ("oobleck", "dac", "encodec", "mimi")
+    result = benchmark("models", tmp_path, "--models", *models, "--seconds", "2")
     assert all(result[name]["float32"]["over_package"] > 0 for name in ("oobleck", "mimi"))
 
 
@@ -71,3 +72,16 @@ def test_without_a_gpu_there_is_one_sentence() -> None:
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith("There is no GPU here")
     assert done.stdout.count("\n") == 1
+
+
+def test_reader_without_its_peers(tmp_path: Path) -> None:
+    """The contenders that need nothing more: crops are checked against the originals."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "reader.py"), "--results", str(tmp_path)]
+    options = ["--items", "40", "--rounds", "1", "--seconds", "0.05", "--folder", str(tmp_path)]
+    names = ["latentmill", "latentmill tar", "npy files", "webdataset"]
+    done = [*command, *options, "--only", *names]
+    subprocess.run(done, check=True, capture_output=True, timeout=280)
+    result = json.loads((tmp_path / "reader.json").read_text())
+    assert set(result["readers"]) == set(names)
+    assert all(one["crops_per_second"] > 0 for one in result["readers"].values())
+    assert result["required"]["crops_over_best_peer"] > 1

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 
 from latentmill.errors import ModelError
 from latentmill.models.base import ModelSpec
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def no_gradients(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate `encode` or `decode`: inference mode, or what `torch.compile` has instead of it."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                return function(*args, **kwargs)
+        with torch.inference_mode():
+            return function(*args, **kwargs)
+
+    return call
 
 
 def check_audio(spec: ModelSpec, audio: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latentmill.errors import ModelError
 from latentmill.models.base import ModelSpec, Value
-from latentmill.models.checks import check_audio, check_device, check_latents
+from latentmill.models.checks import check_audio, check_device, check_latents, no_gradients
 from latentmill.models.weights import ModelFiles, find_again
 
 Output = Literal["latents", "codes"]
@@ -130,14 +130,14 @@ class Codec:
         """What is fixed about this model."""
         return self._spec
 
-    @torch.inference_mode()
+    @no_gradients
     def encode(self, audio: Tensor) -> Tensor:
         """Encode `[B, C, T]` to `[B, D, Z]`; see `Autoencoder.encode`."""
         check_audio(self._spec, audio)
         latents = self._network.encode(audio.to(self._device))
         return latents.float() * self._spec.scale_factor
 
-    @torch.inference_mode()
+    @no_gradients
     def decode(
         self,
         latents: Tensor,

@@ -51,7 +51,7 @@ class Compiled:
             for _ in range(3 if on_gpu else 1):  # compiles, warms up, captures the graphs
                 self.encode(torch.zeros(shape))
         except RuntimeError as error:
-            raise _does_not_compile(inner.spec.name, on_gpu, error) from error
+            raise _does_not_compile(inner.spec.name, error) from error
 
     @property
     def spec(self) -> ModelSpec:
@@ -76,8 +76,11 @@ class Compiled:
         return self.inner.decode(latents, num_samples, seed=seed, positions=positions)
 
     def _run(self, audio: Tensor) -> Tensor:
-        """In the one thread, to which the caller's autocast region does not reach."""
-        with torch.inference_mode(), numeric_mode(self._precision, str(self._device)):
+        """In the one thread, to which the caller's autocast region does not reach.
+
+        The compiler does not know inference mode; see `no_gradients`.
+        """
+        with torch.no_grad(), numeric_mode(self._precision, str(self._device)):
             latents: Tensor = self._program(audio.to(self._device))
             return latents.clone()  # the next batch overwrites what a CUDA graph gives
 
@@ -87,10 +90,13 @@ def uncompiled(model: Autoencoder) -> Autoencoder:
     return model.inner if isinstance(model, Compiled) else model
 
 
-def _does_not_compile(name: str, on_gpu: bool, error: RuntimeError) -> ModelError:
-    needs = "Triton (pip install triton) and a C compiler" if on_gpu else "a C++ compiler"
-    cause = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason")
-    return ModelError(
-        f"Model {name} does not compile here ({type(error).__name__}: {cause.rstrip('.')}): "
-        f"install {needs}, such as by apt-get install g++, or leave compile out."
-    )
+def _does_not_compile(name: str, error: RuntimeError) -> ModelError:
+    reason = next(reversed([one.strip() for one in str(error).splitlines()[:2] if one.strip()]), "")
+    reason = reason.rstrip(".") or type(error).__name__
+    cure = "leave compile out"
+    if "compiler" in reason.lower() or "triton" in reason.lower():
+        cure = (
+            "install a C++ compiler (such as by apt-get install g++) and for a GPU Triton (pip "
+            "install triton), or leave compile out"
+        )
+    return ModelError(f"Model {name} does not compile here ({reason}): {cure}.")

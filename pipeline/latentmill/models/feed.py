@@ -24,7 +24,7 @@ from latentmill.models.precision import Precision, numeric_mode
 Array = npt.NDArray[np.float32]
 
 # Other shapes in a row of batches: often enough to bound the memory, rare enough to cost nothing.
-CHANGES_UNTIL_TRIM = 8
+CHANGES_UNTIL_TRIM = 4
 
 
 class Transport(Protocol):

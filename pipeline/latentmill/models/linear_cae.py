@@ -27,7 +27,7 @@ from torch import Tensor
 
 from latentmill.errors import ModelError
 from latentmill.models.base import ModelSpec, Value
-from latentmill.models.checks import check_audio, check_device, check_latents
+from latentmill.models.checks import check_audio, check_device, check_latents, no_gradients
 from latentmill.models.codec import check_scale_factor
 from latentmill.models.linear_cae_files import (
     LinearCaeArguments,
@@ -103,6 +103,8 @@ class LinearCae:
         self._frontend = model.frontend
         self._generator = model.generator
         self._diffusion = model.diffusion
+        if device.type == "cuda":  # tensor cores take convolutions in this order
+            self._generator.encoder.to(memory_format=torch.channels_last)
         self._steps = diffusion_steps
 
     @property
@@ -110,7 +112,7 @@ class LinearCae:
         """What is fixed about this model."""
         return self._spec
 
-    @torch.inference_mode()
+    @no_gradients
     def encode(self, audio: Tensor) -> Tensor:
         """Encode `[B, 1, T]` to `[B, D, Z]`; see `Autoencoder.encode`.
 
@@ -125,7 +127,7 @@ class LinearCae:
             latents: Tensor = self._generator.encoder(spectrum)
         return latents.float() * self._spec.scale_factor
 
-    @torch.inference_mode()
+    @no_gradients
     def decode(
         self,
         latents: Tensor,

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from latentmill.errors import ModelError
 from latentmill.models.base import Context, ModelSpec
-from latentmill.models.checks import check_audio, check_device, check_latents
+from latentmill.models.checks import check_audio, check_device, check_latents, no_gradients
 
 CHUNK_SECONDS = 8.0
 CONTEXT = 1  # the frames at both ends of a chunk overlap samples outside it
@@ -62,7 +62,7 @@ class Mdct:
         """What is fixed about this model."""
         return self._spec
 
-    @torch.inference_mode()
+    @no_gradients
     def encode(self, audio: Tensor) -> Tensor:
         """Transform audio `[B, C, T]` to `[B, C * hop, T / hop + 1]`; see `Autoencoder.encode`."""
         check_audio(self._spec, audio)
@@ -76,7 +76,7 @@ class Mdct:
         coefficients = self._cosine4(folded) * self._spec.scale_factor  # [B, C, Z, hop]
         return coefficients.transpose(2, 3).reshape(batch, channels * hop, -1)
 
-    @torch.inference_mode()
+    @no_gradients
     def decode(
         self,
         latents: Tensor,

@@ -84,7 +84,7 @@ _FAMILIES = {
         "latentmill.models.same:build",
         "autoencoder of Stable Audio 3, 44.1 kHz stereo, 256 channels at 10.8 frames/s",
         "pip install 'latentmill[diffusers]'",
-        "stabilityai/stable-audio-3-medium",
+        "/models/stable-audio-3",
     ),
     "encodec": _BuiltIn(
         "latentmill.models.encodec:build",
