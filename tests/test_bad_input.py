@@ -64,6 +64,15 @@ def test_outputs_that_cannot_be_used(capsys: Capture, tmp_path: Path, songs: Pat
     assert sorted(path.suffix for path in songs.rglob("*") if path.is_file()) == [".wav"] * 3
 
 
+def test_a_ray_job_s_own_folder_is_no_place_for_a_store(
+    capsys: Capture, tmp_path: Path, songs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert "name an absolute path" in refused(capsys, 2, "encode", songs, "latents")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def nobody() -> Iterator[Path]:
     """A folder that everyone may list, and for root: no more rights than anyone."""

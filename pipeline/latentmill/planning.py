@@ -41,6 +41,7 @@ from latentmill.store.schema import COMMITS, DATASET_PATH, INDEX_PATH, ORIGIN_PA
 
 LARGEST_FLOAT16_CODE = 2**11  # its significand has 11 bits
 NUMBER_BYTES = {"float16": 2, "float32": 4}
+RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of a job
 
 
 class Listener(Protocol):
@@ -124,10 +125,21 @@ def prepare(config: RunConfig, listener: Listener | None = None) -> Preparation:
         overlap=config.overlap,
     )
     _refuse_inexact_codes(config, handle.spec.codebook_size)
+    _refuse_passing_folder(config.out)
     storage = Storage(config.out)
     storage.refuse_read_only()
     source = _source(config, storage)
     return Preparation(config, handle, chunking, storage, source, listener)
+
+
+def _refuse_passing_folder(out: str) -> None:
+    """Refuse a store in the folder that Ray unpacks for a job, and throws away after it."""
+    relative = "://" not in out and not Path(out).expanduser().is_absolute()
+    if relative and RAY_JOB_VARIABLE in os.environ:
+        raise ConfigError(
+            f"Setting out: {out} is relative, and the folder of a Ray job is thrown away after it: "
+            "name an absolute path or a URL."
+        )
 
 
 def with_precision(config: RunConfig) -> RunConfig:
