@@ -10,6 +10,8 @@ are reported, and the random crops checked against the originals.
 
 - crops_per_second: batches of 32 crops of 256 frames at random places of random items.
 - sequential_mb_per_second: all items whole, in stored order (MB of float16).
+- crops_per_cpu_second, sequential_mb_per_cpu_second: the same by the CPU time of the process,
+  which says more than the clock where other programs take turns with it.
 - first_sample_ms: from opening to the first crop; imports are done before.
 - loader_crops_per_second: a DataLoader with 2 workers that live on, one shuffled epoch.
 - memory_mb: growth of the process's largest resident size over crops and a sequential pass
@@ -105,20 +107,21 @@ class Measure:
             mine.all() or type(self.contender).__name__ == "WebDataset"
         )
 
-    def crops_per_second(self) -> float:
+    def crops_per_second(self) -> tuple[float, float]:
         end = time.perf_counter() + self.seconds
-        count, begin = 0, time.perf_counter()
+        count, begin, cpu = 0, time.perf_counter(), time.process_time()
         while time.perf_counter() < end:
             self._draw_and_read()
             count += BATCH
-        return count / (time.perf_counter() - begin)
+        return count / (time.perf_counter() - begin), count / (time.process_time() - cpu)
 
-    def sequential_mb_per_second(self) -> float:
-        begin, numbers = time.perf_counter(), 0
+    def sequential_mb_per_second(self) -> tuple[float, float]:
+        begin, cpu, numbers = time.perf_counter(), time.process_time(), 0
         for latent in self.contender.sequential():
             numbers += latent.numel()
         assert numbers == int(self.frames.sum()) * CHANNELS
-        return numbers * 2 / 1e6 / (time.perf_counter() - begin)
+        size = numbers * 2 / 1e6
+        return size / (time.perf_counter() - begin), size / (time.process_time() - cpu)
 
     def first_sample_ms(self) -> float:
         item = int(self.random.integers(0, len(self.frames)))
@@ -149,10 +152,8 @@ def serve(name: str, folder: Path, seconds: float, pipe: Connection) -> None:
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     measure = Measure(name, folder, seconds)
     pipe.send(measure.check())
-    while (ask := pipe.recv()) is not None:
-        pipe.send(getattr(measure, ask)())
-    del measure
-    os._exit(0)  # some peers' threads would keep the process
+    while True:  # until it is killed: some peers' threads would keep the process
+        pipe.send(getattr(measure, pipe.recv())())
 
 
 def installed(name: str) -> str | None:
@@ -162,27 +163,39 @@ def installed(name: str) -> str | None:
         return None
 
 
-def measure_all(names: Sequence[str], folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
-    context = multiprocessing.get_context("spawn")
-    pipes = {}
-    for name in names:
-        here, there = context.Pipe()
-        process = context.Process(target=serve, args=(name, folder / name, seconds, there))
-        process.start()
-        there.close()
-        pipes[name] = (here, process)
-        assert here.recv(), f"{name} gives other crops than were asked for"
-    asked = ("crops_per_second", "sequential_mb_per_second", "first_sample_ms", "memory_mb")
+def in_turns(pipes: dict[str, Connection], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Ask every contender for every measure, round after round."""
+    names = list(pipes)
     found: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    asked = ("crops_per_second", "sequential_mb_per_second", "first_sample_ms", "memory_mb")
     for what in (*asked, "loader_crops_per_second"):
         for turn in range(1 if what == "memory_mb" else rounds):
             for name in [*names[turn % len(names) :], *names[: turn % len(names)]]:
-                pipe, _ = pipes[name]
-                pipe.send(what)
-                found[name].setdefault(what, []).append(pipe.recv())
-    for pipe, process in pipes.values():
-        pipe.send(None)
-        process.join(30)
+                pipes[name].send(what)
+                got = pipes[name].recv()
+                values = got if isinstance(got, tuple) else (got,)
+                measures = (what, what.replace("_second", "_cpu_second"))
+                for measure, value in zip(measures, values, strict=False):
+                    found[name].setdefault(measure, []).append(value)
+    return found
+
+
+def measure_all(names: Sequence[str], folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    pipes = {}
+    try:
+        for name in names:
+            here, there = context.Pipe()
+            process = context.Process(target=serve, args=(name, folder / name, seconds, there))
+            process.start()
+            there.close()
+            pipes[name] = (here, process)
+            assert here.recv(), f"{name} gives other crops than were asked for"
+        found = in_turns({name: pipe for name, (pipe, _) in pipes.items()}, rounds)
+    finally:
+        for _, process in pipes.values():
+            process.kill()
+            process.join()
     return {
         name: {what: median(values) for what, values in measures.items()}
         | {"runs": {what: [round(v, 1) for v in values] for what, values in measures.items()}}
@@ -198,12 +211,20 @@ def verdict(found: dict[str, Any]) -> dict[str, Any]:
         return {}
     best = {
         what: max(one[what] for one in peers.values())
-        for what in ("crops_per_second", "sequential_mb_per_second", "loader_crops_per_second")
+        for what in (
+            "crops_per_second",
+            "sequential_mb_per_second",
+            "sequential_mb_per_cpu_second",
+            "loader_crops_per_second",
+        )
     }
     return {
         "crops_over_best_peer": round(mine["crops_per_second"] / best["crops_per_second"], 2),
         "sequential_over_best_peer": round(
             mine["sequential_mb_per_second"] / best["sequential_mb_per_second"], 2
+        ),
+        "sequential_by_cpu_over_best_peer": round(
+            mine["sequential_mb_per_cpu_second"] / best["sequential_mb_per_cpu_second"], 2
         ),
         "loader_over_best_peer": round(
             mine["loader_crops_per_second"] / best["loader_crops_per_second"], 2

@@ -10,7 +10,8 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 CHANNELS = 64
 CROP = 256
 BATCH = 32
-SHARD_ITEMS = 200
 Latent = np.ndarray[Any, np.dtype[np.float16]]  # [frames, CHANNELS]
 
 
@@ -43,6 +43,10 @@ class Contender(Protocol):
     def loader(self, workers: int) -> DataLoader[Any]:
         """Shuffled batches of BATCH crops at random places."""
         ...
+
+
+def shard_items(latents: Sequence[Latent]) -> int:
+    return max(1, min(200, len(latents) // 4))
 
 
 def floats(crops: Sequence[Latent]) -> torch.Tensor:
@@ -116,7 +120,11 @@ class Latentmill:
         from support.latent_store import write_latents
 
         lengths = [len(latent) for latent in latents]
-        options = {"channels": CHANNELS, "per_unit": SHARD_ITEMS, "format_name": self.format_name}
+        options = {
+            "channels": CHANNELS,
+            "per_unit": shard_items(latents),
+            "format_name": self.format_name,
+        }
         write_latents(str(folder), lengths, latents=[z.T for z in latents], **options)
 
     def open(self, folder: Path) -> None:
@@ -130,13 +138,15 @@ class Latentmill:
         block, _ = self.source.crops.read_block(rows, np.array(starts), CROP)
         return torch.from_numpy(block)
 
-    def sequential(self) -> Iterator[torch.Tensor]:
-        from latentmill.reader.dataset import LatentDataset
+    @cached_property
+    def whole(self) -> Iterable[Any]:
+        from latentmill.reader.stream import LatentStream
 
-        whole = LatentDataset(self.source.store, metadata=False)
-        for first in range(0, len(whole), 8):
-            for sample in whole.__getitems__(range(first, min(first + 8, len(whole)))):
-                yield torch.from_numpy(sample.latent.T)
+        return LatentStream(self.source.store, shuffle=False, metadata=False)
+
+    def sequential(self) -> Iterator[torch.Tensor]:
+        for sample in self.whole:
+            yield torch.from_numpy(sample.latent.T)
 
     def loader(self, workers: int) -> DataLoader[Any]:
         from latentmill.reader.collate import collate
@@ -328,7 +338,7 @@ class WebDataset(Peer):
         from webdataset import ShardWriter
 
         self.save_frames(folder, latents)
-        with ShardWriter(str(folder / "%06d.tar"), maxcount=SHARD_ITEMS, verbose=0) as out:
+        with ShardWriter(str(folder / "%06d.tar"), maxcount=shard_items(latents), verbose=0) as out:
             for number, latent in enumerate(latents):
                 buffer = io.BytesIO()
                 np.save(buffer, latent)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar, get_args
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from latentmill.errors import ConfigError, StoreError
 from latentmill.reader.cache import RangeCache
-from latentmill.reader.crops import Crop, CropReader
+from latentmill.reader.crops import Crop, Cropped, CropReader
 from latentmill.reader.fields import FieldReader, Where, select
 from latentmill.reader.order import Ints, random_below
 from latentmill.reader.sample import Sample, Transform, sample_random
@@ -154,48 +154,38 @@ class Source:
         room = np.maximum(self.crops.frames[rows].astype(np.int64) - crop, 0) + 1
         return rows, random_below(room, self._reading.seed, epoch, positions)
 
-    def read(self, samples: Ints, epoch: int, positions: Ints) -> list[Sample]:
-        """Read samples, in one batch."""
+    def read(self, samples: Ints, epoch: int, positions: Ints) -> Iterator[Sample]:
+        """Read samples, in one batch; long ones of a local store when they are asked for."""
         rows, starts = self._place(samples, epoch, positions)
         crop = self._reading.crop
+        frames = self.crops.frames[rows].astype(np.int64)
+        read: Iterator[Cropped]
         if crop is None:
-            crops = [Crop(row, 0, int(self.crops.frames[row])) for row in rows.tolist()]
-            read = self.crops.read(crops)
-            latents, masks = [one.latent for one in read], [one.mask for one in read]
+            places = zip(rows.tolist(), frames.tolist(), strict=True)
+            read = self.crops.each([Crop(row, 0, length) for row, length in places])
         else:
             block, have = self.crops.read_block(rows, starts, crop)
-            latents, masks = list(block.transpose(0, 2, 1)), list(np.arange(crop) < have[:, None])
+            read = map(Cropped, block.transpose(0, 2, 1), np.arange(crop) < have[:, None])
+        origins = [self.store.origin] * len(rows)
+        if self._reading.transforms:  # arithmetic on a crop needs to know its place
+            lengths = np.maximum(frames, starts + (crop or frames)).tolist()
+            windows = zip(origins, lengths, starts.tolist(), strict=True)
+            origins = [origin.at(length, start) for origin, length, start in windows]
         own = self._fields.read(rows) if self._fields else [{"metadata": "{}"}] * len(rows)
         begins = (starts * (self._hop / self._rate)).tolist()
         totals = (self.crops.num_samples[rows] / self._rate).tolist()
-        index, origins = self.store.index, [self.store.origin] * len(rows)
-        if self._reading.transforms:  # arithmetic on a crop needs to know its place
-            ends = [start + len(mask) for start, mask in zip(starts.tolist(), masks, strict=True)]
-            lengths = np.maximum(self.crops.frames[rows], ends).tolist()
-            places = zip(origins, lengths, starts.tolist(), strict=True)
-            origins = [origin.at(length, start) for origin, length, start in places]
-        return [
-            Sample(
-                index.key(row),
-                latent,
-                mask,
-                {**_parsed(fields["metadata"]), "seconds_start": begin, "seconds_total": total},
+        each = zip(rows.tolist(), own, begins, totals, positions.tolist(), origins, strict=True)
+        for cropped, (row, fields, begin, total, position, origin) in zip(read, each, strict=True):
+            metadata = _parsed(fields["metadata"])
+            yield Sample(
+                self.store.index.key(row),
+                cropped.latent,
+                cropped.mask,
+                {**metadata, "seconds_start": begin, "seconds_total": total},
                 epoch,
                 position,
                 origin,
             )
-            for row, latent, mask, fields, begin, total, position, origin in zip(
-                rows.tolist(),
-                latents,
-                masks,
-                own,
-                begins,
-                totals,
-                positions.tolist(),
-                origins,
-                strict=True,
-            )
-        ]
 
 
 class Corpus:
@@ -258,8 +248,8 @@ class Corpus:
         text = json.dumps([stores, self.reading.crop, self.reading.mode])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def read(self, sources: Ints, samples: Ints, epoch: int, positions: Ints) -> list[Sample]:
-        """Read samples of one epoch: in one batch for each store.
+    def read(self, sources: Ints, samples: Ints, epoch: int, positions: Ints) -> Iterator[Sample]:
+        """Read samples of one epoch, in their order: in one batch for each store.
 
         Args:
             sources: `[n]`, the number of each sample's store.
@@ -267,13 +257,11 @@ class Corpus:
             epoch: The epoch.
             positions: `[n]`, where in the epoch it is.
         """
-        found: list[Sample | None] = [None] * len(samples)
+        read = {}
         for number in np.unique(sources).tolist():
-            here = np.flatnonzero(sources == number)
-            read = self.sources[number].read(samples[here], epoch, positions[here])
-            for place, sample in zip(here.tolist(), read, strict=True):
-                found[place] = sample
-        return [self._transformed(sample) for sample in found if sample is not None]
+            here = sources == number
+            read[number] = self.sources[number].read(samples[here], epoch, positions[here])
+        return (self._transformed(next(read[number])) for number in sources.tolist())
 
     def _transformed(self, sample: Sample) -> Sample:
         if not self.reading.transforms:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from latentmill.store.store import LatentStore
 
 Float = npt.NDArray[np.float32]
 Raw = npt.NDArray[Any]  # numbers as stored
+VIEWED_BYTES = 1 << 17  # local crops this long are converted from the mapped file
 _Place = tuple[Shard, int, int]
 Ints = npt.NDArray[np.int64]
 
@@ -95,32 +96,33 @@ class CropReader:
             IndexError: There is no such row, or a crop starts outside its item.
             StorageError: A shard cannot be read, or has another size than its commit says.
         """
+        return list(self.each(crops))
+
+    def each(self, crops: Sequence[Crop]) -> Iterator[Cropped]:
+        """As `read`, one by one: long local crops are read only when they are asked for."""
         rows = np.array([crop.row for crop in crops], np.int64)
         starts = np.array([crop.start for crop in crops], np.int64)
         frames = np.array([crop.frames for crop in crops], np.int64)
         have = self._lengths(rows, starts, frames)
         pieces = self._pieces(rows, starts, have)
         lengths = have.tolist()
-        if self.store.storage.local:  # one after the other, through memory in the CPU's cache
-            raws = self._one_by_one(pieces, lengths)
+        raws: Iterable[Raw]
+        if self.store.storage.local and sum(lengths) * self._width >= len(crops) * VIEWED_BYTES:
+            raws = map(self._view, pieces)
         else:
-            buffers = [np.empty((length, self.channels), self._dtype) for length in lengths]
+            raws = buffers = [np.empty((length, self.channels), self._dtype) for length in lengths]
             self._fill(pieces, buffers)
-            raws = iter(buffers)
-        return [self._cropped(crop, raw) for crop, raw in zip(crops, raws, strict=True)]
+        return map(self._cropped, crops, raws)
 
-    def _one_by_one(self, pieces: list[_Place], lengths: list[int]) -> Iterator[Raw]:
-        """Read pieces into the same memory; each is gone when the next one is asked for."""
-        for piece, length in zip(pieces, lengths, strict=True):
-            raw = self._scratch(length * self.channels).reshape(length, self.channels)
-            self._fill([piece], [raw])
-            yield raw
+    def _view(self, piece: _Place) -> Raw:
+        """A long piece as it is stored, `[frames, channels]`; nothing is read or copied yet."""
+        return np.frombuffer(self._shards.view(*piece), self._dtype).reshape(-1, self.channels)
 
     def _cropped(self, crop: Crop, raw: Raw) -> Cropped:
         """A crop of what there is of it, `[frames, channels]` as stored."""
-        mask = np.arange(crop.frames) < len(raw)
         if len(raw) == crop.frames:
-            return Cropped(_to_float(raw).T, mask)
+            return Cropped(_to_float(raw).T, np.ones(crop.frames, np.bool_))
+        mask = np.arange(crop.frames) < len(raw)
         block = np.empty((crop.frames, self.channels), np.float32)
         block[: len(raw)] = _to_float(raw)
         self._silence(block, crop.start, len(raw))

@@ -93,10 +93,10 @@ class LatentDataset(Dataset[Sample]):
         sources = np.searchsorted(self.corpus.first, found, "right") - 1
         samples = found - self.corpus.first[sources]
         if len(set(epochs.tolist())) == 1:
-            return self.corpus.read(sources, samples, int(epochs[0]), positions)
+            return list(self.corpus.read(sources, samples, int(epochs[0]), positions))
         read = zip(sources, samples, epochs, positions, strict=True)
         return [
-            self.corpus.read(source[None], sample[None], int(epoch), position[None])[0]
+            next(self.corpus.read(source[None], sample[None], int(epoch), position[None]))
             for source, sample, epoch, position in read
         ]
 

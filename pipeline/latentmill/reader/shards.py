@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import weakref
 from collections import OrderedDict
@@ -63,8 +64,31 @@ class ShardReader:
         else:
             self._fill_remote(pieces)
 
+    def view(self, shard: Shard, offset: int, length: int) -> memoryview:
+        """A local shard's bytes without a copy, for pieces of which all pages are wanted.
+
+        Of a crop it would read more than the crop: the system reads ahead of a mapped page.
+
+        Raises:
+            StorageError: As `fill`.
+        """
+        if self._pid != os.getpid():
+            self._begin()
+        whole = self._maps.get(shard.path)
+        if whole is None:
+            try:
+                file = self._files.get(shard.path) or self._open(shard)
+                whole = mmap.mmap(file, 0, access=mmap.ACCESS_COPY)
+            except OSError as error:
+                raise self._unreadable(shard, error) from error
+            self._maps[shard.path] = whole
+            if len(self._maps) > OPEN_FILES:  # unmapped when the last view of it is gone
+                self._maps.popitem(last=False)
+        return memoryview(whole)[offset : offset + length]
+
     def _begin(self) -> None:
         self._pid = os.getpid()
+        self._maps: OrderedDict[str, mmap.mmap] = OrderedDict()
         self._files: OrderedDict[str, int] = OrderedDict()
         weakref.finalize(self, _close, self._files, self._pid)
 
@@ -80,9 +104,7 @@ class ShardReader:
                 return
             self._fill_slowly(file, piece)
         except OSError as error:
-            raise StorageError(
-                f"Cannot read {self._storage.root}/{path}: {error.strerror or error}."
-            ) from error
+            raise self._unreadable(piece.shard, error) from error
 
     def _fill_slowly(self, file: int, piece: Piece) -> None:
         """Of more than 2 GiB, and where a signal interrupts, one call reads only a part."""
@@ -124,6 +146,11 @@ class ShardReader:
             if len(data) != len(piece.target):
                 raise self._changed(piece.shard)
             piece.target[:] = data
+
+    def _unreadable(self, shard: Shard, error: OSError) -> StorageError:
+        return StorageError(
+            f"Cannot read {self._storage.root}/{shard.path}: {error.strerror or error}."
+        )
 
     def _changed(self, shard: Shard) -> StorageError:
         return StorageError(

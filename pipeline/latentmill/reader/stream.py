@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -143,7 +142,7 @@ class LatentStream(IterableDataset[Sample]):
             positions: Ints = start + self._rank.rank + local * self._rank.world_size
             sources, samples = order.at(positions % total)
             for sample in self.corpus.read(sources, samples, epoch, positions):
-                self._now = replace(self._now, done=self._now.done + 1)
+                self._now = Progress(epoch, start, self._now.done + 1)
                 yield sample
 
     def state_dict(self) -> dict[str, Any]:
