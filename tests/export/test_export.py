@@ -192,7 +192,7 @@ def test_the_files_of_stable_audio_tools(
 def stable_audio_dataset(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module of the published package that reads pre-encoded latents.
 
-    The package pins numpy 1.23 and pandas 2.0.2 beside others, which fit no environment of ours:
+    The package pins pandas 2.0.2 and others, which fit no environment of ours:
     `pip install --no-deps --target FOLDER stable-audio-tools` and `PYTHONPATH=FOLDER` let this run.
     Its `data` package needs torchaudio for audio files only, which are not read here.
     """

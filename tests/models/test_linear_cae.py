@@ -117,8 +117,7 @@ def test_encode_does_not_grow_the_state_dict(model: LinearCae) -> None:
 
 
 def test_weights_in_channels_last_give_the_same_latents(handle: LinearCaeHandle) -> None:
-    """As on a GPU. GroupNorm follows the convolutions' order: on a CPU that is inaccurate for
-    large chunks (0.028 was measured), on a GPU it works on contiguous tensors."""
+    """As on a GPU; on a CPU GroupNorm in this order is inaccurate for large chunks."""
     model, x = handle.load("cpu"), noise(2)
     before = model.encode(x)
     model._generator.encoder.to(memory_format=torch.channels_last)
