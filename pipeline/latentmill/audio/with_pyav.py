@@ -30,6 +30,9 @@ _DEMUXERS = {
 _PACKED = 1 << 16
 """Samples per channel of a block."""
 
+_COUNTED = ("mp4", "ogg-opus")
+"""Formats that promise their samples, so that a fault that FFmpeg keeps to itself is noticed."""
+
 _AV_ERRORS = (av.FFmpegError, ValueError, EOFError)
 
 
@@ -41,12 +44,17 @@ class PyAVDecoder:
     """
 
     def __init__(self, media: MediaFile, sniffed: Sniffed) -> None:
+        self._media = media
         self._format = sniffed.format
+        self._demuxer = _DEMUXERS.get(sniffed.format, sniffed.format)
+        self._open()
+
+    def _open(self) -> None:
         try:
             self._container = av.open(
                 "fd:",
-                format=_DEMUXERS.get(sniffed.format, sniffed.format),
-                options={"fd": str(media.rewind()), "protocol_whitelist": "fd"},
+                format=self._demuxer,
+                options={"fd": str(self._media.rewind()), "protocol_whitelist": "fd"},
                 metadata_errors="replace",
             )
         except _AV_ERRORS as error:
@@ -82,6 +90,59 @@ class PyAVDecoder:
 
     def blocks(self) -> Iterator[Samples]:
         """Yield blocks `[n, C]`; see `Decoder`."""
+        done, promised = 0, self.info.num_samples
+        if promised is not None and self._format in _COUNTED:
+            with contextlib.suppress(DecodeError):
+                for block in self._in_one_go():
+                    done += len(block)
+                    yield block
+                if done >= promised:
+                    return
+            # Something is wrong. The packets, one by one, tell what, and give the samples up to it.
+            self.close()
+            self._open()  # the two share the descriptor's position
+        for block in self._by_packet():
+            if len(block) > done:
+                yield block[done:]
+            done -= min(done, len(block))
+
+    def _in_one_go(self) -> Iterator[Samples]:
+        """Blocks `[n, C]` from FFmpeg's `amovie` filter, which says little of faults and keeps
+        up to a block of what lies before them.
+
+        Demuxing and decoding stay in C for a whole block: with calls for every packet, threads
+        spend more time on handing each other Python's lock than on decoding.
+        """
+        options = f"fd={self._media.rewind()}:protocol_whitelist=fd:fflags=+discardcorrupt"
+        shape = (self.info.sample_rate, self.info.channels)
+        try:
+            graph = av.filter.Graph()
+            graph.threads = 1  # the callers have threads
+            source = graph.add(
+                "amovie",
+                filename="fd:",
+                format_name=self._demuxer,
+                format_opts=options,
+                stream_index=str(self._stream.index),
+                dec_threads="1",
+            )
+            packed, sink = graph.add("aformat", sample_fmts="flt"), graph.add("abuffersink")
+            source.link_to(packed)
+            packed.link_to(sink)
+            graph.configure()
+            graph.set_audio_frame_size(_PACKED)
+            while True:
+                frame = sink.pull()
+                assert isinstance(frame, av.AudioFrame)
+                if (frame.sample_rate, frame.layout.nb_channels) != shape:
+                    raise DecodeError("the sample rate or the channels are not the first frame's")
+                yield _array(frame)
+        except EOFError:
+            return
+        except _AV_ERRORS as error:
+            raise DecodeError(_text(error)) from error
+
+    def _by_packet(self) -> Iterator[Samples]:
         # Packed floats at the same rate. Planar frames never become arrays: PyAV (18.1) looks
         # for a null after the last plane, which is not there from eight channels on.
         packer = av.AudioResampler("flt", self._layout, self.info.sample_rate, _PACKED)
@@ -130,10 +191,9 @@ class PyAVDecoder:
         if frame and (frame.sample_rate, frame.layout.nb_channels) != (rate, channels):
             raise DecodeError("the sample rate or the channels change within the file")
         try:
-            arrays = [out.to_ndarray() for out in packer.resample(frame)]  # [1, n * C]
+            return [_array(out) for out in packer.resample(frame)]
         except _AV_ERRORS as error:
             raise DecodeError(_text(error)) from error
-        return [array.reshape(-1, channels).astype(np.float32, copy=False) for array in arrays]
 
     def _promised(self, rate: int) -> int | None:
         """Samples that the container promises; None where it says so only roughly, or not."""
@@ -159,6 +219,12 @@ class PyAVDecoder:
         except ValueError:
             return duration
         return length if delay + padding + length == duration else duration
+
+
+def _array(frame: av.AudioFrame) -> Samples:
+    """A frame of packed floats as `[n, C]`."""
+    array = frame.to_ndarray().reshape(-1, frame.layout.nb_channels)  # [1, n * C] before
+    return array.astype(np.float32, copy=False)
 
 
 def _text(error: Exception) -> str:
