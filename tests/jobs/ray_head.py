@@ -59,6 +59,7 @@ class Head:
         self.url = f"http://127.0.0.1:{free_port()}"
         self.env["RAY_API_SERVER_ADDRESS"] = self.url
         ports = [f"--port={free_port()}", f"--dashboard-port={self.url.rsplit(':', 1)[1]}"]
+        ports.append(f"--dashboard-agent-listen-port={free_port()}")
         options = ["--num-cpus=2", "--object-store-memory=100000000", "--disable-usage-stats"]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
