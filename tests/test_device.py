@@ -166,4 +166,4 @@ def test_chunks_of_mixed_lengths_do_not_pile_up_memory() -> None:
     )
     single, after, _ = map(float, done.stdout.split())
     assert single > 30  # MiB: more than the noise of an interpreter
-    assert after < 1.5 * single
+    assert after < 3 * single  # without trimming it is 4 to 6 times

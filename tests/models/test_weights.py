@@ -245,10 +245,13 @@ def test_the_actors_of_a_node_ask_the_hub_once(tiny_repos: Path, tmp_path: Path)
         "from latentmill.models.weights import Repo, find\n"
         f"repo = Repo('owner/model', '{COMMIT}')\n"
         "names = {'config': ['config.json'], 'weights': ['model.safetensors']}\n"
-        "children = [os.fork() for _ in range(4)]\n"  # sixteen processes
-        "find('dac', repo, names)\n"
-        "codes = [os.waitpid(child, 0)[1] for child in children if child]\n"
-        "os._exit(any(codes))\n"
+        "children = []\n"
+        "for _ in range(4):\n"
+        "    children.append(os.fork())\n"
+        "    if not children[-1]:\n"
+        "        find('dac', repo, names)\n"
+        "        os._exit(0)\n"
+        "os._exit(any(os.waitpid(child, 0)[1] for child in children))\n"
     )
     with serve(tiny_repos / "dac-44k", "owner/model", COMMIT) as hub:
         env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
