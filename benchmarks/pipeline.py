@@ -41,7 +41,7 @@ def main() -> None:
     with random_linear_cae(arguments.size), tempfile.TemporaryDirectory() as folder:
         import ray
 
-        ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        ray.init("local", include_dashboard=False, logging_level="ERROR", log_to_driver=False)
         few = pick(arguments.source, Path(folder) / "few", arguments.seconds, 1)
         many = pick(arguments.source, Path(folder) / "many", float("inf"), arguments.copies)
         print(machine(), flush=True)
