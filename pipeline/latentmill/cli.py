@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_type_hints
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -39,8 +38,9 @@ app = typer.Typer(
 )
 app.add_typer(cli_read.app)
 
-ModelOption = Annotated[
-    list[str] | None, typer.Option(help="NAME=VALUE, such as scale_factor=20; repeatable.")
+Calibrate = Annotated[
+    bool,
+    typer.Option("--calibrate/--no-calibrate", help="Encode a few chunks to estimate the time."),
 ]
 
 
@@ -73,95 +73,18 @@ def _interrupt(signum: int, frame: object) -> NoReturn:
 
 
 @app.command()
-def encode(
-    source: Annotated[
-        str | None,
-        typer.Argument(metavar="SOURCE", help="Folder, manifest, tars, Parquet; any URL."),
-    ] = None,
-    out: Annotated[
-        str | None, typer.Argument(metavar="OUT", help="The store to write or resume.")
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file; options win over it.")] = None,
-    model: Annotated[str | None, typer.Option(help="Autoencoder (default: mdct).")] = None,
-    model_option: ModelOption = None,
-    channels: Annotated[
-        str | None, typer.Option(help="mono, or split: a mono model on each channel of stereo.")
-    ] = None,
-    format: Annotated[str | None, typer.Option(help="parquet (default) or webdataset.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float16 (default) or float32.")] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="float32, tf32, bf16 or fp16 (default: by the device).")
-    ] = None,
-    compile: Annotated[
-        bool | None, typer.Option("--compile", help="Encode full batches by torch.compile.")
-    ] = None,
-    stitch: Annotated[str | None, typer.Option(help="trim, crossfade or none.")] = None,
-    chunk_seconds: Annotated[float | None, typer.Option(help="Chunk length.")] = None,
-    chunk_samples: Annotated[int | None, typer.Option(help="The same, exactly.")] = None,
-    overlap: Annotated[float | None, typer.Option(help="Shared part of a chunk, 0-0.5.")] = None,
-    allow_truncated: Annotated[
-        bool | None, typer.Option("--allow-truncated", help="Keep what truncated files hold.")
-    ] = None,
-    source_type: opt.SourceType = None,
-    include: opt.Include = None,
-    exclude: opt.Exclude = None,
-    extensions: opt.Extensions = None,
-    path_column: opt.PathColumn = None,
-    start_column: opt.StartColumn = None,
-    duration_column: opt.DurationColumn = None,
-    key_column: opt.KeyColumn = None,
-    audio_column: opt.AudioColumn = None,
-    group_by: opt.GroupBy = None,
-    min_seconds: opt.MinSeconds = None,
-    max_seconds: opt.MaxSeconds = None,
-    min_rms: opt.MinRms = None,
-    min_sample_rate: opt.MinSampleRate = None,
-    max_sample_rate: opt.MaxSampleRate = None,
-    min_channels: opt.MinChannels = None,
-    max_channels: opt.MaxChannels = None,
-    where: opt.Where = None,
-    retry_failed: Annotated[
-        bool | None, typer.Option("--retry-failed", help="Encode units with failed items anew.")
-    ] = None,
-    extend: Annotated[
-        bool | None, typer.Option("--extend", help="Add what is new in SOURCE, as new units.")
-    ] = None,
-    retry_changed: Annotated[
-        bool | None,
-        typer.Option("--retry-changed", help="With --extend: encode changed files anew."),
-    ] = None,
-    probe: Annotated[
-        bool | None, typer.Option("--probe", help="Read headers for lengths that are not known.")
-    ] = None,
-    unit_seconds: Annotated[float | None, typer.Option(help="Audio per shard.")] = None,
-    shard_size: Annotated[
-        str | None, typer.Option(help="Its size at most, such as 512MiB (default 1GiB).")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto (default), cpu or cuda.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Models in memory.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads per worker.")] = None,
-    decode_threads: Annotated[int | None, typer.Option(help="Decoders per worker.")] = None,
-    decode_timeout: Annotated[
-        float | None, typer.Option(help="Seconds to decode an item, beyond its length (600).")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Chunks per forward pass.")] = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster (default: embedded).")] = None,
-    stall_minutes: Annotated[
-        float | None, typer.Option(help="Replace a worker without progress (default 15).")
-    ] = None,
-    log_format: Annotated[
-        str | None, typer.Option(help="text (default), or json: one object per line on stderr.")
-    ] = None,
-    as_json: AsJson = False,
-) -> int:
+@opt.takes(opt.ENCODE, as_json=(AsJson, False))
+def encode(**options: Any) -> int:
     """Encode SOURCE into the store OUT; the same command again resumes it."""
-    settings = _settings(locals())
+    settings = _settings(options)
     with contextlib.redirect_stdout(sys.stderr):  # where Ray may complain of a lost worker
         summary = run(settings, show.progress(settings.log_format))
-    print_value(as_json, summary, show.summary)
+    print_value(options["as_json"], summary, show.summary)
     return summary.exit_code
 
 
+@app.command()
+@opt.takes(opt.ENCODE, calibrate=(Calibrate, True), as_json=(AsJson, False))
 def plan(**options: Any) -> None:
     """Freeze the plan that `encode` with the same settings resumes, and say what it comes to."""
     calibrated = options.pop("calibrate")
@@ -169,28 +92,6 @@ def plan(**options: Any) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         value = forecast(settings, show.progress(settings.log_format), calibrated=calibrated)
     print_value(options["as_json"], value, show.forecast)
-
-
-def _like_encode(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `encode`, and --no-calibrate."""
-    hints = get_type_hints(encode, include_extras=True)
-    given = [
-        parameter.replace(annotation=hints[name])
-        for name, parameter in inspect.signature(encode).parameters.items()
-    ]
-    calibrate = inspect.Parameter(
-        "calibrate",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=True,
-        annotation=Annotated[bool, typer.Option(help="Encode a few chunks to estimate the time.")],
-    )
-    parameters = [*given, calibrate]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {one.name: one.annotation for one in parameters}
-    return command
-
-
-app.command()(_like_encode(plan))
 
 
 @app.command()
@@ -224,8 +125,8 @@ def models(
     name: Annotated[
         str | None, typer.Argument(help="One model: its lengths and stitching.")
     ] = None,
-    model_option: ModelOption = None,
-    channels: Annotated[str | None, typer.Option(help="mono or split, as of encode.")] = None,
+    model_option: opt.ModelOption = None,
+    channels: opt.Channels = None,
     as_json: AsJson = False,
 ) -> None:
     """List the autoencoders, or show one (its weights must be at hand)."""

@@ -1,78 +1,128 @@
-"""Options that `encode` and `plan` share: which items of a source are taken."""
+"""The options of `encode`, which `plan` takes, too: one line each, None where it is not given."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-Panel = "Source"
-Filter = "Filters"
+MODEL = "Model"
+SOURCE = "Source"
+FILTERS = "Filters"
+PLAN = "Plan"
+MACHINES = "Machines"
 
-SourceType = Annotated[
-    str | None,
-    typer.Option(
-        help="folder, manifest, webdataset or parquet (default: by name).", rich_help_panel=Panel
-    ),
-]
-Include = Annotated[
+Command = Callable[..., Any]
+
+
+def _one(kind: Any, text: str, panel: str | None = None) -> Any:
+    return Annotated[kind | None, typer.Option(help=text, rich_help_panel=panel)]
+
+
+def _many(text: str, panel: str | None = None) -> Any:
+    return _one(list[str], text, panel)
+
+
+def _flag(name: str, text: str, panel: str | None = None) -> Any:
+    return Annotated[bool | None, typer.Option(name, help=text, rich_help_panel=panel)]
+
+
+def _argument(name: str, text: str) -> Any:
+    return Annotated[str | None, typer.Argument(metavar=name, help=text)]
+
+
+ModelOption = Annotated[
     list[str] | None,
-    typer.Option(help="Glob over a folder's paths, such as '*/vocals.*'.", rich_help_panel=Panel),
+    typer.Option(help="NAME=VALUE, such as scale_factor=20; repeatable.", rich_help_panel=MODEL),
 ]
-Exclude = Annotated[
-    list[str] | None, typer.Option(help="The same for what to leave.", rich_help_panel=Panel)
-]
-Extensions = Annotated[
-    list[str] | None, typer.Option(help="File name extension of audio.", rich_help_panel=Panel)
-]
-PathColumn = Annotated[
-    str | None, typer.Option(help="A manifest's column of paths.", rich_help_panel=Panel)
-]
-StartColumn = Annotated[
-    str | None, typer.Option(help="Its column of starts, in seconds.", rich_help_panel=Panel)
-]
-DurationColumn = Annotated[
-    str | None, typer.Option(help="Its column of durations.", rich_help_panel=Panel)
-]
-KeyColumn = Annotated[
-    str | None, typer.Option(help="A table's column of unique names.", rich_help_panel=Panel)
-]
-AudioColumn = Annotated[
-    str | None, typer.Option(help="A Parquet file's column of audio.", rich_help_panel=Panel)
-]
-GroupBy = Annotated[
+Channels = Annotated[
     str | None,
     typer.Option(
-        help="What belongs together: a regular expression over keys with (?P<group>...) and "
+        help="mono, or split: a mono model on each channel of stereo.", rich_help_panel=MODEL
+    ),
+]
+
+ENCODE: dict[str, Any] = {
+    "source": _argument("SOURCE", "Folder, manifest, tars, Parquet; any URL."),
+    "out": _argument("OUT", "The store to write or resume."),
+    "config": _one(Path, "YAML file; options win over it."),
+    "format": _one(str, "parquet (default) or webdataset."),
+    "dtype": _one(str, "float16 (default) or float32."),
+    "log_format": _one(str, "text (default), or json: one object per line on stderr."),
+    "model": _one(str, "Autoencoder (default: mdct).", MODEL),
+    "model_option": ModelOption,
+    "channels": Channels,
+    "precision": _one(str, "float32, tf32, bf16 or fp16 (default: by the device).", MODEL),
+    "compile": _flag("--compile", "Encode full batches by torch.compile.", MODEL),
+    "stitch": _one(str, "trim, crossfade or none.", MODEL),
+    "chunk_seconds": _one(float, "Chunk length.", MODEL),
+    "chunk_samples": _one(int, "The same, exactly.", MODEL),
+    "overlap": _one(float, "Shared part of a chunk, 0-0.5.", MODEL),
+    "source_type": _one(str, "folder, manifest, webdataset or parquet (default: by name).", SOURCE),
+    "include": _many("Glob over a folder's paths, such as '*/vocals.*'.", SOURCE),
+    "exclude": _many("The same for what to leave.", SOURCE),
+    "extensions": _many("File name extension of audio.", SOURCE),
+    "path_column": _one(str, "A manifest's column of paths.", SOURCE),
+    "start_column": _one(str, "Its column of starts, in seconds.", SOURCE),
+    "duration_column": _one(str, "Its column of durations.", SOURCE),
+    "key_column": _one(str, "A table's column of unique names.", SOURCE),
+    "audio_column": _one(str, "A Parquet file's column of audio.", SOURCE),
+    "group_by": _one(
+        str,
+        "What belongs together: a regular expression over keys with (?P<group>...) and "
         "(?P<role>...), or metadata:FIELD,FIELD.",
-        rich_help_panel=Panel,
+        SOURCE,
     ),
-]
-MinSeconds = Annotated[
-    float | None, typer.Option(help="Skip shorter items.", rich_help_panel=Filter)
-]
-MaxSeconds = Annotated[
-    float | None, typer.Option(help="Skip longer items.", rich_help_panel=Filter)
-]
-MinRms = Annotated[
-    float | None, typer.Option(help="Skip softer items, dBFS.", rich_help_panel=Filter)
-]
-MinSampleRate = Annotated[
-    int | None, typer.Option(help="Skip lower sample rates.", rich_help_panel=Filter)
-]
-MaxSampleRate = Annotated[
-    int | None, typer.Option(help="Skip higher sample rates.", rich_help_panel=Filter)
-]
-MinChannels = Annotated[
-    int | None, typer.Option(help="Skip fewer channels.", rich_help_panel=Filter)
-]
-MaxChannels = Annotated[
-    int | None, typer.Option(help="Skip more channels.", rich_help_panel=Filter)
-]
-Where = Annotated[
-    str | None,
-    typer.Option(
-        help="Skip items whose metadata differ: \"genre == 'rock' and bpm > 100\".",
-        rich_help_panel=Filter,
+    "allow_truncated": _flag("--allow-truncated", "Keep what truncated files hold.", SOURCE),
+    "min_seconds": _one(float, "Skip shorter items.", FILTERS),
+    "max_seconds": _one(float, "Skip longer items.", FILTERS),
+    "min_rms": _one(float, "Skip softer items, dBFS.", FILTERS),
+    "min_sample_rate": _one(int, "Skip lower sample rates.", FILTERS),
+    "max_sample_rate": _one(int, "Skip higher sample rates.", FILTERS),
+    "min_channels": _one(int, "Skip fewer channels.", FILTERS),
+    "max_channels": _one(int, "Skip more channels.", FILTERS),
+    "where": _one(
+        str, "Skip items whose metadata differ: \"genre == 'rock' and bpm > 100\".", FILTERS
     ),
-]
+    "unit_seconds": _one(float, "Audio per shard.", PLAN),
+    "shard_size": _one(str, "Its size at most, such as 512MiB (default 1GiB).", PLAN),
+    "probe": _flag("--probe", "Read headers for lengths that are not known.", PLAN),
+    "retry_failed": _flag("--retry-failed", "Encode units with failed items anew.", PLAN),
+    "extend": _flag("--extend", "Add what is new in SOURCE, as new units.", PLAN),
+    "retry_changed": _flag("--retry-changed", "With --extend: encode changed files anew.", PLAN),
+    "device": _one(str, "auto (default), cpu or cuda.", MACHINES),
+    "workers": _one(int, "Models in memory.", MACHINES),
+    "threads": _one(int, "CPU threads per worker.", MACHINES),
+    "batch_size": _one(int, "Chunks per forward pass.", MACHINES),
+    "decode_threads": _one(int, "Decoders per worker.", MACHINES),
+    "decode_timeout": _one(float, "Seconds to decode an item, beyond its length (600).", MACHINES),
+    "address": _one(str, "Ray cluster (default: embedded).", MACHINES),
+    "stall_minutes": _one(float, "Replace a worker without progress (default 15).", MACHINES),
+}
+
+
+def takes(options: dict[str, Any], **own: tuple[Any, Any]) -> Callable[[Command], Command]:
+    """Give a command of keyword arguments these options.
+
+    Args:
+        options: The annotation of each; it is None where it is not given.
+        own: More of them, each an annotation and a default.
+    """
+    kinds = {name: (annotation, None) for name, annotation in options.items()} | own
+
+    def decorate(command: Command) -> Command:
+        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [
+                inspect.Parameter(
+                    name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind
+                )
+                for name, (kind, default) in kinds.items()
+            ]
+        )
+        command.__annotations__ = {name: kind for name, (kind, _) in kinds.items()}
+        return command
+
+    return decorate

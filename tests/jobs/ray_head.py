@@ -69,11 +69,10 @@ class Head:
                 stderr=log,
                 start_new_session=True,
             )
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.stop)
             runs.until(self._listening, 90, "the Jobs API listens")
-        except BaseException:
-            self.stop()
-            raise
+            undo.pop_all()
 
     def _listening(self) -> bool:
         assert self._process.poll() is None, self._log.read_text()

@@ -10,19 +10,19 @@ import re
 import stat
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Self
+from typing import IO
 
 import xxhash
 
 from latentmill.audio.fetch import fetch, memory_file
+from latentmill.closing import Closing
 from latentmill.errors import ItemError
 
 _PIECE = 1 << 20
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*(://|::)")
 
 
-class MediaFile:
+class MediaFile(Closing):
     """The bytes of one recording. A context manager; the decoders read from its descriptor.
 
     The decoders share its file position: one stream at a time may be open on it.
@@ -68,17 +68,6 @@ class MediaFile:
     def close(self) -> None:
         """Close the file. Closing twice is fine."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def open_media(uri: str, size: int | None = None) -> MediaFile:

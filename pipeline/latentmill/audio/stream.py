@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from latentmill.closing import Closing
 from latentmill.errors import ItemError
 
 Samples = NDArray[np.float32]
@@ -88,7 +88,7 @@ class Decoder(Protocol):
         ...
 
 
-class AudioStream:
+class AudioStream(Closing):
     """One recording being decoded: its `info`, and its samples once through `blocks()`.
 
     Attributes:
@@ -188,17 +188,6 @@ class AudioStream:
     def close(self) -> None:
         """Release the decoder. Closing twice is fine."""
         self._decoder.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def truncated(promised: int | None, decodable: int) -> str:

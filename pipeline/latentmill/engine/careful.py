@@ -16,12 +16,11 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from pydantic import TypeAdapter
 
 from latentmill.audio import open_audio, prepare
+from latentmill.closing import Closing
 from latentmill.sources.base import Item, Segment
 from latentmill.sources.metadata import read_metadata
 from latentmill.sources.reading import UnitReader
@@ -66,7 +65,7 @@ _TRIAL = TypeAdapter(Trial)
 _VERDICT = TypeAdapter(Verdict)
 
 
-class Trials:
+class Trials(Closing):
     """Decodes items on trial. A context manager; its server starts with the first trial.
 
     Args:
@@ -112,17 +111,6 @@ class Trials:
             self._server.kill()
             self._server.wait()
             self._server = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _ask(self, request: bytes) -> bytes | None:
         if self._socket is None:

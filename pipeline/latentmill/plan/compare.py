@@ -6,6 +6,7 @@ not grow with them; what has changed is held, as somebody is going to look at it
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,16 +98,15 @@ def compare(
     old = Sorter(listed.folder / "old", ("key",))
     for table in _row_groups(plan, storage):
         old.push(table)
-    fresh, found = Draft(), Comparison()
-    try:
+    found = Comparison()
+    with contextlib.ExitStack() as undo:
+        fresh = undo.enter_context(Draft())
         sorter = Sorter(fresh.folder / "runs", ("block", "key"))
         for table in map(refine, _unknown(new, old, found)):
             fresh.totals.add(table)
             sorter.push(table)
         fresh.fill(sorter.tables(), cutting)
-    except BaseException:
-        fresh.close()
-        raise
+        undo.pop_all()
     return found, fresh
 
 

@@ -6,6 +6,7 @@ needs no memory: the plan depends on what the source holds, not on the order of 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import tempfile
 from collections import Counter
@@ -13,12 +14,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from latentmill.closing import Closing
 from latentmill.errors import SourceError, StorageError
 from latentmill.plan.items import DRAFT_SCHEMA, draft_table, extension_of
 from latentmill.plan.sort import Sorter, TableFile, read_tables
@@ -95,7 +95,7 @@ class Totals:
         self.grouped = self.grouped or table["group"].null_count < len(table)
 
 
-class Draft:
+class Draft(Closing):
     """Items in order, cut into units. A context manager: its files vanish at the end."""
 
     def __init__(self) -> None:
@@ -131,17 +131,6 @@ class Draft:
         """Remove the files."""
         self._folder.cleanup()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 def draft(items: Iterable[Item], cutting: Cutting) -> Draft:
     """Sort the items of a source and cut them into units.
@@ -150,8 +139,8 @@ def draft(items: Iterable[Item], cutting: Cutting) -> Draft:
         SourceError: Two items have the same key.
         StorageError: This machine has no room for temporary files.
     """
-    made = Draft()
-    try:
+    with contextlib.ExitStack() as undo:
+        made = undo.enter_context(Draft())
         sorter = Sorter(made.folder / "runs", ("block", "key"))
         for some in _runs(items):
             table = draft_table(some)
@@ -160,9 +149,7 @@ def draft(items: Iterable[Item], cutting: Cutting) -> Draft:
         if made.totals.grouped:
             _refuse_twins(sorter, made.folder / "keys")
         made.fill(sorter.tables(), cutting)
-    except BaseException:
-        made.close()
-        raise
+        undo.pop_all()
     return made
 
 

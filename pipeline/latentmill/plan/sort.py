@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from latentmill.closing import Closing
 from latentmill.errors import StorageError
 
 # Of each run so much is in memory while runs are merged.
@@ -101,7 +102,7 @@ def write_table(path: Path, table: pa.Table) -> None:
         file.write(table)
 
 
-class TableFile(contextlib.AbstractContextManager["TableFile"]):
+class TableFile(Closing):
     """An Arrow IPC file of this machine that is being written."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
@@ -116,7 +117,8 @@ class TableFile(contextlib.AbstractContextManager["TableFile"]):
         with writing(self._path):
             self._writer.write_table(table, max(SMALLEST_BATCH, min(rows, LARGEST_BATCH)))
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Write the footer, and close the file."""
         with writing(self._path):
             self._writer.close()
             self._sink.close()

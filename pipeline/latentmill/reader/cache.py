@@ -100,14 +100,15 @@ class RangeCache:
         path = self._path(shard, number)
         try:
             path.parent.mkdir(exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                try:
-                    file.write(data)
-                    file.close()
-                    Path(file.name).replace(path)
-                except BaseException:
-                    Path(file.name).unlink(missing_ok=True)
-                    raise
+            with (
+                tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file,
+                contextlib.ExitStack() as undo,
+            ):
+                undo.callback(Path(file.name).unlink, missing_ok=True)
+                file.write(data)
+                file.close()
+                Path(file.name).replace(path)
+                undo.pop_all()
         except OSError as error:
             raise self._broken(error) from error
         self._written += len(data)

@@ -45,8 +45,7 @@ class LatentStream(IterableDataset[Sample]):
             has as many samples as the stores together, and epochs go on in each store where the
             last one stopped, so that every pass through a store has every sample once. None: an
             epoch is every sample of every store, once.
-        crop: Frames of a sample; None: whole items.
-        mode: `random`, `start` or `windows`; see `LatentDataset`.
+        crop: As in `LatentDataset`; so is `mode`.
         shuffle: Whether to shuffle; otherwise store after store, as they lie in the shards.
         shuffle_block: Neighbours that are shuffled together; 1 shuffles an epoch as a whole.
         shuffle_window: Samples that are shuffled one by one after that.
@@ -55,16 +54,10 @@ class LatentStream(IterableDataset[Sample]):
         world_size: How many they are.
         even: What happens to a rest that cannot be dealt evenly: see `Rank`.
         batch_size: That of the DataLoader.
-        where: Which records: a condition, a function or a pyarrow expression; see `select` in
-            `reader/fields.py`.
-        metadata: Whether to read the items' own metadata.
-        transforms: Applied to every sample, in this order.
-        cache: A folder for a local cache of stores that are not local.
-        cache_gib: The most that may lie there, GiB.
+        where: As in `LatentDataset`; so are `metadata`, `transforms`, `cache` and `cache_gib`.
 
     Raises:
-        ConfigError: The stores cannot be mixed or cropped, or an option does not fit.
-        StoreError: There is no store, or it is empty.
+        ConfigError, StoreError: As `LatentDataset`.
     """
 
     def __init__(

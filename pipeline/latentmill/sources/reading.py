@@ -9,13 +9,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import pyarrow as pa
 
 from latentmill.audio.fetch import MEMORY_LIMIT
 from latentmill.audio.media import MediaFile, is_remote, media_from_bytes, open_media
+from latentmill.closing import Closing
 from latentmill.errors import ItemError
 from latentmill.remote import cause_of, storage_errors
 from latentmill.sources.base import ByteRange, Item, TableCell
@@ -26,7 +25,7 @@ _PIECE = 16 << 20
 _SHARED_RECORDINGS = 2  # fetched recordings that are kept while their segments are read
 
 
-class UnitReader:
+class UnitReader(Closing):
     """Opens the audio of a unit's items for the unit's decode threads. Thread-safe; `close` it.
 
     What several items share is read once: the fetched recording that segments are parts of, and
@@ -81,17 +80,6 @@ class UnitReader:
         with self._lock:
             while self._recordings:
                 self._recordings.popitem()[1].close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _cell(self, uri: str, cell: TableCell) -> bytes:
         try:
@@ -168,17 +156,15 @@ def _open_range(uri: str, place: ByteRange) -> MediaFile:
 
 
 def _copy(uri: str, place: ByteRange) -> MediaFile:
-    target = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  the MediaFile closes it
-    try:
+    with contextlib.ExitStack() as undo:
+        target = undo.enter_context(tempfile.TemporaryFile(buffering=0))
         end = place.offset + place.size
         for start in range(place.offset, end, _PIECE):
             piece = read_bytes(uri, start, min(start + _PIECE, end))
             target.write(piece)
             if not piece:
                 break
-    except BaseException:
-        target.close()
-        raise
+        undo.pop_all()
     return MediaFile(target)
 
 

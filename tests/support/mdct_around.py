@@ -1,0 +1,61 @@
+"""An MDCT with something that happens before it encodes: the base of models that misbehave.
+
+Those are importable in Ray's workers because `tests/` is on PYTHONPATH there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from latentmill.models import mdct
+from latentmill.models.base import Autoencoder, ModelSpec
+from latentmill.models.mdct import MdctHandle
+
+
+@dataclass(frozen=True)
+class Around:
+    """A handle of an MDCT whose models call `before` with every batch."""
+
+    inner: MdctHandle
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.inner.spec
+
+    def load(self, device: str) -> Autoencoder:
+        return _Model(self, self.inner.load(device))
+
+    def before(self, audio: torch.Tensor) -> None:
+        """What happens before audio `[B, C, N]` is encoded."""
+        raise NotImplementedError
+
+
+class _Model:
+    def __init__(self, handle: Around, inner: Autoencoder) -> None:
+        self._handle = handle
+        self._inner = inner
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._inner.spec
+
+    def encode(self, audio: torch.Tensor) -> torch.Tensor:
+        self._handle.before(audio)
+        return self._inner.encode(audio)
+
+    def decode(
+        self,
+        latents: torch.Tensor,
+        num_samples: int,
+        *,
+        seed: int = 0,
+        positions: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        return self._inner.decode(latents, num_samples, seed=seed, positions=positions)
+
+
+def small_mdct() -> MdctHandle:
+    return mdct.build(hop=256)
