@@ -25,7 +25,10 @@ class Nodes:
 
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
+        from ray.experimental import internal_kv
 
+        # A new head makes itself this process's, whose own Ray would then be lost with it.
+        self._own_head = internal_kv.internal_kv_get_gcs_client()
         paths = [runs.TESTS, runs.TESTS.parent / "pipeline"]
         self._environment = {"PYTHONPATH": os.pathsep.join(map(str, paths))}
         self._old = {name: os.environ.get(name) for name in self._environment}
@@ -90,9 +93,13 @@ class Nodes:
             self.kill_node(node)
 
     def shutdown(self) -> None:
+        from ray.experimental import internal_kv
+
         for node in list(self.workers):
             self.kill_node(node)
         self._cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+        if self._own_head is not None:
+            internal_kv._initialize_internal_kv(self._own_head)
         for name, value in self._old.items():
             if value is None:
                 os.environ.pop(name, None)
