@@ -177,8 +177,8 @@ class ModelAlone:
         import torch
 
         from latentmill.chunks import Chunk, Packer
-        from latentmill.encode import AudioStream
         from latentmill.meter import Meter
+        from latentmill.unit_audio import Decoding, LocalAudio
 
         torch.set_num_threads(self._job.threads)
         self._model = self._job.model.load("cpu")
@@ -186,7 +186,7 @@ class ModelAlone:
         self._batches, seconds = [], 0.0
         for unit in self._units:
             packer = Packer(chunking, settings.batch_size)
-            stream = AudioStream(unit, spec, chunking, settings, Meter())
+            stream = LocalAudio(unit, Decoding(spec, chunking, settings), Meter())
             with contextlib.closing(stream):
                 for index, _, event in stream:
                     if isinstance(event, Chunk):

@@ -72,6 +72,7 @@ PLACE_AND_SPEED: dict[str, Any] = {
     "workers": 2,
     "threads": 3,
     "decode_threads": 4,
+    "decode_tasks": 2,
     "decode_timeout": 60.0,
     "batch_size": 5,
     "address": "ray://host:10001",

@@ -23,7 +23,8 @@ import torch
 from latentmill.audio import MediaFile
 from latentmill.chunks import Chunking
 from latentmill.decode import decode_latent
-from latentmill.encode import AudioStream, EncodeSettings, Meter, UnitEncoder
+from latentmill.encode import UnitEncoder
+from latentmill.meter import Meter
 from latentmill.models import mdct
 from latentmill.models.base import Autoencoder, Context, ModelSpec
 from latentmill.record import Outcome, Record
@@ -31,6 +32,7 @@ from latentmill.sources.base import Item
 from latentmill.sources.filters import Filters
 from latentmill.sources.folder import FolderSource
 from latentmill.sources.reading import UnitReader
+from latentmill.unit_audio import Decoding, EncodeSettings, LocalAudio
 from support.recordings import CORPUS, noise
 
 RATE = 8000
@@ -52,7 +54,7 @@ def encode(
 ) -> list[Outcome]:
     """Every item's outcome; always in the items' order, each once."""
     encoder = UnitEncoder(model, chunking, settings, meter)
-    audio = AudioStream(items, model.spec, chunking, settings, encoder.meter)
+    audio = LocalAudio(items, Decoding(model.spec, chunking, settings), encoder.meter)
     with contextlib.closing(audio):
         outcomes = list(encoder.encode(audio))
     assert [outcome.key for outcome in outcomes] == [item.key for item in items]
@@ -380,7 +382,7 @@ def test_closing_in_the_middle_ends_the_threads_at_once(tmp_path: Path, events: 
     sparse_wav(tmp_path / "a.wav", 1_000_000_000)  # seconds of work for each thread
     sparse_wav(tmp_path / "b.wav", 1_000_000_000)
     settings = EncodeSettings(decode_threads=2)
-    audio = AudioStream(items_of(tmp_path), MODEL.spec, CHUNKING, settings, Meter())
+    audio = LocalAudio(items_of(tmp_path), Decoding(MODEL.spec, CHUNKING, settings), Meter())
     assert len(list(itertools.islice(audio, events))) == events
     start = time.perf_counter()
     audio.close()

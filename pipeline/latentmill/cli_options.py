@@ -98,6 +98,9 @@ ENCODE: dict[str, Any] = {
     "threads": _one(int, "CPU threads per worker.", MACHINES),
     "batch_size": _one(int, "Chunks per forward pass.", MACHINES),
     "decode_threads": _one(int, "Decoders per worker.", MACHINES),
+    "decode_tasks": _one(
+        int, "Decode a unit in so many Ray tasks on any free CPU cores instead.", MACHINES
+    ),
     "decode_timeout": _one(float, "Seconds to decode an item, beyond its length (600).", MACHINES),
     "address": _one(str, "Ray cluster (default: embedded).", MACHINES),
     "stall_minutes": _one(float, "Replace a worker without progress (default 15).", MACHINES),

@@ -44,6 +44,7 @@ OPERATIONAL = frozenset(
         "workers",
         "threads",
         "decode_threads",
+        "decode_tasks",
         "decode_timeout",
         "batch_size",
         "retry_failed",
@@ -139,6 +140,12 @@ class RunConfig(BaseModel):
     workers: int | None = Field(None, ge=1, description="Models in memory; default one per GPU.")
     threads: int | None = Field(None, ge=1, description="CPU threads of a worker on CPU.")
     decode_threads: int = Field(2, ge=1, description="Decoding threads of a worker.")
+    decode_tasks: int = Field(
+        0,
+        ge=0,
+        description="Ray tasks that decode a unit on any node with free CPU cores, instead of the "
+        "worker's threads; 0: none.",
+    )
     decode_timeout: float = Field(
         600, gt=0, description="Seconds that decoding an item may take, on top of its length."
     )

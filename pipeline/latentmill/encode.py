@@ -1,81 +1,30 @@
-"""One unit -> latents: decode, chunk, batch, encode, stitch. No Ray, no storage.
+"""A unit's audio -> latents: batch, encode, stitch. No Ray, no storage.
 
-Decode threads read the unit's items in order into bounded queues; the calling thread packs their
-chunks into full batches, runs the model and puts each item's latents together. The batches depend
-on the unit's items alone, so a unit's latents are the same on every worker.
+Chunks of many items are packed into full batches, and each item's latents put together again. The
+batches depend on the unit's items alone, so a unit's latents are the same on every worker.
 """
 
 from __future__ import annotations
 
-import itertools
-import queue
-import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from latentmill.audio import open_audio, prepare
-from latentmill.chunks import Batch, Chunk, Chunker, Chunking, Packer, Stitcher
-from latentmill.errors import ItemError
-from latentmill.levels import LevelMeter
+from latentmill.chunks import Batch, Chunk, Chunking, Packer, Stitcher
 from latentmill.meter import Meter
-from latentmill.models.base import Autoencoder, ModelSpec
+from latentmill.models.base import Autoencoder
 from latentmill.models.compiled import uncompiled
 from latentmill.models.feed import Array, Feed
-from latentmill.models.precision import Precision, numeric_mode
+from latentmill.models.precision import numeric_mode
 from latentmill.record import DTYPES, Outcome, Record
 from latentmill.remote import redact
 from latentmill.sources.address import address_of
-from latentmill.sources.base import Item, Segment
-from latentmill.sources.filters import NO_FILTERS, Filters
-from latentmill.sources.metadata import read_metadata
-from latentmill.sources.reading import UnitReader
-
-# Chunks that a decode thread may be ahead of the model.
-QUEUE_CHUNKS = 16
-
-
-@dataclass(frozen=True)
-class EncodeSettings:
-    """What encoding a unit depends on, next to the model and the chunking."""
-
-    dtype: str = "float16"
-    precision: Precision = "float32"
-    batch_size: int = 1
-    decode_threads: int = 2
-    allow_truncated: bool = False
-    decode_timeout: float | None = None  # seconds an item may take, beyond its length
-    allow_changed: bool = False  # for a retry: files that were mended since they were planned
-    filters: Filters = NO_FILTERS
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """An item's header was read: how many latent frames it promises (0 if it does not say)."""
-
-    frames: int
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """What is known of an item once its audio is read to the end."""
-
-    source_sample_rate: int
-    source_channels: int
-    content_hash: str
-    num_samples: int
-    rms: float
-    peak: float
-    levels: bytes
-    metadata: dict[str, object]
-
-
-_Event = _Opened | Chunk | _Facts | Outcome
+from latentmill.sources.base import Item
+from latentmill.unit_audio import EncodeSettings, Facts, Heard, Opened
 
 
 @dataclass
@@ -87,7 +36,7 @@ class _Job:
     stitcher: Stitcher
     expected: int = 0  # chunks packed
     arrived: int = 0  # chunks that came back from the model
-    facts: _Facts | None = None
+    facts: Facts | None = None
     outcome: Outcome | None = None
 
 
@@ -109,14 +58,15 @@ class UnitEncoder:
         self._chunking = chunking
         self._settings = settings
         self.meter = meter or Meter()
+        self.ended = 0.0  # when a unit's last outcome was taken, by the performance counter
 
-    def encode(self, audio: AudioStream) -> Iterator[Outcome]:
-        """Encode a unit's audio, as `AudioStream` gives it; outcomes come in the items' order."""
+    def encode(self, audio: Iterable[Heard]) -> Iterator[Outcome]:
+        """Encode a unit's audio, as `UnitAudio` gives it; outcomes come in the items' order."""
         packer = Packer(self._chunking, self._settings.batch_size)
         jobs: deque[_Job] = deque()
         by_index: dict[int, _Job] = {}
         for index, item, event in audio:
-            if isinstance(event, _Opened):
+            if isinstance(event, Opened):
                 stitcher = Stitcher(self._chunking, DTYPES[self._settings.dtype], event.frames)
                 jobs.append(_Job(index, item, stitcher))
                 by_index[index] = jobs[-1]
@@ -124,7 +74,7 @@ class UnitEncoder:
                 by_index[index].expected += 1
                 for batch in packer.add(index, event):
                     self._run(batch, by_index)
-            elif isinstance(event, _Facts):
+            elif isinstance(event, Facts):
                 by_index[index].facts = event
             else:
                 by_index[index].outcome = event
@@ -134,6 +84,7 @@ class UnitEncoder:
         self._collect(self._feed.flush(), by_index)
         yield from self._done(jobs, by_index)
         assert not jobs, "every item of the unit is accounted for"
+        self.ended = time.perf_counter()
 
     def _run(self, batch: Batch, jobs: dict[int, _Job]) -> None:
         audio = batch.audio()  # [B, C, T]
@@ -185,7 +136,7 @@ class UnitEncoder:
             del by_index[job.index]
             yield job.outcome
 
-    def _finish(self, job: _Job, facts: _Facts) -> Outcome:
+    def _finish(self, job: _Job, facts: Facts) -> Outcome:
         latent = job.stitcher.finish()
         if not job.stitcher.finite:
             return Outcome(job.item.key, "failed", _gate_message(self._settings.dtype))
@@ -215,166 +166,3 @@ def _gate_message(dtype: str) -> str:
     if dtype == "float16":
         return "the latents hold NaN, or values beyond float16's range (dtype float32 keeps those)"
     return "the latents hold NaN or Inf"
-
-
-class AudioStream:
-    """Reads a unit's items with decode threads, in order, ahead of whoever iterates.
-
-    Reading starts at once. Iterating gives (index, item, event): that the item is opened, its
-    chunks, then its facts, or instead the outcome of an item that failed or was skipped.
-    Closing it stops the threads, in the middle of a unit too.
-    """
-
-    def __init__(
-        self,
-        items: Sequence[Item],
-        spec: ModelSpec,
-        chunking: Chunking,
-        settings: EncodeSettings,
-        meter: Meter,
-        refused: Mapping[str, str] | None = None,
-    ) -> None:
-        """Begin to read; items whose keys are `refused` fail unread, for the reason given."""
-        self._items = items
-        self._refused = refused or {}
-        self._spec = spec
-        self._chunking = chunking
-        self._settings = settings
-        self._meter = meter
-        self._reader = UnitReader(items, allow_changed=settings.allow_changed)
-        self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
-        self._waiting = iter(enumerate(items))
-        self._running: deque[tuple[int, Item, queue.Queue[_Event]]] = deque()
-        for _ in range(settings.decode_threads + 1):
-            self._submit()
-
-    def __iter__(self) -> Iterator[tuple[int, Item, _Event]]:
-        while self._running:
-            index, item, events = self._running[0]
-            while True:
-                start = time.perf_counter()
-                event = events.get()
-                self._meter.add("wait_seconds", time.perf_counter() - start)
-                yield index, item, event
-                if isinstance(event, _Facts | Outcome):
-                    break
-            self._running.popleft()
-            self._submit()
-
-    @property
-    def queued(self) -> int:
-        """Chunks and other events that are decoded and not taken yet."""
-        return sum(events.qsize() for _, _, events in tuple(self._running))
-
-    def close(self) -> None:
-        """Stop the decode threads."""
-        self._stop.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._reader.close()
-
-    def _submit(self) -> None:
-        for index, item in itertools.islice(self._waiting, 1):
-            events: queue.Queue[_Event] = queue.Queue(QUEUE_CHUNKS)
-            self._running.append((index, item, events))
-            self._pool.submit(self._read, item, events)
-
-    def _read(self, item: Item, events: queue.Queue[_Event]) -> None:
-        """Read one item into its queue; whatever happens, the last event ends it."""
-        start = time.perf_counter()
-        waited = reading = 0.0
-        opened = False
-        try:
-            if item.key in self._refused:
-                raise ItemError(self._refused[item.key])
-            for event in _events(item, self._reader, self._spec, self._chunking, self._settings):
-                if not opened:
-                    opened, reading = True, time.perf_counter() - start
-                waited += self._put(events, event)
-                if self._stop.is_set():
-                    return
-        except ItemError as error:
-            last: Outcome | None = _failed(item, str(error))
-        except Exception as error:  # noqa: BLE001  one odd file must not end the unit
-            last = _failed(item, f"{type(error).__name__} while reading: {error}")
-        else:
-            last = None
-        if last is not None:
-            if not opened:
-                waited += self._put(events, _Opened(0))
-            waited += self._put(events, last)
-        self._meter.add("read_seconds", reading)
-        self._meter.add("decode_seconds", time.perf_counter() - start - waited - reading)
-
-    def _put(self, events: queue.Queue[_Event], event: _Event) -> float:
-        """Put an event into a bounded queue; gives the seconds that it had to wait."""
-        start = time.perf_counter()
-        while not self._stop.is_set():
-            try:
-                events.put(event, timeout=0.2)
-            except queue.Full:
-                continue
-            break
-        return time.perf_counter() - start
-
-
-def _events(
-    item: Item,
-    reader: UnitReader,
-    spec: ModelSpec,
-    chunking: Chunking,
-    settings: EncodeSettings,
-) -> Iterator[_Event]:
-    """That the item is opened, its chunks, then its facts; or that it is skipped."""
-    filters = settings.filters
-    metadata = read_metadata(item)
-    if reason := filters.of_source(item, metadata):
-        yield from (_Opened(0), _skipped(item, reason))
-        return
-    chunker = Chunker(spec, chunking)
-    with reader.open(item) as media:
-        part = item.segment or Segment(0.0)
-        stream = open_audio(
-            media,
-            start=part.start,
-            duration=part.duration,
-            allow_truncated=settings.allow_truncated,
-            time_limit=settings.decode_timeout,
-        )
-        promised = (stream.num_samples or 0) * spec.sample_rate // stream.sample_rate
-        yield _Opened(spec.frames(spec.padded(promised)) + 1 if promised else 0)
-        reason = filters.of_header(stream.sample_rate, stream.channels)
-        if promised and not reason:
-            reason = filters.of_length(promised / spec.sample_rate)
-        if reason:
-            yield _skipped(item, reason)
-            return
-        waveform = prepare(stream, sample_rate=spec.sample_rate, channels=spec.channels)
-        meter = LevelMeter(spec)
-        for block in waveform.blocks():
-            meter.push(block)
-            yield from chunker.push(block)
-        stats = waveform.stats
-        seconds = stats.num_samples / spec.sample_rate
-        if reason := filters.of_length(seconds) or filters.of_audio(stats.rms):
-            yield _skipped(item, reason)
-            return
-        yield from chunker.finish()
-        yield _Facts(
-            source_sample_rate=stream.sample_rate,
-            source_channels=stream.channels,
-            content_hash=reader.content_hash(item, media),
-            num_samples=stats.num_samples,
-            rms=stats.rms,
-            peak=stats.peak,
-            levels=meter.finish(spec.frames(spec.padded(stats.num_samples))),
-            metadata=metadata,
-        )
-
-
-def _failed(item: Item, reason: str) -> Outcome:
-    return Outcome(item.key, "failed", " ".join(reason.split()))  # one line
-
-
-def _skipped(item: Item, reason: str) -> Outcome:
-    return Outcome(item.key, "skipped", reason)

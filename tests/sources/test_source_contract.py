@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from latentmill.chunks import Chunking
-from latentmill.encode import AudioStream, EncodeSettings, UnitEncoder
+from latentmill.encode import UnitEncoder
 from latentmill.errors import LatentmillError, SourceError
 from latentmill.models import mdct
 from latentmill.record import Outcome, Record
 from latentmill.sources.address import item_at
 from latentmill.sources.base import Item
 from latentmill.sources.reading import UnitReader
+from latentmill.unit_audio import Decoding, EncodeSettings, LocalAudio
 from support.sources import KINDS, Recording, Written, put, recordings_in, sorted_items
 
 MODEL = mdct.build(hop=64, sample_rate=8000).load("cpu")
@@ -29,7 +30,7 @@ ON_S3 = ("folder", "webdataset", "parquet", "jsonl", "table")
 def encode(items: Sequence[Item], settings: EncodeSettings | None = None) -> list[Outcome]:
     settings = settings or EncodeSettings(dtype="float32", batch_size=4, decode_threads=3)
     encoder = UnitEncoder(MODEL, CHUNKING, settings)
-    audio = AudioStream(items, MODEL.spec, CHUNKING, settings, encoder.meter)
+    audio = LocalAudio(items, Decoding(MODEL.spec, CHUNKING, settings), encoder.meter)
     with contextlib.closing(audio):
         return list(encoder.encode(audio))
 

@@ -13,7 +13,8 @@ import torch
 
 from latentmill.chunks import Chunking
 from latentmill.config import RunConfig, fingerprint, fingerprint_document
-from latentmill.encode import AudioStream, EncodeSettings, Meter, UnitEncoder
+from latentmill.encode import UnitEncoder
+from latentmill.meter import Meter
 from latentmill.models import registry
 from latentmill.plan import Cutting, Plan, draft, freeze, read_items
 from latentmill.record import Record
@@ -23,6 +24,7 @@ from latentmill.storage import Storage
 from latentmill.store.commit import write_commit, write_unit
 from latentmill.store.seal import seal, write_origin
 from latentmill.store.store import LatentStore
+from latentmill.unit_audio import Decoding, EncodeSettings, LocalAudio
 
 FORMATS = ["parquet", "webdataset"]
 RATE = 22050
@@ -82,7 +84,9 @@ def write_store(url: str, source: Path, *, sealed: bool = True, **options: Any) 
     write_origin(storage, model.encode(silence)[0].numpy())
     settings = EncodeSettings(dtype=config.dtype, filters=Filters(min_seconds=config.min_seconds))
     for unit in plan.units:
-        audio = AudioStream(read_items(storage, unit), handle.spec, chunking, settings, Meter())
+        audio = LocalAudio(
+            read_items(storage, unit), Decoding(handle.spec, chunking, settings), Meter()
+        )
         with contextlib.closing(audio):
             commit = write_unit(
                 storage,

@@ -27,9 +27,11 @@ import torch
 from audio_files import encoded
 
 from latentmill.chunks import Chunking
-from latentmill.encode import AudioStream, EncodeSettings, Meter, UnitEncoder
+from latentmill.encode import UnitEncoder
+from latentmill.meter import Meter
 from latentmill.models import registry
 from latentmill.sources.base import Item
+from latentmill.unit_audio import Decoding, EncodeSettings, LocalAudio
 
 KINDS = ("wav", "wav-float", "flac", "vorbis", "mp3", "mp3-without-xing", "m4a", "opus")
 EXTENSIONS = (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".opus", ".txt", "")
@@ -154,7 +156,7 @@ def main() -> None:
         unit: list[Item], *, allow_truncated: bool = False
     ) -> Iterator[tuple[str, str, str]]:
         settings = EncodeSettings(allow_truncated=allow_truncated, decode_timeout=30)
-        audio = AudioStream(unit, model.spec, chunking, settings, Meter())
+        audio = LocalAudio(unit, Decoding(model.spec, chunking, settings), Meter())
         with closing(audio):
             for outcome in UnitEncoder(model, chunking, settings).encode(audio):
                 yield outcome.key, outcome.status, outcome.reason or ""

@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,10 @@ from latentmill.device import worker_environment
 from latentmill.engine.dispatch import UNITS_IN_FLIGHT
 from latentmill.engine.loss import memory_used
 from latentmill.engine.metrics import Metrics
+from latentmill.engine.remote_audio import RemoteAudio
 from latentmill.engine.worker import Job, UnitResult, Worker
 from latentmill.plan import Unit
+from latentmill.unit_audio import LocalAudio
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)
@@ -33,7 +36,9 @@ class EncodeActor:
     def ready(self) -> str:
         """Load the model; gives where this is, for people."""
         # Not in the constructor: Ray passes on an error of ours from a method only.
-        self._worker = Worker(self._job, self._stopped)
+        tasks = self._job.decode_tasks
+        listen = partial(RemoteAudio, tasks=tasks) if tasks else LocalAudio
+        self._worker = Worker(self._job, self._stopped, listen)
         return f"process {os.getpid()} on {socket.gethostname()}"
 
     def origin(self) -> npt.NDArray[np.float32]:

@@ -9,7 +9,6 @@ from functools import partial
 
 from latentmill.chunks import Chunking
 from latentmill.config import RunConfig, fingerprint
-from latentmill.encode import EncodeSettings
 from latentmill.engine.actor import ActorShape
 from latentmill.engine.careful import HANG_SECONDS
 from latentmill.engine.cluster import Cluster, connect, describe, head_answers
@@ -24,6 +23,7 @@ from latentmill.sources.filters import Filters
 from latentmill.storage import Storage
 from latentmill.store.schema import ORIGIN_PATH
 from latentmill.store.seal import write_origin
+from latentmill.unit_audio import EncodeSettings
 
 DEFAULT_CPU_THREADS = 4
 HEAD_SECONDS = 40.0  # without an answer
@@ -49,6 +49,8 @@ def encode_units(
     with connect(config.address) as cluster:
         device = _device(config, cluster)
         resources = _resources(config, cluster, on_gpu=device == "cuda")
+        if config.decode_tasks:
+            _check_spare_cores(cluster, resources)
         job = make_job(config, handle, chunking, plan, device=device, threads=resources.threads)
         stall_seconds = config.stall_minutes * 60
         # A decoder on trial is given up before its whole worker would be.
@@ -103,6 +105,7 @@ def make_job(
         device=device,
         threads=threads,
         compile=config.compile,
+        decode_tasks=config.decode_tasks,
         auto_batch=config.batch_size is None,
     )
 
@@ -157,6 +160,16 @@ def _resources(config: RunConfig, cluster: Cluster, *, on_gpu: bool) -> _Resourc
     workers = config.workers or max(1, fitting)
     cpus = min(threads, _share(cluster.node_cpus, workers))
     return _Resources(workers, ActorShape(cpus=cpus, gpus=0), threads)
+
+
+def _check_spare_cores(cluster: Cluster, resources: _Resources) -> None:
+    """Refuse decode tasks that would wait for a core for ever."""
+    cores = sum(cluster.node_cpus)
+    if cluster.embedded and cores - resources.workers * resources.shape.cpus < 1:
+        raise ConfigError(
+            f"decode_tasks needs CPU cores beside the workers', which have all {cores}: set fewer "
+            "workers or threads, or leave decode_tasks out."
+        )
 
 
 class _Room:

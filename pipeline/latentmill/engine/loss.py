@@ -8,6 +8,7 @@ from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
     NodeDiedError,
+    ObjectLostError,
     OutOfMemoryError,
     RayError,
     RayTaskError,
@@ -45,6 +46,8 @@ def _end_of_node(error: BaseException, text: str) -> str | None:
         return "its node was preempted"
     if isinstance(error, NodeDiedError) or "node has died" in text or "node died" in text:
         return "its node died"
+    if isinstance(error, ObjectLostError):
+        return "the node that held its audio died"
     if isinstance(error, ActorUnavailableError):
         return "its node cannot be reached any more"
     return None

@@ -12,7 +12,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 
 from latentmill.chunks import Chunking
 from latentmill.device import pick_device
-from latentmill.encode import AudioStream, EncodeSettings, UnitEncoder
+from latentmill.encode import UnitEncoder
 from latentmill.engine.careful import HANG_SECONDS, Trials
 from latentmill.engine.lock import join_run
 from latentmill.errors import StoreError
@@ -37,6 +37,7 @@ from latentmill.sources.base import Item
 from latentmill.storage import Storage
 from latentmill.store.commit import write_commit, write_unit
 from latentmill.store.schema import Commit
+from latentmill.unit_audio import Decoding, EncodeSettings, Heard, LocalAudio, UnitAudio
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Job:
     device: str
     threads: int
     compile: bool = False
+    decode_tasks: int = 0  # a unit is decoded by so many tasks elsewhere; 0: by threads of its own
     auto_batch: bool = False  # on a GPU the batch size of the settings is only where to begin
     owner: str | None = None  # of the run's lease on the store, if it has one
     hang_seconds: float = HANG_SECONDS  # a decoder on trial may be silent for so long
@@ -75,6 +77,9 @@ MAX_REPORTED_FAILURES = 20
 BATCH_PATH = "plan/batch.json"
 
 
+Listen = Callable[[Sequence[Item], Decoding, Meter], UnitAudio]
+
+
 class Stopped(Exception):  # noqa: N818  nothing is wrong
     """The worker was told to stop in the middle of a unit."""
 
@@ -82,10 +87,15 @@ class Stopped(Exception):  # noqa: N818  nothing is wrong
 class Worker:
     """One model in memory, fed with units. `encode` may be called by two threads.
 
-    Once `stopped` is set, units end with `Stopped` at their next piece of audio.
+    Args:
+        job: What there is to know.
+        stopped: Once it is set, units end with `Stopped` at their next piece of audio.
+        listen: Begins to decode a unit's items.
     """
 
-    def __init__(self, job: Job, stopped: threading.Event | None = None) -> None:
+    def __init__(
+        self, job: Job, stopped: threading.Event | None = None, listen: Listen = LocalAudio
+    ) -> None:
         device = pick_device(job.device)  # asked of the machine where the model will be
         pick_precision(job.settings.precision, device)
         if device == "cpu":
@@ -93,6 +103,7 @@ class Worker:
         self._job = job
         self._device = device
         self._stopped = stopped or threading.Event()
+        self._listen = listen
         self._storage = Storage(job.store)
         self._hold = join_run(self._storage, job.owner)
         self._model: Autoencoder = job.model.load(device)
@@ -103,7 +114,7 @@ class Worker:
             self._model = compiled(self._model, self._job, device)
         self._meter = Meter()
         self._turn = threading.Lock()
-        self._streams: list[AudioStream] = []  # of the units in flight
+        self._streams: list[UnitAudio] = []  # of the units in flight
         self._free_since: float | None = None  # since when no unit has the model, but some are here
 
     def origin(self) -> npt.NDArray[np.float32]:
@@ -145,15 +156,8 @@ class Worker:
         items = read_items(self._storage, unit)
         refused = self._refused(items, meter) if careful else {}
         encoder = UnitEncoder(self._model, job.chunking, job.settings, meter, self._device)
-        audio = _StoppableStream(
-            items,
-            self._model.spec,
-            job.chunking,
-            job.settings,
-            meter,
-            refused,
-            stopped=self._stopped,
-        )
+        decoding = Decoding(self._model.spec, job.chunking, job.settings, refused)
+        audio = self._listen(items, decoding, meter)
         with self._listed(audio), contextlib.closing(self._in_turn(encoder, audio)) as done:
             commit = write_unit(
                 self._storage,
@@ -163,7 +167,7 @@ class Worker:
                 fingerprint=job.fingerprint,
                 info=job.info,
             )
-        meter.add("write_seconds", time.perf_counter() - audio.encoded_at)
+        meter.add("write_seconds", time.perf_counter() - encoder.ended)
         timings = {**meter.snapshot(), "total_seconds": time.perf_counter() - began}
         commit = commit.model_copy(update={"items_hash": unit.hash})
         self._hold.check()
@@ -188,7 +192,7 @@ class Worker:
         return refused
 
     @contextlib.contextmanager
-    def _listed(self, audio: AudioStream) -> Iterator[None]:
+    def _listed(self, audio: UnitAudio) -> Iterator[None]:
         self._streams.append(audio)
         try:
             with contextlib.closing(audio):
@@ -198,14 +202,19 @@ class Worker:
             if not self._streams:
                 self._free_since = None
 
-    def _in_turn(self, encoder: UnitEncoder, audio: _StoppableStream) -> Generator[Outcome]:
+    def _in_turn(self, encoder: UnitEncoder, audio: UnitAudio) -> Generator[Outcome]:
         with self._turn:
             if self._free_since is not None:
                 encoder.meter.add("idle_seconds", time.perf_counter() - self._free_since)
-            yield from encoder.encode(audio)
-            audio.encoded_at = time.perf_counter()
-            self._free_since = audio.encoded_at if len(self._streams) > 1 else None
+            yield from encoder.encode(self._until_stopped(audio))
+            self._free_since = encoder.ended if len(self._streams) > 1 else None
         self._hold.check()
+
+    def _until_stopped(self, audio: Iterable[Heard]) -> Iterator[Heard]:
+        for heard in audio:
+            if self._stopped.is_set():
+                raise Stopped
+            yield heard
 
 
 def compiled(model: Autoencoder, job: Job, device: str) -> Compiled:
@@ -239,21 +248,6 @@ def settled_batch_size(storage: Storage, model: Autoencoder, job: Job, device: s
             'it, such as {"batch_size": 16}, or delete it.'
         ) from error
     return settled
-
-
-class _StoppableStream(AudioStream):
-    """A unit's audio that ends with `Stopped` when the worker is told to stop."""
-
-    def __init__(self, *args: Any, stopped: threading.Event) -> None:
-        super().__init__(*args)
-        self._worker_stopped = stopped
-        self.encoded_at = 0.0  # by the performance counter
-
-    def __iter__(self) -> Iterator[tuple[int, Item, Any]]:
-        for event in super().__iter__():
-            if self._worker_stopped.is_set():
-                raise Stopped
-            yield event
 
 
 def _result(unit: Unit, commit: Commit) -> UnitResult:

@@ -1,0 +1,194 @@
+"""Decoding in Ray tasks gives what decoding in this process does, whatever becomes of the tasks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+from hypothesis import given
+from hypothesis import strategies as st
+
+import latentmill
+from latentmill.chunks import Chunk, Chunking
+from latentmill.engine import remote_audio
+from latentmill.engine.actor import ActorShape
+from latentmill.engine.cluster import Cluster
+from latentmill.engine.launch import _check_spare_cores, _Resources
+from latentmill.engine.remote_audio import RUN_ITEMS, RemoteAudio, packed, unpacked
+from latentmill.errors import ConfigError
+from latentmill.meter import Meter
+from latentmill.models import mdct
+from latentmill.record import Outcome
+from latentmill.sources.base import Item, Segment
+from latentmill.sources.folder import FolderSource
+from latentmill.unit_audio import (
+    Decoding,
+    EncodeSettings,
+    Event,
+    Facts,
+    LocalAudio,
+    Opened,
+    UnitAudio,
+)
+from support import runs
+from support.recordings import noise
+
+SPEC = mdct.build(hop=64, sample_rate=8000).spec
+SEGFAULT = 22051  # see support/deadly
+DECODING = Decoding(SPEC, Chunking.for_model(SPEC, seconds=0.5), EncodeSettings())
+
+
+def items_of(folder: Path) -> list[Item]:
+    found = FolderSource(str(folder), ("wav", "flac", "ogg", "mp3", "aiff")).items()
+    return sorted(found, key=lambda item: item.key)
+
+
+def heard(audio: UnitAudio) -> list[tuple[int, str, Event]]:
+    with contextlib.closing(audio):
+        return [(index, item.key, event) for index, item, event in audio]
+
+
+def decoding_processes() -> list[int]:
+    """Ray names a process by the task that it runs."""
+    found = runs.descendants(os.getpid()).items()
+    return [pid for pid, name in found if name.startswith("ray::_decode")]
+
+
+def assert_equal(
+    one: Sequence[tuple[int, str, Event]], other: Sequence[tuple[int, str, Event]]
+) -> None:
+    assert [(index, key) for index, key, _ in one] == [(index, key) for index, key, _ in other]
+    for (_, _, event), (_, _, expected) in zip(one, other, strict=True):
+        if isinstance(expected, Chunk):
+            assert isinstance(event, Chunk)
+            assert event.frame == expected.frame
+            assert event.audio.dtype == np.float32
+            assert np.array_equal(event.audio, expected.audio)
+        else:
+            assert event == expected
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_tasks_hear_what_threads_hear(
+    corpus: Path, tmp_path: Path, ray_session: Path, monkeypatch: pytest.MonkeyPatch, tasks: int
+) -> None:
+    (tmp_path / "broken.wav").write_bytes(b"RIFF, but no more than that")
+    sf.write(tmp_path / "long.flac", noise(40, 8000), 8000)
+    items = [*items_of(corpus), *items_of(tmp_path)]
+    monkeypatch.setattr(remote_audio, "RUN_SECONDS", 3.0)  # several runs, of several items
+    decoding = replace(DECODING, refused={items[1].key: "not this one"})
+    expected = heard(LocalAudio(items, decoding, Meter()))
+    assert {type(event) for _, _, event in expected} == {Opened, Chunk, Facts, Outcome}
+    meter = Meter()
+    assert_equal(heard(RemoteAudio(items, decoding, meter, tasks=tasks)), expected)
+    assert meter.decode_seconds > 0
+
+
+def test_an_item_that_ends_its_process_fails_alone(tmp_path: Path, ray_session: Path) -> None:
+    rates = {"a": 8000, "b": SEGFAULT, "c": 8000}
+    for name, rate in rates.items():
+        sf.write(tmp_path / f"{name}.wav", noise(1.0, rate), rate)
+    items = items_of(tmp_path)
+    found = heard(RemoteAudio(items, DECODING, Meter(), tasks=2))
+    ends = {key: event for _, key, event in found if not isinstance(event, Chunk | Opened)}
+    assert list(ends) == list(rates)
+    for name, rate in rates.items():
+        end = ends[name]
+        if rate == 8000:
+            assert isinstance(end, Facts)
+        else:
+            assert "decoding it ends the process (" in str(getattr(end, "reason", ""))
+    good = [item for item in items if rates[item.key] == 8000]
+    expected = heard(LocalAudio(good, DECODING, Meter()))
+    left = [one for one in found if rates[one[1]] == 8000]
+    assert_equal([(0, key, e) for _, key, e in left], [(0, key, e) for _, key, e in expected])
+
+
+def test_a_killed_task_is_started_again(
+    tmp_path: Path, ray_session: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sf.write(tmp_path / "long.wav", noise(120, 8000), 8000)  # more than the parcels ahead hold
+    monkeypatch.setattr(remote_audio, "PARCEL_BYTES", 1 << 17)
+    items = items_of(tmp_path)
+    expected = heard(LocalAudio(items, DECODING, Meter()))
+    found = []
+    with contextlib.closing(RemoteAudio(items, DECODING, Meter(), tasks=1)) as audio:
+        for index, item, event in audio:
+            if len(found) == 20:
+                (pid,) = decoding_processes()
+                os.kill(pid, signal.SIGKILL)
+            found.append((index, item.key, event))
+    assert_equal(found, expected)
+
+
+def test_closing_ends_the_tasks(tmp_path: Path, ray_session: Path) -> None:
+    for name in "ab":
+        sf.write(tmp_path / f"{name}.wav", noise(100, 44100), 44100)
+    audio = RemoteAudio(items_of(tmp_path), DECODING, Meter(), tasks=2)
+    next(iter(audio))
+    audio.close()
+    assert not audio._thread.is_alive()
+    runs.until(lambda: not decoding_processes(), 20, "the tasks are gone")
+
+
+def test_a_run_with_tasks_makes_what_a_run_without_makes(
+    corpus: Path, tmp_path: Path, ray_session: Path
+) -> None:
+    common = {"device": "cpu", "workers": 1, "threads": 1, "unit_seconds": 4.0}
+    for name, tasks in [("threads", 0), ("tasks", 2)]:
+        latentmill.encode(corpus, tmp_path / name, decode_tasks=tasks, **common)
+        runs.assert_whole(tmp_path / name)
+    assert runs.latents(tmp_path / "tasks") == runs.latents(tmp_path / "threads")
+
+
+def test_tasks_that_would_never_get_a_core_are_refused() -> None:
+    resources = _Resources(2, ActorShape(cpus=2, gpus=0), threads=2)
+    _check_spare_cores(Cluster(True, (4, 1), (0, 0)), resources)
+    _check_spare_cores(Cluster(False, (4,), (0,)), resources)  # which may add nodes
+    with pytest.raises(ConfigError, match="have all 4: set fewer workers"):
+        _check_spare_cores(Cluster(True, (4,), (0,)), resources)
+
+
+def test_samples_of_16_bits_travel_so_and_others_as_they_are() -> None:
+    generator = np.random.default_rng(0)
+    whole = generator.integers(-32768, 32768, (2, 4096)).astype(np.float32) / 32768
+    for audio, dtype in [
+        (whole, np.int16),
+        (whole * np.float32(0.3), np.float32),
+        (np.concatenate([whole, whole * np.float32(0.3)], axis=1), np.float32),  # it starts well
+        (np.full((1, 300), 1.0, np.float32), np.float32),  # beyond 32767
+        (np.zeros((1, 0), np.float32), np.int16),
+    ]:
+        sent = packed(Chunk(7, audio))
+        assert isinstance(sent, Chunk)
+        assert sent.audio.dtype == dtype
+        back = unpacked(sent)
+        assert isinstance(back, Chunk)
+        assert back.frame == 7
+        assert back.audio.dtype == np.float32
+        assert np.array_equal(back.audio, audio)
+    assert packed(Opened(3)) == Opened(3)
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 100), st.sampled_from(["known", "segment", "size"]))))
+def test_runs_have_every_item_once_and_are_short(lengths: list[tuple[float, str]]) -> None:
+    items = []
+    for number, (seconds, kind) in enumerate(lengths):
+        item = Item(f"{number}", f"/{number}", int(seconds * 32_000), "")
+        if kind == "known":
+            item = replace(item, seconds=seconds, size=0)
+        if kind == "segment":
+            item = replace(item, segment=Segment(1.0, seconds), size=1 << 40)
+        items.append(item)
+    cut = list(remote_audio.runs(items))
+    assert [numbered for run in cut for numbered in run] == list(enumerate(items))
+    for run in cut:
+        assert 1 <= len(run) <= RUN_ITEMS
+        assert sum(lengths[number][0] for number, _ in run[:-1]) < 60.1
