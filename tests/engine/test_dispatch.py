@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from latentmill.engine.dispatch import (
     MAX_ATTEMPTS,
     MAX_NODE_LOSSES,
+    MAX_UNWRITTEN,
     UNITS_IN_FLIGHT,
     Assignment,
     Dispatch,
@@ -19,6 +20,7 @@ from latentmill.engine.dispatch import (
 from latentmill.plan import Unit
 
 DIED, NODE = Loss("worker", "died"), Loss("node", "node died")
+DENIED = Loss("storage", "no permission")
 
 
 def units(*seconds: float) -> list[Unit]:
@@ -40,6 +42,47 @@ def test_longest_first_and_no_more_than_a_seat_may_have() -> None:
     dispatch.done(first)
     assert take(dispatch, "a", second).number == 2
     assert (dispatch.open, dispatch.queued) == (3, 1)
+
+
+def test_a_unit_that_cannot_be_written_waits_for_the_others_and_fails_alone() -> None:
+    dispatch = Dispatch(units(4, 3, 2, 1))
+    taken = []
+    while (assignment := dispatch.next("a", [])) is not None:
+        assert not assignment.careful  # nothing is wrong with its items
+        taken.append(assignment.unit.number)
+        if assignment.unit.number == 0:
+            assert dispatch.lost(assignment.unit, DENIED) == taken.count(0)
+        else:
+            dispatch.done(assignment.unit)
+        if dispatch.unwritable:
+            break
+    assert taken == [0, 1, 2, 3, 0]  # and then there is no other left to try
+    assert dispatch.open == 1
+    busy = Dispatch(units(4, 3, 2, 1))
+    denied, other = take(busy, "a"), take(busy, "a")
+    for _ in range(MAX_ATTEMPTS - 1):
+        busy.lost(denied, DENIED)
+        busy._waiting.rotate(1)  # its turn again, while others are open
+        assert take(busy, "a", other) == denied
+    busy.lost(denied, DENIED)
+    assert not busy.unwritable
+    assert busy.failed == {"000000": DENIED}
+    assert busy.open == 3
+
+
+def test_when_nothing_can_be_written_it_is_the_storage() -> None:
+    dispatch = Dispatch(units(*[1] * 5))
+    for number in range(MAX_UNWRITTEN):
+        assert not dispatch.unwritable
+        unit = take(dispatch, "a")
+        assert unit.number == number
+        dispatch.lost(unit, DENIED)
+    assert dispatch.unwritable
+    few = Dispatch(units(1, 1))
+    few.done(take(few, "a"))
+    assert not few.unwritable
+    few.lost(take(few, "a"), DENIED)  # all that is left
+    assert few.unwritable
 
 
 def test_a_suspect_runs_alone_and_carefully_at_last() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from latentmill.config import load_config
+from latentmill.config import RunConfig, load_config
 from latentmill.engine.progress import QuietProgress
 from latentmill.engine.scheduler import Scheduler
+from latentmill.errors import StorageError, UnitsFailedError
+from latentmill.forecast import forecast
 from latentmill.plan import Unit
 from latentmill.run import RunSummary, run
 from support import runs
@@ -38,9 +41,13 @@ class Ear(QuietProgress):
         self.counts.append((ready, starting))
 
 
-def encode(songs: Path, store: Path, ear: Ear, **options: Any) -> RunSummary:
+def config(songs: Path, store: Path, **options: Any) -> RunConfig:
     values = {"device": "cpu", "threads": 1, "workers": 1, "unit_seconds": 3.0, **options}
-    return run(load_config(None, {"source": str(songs), "out": str(store), **values}), ear)
+    return load_config(None, {"source": str(songs), "out": str(store), **values})
+
+
+def encode(songs: Path, store: Path, ear: Ear, **options: Any) -> RunSummary:
+    return run(config(songs, store, **options), ear)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +74,25 @@ def test_the_item_that_kills_its_workers_is_named_and_the_others_are_encoded(
     assert ear.notes == [
         f"unit {poison.pop():06d}: its items are decoded on trial for its last attempt"
     ]
+
+
+def test_a_unit_that_cannot_be_written_fails_and_the_others_do_not(
+    songs: Path, tmp_path: Path, ray_session: Path
+) -> None:
+    store, ear = tmp_path / "store", Ear()
+    forecast(config(songs, store), QuietProgress(), calibrated=False)
+    (store / "shards" / "000001.parquet" / "in the way").mkdir(parents=True)
+    # Which of them depends on whether another unit was still open at its last attempt.
+    ends = (StorageError, UnitsFailedError)
+    with pytest.raises(ends, match=r"shards/000001.parquet: Is a directory"):
+        run(config(songs, store), ear)
+    assert {unit for unit, *_ in ear.lost} == {1}
+    done = runs.commits(store)
+    assert sorted(done) == ["000000.json", "000002.json"]
+    shutil.rmtree(store / "shards" / "000001.parquet")
+    run(config(songs, store), ear)
+    runs.assert_whole(store)
+    assert {name: data for name, data in runs.commits(store).items() if name in done} == done
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 Longest first, a bounded number per seat. A unit whose worker died or failed under it is a suspect:
 it is tried again alone, so that no other unit goes down with it, and carefully the last time (each
 item is decoded on trial first). A unit that was lost with its node is no suspect; it goes to the
-front of the queue, and is given up only after many such losses.
+front of the queue, and is given up only after many such losses. A unit that could not be written
+waits for the others, and is tried again a few times; if nothing can be written, it is no use.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from latentmill.plan import Unit
 UNITS_IN_FLIGHT = 2
 MAX_ATTEMPTS = 3
 MAX_NODE_LOSSES = 20
+MAX_UNWRITTEN = 3  # units in a row that cannot be written, until it is the storage's fault
 
-LossKind = Literal["worker", "node"]
+LossKind = Literal["worker", "node", "storage"]
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Why a unit was lost: its worker (so that the unit is a suspect), or the node under it."""
+    """Why a unit was lost: its worker (so that it is a suspect), the node under it, or storage."""
 
     kind: LossKind
     reason: str
@@ -51,15 +53,26 @@ class Dispatch:
         self._waiting = deque(order)
         self._suspects: deque[Unit] = deque()
         self._in_flight = in_flight
-        self._open = len(order)
-        self._losses: dict[LossKind, Counter[int]] = {"worker": Counter(), "node": Counter()}
+        self._open = {unit.number for unit in order}
+        self._unwritten: set[int] = set()  # since the last commit
+        self._losses: dict[LossKind, Counter[int]] = {
+            "worker": Counter(),
+            "node": Counter(),
+            "storage": Counter(),
+        }
         self._draining: set[Hashable] = set()  # seats that will be empty for a suspect
         self.failed: dict[str, Loss] = {}  # by unit name, the last loss
 
     @property
     def open(self) -> int:
         """Units that are neither committed nor given up."""
-        return self._open
+        return len(self._open)
+
+    @property
+    def unwritable(self) -> bool:
+        """Whether several units in a row, or all that are open, could not be written."""
+        several = len(self._unwritten) >= MAX_UNWRITTEN
+        return bool(self._open) and (several or self._unwritten >= self._open)
 
     @property
     def queued(self) -> int:
@@ -85,16 +98,21 @@ class Dispatch:
 
     def done(self, unit: Unit) -> None:
         """A unit was committed."""
-        self._open -= 1
+        self._open.discard(unit.number)
+        self._unwritten.clear()
 
     def lost(self, unit: Unit, loss: Loss) -> int:
         """A unit was lost; it is queued again, or given up. Gives how often it was, in this way."""
         times = self._losses[loss.kind]
         times[unit.number] += 1
         attempt = times[unit.number]
-        if attempt >= (MAX_ATTEMPTS if loss.kind == "worker" else MAX_NODE_LOSSES):
+        if loss.kind == "storage":
+            self._unwritten.add(unit.number)
+        if attempt >= (MAX_NODE_LOSSES if loss.kind == "node" else MAX_ATTEMPTS):
             self.failed[unit.name] = loss
-            self._open -= 1
+            self._open.discard(unit.number)
+        elif loss.kind == "storage":
+            self._waiting.append(unit)
         elif self._losses["worker"][unit.number]:
             self._suspects.append(unit)
         else:

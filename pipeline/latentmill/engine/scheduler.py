@@ -23,7 +23,7 @@ from latentmill.engine.dispatch import MAX_ATTEMPTS, Dispatch, Loss
 from latentmill.engine.loss import classify
 from latentmill.engine.seat import Seat
 from latentmill.engine.worker import Job, UnitResult
-from latentmill.errors import LatentmillError, UnitsFailedError
+from latentmill.errors import LatentmillError, StorageError, UnitsFailedError
 from latentmill.plan import Unit
 
 POLL_SECONDS = 0.1
@@ -110,7 +110,7 @@ class Scheduler:
         """Run all units. `on_origin` gets the model's latent of silence before any unit starts.
 
         Raises:
-            StorageError: The store cannot be written.
+            StorageError: The store cannot be written (one unit that cannot be fails alone).
             StoreError: The store is another run's now.
             ModelError: The model cannot be loaded.
             UnitsFailedError: Units failed on every attempt (all others are committed), or the
@@ -129,7 +129,7 @@ class Scheduler:
             self._dismiss()
         if self._dispatch.failed:
             name, loss = next(iter(self._dispatch.failed.items()))
-            attempts = f"{MAX_ATTEMPTS} attempts each" if loss.kind == "worker" else "every attempt"
+            attempts = "every attempt" if loss.kind == "node" else f"{MAX_ATTEMPTS} attempts each"
             raise UnitsFailedError(
                 f"{len(self._dispatch.failed)} of {len(units)} units failed on {attempts} (unit "
                 f"{name}: {loss.reason.rstrip('.')}); the others are committed. Run again to try "
@@ -220,6 +220,9 @@ class Scheduler:
                 self._end_seat(seat)
                 self._failed_starts = MAX_STARTS
                 return
+            if call.kind == "unit" and isinstance(error.cause, StorageError):
+                self._unwritten(seat, seat.finished(reference).unit, error.cause)
+                return
             raise error.cause from error
         loss = classify(error)
         if call.kind != "unit":
@@ -230,6 +233,14 @@ class Scheduler:
         seat.tainted = True
         self._lose(seat.finished(reference).unit, loss)
         if not seat.units:
+            self._end_seat(seat)
+
+    def _unwritten(self, seat: Seat, unit: Unit, error: StorageError) -> None:
+        """A unit could not be written; the others may be, unless it is the storage's fault."""
+        self._lose(unit, Loss("storage", str(error)))
+        if self._dispatch.unwritable:
+            raise error
+        if seat.tainted and not seat.units:
             self._end_seat(seat)
 
     def _lose_seat(self, seat: Seat, loss: Loss) -> None:
