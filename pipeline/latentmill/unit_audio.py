@@ -101,6 +101,8 @@ class Decoding:
             last = _failed(item, f"{type(error).__name__} while reading: {error}")
         else:
             return
+        finally:
+            reader.let_go(item)
         if not opened:
             yield Opened(0)
         yield last

@@ -39,7 +39,7 @@ def probed(items: Iterable[Item], opened: Callable[[int], None] = lambda _: None
         while batch := list(itertools.islice(stream, BATCH)):
             unknown = [item for item in batch if known_seconds(item) is None]
             yield from (item for item in batch if known_seconds(item) is not None)
-            with UnitReader(unknown, allow_changed=True) as reader:
+            with UnitReader(filter(_read_whole, unknown), allow_changed=True) as reader:
                 yield from pool.map(partial(_probe, reader), unknown)
             count += len(unknown)
             opened(count)
@@ -60,14 +60,22 @@ def _probe(reader: UnitReader, item: Item) -> Item:
 
 def _info(item: Item, reader: UnitReader) -> AudioInfo:
     """What a recording's header says; of a long one elsewhere only the ends are fetched."""
-    size = item.place.size if isinstance(item.place, ByteRange) else item.size
-    short = size <= 2 * ENDS or isinstance(item.place, TableCell)
-    with reader.open(item) if short or not is_remote(item.uri) else _ends(item, size) as media:
+    with reader.open(item) if _read_whole(item) else _ends(item) as media:
         return probe(media)
 
 
-def _ends(item: Item, size: int) -> MediaFile:
+def _read_whole(item: Item) -> bool:
+    short = _size(item) <= 2 * ENDS or isinstance(item.place, TableCell)
+    return short or not is_remote(item.uri)
+
+
+def _size(item: Item) -> int:
+    return item.place.size if isinstance(item.place, ByteRange) else item.size
+
+
+def _ends(item: Item) -> MediaFile:
     """A file of the item's length that has its first and last bytes, and a hole between."""
+    size = _size(item)
     start = item.place.offset if isinstance(item.place, ByteRange) else 0
     end = start + size
     try:

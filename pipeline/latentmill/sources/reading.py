@@ -17,6 +17,7 @@ from latentmill.audio.media import MediaFile, is_remote, media_from_bytes, open_
 from latentmill.closing import Closing
 from latentmill.errors import ItemError
 from latentmill.remote import cause_of, storage_errors
+from latentmill.sources.ahead import Ahead
 from latentmill.sources.base import ByteRange, Item, TableCell
 from latentmill.sources.cells import CellReader
 from latentmill.sources.files import current_version, read_bytes
@@ -29,7 +30,11 @@ class UnitReader(Closing):
     """Opens the audio of a unit's items for the unit's decode threads. Thread-safe; `close` it.
 
     What several items share is read once: the fetched recording that segments are parts of, and
-    the row group that cells lie in.
+    the row group that cells lie in. Small recordings from elsewhere are fetched ahead.
+
+    Args:
+        items: Of the unit, in the order in which they will be opened.
+        allow_changed: Whether files may have changed since they were planned.
     """
 
     def __init__(self, items: Iterable[Item], *, allow_changed: bool = False) -> None:
@@ -41,6 +46,7 @@ class UnitReader(Closing):
         self._versions: dict[str, tuple[int, str]] = {}
         self._hashes: dict[str, str] = {}
         self._recordings: OrderedDict[str, MediaFile] = OrderedDict()
+        self._ahead = Ahead(items, self._open)
 
     def open(self, item: Item) -> MediaFile:
         """The bytes of an item's recording: all of it, where the item is a segment.
@@ -48,6 +54,13 @@ class UnitReader(Closing):
         Raises:
             ItemError: It is missing, cannot be read, or has changed since it was planned.
         """
+        return self._ahead.open(item)
+
+    def let_go(self, item: Item) -> None:
+        """The item is over, opened or not."""
+        self._ahead.let_go(item)
+
+    def _open(self, item: Item) -> MediaFile:
         if item.place is not None and not self._allow_changed:
             self._check_container(item)
         if isinstance(item.place, ByteRange):
@@ -75,7 +88,8 @@ class UnitReader(Closing):
             return self._hashes[item.uri]
 
     def close(self) -> None:
-        """Close what is shared."""
+        """Close what is shared, and what was fetched and not opened."""
+        self._ahead.close()
         self._cells.close()
         with self._lock:
             while self._recordings:

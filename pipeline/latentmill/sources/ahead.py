@@ -1,0 +1,99 @@
+"""Fetching the recordings of coming items while earlier ones are decoded.
+
+Small objects take longer to ask for than to carry: a few are asked for at once, so that a decode
+thread seldom waits for one. What waits in memory is bounded.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from latentmill.audio.media import MediaFile, is_remote
+from latentmill.closing import Closing
+from latentmill.sources.base import Item, TableCell
+
+FETCH_THREADS = 8
+ITEMS_AHEAD = 32
+BYTES_AHEAD = 128 << 20
+LARGEST = 16 << 20  # a longer file is fetched by several requests at once anyway
+UNKNOWN_SIZE = 8 << 20
+
+
+class Ahead(Closing):
+    """Opens items in the order in which they will be asked for. Thread-safe.
+
+    Args:
+        items: All that may be asked for, in order.
+        open_item: Opens one; called from several threads.
+    """
+
+    def __init__(self, items: Sequence[Item], open_item: Callable[[Item], MediaFile]) -> None:
+        self._items = [item for item in items if fetched_ahead(item)]
+        self._place = {item.key: place for place, item in enumerate(self._items)}
+        self._open = open_item
+        self._lock = threading.Lock()
+        self._next = 0  # the first item that is not asked for
+        self._bytes = 0
+        self._coming: dict[str, Future[MediaFile]] = {}
+        self._pool = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch-ahead")
+
+    def open(self, item: Item) -> MediaFile:
+        """An item's recording, the caller's to close.
+
+        Raises:
+            ItemError, ConfigError: As opening it does.
+        """
+        coming = self._take(item)
+        return self._open(item) if coming is None else coming.result()
+
+    def let_go(self, item: Item) -> None:
+        """The item is over; what nobody opened of it is closed."""
+        if (coming := self._take(item)) is not None:
+            coming.add_done_callback(_close)
+
+    def close(self) -> None:
+        """Close what is there, and wait for what is on its way."""
+        with self._lock:
+            self._next = len(self._items)
+            coming = list(self._coming.values())
+            self._coming.clear()
+        for one in coming:
+            one.cancel()
+            one.add_done_callback(_close)
+        self._pool.shutdown(wait=True)
+
+    def _take(self, item: Item) -> Future[MediaFile] | None:
+        with self._lock:
+            coming = self._coming.pop(item.key, None)
+            if coming is not None:
+                self._bytes -= _size(item)
+            self._next = max(self._next, self._place.get(item.key, -1) + 1)
+            self._ask()
+        return coming
+
+    def _ask(self) -> None:
+        """Ask for as many items as there is room for; one at least."""
+        while self._next < len(self._items) and len(self._coming) < ITEMS_AHEAD:
+            item = self._items[self._next]
+            if self._coming and self._bytes + _size(item) > BYTES_AHEAD:
+                return
+            self._coming[item.key] = self._pool.submit(self._open, item)
+            self._bytes += _size(item)
+            self._next += 1
+
+
+def fetched_ahead(item: Item) -> bool:
+    """Whether an item has bytes of its own elsewhere, and not many."""
+    shared = item.segment is not None or isinstance(item.place, TableCell)
+    return is_remote(item.uri) and not shared and _size(item) <= LARGEST
+
+
+def _size(item: Item) -> int:
+    return item.size or UNKNOWN_SIZE
+
+
+def _close(done: Future[MediaFile]) -> None:
+    if not done.cancelled() and done.exception() is None:
+        done.result().close()
