@@ -20,7 +20,7 @@ PIP = $(BIN)/python -m pip $$([ -t 1 ] || echo --quiet) --disable-pip-version-ch
 .PHONY: help demo install dev test test-all lint format schemas bench constraints clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed-base ## encode, mix and decode a small corpus; SOURCE=~/Music takes your own
 	@if [ -n "$$DEMO_SOURCE" ]; then \

@@ -114,7 +114,7 @@ def main() -> None:
             (write_full if arguments.size == "full" else write_tiny)(family, Path(folder))
             model = resolve(f"{family}:{folder}").load("cpu")
         hop, rate = model.spec.hop, model.spec.sample_rate
-        frames = max(4 * (model.spec.context or 0), round(SECONDS[family] * rate / hop))
+        frames = max(4 * max(model.spec.context or (0,)), round(SECONDS[family] * rate / hop))
         table[family] = beside_the_cuts(
             model, read_audio(model.spec, arguments.audio, frames * hop)
         )

@@ -62,6 +62,39 @@ def test_ray_data_reads_it(store: LatentStore, ray_session: Path) -> None:
     assert_same(run(code)["made"], store)
 
 
+def test_ray_train_deals_every_sample_once(
+    store: LatentStore, tmp_path: Path, ray_session: Path
+) -> None:
+    pytest.importorskip("ray.train.torch")
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    code = recipe("TorchTrainer")
+    for old, new in [
+        ("/shared/latents", store.url),
+        ('"epochs": 10', '"epochs": 2'),
+        ("num_workers=8, use_gpu=True)", f"2), run_config=ray.train.RunConfig({TRAINED})"),
+        ("num_workers=4", "num_workers=1"),
+        ("step(batch)", "note(epoch, ray.train.get_context().get_world_rank(), batch['key'])"),
+    ]:
+        assert old in code
+        code = code.replace(old, new.replace("FOLDER", str(tmp_path / "trained")))
+    run(f"NOTES = {str(notes)!r}\n{NOTE}\n{code}")
+    for epoch in (0, 1):
+        ranks = [(notes / f"{epoch}-{rank}").read_text().split() for rank in (0, 1)]
+        assert len(ranks[0]) == len(ranks[1]) == len(store) // 2
+        assert set(ranks[0] + ranks[1]) <= set(store.keys())
+        assert len(set(ranks[0] + ranks[1])) == 2 * (len(store) // 2)
+
+
+TRAINED = "storage_path='FOLDER', name='run'"
+NOTE = """
+import pathlib
+def note(epoch, rank, keys):
+    with (pathlib.Path(NOTES) / f"{epoch}-{rank}").open("a") as file:
+        file.writelines(f"{key}\\n" for key in keys)
+"""
+
+
 def test_a_loader_as_on_the_page(store: LatentStore) -> None:
     code = recipe("s3://bucket/latents")
     code = code.replace("s3://bucket/latents", store.url).replace("num_workers=4", "num_workers=1")

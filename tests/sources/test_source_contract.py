@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -20,6 +22,7 @@ from latentmill.sources.address import item_at
 from latentmill.sources.base import Item
 from latentmill.sources.reading import UnitReader
 from latentmill.unit_audio import Decoding, EncodeSettings, LocalAudio
+from support import hub_datasets
 from support.sources import KINDS, Recording, Written, put, recordings_in, sorted_items
 
 MODEL = mdct.build(hop=64, sample_rate=8000).load("cpu")
@@ -57,11 +60,25 @@ def wanted(
 
 CASES = [(kind, "local") for kind in KINDS] + [(kind, "memory") for kind in KINDS]
 CASES += [(kind, "s3") for kind in ON_S3]
+CASES += [(kind, "hf") for kind in ("folder", "webdataset", "parquet")]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
+    """A folder, and the URL under which a hub of our own serves it as a dataset."""
+    with hub_datasets.serve(tmp_path, "org/corpus") as endpoint:
+        monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": endpoint})
+        yield str(tmp_path), "hf://datasets/org/corpus"
 
 
 @pytest.fixture(params=CASES, ids="-".join)
 def written(request: pytest.FixtureRequest, recordings: list[Recording], tmp_path: Path) -> Written:
     kind, storage = request.param
+    if storage == "hf":
+        folder, served = request.getfixturevalue("hub")
+        local = KINDS[kind](f"{folder}/in", recordings)
+        options = {**local.options, "source_type": kind}
+        return replace(local, uri=local.uri.replace(folder, served), options=options)
     url = {"local": str(tmp_path / "in"), "memory": f"memory://{uuid.uuid4().hex}"}.get(storage)
     return KINDS[kind](url or request.getfixturevalue("s3_bucket") + "/in", recordings)
 
