@@ -5,15 +5,16 @@
 `ours` cuts a recording into the model's default chunks and feeds them in the default batches, as a
 worker does, in a process with a worker's memory settings; `package` encodes the same recording as
 the package's README shows it (no inference mode), in a process of its own without them. They take
-turns; times are medians. All weights are random ones of the real classes. The
-work is counted by torch, attention included; the peak is that of a large matrix product of the
-same numeric mode, taken in the same round. The deviation of a mode is that of the latents from
-those in float32, on real recordings.
+turns; times are medians. All weights are random ones of the real classes. The work is counted by
+torch, attention included; the peak is that of a large matrix product of the same numeric mode,
+taken in the same round. The deviation of a mode is that of the latents from those in float32, on
+real recordings. A run for some models leaves the results of the others as they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
 import subprocess
@@ -26,7 +27,8 @@ from typing import Any, NamedTuple
 
 from common import RESULTS, ROOT, SHARED_AUDIO, machine, median, random_linear_cae, write_result
 
-MODES = {"cpu": ("float32", "bf16"), "cuda": ("float32", "tf32", "bf16", "fp16")}
+# Without instructions for bf16 a CPU takes minutes for what float32 does in seconds.
+MODES = {"cpu": ("float32",), "cuda": ("float32", "tf32", "bf16", "fp16")}
 NAMES = ("mdct", "lin-cae", "oobleck", "dac", "encodec", "mimi")
 PACKAGE = "--package-process"
 README_CALL = {"max_chunk_size": 44100 * 10, "overlap_percentage": 0.25, "max_batch_size": 8}
@@ -55,13 +57,21 @@ def main() -> None:
         device = pick_device(arguments.device)
         torch.set_num_threads(arguments.threads)
         print(machine(), flush=True)
-        result: dict[str, Any] = {"script": "benchmarks/models.py", "device": device}
-        result |= {"weights": f"random, {arguments.size}", "rounds": arguments.rounds}
+        setting = {"device": device, "weights": f"random, {arguments.size}"}
+        result = {"script": "benchmarks/models.py", **setting}
+        result |= others(arguments.results / "models.json", setting)
         for name in arguments.models:
             write_weights(name, arguments.size, Path(folder))
             result[name] = measure(name, Path(folder), device, arguments)
-            print(name, result[name], flush=True)
-    write_result("models", result, arguments.results)
+            write_result("models", result, arguments.results)
+
+
+def others(path: Path, setting: dict[str, str]) -> dict[str, Any]:
+    """What was measured before of other models, on this machine in this setting."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if not {"machine": machine(), **setting}.items() <= before.items():
+        return {}
+    return {name: value for name, value in before.items() if name in NAMES}
 
 
 def write_weights(name: str, size: str, root: Path) -> None:
@@ -123,6 +133,7 @@ def measure(name: str, root: Path, device: str, arguments: Any) -> dict[str, Any
     seconds = audio.shape[1] / spec.sample_rate
     work = count_work(model, batches[0][:1], spec.sample_rate)
     result: dict[str, Any] = {
+        "rounds": arguments.rounds,
         "audio_seconds": round(seconds, 2),
         "encoded_seconds": round(sum(b[:, 0].size for b in batches) / spec.sample_rate, 2),
         "batch": list(batches[0].shape),

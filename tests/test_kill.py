@@ -153,6 +153,7 @@ def test_an_interrupted_run_leaves_no_trace_and_resumes(
     for signum in (signal.SIGTERM, signal.SIGINT):
         with runs.started(*args) as process:
             wait_for_shard(process, store)
+            assert process.poll() is None
             if signum == signal.SIGINT:
                 os.killpg(process.pid, signum)  # as Ctrl-C in a terminal
             else:

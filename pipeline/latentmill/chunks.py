@@ -17,11 +17,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from latentmill.device import trim_memory
 from latentmill.errors import ConfigError
 from latentmill.models.base import ModelSpec, Stitch
 from latentmill.record import Latent
 
 Audio = npt.NDArray[np.float32]
+
+LONG_BYTES = 64 << 20  # a latent that costs memory worth giving back
 
 
 @dataclass(frozen=True)
@@ -281,6 +284,8 @@ class Stitcher:
             if self._settled is not None:
                 room[: self._count] = self._settled[: self._count]
             self._settled = room
+            if room.nbytes > LONG_BYTES:  # what it has outgrown is a hole that nothing fits in
+                trim_memory()
         # Not numpy, which is 90 times slower on what float16 holds as subnormal numbers.
         target = torch.from_numpy(self._settled[self._count : end])
         target.copy_(torch.from_numpy(frames))

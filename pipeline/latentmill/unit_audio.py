@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
-from latentmill.audio import open_audio, prepare
+from latentmill.audio import AudioStream, open_audio, prepare
 from latentmill.chunks import Chunk, Chunker, Chunking
 from latentmill.errors import ItemError
 from latentmill.levels import LevelMeter
@@ -126,10 +126,7 @@ class Decoding:
             )
             promised = (stream.num_samples or 0) * spec.sample_rate // stream.sample_rate
             yield Opened(spec.frames(spec.padded(promised)) + 1 if promised else 0)
-            reason = filters.of_header(stream.sample_rate, stream.channels)
-            if promised and not reason:
-                reason = filters.of_length(promised / spec.sample_rate)
-            if reason:
+            if reason := self._unwanted(stream, promised):
                 yield _skipped(item, reason)
                 return
             waveform = prepare(stream, sample_rate=spec.sample_rate, channels=spec.channels)
@@ -153,6 +150,14 @@ class Decoding:
                 levels=meter.finish(spec.frames(spec.padded(stats.num_samples))),
                 metadata=metadata,
             )
+
+    def _unwanted(self, stream: AudioStream, promised: int) -> str | None:
+        """What a filter has against an item, by its header."""
+        filters = self.settings.filters
+        reason = filters.of_header(stream.sample_rate, stream.channels)
+        if promised and not reason:
+            reason = filters.of_length(promised / self.spec.sample_rate)
+        return reason
 
 
 class UnitAudio(Protocol):
@@ -189,7 +194,7 @@ class LocalAudio:
         self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
         self._waiting = iter(enumerate(items))
-        self._running: deque[tuple[int, Item, queue.Queue[Event]]] = deque()
+        self._running: deque[tuple[int, Item, queue.Queue[Event | Exception]]] = deque()
         for _ in range(settings.decode_threads + 1):
             self._submit()
 
@@ -200,6 +205,8 @@ class LocalAudio:
                 start = time.perf_counter()
                 event = events.get()
                 self._meter.add("wait_seconds", time.perf_counter() - start)
+                if isinstance(event, Exception):
+                    raise event
                 yield index, item, event
                 if isinstance(event, Facts | Outcome):
                     break
@@ -214,17 +221,24 @@ class LocalAudio:
     def close(self) -> None:
         """Stop the decode threads."""
         self._stop.set()
+        self._reader.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
 
     def _submit(self) -> None:
         for index, item in itertools.islice(self._waiting, 1):
-            events: queue.Queue[Event] = queue.Queue(QUEUE_CHUNKS)
+            events: queue.Queue[Event | Exception] = queue.Queue(QUEUE_CHUNKS)
             self._running.append((index, item, events))
             self._pool.submit(self._read, item, events)
 
-    def _read(self, item: Item, events: queue.Queue[Event]) -> None:
+    def _read(self, item: Item, events: queue.Queue[Event | Exception]) -> None:
         """Read one item into its queue."""
+        try:
+            self._read_timed(item, events)
+        except Exception as error:  # noqa: BLE001  the thread that iterates raises it
+            self._put(events, error)
+
+    def _read_timed(self, item: Item, events: queue.Queue[Event | Exception]) -> None:
         watch = Watch()
         for event in self._decoding.read(item, self._reader):
             watch.opened()
@@ -236,7 +250,7 @@ class LocalAudio:
         self._meter.add("read_seconds", watch.read_seconds)
         self._meter.add("decode_seconds", watch.decode_seconds)
 
-    def _put(self, events: queue.Queue[Event], event: Event) -> None:
+    def _put(self, events: queue.Queue[Event | Exception], event: Event | Exception) -> None:
         """Put an event into a bounded queue, unless this is closed meanwhile."""
         while not self._stop.is_set():
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,12 +22,12 @@ from latentmill.engine import remote_audio
 from latentmill.engine.actor import ActorShape
 from latentmill.engine.cluster import Cluster
 from latentmill.engine.launch import _check_spare_cores, _Resources
-from latentmill.engine.remote_audio import RUN_ITEMS, RemoteAudio, packed, unpacked
+from latentmill.engine.remote_audio import RUN_ITEMS, Parcel, RemoteAudio, packed, unpacked
 from latentmill.errors import ConfigError
 from latentmill.meter import Meter
 from latentmill.models import mdct
 from latentmill.record import Outcome
-from latentmill.sources.base import Item, Segment
+from latentmill.sources.base import Item, Segment, TableCell
 from latentmill.sources.folder import FolderSource
 from latentmill.unit_audio import (
     Decoding,
@@ -141,19 +142,74 @@ def test_closing_ends_the_tasks(tmp_path: Path, ray_session: Path) -> None:
 def test_a_run_with_tasks_makes_what_a_run_without_makes(
     corpus: Path, tmp_path: Path, ray_session: Path
 ) -> None:
-    common = {"device": "cpu", "workers": 1, "threads": 1, "unit_seconds": 4.0}
-    for name, tasks in [("threads", 0), ("tasks", 2)]:
-        latentmill.encode(corpus, tmp_path / name, decode_tasks=tasks, **common)
+    songs = tmp_path / "songs"
+    shutil.copytree(corpus, songs)
+    for number in range(4):  # more tasks than cores, each with more than it may send ahead
+        sf.write(songs / f"long {number}.wav", noise(150, 22050, seed=number), 22050)
+    common = {"device": "cpu", "workers": 1, "threads": 1, "unit_seconds": 160.0}
+    for name, tasks in [("threads", 0), ("tasks", 4)]:
+        latentmill.encode(songs, tmp_path / name, decode_tasks=tasks, **common)
         runs.assert_whole(tmp_path / name)
     assert runs.latents(tmp_path / "tasks") == runs.latents(tmp_path / "threads")
 
 
 def test_tasks_that_would_never_get_a_core_are_refused() -> None:
     resources = _Resources(2, ActorShape(cpus=2, gpus=0), threads=2)
-    _check_spare_cores(Cluster(True, (4, 1), (0, 0)), resources)
-    _check_spare_cores(Cluster(False, (4,), (0,)), resources)  # which may add nodes
-    with pytest.raises(ConfigError, match="have all 4: set fewer workers"):
-        _check_spare_cores(Cluster(True, (4,), (0,)), resources)
+    _check_spare_cores(Cluster(True, (4, 1), (0, 0)), resources, 2)
+    _check_spare_cores(Cluster(False, (4,), (0,)), resources, 2)  # which may add nodes
+    for embedded, workers in [(True, 2), (False, None)]:
+        with pytest.raises(ConfigError, match="have all 4: set fewer workers"):
+            _check_spare_cores(Cluster(embedded, (4,), (0,)), resources, workers)
+
+
+def delivered(*attempts: Sequence[Event]) -> list[Event]:
+    """What is passed on of one item whose task is started again and again."""
+    audio = RemoteAudio([Item("a", "/a", 1, "")], DECODING, Meter(), tasks=1)
+    found: list[Event] = []
+    for events in attempts:
+        run = remote_audio._Run([(0, audio._items[0])])
+        for event in events:
+            audio._deliver(run, Parcel(((0, event),)))
+            parcel = audio._queue.get_nowait()
+            assert isinstance(parcel, Parcel)
+            found += [event for _, event in parcel.events]
+    return found
+
+
+def test_a_restarted_item_has_one_end_whatever_it_is_now() -> None:
+    chunks = [Chunk(frame, np.full((1, 4), frame, np.float32)) for frame in range(3)]
+    facts = Facts(8000, 1, "xxh3:0", 4, 0.1, 0.2, b"", {})
+    gone = Outcome("a", "failed", "there is no such file")
+    begun = [Opened(3), *chunks[:2]]
+    same = delivered(begun, [Opened(3), *chunks, facts])
+    assert same == [*begun, chunks[2], facts]
+    assert delivered(begun, [Opened(0), gone]) == [*begun, gone]
+    shorter = delivered(begun, [Opened(1), facts])
+    assert shorter[:-1] == begun
+    assert isinstance(shorter[-1], Outcome)
+    assert shorter[-1].reason == "it was longer when it was read for the first time"
+
+
+def test_an_error_of_the_other_thread_is_raised_here(
+    tmp_path: Path, ray_session: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: RemoteAudio, run: object) -> None:
+        raise TypeError("nobody thought of this")
+
+    monkeypatch.setattr(RemoteAudio, "_take", broken)
+    sf.write(tmp_path / "a.wav", noise(1.0, 8000), 8000)
+    with pytest.raises(TypeError, match="nobody thought of this"):
+        heard(RemoteAudio(items_of(tmp_path), DECODING, Meter(), tasks=1))
+
+
+def test_neighbours_that_share_their_bytes_share_a_task() -> None:
+    cells = [
+        Item(f"{n:03}", "s3://b/t.parquet", 10**6, "", place=TableCell(n // 100, n % 100, "audio"))
+        for n in range(300)
+    ]
+    parts = [Item(f"p{n}", "s3://b/a.wav", 1, "", segment=Segment(n, 30.0)) for n in range(10)]
+    cut = [[item.key for _, item in run] for run in remote_audio.runs([*cells, *parts])]
+    assert [len(run) for run in cut] == [100, 100, 100, 10]
 
 
 def test_samples_of_16_bits_travel_so_and_others_as_they_are() -> None:

@@ -62,6 +62,7 @@ def test_ray_data_reads_it(store: LatentStore, ray_session: Path) -> None:
     assert_same(run(code)["made"], store)
 
 
+@pytest.mark.slow
 def test_ray_train_deals_every_sample_once(
     store: LatentStore, tmp_path: Path, ray_session: Path
 ) -> None:
@@ -72,7 +73,10 @@ def test_ray_train_deals_every_sample_once(
     for old, new in [
         ("/shared/latents", store.url),
         ('"epochs": 10', '"epochs": 2'),
-        ("num_workers=8, use_gpu=True)", f"2), run_config=ray.train.RunConfig({TRAINED})"),
+        (
+            "num_workers=8, use_gpu=True)",
+            f"num_workers=2), run_config=ray.train.RunConfig({TRAINED})",
+        ),
         ("num_workers=4", "num_workers=1"),
         ("step(batch)", "note(epoch, ray.train.get_context().get_world_rank(), batch['key'])"),
     ]:

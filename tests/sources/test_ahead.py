@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import fsspec
 import pytest
@@ -73,7 +74,8 @@ def test_what_nobody_opens_is_closed() -> None:
     reader.let_go(items[0])
     for item in items[1:5]:
         reader.let_go(item)  # a filter skipped it
-    assert reader._bytes == 15 * 1000
+    assert sum(reader._sizes.values()) <= 15 * 1000
+    assert len(reader._sizes) == 15
     reader.close()
     reader.close()
     shelf.assert_closed()
@@ -98,14 +100,27 @@ def test_bytes_ahead_are_bounded_whatever_the_order(sizes: list[int], random: ob
         order = sorted(range(len(items)), key=lambda n: n + random.uniform(0, 4))  # type: ignore[attr-defined]
         for number in order:
             assert read(reader.open(items[number])) == str(number)
-            coming = [ahead._size(items[int(key)]) for key in reader._coming]
-            assert reader._bytes == sum(coming)
-            most = max(most, reader._bytes)
+            assert reader._sizes.keys() == reader._coming.keys()
+            most = max(most, sum(reader._sizes.values()))
             reader.let_go(items[number])
         assert not reader._coming
     assert most <= max(BYTES_AHEAD, ahead.UNKNOWN_SIZE)
     assert sorted(shelf.asked, key=int) == [item.key for item in items]
     shelf.assert_closed()
+
+
+def test_a_size_that_nobody_knew_counts_once_it_is_known() -> None:
+    items = [replace(item, size=0) for item in remote([0] * 100)]
+    at_first = BYTES_AHEAD // ahead.UNKNOWN_SIZE
+    with Ahead(items, Shelf()) as reader:
+        reader.open(items[0]).close()
+        assert len(reader._coming) <= at_first
+        most = 0
+        for item in items[1:]:
+            reader._pool.submit(lambda: None).result()  # what was asked for before it has begun
+            reader.open(item).close()
+            most = max(most, len(reader._coming))
+        assert at_first < most <= ITEMS_AHEAD  # they are small
 
 
 def test_only_small_bytes_of_an_items_own_elsewhere_are_fetched_ahead() -> None:

@@ -17,8 +17,9 @@ from ray.exceptions import RayError
 
 from latentmill.errors import ConfigError
 
-# Units carry no payloads, so the object store may be as small as Ray allows.
+# Units carry no payloads, so the object store may be as small as Ray allows; decode tasks do.
 OBJECT_STORE_BYTES = 100 * 2**20
+PAYLOAD_BYTES = 1 << 30
 CONNECT_SECONDS = 10.0
 HEAD_CONNECT_SECONDS = 3.0
 
@@ -38,12 +39,12 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def connect(address: str | None) -> Iterator[Cluster]:
+def connect(address: str | None, *, payloads: bool = False) -> Iterator[Cluster]:
     """Connect to Ray for a run.
 
     A Ray that is already connected or that is named (by `address` or RAY_ADDRESS, which Ray sets
     under `ray job submit`) is used as it is and left running. Else one is started in this process
-    and stopped at the end.
+    and stopped at the end; with `payloads` its object store has room for audio.
 
     Raises:
         ConfigError: The named cluster cannot be reached.
@@ -54,7 +55,7 @@ def connect(address: str | None) -> Iterator[Cluster]:
     address = address or os.environ.get("RAY_ADDRESS")
     with _own_sigterm() as take_back:
         try:
-            _init(address)
+            _init(address, PAYLOAD_BYTES if payloads else OBJECT_STORE_BYTES)
         except (OSError, RuntimeError, ValueError, RayError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(
@@ -73,7 +74,7 @@ def connect(address: str | None) -> Iterator[Cluster]:
                 atexit.unregister(ray.shutdown)
 
 
-def _init(address: str | None) -> None:
+def _init(address: str | None, object_store_bytes: int) -> None:
     if address is not None:
         _knock(address)
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
@@ -83,7 +84,7 @@ def _init(address: str | None) -> None:
     ray.init(
         address="local",
         include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
+        object_store_memory=object_store_bytes,
         logging_level=logging.ERROR,
         log_to_driver=False,
     )

@@ -111,10 +111,10 @@ class Dispatch:
         if attempt >= (MAX_NODE_LOSSES if loss.kind == "node" else MAX_ATTEMPTS):
             self.failed[unit.name] = loss
             self._open.discard(unit.number)
-        elif loss.kind == "storage":
-            self._waiting.append(unit)
         elif self._losses["worker"][unit.number]:
             self._suspects.append(unit)
+        elif loss.kind == "storage":
+            self._waiting.append(unit)
         else:
             self._waiting.appendleft(unit)
         return attempt

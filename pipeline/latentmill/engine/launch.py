@@ -46,11 +46,11 @@ def encode_units(
         LatentmillError: See `Scheduler.run` and `connect`.
     """
     storage = Storage(config.out)
-    with connect(config.address) as cluster:
+    with connect(config.address, payloads=bool(config.decode_tasks)) as cluster:
         device = _device(config, cluster)
         resources = _resources(config, cluster, on_gpu=device == "cuda")
         if config.decode_tasks:
-            _check_spare_cores(cluster, resources)
+            _check_spare_cores(cluster, resources, config.workers)
         job = make_job(config, handle, chunking, plan, device=device, threads=resources.threads)
         stall_seconds = config.stall_minutes * 60
         # A decoder on trial is given up before its whole worker would be.
@@ -162,10 +162,10 @@ def _resources(config: RunConfig, cluster: Cluster, *, on_gpu: bool) -> _Resourc
     return _Resources(workers, ActorShape(cpus=cpus, gpus=0), threads)
 
 
-def _check_spare_cores(cluster: Cluster, resources: _Resources) -> None:
-    """Refuse decode tasks that would wait for a core for ever."""
+def _check_spare_cores(cluster: Cluster, resources: _Resources, workers: int | None) -> None:
+    """Refuse decode tasks that would wait for a core for ever, if no node may be added."""
     cores = sum(cluster.node_cpus)
-    if cluster.embedded and cores - resources.workers * resources.shape.cpus < 1:
+    if (cluster.embedded or not workers) and cores - resources.workers * resources.shape.cpus < 1:
         raise ConfigError(
             f"decode_tasks needs CPU cores beside the workers', which have all {cores}: set fewer "
             "workers or threads, or leave decode_tasks out."

@@ -18,7 +18,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayError,
+    WorkerCrashedError,
+)
 
 from latentmill.chunks import Chunk
 from latentmill.closing import Closing
@@ -27,7 +33,7 @@ from latentmill.engine.loss import classify
 from latentmill.errors import LatentmillError
 from latentmill.meter import Meter
 from latentmill.record import Outcome
-from latentmill.sources.base import Item
+from latentmill.sources.base import Item, TableCell
 from latentmill.sources.reading import UnitReader
 from latentmill.unit_audio import Decoding, Event, Facts, Heard, Opened, Watch
 
@@ -36,6 +42,11 @@ PARCELS_AHEAD = 4  # of a task, and as many again of the unit
 RUN_SECONDS = 60.0  # of audio per task: short items share one
 RUN_ITEMS = 64
 BYTES_A_SECOND = 32_000  # of audio whose length is not known
+
+WAIT_SECONDS = 1.0  # until it is looked whether all this is still wanted
+
+# With these a task is gone; any other error is not its item's fault.
+_LOSSES = (WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 
 Numbered: TypeAlias = tuple[int, Item]  # an item and its number in the unit
 
@@ -104,10 +115,12 @@ class _Run:
 
 
 class RemoteAudio(Closing):
-    """A `UnitAudio` of Ray tasks; they start at once.
+    """A `UnitAudio` of Ray tasks.
 
-    A task that dies is started again without what is finished, an item at a time: an item that
-    ends its task again and again fails, and the others do not.
+    They start when it is iterated over, not before: a task that waits for its parcels to be taken
+    keeps its core, so only those may have one whose parcels are being taken. A task that dies is
+    started again without what is finished, an item at a time: an item that ends its task again and
+    again fails, and the others do not.
 
     Args:
         items: Of the unit.
@@ -129,11 +142,10 @@ class RemoteAudio(Closing):
         self._losses: Counter[tuple[str, int]] = Counter()  # by kind and item
         self._stop = threading.Event()
         self._queue: queue.Queue[Parcel | BaseException | None] = queue.Queue(PARCELS_AHEAD)
-        self._start()
         self._thread = threading.Thread(target=self._pull, name="decode-tasks", daemon=True)
-        self._thread.start()
 
     def __iter__(self) -> Iterator[Heard]:
+        self._thread.start()
         while True:
             start = time.perf_counter()
             parcel = self._queue.get()
@@ -149,17 +161,17 @@ class RemoteAudio(Closing):
 
     @property
     def queued(self) -> int:
-        """Parcels that are here and not taken yet."""
-        return self._queue.qsize()
+        """Chunks and other events that are here and not taken yet."""
+        waiting = tuple(self._queue.queue)
+        return sum(len(parcel.events) for parcel in waiting if isinstance(parcel, Parcel))
 
     def close(self) -> None:
         """Stop the tasks."""
         self._stop.set()
-        for run in tuple(self._runs):
-            if run.task is not None:
-                with contextlib.suppress(RayError):
-                    ray.cancel(run.task)
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
+        for run in self._runs:
+            _cancel(run)
 
     def _start(self) -> None:
         for run in islice(self._runs, self._tasks):
@@ -172,43 +184,50 @@ class RemoteAudio(Closing):
         """Pass on the parcels of the runs in order, from a thread of its own."""
         last: BaseException | None = None
         try:
+            self._start()
             while self._runs and not self._stop.is_set():
                 self._take(self._runs[0])
-        except (RayTaskError, LatentmillError) as error:
+        except Exception as error:  # noqa: BLE001  the thread that iterates raises it
             cause = getattr(error, "cause", None)
             last = cause if isinstance(cause, LatentmillError) else error
         self._put(last)
 
     def _take(self, run: _Run) -> None:
+        ready, _ = ray.wait([run.task], timeout=WAIT_SECONDS, fetch_local=False)
+        if not ready:
+            return
         try:
             parcel = ray.get(next(run.task))
         except StopIteration:
             self._runs.popleft()
             self._start()
-        except RayTaskError:
-            raise
-        except RayError as error:
-            if not self._stop.is_set():  # else it was cancelled
-                self._lost(run, classify(error))
+        except _LOSSES as error:
+            self._lost(run, classify(error))
         else:
             self._deliver(run, parcel)
 
     def _deliver(self, run: _Run, parcel: Parcel) -> None:
         """Pass on what is new in a parcel: a task that was started again repeats itself."""
-        fresh = []
+        fresh: list[tuple[int, Event]] = []
         for index, event in parcel.events:
             run.sent[index] += 1
-            if run.sent[index] > self._delivered[index]:
-                self._delivered[index] += 1
+            new = run.sent[index] > self._delivered[index]
+            end = isinstance(event, Facts | Outcome)
+            if new:
                 fresh.append((index, event))
-            if isinstance(event, Facts | Outcome):
+            elif end:  # it has fewer chunks now than were passed on, or none
+                reason = "it was longer when it was read for the first time"
+                failed = Outcome(self._items[index].key, "failed", reason)
+                fresh.append((index, event if isinstance(event, Outcome) else failed))
+            self._delivered[index] += new
+            if end:
                 self._finished.add(index)
         self._put(Parcel(tuple(fresh), parcel.read_seconds, parcel.decode_seconds))
 
     def _lost(self, run: _Run, loss: Loss) -> None:
         """A task is gone: go on with the item that it was at, and the others one by one."""
         rest = [numbered for numbered in run.items if numbered[0] not in self._finished]
-        if len(run.items) == 1:  # else nobody knows which one it was
+        if len(run.items) == 1 and rest:  # of several nobody knows which one it was
             index, item = rest[0]
             self._losses[loss.kind, index] += 1
             most = MAX_ATTEMPTS if loss.kind == "worker" else MAX_NODE_LOSSES
@@ -218,6 +237,8 @@ class RemoteAudio(Closing):
                 outcome = Outcome(item.key, "failed", reason)
                 self._put(Parcel((*opened, (index, outcome))))
                 rest = []
+        for one in self._runs:  # the later ones would keep their cores from the new ones
+            _cancel(one)
         self._runs.popleft()
         self._runs.extendleft(_Run([numbered]) for numbered in reversed(rest))
         self._start()
@@ -231,16 +252,34 @@ class RemoteAudio(Closing):
             break
 
 
+def _cancel(run: _Run) -> None:
+    if run.task is not None:
+        with contextlib.suppress(RayError):
+            ray.cancel(run.task)
+        run.task = None
+
+
 def runs(items: Sequence[Item]) -> Iterator[list[Numbered]]:
-    """Cut a unit into runs of neighbours: a long item alone, short ones together."""
+    """Cut a unit into runs of neighbours: a long item alone, short ones together.
+
+    What neighbours share is read by one task: parts of a recording, cells of a row group.
+    """
     run: list[Numbered] = []
     seconds = 0.0
     for number, item in enumerate(items):
+        full = seconds >= RUN_SECONDS or len(run) >= RUN_ITEMS
+        if full and _shared(item) != _shared(run[-1][1]):
+            yield run
+            run, seconds = [], 0.0
         run.append((number, item))
         part = item.segment.duration if item.segment else None
         seconds += part or item.seconds or item.size / BYTES_A_SECOND or RUN_SECONDS
-        if seconds >= RUN_SECONDS or len(run) == RUN_ITEMS:
-            yield run
-            run, seconds = [], 0.0
     if run:
         yield run
+
+
+def _shared(item: Item) -> tuple[str, int]:
+    """What an item's bytes are read with."""
+    if isinstance(item.place, TableCell):
+        return item.uri, item.place.row_group
+    return (item.uri if item.segment else item.key), 0

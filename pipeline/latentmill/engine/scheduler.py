@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -64,7 +64,7 @@ class _Call:
     """A question to an actor that is not answered yet."""
 
     seat: Seat
-    kind: str  # ready, origin, unit, meter
+    kind: Literal["ready", "origin", "unit", "meter"]
 
 
 class Scheduler:
@@ -165,7 +165,9 @@ class Scheduler:
                         f"unit {name}: its items are decoded on trial for its last attempt"
                     )
 
-    def _ask(self, seat: Seat, kind: str, reference: Any) -> None:
+    def _ask(
+        self, seat: Seat, kind: Literal["ready", "origin", "unit", "meter"], reference: Any
+    ) -> None:
         self._calls[reference] = _Call(seat, kind)
 
     def _wait(self) -> None:
@@ -219,12 +221,17 @@ class Scheduler:
                 self._watcher.note(f"a worker cannot start: {error.cause}")
                 self._end_seat(seat)
                 self._failed_starts = MAX_STARTS
+                if not self._seats:
+                    raise error.cause from error
                 return
             if call.kind == "unit" and isinstance(error.cause, StorageError):
                 self._unwritten(seat, seat.finished(reference).unit, error.cause)
                 return
             raise error.cause from error
         loss = classify(error)
+        if call.kind == "meter":
+            self._lose_seat(seat, loss)
+            return
         if call.kind != "unit":
             self._end_seat(seat)
             self._failed_start("failed", loss, error)
@@ -262,7 +269,8 @@ class Scheduler:
     def _failed_start(self, how: str, loss: Loss, error: BaseException | None) -> None:
         self._failed_starts += 1
         text = f"A worker {how} while it loaded the model: {loss.reason.rstrip('.')}."
-        if self._origin is None and (how == "failed" or self._failed_starts >= MAX_STARTS):
+        enough = self._failed_starts >= MAX_STARTS
+        if (self._origin is None and (how == "failed" or enough)) or (enough and not self._seats):
             raise UnitsFailedError(text) from error
         self._watcher.note(text)
 

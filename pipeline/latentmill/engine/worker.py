@@ -206,6 +206,7 @@ class Worker:
         with self._turn:
             if self._free_since is not None:
                 encoder.meter.add("idle_seconds", time.perf_counter() - self._free_since)
+                self._free_since = None
             yield from encoder.encode(self._until_stopped(audio))
             self._free_since = encoder.ended if len(self._streams) > 1 else None
         self._hold.check()

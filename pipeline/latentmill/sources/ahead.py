@@ -35,7 +35,7 @@ class Ahead(Closing):
         self._open = open_item
         self._lock = threading.Lock()
         self._next = 0  # the first item that is not asked for
-        self._bytes = 0
+        self._sizes: dict[str, int] = {}  # of those that were asked for and not taken
         self._coming: dict[str, Future[MediaFile]] = {}
         self._pool = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch-ahead")
 
@@ -53,10 +53,15 @@ class Ahead(Closing):
         if (coming := self._take(item)) is not None:
             coming.add_done_callback(_close)
 
-    def close(self) -> None:
-        """Close what is there, and wait for what is on its way."""
+    def stop(self) -> None:
+        """Ask for nothing more."""
         with self._lock:
             self._next = len(self._items)
+
+    def close(self) -> None:
+        """Close what is there, and wait for what is on its way."""
+        self.stop()
+        with self._lock:
             coming = list(self._coming.values())
             self._coming.clear()
         for one in coming:
@@ -67,8 +72,7 @@ class Ahead(Closing):
     def _take(self, item: Item) -> Future[MediaFile] | None:
         with self._lock:
             coming = self._coming.pop(item.key, None)
-            if coming is not None:
-                self._bytes -= _size(item)
+            self._sizes.pop(item.key, None)
             self._next = max(self._next, self._place.get(item.key, -1) + 1)
             self._ask()
         return coming
@@ -77,11 +81,18 @@ class Ahead(Closing):
         """Ask for as many items as there is room for; one at least."""
         while self._next < len(self._items) and len(self._coming) < ITEMS_AHEAD:
             item = self._items[self._next]
-            if self._coming and self._bytes + _size(item) > BYTES_AHEAD:
+            if self._coming and sum(self._sizes.values()) + _size(item) > BYTES_AHEAD:
                 return
-            self._coming[item.key] = self._pool.submit(self._open, item)
-            self._bytes += _size(item)
+            self._sizes[item.key] = _size(item)
+            self._coming[item.key] = self._pool.submit(self._fetch, item)
             self._next += 1
+
+    def _fetch(self, item: Item) -> MediaFile:
+        media = self._open(item)
+        with self._lock:
+            if item.key in self._sizes:  # now it is known
+                self._sizes[item.key] = media.size
+        return media
 
 
 def fetched_ahead(item: Item) -> bool:

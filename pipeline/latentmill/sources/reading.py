@@ -87,6 +87,10 @@ class UnitReader(Closing):
                 self._hashes[item.uri] = media.content_hash
             return self._hashes[item.uri]
 
+    def stop(self) -> None:
+        """Fetch nothing more ahead."""
+        self._ahead.stop()
+
     def close(self) -> None:
         """Close what is shared, and what was fetched and not opened."""
         self._ahead.close()
