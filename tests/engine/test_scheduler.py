@@ -11,8 +11,11 @@ import pytest
 import soundfile
 
 from latentmill.config import RunConfig, load_config
+from latentmill.engine.actor import ActorShape
+from latentmill.engine.dispatch import Loss
 from latentmill.engine.progress import QuietProgress
-from latentmill.engine.scheduler import Scheduler
+from latentmill.engine.scheduler import MAX_STARTS, Scheduler
+from latentmill.engine.seat import Seat
 from latentmill.errors import StorageError, UnitsFailedError
 from latentmill.forecast import forecast
 from latentmill.plan import Unit
@@ -166,3 +169,17 @@ def test_workers_that_are_not_placed_hold_no_units(
     runs.assert_whole(tmp_path / "store")
     assert max(ready for ready, _ in ear.counts) <= cpus
     assert max(starting for _, starting in ear.counts) >= 2
+
+
+def test_workers_that_cannot_start_any_more_end_the_run_once_none_is_left() -> None:
+    ear = Ear()
+    scheduler = Scheduler(None, ActorShape(1, 0), lambda: 1, ear)  # type: ignore[arg-type]
+    scheduler._origin = np.zeros((4, 1), np.float32)  # the run was under way
+    full = Loss("worker", "no space left on the disk")
+    scheduler._seats = [Seat(actor=None)]
+    for _ in range(MAX_STARTS + 1):
+        scheduler._failed_start("died", full, None)  # those that are there go on
+    assert len(ear.notes) == MAX_STARTS + 1
+    scheduler._seats = []
+    with pytest.raises(UnitsFailedError, match="no space left on the disk"):
+        scheduler._failed_start("died", full, None)

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import fnmatch
 import os
 import posixpath
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 from latentmill.errors import SourceError
-from latentmill.remote import retrying
 from latentmill.sources.base import Item
-from latentmill.sources.files import Place, version_of
+from latentmill.sources.files import Place
+from latentmill.sources.listing import Entries, Entry, folders
 from latentmill.sources.names import dotted, without_extensions
 
 SIDECARS = (".json", ".txt")
 _OTHERS = {".parquet": "parquet", ".tar": "webdataset"}  # sources of another type, by extension
-
-_Entries = Mapping[str, Mapping[str, Any]]  # the files of one folder, by path
 
 
 class FolderSource:
@@ -57,7 +52,7 @@ class FolderSource:
                 raise SourceError(f"Source {self.uri} is a file: name the folder that holds it.")
             if kind == "nothing":
                 raise SourceError(f"Source {self.uri} does not exist: check the path.")
-            for files in self._folders():
+            for files in folders(self._place):
                 seen += len(files)
                 for item in self._items_of(files):
                     found += 1
@@ -65,7 +60,7 @@ class FolderSource:
         if not found:
             raise SourceError(self._nothing(seen))
 
-    def _items_of(self, files: _Entries) -> Iterator[Item]:
+    def _items_of(self, files: Entries) -> Iterator[Item]:
         """The items of one folder. Names clash and sidecars belong inside a folder only."""
         self._check_names(files)
         audio: list[str] = []
@@ -94,23 +89,6 @@ class FolderSource:
         included = self._include is None or self._include.fullmatch(name)
         return bool(included) and not (self._exclude and self._exclude.fullmatch(name))
 
-    def _folders(self) -> Iterator[_Entries]:
-        """The files below the folder with sizes and versions, each folder's at once."""
-        place = self._place
-        if place.local:
-            yield from _walk(place.path)
-            return
-        entries = retrying(lambda: place.fs.ls(place.path, detail=True))
-        folders = [e["name"].rstrip("/") for e in entries if e["type"] == "directory"]
-        if place.path in folders:  # an object store's name with two slashes: no tree to walk
-            yield from _by_folder(retrying(lambda: place.fs.find(place.path, detail=True)))
-            return
-        yield from _by_folder({e["name"]: e for e in entries if e["type"] == "file"})
-        for folder in sorted(set(folders)):
-            found = retrying(lambda f=folder: place.fs.find(f, detail=True))  # type: ignore[misc]
-            yield from _by_folder(found)
-            place.fs.invalidate_cache()  # of one folder at a time there is enough memory
-
     def _check_names(self, files: Collection[str]) -> None:
         for path in files:
             try:
@@ -128,7 +106,7 @@ class FolderSource:
         self,
         path: str,
         name: str,
-        info: Mapping[str, Any],
+        entry: Entry,
         sidecars: Mapping[str, Sequence[str]],
     ) -> Item:
         stem = posixpath.splitext(path)[0]
@@ -136,8 +114,8 @@ class FolderSource:
         return Item(
             key=self._relative(name),
             uri=self._place.address(path),
-            size=int(info.get("size") or 0),
-            version=version_of(info),
+            size=entry.size,
+            version=entry.version,
             sidecars=tuple(self._place.address(other) for other in beside),
         )
 
@@ -161,39 +139,3 @@ def _globs(patterns: Sequence[str]) -> re.Pattern[str] | None:
     if not patterns:
         return None
     return re.compile("|".join(fnmatch.translate(pattern) for pattern in patterns))
-
-
-def _by_folder(files: _Entries) -> Iterator[_Entries]:
-    folders: dict[str, dict[str, Mapping[str, Any]]] = defaultdict(dict)
-    for path, info in files.items():
-        # An empty object whose name ends in a slash is how some tools write a folder.
-        if not path.endswith("/"):
-            folders[posixpath.dirname(path)][path] = info
-    yield from folders.values()
-
-
-def _walk(root: str) -> Iterator[_Entries]:
-    """Find local files, through links to folders too. Raises OSError where it may not look."""
-    seen: set[str] = set()
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link to a folder above: its files are listed already
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()  # of two ways to one folder always the same is taken
-        found: dict[str, dict[str, Any]] = {}
-        for name in files:
-            path = f"{folder.rstrip('/')}/{name}"
-            try:
-                status = Path(path).stat()
-                found[path] = {"size": status.st_size, "mtime": status.st_mtime_ns}
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ELOOP):
-                    raise
-                found[path] = {"size": 0}  # a link to nowhere: an item that will fail by name
-        yield found

@@ -1,0 +1,132 @@
+"""Listing what lies below a folder, folder by folder, on a disk or any object storage.
+
+A folder's files are given at once, for sidecars belong to the audio beside them; of a bucket with
+a million files in folders no more is in memory than the folders that are open.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import posixpath
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from latentmill.remote import retrying
+from latentmill.sources.files import Place, version_of
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file as a listing gives it: bytes, and whatever changes when it does."""
+
+    size: int
+    version: str = ""
+
+
+Entries: TypeAlias = Mapping[str, Entry]  # the files of one folder, by path
+
+
+def folders(place: Place) -> Iterator[Entries]:
+    """The files below a folder, each folder's at once.
+
+    Raises:
+        OSError and what else the storage's client raises.
+    """
+    if place.local:
+        yield from _walk(place.path)
+    elif _has_s3_pages(place):
+        yield from by_folder(_s3_pages(place))
+    else:
+        yield from _tree(place)
+
+
+def by_folder(files: Iterable[tuple[str, Entry]]) -> Iterator[Entries]:
+    """Group files that come in the order of their paths' UTF-8 bytes."""
+    open_folders: list[tuple[str, dict[str, Entry]]] = []
+    for path, entry in files:
+        folder = posixpath.dirname(path)
+        while open_folders and not f"{folder}/".startswith(f"{open_folders[-1][0]}/"):
+            yield open_folders.pop()[1]
+        if not open_folders or open_folders[-1][0] != folder:
+            open_folders.append((folder, {}))
+        open_folders[-1][1][path] = entry
+    while open_folders:
+        yield open_folders.pop()[1]
+
+
+def _has_s3_pages(place: Place) -> bool:
+    """Whether keys come in order, page by page. Directory buckets of S3 Express have no order."""
+    protocols = place.fs.protocol
+    s3 = "s3" in ([protocols] if isinstance(protocols, str) else protocols)
+    return s3 and not place.path.partition("/")[0].endswith("--x-s3")
+
+
+def _s3_pages(place: Place) -> Iterator[tuple[str, Entry]]:
+    """A bucket's objects in order, a request for each thousand; s3fs itself gathers all first."""
+    bucket, _, folder = place.path.partition("/")
+    request: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{folder}/" if folder else ""}
+    while True:
+        page = retrying(lambda: place.fs.call_s3("list_objects_v2", **request))
+        for one in page.get("Contents", ()):
+            # An empty object whose name ends in a slash is how some tools write a folder.
+            if not one["Key"].endswith("/"):
+                yield f"{bucket}/{one['Key']}", _entry({**one, "size": one["Size"]})
+        if not page.get("IsTruncated"):
+            return
+        request["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def _tree(place: Place) -> Iterator[Entries]:
+    """Other storage: the file system lists one folder of the first level after the other."""
+    entries = retrying(lambda: place.fs.ls(place.path, detail=True))
+    names = [e["name"].rstrip("/") for e in entries if e["type"] == "directory"]
+    if place.path in names:  # an object store's name with two slashes: no tree to walk
+        yield from _grouped(retrying(lambda: place.fs.find(place.path, detail=True)))
+        return
+    yield from _grouped({e["name"]: e for e in entries if e["type"] == "file"})
+    for name in sorted(set(names)):
+        yield from _grouped(retrying(lambda f=name: place.fs.find(f, detail=True)))  # type: ignore[misc]
+        place.fs.invalidate_cache()  # of one folder at a time there is enough memory
+
+
+def _grouped(files: Mapping[str, Mapping[str, Any]]) -> Iterator[Entries]:
+    found: dict[str, dict[str, Entry]] = defaultdict(dict)
+    for path, info in files.items():
+        if not path.endswith("/"):  # see `_s3_pages`
+            found[posixpath.dirname(path)][path] = _entry(info)
+    yield from found.values()
+
+
+def _entry(info: Mapping[str, Any]) -> Entry:
+    return Entry(int(info.get("size") or 0), version_of(info))
+
+
+def _walk(root: str) -> Iterator[Entries]:
+    """Find local files, through links to folders too. Raises OSError where it may not look."""
+    seen: set[str] = set()
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, inner, files in os.walk(root, onerror=refuse, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link to a folder above: its files are listed already
+            inner.clear()
+            continue
+        seen.add(real)
+        inner.sort()  # of two ways to one folder always the same is taken
+        found: dict[str, Entry] = {}
+        for name in files:
+            path = f"{folder.rstrip('/')}/{name}"
+            try:
+                status = Path(path).stat()
+                found[path] = Entry(status.st_size, str(status.st_mtime_ns))
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ELOOP):
+                    raise
+                found[path] = Entry(0)  # a link to nowhere: an item that will fail by name
+        yield found

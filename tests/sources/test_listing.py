@@ -1,0 +1,71 @@
+"""Listings folder by folder: every file once, in its own folder, without holding the others."""
+
+from __future__ import annotations
+
+import posixpath
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentmill.sources.files import Place
+from latentmill.sources.listing import Entry, by_folder, folders
+
+NAMES = st.sampled_from(["a", "b", "a b", "a-", "é", "音", "a.wav", "0", ""])
+PATHS = st.lists(NAMES, min_size=1, max_size=4).map(lambda parts: "bucket/" + "/".join(parts))
+
+
+@given(st.sets(PATHS))
+def test_every_file_is_in_its_folder_once(paths: set[str]) -> None:
+    paths = {path for path in paths if not path.endswith("/")}
+    ordered = sorted(paths, key=lambda path: path.encode())
+    wanted: dict[str, set[str]] = defaultdict(set)
+    for path in paths:
+        wanted[posixpath.dirname(path)].add(path)
+    found = list(by_folder((path, Entry(1)) for path in ordered))
+    assert sorted(map(sorted, found)) == sorted(map(sorted, wanted.values()))
+
+
+def test_a_folder_is_given_as_soon_as_it_is_over() -> None:
+    taken = 0
+
+    def objects() -> Iterator[tuple[str, Entry]]:
+        nonlocal taken
+        for folder in range(100):
+            for file in range(10):
+                taken += 1
+                yield f"bucket/{folder:03}/{file}.wav", Entry(1)
+
+    for number, files in enumerate(by_folder(objects()), start=1):
+        assert len(files) == 10
+        assert taken <= 10 * number + 1
+
+
+def test_a_bucket_is_listed_page_by_page(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = fsspec.filesystem("s3")
+    keys = [f"m/{n % 5}/{n}.wav" for n in range(20)] + ["m/top.wav", "m/1/deep/x.wav", "mm/no.wav"]
+    for number, key in enumerate(keys):
+        files.pipe_file(f"{s3_bucket}/{key}", b"x" * number)
+    place = Place(f"{s3_bucket}/m")
+    call, pages = place.fs.call_s3, []
+
+    def small_pages(method: str, **request: Any) -> Any:
+        pages.append(request)
+        return call(method, **request, MaxKeys=3)
+
+    monkeypatch.setattr(place.fs, "call_s3", small_pages)
+    found = list(folders(place))
+    assert len(pages) == -(-22 // 3)
+    bucket = s3_bucket.removeprefix("s3://")
+    everything = {path: entry for group in found for path, entry in group.items()}
+    assert {path: entry.size for path, entry in everything.items()} == {
+        f"{bucket}/{key}": number for number, key in enumerate(keys[:-1])
+    }
+    for group in found:
+        assert len({posixpath.dirname(path) for path in group}) == 1
+    for path, entry in everything.items():
+        assert entry.version == files.info(path)["ETag"].strip('"')
