@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from latentmill.engine import careful
 from latentmill.engine.careful import Trials
 from latentmill.sources.base import Item
 from support import runs
@@ -76,6 +77,21 @@ def test_a_server_that_dies_is_replaced(trials: Trials, tmp_path: Path) -> None:
     assert trials.reason_against(good) is None
     assert trials._server is not None
     assert trials._server.pid != first
+
+
+def test_a_long_item_may_take_longer_than_it_may_be_silent(
+    trials: Trials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert trials.reason_against(item(tmp_path, 44100)) is None
+    server, silence = trials._server, 0.7
+    monkeypatch.setattr(careful, "START_SECONDS", silence - trials._hang_seconds)
+    path = tmp_path / "long.flac"
+    noise = np.random.default_rng(0).uniform(-0.3, 0.3, (48000 * 60, 2))
+    soundfile.write(path, np.tile(noise, (15, 1)), 48000)
+    began = time.monotonic()
+    assert trials.reason_against(Item("long", str(path), path.stat().st_size, "1")) is None
+    assert time.monotonic() - began > silence
+    assert trials._server is server
 
 
 def test_nothing_outlives_a_worker_that_is_killed(trials: Trials, tmp_path: Path) -> None:
