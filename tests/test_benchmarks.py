@@ -74,6 +74,7 @@ def test_without_a_gpu_there_is_one_sentence() -> None:
     assert done.stdout.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_reader_without_its_peers(tmp_path: Path) -> None:
     """The contenders that need nothing more: crops are checked against the originals."""
     command = [sys.executable, str(ROOT / "benchmarks" / "reader.py"), "--results", str(tmp_path)]

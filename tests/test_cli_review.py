@@ -112,6 +112,7 @@ def test_other_extensions_are_another_run(store: Path, songs: Path) -> None:
         lm.encode(str(songs), str(store), dtype="float32", extensions=("mp3",))
 
 
+@pytest.mark.slow
 def test_two_first_runs_cannot_plan_one_store(songs: Path, tmp_path: Path) -> None:
     """Both start at once: one makes the store, the other one is refused or finds it its own."""
     script = (

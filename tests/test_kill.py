@@ -145,6 +145,7 @@ def test_ten_kills_at_random_moments(
     kill_and_resume(songs, tmp_path / "store", undisturbed, kills)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_no_trace_and_resumes(
     songs: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:

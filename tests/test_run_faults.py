@@ -41,6 +41,7 @@ def test_a_run_with_errors_and_cut_connections_is_complete(
     assert len(store) == count
 
 
+@pytest.mark.slow
 def test_refused_output_stops_the_run_and_loses_nothing(s3_bucket: str, tmp_path: Path) -> None:
     upload(runs.write_songs(tmp_path / "songs", 5), f"{s3_bucket}/songs")
     written: list[str] = []

@@ -66,6 +66,7 @@ def test_the_result_stands_in_dataset_json(encode, tmp_path: Path) -> None:
     assert verify(lm.open(str(tmp_path / "out"))).faults == []
 
 
+@pytest.mark.slow
 def test_what_was_measured_survives_a_longer_plan(
     encode, noise: Path, tmp_path: Path, ray_session: Path
 ) -> None:
@@ -94,6 +95,7 @@ def test_chunks_that_are_kept_apart_have_no_seams(encode) -> None:
         measure_seams(encode(stitch="none"))
 
 
+@pytest.mark.slow
 def test_codes_have_no_distance(encode, tmp_path: Path, one_sentence) -> None:
     from support.tiny_models import write_dac
 
@@ -104,6 +106,7 @@ def test_codes_have_no_distance(encode, tmp_path: Path, one_sentence) -> None:
     assert "holds codes" in one_sentence(caught.value)
 
 
+@pytest.mark.slow
 def test_whole_items_are_encoded_in_the_store_s_numeric_mode(
     encode, ray_session: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,6 +101,7 @@ def test_the_script_is_one_that_bash_and_sbatch_understand() -> None:
     assert os.access(SCRIPT, os.X_OK)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_a_run_on_an_allocation_of_one_node(tmp_path: Path) -> None:
     songs = runs.write_songs(tmp_path / "songs", 4)
