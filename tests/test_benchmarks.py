@@ -32,7 +32,8 @@ def benchmark(name: str, folder: Path, *arguments: str) -> dict[str, Any]:
 @pytest.mark.slow
 def test_models(tmp_path: Path) -> None:
     pytest.importorskip("linear_cae")
-    result = benchmark("models", tmp_path, "--models", "mdct", "lin-cae", "--seconds", "2")
+    options = ["--models", "mdct", "lin-cae", "--modes", "float32", "bf16", "--seconds", "2"]
+    result = benchmark("models", tmp_path, *options)
     assert result["lin-cae"]["latents_differ_from_package"] < 1e-5
     assert result["lin-cae"]["float32"]["deviation_from_float32"] == 0
     assert 0 < result["lin-cae"]["bf16"]["deviation_from_float32"] < 0.2
@@ -46,6 +47,37 @@ def test_models_of_all_families(tmp_path: Path) -> None:
     models = ("oobleck", "dac", "encodec", "mimi")
     result = benchmark("models", tmp_path, "--models", *models, "--seconds", "2")
     assert all(result[name]["float32"]["over_package"] > 0 for name in ("oobleck", "mimi"))
+
+
+def script(name: str, *arguments: str) -> str:
+    """What a script prints."""
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=280)
+    return done.stdout
+
+
+def test_context() -> None:
+    pytest.importorskip("transformers")
+    header, _, *rows = script("context", "--size", "tiny", "--only", "mimi").splitlines()
+    assert header.startswith("| frames from the cut |")
+    assert [row.split("|")[1].strip() for row in rows] == ["mimi, left", "mimi, right"]
+
+
+@pytest.mark.slow
+def test_decode_tasks(tmp_path: Path) -> None:
+    (tmp_path / "audio").mkdir()
+    sf.write(tmp_path / "audio" / "noise.flac", noise(2.5, 44100), 44100)
+    options = ["--source", str(tmp_path / "audio"), "--files", "2", "--rounds", "1"]
+    script("decode_tasks", *options, "--results", str(tmp_path))
+    result = json.loads((tmp_path / "decode_tasks.json").read_text())
+    assert {*result} >= {"flac", "mp3", "wav"}
+    assert result["wav"]["tasks_over_threads"] > 0
+
+
+def test_int16(tmp_path: Path) -> None:
+    script("int16", "--seconds", "2", "--rounds", "1", "--results", str(tmp_path))
+    result = json.loads((tmp_path / "int16.json").read_text())
+    assert result["us_per_second_of_audio"]["check_and_convert"] > 0
 
 
 def test_planning(tmp_path: Path) -> None:

@@ -70,6 +70,19 @@ def decode_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("decode")]
 
 
+def test_an_error_of_a_decode_thread_is_raised_where_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Decoding, item: Item, reader: UnitReader) -> Iterator[object]:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Decoding, "read", broken)
+    sf.write(tmp_path / "a.wav", noise(1.0, RATE), RATE)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        encode(items_of(tmp_path))
+    assert not decode_threads()
+
+
 def records(outcomes: Sequence[Outcome]) -> dict[str, Record]:
     return {outcome.key: outcome.record for outcome in outcomes if outcome.record is not None}
 

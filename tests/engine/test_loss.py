@@ -9,6 +9,7 @@ from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
     NodeDiedError,
+    ObjectLostError,
     OutOfMemoryError,
     RayError,
     RayTaskError,
@@ -36,6 +37,7 @@ def died(message: str, reason: int | None = None) -> ActorDiedError:
         (died(END_OF_FILE), "worker", "its process died without a word"),
         (died("The actor died because its node has died. Node Id: 1"), "node", "its node died"),
         (NodeDiedError("gone"), "node", "its node died"),
+        (ObjectLostError("00" * 28, None, ""), "node", "the node that held its audio died"),
         (
             died("its node has died", NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED),
             "node",

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from ray.exceptions import RayTaskError
 
 from latentmill.config import RunConfig, load_config
+from latentmill.engine import scheduler as scheduler_module
 from latentmill.engine.actor import ActorShape
-from latentmill.engine.dispatch import Loss
+from latentmill.engine.dispatch import Dispatch, Loss
 from latentmill.engine.progress import QuietProgress
-from latentmill.engine.scheduler import MAX_STARTS, Scheduler
+from latentmill.engine.scheduler import MAX_STARTS, Scheduler, _Call
 from latentmill.engine.seat import Seat
 from latentmill.errors import StorageError, UnitsFailedError
 from latentmill.forecast import forecast
@@ -169,6 +171,25 @@ def test_workers_that_are_not_placed_hold_no_units(
     runs.assert_whole(tmp_path / "store")
     assert max(ready for ready, _ in ear.counts) <= cpus
     assert max(starting for _, starting in ear.counts) >= 2
+
+
+def test_a_worker_that_cannot_even_be_asked_is_given_up_with_its_units(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ear, unit = Ear(), Unit(7, 1, 1.0)
+    scheduler = Scheduler(None, ActorShape(1, 0), lambda: 1, ear)  # type: ignore[arg-type]
+    monkeypatch.setattr(scheduler_module.ray, "kill", lambda actor: None)
+    scheduler._dispatch = Dispatch([unit])
+    seat = Seat(actor=None, ready=True)
+    scheduler._seats = [seat]
+    assignment = scheduler._dispatch.next(seat, [])
+    assert assignment is not None
+    seat.give("reference", assignment)
+    error = RayTaskError("meter", "traceback", cause=KeyError("rss"))
+    scheduler._failed(_Call(seat, "meter"), "other", error)
+    assert ear.lost == [(7, 1, "KeyError: 'rss'")]
+    assert not scheduler._seats
+    assert scheduler._dispatch.open == 1  # to be tried again
 
 
 def test_workers_that_cannot_start_any_more_end_the_run_once_none_is_left() -> None:

@@ -13,10 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentmill.sources.files import Place
-from latentmill.sources.listing import Entry, by_folder, folders
+from latentmill.sources.listing import Entry, _has_s3_pages, by_folder, folders
 
 NAMES = st.sampled_from(["a", "b", "a b", "a-", "é", "音", "a.wav", "0", ""])
 PATHS = st.lists(NAMES, min_size=1, max_size=4).map(lambda parts: "bucket/" + "/".join(parts))
+
+
+def test_only_buckets_whose_keys_are_in_order_are_read_by_pages(s3_bucket: str) -> None:
+    place = Place(f"{s3_bucket}/m")
+    assert _has_s3_pages(place)
+    place.path = "express--use1-az4--x-s3/m"
+    assert not _has_s3_pages(place)
+    assert not _has_s3_pages(Place("memory://bucket/m"))
 
 
 @given(st.sets(PATHS))

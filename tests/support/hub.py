@@ -62,12 +62,19 @@ def serve(root: Path, repo: str, revision: str) -> Iterator[Hub]:
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002
             """Say nothing: `Hub.requests` holds what was asked for."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    with serving(Handler) as endpoint:
+        yield Hub(endpoint, requests)
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Answer requests on 127.0.0.1 until the block ends; gives the address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield Hub(f"http://127.0.0.1:{server.server_address[1]}", requests)
+        yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
         server.shutdown()
         server.server_close()

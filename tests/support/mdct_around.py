@@ -5,7 +5,6 @@ Those are importable in Ray's workers because `tests/` is on PYTHONPATH there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,24 +36,12 @@ class _Model:
     def __init__(self, handle: Around, inner: Autoencoder) -> None:
         self._handle = handle
         self._inner = inner
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self._inner.spec
+        self.spec = inner.spec
+        self.decode = inner.decode
 
     def encode(self, audio: torch.Tensor) -> torch.Tensor:
         self._handle.before(audio)
         return self._inner.encode(audio)
-
-    def decode(
-        self,
-        latents: torch.Tensor,
-        num_samples: int,
-        *,
-        seed: int = 0,
-        positions: Sequence[int] | None = None,
-    ) -> torch.Tensor:
-        return self._inner.decode(latents, num_samples, seed=seed, positions=positions)
 
 
 def small_mdct() -> MdctHandle:

@@ -27,7 +27,6 @@ from ray.exceptions import (
 )
 
 from latentmill.chunks import Chunk
-from latentmill.closing import Closing
 from latentmill.engine.dispatch import MAX_ATTEMPTS, MAX_NODE_LOSSES, Loss
 from latentmill.engine.loss import classify
 from latentmill.errors import LatentmillError
@@ -114,7 +113,7 @@ class _Run:
     sent: Counter[int] = field(default_factory=Counter)
 
 
-class RemoteAudio(Closing):
+class RemoteAudio:
     """A `UnitAudio` of Ray tasks.
 
     They start when it is iterated over, not before: a task that waits for its parcels to be taken

@@ -38,6 +38,7 @@ PATIENCE_SECONDS = 60.0  # without any worker, until it is said what is waited f
 MAX_STARTS = 3  # failing ones in a row, until the run ends or pauses starting
 
 Origin = npt.NDArray[np.float32]
+Kind = Literal["ready", "origin", "unit", "meter"]
 
 
 class Watcher(Protocol):
@@ -64,7 +65,7 @@ class _Call:
     """A question to an actor that is not answered yet."""
 
     seat: Seat
-    kind: Literal["ready", "origin", "unit", "meter"]
+    kind: Kind
 
 
 class Scheduler:
@@ -165,9 +166,7 @@ class Scheduler:
                         f"unit {name}: its items are decoded on trial for its last attempt"
                     )
 
-    def _ask(
-        self, seat: Seat, kind: Literal["ready", "origin", "unit", "meter"], reference: Any
-    ) -> None:
+    def _ask(self, seat: Seat, kind: Kind, reference: Any) -> None:
         self._calls[reference] = _Call(seat, kind)
 
     def _wait(self) -> None:

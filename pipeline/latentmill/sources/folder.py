@@ -125,6 +125,8 @@ class FolderSource:
             return (
                 f"Source {self.uri} holds {excluded} audio files, and the globs exclude them all."
             )
+        if not seen:
+            return f"Source {self.uri} is empty: check the path."
         text = (
             f"Source {self.uri} holds no audio files: looked for "
             f"{', '.join(sorted(self._extensions))} in {seen} files"
@@ -132,7 +134,7 @@ class FolderSource:
         for extension, kind in _OTHERS.items():
             if self.ignored[extension]:
                 return f"{text}, of which --source-type {kind} reads {self.ignored[extension]}."
-        return f"{text}."
+        return f"{text}; check the path, or name others by --extensions."
 
 
 def _globs(patterns: Sequence[str]) -> re.Pattern[str] | None:
