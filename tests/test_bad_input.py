@@ -41,7 +41,7 @@ def test_sources_that_cannot_be_used(capsys: Capture, tmp_path: Path, songs: Pat
     file = next(songs.rglob("*.wav"))
     out = tmp_path / "out"
     for source, sentence in [
-        (tmp_path / "empty", "holds no audio files"),
+        (tmp_path / "empty", "is empty: check the path"),
         (tmp_path / "notes", "holds no audio files"),
         (tmp_path / "missing", "does not exist"),
         (file, "is a file: name the folder that holds it"),

@@ -244,7 +244,7 @@ def test_a_url_that_cannot_be_opened_is_refused(
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="holds no audio files"):
+    with pytest.raises(SourceError, match="is empty: check the path"):
         listing(str(tmp_path))
 
 
