@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +94,24 @@ def test_a_long_item_may_take_longer_than_it_may_be_silent(
     assert trials.reason_against(Item("long", str(path), path.stat().st_size, "1")) is None
     assert time.monotonic() - began > silence
     assert trials._server is server
+
+
+def test_a_slow_fetch_is_no_hang(trials: Trials, tmp_path: Path) -> None:
+    recording = item(tmp_path, 22050)
+
+    class Slow(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            time.sleep(3.0)
+            super().do_GET()
+
+    handler = functools.partial(Slow, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/{Path(recording.uri).name}"
+        began = time.monotonic()
+        assert trials.reason_against(Item("slow", url, recording.size, "")) is None
+        server.shutdown()
+    assert time.monotonic() - began > trials._hang_seconds
 
 
 def test_nothing_outlives_a_worker_that_is_killed(trials: Trials, tmp_path: Path) -> None:

@@ -14,12 +14,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
 from latentmill.audio import open_audio, prepare
+from latentmill.audio.media import is_remote
 from latentmill.closing import Closing
 from latentmill.sources.base import Item, Segment
 from latentmill.sources.metadata import read_metadata
@@ -27,6 +31,8 @@ from latentmill.sources.reading import UnitReader
 
 HANG_SECONDS = 120.0
 START_SECONDS = 300.0
+FETCH_SECONDS = 3600.0
+"""How long fetching a recording from elsewhere may take; the network's time is no hang."""
 
 
 @dataclass(frozen=True)
@@ -196,8 +202,9 @@ def _decode(trial: Trial, progress: int) -> None:
     read_metadata(trial.item)
     os.write(progress, b".")
     part = trial.item.segment or Segment(0.0)
-    with UnitReader([trial.item], allow_changed=True) as reader, reader.open(trial.item) as media:
-        os.write(progress, b".")
+    with UnitReader([trial.item], allow_changed=True) as reader, contextlib.ExitStack() as stack:
+        with _signs_of_life(trial, progress):
+            media = stack.enter_context(reader.open(trial.item))
         stream = open_audio(
             media,
             start=part.start,
@@ -207,6 +214,26 @@ def _decode(trial: Trial, progress: int) -> None:
         waveform = prepare(stream, sample_rate=trial.sample_rate, channels=trial.channels)
         for _ in waveform.blocks():
             os.write(progress, b".")
+
+
+@contextlib.contextmanager
+def _signs_of_life(trial: Trial, progress: int) -> Iterator[None]:
+    """Keeps a slow fetch from being taken for a decoder that hangs."""
+    fetched = threading.Event()
+    end = time.monotonic() + (FETCH_SECONDS if is_remote(trial.item.uri) else 0.0)
+
+    def give() -> None:
+        while time.monotonic() < end and not fetched.wait(trial.hang_seconds / 4):
+            os.write(progress, b".")
+
+    thread = threading.Thread(target=give, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        fetched.set()
+        thread.join()
+    os.write(progress, b".")
 
 
 def main() -> None:
