@@ -56,6 +56,7 @@ def script(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_context() -> None:
     pytest.importorskip("transformers")
     header, _, *rows = script("context", "--size", "tiny", "--only", "mimi").splitlines()

@@ -249,7 +249,9 @@ def test_a_run_killed_while_it_froze_its_plan_starts_anew(songs: Path, tmp_path:
     runs.assert_whole(tmp_path / "store")
 
 
-@pytest.mark.parametrize("raising", [False, True], ids=["dies", "raises"])
+@pytest.mark.parametrize(
+    "raising", [pytest.param(False, marks=pytest.mark.slow), True], ids=["dies", "raises"]
+)
 @pytest.mark.usefixtures("ray_session")
 def test_a_deadly_unit_takes_no_other_with_it(tmp_path: Path, raising: bool) -> None:
     songs = runs.write_songs(tmp_path / "songs", 1, peak=0.9, first=3)
@@ -266,8 +268,6 @@ def test_a_deadly_unit_takes_no_other_with_it(tmp_path: Path, raising: bool) -> 
     assert not (store / "dataset.json").exists()
     assert not (store / "tmp").exists()
 
-    if raising:
-        return
     kept = runs.commits(store)
     log.unlink()
     options["model_options"] = {"deadly_peak": 2.0, "log": str(log)}  # it was repaired

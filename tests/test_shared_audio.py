@@ -52,8 +52,15 @@ def test_every_file_is_accounted_for_and_decodes(
     assert store["ogg/Kevin_MacLeod_-_Vibe_Ace"].metadata["text"].startswith("Vibe Ace")
 
 
-@pytest.mark.parametrize("store_format", ["parquet", "webdataset"])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "store_format"),
+    [
+        ("float32", "parquet"),
+        ("float16", "webdataset"),
+        pytest.param("float32", "webdataset", marks=pytest.mark.slow),
+        pytest.param("float16", "parquet", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.usefixtures("ray_session")
 def test_mdct_gives_the_recordings_back(dtype: str, store_format: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -66,7 +73,8 @@ def test_mdct_gives_the_recordings_back(dtype: str, store_format: str, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "store_format"), [("float32", "webdataset"), ("float16", "parquet")]
+    ("dtype", "store_format"),
+    [pytest.param("float32", "webdataset", marks=pytest.mark.slow), ("float16", "parquet")],
 )
 @pytest.mark.usefixtures("ray_session")
 def test_stems_added_as_latents_are_the_stems_added(

@@ -39,7 +39,7 @@ def test_an_embedded_ray_is_started_and_stopped_and_says_nothing(tmp_path: Path)
         while process.poll() is None:
             found = runs.descendants(process.pid)
             family |= {pid: name for pid, name in found.items() if name.strip()}
-            time.sleep(0.05)
+            time.sleep(0.3)
         out, err = process.communicate()
     assert process.returncode == 0, err
     names = " ".join(family.values())

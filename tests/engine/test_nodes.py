@@ -43,10 +43,19 @@ def started(
     return runs.started(*arguments, **nodes.environment())
 
 
+def kill_head(cluster: nodes.Nodes, driver: subprocess.Popen[str]) -> None:
+    cluster.kill_head()
+    _, err = driver.communicate(timeout=90)
+    assert driver.returncode == 9, err
+    assert "The head of the Ray cluster is gone: start the cluster again" in err
+
+
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("all_die", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_store_survives_its_cluster(
-    cluster: nodes.Nodes, tmp_path: Path, ray_session: Path
+    cluster: nodes.Nodes, tmp_path: Path, ray_session: Path, all_die: bool
 ) -> None:
+    """A node and the head die; with `all_die` an actor and the driver, too."""
     songs = runs.write_songs(tmp_path / "songs", SONGS, 2.0)
     undisturbed = tmp_path / "undisturbed"
     options = {"model": runs.SLOW_MODEL, "unit_seconds": 4.0, "batch_size": 1}
@@ -60,18 +69,19 @@ def test_a_store_survives_its_cluster(
         runs.until(lambda: bool(cluster.actors(second)), 90, "the second node has an actor")
         cluster.kill_node(first)
         wait_for(store, 3, driver)
-        for pid in cluster.actors(second):
-            os.kill(pid, signal.SIGKILL)
-        wait_for(store, 3, driver)
-        driver.kill()
+        if not all_die:
+            kill_head(cluster, driver)
+        else:
+            for pid in cluster.actors(second):
+                os.kill(pid, signal.SIGKILL)
+            wait_for(store, 3, driver)
+            driver.kill()
     assert not (store / "dataset.json").exists()
     kept = runs.commits(store)
-    with started(songs, store, cluster) as driver:
-        wait_for(store, 2, driver)
-        cluster.kill_head()
-        _, err = driver.communicate(timeout=90)
-        assert driver.returncode == 9, err
-        assert "The head of the Ray cluster is gone: start the cluster again" in err
+    if all_die:
+        with started(songs, store, cluster) as driver:
+            wait_for(store, 2, driver)
+            kill_head(cluster, driver)
     cluster.start_head()
     cluster.add()
     kept |= runs.commits(store)

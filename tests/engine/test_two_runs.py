@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import fsspec
+import pytest
 
 from latentmill.engine.lease import LEASE_PATH
 from latentmill.store.store import open_store
@@ -14,6 +15,7 @@ from latentmill.store.verify import verify
 from support import runs
 
 
+@pytest.mark.slow  # test_lease.py is quicker
 def test_a_second_run_is_refused_and_takes_over_a_dead_one(tmp_path: Path, s3_bucket: str) -> None:
     songs = runs.write_songs(tmp_path / "songs", 6, 2.0)
     store = f"{s3_bucket}/latents"
