@@ -69,6 +69,15 @@ def test_mdct_is_linear(store: LatentStore) -> None:
     )
 
 
+def test_stems_that_begin_late_are_compared_where_they_are_heard(tmp_path: Path) -> None:
+    (tmp_path / "late").mkdir()
+    for number in range(2):
+        noise = np.random.default_rng(number).uniform(-0.3, 0.3, 3200)
+        soundfile.write(tmp_path / "late" / f"{number}.wav", np.append(np.zeros(3200), noise), 3200)
+    card = measure_linearity(write_stem_store(tmp_path / "store", tmp_path / "late")).card
+    assert (card.items, card.pairs) == (2, 2)
+
+
 def test_an_affine_encoder_needs_its_origin(
     store: LatentStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

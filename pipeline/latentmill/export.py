@@ -204,10 +204,13 @@ def _stable_audio_sample(
 def file_name(key: str) -> str:
     """A key as a file's path without extension; `urllib.parse.unquote` gives the key back.
 
-    Escaped is what a reader would stumble over: hidden names, a way out of the folder, `.npy`.
+    Escaped is what a reader would stumble over: hidden names, a way out of the folder, `.npy`, and
+    the names of the export's own files.
     """
     name = key.replace("%", "%25").replace(".npy", "%2Enpy")
     name = re.sub(r"(?<=/)/|^/|/$", "%2F", name)
+    if f"{name}.json" in (CONFIG_PATH, DETAILS_PATH):
+        return f"%{ord(name[0]):02X}{name[1:]}"
     return re.sub(r"(?<![^/])\.", "%2E", name)
 
 

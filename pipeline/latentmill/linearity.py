@@ -50,8 +50,8 @@ def measure_linearity(
 
     Args:
         store: A store whose source can still be read.
-        items: How many items, spread evenly over those that are not silent; their beginnings are
-            compared, and each is added to the next one.
+        items: How many items, spread evenly over those that are not silent; their beginnings, from
+            where they are heard, are compared, and each is added to the next one.
         max_seconds: The longest beginning; default is one chunk.
         record: Whether to write the card into a sealed store's dataset.json.
 
@@ -79,7 +79,7 @@ def measure_linearity(
 
 
 def _sounds(store: LatentStore, items: int, longest: int) -> list[Tensor]:
-    """The beginnings of some items, `[C, T]`."""
+    """The beginnings of some items, `[C, T]`, without the silence before them."""
     channels = store.model().spec.channels
     chosen: list[Tensor] = []
     step = max(1, len(store) // (SPARE * items))
@@ -92,9 +92,11 @@ def _sounds(store: LatentStore, items: int, longest: int) -> list[Tensor]:
         if item.rms < QUIET:
             continue
         try:
-            audio = read_source(item, channels)[:, :longest]
+            audio = read_source(item, channels)
         except ItemError as error:
             raise ConfigError(f"The source of {item.key} cannot be compared: {error}.") from error
+        heard = int(np.argmax(np.abs(audio).max(axis=0) >= QUIET))
+        audio = audio[:, heard : heard + longest]
         if np.sqrt(np.mean(np.square(audio, dtype=np.float64))) >= QUIET:
             chosen.append(torch.from_numpy(np.ascontiguousarray(audio)))
     return chosen

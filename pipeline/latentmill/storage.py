@@ -55,7 +55,7 @@ class Storage:
         refuse_secrets("Store", url, StoreError)
         try:
             self._opened, path = open_filesystem(url)
-        except (ValueError, ImportError) as error:
+        except (ValueError, ImportError, OSError) as error:  # some, such as ftp, connect at once
             cause = why_not_opened(url, error)
             raise StoreError(f"Store {url} cannot be opened: {cause}.") from error
         self._pid = os.getpid()
@@ -91,8 +91,14 @@ class Storage:
             self._fs.invalidate_cache()
             path = self.full(folder)
             entries = self._unless_missing(lambda: self._fs.ls(path, detail=True)) or []
-        files = (entry for entry in entries if entry["type"] == "file")
-        return {file["name"].rsplit("/", 1)[-1]: int(file["size"]) for file in files}
+            files = (entry for entry in entries if entry["type"] == "file")
+            return {file["name"].rsplit("/", 1)[-1]: self._size_of(file) for file in files}
+
+    def _size_of(self, entry: dict[str, Any]) -> int:
+        size = entry["size"]
+        if size is None:  # a web server's page has names only
+            size = retrying(lambda: self._fs.info(entry["name"]))["size"]
+        return int(size)
 
     def read(self, path: str) -> bytes:
         """The whole file."""

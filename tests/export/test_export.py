@@ -144,12 +144,15 @@ hard = st.text(st.sampled_from("a./%é n p y"), min_size=1, max_size=12) | st.ju
 @example("../up")
 @example("/root")
 @example("a//b/.hidden/")
+@example("details")
+@example("dataset_config")
 def test_file_names_can_be_turned_back(key: str) -> None:
     name = file_name(key)
     assert unquote(name) == key
     parts = name.split("/")
     assert all(part and not part.startswith(".") for part in parts)
     assert ".npy" not in name
+    assert name not in ("details", "dataset_config")  # the export's own files
 
 
 @pytest.fixture(params=[None, 40])

@@ -30,7 +30,7 @@ def as_batch(asked: list[tuple[int, int, int]]) -> dict[str, Any]:
 def read(
     samplers: list[BatchSampler], steps: int | None = None
 ) -> tuple[list[tuple[int, ...]], dict[str, Any] | None]:
-    """Let all ranks take steps; gives the numbers of their batches and rank 0's state."""
+    """Let all ranks take steps; gives the numbers of their batches and their state."""
     iterators = [iter(sampler) for sampler in samplers]
     seen: list[tuple[int, ...]] = []
     state = None
@@ -39,7 +39,13 @@ def read(
         seen += [tuple(number for _, _, number in batch) for batch in batches if batch]
         if batches[0] is None:
             break
-        state = samplers[0].state_after(as_batch(batches[0]))
+        states = [
+            sampler.state_after(as_batch(batch))
+            for sampler, batch in zip(samplers, batches, strict=True)
+            if batch
+        ]
+        state = states[0]
+        assert all(other == state for other in states)  # whichever rank saves it
         steps = None if steps is None else steps - 1
     return seen, state
 
@@ -105,6 +111,22 @@ def test_even_lengths(dataset: LatentDataset, world: int, even: str) -> None:
     assert state["position"] == 11
 
 
+def test_lightning_finds_set_epoch(dataset: LatentDataset) -> None:
+    """It looks at the loader's sampler and at the batch sampler's own."""
+    loader = DataLoader(dataset, batch_sampler=BatchSampler(dataset, 7), collate_fn=collate)
+    loader.batch_sampler.sampler.set_epoch(3)  # type: ignore[union-attr]
+    assert {epoch for batch in loader for epoch in batch["epoch"]} == {3}
+
+
+def test_a_state_from_the_end_is_followed_by_the_next_epoch(dataset: LatentDataset) -> None:
+    _, state = read([BatchSampler(dataset, 7)])
+    assert state is not None
+    resumed = BatchSampler(dataset, 7)
+    resumed.load_state_dict(state)
+    assert list(resumed) == []
+    assert {epoch for batch in resumed for epoch, _, _ in batch} == {1}
+
+
 def test_buckets_keep_padding_low(made) -> None:
     dataset = LatentDataset(made)
 
@@ -161,7 +183,11 @@ def test_weights_repeat_a_store(mixed: list[str]) -> None:
 
 
 def test_what_does_not_fit_is_refused(dataset: LatentDataset, one_sentence) -> None:
-    for given_ in ({"batch_size": 0}, {"batch_size": 2, "buckets": 0}):
+    for given_ in (
+        {"batch_size": 0},
+        {"batch_size": 2, "buckets": 0},
+        {"batch_size": 2, "seed": -1},
+    ):
         with pytest.raises(ConfigError) as error:
             BatchSampler(dataset, **given_)
         one_sentence(error.value)

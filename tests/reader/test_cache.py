@@ -15,6 +15,7 @@ from latentmill.errors import ConfigError, StorageError
 from latentmill.reader import cache as cache_module
 from latentmill.reader.cache import RangeCache
 from latentmill.reader.crops import CropReader
+from latentmill.reader.shards import Piece, Shard
 from latentmill.storage import Storage
 from latentmill.store.store import LatentStore
 from support.latent_store import write_latents
@@ -104,6 +105,14 @@ def test_a_damaged_block_is_read_again(
     requests.clear()
     assert np.array_equal(read_all(remote, cache), expected)
     assert requests == [1]
+
+
+def test_what_a_store_says_is_no_path(remote: LatentStore, tmp_path: Path) -> None:
+    path, (size, _) = next(iter(remote.shard_sizes().items()))
+    piece = Piece(Shard(path, size, "../../evil"), 0, memoryview(bytearray(size)))
+    RangeCache(tmp_path / "deep" / "cache", 1).fill(remote.storage, [piece])
+    assert piece.target == remote.storage.read(path)
+    assert blocks(tmp_path / "deep" / "cache") == blocks(tmp_path) != []
 
 
 def test_a_disk_that_fails_is_one_sentence(

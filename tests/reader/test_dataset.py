@@ -134,6 +134,20 @@ def test_normalising_comes_last(made: LatentStore) -> None:
     assert np.allclose(normal.undo(normal.apply(plain.latent)), plain.latent, atol=1e-4)
 
 
+def test_what_collate_adds_is_normalised_too(made: LatentStore) -> None:
+    normal = lm.Normalize.from_store(made)
+    plain, normalised = (
+        lm.collate(LatentDataset(made, transforms=transforms).__getitems__([0, 1, 2]))
+        for transforms in ([], [normal])
+    )
+    assert not plain["mask"].all()
+    assert np.allclose(normalised["latents"], normal.apply(plain["latents"].numpy()), atol=1e-5)
+    forgetful = LatentDataset(made, transforms=[normal, Louder()])  # it gives samples no origin
+    batch = lm.collate(forgetful.__getitems__([0, 1, 2]))
+    padding = ~batch["mask"][:, None].expand_as(batch["latents"])
+    assert torch.equal(batch["latents"][padding], normalised["latents"][padding])
+
+
 def test_other_ways_to_normalise(made: LatentStore, one_sentence) -> None:
     latents = np.concatenate([record.latent for record in made], axis=1).astype(np.float64)
     overall = lm.Normalize.from_store(made.url, by="overall")

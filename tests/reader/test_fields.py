@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from latentmill.errors import ConfigError, StorageError
@@ -13,6 +16,9 @@ from latentmill.reader import fields as fields_module
 from latentmill.reader.dataset import LatentDataset
 from latentmill.reader.fields import FIELDS, FieldReader, select
 from latentmill.reader.shards import ShardReader
+from latentmill.reader.stem_dataset import StemDataset
+from latentmill.reader.stems import AllStems
+from latentmill.storage import Storage
 from latentmill.store.store import LatentStore
 from support.latent_store import write_latents
 
@@ -86,6 +92,40 @@ def test_remote_fields_are_the_same(lengths: list[int]) -> None:
         reader = FieldReader(store, ["key", "metadata"])
         assert [row["key"] for row in reader.read(np.arange(40))] == list(store.keys())
         assert reader.gather()["key"].to_pylist() == list(store.keys())
+
+
+def test_of_a_remote_shard_only_the_fields_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = write_latents("memory://fields-alone", [4000] * 40, channels=16, per_unit=40)
+    asked: list[int] = []
+    one, several = Storage.read_range, Storage.read_ranges
+    monkeypatch.setattr(
+        Storage, "read_range", lambda self, *a: (asked.append(a[2]), one(self, *a))[1]
+    )
+    monkeypatch.setattr(
+        Storage,
+        "read_ranges",
+        lambda self, r: (asked.extend(n for *_, n in r), several(self, r))[1],
+    )
+    for row in FieldReader(store, ["key", "metadata"]).read(np.arange(40)):
+        assert row["metadata"] == json.dumps({"number": int(row["key"][-5:])})
+    assert 0 < sum(asked) < 100_000  # of 5 MB
+    asked.clear()
+    assert store["item/00007"].metadata == {"number": 7}
+    assert 0 < sum(asked) - store.entry("item/00007").length < 100_000
+
+
+def test_a_store_of_an_earlier_version_has_no_levels(
+    tmp_path: Path, lengths: list[int], one_sentence
+) -> None:
+    store = write_latents(str(tmp_path), lengths)
+    with pytest.raises(ConfigError, match="active_db") as error:
+        StemDataset(store, AllStems(("bass",)), crop=4)[0]
+    one_sentence(error.value)
+    for shard in (tmp_path / "shards").iterdir():
+        pq.write_table(pq.read_table(shard).drop_columns(["levels"]), shard)
+    reader = FieldReader(store, ["levels", "key"])
+    assert reader.read(np.array([3]))[0] == {"levels": None, "key": "item/00003"}
+    assert reader.gather()["levels"].null_count == len(lengths)
 
 
 def test_a_damaged_shard_is_one_sentence(lengths: list[int], one_sentence) -> None:

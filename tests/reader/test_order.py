@@ -171,6 +171,7 @@ def test_apportion(total: int, weights: list[float]) -> None:
     [
         ({"weights": [1.0]}, "weights needs a number above zero for each of 2 stores"),
         ({"weights": [1.0, 0.0]}, "above zero"),
+        ({"weights": [1.0, np.inf]}, "above zero"),
         ({"weights": [1.0, 1.0], "shuffle": False}, "weights needs shuffle=True"),
         ({"block": 0}, "shuffle_block"),
         ({"block": 8, "window": 4}, "shuffle_window"),

@@ -25,6 +25,7 @@ from latentmill.reader.stems import (
     stem_groups,
 )
 from latentmill.store.store import LatentStore
+from support.latent_store import write_latents
 from support.stem_files import HOP, RATE, SONGS, waveform, write_stem_store, write_stems
 
 CROP = 40
@@ -203,6 +204,20 @@ def test_a_remix_takes_each_role_from_any_song(store: LatentStore) -> None:
     assert {s.partition("/")[0] for s in StemDataset(store, Kept(), crop=CROP)[0].keys} == {"north"}
 
 
+@pytest.mark.parametrize("remix", [0.0, 1.0])
+def test_silence_is_that_of_its_place_in_the_song(tmp_path: Path, remix: float) -> None:
+    """Also of stems that end before the song does; the origin of mdct, zeros, would not tell."""
+    origin = write_latents(str(tmp_path / "origin"), [20]).origin
+    lengths = [50, 20, 33, 50]
+    silence = [origin.of_length(n).astype(np.float16) for n in lengths]
+    store = write_latents(str(tmp_path / "silent"), lengths, latents=silence)
+    dataset = StemDataset(store, Kept(), crop=12, active_db=None, per_song=30, remix=remix)
+    for stems in dataset.__getitems__(range(30)):
+        expected = stems.origin.like(stems.latents[0])
+        assert all(np.array_equal(latent, expected) for latent in stems.latents)
+        assert np.array_equal(stems.mix([0, 1, 2]), expected)
+
+
 @settings(max_examples=12)
 @given(seed=st.integers(0, 2**32), epoch=st.integers(0, 1000), number=st.integers(0, 11))
 def test_a_sample_is_a_function_of_seed_epoch_and_number(
@@ -244,6 +259,7 @@ def test_gains_stay_in_their_range(store: LatentStore) -> None:
     [
         ({"crop": 0}, "at least 1"),
         ({"remix": 2.0}, "share from 0 to 1"),
+        ({"seed": -1}, "seed is -1"),
         ({"gains": (3.0, -3.0)}, "from low to high"),
         ({"by": "name"}, "by fields or by folder"),
     ],
@@ -267,3 +283,16 @@ def test_what_is_not_there_is_said(
     with pytest.raises(ConfigError) as caught:
         StemDataset(store, ContextAndTarget(target="choir"), crop=CROP)[0]
     assert "no stem 'choir'" in one_sentence(caught.value)
+
+
+def test_songs_without_a_role_can_be_left_out(store: LatentStore) -> None:
+    everything = StemDataset(store, ContextAndTarget("bass"), crop=CROP)
+    lacking = [n for n, group in enumerate(everything.groups) if "bass" not in group.roles]
+    assert 0 < len(lacking) < len(everything)
+    with pytest.raises(ConfigError, match=r"leave such songs out by having=\['bass'\]"):
+        everything[lacking[0]]
+    data = StemDataset(store, ContextAndTarget("bass"), crop=CROP, having=["bass"])
+    assert len(data) == len(everything) - len(lacking)
+    assert {data[n].role for n in range(len(data))} == {"bass"}
+    with pytest.raises(ConfigError, match="No song of .* has bass and kazoo"):
+        StemDataset(store, ContextAndTarget(), crop=CROP, having=["bass", "kazoo"])

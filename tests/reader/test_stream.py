@@ -83,7 +83,7 @@ def look(batch: Batch, seen: list[tuple[int, str, bytes]]) -> None:
 def read_epoch(
     ranks: list[LatentStream], world: World, steps: int | None = None
 ) -> tuple[list[tuple[int, str, bytes]], dict[str, Any] | None]:
-    """Let all ranks take steps, or finish the epoch; gives what they saw and rank 0's state."""
+    """Let all ranks take steps, or finish the epoch; gives what they saw and their state."""
     seen: list[tuple[int, str, bytes]] = []
     state = None
     loaders = [loader(stream, world.batch, world.workers) for stream in ranks]
@@ -95,7 +95,13 @@ def read_epoch(
                 look(batch, seen)
         if batches[0] is None:
             break
-        state = ranks[0].state_after(batches[0])
+        states = [
+            stream.state_after(batch)
+            for stream, batch in zip(ranks, batches, strict=True)
+            if batch is not None
+        ]
+        state = states[0]
+        assert all(other == state for other in states)  # whichever rank saves it
         taken += 1
     return seen, state
 
@@ -195,6 +201,21 @@ def test_a_state_from_the_end_leaves_nothing(mixed: list[str]) -> None:
     other.load_state_dict(state)
     assert len(other) == 0
     assert list(other) == []
+    assert [sample.epoch for sample in other] == [1] * 24  # and then comes the next epoch
+
+
+def test_workers_that_get_nothing_of_the_rest_go_on_with_the_others(mixed: list[str]) -> None:
+    broken = LatentStream(mixed, crop=8, batch_size=8)
+    iterator = iter(broken)
+    for _ in range(72):
+        next(iterator)
+    resumed = LatentStream(mixed, crop=8, batch_size=8)
+    resumed.load_state_dict(broken.state_dict())
+    real = DataLoader(
+        resumed, batch_size=8, num_workers=2, collate_fn=collate, persistent_workers=True
+    )
+    epochs = [[(batch["epoch"][0], len(batch["key"])) for batch in real] for _ in range(2)]
+    assert epochs == [[(0, 1)], [(1, 8)] * 9 + [(1, 1)]]
 
 
 def test_weights_mix_the_stores(mixed: list[str]) -> None:
@@ -242,6 +263,7 @@ def test_options_that_do_not_fit_are_refused(mixed: list[str], tmp_path, one_sen
         ({"crop": 0}, "crop"),
         ({"mode": "middle"}, "mode"),
         ({"crop": None, "mode": "windows"}, "windows"),
+        ({"seed": -1}, "seed is -1"),
     ]:
         with pytest.raises(ConfigError, match=word) as error:
             LatentStream(**{"stores": mixed, "crop": 8, **options})

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from latentmill.errors import ConfigError
 from latentmill.ops import Origin, fade
+from latentmill.reader.collate import collate
 from latentmill.reader.dataset import LatentDataset
+from latentmill.reader.normalize import Normalize
 from latentmill.reader.sample import Sample, sample_random
 from latentmill.reader.transforms import DrawFromPosterior, RandomFade, RandomGain
 from latentmill.store.store import LatentStore
@@ -75,12 +77,7 @@ def test_a_crop_knows_its_place_in_its_item(tmp_path: Path) -> None:
         plain = LatentDataset(silent, crop=crop, mode=mode)
         louder = LatentDataset(silent, crop=crop, mode=mode, transforms=[RandomGain((6, 6))])
         for number in range(len(plain)):
-            before, after = plain[number], louder[number]
-            have = int(before.mask.sum())
-            if have == len(before.mask):  # what was padded ends elsewhere than the item did
-                assert np.allclose(after.latent, before.latent, atol=1e-6)
-            else:
-                assert np.allclose(after.latent[:, have:], before.latent[:, have:], atol=1e-6)
+            assert np.allclose(louder[number].latent, plain[number].latent, atol=1e-6)
 
 
 @given(seed=st.integers(0, 2**32), epoch=st.integers(0, 99), position=st.integers(0, 10**9))
@@ -129,11 +126,45 @@ def test_latents_are_drawn_around_the_mean() -> None:
     assert np.allclose(drawn.std(axis=1), [0, 0.5, 3], rtol=0.05)
 
 
+@pytest.mark.parametrize("by", ["channel", "overall", "scale"])
+def test_a_posterior_is_drawn_from_before_or_after_normalising(by: str, tmp_path: Path) -> None:
+    random, lengths = np.random.default_rng(2), [30, 50, 40]
+    latents = [
+        np.concatenate([random.normal(3, 2, (2, n)), random.uniform(0.1, 0.5, (2, n))])
+        for n in lengths
+    ]
+    store = write_latents(
+        str(tmp_path),
+        lengths,
+        latents=[latent.astype(np.float16) for latent in latents],
+        model={"posterior": "mean+std"},
+    )
+    normal = Normalize.from_store(store, by)  # type: ignore[arg-type]
+    draw = DrawFromPosterior()
+    before, after, drawn, means = (
+        LatentDataset(store, transforms=transforms).__getitems__([0, 1, 2])
+        for transforms in ([draw, normal], [normal, draw], [draw], [normal])
+    )
+    for one, other, plain in zip(before, after, drawn, strict=True):
+        assert one.latent.shape == (2, len(one.mask))
+        assert np.allclose(one.latent, other.latent, atol=1e-5)
+        assert np.allclose(normal.undo(one.latent), plain.latent, atol=1e-4)
+    joined = np.concatenate([sample.latent[:2] for sample in means], axis=1)
+    if by != "scale":
+        axis = 1 if by == "channel" else None
+        assert np.allclose(joined.mean(axis=axis), 0, atol=1e-3)
+        assert np.allclose(joined.std(axis=axis), 1, atol=1e-3)
+    silence = normal.apply(store.origin.of_length(50)[:2])
+    for samples in (before, after):
+        assert np.allclose(collate(samples)["latents"][0, :, 30:], silence[:, 30:], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
         (lambda: RandomGain((3, -3)), "from low to high"),
         (lambda: RandomGain((-np.inf, 0)), "from low to high"),
+        (lambda: RandomFade(-1), "needs a number of frames"),
         (lambda: DrawFromPosterior()(sample(), np.random.default_rng()), "no standard deviations"),
         (lambda: RandomFade(2)(sample(origin=None), np.random.default_rng()), "keep `origin`"),
     ],

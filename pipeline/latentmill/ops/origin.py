@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,6 +55,8 @@ class Origin:
         linearity: What was measured of the model on the store's audio, if it was.
         is_raw: Whether this is the origin of `raw()`.
         place: Where `at` puts the latents: an item's frames, and the first one of them.
+        changes: What was done to the latents since, channel by channel, such as a normalisation;
+            it is done to their silence, too, when that is asked for.
 
     A shorter item gets the chunk's borders: exact where a frame does not depend on the chunk's
     length, an approximation for an encoder that normalises over the chunk.
@@ -66,10 +69,11 @@ class Origin:
     linearity: Linearity | None = None
     is_raw: bool = False
     place: tuple[int, int] | None = None
+    changes: tuple[Callable[[Float], Float], ...] = ()
 
     def raw(self) -> Origin:
         """Zeros for the latent of silence: the raw form, with all else that is known."""
-        return replace(self, frames=np.zeros_like(self.frames), is_raw=True)
+        return replace(self, frames=np.zeros_like(self.frames), is_raw=True, changes=())
 
     def of_length(self, frames: int) -> Float:
         """The origin of an item of `frames` latent frames, `[channels, frames]`."""
@@ -81,6 +85,12 @@ class Origin:
         Returns:
             `[channels, frames]`; costs what these frames cost, however long the item is.
         """
+        silence = self._stored(total, start, frames)
+        for change in self.changes:
+            silence = change(silence)
+        return silence
+
+    def _stored(self, total: int, start: int, frames: int) -> Float:
         have = self.frames.shape[1]
         if self.chunking is not None and self.chunking.stitch != "none" and total > have:
             return self._stitched(self.chunking, total, start, frames)
@@ -92,7 +102,10 @@ class Origin:
         return self.frames[:, at]
 
     def at(self, total: int, start: int) -> Origin:
-        """The origin for arithmetic on crops that begin at `start` in items of `total` frames."""
+        """The origin for arithmetic on crops that begin at `start` in items of `total` frames.
+
+        Of a crop that goes on after the item's end, the rest is taken for silence.
+        """
         return replace(self, place=(total, start))
 
     def _stitched(self, chunking: Chunking, total: int, start: int, frames: int) -> Float:
@@ -120,7 +133,12 @@ class Origin:
         self.check(latent)
         frames = latent.shape[-1]
         total, start = self.place or (frames, 0)
-        return np.broadcast_to(self.crop(total, start, frames), latent.shape)
+        inside = max(0, min(frames, total - start))
+        silence = self.crop(total, start, inside)
+        if inside < frames:
+            after = self.crop(start + frames, start + inside, frames - inside)
+            silence = np.concatenate([silence, after], axis=1)
+        return np.broadcast_to(silence, latent.shape)
 
     def check(self, latent: Latent) -> None:
         """Refuse a latent that this is no origin of.

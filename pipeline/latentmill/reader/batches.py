@@ -78,7 +78,8 @@ class BatchSampler(Sampler[list[Ask]]):
             block=shuffle_block,
             window=shuffle_window,
         )
-        self._rank = Rank.of(rank, world_size, even)
+        self._asked = (rank, world_size, even)
+        Rank.of(*self._asked)  # refuses what cannot be
         self.batch_size, self._buckets, self._drop_last = batch_size, buckets, drop_last
         self._first = corpus.first
         self._lengths = dataset.lengths if buckets > 1 else None
@@ -86,6 +87,15 @@ class BatchSampler(Sampler[list[Ask]]):
         self._epochs: dict[int, _Epoch] = {}
         self._next: Progress | None = Progress()
         self._now = Progress()
+
+    @property
+    def _rank(self) -> Rank:
+        return Rank.of(*self._asked)
+
+    @property
+    def sampler(self) -> BatchSampler:
+        """Itself: where Lightning looks for `set_epoch`."""
+        return self
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is. After `load_state_dict`, the same one goes on."""
@@ -99,8 +109,12 @@ class BatchSampler(Sampler[list[Ask]]):
     def __iter__(self) -> Iterator[list[Ask]]:
         self._now, self._next = self._upcoming(), None
         epoch, start = self._epoch(self._now.epoch), self._now.position
-        for turn in range(self._rank.share(len(epoch) - start)):
-            number = (start + self._rank.rank + turn * self._rank.world_size) % len(epoch)
+        rank = self._rank
+        share = rank.share(len(epoch) - start)
+        if not share:  # none of the rest is for this rank: it goes on with the others
+            self._next = Progress(self._now.epoch + 1)
+        for turn in range(share):
+            number = (start + rank.rank + turn * rank.world_size) % len(epoch)
             self._now = Progress(self._now.epoch, start, turn + 1)
             positions = epoch.batch(number)
             numbers = epoch.numbers[positions]
@@ -118,10 +132,10 @@ class BatchSampler(Sampler[list[Ask]]):
         number = int(batch["epoch"][0])
         epoch = self._epoch(number)
         start = (self._next or self._now).on_epoch(number).position
-        place = epoch.batch_of(int(batch["position"][0]))
-        turn = (place - start - self._rank.rank) % len(epoch) // self._rank.world_size + 1
-        position = start + turn * self._rank.world_size
-        if turn >= self._rank.share(len(epoch) - start):
+        place, rank = epoch.batch_of(int(batch["position"][0])), self._rank
+        turn = (place - start - rank.rank) % len(epoch) // rank.world_size + 1
+        position = start + turn * rank.world_size
+        if turn >= rank.largest_share(len(epoch) - start):
             position = len(epoch)
         return {
             "kind": "batch sampler",

@@ -7,6 +7,7 @@ changed shard is another one. A block appears whole or not at all (written aside
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import tempfile
 import time
@@ -80,7 +81,8 @@ class RangeCache:
                 _copy(block, number, piece)
 
     def _path(self, shard: Shard, number: int) -> Path:
-        name = shard.hash.replace(":", "-")
+        # Hashed again: what a store says is no name for a file here.
+        name = hashlib.sha256(shard.hash.encode()).hexdigest()
         return self.folder / name[:2] / f"{name}-{number}{_SUFFIX}"
 
     def _load(self, shard: Shard, number: int) -> bytes | None:

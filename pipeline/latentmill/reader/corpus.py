@@ -18,7 +18,7 @@ from latentmill.reader.cache import RangeCache
 from latentmill.reader.crops import Crop, Cropped, CropReader
 from latentmill.reader.fields import FieldReader, Where, select
 from latentmill.reader.order import Ints, random_below
-from latentmill.reader.sample import Sample, Transform, sample_random
+from latentmill.reader.sample import Sample, Transform, check_seed, sample_random
 from latentmill.store.store import LatentStore
 
 Mode = Literal["random", "start", "windows"]
@@ -50,6 +50,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         choice("mode", self.mode, Mode)
+        check_seed(self.seed)
         if self.crop is not None and self.crop < 1:
             raise ConfigError(f"crop is {self.crop}: give at least one frame, or None.")
         if self.crop is None and self.mode == "windows":
@@ -168,8 +169,7 @@ class Source:
             read = map(Cropped, block.transpose(0, 2, 1), np.arange(crop) < have[:, None])
         origins = [self.store.origin] * len(rows)
         if self._reading.transforms:  # arithmetic on a crop needs to know its place
-            lengths = np.maximum(frames, starts + (crop or frames)).tolist()
-            windows = zip(origins, lengths, starts.tolist(), strict=True)
+            windows = zip(origins, frames.tolist(), starts.tolist(), strict=True)
             origins = [origin.at(length, start) for origin, length, start in windows]
         own = self._fields.read(rows) if self._fields else [{"metadata": "{}"}] * len(rows)
         begins = (starts * (self._hop / self._rate)).tolist()
@@ -270,8 +270,9 @@ class Corpus:
         random = sample_random(self.reading.seed, epoch, position)
         for transform in self.reading.transforms:
             sample = transform(sample, random)
+            origin = sample.origin or origin
         # A transform that builds a new sample need not know of these.
-        return replace(sample, epoch=epoch, position=position, origin=sample.origin or origin)
+        return replace(sample, epoch=epoch, position=position, origin=origin)
 
 
 def check_mix(stores: Sequence[LatentStore]) -> None:

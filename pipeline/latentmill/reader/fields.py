@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from latentmill.errors import ConfigError, StorageError
 from latentmill.sources.where import Condition
+from latentmill.store.fields import open_columns
 from latentmill.store.schema import RECORD_SCHEMA
 from latentmill.store.store import LatentStore
 
@@ -119,20 +120,24 @@ class FieldReader:
 
     def _table(self, shard: int) -> pa.Table:
         try:
-            with contextlib.ExitStack() as stack:
-                source = stack.enter_context(self._open(shard))
-                file = stack.enter_context(pq.ParquetFile(source, pre_buffer=False))
+            with self._open(shard) as file:
                 table = file.read(columns=list(self.columns), use_threads=False)
         except (OSError, pa.ArrowException, ValueError) as error:
             raise self._damaged(error) from error
-        return table.combine_chunks()
+        for name in self.columns:  # a store of an earlier version has fewer
+            if name not in table.column_names:
+                field = RECORD_SCHEMA.field(name).with_nullable(True)
+                table = table.append_column(field, pa.nulls(len(table), field.type))
+        return table.select(self.columns).combine_chunks()
 
-    def _open(self, shard: int) -> contextlib.AbstractContextManager[Any]:
-        """What pyarrow reads from: of a local file its path, which is five times as fast."""
+    def _open(self, shard: int) -> contextlib.AbstractContextManager[pq.ParquetFile]:
+        """A shard; a local one by its path, which is five times as fast for pyarrow."""
         storage, path = self.store.storage, self._paths[shard]
         if storage.local:
-            return contextlib.nullcontext(storage.full(path))
-        return storage.open(path)
+            file: contextlib.AbstractContextManager[pq.ParquetFile]
+            file = pq.ParquetFile(storage.full(path), pre_buffer=False)
+            return file
+        return open_columns(storage, path, self.columns)
 
     def _damaged(self, error: Exception) -> StorageError:
         return StorageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -20,14 +21,18 @@ class Normalize:
     """The transform (z - mean) / std, channel by channel. Put it after all that mixes.
 
     Latent arithmetic holds for latents as they are stored; a normalised latent has another origin.
+    Of a posterior the means are normalised and the standard deviations divided by the same `std`,
+    so that a latent is drawn before or after with the same result.
 
     Attributes:
-        mean: Of every channel.
-        std: Of every channel, above zero.
+        mean: Of every channel; of a posterior, of the means.
+        std: Of every channel, above zero; of a posterior, of the means.
+        deviations: How many channels of standard deviations follow those, unless drawn from.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    deviations: int = 0
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not all(value > 0 for value in self.std):
@@ -47,7 +52,9 @@ class Normalize:
         """
         choice("by", by, By)
         opened = LatentStore(store) if isinstance(store, str) else store
-        mean, std = opened.mean, opened.std
+        deviations = opened.origin.deviations
+        means = len(opened.mean) - deviations
+        mean, std = opened.mean[:means], opened.std[:means]
         if by == "overall":
             variance = float((std**2 + (mean - mean.mean()) ** 2).mean())
             mean = np.full_like(mean, mean.mean())
@@ -60,11 +67,14 @@ class Normalize:
                 f"Channel {int(np.argmin(std))} of {opened.url} does not vary, so that it cannot "
                 "be normalised by its deviation: take by='overall' or 'scale'."
             )
-        return cls(tuple(mean.tolist()), tuple(std.tolist()))
+        return cls(tuple(mean.tolist()), tuple(std.tolist()), deviations)
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
-        """Normalise a sample; nothing is random about it."""
-        return replace(sample, latent=self.apply(sample.latent))
+        """Normalise a sample, and the silence that continues it; nothing is random about it."""
+        origin = sample.origin
+        if origin is not None:
+            origin = replace(origin, changes=(*origin.changes, self.apply))
+        return replace(sample, latent=self.apply(sample.latent), origin=origin)
 
     def apply(self, latent: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
         """Normalise latents `[..., channels, frames]`."""
@@ -77,12 +87,17 @@ class Normalize:
         return np.asarray(latent * std + mean, np.float32)
 
     def _columns(self, latent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
-        if latent.shape[-2] != len(self.mean):
+        channels, means = latent.shape[-2], len(self.mean)
+        if channels not in (means, means + self.deviations):
             raise ConfigError(
-                f"Normalize is for {len(self.mean)} channels and the latent has "
-                f"{latent.shape[-2]}: make it from the store that is read."
+                f"Normalize is for {means + self.deviations} channels and the latent has "
+                f"{channels}: make it from the store that is read."
             )
-        return (
-            np.array(self.mean, np.float32)[:, None],
-            np.array(self.std, np.float32)[:, None],
-        )
+        mean, std = self._all_columns
+        return mean[:channels], std[:channels]
+
+    @cached_property
+    def _all_columns(self) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+        mean = np.array(self.mean + (0.0,) * self.deviations, np.float32)
+        std = np.array(self.std + self.std[: self.deviations], np.float32)
+        return mean[:, None], std[:, None]

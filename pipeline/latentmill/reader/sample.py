@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from latentmill.errors import ConfigError
 from latentmill.ops import Origin
 
 
@@ -42,6 +43,16 @@ class Transform(Protocol):
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
         """Give the changed sample; `random` is the sample's own, see `sample_random`."""
         ...
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that no random numbers can be drawn from.
+
+    Raises:
+        ConfigError: It is negative.
+    """
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}: give a whole number from 0.")
 
 
 def sample_random(seed: int, epoch: int, position: int) -> np.random.Generator:

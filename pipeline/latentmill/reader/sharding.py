@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch.distributed
@@ -11,6 +12,7 @@ import torch.distributed
 from latentmill.errors import ConfigError
 from latentmill.reader.corpus import choice
 from latentmill.reader.order import Mixture, apportion
+from latentmill.reader.sample import check_seed
 
 Even = Literal["off", "drop", "pad"]
 
@@ -42,6 +44,9 @@ class Rank:
     def of(cls, rank: int | None, world_size: int | None, even: Even) -> Rank:
         """As given; where it is not, as `torch.distributed` says if it is in use, else alone.
 
+        Not to be kept where it is not given: Lightning joins the process group after the user has
+        made the loaders.
+
         Raises:
             ConfigError: There is no such rank, only one of both is given, or another `even`.
         """
@@ -62,6 +67,10 @@ class Rank:
         if self.even == "off":
             return every + (self.rank < rest)
         return every + (self.even == "pad" and rest > 0)
+
+    def largest_share(self, remaining: int) -> int:
+        """How many of them the rank gets that gets the most."""
+        return replace(self, rank=0).share(remaining)
 
 
 @dataclass(frozen=True)
@@ -97,9 +106,10 @@ def mixture(
     Raises:
         ConfigError: An option does not fit.
     """
+    check_seed(seed)
     taken = tuple(int(size) for size in sizes)
     if weights is not None:
-        if len(weights) != len(sizes) or not all(weight > 0 for weight in weights):
+        if len(weights) != len(sizes) or not all(0 < w < math.inf for w in weights):
             raise ConfigError(f"weights needs a number above zero for each of {len(sizes)} stores.")
         if not shuffle:
             raise ConfigError(

@@ -7,17 +7,20 @@ import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentmill.errors import StorageError
-from latentmill.storage import Storage
+from latentmill.remote import protocol_of
+from latentmill.storage import READ_ONLY, Storage
 
 if TYPE_CHECKING:
     from latentmill.reader.cache import RangeCache
 
 OPEN_FILES = 256
+THREADS = 8  # that ask a web server side by side
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class ShardReader:
         self._storage = storage
         self._cache = cache
         self._begin()
-        self._listed: dict[str, int] | None = None
+        self._sizes: dict[str, int] = {}  # of remote shards
 
     def fill(self, pieces: Sequence[Piece]) -> None:
         """Read all pieces, in one batch of requests where the store is not local.
@@ -126,15 +129,10 @@ class ShardReader:
         return file
 
     def _fill_remote(self, pieces: Sequence[Piece]) -> None:
-        if self._listed is None:
-            folders = {piece.shard.path.rpartition("/")[0] for piece in pieces}
-            self._listed = {
-                f"{folder}/{name}": size
-                for folder in folders
-                for name, size in self._storage.list(folder).items()
-            }
-        for shard in {piece.shard for piece in pieces}:
-            if self._listed.get(shard.path) != shard.bytes:
+        shards = {piece.shard for piece in pieces}
+        self._look_up({shard.path for shard in shards} - self._sizes.keys())
+        for shard in shards:
+            if self._sizes.get(shard.path) != shard.bytes:
                 raise self._changed(shard)
         if self._cache is not None:
             self._cache.fill(self._storage, pieces)
@@ -146,6 +144,22 @@ class ShardReader:
             if len(data) != len(piece.target):
                 raise self._changed(piece.shard)
             piece.target[:] = data
+
+    def _look_up(self, paths: set[str]) -> None:
+        """Find out the sizes of shards: of all at once, where the storage lists them."""
+        if not paths:
+            return
+        if protocol_of(self._storage.root) in READ_ONLY:  # a web server need not
+            with ThreadPoolExecutor(THREADS) as pool:
+                self._sizes.update(zip(paths, pool.map(self._size, paths), strict=True))
+            return
+        for folder in {path.rpartition("/")[0] for path in paths}:
+            listed = self._storage.list(folder)
+            self._sizes.update({f"{folder}/{name}": size for name, size in listed.items()})
+
+    def _size(self, path: str) -> int:
+        with self._storage.open(path) as file:
+            return file.seek(0, os.SEEK_END)
 
     def _unreadable(self, shard: Shard, error: OSError) -> StorageError:
         return StorageError(

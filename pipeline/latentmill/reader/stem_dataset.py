@@ -15,7 +15,7 @@ from latentmill.levels import decibels
 from latentmill.ops.origin import Float
 from latentmill.reader.crops import Crop, Cropped, CropReader
 from latentmill.reader.fields import FieldReader
-from latentmill.reader.sample import sample_random
+from latentmill.reader.sample import check_seed, sample_random
 from latentmill.reader.stems import (
     MIXES,
     By,
@@ -51,7 +51,7 @@ class StemDataset(Dataset[T], Generic[T]):
 
     For `torch.utils.data.DataLoader` with its own collate. Sample n of epoch e is a function of
     the seed, e and n alone, whatever worker reads it; a `DistributedSampler` shares the numbers
-    out over ranks. Picklable and small; may be forked.
+    out over ranks. Picklable; may be forked.
 
     Args:
         store: The store, open or by path or URL.
@@ -61,6 +61,7 @@ class StemDataset(Dataset[T], Generic[T]):
         seed: Of all that is random.
         by: How stems are grouped; see `stem_groups`.
         without: Roles that are left out, as they are mixes of the others.
+        having: Roles that a song must have; others are left out.
         gains: Range of the random gain of each stem, dB; None: as they are.
         remix: How often, 0 to 1, a song's stems are swapped for stems of the same role from songs
             drawn at random, each with a crop of its own. Tempo and key are not matched.
@@ -81,6 +82,7 @@ class StemDataset(Dataset[T], Generic[T]):
         seed: int = 0,
         by: By = "fields",
         without: Sequence[str] = MIXES,
+        having: Sequence[str] = (),
         gains: Decibels | None = None,
         remix: float = 0.0,
         active_db: float | None = -60.0,
@@ -88,10 +90,16 @@ class StemDataset(Dataset[T], Generic[T]):
     ) -> None:
         if crop < 1 or per_song < 1:
             raise ConfigError("Options crop and per_song must be at least 1.")
+        check_seed(seed)
         if not 0 <= remix <= 1:
             raise ConfigError(f"Option remix is a share from 0 to 1, not {remix}.")
         self.store = LatentStore(store) if isinstance(store, str) else store
-        self.groups = stem_groups(self.store, by, without=without)
+        groups = stem_groups(self.store, by, without=without)
+        self.groups = tuple(group for group in groups if {*having} <= {*group.roles})
+        if not self.groups:
+            raise ConfigError(
+                f"No song of {self.store.url} has {' and '.join(having)}: check the roles."
+            )
         self.epoch = 0
         self._task, self._crop, self._seed = task, crop, seed
         self._gains = None if gains is None else RandomStemGains(gains)
@@ -210,12 +218,8 @@ class StemDataset(Dataset[T], Generic[T]):
         total = max(self._frames(row) for row in choice.group.rows)
         place = (max(total, choice.start + self._crop), choice.start)
         latents = [
-            one.latent
-            if (row, start) == (own, choice.start)
-            else self._moved(one.latent, row, start, place)
-            for one, row, own, start in zip(
-                read, choice.rows, choice.group.rows, choice.starts, strict=True
-            )
+            self._moved(one.latent, row, start, place)
+            for one, row, start in zip(read, choice.rows, choice.starts, strict=True)
         ]
         model = self.store.info.model
         return Stems(
@@ -230,12 +234,18 @@ class StemDataset(Dataset[T], Generic[T]):
         )
 
     def _moved(self, latent: Float, row: int, start: int, place: tuple[int, int]) -> Float:
-        """A crop of another song put at a place of this one: the origin may differ between them."""
+        """A crop put at a place of the song, where the origin may be another.
+
+        It is of another song, or of a stem that ends before this one does.
+        """
+        frames = self._frames(row)
+        have = max(0, min(frames - start, self._crop))
+        if have == self._crop and (frames, start) == place:
+            return latent
         origin = self.store.origin
-        total = max(self._frames(row), start + self._crop)
         means = slice(0, len(latent) - origin.deviations)
-        moved = latent.copy()
-        moved[means] += (origin.crop(*place, self._crop) - origin.crop(total, start, self._crop))[
-            means
-        ]
+        moved = origin.crop(*place, self._crop).copy()
+        change = moved[means, :have] - origin.crop(frames, start, have)[means]
+        moved[:, :have] = latent[:, :have]
+        moved[means, :have] += change
         return moved

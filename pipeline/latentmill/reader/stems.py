@@ -271,8 +271,8 @@ def _one(stems: Stems, random: np.random.Generator, role: str | None, audible: b
     among = [n for n, own in enumerate(stems.roles) if role in (None, own)]
     if not among:
         raise ConfigError(
-            f"Song {stems.group} has no stem {role!r} but {', '.join(stems.roles)}: let the target "
-            "be None for any."
+            f"Song {stems.group} has no stem {role!r} but {', '.join(stems.roles)}: leave such "
+            f"songs out by having=[{role!r}], or let the target be None for any."
         )
     heard = [stem for stem in among if stems.active[stem].any()]
     among = heard if audible and heard else among

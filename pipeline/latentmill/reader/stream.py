@@ -82,7 +82,8 @@ class LatentStream(IterableDataset[Sample]):
         cache_gib: float = 50.0,
     ) -> None:
         reading = Reading(crop, mode, seed, metadata, tuple(transforms))
-        self._rank = Rank.of(rank, world_size, even)
+        self._asked = (rank, world_size, even)
+        Rank.of(*self._asked)  # refuses what cannot be
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}: give at least 1.")
         self._batch_size = batch_size
@@ -95,6 +96,16 @@ class LatentStream(IterableDataset[Sample]):
         self._now = Progress()
         self._share: tuple[int, ...] | None = None  # whose the account in `_now` is
         self._loaded_share: tuple[int, ...] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        rank = self._rank
+        if rank.world_size > 1:  # a spawned worker is in no process group: it is told
+            return self.__dict__ | {"_asked": (rank.rank, rank.world_size, rank.even)}
+        return self.__dict__
+
+    @property
+    def _rank(self) -> Rank:
+        return Rank.of(*self._asked)
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is. After `load_state_dict`, the same one goes on."""
@@ -125,18 +136,20 @@ class LatentStream(IterableDataset[Sample]):
 
     def _samples(self, epoch: int, start: int, worker: int, workers: int) -> Iterator[Sample]:
         order, total = EpochOrder(self._mixture, epoch), self._mixture.total
-        run = self._batch_size or 1
-        count = worker_share(self._rank.share(total - start), worker, workers, run)
+        rank, run = self._rank, self._batch_size or 1
+        count = worker_share(rank.share(total - start), worker, workers, run)
         together = max(READ_TOGETHER, run)
         while self._now.done < count:
             last = min(self._now.done + together, count)
             turns = np.arange(self._now.done, last)
             local = (turns // run * workers + worker) * run + turns % run
-            positions: Ints = start + self._rank.rank + local * self._rank.world_size
+            positions: Ints = start + rank.rank + local * rank.world_size
             sources, samples = order.at(positions % total)
             for sample in self.corpus.read(sources, samples, epoch, positions):
                 self._now = Progress(epoch, start, self._now.done + 1)
                 yield sample
+        if not count:  # none of the rest was for this worker: it goes on with the others
+            self._next = Progress(epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Where this process's own iteration is, exactly.
@@ -168,8 +181,9 @@ class LatentStream(IterableDataset[Sample]):
         """
         epoch, positions = int(batch["epoch"][0]), np.asarray(batch["position"])
         start = (self._next or self._now).on_epoch(epoch).position
-        local, wrong = np.divmod(positions - start - self._rank.rank, self._rank.world_size)
-        count = self._rank.share(self._mixture.total - start)
+        rank, run = self._rank, self._batch_size or 1
+        local, wrong = np.divmod(positions - start - rank.rank, rank.world_size)
+        count = rank.share(self._mixture.total - start)
         first, last = int(local[0]), int(local[-1]) + 1
         whole = self._batch_size is None or (
             first % self._batch_size == 0 and (len(local) == self._batch_size or last == count)
@@ -179,7 +193,8 @@ class LatentStream(IterableDataset[Sample]):
                 "After this batch it cannot be said what was read: give LatentStream the "
                 "DataLoader's batch_size and do not reorder batches."
             )
-        return self._state(self._after(Progress(epoch, start), last))
+        # A last batch that is not full is that of all ranks, one of which may have one sample more.
+        return self._state(self._after(Progress(epoch, start), -(-last // run) * run))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a state was saved, with any number of ranks and workers.
@@ -197,10 +212,10 @@ class LatentStream(IterableDataset[Sample]):
 
     def _after(self, progress: Progress, done: int) -> Progress:
         """All ranks' progress, when each has read `done` samples since `progress`."""
-        total = self._mixture.total
-        if done >= self._rank.share(total - progress.position):
+        rank, total = self._rank, self._mixture.total
+        if done >= rank.largest_share(total - progress.position):
             return Progress(progress.epoch, total)
-        return Progress(progress.epoch, progress.position + done * self._rank.world_size)
+        return Progress(progress.epoch, progress.position + done * rank.world_size)
 
     def _state(self, progress: Progress) -> dict[str, Any]:
         return {

@@ -64,6 +64,10 @@ class RandomFade:
 
     frames: int
 
+    def __post_init__(self) -> None:
+        if self.frames < 0:
+            raise ConfigError(f"RandomFade needs a number of frames, not {self.frames}.")
+
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
         """The sample between two fades."""
         longest = min(self.frames, sample.latent.shape[1] // 2)
@@ -78,15 +82,17 @@ class DrawFromPosterior:
     """Draws a latent from a stored posterior, mean + std * noise; half the channels stay."""
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
-        """The sample with a drawn latent; it has no origin any more, so let this be the last."""
-        rows = _origin(sample).deviations
+        """The sample with a drawn latent, which silence continues by the mean of its own."""
+        origin = _origin(sample)
+        rows = origin.deviations
         if not rows:
             raise ConfigError(
                 "The latents have no standard deviations to draw from: leave DrawFromPosterior out."
             )
         means, deviations = sample.latent[:-rows], sample.latent[-rows:]
         noise = random.standard_normal(means.shape, np.float32)
-        return replace(sample, latent=means + deviations * noise)
+        silence = replace(origin, frames=origin.frames[:-rows], deviations=0)
+        return replace(sample, latent=means + deviations * noise, origin=silence)
 
 
 def _origin(sample: Sample) -> Origin:

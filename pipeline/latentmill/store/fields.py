@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+import bisect
+import contextlib
+import io
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, BinaryIO
 
 import pyarrow.parquet as pq
 
@@ -10,24 +14,83 @@ from latentmill.storage import Storage
 from latentmill.store.schema import RECORD_SCHEMA
 
 _FIELD_COLUMNS = [name for name in RECORD_SCHEMA.names if name != "latent"]
+_NEAR = 1 << 14  # bytes between two columns that are read along, not left out by one more request
 
 
 class ShardFields:
     """The columns beside the latents of one Parquet shard, read once."""
 
     def __init__(self, storage: Storage, path: str) -> None:
-        with storage.open(path) as file:
-            have = set(pq.read_schema(file).names)  # a store of an earlier version has fewer
-            self._table = pq.read_table(
-                file,
-                columns=[name for name in _FIELD_COLUMNS if name in have],
-                page_checksum_verification=True,
-                # Arrow's threads may abort a process that ends soon after they began.
-                use_threads=False,
-                pre_buffer=False,
-            )
+        with open_columns(storage, path, _FIELD_COLUMNS) as file:
+            # Arrow's threads may abort a process that ends soon after they began.
+            self._table = file.read(columns=_FIELD_COLUMNS, use_threads=False)
 
     def row(self, row: int) -> dict[str, Any]:
         """The fields of one row by name."""
         fields: dict[str, Any] = self._table.slice(row, 1).to_pylist()[0]
         return fields
+
+
+@contextlib.contextmanager
+def open_columns(storage: Storage, path: str, names: Collection[str]) -> Iterator[pq.ParquetFile]:
+    """A Parquet shard, open for reading some of its columns (those that it has).
+
+    Those of a remote one are there after one round of requests: they lie between the latents, in
+    small pieces, and reading piece by piece and ahead would read most of the latents too.
+    """
+    with storage.open(path) as file:
+        source: Any = file
+        footer = pq.read_metadata(file)
+        if not storage.local:
+            spans = _spans(footer, names)
+            found = storage.read_ranges([(path, first, last - first) for first, last in spans])
+            source = _Parts(file, [first for first, _ in spans], found)
+        yield pq.ParquetFile(
+            source, metadata=footer, page_checksum_verification=True, pre_buffer=False
+        )
+
+
+def _spans(footer: Any, names: Collection[str]) -> list[tuple[int, int]]:
+    """First and last byte, exclusive, of what the columns lie in."""
+    spans: list[tuple[int, int]] = []
+    for group in map(footer.row_group, range(footer.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.path_in_schema.partition(".")[0] in names:
+                first = column.dictionary_page_offset or column.data_page_offset
+                last = first + column.total_compressed_size
+                if spans and first - spans[-1][1] <= _NEAR:
+                    first = spans.pop()[0]
+                spans.append((first, last))
+    return spans
+
+
+class _Parts(io.RawIOBase):
+    """A file of which some parts are in memory."""
+
+    def __init__(self, file: BinaryIO, starts: Sequence[int], parts: Sequence[bytes]) -> None:
+        self._file, self._starts, self._parts = file, starts, parts
+        self._size = file.seek(0, io.SEEK_END)
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        part = bisect.bisect_right(self._starts, self._at) - 1
+        inside = self._at - self._starts[part] if part >= 0 else 0
+        if part >= 0 and inside < len(self._parts[part]):
+            data = self._parts[part][inside : inside + len(buffer)]
+        else:
+            self._file.seek(self._at)
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
