@@ -1,10 +1,11 @@
 """lin-cae on a GPU: the model alone, and end to end from FLAC files to committed shards.
 
-    python benchmarks/gpu.py [--modes tf32 bf16] [--minutes 60] [--decode-threads 16]
+    python benchmarks/gpu.py [--modes tf32 bf16] [--minutes 300] [--decode-threads 16]
 
 `model` feeds batches that are in memory, as a worker does; `end_to_end` is a worker without Ray:
-it decodes FLAC, encodes, writes Parquet and commits, two units at a time. The model is loaded and
-its kernels chosen before the clocks start. The audio is real recordings, repeated.
+it decodes FLAC, encodes, writes Parquet and commits, two units at a time, each of many files, as
+a large corpus has them. The model is loaded and its kernels chosen before the clocks start. The
+audio is real recordings, repeated; files beyond the first `DIFFERENT` are links to those.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from common import RESULTS, SHARED_AUDIO, machine, median, random_linear_cae, wr
 from models import count_work, feed, matrix_peak, pack, recording, seconds_of
 
 FLAC_SECONDS = 180.0
+DIFFERENT = 20
+UNITS = 4  # a round: a file of its own each would leave all but one decode thread idle
 
 
 def main() -> None:
@@ -28,7 +31,7 @@ def main() -> None:
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument("--modes", nargs="+", help="default: tf32, bf16 and fp16; on a CPU float32")
     parser.add_argument("--audio", type=Path, default=SHARED_AUDIO / "ogg")
-    parser.add_argument("--minutes", type=float, default=60, help="audio a round")
+    parser.add_argument("--minutes", type=float, default=300, help="audio a round")
     parser.add_argument("--batch-size", type=int, help="chunks; default: found by trying")
     parser.add_argument("--decode-threads", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
@@ -67,8 +70,11 @@ def write_flac(source: Path, target: Path, seconds: float) -> Path:
     audio = recording(source, 44100, 2, min(20.0, length))
     audio = np.resize(audio.T, (round(length * 44100), 2))
     for number in range(max(1, round(seconds / length))):
-        shifted = np.roll(audio, 44100 * number, axis=0)
-        soundfile.write(target / f"{number:04d}.flac", shifted, 44100, "PCM_16")
+        path, first = (target / f"{one:04d}.flac" for one in (number, number % DIFFERENT))
+        if path == first:
+            soundfile.write(path, np.roll(audio, 44100 * number, axis=0), 44100, "PCM_16")
+        else:
+            path.hardlink_to(first)
     return target
 
 
@@ -132,7 +138,8 @@ def end_to_end(arguments: Any, mode: str, corpus: Path, out: Path) -> dict[str, 
             format=config.format,
             ignored={},
         )
-        with draft(FolderSource(str(corpus), ("flac",)).items(), Cutting()) as items:
+        cutting = Cutting(60 * arguments.minutes / UNITS)
+        with draft(FolderSource(str(corpus), ("flac",)).items(), cutting) as items:
             plan = freeze(plan, items, Storage(config.out))
         worker = Worker(make_job(config, handle, chunking, plan, device=device, threads=2))
         worker.origin()

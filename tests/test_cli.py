@@ -220,6 +220,9 @@ def test_models_and_version(capsys: Capture) -> None:
     listed = json.loads(runs.call(capsys, "models", "--json").out)
     assert all(set(entry) == {"name", "description", "requirement"} for entry in listed)
     assert runs.call(capsys, "version").out == f"{__version__}\n"
+    for command in (("models", "dac:/"), ("encode", "in", "out", "--model", "dac:/")):
+        refused = runs.call(capsys, *command, "--revision", "123")
+        assert "has no revisions; leave out the option revision" in refused.err
     assert runs.call(capsys, "--help").code == 0
     assert runs.call(capsys, "no-such-command").code == 2
 

@@ -154,6 +154,9 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
     assert config.batch_size == 3  # an option that was not given
     assert config.stitch == "none"
     assert config.model_options == {"hop": 256}
+    more = load_config(path, {"model_options": {"scale_factor": 2.0}})
+    assert more.model_options == {"hop": 256, "scale_factor": 2.0}
+    assert load_config(path, {"model_options": {"hop": 64}}).model_options == {"hop": 64}
     assert load_config(None, BASE) == RunConfig(source="/music", out="/latents")
 
 

@@ -10,7 +10,7 @@ import struct
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from latentmill.audio import MediaFile
 from latentmill.chunks import Chunking
 from latentmill.decode import decode_latent
 from latentmill.encode import UnitEncoder
+from latentmill.errors import ModelError
 from latentmill.meter import Meter
 from latentmill.models import mdct
 from latentmill.models.base import Autoencoder, Context, ModelSpec
@@ -374,6 +375,21 @@ def test_what_float32_cannot_save_fails_after_one_more_try(corpus: Path) -> None
     loud = mdct.build(hop=64, sample_rate=RATE, scale_factor=1e8).load("cpu")
     settings = EncodeSettings(dtype="float16", precision="bf16")
     assert {one.status for one in encode(items_of(corpus), loud, settings=settings)} == {"failed"}
+
+
+def test_a_model_that_does_not_keep_its_spec_is_refused(
+    corpus: Path, one_sentence: Callable[[BaseException], str]
+) -> None:
+    """Its latents would be stored at wrong times."""
+
+    class Wrong:
+        def __init__(self, spec: ModelSpec) -> None:
+            self.spec, self.decode, self.encode = spec, MODEL.decode, MODEL.encode
+
+    for spec in (replace(MODEL.spec, overhang=0), replace(MODEL.spec, latent_channels=1)):
+        with pytest.raises(ModelError) as caught:
+            encode(items_of(corpus)[:1], Wrong(spec))
+        assert "where its spec promises" in one_sentence(caught.value)
 
 
 def test_an_empty_unit_has_no_outcomes() -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -83,11 +84,32 @@ def test_what_was_measured_survives_a_longer_plan(
     assert after.seams == before.seams is not None
 
 
-def test_what_cannot_be_measured_is_said(encode, one_sentence) -> None:
+def test_silence_says_nothing_and_does_no_harm(
+    tmp_path: Path, ray_session: Path, one_sentence
+) -> None:
+    """Its latents are zeros with mdct; a NaN in dataset.json would be a damaged store."""
+    source, out = tmp_path / "in", str(tmp_path / "out")
+    source.mkdir()
+    soundfile.write(source / "a.wav", np.zeros(3 * RATE), RATE)
+    soundfile.write(source / "b.wav", np.random.default_rng(1).normal(0, 0.1, 4 * RATE), RATE)
+    lm.encode(str(source), out, chunk_seconds=2.0, threads=1)
+    assert [one.key for one in measure_seams(lm.open(out)).items] == ["b"]
+    with pytest.raises(ConfigError) as caught:
+        measure_seams(lm.open(out), max_seconds=3.5)
+    assert "only zeros" in one_sentence(caught.value)
+
+
+def test_what_cannot_be_measured_is_said(
+    encode, one_sentence, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = encode()
     with pytest.raises(ConfigError) as caught:
         measure_seams(store, max_seconds=3.0)
     assert "no items between one chunk" in one_sentence(caught.value)
+    chunking = replace(store.chunking, samples=60 * RATE)  # as of mimi
+    monkeypatch.setattr(lm.LatentStore, "chunking", chunking)
+    with pytest.raises(ConfigError, match=r"one chunk \(60\.0 s\) and 300 s"):
+        measure_seams(store)
 
 
 def test_chunks_that_are_kept_apart_have_no_seams(encode) -> None:
@@ -113,9 +135,12 @@ def test_whole_items_are_encoded_in_the_store_s_numeric_mode(
     write_cache(ray_session)
     use_cache(monkeypatch, ray_session)
     store = encode(model="lin-cae", precision="bf16", chunk_seconds=20.0)
-    same = _measure(store, store["3"]).error  # one chunk: it is the whole item
+    same = _measure(store, store["3"])  # one chunk: it is the whole item
     monkeypatch.setattr("latentmill.seams.numeric_mode", lambda *_: nullcontext())
-    assert same < 1e-6 < 1e-3 < _measure(store, store["3"]).error
+    other = _measure(store, store["3"])
+    assert same is not None
+    assert other is not None
+    assert same.error < 1e-6 < 1e-3 < other.error
 
 
 def test_the_command_prints_it(encode) -> None:

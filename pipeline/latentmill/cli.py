@@ -126,6 +126,7 @@ def models(
         str | None, typer.Argument(help="One model: its lengths and stitching.")
     ] = None,
     model_option: opt.ModelOption = None,
+    revision: opt.Revision = None,
     channels: opt.Channels = None,
     as_json: AsJson = False,
 ) -> None:
@@ -133,7 +134,7 @@ def models(
     if name is None:
         print_value(as_json, registry.available(), show.models)
     else:
-        handle = registry.resolve(name, _options(model_option), channels)
+        handle = registry.resolve(name, _options(model_option, revision), channels)
         print_value(as_json, handle.spec, show.model)
 
 
@@ -167,17 +168,18 @@ def version() -> None:
 
 def _settings(options: Mapping[str, Any]) -> RunConfig:
     """The settings of a command that has the options of `encode`."""
-    given = {**options, "model_options": _options(options["model_option"])}
-    for name in ("config", "model_option", "as_json"):
+    model_options = _options(options["model_option"], options["revision"])
+    given = {**options, "model_options": model_options}
+    for name in ("config", "model_option", "revision", "as_json"):
         del given[name]
     return load_config(options["config"], given)
 
 
-def _options(pairs: list[str] | None) -> dict[str, Any] | None:
+def _options(pairs: list[str] | None, revision: str | None) -> dict[str, Any] | None:
     """`name=value` options; a value is read as YAML, so that numbers are numbers."""
     import yaml
 
-    options = {}
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals:

@@ -38,6 +38,12 @@ ModelOption = Annotated[
     list[str] | None,
     typer.Option(help="NAME=VALUE, such as scale_factor=20; repeatable.", rich_help_panel=MODEL),
 ]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        help="Branch, tag or commit of the weights' hub repository.", rich_help_panel=MODEL
+    ),
+]
 Channels = Annotated[
     str | None,
     typer.Option(
@@ -54,6 +60,7 @@ ENCODE: dict[str, Any] = {
     "log_format": _one(str, "text (default), or json: one object per line on stderr."),
     "model": _one(str, "Autoencoder (default: mdct).", MODEL),
     "model_option": ModelOption,
+    "revision": Revision,
     "channels": Channels,
     "precision": _one(str, "float32, tf32, bf16 or fp16 (default: by the device).", MODEL),
     "compile": _flag("--compile", "Encode full batches by torch.compile.", MODEL),
@@ -97,7 +104,9 @@ ENCODE: dict[str, Any] = {
     "workers": _one(int, "Models in memory.", MACHINES),
     "threads": _one(int, "CPU threads per worker.", MACHINES),
     "batch_size": _one(int, "Chunks per forward pass.", MACHINES),
-    "decode_threads": _one(int, "Decoders per worker.", MACHINES),
+    "decode_threads": _one(
+        int, "Decoders per worker (2; on a GPU its share of the cores).", MACHINES
+    ),
     "decode_tasks": _one(
         int, "Decode a unit in so many Ray tasks on any free CPU cores instead.", MACHINES
     ),

@@ -124,7 +124,9 @@ def export(
 def seams(
     out: Out,
     items: Annotated[int, typer.Option(min=1, help="How many items to encode whole.")] = 8,
-    max_seconds: Annotated[float, typer.Option(help="Longest of them.")] = 60.0,
+    max_seconds: Annotated[
+        float | None, typer.Option(help="Longest of them (default: 60, or five chunks).")
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:

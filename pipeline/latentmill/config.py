@@ -139,7 +139,12 @@ class RunConfig(BaseModel):
     device: str = Field("auto", description="auto, cpu or cuda.")
     workers: int | None = Field(None, ge=1, description="Models in memory; default one per GPU.")
     threads: int | None = Field(None, ge=1, description="CPU threads of a worker on CPU.")
-    decode_threads: int = Field(2, ge=1, description="Decoding threads of a worker.")
+    decode_threads: int | None = Field(
+        None,
+        ge=1,
+        description="Decoding threads of a worker; default 2, or on a GPU its share of the node's "
+        "cores, up to 16.",
+    )
     decode_tasks: int = Field(
         0,
         ge=0,
@@ -179,7 +184,11 @@ def load_config(file: str | Path | None, options: Mapping[str, Any]) -> RunConfi
         if not isinstance(loaded, dict):
             raise ConfigError(f"Config {file} must hold `setting: value` lines.")
         values.update(loaded)
-    values.update({name: value for name, value in options.items() if value is not None})
+    given = {name: value for name, value in options.items() if value is not None}
+    written, wanted = values.get("model_options"), given.get("model_options")
+    if isinstance(written, dict) and isinstance(wanted, dict):  # one does not drop the others
+        given["model_options"] = {**written, **wanted}
+    values.update(given)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:

@@ -17,6 +17,7 @@ import torch
 from latentmill.chunks import Batch, Chunk, Chunking, Packer, Stitcher
 from latentmill.meter import Meter
 from latentmill.models.base import Autoencoder
+from latentmill.models.checks import check_encoded
 from latentmill.models.compiled import uncompiled
 from latentmill.models.feed import Array, Feed
 from latentmill.models.precision import numeric_mode
@@ -101,6 +102,7 @@ class UnitEncoder:
             if latents is None:
                 return
             batch = self._queued.popleft()
+            check_encoded(self._model.spec, batch.chunks[0].audio.shape[1], latents.shape)
             if self._settings.precision != "float32" and not self._fits(latents):
                 latents = self._exactly(batch)
             for owner, chunk, latent in zip(batch.owners, batch.chunks, latents, strict=True):

@@ -49,14 +49,16 @@ class SeamReport:
 
 
 def measure_seams(
-    store: LatentStore, *, items: int = 8, max_seconds: float = 60.0, record: bool = True
+    store: LatentStore, *, items: int = 8, max_seconds: float | None = None, record: bool = True
 ) -> SeamReport:
     """Encode some items whole and compare with what the store has.
 
     Args:
         store: A store whose source can still be read.
-        items: How many items, spread evenly over those that are longer than one chunk.
-        max_seconds: Longest item to encode whole: a model needs memory in proportion.
+        items: How many items, spread evenly over those that are longer than one chunk; those whose
+            latent is zero throughout (digital silence, with some models) say nothing.
+        max_seconds: Longest item to encode whole: a model needs memory in proportion. Default: a
+            minute, or five chunks where that is longer.
         record: Whether to write the result into a sealed store's dataset.json.
 
     Raises:
@@ -69,23 +71,34 @@ def measure_seams(
         raise ConfigError(
             f"{store.url} holds codes, between which there is no distance to measure."
         )
+    chunk_seconds = chunking.samples / rate
+    longest = max(60.0, 5 * chunk_seconds) if max_seconds is None else max_seconds
     fitting = [
         key
         for key in store.keys()  # noqa: SIM118  iterating the store gives records
-        if chunking.samples < store.entry(key).num_samples <= max_seconds * rate
+        if chunking.samples < store.entry(key).num_samples <= longest * rate
     ]
     if not fitting:
         raise ConfigError(
-            f"{store.url} has no items between one chunk ({chunking.samples / rate:.1f} s) and "
-            f"{max_seconds:g} s: ask for more with --max-seconds."
+            f"{store.url} has no items between one chunk ({chunk_seconds:.1f} s) and "
+            f"{longest:g} s: ask for more with --max-seconds."
         )
     step = max(1, len(fitting) // items)
-    measured = []
-    for key in fitting[::step][:items]:
+    measured: list[SeamError] = []
+    for key in fitting[::step]:
+        if len(measured) == items:
+            break
         try:
-            measured.append(_measure(store, store[key]))
+            one = _measure(store, store[key])
         except ItemError as error:
             raise ConfigError(f"The source of {key} cannot be compared: {error}.") from error
+        if one is not None:
+            measured.append(one)
+    if not measured:
+        raise ConfigError(
+            f"{store.url} has only zeros in the latents that were tried: ask for more --items, or "
+            "for longer ones with --max-seconds."
+        )
     errors = [one.error for one in measured]
     report = SeamReport(tuple(measured), statistics.median(errors), max(errors))
     if record and store.sealed:
@@ -93,13 +106,15 @@ def measure_seams(
     return report
 
 
-def _measure(store: LatentStore, record: Record) -> SeamError:
+def _measure(store: LatentStore, record: Record) -> SeamError | None:
     model = store.model()
     audio = read_source(record, model.spec.channels)  # [C, T]
     padding = model.spec.padded(audio.shape[1]) - audio.shape[1]
     with numeric_mode(store.plan.fingerprint["numeric"]["precision"], store.device):
         whole = model.encode(torch.from_numpy(np.pad(audio, ((0, 0), (0, padding))))[None])
     reference = whole[0].double().cpu().numpy()  # [D, Z]
+    if not reference.any():
+        return None
     difference = record.latent.astype(np.float64) - reference
     frames = np.linalg.norm(difference, axis=0)
     typical = np.sqrt(np.mean(np.square(np.linalg.norm(reference, axis=0))))

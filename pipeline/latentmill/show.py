@@ -260,8 +260,8 @@ def model(spec: ModelSpec) -> str:
     why = (
         "no context makes a chunk's frames equal to the whole item's"
         if spec.context is None
-        else f"a frame sees {spec.context.left} frames to its left and {spec.context.right} to its "
-        "right, at most"
+        else f"a frame is taken where its chunk has {spec.context.left} frames to its left and "
+        f"{spec.context.right} to its right"
     )
     rows = {
         "model": f"{spec.name}, {spec.sample_rate} Hz, {spec.channels} channel(s), scale factor "
@@ -333,11 +333,11 @@ def closest(word: str, words: Iterable[str]) -> str | None:
 
 
 def _left_alone(ignored: Mapping[str, int]) -> str:
-    """The files that are no items, by extension."""
+    """What of a source is no item, by extension or reason."""
     if not ignored:
         return ""
     listed = ", ".join(f"{count} {extension}" for extension, count in sorted(ignored.items()))
-    return f"  left alone, as their names are not audio's: {listed}"
+    return f"  left alone, as they are no items: {listed}"
 
 
 def _listed(title: str, pairs: Sequence[tuple[str, str]]) -> str:

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentmill.config import load_config
+from latentmill.engine.actor import ActorShape
 from latentmill.engine.cluster import Cluster, connect
-from latentmill.engine.launch import _device, _resources
+from latentmill.engine.launch import _decode_threads, _device, _resources
 from latentmill.errors import ConfigError
 from support import runs
 
@@ -93,6 +94,25 @@ def placed(share: float, node_units: list[int]) -> int:
     if share < 1:
         return sum(units * int(1 / share) for units in node_units)
     return sum(int(units // share) for units in node_units)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "share", "threads"),
+    [
+        ((16,), (1,), 1.0, 16),
+        ((16,), (1,), 0.5, 8),
+        ((96, 16), (8, 2), 1.0, 8),  # the node with the fewest cores for each GPU
+        ((64,), (1,), 1.0, 16),
+        ((4, 2), (0, 2), 1.0, 2),
+        ((16,), (0,), 1.0, 2),  # an autoscaler will add the GPUs
+        ((16,), (1,), 0.0, 2),  # the model works on the CPU
+    ],
+)
+def test_a_gpu_is_fed_by_its_share_of_the_cores(
+    cpus: tuple[int, ...], gpus: tuple[int, ...], share: float, threads: int
+) -> None:
+    shape = ActorShape(cpus=0, gpus=share)
+    assert _decode_threads(Cluster(False, cpus, gpus), shape) == threads
 
 
 def test_devices() -> None:

@@ -13,9 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from latentmill.chunks import Chunking
+from latentmill.config import load_config
 from latentmill.engine import worker
+from latentmill.engine.launch import make_job
 from latentmill.engine.worker import BATCH_PATH, settled_batch_size
-from latentmill.errors import ModelError, StoreError
+from latentmill.errors import ConfigError, ModelError, StoreError
 from latentmill.models import batch, mdct
 from latentmill.models.batch import LARGEST, TooLarge, find_batch_size, most_chunks, search
 from latentmill.models.split import split
@@ -67,6 +70,29 @@ def test_a_model_s_own_limit_holds() -> None:
     assert most_chunks(limited, 1000) == 10
     assert most_chunks(limited, 20_000) == 1
     assert split(replace(HANDLE, spec=limited)).spec.max_batch_samples == 5000
+
+
+def test_batches_beyond_that_limit_are_refused_on_a_gpu(
+    one_sentence: Callable[[BaseException], str],
+) -> None:
+    limited = replace(HANDLE, spec=replace(HANDLE.spec, max_batch_samples=10_000))
+    chunking = Chunking.for_model(HANDLE.spec, seconds=2.0)
+    plan: Any = SimpleNamespace(fingerprint={"numeric": {"precision": "tf32"}, "model": {}})
+
+    def size(handle: Any, device: str, **options: Any) -> int:
+        config = load_config(None, {"source": "in", "out": "out", **options})
+        job = make_job(config, handle, chunking, plan, device=device, threads=1)
+        return job.settings.batch_size
+
+    assert chunking.samples == 1600
+    assert size(limited, "cuda", batch_size=6) == 6
+    assert size(limited, "cpu", batch_size=7) == size(HANDLE, "cuda", batch_size=7) == 7
+    with pytest.raises(ConfigError) as caught:
+        size(limited, "cuda", batch_size=7)
+    assert "7 chunks of 2.0 s are more than mdct can take" in one_sentence(caught.value)
+    longer = replace(limited, spec=replace(limited.spec, max_batch_samples=1500))
+    with pytest.raises(ConfigError, match="lower batch_size or chunk_seconds"):
+        size(longer, "cuda")
 
 
 @pytest.fixture

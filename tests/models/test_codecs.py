@@ -246,15 +246,31 @@ def test_missing_and_misshapen_weights_are_refused(repo: Path, tmp_path: Path) -
             load(family(copy))
 
 
-@pytest.mark.parametrize("settings", [{"sampling_rate": "many"}, {"upsampling_ratios": None}])
+@pytest.mark.parametrize(
+    ("repo", "settings"),
+    [
+        ("encodec-24k", {"sampling_rate": "many"}),
+        ("encodec-24k", {"upsampling_ratios": None}),
+        ("encodec-24k", {"sampling_rate": 0}),
+        ("dac-44k", {"downsampling_ratios": [0, 4, 8, 8]}),
+        ("oobleck", {"downsampling_ratios": [0, 4]}),
+    ],
+)
 def test_settings_that_do_not_fit_are_refused(
-    tiny_repos: Path, tmp_path: Path, settings: dict[str, Any]
+    tiny_repos: Path, tmp_path: Path, repo: str, settings: dict[str, Any]
 ) -> None:
-    copy = Path(shutil.copytree(tiny_repos / "encodec-24k", tmp_path / "encodec"))
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, **settings}))
+    copy = Path(shutil.copytree(tiny_repos / repo, tmp_path / repo))
+    (path,) = copy.rglob("config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
     with pytest.raises(ModelError, match="does not load"):
-        load(f"encodec:{copy}")
+        load(family(copy))
+
+
+def test_the_hop_of_dac_is_that_of_its_strides(tiny_repos: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_repos / "dac-44k", tmp_path / "dac"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "hop_length": 77}))
+    assert resolve(f"dac:{copy}").spec.hop == 512
 
 
 @pytest.mark.parametrize("strides", [(2, 4, 8, 8), (2, 4, 4, 8, 8), (2, 4, 5, 8)])

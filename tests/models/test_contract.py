@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import pickle
 from collections.abc import Callable
@@ -10,17 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentmill.chunks import Chunking
 from latentmill.config import fingerprint, fingerprint_document, load_config
+from latentmill.encode import UnitEncoder
 from latentmill.errors import ModelError
+from latentmill.meter import Meter
 from latentmill.models import weights
 from latentmill.models.base import Autoencoder, Channels, ModelHandle, ModelSpec
 from latentmill.models.linearity import additivity, homogeneity
 from latentmill.models.registry import resolve
+from latentmill.sources.folder import FolderSource
+from latentmill.unit_audio import Decoding, EncodeSettings, LocalAudio
 from support.chunked import encode_chunked, encode_whole
 
 
@@ -229,6 +235,28 @@ def test_items_shorter_than_a_frame(model: Autoencoder, spec: ModelSpec, samples
 
 def test_silence_is_finite(model: Autoencoder, spec: ModelSpec) -> None:
     assert model.encode(torch.zeros_like(audio(spec, blocks=20))).isfinite().all()
+
+
+def test_nan_is_refused_and_harms_no_neighbour(
+    model: Autoencoder, spec: ModelSpec, tmp_path: Path
+) -> None:
+    """An item with one NaN fails before the model sees it, whatever the model would make of it."""
+    samples = spec.min_samples + 20 * spec.sample_multiple
+    for name in ("a", "b", "c"):
+        sound = audio(spec, blocks=20)[0].T.numpy()
+        if name == "b":
+            sound[samples // 2] = math.nan
+        soundfile.write(tmp_path / f"{name}.wav", sound, spec.sample_rate, "FLOAT")
+    chunking, run = Chunking.for_model(spec), EncodeSettings(dtype="float32", batch_size=4)
+    items = sorted(FolderSource(str(tmp_path), ("wav",)).items(), key=lambda item: item.key)
+    with contextlib.closing(LocalAudio(items, Decoding(spec, chunking, run), Meter())) as decoded:
+        a, b, c = UnitEncoder(model, chunking, run).encode(decoded)
+    assert b.status == "failed"
+    assert "NaN" in (b.reason or "")
+    whole = model.encode(audio(spec, blocks=20))[0]
+    for one in (a, c):
+        assert one.record is not None
+        assert distance(torch.from_numpy(one.record.latent.copy()), whole) < 1e-4
 
 
 def test_gain_and_sum_are_reported(

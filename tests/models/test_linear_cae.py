@@ -8,11 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import linear_cae
 import pytest
 import torch
@@ -251,7 +249,7 @@ def test_all_files_are_of_the_first_one_s_commit(own_cache: Path) -> None:
     weights = f"{FOLDER}/autoencoder_inference_model_last.pth"
     shutil.copy(own_cache / weights, newer / weights)
     (own_cache.parents[1] / "refs" / "main").write_text(newer.name)
-    with pytest.raises(ModelError, match=rf"revision {newer.name}\) .*--revision {newer.name}"):
+    with pytest.raises(ModelError, match=rf"--revision {newer.name}`"):
         resolve("lin-cae")
     pinned = resolve("lin-cae", {"revision": own_cache.name})
     assert pinned.spec.provenance["revision"] == own_cache.name
@@ -262,7 +260,7 @@ def test_a_handle_keeps_its_commit_when_main_moves_on(own_cache: Path) -> None:
     handle = resolve("lin-cae")
     (own_cache.parents[1] / "refs" / "main").write_text("f" * 40)
     handle.load("cpu")
-    with pytest.raises(ModelError, match="cannot get"):
+    with pytest.raises(ModelError, match="not on this machine"):
         resolve("lin-cae")
 
 
@@ -275,18 +273,6 @@ def test_a_local_folder_gives_the_same_latents(
     assert local.spec.identity == handle.spec.identity
     assert local.spec.provenance["revision"] is None
     assert torch.equal(local.load("cpu").encode(noise(1)), model.encode(noise(1)))
-
-
-def test_an_unreachable_hub_says_what_to_run(
-    own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with serve(own_cache, REPO, "0" * 40) as hub:
-        dead = hub.endpoint
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", dead)
-    monkeypatch.setattr(time, "sleep", lambda _: None)  # between huggingface_hub's attempts
-    with pytest.raises(ModelError, match="hf download"):
-        resolve("m2l")
 
 
 def test_a_weights_file_runs_no_code(
@@ -319,6 +305,15 @@ def test_weights_that_do_not_fit_are_refused(own_cache: Path, spoil: str) -> Non
 def test_a_configuration_that_does_not_fit_is_refused(own_cache: Path, text: str) -> None:
     (own_cache / FOLDER / "frontend_kwargs_last.yaml").write_text(text)
     with pytest.raises(ModelError, match="does not fit the installed linear-cae"):
+        resolve("lin-cae")
+
+
+@pytest.mark.parametrize(
+    ("part", "text"), [("generator", "freq_downsample_list: 5"), ("frontend", "hop_size: x")]
+)
+def test_settings_that_make_no_sense_are_refused(own_cache: Path, part: str, text: str) -> None:
+    (own_cache / FOLDER / f"{part}_kwargs_last.yaml").write_text(text)
+    with pytest.raises(ModelError, match=r"0a3afbec_weights does not load \("):
         resolve("lin-cae")
 
 

@@ -38,6 +38,7 @@ number = 3
 @pytest.fixture
 def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "user_models.py").write_text(USER_MODULE)
+    (tmp_path / "unfinished.py").write_text("def factory(:")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "user_models", raising=False)
     return tmp_path
@@ -134,6 +135,9 @@ def test_a_python_factory(user_module: Path) -> None:
     ("name", "message"),
     [
         ("python:user_models", "write it as python:package.module:factory"),
+        ("python:./user_models.py:factory", "write it as python:package.module:factory; a file is"),
+        ("python:models/user_models:factory", "write it as python:package.module:factory"),
+        ("python:unfinished:factory", r"cannot import .*\(unfinished\.py, line 1\)"),
         ("python:no_such_package.models:factory", "No module named 'no_such_package'"),
         ("python:user_models:missing", "no attribute 'missing'"),
         ("python:user_models:number", "is no function, but a int"),

@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from latentmill.errors import ModelError
+from latentmill.models import weights
 from latentmill.models.registry import resolve
 from latentmill.models.weights import Repo, find, find_again, parse_repo, read_state
-from support.hub import serve
-from support.linear_cae_weights import use_cache
+from support.hub import serve, serving
+from support.linear_cae_weights import HF_REPO, use_cache
 
 PIPELINE = Path(__file__).parents[2] / "pipeline"
 FILES = {"config": ["config.json"], "weights": ["model.safetensors", "pytorch_model.bin"]}
@@ -115,6 +120,110 @@ def test_files_that_are_not_there_say_what_to_run(
         resolve("dac:owner/other")
     with pytest.raises(ModelError, match="--revision v1`"):
         resolve("dac:owner/dac", {"revision": "v1"})
+
+
+class Quiet(BaseHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Say nothing."""
+
+
+@pytest.fixture
+def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Points huggingface_hub, with an empty cache, to a hub."""
+
+    def use(endpoint: str) -> None:
+        constants = huggingface_hub.constants
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    use_cache(monkeypatch, tmp_path / "home")
+    return use
+
+
+@pytest.fixture
+def unreachable() -> str:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{closed.getsockname()[1]}"
+
+
+def test_a_hub_out_of_reach_is_one_short_sentence_at_once(
+    online: Callable[[str], None],
+    unreachable: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    one_sentence: Callable[[BaseException], str],
+) -> None:
+    """huggingface_hub itself takes 23 seconds, and prints eleven lines."""
+    online(unreachable)
+    monkeypatch.setattr(weights, "HUB_SECONDS", 0.0)
+    began = time.monotonic()
+    for name, command in (
+        ("lin-cae", f"`hf download {HF_REPO} --include '0a3afbec_weights/*'`"),
+        ("oobleck:owner/name", "`hf download owner/name --include 'vae/*'`"),
+    ):
+        with pytest.raises(ModelError) as caught:
+            resolve(name)
+        said = one_sentence(caught.value)
+        assert command in said
+        assert f"{unreachable} does not give them" in said
+        assert len(said) < 350
+    assert time.monotonic() - began < 5
+    assert capfd.readouterr().err == ""
+
+
+def test_a_hub_that_is_gone_for_a_moment_is_asked_again(
+    online: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    class Handler(Quiet):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            if len(asked) > 2:  # until then it hangs up
+                self.send_response(403)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with serving(Handler) as endpoint:
+        online(endpoint)
+        with pytest.raises(ModelError, match="403"):
+            resolve("dac:owner/x")
+    assert len(asked) == 4  # the fourth is huggingface_hub's own
+
+
+@pytest.mark.parametrize(
+    ("code", "header", "says"),
+    [
+        (401, "GatedRepo", "accept its terms at http.*/owner/x, then run `hf auth login`"),
+        (401, "RepoNotFound", "shows no owner/x: correct it or, if it is private, run `hf auth"),
+        (404, "RevisionNotFound", "has no revision v9: correct the option revision"),
+        (404, "EntryNotFound", r"has no config\.json: it is no model of this kind"),
+        (403, "", r"does not give them \(403 .*: run `hf download owner/x config\.json"),
+    ],
+)
+def test_what_a_hub_refuses_is_said_with_the_cure(
+    online: Callable[[str], None],
+    code: int,
+    header: str,
+    says: str,
+    one_sentence: Callable[[BaseException], str],
+) -> None:
+    class Handler(Quiet):
+        def do_HEAD(self) -> None:
+            self.send_response(code)
+            self.send_header("X-Error-Code", header)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    with serving(Handler) as endpoint:
+        online(endpoint)
+        with pytest.raises(ModelError, match=says) as caught:
+            resolve("dac:owner/x", {"revision": "v9"})
+    one_sentence(caught.value)
 
 
 def test_a_local_file_stands_for_the_weights_alone(folder: Path) -> None:
@@ -261,4 +370,6 @@ def test_the_actors_of_a_node_ask_the_hub_once(tiny_repos: Path, tmp_path: Path)
         )
         assert done.returncode == 0, done.stderr
         asked = [request for request in hub.requests if "/resolve/" in request]
-    assert sorted(request.partition(" ")[0] for request in asked) == ["GET", "GET", "HEAD", "HEAD"]
+    # Before a file is downloaded: whether the hub answers, then what the file is.
+    methods = sorted(request.partition(" ")[0] for request in asked)
+    assert methods == ["GET"] * 2 + ["HEAD"] * 4

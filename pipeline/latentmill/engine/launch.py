@@ -18,6 +18,7 @@ from latentmill.engine.scheduler import Scheduler
 from latentmill.engine.worker import Job
 from latentmill.errors import ConfigError, HeadGoneError
 from latentmill.models.base import ModelHandle
+from latentmill.models.batch import check_batch
 from latentmill.plan import Plan, Unit
 from latentmill.sources.filters import Filters
 from latentmill.storage import Storage
@@ -26,6 +27,7 @@ from latentmill.store.seal import write_origin
 from latentmill.unit_audio import EncodeSettings
 
 DEFAULT_CPU_THREADS = 4
+DECODE_THREADS, MOST_DECODE_THREADS = 2, 16
 HEAD_SECONDS = 40.0  # without an answer
 
 
@@ -51,6 +53,9 @@ def encode_units(
         resources = _resources(config, cluster, on_gpu=device == "cuda")
         if config.decode_tasks:
             _check_spare_cores(cluster, resources, config.workers)
+        if config.decode_threads is None:
+            threads = _decode_threads(cluster, resources.shape)
+            config = config.model_copy(update={"decode_threads": threads})
         job = make_job(config, handle, chunking, plan, device=device, threads=resources.threads)
         stall_seconds = config.stall_minutes * 60
         # A decoder on trial is given up before its whole worker would be.
@@ -78,7 +83,13 @@ def make_job(
     device: str,
     threads: int,
 ) -> Job:
-    """What the workers of a run need to know."""
+    """What the workers of a run need to know.
+
+    Raises:
+        ConfigError: The batches are too large for the model.
+    """
+    if device == "cuda":  # one chunk is the least that is tried where batch_size is not set
+        check_batch(handle.spec, chunking.samples, config.batch_size or 1)
     return Job(
         model=handle,
         chunking=chunking,
@@ -87,7 +98,7 @@ def make_job(
             precision=plan.fingerprint["numeric"]["precision"],
             batch_size=config.batch_size
             or handle.spec.batch_size["cuda" if device == "cuda" else "cpu"],
-            decode_threads=config.decode_threads,
+            decode_threads=config.decode_threads or DECODE_THREADS,
             decode_timeout=config.decode_timeout,
             allow_truncated=config.allow_truncated,
             allow_changed=config.retry_failed,  # a file that was mended is another file
@@ -160,6 +171,13 @@ def _resources(config: RunConfig, cluster: Cluster, *, on_gpu: bool) -> _Resourc
     workers = config.workers or max(1, fitting)
     cpus = min(threads, _share(cluster.node_cpus, workers))
     return _Resources(workers, ActorShape(cpus=cpus, gpus=0), threads)
+
+
+def _decode_threads(cluster: Cluster, shape: ActorShape) -> int:
+    """The cores of a GPU's node for each of its workers; beside a model on the CPU, a few."""
+    nodes = zip(cluster.node_cpus, cluster.node_gpus, strict=True)
+    shares = [cpus * shape.gpus / gpus for cpus, gpus in nodes if gpus]
+    return max(DECODE_THREADS, min(MOST_DECODE_THREADS, int(min(shares, default=0))))
 
 
 def _check_spare_cores(cluster: Cluster, resources: _Resources, workers: int | None) -> None:

@@ -29,6 +29,7 @@ from latentmill.errors import StoreError
 from latentmill.meter import Meter
 from latentmill.models.base import Autoencoder, ModelHandle
 from latentmill.models.batch import find_batch_size
+from latentmill.models.checks import check_encoded
 from latentmill.models.compiled import Compiled
 from latentmill.models.precision import numeric_mode, pick_precision
 from latentmill.plan import Unit, read_items
@@ -123,7 +124,9 @@ class Worker:
         samples = self._job.chunking.model_samples(spec)
         silence = torch.zeros(1, spec.channels, samples)  # [B, C, T]
         with self._turn, numeric_mode(self._job.settings.precision, self._device):
-            origin: npt.NDArray[np.float32] = self._model.encode(silence)[0].float().cpu().numpy()
+            latents = self._model.encode(silence)
+        check_encoded(spec, samples, latents.shape)
+        origin: npt.NDArray[np.float32] = latents[0].float().cpu().numpy()
         return origin
 
     def meter(self) -> dict[str, float]:

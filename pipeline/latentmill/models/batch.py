@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from latentmill.errors import ModelError
+from latentmill.errors import ConfigError, ModelError
 from latentmill.models.base import Autoencoder, ModelSpec
 from latentmill.models.precision import Precision, numeric_mode
 
@@ -81,6 +81,26 @@ def most_chunks(spec: ModelSpec, samples: int) -> int:
     if spec.max_batch_samples is None:
         return LARGEST
     return max(1, min(LARGEST, spec.max_batch_samples // samples))
+
+
+def check_batch(spec: ModelSpec, samples: int, size: int) -> None:
+    """Refuse a batch that the model cannot take on a GPU, whatever its memory.
+
+    Args:
+        spec: The model's.
+        samples: Of a chunk.
+        size: Chunks in a batch.
+
+    Raises:
+        ConfigError: There are more samples than `spec.max_batch_samples`.
+    """
+    most = spec.max_batch_samples
+    if most is not None and size * samples > most:
+        raise ConfigError(
+            f"{size} chunks of {samples / spec.sample_rate:.1f} s are more than {spec.name} can "
+            f"take at once on a GPU, {most / spec.sample_rate:g} s: lower batch_size or "
+            "chunk_seconds."
+        )
 
 
 def _try(seconds_of: Callable[[int], float], size: int) -> float | None:

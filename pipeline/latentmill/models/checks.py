@@ -53,6 +53,23 @@ def check_audio(spec: ModelSpec, audio: torch.Tensor) -> None:
         )
 
 
+def check_encoded(spec: ModelSpec, samples: int, shape: Sequence[int]) -> None:
+    """Check the shape of what `Autoencoder.encode` gave for so many samples.
+
+    All places on the time line follow from the spec: a model that does not keep its own would
+    give latents at wrong times.
+
+    Raises:
+        ModelError: It is not `[B, D, Z]` of the spec.
+    """
+    wanted = [spec.latent_channels, spec.frames(samples)]
+    if list(shape[1:]) != wanted:
+        raise ModelError(
+            f"Model {spec.name}: encode gave latents of the shape {list(shape)} for {samples} "
+            f"samples, where its spec promises {wanted} each: correct the model's spec."
+        )
+
+
 def check_latents(
     spec: ModelSpec,
     latents: torch.Tensor,

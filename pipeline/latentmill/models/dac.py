@@ -7,6 +7,7 @@ many bytes in 16 bits as the audio has.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -56,7 +57,7 @@ def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -
 
 def _shape(config: Any, codes: bool) -> CodecShape:
     reach = dac_encoder_context(config.downsampling_ratios)
-    hop, rate = config.hop_length, config.sampling_rate
+    hop, rate = math.prod(config.downsampling_ratios), config.sampling_rate
     return CodecShape(
         sample_rate=rate,
         channels=1,

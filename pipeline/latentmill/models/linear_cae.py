@@ -224,9 +224,11 @@ def build(
     files = find_linear_cae(name, package, where)
     parts = read_arguments(name, package, files)
     scale = float(package.scale_factors[name] if scale_factor is None else scale_factor)
-    return LinearCaeHandle(
-        _spec(name, parts, files, scale, diffusion_steps, package.version), files, diffusion_steps
-    )
+    try:
+        spec = _spec(name, parts, files, scale, diffusion_steps, package.version)
+    except LOAD_ERRORS as error:
+        raise does_not_load(name, files.paths["generator"].parent, error) from error
+    return LinearCaeHandle(spec, files, diffusion_steps)
 
 
 lin_cae = partial(build, "lin-cae")

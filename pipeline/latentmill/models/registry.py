@@ -193,14 +193,17 @@ def _find(name: str) -> Factory:
 
 def _import(name: str, target: str) -> Factory:
     """Import `package.module:attribute`."""
-    module, separator, attribute = target.partition(":")
-    if not (module and separator and attribute):
-        raise ModelError(f"Model {name}: write it as python:package.module:factory.")
+    module, _, attribute = target.partition(":")
+    if not (attribute and all(part.isidentifier() for part in module.split("."))):
+        raise ModelError(
+            f"Model {name}: write it as python:package.module:factory; a file is a module by its "
+            "name without .py, in a folder of PYTHONPATH."
+        )
     try:
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise ModelError(f"Model {name}: cannot import {target}: {error}.") from error
     if not callable(found):
         raise ModelError(f"Model {name}: {target} is no function, but a {type(found).__name__}.")

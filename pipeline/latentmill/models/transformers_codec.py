@@ -85,7 +85,10 @@ def build_codec(
     scale = check_output(name, output, scale_factor, quantise)
     codes = output == "codes"
     files, config, version = find_model(name, family.name, repo, revision)
-    shape = family.shape(config, codes)
+    try:
+        shape = family.shape(config, codes)
+    except LOAD_ERRORS as error:
+        raise does_not_load(name, files.paths["config"], error) from error
     blend: Stitch = "none" if codes else "crossfade"
     spec = ModelSpec(
         name=family.name,

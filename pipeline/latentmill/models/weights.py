@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +31,7 @@ from latentmill.errors import ModelError
 from latentmill.models.base import Value
 
 LOAD_ERRORS = (
+    ArithmeticError,
     RuntimeError,
     UnpicklingError,
     EOFError,
@@ -40,6 +42,7 @@ LOAD_ERRORS = (
     ValueError,
 )
 WEIGHTS = "weights"  # the role of the file that a local file stands for
+HUB_SECONDS = 3.0  # that a hub may be out of reach
 
 
 @dataclass(frozen=True)
@@ -267,7 +270,6 @@ def _find_local(model: str, local: Path, role: str, candidates: Sequence[str]) -
 def _find_on_hub(
     model: str, repo: Repo, candidates: Sequence[str], wanted: Mapping[str, Sequence[str]]
 ) -> tuple[str, Path]:
-    import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     # The bases are the HTTP client's errors, whichever client this huggingface_hub uses.
@@ -281,23 +283,83 @@ def _find_on_hub(
     for name in candidates:
         try:
             with one_at_a_time():
-                path = huggingface_hub.hf_hub_download(
-                    repo_id=repo.location, filename=name, revision=repo.revision
-                )
+                return name, _download(repo, name, hub_errors)
         except EntryNotFoundError as error:  # not in the repository, or not in an offline cache
             failure = failure or error
         except hub_errors as error:
             failure = error
             break
-        else:
-            return name, Path(path)
     assert failure is not None, "there is at least one candidate"
-    offline = " (HF_HUB_OFFLINE is set)" if huggingface_hub.constants.HF_HUB_OFFLINE else ""
-    raise ModelError(
-        f"Model {model}: cannot get {' or '.join(candidates)} of {_describe(repo)}{offline}: "
-        f"{one_line(failure)}; run `{_download_command(repo, wanted)}` where there is a network, "
-        "or copy a filled cache here and set HF_HOME and HF_HUB_OFFLINE=1."
-    ) from failure
+    raise ModelError(f"Model {model}: {_why(repo, wanted, candidates, failure)}.") from failure
+
+
+def _download(repo: Repo, name: str, hub_errors: tuple[type[Exception], ...]) -> Path:
+    """The path of a file in the cache, downloaded if it is not there."""
+    import huggingface_hub as hub
+
+    file: dict[str, Any] = {
+        "repo_id": repo.location,
+        "filename": name,
+        "revision": repo.revision,
+    }
+    cached = isinstance(hub.try_to_load_from_cache(**file), str)
+    if not cached and not hub.constants.HF_HUB_OFFLINE:
+        _reach(hub.hf_hub_url(**file), hub_errors)
+    return Path(hub.hf_hub_download(**file))
+
+
+def _reach(url: str, hub_errors: tuple[type[Exception], ...]) -> None:
+    """Make sure that a hub answers at all, which may take it `HUB_SECONDS`.
+
+    Where it does not, huggingface_hub would go on for half a minute, or six where a firewall
+    swallows its packets, and print each attempt. With a hub that answers, if only by an error or
+    in the middle of a file, it has its own patience.
+    """
+    from huggingface_hub import get_hf_file_metadata
+    from huggingface_hub.errors import HfHubHTTPError
+
+    until = time.monotonic() + HUB_SECONDS
+    while True:
+        try:
+            get_hf_file_metadata(url)
+        except HfHubHTTPError:
+            return
+        except hub_errors:
+            if time.monotonic() > until:
+                raise
+            time.sleep(1)
+        else:
+            return
+
+
+def _why(
+    repo: Repo, wanted: Mapping[str, Sequence[str]], candidates: Sequence[str], failure: Exception
+) -> str:
+    """Why a file cannot be had, and what to do about it."""
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    where, endpoint = repo.location, hub.constants.ENDPOINT
+    if isinstance(failure, errors.GatedRepoError):
+        page = f"{endpoint}/{where}"
+        return f"{where} is behind a login: accept its terms at {page}, then run `hf auth login`"
+    if isinstance(failure, errors.RepositoryNotFoundError):
+        return f"{endpoint} shows no {where}: correct it or, if it is private, run `hf auth login`"
+    if isinstance(failure, errors.RevisionNotFoundError):
+        return f"{where} has no revision {repo.revision}: correct the option revision"
+    local = isinstance(failure, errors.LocalEntryNotFoundError)
+    if isinstance(failure, errors.EntryNotFoundError) and not local:
+        return f"{_describe(repo)} has no {' or '.join(candidates)}: it is no model of this kind"
+    if hub.constants.HF_HUB_OFFLINE:
+        cause = "HF_HUB_OFFLINE is set"
+    else:
+        said = str(failure.__cause__ or failure).strip().partition("\n")[0]
+        cause = f"{endpoint} does not give them ({one_line(OSError(said))})"
+    command = _download_command(repo, wanted)
+    return (
+        f"its weights are not on this machine, and {cause}: run `{command}` with a network, here "
+        "or where the cache can be copied from"
+    )
 
 
 def _download_command(repo: Repo, wanted: Mapping[str, Sequence[str]]) -> str:
