@@ -7,6 +7,8 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 
@@ -23,6 +25,7 @@ from latentmill.sources.base import ByteRange, Item, Segment
 from latentmill.sources.folder import FolderSource
 from latentmill.storage import Storage
 from support import runs
+from support.sources import put, tar_of
 
 FORMATS = ("wav", "flac", "ogg", "mp3", "aiff")
 
@@ -96,9 +99,9 @@ def test_headers_are_read_where_the_length_is_unknown(songs: Path, tmp_path: Pat
     }
 
 
-@pytest.mark.parametrize("in_tar", [False, True])
+@pytest.mark.parametrize(("in_tar", "listed"), [(False, True), (True, True), (False, False)])
 def test_of_a_long_recording_elsewhere_the_ends_are_fetched(
-    songs: Path, in_tar: bool, monkeypatch: pytest.MonkeyPatch
+    songs: Path, in_tar: bool, listed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probe, "ENDS", 20_000)
     remote = fsspec.filesystem("memory")
@@ -116,9 +119,29 @@ def test_of_a_long_recording_elsewhere_the_ends_are_fetched(
         place = ByteRange(512, len(data)) if in_tar else None
         remote.pipe_file(f"/probe/{item.key}.{in_tar}", in_tar * bytes(512) + data)
         uri = f"memory://probe/{item.key}.{in_tar}"
-        items.append(dataclasses.replace(item, uri=uri, place=place))
+        size = item.size if listed else 0  # a manifest says nothing of it
+        items.append(dataclasses.replace(item, uri=uri, place=place, size=size))
     assert by_key(items) == pytest.approx(dict.fromkeys(FORMATS, 61.0), abs=0.1)
     assert fetched == [20_000] * 10
+    assert [item.size for item in probed(items)] == [item.size for item in items]
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_inside_of_tars_and_tables_formats_are_known(
+    kind: str, songs: Path, tmp_path: Path
+) -> None:
+    data = (songs / "wav.wav").read_bytes()
+    (tmp_path / "in").mkdir()
+    if kind == "webdataset":
+        put(f"{tmp_path}/in/x.tar", tar_of([("a.wav", data), ("b.WAV", data)]))
+    else:
+        audio = pa.StructArray.from_arrays([[data] * 2, ["a.wav", "b.WAV"]], ["bytes", "path"])
+        pq.write_table(pa.table({"audio": audio}), tmp_path / "in/x.parquet", use_dictionary=False)
+    options = {"source": f"{tmp_path}/in", "source_type": kind, "out": f"{tmp_path}/out"}
+    value = forecast(load_config(None, {**options, "device": "cpu"}), calibrated=False)
+    assert value.formats == {"wav": 2}
+    # By the bytes of CD audio: half the rate and half the channels have a quarter of them.
+    assert value.hours * 3600 == pytest.approx(2 * 61 / 4, rel=0.01)
 
 
 def test_the_command(songs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import random
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -211,6 +213,26 @@ def test_many_runs_are_merged_in_order(tmp_path: Path, monkeypatch: pytest.Monke
     table = dict(iter_units(Storage(str(tmp_path)), plan))[some]
     keys = [one.key for one in read_items(Storage(str(tmp_path)), some)]
     assert table["key"].to_pylist() == keys
+
+
+def test_more_runs_than_files_may_be_open_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    from latentmill.plan import sort
+
+    monkeypatch.setattr(drafting, "RUN_ITEMS", 2)
+    monkeypatch.setattr(sort, "FAN_IN", 8)
+    numbers = list(range(400))
+    random.Random(1).shuffle(numbers)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with draft([item(0, 1)], Cutting()):  # what the first one opens and keeps
+        taken = max(map(int, os.listdir("/proc/self/fd")))  # noqa: PTH208
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 30, hard))
+    try:
+        with draft([item(number, 1) for number in numbers], Cutting()) as drafted:
+            keys = [key for table in drafted.tables() for key in table["key"].to_pylist()]
+            assert len(list((drafted.folder / "runs").iterdir())) <= 8
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert keys == sorted(f"ä/{number}" for number in numbers)
 
 
 @pytest.mark.parametrize(

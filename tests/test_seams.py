@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ import latentmill as lm
 from latentmill.errors import ConfigError
 from latentmill.seams import _measure, measure_seams
 from latentmill.store.verify import verify
+from support import runs
 from support.linear_cae_weights import use_cache, write_cache
 
 RATE = 44100
@@ -143,30 +142,25 @@ def test_whole_items_are_encoded_in_the_store_s_numeric_mode(
     assert same.error < 1e-6 < 1e-3 < other.error
 
 
-def test_the_command_prints_it(encode) -> None:
+def test_the_command_prints_it(encode, capsys: pytest.CaptureFixture[str]) -> None:
     store = encode()
-    command = [sys.executable, "-m", "latentmill.cli", "seams", store.url]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "stitched against whole: median" in done.stdout
-    shown = subprocess.run(
-        [sys.executable, "-m", "latentmill.cli", "models", "mdct", "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert json.loads(shown.stdout)["context"] == {"left": 1, "right": 1}
+    done = runs.call(capsys, "seams", store.url)
+    assert (done.code, done.err) == (0, "")
+    assert "stitched against whole: median" in done.out
+    assert lm.open(store.url).info.seams is not None
+    Path(store.url, "dataset.json").unlink()
+    done = runs.call(capsys, "seams", store.url)
+    assert (done.code, done.err.split(":")[0]) == (0, "not recorded")
+    assert not Path(store.url, "dataset.json").exists()
 
 
-def test_the_command_shows_a_model_as_it_would_run() -> None:
-    command = [sys.executable, "-m", "latentmill.cli", "models", "mdct"]
-    split = subprocess.run(
-        [*command, "--channels", "split", "--json"], capture_output=True, text=True, check=True
-    )
-    spec = json.loads(split.stdout)
+def test_the_command_shows_a_model_as_it_would_run(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = runs.call(capsys, "models", "mdct", "--json")
+    assert json.loads(shown.out)["context"] == {"left": 1, "right": 1}
+    split = runs.call(capsys, "models", "mdct", "--channels", "split", "--json")
+    spec = json.loads(split.out)
     assert (spec["channels"], spec["latent_channels"]) == (2, 1024)
-    wrong = subprocess.run(
-        [*command, "--channels", "left"], capture_output=True, text=True, check=False
-    )
-    assert wrong.stderr == "latentmill: Channels 'left': it is mono or split.\n"
-    shown = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "1 frames to its left and 1 to its right" in shown.stdout
+    wrong = runs.call(capsys, "models", "mdct", "--channels", "left")
+    assert wrong.err == "latentmill: Channels 'left': it is mono or split.\n"
+    shown = runs.call(capsys, "models", "mdct")
+    assert "1 frames to its left and 1 to its right" in shown.out

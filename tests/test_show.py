@@ -103,7 +103,7 @@ def test_the_summary_of_an_extension() -> None:
 
 def test_the_summary_names_the_files_that_are_no_items_and_the_cure_of_failures() -> None:
     lines = show.summary(run()).splitlines()
-    assert "  left alone, as their names are not audio's: 12 .ape, 3 .jpg" in lines
+    assert "  left alone, as they are no items: 12 .ape, 3 .jpg" in lines
     assert any("--retry-failed" in line for line in lines)
     assert "--retry-failed" not in show.summary(run(failures=()))
 

@@ -133,6 +133,7 @@ def seams(
     """Measure the error at the seams of chunks against whole items; goes into dataset.json."""
     store = open_store(out, device=device)
     print_value(as_json, measure_seams(store, items=items, max_seconds=max_seconds), show.seams)
+    _say_what_is_not_recorded(store)
 
 
 @app.command()
@@ -149,6 +150,12 @@ def linearity(
     store = open_store(out, device=device)
     report = measure_linearity(store, items=items, max_seconds=max_seconds)
     print_value(as_json, report, show.linearity)
+    _say_what_is_not_recorded(store)
+
+
+def _say_what_is_not_recorded(store: LatentStore) -> None:
+    if not store.sealed:
+        typer.echo("not recorded: the run has not ended, and writes dataset.json then", err=True)
 
 
 def _part(store: LatentStore, part: str) -> tuple[str, float]:

@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
@@ -56,6 +56,7 @@ PASSING_ERRORS = (
     ("httpx2", "TransportError"),
 )
 PASSING_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+RANGE_NOT_SATISFIABLE = 416
 PASSING_ERRNOS = frozenset(
     # The last two are what s3fs makes of the statuses 503 and 500.
     {errno.ETIMEDOUT, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EBUSY, errno.EREMOTEIO}
@@ -76,18 +77,17 @@ def open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         ValueError: There is no such protocol.
         ImportError: Its package is not installed.
     """
-    found: tuple[fsspec.AbstractFileSystem, str]
-    protocol = protocol_of(url)
-    if not _is_web(url):
-        found = fsspec.core.url_to_fs(url)
-        return found
-    import aiohttp
+    options: dict[str, Any] = {}
+    if _is_web(url):
+        import aiohttp
 
-    # By default a download ends after five minutes, and silence is waited out as long.
-    timeout = aiohttp.ClientTimeout(None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
-    options = {"timeout": timeout, **fsspec.config.conf.get(protocol, {}).get("client_kwargs", {})}
-    found = fsspec.core.url_to_fs(url, client_kwargs=options)
-    return found
+        # By default a download ends after five minutes, and silence is waited out as long.
+        timeout = aiohttp.ClientTimeout(None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
+        given = fsspec.config.conf.get(protocol_of(url), {}).get("client_kwargs", {})
+        options = {"client_kwargs": {"timeout": timeout, **given}}
+    # A name may hold two colons; fsspec would take it for a chain of URLs, which nobody asks for.
+    fs, path = fsspec.core.url_to_fs(url.partition("::")[0], **options)
+    return fs, str(fs._strip_protocol(url)) if "::" in url else path
 
 
 def protocol_of(url: str) -> str:
@@ -123,6 +123,15 @@ def is_transient(error: BaseException) -> bool:
 def status_of(error: BaseException | None) -> int | None:
     """The HTTP status that a client's error stands for, its causes included; None if unknown."""
     return next((s for one in _chain(error) if (s := _own_status(one)) is not None), None)
+
+
+def is_missing(error: BaseException) -> bool:
+    """Whether an error says that there is no such file.
+
+    fsspec's http raises FileNotFoundError where a server fails, refuses or is not there, too.
+    """
+    missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+    return missing and not is_transient(error) and status_of(error) in (None, 404, 410)
 
 
 def _own_status(error: BaseException) -> int | None:
@@ -164,6 +173,8 @@ def retrying(call: Callable[[], T]) -> T:
 def cause_of(error: Exception) -> str:
     """Why reading or writing failed, in a few words, without secrets."""
     if isinstance(error, FileNotFoundError) and not error.strerror and "/" in str(error):
+        if isinstance(error.__cause__, Exception) and not is_missing(error):
+            return cause_of(error.__cause__)
         return "no such file"  # fsspec gives the path alone
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return redact_text(" ".join(text.split()).rstrip(".")) or type(error).__name__

@@ -256,6 +256,17 @@ def test_decoding_has_a_time_limit(monkeypatch) -> None:
             list(open_audio(media, time_limit=12).blocks())
 
 
+def test_a_file_of_nothing_but_tags_is_soon_given_up() -> None:
+    tag = b"ID3\4\0\0\0\0\0\0"
+    flac = encoded("flac")
+    assert np.array_equal(decode(tag * 3 + flac), decode(flac))
+    with (
+        media_from_bytes(tag * 5000 + flac) as media,
+        pytest.raises(ItemError, match="not a known audio format"),
+    ):
+        open_audio(media)
+
+
 @pytest.mark.parametrize("kind", ["m4a", "m4a-faststart", "alac", "mp3", "vorbis", "flac", "opus"])
 def test_clicks_stay_where_they_are(kind: str) -> None:
     """An encoder's delay (priming, pre-skip, LAME's gap) is dropped to the sample."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from latentmill.audio.media import MediaFile, media_from_bytes
 from latentmill.errors import ItemError
-from latentmill.sources import ahead
+from latentmill.sources import ahead, reading
 from latentmill.sources.ahead import BYTES_AHEAD, ITEMS_AHEAD, LARGEST, Ahead, fetched_ahead
 from latentmill.sources.base import ByteRange, Item, Segment, TableCell
 from latentmill.sources.reading import UnitReader
@@ -56,7 +56,7 @@ def read(media: MediaFile) -> str:
 
 def test_items_are_asked_for_once_and_before_they_are_needed() -> None:
     items, shelf = remote([1000] * 100), Shelf()
-    with Ahead(items, shelf) as reader:
+    with Ahead(items, shelf, shelf) as reader:
         assert read(reader.open(items[0])) == "0"
         reader._pool.submit(lambda: None).result()  # what was asked for before it has begun
         assert len(reader._coming) == ITEMS_AHEAD
@@ -68,7 +68,7 @@ def test_items_are_asked_for_once_and_before_they_are_needed() -> None:
 
 def test_what_nobody_opens_is_closed() -> None:
     items, shelf = remote([1000] * 20), Shelf()
-    reader = Ahead(items, shelf)
+    reader = Ahead(items, shelf, shelf)
     with reader.open(items[0]):
         pass
     reader.let_go(items[0])
@@ -84,7 +84,7 @@ def test_what_nobody_opens_is_closed() -> None:
 def test_a_missing_item_says_so_where_it_is_opened() -> None:
     items, shelf = remote([1, 1]), Shelf()
     gone = Item("missing", "s3://bucket/missing", 1, "")
-    with Ahead([items[0], gone, items[1]], shelf) as reader:
+    with Ahead([items[0], gone, items[1]], shelf, shelf) as reader:
         read(reader.open(items[0]))
         with pytest.raises(ItemError, match="no such file"):
             reader.open(gone)
@@ -96,7 +96,7 @@ def test_a_missing_item_says_so_where_it_is_opened() -> None:
 def test_bytes_ahead_are_bounded_whatever_the_order(sizes: list[int], random: object) -> None:
     items, shelf = remote(sizes), Shelf()
     most = 0
-    with Ahead(items, shelf) as reader:
+    with Ahead(items, shelf, shelf) as reader:
         order = sorted(range(len(items)), key=lambda n: n + random.uniform(0, 4))  # type: ignore[attr-defined]
         for number in order:
             assert read(reader.open(items[number])) == str(number)
@@ -112,7 +112,7 @@ def test_bytes_ahead_are_bounded_whatever_the_order(sizes: list[int], random: ob
 def test_a_size_that_nobody_knew_counts_once_it_is_known() -> None:
     items = [replace(item, size=0) for item in remote([0] * 100)]
     at_first = BYTES_AHEAD // ahead.UNKNOWN_SIZE
-    with Ahead(items, Shelf()) as reader:
+    with Ahead(items, shelf := Shelf(), shelf) as reader:
         reader.open(items[0]).close()
         assert len(reader._coming) <= at_first
         most = 0
@@ -144,4 +144,25 @@ def test_a_unit_of_objects_is_read_through_it() -> None:
         items.append(Item(f"{number}", f"memory://ahead/{number}", size, ""))
     with UnitReader(items) as reader:
         assert [read(reader.open(item)) for item in items] == [item.key for item in items]
+    files.rm("/ahead", recursive=True)
+
+
+def test_a_recording_that_is_long_after_all_waits_until_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = fsspec.filesystem("memory")
+    for number in range(20):
+        files.pipe(f"/ahead/{number}", bytes(100 if number % 2 else 10))
+    items = [Item(f"{number}", f"memory://ahead/{number}", 0, "") for number in range(20)]
+    monkeypatch.setattr(reading, "LARGEST", 50)
+    with UnitReader(items) as reader:
+        reader.open(items[0]).close()
+        ahead = reader._ahead
+        ahead._pool.submit(lambda: None).result()
+        found = {key: one.result() for key, one in ahead._coming.items()}
+        assert {key for key, media in found.items() if media is None} >= {"1", "3", "5"}
+        assert all(media is None or media.size == 10 for media in found.values())
+        for item in items[1:]:
+            with reader.open(item) as media:
+                assert media.size == len(files.cat(f"/ahead/{item.key}"))
     files.rm("/ahead", recursive=True)

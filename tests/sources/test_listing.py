@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from latentmill.errors import SourceError
 from latentmill.sources.files import Place
 from latentmill.sources.listing import Entry, _has_s3_pages, by_folder, folders
+from support.faulty_s3 import Faults
+from support.storage_faults import faulty_s3
 
 NAMES = st.sampled_from(["a", "b", "a b", "a-", "é", "音", "a.wav", "0", ""])
 PATHS = st.lists(NAMES, min_size=1, max_size=4).map(lambda parts: "bucket/" + "/".join(parts))
@@ -53,6 +56,35 @@ def test_a_folder_is_given_as_soon_as_it_is_over() -> None:
         assert taken <= 10 * number + 1
 
 
+def test_that_something_is_a_folder_is_known_without_listing_it(
+    s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = fsspec.filesystem("s3")
+    for number in range(3):
+        files.pipe_file(f"{s3_bucket}/m/{number}.wav", b"")
+    place = Place(f"{s3_bucket}/m")
+    asked: list[dict[str, Any]] = []
+    real = type(place.fs)._call_s3
+
+    async def call(self: Any, method: str, *more: Any, **request: Any) -> Any:
+        if method == "list_objects_v2":
+            asked.append(request)
+        return await real(self, method, *more, **request)
+
+    monkeypatch.setattr(type(place.fs), "_call_s3", call)
+    assert place.kind() == "folder"
+    assert [request["MaxKeys"] for request in asked] == [1]
+    assert Place(f"{s3_bucket}/m/0.wav").kind() == "file"
+    assert Place(f"{s3_bucket}/nothing").kind() == "nothing"
+    with faulty_s3(Faults(deny=lambda method, path: method == "HEAD")):
+        assert Place(f"{s3_bucket}/m").kind() == "folder"  # it may be listed
+    with (
+        faulty_s3(Faults(deny=lambda method, path: True)),
+        pytest.raises(SourceError, match="cannot be listed"),
+    ):
+        Place(f"{s3_bucket}/m").kind()
+
+
 def test_a_bucket_is_listed_page_by_page(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     files = fsspec.filesystem("s3")
     keys = [f"m/{n % 5}/{n}.wav" for n in range(20)] + ["m/top.wav", "m/1/deep/x.wav", "mm/no.wav"]
@@ -66,8 +98,10 @@ def test_a_bucket_is_listed_page_by_page(s3_bucket: str, monkeypatch: pytest.Mon
         return call(method, **request, MaxKeys=3)
 
     monkeypatch.setattr(place.fs, "call_s3", small_pages)
-    found = list(folders(place))
+    monkeypatch.setattr(place.fs, "req_kw", {"RequestPayer": "requester"})
+    found = list(folders(place, Counter()))
     assert len(pages) == -(-22 // 3)
+    assert {page["RequestPayer"] for page in pages} == {"requester"}
     bucket = s3_bucket.removeprefix("s3://")
     everything = {path: entry for group in found for path, entry in group.items()}
     assert {path: entry.size for path, entry in everything.items()} == {

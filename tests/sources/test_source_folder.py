@@ -16,10 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentmill.errors import SourceError
+from latentmill.audio import open_media
+from latentmill.errors import SourceError, StoreError
 from latentmill.sources.base import Item
 from latentmill.sources.folder import FolderSource
+from latentmill.sources.metadata import read_metadata
 from latentmill.sources.names import without_extensions
+from latentmill.storage import Storage
 
 EXTENSIONS = ("wav", "FLAC", ".mp3")
 
@@ -37,6 +40,8 @@ TREE = {
     "album/Grüße 音楽.MP3.json": b"{}",
     "album.wav": b"7",  # a file and a folder of one name
     "with # and ?&%20.wav": b"8",
+    "with :: it.wav": b"10",
+    "with :: it.txt": b"text",
     "deep/er/est/x.wav": b"9",
     "orphan.json": b"{}",
     "README": b"",
@@ -52,6 +57,7 @@ KEYS = [
     "b.wav.flac",
     "deep/er/est/x",
     "with # and ?&%20",
+    "with :: it",
 ]
 
 
@@ -97,9 +103,10 @@ def test_keys_are_the_same_wherever_the_folder_lies(url: str) -> None:
     assert [item.key for item in found.items] == KEYS
     assert found.ignored == {".jpg": 1, ".json": 1, "no extension": 1}
     for item in found.items:
-        assert item.uri.startswith(FolderSource(url, EXTENSIONS).uri + "/")
-        with fsspec.open(item.uri, expand=False) as file:
-            assert len(file.read()) == item.size
+        source = FolderSource(url, EXTENSIONS)
+        with open_media(item.uri, item.size) as media:
+            assert media.read_at(0, 100) == TREE[item.uri.removeprefix(f"{source.uri}/")]
+        read_metadata(item)
     items = by_key(url)
     names = [uri.rsplit("/", 1)[1] for uri in items["album/Grüße 音楽"].sidecars]
     assert names == ["Grüße 音楽.txt", "Grüße 音楽.MP3.json"]
@@ -210,6 +217,7 @@ def test_links(tmp_path: Path) -> None:
     (music / "itself.wav").symlink_to(music / "itself.wav")
     items = by_key(str(music))
     assert list(items) == ["a/x", "b", "dangling", "file", "itself", "linked/y"]
+    assert listing(str(music)).ignored == {"links to folders that are listed already": 1}
     assert items["linked/y"].size == 3
     assert items["dangling"].size == items["itself"].size == 0  # items, which will fail by name
 
@@ -234,6 +242,9 @@ def test_a_url_that_cannot_be_opened_is_refused(
     with pytest.raises(SourceError) as caught:
         listing("nonsense://a")
     assert "nonsense" in one_sentence(caught.value)
+    for opened, error in ((listing, SourceError), (Storage, StoreError)):  # it connects at once
+        with pytest.raises(error, match="cannot be opened: Connection refused"):
+            opened("ftp://127.0.0.1:9/music")
 
     def missing(url: str) -> None:
         raise ImportError("Install gcsfs")

@@ -6,6 +6,7 @@ import gzip
 import json
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentmill.errors import SourceError
+from latentmill.plan import Cutting, draft
 from latentmill.sources.address import address_of, item_at, segment_text
 from latentmill.sources.base import ByteRange, Item, Segment, TableCell
+from latentmill.sources.group import GroupedSource
 from latentmill.sources.manifest import Columns, ManifestSource, manifest_format
 
 
@@ -46,6 +49,7 @@ def test_where_paths_lead_and_what_they_are_called(tmp_path: Path) -> None:
         "https://host/g.mp3": ("https://host/g.mp3", "host/g"),
         "s3://bucket/x/h.mp3?": ("s3://bucket/x/h.mp3?", "bucket/x/h"),
         "ch. 1, take two": (f"{tmp_path}/ch. 1, take two", "ch. 1, take two"),
+        "a :: b.wav": (f"{tmp_path}/a :: b.wav", "a :: b"),
     }
     source = jsonl(tmp_path / "m.jsonl", *({"path": path} for path in rows))
     found = list(source.items())
@@ -66,6 +70,39 @@ def test_every_other_column_is_metadata(tmp_path: Path) -> None:
     assert (item.key, item.seconds) == ("a#1.5-3.5", 2.0)
     (item,) = manifest(tmp_path / "m.tsv", text.replace(",", "\t").replace("One\t", "One,")).items()
     assert json.loads(item.metadata)["title"] == "One, two"
+
+
+def test_keys_and_paths_of_a_csv_stay_as_they_are_written(tmp_path: Path) -> None:
+    text = "id,path,num_bytes\n4e10,1.10,7\n1.10,2e3,1.2 MB\n1.1,07,\n"
+    items = list(manifest(tmp_path / "m.csv", text).items())
+    assert [item.key for item in items] == ["4e10", "1.10", "1.1"]
+    assert [item.uri for item in items] == [f"{tmp_path}/{name}" for name in ("1.10", "2e3", "07")]
+    assert json.loads(items[1].metadata) == {"id": 1.1, "num_bytes": "1.2 MB"}
+    assert {item.size for item in items} == {0}  # what a manifest says of bytes promises nothing
+
+
+def test_a_line_of_a_tsv_is_a_row(tmp_path: Path) -> None:
+    lines = ['"path"\tsentence', 'a.wav\t"Well', "b.wav\t", 'c.wav\t"a ""b"" c"', 'd.wav\tno."']
+    items = list(manifest(tmp_path / "m.tsv", "\r\n".join(lines)).items())
+    assert [item.key for item in items] == ["a", "b", "c", "d"]
+    said = [json.loads(item.metadata).get("sentence") for item in items]
+    assert said == ['"Well', None, 'a "b" c', 'no."']
+
+
+def test_half_a_character_is_kept_as_an_escape(tmp_path: Path) -> None:
+    source = manifest(tmp_path / "m.jsonl", r'{"path": "a.wav", "id": "a\ud83d", "text": "\ud83d"}')
+    (item,) = source.items()
+    assert item.key == r"a\ud83d"
+    assert json.loads(item.metadata)["text"] == "\ud83d"
+    (grouped,) = GroupedSource(source, "metadata:text").items()
+    assert grouped.group == r"\ud83d"
+    with draft([item, replace(grouped, key="b")], Cutting()) as drafted:  # Arrow holds text
+        assert drafted.totals.items == 2
+
+
+def test_a_cell_may_hold_a_book(tmp_path: Path) -> None:
+    (item,) = manifest(tmp_path / "m.csv", f"path,text\na.wav,{'x' * 500_000}\n").items()
+    assert len(json.loads(item.metadata)["text"]) == 500_000
 
 
 def test_columns_can_be_named(tmp_path: Path) -> None:
@@ -142,8 +179,14 @@ def test_lhotse_cuts(tmp_path: Path) -> None:
         "cuts that transform their recording": 1,
         "MixedCut without a recording": 1,
     }
-    with pytest.raises(SourceError, match="no proper cut in row 2"):
-        keys(jsonl(tmp_path / "m.jsonl", cut(), cut(duration="long")))
+    source = {"type": "file", "channels": [0], "source": ["a.flac"]}
+    for wrong in (
+        cut(duration="long"),
+        cut(recording={"sources": [source]}),
+        cut() | {"recording": [1]},
+    ):
+        with pytest.raises(SourceError, match="no proper cut in row 2"):
+            keys(jsonl(tmp_path / "m.jsonl", cut(), wrong))
 
 
 def test_types_of_a_table_become_json(tmp_path: Path) -> None:
@@ -182,6 +225,8 @@ WRONG = {
         gzip.compress(b'{"path": "a.wav"}\n' * 99)[:-9],
         "cannot be read",
     ),
+    "an end": ("m.csv", "path,start,end\na.wav,1,2\n", "has a column end and none of durations"),
+    "half a character": ("m.jsonl", r'{"path": "a\ud83d.wav"}', "no plain path or URL in row 1"),
     "a chain": ("m.jsonl", '{"path": "zip://a::b.zip"}', "no plain path or URL in row 1"),
     "a secret": ("m.jsonl", '{"url": "https://h/a.wav?X-Sig=deadbeef"}', "carries credentials"),
     "no key": ("m.jsonl", '{"id": "", "path": "a.wav"}', "has no id in row 1"),

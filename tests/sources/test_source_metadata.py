@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from latentmill.errors import ItemError
+from latentmill.errors import ItemError, SourceError
 from latentmill.sources.base import Item
 from latentmill.sources.metadata import read_metadata
+from latentmill.sources.webdataset import WebDatasetSource
+from support.sources import put
 
 
 def item(folder: Path, **sidecars: bytes) -> Item:
@@ -81,3 +84,25 @@ def test_a_sidecar_that_is_gone_fails_the_item(tmp_path: Path) -> None:
     for uri in (str(tmp_path / "gone.json"), "memory://nothing/gone.json"):
         with pytest.raises(ItemError, match=r"^sidecar gone\.json cannot be read: [Nn]o such file"):
             read_metadata(Item("s", "s.wav", 0, "", (uri,)))
+
+
+def test_of_a_sidecar_that_is_none_little_is_read(tmp_path: Path) -> None:
+    one = item(tmp_path, json=b"{}")
+    with Path(one.sidecars[0]).open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ItemError, match=r"^sidecar s0\.json has more than 16 MiB$"):
+        read_metadata(one)
+
+
+def test_nobody_waits_for_the_writer_of_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "s.txt")
+    os.mkfifo(tmp_path / "s.tar")
+    with pytest.raises(ItemError, match=r"^sidecar s\.txt cannot be read: It is not a regular"):
+        read_metadata(Item("s", "s.wav", 0, "", (str(tmp_path / "s.txt"),)))
+    with pytest.raises(SourceError, match=r"s\.tar is not a regular file: leave it out\.$"):
+        list(WebDatasetSource(str(tmp_path), ("wav",)).items())
+
+
+def test_an_empty_sidecar_in_a_bucket(s3_bucket: str) -> None:
+    uri = put(f"{s3_bucket}/s.txt", b"")
+    assert read_metadata(Item("s", f"{s3_bucket}/s.wav", 0, "", (uri,))) == {"text": ""}

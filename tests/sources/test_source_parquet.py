@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,27 @@ def test_columns_of_bytes_keys_and_paths(tmp_path: Path) -> None:
     assert source_type(uri) == "parquet"
     paths = write(tmp_path / "c.parquet", pa.table({"path": ["a.wav"]}))
     assert source_type(paths) == "manifest"
+
+
+def test_no_column_is_taken_for_a_part_of_the_audio_s(tmp_path: Path) -> None:
+    data = pa.table({"audio_text": [b"1"], "text": ["one"], "audio": ["two"]})
+    uri = write(tmp_path / "a.parquet", data)
+    (item,) = sorted_items(ParquetSource(uri, key_column="text"))
+    assert (item.key, json.loads(item.metadata)) == ("one", {"text": "one", "audio": "two"})
+
+
+def test_keys_never_become_paths(tmp_path: Path) -> None:
+    data = pa.table({"audio": [b"1", b"2", b"3"], "id": ["../../x", "/etc/x", "a//b/"]})
+    items = sorted_items(ParquetSource(write(tmp_path / "a.parquet", data), key_column="id"))
+    assert [item.key for item in items] == ["%2E%2E/%2E%2E/x", "a/b", "etc/x"]
+
+
+def test_text_that_is_none_is_refused(tmp_path: Path, one_sentence: Callable[..., str]) -> None:
+    text = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff"))
+    uri = write(tmp_path / "a.parquet", pa.table({"audio": [b"1"], "text": text}))
+    with pytest.raises(SourceError) as caught:
+        sorted_items(ParquetSource(uri))
+    assert "a.parquet cannot be read" in one_sentence(caught.value)
 
 
 def test_a_column_is_chosen_or_asked_for(
@@ -174,4 +196,21 @@ def test_cells_that_are_not_there(items: list[Item], tmp_path: Path) -> None:
             reader.read(uri, cell)
     assert len(reader.read(items[0].uri, TableCell(0, 7, "audio"))) == 10_000
     assert len(reader.read(items[0].uri, TableCell(0, 7, "audio"))) == 10_000
+    reader.close()
+
+
+def test_a_row_group_that_is_shorter_than_it_says(
+    items: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = cells._Pass._wanted_cells
+    monkeypatch.setattr(
+        cells._Pass, "_wanted_cells", lambda *args, **more: islice(real(*args, **more), 5)
+    )
+    reader = CellReader(items)
+    cell = items[7].place
+    assert isinstance(cell, TableCell)
+    for _ in range(2):
+        with pytest.raises(ItemError, match="row group 0 ends before row 7"):
+            reader.read(items[7].uri, cell)
+    assert len(reader.read(items[0].uri, TableCell(0, 4, "audio"))) == 10_000
     reader.close()

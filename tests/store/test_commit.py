@@ -34,6 +34,16 @@ def write(folder: Path, name: str, outcomes: Iterator[Outcome] | list[Outcome]) 
     )
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_unit_without_records_leaves_no_shard_of_an_earlier_time(
+    name: str, tmp_path: Path
+) -> None:
+    assert write(tmp_path, name, [encoded("a")]).shard is not None
+    commit = write(tmp_path, name, [Outcome("a", "failed", "changed since")])
+    assert (commit.shard, commit.rows) == (None, 0)
+    assert files(tmp_path) == []
+
+
 def files(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 

@@ -16,6 +16,7 @@ import fsspec.asyn
 
 from latentmill.errors import ConfigError, ItemError
 from latentmill.remote import (
+    RANGE_NOT_SATISFIABLE,
     cause_of,
     is_transient,
     open_filesystem,
@@ -34,7 +35,6 @@ PIECE = 8 << 20
 IN_FLIGHT = 4
 """Bytes of a request, and requests at once, for a file that is longer."""
 
-RANGE_NOT_SATISFIABLE = 416
 _FIRST_BYTE_SECONDS = 60.0
 _SLOWEST = 64 << 10  # bytes per second; a request that is slower has hung
 _LONGEST_SECONDS = 3600.0  # of a download whose length is not known

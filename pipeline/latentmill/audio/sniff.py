@@ -11,6 +11,7 @@ from latentmill.errors import ItemError
 
 _HEAD = 4096
 _MPEG_SEARCH = 128 << 10
+_MAX_TAGS = 64  # no real file has more; one of nothing else would be walked ten bytes at a time
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,10 @@ def _flac_samples(head: bytes) -> int:
 def _skip_id3(media: MediaFile) -> int:
     """Bytes of the ID3v2 tags at the start (ID3v2.4, section 3.1)."""
     offset = 0
-    while (header := media.read_at(offset, 10))[:3] == b"ID3" and len(header) == 10:
+    for _ in range(_MAX_TAGS):
+        header = media.read_at(offset, 10)
+        if header[:3] != b"ID3" or len(header) < 10:
+            break
         size = 0
         for byte in header[6:]:
             size = size << 7 | byte & 0x7F

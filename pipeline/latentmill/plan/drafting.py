@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from latentmill.closing import Closing
 from latentmill.errors import SourceError, StorageError
-from latentmill.plan.items import DRAFT_SCHEMA, draft_table, extension_of
+from latentmill.plan.items import DRAFT_SCHEMA, draft_table
 from latentmill.plan.sort import Sorter, TableFile, read_tables
 from latentmill.sources.base import Item
 
@@ -91,7 +91,7 @@ class Totals:
         self.bytes += sum(table["size"].to_pylist())
         self.estimated_items += len(guessed)
         self.estimated_micros += sum(guessed)
-        self.formats.update(map(extension_of, table["uri"].to_pylist()))
+        self.formats.update(table["extension"].to_pylist())
         self.grouped = self.grouped or table["group"].null_count < len(table)
 
 

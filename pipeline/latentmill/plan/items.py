@@ -51,6 +51,7 @@ DRAFT_SCHEMA = pa.schema(
         *(field for field in ITEMS_SCHEMA if field.name != "unit"),
         pa.field("block", pa.string(), nullable=False),  # the group, or else the key
         pa.field("micros", pa.int64(), nullable=False),  # seconds, known or estimated, x 1e6
+        pa.field("extension", pa.string(), nullable=False),
     ]
 )
 
@@ -81,7 +82,8 @@ def estimated_seconds(item: Item) -> float:
     if seconds is None and not item.size:
         seconds = UNKNOWN_SECONDS
     elif seconds is None:
-        rate = BYTES_PER_SECOND.get(extension_of(item.uri), COMPRESSED_BYTES_PER_SECOND)
+        extension = item.extension or extension_of(item.uri)
+        rate = BYTES_PER_SECOND.get(extension, COMPRESSED_BYTES_PER_SECOND)
         seconds = item.size / rate
         if item.segment is not None:
             seconds = max(0.0, seconds - item.segment.start)
@@ -113,6 +115,7 @@ def draft_table(items: Sequence[Item]) -> pa.Table:
             round(1e6 * (estimated_seconds(item) if length is None else _bounded(length)))
             for item, length in zip(items, known, strict=True)
         ],
+        "extension": [item.extension or extension_of(item.uri) for item in items],
         **_places(items),
         **_segments(items),
     }
@@ -173,6 +176,7 @@ def _item(row: dict[str, Any]) -> Item:
         metadata=row["metadata"],
         group=row["group"],
         role=row["role"],
+        extension=row.get("extension"),
     )
 
 

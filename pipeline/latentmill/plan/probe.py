@@ -16,7 +16,7 @@ from latentmill.plan.items import known_seconds
 from latentmill.remote import storage_errors
 from latentmill.sources.base import ByteRange, Item, TableCell
 from latentmill.sources.files import read_bytes
-from latentmill.sources.reading import UnitReader
+from latentmill.sources.reading import UnitReader, with_size
 
 READERS = 16
 BATCH = 8 * READERS
@@ -39,23 +39,24 @@ def probed(items: Iterable[Item], opened: Callable[[int], None] = lambda _: None
         while batch := list(itertools.islice(stream, BATCH)):
             unknown = [item for item in batch if known_seconds(item) is None]
             yield from (item for item in batch if known_seconds(item) is not None)
-            with UnitReader(filter(_read_whole, unknown), allow_changed=True) as reader:
-                yield from pool.map(partial(_probe, reader), unknown)
+            sized = list(pool.map(with_size, unknown))
+            with UnitReader(filter(_read_whole, sized), allow_changed=True) as reader:
+                found = pool.map(partial(_seconds, reader), sized)
+                for item, seconds in zip(unknown, found, strict=True):
+                    yield item if seconds is None else dataclasses.replace(item, seconds=seconds)
             count += len(unknown)
             opened(count)
 
 
-def _probe(reader: UnitReader, item: Item) -> Item:
+def _seconds(reader: UnitReader, item: Item) -> float | None:
     try:
         info = _info(item, reader)
     except ItemError:
-        return item
+        return None
     if info.num_samples is None:
-        return item
-    seconds = info.num_samples / info.sample_rate
-    if item.segment is not None:
-        seconds = max(0.0, seconds - item.segment.start)
-    return dataclasses.replace(item, seconds=seconds)
+        return None
+    start = item.segment.start if item.segment is not None else 0.0
+    return max(0.0, info.num_samples / info.sample_rate - start)
 
 
 def _info(item: Item, reader: UnitReader) -> AudioInfo:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from latentmill.errors import StorageError
 # Of each run so much is in memory while runs are merged.
 BATCH_BYTES = 1 << 20
 SMALLEST_BATCH, LARGEST_BATCH = 64, 4096
+
+FAN_IN = 128
+"""Runs that are merged at once: each is an open file, and a batch in memory."""
 
 # Without threads: Arrow's may abort the process when they are young at its end.
 _WRITE = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
@@ -30,6 +33,7 @@ class Sorter:
         self._folder = folder
         self._by = list(by)
         self._runs: list[Path] = []
+        self._written = 0
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -40,14 +44,31 @@ class Sorter:
 
     def push(self, table: pa.Table) -> None:
         """Sort a table and lay it aside."""
-        path = self._folder / f"{len(self._runs):06d}.arrow"
-        write_table(path, sort(table, self._by))
-        self._runs.append(path)
+        self._runs.append(self._write([sort(table, self._by)], table.schema))
 
     def tables(self) -> Iterator[pa.Table]:
         """All rows in order, some thousands at a time."""
+        while len(self._runs) > FAN_IN:
+            some, rest = self._runs[:FAN_IN], self._runs[FAN_IN:]
+            with pa.OSFile(str(some[0])) as file:
+                schema = pa.ipc.open_file(file, options=_READ).schema
+            self._runs = [*rest, self._write(self._merged(some), schema)]
+            for run in some:
+                run.unlink()
+        return self._merged(self._runs)
+
+    def _write(self, tables: Iterable[pa.Table], schema: pa.Schema) -> Path:
+        """Write a run: rows in order."""
+        path = self._folder / f"{self._written:06d}.arrow"
+        self._written += 1
+        with TableFile(path, schema) as file:
+            for table in tables:
+                file.write(table)
+        return path
+
+    def _merged(self, runs: Sequence[Path]) -> Iterator[pa.Table]:
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(pa.OSFile(str(run))) for run in self._runs]
+            files = [stack.enter_context(pa.OSFile(str(run))) for run in runs]
             heads = [_Head(file, self._by) for file in files]
             while heads := [head for head in heads if head.fill()]:
                 # Of what is in memory these rows come first, whatever the runs still hold.
@@ -96,14 +117,8 @@ def sort(table: pa.Table, by: Sequence[str]) -> pa.Table:
     return table.combine_chunks().sort_by([(name, "ascending") for name in by]).combine_chunks()
 
 
-def write_table(path: Path, table: pa.Table) -> None:
-    """Write an Arrow IPC file whose batches have about `BATCH_BYTES`."""
-    with TableFile(path, table.schema) as file:
-        file.write(table)
-
-
 class TableFile(Closing):
-    """An Arrow IPC file of this machine that is being written."""
+    """An Arrow IPC file of this machine that is being written, in batches of `BATCH_BYTES`."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._path = path

@@ -18,7 +18,7 @@ FETCH_THREADS = 8
 ITEMS_AHEAD = 32
 BYTES_AHEAD = 128 << 20
 LARGEST = 16 << 20  # a longer file is fetched by several requests at once anyway
-UNKNOWN_SIZE = 8 << 20
+UNKNOWN_SIZE = LARGEST
 
 
 class Ahead(Closing):
@@ -27,16 +27,22 @@ class Ahead(Closing):
     Args:
         items: All that may be asked for, in order.
         open_item: Opens one; called from several threads.
+        fetch_item: Opens one ahead; gives None to leave it until it is asked for.
     """
 
-    def __init__(self, items: Sequence[Item], open_item: Callable[[Item], MediaFile]) -> None:
+    def __init__(
+        self,
+        items: Sequence[Item],
+        open_item: Callable[[Item], MediaFile],
+        fetch_item: Callable[[Item], MediaFile | None],
+    ) -> None:
         self._items = [item for item in items if fetched_ahead(item)]
         self._place = {item.key: place for place, item in enumerate(self._items)}
-        self._open = open_item
+        self._open, self._fetch_item = open_item, fetch_item
         self._lock = threading.Lock()
         self._next = 0  # the first item that is not asked for
         self._sizes: dict[str, int] = {}  # of those that were asked for and not taken
-        self._coming: dict[str, Future[MediaFile]] = {}
+        self._coming: dict[str, Future[MediaFile | None]] = {}
         self._pool = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch-ahead")
 
     def open(self, item: Item) -> MediaFile:
@@ -46,7 +52,8 @@ class Ahead(Closing):
             ItemError, ConfigError: As opening it does.
         """
         coming = self._take(item)
-        return self._open(item) if coming is None else coming.result()
+        media = None if coming is None else coming.result()
+        return self._open(item) if media is None else media
 
     def let_go(self, item: Item) -> None:
         """The item is over; what nobody opened of it is closed."""
@@ -69,7 +76,7 @@ class Ahead(Closing):
             one.add_done_callback(_close)
         self._pool.shutdown(wait=True)
 
-    def _take(self, item: Item) -> Future[MediaFile] | None:
+    def _take(self, item: Item) -> Future[MediaFile | None] | None:
         with self._lock:
             coming = self._coming.pop(item.key, None)
             self._sizes.pop(item.key, None)
@@ -87,11 +94,11 @@ class Ahead(Closing):
             self._coming[item.key] = self._pool.submit(self._fetch, item)
             self._next += 1
 
-    def _fetch(self, item: Item) -> MediaFile:
-        media = self._open(item)
+    def _fetch(self, item: Item) -> MediaFile | None:
+        media = self._fetch_item(item)
         with self._lock:
             if item.key in self._sizes:  # now it is known
-                self._sizes[item.key] = media.size
+                self._sizes[item.key] = media.size if media is not None else 0
         return media
 
 
@@ -105,6 +112,6 @@ def _size(item: Item) -> int:
     return item.size or UNKNOWN_SIZE
 
 
-def _close(done: Future[MediaFile]) -> None:
-    if not done.cancelled() and done.exception() is None:
-        done.result().close()
+def _close(done: Future[MediaFile | None]) -> None:
+    if not done.cancelled() and done.exception() is None and (media := done.result()) is not None:
+        media.close()

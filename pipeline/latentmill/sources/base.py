@@ -57,6 +57,8 @@ class Item:
         metadata: What the source itself says of it (manifest columns, tar members): a JSON object.
         group: What belongs together (the song of a stem), if known; see `sources/group.py`.
         role: What the item is in its group (`drums`, `vocals`), if known.
+        extension: Inside a tar or a table its own name's, such as `flac`. It serves to guess
+            lengths while a plan is made, and is not stored.
     """
 
     key: str
@@ -70,6 +72,7 @@ class Item:
     metadata: str = "{}"
     group: str | None = None
     role: str | None = None
+    extension: str | None = None
 
 
 class Source(Protocol):

@@ -115,6 +115,7 @@ class _Pass:
 
     def _advance(self, row: int) -> bytes | None:
         """Read on until the row comes; what others want on the way waits for them."""
+        fresh = self._cells is None
         if self._cells is None:
             self._cells = self._begin()
         if row >= self._rows:
@@ -125,6 +126,8 @@ class _Pass:
             if number in self._wanted:
                 self._keep(number, data)
         self._cells = None  # asked for a second time, or reading stopped at an error
+        if fresh:
+            raise ItemError(f"row group {self._row_group} ends before row {row}")
         return self._advance(row)
 
     def _begin(self) -> Iterator[tuple[int, bytes | None]]:

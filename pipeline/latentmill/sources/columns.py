@@ -36,11 +36,21 @@ def as_json(row: Mapping[str, Any]) -> str:
     """A row as a JSON object, without its empty values; NaN counts as empty, dates become text."""
     kept = {name: value for name, value in row.items() if value is not None}
     try:
-        return _encode(kept)
+        text = _encode(kept)
     except ValueError:  # NaN or infinity somewhere
         finite = {name: _finite(value) for name, value in kept.items()}
         kept = {name: value for name, value in finite.items() if value is not None}
-        return _encode(kept)
+        text = _encode(kept)
+    return text if is_text(text) else json.dumps(kept, default=str)
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be written: JSON's escapes may hold half a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_binary(kind: pa.DataType) -> bool:
@@ -61,13 +71,9 @@ def is_audio(kind: pa.DataType) -> bool:
     return "bytes" in fields and is_binary(fields["bytes"])
 
 
-def plain_columns(schema: pa.Schema, *, without: Sequence[str] = ()) -> list[str]:
+def plain_columns(schema: pa.Schema) -> list[str]:
     """The columns that can be metadata, as Parquet names them: no bytes, at any depth."""
-    names: list[str] = []
-    for field in schema:
-        if field.name not in without:
-            names += _plain(field.name, field.type)
-    return names
+    return [name for field in schema for name in _plain(field.name, field.type)]
 
 
 def _plain(name: str, kind: pa.DataType) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import posixpath
+import stat
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from latentmill.errors import SourceError
 from latentmill.remote import (
     cause_of,
+    is_missing,
     open_filesystem,
     redact,
     refuse_secrets,
@@ -26,7 +29,8 @@ from latentmill.remote import (
 )
 
 # What the file systems call that which changes when a file does.
-VERSION_FIELDS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "blob_id", "sha256")
+VERSION_FIELDS: tuple[str, ...] = ("ETag", "etag", "mtime", "LastModified", "last_modified")
+VERSION_FIELDS += ("Last-Modified", "blob_id", "sha256")
 
 _WILDCARDS = ("*", "?", "[")
 _REQUESTS = 16  # side by side, where files are named one by one
@@ -67,7 +71,7 @@ class Place:
         refuse_secrets("Source", uri, SourceError)
         try:
             self.fs, path = open_filesystem(uri)
-        except (ValueError, ImportError) as error:
+        except (ValueError, ImportError, OSError) as error:  # some, such as ftp, connect at once
             cause = why_not_opened(uri, error)
             raise SourceError(f"Source {uri} cannot be opened: {cause}.") from error
         self.path: str = path.rstrip("/") or "/"
@@ -94,9 +98,21 @@ class Place:
         """`file`, `folder`, or `nothing`; a pattern is `nothing`."""
         with self.errors():
             self.fs.invalidate_cache()
-            if retrying(lambda: self.fs.isfile(self.path)):
-                return "file"
-            return "folder" if retrying(lambda: self.fs.isdir(self.path)) else "nothing"
+            try:
+                # Not isfile and isdir: the first is False whatever goes wrong, the second lists a
+                # whole folder of a bucket.
+                kind = retrying(lambda: self.fs.info(self.path))["type"]
+            except OSError as error:
+                pattern = any(mark in self.path for mark in (*_WILDCARDS, "{"))
+                if pattern or is_missing(error):  # of a pattern some servers say that it is denied
+                    return "nothing"
+                # Who may list a folder of a bucket may not ask for an object of its name, perhaps.
+                if isinstance(error, PermissionError) and retrying(
+                    lambda: self.fs.isdir(self.path)
+                ):
+                    return "folder"
+                raise
+            return {"file": "file", "directory": "folder"}.get(kind, "nothing")
 
 
 def version_of(info: Mapping[str, Any]) -> str:
@@ -119,10 +135,11 @@ def find_files(place: Place, extensions: Collection[str], ignored: dict[str, int
         root = place.path
         with place.errors():
             found = retrying(lambda: place.fs.find(root, detail=True))
+    elif kind == "file":
+        root, found = posixpath.dirname(place.path), _looked_up(place, [place.path])
     else:
-        patterns = [place.path] if kind == "file" else list(braceexpand.braceexpand(place.path))
-        root = _common_folder(patterns)
-        found = _named(place, patterns)
+        patterns = list(braceexpand.braceexpand(place.path))
+        root, found = _common_folder(patterns), _named(place, patterns)
     files = []
     for path, info in sorted(found.items()):
         name = path.removeprefix(root.rstrip("/") + "/")
@@ -145,40 +162,57 @@ def _named(place: Place, patterns: list[str]) -> dict[str, Mapping[str, Any]]:
     found: dict[str, Mapping[str, Any]] = {}
     plain = []
     for pattern in patterns:
-        if any(mark in pattern for mark in _WILDCARDS) and not place.local:
+        glob = any(mark in pattern for mark in _WILDCARDS)
+        if glob and not (place.local and Path(pattern).exists()):
             with place.errors():
                 found |= retrying(lambda p=pattern: place.fs.glob(p, detail=True))  # type: ignore[misc]
-        elif any(mark in pattern for mark in _WILDCARDS) and not Path(pattern).exists():
-            found |= place.fs.glob(pattern, detail=True)
         else:
             plain.append(pattern)
+    found |= _looked_up(place, plain)
+    return {path: info for path, info in found.items() if info.get("type") != "directory"}
+
+
+def _looked_up(place: Place, paths: list[str]) -> dict[str, Mapping[str, Any]]:
+    """Entries of the files at these paths."""
 
     def look(path: str) -> Mapping[str, Any]:
         try:
             info: Mapping[str, Any] = retrying(lambda: place.fs.info(path))
         except FileNotFoundError as error:
-            raise SourceError(f"Source {place.address(path)} does not exist.") from error
+            if is_missing(error):
+                raise SourceError(f"Source {place.address(path)} does not exist.") from error
+            raise
         return info
 
     with place.errors("read"), ThreadPoolExecutor(1 if place.local else _REQUESTS) as pool:
-        found |= dict(zip(plain, pool.map(look, plain), strict=True))
-    return {path: info for path, info in found.items() if info.get("type") != "directory"}
+        return dict(zip(paths, pool.map(look, paths), strict=True))
 
 
 def _file(place: Place, path: str, name: str, info: Mapping[str, Any]) -> File:
     if place.local:  # to the nanosecond, as it is compared when the file is read
         status = os.stat(path)  # noqa: PTH116
+        if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for its writer
+            raise SourceError(f"{path} is not a regular file: leave it out.")
         return File(path, path, name, status.st_size, str(status.st_mtime_ns))
-    return File(place.address(path), path, name, int(info.get("size") or 0), version_of(info))
+    if info.get("size") is None:  # the pages that web servers list their files on
+        info = _looked_up(place, [path])[path]
+    if info.get("size") is None:
+        raise SourceError(
+            f"{place.address(path)} cannot be read in parts, as its server does not say how long "
+            "it is: copy it to a disk or a bucket."
+        )
+    return File(place.address(path), path, name, int(info["size"]), version_of(info))
 
 
 def _common_folder(patterns: list[str]) -> str:
     """The longest folder that all patterns lie in, before their first wildcard."""
+    protocol, mark, _ = patterns[0].rpartition("://")  # a web server's paths are URLs
+    patterns = [pattern.removeprefix(protocol + mark) for pattern in patterns]
     folders = []
     for pattern in patterns:
         ends = [at for mark in _WILDCARDS if (at := pattern.find(mark)) >= 0]
         folders.append(posixpath.dirname(pattern[: min(ends)] if ends else pattern))
-    return posixpath.commonpath(folders) if all(folders) else ""
+    return protocol + mark + posixpath.commonpath(folders) if all(folders) else ""
 
 
 def current_version(uri: str) -> tuple[int, str]:
@@ -204,6 +238,8 @@ def read_bytes(uri: str, start: int = 0, end: int | None = None) -> bytes:
     if end is not None and end <= start:  # there is no such range in HTTP
         return b""
     if "://" not in uri:
+        if not stat.S_ISREG(os.stat(uri).st_mode):  # noqa: PTH116  see `_file`
+            raise OSError(errno.EINVAL, "It is not a regular file")
         with Path(uri).open("rb") as file:
             file.seek(start)
             return file.read(-1 if end is None else end - start)

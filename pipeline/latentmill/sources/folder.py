@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from latentmill.errors import SourceError
+from latentmill.remote import protocol_of
 from latentmill.sources.base import Item
 from latentmill.sources.files import Place
 from latentmill.sources.listing import Entries, Entry, folders
@@ -48,11 +49,16 @@ class FolderSource:
         seen = found = 0
         with self._place.errors():
             kind = self._place.kind()
+            if kind == "file" and protocol_of(self.uri) in ("http", "https"):
+                raise SourceError(
+                    f"Source {self.uri} cannot be listed, for web servers list no folders: name "
+                    "its files in a manifest."
+                )
             if kind == "file":
                 raise SourceError(f"Source {self.uri} is a file: name the folder that holds it.")
             if kind == "nothing":
                 raise SourceError(f"Source {self.uri} does not exist: check the path.")
-            for files in folders(self._place):
+            for files in folders(self._place, self.ignored):
                 seen += len(files)
                 for item in self._items_of(files):
                     found += 1

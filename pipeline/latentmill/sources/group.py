@@ -90,9 +90,14 @@ def _told(item: Item, value: Callable[[str], Any]) -> Item:
     group, role = value("group"), value("role")
     return replace(
         item,
-        group=item.group if group in (None, "") else str(group),
-        role=item.role if role in (None, "") else str(role),
+        group=item.group if group in (None, "") else _text(group),
+        role=item.role if role in (None, "") else _text(role),
     )
+
+
+def _text(value: Any) -> str:
+    """A field as text; JSON's escapes may hold half a surrogate pair, which is none."""
+    return str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def _ahead(work: Callable[[Item], Item], items: Iterator[Item]) -> Iterator[Item]:

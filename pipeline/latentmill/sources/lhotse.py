@@ -45,7 +45,7 @@ def read_cut(row: dict[str, Any]) -> Cut:
 
     Raises:
         Unusable: It has no single recording that can be taken as it is.
-        KeyError, TypeError, ValueError: It is no cut after all.
+        KeyError, TypeError, ValueError, AttributeError: It is no cut after all.
     """
     recording = row.get("recording")
     if recording is None:
@@ -60,13 +60,16 @@ def read_cut(row: dict[str, Any]) -> Cut:
     wanted = row.get("channel", 0)
     if sorted(wanted if isinstance(wanted, list) else [wanted]) != sorted(channels):
         raise Unusable("cuts of some channels of their recording")
+    path = sources[0]["source"]
+    if not isinstance(path, str):
+        raise TypeError("a path is text")
     start, duration = round(float(row["start"]), 6), round(float(row["duration"]), 6)
     if start < 0 or duration <= 0:
         raise ValueError("a cut has a length")
     whole = start == 0 and abs(duration - float(recording["duration"])) < 1e-6
     return Cut(
         id=str(row["id"]),
-        path=sources[0]["source"],
+        path=path,
         duration=duration,
         segment=None if whole else Segment(start, duration),
         metadata={name: value for name, value in row.items() if name not in _CONSUMED},

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import posixpath
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +30,14 @@ class Entry:
 Entries: TypeAlias = Mapping[str, Entry]  # the files of one folder, by path
 
 
-def folders(place: Place) -> Iterator[Entries]:
-    """The files below a folder, each folder's at once.
+def folders(place: Place, ignored: Counter[str]) -> Iterator[Entries]:
+    """The files below a folder, each folder's at once; links that lead to one again are counted.
 
     Raises:
         OSError and what else the storage's client raises.
     """
     if place.local:
-        yield from _walk(place.path)
+        yield from _walk(place.path, ignored)
     elif _has_s3_pages(place):
         yield from by_folder(_s3_pages(place))
     else:
@@ -69,6 +69,7 @@ def _s3_pages(place: Place) -> Iterator[tuple[str, Entry]]:
     """A bucket's objects in order, a request for each thousand; s3fs itself gathers all first."""
     bucket, _, folder = place.path.partition("/")
     request: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{folder}/" if folder else ""}
+    request |= place.fs.req_kw  # where the requester pays
     while True:
         page = retrying(lambda: place.fs.call_s3("list_objects_v2", **request))
         for one in page.get("Contents", ()):
@@ -105,7 +106,7 @@ def _entry(info: Mapping[str, Any]) -> Entry:
     return Entry(int(info.get("size") or 0), version_of(info))
 
 
-def _walk(root: str) -> Iterator[Entries]:
+def _walk(root: str, ignored: Counter[str]) -> Iterator[Entries]:
     """Find local files, through links to folders too. Raises OSError where it may not look."""
     seen: set[str] = set()
 
@@ -114,7 +115,8 @@ def _walk(root: str) -> Iterator[Entries]:
 
     for folder, inner, files in os.walk(root, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)
-        if real in seen:  # a link to a folder above: its files are listed already
+        if real in seen:  # a link, perhaps to a folder above: its files are listed already
+            ignored["links to folders that are listed already"] += 1
             inner.clear()
             continue
         seen.add(real)

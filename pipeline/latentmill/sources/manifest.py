@@ -25,8 +25,9 @@ from latentmill.sources import lhotse
 from latentmill.sources.address import segment_text
 from latentmill.sources.base import Item, Segment
 from latentmill.sources.cells import open_table
-from latentmill.sources.columns import as_json, find_column, plain_columns
+from latentmill.sources.columns import as_json, find_column, is_text, plain_columns
 from latentmill.sources.files import Place
+from latentmill.sources.metadata import METADATA_LIMIT
 from latentmill.sources.names import as_key
 from latentmill.sources.parquet import table_errors
 
@@ -38,7 +39,7 @@ PATHS += ("file", "filename", "file_name", "url", "uri", "audio", "wav")
 STARTS = ("start", "offset", "begin", "start_time", "start_seconds")
 DURATIONS = ("duration", "dur", "length", "duration_seconds", "seconds")
 KEYS = ("key", "id")
-SIZES = ("size_bytes", "num_bytes", "file_size")
+ENDS = ("end", "stop", "end_time", "end_seconds")
 
 _BROKEN: tuple[type[Exception], ...] = (EOFError, zlib.error, lzma.LZMAError)
 """What a compressed file that is cut or damaged raises, next to OSError."""
@@ -129,8 +130,14 @@ class ManifestSource:
         duration = find_column(names, asked.duration, DURATIONS, "duration", where)
         key = find_column(names, asked.key, KEYS, "keys", where)
         key = self._columns.key or key  # where it was asked for, no row may lack it
-        size = find_column(names, None, SIZES, "size", where)
+        end = find_column(names, None, ENDS, "end", where)
+        if start and end and not duration:  # else the segment would reach to the recording's end
+            raise SourceError(
+                f"{where} has a column {end} and none of durations: give the lengths of its "
+                "segments in a column duration."
+            )
         consumed = {path, start, duration} - {None}
+        texts = manifest_format(self.uri) in ("csv", "tsv")
 
         def build(row: dict[str, Any], number: int) -> Item | None:
             value = row[path]
@@ -142,14 +149,15 @@ class ManifestSource:
             length = self._seconds(row, duration, number)
             segment = None if begin is None else Segment(begin, length)
             uri, name = self._locate(str(value), number)
+            rest = {n: v for n, v in row.items() if n not in consumed}
             return Item(
                 key=self._key(row, key if key != path else None, name, segment, number),
                 uri=uri,
-                size=int(row.get(size) or 0) if size else 0,
+                size=0,
                 version="",
                 segment=segment,
                 seconds=length,
-                metadata=as_json({n: v for n, v in row.items() if n not in consumed}),
+                metadata=as_json({n: _cell(v) for n, v in rest.items()} if texts else rest),
             )
 
         return build
@@ -164,7 +172,7 @@ class ManifestSource:
         except lhotse.Unusable as error:
             self.ignored[str(error)] += 1
             return None
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise SourceError(f"Manifest {self.uri} has no proper cut in row {number}.") from error
         uri, _ = self._locate(cut.path, number)
         return Item(
@@ -194,7 +202,8 @@ class ManifestSource:
 
     def _locate(self, path: str, number: int) -> tuple[str, str]:
         """A recording's URI, and its name: relative to the manifest, without its extension."""
-        if "::" in path or "\0" in path:
+        chain = "://" in path and "::" in path
+        if chain or "\0" in path or not is_text(path):
             raise SourceError(
                 f"Manifest {self.uri} has no plain path or URL in row {number}: {path!r}."
             )
@@ -245,14 +254,20 @@ class ManifestSource:
         )
 
     def _csv(self) -> Iterator[dict[str, Any]]:
-        delimiter = "\t" if manifest_format(self.uri) == "tsv" else ","
+        """The cells as they are written: a key or a path may look like a number."""
+        tabs = manifest_format(self.uri) == "tsv"
+        # In a TSV a line is a row: quotes that nobody closes are common (Common Voice has them).
+        style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+        csv.field_size_limit(METADATA_LIMIT)  # by default no text may be longer than 128 KiB
         with self._text() as file:
-            reader = csv.DictReader(file, delimiter=delimiter, restkey=None, strict=True)
+            reader = csv.DictReader(file, restkey=None, strict=True, **style)
             try:
+                if tabs:
+                    reader.fieldnames = list(map(_unquoted, reader.fieldnames or ()))
                 for row in reader:
                     if None in row:
                         raise csv.Error("more fields than the header names")
-                    yield {name: _cell(value) for name, value in row.items()}
+                    yield {name: _unquoted(cell) for name, cell in row.items()} if tabs else row
             except csv.Error as error:
                 raise SourceError(
                     f"Manifest {self.uri} is no proper CSV in line {reader.line_num}: {error}."
@@ -288,6 +303,13 @@ def manifest_format(uri: str) -> str | None:
     """`csv`, `tsv`, `jsonl` or `parquet` by the name of a file; None if it is no manifest's."""
     name = re.sub(r"\.(gz|bz2|xz|zst)$", "", uri.lower())
     return FORMATS.get(posixpath.splitext(name)[1])
+
+
+def _unquoted(cell: str | None) -> str | None:
+    """A cell of a TSV without the quotes around it."""
+    if cell is None or len(cell) < 2 or not cell[0] == cell[-1] == '"':
+        return cell
+    return cell[1:-1].replace('""', '"')
 
 
 def _cell(value: str | None) -> Any:

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from latentmill.errors import ItemError
-from latentmill.remote import cause_of, storage_errors
+from latentmill.remote import RANGE_NOT_SATISFIABLE, cause_of, status_of, storage_errors
 from latentmill.sources.base import Item
 from latentmill.sources.files import read_bytes
 
@@ -69,8 +69,10 @@ def _read(uri: str, name: str) -> bytes:
         if match:
             data = read_bytes(match["uri"], int(match["first"]), int(match["last"]) + 1)
         else:
-            data = read_bytes(uri)
+            data = read_bytes(uri, 0, METADATA_LIMIT + 1)
     except storage_errors() as error:
+        if status_of(error) == RANGE_NOT_SATISFIABLE:  # it has no first byte
+            return b""
         raise ItemError(f"sidecar {name} cannot be read: {cause_of(error)}") from error
     if len(data) > METADATA_LIMIT:
         raise ItemError(f"sidecar {name} has more than {METADATA_LIMIT >> 20} MiB")

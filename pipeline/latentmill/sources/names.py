@@ -29,7 +29,11 @@ def as_key(name: str) -> str:
     """
     if _PLAIN.fullmatch(name):
         return name
-    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    try:
+        data = name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half a surrogate pair, of JSON
+        data = name.encode("utf-8", "backslashreplace")
+    text = data.decode("utf-8", "backslashreplace")
     parts = (part for part in text.replace("\0", "").split("/") if part not in ("", "."))
     return "/".join("%2E%2E" if part == ".." else part for part in parts)
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import braceexpand
+
 from latentmill.errors import ConfigError, SourceError
 from latentmill.sources.base import Source, SourceType
 from latentmill.sources.cells import open_table
@@ -92,6 +94,7 @@ def _by_schema(uri: str) -> SourceType:
 
 # Settings of a source, and the types that they mean something to.
 USED_BY: dict[str, tuple[SourceType, ...]] = {
+    "extensions": ("folder", "webdataset"),
     "include": ("folder",),
     "exclude": ("folder",),
     "path_column": ("manifest",),
@@ -105,7 +108,8 @@ USED_BY: dict[str, tuple[SourceType, ...]] = {
 def _refuse_unused(config: RunConfig, kind: SourceType) -> None:
     """A setting without effect is an error."""
     for name, kinds in USED_BY.items():
-        if getattr(config, name) and kind not in kinds:
+        default = type(config).model_fields[name].default
+        if getattr(config, name) not in (default, "") and kind not in kinds:
             raise ConfigError(
                 f"Setting {name} has no effect on a source of type {kind}: it is for "
                 f"{' and '.join(kinds)}; remove it, or set source_type."
@@ -133,9 +137,14 @@ def setting_differences(planned: Mapping[str, Any], config: RunConfig) -> list[s
 
 
 def is_there(uri: str) -> bool:
-    """Whether a source can still be reached; of a pattern, the folder before its wildcards."""
+    """Whether a source can still be reached; of a pattern, the folder before its wildcards, or else
+    the first file of its braces: web servers may deny folders.
+    """
     place = Place(uri)
     if place.kind() != "nothing":
         return True
     fixed = re.split(r"[*?\[{]", place.path, maxsplit=1)[0]
-    return fixed != place.path and bool(place.fs.exists(posixpath.dirname(fixed)))
+    if fixed == place.path:
+        return False
+    first = next(iter(braceexpand.braceexpand(place.path)))
+    return bool(place.fs.exists(posixpath.dirname(fixed)) or place.fs.exists(first))

@@ -16,6 +16,7 @@ from latentmill.sources.base import Item, TableCell
 from latentmill.sources.cells import open_table
 from latentmill.sources.columns import as_json, is_audio, is_binary, plain_columns
 from latentmill.sources.files import File, Place, find_files
+from latentmill.sources.names import as_key
 
 TABLES = (".parquet",)
 _ROWS = 1024  # of metadata, read at a time
@@ -54,7 +55,7 @@ class ParquetSource:
     def _items_of(self, file: File, table: Any) -> Iterator[Item]:
         schema = table.schema_arrow
         audio = audio_column(schema, self._audio_column, file.uri)
-        columns = plain_columns(schema, without=() if is_audio(schema.field(audio).type) else audio)
+        columns = plain_columns(schema)
         if self._key_column is not None and self._key_column not in columns:
             raise SourceError(f"{file.uri} has no column {self._key_column} to take keys from.")
         stem = posixpath.splitext(file.name)[0]
@@ -74,6 +75,8 @@ class ParquetSource:
                     version=file.version,
                     place=TableCell(group, row, audio),
                     metadata=as_json(metadata),
+                    extension=posixpath.splitext(str(path or ""))[1].lower().removeprefix(".")
+                    or None,
                 )
                 number += 1
 
@@ -81,7 +84,7 @@ class ParquetSource:
         value = metadata.get(str(self._key_column))
         if value is None or value == "":
             raise SourceError(f"{file.uri} has no {self._key_column} in row {number}.")
-        return str(value)
+        return as_key(str(value))
 
 
 def audio_column(schema: pa.Schema, asked: str | None, uri: str) -> str:
@@ -118,7 +121,8 @@ def table_errors(uri: str) -> Iterator[None]:
     """What reading a Parquet file may raise becomes a SourceError that names the file."""
     try:
         yield
-    except (*storage_errors(), pa.ArrowException) as error:
+    except (*storage_errors(), pa.ArrowException, ValueError) as error:
+        # ValueError: text that is no UTF-8; and fsspec's http, of a server that knows no ranges.
         cause = cause_of(error).split(". ")[0]  # Arrow's messages are long
         raise SourceError(f"Table {uri} cannot be read: {cause}.") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import tempfile
 import threading
@@ -17,7 +18,7 @@ from latentmill.audio.media import MediaFile, is_remote, media_from_bytes, open_
 from latentmill.closing import Closing
 from latentmill.errors import ItemError
 from latentmill.remote import cause_of, storage_errors
-from latentmill.sources.ahead import Ahead
+from latentmill.sources.ahead import LARGEST, Ahead
 from latentmill.sources.base import ByteRange, Item, TableCell
 from latentmill.sources.cells import CellReader
 from latentmill.sources.files import current_version, read_bytes
@@ -46,7 +47,7 @@ class UnitReader(Closing):
         self._versions: dict[str, tuple[int, str]] = {}
         self._hashes: dict[str, str] = {}
         self._recordings: OrderedDict[str, MediaFile] = OrderedDict()
-        self._ahead = Ahead(items, self._open)
+        self._ahead = Ahead(items, self._open, self._fetch)
 
     def open(self, item: Item) -> MediaFile:
         """The bytes of an item's recording: all of it, where the item is a segment.
@@ -77,6 +78,11 @@ class UnitReader(Closing):
                 _check_unchanged(item, media)
                 stack.pop_all()
         return media
+
+    def _fetch(self, item: Item) -> MediaFile | None:
+        """The bytes of a recording that nobody asks for yet; None of one that is long after all."""
+        item = with_size(item)
+        return None if item.size > LARGEST else self._open(item)
 
     def content_hash(self, item: Item, media: MediaFile) -> str:
         """The hash of the item's encoded bytes; of a segment, those of the whole recording."""
@@ -138,6 +144,16 @@ class UnitReader(Closing):
             raise ItemError("its file has changed since the plan was made")
 
 
+def with_size(item: Item) -> Item:
+    """The item with its file's size where its source, such as a manifest, did not give it."""
+    if item.size or item.place is not None or not is_remote(item.uri):
+        return item
+    try:
+        return dataclasses.replace(item, size=current_version(item.uri)[0])
+    except storage_errors():
+        return item  # opening it will say what is wrong
+
+
 def _check_unchanged(item: Item, media: MediaFile) -> None:
     """Refuse a file that is not the one that was planned: what was listed is what is encoded.
 
@@ -167,6 +183,8 @@ def _open_range(uri: str, place: ByteRange) -> MediaFile:
     if media.size != place.size:
         size = media.size
         media.close()
+        if size > place.size:
+            raise ItemError("its server knows no ranges: it gave the whole file")
         raise ItemError(
             f"its file is cut off, or claims too much: {size} of {place.size} bytes are there"
         )

@@ -97,12 +97,15 @@ class WebDatasetSource:
 
     def _scan(self, tar: File) -> tuple[list[Item], Counter[str]]:
         ignored: Counter[str] = Counter()
+        # ValueError: of `tarfile`, for odd numbers; of fsspec's http, for a server without ranges.
+        errors: tuple[type[Exception], ...] = (*storage_errors(), ValueError)
         try:
             # Reading on after a lost connection would begin in the middle: all of it again.
             items: list[Item] = retrying(lambda: self._read(tar, ignored))
             return items, ignored
-        except storage_errors() as error:
-            raise SourceError(f"Tar {tar.uri} cannot be read: {cause_of(error)}.") from error
+        except errors as error:
+            cause = cause_of(error).split(". ")[0]
+            raise SourceError(f"Tar {tar.uri} cannot be read: {cause}.") from error
         except tarfile.TarError as error:
             raise SourceError(
                 f"Tar {tar.uri} is no tar or damaged ({error}): mend it, or leave it out."
@@ -151,6 +154,7 @@ class WebDatasetSource:
                 place=ByteRange(member.offset, member.size),
                 sidecars=tuple(broken),
                 metadata=json.dumps(metadata, ensure_ascii=False),
+                extension=_extension(member.name).removeprefix("."),
             )
         for other in others:
             if other.name not in used:

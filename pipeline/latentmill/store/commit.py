@@ -164,6 +164,8 @@ def write_unit(
         rows = len(locations)
         if rows:
             storage.publish(temporary, path)
+        else:
+            storage.delete(path)  # of an earlier time, when the unit had records
     return Commit(
         unit=unit,
         fingerprint=fingerprint,
