@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -32,18 +33,33 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SETTINGS = {"dtype": "float32", "chunk_seconds": 2.0, "threads": 1}
+
+
 @pytest.fixture
 def encode(noise: Path, tmp_path: Path, ray_session: Path):
     def run(**options: object) -> lm.LatentStore:
-        settings = {"dtype": "float32", "chunk_seconds": 2.0, "threads": 1, **options}
-        lm.encode(str(noise), str(tmp_path / "out"), **settings)
+        lm.encode(str(noise), str(tmp_path / "out"), **{**SETTINGS, **options})
         return lm.open(str(tmp_path / "out"))
 
     return run
 
 
-def test_trimmed_mdct_has_no_seams(encode) -> None:
-    report = measure_seams(encode(), items=2)
+@pytest.fixture(scope="module")
+def encoded(noise: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: Path) -> Path:
+    out = tmp_path_factory.mktemp("encoded") / "out"
+    lm.encode(str(noise), str(out), **SETTINGS)
+    return out
+
+
+@pytest.fixture
+def store(encoded: Path, tmp_path: Path) -> lm.LatentStore:
+    """A store of mdct latents, to be written to."""
+    return lm.open(str(shutil.copytree(encoded, tmp_path / "out")))
+
+
+def test_trimmed_mdct_has_no_seams(store: lm.LatentStore) -> None:
+    report = measure_seams(store, items=2)
     assert len(report.items) == 2
     assert report.largest < 1e-6
     assert max(one.worst for one in report.items) < 1e-5
@@ -59,8 +75,8 @@ def test_a_model_that_normalises_over_the_chunk_has(
     assert 1e-4 < report.median <= report.largest < 1
 
 
-def test_the_result_stands_in_dataset_json(encode, tmp_path: Path) -> None:
-    report = measure_seams(encode())
+def test_the_result_stands_in_dataset_json(store: lm.LatentStore, tmp_path: Path) -> None:
+    report = measure_seams(store)
     written = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert written["seams"] == {"items": 3, "median": report.median, "largest": report.largest}
     assert verify(lm.open(str(tmp_path / "out"))).faults == []
@@ -99,9 +115,8 @@ def test_silence_says_nothing_and_does_no_harm(
 
 
 def test_what_cannot_be_measured_is_said(
-    encode, one_sentence, monkeypatch: pytest.MonkeyPatch
+    store: lm.LatentStore, one_sentence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = encode()
     with pytest.raises(ConfigError) as caught:
         measure_seams(store, max_seconds=3.0)
     assert "no items between one chunk" in one_sentence(caught.value)
@@ -142,8 +157,7 @@ def test_whole_items_are_encoded_in_the_store_s_numeric_mode(
     assert same.error < 1e-6 < 1e-3 < other.error
 
 
-def test_the_command_prints_it(encode, capsys: pytest.CaptureFixture[str]) -> None:
-    store = encode()
+def test_the_command_prints_it(store: lm.LatentStore, capsys: pytest.CaptureFixture[str]) -> None:
     done = runs.call(capsys, "seams", store.url)
     assert (done.code, done.err) == (0, "")
     assert "stitched against whole: median" in done.out

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from latentmill import remote
 from latentmill import storage as module
 from latentmill.errors import StorageError, StoreError
 from latentmill.storage import Storage
@@ -211,6 +212,7 @@ def test_errors_of_a_storage_client_are_storage_errors(
     def refuse(*_: object, **__: object) -> None:
         raise EndpointConnectionError(endpoint_url="http://127.0.0.1:1")
 
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.001)
     monkeypatch.setattr(storage._fs, "pipe_file", refuse)
     with pytest.raises(StorageError) as caught:
         storage.write("a", b"1")

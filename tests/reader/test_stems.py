@@ -294,5 +294,5 @@ def test_songs_without_a_role_can_be_left_out(store: LatentStore) -> None:
     data = StemDataset(store, ContextAndTarget("bass"), crop=CROP, having=["bass"])
     assert len(data) == len(everything) - len(lacking)
     assert {data[n].role for n in range(len(data))} == {"bass"}
-    with pytest.raises(ConfigError, match="No song of .* has bass and kazoo"):
+    with pytest.raises(ConfigError, match=r"No song of .* has bass and kazoo"):
         StemDataset(store, ContextAndTarget(), crop=CROP, having=["bass", "kazoo"])
