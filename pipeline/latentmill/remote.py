@@ -180,6 +180,12 @@ def cause_of(error: Exception) -> str:
     return redact_text(" ".join(text.split()).rstrip(".")) or type(error).__name__
 
 
+def advice_on(error: Exception) -> str:
+    """What to do about a failed write, as the end of a sentence, where that is known."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "; make room, then run the same command again" if full else ""
+
+
 def why_not_opened(url: str, error: Exception) -> str:
     """Why fsspec refuses a URL, and what to install where a package is missing."""
     extra = EXTRAS.get(protocol_of(url))

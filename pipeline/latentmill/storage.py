@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -23,6 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from latentmill.errors import ConfigError, StorageError, StoreError
 from latentmill.remote import (
+    advice_on,
     cause_of,
     is_transient,
     open_filesystem,
@@ -152,7 +154,9 @@ class Storage:
                     yield file
                 return
             size = int(retrying(lambda: self._fs.info(self.full(path)))["size"])
-            with io.BufferedReader(_RemoteFile(self, path, size), READ_AHEAD) as file:
+            # Unlike fsspec's files it tries again whatever may pass.
+            remote = RangedFile(size, partial(self.read_range, path))
+            with io.BufferedReader(remote, READ_AHEAD) as file:
                 yield file
 
     def write(self, path: str, data: bytes) -> None:
@@ -315,30 +319,51 @@ class Storage:
         try:
             yield
         except storage_errors() as error:
-            raise StorageError(f"Cannot {verb} {self.root}/{path}: {cause_of(error)}.") from error
+            cause = f"{cause_of(error)}{advice_on(error)}"
+            raise StorageError(f"Cannot {verb} {self.root}/{path}: {cause}.") from error
 
 
-class _RemoteFile(io.RawIOBase):
-    """A file of a store, read by ranges; unlike fsspec's it tries again whatever may pass."""
+@contextlib.contextmanager
+def writing(place: str) -> Iterator[None]:
+    """What writing a file of this machine raises becomes a StorageError that names the place."""
+    try:
+        yield
+    except OSError as error:
+        # pyarrow's text is long; its number says the same in three words.
+        cause = os.strerror(error.errno) if error.errno else str(error)
+        raise StorageError(f"Cannot write {place}: {cause}{advice_on(error)}.") from error
 
-    def __init__(self, storage: Storage, path: str, size: int) -> None:
-        self._storage, self._path, self._size = storage, path, size
+
+class RangedFile(io.RawIOBase):
+    """A file that is read by ranges, with what tries again or remembers behind it.
+
+    Args:
+        size: Bytes.
+        read: Gives the bytes at a place, so many or fewer.
+    """
+
+    def __init__(self, size: int, read: Callable[[int, int], bytes]) -> None:
+        self._size, self._read_range = size, read
         self._at = 0
 
     def readable(self) -> bool:
+        """It is."""
         return True
 
     def seekable(self) -> bool:
+        """It is."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a place; gives it."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         self._at = max(0, base + offset)
         return self._at
 
     def readinto(self, buffer: Any) -> int:
+        """Fill a buffer as far as there are bytes; gives how many."""
         wanted = max(0, min(len(buffer), self._size - self._at))
-        data = self._storage.read_range(self._path, self._at, wanted)
+        data = self._read_range(self._at, wanted)
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)

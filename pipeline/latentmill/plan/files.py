@@ -7,7 +7,6 @@ import dataclasses
 import io
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from latentmill.errors import StorageError, StoreError
+from latentmill.errors import StoreError
 from latentmill.plan.drafting import Draft, Totals
 from latentmill.plan.items import ITEMS_SCHEMA, to_items, unit_hash
 from latentmill.plan.plan import PLAN, PLAN_PATH, Part, Plan, Unit
 from latentmill.sources.base import Item
-from latentmill.storage import Storage
+from latentmill.storage import Storage, writing
 
 FORMAT_VERSION = 2
 
@@ -80,7 +79,7 @@ def copy(plan: Plan, source: Storage, storage: Storage) -> None:
     for part in plan.parts:
         for path in (part.items_file, part.units_file):
             with storage.scratch_file(path) as temporary, source.open(path) as file:
-                with _writing(storage, path), temporary.open("wb") as target:
+                with writing(f"{storage.root}/{path}"), temporary.open("wb") as target:
                     while block := file.read(HASH_BLOCK):
                         target.write(block)
                 storage.publish(temporary, path)
@@ -150,7 +149,7 @@ def write_part(
     units: list[Unit] = []
     path = part.items_file
     with storage.scratch_file(path) as temporary:
-        with _writing(storage, path):
+        with writing(f"{storage.root}/{path}"):
             _write_items(temporary, groups, units, path)
             size = temporary.stat().st_size
             with temporary.open("rb") as file:
@@ -312,15 +311,6 @@ def open_items(
             yield lambda group, columns: parquet.read_row_group(group, columns, use_threads=False)
     except (pa.ArrowException, ValueError, IndexError) as error:
         raise _foreign(storage, path) from error
-
-
-@contextlib.contextmanager
-def _writing(storage: Storage, path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        cause = os.strerror(error.errno) if error.errno else str(error)
-        raise StorageError(f"Cannot write {storage.root}/{path}: {cause}.") from error
 
 
 def _hash(data: bytes) -> str:

@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from latentmill.errors import StorageError, StoreError
+from latentmill.errors import StoreError
 from latentmill.record import Outcome, Record, time_major_bytes
-from latentmill.storage import Storage
+from latentmill.storage import Storage, writing
 from latentmill.store.schema import (
     COMMITS,
     Commit,
@@ -148,15 +148,15 @@ def write_unit(
     where = f"{storage.root}/{path}"
     ledger = _Ledger()
     with storage.scratch_file(path) as temporary, contextlib.ExitStack() as on_failure:
-        with _writing(where):
+        with writing(where):
             writer = open_writer(format_name, temporary, info)
         on_failure.callback(writer.abort)
         for outcome in outcomes:
             record = ledger.add(outcome, writer.max_latent_bytes)
             if record is not None:
-                with _writing(where):
+                with writing(where):
                     writer.add(record)
-        with _writing(where):
+        with writing(where):
             locations = writer.close()
             with temporary.open("rb") as file:
                 size, digest = temporary.stat().st_size, hash_of(file)
@@ -242,16 +242,6 @@ def hash_of(file: BinaryIO) -> str:
     while block := file.read(HASH_BLOCK):
         digest.update(block)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _writing(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        # pyarrow's text is long; its number says the same in three words.
-        cause = os.strerror(error.errno) if error.errno else str(error)
-        raise StorageError(f"Cannot write {path}: {cause}.") from error
 
 
 def _statistics_entry(statistics: ChannelStatistics | None) -> StatisticsEntry | None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import bisect
 import contextlib
 import io
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import pyarrow.parquet as pq
 
-from latentmill.storage import Storage
+from latentmill.storage import RangedFile, Storage
 from latentmill.store.schema import RECORD_SCHEMA
 
 _FIELD_COLUMNS = [name for name in RECORD_SCHEMA.names if name != "latent"]
@@ -44,7 +44,8 @@ def open_columns(storage: Storage, path: str, names: Collection[str]) -> Iterato
         if not storage.local:
             spans = _spans(footer, names)
             found = storage.read_ranges([(path, first, last - first) for first, last in spans])
-            source = _Parts(file, [first for first, _ in spans], found)
+            read = _remembering(file, [first for first, _ in spans], found)
+            source = RangedFile(file.seek(0, io.SEEK_END), read)
         yield pq.ParquetFile(
             source, metadata=footer, page_checksum_verification=True, pre_buffer=False
         )
@@ -64,33 +65,17 @@ def _spans(footer: Any, names: Collection[str]) -> list[tuple[int, int]]:
     return spans
 
 
-class _Parts(io.RawIOBase):
-    """A file of which some parts are in memory."""
+def _remembering(
+    file: BinaryIO, starts: Sequence[int], parts: Sequence[bytes]
+) -> Callable[[int, int], bytes]:
+    """Reads a file of which some parts are in memory."""
 
-    def __init__(self, file: BinaryIO, starts: Sequence[int], parts: Sequence[bytes]) -> None:
-        self._file, self._starts, self._parts = file, starts, parts
-        self._size = file.seek(0, io.SEEK_END)
-        self._at = 0
+    def read(at: int, length: int) -> bytes:
+        part = bisect.bisect_right(starts, at) - 1
+        inside = at - starts[part] if part >= 0 else 0
+        if part >= 0 and inside < len(parts[part]):
+            return parts[part][inside : inside + length]
+        file.seek(at)
+        return file.read(length)
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = max(0, base + offset)
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        part = bisect.bisect_right(self._starts, self._at) - 1
-        inside = self._at - self._starts[part] if part >= 0 else 0
-        if part >= 0 and inside < len(self._parts[part]):
-            data = self._parts[part][inside : inside + len(buffer)]
-        else:
-            self._file.seek(self._at)
-            data = self._file.read(len(buffer))
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
+    return read
