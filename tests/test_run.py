@@ -6,6 +6,7 @@ does before and after, a worker in this process encodes the units: it starts 4 s
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from latentmill import config
 from latentmill.config import load_config
 from latentmill.engine import launch, lock
 from latentmill.engine.worker import Worker
@@ -148,6 +150,27 @@ def test_another_fingerprint_is_refused_by_name(
     assert difference in str(error.value)
     assert error.value.exit_code == 5
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("version", "advice"),
+    [(1, "it stays readable.*encode into a new output folder"), (99, "update latentmill")],
+)
+@pytest.mark.parametrize("extend", [False, True])
+def test_a_store_of_another_encoding_version_is_only_read(
+    songs: Path, tmp_path: Path, monkeypatch, inline: None, version: int, advice: str, extend: bool
+) -> None:
+    store = tmp_path / "store"
+    with monkeypatch.context() as patch:
+        patch.setattr(config, "ENCODING_VERSION", version)
+        encode(songs, store)
+    before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    with pytest.raises(StoreError, match=f"encoding version {version}, now 2.*") as error:
+        encode(songs, store, extend=extend)
+    assert re.search(advice, str(error.value))
+    assert (str(error.value).count(". "), error.value.exit_code) == (0, 5)
+    assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
+    runs.assert_whole(store)
 
 
 def test_another_source_is_refused(songs: Path, copy: Path, tmp_path: Path) -> None:

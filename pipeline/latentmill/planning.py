@@ -11,7 +11,7 @@ from typing import Protocol
 import pyarrow as pa
 
 from latentmill.chunks import Chunking
-from latentmill.config import RunConfig, differences, fingerprint_document
+from latentmill.config import RunConfig, differences, fingerprint_document, version_difference
 from latentmill.device import pick_device
 from latentmill.errors import ConfigError, StoreError
 from latentmill.models import registry
@@ -277,6 +277,8 @@ def _as_it_is(table: pa.Table) -> pa.Table:
 def _refuse_other_run(prepared: Preparation, plan: Plan) -> None:
     config, source = prepared.config, prepared.source
     document = fingerprint_document(config, prepared.handle.spec, prepared.chunking)
+    if reason := version_difference(plan.fingerprint):
+        raise StoreError(f"Store {prepared.storage.root} {reason}")
     lines = differences(plan.fingerprint, document)
     if plan.source != source.uri:
         lines.append(f"source is {plan.source!r} in the store, {source.uri!r} now")
