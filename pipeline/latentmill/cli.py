@@ -14,7 +14,7 @@ import typer
 
 from latentmill import cli_options as opt
 from latentmill import cli_read, show
-from latentmill.cli_read import AsJson, Device, Out, print_value
+from latentmill.cli_read import AsJson, Device, Out, TrustModel, print_value
 from latentmill.config import RunConfig, load_config
 from latentmill.errors import (
     INTERRUPTED_EXIT_CODE,
@@ -25,6 +25,7 @@ from latentmill.errors import (
 )
 from latentmill.forecast import forecast
 from latentmill.models import registry
+from latentmill.printing import printable, printable_lines
 from latentmill.run import run
 from latentmill.store.store import open_store
 from latentmill.store.verify import verify as verify_store
@@ -52,7 +53,7 @@ def main() -> NoReturn:
         if code == INTERRUPTED_EXIT_CODE:  # as typer passes on a KeyboardInterrupt
             raise KeyboardInterrupt
     except LatentmillError as error:
-        print(f"latentmill: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        print(f"latentmill: {printable(str(error))}", file=sys.stderr, flush=True)  # noqa: T201
         if isinstance(error, HeadGoneError):  # Ray would wait for it, and end the process with 1
             os._exit(error.exit_code)
         sys.exit(error.exit_code)
@@ -62,7 +63,7 @@ def main() -> NoReturn:
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # wrong usage
             if message := error.format_message():
-                print(f"latentmill: {message}", file=sys.stderr)  # noqa: T201
+                print(f"latentmill: {printable_lines(message)}", file=sys.stderr)  # noqa: T201
             sys.exit(error.exit_code)
         raise
     sys.exit(code if isinstance(code, int) else 0)
@@ -73,7 +74,7 @@ def _interrupt(signum: int, frame: object) -> NoReturn:
 
 
 @app.command()
-@opt.takes(opt.ENCODE, as_json=(AsJson, False))
+@opt.takes(opt.ENCODE, trust_model=(TrustModel, False), as_json=(AsJson, False))
 def encode(**options: Any) -> int:
     """Encode SOURCE into the store OUT; the same command again resumes it."""
     settings = _settings(options)
@@ -84,7 +85,12 @@ def encode(**options: Any) -> int:
 
 
 @app.command()
-@opt.takes(opt.ENCODE, calibrate=(Calibrate, True), as_json=(AsJson, False))
+@opt.takes(
+    opt.ENCODE,
+    calibrate=(Calibrate, True),
+    trust_model=(TrustModel, False),
+    as_json=(AsJson, False),
+)
 def plan(**options: Any) -> None:
     """Freeze the plan that `encode` with the same settings resumes, and say what it comes to."""
     calibrated = options.pop("calibrate")
@@ -111,10 +117,11 @@ def verify(
     out: Out,
     decode: Annotated[int, typer.Option(min=0, help="Decode N records back to audio.")] = 0,
     device: Device = "auto",
+    trust_model: TrustModel = False,
     as_json: AsJson = False,
 ) -> None:
     """Check hashes, counts, numbers; exit code 8 if the store is not whole."""
-    report = verify_store(open_store(out, device=device), decode=decode)
+    report = verify_store(open_store(out, device=device, trust_model=trust_model), decode=decode)
     print_value(as_json, report, show.verification)
     if report.faults:
         raise VerifyError(f"{len(report.faults)} faults in {out}, the first: {report.faults[0]}.")
@@ -146,7 +153,7 @@ def demo(
     """Write a small corpus (or take yours), encode it, mix it in latent space, decode the mix."""
     from latentmill.demo.run import run_demo
 
-    run_demo(folder, source, typer.echo)
+    run_demo(folder, source, lambda text: typer.echo(printable_lines(text)))
 
 
 @app.callback(no_args_is_help=True)
@@ -170,9 +177,9 @@ def _settings(options: Mapping[str, Any]) -> RunConfig:
     """The settings of a command that has the options of `encode`."""
     model_options = _options(options["model_option"], options["revision"])
     given = {**options, "model_options": model_options}
-    for name in ("config", "model_option", "revision", "as_json"):
+    for name in ("config", "model_option", "revision", "trust_model", "as_json"):
         del given[name]
-    return load_config(options["config"], given)
+    return load_config(options["config"], given, trust_model=options["trust_model"])
 
 
 def _options(pairs: list[str] | None, revision: str | None) -> dict[str, Any] | None:

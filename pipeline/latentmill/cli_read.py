@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import sys
 import warnings
@@ -20,6 +19,7 @@ from latentmill.export import Target, export_store
 from latentmill.linearity import measure_linearity
 from latentmill.listen import FILE_TYPES, check_file_type, fitted, mixed, write_audio
 from latentmill.ops import LinearityWarning
+from latentmill.printing import printable, printable_json, printable_value
 from latentmill.seams import measure_seams
 from latentmill.store.store import LatentStore, open_store
 
@@ -29,12 +29,19 @@ Out = Annotated[str, typer.Argument(metavar="OUT", help="The store: a folder or 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
+TrustModel = Annotated[
+    bool,
+    typer.Option(
+        "--trust-model",
+        help="Run the Python code that the store or its config names as the model.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Noise of a stochastic decoder.")]
 
 
 def print_value(as_json: bool, value: Any, text: Callable[[Any], str]) -> None:
     """Print what a command gives, for people or for machines."""
-    typer.echo(json.dumps(show.plain(value), ensure_ascii=False) if as_json else text(value))
+    typer.echo(printable_json(show.plain(value)) if as_json else text(printable_value(value)))
 
 
 @app.command()
@@ -46,12 +53,13 @@ def decode(
     overwrite: Overwrite = False,
     seed: Seed = 0,
     device: Device = "auto",
+    trust_model: TrustModel = False,
     as_json: AsJson = False,
 ) -> None:
     """Decode records to audio files, FOLDER/KEY.wav; any length, in bounded memory."""
     if f".{format}" not in FILE_TYPES:
         raise ConfigError(f"Option --format {format}: it is wav or flac.")
-    store = open_store(out, device=device)
+    store = open_store(out, device=device, trust_model=trust_model)
     targets = {key: folder / f"{_safe(key)}.{format}" for key in keys}
     for key, path in targets.items():
         _check_key(store, key)
@@ -75,11 +83,12 @@ def mix(
     raw: Annotated[bool, typer.Option("--raw", help="Plain sum, without the origin.")] = False,
     seed: Seed = 0,
     device: Device = "auto",
+    trust_model: TrustModel = False,
     as_json: AsJson = False,
 ) -> None:
     """Mix records in latent space and decode the mix to a WAV or FLAC file."""
     check_file_type(file)
-    store = open_store(out, device=device)
+    store = open_store(out, device=device, trust_model=trust_model)
     _check_target(file, store, overwrite)
     wanted = [_part(store, part) for part in parts]
     origin = store.origin.raw() if raw else store.origin
@@ -128,10 +137,11 @@ def seams(
         float | None, typer.Option(help="Longest of them (default: 60, or five chunks).")
     ] = None,
     device: Device = "auto",
+    trust_model: TrustModel = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure the error at the seams of chunks against whole items; goes into dataset.json."""
-    store = open_store(out, device=device)
+    store = open_store(out, device=device, trust_model=trust_model)
     print_value(as_json, measure_seams(store, items=items, max_seconds=max_seconds), show.seams)
     _say_what_is_not_recorded(store)
 
@@ -144,10 +154,11 @@ def linearity(
         float | None, typer.Option(min=0.1, help="How much of each (default: one chunk).")
     ] = None,
     device: Device = "auto",
+    trust_model: TrustModel = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure how well latents scale and add on the store's audio; goes into dataset.json."""
-    store = open_store(out, device=device)
+    store = open_store(out, device=device, trust_model=trust_model)
     report = measure_linearity(store, items=items, max_seconds=max_seconds)
     print_value(as_json, report, show.linearity)
     _say_what_is_not_recorded(store)
@@ -206,8 +217,8 @@ def _write(path: Path, store: LatentStore, source: LatentSource, samples: int, s
     )
     if written.clipped:
         typer.echo(
-            f"latentmill: warning: {path}: {written.clipped} samples clipped, the peak is "
-            f"{20 * math.log10(written.peak):+.1f} dB; a .wav file holds it",
+            f"latentmill: warning: {printable(str(path))}: {written.clipped} samples clipped, the "
+            f"peak is {20 * math.log10(written.peak):+.1f} dB; a .wav file holds it",
             err=True,
         )
     return written.path
@@ -226,7 +237,7 @@ def _warnings_as_lines() -> Iterator[None]:
         line: str | None = None,
     ) -> None:
         if issubclass(category, LinearityWarning):
-            print(f"latentmill: warning: {message}", file=sys.stderr)  # noqa: T201
+            print(f"latentmill: warning: {printable(str(message))}", file=sys.stderr)  # noqa: T201
         else:
             before(message, category, filename, lineno, file, line)
 

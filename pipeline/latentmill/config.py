@@ -21,6 +21,7 @@ from latentmill.chunks import Chunking
 from latentmill.errors import ConfigError
 from latentmill.models.base import Channels, ModelSpec, Stitch
 from latentmill.models.precision import Precision
+from latentmill.models.trust import CONSENT, check_named, store_of
 from latentmill.sources.base import SourceType
 from latentmill.sources.filters import RANGES
 from latentmill.sources.group import check_rule
@@ -168,11 +169,19 @@ class RunConfig(BaseModel):
     )
 
 
-def load_config(file: str | Path | None, options: Mapping[str, Any]) -> RunConfig:
+def load_config(
+    file: str | Path | None, options: Mapping[str, Any], *, trust_model: bool = False
+) -> RunConfig:
     """Read a YAML config; options that are not None win over it.
+
+    Args:
+        file: The config, if there is one.
+        options: Settings that win over it.
+        trust_model: Whether a config that lies in a store may name code to run.
 
     Raises:
         ConfigError: The file cannot be read, or a setting is unknown or invalid.
+        ModelError: The file lies in a store, and names a model that is not built in.
     """
     values: dict[str, Any] = {}
     if file is not None:
@@ -195,6 +204,8 @@ def load_config(file: str | Path | None, options: Mapping[str, Any]) -> RunConfi
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error.errors()[0])) from error
+    if file is not None and (store := store_of(Path(file))) is not None:
+        _check_config_of_store(config, given, Path(file), store, trusted=trust_model)
     for name in RANGES:
         low, high = getattr(config, f"min_{name}"), getattr(config, f"max_{name}")
         if low is not None and high is not None and low > high:
@@ -207,6 +218,27 @@ def load_config(file: str | Path | None, options: Mapping[str, Any]) -> RunConfi
     if config.group_by is not None:
         check_rule(config.group_by)
     return config
+
+
+def _check_config_of_store(
+    config: RunConfig, given: Mapping[str, Any], file: Path, store: Path, *, trusted: bool
+) -> None:
+    """Refuse what a config that came with a store may not decide: which code runs, and where.
+
+    A Ray cluster can run code in the processes that attach to it.
+
+    Raises:
+        ConfigError: It names a Ray cluster.
+        ModelError: It names a model that is not built in.
+    """
+    if "model" not in given:
+        by = f"config {file} in the store {store}"
+        check_named(config.model, config.model_options, by=by, trusted=trusted)
+    if config.address is not None and "address" not in given and not trusted:
+        raise ConfigError(
+            f"Config {file} in the store {store} names the Ray cluster {config.address}, which can "
+            f"run code here: {CONSENT}, or name the cluster with --address."
+        )
 
 
 def _explain(error: ErrorDetails) -> str:

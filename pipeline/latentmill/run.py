@@ -66,13 +66,21 @@ class RunSummary:
         return ITEMS_FAILED_EXIT_CODE if self.failures else 0
 
 
-def encode(source: str, out: str, *, config: str | None = None, **options: Any) -> RunSummary:
+def encode(
+    source: str,
+    out: str,
+    *,
+    config: str | None = None,
+    trust_model: bool = False,
+    **options: Any,
+) -> RunSummary:
     """Encode a source into a store; called again with the same arguments it resumes.
 
     Args:
         source: Folder or fsspec URL of the audio.
         out: Folder or fsspec URL of the store.
         config: A YAML file of settings; `options` win over it.
+        trust_model: Whether a config file that lies in a store may name code to run.
         **options: Settings by the names of `RunConfig`: model, format, dtype, ...
 
     Returns:
@@ -81,7 +89,8 @@ def encode(source: str, out: str, *, config: str | None = None, **options: Any) 
     Raises:
         LatentmillError: The run could not be made or completed; see `latentmill.errors`.
     """
-    return run(load_config(config, {"source": str(source), "out": str(out), **options}))
+    given = {"source": str(source), "out": str(out), **options}
+    return run(load_config(config, given, trust_model=trust_model))
 
 
 def run(config: RunConfig, progress: Progress | None = None) -> RunSummary:

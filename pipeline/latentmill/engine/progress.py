@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from rich.progress import Progress as Bar
 
 from latentmill.engine.worker import UnitResult
 from latentmill.plan import Plan, Unit
+from latentmill.printing import printable, printable_json
 from latentmill.store.commit import Tally
 
 LINE_SECONDS = 10.0
@@ -143,7 +143,7 @@ class LineProgress(_Counting):
         self._say(self._text())
 
     def _say(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        print(printable(text), file=self._stream, flush=True)
 
 
 class BarProgress(_Counting):
@@ -170,7 +170,7 @@ class BarProgress(_Counting):
         self.note(_lost(unit, attempt, reason))
 
     def note(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False)
+        self._bar.console.print(printable(text), markup=False, highlight=False)
 
     def tick(self, audio_seconds: float) -> None:
         super().tick(audio_seconds)
@@ -236,7 +236,7 @@ class JsonProgress(_Counting):
 
     def _say(self, event: str, **values: object) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": now, "event": event, **values}, ensure_ascii=False)
+        line = printable_json({"time": now, "event": event, **values})
         print(line, file=self._stream, flush=True)
 
 

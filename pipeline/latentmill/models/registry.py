@@ -155,6 +155,29 @@ def resolve(
     return split(handle) if channels == "split" else handle
 
 
+def code_of(name: str) -> str | None:
+    """What a model's name makes this process import and call; None if it is built in.
+
+    Imports nothing.
+    """
+    if name.startswith(PYTHON_PREFIX):
+        return name.removeprefix(PYTHON_PREFIX)
+    if _is_built_in(name):
+        return None
+    point = _entry_points().get(name)
+    return None if point is None else f"{point.module}:{point.attr}"
+
+
+def weights_of(name: str, options: Mapping[str, Any]) -> str | None:
+    """Which model, and the repository or path that its weights come from; None if it has none."""
+    family, _, repo = name.partition(":")
+    if family not in _FAMILIES and not (name in _BUILT_IN and _BUILT_IN[name].requirement):
+        return None
+    where = options.get("repo", repo) or "its default repository"
+    revision = f" (revision {options['revision']})" if options.get("revision") else ""
+    return f"the weights of {family} from {where}{revision}"
+
+
 def _entry_points() -> dict[str, EntryPoint]:
     """The entry points that do not take a built-in model's name."""
     points = entry_points(group=ENTRY_POINT_GROUP)

@@ -17,8 +17,8 @@ from latentmill.chunks import Chunking
 from latentmill.decode import Audio, LatentSource, decode_blocks, decode_latent
 from latentmill.device import pick_device
 from latentmill.errors import ConfigError, ModelError, StorageError, StoreError
-from latentmill.models import registry
 from latentmill.models.base import Autoencoder
+from latentmill.models.trust import resolve_stored
 from latentmill.ops import Linearity, Origin
 from latentmill.plan import PLAN_PATH, Plan, load
 from latentmill.record import Latent, Record, latent_from_bytes, time_major_bytes
@@ -45,17 +45,19 @@ _WHOLE_BYTES = 64 << 20
 _DECODE_BATCH = {"cpu": 1, "cuda": 4}
 
 
-def open_store(url: str, *, device: str = "auto") -> LatentStore:
+def open_store(url: str, *, device: str = "auto", trust_model: bool = False) -> LatentStore:
     """Open a store for reading. Committed records only; an unfinished run's store opens too.
 
     Args:
         url: Folder or fsspec URL.
         device: Where `decode` runs: `auto`, `cpu`, `cuda`, `cuda:1`.
+        trust_model: Whether `decode` may import and call a model that is not built in, because the
+            store names it. Only for stores whose writer you trust.
 
     Raises:
         StoreError: There is no store at this place.
     """
-    return LatentStore(url, device=device)
+    return LatentStore(url, device=device, trust_model=trust_model)
 
 
 class LatentStore:
@@ -65,9 +67,10 @@ class LatentStore:
     thread-safe.
     """
 
-    def __init__(self, url: str, *, device: str = "auto") -> None:
+    def __init__(self, url: str, *, device: str = "auto", trust_model: bool = False) -> None:
         self._storage = Storage(url)
         self._device = device
+        self._trust_model = trust_model
         self._model: Autoencoder | None = None
         self._shard_fields: OrderedDict[str, ShardFields] = OrderedDict()
         self._info: DatasetInfo | None = None
@@ -80,10 +83,14 @@ class LatentStore:
             raise StoreError(f"{url} holds no latentmill store: check the path.")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self._storage.root, "device": self._device}
+        return {
+            "url": self._storage.root,
+            "device": self._device,
+            "trust_model": self._trust_model,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["url"], device=state["device"])  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
 
     @property
     def device(self) -> str:
@@ -266,12 +273,18 @@ class LatentStore:
         """The store's autoencoder, loaded once.
 
         Raises:
-            ModelError: It cannot be loaded, or its weights are not those that encoded the store.
+            ModelError: It is not built in and the store was opened without `trust_model`, it cannot
+                be loaded, or its weights are not those that encoded the store.
         """
         if self._model is None:
             stored = self.info.model
-            channels = stored.get("asked_channels")
-            handle = registry.resolve(stored["asked"], stored["options"], channels)
+            handle = resolve_stored(
+                stored.get("asked"),
+                stored.get("options"),
+                stored.get("asked_channels"),
+                store=self.url,
+                trusted=self._trust_model,
+            )
             spec = handle.spec
             names = ("sample_rate", "channels", "latent_channels", "hop", "scale_factor")
             present = {**spec.identity, **{name: getattr(spec, name) for name in names}}
