@@ -114,12 +114,43 @@ def test_a_lease_of_a_dead_process_of_this_machine_is_taken_over_at_once(storage
         assert time.monotonic() - began < 10
 
 
-def test_a_lease_from_long_ago_is_taken_over_at_once(storage: Storage) -> None:
-    past = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=2)
-    foreign(storage, heartbeat=past.isoformat(), dead_after=600)
+@pytest.mark.parametrize(
+    "heartbeat",
+    [
+        (datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=2)).isoformat(),
+        (datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=2)).isoformat(),
+        "2020-01-01T00:00:00",  # without a zone
+        "beat 7",
+    ],
+)
+def test_what_a_heartbeat_says_does_not_matter_only_whether_it_changes(
+    storage: Storage, heartbeat: str
+) -> None:
+    """The clocks of two machines may differ by hours: a living run's lease is not taken."""
+    values = foreign(storage, heartbeat=heartbeat)
+    over = threading.Event()
+
+    def beat() -> None:
+        count = 0
+        while not over.wait(0.3):
+            count += 1
+            changed = {**values, "heartbeat": f"{heartbeat} {count}"}
+            storage.write(LEASE_PATH, json.dumps(changed).encode())
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(StoreError, match="process 7 on elsewhere"), hold(storage, QUICK):
+            pass
+    finally:
+        over.set()
+        thread.join()
+    assert document(storage)["owner"] == values["owner"]
+
+    foreign(storage, heartbeat=heartbeat)
     began = time.monotonic()
     with hold(storage, QUICK):
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began > QUICK.dead_after
 
 
 def test_of_many_takers_of_a_dead_lease_one_has_it(storage: Storage) -> None:
@@ -239,8 +270,14 @@ def test_a_beat_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> No
         lease.check()
 
 
-def test_what_is_no_lease_is_named(storage: Storage, one_sentence: OneSentence) -> None:
-    storage.write(LEASE_PATH, b"something else")
+@pytest.mark.parametrize("dead_after", [None, 0, -1, 1e9, float("inf"), float("nan")])
+def test_what_is_no_lease_is_named(
+    storage: Storage, one_sentence: OneSentence, dead_after: float | None
+) -> None:
+    if dead_after is None:
+        storage.write(LEASE_PATH, b"something else")
+    else:
+        foreign(storage, dead_after=dead_after)
     with pytest.raises(StoreError) as error, hold(storage, QUICK):
         pass
     assert LEASE_PATH in one_sentence(error.value)

@@ -68,6 +68,24 @@ def test_two_threads_give_the_same_shards_as_one(tmp_path: Path, format_name: st
     assert {commit.fingerprint for commit in commits.values()} == {fingerprint(plan.fingerprint)}
 
 
+@pytest.mark.parametrize("format_name", ["parquet", "webdataset"])
+def test_a_sidecar_costs_its_item_never_its_unit(tmp_path: Path, format_name: str) -> None:
+    """Python's JSON recurses: how deep it gets depends on the calls around it."""
+    songs = runs.write_songs(tmp_path / "songs", 9)
+    depths = [400, 600, 900, *range(930, 1000, 20), 1100, 5000]
+    for path, depth in zip(sorted(songs.rglob("*.wav")), depths, strict=True):
+        path.with_suffix(".json").write_text('{"a":' * depth + "1" + "}" * depth)
+    job, plan = prepared(
+        tmp_path / "songs", tmp_path / "store", 3, format=format_name, decode_threads=2
+    )
+    worker = Worker(job)
+    results = [worker.encode(unit) for unit in plan.units]
+    worker.close()
+    assert [(r.encoded, r.failed) for r in results] == [(1, 2), (0, 3), (0, 3)]
+    reasons = [reason for result in results for _, reason in result.failures]
+    assert all("nested more than 500 levels" in r or "is no valid JSON" in r for r in reasons)
+
+
 def test_a_stopped_worker_leaves_nothing_of_its_units(tmp_path: Path) -> None:
     log = tmp_path / "log"
     options = {"seconds": 0.2, "log": str(log)}

@@ -62,6 +62,9 @@ BAD = {
     "empty": b"",
     "latin-1": b'{"title": "Gr\xf6\xdfe"}',
     "NaN": b'{"loudness": NaN}',  # which Python would take and write into the store
+    "beyond a float": b'{"loudness": 1e999}',  # as is Infinity
+    "beyond a float, negative": b'[{"loudness": -2.5E+400}]',
+    "a number of 5,000 digits": b'{"id": ' + b"7" * 5000 + b"}",
     "half a character": rb'{"title": "\ud800"}',
     "bottomless": b"[" * 200_000,
     "another kind": b"title: yaml",
@@ -78,6 +81,22 @@ def test_a_sidecar_that_is_no_json_fails_the_item(tmp_path: Path, kind: str) -> 
 def test_any_json_text_comes_back_as_it_was(tmp_path: Path) -> None:
     value = {"quotes": '"\\', "null": None, "emoji": "🎵", "large": 2**70, "float": 0.1}
     assert read_metadata(item(tmp_path, json=json.dumps(value).encode())) == value
+
+
+def test_metadata_that_is_nested_too_deep_fails_the_item(tmp_path: Path) -> None:
+    def nested(levels: int) -> bytes:
+        lists = levels // 2
+        return b'{"a": [' * lists + b"[" * (levels % 2) + b"]" * (levels % 2) + b"]}" * lists
+
+    for levels in (2, 499, 500):
+        found = read_metadata(item(tmp_path, json=nested(levels)))
+        assert json.dumps(found).encode() == nested(levels)
+    for levels in (502, 931, 960, 990):  # Python's own limit depends on the calls around it
+        with pytest.raises(ItemError, match=r"nested more than 500 levels|maximum recursion depth"):
+            read_metadata(item(tmp_path, json=nested(levels)))
+    source_says = Item("s", "s.wav", 0, "", metadata=nested(700).decode())
+    with pytest.raises(ItemError, match="nested more than 500 levels deep"):
+        read_metadata(source_says)
 
 
 def test_a_sidecar_that_is_gone_fails_the_item(tmp_path: Path) -> None:

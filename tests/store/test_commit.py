@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 from collections.abc import Iterator
@@ -161,6 +162,51 @@ def test_too_large_for_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert large.reason is not None
     assert large.reason.endswith("is too large for Parquet: use format webdataset")
     assert (commit.rows, commit.statistics and commit.statistics.frames) == (1, 50)
+
+
+def _nested(levels: int) -> dict[str, object]:
+    value: dict[str, object] = {}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
+ODD_FIELDS: dict[str, dict[str, object]] = {
+    "half a surrogate pair in a name": {"group": "\ud800"},
+    "a rate beyond 32 bits": {"source_sample_rate": 2**31},
+    "channels beyond 32 bits": {"source_channels": 2**31},
+    "metadata without end": {"metadata": _nested(5000)},
+    "a number of 5,000 digits": {"metadata": {"n": 10**5000}},
+    "no JSON": {"metadata": {"n": {1, 2}}},
+    "a name that is a number": {"role": 7},
+}
+
+
+@each_format
+@pytest.mark.parametrize("kind", ODD_FIELDS)
+def test_what_cannot_be_stored_of_an_item_fails_it_alone(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    odd = encoded("odd")
+    assert odd.record is not None
+    odd = dataclasses.replace(odd, record=dataclasses.replace(odd.record, **ODD_FIELDS[kind]))
+    commit = write(tmp_path, name, [encoded("a"), odd, encoded("b")])
+    assert [item.status for item in commit.items] == ["encoded", "failed", "encoded"]
+    reason = commit.items[1].reason
+    assert reason is not None
+    assert reason.startswith("its fields cannot be stored (")
+    storage = Storage(str(tmp_path))
+    written = write_commit(storage, commit, {})
+    assert read_commits(storage) == {"000007": written}
+
+
+@each_format
+def test_a_reason_that_is_no_text_is_escaped(name: str, tmp_path: Path) -> None:
+    commit = write(tmp_path, name, [Outcome("a", "failed", "cannot open x\udcff.wav")])
+    storage = Storage(str(tmp_path))
+    write_commit(storage, commit, {})
+    reason = read_commits(storage)["000007"].items[0].reason
+    assert reason == r"cannot open x\udcff.wav"
 
 
 def test_commits_come_in_order(tmp_path: Path) -> None:

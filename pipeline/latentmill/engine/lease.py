@@ -1,8 +1,10 @@
 """One run at a time on object storage, which knows no locks: a lease, a small object in the store.
 
-Its holder writes a heartbeat into it every few seconds. Another run is refused while the heartbeat
-beats, and takes the lease over once it has stood still, by the other run's own clock, for
-`dead_after` seconds; at once if the holder was a process of this machine that is gone. Taking is
+Its holder writes a heartbeat into it every few seconds. Another run that finds a lease watches it:
+if the heartbeat changes, the run is refused; if it does not change for `dead_after` seconds of the
+watcher's monotonic clock, the watcher takes the lease over. The clocks of two machines are never
+compared: one of them may be hours off. Only a holder that was a process of this machine and is
+gone loses its lease at once. Taking is
 create-only (on S3 `If-None-Match`), then a pause, then a look at who has it: of two that take over
 the same dead lease the later one has it, and a holder that was only slow writes itself back in the
 pause. A holder that finds another one's name stops before it writes anything more; its workers
@@ -22,13 +24,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from latentmill.errors import StorageError, StoreError
 from latentmill.storage import Storage
 
 LEASE_PATH = ".lease"
-LONG_AGO_SECONDS = 3600.0  # beyond what clocks of two machines differ by
+LONGEST_DEAD_AFTER = 3600.0  # what a lease may ask another run to wait, in seconds
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class _Document(BaseModel):
     host: str
     pid: int
     process: str | None  # see `_stamp`
-    heartbeat: str  # ISO 8601, UTC: new at every beat
-    dead_after: float
+    heartbeat: str  # new at every beat; the time, for people: nothing is computed from it
+    dead_after: float = Field(gt=0, le=LONGEST_DEAD_AFTER, allow_inf_nan=False)
 
 
 class Lease:
@@ -217,10 +219,6 @@ def _lives_here(lease: _Document) -> bool:
 
 
 def _is_gone(lease: _Document) -> bool:
-    """Whether it is known at once that a lease's holder is dead."""
+    """Whether the holder was a process of this machine that has ended."""
     here = lease.process is not None and _machine(lease.process) == _machine(_stamp(os.getpid()))
-    if here:
-        return not _lives_here(lease)
-    beat = datetime.datetime.fromisoformat(lease.heartbeat)
-    age = datetime.datetime.now(datetime.UTC) - beat
-    return age.total_seconds() > max(LONG_AGO_SECONDS, lease.dead_after)
+    return here and not _lives_here(lease)

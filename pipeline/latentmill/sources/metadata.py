@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import posixpath
 import re
 from typing import Any
@@ -14,6 +15,10 @@ from latentmill.sources.files import read_bytes
 
 METADATA_LIMIT = 16 << 20
 """Bytes of a sidecar; what is longer is no metadata."""
+
+MAX_NESTING = 500
+"""Levels of lists and objects: Python reads and writes JSON by recursion, which ends at 1,000
+levels, less those of the calls around it."""
 
 # A member of a tar that could not be understood when the tar was listed.
 _MEMBER = re.compile(r"(?P<uri>.*)#bytes=(?P<first>\d+)-(?P<last>\d+)/[^/]*", re.DOTALL)
@@ -34,7 +39,22 @@ def read_metadata(item: Item) -> dict[str, Any]:
                 raise ItemError(f"sidecars {givers[key]} and {name} both give {key}: remove one")
             metadata[key] = value
             givers[key] = name
+    if is_too_deep(metadata):
+        raise ItemError(f"its metadata is nested more than {MAX_NESTING} levels deep")
     return metadata
+
+
+def is_too_deep(value: Any) -> bool:
+    """Whether a JSON value is nested more than `MAX_NESTING` levels deep; without recursion."""
+    level, depth = [value], 0
+    while level := [part for part in level if isinstance(part, dict | list)]:
+        depth += 1
+        if depth > MAX_NESTING:
+            return True
+        level = [
+            child for part in level for child in (part.values() if isinstance(part, dict) else part)
+        ]
+    return False
 
 
 def parse_sidecar(name: str, data: bytes) -> dict[str, Any]:
@@ -53,7 +73,7 @@ def parse_sidecar(name: str, data: bytes) -> dict[str, Any]:
         label = text.strip()
         return {"cls": int(label) if re.fullmatch(r"-?[0-9]{1,18}", label) else label}
     try:
-        value = json.loads(text, parse_constant=_refuse)
+        value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
         json.dumps(value, ensure_ascii=False).encode()  # as it will be stored
     except UnicodeEncodeError as error:
         raise ItemError(f"sidecar {name} holds half a surrogate pair, which is no text") from error
@@ -82,3 +102,11 @@ def _read(uri: str, name: str) -> bytes:
 def _refuse(constant: str) -> float:
     """Python takes NaN and Infinity; whoever reads the store as JSON will not."""
     raise ValueError(f"{constant} is none of its numbers")
+
+
+def _finite(literal: str) -> float:
+    """Python reads a number beyond its range, such as 1e999, as infinity."""
+    number = float(literal)
+    if math.isinf(number):
+        raise ValueError(f"{literal[:20]} is beyond the range of a float")
+    return number

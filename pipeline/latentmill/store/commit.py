@@ -21,9 +21,11 @@ from latentmill.store.schema import (
     Commit,
     ItemEntry,
     StatisticsEntry,
+    as_text,
     commit_path,
     parse_document,
     shard_path,
+    why_unstorable,
 )
 from latentmill.store.statistics import ChannelStatistics
 from latentmill.store.writers import Location, open_writer
@@ -47,10 +49,11 @@ class _Ledger:
             size = record.latent.nbytes / 2**30
             reason = f"its latent of {size:.1f} GiB is too large for Parquet: use format webdataset"
             outcome, record = Outcome(outcome.key, "failed", reason), None
+        if record is not None and (odd := why_unstorable(record)):
+            outcome, record = Outcome(outcome.key, "failed", odd), None
         if record is None:
-            self.entries.append(
-                ItemEntry(key=outcome.key, status=outcome.status, reason=outcome.reason)
-            )
+            why = None if outcome.reason is None else as_text(outcome.reason)
+            self.entries.append(ItemEntry(key=outcome.key, status=outcome.status, reason=why))
             return None
         self.entries.append(
             ItemEntry(

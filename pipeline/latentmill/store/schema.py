@@ -75,6 +75,25 @@ def record_fields(record: Record) -> dict[str, Any]:
     }
 
 
+def why_unstorable(record: Record) -> str | None:
+    """Why a record's fields cannot be stored; None if they can be.
+
+    What an item says of itself must never cost its unit: half a surrogate pair in a name, a
+    sample rate beyond 32 bits, metadata that Python cannot write.
+    """
+    try:
+        for name, value in record_fields(record).items():
+            pa.scalar(value, RECORD_SCHEMA.field(name).type)
+    except (ValueError, TypeError, OverflowError, RecursionError, pa.ArrowException) as error:
+        return f"its fields cannot be stored ({type(error).__name__}: {as_text(str(error))})"
+    return None
+
+
+def as_text(value: str) -> str:
+    """A string that can be written as UTF-8: what cannot becomes an escape, such as `\\udc80`."""
+    return value.encode(errors="backslashreplace").decode()
+
+
 def record_from_fields(fields: Mapping[str, Any], latent: Latent) -> Record:
     """The inverse of `record_fields`.
 
