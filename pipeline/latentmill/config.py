@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from latentmill.audio.formats import AUDIO_EXTENSIONS
 from latentmill.chunks import Chunking
 from latentmill.errors import ConfigError
 from latentmill.models.base import Channels, ModelSpec, Stitch
@@ -27,11 +28,6 @@ from latentmill.sources.filters import RANGES
 from latentmill.sources.group import check_rule
 from latentmill.sources.open import SOURCE_SETTINGS
 from latentmill.sources.where import Condition
-
-AUDIO_EXTENSIONS = tuple(
-    "wav wave w64 rf64 flac ogg oga opus mp3 m4a m4b mp4 aac aif aiff aifc au snd caf "  # noqa: SIM905
-    "webm mka wma".split()
-)
 
 # Raised when the same file, model and settings give other latents than before. Stores of another
 # version stay readable; resuming or extending one is refused (`version_difference`).

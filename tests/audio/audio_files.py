@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -39,9 +40,47 @@ PYAV = {
 }
 ALL = [*SOUNDFILE, *PYAV]
 
+# Loaded by FFmpeg, and less common: sample rate and channels, then as above.
+RARE_SOUNDFILE = {
+    "sph": (16000, 1, "NIST", "PCM_16"),
+    "voc": (44100, 2, "VOC", "PCM_16"),
+    "ircam": (44100, 2, "IRCAM", "PCM_16"),
+    "svx": (22050, 1, "SVX", "PCM_S8"),
+    "gsm-in-wav": (8000, 1, "WAV", "GSM610"),
+}
+RARE_PYAV = {
+    "wma": (44100, 2, "wmav2", "asf"),
+    "wma1": (44100, 2, "wmav1", "asf"),
+    "ac3": (48000, 2, "ac3", "ac3"),
+    "eac3": (44100, 2, "eac3", "eac3"),
+    "tta": (44100, 2, "tta", "tta"),
+    "amr": (8000, 1, "libopencore_amrnb", "amr"),
+    "avi": (44100, 2, "pcm_s16le", "avi"),
+    "avi-mp3": (44100, 2, "libmp3lame", "avi"),
+    "flv": (44100, 2, "aac", "flv"),
+    "mpegts": (44100, 2, "mp2", "mpegts"),
+    "mpegts-aac": (44100, 2, "aac", "mpegts"),
+    "mpeg": (48000, 2, "ac3", "vob"),
+    "mp2": (44100, 2, "mp2", "mp2"),
+    "real": (44100, 2, "ac3", "rm"),
+    "g722-in-wav": (16000, 1, "g722", "wav"),
+    "wma-in-wav": (44100, 2, "wmav2", "wav"),
+}
+RARE_BYTES = ("dsf", "dff")
+RARE = [*RARE_SOUNDFILE, *RARE_PYAV, *RARE_BYTES]
+
 
 def rate_of(kind: str) -> int:
+    if rare := (RARE_SOUNDFILE | RARE_PYAV).get(kind):
+        return int(rare[0])
+    if kind in RARE_BYTES:
+        return DSD_RATE // 8
     return 48000 if kind in ("opus", "webm") else RATE
+
+
+def channels_of(kind: str) -> int:
+    rare = (RARE_SOUNDFILE | RARE_PYAV).get(kind)
+    return int(rare[1]) if rare else 2
 
 
 def music(num_samples: int, rate: int = RATE) -> np.ndarray:
@@ -53,13 +92,45 @@ def music(num_samples: int, rate: int = RATE) -> np.ndarray:
 
 @cache
 def encoded(kind: str, num_samples: int | None = None) -> bytes:
-    """`music` in the format `kind`, one of ALL."""
+    """`music` in the format `kind`, one of ALL or RARE."""
     rate = rate_of(kind)
-    signal = music(num_samples or SECONDS * rate, rate)
+    if kind in RARE_BYTES:
+        return dsd(kind, music(num_samples or rate // 20, rate))
+    signal = music(num_samples or SECONDS * rate, rate)[:, : channels_of(kind)]
+    if kind in RARE_SOUNDFILE:
+        return sound(signal, rate, *RARE_SOUNDFILE[kind][2:])
+    if kind in RARE_PYAV:
+        layout = "stereo" if channels_of(kind) == 2 else "mono"
+        sample = "s16" if kind == "tta" else None
+        return with_pyav(signal, rate, *RARE_PYAV[kind][2:], {}, layout=layout, sample=sample)
     if kind in SOUNDFILE:
         container, subtype = SOUNDFILE[kind]
         return sound(signal, rate, container, subtype)
     return with_pyav(signal, rate, *PYAV[kind])
+
+
+DSD_RATE = 2_822_400
+
+
+def dsd(kind: str, signal: np.ndarray) -> bytes:
+    """A signal `[n, 2]` at an eighth of DSD_RATE as one bit a sample, in DSF or DSDIFF."""
+    density = np.cumsum((np.repeat(signal, 8, axis=0).astype(float) + 1) / 2, axis=0)
+    pulses = np.diff(np.floor(density), axis=0, prepend=0).astype(np.uint8)
+    if kind == "dff":
+        packed = np.packbits(pulses, axis=0).tobytes()  # the first bit is the highest
+        properties = b"SND FS  " + struct.pack(">QI", 4, DSD_RATE)
+        properties += b"CHNL" + struct.pack(">QH", 10, 2) + b"SLFTSRGT"
+        properties += b"CMPR" + struct.pack(">Q", 20) + b"DSD \x0enot compressed\0"
+        chunks = b"FVER" + struct.pack(">QI", 4, 0x1050000)
+        chunks += b"PROP" + struct.pack(">Q", len(properties)) + properties
+        chunks += b"DSD " + struct.pack(">Q", len(packed)) + packed
+        return b"FRM8" + struct.pack(">Q", 4 + len(chunks)) + b"DSD " + chunks
+    packed = np.packbits(pulses, axis=0, bitorder="little")
+    packed = np.pad(packed, ((0, -len(packed) % 4096), (0, 0)))
+    blocks = packed.reshape(-1, 4096, 2).transpose(0, 2, 1).tobytes()  # 4,096 bytes a channel
+    fmt = struct.pack("<QIIIIIIQII", 52, 1, 0, 2, 2, DSD_RATE, 1, len(pulses), 4096, 0)
+    data = b"fmt " + fmt + b"data" + struct.pack("<Q", 12 + len(blocks)) + blocks
+    return b"DSD " + struct.pack("<QQQ", 28, 28 + len(data), 0) + data
 
 
 def sound(signal: np.ndarray, rate: int, container: str = "WAV", subtype: str = "FLOAT") -> bytes:
@@ -87,6 +158,8 @@ def with_pyav(
             stream = output.add_stream(codec, rate=rate)
             stream.layout = layout
             stream.format = sample or stream.format
+            if codec.startswith("wma"):  # its default is out of its own range
+                stream.bit_rate = 128_000
             for start in range(0, len(signal), 4096):
                 part = np.ascontiguousarray(signal[start : start + 4096]).reshape(1, -1)
                 frame = av.AudioFrame.from_ndarray(part, format="flt", layout=layout)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from latentmill.config import AUDIO_EXTENSIONS
+from latentmill.audio.formats import AUDIO_EXTENSIONS
 from latentmill.demo.corpus import (
     MARKER,
     MIX,

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from latentmill.audio.lengths import audio_end
 from latentmill.audio.media import MediaFile
 from latentmill.audio.ogg import find_cut
 from latentmill.audio.sniff import Sniffed
@@ -58,8 +59,10 @@ def find_shortage(media: MediaFile, sniffed: Sniffed) -> Shortage | None:
     if sniffed.format.startswith("ogg"):
         text = find_cut(media)
         return Shortage(text) if text else None
-    check = checks.get(sniffed.format)
-    return check(media) if check else None
+    if check := checks.get(sniffed.format):
+        return check(media)
+    end = audio_end(media, sniffed.format, sniffed.offset)
+    return None if end is None else _beyond(media, 0, end)
 
 
 def _beyond(

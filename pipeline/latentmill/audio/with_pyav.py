@@ -13,25 +13,22 @@ from itertools import chain
 import av
 import numpy as np
 
+from latentmill.audio.formats import DECODERS, FORMATS
 from latentmill.audio.media import MediaFile
 from latentmill.audio.sniff import Sniffed
 from latentmill.audio.stream import AudioInfo, DecodeError, Samples
 
-_DEMUXERS = {
-    "rf64": "wav",
-    "mp4": "mov",
-    "wavpack": "wv",
-    "ogg-vorbis": "ogg",
-    "ogg-opus": "ogg",
-    "ogg-flac": "ogg",
-}
-"""FFmpeg's name of a format, where it is not ours."""
+# What FFmpeg may open and run while it looks for the streams: not video, nor pictures.
+_LIMITS = {"protocol_whitelist": "fd", "codec_whitelist": ",".join(sorted(DECODERS))}
 
 _PACKED = 1 << 16
 """Samples per channel of a block."""
 
 _COUNTED = ("mp4", "ogg-opus")
 """Formats that promise their samples, so that a fault that FFmpeg keeps to itself is noticed."""
+
+_STREAMS = ("mp3", "aac", "ac3", "eac3", "dts", "mpegts", "mpeg")
+"""Formats that may begin in the middle of a frame, or with bytes that are no audio."""
 
 _AV_ERRORS = (av.FFmpegError, ValueError, EOFError)
 
@@ -46,7 +43,7 @@ class PyAVDecoder:
     def __init__(self, media: MediaFile, sniffed: Sniffed) -> None:
         self._media = media
         self._format = sniffed.format
-        self._demuxer = _DEMUXERS.get(sniffed.format, sniffed.format)
+        self._demuxer = FORMATS[sniffed.format].demuxer
         self._open()
 
     def _open(self) -> None:
@@ -54,7 +51,7 @@ class PyAVDecoder:
             self._container = av.open(
                 "fd:",
                 format=self._demuxer,
-                options={"fd": str(self._media.rewind()), "protocol_whitelist": "fd"},
+                options={"fd": str(self._media.rewind()), **_LIMITS},
                 metadata_errors="replace",
             )
         except _AV_ERRORS as error:
@@ -69,8 +66,8 @@ class PyAVDecoder:
         stream = self._container.streams.best("audio")
         if not isinstance(stream, av.AudioStream):
             raise DecodeError("it holds no audio stream")
-        if stream.codec_context is None:
-            raise DecodeError("its codec is unknown")
+        if stream.codec_context is None or stream.codec.name not in DECODERS:
+            raise DecodeError("its codec is not one that can be decoded")
         stream.codec_context.thread_count = 1  # the callers have threads
         self._stream = stream
         self._frames = self._decode()
@@ -166,6 +163,7 @@ class PyAVDecoder:
 
     def _decode(self) -> Iterator[av.AudioFrame]:
         fault: DecodeError | None = None
+        begun = False
         try:
             for packet in self._container.demux(self._stream):
                 # Shorter than the container says; others read to the end of the file.
@@ -174,8 +172,10 @@ class PyAVDecoder:
                 try:
                     frames = packet.decode()
                 except av.InvalidDataError as error:
-                    fault = fault or DecodeError(_text(error))
+                    if begun or self._format not in _STREAMS:
+                        fault = fault or DecodeError(_text(error))
                     continue
+                begun = begun or bool(frames)
                 if frames and fault:
                     raise fault
                 yield from frames

@@ -26,6 +26,9 @@ class SoundFileDecoder:
             self._file = sf.SoundFile(media.rewind(), closefd=False)
         except sf.LibsndfileError as error:
             raise DecodeError(_text(error)) from error
+        if not self._file.seekable():  # GSM and others; asking where it is would be a seek
+            self._file.close()
+            raise DecodeError("libsndfile cannot seek in it")
         if self._file.frames == 0:  # such as a WAV whose writer never came back to write its size
             self._file.close()
             raise DecodeError("it holds no samples")

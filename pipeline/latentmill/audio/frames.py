@@ -1,0 +1,147 @@
+"""Streams without a header: every frame begins with a sync word and says how long it is.
+
+Two frame headers of the same stream, one frame apart, are the proof that a file is such a stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+# Bit rates in kbit/s of MPEG-1 layers I, II, III and MPEG-2/2.5 layers I, II/III (ISO 11172-3,
+# 13818-3); index 0 is "free", which no common encoder writes.
+_RATES = {
+    (1, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
+    (1, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (1, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (2, 1): (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+    (2, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (2, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+
+# Bit rates of AC-3 (ATSC A/52, table 5.18).
+_AC3_RATES = (
+    32,
+    40,
+    48,
+    56,
+    64,
+    80,
+    96,
+    112,
+    128,
+    160,
+    192,
+    224,
+    256,
+    320,
+    384,
+    448,
+    512,
+    576,
+    640,
+)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame.
+
+    Attributes:
+        format: `mp3` (layers I to III), `aac` (ADTS), `ac3` or `eac3`.
+        start: Where it begins in the bytes that were looked at.
+        length: Its bytes, header included.
+        same: What stays equal in a stream.
+        side_info: Of MPEG layer III: bytes between its header and a Xing header.
+    """
+
+    format: str
+    start: int
+    length: int
+    same: tuple[int, ...]
+    side_info: int = 0
+
+    @property
+    def end(self) -> int:
+        """Where the next one begins."""
+        return self.start + self.length
+
+
+def first_mpeg(data: bytes, *, size: int) -> Frame | None:
+    """The first frame of MPEG audio or ADTS AAC in the first bytes of a stream of `size` bytes."""
+    return next(_proved(data, size, b"\xff", mpeg_frame), None)
+
+
+def first_ac3(data: bytes, *, size: int) -> Frame | None:
+    """The first frame of AC-3 or E-AC-3, with which the stream begins."""
+    return next(
+        (frame for frame in _proved(data, size, b"\x0b\x77", ac3_frame) if not frame.start), None
+    )
+
+
+def _proved(
+    data: bytes, size: int, sync: bytes, read: Callable[[bytes, int], Frame | None]
+) -> Iterator[Frame]:
+    start = data.find(sync)
+    while start >= 0:
+        first = read(data, start)
+        if first is not None:
+            second = read(data, first.end)
+            if first.end == size or (second is not None and second.same == first.same):
+                yield first
+        start = data.find(sync, start + 1)
+
+
+def mpeg_frame(data: bytes, start: int) -> Frame | None:
+    """The frame of MPEG audio or ADTS AAC at a place."""
+    head = data[start : start + 6]
+    if len(head) < 6 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
+        return None
+    if head[1] & 0xF6 == 0xF0:  # ADTS: 12 sync bits, layer 0
+        length = (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5
+        rate = head[2] >> 2 & 15
+        return (
+            Frame("aac", start, length, (rate, head[3] >> 6)) if length > 7 and rate < 13 else None
+        )
+    version, layer = {3: 1, 2: 2, 0: 3}.get(head[1] >> 3 & 3), 4 - (head[1] >> 1 & 3)
+    rate_index, hz_index = head[2] >> 4, head[2] >> 2 & 3
+    if version is None or layer == 4 or rate_index in (0, 15) or hz_index == 3:
+        return None
+    bit_rate = _RATES[min(version, 2), layer][rate_index - 1] * 1000
+    hz = (44100, 48000, 32000)[hz_index] >> (version - 1)
+    padding = head[2] >> 1 & 1
+    if layer == 1:
+        length = (12 * bit_rate // hz + padding) * 4
+    else:
+        length = (72 if layer == 3 and version > 1 else 144) * bit_rate // hz + padding
+    mono = head[3] >> 6 == 3
+    side_info = (17 if mono else 32) if version == 1 else (9 if mono else 17)
+    return Frame("mp3", start, length, (version, layer, hz_index), side_info)
+
+
+def ac3_frame(data: bytes, start: int) -> Frame | None:
+    """The frame of AC-3 or E-AC-3 at a place (ATSC A/52, sections 5.3.1 and E.1.2.2)."""
+    head = data[start : start + 6]
+    if len(head) < 6 or head[:2] != b"\x0b\x77":
+        return None
+    version, rate = head[5] >> 3, head[4] >> 6
+    if 10 < version <= 16:
+        words = ((head[2] & 7) << 8 | head[3]) + 1
+        return Frame("eac3", start, 2 * words, ()) if head[2] >> 6 != 3 else None
+    index = head[4] & 0x3F
+    if version > 10 or rate == 3 or index >= 2 * len(_AC3_RATES):
+        return None
+    bit_rate = _AC3_RATES[index >> 1]
+    words = (2 * bit_rate, 320 * bit_rate // 147 + (index & 1), 3 * bit_rate)[rate]
+    return Frame("ac3", start, 2 * words, (rate, version))
+
+
+def is_transport_stream(data: bytes) -> bool:
+    """Whether MPEG-TS packets follow each other: 188 bytes, on Blu-ray a time code before each, or
+    a checksum after it.
+    """
+    layouts = ((188, 0), (192, 4), (204, 0))
+    return any(
+        all(data[at : at + 1] == b"\x47" for at in range(first, first + 3 * step, step))
+        for step, first in layouts
+    )

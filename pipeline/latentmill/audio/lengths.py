@@ -1,0 +1,139 @@
+"""Where the audio of a file must end by its own headers, in the formats of `formats` that say so.
+
+For the formats that `headers` does not check itself. A header that cannot be understood says
+nothing: the decoder reports what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+
+from latentmill.audio.media import MediaFile
+
+_MAX_CHUNKS = 4096
+_MAX_PACKETS = 1 << 17  # of Musepack: about two days
+_ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+_ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
+
+
+def audio_end(media: MediaFile, name: str, offset: int) -> int | None:
+    """The byte behind the audio as the headers say it; None where they do not.
+
+    Args:
+        media: The file.
+        name: Its format.
+        offset: Bytes of tags in front of it.
+    """
+    find = _FORMATS.get(name)
+    try:
+        return find(media, offset) if find else None
+    except struct.error:  # the header itself is cut off
+        return None
+
+
+def _dsf(media: MediaFile, at: int) -> int | None:
+    """The chunks `DSD `, `fmt ` and `data`; sizes count their headers."""
+    for _ in range(3):
+        name, size = struct.unpack("<4sQ", media.read_at(at, 12))
+        if name == b"data":
+            return at + int(size)
+        at += size
+    return None
+
+
+def _dff(media: MediaFile, at: int) -> int | None:
+    """DSDIFF: the chunk `DSD ` or `DST ` in `FRM8`, sizes of 8 bytes."""
+    return _chunk_end(media, at + 16, ">4sQ", (b"DSD ", b"DST "))
+
+
+def _svx(media: MediaFile, at: int) -> int | None:
+    return _chunk_end(media, at + 12, ">4sI", (b"BODY",))
+
+
+def _chunk_end(media: MediaFile, at: int, layout: str, names: tuple[bytes, ...]) -> int | None:
+    head = struct.calcsize(layout)
+    for _ in range(_MAX_CHUNKS):
+        name, size = struct.unpack(layout, media.read_at(at, head))
+        if name in names:
+            return at + head + int(size)
+        at += head + size + (size & 1)
+    return None
+
+
+def _avi(media: MediaFile, at: int) -> int | None:
+    """The list `movi` of the first RIFF chunk; 0 where the writer could not go back."""
+    at += 12
+    for _ in range(_MAX_CHUNKS):
+        name, size, kind = struct.unpack("<4sI4s", media.read_at(at, 12))
+        if name == b"LIST" and kind == b"movi":
+            return at + 8 + int(size) if 4 < size < 0xFFFF_F000 else None
+        at += 8 + size + (size & 1)
+    return None
+
+
+def _asf(media: MediaFile, at: int) -> int | None:
+    """The data object behind the header object; nothing in a broadcast."""
+    size, count = struct.unpack("<16xQI", media.read_at(at, 28))
+    inner = at + 30
+    for _ in range(min(count, _MAX_CHUNKS)):
+        name, length = struct.unpack("<16sQ", media.read_at(inner, 24))
+        if name == _ASF_PROPERTIES:
+            (flags,) = struct.unpack("<I", media.read_at(inner + 88, 4))
+            if flags & 1:
+                return None
+        if length < 24:
+            return None
+        inner += length
+    name, length = struct.unpack("<16sQ", media.read_at(at + size, 24))
+    return at + size + int(length) if name == _ASF_DATA and length > 50 else None
+
+
+def _tta(media: MediaFile, at: int) -> int | None:
+    """The sizes of all frames follow the header."""
+    rate, samples = struct.unpack("<10xII4x", media.read_at(at, 22))
+    frame = 256 * rate // 245
+    frames = -(-samples // frame) if frame else 0
+    if not 0 < frames <= media.size // 4:
+        return None
+    sizes = struct.unpack(f"<{frames}I", media.read_at(at + 22, 4 * frames))
+    return at + 22 + 4 * frames + 4 + sum(sizes)
+
+
+def _ape(media: MediaFile, at: int) -> int | None:
+    """The descriptor of version 3.98 and later."""
+    version, *sizes = struct.unpack("<4xH2x7I", media.read_at(at, 36))
+    if version < 3980:
+        return None
+    descriptor, header, seek_table, wav_header, low, high, _ = sizes
+    return at + sum((descriptor, header, seek_table, wav_header)) + (high << 32 | low)
+
+
+def _musepack8(media: MediaFile, at: int) -> int | None:
+    """Packets of two letters and their size; `SE` is the last one."""
+    at += 4
+    for _ in range(_MAX_PACKETS):
+        head = media.read_at(at, 11)
+        size, used = 0, 0
+        for used, byte in enumerate(head[2:], 1):  # noqa: B007
+            size = size << 7 | byte & 0x7F
+            if not byte & 0x80:
+                break
+        if head[:2] == b"SE" or size < 2 + used:
+            return None
+        at += size
+        if at >= media.size:  # the file ends here, without its end
+            return at + 3
+    return None
+
+
+_FORMATS: dict[str, Callable[[MediaFile, int], int | None]] = {
+    "dsf": _dsf,
+    "dff": _dff,
+    "svx": _svx,
+    "avi": _avi,
+    "asf": _asf,
+    "tta": _tta,
+    "ape": _ape,
+    "musepack8": _musepack8,
+}
