@@ -97,7 +97,7 @@ def _tta(media: MediaFile, at: int) -> int | None:
     if not 0 < frames <= media.size // 4:
         return None
     sizes = struct.unpack(f"<{frames}I", media.read_at(at + 22, 4 * frames))
-    return at + 22 + 4 * frames + 4 + sum(sizes)
+    return at + 22 + 4 * frames + 4 + int(sum(sizes))
 
 
 def _ape(media: MediaFile, at: int) -> int | None:
@@ -106,7 +106,7 @@ def _ape(media: MediaFile, at: int) -> int | None:
     if version < 3980:
         return None
     descriptor, header, seek_table, wav_header, low, high, _ = sizes
-    return at + sum((descriptor, header, seek_table, wav_header)) + (high << 32 | low)
+    return at + int(descriptor + header + seek_table + wav_header + (high << 32 | low))
 
 
 def _musepack8(media: MediaFile, at: int) -> int | None:
