@@ -27,6 +27,7 @@ from latentmill.sources.base import Item, Segment
 from latentmill.sources.cells import open_table
 from latentmill.sources.columns import as_json, find_column, is_text, plain_columns
 from latentmill.sources.files import Place
+from latentmill.sources.lines import BoundedLines
 from latentmill.sources.metadata import METADATA_LIMIT
 from latentmill.sources.names import as_key
 from latentmill.sources.parquet import table_errors
@@ -260,11 +261,13 @@ class ManifestSource:
         style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
         csv.field_size_limit(METADATA_LIMIT)  # by default no text may be longer than 128 KiB
         with self._text() as file:
-            reader = csv.DictReader(file, restkey=None, strict=True, **style)
+            lines = BoundedLines(file, self.uri)
+            reader = csv.DictReader(lines, restkey=None, strict=True, **style)
             try:
                 if tabs:
                     reader.fieldnames = list(map(_unquoted, reader.fieldnames or ()))
                 for row in reader:
+                    lines.next_row()
                     if None in row:
                         raise csv.Error("more fields than the header names")
                     yield {name: _unquoted(cell) for name, cell in row.items()} if tabs else row
@@ -275,7 +278,9 @@ class ManifestSource:
 
     def _jsonl(self) -> Iterator[dict[str, Any]]:
         with self._text() as file:
-            for number, line in enumerate(file, 1):
+            lines = BoundedLines(file, self.uri)
+            for number, line in enumerate(lines, 1):
+                lines.next_row()
                 if not line.strip():
                     continue
                 try:

@@ -34,6 +34,7 @@ _COMPRESSED_NAMES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _SAMPLE = re.compile(r"(?P<key>(?:.*/)?[^/.]+)\.(?P<extension>[^/]*)", re.DOTALL)
 
 LARGEST_HEADER = 1 << 20  # a long name; a header that claims more is no header
+LARGEST_TAR = 1 << 62  # bytes; a member that ends beyond is none
 READ_AHEAD = 128 << 10  # of a remote tar: what one request for a header brings along
 SIDE_BY_SIDE = 8  # remote tars whose headers are read at the same time
 
@@ -106,7 +107,7 @@ class WebDatasetSource:
         except errors as error:
             cause = cause_of(error).split(". ")[0]
             raise SourceError(f"Tar {tar.uri} cannot be read: {cause}.") from error
-        except tarfile.TarError as error:
+        except (tarfile.TarError, RecursionError) as error:  # thousands of headers of one member
             raise SourceError(
                 f"Tar {tar.uri} is no tar or damaged ({error}): mend it, or leave it out."
             ) from error
@@ -200,10 +201,11 @@ def _members(file: IO[bytes], tar: File, ignored: Counter[str]) -> Iterator[_Mem
     file.seek(0)
     if any(head.startswith(magic) for magic in COMPRESSED):
         raise SourceError(_compressed(tar.uri))
-    with tarfile.open(fileobj=_Headers(file), mode="r:") as reader:
+    headers = _Headers(file)
+    with tarfile.open(fileobj=headers, mode="r:") as reader:
         end = 0
         while (info := reader.next()) is not None:
-            reader.members = []  # type: ignore[attr-defined]  # it would keep all of them
+            headers.next_member(reader)
             if info.offset_data <= end and end:
                 raise tarfile.ReadError(f"its members overlap at byte {info.offset}")
             end = info.offset_data
@@ -211,6 +213,8 @@ def _members(file: IO[bytes], tar: File, ignored: Counter[str]) -> Iterator[_Mem
                 if not info.isdir():
                     ignored[_kind(info)] += 1
                 continue
+            if info.offset_data + info.size > LARGEST_TAR:
+                raise tarfile.ReadError(f"a member of {info.size} bytes")
             if info.offset_data + info.size > tar.size:  # reading it will fail, and say so
                 ignored["tars without an end mark"] += 1
                 yield _Member(info.name, info.offset_data, info.size)
@@ -240,17 +244,32 @@ def _check_end(file: IO[bytes], offset: int, ignored: Counter[str]) -> None:
 
 
 class _Headers(io.RawIOBase):
-    """A tar's file for `tarfile`, which reads as much of a header as the header claims."""
+    """A tar's file for `tarfile`, which reads as much of a header as the header claims.
+
+    A member may have several headers; together they may not be larger than `LARGEST_HEADER`.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
+        self._left = LARGEST_HEADER
+
+    def next_member(self, reader: tarfile.TarFile) -> None:
+        """A member's headers have been read; `reader` would keep all members and their headers."""
+        reader.members = []  # type: ignore[attr-defined]
+        self._left = LARGEST_HEADER
+        kept = sum(len(name) + len(value) for name, value in reader.pax_headers.items())
+        if kept > LARGEST_HEADER:
+            raise tarfile.ReadError(f"global headers of more than {LARGEST_HEADER} bytes")
 
     def read(self, size: int = -1, /) -> bytes:
-        if not 0 <= size <= LARGEST_HEADER:
-            raise tarfile.ReadError(f"a header of {size} bytes")
+        self._left -= size
+        if size < 0 or self._left < 0:
+            raise tarfile.ReadError(f"a member's headers are larger than {LARGEST_HEADER} bytes")
         return self._file.read(size)
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
+        if not 0 <= offset <= LARGEST_TAR:
+            raise tarfile.ReadError(f"a member that ends at byte {offset}")
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:

@@ -1,0 +1,36 @@
+"""Lines of a text file that may be hostile: compressed, a few bytes can stand for one huge line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TextIO
+
+from latentmill.errors import SourceError
+from latentmill.sources.metadata import METADATA_LIMIT
+
+
+class BoundedLines:
+    """The lines of a manifest, of which no row may be longer than `METADATA_LIMIT` characters.
+
+    A row of a CSV file may span lines; whoever reads rows calls `next_row` after each.
+    """
+
+    def __init__(self, file: TextIO, uri: str) -> None:
+        self._file, self._uri = file, uri
+        self._number = 0
+        self._left = METADATA_LIMIT
+
+    def next_row(self) -> None:
+        """A row has ended."""
+        self._left = METADATA_LIMIT
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self._file.readline(self._left + 1):
+            self._number += 1
+            self._left -= len(line)
+            if self._left < 0:
+                raise SourceError(
+                    f"Manifest {self._uri}: the row at line {self._number} is longer than "
+                    f"{METADATA_LIMIT >> 20} MiB: shorten or remove it."
+                )
+            yield line
