@@ -146,7 +146,7 @@ class Latentmill:
 
     def sequential(self) -> Iterator[torch.Tensor]:
         for sample in self.whole:
-            yield torch.from_numpy(sample.latent.T)
+            yield torch.from_numpy(sample.latents.T)
 
     def loader(self, workers: int) -> DataLoader[Any]:
         from latentmill.reader.collate import collate

@@ -14,7 +14,7 @@ loader = torch.utils.data.DataLoader(stream, batch_size=32, collate_fn=lm.collat
 from typing import TYPE_CHECKING, Any
 
 from latentmill.config import RunConfig, load_config
-from latentmill.errors import LatentmillError
+from latentmill.errors import IncompleteStoreWarning, LatentmillError, RepeatedEpochWarning
 from latentmill.ops import (
     Linearity,
     LinearityWarning,
@@ -35,7 +35,7 @@ from latentmill.version import __version__
 
 if TYPE_CHECKING:
     from latentmill.reader.batches import BatchSampler
-    from latentmill.reader.collate import collate
+    from latentmill.reader.collate import collate, collate_tensors
     from latentmill.reader.dataset import LatentDataset
     from latentmill.reader.normalize import Normalize
     from latentmill.reader.stem_dataset import StemDataset
@@ -49,10 +49,12 @@ _LAZY = {
     "Normalize": "latentmill.reader.normalize",
     "StemDataset": "latentmill.reader.stem_dataset",
     "collate": "latentmill.reader.collate",
+    "collate_tensors": "latentmill.reader.collate",
 }
 
 __all__ = [
     "BatchSampler",
+    "IncompleteStoreWarning",
     "LatentDataset",
     "LatentStore",
     "LatentStream",
@@ -62,11 +64,13 @@ __all__ = [
     "Normalize",
     "Origin",
     "Record",
+    "RepeatedEpochWarning",
     "RunConfig",
     "RunSummary",
     "StemDataset",
     "__version__",
     "collate",
+    "collate_tensors",
     "crossfade",
     "encode",
     "fade",
@@ -78,6 +82,10 @@ __all__ = [
     "open",
     "subtract",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -20,6 +21,7 @@ from latentmill.errors import (
     INTERRUPTED_EXIT_CODE,
     ConfigError,
     HeadGoneError,
+    IncompleteStoreWarning,
     LatentmillError,
     VerifyError,
 )
@@ -162,6 +164,8 @@ def _options_of_all(
         bool, typer.Option("--version", help="Print the version.", is_eager=True)
     ] = False,
 ) -> None:
+    # `status` and `info` report it; a Python warning is not for people at a terminal.
+    warnings.simplefilter("ignore", IncompleteStoreWarning)
     if show_version:
         typer.echo(__version__)
         raise typer.Exit

@@ -51,14 +51,17 @@ class _Window:
 def decode_latent(
     model: Autoencoder,
     latent: Latent | LatentSource,
-    num_samples: int,
+    num_samples: int | None,
     chunking: Chunking,
     *,
     seed: int = 0,
     batch_size: int = 1,
 ) -> Audio:
     """Decode one item's latent to audio `[C, num_samples]`, float32; see `decode_blocks`."""
-    blocks = decode_blocks(model, latent, num_samples, chunking, seed=seed, batch_size=batch_size)
+    source = latent if isinstance(latent, LatentSource) else LatentSource.of(latent)
+    if num_samples is None:
+        num_samples = most_samples(model.spec, source.shape, chunking)
+    blocks = decode_blocks(model, source, num_samples, chunking, seed=seed, batch_size=batch_size)
     audio: Audio = np.empty((model.spec.channels, num_samples), np.float32)
     done = 0
     for block in blocks:
@@ -67,10 +70,52 @@ def decode_latent(
     return audio
 
 
+def decode_latents(
+    model: Autoencoder,
+    latents: Latent | LatentSource | torch.Tensor,
+    num_samples: int | None,
+    chunking: Chunking,
+    *,
+    seed: int = 0,
+    batch_size: int = 1,
+) -> Audio:
+    """Decode one item's latent, or those of several items with one more axis in front.
+
+    Returns:
+        `[C, num_samples]`, or `[B, C, num_samples]`; float32.
+
+    Raises:
+        ConfigError: The latents have another number of axes.
+    """
+    if isinstance(latents, torch.Tensor):
+        latents = latents.detach().to("cpu", torch.float32).numpy()
+    chunked = chunking.stitch == "none"
+    of_item, axes = ("[N, D, Z]", 3) if chunked else ("[D, T]", 2)
+    shape = latents.shape
+    if len(shape) not in (axes, axes + 1) or not shape[0]:
+        raise ConfigError(
+            f"Latents of shape {list(shape)} cannot be decoded: give {of_item}, or "
+            f"[B, {of_item[1:]} of several items."
+        )
+    options = {"seed": seed, "batch_size": batch_size}
+    if isinstance(latents, LatentSource) or len(shape) == axes:
+        return decode_latent(model, latents, num_samples, chunking, **options)
+    return np.stack(
+        [decode_latent(model, one, num_samples, chunking, **options) for one in latents]
+    )
+
+
+def most_samples(spec: ModelSpec, shape: tuple[int, ...], chunking: Chunking) -> int:
+    """How many samples a latent of this shape can give: `[D, T]`, or chunks `[N, D, Z]`."""
+    if len(shape) == 3 and shape[0] > 1:
+        return chunking.samples + (shape[0] - 1) * chunking.step
+    return spec.samples(shape[-1])
+
+
 def decode_blocks(
     model: Autoencoder,
     latent: Latent | LatentSource,
-    num_samples: int,
+    num_samples: int | None,
     chunking: Chunking,
     *,
     seed: int = 0,
@@ -86,7 +131,7 @@ def decode_blocks(
     Args:
         model: The autoencoder that encoded the item.
         latent: `[D, Z]`, or the overlapping chunks `[N, D, Z]` of `stitch: none`.
-        num_samples: Length of the item at the model's rate.
+        num_samples: Length of the item at the model's rate; None: all that the latent holds.
         chunking: How the item was encoded.
         seed: Noise of a stochastic decoder; equal seeds share it frame by frame.
         batch_size: Windows per forward pass.
@@ -99,10 +144,10 @@ def decode_blocks(
     """
     source = latent if isinstance(latent, LatentSource) else LatentSource.of(latent)
     spec = model.spec
-    most = spec.samples(source.shape[-1])
     chunked = len(source.shape) == 3
-    if chunked and source.shape[0] > 1:
-        most = chunking.samples + (source.shape[0] - 1) * chunking.step
+    most = most_samples(spec, source.shape, chunking)
+    if num_samples is None:
+        num_samples = most
     if not 0 <= num_samples <= most:
         raise ConfigError(
             f"A latent of shape {source.shape} decodes to at most {most} samples of {spec.name}, "

@@ -67,5 +67,13 @@ class ItemError(LatentmillError):
     exit_code = 3
 
 
+class IncompleteStoreWarning(UserWarning):
+    """A store is read that does not hold all of its plan yet."""
+
+
+class RepeatedEpochWarning(UserWarning):
+    """A stream gives the same epoch a second time, although nobody asked for that."""
+
+
 ITEMS_FAILED_EXIT_CODE = ItemError.exit_code
 INTERRUPTED_EXIT_CODE = 130

@@ -9,14 +9,16 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from latentmill.shown import Shown
+
 Status = Literal["encoded", "skipped", "failed"]
 Latent = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 
 DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 
 
-@dataclass(frozen=True)
-class Record:
+@dataclass(frozen=True, repr=False)
+class Record(Shown):
     """One item's latent and everything that is stored beside it.
 
     Attributes:
@@ -52,6 +54,17 @@ class Record:
     role: str | None = None
     levels: bytes | None = field(default=None, repr=False)
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def shown(self) -> Mapping[str, object]:
+        """What `repr` and a notebook show."""
+        named = {"group": self.group, "role": self.role, "metadata": dict(self.metadata) or None}
+        return {
+            "key": repr(self.key),
+            "latent": f"{self.latent.dtype} {list(self.latent.shape)}",
+            "duration": f"{self.duration:.2f} s",
+            **{name: value for name, value in named.items() if value is not None},
+            "source_uri": repr(self.source_uri),
+        }
 
     @property
     def duration(self) -> float:

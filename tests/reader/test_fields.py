@@ -13,11 +13,13 @@ import pytest
 
 from latentmill.errors import ConfigError, StorageError
 from latentmill.reader import fields as fields_module
+from latentmill.reader.batches import BatchSampler
 from latentmill.reader.dataset import LatentDataset
 from latentmill.reader.fields import FIELDS, FieldReader, select
 from latentmill.reader.shards import ShardReader
 from latentmill.reader.stem_dataset import StemDataset
 from latentmill.reader.stems import AllStems
+from latentmill.reader.stream import LatentStream
 from latentmill.storage import Storage
 from latentmill.store.store import LatentStore
 from support.latent_store import write_latents
@@ -61,14 +63,14 @@ def test_a_filter_chooses_without_reading_latents(
 ) -> None:
     expected = [r.key for r in made if r.role == "drums" and r.frames > 100]
     monkeypatch.setattr(ShardReader, "fill", None)
-    rows = select(made, where)
+    (rows,) = select([made], where)
     assert [made.index.key(row) for row in rows] == expected
     assert 0 < len(expected) < len(made)
     assert len(LatentDataset(made, crop=8, where=where)) == len(expected)
 
 
 def test_a_filter_sees_the_items_own_metadata(made: LatentStore) -> None:
-    rows = select(made, lambda fields: fields["metadata"]["number"] % 10 == 3)
+    (rows,) = select([made], lambda fields: fields["metadata"]["number"] % 10 == 3)
     assert [made.index.key(row)[-2:] for row in rows] == ["03", "13", "23", "33"]
 
 
@@ -78,12 +80,48 @@ def test_bad_filters_are_one_sentence(made: LatentStore, one_sentence) -> None:
         (lambda fields: fields["role"] > 3, "TypeError"),
         (pc.field("tempo") > 3, "tempo"),
         (lambda fields: False, "No record"),
-        ("tempo > 3", "No record"),
+        ("tempo > 3", "no such field"),
         ("__import__('os')", "no condition"),
     ]:
         with pytest.raises(ConfigError, match=word) as error:
-            select(made, where)
+            select([made], where)
         assert str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("where", "near"),
+    [
+        ("nmber > 3", "number"),
+        ("role == 'drums' and dration > 1", "duration"),
+        ("metadata.nmber > 3", "metadata"),
+        (lambda fields: fields["dration"] > 1, "duration"),
+        (lambda fields: fields["metadata"]["nmber"] > 1, "number"),
+        (pc.field("dration") > 1, "duration"),
+    ],
+)
+def test_a_misspelt_field_is_no_such_field(
+    made: LatentStore, where, near: str, one_sentence
+) -> None:
+    with pytest.raises(ConfigError, match="no such field: did you mean") as error:
+        LatentDataset(made, crop=8, where=where)
+    assert near in one_sentence(error.value)
+
+
+def test_one_of_several_stores_may_have_no_match(tmp_path: Path) -> None:
+    """A field that only some records of one store have is a field; weights go to the others."""
+    jazz = [{"genre": "jazz", "tags": {"mood": "calm"}}, {}, {}]
+    stores = [
+        write_latents(str(tmp_path / "jazz"), [9, 9, 9], metadata=jazz, prefix="a"),
+        write_latents(str(tmp_path / "rock"), [9, 9], prefix="b"),
+    ]
+    for where in ("genre == 'jazz'", "tags.mood == 'calm'"):
+        dataset = LatentDataset(stores, crop=4, where=where)
+        assert [sample.key for sample in dataset] == ["a/00000"]
+        stream = LatentStream(stores, crop=4, where=where, weights=[1, 3])
+        assert [sample.key for sample in stream] == ["a/00000"]
+        assert len(list(BatchSampler(dataset, 2, weights=[1, 3]))) == 1
+    with pytest.raises(ConfigError, match=r"No record of .*jazz or .*rock matches"):
+        LatentDataset(stores, crop=4, where="genre == 'folk'")
 
 
 def test_remote_fields_are_the_same(lengths: list[int]) -> None:

@@ -199,8 +199,11 @@ def test_another_even_is_refused() -> None:
 
 def test_a_foreign_state_is_refused(one_sentence) -> None:
     state = {"kind": "stream", "version": 1, "order": "a", "epoch": 1, "position": 2}
-    assert check_state(state, "stream", "a").position == 2
+    assert check_state(state, "stream", "a", [3]).position == 2
     for changed, digest in [(state, "b"), (state | {"version": 9}, "a"), ({}, "a")]:
         with pytest.raises(ConfigError) as error:
-            check_state(changed, "stream", digest)
+            check_state(changed, "stream", digest, [3])
         one_sentence(error.value)
+    with pytest.raises(ConfigError, match="3 records then, 5 now") as error:
+        check_state(state | {"records": [3]}, "stream", "b", [5])
+    assert "set_epoch(2)" in one_sentence(error.value)

@@ -93,11 +93,13 @@ def test_crops_of_a_song_are_synchronised(store: LatentStore, source: Path) -> N
     assert len(dataset) == 24
     for stems in dataset.__getitems__(range(24)):
         for key, latent, mask in zip(stems.keys, stems.latents, stems.mask, strict=True):
-            longest = max(SONGS[stems.group].values())
+            longest = max(SONGS[stems.key].values())
             audio = waveform(source, key, round(longest * RATE))
             audio = np.pad(audio, ((0, 0), (0, CROP * HOP)))  # silence after the song
-            assert np.allclose(latent, crop_of(store, audio, stems.seconds_start), atol=2e-5)
-            start = round(stems.seconds_start * RATE / HOP)
+            assert np.allclose(
+                latent, crop_of(store, audio, stems.metadata["seconds_start"]), atol=2e-5
+            )
+            start = round(stems.metadata["seconds_start"] * RATE / HOP)
             assert mask.sum() == np.clip(store.entry(key).frames - start, 0, CROP)
 
 
@@ -106,7 +108,7 @@ def test_activity_is_where_a_stem_is_heard(store: LatentStore) -> None:
     seen = set()
     for number in range(0, len(dataset), 3):  # north
         stems = dataset[number]
-        start = round(stems.seconds_start * RATE / HOP)
+        start = round(stems.metadata["seconds_start"] * RATE / HOP)
         bass = stems.active[stems.roles.index("bass")]
         frames = np.arange(start, start + CROP)
         assert np.array_equal(bass, (frames >= RATE // HOP) & (frames < 2 * RATE // HOP + 1))
@@ -121,6 +123,7 @@ def test_context_and_target_are_mixes_of_the_waveforms(
     store: LatentStore, source: Path, gains: tuple[float, float] | None
 ) -> None:
     dataset = StemDataset(store, ContextAndTarget(), crop=CROP, seed=7, gains=gains, per_song=20)
+    dataset.set_epoch(0)
     contexts = set()
     for number in range(0, len(dataset), 3):
         sample, stems = dataset[number], dataset.stems(number)
@@ -132,11 +135,11 @@ def test_context_and_target_are_mixes_of_the_waveforms(
         if gains is None:
             audio = sum(waveform(source, stems.keys[part], 2 * RATE) for part in parts)
             assert np.allclose(
-                sample.context, crop_of(store, audio, sample.seconds_start), atol=5e-5
+                sample.context, crop_of(store, audio, sample.metadata["seconds_start"]), atol=5e-5
             )
     assert len(contexts) > 4  # of 9
     alone = StemDataset(store, ContextAndTarget(), crop=CROP, per_song=2)[1]
-    assert alone.group == "solo"
+    assert alone.key == "solo"
     assert not alone.context.any()  # the mdct of silence
 
 
@@ -153,32 +156,33 @@ def test_a_triplet_adds_up(store: LatentStore, source: Path, whole: bool) -> Non
     for number in range(len(dataset)):
         sample = dataset[number]
         assert np.allclose(sample.mixture, sample.submix + sample.source, atol=1e-5)
-        if whole and sample.group != "solo":
-            longest = round(max(SONGS[sample.group].values()) * RATE)
+        if whole and sample.key != "solo":
+            longest = round(max(SONGS[sample.key].values()) * RATE)
             audio = np.zeros((1, longest + CROP * HOP), np.float32)
-            for role in SONGS[sample.group].keys() - {"mix"}:
-                part = waveform(source, f"{sample.group}/{role}", longest)
+            for role in SONGS[sample.key].keys() - {"mix"}:
+                part = waveform(source, f"{sample.key}/{role}", longest)
                 audio[:, :longest] += part
             assert np.allclose(
-                sample.mixture, crop_of(store, audio, sample.seconds_start), atol=5e-5
+                sample.mixture, crop_of(store, audio, sample.metadata["seconds_start"]), atol=5e-5
             )
 
 
 def test_all_stems_side_by_side_make_batches(store: LatentStore) -> None:
     roles = ("bass", "drums", "keys")
     dataset = StemDataset(store, AllStems(roles), crop=CROP, seed=4, per_song=4)
+    dataset.set_epoch(0)
     batches = list(DataLoader(dataset, batch_size=6, num_workers=2))
     assert len(batches) == 2
     for batch in batches:
-        assert batch.stems.shape == (6, 3, HOP, CROP)
-        assert batch.active.shape == batch.mask.shape == (6, 3, CROP)
-        assert torch.allclose(batch.mixture, batch.stems.sum(dim=1), atol=1e-5)
-        solo = [n for n, group in enumerate(batch.group) if group == "solo"]
+        assert batch["stems"].shape == (6, 3, HOP, CROP)
+        assert batch["active"].shape == batch["mask"].shape == (6, 3, CROP)
+        assert torch.allclose(batch["mixture"], batch["stems"].sum(dim=1), atol=1e-5)
+        solo = [n for n, group in enumerate(batch["key"]) if group == "solo"]
         assert solo
-        assert not batch.stems[solo][:, 0].any()  # it has no bass
+        assert not batch["stems"][solo][:, 0].any()  # it has no bass
     here = dataset.__getitems__(range(12))
     stacked = torch.from_numpy(np.stack([sample.stems for sample in here]))
-    assert torch.equal(torch.cat([batch.stems for batch in batches]), stacked)
+    assert torch.equal(torch.cat([batch["stems"] for batch in batches]), stacked)
 
 
 def test_a_remix_takes_each_role_from_any_song(store: LatentStore) -> None:
@@ -186,7 +190,7 @@ def test_a_remix_takes_each_role_from_any_song(store: LatentStore) -> None:
     songs = set()
     for number in range(0, len(dataset), 3):
         stems = dataset[number]
-        assert stems.group == "north"
+        assert stems.key == "north"
         for key, role, latent, mask in zip(
             stems.keys, stems.roles, stems.latents, stems.mask, strict=True
         ):
@@ -259,7 +263,7 @@ def test_gains_stay_in_their_range(store: LatentStore) -> None:
     [
         ({"crop": 0}, "at least 1"),
         ({"remix": 2.0}, "share from 0 to 1"),
-        ({"seed": -1}, "seed is -1"),
+        ({"seed": -1}, "seed must be at least 0"),
         ({"gains": (3.0, -3.0)}, "from low to high"),
         ({"by": "name"}, "by fields or by folder"),
     ],

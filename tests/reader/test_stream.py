@@ -260,10 +260,16 @@ def test_options_that_do_not_fit_are_refused(mixed: list[str], tmp_path, one_sen
         ({"stores": [mixed[0], small]}, "latent_channels"),
         ({"stores": []}, "No store"),
         ({"batch_size": 0}, "batch_size"),
-        ({"crop": 0}, "crop"),
+        ({"crop": 0}, "crop must be at least 1"),
+        ({"crop": 16.0}, "crop must be a whole number, not 16.0: write 16"),
+        ({"crop": "16"}, "crop must be a whole number, not '16'"),
+        ({"crop": True}, "crop must be a whole number"),
+        ({"seed": 1.5}, "seed must be a whole number, not 1.5"),
+        ({"batch_size": 8.0}, "batch_size must be a whole number"),
+        ({"stores": [7]}, "7 is not a store"),
         ({"mode": "middle"}, "mode"),
         ({"crop": None, "mode": "windows"}, "windows"),
-        ({"seed": -1}, "seed is -1"),
+        ({"seed": -1}, "seed must be at least 0, not -1"),
     ]:
         with pytest.raises(ConfigError, match=word) as error:
             LatentStream(**{"stores": mixed, "crop": 8, **options})
@@ -290,7 +296,7 @@ def test_a_dataloader_reads_it(mixed: list[str], way: str) -> None:
         assert [key for batch in batches for key in batch["key"]] == [s.key for s in expected]
         assert [len(batch["key"]) for batch in batches] == [8] * 9 + [1]
         latents = np.concatenate([batch["latents"].numpy() for batch in batches])
-        assert np.array_equal(latents, np.stack([sample.latent for sample in expected]))
+        assert np.array_equal(latents, np.stack([sample.latents for sample in expected]))
     state = stream.state_after(batches[3])
     assert (state["epoch"], state["position"]) == (1, 32)
 

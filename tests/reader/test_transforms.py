@@ -39,6 +39,8 @@ def store(source: Path, tmp_path_factory: pytest.TempPathFactory) -> LatentStore
 def test_a_random_gain_is_that_of_the_waveform(store: LatentStore, source: Path) -> None:
     plain = LatentDataset(store, crop=CROP, seed=1)
     louder = LatentDataset(store, crop=CROP, seed=1, transforms=[RandomGain((-12, 6))])
+    plain.set_epoch(0)
+    louder.set_epoch(0)
     gains = []
     for number in range(len(plain)):
         before, after = plain[number], louder[number]
@@ -48,7 +50,7 @@ def test_a_random_gain_is_that_of_the_waveform(store: LatentStore, source: Path)
         model = store.model()
         encoded = model.encode(torch.from_numpy(audio.astype(np.float32))[None])[0].numpy()
         have = int(after.mask.sum())
-        assert np.allclose(after.latent[:, :have], encoded[:, start : start + have], atol=2e-5)
+        assert np.allclose(after.latents[:, :have], encoded[:, start : start + have], atol=2e-5)
         gains.append(factor)
     assert len(set(gains)) == len(plain)
     assert 10 ** (-12 / 20) <= min(gains) < max(gains) <= 10 ** (6 / 20)
@@ -65,7 +67,7 @@ def sample(frames: int = 20, origin: Origin | None = ORIGIN) -> Sample:
 def test_a_gain_leaves_silence_as_it_is() -> None:
     silent = Sample("s", ORIGIN.crop(90, 30, 20), np.ones(20, np.bool_), origin=ORIGIN.at(90, 30))
     changed = RandomGain((6, 6))(silent, np.random.default_rng(0))
-    assert np.allclose(changed.latent, silent.latent, atol=1e-6)
+    assert np.allclose(changed.latents, silent.latents, atol=1e-6)
 
 
 def test_a_crop_knows_its_place_in_its_item(tmp_path: Path) -> None:
@@ -77,7 +79,7 @@ def test_a_crop_knows_its_place_in_its_item(tmp_path: Path) -> None:
         plain = LatentDataset(silent, crop=crop, mode=mode)
         louder = LatentDataset(silent, crop=crop, mode=mode, transforms=[RandomGain((6, 6))])
         for number in range(len(plain)):
-            assert np.allclose(louder[number].latent, plain[number].latent, atol=1e-6)
+            assert np.allclose(louder[number].latents, plain[number].latents, atol=1e-6)
 
 
 @given(seed=st.integers(0, 2**32), epoch=st.integers(0, 99), position=st.integers(0, 10**9))
@@ -89,29 +91,29 @@ def test_a_transform_is_a_function_of_its_random_numbers(
         random = sample_random(seed, epoch, position)
         again = sample_random(seed, epoch, position)
         before = sample()
-        kept = before.latent.copy()
+        kept = before.latents.copy()
         changed = transform(before, random)
         copy = pickle.loads(pickle.dumps(transform))(sample(), again)
-        assert np.array_equal(changed.latent, copy.latent)
-        assert np.array_equal(before.latent, kept)
+        assert np.array_equal(changed.latents, copy.latents)
+        assert np.array_equal(before.latents, kept)
         assert (changed.key, changed.metadata) == ("a", {"title": "A"})
 
 
 def test_fades_are_of_every_length_up_to_the_longest() -> None:
     random, seen = np.random.default_rng(3), set()
     for _ in range(400):
-        faded = RandomFade(3)(sample(), random).latent
+        faded = RandomFade(3)(sample(), random).latents
         fits = [
             (i, o)
             for i in range(4)
             for o in range(4)
-            if np.array_equal(faded, fade(sample().latent, i, o, origin=ORIGIN))
+            if np.array_equal(faded, fade(sample().latents, i, o, origin=ORIGIN))
         ]
         assert len(fits) == 1
         seen.update(fits)
     assert len(seen) == 16
     short = RandomFade(100)(sample(4), random)  # at most half of it at each end
-    assert short.latent.shape == (2, 4)
+    assert short.latents.shape == (2, 4)
 
 
 def test_latents_are_drawn_around_the_mean() -> None:
@@ -119,7 +121,7 @@ def test_latents_are_drawn_around_the_mean() -> None:
     latent = np.concatenate([means, deviations]).astype(np.float32)
     origin = Origin(np.zeros((6, 4), np.float32), deviations=3)
     posterior = Sample("p", latent, np.ones(5000, np.bool_), origin=origin)
-    drawn = DrawFromPosterior()(posterior, np.random.default_rng(1)).latent
+    drawn = DrawFromPosterior()(posterior, np.random.default_rng(1)).latents
     assert drawn.shape == (3, 5000)
     assert drawn.dtype == np.float32
     assert np.allclose(drawn.mean(axis=1), 2, atol=0.15)
@@ -146,10 +148,10 @@ def test_a_posterior_is_drawn_from_before_or_after_normalising(by: str, tmp_path
         for transforms in ([draw, normal], [normal, draw], [draw], [normal])
     )
     for one, other, plain in zip(before, after, drawn, strict=True):
-        assert one.latent.shape == (2, len(one.mask))
-        assert np.allclose(one.latent, other.latent, atol=1e-5)
-        assert np.allclose(normal.undo(one.latent), plain.latent, atol=1e-4)
-    joined = np.concatenate([sample.latent[:2] for sample in means], axis=1)
+        assert one.latents.shape == (2, len(one.mask))
+        assert np.allclose(one.latents, other.latents, atol=1e-5)
+        assert np.allclose(normal.undo(one.latents), plain.latents, atol=1e-4)
+    joined = np.concatenate([sample.latents[:2] for sample in means], axis=1)
     if by != "scale":
         axis = 1 if by == "channel" else None
         assert np.allclose(joined.mean(axis=axis), 0, atol=1e-3)

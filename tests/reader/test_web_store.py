@@ -64,7 +64,7 @@ def test_crops_are_those_of_the_local_store(web: str, cached: bool, tmp_path: Pa
     cache = {"cache": tmp_path / "cache"} if cached else {}
     remote = lm.LatentDataset(f"{web}/store", crop=8, **cache)  # type: ignore[arg-type]
     for ours, theirs in zip(remote, lm.LatentDataset(local, crop=8), strict=True):
-        assert np.array_equal(ours.latent, theirs.latent)
+        assert np.array_equal(ours.latents, theirs.latents)
         assert ours.metadata == theirs.metadata
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar, get_args
@@ -18,7 +18,8 @@ from latentmill.reader.cache import RangeCache
 from latentmill.reader.crops import Crop, Cropped, CropReader
 from latentmill.reader.fields import FieldReader, Where, select
 from latentmill.reader.order import Ints, random_below
-from latentmill.reader.sample import Sample, Transform, check_seed, sample_random
+from latentmill.reader.sample import Sample, Transform, sample_random, whole_number
+from latentmill.store.describe import warn_incomplete
 from latentmill.store.store import LatentStore
 
 Mode = Literal["random", "start", "windows"]
@@ -50,9 +51,9 @@ class Reading:
 
     def __post_init__(self) -> None:
         choice("mode", self.mode, Mode)
-        check_seed(self.seed)
-        if self.crop is not None and self.crop < 1:
-            raise ConfigError(f"crop is {self.crop}: give at least one frame, or None.")
+        whole_number("seed", self.seed, least=0)
+        if self.crop is not None:
+            whole_number("crop", self.crop, least=1)
         if self.crop is None and self.mode == "windows":
             raise ConfigError("mode is windows: say with crop how many frames a window has.")
 
@@ -75,14 +76,14 @@ class Source:
         store: LatentStore,
         reading: Reading,
         *,
-        where: Where | None = None,
+        rows: Ints | None = None,
         cache: RangeCache | None = None,
     ) -> None:
-        rows = None
-        if where is not None:
-            rows = np.zeros(len(store), np.bool_)
-            rows[select(store, where)] = True
-        self._open(store, reading, rows, cache)
+        chosen = None
+        if rows is not None:
+            chosen = np.zeros(len(store), np.bool_)
+            chosen[rows] = True
+        self._open(store, reading, chosen, cache)
 
     def _open(
         self,
@@ -92,7 +93,9 @@ class Source:
         cache: RangeCache | None,
     ) -> None:
         if not len(store):
-            raise StoreError(f"{store.url} holds no records: look at `latentmill status`.")
+            raise StoreError(
+                f"{store.url} holds no records: `latentmill status {store.url}` shows why."
+            )
         self.store, self._reading, self._chosen, self._cache = store, reading, chosen, cache
         self.crops = CropReader(store, cache)
         self._fields = FieldReader(store, ["metadata"]) if reading.metadata else None
@@ -215,11 +218,19 @@ class Corpus:
         given = [stores] if isinstance(stores, str | os.PathLike | LatentStore) else list(stores)
         if not given:
             raise ConfigError("No store is given.")
-        opened = [s if isinstance(s, LatentStore) else LatentStore(os.fspath(s)) for s in given]
+        opened = [store if isinstance(store, LatentStore) else _open(store) for store in given]
         check_mix(opened)
         ranges = None if cache is None else RangeCache(os.fspath(cache), cache_gib)
         self.reading = reading
-        self.sources = [Source(store, reading, where=where, cache=ranges) for store in opened]
+        for store in opened:
+            warn_incomplete(store)
+        rows: Sequence[Ints | None] = [None] * len(opened)
+        if where is not None:
+            rows = select(opened, where)
+        self.sources = [
+            Source(store, reading, rows=chosen, cache=ranges)
+            for store, chosen in zip(opened, rows, strict=True)
+        ]
 
     @cached_property
     def first(self) -> Ints:
@@ -228,6 +239,24 @@ class Corpus:
 
     def __len__(self) -> int:
         return int(self.first[-1])
+
+    def shown(self) -> Mapping[str, object]:
+        """What `repr` and a notebook show of a dataset."""
+        return {
+            "stores": ", ".join(repr(source.store.url) for source in self.sources),
+            "crop": self.reading.crop,
+            "mode": self.reading.mode if self.reading.crop else "whole items",
+        }
+
+    @property
+    def sizes(self) -> list[int]:
+        """Samples of each store."""
+        return [len(source) for source in self.sources]
+
+    @property
+    def records(self) -> list[int]:
+        """Records of each store, whether `where` takes them or not."""
+        return [len(source.store) for source in self.sources]
 
     @property
     def lengths(self) -> Ints:
@@ -273,6 +302,12 @@ class Corpus:
             origin = sample.origin or origin
         # A transform that builds a new sample need not know of these.
         return replace(sample, epoch=epoch, position=position, origin=origin)
+
+
+def _open(place: object) -> LatentStore:
+    if not isinstance(place, str | os.PathLike):
+        raise ConfigError(f"{place!r} is not a store: give a path, a URL or an open store.")
+    return LatentStore(os.fspath(place))
 
 
 def check_mix(stores: Sequence[LatentStore]) -> None:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from torch.utils.data import Dataset
 
+import latentmill.reader.collate  # noqa: F401  a loader without collate_fn uses it too
 from latentmill.reader.corpus import Corpus, Mode, Reading, Stores
+from latentmill.reader.draws import Ask, Draws
 from latentmill.reader.fields import Where
 from latentmill.reader.order import Ints
 from latentmill.reader.sample import Sample, Transform
-
-# Epoch, position in it, and number of a sample: what `BatchSampler` asks for.
-Ask: TypeAlias = tuple[int, int, int]
+from latentmill.shown import Shown
 
 
-class LatentDataset(Dataset[Sample]):
+class LatentDataset(Shown, Dataset[Sample]):
     """Samples of one or several stores by number: store after store, as they lie in the shards.
 
     For `torch.utils.data.DataLoader`, with `collate_fn=latentmill.collate`. A batch is read at
@@ -59,17 +58,48 @@ class LatentDataset(Dataset[Sample]):
     ) -> None:
         reading = Reading(crop, mode, seed, metadata, tuple(transforms))
         self.corpus = Corpus(stores, reading, where=where, cache=cache, cache_gib=cache_gib)
-        self.epoch = 0
+        self._draws = Draws()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that was set last; 0 if none was."""
+        return self._draws.epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose other random crops. Reaches only workers that start afterwards.
+        """Choose the random crops of an epoch, also in workers that are already running.
 
-        Not needed with `BatchSampler`, which says the epoch with every sample that it asks for.
+        From then on sample n is a function of seed, epoch and n. Until it is called, every sample
+        that is read gets another crop, whose place depends on how many were read before. Not
+        needed with `BatchSampler`, which sends the epoch with every sample that it asks for.
         """
-        self.epoch = epoch
+        self._draws.set_epoch(epoch)
+
+    @property
+    def seed(self) -> int:
+        """The seed of the random crops and of the transforms."""
+        return self.corpus.reading.seed
+
+    @property
+    def sizes(self) -> list[int]:
+        """Samples of each store."""
+        return self.corpus.sizes
+
+    @property
+    def records(self) -> list[int]:
+        """Records of each store."""
+        return self.corpus.records
+
+    @property
+    def digest(self) -> str:
+        """A short hash of which samples there are."""
+        return self.corpus.digest
 
     def __len__(self) -> int:
         return len(self.corpus)
+
+    def shown(self) -> Mapping[str, object]:
+        """What `repr` and a notebook show."""
+        return {"samples": len(self), **self.corpus.shown(), "seed": self.seed}
 
     @property
     def lengths(self) -> Ints:
@@ -86,10 +116,7 @@ class LatentDataset(Dataset[Sample]):
             IndexError: There is no such sample.
             StorageError: A shard cannot be read.
         """
-        asked = [self._ask(number) for number in numbers]
-        epochs, positions, found = np.array(asked, np.int64).reshape(-1, 3).T
-        if len(found) and not (found.min() >= 0 and found.max() < len(self)):
-            raise IndexError(f"There are samples 0 to {len(self) - 1}")
+        epochs, positions, found = self._draws.asked(numbers, len(self))
         sources = np.searchsorted(self.corpus.first, found, "right") - 1
         samples = found - self.corpus.first[sources]
         if len(set(epochs.tolist())) == 1:
@@ -99,11 +126,3 @@ class LatentDataset(Dataset[Sample]):
             next(self.corpus.read(source[None], sample[None], int(epoch), position[None]))
             for source, sample, epoch, position in read
         ]
-
-    def _ask(self, number: int | Ask) -> Ask:
-        if isinstance(number, tuple):
-            return number
-        number = int(number)
-        if -len(self) <= number < 0:
-            number += len(self)
-        return self.epoch, number, number

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -145,40 +148,101 @@ class FieldReader:
         )
 
 
-def select(store: LatentStore, where: Where) -> npt.NDArray[np.int64]:
-    """The rows that a condition is true for; no latent is read.
+def select(stores: Sequence[LatentStore], where: Where) -> list[npt.NDArray[np.int64]]:
+    """The rows of each store that a condition is true for; no latent is read.
 
     Args:
-        store: The store.
+        stores: One or several; not each need have such a record.
         where: A condition such as `role == 'drums' and bpm > 100`, on stored fields and the items'
             own metadata; a function of a record's fields, whose `metadata` is the item's own, as a
             dict; or a pyarrow expression over the stored columns, which is faster.
 
     Raises:
-        ConfigError: The condition cannot be evaluated, or no record fulfils it.
+        ConfigError: The condition cannot be evaluated, names a field that no record has, or is
+            true for no record at all.
     """
+    names = _Names(Condition(where).fields) if isinstance(where, str) else _Names(())
+    chosen = [_rows(store, where, names) for store in stores]
+    if names.missing:
+        raise _no_field(min(names.missing), names.known)
+    if not any(map(len, chosen)):
+        raise ConfigError(
+            f"No record of {' or '.join(store.url for store in stores)} matches `where`: check the "
+            "values, or leave `where` out."
+        )
+    return chosen
+
+
+@dataclass
+class _Names:
+    """Which fields a condition names that no record had yet, and which fields there are."""
+
+    asked: Iterable[str]
+
+    def __post_init__(self) -> None:
+        self.missing, self.known = set(self.asked), set(FIELDS)
+
+    def look(self, fields: Mapping[str, Any]) -> None:
+        """Take note of a record's fields, as long as one is missing."""
+        if self.missing:
+            self.known.update(fields)
+            self.missing = {name for name in self.missing if not _has(fields, name.split("."))}
+
+
+def _has(fields: Any, path: Sequence[str]) -> bool:
+    for name in path:
+        if not isinstance(fields, Mapping) or name not in fields:
+            return False
+        fields = fields[name]
+    return True
+
+
+def _rows(store: LatentStore, where: Where, names: _Names) -> npt.NDArray[np.int64]:
     table = FieldReader(store, FIELDS).gather()
     try:
         if isinstance(where, pc.Expression):
             with_row = table.append_column("__row", pa.array(np.arange(len(table))))
-            chosen = with_row.filter(where)["__row"].to_numpy()
-        else:
-            holds = _condition(where) if isinstance(where, str) else where
-            rows = [row for row, fields in enumerate(_parsed(table)) if holds(fields)]
-            chosen = np.array(rows, np.int64)
+            return np.asarray(with_row.filter(where)["__row"].to_numpy(), np.int64)
+        holds = _condition(where, names) if isinstance(where, str) else where
+        rows = [row for row, fields in enumerate(_parsed(table)) if holds(fields)]
+        return np.array(rows, np.int64)
     except (pa.ArrowException, LookupError, TypeError, ValueError, AttributeError) as error:
+        name = _missing_field(error)
+        if name is not None:
+            raise _no_field(name, {*FIELDS, *_own_fields(table)}) from error
         raise ConfigError(
             f"The condition `where` fails on {store.url} ({type(error).__name__}: {error}): the "
             f"fields are {', '.join(FIELDS)}."
         ) from error
-    if not len(chosen):
-        raise ConfigError(f"No record of {store.url} fulfils the condition `where`.")
-    return np.asarray(chosen, np.int64)
 
 
-def _condition(text: str) -> Callable[[Mapping[str, Any]], bool]:
+def _condition(text: str, names: _Names) -> Callable[[Mapping[str, Any]], bool]:
     condition = Condition(text)
-    return lambda fields: condition.holds({**fields["metadata"], **fields})
+
+    def holds(fields: Mapping[str, Any]) -> bool:
+        every = {**fields["metadata"], **fields}
+        names.look(every)
+        return condition.holds(every)
+
+    return holds
+
+
+def _missing_field(error: Exception) -> str | None:
+    """The field that a function or an expression asked for and did not find."""
+    if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
+        return error.args[0]
+    found = re.search(r"No match for FieldRef.Name\(([^)]+)\)", str(error))
+    return found[1] if found else None
+
+
+def _own_fields(table: pa.Table) -> set[str]:
+    return {name for fields in _parsed(table) for name in fields["metadata"]}
+
+
+def _no_field(name: str, known: Iterable[str]) -> ConfigError:
+    near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the fields are {', '.join(FIELDS)}."
+    return ConfigError(f"`where` names {name!r}, but there is no such field: {hint}")
 
 
 def _parsed(table: pa.Table) -> Iterable[dict[str, Any]]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+import torch
 
 from latentmill.errors import ConfigError
 from latentmill.reader.corpus import choice
 from latentmill.reader.sample import Sample
 from latentmill.store.store import LatentStore
 
+Latents = TypeVar("Latents", np.ndarray[Any, Any], torch.Tensor)
 By = Literal["channel", "overall", "scale"]
 
 
@@ -74,27 +76,43 @@ class Normalize:
         origin = sample.origin
         if origin is not None:
             origin = replace(origin, changes=(*origin.changes, self.apply))
-        return replace(sample, latent=self.apply(sample.latent), origin=origin)
+        return replace(sample, latents=self.apply(sample.latents), origin=origin)
 
-    def apply(self, latent: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
-        """Normalise latents `[..., channels, frames]`."""
-        mean, std = self._columns(latent)
-        return np.asarray((latent - mean) / std, np.float32)
+    def apply(self, latents: Latents) -> Latents:
+        """Normalise latents `[..., channels, frames]`: an array or, on any device, a tensor."""
+        mean, std = self._columns(latents)
+        normalised: Latents = self._as_given((latents - mean) / std)
+        return normalised
 
-    def undo(self, latent: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
-        """The stored form of normalised latents `[..., channels, frames]`, for decoding."""
-        mean, std = self._columns(latent)
-        return np.asarray(latent * std + mean, np.float32)
+    def undo(self, latents: Latents) -> Latents:
+        """The stored form of normalised latents, such as generated ones, for decoding.
 
-    def _columns(self, latent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
-        channels, means = latent.shape[-2], len(self.mean)
+        Args:
+            latents: `[..., channels, frames]`: an array, or a tensor on any device.
+
+        Returns:
+            The same kind: a float32 array, or a tensor on the same device, with its gradients.
+        """
+        mean, std = self._columns(latents)
+        stored: Latents = self._as_given(latents * std + mean)
+        return stored
+
+    @staticmethod
+    def _as_given(latents: Any) -> Any:
+        return latents if isinstance(latents, torch.Tensor) else np.asarray(latents, np.float32)
+
+    def _columns(self, latents: Any) -> tuple[Any, Any]:
+        channels, means = latents.shape[-2], len(self.mean)
         if channels not in (means, means + self.deviations):
             raise ConfigError(
                 f"Normalize is for {means + self.deviations} channels and the latent has "
                 f"{channels}: make it from the store that is read."
             )
-        mean, std = self._all_columns
-        return mean[:channels], std[:channels]
+        mean, std = (column[:channels] for column in self._all_columns)
+        if isinstance(latents, torch.Tensor):
+            device = latents.device
+            return torch.from_numpy(mean).to(device), torch.from_numpy(std).to(device)
+        return mean, std
 
     @cached_property
     def _all_columns(self) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]

@@ -1,4 +1,4 @@
-"""What the reader hands out, and what a transform may do with it."""
+"""A training sample, and what a transform may do with it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Sample:
 
     Attributes:
         key: The item's key.
-        latent: `[channels, frames]`, float32.
+        latents: `[channels, frames]`, float32.
         mask: `[frames]`, True where a frame is the item's, False where it is padding.
         metadata: The item's own metadata, and where in the item the crop begins and how long the
             item is: `seconds_start`, `seconds_total`.
@@ -29,7 +29,7 @@ class Sample:
     """
 
     key: str
-    latent: npt.NDArray[np.float32] = field(repr=False)
+    latents: npt.NDArray[np.float32] = field(repr=False)
     mask: npt.NDArray[np.bool_] = field(repr=False)
     metadata: Mapping[str, Any] = field(default_factory=dict)
     epoch: int = 0
@@ -45,14 +45,18 @@ class Transform(Protocol):
         ...
 
 
-def check_seed(seed: int) -> None:
-    """Refuse a seed that no random numbers can be drawn from.
+def whole_number(name: str, value: object, *, least: int) -> int:
+    """The value of an option that must be a whole number, as a plain int.
 
     Raises:
-        ConfigError: It is negative.
+        ConfigError: It is not a whole number, or below `least`.
     """
-    if seed < 0:
-        raise ConfigError(f"seed is {seed}: give a whole number from 0.")
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        hint = f": write {int(value)}" if isinstance(value, float) and value.is_integer() else ""
+        raise ConfigError(f"{name} must be a whole number, not {value!r}{hint}.")
+    if value < least:
+        raise ConfigError(f"{name} must be at least {least}, not {value}.")
+    return int(value)
 
 
 def sample_random(seed: int, epoch: int, position: int) -> np.random.Generator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -12,7 +13,7 @@ import torch.distributed
 from latentmill.errors import ConfigError
 from latentmill.reader.corpus import choice
 from latentmill.reader.order import Mixture, apportion
-from latentmill.reader.sample import check_seed
+from latentmill.reader.sample import whole_number
 
 Even = Literal["off", "drop", "pad"]
 
@@ -73,6 +74,35 @@ class Rank:
         return replace(self, rank=0).share(remaining)
 
 
+def dealt_by_accelerate(reader: object) -> int:
+    """How many processes share what `reader` gives, as a loader prepared by `accelerate` does.
+
+    1 where none is being iterated over. Each of its processes, or the first one for all, must read
+    everything: what is dealt twice loses data.
+    """
+    module = sys.modules.get("accelerate.state")
+    loader = None if module is None else module.GradientState().active_dataloader
+    if module is None or loader is None:
+        return 1
+    found = [getattr(loader, "dataset", None), getattr(loader, "batch_sampler", None)]
+    found += [getattr(one, name, None) for one in found for name in ("dataset", "batch_sampler")]
+    return int(module.PartialState().num_processes) if any(reader is f for f in found) else 1
+
+
+def check_dealt_once(reader: object, rank: Rank, kind: str) -> None:
+    """Refuse to deal to ranks what `accelerate` deals to them, too.
+
+    Raises:
+        ConfigError: It would.
+    """
+    if rank.world_size > 1 and dealt_by_accelerate(reader) > 1:
+        raise ConfigError(
+            f"accelerate deals batches to {rank.world_size} processes and so does {kind}, which "
+            f"would lose data: make it with {kind}(..., rank=0, world_size=1), or do not pass its "
+            "DataLoader to prepare()."
+        )
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where reading is.
@@ -106,7 +136,9 @@ def mixture(
     Raises:
         ConfigError: An option does not fit.
     """
-    check_seed(seed)
+    whole_number("seed", seed, least=0)
+    whole_number("shuffle_block", block, least=1)
+    whole_number("shuffle_window", window, least=block)
     taken = tuple(int(size) for size in sizes)
     if weights is not None:
         if len(weights) != len(sizes) or not all(0 < w < math.inf for w in weights):
@@ -115,20 +147,36 @@ def mixture(
             raise ConfigError(
                 "weights needs shuffle=True: without it the stores follow one another."
             )
-        taken = apportion(sum(taken), list(weights))
-    if block < 1 or window < block:
-        raise ConfigError("shuffle_block needs at least 1, shuffle_window a block or more.")
+        # A store of which `where` takes nothing leaves its share to the others.
+        present = [w if size else 0.0 for w, size in zip(weights, sizes, strict=True)]
+        taken = apportion(sum(taken), present)
     return Mixture(tuple(map(int, sizes)), taken, seed, shuffle, block, window // block * block)
 
 
-def check_state(state: Mapping[str, Any], kind: str, digest: str) -> Progress:
+def check_state(
+    state: Mapping[str, Any], kind: str, digest: str, records: Sequence[int]
+) -> Progress:
     """The progress that a state dict holds.
 
+    Args:
+        state: The state.
+        kind: What it must be a state of.
+        digest: The digest of the present order of samples.
+        records: How many records each store has now.
+
     Raises:
-        ConfigError: It is none, or one of another data set, seed or shuffling.
+        ConfigError: It is not such a state, or the order of samples has changed.
     """
     if state.get("kind") != kind or state.get("version") != STATE_VERSION:
-        raise ConfigError(f"This is no state of a {kind} that this version of latentmill reads.")
+        raise ConfigError(f"This is not the state of a {kind} of this version of latentmill.")
+    before = list(state.get("records", records))
+    if state["order"] != digest and len(before) == len(records) and before != list(records):
+        epoch = int(state["epoch"]) + 1
+        raise ConfigError(
+            f"The stores have changed since this state was saved ({sum(before)} records then, "
+            f"{sum(records)} now), so that the rest of its epoch is not known: start the next one "
+            f"with set_epoch({epoch}), or resume with the stores as they were."
+        )
     if state["order"] != digest:
         raise ConfigError(
             "The state is of another order of samples: resume with the stores, filter, crop, mode, "

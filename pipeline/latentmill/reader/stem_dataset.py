@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, TypeVar
@@ -10,12 +12,15 @@ from typing import Generic, TypeVar
 import numpy as np
 from torch.utils.data import Dataset
 
+import latentmill.reader.collate  # noqa: F401  a loader without collate_fn uses it too
 from latentmill.errors import ConfigError
 from latentmill.levels import decibels
 from latentmill.ops.origin import Float
 from latentmill.reader.crops import Crop, Cropped, CropReader
+from latentmill.reader.draws import Ask, Draws
 from latentmill.reader.fields import FieldReader
-from latentmill.reader.sample import check_seed, sample_random
+from latentmill.reader.order import Ints
+from latentmill.reader.sample import sample_random, whole_number
 from latentmill.reader.stems import (
     MIXES,
     By,
@@ -27,12 +32,12 @@ from latentmill.reader.stems import (
     stem_groups,
 )
 from latentmill.reader.transforms import Decibels
+from latentmill.shown import Shown
+from latentmill.store.describe import warn_incomplete
 from latentmill.store.schema import levels_of
 from latentmill.store.store import LatentStore
 
 T = TypeVar("T")
-# Epoch, position in it, and number of a sample.
-Ask = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -43,15 +48,17 @@ class _Choice:
     rows: tuple[int, ...]
     starts: tuple[int, ...]
     start: int  # of the song's own crop
+    epoch: int
+    position: int
     random: np.random.Generator  # for what comes next
 
 
-class StemDataset(Dataset[T], Generic[T]):
+class StemDataset(Shown, Dataset[T], Generic[T]):
     """Samples made of the synchronised stems of songs; see `stems` for what is made of them.
 
-    For `torch.utils.data.DataLoader` with its own collate. Sample n of epoch e is a function of
-    the seed, e and n alone, whatever worker reads it; a `DistributedSampler` shares the numbers
-    out over ranks. Picklable; may be forked.
+    For `torch.utils.data.DataLoader`, with `BatchSampler`, which deals the songs to ranks and
+    makes each sample a function of seed, epoch and its place in the epoch; with another sampler
+    see `set_epoch`. Picklable; may be forked.
 
     Args:
         store: The store, open or by path or URL.
@@ -88,31 +95,75 @@ class StemDataset(Dataset[T], Generic[T]):
         active_db: float | None = -60.0,
         per_song: int = 1,
     ) -> None:
-        if crop < 1 or per_song < 1:
-            raise ConfigError("Options crop and per_song must be at least 1.")
-        check_seed(seed)
+        whole_number("crop", crop, least=1)
+        whole_number("per_song", per_song, least=1)
+        whole_number("seed", seed, least=0)
         if not 0 <= remix <= 1:
             raise ConfigError(f"Option remix is a share from 0 to 1, not {remix}.")
         self.store = LatentStore(store) if isinstance(store, str) else store
+        warn_incomplete(self.store)
         groups = stem_groups(self.store, by, without=without)
         self.groups = tuple(group for group in groups if {*having} <= {*group.roles})
         if not self.groups:
             raise ConfigError(
                 f"No song of {self.store.url} has {' and '.join(having)}: check the roles."
             )
-        self.epoch = 0
+        self._draws = Draws()
         self._task, self._crop, self._seed = task, crop, seed
         self._gains = None if gains is None else RandomStemGains(gains)
         self._remix, self._active_db, self._per_song = remix, active_db, per_song
         self._crops = CropReader(self.store)
         self._levels = FieldReader(self.store, ("levels",))
 
+    @property
+    def epoch(self) -> int:
+        """The epoch that was set last; 0 if none was."""
+        return self._draws.epoch
+
     def set_epoch(self, epoch: int) -> None:
-        """Choose other crops, gains and mixes. Reaches only workers that start afterwards."""
-        self.epoch = epoch
+        """Choose the crops, gains and mixes of an epoch, as `LatentDataset.set_epoch` does."""
+        self._draws.set_epoch(epoch)
+
+    def shown(self) -> Mapping[str, object]:
+        """What `repr` and a notebook show."""
+        return {
+            "samples": len(self),
+            "store": repr(self.store.url),
+            "songs": len(self.groups),
+            "task": self._task,
+            "crop": self._crop,
+            "seed": self._seed,
+        }
 
     def __len__(self) -> int:
         return len(self.groups) * self._per_song
+
+    @property
+    def seed(self) -> int:
+        """The seed of all that is random."""
+        return self._seed
+
+    @property
+    def sizes(self) -> list[int]:
+        """Samples of each store, of which there is one."""
+        return [len(self)]
+
+    @property
+    def records(self) -> list[int]:
+        """Records of each store."""
+        return [len(self.store)]
+
+    @property
+    def lengths(self) -> Ints:
+        """Frames of every sample."""
+        return np.full(len(self), self._crop, np.int64)
+
+    @property
+    def digest(self) -> str:
+        """A short hash of which samples there are."""
+        groups = [(group.name, group.rows) for group in self.groups]
+        text = json.dumps([self.store.info.fingerprint, groups, self._per_song, self._crop])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __getitem__(self, number: int | Ask) -> T:
         return self.__getitems__([number])[0]
@@ -132,7 +183,8 @@ class StemDataset(Dataset[T], Generic[T]):
         return self._read([number])[0][0]
 
     def _read(self, numbers: Sequence[int | Ask]) -> list[tuple[Stems, np.random.Generator]]:
-        choices = [self._choose(number) for number in numbers]
+        asked = np.stack(self._draws.asked(numbers, len(self)), axis=1).tolist()
+        choices = [self._choose(*one) for one in asked]
         places = [pair for one in choices for pair in zip(one.rows, one.starts, strict=True)]
         inside = [start < self._crops.frames[row] for row, start in places]
         crops = [
@@ -154,9 +206,8 @@ class StemDataset(Dataset[T], Generic[T]):
             samples.append((self._gains(stems, one.random) if self._gains else stems, one.random))
         return samples
 
-    def _choose(self, number: int | Ask) -> _Choice:
+    def _choose(self, epoch: int, position: int, number: int) -> _Choice:
         """Which stems a sample has and where their crops begin."""
-        epoch, position, number = self._ask(number)
         random = sample_random(self._seed, epoch, position)
         group = self.groups[number % len(self.groups)]
         start = self._start(max(self._frames(row) for row in group.rows), random)
@@ -166,16 +217,7 @@ class StemDataset(Dataset[T], Generic[T]):
                 among = self._of_role[role]
                 rows[stem] = among[int(random.integers(len(among)))]
                 starts[stem] = self._start(self._frames(rows[stem]), random)
-        return _Choice(group, tuple(rows), tuple(starts), start, random)
-
-    def _ask(self, number: int | Ask) -> Ask:
-        epoch, position, found = (
-            number if isinstance(number, tuple) else (self.epoch, int(number), int(number))
-        )
-        if not -len(self) <= found < len(self):
-            raise IndexError(f"There are samples 0 to {len(self) - 1}")
-        wrapped = found % len(self)
-        return epoch, position if isinstance(number, tuple) else wrapped, wrapped
+        return _Choice(group, tuple(rows), tuple(starts), start, epoch, position, random)
 
     def _frames(self, row: int) -> int:
         return int(self._crops.frames[row])
@@ -222,15 +264,21 @@ class StemDataset(Dataset[T], Generic[T]):
             for one, row, start in zip(read, choice.rows, choice.starts, strict=True)
         ]
         model = self.store.info.model
+        samples = max(int(self._crops.num_samples[row]) for row in choice.group.rows)
         return Stems(
-            group=choice.group.name,
+            key=choice.group.name,
             roles=choice.group.roles,
             keys=tuple(self.store.index.key(row) for row in choice.rows),
             latents=np.stack(latents),
             mask=np.stack([one.mask for one in read]),
             active=np.stack(active),
             origin=self.store.origin.at(*place),
-            seconds_start=choice.start * model["hop"] / model["sample_rate"],
+            metadata={
+                "seconds_start": choice.start * model["hop"] / model["sample_rate"],
+                "seconds_total": samples / model["sample_rate"],
+            },
+            epoch=choice.epoch,
+            position=choice.position,
         )
 
     def _moved(self, latent: Float, row: int, start: int, place: tuple[int, int]) -> Float:

@@ -6,7 +6,7 @@ trains on is mixed in latent space when it is read, and no mix need be stored.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
@@ -81,24 +81,28 @@ class Stems:
     """Crops of the stems of one song, of the same frames.
 
     Attributes:
-        group: The song.
+        key: The song: the name of its group.
         roles: What each stem is in it.
-        keys: Each stem's key; of a remix, they are of several songs.
+        keys: The key of each stem's record; of a remix, they are of several songs.
         latents: `[S, C, T]`, float32; silence where a stem has ended.
         mask: `[S, T]`, True where a frame is the stem's.
         active: `[S, T]`, True where the stem can be heard.
         origin: The latent of silence at the place of the crop.
-        seconds_start: Where the song's crop begins.
+        metadata: `seconds_start`, where the song's crop begins, and `seconds_total`.
+        epoch: The epoch that the sample was drawn in.
+        position: Its place in that epoch.
     """
 
-    group: str
+    key: str
     roles: tuple[str, ...]
     keys: tuple[str, ...]
     latents: Float = field(repr=False)
     mask: Flags = field(repr=False)
     active: Flags = field(repr=False)
     origin: Origin = field(repr=False)
-    seconds_start: float
+    metadata: Mapping[str, float]
+    epoch: int = 0
+    position: int = 0
 
     def __len__(self) -> int:
         return len(self.roles)
@@ -144,7 +148,7 @@ class StemTask(Protocol[T_co]):
     """What becomes of a song's stems. Picklable, and a pure function of its arguments."""
 
     def __call__(self, stems: Stems, random: np.random.Generator) -> T_co:
-        """A training sample, such as a named tuple of arrays, which torch's collate takes."""
+        """A training sample, such as a named tuple or a dict of arrays, which `collate` takes."""
         ...
 
 
@@ -156,8 +160,10 @@ class ContextTarget(NamedTuple):
     mask: Flags
     active: Flags  # of the target
     role: str  # of the target
-    group: str
-    seconds_start: float
+    key: str  # of the song
+    metadata: Mapping[str, float]
+    epoch: int
+    position: int
 
 
 @dataclass(frozen=True)
@@ -183,8 +189,10 @@ class ContextAndTarget:
             mask=stems.mask_of([*context, target]),
             active=stems.active[target],
             role=stems.roles[target],
-            group=stems.group,
-            seconds_start=stems.seconds_start,
+            key=stems.key,
+            metadata=stems.metadata,
+            epoch=stems.epoch,
+            position=stems.position,
         )
 
 
@@ -197,8 +205,10 @@ class Triplet(NamedTuple):
     mask: Flags
     active: Flags  # of the source
     role: str  # of the source
-    group: str
-    seconds_start: float
+    key: str  # of the song
+    metadata: Mapping[str, float]
+    epoch: int
+    position: int
 
 
 @dataclass(frozen=True)
@@ -226,8 +236,10 @@ class MixtureTriplet:
             mask=stems.mask_of(together),
             active=stems.active[source],
             role=stems.roles[source],
-            group=stems.group,
-            seconds_start=stems.seconds_start,
+            key=stems.key,
+            metadata=stems.metadata,
+            epoch=stems.epoch,
+            position=stems.position,
         )
 
 
@@ -238,8 +250,10 @@ class StemSet(NamedTuple):
     mixture: Float
     mask: Flags
     active: Flags
-    group: str
-    seconds_start: float
+    key: str  # of the song
+    metadata: Mapping[str, float]
+    epoch: int
+    position: int
 
 
 @dataclass(frozen=True)
@@ -261,8 +275,10 @@ class AllStems:
             mixture=stems.mix([stem for chosen in of for stem in chosen]),
             mask=np.stack([stems.mask_of(chosen) for chosen in of]),
             active=np.stack([stems.active[chosen].any(axis=0) for chosen in of]),
-            group=stems.group,
-            seconds_start=stems.seconds_start,
+            key=stems.key,
+            metadata=stems.metadata,
+            epoch=stems.epoch,
+            position=stems.position,
         )
 
 
@@ -271,7 +287,7 @@ def _one(stems: Stems, random: np.random.Generator, role: str | None, audible: b
     among = [n for n, own in enumerate(stems.roles) if role in (None, own)]
     if not among:
         raise ConfigError(
-            f"Song {stems.group} has no stem {role!r} but {', '.join(stems.roles)}: leave such "
+            f"Song {stems.key} has no stem {role!r} but {', '.join(stems.roles)}: leave such "
             f"songs out by having=[{role!r}], or let the target be None for any."
         )
     heard = [stem for stem in among if stems.active[stem].any()]

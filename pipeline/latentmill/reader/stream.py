@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+import latentmill.reader.collate  # noqa: F401  a loader without collate_fn uses it too
 from latentmill.errors import ConfigError
 from latentmill.reader.corpus import Corpus, Mode, Reading, Stores
+from latentmill.reader.draws import Starts
 from latentmill.reader.fields import Where
 from latentmill.reader.order import EpochOrder, Ints
-from latentmill.reader.sample import Sample, Transform
+from latentmill.reader.sample import Sample, Transform, whole_number
 from latentmill.reader.sharding import (
     BLOCK,
     STATE_VERSION,
@@ -21,14 +23,17 @@ from latentmill.reader.sharding import (
     Even,
     Progress,
     Rank,
+    check_dealt_once,
     check_state,
+    dealt_by_accelerate,
     mixture,
 )
+from latentmill.shown import Shown
 
 READ_TOGETHER = 32  # samples that are read in one batch of requests
 
 
-class LatentStream(IterableDataset[Sample]):
+class LatentStream(Shown, IterableDataset[Sample]):
     """Epochs of samples of one or several stores; see `LatentDataset` for how they are read.
 
     The order of an epoch is a pure function of stores, seed and epoch. Its samples are dealt to
@@ -36,8 +41,9 @@ class LatentStream(IterableDataset[Sample]):
     whatever their numbers. With `batch_size` the workers take turns by whole batches, so that the
     batches of a loader are those of one process, and `state_after` can say where training is.
 
-    Every iteration is the next epoch. DataLoader's workers begin anew for every epoch as copies
-    of this object, so call `set_epoch` before each, or use `persistent_workers=True`.
+    Every iteration is the next epoch. A DataLoader starts new workers for every epoch, as copies
+    of this object, unless it has `persistent_workers=True`: without it, call `set_epoch` before
+    each epoch. A loader that reads the same epoch again without that warns.
 
     Args:
         stores: A store or several, open or by path or URL; all of one model.
@@ -84,8 +90,8 @@ class LatentStream(IterableDataset[Sample]):
         reading = Reading(crop, mode, seed, metadata, tuple(transforms))
         self._asked = (rank, world_size, even)
         Rank.of(*self._asked)  # refuses what cannot be
-        if batch_size is not None and batch_size < 1:
-            raise ConfigError(f"batch_size is {batch_size}: give at least 1.")
+        if batch_size is not None:
+            whole_number("batch_size", batch_size, least=1)
         self._batch_size = batch_size
         self.corpus = Corpus(stores, reading, where=where, cache=cache, cache_gib=cache_gib)
         sizes = [len(source) for source in self.corpus.sources]
@@ -94,6 +100,7 @@ class LatentStream(IterableDataset[Sample]):
         )
         self._next: Progress | None = Progress()
         self._now = Progress()
+        self._starts, self._version = Starts(), 0
         self._share: tuple[int, ...] | None = None  # whose the account in `_now` is
         self._loaded_share: tuple[int, ...] | None = None
 
@@ -108,9 +115,19 @@ class LatentStream(IterableDataset[Sample]):
         return Rank.of(*self._asked)
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is. After `load_state_dict`, the same one goes on."""
+        """Set the epoch of the next iteration. After `load_state_dict`, the same one goes on."""
+        whole_number("epoch", epoch, least=0)
         known = self._next or Progress(self._now.epoch)
-        self._next = known.on_epoch(epoch)
+        self._start_at(known.on_epoch(epoch))
+
+    def shown(self) -> Mapping[str, object]:
+        """What `repr` and a notebook show."""
+        return {
+            "samples": self._mixture.total,
+            **self.corpus.shown(),
+            "shuffle": self._mixture.shuffle,
+            "seed": self._mixture.seed,
+        }
 
     def __len__(self) -> int:
         """Samples that the next iteration gives to this rank."""
@@ -120,7 +137,10 @@ class LatentStream(IterableDataset[Sample]):
         worker = get_worker_info()
         id_, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         share = (self._rank.rank, self._rank.world_size, id_, workers, self._batch_size or 1)
+        check_dealt_once(self, self._rank, "LatentStream")
         self._now, self._next = self._upcoming(), None
+        if worker and id_ == 0 and self._random:
+            self._starts.note(self._now)
         if self._now.done and self._loaded_share != share:
             raise ConfigError(
                 "The state is that of one DataLoader worker among others: resume with as many "
@@ -129,7 +149,22 @@ class LatentStream(IterableDataset[Sample]):
         self._share = share
         return self._samples(self._now.epoch, self._now.position, id_, workers)
 
+    def _start_at(self, progress: Progress) -> None:
+        self._next = progress
+        if get_worker_info() is None:  # torchdata sets each worker's own state in it
+            self._starts.set(progress)
+            self._version = self._starts.version
+
+    @property
+    def _random(self) -> bool:
+        """Whether epochs differ."""
+        reading = self.corpus.reading
+        crops = reading.crop is not None and reading.mode == "random"
+        return self._mixture.shuffle or crops or bool(reading.transforms)
+
     def _upcoming(self) -> Progress:
+        if self._version != self._starts.version:  # set since this worker was started
+            self._version, self._next = self._starts.version, self._starts.progress
         if self._next is not None:
             return self._next
         return Progress(self._now.epoch + 1) if self._now.done else self._now
@@ -194,7 +229,8 @@ class LatentStream(IterableDataset[Sample]):
                 "DataLoader's batch_size and do not reorder batches."
             )
         # A last batch that is not full is that of all ranks, one of which may have one sample more.
-        return self._state(self._after(Progress(epoch, start), -(-last // run) * run))
+        step = run * dealt_by_accelerate(self)
+        return self._state(self._after(Progress(epoch, start), -(-last // step) * step))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a state was saved, with any number of ranks and workers.
@@ -202,7 +238,7 @@ class LatentStream(IterableDataset[Sample]):
         Raises:
             ConfigError: The state is of another order: other stores, filter, seed or shuffling.
         """
-        self._next = check_state(state, "stream", self._digest)
+        self._start_at(check_state(state, "stream", self._digest, self.corpus.records))
         self._loaded_share = tuple(state["share"]) if "share" in state else None
         self._share = None
 
@@ -222,6 +258,7 @@ class LatentStream(IterableDataset[Sample]):
             "kind": "stream",
             "version": STATE_VERSION,
             "order": self._digest,
+            "records": self.corpus.records,
             "epoch": progress.epoch,
             "position": progress.position,
         }

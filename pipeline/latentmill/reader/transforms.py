@@ -51,7 +51,7 @@ class RandomGain:
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
         """The sample, louder or softer."""
         factor = random_factor(self.decibels, random)
-        return replace(sample, latent=gain(sample.latent, factor, origin=_origin(sample)))
+        return replace(sample, latents=gain(sample.latents, factor, origin=_origin(sample)))
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class RandomFade:
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
         """The sample between two fades."""
-        longest = min(self.frames, sample.latent.shape[1] // 2)
+        longest = min(self.frames, sample.latents.shape[1] // 2)
         fade_in, fade_out = random.integers(0, longest + 1, 2).tolist()
         return replace(
-            sample, latent=fade(sample.latent, fade_in, fade_out, origin=_origin(sample))
+            sample, latents=fade(sample.latents, fade_in, fade_out, origin=_origin(sample))
         )
 
 
@@ -89,10 +89,10 @@ class DrawFromPosterior:
             raise ConfigError(
                 "The latents have no standard deviations to draw from: leave DrawFromPosterior out."
             )
-        means, deviations = sample.latent[:-rows], sample.latent[-rows:]
+        means, deviations = sample.latents[:-rows], sample.latents[-rows:]
         noise = random.standard_normal(means.shape, np.float32)
         silence = replace(origin, frames=origin.frames[:-rows], deviations=0)
-        return replace(sample, latent=means + deviations * noise, origin=silence)
+        return replace(sample, latents=means + deviations * noise, origin=silence)
 
 
 def _origin(sample: Sample) -> Origin:

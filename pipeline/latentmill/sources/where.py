@@ -60,6 +60,13 @@ class Condition:
                 "and bpm > 100."
             ) from error
 
+    @property
+    def fields(self) -> frozenset[str]:
+        """The fields that it names: `genre`, `tags.mood`."""
+        inner = {id(n.value) for n in ast.walk(self._tree) if isinstance(n, ast.Attribute)}
+        named = (n for n in ast.walk(self._tree) if isinstance(n, ast.Name | ast.Attribute))
+        return frozenset(ast.unparse(node) for node in named if id(node) not in inner)
+
     def holds(self, metadata: Mapping[str, Any]) -> bool:
         """Whether it is true of an item."""
         return bool(_value(self._tree, metadata))

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 import xxhash
 
 from latentmill.chunks import Chunking
-from latentmill.decode import Audio, LatentSource, decode_blocks, decode_latent
+from latentmill.decode import Audio, LatentSource, decode_blocks, decode_latents
 from latentmill.device import pick_device
 from latentmill.errors import ConfigError, ModelError, StorageError, StoreError
 from latentmill.models.base import Autoencoder
@@ -22,8 +23,10 @@ from latentmill.models.trust import resolve_stored
 from latentmill.ops import Linearity, Origin
 from latentmill.plan import PLAN_PATH, Plan, load
 from latentmill.record import Latent, Record, latent_from_bytes, time_major_bytes
+from latentmill.shown import Shown
 from latentmill.storage import Storage
 from latentmill.store.commit import committed_units, read_commits
+from latentmill.store.describe import described, warn_incomplete
 from latentmill.store.fields import ShardFields
 from latentmill.store.index import Index, IndexEntry
 from latentmill.store.schema import (
@@ -48,6 +51,8 @@ _DECODE_BATCH = {"cpu": 1, "cuda": 4}
 def open_store(url: str, *, device: str = "auto", trust_model: bool = False) -> LatentStore:
     """Open a store for reading. Committed records only; an unfinished run's store opens too.
 
+    Warns with `IncompleteStoreWarning` if the run that writes the store is not complete.
+
     Args:
         url: Folder or fsspec URL.
         device: Where `decode` runs: `auto`, `cpu`, `cuda`, `cuda:1`.
@@ -57,10 +62,12 @@ def open_store(url: str, *, device: str = "auto", trust_model: bool = False) -> 
     Raises:
         StoreError: There is no store at this place.
     """
-    return LatentStore(url, device=device, trust_model=trust_model)
+    store = LatentStore(url, device=device, trust_model=trust_model)
+    warn_incomplete(store)
+    return store
 
 
-class LatentStore:
+class LatentStore(Shown):
     """The records of a store by key, in the order of the keys.
 
     Picklable, and as safe to use after a fork as its storage is: it holds no open files. Not
@@ -91,6 +98,10 @@ class LatentStore:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+    def shown(self) -> Mapping[str, object]:
+        """What `repr` and a notebook show; of an unsealed store, only what is known already."""
+        return described(self.url, self._info, sealed=self.sealed)
 
     @property
     def device(self) -> str:
@@ -224,6 +235,11 @@ class LatentStore:
 
     def entry(self, key: str) -> IndexEntry:
         """Where the record of a key lies; KeyError if there is none."""
+        if not isinstance(key, str):
+            raise ConfigError(
+                f"Records are read by key, not by {key!r}: store[key] with one of store.keys(), or "
+                "LatentDataset for samples by number."
+            )
         position = self._index.find(key)
         if position is None:
             raise KeyError(key)
@@ -335,27 +351,39 @@ class LatentStore:
 
     def decode_latent(
         self,
-        latent: Latent | LatentSource,
-        num_samples: int,
+        latent: Latent | LatentSource | torch.Tensor,
+        num_samples: int | None = None,
         *,
         seed: int = 0,
         batch_size: int | None = None,
     ) -> Audio:
-        """Decode any latent on this store's grid, such as a mix, to `num_samples` samples."""
+        """Decode any latents on this store's grid, such as a mix or what a model has generated.
+
+        Args:
+            latent: A numpy array or a tensor on any device: `[D, T]`, or a batch `[B, D, T]`. Of a
+                store with `stitch: none` an item is `[N, D, Z]`, a batch `[B, N, D, Z]`. As they
+                are stored: undo a normalisation first, with `Normalize.undo`.
+            num_samples: Length of the audio; None: all that the frames hold.
+            seed: Noise of a stochastic decoder, the same for all items of a batch.
+            batch_size: Windows per forward pass; default 1 on a CPU, 4 on a GPU.
+
+        Returns:
+            Audio `[channels, samples]`, or `[B, channels, samples]`; float32.
+        """
         batch = batch_size or self._decode_batch
-        return decode_latent(
+        return decode_latents(
             self.model(), latent, num_samples, self.chunking, seed=seed, batch_size=batch
         )
 
     def decode_blocks(
         self,
         latent: Latent | LatentSource,
-        num_samples: int,
+        num_samples: int | None = None,
         *,
         seed: int = 0,
         batch_size: int | None = None,
     ) -> Iterator[Audio]:
-        """The same, giving the audio as it is done, `[channels, n]`: any length, bounded memory."""
+        """Decode one item, giving its audio as it is done, `[channels, n]`, in bounded memory."""
         batch = batch_size or self._decode_batch
         return decode_blocks(
             self.model(), latent, num_samples, self.chunking, seed=seed, batch_size=batch
