@@ -91,9 +91,10 @@ def frozen(*epochs: Epoch) -> int:
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_crops_differ_between_epochs(url: str, make: Make, config: Any) -> None:
     """With a plain sampler without and with `set_epoch`, and with `BatchSampler`."""
+    torch.manual_seed(0)
     dataset = make(url)
     plain = loader(dataset, config, shuffle=True)
-    assert frozen(*(read(plain) for _ in range(3))) == 0
+    assert frozen(*(read(plain) for _ in range(3))) <= 1  # of 72 chances of 1 in 985
     told = []
     for epoch in (0, 1, 0):  # the workers that live on are told, too
         dataset.set_epoch(epoch)
