@@ -23,6 +23,7 @@ from latentmill.errors import ConfigError
 from latentmill.models.base import Channels, ModelSpec, Stitch
 from latentmill.models.precision import Precision
 from latentmill.models.trust import CONSENT, check_named, store_of
+from latentmill.redact import is_secret_name
 from latentmill.sources.base import SourceType
 from latentmill.sources.filters import RANGES
 from latentmill.sources.group import check_rule
@@ -202,6 +203,11 @@ def load_config(
         raise ConfigError(_explain(error.errors()[0])) from error
     if file is not None and (store := store_of(Path(file))) is not None:
         _check_config_of_store(config, given, Path(file), store, trusted=trust_model)
+    if secret := next(filter(is_secret_name, config.model_options), None):
+        raise ConfigError(
+            f"Model option {secret} would be written into the store, as all options are: let the "
+            "model read it from an environment variable."
+        )
     for name in RANGES:
         low, high = getattr(config, f"min_{name}"), getattr(config, f"max_{name}")
         if low is not None and high is not None and low > high:

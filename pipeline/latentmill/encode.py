@@ -22,7 +22,7 @@ from latentmill.models.compiled import uncompiled
 from latentmill.models.feed import Array, Feed
 from latentmill.models.precision import numeric_mode
 from latentmill.record import DTYPES, Outcome, Record
-from latentmill.remote import redact
+from latentmill.redact import redact
 from latentmill.sources.address import address_of
 from latentmill.sources.base import Item
 from latentmill.unit_audio import EncodeSettings, Facts, Heard, Opened

@@ -8,11 +8,19 @@ a fault; 9 units failed, their items are not accounted for yet; 130 interrupted.
 
 from __future__ import annotations
 
+from latentmill.redact import redact_text
+
 
 class LatentmillError(Exception):
-    """Base of all errors meant for the user: one sentence, what is wrong and what to do."""
+    """Base of all errors meant for the user: one sentence, what is wrong and what to do.
+
+    Secrets in the URLs of its text are masked.
+    """
 
     exit_code = 1
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redact_text(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(LatentmillError):

@@ -1,4 +1,4 @@
-"""What all storage has in common: opening a URL, its errors, which of them pass, and its secrets.
+"""What all storage has in common: opening a URL, its errors, and which of them pass.
 
 Sources, recordings and stores are reached through fsspec. Credentials come from where each
 service's own tools look for them; a URL that carries one is refused, or shown without it.
@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import errno
 import random
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 
 from latentmill.errors import LatentmillError
+from latentmill.redact import redact, redact_text
 
 T = TypeVar("T")
 
@@ -194,39 +193,6 @@ def why_not_opened(url: str, error: Exception) -> str:
     return cause_of(error)
 
 
-# Names of query fields that hold what lets others in: signatures, keys, tokens, policies.
-_SECRET_NAMES = re.compile(r"sig|token|secret|pass|key|auth|cred|polic|hmac|sess|hdn|jwt", re.I)
-_LONGEST_PLAIN = 32  # no name, but a value as long as a token's
-_KEYS_MAY_HAVE_QUERIES = ("s3", "s3a", "gs", "gcs", "hf", "memory", "file", "local")
-_URLS_IN_TEXT = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^\s'\"<>]+")
-
-
-def redact(url: str) -> str:
-    """The URL without a password, and without the signatures and tokens in its query."""
-    if "://" not in url:
-        return url
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # a slash in a password ends the host, and leaves no port
-    except ValueError:
-        return f"{protocol_of(url)}://***"
-    host = parts.netloc.rpartition("@")
-    has_password = ":" in host[0] or bool(host[1] and _is_web(url))
-    netloc = f"***@{host[2]}" if has_password else parts.netloc
-    if parts.scheme in _KEYS_MAY_HAVE_QUERIES:
-        return url if netloc == parts.netloc else url.replace(parts.netloc, netloc, 1)
-    query = "&".join(_redacted_field(field) for field in parts.query.split("&"))
-    fragment = "***" if _SECRET_NAMES.search(parts.fragment) else parts.fragment
-    if (netloc, query, fragment) == (parts.netloc, parts.query, parts.fragment):
-        return url
-    return urlunsplit((parts.scheme, netloc, parts.path, query, fragment))
-
-
-def redact_text(text: str) -> str:
-    """A message with every URL in it redacted."""
-    return _URLS_IN_TEXT.sub(lambda match: redact(match[0]), text)
-
-
 def refuse_secrets(what: str, url: str, error: type[LatentmillError]) -> None:
     """Refuse a URL that carries credentials: the store would record them, and others read it.
 
@@ -236,21 +202,13 @@ def refuse_secrets(what: str, url: str, error: type[LatentmillError]) -> None:
     shown = redact(url)
     if shown != url:
         raise error(
-            f"{what} {shown} carries credentials: take them out and put them where the "
-            "service's own tools look for them (docs/storage.md)."
+            f"{what} {shown} carries credentials, or what may be some (***): take them out and put "
+            "them where the service's own tools look for them (docs/storage.md)."
         )
 
 
 def _is_web(url: str) -> bool:
     return protocol_of(url) in ("http", "https")
-
-
-def _redacted_field(field: str) -> str:
-    name, equals, value = field.partition("=")
-    secret = _SECRET_NAMES.search(name) or len(value or name) >= _LONGEST_PLAIN
-    if not secret or not field:
-        return field
-    return f"{name}=***" if equals else "***"
 
 
 def _loaded(names: tuple[tuple[str, str], ...]) -> tuple[type[Exception], ...]:

@@ -23,13 +23,13 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from latentmill.errors import ConfigError, StorageError, StoreError
+from latentmill.redact import redact
 from latentmill.remote import (
     advice_on,
     cause_of,
     is_transient,
     open_filesystem,
     protocol_of,
-    redact,
     refuse_secrets,
     retrying,
     status_of,

@@ -15,13 +15,13 @@ from typing import IO, Any
 import fsspec.asyn
 
 from latentmill.errors import ConfigError, ItemError
+from latentmill.redact import redact
 from latentmill.remote import (
     RANGE_NOT_SATISFIABLE,
     cause_of,
     is_transient,
     open_filesystem,
     protocol_of,
-    redact,
     retrying,
     status_of,
     storage_errors,

@@ -20,6 +20,7 @@ from rich.progress import Progress as Bar
 from latentmill.engine.worker import UnitResult
 from latentmill.plan import Plan, Unit
 from latentmill.printing import printable, printable_json
+from latentmill.redact import redact_text
 from latentmill.store.commit import Tally
 
 LINE_SECONDS = 10.0
@@ -131,7 +132,7 @@ class LineProgress(_Counting):
         self._say(_lost(unit, attempt, reason))
 
     def note(self, text: str) -> None:
-        self._say(text)
+        self._say(redact_text(text))
 
     def tick(self, audio_seconds: float) -> None:
         super().tick(audio_seconds)
@@ -170,7 +171,7 @@ class BarProgress(_Counting):
         self.note(_lost(unit, attempt, reason))
 
     def note(self, text: str) -> None:
-        self._bar.console.print(printable(text), markup=False, highlight=False)
+        self._bar.console.print(printable(redact_text(text)), markup=False, highlight=False)
 
     def tick(self, audio_seconds: float) -> None:
         super().tick(audio_seconds)
@@ -206,10 +207,10 @@ class JsonProgress(_Counting):
         self._say("unit_done", **dataclasses.asdict(result))
 
     def unit_lost(self, unit: Unit, attempt: int, reason: str) -> None:
-        self._say("unit_lost", unit=unit.number, attempt=attempt, reason=reason)
+        self._say("unit_lost", unit=unit.number, attempt=attempt, reason=redact_text(reason))
 
     def note(self, text: str) -> None:
-        self._say("note", text=text)
+        self._say("note", text=redact_text(text))
 
     def workers(self, ready: int, starting: int) -> None:
         self._say("workers", ready=ready, starting=starting)
@@ -250,7 +251,7 @@ def for_stream(log_format: LogFormat = "text", stream: TextIO | None = None) -> 
 
 
 def _lost(unit: Unit, attempt: int, reason: str) -> str:
-    return f"unit {unit.name} was lost on attempt {attempt}: {reason}"
+    return f"unit {unit.name} was lost on attempt {attempt}: {redact_text(reason)}"
 
 
 def _listing(items: int, headers: int) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from latentmill.errors import SourceError
+from latentmill.redact import redact_value
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=str).encode
 
@@ -33,7 +34,10 @@ def find_column(
 
 
 def as_json(row: Mapping[str, Any]) -> str:
-    """A row as a JSON object, without its empty values; NaN counts as empty, dates become text."""
+    """A row as a JSON object, without its empty values; NaN counts as empty, dates become text.
+
+    Secrets in URLs are masked.
+    """
     kept = {name: value for name, value in row.items() if value is not None}
     try:
         text = _encode(kept)
@@ -41,7 +45,9 @@ def as_json(row: Mapping[str, Any]) -> str:
         finite = {name: _finite(value) for name, value in kept.items()}
         kept = {name: value for name, value in finite.items() if value is not None}
         text = _encode(kept)
-    return text if is_text(text) else json.dumps(kept, default=str)
+    if "//" in text:  # a column may hold signed URLs
+        text = _encode(redact_value(json.loads(text)))
+    return text if is_text(text) else json.dumps(json.loads(text))
 
 
 def is_text(value: str) -> bool:

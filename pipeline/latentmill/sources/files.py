@@ -17,11 +17,11 @@ import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
 from latentmill.errors import SourceError
+from latentmill.redact import redact
 from latentmill.remote import (
     cause_of,
     is_missing,
     open_filesystem,
-    redact,
     refuse_secrets,
     retrying,
     storage_errors,

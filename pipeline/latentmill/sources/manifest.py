@@ -208,11 +208,11 @@ class ManifestSource:
             raise SourceError(
                 f"Manifest {self.uri} has no plain path or URL in row {number}: {path!r}."
             )
+        if path.startswith("//") or any(mark in path for mark in "?@;#"):
+            refuse_secrets(f"Row {number} of manifest {self.uri}: URL", path, SourceError)
         if path.startswith("file://"):
             path = path.removeprefix("file://")
         if "://" in path:
-            if "?" in path or "@" in path:
-                refuse_secrets(f"Row {number} of manifest {self.uri}: URL", path, SourceError)
             uri = path
         elif path.startswith("/") or (self._place.local and path.startswith("~")):
             uri = posixpath.normpath(os.path.expanduser(path))  # noqa: PTH111

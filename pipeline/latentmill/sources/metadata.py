@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from latentmill.errors import ItemError
+from latentmill.redact import redact_text, redact_value
 from latentmill.remote import RANGE_NOT_SATISFIABLE, cause_of, status_of, storage_errors
 from latentmill.sources.base import Item
 from latentmill.sources.files import read_bytes
@@ -60,6 +61,8 @@ def is_too_deep(value: Any) -> bool:
 def parse_sidecar(name: str, data: bytes) -> dict[str, Any]:
     """What a sidecar says: `.json` a JSON object, `.txt` a `text`, `.cls` a `cls`.
 
+    Secrets in URLs are masked.
+
     Raises:
         ItemError: It is not what its name says.
     """
@@ -68,7 +71,7 @@ def parse_sidecar(name: str, data: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ItemError(f"sidecar {name} is no UTF-8 text") from error
     if name.lower().endswith(".txt"):
-        return {"text": text.strip()}
+        return {"text": redact_text(text.strip())}
     if name.lower().endswith(".cls"):
         label = text.strip()
         return {"cls": int(label) if re.fullmatch(r"-?[0-9]{1,18}", label) else label}
@@ -79,6 +82,8 @@ def parse_sidecar(name: str, data: bytes) -> dict[str, Any]:
         raise ItemError(f"sidecar {name} holds half a surrogate pair, which is no text") from error
     except (ValueError, RecursionError) as error:
         raise ItemError(f"sidecar {name} is no valid JSON: {error}") from error
+    if "//" in text:
+        value = redact_value(value)
     return value if isinstance(value, dict) else {"json": value}
 
 
