@@ -114,7 +114,7 @@ def test_real_aac_stems_lie_on_one_time_line(shared_audio: Path) -> None:
         with open_media(str(path)) as media, open_audio(media, start=60, duration=1) as stream:
             assert stream.num_samples == stream.sample_rate
         with open_media(str(path)) as media, open_audio(media) as stream:
-            lengths.add(stream.num_samples)
+            lengths.add(stream.info.num_samples)
     assert len(lengths) == 1
     with open_media(str(folder / "4.Potassium_Stem_KICK.m4a")) as media:
         stream = open_audio(media, start=60, duration=10)

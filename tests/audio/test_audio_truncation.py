@@ -83,13 +83,9 @@ def test_a_missing_ogg_page_is_noticed() -> None:
 
 def test_a_damaged_flac_stops_at_its_fault() -> None:
     data = bytearray(encoded("flac"))
-    whole = decode(bytes(data))
     data[len(data) // 2] ^= 0x10
     with pytest.raises(ItemError, match=r"stopped at sample [0-9]+ of 88200, .*flac decoder"):
         decode(bytes(data))
-    kept = decode(bytes(data), allow_truncated=True)
-    assert 0.4 * whole.shape[1] < kept.shape[1] < 0.6 * whole.shape[1]
-    assert np.array_equal(kept, whole[:, : kept.shape[1]])
 
 
 @pytest.mark.parametrize(("miscount", "whole"), [(1, True), (2, True), (3, False)])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 from latentmill.audio.headers import Shortage, find_shortage
 from latentmill.audio.media import MediaFile
-from latentmill.audio.ogg import find_damage
+from latentmill.audio.mp3 import repair
 from latentmill.audio.part import PartDecoder
 from latentmill.audio.sniff import Sniffed, sniff
 from latentmill.audio.stream import (
@@ -17,13 +18,12 @@ from latentmill.audio.stream import (
     Decoder,
     truncated,
 )
+from latentmill.audio.survey import NOTHING, Survey, survey
 from latentmill.audio.with_pyav import PyAVDecoder
 from latentmill.audio.with_soundfile import SoundFileDecoder
 from latentmill.errors import ItemError
 
 _SOUNDFILE_FORMATS = ("wav", "rf64", "w64", "aiff", "au", "caf", "flac", "ogg-vorbis", "mp3")
-
-_MP3_FRAME = 1152
 
 
 def open_audio(
@@ -51,28 +51,31 @@ def open_audio(
             be decoded; or its header is absurd.
     """
     sniffed = sniff(media)
+    found = survey(media, sniffed)
+    if found.damage and not allow_truncated:
+        raise ItemError(f"{found.damage} {KEEP_HINT}")
+    repaired = None
+    if found.frames and found.frames.gaps:
+        media = repaired = repair(media, found.frames)
+        sniffed = sniff(media)
     shortage = find_shortage(media, sniffed)
-    decoder = _open_decoder(media, sniffed, shortage)
+    decoder = _open_decoder(media, sniffed, found, shortage, keep=allow_truncated)
     try:
-        info = decoder.info
-        info.check()
-        if shortage:
-            if not allow_truncated:
-                raise ItemError(_truncated_at_open(shortage, info))
-            info = dataclasses.replace(info, num_samples=shortage.num_samples or info.num_samples)
-        elif sniffed.format.startswith("ogg") and not allow_truncated and duration is None:
-            damage = find_damage(media, sniffed.offset)
-            if damage:
-                raise ItemError(f"{damage} {KEEP_HINT}")
+        promised = _checked(decoder, shortage)
+        if shortage and not allow_truncated:
+            raise ItemError(_truncated_at_open(shortage, decoder.info))
+        info = decoder.info = promised
         if start > 0 or duration is not None:
             decoder = PartDecoder(decoder, info, start, duration)
-            info = decoder.info
     except ItemError:
         decoder.close()
         raise
-    slack = _mp3_slack(media, sniffed)
     return AudioStream(
-        decoder, info, slack=slack, allow_truncated=allow_truncated, time_limit=time_limit
+        decoder,
+        decoder.info,
+        repaired=repaired,
+        allow_truncated=allow_truncated,
+        time_limit=time_limit,
     )
 
 
@@ -82,19 +85,36 @@ def probe(media: MediaFile) -> AudioInfo:
     Raises:
         ItemError: As `open_audio` does, but for truncation.
     """
-    with open_audio(media, allow_truncated=True) as stream:
-        return stream.info
-
-
-def _open_decoder(media: MediaFile, sniffed: Sniffed, shortage: Shortage | None) -> Decoder:
-    """Open `media` in the decoder that is right for its format, or else in FFmpeg."""
+    sniffed = sniff(media)
+    shortage = find_shortage(media, sniffed)
+    decoder = _open_decoder(media, sniffed, NOTHING, shortage, keep=False)
     try:
-        if sniffed.format in _SOUNDFILE_FORMATS and sniffed.has_length:
-            try:
+        return _checked(decoder, shortage)
+    finally:
+        decoder.close()
+
+
+def _checked(decoder: Decoder, shortage: Shortage | None) -> AudioInfo:
+    """The header, with the length that a cut file promised."""
+    info = decoder.info
+    info.check()
+    if shortage and shortage.num_samples:
+        return dataclasses.replace(info, num_samples=shortage.num_samples)
+    return info
+
+
+def _open_decoder(
+    media: MediaFile, sniffed: Sniffed, found: Survey, shortage: Shortage | None, *, keep: bool
+) -> Decoder:
+    """Open `media` in the decoder that is right for its format, or else in FFmpeg."""
+    plain = sniffed.format in _SOUNDFILE_FORMATS and sniffed.has_length and found.plain
+    if keep and (sniffed.format == "flac" or (found.damage and sniffed.format != "mp3")):
+        plain = False  # libsndfile does not say where in time it goes on
+    try:
+        if plain:
+            with contextlib.suppress(DecodeError):
                 return SoundFileDecoder(media, sniffed)
-            except DecodeError:
-                return PyAVDecoder(media, sniffed)
-        return PyAVDecoder(media, sniffed)
+        return PyAVDecoder(media, sniffed, found, keep=keep)
     except DecodeError as error:
         if shortage:
             raise ItemError(f"truncated: {shortage.text}; nothing can be decoded") from error
@@ -105,13 +125,3 @@ def _truncated_at_open(shortage: Shortage, info: AudioInfo) -> str:
     if shortage.num_samples is None or info.num_samples is None:
         return f"truncated: {shortage.text} {KEEP_HINT}"
     return truncated(shortage.num_samples, info.num_samples)
-
-
-def _mp3_slack(media: MediaFile, sniffed: Sniffed) -> int:
-    """Samples that an MP3 may lack: some encoders count the header frame, or one that they drop.
-
-    Only where the Xing header's count of bytes proves that nothing was cut off.
-    """
-    counted = sniffed.counted_bytes
-    whole = counted is not None and counted <= media.size
-    return 2 * _MP3_FRAME if sniffed.format == "mp3" and whole else 0

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 from latentmill.audio.lengths import audio_end
 from latentmill.audio.media import MediaFile
+from latentmill.audio.mp4 import read_tables
 from latentmill.audio.ogg import find_cut
 from latentmill.audio.sniff import Sniffed
+from latentmill.errors import ItemError
 
 _MAX_CHUNKS = 4096
 """No real file has more; a file of zeros would be walked eight bytes at a time."""
@@ -102,11 +104,30 @@ def _wav(media: MediaFile) -> Shortage | None:
             frame_bytes = _pcm_frame_bytes(media.read_at(chunk.start, 26), order)
         elif chunk.name == b"data":
             size = chunk.size
+            behind = media.size - chunk.start - size
+            if frame_bytes and behind >= 1 << 32 and not (long_size or _is_streaming_size(size)):
+                raise ItemError(
+                    f"the size in the WAV header has wrapped at 4 GiB: it says {size} bytes, and "
+                    f"{behind} more follow. Convert the file: "
+                    "`ffmpeg -ignore_length 1 -i IN.wav -rf64 always OUT.wav`"
+                )
             if size == 0xFFFF_FFFF and long_size:
                 size = long_size
             elif _is_streaming_size(size):
                 return None
             return _beyond(media, chunk.start, size, size // frame_bytes if frame_bytes else None)
+    return None
+
+
+def mpeg_in_wav(media: MediaFile) -> tuple[int, int] | None:
+    """Where the MPEG audio in a WAV file begins and ends; None if it holds something else."""
+    mpeg = False
+    for chunk in _riff_chunks(media, "<"):
+        if chunk.name == b"fmt ":
+            mpeg = media.read_at(chunk.start, 2) in (b"\x50\0", b"\x55\0")
+        elif chunk.name == b"data":
+            end = chunk.start + chunk.size
+            return (chunk.start, min(end, media.size)) if mpeg and chunk.size else None
     return None
 
 
@@ -187,7 +208,11 @@ def _caf(media: MediaFile) -> Shortage | None:
 
 
 def _mp4(media: MediaFile) -> Shortage | None:
-    """The top-level boxes (ISO 14496-12, section 4.2): does one that matters pass the end?"""
+    """Samples that the tables name; without tables the top-level boxes (ISO 14496-12, 4.2)."""
+    tables = read_tables(media)
+    if tables is not None and (shortage := _beyond(media, 0, tables.end)):
+        return shortage
+    needed = (b"moov", b"moof") if tables is not None else (b"mdat", b"moov", b"moof")
     at = 0
     for _ in range(_MAX_CHUNKS):
         head = media.read_at(at, 16)
@@ -198,7 +223,7 @@ def _mp4(media: MediaFile) -> Shortage | None:
             size = struct.unpack(">Q", head[8:])[0]
         if size < 8:  # 0: up to the end of the file
             break
-        if head[4:8] in (b"mdat", b"moov", b"moof"):
+        if head[4:8] in needed:
             shortage = _beyond(media, at, size)
             if shortage:
                 return shortage

@@ -39,6 +39,46 @@ def find_cut(media: MediaFile) -> str | None:
     return None if page.flags & 4 else "the Ogg stream ends without its last page"
 
 
+@dataclass(frozen=True)
+class Packets:
+    """The headers of a stream, and the packets that end on its first page with audio."""
+
+    headers: list[bytes]
+    packets: list[bytes]
+    granule: int
+    ends: bool
+
+
+def first_packets(media: MediaFile, offset: int, headers: int) -> Packets | None:
+    """The first packets of the first stream; None if it is cut off before its audio."""
+    serial, heads, rest = None, list[bytes](), b""
+    for _, page in _pages(media, offset):
+        serial = page.serial if serial is None else serial
+        if page.serial != serial:
+            continue
+        packets, rest = _packets(page, rest)
+        room = headers - len(heads)
+        heads, packets = heads + packets[:room], packets[room:]
+        if packets:
+            granule = struct.unpack_from("<q", page.data, 6)[0]
+            return Packets(heads, packets, granule, bool(page.flags & 4))
+    return None
+
+
+def _packets(page: _Page, rest: bytes) -> tuple[list[bytes], bytes]:
+    """The packets that end on a page, and the beginning of the next one."""
+    segments = page.data[26]
+    sizes = page.data[_HEADER : _HEADER + segments]
+    packets, at = [], _HEADER + segments
+    for size in sizes:
+        rest += page.data[at : at + size]
+        at += size
+        if size < 255:
+            packets.append(rest)
+            rest = b""
+    return packets, rest
+
+
 def find_damage(media: MediaFile, offset: int) -> str | None:
     """The first fault after `offset` that would lose audio without a word; None if there is none.
 

@@ -23,7 +23,7 @@ class PartDecoder:
     """
 
     def __init__(self, decoder: Decoder, info: AudioInfo, start: float, duration: float | None):
-        rate, total = info.sample_rate, info.num_samples
+        rate, total = info.sample_rate, info.num_samples if info.exact else None
         first = round(start * rate)
         last = None if duration is None else round((start + duration) * rate)
         if total is not None:
@@ -38,7 +38,10 @@ class PartDecoder:
             raise ItemError("the segment has no samples")
         self._decoder, self._first, self._last = decoder, first, last
         self._sure = total is not None  # else nobody else sees that it is too short
-        self.info = dataclasses.replace(info, num_samples=None if last is None else last - first)
+        self._slack = round(TOLERANCE * rate)
+        known = last is not None and (total is not None or last < (info.num_samples or 0) - rate)
+        count = None if last is None else last - first
+        self.info = dataclasses.replace(info, num_samples=count, exact=known)
 
     def blocks(self) -> Iterator[Samples]:
         """Yield blocks `[n, C]`; see `Decoder`."""
@@ -51,7 +54,7 @@ class PartDecoder:
             at = end
             if self._last is not None and at >= self._last:
                 return
-        if self._last is not None and not self._sure:
+        if at <= self._first or ((self._last or 0) - at > self._slack and not self._sure):
             rate = self.info.sample_rate
             raise DecodeError(f"the recording ends at {at / rate:.3f} s")
 

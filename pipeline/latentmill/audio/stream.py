@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from latentmill.audio.media import MediaFile
 from latentmill.closing import Closing
 from latentmill.errors import ItemError
 
@@ -28,12 +29,12 @@ class AudioInfo:
     Attributes:
         sample_rate: Hz.
         channels: Channels.
-        num_samples: Samples per channel that the file promises; None where it says nothing. What
-            is decoded has exactly as many, or an ItemError was raised, or truncated files are
-            allowed, or it is an MP3 whose encoder miscounted by one or two frames.
+        num_samples: Samples per channel by the file's headers; None if they do not say.
         format: Container, as `sniff` names it.
         codec: Codec or sample format, such as `pcm_16`, `vorbis`, `aac`.
         decoder: `soundfile` or `pyav`.
+        exact: Whether fewer samples than `num_samples` mean that some are missing. Headers of MP4
+            are rounded, and those of Ogg Opus count from any number.
     """
 
     sample_rate: int
@@ -42,6 +43,7 @@ class AudioInfo:
     format: str
     codec: str
     decoder: str
+    exact: bool = True
 
     def check(self) -> None:
         """Refuse a header that no recording has.
@@ -62,10 +64,8 @@ class DecodeError(Exception):
 class Decoder(Protocol):
     """One open file in one decoder."""
 
-    @property
-    def info(self) -> AudioInfo:
-        """What the decoder's reading of the header says."""
-        ...
+    info: AudioInfo
+    """What the header says."""
 
     def blocks(self) -> Iterator[Samples]:
         """Yield blocks `[n, C]`, n at most about `BLOCK`, each a fresh array.
@@ -100,14 +100,13 @@ class AudioStream(Closing):
         decoder: Decoder,
         info: AudioInfo,
         *,
-        slack: int = 0,
+        repaired: MediaFile | None = None,
         allow_truncated: bool = False,
         time_limit: float | None = None,
     ) -> None:
         self.info = info
         self._time_limit = time_limit
-        self._decoder = decoder
-        self._slack = slack
+        self._decoder, self._repaired = decoder, repaired
         self._allow_truncated = allow_truncated
 
     @property
@@ -122,8 +121,8 @@ class AudioStream(Closing):
 
     @property
     def num_samples(self) -> int | None:
-        """Samples per channel that the file promises, or None."""
-        return self.info.num_samples
+        """Samples per channel that the stream has, unless it is truncated; None if not known."""
+        return self.info.num_samples if self.info.exact else None
 
     def blocks(self) -> Iterator[Samples]:
         """Decode: yield blocks `[C, n]`, float32, integer formats in [-1, 1), and close.
@@ -136,9 +135,6 @@ class AudioStream(Closing):
         try:
             for block in self._in_time(self._decoder.blocks()):  # [n, C]
                 self._check_finite(block, done)
-                room = len(block) if self.num_samples is None else self.num_samples - done
-                if room < len(block):  # what an AAC encoder padded after the end
-                    block = block[: max(room, 0)]  # noqa: PLW2901
                 done += len(block)
                 if len(block):
                     yield block.T
@@ -175,7 +171,7 @@ class AudioStream(Closing):
 
     def _check_complete(self, done: int, fault: str | None) -> None:
         promised = self.num_samples
-        complete = promised is None or done >= promised - self._slack
+        complete = promised is None or done >= promised
         if done == 0:
             raise ItemError(f"no samples could be decoded{f': {fault}' if fault else ''}")
         if self._allow_truncated or (complete and fault is None):
@@ -188,6 +184,8 @@ class AudioStream(Closing):
     def close(self) -> None:
         """Release the decoder. Closing twice is fine."""
         self._decoder.close()
+        if self._repaired:
+            self._repaired.close()
 
 
 def truncated(promised: int | None, decodable: int) -> str:

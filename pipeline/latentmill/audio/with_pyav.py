@@ -15,8 +15,10 @@ import numpy as np
 
 from latentmill.audio.formats import DECODERS, FORMATS
 from latentmill.audio.media import MediaFile
+from latentmill.audio.mp4 import read_tables
 from latentmill.audio.sniff import Sniffed
-from latentmill.audio.stream import AudioInfo, DecodeError, Samples
+from latentmill.audio.stream import BLOCK, AudioInfo, DecodeError, Samples
+from latentmill.audio.survey import NOTHING, Survey
 
 # What FFmpeg may open and run while it looks for the streams: not video, nor pictures.
 _LIMITS = {"protocol_whitelist": "fd", "codec_whitelist": ",".join(sorted(DECODERS))}
@@ -25,7 +27,14 @@ _PACKED = 1 << 16
 """Samples per channel of a block."""
 
 _COUNTED = ("mp4", "ogg-opus")
-"""Formats that promise their samples, so that a fault that FFmpeg keeps to itself is noticed."""
+"""Formats that say how many samples there are at least, so that a fault that FFmpeg keeps to itself
+is noticed."""
+
+_EXACT = ("flac", "wavpack")
+"""Formats whose header counts samples, so that fewer of them are a loss."""
+
+_UNTRIMMED = ("opus", "vorbis")
+"""Codecs in MP4 that FFmpeg gives to the end of their last frame."""
 
 _STREAMS = ("mp3", "aac", "ac3", "eac3", "dts", "mpegts", "mpeg")
 """Formats that may begin in the middle of a frame, or with bytes that are no audio."""
@@ -36,13 +45,22 @@ _AV_ERRORS = (av.FFmpegError, ValueError, EOFError)
 class PyAVDecoder:
     """A file open in FFmpeg, its first frame decoded.
 
+    Args:
+        media: The file.
+        sniffed: Its format.
+        found: What its bytes say.
+        keep: Go on behind a damaged place, and put silence in its place.
+
     Raises:
         DecodeError: FFmpeg cannot open it, or cannot decode its first samples.
     """
 
-    def __init__(self, media: MediaFile, sniffed: Sniffed) -> None:
+    def __init__(
+        self, media: MediaFile, sniffed: Sniffed, found: Survey = NOTHING, *, keep: bool = False
+    ) -> None:
         self._media = media
         self._format = sniffed.format
+        self._found, self._keep = found, keep
         self._demuxer = FORMATS[sniffed.format].demuxer
         self._open()
 
@@ -69,31 +87,52 @@ class PyAVDecoder:
         if stream.codec_context is None or stream.codec.name not in DECODERS:
             raise DecodeError("its codec is not one that can be decoded")
         stream.codec_context.thread_count = 1  # the callers have threads
+        if self._keep:
+            stream.codec_context.options = {"err_detect": "crccheck"}
         self._stream = stream
+        self._begin: int | None = None
+        self._damaged = False
         self._frames = self._decode()
         first = next(self._frames, None)
         if first is None:
             raise DecodeError("it holds no samples")
         self._frames = chain([first], self._frames)
-        self._layout = first.layout
+        self._layout, self._first = first.layout, first.pts
+        promised = self._promised(first.sample_rate)
+        self._tables = read_tables(self._media) if self._format == "mp4" else None
+        self._limit = self._itunes_length()
+        exact = self._limit is not None or self._format in _EXACT
+        # An edit list ends within a frame, which FFmpeg before version 9 gives whole.
+        if self._limit is None and self._tables and not self._tables.fragmented:
+            self._limit = promised if stream.codec.canonical_name not in _UNTRIMMED else None
         self.info = AudioInfo(
             sample_rate=first.sample_rate,
             channels=first.layout.nb_channels,
-            num_samples=self._promised(first.sample_rate),
+            num_samples=self._limit if exact and self._limit else promised,
             format=self._format,
             codec=stream.codec.canonical_name,
             decoder="pyav",
+            exact=exact,
         )
 
     def blocks(self) -> Iterator[Samples]:
         """Yield blocks `[n, C]`; see `Decoder`."""
-        done, promised = 0, self.info.num_samples
-        if promised is not None and self._format in _COUNTED:
+        count, at = self._found.dropped
+        blocks = self._all_blocks()
+        if count:
+            blocks = _without(blocks, at - count, at)
+        if self._limit is not None:
+            blocks = _without(blocks, self._limit, None)
+        yield from blocks
+
+    def _all_blocks(self) -> Iterator[Samples]:
+        done, least = 0, self._least()
+        if least is not None and not self._keep:
             with contextlib.suppress(DecodeError):
                 for block in self._in_one_go():
                     done += len(block)
                     yield block
-                if done >= promised:
+                if done > least:
                     return
             # Something is wrong. The packets, one by one, tell what, and give the samples up to it.
             self.close()
@@ -102,6 +141,26 @@ class PyAVDecoder:
             if len(block) > done:
                 yield block[done:]
             done -= min(done, len(block))
+
+    def _least(self) -> float | None:
+        """If no more samples than this come, some are lost; None if that cannot be said."""
+        rate, promised = self.info.sample_rate, self.info.num_samples
+        if self._format == "ogg-opus" and promised is not None:
+            return promised - 1
+        if self._format != "mp4":
+            return None
+        tables, base = self._tables, self._stream.time_base
+        seconds = tables.seconds(self._stream.id) if tables else None
+        if tables is None or seconds is None or base is None:
+            return None
+        if self._first is None or self._begin is None:
+            return None
+        whole, longest = seconds
+        least = whole - longest - float((self._first - self._begin) * base)  # dropped in front
+        if not tables.fragmented and self._stream.duration:
+            # An edit list may end before the samples do. It is rounded to a millisecond.
+            least = min(least, float(self._stream.duration * base) - 1e-3)
+        return least * rate
 
     def _in_one_go(self) -> Iterator[Samples]:
         """Blocks `[n, C]` from FFmpeg's `amovie` filter, which says little of faults and keeps
@@ -143,15 +202,32 @@ class PyAVDecoder:
         # Packed floats at the same rate. Planar frames never become arrays: PyAV (18.1) looks
         # for a null after the last plane, which is not there from eight channels on.
         packer = av.AudioResampler("flt", self._layout, self.info.sample_rate, _PACKED)
-        fault = None
+        fault, done = None, 0
         try:
             for frame in self._frames:
+                if gap := self._gap(frame, done):
+                    yield from self._packed(packer, None)
+                    packer = av.AudioResampler("flt", self._layout, self.info.sample_rate, _PACKED)
+                    yield from _silence(gap, self.info.channels)
+                done += gap + frame.samples
                 yield from self._packed(packer, frame)
         except DecodeError as error:
             fault = error
         yield from self._packed(packer, None)
         if fault:
             raise fault
+
+    def _gap(self, frame: av.AudioFrame, done: int) -> int:
+        """Samples that are missing before a frame, by its time; 0 unless damage was met."""
+        if not self._damaged or frame.pts is None or self._first is None or not frame.time_base:
+            return 0
+        self._damaged = False
+        second = frame.sample_rate * frame.time_base
+        gap = round((frame.pts - self._first) * second) - done
+        frames = round(gap / frame.samples) * frame.samples
+        if abs(gap - frames) <= second:  # Matroska counts milliseconds
+            gap = frames
+        return max(0, gap)
 
     def seek(self, sample: int) -> int:
         """Stay at the start: exact for every codec, such as AAC that synthesises noise."""
@@ -166,17 +242,23 @@ class PyAVDecoder:
         begun = False
         try:
             for packet in self._container.demux(self._stream):
+                self._begin = packet.pts if self._begin is None else self._begin
                 # Shorter than the container says; others read to the end of the file.
                 if packet.is_corrupt and self._format in ("mp4", "matroska", "wavpack"):
-                    raise DecodeError("a packet is incomplete")
+                    if not self._keep:
+                        raise DecodeError("a packet is incomplete")
+                    self._damaged = True
+                    continue
+                if self._format == "mp3" and packet.size and not _is_mpeg(packet):
+                    continue  # tags, also between joined files, and zeros
                 try:
                     frames = packet.decode()
                 except av.InvalidDataError as error:
                     if begun or self._format not in _STREAMS:
-                        fault = fault or DecodeError(_text(error))
+                        fault, self._damaged = fault or DecodeError(_text(error)), True
                     continue
                 begun = begun or bool(frames)
-                if frames and fault:
+                if frames and fault and not self._keep:
                     raise fault
                 yield from frames
         except _AV_ERRORS as error:
@@ -196,29 +278,53 @@ class PyAVDecoder:
             raise DecodeError(_text(error)) from error
 
     def _promised(self, rate: int) -> int | None:
-        """Samples that the container promises; None where it says so only roughly, or not."""
+        """Samples by the container's header; None where it says so only roughly, or not."""
         duration, time_base = self._stream.duration, self._stream.time_base
         if duration is None or time_base is None or time_base.numerator != 1:
             return None
         if self._format == "ogg-opus":
             # RFC 7845, section 4.5: the last granule position counts the pre-skip (section 5.1).
             extra = self._stream.codec_context.extradata or b""
-            return duration - int.from_bytes(extra[10:12], "little")
+            start = max(0, self._stream.start_time or 0)
+            return max(0, duration - start - int.from_bytes(extra[10:12], "little"))
         if self._format not in ("mp4", "flac", "ogg-flac", "wavpack"):
             return None
         # HE-AAC may be counted at half its rate; milliseconds would be too coarse.
         if rate not in (time_base.denominator, 2 * time_base.denominator):
             return None
-        return self._without_gap(duration) * (rate // time_base.denominator)
+        return duration * (rate // time_base.denominator) - self._found.skipped
 
-    def _without_gap(self, duration: int) -> int:
+    def _itunes_length(self) -> int | None:
         """iTunes writes encoder delay, padding and length in a tag; FFmpeg uses the delay alone."""
         tag = self._container.metadata.get("iTunSMPB", "").split()
         try:
             delay, padding, length = (int(field, 16) for field in tag[1:4])
         except ValueError:
-            return duration
-        return length if delay + padding + length == duration else duration
+            return None
+        return length if delay + padding + length == self._stream.duration else None
+
+
+def _is_mpeg(packet: av.Packet[av.AudioStream]) -> bool:
+    head = bytes(packet).lstrip(b"\0")[:2]  # the decoder skips zeros, too
+    return len(head) == 2 and head[0] == 0xFF and head[1] >= 0xE0
+
+
+def _without(blocks: Iterator[Samples], first: int, last: int | None) -> Iterator[Samples]:
+    """Blocks without the samples from `first` to before `last`, or to the end."""
+    at = 0
+    for block in blocks:
+        before = block[: max(0, first - at)]
+        after = block[len(block) if last is None else max(0, last - at) :]
+        at += len(block)
+        if len(before) + len(after) >= len(block):
+            yield block
+        elif len(before) or len(after):
+            yield np.concatenate([before, after])
+
+
+def _silence(count: int, channels: int) -> Iterator[Samples]:
+    for start in range(0, count, BLOCK):
+        yield np.zeros((min(BLOCK, count - start), channels), np.float32)
 
 
 def _array(frame: av.AudioFrame) -> Samples:

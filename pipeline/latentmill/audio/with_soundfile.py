@@ -13,6 +13,9 @@ from latentmill.audio.media import MediaFile
 from latentmill.audio.sniff import Sniffed
 from latentmill.audio.stream import BLOCK, AudioInfo, DecodeError, Samples
 
+_OTHERWISE = {"wav": ("MPEG_LAYER_III",), "aiff": ("IMA_ADPCM",), "caf": ("ALAC_16", "ALAC_24")}
+"""What libsndfile decodes to other samples than FFmpeg."""
+
 
 class SoundFileDecoder:
     """A file open in libsndfile.
@@ -29,6 +32,9 @@ class SoundFileDecoder:
         if not self._file.seekable():  # GSM and others; asking where it is would be a seek
             self._file.close()
             raise DecodeError("libsndfile cannot seek in it")
+        if self._file.subtype in _OTHERWISE.get(sniffed.format, ()):
+            self._file.close()
+            raise DecodeError("FFmpeg decodes it")
         if self._file.frames == 0:  # such as a WAV whose writer never came back to write its size
             self._file.close()
             raise DecodeError("it holds no samples")

@@ -1,0 +1,105 @@
+"""FLAC streams: does the header count all samples that are there? (RFC 9639)
+
+libsndfile stops where STREAMINFO says that the stream ends, whatever follows.
+"""
+
+from __future__ import annotations
+
+import re
+
+from latentmill.audio.media import MediaFile
+
+_TAIL = 1 << 17
+_WINDOW = 1 << 22
+_MAX_BLOCKS = 4096
+_STREAM = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
+_CRC8 = [0] * 256
+for _byte in range(256):
+    _value = _byte
+    for _ in range(8):
+        _value = _value << 1 ^ (0x107 if _value & 0x80 else 0)
+    _CRC8[_byte] = _value & 0xFF
+
+
+def second_stream(media: MediaFile, offset: int) -> int | None:
+    """Where another FLAC stream begins behind the first one, as in files that were joined."""
+    at = offset + 8
+    while data := media.read_at(at, _WINDOW):
+        if found := _STREAM.search(data):
+            return at + found.start()
+        if at + len(data) >= media.size:
+            break
+        at += len(data) - 7
+    return None
+
+
+def ends_as_promised(media: MediaFile, offset: int) -> bool:
+    """Whether a frame near the end of the file ends at the sample that STREAMINFO promises."""
+    info = media.read_at(offset + 8, 18)
+    if len(info) < 18:
+        return False
+    fixed, total = int.from_bytes(info[:2], "big"), int.from_bytes(info[13:18], "big")
+    total &= 0xF_FFFF_FFFF
+    tail = media.read_at(max(offset, media.size - _TAIL), _TAIL)
+    at = tail.rfind(b"\xff")
+    while at >= 0:
+        if _frame_end(tail[at : at + 16], fixed) == total:
+            return True
+        at = tail.rfind(b"\xff", 0, at)
+    return False
+
+
+def first_sample(media: MediaFile, offset: int) -> int:
+    """The number of the first sample: not 0 in streams that were cut without encoding again."""
+    at = offset + 4
+    for _ in range(_MAX_BLOCKS):
+        head = media.read_at(at, 4)
+        if len(head) < 4:
+            return 0
+        at += 4 + int.from_bytes(head[1:], "big")
+        if head[0] & 0x80:
+            break
+    fixed = int.from_bytes(media.read_at(offset + 8, 2), "big")
+    head = media.read_at(at, 16)
+    if _frame_end(head, fixed) is None:
+        return 0
+    number = _coded_number(head, 4)[0] or 0
+    return number if head[1] & 1 else number * fixed
+
+
+def _frame_end(head: bytes, fixed: int) -> int | None:
+    """The sample behind a frame by its header (section 9.1); None if it is no frame header."""
+    if len(head) < 6 or head[1] & 0xFC != 0xF8:
+        return None
+    number, at = _coded_number(head, 4)
+    if number is None:
+        return None
+    code, extra = head[2] >> 4, head[at : at + 2]
+    if code == 6:
+        size, at = extra[0] + 1, at + 1
+    elif code == 7:
+        size, at = int.from_bytes(extra, "big") + 1, at + 2
+    else:
+        size = 192 if code == 1 else 144 << code if code < 6 else 1 << code
+    at += {12: 1, 13: 2, 14: 2}.get(head[2] & 15, 0)
+    crc = 0
+    for byte in head[:at]:
+        crc = _CRC8[crc ^ byte]
+    if len(head) <= at or head[at] != crc:
+        return None
+    return number + size if head[1] & 1 else number * fixed + size
+
+
+def _coded_number(head: bytes, at: int) -> tuple[int | None, int]:
+    """The frame or sample number, coded as UTF-8 codes characters, and where it ends."""
+    first = head[at]
+    if first < 0x80:
+        return first, at + 1
+    count = 8 - (first ^ 0xFF).bit_length() - 1
+    more = head[at + 1 : at + 1 + count]
+    if not 1 <= count <= 6 or len(more) < count or any(byte >> 6 != 2 for byte in more):
+        return None, at
+    number = first & (0x3F >> count)
+    for byte in more:
+        number = number << 6 | byte & 0x3F
+    return number, at + 1 + count

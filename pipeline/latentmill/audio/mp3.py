@@ -1,0 +1,263 @@
+"""MPEG audio frames: is every byte of the file in one, and how to keep time where it is not.
+
+Decoders skip what they do not understand, without an error, so that everything behind it comes too
+early. A damaged file can be repaired for decoding: silent frames take the place of lost ones.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from latentmill.audio.media import MediaFile, media_from_bytes
+
+_WINDOW = 1 << 20
+_LONGEST = 4608  # bytes of a frame, more than any bit rate gives
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Bytes between two frames that are no frame and no tag.
+
+    Attributes:
+        start: Where they begin in the file.
+        size: How many they are.
+        frames: Frames before them.
+    """
+
+    start: int
+    size: int
+    frames: int
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The frames of a file.
+
+    Attributes:
+        count: How many there are, a Xing or Info frame included.
+        first: Where the first one begins.
+        end: The byte behind the last one.
+        cut: Whether the last one is incomplete.
+        samples: Samples per channel of a frame.
+        gaps: Where bytes are lost or damaged.
+        other: Where frames of another kind (sample rate, layer) follow the last one.
+        promised: Frames that a Xing or Info header counts, itself not included; None without one.
+        promised_end: The byte behind the audio by that header.
+    """
+
+    count: int
+    first: int
+    end: int
+    cut: bool
+    samples: int
+    gaps: tuple[Gap, ...]
+    other: int | None = None
+    promised: int | None = None
+    promised_end: int | None = None
+
+    @property
+    def lost(self) -> int | None:
+        """Frames that the header counts and that are not there, less than 0 if there are more."""
+        return None if self.promised is None else self.promised + 1 - self.count
+
+
+def read_frames(media: MediaFile, offset: int, end: int | None = None) -> Frames | None:
+    """Walk from frame to frame, from the first one behind `offset`; None if there is none."""
+    stop = media.size if end is None else min(end, media.size)
+    frames = _Walk(media, offset, stop).run()
+    return frames and _with_promise(media, frames)
+
+
+def _with_promise(media: MediaFile, frames: Frames) -> Frames:
+    """Read the Xing or Info header in the first frame: flags, frames, bytes."""
+    data = media.read_at(frames.first, 64)
+    if len(data) < 64:
+        return frames
+    at = 4 + _side_info(data)
+    if data[at : at + 4] not in (b"Xing", b"Info"):
+        return frames
+    flags, count, size = struct.unpack_from(">III", data, at + 4)
+    if not flags & 1 or not count:
+        return frames
+    end = frames.first + size if flags & 2 else None
+    return replace(frames, promised=count, promised_end=end)
+
+
+def _side_info(head: bytes) -> int:
+    """Bytes of the side information of a layer III frame."""
+    new, mono = head[1] >> 3 & 3 != 3, head[3] >> 6 == 3
+    return (9 if mono else 17) if new else (17 if mono else 32)
+
+
+class _Walk:
+    def __init__(self, media: MediaFile, at: int, stop: int) -> None:
+        self._media, self._at, self._stop = media, at, stop
+        self._base, self._heads = at, _headers(media.read_at(at, _WINDOW))
+
+    def run(self) -> Frames | None:
+        first = self._resync()
+        if first is None:
+            return None
+        self._at, kind = first, self._head(first)[1]
+        count, gaps, end, cut, other = 0, list[Gap](), first, False, None
+        while self._at + 4 <= self._stop:
+            length, found = self._head(self._at)
+            if length and found == kind:
+                count, cut = count + 1, self._at + length > self._stop
+                self._at = end = min(self._at + length, self._stop)
+            elif size := tag_size(self._media, self._at):
+                self._at += size
+            else:
+                start = self._at
+                place = self._resync(kind)
+                if place is None:
+                    self._at = start
+                    other = self._resync()
+                    break
+                self._at = place
+                gaps.append(Gap(start, place - start, count))
+        count -= cut
+        samples = _samples(kind)
+        return Frames(count, first, end, cut, samples, tuple(gaps), other)
+
+    def _head(self, at: int) -> tuple[int, int]:
+        """Length and kind of the frame at a place; zeros if there is none."""
+        if at < self._base or at + 4 > self._base + _WINDOW:
+            self._base = at
+            self._heads = _headers(self._media.read_at(at, _WINDOW))
+        return self._heads.get(at - self._base, (0, 0))
+
+    def _resync(self, kind: int | None = None) -> int | None:
+        """The next frame that another one follows, from the current place on."""
+        base = self._at
+        while base + 4 <= self._stop:
+            for at in _headers(self._media.read_at(base, _WINDOW)):
+                place = base + at
+                if place + 4 > self._stop:
+                    break
+                length, found = self._head(place)
+                if kind in (None, found) and self._followed(place + length, found):
+                    return place
+            base += _WINDOW - 3
+        return None
+
+    def _followed(self, at: int, kind: int) -> bool:
+        if at == self._stop or self._head(at)[1] == kind:
+            return True
+        return bool(tag_size(self._media, at))
+
+
+def tag_size(media: MediaFile, at: int) -> int:
+    """Bytes of the tag that begins at a place between frames; 0 if none does."""
+    head = media.read_at(at, 32)
+    if head.startswith(b"TAG"):
+        return 128
+    if head.startswith(b"ID3") and len(head) >= 10:
+        size = 0
+        for byte in head[6:10]:
+            size = size << 7 | byte & 0x7F
+        return 10 + size + (10 if head[5] & 0x10 else 0)
+    if head.startswith(b"APETAGEX") and len(head) == 32:
+        return int.from_bytes(head[12:16], "little") + (32 if head[23] & 0x20 else 0)
+    if head.startswith(b"LYRICSBEGIN"):
+        text = media.read_at(at, 1 << 16)
+        ends = [text.find(mark) for mark in (b"LYRICS200", b"LYRICSEND")]
+        return max((end + 9 for end in ends if end > 0), default=0)
+    return 0
+
+
+# Bit rates in kbit/s by version (MPEG-1, 2 and 2.5) and layer; index 0 is "free".
+_RATES = np.zeros((2, 4, 16), np.int64)
+_RATES[0, 1, 1:15] = range(32, 449, 32)
+_RATES[0, 2, 1:15] = (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384)
+_RATES[0, 3, 1:15] = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
+_RATES[1, 1, 1:15] = (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256)
+_RATES[1, 2, 1:15] = _RATES[1, 3, 1:15] = (*range(8, 65, 8), *range(80, 161, 16))
+_HERTZ = np.array([[11025, 12000, 8000], [1, 1, 1], [22050, 24000, 16000], [44100, 48000, 32000]])
+
+
+def _headers(data: bytes) -> dict[int, tuple[int, int]]:
+    """Every place that looks like a frame header: its frame's length, and its kind.
+
+    The kind is what stays equal in a stream: version, layer and sample rate, from 1 on.
+    """
+    octets = np.frombuffer(data, np.uint8)
+    if len(octets) < 4:
+        return {}
+    at = np.flatnonzero((octets[:-3] == 0xFF) & (octets[1:-2] >= 0xE0))
+    second, third = octets[at + 1].astype(np.int64), octets[at + 2].astype(np.int64)
+    version, layer = second >> 3 & 3, 4 - (second >> 1 & 3)
+    rate, hertz = third >> 4, third >> 2 & 3
+    valid = (version != 1) & (layer != 4) & (rate > 0) & (rate < 15) & (hertz != 3)
+    at, version, layer, rate, hertz = (x[valid] for x in (at, version, layer, rate, hertz))
+    padding = third[valid] >> 1 & 1
+    bits = 1000 * _RATES[(version != 3).astype(np.int64), layer, rate]
+    frequency = _HERTZ[version, hertz]
+    factor = np.where((layer == 3) & (version != 3), 72, 144)
+    length = np.where(
+        layer == 1, (12 * bits // frequency + padding) * 4, factor * bits // frequency + padding
+    )
+    kind = version << 4 | layer << 2 | hertz
+    return dict(zip(at.tolist(), zip(length.tolist(), kind.tolist(), strict=True), strict=True))
+
+
+def _samples(kind: int) -> int:
+    version, layer = kind >> 4, kind >> 2 & 3
+    if layer == 1:
+        return 384
+    return 576 if layer == 3 and version != 3 else 1152
+
+
+def repair(media: MediaFile, frames: Frames) -> MediaFile:
+    """The file with silent frames where frames are lost, so that all others stay in their place.
+
+    Frames behind a gap whose bits begin in a lost one become silent, too.
+
+    A header that counts frames tells how many are lost, else the bytes between the others do.
+    """
+    mean = max(1.0, (frames.end - frames.first - sum(g.size for g in frames.gaps)) / frames.count)
+    fills = [max(1, round(gap.size / mean)) for gap in frames.gaps]
+    lost = frames.lost
+    if lost is not None and lost > 0:
+        largest = max(range(len(fills)), key=lambda index: frames.gaps[index].size)
+        fills[largest] = max(0, fills[largest] + lost - sum(fills))
+    pieces, at = [], 0
+    for gap, fill in zip(frames.gaps, fills, strict=True):
+        pieces.append(media.read_at(at, gap.start - at))
+        at = gap.start + gap.size
+        head, length = _silent_header(media.read_at(at, 4))
+        pieces.append((head + bytes(length - 4)) * fill)
+        for piece in _without_lost_bits(media, at, frames.end):
+            pieces.append(piece)
+            at += len(piece)
+    pieces.append(media.read_at(at, media.size - at))
+    return media_from_bytes(b"".join(pieces), "repaired")
+
+
+def _silent_header(head: bytes) -> tuple[bytes, int]:
+    """A header without checksum, and the length of its frame."""
+    head = bytes((head[0], head[1] | 1, *head[2:4]))
+    return head, _headers(head + b"\0")[0][0]
+
+
+def _without_lost_bits(media: MediaFile, at: int, end: int) -> Iterator[bytes]:
+    """The layer III frames from `at` on whose bits begin before `at`, made silent."""
+    there = 0
+    while at < end:
+        data = media.read_at(at, _LONGEST)
+        length, kind = _headers(data[:5]).get(0, (0, 0))
+        if not length or kind >> 2 & 3 != 3:
+            return
+        new, side = kind >> 4 != 3, _side_info(data)
+        body = 4 if data[1] & 1 else 6
+        begin = data[body] if new else data[body] << 1 | data[body + 1] >> 7
+        if begin <= there:
+            return
+        there += length - body - side
+        head, _ = _silent_header(data[:4])
+        yield head + bytes(side + body - 4) + data[body + side : length]
+        at += length

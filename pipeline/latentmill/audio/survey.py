@@ -1,0 +1,125 @@
+"""What the bytes of a file say about damage, before it is decoded: decoders skip it in silence."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from latentmill.audio import flac, mp3, vorbis
+from latentmill.audio.headers import mpeg_in_wav
+from latentmill.audio.media import MediaFile
+from latentmill.audio.ogg import find_damage
+from latentmill.audio.sniff import Sniffed
+
+_MISCOUNT = 2
+"""MP3 frames that some encoders count and do not write."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found.
+
+    Attributes:
+        damage: Why not all of it can be decoded in its place; None if nothing is known.
+        plain: Whether libsndfile decodes all of it.
+        frames: The frames of an MP3.
+        dropped: Samples that libvorbis drops at the end of the first page of Vorbis, and the
+            sample behind them.
+        skipped: Samples before the first one of a FLAC that was cut.
+    """
+
+    damage: str | None = None
+    plain: bool = True
+    frames: mp3.Frames | None = None
+    dropped: tuple[int, int] = (0, 0)
+    skipped: int = 0
+
+
+NOTHING = Survey()
+
+
+def survey(media: MediaFile, sniffed: Sniffed) -> Survey:
+    """Read through a file whose format hides damage; the last few files are remembered."""
+    if not sniffed.format.startswith(("mp3", "flac", "ogg", "wav")):
+        return NOTHING
+    stat = os.fstat(media.fileno())
+    identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, sniffed)
+    return _remembered(_Once(identity, lambda: _survey(media, sniffed)))
+
+
+class _Once:
+    """A file's identity, which is what it is remembered by, and how to survey it."""
+
+    def __init__(self, identity: tuple[object, ...], look: Callable[[], Survey]) -> None:
+        self.identity, self.look = identity, look
+
+    def __hash__(self) -> int:
+        return hash(self.identity)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Once) and self.identity == other.identity
+
+
+@lru_cache(maxsize=64)
+def _remembered(file: _Once) -> Survey:
+    return file.look()
+
+
+def _survey(media: MediaFile, sniffed: Sniffed) -> Survey:
+    if sniffed.format == "mp3":
+        return _mp3(media, sniffed.offset)
+    if sniffed.format == "wav":
+        place = mpeg_in_wav(media)
+        if place is None:
+            return NOTHING
+        frames = mp3.read_frames(media, *place)
+        return Survey(_mp3_damage(media, frames) if frames else None, plain=False)
+    if sniffed.format == "flac":
+        first = flac.first_sample(media, sniffed.offset)
+        whole = flac.ends_as_promised(media, sniffed.offset) and not first
+        second = flac.second_stream(media, sniffed.offset)
+        return Survey(plain=whole and second is None, skipped=first)
+    damage = find_damage(media, sniffed.offset)
+    start = None
+    if sniffed.format == "ogg-vorbis" and not damage:
+        start = vorbis.read_start(media, sniffed.offset)
+    if start is None or not start.dropped:
+        return Survey(damage)
+    return Survey(damage, plain=False, dropped=(start.dropped, start.samples))
+
+
+def _mp3(media: MediaFile, offset: int) -> Survey:
+    frames = mp3.read_frames(media, offset)
+    if frames is None:
+        return Survey()
+    plain = frames.lost == 0
+    if frames.promised_end is not None:
+        # If much follows the audio, FFmpeg trusts the header no more.
+        size = frames.promised_end - frames.first
+        plain = plain and media.size - frames.promised_end <= size >> 4
+    return Survey(_mp3_damage(media, frames), plain=plain, frames=frames)
+
+
+def _mp3_damage(media: MediaFile, frames: mp3.Frames) -> str | None:
+    start = 0 if frames.promised is None else 1
+    if frames.gaps:
+        gap = frames.gaps[0]
+        at = (gap.frames - start) * frames.samples
+        return (
+            f"truncated or damaged: decoding stopped at sample {at}"
+            f", {gap.size} bytes at byte {gap.start} are not MPEG audio"
+        )
+    lost, there = frames.lost or 0, (frames.count - start) * frames.samples
+    end = frames.promised_end
+    whole = end is not None and end <= media.size and not frames.cut
+    if lost > (_MISCOUNT if whole else 0) and frames.promised is not None:
+        promised = frames.promised * frames.samples
+        return f"truncated: the header promises {promised} samples, {there} could be decoded"
+    if frames.other is not None:
+        return (
+            f"damaged or joined: at byte {frames.other} MPEG audio of another sample rate or layer "
+            "follows"
+        )
+    return None

@@ -1,0 +1,76 @@
+"""Vorbis in Ogg: how many samples a page holds (Vorbis I, sections 4.2 and 4.3).
+
+A stream that was cut without encoding again begins with a page that holds more samples than its
+granule position counts. libvorbis drops the last block of that page, as `oggdec` does, and counts
+on from the granule position; libsndfile then stops as many samples too early.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from latentmill.audio.media import MediaFile
+from latentmill.audio.ogg import Packets, first_packets
+
+_MODE_BITS = 41
+
+
+@dataclass(frozen=True)
+class Start:
+    """The first page with audio.
+
+    Attributes:
+        samples: Samples per channel that its packets give.
+        granule: Samples that its granule position counts.
+        last: Samples that its last packet gives.
+        ends: Whether it is the last page too, which may count fewer.
+    """
+
+    samples: int
+    granule: int
+    last: int
+    ends: bool
+
+    @property
+    def dropped(self) -> int:
+        """Samples at the end of the page that libvorbis drops."""
+        return 0 if self.ends else max(0, min(self.samples - self.granule, self.last))
+
+
+def read_start(media: MediaFile, offset: int) -> Start | None:
+    """The first page with audio of a Vorbis stream; None if it cannot be understood."""
+    found = first_packets(media, offset, headers=3)
+    if found is None or len(found.headers) < 3 or not found.packets:
+        return None
+    sizes = _block_sizes(found)
+    if sizes is None:
+        return None
+    blocks, mask = [], (1 << (len(sizes) - 1).bit_length()) - 1
+    for packet in found.packets:
+        if not packet or packet[0] & 1:
+            return None
+        mode = packet[0] >> 1 & mask
+        if mode >= len(sizes):
+            return None
+        blocks.append(sizes[mode])
+    given = [(a + b) // 4 for a, b in itertools.pairwise(blocks)]
+    return Start(sum(given), found.granule, given[-1] if given else 0, found.ends)
+
+
+def _block_sizes(found: Packets) -> list[int] | None:
+    """The block size of each mode. Modes end the setup header, so they are read backwards."""
+    identification, _, setup = found.headers
+    if len(identification) < 29:
+        return None
+    short, long = 1 << (identification[28] & 15), 1 << (identification[28] >> 4)
+    bits = int.from_bytes(setup, "little")
+    end, flags, modes = bits.bit_length() - 1, list[int](), None
+    while len(flags) < 64:  # the framing bit lies at `end`
+        at = end - _MODE_BITS * (len(flags) + 1)
+        if at < 6 or bits >> at + 1 & 0xFFFF_FFFF:  # window and transform types are 0
+            break
+        flags.insert(0, bits >> at & 1)
+        if bits >> at - 6 & 63 == len(flags) - 1:
+            modes = [long if flag else short for flag in flags]
+    return modes

@@ -1,0 +1,222 @@
+"""Loading gives what FFmpeg gives, or a failure that says why: files that were refused though they
+are whole, and files that lost samples in silence.
+
+The right values come from `ffmpeg -i FILE -f f32le -`, of Vorbis from `oggdec`. An edit list that
+ends within the last frame of AAC ends the audio there, as in FFmpeg 9; earlier ones give the frame.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from audio_files import RATE, encoded, music, sound, with_pyav
+
+from latentmill.audio import media_from_bytes, open_audio, open_media
+from latentmill.errors import ItemError
+
+LENGTH = 132_300  # 3 s
+
+
+def decode(data: bytes, **options: bool) -> np.ndarray:
+    with media_from_bytes(data) as media:
+        return np.concatenate(list(open_audio(media, **options).blocks()), axis=1)
+
+
+def pages(data: bytes) -> Iterator[bytearray]:
+    """The pages of an Ogg file."""
+    at = 0
+    while at < len(data):
+        count = data[at + 26]
+        end = at + 27 + count + sum(data[at + 27 : at + 27 + count])
+        yield bytearray(data[at:end])
+        at = end
+
+
+def page(data: bytearray, granule: int, sequence: int) -> bytes:
+    """A page with another granule position and sequence number, and a new checksum."""
+    struct.pack_into("<q", data, 6, granule)
+    struct.pack_into("<II", data, 18, sequence, 0)
+    crc = 0
+    for byte in data:
+        crc ^= byte << 24
+        for _ in range(8):
+            crc = (crc << 1 ^ (0x104C11DB7 if crc >> 31 else 0)) & 0xFFFF_FFFF
+    struct.pack_into("<I", data, 22, crc)
+    return bytes(data)
+
+
+def moved(data: bytes, samples: int, *, without: int = 0) -> bytes:
+    """An Ogg file whose granule positions are `samples` higher, less its first pages of audio."""
+    result = []
+    for old in pages(data):
+        granule = struct.unpack_from("<q", old, 6)[0]
+        if granule > 0 and without:
+            without -= 1
+            continue
+        result.append(page(old, granule + samples if granule > 0 else granule, len(result)))
+    return b"".join(result)
+
+
+def aac(container: str = "mp4", length: int = LENGTH, **options: str) -> bytes:
+    return with_pyav(music(length), RATE, "aac", container, options)
+
+
+def with_promise(data: bytes, milliseconds: int) -> bytes:
+    """An MP4 whose edit list is longer."""
+    at = data.rindex(b"elst") + 12
+    duration = struct.unpack_from(">I", data, at)[0] + milliseconds
+    return data[:at] + struct.pack(">I", duration) + data[at + 4 :]
+
+
+def mp3(length: int = LENGTH, **options: str) -> bytes:
+    return with_pyav(music(length), RATE, "libmp3lame", "mp3", {"id3v2_version": "0", **options})
+
+
+def flac_that_counts(samples: int) -> bytes:
+    data = bytearray(sound(music(LENGTH), RATE, "FLAC", "PCM_16"))
+    data[22:26] = samples.to_bytes(4, "big")
+    return bytes(data)
+
+
+def in_mp4(codec: str, rate: int) -> bytes:
+    return with_pyav(music(3 * rate, rate), rate, codec, "mp4", {})
+
+
+def opus() -> bytes:
+    return with_pyav(music(144_000, 48_000), 48_000, "libopus", "ogg", {})
+
+
+def vorbis(length: int = LENGTH) -> bytes:
+    return sound(music(length), RATE, "OGG", "VORBIS")
+
+
+WHOLE: dict[str, tuple[Callable[[], bytes], int]] = {
+    "edit list rounded to milliseconds": (lambda: aac(length=130_048), 130_048),
+    "edit list seconds longer": (lambda: with_promise(aac(), 2000), 133_120),
+    "no edit list": (lambda: aac(use_editlist="0"), 133_324),
+    "fragments": (lambda: aac(movflags="+frag_keyframe+empty_moov"), 134_144),
+    "fragments for DASH": (lambda: aac(movflags="+dash", frag_duration="1000000"), 134_144),
+    "QuickTime": (lambda: aac("mov"), 132_300),
+    "3GP": (lambda: aac("3gp"), 132_300),
+    "Matroska": (lambda: aac("matroska"), 133_120),
+    "AC-3 in MP4": (lambda: in_mp4("ac3", 48_000), 144_096),
+    "MP3 in MP4": (lambda: in_mp4("libmp3lame", RATE), 132_300),
+    "MP3 in WAV": (lambda: with_pyav(music(LENGTH), RATE, "libmp3lame", "wav", {}), 133_632),
+    "Opus from 100 s on": (lambda: moved(opus(), 4_800_000), 144_000),
+    "Vorbis from 100 s on": (lambda: moved(vorbis(), 4_410_000), 132_300),
+    "MP3 twice": (lambda: mp3() * 2, 267_311),
+    "MP3 twice, tags between": (lambda: (b"ID3\4\0\0\0\0\0\12" + bytes(10) + mp3()) * 2, 266_159),
+    "MP3 without Xing twice": (lambda: mp3(write_xing="0") * 2, 267_264),
+    "MP3 of 421 samples": (lambda: mp3(421), 421),
+    "FLAC twice": (lambda: flac_that_counts(LENGTH) * 2, 264_600),
+    "FLAC that counts too few": (lambda: flac_that_counts(100_000), 132_300),
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_whole_files_are_loaded_to_the_sample(kind: str) -> None:
+    make, samples = WHOLE[kind]
+    assert decode(make()).shape[1] == samples
+
+
+def test_what_joined_files_hold_comes_in_order() -> None:
+    once, twice = decode(flac_that_counts(LENGTH)), decode(flac_that_counts(LENGTH) * 2)
+    assert np.array_equal(twice, np.concatenate([once, once], axis=1))
+
+
+def test_vorbis_that_was_cut_by_copying_packets_is_not_cut_further() -> None:
+    """`ffmpeg -ss 1.2 -i IN.ogg -c copy`: the first page counts fewer samples than it holds."""
+    data = vorbis()
+    whole = decode(data)
+    granules = [struct.unpack_from("<q", old, 6)[0] for old in pages(data)]
+    first = next(granule for granule in granules if granule > 0)
+    cut = moved(data, -first - 7160, without=1)
+    audio = decode(cut)
+    # The first packet gives nothing, and libvorbis drops the last block of the first page.
+    assert audio.shape[1] == whole.shape[1] - first - 1024 - 1024
+    assert np.abs(audio[:, -20_000:] - whole[:, -20_000:]).max() < 1e-6
+    assert np.abs(audio[:, :5000] - whole[:, first + 1024 : first + 6024]).max() < 1e-6
+
+
+def frame_at(data: bytes, number: int) -> tuple[int, int]:
+    """Where a frame of 128 kbit/s begins and ends."""
+    at = data.index(b"\xff\xfb")
+    for _ in range(number):
+        at += 417 + (data[at + 2] >> 1 & 1)
+    return at, at + 417 + (data[at + 2] >> 1 & 1)
+
+
+def damaged(data: bytes, kind: str) -> bytes:
+    begin, end = frame_at(data, 60)
+    middle = {"zeros": bytes(end - begin), "noise": b"\x55" * 418, "removed": b""}[kind]
+    return data[:begin] + middle + data[end:]
+
+
+LOST = [("1", "zeros"), ("1", "noise"), ("1", "removed"), ("0", "zeros"), ("0", "noise")]
+
+
+@pytest.mark.parametrize(("xing", "kind"), LOST)
+def test_a_lost_mp3_frame_fails(xing: str, kind: str) -> None:
+    """Decoders skip it, and all that follows comes 26 ms early."""
+    data = damaged(mp3(write_xing=xing, b="128k"), kind)
+    text = {"removed": "^truncated: the header promises 133632 samples, 132480"}.get(
+        kind, r"decoding stopped at sample (67968|69120), 41[78] bytes at byte [0-9]+ are not MPEG"
+    )
+    with pytest.raises(ItemError, match=text):
+        decode(data)
+
+
+@pytest.mark.parametrize(("xing", "kind"), [pair for pair in LOST if pair[1] != "removed"])
+def test_a_lost_mp3_frame_is_silent_where_that_is_allowed(xing: str, kind: str) -> None:
+    data = mp3(write_xing=xing, b="128k")
+    whole, kept = decode(data), decode(damaged(data, kind), allow_truncated=True)
+    assert kept.shape == whole.shape
+    same = np.abs(kept - whole).max(axis=0) < 1e-4
+    first, last = np.flatnonzero(~same)[[0, -1]]
+    assert 66_000 < first < 70_000
+    assert last - first < 8 * 1152  # the frames behind it lean on its bits
+    assert np.abs(kept[:, first : last + 1]).max() < 1
+
+
+def test_joined_mp3_of_two_sample_rates_fails() -> None:
+    other = with_pyav(music(9000, 48_000), 48_000, "libmp3lame", "mp3", {})
+    with pytest.raises(ItemError, match=r"^damaged or joined: at byte [0-9]+ MPEG audio"):
+        decode(mp3() + other)
+
+
+def sparse_wav(path: Path, seconds: int, size: int) -> Path:
+    """A stereo WAV of 16 bits whose header gives a size; the samples are a hole in the file."""
+    target = io.BytesIO(sound(np.zeros((1, 2)), RATE, "WAV", "PCM_16")[:44])
+    head = bytearray(target.getvalue())
+    struct.pack_into("<I", head, 40, size)
+    with path.open("wb") as file:
+        file.write(head)
+        file.truncate(44 + seconds * 4 * RATE)
+    return path
+
+
+def test_a_wav_whose_size_has_wrapped_fails(tmp_path: Path) -> None:
+    seconds = 24_349
+    path = sparse_wav(tmp_path / "long.wav", seconds, seconds * 4 * RATE & 0xFFFF_FFFF)
+    with (
+        open_media(str(path)) as media,
+        pytest.raises(ItemError, match=r"wrapped at 4 GiB: it says 196304 bytes, and 4294967296"),
+    ):
+        open_audio(media)
+
+
+def test_a_flac_that_begins_later_is_whole() -> None:
+    """`ffmpeg -ss 1.2 -i IN.flac -c copy`: frames keep their numbers, the header its count."""
+    data = encoded("flac", LENGTH)
+    whole = decode(data)
+    place = [at for at in range(len(data)) if data.startswith(b"\xff\xf8", at)]
+    head = place[0]
+    cut = data[:head] + data[next(at for at in place[10:] if data[at + 4] == 10) :]
+    audio = decode(cut)
+    assert 0 < audio.shape[1] < whole.shape[1]
+    assert np.array_equal(audio, whole[:, -audio.shape[1] :])
