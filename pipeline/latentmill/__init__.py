@@ -14,6 +14,7 @@ loader = torch.utils.data.DataLoader(stream, batch_size=32, collate_fn=lm.collat
 from typing import TYPE_CHECKING, Any
 
 from latentmill.config import RunConfig, load_config
+from latentmill.encode_options import EncodeOptions
 from latentmill.errors import IncompleteStoreWarning, LatentmillError, RepeatedEpochWarning
 from latentmill.ops import (
     Linearity,
@@ -54,6 +55,7 @@ _LAZY = {
 
 __all__ = [
     "BatchSampler",
+    "EncodeOptions",
     "IncompleteStoreWarning",
     "LatentDataset",
     "LatentStore",

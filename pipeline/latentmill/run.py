@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Unpack
 
 from latentmill.config import RunConfig, fingerprint, load_config
+from latentmill.encode_options import EncodeOptions
 from latentmill.engine.lock import Hold, only_run
 from latentmill.engine.progress import Progress, QuietProgress
 from latentmill.errors import ITEMS_FAILED_EXIT_CODE, SourceError, StoreError
@@ -67,12 +70,12 @@ class RunSummary:
 
 
 def encode(
-    source: str,
-    out: str,
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     *,
-    config: str | None = None,
+    config: str | Path | None = None,
     trust_model: bool = False,
-    **options: Any,
+    **options: Unpack[EncodeOptions],
 ) -> RunSummary:
     """Encode a source into a store; called again with the same arguments it resumes.
 
@@ -81,7 +84,8 @@ def encode(
         out: Folder or fsspec URL of the store.
         config: A YAML file of settings; `options` win over it.
         trust_model: Whether a config file that lies in a store may name code to run.
-        **options: Settings by the names of `RunConfig`: model, format, dtype, ...
+        **options: Settings, as in `EncodeOptions`: model="lin-cae", format="webdataset", ... They
+            have the names of the command line's options; `RunConfig` describes them.
 
     Returns:
         The summary. Failed items are in it, by key and reason; they raise nothing.
@@ -89,7 +93,7 @@ def encode(
     Raises:
         LatentmillError: The run could not be made or completed; see `latentmill.errors`.
     """
-    given = {"source": str(source), "out": str(out), **options}
+    given: dict[str, Any] = {"source": os.fspath(source), "out": os.fspath(out), **options}
     return run(load_config(config, given, trust_model=trust_model))
 
 
