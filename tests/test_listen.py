@@ -195,3 +195,9 @@ def test_a_file_is_whole_or_not_there(
     with pytest.raises(ConfigError) as caught:
         write_audio(tmp_path / "a.mp3", [], sample_rate=8000, channels=1, num_samples=0)
     assert "name a .wav or .flac file" in one_sentence(caught.value)
+
+
+def test_a_file_name_as_long_as_allowed_is_written(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 251 + ".wav")
+    write_audio(path, [np.zeros((1, 10), np.float32)], sample_rate=8000, channels=1, num_samples=10)
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]

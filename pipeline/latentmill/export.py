@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from latentmill.store.store import LatentStore
 PROMPT_FIELDS = ("prompt", "caption", "text", "description", "title")
 CONFIG_PATH = "dataset_config.json"
 DETAILS_PATH = "details.json"
+
+LONGEST_NAME = 255
+"""Bytes of a file's name, on all common file systems."""
 
 
 class Target(StrEnum):
@@ -160,11 +164,15 @@ def _stable_audio_tools(store: LatentStore, storage: Storage, frames: int | None
     names = ("name", "sample_rate", "hop", "latent_channels", "scale_factor")
     details = {"store": store.url, "model": {name: model[name] for name in names}}
     _write_json(storage, DETAILS_PATH, details)
+    failures = []
     for record in store:
+        name = file_name(record.key)
+        if storage.local and _too_long(f"{name}.json"):
+            failures.append((record.key, "its file name would have more than 255 bytes"))
+            continue
         latent, info = _stable_audio_sample(store, record, frames)
         buffer = io.BytesIO()
         np.save(buffer, latent, allow_pickle=False)
-        name = file_name(record.key)
         _write(storage, f"{name}.npy", buffer.getvalue())
         _write_json(storage, f"{name}.json", info)
     config = {
@@ -174,7 +182,13 @@ def _stable_audio_tools(store: LatentStore, storage: Storage, frames: int | None
     }
     cropped = {} if frames is None else {"latent_crop_length": frames}
     _write_json(storage, CONFIG_PATH, config | cropped)
-    return ExportSummary(storage.root, Target.STABLE_AUDIO_TOOLS, len(store))
+    written = len(store) - len(failures)
+    return ExportSummary(storage.root, Target.STABLE_AUDIO_TOOLS, written, tuple(failures))
+
+
+def _too_long(path: str) -> bool:
+    """Whether a part of a path is longer than file systems allow."""
+    return any(len(os.fsencode(part)) > LONGEST_NAME for part in path.split("/"))
 
 
 def _stable_audio_sample(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,9 @@ def write_audio(
     kind, subtype = FILE_TYPES[path.suffix.lower()]
     if kind == "WAV" and 4 * channels * num_samples > _LARGEST_WAV:
         kind = _LARGE_WAV
-    partial = path.with_name(f".{path.name}.part")
+    partial = path.with_name(
+        f".latentmill-{uuid.uuid4().hex}.part"
+    )  # `path` may be as long as allowed
     samples, peak, clipped = 0, 0.0, 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

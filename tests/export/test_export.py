@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
+import soundfile
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -280,3 +281,19 @@ def test_the_command(
         2,
         "latentmill: Option --to zip: it is one of stable-audio-tools, webdataset, parquet.\n",
     )
+
+
+def test_a_name_that_no_file_can_have_is_left_out_and_the_rest_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_corpus(tmp_path / "corpus")
+    long = "x" * 251
+    soundfile.write(folder / f"{long}.wav", np.zeros(9000), 8000)
+    store = write_store(str(tmp_path / "store"), folder)
+    assert long in store
+    dest = tmp_path / "sat"
+    result = runs.call(capsys, "export", store.url, dest, "--to", "stable-audio-tools")
+    assert result.code == 3
+    assert f"{len(store) - 1} records" in result.out
+    assert long in result.out
+    assert len(list(dest.rglob("*.npy"))) == len(store) - 1

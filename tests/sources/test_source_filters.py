@@ -16,7 +16,7 @@ from latentmill.errors import ConfigError, SourceError
 from latentmill.sources.base import Item
 from latentmill.sources.filters import Filters
 from latentmill.sources.folder import FolderSource
-from latentmill.sources.group import GroupedSource
+from latentmill.sources.group import GroupedSource, check_rule
 from latentmill.sources.open import is_there, open_source, setting_differences, source_type
 from latentmill.sources.where import Condition
 from support.sources import put, sorted_items
@@ -220,3 +220,22 @@ def test_whether_a_source_is_still_there(tmp_path: Path) -> None:
         ("gone.csv", False),
     ):
         assert is_there(f"{tmp_path}/{uri}") is there
+
+
+@pytest.mark.parametrize("rule", [r"no/(?P<group>such)", "metadata:title", "metadata:album,stem"])
+def test_a_rule_that_matches_nothing_is_refused(
+    rule: str, one_sentence: Callable[[BaseException], str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        groups(rule, "a/drums", "a/bass")
+    assert "matches none of the items" in one_sentence(caught.value)
+    assert groups(rule) == []  # an empty source says so itself
+
+
+@pytest.mark.parametrize("rule", [r"(?P<group>.*)/(?P<rol>.*)", r"(?P<song>.*)/(?P<group>.*)"])
+def test_a_named_group_without_a_meaning_is_refused(
+    rule: str, one_sentence: Callable[[BaseException], str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_rule(rule)
+    assert "names rol," in one_sentence(caught.value) or "names song," in str(caught.value)

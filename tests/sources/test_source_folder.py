@@ -23,6 +23,7 @@ from latentmill.sources.folder import FolderSource
 from latentmill.sources.metadata import read_metadata
 from latentmill.sources.names import without_extensions
 from latentmill.storage import Storage
+from support.sources import put, sorted_items
 
 EXTENSIONS = ("wav", "FLAC", ".mp3")
 
@@ -300,3 +301,11 @@ def test_a_name_that_is_no_text_is_refused(
     with pytest.raises(SourceError) as caught:
         listing(str(tmp_path))
     assert r"caf\xe9.wav" in one_sentence(caught.value)
+
+
+def test_files_that_macos_puts_beside_others_are_counted(tmp_path: Path) -> None:
+    for name in ("a.wav", "._a.wav", "._a.txt", "__MACOSX/b.wav", "d/._c.flac", ".hidden.wav"):
+        put(f"{tmp_path}/{name}", b"1")
+    source = FolderSource(str(tmp_path), ("wav", "flac"))
+    assert [item.key for item in sorted_items(source)] == [".hidden", "a"]
+    assert source.ignored == {"files of macOS (._*, __MACOSX)": 4}

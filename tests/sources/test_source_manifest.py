@@ -23,6 +23,7 @@ from latentmill.sources.address import address_of, item_at, segment_text
 from latentmill.sources.base import ByteRange, Item, Segment, TableCell
 from latentmill.sources.group import GroupedSource
 from latentmill.sources.manifest import Columns, ManifestSource, manifest_format
+from latentmill.sources.reading import UnitReader
 
 
 def manifest(path: Path, text: str | bytes) -> ManifestSource:
@@ -185,7 +186,7 @@ def test_lhotse_cuts(tmp_path: Path) -> None:
         cut(recording={"sources": [source]}),
         cut() | {"recording": [1]},
     ):
-        with pytest.raises(SourceError, match="no proper cut in row 2"):
+        with pytest.raises(SourceError, match="no proper cut in line 2"):
             keys(jsonl(tmp_path / "m.jsonl", cut(), wrong))
 
 
@@ -211,10 +212,10 @@ def test_types_of_a_table_become_json(tmp_path: Path) -> None:
 WRONG = {
     "no paths": ("m.csv", "title\nx\n", "has no column of paths"),
     "no rows": ("m.csv", "path\n", "has no rows with a path"),
-    "a quote": ("m.csv", 'path,x\na.wav,"one\n', "no proper CSV in line"),
-    "too many fields": ("m.csv", "path\na.wav,b\n", "more fields than the header"),
+    "a quote": ("m.csv", 'path,x\na.wav,"one\n', "not valid CSV in line 2"),
+    "too many fields": ("m.csv", "path\na.wav,b\n", "line 2: 2 fields, and the header names 1"),
     "no seconds": ("m.csv", "path,start\na.wav,1:30\n", "start is '1:30'"),
-    "before the start": ("m.csv", "path,start\na.wav,-1\n", "in row 1"),
+    "before the start": ("m.csv", "path,start\na.wav,-1\n", "in line 2"),
     "an array": ("m.json", '[{"path": "a.wav"}]', "no JSON object in line 1"),
     "an array, indented": ("m.json", '[\n{"path": "a.wav"}\n]', "no JSON in line 1"),
     "cut off": ("m.jsonl", '{"path": "a.wav"}\n{"pa', "no JSON in line 2"),
@@ -226,10 +227,10 @@ WRONG = {
         "cannot be read",
     ),
     "an end": ("m.csv", "path,start,end\na.wav,1,2\n", "has a column end and none of durations"),
-    "half a character": ("m.jsonl", r'{"path": "a\ud83d.wav"}', "no plain path or URL in row 1"),
-    "a chain": ("m.jsonl", '{"path": "zip://a::b.zip"}', "no plain path or URL in row 1"),
+    "half a character": ("m.jsonl", r'{"path": "a\ud83d.wav"}', "no plain path or URL in line 1"),
+    "a chain": ("m.jsonl", '{"path": "zip://a::b.zip"}', "no plain path or URL in line 1"),
     "a secret": ("m.jsonl", '{"url": "https://h/a.wav?X-Sig=deadbeef"}', "carries credentials"),
-    "no key": ("m.jsonl", '{"id": "", "path": "a.wav"}', "has no id in row 1"),
+    "no key": ("m.jsonl", '{"id": "", "path": "a.wav"}', "has no id in line 1"),
 }
 
 
@@ -292,3 +293,41 @@ def test_a_large_manifest_is_streamed(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert found == rows
     assert most < 12e6  # all items would take 24 MB
+
+
+LINES = {
+    "cells over lines": ('path,text,start\na.wav,"one\ntwo\nthree",0\nb.wav,"x\ny",never\n', 5),
+    "blank lines": ("path,start\n\n\na.wav,0\n\n\n\nb.wav,never\n", 8),
+    "windows lines": ('path,text,start\r\na.wav,"1\r\n2",0\r\n\r\nb.wav,x,never\r\n', 5),
+    "comments": ("path,start\n# one,\n# two,\na.wav,0\nb.wav,never\n", 5),
+    "too many fields": ('path,text\na.wav,"1\n2"\n\nb.wav,"3\n4",x\n', 5),
+    "an open quote": ('path,text\na.wav,"1\n2"\nb.wav,"3\n4\n5\n', 4),
+    "text behind a quote": ('path,text\na.wav,"1\n2"\nb.wav,"3\n4"x\n', 4),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_the_line_of_an_error_is_where_its_row_begins(
+    tmp_path: Path, name: str, one_sentence: Callable[[BaseException], str]
+) -> None:
+    text, line = LINES[name]
+    with pytest.raises(SourceError) as caught:
+        keys(manifest(tmp_path / "m.csv", text))
+    assert f"in line {line}:" in one_sentence(caught.value)
+
+
+def test_an_error_in_jsonl_names_the_line_behind_blank_ones(tmp_path: Path) -> None:
+    text = '{"path": "a.wav"}\n\n\n{"path": "b.wav", "start": -1}\n'
+    with pytest.raises(SourceError, match="in line 4"):
+        keys(manifest(tmp_path / "m.jsonl", text))
+
+
+@pytest.mark.parametrize("host", ["", "localhost"])
+def test_file_urls_are_decoded(tmp_path: Path, host: str) -> None:
+    name = "ein Stück #1 100%.wav"
+    (tmp_path / name).write_bytes(b"audio")
+    url = f"file://{host}{tmp_path}/ein%20St%C3%BCck%20%231%20100%25.wav"
+    (item,) = jsonl(tmp_path / "m.jsonl", {"path": url}).items()
+    assert (item.uri, item.key) == (f"{tmp_path}/{name}", "ein Stück #1 100%")
+    with UnitReader([item]) as reader, reader.open(item) as media:
+        assert media.read_at(0, 9) == b"audio"

@@ -10,7 +10,7 @@ import pytest
 
 from latentmill.errors import ItemError, SourceError
 from latentmill.sources.base import Item
-from latentmill.sources.metadata import read_metadata
+from latentmill.sources.metadata import parse_sidecar, read_metadata
 from latentmill.sources.webdataset import WebDatasetSource
 from support.sources import put
 
@@ -125,3 +125,26 @@ def test_nobody_waits_for_the_writer_of_a_pipe(tmp_path: Path) -> None:
 def test_an_empty_sidecar_in_a_bucket(s3_bucket: str) -> None:
     uri = put(f"{s3_bucket}/s.txt", b"")
     assert read_metadata(Item("s", f"{s3_bucket}/s.wav", 0, "", (uri,))) == {"text": ""}
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ("Café".encode(), "Café"),
+        ("\ufeffCafé".encode(), "Café"),
+        ("Café \u2013 \u201cx\u201d".encode("cp1252"), "Café \u2013 \u201cx\u201d"),
+        ("Café".encode("latin-1"), "Café"),
+        (b"\x81\xe9", "\x81é"),
+        ("Café".encode("utf-16"), "Café"),
+    ],
+)
+def test_a_text_costs_no_song_whatever_its_encoding(data: bytes, text: str) -> None:
+    assert parse_sidecar("a.txt", data) == {"text": text}
+    assert parse_sidecar("a.cls", data) == {"cls": text}
+
+
+def test_a_text_that_is_none_is_refused() -> None:
+    with pytest.raises(ItemError, match=r"^sidecar a.txt is not a text file"):
+        parse_sidecar("a.txt", b"\x89PNG\r\n\x1a\n\0\0\0\x0d")
+    with pytest.raises(ItemError, match="is not UTF-8, which JSON must be"):
+        parse_sidecar("a.json", '{"a": "é"}'.encode("latin-1"))

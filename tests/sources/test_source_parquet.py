@@ -9,16 +9,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import soundfile as sf
 
+from latentmill.audio import open_audio
 from latentmill.errors import ItemError, SourceError
 from latentmill.sources import cells
+from latentmill.sources.address import address_of, item_at
 from latentmill.sources.base import Item, TableCell
 from latentmill.sources.cells import CellReader
+from latentmill.sources.manifest import ManifestSource
 from latentmill.sources.open import source_type
 from latentmill.sources.parquet import ParquetSource
+from latentmill.sources.reading import UnitReader
 from support.sources import sorted_items
 
 AUDIO = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -99,10 +105,10 @@ def test_a_column_is_chosen_or_asked_for(
     )
     none = write(tmp_path / "b.parquet", pa.table({"n": [1]}))
     for found, says in (
-        (ParquetSource(uri), "several columns of bytes, left, right"),
+        (ParquetSource(uri), "several columns of audio, left, right"),
         (ParquetSource(uri, audio_column="n"), "no column n that holds audio"),
         (ParquetSource(uri, audio_column="left", key_column="k"), "no column k to take keys"),
-        (ParquetSource(none), "no column of audio bytes: it has n"),
+        (ParquetSource(none), "no column of audio: it has n"),
     ):
         with pytest.raises(SourceError) as caught:
             sorted_items(found)
@@ -182,10 +188,10 @@ def test_memory_does_not_grow_with_the_row_group(tmp_path: Path) -> None:
 
 
 def test_cells_that_are_not_there(items: list[Item], tmp_path: Path) -> None:
-    empty = pa.table({"audio": pa.array([{"bytes": None, "path": "elsewhere.wav"}], AUDIO)})
+    empty = pa.table({"audio": pa.array([{"bytes": None, "path": None}], AUDIO)})
     (nothing,) = sorted_items(ParquetSource(write(tmp_path / "b.parquet", empty)))
     wrong = [
-        (nothing.uri, TableCell(0, 0, "audio"), "the cell holds no audio bytes"),
+        (nothing.uri, TableCell(0, 0, "audio"), "the cell holds no audio"),
         (items[0].uri, TableCell(0, 100, "audio"), "has 100 rows, and no row 100"),
         (items[0].uri, TableCell(3, 0, "audio"), "no row group 3"),
         (items[0].uri, TableCell(0, 0, "sound"), "no column sound"),
@@ -214,3 +220,138 @@ def test_a_row_group_that_is_shorter_than_it_says(
             reader.read(items[7].uri, cell)
     assert len(reader.read(items[0].uri, TableCell(0, 4, "audio"))) == 10_000
     reader.close()
+
+
+def loaded(items: list[Item]) -> list[tuple[int, np.ndarray]]:
+    """Sample rates and samples `[n, C]`."""
+    found = []
+    with UnitReader(items) as reader:
+        for item in items:
+            with reader.open(item) as media:
+                stream = open_audio(media)
+                found.append((stream.sample_rate, np.concatenate(list(stream.blocks()), 1).T))
+    return found
+
+
+MONO = (np.sin(np.arange(800) / 9) / 2).astype(np.float32)
+STEREO = np.stack([MONO, -MONO / 2])
+STRUCT = [("array", pa.list_(pa.float64())), ("sampling_rate", pa.int64()), ("path", pa.string())]
+CHANNELS = pa.struct([("array", pa.list_(pa.list_(pa.float32()))), ("sampling_rate", pa.int32())])
+CELL = {"array": MONO.tolist(), "sampling_rate": 16000, "path": "a.wav"}
+ARRAYS = {
+    "struct": (pa.array([CELL], pa.struct(STRUCT)), {}, 16000, MONO),
+    "channels": (
+        pa.array([{"array": STEREO.tolist(), "sampling_rate": 44100}], CHANNELS),
+        {},
+        44100,
+        STEREO.T,
+    ),
+    "floats": (
+        pa.array([MONO.tolist()], pa.list_(pa.float32())),
+        {"sampling_rate": [8000]},
+        8000,
+        MONO,
+    ),
+    "halves": (
+        pa.array([MONO.astype(np.float16)], pa.list_(pa.float16())),
+        {"sr": [8000]},
+        8000,
+        MONO.astype(np.float16),
+    ),
+    "int16": (
+        pa.array([(MONO * 32768).astype(np.int16)], pa.large_list(pa.int16())),
+        {"sample_rate": [22050.0]},
+        22050,
+        (MONO * 32768).astype(np.int16) / 32768,
+    ),
+    "fixed": (
+        pa.array([MONO.tolist()], pa.list_(pa.float32(), 800)),
+        {"rate": [48000]},
+        48000,
+        MONO,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_samples_in_a_table_are_audio(tmp_path: Path, name: str) -> None:
+    column, others, rate, wanted = ARRAYS[name]
+    data = pa.table({"audio": column, "text": ["one"], **others})
+    uri = write(tmp_path / "a.parquet", data)
+    assert source_type(uri) == "parquet"
+    (item,) = sorted_items(ParquetSource(uri))
+    assert item.key == "a/00000000"
+    path = {"path": "a.wav"} if name == "struct" else {}
+    assert json.loads(item.metadata) == {"text": "one", **path} | {
+        name: values[0] for name, values in others.items()
+    }
+    ((found_rate, samples),) = loaded([item])
+    assert found_rate == rate
+    assert np.array_equal(samples, np.asarray(wanted, np.float32).reshape(len(samples), -1))
+    # A record's address alone leads there, too.
+    assert np.array_equal(loaded([item_at(address_of(item))])[0][1], samples)
+
+
+REFUSED = {
+    "no column gives their sample rate": {"audio": [[0.5]]},
+    "holds lists of int64": {"audio": [[1, 2]], "sampling_rate": [8000]},
+    "has no column of audio": {"embedding": [[0.5]], "sampling_rate": [8000]},
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_lists_that_are_no_audio_are_refused_in_one_sentence(
+    tmp_path: Path, text: str, one_sentence: Callable[[BaseException], str]
+) -> None:
+    uri = write(tmp_path / "a.parquet", pa.table(REFUSED[text]))
+    with pytest.raises(SourceError) as caught:
+        sorted_items(ParquetSource(uri))
+    assert text in one_sentence(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_list_is_no_path_of_a_manifest(
+    tmp_path: Path, one_sentence: Callable[[BaseException], str]
+) -> None:
+    uri = write(tmp_path / "a.parquet", pa.table({"file": [[0.5] * 9999]}))
+    with pytest.raises(SourceError) as caught:
+        sorted_items(ManifestSource(uri))
+    assert "column file holds a list in row 1, and no path" in one_sentence(caught.value)
+
+
+def test_cells_that_are_no_audio_fail_alone(tmp_path: Path) -> None:
+    cells = [MONO.tolist(), [], None, [0.5, None], MONO.tolist(), MONO.tolist()]
+    rates = [8000, 8000, 8000, 8000, 0, 8000]
+    data = pa.table({"audio": pa.array(cells, pa.list_(pa.float32())), "sampling_rate": rates})
+    items = sorted_items(ParquetSource(write(tmp_path / "a.parquet", data)))
+    reasons = []
+    with UnitReader(items) as reader:
+        for item in items:
+            try:
+                reader.open(item).close()
+                reasons.append("")
+            except ItemError as error:
+                reasons.append(str(error))
+    assert reasons == [
+        "",
+        "it holds no samples",
+        "the cell holds no audio",
+        "some of its samples are missing",
+        "its sample rate is 0",
+        "",
+    ]
+
+
+def test_audio_rows_with_a_path_alone_stand_for_that_file(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b c"):
+        sf.write(tmp_path / f"in/{name}.wav", MONO, 8000, subtype="FLOAT")
+    paths = [f"{tmp_path}/in/a.wav", "in/b c.wav", f"file://{tmp_path}/in/b%20c.wav"]
+    audio = pa.array([{"bytes": None, "path": path} for path in paths], AUDIO)
+    uri = write(tmp_path / "t.parquet", pa.table({"audio": audio, "n": [1, 2, 3]}))
+    items = sorted_items(ParquetSource(uri))
+    assert [item.key for item in items] == [f"t/0000000{n}" for n in range(3)]
+    assert [item.uri for item in items] == [f"{tmp_path}/in/{n}.wav" for n in ("a", "b c", "b c")]
+    for rate, samples in loaded(items):
+        assert rate == 8000
+        assert np.array_equal(samples[:, 0], MONO)

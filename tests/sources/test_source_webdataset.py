@@ -73,7 +73,7 @@ def test_metadata_that_is_none_fails_its_item_by_name(tmp_path: Path) -> None:
         ("b.json", b'{"text": "one"}'),
         ("b.txt", b"two"),
         ("b.wav", b"2"),
-        ("c.txt", b"\xff"),
+        ("c.txt", b"\x00\xff"),
         ("c.wav", b"3"),
         ("d.json", b'"half a \\ud800"'),
         ("d.wav", b"4"),
@@ -88,7 +88,7 @@ def test_metadata_that_is_none_fails_its_item_by_name(tmp_path: Path) -> None:
         reasons[key] = str(caught.value)
     assert reasons["x/a"].startswith("sidecar a.json is no valid JSON")
     assert reasons["x/b"] == "sidecars the source and b.txt both give text: remove one"
-    assert reasons["x/c"] == "sidecar c.txt is no UTF-8 text"
+    assert reasons["x/c"] == "sidecar c.txt is not a text file: remove it, or save it as UTF-8"
     assert reasons["x/d"].startswith("sidecar d.json holds half a surrogate pair")
     assert reasons["x/e"].startswith("sidecar e.json is no valid JSON")
 
@@ -229,3 +229,47 @@ def test_braces_globs_and_folders(tmp_path: Path, one_sentence: Callable[..., st
     with pytest.raises(SourceError) as caught:
         found("d0/s-{000..001}.tar")
     assert "s-001.tar does not exist" in one_sentence(caught.value)
+
+
+@pytest.mark.parametrize("zeros", [0, 512, 20_480])
+def test_tars_behind_each_other_are_all_read(tmp_path: Path, zeros: int) -> None:
+    """As `cat a.tar b.tar c.tar` makes them, whatever the padding of each."""
+    tars = [
+        tar_of([(f"{name}.txt", name.encode()), (f"{name}.wav", name.encode() * 3)])
+        for name in "abc"
+    ]
+    found = source(tmp_path / "x.tar", (bytes(zeros)).join(tars))
+    items = by_key(found)
+    assert {key: read(item) for key, item in items.items()} == {
+        "x/a": b"aaa",
+        "x/b": b"bbb",
+        "x/c": b"ccc",
+    }
+    assert [json.loads(item.metadata) for item in items.values()] == [{"text": n} for n in "abc"]
+    assert found.ignored == {}
+
+
+def test_other_bytes_behind_a_tar_are_counted(tmp_path: Path) -> None:
+    found = source(tmp_path / "x.tar", tar_of([("a.wav", b"1")]) + b"signature" * 100)
+    assert list(by_key(found)) == ["x/a"]
+    assert found.ignored == {"tars with other bytes behind their end": 1}
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_a_member_name_that_comes_twice_is_refused(
+    tmp_path: Path, behind: bool, one_sentence: Callable[[BaseException], str]
+) -> None:
+    members = [("one/a.wav", b"1"), ("one/b.wav", b"2"), ("one/a.wav", b"3")]
+    data = tar_of(members[:2]) + tar_of(members[2:]) if behind else tar_of(members)
+    with pytest.raises(SourceError) as caught:
+        by_key(source(tmp_path / "x.tar", data))
+    text = one_sentence(caught.value)
+    assert "more than one audio member named 'one/a'" in text
+    assert "column" not in text
+
+
+def test_apple_double_members_are_counted(tmp_path: Path) -> None:
+    members = [("._a.wav", b"x"), ("a.wav", b"1"), ("__MACOSX/d/b.wav", b"x"), ("d/b.wav", b"2")]
+    found = source(tmp_path / "x.tar", tar_of(members))
+    assert list(by_key(found)) == ["x/a", "x/d/b"]
+    assert found.ignored == {"files of macOS (._*, __MACOSX)": 2}

@@ -11,6 +11,7 @@ import stat
 from functools import cached_property
 from pathlib import Path
 from typing import IO
+from urllib.parse import unquote
 
 import xxhash
 
@@ -82,10 +83,17 @@ def open_media(uri: str, size: int | None = None) -> MediaFile:
         ConfigError: The package for this kind of URL is not installed.
     """
     if uri.startswith("file://"):
-        return _open_local(Path(uri.removeprefix("file://")))
+        return _open_local(Path(path_of_file_url(uri)))
     if not is_remote(uri):
         return _open_local(Path(uri))
     return MediaFile(fetch(uri, size))
+
+
+def path_of_file_url(url: str) -> str:
+    """The path that a `file://` URL names, `%20` and the like decoded (RFC 8089)."""
+    path = url.removeprefix("file://")
+    host, _, rest = path.partition("/")
+    return unquote(f"/{rest}" if host == "localhost" else path)
 
 
 def is_remote(uri: str) -> bool:

@@ -17,9 +17,13 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentmill.errors import ItemError
+from latentmill.errors import ItemError, SourceError
 from latentmill.remote import open_filesystem, retrying
+from latentmill.sources.arrays import AudioColumn, audio_column
 from latentmill.sources.base import Item, TableCell
+
+Cell = tuple[int, bytes | ItemError | None]
+"""A row's number, and its audio: None if there is none, or why it cannot be read."""
 
 OPEN_PASSES = 4
 """Row groups that are being read at the same time."""
@@ -90,9 +94,9 @@ class _Pass:
         self._wanted = wanted
         self._lock = threading.Lock()
         self._stack = contextlib.ExitStack()
-        self._cells: Iterator[tuple[int, bytes | None]] | None = None
+        self._cells: Iterator[Cell] | None = None
         self._rows = 0
-        self._waiting: dict[int, bytes | tuple[int, int] | None] = {}
+        self._waiting: dict[int, bytes | ItemError | tuple[int, int] | None] = {}
         self._in_memory = 0
         self._spool: IO[bytes] | None = None
         self._closed = False
@@ -105,7 +109,9 @@ class _Pass:
             data = self._take(row) if row in self._waiting else self._advance(row)
             self._wanted.discard(row)
         if data is None:
-            raise ItemError("the cell holds no audio bytes")
+            raise ItemError("the cell holds no audio")
+        if isinstance(data, ItemError):
+            raise data
         return data
 
     def close(self) -> None:
@@ -113,7 +119,7 @@ class _Pass:
             self._closed = True
             self._stack.close()
 
-    def _advance(self, row: int) -> bytes | None:
+    def _advance(self, row: int) -> bytes | ItemError | None:
         """Read on until the row comes; what others want on the way waits for them."""
         fresh = self._cells is None
         if self._cells is None:
@@ -130,37 +136,41 @@ class _Pass:
             raise ItemError(f"row group {self._row_group} ends before row {row}")
         return self._advance(row)
 
-    def _begin(self) -> Iterator[tuple[int, bytes | None]]:
+    def _begin(self) -> Iterator[Cell]:
         file = self._stack.enter_context(open_table(self._uri))
         if self._row_group >= file.metadata.num_row_groups:
             raise ItemError(f"the file has no row group {self._row_group}")
-        types = {field.name: field.type for field in file.schema_arrow}
-        if self._column not in types:
-            raise ItemError(f"the file has no column {self._column}")
+        try:
+            column = audio_column(file.schema_arrow, self._column, "its file")
+        except SourceError as error:
+            raise ItemError(str(error).rstrip(".")) from error
         self._rows = file.metadata.row_group(self._row_group).num_rows
-        nested = pa.types.is_struct(types[self._column])
         batches = file.iter_batches(
             _ROWS,
             row_groups=[self._row_group],
-            columns=[f"{self._column}.bytes" if nested else self._column],
+            columns=column.columns,
             use_threads=False,
         )
-        return self._wanted_cells(batches, nested=nested)
+        return self._wanted_cells(batches, column)
 
-    def _wanted_cells(
-        self, batches: Iterator[Any], *, nested: bool
-    ) -> Iterator[tuple[int, bytes | None]]:
+    def _wanted_cells(self, batches: Iterator[Any], column: AudioColumn) -> Iterator[Cell]:
         number = 0
         for batch in batches:
-            values = batch.column(0).field("bytes") if nested else batch.column(0)
-            for value in values:
-                yield number, (value.as_py() if number in self._wanted else None)
+            for row in range(len(batch)):
+                data: bytes | ItemError | None = None
+                if number in self._wanted:
+                    try:
+                        data = column.read(batch, row)
+                    except ItemError as error:  # of this cell alone
+                        data = error
+                yield number, data
                 number += 1
 
-    def _keep(self, row: int, data: bytes | None) -> None:
-        if data is None or self._in_memory + len(data) <= WAITING_LIMIT:
+    def _keep(self, row: int, data: bytes | ItemError | None) -> None:
+        size = len(data) if isinstance(data, bytes) else 0
+        if not isinstance(data, bytes) or self._in_memory + size <= WAITING_LIMIT:
             self._waiting[row] = data
-            self._in_memory += len(data or b"")
+            self._in_memory += size
             return
         if self._spool is None:
             self._spool = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
@@ -168,10 +178,10 @@ class _Pass:
         self._waiting[row] = (self._spool.tell(), len(data))
         self._spool.write(data)
 
-    def _take(self, row: int) -> bytes | None:
+    def _take(self, row: int) -> bytes | ItemError | None:
         found = self._waiting.pop(row)
         if not isinstance(found, tuple):
-            self._in_memory -= len(found or b"")
+            self._in_memory -= len(found) if isinstance(found, bytes) else 0
             return found
         assert self._spool is not None
         self._spool.seek(found[0])

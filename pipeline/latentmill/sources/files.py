@@ -16,6 +16,7 @@ from typing import Any
 import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
+from latentmill.audio.media import path_of_file_url
 from latentmill.errors import SourceError
 from latentmill.redact import redact
 from latentmill.remote import (
@@ -69,6 +70,8 @@ class Place:
         if "::" in uri:
             raise SourceError(f"Source {redact(uri)} is a chained URL: name a plain one.")
         refuse_secrets("Source", uri, SourceError)
+        if uri.startswith("file://"):
+            uri = path_of_file_url(uri)
         try:
             self.fs, path = open_filesystem(uri)
         except (ValueError, ImportError, OSError) as error:  # some, such as ftp, connect at once

@@ -14,7 +14,12 @@ from latentmill.remote import protocol_of
 from latentmill.sources.base import Item
 from latentmill.sources.files import Place
 from latentmill.sources.listing import Entries, Entry, folders
-from latentmill.sources.names import dotted, without_extensions
+from latentmill.sources.names import (
+    APPLE_DOUBLE,
+    dotted,
+    is_apple_double,
+    without_extensions,
+)
 
 SIDECARS = (".json", ".txt")
 _OTHERS = {".parquet": "parquet", ".tar": "webdataset"}  # sources of another type, by extension
@@ -73,7 +78,9 @@ class FolderSource:
         sidecars: dict[str, list[str]] = defaultdict(list)
         for path in sorted(files):
             stem, extension = posixpath.splitext(path)
-            if extension.lower() in self._extensions:
+            if is_apple_double(self._relative(path)):
+                self.ignored[APPLE_DOUBLE] += 1
+            elif extension.lower() in self._extensions:
                 audio.append(path)
             elif extension.lower() in SIDECARS:
                 sidecars[stem].append(path)

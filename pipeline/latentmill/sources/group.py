@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from latentmill.errors import ConfigError, ItemError
@@ -40,12 +41,21 @@ class GroupedSource:
     def items(self) -> Iterator[Item]:
         """Stream the source's items; see `Source.items`."""
         if isinstance(self._rule, re.Pattern):
-            for item in self._source.items():
-                match = self._rule.search(item.key)
-                yield item if match is None else _told(item, match.groupdict().get)
-            return
-        fields = dict(zip(("group", "role"), self._rule, strict=False))
-        yield from _ahead(lambda item: _by_metadata(item, fields), self._source.items())
+            items: Iterator[Item] = map(partial(_by_key, self._rule), self._source.items())
+        else:
+            fields = dict(zip(("group", "role"), self._rule, strict=False))
+            items = _ahead(lambda item: _by_metadata(item, fields), self._source.items())
+        example, grouped = None, False
+        for item in items:
+            example = example or item.key
+            grouped = grouped or item.group is not None or item.role is not None
+            yield item
+        if example is not None and not grouped:
+            what = "field" if isinstance(self._rule, list) else "expression"
+            raise ConfigError(
+                f"Setting group_by: the {what} matches none of the items, so that there are no "
+                f"groups: correct it, or leave it out (a key is, for instance, {example!r})."
+            )
 
 
 def check_rule(rule: str) -> re.Pattern[str] | list[str]:
@@ -71,11 +81,21 @@ def _compiled(rule: str) -> re.Pattern[str]:
         raise ConfigError(
             f"Setting group_by: {rule!r} is no regular expression: {error}."
         ) from error
+    if unknown := sorted(set(pattern.groupindex) - {"group", "role"}):
+        raise ConfigError(
+            f"Setting group_by: {rule!r} names {', '.join(unknown)}, and the groups that have a "
+            "meaning are (?P<group>...) and (?P<role>...)."
+        )
     if "group" not in pattern.groupindex:
         raise ConfigError(
             f"Setting group_by: {rule!r} must hold (?P<group>...), or be metadata:FIELD."
         )
     return pattern
+
+
+def _by_key(pattern: re.Pattern[str], item: Item) -> Item:
+    match = pattern.search(item.key)
+    return item if match is None else _told(item, match.groupdict().get)
 
 
 def _by_metadata(item: Item, fields: Mapping[str, str]) -> Item:

@@ -19,6 +19,7 @@ from typing import Any
 import fsspec
 from fsspec.utils import infer_compression
 
+from latentmill.audio.media import path_of_file_url
 from latentmill.errors import SourceError
 from latentmill.remote import cause_of, refuse_secrets, storage_errors
 from latentmill.sources import lhotse
@@ -45,7 +46,12 @@ ENDS = ("end", "stop", "end_time", "end_seconds")
 _BROKEN: tuple[type[Exception], ...] = (EOFError, zlib.error, lzma.LZMAError)
 """What a compressed file that is cut or damaged raises, next to OSError."""
 
-_Builder = Callable[[dict[str, Any], int], Item | None]
+_Row = tuple[str, dict[str, Any]]
+"""Where a row is, such as `line 7`, and its cells."""
+
+_Builder = Callable[[dict[str, Any], str], Item | None]
+
+_KINDS = {list: "a list", dict: "an object", bool: "true or false"}
 
 _ROWS = 4096  # read at a time
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,15})(\.[0-9]+)?([eE][-+]?[0-9]{1,2})?")
@@ -99,11 +105,11 @@ class ManifestSource:
         read = {"csv": self._csv, "tsv": self._csv, "jsonl": self._jsonl, "parquet": self._parquet}
         rows = read[manifest_format(self.uri) or "jsonl"]()
         builders: dict[tuple[str, ...], _Builder] = {}
-        for number, row in enumerate(rows, 1):
+        for place, row in rows:
             names = tuple(row)  # rows of JSON need not have the same fields
             if names not in builders:
-                builders[names] = self._builder(row, required=number == 1)
-            item = builders[names](row, number)
+                builders[names] = self._builder(row, required=not builders)
+            item = builders[names](row, place)
             if item is not None:
                 yield item
 
@@ -140,19 +146,24 @@ class ManifestSource:
         consumed = {path, start, duration} - {None}
         texts = manifest_format(self.uri) in ("csv", "tsv")
 
-        def build(row: dict[str, Any], number: int) -> Item | None:
+        def build(row: dict[str, Any], place: str) -> Item | None:
             value = row[path]
             if isinstance(value, dict):  # a Hugging Face audio column without bytes
                 value = value.get("path")
             if value is None or value == "":
-                return self._count_without_path(row, number)
-            begin = self._seconds(row, start, number)
-            length = self._seconds(row, duration, number)
+                return self._count_without_path(row, place)
+            if isinstance(value, list | dict | bool):
+                raise SourceError(
+                    f"{where}: column {path} holds {_KINDS[type(value)]} in {place}, and no path: "
+                    "name the column of paths with --path-column."
+                )
+            begin = self._seconds(row, start, place)
+            length = self._seconds(row, duration, place)
             segment = None if begin is None else Segment(begin, length)
-            uri, name = self._locate(str(value), number)
+            uri, name = self._locate(str(value), place)
             rest = {n: v for n, v in row.items() if n not in consumed}
             return Item(
-                key=self._key(row, key if key != path else None, name, segment, number),
+                key=self._key(row, key if key != path else None, name, segment, place),
                 uri=uri,
                 size=0,
                 version="",
@@ -163,19 +174,19 @@ class ManifestSource:
 
         return build
 
-    def _count_without_path(self, row: dict[str, Any], number: int) -> Item | None:
+    def _count_without_path(self, row: dict[str, Any], place: str) -> Item | None:
         self.ignored["rows without a path"] += 1
         return None
 
-    def _item_of_cut(self, row: dict[str, Any], number: int) -> Item | None:
+    def _item_of_cut(self, row: dict[str, Any], place: str) -> Item | None:
         try:
             cut = lhotse.read_cut(row)
         except lhotse.Unusable as error:
             self.ignored[str(error)] += 1
             return None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise SourceError(f"Manifest {self.uri} has no proper cut in row {number}.") from error
-        uri, _ = self._locate(cut.path, number)
+            raise SourceError(f"Manifest {self.uri} has no proper cut in {place}.") from error
+        uri, _ = self._locate(cut.path, place)
         return Item(
             key=as_key(cut.id),
             uri=uri,
@@ -192,26 +203,24 @@ class ManifestSource:
         column: str | None,
         name: str,
         segment: Segment | None,
-        number: int,
+        place: str,
     ) -> str:
         if column is None:
             return name if segment is None else f"{name}#{segment_text(segment, '-')}"
         value = row.get(column)
         if value is None or value == "":
-            raise SourceError(f"Manifest {self.uri} has no {column} in row {number}.")
+            raise SourceError(f"Manifest {self.uri} has no {column} in {place}.")
         return as_key(str(value))
 
-    def _locate(self, path: str, number: int) -> tuple[str, str]:
+    def _locate(self, path: str, place: str) -> tuple[str, str]:
         """A recording's URI, and its name: relative to the manifest, without its extension."""
         chain = "://" in path and "::" in path
         if chain or "\0" in path or not is_text(path):
-            raise SourceError(
-                f"Manifest {self.uri} has no plain path or URL in row {number}: {path!r}."
-            )
+            raise SourceError(f"Manifest {self.uri} has no plain path or URL in {place}: {path!r}.")
         if path.startswith("//") or any(mark in path for mark in "?@;#"):
-            refuse_secrets(f"Row {number} of manifest {self.uri}: URL", path, SourceError)
+            refuse_secrets(f"Manifest {self.uri}, {place}: URL", path, SourceError)
         if path.startswith("file://"):
-            path = path.removeprefix("file://")
+            path = path_of_file_url(path)
         if "://" in path:
             uri = path
         elif path.startswith("/") or (self._place.local and path.startswith("~")):
@@ -230,7 +239,7 @@ class ManifestSource:
         protocol, mark, folder = self._folder.rpartition("://")
         return protocol + mark + posixpath.normpath(f"{folder}/{path}")
 
-    def _seconds(self, row: dict[str, Any], column: str | None, number: int) -> float | None:
+    def _seconds(self, row: dict[str, Any], column: str | None, place: str) -> float | None:
         value = None if column is None else row.get(column)
         if value is None or value == "":
             return None
@@ -240,7 +249,7 @@ class ManifestSource:
             seconds = math.nan
         if not 0 <= seconds < 1e9:
             raise SourceError(
-                f"Manifest {self.uri} has no seconds in row {number}: {column} is {value!r}."
+                f"Manifest {self.uri} has no seconds in {place}: {column} is {value!r}."
             )
         return round(seconds, 6)
 
@@ -254,7 +263,7 @@ class ManifestSource:
             newline="",
         )
 
-    def _csv(self) -> Iterator[dict[str, Any]]:
+    def _csv(self) -> Iterator[_Row]:
         """The cells as they are written: a key or a path may look like a number."""
         tabs = manifest_format(self.uri) == "tsv"
         # In a TSV a line is a row: quotes that nobody closes are common (Common Voice has them).
@@ -262,21 +271,27 @@ class ManifestSource:
         csv.field_size_limit(METADATA_LIMIT)  # by default no text may be longer than 128 KiB
         with self._text() as file:
             lines = BoundedLines(file, self.uri)
-            reader = csv.DictReader(lines, restkey=None, strict=True, **style)
+            reader = csv.reader(lines, strict=True, **style)
+            names: list[str] | None = None
+            line = 1  # where the row begins; quoted cells may span lines
             try:
-                if tabs:
-                    reader.fieldnames = list(map(_unquoted, reader.fieldnames or ()))
-                for row in reader:
+                for cells in reader:
                     lines.next_row()
-                    if None in row:
-                        raise csv.Error("more fields than the header names")
-                    yield {name: _unquoted(cell) for name, cell in row.items()} if tabs else row
+                    row = list(map(_unquoted, cells)) if tabs else cells
+                    if names is None and row:
+                        names = row
+                    elif names is not None and row:
+                        if len(row) > len(names):
+                            raise csv.Error(f"{len(row)} fields, and the header names {len(names)}")
+                        missing = [None] * (len(names) - len(row))
+                        yield f"line {line}", dict(zip(names, [*row, *missing], strict=True))
+                    line = reader.line_num + 1
             except csv.Error as error:
                 raise SourceError(
-                    f"Manifest {self.uri} is no proper CSV in line {reader.line_num}: {error}."
+                    f"Manifest {self.uri} is not valid CSV in line {line}: {error}."
                 ) from error
 
-    def _jsonl(self) -> Iterator[dict[str, Any]]:
+    def _jsonl(self) -> Iterator[_Row]:
         with self._text() as file:
             lines = BoundedLines(file, self.uri)
             for number, line in enumerate(lines, 1):
@@ -295,13 +310,15 @@ class ManifestSource:
                         f"Manifest {self.uri} has no JSON object in line {number}: write one "
                         "object per line."
                     )
-                yield row
+                yield f"line {number}", row
 
-    def _parquet(self) -> Iterator[dict[str, Any]]:
+    def _parquet(self) -> Iterator[_Row]:
         with table_errors(self.uri), open_table(self.uri) as table:
             columns = plain_columns(table.schema_arrow)
+            number = 0
             for batch in table.iter_batches(_ROWS, columns=columns, use_threads=False):
-                yield from batch.to_pylist()
+                for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020
+                    yield f"row {number}", row
 
 
 def manifest_format(uri: str) -> str | None:
@@ -310,9 +327,9 @@ def manifest_format(uri: str) -> str | None:
     return FORMATS.get(posixpath.splitext(name)[1])
 
 
-def _unquoted(cell: str | None) -> str | None:
+def _unquoted(cell: str) -> str:
     """A cell of a TSV without the quotes around it."""
-    if cell is None or len(cell) < 2 or not cell[0] == cell[-1] == '"':
+    if len(cell) < 2 or not cell[0] == cell[-1] == '"':
         return cell
     return cell[1:-1].replace('""', '"')
 

@@ -21,6 +21,8 @@ MAX_NESTING = 500
 """Levels of lists and objects: Python reads and writes JSON by recursion, which ends at 1,000
 levels, less those of the calls around it."""
 
+_NOT_TEXT = re.compile(r"[\0-\x08\x0e-\x1a\x1c-\x1f]")
+
 # A member of a tar that could not be understood when the tar was listed.
 _MEMBER = re.compile(r"(?P<uri>.*)#bytes=(?P<first>\d+)-(?P<last>\d+)/[^/]*", re.DOTALL)
 
@@ -66,15 +68,15 @@ def parse_sidecar(name: str, data: bytes) -> dict[str, Any]:
     Raises:
         ItemError: It is not what its name says.
     """
+    if name.lower().endswith(".txt"):
+        return {"text": redact_text(_text(name, data).strip())}
+    if name.lower().endswith(".cls"):
+        label = _text(name, data).strip()
+        return {"cls": int(label) if re.fullmatch(r"-?[0-9]{1,18}", label) else label}
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ItemError(f"sidecar {name} is no UTF-8 text") from error
-    if name.lower().endswith(".txt"):
-        return {"text": redact_text(text.strip())}
-    if name.lower().endswith(".cls"):
-        label = text.strip()
-        return {"cls": int(label) if re.fullmatch(r"-?[0-9]{1,18}", label) else label}
+        raise ItemError(f"sidecar {name} is not UTF-8, which JSON must be: convert it") from error
     try:
         value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
         json.dumps(value, ensure_ascii=False).encode()  # as it will be stored
@@ -85,6 +87,21 @@ def parse_sidecar(name: str, data: bytes) -> dict[str, Any]:
     if "//" in text:
         value = redact_value(value)
     return value if isinstance(value, dict) else {"json": value}
+
+
+def _text(name: str, data: bytes) -> str:
+    """The text of a `.txt`: UTF-8, or UTF-16 with its mark, else Windows-1252, which has all that
+    Latin-1 has and the quotes and dashes of older editors.
+    """
+    marked = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    for encoding in ("utf-16",) if marked else ("utf-8-sig", "cp1252", "latin-1"):
+        try:
+            text = data.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        if not _NOT_TEXT.search(text):
+            return text
+    raise ItemError(f"sidecar {name} is not a text file: remove it, or save it as UTF-8")
 
 
 def _read(uri: str, name: str) -> bytes:

@@ -22,6 +22,19 @@ def without_extensions(paths: Sequence[str]) -> dict[str, str]:
         names.update({path: path for path in clashing})
 
 
+def is_apple_double(path: str) -> bool:
+    """Whether a file is one of those that macOS puts beside others: `._song.wav`, `__MACOSX/...`.
+
+    They hold attributes of the file that they are named after, and no audio.
+    """
+    folder, _, name = path.rpartition("/")
+    return name.startswith("._") or "__MACOSX" in folder.split("/")
+
+
+APPLE_DOUBLE = "files of macOS (._*, __MACOSX)"
+"""What they are called where they are counted."""
+
+
 def as_key(name: str) -> str:
     """A name from outside as a key: relative, without `..`, and text.
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from latentmill.audio.media import path_of_file_url
 from latentmill.errors import SourceError
-from latentmill.remote import cause_of, storage_errors
+from latentmill.remote import cause_of, refuse_secrets, storage_errors
+from latentmill.sources.arrays import audio_column, is_array, is_samples
 from latentmill.sources.base import Item, TableCell
 from latentmill.sources.cells import open_table
 from latentmill.sources.columns import as_json, is_audio, is_binary, plain_columns
@@ -25,10 +27,11 @@ _ROWS = 1024  # of metadata, read at a time
 class ParquetSource:
     """Every row of Parquet files: a file, a folder of them, a glob or a brace pattern.
 
-    The audio lies in a column of the kind `struct<bytes, path>`, or in one of plain bytes. A key is
-    the file's name without `.parquet`, a slash and the row's number in the file, which is stable as
+    The audio lies in a column of the kind `struct<bytes, path>`, in one of plain bytes, or as
+    samples (see `arrays`). Rows whose struct has a path alone stand for that file. A key is the
+    file's name without `.parquet`, a slash and the row's number in the file, which is stable as
     long as the file is (`train-00000-of-00004/00000017`); or the value of `key_column`. All other
-    columns but bytes are metadata, and the audio's `path` too.
+    columns but bytes and samples are metadata, and the audio's `path` too.
     """
 
     def __init__(
@@ -54,29 +57,34 @@ class ParquetSource:
 
     def _items_of(self, file: File, table: Any) -> Iterator[Item]:
         schema = table.schema_arrow
-        audio = audio_column(schema, self._audio_column, file.uri)
+        audio = _choose(schema, self._audio_column, file.uri)
+        column = audio_column(schema, audio, file.uri)
         columns = plain_columns(schema)
+        if column.kind in ("struct", "list"):
+            held = (audio, f"{audio}.array", f"{audio}.sampling_rate")
+            columns = [name for name in columns if name not in held]
         if self._key_column is not None and self._key_column not in columns:
             raise SourceError(f"{file.uri} has no column {self._key_column} to take keys from.")
         stem = posixpath.splitext(file.name)[0]
         number = 0
         for group in range(table.metadata.num_row_groups):
             about = table.metadata.row_group(group)
-            size = _mean_size(about, audio)
+            size, empty = _mean_size(about, audio)
             for row, metadata in enumerate(_rows(table, group, columns, about.num_rows)):
                 path = (metadata.pop(audio, None) or {}).get("path")
+                elsewhere = column.kind == "file" and empty and bool(path)
                 if path is not None:
                     metadata.setdefault("path", path)
                 name = f"{number:08d}" if self._key_column is None else None
                 yield Item(
                     key=f"{stem}/{name}" if name else self._key(metadata, file, number),
-                    uri=file.uri,
-                    size=size,
-                    version=file.version,
-                    place=TableCell(group, row, audio),
+                    uri=_beside(file.uri, str(path)) if elsewhere else file.uri,
+                    size=0 if elsewhere else size,
+                    version="" if elsewhere else file.version,
+                    place=None if elsewhere else TableCell(group, row, audio),
                     metadata=as_json(metadata),
                     extension=posixpath.splitext(str(path or ""))[1].lower().removeprefix(".")
-                    or None,
+                    or ("wav" if column.kind in ("struct", "list") else None),
                 )
                 number += 1
 
@@ -87,7 +95,18 @@ class ParquetSource:
         return as_key(str(value))
 
 
-def audio_column(schema: pa.Schema, asked: str | None, uri: str) -> str:
+def _beside(table: str, path: str) -> str:
+    """A path in a table as a URI: absolute, a URL, or relative to the table's folder."""
+    if path.startswith("file://"):
+        return path_of_file_url(path)
+    if "://" in path or path.startswith("/"):
+        refuse_secrets(f"Table {table}: URL", path, SourceError)
+        return path
+    protocol, mark, folder = posixpath.dirname(table).rpartition("://")
+    return protocol + mark + posixpath.normpath(f"{folder}/{path}")
+
+
+def _choose(schema: pa.Schema, asked: str | None, uri: str) -> str:
     """The column that holds the audio.
 
     Raises:
@@ -95,25 +114,27 @@ def audio_column(schema: pa.Schema, asked: str | None, uri: str) -> str:
     """
     kinds = {field.name: field.type for field in schema}
     if asked is not None:
-        if asked not in kinds or not (is_audio(kinds[asked]) or is_binary(kinds[asked])):
-            raise SourceError(f"{uri} has no column {asked} that holds audio bytes.")
         return asked
-    structs = [name for name, kind in kinds.items() if is_audio(kind)]
+    structs = [name for name, kind in kinds.items() if is_audio(kind) or is_array(kind)]
     plain = [name for name, kind in kinds.items() if is_binary(kind)]
-    for found in (structs, plain):
+    lists = [field.name for field in schema if is_samples(field)]
+    for found in (structs, plain, lists):
         if "audio" in found or len(found) == 1:
             return "audio" if "audio" in found else found[0]
         if found:
             raise SourceError(
-                f"{uri} has several columns of bytes, {', '.join(found)}: choose one with "
+                f"{uri} has several columns of audio, {', '.join(found)}: choose one with "
                 "--audio-column."
             )
-    raise SourceError(f"{uri} has no column of audio bytes: it has {', '.join(kinds)}.")
+    raise SourceError(f"{uri} has no column of audio: it has {', '.join(kinds)}.")
 
 
 def has_audio(schema: pa.Schema) -> bool:
     """Whether a table holds audio, and is no manifest."""
-    return any(is_audio(field.type) or is_binary(field.type) for field in schema)
+    return any(
+        is_audio(field.type) or is_binary(field.type) or is_array(field.type) or is_samples(field)
+        for field in schema
+    )
 
 
 @contextlib.contextmanager
@@ -135,10 +156,18 @@ def _rows(table: Any, group: int, columns: list[str], rows: int) -> Iterator[dic
         yield from batch.to_pylist()
 
 
-def _mean_size(group: Any, column: str) -> int:
-    """Bytes of a cell, on average: the row group's footer says no more."""
+def _mean_size(group: Any, column: str) -> tuple[int, bool]:
+    """Bytes of a cell, on average, and whether all cells are empty: the row group's footer says no
+    more.
+    """
     for index in range(group.num_columns):
         chunk = group.column(index)
-        if chunk.path_in_schema in (column, f"{column}.bytes") and group.num_rows:
-            return int(chunk.total_compressed_size // group.num_rows)
-    return 0
+        path = chunk.path_in_schema
+        if (
+            path in (column, f"{column}.bytes")
+            or path.startswith((f"{column}.array.", f"{column}.list."))
+        ) and (group.num_rows):
+            known = chunk.statistics is not None and chunk.statistics.has_null_count
+            empty = known and chunk.statistics.null_count == group.num_rows
+            return int(chunk.total_compressed_size // group.num_rows), bool(empty)
+    return 0, False

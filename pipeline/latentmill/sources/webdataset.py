@@ -23,7 +23,13 @@ from latentmill.remote import cause_of, retrying, storage_errors
 from latentmill.sources.base import ByteRange, Item
 from latentmill.sources.files import File, Place, find_files
 from latentmill.sources.metadata import METADATA_LIMIT, parse_sidecar
-from latentmill.sources.names import as_key, dotted, without_extensions
+from latentmill.sources.names import (
+    APPLE_DOUBLE,
+    as_key,
+    dotted,
+    is_apple_double,
+    without_extensions,
+)
 
 METADATA = (".json", ".txt", ".cls")
 TARS = (".tar",)
@@ -36,6 +42,7 @@ _SAMPLE = re.compile(r"(?P<key>(?:.*/)?[^/.]+)\.(?P<extension>[^/]*)", re.DOTALL
 LARGEST_HEADER = 1 << 20  # a long name; a header that claims more is no header
 LARGEST_TAR = 1 << 62  # bytes; a member that ends beyond is none
 READ_AHEAD = 128 << 10  # of a remote tar: what one request for a header brings along
+_ZEROS = 64 << 10  # read at a time, between tars
 SIDE_BY_SIDE = 8  # remote tars whose headers are read at the same time
 
 
@@ -119,6 +126,9 @@ class WebDatasetSource:
         key = None
         with self._open(tar) as file:
             for member in _members(file, tar, ignored):
+                if is_apple_double(member.name):
+                    ignored[APPLE_DOUBLE] += 1
+                    continue
                 match = _SAMPLE.fullmatch(member.name)
                 if match is None:
                     ignored["members without an extension"] += 1
@@ -127,7 +137,9 @@ class WebDatasetSource:
                     items += self._items_of(tar, sample, ignored)
                     sample, key = [], match["key"]
                 sample.append(member)
-        return [*items, *self._items_of(tar, sample, ignored)]
+        items += self._items_of(tar, sample, ignored)
+        _refuse_twins(tar, items)
+        return items
 
     def _open(self, tar: File) -> IO[bytes]:
         if self._place.local:
@@ -160,6 +172,16 @@ class WebDatasetSource:
         for other in others:
             if other.name not in used:
                 ignored[_extension(other.name)] += 1
+
+
+def _refuse_twins(tar: File, items: Sequence[Item]) -> None:
+    uses = Counter(item.key for item in items)
+    if twins := sorted(key for key, count in uses.items() if count > 1):
+        name = twins[0].removeprefix(f"{posixpath.splitext(tar.name)[0]}/")
+        raise SourceError(
+            f"Tar {tar.uri} holds more than one audio member named {name!r} ({len(twins)} such "
+            "names), and a key must name one item: unpack the tar, rename them, and pack it again."
+        )
 
 
 def _extension(name: str) -> str:
@@ -201,30 +223,56 @@ def _members(file: IO[bytes], tar: File, ignored: Counter[str]) -> Iterator[_Mem
     file.seek(0)
     if any(head.startswith(magic) for magic in COMPRESSED):
         raise SourceError(_compressed(tar.uri))
-    headers = _Headers(file)
-    with tarfile.open(fileobj=headers, mode="r:") as reader:
-        end = 0
-        while (info := reader.next()) is not None:
-            headers.next_member(reader)
-            if info.offset_data <= end and end:
-                raise tarfile.ReadError(f"its members overlap at byte {info.offset}")
-            end = info.offset_data
-            if not info.isreg() or info.issparse():
-                if not info.isdir():
-                    ignored[_kind(info)] += 1
-                continue
-            if info.offset_data + info.size > LARGEST_TAR:
-                raise tarfile.ReadError(f"a member of {info.size} bytes")
-            if info.offset_data + info.size > tar.size:  # reading it will fail, and say so
-                ignored["tars without an end mark"] += 1
-                yield _Member(info.name, info.offset_data, info.size)
-                return
-            text = None
-            if _extension(info.name) in METADATA and info.size <= METADATA_LIMIT:
-                file.seek(info.offset_data)
-                text = file.read(info.size)
-            yield _Member(info.name, info.offset_data, info.size, text)
-        _check_end(file, reader.offset, ignored)
+    offset = 0
+    while (found := _next_tar(file, offset, ignored)) is not None:
+        headers = _Headers(file)
+        with tarfile.open(fileobj=headers, mode="r:") as reader:
+            end = 0
+            while (info := reader.next()) is not None:
+                headers.next_member(reader)
+                if info.offset_data <= end and end:
+                    raise tarfile.ReadError(f"its members overlap at byte {info.offset}")
+                end = info.offset_data
+                if not info.isreg() or info.issparse():
+                    if not info.isdir():
+                        ignored[_kind(info)] += 1
+                    continue
+                if info.offset_data + info.size > LARGEST_TAR:
+                    raise tarfile.ReadError(f"a member of {info.size} bytes")
+                if info.offset_data + info.size > tar.size:  # reading it will fail, and say so
+                    ignored["tars without an end mark"] += 1
+                    yield _Member(info.name, info.offset_data, info.size)
+                    return
+                text = None
+                if _extension(info.name) in METADATA and info.size <= METADATA_LIMIT:
+                    file.seek(info.offset_data)
+                    text = file.read(info.size)
+                yield _Member(info.name, info.offset_data, info.size, text)
+            _check_end(file, reader.offset, ignored)
+            offset = max(reader.offset, found) + tarfile.BLOCKSIZE
+
+
+def _next_tar(file: IO[bytes], offset: int, ignored: Counter[str]) -> int | None:
+    """Go to the next tar in a file, as `cat a.tar b.tar` makes it; None if there is no other."""
+    file.seek(offset)
+    if offset == 0:
+        return 0
+    while piece := file.read(_ZEROS):
+        zeros = (len(piece) - len(piece.lstrip(b"\0"))) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        offset += zeros
+        if zeros < len(piece):
+            break
+    file.seek(offset)
+    header = file.read(tarfile.BLOCKSIZE)
+    if not header:
+        return None
+    try:
+        tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        ignored["tars with other bytes behind their end"] += 1
+        return None
+    file.seek(offset)
+    return offset
 
 
 def _kind(info: tarfile.TarInfo) -> str:

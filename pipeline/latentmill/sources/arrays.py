@@ -1,0 +1,178 @@
+"""How a column of a table holds audio: as an encoded file's bytes, or as the samples themselves.
+
+Samples are lists of numbers beside a column with their rate, or structs of both, as `datasets`
+makes them of decoded audio (`array`, `sampling_rate`). They become a WAV file of 32-bit floats.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from latentmill.errors import ItemError, SourceError
+from latentmill.sources.columns import is_audio, is_binary
+
+Floats = NDArray[np.float32]
+
+LISTS = ("audio", "waveform", "samples")
+"""Names of columns of lists that are taken for audio without being asked for."""
+
+RATES = ("sampling_rate", "sample_rate", "samplerate", "sr", "rate")
+_MOST_CHANNELS = 64
+
+
+@dataclass(frozen=True)
+class AudioColumn:
+    """A column of audio.
+
+    Attributes:
+        name: The column.
+        kind: `bytes`; `file`, a struct of bytes and path; `struct`, of array and sampling_rate; or
+            `list`, of samples.
+        rate: Of a list, the column that holds the sample rate.
+    """
+
+    name: str
+    kind: Literal["bytes", "file", "struct", "list"]
+    rate: str = ""
+
+    @property
+    def columns(self) -> list[str]:
+        """What is read of the table for a cell."""
+        return {
+            "bytes": [self.name],
+            "file": [f"{self.name}.bytes"],
+            "struct": [f"{self.name}.array", f"{self.name}.sampling_rate"],
+            "list": [self.name, self.rate],
+        }[self.kind]
+
+    def read(self, batch: pa.RecordBatch, row: int) -> bytes | None:
+        """The cell as the bytes of an audio file; None if it is empty.
+
+        Raises:
+            ItemError: It holds samples of a shape or rate that no audio has.
+        """
+        column = batch.column(self.name)
+        if self.kind in ("bytes", "file"):
+            data: bytes | None = (column.field("bytes") if self.kind == "file" else column)[
+                row
+            ].as_py()
+            return data
+        rate = column.field("sampling_rate") if self.kind == "struct" else batch.column(self.rate)
+        samples = (column.field("array") if self.kind == "struct" else column)[row]
+        if not samples.is_valid:
+            return None
+        return _wav(_matrix(samples.values), rate[row].as_py())
+
+
+def audio_column(schema: pa.Schema, name: str, uri: str) -> AudioColumn:
+    """How the column `name` holds audio.
+
+    Raises:
+        SourceError: It holds none, or the rate of its samples is not there.
+    """
+    index = schema.get_field_index(name)
+    kind = schema.field(index).type if index >= 0 else None
+    if kind is None:
+        raise SourceError(f"{uri} has no column {name}: it has {', '.join(schema.names)}.")
+    if is_audio(kind):
+        return AudioColumn(name, "file")
+    if is_binary(kind):
+        return AudioColumn(name, "bytes")
+    samples = kind.field("array").type if is_array(kind) else kind
+    if not _is_list(samples):
+        raise SourceError(f"{uri} has no column {name} that holds audio bytes or samples.")
+    if not _is_sample(_number(samples)):
+        raise SourceError(
+            f"{uri}: column {name} holds lists of {_number(samples)}, and samples are floats or "
+            "integers of 16 or 32 bits: cast them."
+        )
+    if is_array(kind):
+        return AudioColumn(name, "struct")
+    rate = next((rate for rate in RATES if rate in schema.names), None)
+    if rate is None:
+        raise SourceError(
+            f"{uri}: column {name} holds lists of numbers ({kind}), and no column gives their "
+            "sample rate: add a column sampling_rate."
+        )
+    return AudioColumn(name, "list", rate)
+
+
+def is_array(kind: pa.DataType) -> bool:
+    """Whether a column is a struct of `array` and `sampling_rate`, as decoded audio."""
+    if not pa.types.is_struct(kind):
+        return False
+    names = {kind.field(index).name for index in range(kind.num_fields)}
+    return {"array", "sampling_rate"} <= names and _is_list(kind.field("array").type)
+
+
+def is_samples(field: pa.Field) -> bool:
+    """Whether a column is a list of numbers that is taken for audio by its name."""
+    return field.name.lower() in LISTS and _is_list(field.type) and _is_number(_number(field.type))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
+
+
+def _number(kind: pa.DataType) -> pa.DataType:
+    while _is_list(kind):
+        kind = kind.value_type
+    return kind
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
+
+
+def _is_sample(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_int16(kind) or pa.types.is_int32(kind))
+
+
+def _matrix(values: pa.Array) -> Floats:
+    """Samples `[n, C]` from a list of them, or from a list of channels."""
+    if not _is_list(values.type):
+        return _floats(values).reshape(-1, 1)
+    if _is_list(values.type.value_type):
+        raise ItemError("its samples lie in lists of lists of lists")
+    channels = [_floats(one.values) for one in values if one.is_valid]
+    if not channels or len({len(one) for one in channels}) > 1 or len(channels) != len(values):
+        raise ItemError("its channels have different lengths")
+    matrix: Floats = np.stack(channels, axis=1)
+    if matrix.shape[1] > _MOST_CHANNELS >= matrix.shape[0]:  # a list of frames
+        matrix = matrix.T
+    if matrix.shape[1] > _MOST_CHANNELS:
+        raise ItemError(f"its samples are {matrix.shape[1]} lists: not from 1 to 64 channels")
+    return matrix
+
+
+def _floats(values: pa.Array) -> Floats:
+    if values.null_count:
+        raise ItemError("some of its samples are missing")
+    numbers = values.to_numpy(zero_copy_only=False)
+    if numbers.dtype.kind == "i":
+        numbers = numbers / 2.0 ** (8 * numbers.dtype.itemsize - 1)
+    return np.asarray(numbers, np.float32)
+
+
+def _wav(samples: Floats, rate: Any) -> bytes:
+    """A WAV file of 32-bit floats."""
+    if not isinstance(rate, int | float) or not 0 < rate < 2**32 or rate != int(rate):
+        raise ItemError(f"its sample rate is {rate!r}")
+    if not len(samples):
+        raise ItemError("it holds no samples")
+    data = np.ascontiguousarray(samples, "<f4").tobytes()
+    if len(data) >= 2**32 - 64:
+        raise ItemError("its samples are more than a WAV file holds (4 GiB)")
+    channels = samples.shape[1]
+    width = 4 * channels
+    fmt = struct.pack("<HHIIHH", 3, channels, int(rate), int(rate) * width, width, 32)
+    body = b"WAVEfmt " + struct.pack("<I", 16) + fmt + b"data" + struct.pack("<I", len(data)) + data
+    return b"RIFF" + struct.pack("<I", len(body)) + body
