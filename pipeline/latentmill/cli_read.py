@@ -195,7 +195,8 @@ def _check_key(store: LatentStore, key: str) -> None:
 
 def _safe(key: str) -> str:
     """A key as a relative path that stays below its folder."""
-    return "/".join(part for part in key.split("/") if part not in ("", ".", ".."))
+    parts = key.replace("\0", "").split("/")
+    return "/".join(part for part in parts if part not in ("", ".", ".."))
 
 
 def _check_target(path: Path, store: LatentStore, overwrite: bool) -> None:

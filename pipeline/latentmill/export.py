@@ -221,7 +221,7 @@ def file_name(key: str) -> str:
     Escaped is what a reader would stumble over: hidden names, a way out of the folder, `.npy`, and
     the names of the export's own files.
     """
-    name = key.replace("%", "%25").replace(".npy", "%2Enpy")
+    name = key.replace("%", "%25").replace("\0", "%00").replace(".npy", "%2Enpy")
     name = re.sub(r"(?<=/)/|^/|/$", "%2F", name)
     if f"{name}.json" in (CONFIG_PATH, DETAILS_PATH):
         return f"%{ord(name[0]):02X}{name[1:]}"

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import io
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -47,6 +48,21 @@ READ_AHEAD = 1 << 20  # bytes that a remote file which is open is read by, at le
 READ_ONLY = ("http", "https")
 
 
+# Names of the files that latentmill writes into a store.
+_NAME_IN_STORE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*")
+
+
+def file_in_store(name: str) -> str:
+    """The name of a file that a store gives, relative to the store, if it cannot lead out of it.
+
+    Raises:
+        ValueError: It is absolute, a URL, or has `..`, backslashes, NUL or the like in it.
+    """
+    if not _NAME_IN_STORE.fullmatch(name):
+        raise ValueError(f"{name!r} is not the name of a file in a store")
+    return name
+
+
 class Storage:
     """A folder on a local disk or in a bucket (any fsspec URL). Picklable, survives a fork."""
 
@@ -77,7 +93,16 @@ class Storage:
         return self._opened
 
     def full(self, path: str) -> str:
-        """The path as the file system knows it."""
+        """The path as the file system knows it.
+
+        Raises:
+            StorageError: It leads out of the folder. Names that a store gives are checked when they
+                are parsed (`file_in_store`); nothing gets here that was not.
+        """
+        if ".." in path and ".." in path.split("/"):
+            raise StorageError(
+                f"{path!r} leads out of {self.root}: it is not a file of this folder."
+            )
         return f"{self._path}/{path}"
 
     def exists(self, path: str) -> bool:

@@ -221,6 +221,8 @@ def _read_plan(document: dict[str, Any], storage: Storage) -> Plan:
         )
     num_items, num_units = document.pop("items"), document.pop("units")
     parts = tuple(Part(**part) for part in document.pop("parts"))
+    if not all(type(n) is int and n >= 0 for part in parts for n in (part.number, part.revision)):
+        raise ValueError("the parts have no numbers")  # which name files
     document["extensions"] = tuple(document["extensions"])
     sizes = storage.list(PLAN)
     units: list[Unit] = []
@@ -240,6 +242,8 @@ def _read_units(part: Part, storage: Storage) -> Iterator[Unit]:
         raise _foreign(storage, part.units_file)
     # Without threads: Arrow's may abort the process when they are young at its end.
     table = pq.read_table(pa.BufferReader(data), use_threads=False, pre_buffer=False)
+    if not table.schema.equals(UNITS_SCHEMA):
+        raise _foreign(storage, part.units_file)
     file = part.items_file
     return (Unit(**row, file=file) for row in table.to_pylist())
 

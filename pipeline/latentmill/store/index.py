@@ -15,6 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from latentmill.errors import StoreError
+from latentmill.storage import file_in_store
 from latentmill.store.schema import Commit
 
 INDEX_SCHEMA = pa.schema(
@@ -112,13 +114,23 @@ class Index:
 
         Raises:
             pa.ArrowInvalid: It is no Arrow file.
+            StoreError: It names a shard outside of the store.
         """
         buffer = pa.py_buffer(source) if isinstance(source, bytes) else source.read_buffer()
         if buffer.size < 8 or buffer.slice(0, 6).to_pybytes() != b"ARROW1":
             raise pa.ArrowInvalid("not an Arrow file")
         # The file's stream, without its footer: reading that hands over to a thread of Arrow's
         # and back, which costs milliseconds on a busy machine.
-        return cls(pa.ipc.open_stream(buffer.slice(8)).read_all())
+        index = cls(pa.ipc.open_stream(buffer.slice(8)).read_all())
+        try:
+            for path in index.shards:
+                file_in_store(path)
+        except ValueError as error:
+            raise StoreError(
+                f"The index names a shard outside of the store, {error}: do not use this store, or "
+                "restore the file from a copy."
+            ) from error
+        return index
 
     def of_shards(self, paths: Iterable[str]) -> Index:
         """The records that lie in these shards."""

@@ -6,13 +6,14 @@ import base64
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from latentmill.errors import StoreError
 from latentmill.record import Latent, Record, Status
+from latentmill.storage import file_in_store
 
 FORMAT_VERSION = 1
 
@@ -130,6 +131,9 @@ def _json(value: Mapping[str, Any]) -> str:
     return text
 
 
+NameInStore = Annotated[str, AfterValidator(file_in_store)]
+
+
 class _Document(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -161,9 +165,11 @@ class Commit(_Document):
     """What makes a unit's shard count: commits/UNIT.json, written last."""
 
     format_version: Literal[1] = 1
-    unit: str
+    unit: NameInStore
     fingerprint: str
-    shard: str | None = Field(None, description="Path of the shard; none if no item was encoded.")
+    shard: NameInStore | None = Field(
+        None, description="Path of the shard; none if no item was encoded."
+    )
     bytes: int = Field(description="Size of the shard.")
     hash: str | None = Field(None, description="xxh3-128 of the shard's bytes, hex.")
     rows: int = Field(description="Records in the shard.")
@@ -195,7 +201,7 @@ class Commit(_Document):
 class ShardEntry(_Document):
     """A shard of a sealed store."""
 
-    path: str
+    path: NameInStore
     rows: int
     bytes: int
     hash: str
@@ -246,7 +252,7 @@ class DatasetInfo(_Document):
     frames: int = Field(description="Latent frames of all records.")
     mean: list[float] = Field(description="Mean of every latent channel.")
     std: list[float] = Field(description="Standard deviation of every latent channel.")
-    origin: str = Field(description="File with the latent of one chunk of silence [D, Z].")
+    origin: NameInStore = Field(description="File with the latent of one chunk of silence [D, Z].")
     shards: list[ShardEntry]
     seams: SeamEntry | None = Field(None, description="What `latentmill seams` measured.")
     linearity: LinearityEntry | None = Field(
@@ -277,6 +283,11 @@ def parse_document(kind: type[_Kind], data: bytes, path: str, cure: str) -> _Kin
                 raise StoreError(
                     f"{path} is of format version {fault['input']}, this latentmill reads "
                     f"{FORMAT_VERSION}: use the version that wrote it."
+                ) from error
+            if fault["type"] == "value_error" and "not the name of a file" in fault["msg"]:
+                raise StoreError(
+                    f"{path} names a file outside of the store, {fault['input']!r}: do not use "
+                    "this store, or restore the file from a copy."
                 ) from error
         raise StoreError(f"{path} is damaged: {cure}.") from error
 
