@@ -111,7 +111,7 @@ class Bench:
     def __init__(self, model: str, corpus: Path) -> None:
         from latentmill.chunks import Chunking
         from latentmill.config import fingerprint_document, load_config
-        from latentmill.engine.launch import make_job
+        from latentmill.engine.job import make_job
         from latentmill.models import registry
         from latentmill.plan import Plan, read_items
         from latentmill.sources.folder import FolderSource

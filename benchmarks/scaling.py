@@ -104,7 +104,7 @@ def decoding(corpus: Path) -> dict[str, Any]:
 def prepared(songs: Path, out: Path, unit_seconds: float, **options: Any) -> tuple[Any, Any]:
     """A frozen plan and the job of its workers, as a run makes them."""
     from latentmill.config import load_config
-    from latentmill.engine.launch import make_job
+    from latentmill.engine.job import make_job
     from latentmill.engine.progress import QuietProgress
     from latentmill.planning import listed, planned, prepare
 

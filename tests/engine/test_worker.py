@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 
 from latentmill.chunks import Chunking
 from latentmill.config import fingerprint, fingerprint_document, load_config
-from latentmill.engine.launch import make_job
+from latentmill.engine.job import make_job
 from latentmill.engine.worker import Job, Stopped, Worker
 from latentmill.models import registry
 from latentmill.plan import Cutting, Plan, draft, freeze
@@ -121,3 +123,13 @@ def test_the_origin_is_the_latent_of_silence(tmp_path: Path) -> None:
     spec = job.model.spec
     assert origin.shape == (spec.latent_channels, spec.frames(job.chunking.samples))
     assert not np.any(origin)  # the MDCT is linear
+
+
+def test_a_worker_needs_no_ray() -> None:
+    """What a machine without Ray can import: planning, the job, the worker, the models."""
+    code = (
+        "import sys; sys.modules['ray'] = None; "
+        "import latentmill.engine.job, latentmill.engine.worker, latentmill.planning, "
+        "latentmill.models.registry"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from latentmill.chunks import Chunking
 from latentmill.config import load_config
 from latentmill.engine import worker
-from latentmill.engine.launch import make_job
+from latentmill.engine.job import make_job
 from latentmill.engine.worker import BATCH_PATH, settled_batch_size
 from latentmill.errors import ConfigError, ModelError, StoreError
 from latentmill.models import batch, mdct

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from latentmill.chunks import Chunking
-from latentmill.config import RunConfig, fingerprint
+from latentmill.config import RunConfig
 from latentmill.engine.actor import ActorShape
 from latentmill.engine.careful import HANG_SECONDS
 from latentmill.engine.cluster import Cluster, connect, describe, head_answers
+from latentmill.engine.job import DECODE_THREADS, make_job
 from latentmill.engine.lock import Hold
 from latentmill.engine.progress import Progress
 from latentmill.engine.scheduler import Scheduler
-from latentmill.engine.worker import Job
 from latentmill.errors import ConfigError, HeadGoneError
 from latentmill.models.base import ModelHandle
-from latentmill.models.batch import check_batch
 from latentmill.plan import Plan, Unit
-from latentmill.sources.filters import Filters
 from latentmill.storage import Storage
 from latentmill.store.schema import ORIGIN_PATH
 from latentmill.store.seal import write_origin
-from latentmill.unit_audio import EncodeSettings
 
 DEFAULT_CPU_THREADS = 4
-DECODE_THREADS, MOST_DECODE_THREADS = 2, 16
+MOST_DECODE_THREADS = 16
 HEAD_SECONDS = 40.0  # without an answer
 
 
@@ -72,53 +69,6 @@ def encode_units(
             stall_seconds=stall_seconds,
         )
         scheduler.run(todo, (lambda _: None) if has_origin else write)
-
-
-def make_job(
-    config: RunConfig,
-    handle: ModelHandle,
-    chunking: Chunking,
-    plan: Plan,
-    *,
-    device: str,
-    threads: int,
-) -> Job:
-    """What the workers of a run need to know.
-
-    Raises:
-        ConfigError: The batches are too large for the model.
-    """
-    if device == "cuda":  # one chunk is the least that is tried where batch_size is not set
-        check_batch(handle.spec, chunking.samples, config.batch_size or 1)
-    return Job(
-        model=handle,
-        chunking=chunking,
-        settings=EncodeSettings(
-            dtype=config.dtype,
-            precision=plan.fingerprint["numeric"]["precision"],
-            batch_size=config.batch_size
-            or handle.spec.batch_size["cuda" if device == "cuda" else "cpu"],
-            decode_threads=config.decode_threads or DECODE_THREADS,
-            decode_timeout=config.decode_timeout,
-            allow_truncated=config.allow_truncated,
-            allow_changed=config.retry_failed,  # a file that was mended is another file
-            filters=Filters(**{one.name: getattr(config, one.name) for one in fields(Filters)}),
-        ),
-        store=Storage(config.out).root,
-        format=config.format,
-        fingerprint=fingerprint(plan.fingerprint),
-        info={
-            "model": plan.fingerprint["model"],
-            "dtype": config.dtype,
-            "layout": "chunks" if chunking.stitch == "none" else "time-major",
-            "fingerprint": fingerprint(plan.fingerprint),
-        },
-        device=device,
-        threads=threads,
-        compile=config.compile,
-        decode_tasks=config.decode_tasks,
-        auto_batch=config.batch_size is None,
-    )
 
 
 def cluster_device(config: RunConfig) -> str:
