@@ -10,8 +10,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ def machine() -> str:
         names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = names[0].split(":", 1)[1].strip() if names else model
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    gpu = ""
+    gpu, ray = "", "no ray"
+    with suppress(PackageNotFoundError):
+        ray = f"ray {version('ray')}"
     import torch
 
     if torch.cuda.is_available():
@@ -36,7 +38,7 @@ def machine() -> str:
     return (
         f"{os.cpu_count()} cores of {model}, {memory:.0f} GiB of memory{gpu}, "
         f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"ray {version('ray')}; virtual machine on shared hardware"
+        f"{ray}; virtual machine on shared hardware"
     )
 
 

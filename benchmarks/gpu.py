@@ -1,40 +1,83 @@
-"""lin-cae on a GPU: the model alone, and end to end from FLAC files to committed shards.
+"""Models on a GPU: alone, and end to end from FLAC files to committed shards, in one command.
 
-    python benchmarks/gpu.py [--modes tf32 bf16] [--minutes 300] [--decode-threads 16]
+    python benchmarks/gpu.py [--budget 360] [--models same-s lin-cae] [--audio FOLDER] [--explore]
 
-`model` feeds batches that are in memory, as a worker does; `end_to_end` is a worker without Ray:
-it decodes FLAC, encodes, writes Parquet and commits, two units at a time, each of many files, as
-a large corpus has them. The model is loaded and its kernels chosen before the clocks start. The
-audio is real recordings, repeated; files beyond the first `DIFFERENT` are links to those.
+Weights are random ones of the real classes at their published sizes. The corpus is true stereo
+FLAC of mixed lengths, from recordings (--audio, or ../shared/audio) or synthesised (--audio
+synthesised); most of its names are hard links, so it fits into the page cache, and is read before
+the clocks start. Runs without Ray.
+
+`alone` feeds full batches from memory, in every numeric mode, with the deviation from float32.
+`loading` has the same cores load the corpus with no model. `end_to_end` is a worker: it loads,
+encodes, writes Parquet and commits, two units at a time. `cold` is the same on files that were
+dropped from the page cache. --explore times variants of lin-cae's and SAME's encoders.
+
+Each model has a process of its own, made ready beside the others and then measured alone. Parts
+share the budget; one that fails or runs out of its time is recorded, and the next one begins.
+gpu.json is written after every figure.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import queue
+import statistics
+import subprocess
+import sys
 import tempfile
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, SHARED_AUDIO, machine, median, random_linear_cae, write_result
-from models import count_work, feed, matrix_peak, pack, recording, seconds_of
+from common import RESULTS, SHARED_AUDIO, machine
+from gpu_corpus import SYNTHESISED, write_corpus
+from gpu_model import MODELS
 
-FLAC_SECONDS = 180.0
-DIFFERENT = 20
-UNITS = 4  # a round: a file of its own each would leave all but one decode thread idle
+# Without instructions for bf16 a CPU takes minutes for what float32 does in seconds.
+MODES = {"cpu": ["float32"], "cuda": ["float32", "tf32", "bf16", "fp16"]}
+PACKAGES = ("torch", "triton", "numpy", "transformers", "diffusers", "linear-cae", "soundfile")
+MODEL_SCRIPT = Path(__file__).with_name("gpu_model.py")
+PARTS = ("alone", "loading", "end_to_end", "cold")
+EXPLORED = ("lin-cae", "same-s")
+GPU_FIGURES = ("clocks.sm", "clocks.mem", "power.draw", "utilization.gpu", "memory.used")
+MAX_DECODE_THREADS = 16  # as the library takes at most by default
+COLD_BYTES = {"full": 6 << 30, "tiny": 1 << 20}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
-    parser.add_argument("--modes", nargs="+", help="default: tf32, bf16 and fp16; on a CPU float32")
-    parser.add_argument("--audio", type=Path, default=SHARED_AUDIO / "ogg")
-    parser.add_argument("--minutes", type=float, default=300, help="audio a round")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=PARTS,
+    )
+    parser.add_argument("--audio", help="folder of recordings, or 'synthesised'")
+    parser.add_argument("--budget", type=float, default=360, help="seconds of everything")
+    parser.add_argument("--seconds-alone", type=float, default=10, help="of each model, at most")
+    parser.add_argument("--seconds-end-to-end", type=float, default=60, help="each, at most")
+    parser.add_argument("--grace", type=float, default=30, help="seconds a part may take beyond")
+    parser.add_argument("--explore", action="store_true", help="variants of two encoders, too")
+    parser.add_argument("--seconds-explore", type=float, default=45, help="of each, at most")
+    parser.add_argument("--chunk-seconds", type=float, help="default: the models' own")
     parser.add_argument("--batch-size", type=int, help="chunks; default: found by trying")
-    parser.add_argument("--decode-threads", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--decode-threads", type=int)
+    parser.add_argument("--distinct", type=int, default=64, help="files with their own contents")
+    parser.add_argument("--shortest", type=float, default=3, help="seconds of the shortest file")
+    parser.add_argument("--longest", type=float, default=1200)
+    parser.add_argument("--hours", type=float, default=200, help="audio of all names together")
+    parser.add_argument("--folder", type=Path, help="where the corpus and the stores lie")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of gpu.json")
     arguments = parser.parse_args()
     import torch
@@ -43,118 +86,328 @@ def main() -> None:
     if on_gpu and not torch.cuda.is_available():
         print("There is no GPU here, so nothing was measured; --device cpu --size tiny tries it.")
         return
-    if not arguments.audio.is_dir():
-        parser.error(f"{arguments.audio} is missing: name a folder of audio with --audio")
-    modes = arguments.modes or (["tf32", "bf16", "fp16"] if on_gpu else ["float32"])
-    result: dict[str, Any] = {"script": "benchmarks/gpu.py", "device": arguments.device}
-    with random_linear_cae(arguments.size), tempfile.TemporaryDirectory() as folder:
-        print(machine(), flush=True)
-        corpus = write_flac(arguments.audio, Path(folder) / "flac", arguments.minutes * 60)
-        for mode in modes:
-            result[mode] = {
-                "model": model_alone(arguments, mode),
-                "end_to_end": end_to_end(arguments, mode, corpus, Path(folder) / mode),
+    if arguments.audio is None:
+        arguments.audio = str(SHARED_AUDIO) if SHARED_AUDIO.is_dir() else SYNTHESISED
+    if arguments.audio != SYNTHESISED and not Path(arguments.audio).is_dir():
+        parser.error(f"{arguments.audio} is not a folder: use --audio {SYNTHESISED}")
+    if arguments.decode_threads is None:
+        arguments.decode_threads = min(MAX_DECODE_THREADS, os.cpu_count() or 1)
+    Run(arguments, "cuda" if on_gpu else "cpu").run()
+
+
+@dataclass
+class Part:
+    """Something to measure.
+
+    Attributes:
+        model: Of which model.
+        name: Under which name its figures go.
+        ask: What its process is asked, without the seconds.
+        seconds: At most.
+        overhead: What it takes beside, roughly.
+    """
+
+    model: str
+    name: str
+    ask: dict[str, Any]
+    seconds: float
+    overhead: float = 3.0
+
+
+def parts_of(arguments: Any, kind: str) -> list[Part]:
+    """All parts, the most telling ones first, since a budget may end before the others."""
+    modes, threads = MODES[kind], arguments.decode_threads
+    default = "tf32" if kind == "cuda" else "float32"  # the library's own
+    end = {"part": "end_to_end", "threads": threads}
+    alone, whole = arguments.seconds_alone, arguments.seconds_end_to_end
+    first = [
+        Part(m, "alone", {"part": "alone", "modes": modes}, alone, 8.0) for m in arguments.models
+    ]
+    for model in arguments.models:
+        ask = {"part": "loading", "threads": threads}
+        first.append(Part(model, "loading", ask, min(4.0, whole)))
+    warm = {m: Part(m, f"end_to_end, {default}", {**end, "mode": default}, whole) for m in MODELS}
+    cold = {**end, "mode": default, "cold_bytes": COLD_BYTES[arguments.size]}
+    explored = [
+        Part(m, "explore", {"part": "explore", "modes": modes}, arguments.seconds_explore)
+        for m in EXPLORED
+        if arguments.explore
+    ]
+    rest = [
+        warm["same-s"],
+        warm["lin-cae"],
+        *[
+            Part("same-s", f"end_to_end, {mode}", {**end, "mode": mode}, whole / 2)
+            for mode in modes
+            if mode == "bf16"
+        ],
+        Part("same-s", f"cold, {default}", cold, whole / 4, 12.0),
+        *explored,
+        warm["mimi"],
+        warm["oobleck"],
+        warm["same-l"],
+    ]
+    wanted = [*arguments.parts, *(["explore"] if arguments.explore else [])]
+    return [
+        part
+        for part in [*first, *rest]
+        if part.model in arguments.models and part.name.partition(",")[0] in wanted
+    ]
+
+
+@dataclass
+class Run:
+    """One run: processes, budget, result."""
+
+    arguments: Any
+    kind: str
+    began: float = field(default_factory=time.perf_counter)
+    result: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Measure everything."""
+        arguments = self.arguments
+        self.result = {
+            "machine": machine(),
+            "script": "benchmarks/gpu.py",
+            "command": "python " + " ".join(["benchmarks/gpu.py", *self._options()]),
+            "device": arguments.device,
+            "weights": f"random, of the real classes, {arguments.size} size",
+            "versions": versions(),
+            "models": {name: {} for name in arguments.models},
+        }
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=arguments.folder)))
+            monitor = stack.enter_context(Monitor()) if self.kind == "cuda" else None
+            children = {
+                name: stack.enter_context(Child(self._settings(name, folder)))
+                for name in arguments.models
             }
-            print(mode, result[mode], flush=True)
-    result["weights"] = f"lin-cae with random weights, {arguments.size}"
-    write_result("gpu", result, arguments.results)
+            self._write_corpus(folder / "flac")
+            for name, child in children.items():
+                self._collect(child, name, "model", self._left() + arguments.grace)
+            self._note("prepared_seconds", round(time.perf_counter() - self.began, 1))
+            parts = parts_of(arguments, self.kind)
+            for number, part in enumerate(parts):
+                self._measure(part, children[part.model], parts[number:], monitor)
+        self._note("seconds", round(time.perf_counter() - self.began, 1))
+        print(f"written to {self._path()}")
 
+    def _options(self) -> list[str]:
+        """As they were given, without paths of this machine."""
+        given, hidden = sys.argv[1:], ("--results", "--folder")
+        options = []
+        for number, option in enumerate(given):
+            if option not in hidden and (number == 0 or given[number - 1] not in hidden):
+                options.append("FOLDER" if "/" in option else option)
+        return options
 
-def write_flac(source: Path, target: Path, seconds: float) -> Path:
-    """A folder of 16-bit stereo FLAC files that hold so many seconds."""
-    import numpy as np
-    import soundfile
+    def _settings(self, name: str, folder: Path) -> dict[str, Any]:
+        arguments = self.arguments
+        return {
+            "model": name,
+            "device": arguments.device,
+            "size": arguments.size,
+            "folder": str(folder),
+            "corpus": str(folder / "flac"),
+            "batch_size": arguments.batch_size,
+            "chunk_seconds": arguments.chunk_seconds,
+        }
 
-    target.mkdir()
-    length = min(FLAC_SECONDS, seconds)
-    audio = recording(source, 44100, 2, min(20.0, length))
-    audio = np.resize(audio.T, (round(length * 44100), 2))
-    for number in range(max(1, round(seconds / length))):
-        path, first = (target / f"{one:04d}.flac" for one in (number, number % DIFFERENT))
-        if path == first:
-            soundfile.write(path, np.roll(audio, 44100 * number, axis=0), 44100, "PCM_16")
-        else:
-            path.hardlink_to(first)
-    return target
-
-
-def model_alone(arguments: Any, mode: str) -> dict[str, Any]:
-    """Full batches from memory through the model."""
-    from dataclasses import replace
-
-    from latentmill.models import registry
-    from latentmill.models.batch import find_batch_size
-
-    handle = registry.resolve("lin-cae")
-    device, spec = arguments.device, handle.spec
-    if arguments.batch_size:
-        spec = replace(spec, batch_size=dict.fromkeys(spec.batch_size, arguments.batch_size))
-    model = handle.load(device)
-    audio = recording(arguments.audio, spec.sample_rate, 1, min(20.0, 60 * arguments.minutes))
-    chunk = pack(spec, audio, "cpu")[0][:1]
-    size = spec.batch_size["cuda" if device.startswith("cuda") else "cpu"]
-    if device.startswith("cuda") and not arguments.batch_size:  # as a worker finds it
-        size = find_batch_size(model, chunk.shape[2], device, mode)  # type: ignore[arg-type]
-    count = max(1, round(60 * arguments.minutes / (size * chunk.shape[2] / spec.sample_rate)))
-    batches = [chunk.repeat(size, axis=0)] * count
-    feed(model, batches[:1], device, mode)
-    times = [seconds_of(lambda: feed(model, batches, device, mode), device) for _ in range(3)]
-    seconds = count * size * chunk.shape[2] / spec.sample_rate
-    work, peak = count_work(model, chunk, spec.sample_rate), matrix_peak(mode, device)
-    return {
-        "x_real_time": median([seconds / t for t in times]),
-        "batch": [size, *chunk.shape[1:]],
-        "gflop_per_audio_second": round(work / 1e9, 3),
-        "matrix_peak_tflops": round(peak / 1e12, 4),
-        "share_of_peak": round(seconds * work / median(times) / peak, 4),
-    }
-
-
-def end_to_end(arguments: Any, mode: str, corpus: Path, out: Path) -> dict[str, Any]:
-    """Rounds of one worker on the FLAC files, each into a fresh store."""
-    from latentmill.chunks import Chunking
-    from latentmill.config import fingerprint_document, load_config
-    from latentmill.engine.launch import make_job
-    from latentmill.engine.worker import Worker
-    from latentmill.models import registry
-    from latentmill.plan import Cutting, Plan, draft, freeze
-    from latentmill.sources.folder import FolderSource
-    from latentmill.storage import Storage
-
-    handle = registry.resolve("lin-cae")
-    chunking = Chunking.for_model(handle.spec)
-    device = arguments.device.partition(":")[0]
-    rates = []
-    for turn in range(arguments.rounds):
-        options = {"model": "lin-cae", "precision": mode, "batch_size": arguments.batch_size}
-        options |= {"decode_threads": arguments.decode_threads}
-        options |= {"source": str(corpus), "out": str(out / str(turn))}
-        config = load_config(None, options)
-        plan = Plan(
-            source=str(corpus),
-            fingerprint=fingerprint_document(config, handle.spec, chunking),
-            model="lin-cae",
-            model_options={},
-            format=config.format,
-            ignored={},
+    def _write_corpus(self, folder: Path) -> None:
+        arguments, began = self.arguments, time.perf_counter()
+        corpus = write_corpus(
+            folder,
+            None if arguments.audio == SYNTHESISED else Path(arguments.audio),
+            distinct=arguments.distinct,
+            shortest=arguments.shortest,
+            longest=arguments.longest,
+            hours=arguments.hours,
+            threads=os.cpu_count() or 1,
         )
-        cutting = Cutting(60 * arguments.minutes / UNITS)
-        with draft(FolderSource(str(corpus), ("flac",)).items(), cutting) as items:
-            plan = freeze(plan, items, Storage(config.out))
-        worker = Worker(make_job(config, handle, chunking, plan, device=device, threads=2))
-        worker.origin()
+        for path in folder.iterdir():
+            if path.name.endswith("-0000.flac"):
+                path.read_bytes()  # into the page cache
+        written = round(time.perf_counter() - began, 1)
+        self._note("corpus", {**corpus.document(), "seconds_to_write": written})
+
+    def _left(self) -> float:
+        return float(self.arguments.budget - (time.perf_counter() - self.began))
+
+    def _measure(self, part: Part, child: Child, left: list[Part], monitor: Monitor | None) -> None:
+        """One part, in its share of what is left of the budget."""
+        wanted = sum(one.seconds for one in left)
+        share = min(1.0, (self._left() - sum(one.overhead for one in left)) / wanted)
+        seconds = part.seconds * max(share, 0.0)
+        figures = self.result["models"][part.model].setdefault(part.name, {})
+        if self._left() <= 0 or child.dead:
+            figures["error"] = "the process had ended" if child.dead else "the budget was used up"
+            self._write()
+            return
         began = time.perf_counter()
-        with ThreadPoolExecutor(2) as pool:
-            results = list(pool.map(worker.encode, plan.units))
-        seconds = time.perf_counter() - began
-        worker.close()
-        assert not any(one.failed for one in results)
-        rates.append(sum(one.audio_seconds for one in results) / seconds)
-    return {
-        "x_real_time": median(rates),
-        "units": len(results),
-        "files": sum(r.encoded for r in results),
-    }
+        child.ask({**part.ask, "seconds": max(seconds, 0.1 * part.seconds)})
+        self._collect(child, part.model, part.name, seconds + self.arguments.grace)
+        figures["part_seconds"] = round(time.perf_counter() - began, 1)
+        if monitor is not None:
+            figures["gpu"] = monitor.figures(began)
+        self._write()
+        shown = {k: v for k, v in figures.items() if k not in ("stages", "gpu")}
+        text = json.dumps(shown)
+        print(f"{part.model}: {part.name}: {text[:1500]}", flush=True)
+
+    def _collect(self, child: Child, model: str, name: str, limit: float) -> None:
+        """Take a process's figures as they come, until it says that it is through."""
+        figures = self.result["models"][model].setdefault(name, {})
+        until = time.perf_counter() + limit
+        while True:
+            try:
+                line = child.lines.get(timeout=max(0.0, until - time.perf_counter()))
+            except queue.Empty:
+                figures["error"] = f"stopped after {limit:.0f} s"
+                child.kill()
+                break
+            if line is None:
+                figures.setdefault("error", "the process ended")
+                child.dead = True
+                break
+            if line["key"] == "end":
+                break
+            if line["key"] != "started":
+                figures[line["key"]] = line["value"]
+                self._write()
+        self._write()
+
+    def _note(self, key: str, value: Any) -> None:
+        self.result[key] = value
+        self._write()
+
+    def _path(self) -> Path:
+        return Path(self.arguments.results) / "gpu.json"
+
+    def _write(self) -> None:
+        path = self._path()
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(self.result, indent=2) + "\n")
+
+
+class Child:
+    """A model's process. A context manager that ends it."""
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        script: Path = MODEL_SCRIPT,
+    ) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(script), json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self.dead = False
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+
+    def ask(self, part: dict[str, Any]) -> None:
+        """Begin a part; a process that is gone is noticed when its figures are awaited."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(part) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return
+
+    def kill(self) -> None:
+        """End it, whatever it does."""
+        self.dead = True
+        self._process.kill()
+        self._process.wait()
+        self._listener.join()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):  # what was asked and never read
+                    pipe.close()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.lines.put(json.loads(line))
+        self.lines.put(None)
+
+
+class Monitor:
+    """Clocks, power and load of the GPU, twice a second, as nvidia-smi tells them."""
+
+    def __init__(self) -> None:
+        self._samples: list[tuple[float, list[float]]] = []
+        query = f"--query-gpu={','.join(GPU_FIGURES)}"
+        command = ["nvidia-smi", query, "--format=csv,noheader,nounits", "-lms", "500", "-i", "0"]
+        try:
+            self._process: subprocess.Popen[str] | None = subprocess.Popen(
+                command, stdout=subprocess.PIPE, text=True
+            )
+        except FileNotFoundError:
+            self._process = None
+            return
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def figures(self, since: float) -> dict[str, list[float]]:
+        """Least, median and most of each figure since a time."""
+        taken = [values for at, values in self._samples if at >= since]
+        if not taken:
+            return {}
+        return {
+            name: [min(column), round(statistics.median(column), 1), max(column)]
+            for name, column in zip(GPU_FIGURES, zip(*taken, strict=True), strict=True)
+        }
+
+    def _listen(self) -> None:
+        assert self._process is not None and self._process.stdout is not None
+        for line in self._process.stdout:
+            try:
+                values = [float(cell) for cell in line.split(",")]
+            except ValueError:  # a figure that this driver does not tell
+                continue
+            self._samples.append((time.perf_counter(), values))
+
+
+def versions() -> dict[str, str]:
+    """Of the software that the figures depend on."""
+    import soundfile
+    import torch
+
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    found["libsndfile"] = soundfile.__libsndfile_version__
+    if torch.cuda.is_available():
+        found["cuda"] = torch.version.cuda or ""
+        found["cudnn"] = str(torch.backends.cudnn.version())
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            driver = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+            found["driver"] = driver.splitlines()[0] if driver else ""
+        except FileNotFoundError:
+            pass
+    return found
 
 
 if __name__ == "__main__":

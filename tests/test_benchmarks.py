@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +97,99 @@ def test_planning(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_gpu(tmp_path: Path) -> None:
+    """Two families on true stereo; the process may not import ray."""
     pytest.importorskip("linear_cae")
-    result = benchmark("gpu", tmp_path, "--minutes", "0.03", "--decode-threads", "1")
-    assert result["float32"]["model"]["x_real_time"] > 0
-    assert result["float32"]["end_to_end"]["files"] == 1
+    pytest.importorskip("diffusers")
+    (tmp_path / "ray.py").write_text("raise ImportError('there is no ray here')")
+    options = ["--device", "cpu", "--size", "tiny", "--models", "lin-cae", "same-s"]
+    options += ["--distinct", "3", "--shortest", "1", "--longest", "3", "--hours", "0.001"]
+    options += ["--chunk-seconds", "0.2", "--decode-threads", "1", "--seconds-alone", "0.1"]
+    options += ["--seconds-end-to-end", "60", "--budget", "250", "--grace", "120"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *options]
+    command += ["--audio", "synthesised", "--results", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    subprocess.run(command, check=True, capture_output=True, timeout=290, env=environment)
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert 600 < result["corpus"]["kbit_per_second"] < 900
+    for name in ("lin-cae", "same-s"):
+        measured = result["models"][name]
+        assert measured["alone"]["float32"]["through_feed_x_real_time"] > 0
+        end_to_end = measured["end_to_end, float32"]
+        assert end_to_end["items_encoded"] == result["corpus"]["files"]
+        assert end_to_end["whole_corpus"]
+        assert end_to_end["bound_by"].startswith("bound by")
+    assert result["models"]["same-s"]["cold, float32"]["cold_bytes"] > 0
+    assert str(tmp_path) not in json.dumps(result)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The benchmark's script as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("gpu")
+
+
+PROCESS = """
+import json, sys, time
+kind = json.loads(sys.argv[1])["model"]
+def emit(key, value): print(json.dumps({"key": key, "value": value}), flush=True)
+for line in sys.stdin:
+    emit("first", 1)
+    if kind == "dies": sys.exit(1)
+    if kind == "hangs": time.sleep(60)
+    emit("second", 2)
+    emit("end", None)
+"""
+
+
+def test_a_model_that_dies_or_hangs_loses_only_the_rest_of_its_part(
+    gpu: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "process.py").write_text(PROCESS)
+    arguments = argparse.Namespace(results=tmp_path, budget=60.0, grace=0.5)
+    run = gpu.Run(arguments, "cpu", result={"models": {}})
+    parts = [gpu.Part(name, "alone", {}, 1.0) for name in ("dies", "hangs", "works")]
+    for number, part in enumerate(parts):
+        run.result["models"][part.model] = {}
+        with gpu.Child({"model": part.model}, tmp_path / "process.py") as child:
+            run._measure(part, child, parts[number:], None)
+            run._measure(replace(part, name="next"), child, parts[number:], None)
+    models = json.loads((tmp_path / "gpu.json").read_text())["models"]
+    assert models["dies"]["alone"]["first"] == models["hangs"]["alone"]["first"] == 1
+    assert models["dies"]["alone"]["error"] == "the process ended"
+    assert models["hangs"]["alone"]["error"].startswith("stopped after")
+    assert models["dies"]["next"]["error"] == "the process had ended"
+    assert models["works"]["alone"]["second"] == models["works"]["next"]["second"] == 2
+
+
+def test_what_the_budget_does_not_reach_says_so(gpu: Any, tmp_path: Path) -> None:
+    (tmp_path / "process.py").write_text(PROCESS)
+    arguments = argparse.Namespace(results=tmp_path, budget=0.0, grace=0.5)
+    run = gpu.Run(arguments, "cpu", result={"models": {"works": {}}})
+    part = gpu.Part("works", "alone", {}, 1.0)
+    with gpu.Child({"model": "works"}, tmp_path / "process.py") as child:
+        run._measure(part, child, [part], None)
+    assert run.result["models"]["works"]["alone"] == {"error": "the budget was used up"}
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_the_corpus_is_true_stereo_of_mixed_lengths(
+    gpu: Any, tmp_path: Path, channels: int
+) -> None:
+    (tmp_path / "audio").mkdir()
+    recording = noise(2.5, 44100, channels)
+    sf.write(tmp_path / "audio" / "noise.wav", recording, 44100)
+    lengths = {"distinct": 3, "shortest": 1.0, "longest": 4.0, "hours": 14 / 3600}
+    corpus = gpu.write_corpus(tmp_path / "flac", tmp_path / "audio", **lengths, threads=2)
+    files = sorted((tmp_path / "flac").iterdir())
+    assert len(files) == corpus.files == 6  # each of 1, 2 and 4 s twice
+    assert sorted(sf.info(file).duration for file in files) == [1, 1, 2, 2, 4, 4]
+    for file in files:
+        audio, _ = sf.read(file)
+        side, mid = audio[:, 0] - audio[:, 1], audio.sum(axis=1)
+        assert side.std() > 0.1 * mid.std()
+    distinct = {file.stat().st_ino: file.stat().st_size for file in files}
+    assert corpus.kbit_per_second == pytest.approx(8 * sum(distinct.values()) / 7 / 1000, abs=0.1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
