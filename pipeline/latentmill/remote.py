@@ -65,6 +65,8 @@ MAX_ATTEMPTS = 7
 FIRST_PAUSE = 0.25  # seconds, doubled after every attempt
 GIVE_UP_SECONDS = 120.0  # no new attempt later than this; the clients' own retries take time too
 
+S3_CONNECTIONS = 256  # at most; botocore's default of 10 would make a batch wait in line
+
 CONNECT_SECONDS = 30.0
 READ_SECONDS = 60.0  # without a byte
 
@@ -77,6 +79,9 @@ def open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         ImportError: Its package is not installed.
     """
     options: dict[str, Any] = {}
+    if protocol_of(url) in ("s3", "s3a"):
+        given = fsspec.config.conf.get(protocol_of(url), {}).get("config_kwargs", {})
+        options = {"config_kwargs": {"max_pool_connections": S3_CONNECTIONS, **given}}
     if _is_web(url):
         import aiohttp
 
