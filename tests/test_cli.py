@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,12 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import typer.main
 
-from latentmill import cli_read
+import latentmill
+from latentmill import cli, cli_read
+from latentmill.errors import ConfigError
 from latentmill.run import encode
 from latentmill.version import __version__
 from support import runs
 
+COMMANDS = typer.main.get_command(cli.app).commands.values()  # type: ignore[attr-defined]
 Capture = pytest.CaptureFixture[str]
 
 
@@ -187,8 +193,8 @@ def test_mixes_that_make_no_sense(capsys: Capture, store: Path, tmp_path: Path) 
     file = tmp_path / "mix.wav"
     for parts, sentence in [
         (["album 1/song 8"], "did you mean album 1/song 07?"),
-        (["album 0/song 00:loud"], "Gain 'loud' of album 0/song 00 is no number"),
-        (["album 0/song 00:nan"], "Gain 'nan' of album 0/song 00 is no number"),
+        (["album 0/song 00:loud"], "invalid gain 'loud' of album 0/song 00"),
+        (["album 0/song 00:nan"], "invalid gain 'nan' of album 0/song 00"),
         (["album 0/song 00", "album 0/song 21"], "different shapes cannot be mixed"),
     ]:
         result = runs.call(capsys, "mix", store, *parts, "-o", file)
@@ -197,6 +203,52 @@ def test_mixes_that_make_no_sense(capsys: Capture, store: Path, tmp_path: Path) 
         assert len(result.err.splitlines()) == 1
         assert not file.exists()
     assert runs.call(capsys, "decode", store, "zzz", "-o", tmp_path).code == 2
+
+
+def test_decode_takes_globs_and_all(capsys: Capture, store: Path, tmp_path: Path) -> None:
+    def decoded(name: str, *keys: str) -> list[str]:
+        folder = tmp_path / name
+        result = runs.call(capsys, "decode", store, *keys, "-o", folder)
+        assert (result.code, result.err) == (0, "")
+        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.wav"))
+
+    everything = sorted(f"{record.key}.wav" for record in latentmill.open(str(store)))
+    assert len(everything) == 4
+    assert decoded("all", "--all") == decoded("star", "*") == everything
+    assert decoded("two", "album ?/song 0*", "album 0/song 00") == [
+        "album 0/song 00.wav",
+        "album 1/song 07.wav",
+    ]
+    for keys in (["no/*"], [], ["--all", "album 0/song 00"]):
+        refused = runs.call(capsys, "decode", store, *keys, "-o", tmp_path / "refused")
+        assert refused.code == 2
+        assert "--all" in refused.err
+        assert not (tmp_path / "refused").exists()
+
+
+def test_two_records_are_not_written_to_one_file() -> None:
+    one, two = "a/b", "a/../b"
+    with pytest.raises(ConfigError, match="both"):
+        cli_read._check_distinct({key: Path(cli_read._safe(key)) for key in (one, "a/./b")})
+    cli_read._check_distinct({key: Path(cli_read._safe(key)) for key in (one, two + "c")})
+
+
+def test_a_gain_in_decibels(capsys: Capture, store: Path, tmp_path: Path) -> None:
+    key = "album 0/song 00"
+    loud, soft = tmp_path / "loud.wav", tmp_path / "soft.wav"
+    assert runs.call(capsys, "mix", store, f"{key}:1", "-o", loud).code == 0
+    assert runs.call(capsys, "mix", store, f"{key}:-6.0206dB", "-o", soft).code == 0
+    # 20 log10(2) dB is a factor of two; mdct is linear, and its latents are stored as float16.
+    np.testing.assert_allclose(soundfile.read(loud)[0], 2 * soundfile.read(soft)[0], atol=1e-5)
+    assert [cli_read._part({"a": None}, f"a:{gain}")[1] for gain in ("+20 dB", "-20DB", "0db")] == [
+        pytest.approx(10.0),
+        pytest.approx(0.1),
+        1.0,
+    ]
+    for gain in ("dB", "-6dBFS", "99999dB", "infdB"):
+        refused = runs.call(capsys, "mix", store, f"{key}:{gain}", "-o", tmp_path / "no.wav")
+        assert refused.code == 2
+        assert "-6dB" in refused.err
 
 
 def test_a_key_may_hold_colons() -> None:
@@ -223,8 +275,35 @@ def test_models_and_version(capsys: Capture) -> None:
     for command in (("models", "dac:/"), ("encode", "in", "out", "--model", "dac:/")):
         refused = runs.call(capsys, *command, "--revision", "123")
         assert "has no revisions; leave out the option revision" in refused.err
+    assert runs.call(capsys, "--version").out == f"{__version__}\n"
     assert runs.call(capsys, "--help").code == 0
     assert runs.call(capsys, "no-such-command").code == 2
+
+
+@pytest.mark.parametrize("command", ["", *sorted(c.name for c in COMMANDS if c.name)])
+def test_every_command_has_the_same_help_and_names_a_store_the_same(
+    capsys: Capture, command: str
+) -> None:
+    words = [command] if command else []
+    short, long = (runs.call(capsys, *words, option) for option in ("-h", "--help"))
+    assert (short.code, short.err) == (0, "")
+    assert short.out == long.out
+    assert " OUT" not in short.out
+
+
+def test_shell_completion_completes_commands_and_options() -> None:
+    def completions(words: str) -> list[str]:
+        env = {**os.environ, "_LATENTMILL_COMPLETE": "complete_zsh"}
+        env |= {"_TYPER_COMPLETE_ARGS": words}
+        program = "import sys; sys.argv[0] = 'latentmill'; from latentmill.cli import main; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=env
+        )
+        assert done.stderr == ""
+        return re.findall(r'"([a-z-]+)":"', done.stdout)
+
+    assert {"verify", "version"} == set(completions("latentmill ver"))
+    assert completions("latentmill decode --over") == ["--overwrite"]
 
 
 READERS = """

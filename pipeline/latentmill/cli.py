@@ -15,7 +15,7 @@ import typer
 
 from latentmill import cli_options as opt
 from latentmill import cli_read, show
-from latentmill.cli_read import AsJson, Device, Out, TrustModel, print_value
+from latentmill.cli_read import AsJson, Device, Store, TrustModel, print_value
 from latentmill.config import RunConfig, load_config
 from latentmill.errors import (
     INTERRUPTED_EXIT_CODE,
@@ -37,7 +37,7 @@ app = typer.Typer(
     help="Audio corpora to latent datasets, and back.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_read.app)
 
@@ -78,7 +78,7 @@ def _interrupt(signum: int, frame: object) -> NoReturn:
 @app.command()
 @opt.takes(opt.ENCODE, trust_model=(TrustModel, False), as_json=(AsJson, False))
 def encode(**options: Any) -> int:
-    """Encode SOURCE into the store OUT; the same command again resumes it."""
+    """Encode SOURCE into STORE. Run the same command again to resume."""
     settings = _settings(options)
     with contextlib.redirect_stdout(sys.stderr):  # where Ray may complain of a lost worker
         summary = run(settings, show.progress(settings.log_format))
@@ -103,30 +103,30 @@ def plan(**options: Any) -> None:
 
 
 @app.command()
-def status(out: Out, as_json: AsJson = False) -> None:
+def status(store: Store, as_json: AsJson = False) -> None:
     """Say how far a store is: units, items, failures. Needs no Ray."""
-    print_value(as_json, show.StoreStatus.of(open_store(out)), show.status)
+    print_value(as_json, show.StoreStatus.of(open_store(store)), show.status)
 
 
 @app.command()
-def info(out: Out, as_json: AsJson = False) -> None:
+def info(store: Store, as_json: AsJson = False) -> None:
     """Say what a store is: model, format, rates, hours, statistics."""
-    print_value(as_json, open_store(out).info, show.info)
+    print_value(as_json, open_store(store).info, show.info)
 
 
 @app.command()
 def verify(
-    out: Out,
+    store: Store,
     decode: Annotated[int, typer.Option(min=0, help="Decode N records back to audio.")] = 0,
     device: Device = "auto",
     trust_model: TrustModel = False,
     as_json: AsJson = False,
 ) -> None:
     """Check hashes, counts, numbers; exit code 8 if the store is not whole."""
-    report = verify_store(open_store(out, device=device, trust_model=trust_model), decode=decode)
+    report = verify_store(open_store(store, device=device, trust_model=trust_model), decode=decode)
     print_value(as_json, report, show.verification)
     if report.faults:
-        raise VerifyError(f"{len(report.faults)} faults in {out}, the first: {report.faults[0]}.")
+        raise VerifyError(f"{len(report.faults)} faults in {store}, the first: {report.faults[0]}.")
 
 
 @app.command()
@@ -158,23 +158,30 @@ def demo(
     run_demo(folder, source, lambda text: typer.echo(printable_lines(text)))
 
 
-@app.callback(no_args_is_help=True)
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
 def _options_of_all(
+    # The callback prints: click looks for a command first, and would miss one here.
     show_version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", is_eager=True, callback=_print_version
+        ),
     ] = False,
 ) -> None:
     # `status` and `info` report it; a Python warning is not for people at a terminal.
     warnings.simplefilter("ignore", IncompleteStoreWarning)
-    if show_version:
-        typer.echo(__version__)
-        raise typer.Exit
 
 
 @app.command()
 def version() -> None:
     """Print the version."""
-    typer.echo(__version__)
+    _print_version(True)
 
 
 def _settings(options: Mapping[str, Any]) -> RunConfig:

@@ -53,7 +53,7 @@ Channels = Annotated[
 
 ENCODE: dict[str, Any] = {
     "source": _argument("SOURCE", "Folder, manifest, tars, Parquet; any URL."),
-    "out": _argument("OUT", "The store to write or resume."),
+    "out": _argument("STORE", "Store to write or resume: a folder or URL."),
     "config": _one(Path, "YAML file; options win over it."),
     "format": _one(str, "parquet (default) or webdataset."),
     "dtype": _one(str, "float16 (default) or float32."),

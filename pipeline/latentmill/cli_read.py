@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import math
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -25,7 +27,7 @@ from latentmill.store.store import LatentStore, open_store
 
 app = typer.Typer()  # its commands become the main one's
 
-Out = Annotated[str, typer.Argument(metavar="OUT", help="The store: a folder or fsspec URL.")]
+Store = Annotated[str, typer.Argument(metavar="STORE", help="The store: a folder or URL.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
@@ -46,9 +48,13 @@ def print_value(as_json: bool, value: Any, text: Callable[[Any], str]) -> None:
 
 @app.command()
 def decode(
-    out: Out,
-    keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="Records to decode.")],
+    url: Store,
     folder: Annotated[Path, typer.Option("-o", "--output", help="Folder for the files.")],
+    keys: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY...", help="Records to decode: keys or globs, e.g. 'album/*'."),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Decode every record.")] = False,
     format: Annotated[str, typer.Option(help="wav (float32) or flac (24 bit).")] = "wav",
     overwrite: Overwrite = False,
     seed: Seed = 0,
@@ -56,13 +62,16 @@ def decode(
     trust_model: TrustModel = False,
     as_json: AsJson = False,
 ) -> None:
-    """Decode records to audio files, FOLDER/KEY.wav; any length, in bounded memory."""
+    """Decode records to audio files named FOLDER/KEY.wav."""
     if f".{format}" not in FILE_TYPES:
         raise ConfigError(f"Option --format {format}: it is wav or flac.")
-    store = open_store(out, device=device, trust_model=trust_model)
-    targets = {key: folder / f"{_safe(key)}.{format}" for key in keys}
-    for key, path in targets.items():
-        _check_key(store, key)
+    store = open_store(url, device=device, trust_model=trust_model)
+    if bool(keys) == everything:
+        raise ConfigError("decode needs the keys of records, or --all for every record.")
+    chosen = list(store.keys()) if everything else _matching(store, keys or [])
+    targets = {key: folder / f"{_safe(key)}.{format}" for key in chosen}
+    _check_distinct(targets)
+    for path in targets.values():
         _check_target(path, store, overwrite)
     written = [
         _write(path, store, store.source(key), store.entry(key).num_samples, seed)
@@ -73,8 +82,14 @@ def decode(
 
 @app.command()
 def mix(
-    out: Out,
-    parts: Annotated[list[str], typer.Argument(metavar="KEY[:GAIN]...", help="What to mix.")],
+    url: Store,
+    parts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="KEY[:GAIN]...",
+            help="Records to mix, each with a factor or a gain in dB: bass:0.5, bass:-6dB.",
+        ),
+    ],
     file: Annotated[Path, typer.Option("-o", "--output", help="The .wav or .flac to write.")],
     length: Annotated[
         str | None, typer.Option(help="shortest or longest, where the records differ.")
@@ -88,7 +103,7 @@ def mix(
 ) -> None:
     """Mix records in latent space and decode the mix to a WAV or FLAC file."""
     check_file_type(file)
-    store = open_store(out, device=device, trust_model=trust_model)
+    store = open_store(url, device=device, trust_model=trust_model)
     _check_target(file, store, overwrite)
     wanted = [_part(store, part) for part in parts]
     origin = store.origin.raw() if raw else store.origin
@@ -109,7 +124,7 @@ def mix(
 
 @app.command()
 def export(
-    out: Out,
+    url: Store,
     dest: Annotated[str, typer.Argument(metavar="DEST", help="Where to: a new folder or URL.")],
     to: Annotated[str, typer.Option("--to", help="stable-audio-tools, webdataset or parquet.")],
     frames: Annotated[
@@ -124,14 +139,14 @@ def export(
     except ValueError:
         names = ", ".join(Target)
         raise ConfigError(f"Option --to {to}: it is one of {names}.") from None
-    summary = export_store(open_store(out), dest, target, frames=frames)
+    summary = export_store(open_store(url), dest, target, frames=frames)
     print_value(as_json, summary, show.export)
     return ITEMS_FAILED_EXIT_CODE if summary.failures else 0
 
 
 @app.command()
 def seams(
-    out: Out,
+    url: Store,
     items: Annotated[int, typer.Option(min=1, help="How many items to encode whole.")] = 8,
     max_seconds: Annotated[
         float | None, typer.Option(help="Longest of them (default: 60, or five chunks).")
@@ -141,14 +156,14 @@ def seams(
     as_json: AsJson = False,
 ) -> None:
     """Measure the error at the seams of chunks against whole items; goes into dataset.json."""
-    store = open_store(out, device=device, trust_model=trust_model)
+    store = open_store(url, device=device, trust_model=trust_model)
     print_value(as_json, measure_seams(store, items=items, max_seconds=max_seconds), show.seams)
     _say_what_is_not_recorded(store)
 
 
 @app.command()
 def linearity(
-    out: Out,
+    url: Store,
     items: Annotated[int, typer.Option(min=2, help="How many items to scale and add.")] = 8,
     max_seconds: Annotated[
         float | None, typer.Option(min=0.1, help="How much of each (default: one chunk).")
@@ -158,7 +173,7 @@ def linearity(
     as_json: AsJson = False,
 ) -> None:
     """Measure how well latents scale and add on the store's audio; goes into dataset.json."""
-    store = open_store(out, device=device, trust_model=trust_model)
+    store = open_store(url, device=device, trust_model=trust_model)
     report = measure_linearity(store, items=items, max_seconds=max_seconds)
     print_value(as_json, report, show.linearity)
     _say_what_is_not_recorded(store)
@@ -170,20 +185,52 @@ def _say_what_is_not_recorded(store: LatentStore) -> None:
 
 
 def _part(store: LatentStore, part: str) -> tuple[str, float]:
-    """`KEY` or `KEY:GAIN`; a key may hold colons itself."""
+    """Split `KEY`, `KEY:FACTOR` or `KEY:-6dB`; a key may contain colons itself."""
     key, _, gain = part.rpartition(":")
     if part in store or key not in store:
         _check_key(store, part)
         return part, 1.0
+    number, decibels = re.subn(r"\s*db\s*$", "", gain, flags=re.IGNORECASE)
     try:
-        factor = float(gain)
-    except ValueError:
+        factor = 10 ** (float(number) / 20) if decibels else float(number)
+    except (ValueError, OverflowError):
         factor = math.nan
     if not math.isfinite(factor):
         raise ConfigError(
-            f"Gain {gain!r} of {key} is no number: write KEY:GAIN, such as {key}:0.5."
+            f"invalid gain {gain!r} of {key}: expected a factor such as {key}:0.5, "
+            f"or decibels such as {key}:-6dB."
         )
     return key, factor
+
+
+def _matching(store: LatentStore, patterns: Sequence[str]) -> list[str]:
+    """Return the keys that are named or match a glob (`*` also matches `/`), each once."""
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        if pattern in store:
+            found[pattern] = None
+            continue
+        if not any(sign in pattern for sign in "*?["):
+            _check_key(store, pattern)
+        matches = fnmatch.filter(store.keys(), pattern)
+        if not matches:
+            raise ConfigError(
+                f"{store.url} has no record that matches {pattern}: "
+                f"`latentmill decode {store.url} --all` decodes every record."
+            )
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def _check_distinct(targets: Mapping[str, Path]) -> None:
+    """Two keys may differ only in parts that a safe path leaves out."""
+    taken: dict[Path, str] = {}
+    for key, path in targets.items():
+        if (other := taken.setdefault(path, key)) != key:
+            raise ConfigError(
+                f"Records {other!r} and {key!r} would both be written to {path}: "
+                "decode them into two folders."
+            )
 
 
 def _check_key(store: LatentStore, key: str) -> None:
