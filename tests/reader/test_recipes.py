@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +147,67 @@ def test_lightning_trains_on_it(store: LatentStore) -> None:
         trainer.fit(model, loader)
         assert sorted(model.seen) == [0, 1, 2]
         assert all(sorted(keys) == list(store.keys()) for keys in model.seen.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["batches", "living", "told"])
+def test_lightning_trains_with_two_processes(tmp_path: Path, kind: str) -> None:
+    """With streams whose workers live on, and whose workers are new in every epoch and are told."""
+    pytest.importorskip("lightning")
+    store = write_latents(str(tmp_path / "store"), [500] * 40)
+    script = Path(__file__).with_name("lightning_script.py")
+    command = [sys.executable, str(script), store.url, str(tmp_path), kind]
+    run_ = subprocess.run(command, timeout=280, capture_output=True, text=True, check=False)
+    assert run_.returncode == 0, run_.stderr
+    assert "RepeatedEpochWarning" not in run_.stderr
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    epochs: list[dict[str, float]] = []
+    for epoch in range(3):
+        read = [key for rank in ranks for key, _ in rank[epoch]]
+        assert sorted(read) == list(store.keys())
+        epochs.append({key: start for rank in ranks for key, start in rank[epoch]})
+    for epoch in (1, 2):
+        assert sum(epochs[0][key] == epochs[epoch][key] for key in epochs[0]) < 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["stream", "batches"])
+def test_ray_prepares_a_loader(
+    store: LatentStore, tmp_path: Path, ray_session: Path, kind: str
+) -> None:
+    train = pytest.importorskip("ray.train.torch")
+    import ray.train
+
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    url = store.url
+
+    def loop() -> None:
+        import ray.train.torch
+        from torch.utils.data import DataLoader
+
+        import latentmill as lm
+
+        if kind == "stream":
+            reader: Any = lm.LatentStream(url, crop=16, batch_size=4)
+            loader = DataLoader(reader, batch_size=4, collate_fn=lm.collate)
+            loader = ray.train.torch.prepare_data_loader(loader)
+        else:
+            dataset = lm.LatentDataset(url, crop=16)
+            reader = lm.BatchSampler(dataset, 4)
+            loader = DataLoader(dataset, batch_sampler=reader, collate_fn=lm.collate)
+            loader = ray.train.torch.prepare_data_loader(loader, add_dist_sampler=False)
+        rank = ray.train.get_context().get_world_rank()
+        for epoch in (0, 1):
+            reader.set_epoch(epoch)
+            keys = [key for batch in loader for key in batch["key"]]
+            (notes / f"{epoch}-{rank}").write_text(" ".join(keys))
+
+    train.TorchTrainer(
+        loop,
+        scaling_config=ray.train.ScalingConfig(num_workers=2),
+        run_config=ray.train.RunConfig(storage_path=str(tmp_path / "trained"), name="run"),
+    ).fit()
+    for epoch in (0, 1):
+        keys = [key for rank in (0, 1) for key in (notes / f"{epoch}-{rank}").read_text().split()]
+        assert sorted(keys) == list(store.keys())

@@ -83,7 +83,8 @@ def _check(samples: object) -> None:
     if single or not isinstance(samples, Sequence):
         raise ConfigError(
             "collate needs a list of samples, but got a single one: give the DataLoader a "
-            "batch_size or a batch_sampler."
+            "batch_size or a batch_sampler (with Ray's prepare_data_loader and a batch_sampler use "
+            "add_dist_sampler=False)."
         )
     if not samples:
         raise ConfigError("collate got no samples: a batch needs at least one.")
