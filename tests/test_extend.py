@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
 from hypothesis import given, settings
@@ -22,8 +23,10 @@ from latentmill.engine.worker import Worker
 from latentmill.errors import ConfigError
 from latentmill.forecast import forecast
 from latentmill.plan import Cutting, Plan, draft, extend, freeze, iter_keys, load, read_items
+from latentmill.plan import files as plan_files
 from latentmill.plan.amend import amend
 from latentmill.plan.compare import compare
+from latentmill.plan.items import ITEMS_SCHEMA
 from latentmill.run import RunSummary, run
 from latentmill.sources.base import Item
 from latentmill.storage import Storage
@@ -250,7 +253,7 @@ def test_of_new_files_the_headers_are_read(songs: Path, store: Path) -> None:
         soundfile.write(songs / f"silence {number}.flac", silence, 100)
     plan = load(Storage(str(store)))
     options = {"source": str(songs), "out": str(store), "device": "cpu", "unit_seconds": 3.0}
-    options |= {"extend": True, "probe": True}
+    options |= {"extend": True}
     value = forecast(load_config(None, options), calibrated=False)
     longer = load(Storage(str(store)))
     assert plan is not None
@@ -258,15 +261,73 @@ def test_of_new_files_the_headers_are_read(songs: Path, store: Path) -> None:
     assert longer.parts[0] == plan.parts[0]
     assert longer.parts[1].estimated_items == 0
     assert longer.parts[1].seconds == 7200.0
-    assert (value.units - value.committed, value.estimated_items) == (2, 5)
+    assert (value.units - value.committed, value.estimated_items) == (2, 0)
 
 
 def test_what_a_listing_leaves_out_is_no_change() -> None:
     from latentmill.plan.compare import Row
 
-    whole = Row("k", "/k.wav", 5, "v", None, None)
+    whole = Row("k", "/k.wav", 5, "v", None, None, [], None, "{}")
     assert whole.same(dataclasses.replace(whole, size=0, version="", unit=3))
     assert not whole.same(dataclasses.replace(whole, size=6))
     assert not whole.same(dataclasses.replace(whole, version="w"))
     assert not whole.same(dataclasses.replace(whole, start=1.0))
     assert not whole.same(dataclasses.replace(whole, uri="/k.flac"))
+
+
+def test_captions_that_came_or_changed_after_encoding_are_reported(
+    songs: Path, tmp_path: Path
+) -> None:
+
+    def key_of(*paths: Path) -> tuple[str, ...]:
+        return tuple(str(path.relative_to(songs).with_suffix("")) for path in paths)
+
+    one, two, three = sorted(songs.rglob("*.wav"))[:3]
+    one.with_suffix(".txt").write_text("first")
+    two.with_suffix(".json").write_text('{"bpm": 90}')
+    store = tmp_path / "captions"
+    encode(songs, store)
+    again = encode(songs, store, extend=True, retry_changed=True)
+    assert again.extension is not None
+    assert (again.extension.described, again.extension.changed) == (0, 0)
+    one.with_suffix(".txt").write_text("second")
+    three.with_suffix(".txt").write_text("new")
+    for retry in (False, True):
+        found = encode(songs, store, extend=True, retry_changed=retry).extension
+        assert found is not None
+        assert (found.new, found.changed, found.described) == (0, 0, 2)
+        assert found.described_keys == key_of(one, three)
+    assert "2 items have new or changed sidecars or metadata" in show._extension(found)
+    two.with_suffix(".json").unlink()
+    gone = encode(songs, store, extend=True).extension
+    assert gone is not None
+    assert gone.described_keys == key_of(one, two, three)
+
+
+def test_a_plan_of_an_earlier_version_knows_no_versions_of_sidecars(
+    songs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = sorted(songs.rglob("*.wav"))[:2]
+    one.with_suffix(".txt").write_text("first")
+    older = pa.schema([field for field in ITEMS_SCHEMA if field.name != "sidecar_versions"])
+    with monkeypatch.context() as patch:
+        patch.setattr(plan_files, "ITEMS_SCHEMA", older)
+        encode(songs, tmp_path / "older")
+    one.with_suffix(".txt").write_text("second")  # nobody can know
+    two.with_suffix(".txt").write_text("new")
+    found = encode(songs, tmp_path / "older", extend=True).extension
+    assert found is not None
+    assert found.described_keys == (str(two.relative_to(songs).with_suffix("")),)
+
+
+def test_a_group_that_makes_a_long_unit_is_warned_of(
+    songs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"source": str(songs), "out": str(tmp_path / "g"), "device": "cpu"}
+    options |= {"unit_seconds": 0.5, "group_by": "^(?P<group>.)"}
+    forecast(load_config(None, options), calibrated=False)
+    assert "the longest group makes a unit of" in caplog.messages[-1]
+    caplog.clear()
+    plain = {"source": str(songs), "out": str(tmp_path / "p"), "device": "cpu"}
+    forecast(load_config(None, plain | {"unit_seconds": 0.5}), calibrated=False)
+    assert not [text for text in caplog.messages if "group" in text]

@@ -12,13 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from latentmill import show
+from audio.audio_files import encoded
+from latentmill import planning, show
 from latentmill.chunks import Chunking
 from latentmill.cli import encode, plan
 from latentmill.config import load_config
 from latentmill.forecast import forecast, measure
 from latentmill.models import registry
 from latentmill.plan import iter_keys, load, probe, read_items
+from latentmill.plan.items import draft_table
 from latentmill.plan.probe import probed
 from latentmill.planning import listed, planned, prepare
 from latentmill.sources.base import ByteRange, Item, Segment
@@ -42,7 +44,8 @@ def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_forecast_freezes_the_plan_that_encode_resumes(songs: Path, tmp_path: Path) -> None:
-    config = load_config(None, {"source": str(songs), "out": str(tmp_path / "s"), "device": "cpu"})
+    options = {"source": str(songs), "out": str(tmp_path / "s"), "device": "cpu", "probe": False}
+    config = load_config(None, options)
     value = forecast(config, calibrated=False)
     frozen = load(Storage(config.out))
     assert frozen is not None
@@ -56,11 +59,13 @@ def test_a_forecast_freezes_the_plan_that_encode_resumes(songs: Path, tmp_path: 
     assert listed(prepared) is None
     assert planned(prepared, None) == (frozen, None)
     assert forecast(config, calibrated=False) == value
-    assert "estimated from the sizes of 5 items" in show.forecast(value)
+    assert "are a guess for 5 items" in show.forecast(value)
 
 
-def test_a_probe_gives_the_true_hours(songs: Path, tmp_path: Path) -> None:
-    options = {"source": str(songs), "out": str(tmp_path / "s"), "device": "cpu", "probe": True}
+@pytest.mark.parametrize("probe", [True, None])
+def test_headers_give_the_true_hours(songs: Path, tmp_path: Path, probe: bool | None) -> None:
+    """Without being asked for, too: these files lie on this machine."""
+    options = {"source": str(songs), "out": str(tmp_path / "s"), "device": "cpu", "probe": probe}
     value = forecast(load_config(None, options), calibrated=True)
     assert value.estimated_items == 0
     assert value.hours * 3600 == pytest.approx(5 * 61, abs=0.2)
@@ -138,6 +143,7 @@ def test_inside_of_tars_and_tables_formats_are_known(
         audio = pa.StructArray.from_arrays([[data] * 2, ["a.wav", "b.WAV"]], ["bytes", "path"])
         pq.write_table(pa.table({"audio": audio}), tmp_path / "in/x.parquet", use_dictionary=False)
     options = {"source": f"{tmp_path}/in", "source_type": kind, "out": f"{tmp_path}/out"}
+    options["probe"] = False
     value = forecast(load_config(None, {**options, "device": "cpu"}), calibrated=False)
     assert value.formats == {"wav": 2}
     # By the bytes of CD audio: half the rate and half the channels have a quarter of them.
@@ -168,3 +174,34 @@ def test_the_command(songs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_plan_has_the_options_of_encode() -> None:
     given = set(encode.__annotations__) - {"return"}
     assert set(plan.__annotations__) == given | {"calibrate"}
+
+
+def test_lengths_of_more_files_than_that_are_guessed(
+    songs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "PROBED_BY_DEFAULT", 4)
+    options = {"source": str(songs), "out": str(tmp_path / "s"), "device": "cpu"}
+    assert forecast(load_config(None, options), calibrated=False).estimated_items == 5
+
+
+def test_a_rough_length_serves_planning_alone(tmp_path: Path) -> None:
+    """A container in milliseconds: better than a guess by size, and no filter relies on it."""
+    put(f"{tmp_path}/a.flv", encoded("flv"))
+    items = list(FolderSource(str(tmp_path), ("flv",)).items())
+    (item,) = probed(items)
+    assert item.seconds is None
+    assert item.estimate == pytest.approx(2.0, abs=0.1)
+    table = draft_table([item])
+    assert table["micros"].to_pylist() == [pytest.approx(2e6, abs=1e5)]
+    assert table["seconds"].to_pylist() == [None]
+
+
+def test_members_of_a_local_tar_are_measured_by_their_ends(
+    songs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "ENDS", 20_000)
+    members = [(f"{name}.{name}", (songs / f"{name}.{name}").read_bytes()) for name in FORMATS]
+    put(f"{tmp_path}/in.tar", tar_of(members))
+    options = {"source": f"{tmp_path}/in.tar", "out": f"{tmp_path}/out", "device": "cpu"}
+    value = forecast(load_config(None, options), calibrated=False)
+    assert value.hours * 3600 == pytest.approx(5 * 61, abs=0.2)

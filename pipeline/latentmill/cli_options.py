@@ -96,7 +96,12 @@ ENCODE: dict[str, Any] = {
     ),
     "unit_seconds": _one(float, "Audio per shard.", PLAN),
     "shard_size": _one(str, "Its size at most, such as 512MiB (default 1GiB).", PLAN),
-    "probe": _flag("--probe", "Read headers for lengths that are not known.", PLAN),
+    "probe": _flag(
+        "--probe/--no-probe",
+        "Read the headers of files for their lengths, to plan and estimate exactly. "
+        "[default: up to 100,000 local files]",
+        PLAN,
+    ),
     "retry_failed": _flag("--retry-failed", "Encode units with failed items anew.", PLAN),
     "extend": _flag("--extend", "Add what is new in SOURCE, as new units.", PLAN),
     "retry_changed": _flag("--retry-changed", "With --extend: encode changed files anew.", PLAN),

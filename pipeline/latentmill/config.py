@@ -133,8 +133,10 @@ class RunConfig(BaseModel):
     retry_changed: bool = Field(
         False, description="With extend: encode the units anew whose files have changed."
     )
-    probe: bool = Field(
-        False, description="Read headers for lengths that the source does not give."
+    probe: bool | None = Field(
+        None,
+        description="Read headers for lengths that the source does not give; default for up to "
+        "100,000 local files.",
     )
     device: str = Field("auto", description="auto, cpu or cuda.")
     workers: int | None = Field(None, ge=1, description="Models in memory; default one per GPU.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -33,14 +35,18 @@ from latentmill.plan import (
 from latentmill.plan.amend import amend
 from latentmill.plan.compare import compare
 from latentmill.plan.items import draft_table, to_items
-from latentmill.plan.probe import probed
+from latentmill.plan.probe import cheap, probed
 from latentmill.sources.base import Item, Source
 from latentmill.sources.open import open_source, setting_differences, source_settings
 from latentmill.storage import Storage
 from latentmill.store.schema import COMMITS, DATASET_PATH, INDEX_PATH, ORIGIN_PATH, SHARDS
 
+_log = logging.getLogger(__name__)
+
 LARGEST_FLOAT16_CODE = 2**11  # its significand has 11 bits
 NUMBER_BYTES = {"float16": 2, "float32": 4}
+PROBED_BY_DEFAULT = 100_000  # local files; reading a header takes about a millisecond
+LONG_UNIT = 3  # times what a unit should have
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of a job
 
 
@@ -59,6 +65,7 @@ class Extension:
         new: Items that were added.
         changed: Items that are other files now than the plan says.
         vanished: Items that the source does not have any more.
+        described: Items that are the same files, and whose sidecars or metadata changed.
         retried: Whether the changed items' units are encoded anew.
         new_keys: The first few keys of each kind.
     """
@@ -67,9 +74,11 @@ class Extension:
     changed: int
     vanished: int
     retried: bool
+    described: int = 0
     new_keys: tuple[str, ...] = ()
     changed_keys: tuple[str, ...] = ()
     vanished_keys: tuple[str, ...] = ()
+    described_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -192,15 +201,36 @@ def listed(prepared: Preparation) -> Draft | None:
     if not prepared.config.extend and load(prepared.storage) is not None:
         return None
     # Of a plan that is to be extended only the new items' headers are of interest, later.
-    probe = prepared.config.probe and load(prepared.storage) is None
-    return draft(_items(prepared, probe=probe), prepared.cutting)
+    new = load(prepared.storage) is None
+    return _drafted(prepared) if new else draft(_listed(prepared), prepared.cutting)
 
 
-def _items(prepared: Preparation, *, probe: bool) -> Iterator[Item]:
-    items, headers = prepared.source.items(), [0]
+def _drafted(prepared: Preparation) -> Draft:
+    """The items of a new plan, with the lengths that headers give."""
+    probe = prepared.config.probe
     if probe:
-        items = probed(items, lambda count: headers.__setitem__(0, count))
-    for number, item in enumerate(items, 1):
+        return draft(_with_lengths(prepared, prepared.source.items()), prepared.cutting)
+    found = draft(_listed(prepared), prepared.cutting)
+    if probe is False or not 0 < found.totals.estimated_items <= PROBED_BY_DEFAULT:
+        return found
+    with found:
+        items = itertools.chain.from_iterable(map(to_items, found.tables()))
+        return draft(_with_lengths(prepared, items, wanted=cheap), prepared.cutting)
+
+
+def _listed(prepared: Preparation) -> Iterator[Item]:
+    for number, item in enumerate(prepared.source.items(), 1):
+        yield item
+        if prepared.listener is not None and number % 256 == 0:
+            prepared.listener.planning(number, 0)
+
+
+def _with_lengths(
+    prepared: Preparation, items: Iterator[Item], wanted: Callable[[Item], bool] = lambda _: True
+) -> Iterator[Item]:
+    headers = [0]
+    found = probed(items, lambda count: headers.__setitem__(0, count), wanted=wanted)
+    for number, item in enumerate(found, 1):
         yield item
         if prepared.listener is not None and number % 256 == 0:
             prepared.listener.planning(number, headers[0])
@@ -217,14 +247,29 @@ def planned(prepared: Preparation, items: Draft | None) -> tuple[Plan, Extension
     plan = load(storage)
     if plan is None:
         _refuse_foreign(storage)
-        probe = prepared.config.probe
-        with items or draft(_items(prepared, probe=probe), prepared.cutting) as drafted:
-            return freeze(_new_plan(prepared), drafted, storage), None
+        with items or _drafted(prepared) as drafted:
+            plan = freeze(_new_plan(prepared), drafted, storage)
+            _warn_of_long_groups(prepared, plan)
+            return plan, None
     _refuse_other_run(prepared, plan)
     if not config.extend or items is None:
         return plan, None
     with items:
         return _extended(prepared, plan, items)
+
+
+def _warn_of_long_groups(prepared: Preparation, plan: Plan) -> None:
+    """A group is never split, so that it may be much longer than a unit should be."""
+    limit = prepared.cutting.micros(round(1e6 * plan.seconds)) / 1e6
+    longest = max(plan.units, key=lambda unit: unit.seconds)
+    if longest.items > 1 and longest.seconds > LONG_UNIT * limit:
+        _log.warning(
+            "latentmill: warning: the longest group makes a unit of %.2f h (%d items), and a unit "
+            "that is interrupted starts again from its beginning; a --group-by with smaller groups "
+            "makes shorter units",
+            longest.seconds / 3600,
+            longest.items,
+        )
 
 
 def _new_plan(prepared: Preparation) -> Plan:
@@ -247,8 +292,7 @@ def _new_plan(prepared: Preparation) -> Plan:
 
 def _extended(prepared: Preparation, plan: Plan, items: Draft) -> tuple[Plan, Extension]:
     storage, retried = prepared.storage, prepared.config.retry_changed
-    refine = _with_headers if prepared.config.probe else _as_it_is
-    found, fresh = compare(plan, storage, items, prepared.cutting, refine)
+    found, fresh = compare(plan, storage, items, prepared.cutting, _refiner(prepared.config.probe))
     with fresh:
         if retried and len(found.changed):
             plan = amend(plan, found, storage)
@@ -260,18 +304,27 @@ def _extended(prepared: Preparation, plan: Plan, items: Draft) -> tuple[Plan, Ex
         changed=len(found.changed),
         vanished=found.vanished,
         retried=retried,
+        described=found.described,
         new_keys=tuple(found.new_keys),
         changed_keys=tuple(found.changed_keys),
         vanished_keys=tuple(found.vanished_keys),
+        described_keys=tuple(found.described_keys),
     )
 
 
-def _with_headers(table: pa.Table) -> pa.Table:
-    return draft_table(list(probed(to_items(table))))
+def _refiner(probe: bool | None) -> Callable[[pa.Table], pa.Table]:
+    """What reads the headers of new items, as `_drafted` does."""
+    left = 0 if probe is False else PROBED_BY_DEFAULT
 
+    def refine(table: pa.Table) -> pa.Table:
+        nonlocal left
+        left -= len(table)
+        if not probe and left < 0:
+            return table
+        wanted = (lambda _: True) if probe else cheap
+        return draft_table(list(probed(to_items(table), wanted=wanted)))
 
-def _as_it_is(table: pa.Table) -> pa.Table:
-    return table
+    return refine
 
 
 def _refuse_other_run(prepared: Preparation, plan: Plan) -> None:

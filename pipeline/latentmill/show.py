@@ -134,6 +134,12 @@ def _extension(value: Extension | None) -> str:
     for count, keys, what in (
         (value.changed, value.changed_keys, "changed since they were planned"),
         (value.vanished, value.vanished_keys, "are gone from the source; their latents stay"),
+        (
+            value.described,
+            value.described_keys,
+            "have new or changed sidecars or metadata, which are not taken over: the store keeps "
+            "what it has",
+        ),
     ):
         if count:
             more = "" if count == len(keys) else ", ..."
@@ -158,8 +164,8 @@ def forecast(value: Forecast) -> str:
         "known"
         if not value.estimated_items
         else (
-            f"of which {value.estimated_hours:.3f} h are estimated from the sizes of "
-            f"{value.estimated_items} items (--probe reads their headers)"
+            f"of which {value.estimated_hours:.3f} h are a guess for {value.estimated_items} items "
+            "whose exact length is not known (--probe reads the headers of remote files too)"
         )
     )
     formats = ", ".join(f"{count} {name}" for name, count in value.formats.items())

@@ -35,6 +35,7 @@ class AudioInfo:
         decoder: `soundfile` or `pyav`.
         exact: Whether fewer samples than `num_samples` mean that some are missing. Headers of MP4
             are rounded, and those of Ogg Opus count from any number.
+        rough_seconds: Length that the container gives roughly, such as by a bit rate, if it does.
     """
 
     sample_rate: int
@@ -44,6 +45,7 @@ class AudioInfo:
     codec: str
     decoder: str
     exact: bool = True
+    rough_seconds: float | None = None
 
     def check(self) -> None:
         """Refuse a header that no recording has.

@@ -113,6 +113,7 @@ class PyAVDecoder:
             codec=stream.codec.canonical_name,
             decoder="pyav",
             exact=exact,
+            rough_seconds=(self._container.duration or 0) / av.time_base or None,
         )
 
     def blocks(self) -> Iterator[Samples]:

@@ -22,8 +22,9 @@ from latentmill.storage import Storage
 
 MAX_NAMED = 20
 
-_OLD_COLUMNS = ("key", "uri", "size", "version", "start", "duration", "unit")
-_NEW_COLUMNS = _OLD_COLUMNS[:-1]
+_FILE = ("key", "uri", "size", "version", "start", "duration")
+_NEW_COLUMNS = (*_FILE, "sidecars", "sidecar_versions", "metadata")
+_OLD_COLUMNS = (*_NEW_COLUMNS, "unit")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Row:
     version: str
     start: float | None
     duration: float | None
+    sidecars: list[str]
+    sidecar_versions: str | None
+    metadata: str
     unit: int = -1
 
     def same(self, other: Row) -> bool:
@@ -44,6 +48,14 @@ class Row:
         versions = not (self.version and other.version) or self.version == other.version
         segments = (self.start, self.duration) == (other.start, other.duration)
         return sizes and versions and segments and self.uri == other.uri
+
+    def same_metadata(self, other: Row) -> bool:
+        """Whether nothing says that its captions or other metadata changed."""
+        versions = (self.sidecar_versions, other.sidecar_versions)
+        same_files = self.sidecars == other.sidecars and (
+            None in versions or versions[0] == versions[1]
+        )
+        return same_files and self.metadata == other.metadata
 
 
 @dataclass
@@ -55,15 +67,18 @@ class Comparison:
         vanished: How many items the source does not have any more.
         changed: The items that are other files now, as rows of `DRAFT_SCHEMA`.
         units: The units of those, in the same order.
+        described: How many of the others have new or other sidecars or metadata.
         new_keys: The first few keys of the new items; the same of the others.
     """
 
     new: int = 0
     vanished: int = 0
+    described: int = 0
     changed: pa.Table = field(default_factory=lambda: pa.Table.from_batches([], DRAFT_SCHEMA))
     units: list[int] = field(default_factory=list)
     new_keys: list[str] = field(default_factory=list)
     vanished_keys: list[str] = field(default_factory=list)
+    described_keys: list[str] = field(default_factory=list)
 
     @property
     def changed_keys(self) -> list[str]:
@@ -138,6 +153,10 @@ def _unknown(new: Sorter, old: Sorter, found: Comparison) -> Iterator[pa.Table]:
             if known is not None:
                 if is_changed[-1]:
                     found.units.append(known.unit)
+                elif not known.same_metadata(row):
+                    found.described += 1
+                    if found.described <= MAX_NAMED:
+                        found.described_keys.append(row.key)
                 before = next(planned, None)
         found.changed = pa.concat_tables([found.changed, table.filter(pa.array(is_changed))])
         if any(is_new):

@@ -312,9 +312,20 @@ def open_items(
     try:
         with storage.open(path) as file:
             parquet = pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
-            yield lambda group, columns: parquet.read_row_group(group, columns, use_threads=False)
+            yield lambda group, columns: _whole(
+                parquet.read_row_group(group, columns, use_threads=False), columns
+            )
     except (pa.ArrowException, ValueError, IndexError) as error:
         raise _foreign(storage, path) from error
+
+
+def _whole(table: pa.Table, columns: Sequence[str] | None) -> pa.Table:
+    """The rows with columns that plans of earlier versions do not have, empty."""
+    for name in columns or ITEMS_SCHEMA.names:
+        if name not in table.column_names and ITEMS_SCHEMA.field(name).nullable:
+            field = ITEMS_SCHEMA.field(name)
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table
 
 
 def _hash(data: bytes) -> str:

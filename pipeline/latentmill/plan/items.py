@@ -30,6 +30,7 @@ _OPTIONAL = {
     "seconds": pa.float64(),
     "group": pa.string(),
     "role": pa.string(),
+    "sidecar_versions": pa.string(),  # missing in the plans of earlier versions
 }
 
 ITEMS_SCHEMA = pa.schema(
@@ -79,7 +80,9 @@ def _sane(seconds: float | None) -> float | None:
 def estimated_seconds(item: Item) -> float:
     """An item's length as it is known, or a guess from its size and extension."""
     seconds = known_seconds(item)
-    if seconds is None and not item.size:
+    if seconds is None and item.estimate is not None:
+        seconds = item.estimate
+    elif seconds is None and not item.size:
         seconds = UNKNOWN_SECONDS
     elif seconds is None:
         extension = item.extension or extension_of(item.uri)
@@ -110,6 +113,7 @@ def draft_table(items: Sequence[Item]) -> pa.Table:
         "seconds": [_sane(item.seconds) for item in items],
         "group": [group or None for group in groups],
         "role": roles,
+        "sidecar_versions": [item.sidecar_versions or None for item in items],
         "block": [group or key for group, key in zip(groups, keys, strict=True)],
         "micros": [
             round(1e6 * (estimated_seconds(item) if length is None else _bounded(length)))
@@ -177,6 +181,7 @@ def _item(row: dict[str, Any]) -> Item:
         group=row["group"],
         role=row["role"],
         extension=row.get("extension"),
+        sidecar_versions=row.get("sidecar_versions") or "",
     )
 
 

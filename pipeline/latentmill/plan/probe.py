@@ -24,7 +24,12 @@ ENDS = 256 << 10
 """Bytes that are fetched of either end of a longer file: that is where headers are."""
 
 
-def probed(items: Iterable[Item], opened: Callable[[int], None] = lambda _: None) -> Iterator[Item]:
+def probed(
+    items: Iterable[Item],
+    opened: Callable[[int], None] = lambda _: None,
+    *,
+    wanted: Callable[[Item], bool] = lambda _: True,
+) -> Iterator[Item]:
     """The same items, with `seconds` where their header says it; known lengths are not looked up.
 
     A file that cannot be read keeps an unknown length: encoding it will say what is wrong.
@@ -32,31 +37,44 @@ def probed(items: Iterable[Item], opened: Callable[[int], None] = lambda _: None
     Args:
         items: Items in any order.
         opened: Is told how many headers were read so far.
+        wanted: Which items may be looked up.
     """
     count = 0
     stream = iter(items)
     with ThreadPoolExecutor(READERS, thread_name_prefix="probe") as pool:
         while batch := list(itertools.islice(stream, BATCH)):
-            unknown = [item for item in batch if known_seconds(item) is None]
-            yield from (item for item in batch if known_seconds(item) is not None)
+            unknown = []
+            for item in batch:
+                if known_seconds(item) is None and wanted(item):
+                    unknown.append(item)
+                else:
+                    yield item
             sized = list(pool.map(with_size, unknown))
             with UnitReader(filter(_read_whole, sized), allow_changed=True) as reader:
-                found = pool.map(partial(_seconds, reader), sized)
-                for item, seconds in zip(unknown, found, strict=True):
-                    yield item if seconds is None else dataclasses.replace(item, seconds=seconds)
+                found = pool.map(partial(_lengths, reader), sized)
+                for item, (seconds, estimate) in zip(unknown, found, strict=True):
+                    yield dataclasses.replace(item, seconds=seconds, estimate=estimate)
             count += len(unknown)
             opened(count)
 
 
-def _seconds(reader: UnitReader, item: Item) -> float | None:
+def cheap(item: Item) -> bool:
+    """Whether a header lies on this machine's disk, and not in a table, which must be decoded."""
+    return not is_remote(item.uri) and not isinstance(item.place, TableCell)
+
+
+def _lengths(reader: UnitReader, item: Item) -> tuple[float | None, float | None]:
+    """The item's length as its header says it exactly; or roughly."""
     try:
         info = _info(item, reader)
     except ItemError:
-        return None
-    if info.num_samples is None:
-        return None
+        return None, None
     start = item.segment.start if item.segment is not None else 0.0
-    return max(0.0, info.num_samples / info.sample_rate - start)
+    if info.num_samples is not None:
+        return max(0.0, info.num_samples / info.sample_rate - start), None
+    if info.rough_seconds is not None:
+        return None, max(0.0, info.rough_seconds - start)
+    return None, None
 
 
 def _info(item: Item, reader: UnitReader) -> AudioInfo:
@@ -66,6 +84,8 @@ def _info(item: Item, reader: UnitReader) -> AudioInfo:
 
 
 def _read_whole(item: Item) -> bool:
+    if isinstance(item.place, ByteRange) and _size(item) > 2 * ENDS:
+        return False  # it would be copied
     short = _size(item) <= 2 * ENDS or isinstance(item.place, TableCell)
     return short or not is_remote(item.uri)
 

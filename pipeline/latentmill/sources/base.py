@@ -59,6 +59,9 @@ class Item:
         role: What the item is in its group (`drums`, `vocals`), if known.
         extension: Inside a tar or a table its own name's, such as `flac`. It serves to guess
             lengths while a plan is made, and is not stored.
+        estimate: Its length in seconds as its container says it roughly (by a bit rate, or in
+            milliseconds). It serves as `extension` does.
+        sidecar_versions: Whatever changes when one of those files does; empty if nobody knows.
     """
 
     key: str
@@ -73,6 +76,8 @@ class Item:
     group: str | None = None
     role: str | None = None
     extension: str | None = None
+    estimate: float | None = None
+    sidecar_versions: str = ""
 
 
 class Source(Protocol):

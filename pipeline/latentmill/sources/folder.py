@@ -13,7 +13,7 @@ from latentmill.errors import SourceError
 from latentmill.remote import protocol_of
 from latentmill.sources.base import Item
 from latentmill.sources.files import Place
-from latentmill.sources.listing import Entries, Entry, folders
+from latentmill.sources.listing import Entries, folders
 from latentmill.sources.names import (
     APPLE_DOUBLE,
     dotted,
@@ -93,7 +93,7 @@ class FolderSource:
         names = without_extensions(audio)  # of all, so that a filter does not rename the others
         for path in audio:
             if self._wanted(path):
-                yield self._item(path, names[path], files[path], sidecars)
+                yield self._item(path, names[path], files, sidecars)
             else:
                 self.ignored["excluded"] += 1
 
@@ -119,7 +119,7 @@ class FolderSource:
         self,
         path: str,
         name: str,
-        entry: Entry,
+        files: Entries,
         sidecars: Mapping[str, Sequence[str]],
     ) -> Item:
         stem = posixpath.splitext(path)[0]
@@ -127,9 +127,10 @@ class FolderSource:
         return Item(
             key=self._relative(name),
             uri=self._place.address(path),
-            size=entry.size,
-            version=entry.version,
+            size=files[path].size,
+            version=files[path].version,
             sidecars=tuple(self._place.address(other) for other in beside),
+            sidecar_versions=" ".join(files[other].version for other in beside),
         )
 
     def _nothing(self, seen: int) -> str:
