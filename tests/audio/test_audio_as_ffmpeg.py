@@ -22,7 +22,7 @@ from latentmill.errors import ItemError
 LENGTH = 132_300  # 3 s
 
 
-def decode(data: bytes, **options: bool) -> np.ndarray:
+def decode(data: bytes, **options: float | bool) -> np.ndarray:
     with media_from_bytes(data) as media:
         return np.concatenate(list(open_audio(media, **options).blocks()), axis=1)
 
@@ -220,3 +220,52 @@ def test_a_flac_that_begins_later_is_whole() -> None:
     audio = decode(cut)
     assert 0 < audio.shape[1] < whole.shape[1]
     assert np.array_equal(audio, whole[:, -audio.shape[1] :])
+
+
+SOUGHT: dict[str, Callable[[], bytes]] = {
+    "vorbis": vorbis,
+    "vorbis, one page": lambda: vorbis(30_000),
+    "vorbis from 100 s on": lambda: moved(vorbis(), 4_410_000),
+    "mp3 at 24 kbit/s": lambda: with_pyav(
+        music(100_000, 22_050)[:, :1], 22_050, "libmp3lame", "mp3", {"b": "24k"}, layout="mono"
+    ),
+    "mp3": mp3,
+}
+
+
+@pytest.mark.parametrize("kind", SOUGHT)
+def test_segments_anywhere_are_exact(kind: str) -> None:
+    """libsndfile's own seek is 15 to 448 samples off near the end of most Vorbis files."""
+    data = SOUGHT[kind]()
+    rate = 22_050 if "24" in kind else RATE
+    whole = decode(data)
+    length = whole.shape[1]
+    for first in range(500, length - 1000, length // 24):
+        part = decode(data, start=first / rate, duration=1000 / rate)
+        assert np.abs(part - whole[:, first : first + 1000]).max() < 1e-5, first
+
+
+def bitstream(sync: bytes, distance: int) -> bytes:
+    """A WAV of noise in which sync words come at a distance in bytes."""
+    body = bytearray(np.random.default_rng(1).integers(0, 256, 120_000, np.uint8).tobytes())
+    for at in range(4_000, len(body) - 8, distance):
+        body[at : at + len(sync)] = sync
+    return sound(np.frombuffer(body, "<i2").reshape(-1, 2), RATE, "WAV", "PCM_16")
+
+
+BITSTREAMS = {
+    "DTS, 14 bits": (b"\xff\x1f\x00\xe8\xf1\x07", 4096, "DTS"),
+    "DTS, 14 bits, swapped": (b"\x1f\xff\xe8\x00\x07\xf1", 4096, "DTS"),
+    "DTS, 16 bits": (b"\xfe\x7f\x01\x80", 2012, "DTS"),
+    "DTS, 16 bits, swapped": (b"\x7f\xfe\x80\x01", 2012, "DTS"),
+    "S/PDIF": (b"\x72\xf8\x1f\x4e", 6144, "S/PDIF"),
+}
+
+
+@pytest.mark.parametrize("kind", BITSTREAMS)
+def test_coded_audio_in_pcm_is_not_taken_for_sound(kind: str) -> None:
+    sync, distance, name = BITSTREAMS[kind]
+    with pytest.raises(ItemError, match=f"^the samples are .*{name}.*, not sound"):
+        decode(bitstream(sync, distance))
+    once = bitstream(sync, 1 << 20)  # by chance
+    assert decode(once).shape[1] == 30_000

@@ -113,7 +113,7 @@ def _open_decoder(
     try:
         if plain:
             with contextlib.suppress(DecodeError):
-                return SoundFileDecoder(media, sniffed)
+                return SoundFileDecoder(media, sniffed, found)
         return PyAVDecoder(media, sniffed, found, keep=keep)
     except DecodeError as error:
         if shortage:

@@ -65,6 +65,18 @@ def first_packets(media: MediaFile, offset: int, headers: int) -> Packets | None
     return None
 
 
+def last_granules(media: MediaFile) -> list[int]:
+    """The granule positions of the last pages, of those on which a packet ends."""
+    start = max(0, media.size - 4 * _MAX_PAGE)
+    tail, found = media.read_at(start, 4 * _MAX_PAGE), []
+    at = tail.find(b"OggS\0")
+    while at >= 0:
+        if (page := _page(tail, at)) and _checksum(page.data) == page.checksum:
+            found.append(struct.unpack_from("<q", page.data, 6)[0])
+        at = tail.find(b"OggS\0", at + 1)
+    return [granule for granule in found if granule >= 0]
+
+
 def _packets(page: _Page, rest: bytes) -> tuple[list[bytes], bytes]:
     """The packets that end on a page, and the beginning of the next one."""
     segments = page.data[26]

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from latentmill.audio import bitstreams
 from latentmill.audio.media import MediaFile
 from latentmill.closing import Closing
 from latentmill.errors import ItemError
@@ -137,6 +138,8 @@ class AudioStream(Closing):
         try:
             for block in self._in_time(self._decoder.blocks()):  # [n, C]
                 self._check_finite(block, done)
+                if done == 0:
+                    self._check_sound(block)
                 done += len(block)
                 if len(block):
                     yield block.T
@@ -170,6 +173,15 @@ class AudioStream(Closing):
         first = done + int(np.argmin(finite.all(axis=1)))
         at = first / self.sample_rate
         raise ItemError(f"NaN or Inf in the samples, first at sample {first} ({at:.3f} s)")
+
+    def _check_sound(self, block: Samples) -> None:
+        if self.channels == 2 and self.info.codec in bitstreams.CODECS:
+            name = bitstreams.packed_into_pcm(block)
+            if name:
+                raise ItemError(
+                    f"the samples are {name}, not sound. Decode it first, for example with "
+                    "`ffmpeg -i IN.wav OUT.flac`"
+                )
 
     def _check_complete(self, done: int, fault: str | None) -> None:
         promised = self.num_samples

@@ -27,6 +27,7 @@ class Survey:
         frames: The frames of an MP3.
         dropped: Samples that libvorbis drops at the end of the first page of Vorbis, and the
             sample behind them.
+        last_seek: The last sample that libsndfile finds in Vorbis.
         skipped: Samples before the first one of a FLAC that was cut.
     """
 
@@ -34,6 +35,7 @@ class Survey:
     plain: bool = True
     frames: mp3.Frames | None = None
     dropped: tuple[int, int] = (0, 0)
+    last_seek: int = 0
     skipped: int = 0
 
 
@@ -81,13 +83,19 @@ def _survey(media: MediaFile, sniffed: Sniffed) -> Survey:
         whole = flac.ends_as_promised(media, sniffed.offset) and not first
         second = flac.second_stream(media, sniffed.offset)
         return Survey(plain=whole and second is None, skipped=first)
+    return _ogg(media, sniffed)
+
+
+def _ogg(media: MediaFile, sniffed: Sniffed) -> Survey:
     damage = find_damage(media, sniffed.offset)
     start = None
     if sniffed.format == "ogg-vorbis" and not damage:
         start = vorbis.read_start(media, sniffed.offset)
-    if start is None or not start.dropped:
+    if start is None:
         return Survey(damage)
-    return Survey(damage, plain=False, dropped=(start.dropped, start.samples))
+    if start.dropped:
+        return Survey(plain=False, dropped=(start.dropped, start.samples))
+    return Survey(last_seek=vorbis.last_safe_seek(media, start))
 
 
 def _mp3(media: MediaFile, offset: int) -> Survey:

@@ -11,9 +11,10 @@ import itertools
 from dataclasses import dataclass
 
 from latentmill.audio.media import MediaFile
-from latentmill.audio.ogg import Packets, first_packets
+from latentmill.audio.ogg import Packets, first_packets, last_granules
 
 _MODE_BITS = 41
+_LONGEST_BLOCK = 8192
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,17 @@ def read_start(media: MediaFile, offset: int) -> Start | None:
         blocks.append(sizes[mode])
     given = [(a + b) // 4 for a, b in itertools.pairwise(blocks)]
     return Start(sum(given), found.granule, given[-1] if given else 0, found.ends)
+
+
+def last_safe_seek(media: MediaFile, start: Start) -> int:
+    """The last sample that libsndfile finds: not one of the last page.
+
+    There it counts backwards from the granule position, which is less than the page holds.
+    """
+    granules = last_granules(media)
+    if len(granules) < 2:
+        return 0
+    return max(0, granules[-2] - _LONGEST_BLOCK - max(0, start.granule - start.samples))
 
 
 def _block_sizes(found: Packets) -> list[int] | None:

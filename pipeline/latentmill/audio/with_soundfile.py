@@ -12,9 +12,14 @@ import soundfile as sf
 from latentmill.audio.media import MediaFile
 from latentmill.audio.sniff import Sniffed
 from latentmill.audio.stream import BLOCK, AudioInfo, DecodeError, Samples
+from latentmill.audio.survey import NOTHING, Survey
 
 _OTHERWISE = {"wav": ("MPEG_LAYER_III",), "aiff": ("IMA_ADPCM",), "caf": ("ALAC_16", "ALAC_24")}
 """What libsndfile decodes to other samples than FFmpeg."""
+
+
+_MP3_LEAD = 64 * 1152
+"""Samples that an MP3 is decoded ahead of a seek: its frames lean on the bits of those before."""
 
 
 class SoundFileDecoder:
@@ -24,7 +29,8 @@ class SoundFileDecoder:
         DecodeError: libsndfile cannot open it, or finds nothing in it.
     """
 
-    def __init__(self, media: MediaFile, sniffed: Sniffed) -> None:
+    def __init__(self, media: MediaFile, sniffed: Sniffed, found: Survey = NOTHING) -> None:
+        self._last_seek = found.last_seek if sniffed.format == "ogg-vorbis" else None
         try:
             self._file = sf.SoundFile(media.rewind(), closefd=False)
         except sf.LibsndfileError as error:
@@ -66,7 +72,11 @@ class SoundFileDecoder:
             done += read
 
     def seek(self, sample: int) -> int:
-        """Begin at a sample; exact in all of libsndfile's formats."""
+        """Begin at a sample, or at an earlier one if libsndfile would not find it."""
+        if self._last_seek is not None:
+            sample = min(sample, self._last_seek)
+        if self.info.codec == "mpeg_layer_iii":
+            sample = max(0, sample - _MP3_LEAD)
         try:
             return int(self._file.seek(min(sample, self._file.frames)))
         except sf.LibsndfileError as error:
