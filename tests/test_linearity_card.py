@@ -60,7 +60,7 @@ def test_mdct_is_linear(store: LatentStore) -> None:
     assert max(card.homogeneity, card.homogeneity_raw, card.additivity, card.additivity_raw) < 1e-5
     assert list(card.by_gain) == ["0.25", "0.5", "0.75", "1.1"]
     assert report.poor == ()
-    written = json.loads((Path(store.url) / "dataset.json").read_text())
+    written = json.loads((Path(store.url) / "evaluation/linearity.json").read_text())
     assert written["linearity"] == card.model_dump()
     again = LatentStore(store.url)
     assert verify(again).faults == []
@@ -156,8 +156,8 @@ def test_the_commands(
     )
 
     poor = {**parsed["card"], "additivity": 0.5}  # type: ignore[dict-item]
-    dataset = Path(store.url) / "dataset.json"
-    dataset.write_text(json.dumps({**json.loads(dataset.read_text()), "linearity": poor}))
+    measured = Path(store.url) / "evaluation/linearity.json"
+    measured.write_text(json.dumps({**json.loads(measured.read_text()), "linearity": poor}))
     mix = ["mix", store.url, "south/drums", "south/bass:0.5", "-o", tmp_path / "mix.flac"]
     with warnings.catch_warnings(record=True):
         result = runs.call(capsys, *mix)

@@ -294,10 +294,10 @@ def frozen(tmp_path: Path) -> Storage:
 def test_without_its_items_a_plan_is_not_there_yet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Storage, path: str, data: bytes) -> None:
+    def full(self: Storage, path: str, data: bytes) -> bool:
         raise StorageError("the disk is full.")
 
-    monkeypatch.setattr(Storage, "write", full)
+    monkeypatch.setattr(Storage, "create", full)
     with pytest.raises(StorageError):
         write([item(0, 1)], Storage(str(tmp_path)))
     assert [path.name for path in (tmp_path / "plan").iterdir()] == ["items.parquet"]

@@ -15,6 +15,8 @@ import soundfile
 import latentmill as lm
 from latentmill.errors import ConfigError
 from latentmill.seams import _measure, measure_seams
+from latentmill.storage import Storage
+from latentmill.store.measurement import read_measurement
 from latentmill.store.verify import verify
 from support import runs
 from support.linear_cae_weights import use_cache, write_cache
@@ -75,28 +77,39 @@ def test_a_model_that_normalises_over_the_chunk_has(
     assert 1e-4 < report.median <= report.largest < 1
 
 
-def test_the_result_stands_in_dataset_json(store: lm.LatentStore, tmp_path: Path) -> None:
+def test_the_result_has_a_file_of_its_own(store: lm.LatentStore, tmp_path: Path) -> None:
+    """dataset.json may be replaced by a run that ends meanwhile: measuring does not touch it."""
+    out = tmp_path / "out"
+    sealed = (out / "dataset.json").read_bytes()
+    (out / "dataset.json").write_bytes(b"sealed again meanwhile")
     report = measure_seams(store)
-    written = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert (out / "dataset.json").read_bytes() == b"sealed again meanwhile"
+    (out / "dataset.json").write_bytes(sealed)
+    written = json.loads((out / "evaluation/seams.json").read_text())
     assert written["seams"] == {"items": 3, "median": report.median, "largest": report.largest}
-    assert verify(lm.open(str(tmp_path / "out"))).faults == []
+    assert written["seal"] == json.loads(sealed)["seal"]
+    assert lm.open(str(out)).measured_info.seams is not None
+    assert verify(lm.open(str(out))).faults == []
+    (out / "dataset.json").write_bytes(sealed.replace(written["seal"].encode(), b"0" * 32))
+    assert lm.open(str(out)).measured_info.seams is None  # it was measured before the last seal
 
 
 @pytest.mark.slow
-def test_what_was_measured_survives_a_longer_plan(
+def test_what_was_measured_is_not_current_after_a_longer_plan(
     encode, noise: Path, tmp_path: Path, ray_session: Path
 ) -> None:
     measure_seams(encode())
-    before = lm.open(str(tmp_path / "out")).info
+    before = lm.open(str(tmp_path / "out")).measured_info
+    assert before.seams is not None
     source, out = str(noise), str(tmp_path / "out")
     (noise / "new.wav").write_bytes((noise / "1.wav").read_bytes())
     try:
         lm.encode(source, out, dtype="float32", chunk_seconds=2.0, threads=1, extend=True)
     finally:
         (noise / "new.wav").unlink()
-    after = lm.open(out).info
-    assert after.items == before.items + 1
-    assert after.seams == before.seams is not None
+    after = lm.open(out).measured_info
+    assert (after.items, after.seams) == (before.items + 1, None)
+    assert read_measurement(Storage(out), after, "seams") is not None
 
 
 def test_silence_says_nothing_and_does_no_harm(
@@ -161,7 +174,7 @@ def test_the_command_prints_it(store: lm.LatentStore, capsys: pytest.CaptureFixt
     done = runs.call(capsys, "seams", store.url)
     assert (done.code, done.err) == (0, "")
     assert "stitched against whole: median" in done.out
-    assert lm.open(store.url).info.seams is not None
+    assert lm.open(store.url).measured_info.seams is not None
     Path(store.url, "dataset.json").unlink()
     done = runs.call(capsys, "seams", store.url)
     assert (done.code, done.err.split(":")[0]) == (0, "not recorded")

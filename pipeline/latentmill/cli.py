@@ -111,7 +111,7 @@ def status(store: Store, as_json: AsJson = False) -> None:
 @app.command()
 def info(store: Store, as_json: AsJson = False) -> None:
     """Say what a store is: model, format, rates, hours, statistics."""
-    print_value(as_json, open_store(store).info, show.info)
+    print_value(as_json, open_store(store).measured_info, show.info)
 
 
 @app.command()

@@ -155,7 +155,7 @@ def seams(
     trust_model: TrustModel = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the error at the seams of chunks against whole items; goes into dataset.json."""
+    """Measure the error at the seams of chunks against whole items (evaluation/seams.json)."""
     store = open_store(url, device=device, trust_model=trust_model)
     print_value(as_json, measure_seams(store, items=items, max_seconds=max_seconds), show.seams)
     _say_what_is_not_recorded(store)
@@ -172,7 +172,7 @@ def linearity(
     trust_model: TrustModel = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how well latents scale and add on the store's audio; goes into dataset.json."""
+    """Measure how well latents scale and add on the store's audio (evaluation/linearity.json)."""
     store = open_store(url, device=device, trust_model=trust_model)
     report = measure_linearity(store, items=items, max_seconds=max_seconds)
     print_value(as_json, report, show.linearity)
@@ -181,7 +181,7 @@ def linearity(
 
 def _say_what_is_not_recorded(store: LatentStore) -> None:
     if not store.sealed:
-        typer.echo("not recorded: the run has not ended, and writes dataset.json then", err=True)
+        typer.echo("not recorded: the store is not sealed yet: finish its run first", err=True)
 
 
 def _part(store: LatentStore, part: str) -> tuple[str, float]:

@@ -22,7 +22,8 @@ from latentmill.record import Outcome, Record
 from latentmill.storage import Storage
 from latentmill.store.commit import committed_units, iter_commits, write_commit, write_unit
 from latentmill.store.index import entries
-from latentmill.store.schema import COMMITS, DATASET_PATH, SHARDS, Commit
+from latentmill.store.measurement import MEASURED, write_measurement
+from latentmill.store.schema import COMMITS, SHARDS, Commit
 from latentmill.store.seal import read_origin, seal, write_origin
 from latentmill.store.store import LatentStore
 
@@ -117,9 +118,9 @@ def _converted(
         new = new.model_copy(update={"items_hash": commit.items_hash})
         write_commit(storage, new, commit.timings)
     sealed = seal(storage, plan)
-    measured = {"seams": store.info.seams, "linearity": store.info.linearity}
-    document = sealed.model_copy(update=measured).model_dump_json(indent=2)
-    storage.write(DATASET_PATH, document.encode())
+    for name in MEASURED:
+        if (result := getattr(store.measured_info, name)) is not None:
+            write_measurement(storage, sealed, result)
     new_failures = [
         (item.key, item.reason or "")
         for commit in iter_commits(storage)

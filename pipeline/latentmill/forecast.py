@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -91,8 +91,8 @@ def forecast(
     prepared = prepare(config, listener)
     storage = prepared.storage
     items = listed(prepared)
-    with items or contextlib.nullcontext(), only_run(storage):
-        plan, extension = planned(prepared, items)
+    with items or contextlib.nullcontext(), only_run(storage) as hold:
+        plan, extension = planned(replace(prepared, storage=hold.storage), items)
         storage.clear_scratch()
     committed = set(committed_units(storage))
     todo = sum(unit.seconds for unit in plan.units if unit.name not in committed)

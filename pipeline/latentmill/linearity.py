@@ -1,7 +1,7 @@
 """The linearity card: how far latent arithmetic is from the truth, on the store's own audio.
 
-The formulas are in `models/linearity.py`. The card stands in dataset.json, and `ops` warns where
-it says that an operation is poor for the model.
+The formulas are in `models/linearity.py`. The card is evaluation/linearity.json, and `ops` warns
+where it says that an operation is poor for the model.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from latentmill.errors import ConfigError, ItemError
 from latentmill.models.base import Autoencoder, ModelSpec
 from latentmill.models.linearity import GAINS, additivity, homogeneity
 from latentmill.ops.origin import POOR
-from latentmill.storage import Storage
-from latentmill.store.schema import DATASET_PATH, LinearityEntry
+from latentmill.store.measurement import write_measurement
+from latentmill.store.schema import LinearityEntry
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import read_source
 
@@ -33,7 +33,7 @@ class LinearityReport:
     """What was measured: the card, and which operations are poor by it.
 
     Attributes:
-        card: What goes into dataset.json.
+        card: What is recorded.
         limit: The error above which an operation is called poor.
         poor: The operations above it, with the origin.
     """
@@ -53,7 +53,7 @@ def measure_linearity(
         items: How many items, spread evenly over those that are not silent; their beginnings, from
             where they are heard, are compared, and each is added to the next one.
         max_seconds: The longest beginning; default is one chunk.
-        record: Whether to write the card into a sealed store's dataset.json.
+        record: Whether to write the card into a sealed store's evaluation/linearity.json.
 
     Raises:
         ConfigError: The latents are codes, or the store has fewer than two items to compare.
@@ -72,8 +72,7 @@ def measure_linearity(
         raise ConfigError(f"{store.url} has fewer than two items that are not silent to compare.")
     card = _card(model, sounds)
     if record and store.sealed:
-        info = store.info.model_copy(update={"linearity": card})
-        Storage(store.url).write(DATASET_PATH, info.model_dump_json(indent=2).encode())
+        write_measurement(store.storage, store.info, card)
     errors = {"scaling": card.homogeneity, "adding": card.additivity}
     return LinearityReport(card, POOR, tuple(n for n, error in errors.items() if error > POOR))
 

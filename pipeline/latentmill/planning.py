@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +40,14 @@ from latentmill.plan.probe import cheap, probed
 from latentmill.sources.base import Item, Source
 from latentmill.sources.open import open_source, setting_differences, source_settings
 from latentmill.storage import Storage
-from latentmill.store.schema import COMMITS, DATASET_PATH, INDEX_PATH, ORIGIN_PATH, SHARDS
+from latentmill.store.schema import (
+    COMMITS,
+    DATASET_PATH,
+    INDEX_NAME,
+    ORIGIN_PATH,
+    SHARDS,
+)
+from latentmill.store.tidy import tidy_plan
 
 _log = logging.getLogger(__name__)
 
@@ -247,11 +255,13 @@ def planned(prepared: Preparation, items: Draft | None) -> tuple[Plan, Extension
     plan = load(storage)
     if plan is None:
         _refuse_foreign(storage)
+        tidy_plan(storage, None)
         with items or _drafted(prepared) as drafted:
             plan = freeze(_new_plan(prepared), drafted, storage)
             _warn_of_long_groups(prepared, plan)
             return plan, None
     _refuse_other_run(prepared, plan)
+    tidy_plan(storage, plan)
     if not config.extend or items is None:
         return plan, None
     with items:
@@ -360,8 +370,8 @@ def _refuse_foreign(storage: Storage) -> None:
                 f"{storage.root} holds {folder} but no plan: choose another output folder, or "
                 "restore its plan/ folder."
             )
-    for path in (DATASET_PATH, INDEX_PATH, ORIGIN_PATH):
-        if storage.exists(path):
+    for path in sorted(storage.list("")):
+        if path in (DATASET_PATH, ORIGIN_PATH) or re.fullmatch(INDEX_NAME, path):
             raise StoreError(
                 f"{storage.root} holds a {path} that no plan belongs to: choose another output "
                 "folder, or remove the file."

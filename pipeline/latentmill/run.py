@@ -7,7 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -20,17 +20,10 @@ from latentmill.plan import Plan, Unit, check_items
 from latentmill.planning import Extension, Preparation, listed, planned, prepare
 from latentmill.sources.open import is_there
 from latentmill.storage import Storage
-from latentmill.store.commit import Tally, iter_commits
-from latentmill.store.schema import (
-    DATASET_PATH,
-    INDEX_PATH,
-    SHARDS,
-    DatasetInfo,
-    parse_document,
-    shard_path,
-)
-from latentmill.store.seal import seal
-from latentmill.store.store import open_store
+from latentmill.store.commit import SealHash, Tally, iter_commits, next_revisions
+from latentmill.store.schema import SHARDS, DatasetInfo
+from latentmill.store.seal import current_seal, seal
+from latentmill.store.tidy import remove_unfinished, tidy
 
 
 @dataclass(frozen=True)
@@ -102,24 +95,30 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunSummary:
     progress = progress or QuietProgress()
     began = time.perf_counter()
     prepared = prepare(config, progress)
-    storage = prepared.storage
     items = listed(prepared)
-    with items or contextlib.nullcontext(), only_run(storage) as hold:
+    with items or contextlib.nullcontext(), only_run(prepared.storage) as hold:
+        prepared, storage = replace(prepared, storage=hold.storage), hold.storage
         plan, extension = planned(prepared, items)
-        tallies = _trusted(storage, plan)
-        if config.retry_failed:  # what is committed stays until it is replaced
+        tidy(storage)
+        tallies, sealable = _trusted(storage, plan)
+        if config.retry_failed:  # what is committed counts until a later revision is
             tallies = {name: one for name, one in tallies.items() if not one.failed}
-        todo = [unit for unit in plan.units if unit.name not in tallies]
+        revisions = next_revisions(storage)
+        todo = [
+            replace(unit, revision=revisions.get(unit.name, 0))
+            for unit in plan.units
+            if unit.name not in tallies
+        ]
         resumed = len(tallies)
         storage.clear_scratch()
         if todo:
             _encode_todo(prepared, plan, tallies, todo, progress, hold)
-            tallies = _trusted(storage, plan)
+            tallies, sealable = _trusted(storage, plan)
             assert len(tallies) == len(plan.units), "a run that ends well has committed every unit"
-        info = None if todo else _seal_of(storage, plan)
+        info = current_seal(storage, sealable)
         if info is None:
-            hold.check()
             info = seal(storage, plan)
+            remove_unfinished(storage)
             storage.clear_scratch()  # an empty folder
     seconds = time.perf_counter() - began
     return _summary(storage, plan, info, tallies, todo, resumed, seconds, extension)
@@ -143,8 +142,6 @@ def _encode_todo(
             "mount or restore it."
         )
     check_items(plan, storage)
-    if not _seal_survives(storage, plan, todo):
-        storage.delete(DATASET_PATH)  # not complete while units are missing
     progress.begin(plan, tallies)
     try:
         encode_units(
@@ -155,46 +152,30 @@ def _encode_todo(
         storage.clear_scratch()
 
 
-def _seal_of(storage: Storage, plan: Plan) -> DatasetInfo | None:
-    """What dataset.json says, if the store is sealed and all of the plan is in it."""
-    if not (storage.exists(DATASET_PATH) and storage.exists(INDEX_PATH)):
-        return None
-    info = open_store(storage.root).info
-    return info if info.items == plan.num_items else None
+def _trusted(storage: Storage, plan: Plan) -> tuple[dict[str, Tally], str]:
+    """The commits that count, by unit, and the hash of their seal.
 
-
-def _seal_survives(storage: Storage, plan: Plan, todo: list[Unit]) -> bool:
-    """Whether the seal that is there stays true while new units are encoded: it names none."""
-    try:
-        data = storage.read_if_exists(DATASET_PATH)
-        if data is None:
-            return True
-        sealed = parse_document(DatasetInfo, data, DATASET_PATH, "")
-    except StoreError:
-        return False
-    named = {shard.path for shard in sealed.shards}
-    return named.isdisjoint(shard_path(unit.name, plan.format) for unit in todo)
-
-
-def _trusted(storage: Storage, plan: Plan) -> dict[str, Tally]:
-    """The commits that count, by unit; the other units are encoded anew.
-
-    A commit counts if its shard is there in full, and its items are those that were planned.
+    A commit counts if its shard is there, and its items are those that were planned; the other
+    units are encoded again. A shard's name is never used twice, so no other one can be there; its
+    size shows whether the file was cut since.
     """
     sizes = storage.list(SHARDS)
     wanted = fingerprint(plan.fingerprint)
     hashes = {unit.name: unit.hash for unit in plan.units}
-    trusted = {}
+    trusted, seal_hash = {}, SealHash()
     for commit in iter_commits(storage):
+        if commit.unit not in hashes:
+            continue
         if commit.fingerprint != wanted:
             raise StoreError(
                 f"Commit {commit.unit} of {storage.root} has fingerprint {commit.fingerprint}, the "
                 f"plan {wanted}: the store was put together from two; encode into a new one."
             )
         whole = commit.shard is None or sizes.get(commit.shard.rpartition("/")[2]) == commit.bytes
-        if whole and commit.items_hash in (None, hashes.get(commit.unit)):
+        if whole and commit.items_hash in (None, hashes[commit.unit]):
             trusted[commit.unit] = Tally.of(commit)
-    return trusted
+            seal_hash.add(commit)
+    return trusted, seal_hash.hexdigest()
 
 
 def _summary(

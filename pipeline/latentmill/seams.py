@@ -2,7 +2,7 @@
 
 `trim` makes it vanish for a model whose frames see a finite stretch of audio. Where normalisation
 or attention reaches over the whole chunk, chunks and whole items differ; how much depends on the
-model and on the audio, so it is measured, and recorded in dataset.json.
+model and on the audio, so it is measured, and recorded in evaluation/seams.json.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from latentmill.errors import ConfigError, ItemError
 from latentmill.models.precision import numeric_mode
 from latentmill.record import Record
-from latentmill.storage import Storage
-from latentmill.store.schema import DATASET_PATH, SeamEntry
+from latentmill.store.measurement import write_measurement
+from latentmill.store.schema import SeamEntry
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import read_source
 
@@ -59,7 +59,7 @@ def measure_seams(
             latent is zero throughout (digital silence, with some models) say nothing.
         max_seconds: Longest item to encode whole: a model needs memory in proportion. Default: a
             minute, or five chunks where that is longer.
-        record: Whether to write the result into a sealed store's dataset.json.
+        record: Whether to write the result into a sealed store's evaluation/seams.json.
 
     Raises:
         ConfigError: The store keeps its chunks apart or holds codes, or no item fits.
@@ -102,7 +102,8 @@ def measure_seams(
     errors = [one.error for one in measured]
     report = SeamReport(tuple(measured), statistics.median(errors), max(errors))
     if record and store.sealed:
-        _write(store, report)
+        result = SeamEntry(items=len(errors), median=report.median, largest=report.largest)
+        write_measurement(store.storage, store.info, result)
     return report
 
 
@@ -124,9 +125,3 @@ def _measure(store: LatentStore, record: Record) -> SeamError | None:
         error=float(np.linalg.norm(difference) / np.linalg.norm(reference)),
         worst=float(frames.max() / typical),
     )
-
-
-def _write(store: LatentStore, report: SeamReport) -> None:
-    seams = SeamEntry(items=len(report.items), median=report.median, largest=report.largest)
-    info = store.info.model_copy(update={"seams": seams})
-    Storage(store.url).write(DATASET_PATH, info.model_dump_json(indent=2).encode())

@@ -22,6 +22,7 @@ from latentmill.planning import Extension
 from latentmill.run import RunSummary
 from latentmill.seams import SeamReport
 from latentmill.store.commit import Tally, iter_commits
+from latentmill.store.measurement import MEASURED
 from latentmill.store.schema import DatasetInfo
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import Report
@@ -81,7 +82,8 @@ class StoreStatus:
 def plain(value: Any) -> Any:
     """A value as JSON knows it."""
     if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
+        unset: set[str] = {name for name in MEASURED if getattr(value, name, 0) is None}
+        return value.model_dump(mode="json", exclude=unset)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         result = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         if isinstance(value, RunSummary):
@@ -233,6 +235,13 @@ def info(value: DatasetInfo) -> str:
         "numbers": f"mean {mean:.4g}, standard deviation {std:.4g} over all channels",
         "print": value.fingerprint,
     }
+    if value.seams is not None:
+        rows["seams"] = (
+            f"relative error {value.seams.median:.2g}, at most {value.seams.largest:.2g}"
+        )
+    if value.linearity is not None:
+        scaling, adding = value.linearity.homogeneity, value.linearity.additivity
+        rows["linearity"] = f"relative error of scaling {scaling:.3g}, of adding {adding:.3g}"
     return "\n".join(f"{name:<9} {text}" for name, text in rows.items())
 
 

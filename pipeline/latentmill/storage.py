@@ -46,6 +46,8 @@ READ_AHEAD = 1 << 20  # bytes that a remote file which is open is read by, at le
 
 # Protocols that nothing can be written to.
 READ_ONLY = ("http", "https")
+# Protocols whose client replaces an object only if it is unchanged.
+CONDITIONAL = ("s3", "s3a")
 
 
 # Names of the files that latentmill writes into a store.
@@ -184,14 +186,18 @@ class Storage:
             with io.BufferedReader(remote, READ_AHEAD) as file:
                 yield file
 
+    def check_writable(self) -> None:
+        """Called right before each write and each new attempt; `guard.py` overrides it."""
+
     def write(self, path: str, data: bytes) -> None:
         """Write a whole file, or nothing."""
         self.refuse_read_only()
         with self._errors("write", path):
             if not self.local:
-                retrying(lambda: self._fs.pipe_file(self.full(path), data))
+                self._retry_write(lambda: self._fs.pipe_file(self.full(path), data))
                 return
             with self._written(path, data) as temporary:
+                self.check_writable()
                 self._rename(temporary, path)
 
     def create(self, path: str, data: bytes) -> bool:
@@ -206,33 +212,83 @@ class Storage:
             try:
                 if self.local:
                     with self._written(path, data) as temporary:
+                        self.check_writable()
                         self._rename(temporary, path, replace=False)
                 else:
                     full = self.full(path)
-                    retrying(lambda: self._fs.pipe_file(full, data, mode="create"))
+                    self._retry_write(lambda: self._fs.pipe_file(full, data, mode="create"))
             except storage_errors() as error:
-                if not isinstance(error, FileExistsError) and status_of(error) != 412:
+                if not _refused_as_unexpected(error):
                     raise
                 # It may be ours: written by a request whose answer was lost.
                 return self.read_if_exists(path) == data
         return True
 
-    def publish(self, temporary: Path, path: str) -> None:
-        """Give a finished local file its place in the store, whole or not at all."""
+    def version(self, path: str) -> str | None:
+        """What `replace` expects to find: the ETag of an object; None if there is no such file."""
+        with self._errors("look for", path):
+            self._fs.invalidate_cache()
+            found = self._unless_missing(lambda: self._fs.info(self.full(path)))
+            return None if found is None else str(found.get("ETag", ""))
+
+    def replace(self, path: str, data: bytes, version: str | None) -> bool:
+        """Write a whole file over the version that is expected there.
+
+        Returns:
+            False if there is another version, which stays. Only S3 compares; elsewhere the file is
+            replaced whatever its version is, unless none is expected: see `create`.
+        """
+        if version is None:
+            return self.create(path, data)
+        if protocol_of(self.root) not in CONDITIONAL or not version:
+            self.write(path, data)
+            return True
+        with self._errors("write", path):
+            full = self.full(path)
+            try:
+                self._retry_write(lambda: self._fs.pipe_file(full, data, IfMatch=version))
+            except storage_errors() as error:
+                if not _refused_as_unexpected(error):
+                    raise
+                return self.read_if_exists(path) == data
+        return True
+
+    def publish(self, temporary: Path, path: str) -> bool:
+        """Give a finished local file a new name in the store, whole or not at all.
+
+        Returns:
+            False if there is a file of that name already, which stays.
+        """
         self.refuse_read_only()
         with self._errors("write", path):
-            if not self.local:
-                retrying(lambda: self._fs.put_file(str(temporary), self.full(path)))
-                return
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            self._rename(temporary, path)
+            try:
+                if self.local:
+                    with temporary.open("rb+") as file:
+                        os.fsync(file.fileno())
+                    self.check_writable()
+                    self._rename(temporary, path, replace=False)
+                else:
+                    name, full = str(temporary), self.full(path)
+                    self._retry_write(lambda: self._fs.put_file(name, full, mode="create"))
+            except storage_errors() as error:
+                if not _refused_as_unexpected(error):
+                    raise
+                return False
+        return True
 
     def delete(self, path: str) -> None:
         """Remove a file, if it is there."""
         self.refuse_read_only()
         with self._errors("delete", path):
+            self.check_writable()
             self._unless_missing(lambda: self._fs.rm_file(self.full(path)))
+
+    def _retry_write(self, write: Callable[[], object]) -> None:
+        def attempt() -> None:
+            self.check_writable()
+            write()
+
+        retrying(attempt)
 
     def refuse_read_only(self) -> None:
         """Refuse a place that nothing can be written to.
@@ -285,7 +341,10 @@ class Storage:
 
     def _rename(self, temporary: Path, path: str, *, replace: bool = True) -> None:
         target = Path(self.full(path))
-        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:  # it is the folder's name that is taken, not the file's
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
         if replace:
             temporary.replace(target)
         else:
@@ -392,6 +451,11 @@ class RangedFile(io.RawIOBase):
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
+
+
+def _refused_as_unexpected(error: Exception) -> bool:
+    """Whether a conditional write found another file than it expected."""
+    return isinstance(error, FileExistsError) or status_of(error) == 412
 
 
 def _link(temporary: Path, target: Path) -> None:

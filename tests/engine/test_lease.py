@@ -290,8 +290,10 @@ def test_workers_of_a_bucket_look_for_their_runs_lease(
     storage = Storage(s3_bucket + "/latents")
     with only_run(storage) as held:
         worker = join_run(storage, held.owner)
-        worker.check()
+        worker.storage.write("a", b"1")
         foreign(storage)
-        with pytest.raises(StoreError, match="Another run has begun"):
-            worker.check()
+        for holder in (worker, held):
+            with pytest.raises(StoreError, match="Another run has begun"):
+                holder.storage.write("a", b"2")
         worker.close()
+        assert storage.read("a") == b"1"

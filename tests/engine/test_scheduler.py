@@ -86,15 +86,15 @@ def test_a_unit_that_cannot_be_written_fails_and_the_others_do_not(
 ) -> None:
     store, ear = tmp_path / "store", Ear()
     forecast(config(songs, store), QuietProgress(), calibrated=False)
-    (store / "shards" / "000001.parquet" / "in the way").mkdir(parents=True)
+    (store / "commits" / "000001.json" / "in the way").mkdir(parents=True)
     # Which of them depends on whether another unit was still open at its last attempt.
     ends = (StorageError, UnitsFailedError)
-    with pytest.raises(ends, match=r"shards/000001.parquet: Is a directory"):
+    with pytest.raises(ends, match=r"commits/000001.json: Is a directory"):
         run(config(songs, store), ear)
     assert {unit for unit, *_ in ear.lost} == {1}
     done = runs.commits(store)
     assert sorted(done) == ["000000.json", "000002.json"]
-    shutil.rmtree(store / "shards" / "000001.parquet")
+    shutil.rmtree(store / "commits" / "000001.json")
     run(config(songs, store), ear)
     runs.assert_whole(store)
     assert {name: data for name, data in runs.commits(store).items() if name in done} == done

@@ -102,6 +102,12 @@ def write_store(url: str, source: Path, *, sealed: bool = True, **options: Any) 
     return LatentStore(url, device="cpu")
 
 
+def index_file(folder: Path) -> Path:
+    """The index of a sealed store."""
+    (path,) = folder.glob("index.*")
+    return path
+
+
 def model_latent(source: Path, name: str) -> np.ndarray:
     """What the model makes of a whole file, float32 `[D, Z]`, without any of latentmill's rooms."""
     samples, rate = soundfile.read(source / name, dtype="float32", always_2d=True)

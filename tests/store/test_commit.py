@@ -16,7 +16,13 @@ from store_files import FORMATS, make_record
 from latentmill.errors import StorageError, StoreError
 from latentmill.record import Outcome
 from latentmill.storage import Storage
-from latentmill.store.commit import iter_commits, read_commits, write_commit, write_unit
+from latentmill.store.commit import (
+    iter_commits,
+    next_revisions,
+    read_commits,
+    write_commit,
+    write_unit,
+)
 from latentmill.store.parquet import ParquetShardWriter
 from latentmill.store.schema import Commit
 
@@ -35,14 +41,39 @@ def write(folder: Path, name: str, outcomes: Iterator[Outcome] | list[Outcome]) 
     )
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_a_unit_without_records_leaves_no_shard_of_an_earlier_time(
-    name: str, tmp_path: Path
-) -> None:
-    assert write(tmp_path, name, [encoded("a")]).shard is not None
-    commit = write(tmp_path, name, [Outcome("a", "failed", "changed since")])
-    assert (commit.shard, commit.rows) == (None, 0)
-    assert files(tmp_path) == []
+@each_format
+@pytest.mark.parametrize("committed", [True, False])
+def test_a_name_is_never_written_twice(name: str, committed: bool, tmp_path: Path) -> None:
+    """Nor by a unit that has no records any more: then an older shard is not of its commit."""
+    storage = Storage(str(tmp_path))
+    first = write(tmp_path, name, [encoded("a")])
+    assert first.shard is not None
+    bytes_before = (tmp_path / first.shard).read_bytes()
+    if committed:
+        first = write_commit(storage, first, {})
+    second = write(tmp_path, name, [encoded("a", 30)])
+    assert second.shard == first.shard.replace("000007.", "000007.r1.")
+    assert second.revision == 1
+    empty = write(tmp_path, name, [Outcome("a", "failed", "changed since")])
+    assert (empty.shard, empty.revision) == (None, 2)
+    assert (tmp_path / first.shard).read_bytes() == bytes_before
+    for commit in (empty, second):  # in any order the highest one counts
+        written = write_commit(storage, commit, {})
+        assert json.loads((tmp_path / f"commits/000007.r{commit.revision}.json").read_text())
+        assert Commit.model_validate_json(written.model_dump_json()) == written
+    assert read_commits(storage)["000007"].revision == 2
+    assert next_revisions(storage) == {"000007": 3}
+
+
+def test_of_two_attempts_at_a_revision_the_first_commit_counts(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    commit = write(tmp_path, "parquet", [Outcome("a", "failed", "why")])
+    planned = commit.model_copy(update={"items_hash": "1"})
+    first = write_commit(storage, planned, {"total_seconds": 1.0})
+    assert write_commit(storage, planned, {"total_seconds": 2.0}) == first
+    with pytest.raises(StoreError, match=r"Another run has committed .*commits/000007\.json"):
+        write_commit(storage, commit.model_copy(update={"items_hash": "2"}), {})
+    assert read_commits(storage) == {"000007": first}
 
 
 def files(folder: Path) -> list[str]:
@@ -233,8 +264,8 @@ def change(document: dict, **values: object) -> str:
         (lambda d: change(d, shard=None), "is damaged: delete it"),
         (lambda d: change(d, surprise=1), "is damaged: delete it"),
         (lambda d: change(d, items=[{**d["items"][0], "offset": None}]), "is damaged: delete it"),
-        (lambda d: change(d, unit="000008"), "is the commit of unit 000008: delete it"),
-        (lambda d: change(d, format_version=2), "is of format version 2, this latentmill reads 1"),
+        (lambda d: change(d, unit="000008"), "is the commit of unit 000008, revision 0: delete it"),
+        (lambda d: change(d, format_version=3), "has format version 3, but this version"),
     ],
 )
 def test_a_damaged_commit_is_refused(tmp_path: Path, spoil: object, message: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from store_files import KEYS, write_store
+from store_files import KEYS, index_file, write_store
 
 from latentmill.errors import ItemError, StorageError
 from latentmill.record import Record
@@ -144,7 +144,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: write_origin_of(f, np.load(f / "origin.npy").astype(str)),
         "origin.npy does not hold 64 x ",
     ),
-    "missing index": (lambda f: (f / "index.arrow").unlink(), "index.arrow is missing or damaged"),
+    "missing index": (lambda f: index_file(f).unlink(), ".arrow is missing or damaged"),
 }
 
 
@@ -220,14 +220,14 @@ def test_missing_commits(spoilable: Path) -> None:
 def test_an_index_that_is_not_of_these_commits(spoilable: Path, stores: dict[str, Path]) -> None:
     """Sealed, then a unit was encoded anew with another writer: same counts, other places."""
     other = next(f for f in stores.values() if shard(f).suffix != shard(spoilable).suffix)
-    shutil.copy(other / "index.arrow", spoilable / "index.arrow")
+    shutil.copy(index_file(other), index_file(spoilable))
     (fault,) = faults(spoilable)
-    assert fault.startswith(f"index.arrow does not place {KEYS[0]} where its commit does")
+    assert f".arrow does not place {KEYS[0]} where its commit does" in fault
 
 
 def test_an_unsealed_store_is_verified_too(spoilable: Path) -> None:
     (spoilable / "dataset.json").unlink()
-    (spoilable / "index.arrow").unlink()
+    index_file(spoilable).unlink()
     (fault,) = faults(spoilable)
     assert "dataset.json is missing" in fault
     commit(spoilable).write_text("{")

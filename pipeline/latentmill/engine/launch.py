@@ -58,8 +58,8 @@ def encode_units(
         # A decoder on trial is given up before its whole worker would be.
         hang_seconds = min(HANG_SECONDS, stall_seconds / 3)
         job = replace(job, owner=hold.owner, hang_seconds=hang_seconds)
-        write = partial(write_origin, storage)
-        has_origin = len(todo) < len(plan.units) and storage.exists(ORIGIN_PATH)
+        write = partial(write_origin, hold.storage)
+        has_origin = storage.exists(ORIGIN_PATH)
         scheduler = Scheduler(
             job,
             resources.shape,

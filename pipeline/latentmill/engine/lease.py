@@ -7,8 +7,8 @@ compared: one of them may be hours off. Only a holder that was a process of this
 gone loses its lease at once. Taking is
 create-only (on S3 `If-None-Match`), then a pause, then a look at who has it: of two that take over
 the same dead lease the later one has it, and a holder that was only slow writes itself back in the
-pause. A holder that finds another one's name stops before it writes anything more; its workers
-look once before they publish a shard and once before they commit it.
+pause. A holder that finds another one's name stops before it writes anything more: driver and
+workers write through `guard.py`, which reads the lease right before each write.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from latentmill.errors import StorageError, StoreError
+from latentmill.guard import GuardedStorage
+from latentmill.plan import PLAN_PATH
 from latentmill.storage import Storage
+from latentmill.store.schema import DATASET_PATH
 
 LEASE_PATH = ".lease"
 LONGEST_DEAD_AFTER = 3600.0  # what a lease may ask another run to wait, in seconds
@@ -57,7 +60,14 @@ class _Document(BaseModel):
 
 
 class Lease:
-    """The lease of a run on a store. Made by `hold`."""
+    """The lease of a run on a store. Made by `hold`.
+
+    Attributes:
+        owner: The run, by a name of its own.
+        storage: The store, to write through: it refuses writes once another run has taken over.
+    """
+
+    storage: Storage
 
     def __init__(self, storage: Storage, timing: Timing) -> None:
         self.owner = uuid.uuid4().hex
@@ -167,13 +177,19 @@ def hold(storage: Storage, timing: Timing | None = None) -> Iterator[Lease]:
     try:
         lease._take()
         lease._thread.start()
+        lease.storage = guarded(storage, lease.owner, followed=(PLAN_PATH, DATASET_PATH))
         yield lease
     finally:
         lease._release()
 
 
+def guarded(storage: Storage, owner: str, followed: tuple[str, ...] = ()) -> GuardedStorage:
+    """A store that is written to only while `owner` has its lease."""
+    return GuardedStorage(storage.root, lambda: check_owner(storage, owner), followed)
+
+
 def check_owner(storage: Storage, owner: str) -> None:
-    """Make sure, for a worker, that its run still has the store.
+    """Make sure that a run still has the store; reads the lease.
 
     Raises:
         StoreError: It has not.

@@ -4,7 +4,7 @@ Either is taken before the plan is read or made, so that two first runs cannot b
 The driver and its workers share the lock: a run that starts after another one was killed waits
 until Ray has ended the last of its workers, which cannot write into the new run's store then. A
 lock is gone with its process. Object storage has no such locks: there the driver holds a lease
-(`lease.py`), and its workers look whether it still does.
+(`lease.py`), and driver and workers read it right before everything that they publish.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from latentmill.engine.lease import check_owner, hold
+from latentmill.engine.lease import guarded, hold
 from latentmill.errors import StorageError, StoreError
 from latentmill.storage import Storage
 
@@ -34,8 +34,13 @@ class Hold(Protocol):
         """By which workers recognise their run's lease; None: there is none."""
         ...
 
+    @property
+    def storage(self) -> Storage:
+        """The store, to write through: it refuses writes once another run has taken over."""
+        ...
+
     def check(self) -> None:
-        """Make sure that the store is still this run's; cheap.
+        """Make sure that the store is still this run's; cheap, for every turn of a loop.
 
         Raises:
             StoreError: It is not: nothing more may be written.
@@ -47,6 +52,9 @@ class _Flock:
     """Held until the process ends, whatever happens."""
 
     owner = None
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
 
     def check(self) -> None:
         """Nobody can take it."""
@@ -69,7 +77,7 @@ def only_run(storage: Storage) -> Iterator[Hold]:
     created = not path.parent.exists()
     with contextlib.closing(_acquire(path, storage)):
         try:
-            yield _Flock()
+            yield _Flock(storage)
         finally:
             if [entry.name for entry in path.parent.iterdir()] == [LOCK_PATH]:
                 path.unlink()
@@ -78,7 +86,11 @@ def only_run(storage: Storage) -> Iterator[Hold]:
 
 
 class Membership:
-    """A worker's part in its run's hold on the store, until it is closed."""
+    """A worker's part in its run's hold on the store, until it is closed.
+
+    Attributes:
+        storage: The store, to write through.
+    """
 
     def __init__(self, storage: Storage, owner: str | None) -> None:
         """Join the run that holds the store, as `owner` if by a lease.
@@ -86,22 +98,13 @@ class Membership:
         Raises:
             StoreError: Another run holds it.
         """
-        self._storage, self._owner = storage, owner
+        self.storage = storage if owner is None else guarded(storage, owner)
         self._file: BinaryIO | None = None
         if storage.local:
             self._file = _open(Path(storage.full(LOCK_PATH)), storage)
             if not _lock(self._file, fcntl.LOCK_SH):
                 self._file.close()
                 raise StoreError(f"Another run has begun to write into {storage.root}.")
-
-    def check(self) -> None:
-        """Make sure that the store is still the run's, before something is written.
-
-        Raises:
-            StoreError: It is not.
-        """
-        if self._owner is not None:
-            check_owner(self._storage, self._owner)
 
     def close(self) -> None:
         """Leave."""

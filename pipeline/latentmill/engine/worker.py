@@ -105,8 +105,8 @@ class Worker:
         self._device = device
         self._stopped = stopped or threading.Event()
         self._listen = listen
-        self._storage = Storage(job.store)
-        self._hold = join_run(self._storage, job.owner)
+        self._hold = join_run(Storage(job.store), job.owner)
+        self._storage = self._hold.storage
         self._model: Autoencoder = job.model.load(device)
         if job.auto_batch and device != "cpu":
             size = settled_batch_size(self._storage, self._model, job, device)
@@ -169,11 +169,11 @@ class Worker:
                 format_name=job.format,
                 fingerprint=job.fingerprint,
                 info=job.info,
+                revision=unit.revision,
             )
         meter.add("write_seconds", time.perf_counter() - encoder.ended)
         timings = {**meter.snapshot(), "total_seconds": time.perf_counter() - began}
         commit = commit.model_copy(update={"items_hash": unit.hash})
-        self._hold.check()
         return _result(unit, write_commit(self._storage, commit, timings))
 
     def _refused(self, items: Sequence[Item], meter: Meter) -> dict[str, str]:
@@ -212,7 +212,6 @@ class Worker:
                 self._free_since = None
             yield from encoder.encode(self._until_stopped(audio))
             self._free_since = encoder.ended if len(self._streams) > 1 else None
-        self._hold.check()
 
     def _until_stopped(self, audio: Iterable[Heard]) -> Iterator[Heard]:
         for heard in audio:

@@ -82,6 +82,7 @@ def copy(plan: Plan, source: Storage, storage: Storage) -> None:
                 with writing(f"{storage.root}/{path}"), temporary.open("wb") as target:
                     while block := file.read(HASH_BLOCK):
                         target.write(block)
+                storage.delete(path)  # left by a copy that was interrupted
                 storage.publish(temporary, path)
     write_document(plan, storage)
 
@@ -141,30 +142,32 @@ def _without_unit(table: pa.Table) -> pa.Table:
 def write_part(
     part: Part, groups: Iterable[RowGroup], storage: Storage
 ) -> tuple[Part, tuple[Unit, ...]]:
-    """Write the items and units of a part; it counts when plan.json names it.
+    """Write the items and units of a part to new files; it counts when plan.json names it.
 
     Returns:
-        The part with sizes and hashes, and its units with their places.
+        The part with sizes and hashes, and its units with their places. Its revision is higher than
+        was asked for if there are files of that one, which no plan.json has named.
     """
     units: list[Unit] = []
-    path = part.items_file
-    with storage.scratch_file(path) as temporary:
-        with writing(f"{storage.root}/{path}"):
-            _write_items(temporary, groups, units, path)
+    with storage.scratch_file(part.items_file) as temporary:
+        with writing(f"{storage.root}/{part.items_file}"):
+            _write_items(temporary, groups, units)
             size = temporary.stat().st_size
             with temporary.open("rb") as file:
                 digest = _hash_of(file)
-        storage.publish(temporary, path)
-    rows = {name: [getattr(unit, name) for unit in units] for name in UNITS_SCHEMA.names}
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pydict(rows, UNITS_SCHEMA), buffer, compression="zstd")
-    data = buffer.getvalue()
-    storage.write(part.units_file, data)
+        rows = {name: [getattr(unit, name) for unit in units] for name in UNITS_SCHEMA.names}
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pydict(rows, UNITS_SCHEMA), buffer, compression="zstd")
+        data = buffer.getvalue()
+        while not (
+            storage.publish(temporary, part.items_file) and storage.create(part.units_file, data)
+        ):
+            part = dataclasses.replace(part, revision=part.revision + 1)
     written = dataclasses.replace(part, items_bytes=size, items_hash=digest, units_hash=_hash(data))
-    return written, tuple(units)
+    return written, tuple(dataclasses.replace(unit, file=part.items_file) for unit in units)
 
 
-def _write_items(path: Path, groups: Iterable[RowGroup], units: list[Unit], file: str) -> None:
+def _write_items(path: Path, groups: Iterable[RowGroup], units: list[Unit]) -> None:
     with pq.ParquetWriter(
         path,
         ITEMS_SCHEMA,
@@ -176,7 +179,7 @@ def _write_items(path: Path, groups: Iterable[RowGroup], units: list[Unit], file
             column = [unit.number for unit in some for _ in range(unit.items)]
             numbered = table.set_column(0, ITEMS_SCHEMA.field(0), pa.array(column, pa.int32()))
             writer.write_table(numbered, row_group_size=len(table))
-            units += [dataclasses.replace(unit, file=file, row_group=number) for unit in some]
+            units += [dataclasses.replace(unit, row_group=number) for unit in some]
 
 
 def write_document(plan: Plan, storage: Storage) -> None:

@@ -28,6 +28,8 @@ class Unit:
         hash: xxh3-64 of what its items were when they were planned, hex; a commit repeats it.
         file: The file of the plan that holds its items, such as `plan/items.parquet`.
         row_group: The row group of that file which holds all of them.
+        revision: The revision of its shard that a run is to write; the plan's files say nothing of
+            it.
     """
 
     number: int
@@ -37,6 +39,7 @@ class Unit:
     hash: str = ""
     file: str = ITEMS_PATH
     row_group: int = 0
+    revision: int = 0
 
     @property
     def name(self) -> str:

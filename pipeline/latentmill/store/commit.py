@@ -18,12 +18,14 @@ from latentmill.record import Outcome, Record, time_major_bytes
 from latentmill.storage import Storage, writing
 from latentmill.store.schema import (
     COMMITS,
+    SHARDS,
     Commit,
     ItemEntry,
     StatisticsEntry,
     as_text,
     commit_path,
     parse_document,
+    parse_name,
     shard_path,
     why_unstorable,
 )
@@ -130,8 +132,9 @@ def write_unit(
     format_name: str,
     fingerprint: str,
     info: Mapping[str, Any],
+    revision: int = 0,
 ) -> Commit:
-    """Write a unit's records to its shard as they come. The shard does not count yet.
+    """Write a unit's records to a new shard as they come. The shard does not count yet.
 
     Args:
         storage: The store.
@@ -140,6 +143,8 @@ def write_unit(
         format_name: `parquet` or `webdataset`.
         fingerprint: The run's fingerprint.
         info: What a reader of this shard alone needs to know.
+        revision: The revision to write. If its name is taken, by an attempt that was not
+            committed, the next free one is written.
 
     Returns:
         The commit, to be written by `write_commit`.
@@ -147,10 +152,10 @@ def write_unit(
     Raises:
         StorageError: The shard cannot be written; nothing of it stays.
     """
-    path = shard_path(unit, format_name)
-    where = f"{storage.root}/{path}"
+    where = f"{storage.root}/{shard_path(unit, format_name, revision)}"
     ledger = _Ledger()
-    with storage.scratch_file(path) as temporary, contextlib.ExitStack() as on_failure:
+    scratch = storage.scratch_file(shard_path(unit, format_name))
+    with scratch as temporary, contextlib.ExitStack() as on_failure:
         with writing(where):
             writer = open_writer(format_name, temporary, info)
         on_failure.callback(writer.abort)
@@ -165,14 +170,17 @@ def write_unit(
                 size, digest = temporary.stat().st_size, hash_of(file)
         on_failure.pop_all()
         rows = len(locations)
-        if rows:
-            storage.publish(temporary, path)
-        else:
-            storage.delete(path)  # of an earlier time, when the unit had records
+        while not (
+            storage.publish(temporary, shard_path(unit, format_name, revision))
+            if rows
+            else not storage.exists(shard_path(unit, format_name, revision))
+        ):
+            revision += 1
     return Commit(
         unit=unit,
+        revision=revision,
         fingerprint=fingerprint,
-        shard=path if rows else None,
+        shard=shard_path(unit, format_name, revision) if rows else None,
         bytes=size if rows else 0,
         hash=digest if rows else None,
         rows=rows,
@@ -184,7 +192,14 @@ def write_unit(
 
 
 def write_commit(storage: Storage, commit: Commit, timings: Mapping[str, float]) -> Commit:
-    """Write the commit, after which the unit's shard counts."""
+    """Write the commit, after which the unit's shard counts.
+
+    Returns:
+        What was written; or what another attempt at the same items had committed before.
+
+    Raises:
+        StoreError: There is another commit of this revision.
+    """
     complete = commit.model_copy(
         update={
             "timings": {name: round(value, 4) for name, value in timings.items()},
@@ -192,12 +207,20 @@ def write_commit(storage: Storage, commit: Commit, timings: Mapping[str, float])
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
     )
-    storage.write(commit_path(commit.unit), complete.model_dump_json(exclude_none=True).encode())
-    return complete
+    path = commit_path(commit.unit, commit.revision)
+    if storage.create(path, _content(complete)):
+        return complete
+    there = read_commit(storage, commit.unit, commit.revision)
+    if (there.fingerprint, there.items_hash) != (commit.fingerprint, commit.items_hash):
+        raise StoreError(
+            f"Another run has committed {storage.root}/{path}: wait until that run has ended, then "
+            "run again."
+        )
+    return there
 
 
 def read_commits(storage: Storage) -> dict[str, Commit]:
-    """Every commit of a store, by unit name.
+    """The commit that counts of every unit, by unit name.
 
     Raises:
         StoreError: A commit is not valid JSON of this format.
@@ -206,37 +229,76 @@ def read_commits(storage: Storage) -> dict[str, Commit]:
 
 
 def iter_commits(storage: Storage) -> Iterator[Commit]:
-    """Every commit of a store, in the order of the units; holds a few at a time.
+    """The commit that counts of every unit, in the order of the units; holds a few at a time.
 
     Raises:
         StoreError: A commit is not valid JSON of this format.
     """
-    units = committed_units(storage)
+    units = list(committed_revisions(storage).items())
     with ThreadPoolExecutor(READERS, thread_name_prefix="commits") as pool:
         for start in range(0, len(units), READERS):
             some = units[start : start + READERS]
-            yield from pool.map(lambda unit: read_commit(storage, unit), some)
+            yield from pool.map(lambda pair: read_commit(storage, *pair), some)
+
+
+def committed_revisions(storage: Storage) -> dict[str, int]:
+    """The highest committed revision of each unit that has a commit, in the order of the units."""
+    return _highest(name for name in storage.list(COMMITS) if name.endswith(".json"))
 
 
 def committed_units(storage: Storage) -> list[str]:
     """The names of the units that have a commit, sorted."""
-    names = storage.list(COMMITS)
-    return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
+    return list(committed_revisions(storage))
 
 
-def read_commit(storage: Storage, unit: str) -> Commit:
-    """The commit of a unit.
+def next_revisions(storage: Storage) -> dict[str, int]:
+    """The first revision whose names nothing has or had, by unit; 0 for those not listed."""
+    names = [*storage.list(COMMITS), *storage.list(SHARDS)]
+    return {unit: revision + 1 for unit, revision in _highest(names).items()}
+
+
+def _highest(names: Iterable[str]) -> dict[str, int]:
+    highest: dict[str, int] = {}
+    for unit, revision in filter(None, map(parse_name, sorted(names))):
+        highest[unit] = max(revision, highest.get(unit, 0))
+    return dict(sorted(highest.items()))
+
+
+def read_commit(storage: Storage, unit: str, revision: int = 0) -> Commit:
+    """The commit of a unit's revision.
 
     Raises:
         StoreError: It is not valid JSON of this format, or another unit's.
         StorageError: It cannot be read.
     """
-    path = commit_path(unit)
-    where, cure = f"{storage.root}/{path}", "delete it and run again to encode its unit anew"
+    path = commit_path(unit, revision)
+    where, cure = f"{storage.root}/{path}", "delete it and run again to encode its unit again"
     commit = parse_document(Commit, storage.read(path), where, cure)
-    if commit.unit != unit:
-        raise StoreError(f"{where} is the commit of unit {commit.unit}: {cure}.")
+    if (commit.unit, commit.revision) != (unit, revision):
+        raise StoreError(
+            f"{where} is the commit of unit {commit.unit}, revision {commit.revision}: {cure}."
+        )
     return commit
+
+
+class SealHash:
+    """A hash over the commits that a seal is made of, taken in the order of `iter_commits`."""
+
+    def __init__(self) -> None:
+        self._digest = xxhash.xxh3_128()
+
+    def add(self, commit: Commit) -> None:
+        """Add the next commit."""
+        content = xxhash.xxh3_128_hexdigest(_content(commit))
+        self._digest.update(f"{commit_path(commit.unit, commit.revision)} {content}\n".encode())
+
+    def hexdigest(self) -> str:
+        """The hash of what was added."""
+        return self._digest.hexdigest()
+
+
+def _content(commit: Commit) -> bytes:
+    return commit.model_dump_json(exclude_none=True).encode()
 
 
 def hash_of(file: BinaryIO) -> str:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from latentmill.errors import StoreError
 from latentmill.storage import file_in_store
@@ -131,15 +130,6 @@ class Index:
                 "restore the file from a copy."
             ) from error
         return index
-
-    def of_shards(self, paths: Iterable[str]) -> Index:
-        """The records that lie in these shards."""
-        position = self._table.schema.get_field_index("shard")
-        shards = self._table["shard"].cast(pa.string())
-        table = self._table.set_column(position, "shard", shards)
-        table = table.filter(pc.is_in(shards, pa.array(list(paths), pa.string())))
-        encoded = table["shard"].dictionary_encode()
-        return Index(table.set_column(position, INDEX_SCHEMA.field("shard"), encoded))
 
     def to_bytes(self) -> bytes:
         """The index file's content."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -15,10 +16,11 @@ from latentmill.errors import StoreError
 from latentmill.record import Latent, Record, Status
 from latentmill.storage import file_in_store
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # version 1 is read, too
 
 DATASET_PATH = "dataset.json"
-INDEX_PATH = "index.arrow"
+CARD_PATH = "README.md"
+INDEX_NAME = r"^index(\.[0-9a-f]+)?\.arrow$"
 ORIGIN_PATH = "origin.npy"
 COMMITS = "commits"
 SHARDS = "shards"
@@ -162,13 +164,18 @@ class StatisticsEntry(_Document):
 
 
 class Commit(_Document):
-    """What makes a unit's shard count: commits/UNIT.json, written last."""
+    """What makes a unit's shard count: commits/UNIT.json or commits/UNIT.rN.json, written last.
 
-    format_version: Literal[1] = 1
+    Of a unit's commits the one of the highest revision counts.
+    """
+
+    format_version: Literal[1, 2] = 2
     unit: NameInStore
+    revision: int = Field(0, ge=0, description="How often the unit was encoded again.")
     fingerprint: str
     shard: NameInStore | None = Field(
-        None, description="Path of the shard; none if no item was encoded."
+        None,
+        description="Path of the shard, of the same revision; none if no item was encoded.",
     )
     bytes: int = Field(description="Size of the shard.")
     hash: str | None = Field(None, description="xxh3-128 of the shard's bytes, hex.")
@@ -228,9 +235,9 @@ class LinearityEntry(_Document):
 
 
 class DatasetInfo(_Document):
-    """What a store is: dataset.json, written when a run is complete."""
+    """What a store is: dataset.json, written when a run is complete (the seal)."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 2
     latentmill_version: str
     format: Literal["parquet", "webdataset"]
     layout: Literal["time-major", "chunks"] = Field(
@@ -254,6 +261,31 @@ class DatasetInfo(_Document):
     std: list[float] = Field(description="Standard deviation of every latent channel.")
     origin: NameInStore = Field(description="File with the latent of one chunk of silence [D, Z].")
     shards: list[ShardEntry]
+    seal: str | None = Field(
+        None, description="xxh3-128 over the commits that this was made of: their names and hashes."
+    )
+    revisions: dict[str, int] = Field(
+        {}, description="The revision of each unit that was encoded again; the others have 0."
+    )
+    index: str = Field(
+        "index.arrow", pattern=INDEX_NAME, description="File with the place of every record."
+    )
+    index_hash: str | None = Field(None, description="xxh3-128 of its bytes, hex.")
+    seams: SeamEntry | None = Field(
+        None, description="Format version 1 only; later versions have evaluation/seams.json."
+    )
+    linearity: LinearityEntry | None = Field(
+        None, description="Format version 1 only; later versions have evaluation/linearity.json."
+    )
+
+
+class Measurement(_Document):
+    """One thing that was measured on a store's own audio: evaluation/NAME.json."""
+
+    format_version: Literal[1] = 1
+    latentmill_version: str
+    fingerprint: str = Field(description="The store's.")
+    seal: str | None = Field(description="The store's when it was measured.")
     seams: SeamEntry | None = Field(None, description="What `latentmill seams` measured.")
     linearity: LinearityEntry | None = Field(
         None, description="What `latentmill linearity` measured."
@@ -281,8 +313,8 @@ def parse_document(kind: type[_Kind], data: bytes, path: str, cure: str) -> _Kin
         for fault in error.errors():
             if fault["loc"] == ("format_version",):
                 raise StoreError(
-                    f"{path} is of format version {fault['input']}, this latentmill reads "
-                    f"{FORMAT_VERSION}: use the version that wrote it."
+                    f"{path} has format version {fault['input']}, but this version of latentmill "
+                    f"reads 1 to {FORMAT_VERSION}: use the version that wrote it."
                 ) from error
             if fault["type"] == "value_error" and "not the name of a file" in fault["msg"]:
                 raise StoreError(
@@ -292,11 +324,24 @@ def parse_document(kind: type[_Kind], data: bytes, path: str, cure: str) -> _Kin
         raise StoreError(f"{path} is damaged: {cure}.") from error
 
 
-def commit_path(unit: str) -> str:
-    """Where a unit's commit lies."""
-    return f"{COMMITS}/{unit}.json"
+def commit_path(unit: str, revision: int = 0) -> str:
+    """Path of a revision's commit."""
+    return f"{COMMITS}/{_stem(unit, revision)}.json"
 
 
-def shard_path(unit: str, format_name: str) -> str:
-    """Where a unit's shard lies."""
-    return f"{SHARDS}/{unit}{SHARD_EXTENSION[format_name]}"
+def shard_path(unit: str, format_name: str, revision: int = 0) -> str:
+    """Path of a revision's shard."""
+    return f"{SHARDS}/{_stem(unit, revision)}{SHARD_EXTENSION[format_name]}"
+
+
+def _stem(unit: str, revision: int) -> str:
+    return f"{unit}.r{revision}" if revision else unit
+
+
+_NAME = re.compile(r"(\d+)(?:\.r([1-9]\d*))?\.(?:json|parquet|tar)")
+
+
+def parse_name(name: str) -> tuple[str, int] | None:
+    """Unit and revision of a commit's or shard's file name; None if it is another file."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else (match[1], int(match[2] or 0))

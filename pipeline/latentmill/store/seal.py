@@ -1,24 +1,29 @@
-"""Sealing a store: gathering what the commits say into dataset.json and the index."""
+"""Sealing a store: gathering what the commits say into an index, a card and dataset.json.
+
+dataset.json is the seal. It names its index and its shards, which nothing overwrites, and is
+replaced last, in one step: readers have the old seal until they have the new one.
+"""
 
 from __future__ import annotations
 
 import io
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from latentmill.config import fingerprint
 from latentmill.errors import StorageError
 from latentmill.plan import Plan
 from latentmill.storage import Storage
-from latentmill.store.commit import iter_commits
+from latentmill.store.card import write_card
+from latentmill.store.commit import SealHash, iter_commits
 from latentmill.store.index import Index, to_batch
 from latentmill.store.schema import (
+    CARD_PATH,
     DATASET_PATH,
-    INDEX_PATH,
     ORIGIN_PATH,
     Commit,
     DatasetInfo,
@@ -36,7 +41,11 @@ def dataset_info(plan: Plan, commits: Iterable[Commit]) -> DatasetInfo:
     counts: Counter[str] = Counter()
     seconds = 0.0
     shards: list[ShardEntry] = []
+    seal_hash, revisions = SealHash(), {}
     for commit in commits:
+        seal_hash.add(commit)
+        if commit.revision:
+            revisions[commit.unit] = commit.revision
         counts.update(item.status for item in commit.items)
         seconds += commit.audio_seconds
         if entry := commit.statistics:
@@ -74,11 +83,13 @@ def dataset_info(plan: Plan, commits: Iterable[Commit]) -> DatasetInfo:
         std=statistics.std.tolist(),
         origin=ORIGIN_PATH,
         shards=shards,
+        seal=seal_hash.hexdigest(),
+        revisions=revisions,
     )
 
 
 def seal(storage: Storage, plan: Plan) -> DatasetInfo:
-    """Write the index, then dataset.json, from the commits of the plan's units, one at a time."""
+    """Write index, card and dataset.json from the commits of the plan's units, one at a time."""
     names = {unit.name for unit in plan.units}
     batches = []
 
@@ -89,21 +100,43 @@ def seal(storage: Storage, plan: Plan) -> DatasetInfo:
                 yield commit
 
     info = dataset_info(plan, commits())
-    info = info.model_copy(update=_measured(storage, info.fingerprint))
-    storage.write(INDEX_PATH, Index.from_batches(batches).to_bytes())
-    storage.write(DATASET_PATH, info.model_dump_json(indent=2).encode())
+    index = Index.from_batches(batches).to_bytes()
+    digest = xxhash.xxh3_128_hexdigest(index)
+    info = info.model_copy(update={"index": f"index.{digest[:16]}.arrow", "index_hash": digest})
+    storage.write(info.index, index)  # named by its content: a file of that name is this or damaged
+    write_card(storage, info)
+    text = info.model_dump_json(indent=2, exclude={"seams", "linearity"})
+    storage.write(DATASET_PATH, text.encode())
     return info
 
 
-def _measured(storage: Storage, fingerprint: str) -> dict[str, Any]:
-    """What was measured of these latents before: a longer plan does not undo it."""
+def read_seal(storage: Storage) -> DatasetInfo | None:
+    """What dataset.json says; None if there is none.
+
+    Raises:
+        StoreError: It is damaged, or of a format that this version does not read.
+    """
     data = storage.read_if_exists(DATASET_PATH)
     if data is None:
-        return {}
-    before = parse_document(DatasetInfo, data, DATASET_PATH, "delete it and run again")
-    if before.fingerprint != fingerprint:
-        return {}
-    return {"seams": before.seams, "linearity": before.linearity}
+        return None
+    where = f"{storage.root}/{DATASET_PATH}"
+    return parse_document(DatasetInfo, data, where, "delete it and run again to seal the store")
+
+
+def current_seal(storage: Storage, seal_hash: str) -> DatasetInfo | None:
+    """What dataset.json says if it was made of these commits and its files are there and whole.
+
+    Args:
+        storage: The store.
+        seal_hash: The hash over its commits; see `SealHash`.
+    """
+    info = read_seal(storage)
+    if info is None or info.seal != seal_hash or not storage.exists(CARD_PATH):
+        return None
+    index = storage.read_if_exists(info.index)
+    if index is None or xxhash.xxh3_128_hexdigest(index) != info.index_hash:
+        return None
+    return info
 
 
 def write_origin(storage: Storage, origin: npt.NDArray[np.float32]) -> None:

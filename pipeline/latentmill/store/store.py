@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,21 +25,21 @@ from latentmill.plan import PLAN_PATH, Plan, load
 from latentmill.record import Latent, Record, latent_from_bytes, time_major_bytes
 from latentmill.shown import Shown
 from latentmill.storage import Storage
-from latentmill.store.commit import committed_units, read_commits
+from latentmill.store.commit import committed_revisions, read_commits
 from latentmill.store.describe import described, warn_incomplete
 from latentmill.store.fields import ShardFields
 from latentmill.store.index import Index, IndexEntry
+from latentmill.store.measurement import MEASURED, read_measurement
 from latentmill.store.schema import (
-    DATASET_PATH,
-    INDEX_PATH,
     ORIGIN_PATH,
     Commit,
     DatasetInfo,
     levels_of,
-    parse_document,
     record_from_fields,
 )
-from latentmill.store.seal import dataset_info, read_origin
+from latentmill.store.seal import dataset_info, read_origin, read_seal
+
+T = TypeVar("T")
 
 _CACHED_SHARDS = 8
 # A larger latent is decoded from the disk, window by window.
@@ -80,13 +80,9 @@ class LatentStore(Shown):
         self._trust_model = trust_model
         self._model: Autoencoder | None = None
         self._shard_fields: OrderedDict[str, ShardFields] = OrderedDict()
-        self._info: DatasetInfo | None = None
-        data = self._storage.read_if_exists(DATASET_PATH)
-        self.sealed = data is not None
-        if data is not None:
-            where, cure = f"{self.url}/{DATASET_PATH}", "delete it and run again to seal the store"
-            self._info = parse_document(DatasetInfo, data, where, cure)
-        elif not self._storage.exists(PLAN_PATH):
+        self._info = read_seal(self._storage)
+        self.sealed = self._info is not None
+        if not self.sealed and not self._storage.exists(PLAN_PATH):
             raise StoreError(f"{url} holds no latentmill store: check the path.")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -128,15 +124,19 @@ class LatentStore(Shown):
 
     @property
     def complete(self) -> bool:
-        """Whether every unit is committed and all that a finished run leaves is there.
+        """Whether every unit is committed, and sealed as it is committed now.
 
-        Looks at names only: whether the files are whole, `verify` says.
+        Looks at names only: `verify` checks the files themselves.
         """
-        committed = set(committed_units(self._storage))
+        committed = committed_revisions(self._storage)
+        sealed = self.info.revisions
         return (
             self.sealed
-            and all(unit.name in committed for unit in self.plan.units)
-            and all(self._storage.exists(path) for path in (INDEX_PATH, ORIGIN_PATH))
+            and self.info.items == self.plan.num_items
+            and all(
+                committed.get(unit.name) == sealed.get(unit.name, 0) for unit in self.plan.units
+            )
+            and all(self._storage.exists(path) for path in (self.info.index, ORIGIN_PATH))
         )
 
     @property
@@ -145,6 +145,16 @@ class LatentStore(Shown):
         if self._info is None:
             self._info = dataset_info(self.plan, self.commits.values())
         return self._info
+
+    @property
+    def measured_info(self) -> DatasetInfo:
+        """`info` with what was measured on the store as it is now."""
+        current: dict[str, Any] = {}
+        for name in MEASURED:
+            measured = read_measurement(self._storage, self.info, name)
+            if measured is not None and measured.seal == self.info.seal:
+                current[name] = getattr(measured, name)
+        return self.info.model_copy(update=current)
 
     @property
     def chunking(self) -> Chunking:
@@ -160,7 +170,10 @@ class LatentStore(Shown):
     @cached_property
     def origin(self) -> Origin:
         """The latent of silence, which latent arithmetic needs, and what else it must know."""
-        model, card = self.info.model, self.info.linearity
+        model = self.info.model
+        # One of an earlier seal tells as much about the model.
+        measured = read_measurement(self._storage, self.info, "linearity")
+        card = None if measured is None else measured.linearity
         names = Linearity.__dataclass_fields__
         with_std = model.get("posterior") == "mean+std"
         return Origin(
@@ -185,19 +198,39 @@ class LatentStore(Shown):
     def _index(self) -> Index:
         if not self.sealed:
             return Index.from_commits(self.commits.values())
+        path = self.info.index
         try:
             if self._storage.local:
-                index = Index.from_file(pa.memory_map(self._storage.full(INDEX_PATH)))
-            else:
-                index = Index.from_file(self._storage.read(INDEX_PATH))
-        except (FileNotFoundError, pa.ArrowInvalid) as error:
+                return Index.from_file(pa.memory_map(self._storage.full(path)))
+            return Index.from_file(self._storage.read(path))
+        except (FileNotFoundError, StorageError, pa.ArrowInvalid) as error:
+            missing = isinstance(error.__cause__ or error, FileNotFoundError)
+            if missing and self.reload():
+                return self._index
+            if isinstance(error, StorageError) and not missing:
+                raise
             raise StoreError(
-                f"{self.url}/{INDEX_PATH} is missing or damaged: delete {DATASET_PATH} and run "
-                "again to seal the store."
+                f"{self.url}/{path} is missing or damaged: run the same encode command again to "
+                "write it again."
             ) from error
-        if len(index) > self.info.encoded:  # the store was extended since it was opened
-            return index.of_shards(shard.path for shard in self.info.shards)
-        return index
+
+    def reload(self) -> bool:
+        """Read the seal again, after a file of the one that was read is gone.
+
+        Returns:
+            Whether there is another one now, which this store then shows.
+
+        Raises:
+            StoreError: dataset.json is damaged.
+        """
+        found = read_seal(self._storage)
+        if not self.sealed or found is None or found == self._info:
+            return False
+        self._info = found
+        for name in ("_index", "plan", "commits", "origin"):
+            self.__dict__.pop(name, None)
+        self._shard_fields.clear()
+        return True
 
     @property
     def storage(self) -> Storage:
@@ -221,13 +254,15 @@ class LatentStore(Shown):
 
     def keys(self) -> Iterator[str]:
         """The keys of all records, sorted."""
-        return (self._index.key(position) for position in range(len(self)))
+        index = self._index
+        return (index.key(position) for position in range(len(index)))
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and self._index.find(key) is not None
 
     def __iter__(self) -> Iterator[Record]:
-        return (self.read(self._index.entry(position)) for position in range(len(self)))
+        index = self._index
+        return (self.read(index.entry(position)) for position in range(len(index)))
 
     def __getitem__(self, key: str) -> Record:
         """The record of a key; KeyError if there is none."""
@@ -246,11 +281,14 @@ class LatentStore(Shown):
         return self._index.entry(position)
 
     def read(self, entry: IndexEntry) -> Record:
-        """The record at a place.
+        """The record at a place; where it is now, if that shard was superseded and removed.
 
         Raises:
             StorageError: The shard cannot be read, or holds other bytes than were written.
         """
+        return self._at_its_place(entry, self._record)
+
+    def _record(self, entry: IndexEntry) -> Record:
         data = self._read(entry, entry.offset, entry.length)
         if xxhash.xxh3_64_intdigest(data) != entry.hash:
             raise self._damaged(entry, "the latent does not match its hash")
@@ -273,14 +311,18 @@ class LatentStore(Shown):
             IndexError: There are no such frames.
             ConfigError: The store holds overlapping chunks (`stitch: none`).
         """
-        entry = self.entry(key)
+        return self._at_its_place(self.entry(key), lambda entry: self._crop(entry, start, frames))
+
+    def _crop(self, entry: IndexEntry, start: int, frames: int) -> Latent:
         if entry.chunks:
             raise ConfigError(
                 f"{self.url} holds overlapping chunks, which have no one time line to crop: read "
                 "whole records, or encode with stitch trim or crossfade."
             )
         if not 0 <= start < start + frames <= entry.frames:
-            raise IndexError(f"{key} has {entry.frames} frames: no {start} to {start + frames}")
+            raise IndexError(
+                f"{entry.key} has {entry.frames} frames: no {start} to {start + frames}"
+            )
         width = entry.length // entry.frames  # bytes of a frame
         data = self._read(entry, entry.offset + start * width, frames * width)
         return latent_from_bytes(data, (entry.channels, frames), self.info.dtype)
@@ -318,7 +360,7 @@ class LatentStore(Shown):
 
         None with `stitch: none`, and in stores of a version that did not measure it.
         """
-        return levels_of(self._fields(self.entry(key)))
+        return levels_of(self._at_its_place(self.entry(key), self._fields))
 
     def source(self, key: str) -> LatentSource:
         """A record's latent, to be decoded or mixed piece by piece; a long one stays on the disk.
@@ -327,16 +369,18 @@ class LatentStore(Shown):
             KeyError: There is no such record.
             StorageError: The shard cannot be read, or holds other bytes than were written.
         """
-        entry = self.entry(key)
+        return self._at_its_place(self.entry(key), self._source)
+
+    def _source(self, entry: IndexEntry) -> LatentSource:
         if entry.chunks or entry.length <= _WHOLE_BYTES:
-            return LatentSource.of(self.read(entry).latent)
+            return LatentSource.of(self._record(entry).latent)
         digest, block = xxhash.xxh3_64(), _WHOLE_BYTES // (entry.length // entry.frames)
         for start in range(0, entry.frames, block):
             frames = min(block, entry.frames - start)
-            digest.update(time_major_bytes(self.crop(key, start, frames)))
+            digest.update(time_major_bytes(self._crop(entry, start, frames)))
         if digest.intdigest() != entry.hash:
             raise self._damaged(entry, "the latent does not match its hash")
-        return LatentSource(entry.shape, lambda start, frames: self.crop(key, start, frames))
+        return LatentSource(entry.shape, lambda start, frames: self._crop(entry, start, frames))
 
     def decode(self, key: str, *, seed: int = 0, batch_size: int | None = None) -> Audio:
         """Decode a record to audio `[channels, samples]`, float32, at the model's rate.
@@ -392,6 +436,17 @@ class LatentStore(Shown):
     @property
     def _decode_batch(self) -> int:
         return _DECODE_BATCH[pick_device(self._device).partition(":")[0]]
+
+    def _at_its_place(self, entry: IndexEntry, read: Callable[[IndexEntry], T]) -> T:
+        """Read a record; again, where it is now, if its shard is gone and there is a new seal."""
+        try:
+            return read(entry)
+        except StorageError as error:
+            if not (isinstance(error.__cause__, FileNotFoundError) and self.reload()):
+                raise
+        if entry.key not in self:
+            raise StoreError(f"{self.url} was sealed again without {entry.key}: open it again.")
+        return read(self.entry(entry.key))
 
     def _read(self, entry: IndexEntry, offset: int, length: int) -> bytes:
         data = self._storage.read_range(entry.shard, offset, length)

@@ -22,17 +22,16 @@ from latentmill.sources.address import item_at
 from latentmill.sources.base import Segment
 from latentmill.sources.reading import UnitReader
 from latentmill.storage import SCRATCH, Storage
-from latentmill.store.commit import committed_units, hash_of, iter_commits, read_commit
+from latentmill.store.commit import committed_revisions, hash_of, iter_commits, read_commit
 from latentmill.store.index import IndexEntry, entries
 from latentmill.store.schema import (
     COMMITS,
     DATASET_PATH,
-    INDEX_PATH,
     ORIGIN_PATH,
     SHARDS,
     Commit,
     DatasetInfo,
-    commit_path,
+    parse_name,
     shard_path,
 )
 from latentmill.store.seal import dataset_info, read_origin
@@ -93,12 +92,13 @@ class _Verification:
         self._plan = store.plan
         self._storage = Storage(store.url)
         self._fingerprint = fingerprint(self._plan.fingerprint)
+        self._committed = committed_revisions(self._storage)
         self._shards: set[str] = set()  # those that a commit accounts for
 
     def run(self, decode: int) -> Report:
         plan = self._plan
         report = Report(units=len(plan.units), items=plan.num_items)
-        committed = set(committed_units(self._storage))
+        committed = self._committed
         missing = [unit.name for unit in plan.units if unit.name not in committed]
         if missing:
             report.faults.append(
@@ -135,9 +135,10 @@ class _Verification:
 
     def _unit_faults(self, unit: Unit, keys: list[str], report: Report) -> Iterator[str]:
         try:
-            commit = read_commit(self._storage, unit.name)
+            commit = read_commit(self._storage, unit.name, self._committed[unit.name])
         except LatentmillError as error:
-            self._shards.add(shard_path(unit.name, self._plan.format))
+            revision = self._committed[unit.name]
+            self._shards.add(shard_path(unit.name, self._plan.format, revision))
             yield str(error)
             return
         report.committed += 1
@@ -185,14 +186,20 @@ class _Verification:
     def _strays(self) -> Iterator[str]:
         storage = self._storage
         for name in storage.list(SHARDS):
-            if f"{SHARDS}/{name}" not in self._shards:
+            if f"{SHARDS}/{name}" not in self._shards and not self._superseded(name):
                 yield f"{SHARDS}/{name} belongs to no commit: it does not count; delete it"
         for name in storage.list(SCRATCH) if storage.local else {}:
             yield f"{SCRATCH}/{name} was left behind by a killed run: running again removes it"
-        units = {commit_path(unit.name) for unit in self._plan.units}
+        units = {unit.name for unit in self._plan.units}
         for name in storage.list(COMMITS):
-            if f"{COMMITS}/{name}" not in units:
+            parsed = parse_name(name)
+            if parsed is None or parsed[0] not in units:
                 yield f"{COMMITS}/{name} is the commit of no unit of the plan; delete it"
+
+    def _superseded(self, name: str) -> bool:
+        """Whether a shard is an earlier revision, which stays until the next run."""
+        parsed = parse_name(name)
+        return parsed is not None and parsed[1] < self._committed.get(parsed[0], 0)
 
     def _origin_faults(self) -> Iterator[str]:
         """Whether there is an origin of one chunk's shape, `[D, Z]`."""
@@ -213,22 +220,25 @@ class _Verification:
 
     def _seal_faults(self) -> Iterator[str]:
         """Whether dataset.json and the index say what the plan and the commits say."""
-        store, cure = self._store, f"delete {DATASET_PATH} and run again to seal the store"
+        store, cure = self._store, "run the same encode command again to seal the store again"
         if not store.sealed:
             yield (
                 f"all units are committed, but {DATASET_PATH} is missing: run the same encode "
                 "command again to seal it"
             )
             return
+        index = store.info.index
         expected = dataset_info(self._plan, iter_commits(self._storage))
         if names := _differences(expected, store.info):
+            # A run compares the commits alone.
+            first = "" if "seal" in names else f"delete {DATASET_PATH} and "
             yield (
                 f"{DATASET_PATH} is not what the plan and the commits say ({', '.join(names)}): "
-                f"{cure}"
+                f"{first}{cure}"
             )
         try:
             if len(store) != expected.encoded:
-                yield f"{INDEX_PATH} holds {len(store)} of {expected.encoded} records: {cure}"
+                yield f"{index} holds {len(store)} of {expected.encoded} records: {cure}"
                 return
         except StoreError as error:
             yield str(error)
@@ -236,8 +246,12 @@ class _Verification:
         for commit in iter_commits(self._storage):
             for entry in entries(commit):
                 if entry.key not in store or store.entry(entry.key) != entry:
-                    yield f"{INDEX_PATH} does not place {entry.key} where its commit does: {cure}"
+                    yield f"{index} does not place {entry.key} where its commit does: {cure}"
                     return
+
+
+# Fields of dataset.json that the plan and the commits do not settle.
+_UNSETTLED = {"latentmill_version", "index", "index_hash", "seams", "linearity"}
 
 
 def _hash_of_key(key: str) -> int:
@@ -245,8 +259,10 @@ def _hash_of_key(key: str) -> int:
 
 
 def _differences(expected: DatasetInfo, found: DatasetInfo) -> list[str]:
-    """The fields that differ, but for those that the plan and the commits do not settle."""
-    names = DatasetInfo.model_fields.keys() - {"latentmill_version", "seams", "linearity"}
+    """The fields that differ."""
+    names = DatasetInfo.model_fields.keys() - _UNSETTLED
+    if found.format_version == 1:
+        names -= {"format_version", "seal"}
     return [name for name in sorted(names) if not _same(expected, found, name)]
 
 

@@ -1,0 +1,66 @@
+"""Removing what no longer counts: superseded revisions, shards that were never committed."""
+
+from __future__ import annotations
+
+import re
+
+from latentmill.plan import PLAN, Plan
+from latentmill.storage import Storage
+from latentmill.store.commit import committed_revisions
+from latentmill.store.schema import COMMITS, INDEX_NAME, SHARDS, parse_name
+from latentmill.store.seal import read_seal
+
+_PLAN_FILE = re.compile(r"(?:items|units)(?:-(\d{4,}))?(?:\.(\d+))?\.parquet")
+
+
+def tidy(storage: Storage) -> None:
+    """Remove what earlier runs left behind. The caller holds the store and has not written yet.
+
+    The revisions that the seal was made of stay, and so do those that count now. A shard without a
+    commit goes only when a later revision is committed: in a bucket, a worker of a dead run that
+    has been paused since may still commit it. On a disk, no such worker can be left.
+    """
+    sealed = read_seal(storage)
+    current = committed_revisions(storage)
+    commits = storage.list(COMMITS)
+    committed = {parse_name(name) for name in commits}
+    named = {} if sealed is None else {unit: sealed.revisions.get(unit, 0) for unit in current}
+    for folder, names in ((COMMITS, commits), (SHARDS, storage.list(SHARDS))):
+        for name in names:
+            if (parsed := parse_name(name)) is None:
+                continue
+            unit, revision = parsed
+            superseded = revision < current.get(unit, 0) and revision != named.get(unit)
+            if superseded or (storage.local and parsed not in committed):
+                storage.delete(f"{folder}/{name}")
+    if sealed is not None:
+        for name in storage.list(""):
+            if re.fullmatch(INDEX_NAME, name) and name != sealed.index:
+                storage.delete(name)
+
+
+def remove_unfinished(storage: Storage) -> None:
+    """Remove shards of this run's attempts that were not committed before a later one was."""
+    current = committed_revisions(storage)
+    committed = {parse_name(name) for name in storage.list(COMMITS)}
+    for name in storage.list(SHARDS):
+        parsed = parse_name(name)
+        if parsed and parsed not in committed and parsed[1] < current.get(parsed[0], 0):
+            storage.delete(f"{SHARDS}/{name}")
+
+
+def tidy_plan(storage: Storage, plan: Plan | None) -> None:
+    """Remove files of items and units that plan.json does not name.
+
+    In a bucket, only those that a planner which has been paused since can no longer name.
+    """
+    parts = () if plan is None else plan.parts
+    named = {path for part in parts for path in (part.items_file, part.units_file)}
+    for name in storage.list(PLAN):
+        match = _PLAN_FILE.fullmatch(name)
+        if match is None or f"{PLAN}/{name}" in named:
+            continue
+        number, revision = int(match[1] or 0), int(match[2] or 0)
+        passed = number < len(parts) and revision < parts[number].revision
+        if storage.local or passed:
+            storage.delete(f"{PLAN}/{name}")
