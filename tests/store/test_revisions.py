@@ -114,7 +114,7 @@ def test_readers_have_the_sealed_bytes_while_a_unit_is_encoded_again(
             for key, latent in old.items():
                 np.testing.assert_array_equal(reader.crop(key, 1, 4), latent[:, 1:5])
                 np.testing.assert_array_equal(reader[key].latent, latent)
-        crops = {dataset[n].key: dataset[n].latent for n in range(3)}
+        crops = {dataset[n].key: dataset[n].latents for n in range(3)}
         for key, latent in old.items():
             np.testing.assert_array_equal(crops[key], latent[:, :8].astype(np.float32))
 
