@@ -70,11 +70,12 @@ def as_the_origin(store: Path, name: str) -> None:
 
 
 def in_the_index(store: Path, name: str) -> None:
-    table = pa.ipc.open_file(store / "index.arrow").read_all()
+    (index,) = store.glob("index.*")
+    table = pa.ipc.open_file(index).read_all()
     names = pa.array([name] * len(table)).dictionary_encode()
     position = table.schema.get_field_index("shard")
     changed = table.set_column(position, table.schema.field("shard"), names)
-    (store / "index.arrow").write_bytes(Index(changed).to_bytes())
+    index.write_bytes(Index(changed).to_bytes())
 
 
 READS: dict[str, Callable[[lm.LatentStore], object]] = {
