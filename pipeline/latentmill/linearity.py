@@ -18,6 +18,7 @@ from torch import Tensor
 from latentmill.errors import ConfigError, ItemError
 from latentmill.models.base import Autoencoder, ModelSpec
 from latentmill.models.linearity import GAINS, additivity, homogeneity
+from latentmill.models.precision import numeric_mode
 from latentmill.ops.origin import POOR
 from latentmill.store.measurement import write_measurement
 from latentmill.store.schema import LinearityEntry
@@ -70,7 +71,8 @@ def measure_linearity(
     sounds = _sounds(store, items, longest)
     if len(sounds) < 2:
         raise ConfigError(f"{store.url} has fewer than two items that are not silent to compare.")
-    card = _card(model, sounds)
+    with numeric_mode(store.plan.fingerprint["numeric"]["precision"], store.device):
+        card = _card(model, sounds)
     if record and store.sealed:
         write_measurement(store.storage, store.info, card)
     errors = {"scaling": card.homogeneity, "adding": card.additivity}
@@ -119,6 +121,10 @@ def _card(model: Autoencoder, sounds: Sequence[Tensor]) -> LinearityEntry:
             f"{gain:g}": statistics.median(one[gain].with_origin for one in scaled)
             for gain in GAINS
         },
+        homogeneity_mean=statistics.fmean(one.with_origin for one in each),
+        additivity_mean=statistics.fmean(one.with_origin for one in added),
+        homogeneity_raw_norm=statistics.median(one.raw_norm for one in each),
+        additivity_raw_norm=statistics.median(one.raw_norm for one in added),
     )
 
 

@@ -319,10 +319,12 @@ def linearity(report: LinearityReport) -> str:
     )
     return "\n".join(
         (
-            f"scaling   relative error {card.homogeneity:.3g} with the origin, "
-            f"{card.homogeneity_raw:.3g} without, of {card.items} items ({gains})",
-            f"adding    relative error {card.additivity:.3g} with the origin, "
-            f"{card.additivity_raw:.3g} without, of {card.pairs} pairs",
+            f"scaling   relative error {card.homogeneity:.3g} (mean {card.homogeneity_mean:.3g}) "
+            f"with the origin, {card.homogeneity_raw:.3g} without, of {card.items} items ({gains})",
+            f"adding    relative error {card.additivity:.3g} (mean {card.additivity_mean:.3g}) "
+            f"with the origin, {card.additivity_raw:.3g} without, of {card.pairs} pairs",
+            f"raw norm  scaling {card.homogeneity_raw_norm:.3g}, adding "
+            f"{card.additivity_raw_norm:.3g}: divided by the whole latent, its origin included",
             verdict,
         )
     )

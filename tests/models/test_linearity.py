@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,6 +64,24 @@ def test_a_known_non_linearity_gives_its_number() -> None:
         assert one.raw == pytest.approx(abs(gain - 1), rel=1e-5)
         assert one.with_origin == pytest.approx(one.raw)  # E(0) = 0
     assert additivity(model, [sound(3), sound(3)]).raw == pytest.approx(0.5, rel=1e-5)
+
+
+def test_a_constant_in_every_latent_changes_no_error() -> None:
+    """E(x) = (T x)^2 + 10 has the error of (T x)^2, which the norm of the latents would hide."""
+    bent, shifted = Changed(torch.square), Changed(lambda z: z.square() + 10)
+    x, y = sound(3, 160), sound(4, 160)  # of a length that the model takes
+    for gain, one in homogeneity(shifted, x, [0.25, 0.5, 2.0]).items():
+        assert one.with_origin == pytest.approx(abs(gain - 1), rel=1e-4)
+        # Independently: relL2 of the formula, with numpy.
+        z, c = shifted.encode(x[None]).double().numpy(), 10.0
+        louder = shifted.encode(gain * x[None]).double().numpy()
+        z_op = gain * z + (1 - gain) * c
+        wanted = np.linalg.norm(louder - z_op) / np.linalg.norm(z_op)
+        assert one.raw_norm == pytest.approx(wanted, rel=1e-3)
+        assert one.raw_norm < one.with_origin / 3
+    added = additivity(shifted, [x, y])
+    assert added.with_origin == pytest.approx(additivity(bent, [x, y]).with_origin, rel=1e-4)
+    assert added.raw_norm < added.with_origin / 3
 
 
 def test_combination_is_z_op() -> None:

@@ -8,6 +8,10 @@ form, which leaves it out:
     relL2(p, t)  = ||p - t|| / ||t||
     homogeneity  = relL2(E(a x), a E(x) + (1 - a) c)
     additivity   = relL2(sum(E(x_i)) - (K - 1) c, E(sum(x_i)))    of K sounds
+
+The norm of t is taken with the origin removed, ||t - c||: a constant in every latent, which says
+nothing about a sound, would make every error small. The same with the norm of t as it is stands
+beside it.
 """
 
 from __future__ import annotations
@@ -31,18 +35,23 @@ class Deviation:
     """How far a latent is from what arithmetic gives: 0 is exact, 1 as far as no answer at all.
 
     Attributes:
-        with_origin: relL2 of the formula with the latent of silence.
-        raw: relL2 of the formula without it.
+        with_origin: Error of the formula with the latent of silence, over ||t - c||.
+        raw: Error of the formula without it, over ||t - c||.
+        raw_norm: Error of the formula with the latent of silence, over ||t||.
     """
 
     with_origin: float
     raw: float
+    raw_norm: float
 
 
-def relative_l2(given: Tensor, target: Tensor) -> float:
-    """||given - target|| / ||target|| over all elements, in float64; 0 where both are zero."""
+def relative_l2(given: Tensor, target: Tensor, reference: Tensor | None = None) -> float:
+    """||given - target|| / ||reference|| over all elements, in float64; 0 where both are zero.
+
+    Without a reference it is the target.
+    """
     difference = float((given.double() - target.double()).norm())
-    size = float(target.double().norm())
+    size = float((target if reference is None else reference).double().norm())
     if size == 0:
         return 0.0 if difference == 0 else math.inf
     return difference / size
@@ -82,9 +91,11 @@ def homogeneity(
     deviations = {}
     for gain in gains:
         louder = _encode(model, gain * audio)
+        target = combination([latent], [gain], origin)
         deviations[gain] = Deviation(
-            with_origin=relative_l2(louder, combination([latent], [gain], origin)),
-            raw=relative_l2(louder, combination([latent], [gain], None)),
+            with_origin=relative_l2(louder, target, target - origin),
+            raw=relative_l2(louder, combination([latent], [gain], None), target - origin),
+            raw_norm=relative_l2(louder, target),
         )
     return deviations
 
@@ -107,9 +118,11 @@ def additivity(model: Autoencoder, sounds: Sequence[Tensor]) -> Deviation:
     origin = _encode(model, torch.zeros_like(sounds[0]))
     together = _encode(model, torch.stack(list(sounds)).sum(dim=0))
     ones = [1.0] * len(latents)
+    given = combination(latents, ones, origin)
     return Deviation(
-        with_origin=relative_l2(combination(latents, ones, origin), together),
-        raw=relative_l2(combination(latents, ones, None), together),
+        with_origin=relative_l2(given, together, together - origin),
+        raw=relative_l2(combination(latents, ones, None), together, together - origin),
+        raw_norm=relative_l2(given, together),
     )
 
 

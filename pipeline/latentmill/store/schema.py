@@ -223,7 +223,10 @@ class SeamEntry(_Document):
 
 
 class LinearityEntry(_Document):
-    """The linearity card: relative errors (relL2) of latent arithmetic, medians over items."""
+    """The linearity card: relative errors of latent arithmetic, medians over items.
+
+    An error is divided by the norm of its target with the origin removed, ||t - E(0)||.
+    """
 
     items: int = Field(description="Sounds that were scaled, by each gain.")
     pairs: int = Field(description="Pairs of sounds that were added.")
@@ -232,6 +235,14 @@ class LinearityEntry(_Document):
     additivity: float = Field(description="E(x) + E(y) - E(0) against E(x + y).")
     additivity_raw: float = Field(description="E(x) + E(y) against E(x + y).")
     by_gain: dict[str, float] = Field(description="Homogeneity of each gain a.")
+    homogeneity_mean: float | None = Field(None, description="Mean instead of the median.")
+    additivity_mean: float | None = Field(None, description="Mean instead of the median.")
+    homogeneity_raw_norm: float | None = Field(
+        None,
+        description="Divided by ||t||, which a large origin makes small; in cards without this "
+        "field the other errors are divided by it.",
+    )
+    additivity_raw_norm: float | None = Field(None, description="Divided by ||t||.")
 
 
 class DatasetInfo(_Document):
