@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from multiprocessing.context import get_spawning_popen
 from typing import Any, TypeAlias
@@ -81,32 +80,26 @@ class Draws(_Shared):
             IndexError: There is no such sample.
             ConfigError: Something else than a number is asked for.
         """
-        epoch, turns = int(self._numbers[0]), self._turns(numbers)
-        times: Counter[int] = Counter()
-        asked = []
-        for number, turn in zip(numbers, turns, strict=True):
-            if isinstance(number, tuple):
-                asked.append(number)
-                continue
-            found = _index(number)
-            found += size if -size <= found < 0 else 0
-            if epoch == _NOT_SET:
-                asked.append((0, turn * size + found, found))
-            else:
-                asked.append((epoch, times[found] * size + found, found))
-                times[found] += 1
-        epochs, positions, samples = np.array(asked, np.int64).reshape(-1, 3).T
+        if len(numbers) and isinstance(numbers[0], tuple):
+            epochs, positions, samples = np.array(numbers, np.int64).reshape(-1, 3).T
+        else:
+            samples = _indices(numbers)
+            samples = np.where(samples < 0, samples + size, samples)
+            epoch = int(self._numbers[0])
+            times = self._turns(len(samples)) if epoch == _NOT_SET else _occurrences(samples)
+            positions = times * size + samples
+            epochs = np.full(len(samples), max(0, epoch), np.int64)
         if len(samples) and not (samples.min() >= 0 and samples.max() < size):
             raise IndexError(f"There are samples 0 to {size - 1}")
         return epochs, positions, samples
 
-    def _turns(self, numbers: Sequence[int | Ask]) -> range:
-        """A number for each sample that no process of this loader has given to another."""
+    def _turns(self, count: int) -> Ints:
+        """Numbers that no process of this loader has given to another sample."""
         worker = get_worker_info()
         slot = 0 if worker is None else 1 + worker.id % (_PROCESSES - 1)
         begin = int(self._numbers[1 + slot])
-        self._numbers[1 + slot] = end = begin + len(numbers)
-        return range(begin * _PROCESSES + slot, end * _PROCESSES + slot, _PROCESSES)
+        self._numbers[1 + slot] = begin + count
+        return np.arange(begin, begin + count) * _PROCESSES + slot
 
 
 class Starts(_Shared):
@@ -146,6 +139,26 @@ class Starts(_Shared):
                 stacklevel=3,
             )
         self._numbers[3:] = here
+
+
+def _indices(numbers: Sequence[object]) -> Ints:
+    found = np.array(numbers)
+    if found.dtype.kind in "iu" and found.ndim == 1:
+        return found.astype(np.int64)
+    return np.array([_index(number) for number in numbers], np.int64)
+
+
+def _occurrences(samples: Ints) -> Ints:
+    """How often each sample came before in the same call."""
+    before: Ints = np.zeros(len(samples), np.int64)
+    if len(samples) > 1:
+        order = np.argsort(samples, kind="stable")
+        ordered = samples[order]
+        starts = np.maximum.accumulate(
+            np.where(np.diff(ordered, prepend=ordered[0] - 1), np.arange(len(ordered)), 0)
+        )
+        before[order] = np.arange(len(ordered)) - starts
+    return before
 
 
 def _index(number: object) -> int:
