@@ -34,6 +34,7 @@ from latentmill.sources.base import Item
 from latentmill.unit_audio import Decoding, EncodeSettings, LocalAudio
 
 KINDS = ("wav", "wav-float", "flac", "vorbis", "mp3", "mp3-without-xing", "m4a", "opus")
+KINDS += ("wma", "tta", "avi", "mpegts", "ac3")
 EXTENSIONS = (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".opus", ".txt", "")
 SAMPLES = 30_000
 HEADROOM = 3 << 30  # bytes of address space beyond what is taken before the first file
