@@ -82,10 +82,10 @@ class Extension:
     changed: int
     vanished: int
     retried: bool
-    described: int = 0
     new_keys: tuple[str, ...] = ()
     changed_keys: tuple[str, ...] = ()
     vanished_keys: tuple[str, ...] = ()
+    described: int = 0
     described_keys: tuple[str, ...] = ()
 
 
