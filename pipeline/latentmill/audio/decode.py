@@ -19,11 +19,14 @@ from latentmill.audio.stream import (
     truncated,
 )
 from latentmill.audio.survey import NOTHING, Survey, survey
+from latentmill.audio.with_ogg import OggPageDecoder
 from latentmill.audio.with_pyav import PyAVDecoder
 from latentmill.audio.with_soundfile import SoundFileDecoder
 from latentmill.errors import ItemError
 
 _SOUNDFILE_FORMATS = ("wav", "rf64", "w64", "aiff", "au", "caf", "flac", "ogg-vorbis", "mp3")
+
+_PAGED = ("ogg-opus", "ogg-vorbis", "ogg-flac")
 
 
 def open_audio(
@@ -114,7 +117,8 @@ def _open_decoder(
         if plain:
             with contextlib.suppress(DecodeError):
                 return SoundFileDecoder(media, sniffed, found)
-        return PyAVDecoder(media, sniffed, found, keep=keep)
+        paged = keep and found.damage and sniffed.format in _PAGED
+        return (OggPageDecoder if paged else PyAVDecoder)(media, sniffed, found, keep=keep)
     except DecodeError as error:
         if shortage:
             raise ItemError(f"truncated: {shortage.text}; nothing can be decoded") from error

@@ -19,8 +19,11 @@ _REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 @dataclass(frozen=True)
-class _Page:
+class Page:
+    """A page: `granule` is the number of samples up to its end, -1 if no packet ends on it."""
+
     flags: int
+    granule: int
     serial: int
     sequence: int
     checksum: int
@@ -56,12 +59,11 @@ def first_packets(media: MediaFile, offset: int, headers: int) -> Packets | None
         serial = page.serial if serial is None else serial
         if page.serial != serial:
             continue
-        packets, rest = _packets(page, rest)
+        packets, rest = packets_of(page, rest)
         room = headers - len(heads)
         heads, packets = heads + packets[:room], packets[room:]
         if packets:
-            granule = struct.unpack_from("<q", page.data, 6)[0]
-            return Packets(heads, packets, granule, bool(page.flags & 4))
+            return Packets(heads, packets, page.granule, bool(page.flags & 4))
     return None
 
 
@@ -72,12 +74,12 @@ def last_granules(media: MediaFile) -> list[int]:
     at = tail.find(b"OggS\0")
     while at >= 0:
         if (page := _page(tail, at)) and _checksum(page.data) == page.checksum:
-            found.append(struct.unpack_from("<q", page.data, 6)[0])
+            found.append(page.granule)
         at = tail.find(b"OggS\0", at + 1)
     return [granule for granule in found if granule >= 0]
 
 
-def _packets(page: _Page, rest: bytes) -> tuple[list[bytes], bytes]:
+def packets_of(page: Page, rest: bytes) -> tuple[list[bytes], bytes]:
     """The packets that end on a page, and the beginning of the next one."""
     segments = page.data[26]
     sizes = page.data[_HEADER : _HEADER + segments]
@@ -112,7 +114,7 @@ def find_damage(media: MediaFile, offset: int) -> str | None:
     return None
 
 
-def _pages(media: MediaFile, offset: int) -> Iterator[tuple[int, _Page]]:
+def _pages(media: MediaFile, offset: int) -> Iterator[tuple[int, Page]]:
     """Pages that follow each other without a gap, each with its position."""
     start, window, at = offset, media.read_at(offset, _WINDOW), 0
     while True:
@@ -125,16 +127,33 @@ def _pages(media: MediaFile, offset: int) -> Iterator[tuple[int, _Page]]:
         at += len(page.data)
 
 
-def _page(data: bytes, at: int) -> _Page | None:
+def whole_pages(media: MediaFile) -> Iterator[Page]:
+    """The pages whose checksum is right, whatever lies between them."""
+    start = 0
+    while window := media.read_at(start, _WINDOW):
+        at = window.find(b"OggS\0")
+        last = start + len(window) >= media.size
+        while at >= 0 and (last or len(window) - at >= _MAX_PAGE):
+            page = _page(window, at)
+            whole = page is not None and _checksum(page.data) == page.checksum
+            if page is not None and whole:
+                yield page
+            at = window.find(b"OggS\0", at + (len(page.data) if page and whole else 1))
+        if last:
+            return
+        start += at if at > 0 else len(window) - 4
+
+
+def _page(data: bytes, at: int) -> Page | None:
     """The page at `at`, or None where there is no whole one."""
     if not data.startswith(b"OggS\0", at) or len(data) < at + _HEADER:
         return None
-    flags, serial, sequence, checksum, segments = struct.unpack_from("<5xB8xIIIB", data, at)
+    flags, granule, serial, sequence, checksum, segments = struct.unpack_from("<5xBqIIIB", data, at)
     body = at + _HEADER + segments
     end = body + sum(data[at + _HEADER : body])
     if end > len(data):
         return None
-    return _Page(flags, serial, sequence, checksum, data[at:end])
+    return Page(flags, granule, serial, sequence, checksum, data[at:end])
 
 
 def _checksum(page: bytes) -> int:

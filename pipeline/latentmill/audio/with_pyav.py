@@ -39,7 +39,10 @@ _UNTRIMMED = ("opus", "vorbis")
 _STREAMS = ("mp3", "aac", "ac3", "eac3", "dts", "mpegts", "mpeg")
 """Formats that may begin in the middle of a frame, or with bytes that are no audio."""
 
-_AV_ERRORS = (av.FFmpegError, ValueError, EOFError)
+_MATROSKA_SLACK = 0.25
+"""Seconds that a header may promise too many."""
+
+AV_ERRORS = (av.FFmpegError, ValueError, EOFError)
 
 
 class PyAVDecoder:
@@ -72,7 +75,7 @@ class PyAVDecoder:
                 options={"fd": str(self._media.rewind()), **_LIMITS},
                 metadata_errors="replace",
             )
-        except _AV_ERRORS as error:
+        except AV_ERRORS as error:
             raise DecodeError(_text(error)) from error
         with contextlib.ExitStack() as stack:
             stack.callback(self._container.close)
@@ -87,7 +90,7 @@ class PyAVDecoder:
         if stream.codec_context is None or stream.codec.name not in DECODERS:
             raise DecodeError("its codec is not one that can be decoded")
         stream.codec_context.thread_count = 1  # the callers have threads
-        if self._keep:
+        if self._format in _EXACT:
             stream.codec_context.options = {"err_detect": "crccheck"}
         self._stream = stream
         self._begin: int | None = None
@@ -196,7 +199,7 @@ class PyAVDecoder:
                 yield _array(frame)
         except EOFError:
             return
-        except _AV_ERRORS as error:
+        except AV_ERRORS as error:
             raise DecodeError(_text(error)) from error
 
     def _by_packet(self) -> Iterator[Samples]:
@@ -209,18 +212,25 @@ class PyAVDecoder:
                 if gap := self._gap(frame, done):
                     yield from self._packed(packer, None)
                     packer = av.AudioResampler("flt", self._layout, self.info.sample_rate, _PACKED)
-                    yield from _silence(gap, self.info.channels)
+                    yield from silence(gap, self.info.channels)
                 done += gap + frame.samples
                 yield from self._packed(packer, frame)
         except DecodeError as error:
             fault = error
         yield from self._packed(packer, None)
+        seconds = (self._container.duration or 0) / av.time_base
+        alone = self._format == "matroska" and len(self._container.streams) == 1
+        if alone and not fault and done / self.info.sample_rate < seconds - _MATROSKA_SLACK:
+            # FFmpeg does not report clusters that it cannot read.
+            fault = DecodeError(f"the header promises {seconds:.3f} s")
         if fault:
             raise fault
 
     def _gap(self, frame: av.AudioFrame, done: int) -> int:
         """Samples that are missing before a frame, by its time; 0 unless damage was met."""
-        if not self._damaged or frame.pts is None or self._first is None or not frame.time_base:
+        if not (self._damaged or (self._keep and self._format == "flac")):
+            return 0
+        if frame.pts is None or self._first is None or not frame.time_base:
             return 0
         self._damaged = False
         second = frame.sample_rate * frame.time_base
@@ -262,7 +272,7 @@ class PyAVDecoder:
                 if frames and fault and not self._keep:
                     raise fault
                 yield from frames
-        except _AV_ERRORS as error:
+        except AV_ERRORS as error:
             raise DecodeError(_text(error)) from error
         # Zeros and unknown tags behind the last MP3 frame are common and harmless.
         if fault and self._format != "mp3":
@@ -275,7 +285,7 @@ class PyAVDecoder:
             raise DecodeError("the sample rate or the channels change within the file")
         try:
             return [_array(out) for out in packer.resample(frame)]
-        except _AV_ERRORS as error:
+        except AV_ERRORS as error:
             raise DecodeError(_text(error)) from error
 
     def _promised(self, rate: int) -> int | None:
@@ -323,7 +333,8 @@ def _without(blocks: Iterator[Samples], first: int, last: int | None) -> Iterato
             yield np.concatenate([before, after])
 
 
-def _silence(count: int, channels: int) -> Iterator[Samples]:
+def silence(count: int, channels: int) -> Iterator[Samples]:
+    """Blocks of zeros `[n, C]`."""
     for start in range(0, count, BLOCK):
         yield np.zeros((min(BLOCK, count - start), channels), np.float32)
 
