@@ -295,7 +295,7 @@ KEPT: dict[str, Callable[[], tuple[bytes, bytes]]] = {
     "opus": lambda: (opus(), zeroed(opus())),
     "opus, no page": lambda: (opus(), without_page(opus(), 3)),
     "vorbis": lambda: (vorbis(), zeroed(vorbis())),
-    "vorbis, no page": lambda: (vorbis(), without_page(vorbis(), 4)),
+    "vorbis, no page": lambda: (vorbis(), without_page(vorbis(), 7)),
     "ogg-flac": lambda: (encoded("ogg-flac", LENGTH), zeroed(encoded("ogg-flac", LENGTH))),
 }
 
