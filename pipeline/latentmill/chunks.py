@@ -175,7 +175,7 @@ class Chunker:
     """Cuts one item's audio, block by block, into chunks; holds about one chunk of it.
 
     With `stitch: none` the chunks start every `step` samples and the last one is filled up with
-    zeros, as the linear-cae package does it.
+    zeros, as the linear-cae package does it, or of `spec.short_last_chunk` left short.
     """
 
     def __init__(self, spec: ModelSpec, chunking: Chunking) -> None:
@@ -208,7 +208,9 @@ class Chunker:
         covered = (self._emitted - 1) * chunking.step + chunking.samples
         if chunking.stitch == "none":
             if total > covered:
-                yield self._cut(self._emitted * chunking.step)
+                start = self._emitted * chunking.step
+                size = spec.padded(total - start) if spec.short_last_chunk else None
+                yield self._cut(start, size)
             return
         frames = spec.frames(spec.padded(total))
         if spec.samples(frames) > covered:
@@ -267,6 +269,9 @@ class Stitcher:
         """
         with np.errstate(over="ignore"):  # the caller gates the range
             if self._chunking.stitch == "none":
+                frames = self._chunks[0].shape[1]
+                last = self._chunks[-1]
+                self._chunks[-1] = np.pad(last, ((0, 0), (0, frames - last.shape[1])))
                 chunks: Latent = np.stack(self._chunks).astype(self._dtype)
                 self.finite = bool(np.isfinite(chunks).all())
                 return chunks

@@ -166,7 +166,7 @@ def _decoded(
     model: Autoencoder, windows: Iterator[_Window], seed: int, batch_size: int
 ) -> Iterator[tuple[int, Audio]]:
     """Each window's first sample and its audio `[C, samples]`."""
-    while batch := list(itertools.islice(windows, batch_size)):
+    for batch in _batches(windows, batch_size):
         latents = np.stack([window.latent for window in batch]).astype(np.float32)
         decoded = model.decode(  # [B, C, T]
             torch.from_numpy(latents),
@@ -176,6 +176,13 @@ def _decoded(
         )
         for window, audio in zip(batch, decoded.float().cpu().numpy(), strict=True):
             yield window.start, audio
+
+
+def _batches(windows: Iterator[_Window], size: int) -> Iterator[list[_Window]]:
+    """Windows in batches of one length: the last one may be shorter."""
+    for _, alike in itertools.groupby(windows, key=lambda window: window.latent.shape):
+        while batch := list(itertools.islice(alike, size)):
+            yield batch
 
 
 def _joined(
@@ -217,7 +224,11 @@ def _chunk_windows(
         return
     for index in range(source.shape[0]):
         start = index * chunking.step
-        yield _Window(start // spec.hop, source.read(index, 1)[0], start, chunking.samples)
+        latent, samples = source.read(index, 1)[0], chunking.samples
+        if spec.short_last_chunk and index == source.shape[0] - 1:
+            samples = max(spec.min_samples, min(samples, num_samples - start))
+            latent = latent[:, : spec.frames(samples)]
+        yield _Window(start // spec.hop, latent, start, samples)
 
 
 def _blended(old: Audio, new: Audio, skew: int | None) -> Audio:

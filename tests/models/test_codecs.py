@@ -345,6 +345,37 @@ def test_encodec_48k_has_native_chunks(tiny_repos: Path) -> None:
     assert error[:, faded].max() < 0.01 * np.abs(audio).max()
 
 
+@pytest.mark.parametrize("rest", [20_000, 19_999, 1_000, 320])
+def test_the_last_native_chunk_of_encodec_48k_is_as_short_as_it_is(
+    tiny_repos: Path, rest: int
+) -> None:
+    """Loudness over its own samples, and frames that zeros behind it have not touched."""
+    repo = tiny_repos / "encodec-48k"
+    theirs = package_model(repo)
+    model = load(f"encodec:{repo}")
+    chunking = Chunking.for_model(model.spec, stitch="none", overlap=0.01)
+    samples = chunking.samples + rest
+    x = noise(model, 500, batch=1)[..., :samples]
+    chunks = encode_chunked(model, x[0], chunking)
+    assert chunks.shape == (2, 9, 150)
+    last = x[..., chunking.step :]
+    scale = last.mean(dim=1).square().mean() ** 0.5 + 1e-8
+    with torch.inference_mode():
+        expected = theirs.encoder(last / scale)[0]
+    frames = expected.shape[1]
+    assert frames == -(-last.shape[-1] // model.spec.hop)
+    assert torch.allclose(chunks[1, :-1, :frames], expected, atol=1e-5)
+    assert torch.allclose(chunks[1, -1, :frames], scale)
+    assert not chunks[1, :, frames:].any()
+    with torch.inference_mode():
+        decoded = theirs.decoder(expected[None])[0, :, : last.shape[-1]] * scale
+    for batch_size in (1, 4):
+        audio = decode_latent(model, chunks.numpy(), samples, chunking, batch_size=batch_size)
+        assert audio.shape == (2, samples)
+        end = rest  # what no other chunk has
+        assert np.allclose(audio[:, -end:], decoded[:, -end:].numpy(), atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["encodec-24k", "mimi"])
 def test_padding_lengths_stay_on_the_cpu(tiny_repos: Path, name: str) -> None:
     """On a GPU each would be waited for in every call; here the meta device stands for one."""

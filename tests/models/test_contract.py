@@ -348,8 +348,9 @@ def test_wrong_audio_is_refused(model: Autoencoder, spec: ModelSpec) -> None:
         model.encode(x[0])
     with pytest.raises(ModelError, match="shape"):
         model.encode(x.repeat(1, spec.channels + 1, 1))
-    with pytest.raises(ModelError, match="multiple"):
-        model.encode(x[..., :-1])
+    if spec.sample_multiple > 1:
+        with pytest.raises(ModelError, match="multiple"):
+            model.encode(x[..., :-1])
     with pytest.raises(ModelError, match=f"pad them to {spec.min_samples}"):
         model.encode(x[..., : spec.min_samples - spec.sample_multiple])
 

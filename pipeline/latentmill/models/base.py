@@ -63,6 +63,9 @@ class ModelSpec:
             blended; None: latents are continuous.
         max_batch_samples: The most samples of a whole batch that the model can take; None: as
             memory allows.
+        short_last_chunk: With `stitch: none`, encode the last chunk at its own length instead of
+            filling it up with zeros, as the codec does; the frames that it lacks are stored as
+            zeros.
     """
 
     name: str
@@ -84,6 +87,7 @@ class ModelSpec:
     provenance: Mapping[str, Value] = field(default_factory=dict)
     codebook_size: int | None = None
     max_batch_samples: int | None = None
+    short_last_chunk: bool = False
 
     def frames(self, num_samples: int) -> int:
         """Latent frames that `encode` gives for `num_samples` samples."""

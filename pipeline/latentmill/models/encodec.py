@@ -6,7 +6,8 @@ encoder's, before quantisation.
 The 24 kHz model is causal, with an LSTM whose memory fades: trimming leaves an error that the
 context makes small. The 48 kHz model normalises over its native chunk of one second, by GroupNorm
 inside and by the chunk's loudness outside, which the decoder needs: it is stored as one more
-latent channel (the last), the same in every frame of a chunk.
+latent channel (the last), the same in every frame of a chunk. Its chunks are encoded at their own
+length, so that no filling changes the loudness: the codec fills up the last hop by reflection.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ def _shape(config: Any, codes: bool) -> CodecShape:
         chunk_frames=round((config.chunk_length or CHUNK_SECONDS * rate) / hop),
         overlap_frames=NATIVE_OVERLAP if native else CONTEXT,
         batch_size={"cpu": 1, "cuda": 64 if native else 16},
+        own_length=native,
     )
 
 

@@ -39,6 +39,7 @@ class CodecShape:
     chunk_frames: int
     overlap_frames: int
     batch_size: Mapping[str, int]
+    own_length: bool = False  # chunks of any length, the last one as short as it is
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def build_codec(
         latent_channels=shape.latent_channels,
         hop=shape.hop,
         overhang=0,
-        sample_multiple=shape.hop,
+        sample_multiple=1 if shape.own_length else shape.hop,
         min_samples=shape.hop,
         context=shape.context,
         stitch=blend if shape.context is None else "trim",
@@ -114,6 +115,7 @@ def build_codec(
         },
         provenance={**files.provenance, "quantise": quantise},
         codebook_size=config.codebook_size if codes else None,
+        short_last_chunk=shape.own_length,
     )
     return CodecHandle(spec, files, family.loader, {"quantise": quantise, "output": output})
 
