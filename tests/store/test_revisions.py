@@ -105,6 +105,8 @@ def test_readers_have_the_sealed_bytes_while_a_unit_is_encoded_again(
     encode(songs, store, format=name)
     opened = open_store(str(store))
     dataset = LatentDataset(str(store), crop=8, mode="start")
+    early = LatentDataset(str(store), crop=8, mode="start")
+    early_views = LatentDataset(str(store))
     old = {record.key: record.latent for record in open_store(str(store))}
     change(songs, 1, 0.5)
     sizes = {path.stat().st_size for path in (store / "shards").iterdir()}
@@ -152,6 +154,13 @@ def test_readers_have_the_sealed_bytes_while_a_unit_is_encoded_again(
     fresh = LatentStore(str(store))
     for key in old:  # and a reader of the old seal finds the new one
         np.testing.assert_array_equal(opened[key].latent, fresh[key].latent)
+    for late in (early, early_views):  # these had opened no shard yet
+        for number, key in enumerate(sorted(old)):
+            sample = late[number]
+            assert sample.key == key
+            frames = sample.latents.shape[1]
+            expected = fresh[key].latent[:, :frames].astype(np.float32)
+            np.testing.assert_array_equal(sample.latents, expected)
     runs.assert_whole(store)
 
 

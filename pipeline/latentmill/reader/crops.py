@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from latentmill.errors import ConfigError
+from latentmill.errors import ConfigError, StorageError
 from latentmill.reader.cache import RangeCache
 from latentmill.reader.shards import Piece, Shard, ShardReader
 from latentmill.record import DTYPES
+from latentmill.store.index import Index
 from latentmill.store.store import LatentStore
 
 Float = npt.NDArray[np.float32]
@@ -65,14 +66,30 @@ class CropReader:
         index = store.index
         self.frames: Ints = index.column("frames")
         self.num_samples: Ints = index.column("num_samples")
-        self._offsets = index.column("offset")
-        self._shard_of = index.column("shard")
-        sizes = store.shard_sizes()
-        self._paths = [Shard(path, *sizes[path]) for path in index.shards]
+        self._place(index)
         self._dtype = DTYPES[store.info.dtype]
         self._raw = np.empty(0, self._dtype)
         self.channels = int(index.column("channels")[0]) if len(index) else 0
         self._width = self.channels * self._dtype.itemsize  # bytes of a frame
+
+    def _place(self, index: Index) -> None:
+        self._index = index
+        self._offsets = index.column("offset")
+        self._shard_of = index.column("shard")
+        sizes = self.store.shard_sizes()
+        self._paths = [Shard(path, *sizes[path]) for path in index.shards]
+
+    def _again(self, error: StorageError) -> None:
+        """After a failed read: find the items where they are now, if their shard was superseded.
+
+        Raises:
+            StorageError: It was not: `error`.
+            StoreError: The store was sealed again with other items.
+        """
+        index = self.store.follow(self._index, error)
+        if index is None:
+            raise error
+        self._place(index)
 
     def __reduce__(self) -> tuple[type[CropReader], tuple[Any, ...]]:
         return CropReader, (self.store, self._cache)
@@ -104,19 +121,24 @@ class CropReader:
         starts = np.array([crop.start for crop in crops], np.int64)
         frames = np.array([crop.frames for crop in crops], np.int64)
         have = self._lengths(rows, starts, frames)
-        pieces = self._pieces(rows, starts, have)
         lengths = have.tolist()
         raws: Iterable[Raw]
         if self.store.storage.local and sum(lengths) * self._width >= len(crops) * VIEWED_BYTES:
-            raws = map(self._view, pieces)
+            raws = (self._view(*place) for place in zip(rows, starts, have, strict=True))
         else:
             raws = buffers = [np.empty((length, self.channels), self._dtype) for length in lengths]
-            self._fill(pieces, buffers)
+            self._fill(rows, starts, have, buffers)
         return map(self._cropped, crops, raws)
 
-    def _view(self, piece: _Place) -> Raw:
+    def _view(self, row: np.int64, start: np.int64, have: np.int64) -> Raw:
         """A long piece as it is stored, `[frames, channels]`; nothing is read or copied yet."""
-        return np.frombuffer(self._shards.view(*piece), self._dtype).reshape(-1, self.channels)
+        place = np.array([row]), np.array([start]), np.array([have])
+        try:
+            data = self._shards.view(*self._pieces(*place)[0])
+        except StorageError as error:
+            self._again(error)
+            data = self._shards.view(*self._pieces(*place)[0])
+        return np.frombuffer(data, self._dtype).reshape(-1, self.channels)
 
     def _cropped(self, crop: Crop, raw: Raw) -> Cropped:
         """A crop of what there is of it, `[frames, channels]` as stored."""
@@ -140,7 +162,7 @@ class CropReader:
         have = self._lengths(rows, starts, np.int64(frames))
         raw = self._scratch(len(rows) * frames * self.channels)
         raw = raw.reshape(len(rows), frames, self.channels)
-        self._fill(self._pieces(rows, starts, have), list(raw))
+        self._fill(rows, starts, have, list(raw))
         block = _to_float(raw)
         for number in np.flatnonzero(have < frames).tolist():
             self._silence(block[number], int(starts[number]), int(have[number]))
@@ -168,14 +190,23 @@ class CropReader:
         shards = [self._paths[shard] for shard in self._shard_of[rows].tolist()]
         return list(zip(shards, offsets, lengths, strict=True))
 
-    def _fill(self, pieces: list[_Place], raws: list[Raw]) -> None:
-        """Read pieces into the beginnings of `[frames, channels]` buffers."""
-        self._shards.fill(
-            [
-                Piece(shard, offset, raw.data.cast("B")[:length])
-                for (shard, offset, length), raw in zip(pieces, raws, strict=True)
-            ]
-        )
+    def _fill(self, rows: Ints, starts: Ints, have: Ints, raws: list[Raw]) -> None:
+        """Read crops into the beginnings of `[frames, channels]` buffers."""
+
+        def fill() -> None:
+            pieces = self._pieces(rows, starts, have)
+            self._shards.fill(
+                [
+                    Piece(shard, offset, raw.data.cast("B")[:length])
+                    for (shard, offset, length), raw in zip(pieces, raws, strict=True)
+                ]
+            )
+
+        try:
+            fill()
+        except StorageError as error:
+            self._again(error)
+            fill()
 
     def _silence(self, block: Float, start: int, have: int) -> None:
         """Continue an item of which `have` frames are there by silence: `[frames, channels]`."""

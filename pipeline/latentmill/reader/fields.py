@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from latentmill.errors import ConfigError, StorageError
 from latentmill.sources.where import Condition
 from latentmill.store.fields import open_columns
+from latentmill.store.index import Index
 from latentmill.store.schema import RECORD_SCHEMA
 from latentmill.store.store import LatentStore
 
@@ -42,11 +43,14 @@ class FieldReader:
     def __init__(self, store: LatentStore, columns: Sequence[str] = FIELDS) -> None:
         self.store = store
         self.columns = tuple(columns)
-        self._index = store.index
-        self._shard_of = self._index.column("shard")
-        self._row_in_shard = self._index.column("row")
-        self._paths = self._index.shards
+        self._place(store.index)
         self._tar = store.info.format == "webdataset"
+
+    def _place(self, index: Index) -> None:
+        self._index = index
+        self._shard_of = index.column("shard")
+        self._row_in_shard = index.column("row")
+        self._paths = index.shards
         self._kept: OrderedDict[int, pa.Table] = OrderedDict()
         self._bytes = 0
 
@@ -59,6 +63,16 @@ class FieldReader:
         Raises:
             StorageError: They cannot be read.
         """
+        try:
+            return self._read(rows)
+        except StorageError as error:  # a superseded shard may be gone: read where they are now
+            index = self.store.follow(self._index, error)
+            if index is None:
+                raise
+            self._place(index)
+            return self._read(rows)
+
+    def _read(self, rows: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
         if self._tar:
             return self._members(rows)
         shards = self._shard_of[rows].tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import weakref
@@ -132,7 +133,10 @@ class ShardReader:
         shards = {piece.shard for piece in pieces}
         self._look_up({shard.path for shard in shards} - self._sizes.keys())
         for shard in shards:
-            if self._sizes.get(shard.path) != shard.bytes:
+            if shard.path not in self._sizes:
+                missing = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+                raise self._unreadable(shard, missing) from missing
+            if self._sizes[shard.path] != shard.bytes:
                 raise self._changed(shard)
         if self._cache is not None:
             self._cache.fill(self._storage, pieces)

@@ -131,6 +131,11 @@ class Index:
             ) from error
         return index
 
+    def same_items(self, other: Index) -> bool:
+        """Whether another index has the same keys and shapes, wherever they lie."""
+        names = ("key", "chunks", "channels", "frames", "num_samples")
+        return bool(self._table.select(names).equals(other._table.select(names)))
+
     def to_bytes(self) -> bytes:
         """The index file's content."""
         buffer = io.BytesIO()

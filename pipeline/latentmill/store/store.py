@@ -232,6 +232,29 @@ class LatentStore(Shown):
         self._shard_fields.clear()
         return True
 
+    def follow(self, index: Index, error: StorageError) -> Index | None:
+        """The present index, for a reader of an earlier one that a read has failed for.
+
+        Args:
+            index: The index that the reader has.
+            error: The reader's error.
+
+        Returns:
+            An index of the same items; None if no shard is gone, or there is no other index.
+
+        Raises:
+            StoreError: The store was sealed again with other items.
+        """
+        if not isinstance(error.__cause__, FileNotFoundError):
+            return None
+        if self._index is index and not self.reload():
+            return None
+        if not index.same_items(self._index):
+            raise StoreError(
+                f"{self.url} was sealed again with other items while it was read: open it again."
+            ) from error
+        return self._index
+
     @property
     def storage(self) -> Storage:
         """The place of the store's files."""
