@@ -48,7 +48,7 @@ def measure(items: int, folder: Path) -> dict[str, int]:
     write_corpus(corpus, items)
     encode = ["encode", str(corpus), str(store), "--workers", "1", "--threads", "1"]
     encode += ["--unit-seconds", str(UNIT_SECONDS), "--device", "cpu"]
-    subprocess.run([sys.executable, "-m", "latentmill.cli", *encode], check=True)
+    subprocess.run([sys.executable, "-m", "latentmill", *encode], check=True)
     commits = [path.stat().st_size for path in (store / "commits").iterdir()]
     return {
         "items": items,

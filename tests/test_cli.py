@@ -295,7 +295,9 @@ def test_shell_completion_completes_commands_and_options() -> None:
     def completions(words: str) -> list[str]:
         env = {**os.environ, "_LATENTMILL_COMPLETE": "complete_zsh"}
         env |= {"_TYPER_COMPLETE_ARGS": words}
-        program = "import sys; sys.argv[0] = 'latentmill'; from latentmill.cli import main; main()"
+        program = (
+            "import sys; sys.argv[0] = 'latentmill'; from latentmill.entry import main; main()"
+        )
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=env
         )
@@ -311,7 +313,7 @@ import sys
 sys.argv = ["latentmill", "status", {store!r}]
 import latentmill
 assert "ray" not in sys.modules, "import latentmill"
-from latentmill.cli import main
+from latentmill.entry import main
 try:
     main()
 finally:

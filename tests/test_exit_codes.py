@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from latentmill import cli
+from latentmill import entry
 from latentmill.errors import INTERRUPTED_EXIT_CODE, LatentmillError
 from support import runs
 
@@ -43,10 +43,10 @@ def test_a_bug_is_a_traceback_and_code_1(monkeypatch: pytest.MonkeyPatch) -> Non
     def bug(settings: object, progress: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(cli, "run", bug)
+    monkeypatch.setattr("latentmill.run.run", bug)
     monkeypatch.setattr(sys, "argv", ["latentmill", "encode", "a", "b"])
     with pytest.raises(ZeroDivisionError):  # Python ends with code 1
-        cli.main()
+        entry.main()
 
 
 def test_the_readme_has_every_code_and_no_other() -> None:

@@ -13,44 +13,66 @@ loader = torch.utils.data.DataLoader(stream, batch_size=32, collate_fn=lm.collat
 
 from typing import TYPE_CHECKING, Any
 
-from latentmill.config import RunConfig, load_config
-from latentmill.encode_options import EncodeOptions
-from latentmill.errors import IncompleteStoreWarning, LatentmillError, RepeatedEpochWarning
-from latentmill.ops import (
-    Linearity,
-    LinearityWarning,
-    Origin,
-    crossfade,
-    fade,
-    fit,
-    gain,
-    mix,
-    mixup,
-    subtract,
-)
-from latentmill.record import Record
-from latentmill.run import RunSummary, encode
-from latentmill.store.store import LatentStore
-from latentmill.store.store import open_store as open  # noqa: A004  lm.open(...) reads best
 from latentmill.version import __version__
 
 if TYPE_CHECKING:
+    from latentmill.config import RunConfig, load_config
+    from latentmill.encode_options import EncodeOptions
+    from latentmill.errors import IncompleteStoreWarning, LatentmillError, RepeatedEpochWarning
+    from latentmill.ops import (
+        Linearity,
+        LinearityWarning,
+        Origin,
+        crossfade,
+        fade,
+        fit,
+        gain,
+        mix,
+        mixup,
+        subtract,
+    )
     from latentmill.reader.batches import BatchSampler
     from latentmill.reader.collate import collate, collate_tensors
     from latentmill.reader.dataset import LatentDataset
     from latentmill.reader.normalize import Normalize
     from latentmill.reader.stem_dataset import StemDataset
     from latentmill.reader.stream import LatentStream
+    from latentmill.record import Record
+    from latentmill.run import RunSummary, encode
+    from latentmill.store.store import LatentStore
+    from latentmill.store.store import open_store as open  # noqa: A004  lm.open(...) reads best
 
-# The reader is imported when it is first used.
+# Where each name is defined. A module is imported when one of its names is first used, so that the
+# command line starts quickly and a program pays only for what it uses.
 _LAZY = {
     "BatchSampler": "latentmill.reader.batches",
+    "EncodeOptions": "latentmill.encode_options",
+    "IncompleteStoreWarning": "latentmill.errors",
     "LatentDataset": "latentmill.reader.dataset",
+    "LatentStore": "latentmill.store.store",
     "LatentStream": "latentmill.reader.stream",
+    "LatentmillError": "latentmill.errors",
+    "Linearity": "latentmill.ops",
+    "LinearityWarning": "latentmill.ops",
     "Normalize": "latentmill.reader.normalize",
+    "Origin": "latentmill.ops",
+    "Record": "latentmill.record",
+    "RepeatedEpochWarning": "latentmill.errors",
+    "RunConfig": "latentmill.config",
+    "RunSummary": "latentmill.run",
     "StemDataset": "latentmill.reader.stem_dataset",
     "collate": "latentmill.reader.collate",
     "collate_tensors": "latentmill.reader.collate",
+    "crossfade": "latentmill.ops",
+    "encode": "latentmill.run",
+    "fade": "latentmill.ops",
+    "fit": "latentmill.ops",
+    "gain": "latentmill.ops",
+    "load_config": "latentmill.config",
+    "mix": "latentmill.ops",
+    "mixup": "latentmill.ops",
+    "open": "latentmill.store.store",
+    "subtract": "latentmill.ops",
 }
 
 __all__ = [
@@ -91,8 +113,10 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        import importlib
+    if name not in _LAZY:
+        raise AttributeError(f"module 'latentmill' has no attribute {name!r}")
+    import importlib
 
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'latentmill' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), "open_store" if name == "open" else name)
+    globals()[name] = value
+    return value

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from latentmill.device import trim_memory
 from latentmill.errors import ConfigError
@@ -292,6 +291,8 @@ class Stitcher:
             if room.nbytes > LONG_BYTES:  # what it has outgrown is a hole that nothing fits in
                 trim_memory()
         # Not numpy, which is 90 times slower on what float16 holds as subnormal numbers.
+        import torch  # reading a plan must not wait for it
+
         target = torch.from_numpy(self._settled[self._count : end])
         target.copy_(torch.from_numpy(frames))
         limit = FLOAT16_OVERFLOW if self._dtype == np.float16 else math.inf

@@ -10,20 +10,17 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from latentmill import show
-from latentmill.decode import LatentSource
+from latentmill.entry import interrupts_raise
 from latentmill.errors import ITEMS_FAILED_EXIT_CODE, ConfigError
-from latentmill.export import Target, export_store
-from latentmill.linearity import measure_linearity
-from latentmill.listen import FILE_TYPES, check_file_type, fitted, mixed, write_audio
-from latentmill.ops import LinearityWarning
 from latentmill.printing import printable, printable_json, printable_value
-from latentmill.seams import measure_seams
-from latentmill.store.store import LatentStore, open_store
+
+if TYPE_CHECKING:
+    from latentmill.decode import LatentSource
+    from latentmill.store.store import LatentStore
 
 app = typer.Typer()  # its commands become the main one's
 
@@ -42,7 +39,9 @@ Seed = Annotated[int, typer.Option(help="Noise of a stochastic decoder.")]
 
 
 def print_value(as_json: bool, value: Any, text: Callable[[Any], str]) -> None:
-    """Print what a command gives, for people or for machines."""
+    """Print a command's result, as text or as JSON."""
+    from latentmill import show
+
     typer.echo(printable_json(show.plain(value)) if as_json else text(printable_value(value)))
 
 
@@ -63,6 +62,10 @@ def decode(
     as_json: AsJson = False,
 ) -> None:
     """Decode records to audio files named FOLDER/KEY.wav."""
+    from latentmill import show
+    from latentmill.listen import FILE_TYPES
+    from latentmill.store.store import open_store
+
     if f".{format}" not in FILE_TYPES:
         raise ConfigError(f"Option --format {format}: it is wav or flac.")
     store = open_store(url, device=device, trust_model=trust_model)
@@ -73,6 +76,7 @@ def decode(
     _check_distinct(targets)
     for path in targets.values():
         _check_target(path, store, overwrite)
+    interrupts_raise()
     written = [
         _write(path, store, store.source(key), store.entry(key).num_samples, seed)
         for key, path in targets.items()
@@ -102,6 +106,10 @@ def mix(
     as_json: AsJson = False,
 ) -> None:
     """Mix records in latent space and decode the mix to a WAV or FLAC file."""
+    from latentmill import show
+    from latentmill.listen import check_file_type, fitted, mixed
+    from latentmill.store.store import open_store
+
     check_file_type(file)
     store = open_store(url, device=device, trust_model=trust_model)
     _check_target(file, store, overwrite)
@@ -117,6 +125,7 @@ def mix(
         frames = choose(source.shape[-1] for source in sources)
         sources = [fitted(source, frames, origin=origin) for source in sources]
     mixture = mixed(sources, [gain for _, gain in wanted], origin=origin)
+    interrupts_raise()
     with _warnings_as_lines():
         written = _write(file, store, mixture, choose(samples), seed)
     print_value(as_json, {"files": [written]}, show.files)
@@ -134,11 +143,16 @@ def export(
     as_json: AsJson = False,
 ) -> int:
     """Write a store for other tools, or as a store of the other format."""
+    from latentmill import show
+    from latentmill.export import Target, export_store
+    from latentmill.store.store import open_store
+
     try:
         target = Target(to)
     except ValueError:
         names = ", ".join(Target)
         raise ConfigError(f"Option --to {to}: it is one of {names}.") from None
+    interrupts_raise()
     summary = export_store(open_store(url), dest, target, frames=frames)
     print_value(as_json, summary, show.export)
     return ITEMS_FAILED_EXIT_CODE if summary.failures else 0
@@ -156,7 +170,12 @@ def seams(
     as_json: AsJson = False,
 ) -> None:
     """Measure the error at the seams of chunks against whole items (evaluation/seams.json)."""
+    from latentmill import show
+    from latentmill.seams import measure_seams
+    from latentmill.store.store import open_store
+
     store = open_store(url, device=device, trust_model=trust_model)
+    interrupts_raise()
     print_value(as_json, measure_seams(store, items=items, max_seconds=max_seconds), show.seams)
     _say_what_is_not_recorded(store)
 
@@ -173,7 +192,12 @@ def linearity(
     as_json: AsJson = False,
 ) -> None:
     """Measure how well latents scale and add on the store's audio (evaluation/linearity.json)."""
+    from latentmill import show
+    from latentmill.linearity import measure_linearity
+    from latentmill.store.store import open_store
+
     store = open_store(url, device=device, trust_model=trust_model)
+    interrupts_raise()
     report = measure_linearity(store, items=items, max_seconds=max_seconds)
     print_value(as_json, report, show.linearity)
     _say_what_is_not_recorded(store)
@@ -235,6 +259,8 @@ def _check_distinct(targets: Mapping[str, Path]) -> None:
 
 def _check_key(store: LatentStore, key: str) -> None:
     if key not in store:
+        from latentmill import show
+
         near = show.closest(key, store.keys())
         hint = f"did you mean {near}?" if near else f"`latentmill status {store.url}` counts them."
         raise ConfigError(f"{store.url} has no record {key}: {hint}")
@@ -256,6 +282,8 @@ def _check_target(path: Path, store: LatentStore, overwrite: bool) -> None:
 
 def _write(path: Path, store: LatentStore, source: LatentSource, samples: int, seed: int) -> str:
     """Decode to a file; say so if the file cannot hold the loudest samples."""
+    from latentmill.listen import write_audio
+
     written = write_audio(
         path,
         store.decode_blocks(source, samples, seed=seed),
@@ -274,7 +302,8 @@ def _write(path: Path, store: LatentStore, source: LatentSource, samples: int, s
 
 @contextlib.contextmanager
 def _warnings_as_lines() -> Iterator[None]:
-    """Print what the linearity card warns of as a line, once."""
+    """Print warnings of the linearity card as one line each, once."""
+    from latentmill.ops import LinearityWarning
 
     def line(
         message: Warning | str,

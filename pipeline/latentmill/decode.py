@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from latentmill.chunks import Chunking
 from latentmill.errors import ConfigError
 from latentmill.models.base import Autoencoder, ModelSpec
 from latentmill.record import Latent
+
+if TYPE_CHECKING:
+    import torch
 
 Audio = npt.NDArray[np.float32]
 
@@ -87,6 +90,8 @@ def decode_latents(
     Raises:
         ConfigError: The latents have another number of axes.
     """
+    import torch  # slow to import, and not needed to read a store
+
     if isinstance(latents, torch.Tensor):
         latents = latents.detach().to("cpu", torch.float32).numpy()
     chunked = chunking.stitch == "none"
@@ -166,6 +171,8 @@ def _decoded(
     model: Autoencoder, windows: Iterator[_Window], seed: int, batch_size: int
 ) -> Iterator[tuple[int, Audio]]:
     """Each window's first sample and its audio `[C, samples]`."""
+    import torch  # slow to import, and not needed to read a store
+
     for batch in _batches(windows, batch_size):
         latents = np.stack([window.latent for window in batch]).astype(np.float32)
         decoded = model.decode(  # [B, C, T]

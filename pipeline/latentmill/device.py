@@ -7,8 +7,6 @@ import os
 import platform
 from collections.abc import Mapping
 
-import torch
-
 from latentmill.errors import ConfigError
 
 
@@ -18,6 +16,8 @@ def pick_device(wanted: str) -> str:
     Raises:
         ConfigError: There is no such device.
     """
+    import torch  # slow to import, and not needed to read a store
+
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

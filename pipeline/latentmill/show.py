@@ -8,31 +8,27 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from latentmill.engine.progress import LogFormat, Progress, for_stream
-from latentmill.export import ExportSummary
-from latentmill.forecast import Forecast
-from latentmill.linearity import LinearityReport
 from latentmill.meter import bound
-from latentmill.models.base import ModelSpec
-from latentmill.planning import Extension
-from latentmill.run import RunSummary
-from latentmill.seams import SeamReport
 from latentmill.store.commit import Tally, iter_commits
 from latentmill.store.measurement import MEASURED
-from latentmill.store.schema import DatasetInfo
-from latentmill.store.store import LatentStore
-from latentmill.store.verify import Report
+
+if TYPE_CHECKING:  # some of these import torch; `status` must start quickly
+    from latentmill.export import ExportSummary
+    from latentmill.forecast import Forecast
+    from latentmill.linearity import LinearityReport
+    from latentmill.models.base import ModelSpec
+    from latentmill.planning import Extension
+    from latentmill.run import RunSummary
+    from latentmill.seams import SeamReport
+    from latentmill.store.schema import DatasetInfo
+    from latentmill.store.store import LatentStore
+    from latentmill.store.verify import Report
 
 MAX_LISTED = 20
-
-
-def progress(log_format: LogFormat = "text") -> Progress:
-    """JSON if asked for; else a progress bar on stderr, or lines if it is no terminal."""
-    return for_stream(log_format)
 
 
 @dataclass(frozen=True)
@@ -86,7 +82,7 @@ def plain(value: Any) -> Any:
         return value.model_dump(mode="json", exclude=unset)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         result = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, RunSummary):
+        if hasattr(value, "exit_code"):
             result["exit_code"] = value.exit_code
         return result
     if isinstance(value, Mapping):

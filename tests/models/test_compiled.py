@@ -15,7 +15,6 @@ from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
 from latentmill.chunks import Chunking
-from latentmill.encode import UnitEncoder
 from latentmill.engine import worker
 from latentmill.engine.worker import Job
 from latentmill.errors import ModelError
@@ -24,6 +23,7 @@ from latentmill.models.base import Autoencoder
 from latentmill.models.compiled import Compiled, uncompiled
 from latentmill.models.registry import resolve
 from latentmill.unit_audio import EncodeSettings
+from latentmill.unit_encoder import UnitEncoder
 
 MODEL = mdct.build(hop=16, sample_rate=800).load("cpu")
 SHAPE = (2, 1, 160)

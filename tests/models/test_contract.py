@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from latentmill.chunks import Chunking
 from latentmill.config import fingerprint, fingerprint_document, load_config
-from latentmill.encode import UnitEncoder
 from latentmill.errors import ModelError
 from latentmill.meter import Meter
 from latentmill.models import weights
@@ -27,6 +26,7 @@ from latentmill.models.linearity import additivity, homogeneity
 from latentmill.models.registry import resolve
 from latentmill.sources.folder import FolderSource
 from latentmill.unit_audio import Decoding, EncodeSettings, LocalAudio
+from latentmill.unit_encoder import UnitEncoder
 from support.chunked import encode_chunked, encode_whole
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from latentmill.chunks import Chunking
-from latentmill.encode import UnitEncoder
 from latentmill.errors import LatentmillError, SourceError
 from latentmill.models import mdct
 from latentmill.record import Outcome, Record
@@ -22,6 +21,7 @@ from latentmill.sources.address import item_at
 from latentmill.sources.base import Item
 from latentmill.sources.reading import UnitReader
 from latentmill.unit_audio import Decoding, EncodeSettings, LocalAudio
+from latentmill.unit_encoder import UnitEncoder
 from support import hub_datasets
 from support.sources import KINDS, Recording, Written, put, recordings_in, sorted_items
 

@@ -13,7 +13,6 @@ import torch
 
 from latentmill.chunks import Chunking
 from latentmill.config import RunConfig, fingerprint, fingerprint_document
-from latentmill.encode import UnitEncoder
 from latentmill.meter import Meter
 from latentmill.models import registry
 from latentmill.plan import Cutting, Plan, draft, freeze, read_items
@@ -25,6 +24,7 @@ from latentmill.store.commit import write_commit, write_unit
 from latentmill.store.seal import seal, write_origin
 from latentmill.store.store import LatentStore
 from latentmill.unit_audio import Decoding, EncodeSettings, LocalAudio
+from latentmill.unit_encoder import UnitEncoder
 
 FORMATS = ["parquet", "webdataset"]
 RATE = 22050

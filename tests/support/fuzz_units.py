@@ -27,11 +27,11 @@ import torch
 from audio_files import encoded
 
 from latentmill.chunks import Chunking
-from latentmill.encode import UnitEncoder
 from latentmill.meter import Meter
 from latentmill.models import registry
 from latentmill.sources.base import Item
 from latentmill.unit_audio import Decoding, EncodeSettings, LocalAudio
+from latentmill.unit_encoder import UnitEncoder
 
 KINDS = ("wav", "wav-float", "flac", "vorbis", "mp3", "mp3-without-xing", "m4a", "opus")
 KINDS += ("wma", "tta", "avi", "mpegts", "ac3")

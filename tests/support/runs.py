@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from latentmill import cli
+from latentmill import entry
 from latentmill.plan import iter_keys
 from latentmill.store.schema import parse_name
 from latentmill.store.store import open_store
@@ -60,7 +60,7 @@ def call(capsys: pytest.CaptureFixture[str], *args: object) -> Result:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_:
         patch.setattr(sys, "argv", ["latentmill", *map(str, args)])
         try:
-            cli.main()
+            entry.main()
         finally:
             signal.signal(signal.SIGTERM, before)
     captured = capsys.readouterr()
@@ -78,7 +78,7 @@ def started(*args: object, **environment: str) -> Iterator[subprocess.Popen[str]
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env |= {"PYTHONPATH": os.pathsep.join(str(path) for path in paths if str(path))}
     process = subprocess.Popen(
-        [sys.executable, "-m", "latentmill.cli", *map(str, args)],
+        [sys.executable, "-m", "latentmill", *map(str, args)],
         env=env | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

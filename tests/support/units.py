@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latentmill.chunks import Chunking
-from latentmill.encode import UnitEncoder
 from latentmill.meter import Meter
 from latentmill.models import mdct
 from latentmill.models.base import Autoencoder
@@ -17,6 +16,7 @@ from latentmill.record import Outcome, Record
 from latentmill.sources.base import Item
 from latentmill.sources.folder import FolderSource
 from latentmill.unit_audio import Decoding, EncodeSettings, LocalAudio
+from latentmill.unit_encoder import UnitEncoder
 
 RATE = 8000
 MODEL = mdct.build(hop=64, sample_rate=RATE).load("cpu")

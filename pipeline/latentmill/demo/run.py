@@ -12,6 +12,7 @@ import soundfile
 from latentmill import show
 from latentmill.config import load_config
 from latentmill.demo.corpus import write_corpus
+from latentmill.engine.progress import for_stream
 from latentmill.ops import mix
 from latentmill.record import Record
 from latentmill.run import run
@@ -44,7 +45,7 @@ def run_demo(folder: Path, source: str | None, say: Callable[[str], None]) -> No
         source, keys = str(Path(source).expanduser()), []
         digest = hashlib.sha256(str(Path(source).resolve()).encode()).hexdigest()[:8]
         store_folder = folder / f"latents-{digest}"
-    summary = run(load_config(None, {"source": source, "out": str(store_folder)}), show.progress())
+    summary = run(load_config(None, {"source": source, "out": str(store_folder)}), for_stream())
     say(show.summary(summary))
     store = open_store(str(store_folder))
     keys = keys or [key for key, _ in zip(store.keys(), range(2), strict=False)]

@@ -11,17 +11,19 @@ import datetime
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from latentmill.engine.worker import UnitResult
 from latentmill.plan import Plan, Unit
 from latentmill.printing import printable, printable_json
 from latentmill.redact import redact_text
 from latentmill.store.commit import Tally
+
+if TYPE_CHECKING:
+    from latentmill.engine.worker import UnitResult
 
 LINE_SECONDS = 10.0
 

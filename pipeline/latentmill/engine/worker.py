@@ -22,7 +22,6 @@ import torch
 
 from latentmill.chunks import Chunking
 from latentmill.device import pick_device
-from latentmill.encode import UnitEncoder
 from latentmill.engine.careful import HANG_SECONDS, Trials
 from latentmill.engine.lock import join_run
 from latentmill.errors import StoreError
@@ -39,6 +38,7 @@ from latentmill.storage import Storage
 from latentmill.store.commit import write_commit, write_unit
 from latentmill.store.schema import Commit
 from latentmill.unit_audio import Decoding, EncodeSettings, Heard, LocalAudio, UnitAudio
+from latentmill.unit_encoder import UnitEncoder
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Stitch = Literal["trim", "crossfade", "none"]
 Channels = Literal["mono", "split"]

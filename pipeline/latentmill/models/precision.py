@@ -11,13 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Literal
 
-import torch
-
 from latentmill.errors import ConfigError
 
 Precision = Literal["float32", "tf32", "bf16", "fp16"]
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def pick_precision(wanted: Precision | None, device: str) -> Precision:
@@ -39,9 +37,11 @@ def numeric_mode(precision: Precision, device: str) -> Iterator[None]:
     The switches for TF32 are global to the process. They are set for float32, too: PyTorch's own
     default lets convolutions on a GPU use TF32.
     """
+    import torch  # slow to import, and not needed to read a store
+
     dtype = _AUTOCAST.get(precision)
     kind = device.partition(":")[0]
-    autocast = nullcontext() if dtype is None else torch.autocast(kind, dtype=dtype)
+    autocast = nullcontext() if dtype is None else torch.autocast(kind, dtype=getattr(torch, dtype))
     if kind != "cuda":
         with autocast:
             yield

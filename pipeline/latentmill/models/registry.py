@@ -21,7 +21,6 @@ from typing import Any, Literal, NamedTuple, Union
 
 from latentmill.errors import ModelError
 from latentmill.models.base import Channels, ModelHandle, ModelSpec
-from latentmill.models.split import split
 
 ENTRY_POINT_GROUP = "latentmill.models"
 PYTHON_PREFIX = "python:"
@@ -152,7 +151,11 @@ def resolve(
             f"Model {name} takes {handle.spec.channels} channels as it is: leave out channels "
             f"{channels}, which is for mono models."
         )
-    return split(handle) if channels == "split" else handle
+    if channels != "split":
+        return handle
+    from latentmill.models.split import split  # imports torch
+
+    return split(handle)
 
 
 def code_of(name: str) -> str | None:

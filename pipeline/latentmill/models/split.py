@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from latentmill.models.base import Autoencoder, ModelHandle, ModelSpec
 from latentmill.models.checks import check_audio, check_latents
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 AUDIO_CHANNELS = 2
 

@@ -243,8 +243,10 @@ def _read_units(part: Part, storage: Storage) -> Iterator[Unit]:
     data = storage.read_if_exists(part.units_file)
     if data is None or _hash(data) != part.units_hash:
         raise _foreign(storage, part.units_file)
-    # Without threads: Arrow's may abort the process when they are young at its end.
-    table = pq.read_table(pa.BufferReader(data), use_threads=False, pre_buffer=False)
+    # Not pq.read_table: it scans on Arrow's I/O threads whatever use_threads says. Such a thread
+    # may still hold `data` when the interpreter exits; releasing it then aborts the process.
+    parquet = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
+    table = parquet.read(use_threads=False)
     if not table.schema.equals(UNITS_SCHEMA):
         raise _foreign(storage, part.units_file)
     file = part.items_file

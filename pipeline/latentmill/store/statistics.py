@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from latentmill.record import Latent
 
@@ -32,6 +31,8 @@ class ChannelStatistics:
     @classmethod
     def of(cls, latent: Latent) -> ChannelStatistics:
         """The statistics of a latent `[channels, frames]`, or of chunks `[N, channels, frames]`."""
+        import torch  # slow to import, and not needed to read a store
+
         total = cls.empty(latent.shape[-2])
         chunks = latent if latent.ndim == 3 else latent[None]
         for chunk in chunks:

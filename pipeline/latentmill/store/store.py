@@ -6,12 +6,11 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 import xxhash
 
 from latentmill.chunks import Chunking
@@ -38,6 +37,9 @@ from latentmill.store.schema import (
     record_from_fields,
 )
 from latentmill.store.seal import dataset_info, read_origin, read_seal
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
