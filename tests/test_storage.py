@@ -226,7 +226,7 @@ def test_an_address_that_no_package_knows_is_refused(
         Storage("nonsense://a/b")
     assert "nonsense" in one_sentence(caught.value)
 
-    def missing(url: str) -> None:
+    def missing(url: str, **options: object) -> None:
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr(module.fsspec.core, "url_to_fs", missing)

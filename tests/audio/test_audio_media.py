@@ -66,7 +66,7 @@ def test_no_permission(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_a_missing_package_is_no_fault_of_the_item(monkeypatch) -> None:
-    def missing(url: str) -> None:
+    def missing(url: str, **options: object) -> None:
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr("fsspec.core.url_to_fs", missing)
