@@ -24,6 +24,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from latentmill.errors import ConfigError, StorageError, StoreError
+from latentmill.ranged import RangedFile, cat_ranges
 from latentmill.redact import redact
 from latentmill.remote import (
     advice_on,
@@ -44,10 +45,8 @@ SCRATCH = "tmp"
 
 READ_AHEAD = 1 << 20  # bytes that a remote file which is open is read by, at least
 
-# Protocols that nothing can be written to.
-READ_ONLY = ("http", "https")
-# Protocols whose client replaces an object only if it is unchanged.
-CONDITIONAL = ("s3", "s3a")
+READ_ONLY = ("http", "https")  # protocols that nothing can be written to
+CONDITIONAL = ("s3", "s3a")  # those whose client can replace an object only if it is unchanged
 
 
 # Names of the files that latentmill writes into a store.
@@ -166,7 +165,7 @@ class Storage:
         paths, offsets, lengths = zip(*(ranges[number] for number in asked), strict=True)
         ends = [offset + length for offset, length in zip(offsets, lengths, strict=True)]
         with self._errors("read", paths[0] if len(set(paths)) == 1 else f"{len(paths)} ranges"):
-            found = self._cat_ranges([self.full(path) for path in paths], list(offsets), ends)
+            found = cat_ranges(self._fs, [self.full(path) for path in paths], offsets, ends)
         data = [b""] * len(ranges)
         for number, part in zip(asked, found, strict=True):
             data[number] = self._of_range(ranges[number][0], part, ranges[number][2])
@@ -209,20 +208,16 @@ class Storage:
         """
         self.refuse_read_only()
         with self._errors("write", path):
-            try:
-                if self.local:
-                    with self._written(path, data) as temporary:
-                        self.check_writable()
-                        self._rename(temporary, path, replace=False)
-                else:
-                    full = self.full(path)
-                    self._retry_write(lambda: self._fs.pipe_file(full, data, mode="create"))
-            except storage_errors() as error:
-                if not _refused_as_unexpected(error):
-                    raise
-                # It may be ours: written by a request whose answer was lost.
-                return self.read_if_exists(path) == data
-        return True
+            if self.local:
+                with self._written(path, data) as temporary:
+                    new = self._unless_refused(
+                        partial(self._rename, temporary, path, replace=False)
+                    )
+            else:
+                full = self.full(path)
+                new = self._unless_refused(lambda: self._fs.pipe_file(full, data, mode="create"))
+            # It may be ours: written by a request whose answer was lost.
+            return new or self.read_if_exists(path) == data
 
     def version(self, path: str) -> str | None:
         """What `replace` expects to find: the ETag of an object; None if there is no such file."""
@@ -245,13 +240,8 @@ class Storage:
             return True
         with self._errors("write", path):
             full = self.full(path)
-            try:
-                self._retry_write(lambda: self._fs.pipe_file(full, data, IfMatch=version))
-            except storage_errors() as error:
-                if not _refused_as_unexpected(error):
-                    raise
-                return self.read_if_exists(path) == data
-        return True
+            new = self._unless_refused(lambda: self._fs.pipe_file(full, data, IfMatch=version))
+            return new or self.read_if_exists(path) == data
 
     def publish(self, temporary: Path, path: str) -> bool:
         """Give a finished local file a new name in the store, whole or not at all.
@@ -261,20 +251,12 @@ class Storage:
         """
         self.refuse_read_only()
         with self._errors("write", path):
-            try:
-                if self.local:
-                    with temporary.open("rb+") as file:
-                        os.fsync(file.fileno())
-                    self.check_writable()
-                    self._rename(temporary, path, replace=False)
-                else:
-                    name, full = str(temporary), self.full(path)
-                    self._retry_write(lambda: self._fs.put_file(name, full, mode="create"))
-            except storage_errors() as error:
-                if not _refused_as_unexpected(error):
-                    raise
-                return False
-        return True
+            if self.local:
+                with temporary.open("rb+") as file:
+                    os.fsync(file.fileno())
+                return self._unless_refused(partial(self._rename, temporary, path, replace=False))
+            name, full = str(temporary), self.full(path)
+            return self._unless_refused(lambda: self._fs.put_file(name, full, mode="create"))
 
     def delete(self, path: str) -> None:
         """Remove a file, if it is there."""
@@ -289,6 +271,16 @@ class Storage:
             write()
 
         retrying(attempt)
+
+    def _unless_refused(self, write: Callable[[], object]) -> bool:
+        """Make a conditional write; False if it found another file than it expected."""
+        try:
+            self._retry_write(write)
+        except storage_errors() as error:
+            if not isinstance(error, FileExistsError) and status_of(error) != 412:
+                raise
+            return False
+        return True
 
     def refuse_read_only(self) -> None:
         """Refuse a place that nothing can be written to.
@@ -367,29 +359,6 @@ class Storage:
                 raise
             return None
 
-    def _cat_ranges(
-        self, paths: Sequence[str], starts: Sequence[int], ends: Sequence[int]
-    ) -> Sequence[bytes]:
-        """fsspec's; of many requests some fail, and only those are made again."""
-        found: dict[int, bytes] = {}
-
-        def attempt() -> None:
-            todo = [number for number in range(len(paths)) if number not in found]
-            columns: Iterator[Sequence[object]]
-            columns = ([column[number] for number in todo] for column in (paths, starts, ends))
-            answers = self._fs.cat_ranges(*columns, on_error="return")
-            failed = [answer for answer in answers if isinstance(answer, Exception)]
-            found.update(
-                (number, answer)
-                for number, answer in zip(todo, answers, strict=True)
-                if not isinstance(answer, Exception)
-            )
-            for error in sorted(failed, key=is_transient)[:1]:
-                raise error
-
-        retrying(attempt)
-        return [found[number] for number in range(len(paths))]
-
     def _of_range(self, path: str, data: bytes, length: int) -> bytes:
         if len(data) > length:  # fsspec's http gives what it gets
             raise StorageError(
@@ -416,46 +385,6 @@ def writing(place: str) -> Iterator[None]:
         # pyarrow's text is long; its number says the same in three words.
         cause = os.strerror(error.errno) if error.errno else str(error)
         raise StorageError(f"Cannot write {place}: {cause}{advice_on(error)}.") from error
-
-
-class RangedFile(io.RawIOBase):
-    """A file that is read by ranges, with what tries again or remembers behind it.
-
-    Args:
-        size: Bytes.
-        read: Gives the bytes at a place, so many or fewer.
-    """
-
-    def __init__(self, size: int, read: Callable[[int, int], bytes]) -> None:
-        self._size, self._read_range = size, read
-        self._at = 0
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def seekable(self) -> bool:
-        """It is."""
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a place; gives it."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = max(0, base + offset)
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill a buffer as far as there are bytes; gives how many."""
-        wanted = max(0, min(len(buffer), self._size - self._at))
-        data = self._read_range(self._at, wanted)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-
-def _refused_as_unexpected(error: Exception) -> bool:
-    """Whether a conditional write found another file than it expected."""
-    return isinstance(error, FileExistsError) or status_of(error) == 412
 
 
 def _link(temporary: Path, target: Path) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from latentmill.errors import IncompleteStoreWarning
+from latentmill.store.commit import committed_revisions
+from latentmill.store.schema import ORIGIN_PATH
 
 if TYPE_CHECKING:
     from latentmill.store.schema import DatasetInfo
@@ -26,6 +28,21 @@ def warn_incomplete(store: LatentStore) -> None:
         "same options to complete it.",
         IncompleteStoreWarning,
         stacklevel=3,
+    )
+
+
+def is_complete(store: LatentStore) -> bool:
+    """Whether every unit is committed, and sealed as it is committed now; looks at names only."""
+    if not store.sealed:
+        return False
+    committed, info = committed_revisions(store.storage), store.info
+    return (
+        info.items == store.plan.num_items
+        and all(
+            committed.get(unit.name) == info.revisions.get(unit.name, 0)
+            for unit in store.plan.units
+        )
+        and all(store.storage.exists(path) for path in (info.index, ORIGIN_PATH))
     )
 
 

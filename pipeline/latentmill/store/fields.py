@@ -10,7 +10,8 @@ from typing import Any, BinaryIO
 
 import pyarrow.parquet as pq
 
-from latentmill.storage import RangedFile, Storage
+from latentmill.ranged import RangedFile
+from latentmill.storage import Storage
 from latentmill.store.schema import RECORD_SCHEMA
 
 _FIELD_COLUMNS = [name for name in RECORD_SCHEMA.names if name != "latent"]

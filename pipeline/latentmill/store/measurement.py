@@ -58,6 +58,16 @@ def read_measurement(storage: Storage, info: DatasetInfo, name: Name) -> Measure
     return measurement if measurement.fingerprint == info.fingerprint else None
 
 
+def with_measurements(storage: Storage, info: DatasetInfo) -> DatasetInfo:
+    """`info` with what was measured on the store as it is now."""
+    current: dict[str, object] = {}
+    for name in MEASURED:
+        measured = read_measurement(storage, info, name)
+        if measured is not None and measured.seal == info.seal:
+            current[name] = getattr(measured, name)
+    return info.model_copy(update=current)
+
+
 def _measurement(
     info: DatasetInfo, seams: SeamEntry | None, linearity: LinearityEntry | None
 ) -> Measurement:

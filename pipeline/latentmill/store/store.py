@@ -14,23 +14,20 @@ import pyarrow as pa
 import xxhash
 
 from latentmill.chunks import Chunking
-from latentmill.decode import Audio, LatentSource, decode_blocks, decode_latents
-from latentmill.device import pick_device
-from latentmill.errors import ConfigError, ModelError, StorageError, StoreError
-from latentmill.models.base import Autoencoder
-from latentmill.models.trust import resolve_stored
+from latentmill.decode import Audio, LatentSource
+from latentmill.errors import ConfigError, StorageError, StoreError
 from latentmill.ops import Linearity, Origin
 from latentmill.plan import PLAN_PATH, Plan, load
 from latentmill.record import Latent, Record, latent_from_bytes, time_major_bytes
 from latentmill.shown import Shown
 from latentmill.storage import Storage
-from latentmill.store.commit import committed_revisions, read_commits
-from latentmill.store.describe import described, warn_incomplete
+from latentmill.store.commit import read_commits
+from latentmill.store.decoder import StoreDecoder
+from latentmill.store.describe import described, is_complete, warn_incomplete
 from latentmill.store.fields import ShardFields
 from latentmill.store.index import Index, IndexEntry
-from latentmill.store.measurement import MEASURED, read_measurement
+from latentmill.store.measurement import read_measurement, with_measurements
 from latentmill.store.schema import (
-    ORIGIN_PATH,
     Commit,
     DatasetInfo,
     levels_of,
@@ -46,8 +43,6 @@ T = TypeVar("T")
 _CACHED_SHARDS = 8
 # A larger latent is decoded from the disk, window by window.
 _WHOLE_BYTES = 64 << 20
-# Decoding needs several times the memory of encoding: few windows at once.
-_DECODE_BATCH = {"cpu": 1, "cuda": 4}
 
 
 def open_store(url: str, *, device: str = "auto", trust_model: bool = False) -> LatentStore:
@@ -69,7 +64,7 @@ def open_store(url: str, *, device: str = "auto", trust_model: bool = False) -> 
     return store
 
 
-class LatentStore(Shown):
+class LatentStore(StoreDecoder, Shown):
     """The records of a store by key, in the order of the keys.
 
     Picklable, and as safe to use after a fork as its storage is: it holds no open files. Not
@@ -78,9 +73,7 @@ class LatentStore(Shown):
 
     def __init__(self, url: str, *, device: str = "auto", trust_model: bool = False) -> None:
         self._storage = Storage(url)
-        self._device = device
-        self._trust_model = trust_model
-        self._model: Autoencoder | None = None
+        super().__init__(device, trust_model=trust_model)
         self._shard_fields: OrderedDict[str, ShardFields] = OrderedDict()
         self._info = read_seal(self._storage)
         self.sealed = self._info is not None
@@ -100,11 +93,6 @@ class LatentStore(Shown):
     def shown(self) -> Mapping[str, object]:
         """What `repr` and a notebook show; of an unsealed store, only what is known already."""
         return described(self.url, self._info, sealed=self.sealed)
-
-    @property
-    def device(self) -> str:
-        """Where its model is: `cpu`, `cuda` or `cuda:N`."""
-        return pick_device(self._device)
 
     @property
     def url(self) -> str:
@@ -130,16 +118,7 @@ class LatentStore(Shown):
 
         Looks at names only: `verify` checks the files themselves.
         """
-        committed = committed_revisions(self._storage)
-        sealed = self.info.revisions
-        return (
-            self.sealed
-            and self.info.items == self.plan.num_items
-            and all(
-                committed.get(unit.name) == sealed.get(unit.name, 0) for unit in self.plan.units
-            )
-            and all(self._storage.exists(path) for path in (self.info.index, ORIGIN_PATH))
-        )
+        return is_complete(self)
 
     @property
     def info(self) -> DatasetInfo:
@@ -151,12 +130,7 @@ class LatentStore(Shown):
     @property
     def measured_info(self) -> DatasetInfo:
         """`info` with what was measured on the store as it is now."""
-        current: dict[str, Any] = {}
-        for name in MEASURED:
-            measured = read_measurement(self._storage, self.info, name)
-            if measured is not None and measured.seal == self.info.seal:
-                current[name] = getattr(measured, name)
-        return self.info.model_copy(update=current)
+        return with_measurements(self._storage, self.info)
 
     @property
     def chunking(self) -> Chunking:
@@ -221,9 +195,6 @@ class LatentStore(Shown):
 
         Returns:
             Whether there is another one now, which this store then shows.
-
-        Raises:
-            StoreError: dataset.json is damaged.
         """
         found = read_seal(self._storage)
         if not self.sealed or found is None or found == self._info:
@@ -236,10 +207,6 @@ class LatentStore(Shown):
 
     def follow(self, index: Index, error: StorageError) -> Index | None:
         """The present index, for a reader of an earlier one that a read has failed for.
-
-        Args:
-            index: The index that the reader has.
-            error: The reader's error.
 
         Returns:
             An index of the same items; None if no shard is gone, or there is no other index.
@@ -352,34 +319,6 @@ class LatentStore(Shown):
         data = self._read(entry, entry.offset + start * width, frames * width)
         return latent_from_bytes(data, (entry.channels, frames), self.info.dtype)
 
-    def model(self) -> Autoencoder:
-        """The store's autoencoder, loaded once.
-
-        Raises:
-            ModelError: It is not built in and the store was opened without `trust_model`, it cannot
-                be loaded, or its weights are not those that encoded the store.
-        """
-        if self._model is None:
-            stored = self.info.model
-            handle = resolve_stored(
-                stored.get("asked"),
-                stored.get("options"),
-                stored.get("asked_channels"),
-                store=self.url,
-                trusted=self._trust_model,
-            )
-            spec = handle.spec
-            names = ("sample_rate", "channels", "latent_channels", "hop", "scale_factor")
-            present = {**spec.identity, **{name: getattr(spec, name) for name in names}}
-            changed = [name for name, value in present.items() if stored.get(name) != value]
-            if changed:
-                raise ModelError(
-                    f"{stored['asked']} is not the model that encoded {self.url} (other "
-                    f"{', '.join(changed)}): install or download that one."
-                )
-            self._model = handle.load(pick_device(self._device))
-        return self._model
-
     def levels(self, key: str) -> bytes | None:
         """How loud each frame of a record is, as `latentmill.levels.decibels` reads it.
 
@@ -418,60 +357,23 @@ class LatentStore(Shown):
         samples = self.entry(key).num_samples
         return self.decode_latent(self.source(key), samples, seed=seed, batch_size=batch_size)
 
-    def decode_latent(
-        self,
-        latent: Latent | LatentSource | torch.Tensor,
-        num_samples: int | None = None,
-        *,
-        seed: int = 0,
-        batch_size: int | None = None,
-    ) -> Audio:
-        """Decode any latents on this store's grid, such as a mix or what a model has generated.
-
-        Args:
-            latent: A numpy array or a tensor on any device: `[D, T]`, or a batch `[B, D, T]`. Of a
-                store with `stitch: none` an item is `[N, D, Z]`, a batch `[B, N, D, Z]`. As they
-                are stored: undo a normalisation first, with `Normalize.undo`.
-            num_samples: Length of the audio; None: all that the frames hold.
-            seed: Noise of a stochastic decoder, the same for all items of a batch.
-            batch_size: Windows per forward pass; default 1 on a CPU, 4 on a GPU.
-
-        Returns:
-            Audio `[channels, samples]`, or `[B, channels, samples]`; float32.
-        """
-        batch = batch_size or self._decode_batch
-        return decode_latents(
-            self.model(), latent, num_samples, self.chunking, seed=seed, batch_size=batch
-        )
-
-    def decode_blocks(
-        self,
-        latent: Latent | LatentSource,
-        num_samples: int | None = None,
-        *,
-        seed: int = 0,
-        batch_size: int | None = None,
-    ) -> Iterator[Audio]:
-        """Decode one item, giving its audio as it is done, `[channels, n]`, in bounded memory."""
-        batch = batch_size or self._decode_batch
-        return decode_blocks(
-            self.model(), latent, num_samples, self.chunking, seed=seed, batch_size=batch
-        )
-
-    @property
-    def _decode_batch(self) -> int:
-        return _DECODE_BATCH[pick_device(self._device).partition(":")[0]]
-
     def _at_its_place(self, entry: IndexEntry, read: Callable[[IndexEntry], T]) -> T:
         """Read a record; again, where it is now, if its shard is gone and there is a new seal."""
         try:
             return read(entry)
         except StorageError as error:
-            if not (isinstance(error.__cause__, FileNotFoundError) and self.reload()):
+            if not isinstance(error.__cause__, FileNotFoundError):
                 raise
-        if entry.key not in self:
-            raise StoreError(f"{self.url} was sealed again without {entry.key}: open it again.")
-        return read(self.entry(entry.key))
+            self.reload()
+            position = self._index.find(entry.key)
+            if position is None:
+                raise StoreError(
+                    f"{self.url} was sealed again without {entry.key}: open it again."
+                ) from error
+            now = self._index.entry(position)
+            if now == entry:
+                raise
+        return read(now)
 
     def _read(self, entry: IndexEntry, offset: int, length: int) -> bytes:
         data = self._storage.read_range(entry.shard, offset, length)
