@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-
-import torch
+from typing import TYPE_CHECKING
 
 from latentmill.chunks import Chunking
 from latentmill.decode import Audio, LatentSource, decode_blocks, decode_latents
@@ -15,6 +14,9 @@ from latentmill.models.base import Autoencoder
 from latentmill.models.trust import resolve_stored
 from latentmill.record import Latent
 from latentmill.store.schema import DatasetInfo
+
+if TYPE_CHECKING:
+    import torch
 
 # Decoding needs several times the memory of encoding: few windows at once.
 _DECODE_BATCH = {"cpu": 1, "cuda": 4}

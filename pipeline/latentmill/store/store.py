@@ -6,7 +6,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,9 +34,6 @@ from latentmill.store.schema import (
     record_from_fields,
 )
 from latentmill.store.seal import dataset_info, read_origin, read_seal
-
-if TYPE_CHECKING:
-    import torch
 
 T = TypeVar("T")
 
