@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import struct
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -113,6 +115,45 @@ def test_no_whole_file_is_called_short_and_a_cut_one_never_crashes(kind: str, da
             find_shortage(media, sniff(media))
         except ItemError as error:
             assert "audio" in str(error)  # too little is left to know the format
+
+
+def box(name: bytes, *content: bytes) -> bytes:
+    """An MP4 box."""
+    body = b"".join(content)
+    return struct.pack(">I4s", 8 + len(body), name) + body
+
+
+def one_track() -> bytes:
+    """The `moov` of an MP4 with one audio track and no samples."""
+    number, rate = struct.pack(">I", 1), struct.pack(">I", 44_100)
+    tables = box(b"stbl", box(b"stsz", bytes(12)), box(b"stts", bytes(8)))
+    sound = box(b"hdlr", bytes(8), b"soun", bytes(12))
+    media = box(b"mdia", box(b"mdhd", bytes(12), rate, bytes(8)), sound, box(b"minf", tables))
+    return box(b"moov", box(b"trak", box(b"tkhd", bytes(12), number, bytes(68)), media))
+
+
+CLAIMS = {
+    "samples of a fragment": box(
+        b"moof",
+        box(
+            b"traf",
+            box(b"tfhd", struct.pack(">II", 0, 1)),
+            box(b"trun", struct.pack(">II", 0, 1 << 26)),
+        ),
+    ),
+    "bytes of an index": struct.pack(">I4sQ", 1, b"sidx", 1 << 28) + bytes(100),
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_a_header_that_claims_much_costs_no_memory(claim: str) -> None:
+    data = box(b"ftyp", b"M4A ", bytes(8)) + one_track() + CLAIMS[claim]
+    tracemalloc.start()
+    try:
+        assert not survives(data, allow_truncated=False)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("count", [150, pytest.param(1000, marks=pytest.mark.slow)])

@@ -5,12 +5,13 @@ Two frame headers of the same stream, one frame apart, are the proof that a file
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 # Bit rates in kbit/s of MPEG-1 layers I, II, III and MPEG-2/2.5 layers I, II/III (ISO 11172-3,
 # 13818-3); index 0 is "free", which no common encoder writes.
-_RATES = {
+RATES = {
     (1, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
     (1, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
     (1, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
@@ -52,14 +53,12 @@ class Frame:
         start: Where it begins in the bytes that were looked at.
         length: Its bytes, header included.
         same: What stays equal in a stream.
-        side_info: Of MPEG layer III: bytes between its header and a Xing header.
     """
 
     format: str
     start: int
     length: int
     same: tuple[int, ...]
-    side_info: int = 0
 
     @property
     def end(self) -> int:
@@ -107,16 +106,34 @@ def mpeg_frame(data: bytes, start: int) -> Frame | None:
     rate_index, hz_index = head[2] >> 4, head[2] >> 2 & 3
     if version is None or layer == 4 or rate_index in (0, 15) or hz_index == 3:
         return None
-    bit_rate = _RATES[min(version, 2), layer][rate_index - 1] * 1000
+    bit_rate = RATES[min(version, 2), layer][rate_index - 1] * 1000
     hz = (44100, 48000, 32000)[hz_index] >> (version - 1)
     padding = head[2] >> 1 & 1
     if layer == 1:
         length = (12 * bit_rate // hz + padding) * 4
     else:
         length = (72 if layer == 3 and version > 1 else 144) * bit_rate // hz + padding
-    mono = head[3] >> 6 == 3
-    side_info = (17 if mono else 32) if version == 1 else (9 if mono else 17)
-    return Frame("mp3", start, length, (version, layer, hz_index), side_info)
+    return Frame("mp3", start, length, (version, layer, hz_index))
+
+
+def side_info_size(head: bytes) -> int:
+    """Bytes of the side information that follows the header of an MPEG layer III frame."""
+    mpeg_1, mono = head[1] >> 3 & 3 == 3, head[3] >> 6 == 3
+    return (17 if mono else 32) if mpeg_1 else (9 if mono else 17)
+
+
+def xing_header(data: bytes, start: int) -> tuple[int, int | None] | None:
+    """Frames and bytes as the Xing or Info header in the frame at a place counts them.
+
+    None without such a header, or if it does not count frames.
+    """
+    at = start + 4 + side_info_size(data[start : start + 4])
+    if data[at : at + 4] not in (b"Xing", b"Info") or len(data) < at + 16:
+        return None
+    flags, frames, size = struct.unpack_from(">III", data, at + 4)
+    if not flags & 1 or not frames:
+        return None
+    return frames, size if flags & 2 else None
 
 
 def ac3_frame(data: bytes, start: int) -> Frame | None:

@@ -49,8 +49,8 @@ class MediaFile(Closing):
         """Up to `size` bytes from `offset`, fewer at the end; leaves the position alone."""
         if offset >= self.size:  # also what no file system can address
             return b""
-        try:
-            return os.pread(self.fileno(), size, offset)
+        try:  # a damaged header may ask for any number of bytes, and pread allocates them all
+            return os.pread(self.fileno(), min(size, self.size - offset), offset)
         except OSError as error:
             raise ItemError(f"the file cannot be read: {_reason(error)}") from error
 

@@ -6,12 +6,12 @@ early. A damaged file can be repaired for decoding: silent frames take the place
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from latentmill.audio.frames import RATES, side_info_size, xing_header
 from latentmill.audio.media import MediaFile, media_from_bytes
 
 _WINDOW = 1 << 20
@@ -73,24 +73,12 @@ def read_frames(media: MediaFile, offset: int, end: int | None = None) -> Frames
 
 
 def _with_promise(media: MediaFile, frames: Frames) -> Frames:
-    """Read the Xing or Info header in the first frame: flags, frames, bytes."""
-    data = media.read_at(frames.first, 64)
-    if len(data) < 64:
+    promise = xing_header(media.read_at(frames.first, 64), 0)
+    if promise is None:
         return frames
-    at = 4 + _side_info(data)
-    if data[at : at + 4] not in (b"Xing", b"Info"):
-        return frames
-    flags, count, size = struct.unpack_from(">III", data, at + 4)
-    if not flags & 1 or not count:
-        return frames
-    end = frames.first + size if flags & 2 else None
+    count, size = promise
+    end = None if size is None else frames.first + size
     return replace(frames, promised=count, promised_end=end)
-
-
-def _side_info(head: bytes) -> int:
-    """Bytes of the side information of a layer III frame."""
-    new, mono = head[1] >> 3 & 3 != 3, head[3] >> 6 == 3
-    return (9 if mono else 17) if new else (17 if mono else 32)
 
 
 class _Walk:
@@ -170,13 +158,10 @@ def tag_size(media: MediaFile, at: int) -> int:
     return 0
 
 
-# Bit rates in kbit/s by version (MPEG-1, 2 and 2.5) and layer; index 0 is "free".
+# Bit rates in kbit/s by version (MPEG-1, or 2 and 2.5) and layer; index 0 is "free".
 _RATES = np.zeros((2, 4, 16), np.int64)
-_RATES[0, 1, 1:15] = range(32, 449, 32)
-_RATES[0, 2, 1:15] = (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384)
-_RATES[0, 3, 1:15] = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
-_RATES[1, 1, 1:15] = (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256)
-_RATES[1, 2, 1:15] = _RATES[1, 3, 1:15] = (*range(8, 65, 8), *range(80, 161, 16))
+for (_version, _layer), _rates in RATES.items():
+    _RATES[_version - 1, _layer, 1:15] = _rates
 _HERTZ = np.array([[11025, 12000, 8000], [1, 1, 1], [22050, 24000, 16000], [44100, 48000, 32000]])
 
 
@@ -252,7 +237,7 @@ def _without_lost_bits(media: MediaFile, at: int, end: int) -> Iterator[bytes]:
         length, kind = _headers(data[:5]).get(0, (0, 0))
         if not length or kind >> 2 & 3 != 3:
             return
-        new, side = kind >> 4 != 3, _side_info(data)
+        new, side = kind >> 4 != 3, side_info_size(data)
         body = 4 if data[1] & 1 else 6
         begin = data[body] if new else data[body] << 1 | data[body + 1] >> 7
         if begin <= there:

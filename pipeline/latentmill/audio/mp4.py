@@ -195,19 +195,22 @@ def _track_fragment(tables: Tables, traf: bytes, place: int) -> None:
         if name != b"trun":
             continue
         run, count = struct.unpack_from(">II", trun)
+        if not count:
+            continue
         run, at, start = run & 0xFFFFFF, 8, following
         if run & 1:
             start, at = base + struct.unpack_from(">i", trun, at)[0], at + 4
         at += 4 if run & 4 else 0
         fields = [bit for bit in (0x100, 0x200, 0x400, 0x800) if run & bit]
         rows = _table(trun, ">u4", at, count * len(fields)).reshape(count, len(fields))
-        durations, sizes = np.full(count, duration), np.full(count, size)
+        # Without a field of its own a sample has the default, and `count` may be any number.
+        durations, counts, total = np.array([duration]), np.array([count]), count * size
         if run & 0x100:
-            durations = rows[:, fields.index(0x100)]
+            durations, counts = rows[:, fields.index(0x100)], np.ones(count, np.int64)
         if run & 0x200:
-            sizes = rows[:, fields.index(0x200)]
-        following = start + int(sizes.sum())
-        tables.add(track, following, durations, np.ones(count, np.int64))
+            total = int(rows[:, fields.index(0x200)].sum())
+        following = start + total
+        tables.add(track, following, durations, counts)
 
 
 def _referenced(sidx: bytes) -> int:

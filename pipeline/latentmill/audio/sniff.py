@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 
 from latentmill.audio.formats import by_magic, not_audio
-from latentmill.audio.frames import Frame, first_ac3, first_mpeg, is_transport_stream
+from latentmill.audio.frames import first_ac3, first_mpeg, is_transport_stream, xing_header
 from latentmill.audio.media import MediaFile
 from latentmill.errors import ItemError
 
@@ -25,13 +24,11 @@ class Sniffed:
         offset: Bytes of ID3v2 tags in front of the audio.
         has_length: False where this format can carry its length in samples and this file does
             not: an MP3 without a Xing or Info header, a FLAC of unknown length.
-        counted_bytes: The end of the audio's bytes in the file as a Xing header counts them.
     """
 
     format: str
     offset: int = 0
     has_length: bool = True
-    counted_bytes: int | None = None
 
 
 def sniff(media: MediaFile) -> Sniffed:
@@ -72,7 +69,7 @@ def _mpeg(media: MediaFile, offset: int) -> Sniffed | None:
         return None
     if frame.format == "aac":
         return Sniffed("aac", offset)
-    return _with_xing(data, offset + zeros, frame, offset=offset)
+    return Sniffed("mp3", offset, has_length=xing_header(data, frame.start) is not None)
 
 
 def _zeros(media: MediaFile, offset: int) -> int:
@@ -114,21 +111,3 @@ def _skip_id3(media: MediaFile) -> int:
         footer = 10 if header[5] & 0x10 else 0
         offset += 10 + size + footer
     return offset
-
-
-def _with_xing(data: bytes, begin: int, frame: Frame, *, offset: int) -> Sniffed:
-    """Read the Xing or Info header in the first frame: flags, frames, bytes.
-
-    Args:
-        data: The bytes that the frame was found in.
-        begin: Where they are in the file.
-        frame: The first frame.
-        offset: Bytes of tags.
-    """
-    at = frame.start + 4 + frame.side_info
-    if data[at : at + 4] not in (b"Xing", b"Info") or len(data) < at + 16:
-        return Sniffed("mp3", offset, has_length=False)
-    flags, frames, count = struct.unpack_from(">III", data, at + 4)
-    has_length = bool(flags & 1) and frames > 0
-    counted = begin + frame.start + count if flags & 3 == 3 else None
-    return Sniffed("mp3", offset, has_length, counted)

@@ -44,7 +44,7 @@ NOTHING = Survey()
 
 def survey(media: MediaFile, sniffed: Sniffed) -> Survey:
     """Read through a file whose format hides damage; the last few files are remembered."""
-    if not sniffed.format.startswith(("mp3", "flac", "ogg", "wav")):
+    if sniffed.format not in ("mp3", "flac", "wav") and not sniffed.format.startswith("ogg"):
         return NOTHING
     stat = os.fstat(media.fileno())
     identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, sniffed)
