@@ -113,6 +113,30 @@ def test_secrets_of_texts_without_a_url(text: str, shown: str | None) -> None:
     assert redact_text(text) == (shown or text)
 
 
+LARGE = {
+    "a long word": "see http://host/a " + "a" * 2_000_000,
+    "colons": "//a" + ":a" * 1_000_000,
+    "half addresses": "me@home " + "//a:" * 500_000,
+    "URLs in URLs": "http://host/a?b=" * 100_000,
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_large_texts_take_time_in_proportion(kind: str) -> None:
+    """Time that grows with the square of the length would be minutes to hours."""
+    text = LARGE[kind]
+    if kind == "URLs in URLs":
+        assert redact_text(text) == "http://host/a?b=***"
+    else:
+        assert redact_text(text) == text
+
+
+@pytest.mark.parametrize("levels", [2, 450])
+def test_secrets_at_any_depth(levels: int) -> None:
+    text = '{"a": [' * levels + f'"s3://k:{S}@bucket/a"' + "]}" * levels
+    assert S not in json.dumps(redact_value(json.loads(text)))
+
+
 @pytest.mark.parametrize("url", [url for url, _ in SECRETS if not url.startswith("//")])
 def test_a_store_or_a_source_whose_url_has_credentials_is_refused(url: str) -> None:
     with pytest.raises(StoreError) as store:

@@ -33,9 +33,10 @@ _WEB = ("http", "https")
 _URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*):(?P<rest>//.*)", re.I | re.DOTALL)
 _NEXT_LINK = re.compile(r"::(?=[a-z][a-z0-9+.-]*(?:://|::))", re.I)
 _PORT_OR_ADDRESS = re.compile(r"[^:@]*(:\d{0,5})?|\[[^\]]*\](:\d{0,5})?")
-_URLS_IN_TEXT = re.compile(
-    r"[a-z][a-z0-9+.-]*://[^\s'\"<>]+|//[^\s'\"<>@/]+:[^\s'\"<>@]*@\S*", re.I
-)
+# Texts may be long and hostile: no pattern may look at the same character many times.
+_URLS_IN_TEXT = re.compile(r"(?:[a-z][a-z0-9+.-]{0,20}:)?//[^\s'\"<>]+", re.I)
+_USER_AND_PASSWORD = re.compile(r"//[^@/:]+:[^@]*@")
+_MOST_NESTED = 8  # URLs in a field of a URL
 _FIELD_IN_TEXT = re.compile(r"(?<![\w.%-])[\w.%-]+=[^\s&;'\"<>]*[^\s&;'\"<>.,:!?)\]}]")
 _HEADER_IN_TEXT = re.compile(
     r"(?P<name>\bauthorization: *(?:bearer|basic|token)?|\bbearer) +(?P<value>[\w.~+/=-]{12,})",
@@ -65,14 +66,17 @@ def redact_text(text: str) -> str:
 
 
 def redact_value(value: Any) -> Any:
-    """A JSON value with all its texts redacted, at any depth."""
-    if isinstance(value, str):
-        return redact_text(value)
-    if isinstance(value, dict):
-        return {name: redact_value(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [redact_value(part) for part in value]
-    return value
+    """A JSON value with all its texts redacted, at any depth; lists and dicts change in place."""
+    top = [value]
+    todo: list[Any] = [top]
+    while todo:  # not by recursion, which JSON that Python can read may be too deep for
+        parts = todo.pop()
+        for key, part in parts.items() if isinstance(parts, dict) else enumerate(parts):
+            if isinstance(part, str):
+                parts[key] = redact_text(part)
+            elif isinstance(part, dict | list):
+                todo.append(part)
+    return top[0]
 
 
 def is_secret_name(name: str) -> bool:
@@ -113,9 +117,18 @@ def _without_user(rest: str, web: bool) -> str:
 
 
 def _redacted_url(match: re.Match[str]) -> str:
-    """A URL in a text; the punctuation behind it is the text's."""
+    """A URL in a text; the punctuation behind it is the text's.
+
+    What has no scheme is a URL only if it has a user and a password.
+    """
     url = match[0].rstrip(".,:;!?)]}")
-    return redact(url) + match[0][len(url) :]
+    begin = 0
+    if url.startswith("//"):
+        user = _USER_AND_PASSWORD.search(url, 0, url.rfind("@") + 1)
+        if user is None:
+            return match[0]
+        begin = user.start()
+    return url[:begin] + redact(url[begin:]) + match[0][len(url) :]
 
 
 def _redacted_match(match: re.Match[str]) -> str:
@@ -134,7 +147,7 @@ def _redacted_field(field: str, *, strict: bool) -> str:
     if value.startswith(MASK) or field == MASK:
         return field
     if "://" in plain:
-        secret = redact_text(plain) != plain
+        secret = plain.count("://") > _MOST_NESTED or redact_text(plain) != plain
     elif strict:
         secret = bool(equals) and is_secret_name(name)
     elif not equals:

@@ -219,6 +219,11 @@ WRONG = {
     "an array": ("m.json", '[{"path": "a.wav"}]', "no JSON object in line 1"),
     "an array, indented": ("m.json", '[\n{"path": "a.wav"}\n]', "no JSON in line 1"),
     "cut off": ("m.jsonl", '{"path": "a.wav"}\n{"pa', "no JSON in line 2"),
+    "nested too deep": (
+        "m.jsonl",
+        '{"path": "a.wav", "x": ' + "[" * 700 + "NaN" + "]" * 700 + "}",
+        "the object in line 1 is nested more than 500 levels deep",
+    ),
     "no text": ("m.jsonl", b'{"path": "\xff"}', "no UTF-8"),
     "no gzip": ("m.jsonl.gz", b"\x1f\x8b\x08\x00 no", "cannot be read"),
     "half a gzip": (

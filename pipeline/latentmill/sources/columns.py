@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from latentmill.errors import SourceError
 from latentmill.redact import redact_value
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=str).encode
+_encode_with_nan = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
 def find_column(
@@ -42,9 +42,8 @@ def as_json(row: Mapping[str, Any]) -> str:
     try:
         text = _encode(kept)
     except ValueError:  # NaN or infinity somewhere
-        finite = {name: _finite(value) for name, value in kept.items()}
-        kept = {name: value for name, value in finite.items() if value is not None}
-        text = _encode(kept)
+        finite = json.loads(_encode_with_nan(kept), parse_constant=lambda _: None)
+        text = _encode({name: value for name, value in finite.items() if value is not None})
     if "//" in text:  # a column may hold signed URLs
         text = _encode(redact_value(json.loads(text)))
     return text if is_text(text) else json.dumps(json.loads(text))
@@ -89,13 +88,3 @@ def _plain(name: str, kind: pa.DataType) -> list[str]:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return [name] if _plain(name, kind.value_type) == [name] else []
     return [] if is_binary(kind) else [name]
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return value

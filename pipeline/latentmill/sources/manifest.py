@@ -29,7 +29,7 @@ from latentmill.sources.cells import open_table
 from latentmill.sources.columns import as_json, find_column, is_text, plain_columns
 from latentmill.sources.files import Place
 from latentmill.sources.lines import BoundedLines
-from latentmill.sources.metadata import METADATA_LIMIT
+from latentmill.sources.metadata import MAX_NESTING, METADATA_LIMIT, is_too_deep
 from latentmill.sources.names import as_key
 from latentmill.sources.parquet import table_errors
 
@@ -309,6 +309,11 @@ class ManifestSource:
                     raise SourceError(
                         f"Manifest {self.uri} has no JSON object in line {number}: write one "
                         "object per line."
+                    )
+                if is_too_deep(row):
+                    raise SourceError(
+                        f"Manifest {self.uri}: the object in line {number} is nested more than "
+                        f"{MAX_NESTING} levels deep: simplify or remove it."
                     )
                 yield f"line {number}", row
 
