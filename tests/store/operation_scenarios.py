@@ -1,0 +1,247 @@
+"""The commands that write a store, each with a state that it starts from, for three items."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import soundfile
+
+from latentmill.config import load_config
+from latentmill.export import Target, export_store
+from latentmill.forecast import forecast
+from latentmill.linearity import measure_linearity
+from latentmill.run import run
+from latentmill.seams import measure_seams
+from latentmill.store.store import LatentStore, open_store
+from latentmill.store.verify import verify
+from support.in_process import in_process
+
+RATE = 3200
+SETTINGS = {
+    "model_options": {"hop": 32, "sample_rate": RATE},
+    "chunk_seconds": 0.1,
+    "unit_seconds": 0.4,
+    "device": "cpu",
+    "decode_threads": 1,
+}
+BROKEN = b"this is no audio"
+
+Content = tuple[Any, ...]
+
+
+def sound(path: Path, seed: int, seconds: float = 0.2) -> None:
+    """Write a file of noise."""
+    noise = np.random.default_rng(seed).uniform(-0.3, 0.3, round(seconds * RATE))
+    soundfile.write(path, noise, RATE, subtype="PCM_16")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a trial works: a folder that holds `store` and perhaps `dest`, or a prefix in a bucket.
+
+    Attributes:
+        root: A path or URL.
+        source: The audio, which all trials of a command share.
+    """
+
+    root: str
+    source: Path
+
+    @property
+    def store(self) -> str:
+        return f"{self.root}/store"
+
+    @property
+    def dest(self) -> str:
+        return f"{self.root}/dest"
+
+    def encode(self, **settings: Any) -> None:
+        """Encode the source into the store."""
+        options = {"source": str(self.source), "out": self.store, **SETTINGS, **settings}
+        with in_process():
+            run(load_config(None, options))
+
+    def plan(self) -> None:
+        """Plan it."""
+        options = {"source": str(self.source), "out": self.store, **SETTINGS}
+        forecast(load_config(None, options), calibrated=False)
+
+    def export(self, to: Target) -> None:
+        """Export the store."""
+        export_store(open_store(self.store, device="cpu"), self.dest, to)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A command, and what was there before it.
+
+    Attributes:
+        begin: Makes the audio, and the state that the command starts from.
+        command: The command.
+        change: Changes the audio between the two.
+        written: The store that it writes, by its name in the place.
+    """
+
+    begin: Callable[[Place], None]
+    command: Callable[[Place], Any]
+    change: Callable[[Place], None] = lambda place: None
+    written: str = "store"
+
+
+def three(place: Place) -> None:
+    """Three sounds, in two units."""
+    for number, name in enumerate("abc"):
+        sound(place.source / f"{name}.wav", number)
+    (place.source / "a.json").write_text(json.dumps({"prompt": "été", "n": 1}))
+
+
+def two(place: Place) -> None:
+    """Two of the three are there and encoded."""
+    three(place)
+    (place.source / "c.wav").unlink()
+    place.encode()
+
+
+def broken(place: Place) -> None:
+    """Of the first unit one item fails, of the second unit the only one."""
+    three(place)
+    for name in "bc":
+        (place.source / f"{name}.wav").write_bytes(BROKEN)
+    place.encode()
+
+
+def fix(place: Place) -> None:
+    for number, name in enumerate("abc"):
+        if name != "a":
+            sound(place.source / f"{name}.wav", number)
+
+
+def change(place: Place) -> None:
+    """Another sound under an old name: of another length, so that it is another file anyhow."""
+    sound(place.source / "b.wav", 7, 0.15)
+
+
+def whole(place: Place) -> None:
+    three(place)
+    place.encode()
+
+
+def unsealed(place: Place) -> None:
+    whole(place)
+    delete(place.store, "dataset.json")
+
+
+def exported(to: Target) -> Callable[[Place], None]:
+    """A finished export of a store that has changed since."""
+
+    def begin(place: Place) -> None:
+        broken(place)
+        place.export(to)
+        fix(place)
+        place.encode(retry_failed=True)
+
+    return begin
+
+
+def delete(store: str, name: str) -> None:
+    fs, path = fsspec.core.url_to_fs(f"{store}/{name}")
+    fs.rm_file(path)
+
+
+def of_store(command: Callable[[LatentStore], Any]) -> Callable[[Place], Any]:
+    return lambda place: command(open_store(place.store, device="cpu"))
+
+
+SCENARIOS = {
+    "plan": Scenario(three, Place.plan),
+    "encode": Scenario(three, Place.encode),
+    "extend": Scenario(two, lambda p: p.encode(extend=True), lambda p: sound(p.source / "c.wav", 2)),
+    "retry-failed": Scenario(broken, lambda p: p.encode(retry_failed=True), fix),
+    "retry-changed": Scenario(
+        whole, lambda p: p.encode(extend=True, retry_changed=True), change
+    ),
+    "seal": Scenario(unsealed, Place.encode),
+    "export": Scenario(whole, lambda p: p.export(Target.WEBDATASET), written="dest"),
+    "export again": Scenario(
+        exported(Target.WEBDATASET), lambda p: p.export(Target.WEBDATASET), written="dest"
+    ),
+    "seams": Scenario(whole, of_store(lambda store: measure_seams(store, items=2))),
+    "linearity": Scenario(whole, of_store(lambda store: measure_linearity(store, items=2))),
+}
+
+
+def contents(store: LatentStore) -> dict[str, Content]:
+    """Everything of every record, by key."""
+    found = {}
+    for record in store:
+        fields = {name: value for name, value in vars(record).items() if name != "latent"}
+        fields["metadata"] = json.dumps(fields["metadata"], sort_keys=True)
+        data = (record.latent.shape, record.latent.tobytes())
+        found[record.key] = (*data, *(fields[name] for name in sorted(fields)))
+    return found
+
+
+@dataclass
+class Outcome:
+    """What a store holds, compared item by item; the layout of its files is not looked at."""
+
+    items: dict[str, tuple[str, str | None]]
+    records: dict[str, Content]
+    numbers: dict[str, Any]
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, url: str) -> Outcome | None:
+        """That of a store; None where nothing was encoded yet."""
+        store = open_store(url, device="cpu")
+        commits = store.commits.values()
+        entries = [item for commit in commits for item in commit.items]
+        counts = Counter(item.key for item in entries)
+        assert set(counts.values()) <= {1}, counts
+        info = store.info
+        described = getattr(store, "described", info)
+        names = ("items", "encoded", "skipped", "failed", "hours", "frames", "fingerprint")
+        return cls(
+            items={item.key: (item.status, item.reason) for item in entries},
+            records=contents(store),
+            numbers={name: getattr(info, name) for name in names}
+            | {"mean": np.round(info.mean, 9).tolist(), "sealed": store.sealed},
+            measured={name: str(getattr(described, name)) for name in ("seams", "linearity")},
+        )
+
+
+def assert_whole(url: str) -> None:
+    """Nothing is missing, damaged or left over."""
+    store = open_store(url, device="cpu")
+    if store.sealed:
+        assert verify(store).faults == []
+    if store.storage.local:
+        assert not Path(store.url, "tmp").exists()
+
+
+@contextmanager
+def copied(begin: Place, root: str) -> Iterator[Place]:
+    """The state that a command starts from, for one trial."""
+    local = "://" not in root
+    if local:
+        shutil.copytree(begin.root, root)
+    else:
+        fs = fsspec.filesystem(root.partition("://")[0])
+        if fs.exists(begin.root):
+            fs.copy(f"{begin.root}/", f"{root}/", recursive=True)
+    try:
+        yield Place(root, begin.source)
+    finally:
+        if local:
+            shutil.rmtree(root)
+        elif fs.exists(root):
+            fs.rm(root, recursive=True)

@@ -1,0 +1,148 @@
+"""A fault at every single operation of every command that writes a store.
+
+A command runs once undisturbed, which counts its operations on the storage. Then, for each of them
+and for each way in which it can go wrong, it runs again from the same state: readers look at what
+is there after the fault, the command runs a second time, and the result must be the undisturbed
+one, item by item.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from operation_scenarios import (
+    SCENARIOS,
+    Content,
+    Outcome,
+    Place,
+    Scenario,
+    assert_whole,
+    contents,
+    copied,
+)
+
+from latentmill.errors import LatentmillError
+from latentmill.store.store import LatentStore, open_store
+from support.operation_faults import READ_MODES, WRITE_MODES, Faults, Killed, faults_on, is_write
+
+
+@dataclass
+class Undisturbed:
+    """A command that ran without a fault.
+
+    Attributes:
+        begin: The state before it.
+        operations: What it did.
+        before: What the store held before; None: there was none.
+        after: What it holds after.
+    """
+
+    begin: Place
+    operations: list[tuple[str, str]]
+    before: Outcome | None
+    after: Outcome | None
+
+
+def undisturbed(scenario: Scenario, root: str, source: Path) -> Undisturbed:
+    begin = Place(f"{root}/begin", source)
+    source.mkdir()
+    with faults_on(Faults()):
+        if "://" not in root:
+            Path(begin.root).mkdir(parents=True)
+        scenario.begin(begin)
+    before = outcome(f"{begin.root}/{scenario.written}")
+    scenario.change(begin)
+    faults = Faults(remote="://" in root)
+    with copied(begin, f"{root}/undisturbed") as place:
+        with faults_on(faults):
+            scenario.command(place)
+        after = outcome(f"{place.root}/{scenario.written}")
+        assert_whole(f"{place.root}/{scenario.written}")
+    return Undisturbed(begin, faults.seen, before, after)
+
+
+def outcome(url: str) -> Outcome | None:
+    try:
+        return Outcome.of(url)
+    except LatentmillError:
+        return None
+
+
+def trials(operations: list[tuple[str, str]]) -> Iterator[tuple[int, str]]:
+    """Every operation with every way in which it can go wrong."""
+    for number, (verb, _) in enumerate(operations):
+        for mode in WRITE_MODES if is_write(verb) else READ_MODES:
+            if mode != "torn" or "delete" not in verb:
+                yield number, mode
+
+
+def run_trial(scenario: Scenario, was: Undisturbed, root: str, faults: Faults) -> None:
+    """Run a command with a fault, look, run it again, compare."""
+    with copied(was.begin, root) as place:
+        url = f"{place.root}/{scenario.written}"
+        reader = None if was.before is None else open_store(url, device="cpu")
+        with faults_on(faults):
+            try:
+                scenario.command(place)
+                completed = True
+            except (Killed, KeyboardInterrupt, LatentmillError):
+                completed = False
+        look(reader, was)
+        look_afresh(url, was)
+        if completed:
+            assert outcome(url) == was.after, "a run that reports success has done its work"
+        with faults_on(Faults(remote=faults.remote)):
+            scenario.command(place)
+        look(reader, was)
+        assert outcome(url) == was.after
+        assert_whole(url)
+
+
+def look(reader: LatentStore | None, was: Undisturbed) -> None:
+    """Whoever has opened the store before reads what was there, or what is there now."""
+    if reader is not None and was.before is not None:
+        check_records(contents(reader), was)
+        assert len(reader) >= len(was.before.records)
+
+
+def look_afresh(url: str, was: Undisturbed) -> None:
+    """Whoever opens the store now finds all that was there before."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reader = open_store(url, device="cpu")
+            found = contents(reader)
+    except LatentmillError:
+        if was.before is not None:
+            raise
+        return
+    check_records(found, was)
+
+
+def check_records(found: dict[str, Content], was: Undisturbed) -> None:
+    states = [state.records for state in (was.before, was.after) if state is not None]
+    for key, content in found.items():
+        assert content in [state[key] for state in states if key in state], key
+    if was.before is not None:
+        assert found.keys() >= was.before.records.keys()
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_fault_at_every_operation(name: str, tmp_path: Path) -> None:
+    scenario = SCENARIOS[name]
+    was = undisturbed(scenario, str(tmp_path), tmp_path / "source")
+    failures = []
+    count = 0
+    for number, mode in trials(was.operations):
+        count += 1
+        try:
+            run_trial(scenario, was, f"{tmp_path}/trial", Faults(mode, number))
+        except Exception as error:  # noqa: BLE001  all are reported together
+            verb, path = was.operations[number]
+            failures.append(f"{mode} at {number} ({verb} {path}): {type(error).__name__}: {error}"[:400])
+    print(f"{name}: {len(was.operations)} operations, {count} trials, {len(failures)} failed")
+    assert not failures, "\n".join(failures[:20])

@@ -1,0 +1,220 @@
+"""One fault at one operation of a store's storage, and everything that a process does after it.
+
+Operations are counted as a run makes them: those of `Storage` itself for a store on a local disk,
+the requests to the file system below it for one in a bucket, whose answers may be lost and whose
+failures are tried again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentmill import remote, storage
+from latentmill.engine import lease
+from latentmill.errors import StorageError
+from latentmill.storage import Storage
+
+READS = ("exists", "list", "read", "read_if_exists", "read_range", "read_ranges", "version")
+WRITES = ("write", "create", "replace", "publish", "delete")
+REQUESTS = ("info", "ls", "cat_file", "cat_ranges")
+CHANGES = ("pipe_file", "put_file", "rm_file")
+
+# What happens at an operation. A stop before a read leaves what a stop before the next write does.
+WRITE_MODES = ("stop", "torn", "lost", "transient", "permanent", "interrupt")
+READ_MODES = ("transient", "permanent")
+
+
+class Killed(BaseException):
+    """The process is gone: it does nothing more, not even clean up."""
+
+
+class Faults:
+    """Counts operations, and does something wrong at one of them.
+
+    Args:
+        mode: What; None: nothing.
+        at: The number of the operation, from 0.
+        remote: Whether the operations are requests to a bucket.
+
+    Attributes:
+        seen: Every operation, such as `write plan/plan.json`.
+    """
+
+    def __init__(self, mode: str | None = None, at: int = -1, *, remote: bool = False) -> None:
+        self.mode, self.at, self.remote = mode, at, remote
+        self.seen: list[tuple[str, str]] = []
+        self.dead = False
+        self._broken: tuple[str, str] | None = None
+        self._lock = threading.Lock()
+        self._inside = threading.local()
+
+    def call(self, verb: str, path: str, action: Callable[[], Any], tear: Callable[[], None]) -> Any:
+        """Make an operation, or what becomes of it."""
+        if getattr(self._inside, "operation", False):  # part of one that was counted
+            return action()
+        if self.dead:
+            # The thread of a lease dies with its process; here it has to go on by itself.
+            if threading.current_thread().name == "lease":
+                raise StorageError("gone")
+            raise Killed
+        with self._lock:
+            hit = len(self.seen) == self.at
+            self.seen.append((verb, path))
+            if hit and self.mode == "permanent":
+                self._broken = (verb, path)
+        self._inside.operation = True
+        try:
+            if self._broken == (verb, path):
+                raise self._error(passes=False)
+            return self._struck(action, tear) if hit else action()
+        finally:
+            self._inside.operation = False
+
+    def _struck(self, action: Callable[[], Any], tear: Callable[[], None]) -> Any:
+        if self.mode == "interrupt":
+            raise KeyboardInterrupt
+        if self.mode == "transient":
+            raise self._error(passes=True)
+        if self.mode == "lost":
+            action()
+            raise self._error(passes=True)
+        self.dead = True
+        if self.mode == "torn":
+            tear()
+        raise Killed
+
+    def _error(self, *, passes: bool) -> Exception:
+        if not self.remote:
+            return StorageError("Cannot reach the disk: Input/output error.")
+        return ConnectionResetError("cut") if passes else PermissionError(13, "Permission denied")
+
+
+def is_write(verb: str) -> bool:
+    """Whether an operation changes the store."""
+    return verb in WRITES or verb in CHANGES
+
+
+@contextmanager
+def faults_on(faults: Faults) -> Iterator[None]:
+    """Let the operations of all stores that are opened inside go through `faults`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if faults.remote:
+            opened = storage.open_filesystem
+            patch.setattr(
+                storage, "open_filesystem", lambda url: _through(faults, *opened(url))
+            )
+            patch.setattr(remote, "FIRST_PAUSE", 0.0)
+        else:
+            for name in (*READS, *WRITES, "open"):
+                if hasattr(Storage, name):
+                    patch.setattr(Storage, name, _counted(faults, name, getattr(Storage, name)))
+        _stay_dead(faults, patch)
+        with a_process_of_its_own(patch):
+            yield
+
+
+@contextmanager
+def a_process_of_its_own(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Leases that are made inside tell that their process is gone once this has ended."""
+    stamp, mark = lease._stamp, uuid.uuid4().hex[:8]
+    patch.setattr(lease, "_stamp", lambda pid: f"{stamp(pid)}-{mark}")
+    patch.setattr(
+        lease, "Timing", lambda: lease_timing
+    )
+    yield
+
+
+lease_timing = lease.Timing(period=600.0, dead_after=3600.0, settle=0.0, poll=0.01)
+
+
+def _counted(faults: Faults, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: Storage, *args: Any, **kwargs: Any) -> Any:
+        path = str(args[1] if name == "publish" else args[0])
+
+        def tear() -> None:
+            if not self.local or name == "delete":
+                return
+            data = args[0].read_bytes() if name == "publish" else args[1]
+            self.scratch_folder.mkdir(parents=True, exist_ok=True)
+            left = self.scratch_folder / f"{uuid.uuid4().hex}.{path.replace('/', '.')}"
+            left.write_bytes(data[: len(data) // 2])
+
+        if name == "read_ranges":
+            path = str([one[0] for one in args[0]])
+        return faults.call(name, path, lambda: method(self, *args, **kwargs), tear)
+
+    if name != "open":
+        return call
+
+    @contextmanager
+    def opened(self: Storage, path: str) -> Iterator[Any]:
+        faults.call("open", path, lambda: None, lambda: None)
+        with method(self, path) as file:
+            yield file
+
+    return opened
+
+
+def _through(faults: Faults, fs: Any, path: str) -> tuple[Any, str]:
+    return _FileSystem(fs, faults), path
+
+
+class _FileSystem:
+    """A file system whose requests go through `Faults`."""
+
+    def __init__(self, fs: Any, faults: Faults) -> None:
+        self._own, self._faults = fs, faults
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._own, name)
+        if name not in (*REQUESTS, *CHANGES):
+            return method
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            path = str(args[1] if name == "put_file" else args[0])
+
+            def tear() -> None:
+                if name in ("put_file", "pipe_file") and hasattr(self._own, "call_s3"):
+                    bucket, _, key = path.partition("/")
+                    self._own.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+
+            key = path.split("/", 2)[-1]
+            return self._faults.call(name, key, lambda: method(*args, **kwargs), tear)
+
+        return call
+
+
+def _stay_dead(faults: Faults, patch: pytest.MonkeyPatch) -> None:
+    """A process that was killed leaves its temporary files."""
+    scratch_file, clear_scratch = Storage.scratch_file, Storage.clear_scratch
+
+    @contextmanager
+    def scratch_file_(self: Storage, path: str) -> Iterator[Path]:
+        left: bytes | None = None
+        with scratch_file(self, path) as temporary:
+            try:
+                yield temporary
+            except Killed:
+                with contextlib.suppress(FileNotFoundError):
+                    left = temporary.read_bytes()
+                killed = temporary
+        if faults.dead and left is not None:
+            killed.parent.mkdir(parents=True, exist_ok=True)
+            killed.write_bytes(left)
+        if faults.dead:
+            raise Killed
+
+    def clear_scratch_(self: Storage) -> None:
+        if not faults.dead:
+            clear_scratch(self)
+
+    patch.setattr(Storage, "scratch_file", scratch_file_)
+    patch.setattr(Storage, "clear_scratch", clear_scratch_)
