@@ -12,9 +12,7 @@ import hashlib
 import io
 import os
 import re
-import shutil
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any, BinaryIO, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from latentmill import scratch
 from latentmill.errors import ConfigError, StorageError, StoreError
 from latentmill.ranged import RangedFile, cat_ranges
 from latentmill.redact import redact
@@ -297,17 +296,12 @@ class Storage:
 
     @contextlib.contextmanager
     def scratch_file(self, path: str) -> Iterator[Path]:
-        """A local place for a file that will become `path`; what is left of it is removed."""
-        folder = self.scratch_folder
-        with self._errors("write", path):
-            folder.mkdir(parents=True, exist_ok=True)
-            # Not mkstemp, which would hide the finished file from everyone but its writer.
-            temporary = folder / f"{uuid.uuid4().hex}.{path.replace('/', '.')}"
-            temporary.touch(exist_ok=False)
-        try:
+        """A local place for a file that will become `path`; nothing of it stays."""
+        with contextlib.ExitStack() as stack:
+            with self._errors("write", path):
+                file = scratch.temporary_file(self.scratch_folder, path.replace("/", "."))
+                temporary = stack.enter_context(file)
             yield temporary
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @property
     def scratch_folder(self) -> Path:
@@ -318,8 +312,8 @@ class Storage:
         return Path(tempfile.gettempdir()) / f"latentmill-{digest}"
 
     def clear_scratch(self) -> None:
-        """Remove what killed runs left behind."""
-        shutil.rmtree(self.scratch_folder, ignore_errors=True)
+        """Remove what killed processes left behind, but no file that is still being written."""
+        scratch.clear(self.scratch_folder)
 
     @contextlib.contextmanager
     def _written(self, path: str, data: bytes) -> Iterator[Path]:

@@ -19,13 +19,15 @@ from hypothesis import strategies as st
 
 from latentmill.errors import ConfigError, StoreError
 from latentmill.export import Target, export_store, file_name
+from latentmill.run import encode
 from latentmill.storage import Storage
 from latentmill.store.measurement import write_measurement
 from latentmill.store.schema import SeamEntry
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import verify
-from store.store_files import write_corpus, write_store
+from store.store_files import MODEL_OPTIONS, write_corpus, write_store
 from support import runs
+from support.in_process import in_process
 
 FORMATS = ["parquet", "webdataset"]
 
@@ -98,6 +100,105 @@ def test_an_interrupted_export_goes_on(store: LatentStore, tmp_path: Path) -> No
     assert hashes[0] == hashes[1]
 
 
+TARGETS = [Target.PARQUET, Target.WEBDATASET, Target.STABLE_AUDIO_TOOLS]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file but the commits, which tell when they were written."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.parent.name != "commits"
+    }
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_a_second_export_follows_its_store(source: Path, to: Target, tmp_path: Path) -> None:
+    """Items that were fixed since, items that fail since, a shard or file that was cut."""
+    songs = Path(shutil.copytree(source, tmp_path / "songs"))
+    with in_process():
+        options = {"model_options": MODEL_OPTIONS, "device": "cpu", "unit_seconds": 0.5}
+        out, dest = tmp_path / "store", tmp_path / "dest"
+        encode(str(songs), str(out), min_seconds=0.001, **options)
+        first = export_store(LatentStore(str(out)), str(dest), to)
+        shutil.copy(songs / "drums.wav", songs / "broken.wav")
+        (songs / "many" / "03.wav").write_text("no audio any more")
+        (songs / "many" / "04.txt").write_text("a caption")
+        for settings in ({"retry_failed": True}, {"extend": True, "retry_changed": True}):
+            encode(str(songs), str(out), min_seconds=0.001, **options, **settings)
+    largest = max(
+        (p for p in dest.rglob("*") if p.suffix != ".json"), key=lambda p: p.stat().st_size
+    )
+    largest.write_bytes(largest.read_bytes()[:1000])
+    store = LatentStore(str(out))
+    assert store["broken"].num_samples == store["drums"].num_samples
+    assert "many/03" not in store
+    again = export_store(store, str(dest), to)
+    assert (again.records, first.records) == (len(store), len(store))
+    export_store(store, str(tmp_path / "fresh"), to)
+    if to == Target.STABLE_AUDIO_TOOLS:
+        found = files(dest)
+        config = json.loads(found.pop("dataset_config.json"))
+        assert config["datasets"][0]["path"] == str(dest)
+        fresh = files(tmp_path / "fresh")
+        del fresh["dataset_config.json"]
+        assert found == fresh
+    else:
+        exported = LatentStore(str(dest), device="cpu")
+        assert verify(exported).faults == []
+        assert_equal(store, exported)
+        assert (exported.info.failed, exported.info.encoded) == (store.info.failed, len(store))
+    assert not (dest / "tmp").exists()
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_an_export_goes_on_where_another_was_killed_before_its_plan(
+    store: LatentStore, to: Target, tmp_path: Path
+) -> None:
+    (tmp_path / "dest/tmp").mkdir(parents=True)
+    (tmp_path / "dest/tmp/0123.plan.items.parquet").write_text("half")
+    (tmp_path / "dest/.lock").touch()
+    if to != Target.STABLE_AUDIO_TOOLS:
+        (tmp_path / "dest/plan").mkdir()
+        (tmp_path / "dest/plan/items.parquet").write_text("half")
+    assert export_store(store, str(tmp_path / "dest"), to).records == len(store)
+    if to != Target.STABLE_AUDIO_TOOLS:
+        assert verify(LatentStore(str(tmp_path / "dest"))).faults == []
+        assert not (tmp_path / "dest/tmp").exists()
+
+
+def test_an_export_of_another_store_is_left_alone(
+    store: LatentStore, source: Path, tmp_path: Path
+) -> None:
+    other = write_store(str(tmp_path / "other"), source, chunk_seconds=1.0)
+    for to in TARGETS:
+        dest = tmp_path / to
+        export_store(store, str(dest), to)
+        before = files(dest)
+        assert "another store" in refusal(
+            lambda dest=dest, to=to: export_store(other, str(dest), to)
+        )
+        assert files(dest) == before
+
+
+def test_a_name_that_no_file_system_takes_is_left_out(source: Path, tmp_path: Path) -> None:
+    """A name of 255 bytes is all that a file may have; with an extension it is too long."""
+    keys = ["a", "y" * 250, "z" * 251, "é" * 126]
+    manifest = tmp_path / "m.csv"
+    manifest.write_text(
+        "path,id\n" + "".join(f"{source / 'drums.wav'},{key}\n" for key in keys), encoding="utf-8"
+    )
+    out = str(tmp_path / "store")
+    with in_process():
+        encode(str(manifest), out, model_options=MODEL_OPTIONS, device="cpu")
+    summary = export_store(LatentStore(out), str(tmp_path / "dest"), Target.STABLE_AUDIO_TOOLS)
+    assert summary.records == 2
+    assert dict(summary.failures) == dict.fromkeys(
+        keys[2:], "its file name would have more than 255 bytes"
+    )
+    assert {path.stem for path in (tmp_path / "dest").glob("*.npy")} == {*keys[:2], "silence"}
+
+
 def test_what_was_measured_comes_along(store: LatentStore, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(store.url, tmp_path / "copy"))
     seams = SeamEntry(items=1, median=0.1, largest=0.2)
@@ -143,7 +244,7 @@ def test_what_cannot_be_exported_is_refused(
     assert not (tmp_path / "new").exists()
 
 
-hard = st.text(st.sampled_from("a./%é n p y"), min_size=1, max_size=12) | st.just("x.npy/.npy")
+hard = st.text(st.sampled_from("a./%é n p y\t\n"), min_size=1, max_size=12) | st.just("x.npy/.npy")
 
 
 @given(hard)
@@ -153,6 +254,9 @@ hard = st.text(st.sampled_from("a./%é n p y"), min_size=1, max_size=12) | st.ju
 @example("a//b/.hidden/")
 @example("details")
 @example("dataset_config")
+@example("silence")
+@example("song/silence")
+@example("\ttab\nline\r")
 def test_file_names_can_be_turned_back(key: str) -> None:
     name = file_name(key)
     assert unquote(name) == key
@@ -160,6 +264,8 @@ def test_file_names_can_be_turned_back(key: str) -> None:
     assert all(part and not part.startswith(".") for part in parts)
     assert ".npy" not in name
     assert name not in ("details", "dataset_config")  # the export's own files
+    assert parts[-1] != "silence"  # which Stable Audio 3 pads with
+    assert [line.strip() for line in f"{name}.npy\n".splitlines()] == [f"{name}.npy"]
 
 
 @pytest.fixture(params=[None, 40])
@@ -178,7 +284,15 @@ def test_the_files_of_stable_audio_tools(
     files = {path.relative_to(dest).as_posix() for path in dest.rglob("*") if path.is_file()}
     names = {file_name(key) for key in store.keys()}  # noqa: SIM118
     expected = {f"{name}{end}" for name in names for end in (".npy", ".json")}
-    assert files == expected | {"details.json", "dataset_config.json"}
+    own = {"details.json", "dataset_config.json", "silence.npy", "filelist.txt"}
+    assert files == expected | own
+    listed = (dest / "filelist.txt").read_text().splitlines()
+    assert sorted(listed) == sorted(f"{name}.npy" for name in names)
+    silence = np.load(dest / "silence.npy")  # [1, C, T], as Stable Audio 3's own encoder writes it
+    longest = max(frames or 0, *(record.frames for record in store))
+    assert silence.shape == (1, store.info.model["latent_channels"], longest)
+    assert silence.dtype == np.float32
+    assert np.array_equal(silence[0], store.origin.of_length(longest))
     for record in store:
         latent = np.load(dest / f"{file_name(record.key)}.npy")
         length = max(record.frames, frames or 0)

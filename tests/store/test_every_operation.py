@@ -143,6 +143,8 @@ def test_a_fault_at_every_operation(name: str, tmp_path: Path) -> None:
             run_trial(scenario, was, f"{tmp_path}/trial", Faults(mode, number))
         except Exception as error:  # noqa: BLE001  all are reported together
             verb, path = was.operations[number]
-            failures.append(f"{mode} at {number} ({verb} {path}): {type(error).__name__}: {error}"[:400])
+            failures.append(
+                f"{mode} at {number} ({verb} {path}): {type(error).__name__}: {error}"[:400]
+            )
     print(f"{name}: {len(was.operations)} operations, {count} trials, {len(failures)} failed")
     assert not failures, "\n".join(failures[:20])

@@ -56,7 +56,9 @@ class Faults:
         self._lock = threading.Lock()
         self._inside = threading.local()
 
-    def call(self, verb: str, path: str, action: Callable[[], Any], tear: Callable[[], None]) -> Any:
+    def call(
+        self, verb: str, path: str, action: Callable[[], Any], tear: Callable[[], None]
+    ) -> Any:
         """Make an operation, or what becomes of it."""
         if getattr(self._inside, "operation", False):  # part of one that was counted
             return action()
@@ -108,9 +110,7 @@ def faults_on(faults: Faults) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if faults.remote:
             opened = storage.open_filesystem
-            patch.setattr(
-                storage, "open_filesystem", lambda url: _through(faults, *opened(url))
-            )
+            patch.setattr(storage, "open_filesystem", lambda url: _through(faults, *opened(url)))
             patch.setattr(remote, "FIRST_PAUSE", 0.0)
         else:
             for name in (*READS, *WRITES, "open"):
@@ -126,9 +126,7 @@ def a_process_of_its_own(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Leases that are made inside tell that their process is gone once this has ended."""
     stamp, mark = lease._stamp, uuid.uuid4().hex[:8]
     patch.setattr(lease, "_stamp", lambda pid: f"{stamp(pid)}-{mark}")
-    patch.setattr(
-        lease, "Timing", lambda: lease_timing
-    )
+    patch.setattr(lease, "Timing", lambda: lease_timing)
     yield
 
 

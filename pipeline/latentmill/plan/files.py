@@ -75,9 +75,17 @@ def extend(plan: Plan, draft: Draft, storage: Storage) -> Plan:
 
 
 def copy(plan: Plan, source: Storage, storage: Storage) -> None:
-    """Write a plan into a store that has none, with the items that another store's plan has."""
+    """Write another store's plan, with its items, into a store that has none, or an earlier one.
+
+    Files that are there stay: a name is never used for two contents.
+    """
     for part in plan.parts:
-        for path in (part.items_file, part.units_file):
+        for path, digest in (
+            (part.items_file, part.items_hash),
+            (part.units_file, part.units_hash),
+        ):
+            if _is_there(storage, path, digest):
+                continue
             with storage.scratch_file(path) as temporary, source.open(path) as file:
                 with writing(f"{storage.root}/{path}"), temporary.open("wb") as target:
                     while block := file.read(HASH_BLOCK):
@@ -85,6 +93,13 @@ def copy(plan: Plan, source: Storage, storage: Storage) -> None:
                 storage.delete(path)  # left by a copy that was interrupted
                 storage.publish(temporary, path)
     write_document(plan, storage)
+
+
+def _is_there(storage: Storage, path: str, digest: str) -> bool:
+    if not storage.exists(path):
+        return False
+    with storage.open(path) as file:
+        return _hash_of(file) == digest
 
 
 def _part(number: int, totals: Totals, units: int) -> Part:

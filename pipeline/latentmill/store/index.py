@@ -6,6 +6,7 @@ cost it a few megabytes.
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -87,10 +88,34 @@ def to_batch(commit: Commit) -> pa.RecordBatch:
     return pa.RecordBatch.from_pylist([vars(entry) for entry in entries(commit)], INDEX_SCHEMA)
 
 
-class Index:
-    """The records of a store by key."""
+@contextlib.contextmanager
+def _reading(where: str) -> Iterator[None]:
+    try:
+        yield
+    except _DAMAGES as error:
+        raise damaged_index(where) from error
 
-    def __init__(self, table: pa.Table) -> None:
+
+def damaged_index(where: str) -> StoreError:
+    """What to tell of an index that is missing or not what it should be."""
+    return StoreError(
+        f"{where} is missing or damaged: run the same encode command again to write it again."
+    )
+
+
+# What Arrow and Python raise for an index file that is not what it should be.
+_DAMAGES = (OSError, ValueError, TypeError, LookupError, pa.ArrowException)
+
+
+class Index:
+    """The records of a store by key.
+
+    Every method of one that was read from a file raises StoreError where the file turns out to be
+    damaged: opening it looks at no row.
+    """
+
+    def __init__(self, table: pa.Table, where: str = "the index") -> None:
+        self._where = where
         self._table = table.unify_dictionaries().combine_chunks()
         names = INDEX_SCHEMA.names if len(table) else []
         self._columns = {name: self._table[name].chunk(0) for name in names}
@@ -108,27 +133,33 @@ class Index:
         return cls(table.unify_dictionaries().combine_chunks().sort_by("key"))
 
     @classmethod
-    def from_file(cls, source: pa.NativeFile | bytes) -> Index:
-        """Open an index file (a memory map, or its bytes).
+    def from_file(cls, source: pa.Buffer | bytes, where: str = "the index") -> Index:
+        """Open an index file, given as its bytes; `where` names it in messages.
 
         Raises:
-            pa.ArrowInvalid: It is no Arrow file.
-            StoreError: It names a shard outside of the store.
+            StoreError: It is not an Arrow file with these columns, or names a shard outside of the
+                store.
         """
-        buffer = pa.py_buffer(source) if isinstance(source, bytes) else source.read_buffer()
-        if buffer.size < 8 or buffer.slice(0, 6).to_pybytes() != b"ARROW1":
-            raise pa.ArrowInvalid("not an Arrow file")
-        # The file's stream, without its footer: reading that hands over to a thread of Arrow's
-        # and back, which costs milliseconds on a busy machine.
-        index = cls(pa.ipc.open_stream(buffer.slice(8)).read_all())
-        try:
-            for path in index.shards:
+        with _reading(where):
+            buffer = pa.py_buffer(source)
+            if buffer.size < 8 or buffer.slice(0, 6).to_pybytes() != b"ARROW1":
+                raise ValueError("not an Arrow file")
+            # The file's stream, without its footer: reading that hands over to a thread of Arrow's
+            # and back, which costs milliseconds on a busy machine.
+            table = pa.ipc.open_stream(buffer.slice(8)).read_all()
+            if not table.schema.equals(INDEX_SCHEMA):
+                raise ValueError("other columns")
+            table.validate()  # the sizes of its buffers; looks at no row
+            index = cls(table, where)
+            shards = index.shards
+        for path in shards:
+            try:
                 file_in_store(path)
-        except ValueError as error:
-            raise StoreError(
-                f"The index names a shard outside of the store, {error}: do not use this store, or "
-                "restore the file from a copy."
-            ) from error
+            except ValueError as error:
+                raise StoreError(
+                    f"The index names a shard outside of the store, {error}: do not use this "
+                    "store, or restore the file from a copy."
+                ) from error
         return index
 
     def same_items(self, other: Index) -> bool:
@@ -153,19 +184,24 @@ class Index:
         """
         if not len(self):
             return np.zeros(0, np.int64)
-        column = self._columns[name]
-        numbers = column.indices if name == "shard" else column
-        values: npt.NDArray[np.int64] = numbers.to_numpy()
-        return values
+        with _reading(self._where):
+            column = self._columns[name]
+            numbers = column.indices if name == "shard" else column
+            values: npt.NDArray[np.int64] = numbers.to_numpy()
+            if name == "shard" and not 0 <= values.min() <= values.max() < len(column.dictionary):
+                raise ValueError("a shard that is not listed")
+            return values
 
     @property
     def shards(self) -> list[str]:
         """The paths of the shards, numbered as in `column("shard")`."""
-        return [str(path) for path in self._columns["shard"].dictionary.to_pylist()] if self else []
+        with _reading(self._where):
+            return self._columns["shard"].dictionary.to_pylist() if self else []
 
     def key(self, position: int) -> str:
         """The key at a position of the sorted keys."""
-        return str(self._columns["key"][position].as_py())
+        with _reading(self._where):
+            return str(self._columns["key"][position].as_py())
 
     def find(self, key: str) -> int | None:
         """The position of a key, by bisection; None if there is no such record."""
@@ -180,4 +216,9 @@ class Index:
 
     def entry(self, position: int) -> IndexEntry:
         """The entry at a position."""
-        return IndexEntry(**{n: column[position].as_py() for n, column in self._columns.items()})
+        with _reading(self._where):
+            entry = IndexEntry(**{n: c[position].as_py() for n, c in self._columns.items()})
+            count = entry.channels * entry.frames * (entry.chunks or 1)
+            if min(entry.offset, entry.chunks) < 0 or entry.length not in (2 * count, 4 * count):
+                raise ValueError("a place that does not fit its shape")
+            return entry

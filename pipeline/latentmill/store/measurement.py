@@ -38,6 +38,7 @@ def write_measurement(
     measurement = _measurement(info, seams, linearity)
     name: Name = "linearity" if seams is None else "seams"
     text = measurement.model_dump_json(indent=2, exclude_none=True)
+    storage.clear_scratch()  # of a measurement that was killed
     storage.write(f"{EVALUATION}/{name}.json", text.encode())
 
 

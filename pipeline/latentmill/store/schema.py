@@ -185,6 +185,9 @@ class Commit(_Document):
     items_hash: str | None = Field(
         None, description="The unit's hash in the plan: what its items were when it was encoded."
     )
+    copied_from: str | None = Field(
+        None, description="In an exported store: `hash` of the commit whose records were copied."
+    )
     statistics: StatisticsEntry | None = None
     timings: dict[str, float] = Field(description="Seconds by stage: wait, model, write, total.")
     worker: str = Field("", description="Host and process that encoded the unit.")

@@ -25,7 +25,7 @@ from latentmill.store.commit import read_commits
 from latentmill.store.decoder import StoreDecoder
 from latentmill.store.describe import described, is_complete, warn_incomplete
 from latentmill.store.fields import ShardFields
-from latentmill.store.index import Index, IndexEntry
+from latentmill.store.index import Index, IndexEntry, damaged_index
 from latentmill.store.measurement import read_measurement, with_measurements
 from latentmill.store.schema import (
     Commit,
@@ -38,6 +38,8 @@ from latentmill.store.seal import dataset_info, read_origin, read_seal
 T = TypeVar("T")
 
 _CACHED_SHARDS = 8
+# A larger index is mapped without being read whole: opening a store stays quick.
+_CHECKED_INDEX = 64 << 20
 # A larger latent is decoded from the disk, window by window.
 _WHOLE_BYTES = 64 << 20
 
@@ -171,21 +173,34 @@ class LatentStore(StoreDecoder, Shown):
     def _index(self) -> Index:
         if not self.sealed:
             return Index.from_commits(self.commits.values())
-        path = self.info.index
+        where = f"{self.url}/{self.info.index}"
         try:
-            if self._storage.local:
-                return Index.from_file(pa.memory_map(self._storage.full(path)))
-            return Index.from_file(self._storage.read(path))
-        except (FileNotFoundError, StorageError, pa.ArrowInvalid) as error:
+            index = Index.from_file(self._index_file(), where)
+            if len(index) != self.info.encoded:
+                raise ValueError("another number of records")
+        except (FileNotFoundError, StorageError, ValueError) as error:
             missing = isinstance(error.__cause__ or error, FileNotFoundError)
             if missing and self.reload():
                 return self._index
             if isinstance(error, StorageError) and not missing:
                 raise
-            raise StoreError(
-                f"{self.url}/{path} is missing or damaged: run the same encode command again to "
-                "write it again."
-            ) from error
+            raise damaged_index(where) from error
+        return index
+
+    def _index_file(self) -> pa.Buffer:
+        """The index: a local one is mapped; one that is small enough is checked.
+
+        Raises:
+            ValueError: It does not match its hash.
+        """
+        path, wanted = self.info.index, self.info.index_hash
+        if self._storage.local:
+            data = pa.memory_map(self._storage.full(path)).read_buffer()
+        else:
+            data = pa.py_buffer(self._storage.read(path))
+        if wanted and data.size <= _CHECKED_INDEX and xxhash.xxh3_128_hexdigest(data) != wanted:
+            raise ValueError("not the index that the seal names")
+        return data
 
     def reload(self) -> bool:
         """Read the seal again, after a file of the one that was read is gone.

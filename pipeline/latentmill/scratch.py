@@ -1,0 +1,66 @@
+"""Temporary files, locked while they are written: by that they differ from what a kill left."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def temporary_file(folder: Path, name: str) -> Iterator[Path]:
+    """An empty file in a folder that is made for it; of both nothing stays."""
+    temporary, lock = _new_file(folder, name)
+    try:
+        with lock:
+            yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+        _remove_if_empty(folder)
+
+
+def clear(folder: Path) -> None:
+    """Remove what killed processes left in a folder, but no file that is still being written."""
+    for left in folder.iterdir() if folder.is_dir() else ():
+        with contextlib.suppress(OSError):
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+                continue
+            with left.open("rb") as file:
+                if _locked(file):
+                    left.unlink()
+    _remove_if_empty(folder)
+
+
+def _new_file(folder: Path, name: str) -> tuple[Path, BinaryIO]:
+    # Not mkstemp, which would hide the finished file from everyone but its writer.
+    temporary = folder / f"{uuid.uuid4().hex}.{name}"
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = temporary.open("xb")
+        except FileNotFoundError:  # another process has just removed the empty folder
+            continue
+        if _locked(file) and temporary.exists():
+            return temporary, file
+        file.close()  # it was cleared away before it was locked
+
+
+def _locked(file: BinaryIO) -> bool:
+    """Lock a file until it is closed; False if another process has locked it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a network file system without locks: nothing can be told there
+        return True
+    return True
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
