@@ -8,6 +8,7 @@ failures are tried again.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -117,20 +118,13 @@ def faults_on(faults: Faults) -> Iterator[None]:
                 if hasattr(Storage, name):
                     patch.setattr(Storage, name, _counted(faults, name, getattr(Storage, name)))
         _stay_dead(faults, patch)
-        with a_process_of_its_own(patch):
-            yield
-
-
-@contextmanager
-def a_process_of_its_own(patch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Leases that are made inside tell that their process is gone once this has ended."""
-    stamp, mark = lease._stamp, uuid.uuid4().hex[:8]
-    patch.setattr(lease, "_stamp", lambda pid: f"{stamp(pid)}-{mark}")
-    patch.setattr(lease, "Timing", lambda: lease_timing)
-    yield
-
-
-lease_timing = lease.Timing(period=600.0, dead_after=3600.0, settle=0.0, poll=0.01)
+        patch.setattr(os, "fsync", lambda file: None)  # no power is cut here
+        # As if inside were a process of its own: the next one finds its lease dead.
+        stamp, mark = lease._stamp, uuid.uuid4().hex[:8]
+        patch.setattr(lease, "_stamp", lambda pid: f"{stamp(pid)}-{mark}")
+        timing = lease.Timing(period=600.0, dead_after=3600.0, settle=0.0, poll=0.01)
+        patch.setattr(lease, "Timing", lambda: timing)
+        yield
 
 
 def _counted(faults: Faults, name: str, method: Callable[..., Any]) -> Callable[..., Any]:

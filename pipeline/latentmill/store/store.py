@@ -176,8 +176,8 @@ class LatentStore(StoreDecoder, Shown):
         where = f"{self.url}/{self.info.index}"
         try:
             index = Index.from_file(self._index_file(), where)
-            if len(index) != self.info.encoded:
-                raise ValueError("another number of records")
+            if self.info.encoded and not len(index):
+                raise ValueError("an empty index")
         except (FileNotFoundError, StorageError, ValueError) as error:
             missing = isinstance(error.__cause__ or error, FileNotFoundError)
             if missing and self.reload():
