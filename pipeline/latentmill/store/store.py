@@ -175,7 +175,8 @@ class LatentStore(StoreDecoder, Shown):
             return Index.from_commits(self.commits.values())
         where = f"{self.url}/{self.info.index}"
         try:
-            index = Index.from_file(self._index_file(), where)
+            data = self._index_file()
+            index = Index.from_file(data, where, whole=data.size <= _CHECKED_INDEX)
             if self.info.encoded and not len(index):
                 raise ValueError("an empty index")
         except (FileNotFoundError, StorageError, ValueError) as error:
