@@ -8,7 +8,6 @@ one, item by item.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,10 +111,8 @@ def look(reader: LatentStore | None, was: Undisturbed) -> None:
 def look_afresh(url: str, was: Undisturbed) -> None:
     """Whoever opens the store now finds all that was there before."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            reader = open_store(url, device="cpu")
-            found = contents(reader)
+        reader = open_store(url, device="cpu")
+        found = contents(reader)
     except LatentmillError:
         if was.before is not None:
             raise
@@ -131,6 +128,7 @@ def check_records(found: dict[str, Content], was: Undisturbed) -> None:
         assert found.keys() >= was.before.records.keys()
 
 
+@pytest.mark.filterwarnings("ignore:.* is not complete")
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_a_fault_at_every_operation(name: str, tmp_path: Path) -> None:
     scenario = SCENARIOS[name]
