@@ -217,7 +217,7 @@ class Index:
             start, end = int(ends[position]), int(ends[position + 1])
             if not 0 <= start <= end <= data.size:
                 raise ValueError("a key that is not there")
-            return data.slice(start, end - start).to_pybytes().decode()
+            return str(data.slice(start, end - start).to_pybytes(), "utf-8")
 
     def find(self, key: str) -> int | None:
         """The position of a key, by bisection; None if there is no such record."""
