@@ -131,13 +131,11 @@ def test_a_restart_encodes_what_is_missing_and_no_more(
 @pytest.mark.parametrize(
     ("options", "difference"),
     [
-        ({"model_options": {"scale_factor": 2.0}}, "model.scale_factor is 1.0 in the store, 2.0"),
-        ({"model_options": {"hop": 256}}, "model.hop is 512 in the store, 256 now"),
-        ({"channels": "split"}, "model.channels is 1 in the store, 2 now"),
-        ({"chunk_seconds": 2.0}, "chunking.samples is "),
-        ({"dtype": "float32"}, "settings.dtype is 'float16' in the store, 'float32' now"),
-        ({"min_seconds": 0.5}, "settings.min_seconds is None in the store, 0.5 now"),
-        ({"format": "webdataset"}, "format is 'parquet' in the store, 'webdataset' now"),
+        ({"model_options": {"hop": 256}}, r"--model-option hop changed: .* 512, .* 256\."),
+        ({"channels": "split"}, r"--channels changed: .* mono, .* split\."),
+        ({"chunk_seconds": 2.0}, r"--chunk-seconds changed: .* [\d.]+ s, .* 2 s\."),
+        ({"dtype": "float32"}, r"--dtype changed: .* float16, .* float32\."),
+        ({"format": "webdataset"}, r"--format changed: .* parquet, .* webdataset\."),
     ],
 )
 def test_another_fingerprint_is_refused_by_name(
@@ -147,7 +145,7 @@ def test_another_fingerprint_is_refused_by_name(
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     with pytest.raises(StoreError) as error:
         encode(songs, copy, **options)
-    assert difference in str(error.value)
+    assert re.match(difference, str(error.value))
     assert error.value.exit_code == 5
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
 
@@ -175,7 +173,7 @@ def test_a_store_of_another_encoding_version_is_only_read(
 
 def test_another_source_is_refused(songs: Path, copy: Path, tmp_path: Path) -> None:
     other = shutil.copytree(songs, tmp_path / "other")
-    with pytest.raises(StoreError, match=r"source is .*songs.* in the store, .*other.* now"):
+    with pytest.raises(StoreError, match=r"^SOURCE changed: .*songs.*, .*other\."):
         encode(other, copy)
 
 
@@ -203,7 +201,7 @@ def test_a_mono_model_takes_stereo_channel_by_channel(tmp_path: Path) -> None:
     assert np.array_equal(left, right)
     assert store.decode("mono").shape == (2, 50_001)
     assert encode(tmp_path / "in", tmp_path / "out", **options).encoded_seconds == 0
-    with pytest.raises(StoreError, match=r"model\.split is 2 in the store, None now"):
+    with pytest.raises(StoreError, match=r"^--channels changed: .* split, .* mono\."):
         encode(tmp_path / "in", tmp_path / "out", dtype="float32")
 
 

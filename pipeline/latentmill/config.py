@@ -315,15 +315,3 @@ def version_difference(stored: Mapping[str, Any]) -> str | None:
         f"(encoding version {version}, now {ENCODING_VERSION}): it stays readable, but to add to "
         f"it or resume it, {action}."
     )
-
-
-def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What differs between two fingerprint documents, one line each, `section.name: a, not b`."""
-    lines = []
-    for section in sorted(set(stored) | set(wanted)):
-        old, new = stored.get(section, {}), wanted.get(section, {})
-        for name in sorted(set(old) | set(new)):
-            if old.get(name) != new.get(name):
-                was, now = old.get(name), new.get(name)
-                lines.append(f"{section}.{name} is {was!r} in the store, {now!r} now")
-    return lines

@@ -14,8 +14,9 @@ from typing import Protocol
 import pyarrow as pa
 
 from latentmill.chunks import Chunking
-from latentmill.config import RunConfig, differences, fingerprint_document, version_difference
+from latentmill.config import RunConfig, fingerprint_document, version_difference
 from latentmill.device import pick_device
+from latentmill.differences import differences, explain
 from latentmill.errors import ConfigError, StoreError
 from latentmill.models import registry
 from latentmill.models.base import ModelHandle
@@ -38,7 +39,7 @@ from latentmill.plan.compare import compare
 from latentmill.plan.items import draft_table, to_items
 from latentmill.plan.probe import cheap, probed
 from latentmill.sources.base import Item, Source
-from latentmill.sources.open import open_source, setting_differences, source_settings
+from latentmill.sources.open import open_source, source_settings
 from latentmill.storage import Storage
 from latentmill.store.schema import (
     COMMITS,
@@ -338,27 +339,13 @@ def _refiner(probe: bool | None) -> Callable[[pa.Table], pa.Table]:
 
 
 def _refuse_other_run(prepared: Preparation, plan: Plan) -> None:
-    config, source = prepared.config, prepared.source
-    document = fingerprint_document(config, prepared.handle.spec, prepared.chunking)
+    root = prepared.storage.root
     if reason := version_difference(plan.fingerprint):
-        raise StoreError(f"Store {prepared.storage.root} {reason}")
-    lines = differences(plan.fingerprint, document)
-    if plan.source != source.uri:
-        lines.append(f"source is {plan.source!r} in the store, {source.uri!r} now")
-    if plan.format != config.format:
-        lines.append(f"format is {plan.format!r} in the store, {config.format!r} now")
-    for name in ("unit_seconds", "shard_size"):
-        was, now = getattr(plan, name), getattr(config, name)
-        if now not in (None, was):
-            lines.append(f"{name} is {was} in the store, {now} now")
-    lines += setting_differences(plan.source_settings, config)
-    if "extensions" in config.model_fields_set and config.extensions != plan.extensions:
-        was, now = " ".join(plan.extensions), " ".join(config.extensions)
-        lines.append(f"extensions is {was!r} in the store, {now!r} now")
-    if lines:
+        raise StoreError(f"Store {root} {reason}")
+    spec, uri = prepared.handle.spec, prepared.source.uri
+    if found := differences(plan, prepared.config, spec, prepared.chunking, uri):
         raise StoreError(
-            f"Store {prepared.storage.root} belongs to another run: {'; '.join(lines)}. "
-            "Use the same settings to resume it, or another output folder."
+            f"{explain(found)}. Use the same values to resume {root}, or a new output folder."
         )
 
 

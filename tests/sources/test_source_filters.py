@@ -17,7 +17,7 @@ from latentmill.sources.base import Item
 from latentmill.sources.filters import Filters
 from latentmill.sources.folder import FolderSource
 from latentmill.sources.group import GroupedSource, check_rule
-from latentmill.sources.open import is_there, open_source, setting_differences, source_type
+from latentmill.sources.open import is_there, open_source, source_type
 from latentmill.sources.where import Condition
 from support.sources import put, sorted_items
 
@@ -198,16 +198,6 @@ def test_settings_without_effect_are_refused(one_sentence: Callable[..., str]) -
         with pytest.raises(ConfigError) as caught:
             open_source(config(**settings))
         assert says in one_sentence(caught.value)
-
-
-def test_a_plan_keeps_how_its_items_were_chosen() -> None:
-    planned = {"include": ["*.wav"], "group_by": "(?P<group>.)"}
-    assert setting_differences(planned, config()) == []
-    assert setting_differences(planned, config(include=("*.wav",))) == []
-    assert setting_differences(planned, config(include=("*.mp3",), key_column="id")) == [
-        "include is ['*.wav'] in the store, ['*.mp3'] now",
-        "key_column is None in the store, 'id' now",
-    ]
 
 
 def test_whether_a_source_is_still_there(tmp_path: Path) -> None:

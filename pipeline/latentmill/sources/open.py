@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import braceexpand
@@ -120,20 +119,6 @@ def source_settings(config: RunConfig) -> dict[str, Any]:
     """The settings that choose a source's items, where they are not the default, as JSON values."""
     values = config.model_dump(mode="json", include=set(SOURCE_SETTINGS))
     return {name: value for name, value in values.items() if value not in (None, [])}
-
-
-def setting_differences(planned: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """What differs from the settings of a plan, one line each; what is not given now is the same.
-
-    The items were chosen when the plan was made, so that another choice would have no effect.
-    """
-    now = source_settings(config)
-    given = {name: now.get(name) for name in SOURCE_SETTINGS & config.model_fields_set}
-    return [
-        f"{name} is {planned.get(name)!r} in the store, {value!r} now"
-        for name, value in sorted(given.items())
-        if value != planned.get(name)
-    ]
 
 
 def is_there(uri: str) -> bool:
