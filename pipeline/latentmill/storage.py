@@ -235,7 +235,7 @@ class Storage:
         if version is None:
             return self.create(path, data)
         if protocol_of(self.root) not in CONDITIONAL or not version:
-            self.write(path, data)
+            Storage.write(self, path, data)  # not self.write: that of `guard.py` calls this method
             return True
         with self._errors("write", path):
             full = self.full(path)

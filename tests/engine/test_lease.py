@@ -18,7 +18,9 @@ from latentmill.engine import lease as lease_module
 from latentmill.engine.lease import LEASE_PATH, Lease, Timing, check_owner, hold
 from latentmill.engine.lock import join_run, only_run
 from latentmill.errors import StorageError, StoreError
+from latentmill.plan import PLAN_PATH
 from latentmill.storage import Storage
+from latentmill.store.schema import DATASET_PATH
 from support import runs
 
 QUICK = Timing(period=0.05, dead_after=1.0, settle=0.2, poll=0.02)
@@ -248,6 +250,16 @@ def test_a_run_that_slept_looks_before_it_goes_on(monkeypatch: pytest.MonkeyPatc
         time.sleep(0.6)
         with pytest.raises(StorageError):
             lease.check()
+
+
+def test_files_that_runs_replace_are_written_where_versions_cannot_be_compared() -> None:
+    storage = Storage(f"memory://{uuid.uuid4().hex}/latents")
+    storage.write(PLAN_PATH, b"of an earlier run")
+    with hold(storage, QUICK) as lease:
+        for path in (PLAN_PATH, DATASET_PATH):
+            for data in (b"1", b"2"):
+                lease.storage.write(path, data)
+                assert storage.read(path) == data
 
 
 def test_a_beat_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

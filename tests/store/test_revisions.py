@@ -185,6 +185,32 @@ def test_an_attempt_that_was_not_committed_is_in_nobodys_way(
     assert len(list((store / "shards").iterdir())) == 3
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_shard_of_a_commit_that_was_deleted_keeps_its_name(
+    songs: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The advice for a damaged commit is to delete it. The seal still names its shard."""
+    store = tmp_path / "store"
+    encode(songs, store, format=name)
+    opened = open_store(str(store))
+    old = opened["1"].latent
+    (store / "commits/000001.json").unlink()
+    change(songs, 1, 0.5)
+    seal = run_module.seal
+
+    def before_seal(*args: object) -> object:
+        np.testing.assert_array_equal(opened["1"].latent, old)
+        np.testing.assert_array_equal(opened.crop("1", 1, 4), old[:, 1:5])
+        return seal(*args)
+
+    monkeypatch.setattr(run_module, "seal", before_seal)
+    encode(songs, store, format=name, retry_failed=True)
+    for reader in (opened, open_store(str(store))):
+        np.testing.assert_allclose(reader["1"].latent, 2 * old, atol=1e-2)
+        assert unit_of(reader, "1").startswith("000001.r1.")
+    runs.assert_whole(store)
+
+
 def test_a_missing_shard_is_reported_when_there_is_no_other_seal(
     songs: Path, tmp_path: Path
 ) -> None:

@@ -16,15 +16,18 @@ _PLAN_FILE = re.compile(r"(?:items|units)(?:-(\d{4,}))?(?:\.(\d+))?\.parquet")
 def tidy(storage: Storage) -> None:
     """Remove what earlier runs left behind. The caller holds the store and has not written yet.
 
-    The revisions that the seal was made of stay, and so do those that count now. A shard without a
-    commit goes only when a later revision is committed: in a bucket, a worker of a dead run that
-    has been paused since may still commit it. On a disk, no such worker can be left.
+    The revisions that the seal was made of stay, even if a commit was deleted by hand, and so do
+    those that count now. Another shard without a commit goes only when a later revision is
+    committed: in a bucket, a worker of a dead run that has been paused since may still commit it.
+    On a disk, no such worker can be left.
     """
     sealed = read_seal(storage)
     current = committed_revisions(storage)
     commits = storage.list(COMMITS)
     committed = {parse_name(name) for name in commits}
     named = {} if sealed is None else {unit: sealed.revisions.get(unit, 0) for unit in current}
+    if sealed is not None:
+        committed |= {parse_name(shard.path.rpartition("/")[2]) for shard in sealed.shards}
     for folder, names in ((COMMITS, commits), (SHARDS, storage.list(SHARDS))):
         for name in names:
             if (parsed := parse_name(name)) is None:
