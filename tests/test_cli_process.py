@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from latentmill.errors import INTERRUPTED_EXIT_CODE
+from latentmill.entry import INTERRUPTED_EXIT_CODE
 from latentmill.run import encode
 from support import runs
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from latentmill import entry
-from latentmill.errors import INTERRUPTED_EXIT_CODE, LatentmillError
+from latentmill.entry import INTERRUPTED_EXIT_CODE
+from latentmill.errors import LatentmillError
 from support import runs
 
 README = Path(__file__).parents[1] / "README.md"

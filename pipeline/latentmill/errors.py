@@ -84,4 +84,3 @@ class RepeatedEpochWarning(UserWarning):
 
 
 ITEMS_FAILED_EXIT_CODE = ItemError.exit_code
-INTERRUPTED_EXIT_CODE = 130

@@ -1,1 +1,1 @@
-"""The only rooms that import ray: cluster, actors, scheduler; and the progress of a run."""
+"""The only modules that import ray: cluster, actors, scheduler; and the progress of a run."""

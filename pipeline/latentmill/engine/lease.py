@@ -3,12 +3,12 @@
 Its holder writes a heartbeat into it every few seconds. Another run that finds a lease watches it:
 if the heartbeat changes, the run is refused; if it does not change for `dead_after` seconds of the
 watcher's monotonic clock, the watcher takes the lease over. The clocks of two machines are never
-compared: one of them may be hours off. Only a holder that was a process of this machine and is
-gone loses its lease at once. Taking is
-create-only (on S3 `If-None-Match`), then a pause, then a look at who has it: of two that take over
-the same dead lease the later one has it, and a holder that was only slow writes itself back in the
-pause. A holder that finds another one's name stops before it writes anything more: driver and
-workers write through `guard.py`, which reads the lease right before each write.
+compared: one of them may be hours off. Only a holder that was a process of this machine and has
+ended loses its lease at once. Taking a lease is a create-only write (on S3 `If-None-Match`), then a
+pause, then a look at who has it: of two that take over the same dead lease the later one has it,
+and a holder that was only slow writes itself back in the pause. A holder that finds another one's
+name stops before it writes anything more: driver and workers write through `guard.py`, which reads
+the lease right before each write.
 """
 
 from __future__ import annotations
@@ -207,8 +207,8 @@ def _read(storage: Storage) -> _Document | None:
         return _Document.model_validate_json(text)
     except ValidationError as error:
         raise StoreError(
-            f"{storage.root}/{LEASE_PATH} is no lease of latentmill's: delete it if no run is "
-            "writing there."
+            f"{storage.root}/{LEASE_PATH} is not a valid lease: delete it if no run is writing "
+            "there."
         ) from error
 
 
