@@ -183,6 +183,34 @@ def test_a_lost_mp3_frame_is_silent_where_that_is_allowed(xing: str, kind: str) 
     assert np.abs(kept[:, first : last + 1]).max() < 1
 
 
+def test_an_impossible_promise_is_not_filled_with_silence() -> None:
+    """A Xing header that counts four billion frames, in a file with a damaged one."""
+    data = mp3(write_xing="1")
+    at = min(place for place in (data.find(b"Xing"), data.find(b"Info")) if place > 0) + 8
+    broken = bytearray(damaged(data, "zeros"))
+    broken[at : at + 4] = b"\xff\xff\xff\x00"
+    kept = decode(bytes(broken), allow_truncated=True)
+    assert abs(kept.shape[1] - LENGTH) < 2 * 1152
+
+
+def test_a_time_that_jumps_by_ages_ends_the_audio() -> None:
+    """Behind a lost page, a granule position that no recording reaches."""
+    old = [(bytes(one), struct.unpack_from("<q", one, 6)[0]) for one in pages(vorbis())]
+    audio = [number for number, (_, granule) in enumerate(old) if granule > 0]
+    lost, late = audio[len(audio) // 2], audio[len(audio) // 2 + 1]
+    data = b"".join(
+        page(bytearray(one), granule + (1 << 60 if number >= late else 0), number)
+        for number, (one, granule) in enumerate(old)
+        if number != lost
+    )
+    count = 0
+    with media_from_bytes(data) as media:
+        for block in open_audio(media, allow_truncated=True).blocks():
+            count += block.shape[1]
+            assert count < LENGTH
+    assert count >= old[lost - 1][1]
+
+
 def test_joined_mp3_of_two_sample_rates_fails() -> None:
     other = with_pyav(music(9000, 48_000), 48_000, "libmp3lame", "mp3", {})
     with pytest.raises(ItemError, match=r"^damaged or joined: at byte [0-9]+ MPEG audio"):

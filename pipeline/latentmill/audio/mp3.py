@@ -207,7 +207,7 @@ def repair(media: MediaFile, frames: Frames) -> MediaFile:
     mean = max(1.0, (frames.end - frames.first - sum(g.size for g in frames.gaps)) / frames.count)
     fills = [max(1, round(gap.size / mean)) for gap in frames.gaps]
     lost = frames.lost
-    if lost is not None and lost > 0:
+    if lost is not None and 0 < lost <= frames.count:  # a damaged header may promise any number
         largest = max(range(len(fills)), key=lambda index: frames.gaps[index].size)
         fills[largest] = max(0, fills[largest] + lost - sum(fills))
     pieces, at = [], 0

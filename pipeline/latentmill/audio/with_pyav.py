@@ -39,6 +39,9 @@ _UNTRIMMED = ("opus", "vorbis")
 _STREAMS = ("mp3", "aac", "ac3", "eac3", "dts", "mpegts", "mpeg")
 """Formats that may begin in the middle of a frame, or with bytes that are no audio."""
 
+_LONGEST_GAP = 1 << 28
+"""Samples that may be lost in one place: an hour and a half at 48 kHz."""
+
 _MATROSKA_SLACK = 0.25
 """Seconds that a header may promise too many."""
 
@@ -334,7 +337,13 @@ def _without(blocks: Iterator[Samples], first: int, last: int | None) -> Iterato
 
 
 def silence(count: int, channels: int) -> Iterator[Samples]:
-    """Blocks of zeros `[n, C]`."""
+    """Blocks of zeros `[n, C]`, in place of what is lost.
+
+    Raises:
+        DecodeError: They would be so many that the time in the file must be wrong.
+    """
+    if count > _LONGEST_GAP:
+        raise DecodeError(f"its time jumps by {count} samples")
     for start in range(0, count, BLOCK):
         yield np.zeros((min(BLOCK, count - start), channels), np.float32)
 
