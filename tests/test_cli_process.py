@@ -103,7 +103,7 @@ print(len(threads() - before))
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 def test_reading_a_plan_starts_no_thread(store: Path) -> None:
-    """A thread of Arrow's that still holds Python's bytes at the end aborts the process."""
+    """Such a thread may hold Python's bytes at the end, which can abort the process."""
     end = python("-c", THREADS, store)
     assert (end.stdout, end.stderr) == ("0\n", "")
 

@@ -15,6 +15,7 @@ from latentmill.sources.open import source_settings
 
 _HASH = "sha256"
 _HASH_DIGITS = 8
+_LISTED = 5
 # The shape of a model follows from its name, options and weights.
 _SHAPE = ("name", "sample_rate", "channels", "latent_channels", "hop", "scale_factor")
 _GRID = ("name", "sample_rate", "hop")
@@ -231,5 +232,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, list | tuple):
-        return " ".join(map(str, value)) or "no value"
+        shown, rest = " ".join(map(str, value[:_LISTED])), len(value) - _LISTED
+        return (f"{shown} and {rest} more" if rest > 0 else shown) or "no value"
     return str(value)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +17,12 @@ from hypothesis import strategies as st
 
 from latentmill.config import load_config
 from latentmill.engine.actor import ActorShape
-from latentmill.engine.cluster import Cluster, connect
+from latentmill.engine.cluster import (
+    Cluster,
+    _check_home,
+    _check_temporary_folder,
+    connect,
+)
 from latentmill.engine.launch import _decode_threads, _device, _resources
 from latentmill.errors import ConfigError
 from support import runs
@@ -62,6 +72,80 @@ def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
     assert result.code == 2
     assert "Ray at 127.0.0.1:1 cannot be used" in result.err.splitlines()[-1]
     assert "check the address and that the cluster runs" in result.err
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder whose path is short enough for Ray's sockets."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def full_disk(folder: Path) -> Path:
+    """A file system without a free byte; only root can make one."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if os.getuid() or subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system here")
+    return folder
+
+
+UNUSABLE = ("file", "missing", "read-only", "full", "long", "relative")
+
+
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR", "HOME"])
+@pytest.mark.parametrize("kind", UNUSABLE)
+@pytest.mark.skipif(sys.platform != "linux", reason="TMPDIR counts on Linux only")
+def test_a_folder_that_ray_cannot_use_is_named_before_it_starts(
+    name: str, kind: str, short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = short_path / "file"
+    file.touch()
+    folder = {
+        "file": file,
+        "missing": Path("/proc/missing"),
+        "read-only": Path("/sys"),
+        "full": short_path / "full",
+        "long": short_path / ("x" * 100),
+        "relative": Path("relative"),
+    }[kind]
+    if kind == "full":
+        full_disk(folder)
+    for variable in ("RAY_TMPDIR", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("TMPDIR", "/tmp")
+    monkeypatch.chdir(short_path)
+    monkeypatch.setenv(name, str(folder))
+    try:
+        if name == "HOME" and kind in ("long", "relative"):  # no socket lies there
+            _check_home()
+            return
+        with pytest.raises(ConfigError) as caught:
+            _check_temporary_folder()
+            _check_home()
+    finally:
+        if kind == "full":
+            subprocess.run(["umount", str(folder)], check=True)
+    text = str(caught.value)
+    assert text.startswith(f"Ray cannot start: {name}={folder} ")
+    assert f"Set {'HOME' if name == 'HOME' else 'RAY_TMPDIR'} to a writable folder" in text
+    assert {"full": "No space left on device", "long": "bytes too long"}.get(kind, "(") in text
+
+
+def test_a_home_that_has_a_token_need_not_be_writable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/proc/missing")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    _check_home()
+
+
+def test_the_command_names_the_variable(tmp_path: Path) -> None:
+    songs = runs.write_songs(tmp_path / "songs", 1)
+    folder = str(tmp_path / ("x" * 100))
+    result = runs.command("encode", songs, tmp_path / "store", RAY_TMPDIR=folder)
+    assert result.code == 2
+    assert result.err.splitlines()[-1].startswith("latentmill: Ray cannot start: RAY_TMPDIR=")
 
 
 @given(cpus=NODES, workers=st.none() | st.integers(1, 40), threads=st.none() | st.integers(1, 64))

@@ -48,7 +48,7 @@ def assert_same(rows: list[dict[str, Any]], store: LatentStore) -> None:
 def test_datasets_streams_it(store: LatentStore) -> None:
     pytest.importorskip("datasets")
     code = recipe("ray.data")
-    latent = code[code.index("def latent") : code.index("rows =")]
+    latent = code[code.index("def latent") : code.index("store =")]
     names = run("import numpy as np\n" + latent + recipe("load_dataset"))
     rows = []
     for row in names["rows"]:

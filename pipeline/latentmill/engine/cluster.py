@@ -8,12 +8,14 @@ import logging
 import os
 import signal
 import socket
+import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
-from ray.exceptions import RayError
 
 from latentmill.errors import ConfigError
 
@@ -22,6 +24,8 @@ OBJECT_STORE_BYTES = 100 * 2**20
 PAYLOAD_BYTES = 1 << 30
 CONNECT_SECONDS = 10.0
 HEAD_CONNECT_SECONDS = 3.0
+SOCKET_PATH_BYTES = 107 if sys.platform == "linux" else 103
+FREE_BYTES = 1 << 20  # Ray's sockets, ports and first logs
 
 
 @dataclass(frozen=True)
@@ -47,20 +51,28 @@ def connect(address: str | None, *, payloads: bool = False) -> Iterator[Cluster]
     and stopped at the end; with `payloads` its object store has room for audio.
 
     Raises:
-        ConfigError: The named cluster cannot be reached.
+        ConfigError: The named cluster cannot be reached, or Ray cannot start here.
     """
     if ray.is_initialized():
         yield describe()
         return
     address = address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        _check_temporary_folder()
+        _check_home()
     with _own_sigterm() as take_back:
         try:
             _init(address, PAYLOAD_BYTES if payloads else OBJECT_STORE_BYTES)
-        except (OSError, RuntimeError, ValueError, RayError) as error:
+        except Exception as error:  # Ray raises plain ones, too
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if address is None:
+                logs = Path(_temporary_folder()[1], "ray", "session_latest", "logs")
+                raise ConfigError(
+                    f"Ray cannot start on this machine ({reason}): its logs in {logs} say why."
+                ) from error
             raise ConfigError(
-                f"Ray at {address or 'this machine'} cannot be used ({reason}): check the address "
-                "and that the cluster runs."
+                f"Ray at {address} cannot be used ({reason}): check the address and that the "
+                "cluster runs."
             ) from error
         except SystemExit as error:  # Ray's answer to a SIGTERM while it starts
             raise KeyboardInterrupt from error
@@ -72,6 +84,59 @@ def connect(address: str | None, *, payloads: bool = False) -> Iterator[Cluster]
                 ray.shutdown()
             else:  # it would wait for the head, until Ray ends this process
                 atexit.unregister(ray.shutdown)
+
+
+def _temporary_folder() -> tuple[str, str]:
+    """Where Ray keeps its sockets and logs, and the variable that decides it."""
+    names = ("RAY_TMPDIR", "TMPDIR") if sys.platform == "linux" else ("RAY_TMPDIR",)
+    found = next((name for name in names if name in os.environ), None)
+    return found or "RAY_TMPDIR", os.environ[found] if found else "/tmp"  # noqa: S108  as Ray does
+
+
+def _check_temporary_folder() -> None:
+    """Find out before Ray does, which reports some of these faults after half a minute."""
+    variable, folder = _temporary_folder()
+    fix = "Set RAY_TMPDIR to a writable folder with a short path, such as RAY_TMPDIR=/tmp."
+    session = f"session_{'0' * len('2026-01-31_23-59-59_123456')}_{os.getpid()}"
+    too_long = len(os.fsencode(f"{folder}/ray/{session}/sockets/plasma_store")) - SOCKET_PATH_BYTES
+    if too_long > 0:
+        raise ConfigError(
+            f"Ray cannot start: {variable}={folder} is {too_long} bytes too long, because a Unix "
+            f"socket's path has at most {SOCKET_PATH_BYTES} bytes. {fix}"
+        )
+    relative = not Path(folder).is_absolute()  # for Ray's processes it is another folder
+    if reason := "not an absolute path" if relative else _not_writable(Path(folder, "ray")):
+        raise ConfigError(f"Ray cannot start: {variable}={folder} cannot be used ({reason}). {fix}")
+
+
+def _check_home() -> None:
+    """Ray writes a new token for its connections to HOME, unless it has one."""
+    given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
+    if given or os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        return
+    try:
+        home = Path.home()
+        has_token = (home / ".ray" / "auth_token").is_file()
+        reason = None if has_token else _not_writable(home / ".ray")
+    except RuntimeError:  # an unknown user, as in some containers
+        home, reason = Path(), "it is not set"
+    if reason:
+        raise ConfigError(
+            f"Ray cannot start: HOME={home} cannot be used ({reason}), and Ray keeps a token in "
+            "its .ray folder. Set HOME to a writable folder, such as HOME=/tmp."
+        )
+
+
+def _not_writable(folder: Path) -> str | None:
+    """Why files cannot be written to a folder, which is made if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(FREE_BYTES))
+            file.flush()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def _init(address: str | None, object_store_bytes: int) -> None:

@@ -259,7 +259,7 @@ def _read_units(part: Part, storage: Storage) -> Iterator[Unit]:
     if data is None or _hash(data) != part.units_hash:
         raise _foreign(storage, part.units_file)
     # Not pq.read_table: it scans on Arrow's I/O threads whatever use_threads says. Such a thread
-    # may still hold `data` when the interpreter exits; releasing it then aborts the process.
+    # may still hold `data` when the interpreter exits; releasing it then can abort the process.
     parquet = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
     table = parquet.read(use_threads=False)
     if not table.schema.equals(UNITS_SCHEMA):
