@@ -14,7 +14,7 @@ from store_files import MODEL_OPTIONS, SECONDS, write_corpus
 from latentmill import LatentDataset
 from latentmill.errors import StorageError, StoreError
 from latentmill.run import encode
-from latentmill.store import store as store_module
+from latentmill.store import index as index_module
 from latentmill.store.store import LatentStore, open_store
 from latentmill.store.verify import verify
 from support.in_process import in_process
@@ -96,7 +96,7 @@ def test_each_damage_is_one_sentence(
     path = index_file(store)
     checked = kind == "small"
     if kind == "large":
-        monkeypatch.setattr(store_module, "_CHECKED_INDEX", 0)
+        monkeypatch.setattr(index_module, "CHECKED_BYTES", 0)
     elif kind == "format version 1":
         document = json.loads((store / "dataset.json").read_text())
         (store / "dataset.json").write_text(json.dumps({**document, "index_hash": None}))

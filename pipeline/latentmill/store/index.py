@@ -14,10 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import xxhash
 
 from latentmill.errors import StoreError
-from latentmill.storage import file_in_store
+from latentmill.storage import Storage, file_in_store
 from latentmill.store.schema import Commit
+
+# A larger index is mapped without being read whole: opening a store stays quick.
+CHECKED_BYTES = 64 << 20
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -240,3 +244,26 @@ class Index:
             if min(entry.offset, entry.chunks) < 0 or entry.length not in (2 * count, 4 * count):
                 raise ValueError("a place that does not fit its shape")
             return entry
+
+
+def open_index(storage: Storage, path: str, wanted: str | None) -> Index:
+    """Open the index of a sealed store: a local one is mapped; one that is small is checked whole.
+
+    Args:
+        storage: The store.
+        path: The index in it.
+        wanted: Its hash by the seal, if the seal has one.
+
+    Raises:
+        StoreError: It is damaged.
+        FileNotFoundError, StorageError: It cannot be read.
+    """
+    where = f"{storage.root}/{path}"
+    if storage.local:
+        data = pa.memory_map(storage.full(path)).read_buffer()
+    else:
+        data = pa.py_buffer(storage.read(path))
+    small = data.size <= CHECKED_BYTES
+    if wanted and small and xxhash.xxh3_128_hexdigest(data) != wanted:
+        raise damaged_index(where)
+    return Index.from_file(data, where, whole=small)

@@ -25,7 +25,7 @@ from latentmill.store.commit import read_commits
 from latentmill.store.decoder import StoreDecoder
 from latentmill.store.describe import described, is_complete, warn_incomplete
 from latentmill.store.fields import ShardFields
-from latentmill.store.index import Index, IndexEntry, damaged_index
+from latentmill.store.index import Index, IndexEntry, damaged_index, open_index
 from latentmill.store.measurement import read_measurement, with_measurements
 from latentmill.store.schema import (
     Commit,
@@ -38,8 +38,6 @@ from latentmill.store.seal import dataset_info, read_origin, read_seal
 T = TypeVar("T")
 
 _CACHED_SHARDS = 8
-# A larger index is mapped without being read whole: opening a store stays quick.
-_CHECKED_INDEX = 64 << 20
 # A larger latent is decoded from the disk, window by window.
 _WHOLE_BYTES = 64 << 20
 
@@ -68,23 +66,23 @@ class LatentStore(StoreDecoder, Shown):
 
     Picklable, and as safe to use after a fork as its storage is: it holds no open files. Not
     thread-safe.
+
+    Attributes:
+        storage: The place of its files.
+        sealed: Whether it has a dataset.json.
     """
 
     def __init__(self, url: str, *, device: str = "auto", trust_model: bool = False) -> None:
-        self._storage = Storage(url)
+        self.storage = Storage(url)
         super().__init__(device, trust_model=trust_model)
         self._shard_fields: OrderedDict[str, ShardFields] = OrderedDict()
-        self._info = read_seal(self._storage)
+        self._info = read_seal(self.storage)
         self.sealed = self._info is not None
-        if not self.sealed and not self._storage.exists(PLAN_PATH):
+        if not self.sealed and not self.storage.exists(PLAN_PATH):
             raise StoreError(f"{url} holds no latentmill store: check the path.")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "url": self._storage.root,
-            "device": self._device,
-            "trust_model": self._trust_model,
-        }
+        return {"url": self.url, "device": self._device, "trust_model": self._trust_model}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -96,12 +94,12 @@ class LatentStore(StoreDecoder, Shown):
     @property
     def url(self) -> str:
         """Where the store is."""
-        return self._storage.root
+        return self.storage.root
 
     @cached_property
     def plan(self) -> Plan:
         """The plan with all its items; reading a sealed store does without it."""
-        plan = load(self._storage)
+        plan = load(self.storage)
         if plan is None:
             raise StoreError(f"{self.url} has no {PLAN_PATH}: restore it from a copy of the store.")
         return plan
@@ -109,7 +107,7 @@ class LatentStore(StoreDecoder, Shown):
     @cached_property
     def commits(self) -> dict[str, Commit]:
         """Every commit by unit name, as they were when first asked for."""
-        return read_commits(self._storage)
+        return read_commits(self.storage)
 
     @property
     def complete(self) -> bool:
@@ -129,7 +127,7 @@ class LatentStore(StoreDecoder, Shown):
     @property
     def measured_info(self) -> DatasetInfo:
         """`info` with what was measured on the store as it is now."""
-        return with_measurements(self._storage, self.info)
+        return with_measurements(self.storage, self.info)
 
     @property
     def chunking(self) -> Chunking:
@@ -147,12 +145,12 @@ class LatentStore(StoreDecoder, Shown):
         """The latent of silence, which latent arithmetic needs, and what else it must know."""
         model = self.info.model
         # One of an earlier seal tells as much about the model.
-        measured = read_measurement(self._storage, self.info, "linearity")
+        measured = read_measurement(self.storage, self.info, "linearity")
         card = None if measured is None else measured.linearity
         names = Linearity.__dataclass_fields__
         with_std = model.get("posterior") == "mean+std"
         return Origin(
-            read_origin(self._storage),
+            read_origin(self.storage),
             self.chunking,
             deviations=model["latent_channels"] // 2 if with_std else 0,
             codes=self.codes,
@@ -170,38 +168,23 @@ class LatentStore(StoreDecoder, Shown):
         return np.array(self.info.std)
 
     @cached_property
-    def _index(self) -> Index:
+    def index(self) -> Index:
+        """Where every record lies."""
         if not self.sealed:
             return Index.from_commits(self.commits.values())
         where = f"{self.url}/{self.info.index}"
         try:
-            data = self._index_file()
-            index = Index.from_file(data, where, whole=data.size <= _CHECKED_INDEX)
+            index = open_index(self.storage, self.info.index, self.info.index_hash)
             if self.info.encoded and not len(index):
                 raise ValueError("an empty index")
         except (FileNotFoundError, StorageError, ValueError) as error:
             missing = isinstance(error.__cause__ or error, FileNotFoundError)
             if missing and self.reload():
-                return self._index
+                return self.index
             if isinstance(error, StorageError) and not missing:
                 raise
             raise damaged_index(where) from error
         return index
-
-    def _index_file(self) -> pa.Buffer:
-        """The index: a local one is mapped; one that is small enough is checked.
-
-        Raises:
-            ValueError: It does not match its hash.
-        """
-        path, wanted = self.info.index, self.info.index_hash
-        if self._storage.local:
-            data = pa.memory_map(self._storage.full(path)).read_buffer()
-        else:
-            data = pa.py_buffer(self._storage.read(path))
-        if wanted and data.size <= _CHECKED_INDEX and xxhash.xxh3_128_hexdigest(data) != wanted:
-            raise ValueError("not the index that the seal names")
-        return data
 
     def reload(self) -> bool:
         """Read the seal again, after a file of the one that was read is gone.
@@ -209,11 +192,11 @@ class LatentStore(StoreDecoder, Shown):
         Returns:
             Whether there is another one now, which this store then shows.
         """
-        found = read_seal(self._storage)
+        found = read_seal(self.storage)
         if not self.sealed or found is None or found == self._info:
             return False
         self._info = found
-        for name in ("_index", "plan", "commits", "origin"):
+        for name in ("index", "plan", "commits", "origin"):
             self.__dict__.pop(name, None)
         self._shard_fields.clear()
         return True
@@ -229,23 +212,13 @@ class LatentStore(StoreDecoder, Shown):
         """
         if not isinstance(error.__cause__, FileNotFoundError):
             return None
-        if self._index is index and not self.reload():
+        if self.index is index and not self.reload():
             return None
-        if not index.same_items(self._index):
+        if not index.same_items(self.index):
             raise StoreError(
                 f"{self.url} was sealed again with other items while it was read: open it again."
             ) from error
-        return self._index
-
-    @property
-    def storage(self) -> Storage:
-        """The place of the store's files."""
-        return self._storage
-
-    @property
-    def index(self) -> Index:
-        """Where every record lies."""
-        return self._index
+        return self.index
 
     def shard_sizes(self) -> dict[str, tuple[int, str]]:
         """Bytes and hash of every shard by path."""
@@ -255,18 +228,18 @@ class LatentStore(StoreDecoder, Shown):
         return {c.shard: (c.bytes, c.hash or "") for c in commits if c.shard is not None}
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.index)
 
     def keys(self) -> Iterator[str]:
         """The keys of all records, sorted."""
-        index = self._index
+        index = self.index
         return (index.key(position) for position in range(len(index)))
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and self._index.find(key) is not None
+        return isinstance(key, str) and self.index.find(key) is not None
 
     def __iter__(self) -> Iterator[Record]:
-        index = self._index
+        index = self.index
         return (self.read(index.entry(position)) for position in range(len(index)))
 
     def __getitem__(self, key: str) -> Record:
@@ -280,10 +253,10 @@ class LatentStore(StoreDecoder, Shown):
                 f"Records are read by key, not by {key!r}: store[key] with one of store.keys(), or "
                 "LatentDataset for samples by number."
             )
-        position = self._index.find(key)
+        position = self.index.find(key)
         if position is None:
             raise KeyError(key)
-        return self._index.entry(position)
+        return self.index.entry(position)
 
     def read(self, entry: IndexEntry) -> Record:
         """The record at a place; where it is now, if that shard was superseded and removed.
@@ -378,18 +351,18 @@ class LatentStore(StoreDecoder, Shown):
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
             self.reload()
-            position = self._index.find(entry.key)
+            position = self.index.find(entry.key)
             if position is None:
                 raise StoreError(
                     f"{self.url} was sealed again without {entry.key}: open it again."
                 ) from error
-            now = self._index.entry(position)
+            now = self.index.entry(position)
             if now == entry:
                 raise
         return read(now)
 
     def _read(self, entry: IndexEntry, offset: int, length: int) -> bytes:
-        data = self._storage.read_range(entry.shard, offset, length)
+        data = self.storage.read_range(entry.shard, offset, length)
         if len(data) != length:
             raise self._damaged(entry, "it is cut short")
         return data
@@ -402,7 +375,7 @@ class LatentStore(StoreDecoder, Shown):
             return fields
         shard = self._shard_fields.pop(entry.shard, None)
         if shard is None:
-            shard = ShardFields(self._storage, entry.shard)
+            shard = ShardFields(self.storage, entry.shard)
         self._shard_fields[entry.shard] = shard  # the last one is the most recently used
         if len(self._shard_fields) > _CACHED_SHARDS:
             self._shard_fields.popitem(last=False)
