@@ -16,7 +16,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentmill import show
+from latentmill import show, show_status
 from latentmill.config import load_config
 from latentmill.engine import launch
 from latentmill.engine.worker import Worker
@@ -156,7 +156,7 @@ def test_an_extension_that_is_killed_keeps_the_old_store_readable(
     assert not reader.complete
     assert len(reader) == reader.info.items == 5
     assert all(record.frames for record in reader)
-    assert show.StoreStatus.of(reader).items == 9
+    assert show_status.StoreStatus.of(reader).items == 9
     assert [fault for fault in verify(reader).faults if "not committed" not in fault] == []
     assert encode(songs, store).info.encoded == 9  # a plain resume finishes it
     runs.assert_whole(store)

@@ -86,10 +86,10 @@ def plan(**options: Any) -> None:
 @app.command()
 def status(store: Store, as_json: AsJson = False) -> None:
     """Show how much of STORE is encoded, what failed, and the run that is writing to it."""
-    from latentmill import show
+    from latentmill import show_status
     from latentmill.store.store import open_store
 
-    print_value(as_json, show.StoreStatus.of(open_store(store)), show.status)
+    print_value(as_json, show_status.StoreStatus.of(open_store(store)), show_status.status)
 
 
 @app.command()

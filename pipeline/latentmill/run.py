@@ -134,6 +134,7 @@ def _encode_todo(
 ) -> None:
     """Encode the units that have no commit yet."""
     from latentmill.engine.launch import encode_units  # imports ray, which readers do without
+    from latentmill.engine.tracker import Tracker
 
     storage = prepared.storage
     if not is_there(plan.source):
@@ -142,13 +143,11 @@ def _encode_todo(
             "mount or restore it."
         )
     check_items(plan, storage)
-    progress.begin(plan, tallies)
+    tracker = Tracker(plan, tallies, progress, hold.publish)
     try:
-        encode_units(
-            prepared.config, prepared.handle, prepared.chunking, plan, todo, progress, hold
-        )
+        encode_units(prepared.config, prepared.handle, prepared.chunking, plan, todo, tracker, hold)
     finally:
-        progress.end()
+        tracker.end()
         storage.clear_scratch()
 
 

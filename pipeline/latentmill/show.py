@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from latentmill.meter import bound
-from latentmill.store.commit import Tally, iter_commits
 from latentmill.store.measurement import MEASURED
 
 if TYPE_CHECKING:  # some of these import torch; `status` must start quickly
@@ -25,54 +22,9 @@ if TYPE_CHECKING:  # some of these import torch; `status` must start quickly
     from latentmill.run import RunSummary
     from latentmill.seams import SeamReport
     from latentmill.store.schema import DatasetInfo
-    from latentmill.store.store import LatentStore
     from latentmill.store.verify import Report
 
 MAX_LISTED = 20
-
-
-@dataclass(frozen=True)
-class StoreStatus:
-    """How far a store is."""
-
-    store: str
-    complete: bool
-    units: int
-    committed: int
-    items: int
-    encoded: int
-    skipped: int
-    failed: int
-    hours: float
-    bytes: int
-    failures: tuple[tuple[str, str], ...]
-    skips: tuple[tuple[str, str], ...]
-    ignored: Mapping[str, int]
-    stages: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def of(cls, store: LatentStore) -> StoreStatus:
-        """The status of an open store."""
-        tallies = [Tally.of(commit) for commit in iter_commits(store.storage)]
-        stages: Counter[str] = Counter()
-        for tally in tallies:
-            stages.update(tally.timings)
-        return cls(
-            store=store.url,
-            complete=store.complete,
-            units=len(store.plan.units),
-            committed=len(tallies),
-            items=store.plan.num_items,
-            encoded=sum(tally.encoded for tally in tallies),
-            skipped=sum(tally.skipped for tally in tallies),
-            failed=sum(tally.failed for tally in tallies),
-            hours=sum(tally.audio_seconds for tally in tallies) / 3600,
-            bytes=sum(tally.bytes for tally in tallies),
-            failures=tuple(pair for tally in tallies for pair in tally.failures),
-            skips=tuple(pair for tally in tallies for pair in tally.skips),
-            ignored=store.plan.ignored,
-            stages=dict(stages),
-        )
 
 
 def plain(value: Any) -> Any:
@@ -100,10 +52,10 @@ def summary(run: RunSummary) -> str:
     lines = [
         f"{run.store}: {info.encoded} encoded, {info.skipped} skipped, {info.failed} failed of "
         f"{info.items} items; {info.hours:.3f} h of audio, "
-        f"{_size(sum(shard.bytes for shard in info.shards))} in {len(info.shards)} shards",
-        _listed("failed", run.failures),
-        _listed("skipped", run.skipped),
-        _left_alone(run.ignored),
+        f"{size_text(sum(shard.bytes for shard in info.shards))} in {len(info.shards)} shards",
+        pairs_listed("failed", run.failures),
+        pairs_listed("skipped", run.skipped),
+        left_alone(run.ignored),
         _extension(run.extension),
     ]
     if run.failures:
@@ -170,10 +122,10 @@ def forecast(value: Forecast) -> str:
     done = f", {value.committed} of them committed" if value.committed else ""
     rows = {
         "source": value.source,
-        "items": f"{value.items} ({formats}), {_size(value.source_bytes)}",
+        "items": f"{value.items} ({formats}), {size_text(value.source_bytes)}",
         "audio": f"{value.hours:.3f} h, {known}",
         "units": f"{value.units}{done}",
-        "latents": f"about {_size(value.latent_bytes)}",
+        "latents": f"about {size_text(value.latent_bytes)}",
     }
     if value.calibration is not None and value.run_seconds is not None:
         speed, workers = value.calibration.x_real_time, value.calibration.workers
@@ -184,28 +136,7 @@ def forecast(value: Forecast) -> str:
     lines = [f"{name:<9} {text}" for name, text in rows.items()]
     last = f"the plan is frozen in {value.store}; the same settings of encode resume it"
     return "\n".join(
-        filter(None, [*lines, _left_alone(value.ignored), _extension(value.extension), last])
-    )
-
-
-def status(value: StoreStatus) -> str:
-    """What `status` prints."""
-    state = "complete" if value.complete else "not complete: the same encode command resumes it"
-    speed = bound(value.stages)
-    return "\n".join(
-        line
-        for line in (
-            f"{value.store}: {state}",
-            f"units     {value.committed} of {value.units} committed",
-            f"items     {value.encoded} encoded, {value.skipped} skipped, {value.failed} failed "
-            f"of {value.items}",
-            f"audio     {value.hours:.3f} h, {_size(value.bytes)} of shards",
-            f"speed     {speed}" if speed else "",
-            _listed("failed", value.failures),
-            _listed("skipped", value.skips),
-            _left_alone(value.ignored),
-        )
-        if line
+        filter(None, [*lines, left_alone(value.ignored), _extension(value.extension), last])
     )
 
 
@@ -223,7 +154,7 @@ def info(value: DatasetInfo) -> str:
         "chunking": f"{value.chunking['stitch']}, chunks of "
         f"{value.chunking['samples'] / model['sample_rate']:.2f} s",
         "format": f"{value.format}, {len(value.shards)} shards, "
-        f"{_size(sum(shard.bytes for shard in value.shards))}",
+        f"{size_text(sum(shard.bytes for shard in value.shards))}",
         "source": value.source,
         "items": f"{value.encoded} encoded, {value.skipped} skipped, {value.failed} failed of "
         f"{value.items}",
@@ -329,7 +260,7 @@ def linearity(report: LinearityReport) -> str:
 def export(value: ExportSummary) -> str:
     """What `export` prints."""
     lines = [f"{value.dest}: {value.records} records for {value.to}"]
-    return "\n".join(filter(None, [*lines, _listed("failed", value.failures)]))
+    return "\n".join(filter(None, [*lines, pairs_listed("failed", value.failures)]))
 
 
 def minutes(seconds: float) -> str:
@@ -345,7 +276,7 @@ def closest(word: str, words: Iterable[str]) -> str | None:
     return near[0] if near else None
 
 
-def _left_alone(ignored: Mapping[str, int]) -> str:
+def left_alone(ignored: Mapping[str, int]) -> str:
     """What of a source is no item, by extension or reason."""
     if not ignored:
         return ""
@@ -353,14 +284,16 @@ def _left_alone(ignored: Mapping[str, int]) -> str:
     return f"  left alone, as they are no items: {listed}"
 
 
-def _listed(title: str, pairs: Sequence[tuple[str, str]]) -> str:
+def pairs_listed(title: str, pairs: Sequence[tuple[str, str]]) -> str:
+    """Keys with their reasons, a line each; the first `MAX_LISTED`."""
     lines = [f"  {title}: {key}: {reason}" for key, reason in pairs[:MAX_LISTED]]
     if len(pairs) > MAX_LISTED:
         lines.append(f"  ... and {len(pairs) - MAX_LISTED} more ({title}); status --json has all")
     return "\n".join(lines)
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """A number of bytes, such as 1.5 GB."""
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
 import pty
+import re
+import struct
+import termios
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import pytest
 from rich.console import Console
 
+from latentmill.engine.holder import RunProgress
 from latentmill.engine.progress import (
     LINE_SECONDS,
     BarProgress,
@@ -19,6 +26,8 @@ from latentmill.engine.progress import (
     QuietProgress,
     for_stream,
 )
+from latentmill.engine.tracker import Tracker
+from latentmill.engine.underway import UnitProgress
 from latentmill.engine.worker import UnitResult
 from latentmill.plan import Part, Plan, Unit
 from latentmill.store.commit import Tally
@@ -32,26 +41,33 @@ class Clock:
         return self.now
 
 
+Lines: TypeAlias = tuple[Tracker, io.StringIO, Clock]
+
+
 def plan(units: int = 4, items: int = 5, seconds: float = 60.0) -> Plan:
     cut = tuple(Unit(number, items, items * seconds) for number in range(units))
     part = Part(0, 0, units, units * items, units * items * seconds, 0.0, 0, 0, {})
     return Plan("/songs", {}, "mdct", {}, "parquet", {}, units=cut, parts=(part,))
 
 
-def tally(unit: Unit, failed: int) -> Tally:
+def tally(unit: Unit, encoded: int) -> Tally:
     """What the commit of a unit comes to whose other items were skipped."""
-    failures = tuple((f"song {number}", "why") for number in range(failed))
-    skips = tuple((f"song {number}", "short") for number in range(failed, unit.items))
-    return Tally(unit.items, 0, len(skips), failed, 0.0, 0, {}, failures, skips)
+    skips = tuple((f"song {number}", "short") for number in range(encoded, unit.items))
+    return Tally(unit.items, encoded, len(skips), 0, 60.0 * encoded, 0, {}, (), skips)
 
 
-def result(unit: int, failed: int = 0) -> UnitResult:
-    return UnitResult(unit, 5 - failed, 0, failed, 60.0 * (5 - failed), (), {})
+def result(unit: int, failed: int = 0, seconds: float = 300.0) -> UnitResult:
+    return UnitResult(unit, 5 - failed, 0, failed, seconds / 5 * (5 - failed), (), {})
 
 
-def lines() -> tuple[LineProgress, io.StringIO, Clock]:
+def tracked(display: QuietProgress, clock: Clock, planned: Plan | None = None) -> Tracker:
+    return Tracker(planned or plan(), {}, display, clock=clock)
+
+
+def lines(planned: Plan | None = None, tallies: Mapping[str, Tally] | None = None) -> Lines:
     stream, clock = io.StringIO(), Clock()
-    return LineProgress(stream, clock), stream, clock
+    display = LineProgress(stream, clock)
+    return Tracker(planned or plan(), tallies or {}, display, clock=clock), stream, clock
 
 
 def last(stream: io.StringIO) -> str:
@@ -59,109 +75,188 @@ def last(stream: io.StringIO) -> str:
 
 
 def test_speed_and_time_left_follow_from_audio_and_clock() -> None:
-    progress, stream, clock = lines()
-    progress.begin(plan(), {})  # 4 units of 300 s
+    tracker, stream, clock = lines()  # 4 units of 300 s
     clock.now += 20
-    progress.tick(400.0)  # a third of the audio in a third of a minute
-    assert last(stream) == "0/20 items, 0.111 h of audio, 20.0 x real time, 0:40 left, 0 failed"
-    progress.unit_done(result(0))
+    # A third of the audio in a third of a minute.
+    tracker.tick({0: UnitProgress(270.0, 300.0, 4), 1: UnitProgress(130.0, 300.0, 2)})
+    assert last(stream) == (
+        "6/20 items, 0.111 of 0.333 h of audio, 20.0x real time, 0:40 left, 0 failed"
+    )
+    tracker.unit_done(result(0))
     clock.now += 20
-    progress.tick(600.0)
-    assert last(stream) == "5/20 items, 0.167 h of audio, 15.0 x real time, 0:40 left, 0 failed"
+    tracker.tick({1: UnitProgress(300.0, 300.0, 5), 2: UnitProgress(0.0, 300.0, 0)})
+    assert last(stream) == (
+        "10/20 items, 0.167 of 0.333 h of audio, 15.0x real time, 0:40 left, 0 failed"
+    )
+
+
+@pytest.mark.parametrize("true", [900.0, 100.0])  # seconds a unit; the plan says 300
+def test_the_time_left_is_right_where_the_plan_is_not(true: float) -> None:
+    tracker, stream, clock = lines()
+    step = true / 20  # seconds of audio in 10 seconds
+    for tick in range(1, 80):
+        clock.now += 10.0
+        unit, part = divmod(tick * step, true)
+        if part == 0:
+            tracker.unit_done(result(int(unit) - 1, seconds=true))
+        tracker.tick({int(unit): UnitProgress(part, true, int(5 * part / true))})
+        hours, minutes, seconds = f"0:{last(stream).split(', ')[3].split(' ')[0]}".split(":")[-3:]
+        left = int(hours) * 3600 + int(minutes) * 60 + int(seconds)
+        assert left == pytest.approx(800 - tick * 10, abs=1), last(stream)
+
+
+def test_the_speed_is_that_of_the_last_two_minutes() -> None:
+    planned = plan(units=1, seconds=7200)  # 10 hours
+    tracker, stream, clock = lines(planned)
+    clock.now += 600  # starting Ray, and the model
+    tracker.workers(1, 0)
+    for second in range(1, 3001):
+        clock.now += 1
+        audio = min(second, 1000) * 10.0 + max(second - 1000, 0) * 4.0
+        tracker.tick({0: UnitProgress(audio, 36_000.0, 0)})
+        if second == 500:
+            assert "10.0x real time, 51:40 left" in last(stream)
+    assert "4.0x real time, 1:15:00 left" in last(stream)
+    clock.now += 600  # a batch that takes long: the average until something moves again
+    tracker.tick({0: UnitProgress(18_000.0, 36_000.0, 0)})
+    assert "5.0x real time, 1:00:00 left" in last(stream)
 
 
 def test_failed_items_count_as_done_and_shorten_the_rest() -> None:
-    progress, stream, clock = lines()
-    progress.begin(plan(), {})
+    tracker, stream, clock = lines()
     clock.now += 30
-    progress.unit_done(result(0, failed=5))
-    progress.unit_done(result(1))
-    progress.tick(300.0)
-    assert last(stream) == "10/20 items, 0.083 h of audio, 10.0 x real time, 1:00 left, 5 failed"
+    tracker.unit_done(result(0, failed=5))
+    tracker.unit_done(result(1))
+    tracker.tick({})  # as many are expected to fail of the rest
+    assert last(stream) == (
+        "10/20 items, 0.083 of 0.167 h of audio, 10.0x real time, 0:30 left, 5 failed"
+    )
 
 
 def test_a_resumed_run_counts_items_from_the_start_and_time_from_now() -> None:
     whole = plan()
-    progress, stream, clock = lines()
-    progress.begin(whole, {unit.name: tally(unit, failed=1) for unit in whole.units[:2]})
+    done = {unit.name: tally(unit, encoded=5) for unit in whole.units[:2]}
+    tracker, stream, clock = lines(whole, done)
     clock.now += 60
-    progress.tick(300.0)
-    assert last(stream) == "10/20 items, 0.083 h of audio, 5.0 x real time, 1:00 left, 2 failed"
+    tracker.tick({2: UnitProgress(300.0, 300.0, 5)})
+    assert last(stream) == (
+        "15/20 items, 0.250 of 0.333 h of audio, 5.0x real time, 1:00 left, 0 failed"
+    )
+
+
+def test_a_lost_unit_is_counted_again() -> None:
+    tracker, stream, clock = lines()
+    clock.now += 20
+    tracker.tick({0: UnitProgress(200.0, 300.0, 3)})
+    assert last(stream).startswith("3/20 items, 0.056 of")
+    tracker.unit_lost(plan().units[0], 1, "killed")
+    clock.now += 20
+    tracker.tick({0: UnitProgress(0.0, 300.0, 0)})
+    assert last(stream) == "0/20 items, 0.000 of 0.333 h of audio, -- real time, -- left, 0 failed"
 
 
 def test_the_end_of_a_run_is_told_with_what_was_committed() -> None:
-    progress, stream, clock = lines()
-    progress.begin(plan(units=1), {})
-    clock.now += 3
-    progress.unit_done(result(0))
-    progress.tick(0.0)  # the actor was not asked again
-    progress.end()
-    assert last(stream) == "5/5 items, 0.083 h of audio, 100.0 x real time, 0:00 left, 0 failed"
+    tracker, stream, clock = lines(plan(units=1))
+    clock.now += 30
+    tracker.unit_done(result(0))
+    tracker.end()  # the worker was not asked again
+    assert last(stream) == (
+        "5/5 items, 0.083 of 0.083 h of audio, 10.0x real time, 0:00 left, 0 failed"
+    )
 
 
-def test_nothing_is_promised_before_there_is_audio() -> None:
-    progress, stream, clock = lines()
-    progress.begin(plan(seconds=3600), {})
-    clock.now += 3600
-    progress.tick(3.0)
-    assert "-- left" in last(stream)
-    clock.now += 3600 * 24
-    progress.tick(3600.0 * 5)
-    assert "75:00:00 left" in last(stream)
+def test_what_is_published_is_what_is_shown() -> None:
+    published: list[RunProgress] = []
+    clock = Clock()
+    tracker = Tracker(plan(), {}, QuietProgress(), published.append, clock)
+    clock.now += 20
+    tracker.unit_done(result(0, failed=1))
+    tracker.tick({1: UnitProgress(160.0, 300.0, 2), 2: UnitProgress(0.0, 300.0, 0)})
+    assert [one.units_in_flight for one in published] == [0, 2]
+    now = published[-1]
+    assert (now.units, now.units_done, now.items, now.items_done, now.failed) == (4, 1, 20, 7, 1)
+    assert now.audio_seconds == 240.0 + 160.0
+    assert now.total_seconds == 240.0 + 300.0 + 600.0 * 540 / 600
+    assert now.x_real_time == 20.0
+    assert now.seconds_left == (1080.0 - 400.0) / 20
+    assert RunProgress.model_validate_json(now.model_dump_json()) == now
 
 
 def test_lines_come_every_ten_seconds_and_at_once_for_a_lost_unit() -> None:
-    progress, stream, clock = lines()
-    progress.begin(plan(), {})
+    tracker, stream, clock = lines()
     for _ in range(300):
         clock.now += 0.1
-        progress.tick(1.0)
+        tracker.tick({0: UnitProgress(1.0, 300.0, 0)})
     first, *others = stream.getvalue().splitlines()
     assert first == "20 items; starting the workers"
     assert len(others) == 30 // LINE_SECONDS
-    progress.unit_lost(plan().units[1], 2, "killed")
+    tracker.unit_lost(plan().units[1], 2, "killed")
     assert last(stream) == "unit 000001 was lost on attempt 2: killed"
 
 
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    quiet = QuietProgress()
-    quiet.begin(plan(), {})
-    quiet.tick(1.0)
-    quiet.unit_done(result(0))
-    quiet.unit_lost(plan().units[0], 1, "killed")
-    quiet.end()
+    tracker = Tracker(plan(), {}, QuietProgress())
+    tracker.tick({0: UnitProgress(1.0, 300.0, 0)})
+    tracker.unit_done(result(0))
+    tracker.unit_lost(plan().units[0], 1, "killed")
+    tracker.end()
     assert capsys.readouterr() == ("", "")
 
 
 def test_a_terminal_gets_a_bar_and_a_file_gets_lines() -> None:
     assert isinstance(for_stream(stream=io.StringIO()), LineProgress)
     master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as terminal, os.fdopen(master, "rb", 0):
+        assert isinstance(for_stream(stream=terminal), BarProgress)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (60.0, " 33%  0.111/0.333 h  20.0x  0:40 left"),
+        (4e8, " 33%  740741/2222222 h  133333333.3x  0:40 left  12 failed"),
+    ],
+)
+def test_a_bar_fits_a_terminal_of_80_columns_and_moves_with_audio(
+    seconds: float, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for name in ("COLUMNS", "LINES", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     with os.fdopen(slave, "w") as terminal, os.fdopen(master, "rb", 0) as screen:
-        progress = for_stream(stream=terminal)
-        assert isinstance(progress, BarProgress)
-        progress.begin(plan(), {})
-        progress.unit_done(result(0))
-        progress.tick(400.0)
-        progress.end()
+        clock = Clock()
+        display = BarProgress(Console(file=terminal), clock)
+        tracker = tracked(display, clock, plan(seconds=seconds))
+        clock.now += 20
+        total = 5 * seconds  # of a unit; no unit is committed
+        failed = 12 * ("failed" in shown)
+        tracker._failed = failed
+        tracker.tick({n: UnitProgress(total * 2 / 3, total, 1) for n in range(2)})
+        display._bar.stop()
         terminal.flush()
         os.set_blocking(master, False)
-        shown = b"".join(iter(lambda: screen.read(4096), None)).decode()
-    assert "encoding" in shown
-    assert "━" in shown
-    assert "\x1b[" in shown
-    assert "5/20 items" in shown.replace("\r\n", "")
+        raw = b"".join(iter(lambda: screen.read(4096), None)).decode()
+    assert "\x1b[" in raw
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", raw)
+    rows = [row for row in re.split(r"[\r\n]+", text) if row.strip()]
+    assert all(len(row) <= 80 for row in rows), rows
+    assert rows[-1].rstrip().endswith(shown), rows
+    assert rows[-1].startswith("━━")
 
 
 def test_a_bar_says_that_a_unit_was_lost() -> None:
     stream, clock = io.StringIO(), Clock()
-    progress = BarProgress(Console(file=stream, force_terminal=True, width=200), clock)
-    progress.begin(plan(), {})
+    progress = BarProgress(Console(file=stream, force_terminal=True, width=80), clock)
+    tracker = tracked(progress, clock)
     clock.now += 10
-    progress.tick(600.0)
-    progress.unit_lost(plan().units[2], 1, "the worker [died]")
-    progress.end()
+    tracker.unit_done(result(0))
+    tracker.unit_done(result(1))
+    tracker.unit_lost(plan().units[2], 1, "the worker [died]")
+    tracker.end()
     assert "unit 000002 was lost on attempt 1: the worker [died]" in stream.getvalue()
-    assert "60.0 x real time, 0:10 left" in stream.getvalue()
+    assert "60.0x  0:10 left" in stream.getvalue()
 
 
 def test_json_has_an_object_per_line() -> None:
@@ -170,15 +265,15 @@ def test_json_has_an_object_per_line() -> None:
     assert isinstance(for_stream("json", stream), JsonProgress)
     clock.now += 2 * LINE_SECONDS
     progress.planning(7, 3)
-    progress.begin(plan(), {})
-    progress.workers(0, 2)
-    progress.workers(2, 0)
-    progress.unit_lost(plan().units[1], 2, "killed")
-    progress.note("something\nelse")
+    tracker = tracked(progress, clock)
+    tracker.workers(0, 2)
+    tracker.workers(2, 0)
+    tracker.unit_lost(plan().units[1], 2, "killed")
+    tracker.note("something\nelse")
     clock.now += 20
-    progress.unit_done(result(0, failed=1))
-    progress.tick(400.0)
-    progress.end()
+    tracker.unit_done(result(0, failed=1))
+    tracker.tick({1: UnitProgress(160.0, 300.0, 2)})
+    tracker.end()
     events = [json.loads(line) for line in stream.getvalue().splitlines()]
     names = "planning begin workers workers unit_lost note unit_done progress end"
     assert [event["event"] for event in events] == names.split()
@@ -192,5 +287,6 @@ def test_json_has_an_object_per_line() -> None:
     }
     assert events[4]["reason"] == "killed"
     assert (events[6]["unit"], events[6]["failed"]) == (0, 1)
-    assert (events[7]["items_done"], events[7]["failed"]) == (5, 1)
+    assert (events[7]["items_done"], events[7]["failed"]) == (7, 1)
     assert events[7]["x_real_time"] == 20.0
+    assert events[7]["seconds_left"] == 34.0

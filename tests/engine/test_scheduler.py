@@ -45,6 +45,9 @@ class Ear(QuietProgress):
     def workers(self, ready: int, starting: int) -> None:
         self.counts.append((ready, starting))
 
+    def tick(self, now: object) -> None:
+        """Not remembered."""
+
 
 def config(songs: Path, store: Path, **options: Any) -> RunConfig:
     values = {"device": "cpu", "threads": 1, "workers": 1, "unit_seconds": 3.0, **options}
@@ -189,7 +192,7 @@ def test_a_worker_that_cannot_even_be_asked_is_given_up_with_its_units(
     assert assignment is not None
     seat.give("reference", assignment)
     error = RayTaskError("meter", "traceback", cause=KeyError("rss"))
-    scheduler._failed(_Call(seat, "meter"), "other", error)
+    scheduler._failed(_Call(seat, "report"), "other", error)
     assert ear.lost == [(7, 1, "KeyError: 'rss'")]
     assert not scheduler._seats
     assert scheduler._dispatch.open == 1  # to be tried again

@@ -22,6 +22,7 @@ class Handle(Around):
     deadly_peak: float
     raising: bool
     deadly_load: bool
+    hold: str
 
     def load(self, device: str) -> Autoencoder:
         if self.deadly_load:
@@ -38,6 +39,8 @@ class Handle(Around):
             with Path(self.log).open("a") as file:
                 file.writelines(f"{os.getpid()}\n" for peak in peaks if peak > 0)
         time.sleep(self.seconds)
+        while self.hold and Path(self.hold).exists():
+            time.sleep(0.05)
 
 
 def build(
@@ -47,7 +50,9 @@ def build(
     deadly_peak: float = 2.0,
     raising: bool = False,
     deadly_load: bool = False,
+    hold: str = "",
 ) -> Handle:
     """A model that takes `seconds` a batch, writes a line per encoded chunk into `log`, and ends
-    its process (or raises) when it gets audio louder than `deadly_peak`."""
-    return Handle(small_mdct(), seconds, log, deadly_peak, raising, deadly_load)
+    its process (or raises) when it gets audio louder than `deadly_peak`. It stands still as long as
+    there is a file `hold`."""
+    return Handle(small_mdct(), seconds, log, deadly_peak, raising, deadly_load, hold)

@@ -18,6 +18,7 @@ from latentmill.engine.dispatch import UNITS_IN_FLIGHT
 from latentmill.engine.loss import memory_used
 from latentmill.engine.metrics import Metrics
 from latentmill.engine.remote_audio import RemoteAudio
+from latentmill.engine.seat import Report
 from latentmill.engine.worker import Job, UnitResult, Worker
 from latentmill.plan import Unit
 from latentmill.unit_audio import LocalAudio
@@ -51,12 +52,12 @@ class EncodeActor:
         self._metrics.unit(result)
         return result
 
-    def meter(self) -> dict[str, float]:
-        """See `Worker.meter`; and how full the host's memory is."""
-        meter = self._loaded.meter()
-        self._metrics.update(meter, self._loaded.queued)
-        used = memory_used()
-        return meter if used is None else {**meter, "memory_used": used}
+    def report(self) -> Report:
+        """Tell the driver how far the units are, and Ray's metrics what was done."""
+        worker = self._loaded
+        meter = worker.meter()
+        self._metrics.update(meter, worker.queued)
+        return Report(int(meter["steps"]), worker.in_flight, memory_used())
 
     def stop(self) -> None:
         """Let the units in flight end soon, without a trace."""

@@ -14,8 +14,7 @@ from latentmill.engine.careful import HANG_SECONDS
 from latentmill.engine.cluster import Cluster, connect, describe, head_answers
 from latentmill.engine.job import DECODE_THREADS, make_job
 from latentmill.engine.lock import Hold
-from latentmill.engine.progress import Progress
-from latentmill.engine.scheduler import Scheduler
+from latentmill.engine.scheduler import Scheduler, Watcher
 from latentmill.errors import ConfigError, HeadGoneError
 from latentmill.models.base import ModelHandle
 from latentmill.plan import Plan, Unit
@@ -34,7 +33,7 @@ def encode_units(
     chunking: Chunking,
     plan: Plan,
     todo: list[Unit],
-    progress: Progress,
+    watcher: Watcher,
     hold: Hold,
 ) -> None:
     """Connect to Ray and run the units on as many actors as it has GPUs, or CPU cores for.
@@ -64,7 +63,7 @@ def encode_units(
             job,
             resources.shape,
             _Room(resources.shape, config.workers),
-            progress,
+            watcher,
             check=hold.check,
             stall_seconds=stall_seconds,
         )

@@ -15,17 +15,15 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from latentmill.engine.holder import Holder, RunProgress, this_process
 from latentmill.errors import StorageError, StoreError
 from latentmill.guard import GuardedStorage
 from latentmill.plan import PLAN_PATH
@@ -46,15 +44,10 @@ class Timing:
     poll: float = 1.0  # between two looks at another run's lease
 
 
-class _Document(BaseModel):
-    """What stands in the lease."""
-
-    model_config = ConfigDict(frozen=True)
+class LeaseDocument(Holder):
+    """Content of the lease."""
 
     owner: str
-    host: str
-    pid: int
-    process: str | None  # see `_stamp`
     heartbeat: str  # new at every beat; the time, for people: nothing is computed from it
     dead_after: float = Field(gt=0, le=LONGEST_DEAD_AFTER, allow_inf_nan=False)
 
@@ -71,6 +64,7 @@ class Lease:
 
     def __init__(self, storage: Storage, timing: Timing) -> None:
         self.owner = uuid.uuid4().hex
+        self._holder = this_process()
         self._storage = storage
         self._timing = timing
         self._lost: str | None = None
@@ -95,16 +89,20 @@ class Lease:
                 "run has ended, then run again."
             )
 
+    def publish(self, progress: RunProgress) -> None:
+        """Tell readers of the lease how far the run is, with the next heartbeat."""
+        self._holder = self._holder.model_copy(update={"progress": progress})
+
     def _take(self) -> None:
         """Wait until the lease is ours.
 
         Raises:
             StoreError: Another run is alive and has it.
         """
-        first: _Document | None = None
+        first: LeaseDocument | None = None
         since = 0.0
         while True:
-            found = _read(self._storage)
+            found = read_lease(self._storage)
             if found is None:
                 taken = self._storage.create(LEASE_PATH, self._document())
                 self._over.wait(self._timing.settle if taken else 0.0)
@@ -116,13 +114,13 @@ class Lease:
             if first is None or found.owner != first.owner:
                 first, since = found, time.monotonic()
             still = found.heartbeat == first.heartbeat
-            if not still or _lives_here(found):
+            if not still or found.alive:
                 raise StoreError(
-                    f"Another run is writing into {self._storage.root} (process {found.pid} on "
-                    f"{found.host}): wait until it has ended."
+                    f"Another run is writing into {self._storage.root} ({found.where}): wait until "
+                    "it has ended."
                 )
-            if _is_gone(found) or time.monotonic() - since > found.dead_after:
-                if _read(self._storage) == found:
+            if found.alive is False or time.monotonic() - since > found.dead_after:
+                if read_lease(self._storage) == found:
                     self._storage.delete(LEASE_PATH)
             else:
                 self._over.wait(self._timing.poll)
@@ -134,9 +132,9 @@ class Lease:
 
     def _beat(self) -> None:
         with self._beating:
-            found = _read(self._storage)
+            found = read_lease(self._storage)
             if found is None or found.owner != self.owner:
-                self._lost = "nobody" if found is None else f"process {found.pid} on {found.host}"
+                self._lost = "nobody" if found is None else found.where
                 return
             self._storage.write(LEASE_PATH, self._document())
             self._renewed = time.monotonic()
@@ -150,15 +148,13 @@ class Lease:
                 self._storage.delete(LEASE_PATH)
 
     def _is_ours(self) -> bool:
-        found = _read(self._storage)
+        found = read_lease(self._storage)
         return found is not None and found.owner == self.owner
 
     def _document(self) -> bytes:
-        document = _Document(
+        document = LeaseDocument(
+            **dict(self._holder),
             owner=self.owner,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            process=_stamp(os.getpid()),
             heartbeat=datetime.datetime.now(datetime.UTC).isoformat(),
             dead_after=self._timing.dead_after,
         )
@@ -194,47 +190,24 @@ def check_owner(storage: Storage, owner: str) -> None:
     Raises:
         StoreError: It has not.
     """
-    found = _read(storage)
+    found = read_lease(storage)
     if found is None or found.owner != owner:
         raise StoreError(f"Another run has begun to write into {storage.root}.")
 
 
-def _read(storage: Storage) -> _Document | None:
+def read_lease(storage: Storage) -> LeaseDocument | None:
+    """Read the lease of a store; None if there is none.
+
+    Raises:
+        StoreError: It is not valid.
+    """
     text = storage.read_if_exists(LEASE_PATH)
     if text is None:
         return None
     try:
-        return _Document.model_validate_json(text)
+        return LeaseDocument.model_validate_json(text)
     except ValidationError as error:
         raise StoreError(
             f"{storage.root}/{LEASE_PATH} is not a valid lease: delete it if no run is writing "
             "there."
         ) from error
-
-
-def _stamp(pid: int) -> str | None:
-    """What tells a process from all others, of other machines and times too; Linux has it.
-
-    Boot and process namespace, then the process and its start. None if there is no such process.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = Path("/proc/self/ns/pid").readlink()
-        started = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except (OSError, IndexError):
-        return None
-    return f"{boot} {namespace} {pid} {started}"
-
-
-def _machine(stamp: str | None) -> str | None:
-    return None if stamp is None else stamp.rsplit(" ", 2)[0]
-
-
-def _lives_here(lease: _Document) -> bool:
-    return lease.process is not None and lease.process == _stamp(lease.pid)
-
-
-def _is_gone(lease: _Document) -> bool:
-    """Whether the holder was a process of this machine that has ended."""
-    here = lease.process is not None and _machine(lease.process) == _machine(_stamp(os.getpid()))
-    return here and not _lives_here(lease)

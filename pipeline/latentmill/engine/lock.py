@@ -17,6 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from pydantic import ValidationError
+
+from latentmill.engine.holder import Holder, RunProgress, this_process
 from latentmill.engine.lease import guarded, hold
 from latentmill.errors import StorageError, StoreError
 from latentmill.storage import Storage
@@ -39,6 +42,10 @@ class Hold(Protocol):
         """The store, to write through: it refuses writes once another run has taken over."""
         ...
 
+    def publish(self, progress: RunProgress) -> None:
+        """Tell other processes how far the run is; see `running.py`."""
+        ...
+
     def check(self) -> None:
         """Make sure that the store is still this run's; cheap, for every turn of a loop.
 
@@ -53,11 +60,24 @@ class _Flock:
 
     owner = None
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, file: BinaryIO) -> None:
         self.storage = storage
+        self._file = file
+        self._holder = this_process()
+        self._write()
 
     def check(self) -> None:
         """Nobody can take it."""
+
+    def publish(self, progress: RunProgress) -> None:
+        """Write it into the lock file."""
+        self._holder = self._holder.model_copy(update={"progress": progress})
+        self._write()
+
+    def _write(self) -> None:
+        """Replace the first line, in one call; what a longer one left behind it is not read."""
+        with contextlib.suppress(OSError):  # only `status` reads it
+            os.pwrite(self._file.fileno(), self._holder.model_dump_json().encode() + b"\n", 0)
 
 
 @contextlib.contextmanager
@@ -75,10 +95,14 @@ def only_run(storage: Storage) -> Iterator[Hold]:
         return
     path = Path(storage.full(LOCK_PATH))
     created = not path.parent.exists()
-    with contextlib.closing(_acquire(path, storage)):
+    with contextlib.closing(_acquire(path, storage)) as file:
         try:
-            yield _Flock(storage)
+            yield _Flock(storage, file)
         finally:
+            with contextlib.suppress(
+                OSError
+            ):  # a full disk ends the run elsewhere, with its reason
+                file.truncate(0)
             if [entry.name for entry in path.parent.iterdir()] == [LOCK_PATH]:
                 path.unlink()
                 if created:
@@ -136,9 +160,41 @@ def _acquire(path: Path, storage: Storage) -> BinaryIO:
 def _open(path: Path, storage: Storage) -> BinaryIO:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("a+b")  # NFS locks what is writable
+        # NFS locks what is writable.
+        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
     except OSError as error:
         raise StorageError(f"Cannot write {storage.root}/{LOCK_PATH}: {error.strerror}.") from error
+
+
+def read_lock(storage: Storage) -> Holder | None:
+    """Read who holds, or held, the lock of a local store.
+
+    None if the last run ended in order, or was one of an older version.
+    """
+    for _ in range(3):  # a read may meet a write
+        line, end, _ = (storage.read_if_exists(LOCK_PATH) or b"").partition(b"\n")
+        if not end:
+            return None
+        with contextlib.suppress(ValidationError):
+            return Holder.model_validate_json(line)
+    return None
+
+
+def is_locked(storage: Storage) -> bool | None:
+    """Whether somebody holds the lock of a local store; None if its file system cannot tell.
+
+    For a moment it holds the lock itself if nobody else does.
+    """
+    try:
+        with Path(storage.full(LOCK_PATH)).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    return False
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:

@@ -1,7 +1,6 @@
-"""Telling how a run goes: a bar in a terminal, plain lines elsewhere, JSON, or nothing.
+"""Shows how a run goes: a bar in a terminal, plain lines elsewhere, JSON, or nothing.
 
-Audio hours, times real time, the time left, failed items so far. The time left follows from the
-estimated length of the units that are still open.
+What is shown is counted by `tracker.py`.
 """
 
 from __future__ import annotations
@@ -10,17 +9,18 @@ import dataclasses
 import datetime
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
-from latentmill.plan import Plan, Unit
+from latentmill.engine.holder import RunProgress
+from latentmill.plan import Unit
 from latentmill.printing import printable, printable_json
 from latentmill.redact import redact_text
-from latentmill.store.commit import Tally
 
 if TYPE_CHECKING:
     from latentmill.engine.worker import UnitResult
@@ -31,142 +31,103 @@ LogFormat = Literal["text", "json"]
 
 
 class QuietProgress:
-    """Says nothing; base of those that do."""
+    """Shows nothing; base of the displays."""
 
     def planning(self, items: int, headers: int) -> None:
-        """The source is being listed: so many items, and headers read, so far."""
+        """Number of items listed, and of headers read, so far."""
 
-    def begin(self, plan: Plan, tallies: Mapping[str, Tally]) -> None:
-        """The run starts; the commits of these `tallies`, by unit name, are there already."""
+    def begin(self, now: RunProgress) -> None:
+        """The run starts; units that were committed before count as done."""
 
     def unit_done(self, result: UnitResult) -> None:
         """A unit was committed."""
 
     def unit_lost(self, unit: Unit, attempt: int, reason: str) -> None:
-        """A unit was lost with its actor."""
+        """A unit was lost with its worker."""
 
     def note(self, text: str) -> None:
-        """Something that a person may want to know."""
+        """A message for people."""
 
     def workers(self, ready: int, starting: int) -> None:
-        """So many actors are at work, and so many have no place or no model yet."""
+        """Number of ready and starting workers changed."""
 
-    def tick(self, audio_seconds: float) -> None:
-        """Seconds of audio that the actors have encoded so far in this run."""
+    def tick(self, now: RunProgress) -> None:
+        """How far the run is; about once a second."""
 
-    def end(self) -> None:
-        """The run is over, whichever way."""
+    def end(self, now: RunProgress) -> None:
+        """The run is over, whichever way; with its average speed."""
 
 
 Progress = QuietProgress
 
 
-class _Counting(QuietProgress):
-    """Keeps the counts that are shown; `clock` gives seconds."""
+class _EveryTenSeconds(QuietProgress):
+    """`clock` gives seconds."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
+        self._next = clock() + LINE_SECONDS
 
-    def begin(self, plan: Plan, tallies: Mapping[str, Tally]) -> None:
-        self._began = self._clock()
-        self._items = plan.num_items
-        self._estimates = {unit.number: unit.seconds for unit in plan.units}
-        for unit in plan.units:
-            if unit.name in tallies:
-                self._estimates[unit.number] = 0.0
-        self._todo = sum(self._estimates.values())
-        self._done_items = sum(tally.items for tally in tallies.values())
-        self._failed = sum(tally.failed for tally in tallies.values())
-        self._committed = 0.0  # audio seconds of units that this run committed
-        self._estimated = 0.0  # what those units were estimated at
-        self._audio = 0.0
+    def begin(self, now: RunProgress) -> None:
+        self._next = self._clock() + LINE_SECONDS
 
-    def unit_done(self, result: UnitResult) -> None:
-        self._done_items += result.encoded + result.skipped + result.failed
-        self._failed += result.failed
-        self._committed += result.audio_seconds
-        self._estimated += self._estimates[result.unit]
-        self._audio = max(self._audio, self._committed)
-
-    def tick(self, audio_seconds: float) -> None:
-        self._audio = max(audio_seconds, self._committed)
-
-    @property
-    def _elapsed(self) -> float:
-        return max(self._clock() - self._began, 1e-6)
-
-    @property
-    def _share(self) -> float:
-        """Share of this run's work that is done, 0 to 1."""
-        ahead = self._audio - self._committed
-        total = self._committed + max(self._todo - self._estimated, ahead)
-        return self._audio / total if total else 0.0
-
-    def _text(self) -> str:
-        share = self._share
-        left = self._elapsed * (1 - share) / share if share > 0.01 else None
-        return (
-            f"{self._done_items}/{self._items} items, {self._audio / 3600:.3f} h of audio, "
-            f"{self._audio / self._elapsed:.1f} x real time, "
-            f"{'--' if left is None else _minutes(left)} left, {self._failed} failed"
-        )
+    def _is_due(self) -> bool:
+        due = self._clock() >= self._next
+        self._next += LINE_SECONDS * due
+        return due
 
 
-class LineProgress(_Counting):
+class LineProgress(_EveryTenSeconds):
     """Plain lines, one every ten seconds: for logs."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(clock)
         self._stream = stream
-        self._next = self._clock() + LINE_SECONDS
 
     def planning(self, items: int, headers: int) -> None:
-        if self._clock() >= self._next:
-            self._next += LINE_SECONDS
-            self._say(_listing(items, headers))
+        if self._is_due():
+            self._print(_listing(items, headers))
 
-    def begin(self, plan: Plan, tallies: Mapping[str, Tally]) -> None:
-        super().begin(plan, tallies)
-        self._next = self._began + LINE_SECONDS
-        self._say(f"{self._items} items; starting the workers")
+    def begin(self, now: RunProgress) -> None:
+        super().begin(now)
+        self._print(f"{now.items} items; starting the workers")
 
     def unit_lost(self, unit: Unit, attempt: int, reason: str) -> None:
-        self._say(_lost(unit, attempt, reason))
+        self._print(_lost(unit, attempt, reason))
 
     def note(self, text: str) -> None:
-        self._say(redact_text(text))
+        self._print(redact_text(text))
 
-    def tick(self, audio_seconds: float) -> None:
-        super().tick(audio_seconds)
-        if self._clock() >= self._next:
-            self._next += LINE_SECONDS
-            self._say(self._text())
+    def tick(self, now: RunProgress) -> None:
+        if self._is_due():
+            self._print(_line(now))
 
-    def end(self) -> None:
-        self._say(self._text())
+    def end(self, now: RunProgress) -> None:
+        self._print(_line(now))
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         print(printable(text), file=self._stream, flush=True)
 
 
-class BarProgress(_Counting):
-    """A bar in a terminal."""
+class BarProgress(_EveryTenSeconds):
+    """A bar in a terminal, on one line of 80 columns; it shows the share of the audio."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(clock)
         self._bar = Bar(
-            TextColumn("encoding"), BarColumn(), TextColumn("{task.description}"), console=console
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=8)),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            console=console,
+            expand=True,
         )
         self._task = self._bar.add_task("starting the workers", total=1.0)
-        self._next = self._clock() + LINE_SECONDS
 
     def planning(self, items: int, headers: int) -> None:
-        if self._clock() >= self._next:
-            self._next += LINE_SECONDS
+        if self._is_due():
             self._bar.console.print(_listing(items, headers))
 
-    def begin(self, plan: Plan, tallies: Mapping[str, Tally]) -> None:
-        super().begin(plan, tallies)
+    def begin(self, now: RunProgress) -> None:
+        super().begin(now)
         self._bar.start()
 
     def unit_lost(self, unit: Unit, attempt: int, reason: str) -> None:
@@ -175,69 +136,51 @@ class BarProgress(_Counting):
     def note(self, text: str) -> None:
         self._bar.console.print(printable(redact_text(text)), markup=False, highlight=False)
 
-    def tick(self, audio_seconds: float) -> None:
-        super().tick(audio_seconds)
-        if audio_seconds:
-            self._bar.update(self._task, completed=self._share, description=self._text())
+    def tick(self, now: RunProgress) -> None:
+        if now.audio_seconds or now.items_done:
+            self._bar.update(self._task, completed=now.share, description=_short(now))
 
-    def end(self) -> None:
-        self._bar.update(self._task, description=self._text())
+    def end(self, now: RunProgress) -> None:
+        self._bar.update(self._task, completed=now.share, description=_short(now))
         self._bar.stop()
 
 
-class JsonProgress(_Counting):
+class JsonProgress(_EveryTenSeconds):
     """A JSON object per line, for machines: `event`, `time` (UTC) and what belongs to the event."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(clock)
         self._stream = stream
-        self._next = self._clock() + LINE_SECONDS
 
     def planning(self, items: int, headers: int) -> None:
-        if self._clock() >= self._next:
-            self._next += LINE_SECONDS
-            self._say("planning", items=items, headers=headers)
+        if self._is_due():
+            self._print("planning", items=items, headers=headers)
 
-    def begin(self, plan: Plan, tallies: Mapping[str, Tally]) -> None:
-        super().begin(plan, tallies)
-        self._next = self._began + LINE_SECONDS
-        todo = len(plan.units) - len(tallies)
-        self._say("begin", items=self._items, units=len(plan.units), units_todo=todo)
+    def begin(self, now: RunProgress) -> None:
+        super().begin(now)
+        todo = now.units - now.units_done
+        self._print("begin", items=now.items, units=now.units, units_todo=todo)
 
     def unit_done(self, result: UnitResult) -> None:
-        super().unit_done(result)
-        self._say("unit_done", **dataclasses.asdict(result))
+        self._print("unit_done", **dataclasses.asdict(result))
 
     def unit_lost(self, unit: Unit, attempt: int, reason: str) -> None:
-        self._say("unit_lost", unit=unit.number, attempt=attempt, reason=redact_text(reason))
+        self._print("unit_lost", unit=unit.number, attempt=attempt, reason=redact_text(reason))
 
     def note(self, text: str) -> None:
-        self._say("note", text=redact_text(text))
+        self._print("note", text=redact_text(text))
 
     def workers(self, ready: int, starting: int) -> None:
-        self._say("workers", ready=ready, starting=starting)
+        self._print("workers", ready=ready, starting=starting)
 
-    def tick(self, audio_seconds: float) -> None:
-        super().tick(audio_seconds)
-        if self._clock() >= self._next:
-            self._next += LINE_SECONDS
-            self._progress("progress")
+    def tick(self, now: RunProgress) -> None:
+        if self._is_due():
+            self._print("progress", **_rounded(now))
 
-    def end(self) -> None:
-        self._progress("end")
+    def end(self, now: RunProgress) -> None:
+        self._print("end", **_rounded(now))
 
-    def _progress(self, event: str) -> None:
-        self._say(
-            event,
-            items_done=self._done_items,
-            items=self._items,
-            failed=self._failed,
-            audio_seconds=round(self._audio, 3),
-            x_real_time=round(self._audio / self._elapsed, 3),
-            share=round(self._share, 4),
-        )
-
-    def _say(self, event: str, **values: object) -> None:
+    def _print(self, event: str, **values: object) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         line = printable_json({"time": now, "event": event, **values})
         print(line, file=self._stream, flush=True)
@@ -250,6 +193,39 @@ def for_stream(log_format: LogFormat = "text", stream: TextIO | None = None) -> 
         return JsonProgress(stream)
     console = Console(file=stream)
     return BarProgress(console) if console.is_terminal else LineProgress(stream)
+
+
+def _line(now: RunProgress) -> str:
+    return (
+        f"{now.items_done}/{now.items} items, {now.audio_seconds / 3600:.3f} of "
+        f"{now.total_seconds / 3600:.3f} h of audio, {_speed(now)} real time, {_left(now)} left, "
+        f"{now.failed} failed"
+    )
+
+
+def _short(now: RunProgress) -> str:
+    """The same in less than 70 columns, even of a million hours."""
+    done, total = now.audio_seconds / 3600, now.total_seconds / 3600
+    digits = 3 if total < 1 else 1 if total < 1000 else 0
+    failed = f"  {now.failed} failed" if now.failed else ""
+    return (
+        f"{now.share:4.0%}  {done:.{digits}f}/{total:.{digits}f} h  {_speed(now)}  "
+        f"{_left(now)} left{failed}"
+    )
+
+
+def _speed(now: RunProgress) -> str:
+    return "--" if now.x_real_time is None else f"{now.x_real_time:.1f}x"
+
+
+def _left(now: RunProgress) -> str:
+    return "--" if now.seconds_left is None else _minutes(now.seconds_left)
+
+
+def _rounded(now: RunProgress) -> dict[str, object]:
+    """For a JSON event."""
+    rounded = {name: round(value, 3) if isinstance(value, float) else value for name, value in now}
+    return {**rounded, "share": round(now.share, 4)}
 
 
 def _lost(unit: Unit, attempt: int, reason: str) -> str:

@@ -8,7 +8,7 @@ that waits for a node holds up nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -22,13 +22,14 @@ from latentmill.engine.cluster import head_answers
 from latentmill.engine.dispatch import MAX_ATTEMPTS, Dispatch, Loss
 from latentmill.engine.loss import classify
 from latentmill.engine.seat import Seat
+from latentmill.engine.underway import UnitProgress
 from latentmill.engine.worker import Job, UnitResult
 from latentmill.errors import LatentmillError, StorageError, UnitsFailedError
 from latentmill.plan import Unit
 
 POLL_SECONDS = 0.1
 SEATS_A_SECOND = 500  # with more of them the driver looks less often, and has them wait longer
-METER_SECONDS = 1.0
+REPORT_SECONDS = 1.0
 QUESTIONS_A_SECOND = 20
 # `ray job stop` gives a driver three seconds between SIGTERM and SIGKILL.
 STOP_SECONDS = 2.0
@@ -38,7 +39,7 @@ PATIENCE_SECONDS = 60.0  # without any worker, until it is said what is waited f
 MAX_STARTS = 3  # failing ones in a row, until the run ends or pauses starting
 
 Origin = npt.NDArray[np.float32]
-Kind = Literal["ready", "origin", "unit", "meter"]
+Kind = Literal["ready", "origin", "unit", "report"]
 
 
 class Watcher(Protocol):
@@ -51,13 +52,13 @@ class Watcher(Protocol):
         """A unit was lost with its actor; it is tried again if attempts are left."""
 
     def note(self, text: str) -> None:
-        """Something that a person may want to know."""
+        """A message for people."""
 
     def workers(self, ready: int, starting: int) -> None:
-        """So many actors are at work, and so many have no place or no model yet."""
+        """Number of ready and starting workers changed."""
 
-    def tick(self, audio_seconds: float) -> None:
-        """Seconds of audio that the actors have encoded, units in flight included."""
+    def tick(self, in_flight: Mapping[int, UnitProgress]) -> None:
+        """How far the workers' units are, by number; about once a second."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,8 @@ class Scheduler:
         self._hungry: set[Seat] = set()  # may have more units, perhaps
         self._calls: dict[Any, _Call] = {}  # by Ray reference
         self._origin: Origin | None = None
-        self._counted = 0.0  # audio seconds that actors encoded which are gone
         self._target = 0
-        self._next_look = self._next_meter = 0.0
+        self._next_look = self._next_report = 0.0
         self._told: tuple[int, int] | None = None
         self._idle_since = time.monotonic()  # since when no actor is ready
         self._failed_starts = 0
@@ -199,7 +199,7 @@ class Scheduler:
             self._hungry.add(seat)
             if seat.tainted and not seat.units:
                 self._end_seat(seat)
-        elif call.kind == "meter":
+        elif call.kind == "report":
             seat.heard(answer)
         elif call.kind == "ready":
             seat.ready, seat.place = True, answer
@@ -228,7 +228,7 @@ class Scheduler:
                 return
             raise error.cause from error
         loss = classify(error)
-        if call.kind == "meter":
+        if call.kind == "report":
             self._lose_seat(seat, loss)
             return
         if call.kind != "unit":
@@ -280,24 +280,24 @@ class Scheduler:
         self._hungry.discard(seat)
         self._dispatch.leave(seat)
         self._calls = {ref: call for ref, call in self._calls.items() if call.seat is not seat}
-        self._counted += seat.audio_seconds
         ray.kill(seat.actor)
 
     def _look_after(self) -> None:
         """Ask the actors how far they are; replace those that do not move any more."""
         now = time.monotonic()
-        if now < self._next_meter:
+        if now < self._next_report:
             return
-        self._next_meter = now + max(METER_SECONDS, len(self._seats) / QUESTIONS_A_SECOND)
+        self._next_report = now + max(REPORT_SECONDS, len(self._seats) / QUESTIONS_A_SECOND)
         for seat in list(self._seats):
             if seat.ready and not seat.asking:
                 seat.asking = True
-                self._ask(seat, "meter", seat.actor.meter.remote())
+                self._ask(seat, "report", seat.actor.report.remote())
             if seat.stalled(self._stall_seconds):
                 minutes = self._stall_seconds / 60
                 self._lose_seat(seat, Loss("worker", f"no progress for {minutes:g} minutes"))
         self._tell()
-        self._watcher.tick(self._counted + sum(seat.audio_seconds for seat in self._seats))
+        progress = [seat.progress for seat in self._seats]
+        self._watcher.tick({number: one for units in progress for number, one in units.items()})
 
     def _tell(self) -> None:
         ready = sum(seat.ready for seat in self._seats)

@@ -24,6 +24,7 @@ from latentmill.chunks import Chunking
 from latentmill.device import pick_device
 from latentmill.engine.careful import HANG_SECONDS, Trials
 from latentmill.engine.lock import join_run
+from latentmill.engine.underway import Underway, UnitProgress
 from latentmill.errors import StoreError
 from latentmill.meter import Meter
 from latentmill.models.base import Autoencoder, ModelHandle
@@ -116,6 +117,7 @@ class Worker:
         self._meter = Meter()
         self._turn = threading.Lock()
         self._streams: list[UnitAudio] = []  # of the units in flight
+        self._underway: dict[int, Underway] = {}  # how far they are, by number
         self._free_since: float | None = None  # since when no unit has the model, but some are here
 
     def origin(self) -> npt.NDArray[np.float32]:
@@ -132,6 +134,11 @@ class Worker:
     def meter(self) -> dict[str, float]:
         """The counters so far; `steps` grows as long as anything goes on."""
         return {**self._meter.snapshot(), "steps": self._meter.steps}
+
+    @property
+    def in_flight(self) -> dict[int, UnitProgress]:
+        """How far each unit in flight is, by number."""
+        return {number: unit.progress for number, unit in self._underway.copy().items()}
 
     @property
     def queued(self) -> int:
@@ -161,7 +168,12 @@ class Worker:
         encoder = UnitEncoder(self._model, job.chunking, job.settings, meter, self._device)
         decoding = Decoding(self._model.spec, job.chunking, job.settings, refused)
         audio = self._listen(items, decoding, meter)
-        with self._listed(audio), contextlib.closing(self._in_turn(encoder, audio)) as done:
+        underway = Underway(unit, items, self._model.spec)
+        followed = underway.follow(audio)
+        with (
+            self._listed(audio, unit, underway),
+            contextlib.closing(self._in_turn(encoder, followed)) as done,
+        ):
             commit = write_unit(
                 self._storage,
                 unit.name,
@@ -195,17 +207,19 @@ class Worker:
         return refused
 
     @contextlib.contextmanager
-    def _listed(self, audio: UnitAudio) -> Iterator[None]:
+    def _listed(self, audio: UnitAudio, unit: Unit, underway: Underway) -> Iterator[None]:
         self._streams.append(audio)
+        self._underway[unit.number] = underway
         try:
             with contextlib.closing(audio):
                 yield
         finally:
             self._streams.remove(audio)
+            del self._underway[unit.number]
             if not self._streams:
                 self._free_since = None
 
-    def _in_turn(self, encoder: UnitEncoder, audio: UnitAudio) -> Generator[Outcome]:
+    def _in_turn(self, encoder: UnitEncoder, audio: Iterable[Heard]) -> Generator[Outcome]:
         with self._turn:
             if self._free_since is not None:
                 encoder.meter.add("idle_seconds", time.perf_counter() - self._free_since)
