@@ -87,7 +87,7 @@ def test_status_of_a_store_that_is_not_complete(
     (copy / "dataset.json").unlink()
     text = runs.call(capsys, "status", copy)
     assert text.code == 0
-    assert "not complete: the same encode command resumes it" in text.out
+    assert "not complete; to resume, run the same encode command again" in text.out
     assert runs.outcome(runs.call(capsys, "status", copy, "--json"))["complete"] is False
     assert runs.call(capsys, "verify", copy).code == 8
 

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from latentmill.engine import lease as lease_module
+from latentmill.engine.holder import process_stamp
 from latentmill.engine.lease import LEASE_PATH, Lease, Timing, check_owner, hold
 from latentmill.engine.lock import join_run, only_run
 from latentmill.errors import StorageError, StoreError
@@ -108,7 +109,7 @@ def test_a_lease_that_stands_still_is_taken_over_after_its_time(storage: Storage
 
 def test_a_lease_of_a_dead_process_of_this_machine_is_taken_over_at_once(storage: Storage) -> None:
     with subprocess.Popen(["sleep", "60"]) as sleeping:
-        stamp = lease_module._stamp(sleeping.pid)
+        stamp = process_stamp(sleeping.pid)
         sleeping.kill()
     foreign(storage, process=stamp, pid=sleeping.pid, dead_after=600)
     began = time.monotonic()
