@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from audio_files import RATE, encoded, music, sound, with_pyav
@@ -143,12 +144,70 @@ def test_vorbis_that_was_cut_by_copying_packets_is_not_cut_further() -> None:
     assert np.abs(audio[:, :5000] - whole[:, first + 1024 : first + 6024]).max() < 1e-6
 
 
+def late_webm(pts: int) -> bytes:
+    """Opus whose first packet has a time."""
+    target, signal = io.BytesIO(), music(144_000, 48_000)
+    with av.open(target, "w", format="webm") as output:
+        stream = output.add_stream("libopus", rate=48_000)
+        stream.layout = "stereo"
+        for start in range(0, len(signal), 960):
+            part = signal[start : start + 960].reshape(1, -1)
+            frame = av.AudioFrame.from_ndarray(part, format="flt", layout="stereo")
+            frame.sample_rate, frame.pts = 48_000, pts + start
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    return target.getvalue()
+
+
+SAME: dict[str, Callable[[], tuple[bytes, bytes]]] = {
+    "Matroska from 0.7 s on": lambda: (late_webm(0), late_webm(33_600)),
+    "WavPack, a tag behind": lambda: with_tail(encoded("wavpack"), b"TAG" + bytes(125)),
+    "MPEG-TS, junk behind": lambda: with_tail(
+        with_pyav(music(LENGTH), RATE, "mp2", "mpegts", {}), b"qwerty" * 500
+    ),
+    "Wave64 of floats": lambda: (
+        sound(music(LENGTH), RATE, "WAV", "FLOAT"),
+        with_pyav(music(LENGTH), RATE, "pcm_f32le", "w64", {}),
+    ),
+}
+
+
+def with_tail(data: bytes, tail: bytes) -> tuple[bytes, bytes]:
+    return data, data + tail
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_what_does_not_change_the_sound_changes_no_sample(kind: str) -> None:
+    plain, odd = map(decode, SAME[kind]())
+    assert np.array_equal(plain, odd)
+
+
+def test_a_short_vorbis_cut_by_copying_packets_keeps_its_end() -> None:
+    """All audio is on one page, which counts fewer samples than it holds."""
+    data = vorbis(30_000)
+    whole = decode(data).shape[1]
+    assert decode(moved(data, -10_000)).shape[1] > whole - 2048
+
+
 def frame_at(data: bytes, number: int) -> tuple[int, int]:
     """Where a frame of 128 kbit/s begins and ends."""
     at = data.index(b"\xff\xfb")
     for _ in range(number):
         at += 417 + (data[at + 2] >> 1 & 1)
     return at, at + 417 + (data[at + 2] >> 1 & 1)
+
+
+RATES = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
+
+
+def frames_of(data: bytes) -> list[slice]:
+    """The frames of an MP3 at 44.1 kHz without tags."""
+    frames, at = [], 0
+    while at < len(data):
+        end = at + 144_000 * RATES[data[at + 2] >> 4] // RATE + (data[at + 2] >> 1 & 1)
+        frames.append(slice(at, end))
+        at = end
+    return frames
 
 
 def damaged(data: bytes, kind: str) -> bytes:
@@ -215,6 +274,54 @@ def test_joined_mp3_of_two_sample_rates_fails() -> None:
     other = with_pyav(music(9000, 48_000), 48_000, "libmp3lame", "mp3", {})
     with pytest.raises(ItemError, match=r"^damaged or joined: at byte [0-9]+ MPEG audio"):
         decode(mp3() + other)
+
+
+def with_vbri(data: bytes) -> bytes:
+    """An MP3 whose first frame holds a VBRI header in place of the Xing header."""
+    every = frames_of(data)
+    vbri = struct.pack(">4s3HII", b"VBRI", 1, 0, 75, len(data), len(every) - 1)
+    end = every[0].stop
+    return data[:4] + (bytes(32) + vbri).ljust(end - 4, b"\0") + data[end:]
+
+
+def zeroed_frame(data: bytes, number: int) -> bytes:
+    frame = frames_of(data)[number]
+    return data[: frame.start] + bytes(frame.stop - frame.start) + data[frame.stop :]
+
+
+def removed_frame(data: bytes, number: int) -> bytes:
+    frame = frames_of(data)[number]
+    return data[: frame.start] + data[frame.stop :]
+
+
+LOST_ELSEWHERE: dict[str, Callable[[], bytes]] = {
+    "behind the Xing header": lambda: zeroed_frame(mp3(), 1),
+    "second, no Xing": lambda: zeroed_frame(mp3(write_xing="0"), 1),
+    "last": lambda: zeroed_frame(mp3(), -1),
+    "removed, VBRI": lambda: removed_frame(with_vbri(mp3()), 60),
+}
+
+
+@pytest.mark.parametrize("kind", LOST_ELSEWHERE)
+def test_a_lost_mp3_frame_fails_at_the_ends_and_with_a_vbri_header(kind: str) -> None:
+    with pytest.raises(ItemError, match=r"^truncated"):
+        decode(LOST_ELSEWHERE[kind]())
+    assert decode(with_vbri(mp3())).shape[1] == 133_632
+
+
+def test_a_damaged_opus_packet_in_mp4_fails() -> None:
+    """Zeros are a valid packet of another length, and FFmpeg reports nothing."""
+    with pytest.raises(ItemError, match=r"the file's tables promise at least 14[0-9]{4} samples"):
+        decode(zeroed(in_mp4("libopus", 48_000)))
+
+
+@pytest.mark.parametrize("xing", ["0", "1"])
+def test_bytes_put_into_an_mp3_shift_nothing(xing: str) -> None:
+    data = mp3(write_xing=xing)
+    at = frame_at(data, 60)[0]
+    whole, kept = decode(data), decode(data[:at] + b"\x11" * 50 + data[at:], allow_truncated=True)
+    assert kept.shape == whole.shape
+    assert np.abs(kept[:, -20_000:] - whole[:, -20_000:]).max() < 1e-4
 
 
 def sparse_wav(path: Path, seconds: int, size: int) -> Path:
@@ -325,7 +432,15 @@ KEPT: dict[str, Callable[[], tuple[bytes, bytes]]] = {
     "vorbis": lambda: (vorbis(), zeroed(vorbis())),
     "vorbis, no page": lambda: (vorbis(), without_page(vorbis(), 7)),
     "ogg-flac": lambda: (encoded("ogg-flac", LENGTH), zeroed(encoded("ogg-flac", LENGTH))),
+    "ac-3 in mp4": lambda: both(in_mp4("ac3", 48_000)),
+    "mp3 in wav": lambda: both(with_pyav(music(LENGTH), RATE, "libmp3lame", "wav", {})),
+    "webm": lambda: both(encoded("webm", 240_000)),
+    "tta": lambda: both(with_pyav(music(LENGTH), RATE, "tta", "tta", {}, sample="s16")),
 }
+
+
+def both(data: bytes) -> tuple[bytes, bytes]:
+    return data, zeroed(data)
 
 
 @pytest.mark.parametrize("kind", KEPT)

@@ -59,7 +59,7 @@ def open_audio(
         raise ItemError(f"{found.damage} {KEEP_HINT}")
     repaired = None
     if found.frames and found.frames.gaps:
-        media = repaired = repair(media, found.frames)
+        media = repaired = repair(media, found.frames, bare=sniffed.format == "wav")
         sniffed = sniff(media)
     shortage = find_shortage(media, sniffed)
     decoder = _open_decoder(media, sniffed, found, shortage, keep=allow_truncated)

@@ -6,6 +6,7 @@ early. A damaged file can be repaired for decoding: silent frames take the place
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -45,7 +46,7 @@ class Frames:
         samples: Samples per channel of a frame.
         gaps: Where bytes are lost or damaged.
         other: Where frames of another kind (sample rate, layer) follow the last one.
-        promised: Frames that a Xing or Info header counts, itself not included; None without one.
+        promised: Frames that a Xing, Info or VBRI header counts, less its own; None without one.
         promised_end: The byte behind the audio by that header.
     """
 
@@ -73,12 +74,22 @@ def read_frames(media: MediaFile, offset: int, end: int | None = None) -> Frames
 
 
 def _with_promise(media: MediaFile, frames: Frames) -> Frames:
-    promise = xing_header(media.read_at(frames.first, 64), 0)
+    """Read the Xing, Info or VBRI header in the first frame."""
+    data = media.read_at(frames.first, 64)
+    promise = _vbri_header(data) or xing_header(data, 0)
     if promise is None:
         return frames
     count, size = promise
     end = None if size is None else frames.first + size
     return replace(frames, promised=count, promised_end=end)
+
+
+def _vbri_header(data: bytes) -> tuple[int, int] | None:
+    """Frames and bytes by the header of Fraunhofer's encoders."""
+    if data[36:40] != b"VBRI" or len(data) < 54:
+        return None
+    size, count = struct.unpack_from(">II", data, 46)
+    return (count, size) if count else None
 
 
 class _Walk:
@@ -87,10 +98,13 @@ class _Walk:
         self._base, self._heads = at, _headers(media.read_at(at, _WINDOW))
 
     def run(self) -> Frames | None:
-        first = self._resync()
+        begin, first = self._at, self._resync()
         if first is None:
             return None
-        self._at, kind = first, self._head(first)[1]
+        kind = self._head(first)[1]
+        if self._head(begin)[1] == kind:  # what follows the first frame is damaged
+            first = begin
+        self._at = first
         count, gaps, end, cut, other = 0, list[Gap](), first, False, None
         while self._at + 4 <= self._stop:
             length, found = self._head(self._at)
@@ -197,20 +211,23 @@ def _samples(kind: int) -> int:
     return 576 if layer == 3 and version != 3 else 1152
 
 
-def repair(media: MediaFile, frames: Frames) -> MediaFile:
+def repair(media: MediaFile, frames: Frames, *, bare: bool = False) -> MediaFile:
     """The file with silent frames where frames are lost, so that all others stay in their place.
 
     Frames behind a gap whose bits begin in a lost one become silent, too.
 
     A header that counts frames tells how many are lost, else the bytes between the others do.
+    What surrounds the frames, such as a WAV header, is left out if `bare`.
     """
     mean = max(1.0, (frames.end - frames.first - sum(g.size for g in frames.gaps)) / frames.count)
-    fills = [max(1, round(gap.size / mean)) for gap in frames.gaps]
+    fills = [max(gap.size * 4 > mean, round(gap.size / mean)) for gap in frames.gaps]
     lost = frames.lost
-    if lost is not None and 0 < lost <= frames.count:  # a damaged header may promise any number
+    if lost == 0:
+        fills = [0] * len(fills)  # bytes were put in
+    elif lost is not None and 0 < lost <= frames.count:  # a damaged header may promise any number
         largest = max(range(len(fills)), key=lambda index: frames.gaps[index].size)
         fills[largest] = max(0, fills[largest] + lost - sum(fills))
-    pieces, at = [], 0
+    pieces, at = [], frames.first if bare else 0
     for gap, fill in zip(frames.gaps, fills, strict=True):
         pieces.append(media.read_at(at, gap.start - at))
         at = gap.start + gap.size
@@ -219,7 +236,7 @@ def repair(media: MediaFile, frames: Frames) -> MediaFile:
         for piece in _without_lost_bits(media, at, frames.end):
             pieces.append(piece)
             at += len(piece)
-    pieces.append(media.read_at(at, media.size - at))
+    pieces.append(media.read_at(at, (frames.end if bare else media.size) - at))
     return media_from_bytes(b"".join(pieces), "repaired")
 
 

@@ -77,7 +77,7 @@ def _survey(media: MediaFile, sniffed: Sniffed) -> Survey:
         if place is None:
             return NOTHING
         frames = mp3.read_frames(media, *place)
-        return Survey(_mp3_damage(media, frames) if frames else None, plain=False)
+        return Survey(_mp3_damage(media, frames) if frames else None, plain=False, frames=frames)
     if sniffed.format == "flac":
         first = flac.first_sample(media, sniffed.offset)
         whole = flac.ends_as_promised(media, sniffed.offset) and not first
@@ -122,6 +122,8 @@ def _mp3_damage(media: MediaFile, frames: mp3.Frames) -> str | None:
     lost, there = frames.lost or 0, (frames.count - start) * frames.samples
     end = frames.promised_end
     whole = end is not None and end <= media.size and not frames.cut
+    # The bytes that the header counts are frames, or tags that some encoders count.
+    whole = whole and (frames.end >= (end or 0) or mp3.tag_size(media, frames.end) > 0)
     if lost > (_MISCOUNT if whole else 0) and frames.promised is not None:
         promised = frames.promised * frames.samples
         return f"truncated: the header promises {promised} samples, {there} could be decoded"

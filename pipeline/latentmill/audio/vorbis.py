@@ -35,8 +35,11 @@ class Start:
 
     @property
     def dropped(self) -> int:
-        """Samples at the end of the page that libvorbis drops."""
-        return 0 if self.ends else max(0, min(self.samples - self.granule, self.last))
+        """Samples at the end of the page that libvorbis drops: at most the last block."""
+        extra = self.samples - self.granule
+        if self.ends and extra <= self.last:  # the usual end of a short file: decoders trim it
+            return 0
+        return max(0, min(extra, self.last))
 
 
 def read_start(media: MediaFile, offset: int) -> Start | None:

@@ -33,6 +33,14 @@ is noticed."""
 _EXACT = ("flac", "wavpack")
 """Formats whose header counts samples, so that fewer of them are a loss."""
 
+_CHECKS = {
+    "flac": "crccheck",
+    "wavpack": "crccheck",
+    "tta": "crccheck+explode",
+    "ape": "crccheck+explode",
+}
+"""What makes FFmpeg compare a codec's checksums."""
+
 _UNTRIMMED = ("opus", "vorbis")
 """Codecs in MP4 that FFmpeg gives to the end of their last frame."""
 
@@ -44,6 +52,8 @@ _LONGEST_GAP = 1 << 28
 
 _MATROSKA_SLACK = 0.25
 """Seconds that a header may promise too many."""
+
+_MAX_JUNK = 1000
 
 AV_ERRORS = (av.FFmpegError, ValueError, EOFError)
 
@@ -93,8 +103,8 @@ class PyAVDecoder:
         if stream.codec_context is None or stream.codec.name not in DECODERS:
             raise DecodeError("its codec is not one that can be decoded")
         stream.codec_context.thread_count = 1  # the callers have threads
-        if self._format in _EXACT:
-            stream.codec_context.options = {"err_detect": "crccheck"}
+        if check := _CHECKS.get(stream.codec.canonical_name):
+            stream.codec_context.options = {"err_detect": check}
         self._stream = stream
         self._begin: int | None = None
         self._damaged = False
@@ -144,10 +154,14 @@ class PyAVDecoder:
             # Something is wrong. The packets, one by one, tell what, and give the samples up to it.
             self.close()
             self._open()  # the two share the descriptor's position
+        total = 0
         for block in self._by_packet():
+            total += len(block)
             if len(block) > done:
                 yield block[done:]
             done -= min(done, len(block))
+        if least is not None and not self._keep and total <= least:
+            raise DecodeError(f"the file's tables promise at least {int(least) + 1} samples")
 
     def _least(self) -> float | None:
         """If no more samples than this come, some are lost; None if that cannot be said."""
@@ -221,26 +235,32 @@ class PyAVDecoder:
         except DecodeError as error:
             fault = error
         yield from self._packed(packer, None)
-        seconds = (self._container.duration or 0) / av.time_base
+        start = max(0, self._container.start_time or 0)
+        seconds = ((self._container.duration or 0) - start) / av.time_base
         alone = self._format == "matroska" and len(self._container.streams) == 1
         if alone and not fault and done / self.info.sample_rate < seconds - _MATROSKA_SLACK:
             # FFmpeg does not report clusters that it cannot read.
             fault = DecodeError(f"the header promises {seconds:.3f} s")
-        if fault:
+        promised = self.info.num_samples or 0
+        whole = self._format == "wavpack" and 0 < promised <= done  # tags follow, mostly
+        if fault and not whole:
             raise fault
 
     def _gap(self, frame: av.AudioFrame, done: int) -> int:
         """Samples that are missing before a frame, by its time; 0 unless damage was met."""
-        if not (self._damaged or (self._keep and self._format == "flac")):
+        unreported = ("flac", "matroska", "mp4")  # FFmpeg leaves out what it cannot read
+        if not (self._damaged or (self._keep and self._format in unreported)):
             return 0
         if frame.pts is None or self._first is None or not frame.time_base:
             return 0
-        self._damaged = False
+        damaged, self._damaged = self._damaged, False
         second = frame.sample_rate * frame.time_base
         gap = round((frame.pts - self._first) * second) - done
         frames = round(gap / frame.samples) * frame.samples
         if abs(gap - frames) <= second:  # Matroska counts milliseconds
             gap = frames
+        if self._format != "flac" and not damaged and 4 * gap < frame.samples:  # rounded times
+            return 0
         return max(0, gap)
 
     def seek(self, sample: int) -> int:
@@ -255,7 +275,7 @@ class PyAVDecoder:
         fault: DecodeError | None = None
         begun = False
         try:
-            for packet in self._container.demux(self._stream):
+            for packet in self._packets():
                 self._begin = packet.pts if self._begin is None else self._begin
                 # Shorter than the container says; others read to the end of the file.
                 if packet.is_corrupt and self._format in ("mp4", "matroska", "wavpack"):
@@ -267,7 +287,7 @@ class PyAVDecoder:
                     continue  # tags, also between joined files, and zeros
                 try:
                     frames = packet.decode()
-                except av.InvalidDataError as error:
+                except (av.InvalidDataError, av.error.UndefinedError) as error:
                     if begun or self._format not in _STREAMS:
                         fault, self._damaged = fault or DecodeError(_text(error)), True
                     continue
@@ -280,6 +300,14 @@ class PyAVDecoder:
         # Zeros and unknown tags behind the last MP3 frame are common and harmless.
         if fault and self._format != "mp3":
             raise fault
+
+    def _packets(self) -> Iterator[av.Packet[av.AudioStream]]:
+        for _ in range(_MAX_JUNK):
+            try:
+                yield from self._container.demux(self._stream)
+            except av.BlockingIOError:  # MPEG-TS: a piece of junk, and more may follow
+                continue
+            return
 
     def _packed(self, packer: av.AudioResampler, frame: av.AudioFrame | None) -> list[Samples]:
         """What is ready of the frames so far as blocks `[n, C]`, scaled as libsndfile scales."""
@@ -355,5 +383,7 @@ def _array(frame: av.AudioFrame) -> Samples:
 
 
 def _text(error: Exception) -> str:
+    if isinstance(error, av.error.UndefinedError):  # FFmpeg has a number for it, and no text
+        return "a frame is damaged"
     text = error.strerror if isinstance(error, av.FFmpegError) else str(error)
     return " ".join((text or type(error).__name__).split())

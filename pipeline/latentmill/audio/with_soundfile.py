@@ -30,6 +30,8 @@ class SoundFileDecoder:
     """
 
     def __init__(self, media: MediaFile, sniffed: Sniffed, found: Survey = NOTHING) -> None:
+        if sniffed.format == "w64" and _is_extensible(media):
+            raise DecodeError("libsndfile reads its floats as integers")
         self._last_seek = found.last_seek if sniffed.format == "ogg-vorbis" else None
         try:
             self._file = sf.SoundFile(media.rewind(), closefd=False)
@@ -85,6 +87,13 @@ class SoundFileDecoder:
     def close(self) -> None:
         """Release the decoder."""
         self._file.close()
+
+
+def _is_extensible(media: MediaFile) -> bool:
+    """Whether a Wave64 file gives its sample format as WAVE_FORMAT_EXTENSIBLE."""
+    head = media.read_at(0, 4096)
+    at = head.find(b"fmt \xf3\xac\xd3\x11")
+    return at >= 0 and head[at + 24 : at + 26] == b"\xfe\xff"
 
 
 def _text(error: sf.LibsndfileError) -> str:
