@@ -29,6 +29,7 @@ SECRETS = [  # with a secret, and as it is shown
     (f"https://{S}@host/a.wav", "https://***@host/a.wav"),
     (f"HTTPS://user:{S}@[::1]:80/a", "HTTPS://***@[::1]:80/a"),
     (f"//user:{S}@host/a.wav", "//***@host/a.wav"),
+    (f"smb://user;pw={S}@host/a.wav", "smb://***@host/a.wav"),
     (f"sftp://user:{S}@host:22/a.wav", "sftp://***@host:22/a.wav"),
     (f"zip://x.wav::s3://key:{S}@bucket/a.zip", "zip://x.wav::s3://***@bucket/a.zip"),
     (f"simplecache::https://user:{S}@host/a", "simplecache::https://***@host/a"),

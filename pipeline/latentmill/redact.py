@@ -110,7 +110,8 @@ def _without_user(rest: str, web: bool) -> str:
     host = re.split(r"[/?#]", rest[2:], maxsplit=1)[0]
     user, at, _ = host.rpartition("@")
     if at:  # without a password it may be a container or an account, but in a web address a token
-        return f"//{MASK}@{rest[len(user) + 3 :]}" if web or ":" in unquote(user) else rest
+        secret = web or not {":", ";"}.isdisjoint(unquote(user))
+        return f"//{MASK}@{rest[len(user) + 3 :]}" if secret else rest
     if _PORT_OR_ADDRESS.fullmatch(host) or "@" not in rest:
         return rest
     return f"//{MASK}@{rest.partition('@')[2]}"

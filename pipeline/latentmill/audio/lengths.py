@@ -127,6 +127,17 @@ def _musepack8(media: MediaFile, at: int) -> int | None:
     return None
 
 
+def _wavpack(media: MediaFile, at: int) -> int | None:
+    """Blocks with their sizes, one behind the other."""
+    end = None
+    for _ in range(_MAX_PACKETS):
+        head = media.read_at(at, 8)
+        if len(head) < 8 or not head.startswith(b"wvpk"):
+            break
+        end = at = at + 8 + int.from_bytes(head[4:], "little")
+    return end
+
+
 _FORMATS: dict[str, Callable[[MediaFile, int], int | None]] = {
     "dsf": _dsf,
     "dff": _dff,
@@ -136,4 +147,5 @@ _FORMATS: dict[str, Callable[[MediaFile, int], int | None]] = {
     "tta": _tta,
     "ape": _ape,
     "musepack8": _musepack8,
+    "wavpack": _wavpack,
 }

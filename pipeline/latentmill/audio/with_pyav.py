@@ -54,6 +54,7 @@ _MATROSKA_SLACK = 0.25
 """Seconds that a header may promise too many."""
 
 _MAX_JUNK = 1000
+"""Pieces of junk in a file that are passed over."""
 
 AV_ERRORS = (av.FFmpegError, ValueError, EOFError)
 
@@ -242,7 +243,7 @@ class PyAVDecoder:
             # FFmpeg does not report clusters that it cannot read.
             fault = DecodeError(f"the header promises {seconds:.3f} s")
         promised = self.info.num_samples or 0
-        whole = self._format == "wavpack" and 0 < promised <= done  # tags follow, mostly
+        whole = self._format == "wavpack" and 0 < promised <= done  # what follows are tags
         if fault and not whole:
             raise fault
 
