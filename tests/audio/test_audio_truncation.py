@@ -17,7 +17,7 @@ def decode(data: bytes, *, allow_truncated: bool = False) -> np.ndarray:
 @pytest.mark.parametrize("kind", [kind for kind in ALL if kind != "mp3-without-xing"])
 @pytest.mark.parametrize("lost", [1, 100, 0.5])
 def test_a_cut_file_fails_in_one_line(kind: str, lost: float) -> None:
-    data = encoded(kind)
+    data = encoded(kind).split(b"APETAGEX")[0]  # a lost tag costs no audio
     data = data[: int(len(data) * lost) if lost < 1 else len(data) - int(lost)]
     with pytest.raises(ItemError, match=r"^truncated|^cannot be decoded") as caught:
         decode(data)
