@@ -10,10 +10,16 @@
 Every fault of a recording is an ItemError with one line of text that names no path.
 """
 
-from latentmill.audio.convert import Waveform, WaveformStats, prepare
-from latentmill.audio.decode import open_audio, probe
-from latentmill.audio.media import MediaFile, media_from_bytes, open_media
-from latentmill.audio.stream import AudioInfo, AudioStream
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from latentmill.audio.convert import Waveform, WaveformStats, prepare
+    from latentmill.audio.decode import open_audio, probe
+    from latentmill.audio.media import MediaFile, media_from_bytes, open_media
+    from latentmill.audio.stream import AudioInfo, AudioStream
 
 __all__ = [
     "AudioInfo",
@@ -27,3 +33,23 @@ __all__ = [
     "prepare",
     "probe",
 ]
+
+_MODULES = {
+    "AudioInfo": "stream",
+    "AudioStream": "stream",
+    "MediaFile": "media",
+    "Waveform": "convert",
+    "WaveformStats": "convert",
+    "media_from_bytes": "media",
+    "open_audio": "decode",
+    "open_media": "media",
+    "prepare": "convert",
+    "probe": "decode",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Importing the decoders takes half a second, which commands that load no audio save.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
