@@ -72,6 +72,7 @@ def test_a_seal_that_is_older_than_the_commits_is_replaced_by_any_run(
     after = {path: path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()}
     gone = {path.relative_to(store).as_posix() for path in before.keys() - after.keys()}
     assert "commits/000001.json" in gone
+    del before[store / ".lock"], after[store / ".lock"]  # it names the run while it works
     assert after.items() <= before.items()
 
 
