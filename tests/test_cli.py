@@ -95,7 +95,7 @@ def test_status_of_a_store_that_is_not_complete(
 def test_verify(capsys: Capture, store: Path, tmp_path: Path) -> None:
     text = runs.call(capsys, "verify", store, "--decode", 2)
     assert (text.code, text.err) == (0, "")
-    assert "1 of 1 units, 4 records of 5 items: whole" in text.out
+    assert "1 of 1 units, 4 records of 5 items: no faults" in text.out
     assert text.out.count("decoded ") == 2
     report = runs.outcome(runs.call(capsys, "verify", store, "--decode", 1, "--json"))
     assert report["faults"] == []
@@ -139,7 +139,8 @@ def test_decode_to_where_nothing_can_be_written(
     result = runs.call(capsys, "mix", store, "album 0/song 00", "-o", tmp_path / "mix.mp3")
     assert (result.code, result.err) == (
         2,
-        f"latentmill: Output {tmp_path}/mix.mp3: name a .wav or .flac file.\n",
+        f"latentmill: Cannot write {tmp_path}/mix.mp3: use a file name that ends in .wav or "
+        ".flac.\n",
     )
 
 
@@ -166,7 +167,7 @@ def test_flac(capsys: Capture, store: Path, songs: Path, tmp_path: Path) -> None
     np.testing.assert_allclose(soundfile.read(file)[0], source, atol=2e-3)
     loud = runs.call(capsys, "mix", store, f"{key}:5", "-o", tmp_path / "loud.flac")
     assert loud.code == 0
-    assert "samples clipped, the peak is +" in loud.err
+    assert "samples (peak +" in loud.err
     assert np.abs(soundfile.read(tmp_path / "loud.flac")[0]).max() <= 1
     wrong = runs.call(capsys, "decode", store, key, "-o", tmp_path, "--format", "mp3")
     assert (wrong.code, wrong.err) == (2, "latentmill: Option --format mp3: it is wav or flac.\n")

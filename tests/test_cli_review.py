@@ -77,7 +77,7 @@ def test_files_that_are_no_items_are_counted(
     store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("status", store)
-    assert "left alone, as they are no items: 1 .jpg" in capsys.readouterr().out
+    assert "ignored (not audio): 1 .jpg" in capsys.readouterr().out
     run("status", store, "--json")
     assert json.loads(capsys.readouterr().out)["ignored"] == {".jpg": 1}
 

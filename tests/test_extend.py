@@ -141,7 +141,7 @@ def test_new_files_become_new_units(songs: Path, store: Path, tmp_path: Path) ->
     assert fresh.info.mean == pytest.approx(summary.info.mean)
     again = encode(songs, store, extend=True)
     assert again.resumed_units == again.units
-    assert "nothing new" in show.summary(again)
+    assert "no new files in the source" in show.summary(again)
 
 
 def test_an_extension_that_is_killed_keeps_the_old_store_readable(
@@ -195,7 +195,7 @@ def test_changed_and_vanished_files_are_named(songs: Path, store: Path) -> None:
     assert found.vanished_keys == ("album 2/song 02",)
     text = show.summary(summary)
     assert "1 items changed since they were planned: album 1/song 01" in text
-    assert "--retry-changed encodes them anew" in text
+    assert "--retry-changed encodes them again" in text
     assert "1 items are gone from the source; their latents stay: album 2/song 02" in text
     assert files(store, "commits", "shards", "plan") == old  # reported, and no more
 

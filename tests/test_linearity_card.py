@@ -176,7 +176,7 @@ def test_the_commands(
     text = runs.call(capsys, "linearity", store.url, "--items", 3)
     assert text.code == 0
     assert text.out.splitlines()[0].startswith("scaling   relative error ")
-    assert text.out.splitlines()[-1] == "good by the limit of 0.25"
+    assert text.out.splitlines()[-1] == "good: every error is at most 0.25"
     parsed = runs.outcome(runs.call(capsys, "linearity", store.url, "--max-seconds", 0.5, "--json"))
     assert parsed["poor"] == []
     assert (

@@ -194,7 +194,7 @@ def test_a_file_is_whole_or_not_there(
     assert (tmp_path / "old.wav").read_text() == "what was there"
     with pytest.raises(ConfigError) as caught:
         write_audio(tmp_path / "a.mp3", [], sample_rate=8000, channels=1, num_samples=0)
-    assert "name a .wav or .flac file" in one_sentence(caught.value)
+    assert "ends in .wav or .flac" in one_sentence(caught.value)
 
 
 def test_a_file_name_as_long_as_allowed_is_written(tmp_path: Path) -> None:

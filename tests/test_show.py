@@ -79,8 +79,8 @@ def test_the_summary_accounts_for_every_item() -> None:
 def test_the_summary_of_a_run_with_nothing_to_do() -> None:
     text = show.summary(run(failures=(), skipped=(), ignored={}, resumed_units=4, stages={}))
     assert text.splitlines()[1:] == [
-        "every unit was committed already: nothing to encode (the plan is frozen: --extend adds "
-        "files that came later)"
+        "nothing to encode: every unit is committed already (to add new files of the source, use "
+        "--extend)"
     ]
 
 
@@ -89,21 +89,21 @@ def test_the_summary_of_an_extension() -> None:
     found = Extension(3, 25, 1, False, keys[:3], keys, keys[:1])
     text = show.summary(run(failures=(), skipped=(), ignored={}, resumed_units=4, extension=found))
     lines = text.splitlines()
-    assert lines[1] == "  the plan was extended by 3 new items"
+    assert lines[1] == "  new items added to the plan: 3"
     assert lines[2].startswith("  25 items changed since they were planned: song 0, song 1,")
     assert lines[2].endswith("song 19, ...")
     assert lines[3] == "  1 items are gone from the source; their latents stay: song 0"
-    assert lines[4] == "    --retry-changed encodes them anew"
+    assert lines[4] == "    --retry-changed encodes them again"
     assert "--extend" not in text
     none = run(extension=Extension(0, 0, 0, False))
-    assert "  nothing new" in show.summary(none).splitlines()
+    assert "  no new files in the source" in show.summary(none).splitlines()
     retried = run(extension=Extension(0, 1, 0, True, (), ("a",)))
-    assert "their units were encoded anew" in show.summary(retried)
+    assert "these files were encoded again" in show.summary(retried)
 
 
 def test_the_summary_names_the_files_that_are_no_items_and_the_cure_of_failures() -> None:
     lines = show.summary(run()).splitlines()
-    assert "  left alone, as they are no items: 12 .ape, 3 .jpg" in lines
+    assert "  ignored (not audio): 12 .ape, 3 .jpg" in lines
     assert any("--retry-failed" in line for line in lines)
     assert "--retry-failed" not in show.summary(run(failures=()))
 
@@ -113,7 +113,7 @@ def test_the_summary_names_the_files_that_are_no_items_and_the_cure_of_failures(
     [
         ({"model_seconds": 2.0, "wait_seconds": 6.0}, "bound by decoding: the model waited 75%"),
         ({"model_seconds": 9.0, "wait_seconds": 1.0}, "bound by the model: it worked 90%"),
-        ({"model_seconds": 2.0, "wait_seconds": 1.0}, "most of it was starting Ray"),
+        ({"model_seconds": 2.0, "wait_seconds": 1.0}, "most of this time went into starting Ray"),
     ],
 )
 def test_what_a_run_was_bound_by(stages: dict[str, float], verdict: str) -> None:
@@ -124,7 +124,7 @@ def test_info_gives_rates_and_statistics() -> None:
     text = show.info(info())
     assert "2 channels at 100.000 Hz, float16, time-major" in text
     assert "trim, chunks of 1.00 s" in text
-    assert "mean 2, standard deviation 3.536 over all channels" in text
+    assert "mean 2, standard deviation 3.54 over all channels" in text
     assert "f" * 32 in text
 
 
@@ -132,12 +132,12 @@ def test_verification() -> None:
     report = Report(units=2, committed=2, items=4, records=4)
     report.decoded = [Decoded("a", 2.0, -0.01, 61.23), Decoded("b", 1.0, None, None)]
     assert show.verification(report).splitlines() == [
-        "2 of 2 units, 4 records of 4 items: whole",
+        "2 of 2 units, 4 records of 4 items: no faults",
         "decoded a: 2.00 s, level -0.01 dB, SNR 61.2 dB against its source",
         "decoded b: 1.00 s, silence",
     ]
     report.faults.append("shards/000000.parquet does not match the hash in its commit")
-    assert "NOT whole" in show.verification(report)
+    assert "FAULTS FOUND" in show.verification(report)
     assert "fault: shards/000000.parquet does not match" in show.verification(report)
 
 

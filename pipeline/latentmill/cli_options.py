@@ -52,72 +52,96 @@ Channels = Annotated[
 ]
 
 ENCODE: dict[str, Any] = {
-    "source": _argument("SOURCE", "Folder, manifest, tars, Parquet; any URL."),
+    "source": _argument(
+        "SOURCE", "Folder, manifest, WebDataset tars or Parquet files: a path or URL."
+    ),
     "out": _argument("STORE", "Store to write or resume: a folder or URL."),
-    "config": _one(Path, "YAML file; options win over it."),
+    "config": _one(Path, "YAML file of settings; options on the command line override it."),
     "format": _one(str, "parquet (default) or webdataset."),
     "dtype": _one(str, "float16 (default) or float32."),
     "log_format": _one(str, "text (default), or json: one object per line on stderr."),
-    "model": _one(str, "Autoencoder (default: mdct).", MODEL),
+    "model": _one(str, "Autoencoder, see `latentmill models`. [default: mdct]", MODEL),
     "model_option": ModelOption,
     "revision": Revision,
     "channels": Channels,
     "precision": _one(str, "float32, tf32, bf16 or fp16 (default: by the device).", MODEL),
     "compile": _flag("--compile", "Encode full batches by torch.compile.", MODEL),
     "stitch": _one(str, "trim, crossfade or none.", MODEL),
-    "chunk_seconds": _one(float, "Chunk length.", MODEL),
-    "chunk_samples": _one(int, "The same, exactly.", MODEL),
-    "overlap": _one(float, "Shared part of a chunk, 0-0.5.", MODEL),
+    "chunk_seconds": _one(float, "Chunk length in seconds. [default: the model's]", MODEL),
+    "chunk_samples": _one(int, "Chunk length in samples. Overrides --chunk-seconds.", MODEL),
+    "overlap": _one(float, "Fraction of a chunk that the next one repeats, 0 to 0.5.", MODEL),
     "source_type": _one(str, "folder, manifest, webdataset or parquet (default: by name).", SOURCE),
-    "include": _many("Glob over a folder's paths, such as '*/vocals.*'.", SOURCE),
-    "exclude": _many("The same for what to leave.", SOURCE),
-    "extensions": _many("File name extension of audio.", SOURCE),
-    "path_column": _one(str, "A manifest's column of paths.", SOURCE),
-    "start_column": _one(str, "Its column of starts, in seconds.", SOURCE),
-    "duration_column": _one(str, "Its column of durations.", SOURCE),
-    "key_column": _one(str, "A table's column of unique names.", SOURCE),
-    "audio_column": _one(str, "A Parquet file's column of audio.", SOURCE),
+    "include": _many("Glob of paths to take, e.g. '*/vocals.*'. Repeatable.", SOURCE),
+    "exclude": _many("Glob of paths to skip, e.g. '*/drafts/*'. Repeatable.", SOURCE),
+    "extensions": _many("Extension of files to take, e.g. .wav. Repeatable.", SOURCE),
+    "path_column": _one(str, "Manifest column that holds the paths.", SOURCE),
+    "start_column": _one(str, "Manifest column of segment starts, in seconds.", SOURCE),
+    "duration_column": _one(str, "Manifest column of segment durations, in seconds.", SOURCE),
+    "key_column": _one(str, "Manifest or Parquet column of unique names.", SOURCE),
+    "audio_column": _one(str, "Parquet column that holds the audio.", SOURCE),
     "group_by": _one(
         str,
-        "What belongs together: a regular expression over keys with (?P<group>...) and "
-        "(?P<role>...), or metadata:FIELD,FIELD.",
+        "Put items that belong together, such as stems, in one group: a regular expression over "
+        "keys with (?P<group>...) and (?P<role>...), or metadata:FIELD,FIELD.",
         SOURCE,
     ),
-    "allow_truncated": _flag("--allow-truncated", "Keep what truncated files hold.", SOURCE),
-    "min_seconds": _one(float, "Skip shorter items.", FILTERS),
-    "max_seconds": _one(float, "Skip longer items.", FILTERS),
-    "min_rms": _one(float, "Skip softer items, dBFS.", FILTERS),
-    "min_sample_rate": _one(int, "Skip lower sample rates.", FILTERS),
-    "max_sample_rate": _one(int, "Skip higher sample rates.", FILTERS),
-    "min_channels": _one(int, "Skip fewer channels.", FILTERS),
-    "max_channels": _one(int, "Skip more channels.", FILTERS),
-    "where": _one(
-        str, "Skip items whose metadata differ: \"genre == 'rock' and bpm > 100\".", FILTERS
+    "allow_truncated": _flag(
+        "--allow-truncated",
+        "Encode the readable part of truncated files instead of failing them.",
+        SOURCE,
     ),
-    "unit_seconds": _one(float, "Audio per shard.", PLAN),
-    "shard_size": _one(str, "Its size at most, such as 512MiB (default 1GiB).", PLAN),
+    "min_seconds": _one(float, "Skip items shorter than this many seconds.", FILTERS),
+    "max_seconds": _one(float, "Skip items longer than this many seconds.", FILTERS),
+    "min_rms": _one(float, "Skip items with an RMS level below this, in dBFS, e.g. -60.", FILTERS),
+    "min_sample_rate": _one(int, "Skip items with a sample rate below this, in Hz.", FILTERS),
+    "max_sample_rate": _one(int, "Skip items with a sample rate above this, in Hz.", FILTERS),
+    "min_channels": _one(int, "Skip items with fewer channels.", FILTERS),
+    "max_channels": _one(int, "Skip items with more channels.", FILTERS),
+    "where": _one(
+        str,
+        "Skip items whose metadata do not match, e.g. \"genre == 'rock' and bpm > 100\".",
+        FILTERS,
+    ),
+    "unit_seconds": _one(float, "Seconds of audio per shard. [default: by corpus size]", PLAN),
+    "shard_size": _one(str, "Maximum shard size (estimated), e.g. 512MiB. [default: 1GiB]", PLAN),
     "probe": _flag(
         "--probe/--no-probe",
         "Read the headers of files for their lengths, to plan and estimate exactly. "
         "[default: up to 100,000 local files]",
         PLAN,
     ),
-    "retry_failed": _flag("--retry-failed", "Encode units with failed items anew.", PLAN),
-    "extend": _flag("--extend", "Add what is new in SOURCE, as new units.", PLAN),
-    "retry_changed": _flag("--retry-changed", "With --extend: encode changed files anew.", PLAN),
+    "retry_failed": _flag(
+        "--retry-failed", "Encode the shards that have failed items again.", PLAN
+    ),
+    "extend": _flag("--extend", "Add new files of SOURCE to the store.", PLAN),
+    "retry_changed": _flag("--retry-changed", "With --extend: encode changed files again.", PLAN),
     "device": _one(str, "auto (default), cpu or cuda.", MACHINES),
-    "workers": _one(int, "Models in memory.", MACHINES),
+    "workers": _one(
+        int, "Number of workers; each loads one copy of the model. [default: one per GPU]", MACHINES
+    ),
     "threads": _one(int, "CPU threads per worker.", MACHINES),
     "batch_size": _one(int, "Chunks per forward pass.", MACHINES),
     "decode_threads": _one(
-        int, "Decoders per worker (2; on a GPU its share of the cores).", MACHINES
+        int,
+        "Threads per worker that load audio. [default: 2; on a GPU its share of the cores]",
+        MACHINES,
     ),
     "decode_tasks": _one(
-        int, "Decode a unit in so many Ray tasks on any free CPU cores instead.", MACHINES
+        int,
+        "Load audio in this many Ray tasks per shard, on any node, instead of threads.",
+        MACHINES,
     ),
-    "decode_timeout": _one(float, "Seconds to decode an item, beyond its length (600).", MACHINES),
-    "address": _one(str, "Ray cluster (default: embedded).", MACHINES),
-    "stall_minutes": _one(float, "Replace a worker without progress (default 15).", MACHINES),
+    "decode_timeout": _one(
+        float,
+        "Time limit for loading an item: its length plus this many seconds. [default: 600]",
+        MACHINES,
+    ),
+    "address": _one(
+        str, "Address of a Ray cluster. [default: RAY_ADDRESS, else embedded Ray]", MACHINES
+    ),
+    "stall_minutes": _one(
+        float, "Replace a worker after this many minutes without progress. [default: 15]", MACHINES
+    ),
 }
 
 

@@ -293,8 +293,8 @@ def _write(path: Path, store: LatentStore, source: LatentSource, samples: int, s
     )
     if written.clipped:
         typer.echo(
-            f"latentmill: warning: {printable(str(path))}: {written.clipped} samples clipped, the "
-            f"peak is {20 * math.log10(written.peak):+.1f} dB; a .wav file holds it",
+            f"latentmill: warning: {printable(str(path))}: clipped {written.clipped} "
+            f"samples (peak {20 * math.log10(written.peak):+.2f} dBFS); write .wav to keep them",
             err=True,
         )
     return written.path

@@ -48,7 +48,7 @@ def check_file_type(path: Path) -> None:
         ConfigError: Its suffix is neither .wav nor .flac.
     """
     if path.suffix.lower() not in FILE_TYPES:
-        raise ConfigError(f"Output {path}: name a .wav or .flac file.")
+        raise ConfigError(f"Cannot write {path}: use a file name that ends in .wav or .flac.")
 
 
 def write_audio(

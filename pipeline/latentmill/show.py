@@ -59,11 +59,11 @@ def summary(run: RunSummary) -> str:
         _extension(run.extension),
     ]
     if run.failures:
-        lines.append("  mend them and run again with --retry-failed to encode their units anew")
+        lines.append("  fix these files, then rerun with --retry-failed")
     if run.resumed_units == run.units:
-        hint = " (the plan is frozen: --extend adds files that came later)"
+        hint = " (to add new files of the source, use --extend)"
         lines.append(
-            "every unit was committed already: nothing to encode"
+            "nothing to encode: every unit is committed already"
             f"{hint if run.extension is None else ''}"
         )
     else:
@@ -80,23 +80,26 @@ def _extension(value: Extension | None) -> str:
     """What an extension found."""
     if value is None:
         return ""
-    lines = [f"  the plan was extended by {value.new} new items" if value.new else "  nothing new"]
+    lines = [
+        f"  new items added to the plan: {value.new}"
+        if value.new
+        else "  no new files in the source"
+    ]
     for count, keys, what in (
         (value.changed, value.changed_keys, "changed since they were planned"),
         (value.vanished, value.vanished_keys, "are gone from the source; their latents stay"),
         (
             value.described,
             value.described_keys,
-            "have new or changed sidecars or metadata, which are not taken over: the store keeps "
-            "what it has",
+            "have new or changed sidecars or metadata; the store keeps the old metadata",
         ),
     ):
         if count:
             more = "" if count == len(keys) else ", ..."
             lines.append(f"  {count} items {what}: {', '.join(keys)}{more}")
     if value.changed:
-        done = "their units were encoded anew"
-        lines.append(f"    {done if value.retried else '--retry-changed encodes them anew'}")
+        done = "these files were encoded again"
+        lines.append(f"    {done if value.retried else '--retry-changed encodes them again'}")
     return "\n".join(lines)
 
 
@@ -104,7 +107,10 @@ def _bound(stages: Mapping[str, float], seconds: float) -> str:
     """What the workers spent their time on."""
     model, wait = stages.get("model_seconds", 0.0), stages.get("wait_seconds", 0.0)
     if model + wait < 0.25 * seconds:
-        return f"most of it was starting Ray and loading the model; the model worked {model:.1f} s"
+        return (
+            "most of this time went into starting Ray and loading the model; encoding took "
+            f"{model:.1f} s"
+        )
     return bound(stages) or ""
 
 
@@ -129,12 +135,16 @@ def forecast(value: Forecast) -> str:
     }
     if value.calibration is not None and value.run_seconds is not None:
         speed, workers = value.calibration.x_real_time, value.calibration.workers
+        seconds = value.run_seconds
+        least = "under a minute" if seconds < 60 else f"about {minutes(seconds)}"
         rows["time"] = (
-            f"about {minutes(value.run_seconds)} with {workers} worker(s): the model alone encodes "
-            f"{speed:.1f} x real time on this machine's {value.calibration.device}"
+            f"{least} ({workers} {'worker' if workers == 1 else 'workers'}, "
+            f"{value.calibration.device}, {speed:,.0f} x real time "
+            "measured on a short sample)"
         )
     lines = [f"{name:<9} {text}" for name, text in rows.items()]
-    last = f"the plan is frozen in {value.store}; the same settings of encode resume it"
+    start = "continue" if value.committed else "start"
+    last = f"plan saved to {value.store}; run `latentmill encode` with the same options to {start}"
     return "\n".join(
         filter(None, [*lines, left_alone(value.ignored), _extension(value.extension), last])
     )
@@ -159,8 +169,8 @@ def info(value: DatasetInfo) -> str:
         "items": f"{value.encoded} encoded, {value.skipped} skipped, {value.failed} failed of "
         f"{value.items}",
         "audio": f"{value.hours:.3f} h, {value.frames} latent frames",
-        "numbers": f"mean {mean:.4g}, standard deviation {std:.4g} over all channels",
-        "print": value.fingerprint,
+        "values": f"mean {mean:.3g}, standard deviation {std:.3g} over all channels",
+        "fingerprint": value.fingerprint,
     }
     if value.seams is not None:
         rows["seams"] = (
@@ -169,14 +179,14 @@ def info(value: DatasetInfo) -> str:
     if value.linearity is not None:
         scaling, adding = value.linearity.homogeneity, value.linearity.additivity
         rows["linearity"] = f"relative error of scaling {scaling:.3g}, of adding {adding:.3g}"
-    return "\n".join(f"{name:<9} {text}" for name, text in rows.items())
+    return "\n".join(f"{name:<11} {text}" for name, text in rows.items())
 
 
 def verification(report: Report) -> str:
     """What `verify` prints."""
     lines = [
         f"{report.committed} of {report.units} units, {report.records} records of "
-        f"{report.items} items: {'whole' if not report.faults else 'NOT whole'}"
+        f"{report.items} items: {'no faults' if not report.faults else 'FAULTS FOUND'}"
     ]
     lines += [f"fault: {fault}" for fault in report.faults]
     for one in report.decoded:
@@ -240,9 +250,9 @@ def linearity(report: LinearityReport) -> str:
     card = report.card
     gains = ", ".join(f"{error:.3g} at gain {gain}" for gain, error in card.by_gain.items())
     verdict = (
-        f"poor by the limit of {report.limit:g}: {', '.join(report.poor)} latents"
+        f"poor: {', '.join(report.poor)} latents has an error above {report.limit:g}"
         if report.poor
-        else f"good by the limit of {report.limit:g}"
+        else f"good: every error is at most {report.limit:g}"
     )
     return "\n".join(
         (
@@ -281,7 +291,7 @@ def left_alone(ignored: Mapping[str, int]) -> str:
     if not ignored:
         return ""
     listed = ", ".join(f"{count} {extension}" for extension, count in sorted(ignored.items()))
-    return f"  left alone, as they are no items: {listed}"
+    return f"  ignored (not audio): {listed}"
 
 
 def pairs_listed(title: str, pairs: Sequence[tuple[str, str]]) -> str:
