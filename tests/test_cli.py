@@ -56,7 +56,7 @@ def test_encode(capsys: Capture, songs: Path, ray_session: Path, tmp_path: Path)
     )
     assert "failed: broken: " in result.out
     assert "\x1b" not in result.err  # no terminal: plain lines
-    assert result.err.splitlines()[-1].startswith("5/5 items, 0.001 h of audio, ")
+    assert result.err.splitlines()[-1].startswith("5/5 items, 0.001 of 0.001 h of audio, ")
     again = runs.call(capsys, *args, "--json")
     assert (again.code, again.err) == (3, "")
     parsed = runs.outcome(again)
