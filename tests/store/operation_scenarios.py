@@ -232,17 +232,21 @@ def assert_whole(url: str) -> None:
 @contextmanager
 def copied(begin: Place, root: str) -> Iterator[Place]:
     """The state that a command starts from, for one trial."""
+    fs, path = fsspec.core.url_to_fs(root)
     local = "://" not in root
     if local:
         shutil.copytree(begin.root, root)
     else:
-        fs = fsspec.filesystem(root.partition("://")[0])
-        if fs.exists(begin.root):
-            fs.copy(f"{begin.root}/", f"{root}/", recursive=True)
+        fs.invalidate_cache()
+        start = fs._strip_protocol(begin.root)
+        for name in fs.find(start):
+            fs.copy(name, f"{path}{name.removeprefix(start)}")
     try:
         yield Place(root, begin.source)
     finally:
         if local:
             shutil.rmtree(root)
-        elif fs.exists(root):
-            fs.rm(root, recursive=True)
+        else:
+            fs.invalidate_cache()
+            for name in fs.find(path):
+                fs.rm_file(name)

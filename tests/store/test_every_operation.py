@@ -8,7 +8,9 @@ one, item by item.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,8 @@ from operation_scenarios import (
 from latentmill.errors import LatentmillError
 from latentmill.store.store import LatentStore, open_store
 from support.operation_faults import READ_MODES, WRITE_MODES, Faults, Killed, faults_on, is_write
+
+Trial = tuple[int, str]  # the number of an operation, and what happens at it
 
 
 @dataclass
@@ -71,7 +75,7 @@ def outcome(url: str) -> Outcome | None:
         return None
 
 
-def trials(operations: list[tuple[str, str]]) -> Iterator[tuple[int, str]]:
+def trials(operations: list[tuple[str, str]]) -> Iterator[Trial]:
     """Every operation with every way in which it can go wrong."""
     for number, (verb, _) in enumerate(operations):
         for mode in WRITE_MODES if is_write(verb) else READ_MODES:
@@ -79,22 +83,24 @@ def trials(operations: list[tuple[str, str]]) -> Iterator[tuple[int, str]]:
                 yield number, mode
 
 
-def run_trial(scenario: Scenario, was: Undisturbed, root: str, faults: Faults) -> None:
-    """Run a command with a fault, look, run it again, compare."""
+def run_trial(scenario: Scenario, was: Undisturbed, root: str, faults: Sequence[Trial]) -> None:
+    """Run a command with a fault, look, run it again (with the next fault), compare."""
+    remote = "://" in root
     with copied(was.begin, root) as place:
         url = f"{place.root}/{scenario.written}"
         reader = None if was.before is None else open_store(url, device="cpu")
-        with faults_on(faults):
-            try:
-                scenario.command(place)
-                completed = True
-            except (Killed, KeyboardInterrupt, LatentmillError):
-                completed = False
-        look(reader, was)
-        look_afresh(url, was)
-        if completed:
-            assert outcome(url) == was.after, "a run that reports success has done its work"
-        with faults_on(Faults(remote=faults.remote)):
+        for number, mode in faults:
+            with faults_on(Faults(mode, number, remote=remote)):
+                try:
+                    scenario.command(place)
+                    completed = True
+                except (Killed, KeyboardInterrupt, LatentmillError):
+                    completed = False
+            look(reader, was)
+            look_afresh(url, was)
+            if completed:
+                assert outcome(url) == was.after, "a run that reports success has done its work"
+        with faults_on(Faults(remote=remote)):
             scenario.command(place)
         look(reader, was)
         assert outcome(url) == was.after
@@ -128,21 +134,78 @@ def check_records(found: dict[str, Content], was: Undisturbed) -> None:
         assert found.keys() >= was.before.records.keys()
 
 
+def report(
+    name: str,
+    scenario: Scenario,
+    was: Undisturbed,
+    root: str,
+    pairs: Sequence[tuple[Trial, ...]] | None = None,
+) -> None:
+    """Make all trials, print how many they are, and fail with a line for each that failed."""
+    todo = [(trial,) for trial in trials(was.operations)] if pairs is None else pairs
+    failures = []
+    for faults in todo:
+        try:
+            run_trial(scenario, was, f"{root}/trial", faults)
+        except Exception as error:  # noqa: BLE001  all are reported together
+            what = " and ".join(
+                f"{mode} at {number} ({' '.join(was.operations[number])})"
+                for number, mode in faults
+            )
+            failures.append(f"{what}: {type(error).__name__}: {error}"[:600])
+    writes = sum(is_write(verb) for verb, _ in was.operations)
+    print(
+        f"| {name} | {len(was.operations)} | {writes} | {len(todo)} | {len(failures)} |", flush=True
+    )
+    assert not failures, "\n".join(failures[:20])
+
+
 @pytest.mark.filterwarnings("ignore:.* is not complete")
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_a_fault_at_every_operation(name: str, tmp_path: Path) -> None:
     scenario = SCENARIOS[name]
     was = undisturbed(scenario, str(tmp_path), tmp_path / "source")
-    failures = []
-    count = 0
-    for number, mode in trials(was.operations):
-        count += 1
-        try:
-            run_trial(scenario, was, f"{tmp_path}/trial", Faults(mode, number))
-        except Exception as error:  # noqa: BLE001  all are reported together
-            verb, path = was.operations[number]
-            failures.append(
-                f"{mode} at {number} ({verb} {path}): {type(error).__name__}: {error}"[:400]
-            )
-    print(f"{name}: {len(was.operations)} operations, {count} trials, {len(failures)} failed")
-    assert not failures, "\n".join(failures[:20])
+    report(name, scenario, was, str(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:.* is not complete")
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_every_command_on_object_storage(name: str, tmp_path: Path) -> None:
+    """Without a fault; of the backends that are not S3, none of which compares versions."""
+    was = undisturbed(SCENARIOS[name], f"memory://{uuid.uuid4().hex}", tmp_path / "source")
+    assert was.after is not None
+
+
+S3_TRIALS = 40
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.* is not complete")
+@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("backend", ["memory", "s3"])
+def test_a_fault_at_every_request_to_a_bucket(
+    name: str, backend: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """All of them against fsspec's file system in memory, a sample against a server of S3."""
+    root = f"memory://{uuid.uuid4().hex}"
+    if backend == "s3":
+        root = request.getfixturevalue("s3_bucket")
+    scenario = SCENARIOS[name]
+    was = undisturbed(scenario, root, tmp_path / "source")
+    every = [(trial,) for trial in trials(was.operations)]
+    if backend == "s3" and len(every) > S3_TRIALS:
+        every = random.Random(name).sample(every, S3_TRIALS)
+    report(name, scenario, was, root, every)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.* is not complete")
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_pairs_of_faults(name: str, tmp_path: Path) -> None:
+    """A second fault strikes the run that repairs what the first one left; drawn by a seed."""
+    scenario = SCENARIOS[name]
+    was = undisturbed(scenario, str(tmp_path), tmp_path / "source")
+    every = list(trials(was.operations))
+    rng = random.Random(name)
+    pairs = [(rng.choice(every), rng.choice(every)) for _ in range(100)]
+    report(name, scenario, was, str(tmp_path), pairs)
