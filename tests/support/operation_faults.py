@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from latentmill import remote, storage
-from latentmill.engine import lease
+from latentmill.engine import holder, lease
 from latentmill.errors import StorageError
 from latentmill.storage import Storage
 
@@ -120,8 +120,8 @@ def faults_on(faults: Faults) -> Iterator[None]:
         _stay_dead(faults, patch)
         patch.setattr(os, "fsync", lambda file: None)  # no power is cut here
         # As if inside were a process of its own: the next one finds its lease dead.
-        stamp, mark = lease._stamp, uuid.uuid4().hex[:8]
-        patch.setattr(lease, "_stamp", lambda pid: f"{stamp(pid)}-{mark}")
+        stamp, mark = holder.process_stamp, uuid.uuid4().hex[:8]
+        patch.setattr(holder, "process_stamp", lambda pid: f"{stamp(pid)}-{mark}")
         timing = lease.Timing(period=600.0, dead_after=3600.0, settle=0.0, poll=0.01)
         patch.setattr(lease, "Timing", lambda: timing)
         yield
