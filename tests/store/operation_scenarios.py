@@ -227,6 +227,15 @@ def assert_whole(url: str) -> None:
         assert verify(store).faults == []
     if store.storage.local:
         assert not Path(store.url, "tmp").exists()
+    if url.startswith("s3://"):
+        assert open_uploads(url) == []
+
+
+def open_uploads(url: str) -> list[str]:
+    """The keys of uploads that are neither completed nor aborted."""
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    found = fsspec.filesystem("s3").call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix)
+    return [upload["Key"] for upload in found.get("Uploads", [])]
 
 
 @contextmanager

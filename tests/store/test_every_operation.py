@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import fsspec
 import pytest
 from operation_scenarios import (
     SCENARIOS,
@@ -24,12 +25,14 @@ from operation_scenarios import (
     assert_whole,
     contents,
     copied,
+    open_uploads,
 )
 
 from latentmill.errors import LatentmillError
 from latentmill.store.store import LatentStore, open_store
 from support.operation_faults import READ_MODES, WRITE_MODES, Faults, Killed, faults_on, is_write
 
+WHOLE = ("delete", "rm_file", "pipe_file")  # which no process is killed in the middle of
 Trial = tuple[int, str]  # the number of an operation, and what happens at it
 
 
@@ -79,7 +82,7 @@ def trials(operations: list[tuple[str, str]]) -> Iterator[Trial]:
     """Every operation with every way in which it can go wrong."""
     for number, (verb, _) in enumerate(operations):
         for mode in WRITE_MODES if is_write(verb) else READ_MODES:
-            if mode != "torn" or "delete" not in verb:
+            if mode != "torn" or verb not in WHOLE:
                 yield number, mode
 
 
@@ -209,3 +212,17 @@ def test_pairs_of_faults(name: str, tmp_path: Path) -> None:
     rng = random.Random(name)
     pairs = [(rng.choice(every), rng.choice(every)) for _ in range(100)]
     report(name, scenario, was, str(tmp_path), pairs)
+
+
+def test_uploads_that_a_killed_process_left_open_are_aborted(
+    tmp_path: Path, s3_bucket: str
+) -> None:
+    scenario = SCENARIOS["seal"]
+    was = undisturbed(scenario, s3_bucket, tmp_path / "source")
+    fs = fsspec.filesystem("s3")
+    bucket = s3_bucket.removeprefix("s3://")
+    for key in ("begin/store/shards/000000.r1.parquet", "begin/storehouse/other", "other"):
+        fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+    with faults_on(Faults(remote=True)):
+        scenario.command(was.begin)
+    assert open_uploads(s3_bucket) == ["begin/storehouse/other", "other"]

@@ -174,7 +174,7 @@ class _FileSystem:
             path = str(args[1] if name == "put_file" else args[0])
 
             def tear() -> None:
-                if name in ("put_file", "pipe_file") and hasattr(self._own, "call_s3"):
+                if name == "put_file" and hasattr(self._own, "call_s3"):
                     bucket, _, key = path.partition("/")
                     self._own.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 from latentmill.plan import PLAN, Plan
+from latentmill.remote import open_filesystem, protocol_of, storage_errors
 from latentmill.storage import Storage
 from latentmill.store.commit import committed_revisions
 from latentmill.store.schema import COMMITS, INDEX_NAME, SHARDS, parse_name
@@ -21,6 +23,7 @@ def tidy(storage: Storage) -> None:
     committed: in a bucket, a worker of a dead run that has been paused since may still commit it.
     On a disk, no such worker can be left.
     """
+    abort_uploads(storage)
     sealed = read_seal(storage)
     current = committed_revisions(storage)
     commits = storage.list(COMMITS)
@@ -40,6 +43,23 @@ def tidy(storage: Storage) -> None:
         for name in storage.list(""):
             if re.fullmatch(INDEX_NAME, name) and name != sealed.index:
                 storage.delete(name)
+
+
+def abort_uploads(storage: Storage) -> None:
+    """Abort uploads that killed processes left open in a bucket of S3: their parts are billed.
+
+    The caller holds the store. Where listing uploads is not allowed, they stay.
+    """
+    if protocol_of(storage.root) not in ("s3", "s3a"):
+        return
+    fs, path = open_filesystem(storage.root)
+    bucket, _, key = path.partition("/")
+    with contextlib.suppress(*storage_errors()):
+        prefix = f"{key.rstrip('/')}/" if key else ""
+        found = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix)
+        for upload in found.get("Uploads", []):
+            name = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+            fs.call_s3("abort_multipart_upload", Bucket=bucket, **name)
 
 
 def remove_unfinished(storage: Storage) -> None:
