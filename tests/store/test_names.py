@@ -76,6 +76,9 @@ def in_the_index(store: Path, name: str) -> None:
     position = table.schema.get_field_index("shard")
     changed = table.set_column(position, table.schema.field("shard"), names)
     index.write_bytes(Index(changed).to_bytes())
+    document = json.loads((store / "dataset.json").read_text())  # its hash is right, too
+    document["index_hash"] = xxhash.xxh3_128_hexdigest(index.read_bytes())
+    (store / "dataset.json").write_text(json.dumps(document))
 
 
 READS: dict[str, Callable[[lm.LatentStore], object]] = {
