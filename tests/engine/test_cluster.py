@@ -62,7 +62,7 @@ def test_an_embedded_ray_is_started_and_stopped_and_says_nothing(tmp_path: Path)
     assert len(out.splitlines()) == 1
     first, *others = err.splitlines()
     assert first == "2 items; starting the workers"
-    assert all("items, " in line and "x real time" in line for line in others), err
+    assert all("items, " in line and " h of audio, " in line for line in others), err
     runs.assert_whole(tmp_path / "store")
 
 

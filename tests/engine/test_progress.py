@@ -152,7 +152,7 @@ def test_a_lost_unit_is_counted_again() -> None:
     tracker.unit_lost(plan().units[0], 1, "killed")
     clock.now += 20
     tracker.tick({0: UnitProgress(0.0, 300.0, 0)})
-    assert last(stream) == "0/20 items, 0.000 of 0.333 h of audio, -- real time, -- left, 0 failed"
+    assert last(stream) == "0/20 items, 0.000 of 0.333 h of audio, 0 failed"
 
 
 def test_the_end_of_a_run_is_told_with_what_was_committed() -> None:

@@ -196,10 +196,11 @@ def for_stream(log_format: LogFormat = "text", stream: TextIO | None = None) -> 
 
 
 def _line(now: RunProgress) -> str:
+    speed = "" if now.x_real_time is None else f"{_speed(now)} real time, "
+    left = "" if now.seconds_left is None else f"{_left(now)} left, "
     return (
         f"{now.items_done}/{now.items} items, {now.audio_seconds / 3600:.3f} of "
-        f"{now.total_seconds / 3600:.3f} h of audio, {_speed(now)} real time, {_left(now)} left, "
-        f"{now.failed} failed"
+        f"{now.total_seconds / 3600:.3f} h of audio, {speed}{left}{now.failed} failed"
     )
 
 
