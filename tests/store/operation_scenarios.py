@@ -227,6 +227,9 @@ def assert_whole(url: str) -> None:
         assert verify(store).faults == []
     if store.storage.local:
         assert not Path(store.url, "tmp").exists()
+        parts = [(part.items_file, part.units_file) for part in store.plan.parts]
+        named = {"plan/plan.json", *(path for pair in parts for path in pair)}
+        assert {f"plan/{path.name}" for path in Path(store.url, "plan").iterdir()} == named
     if url.startswith("s3://"):
         assert open_uploads(url) == []
 
