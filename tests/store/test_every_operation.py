@@ -179,7 +179,7 @@ def test_every_command_on_object_storage(name: str, tmp_path: Path) -> None:
     assert was.after is not None
 
 
-S3_TRIALS = 40
+S3_TRIALS = 20
 
 
 @pytest.mark.slow
