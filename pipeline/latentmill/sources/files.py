@@ -228,6 +228,7 @@ def current_version(uri: str) -> tuple[int, str]:
         status = os.stat(uri)  # noqa: PTH116
         return status.st_size, str(status.st_mtime_ns)
     fs, path = open_filesystem(uri)
+    fs.invalidate_cache(path)  # of the planning, where this process has listed the folder itself
     info = retrying(lambda: fs.info(path))
     return int(info.get("size") or 0), version_of(info)
 
