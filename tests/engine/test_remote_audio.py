@@ -123,6 +123,7 @@ def test_a_killed_task_is_started_again(
     with contextlib.closing(RemoteAudio(items, DECODING, Meter(), tasks=1)) as audio:
         for index, item, event in audio:
             if len(found) == 20:
+                runs.until(decoding_processes, 30, "Ray has named the process by its task")
                 (pid,) = decoding_processes()
                 os.kill(pid, signal.SIGKILL)
             found.append((index, item.key, event))
