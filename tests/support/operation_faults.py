@@ -132,7 +132,7 @@ def _counted(faults: Faults, name: str, method: Callable[..., Any]) -> Callable[
         path = str(args[1] if name == "publish" else args[0])
 
         def tear() -> None:
-            if not self.local or name == "delete":
+            if not self.local or name not in WRITES or name == "delete":
                 return
             data = args[0].read_bytes() if name == "publish" else args[1]
             self.scratch_folder.mkdir(parents=True, exist_ok=True)
