@@ -30,7 +30,15 @@ from operation_scenarios import (
 
 from latentmill.errors import LatentmillError
 from latentmill.store.store import LatentStore, open_store
-from support.operation_faults import READ_MODES, WRITE_MODES, Faults, Killed, faults_on, is_write
+from support.operation_faults import (
+    READ_MODES,
+    READS,
+    WRITE_MODES,
+    Faults,
+    Killed,
+    faults_on,
+    is_write,
+)
 
 WHOLE = ("delete", "rm_file", "pipe_file")  # which no process is killed in the middle of
 Trial = tuple[int, str]  # the number of an operation, and what happens at it
@@ -79,10 +87,15 @@ def outcome(url: str) -> Outcome | None:
 
 
 def trials(operations: list[tuple[str, str]]) -> Iterator[Trial]:
-    """Every operation with every way in which it can go wrong."""
-    for number, (verb, _) in enumerate(operations):
+    """Every operation with every way in which it can go wrong.
+
+    A local read that is not made again, by a worker's next attempt either, has one way only.
+    """
+    for number, operation in enumerate(operations):
+        verb = operation[0]
+        once = verb in READS and verb != "open" and operation not in operations[number + 1 :]
         for mode in WRITE_MODES if is_write(verb) else READ_MODES:
-            if mode != "torn" or verb not in WHOLE:
+            if not (mode == "torn" and verb in WHOLE) and not (mode == "permanent" and once):
                 yield number, mode
 
 
