@@ -165,7 +165,7 @@ def test_config_files(capsys: Capture, tmp_path: Path, songs: Path) -> None:
         (f"source: {songs}\nout: {tmp_path}/out\ncolour: blue\n", "Setting colour"),
         ("source: [", "is no valid YAML"),
         ("just words", "must hold `setting: value` lines"),
-        (f"out: {tmp_path}/out\n", "Setting source is missing"),
+        (f"out: {tmp_path}/out\n", "SOURCE is missing"),
     ]:
         config.write_text(text)
         assert sentence in refused(capsys, 2, "encode", "--config", config)

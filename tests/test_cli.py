@@ -196,7 +196,7 @@ def test_mixes_that_make_no_sense(capsys: Capture, store: Path, tmp_path: Path) 
         (["album 1/song 8"], "did you mean album 1/song 07?"),
         (["album 0/song 00:loud"], "invalid gain 'loud' of album 0/song 00"),
         (["album 0/song 00:nan"], "invalid gain 'nan' of album 0/song 00"),
-        (["album 0/song 00", "album 0/song 21"], "different shapes cannot be mixed"),
+        (["album 0/song 00", "album 0/song 21"], "add --length shortest"),
     ]:
         result = runs.call(capsys, "mix", store, *parts, "-o", file)
         assert (result.code, result.out) == (2, "")

@@ -153,8 +153,8 @@ FILES = {
     "infinite": ("chunk_seconds: .inf", "finite number"),
     "not a number": ("min_seconds: .nan", "min_seconds"),
     "nested": ("model_options: {hop: [1]}", "model_options.hop: [1] is no"),
-    "no condition": ('where: "genre = 1"', "where: 'genre = 1' is no condition"),
-    "a call": ("where: open('x')", "Call is not allowed"),
+    "no condition": ('where: "genre = 1"', "invalid where condition 'genre = 1'"),
+    "a call": ("where: open('x')", "may compare fields and values"),
     "no pattern": ("group_by: '('", "group_by: '(' is no regular expression"),
     "no group": ("group_by: '.*'", "must hold (?P<group>...)"),
     "no field": ("group_by: 'metadata:'", "must name one or two fields"),
@@ -199,4 +199,4 @@ def test_a_file_that_cannot_be_read_is_refused(
 def test_a_setting_that_nobody_gave_is_named(one_sentence: Callable[[BaseException], str]) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(None, {"source": "/music"})
-    assert "out is missing" in one_sentence(caught.value)
+    assert "STORE is missing" in one_sentence(caught.value)

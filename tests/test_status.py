@@ -49,6 +49,19 @@ def write_lock(storage: Storage, pid: int, process: str | None, **more: object) 
     storage.write(lock.LOCK_PATH, json.dumps(values).encode() + b"\n what was longer before")
 
 
+def test_a_store_whose_first_run_is_still_planning_is_not_called_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = Storage(str(tmp_path / "lat"))
+    write_lock(storage, os.getpid(), process_stamp(os.getpid()))
+    planning = runs.call(capsys, "status", tmp_path / "lat")
+    assert planning.code == 5
+    assert "is planning it" in planning.err
+    assert "ann@" in planning.err
+    write_lock(storage, os.getpid(), "another process")
+    assert "holds no latentmill store" in runs.call(capsys, "status", tmp_path / "lat").err
+
+
 @pytest.mark.timeout(180)
 def test_a_run_shows_itself_while_it_works_and_after_it_was_killed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -19,7 +19,7 @@ from latentmill import cli_options as opt
 from latentmill import cli_read
 from latentmill.cli_read import AsJson, Device, Store, TrustModel, print_value
 from latentmill.entry import interrupts_raise, main
-from latentmill.errors import ConfigError, IncompleteStoreWarning, VerifyError
+from latentmill.errors import ConfigError, IncompleteStoreWarning, StoreError, VerifyError
 from latentmill.printing import printable_lines
 from latentmill.version import __version__
 
@@ -89,7 +89,11 @@ def status(store: Store, as_json: AsJson = False) -> None:
     from latentmill import show_status
     from latentmill.store.store import open_store
 
-    print_value(as_json, show_status.StoreStatus.of(open_store(store)), show_status.status)
+    try:
+        opened = open_store(store)
+    except StoreError as error:
+        raise show_status.without_plan(store) or error from None
+    print_value(as_json, show_status.StoreStatus.of(opened), show_status.status)
 
 
 @app.command()

@@ -121,6 +121,15 @@ def mix(
     choose = {None: max, "longest": max, "shortest": min}.get(length)
     if choose is None:
         raise ConfigError(f"Option --length {length}: it is shortest or longest.")
+    if length is None and len({source.shape[-1] for source in sources}) > 1:
+        rate = store.info.model["sample_rate"]
+        listed = ", ".join(
+            f"{key} {n / rate:.2f} s" for (key, _), n in zip(wanted, samples, strict=True)
+        )
+        raise ConfigError(
+            f"The records have different lengths ({listed}): add --length shortest to cut them, "
+            "or --length longest to continue them with silence."
+        )
     if length is not None:
         frames = choose(source.shape[-1] for source in sources)
         sources = [fitted(source, frames, origin=origin) for source in sources]

@@ -251,7 +251,10 @@ def _explain(error: ErrorDetails) -> str:
         close = difflib.get_close_matches(name, RunConfig.model_fields, n=1)
         return f"Setting {name} is unknown{f': did you mean {close[0]}?' if close else '.'}"
     if error["type"] == "missing":
-        return f"Setting {name} is missing: give it as an argument or in the config file."
+        argument = {"out": "STORE"}.get(name, name.upper())
+        return f"{argument} is missing: give it as an argument, or set {name} in a config file."
+    if error["type"] == "byte_size":
+        return f"Setting {name}: {error['input']!r} is not a size; write it like 512MiB."
     if len(error["loc"]) > 2:
         return f"Setting {name}: {error['input']!r} is no text, number, true, false or null."
     message = error["msg"][:1].lower() + error["msg"][1:]

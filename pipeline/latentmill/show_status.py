@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from latentmill.engine.running import CurrentRun, current_run
+from latentmill.errors import StoreError
 from latentmill.meter import bound
+from latentmill.plan import PLAN_PATH
 from latentmill.show import left_alone, pairs_listed, size_text
+from latentmill.storage import Storage
 from latentmill.store.commit import Tally, iter_commits
 
 if TYPE_CHECKING:
@@ -83,6 +86,15 @@ def status(value: StoreStatus) -> str:
         )
         if line
     )
+
+
+def without_plan(url: str) -> StoreError | None:
+    """The error for a store whose first run still lists its source; None if no run does."""
+    storage = Storage(url)
+    run = None if storage.exists(PLAN_PATH) else current_run(storage)
+    if run is None or run.state != "running":
+        return None
+    return StoreError(f"{url} has no plan yet: the run of {run.by} is planning it; ask again soon.")
 
 
 def _state(value: StoreStatus) -> str:

@@ -81,7 +81,7 @@ def test_nothing_else_is_a_condition(
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         Condition(text)
-    assert "is no condition" in str(caught.value)
+    assert "invalid where condition" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

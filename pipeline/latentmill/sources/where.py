@@ -52,11 +52,11 @@ class Condition:
             self._tree = ast.parse(text.strip(), mode="eval").body
             for node in ast.walk(self._tree):
                 if not isinstance(node, _ALLOWED):
-                    raise ValueError(f"{type(node).__name__} is not allowed")
+                    raise ValueError("it may compare fields and values, with and, or, not")
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             cause = error.msg if isinstance(error, SyntaxError) else str(error)
             raise ConfigError(
-                f"Setting where: {text!r} is no condition ({cause}): write it like genre == 'rock' "
+                f"invalid where condition {text!r} ({cause}): write it like genre == 'rock' "
                 "and bpm > 100."
             ) from error
 
