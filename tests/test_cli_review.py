@@ -60,7 +60,7 @@ def test_records_of_two_lengths_are_mixed(
     store: Path, tmp_path: Path, length: str, seconds: float
 ) -> None:
     file = tmp_path / "mix.wav"
-    with pytest.raises(ConfigError, match="--length shortest or longest"):
+    with pytest.raises(ConfigError, match="add --length shortest"):
         run("mix", store, "long", "short:0.5", "-o", file)
     run("mix", store, "long", "short:0.5", "-o", file, "--length", length)
     mixed, rate = soundfile.read(file)

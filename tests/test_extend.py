@@ -194,9 +194,11 @@ def test_changed_and_vanished_files_are_named(songs: Path, store: Path) -> None:
     assert found.changed_keys == ("album 1/song 01",)
     assert found.vanished_keys == ("album 2/song 02",)
     text = show.summary(summary)
-    assert "1 items changed since they were planned: album 1/song 01" in text
-    assert "--retry-changed encodes them again" in text
-    assert "1 items are gone from the source; their latents stay: album 2/song 02" in text
+    assert (
+        "1 item changed since planning (--retry-changed encodes them again): album 1/song 01"
+        in text
+    )
+    assert "1 item gone from the source (their latents stay): album 2/song 02" in text
     assert files(store, "commits", "shards", "plan") == old  # reported, and no more
 
     summary = encode(songs, store, extend=True, retry_changed=True)
@@ -297,7 +299,7 @@ def test_captions_that_came_or_changed_after_encoding_are_reported(
         assert found is not None
         assert (found.new, found.changed, found.described) == (0, 0, 2)
         assert found.described_keys == key_of(one, three)
-    assert "2 items have new or changed sidecars or metadata" in show._extension(found)
+    assert "2 items with new or changed sidecars or metadata" in show._extension(found)
     two.with_suffix(".json").unlink()
     gone = encode(songs, store, extend=True).extension
     assert gone is not None

@@ -65,8 +65,7 @@ def run(**changes: Any) -> RunSummary:
 def test_the_summary_accounts_for_every_item() -> None:
     lines = show.summary(run()).splitlines()
     assert lines[0] == (
-        "/latents: 4 encoded, 1 skipped, 25 failed of 30 items; 0.500 h of audio, 1.5 MB in 1 "
-        "shards"
+        "/latents: 4 encoded, 1 skipped, 25 failed of 30 items; 0.500 h of audio, 1.5 MB in 1 shard"
     )
     assert lines.count("  failed: song 3: the file is cut short") == 1
     assert sum(line.startswith("  failed: ") for line in lines) == show.MAX_LISTED
@@ -90,15 +89,16 @@ def test_the_summary_of_an_extension() -> None:
     text = show.summary(run(failures=(), skipped=(), ignored={}, resumed_units=4, extension=found))
     lines = text.splitlines()
     assert lines[1] == "  new items added to the plan: 3"
-    assert lines[2].startswith("  25 items changed since they were planned: song 0, song 1,")
+    assert lines[2].startswith(
+        "  25 items changed since planning (--retry-changed encodes them again): song 0, song 1,"
+    )
     assert lines[2].endswith("song 19, ...")
-    assert lines[3] == "  1 items are gone from the source; their latents stay: song 0"
-    assert lines[4] == "    --retry-changed encodes them again"
+    assert lines[3] == "  1 item gone from the source (their latents stay): song 0"
     assert "--extend" not in text
     none = run(extension=Extension(0, 0, 0, False))
     assert "  no new files in the source" in show.summary(none).splitlines()
     retried = run(extension=Extension(0, 1, 0, True, (), ("a",)))
-    assert "these files were encoded again" in show.summary(retried)
+    assert "changed since planning (encoded again): " in show.summary(retried)
 
 
 def test_the_summary_names_the_files_that_are_no_items_and_the_cure_of_failures() -> None:
@@ -163,4 +163,4 @@ def test_closest_helps_with_typing_errors() -> None:
 )
 def test_sizes(count: int, text: str) -> None:
     shards = [ShardEntry(path="s", rows=1, bytes=count, hash="")]
-    assert f"{text} in 1 shards" in show.summary(run(info=info(shards=shards)))
+    assert f"{text} in 1 shard" in show.summary(run(info=info(shards=shards)))

@@ -52,7 +52,7 @@ def summary(run: RunSummary) -> str:
     lines = [
         f"{run.store}: {info.encoded} encoded, {info.skipped} skipped, {info.failed} failed of "
         f"{info.items} items; {info.hours:.3f} h of audio, "
-        f"{size_text(sum(shard.bytes for shard in info.shards))} in {len(info.shards)} shards",
+        f"{size_text(sum(shard.bytes for shard in info.shards))} in {_shards(len(info.shards))}",
         pairs_listed("failed", run.failures),
         pairs_listed("skipped", run.skipped),
         left_alone(run.ignored),
@@ -85,22 +85,24 @@ def _extension(value: Extension | None) -> str:
         if value.new
         else "  no new files in the source"
     ]
+    again = "encoded again" if value.retried else "--retry-changed encodes them again"
     for count, keys, what in (
-        (value.changed, value.changed_keys, "changed since they were planned"),
-        (value.vanished, value.vanished_keys, "are gone from the source; their latents stay"),
+        (value.changed, value.changed_keys, f"changed since planning ({again})"),
+        (value.vanished, value.vanished_keys, "gone from the source (their latents stay)"),
         (
             value.described,
             value.described_keys,
-            "have new or changed sidecars or metadata; the store keeps the old metadata",
+            "with new or changed sidecars or metadata (the store keeps the old metadata)",
         ),
     ):
         if count:
             more = "" if count == len(keys) else ", ..."
-            lines.append(f"  {count} items {what}: {', '.join(keys)}{more}")
-    if value.changed:
-        done = "these files were encoded again"
-        lines.append(f"    {done if value.retried else '--retry-changed encodes them again'}")
+            lines.append(f"  {count} item{'s' * (count != 1)} {what}: {', '.join(keys)}{more}")
     return "\n".join(lines)
+
+
+def _shards(count: int) -> str:
+    return f"{count} shard{'s' * (count != 1)}"
 
 
 def _bound(stages: Mapping[str, float], seconds: float) -> str:
@@ -163,7 +165,7 @@ def info(value: DatasetInfo) -> str:
         f"{value.layout}",
         "chunking": f"{value.chunking['stitch']}, chunks of "
         f"{value.chunking['samples'] / model['sample_rate']:.2f} s",
-        "format": f"{value.format}, {len(value.shards)} shards, "
+        "format": f"{value.format}, {_shards(len(value.shards))}, "
         f"{size_text(sum(shard.bytes for shard in value.shards))}",
         "source": value.source,
         "items": f"{value.encoded} encoded, {value.skipped} skipped, {value.failed} failed of "
