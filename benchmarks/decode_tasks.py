@@ -25,12 +25,12 @@ from typing import Any
 import ray
 
 from common import SHARED_AUDIO, write_result
-from latentmill.chunks import Chunk, Chunking
+from latentmill.encoding.chunks import Chunk, Chunking
+from latentmill.encoding.timings import Meter
+from latentmill.encoding.unit_audio import Decoding, EncodeSettings, LocalAudio
 from latentmill.engine.remote_audio import RemoteAudio
-from latentmill.meter import Meter
-from latentmill.models import mdct
+from latentmill.models.families import mdct
 from latentmill.sources.folder import FolderSource
-from latentmill.unit_audio import Decoding, EncodeSettings, LocalAudio
 from scaling import write_corpora
 
 SPEC = mdct.build(hop=1024, sample_rate=44100).spec

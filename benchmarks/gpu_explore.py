@@ -26,7 +26,7 @@ from gpu_model import (
     reset_peak,
     timed,
 )
-from latentmill.models.precision import numeric_mode
+from latentmill.models.inference.precision import numeric_mode
 
 VARIANT_SECONDS = 0.6  # of measuring each
 BATCH_SECONDS = {"cuda": (20, 40, 80, 160, 320), "cpu": (0.5,)}
@@ -185,7 +185,7 @@ class _Bench:
 
     def library_compiled(self, name: str, mode: str) -> None:
         """Time the library's own way of compiling."""
-        from latentmill.models.compiled import Compiled
+        from latentmill.models.inference.compiled import Compiled
 
         subject, spec = self._subject, self._subject.handle.spec
         shape = (self._size, spec.channels, self._samples)

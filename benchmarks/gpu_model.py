@@ -127,7 +127,7 @@ class Subject:
     @property
     def chunking(self) -> Any:
         """The default one, or what --chunk-seconds asks for."""
-        from latentmill.chunks import Chunking
+        from latentmill.encoding.chunks import Chunking
 
         return Chunking.for_model(self.handle.spec, seconds=self.settings["chunk_seconds"])
 
@@ -145,7 +145,7 @@ class Subject:
 
     def batch_size(self, mode: str) -> int:
         """Chunks in a full batch, found as a worker finds it, once."""
-        from latentmill.models.batch import find_batch_size
+        from latentmill.models.inference.batch import find_batch_size
 
         if not self.size:
             spec = self.handle.spec
@@ -236,8 +236,8 @@ def alone(subject: Subject, emit: Emit, *, seconds: float, modes: list[str]) -> 
     """
     import torch
 
-    from latentmill.models.feed import Feed
-    from latentmill.models.precision import numeric_mode
+    from latentmill.models.inference.feed import Feed
+    from latentmill.models.inference.precision import numeric_mode
     from models import count_work, matrix_peak
 
     began = time.perf_counter()
@@ -291,7 +291,7 @@ def encoded(subject: Subject, audio: Any, mode: str) -> Any:
     """Latents in a numeric mode, on the CPU."""
     import torch
 
-    from latentmill.models.precision import numeric_mode
+    from latentmill.models.inference.precision import numeric_mode
 
     with numeric_mode(mode, subject.device):  # type: ignore[arg-type]
         return subject.model.encode(torch.from_numpy(audio).to(subject.device)).float().cpu()
@@ -338,7 +338,7 @@ def synchronising(subject: Subject, host: Any) -> dict[str, int]:
     """Calls in the feed that wait for the GPU, by line of code; each keeps it idle for a while."""
     import torch
 
-    from latentmill.models.feed import Feed
+    from latentmill.models.inference.feed import Feed
 
     feeder = Feed(subject.model, subject.device, "tf32")
     found: dict[str, int] = {}
@@ -433,12 +433,12 @@ def encode(
     """See `end_to_end`."""
 
     from latentmill.config import load_config
+    from latentmill.encoding.timings import bound
     from latentmill.engine.job import make_job
     from latentmill.engine.worker import Stopped, Worker
-    from latentmill.meter import bound
-    from latentmill.planning import Preparation, listed, planned
+    from latentmill.run.prepare import Preparation, listed, planned
     from latentmill.sources.open import open_source
-    from latentmill.storage import Storage
+    from latentmill.storage.storage import Storage
 
     options = {"source": str(source), "out": str(out), "model": subject.name}
     options |= {"precision": mode, "batch_size": subject.batch_size(mode)}

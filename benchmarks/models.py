@@ -52,7 +52,7 @@ def main() -> None:
     with random_linear_cae(arguments.size), tempfile.TemporaryDirectory() as folder:
         import torch
 
-        from latentmill.device import pick_device
+        from latentmill.models.inference.device import pick_device
 
         device = pick_device(arguments.device)
         torch.set_num_threads(arguments.threads)
@@ -186,7 +186,7 @@ def recording(folder: Path, rate: int, channels: int, seconds: float) -> Any:
 
 def pack(spec: Any, audio: Any, device: str) -> list[Any]:
     """The batches `[B, C, T]` that a worker makes of a recording."""
-    from latentmill.chunks import Chunker, Chunking, Packer
+    from latentmill.encoding.chunks import Chunker, Chunking, Packer
 
     chunking = Chunking.for_model(spec)
     chunker = Chunker(spec, chunking)
@@ -199,7 +199,7 @@ def pack(spec: Any, audio: Any, device: str) -> list[Any]:
 
 def feed(model: Any, batches: list[Any], device: str, mode: str) -> list[Any]:
     """Latents of the batches, through the worker's own feed."""
-    from latentmill.models.feed import Feed
+    from latentmill.models.inference.feed import Feed
 
     feeder = Feed(model, device, mode)  # type: ignore[arg-type]
     latents = []
@@ -223,7 +223,7 @@ def timed(call: Callable[[], Any], device: str) -> Timing:
 
 def settle_memory(device: str) -> None:
     """Begin anew with the memory settings of a worker on a CPU: they are read at the start."""
-    from latentmill.device import KEEP_FREED_MEMORY
+    from latentmill.models.inference.device import KEEP_FREED_MEMORY
 
     there = KEEP_FREED_MEMORY.items() <= os.environ.items()
     if not device.startswith("cuda") and not there:
@@ -314,7 +314,7 @@ def matrix_peak(mode: str, device: str) -> float:
     """FLOP per second of a large matrix product in a numeric mode; best of three."""
     import torch
 
-    from latentmill.models.precision import numeric_mode
+    from latentmill.models.inference.precision import numeric_mode
 
     size = 8192 if device.startswith("cuda") else 1024
     a, b = torch.randn(2, size, size, device=device)

@@ -71,8 +71,8 @@ def measure(model: str, corpus: Path, folder: Path, rounds: int) -> dict[str, An
     """Rounds of pipeline, model and loop in turn; medians and ratios of the pairs."""
     import ray
 
-    from latentmill.device import KEEP_FREED_MEMORY
     from latentmill.engine.actor import UNITS_IN_FLIGHT
+    from latentmill.models.inference.device import KEEP_FREED_MEMORY
 
     bench = Bench(model, corpus)
     # As many threads as the pipeline's actor: the only one of an actor would be its main thread.
@@ -109,13 +109,13 @@ class Bench:
     """A run of the pipeline whose clock starts when the workers have loaded the model."""
 
     def __init__(self, model: str, corpus: Path) -> None:
-        from latentmill.chunks import Chunking
         from latentmill.config import fingerprint_document, load_config
+        from latentmill.encoding.chunks import Chunking
         from latentmill.engine.job import make_job
         from latentmill.models import registry
         from latentmill.plan import Plan, read_items
         from latentmill.sources.folder import FolderSource
-        from latentmill.storage import Storage
+        from latentmill.storage.storage import Storage
 
         config = load_config(None, {"source": str(corpus), "out": "unused", "model": model})
         handle = registry.resolve(model)
@@ -137,7 +137,7 @@ class Bench:
 
     def freeze(self, out: Path) -> Any:
         from latentmill.plan import Cutting, draft, freeze
-        from latentmill.storage import Storage
+        from latentmill.storage.storage import Storage
 
         with draft(self.source.items(), Cutting()) as items:
             return freeze(self.plan, items, Storage(str(out)))
@@ -176,9 +176,9 @@ class ModelAlone:
         """Decode and pack everything; gives the seconds of audio."""
         import torch
 
-        from latentmill.chunks import Chunk, Packer
-        from latentmill.meter import Meter
-        from latentmill.unit_audio import Decoding, LocalAudio
+        from latentmill.encoding.chunks import Chunk, Packer
+        from latentmill.encoding.timings import Meter
+        from latentmill.encoding.unit_audio import Decoding, LocalAudio
 
         torch.set_num_threads(self._job.threads)
         self._model = self._job.model.load("cpu")

@@ -88,9 +88,9 @@ def write_manifest(path: Path, items: int) -> Path:
 def plan(manifest: Path, *, grouped: bool) -> dict[str, Any]:
     """Plan a manifest into a new store beside it."""
     from latentmill.config import load_config
-    from latentmill.forecast import forecast
     from latentmill.plan import load, read_items
-    from latentmill.storage import Storage
+    from latentmill.run.forecast import forecast
+    from latentmill.storage.storage import Storage
 
     options = {"source": str(manifest), "out": str(manifest.parent / "store"), "device": "cpu"}
     if grouped:

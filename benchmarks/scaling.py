@@ -106,7 +106,7 @@ def prepared(songs: Path, out: Path, unit_seconds: float, **options: Any) -> tup
     from latentmill.config import load_config
     from latentmill.engine.job import make_job
     from latentmill.engine.progress import QuietProgress
-    from latentmill.planning import listed, planned, prepare
+    from latentmill.run.prepare import listed, planned, prepare
 
     values = {"source": str(songs), "out": str(out), "device": "cpu", "model": MODEL, **options}
     preparation = prepare(
@@ -125,8 +125,8 @@ MODEL = "python:simulated_gpu:build"
 
 def pipeline(corpus: Path, folder: Path, speed: int) -> dict[str, Any]:
     """One worker with two units in flight, as in an actor, without Ray."""
+    from latentmill.encoding.timings import bound
     from latentmill.engine.worker import Worker
-    from latentmill.meter import bound
 
     out = folder / f"out-{corpus.name}-{speed}"
     options = {"batch_size": 16, "chunk_seconds": 5.0}

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from latentmill.models import mdct
 from latentmill.models.base import Autoencoder, ModelSpec
+from latentmill.models.families import mdct
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ The same as `latentmill encode --config FILE`: further options win over the file
 
 import sys
 
-from latentmill.entry import main
+from latentmill.cli.entry import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "encode")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from latentmill.config import load_config
-from latentmill.planning import listed, planned, prepare
+from latentmill.run.prepare import listed, planned, prepare
 from support import runs
 
 Capture = pytest.CaptureFixture[str]

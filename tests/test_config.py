@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from latentmill.chunks import Chunking
 from latentmill.config import (
     OPERATIONAL,
     RunConfig,
@@ -16,6 +15,7 @@ from latentmill.config import (
     fingerprint_document,
     load_config,
 )
+from latentmill.encoding.chunks import Chunking
 from latentmill.errors import ConfigError
 from latentmill.models import registry
 

@@ -17,7 +17,6 @@ from latentmill.version import __version__
 
 if TYPE_CHECKING:
     from latentmill.config import RunConfig, load_config
-    from latentmill.encode_options import EncodeOptions
     from latentmill.errors import IncompleteStoreWarning, LatentmillError, RepeatedEpochWarning
     from latentmill.ops import (
         Linearity,
@@ -38,7 +37,8 @@ if TYPE_CHECKING:
     from latentmill.reader.stem_dataset import StemDataset
     from latentmill.reader.stream import LatentStream
     from latentmill.record import Record
-    from latentmill.run import RunSummary, encode
+    from latentmill.run.options import EncodeOptions
+    from latentmill.run.run import RunSummary, encode
     from latentmill.store.store import LatentStore
     from latentmill.store.store import open_store as open  # noqa: A004  lm.open(...) reads best
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 # command line starts quickly and a program pays only for what it uses.
 _LAZY = {
     "BatchSampler": "latentmill.reader.batches",
-    "EncodeOptions": "latentmill.encode_options",
+    "EncodeOptions": "latentmill.run.options",
     "IncompleteStoreWarning": "latentmill.errors",
     "LatentDataset": "latentmill.reader.dataset",
     "LatentStore": "latentmill.store.store",
@@ -59,12 +59,12 @@ _LAZY = {
     "Record": "latentmill.record",
     "RepeatedEpochWarning": "latentmill.errors",
     "RunConfig": "latentmill.config",
-    "RunSummary": "latentmill.run",
+    "RunSummary": "latentmill.run.run",
     "StemDataset": "latentmill.reader.stem_dataset",
     "collate": "latentmill.reader.collate",
     "collate_tensors": "latentmill.reader.collate",
     "crossfade": "latentmill.ops",
-    "encode": "latentmill.run",
+    "encode": "latentmill.run.run",
     "fade": "latentmill.ops",
     "fit": "latentmill.ops",
     "gain": "latentmill.ops",

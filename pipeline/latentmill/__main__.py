@@ -1,5 +1,5 @@
 """`python -m latentmill` is the `latentmill` command."""
 
-from latentmill.entry import main
+from latentmill.cli.entry import main
 
 main()

@@ -18,17 +18,17 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from latentmill.audio.formats import AUDIO_EXTENSIONS
-from latentmill.chunks import Chunking
+from latentmill.encoding.chunks import Chunking
 from latentmill.errors import ConfigError
 from latentmill.models.base import Channels, ModelSpec, Stitch
-from latentmill.models.precision import Precision
+from latentmill.models.inference.precision import Precision
 from latentmill.models.trust import CONSENT, check_named, store_of
-from latentmill.redact import is_secret_name
 from latentmill.sources.base import SourceType
 from latentmill.sources.filters import RANGES
 from latentmill.sources.group import check_rule
 from latentmill.sources.open import SOURCE_SETTINGS
 from latentmill.sources.where import Condition
+from latentmill.text.redact import is_secret_name
 
 # Raised when the same file, model and settings give other latents than before. Stores of another
 # version stay readable; resuming or extending one is refused (`version_difference`).

@@ -8,7 +8,7 @@ a fault; 9 units failed, their items are not accounted for yet; 130 interrupted.
 
 from __future__ import annotations
 
-from latentmill.redact import redact_text
+from latentmill.text.redact import redact_text
 
 
 class LatentmillError(Exception):

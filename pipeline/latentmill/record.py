@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from latentmill.shown import Shown
+from latentmill.text.shown import Shown
 
 Status = Literal["encoded", "skipped", "failed"]
 Latent = npt.NDArray[np.float16] | npt.NDArray[np.float32]

@@ -13,10 +13,10 @@ import fsspec
 import pytest
 import xxhash
 
-from latentmill import remote
 from latentmill.audio import fetch as module
 from latentmill.audio import open_media
 from latentmill.errors import ItemError
+from latentmill.storage import remote
 from support.faulty_s3 import Faults
 from support.storage_faults import faulty_s3
 

@@ -7,10 +7,10 @@ import pytest
 import xxhash
 from audio_files import encoded
 
-from latentmill import remote as remote_module
 from latentmill.audio import media_from_bytes, open_audio, open_media
 from latentmill.audio.media import MediaFile
 from latentmill.errors import ConfigError, ItemError
+from latentmill.storage import remote as remote_module
 
 DATA = bytes(range(256)) * 9000
 

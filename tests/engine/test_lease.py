@@ -20,7 +20,7 @@ from latentmill.engine.lease import LEASE_PATH, Lease, Timing, check_owner, hold
 from latentmill.engine.lock import join_run, only_run
 from latentmill.errors import StorageError, StoreError
 from latentmill.plan import PLAN_PATH
-from latentmill.storage import Storage
+from latentmill.storage.storage import Storage
 from latentmill.store.schema import DATASET_PATH
 from support import runs
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import ray
 
-from latentmill.run import encode
+from latentmill.run.run import encode
 from support import runs
 
 

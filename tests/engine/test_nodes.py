@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from latentmill.run import encode
+from latentmill.run.run import encode
 from support import nodes, runs
 
 SONGS = 40

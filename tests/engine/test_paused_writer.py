@@ -10,8 +10,8 @@ import pytest
 from latentmill.engine import lease as lease_module
 from latentmill.engine.lease import LEASE_PATH, Timing
 from latentmill.errors import LatentmillError
-from latentmill.guard import GuardedStorage
-from latentmill.storage import Storage
+from latentmill.storage.guard import GuardedStorage
+from latentmill.storage.storage import Storage
 from latentmill.store.store import open_store
 from latentmill.store.verify import verify
 from support.inline import encode, encode_inline, tone

@@ -17,19 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import latentmill
-from latentmill.chunks import Chunk, Chunking
-from latentmill.engine import remote_audio
-from latentmill.engine.actor import ActorShape
-from latentmill.engine.cluster import Cluster
-from latentmill.engine.launch import _check_spare_cores, _Resources
-from latentmill.engine.remote_audio import RUN_ITEMS, Parcel, RemoteAudio, packed, unpacked
-from latentmill.errors import ConfigError
-from latentmill.meter import Meter
-from latentmill.models import mdct
-from latentmill.record import Outcome
-from latentmill.sources.base import Item, Segment, TableCell
-from latentmill.sources.folder import FolderSource
-from latentmill.unit_audio import (
+from latentmill.encoding.chunks import Chunk, Chunking
+from latentmill.encoding.timings import Meter
+from latentmill.encoding.unit_audio import (
     Decoding,
     EncodeSettings,
     Event,
@@ -38,6 +28,16 @@ from latentmill.unit_audio import (
     Opened,
     UnitAudio,
 )
+from latentmill.engine import remote_audio
+from latentmill.engine.actor import ActorShape
+from latentmill.engine.cluster import Cluster
+from latentmill.engine.launch import _check_spare_cores, _Resources
+from latentmill.engine.remote_audio import RUN_ITEMS, Parcel, RemoteAudio, packed, unpacked
+from latentmill.errors import ConfigError
+from latentmill.models.families import mdct
+from latentmill.record import Outcome
+from latentmill.sources.base import Item, Segment, TableCell
+from latentmill.sources.folder import FolderSource
 from support import runs
 from support.recordings import noise
 

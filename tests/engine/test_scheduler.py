@@ -19,9 +19,9 @@ from latentmill.engine.progress import QuietProgress
 from latentmill.engine.scheduler import MAX_STARTS, Scheduler, _Call
 from latentmill.engine.seat import Seat
 from latentmill.errors import StorageError, UnitsFailedError
-from latentmill.forecast import forecast
 from latentmill.plan import Unit
-from latentmill.run import RunSummary, run
+from latentmill.run.forecast import forecast
+from latentmill.run.run import RunSummary, run
 from support import runs
 
 SEGFAULT = 22051  # see support/deadly

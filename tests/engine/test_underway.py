@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from latentmill.chunks import Chunking
+from latentmill.encoding.chunks import Chunking
+from latentmill.encoding.timings import Meter
+from latentmill.encoding.unit_audio import Decoding, EncodeSettings, LocalAudio
 from latentmill.engine.dispatch import Assignment
 from latentmill.engine.seat import Report, Seat
 from latentmill.engine.underway import Underway, UnitProgress
-from latentmill.meter import Meter
 from latentmill.models import registry
 from latentmill.plan import Unit
 from latentmill.sources.folder import FolderSource
-from latentmill.unit_audio import Decoding, EncodeSettings, LocalAudio
 from support import inline, runs
 
 SPEC = registry.resolve("mdct").spec

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentmill.chunks import Chunking
 from latentmill.config import fingerprint, fingerprint_document, load_config
+from latentmill.encoding.chunks import Chunking
 from latentmill.engine.job import make_job
 from latentmill.engine.worker import Job, Stopped, Worker
 from latentmill.models import registry
 from latentmill.plan import Cutting, Plan, draft, freeze
 from latentmill.sources.folder import FolderSource
-from latentmill.storage import Storage
+from latentmill.storage.storage import Storage
 from latentmill.store.commit import read_commits
 from support import runs
 
@@ -129,7 +129,7 @@ def test_a_worker_needs_no_ray() -> None:
     """What a machine without Ray can import: planning, the job, the worker, the models."""
     code = (
         "import sys; sys.modules['ray'] = None; "
-        "import latentmill.engine.job, latentmill.engine.worker, latentmill.planning, "
+        "import latentmill.engine.job, latentmill.engine.worker, latentmill.run.prepare, "
         "latentmill.models.registry"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

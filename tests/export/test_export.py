@@ -18,9 +18,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from latentmill.errors import ConfigError, StoreError
-from latentmill.export import Target, export_store, file_name
-from latentmill.run import encode
-from latentmill.storage import Storage
+from latentmill.export.export import Target, export_store, file_name
+from latentmill.run.run import encode
+from latentmill.storage.storage import Storage
 from latentmill.store.measurement import write_measurement
 from latentmill.store.schema import SeamEntry
 from latentmill.store.store import LatentStore

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 import latentmill
-from latentmill.models import mdct
 from latentmill.models.base import Autoencoder, ModelSpec
+from latentmill.models.families import mdct
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentmill.chunks import Chunking
 from latentmill.config import fingerprint, fingerprint_document, load_config
+from latentmill.encoding.chunks import Chunking
+from latentmill.encoding.encoder import UnitEncoder
+from latentmill.encoding.timings import Meter
+from latentmill.encoding.unit_audio import Decoding, EncodeSettings, LocalAudio
 from latentmill.errors import ModelError
-from latentmill.meter import Meter
+from latentmill.evaluate.metrics import additivity, homogeneity
 from latentmill.models import weights
 from latentmill.models.base import Autoencoder, Channels, ModelHandle, ModelSpec
-from latentmill.models.linearity import additivity, homogeneity
 from latentmill.models.registry import resolve
 from latentmill.sources.folder import FolderSource
-from latentmill.unit_audio import Decoding, EncodeSettings, LocalAudio
-from latentmill.unit_encoder import UnitEncoder
 from support.chunked import encode_chunked, encode_whole
 
 

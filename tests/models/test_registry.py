@@ -14,7 +14,7 @@ from latentmill.models.registry import available, resolve
 USER_MODULE = """
 from __future__ import annotations
 from typing import TYPE_CHECKING
-from latentmill.models import mdct
+from latentmill.models.families import mdct
 if TYPE_CHECKING:
     from nowhere import Something
 

@@ -16,7 +16,7 @@ from latentmill.reader import cache as cache_module
 from latentmill.reader.cache import RangeCache
 from latentmill.reader.crops import CropReader
 from latentmill.reader.shards import Piece, Shard
-from latentmill.storage import Storage
+from latentmill.storage.storage import Storage
 from latentmill.store.store import LatentStore
 from support.latent_store import write_latents
 

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from latentmill.storage import Storage
+from latentmill.storage.storage import Storage
 
 CROPS = 64
 BYTES = bytes(range(256)) * 16

@@ -20,7 +20,7 @@ from latentmill.reader.shards import ShardReader
 from latentmill.reader.stem_dataset import StemDataset
 from latentmill.reader.stems import AllStems
 from latentmill.reader.stream import LatentStream
-from latentmill.storage import Storage
+from latentmill.storage.storage import Storage
 from latentmill.store.store import LatentStore
 from support.latent_store import write_latents
 

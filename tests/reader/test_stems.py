@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from latentmill.encoding.loudness import decibels
 from latentmill.errors import ConfigError
-from latentmill.levels import decibels
 from latentmill.reader.stem_dataset import StemDataset
 from latentmill.reader.stems import (
     AllStems,

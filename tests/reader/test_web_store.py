@@ -14,7 +14,7 @@ import pytest
 
 import latentmill as lm
 from latentmill.errors import StorageError
-from latentmill.storage import Storage
+from latentmill.storage.storage import Storage
 from latentmill.store.store import LatentStore
 from support.latent_store import write_latents
 

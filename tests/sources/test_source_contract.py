@@ -13,15 +13,15 @@ import fsspec
 import numpy as np
 import pytest
 
-from latentmill.chunks import Chunking
+from latentmill.encoding.chunks import Chunking
+from latentmill.encoding.encoder import UnitEncoder
+from latentmill.encoding.unit_audio import Decoding, EncodeSettings, LocalAudio
 from latentmill.errors import LatentmillError, SourceError
-from latentmill.models import mdct
+from latentmill.models.families import mdct
 from latentmill.record import Outcome, Record
 from latentmill.sources.address import item_at
 from latentmill.sources.base import Item
 from latentmill.sources.reading import UnitReader
-from latentmill.unit_audio import Decoding, EncodeSettings, LocalAudio
-from latentmill.unit_encoder import UnitEncoder
 from support import hub_datasets
 from support.sources import KINDS, Recording, Written, put, recordings_in, sorted_items
 

@@ -22,7 +22,7 @@ from latentmill.sources.base import Item
 from latentmill.sources.folder import FolderSource
 from latentmill.sources.metadata import read_metadata
 from latentmill.sources.names import without_extensions
-from latentmill.storage import Storage
+from latentmill.storage.storage import Storage
 from support.sources import put, sorted_items
 
 EXTENSIONS = ("wav", "FLAC", ".mp3")

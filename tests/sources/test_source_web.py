@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from latentmill import remote
 from latentmill.errors import ItemError, SourceError
 from latentmill.sources.base import ByteRange, Item
 from latentmill.sources.open import is_there
 from latentmill.sources.reading import UnitReader
+from latentmill.storage import remote
 from support.hub import serving
 from support.sources import KINDS, Recording, Written, put, sorted_items, tar_of
 

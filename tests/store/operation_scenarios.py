@@ -16,11 +16,11 @@ import numpy as np
 import soundfile
 
 from latentmill.config import load_config
-from latentmill.export import Target, export_store
-from latentmill.forecast import forecast
-from latentmill.linearity import measure_linearity
-from latentmill.run import run
-from latentmill.seams import measure_seams
+from latentmill.evaluate.linearity import measure_linearity
+from latentmill.evaluate.seams import measure_seams
+from latentmill.export.export import Target, export_store
+from latentmill.run.forecast import forecast
+from latentmill.run.run import run
 from latentmill.store.store import LatentStore, open_store
 from latentmill.store.verify import verify
 from support.in_process import in_process

@@ -11,20 +11,20 @@ import numpy as np
 import soundfile
 import torch
 
-from latentmill.chunks import Chunking
 from latentmill.config import RunConfig, fingerprint, fingerprint_document
-from latentmill.meter import Meter
+from latentmill.encoding.chunks import Chunking
+from latentmill.encoding.encoder import UnitEncoder
+from latentmill.encoding.timings import Meter
+from latentmill.encoding.unit_audio import Decoding, EncodeSettings, LocalAudio
 from latentmill.models import registry
 from latentmill.plan import Cutting, Plan, draft, freeze, read_items
 from latentmill.record import Record
 from latentmill.sources.filters import Filters
 from latentmill.sources.folder import FolderSource
-from latentmill.storage import Storage
+from latentmill.storage.storage import Storage
 from latentmill.store.commit import write_commit, write_unit
 from latentmill.store.seal import seal, write_origin
 from latentmill.store.store import LatentStore
-from latentmill.unit_audio import Decoding, EncodeSettings, LocalAudio
-from latentmill.unit_encoder import UnitEncoder
 
 FORMATS = ["parquet", "webdataset"]
 RATE = 22050

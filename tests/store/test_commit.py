@@ -15,7 +15,7 @@ from store_files import FORMATS, make_record
 
 from latentmill.errors import StorageError, StoreError
 from latentmill.record import Outcome
-from latentmill.storage import Storage
+from latentmill.storage.storage import Storage
 from latentmill.store.commit import (
     iter_commits,
     next_revisions,

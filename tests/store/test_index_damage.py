@@ -13,7 +13,7 @@ from store_files import MODEL_OPTIONS, SECONDS, write_corpus
 
 from latentmill import LatentDataset
 from latentmill.errors import StorageError, StoreError
-from latentmill.run import encode
+from latentmill.run.run import encode
 from latentmill.store import index as index_module
 from latentmill.store.store import LatentStore, open_store
 from latentmill.store.verify import verify

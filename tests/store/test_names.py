@@ -12,10 +12,10 @@ import pytest
 import xxhash
 
 import latentmill as lm
-from latentmill.cli_read import _safe
+from latentmill.cli.read import _safe
 from latentmill.errors import StorageError, StoreError
-from latentmill.export import Target, export_store, file_name
-from latentmill.storage import Storage, file_in_store
+from latentmill.export.export import Target, export_store, file_name
+from latentmill.storage.storage import Storage, file_in_store
 from latentmill.store.index import Index
 from latentmill.store.verify import verify
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentmill import run as run_module
 from latentmill.engine import worker as worker_module
 from latentmill.errors import StorageError
 from latentmill.reader.dataset import LatentDataset
+from latentmill.run import run as run_module
 from latentmill.store.store import LatentStore, open_store
 from latentmill.store.verify import verify
 from support import runs

@@ -32,7 +32,7 @@ from store_files import (
 
 from latentmill.errors import ConfigError, ModelError, StorageError, StoreError
 from latentmill.ops import mix
-from latentmill.storage import Storage
+from latentmill.storage.storage import Storage
 from latentmill.store.commit import read_commits
 from latentmill.store.index import Index
 from latentmill.store.schema import DATASET_PATH

@@ -22,7 +22,7 @@ from operation_scenarios import RATE, SETTINGS
 
 from latentmill import LatentDataset
 from latentmill.errors import ITEMS_FAILED_EXIT_CODE
-from latentmill.run import RunSummary, encode
+from latentmill.run.run import RunSummary, encode
 from latentmill.store.store import LatentStore, open_store
 from latentmill.store.verify import verify
 from support.in_process import in_process

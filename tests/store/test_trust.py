@@ -16,8 +16,8 @@ import store_files
 import latentmill as lm
 from latentmill.config import load_config
 from latentmill.errors import ConfigError, LatentmillError, ModelError
-from latentmill.linearity import measure_linearity
-from latentmill.seams import measure_seams
+from latentmill.evaluate.linearity import measure_linearity
+from latentmill.evaluate.seams import measure_seams
 from latentmill.store.verify import verify
 from support import runs
 
@@ -64,7 +64,7 @@ def evil(
     folder.mkdir()
     (folder / "evilmod.py").write_text(
         f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n"
-        "from latentmill.models.mdct import build as x\n"
+        "from latentmill.models.families.mdct import build as x\n"
     )
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)

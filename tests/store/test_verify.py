@@ -16,7 +16,7 @@ from store_files import KEYS, index_file, write_store
 
 from latentmill.errors import ItemError, StorageError
 from latentmill.record import Record
-from latentmill.storage import Storage
+from latentmill.storage.storage import Storage
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import Report, _decode, read_source, verify
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from hypothesis import strategies as st
 
-from latentmill.chunks import Chunk, Chunker, Chunking
+from latentmill.encoding.chunks import Chunk, Chunker, Chunking
 from latentmill.models.base import Context, ModelSpec
 
 ONE = Context(1, 1)

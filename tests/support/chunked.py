@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from latentmill.chunks import Chunker, Chunking, Stitcher
+from latentmill.encoding.chunks import Chunker, Chunking, Stitcher
 from latentmill.models.base import Autoencoder
 
 

@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "audio"))
 import torch
 from audio_files import encoded
 
-from latentmill.chunks import Chunking
-from latentmill.meter import Meter
+from latentmill.encoding.chunks import Chunking
+from latentmill.encoding.encoder import UnitEncoder
+from latentmill.encoding.timings import Meter
+from latentmill.encoding.unit_audio import Decoding, EncodeSettings, LocalAudio
 from latentmill.models import registry
 from latentmill.sources.base import Item
-from latentmill.unit_audio import Decoding, EncodeSettings, LocalAudio
-from latentmill.unit_encoder import UnitEncoder
 
 KINDS = ("wav", "wav-float", "flac", "vorbis", "mp3", "mp3-without-xing", "m4a", "opus")
 KINDS += ("wma", "tta", "avi", "mpegts", "ac3")

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from latentmill.chunks import Chunking
 from latentmill.config import RunConfig
+from latentmill.encoding.chunks import Chunking
 from latentmill.engine import launch
 from latentmill.engine.lock import Hold
 from latentmill.engine.worker import Worker
 from latentmill.errors import StorageError
 from latentmill.models.base import ModelHandle
 from latentmill.plan import Plan, Unit
-from latentmill.storage import Storage
+from latentmill.storage.storage import Storage
 from latentmill.store.schema import ORIGIN_PATH
 from latentmill.store.seal import write_origin
 

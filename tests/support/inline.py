@@ -14,7 +14,7 @@ from latentmill.config import load_config
 from latentmill.engine import launch
 from latentmill.engine.worker import Worker
 from latentmill.plan import Plan
-from latentmill.run import RunSummary, run
+from latentmill.run.run import RunSummary, run
 from latentmill.store.schema import ORIGIN_PATH
 from latentmill.store.seal import write_origin
 

@@ -11,7 +11,7 @@ from latentmill.config import fingerprint
 from latentmill.plan import Cutting, Plan, draft, freeze, read_items
 from latentmill.record import Outcome, Record
 from latentmill.sources.base import Item
-from latentmill.storage import Storage
+from latentmill.storage.storage import Storage
 from latentmill.store.commit import write_commit, write_unit
 from latentmill.store.seal import seal, write_origin
 from latentmill.store.store import LatentStore

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from latentmill.models import mdct
 from latentmill.models.base import Autoencoder, ModelSpec
-from latentmill.models.mdct import MdctHandle
+from latentmill.models.families import mdct
+from latentmill.models.families.mdct import MdctHandle
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
-from latentmill import remote, storage
 from latentmill.engine import holder, lease
 from latentmill.errors import StorageError
-from latentmill.storage import Storage
+from latentmill.storage import remote, storage
+from latentmill.storage.storage import Storage
 
 READS = ("exists", "list", "read", "read_if_exists", "read_range", "read_ranges", "version")
 WRITES = ("write", "create", "replace", "publish", "delete")

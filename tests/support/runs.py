@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from latentmill import entry
+from latentmill.cli import entry
 from latentmill.plan import iter_keys
 from latentmill.store.schema import parse_name
 from latentmill.store.store import open_store

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from latentmill import remote
+from latentmill.storage import remote
 from support.faulty_s3 import Faults, faulty_proxy
 
 

@@ -8,15 +8,15 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from latentmill.chunks import Chunking
-from latentmill.meter import Meter
-from latentmill.models import mdct
+from latentmill.encoding.chunks import Chunking
+from latentmill.encoding.encoder import UnitEncoder
+from latentmill.encoding.timings import Meter
+from latentmill.encoding.unit_audio import Decoding, EncodeSettings, LocalAudio
 from latentmill.models.base import Autoencoder
+from latentmill.models.families import mdct
 from latentmill.record import Outcome, Record
 from latentmill.sources.base import Item
 from latentmill.sources.folder import FolderSource
-from latentmill.unit_audio import Decoding, EncodeSettings, LocalAudio
-from latentmill.unit_encoder import UnitEncoder
 
 RATE = 8000
 MODEL = mdct.build(hop=64, sample_rate=RATE).load("cpu")

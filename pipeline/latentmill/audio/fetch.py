@@ -15,8 +15,7 @@ from typing import IO, Any
 import fsspec.asyn
 
 from latentmill.errors import ConfigError, ItemError
-from latentmill.redact import redact
-from latentmill.remote import (
+from latentmill.storage.remote import (
     RANGE_NOT_SATISFIABLE,
     cause_of,
     is_transient,
@@ -27,6 +26,7 @@ from latentmill.remote import (
     storage_errors,
     why_not_opened,
 )
+from latentmill.text.redact import redact
 
 MEMORY_LIMIT = 256 << 20
 """Bytes above which a fetched file goes to an unlinked temporary file instead of memory."""

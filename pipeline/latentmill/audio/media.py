@@ -16,8 +16,8 @@ from urllib.parse import unquote
 import xxhash
 
 from latentmill.audio.fetch import fetch, memory_file
-from latentmill.closing import Closing
 from latentmill.errors import ItemError
+from latentmill.storage.closing import Closing
 
 _PIECE = 1 << 20
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*(://|::)")

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from latentmill.audio import bitstreams
 from latentmill.audio.media import MediaFile
-from latentmill.closing import Closing
 from latentmill.errors import ItemError
+from latentmill.storage.closing import Closing
 
 Samples = NDArray[np.float32]
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from latentmill import show
+from latentmill.cli import show
 from latentmill.config import load_config
 from latentmill.demo.corpus import write_corpus
 from latentmill.engine.progress import for_stream
 from latentmill.ops import mix
 from latentmill.record import Record
-from latentmill.run import run
+from latentmill.run.run import run
 from latentmill.store.store import LatentStore, open_store
 from latentmill.store.verify import read_source
 

@@ -13,15 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from latentmill.device import worker_environment
+from latentmill.encoding.unit_audio import LocalAudio
 from latentmill.engine.dispatch import UNITS_IN_FLIGHT
 from latentmill.engine.loss import memory_used
 from latentmill.engine.metrics import Metrics
 from latentmill.engine.remote_audio import RemoteAudio
 from latentmill.engine.seat import Report
 from latentmill.engine.worker import Job, UnitResult, Worker
+from latentmill.models.inference.device import worker_environment
 from latentmill.plan import Unit
-from latentmill.unit_audio import LocalAudio
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)

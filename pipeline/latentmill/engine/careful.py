@@ -24,10 +24,10 @@ from pydantic import TypeAdapter
 
 from latentmill.audio import open_audio, prepare
 from latentmill.audio.media import is_remote
-from latentmill.closing import Closing
 from latentmill.sources.base import Item, Segment
 from latentmill.sources.metadata import read_metadata
 from latentmill.sources.reading import UnitReader
+from latentmill.storage.closing import Closing
 
 HANG_SECONDS = 120.0
 START_SECONDS = 300.0

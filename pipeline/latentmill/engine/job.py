@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from latentmill.chunks import Chunking
 from latentmill.config import RunConfig, fingerprint
+from latentmill.encoding.chunks import Chunking
+from latentmill.encoding.unit_audio import EncodeSettings
 from latentmill.engine.worker import Job
 from latentmill.models.base import ModelHandle
-from latentmill.models.batch import check_batch
+from latentmill.models.inference.batch import check_batch
 from latentmill.plan import Plan
 from latentmill.sources.filters import Filters
-from latentmill.storage import Storage
-from latentmill.unit_audio import EncodeSettings
+from latentmill.storage.storage import Storage
 
 DECODE_THREADS = 2
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from latentmill.chunks import Chunking
 from latentmill.config import RunConfig
+from latentmill.encoding.chunks import Chunking
 from latentmill.engine.actor import ActorShape
 from latentmill.engine.careful import HANG_SECONDS
 from latentmill.engine.cluster import Cluster, connect, describe, head_answers
@@ -18,7 +18,7 @@ from latentmill.engine.scheduler import Scheduler, Watcher
 from latentmill.errors import ConfigError, HeadGoneError
 from latentmill.models.base import ModelHandle
 from latentmill.plan import Plan, Unit
-from latentmill.storage import Storage
+from latentmill.storage.storage import Storage
 from latentmill.store.schema import ORIGIN_PATH
 from latentmill.store.seal import write_origin
 

@@ -25,9 +25,9 @@ from pydantic import Field, ValidationError
 
 from latentmill.engine.holder import Holder, RunProgress, this_process
 from latentmill.errors import StorageError, StoreError
-from latentmill.guard import GuardedStorage
 from latentmill.plan import PLAN_PATH
-from latentmill.storage import Storage
+from latentmill.storage.guard import GuardedStorage
+from latentmill.storage.storage import Storage
 from latentmill.store.schema import DATASET_PATH
 
 LEASE_PATH = ".lease"

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from latentmill.engine.holder import Holder, RunProgress, this_process
 from latentmill.engine.lease import guarded, hold
 from latentmill.errors import StorageError, StoreError
-from latentmill.storage import Storage
+from latentmill.storage.storage import Storage
 
 LOCK_PATH = ".lock"
 WAIT_SECONDS = 10.0

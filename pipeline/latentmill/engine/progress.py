@@ -19,8 +19,8 @@ from rich.table import Column
 
 from latentmill.engine.holder import RunProgress
 from latentmill.plan import Unit
-from latentmill.printing import printable, printable_json
-from latentmill.redact import redact_text
+from latentmill.text.printing import printable, printable_json
+from latentmill.text.redact import redact_text
 
 if TYPE_CHECKING:
     from latentmill.engine.worker import UnitResult

@@ -26,15 +26,15 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from latentmill.chunks import Chunk
+from latentmill.encoding.chunks import Chunk
+from latentmill.encoding.timings import Meter
+from latentmill.encoding.unit_audio import Decoding, Event, Facts, Heard, Opened, Watch
 from latentmill.engine.dispatch import MAX_ATTEMPTS, MAX_NODE_LOSSES, Loss
 from latentmill.engine.loss import classify
 from latentmill.errors import LatentmillError
-from latentmill.meter import Meter
 from latentmill.record import Outcome
 from latentmill.sources.base import Item, TableCell
 from latentmill.sources.reading import UnitReader
-from latentmill.unit_audio import Decoding, Event, Facts, Heard, Opened, Watch
 
 PARCEL_BYTES = 2 << 20
 PARCELS_AHEAD = 4  # of a task, and as many again of the unit

@@ -9,7 +9,7 @@ from typing import Literal
 from latentmill.engine.holder import Holder, RunProgress
 from latentmill.engine.lease import read_lease
 from latentmill.engine.lock import is_locked, read_lock
-from latentmill.storage import Storage
+from latentmill.storage.storage import Storage
 
 HEARTBEAT_WAIT_SECONDS = 12.0  # more than two periods of a lease
 POLL_SECONDS = 0.5

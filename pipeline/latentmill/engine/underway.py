@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from latentmill.chunks import Chunk
+from latentmill.encoding.chunks import Chunk
+from latentmill.encoding.unit_audio import Facts, Heard, Opened
 from latentmill.models.base import ModelSpec
 from latentmill.plan import Unit
 from latentmill.sources.base import Item
-from latentmill.unit_audio import Facts, Heard, Opened
 
 
 @dataclass(frozen=True)

@@ -20,26 +20,26 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from latentmill.chunks import Chunking
-from latentmill.device import pick_device
+from latentmill.encoding.chunks import Chunking
+from latentmill.encoding.encoder import UnitEncoder
+from latentmill.encoding.timings import Meter
+from latentmill.encoding.unit_audio import Decoding, EncodeSettings, Heard, LocalAudio, UnitAudio
 from latentmill.engine.careful import HANG_SECONDS, Trials
 from latentmill.engine.lock import join_run
 from latentmill.engine.underway import Underway, UnitProgress
 from latentmill.errors import StoreError
-from latentmill.meter import Meter
 from latentmill.models.base import Autoencoder, ModelHandle
-from latentmill.models.batch import find_batch_size
 from latentmill.models.checks import check_encoded
-from latentmill.models.compiled import Compiled
-from latentmill.models.precision import numeric_mode, pick_precision
+from latentmill.models.inference.batch import find_batch_size
+from latentmill.models.inference.compiled import Compiled
+from latentmill.models.inference.device import pick_device
+from latentmill.models.inference.precision import numeric_mode, pick_precision
 from latentmill.plan import Unit, read_items
 from latentmill.record import Outcome
 from latentmill.sources.base import Item
-from latentmill.storage import Storage
+from latentmill.storage.storage import Storage
 from latentmill.store.commit import write_commit, write_unit
 from latentmill.store.schema import Commit
-from latentmill.unit_audio import Decoding, EncodeSettings, Heard, LocalAudio, UnitAudio
-from latentmill.unit_encoder import UnitEncoder
 
 
 @dataclass(frozen=True)

@@ -47,26 +47,26 @@ class _BuiltIn(NamedTuple):
 _LINEAR_CAE = "pip install 'latentmill[linear-cae]'"
 _BUILT_IN = {
     "mdct": _BuiltIn(
-        "latentmill.models.mdct:build",
+        "latentmill.models.families.mdct:build",
         "exactly linear and invertible transform, no weights (demo, tests, baseline)",
     ),
     "lin-cae": _BuiltIn(
-        "latentmill.models.linear_cae:lin_cae",
+        "latentmill.models.families.linear_cae:lin_cae",
         "linear consistency autoencoder, 44.1 kHz mono, 64 channels at 10.8 frames/s",
         _LINEAR_CAE,
     ),
     "lin-cae-2": _BuiltIn(
-        "latentmill.models.linear_cae:lin_cae_2",
+        "latentmill.models.families.linear_cae:lin_cae_2",
         "second linear consistency autoencoder, the same architecture, scale factor 40",
         _LINEAR_CAE,
     ),
     "m2l": _BuiltIn(
-        "latentmill.models.linear_cae:m2l",
+        "latentmill.models.families.linear_cae:m2l",
         "their baseline without linearity training, the same architecture, scale factor 15",
         _LINEAR_CAE,
     ),
     "music2latent": _BuiltIn(
-        "latentmill.models.music2latent:build",
+        "latentmill.models.families.music2latent:build",
         "consistency autoencoder, 44.1 kHz mono, 64 channels at 10.8 frames/s (CC BY-NC)",
         "pip install 'latentmill[music2latent]'",
     ),
@@ -74,31 +74,31 @@ _BUILT_IN = {
 _TRANSFORMERS = "pip install 'latentmill[transformers]'"
 _FAMILIES = {
     "oobleck": _BuiltIn(
-        "latentmill.models.oobleck:build",
+        "latentmill.models.families.oobleck:build",
         "VAE of Stable Audio Open, 44.1 kHz stereo, 64 channels at 21.5 frames/s",
         "pip install 'latentmill[diffusers]'",
         "stabilityai/stable-audio-open-1.0",
     ),
     "same": _BuiltIn(
-        "latentmill.models.same:build",
+        "latentmill.models.families.same:build",
         "autoencoder of Stable Audio 3, 44.1 kHz stereo, 256 channels at 10.8 frames/s",
         "pip install 'latentmill[diffusers]'",
         "/models/stable-audio-3",
     ),
     "encodec": _BuiltIn(
-        "latentmill.models.encodec:build",
+        "latentmill.models.families.encodec:build",
         "EnCodec before quantisation, 24 kHz mono or 48 kHz stereo, 75 or 150 frames/s",
         _TRANSFORMERS,
         "facebook/encodec_24khz",
     ),
     "dac": _BuiltIn(
-        "latentmill.models.dac:build",
+        "latentmill.models.families.dac:build",
         "Descript Audio Codec before quantisation, mono, 1024 channels at 50 to 86 frames/s",
         _TRANSFORMERS,
         "descript/dac_44khz",
     ),
     "mimi": _BuiltIn(
-        "latentmill.models.mimi:build",
+        "latentmill.models.families.mimi:build",
         "Mimi before quantisation, 24 kHz mono, 512 channels at 12.5 frames/s",
         _TRANSFORMERS,
         "kyutai/mimi",
@@ -153,7 +153,7 @@ def resolve(
         )
     if channels != "split":
         return handle
-    from latentmill.models.split import split  # imports torch
+    from latentmill.models.inference.split import split  # imports torch
 
     return split(handle)
 

@@ -15,7 +15,7 @@ from typing import Any
 from latentmill.errors import ModelError
 from latentmill.models import registry
 from latentmill.models.base import ModelHandle
-from latentmill.printing import printable
+from latentmill.text.printing import printable
 
 _log = logging.getLogger("latentmill")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from latentmill.chunks import Chunking, Stitcher
+from latentmill.encoding.chunks import Chunking, Stitcher
 from latentmill.errors import ConfigError
 from latentmill.record import DTYPES, Latent
 

@@ -13,7 +13,7 @@ from latentmill.plan.compare import Comparison
 from latentmill.plan.files import RowGroup, iter_units, write_document, write_part
 from latentmill.plan.items import ITEMS_SCHEMA, estimated_seconds, to_items, unit_hash
 from latentmill.plan.plan import Part, Plan, Unit
-from latentmill.storage import Storage
+from latentmill.storage.storage import Storage
 
 
 def amend(plan: Plan, found: Comparison, storage: Storage) -> Plan:

@@ -18,7 +18,7 @@ from latentmill.plan.files import iter_units
 from latentmill.plan.items import DRAFT_SCHEMA
 from latentmill.plan.plan import Plan
 from latentmill.plan.sort import Sorter
-from latentmill.storage import Storage
+from latentmill.storage.storage import Storage
 
 MAX_NAMED = 20
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentmill.closing import Closing
 from latentmill.errors import SourceError, StorageError
 from latentmill.plan.items import DRAFT_SCHEMA, draft_table
 from latentmill.plan.sort import Sorter, TableFile, read_tables
 from latentmill.sources.base import Item
+from latentmill.storage.closing import Closing
 
 MAX_UNIT_ITEMS = 10_000
 SMALLEST_UNIT_SECONDS = 60.0

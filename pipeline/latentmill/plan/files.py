@@ -20,7 +20,7 @@ from latentmill.plan.drafting import Draft, Totals
 from latentmill.plan.items import ITEMS_SCHEMA, to_items, unit_hash
 from latentmill.plan.plan import PLAN, PLAN_PATH, Part, Plan, Unit
 from latentmill.sources.base import Item
-from latentmill.storage import Storage, writing
+from latentmill.storage.storage import Storage, writing
 
 FORMAT_VERSION = 2
 

@@ -13,10 +13,10 @@ from latentmill.audio import AudioInfo, MediaFile, media_from_bytes, probe
 from latentmill.audio.media import is_remote
 from latentmill.errors import ItemError
 from latentmill.plan.items import known_seconds
-from latentmill.remote import storage_errors
 from latentmill.sources.base import ByteRange, Item, TableCell
 from latentmill.sources.files import read_bytes
 from latentmill.sources.reading import UnitReader, with_size
+from latentmill.storage.remote import storage_errors
 
 READERS = 16
 BATCH = 8 * READERS

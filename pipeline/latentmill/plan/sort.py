@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from latentmill.closing import Closing
 from latentmill.errors import StorageError
+from latentmill.storage.closing import Closing
 
 # Of each run so much is in memory while runs are merged.
 BATCH_BYTES = 1 << 20

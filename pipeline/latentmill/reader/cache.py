@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentmill.errors import ConfigError, StorageError
-from latentmill.storage import Storage
+from latentmill.storage.storage import Storage
 
 if TYPE_CHECKING:
     from latentmill.reader.shards import Piece, Shard

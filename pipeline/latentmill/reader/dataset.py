@@ -14,7 +14,7 @@ from latentmill.reader.draws import Ask, Draws
 from latentmill.reader.fields import Where
 from latentmill.reader.order import Ints
 from latentmill.reader.sample import Sample, Transform
-from latentmill.shown import Shown
+from latentmill.text.shown import Shown
 
 
 class LatentDataset(Shown, Dataset[Sample]):

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentmill.errors import StorageError
-from latentmill.remote import protocol_of
-from latentmill.storage import READ_ONLY, Storage
+from latentmill.storage.remote import protocol_of
+from latentmill.storage.storage import READ_ONLY, Storage
 
 if TYPE_CHECKING:
     from latentmill.reader.cache import RangeCache

@@ -13,8 +13,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 import latentmill.reader.collate  # noqa: F401  a loader without collate_fn uses it too
+from latentmill.encoding.loudness import decibels
 from latentmill.errors import ConfigError
-from latentmill.levels import decibels
 from latentmill.ops.origin import Float
 from latentmill.reader.crops import Crop, Cropped, CropReader
 from latentmill.reader.draws import Ask, Draws
@@ -32,10 +32,10 @@ from latentmill.reader.stems import (
     stem_groups,
 )
 from latentmill.reader.transforms import Decibels
-from latentmill.shown import Shown
 from latentmill.store.describe import warn_incomplete
 from latentmill.store.schema import levels_of
 from latentmill.store.store import LatentStore
+from latentmill.text.shown import Shown
 
 T = TypeVar("T")
 

@@ -28,7 +28,7 @@ from latentmill.reader.sharding import (
     dealt_by_accelerate,
     mixture,
 )
-from latentmill.shown import Shown
+from latentmill.text.shown import Shown
 
 READ_TOGETHER = 32  # samples that are read in one batch of requests
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from latentmill.audio.media import MediaFile, is_remote
-from latentmill.closing import Closing
 from latentmill.sources.base import Item, TableCell
+from latentmill.storage.closing import Closing
 
 FETCH_THREADS = 8
 ITEMS_AHEAD = 32

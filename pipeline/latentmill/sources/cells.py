@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentmill.errors import ItemError, SourceError
-from latentmill.remote import open_filesystem, retrying
 from latentmill.sources.arrays import AudioColumn, audio_column
 from latentmill.sources.base import Item, TableCell
+from latentmill.storage.remote import open_filesystem, retrying
 
 Cell = tuple[int, bytes | ItemError | None]
 """A row's number, and its audio: None if there is none, or why it cannot be read."""

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from latentmill.errors import SourceError
-from latentmill.redact import redact_value
+from latentmill.text.redact import redact_value
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=str).encode
 _encode_with_nan = json.JSONEncoder(ensure_ascii=False, default=str).encode

@@ -18,8 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from latentmill.audio.media import path_of_file_url
 from latentmill.errors import SourceError
-from latentmill.redact import redact
-from latentmill.remote import (
+from latentmill.storage.remote import (
     cause_of,
     is_missing,
     open_filesystem,
@@ -28,6 +27,7 @@ from latentmill.remote import (
     storage_errors,
     why_not_opened,
 )
+from latentmill.text.redact import redact
 
 # What the file systems call that which changes when a file does.
 VERSION_FIELDS: tuple[str, ...] = ("ETag", "etag", "mtime", "LastModified", "last_modified")

@@ -10,7 +10,6 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from latentmill.errors import SourceError
-from latentmill.remote import protocol_of
 from latentmill.sources.base import Item
 from latentmill.sources.files import Place
 from latentmill.sources.listing import Entries, folders
@@ -20,6 +19,7 @@ from latentmill.sources.names import (
     is_apple_double,
     without_extensions,
 )
+from latentmill.storage.remote import protocol_of
 
 SIDECARS = (".json", ".txt")
 _OTHERS = {".parquet": "parquet", ".tar": "webdataset"}  # sources of another type, by extension

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from latentmill.remote import retrying
 from latentmill.sources.files import Place, version_of
+from latentmill.storage.remote import retrying
 
 
 @dataclass(frozen=True, slots=True)

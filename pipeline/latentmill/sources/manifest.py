@@ -21,7 +21,6 @@ from fsspec.utils import infer_compression
 
 from latentmill.audio.media import path_of_file_url
 from latentmill.errors import SourceError
-from latentmill.remote import cause_of, refuse_secrets, storage_errors
 from latentmill.sources import lhotse
 from latentmill.sources.address import segment_text
 from latentmill.sources.base import Item, Segment
@@ -32,6 +31,7 @@ from latentmill.sources.lines import BoundedLines
 from latentmill.sources.metadata import MAX_NESTING, METADATA_LIMIT, is_too_deep
 from latentmill.sources.names import as_key
 from latentmill.sources.parquet import table_errors
+from latentmill.storage.remote import cause_of, refuse_secrets, storage_errors
 
 FORMATS = {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 FORMATS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl")

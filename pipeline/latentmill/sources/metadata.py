@@ -9,10 +9,10 @@ import re
 from typing import Any
 
 from latentmill.errors import ItemError
-from latentmill.redact import redact_text, redact_value
-from latentmill.remote import RANGE_NOT_SATISFIABLE, cause_of, status_of, storage_errors
 from latentmill.sources.base import Item
 from latentmill.sources.files import read_bytes
+from latentmill.storage.remote import RANGE_NOT_SATISFIABLE, cause_of, status_of, storage_errors
+from latentmill.text.redact import redact_text, redact_value
 
 METADATA_LIMIT = 16 << 20
 """Bytes of a sidecar; what is longer is no metadata."""

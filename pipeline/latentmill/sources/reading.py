@@ -15,13 +15,13 @@ import pyarrow as pa
 
 from latentmill.audio.fetch import MEMORY_LIMIT
 from latentmill.audio.media import MediaFile, is_remote, media_from_bytes, open_media
-from latentmill.closing import Closing
 from latentmill.errors import ItemError
-from latentmill.remote import cause_of, storage_errors
 from latentmill.sources.ahead import LARGEST, Ahead
 from latentmill.sources.base import ByteRange, Item, TableCell
 from latentmill.sources.cells import CellReader
 from latentmill.sources.files import current_version, read_bytes
+from latentmill.storage.closing import Closing
+from latentmill.storage.remote import cause_of, storage_errors
 
 _PIECE = 16 << 20
 _SHARED_RECORDINGS = 2  # fetched recordings that are kept while their segments are read

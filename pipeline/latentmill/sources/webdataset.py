@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from latentmill.errors import ItemError, SourceError
-from latentmill.remote import cause_of, retrying, storage_errors
 from latentmill.sources.base import ByteRange, Item
 from latentmill.sources.files import File, Place, find_files
 from latentmill.sources.metadata import METADATA_LIMIT, parse_sidecar
@@ -30,6 +29,7 @@ from latentmill.sources.names import (
     is_apple_double,
     without_extensions,
 )
+from latentmill.storage.remote import cause_of, retrying, storage_errors
 
 METADATA = (".json", ".txt", ".cls")
 TARS = (".tar",)

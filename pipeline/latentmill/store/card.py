@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from latentmill.storage import Storage
+from latentmill.storage.storage import Storage
 from latentmill.store.schema import CARD_PATH, DatasetInfo
 
 MARKER = "<!-- written by latentmill: replaced when the store is sealed -->"

@@ -15,7 +15,7 @@ import xxhash
 
 from latentmill.errors import StoreError
 from latentmill.record import Outcome, Record, time_major_bytes
-from latentmill.storage import Storage, writing
+from latentmill.storage.storage import Storage, writing
 from latentmill.store.schema import (
     COMMITS,
     SHARDS,

@@ -6,11 +6,11 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from latentmill.chunks import Chunking
-from latentmill.decode import Audio, LatentSource, decode_blocks, decode_latents
-from latentmill.device import pick_device
+from latentmill.decoding.decoder import Audio, LatentSource, decode_blocks, decode_latents
+from latentmill.encoding.chunks import Chunking
 from latentmill.errors import ModelError
 from latentmill.models.base import Autoencoder
+from latentmill.models.inference.device import pick_device
 from latentmill.models.trust import resolve_stored
 from latentmill.record import Latent
 from latentmill.store.schema import DatasetInfo

@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 
 import pyarrow.parquet as pq
 
-from latentmill.ranged import RangedFile
-from latentmill.storage import Storage
+from latentmill.storage.ranged import RangedFile
+from latentmill.storage.storage import Storage
 from latentmill.store.schema import RECORD_SCHEMA
 
 _FIELD_COLUMNS = [name for name in RECORD_SCHEMA.names if name != "latent"]

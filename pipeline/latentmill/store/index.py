@@ -17,7 +17,7 @@ import pyarrow as pa
 import xxhash
 
 from latentmill.errors import StoreError
-from latentmill.storage import Storage, file_in_store
+from latentmill.storage.storage import Storage, file_in_store
 from latentmill.store.schema import Commit
 
 # A larger index is mapped without being read whole: opening a store stays quick.

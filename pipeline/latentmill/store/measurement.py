@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from latentmill.storage import Storage
+from latentmill.storage.storage import Storage
 from latentmill.store.schema import (
     DatasetInfo,
     LinearityEntry,

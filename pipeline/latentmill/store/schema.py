@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from latentmill.errors import StoreError
 from latentmill.record import Latent, Record, Status
-from latentmill.storage import file_in_store
+from latentmill.storage.storage import file_in_store
 
 FORMAT_VERSION = 2  # version 1 is read, too
 

@@ -17,7 +17,7 @@ import xxhash
 from latentmill.config import fingerprint
 from latentmill.errors import StorageError
 from latentmill.plan import Plan
-from latentmill.storage import Storage
+from latentmill.storage.storage import Storage
 from latentmill.store.card import write_card
 from latentmill.store.commit import SealHash, iter_commits
 from latentmill.store.index import Index, to_batch

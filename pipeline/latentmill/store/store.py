@@ -13,14 +13,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from latentmill.chunks import Chunking
-from latentmill.decode import Audio, LatentSource
+from latentmill.decoding.decoder import Audio, LatentSource
+from latentmill.encoding.chunks import Chunking
 from latentmill.errors import ConfigError, StorageError, StoreError
 from latentmill.ops import Linearity, Origin
 from latentmill.plan import PLAN_PATH, Plan, load
 from latentmill.record import Latent, Record, latent_from_bytes, time_major_bytes
-from latentmill.shown import Shown
-from latentmill.storage import Storage
+from latentmill.storage.storage import Storage
 from latentmill.store.commit import read_commits
 from latentmill.store.decoder import StoreDecoder
 from latentmill.store.describe import described, is_complete, warn_incomplete
@@ -34,6 +33,7 @@ from latentmill.store.schema import (
     record_from_fields,
 )
 from latentmill.store.seal import dataset_info, read_origin, read_seal
+from latentmill.text.shown import Shown
 
 T = TypeVar("T")
 
@@ -306,7 +306,7 @@ class LatentStore(StoreDecoder, Shown):
         return latent_from_bytes(data, (entry.channels, frames), self.info.dtype)
 
     def levels(self, key: str) -> bytes | None:
-        """How loud each frame of a record is, as `latentmill.levels.decibels` reads it.
+        """How loud each frame of a record is, as `latentmill.encoding.loudness.decibels` reads it.
 
         None with `stitch: none`, and in stores of a version that did not measure it.
         """

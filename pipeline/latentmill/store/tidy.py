@@ -6,8 +6,8 @@ import contextlib
 import re
 
 from latentmill.plan import PLAN, Plan
-from latentmill.remote import open_filesystem, protocol_of, storage_errors
-from latentmill.storage import Storage
+from latentmill.storage.remote import open_filesystem, protocol_of, storage_errors
+from latentmill.storage.storage import Storage
 from latentmill.store.commit import committed_revisions
 from latentmill.store.schema import COMMITS, INDEX_NAME, SHARDS, parse_name
 from latentmill.store.seal import read_seal

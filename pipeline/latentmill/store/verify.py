@@ -13,15 +13,15 @@ import xxhash
 
 from latentmill.audio import open_audio, prepare
 from latentmill.config import fingerprint
-from latentmill.decode import Audio
+from latentmill.decoding.decoder import Audio
 from latentmill.errors import ItemError, LatentmillError, StorageError, StoreError
-from latentmill.models.precision import numeric_mode
+from latentmill.models.inference.precision import numeric_mode
 from latentmill.plan import Unit, check_items, iter_keys, iter_units
 from latentmill.record import Record
 from latentmill.sources.address import item_at
 from latentmill.sources.base import Segment
 from latentmill.sources.reading import UnitReader
-from latentmill.storage import SCRATCH, Storage
+from latentmill.storage.storage import SCRATCH, Storage
 from latentmill.store.commit import committed_revisions, hash_of, iter_commits, read_commit
 from latentmill.store.index import IndexEntry, entries
 from latentmill.store.schema import (

@@ -1,0 +1,227 @@
+"""The command line, thin: each command is a call of the library and a few lines of print.
+
+Modules that are slow to import are imported by the commands that need them, so that `--help` and
+`status` start quickly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from latentmill.cli import options as opt
+from latentmill.cli import read as cli_read
+from latentmill.cli.entry import interrupts_raise, main
+from latentmill.cli.read import AsJson, Device, Store, TrustModel, print_value
+from latentmill.errors import ConfigError, IncompleteStoreWarning, StoreError, VerifyError
+from latentmill.text.printing import printable_lines
+from latentmill.version import __version__
+
+if TYPE_CHECKING:
+    from latentmill.config import RunConfig
+
+app = typer.Typer(
+    help="Encode audio corpora into datasets of latents, and decode latents to audio.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(cli_read.app)
+
+Calibrate = Annotated[
+    bool,
+    typer.Option(
+        "--calibrate/--no-calibrate",
+        help="Load the model and encode a few chunks of noise to estimate the time.",
+    ),
+]
+
+
+@app.command()
+@opt.takes(opt.ENCODE, trust_model=(TrustModel, False), as_json=(AsJson, False))
+def encode(**options: Any) -> int:
+    """Encode SOURCE into STORE. If it is interrupted, run the same command again to resume."""
+    from latentmill.cli import show
+    from latentmill.engine.progress import for_stream
+    from latentmill.run.run import run
+
+    settings = _settings(options)
+    interrupts_raise()
+    with contextlib.redirect_stdout(sys.stderr):  # where Ray may complain of a lost worker
+        summary = run(settings, for_stream(settings.log_format))
+    print_value(options["as_json"], summary, show.summary)
+    return summary.exit_code
+
+
+@app.command()
+@opt.takes(
+    opt.ENCODE,
+    calibrate=(Calibrate, True),
+    trust_model=(TrustModel, False),
+    as_json=(AsJson, False),
+)
+def plan(**options: Any) -> None:
+    """Plan a run without encoding: list the items, estimate hours, size and time.
+
+    `encode` with the same options continues from this plan.
+    """
+    from latentmill.cli import show
+    from latentmill.engine.progress import for_stream
+    from latentmill.run.forecast import forecast
+
+    calibrated = options.pop("calibrate")
+    settings = _settings(options)
+    interrupts_raise()
+    with contextlib.redirect_stdout(sys.stderr):
+        value = forecast(settings, for_stream(settings.log_format), calibrated=calibrated)
+    print_value(options["as_json"], value, show.forecast)
+
+
+@app.command()
+def status(store: Store, as_json: AsJson = False) -> None:
+    """Show how much of STORE is encoded, what failed, and the run that is writing to it."""
+    from latentmill.cli import show_status
+    from latentmill.store.store import open_store
+
+    try:
+        opened = open_store(store)
+    except StoreError as error:
+        raise show_status.without_plan(store) or error from None
+    print_value(as_json, show_status.StoreStatus.of(opened), show_status.status)
+
+
+@app.command()
+def info(store: Store, as_json: AsJson = False) -> None:
+    """Show the model, format, rates, hours and latent statistics of STORE."""
+    from latentmill.cli import show
+    from latentmill.store.store import open_store
+
+    print_value(as_json, open_store(store).measured_info, show.info)
+
+
+@app.command()
+def verify(
+    store: Store,
+    decode: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Also decode this many records and compare them with their sources."
+        ),
+    ] = 0,
+    device: Device = "auto",
+    trust_model: TrustModel = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check hashes, counts and values of STORE. Exit code 8 if something is wrong or missing."""
+    from latentmill.cli import show
+    from latentmill.store.store import open_store
+    from latentmill.store.verify import verify as verify_store
+
+    report = verify_store(open_store(store, device=device, trust_model=trust_model), decode=decode)
+    print_value(as_json, report, show.verification)
+    if report.faults:
+        raise VerifyError(f"{len(report.faults)} faults in {store}, the first: {report.faults[0]}.")
+
+
+@app.command()
+def models(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Model to show in detail.")
+    ] = None,
+    model_option: opt.ModelOption = None,
+    revision: opt.Revision = None,
+    channels: opt.Channels = None,
+    as_json: AsJson = False,
+) -> None:
+    """List available models, or show details of one (requires its weights)."""
+    from latentmill.cli import show
+    from latentmill.models import registry
+
+    if name is None:
+        print_value(as_json, registry.available(), show.models)
+    else:
+        handle = registry.resolve(name, _options(model_option, revision), channels)
+        print_value(as_json, handle.spec, show.model)
+
+
+@app.command()
+def demo(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[SOURCE]", help="Folder with audio of your own, instead of the small corpus."
+        ),
+    ] = None,
+    folder: Annotated[Path, typer.Option("-o", "--output", help="Folder to work in.")] = Path(
+        "demo"
+    ),
+) -> None:
+    """Write a small corpus (or use yours), encode it, mix it in latent space, decode the mix."""
+    from latentmill.demo.run import run_demo
+
+    interrupts_raise()
+    run_demo(folder, source, lambda text: typer.echo(printable_lines(text)))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback(no_args_is_help=True)
+def _options_of_all(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    # `status` and `info` report it; a Python warning is not for people at a terminal.
+    warnings.simplefilter("ignore", IncompleteStoreWarning)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def _settings(options: Mapping[str, Any]) -> RunConfig:
+    """The settings of a command that has the options of `encode`."""
+    from latentmill.config import load_config
+
+    model_options = _options(options["model_option"], options["revision"])
+    given = {**options, "model_options": model_options}
+    for name in ("config", "model_option", "revision", "trust_model", "as_json"):
+        del given[name]
+    return load_config(options["config"], given, trust_model=options["trust_model"])
+
+
+def _options(pairs: list[str] | None, revision: str | None) -> dict[str, Any] | None:
+    """`name=value` options; a value is read as YAML, so that numbers are numbers."""
+    import yaml
+
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"invalid --model-option {pair!r}: expected NAME=VALUE")
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"invalid --model-option {pair!r}: the value is not valid YAML"
+            ) from error
+    return options or None
+
+
+if __name__ == "__main__":
+    main()

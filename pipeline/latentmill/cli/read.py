@@ -1,0 +1,334 @@
+"""The commands that read a store: decode, mix, export, and what is measured on it."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import math
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from latentmill.cli.entry import interrupts_raise
+from latentmill.errors import ITEMS_FAILED_EXIT_CODE, ConfigError
+from latentmill.text.printing import printable, printable_json, printable_value
+
+if TYPE_CHECKING:
+    from latentmill.decoding.decoder import LatentSource
+    from latentmill.store.store import LatentStore
+
+app = typer.Typer()  # its commands become the main one's
+
+Store = Annotated[str, typer.Argument(metavar="STORE", help="The store: a folder or URL.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
+TrustModel = Annotated[
+    bool,
+    typer.Option(
+        "--trust-model",
+        help="Run the Python code that the store or its config names as the model.",
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Noise of a stochastic decoder.")]
+
+
+def print_value(as_json: bool, value: Any, text: Callable[[Any], str]) -> None:
+    """Print a command's result, as text or as JSON."""
+    from latentmill.cli import show
+
+    typer.echo(printable_json(show.plain(value)) if as_json else text(printable_value(value)))
+
+
+@app.command()
+def decode(
+    url: Store,
+    folder: Annotated[Path, typer.Option("-o", "--output", help="Folder for the files.")],
+    keys: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY...", help="Records to decode: keys or globs, e.g. 'album/*'."),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Decode every record.")] = False,
+    format: Annotated[str, typer.Option(help="wav (float32) or flac (24 bit).")] = "wav",
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    trust_model: TrustModel = False,
+    as_json: AsJson = False,
+) -> None:
+    """Decode records to audio files named FOLDER/KEY.wav."""
+    from latentmill.cli import show
+    from latentmill.decoding.files import FILE_TYPES
+    from latentmill.store.store import open_store
+
+    if f".{format}" not in FILE_TYPES:
+        raise ConfigError(f"Option --format {format}: it is wav or flac.")
+    store = open_store(url, device=device, trust_model=trust_model)
+    if bool(keys) == everything:
+        raise ConfigError("decode needs the keys of records, or --all for every record.")
+    chosen = list(store.keys()) if everything else _matching(store, keys or [])
+    targets = {key: folder / f"{_safe(key)}.{format}" for key in chosen}
+    _check_distinct(targets)
+    for path in targets.values():
+        _check_target(path, store, overwrite)
+    interrupts_raise()
+    written = [
+        _write(path, store, store.source(key), store.entry(key).num_samples, seed)
+        for key, path in targets.items()
+    ]
+    print_value(as_json, {"files": written}, show.files)
+
+
+@app.command()
+def mix(
+    url: Store,
+    parts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="KEY[:GAIN]...",
+            help="Records to mix, each with a factor or a gain in dB: bass:0.5, bass:-6dB.",
+        ),
+    ],
+    file: Annotated[Path, typer.Option("-o", "--output", help="The .wav or .flac to write.")],
+    length: Annotated[
+        str | None, typer.Option(help="shortest or longest, where the records differ.")
+    ] = None,
+    overwrite: Overwrite = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Plain sum, without the origin.")] = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    trust_model: TrustModel = False,
+    as_json: AsJson = False,
+) -> None:
+    """Mix records in latent space and decode the mix to a WAV or FLAC file."""
+    from latentmill.cli import show
+    from latentmill.decoding.files import check_file_type, fitted, mixed
+    from latentmill.store.store import open_store
+
+    check_file_type(file)
+    store = open_store(url, device=device, trust_model=trust_model)
+    _check_target(file, store, overwrite)
+    wanted = [_part(store, part) for part in parts]
+    origin = store.origin.raw() if raw else store.origin
+    origin.check_arithmetic()
+    sources = [store.source(key) for key, _ in wanted]
+    samples = [store.entry(key).num_samples for key, _ in wanted]
+    choose = {None: max, "longest": max, "shortest": min}.get(length)
+    if choose is None:
+        raise ConfigError(f"Option --length {length}: it is shortest or longest.")
+    if length is None and len({source.shape[-1] for source in sources}) > 1:
+        rate = store.info.model["sample_rate"]
+        listed = ", ".join(
+            f"{key} {n / rate:.2f} s" for (key, _), n in zip(wanted, samples, strict=True)
+        )
+        raise ConfigError(
+            f"The records have different lengths ({listed}): add --length shortest to cut them, "
+            "or --length longest to continue them with silence."
+        )
+    if length is not None:
+        frames = choose(source.shape[-1] for source in sources)
+        sources = [fitted(source, frames, origin=origin) for source in sources]
+    mixture = mixed(sources, [gain for _, gain in wanted], origin=origin)
+    interrupts_raise()
+    with _warnings_as_lines():
+        written = _write(file, store, mixture, choose(samples), seed)
+    print_value(as_json, {"files": [written]}, show.files)
+
+
+@app.command()
+def export(
+    url: Store,
+    dest: Annotated[str, typer.Argument(metavar="DEST", help="Where to: a new folder or URL.")],
+    to: Annotated[str, typer.Option("--to", help="stable-audio-tools, webdataset or parquet.")],
+    frames: Annotated[
+        int | None,
+        typer.Option(min=1, help="stable-audio-tools: continue shorter latents by silence."),
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Write a store for other tools, or as a store of the other format."""
+    from latentmill.cli import show
+    from latentmill.export.export import Target, export_store
+    from latentmill.store.store import open_store
+
+    try:
+        target = Target(to)
+    except ValueError:
+        names = ", ".join(Target)
+        raise ConfigError(f"Option --to {to}: it is one of {names}.") from None
+    interrupts_raise()
+    summary = export_store(open_store(url), dest, target, frames=frames)
+    print_value(as_json, summary, show.export)
+    return ITEMS_FAILED_EXIT_CODE if summary.failures else 0
+
+
+@app.command()
+def seams(
+    url: Store,
+    items: Annotated[int, typer.Option(min=1, help="How many items to encode whole.")] = 8,
+    max_seconds: Annotated[
+        float | None, typer.Option(help="Longest of them (default: 60, or five chunks).")
+    ] = None,
+    device: Device = "auto",
+    trust_model: TrustModel = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the error at the seams of chunks against whole items (evaluation/seams.json)."""
+    from latentmill.cli import show
+    from latentmill.evaluate.seams import measure_seams
+    from latentmill.store.store import open_store
+
+    store = open_store(url, device=device, trust_model=trust_model)
+    interrupts_raise()
+    print_value(as_json, measure_seams(store, items=items, max_seconds=max_seconds), show.seams)
+    _say_what_is_not_recorded(store)
+
+
+@app.command()
+def linearity(
+    url: Store,
+    items: Annotated[int, typer.Option(min=2, help="How many items to scale and add.")] = 8,
+    max_seconds: Annotated[
+        float | None, typer.Option(min=0.1, help="How much of each (default: one chunk).")
+    ] = None,
+    device: Device = "auto",
+    trust_model: TrustModel = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how well latents scale and add on the store's audio (evaluation/linearity.json)."""
+    from latentmill.cli import show
+    from latentmill.evaluate.linearity import measure_linearity
+    from latentmill.store.store import open_store
+
+    store = open_store(url, device=device, trust_model=trust_model)
+    interrupts_raise()
+    report = measure_linearity(store, items=items, max_seconds=max_seconds)
+    print_value(as_json, report, show.linearity)
+    _say_what_is_not_recorded(store)
+
+
+def _say_what_is_not_recorded(store: LatentStore) -> None:
+    if not store.sealed:
+        typer.echo("not recorded: the store is not sealed yet: finish its run first", err=True)
+
+
+def _part(store: LatentStore, part: str) -> tuple[str, float]:
+    """Split `KEY`, `KEY:FACTOR` or `KEY:-6dB`; a key may contain colons itself."""
+    key, _, gain = part.rpartition(":")
+    if part in store or key not in store:
+        _check_key(store, part)
+        return part, 1.0
+    number, decibels = re.subn(r"\s*db\s*$", "", gain, flags=re.IGNORECASE)
+    try:
+        factor = 10 ** (float(number) / 20) if decibels else float(number)
+    except (ValueError, OverflowError):
+        factor = math.nan
+    if not math.isfinite(factor):
+        raise ConfigError(
+            f"invalid gain {gain!r} of {key}: expected a factor such as {key}:0.5, "
+            f"or decibels such as {key}:-6dB."
+        )
+    return key, factor
+
+
+def _matching(store: LatentStore, patterns: Sequence[str]) -> list[str]:
+    """Return the keys that are named or match a glob (`*` also matches `/`), each once."""
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        if pattern in store:
+            found[pattern] = None
+            continue
+        if not any(sign in pattern for sign in "*?["):
+            _check_key(store, pattern)
+        matches = fnmatch.filter(store.keys(), pattern)
+        if not matches:
+            raise ConfigError(
+                f"{store.url} has no record that matches {pattern}: "
+                f"`latentmill decode {store.url} --all` decodes every record."
+            )
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def _check_distinct(targets: Mapping[str, Path]) -> None:
+    """Two keys may differ only in parts that a safe path leaves out."""
+    taken: dict[Path, str] = {}
+    for key, path in targets.items():
+        if (other := taken.setdefault(path, key)) != key:
+            raise ConfigError(
+                f"Records {other!r} and {key!r} would both be written to {path}: "
+                "decode them into two folders."
+            )
+
+
+def _check_key(store: LatentStore, key: str) -> None:
+    if key not in store:
+        from latentmill.cli import show
+
+        near = show.closest(key, store.keys())
+        hint = f"did you mean {near}?" if near else f"`latentmill status {store.url}` counts them."
+        raise ConfigError(f"{store.url} has no record {key}: {hint}")
+
+
+def _safe(key: str) -> str:
+    """A key as a relative path that stays below its folder."""
+    parts = key.replace("\0", "").split("/")
+    return "/".join(part for part in parts if part not in ("", ".", ".."))
+
+
+def _check_target(path: Path, store: LatentStore, overwrite: bool) -> None:
+    """A recording must not be lost to its own copy."""
+    if path.resolve().is_relative_to(Path(store.info.source)):
+        raise ConfigError(f"Output {path} lies in the source of {store.url}: choose another place.")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"Output {path} exists: choose another place, or add --overwrite.")
+
+
+def _write(path: Path, store: LatentStore, source: LatentSource, samples: int, seed: int) -> str:
+    """Decode to a file; say so if the file cannot hold the loudest samples."""
+    from latentmill.decoding.files import write_audio
+
+    written = write_audio(
+        path,
+        store.decode_blocks(source, samples, seed=seed),
+        sample_rate=store.info.model["sample_rate"],
+        channels=store.model().spec.channels,
+        num_samples=samples,
+    )
+    if written.clipped:
+        typer.echo(
+            f"latentmill: warning: {printable(str(path))}: clipped {written.clipped} "
+            f"samples (peak {20 * math.log10(written.peak):+.2f} dBFS); write .wav to keep them",
+            err=True,
+        )
+    return written.path
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Print warnings of the linearity card as one line each, once."""
+    from latentmill.ops import LinearityWarning
+
+    def line(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, LinearityWarning):
+            print(f"latentmill: warning: {printable(str(message))}", file=sys.stderr)  # noqa: T201
+        else:
+            before(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        before = warnings.showwarning
+        warnings.simplefilter("once", LinearityWarning)
+        warnings.showwarning = line
+        yield

@@ -1,0 +1,314 @@
+"""What the command line prints: for people, and as plain values for --json."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from latentmill.encoding.timings import bound
+from latentmill.store.measurement import MEASURED
+
+if TYPE_CHECKING:  # some of these import torch; `status` must start quickly
+    from latentmill.evaluate.linearity import LinearityReport
+    from latentmill.evaluate.seams import SeamReport
+    from latentmill.export.export import ExportSummary
+    from latentmill.models.base import ModelSpec
+    from latentmill.run.forecast import Forecast
+    from latentmill.run.prepare import Extension
+    from latentmill.run.run import RunSummary
+    from latentmill.store.schema import DatasetInfo
+    from latentmill.store.verify import Report
+
+MAX_LISTED = 20
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON knows it."""
+    if isinstance(value, BaseModel):
+        unset: set[str] = {name for name in MEASURED if getattr(value, name, 0) is None}
+        return value.model_dump(mode="json", exclude=unset)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        result = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if hasattr(value, "exit_code"):
+            result["exit_code"] = value.exit_code
+        return result
+    if isinstance(value, Mapping):
+        return {str(name): plain(entry) for name, entry in value.items()}
+    if hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return value
+
+
+def summary(run: RunSummary) -> str:
+    """What stands at the end of `encode`."""
+    info = run.info
+    lines = [
+        f"{run.store}: {info.encoded} encoded, {info.skipped} skipped, {info.failed} failed of "
+        f"{info.items} items; {info.hours:.3f} h of audio, "
+        f"{size_text(sum(shard.bytes for shard in info.shards))} in {_shards(len(info.shards))}",
+        pairs_listed("failed", run.failures),
+        pairs_listed("skipped", run.skipped),
+        left_alone(run.ignored),
+        _extension(run.extension),
+    ]
+    if run.failures:
+        lines.append("  fix these files, then rerun with --retry-failed")
+    if run.resumed_units == run.units:
+        hint = " (to add new files of the source, use --extend)"
+        lines.append(
+            "nothing to encode: every unit is committed already"
+            f"{hint if run.extension is None else ''}"
+        )
+    else:
+        speed = run.encoded_seconds / run.seconds
+        lines.append(
+            f"this run: {run.units - run.resumed_units} of {run.units} units, "
+            f"{run.encoded_seconds / 3600:.3f} h in {run.seconds:.1f} s ({speed:.1f} x real time)"
+        )
+        lines.append(_bound(run.stages, run.seconds))
+    return "\n".join(line for line in lines if line)
+
+
+def _extension(value: Extension | None) -> str:
+    """What an extension found."""
+    if value is None:
+        return ""
+    lines = [
+        f"  new items added to the plan: {value.new}"
+        if value.new
+        else "  no new files in the source"
+    ]
+    again = "encoded again" if value.retried else "--retry-changed encodes them again"
+    for count, keys, what in (
+        (value.changed, value.changed_keys, f"changed since planning ({again})"),
+        (value.vanished, value.vanished_keys, "gone from the source (their latents stay)"),
+        (
+            value.described,
+            value.described_keys,
+            "with new or changed sidecars or metadata (the store keeps the old metadata)",
+        ),
+    ):
+        if count:
+            more = "" if count == len(keys) else ", ..."
+            lines.append(f"  {count} item{'s' * (count != 1)} {what}: {', '.join(keys)}{more}")
+    return "\n".join(lines)
+
+
+def _shards(count: int) -> str:
+    return f"{count} shard{'s' * (count != 1)}"
+
+
+def _bound(stages: Mapping[str, float], seconds: float) -> str:
+    """What the workers spent their time on."""
+    model, wait = stages.get("model_seconds", 0.0), stages.get("wait_seconds", 0.0)
+    if model + wait < 0.25 * seconds:
+        return (
+            "most of this time went into starting Ray and loading the model; encoding took "
+            f"{model:.1f} s"
+        )
+    return bound(stages) or ""
+
+
+def forecast(value: Forecast) -> str:
+    """What `plan` prints."""
+    known = (
+        "known"
+        if not value.estimated_items
+        else (
+            f"of which {value.estimated_hours:.3f} h are a guess for {value.estimated_items} items "
+            "whose exact length is not known (--probe reads the headers of remote files too)"
+        )
+    )
+    formats = ", ".join(f"{count} {name}" for name, count in value.formats.items())
+    done = f", {value.committed} of them committed" if value.committed else ""
+    rows = {
+        "source": value.source,
+        "items": f"{value.items} ({formats}), {size_text(value.source_bytes)}",
+        "audio": f"{value.hours:.3f} h, {known}",
+        "units": f"{value.units}{done}",
+        "latents": f"about {size_text(value.latent_bytes)}",
+    }
+    if value.calibration is not None and value.run_seconds is not None:
+        speed, workers = value.calibration.x_real_time, value.calibration.workers
+        seconds = value.run_seconds
+        least = "under a minute" if seconds < 60 else f"about {minutes(seconds)}"
+        rows["time"] = (
+            f"{least} ({workers} {'worker' if workers == 1 else 'workers'}, "
+            f"{value.calibration.device}, {speed:,.0f} x real time "
+            "measured on a short sample)"
+        )
+    lines = [f"{name:<9} {text}" for name, text in rows.items()]
+    start = "continue" if value.committed else "start"
+    last = f"plan saved to {value.store}; run `latentmill encode` with the same options to {start}"
+    return "\n".join(
+        filter(None, [*lines, left_alone(value.ignored), _extension(value.extension), last])
+    )
+
+
+def info(value: DatasetInfo) -> str:
+    """What `info` prints."""
+    model = value.model
+    rate = model["sample_rate"] / model["hop"]
+    mean = sum(value.mean) / len(value.mean)
+    std = (sum(s * s for s in value.std) / len(value.std)) ** 0.5
+    rows = {
+        "model": f"{model['name']}, {model['sample_rate']} Hz, {model['channels']} channel(s), "
+        f"scale factor {model['scale_factor']:g}",
+        "latents": f"{model['latent_channels']} channels at {rate:.3f} Hz, {value.dtype}, "
+        f"{value.layout}",
+        "chunking": f"{value.chunking['stitch']}, chunks of "
+        f"{value.chunking['samples'] / model['sample_rate']:.2f} s",
+        "format": f"{value.format}, {_shards(len(value.shards))}, "
+        f"{size_text(sum(shard.bytes for shard in value.shards))}",
+        "source": value.source,
+        "items": f"{value.encoded} encoded, {value.skipped} skipped, {value.failed} failed of "
+        f"{value.items}",
+        "audio": f"{value.hours:.3f} h, {value.frames} latent frames",
+        "values": f"mean {mean:.3g}, standard deviation {std:.3g} over all channels",
+        "fingerprint": value.fingerprint,
+    }
+    if value.seams is not None:
+        rows["seams"] = (
+            f"relative error {value.seams.median:.2g}, at most {value.seams.largest:.2g}"
+        )
+    if value.linearity is not None:
+        scaling, adding = value.linearity.homogeneity, value.linearity.additivity
+        rows["linearity"] = f"relative error of scaling {scaling:.3g}, of adding {adding:.3g}"
+    return "\n".join(f"{name:<11} {text}" for name, text in rows.items())
+
+
+def verification(report: Report) -> str:
+    """What `verify` prints."""
+    lines = [
+        f"{report.committed} of {report.units} units, {report.records} records of "
+        f"{report.items} items: {'no faults' if not report.faults else 'FAULTS FOUND'}"
+    ]
+    lines += [f"fault: {fault}" for fault in report.faults]
+    for one in report.decoded:
+        level = "silence" if one.level_db is None else f"level {one.level_db:+.2f} dB"
+        snr = "" if one.snr_db is None else f", SNR {one.snr_db:.1f} dB against its source"
+        lines.append(f"decoded {one.key}: {one.seconds:.2f} s, {level}{snr}")
+    return "\n".join(lines)
+
+
+def files(value: Mapping[str, Sequence[str]]) -> str:
+    """The files that were written."""
+    return "\n".join(value["files"])
+
+
+def models(entries: Sequence[Any]) -> str:
+    """What `models` prints."""
+    return "\n".join(f"{e.name:<12} {e.description} [{e.requirement}]" for e in entries)
+
+
+def model(spec: ModelSpec) -> str:
+    """What `models NAME` prints."""
+    chunk = spec.samples(spec.chunk_frames) / spec.sample_rate
+    why = (
+        "no context makes a chunk's frames equal to the whole item's"
+        if spec.context is None
+        else f"a frame is taken where its chunk has {spec.context.left} frames to its left and "
+        f"{spec.context.right} to its right"
+    )
+    rows = {
+        "model": f"{spec.name}, {spec.sample_rate} Hz, {spec.channels} channel(s), scale factor "
+        f"{spec.scale_factor:g}",
+        "latents": f"{spec.latent_channels} channels at {spec.frame_rate:.3f} Hz "
+        f"({spec.hop} samples a frame)",
+        "lengths": f"frames(T) = max(1, ceil((T - {spec.overhang}) / {spec.hop})), T a multiple "
+        f"of {spec.sample_multiple}, at least {spec.min_samples}",
+        "chunking": f"{spec.stitch}, chunks of {chunk:.2f} s that share {spec.overlap_frames} "
+        f"frames: {why}",
+        "decoder": "draws noise, takes a seed" if spec.stochastic_decoder else "deterministic",
+        "weights": ", ".join(f"{n} {v}" for n, v in spec.provenance.items()) or "none",
+    }
+    lines = [f"{name:<9} {text}" for name, text in rows.items()]
+    return "\n".join(lines + [f"          {n} {v}" for n, v in spec.identity.items()])
+
+
+def seams(report: SeamReport) -> str:
+    """What `seams` prints."""
+    lines = [
+        f"{one.key}: {one.seconds:.1f} s, relative error {one.error:.2g}, worst frame "
+        f"{one.worst:.2g}"
+        for one in report.items
+    ]
+    lines.append(
+        f"stitched against whole: median {report.median:.2g}, largest {report.largest:.2g} of "
+        f"{len(report.items)} items"
+    )
+    return "\n".join(lines)
+
+
+def linearity(report: LinearityReport) -> str:
+    """What `linearity` prints."""
+    card = report.card
+    gains = ", ".join(f"{error:.3g} at gain {gain}" for gain, error in card.by_gain.items())
+    verdict = (
+        f"poor: {', '.join(report.poor)} latents has an error above {report.limit:g}"
+        if report.poor
+        else f"good: every error is at most {report.limit:g}"
+    )
+    return "\n".join(
+        (
+            f"scaling   relative error {card.homogeneity:.3g} (mean {card.homogeneity_mean:.3g}) "
+            f"with the origin, {card.homogeneity_raw:.3g} without, of {card.items} items ({gains})",
+            f"adding    relative error {card.additivity:.3g} (mean {card.additivity_mean:.3g}) "
+            f"with the origin, {card.additivity_raw:.3g} without, of {card.pairs} pairs",
+            f"raw norm  scaling {card.homogeneity_raw_norm:.3g}, adding "
+            f"{card.additivity_raw_norm:.3g}: divided by the whole latent, its origin included",
+            verdict,
+        )
+    )
+
+
+def export(value: ExportSummary) -> str:
+    """What `export` prints."""
+    lines = [f"{value.dest}: {value.records} records for {value.to}"]
+    return "\n".join(filter(None, [*lines, pairs_listed("failed", value.failures)]))
+
+
+def minutes(seconds: float) -> str:
+    """A time span, such as 2:05 or 1:02:05."""
+    whole, second = divmod(round(seconds), 60)
+    hour, minute = divmod(whole, 60)
+    return f"{hour}:{minute:02d}:{second:02d}" if hour else f"{minute}:{second:02d}"
+
+
+def closest(word: str, words: Iterable[str]) -> str | None:
+    """The most similar word among the first 100,000."""
+    near = difflib.get_close_matches(word, itertools.islice(words, 100_000), n=1)
+    return near[0] if near else None
+
+
+def left_alone(ignored: Mapping[str, int]) -> str:
+    """What of a source is no item, by extension or reason."""
+    if not ignored:
+        return ""
+    listed = ", ".join(f"{count} {extension}" for extension, count in sorted(ignored.items()))
+    return f"  ignored (not audio): {listed}"
+
+
+def pairs_listed(title: str, pairs: Sequence[tuple[str, str]]) -> str:
+    """Keys with their reasons, a line each; the first `MAX_LISTED`."""
+    lines = [f"  {title}: {key}: {reason}" for key, reason in pairs[:MAX_LISTED]]
+    if len(pairs) > MAX_LISTED:
+        lines.append(f"  ... and {len(pairs) - MAX_LISTED} more ({title}); status --json has all")
+    return "\n".join(lines)
+
+
+def size_text(count: int) -> str:
+    """A number of bytes, such as 1.5 GB."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.4g} {unit}"
+        size /= 1000
+    return f"{size:.4g} TB"

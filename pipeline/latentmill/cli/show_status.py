@@ -1,0 +1,144 @@
+"""What `status` reports of a store, and of the run that is writing to it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from latentmill.cli.show import left_alone, pairs_listed, size_text
+from latentmill.encoding.timings import bound
+from latentmill.engine.running import CurrentRun, current_run
+from latentmill.errors import StoreError
+from latentmill.plan import PLAN_PATH
+from latentmill.storage.storage import Storage
+from latentmill.store.commit import Tally, iter_commits
+
+if TYPE_CHECKING:
+    from latentmill.store.store import LatentStore
+
+
+@dataclass(frozen=True)
+class StoreStatus:
+    """How far a store is."""
+
+    store: str
+    complete: bool
+    units: int
+    committed: int
+    items: int
+    encoded: int
+    skipped: int
+    failed: int
+    hours: float
+    bytes: int
+    failures: tuple[tuple[str, str], ...]
+    skips: tuple[tuple[str, str], ...]
+    ignored: Mapping[str, int]
+    stages: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    run: CurrentRun | None = None  # the one that is writing to it, or was killed
+
+    @classmethod
+    def of(cls, store: LatentStore) -> StoreStatus:
+        """The status of an open store, and of the run that is writing to it."""
+        run = current_run(store.storage)
+        tallies = [Tally.of(commit) for commit in iter_commits(store.storage)]
+        stages: Counter[str] = Counter()
+        for tally in tallies:
+            stages.update(tally.timings)
+        return cls(
+            store=store.url,
+            complete=store.complete,
+            units=len(store.plan.units),
+            committed=len(tallies),
+            items=store.plan.num_items,
+            encoded=sum(tally.encoded for tally in tallies),
+            skipped=sum(tally.skipped for tally in tallies),
+            failed=sum(tally.failed for tally in tallies),
+            hours=sum(tally.audio_seconds for tally in tallies) / 3600,
+            bytes=sum(tally.bytes for tally in tallies),
+            failures=tuple(pair for tally in tallies for pair in tally.failures),
+            skips=tuple(pair for tally in tallies for pair in tally.skips),
+            ignored=store.plan.ignored,
+            stages=dict(stages),
+            run=run,
+        )
+
+
+def status(value: StoreStatus) -> str:
+    """What `status` prints."""
+    speed = bound(value.stages)
+    return "\n".join(
+        line
+        for line in (
+            f"{value.store}: {_state(value)}",
+            _progress(value.run),
+            f"units     {value.committed} of {value.units} committed",
+            f"items     {value.encoded} encoded, {value.skipped} skipped, {value.failed} failed "
+            f"of {value.items}",
+            f"audio     {value.hours:.3f} h, {size_text(value.bytes)} of shards",
+            f"speed     {speed}" if speed else "",
+            pairs_listed("failed", value.failures),
+            pairs_listed("skipped", value.skips),
+            left_alone(value.ignored),
+        )
+        if line
+    )
+
+
+def without_plan(url: str) -> StoreError | None:
+    """The error for a store whose first run still lists its source; None if no run does."""
+    storage = Storage(url)
+    run = None if storage.exists(PLAN_PATH) else current_run(storage)
+    if run is None or run.state != "running":
+        return None
+    return StoreError(f"{url} has no plan yet: the run of {run.by} is planning it; ask again soon.")
+
+
+def _state(value: StoreStatus) -> str:
+    """Whether a store is complete; if not, who is encoding it or how to go on."""
+    run = value.run
+    if run is None or (run.state == "stopped" and value.complete):
+        hint = "not complete; to resume, run the same encode command again"
+        return "complete" if value.complete else hint
+    since = _moment(run.since)
+    if run.state == "running":
+        return f"running: by {run.by}{since and f', since {since}'}"
+    if run.state == "stopped":
+        return f"stopped: the run of {run.by} was killed; to resume, run the same command again"
+    last = _moment(run.heartbeat or "")
+    return (
+        f"unknown: the run of {run.by}{since and f', since {since}'}, gave no sign of life while "
+        f"`status` waited{last and f' (the last one: {last}, by its own clock)'}; if it has been "
+        "killed, run the same command again to resume"
+    )
+
+
+def _progress(run: CurrentRun | None) -> str:
+    """How far a run is that has not been killed."""
+    if run is None or run.state == "stopped":
+        return ""
+    now = run.progress
+    if now is None:
+        return "progress  listing the source"
+    speed = "" if now.x_real_time is None else f", {now.x_real_time:.1f}x real time"
+    left = "" if now.seconds_left is None else f", {_rough(now.seconds_left)} left"
+    return (
+        f"progress  {now.units_done} of {now.units} units committed, {now.units_in_flight} in "
+        f"flight, {now.audio_seconds / 3600:.3f} of {now.total_seconds / 3600:.3f} h{speed}{left}"
+    )
+
+
+def _moment(iso: str) -> str:
+    """A time in UTC, to the second."""
+    return f"{iso[:19].replace('T', ' ')} UTC" if iso else ""
+
+
+def _rough(seconds: float) -> str:
+    """A time span to the minute."""
+    hours, minute = divmod(round(seconds / 60), 60)
+    if hours:
+        return f"about {hours} h {minute} min"
+    return f"about {minute} minute{'s' * (minute != 1)}" if minute else "less than a minute"

@@ -1,0 +1,258 @@
+"""Latents -> audio, window by window, so that items of any length decode in bounded memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from latentmill.encoding.chunks import Chunking
+from latentmill.errors import ConfigError
+from latentmill.models.base import Autoencoder, ModelSpec
+from latentmill.record import Latent
+
+if TYPE_CHECKING:
+    import torch
+
+Audio = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class LatentSource:
+    """A latent that is read piece by piece: what is decoded need not lie in memory.
+
+    Attributes:
+        shape: `[D, T]`, or `[N, D, Z]` of the overlapping chunks of `stitch: none`.
+        read: Gives `n` frames from `start` on, `[D, n]`; of chunks, `n` chunks `[n, D, Z]`.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[int, int], Latent]
+
+    @classmethod
+    def of(cls, latent: Latent) -> LatentSource:
+        """A latent that lies in memory."""
+        if latent.ndim == 3:
+            return cls(latent.shape, lambda start, count: latent[start : start + count])
+        return cls(latent.shape, lambda start, count: latent[:, start : start + count])
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A stretch of one latent that is decoded at once, and the samples that it gives."""
+
+    frame: int  # its first frame on the item's time line
+    latent: Latent  # [D, Z]
+    start: int  # its first sample
+    samples: int
+
+
+def decode_latent(
+    model: Autoencoder,
+    latent: Latent | LatentSource,
+    num_samples: int | None,
+    chunking: Chunking,
+    *,
+    seed: int = 0,
+    batch_size: int = 1,
+) -> Audio:
+    """Decode one item's latent to audio `[C, num_samples]`, float32; see `decode_blocks`."""
+    source = latent if isinstance(latent, LatentSource) else LatentSource.of(latent)
+    if num_samples is None:
+        num_samples = most_samples(model.spec, source.shape, chunking)
+    blocks = decode_blocks(model, source, num_samples, chunking, seed=seed, batch_size=batch_size)
+    audio: Audio = np.empty((model.spec.channels, num_samples), np.float32)
+    done = 0
+    for block in blocks:
+        audio[:, done : done + block.shape[1]] = block
+        done += block.shape[1]
+    return audio
+
+
+def decode_latents(
+    model: Autoencoder,
+    latents: Latent | LatentSource | torch.Tensor,
+    num_samples: int | None,
+    chunking: Chunking,
+    *,
+    seed: int = 0,
+    batch_size: int = 1,
+) -> Audio:
+    """Decode one item's latent, or those of several items with one more axis in front.
+
+    Returns:
+        `[C, num_samples]`, or `[B, C, num_samples]`; float32.
+
+    Raises:
+        ConfigError: The latents have another number of axes.
+    """
+    import torch  # slow to import, and not needed to read a store
+
+    if isinstance(latents, torch.Tensor):
+        latents = latents.detach().to("cpu", torch.float32).numpy()
+    chunked = chunking.stitch == "none"
+    of_item, axes = ("[N, D, Z]", 3) if chunked else ("[D, T]", 2)
+    shape = latents.shape
+    if len(shape) not in (axes, axes + 1) or not shape[0]:
+        raise ConfigError(
+            f"Latents of shape {list(shape)} cannot be decoded: give {of_item}, or "
+            f"[B, {of_item[1:]} of several items."
+        )
+    options = {"seed": seed, "batch_size": batch_size}
+    if isinstance(latents, LatentSource) or len(shape) == axes:
+        return decode_latent(model, latents, num_samples, chunking, **options)
+    return np.stack(
+        [decode_latent(model, one, num_samples, chunking, **options) for one in latents]
+    )
+
+
+def most_samples(spec: ModelSpec, shape: tuple[int, ...], chunking: Chunking) -> int:
+    """How many samples a latent of this shape can give: `[D, T]`, or chunks `[N, D, Z]`."""
+    if len(shape) == 3 and shape[0] > 1:
+        return chunking.samples + (shape[0] - 1) * chunking.step
+    return spec.samples(shape[-1])
+
+
+def decode_blocks(
+    model: Autoencoder,
+    latent: Latent | LatentSource,
+    num_samples: int | None,
+    chunking: Chunking,
+    *,
+    seed: int = 0,
+    batch_size: int = 1,
+) -> Iterator[Audio]:
+    """Decode one item's latent, giving its audio as it is done, in order.
+
+    Neighbouring windows overlap and are crossfaded in the waveform. With `stitch: none` the
+    windows are the stored chunks and the fade spans their whole overlap, as in the linear-cae
+    package; otherwise it spans the middle half, away from the windows' edges (of a causal model:
+    away from their starts). Holds the windows of one batch and one more, however long the item is.
+
+    Args:
+        model: The autoencoder that encoded the item.
+        latent: `[D, Z]`, or the overlapping chunks `[N, D, Z]` of `stitch: none`.
+        num_samples: Length of the item at the model's rate; None: all that the latent holds.
+        chunking: How the item was encoded.
+        seed: Noise of a stochastic decoder; equal seeds share it frame by frame.
+        batch_size: Windows per forward pass.
+
+    Returns:
+        Blocks `[C, n]`, float32; together `num_samples` samples.
+
+    Raises:
+        ConfigError: The latent does not hold so many samples (at once, before any block).
+    """
+    source = latent if isinstance(latent, LatentSource) else LatentSource.of(latent)
+    spec = model.spec
+    chunked = len(source.shape) == 3
+    most = most_samples(spec, source.shape, chunking)
+    if num_samples is None:
+        num_samples = most
+    if not 0 <= num_samples <= most:
+        raise ConfigError(
+            f"A latent of shape {source.shape} decodes to at most {most} samples of {spec.name}, "
+            f"not {num_samples}."
+        )
+    windows = _chunk_windows if chunked else _stitched_windows
+    needed = itertools.takewhile(
+        lambda window: window.start < num_samples, windows(source, num_samples, spec, chunking)
+    )
+    decoded = _decoded(model, needed, seed, batch_size)
+    skew = None if chunked else chunking.skew * spec.hop
+    return _joined(decoded, num_samples, skew)
+
+
+def _decoded(
+    model: Autoencoder, windows: Iterator[_Window], seed: int, batch_size: int
+) -> Iterator[tuple[int, Audio]]:
+    """Each window's first sample and its audio `[C, samples]`."""
+    import torch  # slow to import, and not needed to read a store
+
+    for batch in _batches(windows, batch_size):
+        latents = np.stack([window.latent for window in batch]).astype(np.float32)
+        decoded = model.decode(  # [B, C, T]
+            torch.from_numpy(latents),
+            batch[0].samples,
+            seed=seed,
+            positions=[window.frame for window in batch],
+        )
+        for window, audio in zip(batch, decoded.float().cpu().numpy(), strict=True):
+            yield window.start, audio
+
+
+def _batches(windows: Iterator[_Window], size: int) -> Iterator[list[_Window]]:
+    """Windows in batches of one length: the last one may be shorter."""
+    for _, alike in itertools.groupby(windows, key=lambda window: window.latent.shape):
+        while batch := list(itertools.islice(alike, size)):
+            yield batch
+
+
+def _joined(
+    windows: Iterator[tuple[int, Audio]], num_samples: int, skew: int | None
+) -> Iterator[Audio]:
+    """Blend each window into the one before; give what no later window touches."""
+    begin = 0  # the first sample of the last window
+    held: Audio | None = None
+    for start, audio in windows:
+        if held is None:
+            held = audio
+        else:
+            yield held[:, : start - begin]
+            held = _blended(held[:, start - begin :], audio, skew)
+        begin = start
+    if held is not None:
+        yield held[:, : num_samples - begin]
+
+
+def _stitched_windows(
+    source: LatentSource, num_samples: int, spec: ModelSpec, chunking: Chunking
+) -> Iterator[_Window]:
+    """Windows of the chunk's length; the last one is moved back to end with the latent."""
+    total = source.shape[1]
+    size = spec.frames(chunking.samples)
+    overlap = max(chunking.overlap, min(size // 4, 4))
+    if total <= size:
+        yield _Window(0, source.read(0, total), 0, num_samples)
+        return
+    for start in itertools.chain(range(0, total - size, size - overlap), (total - size,)):
+        yield _Window(start, source.read(start, size), start * spec.hop, chunking.samples)
+
+
+def _chunk_windows(
+    source: LatentSource, num_samples: int, spec: ModelSpec, chunking: Chunking
+) -> Iterator[_Window]:
+    if source.shape[0] == 1:
+        yield _Window(0, source.read(0, 1)[0], 0, min(num_samples, chunking.samples))
+        return
+    for index in range(source.shape[0]):
+        start = index * chunking.step
+        latent, samples = source.read(index, 1)[0], chunking.samples
+        if spec.short_last_chunk and index == source.shape[0] - 1:
+            samples = max(spec.min_samples, min(samples, num_samples - start))
+            latent = latent[:, : spec.frames(samples)]
+        yield _Window(start // spec.hop, latent, start, samples)
+
+
+def _blended(old: Audio, new: Audio, skew: int | None) -> Audio:
+    """`new`, fading from `old` over the samples that they share, or some of them.
+
+    Without a `skew` over all of them. With one over half of those that a model with a context so
+    much longer on the left (in samples) gets right in both windows, but at least a sixteenth.
+    """
+    overlap = old.shape[1]
+    if overlap == 0:
+        return new
+    begin, width = 0, overlap
+    if skew is not None:
+        skew = max(-overlap, min(skew, overlap))
+        width = max((overlap - abs(skew)) // 2, overlap // 16)
+        begin = max(0, min((overlap + skew - width) // 2, overlap - width))
+    fade = np.zeros(overlap, np.float32)
+    fade[begin : begin + width] = np.linspace(0, 1, width, dtype=np.float32)
+    fade[begin + width :] = 1
+    return np.concatenate([old + fade * (new[:, :overlap] - old), new[:, overlap:]], axis=1)

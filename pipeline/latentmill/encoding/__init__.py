@@ -1,0 +1,1 @@
+"""Audio to latents: chunks, batches, stitching."""

@@ -1,0 +1,170 @@
+"""A unit's audio -> latents: batch, encode, stitch. No Ray, no storage.
+
+Chunks of many items are packed into full batches, and each item's latents put together again. The
+batches depend on the unit's items alone, so a unit's latents are the same on every worker.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from latentmill.encoding.chunks import Batch, Chunk, Chunking, Packer, Stitcher
+from latentmill.encoding.timings import Meter
+from latentmill.encoding.unit_audio import EncodeSettings, Facts, Heard, Opened
+from latentmill.models.base import Autoencoder
+from latentmill.models.checks import check_encoded
+from latentmill.models.inference.compiled import uncompiled
+from latentmill.models.inference.feed import Array, Feed
+from latentmill.models.inference.precision import numeric_mode
+from latentmill.record import DTYPES, Outcome, Record
+from latentmill.sources.address import address_of
+from latentmill.sources.base import Item
+from latentmill.text.redact import redact
+
+
+@dataclass
+class _Job:
+    """An item on its way through the unit."""
+
+    index: int
+    item: Item
+    stitcher: Stitcher
+    expected: int = 0  # chunks packed
+    arrived: int = 0  # chunks that came back from the model
+    facts: Facts | None = None
+    outcome: Outcome | None = None
+
+
+class UnitEncoder:
+    """Encodes units with one model. One unit at a time; not thread-safe."""
+
+    def __init__(
+        self,
+        model: Autoencoder,
+        chunking: Chunking,
+        settings: EncodeSettings,
+        meter: Meter | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self._model = model
+        self._device = device
+        self._feed = Feed(model, device, settings.precision)
+        self._queued: deque[Batch] = deque()  # in the feed
+        self._chunking = chunking
+        self._settings = settings
+        self.meter = meter or Meter()
+        self.ended = 0.0  # when a unit's last outcome was taken, by the performance counter
+
+    def encode(self, audio: Iterable[Heard]) -> Iterator[Outcome]:
+        """Encode a unit's audio, as `UnitAudio` gives it; outcomes come in the items' order."""
+        packer = Packer(self._chunking, self._settings.batch_size)
+        jobs: deque[_Job] = deque()
+        by_index: dict[int, _Job] = {}
+        for index, item, event in audio:
+            if isinstance(event, Opened):
+                stitcher = Stitcher(self._chunking, DTYPES[self._settings.dtype], event.frames)
+                jobs.append(_Job(index, item, stitcher))
+                by_index[index] = jobs[-1]
+            elif isinstance(event, Chunk):
+                by_index[index].expected += 1
+                for batch in packer.add(index, event):
+                    self._run(batch, by_index)
+            elif isinstance(event, Facts):
+                by_index[index].facts = event
+            else:
+                by_index[index].outcome = event
+            yield from self._done(jobs, by_index)
+        for batch in packer.flush():
+            self._run(batch, by_index)
+        self._collect(self._feed.flush(), by_index)
+        yield from self._done(jobs, by_index)
+        assert not jobs, "every item of the unit is accounted for"
+        self.ended = time.perf_counter()
+
+    def _run(self, batch: Batch, jobs: dict[int, _Job]) -> None:
+        audio = batch.audio()  # [B, C, T]
+        self._queued.append(batch)
+        self._collect(self._feed.push(audio), jobs)
+        self.meter.add("audio_seconds", len(audio) * self._new_seconds(audio.shape[2]))
+
+    def _collect(self, finished: Iterator[Array], jobs: dict[int, _Job]) -> None:
+        """Hand out the latents that the feed gives."""
+        while True:
+            start = time.perf_counter()
+            latents = next(finished, None)  # [B, D, Z]
+            self.meter.add("model_seconds", time.perf_counter() - start)
+            if latents is None:
+                return
+            batch = self._queued.popleft()
+            check_encoded(self._model.spec, batch.chunks[0].audio.shape[1], latents.shape)
+            if self._settings.precision != "float32" and not self._fits(latents):
+                latents = self._exactly(batch)
+            for owner, chunk, latent in zip(batch.owners, batch.chunks, latents, strict=True):
+                job = jobs.get(owner)
+                if job is not None:  # else it failed after this chunk was packed
+                    job.arrived += 1
+                    job.stitcher.add(chunk.frame, latent)
+
+    def _fits(self, latents: Array) -> bool:
+        """Whether all numbers are finite and in the range of the stored dtype."""
+        return bool(np.abs(latents).max() <= np.finfo(DTYPES[self._settings.dtype]).max)
+
+    def _exactly(self, batch: Batch) -> Array:
+        """Encode a batch once more, in float32, before what it belongs to may fail."""
+        with numeric_mode("float32", self._device):
+            latents = uncompiled(self._model).encode(torch.from_numpy(batch.audio()))
+        exact: Array = latents.float().cpu().numpy()
+        return exact
+
+    def _new_seconds(self, length: int) -> float:
+        """Seconds of audio that a chunk adds, without what it shares with the one before."""
+        return min(length, self._chunking.step) / self._model.spec.sample_rate
+
+    def _done(self, jobs: deque[_Job], by_index: dict[int, _Job]) -> Iterator[Outcome]:
+        """Give the outcomes of the first items, as far as they are complete."""
+        while jobs:
+            job = jobs[0]
+            if job.outcome is None:
+                if job.facts is None or job.arrived < job.expected:
+                    return
+                job.outcome = self._finish(job, job.facts)
+            jobs.popleft()
+            del by_index[job.index]
+            yield job.outcome
+
+    def _finish(self, job: _Job, facts: Facts) -> Outcome:
+        latent = job.stitcher.finish()
+        if not job.stitcher.finite:
+            return Outcome(job.item.key, "failed", _gate_message(self._settings.dtype))
+        spec, metadata = self._model.spec, facts.metadata
+        group = job.item.group or metadata.get("group")
+        role = job.item.role or metadata.get("role")
+        record = Record(
+            key=job.item.key,
+            latent=latent,
+            num_samples=facts.num_samples,
+            sample_rate=spec.sample_rate,
+            source_uri=redact(address_of(job.item)),
+            source_sample_rate=facts.source_sample_rate,
+            source_channels=facts.source_channels,
+            content_hash=facts.content_hash,
+            rms=facts.rms,
+            peak=facts.peak,
+            levels=facts.levels if latent.ndim == 2 else None,  # chunks overlap
+            group=group if isinstance(group, str) else None,
+            role=role if isinstance(role, str) else None,
+            metadata=metadata,
+        )
+        return Outcome(job.item.key, "encoded", record=record)
+
+
+def _gate_message(dtype: str) -> str:
+    if dtype == "float16":
+        return "the latents hold NaN, or values beyond float16's range (dtype float32 keeps those)"
+    return "the latents hold NaN or Inf"

@@ -1,0 +1,1 @@
+"""Measurements of how good a store and its model are."""

@@ -1,0 +1,1 @@
+"""One file or short folder for each family of autoencoders."""

@@ -1,0 +1,312 @@
+"""The models `lin-cae`, `lin-cae-2` and `m2l` of the package linear-cae.
+
+B. Torres and others, "Learning Linearity in Audio Consistency Autoencoders via Implicit
+Regularization", arXiv 2510.23530. Audio becomes a complex STFT with companded amplitudes, its
+encoder gives one latent frame per 2**d STFT frames; decoding is a consistency model, which starts
+from noise.
+
+The package's `Autoencoder` is built from its classes, but not by its `from_pretrained`, which
+knows no revisions and no local files. Its `encode` and `decode` are not called: `encode` registers
+the encoder a second time (the state dict grows), splits batches into single chunks and switches an
+autocast region around it off; `decode` draws unseeded noise. Here the same modules are called in
+the same order.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentmill.errors import ModelError
+from latentmill.models.base import ModelSpec, Value
+from latentmill.models.checks import check_audio, check_device, check_latents, no_gradients
+from latentmill.models.families.codec import check_scale_factor
+from latentmill.models.families.linear_cae_files import (
+    LinearCaeArguments,
+    find_linear_cae,
+    import_linear_cae,
+    read_arguments,
+)
+from latentmill.models.families.linear_cae_lean import exact_attention, make_lean
+from latentmill.models.weights import (
+    LOAD_ERRORS,
+    ModelFiles,
+    Repo,
+    does_not_load,
+    find_again,
+    parse_repo,
+    read_state,
+)
+
+CHUNK_FRAMES = 108  # 10.07 s
+MAX_BATCH_SECONDS = 380  # 2**31 elements of an activation, pytorch issue 117736
+OVERLAP_FRAMES = 12  # the receptive field on each side is 12 to 13 frames, and then GroupNorm
+
+
+@dataclass(frozen=True)
+class LinearCaeHandle:
+    """One of the models, its files found and hashed.
+
+    Attributes:
+        spec: Its spec.
+        files: Its files.
+        diffusion_steps: Steps of the decoder.
+    """
+
+    spec: ModelSpec
+    files: ModelFiles
+    diffusion_steps: int
+
+    def load(self, device: str) -> LinearCae:
+        """Load the model onto `device`.
+
+        Raises:
+            ModelError: The files are missing here, differ from the handle's or do not load.
+        """
+        name = self.spec.name
+        chosen = check_device(name, device)
+        package = import_linear_cae(name)
+        files = find_again(name, self.files)
+        parts = read_arguments(name, package, files)
+        state = read_state(name, files.paths["weights"])
+        try:
+            model = package.Autoencoder(
+                dict(parts.frontend), dict(parts.generator), dict(parts.diffusion), name=name
+            )
+            model.load_state_dict(state)
+        except LOAD_ERRORS as error:
+            raise does_not_load(name, files.paths["weights"], error) from error
+        model = model.eval().requires_grad_(False).to(chosen)
+        make_lean(model.generator.encoder)
+        return LinearCae(self.spec, model, chosen, self.diffusion_steps)
+
+
+class LinearCae:
+    """A consistency autoencoder on one device, behind the protocol `Autoencoder`.
+
+    `model` has the package's parts: `frontend`, `generator` and `diffusion`.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, model: Any, device: torch.device, diffusion_steps: int
+    ) -> None:
+        self._spec = spec
+        self._device = device
+        self._frontend = model.frontend
+        self._generator = model.generator
+        self._diffusion = model.diffusion
+        if device.type == "cuda":  # tensor cores take convolutions in this order
+            self._generator.encoder.to(memory_format=torch.channels_last)
+        self._steps = diffusion_steps
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What is fixed about this model."""
+        return self._spec
+
+    @no_gradients
+    def encode(self, audio: Tensor) -> Tensor:
+        """Encode `[B, 1, T]` to `[B, D, Z]`; see `Autoencoder.encode`.
+
+        An autocast region around the call reaches the encoder only: the front end's complex
+        numbers need float32.
+        """
+        check_audio(self._spec, audio)
+        wave = audio[:, 0].to(self._device)  # [B, T]
+        with torch.autocast(self._device.type, enabled=False):
+            spectrum = self._frontend.to_representation(wave)  # [B, 2, bins, STFT frames]
+        with exact_attention():
+            latents: Tensor = self._generator.encoder(spectrum)
+        return latents.float() * self._spec.scale_factor
+
+    @no_gradients
+    def decode(
+        self,
+        latents: Tensor,
+        num_samples: int,
+        *,
+        seed: int = 0,
+        positions: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Decode `[B, D, Z]` to `[B, 1, num_samples]`; see `Autoencoder.decode`."""
+        chosen = check_latents(self._spec, latents, num_samples, positions)
+        noise = self._noise(latents.shape[2], seed, chosen)  # [B, steps, 2, bins, STFT frames]
+        spectrum = self._reverse_diffusion(
+            latents.to(self._device) / self._spec.scale_factor, noise
+        )
+        with torch.autocast(self._device.type, enabled=False):
+            wave: Tensor = self._frontend.to_waveform(spectrum.float())  # [B, samples(Z)]
+        return wave[:, None, :num_samples]
+
+    def _reverse_diffusion(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """The package's `Diffusion.reverse_diffusion`, with our noise also between the steps."""
+        diffusion, steps = self._diffusion, self._steps
+        noisy = noise[:, 0] * self._generator.sigma_max
+        for step in range(steps):
+            sigma = diffusion.get_sigma(steps + 1 - step, steps + 1)
+            clean: Tensor = self._generator.forward_generator(latents, noisy, sigma)
+            if step + 1 < steps:
+                next_sigma = diffusion.get_sigma(steps - step, steps + 1)
+                noisy = diffusion.reverse_step(clean, noise[:, step + 1], next_sigma)
+        return clean
+
+    def _noise(self, frames: int, seed: int, positions: Sequence[int]) -> Tensor:
+        """Standard normal noise `[B, steps, 2, bins, STFT frames]` on the model's device."""
+        per_frame = self._spec.hop // self._spec.sample_multiple
+        shape = (self._steps, self._generator.data_channels, self._generator.hop * 2, per_frame)
+        noise = frame_noise(seed, positions, frames, shape).to(self._device)
+        return noise.permute(0, 2, 3, 4, 1, 5).flatten(-2)
+
+
+def frame_noise(seed: int, positions: Sequence[int], frames: int, shape: tuple[int, ...]) -> Tensor:
+    """Noise of consecutive latent frames, a pure function of seed and absolute position.
+
+    It is drawn on the CPU, so that it is the same on every device, and for each frame by its own
+    generator (Philox, keyed by seed and position), so that it is the same however a time line is
+    cut into chunks.
+
+    Args:
+        seed: Any integer.
+        positions: Position of the first frame, for each batch element.
+        frames: Number of frames.
+        shape: Shape of one frame's noise.
+
+    Returns:
+        Standard normal float32 `[B, frames, *shape]`.
+    """
+    noise = np.empty((len(positions), frames, *shape), dtype=np.float32)
+    mask = 2**64 - 1
+
+    def fill(index: tuple[int, int]) -> None:
+        element, frame = index
+        key = np.array([seed & mask, (positions[element] + frame) & mask], dtype=np.uint64)
+        generator = np.random.Generator(np.random.Philox(key=key))
+        generator.standard_normal(dtype=np.float32, out=noise[element, frame])
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy lets go of the GIL
+        deque(pool.map(fill, np.ndindex(len(positions), frames)), maxlen=0)
+    return torch.from_numpy(noise)
+
+
+def build(
+    name: str,
+    *,
+    repo: str | None = None,
+    revision: str | None = None,
+    scale_factor: float | None = None,
+    diffusion_steps: int = 1,
+) -> LinearCaeHandle:
+    """Find a model's files, downloading them where they are not cached, and make its handle.
+
+    Args:
+        name: `lin-cae`, `lin-cae-2` or `m2l`.
+        repo: Hub repository or local folder with the model's files; None: the package's.
+        revision: Branch, tag or commit of a hub repository.
+        scale_factor: What latents are multiplied by; None: what the package has for this name.
+        diffusion_steps: Steps of the decoder; 1 is what the models were made for.
+
+    Raises:
+        ModelError: The package or the weights are missing, or an option is out of range.
+    """
+    check_diffusion_steps(name, diffusion_steps)
+    if scale_factor is not None:
+        check_scale_factor(name, scale_factor)
+    package = import_linear_cae(name)
+    where = Repo(package.repo, revision) if repo is None else parse_repo(name, repo, revision)
+    files = find_linear_cae(name, package, where)
+    parts = read_arguments(name, package, files)
+    scale = float(package.scale_factors[name] if scale_factor is None else scale_factor)
+    try:
+        spec = _spec(name, parts, files, scale, diffusion_steps, package.version)
+    except LOAD_ERRORS as error:
+        raise does_not_load(name, files.paths["generator"].parent, error) from error
+    return LinearCaeHandle(spec, files, diffusion_steps)
+
+
+lin_cae = partial(build, "lin-cae")
+lin_cae_2 = partial(build, "lin-cae-2")
+m2l = partial(build, "m2l")
+
+
+def check_diffusion_steps(name: str, steps: int) -> None:
+    """Check the option.
+
+    Raises:
+        ModelError: There is not one step.
+    """
+    if steps < 1:
+        raise ModelError(f"Model {name}: option diffusion_steps must be at least 1, not {steps}.")
+
+
+def consistency_spec(
+    name: str,
+    *,
+    sample_rate: int,
+    hop_size: int,
+    frame_length: int,
+    halvings: int,
+    latent_channels: int,
+    scale_factor: float,
+    identity: Mapping[str, Value],
+    provenance: Mapping[str, Value],
+) -> ModelSpec:
+    """The spec of a consistency autoencoder.
+
+    A chunk of T samples has F = (T - frame_length) / hop_size + 1 STFT frames; each of the
+    `halvings` convolutions with stride 2 halves their number, rounding up.
+    """
+    return ModelSpec(
+        name=name,
+        sample_rate=sample_rate,
+        channels=1,
+        latent_channels=latent_channels,
+        hop=hop_size * 2**halvings,
+        overhang=frame_length - hop_size,
+        sample_multiple=hop_size,
+        min_samples=frame_length,
+        context=None,
+        stitch="crossfade",
+        chunk_frames=CHUNK_FRAMES,
+        overlap_frames=OVERLAP_FRAMES,
+        batch_size={"cpu": 1, "cuda": 8},
+        scale_factor=scale_factor,
+        stochastic_decoder=True,
+        identity=identity,
+        provenance=provenance,
+        max_batch_samples=MAX_BATCH_SECONDS * sample_rate,
+    )
+
+
+def _spec(
+    name: str,
+    parts: LinearCaeArguments,
+    files: ModelFiles,
+    scale: float,
+    diffusion_steps: int,
+    version: str,
+) -> ModelSpec:
+    frontend, generator = parts.frontend, parts.generator
+    return consistency_spec(
+        name,
+        sample_rate=frontend["sample_rate"] or 44100,  # the package works without knowing it
+        hop_size=frontend["hop_size"],
+        frame_length=frontend["hop_size"] * frontend["n_fft_factor"],
+        halvings=list(generator["freq_downsample_list"]).count(0),
+        latent_channels=generator["bottleneck_channels"],
+        scale_factor=scale,
+        identity={
+            "package": "linear-cae",
+            "package_version": version,
+            **files.identity,
+            "scale_factor": scale,
+        },
+        provenance={**files.provenance, "diffusion_steps": diffusion_steps},
+    )

@@ -1,0 +1,83 @@
+"""The model `mimi:REPO`: Kyutai's Mimi, as transformers has it.
+
+A. Défossez and others, "Moshi: a speech-text foundation model for real-time dialogue", arXiv
+2410.00037. The latents are those before quantisation; Mimi was trained with the quantiser left
+out half of the time, so its decoder knows them.
+
+Its convolutions are causal, and a transformer over them attends to the last 250 steps (10 s) in
+each layer: what a frame depends on fades with distance, but ends only after minutes.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentmill.models.base import Context, Value
+from latentmill.models.families.codec import Network, as_indices, with_quantiser
+from latentmill.models.families.transformers_codec import (
+    CodecShape,
+    Family,
+    build_codec,
+    load_model,
+)
+from latentmill.models.weights import ModelFiles
+
+CONTEXT_SECONDS = 10.0  # for 1e-3 of the latents' norm; 15 s for 1e-5 (random weights)
+CHUNK_SECONDS = 60.0  # a sixth of it is context
+
+
+class MimiNetwork:
+    """`MimiModel`; see `QuantisingNetwork`."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def encode(self, audio: Tensor) -> Tensor:
+        """The output of encoder, transformer and downsampling."""
+        latents: Tensor = self._model.encoder(audio).latents
+        return latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The output of upsampling, transformer and decoder."""
+        audio: Tensor = self._model.decoder(latents).audio_values
+        return audio
+
+    def quantise(self, latents: Tensor) -> Tensor:
+        """Codes of all codebooks, the semantic one first."""
+        codes: Tensor = self._model.quantizer.encode(latents)  # [codebooks, B, Z]
+        return codes.transpose(0, 1).float()
+
+    def dequantise(self, codes: Tensor) -> Tensor:
+        """The sum of the codebooks' entries."""
+        indices = as_indices(codes, self._model.config.codebook_size)
+        latents: Tensor = self._model.quantizer.decode(indices)
+        return latents
+
+
+def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -> Network:
+    """Build the network; see `Loader`. The options are `build`'s."""
+    return with_quantiser(MimiNetwork(load_model(name, "mimi", files, device)), **options)
+
+
+def _shape(config: Any, codes: bool) -> CodecShape:
+    rate = config.sampling_rate
+    hop = math.prod(config.upsampling_ratios) * config.latent_stride
+    reach = math.ceil(CONTEXT_SECONDS * rate / hop)
+    return CodecShape(
+        sample_rate=rate,
+        channels=config.audio_channels,
+        latent_channels=config.num_quantizers if codes else config.hidden_size,
+        hop=hop,
+        context=Context(reach, 0),
+        chunk_frames=round(CHUNK_SECONDS * rate / hop),
+        overlap_frames=reach,
+        batch_size={"cpu": 1, "cuda": 8},
+    )
+
+
+build = partial(build_codec, Family("mimi", load, _shape))

@@ -1,0 +1,125 @@
+"""The model `music2latent` of the package of that name. Code and weights: CC BY-NC 4.0.
+
+M. Pasini and others, "Music2Latent: Consistency Autoencoders for Latent Audio Compression", ISMIR
+2024. The architecture of linear-cae, which grew out of it, and the same code runs it here.
+
+The package's `EncoderDecoder` is not used: it downloads into its own installation and unpickles
+what it finds. Its modules are called instead, in the same order. It cuts audio down to whole
+latent frames; here the last, partial one is kept, as linear-cae does it. On a GPU the package
+encodes in half precision; here the caller's autocast region decides.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from latentmill.models.base import ModelSpec
+from latentmill.models.checks import check_device
+from latentmill.models.families.codec import check_scale_factor
+from latentmill.models.families.linear_cae import LinearCae, check_diffusion_steps, consistency_spec
+from latentmill.models.weights import (
+    LOAD_ERRORS,
+    ModelFiles,
+    does_not_load,
+    find,
+    find_again,
+    import_package,
+    parse_repo,
+    read_state,
+)
+
+NAME = "music2latent"
+REPO = "SonyCSLParis/music2latent"
+FILE = "music2latent.pt"
+ENTRY = "gen_state_dict"
+SCALE_FACTOR = 1 / 0.06  # the package divides by its `sigma_rescale`
+
+
+@dataclass(frozen=True)
+class Music2LatentHandle:
+    """The model, its file found and hashed.
+
+    Attributes:
+        spec: Its spec.
+        files: Its file.
+        diffusion_steps: Steps of the decoder.
+    """
+
+    spec: ModelSpec
+    files: ModelFiles
+    diffusion_steps: int
+
+    def load(self, device: str) -> LinearCae:
+        """Load the model onto `device`.
+
+        Raises:
+            ModelError: The file is missing here, differs from the handle's or does not load.
+        """
+        chosen = check_device(NAME, device)
+        import_package(NAME, "music2latent")
+        audio, hparams, models, utils = (
+            importlib.import_module(f"music2latent.{module}")
+            for module in ("audio", "hparams", "models", "utils")
+        )
+        path = find_again(NAME, self.files).paths["weights"]
+        state = read_state(NAME, path, ENTRY)
+        try:
+            unet = models.UNet()
+            unet.load_state_dict(state)
+        except LOAD_ERRORS as error:
+            raise does_not_load(NAME, path, error) from error
+        unet = unet.eval().requires_grad_(False).to(chosen)
+        parts = SimpleNamespace(
+            frontend=SimpleNamespace(
+                to_representation=audio.to_representation_encoder,
+                to_waveform=audio.to_waveform,
+            ),
+            generator=SimpleNamespace(
+                encoder=unet.encoder,
+                forward_generator=unet,
+                sigma_max=hparams.sigma_max,
+                data_channels=hparams.data_channels,
+                hop=hparams.hop,
+            ),
+            diffusion=utils,
+        )
+        return LinearCae(self.spec, parts, chosen, self.diffusion_steps)
+
+
+def build(
+    *,
+    repo: str = REPO,
+    revision: str | None = None,
+    scale_factor: float = SCALE_FACTOR,
+    diffusion_steps: int = 1,
+) -> Music2LatentHandle:
+    """Find the model's file and make its handle.
+
+    Args:
+        repo: Hub repository, local folder, or local weights file.
+        revision: Branch, tag or commit of a hub repository.
+        scale_factor: What latents are multiplied by.
+        diffusion_steps: Steps of the decoder; 1 is what the model was made for.
+
+    Raises:
+        ModelError: The package or the weights are missing, or an option is out of range.
+    """
+    check_diffusion_steps(NAME, diffusion_steps)
+    scale = check_scale_factor(NAME, scale_factor)
+    _, version = import_package(NAME, "music2latent")
+    hparams = importlib.import_module("music2latent.hparams")
+    files = find(NAME, parse_repo(NAME, repo, revision), {"weights": [FILE]})
+    spec = consistency_spec(
+        NAME,
+        sample_rate=hparams.sample_rate,
+        hop_size=hparams.hop,
+        frame_length=4 * hparams.hop,
+        halvings=hparams.freq_downsample_list.count(0),
+        latent_channels=hparams.bottleneck_channels,
+        scale_factor=scale,
+        identity={"package": "music2latent", "package_version": version, **files.identity},
+        provenance={**files.provenance, "diffusion_steps": diffusion_steps},
+    )
+    return Music2LatentHandle(spec, files, diffusion_steps)

@@ -1,0 +1,111 @@
+"""The model `same:REPO`: the autoencoder of Stable Audio 3, as diffusers has it.
+
+Stability AI, "Stable Audio 3", arXiv 2605.17991: the Semantically-Aligned Music Encoder. Patches of
+samples go through transformers whose attention reaches a fixed number of latent frames to both
+sides in each layer, so that a frame's context is finite; positions are relative.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentmill.models.base import Context, ModelSpec, Value
+from latentmill.models.families.codec import CodecHandle, check_scale_factor
+from latentmill.models.families.diffusers_codec import find_autoencoder, load_autoencoder
+from latentmill.models.weights import LOAD_ERRORS, ModelFiles, does_not_load
+
+CLASS = "AutoencoderSAME"
+CHUNK_SECONDS = 10.0  # its attention mask takes memory by the square of the length
+
+
+class SameNetwork:
+    """`AutoencoderSAME`."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def encode(self, audio: Tensor) -> Tensor:
+        """The normalised latents that the diffusion model sees."""
+        latents: Tensor = self._model.encode(audio).latents
+        return latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The decoder's output."""
+        audio: Tensor = self._model.decode(latents).sample
+        return audio
+
+
+def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -> SameNetwork:
+    """Build the network; see `Loader`. It has no options."""
+    return SameNetwork(load_autoencoder(name, CLASS, files, device))
+
+
+def build(
+    repo: str,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    scale_factor: float = 1.0,
+) -> CodecHandle:
+    """Find the model's files and make its handle.
+
+    Args:
+        repo: Hub repository, local folder, or local weights file beside its `config.json`.
+        revision: Branch, tag or commit of a hub repository.
+        subfolder: Where in it the autoencoder is; None: `vae` where there is one, else the root.
+        scale_factor: What latents are multiplied by.
+
+    Raises:
+        ModelError: The package or the weights are missing, or they are another model's.
+    """
+    name = f"same:{repo}"
+    scale = check_scale_factor(name, scale_factor)
+    files, config, version = find_autoencoder(name, CLASS, repo, revision, subfolder)
+    try:
+        spec = _spec(config, scale, files, version)
+    except LOAD_ERRORS as error:
+        raise does_not_load(name, files.paths["config"], error) from error
+    return CodecHandle(spec, files, load)
+
+
+def encoder_context(strides: Sequence[int], depths: Sequence[int], window: int) -> int:
+    """Latent frames on each side that a frame depends on.
+
+    In each layer a token attends to `window` segments on each side; the segments of one level are
+    the steps of the next, slower one.
+    """
+    reach = 0.0  # in steps of the level
+    for stride, depth in zip(strides, depths, strict=True):
+        reach = reach / stride + depth * window
+    return math.ceil(reach)
+
+
+def _spec(config: Mapping[str, Any], scale: float, files: ModelFiles, version: str) -> ModelSpec:
+    strides = config["encoder_strides"]
+    hop = config["patch_size"] * math.prod(strides)
+    reach = encoder_context(strides, config["encoder_transformer_depths"], config["sliding_window"])
+    rate = config["sampling_rate"]
+    return ModelSpec(
+        name="same",
+        sample_rate=rate,
+        channels=config["audio_channels"],
+        latent_channels=config["latent_dim"],
+        hop=hop,
+        overhang=0,
+        sample_multiple=hop,
+        min_samples=hop,
+        context=Context(reach, reach),
+        stitch="trim",
+        chunk_frames=max(4 * reach, round(CHUNK_SECONDS * rate / hop)),
+        overlap_frames=2 * reach,
+        batch_size={"cpu": 1, "cuda": 16},
+        scale_factor=scale,
+        stochastic_decoder=False,
+        identity={"package": "diffusers", "package_version": version, **files.identity},
+        provenance=files.provenance,
+    )

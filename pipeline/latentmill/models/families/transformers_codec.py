@@ -1,0 +1,216 @@
+"""What `encodec`, `dac` and `mimi` share: finding and loading models of transformers."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from latentmill.models.base import Context, ModelSpec, Stitch
+from latentmill.models.families.codec import CodecHandle, Loader, Output, check_output
+from latentmill.models.weights import (
+    LOAD_ERRORS,
+    ModelFiles,
+    does_not_load,
+    find,
+    import_package,
+    parse_repo,
+    read_config,
+    read_state,
+)
+
+WANTED = {"config": ["config.json"], "weights": ["model.safetensors", "pytorch_model.bin"]}
+LENGTHS = ("stride", "kernel_size", "padding_total")  # buffers of convolutions
+
+
+@dataclass(frozen=True)
+class CodecShape:
+    """What a family reads in a model's configuration; see `ModelSpec`."""
+
+    sample_rate: int
+    channels: int
+    latent_channels: int
+    hop: int
+    context: Context | None
+    chunk_frames: int
+    overlap_frames: int
+    batch_size: Mapping[str, int]
+    own_length: bool = False  # chunks of any length, the last one as short as it is
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of codecs.
+
+    Attributes:
+        name: Its name, which is also its `model_type`.
+        loader: What builds its network.
+        shape: Reads a configuration; the second argument is whether latents are codes.
+    """
+
+    name: str
+    loader: Loader
+    shape: Callable[[Any, bool], CodecShape]
+
+
+def build_codec(
+    family: Family,
+    repo: str,
+    *,
+    revision: str | None = None,
+    scale_factor: float = 1.0,
+    quantise: bool = False,
+    output: Output = "latents",
+) -> CodecHandle:
+    """Find a model's files and make its handle.
+
+    Args:
+        family: The model's family.
+        repo: Hub repository, local folder, or local weights file beside its `config.json`.
+        revision: Branch, tag or commit of a hub repository.
+        scale_factor: What latents are multiplied by.
+        quantise: Whether decoding quantises the latents first, at the highest bandwidth, as the
+            codec does; the stored latents are the same.
+        output: `latents`: those before quantisation. `codes`: the quantiser's codes
+            `[codebooks, frames]`, whole numbers.
+
+    Raises:
+        ModelError: The package or the weights are missing, they are another model's, or an option
+            has no meaning for codes.
+    """
+    name = f"{family.name}:{repo}"
+    scale = check_output(name, output, scale_factor, quantise)
+    codes = output == "codes"
+    files, config, version = find_model(name, family.name, repo, revision)
+    try:
+        shape = family.shape(config, codes)
+    except LOAD_ERRORS as error:
+        raise does_not_load(name, files.paths["config"], error) from error
+    blend: Stitch = "none" if codes else "crossfade"
+    spec = ModelSpec(
+        name=family.name,
+        sample_rate=shape.sample_rate,
+        channels=shape.channels,
+        latent_channels=shape.latent_channels,
+        hop=shape.hop,
+        overhang=0,
+        sample_multiple=1 if shape.own_length else shape.hop,
+        min_samples=shape.hop,
+        context=shape.context,
+        stitch=blend if shape.context is None else "trim",
+        chunk_frames=shape.chunk_frames,
+        overlap_frames=shape.overlap_frames,
+        batch_size=shape.batch_size,
+        scale_factor=scale,
+        stochastic_decoder=False,
+        identity={
+            "package": "transformers",
+            "package_version": version,
+            "output": output,
+            **files.identity,
+        },
+        provenance={**files.provenance, "quantise": quantise},
+        codebook_size=config.codebook_size if codes else None,
+        short_last_chunk=shape.own_length,
+    )
+    return CodecHandle(spec, files, family.loader, {"quantise": quantise, "output": output})
+
+
+def find_model(
+    name: str, model_type: str, repo: str, revision: str | None
+) -> tuple[ModelFiles, Any, str]:
+    """Find a model's files and read its configuration.
+
+    Args:
+        name: The model's name, for errors.
+        model_type: What `config.json` must say.
+        repo: Hub repository, local folder, or local weights file beside its `config.json`.
+        revision: Branch, tag or commit of a hub repository.
+
+    Returns:
+        The files, the configuration (a `PretrainedConfig`), and the version of transformers.
+
+    Raises:
+        ModelError: The package or the weights are missing, or they are another model's.
+    """
+    _, version = import_package(name, "transformers")
+    files = find(name, parse_repo(name, repo, revision), WANTED)
+    return files, _config(name, files, model_type), version
+
+
+def load_model(name: str, model_type: str, files: ModelFiles, device: torch.device) -> Any:
+    """Build a model from its configuration and its state dict, in float32.
+
+    `from_pretrained` is given the tensors, not a path, so that it renames those of older releases
+    and reads no file itself. It fills in random numbers for missing ones: that is refused.
+
+    Raises:
+        ModelError: The weights do not fit the configuration.
+    """
+    package, _ = import_package(name, "transformers")
+    config = _config(name, files, model_type)
+    state = read_state(name, files.paths["weights"])
+    try:
+        with _quiet_transformers():
+            model, report = package.MODEL_MAPPING[type(config)].from_pretrained(
+                None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+            )
+        wrong = [*report["missing_keys"], *report["mismatched_keys"], *report["error_msgs"]]
+        if wrong:
+            raise ValueError(f"{len(wrong)} tensors are missing or do not fit, such as {wrong[0]}")
+    except LOAD_ERRORS as error:
+        raise does_not_load(name, files.paths["weights"], error) from error
+    model = model.eval().requires_grad_(False)
+    _move(model, device)
+    return model
+
+
+def _config(name: str, files: ModelFiles, model_type: str) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+
+    package, _ = import_package(name, "transformers")
+    path = files.paths["config"]
+    given = read_config(name, path)
+    try:
+        if given.get("model_type") != model_type:
+            found = given.get("model_type") or given.get("_class_name")
+            raise ValueError(f"it is of {found}")
+        return package.AutoConfig.for_model(**given)
+    except (*LOAD_ERRORS, StrictDataclassError) as error:
+        raise does_not_load(name, path, error) from error
+
+
+def _move(model: torch.nn.Module, device: torch.device) -> None:
+    """Move a model to a device, but leave on the CPU what padding is computed from.
+
+    EnCodec's and Mimi's convolutions hold stride and kernel size as tensors and turn them into
+    Python numbers in every call, each time waiting for a GPU that holds them.
+    """
+    kept = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if name in LENGTHS
+    ]
+    model.to(device)
+    for module, name, buffer in kept:
+        module._buffers[name] = buffer
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without its progress bar and its report, whose faults we raise."""
+    logging = importlib.import_module("transformers.utils.logging")
+    bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""How any model is run: device, precision, batches, compilation."""

@@ -1,0 +1,102 @@
+"""A model whose encoder is compiled for the one shape that most batches have.
+
+`torch.compile` makes a program for each shape, and takes minutes to. Full batches of full chunks
+have one shape; the last batch of a unit and items shorter than a chunk have others, which go
+through the model as it is. On a GPU the program is replayed as CUDA graphs, whose state belongs to
+a thread, so that one thread runs it (pytorch issue 123177).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from latentmill.errors import ModelError
+from latentmill.models.base import Autoencoder, ModelSpec
+from latentmill.models.inference.precision import Precision, numeric_mode
+
+
+class Compiled:
+    """Encodes batches of one shape by a compiled program; see `Autoencoder`.
+
+    Args:
+        inner: The model.
+        shape: The batches' shape `[B, C, T]`.
+        device: Where the model is.
+        precision: The numeric mode of the program; it is compiled at once, in it.
+
+    Raises:
+        ModelError: It cannot be compiled on this machine.
+    """
+
+    def __init__(
+        self,
+        inner: Autoencoder,
+        shape: tuple[int, int, int],
+        device: str = "cpu",
+        precision: Precision = "float32",
+    ) -> None:
+        self.inner = inner
+        self._shape = shape
+        self._device = torch.device(device)
+        self._precision: Precision = precision
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="compiled")
+        on_gpu = self._device.type == "cuda"
+        try:
+            mode = "reduce-overhead" if on_gpu else None
+            self._program = torch.compile(inner.encode, dynamic=False, mode=mode)
+            for _ in range(3 if on_gpu else 1):  # compiles, warms up, captures the graphs
+                self.encode(torch.zeros(shape))
+        except RuntimeError as error:
+            raise _does_not_compile(inner.spec.name, error) from error
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The inner model's spec."""
+        return self.inner.spec
+
+    def encode(self, audio: Tensor) -> Tensor:
+        """Encode `[B, C, T]` to `[B, D, Z]`, compiled if the shape is the one."""
+        if audio.shape != self._shape or audio.dtype != torch.float32:
+            return self.inner.encode(audio)
+        return self._thread.submit(self._run, audio).result()
+
+    def decode(
+        self,
+        latents: Tensor,
+        num_samples: int,
+        *,
+        seed: int = 0,
+        positions: Sequence[int] | None = None,
+    ) -> Tensor:
+        """The inner model's `decode`."""
+        return self.inner.decode(latents, num_samples, seed=seed, positions=positions)
+
+    def _run(self, audio: Tensor) -> Tensor:
+        """In the one thread, to which the caller's autocast region does not reach.
+
+        The compiler does not know inference mode; see `no_gradients`.
+        """
+        with torch.no_grad(), numeric_mode(self._precision, str(self._device)):
+            latents: Tensor = self._program(audio.to(self._device))
+            return latents.clone()  # the next batch overwrites what a CUDA graph gives
+
+
+def uncompiled(model: Autoencoder) -> Autoencoder:
+    """The model as it is, for another numeric mode than the compiled one."""
+    return model.inner if isinstance(model, Compiled) else model
+
+
+def _does_not_compile(name: str, error: RuntimeError) -> ModelError:
+    reason = next(reversed([one.strip() for one in str(error).splitlines()[:2] if one.strip()]), "")
+    reason = reason.rstrip(".") or type(error).__name__
+    cure = "leave compile out"
+    if "compiler" in reason.lower() or "triton" in reason.lower():
+        cure = (
+            "install a C++ compiler (such as by apt-get install g++) and for a GPU Triton (pip "
+            "install triton), or leave compile out"
+        )
+    return ModelError(f"Model {name} does not compile here ({reason}): {cure}.")

@@ -1,0 +1,206 @@
+"""A run, from a source to a sealed store: what `latentmill encode` and `jobs/encode.py` call."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Unpack
+
+from latentmill.config import RunConfig, fingerprint, load_config
+from latentmill.engine.lock import Hold, only_run
+from latentmill.engine.progress import Progress, QuietProgress
+from latentmill.errors import ITEMS_FAILED_EXIT_CODE, SourceError, StoreError
+from latentmill.plan import Plan, Unit, check_items
+from latentmill.run.options import EncodeOptions
+from latentmill.run.prepare import Extension, Preparation, listed, planned, prepare
+from latentmill.sources.open import is_there
+from latentmill.storage.storage import Storage
+from latentmill.store.commit import SealHash, Tally, iter_commits, next_revisions
+from latentmill.store.schema import SHARDS, DatasetInfo
+from latentmill.store.seal import current_seal, seal
+from latentmill.store.tidy import remove_unfinished, tidy
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """How a run ended.
+
+    Attributes:
+        store: Where the store is.
+        info: What dataset.json says.
+        failures: (key, reason) of every failed item of the store.
+        skipped: (key, filter) of every item that a filter left out.
+        ignored: Files of the source that are no items, counted by extension.
+        units: Units of the plan.
+        resumed_units: Units that were committed before this run.
+        seconds: Wall time of this run.
+        encoded_seconds: Audio that this run encoded.
+        stages: Seconds that this run's workers spent, by stage, summed over workers.
+        extension: What `extend` found; None without it, and where the plan was new.
+    """
+
+    store: str
+    info: DatasetInfo
+    failures: tuple[tuple[str, str], ...]
+    skipped: tuple[tuple[str, str], ...]
+    ignored: Mapping[str, int]
+    units: int
+    resumed_units: int
+    seconds: float
+    encoded_seconds: float
+    stages: Mapping[str, float] = field(default_factory=dict)
+    extension: Extension | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0 if every item was encoded or skipped, 3 if items failed."""
+        return ITEMS_FAILED_EXIT_CODE if self.failures else 0
+
+
+def encode(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    config: str | Path | None = None,
+    trust_model: bool = False,
+    **options: Unpack[EncodeOptions],
+) -> RunSummary:
+    """Encode a source into a store; called again with the same arguments it resumes.
+
+    Args:
+        source: Folder or fsspec URL of the audio.
+        out: Folder or fsspec URL of the store.
+        config: A YAML file of settings; `options` win over it.
+        trust_model: Whether a config file that lies in a store may name code to run.
+        **options: Settings, as in `EncodeOptions`: model="lin-cae", format="webdataset", ... They
+            have the names of the command line's options; `RunConfig` describes them.
+
+    Returns:
+        The summary. Failed items are in it, by key and reason; they raise nothing.
+
+    Raises:
+        LatentmillError: The run could not be made or completed; see `latentmill.errors`.
+    """
+    given: dict[str, Any] = {"source": os.fspath(source), "out": os.fspath(out), **options}
+    return run(load_config(config, given, trust_model=trust_model))
+
+
+def run(config: RunConfig, progress: Progress | None = None) -> RunSummary:
+    """Run a configuration; see `encode`."""
+    progress = progress or QuietProgress()
+    began = time.perf_counter()
+    prepared = prepare(config, progress)
+    items = listed(prepared)
+    with items or contextlib.nullcontext(), only_run(prepared.storage) as hold:
+        prepared, storage = replace(prepared, storage=hold.storage), hold.storage
+        plan, extension = planned(prepared, items)
+        tidy(storage)
+        tallies, sealable = _trusted(storage, plan)
+        if config.retry_failed:  # what is committed counts until a later revision is
+            tallies = {name: one for name, one in tallies.items() if not one.failed}
+        revisions = next_revisions(storage)
+        todo = [
+            replace(unit, revision=revisions.get(unit.name, 0))
+            for unit in plan.units
+            if unit.name not in tallies
+        ]
+        resumed = len(tallies)
+        storage.clear_scratch()
+        if todo:
+            _encode_todo(prepared, plan, tallies, todo, progress, hold)
+            tallies, sealable = _trusted(storage, plan)
+            assert len(tallies) == len(plan.units), "a run that ends well has committed every unit"
+        info = current_seal(storage, sealable)
+        if info is None:
+            info = seal(storage, plan)
+            remove_unfinished(storage)
+            storage.clear_scratch()  # an empty folder
+    seconds = time.perf_counter() - began
+    return _summary(storage, plan, info, tallies, todo, resumed, seconds, extension)
+
+
+def _encode_todo(
+    prepared: Preparation,
+    plan: Plan,
+    tallies: dict[str, Tally],
+    todo: list[Unit],
+    progress: Progress,
+    hold: Hold,
+) -> None:
+    """Encode the units that have no commit yet."""
+    from latentmill.engine.launch import encode_units  # imports ray, which readers do without
+    from latentmill.engine.tracker import Tracker
+
+    storage = prepared.storage
+    if not is_there(plan.source):
+        raise SourceError(
+            f"Source {plan.source} is gone, and {len(todo)} units of {storage.root} still need it: "
+            "mount or restore it."
+        )
+    check_items(plan, storage)
+    tracker = Tracker(plan, tallies, progress, hold.publish)
+    try:
+        encode_units(prepared.config, prepared.handle, prepared.chunking, plan, todo, tracker, hold)
+    finally:
+        tracker.end()
+        storage.clear_scratch()
+
+
+def _trusted(storage: Storage, plan: Plan) -> tuple[dict[str, Tally], str]:
+    """The commits that count, by unit, and the hash of their seal.
+
+    A commit counts if its shard is there, and its items are those that were planned; the other
+    units are encoded again. A shard's name is never used twice, so no other one can be there; its
+    size shows whether the file was cut since.
+    """
+    sizes = storage.list(SHARDS)
+    wanted = fingerprint(plan.fingerprint)
+    hashes = {unit.name: unit.hash for unit in plan.units}
+    trusted, seal_hash = {}, SealHash()
+    for commit in iter_commits(storage):
+        if commit.unit not in hashes:
+            continue
+        if commit.fingerprint != wanted:
+            raise StoreError(
+                f"Commit {commit.unit} of {storage.root} has fingerprint {commit.fingerprint}, the "
+                f"plan {wanted}: the store was put together from two; encode into a new one."
+            )
+        whole = commit.shard is None or sizes.get(commit.shard.rpartition("/")[2]) == commit.bytes
+        if whole and commit.items_hash in (None, hashes[commit.unit]):
+            trusted[commit.unit] = Tally.of(commit)
+            seal_hash.add(commit)
+    return trusted, seal_hash.hexdigest()
+
+
+def _summary(
+    storage: Storage,
+    plan: Plan,
+    info: DatasetInfo,
+    tallies: Mapping[str, Tally],
+    todo: list[Unit],
+    resumed: int,
+    seconds: float,
+    extension: Extension | None,
+) -> RunSummary:
+    done = [tallies[unit.name] for unit in todo if unit.name in tallies]
+    stages: Counter[str] = Counter()
+    for tally in done:
+        stages.update(tally.timings)
+    return RunSummary(
+        store=storage.root,
+        info=info,
+        failures=tuple(pair for tally in tallies.values() for pair in tally.failures),
+        skipped=tuple(pair for tally in tallies.values() for pair in tally.skips),
+        ignored=plan.ignored,
+        units=len(plan.units),
+        resumed_units=resumed,
+        seconds=seconds,
+        encoded_seconds=sum(tally.audio_seconds for tally in done),
+        stages=dict(stages),
+        extension=extension,
+    )

@@ -1,0 +1,394 @@
+"""The few things a store needs of its storage: whole writes, ranged reads, listing.
+
+Everything is addressed by a path relative to the store's root. A write is all or nothing: on a
+local disk a temporary file that is flushed and renamed, on object storage one put.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from latentmill.errors import ConfigError, StorageError, StoreError
+from latentmill.storage import scratch
+from latentmill.storage.ranged import RangedFile, cat_ranges
+from latentmill.storage.remote import (
+    advice_on,
+    cause_of,
+    is_transient,
+    open_filesystem,
+    protocol_of,
+    refuse_secrets,
+    retrying,
+    status_of,
+    storage_errors,
+    why_not_opened,
+)
+from latentmill.text.redact import redact
+
+T = TypeVar("T")
+
+SCRATCH = "tmp"
+
+READ_AHEAD = 1 << 20  # bytes that a remote file which is open is read by, at least
+
+READ_ONLY = ("http", "https")  # protocols that nothing can be written to
+CONDITIONAL = ("s3", "s3a")  # those whose client can replace an object only if it is unchanged
+
+
+# Names of the files that latentmill writes into a store.
+_NAME_IN_STORE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*")
+
+
+def file_in_store(name: str) -> str:
+    """The name of a file that a store gives, relative to the store, if it cannot lead out of it.
+
+    Raises:
+        ValueError: It is absolute, a URL, or has `..`, backslashes, NUL or the like in it.
+    """
+    if not _NAME_IN_STORE.fullmatch(name):
+        raise ValueError(f"{name!r} is not the name of a file in a store")
+    return name
+
+
+class Storage:
+    """A folder on a local disk or in a bucket (any fsspec URL). Picklable, survives a fork."""
+
+    def __init__(self, url: str) -> None:
+        if "::" in url:
+            shown = redact(url)
+            raise StoreError(f"Store {shown} is a chained URL: name a plain folder or bucket.")
+        refuse_secrets("Store", url, StoreError)
+        try:
+            self._opened, path = open_filesystem(url)
+        except (ValueError, ImportError, OSError) as error:  # some, such as ftp, connect at once
+            cause = why_not_opened(url, error)
+            raise StoreError(f"Store {url} cannot be opened: {cause}.") from error
+        self._pid = os.getpid()
+        self._path = path.rstrip("/")
+        self.local = isinstance(self._opened, LocalFileSystem)
+        self.root = self._path if self.local else str(self._opened.unstrip_protocol(self._path))
+
+    def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
+        return Storage, (self.root,)
+
+    @property
+    def _fs(self) -> fsspec.AbstractFileSystem:
+        """The file system, opened anew after a fork: the parent's connections are not ours."""
+        if self._pid != os.getpid():
+            self._opened, _ = open_filesystem(self.root)
+            self._pid = os.getpid()
+        return self._opened
+
+    def full(self, path: str) -> str:
+        """The path as the file system knows it.
+
+        Raises:
+            StorageError: It leads out of the folder. Names that a store gives are checked when they
+                are parsed (`file_in_store`); nothing gets here that was not.
+        """
+        if ".." in path and ".." in path.split("/"):
+            raise StorageError(
+                f"{path!r} leads out of {self.root}: it is not a file of this folder."
+            )
+        return f"{self._path}/{path}"
+
+    def exists(self, path: str) -> bool:
+        """Whether there is such a file or folder."""
+        with self._errors("look for", path):
+            self._fs.invalidate_cache()
+            # Not fs.exists: for many clients that is False whatever went wrong.
+            return self._unless_missing(lambda: self._fs.info(self.full(path))) is not None
+
+    def list(self, folder: str) -> dict[str, int]:
+        """Names and sizes of the files directly in a folder; empty if there is none."""
+        with self._errors("list", folder):
+            self._fs.invalidate_cache()
+            path = self.full(folder)
+            entries = self._unless_missing(lambda: self._fs.ls(path, detail=True)) or []
+            files = (entry for entry in entries if entry["type"] == "file")
+            return {file["name"].rsplit("/", 1)[-1]: self._size_of(file) for file in files}
+
+    def _size_of(self, entry: dict[str, Any]) -> int:
+        size = entry["size"]
+        if size is None:  # a web server's page has names only
+            size = retrying(lambda: self._fs.info(entry["name"]))["size"]
+        return int(size)
+
+    def read(self, path: str) -> bytes:
+        """The whole file."""
+        with self._errors("read", path):
+            return bytes(retrying(lambda: self._fs.cat_file(self.full(path))))
+
+    def read_if_exists(self, path: str) -> bytes | None:
+        """The whole file, or None if there is none."""
+        with self._errors("read", path):
+            found = self._unless_missing(lambda: self._fs.cat_file(self.full(path)))
+            return None if found is None else bytes(found)
+
+    def read_range(self, path: str, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset` on: one positioned read or one ranged request.
+
+        A local file that ends before gives fewer, object storage then may refuse the range.
+        """
+        if length == 0:  # there is no such range in HTTP: s3fs would read the whole file
+            return b""
+        with self._errors("read", path):
+            if self.local:
+                with Path(self.full(path)).open("rb", buffering=0) as file:
+                    return os.pread(file.fileno(), length, offset)
+            start, end, full = offset, offset + length, self.full(path)
+            data = retrying(lambda: self._fs.cat_file(full, start=start, end=end))
+            return self._of_range(path, data, length)
+
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Sequence[bytes]:
+        """Many `(path, offset, length)` at once; see `read_range`.
+
+        Object storage answers the requests of one call side by side.
+        """
+        asked = [number for number, (_, _, length) in enumerate(ranges) if length]
+        if self.local or not asked:
+            return [self.read_range(*one) for one in ranges]
+        paths, offsets, lengths = zip(*(ranges[number] for number in asked), strict=True)
+        ends = [offset + length for offset, length in zip(offsets, lengths, strict=True)]
+        with self._errors("read", paths[0] if len(set(paths)) == 1 else f"{len(paths)} ranges"):
+            found = cat_ranges(self._fs, [self.full(path) for path in paths], offsets, ends)
+        data = [b""] * len(ranges)
+        for number, part in zip(asked, found, strict=True):
+            data[number] = self._of_range(ranges[number][0], part, ranges[number][2])
+        return data
+
+    @contextlib.contextmanager
+    def open(self, path: str) -> Iterator[BinaryIO]:
+        """The file, open for reading and seeking."""
+        with self._errors("read", path):
+            if self.local:
+                with Path(self.full(path)).open("rb") as file:
+                    yield file
+                return
+            size = int(retrying(lambda: self._fs.info(self.full(path)))["size"])
+            # Unlike fsspec's files it tries again whatever may pass.
+            remote = RangedFile(size, partial(self.read_range, path))
+            with io.BufferedReader(remote, READ_AHEAD) as file:
+                yield file
+
+    def check_writable(self) -> None:
+        """Called right before each write and each new attempt; `guard.py` overrides it."""
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write a whole file, or nothing."""
+        self.refuse_read_only()
+        with self._errors("write", path):
+            if not self.local:
+                self._retry_write(lambda: self._fs.pipe_file(self.full(path), data))
+                return
+            with self._written(path, data) as temporary:
+                self.check_writable()
+                self._rename(temporary, path)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a whole file where there is none; of two who try at once, one succeeds.
+
+        Returns:
+            False if there is a file already, which stays; True if it is `data` now. A server that
+            knows no conditional writes (`If-None-Match`) replaces the file.
+        """
+        self.refuse_read_only()
+        with self._errors("write", path):
+            if self.local:
+                with self._written(path, data) as temporary:
+                    new = self._unless_refused(
+                        partial(self._rename, temporary, path, replace=False)
+                    )
+            else:
+                full = self.full(path)
+                new = self._unless_refused(lambda: self._fs.pipe_file(full, data, mode="create"))
+            # It may be ours: written by a request whose answer was lost.
+            return new or self.read_if_exists(path) == data
+
+    def version(self, path: str) -> str | None:
+        """What `replace` expects to find: the ETag of an object; None if there is no such file."""
+        with self._errors("look for", path):
+            self._fs.invalidate_cache()
+            found = self._unless_missing(lambda: self._fs.info(self.full(path)))
+            return None if found is None else str(found.get("ETag", ""))
+
+    def replace(self, path: str, data: bytes, version: str | None) -> bool:
+        """Write a whole file over the version that is expected there.
+
+        Returns:
+            False if there is another version, which stays. Only S3 compares; elsewhere the file is
+            replaced whatever its version is, unless none is expected: see `create`.
+        """
+        if version is None:
+            return self.create(path, data)
+        if protocol_of(self.root) not in CONDITIONAL or not version:
+            Storage.write(self, path, data)  # not self.write: that of `guard.py` calls this method
+            return True
+        with self._errors("write", path):
+            full = self.full(path)
+            new = self._unless_refused(lambda: self._fs.pipe_file(full, data, IfMatch=version))
+            return new or self.read_if_exists(path) == data
+
+    def publish(self, temporary: Path, path: str) -> bool:
+        """Give a finished local file a new name in the store, whole or not at all.
+
+        Returns:
+            False if there is a file of that name already, which stays.
+        """
+        self.refuse_read_only()
+        with self._errors("write", path):
+            if self.local:
+                with temporary.open("rb+") as file:
+                    os.fsync(file.fileno())
+                return self._unless_refused(partial(self._rename, temporary, path, replace=False))
+            name, full = str(temporary), self.full(path)
+            return self._unless_refused(lambda: self._fs.put_file(name, full, mode="create"))
+
+    def delete(self, path: str) -> None:
+        """Remove a file, if it is there."""
+        self.refuse_read_only()
+        with self._errors("delete", path):
+            self.check_writable()
+            self._unless_missing(lambda: self._fs.rm_file(self.full(path)))
+
+    def _retry_write(self, write: Callable[[], object]) -> None:
+        def attempt() -> None:
+            self.check_writable()
+            write()
+
+        retrying(attempt)
+
+    def _unless_refused(self, write: Callable[[], object]) -> bool:
+        """Make a conditional write; False if it found another file than it expected."""
+        try:
+            self._retry_write(write)
+        except storage_errors() as error:
+            if not isinstance(error, FileExistsError) and status_of(error) != 412:
+                raise
+            return False
+        return True
+
+    def refuse_read_only(self) -> None:
+        """Refuse a place that nothing can be written to.
+
+        Raises:
+            ConfigError: It is on a web server.
+        """
+        protocol = protocol_of(self.root)
+        if protocol in READ_ONLY:
+            raise ConfigError(
+                f"The output {self.root} cannot be written, for {protocol} is read only: name a "
+                "folder or a bucket."
+            )
+
+    @contextlib.contextmanager
+    def scratch_file(self, path: str) -> Iterator[Path]:
+        """A local place for a file that will become `path`; nothing of it stays."""
+        with contextlib.ExitStack() as stack:
+            with self._errors("write", path):
+                file = scratch.temporary_file(self.scratch_folder, path.replace("/", "."))
+                temporary = stack.enter_context(file)
+            yield temporary
+
+    @property
+    def scratch_folder(self) -> Path:
+        """Where temporary files live: inside a local store, else in this machine's own place."""
+        if self.local:
+            return Path(self._path) / SCRATCH
+        digest = hashlib.sha256(self.root.encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"latentmill-{digest}"
+
+    def clear_scratch(self) -> None:
+        """Remove what killed processes left behind, but no file that is still being written."""
+        scratch.clear(self.scratch_folder)
+
+    @contextlib.contextmanager
+    def _written(self, path: str, data: bytes) -> Iterator[Path]:
+        """A local file that holds `data`, on the disk, and waits for its name."""
+        with self.scratch_file(path) as temporary:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+
+    def _rename(self, temporary: Path, path: str, *, replace: bool = True) -> None:
+        target = Path(self.full(path))
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:  # it is the folder's name that is taken, not the file's
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
+        if replace:
+            temporary.replace(target)
+        else:
+            _link(temporary, target)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the name itself must survive a power cut
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # SMB, FUSE: not for folders
+                raise
+        finally:
+            os.close(folder)
+
+    def _unless_missing(self, call: Callable[[], T]) -> T | None:
+        """What a call gives, tried again where that may help; None if there is no such file."""
+        try:
+            return retrying(call)
+        except FileNotFoundError as error:
+            if is_transient(error):  # fsspec's http says so of a server that fails, too
+                raise
+            return None
+
+    def _of_range(self, path: str, data: bytes, length: int) -> bytes:
+        if len(data) > length:  # fsspec's http gives what it gets
+            raise StorageError(
+                f"Cannot read {self.root}/{path} in parts: its server knows no ranges; "
+                "copy the store to a disk or a bucket."
+            )
+        return bytes(data)
+
+    @contextlib.contextmanager
+    def _errors(self, verb: str, path: str) -> Iterator[None]:
+        try:
+            yield
+        except storage_errors() as error:
+            cause = f"{cause_of(error)}{advice_on(error)}"
+            raise StorageError(f"Cannot {verb} {self.root}/{path}: {cause}.") from error
+
+
+@contextlib.contextmanager
+def writing(place: str) -> Iterator[None]:
+    """What writing a file of this machine raises becomes a StorageError that names the place."""
+    try:
+        yield
+    except OSError as error:
+        # pyarrow's text is long; its number says the same in three words.
+        cause = os.strerror(error.errno) if error.errno else str(error)
+        raise StorageError(f"Cannot write {place}: {cause}{advice_on(error)}.") from error
+
+
+def _link(temporary: Path, target: Path) -> None:
+    """Give a file a second name that nothing has yet. Raises FileExistsError."""
+    try:
+        os.link(temporary, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        # SMB and FAT have no links: a name is looked for and then taken.
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
+        temporary.replace(target)

@@ -1,0 +1,1 @@
+"""Text for people: secrets masked, control characters escaped, tables for notebooks."""

@@ -1,0 +1,28 @@
+"""How objects are shown: one line in a console, a small table in a notebook."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+
+from latentmill.text.printing import printable
+
+
+class Shown:
+    """`repr` and a notebook's table from the same facts. Subclasses must not read storage here."""
+
+    def shown(self) -> Mapping[str, object]:
+        """What to show, by name."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        facts = (f"{name}={printable(str(value))}" for name, value in self.shown().items())
+        return f"{type(self).__name__}({', '.join(facts)})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
+            f"<td style='text-align:left'>{html.escape(printable(str(value)))}</td></tr>"
+            for name, value in self.shown().items()
+        )
+        return f"<table><caption>{type(self).__name__}</caption><tbody>{rows}</tbody></table>"

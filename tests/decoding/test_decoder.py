@@ -1,0 +1,178 @@
+"""Latents back to audio, window by window: the windows leave no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from latentmill.decoding.decoder import decode_latent
+from latentmill.encoding.chunks import Chunker, Chunking, Stitcher
+from latentmill.errors import ConfigError
+from latentmill.models.base import Autoencoder, ModelSpec
+from latentmill.models.families import mdct
+from latentmill.record import DTYPES, Latent
+
+MODEL = mdct.build(hop=16, sample_rate=1600).load("cpu")
+
+
+def encoded(audio: np.ndarray, chunking: Chunking, dtype: str = "float32") -> Latent:
+    """What the mill stores of audio `[C, T]`."""
+    chunker = Chunker(MODEL.spec, chunking)
+    stitcher = Stitcher(chunking, DTYPES[dtype])
+    for chunk in [*chunker.push(audio), *chunker.finish()]:
+        stitcher.add(chunk.frame, MODEL.encode(torch.from_numpy(chunk.audio[None]))[0].numpy())
+    return stitcher.finish()
+
+
+def noise(samples: int) -> np.ndarray:
+    return np.random.default_rng(3).uniform(-1, 1, (1, samples)).astype(np.float32)
+
+
+def snr_db(signal: np.ndarray, other: np.ndarray) -> float:
+    power = np.square(signal, dtype=np.float64).sum()
+    return float(10 * np.log10(power / np.square(signal - other, dtype=np.float64).sum()))
+
+
+CHUNKINGS = [
+    Chunking.for_model(MODEL.spec, seconds=0.7),
+    Chunking.for_model(MODEL.spec, seconds=0.1, overlap=0.5),
+    Chunking.for_model(MODEL.spec, seconds=0.5, stitch="none"),
+    Chunking.for_model(MODEL.spec, seconds=0.3, stitch="none", overlap=0.5),
+    Chunking.for_model(MODEL.spec, seconds=0.3, stitch="none", overlap=0.0),
+]
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("float32", 100), ("float16", 60)])
+@pytest.mark.parametrize("chunking", CHUNKINGS)
+def test_a_long_item_comes_back_whole(chunking: Chunking, dtype: str, least: float) -> None:
+    audio = noise(20_011)
+    decoded = decode_latent(MODEL, encoded(audio, chunking, dtype), 20_011, chunking)
+    assert decoded.dtype == np.float32
+    assert decoded.shape == audio.shape
+    assert snr_db(audio, decoded) > least
+
+
+@pytest.mark.parametrize("chunking", CHUNKINGS)
+@given(samples=st.integers(1, 4000))
+@example(samples=1)
+@example(samples=16)
+@example(samples=17)
+@example(samples=1120)
+def test_every_length_comes_back_exactly(chunking: Chunking, samples: int) -> None:
+    audio = noise(samples)
+    decoded = decode_latent(MODEL, encoded(audio, chunking), samples, chunking)
+    assert decoded.shape == (1, samples)
+    assert np.abs(decoded - audio).max() < 1e-4
+
+
+@pytest.mark.parametrize("chunking", CHUNKINGS)
+def test_the_batch_size_and_the_length_asked_for_change_nothing(chunking: Chunking) -> None:
+    latent = encoded(noise(7001), chunking)
+    whole = decode_latent(MODEL, latent, 7001, chunking)
+    for batch_size in (2, 5, 100):
+        batched = decode_latent(MODEL, latent, 7001, chunking, batch_size=batch_size)
+        assert np.abs(batched - whole).max() < 1e-6
+    for samples in (0, 1, 500, 1120, 6999):
+        part = decode_latent(MODEL, latent, samples, chunking)
+        assert part.shape == (1, samples)
+        assert np.abs(part - whole[:, :samples]).max(initial=0) < 1e-4
+
+
+@pytest.mark.parametrize("chunking", CHUNKINGS)
+def test_more_samples_than_the_latent_holds_are_refused(
+    chunking: Chunking, one_sentence: Callable[[BaseException], str]
+) -> None:
+    latent = encoded(noise(5000), chunking)
+    with pytest.raises(ConfigError) as caught:
+        decode_latent(MODEL, latent, 6000, chunking)
+    assert "6000" in one_sentence(caught.value)
+
+
+class Clock:
+    """A decoder that plays each sample's own place on the item's time line."""
+
+    def __init__(self, spec: ModelSpec, value: float | None = None, margin: int = 0) -> None:
+        self.spec = spec
+        self.value = value
+        self.margin = margin  # samples at both ends of a window that are wrong
+        self.seeds: set[int] = set()
+
+    def encode(self, audio: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def decode(
+        self,
+        latents: torch.Tensor,
+        num_samples: int,
+        *,
+        seed: int = 0,
+        positions: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        assert positions is not None
+        assert len(positions) == len(latents)
+        assert num_samples <= self.spec.samples(latents.shape[2])
+        self.seeds.add(seed)
+        starts = torch.tensor(positions, dtype=torch.float32)[:, None, None] * self.spec.hop
+        audio = starts + torch.arange(num_samples)
+        audio = audio if self.value is None else torch.full_like(audio, self.value)
+        if self.margin:
+            audio[..., : self.margin] = audio[..., -self.margin :] = 50.0
+        return audio
+
+
+SPECS = [
+    replace(MODEL.spec, overhang=0),
+    replace(MODEL.spec, overhang=6, sample_multiple=2),
+    replace(MODEL.spec, overhang=-16),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=["padded", "overhang", "mdct"])
+@given(
+    frames=st.integers(4, 40),
+    shared=st.integers(2, 20),
+    total=st.integers(1, 300),
+    batch_size=st.integers(1, 4),
+)
+def test_windows_lie_where_they_belong(
+    spec: ModelSpec, frames: int, shared: int, total: int, batch_size: int
+) -> None:
+    shared = min(shared, frames // 2)
+    chunking = Chunking("crossfade", spec.samples(frames), (frames - shared) * 16, shared)
+    samples = spec.samples(max(2, total))
+    latent = np.zeros((16, max(2, total)), np.float16)
+    clock: Autoencoder = Clock(spec)
+    audio = decode_latent(clock, latent, samples, chunking, seed=7, batch_size=batch_size)
+    assert np.abs(audio - np.arange(samples)).max() <= 1e-3
+    assert clock.seeds == {7}  # type: ignore[attr-defined]
+    constant = decode_latent(Clock(spec, 0.3), latent, samples, chunking)
+    assert np.array_equal(constant, np.full_like(constant, 0.3))
+
+
+@pytest.mark.parametrize("total", [41, 60, 99])
+def test_what_is_wrong_at_the_edges_of_windows_is_not_heard(total: int) -> None:
+    spec = SPECS[0]
+    chunking = Chunking("crossfade", spec.samples(20), 12 * 16, 8)  # windows share 128 samples
+    latent, samples = np.zeros((16, total), np.float16), total * 16
+    audio = decode_latent(Clock(spec, 0.5, margin=32), latent, samples, chunking)
+    assert np.abs(audio[:, 32:-32] - 0.5).max() < 1e-4
+
+
+@given(
+    step=st.integers(4, 8).map(lambda n: n * 16),  # positions are whole frames
+    chunks=st.integers(1, 9),
+    cut=st.integers(0, 63),
+)
+def test_unstitched_windows_lie_where_they_belong(step: int, chunks: int, cut: int) -> None:
+    spec = SPECS[0]
+    chunking = Chunking("none", 128, step, 0)
+    samples = (chunks - 1) * step + 128 - cut
+    latent = np.zeros((chunks, 16, 8), np.float16)
+    audio = decode_latent(Clock(spec), latent, samples, chunking, batch_size=2)
+    assert np.abs(audio - np.arange(samples)).max() <= 1e-3

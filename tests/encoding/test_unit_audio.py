@@ -1,0 +1,222 @@
+"""A unit's files through decode threads: what fails says why, and its neighbours stay whole."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import soundfile as sf
+
+from latentmill.audio import MediaFile
+from latentmill.encoding.timings import Meter
+from latentmill.encoding.unit_audio import Decoding, EncodeSettings, LocalAudio
+from latentmill.sources.base import Item
+from latentmill.sources.filters import Filters
+from latentmill.sources.folder import FolderSource
+from latentmill.sources.reading import UnitReader
+from support.recordings import noise
+from support.units import (
+    CHUNKING,
+    EXTENSIONS,
+    MODEL,
+    RATE,
+    decode_threads,
+    encode,
+    items_of,
+    records,
+    sparse_wav,
+    statuses,
+    without_length,
+)
+
+
+def test_an_error_of_a_decode_thread_is_raised_where_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Decoding, item: Item, reader: UnitReader) -> Iterator[object]:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Decoding, "read", broken)
+    sf.write(tmp_path / "a.wav", noise(1.0, RATE), RATE)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        encode(items_of(tmp_path))
+    assert not decode_threads()
+
+
+def test_the_number_of_decode_threads_changes_no_bit(corpus: Path) -> None:
+    items = items_of(corpus)
+    one, *others = (
+        encode(items, settings=EncodeSettings(batch_size=3, decode_threads=threads))
+        for threads in (1, 2, 4)
+    )
+    for outcomes in others:
+        for outcome, wanted in zip(outcomes, one, strict=True):
+            assert outcome.record is not None
+            assert wanted.record is not None
+            assert outcome.record.latent.tobytes() == wanted.record.latent.tobytes()
+
+
+@pytest.fixture
+def broken(tmp_path: Path, corpus: Path) -> Path:
+    """Good files between bad ones."""
+    long = (corpus / "album/stereo.flac").read_bytes()
+    good = (corpus / "boundary.wav").read_bytes()
+    nan = np.full(4 * RATE, 0.1, np.float32)
+    nan[3 * RATE] = np.nan  # several chunks are packed by then
+    for name in ("a0.wav", "b0.wav", "c0.wav", "d0.wav", "e0.wav", "f0.wav", "g0.wav"):
+        (tmp_path / name).write_bytes(good)
+    (tmp_path / "a1.flac").write_bytes(long[: len(long) * 3 // 4])
+    (tmp_path / "b1.flac").write_bytes(b"")
+    sf.write(tmp_path / "c1.wav", nan, RATE, subtype="FLOAT")
+    (tmp_path / "d1.ogg").write_bytes(b"no audio at all " * 100)
+    (tmp_path / "e1.wav").symlink_to(tmp_path / "nowhere.wav")
+    (tmp_path / "f1.wav").write_bytes(good)
+    (tmp_path / "f1.json").write_text('{"title": ')
+    sf.write(tmp_path / "g1.wav", np.zeros(0, np.float32), RATE)
+    return tmp_path
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_a_file_that_fails_says_why_and_leaves_its_neighbours_alone(
+    broken: Path, batch_size: int, corpus: Path
+) -> None:
+    settings = EncodeSettings(dtype="float32", batch_size=batch_size)
+    outcomes = encode(items_of(broken), settings=settings)
+    reasons = {one.key: one.reason for one in outcomes if one.status == "failed"}
+    assert list(reasons) == ["a1", "b1", "c1", "d1", "e1", "f1", "g1"]
+    for key, says in {
+        "a1": "truncated",
+        "b1": "empty",
+        "c1": "NaN",
+        "e1": "no such file",
+        "f1": "f1.json is no valid JSON",
+    }.items():
+        assert says in (reasons[key] or "")
+    wanted = records(encode([i for i in items_of(corpus) if i.key == "boundary"]))["boundary"]
+    for record in records(outcomes).values():
+        assert np.abs(record.latent - wanted.latent).max() <= 1e-6
+
+
+def test_a_truncated_file_is_kept_where_that_is_allowed(broken: Path) -> None:
+    settings = EncodeSettings(dtype="float32", allow_truncated=True)
+    assert statuses(encode(items_of(broken), settings=settings))["a1"] == "encoded"
+
+
+@pytest.fixture
+def planned(tmp_path: Path, corpus: Path) -> tuple[Item, ...]:
+    """Copies of one file as they were listed, before a test changes them."""
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.wav").write_bytes((corpus / "boundary.wav").read_bytes())
+    return items_of(tmp_path)
+
+
+def test_a_file_that_changed_after_the_plan_fails(planned: tuple[Item, ...]) -> None:
+    longer, rewritten = Path(planned[0].uri), Path(planned[1].uri)
+    size = planned[0].size
+    sf.write(longer, noise(1.5, RATE), RATE, subtype="FLOAT")
+    now = longer.stat().st_size
+    os.utime(rewritten, ns=(0, int(planned[1].version) + 1))
+    outcomes = encode(planned)
+    assert [outcome.reason for outcome in outcomes] == [
+        f"changed since the plan was made ({size} bytes then, {now} now)",
+        "changed since the plan was made (the same size, written anew)",
+        None,
+    ]
+    mended = EncodeSettings(allow_changed=True)
+    assert {outcome.status for outcome in encode(planned, settings=mended)} == {"encoded"}
+    # A listing that knew neither size nor version promised nothing.
+    unknown = [replace(item, size=0, version="") for item in planned]
+    assert {outcome.status for outcome in encode(unknown)} == {"encoded"}
+
+
+def test_a_remote_file_is_compared_by_its_size(planned: tuple[Item, ...]) -> None:
+    remote = fsspec.filesystem("memory")
+    data = Path(planned[0].uri).read_bytes()
+    for name in ("kept", "grown"):
+        remote.pipe_file(f"/changes/{name}.wav", data)
+    items = list(FolderSource("memory://changes", EXTENSIONS).items())
+    remote.pipe_file("/changes/grown.wav", data + bytes(8))
+    items = [replace(item, version="an etag") for item in items]
+    assert {one.key: one.reason for one in encode(items)} == {
+        "grown": f"changed since the plan was made ({len(data)} bytes then, {len(data) + 8} now)",
+        "kept": None,
+    }
+
+
+def test_group_and_role_come_from_the_metadata(planned: tuple[Item, ...]) -> None:
+    given = {"a": {"group": "song", "role": "drums"}, "b": {"group": 3, "role": None, "x": 1}}
+    for item in planned[:2]:
+        Path(item.uri).with_suffix(".json").write_text(json.dumps(given[item.key]))
+    done = records(encode(items_of(Path(planned[0].uri).parent)))
+    assert [(done[key].group, done[key].role) for key in "abc"] == [
+        ("song", "drums"),
+        (None, None),
+        (None, None),
+    ]
+    assert [done[key].metadata for key in "abc"] == [given["a"], given["b"], {}]
+
+
+def test_an_error_that_nobody_foresaw_fails_its_item_alone(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = UnitReader.open
+
+    def fragile(self: UnitReader, item: Item) -> MediaFile:
+        if item.key == "lame":
+            raise ZeroDivisionError("a bug\nin a decoder")
+        return real(self, item)
+
+    monkeypatch.setattr(UnitReader, "open", fragile)
+    outcomes = encode(items_of(corpus))
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    assert [outcome.key for outcome in failed] == ["lame"]
+    assert failed[0].reason == "ZeroDivisionError while reading: a bug in a decoder"
+
+
+def test_filters_skip_by_name(corpus: Path, tmp_path: Path) -> None:
+    settings = EncodeSettings(filters=Filters(min_seconds=0.21, max_seconds=2.3))
+    outcomes = {one.key: one for one in encode(items_of(corpus), settings=settings)}
+    skipped = {key: one.reason for key, one in outcomes.items() if one.status == "skipped"}
+    assert skipped == {
+        "album/long": "max_seconds: 3.700 s",
+        "lame": "max_seconds: 2.600 s",
+        "tiny": "min_seconds: 0.004 s",
+    }
+    assert {one.status for key, one in outcomes.items() if key not in skipped} == {"encoded"}
+
+
+def test_filters_work_where_the_header_does_not_say_the_length(tmp_path: Path) -> None:
+    for name, seconds in (("brief", 0.3), ("middling", 1.0), ("long", 3.0)):
+        path = tmp_path / f"{name}.flac"
+        sf.write(path, noise(seconds, RATE), RATE)
+        path.write_bytes(without_length(path.read_bytes()))
+    filters = Filters(min_seconds=0.5, max_seconds=2.0)
+    settings = EncodeSettings(filters=filters, batch_size=2)
+    outcomes = encode(items_of(tmp_path), settings=settings)
+    assert [(one.key, one.status, one.reason) for one in outcomes] == [
+        ("brief", "skipped", "min_seconds: 0.300 s"),
+        ("long", "skipped", "max_seconds: 3.000 s"),
+        ("middling", "encoded", None),
+    ]
+
+
+@pytest.mark.parametrize("events", [0, 1, 3, 20])
+def test_closing_in_the_middle_ends_the_threads_at_once(tmp_path: Path, events: int) -> None:
+    sparse_wav(tmp_path / "a.wav", 1_000_000_000)  # seconds of work for each thread
+    sparse_wav(tmp_path / "b.wav", 1_000_000_000)
+    settings = EncodeSettings(decode_threads=2)
+    audio = LocalAudio(items_of(tmp_path), Decoding(MODEL.spec, CHUNKING, settings), Meter())
+    assert len(list(itertools.islice(audio, events))) == events
+    start = time.perf_counter()
+    audio.close()
+    assert time.perf_counter() - start < 2
+    assert not decode_threads()
+    audio.close()

@@ -1,0 +1,196 @@
+"""The linearity card: none for mdct, some for a model that is not linear; and its warning."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import latentmill as lm
+from latentmill.errors import ConfigError
+from latentmill.evaluate.linearity import measure_linearity
+from latentmill.store.store import LatentStore
+from latentmill.store.verify import verify
+from support import runs
+from support.stem_files import write_stem_store, write_stems
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_stems(tmp_path_factory.mktemp("songs"))
+    soundfile.write(folder / "silence.wav", np.zeros(3200), 3200)
+    return folder
+
+
+@pytest.fixture
+def store(source: Path, tmp_path: Path) -> LatentStore:
+    return write_stem_store(tmp_path / "store", source)
+
+
+class Bent:
+    """The mdct of a store, followed by something that is not linear."""
+
+    def __init__(self, store: LatentStore, bend: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._model, self._bend = store.model(), bend
+        self.spec, self.decode = self._model.spec, self._model.decode
+
+    def encode(self, audio: torch.Tensor) -> torch.Tensor:
+        return self._bend(self._model.encode(audio))
+
+
+def bend(
+    store: LatentStore,
+    monkeypatch: pytest.MonkeyPatch,
+    by: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    model = Bent(store, by)
+    monkeypatch.setattr(store, "model", lambda: model)
+
+
+def test_mdct_is_linear(store: LatentStore) -> None:
+    report = measure_linearity(store, items=4)
+    card = report.card
+    assert (card.items, card.pairs) == (4, 4)
+    assert max(card.homogeneity, card.homogeneity_raw, card.additivity, card.additivity_raw) < 1e-5
+    assert list(card.by_gain) == ["0.25", "0.5", "0.75", "1.1"]
+    assert report.poor == ()
+    written = json.loads((Path(store.url) / "evaluation/linearity.json").read_text())
+    assert written["linearity"] == card.model_dump()
+    again = LatentStore(store.url)
+    assert verify(again).faults == []
+    assert again.origin.linearity == lm.Linearity(
+        card.homogeneity, card.homogeneity_raw, card.additivity, card.additivity_raw
+    )
+
+
+def test_stems_that_begin_late_are_compared_where_they_are_heard(tmp_path: Path) -> None:
+    (tmp_path / "late").mkdir()
+    for number in range(2):
+        noise = np.random.default_rng(number).uniform(-0.3, 0.3, 3200)
+        soundfile.write(tmp_path / "late" / f"{number}.wav", np.append(np.zeros(3200), noise), 3200)
+    card = measure_linearity(write_stem_store(tmp_path / "store", tmp_path / "late")).card
+    assert (card.items, card.pairs) == (2, 2)
+
+
+def test_an_affine_encoder_needs_its_origin(
+    store: LatentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bend(store, monkeypatch, lambda latent: latent + 0.2)
+    card = measure_linearity(store, items=3, record=False).card
+    assert card.homogeneity < 1e-5
+    assert card.additivity < 1e-5
+    assert card.homogeneity_raw > 0.05
+    assert card.additivity_raw > 0.05
+    assert LatentStore(store.url).info.linearity is None
+
+
+def test_a_poor_encoder_is_warned_of(store: LatentStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    bend(store, monkeypatch, lambda latent: latent.sign() * latent.abs().sqrt())
+    report = measure_linearity(store, items=4)
+    # The root of a quarter is a half: relL2 of E(x / 4) = E(x) / 2 against E(x) / 4 is 1.
+    assert report.card.by_gain["0.25"] == pytest.approx(1.0, abs=1e-3)
+    assert report.poor == ("scaling", "adding")
+    opened = LatentStore(store.url)
+    latent = opened["south/drums"].latent
+    with pytest.warns(lm.LinearityWarning, match="Adding latents is poor"):
+        lm.mix([latent, latent], origin=opened.origin)
+
+
+def test_a_large_origin_does_not_hide_that_an_encoder_is_poor(
+    store: LatentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bend(store, monkeypatch, lambda latent: latent.sign() * latent.abs().sqrt() + 10)
+    report = measure_linearity(store, items=4, record=False)
+    assert report.card.by_gain["0.25"] == pytest.approx(1.0, abs=1e-3)
+    assert report.poor == ("scaling", "adding")
+    assert report.card.homogeneity_raw_norm is not None
+    assert report.card.homogeneity_raw_norm < 0.1
+    # Of the gains 0.25, 0.5, 0.75, 1.1 the errors are |sqrt(a) / a - 1|, of every item.
+    errors = [abs(gain**-0.5 - 1) for gain in (0.25, 0.5, 0.75, 1.1)]
+    assert report.card.homogeneity_mean == pytest.approx(np.mean(errors), abs=1e-3)
+    assert report.card.homogeneity == pytest.approx(np.median(errors), abs=1e-3)
+
+
+def test_it_is_measured_in_the_numeric_mode_of_the_store(
+    store: LatentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = store.plan
+    document = {**plan.fingerprint, "numeric": {"precision": "bf16"}}
+    monkeypatch.setitem(store.__dict__, "plan", dataclasses.replace(plan, fingerprint=document))
+    seen = []
+    bend(store, monkeypatch, lambda latent: seen.append(torch.is_autocast_enabled("cpu")) or latent)
+    measure_linearity(store, items=2, record=False)
+    assert set(seen) == {True}
+
+
+def test_of_a_posterior_the_means_are_compared(
+    store: LatentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bend(store, monkeypatch, lambda latent: torch.cat((latent, latent.abs().sqrt()), dim=1))
+    model = {**store.info.model, "posterior": "mean+std", "latent_channels": 64}
+    monkeypatch.setattr(store, "_info", store.info.model_copy(update={"model": model}))
+    monkeypatch.setattr(
+        store.model(),
+        "spec",
+        store.model().spec.__class__(**{**vars(store.model().spec), "latent_channels": 64}),
+    )
+    assert store.origin.deviations == 32
+    assert measure_linearity(store, items=2, record=False).card.additivity < 1e-5
+
+
+def test_what_cannot_be_measured_is_said(
+    store: LatentStore,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    one_sentence: Callable[[BaseException], str],
+) -> None:
+    def refusal() -> str:
+        with pytest.raises(ConfigError) as caught:
+            measure_linearity(store)
+        return one_sentence(caught.value)
+
+    codes = store.info.model_copy(update={"model": {**store.info.model, "output": "codes"}})
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_info", codes)
+        assert "holds codes" in refusal()
+    store.__dict__.pop("origin")
+    silent = tmp_path / "silent"
+    silent.mkdir()
+    for name in ("a", "b"):
+        soundfile.write(silent / f"{name}.wav", np.zeros(3200), 3200)
+    store = write_stem_store(tmp_path / "quiet", silent)
+    assert "fewer than two items that are not silent" in refusal()
+
+
+def test_the_commands(
+    store: LatentStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = runs.call(capsys, "linearity", store.url, "--items", 3)
+    assert text.code == 0
+    assert text.out.splitlines()[0].startswith("scaling   relative error ")
+    assert text.out.splitlines()[-1] == "good: every error is at most 0.25"
+    parsed = runs.outcome(runs.call(capsys, "linearity", store.url, "--max-seconds", 0.5, "--json"))
+    assert parsed["poor"] == []
+    assert (
+        parsed["card"] == runs.outcome(runs.call(capsys, "info", store.url, "--json"))["linearity"]
+    )
+
+    poor = {**parsed["card"], "additivity": 0.5}  # type: ignore[dict-item]
+    measured = Path(store.url) / "evaluation/linearity.json"
+    measured.write_text(json.dumps({**json.loads(measured.read_text()), "linearity": poor}))
+    mix = ["mix", store.url, "south/drums", "south/bass:0.5", "-o", tmp_path / "mix.flac"]
+    with warnings.catch_warnings(record=True):
+        result = runs.call(capsys, *mix)
+    assert (result.code, result.out) == (0, f"{tmp_path}/mix.flac\n")
+    assert result.err == (
+        "latentmill: warning: Adding latents is poor for this model: the relative error measured "
+        "on the store's audio is 0.50 (limit 0.25).\n"
+    )

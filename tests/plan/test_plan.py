@@ -1,0 +1,373 @@
+"""The plan: cutting units, freezing, reading back what was frozen, whatever the listing's order."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import random
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from latentmill.errors import SourceError, StorageError, StoreError
+from latentmill.plan import (
+    ITEMS_PATH,
+    PLAN_PATH,
+    UNITS_PATH,
+    Cutting,
+    Plan,
+    Unit,
+    check_items,
+    copy,
+    draft,
+    drafting,
+    estimated_seconds,
+    extend,
+    freeze,
+    iter_keys,
+    iter_units,
+    load,
+    read_items,
+)
+from latentmill.plan import files as files_module
+from latentmill.plan.drafting import Cut, cut
+from latentmill.plan.plan import Part
+from latentmill.sources.base import ByteRange, Item, Segment, TableCell
+from latentmill.storage.storage import Storage
+
+LIMIT = 30.0
+
+
+def item(number: int, size: int, extension: str = "wav", **more: object) -> Item:
+    sidecars = ("/ä/b.json", "/ä/b.txt")[: number % 3]
+    return Item(f"ä/{number}", f"/ä/{number}.{extension}", size, f"v{number}", sidecars, **more)
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+PLACES = st.none() | st.builds(ByteRange, st.integers(0, 9), st.integers(0, 9))
+CELLS = st.builds(TableCell, st.integers(0, 9), st.integers(0, 9), TEXT)
+SEGMENTS = st.builds(Segment, st.floats(0, 99), st.none() | st.floats(0, 99))
+ITEM = st.builds(
+    Item,
+    key=TEXT,
+    uri=TEXT,
+    size=st.integers(0, 2**33),
+    version=TEXT,
+    sidecars=st.lists(TEXT, max_size=2).map(tuple),
+    place=PLACES | CELLS,
+    segment=st.none() | SEGMENTS,
+    seconds=st.none() | st.floats(0, 1e6),
+    metadata=st.just('{"a": 1}') | st.just("{}"),
+    group=st.none() | st.sampled_from(["", "a", "b", "song"]),
+    role=st.none() | TEXT,
+)
+ITEMS = st.lists(ITEM, min_size=1, max_size=40, unique_by=lambda item: item.key)
+BLOCKS = st.lists(
+    st.builds(Cut, st.integers(1, 4), st.integers(0, 2**40), st.integers(0, 9)), max_size=60
+)
+
+
+@given(BLOCKS, st.floats(1, 2**41))
+def test_units_hold_every_block_once_in_order(blocks: list[Cut], limit: float) -> None:
+    units = list(cut(blocks, limit))
+    ends = set(itertools.accumulate(block.items for block in blocks))
+    assert set(itertools.accumulate(unit.items for unit in units)) <= ends
+    for name in ("items", "micros", "bytes"):
+        assert sum(getattr(u, name) for u in units) == sum(getattr(b, name) for b in blocks)
+    largest = max((block.micros for block in blocks), default=0)
+    assert all(unit.micros <= max(limit, largest) for unit in units)
+    waiting = iter(blocks)
+    for unit in units[:-1]:  # none is cut too early
+        taken = list(itertools.takewhile(lambda _: True, _taken(waiting, unit.items)))
+        following = blocks[len(taken) :]
+        del blocks[: len(taken)]
+        assert unit.micros + following[0].micros > limit
+        waiting = iter(blocks)
+
+
+def _taken(blocks: Iterator[Cut], items: int) -> Iterator[Cut]:
+    while items > 0:
+        block = next(blocks)
+        items -= block.items
+        yield block
+
+
+@given(sizes=st.lists(st.integers(0, 1), min_size=1, max_size=40), most=st.integers(1, 9))
+@example(sizes=[0] * 18, most=9)
+def test_a_unit_has_a_bounded_number_of_items(sizes: list[int], most: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drafting, "MAX_UNIT_ITEMS", most)
+        units = list(cut([Cut(1, size, size) for size in sizes], 1e9))
+    assert [unit.items for unit in units[:-1]] == [most] * (len(units) - 1)
+    assert units[-1].items <= most
+
+
+def cuts(items: list[Item], cutting: Cutting) -> tuple[Cut, ...]:
+    with draft(items, cutting) as drafted:
+        return drafted.cuts
+
+
+def test_units_grow_with_the_corpus() -> None:
+    minute = 60 * 176_400
+    assert len(cuts([item(n, minute // 4) for n in range(8)], Cutting())) == 2
+    large = cuts([item(n, 10 * minute) for n in range(3000)], Cutting())
+    assert 200 <= len(large) <= 300
+    assert max(unit.micros for unit in large) < 4 * 3600e6
+
+
+def test_the_size_of_a_shard_cuts_units_too() -> None:
+    items = [item(n, 1, seconds=10.0) for n in range(12)]
+    by_size = cuts(items, Cutting(shard_size=3000, bytes_per_second=100.0))  # 30 s
+    assert [unit.items for unit in by_size] == [3, 3, 3, 3]
+    smaller = cuts(items, Cutting(unit_seconds=20.0, shard_size=3000, bytes_per_second=100.0))
+    assert [unit.items for unit in smaller] == [2] * 6
+
+
+def test_lengths_are_known_or_guessed() -> None:
+    assert estimated_seconds(item(0, 176_400)) == 1.0
+    assert estimated_seconds(item(0, 176_400, seconds=7.5)) == 7.5
+    assert estimated_seconds(item(0, 40_000, "MP3")) == 2.0
+    assert estimated_seconds(item(0, 0)) == 180.0  # a manifest's row
+    assert estimated_seconds(item(0, 40_000, "mp3", segment=Segment(0.5))) == 1.5
+    assert estimated_seconds(item(0, 40_000, "mp3", segment=Segment(0.5, 9.0))) == 9.0
+    assert estimated_seconds(item(0, 20_000, "mp3", seconds=float("nan"))) == 1.0
+
+
+def new_plan() -> Plan:
+    return Plan(
+        source="s3://bucket/music",
+        fingerprint={"model": {"name": "mdct", "scale": 1.5, "none": None}, "settings": {}},
+        model="mdct",
+        model_options={"hop": 512},
+        format="webdataset",
+        ignored={".jpg": 2, "no extension": 1},
+    )
+
+
+def write(items: list[Item], storage: Storage) -> Plan:
+    with draft(items, Cutting(LIMIT)) as drafted:
+        return freeze(new_plan(), drafted, storage)
+
+
+def contents(storage: Storage) -> dict[str, bytes]:
+    return {name: storage.read(f"plan/{name}") for name in storage.list("plan")}
+
+
+def normal(item: Item) -> Item:
+    return dataclasses.replace(item, group=item.group or None)
+
+
+@settings(max_examples=30, deadline=None)
+@given(ITEMS)
+def test_a_frozen_plan_comes_back_as_it_was(items: list[Item]) -> None:
+    storage = Storage("memory://plans/a")
+    plan = write(items, storage)
+    assert load(storage) == plan
+    read = [one for unit in plan.units for one in read_items(storage, unit)]
+    assert sorted(read, key=lambda one: one.key) == [
+        normal(one) for one in sorted(items, key=lambda one: one.key)
+    ]
+    assert [one.key for one in read] == list(iter_keys(storage, plan))
+    assert plan.num_items == len(items) == sum(plan.formats.values())
+    assert [unit.number for unit in plan.units] == list(range(len(plan.units)))
+    assert [unit.name for unit in plan.units][:2] == ["000000", "000001"][: len(plan.units)]
+    for unit in plan.units:
+        assert unit.bytes == sum(one.size for one in read_items(storage, unit))
+    units_of = [{one.group for one in read_items(storage, unit)} for unit in plan.units]
+    for group in {one.group for one in read} - {None}:  # a song's stems are never parted
+        assert sum(group in groups for groups in units_of) == 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(ITEMS, st.randoms(use_true_random=False))
+def test_the_order_of_a_listing_does_not_matter(items: list[Item], chance: random.Random) -> None:
+    one, other = Storage("memory://plans/b"), Storage("memory://plans/c")
+    shuffled = list(items)
+    chance.shuffle(shuffled)
+    with pytest.MonkeyPatch.context() as patch:
+        write(items, one)
+        patch.setattr(drafting, "RUN_ITEMS", 3)  # the other one merges many runs
+        write(shuffled, other)
+    assert contents(one) == contents(other)
+
+
+def test_many_runs_are_merged_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from latentmill.plan import sort
+
+    monkeypatch.setattr(drafting, "RUN_ITEMS", 500)
+    monkeypatch.setattr(sort, "LARGEST_BATCH", 64)
+    numbers = list(range(5000))
+    random.Random(1).shuffle(numbers)
+    monkeypatch.setattr(files_module, "ROW_GROUP_ITEMS", 300)
+    plan = write([item(number, 10**6) for number in numbers], Storage(str(tmp_path)))
+    assert list(iter_keys(Storage(str(tmp_path)), plan)) == sorted(f"ä/{n}" for n in numbers)
+    assert pq.ParquetFile(tmp_path / ITEMS_PATH).num_row_groups > 10
+    some = plan.units[77]
+    table = dict(iter_units(Storage(str(tmp_path)), plan))[some]
+    keys = [one.key for one in read_items(Storage(str(tmp_path)), some)]
+    assert table["key"].to_pylist() == keys
+
+
+def test_more_runs_than_files_may_be_open_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    from latentmill.plan import sort
+
+    monkeypatch.setattr(drafting, "RUN_ITEMS", 2)
+    monkeypatch.setattr(sort, "FAN_IN", 8)
+    numbers = list(range(400))
+    random.Random(1).shuffle(numbers)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with draft([item(0, 1)], Cutting()):  # what the first one opens and keeps
+        taken = max(map(int, os.listdir("/proc/self/fd")))  # noqa: PTH208
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 30, hard))
+    try:
+        with draft([item(number, 1) for number in numbers], Cutting()) as drafted:
+            keys = [key for table in drafted.tables() for key in table["key"].to_pylist()]
+            assert len(list((drafted.folder / "runs").iterdir())) <= 8
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert keys == sorted(f"ä/{number}" for number in numbers)
+
+
+@pytest.mark.parametrize(
+    ("groups", "runs"), [((None, None), 100), (("a", "b"), 100), (("a", None), 1), ((None,) * 2, 1)]
+)
+def test_a_key_that_comes_twice_is_refused_by_name(
+    groups: tuple[str | None, str | None], runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drafting, "RUN_ITEMS", runs)
+    items = [item(number, 1) for number in range(9)]
+    items += [dataclasses.replace(item(4, 1), uri="/other.wav", group=groups[0])]
+    items[4] = dataclasses.replace(items[4], group=groups[1])
+    with pytest.raises(SourceError, match=r"key 'ä/4' \(/other.wav and /ä/4.wav\)"):
+        cuts(items, Cutting())
+
+
+def test_drafts_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    cuts([item(0, 1)], Cutting())
+    with pytest.raises(SourceError):
+        cuts([item(0, 1), item(0, 1)], Cutting())
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_extension_moves_nothing(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    plan = write([item(number, 10**7) for number in range(5)], storage)
+    before = contents(storage)
+    with draft([item(number, 10**7) for number in range(5, 9)], Cutting(LIMIT)) as drafted:
+        longer = extend(plan, drafted, storage)
+    after = contents(storage)
+    assert {name for name in after if after[name] != before.get(name)} == {
+        "items-0001.parquet",
+        "units-0001.parquet",
+        "plan.json",
+    }
+    assert load(storage) == longer
+    assert longer.units[: len(plan.units)] == plan.units
+    assert longer.num_items == 9
+    assert sorted(iter_keys(storage, longer)) == [f"ä/{number}" for number in range(9)]
+    # Killed before plan.json was replaced: the plan is what it was.
+    storage.write(PLAN_PATH, before["plan.json"])
+    assert load(storage) == plan
+    copy(longer, storage, Storage(str(tmp_path / "copy")))
+    assert contents(Storage(str(tmp_path / "copy"))) == after
+
+
+def test_a_store_without_a_plan_has_none(tmp_path: Path) -> None:
+    assert load(Storage(str(tmp_path / "nothing"))) is None
+
+
+@pytest.fixture
+def frozen(tmp_path: Path) -> Storage:
+    storage = Storage(str(tmp_path))
+    write([item(n, 10**7) for n in range(5)], storage)
+    return storage
+
+
+def test_without_its_items_a_plan_is_not_there_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Storage, path: str, data: bytes) -> bool:
+        raise StorageError("the disk is full.")
+
+    monkeypatch.setattr(Storage, "create", full)
+    with pytest.raises(StorageError):
+        write([item(0, 1)], Storage(str(tmp_path)))
+    assert [path.name for path in (tmp_path / "plan").iterdir()] == ["items.parquet"]
+    assert load(Storage(str(tmp_path))) is None  # plan.json comes last
+
+
+def edited(**changes: object) -> Callable[[bytes], bytes]:
+    return lambda text: json.dumps({**json.loads(text), **changes}).encode()
+
+
+DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes] | None]] = {
+    "cut json": (PLAN_PATH, lambda text: text[: len(text) // 2]),
+    "no json": (PLAN_PATH, lambda _: b"\xff\x00"),
+    "another json": (PLAN_PATH, lambda _: b"[]"),
+    "missing fields": (PLAN_PATH, lambda _: b'{"format_version": 2}'),
+    "newer format": (PLAN_PATH, edited(format_version=99)),
+    "fewer parts": (PLAN_PATH, edited(parts=[])),
+    "cut items": (ITEMS_PATH, lambda data: data[:-1]),
+    "no items": (ITEMS_PATH, None),
+    "cut units": (UNITS_PATH, lambda data: data[:-1]),
+    "no units": (UNITS_PATH, None),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_plan_is_refused(
+    frozen: Storage, kind: str, one_sentence: Callable[[BaseException], str]
+) -> None:
+    path, spoil = DAMAGE[kind]
+    if spoil is None:
+        frozen.delete(path)
+    else:
+        frozen.write(path, spoil(frozen.read(path)))
+    with pytest.raises(StoreError) as caught:
+        load(frozen)
+    assert frozen.root in one_sentence(caught.value)
+
+
+@pytest.mark.parametrize("at", [10, 400, -200, -5])
+def test_items_with_a_flipped_byte_are_refused(frozen: Storage, at: int) -> None:
+    plan = load(frozen)
+    assert plan is not None
+    check_items(plan, frozen)
+    data = bytearray(frozen.read(ITEMS_PATH))
+    data[at] ^= 0xFF
+    frozen.write(ITEMS_PATH, bytes(data))
+    assert load(frozen) == plan  # which does not read them
+    with pytest.raises(StoreError, match=r"items.parquet is not the one"):
+        check_items(plan, frozen)
+
+
+def test_a_unit_of_another_plan_is_refused(frozen: Storage) -> None:
+    plan = load(frozen)
+    assert plan is not None
+    for odd in ({"items": 17}, {"number": 99}, {"row_group": 5}):
+        with pytest.raises(StoreError):
+            read_items(frozen, dataclasses.replace(plan.units[0], **odd))
+
+
+def test_a_unit_is_a_plain_value() -> None:
+    unit = Unit(0, 1, 2.0)
+    assert unit == Unit(0, 1, 2.0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        unit.number = 1  # type: ignore[misc]
+
+
+def test_files_of_a_part() -> None:
+    def part(number: int, revision: int) -> str:
+        return Part(number, revision, 0, 0, 0.0, 0.0, 0, 0, {}).items_file
+
+    assert part(0, 0) == ITEMS_PATH
+    assert part(2, 0) == "plan/items-0002.parquet"
+    assert part(0, 1) == "plan/items-0000.1.parquet"

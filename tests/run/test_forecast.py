@@ -1,0 +1,208 @@
+"""`latentmill plan`: what it says is what `encode` then does; headers tell lengths."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+
+from audio.audio_files import encoded
+from latentmill.cli import show
+from latentmill.cli.app import encode, plan
+from latentmill.config import load_config
+from latentmill.encoding.chunks import Chunking
+from latentmill.models import registry
+from latentmill.plan import iter_keys, load, probe, read_items
+from latentmill.plan.items import draft_table
+from latentmill.plan.probe import probed
+from latentmill.run import prepare as planning
+from latentmill.run.forecast import forecast, measure
+from latentmill.run.prepare import listed, planned, prepare
+from latentmill.sources.base import ByteRange, Item, Segment
+from latentmill.sources.folder import FolderSource
+from latentmill.storage.storage import Storage
+from support import runs
+from support.sources import put, tar_of
+
+FORMATS = ("wav", "flac", "ogg", "mp3", "aiff")
+
+
+@pytest.fixture(scope="module")
+def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A song in each format, 61 s of noise each, whose sizes say little of their lengths."""
+    folder = tmp_path_factory.mktemp("songs")
+    noise = np.random.default_rng(0).uniform(-0.1, 0.1, 61 * 22050).astype(np.float32)
+    for name in FORMATS:
+        soundfile.write(folder / f"{name}.{name}", noise, 22050)
+    (folder / "notes.md").write_text("nothing")
+    return folder
+
+
+def test_a_forecast_freezes_the_plan_that_encode_resumes(songs: Path, tmp_path: Path) -> None:
+    options = {"source": str(songs), "out": str(tmp_path / "s"), "device": "cpu", "probe": False}
+    config = load_config(None, options)
+    value = forecast(config, calibrated=False)
+    frozen = load(Storage(config.out))
+    assert frozen is not None
+    assert (value.items, value.units, value.committed) == (5, len(frozen.units), 0)
+    assert value.formats == dict.fromkeys(FORMATS, 1)
+    assert value.ignored == {".md": 1}
+    assert value.estimated_items == 5
+    assert value.hours == pytest.approx(value.estimated_hours)
+    assert value.source_bytes == sum(f.stat().st_size for f in songs.iterdir() if f.stem != "notes")
+    prepared = prepare(config)
+    assert listed(prepared) is None
+    assert planned(prepared, None) == (frozen, None)
+    assert forecast(config, calibrated=False) == value
+    assert "are a guess for 5 items" in show.forecast(value)
+
+
+@pytest.mark.parametrize("probe", [True, None])
+def test_headers_give_the_true_hours(songs: Path, tmp_path: Path, probe: bool | None) -> None:
+    """Without being asked for, too: these files lie on this machine."""
+    options = {"source": str(songs), "out": str(tmp_path / "s"), "device": "cpu", "probe": probe}
+    value = forecast(load_config(None, options), calibrated=True)
+    assert value.estimated_items == 0
+    assert value.hours * 3600 == pytest.approx(5 * 61, abs=0.2)
+    assert value.latent_bytes == pytest.approx(5 * 61 * 44100 * 2, rel=1e-3)  # mdct in float16
+    assert value.calibration is not None
+    assert value.run_seconds is not None
+    assert value.run_seconds * value.calibration.x_real_time == pytest.approx(
+        value.hours * 3600 / value.calibration.workers
+    )
+    text = show.forecast(value)
+    assert "0.085 h, known" in text
+    assert "x real time measured on a short sample)" in text
+
+
+def test_speed_is_audio_over_time() -> None:
+    handle = registry.resolve("mdct")
+    assert measure(handle, Chunking.for_model(handle.spec), "cpu", 2, seconds=0.05) > 1
+
+
+def by_key(items: list[Item]) -> dict[str, float | None]:
+    return {item.key: item.seconds for item in probed(items)}
+
+
+def test_headers_are_read_where_the_length_is_unknown(songs: Path, tmp_path: Path) -> None:
+    items = list(FolderSource(str(songs), FORMATS).items())
+    assert by_key(items) == pytest.approx(dict.fromkeys(FORMATS, 61.0), abs=0.1)
+    known = [dataclasses.replace(item, uri="/gone", seconds=5.0) for item in items]
+    assert set(by_key(known).values()) == {5.0}  # nobody looked
+    parts = [dataclasses.replace(item, segment=Segment(60.0)) for item in items]
+    assert by_key(parts) == pytest.approx(dict.fromkeys(FORMATS, 1.0), abs=0.1)
+    (tmp_path / "broken.wav").write_text("no audio")
+    broken = Item("broken", str(tmp_path / "broken.wav"), 8, "")
+    assert by_key([broken, dataclasses.replace(broken, key="gone", uri="/gone")]) == {
+        "broken": None,
+        "gone": None,
+    }
+
+
+@pytest.mark.parametrize(("in_tar", "listed"), [(False, True), (True, True), (False, False)])
+def test_of_a_long_recording_elsewhere_the_ends_are_fetched(
+    songs: Path, in_tar: bool, listed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "ENDS", 20_000)
+    remote = fsspec.filesystem("memory")
+    fetched = []
+    real = probe.read_bytes
+
+    def counted(uri: str, start: int, end: int) -> bytes:
+        fetched.append(end - start)
+        return real(uri, start, end)
+
+    monkeypatch.setattr(probe, "read_bytes", counted)
+    items = []
+    for item in FolderSource(str(songs), FORMATS).items():
+        data = Path(item.uri).read_bytes()
+        place = ByteRange(512, len(data)) if in_tar else None
+        remote.pipe_file(f"/probe/{item.key}.{in_tar}", in_tar * bytes(512) + data)
+        uri = f"memory://probe/{item.key}.{in_tar}"
+        size = item.size if listed else 0  # a manifest says nothing of it
+        items.append(dataclasses.replace(item, uri=uri, place=place, size=size))
+    assert by_key(items) == pytest.approx(dict.fromkeys(FORMATS, 61.0), abs=0.1)
+    assert fetched == [20_000] * 10
+    assert [item.size for item in probed(items)] == [item.size for item in items]
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_inside_of_tars_and_tables_formats_are_known(
+    kind: str, songs: Path, tmp_path: Path
+) -> None:
+    data = (songs / "wav.wav").read_bytes()
+    (tmp_path / "in").mkdir()
+    if kind == "webdataset":
+        put(f"{tmp_path}/in/x.tar", tar_of([("a.wav", data), ("b.WAV", data)]))
+    else:
+        audio = pa.StructArray.from_arrays([[data] * 2, ["a.wav", "b.WAV"]], ["bytes", "path"])
+        pq.write_table(pa.table({"audio": audio}), tmp_path / "in/x.parquet", use_dictionary=False)
+    options = {"source": f"{tmp_path}/in", "source_type": kind, "out": f"{tmp_path}/out"}
+    options["probe"] = False
+    value = forecast(load_config(None, {**options, "device": "cpu"}), calibrated=False)
+    assert value.formats == {"wav": 2}
+    # By the bytes of CD audio: half the rate and half the channels have a quarter of them.
+    assert value.hours * 3600 == pytest.approx(2 * 61 / 4, rel=0.01)
+
+
+def test_the_command(songs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = tmp_path / "store"
+    args = (songs, store, "--unit-seconds", 61, "--shard-size", "8MB", "--probe")
+    result = runs.call(capsys, "plan", *args, "--json", "--no-calibrate")
+    assert result.code == 0, result.err
+    value = runs.outcome(result)
+    assert (value["items"], value["units"]) == (5, 5)
+    assert value["calibration"] is None
+    first = {path: path.read_bytes() for path in (store / "plan").iterdir()}
+    result = runs.call(capsys, "plan", *args, "--no-calibrate")
+    assert "run `latentmill encode` with the same options to start" in result.out
+    assert {path: path.read_bytes() for path in (store / "plan").iterdir()} == first
+    refused = runs.call(capsys, "plan", songs, store, "--unit-seconds", 30)
+    assert refused.code == 5
+    assert refused.err.startswith("latentmill: --unit-seconds changed: ")
+    plan_ = load(Storage(str(store)))
+    assert plan_ is not None
+    assert set(iter_keys(Storage(str(store)), plan_)) == set(FORMATS)
+    assert [len(read_items(Storage(str(store)), unit)) for unit in plan_.units] == [1] * 5
+
+
+def test_plan_has_the_options_of_encode() -> None:
+    given = set(encode.__annotations__) - {"return"}
+    assert set(plan.__annotations__) == given | {"calibrate"}
+
+
+def test_lengths_of_more_files_than_that_are_guessed(
+    songs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "PROBED_BY_DEFAULT", 4)
+    options = {"source": str(songs), "out": str(tmp_path / "s"), "device": "cpu"}
+    assert forecast(load_config(None, options), calibrated=False).estimated_items == 5
+
+
+def test_a_rough_length_serves_planning_alone(tmp_path: Path) -> None:
+    """A container in milliseconds: better than a guess by size, and no filter relies on it."""
+    put(f"{tmp_path}/a.flv", encoded("flv"))
+    items = list(FolderSource(str(tmp_path), ("flv",)).items())
+    (item,) = probed(items)
+    assert item.seconds is None
+    assert item.estimate == pytest.approx(2.0, abs=0.1)
+    table = draft_table([item])
+    assert table["micros"].to_pylist() == [pytest.approx(2e6, abs=1e5)]
+    assert table["seconds"].to_pylist() == [None]
+
+
+def test_members_of_a_local_tar_are_measured_by_their_ends(
+    songs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "ENDS", 20_000)
+    members = [(f"{name}.{name}", (songs / f"{name}.{name}").read_bytes()) for name in FORMATS]
+    put(f"{tmp_path}/in.tar", tar_of(members))
+    options = {"source": f"{tmp_path}/in.tar", "out": f"{tmp_path}/out", "device": "cpu"}
+    value = forecast(load_config(None, options), calibrated=False)
+    assert value.hours * 3600 == pytest.approx(5 * 61, abs=0.2)

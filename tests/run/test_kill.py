@@ -1,0 +1,169 @@
+"""Runs that are killed: the same command again finishes them, with the same bytes.
+
+The model sleeps before every batch, so that a shard takes a second to write.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from support import runs
+
+SONGS = 20
+UNIT_SECONDS = 26.0  # ten songs: half of them fill a row group, then the file is not empty
+BATCH_SECONDS = 0.3
+
+
+def arguments(songs: Path, store: Path, seconds: float = BATCH_SECONDS) -> list[str]:
+    return [
+        *("encode", str(songs), str(store), "--model", runs.SLOW_MODEL, "--device", "cpu"),
+        *("--model-option", f"seconds={seconds}", "--batch-size", "1", "--threads", "1"),
+        *("--unit-seconds", str(UNIT_SECONDS), "--workers", "1", "--json"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.write_songs(tmp_path_factory.mktemp("songs"), SONGS, seconds=2.4)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    songs: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: Path
+) -> dict[str, bytes]:
+    """The latents of a run that nobody killed."""
+    from latentmill.run.run import encode
+
+    store = tmp_path_factory.mktemp("undisturbed") / "store"
+    options = {"model": runs.SLOW_MODEL, "unit_seconds": UNIT_SECONDS, "batch_size": 1}
+    encode(str(songs), str(store), device="cpu", **options)
+    runs.assert_whole(store)
+    latents = runs.latents(store)
+    assert len(latents) == SONGS
+    return latents
+
+
+def wait_for_shard(process: subprocess.Popen[str], store: Path) -> None:
+    """Wait until a shard of this run is half-written."""
+    before = set(runs.half_written(store))
+    runs.until(
+        lambda: bool(set(runs.half_written(store)) - before) or process.poll() is not None,
+        90,
+        "a shard is half-written",
+    )
+
+
+def kill_once(args: list[str], store: Path, target: str, delay: float | None) -> list[str]:
+    """Start a run and kill its driver or its actor; gives the shards that were half-written then.
+
+    The moment is `delay` seconds after the driver has made its plan or the actor has begun a shard;
+    without a delay, when a shard is half-written.
+    """
+    before = set(runs.half_written(store))
+    with runs.started(*args) as process:
+        if delay is None or target == "actor":
+            wait_for_shard(process, store)
+        else:
+            runs.until((store / "plan" / "plan.json").exists, 90, "the plan is frozen")
+        time.sleep(delay or 0)
+        if target == "driver":
+            os.kill(process.pid, signal.SIGKILL)
+            half = sorted(set(runs.half_written(store)) - before)
+            assert process.wait(20) == -signal.SIGKILL
+            return half
+        for pid in runs.actors(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        half = sorted(set(runs.half_written(store)) - before)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert runs.outcome(runs.Result(0, out, err))["exit_code"] == 0  # nothing else on stdout
+        assert "was lost on attempt 1" in err or not half
+        return half
+
+
+def kill_and_resume(
+    songs: Path, store: Path, undisturbed: dict[str, bytes], kills: list[tuple[str, float | None]]
+) -> None:
+    """Kill a run again and again, and start it at once again, while its workers may still live."""
+    args = arguments(songs, store)
+    hits = 0
+    for number, (target, delay) in enumerate(kills):
+        kept = runs.commits(store)
+        hits += bool(kill_once(args, store, target, delay))
+        assert kept.items() <= runs.commits(store).items()
+        if (store / "dataset.json").exists() and number < len(kills) - 1:
+            check(store, undisturbed)
+            store.rename(store.with_name(f"finished before kill {number + 1}"))
+    if not (store / "dataset.json").exists():
+        finish(args, store, undisturbed)
+    check(store, undisturbed)
+    assert hits, "no kill hit a shard that was being written"
+
+
+def check(store: Path, undisturbed: dict[str, bytes]) -> None:
+    """Nothing twice, nothing missing, nothing left behind, and the same bytes."""
+    runs.assert_whole(store)
+    assert runs.latents(store) == undisturbed
+
+
+def finish(args: list[str], store: Path, undisturbed: dict[str, bytes]) -> None:
+    kept = runs.commits(store)
+    result = runs.command(*args)
+    assert result.code == 0, result.err
+    assert kept.items() <= runs.commits(store).items()
+    check(store, undisturbed)
+
+
+def test_a_killed_driver_and_a_killed_actor(
+    songs: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    kill_and_resume(songs, tmp_path / "store", undisturbed, [("driver", None), ("actor", 0.1)])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_ten_kills_at_random_moments(
+    songs: Path, undisturbed: dict[str, bytes], tmp_path: Path, seed: int
+) -> None:
+    chance = random.Random(seed)
+    kills: list[tuple[str, float | None]] = []
+    for number in range(10):
+        target = "driver" if number % 5 < 3 else "actor"
+        on_shard = target == "driver" and number % 5 == 0
+        kills.append((target, None if on_shard else chance.uniform(0.0, 8.0)))
+    chance.shuffle(kills)
+    kill_and_resume(songs, tmp_path / "store", undisturbed, kills)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_leaves_no_trace_and_resumes(
+    songs: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    args = arguments(songs, store)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        with runs.started(*args) as process:
+            wait_for_shard(process, store)
+            assert process.poll() is None
+            if signum == signal.SIGINT:
+                os.killpg(process.pid, signum)  # as Ctrl-C in a terminal
+            else:
+                process.send_signal(signum)
+            out, err = process.communicate(timeout=60)
+        assert process.returncode == 130, err
+        assert out == ""
+        assert err.splitlines()[-1] == "latentmill: interrupted; the same command resumes"
+        assert "Traceback" not in err
+        assert not (store / "tmp").exists()
+        assert not (store / "dataset.json").exists()
+        committed = {path.stem for path in store.glob("commits/*")}
+        assert {path.stem for path in store.glob("shards/*")} == committed
+    finish(args, store, undisturbed)

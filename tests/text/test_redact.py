@@ -1,0 +1,179 @@
+"""Secrets stay out of what is shown and what is stored, in every form in which URLs carry them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from latentmill.config import load_config
+from latentmill.errors import ConfigError, ItemError, LatentmillError, SourceError, StoreError
+from latentmill.sources.folder import FolderSource
+from latentmill.sources.manifest import ManifestSource
+from latentmill.sources.metadata import parse_sidecar
+from latentmill.storage.remote import refuse_secrets
+from latentmill.storage.storage import Storage
+from latentmill.text.redact import redact, redact_text, redact_value
+
+LONG = "q" * 40
+S = "hunter2"  # the secret in every form
+
+SECRETS = [  # with a secret, and as it is shown
+    (f"s3://key:{S}@bucket/a.wav", "s3://***@bucket/a.wav"),
+    (f"s3://KEY:{S}/x@bucket/a.wav", "s3://***@bucket/a.wav"),
+    (f"s3://KEY:{S}@x@bucket/a.wav", "s3://***@bucket/a.wav"),
+    (f"s3://KEY:{S}?x@bucket/a.wav", "s3://***@bucket/a.wav"),
+    (f"s3://KEY%3A{S}@bucket/a.wav", "s3://***@bucket/a.wav"),
+    (f"https://user:{S}@host/a.wav", "https://***@host/a.wav"),
+    (f"https://{S}@host/a.wav", "https://***@host/a.wav"),
+    (f"HTTPS://user:{S}@[::1]:80/a", "HTTPS://***@[::1]:80/a"),
+    (f"//user:{S}@host/a.wav", "//***@host/a.wav"),
+    (f"smb://user;pw={S}@host/a.wav", "smb://***@host/a.wav"),
+    (f"sftp://user:{S}@host:22/a.wav", "sftp://***@host:22/a.wav"),
+    (f"zip://x.wav::s3://key:{S}@bucket/a.zip", "zip://x.wav::s3://***@bucket/a.zip"),
+    (f"simplecache::https://user:{S}@host/a", "simplecache::https://***@host/a"),
+    (f"filecache::zip://a::https://h/z?token={S}", "filecache::zip://a::https://h/z?token=***"),
+    (f"s3://bucket/a.wav?Signature={S}", "s3://bucket/a.wav?Signature=***"),
+    (f"s3://b/a.wav?x=1&X-Amz-Signature={S}", "s3://b/a.wav?x=1&X-Amz-Signature=***"),
+    (f"gs://b/a?X-Goog-Signature={S}&b=1", "gs://b/a?X-Goog-Signature=***&b=1"),
+    (f"s3://b/a.wav?AWSAccessKeyId={S}", "s3://b/a.wav?AWSAccessKeyId=***"),
+    (f"https://h/a?X-Amz-Expires=9&X-Amz-Signature={S}", "https://h/a?X-Amz-Expires=9&X-Amz-Signature=***"),
+    (f"https://h/a?X%2DAmz%2DSignature={S}", "https://h/a?X%2DAmz%2DSignature=***"),
+    (f"https://h/a.wav;token={S}", "https://h/a.wav;token=***"),
+    (f"https://h/a;jsessionid={S}/b.wav?c=1", "https://h/a;jsessionid=***/b.wav?c=1"),
+    (f"s3://bucket/a.wav;token={S}", "s3://bucket/a.wav;token=***"),
+    (f"https://host/a.wav?a={S}", "https://host/a.wav?a=***"),
+    (f"https://host/a.wav?{LONG}", "https://host/a.wav?***"),
+    (f"https://host/a?x={LONG}", "https://host/a?x=***"),
+    (f"https://host/a?id={LONG}", "https://host/a?id=***"),
+    (f"https://host/a?access_token={S}", "https://host/a?access_token=***"),
+    (f"https://host/a?n=1;pass={S}", "https://host/a?n=1;pass=***"),
+    (f"https://h.blob.core/a?sv=2022-11-02&sr=b&sig={S}%3D", "https://h.blob.core/a?sv=2022-11-02&sr=b&sig=***"),
+    (f"az://container/a?sv=2022-11-02&sig={S}", "az://container/a?sv=2022-11-02&sig=***"),
+    (f"https://host/a#access_token={S}", "https://host/a#access_token=***"),
+    (f"https://host/get?url=https%3A%2F%2Fu%3A{S}%40h%2Fa", "https://host/get?url=***"),
+    (f"https://[bad/a?key={S}", "https://[bad/a?key=***"),
+]  # fmt: skip
+
+HARMLESS = [
+    "/music/a.wav",
+    "/music/a?b=c;token=d.wav",
+    "s3://bucket/a b?c=token#1.wav",
+    "s3://bucket/a@b:c.wav",
+    "s3://bucket/mail me@home.wav",
+    "hf://datasets/owner/name@main/a.wav",
+    "abfs://container@account.dfs.core.windows.net/a",
+    "sftp://user@host/a.wav",
+    "https://host:8080/a.wav",
+    "https://host:8080/@artist/a.wav",
+    "https://[::1]:8080/a::b.wav",
+    "https://host/a.wav?download=1&name=x&id=song-17",
+    "https://host/get?file=music/a%20song.wav&v=2",
+    "https://host/a.tar#bytes=0-17&t=1.5,2",
+    "https://host/a.parquet#cell=0,17,audio",
+    "file:///music/a.wav",
+]
+
+
+@pytest.mark.parametrize(("url", "shown"), SECRETS)
+def test_secrets_are_masked(url: str, shown: str) -> None:
+    assert redact(url) == shown
+    assert redact(shown) == shown
+    if "q" not in url or " " in url:
+        assert S not in shown
+    text = f"Cannot read '{url}' and {url}: no."
+    assert redact_text(text) == text.replace(url, shown)
+    assert str(ItemError(text)) == text.replace(url, shown)
+    assert redact_value({"a": [url, 1]}) == {"a": [shown, 1]}
+    with pytest.raises(SourceError, match="carries credentials") as caught:
+        refuse_secrets("Source", url, SourceError)
+    assert S not in str(caught.value)
+    assert LONG not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", HARMLESS)
+def test_what_is_no_secret_stays(url: str) -> None:
+    assert redact(url) == url
+    if " " not in url and "://" in url:
+        assert redact_text(f"at '{url}'.") == f"at '{url}'."
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (f"GET /a.wav?Signature={S}&x=1 failed", "GET /a.wav?Signature=***&x=1 failed"),
+        (f"Authorization: Bearer {S}{S}", "Authorization: Bearer ***"),
+        (f"sent bearer {LONG}", "sent bearer ***"),
+        (f"AccountName=a;AccountKey={S};x=1", "AccountName=a;AccountKey=***;x=1"),
+        (f"AWS_SECRET_ACCESS_KEY={S}", "AWS_SECRET_ACCESS_KEY=***"),
+        ("a basic beat // at 2:00 @home, key=Am, tokens=3.", None),
+    ],
+)
+def test_secrets_of_texts_without_a_url(text: str, shown: str | None) -> None:
+    assert redact_text(text) == (shown or text)
+
+
+LARGE = {
+    "a long word": "see http://host/a " + "a" * 2_000_000,
+    "colons": "//a" + ":a" * 1_000_000,
+    "half addresses": "me@home " + "//a:" * 500_000,
+    "URLs in URLs": "http://host/a?b=" * 100_000,
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_large_texts_take_time_in_proportion(kind: str) -> None:
+    """Time that grows with the square of the length would be minutes to hours."""
+    text = LARGE[kind]
+    if kind == "URLs in URLs":
+        assert redact_text(text) == "http://host/a?b=***"
+    else:
+        assert redact_text(text) == text
+
+
+@pytest.mark.parametrize("levels", [2, 450])
+def test_secrets_at_any_depth(levels: int) -> None:
+    text = '{"a": [' * levels + f'"s3://k:{S}@bucket/a"' + "]}" * levels
+    assert S not in json.dumps(redact_value(json.loads(text)))
+
+
+@pytest.mark.parametrize("url", [url for url, _ in SECRETS if not url.startswith("//")])
+def test_a_store_or_a_source_whose_url_has_credentials_is_refused(url: str) -> None:
+    with pytest.raises(StoreError) as store:
+        Storage(url)
+    with pytest.raises(SourceError) as source:
+        FolderSource(url, ["wav"])
+    assert S not in f"{store.value} {source.value}"
+
+
+@pytest.mark.parametrize(("url", "shown"), SECRETS)
+def test_signed_urls_in_other_columns_and_sidecars(url: str, shown: str, tmp_path: Path) -> None:
+    row = {"path": "a.wav", "cover": url, "more": {"urls": [url]}}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
+    (tmp_path / "m.csv").write_text(f'path,cover\na.wav,"{url}"\n')
+    for name in ("m.jsonl", "m.csv"):
+        (item,) = ManifestSource(str(tmp_path / name)).items()
+        metadata = json.loads(item.metadata)
+        assert metadata["cover"] == shown
+        assert S not in item.metadata
+    assert parse_sidecar("a.json", json.dumps(row).encode())["more"] == {"urls": [shown]}
+    assert S not in parse_sidecar("a.txt", f"from {url}".encode())["text"]
+
+
+@pytest.mark.parametrize(("url", "shown"), SECRETS)
+def test_a_secret_in_a_manifests_path_is_refused_without_it(
+    url: str, shown: str, tmp_path: Path
+) -> None:
+    (tmp_path / "m.jsonl").write_text(json.dumps({"path": url}))
+    with pytest.raises(LatentmillError) as caught:
+        list(ManifestSource(str(tmp_path / "m.jsonl")).items())
+    assert S not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["hf_token", "api_key", "password", "aws_secret_access_key"])
+def test_a_model_option_that_is_a_secret_is_refused(name: str) -> None:
+    options = {"source": "a", "out": "b", "model_options": {name: S}}
+    with pytest.raises(ConfigError, match=f"Model option {name} would be written") as caught:
+        load_config(None, options)
+    assert S not in str(caught.value)
