@@ -50,8 +50,8 @@ format: $(VENV)/.installed-dev ## format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-schemas: $(VENV)/.installed-base ## write schemas/ anew from the code
-	$(BIN)/python -m latentmill.store.schemas schemas
+schemas: $(VENV)/.installed-base ## generate schemas/ and run/options.py from the code
+	$(BIN)/python -m latentmill.store.schemas .
 
 bench: $(VENV)/.installed-dev ## run the benchmarks
 	@set -e; for script in $(BENCHMARKS); do \

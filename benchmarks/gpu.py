@@ -46,7 +46,7 @@ MODEL_SCRIPT = Path(__file__).with_name("gpu_model.py")
 PARTS = ("alone", "loading", "end_to_end", "cold")
 EXPLORED = ("lin-cae", "same-s")
 GPU_FIGURES = ("clocks.sm", "clocks.mem", "power.draw", "utilization.gpu", "memory.used")
-MAX_DECODE_THREADS = 16  # as the library takes at most by default
+MAX_LOAD_THREADS = 16  # as the library takes at most by default
 COLD_BYTES = {"full": 6 << 30, "tiny": 1 << 20}
 
 
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--seconds-explore", type=float, default=45, help="of each, at most")
     parser.add_argument("--chunk-seconds", type=float, help="default: the models' own")
     parser.add_argument("--batch-size", type=int, help="chunks; default: found by trying")
-    parser.add_argument("--decode-threads", type=int)
+    parser.add_argument("--load-threads", type=int)
     parser.add_argument("--distinct", type=int, default=64, help="files with their own contents")
     parser.add_argument("--shortest", type=float, default=3, help="seconds of the shortest file")
     parser.add_argument("--longest", type=float, default=1200)
@@ -90,8 +90,8 @@ def main() -> None:
         arguments.audio = str(SHARED_AUDIO) if SHARED_AUDIO.is_dir() else SYNTHESISED
     if arguments.audio != SYNTHESISED and not Path(arguments.audio).is_dir():
         parser.error(f"{arguments.audio} is not a folder: use --audio {SYNTHESISED}")
-    if arguments.decode_threads is None:
-        arguments.decode_threads = min(MAX_DECODE_THREADS, os.cpu_count() or 1)
+    if arguments.load_threads is None:
+        arguments.load_threads = min(MAX_LOAD_THREADS, os.cpu_count() or 1)
     Run(arguments, "cuda" if on_gpu else "cpu").run()
 
 
@@ -116,7 +116,7 @@ class Part:
 
 def parts_of(arguments: Any, kind: str) -> list[Part]:
     """All parts, the most telling ones first, since a budget may end before the others."""
-    modes, threads = MODES[kind], arguments.decode_threads
+    modes, threads = MODES[kind], arguments.load_threads
     default = "tf32" if kind == "cuda" else "float32"  # the library's own
     end = {"part": "end_to_end", "threads": threads}
     alone, whole = arguments.seconds_alone, arguments.seconds_end_to_end

@@ -443,7 +443,7 @@ def encode(
     options = {"source": str(source), "out": str(out), "model": subject.name}
     options |= {"precision": mode, "batch_size": subject.batch_size(mode)}
     options |= {"chunk_seconds": subject.settings["chunk_seconds"]}
-    options |= {"device": subject.device.partition(":")[0], "decode_threads": threads}
+    options |= {"device": subject.device.partition(":")[0], "load_threads": threads}
     config = load_config(None, options)
     handle, chunking = Loaded(subject.handle.spec, subject.model), subject.chunking
     prepared = Preparation(config, handle, chunking, Storage(config.out), open_source(config))
@@ -502,7 +502,7 @@ def encode(
     emit("items_failed", sum(r.failed for r in results))
     emit("unit_seconds", round(plan.seconds / len(plan.units), 1))
     emit("whole_corpus", not any(True for _ in units))
-    emit("decode_threads", threads)
+    emit("load_threads", threads)
     emit("batch_size", job.settings.batch_size)
     emit("cores_busy", round(cpu_seconds / elapsed, 2))
     emit("read_from_disk_bytes", bytes_read() - read)

@@ -69,12 +69,12 @@ def test_context() -> None:
 
 
 @pytest.mark.slow
-def test_decode_tasks(tmp_path: Path) -> None:
+def test_load_tasks(tmp_path: Path) -> None:
     (tmp_path / "audio").mkdir()
     sf.write(tmp_path / "audio" / "noise.flac", noise(2.5, 44100), 44100)
     options = ["--source", str(tmp_path / "audio"), "--files", "2", "--rounds", "1"]
-    script("decode_tasks", *options, "--results", str(tmp_path))
-    result = json.loads((tmp_path / "decode_tasks.json").read_text())
+    script("load_tasks", *options, "--results", str(tmp_path))
+    result = json.loads((tmp_path / "load_tasks.json").read_text())
     assert {*result} >= {"flac", "mp3", "wav"}
     assert result["wav"]["tasks_over_threads"] > 0
 
@@ -103,7 +103,7 @@ def test_gpu(tmp_path: Path) -> None:
     (tmp_path / "ray.py").write_text("raise ImportError('there is no ray here')")
     options = ["--device", "cpu", "--size", "tiny", "--models", "lin-cae", "same-s"]
     options += ["--distinct", "3", "--shortest", "1", "--longest", "3", "--hours", "0.001"]
-    options += ["--chunk-seconds", "0.2", "--decode-threads", "1", "--seconds-alone", "0.1"]
+    options += ["--chunk-seconds", "0.2", "--load-threads", "1", "--seconds-alone", "0.1"]
     options += ["--seconds-end-to-end", "60", "--budget", "250", "--grace", "120"]
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *options]
     command += ["--audio", "synthesised", "--results", str(tmp_path)]

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from latentmill.config import (
-    OPERATIONAL,
     RunConfig,
     fingerprint,
     fingerprint_document,
     load_config,
+    settings_of,
 )
 from latentmill.encoding.chunks import Chunking
 from latentmill.errors import ConfigError
@@ -35,8 +35,7 @@ def document(**settings: Any) -> dict[str, dict[str, Any]]:
     return fingerprint_document(config, spec, chunking)
 
 
-# Another value than the default for every setting. A new setting must be added here, and to
-# OPERATIONAL if it does not change the latents.
+# Another value than the default for every setting. A new setting must be added here.
 LATENTS: dict[str, Any] = {
     "model_options": {"hop": 256},
     "channels": "split",
@@ -70,9 +69,9 @@ PLACE_AND_SPEED: dict[str, Any] = {
     "device": "cpu",
     "workers": 2,
     "threads": 3,
-    "decode_threads": 4,
-    "decode_tasks": 2,
-    "decode_timeout": 60.0,
+    "load_threads": 4,
+    "load_tasks": 2,
+    "load_timeout": 60.0,
     "batch_size": 5,
     "address": "ray://host:10001",
     "stall_minutes": 5.0,
@@ -92,7 +91,7 @@ PLACE_AND_SPEED: dict[str, Any] = {
 
 def test_every_setting_is_known_here() -> None:
     assert {*LATENTS, *PLACE_AND_SPEED, "model"} == set(RunConfig.model_fields)
-    assert set(PLACE_AND_SPEED) == OPERATIONAL
+    assert set(PLACE_AND_SPEED) == {*settings_of("run"), *settings_of("items")}
 
 
 @pytest.mark.parametrize("name", LATENTS)

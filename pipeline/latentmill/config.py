@@ -1,171 +1,212 @@
-"""What a user may set, and the rule of the fingerprint.
+"""The settings of a run, each declared once, and the fingerprint that follows from them.
 
-The fingerprint covers everything that changes the latents. It is built from the whole
-configuration less `OPERATIONAL`, the settings that only change how fast or where a run works.
+A field of `RunConfig` says its name, type, default, bounds, help text and group, whether it changes
+the latents, and for which sources it counts. The options of `encode` and `plan`, the JSON schema,
+`EncodeOptions`, the fingerprint and the refusal of settings without effect follow from it.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import ByteSize, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from latentmill.audio.formats import AUDIO_EXTENSIONS
 from latentmill.encoding.chunks import Chunking
+from latentmill.encoding.fingerprint import ENCODING_VERSION
 from latentmill.errors import ConfigError
 from latentmill.models.base import Channels, ModelSpec, Stitch
 from latentmill.models.inference.precision import Precision
 from latentmill.models.trust import CONSENT, check_named, store_of
-from latentmill.sources.base import SourceType
 from latentmill.sources.filters import RANGES
 from latentmill.sources.group import check_rule
-from latentmill.sources.open import SOURCE_SETTINGS
+from latentmill.sources.settings import Effect, Setting, SourceSettings
 from latentmill.sources.where import Condition
 from latentmill.text.redact import is_secret_name
 
-# Raised when the same file, model and settings give other latents than before. Stores of another
-# version stay readable; resuming or extending one is refused (`version_difference`).
-# 2: loading gives what FFmpeg gives, in files where it did not before.
-ENCODING_VERSION = 2
-
-# Settings that do not change the latents. All others are part of the fingerprint.
-OPERATIONAL = frozenset(
-    {
-        "source",
-        "out",
-        "device",
-        "workers",
-        "threads",
-        "decode_threads",
-        "decode_tasks",
-        "decode_timeout",
-        "batch_size",
-        "retry_failed",
-    }
-    | {"unit_seconds", "shard_size", "extensions", "address", "format"}
-    | {"extend", "retry_changed", "probe"}
-    | {"stall_minutes", "log_format"}
-    | SOURCE_SETTINGS
+# Settings that every fingerprint names. One that is added later enters a fingerprint only when it
+# is not at its default, so that older stores can still be resumed.
+_ALWAYS_IN_FINGERPRINT = frozenset(
+    {"dtype", "compile", "allow_truncated", "min_seconds", "max_seconds", "min_rms"}
+    | {"min_sample_rate", "max_sample_rate", "min_channels", "max_channels", "where"}
 )
 
+_OUTPUT = Setting()
+_STORED = Setting(effect="latents")
+_MODEL = Setting("Model", "model")
+_COMPILE = Setting("Model", "latents")
+_LOADING = Setting("Source", "latents")
+_FILTER = Setting("Filters", "latents")
+_PLAN = Setting("Plan")
+_COMPUTE = Setting("Compute")
 
-class RunConfig(BaseModel):
+
+class RunConfig(SourceSettings):
     """A run: what `latentmill encode` takes as options and `--config FILE` as YAML."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    source: str = Field(
-        description="Folder, manifest, WebDataset tars or Parquet files: a path or fsspec URL."
+    out: Annotated[str, _OUTPUT] = Field(description="Store to write or resume: a folder or URL.")
+    format: Annotated[Literal["parquet", "webdataset"], _OUTPUT] = Field(
+        "parquet", description="Shard format: parquet or webdataset."
     )
-    source_type: SourceType | None = Field(
-        None, description="folder, manifest, webdataset or parquet; default by the source's name."
+    dtype: Annotated[Literal["float16", "float32"], _STORED] = Field(
+        "float16", description="Number format of stored latents: float16 or float32."
     )
-    out: str = Field(description="Folder or fsspec URL of the store.")
-    model: str = Field("mdct", description="Name of the autoencoder; `latentmill models` lists.")
-    model_options: dict[str, str | int | float | bool | None] = Field(
-        default_factory=dict, description="Options of the model, such as scale_factor."
+    log_format: Annotated[Literal["text", "json"], _OUTPUT] = Field(
+        "text", description="Progress on stderr: text, or json with one object per line."
     )
-    channels: Channels | None = Field(
+    model: Annotated[str, _MODEL] = Field(
+        "mdct", description="Autoencoder; `latentmill models` lists them."
+    )
+    model_options: Annotated[dict[str, str | int | float | bool | None], _MODEL] = Field(
+        default_factory=dict,
+        description="Option of the model as NAME=VALUE, e.g. scale_factor=20. Repeatable.",
+    )
+    channels: Annotated[Channels | None, _MODEL] = Field(
         None,
-        description="mono or split (a mono model on each channel of stereo); default the model's.",
+        description="mono, or split: run a mono model on each channel of stereo. "
+        "[default: the model's]",
     )
-    format: Literal["parquet", "webdataset"] = Field("parquet", description="Format of a shard.")
-    dtype: Literal["float16", "float32"] = Field("float16", description="Stored number format.")
-    precision: Precision | None = Field(
-        None, description="float32, tf32, bf16 or fp16; default tf32 on GPUs, float32 on CPUs."
-    )
-    compile: bool = Field(
-        False, description="Encode full batches by torch.compile; on GPUs by CUDA graphs, too."
-    )
-    stitch: Stitch | None = Field(None, description="How chunks become one latent.")
-    chunk_seconds: float | None = Field(None, gt=0, description="Chunk length in seconds.")
-    chunk_samples: int | None = Field(
-        None, ge=1, description="Chunk length in samples, exactly, instead of chunk_seconds."
-    )
-    overlap: float | None = Field(
-        None, ge=0, le=0.5, description="Share of a chunk that the next one repeats."
-    )
-    allow_truncated: bool = Field(
-        False, description="Keep what can be decoded of truncated files instead of failing them."
-    )
-    min_seconds: float | None = Field(None, ge=0, description="Skip shorter items.")
-    max_seconds: float | None = Field(None, gt=0, description="Skip longer items.")
-    extensions: tuple[str, ...] = Field(
-        AUDIO_EXTENSIONS, description="File name extensions that make a file an item."
-    )
-    min_rms: float | None = Field(None, le=0, description="Skip softer items, dB of full scale.")
-    min_sample_rate: int | None = Field(None, ge=1, description="Skip recordings of lower rates.")
-    max_sample_rate: int | None = Field(None, ge=1, description="Skip recordings of higher rates.")
-    min_channels: int | None = Field(None, ge=1, description="Skip recordings of fewer channels.")
-    max_channels: int | None = Field(None, ge=1, description="Skip recordings of more channels.")
-    where: str | None = Field(
-        None, description="Skip items whose metadata do not fit, such as genre == 'rock'."
-    )
-    include: tuple[str, ...] = Field(
-        (), description="Globs over a folder's paths: take these files only."
-    )
-    exclude: tuple[str, ...] = Field((), description="Globs over a folder's paths: not these.")
-    path_column: str | None = Field(None, description="A manifest's column of paths or URLs.")
-    start_column: str | None = Field(None, description="Its column of starts, in seconds.")
-    duration_column: str | None = Field(None, description="Its column of durations, in seconds.")
-    key_column: str | None = Field(None, description="A table's column of unique names.")
-    audio_column: str | None = Field(None, description="A Parquet file's column of audio bytes.")
-    group_by: str | None = Field(
-        None, description="Regular expression over keys, (?P<group>...), or metadata:FIELD,FIELD."
-    )
-    retry_failed: bool = Field(False, description="Encode the units anew that hold failed items.")
-    unit_seconds: float | None = Field(
-        None, gt=0, description="Audio seconds per unit (one shard); default by corpus size."
-    )
-    shard_size: ByteSize | None = Field(
-        None, ge=1, description="Estimated size of a shard at most, such as 512MiB; default 1 GiB."
-    )
-    extend: bool = Field(
-        False, description="Add what is new in the source to the store's plan, as new units."
-    )
-    retry_changed: bool = Field(
-        False, description="With extend: encode the units anew whose files have changed."
-    )
-    probe: bool | None = Field(
+    precision: Annotated[Precision | None, _MODEL] = Field(
         None,
-        description="Read headers for lengths that the source does not give; default for up to "
-        "100,000 local files.",
+        description="Arithmetic of the model: float32, tf32, bf16 or fp16. "
+        "[default: tf32 on a GPU, float32 on a CPU]",
     )
-    device: str = Field("auto", description="auto, cpu or cuda.")
-    workers: int | None = Field(None, ge=1, description="Models in memory; default one per GPU.")
-    threads: int | None = Field(None, ge=1, description="CPU threads of a worker on CPU.")
-    decode_threads: int | None = Field(
+    compile: Annotated[bool, _COMPILE] = Field(
+        False,
+        description="Encode full batches with torch.compile; on a GPU with CUDA graphs too.",
+    )
+    stitch: Annotated[Stitch | None, _MODEL] = Field(
+        None,
+        description="How the chunks of an item become its latent: trim, crossfade or none. "
+        "[default: the model's]",
+    )
+    chunk_seconds: Annotated[float | None, _MODEL] = Field(
+        None, gt=0, description="Chunk length in seconds. [default: the model's]"
+    )
+    chunk_samples: Annotated[int | None, _MODEL] = Field(
+        None, ge=1, description="Chunk length in samples. Overrides --chunk-seconds."
+    )
+    overlap: Annotated[float | None, _MODEL] = Field(
+        None,
+        ge=0,
+        le=0.5,
+        description="Fraction of a chunk that the next one repeats, 0 to 0.5. "
+        "[default: the model's]",
+    )
+    allow_truncated: Annotated[bool, _LOADING] = Field(
+        False,
+        description="Encode the readable part of truncated files instead of failing them.",
+    )
+    min_seconds: Annotated[float | None, _FILTER] = Field(
+        None, ge=0, description="Skip items shorter than this many seconds."
+    )
+    max_seconds: Annotated[float | None, _FILTER] = Field(
+        None, gt=0, description="Skip items longer than this many seconds."
+    )
+    min_rms: Annotated[float | None, _FILTER] = Field(
+        None, le=0, description="Skip items with an RMS level below this, in dBFS, e.g. -60."
+    )
+    min_sample_rate: Annotated[int | None, _FILTER] = Field(
+        None, ge=1, description="Skip items with a sample rate below this, in Hz."
+    )
+    max_sample_rate: Annotated[int | None, _FILTER] = Field(
+        None, ge=1, description="Skip items with a sample rate above this, in Hz."
+    )
+    min_channels: Annotated[int | None, _FILTER] = Field(
+        None, ge=1, description="Skip items with fewer channels than this."
+    )
+    max_channels: Annotated[int | None, _FILTER] = Field(
+        None, ge=1, description="Skip items with more channels than this."
+    )
+    where: Annotated[str | None, _FILTER] = Field(
+        None,
+        description="Skip items whose metadata do not match, e.g. \"genre == 'rock' and bpm > "
+        '100".',
+    )
+    unit_seconds: Annotated[float | None, _PLAN] = Field(
+        None, gt=0, description="Seconds of audio per shard. [default: by corpus size]"
+    )
+    shard_size: Annotated[ByteSize | None, _PLAN] = Field(
+        None, ge=1, description="Maximum shard size (estimated), e.g. 512MiB. [default: 1GiB]"
+    )
+    probe: Annotated[bool | None, _PLAN] = Field(
+        None,
+        description="Read the headers of files for their lengths, to plan and estimate exactly. "
+        "[default: up to 100,000 local files]",
+    )
+    retry_failed: Annotated[bool, _PLAN] = Field(
+        False, description="Encode the shards that have failed items again."
+    )
+    extend: Annotated[bool, _PLAN] = Field(
+        False, description="Add new files of SOURCE to the store."
+    )
+    retry_changed: Annotated[bool, _PLAN] = Field(
+        False, description="With --extend: encode changed files again."
+    )
+    device: Annotated[str, _COMPUTE] = Field(
+        "auto", description="Device of the model: auto, cpu or cuda."
+    )
+    workers: Annotated[int | None, _COMPUTE] = Field(
         None,
         ge=1,
-        description="Decoding threads of a worker; default 2, or on a GPU its share of the node's "
-        "cores, up to 16.",
+        description="Number of workers; each loads one copy of the model. [default: one per GPU]",
     )
-    decode_tasks: int = Field(
+    threads: Annotated[int | None, _COMPUTE] = Field(
+        None,
+        ge=1,
+        description="CPU cores of each worker, without a GPU. [default: up to 2]",
+    )
+    batch_size: Annotated[int | None, _COMPUTE] = Field(
+        None,
+        ge=1,
+        description="Chunks per forward pass. [default: found by trial on a GPU, else the model's]",
+    )
+    load_threads: Annotated[int | None, _COMPUTE] = Field(
+        None,
+        ge=1,
+        description="Threads per worker that load audio. "
+        "[default: 2; on a GPU its share of the cores, up to 16]",
+    )
+    load_tasks: Annotated[int, _COMPUTE] = Field(
         0,
         ge=0,
-        description="Ray tasks that decode a unit on any node with free CPU cores, instead of the "
-        "worker's threads; 0: none.",
+        description="Load audio in this many Ray tasks per shard, on any node, instead of threads.",
     )
-    decode_timeout: float = Field(
-        600, gt=0, description="Seconds that decoding an item may take, on top of its length."
+    load_timeout: Annotated[float, _COMPUTE] = Field(
+        600,
+        gt=0,
+        description="Time limit for loading an item, in seconds, on top of its length.",
     )
-    batch_size: int | None = Field(None, ge=1, description="Chunks per forward pass.")
-    address: str | None = Field(
-        None, description="Ray cluster; default RAY_ADDRESS, else an embedded Ray."
+    address: Annotated[str | None, _COMPUTE] = Field(
+        None, description="Address of a Ray cluster. [default: RAY_ADDRESS, else embedded Ray]"
     )
-    stall_minutes: float = Field(
-        15.0, gt=0, description="A worker that makes no progress for so long is replaced."
+    stall_minutes: Annotated[float, _COMPUTE] = Field(
+        15.0, gt=0, description="Replace a worker after this many minutes without progress."
     )
-    log_format: Literal["text", "json"] = Field(
-        "text", description="How the run tells how it goes: for people, or an object per line."
-    )
+
+
+def setting(name: str) -> Setting:
+    """The declaration of a setting, less its type, default, bounds and help text."""
+    return Setting.of(RunConfig.model_fields[name])
+
+
+def settings_of(effect: Effect) -> tuple[str, ...]:
+    """Names of the settings that have this effect, in the order of their declaration."""
+    return tuple(name for name in RunConfig.model_fields if setting(name).effect == effect)
+
+
+def item_settings(config: SourceSettings) -> dict[str, Any]:
+    """The settings that choose a source's items, where they are not the default, as JSON values.
+
+    `extensions` is not among them: a plan keeps it by itself.
+    """
+    names = set(settings_of("items")) - {"extensions"}
+    values = config.model_dump(mode="json", include=names)
+    return {name: value for name, value in values.items() if value not in (None, [])}
 
 
 def load_config(
@@ -269,9 +310,7 @@ def fingerprint_document(
     The default precision depends on where the workers are: `run` settles it before. Left open, it
     is that of a CPU.
     """
-    settings = config.model_dump(mode="json")
-    resolved = {"model", "model_options", "channels", "precision"}
-    resolved |= {"stitch", "chunk_seconds", "chunk_samples", "overlap"}
+    settings = config.model_dump(mode="json", include=set(settings_of("latents")))
     return {
         "model": {
             **spec.identity,
@@ -294,27 +333,6 @@ def fingerprint_document(
         "settings": {
             name: value
             for name, value in settings.items()
-            if name not in OPERATIONAL and name not in resolved
+            if name in _ALWAYS_IN_FINGERPRINT or value != RunConfig.model_fields[name].default
         },
     }
-
-
-def fingerprint(document: Mapping[str, Any]) -> str:
-    """The hash of a fingerprint document: 32 hex digits of its SHA-256."""
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def version_difference(stored: Mapping[str, Any]) -> str | None:
-    """Why this version of latentmill cannot add to a store of this fingerprint document."""
-    version = stored.get("preprocessing", {}).get("encoding_version")
-    if version == ENCODING_VERSION:
-        return None
-    made, action = "an earlier", "encode into a new output folder"
-    if isinstance(version, int) and version > ENCODING_VERSION:
-        made, action = "a later", "update latentmill or encode into a new output folder"
-    return (
-        f"was encoded by {made} version of latentmill, whose latents of the same audio can differ "
-        f"(encoding version {version}, now {ENCODING_VERSION}): it stays readable, but to add to "
-        f"it or resume it, {action}."
-    )

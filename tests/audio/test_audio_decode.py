@@ -251,7 +251,7 @@ def test_decoding_has_a_time_limit(monkeypatch) -> None:
             total += block.shape[1]
         assert total == SECONDS * RATE
         with pytest.raises(
-            ItemError, match=r"^decoding took 14 s for 1 s of audio, .*--decode-timeout 12 allows$"
+            ItemError, match=r"^decoding took 14 s for 1 s of audio, .*--load-timeout 12 allows$"
         ):
             list(open_audio(media, time_limit=12).blocks())
 

@@ -28,9 +28,9 @@ from support.units import (
     EXTENSIONS,
     MODEL,
     RATE,
-    decode_threads,
     encode,
     items_of,
+    load_threads,
     records,
     sparse_wav,
     statuses,
@@ -48,13 +48,13 @@ def test_an_error_of_a_decode_thread_is_raised_where_it_is_read(
     sf.write(tmp_path / "a.wav", noise(1.0, RATE), RATE)
     with pytest.raises(RuntimeError, match="can't start new thread"):
         encode(items_of(tmp_path))
-    assert not decode_threads()
+    assert not load_threads()
 
 
-def test_the_number_of_decode_threads_changes_no_bit(corpus: Path) -> None:
+def test_the_number_of_load_threads_changes_no_bit(corpus: Path) -> None:
     items = items_of(corpus)
     one, *others = (
-        encode(items, settings=EncodeSettings(batch_size=3, decode_threads=threads))
+        encode(items, settings=EncodeSettings(batch_size=3, load_threads=threads))
         for threads in (1, 2, 4)
     )
     for outcomes in others:
@@ -212,11 +212,11 @@ def test_filters_work_where_the_header_does_not_say_the_length(tmp_path: Path) -
 def test_closing_in_the_middle_ends_the_threads_at_once(tmp_path: Path, events: int) -> None:
     sparse_wav(tmp_path / "a.wav", 1_000_000_000)  # seconds of work for each thread
     sparse_wav(tmp_path / "b.wav", 1_000_000_000)
-    settings = EncodeSettings(decode_threads=2)
+    settings = EncodeSettings(load_threads=2)
     audio = LocalAudio(items_of(tmp_path), Decoding(MODEL.spec, CHUNKING, settings), Meter())
     assert len(list(itertools.islice(audio, events))) == events
     start = time.perf_counter()
     audio.close()
     assert time.perf_counter() - start < 2
-    assert not decode_threads()
+    assert not load_threads()
     audio.close()

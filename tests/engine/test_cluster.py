@@ -23,7 +23,7 @@ from latentmill.engine.cluster import (
     _check_temporary_folder,
     connect,
 )
-from latentmill.engine.launch import _decode_threads, _device, _resources
+from latentmill.engine.launch import _device, _load_threads, _resources
 from latentmill.errors import ConfigError
 from support import runs
 
@@ -196,7 +196,7 @@ def test_a_gpu_is_fed_by_its_share_of_the_cores(
     cpus: tuple[int, ...], gpus: tuple[int, ...], share: float, threads: int
 ) -> None:
     shape = ActorShape(cpus=0, gpus=share)
-    assert _decode_threads(Cluster(False, cpus, gpus), shape) == threads
+    assert _load_threads(Cluster(False, cpus, gpus), shape) == threads
 
 
 def test_devices() -> None:

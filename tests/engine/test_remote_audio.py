@@ -149,7 +149,7 @@ def test_a_run_with_tasks_makes_what_a_run_without_makes(
         sf.write(songs / f"long {number}.wav", noise(150, 22050, seed=number), 22050)
     common = {"device": "cpu", "workers": 1, "threads": 1, "unit_seconds": 160.0}
     for name, tasks in [("threads", 0), ("tasks", 4)]:
-        latentmill.encode(songs, tmp_path / name, decode_tasks=tasks, **common)
+        latentmill.encode(songs, tmp_path / name, load_tasks=tasks, **common)
         runs.assert_whole(tmp_path / name)
     assert runs.latents(tmp_path / "tasks") == runs.latents(tmp_path / "threads")
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentmill.config import fingerprint, fingerprint_document, load_config
+from latentmill.config import fingerprint_document, load_config
 from latentmill.encoding.chunks import Chunking
+from latentmill.encoding.fingerprint import fingerprint
 from latentmill.engine.job import make_job
 from latentmill.engine.worker import Job, Stopped, Worker
 from latentmill.models import registry
@@ -78,7 +79,7 @@ def test_a_sidecar_costs_its_item_never_its_unit(tmp_path: Path, format_name: st
     for path, depth in zip(sorted(songs.rglob("*.wav")), depths, strict=True):
         path.with_suffix(".json").write_text('{"a":' * depth + "1" + "}" * depth)
     job, plan = prepared(
-        tmp_path / "songs", tmp_path / "store", 3, format=format_name, decode_threads=2
+        tmp_path / "songs", tmp_path / "store", 3, format=format_name, load_threads=2
     )
     worker = Worker(job)
     results = [worker.encode(unit) for unit in plan.units]

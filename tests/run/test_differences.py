@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from latentmill.config import RunConfig, fingerprint_document, load_config
+from latentmill.config import RunConfig, fingerprint_document, item_settings, load_config
 from latentmill.encoding.chunks import Chunking
 from latentmill.models import registry
 from latentmill.models.base import ModelSpec
 from latentmill.plan import Plan
 from latentmill.run.differences import differences, explain
-from latentmill.sources.open import source_settings
 
 WEIGHTS = {"package": "some-package", "package_version": "1.0", "sha256_weights": "0123456789" * 6}
 
@@ -53,7 +52,7 @@ def plan_of(config: RunConfig, spec: ModelSpec) -> Plan:
         unit_seconds=config.unit_seconds,
         shard_size=config.shard_size,
         extensions=config.extensions,
-        source_settings=source_settings(config),
+        source_settings=item_settings(config),
     )
 
 

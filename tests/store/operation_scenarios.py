@@ -31,7 +31,7 @@ SETTINGS = {
     "chunk_seconds": 0.1,
     "unit_seconds": 0.4,
     "device": "cpu",
-    "decode_threads": 1,
+    "load_threads": 1,
 }
 BROKEN = b"this is no audio"
 

@@ -156,7 +156,7 @@ def main() -> None:
     def encode(
         unit: list[Item], *, allow_truncated: bool = False
     ) -> Iterator[tuple[str, str, str]]:
-        settings = EncodeSettings(allow_truncated=allow_truncated, decode_timeout=30)
+        settings = EncodeSettings(allow_truncated=allow_truncated, load_timeout=30)
         audio = LocalAudio(unit, Decoding(model.spec, chunking, settings), Meter())
         with closing(audio):
             for outcome in UnitEncoder(model, chunking, settings).encode(audio):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from latentmill.config import fingerprint
+from latentmill.encoding.fingerprint import fingerprint
 from latentmill.plan import Cutting, Plan, draft, freeze, read_items
 from latentmill.record import Outcome, Record
 from latentmill.sources.base import Item

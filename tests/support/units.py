@@ -45,11 +45,11 @@ def encode(
         assert (outcome.record is not None) == (outcome.status == "encoded")
         assert (outcome.reason is None) == (outcome.status == "encoded")
         assert outcome.reason is None or ("\n" not in outcome.reason and outcome.reason)
-    assert not decode_threads()
+    assert not load_threads()
     return outcomes
 
 
-def decode_threads() -> list[str]:
+def load_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("decode")]
 
 

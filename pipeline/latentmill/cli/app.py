@@ -44,7 +44,7 @@ Calibrate = Annotated[
 
 
 @app.command()
-@opt.takes(opt.ENCODE, trust_model=(TrustModel, False), as_json=(AsJson, False))
+@opt.takes(trust_model=(TrustModel, False), as_json=(AsJson, False))
 def encode(**options: Any) -> int:
     """Encode SOURCE into STORE. If it is interrupted, run the same command again to resume."""
     from latentmill.cli import show
@@ -61,7 +61,6 @@ def encode(**options: Any) -> int:
 
 @app.command()
 @opt.takes(
-    opt.ENCODE,
     calibrate=(Calibrate, True),
     trust_model=(TrustModel, False),
     as_json=(AsJson, False),
@@ -132,11 +131,11 @@ def verify(
 @app.command()
 def models(
     name: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Model to show in detail.")
+        str | None, typer.Argument(metavar="MODEL", help="Model to show in detail.")
     ] = None,
     model_option: opt.ModelOption = None,
     revision: opt.Revision = None,
-    channels: opt.Channels = None,
+    channels: opt.annotation("channels") = None,  # type: ignore[valid-type]
     as_json: AsJson = False,
 ) -> None:
     """List available models, or show details of one (requires its weights)."""
@@ -155,7 +154,7 @@ def demo(
     source: Annotated[
         str | None,
         typer.Argument(
-            metavar="[SOURCE]", help="Folder with audio of your own, instead of the small corpus."
+            metavar="SOURCE", help="Folder with audio of your own, instead of the small corpus."
         ),
     ] = None,
     folder: Annotated[Path, typer.Option("-o", "--output", help="Folder to work in.")] = Path(

@@ -36,9 +36,9 @@ class EncodeSettings:
     dtype: str = "float16"
     precision: Precision = "float32"
     batch_size: int = 1
-    decode_threads: int = 2
+    load_threads: int = 2
     allow_truncated: bool = False
-    decode_timeout: float | None = None  # seconds an item may take, beyond its length
+    load_timeout: float | None = None  # seconds an item may take, beyond its length
     allow_changed: bool = False  # for a retry: files that were mended since they were planned
     filters: Filters = NO_FILTERS
 
@@ -122,7 +122,7 @@ class Decoding:
                 start=part.start,
                 duration=part.duration,
                 allow_truncated=settings.allow_truncated,
-                time_limit=settings.decode_timeout,
+                time_limit=settings.load_timeout,
             )
             promised = (stream.num_samples or 0) * spec.sample_rate // stream.sample_rate
             yield Opened(spec.frames(spec.padded(promised)) + 1 if promised else 0)
@@ -192,10 +192,10 @@ class LocalAudio:
         self._meter = meter
         self._reader = UnitReader(items, allow_changed=settings.allow_changed)
         self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+        self._pool = ThreadPoolExecutor(settings.load_threads, thread_name_prefix="decode")
         self._waiting = iter(enumerate(items))
         self._running: deque[tuple[int, Item, queue.Queue[Event | Exception]]] = deque()
-        for _ in range(settings.decode_threads + 1):
+        for _ in range(settings.load_threads + 1):
             self._submit()
 
     def __iter__(self) -> Iterator[Heard]:

@@ -37,7 +37,7 @@ class EncodeActor:
     def ready(self) -> str:
         """Load the model; gives where this is, for people."""
         # Not in the constructor: Ray passes on an error of ours from a method only.
-        tasks = self._job.decode_tasks
+        tasks = self._job.load_tasks
         listen = partial(RemoteAudio, tasks=tasks) if tasks else LocalAudio
         self._worker = Worker(self._job, self._stopped, listen)
         return f"process {os.getpid()} on {socket.gethostname()}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from latentmill.config import RunConfig, fingerprint
+from latentmill.config import RunConfig
 from latentmill.encoding.chunks import Chunking
+from latentmill.encoding.fingerprint import fingerprint
 from latentmill.encoding.unit_audio import EncodeSettings
 from latentmill.engine.worker import Job
 from latentmill.models.base import ModelHandle
@@ -14,7 +15,7 @@ from latentmill.plan import Plan
 from latentmill.sources.filters import Filters
 from latentmill.storage.storage import Storage
 
-DECODE_THREADS = 2
+LOAD_THREADS = 2
 
 
 def make_job(
@@ -41,8 +42,8 @@ def make_job(
             precision=plan.fingerprint["numeric"]["precision"],
             batch_size=config.batch_size
             or handle.spec.batch_size["cuda" if device == "cuda" else "cpu"],
-            decode_threads=config.decode_threads or DECODE_THREADS,
-            decode_timeout=config.decode_timeout,
+            load_threads=config.load_threads or LOAD_THREADS,
+            load_timeout=config.load_timeout,
             allow_truncated=config.allow_truncated,
             allow_changed=config.retry_failed,  # a file that was mended is another file
             filters=Filters(**{one.name: getattr(config, one.name) for one in fields(Filters)}),
@@ -59,6 +60,6 @@ def make_job(
         device=device,
         threads=threads,
         compile=config.compile,
-        decode_tasks=config.decode_tasks,
+        load_tasks=config.load_tasks,
         auto_batch=config.batch_size is None,
     )

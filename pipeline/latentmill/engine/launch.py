@@ -12,7 +12,7 @@ from latentmill.encoding.chunks import Chunking
 from latentmill.engine.actor import ActorShape
 from latentmill.engine.careful import HANG_SECONDS
 from latentmill.engine.cluster import Cluster, connect, describe, head_answers
-from latentmill.engine.job import DECODE_THREADS, make_job
+from latentmill.engine.job import LOAD_THREADS, make_job
 from latentmill.engine.lock import Hold
 from latentmill.engine.scheduler import Scheduler, Watcher
 from latentmill.errors import ConfigError, HeadGoneError
@@ -23,7 +23,7 @@ from latentmill.store.schema import ORIGIN_PATH
 from latentmill.store.seal import write_origin
 
 DEFAULT_CPU_THREADS = 4
-MOST_DECODE_THREADS = 16
+MOST_LOAD_THREADS = 16
 HEAD_SECONDS = 40.0  # without an answer
 
 
@@ -44,14 +44,14 @@ def encode_units(
         LatentmillError: See `Scheduler.run` and `connect`.
     """
     storage = Storage(config.out)
-    with connect(config.address, payloads=bool(config.decode_tasks)) as cluster:
+    with connect(config.address, payloads=bool(config.load_tasks)) as cluster:
         device = _device(config, cluster)
         resources = _resources(config, cluster, on_gpu=device == "cuda")
-        if config.decode_tasks:
+        if config.load_tasks:
             _check_spare_cores(cluster, resources, config.workers)
-        if config.decode_threads is None:
-            threads = _decode_threads(cluster, resources.shape)
-            config = config.model_copy(update={"decode_threads": threads})
+        if config.load_threads is None:
+            threads = _load_threads(cluster, resources.shape)
+            config = config.model_copy(update={"load_threads": threads})
         job = make_job(config, handle, chunking, plan, device=device, threads=resources.threads)
         stall_seconds = config.stall_minutes * 60
         # A decoder on trial is given up before its whole worker would be.
@@ -122,11 +122,11 @@ def _resources(config: RunConfig, cluster: Cluster, *, on_gpu: bool) -> _Resourc
     return _Resources(workers, ActorShape(cpus=cpus, gpus=0), threads)
 
 
-def _decode_threads(cluster: Cluster, shape: ActorShape) -> int:
+def _load_threads(cluster: Cluster, shape: ActorShape) -> int:
     """The cores of a GPU's node for each of its workers; beside a model on the CPU, a few."""
     nodes = zip(cluster.node_cpus, cluster.node_gpus, strict=True)
     shares = [cpus * shape.gpus / gpus for cpus, gpus in nodes if gpus]
-    return max(DECODE_THREADS, min(MOST_DECODE_THREADS, int(min(shares, default=0))))
+    return max(LOAD_THREADS, min(MOST_LOAD_THREADS, int(min(shares, default=0))))
 
 
 def _check_spare_cores(cluster: Cluster, resources: _Resources, workers: int | None) -> None:
@@ -134,8 +134,8 @@ def _check_spare_cores(cluster: Cluster, resources: _Resources, workers: int | N
     cores = sum(cluster.node_cpus)
     if (cluster.embedded or not workers) and cores - resources.workers * resources.shape.cpus < 1:
         raise ConfigError(
-            f"decode_tasks needs CPU cores beside the workers', which have all {cores}: set fewer "
-            "workers or threads, or leave decode_tasks out."
+            f"load_tasks needs CPU cores beside the workers', which have all {cores}: set fewer "
+            "workers or threads, or leave load_tasks out."
         )
 
 

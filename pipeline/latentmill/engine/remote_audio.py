@@ -141,7 +141,7 @@ class RemoteAudio:
         self._losses: Counter[tuple[str, int]] = Counter()  # by kind and item
         self._stop = threading.Event()
         self._queue: queue.Queue[Parcel | BaseException | None] = queue.Queue(PARCELS_AHEAD)
-        self._thread = threading.Thread(target=self._pull, name="decode-tasks", daemon=True)
+        self._thread = threading.Thread(target=self._pull, name="load-tasks", daemon=True)
 
     def __iter__(self) -> Iterator[Heard]:
         self._thread.start()

@@ -56,7 +56,7 @@ class Job:
     device: str
     threads: int
     compile: bool = False
-    decode_tasks: int = 0  # a unit is decoded by so many tasks elsewhere; 0: by threads of its own
+    load_tasks: int = 0  # a unit is decoded by so many tasks elsewhere; 0: by threads of its own
     auto_batch: bool = False  # on a GPU the batch size of the settings is only where to begin
     owner: str | None = None  # of the run's lease on the store, if it has one
     hang_seconds: float = HANG_SECONDS  # a decoder on trial may be silent for so long

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from latentmill.config import RunConfig, fingerprint_document
+from latentmill.config import RunConfig, fingerprint_document, item_settings
 from latentmill.encoding.chunks import Chunking
 from latentmill.errors import ConfigError
 from latentmill.models.base import ModelSpec
 from latentmill.plan import Plan
-from latentmill.sources.open import source_settings
+from latentmill.sources.settings import option
 
 _HASH = "sha256"
 _HASH_DIGITS = 8
@@ -212,7 +212,7 @@ def _planning(plan: Plan, config: RunConfig, source: str) -> Iterator[Difference
         if now not in (None, was):
             yield _difference(name, was, now)
     # The items were chosen when the plan was made; what is not given now stays as it was.
-    given = source_settings(config)
+    given = item_settings(config)
     for name in sorted(set(given) | set(plan.source_settings)):
         was, now = plan.source_settings.get(name), given.get(name)
         if name in config.model_fields_set and was != now:
@@ -222,7 +222,7 @@ def _planning(plan: Plan, config: RunConfig, source: str) -> Iterator[Difference
 
 
 def _difference(setting: str, was: Any, now: Any, label: str | None = None) -> Difference:
-    label = label or "--" + setting.replace("_", "-")
+    label = label or option(setting)
     return Difference(setting, label, _shown(was), _shown(now))
 
 

@@ -1,6 +1,6 @@
-"""The settings that `encode` takes as keywords, by name and type, for editors and type checkers.
+"""The settings that `encode` takes as keywords, for editors and type checkers.
 
-What each means: `RunConfig` in config.py, and docs. A test compares the two.
+Generated from `RunConfig` by `make schemas`. What each setting means: `latentmill encode --help`.
 """
 
 from __future__ import annotations
@@ -8,57 +8,53 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
-from latentmill.models.base import Channels, Stitch
-from latentmill.models.inference.precision import Precision
-from latentmill.sources.base import SourceType
-
 
 class EncodeOptions(TypedDict, total=False):
     """Settings of `encode`; None is the same as leaving one out."""
 
-    source_type: SourceType | None
-    model: str | None
-    model_options: Mapping[str, str | int | float | bool | None] | None
-    channels: Channels | None
-    format: Literal["parquet", "webdataset"] | None
-    dtype: Literal["float16", "float32"] | None
-    precision: Precision | None
-    compile: bool | None
-    stitch: Stitch | None
-    chunk_seconds: float | None
-    chunk_samples: int | None
-    overlap: float | None
-    allow_truncated: bool | None
-    min_seconds: float | None
-    max_seconds: float | None
-    extensions: Sequence[str] | None
-    min_rms: float | None
-    min_sample_rate: int | None
-    max_sample_rate: int | None
-    min_channels: int | None
-    max_channels: int | None
-    where: str | None
+    source_type: Literal["folder", "manifest", "webdataset", "parquet"] | None
     include: Sequence[str] | None
     exclude: Sequence[str] | None
+    extensions: Sequence[str] | None
     path_column: str | None
     start_column: str | None
     duration_column: str | None
     key_column: str | None
     audio_column: str | None
     group_by: str | None
-    retry_failed: bool | None
+    format: Literal["parquet", "webdataset"] | None
+    dtype: Literal["float16", "float32"] | None
+    log_format: Literal["text", "json"] | None
+    model: str | None
+    model_options: Mapping[str, str | int | float | bool | None] | None
+    channels: Literal["mono", "split"] | None
+    precision: Literal["float32", "tf32", "bf16", "fp16"] | None
+    compile: bool | None
+    stitch: Literal["trim", "crossfade", "none"] | None
+    chunk_seconds: float | None
+    chunk_samples: int | None
+    overlap: float | None
+    allow_truncated: bool | None
+    min_seconds: float | None
+    max_seconds: float | None
+    min_rms: float | None
+    min_sample_rate: int | None
+    max_sample_rate: int | None
+    min_channels: int | None
+    max_channels: int | None
+    where: str | None
     unit_seconds: float | None
     shard_size: int | str | None
+    probe: bool | None
+    retry_failed: bool | None
     extend: bool | None
     retry_changed: bool | None
-    probe: bool | None
     device: str | None
     workers: int | None
     threads: int | None
-    decode_threads: int | None
-    decode_tasks: int | None
-    decode_timeout: float | None
     batch_size: int | None
+    load_threads: int | None
+    load_tasks: int | None
+    load_timeout: float | None
     address: str | None
     stall_minutes: float | None
-    log_format: Literal["text", "json"] | None

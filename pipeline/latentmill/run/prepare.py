@@ -13,8 +13,9 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from latentmill.config import RunConfig, fingerprint_document, version_difference
+from latentmill.config import RunConfig, fingerprint_document, item_settings
 from latentmill.encoding.chunks import Chunking
+from latentmill.encoding.fingerprint import version_difference
 from latentmill.errors import ConfigError, StoreError
 from latentmill.models import registry
 from latentmill.models.base import ModelHandle
@@ -39,7 +40,7 @@ from latentmill.plan.items import draft_table, to_items
 from latentmill.plan.probe import cheap, probed
 from latentmill.run.differences import differences, explain
 from latentmill.sources.base import Item, Source
-from latentmill.sources.open import open_source, source_settings
+from latentmill.sources.open import open_source
 from latentmill.storage.storage import Storage
 from latentmill.store.schema import (
     COMMITS,
@@ -297,7 +298,7 @@ def _new_plan(prepared: Preparation) -> Plan:
         unit_seconds=config.unit_seconds,
         shard_size=config.shard_size,
         extensions=config.extensions,
-        source_settings=source_settings(config),
+        source_settings=item_settings(config),
     )
 
 

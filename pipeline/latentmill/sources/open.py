@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
 
 import braceexpand
 
@@ -16,55 +16,49 @@ from latentmill.sources.folder import FolderSource
 from latentmill.sources.group import GroupedSource
 from latentmill.sources.manifest import Columns, ManifestSource, manifest_format
 from latentmill.sources.parquet import ParquetSource, has_audio, table_errors
+from latentmill.sources.settings import Setting, SourceSettings, option
 from latentmill.sources.webdataset import WebDatasetSource
-
-if TYPE_CHECKING:
-    from latentmill.config import RunConfig
-
-# Settings that choose the items of a plan, which is frozen: a resume takes them from there.
-SOURCE_SETTINGS = frozenset(
-    {
-        "source_type",
-        "include",
-        "exclude",
-        "path_column",
-        "start_column",
-        "duration_column",
-        "key_column",
-        "audio_column",
-        "group_by",
-    }
-)
 
 _TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-def open_source(config: RunConfig) -> Source:
-    """The source that a configuration names. Nothing is listed yet.
+# Each type of source, and how it is opened. A new one is added here and in `SourceType`.
+SOURCES: dict[SourceType, Callable[[SourceSettings], Source]] = {
+    "folder": lambda given: FolderSource(
+        given.source, given.extensions, include=given.include, exclude=given.exclude
+    ),
+    "manifest": lambda given: ManifestSource(
+        given.source,
+        Columns(given.path_column, given.start_column, given.duration_column, given.key_column),
+    ),
+    "webdataset": lambda given: WebDatasetSource(given.source, given.extensions),
+    "parquet": lambda given: ParquetSource(
+        given.source, audio_column=given.audio_column, key_column=given.key_column
+    ),
+}
+
+
+def open_source(given: SourceSettings) -> Source:
+    """The source that the settings name. Nothing is listed yet.
 
     Raises:
         SourceError: It cannot be opened.
         ConfigError: A setting of it is wrong, or has no effect on this type of source.
     """
-    kind = config.source_type or source_type(config.source)
-    _refuse_unused(config, kind)
-    source: Source
-    if kind == "manifest":
-        columns = Columns(
-            config.path_column, config.start_column, config.duration_column, config.key_column
-        )
-        source = ManifestSource(config.source, columns)
-    elif kind == "webdataset":
-        source = WebDatasetSource(config.source, config.extensions)
-    elif kind == "parquet":
-        source = ParquetSource(
-            config.source, audio_column=config.audio_column, key_column=config.key_column
-        )
-    else:
-        source = FolderSource(
-            config.source, config.extensions, include=config.include, exclude=config.exclude
-        )
-    return source if config.group_by is None else GroupedSource(source, config.group_by)
+    kind = given.source_type or source_type(given.source)
+    _refuse_unused(given, kind)
+    source = SOURCES[kind](given)
+    return source if given.group_by is None else GroupedSource(source, given.group_by)
+
+
+def _refuse_unused(given: SourceSettings, kind: SourceType) -> None:
+    for name, field in SourceSettings.model_fields.items():
+        types = Setting.of(field).sources
+        if types and kind not in types and getattr(given, name) not in (field.default, ""):
+            raise ConfigError(
+                f"{option(name)} has no effect on a source of type {kind}: it is for "
+                f"{' and '.join(types)}; remove it, or set --source-type."
+            )
 
 
 def source_type(uri: str) -> SourceType:
@@ -89,36 +83,6 @@ def _by_schema(uri: str) -> SourceType:
         return "parquet"
     with table_errors(place.uri), open_table(place.uri) as table:
         return "parquet" if has_audio(table.schema_arrow) else "manifest"
-
-
-# Settings of a source, and the types that they mean something to.
-USED_BY: dict[str, tuple[SourceType, ...]] = {
-    "extensions": ("folder", "webdataset"),
-    "include": ("folder",),
-    "exclude": ("folder",),
-    "path_column": ("manifest",),
-    "start_column": ("manifest",),
-    "duration_column": ("manifest",),
-    "key_column": ("manifest", "parquet"),
-    "audio_column": ("parquet",),
-}
-
-
-def _refuse_unused(config: RunConfig, kind: SourceType) -> None:
-    """A setting without effect is an error."""
-    for name, kinds in USED_BY.items():
-        default = type(config).model_fields[name].default
-        if getattr(config, name) not in (default, "") and kind not in kinds:
-            raise ConfigError(
-                f"Setting {name} has no effect on a source of type {kind}: it is for "
-                f"{' and '.join(kinds)}; remove it, or set source_type."
-            )
-
-
-def source_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings that choose a source's items, where they are not the default, as JSON values."""
-    values = config.model_dump(mode="json", include=set(SOURCE_SETTINGS))
-    return {name: value for name, value in values.items() if value not in (None, [])}
 
 
 def is_there(uri: str) -> bool:

@@ -1,18 +1,20 @@
-"""The contracts on disk as files that people and other languages read: the folder `schemas/`.
+"""Files that are generated from the code: the folder `schemas/`, and `run/options.py`.
 
-    python -m latentmill.store.schemas schemas
+    make schemas
 
-writes them anew from the code; a test compares them with it.
+writes them again; a test compares them with the code.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import types
 from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
 
 import pyarrow as pa
-from pydantic import BaseModel
+from pydantic import BaseModel, ByteSize
 
 from latentmill.config import RunConfig
 from latentmill.store.index import INDEX_SCHEMA
@@ -42,11 +44,57 @@ def _arrow_schema(schema: pa.Schema) -> str:
     return "".join(f"{f.name}: {f.type}{'' if f.nullable else ' not null'}\n" for f in schema)
 
 
-def main(folder: Path) -> None:
-    """Write the files into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
+_OPTIONS = '''"""The settings that `encode` takes as keywords, for editors and type checkers.
+
+Generated from `RunConfig` by `make schemas`. What each setting means: `latentmill encode --help`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypedDict
+
+
+class EncodeOptions(TypedDict, total=False):
+    """Settings of `encode`; None is the same as leaving one out."""
+
+{fields}
+'''
+
+
+def encode_options() -> str:
+    """The module `run/options.py`."""
+    fields = [
+        f"    {name}: {_written(field.annotation)}"
+        for name, field in RunConfig.model_fields.items()
+        if name not in ("source", "out")  # arguments of `encode` by themselves
+    ]
+    texts = [one if one.endswith("None") else f"{one} | None" for one in fields]
+    return _OPTIONS.format(fields="\n".join(texts))
+
+
+def _written(kind: Any) -> str:
+    """A type as Python source, as wide as what validation accepts."""
+    origin, members = get_origin(kind), get_args(kind)
+    if isinstance(kind, types.UnionType) or origin is Union:
+        return " | ".join(map(_written, members))
+    if origin is Literal:
+        return f"Literal[{', '.join(json.dumps(one) for one in members)}]"
+    if origin is tuple:
+        return f"Sequence[{_written(members[0])}]"
+    if origin is dict:
+        return f"Mapping[{', '.join(map(_written, members))}]"
+    if kind is ByteSize:
+        return "int | str"
+    return "None" if kind is types.NoneType else str(kind.__name__)
+
+
+def main(root: Path) -> None:
+    """Write the files into a checkout of this project."""
     for name, text in schema_files().items():
-        (folder / name).write_text(text, encoding="utf-8")
+        (root / "schemas" / name).write_text(text, encoding="utf-8")
+    options = root / "pipeline" / "latentmill" / "run" / "options.py"
+    options.write_text(encode_options(), encoding="utf-8")
 
 
 if __name__ == "__main__":

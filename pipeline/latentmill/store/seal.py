@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from latentmill.config import fingerprint
+from latentmill.encoding.fingerprint import fingerprint
 from latentmill.errors import StorageError
 from latentmill.plan import Plan
 from latentmill.storage.storage import Storage

@@ -12,8 +12,8 @@ import numpy as np
 import xxhash
 
 from latentmill.audio import open_audio, prepare
-from latentmill.config import fingerprint
 from latentmill.decoding.decoder import Audio
+from latentmill.encoding.fingerprint import fingerprint
 from latentmill.errors import ItemError, LatentmillError, StorageError, StoreError
 from latentmill.models.inference.precision import numeric_mode
 from latentmill.plan import Unit, check_items, iter_keys, iter_units

@@ -1,6 +1,6 @@
 """Decoding in Ray tasks against decoding in the worker's own threads: what it costs and frees.
 
-    python benchmarks/decode_tasks.py [--source FOLDER] [--files 16] [--rounds 3]
+    python benchmarks/load_tasks.py [--source FOLDER] [--files 16] [--rounds 3]
 
 The same minutes of real recordings as FLAC, MP3 and WAV are decoded to the rate and channels of
 lin-cae's input (44.1 kHz mono) and cut into chunks, by as many threads and by as many tasks as
@@ -53,21 +53,21 @@ def main() -> None:
         logging_level="ERROR",
         log_to_driver=False,
     )
-    result: dict[str, Any] = {"script": "benchmarks/decode_tasks.py", "threads and tasks": cores}
+    result: dict[str, Any] = {"script": "benchmarks/load_tasks.py", "threads and tasks": cores}
     with tempfile.TemporaryDirectory() as folder:
         corpora = write_corpora(arguments.source, Path(folder), arguments.files)
         for name, corpus in corpora.items():
             result[name] = compared(corpus, cores, arguments.rounds)
             print(name, result[name], flush=True)
     ray.shutdown()
-    write_result("decode_tasks", result, *([arguments.results] if arguments.results else []))
+    write_result("load_tasks", result, *([arguments.results] if arguments.results else []))
 
 
 def compared(corpus: Path, cores: int, rounds: int) -> dict[str, Any]:
     """Both ways in turns, once more than counted so that the tasks' processes are there."""
     found = FolderSource(str(corpus), (corpus.name,)).items()
     items = sorted(found, key=lambda item: item.key)
-    decoding = Decoding(SPEC, CHUNKING, EncodeSettings(decode_threads=cores))
+    decoding = Decoding(SPEC, CHUNKING, EncodeSettings(load_threads=cores))
     ways = {"threads": LocalAudio, "tasks": partial(RemoteAudio, tasks=cores)}
     walls: dict[str, list[float]] = {way: [] for way in ways}
     own: dict[str, list[float]] = {way: [] for way in ways}

@@ -1,0 +1,93 @@
+"""The settings that choose a source's items, and what else is declared with every setting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+from latentmill.audio.formats import AUDIO_EXTENSIONS
+from latentmill.sources.base import SourceType
+
+Effect = Literal["latents", "model", "items", "run"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is declared of a setting besides its name, type, default, bounds and help text.
+
+    Attributes:
+        group: Heading of its option in `encode --help`; empty: the general options.
+        effect: What it changes. `latents`: it is part of the fingerprint, by its name. `model`: the
+            fingerprint has what it resolves to (the model's identity, the chunks, the precision).
+            `items`: which items are planned; the plan keeps it. `run`: only how fast, where or
+            into which files the run writes.
+        sources: Types of source that it counts for; empty: all. It is refused for others.
+    """
+
+    group: str = ""
+    effect: Effect = "run"
+    sources: tuple[SourceType, ...] = ()
+
+    @staticmethod
+    def of(field: FieldInfo) -> Setting:
+        """The one that a field is annotated with."""
+        return next(one for one in field.metadata if isinstance(one, Setting))
+
+
+def option(name: str) -> str:
+    """How a user types a setting: `--chunk-seconds`; of an argument, `SOURCE` or `STORE`."""
+    special = {"source": "SOURCE", "out": "STORE", "model_options": "--model-option"}
+    return special.get(name) or "--" + name.replace("_", "-")
+
+
+def _source(*types: SourceType) -> Setting:
+    return Setting("Source", "items", types)
+
+
+class SourceSettings(BaseModel):
+    """Where the audio is, and which of it becomes items."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    source: Annotated[str, Setting()] = Field(
+        description="Folder, manifest, WebDataset tars or Parquet files: a path or URL."
+    )
+    source_type: Annotated[SourceType | None, _source()] = Field(
+        None,
+        description="Type of SOURCE: folder, manifest, webdataset or parquet. "
+        "[default: by its name]",
+    )
+    include: Annotated[tuple[str, ...], _source("folder")] = Field(
+        (), description="Glob of paths to take, e.g. '*/vocals.*'. Repeatable."
+    )
+    exclude: Annotated[tuple[str, ...], _source("folder")] = Field(
+        (), description="Glob of paths to skip, e.g. '*/drafts/*'. Repeatable."
+    )
+    extensions: Annotated[tuple[str, ...], _source("folder", "webdataset")] = Field(
+        AUDIO_EXTENSIONS,
+        description="Extension of files to take, e.g. .wav. Repeatable. "
+        "[default: all that can be loaded]",
+    )
+    path_column: Annotated[str | None, _source("manifest")] = Field(
+        None, description="Manifest column of paths or URLs. [default: by common names]"
+    )
+    start_column: Annotated[str | None, _source("manifest")] = Field(
+        None, description="Manifest column of segment starts, in seconds."
+    )
+    duration_column: Annotated[str | None, _source("manifest")] = Field(
+        None, description="Manifest column of segment durations, in seconds."
+    )
+    key_column: Annotated[str | None, _source("manifest", "parquet")] = Field(
+        None, description="Manifest or Parquet column of unique names."
+    )
+    audio_column: Annotated[str | None, _source("parquet")] = Field(
+        None, description="Parquet column that holds the audio."
+    )
+    group_by: Annotated[str | None, _source()] = Field(
+        None,
+        description="Put items that belong together, such as stems, in one group: a regular "
+        "expression over keys with (?P<group>...) and (?P<role>...), or metadata:FIELD,FIELD.",
+    )
