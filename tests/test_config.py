@@ -10,12 +10,12 @@ import pytest
 
 from latentmill.config import (
     RunConfig,
-    fingerprint,
     fingerprint_document,
     load_config,
     settings_of,
 )
 from latentmill.encoding.chunks import Chunking
+from latentmill.encoding.fingerprint import fingerprint
 from latentmill.errors import ConfigError
 from latentmill.models import registry
 

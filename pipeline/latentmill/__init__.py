@@ -13,7 +13,7 @@ loader = torch.utils.data.DataLoader(stream, batch_size=32, collate_fn=lm.collat
 
 from typing import TYPE_CHECKING, Any
 
-from latentmill.version import __version__
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from latentmill.config import RunConfig, load_config

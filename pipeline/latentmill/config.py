@@ -28,6 +28,8 @@ from latentmill.sources.settings import Effect, Setting, SourceSettings
 from latentmill.sources.where import Condition
 from latentmill.text.redact import is_secret_name
 
+DEFAULT_CPU_THREADS = 4  # cores of a worker where `threads` is not set
+
 # Settings that every fingerprint names. One that is added later enters a fingerprint only when it
 # is not at its default, so that older stores can still be resumed.
 _ALWAYS_IN_FINGERPRINT = frozenset(
@@ -36,9 +38,8 @@ _ALWAYS_IN_FINGERPRINT = frozenset(
 )
 
 _OUTPUT = Setting()
-_STORED = Setting(effect="latents")
 _MODEL = Setting("Model", "model")
-_COMPILE = Setting("Model", "latents")
+_NUMBERS = Setting("Model", "latents")
 _LOADING = Setting("Source", "latents")
 _FILTER = Setting("Filters", "latents")
 _PLAN = Setting("Plan")
@@ -51,9 +52,6 @@ class RunConfig(SourceSettings):
     out: Annotated[str, _OUTPUT] = Field(description="Store to write or resume: a folder or URL.")
     format: Annotated[Literal["parquet", "webdataset"], _OUTPUT] = Field(
         "parquet", description="Shard format: parquet or webdataset."
-    )
-    dtype: Annotated[Literal["float16", "float32"], _STORED] = Field(
-        "float16", description="Number format of stored latents: float16 or float32."
     )
     log_format: Annotated[Literal["text", "json"], _OUTPUT] = Field(
         "text", description="Progress on stderr: text, or json with one object per line."
@@ -75,7 +73,10 @@ class RunConfig(SourceSettings):
         description="Arithmetic of the model: float32, tf32, bf16 or fp16. "
         "[default: tf32 on a GPU, float32 on a CPU]",
     )
-    compile: Annotated[bool, _COMPILE] = Field(
+    dtype: Annotated[Literal["float16", "float32"], _NUMBERS] = Field(
+        "float16", description="Number format of stored latents: float16 or float32."
+    )
+    compile: Annotated[bool, _NUMBERS] = Field(
         False,
         description="Encode full batches with torch.compile; on a GPU with CUDA graphs too.",
     )
@@ -158,7 +159,8 @@ class RunConfig(SourceSettings):
     threads: Annotated[int | None, _COMPUTE] = Field(
         None,
         ge=1,
-        description="CPU cores of each worker, without a GPU. [default: up to 2]",
+        description="CPU cores of each worker, without a GPU. "
+        f"[default: up to {DEFAULT_CPU_THREADS}]",
     )
     batch_size: Annotated[int | None, _COMPUTE] = Field(
         None,

@@ -16,11 +16,11 @@ import soundfile
 import typer.main
 
 import latentmill
+from latentmill import __version__
 from latentmill.cli import app as cli
 from latentmill.cli import read as cli_read
 from latentmill.errors import ConfigError
 from latentmill.run.run import encode
-from latentmill.version import __version__
 from support import runs
 
 COMMANDS = typer.main.get_command(cli.app).commands.values()  # type: ignore[attr-defined]

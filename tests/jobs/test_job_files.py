@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from latentmill import __version__
 from latentmill.config import RunConfig, load_config
-from latentmill.version import __version__
 
 ROOT = Path(__file__).parents[2]
 JOBS = ROOT / "jobs"

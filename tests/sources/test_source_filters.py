@@ -190,9 +190,9 @@ def config(**settings: Any) -> Any:
 
 def test_settings_without_effect_are_refused(one_sentence: Callable[..., str]) -> None:
     for settings, says in (
-        ({"path_column": "x"}, "path_column has no effect on a source of type folder"),
-        ({"source": "a.tar", "include": ("*",)}, "include has no effect"),
-        ({"source": "a.csv", "extensions": ("wav",)}, "extensions has no effect"),
+        ({"path_column": "x"}, "--path-column has no effect on a source of type folder"),
+        ({"source": "a.tar", "include": ("*",)}, "--include has no effect"),
+        ({"source": "a.csv", "extensions": ("wav",)}, "--extensions has no effect"),
         ({"source": "a.tar", "audio_column": "x"}, "it is for parquet"),
     ):
         with pytest.raises(ConfigError) as caught:

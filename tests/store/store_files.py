@@ -11,9 +11,10 @@ import numpy as np
 import soundfile
 import torch
 
-from latentmill.config import RunConfig, fingerprint, fingerprint_document
+from latentmill.config import RunConfig, fingerprint_document
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.encoder import UnitEncoder
+from latentmill.encoding.fingerprint import fingerprint
 from latentmill.encoding.timings import Meter
 from latentmill.encoding.unit_audio import Decoding, EncodeSettings, LocalAudio
 from latentmill.models import registry

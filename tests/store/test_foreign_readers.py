@@ -16,7 +16,7 @@ import pytest
 import webdataset
 from store_files import HOP, KEYS, METADATA, RATE, make_record, model_latent
 
-from latentmill.store.writers import open_writer
+from latentmill.store.formats import open_writer
 
 KEY = "album one/été"
 PARQUET_PREFIX = 4  # bytes of a value's length

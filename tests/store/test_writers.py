@@ -16,8 +16,9 @@ from store_files import FORMATS, make_record
 from webdataset.tariterators import base_plus_ext
 
 from latentmill.record import Record
+from latentmill.store.formats import open_writer
 from latentmill.store.tar import member_key
-from latentmill.store.writers import Location, open_writer
+from latentmill.store.writers import Location
 
 each_format = pytest.mark.parametrize("name", FORMATS)
 

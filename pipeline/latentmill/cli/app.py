@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from latentmill import __version__
 from latentmill.cli import options as opt
 from latentmill.cli import read as cli_read
 from latentmill.cli.entry import interrupts_raise, main
 from latentmill.cli.read import AsJson, Device, Store, TrustModel, print_value
 from latentmill.errors import ConfigError, IncompleteStoreWarning, StoreError, VerifyError
 from latentmill.text.printing import printable_lines
-from latentmill.version import __version__
 
 if TYPE_CHECKING:
     from latentmill.config import RunConfig
@@ -162,7 +162,7 @@ def demo(
     ),
 ) -> None:
     """Write a small corpus (or use yours), encode it, mix it in latent space, decode the mix."""
-    from latentmill.demo.run import run_demo
+    from latentmill.cli.demo import run_demo
 
     interrupts_raise()
     run_demo(folder, source, lambda text: typer.echo(printable_lines(text)))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from latentmill.config import RunConfig
+from latentmill.config import DEFAULT_CPU_THREADS, RunConfig
 from latentmill.encoding.chunks import Chunking
 from latentmill.engine.actor import ActorShape
 from latentmill.engine.careful import HANG_SECONDS
@@ -22,7 +22,6 @@ from latentmill.storage.storage import Storage
 from latentmill.store.schema import ORIGIN_PATH
 from latentmill.store.seal import write_origin
 
-DEFAULT_CPU_THREADS = 4
 MOST_LOAD_THREADS = 16
 HEAD_SECONDS = 40.0  # without an answer
 

@@ -51,17 +51,17 @@ _BUILT_IN = {
         "exactly linear and invertible transform, no weights (demo, tests, baseline)",
     ),
     "lin-cae": _BuiltIn(
-        "latentmill.models.families.linear_cae:lin_cae",
+        "latentmill.models.families.linear_cae.model:lin_cae",
         "linear consistency autoencoder, 44.1 kHz mono, 64 channels at 10.8 frames/s",
         _LINEAR_CAE,
     ),
     "lin-cae-2": _BuiltIn(
-        "latentmill.models.families.linear_cae:lin_cae_2",
+        "latentmill.models.families.linear_cae.model:lin_cae_2",
         "second linear consistency autoencoder, the same architecture, scale factor 40",
         _LINEAR_CAE,
     ),
     "m2l": _BuiltIn(
-        "latentmill.models.families.linear_cae:m2l",
+        "latentmill.models.families.linear_cae.model:m2l",
         "their baseline without linearity training, the same architecture, scale factor 15",
         _LINEAR_CAE,
     ),

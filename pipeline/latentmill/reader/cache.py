@@ -13,13 +13,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from latentmill.errors import ConfigError, StorageError
+from latentmill.reader.pieces import Piece, Shard
 from latentmill.storage.storage import Storage
-
-if TYPE_CHECKING:
-    from latentmill.reader.shards import Piece, Shard
 
 BLOCK = 256 * 1024
 _SUFFIX = ".block"

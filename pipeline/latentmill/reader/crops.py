@@ -12,7 +12,8 @@ import torch
 
 from latentmill.errors import ConfigError, StorageError
 from latentmill.reader.cache import RangeCache
-from latentmill.reader.shards import Piece, Shard, ShardReader
+from latentmill.reader.pieces import Piece, Shard
+from latentmill.reader.shards import ShardReader
 from latentmill.record import DTYPES
 from latentmill.store.index import Index
 from latentmill.store.store import LatentStore

@@ -9,37 +9,16 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from latentmill.errors import StorageError
+from latentmill.reader.cache import RangeCache
+from latentmill.reader.pieces import Piece, Shard
 from latentmill.storage.remote import protocol_of
 from latentmill.storage.storage import READ_ONLY, Storage
 
-if TYPE_CHECKING:
-    from latentmill.reader.cache import RangeCache
-
 OPEN_FILES = 256
 THREADS = 8  # that ask a web server side by side
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One shard as its commit describes it: path, size and hash."""
-
-    path: str
-    bytes: int
-    hash: str
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Bytes to read: `target` is filled from `offset` on."""
-
-    shard: Shard
-    offset: int
-    target: memoryview
 
 
 class ShardReader:

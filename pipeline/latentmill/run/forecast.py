@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from latentmill.config import RunConfig
+from latentmill.config import DEFAULT_CPU_THREADS, RunConfig
 from latentmill.encoding.chunks import Chunking
 from latentmill.engine.lock import only_run
 from latentmill.models.base import ModelHandle
@@ -20,7 +20,6 @@ from latentmill.run.prepare import Extension, Listener, Preparation, listed, pla
 from latentmill.store.commit import committed_units
 
 CALIBRATION_SECONDS = 3.0
-DEFAULT_CPU_THREADS = 4  # as a run's workers have it
 
 
 @dataclass(frozen=True)

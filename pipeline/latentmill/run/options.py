@@ -23,12 +23,12 @@ class EncodeOptions(TypedDict, total=False):
     audio_column: str | None
     group_by: str | None
     format: Literal["parquet", "webdataset"] | None
-    dtype: Literal["float16", "float32"] | None
     log_format: Literal["text", "json"] | None
     model: str | None
     model_options: Mapping[str, str | int | float | bool | None] | None
     channels: Literal["mono", "split"] | None
     precision: Literal["float32", "tf32", "bf16", "fp16"] | None
+    dtype: Literal["float16", "float32"] | None
     compile: bool | None
     stitch: Literal["trim", "crossfade", "none"] | None
     chunk_seconds: float | None

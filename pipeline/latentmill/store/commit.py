@@ -16,6 +16,7 @@ import xxhash
 from latentmill.errors import StoreError
 from latentmill.record import Outcome, Record, time_major_bytes
 from latentmill.storage.storage import Storage, writing
+from latentmill.store.formats import open_writer
 from latentmill.store.schema import (
     COMMITS,
     SHARDS,
@@ -30,7 +31,7 @@ from latentmill.store.schema import (
     why_unstorable,
 )
 from latentmill.store.statistics import ChannelStatistics
-from latentmill.store.writers import Location, open_writer
+from latentmill.store.writers import Location
 
 HASH_BLOCK = 1 << 22
 READERS = 16  # commits read at once, for storage that answers slowly

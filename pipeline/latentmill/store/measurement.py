@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from latentmill import __version__
 from latentmill.storage.storage import Storage
 from latentmill.store.schema import (
     DatasetInfo,
@@ -16,7 +17,6 @@ from latentmill.store.schema import (
     SeamEntry,
     parse_document,
 )
-from latentmill.version import __version__
 
 Name = Literal["seams", "linearity"]
 EVALUATION = "evaluation"

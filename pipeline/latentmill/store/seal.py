@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from latentmill import __version__
 from latentmill.encoding.fingerprint import fingerprint
 from latentmill.errors import StorageError
 from latentmill.plan import Plan
@@ -31,7 +32,6 @@ from latentmill.store.schema import (
     parse_document,
 )
 from latentmill.store.statistics import ChannelStatistics
-from latentmill.version import __version__
 
 
 def dataset_info(plan: Plan, commits: Iterable[Commit]) -> DatasetInfo:

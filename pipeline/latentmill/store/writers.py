@@ -1,11 +1,9 @@
-"""What writes a shard: one protocol, one file per format."""
+"""What writes a shard: the protocol. `formats.py` lists the formats."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from latentmill.record import Record
 
@@ -47,21 +45,3 @@ class ShardWriter(Protocol):
     def abort(self) -> None:
         """Let go of the file, whatever state it is in, and remove it. Raises nothing."""
         ...
-
-
-def open_writer(format_name: str, path: Path, info: Mapping[str, Any]) -> ShardWriter:
-    """A writer of `format_name` (`parquet` or `webdataset`) on a new local file.
-
-    Args:
-        format_name: The store's format.
-        path: The file to write.
-        info: What a reader of this file alone needs to know: model, dtype, layout. Parquet keeps
-            it as file metadata; a tar has no place for it.
-    """
-    if format_name == "parquet":
-        from latentmill.store.parquet import ParquetShardWriter
-
-        return ParquetShardWriter(path, info)
-    from latentmill.store.tar import TarShardWriter
-
-    return TarShardWriter(path)

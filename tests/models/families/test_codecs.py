@@ -19,7 +19,7 @@ from latentmill.encoding.chunks import Chunking
 from latentmill.errors import ConfigError, ModelError, SourceError
 from latentmill.models.base import Autoencoder
 from latentmill.models.families.codec import dac_encoder_context
-from latentmill.models.families.linear_cae_lean import exact_attention
+from latentmill.models.families.linear_cae.lean import exact_attention
 from latentmill.models.families.same import encoder_context
 from latentmill.models.families.transformers_codec import LENGTHS, _move
 from latentmill.models.registry import resolve

@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentmill.errors import ModelError
-from latentmill.models.families.linear_cae import LinearCae, LinearCaeHandle, frame_noise
-from latentmill.models.families.linear_cae_lean import exact_attention
+from latentmill.models.families.linear_cae.lean import exact_attention
+from latentmill.models.families.linear_cae.model import LinearCae, LinearCaeHandle, frame_noise
 from latentmill.models.inference.precision import numeric_mode
 from latentmill.models.registry import resolve
 from support.hub import serve

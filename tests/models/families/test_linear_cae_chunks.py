@@ -13,8 +13,8 @@ import torch
 from latentmill.decoding.decoder import decode_latent
 from latentmill.encoding.chunks import Chunking
 from latentmill.errors import ConfigError
-from latentmill.models.families.linear_cae import LinearCae
-from latentmill.models.families.linear_cae_lean import exact_attention
+from latentmill.models.families.linear_cae.lean import exact_attention
+from latentmill.models.families.linear_cae.model import LinearCae
 from latentmill.models.registry import resolve
 from support.chunked import encode_chunked
 

@@ -18,7 +18,11 @@ from types import SimpleNamespace
 from latentmill.models.base import ModelSpec
 from latentmill.models.checks import check_device
 from latentmill.models.families.codec import check_scale_factor
-from latentmill.models.families.linear_cae import LinearCae, check_diffusion_steps, consistency_spec
+from latentmill.models.families.linear_cae.model import (
+    LinearCae,
+    check_diffusion_steps,
+    consistency_spec,
+)
 from latentmill.models.weights import (
     LOAD_ERRORS,
     ModelFiles,

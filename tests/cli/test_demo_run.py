@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from latentmill.demo.run import run_demo
+from latentmill.cli.demo import run_demo
 from latentmill.errors import SourceError
 from latentmill.store.store import open_store
 from support import runs

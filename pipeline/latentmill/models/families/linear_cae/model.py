@@ -29,13 +29,13 @@ from latentmill.errors import ModelError
 from latentmill.models.base import ModelSpec, Value
 from latentmill.models.checks import check_audio, check_device, check_latents, no_gradients
 from latentmill.models.families.codec import check_scale_factor
-from latentmill.models.families.linear_cae_files import (
+from latentmill.models.families.linear_cae.files import (
     LinearCaeArguments,
     find_linear_cae,
     import_linear_cae,
     read_arguments,
 )
-from latentmill.models.families.linear_cae_lean import exact_attention, make_lean
+from latentmill.models.families.linear_cae.lean import exact_attention, make_lean
 from latentmill.models.weights import (
     LOAD_ERRORS,
     ModelFiles,

@@ -1,0 +1,1 @@
+"""Lin-CAE: the models of the package `linear-cae`."""
