@@ -22,6 +22,7 @@ from latentmill.errors import ConfigError
 from latentmill.models.base import Channels, ModelSpec, Stitch
 from latentmill.models.inference.precision import Precision
 from latentmill.models.trust import CONSENT, check_named, store_of
+from latentmill.record import ShardFormat
 from latentmill.sources.filters import RANGES
 from latentmill.sources.group import check_rule
 from latentmill.sources.settings import Effect, Setting, SourceSettings
@@ -50,7 +51,7 @@ class RunConfig(SourceSettings):
     """A run: what `latentmill encode` takes as options and `--config FILE` as YAML."""
 
     out: Annotated[str, _OUTPUT] = Field(description="Store to write or resume: a folder or URL.")
-    format: Annotated[Literal["parquet", "webdataset"], _OUTPUT] = Field(
+    format: Annotated[ShardFormat, _OUTPUT] = Field(
         "parquet", description="Shard format: parquet or webdataset."
     )
     log_format: Annotated[Literal["text", "json"], _OUTPUT] = Field(

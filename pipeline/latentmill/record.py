@@ -1,4 +1,4 @@
-"""What the mill makes of an item: a record, or the reason why there is none."""
+"""Result of encoding an item: a record, or the reason why it failed or was skipped."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from latentmill.text.shown import Shown
 
 Status = Literal["encoded", "skipped", "failed"]
+ShardFormat = Literal["parquet", "webdataset"]
 Latent = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 
 DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}

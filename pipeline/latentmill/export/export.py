@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -23,7 +23,7 @@ from latentmill.engine.lock import LOCK_PATH, only_run
 from latentmill.errors import ConfigError, StorageError, StoreError
 from latentmill.ops import fit
 from latentmill.plan import PLAN, Plan, copy, load
-from latentmill.record import Outcome, Record, time_major_bytes
+from latentmill.record import Outcome, Record, ShardFormat, time_major_bytes
 from latentmill.storage.storage import SCRATCH, Storage
 from latentmill.store.commit import (
     committed_revisions,
@@ -106,9 +106,7 @@ def export_store(
     return _converted(store, storage, "parquet" if to == Target.PARQUET else "webdataset")
 
 
-def _converted(
-    store: LatentStore, storage: Storage, format_name: Literal["parquet", "webdataset"]
-) -> ExportSummary:
+def _converted(store: LatentStore, storage: Storage, format_name: ShardFormat) -> ExportSummary:
     """A store of the other format: the same plan, unit by unit, with the same fingerprint.
 
     An earlier export of the store is brought up to date: units whose records are still those that

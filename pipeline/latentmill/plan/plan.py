@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from latentmill.models.base import Channels
+from latentmill.record import ShardFormat
 
 PLAN = "plan"
 ITEMS_PATH = f"{PLAN}/items.parquet"
@@ -120,7 +121,7 @@ class Plan:
     fingerprint: dict[str, Any]
     model: str
     model_options: dict[str, Any]
-    format: Literal["parquet", "webdataset"]
+    format: ShardFormat
     ignored: dict[str, int]
     channels: Channels | None = None
     provenance: dict[str, Any] = field(default_factory=dict)

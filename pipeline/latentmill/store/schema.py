@@ -13,7 +13,7 @@ import pyarrow as pa
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from latentmill.errors import StoreError
-from latentmill.record import Latent, Record, Status
+from latentmill.record import Latent, Record, ShardFormat, Status
 from latentmill.storage.storage import file_in_store
 
 FORMAT_VERSION = 2  # version 1 is read, too
@@ -253,7 +253,7 @@ class DatasetInfo(_Document):
 
     format_version: Literal[1, 2] = 2
     latentmill_version: str
-    format: Literal["parquet", "webdataset"]
+    format: ShardFormat
     layout: Literal["time-major", "chunks"] = Field(
         description="Order of a latent's bytes: frame after frame, or [chunks, channels, frames]."
     )
