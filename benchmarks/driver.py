@@ -50,7 +50,7 @@ class Gpus:
 
         return np.zeros((64, 8), np.float32)
 
-    async def encode(self, gpu: int, unit: Any, careful: bool) -> Any:
+    async def encode(self, gpu: int, unit: Any, trial_load: bool) -> Any:
         from latentmill.engine.worker import UnitResult
 
         async with self._turns[gpu]:

@@ -306,7 +306,7 @@ class Child:
         )
         self.lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.dead = False
-        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener = threading.Thread(target=self._open_audio_of, daemon=True)
         self._listener.start()
 
     def __enter__(self) -> Child:
@@ -335,7 +335,7 @@ class Child:
                 with suppress(BrokenPipeError):  # what was asked and never read
                     pipe.close()
 
-    def _listen(self) -> None:
+    def _open_audio_of(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self.lines.put(json.loads(line))
@@ -356,7 +356,7 @@ class Monitor:
         except FileNotFoundError:
             self._process = None
             return
-        threading.Thread(target=self._listen, daemon=True).start()
+        threading.Thread(target=self._open_audio_of, daemon=True).start()
 
     def __enter__(self) -> Monitor:
         return self
@@ -376,7 +376,7 @@ class Monitor:
             for name, column in zip(GPU_FIGURES, zip(*taken, strict=True), strict=True)
         }
 
-    def _listen(self) -> None:
+    def _open_audio_of(self) -> None:
         assert self._process is not None and self._process.stdout is not None
         for line in self._process.stdout:
             try:

@@ -236,7 +236,7 @@ def alone(subject: Subject, emit: Emit, *, seconds: float, modes: list[str]) -> 
     """
     import torch
 
-    from latentmill.models.inference.feed import Feed
+    from latentmill.models.inference.device_pipeline import DevicePipeline
     from latentmill.models.inference.precision import numeric_mode
     from models import count_work, matrix_peak
 
@@ -257,7 +257,7 @@ def alone(subject: Subject, emit: Emit, *, seconds: float, modes: list[str]) -> 
         with numeric_mode(mode, device):  # type: ignore[arg-type]
             batches = timed(subject, lambda: subject.model.encode(there), seconds / len(modes) / 2)
         peak = peak_gib(subject)
-        feeder = Feed(subject.model, device, mode)  # type: ignore[arg-type]
+        feeder = DevicePipeline(subject.model, device, mode)  # type: ignore[arg-type]
         for _ in range(2):
             list(feeder.push(host))
         list(feeder.flush())
@@ -338,9 +338,9 @@ def synchronising(subject: Subject, host: Any) -> dict[str, int]:
     """Calls in the feed that wait for the GPU, by line of code; each keeps it idle for a while."""
     import torch
 
-    from latentmill.models.inference.feed import Feed
+    from latentmill.models.inference.device_pipeline import DevicePipeline
 
-    feeder = Feed(subject.model, subject.device, "tf32")
+    feeder = DevicePipeline(subject.model, subject.device, "tf32")
     found: dict[str, int] = {}
     torch.cuda.set_sync_debug_mode("warn")
     try:

@@ -73,9 +73,9 @@ def compared(corpus: Path, cores: int, rounds: int) -> dict[str, Any]:
     own: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(rounds + 1):
         seconds = set()
-        for way, listen in ways.items():
+        for way, open_audio_of in ways.items():
             began, cpu_began = time.perf_counter(), time.process_time()
-            with contextlib.closing(listen(items, decoding, Meter())) as audio:
+            with contextlib.closing(open_audio_of(items, decoding, Meter())) as audio:
                 samples = sum(
                     event.audio.shape[1] for *_, event in audio if isinstance(event, Chunk)
                 )

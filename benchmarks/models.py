@@ -199,9 +199,9 @@ def pack(spec: Any, audio: Any, device: str) -> list[Any]:
 
 def feed(model: Any, batches: list[Any], device: str, mode: str) -> list[Any]:
     """Latents of the batches, through the worker's own feed."""
-    from latentmill.models.inference.feed import Feed
+    from latentmill.models.inference.device_pipeline import DevicePipeline
 
-    feeder = Feed(model, device, mode)  # type: ignore[arg-type]
+    feeder = DevicePipeline(model, device, mode)  # type: ignore[arg-type]
     latents = []
     for batch in batches:
         latents += feeder.push(batch)

@@ -189,7 +189,7 @@ def together(job: Any, shape: Any, workers: int, units: Any) -> float:
     class Together(Scheduler):
         def _fill(self) -> None:
             nonlocal began
-            if sum(seat.ready for seat in self._seats) == workers and self._origin is not None:
+            if sum(slot.ready for slot in self._slots) == workers and self._origin is not None:
                 began = began or time.perf_counter()
                 super()._fill()
 

@@ -103,7 +103,7 @@ class SimUnit:
 
 
 @dataclass(eq=False)
-class Seat:
+class WorkerSlot:
     """An actor's place on a GPU."""
 
     slowness: float
@@ -128,8 +128,8 @@ class Simulation:
         self._loss = Loss("worker" if variant == "suspects" else "node", "preempted")
         self._nodes = -(-world.gpus // world.gpus_per_node)
         slow = self._random.sample(range(self._nodes), round(world.slow_share * self._nodes))
-        self._seats = [
-            Seat(world.slow_factor if gpu // world.gpus_per_node in slow else 1.0)
+        self._slots = [
+            WorkerSlot(world.slow_factor if gpu // world.gpus_per_node in slow else 1.0)
             for gpu in range(world.gpus)
         ]
         self._events: list[tuple[float, int, str, int, int, SimUnit | None]] = []
@@ -159,10 +159,10 @@ class Simulation:
             now, _, kind, place, life, unit = heapq.heappop(self._events)
             if kind == "preempt":
                 self._preempt(now, place)
-            elif life != self._seats[place].life:  # what an actor would have done that is gone
+            elif life != self._slots[place].life:  # what an actor would have done that is gone
                 continue
             elif kind == "ready":
-                self._seats[place].ready, self._seats[place].free = True, now
+                self._slots[place].ready, self._slots[place].free = True, now
                 self._fill(now, place)
             elif unit is not None:
                 self._finish(now, place, unit)
@@ -179,7 +179,7 @@ class Simulation:
         )
 
     def _start(self) -> None:
-        for place in range(len(self._seats)):
+        for place in range(len(self._slots)):
             self._load(0.0, place)
         if self._world.preempted == "cluster":
             self._at(self._world.every, "preempt", self._random.randrange(self._nodes))
@@ -195,35 +195,35 @@ class Simulation:
 
     def _load(self, now: float, place: int) -> None:
         spread = self._random.random() * self._world.load_spread
-        self._at(now + self._world.load + spread, "ready", place, self._seats[place].life)
+        self._at(now + self._world.load + spread, "ready", place, self._slots[place].life)
 
     def _fill(self, now: float, place: int) -> None:
         """Hand a seat the units that it may have."""
-        seat, world = self._seats[place], self._world
-        while seat.ready:
-            if self._singly and seat.holds and self._dispatch.queued < world.gpus:
+        slot, world = self._slots[place], self._world
+        while slot.ready:
+            if self._singly and slot.holds and self._dispatch.queued < world.gpus:
                 break  # another GPU may be free for it sooner
-            given = self._dispatch.next(place, seat.holds.keys())
+            given = self._dispatch.next(place, slot.holds.keys())
             if given is None:
                 break
             handed = max(now, self._driver_free)
             self._driver_free = handed + world.driver
             self._driver_busy += world.driver
             unit: SimUnit = given.unit  # type: ignore[assignment]
-            began = max(handed + world.lead, seat.free)
-            took = unit.work * seat.slowness * self._random.lognormvariate(0, world.noise)
-            seat.free = began + took
-            seat.holds[unit] = (began, seat.free)
-            self._at(seat.free + world.trail, "done", place, seat.life, unit)
+            began = max(handed + world.lead, slot.free)
+            took = unit.work * slot.slowness * self._random.lognormvariate(0, world.noise)
+            slot.free = began + took
+            slot.holds[unit] = (began, slot.free)
+            self._at(slot.free + world.trail, "done", place, slot.life, unit)
             if not self._dispatch.queued:
                 self._dry = now
-        if seat.ready and len(seat.holds) < self._in_flight:
+        if slot.ready and len(slot.holds) < self._in_flight:
             self._hungry.add(place)
         else:
             self._hungry.discard(place)
 
     def _finish(self, now: float, place: int, unit: SimUnit) -> None:
-        began, ended = self._seats[place].holds.pop(unit)
+        began, ended = self._slots[place].holds.pop(unit)
         self._useful += ended - began
         self._dispatch.done(unit)  # type: ignore[arg-type]
         self._fill(now, place)
@@ -233,9 +233,9 @@ class Simulation:
         world = self._world
         first = node * world.gpus_per_node
         for place in range(first, min(first + world.gpus_per_node, world.gpus)):
-            seat = self._seats[place]
-            lost, seat.holds = seat.holds, {}
-            seat.life, seat.ready = seat.life + 1, False
+            slot = self._slots[place]
+            lost, slot.holds = slot.holds, {}
+            slot.life, slot.ready = slot.life + 1, False
             self._dispatch.leave(place)
             self._down += world.down
             self._load(now + world.down, place)

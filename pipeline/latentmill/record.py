@@ -13,6 +13,7 @@ from latentmill.text.shown import Shown
 
 Status = Literal["encoded", "skipped", "failed"]
 ShardFormat = Literal["parquet", "webdataset"]
+FloatArray = npt.NDArray[np.float32]
 Latent = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 
 DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}

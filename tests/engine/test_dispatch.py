@@ -27,8 +27,8 @@ def units(*seconds: float) -> list[Unit]:
     return [Unit(number, 1, length) for number, length in enumerate(seconds)]
 
 
-def take(dispatch: Dispatch, seat: str, *holding: Unit) -> Unit:
-    assignment = dispatch.next(seat, holding)
+def take(dispatch: Dispatch, slot: str, *holding: Unit) -> Unit:
+    assignment = dispatch.next(slot, holding)
     assert assignment is not None
     return assignment.unit
 
@@ -48,7 +48,7 @@ def test_a_unit_that_cannot_be_written_waits_for_the_others_and_fails_alone() ->
     dispatch = Dispatch(units(4, 3, 2, 1))
     taken = []
     while (assignment := dispatch.next("a", [])) is not None:
-        assert not assignment.careful  # nothing is wrong with its items
+        assert not assignment.trial_load  # nothing is wrong with its items
         taken.append(assignment.unit.number)
         if assignment.unit.number == 0:
             assert dispatch.lost(assignment.unit, DENIED) == taken.count(0)
@@ -90,12 +90,12 @@ def test_a_suspect_runs_alone_and_carefully_at_last() -> None:
     poison, healthy = take(dispatch, "a"), take(dispatch, "a")
     dispatch.lost(poison, DIED)
     assert dispatch.next("a", [healthy]) is None  # it is drained for the suspect
-    assert take(dispatch, "b", healthy).number == 2  # another seat goes on
+    assert take(dispatch, "b", healthy).number == 2  # another slot goes on
     dispatch.done(healthy)
-    assert dispatch.next("a", []) == Assignment(poison, careful=False)
+    assert dispatch.next("a", []) == Assignment(poison, trial_load=False)
     assert dispatch.next("a", [poison]) is None
     dispatch.lost(poison, DIED)
-    assert dispatch.next("a", []) == Assignment(poison, careful=True)
+    assert dispatch.next("a", []) == Assignment(poison, trial_load=True)
     assert dispatch.lost(poison, DIED) == MAX_ATTEMPTS
     assert dispatch.failed == {"000000": DIED}
     assert dispatch.open == 1
@@ -111,7 +111,7 @@ def test_a_unit_that_went_with_its_node_is_no_suspect() -> None:
     for loss in range(2, MAX_NODE_LOSSES):
         assert dispatch.lost(again, NODE) == loss
         assignment = dispatch.next("b", [])
-        assert assignment == Assignment(long, careful=loss == MAX_NODE_LOSSES - 1)
+        assert assignment == Assignment(long, trial_load=loss == MAX_NODE_LOSSES - 1)
     dispatch.lost(again, NODE)
     assert dispatch.failed == {"000000": NODE}
 
@@ -128,24 +128,24 @@ def test_a_seat_that_leaves_while_it_is_drained_keeps_no_place() -> None:
 
 @given(
     lengths=st.lists(st.floats(0, 100), max_size=30),
-    seats=st.integers(1, 5),
+    slots=st.integers(1, 5),
     seed=st.integers(0, 2**32 - 1),
     deaths=st.sampled_from([0.0, 0.2, 0.6]),
     poison=st.sets(st.integers(0, 29), max_size=3),
 )
 def test_every_unit_ends_once_whatever_dies(
-    lengths: list[float], seats: int, seed: int, deaths: float, poison: set[int]
+    lengths: list[float], slots: int, seed: int, deaths: float, poison: set[int]
 ) -> None:
     chance = random.Random(seed)
     dispatch = Dispatch(units(*lengths))
-    held: dict[int, list[Assignment]] = {seat: [] for seat in range(seats)}
+    held: dict[int, list[Assignment]] = {slot: [] for slot in range(slots)}
     done: Counter[int] = Counter()
     lost: Counter[tuple[int, str]] = Counter()
     idle = 0
     while dispatch.open:
-        seat = chance.choice(list(held))
-        mine = held[seat]
-        while (given_ := dispatch.next(seat, [one.unit for one in mine])) is not None:
+        slot = chance.choice(list(held))
+        mine = held[slot]
+        while (given_ := dispatch.next(slot, [one.unit for one in mine])) is not None:
             mine.append(given_)
         everywhere = [one.unit.number for some in held.values() for one in some]
         assert len(everywhere) == len(set(everywhere))
@@ -162,8 +162,8 @@ def test_every_unit_ends_once_whatever_dies(
             for one in mine:
                 lost[one.unit.number, loss.kind] += 1
                 dispatch.lost(one.unit, loss)
-            dispatch.leave(seat)
-            held[seat] = []
+            dispatch.leave(slot)
+            held[slot] = []
             continue
         finished = mine.pop(0)
         done[finished.unit.number] += 1

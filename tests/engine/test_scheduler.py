@@ -17,7 +17,7 @@ from latentmill.engine.actor import ActorShape
 from latentmill.engine.dispatch import Dispatch, Loss
 from latentmill.engine.progress import QuietProgress
 from latentmill.engine.scheduler import MAX_STARTS, Scheduler, _Call
-from latentmill.engine.seat import Seat
+from latentmill.engine.worker_slot import WorkerSlot
 from latentmill.errors import StorageError, UnitsFailedError
 from latentmill.plan import Unit
 from latentmill.run.forecast import forecast
@@ -186,15 +186,15 @@ def test_a_worker_that_cannot_even_be_asked_is_given_up_with_its_units(
     scheduler = Scheduler(None, ActorShape(1, 0), lambda: 1, ear)  # type: ignore[arg-type]
     monkeypatch.setattr(scheduler_module.ray, "kill", lambda actor: None)
     scheduler._dispatch = Dispatch([unit])
-    seat = Seat(actor=None, ready=True)
-    scheduler._seats = [seat]
-    assignment = scheduler._dispatch.next(seat, [])
+    slot = WorkerSlot(actor=None, ready=True)
+    scheduler._slots = [slot]
+    assignment = scheduler._dispatch.next(slot, [])
     assert assignment is not None
-    seat.give("reference", assignment)
+    slot.give("reference", assignment)
     error = RayTaskError("meter", "traceback", cause=KeyError("rss"))
-    scheduler._failed(_Call(seat, "report"), "other", error)
+    scheduler._failed(_Call(slot, "report"), "other", error)
     assert ear.lost == [(7, 1, "KeyError: 'rss'")]
-    assert not scheduler._seats
+    assert not scheduler._slots
     assert scheduler._dispatch.open == 1  # to be tried again
 
 
@@ -203,10 +203,10 @@ def test_workers_that_cannot_start_any_more_end_the_run_once_none_is_left() -> N
     scheduler = Scheduler(None, ActorShape(1, 0), lambda: 1, ear)  # type: ignore[arg-type]
     scheduler._origin = np.zeros((4, 1), np.float32)  # the run was under way
     full = Loss("worker", "no space left on the disk")
-    scheduler._seats = [Seat(actor=None)]
+    scheduler._slots = [WorkerSlot(actor=None)]
     for _ in range(MAX_STARTS + 1):
         scheduler._failed_start("died", full, None)  # those that are there go on
     assert len(ear.notes) == MAX_STARTS + 1
-    scheduler._seats = []
+    scheduler._slots = []
     with pytest.raises(UnitsFailedError, match="no space left on the disk"):
         scheduler._failed_start("died", full, None)

@@ -13,8 +13,8 @@ from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.timings import Meter
 from latentmill.encoding.unit_audio import Decoding, EncodeSettings, LocalAudio
 from latentmill.engine.dispatch import Assignment
-from latentmill.engine.seat import Report, Seat
 from latentmill.engine.underway import Underway, UnitProgress
+from latentmill.engine.worker_slot import Report, WorkerSlot
 from latentmill.models import registry
 from latentmill.plan import Unit
 from latentmill.sources.folder import FolderSource
@@ -54,15 +54,15 @@ def test_a_unit_moves_with_its_audio_and_ends_with_its_true_length(tmp_path: Pat
 
 def test_a_unit_stays_as_far_as_it_was_until_its_commit_is_known() -> None:
     clock = iter(range(100))
-    seat = Seat(actor=None, clock=lambda: float(next(clock)))
+    slot = WorkerSlot(actor=None, clock=lambda: float(next(clock)))
     units = {name: Unit(number, 2, 10.0) for number, name in enumerate(("one", "two"))}
     for name, unit in units.items():
-        seat.give(name, Assignment(unit))
+        slot.give(name, Assignment(unit))
     waiting = UnitProgress(0.0, 10.0, 0)
-    assert seat.progress == {0: waiting, 1: waiting}
+    assert slot.progress == {0: waiting, 1: waiting}
     now = UnitProgress(9.0, 9.0, 2)
-    seat.heard(Report(1, {0: now}, None))
-    seat.heard(Report(2, {}, None))  # encoded; the answer is on its way
-    assert seat.progress == {0: now, 1: waiting}
-    seat.finished("one")
-    assert seat.progress == {1: waiting}
+    slot.heard(Report(1, {0: now}, None))
+    slot.heard(Report(2, {}, None))  # encoded; the answer is on its way
+    assert slot.progress == {0: now, 1: waiting}
+    slot.finished("one")
+    assert slot.progress == {1: waiting}

@@ -17,13 +17,13 @@ import soundfile as sf
 
 from latentmill.audio import open_audio
 from latentmill.errors import ItemError, SourceError
-from latentmill.sources import cells
+from latentmill.sources import parquet_cells
 from latentmill.sources.address import address_of, item_at
 from latentmill.sources.base import Item, TableCell
-from latentmill.sources.cells import CellReader
 from latentmill.sources.manifest import ManifestSource
 from latentmill.sources.open import source_type
 from latentmill.sources.parquet import ParquetSource
+from latentmill.sources.parquet_cells import CellReader
 from latentmill.sources.reading import UnitReader
 from support.sources import sorted_items
 
@@ -140,10 +140,10 @@ def read_all(reader: CellReader, wanted: list[Item]) -> None:
 def test_a_row_group_is_read_once(
     order: str, limit: int, items: list[Item], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cells, "WAITING_LIMIT", limit)  # 0: what waits goes to a file
+    monkeypatch.setattr(parquet_cells, "WAITING_LIMIT", limit)  # 0: what waits goes to a file
     opened: list[str] = []
-    real = cells.open_table
-    monkeypatch.setattr(cells, "open_table", lambda uri: opened.append(uri) or real(uri))
+    real = parquet_cells.open_table
+    monkeypatch.setattr(parquet_cells, "open_table", lambda uri: opened.append(uri) or real(uri))
     orders = {
         "forward": items,
         "backward": items[::-1],
@@ -157,7 +157,7 @@ def test_a_row_group_is_read_once(
 def test_few_row_groups_are_open_at_a_time(
     items: list[Item], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cells, "OPEN_PASSES", 1)
+    monkeypatch.setattr(parquet_cells, "OPEN_PASSES", 1)
     wanted = [items[n * 100 + k] for k in range(0, 100, 20) for n in range(3)]
     reader = CellReader(wanted)
     read_all(reader, wanted)
@@ -208,9 +208,9 @@ def test_cells_that_are_not_there(items: list[Item], tmp_path: Path) -> None:
 def test_a_row_group_that_is_shorter_than_it_says(
     items: list[Item], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = cells._Pass._wanted_cells
+    real = parquet_cells._Pass._wanted_cells
     monkeypatch.setattr(
-        cells._Pass, "_wanted_cells", lambda *args, **more: islice(real(*args, **more), 5)
+        parquet_cells._Pass, "_wanted_cells", lambda *args, **more: islice(real(*args, **more), 5)
     )
     reader = CellReader(items)
     cell = items[7].place

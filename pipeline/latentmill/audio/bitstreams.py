@@ -6,7 +6,8 @@ Such files play as loud noise. Their sync words, as 16-bit samples, come at equa
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+
+from latentmill.record import FloatArray
 
 CODECS = ("pcm_16", "pcm_s16le", "pcm_s16be", "flac", "alac", "wavpack")
 """Codecs that keep 16-bit samples as they are."""
@@ -19,7 +20,7 @@ _SYNC_WORDS = {
 _LEAST = 3
 
 
-def packed_into_pcm(samples: NDArray[np.float32]) -> str | None:
+def packed_into_pcm(samples: FloatArray) -> str | None:
     """What samples `[n, 2]` really are: `DTS`; None for sound."""
     words = (samples * 32768).astype(np.int32).reshape(-1) & 0xFFFF
     for (first, second), name in _SYNC_WORDS.items():

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import soxr
 
-from latentmill.audio.stream import BLOCK, AudioStream, Samples
+from latentmill.audio.stream import BLOCK, AudioStream
 from latentmill.errors import ItemError
+from latentmill.record import FloatArray
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Waveform:
             raise RuntimeError("the waveform's stats are known when blocks() is exhausted")
         return self._stats
 
-    def blocks(self) -> Iterator[Samples]:
+    def blocks(self) -> Iterator[FloatArray]:
         """Yield blocks `[C, n]`, float32, contiguous, n at most `BLOCK`, in total
         ceil(source samples * model rate / source rate).
 
@@ -74,7 +75,7 @@ class Waveform:
         rms = math.sqrt(power / samples)
         self._stats = WaveformStats(samples, self._source_samples, rms, peak)
 
-    def _converted(self) -> Iterator[Samples]:
+    def _converted(self) -> Iterator[FloatArray]:
         """Downmixed and resampled blocks `[n, C]`; mono stays mono here, which is cheaper."""
         channels = min(self._stream.channels, self.channels)
         if self._stream.sample_rate == self.sample_rate:
@@ -85,7 +86,7 @@ class Waveform:
             yield from resampler.push(block)
         yield from resampler.finish()
 
-    def _downmixed(self) -> Iterator[Samples]:
+    def _downmixed(self) -> Iterator[FloatArray]:
         for block in self._stream.blocks():  # [C, n], the other way round in memory
             self._source_samples += block.shape[1]
             mixed = block.T  # [n, C]
@@ -95,16 +96,16 @@ class Waveform:
                 yield mixed[start : start + BLOCK]
 
 
-def _mean(block: Samples) -> Samples:
+def _mean(block: FloatArray) -> FloatArray:
     """The mean of the channels of `[C, n]`: `[n]`. numpy's is several times slower here."""
-    total: Samples = block[0] + block[1]
+    total: FloatArray = block[0] + block[1]
     for channel in block[2:]:
         total += channel
     total /= len(block)
     return total
 
 
-def _planar(block: Samples, channels: int) -> Samples:
+def _planar(block: FloatArray, channels: int) -> FloatArray:
     """`[n, C]` as a contiguous `[channels, n]`; mono is copied to all channels."""
     if channels == 1:
         return block.T
@@ -117,7 +118,7 @@ def _planar(block: Samples, channels: int) -> Samples:
 _ROW = 512
 
 
-def _energy(block: Samples) -> float:
+def _energy(block: FloatArray) -> float:
     """The sum of all squares: of short rows in float32, of those in float64, without a copy."""
     flat = np.ascontiguousarray(block).reshape(-1)
     whole = len(flat) // _ROW * _ROW
@@ -153,7 +154,7 @@ class _Resampler:
         self._pushed = 0
         self._given = 0
 
-    def push(self, block: Samples) -> Iterator[Samples]:
+    def push(self, block: FloatArray) -> Iterator[FloatArray]:
         """Resample `[n, C]` in pieces whose output is small, whatever the ratio."""
         in_rate, out_rate = self._rates
         piece = max(1, BLOCK * in_rate // max(in_rate, out_rate))
@@ -161,15 +162,15 @@ class _Resampler:
         for start in range(0, len(block), piece):
             yield from self._run(block[start : start + piece], last=False)
 
-    def finish(self) -> Iterator[Samples]:
+    def finish(self) -> Iterator[FloatArray]:
         """Flush, followed by silence, because soxr rounds the length down as often as up."""
         in_rate, out_rate = self._rates
         silence = np.zeros((in_rate // out_rate + 2, self._channels), np.float32)
         yield from self._run(silence, last=True)
 
-    def _run(self, block: Samples, *, last: bool) -> Iterator[Samples]:
+    def _run(self, block: FloatArray, *, last: bool) -> Iterator[FloatArray]:
         in_rate, out_rate = self._rates
-        output: Samples = self._soxr.resample_chunk(np.ascontiguousarray(block), last)  # [n, C]
+        output: FloatArray = self._soxr.resample_chunk(np.ascontiguousarray(block), last)  # [n, C]
         total = -(-self._pushed * out_rate // in_rate)
         output = output[: total - self._given]
         self._given += len(output)

@@ -8,7 +8,7 @@ import dataclasses
 from latentmill.audio.headers import Shortage, find_shortage
 from latentmill.audio.media import MediaFile
 from latentmill.audio.mp3 import repair
-from latentmill.audio.part import PartDecoder
+from latentmill.audio.segment import SegmentDecoder
 from latentmill.audio.sniff import Sniffed, sniff
 from latentmill.audio.stream import (
     KEEP_HINT,
@@ -69,7 +69,7 @@ def open_audio(
             raise ItemError(_truncated_at_open(shortage, decoder.info))
         info = decoder.info = promised
         if start > 0 or duration is not None:
-            decoder = PartDecoder(decoder, info, start, duration)
+            decoder = SegmentDecoder(decoder, info, start, duration)
     except ItemError:
         decoder.close()
         raise

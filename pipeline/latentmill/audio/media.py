@@ -17,13 +17,13 @@ import xxhash
 
 from latentmill.audio.fetch import fetch, memory_file
 from latentmill.errors import ItemError
-from latentmill.storage.closing import Closing
+from latentmill.storage.closeable import Closeable
 
 _PIECE = 1 << 20
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*(://|::)")
 
 
-class MediaFile(Closing):
+class MediaFile(Closeable):
     """The bytes of one recording. A context manager; the decoders read from its descriptor.
 
     The decoders share its file position: one stream at a time may be open on it.

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from latentmill.audio import bitstreams
 from latentmill.audio.media import MediaFile
 from latentmill.errors import ItemError
-from latentmill.storage.closing import Closing
-
-Samples = NDArray[np.float32]
+from latentmill.record import FloatArray
+from latentmill.storage.closeable import Closeable
 
 BLOCK = 1 << 17
 """Samples per channel that a block has at most: 1 MiB of stereo."""
@@ -70,7 +68,7 @@ class Decoder(Protocol):
     info: AudioInfo
     """What the header says."""
 
-    def blocks(self) -> Iterator[Samples]:
+    def blocks(self) -> Iterator[FloatArray]:
         """Yield blocks `[n, C]`, n at most about `BLOCK`, each a fresh array.
 
         Raises:
@@ -91,7 +89,7 @@ class Decoder(Protocol):
         ...
 
 
-class AudioStream(Closing):
+class AudioStream(Closeable):
     """One recording being decoded: its `info`, and its samples once through `blocks()`.
 
     Attributes:
@@ -127,7 +125,7 @@ class AudioStream(Closing):
         """Samples per channel that the stream has, unless it is truncated; None if not known."""
         return self.info.num_samples if self.info.exact else None
 
-    def blocks(self) -> Iterator[Samples]:
+    def blocks(self) -> Iterator[FloatArray]:
         """Decode: yield blocks `[C, n]`, float32, integer formats in [-1, 1), and close.
 
         Raises:
@@ -149,7 +147,7 @@ class AudioStream(Closing):
             self.close()
         self._check_complete(done, fault)
 
-    def _in_time(self, blocks: Iterator[Samples]) -> Iterator[Samples]:
+    def _in_time(self, blocks: Iterator[FloatArray]) -> Iterator[FloatArray]:
         """The blocks, while they come in time; what their taker does with them does not count."""
         spent = seconds = 0.0
         while True:
@@ -166,7 +164,7 @@ class AudioStream(Closing):
                 )
             yield block
 
-    def _check_finite(self, block: Samples, done: int) -> None:
+    def _check_finite(self, block: FloatArray, done: int) -> None:
         finite = np.isfinite(block)
         if finite.all():
             return
@@ -174,7 +172,7 @@ class AudioStream(Closing):
         at = first / self.sample_rate
         raise ItemError(f"NaN or Inf in the samples, first at sample {first} ({at:.3f} s)")
 
-    def _check_sound(self, block: Samples) -> None:
+    def _check_sound(self, block: FloatArray) -> None:
         if self.channels == 2 and self.info.codec in bitstreams.CODECS:
             name = bitstreams.packed_into_pcm(block)
             if name:

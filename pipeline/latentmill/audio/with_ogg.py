@@ -13,14 +13,14 @@ import av
 import numpy as np
 
 from latentmill.audio.ogg import packets_of, whole_pages
-from latentmill.audio.stream import Samples
 from latentmill.audio.with_pyav import AV_ERRORS, PyAVDecoder, silence
+from latentmill.record import FloatArray
 
 
 class OggPageDecoder(PyAVDecoder):
     """An Ogg file of Opus, Vorbis or FLAC that is damaged."""
 
-    def blocks(self) -> Iterator[Samples]:
+    def blocks(self) -> Iterator[FloatArray]:
         """Yield blocks `[n, C]`; see `Decoder`."""
         codec = av.CodecContext.create(self._stream.codec.name, "r")
         assert isinstance(codec, av.AudioCodecContext)
@@ -53,9 +53,9 @@ class OggPageDecoder(PyAVDecoder):
 
     def _decoded(
         self, codec: av.AudioCodecContext, packer: av.AudioResampler, packets: list[bytes]
-    ) -> Samples:
+    ) -> FloatArray:
         """The samples of some packets, less those of packets that cannot be decoded."""
-        found: list[Samples] = [np.empty((0, self.info.channels), np.float32)]
+        found: list[FloatArray] = [np.empty((0, self.info.channels), np.float32)]
         for packet in packets:
             try:
                 frames = codec.decode(av.Packet(packet))

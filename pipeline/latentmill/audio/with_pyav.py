@@ -17,8 +17,9 @@ from latentmill.audio.formats import DECODERS, FORMATS
 from latentmill.audio.media import MediaFile
 from latentmill.audio.mp4 import read_tables
 from latentmill.audio.sniff import Sniffed
-from latentmill.audio.stream import BLOCK, AudioInfo, DecodeError, Samples
+from latentmill.audio.stream import BLOCK, AudioInfo, DecodeError
 from latentmill.audio.survey import NOTHING, Survey
+from latentmill.record import FloatArray
 
 # What FFmpeg may open and run while it looks for the streams: not video, nor pictures.
 _LIMITS = {"protocol_whitelist": "fd", "codec_whitelist": ",".join(sorted(DECODERS))}
@@ -133,7 +134,7 @@ class PyAVDecoder:
             rough_seconds=(self._container.duration or 0) / av.time_base or None,
         )
 
-    def blocks(self) -> Iterator[Samples]:
+    def blocks(self) -> Iterator[FloatArray]:
         """Yield blocks `[n, C]`; see `Decoder`."""
         count, at = self._found.dropped
         blocks = self._all_blocks()
@@ -143,7 +144,7 @@ class PyAVDecoder:
             blocks = _without(blocks, self._limit, None)
         yield from blocks
 
-    def _all_blocks(self) -> Iterator[Samples]:
+    def _all_blocks(self) -> Iterator[FloatArray]:
         done, least = 0, self._least()
         if least is not None and not self._keep:
             with contextlib.suppress(DecodeError):
@@ -184,7 +185,7 @@ class PyAVDecoder:
             least = min(least, float(self._stream.duration * base) - 1e-3)
         return least * rate
 
-    def _in_one_go(self) -> Iterator[Samples]:
+    def _in_one_go(self) -> Iterator[FloatArray]:
         """Blocks `[n, C]` from FFmpeg's `amovie` filter, which says little of faults and keeps
         up to a block of what lies before them.
 
@@ -220,7 +221,7 @@ class PyAVDecoder:
         except AV_ERRORS as error:
             raise DecodeError(_text(error)) from error
 
-    def _by_packet(self) -> Iterator[Samples]:
+    def _by_packet(self) -> Iterator[FloatArray]:
         # Packed floats at the same rate. Planar frames never become arrays: PyAV (18.1) looks
         # for a null after the last plane, which is not there from eight channels on.
         packer = av.AudioResampler("flt", self._layout, self.info.sample_rate, _PACKED)
@@ -310,7 +311,7 @@ class PyAVDecoder:
                 continue
             return
 
-    def _packed(self, packer: av.AudioResampler, frame: av.AudioFrame | None) -> list[Samples]:
+    def _packed(self, packer: av.AudioResampler, frame: av.AudioFrame | None) -> list[FloatArray]:
         """What is ready of the frames so far as blocks `[n, C]`, scaled as libsndfile scales."""
         rate, channels = self.info.sample_rate, self.info.channels
         if frame and (frame.sample_rate, frame.layout.nb_channels) != (rate, channels):
@@ -352,7 +353,7 @@ def _is_mpeg(packet: av.Packet[av.AudioStream]) -> bool:
     return len(head) == 2 and head[0] == 0xFF and head[1] >= 0xE0
 
 
-def _without(blocks: Iterator[Samples], first: int, last: int | None) -> Iterator[Samples]:
+def _without(blocks: Iterator[FloatArray], first: int, last: int | None) -> Iterator[FloatArray]:
     """Blocks without the samples from `first` to before `last`, or to the end."""
     at = 0
     for block in blocks:
@@ -365,7 +366,7 @@ def _without(blocks: Iterator[Samples], first: int, last: int | None) -> Iterato
             yield np.concatenate([before, after])
 
 
-def silence(count: int, channels: int) -> Iterator[Samples]:
+def silence(count: int, channels: int) -> Iterator[FloatArray]:
     """Blocks of zeros `[n, C]`, in place of what is lost.
 
     Raises:
@@ -377,7 +378,7 @@ def silence(count: int, channels: int) -> Iterator[Samples]:
         yield np.zeros((min(BLOCK, count - start), channels), np.float32)
 
 
-def _array(frame: av.AudioFrame) -> Samples:
+def _array(frame: av.AudioFrame) -> FloatArray:
     """A frame of packed floats as `[n, C]`."""
     array = frame.to_ndarray().reshape(-1, frame.layout.nb_channels)  # [1, n * C] before
     return array.astype(np.float32, copy=False)

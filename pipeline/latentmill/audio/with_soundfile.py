@@ -11,8 +11,9 @@ import soundfile as sf
 
 from latentmill.audio.media import MediaFile
 from latentmill.audio.sniff import Sniffed
-from latentmill.audio.stream import BLOCK, AudioInfo, DecodeError, Samples
+from latentmill.audio.stream import BLOCK, AudioInfo, DecodeError
 from latentmill.audio.survey import NOTHING, Survey
+from latentmill.record import FloatArray
 
 _OTHERWISE = {"wav": ("MPEG_LAYER_III",), "aiff": ("IMA_ADPCM",), "caf": ("ALAC_16", "ALAC_24")}
 """What libsndfile decodes to other samples than FFmpeg."""
@@ -55,7 +56,7 @@ class SoundFileDecoder:
             decoder="soundfile",
         )
 
-    def blocks(self) -> Iterator[Samples]:
+    def blocks(self) -> Iterator[FloatArray]:
         """Yield blocks `[n, C]`; see `Decoder`."""
         done = self._file.tell()
         # Reading past the promised end would report what lies behind the audio, such as a tag.

@@ -8,17 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from latentmill.encoding.chunks import Chunking
 from latentmill.errors import ConfigError
 from latentmill.models.base import Autoencoder, ModelSpec
-from latentmill.record import Latent
+from latentmill.record import FloatArray, Latent
 
 if TYPE_CHECKING:
     import torch
-
-Audio = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -59,13 +56,13 @@ def decode_latent(
     *,
     seed: int = 0,
     batch_size: int = 1,
-) -> Audio:
+) -> FloatArray:
     """Decode one item's latent to audio `[C, num_samples]`, float32; see `decode_blocks`."""
     source = latent if isinstance(latent, LatentSource) else LatentSource.of(latent)
     if num_samples is None:
         num_samples = most_samples(model.spec, source.shape, chunking)
     blocks = decode_blocks(model, source, num_samples, chunking, seed=seed, batch_size=batch_size)
-    audio: Audio = np.empty((model.spec.channels, num_samples), np.float32)
+    audio: FloatArray = np.empty((model.spec.channels, num_samples), np.float32)
     done = 0
     for block in blocks:
         audio[:, done : done + block.shape[1]] = block
@@ -81,7 +78,7 @@ def decode_latents(
     *,
     seed: int = 0,
     batch_size: int = 1,
-) -> Audio:
+) -> FloatArray:
     """Decode one item's latent, or those of several items with one more axis in front.
 
     Returns:
@@ -125,7 +122,7 @@ def decode_blocks(
     *,
     seed: int = 0,
     batch_size: int = 1,
-) -> Iterator[Audio]:
+) -> Iterator[FloatArray]:
     """Decode one item's latent, giving its audio as it is done, in order.
 
     Neighbouring windows overlap and are crossfaded in the waveform. With `stitch: none` the
@@ -169,7 +166,7 @@ def decode_blocks(
 
 def _decoded(
     model: Autoencoder, windows: Iterator[_Window], seed: int, batch_size: int
-) -> Iterator[tuple[int, Audio]]:
+) -> Iterator[tuple[int, FloatArray]]:
     """Each window's first sample and its audio `[C, samples]`."""
     import torch  # slow to import, and not needed to read a store
 
@@ -193,11 +190,11 @@ def _batches(windows: Iterator[_Window], size: int) -> Iterator[list[_Window]]:
 
 
 def _joined(
-    windows: Iterator[tuple[int, Audio]], num_samples: int, skew: int | None
-) -> Iterator[Audio]:
+    windows: Iterator[tuple[int, FloatArray]], num_samples: int, skew: int | None
+) -> Iterator[FloatArray]:
     """Blend each window into the one before; give what no later window touches."""
     begin = 0  # the first sample of the last window
-    held: Audio | None = None
+    held: FloatArray | None = None
     for start, audio in windows:
         if held is None:
             held = audio
@@ -238,7 +235,7 @@ def _chunk_windows(
         yield _Window(start // spec.hop, latent, start, samples)
 
 
-def _blended(old: Audio, new: Audio, skew: int | None) -> Audio:
+def _blended(old: FloatArray, new: FloatArray, skew: int | None) -> FloatArray:
     """`new`, fading from `old` over the samples that they share, or some of them.
 
     Without a `skew` over all of them. With one over half of those that a model with a context so

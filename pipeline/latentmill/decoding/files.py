@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from latentmill.decoding.decoder import Audio, LatentSource
+from latentmill.decoding.decoder import LatentSource
 from latentmill.errors import ConfigError, StorageError
 from latentmill.ops import Origin, fit, mix
-from latentmill.record import Latent
+from latentmill.record import FloatArray, Latent
 
 # What a file is by its suffix: format and sample type. FLAC knows no floats.
 FILE_TYPES = {".wav": ("WAV", "FLOAT"), ".flac": ("FLAC", "PCM_24")}
@@ -52,7 +52,7 @@ def check_file_type(path: Path) -> None:
 
 
 def write_audio(
-    path: Path, blocks: Iterable[Audio], *, sample_rate: int, channels: int, num_samples: int
+    path: Path, blocks: Iterable[FloatArray], *, sample_rate: int, channels: int, num_samples: int
 ) -> WrittenAudio:
     """Write audio to a WAV (float32) or FLAC (24 bit) file as it comes, whole or not at all.
 

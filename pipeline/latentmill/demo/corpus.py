@@ -19,7 +19,8 @@ import soundfile
 import xxhash
 from numpy.typing import NDArray
 
-from latentmill.demo.synth import Audio, Score, stems
+from latentmill.demo.synth import Score, stems
+from latentmill.record import FloatArray
 
 # Changes whenever the corpus does: an older one is then written anew.
 VERSION = 1
@@ -250,7 +251,7 @@ def _metadata(song: Song, role: str) -> dict[str, str | float]:
     }
 
 
-def _quantised(audio: Audio) -> Samples:
+def _quantised(audio: FloatArray) -> Samples:
     """Audio `[C, T]` in -1..1 as 16-bit samples `[T, C]`."""
     samples: Samples = np.round(audio.T * 32767).astype(np.int16)
     return samples

@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Audio = NDArray[np.float32]
+from latentmill.record import FloatArray
 
 STEREO = 2
 BEATS_PER_BAR = 4
@@ -45,7 +44,7 @@ class Score:
         return len(self.chords) * BEATS_PER_BAR * 60 / self.bpm + TAIL_SECONDS
 
 
-def stems(score: Score, sample_rate: int, channels: int) -> dict[str, Audio]:
+def stems(score: Score, sample_rate: int, channels: int) -> dict[str, FloatArray]:
     """Play the score: role to audio `[channels, T]`, float32, all of one length.
 
     Their sum peaks at `MIX_PEAK` at most.
@@ -57,7 +56,7 @@ def stems(score: Score, sample_rate: int, channels: int) -> dict[str, Audio]:
         "keys": _play_keys,
         "lead": _play_lead,
     }
-    played: dict[str, Audio] = {}
+    played: dict[str, FloatArray] = {}
     for role, play in players.items():
         track = _Track(length, sample_rate, score.bpm)
         play(track, score)
@@ -72,15 +71,15 @@ class _Track:
     """A stereo tape that notes are added to, at beats."""
 
     def __init__(self, length: int, sample_rate: int, bpm: float) -> None:
-        self.audio: Audio = np.zeros((STEREO, length), np.float32)
+        self.audio: FloatArray = np.zeros((STEREO, length), np.float32)
         self.sample_rate = sample_rate
         self.beat_seconds = 60 / bpm
 
-    def time(self, seconds: float) -> Audio:
+    def time(self, seconds: float) -> FloatArray:
         """Time axis of a sound, in seconds."""
         return (np.arange(round(seconds * self.sample_rate)) / self.sample_rate).astype(np.float32)
 
-    def add(self, sound: Audio, beat: float, gain: float, pan: float = 0.0) -> None:
+    def add(self, sound: FloatArray, beat: float, gain: float, pan: float = 0.0) -> None:
         """Add a mono sound; `pan` from -1 (left) to 1 (right), at constant power."""
         start = round(beat * self.beat_seconds * self.sample_rate)
         room = self.audio.shape[1] - start
@@ -95,7 +94,7 @@ class _Track:
 
 def _tone(
     track: _Track, midi: float, seconds: float, partials: Sequence[float], decay: float
-) -> Audio:
+) -> FloatArray:
     """A note: partial k sounds at k times the pitch and fades k ** 0.5 times as fast as the first.
 
     Args:
@@ -115,10 +114,10 @@ def _tone(
     return sound * _ramps(len(sound), round(0.005 * track.sample_rate))
 
 
-def _ramps(length: int, ramp: int) -> Audio:
+def _ramps(length: int, ramp: int) -> FloatArray:
     """An envelope that rises and falls over `ramp` samples, so that nothing clicks."""
     position = np.arange(length, dtype=np.float32)
-    edges: Audio = np.minimum(position, position[::-1]) / ramp
+    edges: FloatArray = np.minimum(position, position[::-1]) / ramp
     return np.minimum(edges, np.float32(1))
 
 
@@ -182,7 +181,7 @@ def _play_lead(track: _Track, score: Score) -> None:
     track.saturate(2.0)
 
 
-def _at_level(audio: Audio, dbfs: float) -> Audio:
+def _at_level(audio: FloatArray, dbfs: float) -> FloatArray:
     """Scale to an RMS over both channels in dBFS."""
     rms = float(np.sqrt(np.mean(audio**2)))
     return audio * np.float32(10 ** (dbfs / 20) / rms)

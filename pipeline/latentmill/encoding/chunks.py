@@ -19,9 +19,7 @@ import numpy.typing as npt
 from latentmill.errors import ConfigError
 from latentmill.models.base import ModelSpec, Stitch
 from latentmill.models.inference.device import trim_memory
-from latentmill.record import Latent
-
-Audio = npt.NDArray[np.float32]
+from latentmill.record import FloatArray, Latent
 
 LONG_BYTES = 64 << 20  # a latent that costs memory worth giving back
 
@@ -167,7 +165,7 @@ class Chunk:
     """A window of one item's samples, at its place on the item's latent time line."""
 
     frame: int
-    audio: Audio  # [C, T]
+    audio: FloatArray  # [C, T]
 
 
 class Chunker:
@@ -181,11 +179,11 @@ class Chunker:
         self._spec = spec
         self._chunking = chunking
         self._model_samples = chunking.model_samples(spec)
-        self._buffer: Audio = np.zeros((spec.channels, 0), np.float32)
+        self._buffer: FloatArray = np.zeros((spec.channels, 0), np.float32)
         self._offset = 0  # the sample at which the buffer starts
         self._emitted = 0  # chunks emitted
 
-    def push(self, block: Audio) -> Iterator[Chunk]:
+    def push(self, block: FloatArray) -> Iterator[Chunk]:
         """Take a block `[C, n]`; give the chunks that it completes."""
         self._buffer = np.concatenate([self._buffer, block], axis=1)
         size, step = self._chunking.samples, self._chunking.step
@@ -238,11 +236,11 @@ class Stitcher:
         self._hint = frames_hint
         self._settled: npt.NDArray[np.generic] | None = None  # [capacity, D], time-major
         self._count = 0  # settled frames
-        self._open: npt.NDArray[np.float32] | None = None  # [frames, D], after the settled ones
-        self._chunks: list[npt.NDArray[np.float32]] = []  # stitch: none
+        self._open: FloatArray | None = None  # [frames, D], after the settled ones
+        self._chunks: list[FloatArray] = []  # stitch: none
         self.finite = True  # whether all frames fit the stored dtype
 
-    def add(self, frame: int, latent: npt.NDArray[np.float32]) -> None:
+    def add(self, frame: int, latent: FloatArray) -> None:
         """Add a chunk's latent `[D, Z]`, float32, whose first frame is `frame` of the item."""
         if self._chunking.stitch == "none":
             self._chunks.append(latent)
@@ -279,7 +277,7 @@ class Stitcher:
         assert self._settled is not None
         return self._settled[: self._count].T  # type: ignore[return-value]
 
-    def _settle(self, frames: npt.NDArray[np.float32]) -> None:
+    def _settle(self, frames: FloatArray) -> None:
         end = self._count + len(frames)
         if self._settled is None or end > len(self._settled):
             # The hint comes from a header, which may lie: follow it in steps.
@@ -308,7 +306,7 @@ class Batch:
     owners: tuple[int, ...]
     chunks: tuple[Chunk, ...]
 
-    def audio(self) -> Audio:
+    def audio(self) -> FloatArray:
         """The batch `[B, C, T]`."""
         return np.stack([chunk.audio for chunk in self.chunks])
 

@@ -20,16 +20,16 @@ from latentmill.encoding.unit_audio import EncodeSettings, Facts, Heard, Opened
 from latentmill.models.base import Autoencoder
 from latentmill.models.checks import check_encoded
 from latentmill.models.inference.compiled import uncompiled
-from latentmill.models.inference.feed import Array, Feed
+from latentmill.models.inference.device_pipeline import DevicePipeline
 from latentmill.models.inference.precision import numeric_mode
-from latentmill.record import DTYPES, Outcome, Record
+from latentmill.record import DTYPES, FloatArray, Outcome, Record
 from latentmill.sources.address import address_of
 from latentmill.sources.base import Item
 from latentmill.text.redact import redact
 
 
 @dataclass
-class _Job:
+class _PendingItem:
     """An item on its way through the unit."""
 
     index: int
@@ -54,7 +54,7 @@ class UnitEncoder:
     ) -> None:
         self._model = model
         self._device = device
-        self._feed = Feed(model, device, settings.precision)
+        self._feed = DevicePipeline(model, device, settings.precision)
         self._queued: deque[Batch] = deque()  # in the feed
         self._chunking = chunking
         self._settings = settings
@@ -64,12 +64,12 @@ class UnitEncoder:
     def encode(self, audio: Iterable[Heard]) -> Iterator[Outcome]:
         """Encode a unit's audio, as `UnitAudio` gives it; outcomes come in the items' order."""
         packer = Packer(self._chunking, self._settings.batch_size)
-        jobs: deque[_Job] = deque()
-        by_index: dict[int, _Job] = {}
+        jobs: deque[_PendingItem] = deque()
+        by_index: dict[int, _PendingItem] = {}
         for index, item, event in audio:
             if isinstance(event, Opened):
                 stitcher = Stitcher(self._chunking, DTYPES[self._settings.dtype], event.frames)
-                jobs.append(_Job(index, item, stitcher))
+                jobs.append(_PendingItem(index, item, stitcher))
                 by_index[index] = jobs[-1]
             elif isinstance(event, Chunk):
                 by_index[index].expected += 1
@@ -87,13 +87,13 @@ class UnitEncoder:
         assert not jobs, "every item of the unit is accounted for"
         self.ended = time.perf_counter()
 
-    def _run(self, batch: Batch, jobs: dict[int, _Job]) -> None:
+    def _run(self, batch: Batch, jobs: dict[int, _PendingItem]) -> None:
         audio = batch.audio()  # [B, C, T]
         self._queued.append(batch)
         self._collect(self._feed.push(audio), jobs)
         self.meter.add("audio_seconds", len(audio) * self._new_seconds(audio.shape[2]))
 
-    def _collect(self, finished: Iterator[Array], jobs: dict[int, _Job]) -> None:
+    def _collect(self, finished: Iterator[FloatArray], jobs: dict[int, _PendingItem]) -> None:
         """Hand out the latents that the feed gives."""
         while True:
             start = time.perf_counter()
@@ -111,22 +111,24 @@ class UnitEncoder:
                     job.arrived += 1
                     job.stitcher.add(chunk.frame, latent)
 
-    def _fits(self, latents: Array) -> bool:
+    def _fits(self, latents: FloatArray) -> bool:
         """Whether all numbers are finite and in the range of the stored dtype."""
         return bool(np.abs(latents).max() <= np.finfo(DTYPES[self._settings.dtype]).max)
 
-    def _exactly(self, batch: Batch) -> Array:
+    def _exactly(self, batch: Batch) -> FloatArray:
         """Encode a batch once more, in float32, before what it belongs to may fail."""
         with numeric_mode("float32", self._device):
             latents = uncompiled(self._model).encode(torch.from_numpy(batch.audio()))
-        exact: Array = latents.float().cpu().numpy()
+        exact: FloatArray = latents.float().cpu().numpy()
         return exact
 
     def _new_seconds(self, length: int) -> float:
         """Seconds of audio that a chunk adds, without what it shares with the one before."""
         return min(length, self._chunking.step) / self._model.spec.sample_rate
 
-    def _done(self, jobs: deque[_Job], by_index: dict[int, _Job]) -> Iterator[Outcome]:
+    def _done(
+        self, jobs: deque[_PendingItem], by_index: dict[int, _PendingItem]
+    ) -> Iterator[Outcome]:
         """Give the outcomes of the first items, as far as they are complete."""
         while jobs:
             job = jobs[0]
@@ -138,7 +140,7 @@ class UnitEncoder:
             del by_index[job.index]
             yield job.outcome
 
-    def _finish(self, job: _Job, facts: Facts) -> Outcome:
+    def _finish(self, job: _PendingItem, facts: Facts) -> Outcome:
         latent = job.stitcher.finish()
         if not job.stitcher.finite:
             return Outcome(job.item.key, "failed", _gate_message(self._settings.dtype))

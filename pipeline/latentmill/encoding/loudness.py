@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from latentmill.models.base import ModelSpec
+from latentmill.record import FloatArray
 
 STEPS_PER_DB = 2
 LOUDEST = 255  # 0 dB
@@ -28,7 +29,7 @@ class LevelMeter:
         self._power: list[npt.NDArray[np.float64]] = []  # of whole hops: the mean square
         self._rest: npt.NDArray[np.float64] = np.zeros(0)  # squares of the hop that is not full
 
-    def push(self, block: npt.NDArray[np.float32]) -> None:
+    def push(self, block: FloatArray) -> None:
         """Take the next samples `[C, n]`."""
         squares = np.square(block, dtype=np.float64).mean(axis=0)
         squares = np.concatenate([self._rest, squares])
@@ -49,10 +50,10 @@ class LevelMeter:
         return bytes(steps.astype(np.uint8))
 
 
-def decibels(levels: bytes) -> npt.NDArray[np.float32]:
+def decibels(levels: bytes) -> FloatArray:
     """Stored levels in dB of full scale, float32 `[frames]`; silence is -inf."""
     steps = np.frombuffer(levels, np.uint8).astype(np.float32)
-    result: npt.NDArray[np.float32] = np.where(
-        steps > 0, (steps - LOUDEST) / STEPS_PER_DB, -np.inf
-    ).astype(np.float32)
+    result: FloatArray = np.where(steps > 0, (steps - LOUDEST) / STEPS_PER_DB, -np.inf).astype(
+        np.float32
+    )
     return result

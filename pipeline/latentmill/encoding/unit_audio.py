@@ -239,7 +239,7 @@ class LocalAudio:
             self._put(events, error)
 
     def _read_timed(self, item: Item, events: queue.Queue[Event | Exception]) -> None:
-        watch = Watch()
+        watch = ItemTimer()
         for event in self._decoding.read(item, self._reader):
             watch.opened()
             start = time.perf_counter()
@@ -260,7 +260,7 @@ class LocalAudio:
             break
 
 
-class Watch:
+class ItemTimer:
     """Times one item: until it was opened, and the rest without waiting for others."""
 
     def __init__(self) -> None:

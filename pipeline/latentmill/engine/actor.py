@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import ray
 
 from latentmill.encoding.unit_audio import LocalAudio
@@ -18,10 +16,11 @@ from latentmill.engine.dispatch import UNITS_IN_FLIGHT
 from latentmill.engine.loss import memory_used
 from latentmill.engine.metrics import Metrics
 from latentmill.engine.remote_audio import RemoteAudio
-from latentmill.engine.seat import Report
 from latentmill.engine.worker import Job, UnitResult, Worker
+from latentmill.engine.worker_slot import Report
 from latentmill.models.inference.device import worker_environment
 from latentmill.plan import Unit
+from latentmill.record import FloatArray
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)
@@ -38,17 +37,17 @@ class EncodeActor:
         """Load the model; gives where this is, for people."""
         # Not in the constructor: Ray passes on an error of ours from a method only.
         tasks = self._job.load_tasks
-        listen = partial(RemoteAudio, tasks=tasks) if tasks else LocalAudio
-        self._worker = Worker(self._job, self._stopped, listen)
+        open_audio_of = partial(RemoteAudio, tasks=tasks) if tasks else LocalAudio
+        self._worker = Worker(self._job, self._stopped, open_audio_of)
         return f"process {os.getpid()} on {socket.gethostname()}"
 
-    def origin(self) -> npt.NDArray[np.float32]:
+    def origin(self) -> FloatArray:
         """See `Worker.origin`."""
         return self._loaded.origin()
 
-    def encode(self, unit: Unit, careful: bool = False) -> UnitResult:
+    def encode(self, unit: Unit, trial_load: bool = False) -> UnitResult:
         """See `Worker.encode`."""
-        result = self._loaded.encode(unit, careful)
+        result = self._loaded.encode(unit, trial_load)
         self._metrics.unit(result)
         return result
 

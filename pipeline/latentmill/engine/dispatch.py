@@ -1,6 +1,6 @@
-"""Which unit a seat gets, and what becomes of a unit that is lost. Knows no Ray and no clock.
+"""Which unit a worker slot gets, and what becomes of a unit that is lost. Knows no Ray and no clock.
 
-Longest first, a bounded number per seat. A unit whose worker died or failed under it is a suspect:
+Longest first, a bounded number per worker slot. A unit whose worker died or failed under it is a suspect:
 it is tried again alone, so that no other unit goes down with it, and carefully the last time (each
 item is decoded on trial first). A unit that was lost with its node is no suspect; it goes to the
 front of the queue, and is given up only after many such losses. A unit that could not be written
@@ -34,10 +34,10 @@ class Loss:
 
 @dataclass(frozen=True)
 class Assignment:
-    """A unit for a seat; if `careful`, its items are decoded on trial first."""
+    """A unit for a worker slot; if `trial_load`, its items are loaded on trial first."""
 
     unit: Unit
-    careful: bool = False
+    trial_load: bool = False
 
 
 class Dispatch:
@@ -45,7 +45,7 @@ class Dispatch:
 
     Args:
         units: What there is to do.
-        in_flight: Units that a seat may have at once.
+        in_flight: Units that a worker slot may have at once.
     """
 
     def __init__(self, units: Iterable[Unit], in_flight: int = UNITS_IN_FLIGHT) -> None:
@@ -60,7 +60,7 @@ class Dispatch:
             "node": Counter(),
             "storage": Counter(),
         }
-        self._draining: set[Hashable] = set()  # seats that will be empty for a suspect
+        self._draining: set[Hashable] = set()  # slots that will be empty for a suspect
         self.failed: dict[str, Loss] = {}  # by unit name, the last loss
 
     @property
@@ -76,19 +76,19 @@ class Dispatch:
 
     @property
     def queued(self) -> int:
-        """Open units that no seat has."""
+        """Open units that no slot holds."""
         return len(self._waiting) + len(self._suspects)
 
-    def next(self, seat: Hashable, holding: Collection[Unit]) -> Assignment | None:
-        """The next unit for a seat that holds some already; None if it gets no more now."""
+    def next(self, slot: Hashable, holding: Collection[Unit]) -> Assignment | None:
+        """The next unit for a worker slot that holds some already; None if it gets no more now."""
         if any(self._losses["worker"][unit.number] for unit in holding):
             return None
         if self._suspects:
             if not holding:
-                self._draining.discard(seat)
+                self._draining.discard(slot)
                 return self._assign(self._suspects.popleft())
-            if seat in self._draining or len(self._draining) < len(self._suspects):
-                self._draining.add(seat)
+            if slot in self._draining or len(self._draining) < len(self._suspects):
+                self._draining.add(slot)
                 return None
         else:
             self._draining.clear()
@@ -119,11 +119,11 @@ class Dispatch:
             self._waiting.appendleft(unit)
         return attempt
 
-    def leave(self, seat: Hashable) -> None:
-        """A seat is gone."""
-        self._draining.discard(seat)
+    def leave(self, slot: Hashable) -> None:
+        """A worker slot is gone."""
+        self._draining.discard(slot)
 
     def _assign(self, unit: Unit) -> Assignment:
         last_attempt = self._losses["worker"][unit.number] == MAX_ATTEMPTS - 1
         last_node = self._losses["node"][unit.number] == MAX_NODE_LOSSES - 1
-        return Assignment(unit, careful=last_attempt or last_node)
+        return Assignment(unit, trial_load=last_attempt or last_node)

@@ -10,11 +10,11 @@ from functools import partial
 from latentmill.config import DEFAULT_CPU_THREADS, RunConfig
 from latentmill.encoding.chunks import Chunking
 from latentmill.engine.actor import ActorShape
-from latentmill.engine.careful import HANG_SECONDS
 from latentmill.engine.cluster import Cluster, connect, describe, head_answers
 from latentmill.engine.job import LOAD_THREADS, make_job
 from latentmill.engine.lock import Hold
-from latentmill.engine.scheduler import Scheduler, Watcher
+from latentmill.engine.scheduler import RunObserver, Scheduler
+from latentmill.engine.trial_load import HANG_SECONDS
 from latentmill.errors import ConfigError, HeadGoneError
 from latentmill.models.base import ModelHandle
 from latentmill.plan import Plan, Unit
@@ -32,7 +32,7 @@ def encode_units(
     chunking: Chunking,
     plan: Plan,
     todo: list[Unit],
-    watcher: Watcher,
+    observer: RunObserver,
     hold: Hold,
 ) -> None:
     """Connect to Ray and run the units on as many actors as it has GPUs, or CPU cores for.
@@ -62,7 +62,7 @@ def encode_units(
             job,
             resources.shape,
             _Room(resources.shape, config.workers),
-            watcher,
+            observer,
             check=hold.check,
             stall_seconds=stall_seconds,
         )

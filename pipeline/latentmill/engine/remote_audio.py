@@ -28,7 +28,7 @@ from ray.exceptions import (
 
 from latentmill.encoding.chunks import Chunk
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import Decoding, Event, Facts, Heard, Opened, Watch
+from latentmill.encoding.unit_audio import Decoding, Event, Facts, Heard, ItemTimer, Opened
 from latentmill.engine.dispatch import MAX_ATTEMPTS, MAX_NODE_LOSSES, Loss
 from latentmill.engine.loss import classify
 from latentmill.errors import LatentmillError
@@ -66,7 +66,7 @@ def parcels(run: Sequence[Numbered], decoding: Decoding) -> Iterator[Parcel]:
     items = [item for _, item in run]
     with UnitReader(items, allow_changed=decoding.settings.allow_changed) as reader:
         for index, item in run:
-            watch = Watch()
+            watch = ItemTimer()
             for event in decoding.read(item, reader):
                 watch.opened()
                 events.append((index, packed(event)))

@@ -16,16 +16,14 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.encoder import UnitEncoder
 from latentmill.encoding.timings import Meter
 from latentmill.encoding.unit_audio import Decoding, EncodeSettings, Heard, LocalAudio, UnitAudio
-from latentmill.engine.careful import HANG_SECONDS, Trials
 from latentmill.engine.lock import join_run
+from latentmill.engine.trial_load import HANG_SECONDS, Trials
 from latentmill.engine.underway import Underway, UnitProgress
 from latentmill.errors import StoreError
 from latentmill.models.base import Autoencoder, ModelHandle
@@ -35,7 +33,7 @@ from latentmill.models.inference.compiled import Compiled
 from latentmill.models.inference.device import pick_device
 from latentmill.models.inference.precision import numeric_mode, pick_precision
 from latentmill.plan import Unit, read_items
-from latentmill.record import Outcome
+from latentmill.record import FloatArray, Outcome
 from latentmill.sources.base import Item
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import write_commit, write_unit
@@ -79,7 +77,7 @@ MAX_REPORTED_FAILURES = 20
 BATCH_PATH = "plan/batch.json"
 
 
-Listen = Callable[[Sequence[Item], Decoding, Meter], UnitAudio]
+OpenUnitAudio = Callable[[Sequence[Item], Decoding, Meter], UnitAudio]
 
 
 class Stopped(Exception):  # noqa: N818  nothing is wrong
@@ -96,7 +94,10 @@ class Worker:
     """
 
     def __init__(
-        self, job: Job, stopped: threading.Event | None = None, listen: Listen = LocalAudio
+        self,
+        job: Job,
+        stopped: threading.Event | None = None,
+        open_audio_of: OpenUnitAudio = LocalAudio,
     ) -> None:
         device = pick_device(job.device)  # asked of the machine where the model will be
         pick_precision(job.settings.precision, device)
@@ -105,7 +106,7 @@ class Worker:
         self._job = job
         self._device = device
         self._stopped = stopped or threading.Event()
-        self._listen = listen
+        self._open_audio_of = open_audio_of
         self._hold = join_run(Storage(job.store), job.owner)
         self._storage = self._hold.storage
         self._model: Autoencoder = job.model.load(device)
@@ -120,7 +121,7 @@ class Worker:
         self._underway: dict[int, Underway] = {}  # how far they are, by number
         self._free_since: float | None = None  # since when no unit has the model, but some are here
 
-    def origin(self) -> npt.NDArray[np.float32]:
+    def origin(self) -> FloatArray:
         """The latent of one chunk of silence, `[D, Z]`."""
         spec = self._model.spec
         samples = self._job.chunking.model_samples(spec)
@@ -128,7 +129,7 @@ class Worker:
         with self._turn, numeric_mode(self._job.settings.precision, self._device):
             latents = self._model.encode(silence)
         check_encoded(spec, samples, latents.shape)
-        origin: npt.NDArray[np.float32] = latents[0].float().cpu().numpy()
+        origin: FloatArray = latents[0].float().cpu().numpy()
         return origin
 
     def meter(self) -> dict[str, float]:
@@ -149,7 +150,7 @@ class Worker:
         """Let go of the store; the end of the process does so, too."""
         self._hold.close()
 
-    def encode(self, unit: Unit, careful: bool = False) -> UnitResult:
+    def encode(self, unit: Unit, trial_load: bool = False) -> UnitResult:
         """Read a unit's items from the plan, encode them, write their shard and commit it.
 
         Args:
@@ -164,10 +165,10 @@ class Worker:
         began = time.perf_counter()
         job, meter = self._job, Meter(parent=self._meter)
         items = read_items(self._storage, unit)
-        refused = self._refused(items, meter) if careful else {}
+        refused = self._refused(items, meter) if trial_load else {}
         encoder = UnitEncoder(self._model, job.chunking, job.settings, meter, self._device)
         decoding = Decoding(self._model.spec, job.chunking, job.settings, refused)
-        audio = self._listen(items, decoding, meter)
+        audio = self._open_audio_of(items, decoding, meter)
         underway = Underway(unit, items, self._model.spec)
         followed = underway.follow(audio)
         with (

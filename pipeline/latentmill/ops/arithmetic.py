@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from latentmill.errors import ConfigError
-from latentmill.ops.origin import Float, Origin
-from latentmill.record import Latent
+from latentmill.ops.origin import Origin
+from latentmill.record import FloatArray, Latent
 
 # One factor for the whole sound, or a curve of one factor a frame.
 Gain = float | npt.NDArray[np.floating[Any]]
@@ -21,7 +21,7 @@ def mix(
     gains: Sequence[Gain] | None = None,
     *,
     origin: Origin | None,
-) -> Float:
+) -> FloatArray:
     """The latent of sum(gain_i * sound_i).
 
     Args:
@@ -44,17 +44,17 @@ def mix(
     return combine(latents, gains, origin, stacklevel=2)
 
 
-def gain(latent: Latent, factor: Gain, *, origin: Origin | None) -> Float:
+def gain(latent: Latent, factor: Gain, *, origin: Origin | None) -> FloatArray:
     """The latent of a sound made `factor` times as loud, or by a curve `[T]`; see `mix`."""
     return combine([latent], [factor], origin, stacklevel=2)
 
 
-def subtract(latent: Latent, other: Latent, *, origin: Origin | None) -> Float:
+def subtract(latent: Latent, other: Latent, *, origin: Origin | None) -> FloatArray:
     """The latent of a mixture without one of its sounds; see `mix`."""
     return combine([latent, other], [1.0, -1.0], origin, stacklevel=2)
 
 
-def mixup(latent: Latent, other: Latent, weight: Gain, *, origin: Origin | None) -> Float:
+def mixup(latent: Latent, other: Latent, weight: Gain, *, origin: Origin | None) -> FloatArray:
     """The latent of weight * sound + (1 - weight) * other, which needs no latent of silence.
 
     Args:
@@ -77,10 +77,10 @@ def combine(
     origin: Origin | None,
     *,
     stacklevel: int,
-) -> Float:
+) -> FloatArray:
     """`mix`, for the other functions of this package; a warning names their caller."""
     factors = _factors(latents, gains)
-    total: Float = np.zeros(latents[0].shape, np.float32)
+    total: FloatArray = np.zeros(latents[0].shape, np.float32)
     for latent, factor in zip(latents, factors, strict=True):
         total += factor * latent.astype(np.float32)
     if origin is None:
@@ -98,17 +98,17 @@ def combine(
     return total
 
 
-def _deviations(latents: Sequence[Latent], factors: Sequence[Float], rows: int) -> Float:
+def _deviations(latents: Sequence[Latent], factors: Sequence[FloatArray], rows: int) -> FloatArray:
     """The deviation of a sum of independent parts, `[rows, T]`: their variances add up."""
     parts = [
         np.square(factor * latent[..., -rows:, :].astype(np.float32))
         for latent, factor in zip(latents, factors, strict=True)
     ]
-    deviations: Float = np.sqrt(np.sum(parts, axis=0))
+    deviations: FloatArray = np.sqrt(np.sum(parts, axis=0))
     return deviations
 
 
-def _factors(latents: Sequence[Latent], gains: Sequence[Gain] | None) -> list[Float]:
+def _factors(latents: Sequence[Latent], gains: Sequence[Gain] | None) -> list[FloatArray]:
     """The gains as arrays, `[]` or `[T]`, checked against the latents."""
     if not latents:
         raise ConfigError("mix needs at least one latent.")

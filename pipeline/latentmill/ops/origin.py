@@ -7,13 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from latentmill.encoding.chunks import Chunking, Stitcher
 from latentmill.errors import ConfigError
-from latentmill.record import DTYPES, Latent
-
-Float = npt.NDArray[np.float32]
+from latentmill.record import DTYPES, FloatArray, Latent
 
 # A relative error of the arithmetic above which it is called poor: the result is then at most
 # 12 dB above what is wrong with it.
@@ -62,24 +59,24 @@ class Origin:
     length, an approximation for an encoder that normalises over the chunk.
     """
 
-    frames: Float
+    frames: FloatArray
     chunking: Chunking | None = None
     deviations: int = 0
     codes: bool = False
     linearity: Linearity | None = None
     is_raw: bool = False
     place: tuple[int, int] | None = None
-    changes: tuple[Callable[[Float], Float], ...] = ()
+    changes: tuple[Callable[[FloatArray], FloatArray], ...] = ()
 
     def raw(self) -> Origin:
         """Zeros for the latent of silence: the raw form, with all else that is known."""
         return replace(self, frames=np.zeros_like(self.frames), is_raw=True, changes=())
 
-    def of_length(self, frames: int) -> Float:
+    def of_length(self, frames: int) -> FloatArray:
         """The origin of an item of `frames` latent frames, `[channels, frames]`."""
         return self.crop(frames, 0, frames)
 
-    def crop(self, total: int, start: int, frames: int) -> Float:
+    def crop(self, total: int, start: int, frames: int) -> FloatArray:
         """Frames `start` to `start + frames` of the origin of an item of `total` frames.
 
         Returns:
@@ -90,7 +87,7 @@ class Origin:
             silence = change(silence)
         return silence
 
-    def _stored(self, total: int, start: int, frames: int) -> Float:
+    def _stored(self, total: int, start: int, frames: int) -> FloatArray:
         have = self.frames.shape[1]
         if self.chunking is not None and self.chunking.stitch != "none" and total > have:
             return self._stitched(self.chunking, total, start, frames)
@@ -108,7 +105,7 @@ class Origin:
         """
         return replace(self, place=(total, start))
 
-    def _stitched(self, chunking: Chunking, total: int, start: int, frames: int) -> Float:
+    def _stitched(self, chunking: Chunking, total: int, start: int, frames: int) -> FloatArray:
         """Stitch only the chunks around the crop: a frame's neighbours settle what it is."""
         have = self.frames.shape[1]
         step = have - chunking.overlap
@@ -124,7 +121,7 @@ class Origin:
         begin = start - starts[first]
         return stitcher.finish()[:, begin : begin + frames].astype(np.float32, copy=False)
 
-    def like(self, latent: Latent) -> Float:
+    def like(self, latent: Latent) -> FloatArray:
         """The origin of this latent: `[C, T]`, or `[N, C, T]` for chunks.
 
         Raises:

@@ -8,8 +8,8 @@ import numpy as np
 
 from latentmill.errors import ConfigError
 from latentmill.ops.arithmetic import combine
-from latentmill.ops.origin import Float, Origin
-from latentmill.record import Latent
+from latentmill.ops.origin import Origin
+from latentmill.record import FloatArray, Latent
 
 Shape = Literal["linear", "power"]
 
@@ -21,7 +21,7 @@ def fade(
     *,
     shape: Shape = "linear",
     origin: Origin | None,
-) -> Float:
+) -> FloatArray:
     """The latent of a sound that begins and ends in silence.
 
     Args:
@@ -50,7 +50,7 @@ def crossfade(
     *,
     shape: Shape = "linear",
     origin: Origin | None,
-) -> Float:
+) -> FloatArray:
     """The latent of one sound that becomes another.
 
     Args:
@@ -86,7 +86,7 @@ def crossfade(
     return np.concatenate([part.astype(np.float32, copy=False) for part in parts], axis=1)
 
 
-def rising(frames: int, shape: Shape) -> Float:
+def rising(frames: int, shape: Shape) -> FloatArray:
     """Gains from silence to full, at the frames' middles, `[frames]`.
 
     Backwards they are the falling gains: with them they add up to 1, or their squares do.
@@ -100,7 +100,7 @@ def rising(frames: int, shape: Shape) -> Float:
     return line if shape == "linear" else np.sin(np.float32(np.pi / 2) * line)
 
 
-def fit(latent: Latent, frames: int, *, origin: Origin | None) -> Float:
+def fit(latent: Latent, frames: int, *, origin: Origin | None) -> FloatArray:
     """The latent of a sound cut, or continued by silence, to `frames` latent frames.
 
     Args:
@@ -115,7 +115,7 @@ def fit(latent: Latent, frames: int, *, origin: Origin | None) -> Float:
     if latent.ndim != 2:
         raise ConfigError("Latents stored as chunks (stitch none) cannot be cut or continued.")
     have = latent.shape[1]
-    result: Float = np.zeros((latent.shape[0], frames), np.float32)
+    result: FloatArray = np.zeros((latent.shape[0], frames), np.float32)
     result[:, : min(have, frames)] = latent[:, :frames]
     if origin is not None and frames > have:
         origin.check(latent)

@@ -22,7 +22,7 @@ from latentmill.errors import SourceError, StorageError
 from latentmill.plan.items import DRAFT_SCHEMA, draft_table
 from latentmill.plan.sort import Sorter, TableFile, read_tables
 from latentmill.sources.base import Item
-from latentmill.storage.closing import Closing
+from latentmill.storage.closeable import Closeable
 
 MAX_UNIT_ITEMS = 10_000
 SMALLEST_UNIT_SECONDS = 60.0
@@ -61,7 +61,7 @@ class Cutting:
 
 
 @dataclass(frozen=True)
-class Cut:
+class UnitSize:
     """A unit of a draft: the next `items` items."""
 
     items: int
@@ -95,7 +95,7 @@ class Totals:
         self.grouped = self.grouped or table["group"].null_count < len(table)
 
 
-class Draft(Closing):
+class Draft(Closeable):
     """Items in order, cut into units. A context manager: its files vanish at the end."""
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ class Draft(Closing):
             raise StorageError(
                 f"The plan cannot be sorted, as there is no place for temporary files: {error}."
             ) from error
-        self.cuts: tuple[Cut, ...] = ()
+        self.cuts: tuple[UnitSize, ...] = ()
         self.totals = Totals()
 
     @property
@@ -153,7 +153,7 @@ def draft(items: Iterable[Item], cutting: Cutting) -> Draft:
     return made
 
 
-def cut(blocks: Iterable[Cut], limit: float) -> Iterator[Cut]:
+def cut(blocks: Iterable[UnitSize], limit: float) -> Iterator[UnitSize]:
     """Cut blocks, in order, into units of at most `limit` microseconds, but whole blocks each.
 
     A block is an item, or the items of one group. Depends on the blocks alone.
@@ -162,11 +162,11 @@ def cut(blocks: Iterable[Cut], limit: float) -> Iterator[Cut]:
     for block in blocks:
         full = micros > 0 and micros + block.micros > limit
         if items and (full or items + block.items > MAX_UNIT_ITEMS):
-            yield Cut(items, micros, size)
+            yield UnitSize(items, micros, size)
             items, micros, size = 0, 0, 0
         items, micros, size = items + block.items, micros + block.micros, size + block.bytes
     if items:
-        yield Cut(items, micros, size)
+        yield UnitSize(items, micros, size)
 
 
 def _runs(items: Iterable[Item]) -> Iterator[list[Item]]:
@@ -188,7 +188,7 @@ def _written(tables: Iterable[pa.Table], file: TableFile) -> Iterator[pa.Table]:
         yield table
 
 
-def _blocks(tables: Iterable[pa.Table]) -> Iterator[Cut]:
+def _blocks(tables: Iterable[pa.Table]) -> Iterator[UnitSize]:
     """What is never parted: items with the same group, or one without; refuses equal keys."""
     for _, rows in itertools.groupby(_rows(tables), key=itemgetter(0)):
         items, micros, size, before = 0, 0, 0, None
@@ -197,7 +197,7 @@ def _blocks(tables: Iterable[pa.Table]) -> Iterator[Cut]:
                 raise _twins(key, before[1], uri)
             before = (key, uri)
             items, micros, size = items + 1, micros + row_micros, size + row_size
-        yield Cut(items, micros, size)
+        yield UnitSize(items, micros, size)
 
 
 def _rows(tables: Iterable[pa.Table]) -> Iterator[tuple[str, str, str, int, int]]:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from latentmill.errors import StorageError
-from latentmill.storage.closing import Closing
+from latentmill.storage.closeable import Closeable
 
 # Of each run so much is in memory while runs are merged.
 BATCH_BYTES = 1 << 20
@@ -117,7 +117,7 @@ def sort(table: pa.Table, by: Sequence[str]) -> pa.Table:
     return table.combine_chunks().sort_by([(name, "ascending") for name in by]).combine_chunks()
 
 
-class TableFile(Closing):
+class TableFile(Closeable):
     """An Arrow IPC file of this machine that is being written, in batches of `BATCH_BYTES`."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:

@@ -12,15 +12,15 @@ import torch
 from torch.utils.data import DistributedSampler, Sampler
 
 from latentmill.errors import ConfigError
-from latentmill.reader.draws import Ask
+from latentmill.reader.draws import Request
 from latentmill.reader.order import EpochOrder, Ints, permutation
 from latentmill.reader.sample import whole_number
 from latentmill.reader.sharding import (
     BLOCK,
     STATE_VERSION,
     WINDOW,
+    EpochProgress,
     Even,
-    Progress,
     Rank,
     check_dealt_once,
     check_state,
@@ -48,7 +48,7 @@ class Numbered(Protocol):
     def digest(self) -> str: ...  # noqa: D102
 
 
-class BatchSampler(Sampler[list[Ask]]):
+class BatchSampler(Sampler[list[Request]]):
     """Which samples of a `LatentDataset` or `StemDataset` make which batch.
 
     For DataLoader's `batch_sampler`. An epoch's batches are a pure function of dataset, seed and
@@ -120,8 +120,8 @@ class BatchSampler(Sampler[list[Ask]]):
         self._first = np.cumsum([0, *dataset.sizes])
         self._lengths = dataset.lengths if buckets > 1 else None
         self._epochs: dict[int, _Epoch] = {}
-        self._next: Progress | None = Progress()
-        self._now = Progress()
+        self._next: EpochProgress | None = EpochProgress()
+        self._now = EpochProgress()
 
     @property
     def _rank(self) -> Rank:
@@ -137,24 +137,24 @@ class BatchSampler(Sampler[list[Ask]]):
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next iteration. After `load_state_dict`, the same one goes on."""
         whole_number("epoch", epoch, least=0)
-        self._next = (self._next or Progress(self._now.epoch)).on_epoch(epoch)
+        self._next = (self._next or EpochProgress(self._now.epoch)).on_epoch(epoch)
 
     def __len__(self) -> int:
         """Batches that the next iteration gives to this rank."""
         progress = self._upcoming()
         return self._rank.share(len(self._epoch(progress.epoch)) - progress.position)
 
-    def __iter__(self) -> Iterator[list[Ask]]:
+    def __iter__(self) -> Iterator[list[Request]]:
         self._now, self._next = self._upcoming(), None
         epoch, start = self._epoch(self._now.epoch), self._now.position
         rank = self._rank
         check_dealt_once(self, rank, "BatchSampler")
         share = rank.share(len(epoch) - start)
         if not share:  # none of the rest is for this rank: it goes on with the others
-            self._next = Progress(self._now.epoch + 1)
+            self._next = EpochProgress(self._now.epoch + 1)
         for turn in range(share):
             number = (start + rank.rank + turn * rank.world_size) % len(epoch)
-            self._now = Progress(self._now.epoch, start, turn + 1)
+            self._now = EpochProgress(self._now.epoch, start, turn + 1)
             places = epoch.batch(number)
             positions, numbers = epoch.positions[places].tolist(), epoch.numbers[places].tolist()
             yield [
@@ -209,10 +209,10 @@ class BatchSampler(Sampler[list[Ask]]):
         numbers = hashlib.sha256(self._epoch(epoch).numbers.tobytes()).hexdigest()[:16]
         return f"{numbers}-{self._mixture.seed}-{own}"
 
-    def _upcoming(self) -> Progress:
+    def _upcoming(self) -> EpochProgress:
         if self._next is not None:
             return self._next
-        return Progress(self._now.epoch + 1) if self._now.done else self._now
+        return EpochProgress(self._now.epoch + 1) if self._now.done else self._now
 
     def _epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:

@@ -68,7 +68,7 @@ def choice(name: str, value: object, options: Any) -> None:
         raise ConfigError(f"{name} is {value!r}: choose one of {', '.join(get_args(options))}.")
 
 
-class Source:
+class StoreSamples:
     """The samples of one store, in the order in which they lie in its shards."""
 
     def __init__(
@@ -228,7 +228,7 @@ class Corpus:
         if where is not None:
             rows = select(opened, where)
         self.sources = [
-            Source(store, reading, rows=chosen, cache=ranges)
+            StoreSamples(store, reading, rows=chosen, cache=ranges)
             for store, chosen in zip(opened, rows, strict=True)
         ]
 

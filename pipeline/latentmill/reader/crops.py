@@ -14,11 +14,10 @@ from latentmill.errors import ConfigError, StorageError
 from latentmill.reader.cache import RangeCache
 from latentmill.reader.pieces import Piece, Shard
 from latentmill.reader.shards import ShardReader
-from latentmill.record import DTYPES
+from latentmill.record import DTYPES, FloatArray
 from latentmill.store.index import Index
 from latentmill.store.store import LatentStore
 
-Float = npt.NDArray[np.float32]
 Raw = npt.NDArray[Any]  # numbers as stored
 VIEWED_BYTES = 1 << 17  # local crops this long are converted from the mapped file
 _Place = tuple[Shard, int, int]
@@ -49,7 +48,7 @@ class Cropped:
         mask: `[frames]`, True where a frame is the item's, False where it is silence.
     """
 
-    latent: Float = field(repr=False)
+    latent: FloatArray = field(repr=False)
     mask: npt.NDArray[np.bool_] = field(repr=False)
 
 
@@ -151,7 +150,7 @@ class CropReader:
         self._silence(block, crop.start, len(raw))
         return Cropped(block.T, mask)
 
-    def read_block(self, rows: Ints, starts: Ints, frames: int) -> tuple[Float, Ints]:
+    def read_block(self, rows: Ints, starts: Ints, frames: int) -> tuple[FloatArray, Ints]:
         """Read crops of one length.
 
         Returns:
@@ -209,7 +208,7 @@ class CropReader:
             self._again(error)
             fill()
 
-    def _silence(self, block: Float, start: int, have: int) -> None:
+    def _silence(self, block: FloatArray, start: int, have: int) -> None:
         """Continue an item of which `have` frames are there by silence: `[frames, channels]`."""
         missing = len(block) - have
         if missing:
@@ -217,9 +216,9 @@ class CropReader:
             block[have:] = self.store.origin.crop(end, start + have, missing).T
 
 
-def _to_float(raw: Raw) -> Float:
+def _to_float(raw: Raw) -> FloatArray:
     # numpy converts half floats one by one: 20 times slower.
-    converted: Float = torch.from_numpy(raw).to(torch.float32, copy=True).numpy()
+    converted: FloatArray = torch.from_numpy(raw).to(torch.float32, copy=True).numpy()
     return converted
 
 

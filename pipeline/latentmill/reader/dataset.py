@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 import latentmill.reader.collate  # noqa: F401  a loader without collate_fn uses it too
 from latentmill.reader.corpus import Corpus, Mode, Reading, Stores
-from latentmill.reader.draws import Ask, Draws
+from latentmill.reader.draws import Draws, Request
 from latentmill.reader.fields import Where
 from latentmill.reader.order import Ints
 from latentmill.reader.sample import Sample, Transform
@@ -106,10 +106,10 @@ class LatentDataset(Shown, Dataset[Sample]):
         """Frames of every sample that are an item's, `[len(dataset)]`; reads no latents."""
         return self.corpus.lengths
 
-    def __getitem__(self, number: int | Ask) -> Sample:
+    def __getitem__(self, number: int | Request) -> Sample:
         return self.__getitems__([number])[0]
 
-    def __getitems__(self, numbers: Sequence[int | Ask]) -> list[Sample]:
+    def __getitems__(self, numbers: Sequence[int | Request]) -> list[Sample]:
         """Read samples, in one batch.
 
         Raises:

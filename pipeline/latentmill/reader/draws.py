@@ -20,10 +20,10 @@ from torch.utils.data import get_worker_info
 from latentmill.errors import ConfigError, RepeatedEpochWarning
 from latentmill.reader.order import Ints
 from latentmill.reader.sample import whole_number
-from latentmill.reader.sharding import Progress
+from latentmill.reader.sharding import EpochProgress
 
 # Epoch, position in it, and number of a sample: what `BatchSampler` asks for.
-Ask: TypeAlias = tuple[int, int, int]
+Request: TypeAlias = tuple[int, int, int]
 
 _PROCESSES = 64  # with a counter of their own; further workers share them, which does no harm
 _NOT_SET = -1
@@ -70,7 +70,7 @@ class Draws(_Shared):
         """Set the epoch, for all processes."""
         self._numbers[0] = whole_number("epoch", epoch, least=0)
 
-    def asked(self, numbers: Sequence[int | Ask], size: int) -> tuple[Ints, Ints, Ints]:
+    def asked(self, numbers: Sequence[int | Request], size: int) -> tuple[Ints, Ints, Ints]:
         """Epochs, positions and numbers of samples that are asked for together.
 
         With an epoch, a number's position is the number itself, and for a number that comes again
@@ -119,15 +119,15 @@ class Starts(_Shared):
         return int(self._numbers[0])
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> EpochProgress:
         """The start that was set last."""
-        return Progress(int(self._numbers[1]), int(self._numbers[2]))
+        return EpochProgress(int(self._numbers[1]), int(self._numbers[2]))
 
-    def set(self, progress: Progress) -> None:
+    def set(self, progress: EpochProgress) -> None:
         """Set where the next iteration starts, for all processes."""
         self._numbers[:] = [self.version + 1, progress.epoch, progress.position, _NOT_SET, 0]
 
-    def note(self, progress: Progress) -> None:
+    def note(self, progress: EpochProgress) -> None:
         """Take note that an iteration starts, and warn if the last one started there too."""
         here = [progress.epoch, progress.position]
         if self._numbers[3:].tolist() == here:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from latentmill.errors import ConfigError
 from latentmill.ops import Origin
+from latentmill.record import FloatArray
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Sample:
     """
 
     key: str
-    latents: npt.NDArray[np.float32] = field(repr=False)
+    latents: FloatArray = field(repr=False)
     mask: npt.NDArray[np.bool_] = field(repr=False)
     metadata: Mapping[str, Any] = field(default_factory=dict)
     epoch: int = 0

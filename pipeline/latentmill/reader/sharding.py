@@ -104,7 +104,7 @@ def check_dealt_once(reader: object, rank: Rank, kind: str) -> None:
 
 
 @dataclass(frozen=True)
-class Progress:
+class EpochProgress:
     """Where reading is.
 
     Attributes:
@@ -117,9 +117,9 @@ class Progress:
     position: int = 0
     done: int = 0
 
-    def on_epoch(self, epoch: int) -> Progress:
+    def on_epoch(self, epoch: int) -> EpochProgress:
         """The start of an epoch; of this one, where it is."""
-        return self if epoch == self.epoch else Progress(epoch)
+        return self if epoch == self.epoch else EpochProgress(epoch)
 
 
 def mixture(
@@ -155,7 +155,7 @@ def mixture(
 
 def check_state(
     state: Mapping[str, Any], kind: str, digest: str, records: Sequence[int]
-) -> Progress:
+) -> EpochProgress:
     """The progress that a state dict holds.
 
     Args:
@@ -182,4 +182,4 @@ def check_state(
             "The state is of another order of samples: resume with the stores, filter, crop, mode, "
             "seed, weights and shuffling that it was saved with."
         )
-    return Progress(int(state["epoch"]), int(state["position"]), int(state.get("done", 0)))
+    return EpochProgress(int(state["epoch"]), int(state["position"]), int(state.get("done", 0)))

@@ -15,9 +15,8 @@ from torch.utils.data import Dataset
 import latentmill.reader.collate  # noqa: F401  a loader without collate_fn uses it too
 from latentmill.encoding.loudness import decibels
 from latentmill.errors import ConfigError
-from latentmill.ops.origin import Float
 from latentmill.reader.crops import Crop, Cropped, CropReader
-from latentmill.reader.draws import Ask, Draws
+from latentmill.reader.draws import Draws, Request
 from latentmill.reader.fields import FieldReader
 from latentmill.reader.order import Ints
 from latentmill.reader.sample import sample_random, whole_number
@@ -32,6 +31,7 @@ from latentmill.reader.stems import (
     stem_groups,
 )
 from latentmill.reader.transforms import Decibels
+from latentmill.record import FloatArray
 from latentmill.store.describe import warn_incomplete
 from latentmill.store.schema import levels_of
 from latentmill.store.store import LatentStore
@@ -165,10 +165,10 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         text = json.dumps([self.store.info.fingerprint, groups, self._per_song, self._crop])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def __getitem__(self, number: int | Ask) -> T:
+    def __getitem__(self, number: int | Request) -> T:
         return self.__getitems__([number])[0]
 
-    def __getitems__(self, numbers: Sequence[int | Ask]) -> list[T]:
+    def __getitems__(self, numbers: Sequence[int | Request]) -> list[T]:
         """Read samples, in one batch.
 
         Raises:
@@ -178,11 +178,11 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         """
         return [self._task(stems, random) for stems, random in self._read(numbers)]
 
-    def stems(self, number: int | Ask) -> Stems:
+    def stems(self, number: int | Request) -> Stems:
         """The stems of a sample, as the task is given them."""
         return self._read([number])[0][0]
 
-    def _read(self, numbers: Sequence[int | Ask]) -> list[tuple[Stems, np.random.Generator]]:
+    def _read(self, numbers: Sequence[int | Request]) -> list[tuple[Stems, np.random.Generator]]:
         asked = np.stack(self._draws.asked(numbers, len(self)), axis=1).tolist()
         choices = [self._choose(*one) for one in asked]
         places = [pair for one in choices for pair in zip(one.rows, one.starts, strict=True)]
@@ -281,7 +281,9 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
             position=choice.position,
         )
 
-    def _moved(self, latent: Float, row: int, start: int, place: tuple[int, int]) -> Float:
+    def _moved(
+        self, latent: FloatArray, row: int, start: int, place: tuple[int, int]
+    ) -> FloatArray:
         """A crop put at a place of the song, where the origin may be another.
 
         It is of another song, or of a stem that ends before this one does.

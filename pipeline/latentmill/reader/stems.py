@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from latentmill.errors import ConfigError
 from latentmill.ops import Origin, gain, mix
-from latentmill.ops.origin import Float
 from latentmill.reader.fields import FieldReader
 from latentmill.reader.transforms import Decibels, check_decibels, random_factor
+from latentmill.record import FloatArray
 from latentmill.store.store import LatentStore
 
 By = Literal["fields", "folder"]
@@ -96,7 +96,7 @@ class Stems:
     key: str
     roles: tuple[str, ...]
     keys: tuple[str, ...]
-    latents: Float = field(repr=False)
+    latents: FloatArray = field(repr=False)
     mask: Flags = field(repr=False)
     active: Flags = field(repr=False)
     origin: Origin = field(repr=False)
@@ -107,7 +107,7 @@ class Stems:
     def __len__(self) -> int:
         return len(self.roles)
 
-    def mix(self, chosen: Sequence[int]) -> Float:
+    def mix(self, chosen: Sequence[int]) -> FloatArray:
         """The latent of the chosen stems together, `[C, T]`; of none, silence."""
         if not chosen:
             return self.origin.like(self.latents[0]).astype(np.float32)
@@ -155,8 +155,8 @@ class StemTask(Protocol[T_co]):
 class ContextTarget(NamedTuple):
     """A part of a song and one stem to add to it: latents `[C, T]`, flags `[T]`."""
 
-    context: Float
-    target: Float
+    context: FloatArray
+    target: FloatArray
     mask: Flags
     active: Flags  # of the target
     role: str  # of the target
@@ -199,9 +199,9 @@ class ContextAndTarget:
 class Triplet(NamedTuple):
     """A mixture and the two parts that it is the sum of: latents `[C, T]`, flags `[T]`."""
 
-    mixture: Float
-    submix: Float
-    source: Float
+    mixture: FloatArray
+    submix: FloatArray
+    source: FloatArray
     mask: Flags
     active: Flags  # of the source
     role: str  # of the source
@@ -246,8 +246,8 @@ class MixtureTriplet:
 class StemSet(NamedTuple):
     """The stems of given roles, `[S, C, T]`, their mixture `[C, T]`, and flags `[S, T]`."""
 
-    stems: Float
-    mixture: Float
+    stems: FloatArray
+    mixture: FloatArray
     mask: Flags
     active: Flags
     key: str  # of the song

@@ -20,8 +20,8 @@ from latentmill.reader.sharding import (
     BLOCK,
     STATE_VERSION,
     WINDOW,
+    EpochProgress,
     Even,
-    Progress,
     Rank,
     check_dealt_once,
     check_state,
@@ -98,8 +98,8 @@ class LatentStream(Shown, IterableDataset[Sample]):
         self._mixture = mixture(
             sizes, weights, seed, shuffle=shuffle, block=shuffle_block, window=shuffle_window
         )
-        self._next: Progress | None = Progress()
-        self._now = Progress()
+        self._next: EpochProgress | None = EpochProgress()
+        self._now = EpochProgress()
         self._starts, self._version = Starts(), 0
         self._share: tuple[int, ...] | None = None  # whose the account in `_now` is
         self._loaded_share: tuple[int, ...] | None = None
@@ -117,7 +117,7 @@ class LatentStream(Shown, IterableDataset[Sample]):
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next iteration. After `load_state_dict`, the same one goes on."""
         whole_number("epoch", epoch, least=0)
-        known = self._next or Progress(self._now.epoch)
+        known = self._next or EpochProgress(self._now.epoch)
         self._start_at(known.on_epoch(epoch))
 
     def shown(self) -> Mapping[str, object]:
@@ -149,7 +149,7 @@ class LatentStream(Shown, IterableDataset[Sample]):
         self._share = share
         return self._samples(self._now.epoch, self._now.position, id_, workers)
 
-    def _start_at(self, progress: Progress) -> None:
+    def _start_at(self, progress: EpochProgress) -> None:
         self._next = progress
         if get_worker_info() is None:  # torchdata sets each worker's own state in it
             self._starts.set(progress)
@@ -162,12 +162,12 @@ class LatentStream(Shown, IterableDataset[Sample]):
         crops = reading.crop is not None and reading.mode == "random"
         return self._mixture.shuffle or crops or bool(reading.transforms)
 
-    def _upcoming(self) -> Progress:
+    def _upcoming(self) -> EpochProgress:
         if self._version != self._starts.version:  # set since this worker was started
             self._version, self._next = self._starts.version, self._starts.progress
         if self._next is not None:
             return self._next
-        return Progress(self._now.epoch + 1) if self._now.done else self._now
+        return EpochProgress(self._now.epoch + 1) if self._now.done else self._now
 
     def _samples(self, epoch: int, start: int, worker: int, workers: int) -> Iterator[Sample]:
         order, total = EpochOrder(self._mixture, epoch), self._mixture.total
@@ -181,10 +181,10 @@ class LatentStream(Shown, IterableDataset[Sample]):
             positions: Ints = start + rank.rank + local * rank.world_size
             sources, samples = order.at(positions % total)
             for sample in self.corpus.read(sources, samples, epoch, positions):
-                self._now = Progress(epoch, start, self._now.done + 1)
+                self._now = EpochProgress(epoch, start, self._now.done + 1)
                 yield sample
         if not count:  # none of the rest was for this worker: it goes on with the others
-            self._next = Progress(epoch + 1)
+            self._next = EpochProgress(epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Where this process's own iteration is, exactly.
@@ -230,7 +230,7 @@ class LatentStream(Shown, IterableDataset[Sample]):
             )
         # A last batch that is not full is that of all ranks, one of which may have one sample more.
         step = run * dealt_by_accelerate(self)
-        return self._state(self._after(Progress(epoch, start), -(-last // step) * step))
+        return self._state(self._after(EpochProgress(epoch, start), -(-last // step) * step))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a state was saved, with any number of ranks and workers.
@@ -246,14 +246,14 @@ class LatentStream(Shown, IterableDataset[Sample]):
     def _digest(self) -> str:
         return f"{self._mixture.digest}-{self.corpus.digest}"
 
-    def _after(self, progress: Progress, done: int) -> Progress:
+    def _after(self, progress: EpochProgress, done: int) -> EpochProgress:
         """All ranks' progress, when each has read `done` samples since `progress`."""
         rank, total = self._rank, self._mixture.total
         if done >= rank.largest_share(total - progress.position):
-            return Progress(progress.epoch, total)
-        return Progress(progress.epoch, progress.position + done * rank.world_size)
+            return EpochProgress(progress.epoch, total)
+        return EpochProgress(progress.epoch, progress.position + done * rank.world_size)
 
-    def _state(self, progress: Progress) -> dict[str, Any]:
+    def _state(self, progress: EpochProgress) -> dict[str, Any]:
         return {
             "kind": "stream",
             "version": STATE_VERSION,

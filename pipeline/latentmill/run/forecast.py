@@ -16,7 +16,14 @@ from latentmill.engine.lock import only_run
 from latentmill.models.base import ModelHandle
 from latentmill.models.inference.device import pick_device
 from latentmill.models.inference.precision import numeric_mode
-from latentmill.run.prepare import Extension, Listener, Preparation, listed, planned, prepare
+from latentmill.run.prepare import (
+    Extension,
+    PlanningObserver,
+    Preparation,
+    listed,
+    planned,
+    prepare,
+)
 from latentmill.store.commit import committed_units
 
 CALIBRATION_SECONDS = 3.0
@@ -75,7 +82,7 @@ class Forecast:
 
 
 def forecast(
-    config: RunConfig, listener: Listener | None = None, *, calibrated: bool = True
+    config: RunConfig, observer: PlanningObserver | None = None, *, calibrated: bool = True
 ) -> Forecast:
     """Freeze the plan that `encode` with the same settings then resumes, and say what it means.
 
@@ -87,7 +94,7 @@ def forecast(
     Raises:
         LatentmillError: The source, the store or the model cannot be used.
     """
-    prepared = prepare(config, listener)
+    prepared = prepare(config, observer)
     storage = prepared.storage
     items = listed(prepared)
     with items or contextlib.nullcontext(), only_run(storage) as hold:

@@ -60,7 +60,7 @@ LONG_UNIT = 3  # times what a unit should have
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of a job
 
 
-class Listener(Protocol):
+class PlanningObserver(Protocol):
     """Who is told how far planning is."""
 
     def planning(self, items: int, headers: int) -> None:
@@ -100,7 +100,7 @@ class Preparation:
     chunking: Chunking
     storage: Storage
     source: Source
-    listener: Listener | None = None
+    observer: PlanningObserver | None = None
 
     @property
     def bytes_per_second(self) -> float:
@@ -121,7 +121,7 @@ def bytes_per_second(handle: ModelHandle, chunking: Chunking, dtype: str) -> flo
     return spec.frame_rate * spec.latent_channels * NUMBER_BYTES[dtype] * repeated
 
 
-def prepare(config: RunConfig, listener: Listener | None = None) -> Preparation:
+def prepare(config: RunConfig, observer: PlanningObserver | None = None) -> Preparation:
     """Resolve a configuration; looks for device and model, before anything is written.
 
     Raises:
@@ -148,7 +148,7 @@ def prepare(config: RunConfig, listener: Listener | None = None) -> Preparation:
     storage = Storage(config.out)
     storage.refuse_read_only()
     source = _source(config, storage)
-    return Preparation(config, handle, chunking, storage, source, listener)
+    return Preparation(config, handle, chunking, storage, source, observer)
 
 
 def _refuse_passing_folder(out: str) -> None:
@@ -231,8 +231,8 @@ def _drafted(prepared: Preparation) -> Draft:
 def _listed(prepared: Preparation) -> Iterator[Item]:
     for number, item in enumerate(prepared.source.items(), 1):
         yield item
-        if prepared.listener is not None and number % 256 == 0:
-            prepared.listener.planning(number, 0)
+        if prepared.observer is not None and number % 256 == 0:
+            prepared.observer.planning(number, 0)
 
 
 def _with_lengths(
@@ -242,8 +242,8 @@ def _with_lengths(
     found = probed(items, lambda count: headers.__setitem__(0, count), wanted=wanted)
     for number, item in enumerate(found, 1):
         yield item
-        if prepared.listener is not None and number % 256 == 0:
-            prepared.listener.planning(number, headers[0])
+        if prepared.observer is not None and number % 256 == 0:
+            prepared.observer.planning(number, headers[0])
 
 
 def planned(prepared: Preparation, items: Draft | None) -> tuple[Plan, Extension | None]:

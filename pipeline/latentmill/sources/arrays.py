@@ -12,12 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from latentmill.errors import ItemError, SourceError
+from latentmill.record import FloatArray
 from latentmill.sources.columns import is_audio, is_binary
-
-Floats = NDArray[np.float32]
 
 LISTS = ("audio", "waveform", "samples")
 """Names of columns of lists that are taken for audio without being asked for."""
@@ -136,7 +134,7 @@ def _is_sample(kind: pa.DataType) -> bool:
     return bool(pa.types.is_floating(kind) or pa.types.is_int16(kind) or pa.types.is_int32(kind))
 
 
-def _matrix(values: pa.Array) -> Floats:
+def _matrix(values: pa.Array) -> FloatArray:
     """Samples `[n, C]` from a list of them, or from a list of channels."""
     if not _is_list(values.type):
         return _floats(values).reshape(-1, 1)
@@ -145,7 +143,7 @@ def _matrix(values: pa.Array) -> Floats:
     channels = [_floats(one.values) for one in values if one.is_valid]
     if not channels or len({len(one) for one in channels}) > 1 or len(channels) != len(values):
         raise ItemError("its channels have different lengths")
-    matrix: Floats = np.stack(channels, axis=1)
+    matrix: FloatArray = np.stack(channels, axis=1)
     if matrix.shape[1] > _MOST_CHANNELS >= matrix.shape[0]:  # a list of frames
         matrix = matrix.T
     if matrix.shape[1] > _MOST_CHANNELS:
@@ -153,7 +151,7 @@ def _matrix(values: pa.Array) -> Floats:
     return matrix
 
 
-def _floats(values: pa.Array) -> Floats:
+def _floats(values: pa.Array) -> FloatArray:
     if values.null_count:
         raise ItemError("some of its samples are missing")
     numbers = values.to_numpy(zero_copy_only=False)
@@ -162,7 +160,7 @@ def _floats(values: pa.Array) -> Floats:
     return np.asarray(numbers, np.float32)
 
 
-def _wav(samples: Floats, rate: Any) -> bytes:
+def _wav(samples: FloatArray, rate: Any) -> bytes:
     """A WAV file of 32-bit floats."""
     if not isinstance(rate, int | float) or not 0 < rate < 2**32 or rate != int(rate):
         raise ItemError(f"its sample rate is {rate!r}")

@@ -24,13 +24,13 @@ from latentmill.errors import SourceError
 from latentmill.sources import lhotse
 from latentmill.sources.address import segment_text
 from latentmill.sources.base import Item, Segment
-from latentmill.sources.cells import open_table
 from latentmill.sources.columns import as_json, find_column, is_text, plain_columns
 from latentmill.sources.files import Place
 from latentmill.sources.lines import BoundedLines
 from latentmill.sources.metadata import MAX_NESTING, METADATA_LIMIT, is_too_deep
 from latentmill.sources.names import as_key
 from latentmill.sources.parquet import table_errors
+from latentmill.sources.parquet_cells import open_table
 from latentmill.storage.remote import cause_of, refuse_secrets, storage_errors
 
 FORMATS = {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}

@@ -10,12 +10,12 @@ import braceexpand
 
 from latentmill.errors import ConfigError, SourceError
 from latentmill.sources.base import Source, SourceType
-from latentmill.sources.cells import open_table
 from latentmill.sources.files import Place
 from latentmill.sources.folder import FolderSource
 from latentmill.sources.group import GroupedSource
 from latentmill.sources.manifest import Columns, ManifestSource, manifest_format
 from latentmill.sources.parquet import ParquetSource, has_audio, table_errors
+from latentmill.sources.parquet_cells import open_table
 from latentmill.sources.settings import Setting, SourceSettings, option
 from latentmill.sources.webdataset import WebDatasetSource
 

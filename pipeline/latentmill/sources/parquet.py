@@ -14,10 +14,10 @@ from latentmill.audio.media import path_of_file_url
 from latentmill.errors import SourceError
 from latentmill.sources.arrays import audio_column, is_array, is_samples
 from latentmill.sources.base import Item, TableCell
-from latentmill.sources.cells import open_table
 from latentmill.sources.columns import as_json, is_audio, is_binary, plain_columns
 from latentmill.sources.files import File, Place, find_files
 from latentmill.sources.names import as_key
+from latentmill.sources.parquet_cells import open_table
 from latentmill.storage.remote import cause_of, refuse_secrets, storage_errors
 
 TABLES = (".parquet",)

@@ -16,18 +16,18 @@ import pyarrow as pa
 from latentmill.audio.fetch import MEMORY_LIMIT
 from latentmill.audio.media import MediaFile, is_remote, media_from_bytes, open_media
 from latentmill.errors import ItemError
-from latentmill.sources.ahead import LARGEST, Ahead
 from latentmill.sources.base import ByteRange, Item, TableCell
-from latentmill.sources.cells import CellReader
 from latentmill.sources.files import current_version, read_bytes
-from latentmill.storage.closing import Closing
+from latentmill.sources.parquet_cells import CellReader
+from latentmill.sources.prefetch import LARGEST, Prefetch
+from latentmill.storage.closeable import Closeable
 from latentmill.storage.remote import cause_of, storage_errors
 
 _PIECE = 16 << 20
 _SHARED_RECORDINGS = 2  # fetched recordings that are kept while their segments are read
 
 
-class UnitReader(Closing):
+class UnitReader(Closeable):
     """Opens the audio of a unit's items for the unit's decode threads. Thread-safe; `close` it.
 
     What several items share is read once: the fetched recording that segments are parts of, and
@@ -47,7 +47,7 @@ class UnitReader(Closing):
         self._versions: dict[str, tuple[int, str]] = {}
         self._hashes: dict[str, str] = {}
         self._recordings: OrderedDict[str, MediaFile] = OrderedDict()
-        self._ahead = Ahead(items, self._open, self._fetch)
+        self._ahead = Prefetch(items, self._open, self._fetch)
 
     def open(self, item: Item) -> MediaFile:
         """The bytes of an item's recording: all of it, where the item is a segment.

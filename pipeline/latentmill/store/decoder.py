@@ -6,13 +6,13 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from latentmill.decoding.decoder import Audio, LatentSource, decode_blocks, decode_latents
+from latentmill.decoding.decoder import LatentSource, decode_blocks, decode_latents
 from latentmill.encoding.chunks import Chunking
 from latentmill.errors import ModelError
 from latentmill.models.base import Autoencoder
 from latentmill.models.inference.device import pick_device
 from latentmill.models.trust import resolve_stored
-from latentmill.record import Latent
+from latentmill.record import FloatArray, Latent
 from latentmill.store.schema import DatasetInfo
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class StoreDecoder:
         *,
         seed: int = 0,
         batch_size: int | None = None,
-    ) -> Audio:
+    ) -> FloatArray:
         """Decode any latents on this store's grid, such as a mix or what a model has generated.
 
         Args:
@@ -111,7 +111,7 @@ class StoreDecoder:
         *,
         seed: int = 0,
         batch_size: int | None = None,
-    ) -> Iterator[Audio]:
+    ) -> Iterator[FloatArray]:
         """Decode one item, giving its audio as it is done, `[channels, n]`, in bounded memory."""
         batch = batch_size or self._decode_batch
         return decode_blocks(

@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from latentmill import __version__
 from latentmill.encoding.fingerprint import fingerprint
 from latentmill.errors import StorageError
 from latentmill.plan import Plan
+from latentmill.record import FloatArray
 from latentmill.storage.storage import Storage
 from latentmill.store.card import write_card
 from latentmill.store.commit import SealHash, iter_commits
@@ -139,14 +139,14 @@ def current_seal(storage: Storage, seal_hash: str) -> DatasetInfo | None:
     return info
 
 
-def write_origin(storage: Storage, origin: npt.NDArray[np.float32]) -> None:
+def write_origin(storage: Storage, origin: FloatArray) -> None:
     """Store E(0) of one chunk, `[D, Z]`."""
     buffer = io.BytesIO()
     np.save(buffer, origin, allow_pickle=False)
     storage.write(ORIGIN_PATH, buffer.getvalue())
 
 
-def read_origin(storage: Storage) -> npt.NDArray[np.float32]:
+def read_origin(storage: Storage) -> FloatArray:
     """E(0) of one chunk, `[D, Z]`.
 
     Raises:
@@ -154,7 +154,7 @@ def read_origin(storage: Storage) -> npt.NDArray[np.float32]:
     """
     data = storage.read(ORIGIN_PATH)
     try:
-        origin: npt.NDArray[np.float32] = np.load(io.BytesIO(data), allow_pickle=False)
+        origin: FloatArray = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise StorageError(
             f"{storage.root}/{ORIGIN_PATH} is damaged: restore it from a copy of the store."

@@ -13,12 +13,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from latentmill.decoding.decoder import Audio, LatentSource
+from latentmill.decoding.decoder import LatentSource
 from latentmill.encoding.chunks import Chunking
 from latentmill.errors import ConfigError, StorageError, StoreError
 from latentmill.ops import Linearity, Origin
 from latentmill.plan import PLAN_PATH, Plan, load
-from latentmill.record import Latent, Record, latent_from_bytes, time_major_bytes
+from latentmill.record import FloatArray, Latent, Record, latent_from_bytes, time_major_bytes
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import read_commits
 from latentmill.store.decoder import StoreDecoder
@@ -332,7 +332,7 @@ class LatentStore(StoreDecoder, Shown):
             raise self._damaged(entry, "the latent does not match its hash")
         return LatentSource(entry.shape, lambda start, frames: self._crop(entry, start, frames))
 
-    def decode(self, key: str, *, seed: int = 0, batch_size: int | None = None) -> Audio:
+    def decode(self, key: str, *, seed: int = 0, batch_size: int | None = None) -> FloatArray:
         """Decode a record to audio `[channels, samples]`, float32, at the model's rate.
 
         Args:

@@ -12,12 +12,11 @@ import numpy as np
 import xxhash
 
 from latentmill.audio import open_audio, prepare
-from latentmill.decoding.decoder import Audio
 from latentmill.encoding.fingerprint import fingerprint
 from latentmill.errors import ItemError, LatentmillError, StorageError, StoreError
 from latentmill.models.inference.precision import numeric_mode
 from latentmill.plan import Unit, check_items, iter_keys, iter_units
-from latentmill.record import Record
+from latentmill.record import FloatArray, Record
 from latentmill.sources.address import item_at
 from latentmill.sources.base import Segment
 from latentmill.sources.reading import UnitReader
@@ -287,7 +286,7 @@ def _decode(store: LatentStore, key: str, report: Report) -> None:
     )
 
 
-def _snr(record: Record, audio: Audio) -> float | None:
+def _snr(record: Record, audio: FloatArray) -> float | None:
     try:
         source = read_source(record, channels=audio.shape[0])
     except ItemError:
@@ -299,7 +298,7 @@ def _snr(record: Record, audio: Audio) -> float | None:
     return float(10 * np.log10(signal / noise)) if noise > 0 and signal > 0 else None
 
 
-def read_source(record: Record, channels: int) -> Audio:
+def read_source(record: Record, channels: int) -> FloatArray:
     """The audio that a record was encoded from, as the model saw it, `[channels, samples]`.
 
     Raises:
@@ -312,5 +311,5 @@ def read_source(record: Record, channels: int) -> Audio:
             raise ItemError("the source has changed since it was encoded")
         stream = open_audio(media, start=part.start, duration=part.duration, allow_truncated=True)
         waveform = prepare(stream, sample_rate=record.sample_rate, channels=channels)
-        audio: Audio = np.concatenate(list(waveform.blocks()), axis=1)
+        audio: FloatArray = np.concatenate(list(waveform.blocks()), axis=1)
         return audio

@@ -122,7 +122,7 @@ def test_what_the_user_set_of_malloc_stays() -> None:
 
 MIXED = """
 import random, torch
-from latentmill.models.inference.feed import Feed
+from latentmill.models.inference.device_pipeline import Feed
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from latentmill.audio.media import MediaFile, is_remote
 from latentmill.sources.base import Item, TableCell
-from latentmill.storage.closing import Closing
+from latentmill.storage.closeable import Closeable
 
 FETCH_THREADS = 8
 ITEMS_AHEAD = 32
@@ -21,7 +21,7 @@ LARGEST = 16 << 20  # a longer file is fetched by several requests at once anywa
 UNKNOWN_SIZE = LARGEST
 
 
-class Ahead(Closing):
+class Prefetch(Closeable):
     """Opens items in the order in which they will be asked for. Thread-safe.
 
     Args:
@@ -36,7 +36,7 @@ class Ahead(Closing):
         open_item: Callable[[Item], MediaFile],
         fetch_item: Callable[[Item], MediaFile | None],
     ) -> None:
-        self._items = [item for item in items if fetched_ahead(item)]
+        self._items = [item for item in items if prefetchable(item)]
         self._place = {item.key: place for place, item in enumerate(self._items)}
         self._open, self._fetch_item = open_item, fetch_item
         self._lock = threading.Lock()
@@ -102,7 +102,7 @@ class Ahead(Closing):
         return media
 
 
-def fetched_ahead(item: Item) -> bool:
+def prefetchable(item: Item) -> bool:
     """Whether an item has bytes of its own elsewhere, and not many."""
     shared = item.segment is not None or isinstance(item.place, TableCell)
     return is_remote(item.uri) and not shared and _size(item) <= LARGEST

@@ -1,4 +1,4 @@
-"""A seat: one actor, what it was asked, and how far it is."""
+"""A worker slot: one actor, what it was asked, and how far it is."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Report:
 
 
 @dataclass(eq=False)
-class Seat:
+class WorkerSlot:
     """One actor with the units that it has. It is given units once it has said that it is ready."""
 
     actor: Any

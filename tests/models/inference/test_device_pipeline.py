@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 
 from latentmill.models.families import mdct
 from latentmill.models.inference import feed as feed_module
-from latentmill.models.inference.feed import CHANGES_UNTIL_TRIM, Array, Feed, PlainTransport
+from latentmill.models.inference.device_pipeline import (
+    CHANGES_UNTIL_TRIM,
+    DevicePipeline,
+    PlainTransport,
+)
+from latentmill.record import FloatArray
 
 MODEL = mdct.build(hop=16, sample_rate=800).load("cpu")
 
@@ -22,7 +27,7 @@ class SlowTransport(PlainTransport):
         self.ahead = ahead
         self.log: list[str] = []
 
-    def send(self, audio: Array) -> torch.Tensor:
+    def send(self, audio: FloatArray) -> torch.Tensor:
         self.log.append("send")
         return super().send(audio)
 
@@ -30,12 +35,12 @@ class SlowTransport(PlainTransport):
         self.log.append("fetch")
         return super().fetch(latents)
 
-    def wait(self, ticket: torch.Tensor) -> Array:
+    def wait(self, ticket: torch.Tensor) -> FloatArray:
         self.log.append("wait")
         return super().wait(ticket)
 
 
-def batches(count: int) -> list[Array]:
+def batches(count: int) -> list[FloatArray]:
     random = np.random.default_rng(0)
     return [random.standard_normal((2, 1, 160), dtype=np.float32) for _ in range(count)]
 
@@ -43,7 +48,7 @@ def batches(count: int) -> list[Array]:
 @given(count=st.integers(0, 6), ahead=st.integers(0, 3))
 def test_latents_are_the_model_s_in_order(count: int, ahead: int) -> None:
     audio = batches(count)
-    feed = Feed(MODEL, transport=SlowTransport(ahead))
+    feed = DevicePipeline(MODEL, transport=SlowTransport(ahead))
     latents = [z for batch in audio for z in feed.push(batch)]
     assert len(latents) == max(0, count - ahead)
     latents += feed.flush()
@@ -54,7 +59,7 @@ def test_latents_are_the_model_s_in_order(count: int, ahead: int) -> None:
 
 def test_a_batch_is_queued_before_the_one_ahead_is_awaited() -> None:
     transport = SlowTransport(ahead=1)
-    feed = Feed(MODEL, transport=transport)
+    feed = DevicePipeline(MODEL, transport=transport)
     for batch in batches(3):
         list(feed.push(batch))
     list(feed.flush())
@@ -63,7 +68,7 @@ def test_a_batch_is_queued_before_the_one_ahead_is_awaited() -> None:
 
 
 def test_on_a_cpu_each_batch_comes_back_at_once() -> None:
-    feed = Feed(MODEL)
+    feed = DevicePipeline(MODEL)
     assert [len(list(feed.push(batch))) for batch in batches(3)] == [1, 1, 1]
 
 
@@ -74,11 +79,11 @@ def test_batches_of_changing_shapes_do_not_pile_up_memory(monkeypatch: pytest.Mo
     monkeypatch.setattr(PlainTransport, "_changes", 0)
     same, other = np.zeros((1, 1, 160), np.float32), np.zeros((1, 1, 320), np.float32)
     for _ in range(100):
-        list(Feed(MODEL).push(same))  # each unit has a feed of its own
+        list(DevicePipeline(MODEL).push(same))  # each unit has a feed of its own
     assert not trims  # holes of one size are filled again
     for _ in range(CHANGES_UNTIL_TRIM):
-        list(Feed(MODEL).push(other))
-        list(Feed(MODEL).push(same))
+        list(DevicePipeline(MODEL).push(other))
+        list(DevicePipeline(MODEL).push(same))
     assert len(trims) == 2
 
 
@@ -94,7 +99,7 @@ def test_the_numeric_mode_is_the_model_s_alone() -> None:
 
     model = Product()
     for batch in batches(1):
-        list(Feed(model, precision="bf16").push(batch))
+        list(DevicePipeline(model, precision="bf16").push(batch))
     assert model.dtype == torch.bfloat16
     assert not torch.is_autocast_enabled("cpu")
 
@@ -103,7 +108,7 @@ def test_the_numeric_mode_is_the_model_s_alone() -> None:
 def test_a_gpu_gives_what_the_cpu_gives() -> None:
     model = mdct.build(hop=16, sample_rate=800).load("cuda")
     audio = batches(5)
-    feed = Feed(model, "cuda")
+    feed = DevicePipeline(model, "cuda")
     latents = [*(z for batch in audio for z in feed.push(batch)), *feed.flush()]
     for batch, z in zip(audio, latents, strict=True):
         assert np.allclose(z, MODEL.encode(torch.from_numpy(batch)).numpy(), atol=1e-5)
@@ -129,7 +134,7 @@ class SmallMemory:
 def test_a_device_that_runs_out_of_memory_gets_half_batches_from_then_on(elements: int) -> None:
     audio = [np.repeat(batch, [2, 3], axis=0) for batch in batches(3)]  # 5 elements
     model = SmallMemory(elements)
-    feed = Feed(model, transport=SlowTransport(1))
+    feed = DevicePipeline(model, transport=SlowTransport(1))
     if elements == 2:
         with pytest.raises(torch.OutOfMemoryError):
             list(feed.push(audio[0]))
@@ -142,6 +147,6 @@ def test_a_device_that_runs_out_of_memory_gets_half_batches_from_then_on(element
 
 
 def test_one_element_cannot_be_halved() -> None:
-    feed = Feed(SmallMemory(0))
+    feed = DevicePipeline(SmallMemory(0))
     with pytest.raises(torch.OutOfMemoryError):
         list(feed.push(batches(1)[0][:1]))

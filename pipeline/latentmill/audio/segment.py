@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from latentmill.audio.stream import AudioInfo, DecodeError, Decoder, Samples
+from latentmill.audio.stream import AudioInfo, DecodeError, Decoder
 from latentmill.errors import ItemError
+from latentmill.record import FloatArray
 
 TOLERANCE = 0.05
 """Seconds that a part may reach beyond the recording's end, as manifests round their numbers."""
 
 
-class PartDecoder:
+class SegmentDecoder:
     """Of another decoder's samples those from `start` seconds on, `duration` seconds or to the end.
 
     The part has the samples from round(start * rate) to before round((start + duration) * rate), so
@@ -43,7 +44,7 @@ class PartDecoder:
         count = None if last is None else last - first
         self.info = dataclasses.replace(info, num_samples=count, exact=known)
 
-    def blocks(self) -> Iterator[Samples]:
+    def blocks(self) -> Iterator[FloatArray]:
         """Yield blocks `[n, C]`; see `Decoder`."""
         at = self._decoder.seek(self._first)
         for block in self._decoder.blocks():

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from latentmill.audio.media import MediaFile, media_from_bytes
 from latentmill.errors import ItemError
 from latentmill.sources import ahead, reading
-from latentmill.sources.ahead import BYTES_AHEAD, ITEMS_AHEAD, LARGEST, Ahead, fetched_ahead
 from latentmill.sources.base import ByteRange, Item, Segment, TableCell
+from latentmill.sources.prefetch import BYTES_AHEAD, ITEMS_AHEAD, LARGEST, Prefetch, prefetchable
 from latentmill.sources.reading import UnitReader
 
 
@@ -56,7 +56,7 @@ def read(media: MediaFile) -> str:
 
 def test_items_are_asked_for_once_and_before_they_are_needed() -> None:
     items, shelf = remote([1000] * 100), Shelf()
-    with Ahead(items, shelf, shelf) as reader:
+    with Prefetch(items, shelf, shelf) as reader:
         assert read(reader.open(items[0])) == "0"
         reader._pool.submit(lambda: None).result()  # what was asked for before it has begun
         assert len(reader._coming) == ITEMS_AHEAD
@@ -68,7 +68,7 @@ def test_items_are_asked_for_once_and_before_they_are_needed() -> None:
 
 def test_what_nobody_opens_is_closed() -> None:
     items, shelf = remote([1000] * 20), Shelf()
-    reader = Ahead(items, shelf, shelf)
+    reader = Prefetch(items, shelf, shelf)
     with reader.open(items[0]):
         pass
     reader.let_go(items[0])
@@ -84,7 +84,7 @@ def test_what_nobody_opens_is_closed() -> None:
 def test_a_missing_item_says_so_where_it_is_opened() -> None:
     items, shelf = remote([1, 1]), Shelf()
     gone = Item("missing", "s3://bucket/missing", 1, "")
-    with Ahead([items[0], gone, items[1]], shelf, shelf) as reader:
+    with Prefetch([items[0], gone, items[1]], shelf, shelf) as reader:
         read(reader.open(items[0]))
         with pytest.raises(ItemError, match="no such file"):
             reader.open(gone)
@@ -96,7 +96,7 @@ def test_a_missing_item_says_so_where_it_is_opened() -> None:
 def test_bytes_ahead_are_bounded_whatever_the_order(sizes: list[int], random: object) -> None:
     items, shelf = remote(sizes), Shelf()
     most = 0
-    with Ahead(items, shelf, shelf) as reader:
+    with Prefetch(items, shelf, shelf) as reader:
         order = sorted(range(len(items)), key=lambda n: n + random.uniform(0, 4))  # type: ignore[attr-defined]
         for number in order:
             assert read(reader.open(items[number])) == str(number)
@@ -112,7 +112,7 @@ def test_bytes_ahead_are_bounded_whatever_the_order(sizes: list[int], random: ob
 def test_a_size_that_nobody_knew_counts_once_it_is_known() -> None:
     items = [replace(item, size=0) for item in remote([0] * 100)]
     at_first = BYTES_AHEAD // ahead.UNKNOWN_SIZE
-    with Ahead(items, shelf := Shelf(), shelf) as reader:
+    with Prefetch(items, shelf := Shelf(), shelf) as reader:
         reader.open(items[0]).close()
         assert len(reader._coming) <= at_first
         most = 0
@@ -124,15 +124,15 @@ def test_a_size_that_nobody_knew_counts_once_it_is_known() -> None:
 
 
 def test_only_small_bytes_of_an_items_own_elsewhere_are_fetched_ahead() -> None:
-    assert fetched_ahead(Item("a", "s3://b/a", 1, ""))
-    assert fetched_ahead(Item("a", "s3://b/t.tar", 1, "", place=ByteRange(512, 1)))
+    assert prefetchable(Item("a", "s3://b/a", 1, ""))
+    assert prefetchable(Item("a", "s3://b/t.tar", 1, "", place=ByteRange(512, 1)))
     for item in [
         Item("a", "/local/a", 1, ""),
         Item("a", "s3://b/a", LARGEST + 1, ""),
         Item("a", "s3://b/a", 1, "", segment=Segment(1.0, 2.0)),
         Item("a", "s3://b/a", 1, "", place=TableCell(0, 0, "audio")),
     ]:
-        assert not fetched_ahead(item)
+        assert not prefetchable(item)
 
 
 def test_a_unit_of_objects_is_read_through_it() -> None:

@@ -12,16 +12,13 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, ClassVar, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from latentmill.models.base import Autoencoder
 from latentmill.models.inference.device import trim_memory
 from latentmill.models.inference.precision import Precision, numeric_mode
-
-Array = npt.NDArray[np.float32]
+from latentmill.record import FloatArray
 
 # Other shapes in a row of batches: often enough to bound the memory, rare enough to cost nothing.
 CHANGES_UNTIL_TRIM = 4
@@ -32,7 +29,7 @@ class Transport(Protocol):
 
     ahead: int  # batches that are queued before the first one's latents are awaited
 
-    def send(self, audio: Array) -> Tensor:
+    def send(self, audio: FloatArray) -> Tensor:
         """Bring audio `[B, C, T]` to the device."""
         ...
 
@@ -40,7 +37,7 @@ class Transport(Protocol):
         """Begin to bring latents back; gives a ticket."""
         ...
 
-    def wait(self, ticket: Any) -> Array:
+    def wait(self, ticket: Any) -> FloatArray:
         """Wait until a ticket's latents are here."""
         ...
 
@@ -56,7 +53,7 @@ class PlainTransport:
     _shape: ClassVar[tuple[int, ...] | None] = None
     _changes: ClassVar[int] = 0
 
-    def send(self, audio: Array) -> Tensor:
+    def send(self, audio: FloatArray) -> Tensor:
         """The same memory."""
         if PlainTransport._shape not in (None, audio.shape):
             PlainTransport._changes += 1
@@ -69,9 +66,9 @@ class PlainTransport:
         """The latents themselves."""
         return latents
 
-    def wait(self, ticket: Tensor) -> Array:
+    def wait(self, ticket: Tensor) -> FloatArray:
         """The same memory."""
-        latents: Array = ticket.float().cpu().numpy()
+        latents: FloatArray = ticket.float().cpu().numpy()
         return latents
 
 
@@ -88,7 +85,7 @@ class CudaTransport:
         self._device = torch.device(device)
         self._copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
-    def send(self, audio: Array) -> Tensor:
+    def send(self, audio: FloatArray) -> Tensor:
         """Copy on the stream of copies; the computation waits for it, this thread does not."""
         pinned = torch.from_numpy(audio).pin_memory()
         computing = torch.cuda.current_stream(self._device)
@@ -106,11 +103,11 @@ class CudaTransport:
         done.record(torch.cuda.current_stream(self._device))
         return here, done
 
-    def wait(self, ticket: tuple[Tensor, torch.cuda.Event]) -> Array:
+    def wait(self, ticket: tuple[Tensor, torch.cuda.Event]) -> FloatArray:
         """Wait for the event. The latents are copied, since page-locked memory is scarce."""
         here, done = ticket
         done.synchronize()
-        latents: Array = here.numpy().copy()
+        latents: FloatArray = here.numpy().copy()
         return latents
 
 
@@ -119,7 +116,7 @@ def transport_to(device: str) -> Transport:
     return CudaTransport(device) if device.startswith("cuda") else PlainTransport()
 
 
-class Feed:
+class DevicePipeline:
     """Sends batches through a model in a numeric mode; latents come back in the same order.
 
     Args:
@@ -143,7 +140,7 @@ class Feed:
         self._tickets: deque[Any] = deque()
         self._halved = False  # the device has run out of memory
 
-    def push(self, audio: Array) -> Iterator[Array]:
+    def push(self, audio: FloatArray) -> Iterator[FloatArray]:
         """Queue a batch `[B, C, T]`; give the latents `[B, D, Z]` of earlier ones, or its own.
 
         Where the device's memory does not suffice, this batch and all later ones go in two halves.
@@ -174,7 +171,7 @@ class Feed:
                 self._halved = True
                 return None
 
-    def flush(self) -> Iterator[Array]:
+    def flush(self) -> Iterator[FloatArray]:
         """Give the latents of all batches that are still queued."""
         while self._tickets:
             yield self._transport.wait(self._tickets.popleft())

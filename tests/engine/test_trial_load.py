@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from latentmill.engine import careful
-from latentmill.engine.careful import Trials
+from latentmill.engine import trial_load
+from latentmill.engine.trial_load import Trials
 from latentmill.sources.base import Item
 from support import runs
 
@@ -86,7 +86,7 @@ def test_a_long_item_may_take_longer_than_it_may_be_silent(
 ) -> None:
     assert trials.reason_against(item(tmp_path, 44100)) is None
     server, silence = trials._server, 0.7
-    monkeypatch.setattr(careful, "START_SECONDS", silence - trials._hang_seconds)
+    monkeypatch.setattr(trial_load, "START_SECONDS", silence - trials._hang_seconds)
     path = tmp_path / "long.flac"
     noise = np.random.default_rng(0).uniform(-0.3, 0.3, (48000 * 60, 2))
     soundfile.write(path, np.tile(noise, (15, 1)), 48000)

@@ -2,7 +2,7 @@
 
 A small server process, free of threads and GPUs, has imported the decoders and forks once per
 item, so that a trial costs little more than the decoding. It runs as
-`python -m latentmill.engine.careful FD`.
+`python -m latentmill.engine.trial_load FD`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from latentmill.audio.media import is_remote
 from latentmill.sources.base import Item, Segment
 from latentmill.sources.metadata import read_metadata
 from latentmill.sources.reading import UnitReader
-from latentmill.storage.closing import Closing
+from latentmill.storage.closeable import Closeable
 
 HANG_SECONDS = 120.0
 START_SECONDS = 300.0
@@ -71,7 +71,7 @@ _TRIAL = TypeAdapter(Trial)
 _VERDICT = TypeAdapter(Verdict)
 
 
-class Trials(Closing):
+class Trials(Closeable):
     """Decodes items on trial. A context manager; its server starts with the first trial.
 
     Args:
@@ -134,7 +134,7 @@ class Trials(Closing):
         self._socket, theirs = socket.socketpair()
         with theirs:
             self._server = subprocess.Popen(  # noqa: S603  ourselves
-                [sys.executable, "-m", "latentmill.engine.careful", str(theirs.fileno())],
+                [sys.executable, "-m", "latentmill.engine.trial_load", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

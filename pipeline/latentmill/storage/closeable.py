@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Self
 
 
-class Closing(ABC):
+class Closeable(ABC):
     """Gives itself to a `with`, and closes at its end, whatever happened."""
 
     @abstractmethod
