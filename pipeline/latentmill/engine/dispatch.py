@@ -1,10 +1,11 @@
-"""Which unit a worker slot gets, and what becomes of a unit that is lost. Knows no Ray and no clock.
+"""Which unit a worker slot gets, and what happens to a lost unit. Knows no Ray and no clock.
 
-Longest first, a bounded number per worker slot. A unit whose worker died or failed under it is a suspect:
-it is tried again alone, so that no other unit goes down with it, and carefully the last time (each
-item is decoded on trial first). A unit that was lost with its node is no suspect; it goes to the
-front of the queue, and is given up only after many such losses. A unit that could not be written
-waits for the others, and is tried again a few times; if nothing can be written, it is no use.
+Longest first, a bounded number per worker slot. A unit whose worker died or failed while it had the
+unit is a suspect: it is retried alone, so that it takes no other unit down with it, and for its
+last attempt each of its items is loaded on trial first. A unit that was lost with its node is no
+suspect; it goes to the front of the queue, and is given up only after many such losses. A unit that
+could not be written waits for the others and is retried a few times; if nothing can be written, the
+run ends.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Running units on actors that come and go: who is asked what, and what becomes of the answers.
+"""Runs units on actors that come and go: what each is asked, and what is done with its answer.
 
-Which unit goes where is `Dispatch`'s business, why a worker was lost is `classify`'s. A worker slot is
-given units once its actor has its place in the cluster and its model in memory, so that an actor
-that waits for a node holds up nothing.
+`Dispatch` decides which unit goes where, `classify` why a worker was lost. A worker slot is given
+units once its actor has its place in the cluster and its model in memory, so that an actor that
+waits for a node delays nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,29 @@
-"""The one protocol behind which every autoencoder stands.
+"""The protocol of every autoencoder. A complete model, whose frames are the means of 4 samples:
 
-A model sees chunks: fixed-length windows of samples. All arithmetic between samples and latent
-frames is data on the spec, so that planning and chunking need no model in memory:
+    import torch
+    from latentmill.models.base import Context, ModelSpec
+
+    class Means:
+        spec = ModelSpec(
+            name="means", sample_rate=8000, channels=1, latent_channels=1, hop=4, overhang=0,
+            sample_multiple=4, min_samples=4, context=Context(0, 0), stitch="trim",
+            chunk_frames=2000, overlap_frames=0, batch_size={"cpu": 8, "cuda": 64},
+            scale_factor=1.0, stochastic_decoder=False, identity={"version": 1},
+        )
+
+        def load(self, device):  # a model without weights is its own handle
+            return self
+
+        def encode(self, audio):
+            return audio.unflatten(-1, (-1, 4)).mean(-1)
+
+        def decode(self, latents, num_samples, *, seed=0, positions=None):
+            return latents.repeat_interleave(4, -1)[..., :num_samples]
+
+    factory = Means  # latentmill encode SOURCE STORE --model python:my_module:factory
+
+A model sees chunks: windows of samples of a fixed length. The spec converts between samples and
+latent frames, so that planning and chunking need no model in memory:
 
     frames(T)  = max(1, ceil((T - overhang) / hop))     latent frames of T samples
     samples(n) = n * hop + overhang                     samples that n frames decode to at most

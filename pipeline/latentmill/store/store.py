@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -42,7 +43,9 @@ _CACHED_SHARDS = 8
 _WHOLE_BYTES = 64 << 20
 
 
-def open_store(url: str, *, device: str = "auto", trust_model: bool = False) -> LatentStore:
+def open_store(
+    url: str | os.PathLike[str], *, device: str = "auto", trust_model: bool = False
+) -> LatentStore:
     """Open a store for reading. Committed records only; an unfinished run's store opens too.
 
     Warns with `IncompleteStoreWarning` if the run that writes the store is not complete.
@@ -72,8 +75,10 @@ class LatentStore(StoreDecoder, Shown):
         sealed: Whether it has a dataset.json.
     """
 
-    def __init__(self, url: str, *, device: str = "auto", trust_model: bool = False) -> None:
-        self.storage = Storage(url)
+    def __init__(
+        self, url: str | os.PathLike[str], *, device: str = "auto", trust_model: bool = False
+    ) -> None:
+        self.storage = Storage(os.fspath(url))
         super().__init__(device, trust_model=trust_model)
         self._shard_fields: OrderedDict[str, ShardFields] = OrderedDict()
         self._info = read_seal(self.storage)
