@@ -37,15 +37,15 @@ class Numbered(Protocol):
         ...
 
     @property
-    def seed(self) -> int: ...  # noqa: D102
+    def seed(self) -> int: ...
     @property
-    def sizes(self) -> list[int]: ...  # noqa: D102
+    def sizes(self) -> list[int]: ...
     @property
-    def records(self) -> list[int]: ...  # noqa: D102
+    def records(self) -> list[int]: ...
     @property
-    def lengths(self) -> Ints: ...  # noqa: D102
+    def lengths(self) -> Ints: ...
     @property
-    def digest(self) -> str: ...  # noqa: D102
+    def digest(self) -> str: ...
 
 
 class BatchSampler(Sampler[list[Request]]):
