@@ -37,7 +37,7 @@ from latentmill.plan import (
     read_items,
 )
 from latentmill.plan import files as files_module
-from latentmill.plan.drafting import Cut, cut
+from latentmill.plan.drafting import UnitSize, cut
 from latentmill.plan.plan import Part
 from latentmill.sources.base import ByteRange, Item, Segment, TableCell
 from latentmill.storage.storage import Storage
@@ -70,12 +70,12 @@ ITEM = st.builds(
 )
 ITEMS = st.lists(ITEM, min_size=1, max_size=40, unique_by=lambda item: item.key)
 BLOCKS = st.lists(
-    st.builds(Cut, st.integers(1, 4), st.integers(0, 2**40), st.integers(0, 9)), max_size=60
+    st.builds(UnitSize, st.integers(1, 4), st.integers(0, 2**40), st.integers(0, 9)), max_size=60
 )
 
 
 @given(BLOCKS, st.floats(1, 2**41))
-def test_units_hold_every_block_once_in_order(blocks: list[Cut], limit: float) -> None:
+def test_units_hold_every_block_once_in_order(blocks: list[UnitSize], limit: float) -> None:
     units = list(cut(blocks, limit))
     ends = set(itertools.accumulate(block.items for block in blocks))
     assert set(itertools.accumulate(unit.items for unit in units)) <= ends
@@ -92,7 +92,7 @@ def test_units_hold_every_block_once_in_order(blocks: list[Cut], limit: float) -
         waiting = iter(blocks)
 
 
-def _taken(blocks: Iterator[Cut], items: int) -> Iterator[Cut]:
+def _taken(blocks: Iterator[UnitSize], items: int) -> Iterator[UnitSize]:
     while items > 0:
         block = next(blocks)
         items -= block.items
@@ -104,12 +104,12 @@ def _taken(blocks: Iterator[Cut], items: int) -> Iterator[Cut]:
 def test_a_unit_has_a_bounded_number_of_items(sizes: list[int], most: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drafting, "MAX_UNIT_ITEMS", most)
-        units = list(cut([Cut(1, size, size) for size in sizes], 1e9))
+        units = list(cut([UnitSize(1, size, size) for size in sizes], 1e9))
     assert [unit.items for unit in units[:-1]] == [most] * (len(units) - 1)
     assert units[-1].items <= most
 
 
-def cuts(items: list[Item], cutting: Cutting) -> tuple[Cut, ...]:
+def cuts(items: list[Item], cutting: Cutting) -> tuple[UnitSize, ...]:
     with draft(items, cutting) as drafted:
         return drafted.cuts
 
