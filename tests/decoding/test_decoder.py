@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from latentmill.decoding.decoder import decode_latent
+from latentmill.decoding.decoder import LatentSource, decode_blocks, decode_latent
 from latentmill.encoding.chunks import Chunker, Chunking, Stitcher
 from latentmill.errors import ConfigError
 from latentmill.models.base import Autoencoder, ModelSpec
@@ -176,3 +176,23 @@ def test_unstitched_windows_lie_where_they_belong(step: int, chunks: int, cut: i
     latent = np.zeros((chunks, 16, 8), np.float16)
     audio = decode_latent(Clock(spec), latent, samples, chunking, batch_size=2)
     assert np.abs(audio - np.arange(samples)).max() <= 1e-3
+
+
+@pytest.mark.parametrize(("size", "shared"), [(40, 4), (12, 3)])
+def test_windows_share_frames_even_where_chunks_do_not(size: int, shared: int) -> None:
+    """A quarter of a window, and at most four frames, so that a decoder's edges are blended."""
+    chunking = Chunking("trim", size * 16 - 16, size * 16 - 16, 0)  # overhang is -16
+    assert MODEL.spec.frames(chunking.samples) == size
+    latent = encoded(noise(16 * 500), chunking)
+    reads: list[tuple[int, int]] = []
+
+    def read(start: int, count: int) -> Latent:
+        reads.append((start, count))
+        return latent[:, start : start + count]
+
+    source = LatentSource(latent.shape, read)
+    for _ in decode_blocks(MODEL, source, 16 * 499, chunking):
+        pass
+    step = size - shared
+    last = latent.shape[1] - size
+    assert reads == [(start, size) for start in [*range(0, last, step), last]]

@@ -156,6 +156,25 @@ def test_a_crop_of_the_origin_is_cut_from_the_whole(
     assert np.array_equal(origin.at(total, start).like(crop), part)
 
 
+@pytest.mark.parametrize("stitch", ["trim", "crossfade", None])
+@given(have=st.integers(4, 9), total=st.integers(1, 40), data=st.data())
+def test_after_an_items_end_a_crop_is_a_longer_silence(
+    stitch: str | None, have: int, total: int, data: st.DataObject
+) -> None:
+    """Frames from the end on are those of the silence that ends where the crop does."""
+    silence = np.random.default_rng(have).standard_normal((2, have)).astype(np.float32)
+    chunking = None
+    if stitch is not None:
+        chunking = Chunking(stitch, have * 32, (have - 2) * 32, 2)  # type: ignore[arg-type]
+    origin = Origin(silence, chunking)
+    start = data.draw(st.integers(0, total))
+    frames = data.draw(st.integers(1, total + have))
+    crop = origin.at(total, start).like(np.zeros((2, frames), np.float32))
+    own = origin.of_length(total)[:, start : start + frames]
+    longer = origin.of_length(start + frames)[:, start:]
+    assert np.array_equal(crop, np.concatenate([own, longer[:, own.shape[1] :]], axis=1))
+
+
 @given(arrays(np.float32, (3, 10), elements=st.floats(-2, 2, width=32)))
 def test_a_gain_curve_is_the_affine_encoders_latent_frame_by_frame(curves: np.ndarray) -> None:
     audio = sum(np.repeat(c, 32) * s for c, s in zip(curves, SOUNDS, strict=True))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from latentmill.audio.media import MediaFile, media_from_bytes
 from latentmill.errors import ItemError
-from latentmill.sources import ahead, reading
+from latentmill.sources import prefetch, reading
 from latentmill.sources.base import ByteRange, Item, Segment, TableCell
 from latentmill.sources.prefetch import BYTES_AHEAD, ITEMS_AHEAD, LARGEST, Prefetch, prefetchable
 from latentmill.sources.reading import UnitReader
@@ -104,14 +104,14 @@ def test_bytes_ahead_are_bounded_whatever_the_order(sizes: list[int], random: ob
             most = max(most, sum(reader._sizes.values()))
             reader.let_go(items[number])
         assert not reader._coming
-    assert most <= max(BYTES_AHEAD, ahead.UNKNOWN_SIZE)
+    assert most <= max(BYTES_AHEAD, prefetch.UNKNOWN_SIZE)
     assert sorted(shelf.asked, key=int) == [item.key for item in items]
     shelf.assert_closed()
 
 
 def test_a_size_that_nobody_knew_counts_once_it_is_known() -> None:
     items = [replace(item, size=0) for item in remote([0] * 100)]
-    at_first = BYTES_AHEAD // ahead.UNKNOWN_SIZE
+    at_first = BYTES_AHEAD // prefetch.UNKNOWN_SIZE
     with Prefetch(items, shelf := Shelf(), shelf) as reader:
         reader.open(items[0]).close()
         assert len(reader._coming) <= at_first

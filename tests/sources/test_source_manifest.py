@@ -118,6 +118,15 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     assert item.key == "one"
 
 
+def test_a_later_row_may_lack_a_named_column(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"rec": "one.wav", "at": 2}\n{"rec": "two.wav"}\n')
+    source = ManifestSource(str(path), Columns(path="rec", start="at"))
+    segments = {Path(item.uri).name: item.segment for item in source.items()}
+    assert segments == {"one.wav": Segment(2, None), "two.wav": None}
+    assert not source.ignored
+
+
 def test_a_duration_without_a_start_is_a_length(tmp_path: Path) -> None:
     rows = [
         {"audio_filepath": "a.wav", "duration": 3.25, "text": "nemo"},

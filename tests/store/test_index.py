@@ -58,3 +58,8 @@ def test_every_key_is_found_in_order(units: list[list[str]], absent: str) -> Non
                 assert entry.length == 2 * math.prod(entry.shape)
                 assert entry.hash == 2**64 - 1 - place
                 assert entry.shape == ((place,) if place % 2 else ()) + (2, place + 3)
+
+
+def test_a_commit_counts_its_items_by_status() -> None:
+    made = commit(3, ["a", "b", "c"])
+    assert (made.count("encoded"), made.count("failed"), made.count("skipped")) == (3, 1, 0)

@@ -1,4 +1,4 @@
-"""Batches through a feed: the same latents in the same order, and when it waits for them."""
+"""Batches through a device pipeline: equal latents in the same order, and when it waits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentmill.models.families import mdct
-from latentmill.models.inference import feed as feed_module
+from latentmill.models.inference import device_pipeline
 from latentmill.models.inference.device_pipeline import (
     CHANGES_UNTIL_TRIM,
     DevicePipeline,
@@ -48,38 +48,38 @@ def batches(count: int) -> list[FloatArray]:
 @given(count=st.integers(0, 6), ahead=st.integers(0, 3))
 def test_latents_are_the_model_s_in_order(count: int, ahead: int) -> None:
     audio = batches(count)
-    feed = DevicePipeline(MODEL, transport=SlowTransport(ahead))
-    latents = [z for batch in audio for z in feed.push(batch)]
+    pipeline = DevicePipeline(MODEL, transport=SlowTransport(ahead))
+    latents = [z for batch in audio for z in pipeline.push(batch)]
     assert len(latents) == max(0, count - ahead)
-    latents += feed.flush()
-    assert list(feed.flush()) == []
+    latents += pipeline.flush()
+    assert list(pipeline.flush()) == []
     for batch, z in zip(audio, latents, strict=True):
         assert np.array_equal(z, MODEL.encode(torch.from_numpy(batch)).numpy())
 
 
 def test_a_batch_is_queued_before_the_one_ahead_is_awaited() -> None:
     transport = SlowTransport(ahead=1)
-    feed = DevicePipeline(MODEL, transport=transport)
+    pipeline = DevicePipeline(MODEL, transport=transport)
     for batch in batches(3):
-        list(feed.push(batch))
-    list(feed.flush())
+        list(pipeline.push(batch))
+    list(pipeline.flush())
     queue = ["send", "fetch"]
     assert transport.log == [*queue, *queue, "wait", *queue, "wait", "wait"]
 
 
 def test_on_a_cpu_each_batch_comes_back_at_once() -> None:
-    feed = DevicePipeline(MODEL)
-    assert [len(list(feed.push(batch))) for batch in batches(3)] == [1, 1, 1]
+    pipeline = DevicePipeline(MODEL)
+    assert [len(list(pipeline.push(batch))) for batch in batches(3)] == [1, 1, 1]
 
 
 def test_batches_of_changing_shapes_do_not_pile_up_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     trims: list[int] = []
-    monkeypatch.setattr(feed_module, "trim_memory", lambda: trims.append(1))
+    monkeypatch.setattr(device_pipeline, "trim_memory", lambda: trims.append(1))
     monkeypatch.setattr(PlainTransport, "_shape", None)
     monkeypatch.setattr(PlainTransport, "_changes", 0)
     same, other = np.zeros((1, 1, 160), np.float32), np.zeros((1, 1, 320), np.float32)
     for _ in range(100):
-        list(DevicePipeline(MODEL).push(same))  # each unit has a feed of its own
+        list(DevicePipeline(MODEL).push(same))  # each unit has a pipeline of its own
     assert not trims  # holes of one size are filled again
     for _ in range(CHANGES_UNTIL_TRIM):
         list(DevicePipeline(MODEL).push(other))
@@ -108,8 +108,8 @@ def test_the_numeric_mode_is_the_model_s_alone() -> None:
 def test_a_gpu_gives_what_the_cpu_gives() -> None:
     model = mdct.build(hop=16, sample_rate=800).load("cuda")
     audio = batches(5)
-    feed = DevicePipeline(model, "cuda")
-    latents = [*(z for batch in audio for z in feed.push(batch)), *feed.flush()]
+    pipeline = DevicePipeline(model, "cuda")
+    latents = [*(z for batch in audio for z in pipeline.push(batch)), *pipeline.flush()]
     for batch, z in zip(audio, latents, strict=True):
         assert np.allclose(z, MODEL.encode(torch.from_numpy(batch)).numpy(), atol=1e-5)
 
@@ -134,19 +134,19 @@ class SmallMemory:
 def test_a_device_that_runs_out_of_memory_gets_half_batches_from_then_on(elements: int) -> None:
     audio = [np.repeat(batch, [2, 3], axis=0) for batch in batches(3)]  # 5 elements
     model = SmallMemory(elements)
-    feed = DevicePipeline(model, transport=SlowTransport(1))
+    pipeline = DevicePipeline(model, transport=SlowTransport(1))
     if elements == 2:
         with pytest.raises(torch.OutOfMemoryError):
-            list(feed.push(audio[0]))
+            list(pipeline.push(audio[0]))
         assert model.sizes == [5, 3]  # once, and no more
         return
-    latents = [z for batch in audio for z in (*feed.push(batch),)] + list(feed.flush())
+    latents = [z for batch in audio for z in (*pipeline.push(batch),)] + list(pipeline.flush())
     for batch, z in zip(audio, latents, strict=True):
         assert np.allclose(z, MODEL.encode(torch.from_numpy(batch)).numpy(), atol=1e-6)
     assert model.sizes == ([5] * 3 if elements == 5 else [5, 3, 2, 3, 2, 3, 2])
 
 
 def test_one_element_cannot_be_halved() -> None:
-    feed = DevicePipeline(SmallMemory(0))
+    pipeline = DevicePipeline(SmallMemory(0))
     with pytest.raises(torch.OutOfMemoryError):
-        list(feed.push(batches(1)[0][:1]))
+        list(pipeline.push(batches(1)[0][:1]))
