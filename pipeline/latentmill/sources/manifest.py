@@ -21,6 +21,7 @@ from fsspec.utils import infer_compression
 
 from latentmill.audio.media import path_of_file_url
 from latentmill.errors import SourceError
+from latentmill.redact import may_hold_secrets
 from latentmill.remote import cause_of, refuse_secrets, storage_errors
 from latentmill.sources import lhotse
 from latentmill.sources.address import segment_text
@@ -217,7 +218,9 @@ class ManifestSource:
         chain = "://" in path and "::" in path
         if chain or "\0" in path or not is_text(path):
             raise SourceError(f"Manifest {self.uri} has no plain path or URL in {place}: {path!r}.")
-        if path.startswith("//") or any(mark in path for mark in "?@;#"):
+        _, is_url, rest = path.partition("://")
+        marked = any(mark in path for mark in "?@;#")
+        if path.startswith("//") or marked or (is_url and may_hold_secrets(rest)):
             refuse_secrets(f"Manifest {self.uri}, {place}: URL", path, SourceError)
         if path.startswith("file://"):
             path = path_of_file_url(path)
