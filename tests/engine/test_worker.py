@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from latentmill.chunks import Chunking
-from latentmill.config import fingerprint, fingerprint_document, load_config
+from latentmill.config import fingerprint_document, load_config
 from latentmill.engine.job import make_job
 from latentmill.engine.worker import Job, Stopped, Worker
+from latentmill.fingerprint import fingerprint
 from latentmill.models import registry
 from latentmill.plan import Cutting, Plan, draft, freeze
 from latentmill.sources.folder import FolderSource

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentmill.chunks import Chunking
-from latentmill.config import fingerprint, fingerprint_document, load_config
+from latentmill.config import fingerprint_document, load_config
 from latentmill.errors import ModelError
+from latentmill.fingerprint import fingerprint
 from latentmill.meter import Meter
 from latentmill.models import weights
 from latentmill.models.base import Autoencoder, Channels, ModelHandle, ModelSpec

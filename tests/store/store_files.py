@@ -12,7 +12,8 @@ import soundfile
 import torch
 
 from latentmill.chunks import Chunking
-from latentmill.config import RunConfig, fingerprint, fingerprint_document
+from latentmill.config import RunConfig, fingerprint_document
+from latentmill.fingerprint import fingerprint
 from latentmill.meter import Meter
 from latentmill.models import registry
 from latentmill.plan import Cutting, Plan, draft, freeze, read_items

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from latentmill.config import fingerprint
+from latentmill.fingerprint import fingerprint
 from latentmill.plan import Cutting, Plan, Unit, draft, freeze, load, read_items
 from latentmill.record import Outcome, Record
 from latentmill.sources.base import Item

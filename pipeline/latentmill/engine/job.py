@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import fields
 
 from latentmill.chunks import Chunking
-from latentmill.config import RunConfig, fingerprint
+from latentmill.config import RunConfig
 from latentmill.engine.worker import Job
+from latentmill.fingerprint import fingerprint
 from latentmill.models.base import ModelHandle
 from latentmill.models.batch import check_batch
 from latentmill.plan import Plan
