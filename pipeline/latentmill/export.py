@@ -21,6 +21,7 @@ import xxhash
 from latentmill.engine.lease import LEASE_PATH
 from latentmill.engine.lock import LOCK_PATH, only_run
 from latentmill.errors import ConfigError, StorageError, StoreError
+from latentmill.listen import LONGEST_NAME
 from latentmill.ops import fit
 from latentmill.plan import PLAN, Plan, copy, load
 from latentmill.record import Outcome, Record, time_major_bytes
@@ -46,9 +47,6 @@ CONFIG_PATH = "dataset_config.json"
 DETAILS_PATH = "details.json"
 SILENCE_PATH = "silence.npy"
 FILES_PATH = "filelist.txt"
-
-LONGEST_NAME = 255
-"""Bytes of a file's name, on all common file systems."""
 
 
 class Target(StrEnum):
