@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from latentmill.chunks import Chunking
 from latentmill.decode import LatentSource, decode_blocks, decode_latent
 from latentmill.errors import ConfigError, StorageError
-from latentmill.listen import fitted, mixed, file_name, write_audio
+from latentmill.listen import file_name, fitted, mixed, write_audio
 from latentmill.models import mdct
 from latentmill.ops import Origin, fit, mix
 from latentmill.store import store as store_module
