@@ -11,12 +11,12 @@ import pytest
 from latentmill.config import (
     OPERATIONAL,
     RunConfig,
-    fingerprint,
     fingerprint_document,
     load_config,
 )
 from latentmill.encoding.chunks import Chunking
 from latentmill.errors import ConfigError
+from latentmill.fingerprint import fingerprint
 from latentmill.models import registry
 
 BASE: dict[str, Any] = {"source": "/music", "out": "/latents"}

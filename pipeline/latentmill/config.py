@@ -7,8 +7,6 @@ configuration less `OPERATIONAL`, the settings that only change how fast or wher
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -297,12 +295,6 @@ def fingerprint_document(
             if name not in OPERATIONAL and name not in resolved
         },
     }
-
-
-def fingerprint(document: Mapping[str, Any]) -> str:
-    """The hash of a fingerprint document: 32 hex digits of its SHA-256."""
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def version_difference(stored: Mapping[str, Any]) -> str | None:

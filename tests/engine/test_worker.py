@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentmill.config import fingerprint, fingerprint_document, load_config
+from latentmill.config import fingerprint_document, load_config
 from latentmill.encoding.chunks import Chunking
 from latentmill.engine.job import make_job
 from latentmill.engine.worker import Job, Stopped, Worker
+from latentmill.fingerprint import fingerprint
 from latentmill.models import registry
 from latentmill.plan import Cutting, Plan, draft, freeze
 from latentmill.sources.folder import FolderSource

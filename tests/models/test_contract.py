@@ -16,13 +16,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentmill.config import fingerprint, fingerprint_document, load_config
+from latentmill.config import fingerprint_document, load_config
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.encoder import UnitEncoder
 from latentmill.encoding.timings import Meter
 from latentmill.encoding.unit_audio import Decoding, EncodeSettings, LocalAudio
 from latentmill.errors import ModelError
 from latentmill.evaluate.metrics import additivity, homogeneity
+from latentmill.fingerprint import fingerprint
 from latentmill.models import weights
 from latentmill.models.base import Autoencoder, Channels, ModelHandle, ModelSpec
 from latentmill.models.registry import resolve

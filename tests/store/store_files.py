@@ -11,11 +11,12 @@ import numpy as np
 import soundfile
 import torch
 
-from latentmill.config import RunConfig, fingerprint, fingerprint_document
+from latentmill.config import RunConfig, fingerprint_document
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.encoder import UnitEncoder
 from latentmill.encoding.timings import Meter
 from latentmill.encoding.unit_audio import Decoding, EncodeSettings, LocalAudio
+from latentmill.fingerprint import fingerprint
 from latentmill.models import registry
 from latentmill.plan import Cutting, Plan, draft, freeze, read_items
 from latentmill.record import Record

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from latentmill.config import RunConfig, fingerprint
+from latentmill.config import RunConfig
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.unit_audio import EncodeSettings
 from latentmill.engine.worker import Job
+from latentmill.fingerprint import fingerprint
 from latentmill.models.base import ModelHandle
 from latentmill.models.inference.batch import check_batch
 from latentmill.plan import Plan

@@ -54,6 +54,9 @@ class Watcher(Protocol):
     def note(self, text: str) -> None:
         """A message for people."""
 
+    def interrupted(self) -> None:
+        """The run was interrupted, and the workers are told to stop."""
+
     def workers(self, ready: int, starting: int) -> None:
         """Number of ready and starting workers changed."""
 
@@ -126,6 +129,9 @@ class Scheduler:
                 self._fill()
                 self._wait()
                 self._look_after()
+        except KeyboardInterrupt:
+            self._watcher.interrupted()
+            raise
         finally:
             self._dismiss()
         if self._dispatch.failed:

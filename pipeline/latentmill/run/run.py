@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from latentmill.config import RunConfig, fingerprint, load_config
+from latentmill.config import RunConfig, load_config
 from latentmill.engine.lock import Hold, only_run
 from latentmill.engine.progress import Progress, QuietProgress
 from latentmill.errors import ITEMS_FAILED_EXIT_CODE, SourceError, StoreError
+from latentmill.fingerprint import fingerprint
 from latentmill.plan import Plan, Unit, check_items
 from latentmill.run.options import EncodeOptions
 from latentmill.run.prepare import Extension, Preparation, listed, planned, prepare

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from latentmill.config import fingerprint
 from latentmill.errors import StorageError
+from latentmill.fingerprint import fingerprint
 from latentmill.plan import Plan
 from latentmill.storage.storage import Storage
 from latentmill.store.card import write_card

@@ -12,9 +12,9 @@ import numpy as np
 import xxhash
 
 from latentmill.audio import open_audio, prepare
-from latentmill.config import fingerprint
 from latentmill.decoding.decoder import Audio
 from latentmill.errors import ItemError, LatentmillError, StorageError, StoreError
+from latentmill.fingerprint import fingerprint
 from latentmill.models.inference.precision import numeric_mode
 from latentmill.plan import Unit, check_items, iter_keys, iter_units
 from latentmill.record import Record
