@@ -137,8 +137,9 @@ def sound(signal: np.ndarray, rate: int, container: str = "WAV", subtype: str = 
     """Any signal `[n]` or `[n, C]` through soundfile."""
     target, channels = io.BytesIO(), 1 if signal.ndim == 1 else signal.shape[1]
     with sf.SoundFile(target, "w", rate, channels, subtype, format=container) as output:
-        for start in range(0, len(signal), 65536):  # a minute of Vorbis at once overruns the stack
-            output.write(signal[start : start + 65536])
+        step = 65536 // max(2, channels)  # a minute of Vorbis at once overruns the stack
+        for start in range(0, len(signal), step):
+            output.write(signal[start : start + step])
     return target.getvalue()
 
 

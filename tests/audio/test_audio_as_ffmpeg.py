@@ -1,8 +1,9 @@
 """Loading gives what FFmpeg gives, or a failure that says why: files that were refused though they
 are whole, and files that lost samples in silence.
 
-The right values come from `ffmpeg -i FILE -f f32le -`, of Vorbis from `oggdec`. An edit list that
-ends within the last frame of AAC ends the audio there, as in FFmpeg 9; earlier ones give the frame.
+The right values come from `ffmpeg -i FILE -f f32le -`, of Vorbis from `oggdec`. Where an edit list
+or the tables of an MP4 end the audio within its last frame, it ends there; FFmpeg before version 9
+gives the whole frame, the encoder's padding included.
 """
 
 from __future__ import annotations
@@ -99,13 +100,15 @@ def vorbis(length: int = LENGTH) -> bytes:
 WHOLE: dict[str, tuple[Callable[[], bytes], int]] = {
     "edit list rounded to milliseconds": (lambda: aac(length=130_048), 130_048),
     "edit list seconds longer": (lambda: with_promise(aac(), 2000), 133_120),
+    "421 samples": (lambda: aac(length=421), 421),
+    "421 samples, QuickTime": (lambda: aac("mov", length=421), 421),
     "no edit list": (lambda: aac(use_editlist="0"), 133_324),
     "fragments": (lambda: aac(movflags="+frag_keyframe+empty_moov"), 134_144),
     "fragments for DASH": (lambda: aac(movflags="+dash", frag_duration="1000000"), 134_144),
     "QuickTime": (lambda: aac("mov"), 132_300),
     "3GP": (lambda: aac("3gp"), 132_300),
     "Matroska": (lambda: aac("matroska"), 133_120),
-    "AC-3 in MP4": (lambda: in_mp4("ac3", 48_000), 144_096),
+    "AC-3 in MP4": (lambda: in_mp4("ac3", 48_000), 144_128),
     "MP3 in MP4": (lambda: in_mp4("libmp3lame", RATE), 132_300),
     "MP3 in WAV": (lambda: with_pyav(music(LENGTH), RATE, "libmp3lame", "wav", {}), 133_632),
     "Opus from 100 s on": (lambda: moved(opus(), 4_800_000), 144_000),

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentmill.decoding.decoder import LatentSource, decode_blocks, decode_latent
-from latentmill.decoding.files import fitted, mixed, write_audio
+from latentmill.decoding.files import file_name, fitted, mixed, write_audio
 from latentmill.encoding.chunks import Chunking
 from latentmill.errors import ConfigError, StorageError
 from latentmill.models.families import mdct
@@ -201,3 +201,11 @@ def test_a_file_name_as_long_as_allowed_is_written(tmp_path: Path) -> None:
     path = tmp_path / ("x" * 251 + ".wav")
     write_audio(path, [np.zeros((1, 10), np.float32)], sample_rate=8000, channels=1, num_samples=10)
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("key", ["a/b", "../a//./b", f"{'y' * 300}/{'z' * 300}", "\u00e9" * 200])
+def test_each_part_of_a_key_becomes_a_name_that_file_systems_take(key: str) -> None:
+    name, other = file_name(key, ".flac"), file_name(f"{key}2", ".flac")
+    assert name != other
+    assert name.endswith(".flac")
+    assert all(0 < len(part.encode()) <= 255 and part != ".." for part in name.split("/"))

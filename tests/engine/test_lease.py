@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import pickle
 import subprocess
 import threading
 import time
@@ -261,6 +262,14 @@ def test_files_that_runs_replace_are_written_where_versions_cannot_be_compared()
             for data in (b"1", b"2"):
                 lease.storage.write(path, data)
                 assert storage.read(path) == data
+
+
+def test_what_checks_the_lease_is_not_replaced_by_a_copy_that_does_not() -> None:
+    with (
+        hold(Storage(f"memory://{uuid.uuid4().hex}/latents"), QUICK) as lease,
+        pytest.raises(TypeError, match="cannot be pickled"),
+    ):
+        pickle.dumps(lease.storage)
 
 
 def test_a_beat_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

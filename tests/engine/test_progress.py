@@ -259,6 +259,23 @@ def test_a_bar_says_that_a_unit_was_lost() -> None:
     assert "60.0x  0:10 left" in stream.getvalue()
 
 
+@pytest.mark.parametrize(("begun", "shown"), [(True, "  0%  0.000/0.333 h"), (False, "starting")])
+def test_a_bar_is_not_drawn_again_after_an_interrupt(begun: bool, shown: str) -> None:
+    stream, clock = io.StringIO(), Clock()
+    console = Console(file=stream, force_terminal=True, width=80)
+    tracker = tracked(BarProgress(console, clock), clock)
+    if begun:
+        clock.now += 10
+        tracker.tick({0: UnitProgress(270.0, 300.0, 4)})
+    tracker.interrupted()
+    seen = stream.getvalue()
+    tracker.tick({0: UnitProgress(280.0, 300.0, 4)})
+    tracker.end()
+    assert stream.getvalue() == seen
+    assert "interrupted: stopping the workers" in seen
+    assert shown in seen.replace("\x1b[?25h", "").splitlines()[-1]
+
+
 def test_json_has_an_object_per_line() -> None:
     stream, clock = io.StringIO(), Clock()
     progress = JsonProgress(stream, clock)

@@ -106,6 +106,21 @@ def test_a_unit_that_cannot_be_written_fails_and_the_others_do_not(
     assert {name: data for name, data in runs.commits(store).items() if name in done} == done
 
 
+def test_an_interrupt_is_noted_before_the_workers_stop(
+    songs: Path, tmp_path: Path, ray_session: Path
+) -> None:
+    class Interrupting(Ear):
+        def workers(self, ready: int, starting: int) -> None:
+            if ready:
+                raise KeyboardInterrupt
+
+    ear = Interrupting()
+    with pytest.raises(KeyboardInterrupt):
+        encode(songs, tmp_path / "store", ear)
+    assert ear.notes == ["interrupted: stopping the workers"]
+    assert not (tmp_path / "store/tmp").exists()
+
+
 @pytest.mark.parametrize(
     ("trouble", "seconds_without_progress", "reason"),
     [

@@ -399,3 +399,19 @@ def test_a_name_that_no_file_can_have_is_left_out_and_the_rest_written(
     assert f"{len(store) - 1} records" in result.out
     assert long in result.out
     assert len(list(dest.rglob("*.npy"))) == len(store) - 1 + len(["silence.npy"])
+
+
+def test_keys_that_are_too_long_for_a_wav_are_decoded_to_shorter_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    keys = ["x" * 251 + "1", "x" * 251 + "2", "\u00e9" * 126]  # with `.au` as long as allowed
+    for key in keys:
+        soundfile.write(folder / f"{key}.au", np.zeros(9000), 8000)
+    store = write_store(str(tmp_path / "store"), folder)
+    result = runs.call(capsys, "decode", store.url, "--all", "-o", tmp_path / "out")
+    assert result.code == 0, result.err
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert len(names) == len(keys)
+    assert [name[:100] for name in names] == ["x" * 100, "x" * 100, "\u00e9" * 100]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 import warnings
@@ -257,11 +258,15 @@ def test_what_samplers_cannot_be_is_said(url: str, one_sentence) -> None:
     for wrong in ("item/00003", 1.0):
         with pytest.raises(ConfigError, match="read by number"):
             dataset[wrong]  # type: ignore[index]
+    for mixed in ([(0, 1, 2), 3], [3, (0, 1, 2)], [(0, 1), (2, 3), (4, 5)], [(0, 1, 2.5)]):
+        with pytest.raises(ConfigError) as error:
+            dataset.__getitems__(mixed)
+        one_sentence(error.value)
 
 
 def segments() -> set[str]:
-    folder = Path("/dev/shm")
-    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    """Torch's named memory of this process; other processes may run tests too."""
+    return {path.name for path in Path("/dev/shm").glob(f"torch_{os.getpid()}_*")}
 
 
 def test_no_named_shared_memory_stays(url: str) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from latentmill.encoding.fingerprint import fingerprint
-from latentmill.plan import Cutting, Plan, draft, freeze, read_items
+from latentmill.plan import Cutting, Plan, Unit, draft, freeze, load, read_items
 from latentmill.record import Outcome, Record
 from latentmill.sources.base import Item
 from latentmill.storage.storage import Storage
-from latentmill.store.commit import write_commit, write_unit
+from latentmill.store.commit import next_revisions, write_commit, write_unit
 from latentmill.store.seal import seal, write_origin
 from latentmill.store.store import LatentStore
+from latentmill.store.tidy import tidy
 
 RATE, HOP = 44100, 4096
 
@@ -27,6 +29,43 @@ def latent_of(number: int, frames: int, channels: int = 4) -> np.ndarray:
     time = np.arange(frames, dtype=np.float64) % 1024
     values = (number % 32) + time[None] / 1024 + np.arange(channels)[:, None] * 64
     return values.astype(np.float16)
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """What the items of a store are, by their number."""
+
+    lengths: Sequence[int]
+    channels: int = 4
+    latents: Sequence[np.ndarray] | None = None
+    metadata: Sequence[Mapping[str, Any]] | None = None
+    failed: Sequence[int] = ()
+
+    def outcome(self, item: Item) -> Outcome:
+        """What becomes of an item."""
+        number = int(item.key[-5:])
+        if number in self.failed:
+            return Outcome(item.key, "failed", reason="made up")
+        return Outcome(item.key, "encoded", record=self._record(number, item))
+
+    def _record(self, number: int, item: Item) -> Record:
+        length = self.lengths[number]
+        made = latent_of(number, length, self.channels)
+        return Record(
+            key=item.key,
+            latent=self.latents[number] if self.latents else made,
+            num_samples=length * HOP - 7,
+            sample_rate=RATE,
+            source_uri=item.uri,
+            source_sample_rate=48000,
+            source_channels=2,
+            content_hash="xxh3:0",
+            rms=0.1,
+            peak=0.5,
+            group=f"group {number // 4}",
+            role=("drums", "bass", "vocals", "other")[number % 4],
+            metadata=self.metadata[number] if self.metadata else {"number": number},
+        )
 
 
 def write_latents(
@@ -62,35 +101,48 @@ def write_latents(
     origin = np.full((channels, 16), 0.5, np.float32)
     origin[:, 0], origin[:, -1] = 0.25, 0.75
     write_origin(storage, origin)
+    made_up = MadeUp(lengths, channels, latents, metadata)
     for unit in plan.units:
-        outcomes = []
-        for place, item in enumerate(read_items(storage, unit), unit.number * per_unit):
-            latent = latents[place] if latents else latent_of(place, lengths[place], channels)
-            record = Record(
-                key=item.key,
-                latent=latent,
-                num_samples=lengths[place] * HOP - 7,
-                sample_rate=RATE,
-                source_uri=item.uri,
-                source_sample_rate=48000,
-                source_channels=2,
-                content_hash="xxh3:0",
-                rms=0.1,
-                peak=0.5,
-                group=f"group {place // 4}",
-                role=("drums", "bass", "vocals", "other")[place % 4],
-                metadata=metadata[place] if metadata else {"number": place},
-            )
-            outcomes.append(Outcome(item.key, "encoded", record=record))
-        commit = write_unit(
-            storage,
-            unit.name,
-            outcomes,
-            format_name=format_name,
-            fingerprint=fingerprint(document),
-            info={"model": made, "dtype": "float16"},
-        )
-        write_commit(storage, commit, {"total_seconds": 1.0})
+        _write_unit(storage, plan, unit, made_up)
     if sealed:
         seal(storage, plan)
     return LatentStore(url, device="cpu")
+
+
+def write_again(
+    url: str, units: Sequence[int], latents: Sequence[np.ndarray], *, failed: Sequence[int] = ()
+) -> LatentStore:
+    """Write the next revision of some units, seal, and remove what was superseded, as runs do.
+
+    Args:
+        url: A store of `write_latents`.
+        units: The units.
+        latents: The latents of all items of the store, as they are to be.
+        failed: The numbers of items that fail now.
+    """
+    storage = Storage(url)
+    plan = load(storage)
+    assert plan is not None
+    lengths = [latent.shape[-1] for latent in latents]
+    made_up = MadeUp(lengths, latents=latents, failed=failed)
+    revisions = next_revisions(storage)
+    for number in units:
+        unit = plan.units[number]
+        _write_unit(storage, plan, replace(unit, revision=revisions[unit.name]), made_up)
+    seal(storage, plan)
+    tidy(storage)
+    return LatentStore(url, device="cpu")
+
+
+def _write_unit(storage: Storage, plan: Plan, unit: Unit, made_up: MadeUp) -> None:
+    outcomes = map(made_up.outcome, read_items(storage, unit))
+    commit = write_unit(
+        storage,
+        unit.name,
+        outcomes,
+        format_name=plan.format,
+        fingerprint=fingerprint(plan.fingerprint),
+        info={"model": plan.fingerprint["model"], "dtype": "float16"},
+        revision=unit.revision,
+    )
+    write_commit(storage, commit, {"total_seconds": 1.0})

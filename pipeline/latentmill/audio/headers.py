@@ -141,8 +141,20 @@ def _pcm_frame_bytes(fmt: bytes, order: str) -> int:
     return block_align if tag in (1, 3, 6, 7) else 0
 
 
-def _w64(media: MediaFile) -> Shortage | None:
-    """Sony Wave64: 16-byte names, 64-bit sizes that count the header, padded to 8 bytes."""
+@dataclass(frozen=True)
+class W64Data:
+    """The data chunk of a Wave64 file: its samples are None if they have no fixed size."""
+
+    start: int
+    size: int
+    samples: int | None
+
+
+def find_w64_data(media: MediaFile) -> W64Data | None:
+    """Sony Wave64: 16-byte names, 64-bit sizes that count the header, padded to 8 bytes.
+
+    None if there is no data chunk, or if its size is not known.
+    """
     at, frame_bytes = 40, 0
     for _ in range(_MAX_CHUNKS):
         head = media.read_at(at, 24)
@@ -155,9 +167,14 @@ def _w64(media: MediaFile) -> Shortage | None:
             if size <= 24 or size >> 63:
                 return None
             samples = (size - 24) // frame_bytes if frame_bytes else None
-            return _beyond(media, at + 24, size - 24, samples)
+            return W64Data(at + 24, size - 24, samples)
         at += max(size + 7 & ~7, 24)
     return None
+
+
+def _w64(media: MediaFile) -> Shortage | None:
+    data = find_w64_data(media)
+    return None if data is None else _beyond(media, data.start, data.size, data.samples)
 
 
 def _aiff(media: MediaFile) -> Shortage | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from latentmill.audio.media import MediaFile
 
@@ -20,7 +20,10 @@ _REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 @dataclass(frozen=True)
 class Page:
-    """A page: `granule` is the number of samples up to its end, -1 if no packet ends on it."""
+    """A page: `granule` is the number of samples up to its end, -1 if no packet ends on it.
+
+    `whole` is whether its checksum is right, where that was compared.
+    """
 
     flags: int
     granule: int
@@ -28,6 +31,7 @@ class Page:
     sequence: int
     checksum: int
     data: bytes
+    whole: bool = True
 
 
 def find_cut(media: MediaFile) -> str | None:
@@ -127,8 +131,8 @@ def _pages(media: MediaFile, offset: int) -> Iterator[tuple[int, Page]]:
         at += len(page.data)
 
 
-def whole_pages(media: MediaFile) -> Iterator[Page]:
-    """The pages whose checksum is right, whatever lies between them."""
+def all_pages(media: MediaFile) -> Iterator[Page]:
+    """What looks like a page, whatever lies between, also those whose checksum is wrong."""
     start = 0
     while window := media.read_at(start, _WINDOW):
         at = window.find(b"OggS\0")
@@ -136,8 +140,8 @@ def whole_pages(media: MediaFile) -> Iterator[Page]:
         while at >= 0 and (last or len(window) - at >= _MAX_PAGE):
             page = _page(window, at)
             whole = page is not None and _checksum(page.data) == page.checksum
-            if page is not None and whole:
-                yield page
+            if page is not None:
+                yield replace(page, whole=whole)
             at = window.find(b"OggS\0", at + (len(page.data) if page and whole else 1))
         if last:
             return

@@ -11,7 +11,7 @@ import itertools
 from dataclasses import dataclass
 
 from latentmill.audio.media import MediaFile
-from latentmill.audio.ogg import Packets, first_packets, last_granules
+from latentmill.audio.ogg import first_packets, last_granules
 
 _MODE_BITS = 41
 _LONGEST_BLOCK = 8192
@@ -47,7 +47,7 @@ def read_start(media: MediaFile, offset: int) -> Start | None:
     found = first_packets(media, offset, headers=3)
     if found is None or len(found.headers) < 3 or not found.packets:
         return None
-    sizes = _block_sizes(found)
+    sizes = block_sizes(found.headers)
     if sizes is None:
         return None
     blocks, mask = [], (1 << (len(sizes) - 1).bit_length()) - 1
@@ -73,9 +73,23 @@ def last_safe_seek(media: MediaFile, start: Start) -> int:
     return max(0, granules[-2] - _LONGEST_BLOCK - max(0, start.granule - start.samples))
 
 
-def _block_sizes(found: Packets) -> list[int] | None:
+def given_by(packet: bytes, sizes: list[int]) -> int:
+    """Samples that an audio packet gives by itself and the one before it.
+
+    A long block knows the size of the one before; before a short one another is supposed.
+    """
+    bits = (len(sizes) - 1).bit_length()
+    mode = packet[0] >> 1 & (1 << bits) - 1
+    size = sizes[mode] if mode < len(sizes) else min(sizes)
+    before = size if size == min(sizes) or packet[0] >> 1 + bits & 1 else min(sizes)
+    return (size + before) // 4
+
+
+def block_sizes(headers: list[bytes]) -> list[int] | None:
     """The block size of each mode. Modes end the setup header, so they are read backwards."""
-    identification, _, setup = found.headers
+    if len(headers) < 3:
+        return None
+    identification, _, setup = headers[:3]
     if len(identification) < 29:
         return None
     short, long = 1 << (identification[28] & 15), 1 << (identification[28] >> 4)

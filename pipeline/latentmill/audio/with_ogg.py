@@ -8,13 +8,62 @@ page, so it says where the page lies in time.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import av
 import numpy as np
 
-from latentmill.audio.ogg import packets_of, whole_pages
+from latentmill.audio import vorbis
+from latentmill.audio.ogg import Page, all_pages, packets_of
 from latentmill.audio.with_pyav import AV_ERRORS, PyAVDecoder, silence
 from latentmill.record import FloatArray
+
+_LONGEST_PACKET = 5760
+"""Samples of an Opus packet; one of Vorbis gives 4,096 at most."""
+
+
+@dataclass
+class _TimeLine:
+    """Where pages lie in time.
+
+    Attributes:
+        begin: What the granule position counts before the first sample: Opus's pre-skip.
+        origin: The granule position of the first sample, when it is known.
+        last: The granule position of the last whole page.
+    """
+
+    begin: int
+    origin: int | None = None
+    last: int | None = None
+
+    def place(self, page: Page, held: tuple[int, int], lost: int, before: int | None) -> int:
+        """The sample at which the samples of a page begin.
+
+        A granule position counts to the end of its page. The last one may count less than the page
+        holds, so that page is placed by the one before if it is known where that ends.
+
+        Args:
+            page: The page.
+            held: Its samples, and samples of one of its packets.
+            lost: How many pages are missing before it.
+            before: Where, by its own header, the damaged page before it ends.
+        """
+        samples, each = held
+        if self.origin is None:
+            self.origin = page.granule - samples
+            # If the first pages are lost, the audio began at 0, unless that is too long ago.
+            if 0 <= self.origin - self.begin <= lost * 255 * each:
+                self.origin = self.begin
+        start = page.granule - samples
+        if (
+            lost
+            and page.flags & 4
+            and before is not None
+            and start <= before <= start + _LONGEST_PACKET
+        ):
+            start = before
+        self.last = page.granule
+        return start - self.origin
 
 
 class OggPageDecoder(PyAVDecoder):
@@ -24,32 +73,53 @@ class OggPageDecoder(PyAVDecoder):
         """Yield blocks `[n, C]`; see `Decoder`."""
         codec = av.CodecContext.create(self._stream.codec.name, "r")
         assert isinstance(codec, av.AudioCodecContext)
-        codec.extradata, codec.layout = self._stream.codec_context.extradata, self._layout
+        extradata = self._stream.codec_context.extradata
+        codec.extradata, codec.layout = extradata, self._layout
         codec.sample_rate = self._stream.codec_context.sample_rate
         packer = av.AudioResampler("flt", self._layout, self.info.sample_rate)
-        origin, done, rest, sequence, serial, lost = None, 0, b"", None, None, False
-        for page in whole_pages(self._media):
-            serial = page.serial if serial is None else serial
-            if page.serial != serial:
+        opus = self._format == "ogg-opus"
+        time = _TimeLine(int.from_bytes((extradata or b"")[10:12], "little") if opus else 0)
+        done, rest, lost, headers = 0, b"", 0, list[bytes]()
+        previous: Page | None = None  # the last whole one
+        broken: Page | None = None
+        for page in all_pages(self._media):
+            if previous is not None and page.serial != previous.serial:
                 continue
-            if sequence is not None and page.sequence != sequence:
+            if not page.whole:
+                broken = page
+                continue
+            if previous is not None and page.sequence != previous.sequence + 1:
                 codec.flush_buffers()
-                rest, lost = b"", True
-            sequence = page.sequence + 1
+                rest, lost = b"", max(1, page.sequence - previous.sequence - 1)
+            previous = page
             packets, rest = packets_of(page, rest)
-            block = self._decoded(codec, packer, [one for one in packets if _is_audio(one)])
-            if page.granule < 0 or (not len(block) and origin is None):
+            headers += [one for one in packets if not _is_audio(one)]
+            packets = [one for one in packets if _is_audio(one)]
+            block = self._decoded(codec, packer, packets)
+            if page.granule < 0 or (not len(block) and time.origin is None):
                 continue
-            if origin is None:  # Opus: the decoder has dropped the pre-skip that it counts
-                origin = page.granule - len(block)
-            end = page.granule - origin
-            if lost and end - len(block) > done:
-                yield from silence(end - len(block) - done, self.info.channels)
-                done = end - len(block)
-            lost = False
+            before = None
+            if broken is not None and broken.sequence == page.sequence - 1 and packets:
+                before = broken.granule + self._withheld(packets[0], headers)
+            elif opus and time.last is not None and packets:
+                each = round(len(block) / len(packets))
+                before = page.granule - len(block) + (time.last - page.granule) % each
+            start = time.place(
+                page, (len(block), len(block) // max(1, len(packets)) + 1), lost, before
+            )
+            if lost and start > done:
+                yield from silence(start - done, self.info.channels)
+                done = start
+            lost = 0
+            end = page.granule - (time.origin or 0)
             block = block[: max(0, end - done)]  # the last page may count fewer than it holds
             done += len(block)
             yield block
+
+    def _withheld(self, packet: bytes, headers: list[bytes]) -> int:
+        """Samples that the first packet behind a lost one does not give: Vorbis overlaps them."""
+        sizes = vorbis.block_sizes(headers) if self._format == "ogg-vorbis" else None
+        return vorbis.given_by(packet, sizes) if sizes and packet else 0
 
     def _decoded(
         self, codec: av.AudioCodecContext, packer: av.AudioResampler, packets: list[bytes]

@@ -17,7 +17,7 @@ from latentmill.audio.formats import DECODERS, FORMATS
 from latentmill.audio.media import MediaFile
 from latentmill.audio.mp4 import read_tables
 from latentmill.audio.sniff import Sniffed
-from latentmill.audio.stream import BLOCK, AudioInfo, DecodeError
+from latentmill.audio.stream import BLOCK, KEEP_HINT, AudioInfo, DecodeError
 from latentmill.audio.survey import NOTHING, Survey
 from latentmill.record import FloatArray
 
@@ -35,7 +35,7 @@ _EXACT = ("flac", "wavpack")
 """Formats whose header counts samples, so that fewer of them are a loss."""
 
 _CHECKS = {
-    "flac": "crccheck",
+    "flac": "crccheck+explode",
     "wavpack": "crccheck",
     "tta": "crccheck+explode",
     "ape": "crccheck+explode",
@@ -116,6 +116,9 @@ class PyAVDecoder:
             raise DecodeError("it holds no samples")
         self._frames = chain([first], self._frames)
         self._layout, self._first = first.layout, first.pts
+        self._origin = first.pts or 0
+        if self._damaged:  # the first frames are lost; those of AAC before 0 would be dropped
+            self._origin = max(0, self._begin or 0)
         promised = self._promised(first.sample_rate)
         self._tables = read_tables(self._media) if self._format == "mp4" else None
         self._limit = self._itunes_length()
@@ -123,10 +126,12 @@ class PyAVDecoder:
         # An edit list ends within a frame, which FFmpeg before version 9 gives whole.
         if self._limit is None and self._tables and not self._tables.fragmented:
             self._limit = promised if stream.codec.canonical_name not in _UNTRIMMED else None
+        if self._limit is not None and exact is False:
+            self._limit = self._by_tables(self._limit, first.sample_rate)
         self.info = AudioInfo(
             sample_rate=first.sample_rate,
             channels=first.layout.nb_channels,
-            num_samples=self._limit if exact and self._limit else promised,
+            num_samples=self._limit or promised,
             format=self._format,
             codec=stream.codec.canonical_name,
             decoder="pyav",
@@ -146,7 +151,8 @@ class PyAVDecoder:
 
     def _all_blocks(self) -> Iterator[FloatArray]:
         done, least = 0, self._least()
-        if least is not None and not self._keep:
+        checked = self._stream.codec.canonical_name in _CHECKS  # which `amovie` cannot be told
+        if least is not None and not self._keep and not checked:
             with contextlib.suppress(DecodeError):
                 for block in self._in_one_go():
                     done += len(block)
@@ -164,6 +170,18 @@ class PyAVDecoder:
             done -= min(done, len(block))
         if least is not None and not self._keep and total <= least:
             raise DecodeError(f"the file's tables promise at least {int(least) + 1} samples")
+
+    def _by_tables(self, limit: int, rate: int) -> int:
+        """Samples by an edit list, which is rounded to a millisecond, or as the tables count them
+        if the two agree.
+        """
+        tables, track, base = self._tables, self._stream.id, self._stream.time_base
+        if not tables or not tables.timescales.get(track) or base is None:
+            return limit
+        dropped = float(((self._first or 0) - (self._begin or 0)) * base)
+        seconds = tables.durations.get(track, 0) / tables.timescales[track] - dropped
+        samples = round(seconds * rate)
+        return samples if abs(samples - limit) <= rate / 1000 else limit
 
     def _least(self) -> float | None:
         """If no more samples than this come, some are lost; None if that cannot be said."""
@@ -257,7 +275,7 @@ class PyAVDecoder:
             return 0
         damaged, self._damaged = self._damaged, False
         second = frame.sample_rate * frame.time_base
-        gap = round((frame.pts - self._first) * second) - done
+        gap = round((frame.pts - self._origin) * second) - done
         frames = round(gap / frame.samples) * frame.samples
         if abs(gap - frames) <= second:  # Matroska counts milliseconds
             gap = frames
@@ -293,9 +311,11 @@ class PyAVDecoder:
                     if begun or self._format not in _STREAMS:
                         fault, self._damaged = fault or DecodeError(_text(error)), True
                     continue
-                begun = begun or bool(frames)
                 if frames and fault and not self._keep:
-                    raise fault
+                    raise (
+                        fault if begun else DecodeError(f"its first frames are damaged {KEEP_HINT}")
+                    )
+                begun = begun or bool(frames)
                 yield from frames
         except AV_ERRORS as error:
             raise DecodeError(_text(error)) from error

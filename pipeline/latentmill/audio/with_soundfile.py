@@ -9,15 +9,32 @@ from collections.abc import Iterator
 import numpy as np
 import soundfile as sf
 
+from latentmill.audio.headers import find_w64_data
 from latentmill.audio.media import MediaFile
 from latentmill.audio.sniff import Sniffed
 from latentmill.audio.stream import BLOCK, AudioInfo, DecodeError
 from latentmill.audio.survey import NOTHING, Survey
 from latentmill.record import FloatArray
 
-_OTHERWISE = {"wav": ("MPEG_LAYER_III",), "aiff": ("IMA_ADPCM",), "caf": ("ALAC_16", "ALAC_24")}
+_OTHERWISE = {
+    "wav": ("MPEG_LAYER_III", "IMA_ADPCM"),
+    "w64": ("IMA_ADPCM",),
+    "aiff": ("IMA_ADPCM",),
+    "caf": ("ALAC_16", "ALAC_24"),
+}
 """What libsndfile decodes to other samples than FFmpeg."""
 
+_VORBIS_ORDER = {
+    3: (0, 2, 1),
+    5: (0, 2, 1, 3, 4),
+    6: (0, 2, 1, 5, 3, 4),
+    7: (0, 2, 1, 6, 5, 3, 4),
+    8: (0, 2, 1, 7, 5, 6, 3, 4),
+}
+"""Places of the channels in Vorbis (Vorbis I, section 4.3.9), in the order of all other formats.
+
+libsndfile leaves them as they are; FFmpeg and oggdec sort them.
+"""
 
 _MP3_LEAD = 64 * 1152
 """Samples that an MP3 is decoded ahead of a seek: its frames lean on the bits of those before."""
@@ -47,10 +64,16 @@ class SoundFileDecoder:
         if self._file.frames == 0:  # such as a WAV whose writer never came back to write its size
             self._file.close()
             raise DecodeError("it holds no samples")
+        self._frames = self._file.frames
+        if sniffed.format == "w64" and (data := find_w64_data(media)) and data.samples:
+            self._frames = min(self._frames, data.samples)  # it reads padding as audio
+        self._order: list[int] | None = None
+        if sniffed.format == "ogg-vorbis" and self._file.channels in _VORBIS_ORDER:
+            self._order = list(_VORBIS_ORDER[self._file.channels])
         self.info = AudioInfo(
             sample_rate=self._file.samplerate,
             channels=self._file.channels,
-            num_samples=self._file.frames,
+            num_samples=self._frames,
             format=sniffed.format,
             codec=self._file.subtype.lower(),
             decoder="soundfile",
@@ -60,19 +83,22 @@ class SoundFileDecoder:
         """Yield blocks `[n, C]`; see `Decoder`."""
         done = self._file.tell()
         # Reading past the promised end would report what lies behind the audio, such as a tag.
-        while done < self._file.frames:
-            count = min(BLOCK, self._file.frames - done)
+        while done < self._frames:
+            count = min(BLOCK, self._frames - done)
             block = np.empty((count, self.info.channels), np.float32)
             try:
                 read = len(self._file.read(out=block))
             except sf.LibsndfileError as error:
                 kept = min(max(self._file.tell() - done, 0), count)
-                yield block[:kept]
+                yield self._sorted(block[:kept])
                 raise DecodeError(_text(error)) from error
             if read == 0:
                 return
-            yield block[:read]
+            yield self._sorted(block[:read])
             done += read
+
+    def _sorted(self, block: FloatArray) -> FloatArray:
+        return block if self._order is None else block[:, self._order]
 
     def seek(self, sample: int) -> int:
         """Begin at a sample, or at an earlier one if libsndfile would not find it."""
@@ -81,7 +107,7 @@ class SoundFileDecoder:
         if self.info.codec == "mpeg_layer_iii":
             sample = max(0, sample - _MP3_LEAD)
         try:
-            return int(self._file.seek(min(sample, self._file.frames)))
+            return int(self._file.seek(min(sample, self._frames)))
         except sf.LibsndfileError as error:
             raise DecodeError(_text(error)) from error
 

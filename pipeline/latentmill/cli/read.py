@@ -61,9 +61,9 @@ def decode(
     trust_model: TrustModel = False,
     as_json: AsJson = False,
 ) -> None:
-    """Decode records to audio files named FOLDER/KEY.wav."""
+    """Decode records to audio files named FOLDER/KEY.wav. Names over 255 bytes are shortened."""
     from latentmill.cli import show
-    from latentmill.decoding.files import FILE_TYPES
+    from latentmill.decoding.files import FILE_TYPES, file_name
     from latentmill.store.store import open_store
 
     if f".{format}" not in FILE_TYPES:
@@ -72,7 +72,7 @@ def decode(
     if bool(keys) == everything:
         raise ConfigError("decode needs the keys of records, or --all for every record.")
     chosen = list(store.keys()) if everything else _matching(store, keys or [])
-    targets = {key: folder / f"{_safe(key)}.{format}" for key in chosen}
+    targets = {key: folder / file_name(key, f".{format}") for key in chosen}
     _check_distinct(targets)
     for path in targets.values():
         _check_target(path, store, overwrite)
@@ -273,12 +273,6 @@ def _check_key(store: LatentStore, key: str) -> None:
         near = show.closest(key, store.keys())
         hint = f"did you mean {near}?" if near else f"`latentmill status {store.url}` counts them."
         raise ConfigError(f"{store.url} has no record {key}: {hint}")
-
-
-def _safe(key: str) -> str:
-    """A key as a relative path that stays below its folder."""
-    parts = key.replace("\0", "").split("/")
-    return "/".join(part for part in parts if part not in ("", ".", ".."))
 
 
 def _check_target(path: Path, store: LatentStore, overwrite: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+import xxhash
 
 from latentmill.decoding.decoder import LatentSource
 from latentmill.errors import ConfigError, StorageError
@@ -18,6 +20,9 @@ from latentmill.record import FloatArray, Latent
 
 # What a file is by its suffix: format and sample type. FLAC knows no floats.
 FILE_TYPES = {".wav": ("WAV", "FLOAT"), ".flac": ("FLAC", "PCM_24")}
+LONGEST_NAME = 255
+"""Bytes of a file's name, on all common file systems."""
+
 # A WAV file's size is a 32-bit number; RF64 is the same with a larger one.
 _LARGEST_WAV = 2**32 - 2**16
 _LARGE_WAV = "RF64"
@@ -39,6 +44,23 @@ class WrittenAudio:
     seconds: float
     peak: float
     clipped: int
+
+
+def file_name(key: str, suffix: str) -> str:
+    """A key as a relative path that stays below its folder and that file systems take."""
+    parts = [part for part in key.replace("\0", "").split("/") if part not in ("", ".", "..")]
+    *folders, last = parts or [""]
+    return "/".join([*map(_shortened, folders), _shortened(last, suffix)])
+
+
+def _shortened(name: str, suffix: str = "") -> str:
+    """A name with a suffix; if it is too long, its beginning and a hash of all of it."""
+    encoded = os.fsencode(name)
+    room = LONGEST_NAME - len(os.fsencode(suffix))
+    if len(encoded) > room:
+        kept = encoded[: room - 17].decode(errors="ignore")
+        name = f"{kept}~{xxhash.xxh3_64_hexdigest(encoded)}"
+    return name + suffix
 
 
 def check_file_type(path: Path) -> None:

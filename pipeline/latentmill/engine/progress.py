@@ -141,7 +141,8 @@ class BarProgress(_EveryTenSeconds):
             self._bar.update(self._task, completed=now.share, description=_short(now))
 
     def end(self, now: RunProgress) -> None:
-        self._bar.update(self._task, completed=now.share, description=_short(now))
+        if now.share or self._bar.tasks[self._task].completed:
+            self._bar.update(self._task, completed=now.share, description=_short(now))
         self._bar.stop()
 
 

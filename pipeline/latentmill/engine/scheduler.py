@@ -52,6 +52,9 @@ class RunObserver(Protocol):
     def note(self, text: str) -> None:
         """A message for people."""
 
+    def interrupted(self) -> None:
+        """The run was interrupted, and the workers are told to stop."""
+
     def workers(self, ready: int, starting: int) -> None:
         """Number of ready and starting workers changed."""
 
@@ -124,6 +127,9 @@ class Scheduler:
                 self._fill()
                 self._wait()
                 self._look_after()
+        except KeyboardInterrupt:
+            self._observer.interrupted()
+            raise
         finally:
             self._dismiss()
         if self._dispatch.failed:

@@ -52,7 +52,7 @@ class Tracker:
         self._items_done = sum(tally.items for tally in tallies.values())
         self._failed = sum(tally.failed for tally in tallies.values())
         self._in_flight: Mapping[int, UnitProgress] = {}
-        self._has_worker = False
+        self._has_worker = self._ended = False
         self._restart()
         now = self._now()
         self._publish(now)
@@ -77,6 +77,11 @@ class Tracker:
         """Show a message."""
         self._display.note(text)
 
+    def interrupted(self) -> None:
+        """Show what is committed now: stopping the workers and Ray takes some seconds."""
+        self.note("interrupted: stopping the workers")
+        self.end()
+
     def workers(self, ready: int, starting: int) -> None:
         """Number of ready and starting workers changed."""
         if ready and not self._has_worker:  # the start of Ray and of the model says nothing
@@ -92,7 +97,10 @@ class Tracker:
         self._display.tick(now)
 
     def end(self) -> None:
-        """The run is over, whichever way: show its average speed."""
+        """The run is over, whichever way: show its average speed, once."""
+        if self._ended:
+            return
+        self._ended = True
         self._samples = deque([self._first])
         self._in_flight = {}
         self._display.end(self._now())

@@ -18,6 +18,7 @@ from urllib.parse import quote
 import numpy as np
 import xxhash
 
+from latentmill.decoding.files import LONGEST_NAME
 from latentmill.engine.lease import LEASE_PATH
 from latentmill.engine.lock import LOCK_PATH, only_run
 from latentmill.errors import ConfigError, StorageError, StoreError
@@ -46,9 +47,6 @@ CONFIG_PATH = "dataset_config.json"
 DETAILS_PATH = "details.json"
 SILENCE_PATH = "silence.npy"
 FILES_PATH = "filelist.txt"
-
-LONGEST_NAME = 255
-"""Bytes of a file's name, on all common file systems."""
 
 
 class Target(StrEnum):

@@ -16,7 +16,6 @@ from operator import itemgetter
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from latentmill.errors import SourceError, StorageError
 from latentmill.plan.items import DRAFT_SCHEMA, draft_table
@@ -84,7 +83,9 @@ class Totals:
     def add(self, table: pa.Table) -> None:
         """Count the items of some rows of `DRAFT_SCHEMA`."""
         micros = table["micros"].to_pylist()
-        known = pc.coalesce(table["seconds"], table["duration"]).to_pylist()
+        # In Python, because pyarrow.compute is slow to import: every command reads plans.
+        lengths = zip(table["seconds"].to_pylist(), table["duration"].to_pylist(), strict=True)
+        known = [seconds if seconds is not None else duration for seconds, duration in lengths]
         guessed = [guess for guess, one in zip(micros, known, strict=True) if one is None]
         self.items += len(table)
         self.micros += sum(micros)

@@ -18,6 +18,7 @@ from latentmill.reader.cache import RangeCache
 from latentmill.reader.crops import Crop, Cropped, CropReader
 from latentmill.reader.fields import FieldReader, Where, select
 from latentmill.reader.order import Ints, random_below
+from latentmill.reader.rows import check_items
 from latentmill.reader.sample import Sample, Transform, sample_random, whole_number
 from latentmill.store.describe import warn_incomplete
 from latentmill.store.store import LatentStore
@@ -111,13 +112,13 @@ class StoreSamples:
             "reading": self._reading,
             "chosen": packed,
             "cache": self._cache,
-            "records": len(self.store),
+            "records": len(self.crops.frames),
+            "items": self.crops.items_hash,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         store, packed, records = state["store"], state["chosen"], state["records"]
-        if len(store) != records:
-            raise StoreError(f"{store.url} has changed while it was read: open it again.")
+        check_items(store, state["items"])
         chosen = None if packed is None else np.unpackbits(packed, count=records).astype(np.bool_)
         self._open(store, state["reading"], chosen, state["cache"])
 
@@ -181,7 +182,7 @@ class StoreSamples:
         for cropped, (row, fields, begin, total, position, origin) in zip(read, each, strict=True):
             metadata = _parsed(fields["metadata"])
             yield Sample(
-                self.store.index.key(row),
+                self.crops.key(row),
                 cropped.latent,
                 cropped.mask,
                 {**metadata, "seconds_start": begin, "seconds_total": total},
@@ -256,7 +257,7 @@ class Corpus:
     @property
     def records(self) -> list[int]:
         """Records of each store, whether `where` takes them or not."""
-        return [len(source.store) for source in self.sources]
+        return [len(source.crops.frames) for source in self.sources]
 
     @property
     def lengths(self) -> Ints:
@@ -269,7 +270,7 @@ class Corpus:
         stores = [
             (
                 source.store.info.fingerprint,
-                len(source.store),
+                len(source.crops.frames),
                 hashlib.sha256(source.rows.data).hexdigest(),
             )
             for source in self.sources

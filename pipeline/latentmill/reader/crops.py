@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from latentmill.errors import ConfigError, StorageError
+from latentmill.errors import ConfigError
 from latentmill.reader.cache import RangeCache
 from latentmill.reader.pieces import Piece, Shard
+from latentmill.reader.rows import RowReader, check_items
 from latentmill.reader.shards import ShardReader
 from latentmill.record import DTYPES, FloatArray
 from latentmill.store.index import Index
@@ -52,7 +53,7 @@ class Cropped:
     mask: npt.NDArray[np.bool_] = field(repr=False)
 
 
-class CropReader:
+class CropReader(RowReader):
     """Reads crops of a store's latents: only their bytes, all of a call in one batch.
 
     Picklable and small; opens files when they are needed, and anew after a fork. Not thread-safe.
@@ -60,46 +61,26 @@ class CropReader:
 
     def __init__(self, store: LatentStore, cache: RangeCache | None = None) -> None:
         check_croppable(store)
-        self.store = store
         self._cache = cache
         self._shards = ShardReader(store.storage, cache)
-        index = store.index
+        super().__init__(store)
+        index = self._index
         self.frames: Ints = index.column("frames")
         self.num_samples: Ints = index.column("num_samples")
-        self._place(index)
         self._dtype = DTYPES[store.info.dtype]
         self._raw = np.empty(0, self._dtype)
         self.channels = int(index.column("channels")[0]) if len(index) else 0
         self._width = self.channels * self._dtype.itemsize  # bytes of a frame
 
     def _place(self, index: Index) -> None:
-        self._index = index
+        super()._place(index)
         self._offsets = index.column("offset")
         self._shard_of = index.column("shard")
         sizes = self.store.shard_sizes()
         self._paths = [Shard(path, *sizes[path]) for path in index.shards]
 
-    def _again(self, error: StorageError) -> None:
-        """After a failed read: find the items where they are now, if their shard was superseded.
-
-        Raises:
-            StorageError: It was not: `error`.
-            StoreError: The store was sealed again with other items.
-        """
-        index = self.store.follow(self._index, error)
-        if index is None:
-            raise error
-        self._place(index)
-
-    def __reduce__(self) -> tuple[type[CropReader], tuple[Any, ...]]:
-        return CropReader, (self.store, self._cache)
-
-    def row(self, key: str) -> int:
-        """The row of a key; KeyError if there is none."""
-        row = self.store.index.find(key)
-        if row is None:
-            raise KeyError(key)
-        return row
+    def __reduce__(self) -> tuple[Callable[..., CropReader], tuple[Any, ...]]:
+        return _unpickled, (self.store, self._cache, self.items_hash)
 
     def physical_order(self) -> Ints:
         """The rows in the order in which they lie in the shards."""
@@ -133,11 +114,7 @@ class CropReader:
     def _view(self, row: np.int64, start: np.int64, have: np.int64) -> Raw:
         """A long piece as it is stored, `[frames, channels]`; nothing is read or copied yet."""
         place = np.array([row]), np.array([start]), np.array([have])
-        try:
-            data = self._shards.view(*self._pieces(*place)[0])
-        except StorageError as error:
-            self._again(error)
-            data = self._shards.view(*self._pieces(*place)[0])
+        data = self._following(lambda: self._shards.view(*self._pieces(*place)[0]))
         return np.frombuffer(data, self._dtype).reshape(-1, self.channels)
 
     def _cropped(self, crop: Crop, raw: Raw) -> Cropped:
@@ -202,11 +179,7 @@ class CropReader:
                 ]
             )
 
-        try:
-            fill()
-        except StorageError as error:
-            self._again(error)
-            fill()
+        self._following(fill)
 
     def _silence(self, block: FloatArray, start: int, have: int) -> None:
         """Continue an item of which `have` frames are there by silence: `[frames, channels]`."""
@@ -214,6 +187,11 @@ class CropReader:
         if missing:
             end = start + len(block)
             block[have:] = self.store.origin.crop(end, start + have, missing).T
+
+
+def _unpickled(store: LatentStore, cache: RangeCache | None, items_hash: str) -> CropReader:
+    check_items(store, items_hash)  # its rows may be in use beside it
+    return CropReader(store, cache)
 
 
 def _to_float(raw: Raw) -> FloatArray:

@@ -80,8 +80,8 @@ class Draws(_Shared):
             IndexError: There is no such sample.
             ConfigError: Something else than a number is asked for.
         """
-        if len(numbers) and isinstance(numbers[0], tuple):
-            epochs, positions, samples = np.array(numbers, np.int64).reshape(-1, 3).T
+        if any(isinstance(number, tuple) for number in numbers):
+            epochs, positions, samples = _asks(numbers).T
         else:
             samples = _indices(numbers)
             samples = np.where(samples < 0, samples + size, samples)
@@ -139,6 +139,17 @@ class Starts(_Shared):
                 stacklevel=3,
             )
         self._numbers[3:] = here
+
+
+def _asks(numbers: Sequence[object]) -> Ints:
+    """What `BatchSampler` asks for, `[n, 3]`."""
+    for ask in numbers:
+        if not isinstance(ask, tuple) or len(ask) != 3:
+            raise ConfigError(
+                f"{ask!r} is asked for together with (epoch, position, number): ask for all "
+                "samples of a batch by number, or for all as BatchSampler does."
+            )
+    return np.array([[_index(part) for part in ask] for ask in numbers], np.int64)  # type: ignore[attr-defined]
 
 
 def _indices(numbers: Sequence[object]) -> Ints:

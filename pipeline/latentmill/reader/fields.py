@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from latentmill.errors import ConfigError, StorageError
+from latentmill.reader.rows import RowReader, check_items
 from latentmill.sources.where import Condition
 from latentmill.store.fields import open_columns
 from latentmill.store.index import Index
@@ -34,28 +35,27 @@ THREADS = 8  # side by side, where the store is not local
 _BATCH = 1024  # JSON members of a tar that are read at once
 
 
-class FieldReader:
+class FieldReader(RowReader):
     """Reads the stored fields of records by row (position in the sorted keys).
 
     Keeps the columns of the shards used last. Picklable and small; not thread-safe.
     """
 
     def __init__(self, store: LatentStore, columns: Sequence[str] = FIELDS) -> None:
-        self.store = store
+        super().__init__(store)
         self.columns = tuple(columns)
-        self._place(store.index)
         self._tar = store.info.format == "webdataset"
 
     def _place(self, index: Index) -> None:
-        self._index = index
+        super()._place(index)
         self._shard_of = index.column("shard")
         self._row_in_shard = index.column("row")
         self._paths = index.shards
         self._kept: OrderedDict[int, pa.Table] = OrderedDict()
         self._bytes = 0
 
-    def __reduce__(self) -> tuple[type[FieldReader], tuple[Any, ...]]:
-        return FieldReader, (self.store, self.columns)
+    def __reduce__(self) -> tuple[Callable[..., FieldReader], tuple[Any, ...]]:
+        return _unpickled, (self.store, self.columns, self.items_hash)
 
     def read(self, rows: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
         """The fields of some rows, in their order.
@@ -63,14 +63,7 @@ class FieldReader:
         Raises:
             StorageError: They cannot be read.
         """
-        try:
-            return self._read(rows)
-        except StorageError as error:  # a superseded shard may be gone: read where they are now
-            index = self.store.follow(self._index, error)
-            if index is None:
-                raise
-            self._place(index)
-            return self._read(rows)
+        return self._following(lambda: self._read(rows))
 
     def _read(self, rows: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
         if self._tar:
@@ -89,6 +82,9 @@ class FieldReader:
         Raises:
             StorageError: They cannot be read.
         """
+        return self._following(self._gather)
+
+    def _gather(self) -> pa.Table:
         if self._tar:
             every = np.arange(len(self._index))
             batches = (every[at : at + _BATCH] for at in range(0, len(every), _BATCH))
@@ -160,6 +156,11 @@ class FieldReader:
         return StorageError(
             f"A shard of {self.store.url} is damaged ({error}): `latentmill verify` says which."
         )
+
+
+def _unpickled(store: LatentStore, columns: Sequence[str], items_hash: str) -> FieldReader:
+    check_items(store, items_hash)  # its rows may be in use beside it
+    return FieldReader(store, columns)
 
 
 def select(stores: Sequence[LatentStore], where: Where) -> list[npt.NDArray[np.int64]]:

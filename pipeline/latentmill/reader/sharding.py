@@ -89,6 +89,19 @@ def dealt_by_accelerate(reader: object) -> int:
     return int(module.PartialState().num_processes) if any(reader is f for f in found) else 1
 
 
+def split_by_accelerate(stream: object) -> int:
+    """How many processes each read `stream` in workers of their own and keep their part of it.
+
+    accelerate does so with `dispatch_batches=False`; 1 where none is being iterated over.
+    """
+    module = sys.modules.get("accelerate.state")
+    loader = None if module is None else module.GradientState().active_dataloader
+    shard = getattr(loader, "dataset", None)
+    if getattr(shard, "dataset", None) is not stream or getattr(shard, "split_batches", True):
+        return 1
+    return int(getattr(shard, "num_processes", 1))
+
+
 def check_dealt_once(reader: object, rank: Rank, kind: str) -> None:
     """Refuse to deal to ranks what `accelerate` deals to them, too.
 

@@ -151,7 +151,7 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
     @property
     def records(self) -> list[int]:
         """Records of each store."""
-        return [len(self.store)]
+        return [len(self._crops.frames)]
 
     @property
     def lengths(self) -> Ints:
@@ -268,7 +268,7 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         return Stems(
             key=choice.group.name,
             roles=choice.group.roles,
-            keys=tuple(self.store.index.key(row) for row in choice.rows),
+            keys=tuple(self._crops.key(row) for row in choice.rows),
             latents=np.stack(latents),
             mask=np.stack([one.mask for one in read]),
             active=np.stack(active),

@@ -27,6 +27,7 @@ from latentmill.reader.sharding import (
     check_state,
     dealt_by_accelerate,
     mixture,
+    split_by_accelerate,
 )
 from latentmill.text.shown import Shown
 
@@ -103,12 +104,14 @@ class LatentStream(Shown, IterableDataset[Sample]):
         self._starts, self._version = Starts(), 0
         self._share: tuple[int, ...] | None = None  # whose the account in `_now` is
         self._loaded_share: tuple[int, ...] | None = None
+        self._split = 1
 
     def __getstate__(self) -> dict[str, Any]:
-        rank = self._rank
-        if rank.world_size > 1:  # a spawned worker is in no process group: it is told
-            return self.__dict__ | {"_asked": (rank.rank, rank.world_size, rank.even)}
-        return self.__dict__
+        # A spawned worker is in no process group and knows no accelerate: it is told.
+        state, rank = self.__dict__ | {"_split": split_by_accelerate(self)}, self._rank
+        if rank.world_size > 1:
+            state["_asked"] = (rank.rank, rank.world_size, rank.even)
+        return state
 
     @property
     def _rank(self) -> Rank:
@@ -136,7 +139,9 @@ class LatentStream(Shown, IterableDataset[Sample]):
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         id_, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        share = (self._rank.rank, self._rank.world_size, id_, workers, self._batch_size or 1)
+        # accelerate takes one batch for each process from each worker's samples.
+        run = (self._batch_size or 1) * max(self._split, split_by_accelerate(self))
+        share = (self._rank.rank, self._rank.world_size, id_, workers, run)
         check_dealt_once(self, self._rank, "LatentStream")
         self._now, self._next = self._upcoming(), None
         if worker and id_ == 0 and self._random:
@@ -147,7 +152,7 @@ class LatentStream(Shown, IterableDataset[Sample]):
                 "ranks, workers and the batch size that it was saved with, or save `state_after`."
             )
         self._share = share
-        return self._samples(self._now.epoch, self._now.position, id_, workers)
+        return self._samples(self._now.epoch, self._now.position, id_, workers, run)
 
     def _start_at(self, progress: EpochProgress) -> None:
         self._next = progress
@@ -169,9 +174,11 @@ class LatentStream(Shown, IterableDataset[Sample]):
             return self._next
         return EpochProgress(self._now.epoch + 1) if self._now.done else self._now
 
-    def _samples(self, epoch: int, start: int, worker: int, workers: int) -> Iterator[Sample]:
+    def _samples(
+        self, epoch: int, start: int, worker: int, workers: int, run: int
+    ) -> Iterator[Sample]:
         order, total = EpochOrder(self._mixture, epoch), self._mixture.total
-        rank, run = self._rank, self._batch_size or 1
+        rank = self._rank
         count = worker_share(rank.share(total - start), worker, workers, run)
         together = max(READ_TOGETHER, run)
         while self._now.done < count:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from latentmill.errors import SourceError
-from latentmill.text.redact import redact_value
+from latentmill.text.redact import may_hold_secrets, redact_value
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=str).encode
 _encode_with_nan = json.JSONEncoder(ensure_ascii=False, default=str).encode
@@ -44,7 +44,7 @@ def as_json(row: Mapping[str, Any]) -> str:
     except ValueError:  # NaN or infinity somewhere
         finite = json.loads(_encode_with_nan(kept), parse_constant=lambda _: None)
         text = _encode({name: value for name, value in finite.items() if value is not None})
-    if "//" in text:  # a column may hold signed URLs
+    if may_hold_secrets(text):  # such as signed URLs
         text = _encode(redact_value(json.loads(text)))
     return text if is_text(text) else json.dumps(json.loads(text))
 

@@ -32,6 +32,7 @@ from latentmill.sources.names import as_key
 from latentmill.sources.parquet import table_errors
 from latentmill.sources.parquet_cells import open_table
 from latentmill.storage.remote import cause_of, refuse_secrets, storage_errors
+from latentmill.text.redact import may_hold_secrets
 
 FORMATS = {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 FORMATS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl")
@@ -217,7 +218,9 @@ class ManifestSource:
         chain = "://" in path and "::" in path
         if chain or "\0" in path or not is_text(path):
             raise SourceError(f"Manifest {self.uri} has no plain path or URL in {place}: {path!r}.")
-        if path.startswith("//") or any(mark in path for mark in "?@;#"):
+        _, is_url, rest = path.partition("://")
+        marked = any(mark in path for mark in "?@;#")
+        if path.startswith("//") or marked or (is_url and may_hold_secrets(rest)):
             refuse_secrets(f"Manifest {self.uri}, {place}: URL", path, SourceError)
         if path.startswith("file://"):
             path = path_of_file_url(path)

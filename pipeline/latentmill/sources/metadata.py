@@ -12,7 +12,7 @@ from latentmill.errors import ItemError
 from latentmill.sources.base import Item
 from latentmill.sources.files import read_bytes
 from latentmill.storage.remote import RANGE_NOT_SATISFIABLE, cause_of, status_of, storage_errors
-from latentmill.text.redact import redact_text, redact_value
+from latentmill.text.redact import may_hold_secrets, redact_metadata, redact_value
 
 METADATA_LIMIT = 16 << 20
 """Bytes of a sidecar; what is longer is no metadata."""
@@ -69,10 +69,12 @@ def parse_sidecar(name: str, data: bytes) -> dict[str, Any]:
         ItemError: It is not what its name says.
     """
     if name.lower().endswith(".txt"):
-        return {"text": redact_text(_text(name, data).strip())}
+        return {"text": redact_metadata(_text(name, data).strip())}
     if name.lower().endswith(".cls"):
         label = _text(name, data).strip()
-        return {"cls": int(label) if re.fullmatch(r"-?[0-9]{1,18}", label) else label}
+        return {
+            "cls": int(label) if re.fullmatch(r"-?[0-9]{1,18}", label) else redact_metadata(label)
+        }
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -84,7 +86,7 @@ def parse_sidecar(name: str, data: bytes) -> dict[str, Any]:
         raise ItemError(f"sidecar {name} holds half a surrogate pair, which is no text") from error
     except (ValueError, RecursionError) as error:
         raise ItemError(f"sidecar {name} is no valid JSON: {error}") from error
-    if "//" in text:
+    if may_hold_secrets(text):
         value = redact_value(value)
     return value if isinstance(value, dict) else {"json": value}
 

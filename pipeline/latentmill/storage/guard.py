@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NoReturn
 
 from latentmill.errors import StoreError
 from latentmill.storage.storage import Storage
@@ -26,6 +27,10 @@ class GuardedStorage(Storage):
         super().__init__(url)
         self._check = check
         self._versions = {path: self.version(path) for path in followed}
+
+    def __reduce__(self) -> NoReturn:
+        # Storage's would make a copy that checks nothing.
+        raise TypeError("GuardedStorage cannot be pickled: another process takes the owner's name.")
 
     def check_writable(self) -> None:
         """Make sure that the store is still this run's.

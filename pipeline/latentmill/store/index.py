@@ -10,6 +10,7 @@ import contextlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -176,10 +177,20 @@ class Index:
                 ) from error
         return index
 
-    def same_items(self, other: Index) -> bool:
-        """Whether another index has the same keys and shapes, wherever they lie."""
-        names = ("key", "chunks", "channels", "frames", "num_samples")
-        return bool(self._table.select(names).equals(other._table.select(names)))
+    @cached_property
+    def items_hash(self) -> str:
+        """A hash of all keys, shapes and lengths, wherever the records lie."""
+        digest = xxhash.xxh3_128()
+        with _reading(self._where):
+            if len(self):
+                column = self._columns["key"]
+                _, offsets, data = column.buffers()
+                ends = np.frombuffer(offsets, np.int32)[column.offset :][: len(self) + 1]
+                digest.update((ends - ends[0]).tobytes())
+                digest.update(data.slice(int(ends[0]), int(ends[-1] - ends[0])))
+            for name in ("chunks", "channels", "frames", "num_samples"):
+                digest.update(self.column(name).tobytes())
+        return digest.hexdigest()
 
     def to_bytes(self) -> bytes:
         """The index file's content."""

@@ -30,11 +30,14 @@ class ChannelStatistics:
 
     @classmethod
     def of(cls, latent: Latent) -> ChannelStatistics:
-        """The statistics of a latent `[channels, frames]`, or of chunks `[N, channels, frames]`."""
+        """The statistics of a latent `[channels, frames]`, or of chunks `[N, channels, frames]`.
+
+        The zero frames that fill up a short last chunk do not count.
+        """
         import torch  # slow to import, and not needed to read a store
 
         total = cls.empty(latent.shape[-2])
-        chunks = latent if latent.ndim == 3 else latent[None]
+        chunks = [*latent[:-1], _without_filling(latent[-1])] if latent.ndim == 3 else [latent]
         for chunk in chunks:
             for start in range(0, chunk.shape[1], BLOCK_FRAMES):
                 part = chunk[:, start : start + BLOCK_FRAMES]
@@ -60,3 +63,12 @@ class ChannelStatistics:
         """Population standard deviation of every channel."""
         result: npt.NDArray[np.float64] = np.sqrt(self.m2 / max(self.frames, 1))
         return result
+
+
+def _without_filling(chunk: Latent) -> Latent:
+    """A last chunk without the frames at its end in which all channels are exactly 0.
+
+    `Stitcher` adds them to a short last chunk (EnCodec 48 kHz); an encoder does not give them.
+    """
+    filled = np.flatnonzero(chunk.any(axis=0))
+    return chunk[:, : filled[-1] + 1] if len(filled) else chunk

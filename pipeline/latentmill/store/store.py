@@ -6,7 +6,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -206,25 +206,6 @@ class LatentStore(StoreDecoder, Shown):
         self._shard_fields.clear()
         return True
 
-    def follow(self, index: Index, error: StorageError) -> Index | None:
-        """The present index, for a reader of an earlier one that a read has failed for.
-
-        Returns:
-            An index of the same items; None if no shard is gone, or there is no other index.
-
-        Raises:
-            StoreError: The store was sealed again with other items.
-        """
-        if not isinstance(error.__cause__, FileNotFoundError):
-            return None
-        if self.index is index and not self.reload():
-            return None
-        if not index.same_items(self.index):
-            raise StoreError(
-                f"{self.url} was sealed again with other items while it was read: open it again."
-            ) from error
-        return self.index
-
     def shard_sizes(self) -> dict[str, tuple[int, str]]:
         """Bytes and hash of every shard by path."""
         if self.sealed:
@@ -335,7 +316,18 @@ class LatentStore(StoreDecoder, Shown):
             digest.update(time_major_bytes(self._crop(entry, start, frames)))
         if digest.intdigest() != entry.hash:
             raise self._damaged(entry, "the latent does not match its hash")
-        return LatentSource(entry.shape, lambda start, frames: self._crop(entry, start, frames))
+
+        def piece(start: int, frames: int, now: IndexEntry) -> Latent:
+            if now.hash != entry.hash:
+                raise StoreError(
+                    f"{self.url}: {entry.key} was encoded again while it was read: read it again."
+                )
+            return self._crop(now, start, frames)
+
+        return LatentSource(
+            entry.shape,
+            lambda start, frames: self._at_its_place(entry, partial(piece, start, frames)),
+        )
 
     def decode(self, key: str, *, seed: int = 0, batch_size: int | None = None) -> FloatArray:
         """Decode a record to audio `[channels, samples]`, float32, at the model's rate.
@@ -345,8 +337,9 @@ class LatentStore(StoreDecoder, Shown):
             seed: Noise of a stochastic decoder: equal seeds give a moment of every item the same.
             batch_size: Windows per forward pass; default 1 on a CPU, 4 on a GPU.
         """
+        source = self.source(key)  # may read a new seal, so the length is looked up after it
         samples = self.entry(key).num_samples
-        return self.decode_latent(self.source(key), samples, seed=seed, batch_size=batch_size)
+        return self.decode_latent(source, samples, seed=seed, batch_size=batch_size)
 
     def _at_its_place(self, entry: IndexEntry, read: Callable[[IndexEntry], T]) -> T:
         """Read a record; again, where it is now, if its shard is gone and there is a new seal."""

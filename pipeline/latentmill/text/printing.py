@@ -8,8 +8,6 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel
-
 T = TypeVar("T")
 
 # Control characters (ESC, line ends, C1), half surrogate pairs, and the format characters that turn
@@ -35,9 +33,9 @@ def printable_value(value: T) -> T:
     changed: Any = value
     if isinstance(value, str):
         changed = value if value.isascii() and value.isprintable() else printable(value)
-    elif isinstance(value, BaseModel):
-        fields = {name: printable_value(getattr(value, name)) for name in type(value).model_fields}
-        changed = value.model_copy(update=fields)
+    elif fields := getattr(type(value), "model_fields", None):  # pydantic, slow to import
+        update = {name: printable_value(getattr(value, name)) for name in fields}
+        changed = changed.model_copy(update=update)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {
             f.name: printable_value(getattr(value, f.name)) for f in dataclasses.fields(value)

@@ -1,4 +1,10 @@
-"""Secrets in URLs and texts: the one place that takes them out of what is shown or stored."""
+"""Masks secrets in URLs, error texts and metadata: the only place that does.
+
+Two kinds of text are treated differently. Texts of errors and logs (`redact_text`) lose whatever
+stands behind the name of a secret: `token: ...`, `"password": "..."`, `--api-key ...`. Metadata is
+what users wrote, and `token: a small coin` is a caption: there (`redact_metadata`) only URLs,
+tokens of known shapes and values that look random are masked.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +12,26 @@ import re
 from typing import Any
 from urllib.parse import unquote
 
-# Names of fields that hold what lets others in: signatures, keys, tokens, policies.
+# Fields of web addresses that hold what lets others in: signatures, keys, tokens, policies.
 _SECRET = re.compile(
     r"sig|token|secret|pass|pwd|key|auth|cred|polic|hmac|sess|hdn|jwt|bearer", re.I
 )
-# The same in names of objects, which may hold "?" and ";" themselves, and outside of URLs: words
-# that name nothing else.
-_SURELY_SECRET = re.compile(
-    r"(.*signature|sig|.*token|.*secret.*|.*passw(or)?d|pwd|.*credentials?"
-    r"|.*api[-_]?key|.*access[-_]?key(id)?|.*account[-_]?key|sas|jwt|.*session(id)?|authorization)",
+_PART_OF_SECRET_NAMES = re.compile(r"pass|pwd|key|auth|cook|sig|tok|secret|cred|sas|jwt|sess", re.I)
+# Names that stand for nothing but a secret.
+_CERTAINLY_SECRET = re.compile(
+    r".*passw(or)?d|.*passphrase|pwd|.*api[-_]?key|.*access[-_]?key(id)?|.*account[-_]?key"
+    r"|.*(private|secret)[-_]?key|.*client[-_]?secret|.*secret[-_]?access[-_]?key"
+    r"|.*(access|auth|bearer|csrf|hf|hub|github|id|oauth|refresh|security|session)[-_]?token"
+    r"|(proxy-)?authorization|(set-)?cookie",
     re.I,
 )
+# Names that mostly do; in metadata, and before a colon, their value has to look like a secret, too.
+_MOSTLY_SECRET = re.compile(
+    r"(?!.*(time|key)[-_ .]?signature$)"  # of music
+    r"(.*signature|sig|.*token|.*secret.*|.*credentials?|sas|jwt|.*session(id)?)",
+    re.I,
+)
+_FOLDER_NAME = re.compile(r".*session(id)?", re.I)  # `session=3/take.wav`
 # Fields of web addresses that let nobody in, and are needed to know what an address stands for.
 _HARMLESS = re.compile(
     r"x-(amz|goog)-(algorithm|date|expires|signedheaders)|response-content-(disposition|type)|expires"
@@ -27,6 +42,49 @@ _HARMLESS = re.compile(
 )
 _PLAIN_VALUE = re.compile(r"-?[0-9.,:-]{0,16}|true|false|yes|no|\w|[^?&]*\.[a-z0-9]{2,5}", re.I)
 _LONGEST_PLAIN = 32  # characters; a longer value may be a token, whatever its name
+# A shorter one may be a token if it goes from letters to digits and back, as few words do.
+_WITHOUT_SEPARATORS = re.compile(r"[A-Za-z0-9+/]{16,}={0,2}")
+_SWITCH = re.compile(r"(?=[a-z][A-Z0-9]|[A-Z][0-9]|[0-9][A-Za-z])")
+_MOST_SWITCHES, _MOST_SWITCHES_OF_WORDS = 2, 4
+_WORDS = re.compile(r"file(name)?|item|list|name|path|q|query|song|title|track|url", re.I)
+_FIXED_VALUE = re.compile(
+    r"AWS4-HMAC-SHA256|GOOG4-RSA-SHA256|\d{4}-?\d\d-?\d\d(T[0-9:.]+)?Z?", re.I
+)
+
+# Tokens that are known by their shape, wherever they are; each with a text that it cannot lack.
+_SHAPES = {
+    "hf_": r"hf_(?:[A-Za-z0-9]{20,}|(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{10,})",
+    **{f"gh{kind}_": rf"gh{kind}_[A-Za-z0-9]{{16,}}" for kind in "pousr"},
+    "github_pat_": r"github_pat_\w{20,}",
+    "glpat-": r"glpat-[\w-]{16,}",
+    "AKIA": r"AKIA[A-Z0-9]{12,}",
+    "ASIA": r"ASIA[A-Z0-9]{12,}",
+    "xox": r"xox[abeoprs]-[\w-]{10,}",
+    "sk-": r"sk-(?=[a-z-]*[A-Z0-9])[\w-]{20,}",
+    "sk_live_": r"sk_live_\w{16,}",
+    "AIza": r"AIza[\w-]{30,}",
+    "ya29.": r"ya29\.[\w-]{20,}",
+    "eyJ": r"eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?",
+    "npm_": r"npm_[A-Za-z0-9]{30,}",
+    "pypi-": r"pypi-[\w-]{30,}",
+    "PRIVATE KEY": r"-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(?:-----END [A-Z ]*-----)?",
+}
+_SHAPE = re.compile(rf"(?<![A-Za-z0-9])(?:{'|'.join(_SHAPES.values())})")
+# What metadata with a secret cannot lack, in lower case.
+_MARKS: tuple[str, ...] = (
+    "//",
+    "=",
+    "passw",
+    "_key",
+    "-key",
+    "apikey",
+    "accesskey",
+    "authoriz",
+    "bearer",
+    "cookie",
+)
+_MARKS += ("token", "secret")
+_MARKS += tuple(mark.lower() for mark in _SHAPES)
 
 _NAMES_MAY_HAVE_QUERIES = ("s3", "s3a", "gs", "gcs", "hf", "memory", "file", "local")
 _WEB = ("http", "https")
@@ -37,11 +95,18 @@ _PORT_OR_ADDRESS = re.compile(r"[^:@]*(:\d{0,5})?|\[[^\]]*\](:\d{0,5})?")
 _URLS_IN_TEXT = re.compile(r"(?:[a-z][a-z0-9+.-]{0,20}:)?//[^\s'\"<>]+", re.I)
 _USER_AND_PASSWORD = re.compile(r"//[^@/:]+:[^@]*@")
 _MOST_NESTED = 8  # URLs in a field of a URL
-_FIELD_IN_TEXT = re.compile(r"(?<![\w.%-])[\w.%-]+=[^\s&;'\"<>]*[^\s&;'\"<>.,:!?)\]}]")
-_HEADER_IN_TEXT = re.compile(
-    r"(?P<name>\bauthorization: *(?:bearer|basic|token)?|\bbearer) +(?P<value>[\w.~+/=-]{12,})",
-    re.I,
+# `--name ` or `name=`, `"name": `, `<name>`, and what stands behind it.
+_NAME_IN_TEXT = re.compile(
+    r"(?<![\w.%-])(?:--(?P<flag>[\w-]{1,80})[\t ]|<(?P<tag>[\w.:-]{1,80})>"
+    r"|(?P<name>[\w.%-]{1,80})\\?[\"']?[\t ]{0,2}(?P<mark>[:=]))[\t ]{0,2}"
 )
+_VALUE_IN_TEXT = re.compile(
+    r"\\?\"(?P<double>[^\"]*)|\\?'(?P<single>[^']*)"
+    r"|(?P<bare>[^\s&;'\"<>]*[^\s&;'\"<>.,:!?)\]}])"
+)
+_COOKIE = re.compile(r"(?P<bare>[^\s;'\"]+(?:; *[^\s;'\"]+)*)")
+_SCHEME_OF_HEADER = re.compile(r"[\"']?(?:bearer|basic|token|digest|negotiate|aws4-[\w-]+) +", re.I)
+_BEARER_IN_TEXT = re.compile(r"(?P<name>\bbearer) +(?=[^\s\d]{0,99}\d|\S{24})[\w.~+/=-]{12,}", re.I)
 
 MASK = "***"
 
@@ -51,29 +116,41 @@ def redact(url: str) -> str:
 
     A path of this machine stays as it is. Of a chain (`zip://a.wav::s3://...`) each link is looked
     at. In a web address every field of the query counts as a secret, unless its name or value is
-    known to be harmless.
+    known to be harmless. A URL with other text before it (`url=https://...`) is found as well.
     """
-    return "::".join(map(_redacted_link, _NEXT_LINK.split(url))) if "//" in url else url
+    if "//" not in url:
+        return url
+    if not url.startswith("//") and not _URL.match(url) and "://" in url:
+        return _URLS_IN_TEXT.sub(_redacted_url, url)
+    return "::".join(map(_redacted_link, _NEXT_LINK.split(url)))
 
 
 def redact_text(text: str) -> str:
-    """A text without the secrets of its URLs, and of fields that are named as secrets."""
-    if "//" in text:
-        text = _URLS_IN_TEXT.sub(_redacted_url, text)
-    if "=" in text:
-        text = _FIELD_IN_TEXT.sub(_redacted_match, text)
-    return _HEADER_IN_TEXT.sub(rf"\g<name> {MASK}", text)
+    """A text of an error or a log without secrets: in URLs, by their shape, and by their name."""
+    return _redacted_text(text, stored=False)
+
+
+def redact_metadata(text: str) -> str:
+    """A text that a user wrote, to be stored, without secrets; other texts stay as they are."""
+    return _redacted_text(text, stored=True) if may_hold_secrets(text) else text
+
+
+def may_hold_secrets(text: str) -> bool:
+    """False if metadata surely holds no secret; quick."""
+    lower = text.lower()
+    return any(mark in lower for mark in _MARKS)
 
 
 def redact_value(value: Any) -> Any:
-    """A JSON value with all its texts redacted, at any depth; lists and dicts change in place."""
+    """JSON metadata with all its texts redacted, at any depth; lists and dicts change in place."""
     top = [value]
     todo: list[Any] = [top]
     while todo:  # not by recursion, which JSON that Python can read may be too deep for
         parts = todo.pop()
         for key, part in parts.items() if isinstance(parts, dict) else enumerate(parts):
             if isinstance(part, str):
-                parts[key] = redact_text(part)
+                named = isinstance(key, str) and _CERTAINLY_SECRET.fullmatch(key)
+                parts[key] = MASK if named and part else redact_metadata(part)
             elif isinstance(part, dict | list):
                 todo.append(part)
     return top[0]
@@ -81,7 +158,62 @@ def redact_value(value: Any) -> Any:
 
 def is_secret_name(name: str) -> bool:
     """Whether a setting of this name holds a secret."""
-    return _SURELY_SECRET.fullmatch(name) is not None
+    return bool(_CERTAINLY_SECRET.fullmatch(name) or _MOSTLY_SECRET.fullmatch(name))
+
+
+def _redacted_text(text: str, *, stored: bool) -> str:
+    if "//" in text:
+        text = _URLS_IN_TEXT.sub(_redacted_url, text)
+    text = _SHAPE.sub(MASK, text)
+    text = _BEARER_IN_TEXT.sub(rf"\g<name> {MASK}", text)
+    parts, done = [], 0
+    name = _NAME_IN_TEXT.search(text)
+    while name is not None:
+        value = _value_of(name, text, stored=stored)
+        if value is not None:
+            parts += [text[done : value[0]], MASK]
+            done = value[1]
+        name = _NAME_IN_TEXT.search(text, max(name.end(), done))
+    return "".join([*parts, text[done:]])
+
+
+def _value_of(name: re.Match[str], text: str, *, stored: bool) -> tuple[int, int] | None:
+    """Where the secret behind a name begins and ends; None if there is none."""
+    word = unquote(name["flag"] or name["tag"] or name["name"]).lstrip("-")
+    if not _PART_OF_SECRET_NAMES.search(word):
+        return None
+    certain = _CERTAINLY_SECRET.fullmatch(word) is not None
+    if not certain and not _MOSTLY_SECRET.fullmatch(word):
+        return None
+    begin, pattern = name.end(), _VALUE_IN_TEXT
+    if word.lower().endswith("authorization") and (scheme := _SCHEME_OF_HEADER.match(text, begin)):
+        begin = scheme.end()
+    elif word.lower().endswith("cookie"):
+        pattern = _COOKIE
+    found = pattern.match(text, begin)
+    if found is None or found.lastgroup is None:
+        return None
+    value = found[found.lastgroup]
+    if not value or value.startswith(MASK):
+        return None
+    spoken = name["mark"] == ":" and found.lastgroup == "bare" and "-" not in word
+    doubtful = stored or (spoken and not certain)
+    if (doubtful and not _looks_random(value)) or _may_be_folder(word, value):
+        return None
+    return found.span(found.lastgroup)
+
+
+def _may_be_folder(name: str, value: str) -> bool:
+    """Whether `name=value` may be the name of a folder: `session=3`."""
+    return bool(_FOLDER_NAME.fullmatch(name)) and ("/" in value or not _looks_random(value))
+
+
+def _looks_random(value: str) -> bool:
+    """Whether a value may be a secret: no word, no number, no name of a file."""
+    if _PLAIN_VALUE.fullmatch(value) or " " in value:
+        return False
+    mixed = re.search(r"\d", value) is not None and re.search(r"[a-zA-Z]", value) is not None
+    return (mixed and len(value) >= 6) or len(value) >= 20
 
 
 def _redacted_link(url: str) -> str:
@@ -96,10 +228,11 @@ def _redacted_link(url: str) -> str:
     if named:  # a "#" or "?" may belong to the name
         address, hash_, fragment = rest, "", ""
     path, question, query = address.partition("?")
-    path = re.sub(r"(?<=;)[^/;]*", lambda one: _redacted_field(one[0], strict=True), path)
+    path = re.sub(r"(?<=[;/])[^/;]*", lambda one: _redacted_field(one[0], strict=True), path)
     query = re.sub(r"[^&;]+", lambda one: _redacted_field(one[0], strict=named), query)
     fragment = re.sub(r"[^&;]+", lambda one: _redacted_field(one[0], strict=True), fragment)
-    return f"{scheme}{':' if scheme else ''}{path}{question}{query}{hash_}{fragment}"
+    shown = f"{scheme}{':' if scheme else ''}{path}{question}{query}{hash_}{fragment}"
+    return _SHAPE.sub(MASK, shown)
 
 
 def _without_user(rest: str, web: bool) -> str:
@@ -132,10 +265,6 @@ def _redacted_url(match: re.Match[str]) -> str:
     return url[:begin] + redact(url[begin:]) + match[0][len(url) :]
 
 
-def _redacted_match(match: re.Match[str]) -> str:
-    return _redacted_field(match[0], strict=True)
-
-
 def _redacted_field(field: str, *, strict: bool) -> str:
     """`name=value` or a bare value, as `name=***` or `***` if it may be a secret.
 
@@ -151,10 +280,14 @@ def _redacted_field(field: str, *, strict: bool) -> str:
         secret = plain.count("://") > _MOST_NESTED or redact_text(plain) != plain
     elif strict:
         secret = bool(equals) and is_secret_name(name)
+        secret = secret and not _may_be_folder(name, plain)
     elif not equals:
         secret = len(name) >= _LONGEST_PLAIN
     else:
-        known = _HARMLESS.fullmatch(name) and len(plain) < _LONGEST_PLAIN
+        most = _MOST_SWITCHES_OF_WORDS if _WORDS.fullmatch(name) else _MOST_SWITCHES
+        random = _WITHOUT_SEPARATORS.fullmatch(plain) and len(_SWITCH.findall(plain)) > most
+        random = random and not _FIXED_VALUE.fullmatch(plain)
+        known = _HARMLESS.fullmatch(name) and len(plain) < _LONGEST_PLAIN and not random
         file = _PLAIN_VALUE.fullmatch(plain) is not None
         secret = not (known or file) or (_SECRET.search(name) is not None and not known)
     if not secret or not (name or value):

@@ -24,6 +24,7 @@ from latentmill.models.families.same import encoder_context
 from latentmill.models.families.transformers_codec import LENGTHS, _move
 from latentmill.models.registry import resolve
 from latentmill.run.run import run
+from latentmill.store.statistics import ChannelStatistics
 from support.chunked import encode_chunked
 
 
@@ -367,6 +368,11 @@ def test_the_last_native_chunk_of_encodec_48k_is_as_short_as_it_is(
     assert torch.allclose(chunks[1, :-1, :frames], expected, atol=1e-5)
     assert torch.allclose(chunks[1, -1, :frames], scale)
     assert not chunks[1, :, frames:].any()
+    statistics = ChannelStatistics.of(chunks.numpy())
+    true = np.concatenate([chunks[0].numpy(), chunks[1, :, :frames].numpy()], axis=1).astype(float)
+    assert statistics.frames == true.shape[1] == 150 + frames
+    assert np.allclose(statistics.mean, true.mean(axis=1), rtol=1e-9)
+    assert np.allclose(statistics.std, true.std(axis=1), rtol=1e-9)
     with torch.inference_mode():
         decoded = theirs.decoder(expected[None])[0, :, : last.shape[-1]] * scale
     for batch_size in (1, 4):
