@@ -27,7 +27,7 @@ import ray
 from common import SHARED_AUDIO, write_result
 from latentmill.encoding.chunks import Chunk, Chunking
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import Decoding, EncodeSettings, LocalAudio
+from latentmill.encoding.unit_audio import EncodeSettings, Loading, LocalAudio
 from latentmill.engine.remote_audio import RemoteAudio
 from latentmill.models.families import mdct
 from latentmill.sources.folder import FolderSource
@@ -67,7 +67,7 @@ def compared(corpus: Path, cores: int, rounds: int) -> dict[str, Any]:
     """Both ways in turns, once more than counted so that the tasks' processes are there."""
     found = FolderSource(str(corpus), (corpus.name,)).items()
     items = sorted(found, key=lambda item: item.key)
-    decoding = Decoding(SPEC, CHUNKING, EncodeSettings(load_threads=cores))
+    decoding = Loading(SPEC, CHUNKING, EncodeSettings(load_threads=cores))
     ways = {"threads": LocalAudio, "tasks": partial(RemoteAudio, tasks=cores)}
     walls: dict[str, list[float]] = {way: [] for way in ways}
     own: dict[str, list[float]] = {way: [] for way in ways}

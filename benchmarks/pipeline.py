@@ -178,7 +178,7 @@ class ModelAlone:
 
         from latentmill.encoding.chunks import Chunk, Packer
         from latentmill.encoding.timings import Meter
-        from latentmill.encoding.unit_audio import Decoding, LocalAudio
+        from latentmill.encoding.unit_audio import Loading, LocalAudio
 
         torch.set_num_threads(self._job.threads)
         self._model = self._job.model.load("cpu")
@@ -186,7 +186,7 @@ class ModelAlone:
         self._batches, seconds = [], 0.0
         for unit in self._units:
             packer = Packer(chunking, settings.batch_size)
-            stream = LocalAudio(unit, Decoding(spec, chunking, settings), Meter())
+            stream = LocalAudio(unit, Loading(spec, chunking, settings), Meter())
             with contextlib.closing(stream):
                 for index, _, event in stream:
                     if isinstance(event, Chunk):

@@ -17,7 +17,7 @@ import soundfile as sf
 
 from latentmill.audio import MediaFile
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import Decoding, EncodeSettings, LocalAudio
+from latentmill.encoding.unit_audio import EncodeSettings, Loading, LocalAudio
 from latentmill.sources.base import Item
 from latentmill.sources.filters import Filters
 from latentmill.sources.folder import FolderSource
@@ -41,10 +41,10 @@ from support.units import (
 def test_an_error_of_a_decode_thread_is_raised_where_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Decoding, item: Item, reader: UnitReader) -> Iterator[object]:
+    def broken(self: Loading, item: Item, reader: UnitReader) -> Iterator[object]:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(Decoding, "read", broken)
+    monkeypatch.setattr(Loading, "read", broken)
     sf.write(tmp_path / "a.wav", noise(1.0, RATE), RATE)
     with pytest.raises(RuntimeError, match="can't start new thread"):
         encode(items_of(tmp_path))
@@ -213,7 +213,7 @@ def test_closing_in_the_middle_ends_the_threads_at_once(tmp_path: Path, events: 
     sparse_wav(tmp_path / "a.wav", 1_000_000_000)  # seconds of work for each thread
     sparse_wav(tmp_path / "b.wav", 1_000_000_000)
     settings = EncodeSettings(load_threads=2)
-    audio = LocalAudio(items_of(tmp_path), Decoding(MODEL.spec, CHUNKING, settings), Meter())
+    audio = LocalAudio(items_of(tmp_path), Loading(MODEL.spec, CHUNKING, settings), Meter())
     assert len(list(itertools.islice(audio, events))) == events
     start = time.perf_counter()
     audio.close()

@@ -70,7 +70,7 @@ def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
     songs = runs.write_songs(tmp_path / "songs", 1)
     result = runs.command("encode", songs, tmp_path / "store", "--address", "127.0.0.1:1")
     assert result.code == 2
-    assert "Ray at 127.0.0.1:1 cannot be used" in result.err.splitlines()[-1]
+    assert "Cannot connect to Ray at 127.0.0.1:1" in result.err.splitlines()[-1]
     assert "check the address and that the cluster runs" in result.err
 
 

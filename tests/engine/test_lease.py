@@ -75,7 +75,7 @@ def test_a_second_run_is_refused_in_one_sentence(
         with pytest.raises(StoreError) as refused, hold(storage, QUICK):
             pass
         text = one_sentence(refused.value)
-        assert text.startswith(f"Another run is writing into {storage.root} (process {os.getpid()}")
+        assert text.startswith(f"Another run is writing to {storage.root} (process {os.getpid()}")
         lease.check()
         assert document(storage)["owner"] == lease.owner
 
@@ -222,7 +222,7 @@ def test_a_run_that_lost_its_lease_stops_and_leaves_the_other_ones(
             lease.check()
         assert "lost its lease" in one_sentence(lost.value)
         assert "process 7 on elsewhere" in str(lost.value)
-        with pytest.raises(StoreError, match="Another run has begun to write"):
+        with pytest.raises(StoreError, match="Another run has started to write"):
             check_owner(storage, lease.owner)
     assert document(storage) == values
 
@@ -315,7 +315,7 @@ def test_workers_of_a_bucket_look_for_their_runs_lease(
         worker.storage.write("a", b"1")
         foreign(storage)
         for holder in (worker, held):
-            with pytest.raises(StoreError, match="Another run has begun"):
+            with pytest.raises(StoreError, match="Another run has started"):
                 holder.storage.write("a", b"2")
         worker.close()
         assert storage.read("a") == b"1"

@@ -34,7 +34,7 @@ def died(message: str, reason: int | None = None) -> ActorDiedError:
 @pytest.mark.parametrize(
     ("error", "kind", "reason"),
     [
-        (died(END_OF_FILE), "worker", "its process died without a word"),
+        (died(END_OF_FILE), "worker", "its process died without an error message"),
         (died("The actor died because its node has died. Node Id: 1"), "node", "its node died"),
         (NodeDiedError("gone"), "node", "its node died"),
         (ObjectLostError("00" * 28, None, ""), "node", "the node that held its audio died"),

@@ -191,7 +191,7 @@ def test_lines_come_every_ten_seconds_and_at_once_for_a_lost_unit() -> None:
     assert first == "20 items; starting the workers"
     assert len(others) == 30 // LINE_SECONDS
     tracker.unit_lost(plan().units[1], 2, "killed")
-    assert last(stream) == "unit 000001 was lost on attempt 2: killed"
+    assert last(stream) == "unit 000001 failed on attempt 2: killed"
 
 
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,7 +255,7 @@ def test_a_bar_says_that_a_unit_was_lost() -> None:
     tracker.unit_done(result(1))
     tracker.unit_lost(plan().units[2], 1, "the worker [died]")
     tracker.end()
-    assert "unit 000002 was lost on attempt 1: the worker [died]" in stream.getvalue()
+    assert "unit 000002 failed on attempt 1: the worker [died]" in stream.getvalue()
     assert "60.0x  0:10 left" in stream.getvalue()
 
 

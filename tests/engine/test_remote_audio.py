@@ -20,10 +20,10 @@ import latentmill
 from latentmill.encoding.chunks import Chunk, Chunking
 from latentmill.encoding.timings import Meter
 from latentmill.encoding.unit_audio import (
-    Decoding,
     EncodeSettings,
     Event,
     Facts,
+    Loading,
     LocalAudio,
     Opened,
     UnitAudio,
@@ -32,7 +32,7 @@ from latentmill.engine import remote_audio
 from latentmill.engine.actor import ActorShape
 from latentmill.engine.cluster import Cluster
 from latentmill.engine.launch import _check_spare_cores, _Resources
-from latentmill.engine.remote_audio import RUN_ITEMS, Parcel, RemoteAudio, packed, unpacked
+from latentmill.engine.remote_audio import TASK_ITEMS, Parcel, RemoteAudio, packed, unpacked
 from latentmill.errors import ConfigError
 from latentmill.models.families import mdct
 from latentmill.record import Outcome
@@ -43,7 +43,7 @@ from support.recordings import noise
 
 SPEC = mdct.build(hop=64, sample_rate=8000).spec
 SEGFAULT = 22051  # see support/deadly
-DECODING = Decoding(SPEC, Chunking.for_model(SPEC, seconds=0.5), EncodeSettings())
+LOADING = Loading(SPEC, Chunking.for_model(SPEC, seconds=0.5), EncodeSettings())
 
 
 def items_of(folder: Path) -> list[Item]:
@@ -59,7 +59,7 @@ def heard(audio: UnitAudio) -> list[tuple[int, str, Event]]:
 def decoding_processes() -> list[int]:
     """Ray names a process by the task that it runs."""
     found = runs.descendants(os.getpid()).items()
-    return [pid for pid, name in found if name.startswith("ray::_decode")]
+    return [pid for pid, name in found if name.startswith("ray::_load")]
 
 
 def assert_equal(
@@ -83,8 +83,8 @@ def test_tasks_hear_what_threads_hear(
     (tmp_path / "broken.wav").write_bytes(b"RIFF, but no more than that")
     sf.write(tmp_path / "long.flac", noise(40, 8000), 8000)
     items = [*items_of(corpus), *items_of(tmp_path)]
-    monkeypatch.setattr(remote_audio, "RUN_SECONDS", 3.0)  # several runs, of several items
-    decoding = replace(DECODING, refused={items[1].key: "not this one"})
+    monkeypatch.setattr(remote_audio, "TASK_SECONDS", 3.0)  # several runs, of several items
+    decoding = replace(LOADING, refused={items[1].key: "not this one"})
     expected = heard(LocalAudio(items, decoding, Meter()))
     assert {type(event) for _, _, event in expected} == {Opened, Chunk, Facts, Outcome}
     meter = Meter()
@@ -97,7 +97,7 @@ def test_an_item_that_ends_its_process_fails_alone(tmp_path: Path, ray_session: 
     for name, rate in rates.items():
         sf.write(tmp_path / f"{name}.wav", noise(1.0, rate), rate)
     items = items_of(tmp_path)
-    found = heard(RemoteAudio(items, DECODING, Meter(), tasks=2))
+    found = heard(RemoteAudio(items, LOADING, Meter(), tasks=2))
     ends = {key: event for _, key, event in found if not isinstance(event, Chunk | Opened)}
     assert list(ends) == list(rates)
     for name, rate in rates.items():
@@ -105,9 +105,9 @@ def test_an_item_that_ends_its_process_fails_alone(tmp_path: Path, ray_session: 
         if rate == 8000:
             assert isinstance(end, Facts)
         else:
-            assert "decoding it ends the process (" in str(getattr(end, "reason", ""))
+            assert "loading it ends the process (" in str(getattr(end, "reason", ""))
     good = [item for item in items if rates[item.key] == 8000]
-    expected = heard(LocalAudio(good, DECODING, Meter()))
+    expected = heard(LocalAudio(good, LOADING, Meter()))
     left = [one for one in found if rates[one[1]] == 8000]
     assert_equal([(0, key, e) for _, key, e in left], [(0, key, e) for _, key, e in expected])
 
@@ -118,9 +118,9 @@ def test_a_killed_task_is_started_again(
     sf.write(tmp_path / "long.wav", noise(120, 8000), 8000)  # more than the parcels ahead hold
     monkeypatch.setattr(remote_audio, "PARCEL_BYTES", 1 << 17)
     items = items_of(tmp_path)
-    expected = heard(LocalAudio(items, DECODING, Meter()))
+    expected = heard(LocalAudio(items, LOADING, Meter()))
     found = []
-    with contextlib.closing(RemoteAudio(items, DECODING, Meter(), tasks=1)) as audio:
+    with contextlib.closing(RemoteAudio(items, LOADING, Meter(), tasks=1)) as audio:
         for index, item, event in audio:
             if len(found) == 20:
                 runs.until(decoding_processes, 30, "Ray has named the process by its task")
@@ -133,7 +133,7 @@ def test_a_killed_task_is_started_again(
 def test_closing_ends_the_tasks(tmp_path: Path, ray_session: Path) -> None:
     for name in "ab":
         sf.write(tmp_path / f"{name}.wav", noise(100, 44100), 44100)
-    audio = RemoteAudio(items_of(tmp_path), DECODING, Meter(), tasks=2)
+    audio = RemoteAudio(items_of(tmp_path), LOADING, Meter(), tasks=2)
     next(iter(audio))
     audio.close()
     assert not audio._thread.is_alive()
@@ -159,16 +159,16 @@ def test_tasks_that_would_never_get_a_core_are_refused() -> None:
     _check_spare_cores(Cluster(True, (4, 1), (0, 0)), resources, 2)
     _check_spare_cores(Cluster(False, (4,), (0,)), resources, 2)  # which may add nodes
     for embedded, workers in [(True, 2), (False, None)]:
-        with pytest.raises(ConfigError, match="have all 4: set fewer workers"):
+        with pytest.raises(ConfigError, match="use all 4: set fewer workers"):
             _check_spare_cores(Cluster(embedded, (4,), (0,)), resources, workers)
 
 
 def delivered(*attempts: Sequence[Event]) -> list[Event]:
     """What is passed on of one item whose task is started again and again."""
-    audio = RemoteAudio([Item("a", "/a", 1, "")], DECODING, Meter(), tasks=1)
+    audio = RemoteAudio([Item("a", "/a", 1, "")], LOADING, Meter(), tasks=1)
     found: list[Event] = []
     for events in attempts:
-        run = remote_audio._Run([(0, audio._items[0])])
+        run = remote_audio._TaskItems([(0, audio._items[0])])
         for event in events:
             audio._deliver(run, Parcel(((0, event),)))
             parcel = audio._queue.get_nowait()
@@ -188,7 +188,7 @@ def test_a_restarted_item_has_one_end_whatever_it_is_now() -> None:
     shorter = delivered(begun, [Opened(1), facts])
     assert shorter[:-1] == begun
     assert isinstance(shorter[-1], Outcome)
-    assert shorter[-1].reason == "it was longer when it was read for the first time"
+    assert shorter[-1].reason == "the file became shorter between two attempts to load it"
 
 
 def test_an_error_of_the_other_thread_is_raised_here(
@@ -197,10 +197,10 @@ def test_an_error_of_the_other_thread_is_raised_here(
     def broken(self: RemoteAudio, run: object) -> None:
         raise TypeError("nobody thought of this")
 
-    monkeypatch.setattr(RemoteAudio, "_take", broken)
+    monkeypatch.setattr(RemoteAudio, "_receive", broken)
     sf.write(tmp_path / "a.wav", noise(1.0, 8000), 8000)
     with pytest.raises(TypeError, match="nobody thought of this"):
-        heard(RemoteAudio(items_of(tmp_path), DECODING, Meter(), tasks=1))
+        heard(RemoteAudio(items_of(tmp_path), LOADING, Meter(), tasks=1))
 
 
 def test_neighbours_that_share_their_bytes_share_a_task() -> None:
@@ -209,7 +209,7 @@ def test_neighbours_that_share_their_bytes_share_a_task() -> None:
         for n in range(300)
     ]
     parts = [Item(f"p{n}", "s3://b/a.wav", 1, "", segment=Segment(n, 30.0)) for n in range(10)]
-    cut = [[item.key for _, item in run] for run in remote_audio.runs([*cells, *parts])]
+    cut = [[item.key for _, item in run] for run in remote_audio.split([*cells, *parts])]
     assert [len(run) for run in cut] == [100, 100, 100, 10]
 
 
@@ -244,8 +244,8 @@ def test_runs_have_every_item_once_and_are_short(lengths: list[tuple[float, str]
         if kind == "segment":
             item = replace(item, segment=Segment(1.0, seconds), size=1 << 40)
         items.append(item)
-    cut = list(remote_audio.runs(items))
+    cut = list(remote_audio.split(items))
     assert [numbered for run in cut for numbered in run] == list(enumerate(items))
     for run in cut:
-        assert 1 <= len(run) <= RUN_ITEMS
+        assert 1 <= len(run) <= TASK_ITEMS
         assert sum(lengths[number][0] for number, _ in run[:-1]) < 60.1

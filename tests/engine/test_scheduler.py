@@ -71,16 +71,16 @@ def test_the_item_that_kills_its_workers_is_named_and_the_others_are_encoded(
     soundfile.write(songs / "album 1" / "song 04b.wav", noise, SEGFAULT)
     ear = Ear()
     summary = encode(songs, tmp_path / "store", ear)
-    reason = "decoding it kills the process (SIGSEGV)"
+    reason = "loading it kills the process (SIGSEGV)"
     assert summary.failures == (("album 1/song 04b", reason),)
     assert summary.exit_code == 3
     assert (summary.info.encoded, summary.info.failed) == (6, 1)
     runs.assert_whole(tmp_path / "store")
     poison = {number for number, attempt, _ in ear.lost if attempt == 2}
     assert len(poison) == 1
-    assert all("died without a word" in reason for *_, reason in ear.lost)
+    assert all("died without an error message" in reason for *_, reason in ear.lost)
     assert ear.notes == [
-        f"unit {poison.pop():06d}: its items are decoded on trial for its last attempt"
+        f"unit {poison.pop():06d}: loading its items on trial before the last attempt"
     ]
 
 
@@ -125,7 +125,11 @@ def test_an_interrupt_is_noted_before_the_workers_stop(
     ("trouble", "seconds_without_progress", "reason"),
     [
         ("cuda", 900, "AcceleratorError: CUDA error: an illegal memory access was encountered"),
-        ("kill", 900, "its process died without a word (it crashed, or was killed by SIGKILL"),
+        (
+            "kill",
+            900,
+            "its process died without an error message (it crashed, or was killed by SIGKILL",
+        ),
         ("hang", 12, "no progress for 0.2 minutes"),
     ],
 )
@@ -205,7 +209,7 @@ def test_a_worker_that_cannot_even_be_asked_is_given_up_with_its_units(
     scheduler._slots = [slot]
     assignment = scheduler._dispatch.next(slot, [])
     assert assignment is not None
-    slot.give("reference", assignment)
+    slot.assign("reference", assignment)
     error = RayTaskError("meter", "traceback", cause=KeyError("rss"))
     scheduler._failed(_Call(slot, "report"), "other", error)
     assert ear.lost == [(7, 1, "KeyError: 'rss'")]

@@ -16,7 +16,7 @@ import pytest
 import soundfile
 
 from latentmill.engine import trial_load
-from latentmill.engine.trial_load import Trials
+from latentmill.engine.trial_load import TrialLoader
 from latentmill.sources.base import Item
 from support import runs
 
@@ -32,9 +32,9 @@ def item(folder: Path, rate: int, name: str = "") -> Item:
 
 
 @pytest.fixture(scope="module")
-def trials() -> Iterator[Trials]:
+def trials() -> Iterator[TrialLoader]:
     paths = [DEADLY, runs.TESTS.parent / "pipeline", os.environ.get("PYTHONPATH", "")]
-    with pytest.MonkeyPatch.context() as patch, Trials(44100, 1, hang_seconds=2.0) as trials:
+    with pytest.MonkeyPatch.context() as patch, TrialLoader(44100, 1, hang_seconds=2.0) as trials:
         patch.setenv("PYTHONPATH", os.pathsep.join(str(path) for path in paths if str(path)))
         yield trials
         server = trials._server
@@ -42,61 +42,61 @@ def trials() -> Iterator[Trials]:
 
 
 def test_each_way_to_die_is_named_and_the_next_item_is_tried(
-    trials: Trials, tmp_path: Path
+    trials: TrialLoader, tmp_path: Path
 ) -> None:
-    reasons = {rate: trials.reason_against(item(tmp_path, rate)) for rate in (22050, SEGFAULT)}
+    reasons = {rate: trials.failure_reason(item(tmp_path, rate)) for rate in (22050, SEGFAULT)}
     server = trials._server
     began = time.monotonic()
     for rate in (OUT_OF_MEMORY, HANG, EXIT, 44100):
-        reasons[rate] = trials.reason_against(item(tmp_path, rate))
+        reasons[rate] = trials.failure_reason(item(tmp_path, rate))
     assert reasons == {
         22050: None,
-        SEGFAULT: "decoding it kills the process (SIGSEGV)",
-        OUT_OF_MEMORY: "decoding it kills the process (SIGKILL, as when memory runs out)",
-        HANG: "decoding it hangs: nothing came for 2 s",
-        EXIT: "decoding it ends the process (exit code 3)",
+        SEGFAULT: "loading it kills the process (SIGSEGV)",
+        OUT_OF_MEMORY: "loading it kills the process (SIGKILL, possibly out of memory)",
+        HANG: "loading it hangs: no progress for 2 s",
+        EXIT: "loading it ends the process (exit code 3)",
         44100: None,
     }
     assert trials._server is server  # no new process had to start
     assert time.monotonic() - began < 10
 
 
-def test_an_orderly_failure_is_left_to_the_worker(trials: Trials, tmp_path: Path) -> None:
+def test_an_orderly_failure_is_left_to_the_worker(trials: TrialLoader, tmp_path: Path) -> None:
     broken = tmp_path / "broken.wav"
     broken.write_bytes(b"RIFF, but not much of it")
-    assert trials.reason_against(Item("broken", str(broken), 24, "1")) is None
-    assert trials.reason_against(Item("gone", str(tmp_path / "gone.wav"), 24, "1")) is None
+    assert trials.failure_reason(Item("broken", str(broken), 24, "1")) is None
+    assert trials.failure_reason(Item("gone", str(tmp_path / "gone.wav"), 24, "1")) is None
 
 
-def test_a_server_that_dies_is_replaced(trials: Trials, tmp_path: Path) -> None:
+def test_a_server_that_dies_is_replaced(trials: TrialLoader, tmp_path: Path) -> None:
     good = item(tmp_path, 22050)
-    assert trials.reason_against(good) is None
+    assert trials.failure_reason(good) is None
     assert trials._server is not None
     first = trials._server.pid
     os.kill(first, signal.SIGKILL)
-    reason = trials.reason_against(good)
-    assert reason == "decoding it kills the process (SIGKILL, as when memory runs out)"
-    assert trials.reason_against(good) is None
+    reason = trials.failure_reason(good)
+    assert reason == "loading it kills the process (SIGKILL, possibly out of memory)"
+    assert trials.failure_reason(good) is None
     assert trials._server is not None
     assert trials._server.pid != first
 
 
 def test_a_long_item_may_take_longer_than_it_may_be_silent(
-    trials: Trials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trials: TrialLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert trials.reason_against(item(tmp_path, 44100)) is None
+    assert trials.failure_reason(item(tmp_path, 44100)) is None
     server, silence = trials._server, 0.7
     monkeypatch.setattr(trial_load, "START_SECONDS", silence - trials._hang_seconds)
     path = tmp_path / "long.flac"
     noise = np.random.default_rng(0).uniform(-0.3, 0.3, (48000 * 60, 2))
     soundfile.write(path, np.tile(noise, (15, 1)), 48000)
     began = time.monotonic()
-    assert trials.reason_against(Item("long", str(path), path.stat().st_size, "1")) is None
+    assert trials.failure_reason(Item("long", str(path), path.stat().st_size, "1")) is None
     assert time.monotonic() - began > silence
     assert trials._server is server
 
 
-def test_a_slow_fetch_is_no_hang(trials: Trials, tmp_path: Path) -> None:
+def test_a_slow_fetch_is_no_hang(trials: TrialLoader, tmp_path: Path) -> None:
     recording = item(tmp_path, 22050)
 
     class Slow(SimpleHTTPRequestHandler):
@@ -109,18 +109,18 @@ def test_a_slow_fetch_is_no_hang(trials: Trials, tmp_path: Path) -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/{Path(recording.uri).name}"
         began = time.monotonic()
-        assert trials.reason_against(Item("slow", url, recording.size, "")) is None
+        assert trials.failure_reason(Item("slow", url, recording.size, "")) is None
         server.shutdown()
     assert time.monotonic() - began > trials._hang_seconds
 
 
-def test_nothing_outlives_a_worker_that_is_killed(trials: Trials, tmp_path: Path) -> None:
-    trials.reason_against(item(tmp_path, 22050))
+def test_nothing_outlives_a_worker_that_is_killed(trials: TrialLoader, tmp_path: Path) -> None:
+    trials.failure_reason(item(tmp_path, 22050))
     assert trials._server is not None
     assert trials._socket is not None
-    patient = Trials(44100, 1, hang_seconds=600)
+    patient = TrialLoader(44100, 1, hang_seconds=600)
     patient._server, patient._socket = trials._server, trials._socket
-    asking = threading.Thread(target=patient.reason_against, args=[item(tmp_path, HANG)])
+    asking = threading.Thread(target=patient.failure_reason, args=[item(tmp_path, HANG)])
     asking.start()
     server = trials._server.pid
     runs.until(lambda: len(runs.descendants(server)) == 1, 10, "an item hangs")

@@ -37,7 +37,7 @@ def test_a_second_run_is_refused_and_takes_over_a_dead_one(tmp_path: Path, s3_bu
         second = runs.command(*arguments(0.0))
         assert second.code == 5, second.err
         last = second.err.splitlines()[-1]
-        assert last.startswith(f"latentmill: Another run is writing into {store} (process")
+        assert last.startswith(f"latentmill: Another run is writing to {store} (process")
         assert last.endswith("wait until it has ended.")
         assert first.poll() is None
         os.kill(first.pid, signal.SIGKILL)

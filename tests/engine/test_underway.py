@@ -11,7 +11,7 @@ import soundfile
 
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import Decoding, EncodeSettings, LocalAudio
+from latentmill.encoding.unit_audio import EncodeSettings, Loading, LocalAudio
 from latentmill.engine.dispatch import Assignment
 from latentmill.engine.underway import Underway, UnitProgress
 from latentmill.engine.worker_slot import Report, WorkerSlot
@@ -35,7 +35,7 @@ def test_a_unit_moves_with_its_audio_and_ends_with_its_true_length(tmp_path: Pat
     underway = Underway(Unit(0, 4, 63.0), items, SPEC)
     assert underway.progress == UnitProgress(0.0, pytest.approx(63.0), 0)
     steps = []
-    decoding = Decoding(SPEC, CHUNKING, EncodeSettings())
+    decoding = Loading(SPEC, CHUNKING, EncodeSettings())
     with contextlib.closing(LocalAudio(items, decoding, Meter())) as audio:
         for index, _, _ in underway.follow(audio):
             steps.append((index, underway.progress))
@@ -57,12 +57,12 @@ def test_a_unit_stays_as_far_as_it_was_until_its_commit_is_known() -> None:
     slot = WorkerSlot(actor=None, clock=lambda: float(next(clock)))
     units = {name: Unit(number, 2, 10.0) for number, name in enumerate(("one", "two"))}
     for name, unit in units.items():
-        slot.give(name, Assignment(unit))
+        slot.assign(name, Assignment(unit))
     waiting = UnitProgress(0.0, 10.0, 0)
     assert slot.progress == {0: waiting, 1: waiting}
     now = UnitProgress(9.0, 9.0, 2)
-    slot.heard(Report(1, {0: now}, None))
-    slot.heard(Report(2, {}, None))  # encoded; the answer is on its way
+    slot.update(Report(1, {0: now}, None))
+    slot.update(Report(2, {}, None))  # encoded; the answer is on its way
     assert slot.progress == {0: now, 1: waiting}
     slot.finished("one")
     assert slot.progress == {1: waiting}

@@ -21,7 +21,7 @@ from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.encoder import UnitEncoder
 from latentmill.encoding.fingerprint import fingerprint
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import Decoding, EncodeSettings, LocalAudio
+from latentmill.encoding.unit_audio import EncodeSettings, Loading, LocalAudio
 from latentmill.errors import ModelError
 from latentmill.evaluate.metrics import additivity, homogeneity
 from latentmill.models import weights
@@ -250,7 +250,7 @@ def test_nan_is_refused_and_harms_no_neighbour(
         soundfile.write(tmp_path / f"{name}.wav", sound, spec.sample_rate, "FLOAT")
     chunking, run = Chunking.for_model(spec), EncodeSettings(dtype="float32", batch_size=4)
     items = sorted(FolderSource(str(tmp_path), ("wav",)).items(), key=lambda item: item.key)
-    with contextlib.closing(LocalAudio(items, Decoding(spec, chunking, run), Meter())) as decoded:
+    with contextlib.closing(LocalAudio(items, Loading(spec, chunking, run), Meter())) as decoded:
         a, b, c = UnitEncoder(model, chunking, run).encode(decoded)
     assert b.status == "failed"
     assert "NaN" in (b.reason or "")

@@ -84,7 +84,7 @@ def kill_once(args: list[str], store: Path, target: str, delay: float | None) ->
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
         assert runs.outcome(runs.Result(0, out, err))["exit_code"] == 0  # nothing else on stdout
-        assert "was lost on attempt 1" in err or not half
+        assert "failed on attempt 1" in err or not half
         return half
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.encoder import UnitEncoder
-from latentmill.encoding.unit_audio import Decoding, EncodeSettings, LocalAudio
+from latentmill.encoding.unit_audio import EncodeSettings, Loading, LocalAudio
 from latentmill.errors import LatentmillError, SourceError
 from latentmill.models.families import mdct
 from latentmill.record import Outcome, Record
@@ -33,7 +33,7 @@ ON_S3 = ("folder", "webdataset", "parquet", "jsonl", "table")
 def encode(items: Sequence[Item], settings: EncodeSettings | None = None) -> list[Outcome]:
     settings = settings or EncodeSettings(dtype="float32", batch_size=4, load_threads=3)
     encoder = UnitEncoder(MODEL, CHUNKING, settings)
-    audio = LocalAudio(items, Decoding(MODEL.spec, CHUNKING, settings), encoder.meter)
+    audio = LocalAudio(items, Loading(MODEL.spec, CHUNKING, settings), encoder.meter)
     with contextlib.closing(audio):
         return list(encoder.encode(audio))
 

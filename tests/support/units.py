@@ -11,7 +11,7 @@ from pathlib import Path
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.encoder import UnitEncoder
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import Decoding, EncodeSettings, LocalAudio
+from latentmill.encoding.unit_audio import EncodeSettings, Loading, LocalAudio
 from latentmill.models.base import Autoencoder
 from latentmill.models.families import mdct
 from latentmill.record import Outcome, Record
@@ -37,7 +37,7 @@ def encode(
 ) -> list[Outcome]:
     """Every item's outcome; always in the items' order, each once."""
     encoder = UnitEncoder(model, chunking, settings, meter)
-    audio = LocalAudio(items, Decoding(model.spec, chunking, settings), encoder.meter)
+    audio = LocalAudio(items, Loading(model.spec, chunking, settings), encoder.meter)
     with contextlib.closing(audio):
         outcomes = list(encoder.encode(audio))
     assert [outcome.key for outcome in outcomes] == [item.key for item in items]

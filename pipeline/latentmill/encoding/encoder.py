@@ -16,7 +16,7 @@ import torch
 
 from latentmill.encoding.chunks import Batch, Chunk, Chunking, Packer, Stitcher
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import EncodeSettings, Facts, Heard, Opened
+from latentmill.encoding.unit_audio import EncodeSettings, Facts, ItemEvent, Opened
 from latentmill.models.base import Autoencoder
 from latentmill.models.checks import check_encoded
 from latentmill.models.inference.compiled import uncompiled
@@ -61,7 +61,7 @@ class UnitEncoder:
         self.meter = meter or Meter()
         self.ended = 0.0  # when a unit's last outcome was taken, by the performance counter
 
-    def encode(self, audio: Iterable[Heard]) -> Iterator[Outcome]:
+    def encode(self, audio: Iterable[ItemEvent]) -> Iterator[Outcome]:
         """Encode a unit's audio, as `UnitAudio` gives it; outcomes come in the items' order."""
         packer = Packer(self._chunking, self._settings.batch_size)
         jobs: deque[_PendingItem] = deque()
@@ -104,7 +104,7 @@ class UnitEncoder:
             batch = self._queued.popleft()
             check_encoded(self._model.spec, batch.chunks[0].audio.shape[1], latents.shape)
             if self._settings.precision != "float32" and not self._fits(latents):
-                latents = self._exactly(batch)
+                latents = self._encode_in_float32(batch)
             for owner, chunk, latent in zip(batch.owners, batch.chunks, latents, strict=True):
                 job = jobs.get(owner)
                 if job is not None:  # else it failed after this chunk was packed
@@ -115,7 +115,7 @@ class UnitEncoder:
         """Whether all numbers are finite and in the range of the stored dtype."""
         return bool(np.abs(latents).max() <= np.finfo(DTYPES[self._settings.dtype]).max)
 
-    def _exactly(self, batch: Batch) -> FloatArray:
+    def _encode_in_float32(self, batch: Batch) -> FloatArray:
         """Encode a batch once more, in float32, before what it belongs to may fail."""
         with numeric_mode("float32", self._device):
             latents = uncompiled(self._model).encode(torch.from_numpy(batch.audio()))

@@ -67,11 +67,11 @@ class Facts:
 Event: TypeAlias = Opened | Chunk | Facts | Outcome
 
 # What is heard of a unit: the number of an item in it, the item, and what comes next of it.
-Heard: TypeAlias = tuple[int, Item, Event]
+ItemEvent: TypeAlias = tuple[int, Item, Event]
 
 
 @dataclass(frozen=True)
-class Decoding:
+class Loading:
     """How a unit's items become chunks, the same wherever it is done. Picklable.
 
     Attributes:
@@ -163,7 +163,7 @@ class Decoding:
 class UnitAudio(Protocol):
     """A unit's audio, being decoded ahead of the one thread that iterates over it."""
 
-    def __iter__(self) -> Iterator[Heard]:
+    def __iter__(self) -> Iterator[ItemEvent]:
         """The items in order: each is opened, gives its chunks, then its facts or its outcome."""
         ...
 
@@ -186,7 +186,7 @@ class LocalAudio:
         meter: Counts the seconds of reading, decoding and waiting.
     """
 
-    def __init__(self, items: Sequence[Item], decoding: Decoding, meter: Meter) -> None:
+    def __init__(self, items: Sequence[Item], decoding: Loading, meter: Meter) -> None:
         settings = decoding.settings
         self._decoding = decoding
         self._meter = meter
@@ -198,7 +198,7 @@ class LocalAudio:
         for _ in range(settings.load_threads + 1):
             self._submit()
 
-    def __iter__(self) -> Iterator[Heard]:
+    def __iter__(self) -> Iterator[ItemEvent]:
         while self._running:
             index, item, events = self._running[0]
             while True:

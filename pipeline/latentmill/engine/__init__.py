@@ -1,1 +1,1 @@
-"""The only modules that import ray: cluster, actors, scheduler; and the progress of a run."""
+"""The only modules that import ray: cluster, actors and scheduler. Also the progress of a run."""

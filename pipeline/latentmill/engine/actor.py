@@ -1,4 +1,4 @@
-"""The actor: a worker that Ray places on a share of a GPU, or on CPU cores."""
+"""The Ray actor around a worker. Ray places it on a share of a GPU, or on CPU cores."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from latentmill.record import FloatArray
 
 @ray.remote(max_restarts=0, max_task_retries=0)
 class EncodeActor:
-    """Pins one model and takes whole units, `UNITS_IN_FLIGHT` at a time; see `Worker`."""
+    """Keeps one model in memory and encodes whole units, `UNITS_IN_FLIGHT` at a time."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -34,37 +34,35 @@ class EncodeActor:
         self._metrics = Metrics()
 
     def ready(self) -> str:
-        """Load the model; gives where this is, for people."""
-        # Not in the constructor: Ray passes on an error of ours from a method only.
+        """Load the model and return the process and host, for messages."""
+        # Not in the constructor: only an error raised in a method reaches the driver unchanged.
         tasks = self._job.load_tasks
         open_audio_of = partial(RemoteAudio, tasks=tasks) if tasks else LocalAudio
         self._worker = Worker(self._job, self._stopped, open_audio_of)
         return f"process {os.getpid()} on {socket.gethostname()}"
 
     def origin(self) -> FloatArray:
-        """See `Worker.origin`."""
         return self._loaded.origin()
 
     def encode(self, unit: Unit, trial_load: bool = False) -> UnitResult:
-        """See `Worker.encode`."""
         result = self._loaded.encode(unit, trial_load)
         self._metrics.unit(result)
         return result
 
     def report(self) -> Report:
-        """Tell the driver how far the units are, and Ray's metrics what was done."""
+        """Update Ray's metrics, and return the progress of the units in flight."""
         worker = self._loaded
         meter = worker.meter()
         self._metrics.update(meter, worker.queued)
         return Report(int(meter["steps"]), worker.in_flight, memory_used())
 
     def stop(self) -> None:
-        """Let the units in flight end soon, without a trace."""
+        """Cancel the units in flight; they remove their temporary files."""
         self._stopped.set()
 
     @property
     def _loaded(self) -> Worker:
-        assert self._worker is not None, "nothing is asked of an actor that is not ready"
+        assert self._worker is not None, "`ready` is called first"
         return self._worker
 
 
@@ -81,12 +79,12 @@ class ActorShape:
 
 
 def start_actor(job: Job, shape: ActorShape) -> Any:
-    """Start an actor; gives its handle at once, while the model is still being loaded."""
+    """Start an actor. Returns its handle at once, before the model is loaded."""
     environment = {} if shape.gpus else worker_environment()
     return EncodeActor.options(  # type: ignore[attr-defined]
         num_cpus=shape.cpus,
         num_gpus=shape.gpus,
-        # The units, and what the driver asks or says meanwhile.
+        # The units, and one call for reports and stopping.
         max_concurrency=UNITS_IN_FLIGHT + 1,
         runtime_env={"env_vars": environment},
     ).remote(job)

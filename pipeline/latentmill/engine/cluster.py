@@ -1,4 +1,4 @@
-"""Finding the Ray to run on: a cluster that is named, or one embedded in this process."""
+"""Connecting to Ray: an existing cluster, or one started in this process."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ import ray
 
 from latentmill.errors import ConfigError
 
-# Units carry no payloads, so the object store may be as small as Ray allows; decode tasks do.
+# Units carry no audio, so the object store can be as small as Ray allows. Load tasks send audio.
 OBJECT_STORE_BYTES = 100 * 2**20
 PAYLOAD_BYTES = 1 << 30
 CONNECT_SECONDS = 10.0
 HEAD_CONNECT_SECONDS = 3.0
 SOCKET_PATH_BYTES = 107 if sys.platform == "linux" else 103
-FREE_BYTES = 1 << 20  # Ray's sockets, ports and first logs
+FREE_BYTES = 1 << 20  # for Ray's sockets, ports and first logs
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The Ray that this run uses: how many CPUs and GPUs each of its nodes has."""
+    """The Ray cluster of this run, with the number of CPUs and GPUs of each node."""
 
     embedded: bool
     node_cpus: tuple[int, ...]
@@ -38,7 +38,6 @@ class Cluster:
 
     @property
     def gpus(self) -> int:
-        """GPUs of all nodes."""
         return sum(self.node_gpus)
 
 
@@ -46,12 +45,10 @@ class Cluster:
 def connect(address: str | None, *, payloads: bool = False) -> Iterator[Cluster]:
     """Connect to Ray for a run.
 
-    A Ray that is already connected or that is named (by `address` or RAY_ADDRESS, which Ray sets
-    under `ray job submit`) is used as it is and left running. Else one is started in this process
-    and stopped at the end; with `payloads` its object store has room for audio.
-
-    Raises:
-        ConfigError: The named cluster cannot be reached, or Ray cannot start here.
+    An existing connection is used if there is one, otherwise the cluster at `address` or
+    RAY_ADDRESS (which Ray sets under `ray job submit`); both are left running. Without either, Ray
+    is started in this process and stopped at the end. `payloads` makes its object store large
+    enough for audio.
     """
     if ray.is_initialized():
         yield describe()
@@ -60,41 +57,41 @@ def connect(address: str | None, *, payloads: bool = False) -> Iterator[Cluster]
     if address is None:
         _check_temporary_folder()
         _check_home()
-    with _own_sigterm() as take_back:
+    with _kept_sigterm() as restore_sigterm:
         try:
             _init(address, PAYLOAD_BYTES if payloads else OBJECT_STORE_BYTES)
-        except Exception as error:  # Ray raises plain ones, too
+        except Exception as error:  # Ray also raises plain exceptions
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             if address is None:
                 logs = Path(_temporary_folder()[1], "ray", "session_latest", "logs")
                 raise ConfigError(
-                    f"Ray cannot start on this machine ({reason}): its logs in {logs} say why."
+                    f"Ray cannot start on this machine ({reason}): see its logs in {logs}."
                 ) from error
             raise ConfigError(
-                f"Ray at {address} cannot be used ({reason}): check the address and that the "
-                "cluster runs."
+                f"Cannot connect to Ray at {address} ({reason}): check the address, and that the "
+                "cluster is running."
             ) from error
-        except SystemExit as error:  # Ray's answer to a SIGTERM while it starts
+        except SystemExit as error:  # Ray raises this on SIGTERM while it starts
             raise KeyboardInterrupt from error
         try:
-            take_back()
+            restore_sigterm()
             yield describe(embedded=address is None)
         finally:
             if head_answers():
                 ray.shutdown()
-            else:  # it would wait for the head, until Ray ends this process
+            else:  # shutdown would wait for the head until Ray kills this process
                 atexit.unregister(ray.shutdown)
 
 
 def _temporary_folder() -> tuple[str, str]:
-    """Where Ray keeps its sockets and logs, and the variable that decides it."""
+    """The folder of Ray's sockets and logs, after the environment variable that sets it."""
     names = ("RAY_TMPDIR", "TMPDIR") if sys.platform == "linux" else ("RAY_TMPDIR",)
     found = next((name for name in names if name in os.environ), None)
     return found or "RAY_TMPDIR", os.environ[found] if found else "/tmp"  # noqa: S108  as Ray does
 
 
 def _check_temporary_folder() -> None:
-    """Find out before Ray does, which reports some of these faults after half a minute."""
+    """Check Ray's folder here, because Ray reports some of these errors after half a minute."""
     variable, folder = _temporary_folder()
     fix = "Set RAY_TMPDIR to a writable folder with a short path, such as RAY_TMPDIR=/tmp."
     session = f"session_{'0' * len('2026-01-31_23-59-59_123456')}_{os.getpid()}"
@@ -104,13 +101,14 @@ def _check_temporary_folder() -> None:
             f"Ray cannot start: {variable}={folder} is {too_long} bytes too long, because a Unix "
             f"socket's path has at most {SOCKET_PATH_BYTES} bytes. {fix}"
         )
-    relative = not Path(folder).is_absolute()  # for Ray's processes it is another folder
+    # Ray's processes resolve a relative path against another folder.
+    relative = not Path(folder).is_absolute()
     if reason := "not an absolute path" if relative else _not_writable(Path(folder, "ray")):
         raise ConfigError(f"Ray cannot start: {variable}={folder} cannot be used ({reason}). {fix}")
 
 
 def _check_home() -> None:
-    """Ray writes a new token for its connections to HOME, unless it has one."""
+    """Check HOME: Ray writes a new token for its connections there, unless it has one."""
     given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
     if given or os.environ.get("RAY_AUTH_MODE", "token") != "token":
         return
@@ -118,7 +116,7 @@ def _check_home() -> None:
         home = Path.home()
         has_token = (home / ".ray" / "auth_token").is_file()
         reason = None if has_token else _not_writable(home / ".ray")
-    except RuntimeError:  # an unknown user, as in some containers
+    except RuntimeError:  # an unknown user, which occurs in containers
         home, reason = Path(), "it is not set"
     if reason:
         raise ConfigError(
@@ -128,7 +126,7 @@ def _check_home() -> None:
 
 
 def _not_writable(folder: Path) -> str | None:
-    """Why files cannot be written to a folder, which is made if need be."""
+    """The reason why files cannot be written to a folder, or None. Creates the folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -141,7 +139,7 @@ def _not_writable(folder: Path) -> str | None:
 
 def _init(address: str | None, object_store_bytes: int) -> None:
     if address is not None:
-        _knock(address)
+        _check_reachable(address)
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -155,33 +153,33 @@ def _init(address: str | None, object_store_bytes: int) -> None:
     )
 
 
-def _knock(address: str) -> None:
-    """Find out at once that nobody is at HOST:PORT; Ray tries for two minutes."""
+def _check_reachable(address: str) -> None:
+    """Fail at once if nothing listens at HOST:PORT; Ray would retry for two minutes."""
     host, _, port = address.rpartition(":")
     if host and port.isdigit() and "://" not in address:
         socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
 
 @contextlib.contextmanager
-def _own_sigterm() -> Iterator[Callable[[], None]]:
-    """Give the program its SIGTERM handler back, which ray.init replaces by its own."""
+def _kept_sigterm() -> Iterator[Callable[[], None]]:
+    """Yield a function that restores the program's SIGTERM handler, which ray.init replaces."""
     before = signal.getsignal(signal.SIGTERM)
-    ours = threading.current_thread() is threading.main_thread() and before is not None
+    can_set = threading.current_thread() is threading.main_thread() and before is not None
 
-    def take_back() -> None:
-        if ours and callable(before):  # Ray's is better than none: it ends Ray's processes
+    def restore() -> None:
+        if can_set and callable(before):  # else keep Ray's handler: it ends Ray's processes
             signal.signal(signal.SIGTERM, before)
 
     try:
-        yield take_back
+        yield restore
     finally:
-        if ours:
+        if can_set:
             signal.signal(signal.SIGTERM, before)
 
 
 def head_answers() -> bool:
-    """Whether somebody listens where the head of the cluster was."""
-    # A Ray client (ray://) has no such address, and talks to a server beside the head.
+    """Whether the head of the cluster accepts connections."""
+    # A Ray client (ray://) has no such address: it talks to a server next to the head.
     address = getattr(ray.get_runtime_context(), "gcs_address", None)
     if address is None:
         return True
@@ -194,7 +192,7 @@ def head_answers() -> bool:
 
 
 def describe(*, embedded: bool = False) -> Cluster:
-    """The nodes that are alive now."""
+    """The cluster's nodes that are alive now."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     return Cluster(
         embedded,

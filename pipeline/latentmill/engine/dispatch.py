@@ -1,11 +1,11 @@
-"""Which unit a worker slot gets, and what happens to a lost unit. Knows no Ray and no clock.
+"""Decides which unit a worker slot gets, and what happens to a lost unit. Uses no Ray and no clock.
 
-Longest first, a bounded number per worker slot. A unit whose worker died or failed while it had the
-unit is a suspect: it is retried alone, so that it takes no other unit down with it, and for its
-last attempt each of its items is loaded on trial first. A unit that was lost with its node is no
-suspect; it goes to the front of the queue, and is given up only after many such losses. A unit that
-could not be written waits for the others and is retried a few times; if nothing can be written, the
-run ends.
+The longest units go first, and each worker slot has a bounded number of them. A unit whose worker
+died or failed is a suspect: it is retried alone, so that it cannot take another unit down with it.
+Before its last attempt each of its items is loaded on trial. A unit that was lost with its node is
+not a suspect: it goes to the front of the queue, and is given up only after many such losses. A
+unit that could not be written goes to the end of the queue and is retried a few times. If nothing
+can be written, the run ends.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from latentmill.plan import Unit
 UNITS_IN_FLIGHT = 2
 MAX_ATTEMPTS = 3
 MAX_NODE_LOSSES = 20
-MAX_UNWRITTEN = 3  # units in a row that cannot be written, until it is the storage's fault
+MAX_UNWRITTEN = 3  # units in a row that cannot be written before the run ends
 
 LossKind = Literal["worker", "node", "storage"]
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Why a unit was lost: its worker (so that it is a suspect), the node under it, or storage."""
+    """Why a unit was lost. Only a loss of kind `worker` makes the unit a suspect."""
 
     kind: LossKind
     reason: str
@@ -35,19 +35,14 @@ class Loss:
 
 @dataclass(frozen=True)
 class Assignment:
-    """A unit for a worker slot; if `trial_load`, its items are loaded on trial first."""
+    """A unit for a worker slot. With `trial_load`, its items are loaded on trial first."""
 
     unit: Unit
     trial_load: bool = False
 
 
 class Dispatch:
-    """The units of a run on their way to their commits.
-
-    Args:
-        units: What there is to do.
-        in_flight: Units that a worker slot may have at once.
-    """
+    """Queue of a run's units. A worker slot has at most `in_flight` of them at once."""
 
     def __init__(self, units: Iterable[Unit], in_flight: int = UNITS_IN_FLIGHT) -> None:
         order = sorted(units, key=lambda unit: (-unit.seconds, unit.number))
@@ -61,12 +56,12 @@ class Dispatch:
             "node": Counter(),
             "storage": Counter(),
         }
-        self._draining: set[Hashable] = set()  # slots that will be empty for a suspect
+        self._draining: set[Hashable] = set()  # slots that get no more units before a suspect
         self.failed: dict[str, Loss] = {}  # by unit name, the last loss
 
     @property
     def open(self) -> int:
-        """Units that are neither committed nor given up."""
+        """Number of units that are neither committed nor given up."""
         return len(self._open)
 
     @property
@@ -77,11 +72,11 @@ class Dispatch:
 
     @property
     def queued(self) -> int:
-        """Open units that no slot holds."""
+        """Number of open units that no slot has."""
         return len(self._waiting) + len(self._suspects)
 
     def next(self, slot: Hashable, holding: Collection[Unit]) -> Assignment | None:
-        """The next unit for a worker slot that holds some already; None if it gets no more now."""
+        """The next unit for a slot that has the units `holding`, or None if it gets none now."""
         if any(self._losses["worker"][unit.number] for unit in holding):
             return None
         if self._suspects:
@@ -98,12 +93,12 @@ class Dispatch:
         return None
 
     def done(self, unit: Unit) -> None:
-        """A unit was committed."""
+        """Remove a unit that was committed."""
         self._open.discard(unit.number)
         self._unwritten.clear()
 
     def lost(self, unit: Unit, loss: Loss) -> int:
-        """A unit was lost; it is queued again, or given up. Gives how often it was, in this way."""
+        """Queue a lost unit again, or give it up. Returns its number of losses of this kind."""
         times = self._losses[loss.kind]
         times[unit.number] += 1
         attempt = times[unit.number]
@@ -121,7 +116,7 @@ class Dispatch:
         return attempt
 
     def leave(self, slot: Hashable) -> None:
-        """A worker slot is gone."""
+        """Forget a worker slot that was removed."""
         self._draining.discard(slot)
 
     def _assign(self, unit: Unit) -> Assignment:

@@ -1,6 +1,6 @@
-"""Who is writing to a store, and how far that run is: what its lock file or lease says of it.
+"""The content of a store's lock file or lease: who is writing, and how far that run is.
 
-`latentmill status` reads it from another process or machine. It imports no Ray and no torch.
+`latentmill status` reads it from another process or machine, without importing Ray or torch.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from pydantic import BaseModel, ConfigDict
 
 
 class RunProgress(BaseModel):
-    """How far a run is; units that were committed before it count as done.
+    """How far a run is. Units that were committed before the run count as done.
 
     Attributes:
         units_in_flight: Units that workers have and have not committed yet.
-        items_done: Items that are encoded, skipped or failed, in units in flight too.
-        audio_seconds: Audio done, in units in flight too.
+        items_done: Items that are encoded, skipped or failed, including those of units in flight.
+        audio_seconds: Audio that is done, including that of units in flight.
         total_seconds: Audio of the whole plan. Lengths that the plan only estimates are corrected
-            by what was found in the units so far.
-        x_real_time: Speed over the last two minutes; None as long as it is unknown.
-        seconds_left: By that speed; None as long as it is unknown.
+            by the lengths found in the units so far.
+        x_real_time: Speed over the last two minutes, or None while it is unknown.
+        seconds_left: Time left at that speed, or None while it is unknown.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -51,8 +51,8 @@ class Holder(BaseModel):
 
     Attributes:
         process: See `process_stamp`.
-        since: When it took the store, UTC, by the clock of its host.
-        progress: None before its first unit.
+        since: When the process locked the store, in UTC, by the clock of its host.
+        progress: None before the first unit.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -66,12 +66,12 @@ class Holder(BaseModel):
 
     @property
     def where(self) -> str:
-        """The process, for people."""
+        """The process and host, for messages."""
         return f"process {self.pid} on {self.host}"
 
     @property
     def alive(self) -> bool | None:
-        """Whether the process runs; None if this machine cannot tell."""
+        """Whether the process is running, or None if this machine cannot know."""
         if self.process is None:
             return None
         if self.process == process_stamp(self.pid):
@@ -80,7 +80,7 @@ class Holder(BaseModel):
 
 
 def this_process() -> Holder:
-    """This process as the holder of a store, from now on."""
+    """This process as the holder of a store, starting now."""
     return Holder(
         host=socket.gethostname(),
         pid=os.getpid(),
@@ -91,9 +91,10 @@ def this_process() -> Holder:
 
 
 def process_stamp(pid: int) -> str | None:
-    """What tells a process from all others, of other machines and times too; Linux has it.
+    """A string that identifies a process across machines and reboots (Linux only).
 
-    Boot and process namespace, then the process and its start. None if there is no such process.
+    It holds the boot id, the process namespace, the pid and the start time. None if there is no
+    such process.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -111,5 +112,5 @@ def _machine(stamp: str | None) -> str | None:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (OSError, KeyError):  # a container whose user has no name
+    except (OSError, KeyError):  # the user has no name, as in some containers
         return f"user {os.getuid()}"

@@ -1,4 +1,4 @@
-"""From a configuration to what a worker needs to know. No Ray, so that a worker runs without it."""
+"""Makes the `Job` of a run's workers from its configuration. Does not import Ray."""
 
 from __future__ import annotations
 
@@ -27,12 +27,8 @@ def make_job(
     device: str,
     threads: int,
 ) -> Job:
-    """What the workers of a run need to know.
-
-    Raises:
-        ConfigError: The batches are too large for the model.
-    """
-    if device == "cuda":  # one chunk is the least that is tried where batch_size is not set
+    """The job of a run's workers. Raises ConfigError if the batches are too large for the model."""
+    if device == "cuda":  # without batch_size, the smallest batch that is tried is one chunk
         check_batch(handle.spec, chunking.samples, config.batch_size or 1)
     return Job(
         model=handle,
@@ -45,7 +41,7 @@ def make_job(
             load_threads=config.load_threads or LOAD_THREADS,
             load_timeout=config.load_timeout,
             allow_truncated=config.allow_truncated,
-            allow_changed=config.retry_failed,  # a file that was mended is another file
+            allow_changed=config.retry_failed,  # a repaired file differs from the planned one
             filters=Filters(**{one.name: getattr(config, one.name) for one in fields(Filters)}),
         ),
         store=Storage(config.out).root,

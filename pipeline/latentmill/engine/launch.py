@@ -1,4 +1,4 @@
-"""From a configuration to running actors: connect to Ray, choose devices, schedule the units."""
+"""Connects to Ray, chooses devices and resources, and schedules the units of a run."""
 
 from __future__ import annotations
 
@@ -35,12 +35,9 @@ def encode_units(
     observer: RunObserver,
     hold: Hold,
 ) -> None:
-    """Connect to Ray and run the units on as many actors as it has GPUs, or CPU cores for.
+    """Connect to Ray and run the units on one actor per GPU, or on as many as the CPU cores allow.
 
     Nodes that join later get actors too, unless the number of workers is set.
-
-    Raises:
-        LatentmillError: See `Scheduler.run` and `connect`.
     """
     storage = Storage(config.out)
     with connect(config.address, payloads=bool(config.load_tasks)) as cluster:
@@ -53,7 +50,7 @@ def encode_units(
             config = config.model_copy(update={"load_threads": threads})
         job = make_job(config, handle, chunking, plan, device=device, threads=resources.threads)
         stall_seconds = config.stall_minutes * 60
-        # A decoder on trial is given up before its whole worker would be.
+        # A trial load must time out before the scheduler replaces the whole worker.
         hang_seconds = min(HANG_SECONDS, stall_seconds / 3)
         job = replace(job, owner=hold.owner, hang_seconds=hang_seconds)
         write = partial(write_origin, hold.storage)
@@ -61,7 +58,7 @@ def encode_units(
         scheduler = Scheduler(
             job,
             resources.shape,
-            _Room(resources.shape, config.workers),
+            _ActorTarget(resources.shape, config.workers),
             observer,
             check=hold.check,
             stall_seconds=stall_seconds,
@@ -70,35 +67,31 @@ def encode_units(
 
 
 def cluster_device(config: RunConfig) -> str:
-    """Ask the cluster where the workers will run: `cpu` or `cuda`.
-
-    Raises:
-        ConfigError: The cluster cannot be reached, or lacks the device.
-    """
+    """The device that the workers will use on this cluster: `cpu` or `cuda`."""
     with connect(config.address) as cluster:
         return _device(config, cluster)
 
 
 def _device(config: RunConfig, cluster: Cluster) -> str:
-    """What torch calls the device, in an actor: Ray shows each actor its own GPU alone."""
+    """The torch device of an actor. It has no index, because an actor sees only its own GPU."""
     if config.device == "auto":
         return "cuda" if cluster.gpus else "cpu"
     if config.device.startswith("cuda:"):
         raise ConfigError(
-            f"Device {config.device}: Ray chooses the GPUs. Use device cuda, and the variable "
-            "CUDA_VISIBLE_DEVICES to leave some out."
+            f"Device {config.device} is not supported, because Ray chooses the GPUs: use device "
+            "cuda, and set CUDA_VISIBLE_DEVICES to use only some of them."
         )
     if config.device == "cuda" and not cluster.gpus and (cluster.embedded or not config.workers):
         raise ConfigError(
-            "Device cuda was asked for, but Ray has no GPUs: use device cpu, or on a cluster that "
-            "adds GPU nodes when they are asked for, set workers."
+            "Device cuda is not available, because Ray has no GPUs: use device cpu, or set workers "
+            "if an autoscaler adds GPU nodes on demand."
         )
     return config.device
 
 
 @dataclass(frozen=True)
 class _Resources:
-    """How many actors, what Ray reserves for each, and the CPU threads of its model."""
+    """The number of actors, what Ray reserves for each, and the CPU threads of each model."""
 
     workers: int
     shape: ActorShape
@@ -108,12 +101,12 @@ class _Resources:
 def _resources(config: RunConfig, cluster: Cluster, *, on_gpu: bool) -> _Resources:
     """One actor per GPU, or per `threads` CPU cores of a node.
 
-    More `workers` than that share GPUs and cores, so that Ray can place all of them.
+    If `workers` is larger, they share GPUs and cores, so that Ray can place all of them.
     """
     threads = config.threads or max(1, min(DEFAULT_CPU_THREADS, max(cluster.node_cpus)))
     if on_gpu:
         workers = config.workers or cluster.gpus
-        share = _share(cluster.node_gpus, workers) or 1  # none yet: an autoscaler adds them
+        share = _share(cluster.node_gpus, workers) or 1  # no GPUs yet: an autoscaler adds them
         return _Resources(workers, ActorShape(cpus=0, gpus=min(1, share)), threads)
     fitting = sum(cpus // threads for cpus in cluster.node_cpus)
     workers = config.workers or max(1, fitting)
@@ -122,48 +115,49 @@ def _resources(config: RunConfig, cluster: Cluster, *, on_gpu: bool) -> _Resourc
 
 
 def _load_threads(cluster: Cluster, shape: ActorShape) -> int:
-    """The cores of a GPU's node for each of its workers; beside a model on the CPU, a few."""
+    """Load threads per worker: its share of a GPU node's cores, or a few if the model is on CPU."""
     nodes = zip(cluster.node_cpus, cluster.node_gpus, strict=True)
     shares = [cpus * shape.gpus / gpus for cpus, gpus in nodes if gpus]
     return max(LOAD_THREADS, min(MOST_LOAD_THREADS, int(min(shares, default=0))))
 
 
 def _check_spare_cores(cluster: Cluster, resources: _Resources, workers: int | None) -> None:
-    """Refuse decode tasks that would wait for a core for ever, if no node may be added."""
+    """Refuse load tasks if the workers use all cores and no node can be added."""
     cores = sum(cluster.node_cpus)
     if (cluster.embedded or not workers) and cores - resources.workers * resources.shape.cpus < 1:
         raise ConfigError(
-            f"load_tasks needs CPU cores beside the workers', which have all {cores}: set fewer "
-            "workers or threads, or leave load_tasks out."
+            f"load_tasks needs free CPU cores, but the workers use all {cores}: set fewer workers "
+            "or threads, or remove load_tasks."
         )
 
 
-class _Room:
-    """How many actors there should be: as many as were asked for, or as the nodes have room for.
+class _ActorTarget:
+    """The number of actors to run: the configured number, or as many as fit on the nodes.
 
-    Asked again and again, it notices nodes that join or leave, and a head that is gone: Ray ends
-    a process that is without one for a minute, so the run ends in order before.
+    It is called every few seconds, so it follows nodes that join or leave. It raises HeadGoneError
+    if the head is gone: Ray kills the driver a minute after losing the head, so the run has to
+    end before that.
     """
 
     def __init__(self, shape: ActorShape, workers: int | None) -> None:
         self._shape = shape
         self._workers = workers
-        self._answer = workers or 1
-        self._heard = time.monotonic()
+        self._count = workers or 1
+        self._last_answer = time.monotonic()  # of the head
 
     def __call__(self) -> int:
         if head_answers():
-            self._heard = time.monotonic()
-            self._answer = self._workers or self._fitting()
-        elif time.monotonic() - self._heard > HEAD_SECONDS:
+            self._last_answer = time.monotonic()
+            self._count = self._workers or self._fitting()
+        elif time.monotonic() - self._last_answer > HEAD_SECONDS:
             raise HeadGoneError(
-                "The head of the Ray cluster is gone: start the cluster again, then the same "
-                "command resumes."
+                "The head of the Ray cluster is gone: start the cluster again, then run the same "
+                "command to resume."
             )
-        return self._answer
+        return self._count
 
     def _fitting(self) -> int:
-        """One actor at least, for a first node that an autoscaler may add."""
+        """At least one actor, because an autoscaler may add a first node for it."""
         cluster, shape = describe(), self._shape
         nodes, share = cluster.node_cpus, shape.cpus
         if shape.gpus:
@@ -172,11 +166,11 @@ class _Room:
 
 
 def _share(node_units: Sequence[int], workers: int) -> float:
-    """The largest share, whole or 1 / n of a unit, that all workers can have at once."""
+    """The largest share of a CPU or GPU, a whole number or 1 / n, that every worker can have."""
     for whole in range(max(node_units), 0, -1):
         if sum(units // whole for units in node_units) >= workers:
             return whole
     for parts in range(2, workers + 1):
         if parts * sum(node_units) >= workers:
-            return int(10_000 / parts) / 10_000  # Ray counts in ten-thousandths
+            return int(10_000 / parts) / 10_000  # the precision of Ray's resources
     return 0

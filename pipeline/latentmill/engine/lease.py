@@ -1,14 +1,15 @@
-"""One run at a time on object storage, which knows no locks: a lease, a small object in the store.
+"""One run at a time on object storage: a lease, which is a small object in the store.
 
-Its holder writes a heartbeat into it every few seconds. Another run that finds a lease watches it:
-if the heartbeat changes, the run is refused; if it does not change for `dead_after` seconds of the
-watcher's monotonic clock, the watcher takes the lease over. The clocks of two machines are never
-compared: one of them may be hours off. Only a holder that was a process of this machine and has
-ended loses its lease at once. Taking a lease is a create-only write (on S3 `If-None-Match`), then a
-pause, then a look at who has it: of two that take over the same dead lease the later one has it,
-and a holder that was only slow writes itself back in the pause. A holder that finds another one's
-name stops before it writes anything more: driver and workers write through `guard.py`, which reads
-the lease right before each write.
+Object storage has no locks. The holder of the lease writes a heartbeat into it every few seconds.
+Another run that finds a lease watches it. If the heartbeat changes, that run is refused. If it does
+not change for `dead_after` seconds of the watcher's monotonic clock, the watcher takes the lease
+over. The clocks of two machines are never compared, because one of them may be hours off. If the
+holder was a process of this machine and has ended, the lease is taken over at once.
+
+To take a lease, a run writes it create-only (on S3 `If-None-Match`), pauses, and reads it again. If
+two runs take over the same dead lease, the later one has it. A holder that was only slow writes its
+lease back during the pause. A holder that finds another owner in the lease stops writing: driver
+and workers write through `guard.py`, which reads the lease right before each write.
 """
 
 from __future__ import annotations
@@ -31,24 +32,24 @@ from latentmill.storage.storage import Storage
 from latentmill.store.schema import DATASET_PATH
 
 LEASE_PATH = ".lease"
-LONGEST_DEAD_AFTER = 3600.0  # what a lease may ask another run to wait, in seconds
+LONGEST_DEAD_AFTER = 3600.0  # the most seconds that a lease may make another run wait
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The rhythm of a lease, in seconds."""
+    """Intervals of a lease, in seconds."""
 
     period: float = 5.0  # between two heartbeats
     dead_after: float = 60.0  # without a heartbeat
-    settle: float = 2.0  # between taking a lease and looking who has it
-    poll: float = 1.0  # between two looks at another run's lease
+    settle: float = 2.0  # between writing a lease and checking who has it
+    poll: float = 1.0  # between two reads of another run's lease
 
 
 class LeaseDocument(Holder):
-    """Content of the lease."""
+    """Content of the lease object."""
 
     owner: str
-    heartbeat: str  # new at every beat; the time, for people: nothing is computed from it
+    heartbeat: str  # the time of the last heartbeat; only compared for equality
     dead_after: float = Field(gt=0, le=LONGEST_DEAD_AFTER, allow_inf_nan=False)
 
 
@@ -56,8 +57,8 @@ class Lease:
     """The lease of a run on a store. Made by `hold`.
 
     Attributes:
-        owner: The run, by a name of its own.
-        storage: The store, to write through: it refuses writes once another run has taken over.
+        owner: Random id of the run.
+        storage: The store. It refuses writes after another run has taken over.
     """
 
     storage: Storage
@@ -74,31 +75,25 @@ class Lease:
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def check(self) -> None:
-        """Make sure that this run still has the store; cheap, for every turn of a loop.
+        """Raise StoreError if another run has taken over; cheap enough for every loop iteration.
 
-        Raises:
-            StoreError: Another run has taken the lease over.
-            StorageError: The heartbeat is overdue and cannot be written.
+        Raises StorageError if the heartbeat is overdue and cannot be written.
         """
         limit = self._timing.dead_after - 2 * self._timing.period
         if self._lost is None and time.monotonic() - self._renewed > limit:
-            self._beat()  # this process was asleep, or the storage was away
+            self._beat()  # this process was suspended, or the storage was unreachable
         if self._lost is not None:
             raise StoreError(
-                f"This run lost its lease on {self._storage.root} to {self._lost}: wait until that "
-                "run has ended, then run again."
+                f"This run lost its lease on {self._storage.root} ({self._lost}): wait until no "
+                "other run is writing there, then run again."
             )
 
     def publish(self, progress: RunProgress) -> None:
-        """Tell readers of the lease how far the run is, with the next heartbeat."""
+        """Write the progress into the lease with the next heartbeat."""
         self._holder = self._holder.model_copy(update={"progress": progress})
 
     def _take(self) -> None:
-        """Wait until the lease is ours.
-
-        Raises:
-            StoreError: Another run is alive and has it.
-        """
+        """Wait until this run has the lease. Raises StoreError if the run that has it is alive."""
         first: LeaseDocument | None = None
         since = 0.0
         while True:
@@ -113,10 +108,9 @@ class Lease:
                 continue
             if first is None or found.owner != first.owner:
                 first, since = found, time.monotonic()
-            still = found.heartbeat == first.heartbeat
-            if not still or found.alive:
+            if found.heartbeat != first.heartbeat or found.alive:
                 raise StoreError(
-                    f"Another run is writing into {self._storage.root} ({found.where}): wait until "
+                    f"Another run is writing to {self._storage.root} ({found.where}): wait until "
                     "it has ended."
                 )
             if found.alive is False or time.monotonic() - since > found.dead_after:
@@ -127,14 +121,14 @@ class Lease:
 
     def _renew(self) -> None:
         while self._lost is None and not self._over.wait(self._timing.period):
-            with contextlib.suppress(StorageError):  # `check` will say so if it lasts
+            with contextlib.suppress(StorageError):  # `check` raises it if it persists
                 self._beat()
 
     def _beat(self) -> None:
         with self._beating:
             found = read_lease(self._storage)
             if found is None or found.owner != self.owner:
-                self._lost = "nobody" if found is None else found.where
+                self._lost = "it was deleted" if found is None else f"taken over by {found.where}"
                 return
             self._storage.write(LEASE_PATH, self._document())
             self._renewed = time.monotonic()
@@ -163,12 +157,7 @@ class Lease:
 
 @contextlib.contextmanager
 def hold(storage: Storage, timing: Timing | None = None) -> Iterator[Lease]:
-    """Hold the lease of a store.
-
-    Raises:
-        StoreError: Another run that is alive has it.
-        StorageError: The store cannot be read or written.
-    """
+    """Hold the lease of a store. Raises StoreError if another run that is alive has it."""
     lease = Lease(storage, timing or Timing())
     try:
         lease._take()
@@ -180,27 +169,21 @@ def hold(storage: Storage, timing: Timing | None = None) -> Iterator[Lease]:
 
 
 def guarded(storage: Storage, owner: str, followed: tuple[str, ...] = ()) -> GuardedStorage:
-    """A store that is written to only while `owner` has its lease."""
+    """A view of the store that refuses writes unless `owner` has the lease."""
     return GuardedStorage(storage.root, lambda: check_owner(storage, owner), followed)
 
 
 def check_owner(storage: Storage, owner: str) -> None:
-    """Make sure that a run still has the store; reads the lease.
-
-    Raises:
-        StoreError: It has not.
-    """
+    """Read the lease, and raise StoreError unless `owner` has it."""
     found = read_lease(storage)
     if found is None or found.owner != owner:
-        raise StoreError(f"Another run has begun to write into {storage.root}.")
+        raise StoreError(
+            f"Another run has started to write to {storage.root}: wait until it has ended."
+        )
 
 
 def read_lease(storage: Storage) -> LeaseDocument | None:
-    """Read the lease of a store; None if there is none.
-
-    Raises:
-        StoreError: It is not valid.
-    """
+    """Read the lease of a store, or None if there is none."""
     text = storage.read_if_exists(LEASE_PATH)
     if text is None:
         return None
@@ -208,6 +191,6 @@ def read_lease(storage: Storage) -> LeaseDocument | None:
         return LeaseDocument.model_validate_json(text)
     except ValidationError as error:
         raise StoreError(
-            f"{storage.root}/{LEASE_PATH} is not a valid lease: delete it if no run is writing "
-            "there."
+            f"{storage.root}/{LEASE_PATH} is not a valid lease: delete it if no run is writing to "
+            "the store."
         ) from error

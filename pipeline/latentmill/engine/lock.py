@@ -1,10 +1,10 @@
-"""One run at a time: a lock on a store that lies on a disk, a lease on one in a bucket.
+"""One run at a time: a lock on a store on a local disk, a lease on a store in a bucket.
 
 Either is taken before the plan is read or made, so that two first runs cannot both plan one store.
-The driver and its workers share the lock: a run that starts after another one was killed waits
-until Ray has ended the last of its workers, which cannot write into the new run's store then. A
-lock is gone with its process. Object storage has no such locks: there the driver holds a lease
-(`lease.py`), and driver and workers read it right before everything that they publish.
+The driver and its workers share the lock. If a run is killed, the next run waits until Ray has
+ended the last worker of the killed one, so that no old worker writes to the store. The lock ends
+with its process. Object storage has no such locks: there the driver holds a lease (`lease.py`), and
+driver and workers read it right before each write.
 """
 
 from __future__ import annotations
@@ -30,33 +30,29 @@ POLL_SECONDS = 0.05
 
 
 class Hold(Protocol):
-    """What a run has of its store while it writes there."""
+    """A run's exclusive access to a store."""
 
     @property
     def owner(self) -> str | None:
-        """By which workers recognise their run's lease; None: there is none."""
+        """Id in the run's lease, by which workers recognise it; None without a lease."""
         ...
 
     @property
     def storage(self) -> Storage:
-        """The store, to write through: it refuses writes once another run has taken over."""
+        """The store. It refuses writes after another run has taken over."""
         ...
 
     def publish(self, progress: RunProgress) -> None:
-        """Tell other processes how far the run is; see `running.py`."""
+        """Publish the progress for other processes, which read it with `running.py`."""
         ...
 
     def check(self) -> None:
-        """Make sure that the store is still this run's; cheap, for every turn of a loop.
-
-        Raises:
-            StoreError: It is not: nothing more may be written.
-        """
+        """Raise StoreError if another run has taken over; cheap enough for every loop iteration."""
         ...
 
 
 class _Flock:
-    """Held until the process ends, whatever happens."""
+    """A file lock, which the kernel releases when the process ends."""
 
     owner = None
 
@@ -67,27 +63,24 @@ class _Flock:
         self._write()
 
     def check(self) -> None:
-        """Nobody can take it."""
+        """Do nothing: another process cannot take this lock."""
 
     def publish(self, progress: RunProgress) -> None:
-        """Write it into the lock file."""
         self._holder = self._holder.model_copy(update={"progress": progress})
         self._write()
 
     def _write(self) -> None:
-        """Replace the first line, in one call; what a longer one left behind it is not read."""
+        """Replace the first line in one call. Readers ignore the rest of a longer old line."""
         with contextlib.suppress(OSError):  # only `status` reads it
             os.pwrite(self._file.fileno(), self._holder.model_dump_json().encode() + b"\n", 0)
 
 
 @contextlib.contextmanager
 def only_run(storage: Storage) -> Iterator[Hold]:
-    """Hold a store for a run; a store that is still empty at the end leaves no trace.
+    """Hold a store for a run. A store that is still empty at the end is removed.
 
-    Raises:
-        StoreError: Another run, or a worker of one, has held the store for `WAIT_SECONDS`, or
-            another run's lease is alive.
-        StorageError: The store cannot be written.
+    Raises StoreError if another run, or a worker of one, keeps the lock for `WAIT_SECONDS`, or if
+    another run's lease is alive.
     """
     if not storage.local:
         with hold(storage) as lease:
@@ -99,9 +92,7 @@ def only_run(storage: Storage) -> Iterator[Hold]:
         try:
             yield _Flock(storage, file)
         finally:
-            with contextlib.suppress(
-                OSError
-            ):  # a full disk ends the run elsewhere, with its reason
+            with contextlib.suppress(OSError):  # a full disk is reported where the run writes
                 file.truncate(0)
             if [entry.name for entry in path.parent.iterdir()] == [LOCK_PATH]:
                 path.unlink()
@@ -110,17 +101,16 @@ def only_run(storage: Storage) -> Iterator[Hold]:
 
 
 class Membership:
-    """A worker's part in its run's hold on the store, until it is closed.
+    """A worker's share in the lock or lease of its run, until it is closed.
 
     Attributes:
-        storage: The store, to write through.
+        storage: The store. It refuses writes after another run has taken over.
     """
 
     def __init__(self, storage: Storage, owner: str | None) -> None:
-        """Join the run that holds the store, as `owner` if by a lease.
+        """Join the run that has the store. Raises StoreError if another run has it.
 
-        Raises:
-            StoreError: Another run holds it.
+        `owner` is the id in the run's lease, or None if the store is locked by file.
         """
         self.storage = storage if owner is None else guarded(storage, owner)
         self._file: BinaryIO | None = None
@@ -128,50 +118,49 @@ class Membership:
             self._file = _open(Path(storage.full(LOCK_PATH)), storage)
             if not _lock(self._file, fcntl.LOCK_SH):
                 self._file.close()
-                raise StoreError(f"Another run has begun to write into {storage.root}.")
+                raise StoreError(
+                    f"Another run has started to write to {storage.root}: wait until it has ended."
+                )
 
     def close(self) -> None:
-        """Leave."""
         if self._file is not None:
             self._file.close()
 
 
 def join_run(storage: Storage, owner: str | None = None) -> Membership:
-    """Hold a store for a worker of the run that holds it; see `Membership`."""
+    """Make a worker a member of the run that has the store; see `Membership`."""
     return Membership(storage, owner)
 
 
 def _acquire(path: Path, storage: Storage) -> BinaryIO:
-    """Take the lock, shared in the end, so that this run's workers can join."""
+    """Take the lock exclusively, then make it shared, so that this run's workers can join."""
     end = time.monotonic() + WAIT_SECONDS
     while True:
         file = _open(path, storage)
-        # Whoever held the lock before may have removed the file: then it is no lock any more.
+        # The previous holder may have removed the file; a lock on a removed file has no effect.
         if _lock(file, fcntl.LOCK_EX) and _is_at(file, path) and _lock(file, fcntl.LOCK_SH):
             return file
         file.close()
         if time.monotonic() > end:
-            raise StoreError(
-                f"Another run is writing into {storage.root}: wait until it has ended."
-            )
+            raise StoreError(f"Another run is writing to {storage.root}: wait until it has ended.")
         time.sleep(POLL_SECONDS)
 
 
 def _open(path: Path, storage: Storage) -> BinaryIO:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # NFS locks what is writable.
+        # NFS can only lock a file that is open for writing.
         return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
     except OSError as error:
         raise StorageError(f"Cannot write {storage.root}/{LOCK_PATH}: {error.strerror}.") from error
 
 
 def read_lock(storage: Storage) -> Holder | None:
-    """Read who holds, or held, the lock of a local store.
+    """The process that has or had the lock of a local store.
 
-    None if the last run ended in order, or was one of an older version.
+    None if the last run ended normally, or was one of an older version.
     """
-    for _ in range(3):  # a read may meet a write
+    for _ in range(3):  # a read may overlap with a write
         line, end, _ = (storage.read_if_exists(LOCK_PATH) or b"").partition(b"\n")
         if not end:
             return None
@@ -181,9 +170,9 @@ def read_lock(storage: Storage) -> Holder | None:
 
 
 def is_locked(storage: Storage) -> bool | None:
-    """Whether somebody holds the lock of a local store; None if its file system cannot tell.
+    """Whether a process has the lock of a local store, or None if the file system has no locks.
 
-    For a moment it holds the lock itself if nobody else does.
+    It tries to take the lock, so that it has the lock for a moment itself.
     """
     try:
         with Path(storage.full(LOCK_PATH)).open("rb") as file:
@@ -209,6 +198,6 @@ def _lock(file: BinaryIO, kind: int) -> bool:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a network file system without locks: nothing can be promised there
+    except OSError:  # a network file system without locks, where runs are not protected
         return True
     return True

@@ -1,4 +1,4 @@
-"""Why a worker was lost, in a sentence for people, and whether its units are suspects for it."""
+"""Finds out why a worker was lost, and whether its units are suspects."""
 
 from __future__ import annotations
 
@@ -16,28 +16,26 @@ from ray.exceptions import (
 
 from latentmill.engine.dispatch import Loss
 
-NEARLY_FULL = 0.9  # share of a host's memory beyond which a silent death is laid to it
+NEARLY_FULL = 0.9  # share of a host's memory above which a crash is reported as out of memory
 
 
 def classify(error: BaseException, memory_used: float | None = None) -> Loss:
-    """What a call's failure says of its worker.
+    """The loss that an error of `ray.get` stands for.
 
-    Args:
-        error: What `ray.get` raised.
-        memory_used: Share of the host's memory in use when the worker was last asked.
+    `memory_used` is the share of the host's memory in the worker's last report.
     """
-    if isinstance(error, RayTaskError):  # the worker lives; its model or a library failed
+    if isinstance(error, RayTaskError):  # the worker is alive; its model or a library failed
         return Loss("worker", first_line(error.cause or error))
     text = " ".join(str(error).split())
     if isinstance(error, OutOfMemoryError) or "running low on memory" in text:
-        return Loss("worker", "the host ran out of memory, and Ray's memory monitor ended it")
+        return Loss("worker", "the host ran out of memory, and Ray's memory monitor killed it")
     if (node := _end_of_node(error, text)) is not None:
         return Loss("node", node)
     if isinstance(error, ActorDiedError) and "End of file" in text:
         cause = "it crashed, or was killed by SIGKILL"
         if memory_used is not None and memory_used > NEARLY_FULL:
             cause += f"; the host's memory was {memory_used:.0%} full, so out of memory is likely"
-        return Loss("worker", f"its process died without a word ({cause})")
+        return Loss("worker", f"its process died without an error message ({cause})")
     return Loss("worker", first_line(error))
 
 
@@ -54,7 +52,7 @@ def _end_of_node(error: BaseException, text: str) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """What went wrong, in one line."""
+    """The error in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, RayError):
         return lines[0] if lines else type(error).__name__
@@ -62,7 +60,7 @@ def first_line(error: BaseException) -> str:
 
 
 def memory_used() -> float | None:
-    """Share of this host's (or this container's) memory that is in use; Linux knows."""
+    """Share of this host's or container's memory that is in use, or None except on Linux."""
     shares = []
     try:
         entries = dict(
@@ -79,7 +77,7 @@ def memory_used() -> float | None:
 
 
 def _cgroup_bytes() -> int:
-    """What a container uses, without the pages that the kernel would give back."""
+    """Memory of a container, without the pages that the kernel can reclaim."""
     statistics = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
     inactive = next(int(s.split()[1]) for s in statistics if s.startswith("inactive_file "))
     return int(Path("/sys/fs/cgroup/memory.current").read_text()) - inactive

@@ -1,6 +1,6 @@
-"""Shows how a run goes: a bar in a terminal, plain lines elsewhere, JSON, or nothing.
+"""Displays the progress of a run: a bar in a terminal, plain lines elsewhere, JSON, or nothing.
 
-What is shown is counted by `tracker.py`.
+`tracker.py` computes the numbers.
 """
 
 from __future__ import annotations
@@ -31,38 +31,38 @@ LogFormat = Literal["text", "json"]
 
 
 class QuietProgress:
-    """Shows nothing; base of the displays."""
+    """Displays nothing. Base class of the displays."""
 
     def planning(self, items: int, headers: int) -> None:
-        """Number of items listed, and of headers read, so far."""
+        """Called while planning, with the number of items listed and headers read so far."""
 
     def begin(self, now: RunProgress) -> None:
-        """The run starts; units that were committed before count as done."""
+        """Called when the run starts. Units that were committed before count as done."""
 
     def unit_done(self, result: UnitResult) -> None:
-        """A unit was committed."""
+        """Called when a unit was committed."""
 
     def unit_lost(self, unit: Unit, attempt: int, reason: str) -> None:
-        """A unit was lost with its worker."""
+        """Called when an attempt at a unit failed."""
 
     def note(self, text: str) -> None:
-        """A message for people."""
+        """Called with a message for the user."""
 
     def workers(self, ready: int, starting: int) -> None:
-        """Number of ready and starting workers changed."""
+        """Called when the number of ready or starting workers changed."""
 
     def tick(self, now: RunProgress) -> None:
-        """How far the run is; about once a second."""
+        """Called about once a second."""
 
     def end(self, now: RunProgress) -> None:
-        """The run is over, whichever way; with its average speed."""
+        """Called when the run ends, also after an error. `now` has the average speed."""
 
 
 Progress = QuietProgress
 
 
 class _EveryTenSeconds(QuietProgress):
-    """`clock` gives seconds."""
+    """Base class of displays that print at most one progress line in ten seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -78,7 +78,7 @@ class _EveryTenSeconds(QuietProgress):
 
 
 class LineProgress(_EveryTenSeconds):
-    """Plain lines, one every ten seconds: for logs."""
+    """Plain lines for logs."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(clock)
@@ -110,7 +110,7 @@ class LineProgress(_EveryTenSeconds):
 
 
 class BarProgress(_EveryTenSeconds):
-    """A bar in a terminal, on one line of 80 columns; it shows the share of the audio."""
+    """A bar in a terminal, on one line of 80 columns. It shows the share of audio that is done."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(clock)
@@ -147,7 +147,7 @@ class BarProgress(_EveryTenSeconds):
 
 
 class JsonProgress(_EveryTenSeconds):
-    """A JSON object per line, for machines: `event`, `time` (UTC) and what belongs to the event."""
+    """One JSON object per line, with `event`, `time` (UTC) and the values of the event."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(clock)
@@ -188,7 +188,7 @@ class JsonProgress(_EveryTenSeconds):
 
 
 def for_stream(log_format: LogFormat = "text", stream: TextIO | None = None) -> Progress:
-    """JSON if asked for; else a bar if the stream (default: stderr) is a terminal, or lines."""
+    """The display for a stream (default: stderr): JSON, else a bar in a terminal, else lines."""
     stream = stream or sys.stderr
     if log_format == "json":
         return JsonProgress(stream)
@@ -206,7 +206,7 @@ def _line(now: RunProgress) -> str:
 
 
 def _short(now: RunProgress) -> str:
-    """The same in less than 70 columns, even of a million hours."""
+    """The progress in less than 70 columns, even for a million hours."""
     done, total = now.audio_seconds / 3600, now.total_seconds / 3600
     digits = 3 if total < 1 else 1 if total < 1000 else 0
     failed = f"  {now.failed} failed" if now.failed else ""
@@ -225,13 +225,12 @@ def _left(now: RunProgress) -> str:
 
 
 def _rounded(now: RunProgress) -> dict[str, object]:
-    """For a JSON event."""
     rounded = {name: round(value, 3) if isinstance(value, float) else value for name, value in now}
     return {**rounded, "share": round(now.share, 4)}
 
 
 def _lost(unit: Unit, attempt: int, reason: str) -> str:
-    return f"unit {unit.name} was lost on attempt {attempt}: {redact_text(reason)}"
+    return f"unit {unit.name} failed on attempt {attempt}: {redact_text(reason)}"
 
 
 def _listing(items: int, headers: int) -> str:

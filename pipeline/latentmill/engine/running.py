@@ -1,4 +1,4 @@
-"""The run that is writing to a store right now, as another process sees it."""
+"""Finds the run that is writing to a store, from another process."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class CurrentRun:
-    """A run that is writing to a store, or did when it was killed.
+    """A run that is writing to a store, or was when it was killed.
 
     Attributes:
-        state: `silent`: on another machine, without a sign of life while we looked.
-        user, host, pid: Its driver.
-        since: When it began, UTC, by the clock of its host.
-        heartbeat: The last one, by the same clock; None on a local disk.
-        progress: How far it is; None as long as it lists its source.
+        state: `silent` is a run on another machine whose heartbeat did not change while we waited.
+        user, host, pid: The driver's.
+        since: When the run started, in UTC, by the clock of its host.
+        heartbeat: Time of the last heartbeat, by the same clock; None on a local disk.
+        progress: None while the run lists its source.
     """
 
     state: Literal["running", "silent", "stopped"]
@@ -37,20 +37,16 @@ class CurrentRun:
 
     @property
     def by(self) -> str:
-        """Its driver, for people."""
+        """The driver's user, host and pid, for messages."""
         who = f"{self.user}@{self.host}" if self.user else self.host
         return f"{who}, pid {self.pid}"
 
 
 def current_run(storage: Storage) -> CurrentRun | None:
-    """Look who is writing to a store; None if nobody is, and no run was killed.
+    """The run that is writing to a store or was killed; None if the last run ended normally.
 
-    For a lease of another machine it waits until its heartbeat changes, some seconds at most: the
-    clocks of two machines are never compared.
-
-    Raises:
-        StoreError: The store's lease is not valid.
-        StorageError: The store cannot be read.
+    For a lease of another machine it waits up to `HEARTBEAT_WAIT_SECONDS` for the heartbeat to
+    change, because the clocks of two machines are never compared.
     """
     return _of_lock(storage) if storage.local else _of_lease(storage)
 
@@ -72,7 +68,7 @@ def _of_lease(storage: Storage) -> CurrentRun | None:
     while time.monotonic() < end:
         time.sleep(POLL_SECONDS)
         lease = read_lease(storage)
-        if lease is None:  # the run has ended meanwhile
+        if lease is None:  # the run has ended
             return None
         if lease.heartbeat != first.heartbeat:
             return _run(lease, True, lease.heartbeat)

@@ -1,6 +1,7 @@
-"""Counts how far a run is: units, items, audio, speed and the time left.
+"""Computes the progress of a run: units, items, audio, speed and time left.
 
-The driver tells it what happens; it tells the display, and publishes it for `latentmill status`.
+The driver calls it with every event. It updates the display, and publishes the progress for
+`latentmill status`.
 """
 
 from __future__ import annotations
@@ -19,19 +20,15 @@ if TYPE_CHECKING:
     from latentmill.engine.progress import Progress
     from latentmill.engine.worker import UnitResult
 
-WINDOW_SECONDS = 120.0  # over which the speed is taken
-FIRST_SECONDS = 5.0  # before which a speed says nothing
+WINDOW_SECONDS = 120.0  # over which the speed is measured
+FIRST_SECONDS = 5.0  # no speed is shown earlier, because it would not be meaningful
 
 
 class Tracker:
-    """Follows one run.
+    """Progress of one run.
 
-    Args:
-        plan: What there is to encode.
-        tallies: The commits that are there already, by unit name.
-        display: Shows how far the run is.
-        publish: Takes the same, for other processes to read.
-        clock: Gives seconds.
+    `tallies` has the units that are committed already, by unit name. `publish` writes the progress
+    where other processes can read it.
     """
 
     def __init__(
@@ -46,7 +43,7 @@ class Tracker:
         self._units, self._items = len(plan.units), plan.num_items
         self._open = {unit.number: unit for unit in plan.units if unit.name not in tallies}
         self._waiting = sum(unit.seconds for unit in self._open.values())  # by the plan
-        # The audio of committed units, and what the plan says of it.
+        # Seconds of audio in committed units: measured, and as planned.
         self._audio = sum(tally.audio_seconds for tally in tallies.values())
         self._planned = sum(unit.seconds for unit in plan.units) - self._waiting
         self._items_done = sum(tally.items for tally in tallies.values())
@@ -59,7 +56,6 @@ class Tracker:
         self._display.begin(now)
 
     def unit_done(self, result: UnitResult) -> None:
-        """A unit was committed."""
         unit = self._open.pop(result.unit)
         self._in_flight = {n: p for n, p in self._in_flight.items() if n != result.unit}
         self._waiting -= unit.seconds
@@ -70,34 +66,32 @@ class Tracker:
         self._display.unit_done(result)
 
     def unit_lost(self, unit: Unit, attempt: int, reason: str) -> None:
-        """A unit was lost with its worker."""
         self._display.unit_lost(unit, attempt, reason)
 
     def note(self, text: str) -> None:
-        """Show a message."""
         self._display.note(text)
 
     def interrupted(self) -> None:
-        """Show what is committed now: stopping the workers and Ray takes some seconds."""
+        """Show the committed progress before the workers and Ray are stopped (some seconds)."""
         self.note("interrupted: stopping the workers")
         self.end()
 
     def workers(self, ready: int, starting: int) -> None:
-        """Number of ready and starting workers changed."""
-        if ready and not self._has_worker:  # the start of Ray and of the model says nothing
+        # The time for starting Ray and loading the model does not count for the speed.
+        if ready and not self._has_worker:
             self._has_worker = True
             self._restart()
         self._display.workers(ready, starting)
 
     def tick(self, in_flight: Mapping[int, UnitProgress]) -> None:
-        """Show and publish how far the run is; `in_flight`: the workers' units, by number."""
+        """Show and publish the progress. `in_flight` has the workers' units, by number."""
         self._in_flight = {n: p for n, p in in_flight.items() if n in self._open}
         now = self._now()
         self._publish(now)
         self._display.tick(now)
 
     def end(self) -> None:
-        """The run is over, whichever way: show its average speed, once."""
+        """Show the average speed when the run ends, once, also after an error."""
         if self._ended:
             return
         self._ended = True
@@ -106,7 +100,7 @@ class Tracker:
         self._display.end(self._now())
 
     def _restart(self) -> None:
-        """Take the speed from now on."""
+        """Measure the speed from now on."""
         self._first = self._clock(), self._audio
         self._samples = deque([self._first])
 
@@ -129,7 +123,10 @@ class Tracker:
         )
 
     def _in_flight_and_waiting(self) -> float:
-        """Audio of the units that are not committed; waiting ones are as wrong as the others."""
+        """Seconds of audio in units that are not committed.
+
+        Planned lengths of waiting units are scaled by the error found in the other units.
+        """
         begun = {n: one for n, one in self._in_flight.items() if one.audio_seconds or one.items}
         found = sum(one.total_seconds for one in begun.values())
         planned = sum(self._open[number].seconds for number in begun)
@@ -140,7 +137,7 @@ class Tracker:
         return found + waiting
 
     def _rate(self, done: float) -> float | None:
-        """Audio seconds a second in the window, or since the start if nothing moved in it."""
+        """Audio seconds per second in the window, or since the start if the window has none."""
         now = self._clock()
         self._samples.append((now, done))
         while len(self._samples) > 2 and self._samples[1][0] <= now - WINDOW_SECONDS:

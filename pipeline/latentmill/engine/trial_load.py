@@ -1,7 +1,7 @@
-"""Finding the item that kills its workers: decode each one in a process of its own first.
+"""Finds the item that kills its workers, by loading each item in a separate process first.
 
-A small server process, free of threads and GPUs, has imported the decoders and forks once per
-item, so that a trial costs little more than the decoding. It runs as
+A small server process without threads and GPUs imports the decoders and forks once per item, so
+that a trial costs little more than loading. It runs as
 `python -m latentmill.engine.trial_load FD`.
 """
 
@@ -32,12 +32,12 @@ from latentmill.storage.closeable import Closeable
 HANG_SECONDS = 120.0
 START_SECONDS = 300.0
 FETCH_SECONDS = 3600.0
-"""How long fetching a recording from elsewhere may take; the network's time is no hang."""
+"""Time limit for fetching a remote recording, during which the load does not count as hung."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What the server is asked to decode, and how."""
+    """Request to the server."""
 
     item: Item
     sample_rate: int
@@ -47,38 +47,34 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """How the process of a trial ended."""
+class TrialResult:
+    """How the child process of a trial ended."""
 
     signal: int = 0
     exit_code: int = 0
     hung: bool = False
 
     def reason(self, hang_seconds: float) -> str | None:
-        """Why the item must not be decoded by a worker; None if it may be."""
+        """Why a worker must not load the item, or None if it may."""
         if self.hung:
-            return f"decoding it hangs: nothing came for {hang_seconds:g} s"
+            return f"loading it hangs: no progress for {hang_seconds:g} s"
         if self.signal:
             name = signal.Signals(self.signal).name
-            hint = ", as when memory runs out" if self.signal == signal.SIGKILL else ""
-            return f"decoding it kills the process ({name}{hint})"
+            hint = ", possibly out of memory" if self.signal == signal.SIGKILL else ""
+            return f"loading it kills the process ({name}{hint})"
         if self.exit_code:
-            return f"decoding it ends the process (exit code {self.exit_code})"
+            return f"loading it ends the process (exit code {self.exit_code})"
         return None
 
 
 _TRIAL = TypeAdapter(Trial)
-_VERDICT = TypeAdapter(Verdict)
+_RESULT = TypeAdapter(TrialResult)
 
 
-class Trials(Closeable):
-    """Decodes items on trial. A context manager; its server starts with the first trial.
+class TrialLoader(Closeable):
+    """Loads items on trial. A context manager; its server starts with the first trial.
 
-    Args:
-        sample_rate: Of the model.
-        channels: Of the model.
-        allow_truncated: As in the run.
-        hang_seconds: How long a decoder may give nothing.
+    A load that makes no progress for `hang_seconds` counts as hung.
     """
 
     def __init__(
@@ -94,20 +90,19 @@ class Trials(Closeable):
         self._server: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
-    def reason_against(self, item: Item) -> str | None:
-        """Decode an item on trial; gives why no worker should, or None.
+    def failure_reason(self, item: Item) -> str | None:
+        """Load an item on trial. Returns why no worker may load it, or None.
 
-        An item that fails in an orderly way is none of our business: a worker says so, too.
+        Ordinary failures are not reported here; the worker reports them.
         """
         request = _TRIAL.dump_json(Trial(item, *self._settings))
-        answer = self._ask(request)
-        if answer is None:  # the server itself is gone, and the item with it
+        answer = self._request(request)
+        if answer is None:  # the server was killed during the trial
             self.close()
-            return Verdict(signal=signal.SIGKILL).reason(self._hang_seconds)
-        return _VERDICT.validate_json(answer).reason(self._hang_seconds)
+            return TrialResult(signal=signal.SIGKILL).reason(self._hang_seconds)
+        return _RESULT.validate_json(answer).reason(self._hang_seconds)
 
     def close(self) -> None:
-        """End the server."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -118,11 +113,11 @@ class Trials(Closeable):
             self._server.wait()
             self._server = None
 
-    def _ask(self, request: bytes) -> bytes | None:
+    def _request(self, request: bytes) -> bytes | None:
         if self._socket is None:
             self._start()
         assert self._socket is not None
-        # Of silence: the server looks after the time itself, and gives signs of life.
+        # A timeout between two bytes: the server times the trial itself and sends keep-alives.
         self._socket.settimeout(START_SECONDS + self._hang_seconds)
         try:
             self._socket.sendall(request + b"\n")
@@ -133,7 +128,7 @@ class Trials(Closeable):
     def _start(self) -> None:
         self._socket, theirs = socket.socketpair()
         with theirs:
-            self._server = subprocess.Popen(  # noqa: S603  ourselves
+            self._server = subprocess.Popen(  # noqa: S603  this module
                 [sys.executable, "-m", "latentmill.engine.trial_load", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -142,7 +137,7 @@ class Trials(Closeable):
 
 
 def _line(connection: socket.socket) -> bytes:
-    """One line; empty at the end of the connection."""
+    """Read one line; empty at the end of the connection."""
     line = bytearray()
     while not line.endswith(b"\n"):
         part = connection.recv(1 << 16)
@@ -158,52 +153,52 @@ def serve(connection: socket.socket) -> None:
         __import__(module)  # once, before the forks
     while line := _line(connection):
         trial = _TRIAL.validate_json(line)
-        verdict = _tried(trial, connection)
-        if verdict is None:
+        result = _try_load(trial, connection)
+        if result is None:
             return
-        connection.sendall(_VERDICT.dump_json(verdict) + b"\n")
+        connection.sendall(_RESULT.dump_json(result) + b"\n")
 
 
-def _tried(trial: Trial, connection: socket.socket) -> Verdict | None:
-    """Decode an item in a child; None if our own master died meanwhile."""
+def _try_load(trial: Trial, connection: socket.socket) -> TrialResult | None:
+    """Load an item in a child process. Returns None if the worker has closed the connection."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
         connection.close()
-        with contextlib.suppress(OSError):  # if memory runs out, this process goes first
+        with contextlib.suppress(OSError):  # if memory runs out, the kernel kills this child first
             Path("/proc/self/oom_score_adj").write_text("1000")
         try:
-            _decode(trial, write)
+            _load(trial, write)
         finally:
-            os._exit(0)  # an orderly failure is no reason against the item
+            os._exit(0)  # the worker reports ordinary failures
     os.close(write)
-    hung = deserted = False
+    hung = closed = False
     try:
         while True:
             ready, _, _ = select.select([read, connection.fileno()], [], [], trial.hang_seconds)
-            hung, deserted = not ready, connection.fileno() in ready
-            if hung or deserted or not os.read(read, 4096):
+            hung, closed = not ready, connection.fileno() in ready
+            if hung or closed or not os.read(read, 4096):
                 break
-            connection.sendall(b" ")  # a sign of life; in front of the verdict it says nothing
+            connection.sendall(b" ")  # keep-alive; JSON ignores it before the result
     finally:
         os.close(read)
-    if hung or deserted:
+    if hung or closed:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    if deserted:
+    if closed:
         return None
     code = os.waitstatus_to_exitcode(status)
-    return Verdict(signal=max(-code, 0), exit_code=max(code, 0), hung=hung)
+    return TrialResult(signal=max(-code, 0), exit_code=max(code, 0), hung=hung)
 
 
-def _decode(trial: Trial, progress: int) -> None:
-    """Read an item to its end, as a worker does; each step writes a byte to a pipe."""
+def _load(trial: Trial, progress: int) -> None:
+    """Load an item to its end as a worker does. Each step writes a byte to a pipe."""
     read_metadata(trial.item)
     os.write(progress, b".")
     part = trial.item.segment or Segment(0.0)
     with UnitReader([trial.item], allow_changed=True) as reader, contextlib.ExitStack() as stack:
-        with _signs_of_life(trial, progress):
+        with _keep_alive(trial, progress):
             media = stack.enter_context(reader.open(trial.item))
         stream = open_audio(
             media,
@@ -217,16 +212,16 @@ def _decode(trial: Trial, progress: int) -> None:
 
 
 @contextlib.contextmanager
-def _signs_of_life(trial: Trial, progress: int) -> Iterator[None]:
-    """Keeps a slow fetch from being taken for a decoder that hangs."""
+def _keep_alive(trial: Trial, progress: int) -> Iterator[None]:
+    """Write keep-alive bytes while a remote item is fetched, so that it does not count as hung."""
     fetched = threading.Event()
     end = time.monotonic() + (FETCH_SECONDS if is_remote(trial.item.uri) else 0.0)
 
-    def give() -> None:
+    def write() -> None:
         while time.monotonic() < end and not fetched.wait(trial.hang_seconds / 4):
             os.write(progress, b".")
 
-    thread = threading.Thread(target=give, daemon=True)
+    thread = threading.Thread(target=write, daemon=True)
     thread.start()
     try:
         yield
@@ -237,8 +232,8 @@ def _signs_of_life(trial: Trial, progress: int) -> Iterator[None]:
 
 
 def main() -> None:
-    """Serve on the socket whose number is the only argument."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is our master's business
+    """Serve on the socket whose file descriptor is the only argument."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the worker handles Ctrl-C
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         serve(connection)
 

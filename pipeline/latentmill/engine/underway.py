@@ -1,4 +1,4 @@
-"""How far a worker is with a unit, by the audio that it has taken so far."""
+"""Progress of a unit in a worker, measured by the audio that the model has taken."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from latentmill.encoding.chunks import Chunk
-from latentmill.encoding.unit_audio import Facts, Heard, Opened
+from latentmill.encoding.unit_audio import Facts, ItemEvent, Opened
 from latentmill.models.base import ModelSpec
 from latentmill.plan import Unit
 from latentmill.sources.base import Item
@@ -18,9 +18,9 @@ class UnitProgress:
 
     Attributes:
         audio_seconds: Audio that went to the model.
-        total_seconds: Audio of the whole unit: true lengths of items that were read, lengths from
-            headers of items that were opened, what the plan says of the rest.
-        items: Items that were read to their end, failed or were skipped.
+        total_seconds: Audio of the whole unit: measured lengths of items that were read, lengths
+            from the headers of items that were opened, planned lengths of the others.
+        items: Number of items that were read to their end, failed or were skipped.
     """
 
     audio_seconds: float
@@ -29,14 +29,14 @@ class UnitProgress:
 
 
 class Underway:
-    """Follows a unit's audio on its way to the model. Written by one thread, read by any."""
+    """Counts a unit's audio on its way to the model. One thread writes, any thread reads."""
 
     def __init__(self, unit: Unit, items: Sequence[Item], spec: ModelSpec) -> None:
         self._spec = spec
         known = [item.seconds for item in items]
         unknown = sum(seconds is None for seconds in known)
         rest = max(unit.seconds - sum(filter(None, known)), 0.0)
-        # Estimates of single items are not in the plan; the unit's is.
+        # The plan has an estimate for the unit, not for single items.
         self._expected = [rest / unknown if seconds is None else seconds for seconds in known]
         self._total = sum(self._expected)
         self._done = 0.0
@@ -45,14 +45,13 @@ class Underway:
 
     @property
     def progress(self) -> UnitProgress:
-        """How far it is now."""
         done = self._done + self._current
         return UnitProgress(done, max(self._total, done), self._items)
 
-    def follow(self, audio: Iterable[Heard]) -> Iterator[Heard]:
-        """Pass the unit's events on."""
-        for heard in audio:
-            index, _, event = heard
+    def follow(self, audio: Iterable[ItemEvent]) -> Iterator[ItemEvent]:
+        """Yield the unit's events unchanged, and count them."""
+        for item_event in audio:
+            index, _, event = item_event
             if isinstance(event, Opened):
                 if event.frames:
                     self._expect(index, event.frames * self._second_per_frame)
@@ -64,7 +63,7 @@ class Underway:
                 self._current, self._done = 0.0, self._done + true
                 self._expect(index, true)
                 self._items += 1
-            yield heard
+            yield item_event
 
     @property
     def _second_per_frame(self) -> float:

@@ -1,9 +1,9 @@
-"""What a worker does with a unit, without Ray: encode it, write its shard, commit it.
+"""Encodes units in one process, without Ray: load the audio, encode it, write and commit the shard.
 
-A worker is called by two threads at once: while the model works on one unit, the other thread
-writes the previous unit's shard and then starts to decode the next one. Units take turns at the
-model whole, so that the one in front is finished first. A unit that has killed workers before is
-encoded carefully: what its items do to a decoder is tried out in another process.
+Two threads call a worker at once. While the model encodes one unit, the other thread writes the
+previous unit's shard and then starts to load the next unit. A unit has the model until it is
+encoded, so that the first unit is finished first. If a unit has killed workers before, its items
+are first loaded on trial in another process.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.encoder import UnitEncoder
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import Decoding, EncodeSettings, Heard, LocalAudio, UnitAudio
+from latentmill.encoding.unit_audio import EncodeSettings, ItemEvent, Loading, LocalAudio, UnitAudio
 from latentmill.engine.lock import join_run
-from latentmill.engine.trial_load import HANG_SECONDS, Trials
+from latentmill.engine.trial_load import HANG_SECONDS, TrialLoader
 from latentmill.engine.underway import Underway, UnitProgress
 from latentmill.errors import StoreError
 from latentmill.models.base import Autoencoder, ModelHandle
@@ -42,7 +42,7 @@ from latentmill.store.schema import Commit
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that a worker needs to know; small and picklable."""
+    """Settings of a worker; small and picklable."""
 
     model: ModelHandle
     chunking: Chunking
@@ -54,15 +54,15 @@ class Job:
     device: str
     threads: int
     compile: bool = False
-    load_tasks: int = 0  # a unit is decoded by so many tasks elsewhere; 0: by threads of its own
-    auto_batch: bool = False  # on a GPU the batch size of the settings is only where to begin
-    owner: str | None = None  # of the run's lease on the store, if it has one
-    hang_seconds: float = HANG_SECONDS  # a decoder on trial may be silent for so long
+    load_tasks: int = 0  # number of Ray tasks that load a unit; 0: the worker's threads load it
+    auto_batch: bool = False  # on a GPU, find the largest batch size
+    owner: str | None = None  # id in the run's lease on the store, if it has one
+    hang_seconds: float = HANG_SECONDS  # a trial load without progress for this long is hung
 
 
 @dataclass(frozen=True)
 class UnitResult:
-    """What the driver learns of a unit: counters, no payload."""
+    """Result of a unit for the driver: counters, no latents."""
 
     unit: int
     encoded: int
@@ -77,20 +77,18 @@ MAX_REPORTED_FAILURES = 20
 BATCH_PATH = "plan/batch.json"
 
 
-OpenUnitAudio = Callable[[Sequence[Item], Decoding, Meter], UnitAudio]
+OpenUnitAudio = Callable[[Sequence[Item], Loading, Meter], UnitAudio]
 
 
 class Stopped(Exception):  # noqa: N818  nothing is wrong
-    """The worker was told to stop in the middle of a unit."""
+    """The worker was stopped during a unit."""
 
 
 class Worker:
-    """One model in memory, fed with units. `encode` may be called by two threads.
+    """Encodes units with one model. `encode` may be called by two threads.
 
-    Args:
-        job: What there is to know.
-        stopped: Once it is set, units end with `Stopped` at their next piece of audio.
-        listen: Begins to decode a unit's items.
+    After `stopped` is set, units end with `Stopped` at their next chunk. `open_audio_of` starts to
+    load a unit's items.
     """
 
     def __init__(
@@ -99,7 +97,7 @@ class Worker:
         stopped: threading.Event | None = None,
         open_audio_of: OpenUnitAudio = LocalAudio,
     ) -> None:
-        device = pick_device(job.device)  # asked of the machine where the model will be
+        device = pick_device(job.device)  # on the machine that will run the model
         pick_precision(job.settings.precision, device)
         if device == "cpu":
             torch.set_num_threads(job.threads)
@@ -118,8 +116,8 @@ class Worker:
         self._meter = Meter()
         self._turn = threading.Lock()
         self._streams: list[UnitAudio] = []  # of the units in flight
-        self._underway: dict[int, Underway] = {}  # how far they are, by number
-        self._free_since: float | None = None  # since when no unit has the model, but some are here
+        self._underway: dict[int, Underway] = {}  # their progress, by number
+        self._free_since: float | None = None  # when the model became idle with units in flight
 
     def origin(self) -> FloatArray:
         """The latent of one chunk of silence, `[D, Z]`."""
@@ -133,42 +131,36 @@ class Worker:
         return origin
 
     def meter(self) -> dict[str, float]:
-        """The counters so far; `steps` grows as long as anything goes on."""
+        """The counters so far. `steps` grows while the worker makes progress."""
         return {**self._meter.snapshot(), "steps": self._meter.steps}
 
     @property
     def in_flight(self) -> dict[int, UnitProgress]:
-        """How far each unit in flight is, by number."""
+        """Progress of the units in flight, by number."""
         return {number: unit.progress for number, unit in self._underway.copy().items()}
 
     @property
     def queued(self) -> int:
-        """Decoded chunks that wait for the model."""
+        """Number of loaded chunks that wait for the model."""
         return sum(stream.queued for stream in tuple(self._streams))
 
     def close(self) -> None:
-        """Let go of the store; the end of the process does so, too."""
+        """Release the lock on the store. The end of the process releases it too."""
         self._hold.close()
 
     def encode(self, unit: Unit, trial_load: bool = False) -> UnitResult:
         """Read a unit's items from the plan, encode them, write their shard and commit it.
 
-        Args:
-            unit: The unit.
-            careful: Decode each item on trial first; those that would end this process fail.
-
-        Raises:
-            StoreError: The plan is damaged, or the store is another run's now.
-            StorageError: The store cannot be written; nothing of the unit stays.
-            Stopped: The worker was told to stop; nothing of the unit stays.
+        With `trial_load`, each item is loaded on trial first, and those that would end this
+        process fail. If an exception is raised, nothing of the unit stays in the store.
         """
         began = time.perf_counter()
         job, meter = self._job, Meter(parent=self._meter)
         items = read_items(self._storage, unit)
         refused = self._refused(items, meter) if trial_load else {}
         encoder = UnitEncoder(self._model, job.chunking, job.settings, meter, self._device)
-        decoding = Decoding(self._model.spec, job.chunking, job.settings, refused)
-        audio = self._open_audio_of(items, decoding, meter)
+        loading = Loading(self._model.spec, job.chunking, job.settings, refused)
+        audio = self._open_audio_of(items, loading, meter)
         underway = Underway(unit, items, self._model.spec)
         followed = underway.follow(audio)
         with (
@@ -190,10 +182,10 @@ class Worker:
         return _result(unit, write_commit(self._storage, commit, timings))
 
     def _refused(self, items: Sequence[Item], meter: Meter) -> dict[str, str]:
-        """What speaks against items, by key: their decoding ends or hangs a process."""
+        """Reasons, by key, why items must not be loaded: they kill or hang their process."""
         spec, settings = self._model.spec, self._job.settings
         refused = {}
-        with Trials(
+        with TrialLoader(
             spec.sample_rate,
             spec.channels,
             allow_truncated=settings.allow_truncated,
@@ -202,9 +194,9 @@ class Worker:
             for item in items:
                 if self._stopped.is_set():
                     raise Stopped
-                if reason := trials.reason_against(item):
+                if reason := trials.failure_reason(item):
                     refused[item.key] = reason
-                meter.add("decode_seconds", 0.0)  # a sign of life
+                meter.add("decode_seconds", 0.0)  # counts as progress
         return refused
 
     @contextlib.contextmanager
@@ -220,7 +212,7 @@ class Worker:
             if not self._streams:
                 self._free_since = None
 
-    def _in_turn(self, encoder: UnitEncoder, audio: Iterable[Heard]) -> Generator[Outcome]:
+    def _in_turn(self, encoder: UnitEncoder, audio: Iterable[ItemEvent]) -> Generator[Outcome]:
         with self._turn:
             if self._free_since is not None:
                 encoder.meter.add("idle_seconds", time.perf_counter() - self._free_since)
@@ -228,29 +220,25 @@ class Worker:
             yield from encoder.encode(self._until_stopped(audio))
             self._free_since = encoder.ended if len(self._streams) > 1 else None
 
-    def _until_stopped(self, audio: Iterable[Heard]) -> Iterator[Heard]:
-        for heard in audio:
+    def _until_stopped(self, audio: Iterable[ItemEvent]) -> Iterator[ItemEvent]:
+        for event in audio:
             if self._stopped.is_set():
                 raise Stopped
-            yield heard
+            yield event
 
 
 def compiled(model: Autoencoder, job: Job, device: str) -> Compiled:
-    """A model, compiled for a job's full batches of full chunks."""
+    """Compile a model for a job's full batches of full chunks."""
     spec, settings = model.spec, job.settings
     shape = (settings.batch_size, spec.channels, job.chunking.model_samples(spec))  # [B, C, T]
     return Compiled(model, shape, device, settings.precision)
 
 
 def settled_batch_size(storage: Storage, model: Autoencoder, job: Job, device: str) -> int:
-    """The batch size of a store on GPUs, found by the first worker that asks for it.
+    """The batch size of a store on GPUs, which the first worker finds and writes to the store.
 
-    It changes the latents in their last digits: every worker, and a run that resumes, takes what
-    is written in the store.
-
-    Raises:
-        ModelError: Not even one chunk fits into the GPU's memory.
-        StoreError: What is written is damaged.
+    It changes the latents in their last digits, so every worker, and a run that resumes, uses the
+    stored value. Raises ModelError if not even one chunk fits in the GPU's memory.
     """
     if not storage.exists(BATCH_PATH):
         samples = job.chunking.model_samples(model.spec)
@@ -262,8 +250,8 @@ def settled_batch_size(storage: Storage, model: Autoencoder, job: Job, device: s
             raise ValueError(settled)
     except (ValueError, TypeError, KeyError) as error:
         raise StoreError(
-            f"Store {storage.root}: {BATCH_PATH} is damaged; write the batch size of the run into "
-            'it, such as {"batch_size": 16}, or delete it.'
+            f"Store {storage.root}: {BATCH_PATH} is damaged: write the run's batch size into it, "
+            'e.g. {"batch_size": 16}, or delete it.'
         ) from error
     return settled
 

@@ -1,4 +1,4 @@
-"""A worker slot: one actor, what it was asked, and how far it is."""
+"""A worker slot: one actor, its units and its progress."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from latentmill.plan import Unit
 
 @dataclass(frozen=True)
 class Report:
-    """What an actor answers when it is asked how far it is.
+    """Progress report of an actor.
 
     Attributes:
-        steps: Grows as long as anything goes on.
-        in_flight: How far its units are, by number.
+        steps: A counter that grows while the actor makes progress.
+        in_flight: Progress of its units, by number.
         memory_used: Share of its host's memory that is in use, if known.
     """
 
@@ -29,34 +29,31 @@ class Report:
 
 @dataclass(eq=False)
 class WorkerSlot:
-    """One actor with the units that it has. It is given units once it has said that it is ready."""
+    """One actor and the units that it has. It gets units after its `ready` call has returned."""
 
     actor: Any
     clock: Callable[[], float] = time.monotonic
-    place: str = "a worker that is starting"  # host and process, for people
+    place: str = "a worker that is starting"  # process and host, for messages
     ready: bool = False
-    tainted: bool = False  # something failed in it: it takes no more units
+    tainted: bool = False  # a call failed in its process: it gets no more units
     units: dict[Any, Assignment] = field(default_factory=dict)  # by Ray reference
-    in_flight: dict[int, UnitProgress] = field(default_factory=dict)  # as last asked
-    memory_used: float | None = None  # of its host, as last asked
-    asking: bool = False  # how far it is
+    in_flight: dict[int, UnitProgress] = field(default_factory=dict)  # in the last report
+    memory_used: float | None = None  # of its host, in the last report
+    reporting: bool = False  # a report was requested and has not arrived
     _moved: float = 0.0
     _steps: int = 0
 
     @property
     def holding(self) -> list[Unit]:
-        """The units that it has."""
         return [assignment.unit for assignment in self.units.values()]
 
-    def give(self, reference: Any, assignment: Assignment) -> None:
-        """It was given a unit."""
+    def assign(self, reference: Any, assignment: Assignment) -> None:
         if not self.units:
             self._moved = self.clock()
         self.units[reference] = assignment
 
-    def heard(self, report: Report) -> None:
-        """Take the actor's report."""
-        self.asking = False
+    def update(self, report: Report) -> None:
+        self.reporting = False
         self.in_flight |= report.in_flight
         self.memory_used = report.memory_used
         if report.steps != self._steps:
@@ -64,19 +61,18 @@ class WorkerSlot:
 
     @property
     def progress(self) -> dict[int, UnitProgress]:
-        """How far each unit is that it has, by number."""
         return {
             unit.number: self.in_flight.get(unit.number, UnitProgress(0.0, unit.seconds, 0))
             for unit in self.holding
         }
 
     def finished(self, reference: Any) -> Assignment:
-        """A unit came to its end, one way or the other."""
+        """Remove a unit whose call has ended, with a result or an error."""
         self._moved = self.clock()
         assignment = self.units.pop(reference)
         self.in_flight.pop(assignment.unit.number, None)
         return assignment
 
     def stalled(self, seconds: float) -> bool:
-        """Whether it has units, and nothing has moved in it for so long."""
+        """Whether it has units but has made no progress for this long."""
         return bool(self.units) and self.clock() - self._moved > seconds
