@@ -54,9 +54,9 @@ def test_sources_that_cannot_be_used(capsys: Capture, tmp_path: Path, songs: Pat
 def test_outputs_that_cannot_be_used(capsys: Capture, tmp_path: Path, songs: Path) -> None:
     file = tmp_path / "file"
     file.write_text("precious")
-    assert "lies inside the source" in refused(capsys, 2, "encode", songs, songs / "latents")
-    assert "lies inside the source" in refused(capsys, 2, "encode", songs, songs)
-    assert "is a file: name a folder" in refused(capsys, 2, "encode", songs, file)
+    assert "is inside the source" in refused(capsys, 2, "encode", songs, songs / "latents")
+    assert "is inside the source" in refused(capsys, 2, "encode", songs, songs)
+    assert "is a file: choose a folder" in refused(capsys, 2, "encode", songs, file)
     assert "Not a directory" in refused(capsys, 6, "encode", songs, file / "below")
     # Even root may not write here.
     assert "Cannot write /proc/latents" in refused(capsys, 6, "encode", songs, "/proc/latents")
@@ -69,7 +69,7 @@ def test_a_ray_job_s_own_folder_is_no_place_for_a_store(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    assert "name an absolute path" in refused(capsys, 2, "encode", songs, "latents")
+    assert "use an absolute path" in refused(capsys, 2, "encode", songs, "latents")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -185,7 +185,7 @@ def test_a_store_put_together_from_two_is_refused(songs: Path, copy: Path) -> No
     commit = copy / "commits" / "000001.json"
     fingerprint = open_store(str(copy)).info.fingerprint
     commit.write_text(commit.read_text().replace(fingerprint, "0" * 32))
-    with pytest.raises(StoreError, match=r"000001 .* put together from two"):
+    with pytest.raises(StoreError, match=r"000001 .* come from two stores"):
         encode(songs, copy)
 
 
@@ -216,7 +216,7 @@ def test_a_source_that_is_gone_fails_no_items(songs: Path, copy: Path, tmp_path:
     encode(moved, store)
     (store / "commits" / "000000.json").unlink()
     moved.rename(tmp_path / "unmounted")
-    with pytest.raises(SourceError, match=r"is gone, and 1 units of .* still need it"):
+    with pytest.raises(SourceError, match=r"does not exist, but 1 units of .* are not"):
         encode(moved, store)
     (tmp_path / "unmounted").rename(moved)
     assert encode(moved, store).info.encoded == 9
@@ -242,9 +242,9 @@ def test_two_runs_do_not_share_a_store(
     storage = Storage(str(copy))
     with lock.only_run(storage):
         worker = lock.join_run(storage)
-        with pytest.raises(StoreError, match="Another run is writing into"):
+        with pytest.raises(StoreError, match="Another run is writing to"):
             encode(songs, copy)
-    with pytest.raises(StoreError, match="Another run is writing into"):  # its worker lives on
+    with pytest.raises(StoreError, match="Another run is writing to"):  # its worker lives on
         encode(songs, copy)
     threading.Timer(0.1, worker.close).start()
     encode(songs, copy)
@@ -255,12 +255,12 @@ def test_what_looks_like_a_users_folder_is_left_alone(songs: Path, tmp_path: Pat
     mine = tmp_path / "home" / "tmp" / "thesis.tex"
     mine.parent.mkdir(parents=True)
     mine.write_text("precious")
-    with pytest.raises(StoreError, match="would be cleared by a run"):
+    with pytest.raises(StoreError, match="has files that latentmill did not write"):
         encode(songs, tmp_path / "home")
     shards = tmp_path / "other" / "shards" / "000000.parquet"
     shards.parent.mkdir(parents=True)
     shards.write_text("precious")
-    with pytest.raises(StoreError, match="holds shards but no plan"):
+    with pytest.raises(StoreError, match="has shards/ but no plan"):
         encode(songs, tmp_path / "other")
     assert mine.read_text() == shards.read_text() == "precious"
 
@@ -318,7 +318,7 @@ def test_a_gpu_that_is_not_there_is_an_error(songs: Path, tmp_path: Path) -> Non
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(ConfigError, match="Device cuda was asked for"):
+    with pytest.raises(ConfigError, match="Device cuda is not available"):
         encode(songs, tmp_path / "store", device="cuda")
     assert not (tmp_path / "store").exists()
 

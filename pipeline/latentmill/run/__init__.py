@@ -1,1 +1,1 @@
-"""A whole run, from a config to a sealed store."""
+"""Planning, resuming and executing a whole run, from a config to a sealed store."""

@@ -1,4 +1,4 @@
-"""What a run changes about the store that it would resume, by the options that a user types."""
+"""Compares a run's settings with the store that it would resume, in terms of the CLI options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from latentmill.sources.settings import option
 _HASH = "sha256"
 _HASH_DIGITS = 8
 _LISTED = 5
-# The shape of a model follows from its name, options and weights.
+# A model's name, options and weights determine these.
 _SHAPE = ("name", "sample_rate", "channels", "latent_channels", "hop", "scale_factor")
 _GRID = ("name", "sample_rate", "hop")
 _CHUNKING = ("stitch", "chunk_seconds", "chunk_samples", "overlap")
@@ -25,13 +25,13 @@ _WEIGHTS = "weights"
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting with another value than in the store.
+    """A setting whose value differs from the store's.
 
     Attributes:
-        setting: Its name in `RunConfig`; `weights`, or empty if no option sets it.
-        label: How the user types it, such as `--chunk-seconds`.
-        was: Its value in the store.
-        now: Its value in this run.
+        setting: Name in `RunConfig`, or `weights`, or empty if no option sets it.
+        label: The option, such as `--chunk-seconds`.
+        was: Value in the store.
+        now: Value in this run.
     """
 
     setting: str
@@ -41,7 +41,7 @@ class Difference:
 
     @property
     def place(self) -> int:
-        """Sort key: the order of the options, then what no option sets, then hashes."""
+        """Sort key: settings in the order of the options, settings without an option, hashes."""
         fields = list(RunConfig.model_fields)
         if self.setting in fields:
             return fields.index(self.setting)
@@ -51,7 +51,7 @@ class Difference:
 def differences(
     plan: Plan, config: RunConfig, spec: ModelSpec, chunking: Chunking, source: str
 ) -> list[Difference]:
-    """What differs between a store's plan and a run, in the order of the options."""
+    """The settings that differ between a store's plan and a run, in the order of the options."""
     stored, wanted = plan.fingerprint, fingerprint_document(config, spec, chunking)
     found = [
         *_model(plan, config, spec, wanted["model"]),
@@ -67,7 +67,7 @@ def differences(
 
 
 def explain(found: list[Difference]) -> str:
-    """The differences as one sentence that begins with an option."""
+    """The differences as one sentence that starts with an option."""
     first, *others = found
     text = (
         f"{first.label} changed: this store was encoded with {first.was}, "
@@ -86,8 +86,8 @@ def _model(
     old = plan.fingerprint.get("model", {})
     changed = _changed(old, new)
     hashes = [name for name in changed if name.startswith(_HASH)]
-    if "name" in changed:  # all else follows from it
-        same = plan.model == config.model  # the user's own factory gives another model
+    if "name" in changed:  # the other differences follow from this one
+        same = plan.model == config.model  # a custom factory returned another model
         names = (old.get("name"), spec.name) if same else (plan.model, config.model)
         yield _difference("model", *names)
         return
@@ -95,7 +95,7 @@ def _model(
         yield _difference("model", plan.model, config.model)
     options = _options(plan, config, spec, changed)
     for name in options:
-        # An option that was not given counts by its default, which the model's identity may have.
+        # If an option was not given, its default may be in the model's identity.
         was = plan.model_options.get(name, old.get(name))
         now = config.model_options.get(name, new.get(name))
         label = "--revision" if name == "revision" else f"--model-option {name}"
@@ -115,11 +115,11 @@ def _model(
 
 
 def _options(plan: Plan, config: RunConfig, spec: ModelSpec, changed: list[str]) -> list[str]:
-    """Model options that explain why the model's identity has changed."""
+    """The model options that explain why the model's identity has changed."""
     stored, asked = plan.model_options, config.model_options
     names = [*stored, *(name for name in asked if name not in stored)]
     different = [name for name in names if stored.get(name) != asked.get(name)]
-    # An option need not appear in the identity by its name: `revision` chooses the weights.
+    # Some options are not in the identity by name: `revision` chooses the weights.
     open_questions = set(changed) - {*_SHAPE, *names, "split"}
     unnamed = set(different) - set(plan.fingerprint.get("model", {})) - set(spec.identity)
     unnamed -= set(spec.provenance) - {"revision"}  # only decoding depends on these
@@ -137,7 +137,7 @@ def _chunking(
 ) -> Iterator[Difference]:
     old, new = stored.get("chunking", {}), wanted["chunking"]
     changed = _changed(old, new)
-    # Another model has other defaults: only what the user asked for differs then.
+    # Another model has other defaults. Then only the user's own settings count as different.
     other_model = bool(set(_changed(stored.get("model", {}), wanted["model"])) & set(_GRID))
     asked = {name for name in _CHUNKING if getattr(config, name) is not None or not other_model}
     found: list[Difference] = []
@@ -172,7 +172,7 @@ def _seconds(samples: int, rate: int) -> str:
 
 
 def _overlap(chunking: Mapping[str, Any], document: Mapping[str, Any]) -> str | None:
-    """The share of a chunk that its neighbour repeats, as `--overlap` takes it."""
+    """The share of a chunk that the next chunk repeats, as a value of `--overlap`."""
     try:
         whole, step, shared = (chunking[name] for name in ("samples", "step", "overlap"))
         if chunking["stitch"] == "none":
@@ -185,24 +185,24 @@ def _overlap(chunking: Mapping[str, Any], document: Mapping[str, Any]) -> str | 
 
 
 def _shortest(value: float, fits: Callable[[float], bool]) -> str:
-    """A number with as many digits as it takes to mean the same."""
+    """The value with the fewest digits that still `fits`."""
     texts = [f"{value:.{digits}g}" for digits in range(2, 17)]
     return next((text for text in texts if fits(float(text))), texts[-1])
 
 
 def _other_overlap(old: Mapping[str, Any], config: RunConfig, spec: ModelSpec) -> bool:
-    """Whether the overlap would differ if the rest of the chunking were that of the store."""
+    """Whether the overlap differs even with the store's stitch and chunk length."""
     try:
         same = Chunking.for_model(
             spec, stitch=old["stitch"], samples=old["samples"], overlap=config.overlap
         )
     except (ConfigError, KeyError, TypeError):
-        return False  # the store's chunks do not fit this model
+        return False  # the store's chunking is not valid for this model
     return (same.step, same.overlap) != (old.get("step"), old.get("overlap"))
 
 
 def _planning(plan: Plan, config: RunConfig, source: str) -> Iterator[Difference]:
-    """Settings that are no part of the fingerprint, but that the plan was made with."""
+    """Differences in settings of the plan that are not part of the fingerprint."""
     if plan.source != source:
         yield _difference("source", plan.source, source, "SOURCE")
     if plan.format != config.format:
@@ -211,7 +211,7 @@ def _planning(plan: Plan, config: RunConfig, source: str) -> Iterator[Difference
         was, now = getattr(plan, name), getattr(config, name)
         if now not in (None, was):
             yield _difference(name, was, now)
-    # The items were chosen when the plan was made; what is not given now stays as it was.
+    # The plan has fixed the items; a setting that is not given now keeps its planned value.
     given = item_settings(config)
     for name in sorted(set(given) | set(plan.source_settings)):
         was, now = plan.source_settings.get(name), given.get(name)

@@ -1,4 +1,4 @@
-"""What a run will come to, before it: the frozen plan in numbers, and a short calibration."""
+"""Estimates a run's size and time from its plan and a short speed measurement."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ CALIBRATION_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Calibration:
-    """How fast one worker's model is on this machine.
+    """Speed of one worker's model on this machine.
 
     Attributes:
-        device: Where it ran.
-        x_real_time: Seconds of audio that it encodes in a second; decoding not counted.
-        workers: Workers that a run on this machine has, by the same settings.
+        device: Device of the measurement.
+        x_real_time: Seconds of audio encoded per second, without loading audio.
+        workers: Number of workers of a run on this machine with the same settings.
     """
 
     device: str
@@ -46,21 +46,23 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a plan comes to.
+    """Size of a plan and estimated time of its run.
 
     Attributes:
-        store: Where the plan is frozen.
-        source: The source.
-        items: Items of the plan.
-        units: Units of the plan, and how many of them are committed already.
-        hours: Audio, as far as it is known; the rest estimated.
-        estimated_items: Items whose length is estimated, and their part of the hours.
-        source_bytes: Encoded audio, as the listing gave it.
-        formats: Items by file name extension.
-        ignored: Files of the source that are no items, counted by extension or reason.
+        store: Root of the store.
+        source: URI of the source.
+        items: Number of items.
+        units: Number of units.
+        committed: Number of units that are committed already.
+        hours: Hours of audio; unknown lengths are estimated.
+        estimated_items: Number of items whose length is estimated.
+        estimated_hours: The hours of those items.
+        source_bytes: Size of the source's audio files, from the listing.
+        formats: Number of items by file name extension.
+        ignored: Number of files that are not items, by extension or reason.
         latent_bytes: Estimated size of all shards.
-        run_seconds: Estimated time until the rest is encoded, by the calibration.
-        calibration: How that was measured; None: it was not.
+        run_seconds: Estimated time to encode the remaining units; None without a calibration.
+        calibration: The speed measurement, or None if there was none.
         extension: What `extend` found.
     """
 
@@ -84,15 +86,9 @@ class Forecast:
 def forecast(
     config: RunConfig, observer: PlanningObserver | None = None, *, calibrated: bool = True
 ) -> Forecast:
-    """Freeze the plan that `encode` with the same settings then resumes, and say what it means.
+    """Write the plan, which `encode` with the same settings resumes, and estimate its run.
 
-    Args:
-        config: The run.
-        listener: Is told how far listing is.
-        calibrated: Whether to load the model and encode a few chunks with it.
-
-    Raises:
-        LatentmillError: The source, the store or the model cannot be used.
+    `calibrated` loads the model and measures its speed on a few chunks.
     """
     prepared = prepare(config, observer)
     storage = prepared.storage
@@ -152,12 +148,12 @@ def measure(
     batch: int,
     seconds: float = CALIBRATION_SECONDS,
 ) -> float:
-    """Encode batches of noise for some seconds; gives the speed as a multiple of real time."""
+    """Encode batches of noise for some seconds. Returns the speed as a multiple of real time."""
     model = handle.load(device)
     spec = handle.spec
     audio = torch.empty(batch, spec.channels, chunking.model_samples(spec))  # [B, C, T]
     audio.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(0))
-    model.encode(audio).cpu()  # the first one prepares things
+    model.encode(audio).cpu()  # warm-up
     began, batches = time.perf_counter(), 0
     while batches == 0 or time.perf_counter() - began < seconds:
         model.encode(audio).cpu()

@@ -1,4 +1,4 @@
-"""From a configuration to the frozen plan of its store: what `plan` and `encode` have in common."""
+"""Resolves a configuration and makes, loads or extends its plan, for both `plan` and `encode`."""
 
 from __future__ import annotations
 
@@ -56,28 +56,28 @@ _log = logging.getLogger(__name__)
 LARGEST_FLOAT16_CODE = 2**11  # its significand has 11 bits
 NUMBER_BYTES = {"float16": 2, "float32": 4}
 PROBED_BY_DEFAULT = 100_000  # local files; reading a header takes about a millisecond
-LONG_UNIT = 3  # times what a unit should have
+LONG_UNIT = 3  # multiple of the maximum unit length above which a warning is shown
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of a job
 
 
 class PlanningObserver(Protocol):
-    """Who is told how far planning is."""
+    """Receives the progress of planning."""
 
     def planning(self, items: int, headers: int) -> None:
-        """So many items were listed, and headers read, so far."""
+        """Called with the number of items listed and headers read so far."""
 
 
 @dataclass(frozen=True)
 class Extension:
-    """What `--extend` found: items that the plan did not have, and others that it has.
+    """Differences between the source and the plan that `--extend` found.
 
     Attributes:
-        new: Items that were added.
-        changed: Items that are other files now than the plan says.
-        vanished: Items that the source does not have any more.
-        described: Items that are the same files, and whose sidecars or metadata changed.
-        retried: Whether the changed items' units are encoded anew.
-        new_keys: The first few keys of each kind.
+        new: Number of items that were added.
+        changed: Number of items whose file differs from the planned one.
+        vanished: Number of items that are no longer in the source.
+        described: Number of items with an unchanged file but changed sidecars or metadata.
+        retried: Whether the units of changed items are encoded again.
+        new_keys: The first few keys of the new items; likewise for the other kinds.
     """
 
     new: int
@@ -93,7 +93,7 @@ class Extension:
 
 @dataclass(frozen=True)
 class Preparation:
-    """A configuration whose names are resolved: what a run needs before it has a plan."""
+    """A configuration with its model, chunking, store and source resolved."""
 
     config: RunConfig
     handle: ModelHandle
@@ -104,36 +104,27 @@ class Preparation:
 
     @property
     def bytes_per_second(self) -> float:
-        """Bytes of latents that a second of audio becomes."""
+        """Bytes of latents per second of audio."""
         return bytes_per_second(self.handle, self.chunking, self.config.dtype)
 
     @property
     def cutting(self) -> Cutting:
-        """How large units may become."""
+        """Maximum size of a unit."""
         size = self.config.shard_size or DEFAULT_SHARD_SIZE
         return Cutting(self.config.unit_seconds, size, self.bytes_per_second)
 
 
 def bytes_per_second(handle: ModelHandle, chunking: Chunking, dtype: str) -> float:
-    """Bytes of latents that a second of audio becomes."""
+    """Bytes of latents per second of audio."""
     spec = handle.spec
     repeated = chunking.samples / chunking.step if chunking.stitch == "none" else 1.0
     return spec.frame_rate * spec.latent_channels * NUMBER_BYTES[dtype] * repeated
 
 
 def prepare(config: RunConfig, observer: PlanningObserver | None = None) -> Preparation:
-    """Resolve a configuration; looks for device and model, before anything is written.
-
-    Raises:
-        ConfigError: Settings do not fit each other or this machine.
-        ModelError: The model is not there.
-        SourceError: The source cannot be opened.
-        StoreError: The store cannot be opened.
-    """
+    """Resolve a configuration and check device, model, source and store. Writes nothing."""
     if config.retry_changed and not config.extend:
-        raise ConfigError(
-            "Setting retry_changed needs extend, which looks for changed files: give both."
-        )
+        raise ConfigError("retry_changed requires extend, which finds the changed files: set both.")
     config = with_precision(config)
     handle = registry.resolve(config.model, config.model_options, config.channels)
     chunking = Chunking.for_model(
@@ -144,28 +135,28 @@ def prepare(config: RunConfig, observer: PlanningObserver | None = None) -> Prep
         overlap=config.overlap,
     )
     _refuse_inexact_codes(config, handle.spec.codebook_size)
-    _refuse_passing_folder(config.out)
+    _refuse_job_folder(config.out)
     storage = Storage(config.out)
     storage.refuse_read_only()
     source = _source(config, storage)
     return Preparation(config, handle, chunking, storage, source, observer)
 
 
-def _refuse_passing_folder(out: str) -> None:
-    """Refuse a store in the folder that Ray unpacks for a job, and throws away after it."""
+def _refuse_job_folder(out: str) -> None:
+    """Refuse a store in the folder of a Ray job, which Ray deletes after the job."""
     relative = "://" not in out and not Path(out).expanduser().is_absolute()
     if relative and RAY_JOB_VARIABLE in os.environ:
         raise ConfigError(
-            f"Setting out: {out} is relative, and the folder of a Ray job is thrown away after it: "
-            "name an absolute path or a URL."
+            f"The output {out} is a relative path, and Ray deletes a job's folder after the job: "
+            "use an absolute path or a URL."
         )
 
 
 def with_precision(config: RunConfig) -> RunConfig:
-    """Settle the numeric mode, which is part of the fingerprint.
+    """Set the numeric mode, which is part of the fingerprint.
 
-    Its default depends on the device of the workers. On this machine that is known; a cluster that
-    is named has GPUs or not whatever this machine has, and is asked.
+    Its default depends on the device of the workers. Without an address this is the device of this
+    machine; otherwise the cluster is checked for GPUs.
     """
     if config.address is None and "RAY_ADDRESS" not in os.environ:
         device = pick_device(config.device)
@@ -182,41 +173,39 @@ def _refuse_inexact_codes(config: RunConfig, codebook_size: int | None) -> None:
     largest = (codebook_size or 1) - 1
     if config.dtype == "float16" and largest > LARGEST_FLOAT16_CODE:
         raise ConfigError(
-            f"{config.model} has codes up to {largest}, and float16 holds whole numbers exactly "
-            f"up to {LARGEST_FLOAT16_CODE} only: use dtype float32."
+            f"{config.model} has codes up to {largest}, but float16 is exact only for integers up "
+            f"to {LARGEST_FLOAT16_CODE}: use dtype float32."
         )
 
 
 def _source(config: RunConfig, storage: Storage) -> Source:
-    """The source, if the store can lie where it is asked for; nothing is written yet."""
+    """Open the source, and check that the store is a folder outside of it. Writes nothing."""
     source = open_source(config)
     if storage.root == source.uri or storage.root.startswith(source.uri.rstrip("/") + "/"):
         raise ConfigError(
-            f"The output {storage.root} lies inside the source {source.uri}: choose a folder "
-            "outside of it."
+            f"The output {storage.root} is inside the source {source.uri}: choose a folder outside "
+            "of it."
         )
     if storage.local and Path(storage.root).exists() and not Path(storage.root).is_dir():
-        raise ConfigError(f"The output {storage.root} is a file: name a folder.")
+        raise ConfigError(f"The output {storage.root} is a file: choose a folder.")
     return source
 
 
 def listed(prepared: Preparation) -> Draft | None:
-    """The source's items, sorted and cut, if the store has no plan or is to be extended.
+    """List the source's items and split them into units, if the store has no plan or is extended.
 
-    Comes before anything is made for the store: a source that cannot be listed leaves no trace.
-
-    Raises:
-        SourceError: The source cannot be listed.
+    This happens before anything is written to the store, so that a source that cannot be listed
+    leaves no trace.
     """
     if not prepared.config.extend and load(prepared.storage) is not None:
         return None
-    # Of a plan that is to be extended only the new items' headers are of interest, later.
+    # When a plan is extended, only the headers of new items are read, in `_extended`.
     new = load(prepared.storage) is None
     return _drafted(prepared) if new else draft(_listed(prepared), prepared.cutting)
 
 
 def _drafted(prepared: Preparation) -> Draft:
-    """The items of a new plan, with the lengths that headers give."""
+    """The items of a new plan, with lengths read from headers."""
     probe = prepared.config.probe
     if probe:
         return draft(_with_lengths(prepared, prepared.source.items()), prepared.cutting)
@@ -247,12 +236,7 @@ def _with_lengths(
 
 
 def planned(prepared: Preparation, items: Draft | None) -> tuple[Plan, Extension | None]:
-    """The store's plan: a new one, frozen before anything is encoded; the one it has; or that
-    one, extended. The caller holds the store.
-
-    Raises:
-        StoreError: The store is another run's, or not latentmill's.
-    """
+    """Create, load or extend the store's plan. The caller must hold the store."""
     storage, config = prepared.storage, prepared.config
     plan = load(storage)
     if plan is None:
@@ -271,14 +255,14 @@ def planned(prepared: Preparation, items: Draft | None) -> tuple[Plan, Extension
 
 
 def _warn_of_long_groups(prepared: Preparation, plan: Plan) -> None:
-    """A group is never split, so that it may be much longer than a unit should be."""
+    """Warn if a unit is much too long, which happens because a group is never split."""
     limit = prepared.cutting.micros(round(1e6 * plan.seconds)) / 1e6
     longest = max(plan.units, key=lambda unit: unit.seconds)
     if longest.items > 1 and longest.seconds > LONG_UNIT * limit:
         _log.warning(
-            "latentmill: warning: the longest group makes a unit of %.2f h (%d items), and a unit "
-            "that is interrupted starts again from its beginning; a --group-by with smaller groups "
-            "makes shorter units",
+            "latentmill: warning: the longest group makes a unit of %.2f h (%d items), and an "
+            "interrupted unit is encoded again from its start; use a --group-by with smaller "
+            "groups to get shorter units",
             longest.seconds / 3600,
             longest.items,
         )
@@ -325,7 +309,7 @@ def _extended(prepared: Preparation, plan: Plan, items: Draft) -> tuple[Plan, Ex
 
 
 def _refiner(probe: bool | None) -> Callable[[pa.Table], pa.Table]:
-    """What reads the headers of new items, as `_drafted` does."""
+    """A function that reads the headers of new items by the same rules as `_drafted`."""
     left = 0 if probe is False else PROBED_BY_DEFAULT
 
     def refine(table: pa.Table) -> pa.Table:
@@ -351,20 +335,20 @@ def _refuse_other_run(prepared: Preparation, plan: Plan) -> None:
 
 
 def _refuse_foreign(storage: Storage) -> None:
-    """A folder without a plan must hold nothing that a run would overwrite or clear away."""
+    """Refuse a folder without a plan that has files which a run would overwrite or delete."""
     for folder in (SHARDS, COMMITS):
         if storage.list(folder):
             raise StoreError(
-                f"{storage.root} holds {folder} but no plan: choose another output folder, or "
+                f"{storage.root} has {folder}/ but no plan: choose another output folder, or "
                 "restore its plan/ folder."
             )
     for path in sorted(storage.list("")):
         if path in (DATASET_PATH, ORIGIN_PATH) or re.fullmatch(INDEX_NAME, path):
             raise StoreError(
-                f"{storage.root} holds a {path} that no plan belongs to: choose another output "
-                "folder, or remove the file."
+                f"{storage.root} has a file {path} but no plan: choose another output folder, or "
+                "delete the file."
             )
-    # A run that was killed while it froze its plan leaves such files.
+    # A run that was killed while it wrote its plan leaves such files.
     paths = (ITEMS_PATH, UNITS_PATH, PLAN_PATH)
     leftovers = tuple(f".{path.replace('/', '.')}" for path in paths)
     scratch = storage.scratch_folder
@@ -374,6 +358,6 @@ def _refuse_foreign(storage: Storage) -> None:
         and not all(entry.name.endswith(leftovers) for entry in scratch.iterdir())
     ):
         raise StoreError(
-            f"{scratch} would be cleared by a run, but holds files that are not "
-            "latentmill's: choose another output folder."
+            f"{scratch} has files that latentmill did not write, and a run would delete them: "
+            "choose another output folder."
         )

@@ -1,4 +1,4 @@
-"""A run, from a source to a sealed store: what `latentmill encode` and `jobs/encode.py` call."""
+"""A whole run, from a source to a sealed store; called by `latentmill encode`."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from latentmill.store.tidy import remove_unfinished, tidy
 
 @dataclass(frozen=True)
 class RunSummary:
-    """How a run ended.
+    """Result of a run.
 
     Attributes:
-        store: Where the store is.
-        info: What dataset.json says.
-        failures: (key, reason) of every failed item of the store.
-        skipped: (key, filter) of every item that a filter left out.
-        ignored: Files of the source that are no items, counted by extension.
-        units: Units of the plan.
-        resumed_units: Units that were committed before this run.
+        store: Root of the store.
+        info: The content of dataset.json.
+        failures: (key, reason) of every failed item in the store.
+        skipped: (key, filter) of every item that a filter excluded.
+        ignored: Number of files in the source that are not items, by extension.
+        units: Number of units in the plan.
+        resumed_units: Number of units that were committed before this run.
         seconds: Wall time of this run.
-        encoded_seconds: Audio that this run encoded.
-        stages: Seconds that this run's workers spent, by stage, summed over workers.
-        extension: What `extend` found; None without it, and where the plan was new.
+        encoded_seconds: Seconds of audio that this run encoded.
+        stages: Seconds that this run's workers spent in each stage, summed over workers.
+        extension: What `extend` found; None without `extend`, or if the plan was new.
     """
 
     store: str
@@ -71,21 +71,21 @@ def encode(
     trust_model: bool = False,
     **options: Unpack[EncodeOptions],
 ) -> RunSummary:
-    """Encode a source into a store; called again with the same arguments it resumes.
+    """Encode a source into a store. Calling it again with the same arguments resumes.
 
     Args:
         source: Folder or fsspec URL of the audio.
         out: Folder or fsspec URL of the store.
-        config: A YAML file of settings; `options` win over it.
-        trust_model: Whether a config file that lies in a store may name code to run.
-        **options: Settings, as in `EncodeOptions`: model="lin-cae", format="webdataset", ... They
+        config: A YAML file of settings. `options` override it.
+        trust_model: Whether a config file inside a store may name code to run.
+        **options: Settings, see `EncodeOptions`: model="lin-cae", format="webdataset", ... They
             have the names of the command line's options; `RunConfig` describes them.
 
     Returns:
-        The summary. Failed items are in it, by key and reason; they raise nothing.
+        The summary. It lists failed items by key and reason; they do not raise an exception.
 
     Raises:
-        LatentmillError: The run could not be made or completed; see `latentmill.errors`.
+        LatentmillError: The run could not start or finish; see `latentmill.errors`.
     """
     given: dict[str, Any] = {"source": os.fspath(source), "out": os.fspath(out), **options}
     return run(load_config(config, given, trust_model=trust_model))
@@ -102,7 +102,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunSummary:
         plan, extension = planned(prepared, items)
         tidy(storage)
         tallies, sealable = _trusted(storage, plan)
-        if config.retry_failed:  # what is committed counts until a later revision is
+        if config.retry_failed:  # the old commit counts until a later revision is committed
             tallies = {name: one for name, one in tallies.items() if not one.failed}
         revisions = next_revisions(storage)
         todo = [
@@ -133,15 +133,14 @@ def _encode_todo(
     progress: Progress,
     hold: Hold,
 ) -> None:
-    """Encode the units that have no commit yet."""
-    from latentmill.engine.launch import encode_units  # imports ray, which readers do without
+    from latentmill.engine.launch import encode_units  # imports ray, which readers must not
     from latentmill.engine.tracker import Tracker
 
     storage = prepared.storage
     if not is_there(plan.source):
         raise SourceError(
-            f"Source {plan.source} is gone, and {len(todo)} units of {storage.root} still need it: "
-            "mount or restore it."
+            f"Source {plan.source} does not exist, but {len(todo)} units of {storage.root} are not "
+            "encoded yet: mount or restore the source."
         )
     check_items(plan, storage)
     tracker = Tracker(plan, tallies, progress, hold.publish)
@@ -153,11 +152,11 @@ def _encode_todo(
 
 
 def _trusted(storage: Storage, plan: Plan) -> tuple[dict[str, Tally], str]:
-    """The commits that count, by unit, and the hash of their seal.
+    """The valid commits, by unit, and the hash of their seal.
 
-    A commit counts if its shard is there, and its items are those that were planned; the other
-    units are encoded again. A shard's name is never used twice, so no other one can be there; its
-    size shows whether the file was cut since.
+    A commit is valid if its shard exists and its items are the planned ones; other units are
+    encoded again. A shard's name is never used twice, so the file cannot be another shard. Its size
+    shows whether it was truncated.
     """
     sizes = storage.list(SHARDS)
     wanted = fingerprint(plan.fingerprint)
@@ -168,8 +167,9 @@ def _trusted(storage: Storage, plan: Plan) -> tuple[dict[str, Tally], str]:
             continue
         if commit.fingerprint != wanted:
             raise StoreError(
-                f"Commit {commit.unit} of {storage.root} has fingerprint {commit.fingerprint}, the "
-                f"plan {wanted}: the store was put together from two; encode into a new one."
+                f"Commit {commit.unit} of {storage.root} has fingerprint {commit.fingerprint}, but "
+                f"the plan has {wanted}, so the files come from two stores: encode into a new "
+                "output folder."
             )
         whole = commit.shard is None or sizes.get(commit.shard.rpartition("/")[2]) == commit.bytes
         if whole and commit.items_hash in (None, hashes[commit.unit]):
