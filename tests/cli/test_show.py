@@ -72,7 +72,7 @@ def test_the_summary_accounts_for_every_item() -> None:
     assert "  ... and 5 more (failed); status --json has all" in lines
     assert "  skipped: short: min_seconds: 0.2 s" in lines
     assert "this run: 3 of 4 units, 0.250 h in 18.0 s (50.0 x real time)" in lines
-    assert lines[-1] == "bound by the model: it worked 90% of the time"
+    assert lines[-1] == "bound by the model: it was busy 90% of the time"
 
 
 def test_the_summary_of_a_run_with_nothing_to_do() -> None:
@@ -111,8 +111,8 @@ def test_the_summary_names_the_files_that_are_no_items_and_the_cure_of_failures(
 @pytest.mark.parametrize(
     ("stages", "verdict"),
     [
-        ({"model_seconds": 2.0, "wait_seconds": 6.0}, "bound by decoding: the model waited 75%"),
-        ({"model_seconds": 9.0, "wait_seconds": 1.0}, "bound by the model: it worked 90%"),
+        ({"model_seconds": 2.0, "wait_seconds": 6.0}, "bound by loading: the model waited 75%"),
+        ({"model_seconds": 9.0, "wait_seconds": 1.0}, "bound by the model: it was busy 90%"),
         ({"model_seconds": 2.0, "wait_seconds": 1.0}, "most of this time went into starting Ray"),
     ],
 )

@@ -150,12 +150,12 @@ def test_a_chunk_in_samples_decodes_whole_or_the_nearest_that_does_is_named(
         try:
             chunking = Chunking.for_model(spec, samples=samples, **wanted)  # type: ignore[arg-type]
         except ConfigError as error:
-            assert "raise the overlap" in str(error)
+            assert "increase the overlap" in str(error)
             return
         assert chunking.samples == samples
         assert stitch != "none" or chunking.step == samples - int(samples * 0.25)
         return
-    with pytest.raises(ConfigError, match="do not decode whole") as caught:
+    with pytest.raises(ConfigError, match="do not decode to the same length") as caught:
         Chunking.for_model(spec, samples=samples, **wanted)  # type: ignore[arg-type]
     nearest = int(str(caught.value).split()[-1].rstrip("."))
     assert whole(nearest)
@@ -171,6 +171,6 @@ def test_the_readme_s_chunk_of_linear_cae_is_taken_and_one_that_drifts_is_not(
     assert chunking.model_samples(LINCAE) == 440_832
     with pytest.raises(ConfigError) as caught:
         Chunking.for_model(LINCAE, stitch="none", samples=47_103)
-    assert one_sentence(caught.value).endswith("the nearest length that does is 47104.")
-    with pytest.raises(ConfigError, match="not both"):
+    assert one_sentence(caught.value).endswith("use the nearest valid length, 47104.")
+    with pytest.raises(ConfigError, match="exclude each other"):
         Chunking.for_model(LINCAE, samples=441_000, seconds=10)

@@ -31,20 +31,20 @@ def test_counters_add_up_in_the_parent_too() -> None:
 @pytest.mark.parametrize(
     ("stages", "sentence"),
     [
-        ({"model": 97, "wait": 3}, "bound by the model: it worked 97% of the time"),
+        ({"model": 97, "wait": 3}, "bound by the model: it was busy 97% of the time"),
         (
             {"model": 57, "wait": 43, "decode": 80, "read": 5},
-            "bound by decoding: the model waited 43% of the time; more decode threads or CPU cores "
+            "bound by loading: the model waited 43% of the time; more load threads or CPU cores "
             "would help",
         ),
         (
             {"model": 57, "wait": 43, "decode": 8, "read": 50},
-            "bound by reading: the model waited 43% of the time; more decode threads or a nearer "
+            "bound by reading: the model waited 43% of the time; more load threads or a nearer "
             "source would help",
         ),
         (
             {"model": 50, "wait": 10, "idle": 40, "decode": 8},
-            "bound by writing: the model stood still 40% of the time while shards were written; "
+            "bound by writing: the model was idle 40% of the time while shards were written; "
             "faster storage or larger units would help",
         ),
         ({}, None),

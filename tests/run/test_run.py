@@ -156,7 +156,7 @@ def test_another_fingerprint_is_refused_by_name(
 
 @pytest.mark.parametrize(
     ("version", "advice"),
-    [(1, "it stays readable.*encode into a new output folder"), (99, "update latentmill")],
+    [(1, "you can still read it.*encode into a new output folder"), (99, "update latentmill")],
 )
 @pytest.mark.parametrize("extend", [False, True])
 def test_a_store_of_another_encoding_version_is_only_read(

@@ -1,9 +1,9 @@
-"""The chunk grid: cutting audio into chunks of one length, packing them, stitching latents.
+"""The chunk grid: splitting audio into chunks of one length, packing them, stitching latents.
 
 Chunks start on multiples of the model's hop, counted from sample 0, so that stems of one song
 share the grid and their latents can be added. The last chunk is moved back to end with the audio
-(rounded up to a whole frame): an encoder that normalises over the chunk would answer to a tail of
-zeros in every frame. An item shorter than one chunk is encoded at its own length.
+(rounded up to a whole frame), because in an encoder that normalises over the chunk, a tail of zeros
+would change every frame. An item shorter than one chunk is encoded at its own length.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from latentmill.models.base import ModelSpec, Stitch
 from latentmill.models.inference.device import trim_memory
 from latentmill.record import FloatArray, Latent
 
-LONG_BYTES = 64 << 20  # a latent that costs memory worth giving back
+LONG_BYTES = 64 << 20  # size of a latent from which freed memory is returned to the system
 
 
 @dataclass(frozen=True)
 class Chunking:
-    """How items are cut and put together again.
+    """How items are split into chunks, and how their latents are stitched.
 
     Attributes:
         stitch: `trim` keeps each chunk's inner frames, `crossfade` blends the overlapping
-            frames of neighbours, `none` stores the overlapping chunks as they are.
-        samples: Length of a chunk; the model sees `model_samples` of them.
-        step: Samples from one chunk's start to the next one's.
-        overlap: Latent frames that neighbouring chunks share (0 with `none`).
-        skew: With `trim`, how many more of the shared frames are taken from the earlier chunk
-            than from the later one: the model's context on the left less that on the right.
+            frames of neighbouring chunks, `none` stores the overlapping chunks unchanged.
+        samples: Length of a chunk in samples. The model sees `model_samples` of them.
+        step: Samples from the start of one chunk to the start of the next.
+        overlap: Number of latent frames that neighbouring chunks share (0 with `none`).
+        skew: With `trim`, how many more of the shared frames come from the earlier chunk than from
+            the later one: the model's left context minus its right context.
     """
 
     stitch: Stitch
@@ -54,31 +54,26 @@ class Chunking:
         samples: int | None = None,
         overlap: float | None = None,
     ) -> Chunking:
-        """The chunking for a model: its own defaults, or what the user asks for.
+        """The chunking for a model, with the model's defaults for arguments that are None.
 
-        Args:
-            spec: The model.
-            stitch: How to stitch; default is the model's.
-            seconds: Chunk length, rounded to a length that the model takes.
-            samples: Chunk length, exactly, instead of `seconds`.
-            overlap: Share of a chunk that its neighbour repeats, 0 to 0.5.
-
-        Raises:
-            ConfigError: The chunk is too short, the overlap does not fit the stitch, or `samples`
-                is no length that decodes whole.
+        `seconds` is rounded to a length that the model accepts; `samples` sets the exact length
+        instead. `overlap` is the share of a chunk that the next chunk repeats, 0 to 0.5.
         """
         stitch = stitch or spec.stitch
         if samples is None:
             samples = _rounded(spec, seconds)
         elif seconds is not None:
-            raise ConfigError("Give chunk_seconds or chunk_samples, not both.")
+            raise ConfigError(
+                f"chunk_seconds ({seconds:g}) and chunk_samples ({samples}) exclude each other: "
+                "set one of them."
+            )
         else:
             _check_samples(spec, stitch, samples)
         if overlap is not None and not 0 <= overlap <= 0.5:
-            raise ConfigError(f"An overlap of {overlap} is no share of a chunk from 0 to 0.5.")
+            raise ConfigError(f"Invalid overlap {overlap}: expected a share of a chunk, 0 to 0.5.")
         if stitch == "crossfade" and spec.codebook_size is not None:
             raise ConfigError(
-                f"{spec.name} gives codes, which cannot be blended: use stitch "
+                f"{spec.name} returns codes, which cannot be blended: use stitch "
                 f"{'none' if spec.context is None else 'trim'}."
             )
         if stitch == "none":
@@ -95,16 +90,16 @@ class Chunking:
         return cls(stitch, samples, (frames - shared) * spec.hop, shared, skew)
 
     def model_samples(self, spec: ModelSpec) -> int:
-        """Samples of a chunk that the model sees: as many as it takes.
+        """Number of samples of a chunk that the model sees.
 
         With `stitch: none` and a length in samples, up to `spec.sample_multiple - 1` samples at
-        the end are left out, as by the front end of the linear-cae package.
+        the end are dropped, as the linear-cae package does.
         """
         return self.samples - self.samples % spec.sample_multiple
 
 
 def _rounded(spec: ModelSpec, seconds: float | None) -> int:
-    """A chunk length that the model takes: its own, or `seconds` up to a whole frame."""
+    """The model's chunk length, or `seconds` rounded up to a whole frame."""
     frames = spec.chunk_frames
     if seconds is not None:
         frames = spec.frames(round(seconds * spec.sample_rate))
@@ -112,8 +107,8 @@ def _rounded(spec: ModelSpec, seconds: float | None) -> int:
     if samples < spec.min_samples or spec.padded(samples) != samples:
         least = 2 * (spec.min_samples + spec.hop) / spec.sample_rate
         raise ConfigError(
-            f"A chunk of {samples / spec.sample_rate:g} s is too short for {spec.name}: ask "
-            f"for at least {math.ceil(1000 * least) / 1000} s."
+            f"A chunk of {samples / spec.sample_rate:g} s is too short for {spec.name}: use at "
+            f"least {math.ceil(1000 * least) / 1000} s."
         )
     return samples
 
@@ -125,13 +120,13 @@ def _check_samples(spec: ModelSpec, stitch: Stitch, samples: int) -> None:
     good = [length for length in around if _decodes_whole(spec, stitch, length)]
     nearest = min(good, key=lambda length: abs(length - samples))
     raise ConfigError(
-        f"Chunks of {samples} samples do not decode whole with {spec.name} and stitch {stitch}: "
-        f"the nearest length that does is {nearest}."
+        f"Chunks of {samples} samples do not decode to the same length with {spec.name} and stitch "
+        f"{stitch}: use the nearest valid length, {nearest}."
     )
 
 
 def _decodes_whole(spec: ModelSpec, stitch: Stitch, samples: int) -> bool:
-    """Whether a chunk's frames decode to all of its samples, and if stitched to no more."""
+    """Whether a chunk's frames decode to all of its samples, and to no more if stitched."""
     seen = samples - samples % spec.sample_multiple
     if seen < spec.min_samples:
         return False
@@ -140,39 +135,40 @@ def _decodes_whole(spec: ModelSpec, stitch: Stitch, samples: int) -> bool:
 
 
 def _check_overlap(spec: ModelSpec, stitch: Stitch, frames: int, overlap: int) -> None:
-    needed = max(0, math.ceil(-spec.overhang / spec.hop))  # with fewer, samples between are lost
+    # With fewer shared frames, samples between two chunks would be lost.
+    needed = max(0, math.ceil(-spec.overhang / spec.hop))
     if stitch == "trim":
         if spec.context is None:
             raise ConfigError(
-                f"{spec.name} cannot be stitched by trimming, since each frame depends on its "
+                f"{spec.name} cannot be stitched by trimming, because each frame depends on its "
                 f"whole chunk: use stitch {'crossfade' if spec.codebook_size is None else 'none'}."
             )
         needed = max(needed, sum(spec.context))
     if overlap < needed:
         raise ConfigError(
-            f"{spec.name} needs neighbouring chunks to share {needed} latent frames for stitch "
-            f"{stitch}, but {overlap} of {frames} were asked for: raise the overlap or the chunk "
+            f"With stitch {stitch}, neighbouring chunks of {spec.name} must share {needed} latent "
+            f"frames, but they share {overlap} of {frames}: increase the overlap or the chunk "
             "length."
         )
 
 
-# From here on a number rounds to infinity, not to float16's largest, 65504.
+# The smallest number that rounds to infinity in float16, whose largest number is 65504.
 FLOAT16_OVERFLOW = 65520.0
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A window of one item's samples, at its place on the item's latent time line."""
+    """A window of an item's samples. `frame` is its first frame in the item's latent."""
 
     frame: int
     audio: FloatArray  # [C, T]
 
 
 class Chunker:
-    """Cuts one item's audio, block by block, into chunks; holds about one chunk of it.
+    """Splits one item's audio into chunks, block by block. Holds about one chunk in memory.
 
-    With `stitch: none` the chunks start every `step` samples and the last one is filled up with
-    zeros, as the linear-cae package does it, or of `spec.short_last_chunk` left short.
+    With `stitch: none` the chunks start every `step` samples. The last one is padded with zeros, as
+    the linear-cae package does, or stays short if `spec.short_last_chunk` is set.
     """
 
     def __init__(self, spec: ModelSpec, chunking: Chunking) -> None:
@@ -181,39 +177,39 @@ class Chunker:
         self._model_samples = chunking.model_samples(spec)
         self._buffer: FloatArray = np.zeros((spec.channels, 0), np.float32)
         self._offset = 0  # the sample at which the buffer starts
-        self._emitted = 0  # chunks emitted
+        self._emitted = 0  # number of chunks
 
     def push(self, block: FloatArray) -> Iterator[Chunk]:
-        """Take a block `[C, n]`; give the chunks that it completes."""
+        """Add a block `[C, n]`, and yield the chunks that it completes."""
         self._buffer = np.concatenate([self._buffer, block], axis=1)
         size, step = self._chunking.samples, self._chunking.step
         while self._offset + self._buffer.shape[1] >= self._emitted * step + size:
-            yield self._cut(self._emitted * step)
-        # The last chunk may start anywhere after the start of the one before it.
+            yield self._chunk(self._emitted * step)
+        # The last chunk may start anywhere after the start of the previous one.
         keep = max(0, (self._emitted - 1) * step) - self._offset
         if keep > 0:
             self._buffer = self._buffer[:, keep:]
             self._offset += keep
 
     def finish(self) -> Iterator[Chunk]:
-        """Give the last chunk, moved back to end with the audio, if frames are still open."""
+        """Yield the last chunk, moved back to end with the audio, if frames are not covered yet."""
         spec, chunking = self._spec, self._chunking
         total = self._offset + self._buffer.shape[1]
         if self._emitted == 0 and spec.padded(total) <= chunking.samples:
-            yield self._cut(0, spec.padded(total))
+            yield self._chunk(0, spec.padded(total))
             return
         covered = (self._emitted - 1) * chunking.step + chunking.samples
         if chunking.stitch == "none":
             if total > covered:
                 start = self._emitted * chunking.step
                 size = spec.padded(total - start) if spec.short_last_chunk else None
-                yield self._cut(start, size)
+                yield self._chunk(start, size)
             return
         frames = spec.frames(spec.padded(total))
         if spec.samples(frames) > covered:
-            yield self._cut(spec.samples(frames) - chunking.samples)
+            yield self._chunk(spec.samples(frames) - chunking.samples)
 
-    def _cut(self, start: int, size: int | None = None) -> Chunk:
+    def _chunk(self, start: int, size: int | None = None) -> Chunk:
         size = size or self._model_samples
         first = start - self._offset
         audio = self._buffer[:, first : first + size]
@@ -224,10 +220,10 @@ class Chunker:
 
 
 class Stitcher:
-    """Puts the latents of one item's chunks together, in the order of the chunks.
+    """Stitches the latents of one item's chunks, in the order of the chunks.
 
-    Frames are settled (converted to the stored dtype) once no later chunk can touch them, so that
-    it holds the stored latent and about one chunk in float32.
+    Frames are settled (converted to the stored dtype) as soon as no later chunk can change them, so
+    that only about one chunk is in memory as float32.
     """
 
     def __init__(self, chunking: Chunking, dtype: np.dtype[Any], frames_hint: int = 0) -> None:
@@ -235,13 +231,13 @@ class Stitcher:
         self._dtype = dtype
         self._hint = frames_hint
         self._settled: npt.NDArray[np.generic] | None = None  # [capacity, D], time-major
-        self._count = 0  # settled frames
+        self._count = 0  # number of settled frames
         self._open: FloatArray | None = None  # [frames, D], after the settled ones
         self._chunks: list[FloatArray] = []  # stitch: none
         self.finite = True  # whether all frames fit the stored dtype
 
     def add(self, frame: int, latent: FloatArray) -> None:
-        """Add a chunk's latent `[D, Z]`, float32, whose first frame is `frame` of the item."""
+        """Add a chunk's latent, float32 `[D, Z]`, which starts at the item's frame `frame`."""
         if self._chunking.stitch == "none":
             self._chunks.append(latent)
             return
@@ -255,16 +251,17 @@ class Stitcher:
         begin = frame + before - self._count  # where the blend starts in `_open`
         old = self._open[begin : begin + width]
         weight = (np.arange(1, width + 1, dtype=np.float32) / (width + 1))[:, None]
-        with np.errstate(invalid="ignore", over="ignore"):  # gated when the frames settle
+        with np.errstate(invalid="ignore", over="ignore"):  # checked when the frames are settled
             blend = old + weight * (new[before : before + width] - old)
         self._settle(self._open[:begin])
         self._open = np.concatenate([blend, new[before + width :]])
 
     def finish(self) -> Latent:
-        """The item's latent `[D, Z]` in the stored dtype (its bytes are time-major), or with
-        `stitch: none` the chunks `[N, D, Z]`.
+        """Return the latent in the stored dtype: `[D, Z]`, with time-major bytes.
+
+        With `stitch: none` it is the chunks, `[N, D, Z]`.
         """
-        with np.errstate(over="ignore"):  # the caller gates the range
+        with np.errstate(over="ignore"):  # the caller checks the range
             if self._chunking.stitch == "none":
                 frames = self._chunks[0].shape[1]
                 last = self._chunks[-1]
@@ -280,43 +277,43 @@ class Stitcher:
     def _settle(self, frames: FloatArray) -> None:
         end = self._count + len(frames)
         if self._settled is None or end > len(self._settled):
-            # The hint comes from a header, which may lie: follow it in steps.
+            # The hint comes from a header, which may be wrong, so the buffer grows in steps.
             capacity = min(self._hint, 8 * end) if end <= self._hint else end + end // 4
-            room = np.empty((capacity, frames.shape[1]), self._dtype)
+            buffer = np.empty((capacity, frames.shape[1]), self._dtype)
             if self._settled is not None:
-                room[: self._count] = self._settled[: self._count]
-            self._settled = room
-            if room.nbytes > LONG_BYTES:  # what it has outgrown is a hole that nothing fits in
+                buffer[: self._count] = self._settled[: self._count]
+            self._settled = buffer
+            if buffer.nbytes > LONG_BYTES:  # the old buffer would stay in the heap, unused
                 trim_memory()
-        # Not numpy, which is 90 times slower on what float16 holds as subnormal numbers.
-        import torch  # reading a plan must not wait for it
+        # Not numpy, which is 90 times slower for values that are subnormal in float16.
+        import torch  # imported here, so that reading a plan does not import it
 
         target = torch.from_numpy(self._settled[self._count : end])
         target.copy_(torch.from_numpy(frames))
         limit = FLOAT16_OVERFLOW if self._dtype == np.float16 else math.inf
-        if len(frames):  # NaN is in no range
+        if len(frames):  # the comparisons are false for NaN
             self.finite &= bool(-limit < frames.min() and frames.max() < limit)
         self._count = end
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Chunks of one length for one forward pass, with the item that each belongs to."""
+    """Chunks of one length for one forward pass. `owners` has the item number of each chunk."""
 
     owners: tuple[int, ...]
     chunks: tuple[Chunk, ...]
 
     def audio(self) -> FloatArray:
-        """The batch `[B, C, T]`."""
+        """The batch as an array `[B, C, T]`."""
         return np.stack([chunk.audio for chunk in self.chunks])
 
 
 class Packer:
     """Packs chunks of many items into full batches of one length.
 
-    What it packs depends on the order of the chunks alone, never on time, so that a unit's
-    batches are the same on every worker. A chunk waits for others of its length while at most
-    four full batches' samples go by: finished items queue up behind the one that it belongs to.
+    The batches depend on the order of the chunks alone, never on time, so that they are the same on
+    every worker. A chunk waits for others of its length until the samples of four full batches have
+    passed, because finished items have to wait for the item that it belongs to.
     """
 
     def __init__(self, chunking: Chunking, batch_size: int) -> None:
@@ -327,7 +324,7 @@ class Packer:
         self._seen = 0
 
     def add(self, owner: int, chunk: Chunk) -> Iterator[Batch]:
-        """Take a chunk; give the batches that are due."""
+        """Add a chunk, and yield the batches that are full or have waited too long."""
         length = chunk.audio.shape[1]
         waiting = self._bins.setdefault(length, [])
         self._begun.setdefault(length, self._seen)
@@ -340,7 +337,7 @@ class Packer:
             yield self._take(overdue)
 
     def flush(self) -> Iterator[Batch]:
-        """Give what is left."""
+        """Yield the remaining chunks as batches."""
         while self._bins:
             yield self._take(next(iter(self._bins)))
 

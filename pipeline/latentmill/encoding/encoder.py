@@ -1,7 +1,7 @@
-"""A unit's audio -> latents: batch, encode, stitch. No Ray, no storage.
+"""Encodes a unit's audio to latents: batch, encode, stitch. Uses no Ray and no storage.
 
-Chunks of many items are packed into full batches, and each item's latents put together again. The
-batches depend on the unit's items alone, so a unit's latents are the same on every worker.
+Chunks of many items are packed into full batches, and each item's latents are stitched. The batches
+depend on the unit's items alone, so a unit's latents are the same on every worker.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from latentmill.text.redact import redact
 
 @dataclass
 class _PendingItem:
-    """An item on its way through the unit."""
+    """An item that is being encoded."""
 
     index: int
     item: Item
     stitcher: Stitcher
-    expected: int = 0  # chunks packed
-    arrived: int = 0  # chunks that came back from the model
+    expected: int = 0  # number of chunks packed
+    arrived: int = 0  # number of chunks that the model has encoded
     facts: Facts | None = None
     outcome: Outcome | None = None
 
@@ -54,15 +54,15 @@ class UnitEncoder:
     ) -> None:
         self._model = model
         self._device = device
-        self._feed = DevicePipeline(model, device, settings.precision)
-        self._queued: deque[Batch] = deque()  # in the feed
+        self._pipeline = DevicePipeline(model, device, settings.precision)
+        self._queued: deque[Batch] = deque()  # in the pipeline
         self._chunking = chunking
         self._settings = settings
         self.meter = meter or Meter()
-        self.ended = 0.0  # when a unit's last outcome was taken, by the performance counter
+        self.ended = 0.0  # perf_counter() after a unit's last outcome was taken
 
     def encode(self, audio: Iterable[ItemEvent]) -> Iterator[Outcome]:
-        """Encode a unit's audio, as `UnitAudio` gives it; outcomes come in the items' order."""
+        """Encode a unit's audio from a `UnitAudio`. Yields outcomes in the order of the items."""
         packer = Packer(self._chunking, self._settings.batch_size)
         jobs: deque[_PendingItem] = deque()
         by_index: dict[int, _PendingItem] = {}
@@ -82,7 +82,7 @@ class UnitEncoder:
             yield from self._done(jobs, by_index)
         for batch in packer.flush():
             self._run(batch, by_index)
-        self._collect(self._feed.flush(), by_index)
+        self._collect(self._pipeline.flush(), by_index)
         yield from self._done(jobs, by_index)
         assert not jobs, "every item of the unit is accounted for"
         self.ended = time.perf_counter()
@@ -90,11 +90,11 @@ class UnitEncoder:
     def _run(self, batch: Batch, jobs: dict[int, _PendingItem]) -> None:
         audio = batch.audio()  # [B, C, T]
         self._queued.append(batch)
-        self._collect(self._feed.push(audio), jobs)
+        self._collect(self._pipeline.push(audio), jobs)
         self.meter.add("audio_seconds", len(audio) * self._new_seconds(audio.shape[2]))
 
     def _collect(self, finished: Iterator[FloatArray], jobs: dict[int, _PendingItem]) -> None:
-        """Hand out the latents that the feed gives."""
+        """Add the pipeline's latents to their items."""
         while True:
             start = time.perf_counter()
             latents = next(finished, None)  # [B, D, Z]
@@ -112,24 +112,24 @@ class UnitEncoder:
                     job.stitcher.add(chunk.frame, latent)
 
     def _fits(self, latents: FloatArray) -> bool:
-        """Whether all numbers are finite and in the range of the stored dtype."""
+        """Whether all values are finite and in the range of the stored dtype."""
         return bool(np.abs(latents).max() <= np.finfo(DTYPES[self._settings.dtype]).max)
 
     def _encode_in_float32(self, batch: Batch) -> FloatArray:
-        """Encode a batch once more, in float32, before what it belongs to may fail."""
+        """Encode a batch again in float32, so that its items do not fail for the low precision."""
         with numeric_mode("float32", self._device):
             latents = uncompiled(self._model).encode(torch.from_numpy(batch.audio()))
         exact: FloatArray = latents.float().cpu().numpy()
         return exact
 
     def _new_seconds(self, length: int) -> float:
-        """Seconds of audio that a chunk adds, without what it shares with the one before."""
+        """Seconds of audio that a chunk adds, without its overlap with the previous chunk."""
         return min(length, self._chunking.step) / self._model.spec.sample_rate
 
     def _done(
         self, jobs: deque[_PendingItem], by_index: dict[int, _PendingItem]
     ) -> Iterator[Outcome]:
-        """Give the outcomes of the first items, as far as they are complete."""
+        """Yield outcomes in order, up to the first item that is not complete."""
         while jobs:
             job = jobs[0]
             if job.outcome is None:
@@ -168,5 +168,5 @@ class UnitEncoder:
 
 def _gate_message(dtype: str) -> str:
     if dtype == "float16":
-        return "the latents hold NaN, or values beyond float16's range (dtype float32 keeps those)"
-    return "the latents hold NaN or Inf"
+        return "the latents have NaN or values outside float16's range (dtype float32 stores those)"
+    return "the latents have NaN or Inf"

@@ -1,4 +1,4 @@
-"""The hash over everything that changes the latents, and the version of this encoder in it."""
+"""The hash over everything that changes the latents, which includes the encoding version."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-# Raised when the same file, model and settings give other latents than before. Stores of another
-# version stay readable; resuming or extending one is refused (`version_difference`).
-# 2: loading gives what FFmpeg gives, in files where it did not before.
+# Raised when the same file, model and settings result in other latents than before. Stores of
+# another version stay readable; resuming or extending them is refused (`version_difference`).
+# 2: more files are loaded exactly as FFmpeg decodes them.
 ENCODING_VERSION = 2
 
 
 def fingerprint(document: Mapping[str, Any]) -> str:
-    """The hash of a fingerprint document: 32 hex digits of its SHA-256."""
+    """The first 32 hex digits of the SHA-256 of a fingerprint document."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def version_difference(stored: Mapping[str, Any]) -> str | None:
-    """Why this version of latentmill cannot add to a store of this fingerprint document."""
+    """Why this version of latentmill cannot add to the store, or None if it can."""
     version = stored.get("preprocessing", {}).get("encoding_version")
     if version == ENCODING_VERSION:
         return None
@@ -28,7 +28,7 @@ def version_difference(stored: Mapping[str, Any]) -> str | None:
     if isinstance(version, int) and version > ENCODING_VERSION:
         made, action = "a later", "update latentmill or encode into a new output folder"
     return (
-        f"was encoded by {made} version of latentmill, whose latents of the same audio can differ "
-        f"(encoding version {version}, now {ENCODING_VERSION}): it stays readable, but to add to "
-        f"it or resume it, {action}."
+        f"was encoded by {made} version of latentmill, whose latents can differ (encoding version "
+        f"{version}, now {ENCODING_VERSION}): you can still read it, but to resume or extend it, "
+        f"{action}."
     )

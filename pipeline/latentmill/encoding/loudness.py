@@ -1,7 +1,7 @@
-"""How loud an item is, latent frame by latent frame: one byte a frame, measured as it is encoded.
+"""Loudness of an item in each latent frame: one byte per frame, measured while it is encoded.
 
-Which stem plays where is known from it without decoding anything. A byte v stands for
-(v - 255) / 2 dB of RMS over all channels, full scale being 0 dB; 0 is -127.5 dB or less, silence.
+It shows when a stem plays without decoding its latents. A byte v stands for (v - 255) / 2 dB of RMS
+over all channels, full scale being 0 dB; 0 is -127.5 dB or less, silence.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ LOUDEST = 255  # 0 dB
 class LevelMeter:
     """Measures one item's audio, block by block.
 
-    The level of frame n is that of the samples n * hop to (n + 1) * hop, its own; where a frame
-    begins before those (`overhang` is negative, as with `mdct`), of the hop before too.
+    The level of frame n is that of its own samples, n * hop to (n + 1) * hop. If frames start
+    earlier than that (`overhang` is negative, as with `mdct`), the level includes the hop before.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -30,7 +30,7 @@ class LevelMeter:
         self._rest: npt.NDArray[np.float64] = np.zeros(0)  # squares of the hop that is not full
 
     def push(self, block: FloatArray) -> None:
-        """Take the next samples `[C, n]`."""
+        """Add the next samples `[C, n]`."""
         squares = np.square(block, dtype=np.float64).mean(axis=0)
         squares = np.concatenate([self._rest, squares])
         whole = len(squares) // self._hop * self._hop
@@ -38,7 +38,7 @@ class LevelMeter:
         self._rest = squares[whole:].copy()
 
     def finish(self, frames: int) -> bytes:
-        """The levels of the item's first `frames` latent frames, one byte each."""
+        """Return the levels of the first `frames` latent frames, one byte each."""
         last = [self._rest.mean()] if len(self._rest) else []
         power = np.concatenate([*self._power, last])
         if self._looks_back:
@@ -51,7 +51,7 @@ class LevelMeter:
 
 
 def decibels(levels: bytes) -> FloatArray:
-    """Stored levels in dB of full scale, float32 `[frames]`; silence is -inf."""
+    """Convert stored levels to dB of full scale, float32 `[frames]`. Silence is -inf."""
     steps = np.frombuffer(levels, np.uint8).astype(np.float32)
     result: FloatArray = np.where(steps > 0, (steps - LOUDEST) / STEPS_PER_DB, -np.inf).astype(
         np.float32

@@ -1,4 +1,4 @@
-"""What a worker has done so far, by counters, and what a run was bound by."""
+"""Counters of a worker's time, and the bottleneck of a run."""
 
 from __future__ import annotations
 
@@ -19,21 +19,20 @@ COUNTERS = (
 
 @dataclass
 class Meter:
-    """What a worker has done so far; written by its threads, read by anyone."""
+    """Counters of a worker or a unit. Thread-safe. Commits store them under these names."""
 
-    audio_seconds: float = 0.0  # encoded by the model
-    read_seconds: float = 0.0  # spent until items were open, fetched included, summed over threads
-    decode_seconds: float = 0.0  # spent decoding them, summed over threads
+    audio_seconds: float = 0.0  # audio that the model has encoded
+    read_seconds: float = 0.0  # fetching and opening items, summed over threads
+    decode_seconds: float = 0.0  # loading the audio of opened items, summed over threads
     wait_seconds: float = 0.0  # the model waited for audio
-    model_seconds: float = 0.0  # the model worked, or on a GPU: it was waited for
-    idle_seconds: float = 0.0  # the model had no unit, as all there were were being written
-    write_seconds: float = 0.0  # spent finishing and uploading shards
-    steps: int = 0  # grows whenever anything does
-    parent: Meter | None = None  # counts everything too
+    model_seconds: float = 0.0  # the model encoded; on a GPU, time waiting for its results
+    idle_seconds: float = 0.0  # the model had no unit, because all units were being written
+    write_seconds: float = 0.0  # finishing and uploading shards
+    steps: int = 0  # number of `add` calls
+    parent: Meter | None = None  # receives every `add` too
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self, name: str, seconds: float) -> None:
-        """Add to one of the counters."""
         with self._lock:
             setattr(self, name, getattr(self, name) + seconds)
             self.steps += 1
@@ -41,32 +40,30 @@ class Meter:
             self.parent.add(name, seconds)
 
     def snapshot(self) -> dict[str, float]:
-        """The counters by name."""
         with self._lock:
             return {name: getattr(self, name) for name in COUNTERS}
 
 
-WELL_FED = 0.85  # share of the time in which the model works, from which on it is the bound
+MODEL_BOUND = 0.85  # share of model time from which the model is the bottleneck
 
 
 def bound(stages: Mapping[str, float]) -> str | None:
-    """What work was bound by, and what would help; None if nothing was done.
+    """The bottleneck and what would help, for messages; None if nothing was encoded.
 
-    Args:
-        stages: Seconds by the names of `COUNTERS`, summed over units and workers.
+    `stages` has seconds by the names of `COUNTERS`, summed over units and workers.
     """
     model, wait, idle = (stages.get(f"{name}_seconds", 0.0) for name in ("model", "wait", "idle"))
     total = model + wait + idle
     if not total:
         return None
-    if model >= WELL_FED * total:
-        return f"bound by the model: it worked {model / total:.0%} of the time"
+    if model >= MODEL_BOUND * total:
+        return f"bound by the model: it was busy {model / total:.0%} of the time"
     if idle > wait:
         return (
-            f"bound by writing: the model stood still {idle / total:.0%} of the time while shards "
+            f"bound by writing: the model was idle {idle / total:.0%} of the time while shards "
             "were written; faster storage or larger units would help"
         )
     waited = f"the model waited {wait / total:.0%} of the time"
     if stages.get("read_seconds", 0.0) > stages.get("decode_seconds", 0.0):
-        return f"bound by reading: {waited}; more decode threads or a nearer source would help"
-    return f"bound by decoding: {waited}; more decode threads or CPU cores would help"
+        return f"bound by reading: {waited}; more load threads or a nearer source would help"
+    return f"bound by loading: {waited}; more load threads or CPU cores would help"

@@ -1,4 +1,4 @@
-"""A unit's audio, item by item: read, decoded and cut into chunks, ahead of the model."""
+"""Loads a unit's audio in threads ahead of the model, and splits it into chunks."""
 
 from __future__ import annotations
 
@@ -25,34 +25,33 @@ from latentmill.sources.filters import NO_FILTERS, Filters
 from latentmill.sources.metadata import read_metadata
 from latentmill.sources.reading import UnitReader
 
-# Chunks that a decode thread may be ahead of the model.
-QUEUE_CHUNKS = 16
+QUEUE_CHUNKS = 16  # loaded chunks per item that wait for the model
 
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """What encoding a unit depends on, next to the model and the chunking."""
+    """Settings for encoding a unit, apart from the model and the chunking."""
 
     dtype: str = "float16"
     precision: Precision = "float32"
     batch_size: int = 1
     load_threads: int = 2
     allow_truncated: bool = False
-    load_timeout: float | None = None  # seconds an item may take, beyond its length
-    allow_changed: bool = False  # for a retry: files that were mended since they were planned
+    load_timeout: float | None = None  # seconds for loading an item, in addition to its length
+    allow_changed: bool = False  # for a retry: accept files that were repaired after planning
     filters: Filters = NO_FILTERS
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An item's header was read: how many latent frames it promises (0 if it does not say)."""
+    """Event after reading an item's header. `frames` is the expected length, 0 if unknown."""
 
     frames: int
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of an item once its audio is read to the end."""
+    """Event at the end of an item's audio, with what was measured."""
 
     source_sample_rate: int
     source_channels: int
@@ -66,19 +65,15 @@ class Facts:
 
 Event: TypeAlias = Opened | Chunk | Facts | Outcome
 
-# What is heard of a unit: the number of an item in it, the item, and what comes next of it.
+# The number of an item in its unit, the item, and an event of it.
 ItemEvent: TypeAlias = tuple[int, Item, Event]
 
 
 @dataclass(frozen=True)
 class Loading:
-    """How a unit's items become chunks, the same wherever it is done. Picklable.
+    """Loads items and splits them into chunks, with equal results in every process. Picklable.
 
-    Attributes:
-        spec: Of the model.
-        chunking: How items are cut.
-        settings: Those of the run.
-        refused: Items that fail unread, by key, each with the reason.
+    `refused` has the items that fail without being read, by key, with the reason.
     """
 
     spec: ModelSpec
@@ -87,7 +82,7 @@ class Loading:
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, item: Item, reader: UnitReader) -> Iterator[Event]:
-        """Everything of one item in order; whatever happens, `Facts` or an `Outcome` end it."""
+        """Yield one item's events in order. The last one is always `Facts` or an `Outcome`."""
         opened = False
         try:
             if item.key in self.refused:
@@ -97,7 +92,7 @@ class Loading:
                 yield event
         except ItemError as error:
             last = _failed(item, str(error))
-        except Exception as error:  # noqa: BLE001  one odd file must not end the unit
+        except Exception as error:  # noqa: BLE001  an unexpected error fails the item, not the unit
             last = _failed(item, f"{type(error).__name__} while reading: {error}")
         else:
             return
@@ -108,7 +103,7 @@ class Loading:
         yield last
 
     def _events(self, item: Item, reader: UnitReader) -> Iterator[Event]:
-        """That the item is opened, its chunks, then its facts; or that it is skipped."""
+        """Yield `Opened`, the chunks and `Facts`, or an `Outcome` if a filter skips the item."""
         spec, settings, filters = self.spec, self.settings, self.settings.filters
         metadata = read_metadata(item)
         if reason := filters.of_source(item, metadata):
@@ -152,7 +147,7 @@ class Loading:
             )
 
     def _unwanted(self, stream: AudioStream, promised: int) -> str | None:
-        """What a filter has against an item, by its header."""
+        """Why a filter skips an item by its header, or None."""
         filters = self.settings.filters
         reason = filters.of_header(stream.sample_rate, stream.channels)
         if promised and not reason:
@@ -161,38 +156,32 @@ class Loading:
 
 
 class UnitAudio(Protocol):
-    """A unit's audio, being decoded ahead of the one thread that iterates over it."""
+    """A unit's audio, which is loaded ahead of the thread that iterates over it."""
 
     def __iter__(self) -> Iterator[ItemEvent]:
-        """The items in order: each is opened, gives its chunks, then its facts or its outcome."""
+        """The events of all items, in the order of the items; see `Loading.read`."""
         ...
 
     @property
     def queued(self) -> int:
-        """Chunks and other events that are decoded and not taken yet. Thread-safe."""
+        """Number of loaded events that were not taken yet. Thread-safe."""
         ...
 
     def close(self) -> None:
-        """Stop decoding, in the middle of the unit too."""
+        """Stop loading, also before the end of the unit."""
         ...
 
 
 class LocalAudio:
-    """A `UnitAudio` of this process's decode threads; they start at once.
+    """A `UnitAudio` that is loaded by threads of this process. They start at once."""
 
-    Args:
-        items: Of the unit.
-        decoding: How they are decoded.
-        meter: Counts the seconds of reading, decoding and waiting.
-    """
-
-    def __init__(self, items: Sequence[Item], decoding: Loading, meter: Meter) -> None:
-        settings = decoding.settings
-        self._decoding = decoding
+    def __init__(self, items: Sequence[Item], loading: Loading, meter: Meter) -> None:
+        settings = loading.settings
+        self._loading = loading
         self._meter = meter
         self._reader = UnitReader(items, allow_changed=settings.allow_changed)
         self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(settings.load_threads, thread_name_prefix="decode")
+        self._pool = ThreadPoolExecutor(settings.load_threads, thread_name_prefix="load")
         self._waiting = iter(enumerate(items))
         self._running: deque[tuple[int, Item, queue.Queue[Event | Exception]]] = deque()
         for _ in range(settings.load_threads + 1):
@@ -215,11 +204,9 @@ class LocalAudio:
 
     @property
     def queued(self) -> int:
-        """Chunks and other events that are decoded and not taken yet."""
         return sum(events.qsize() for _, _, events in tuple(self._running))
 
     def close(self) -> None:
-        """Stop the decode threads."""
         self._stop.set()
         self._reader.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -232,26 +219,25 @@ class LocalAudio:
             self._pool.submit(self._read, item, events)
 
     def _read(self, item: Item, events: queue.Queue[Event | Exception]) -> None:
-        """Read one item into its queue."""
         try:
             self._read_timed(item, events)
         except Exception as error:  # noqa: BLE001  the thread that iterates raises it
             self._put(events, error)
 
     def _read_timed(self, item: Item, events: queue.Queue[Event | Exception]) -> None:
-        watch = ItemTimer()
-        for event in self._decoding.read(item, self._reader):
-            watch.opened()
+        timer = ItemTimer()
+        for event in self._loading.read(item, self._reader):
+            timer.opened()
             start = time.perf_counter()
             self._put(events, event)
-            watch.waited(time.perf_counter() - start)
+            timer.waited(time.perf_counter() - start)
             if self._stop.is_set():
                 return
-        self._meter.add("read_seconds", watch.read_seconds)
-        self._meter.add("decode_seconds", watch.decode_seconds)
+        self._meter.add("read_seconds", timer.read_seconds)
+        self._meter.add("decode_seconds", timer.decode_seconds)
 
     def _put(self, events: queue.Queue[Event | Exception], event: Event | Exception) -> None:
-        """Put an event into a bounded queue, unless this is closed meanwhile."""
+        """Put an event into a bounded queue, unless `close` is called while it is full."""
         while not self._stop.is_set():
             try:
                 events.put(event, timeout=0.2)
@@ -261,7 +247,7 @@ class LocalAudio:
 
 
 class ItemTimer:
-    """Times one item: until it was opened, and the rest without waiting for others."""
+    """Measures the time to open and to load one item, without the time that its queue was full."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -269,22 +255,22 @@ class ItemTimer:
         self._opened: float | None = None
 
     def opened(self) -> None:
-        """The item is open; said more than once, the first time counts."""
+        """Note that the item is open. Only the first call counts."""
         if self._opened is None:
             self._opened = time.perf_counter() - self._began
 
     def waited(self, seconds: float) -> None:
-        """That long nobody decoded, as there was no room for more."""
+        """Subtract time in which the queue was full."""
         self._waited += seconds
 
     @property
     def read_seconds(self) -> float:
-        """Until it was open, fetched included."""
+        """Seconds until the item was open, including the time to fetch it."""
         return self._opened or 0.0
 
     @property
     def decode_seconds(self) -> float:
-        """Since then."""
+        """Seconds of loading since the item was open."""
         return time.perf_counter() - self._began - self._waited - self.read_seconds
 
 
