@@ -136,10 +136,10 @@ class Bench:
             self.items = [read_items(Storage(folder), unit) for unit in plan.units]
 
     def freeze(self, out: Path) -> Any:
-        from latentmill.plan import Cutting, draft, freeze
+        from latentmill.plan import UnitLimits, draft, freeze
         from latentmill.storage.storage import Storage
 
-        with draft(self.source.items(), Cutting()) as items:
+        with draft(self.source.items(), UnitLimits()) as items:
             return freeze(self.plan, items, Storage(str(out)))
 
     def run(self, out: Path) -> float:

@@ -17,7 +17,7 @@ from latentmill.encoding.fingerprint import fingerprint
 from latentmill.engine.job import make_job
 from latentmill.engine.worker import Job, Stopped, Worker
 from latentmill.models import registry
-from latentmill.plan import Cutting, Plan, draft, freeze
+from latentmill.plan import Plan, UnitLimits, draft, freeze
 from latentmill.sources.folder import FolderSource
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import read_commits
@@ -42,7 +42,7 @@ def prepared(
         ignored={},
     )
     items = FolderSource(str(songs), ("wav",)).items()
-    with draft(items, Cutting(1.2 * songs_per_unit)) as drafted:
+    with draft(items, UnitLimits(1.2 * songs_per_unit)) as drafted:
         plan = freeze(plan, drafted, Storage(str(store)))
     assert len(plan.units) == 3
     return make_job(config, handle, chunking, plan, device="cpu", threads=1), plan

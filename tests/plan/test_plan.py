@@ -1,4 +1,4 @@
-"""The plan: cutting units, freezing, reading back what was frozen, whatever the listing's order."""
+"""The plan: limits units, freezing, reading back what was frozen, whatever the listing's order."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from latentmill.plan import (
     ITEMS_PATH,
     PLAN_PATH,
     UNITS_PATH,
-    Cutting,
     Plan,
     Unit,
+    UnitLimits,
     check_items,
     copy,
     draft,
@@ -37,7 +37,7 @@ from latentmill.plan import (
     read_items,
 )
 from latentmill.plan import files as files_module
-from latentmill.plan.drafting import UnitSize, cut
+from latentmill.plan.drafting import UnitSize, split
 from latentmill.plan.plan import Part
 from latentmill.sources.base import ByteRange, Item, Segment, TableCell
 from latentmill.storage.storage import Storage
@@ -76,7 +76,7 @@ BLOCKS = st.lists(
 
 @given(BLOCKS, st.floats(1, 2**41))
 def test_units_hold_every_block_once_in_order(blocks: list[UnitSize], limit: float) -> None:
-    units = list(cut(blocks, limit))
+    units = list(split(blocks, limit))
     ends = set(itertools.accumulate(block.items for block in blocks))
     assert set(itertools.accumulate(unit.items for unit in units)) <= ends
     for name in ("items", "micros", "bytes"):
@@ -104,29 +104,29 @@ def _taken(blocks: Iterator[UnitSize], items: int) -> Iterator[UnitSize]:
 def test_a_unit_has_a_bounded_number_of_items(sizes: list[int], most: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drafting, "MAX_UNIT_ITEMS", most)
-        units = list(cut([UnitSize(1, size, size) for size in sizes], 1e9))
+        units = list(split([UnitSize(1, size, size) for size in sizes], 1e9))
     assert [unit.items for unit in units[:-1]] == [most] * (len(units) - 1)
     assert units[-1].items <= most
 
 
-def cuts(items: list[Item], cutting: Cutting) -> tuple[UnitSize, ...]:
-    with draft(items, cutting) as drafted:
-        return drafted.cuts
+def cuts(items: list[Item], limits: UnitLimits) -> tuple[UnitSize, ...]:
+    with draft(items, limits) as drafted:
+        return drafted.sizes
 
 
 def test_units_grow_with_the_corpus() -> None:
     minute = 60 * 176_400
-    assert len(cuts([item(n, minute // 4) for n in range(8)], Cutting())) == 2
-    large = cuts([item(n, 10 * minute) for n in range(3000)], Cutting())
+    assert len(cuts([item(n, minute // 4) for n in range(8)], UnitLimits())) == 2
+    large = cuts([item(n, 10 * minute) for n in range(3000)], UnitLimits())
     assert 200 <= len(large) <= 300
     assert max(unit.micros for unit in large) < 4 * 3600e6
 
 
 def test_the_size_of_a_shard_cuts_units_too() -> None:
     items = [item(n, 1, seconds=10.0) for n in range(12)]
-    by_size = cuts(items, Cutting(shard_size=3000, bytes_per_second=100.0))  # 30 s
+    by_size = cuts(items, UnitLimits(shard_size=3000, bytes_per_second=100.0))  # 30 s
     assert [unit.items for unit in by_size] == [3, 3, 3, 3]
-    smaller = cuts(items, Cutting(unit_seconds=20.0, shard_size=3000, bytes_per_second=100.0))
+    smaller = cuts(items, UnitLimits(unit_seconds=20.0, shard_size=3000, bytes_per_second=100.0))
     assert [unit.items for unit in smaller] == [2] * 6
 
 
@@ -152,7 +152,7 @@ def new_plan() -> Plan:
 
 
 def write(items: list[Item], storage: Storage) -> Plan:
-    with draft(items, Cutting(LIMIT)) as drafted:
+    with draft(items, UnitLimits(LIMIT)) as drafted:
         return freeze(new_plan(), drafted, storage)
 
 
@@ -193,7 +193,7 @@ def test_the_order_of_a_listing_does_not_matter(items: list[Item], chance: rando
     chance.shuffle(shuffled)
     with pytest.MonkeyPatch.context() as patch:
         write(items, one)
-        patch.setattr(drafting, "RUN_ITEMS", 3)  # the other one merges many runs
+        patch.setattr(drafting, "SORT_ITEMS", 3)  # the other one merges many runs
         write(shuffled, other)
     assert contents(one) == contents(other)
 
@@ -201,7 +201,7 @@ def test_the_order_of_a_listing_does_not_matter(items: list[Item], chance: rando
 def test_many_runs_are_merged_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from latentmill.plan import sort
 
-    monkeypatch.setattr(drafting, "RUN_ITEMS", 500)
+    monkeypatch.setattr(drafting, "SORT_ITEMS", 500)
     monkeypatch.setattr(sort, "LARGEST_BATCH", 64)
     numbers = list(range(5000))
     random.Random(1).shuffle(numbers)
@@ -218,18 +218,18 @@ def test_many_runs_are_merged_in_order(tmp_path: Path, monkeypatch: pytest.Monke
 def test_more_runs_than_files_may_be_open_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     from latentmill.plan import sort
 
-    monkeypatch.setattr(drafting, "RUN_ITEMS", 2)
+    monkeypatch.setattr(drafting, "SORT_ITEMS", 2)
     monkeypatch.setattr(sort, "FAN_IN", 8)
     numbers = list(range(400))
     random.Random(1).shuffle(numbers)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with draft([item(0, 1)], Cutting()):  # what the first one opens and keeps
+    with draft([item(0, 1)], UnitLimits()):  # what the first one opens and keeps
         taken = max(map(int, os.listdir("/proc/self/fd")))  # noqa: PTH208
     resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 30, hard))
     try:
-        with draft([item(number, 1) for number in numbers], Cutting()) as drafted:
+        with draft([item(number, 1) for number in numbers], UnitLimits()) as drafted:
             keys = [key for table in drafted.tables() for key in table["key"].to_pylist()]
-            assert len(list((drafted.folder / "runs").iterdir())) <= 8
+            assert len(list((drafted.folder / "sorting").iterdir())) <= 8
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert keys == sorted(f"ä/{number}" for number in numbers)
@@ -241,19 +241,19 @@ def test_more_runs_than_files_may_be_open_are_merged(monkeypatch: pytest.MonkeyP
 def test_a_key_that_comes_twice_is_refused_by_name(
     groups: tuple[str | None, str | None], runs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drafting, "RUN_ITEMS", runs)
+    monkeypatch.setattr(drafting, "SORT_ITEMS", runs)
     items = [item(number, 1) for number in range(9)]
     items += [dataclasses.replace(item(4, 1), uri="/other.wav", group=groups[0])]
     items[4] = dataclasses.replace(items[4], group=groups[1])
     with pytest.raises(SourceError, match=r"key 'ä/4' \(/other.wav and /ä/4.wav\)"):
-        cuts(items, Cutting())
+        cuts(items, UnitLimits())
 
 
 def test_drafts_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    cuts([item(0, 1)], Cutting())
+    cuts([item(0, 1)], UnitLimits())
     with pytest.raises(SourceError):
-        cuts([item(0, 1), item(0, 1)], Cutting())
+        cuts([item(0, 1), item(0, 1)], UnitLimits())
     assert not list(tmp_path.iterdir())
 
 
@@ -261,7 +261,7 @@ def test_an_extension_moves_nothing(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     plan = write([item(number, 10**7) for number in range(5)], storage)
     before = contents(storage)
-    with draft([item(number, 10**7) for number in range(5, 9)], Cutting(LIMIT)) as drafted:
+    with draft([item(number, 10**7) for number in range(5, 9)], UnitLimits(LIMIT)) as drafted:
         longer = extend(plan, drafted, storage)
     after = contents(storage)
     assert {name for name in after if after[name] != before.get(name)} == {
@@ -345,7 +345,7 @@ def test_items_with_a_flipped_byte_are_refused(frozen: Storage, at: int) -> None
     data[at] ^= 0xFF
     frozen.write(ITEMS_PATH, bytes(data))
     assert load(frozen) == plan  # which does not read them
-    with pytest.raises(StoreError, match=r"items.parquet is not the one"):
+    with pytest.raises(StoreError, match=r"items.parquet is missing, damaged or"):
         check_items(plan, frozen)
 
 

@@ -21,7 +21,7 @@ from latentmill.config import load_config
 from latentmill.engine import launch
 from latentmill.engine.worker import Worker
 from latentmill.errors import ConfigError
-from latentmill.plan import Cutting, Plan, draft, extend, freeze, iter_keys, load, read_items
+from latentmill.plan import Plan, UnitLimits, draft, extend, freeze, iter_keys, load, read_items
 from latentmill.plan import files as plan_files
 from latentmill.plan.amend import amend
 from latentmill.plan.compare import compare
@@ -35,7 +35,7 @@ from latentmill.store.store import open_store
 from latentmill.store.verify import verify
 from support import runs
 
-CUTTING = Cutting(unit_seconds=3.0)
+LIMITS = UnitLimits(unit_seconds=3.0)
 
 
 def item(number: int, version: int = 0) -> Item:
@@ -43,7 +43,7 @@ def item(number: int, version: int = 0) -> Item:
 
 
 def frozen(items: list[Item], storage: Storage) -> Plan:
-    with draft(items, CUTTING) as drafted:
+    with draft(items, LIMITS) as drafted:
         return freeze(Plan("/in", {}, "mdct", {}, "parquet", {}), drafted, storage)
 
 
@@ -61,8 +61,8 @@ def test_what_has_become_of_a_source(
     chance.shuffle(listing)
     new = sorted(after.keys() - before.keys())
     changed = sorted(n for n in after.keys() & before.keys() if after[n] != before[n])
-    with draft(listing, CUTTING) as listed:
-        found, fresh = compare(plan, storage, listed, CUTTING)
+    with draft(listing, LIMITS) as listed:
+        found, fresh = compare(plan, storage, listed, LIMITS)
         with fresh:
             assert (found.new, found.vanished) == (len(new), len(before.keys() - after.keys()))
             assert found.changed["key"].to_pylist() == [f"k{n:03d}" for n in changed]

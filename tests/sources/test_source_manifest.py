@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentmill.errors import SourceError
-from latentmill.plan import Cutting, draft
+from latentmill.plan import UnitLimits, draft
 from latentmill.sources.address import address_of, item_at, segment_text
 from latentmill.sources.base import ByteRange, Item, Segment, TableCell
 from latentmill.sources.group import GroupedSource
@@ -97,7 +97,7 @@ def test_half_a_character_is_kept_as_an_escape(tmp_path: Path) -> None:
     assert json.loads(item.metadata)["text"] == "\ud83d"
     (grouped,) = GroupedSource(source, "metadata:text").items()
     assert grouped.group == r"\ud83d"
-    with draft([item, replace(grouped, key="b")], Cutting()) as drafted:  # Arrow holds text
+    with draft([item, replace(grouped, key="b")], UnitLimits()) as drafted:  # Arrow holds text
         assert drafted.totals.items == 2
 
 

@@ -18,7 +18,7 @@ from latentmill.encoding.fingerprint import fingerprint
 from latentmill.encoding.timings import Meter
 from latentmill.encoding.unit_audio import EncodeSettings, Loading, LocalAudio
 from latentmill.models import registry
-from latentmill.plan import Cutting, Plan, draft, freeze, read_items
+from latentmill.plan import Plan, UnitLimits, draft, freeze, read_items
 from latentmill.record import Record
 from latentmill.sources.filters import Filters
 from latentmill.sources.folder import FolderSource
@@ -70,7 +70,7 @@ def write_store(url: str, source: Path, *, sealed: bool = True, **options: Any) 
     document = fingerprint_document(config, handle.spec, chunking)
     folder = FolderSource(config.source, config.extensions)
     storage = Storage(url)
-    with draft(folder.items(), Cutting(config.unit_seconds)) as drafted:
+    with draft(folder.items(), UnitLimits(config.unit_seconds)) as drafted:
         plan = Plan(
             source=folder.uri,
             fingerprint=document,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from latentmill.encoding.fingerprint import fingerprint
-from latentmill.plan import Cutting, Plan, Unit, draft, freeze, load, read_items
+from latentmill.plan import Plan, Unit, UnitLimits, draft, freeze, load, read_items
 from latentmill.record import Outcome, Record
 from latentmill.sources.base import Item
 from latentmill.storage.storage import Storage
@@ -95,7 +95,7 @@ def write_latents(
     items = [Item(name, f"/music/{name}.wav", 1, "1", seconds=1.0) for name in names]
     plan = Plan("/music", document, "made-up", {}, format_name, {})
     storage = Storage(url)
-    with draft(items, Cutting(unit_seconds=per_unit)) as drafted:
+    with draft(items, UnitLimits(unit_seconds=per_unit)) as drafted:
         plan = freeze(plan, drafted, storage)
     # Silence is no zero, and its borders are not its middle.
     origin = np.full((channels, 16), 0.5, np.float32)

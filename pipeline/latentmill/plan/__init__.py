@@ -1,12 +1,12 @@
 """The plan: the frozen, ordered list of items and the unit that each belongs to.
 
-A plan lies in files: `plan/items.parquet` has a row for each item, in order, `plan/units.parquet`
-a row for each unit, and `plan/plan.json`, written last, names them with their hashes. In memory
-there are the units alone; whoever needs a unit's items reads them from the store. An extension
-adds `items-0001.parquet` and `units-0001.parquet`, and replaces plan.json.
+A plan consists of files: `plan/items.parquet` has a row for each item, in order,
+`plan/units.parquet` a row for each unit, and `plan/plan.json`, written last, lists both with their
+hashes. Only the units are kept in memory; a unit's items are read from the store when they are
+needed. An extension adds `items-0001.parquet` and `units-0001.parquet`, and replaces plan.json.
 """
 
-from latentmill.plan.drafting import DEFAULT_SHARD_SIZE, Cutting, Draft, draft
+from latentmill.plan.drafting import DEFAULT_SHARD_SIZE, Draft, UnitLimits, draft
 from latentmill.plan.files import (
     check_items,
     copy,
@@ -26,11 +26,11 @@ __all__ = [
     "PLAN",
     "PLAN_PATH",
     "UNITS_PATH",
-    "Cutting",
     "Draft",
     "Part",
     "Plan",
     "Unit",
+    "UnitLimits",
     "check_items",
     "copy",
     "draft",

@@ -1,4 +1,4 @@
-"""Entering items anew that have changed since they were planned, so that they are encoded again."""
+"""Updates the planned rows of items whose files have changed, so that they are encoded again."""
 
 from __future__ import annotations
 
@@ -17,12 +17,9 @@ from latentmill.storage.storage import Storage
 
 
 def amend(plan: Plan, found: Comparison, storage: Storage) -> Plan:
-    """Replace what the plan says of the changed items; their units' commits count no more.
+    """Replace the rows of changed items in the plan, which invalidates their units' commits.
 
-    Units keep their items and their numbers. Files that were replaced are removed last.
-
-    Raises:
-        StorageError: The store cannot be written.
+    Units keep their items and their numbers. Replaced files are deleted last.
     """
     touched = set(found.units)
     units: list[Unit] = []
@@ -59,7 +56,7 @@ def _amended(
 
 
 def _amend(unit: Unit, table: pa.Table, changed: pa.Table) -> tuple[Unit, pa.Table]:
-    """A unit with the changed items' new rows in the places of the old ones."""
+    """Replace the rows of a unit's changed items."""
     place = pc.index_in(table["key"], changed["key"]).to_pylist()
     rows = [n if at is None else len(table) + at for n, at in enumerate(place)]
     unit_column = pa.array([unit.number] * len(changed), pa.int32())

@@ -1,7 +1,7 @@
-"""What has become of a source since it was planned: new, changed and vanished items.
+"""Compares a source with its plan: new, changed and vanished items.
 
-Both sides are sorted by key on this machine's disk and walked side by side, so that memory does
-not grow with them; what has changed is held, as somebody is going to look at it.
+Both sides are sorted by key on the local disk and read in parallel, so that memory does not grow
+with them. Only the changed items are kept in memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from latentmill.plan.drafting import Cutting, Draft
+from latentmill.plan.drafting import Draft, UnitLimits
 from latentmill.plan.files import iter_units
 from latentmill.plan.items import DRAFT_SCHEMA
 from latentmill.plan.plan import Plan
@@ -29,7 +29,7 @@ _OLD_COLUMNS = (*_NEW_COLUMNS, "unit")
 
 @dataclass(frozen=True)
 class Row:
-    """What of an item must stay for it to be the one that was planned."""
+    """The values of an item that are compared."""
 
     key: str
     uri: str
@@ -43,14 +43,14 @@ class Row:
     unit: int = -1
 
     def same(self, other: Row) -> bool:
-        """Whether nothing says that this is another file (a listing may leave things out)."""
+        """Whether both rows can be the same file. Values that a listing did not provide match."""
         sizes = not (self.size and other.size) or self.size == other.size
         versions = not (self.version and other.version) or self.version == other.version
         segments = (self.start, self.duration) == (other.start, other.duration)
         return sizes and versions and segments and self.uri == other.uri
 
     def same_metadata(self, other: Row) -> bool:
-        """Whether nothing says that its captions or other metadata changed."""
+        """Whether the captions and other metadata can be unchanged. Unknown versions match."""
         versions = (self.sidecar_versions, other.sidecar_versions)
         same_files = self.sidecars == other.sidecars and (
             None in versions or versions[0] == versions[1]
@@ -60,15 +60,15 @@ class Row:
 
 @dataclass
 class Comparison:
-    """What a listing and a plan do not share.
+    """Differences between a listing and a plan.
 
     Attributes:
-        new: How many items the plan does not have.
-        vanished: How many items the source does not have any more.
-        changed: The items that are other files now, as rows of `DRAFT_SCHEMA`.
-        units: The units of those, in the same order.
-        described: How many of the others have new or other sidecars or metadata.
-        new_keys: The first few keys of the new items; the same of the others.
+        new: Number of items that are not in the plan.
+        vanished: Number of items that are no longer in the source.
+        changed: The items whose file has changed, as rows of `DRAFT_SCHEMA`.
+        units: The unit numbers of the changed items, in the same order.
+        described: Number of items whose file is unchanged but whose sidecars or metadata changed.
+        new_keys: The first few keys of the new items; likewise for the other kinds.
     """
 
     new: int = 0
@@ -82,7 +82,6 @@ class Comparison:
 
     @property
     def changed_keys(self) -> list[str]:
-        """The first few keys of the changed items."""
         keys: list[str] = self.changed["key"].slice(0, MAX_NAMED).to_pylist()
         return keys
 
@@ -91,21 +90,12 @@ def compare(
     plan: Plan,
     storage: Storage,
     listed: Draft,
-    cutting: Cutting,
+    limits: UnitLimits,
     refine: Callable[[pa.Table], pa.Table] = lambda table: table,
 ) -> tuple[Comparison, Draft]:
-    """Compare a new listing with a plan; gives the new items too, cut into units.
+    """Compare a listing with a plan. Also returns the new items, split into units.
 
-    Args:
-        plan: The plan.
-        storage: Its store.
-        listed: The source as it is now.
-        cutting: How large the new units may become.
-        refine: Is given rows of new items, and gives them with what else is known of them.
-
-    Raises:
-        StoreError: The plan's items cannot be read.
-        StorageError: This machine has no room for temporary files.
+    `refine` completes rows of new items, for example with lengths from their headers.
     """
     new = Sorter(listed.folder / "new", ("key",))
     for table in listed.tables():
@@ -116,17 +106,17 @@ def compare(
     found = Comparison()
     with contextlib.ExitStack() as undo:
         fresh = undo.enter_context(Draft())
-        sorter = Sorter(fresh.folder / "runs", ("block", "key"))
+        sorter = Sorter(fresh.folder / "sorting", ("block", "key"))
         for table in map(refine, _unknown(new, old, found)):
             fresh.totals.add(table)
             sorter.push(table)
-        fresh.fill(sorter.tables(), cutting)
+        fresh.fill(sorter.tables(), limits)
         undo.pop_all()
     return found, fresh
 
 
 def _row_groups(plan: Plan, storage: Storage) -> Iterator[pa.Table]:
-    """The planned items, some thousands at a time."""
+    """The planned items, in tables of at least 32,768 rows."""
     some: list[pa.Table] = []
     for _, table in iter_units(storage, plan, _OLD_COLUMNS):
         some.append(table)
@@ -138,7 +128,7 @@ def _row_groups(plan: Plan, storage: Storage) -> Iterator[pa.Table]:
 
 
 def _unknown(new: Sorter, old: Sorter, found: Comparison) -> Iterator[pa.Table]:
-    """Walk both sides by key; gives the rows of new items, and counts the others."""
+    """Merge both sides by key. Yields the rows of new items, and counts the others."""
     planned = _rows(old, _OLD_COLUMNS)
     before = next(planned, None)
     for table in new.tables():

@@ -1,7 +1,8 @@
-"""A draft: a source's items in the plan's order and cut into units, not in a store yet.
+"""A draft: a source's items in the plan's order, split into units, before they are in a store.
 
-The items are sorted by group (or else key) and key, on this machine's disk, so that their number
-needs no memory: the plan depends on what the source holds, not on the order of its listing.
+The items are sorted by group (or else key) and then by key, so that the plan depends on the content
+of the source, not on the order of its listing. They are sorted on the local disk, so that memory
+does not grow with their number.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ LARGEST_UNIT_SECONDS = 4 * 3600.0
 TARGET_UNITS = 256
 DEFAULT_SHARD_SIZE = 1 << 30
 
-RUN_ITEMS = 1 << 15
-RUN_BYTES = 64 << 20  # of metadata: some tell a lot
+SORT_ITEMS = 1 << 15
+SORT_BYTES = 64 << 20  # of metadata, which can be large
 
 
 @dataclass(frozen=True)
-class Cutting:
-    """How large a unit may become.
+class UnitLimits:
+    """Maximum size of a unit.
 
     Attributes:
-        unit_seconds: Seconds of audio; None: about 256 units, of one minute to four hours each.
-        shard_size: Estimated bytes of latents; None: any number.
-        bytes_per_second: What a second of audio becomes, in bytes of latents.
+        unit_seconds: Seconds of audio. None makes about 256 units of one minute to four hours.
+        shard_size: Estimated bytes of latents. None means no limit.
+        bytes_per_second: Bytes of latents per second of audio.
     """
 
     unit_seconds: float | None = None
@@ -48,7 +49,7 @@ class Cutting:
     bytes_per_second: float = 0.0
 
     def micros(self, total: int) -> float:
-        """The most audio of a unit in a corpus of `total`, both in microseconds."""
+        """The maximum audio of a unit, if the corpus has `total` audio; both in microseconds."""
         if self.unit_seconds is not None:
             limit = self.unit_seconds * 1e6
         else:
@@ -61,7 +62,7 @@ class Cutting:
 
 @dataclass(frozen=True)
 class UnitSize:
-    """A unit of a draft: the next `items` items."""
+    """Size of a unit or block: its number of items, microseconds of audio and encoded bytes."""
 
     items: int
     micros: int
@@ -70,7 +71,7 @@ class UnitSize:
 
 @dataclass
 class Totals:
-    """What the items of a draft are together; times in microseconds."""
+    """Totals over the items of a draft; times in microseconds."""
 
     items: int = 0
     micros: int = 0
@@ -81,7 +82,7 @@ class Totals:
     grouped: bool = False
 
     def add(self, table: pa.Table) -> None:
-        """Count the items of some rows of `DRAFT_SCHEMA`."""
+        """Add rows of `DRAFT_SCHEMA`."""
         micros = table["micros"].to_pylist()
         # In Python, because pyarrow.compute is slow to import: every command reads plans.
         lengths = zip(table["seconds"].to_pylist(), table["duration"].to_pylist(), strict=True)
@@ -97,67 +98,65 @@ class Totals:
 
 
 class Draft(Closeable):
-    """Items in order, cut into units. A context manager: its files vanish at the end."""
+    """Items in order, split into units. A context manager, which deletes its files at the end."""
 
     def __init__(self) -> None:
         try:
             self._folder = tempfile.TemporaryDirectory(prefix="latentmill-plan-")
         except OSError as error:
             raise StorageError(
-                f"The plan cannot be sorted, as there is no place for temporary files: {error}."
+                f"The plan cannot be sorted, because no temporary folder can be created ({error}): "
+                "set TMPDIR to a writable folder."
             ) from error
-        self.cuts: tuple[UnitSize, ...] = ()
+        self.sizes: tuple[UnitSize, ...] = ()
         self.totals = Totals()
 
     @property
     def folder(self) -> Path:
-        """Where its files are."""
         return Path(self._folder.name)
 
     def tables(self) -> Iterator[pa.Table]:
-        """All items in order, as rows of `DRAFT_SCHEMA`."""
+        """All items in the plan's order, as rows of `DRAFT_SCHEMA`."""
         return read_tables(self._sorted)
 
     @property
     def _sorted(self) -> Path:
         return self.folder / "sorted.arrow"
 
-    def fill(self, tables: Iterable[pa.Table], cutting: Cutting) -> None:
-        """Take the sorted rows, and cut them; the totals are known already."""
+    def fill(self, tables: Iterable[pa.Table], limits: UnitLimits) -> None:
+        """Store the sorted rows and split them into units. `totals` must be complete."""
         with TableFile(self._sorted, DRAFT_SCHEMA) as file:
             blocks = _blocks(_written(tables, file))
-            self.cuts = tuple(cut(blocks, cutting.micros(self.totals.micros)))
+            self.sizes = tuple(split(blocks, limits.micros(self.totals.micros)))
 
     def close(self) -> None:
-        """Remove the files."""
         self._folder.cleanup()
 
 
-def draft(items: Iterable[Item], cutting: Cutting) -> Draft:
-    """Sort the items of a source and cut them into units.
+def draft(items: Iterable[Item], limits: UnitLimits) -> Draft:
+    """Sort the items of a source and split them into units.
 
-    Raises:
-        SourceError: Two items have the same key.
-        StorageError: This machine has no room for temporary files.
+    Raises SourceError if two items have the same key.
     """
     with contextlib.ExitStack() as undo:
         made = undo.enter_context(Draft())
-        sorter = Sorter(made.folder / "runs", ("block", "key"))
-        for some in _runs(items):
+        sorter = Sorter(made.folder / "sorting", ("block", "key"))
+        for some in _batches(items):
             table = draft_table(some)
             made.totals.add(table)
             sorter.push(table)
         if made.totals.grouped:
-            _refuse_twins(sorter, made.folder / "keys")
-        made.fill(sorter.tables(), cutting)
+            _refuse_duplicate_keys(sorter, made.folder / "keys")
+        made.fill(sorter.tables(), limits)
         undo.pop_all()
     return made
 
 
-def cut(blocks: Iterable[UnitSize], limit: float) -> Iterator[UnitSize]:
-    """Cut blocks, in order, into units of at most `limit` microseconds, but whole blocks each.
+def split(blocks: Iterable[UnitSize], limit: float) -> Iterator[UnitSize]:
+    """Combine blocks, in order, into units of at most `limit` microseconds.
 
-    A block is an item, or the items of one group. Depends on the blocks alone.
+    A block is an item, or all items of one group. Blocks are never split, so a unit of one block
+    may be longer. The result depends on the blocks alone.
     """
     items, micros, size = 0, 0, 0
     for block in blocks:
@@ -170,13 +169,13 @@ def cut(blocks: Iterable[UnitSize], limit: float) -> Iterator[UnitSize]:
         yield UnitSize(items, micros, size)
 
 
-def _runs(items: Iterable[Item]) -> Iterator[list[Item]]:
+def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
     some: list[Item] = []
     size = 0
     for item in items:
         some.append(item)
         size += len(item.metadata)
-        if len(some) >= RUN_ITEMS or size >= RUN_BYTES:
+        if len(some) >= SORT_ITEMS or size >= SORT_BYTES:
             yield some
             some, size = [], 0
     if some:
@@ -190,12 +189,12 @@ def _written(tables: Iterable[pa.Table], file: TableFile) -> Iterator[pa.Table]:
 
 
 def _blocks(tables: Iterable[pa.Table]) -> Iterator[UnitSize]:
-    """What is never parted: items with the same group, or one without; refuses equal keys."""
+    """Sizes of the blocks: items of one group, or a single item. Refuses equal keys."""
     for _, rows in itertools.groupby(_rows(tables), key=itemgetter(0)):
         items, micros, size, before = 0, 0, 0, None
         for _, key, uri, row_micros, row_size in rows:
             if before is not None and before[0] == key:
-                raise _twins(key, before[1], uri)
+                raise _duplicate_key(key, before[1], uri)
             before = (key, uri)
             items, micros, size = items + 1, micros + row_micros, size + row_size
         yield UnitSize(items, micros, size)
@@ -207,23 +206,23 @@ def _rows(tables: Iterable[pa.Table]) -> Iterator[tuple[str, str, str, int, int]
         yield from zip(*(table[name].to_pylist() for name in names), strict=True)
 
 
-def _refuse_twins(sorter: Sorter, folder: Path) -> None:
-    """Equal keys in different groups are no neighbours in the plan's order: look by key."""
+def _refuse_duplicate_keys(sorter: Sorter, folder: Path) -> None:
+    """Refuse equal keys in different groups, which are not adjacent in the plan's order."""
     by_key = Sorter(folder, ("key", "uri"))
-    for run in sorter.runs:
+    for run in sorter.files:
         by_key.push(pa.concat_tables(t.select(["key", "uri"]) for t in read_tables(run)))
     before = None
     for table in by_key.tables():
         for key, uri in zip(table["key"].to_pylist(), table["uri"].to_pylist(), strict=True):
             if before is not None and before[0] == key:
-                raise _twins(key, before[1], uri)
+                raise _duplicate_key(key, before[1], uri)
             before = (key, uri)
 
 
-def _twins(key: str, one: str, other: str) -> SourceError:
+def _duplicate_key(key: str, one: str, other: str) -> SourceError:
     first, second = sorted((one, other))
     where = f"in {first}" if first == second else f"{first} and {second}"
     return SourceError(
-        f"Two items have the key {key!r} ({where}): a key names one item; rename one, or take "
-        "keys from a column that is unique."
+        f"Two items have the key {key!r} ({where}): rename one of them, or use a column with "
+        "unique values for the keys."
     )

@@ -1,4 +1,4 @@
-"""The plan's files: written whole with plan.json last, read unit by unit."""
+"""Writes the plan's files, with plan.json last, and reads them unit by unit."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from latentmill.storage.storage import Storage, writing
 
 FORMAT_VERSION = 2
 
-# Whole units go into a row group until it has so many items: that few make a small footer, and
-# reading one unit's row group stays quick.
+# A row group gets whole units until it has this many items. This keeps the footer small, and
+# reading the row group of one unit fast.
 ROW_GROUP_ITEMS = 2048
 HASH_BLOCK = 1 << 22
 
@@ -44,29 +44,17 @@ UNITS_SCHEMA = pa.schema(
 def freeze(plan: Plan, draft: Draft, storage: Storage) -> Plan:
     """Write the plan to a store that has none: the items and units first, plan.json last.
 
-    Args:
-        plan: All but the units.
-        draft: The items, cut into units.
-        storage: The store.
-
-    Returns:
-        The plan with its units.
-
-    Raises:
-        StorageError: The store cannot be written.
+    Returns the plan with the units of the draft.
     """
     return extend(dataclasses.replace(plan, units=(), parts=()), draft, storage)
 
 
 def extend(plan: Plan, draft: Draft, storage: Storage) -> Plan:
-    """Add a draft's items as new units, in files of their own; the other units do not move.
+    """Add a draft's items as new units, in separate files. The other units do not change.
 
-    Until plan.json is replaced, which is one step, the plan is what it was.
-
-    Raises:
-        StorageError: The store cannot be written.
+    The extension takes effect when plan.json is replaced, in one step.
     """
-    part = _part(len(plan.parts), draft.totals, len(draft.cuts))
+    part = _part(len(plan.parts), draft.totals, len(draft.sizes))
     groups = _row_groups(draft, len(plan.units))
     part, units = write_part(part, groups, storage)
     longer = dataclasses.replace(plan, units=plan.units + units, parts=(*plan.parts, part))
@@ -75,16 +63,16 @@ def extend(plan: Plan, draft: Draft, storage: Storage) -> Plan:
 
 
 def copy(plan: Plan, source: Storage, storage: Storage) -> None:
-    """Write another store's plan, with its items, into a store that has none, or an earlier one.
+    """Copy a plan with its items to a store that has no plan, or an earlier version of this one.
 
-    Files that are there stay: a name is never used for two contents.
+    Files that exist already with the right content are kept.
     """
     for part in plan.parts:
         for path, digest in (
             (part.items_file, part.items_hash),
             (part.units_file, part.units_hash),
         ):
-            if _is_there(storage, path, digest):
+            if _has_file(storage, path, digest):
                 continue
             with storage.scratch_file(path) as temporary, source.open(path) as file:
                 with writing(f"{storage.root}/{path}"), temporary.open("wb") as target:
@@ -95,7 +83,7 @@ def copy(plan: Plan, source: Storage, storage: Storage) -> None:
     write_document(plan, storage)
 
 
-def _is_there(storage: Storage, path: str, digest: str) -> bool:
+def _has_file(storage: Storage, path: str, digest: str) -> bool:
     if not storage.exists(path):
         return False
     with storage.open(path) as file:
@@ -120,9 +108,9 @@ RowGroup = tuple[Sequence[Unit], pa.Table]
 
 
 def _row_groups(draft: Draft, first: int) -> Iterator[RowGroup]:
-    """The units of a draft, some to a row group, with their items; `first` is the first number."""
+    """Row groups: several units of a draft with their items. `first` is the first unit number."""
     tables, rest = draft.tables(), pa.Table.from_batches([], ITEMS_SCHEMA)
-    number, todo = first, iter(draft.cuts)
+    number, todo = first, iter(draft.sizes)
     while cuts := list(_enough(todo)):
         wanted = sum(cut.items for cut in cuts)
         parts = [rest]
@@ -148,7 +136,7 @@ def _enough(cuts: Iterator[Any]) -> Iterator[Any]:
 
 
 def _without_unit(table: pa.Table) -> pa.Table:
-    """Rows of a draft as rows of `ITEMS_SCHEMA` whose unit is still to be filled in."""
+    """Convert rows of a draft to `ITEMS_SCHEMA`, with unit 0 as a placeholder."""
     unit = pa.array([0] * len(table), pa.int32())
     columns = [unit, *(table[name] for name in ITEMS_SCHEMA.names[1:])]
     return pa.Table.from_arrays(columns, schema=ITEMS_SCHEMA)
@@ -157,11 +145,10 @@ def _without_unit(table: pa.Table) -> pa.Table:
 def write_part(
     part: Part, groups: Iterable[RowGroup], storage: Storage
 ) -> tuple[Part, tuple[Unit, ...]]:
-    """Write the items and units of a part to new files; it counts when plan.json names it.
+    """Write the items and units of a part to new files, which plan.json does not list yet.
 
-    Returns:
-        The part with sizes and hashes, and its units with their places. Its revision is higher than
-        was asked for if there are files of that one, which no plan.json has named.
+    Returns the part with sizes and hashes, and its units with file and row group. The revision is
+    raised if files of the requested one exist; an interrupted run leaves such files.
     """
     units: list[Unit] = []
     with storage.scratch_file(part.items_file) as temporary:
@@ -198,7 +185,7 @@ def _write_items(path: Path, groups: Iterable[RowGroup], units: list[Unit]) -> N
 
 
 def write_document(plan: Plan, storage: Storage) -> None:
-    """Write plan.json, which makes the plan what it says."""
+    """Write plan.json, which puts the plan into effect."""
     names = [
         field.name for field in dataclasses.fields(Plan) if field.name not in ("units", "parts")
     ]
@@ -213,11 +200,7 @@ def write_document(plan: Plan, storage: Storage) -> None:
 
 
 def load(storage: Storage) -> Plan | None:
-    """Read the store's plan, without its items; None if it has none.
-
-    Raises:
-        StoreError: The plan is of another format, damaged, or its parts do not belong together.
-    """
+    """Read the store's plan, without its items, or None if it has none."""
     text = storage.read_if_exists(PLAN_PATH)
     if text is None:
         return None
@@ -226,21 +209,21 @@ def load(storage: Storage) -> Plan | None:
         return _read_plan(document, storage)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise StoreError(
-            f"Store {storage.root}: {PLAN_PATH} is damaged; restore it from a copy or encode into "
-            "a new store."
+            f"Store {storage.root}: {PLAN_PATH} is damaged: restore it from a backup, or encode "
+            "into a new output folder."
         ) from error
 
 
 def _read_plan(document: dict[str, Any], storage: Storage) -> Plan:
     if document.pop("format_version") != FORMAT_VERSION:
         raise StoreError(
-            f"Store {storage.root} has another plan format than the {FORMAT_VERSION} that this "
-            "latentmill reads: use the version that wrote it."
+            f"The plan of store {storage.root} does not have format version {FORMAT_VERSION}, "
+            "which this latentmill reads: use the latentmill version that wrote it."
         )
     num_items, num_units = document.pop("items"), document.pop("units")
     parts = tuple(Part(**part) for part in document.pop("parts"))
     if not all(type(n) is int and n >= 0 for part in parts for n in (part.number, part.revision)):
-        raise ValueError("the parts have no numbers")  # which name files
+        raise ValueError("a part has an invalid number")  # numbers become file names
     document["extensions"] = tuple(document["extensions"])
     sizes = storage.list(PLAN)
     units: list[Unit] = []
@@ -269,11 +252,7 @@ def _read_units(part: Part, storage: Storage) -> Iterator[Unit]:
 
 
 def check_items(plan: Plan, storage: Storage) -> None:
-    """Make sure that the items are those that were planned.
-
-    Raises:
-        StoreError: A file of items is not the one that plan.json names.
-    """
+    """Raise StoreError if a file of items does not have the hash in plan.json."""
     for part in plan.parts:
         with storage.open(part.items_file) as file:
             if _hash_of(file) != part.items_hash:
@@ -282,17 +261,13 @@ def check_items(plan: Plan, storage: Storage) -> None:
 
 def _foreign(storage: Storage, path: str) -> StoreError:
     return StoreError(
-        f"Store {storage.root}: {path} is not the one that {PLAN_PATH} names; restore the folder "
-        f"{PLAN} from one backup or encode into a new store."
+        f"Store {storage.root}: {path} is missing, damaged or does not belong to {PLAN_PATH}: "
+        f"restore the whole folder {PLAN} from a backup, or encode into a new output folder."
     )
 
 
 def read_items(storage: Storage, unit: Unit) -> tuple[Item, ...]:
-    """A unit's items, in order.
-
-    Raises:
-        StoreError: The plan is damaged, or not the one that the unit is of.
-    """
+    """Read a unit's items, in order. Raises StoreError if they are not those of the unit."""
     with open_items(storage, unit.file) as read:
         table = read(unit.row_group, None)
     table = table.filter(pa.array([n == unit.number for n in table["unit"].to_pylist()]))
@@ -304,7 +279,7 @@ def read_items(storage: Storage, unit: Unit) -> tuple[Item, ...]:
 def iter_units(
     storage: Storage, plan: Plan, columns: Sequence[str] | None = None
 ) -> Iterator[tuple[Unit, pa.Table]]:
-    """Every unit with its items as rows of `plan/items.parquet`; holds one row group."""
+    """Every unit with its items, as rows of `ITEMS_SCHEMA`. Holds one row group in memory."""
     for (file, row_group), some in itertools.groupby(
         plan.units, key=lambda unit: (unit.file, unit.row_group)
     ):
@@ -328,7 +303,7 @@ def iter_keys(storage: Storage, plan: Plan) -> Iterator[str]:
 def open_items(
     storage: Storage, path: str
 ) -> Iterator[Callable[[int, Sequence[str] | None], pa.Table]]:
-    """Open a file of items; gives what reads some columns (None: all) of a row group."""
+    """Open a file of items. Yields a function that reads columns (None: all) of a row group."""
     try:
         with storage.open(path) as file:
             parquet = pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
@@ -340,7 +315,7 @@ def open_items(
 
 
 def _whole(table: pa.Table, columns: Sequence[str] | None) -> pa.Table:
-    """The rows with columns that plans of earlier versions do not have, empty."""
+    """Add the columns that plans of earlier versions do not have, with nulls."""
     for name in columns or ITEMS_SCHEMA.names:
         if name not in table.column_names and ITEMS_SCHEMA.field(name).nullable:
             field = ITEMS_SCHEMA.field(name)

@@ -1,4 +1,4 @@
-"""Items as rows of an Arrow table, and what is guessed of an item that says too little."""
+"""Items as rows of an Arrow table, and estimates of unknown lengths."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import xxhash
 
 from latentmill.sources.base import ByteRange, Item, Segment, TableCell
 
-# Bytes of a second of audio, to guess a file's length from its size: what decides is how units are
-# cut and the progress bar, never the latents.
+# Bytes per second of audio, to estimate a file's length from its size. The estimate affects the
+# size of units and the progress bar, never the latents.
 BYTES_PER_SECOND = {"wav": 176_400, "aif": 176_400, "aiff": 176_400, "flac": 100_000}
 COMPRESSED_BYTES_PER_SECOND = 20_000
-UNKNOWN_SECONDS = 180.0  # a manifest's row that says neither length nor size: a song
-LONGEST_SECONDS = 1e9  # a file that claims more lies
+UNKNOWN_SECONDS = 180.0  # for a manifest row without length and size; a typical song
+LONGEST_SECONDS = 1e9  # longer lengths in headers are wrong
 
 _OPTIONAL = {
-    "offset": pa.int64(),  # a ByteRange, as is `length`
+    "offset": pa.int64(),  # of a ByteRange, as `length`
     "length": pa.int64(),
-    "row_group": pa.int32(),  # a TableCell, as are the next two
+    "row_group": pa.int32(),  # of a TableCell, as the next two
     "row": pa.int64(),
     "column": pa.string(),
-    "start": pa.float64(),  # a Segment, as is `duration`
+    "start": pa.float64(),  # of a Segment, as `duration`
     "duration": pa.float64(),
     "seconds": pa.float64(),
     "group": pa.string(),
@@ -46,7 +46,7 @@ ITEMS_SCHEMA = pa.schema(
     ]
 )
 
-# What decides the order, and how units are cut; not stored.
+# Adds columns that determine the order and the size of units. They are not stored.
 DRAFT_SCHEMA = pa.schema(
     [
         *(field for field in ITEMS_SCHEMA if field.name != "unit"),
@@ -60,25 +60,25 @@ _PLAIN = attrgetter("key", "uri", "size", "version", "sidecars", "metadata", "gr
 
 
 def extension_of(uri: str) -> str:
-    """The file name extension of a file, in small letters; or "none"."""
+    """The file name extension in lower case, or "none"."""
     name, dot, extension = uri.rpartition("/")[2].rpartition(".")
     return extension.lower() if name and dot else "none"
 
 
 def known_seconds(item: Item) -> float | None:
-    """An item's length where the source says it; None if it does not, or says nonsense."""
-    seconds = _sane(item.seconds)
+    """An item's length according to its source, or None if it is missing or invalid."""
+    seconds = _valid(item.seconds)
     if seconds is None and item.segment is not None:
-        seconds = _sane(item.segment.duration)
+        seconds = _valid(item.segment.duration)
     return seconds
 
 
-def _sane(seconds: float | None) -> float | None:
+def _valid(seconds: float | None) -> float | None:
     return seconds if seconds is not None and 0 <= seconds < math.inf else None
 
 
 def estimated_seconds(item: Item) -> float:
-    """An item's length as it is known, or a guess from its size and extension."""
+    """An item's known length, or an estimate from its size and extension."""
     seconds = known_seconds(item)
     if seconds is None and item.estimate is not None:
         seconds = item.estimate
@@ -98,7 +98,7 @@ def _bounded(seconds: float) -> float:
 
 
 def draft_table(items: Sequence[Item]) -> pa.Table:
-    """Items as rows of `DRAFT_SCHEMA`."""
+    """Convert items to rows of `DRAFT_SCHEMA`."""
     keys, uris, sizes, versions, sidecars, metadata, groups, roles = zip(
         *map(_PLAIN, items), strict=True
     )
@@ -110,7 +110,7 @@ def draft_table(items: Sequence[Item]) -> pa.Table:
         "version": versions,
         "sidecars": sidecars,
         "metadata": metadata,
-        "seconds": [_sane(item.seconds) for item in items],
+        "seconds": [_valid(item.seconds) for item in items],
         "group": [group or None for group in groups],
         "role": roles,
         "sidecar_versions": [item.sidecar_versions or None for item in items],
@@ -158,7 +158,7 @@ def _segments(items: Sequence[Item]) -> dict[str, Any]:
 
 
 def to_items(table: pa.Table) -> tuple[Item, ...]:
-    """The items that rows of `ITEMS_SCHEMA` stand for, in order."""
+    """Convert rows of `ITEMS_SCHEMA` to items, in order."""
     return tuple(_item(row) for row in table.to_pylist())
 
 
@@ -186,7 +186,7 @@ def _item(row: dict[str, Any]) -> Item:
 
 
 def unit_hash(table: pa.Table) -> str:
-    """What a unit's items are, as one number: xxh3-64 of their keys and files, hex."""
+    """The hash of a unit's items: xxh3-64 of their keys and files, in hex."""
     digest = xxhash.xxh3_64()
     for name in ("key", "uri", "size", "version", "start", "duration"):
         digest.update(repr(table[name].to_pylist()).encode())

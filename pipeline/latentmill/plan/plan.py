@@ -1,4 +1,4 @@
-"""A plan in memory: what a run encodes and with what, and its units, without their items."""
+"""A plan in memory: its source, settings and units, without the items."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ PLAN_PATH = f"{PLAN}/plan.json"
 
 @dataclass(frozen=True)
 class Unit:
-    """The items whose latents make one shard: what is scheduled, retried, resumed.
+    """The items whose latents make one shard. Units are scheduled, retried and resumed as a whole.
 
-    Small, and free of its items: `read_items` reads them from the store.
+    A unit does not contain its items: `read_items` reads them from the store.
 
     Attributes:
-        number: Counts from 0 over the whole plan.
-        items: How many items it has.
-        seconds: Their audio, as far as it is known; the rest estimated from file sizes.
-        bytes: Their encoded audio.
-        hash: xxh3-64 of what its items were when they were planned, hex; a commit repeats it.
-        file: The file of the plan that holds its items, such as `plan/items.parquet`.
-        row_group: The row group of that file which holds all of them.
-        revision: The revision of its shard that a run is to write; the plan's files say nothing of
-            it.
+        number: Number in the plan, from 0.
+        items: Number of items.
+        seconds: Length of their audio. Unknown lengths are estimated from file sizes.
+        bytes: Size of their audio files.
+        hash: xxh3-64 of the planned items, in hex. The unit's commit repeats it.
+        file: The file of the plan that has its items, such as `plan/items.parquet`.
+        row_group: The row group of that file that has its items.
+        revision: The revision of its shard that a run writes. It is not in the plan's files.
     """
 
     number: int
@@ -44,7 +43,7 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """The unit's name, which is its shard's file name too."""
+        """The unit's name, which is also the stem of its shard's file name."""
         return f"{self.number:06d}"
 
 
@@ -53,18 +52,18 @@ class Part:
     """The items that were planned at one time: by the first run, or by an extension.
 
     Attributes:
-        number: Counts from 0 over the plan.
-        revision: How often items that have changed were entered anew.
-        units: How many units it has.
-        items: How many items it has.
-        seconds: Audio of all items: what is known, and estimates.
-        estimated_seconds: The estimates alone.
-        estimated_items: How many items' length is estimated.
-        bytes: Encoded audio of all items.
-        formats: Items by file name extension.
+        number: Number in the plan, from 0.
+        revision: How often the files of this part were replaced because items had changed.
+        units: Number of units.
+        items: Number of items.
+        seconds: Length of all audio, known and estimated.
+        estimated_seconds: Length of the audio whose length is estimated.
+        estimated_items: Number of items whose length is estimated.
+        bytes: Size of all audio files.
+        formats: Number of items by file name extension.
         items_bytes: Size of `items_file`.
-        items_hash: xxh3-128 of its bytes.
-        units_hash: The same of `units_file`.
+        items_hash: xxh3-128 of `items_file`.
+        units_hash: xxh3-128 of `units_file`.
     """
 
     number: int
@@ -82,12 +81,12 @@ class Part:
 
     @property
     def items_file(self) -> str:
-        """Path of the items: a row for each, in order."""
+        """Path of the file with a row for each item, in order."""
         return self._file("items")
 
     @property
     def units_file(self) -> str:
-        """Path of the units: a row for each."""
+        """Path of the file with a row for each unit."""
         return self._file("units")
 
     def _file(self, kind: str) -> str:
@@ -98,23 +97,23 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will encode, and with what.
+    """What a run encodes, and with which settings.
 
     Attributes:
-        source: The source's URI.
+        source: URI of the source.
         fingerprint: The fingerprint document of the run.
-        model: Name of the model, as it was asked for.
-        model_options: Options of the model, as they were asked for.
+        model: The setting `model`.
+        model_options: The setting `model_options`.
         format: Format of the shards.
-        ignored: Files of the source that are no items, counted by extension or reason.
-        channels: What the model was made to do with channels, as it was asked for.
-        provenance: Where the model's weights came from; see `ModelSpec`.
-        unit_seconds: How the units were cut, as it was asked for.
-        shard_size: The same in estimated bytes of latents.
-        extensions: File name extensions that made a file an item.
-        source_settings: What else chose the items, as it was asked for, by its name in RunConfig.
-        units: Every unit, in order; every item belongs to exactly one. `freeze` fills them in.
-        parts: The files that hold the items.
+        ignored: Number of files in the source that are not items, by extension or reason.
+        channels: The setting `channels`.
+        provenance: Origin of the model's weights; see `ModelSpec`.
+        unit_seconds: The setting `unit_seconds`.
+        shard_size: The setting `shard_size`.
+        extensions: The setting `extensions`.
+        source_settings: Other settings that select items, by their name in `RunConfig`.
+        units: All units, in order. Each item is in exactly one. `freeze` sets this.
+        parts: The files with the items.
     """
 
     source: str
@@ -134,15 +133,14 @@ class Plan:
 
     @property
     def num_items(self) -> int:
-        """How many items there are."""
         return sum(part.items for part in self.parts)
 
     @property
     def seconds(self) -> float:
-        """Audio of all items, in seconds: what is known, and estimates."""
+        """Length of all audio, known and estimated."""
         return sum(part.seconds for part in self.parts)
 
     @property
     def formats(self) -> Counter[str]:
-        """Items by file name extension."""
+        """Number of items by file name extension."""
         return sum((Counter(part.formats) for part in self.parts), Counter())

@@ -1,4 +1,4 @@
-"""Reading the headers of items whose length nobody knows, many at a time."""
+"""Reads the headers of items whose length is unknown, many at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from latentmill.storage.remote import storage_errors
 READERS = 16
 BATCH = 8 * READERS
 ENDS = 256 << 10
-"""Bytes that are fetched of either end of a longer file: that is where headers are."""
+"""Number of bytes to fetch from each end of a long file, because headers are there."""
 
 
 def probed(
@@ -30,14 +30,11 @@ def probed(
     *,
     wanted: Callable[[Item], bool] = lambda _: True,
 ) -> Iterator[Item]:
-    """The same items, with `seconds` where their header says it; known lengths are not looked up.
+    """Yield the items, with `seconds` from their headers if their length is unknown.
 
-    A file that cannot be read keeps an unknown length: encoding it will say what is wrong.
-
-    Args:
-        items: Items in any order.
-        opened: Is told how many headers were read so far.
-        wanted: Which items may be looked up.
+    A file that cannot be read keeps an unknown length; encoding it reports the error. `opened` is
+    called with the number of headers read so far. Only headers of `wanted` items are read. Items
+    may come out in another order.
     """
     count = 0
     stream = iter(items)
@@ -59,12 +56,12 @@ def probed(
 
 
 def cheap(item: Item) -> bool:
-    """Whether a header lies on this machine's disk, and not in a table, which must be decoded."""
+    """Whether reading the header is cheap: a local file, and not a cell of a table."""
     return not is_remote(item.uri) and not isinstance(item.place, TableCell)
 
 
 def _lengths(reader: UnitReader, item: Item) -> tuple[float | None, float | None]:
-    """The item's length as its header says it exactly; or roughly."""
+    """The exact length and the approximate length from the header; at least one is None."""
     try:
         info = _info(item, reader)
     except ItemError:
@@ -78,14 +75,14 @@ def _lengths(reader: UnitReader, item: Item) -> tuple[float | None, float | None
 
 
 def _info(item: Item, reader: UnitReader) -> AudioInfo:
-    """What a recording's header says; of a long one elsewhere only the ends are fetched."""
+    """Read a recording's header. Only the ends of a long remote file are fetched."""
     with reader.open(item) if _read_whole(item) else _ends(item) as media:
         return probe(media)
 
 
 def _read_whole(item: Item) -> bool:
     if isinstance(item.place, ByteRange) and _size(item) > 2 * ENDS:
-        return False  # it would be copied
+        return False  # reading it would copy the whole range
     short = _size(item) <= 2 * ENDS or isinstance(item.place, TableCell)
     return short or not is_remote(item.uri)
 
@@ -95,7 +92,7 @@ def _size(item: Item) -> int:
 
 
 def _ends(item: Item) -> MediaFile:
-    """A file of the item's length that has its first and last bytes, and a hole between."""
+    """A sparse file of the item's length with only its first and last bytes."""
     size = _size(item)
     start = item.place.offset if isinstance(item.place, ByteRange) else 0
     end = start + size

@@ -1,4 +1,4 @@
-"""Sorting more rows than memory holds: sorted runs on this machine's disk, merged by blocks."""
+"""External sorting, for more rows than fit in memory: sorted files on the local disk are merged."""
 
 from __future__ import annotations
 
@@ -13,52 +13,51 @@ import pyarrow as pa
 from latentmill.errors import StorageError
 from latentmill.storage.closeable import Closeable
 
-# Of each run so much is in memory while runs are merged.
+# While files are merged, this much of each is in memory.
 BATCH_BYTES = 1 << 20
 SMALLEST_BATCH, LARGEST_BATCH = 64, 4096
 
 FAN_IN = 128
-"""Runs that are merged at once: each is an open file, and a batch in memory."""
+"""Number of files that are merged at once. Each needs an open file and a batch in memory."""
 
-# Without threads: Arrow's may abort the process when they are young at its end.
+# Without threads: Arrow's threads may abort the process if they start shortly before its end.
 _WRITE = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
 _READ = pa.ipc.IpcReadOptions(use_threads=False)
 
 
 class Sorter:
-    """Sorts tables of any number of rows by some columns (no nulls in them) in bounded memory."""
+    """Sorts any number of rows by columns without nulls, in bounded memory."""
 
     def __init__(self, folder: Path, by: Sequence[str]) -> None:
-        """Take an empty or missing folder for the runs."""
+        """`folder` must be empty or missing; the sorted files are written to it."""
         self._folder = folder
         self._by = list(by)
-        self._runs: list[Path] = []
+        self._files: list[Path] = []
         self._written = 0
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
     @property
-    def runs(self) -> list[Path]:
-        """The sorted runs so far: Arrow IPC files."""
-        return self._runs
+    def files(self) -> list[Path]:
+        """The sorted Arrow IPC files so far."""
+        return self._files
 
     def push(self, table: pa.Table) -> None:
-        """Sort a table and lay it aside."""
-        self._runs.append(self._write([sort(table, self._by)], table.schema))
+        """Sort a table and write it to a file."""
+        self._files.append(self._write([sort(table, self._by)], table.schema))
 
     def tables(self) -> Iterator[pa.Table]:
-        """All rows in order, some thousands at a time."""
-        while len(self._runs) > FAN_IN:
-            some, rest = self._runs[:FAN_IN], self._runs[FAN_IN:]
+        """All rows in order, several thousand at a time."""
+        while len(self._files) > FAN_IN:
+            some, rest = self._files[:FAN_IN], self._files[FAN_IN:]
             with pa.OSFile(str(some[0])) as file:
                 schema = pa.ipc.open_file(file, options=_READ).schema
-            self._runs = [*rest, self._write(self._merged(some), schema)]
-            for run in some:
-                run.unlink()
-        return self._merged(self._runs)
+            self._files = [*rest, self._write(self._merged(some), schema)]
+            for path in some:
+                path.unlink()
+        return self._merged(self._files)
 
     def _write(self, tables: Iterable[pa.Table], schema: pa.Schema) -> Path:
-        """Write a run: rows in order."""
         path = self._folder / f"{self._written:06d}.arrow"
         self._written += 1
         with TableFile(path, schema) as file:
@@ -66,19 +65,19 @@ class Sorter:
                 file.write(table)
         return path
 
-    def _merged(self, runs: Sequence[Path]) -> Iterator[pa.Table]:
+    def _merged(self, paths: Sequence[Path]) -> Iterator[pa.Table]:
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(pa.OSFile(str(run))) for run in runs]
-            heads = [_Head(file, self._by) for file in files]
-            while heads := [head for head in heads if head.fill()]:
-                # Of what is in memory these rows come first, whatever the runs still hold.
-                horizon = min(head.last for head in heads)
-                parts = [head.take(horizon) for head in heads]
+            files = [stack.enter_context(pa.OSFile(str(path))) for path in paths]
+            readers = [_FileReader(file, self._by) for file in files]
+            while readers := [reader for reader in readers if reader.fill()]:
+                # All rows up to the horizon are in memory: later batches have larger rows.
+                horizon = min(reader.last for reader in readers)
+                parts = [reader.take(horizon) for reader in readers]
                 yield sort(pa.concat_tables(part for part in parts if len(part)), self._by)
 
 
-class _Head:
-    """A run that is being merged: the batch that it is at."""
+class _FileReader:
+    """Reads a sorted file for merging, one batch at a time."""
 
     def __init__(self, file: pa.NativeFile, by: Sequence[str]) -> None:
         self._reader = pa.ipc.open_file(file, options=_READ)
@@ -87,7 +86,7 @@ class _Head:
         self._table: pa.Table | None = None
 
     def fill(self) -> bool:
-        """Make sure that there are rows; False at the end of the run."""
+        """Load the next batch if the current one is used up. False at the end of the file."""
         while self._table is None or not len(self._table):
             if self._next == self._reader.num_record_batches:
                 return False
@@ -99,7 +98,7 @@ class _Head:
         return True
 
     def take(self, horizon: tuple[Any, ...]) -> pa.Table:
-        """Take the rows up to the horizon out of the batch."""
+        """Remove the rows up to the horizon from the batch, and return them."""
         assert self._table is not None
         rows = range(self._first, self._size)
         count = bisect.bisect_right(rows, horizon, key=self._row)
@@ -113,12 +112,12 @@ class _Head:
 
 
 def sort(table: pa.Table, by: Sequence[str]) -> pa.Table:
-    """Sort rows; strings by their UTF-8 bytes, which is Python's order of strings."""
+    """Sort rows. Strings are ordered by their UTF-8 bytes, which is Python's order of strings."""
     return table.combine_chunks().sort_by([(name, "ascending") for name in by]).combine_chunks()
 
 
 class TableFile(Closeable):
-    """An Arrow IPC file of this machine that is being written, in batches of `BATCH_BYTES`."""
+    """Writes a local Arrow IPC file, in batches of `BATCH_BYTES`."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._path = path
@@ -127,20 +126,18 @@ class TableFile(Closeable):
             self._writer = pa.ipc.new_file(self._sink, schema, options=_WRITE)
 
     def write(self, table: pa.Table) -> None:
-        """Add rows."""
         rows = BATCH_BYTES * max(1, len(table)) // max(1, table.nbytes)
         with writing(self._path):
             self._writer.write_table(table, max(SMALLEST_BATCH, min(rows, LARGEST_BATCH)))
 
     def close(self) -> None:
-        """Write the footer, and close the file."""
         with writing(self._path):
             self._writer.close()
             self._sink.close()
 
 
 def read_tables(path: Path) -> Iterator[pa.Table]:
-    """The rows of an Arrow IPC file, batch by batch."""
+    """Read an Arrow IPC file, batch by batch."""
     with pa.OSFile(str(path)) as file:
         reader = pa.ipc.open_file(file, options=_READ)
         for number in range(reader.num_record_batches):
@@ -149,11 +146,11 @@ def read_tables(path: Path) -> Iterator[pa.Table]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say it in one sentence where this machine's disk is full."""
+    """Convert errors of the local disk, such as a full disk, to StorageError."""
     try:
         yield
     except OSError as error:
         raise StorageError(
-            f"Cannot write {path}, where the plan is sorted: {error.strerror or error}; the "
-            "variable TMPDIR names another folder."
+            f"Cannot write temporary files for the plan to {path} ({error.strerror or error}): set "
+            "TMPDIR to a folder with more space."
         ) from error

@@ -26,9 +26,9 @@ from latentmill.plan import (
     ITEMS_PATH,
     PLAN_PATH,
     UNITS_PATH,
-    Cutting,
     Draft,
     Plan,
+    UnitLimits,
     draft,
     extend,
     freeze,
@@ -108,10 +108,10 @@ class Preparation:
         return bytes_per_second(self.handle, self.chunking, self.config.dtype)
 
     @property
-    def cutting(self) -> Cutting:
+    def limits(self) -> UnitLimits:
         """Maximum size of a unit."""
         size = self.config.shard_size or DEFAULT_SHARD_SIZE
-        return Cutting(self.config.unit_seconds, size, self.bytes_per_second)
+        return UnitLimits(self.config.unit_seconds, size, self.bytes_per_second)
 
 
 def bytes_per_second(handle: ModelHandle, chunking: Chunking, dtype: str) -> float:
@@ -201,20 +201,20 @@ def listed(prepared: Preparation) -> Draft | None:
         return None
     # When a plan is extended, only the headers of new items are read, in `_extended`.
     new = load(prepared.storage) is None
-    return _drafted(prepared) if new else draft(_listed(prepared), prepared.cutting)
+    return _drafted(prepared) if new else draft(_listed(prepared), prepared.limits)
 
 
 def _drafted(prepared: Preparation) -> Draft:
     """The items of a new plan, with lengths read from headers."""
     probe = prepared.config.probe
     if probe:
-        return draft(_with_lengths(prepared, prepared.source.items()), prepared.cutting)
-    found = draft(_listed(prepared), prepared.cutting)
+        return draft(_with_lengths(prepared, prepared.source.items()), prepared.limits)
+    found = draft(_listed(prepared), prepared.limits)
     if probe is False or not 0 < found.totals.estimated_items <= PROBED_BY_DEFAULT:
         return found
     with found:
         items = itertools.chain.from_iterable(map(to_items, found.tables()))
-        return draft(_with_lengths(prepared, items, wanted=cheap), prepared.cutting)
+        return draft(_with_lengths(prepared, items, wanted=cheap), prepared.limits)
 
 
 def _listed(prepared: Preparation) -> Iterator[Item]:
@@ -256,7 +256,7 @@ def planned(prepared: Preparation, items: Draft | None) -> tuple[Plan, Extension
 
 def _warn_of_long_groups(prepared: Preparation, plan: Plan) -> None:
     """Warn if a unit is much too long, which happens because a group is never split."""
-    limit = prepared.cutting.micros(round(1e6 * plan.seconds)) / 1e6
+    limit = prepared.limits.micros(round(1e6 * plan.seconds)) / 1e6
     longest = max(plan.units, key=lambda unit: unit.seconds)
     if longest.items > 1 and longest.seconds > LONG_UNIT * limit:
         _log.warning(
@@ -288,7 +288,7 @@ def _new_plan(prepared: Preparation) -> Plan:
 
 def _extended(prepared: Preparation, plan: Plan, items: Draft) -> tuple[Plan, Extension]:
     storage, retried = prepared.storage, prepared.config.retry_changed
-    found, fresh = compare(plan, storage, items, prepared.cutting, _refiner(prepared.config.probe))
+    found, fresh = compare(plan, storage, items, prepared.limits, _refiner(prepared.config.probe))
     with fresh:
         if retried and len(found.changed):
             plan = amend(plan, found, storage)
