@@ -1,6 +1,6 @@
-"""A run as a Ray job: `ray job submit --working-dir . -- python jobs/encode.py --config FILE`.
+"""Entry script of a Ray job: `ray job submit ... -- python jobs/encode.py --config FILE`.
 
-The same as `latentmill encode --config FILE`: further options win over the file.
+Equivalent to `latentmill encode --config FILE`. Options on the command line override the file.
 """
 
 import sys

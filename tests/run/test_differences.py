@@ -111,8 +111,8 @@ REFUSALS: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
     (
         {"include": ["*.wav"], "extensions": ["wav"]},
         {"include": ["*.mp3"], "key_column": "id", "extensions": ["mp3", "wav"]},
-        changed("--extensions", "wav", "mp3 wav")
-        + "; --include: *.wav, now *.mp3; --key-column: no value, now id",
+        changed("--include", "*.wav", "*.mp3")
+        + "; --extensions: wav, now mp3 wav; --key-column: no value, now id",
     ),
     ({"include": ["*.wav"], "unit_seconds": 61}, {}, ""),
     ({"min_seconds": 1}, {"min_seconds": 1.0, "chunk_samples": None, "channels": "mono"}, ""),
