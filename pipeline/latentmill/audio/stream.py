@@ -20,6 +20,9 @@ Samples = NDArray[np.float32]
 BLOCK = 1 << 17
 """Samples per channel that a block has at most: 1 MiB of stereo."""
 
+_LONGEST_GAP = 1 << 28
+"""Samples that may be lost in one place: an hour and a half at 48 kHz."""
+
 KEEP_HINT = "(--allow-truncated keeps what is there)"
 
 
@@ -208,3 +211,28 @@ def truncated(promised: int | None, decodable: int) -> str:
         f"truncated: the header promises {promised} samples, "
         f"{decodable} could be decoded {KEEP_HINT}"
     )
+
+
+def without(blocks: Iterator[Samples], first: int, last: int | None) -> Iterator[Samples]:
+    """Blocks without the samples from `first` to before `last`, or to the end."""
+    at = 0
+    for block in blocks:
+        before = block[: max(0, first - at)]
+        after = block[len(block) if last is None else max(0, last - at) :]
+        at += len(block)
+        if len(before) + len(after) >= len(block):
+            yield block
+        elif len(before) or len(after):
+            yield np.concatenate([before, after])
+
+
+def silence(count: int, channels: int) -> Iterator[Samples]:
+    """Blocks of zeros `[n, C]`, in place of what is lost.
+
+    Raises:
+        DecodeError: They would be so many that the time in the file must be wrong.
+    """
+    if count > _LONGEST_GAP:
+        raise DecodeError(f"its time jumps by {count} samples")
+    for start in range(0, count, BLOCK):
+        yield np.zeros((min(BLOCK, count - start), channels), np.float32)

@@ -15,8 +15,8 @@ import numpy as np
 
 from latentmill.audio import vorbis
 from latentmill.audio.ogg import Page, all_pages, packets_of
-from latentmill.audio.stream import Samples
-from latentmill.audio.with_pyav import AV_ERRORS, PyAVDecoder, silence
+from latentmill.audio.stream import Samples, silence
+from latentmill.audio.with_pyav import AV_ERRORS, PyAVDecoder
 
 _LONGEST_PACKET = 5760
 """Samples of an Opus packet; one of Vorbis gives 4,096 at most."""

@@ -86,13 +86,13 @@ def _device(config: RunConfig, cluster: Cluster) -> str:
         return "cuda" if cluster.gpus else "cpu"
     if config.device.startswith("cuda:"):
         raise ConfigError(
-            f"Device {config.device}: Ray chooses the GPUs. Use device cuda, and the variable "
+            f"--device {config.device}: Ray chooses the GPUs. Use --device cuda, and the variable "
             "CUDA_VISIBLE_DEVICES to leave some out."
         )
     if config.device == "cuda" and not cluster.gpus and (cluster.embedded or not config.workers):
         raise ConfigError(
-            "Device cuda was asked for, but Ray has no GPUs: use device cpu, or on a cluster that "
-            "adds GPU nodes when they are asked for, set workers."
+            "--device cuda was asked for, but Ray has no GPUs: use --device cpu, or --workers on a "
+            "cluster that adds GPU nodes when they are asked for."
         )
     return config.device
 
@@ -134,8 +134,8 @@ def _check_spare_cores(cluster: Cluster, resources: _Resources, workers: int | N
     cores = sum(cluster.node_cpus)
     if (cluster.embedded or not workers) and cores - resources.workers * resources.shape.cpus < 1:
         raise ConfigError(
-            f"decode_tasks needs CPU cores beside the workers', which have all {cores}: set fewer "
-            "workers or threads, or leave decode_tasks out."
+            f"--decode-tasks needs CPU cores besides those of the workers, which use all {cores}: "
+            "lower --workers or --threads, or leave --decode-tasks out."
         )
 
 

@@ -149,11 +149,11 @@ def read_tables(path: Path) -> Iterator[pa.Table]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say it in one sentence where this machine's disk is full."""
+    """Report in one message that the disk of the temporary folder is full."""
     try:
         yield
     except OSError as error:
         raise StorageError(
-            f"Cannot write {path}, where the plan is sorted: {error.strerror or error}; the "
-            "variable TMPDIR names another folder."
+            f"Cannot write {path}, where the plan is sorted: {error.strerror or error}. Set the "
+            "variable TMPDIR to a folder with more space."
         ) from error

@@ -131,7 +131,7 @@ def prepare(config: RunConfig, listener: Listener | None = None) -> Preparation:
     """
     if config.retry_changed and not config.extend:
         raise ConfigError(
-            "Setting retry_changed needs extend, which looks for changed files: give both."
+            "--retry-changed needs --extend, which looks for changed files: give both."
         )
     config = with_precision(config)
     handle = registry.resolve(config.model, config.model_options, config.channels)
@@ -155,8 +155,8 @@ def _refuse_passing_folder(out: str) -> None:
     relative = "://" not in out and not Path(out).expanduser().is_absolute()
     if relative and RAY_JOB_VARIABLE in os.environ:
         raise ConfigError(
-            f"Setting out: {out} is relative, and the folder of a Ray job is thrown away after it: "
-            "name an absolute path or a URL."
+            f"STORE {out} is a relative path, and the folder of a Ray job is deleted after it: "
+            "give an absolute path or a URL."
         )
 
 
@@ -182,7 +182,7 @@ def _refuse_inexact_codes(config: RunConfig, codebook_size: int | None) -> None:
     if config.dtype == "float16" and largest > LARGEST_FLOAT16_CODE:
         raise ConfigError(
             f"{config.model} has codes up to {largest}, and float16 holds whole numbers exactly "
-            f"up to {LARGEST_FLOAT16_CODE} only: use dtype float32."
+            f"up to {LARGEST_FLOAT16_CODE} only: use --dtype float32."
         )
 
 

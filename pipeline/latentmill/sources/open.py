@@ -110,8 +110,8 @@ def _refuse_unused(config: RunConfig, kind: SourceType) -> None:
         default = type(config).model_fields[name].default
         if getattr(config, name) not in (default, "") and kind not in kinds:
             raise ConfigError(
-                f"Setting {name} has no effect on a source of type {kind}: it is for "
-                f"{' and '.join(kinds)}; remove it, or set source_type."
+                f"--{name.replace('_', '-')} has no effect on a source of type {kind}, only on "
+                f"{' and '.join(kinds)}: remove it, or set --source-type."
             )
 
 
