@@ -134,12 +134,16 @@ def as_owner(folder: Path) -> Iterator[None]:
         (["--model-option", "hops=8"], 7, "did you mean hop?"),
         (["--model-option", "hop"], 2, "expected NAME=VALUE"),
         (["--model-option", "hop=[1"], 2, "not valid YAML"),
-        (["--format", "zip"], 2, "Setting format"),
-        (["--dtype", "int8"], 2, "Setting dtype"),
-        (["--overlap", "0.9"], 2, "Setting overlap"),
-        (["--chunk-seconds", "-1"], 2, "Setting chunk_seconds"),
+        (["--format", "zip"], 2, "invalid --format 'zip'"),
+        (["--dtype", "int8"], 2, "invalid --dtype 'int8': it must be 'float16' or 'float32'"),
+        (["--overlap", "0.9"], 2, "invalid --overlap 0.9: it must be less than or equal to 0.5"),
+        (["--chunk-seconds", "-1"], 2, "invalid --chunk-seconds -1.0: it must be greater than 0"),
         (["--chunk-seconds", "abc"], 2, "Invalid value for '--chunk-seconds'"),
-        (["--workers", "0"], 2, "Setting workers"),
+        (["--workers", "0"], 2, "invalid --workers 0"),
+        (["--shard-size", "big"], 2, "invalid --shard-size 'big': expected a size such as 512MiB"),
+        (["--retry-changed"], 2, "--retry-changed needs --extend"),
+        (["--start-column", "x"], 2, "--start-column has no effect on a source of type folder"),
+        (["--group-by", "x"], 2, "invalid --group-by 'x': it must contain (?P<group>...)"),
         (["--device", "tpu9"], 2, "is none of auto, cpu, cuda"),
         (["--no-such-option"], 2, "No such option"),
         (["--config", "no/such.yaml"], 2, "Config no/such.yaml cannot be read"),
@@ -162,8 +166,8 @@ def test_options(
 def test_config_files(capsys: Capture, tmp_path: Path, songs: Path) -> None:
     config = tmp_path / "run.yaml"
     for text, sentence in [
-        (f"source: {songs}\nout: {tmp_path}/out\ncolour: blue\n", "Setting colour"),
-        ("source: [", "is no valid YAML"),
+        (f"source: {songs}\nout: {tmp_path}/out\ncolour: blue\n", "unknown setting colour in"),
+        ("source: [", "is not valid YAML"),
         ("just words", "must hold `setting: value` lines"),
         (f"out: {tmp_path}/out\n", "SOURCE is missing"),
     ]:

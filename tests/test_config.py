@@ -141,30 +141,42 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
 
 
 FILES = {
-    "unknown": ("batchsize: 3", "batchsize is unknown: did you mean batch_size?"),
-    "unknown and far": ("zzz: 3", "zzz is unknown"),
-    "no text": ("1: 3", "1 is unknown"),
-    "of another kind": ("batch_size: many", "batch_size: input should be a valid integer"),
-    "out of range": ("overlap: 0.7", "less than or equal to 0.5, not 0.7"),
-    "zero": ("batch_size: 0", "not 0"),
-    "no choice": ("format: zip", "'parquet' or 'webdataset', not 'zip'"),
-    "no channels": ("channels: stereo", "'mono' or 'split', not 'stereo'"),
+    "unknown": ("batchsize: 3", "unknown setting batchsize in FILE: did you mean batch_size?"),
+    "unknown and far": ("zzz: 3", "unknown setting zzz"),
+    "no text": ("1: 3", "unknown setting 1"),
+    "of another kind": (
+        "batch_size: many",
+        "invalid batch_size 'many' in FILE: it must be a valid integer",
+    ),
+    "out of range": (
+        "overlap: 0.7",
+        "invalid overlap 0.7 in FILE: it must be less than or equal to 0.5",
+    ),
+    "zero": ("batch_size: 0", "invalid batch_size 0 in"),
+    "no choice": (
+        "format: zip",
+        "invalid format 'zip' in FILE: it must be 'parquet' or 'webdataset'",
+    ),
+    "no channels": ("channels: stereo", "it must be 'mono' or 'split'"),
     "infinite": ("chunk_seconds: .inf", "finite number"),
     "not a number": ("min_seconds: .nan", "min_seconds"),
-    "nested": ("model_options: {hop: [1]}", "model_options.hop: [1] is no"),
+    "nested": ("model_options: {hop: [1]}", "invalid model_options hop [1] in FILE: expected text"),
     "no condition": ('where: "genre = 1"', "invalid where condition 'genre = 1'"),
     "a call": ("where: open('x')", "may compare fields and values"),
-    "no pattern": ("group_by: '('", "group_by: '(' is no regular expression"),
-    "no group": ("group_by: '.*'", "must hold (?P<group>...)"),
-    "no field": ("group_by: 'metadata:'", "must name one or two fields"),
-    "no source type": ("source_type: zip", "'manifest', 'webdataset' or 'parquet', not 'zip'"),
-    "empty rates": ("{min_sample_rate: 9, max_sample_rate: 3}", "min_sample_rate: 9 is above"),
-    "empty range": ("{min_seconds: 9, max_seconds: 3}", "min_seconds: 9.0 is above max_seconds"),
-    "missing": ("{source: }", "source: input should be a valid string, not None"),
+    "no pattern": ("group_by: '('", "--group-by '(': not a valid regular expression"),
+    "no group": ("group_by: '.*'", "must contain (?P<group>...)"),
+    "no field": ("group_by: 'metadata:'", "name one or two fields"),
+    "no source type": ("source_type: zip", "'manifest', 'webdataset' or 'parquet'."),
+    "empty rates": (
+        "{min_sample_rate: 9, max_sample_rate: 3}",
+        "--min-sample-rate 9 is above --max-sample-rate 3",
+    ),
+    "empty range": ("{min_seconds: 9, max_seconds: 3}", "--min-seconds 9.0 is above"),
+    "missing": ("{source: }", "invalid source None in FILE: it must be a valid string"),
     "a list": ("- a", "must hold"),
     "empty": ("", "must hold"),
-    "no yaml": ("a: [", "no valid YAML"),
-    "code": ("!!python/object/apply:os.getcwd []", "no valid YAML"),
+    "no yaml": ("a: [", "not valid YAML"),
+    "code": ("!!python/object/apply:os.getcwd []", "not valid YAML"),
 }
 
 
@@ -178,7 +190,7 @@ def test_a_wrong_setting_is_refused_in_one_sentence(
     options = BASE if kind != "missing" else {"out": "/out"}
     with pytest.raises(ConfigError) as caught:
         load_config(path, options)
-    assert says in one_sentence(caught.value)
+    assert says.replace("FILE", str(path)) in one_sentence(caught.value)
 
 
 def test_a_file_that_cannot_be_read_is_refused(
@@ -188,7 +200,7 @@ def test_a_file_that_cannot_be_read_is_refused(
     for name, says in (
         ("missing.yaml", "No such file"),
         (".", "Is a directory"),
-        ("binary.yaml", "no valid YAML"),
+        ("binary.yaml", "not valid YAML"),
     ):
         with pytest.raises(ConfigError) as caught:
             load_config(tmp_path / name, BASE)

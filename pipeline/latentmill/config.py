@@ -234,7 +234,7 @@ def load_config(
             raise ConfigError(f"Config {file} cannot be read: {error.strerror}.") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             cause = " ".join(str(error).split())
-            raise ConfigError(f"Config {file} is no valid YAML: {cause}.") from error
+            raise ConfigError(f"Config {file} is not valid YAML: {cause}.") from error
         if not isinstance(loaded, dict):
             raise ConfigError(f"Config {file} must hold `setting: value` lines.")
         values.update(loaded)
@@ -246,7 +246,7 @@ def load_config(
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error.errors()[0])) from error
+        raise ConfigError(_explain(error.errors()[0], given, file)) from error
     if file is not None and (store := store_of(Path(file))) is not None:
         _check_config_of_store(config, given, Path(file), store, trusted=trust_model)
     if secret := next(filter(is_secret_name, config.model_options), None):
@@ -258,8 +258,8 @@ def load_config(
         low, high = getattr(config, f"min_{name}"), getattr(config, f"max_{name}")
         if low is not None and high is not None and low > high:
             raise ConfigError(
-                f"Setting min_{name}: {low} is above max_{name}, {high}, so that every item would "
-                "be skipped."
+                f"{option(f'min_{name}')} {low} is above {option(f'max_{name}')} {high}, so every "
+                "item would be skipped: change one of them."
             )
     if config.where is not None:
         Condition(config.where)
@@ -289,20 +289,30 @@ def _check_config_of_store(
         )
 
 
-def _explain(error: ErrorDetails) -> str:
-    name = ".".join(str(part) for part in error["loc"][:2])  # a third part names a union's member
-    if error["type"] in ("extra_forbidden", "invalid_key"):
-        close = difflib.get_close_matches(name, RunConfig.model_fields, n=1)
-        return f"Setting {name} is unknown{f': did you mean {close[0]}?' if close else '.'}"
+def option(setting: str) -> str:
+    """The argument or option of the command line that stands for a setting."""
+    named = {"source": "SOURCE", "out": "STORE", "model_options": "--model-option"}
+    return named.get(setting, f"--{setting.replace('_', '-')}")
+
+
+def _explain(error: ErrorDetails, given: Mapping[str, Any], file: str | Path | None) -> str:
+    """What is wrong with a setting, by the name that the user gave it."""
+    setting, *parts = map(str, error["loc"])
+    value, message = error["input"], error["msg"].replace("Input should be", "it must be")
+    name, where = option(setting), ""
     if error["type"] == "missing":
-        argument = {"out": "STORE"}.get(name, name.upper())
-        return f"{argument} is missing: give it as an argument, or set {name} in a config file."
+        return f"{name} is missing: give it as an argument, or set {setting} in a config file."
+    if file is not None and setting not in given:
+        name, where = setting, f" in {file}"
+    if error["type"] in ("extra_forbidden", "invalid_key"):
+        close = difflib.get_close_matches(setting, RunConfig.model_fields, n=1)
+        hint = f"did you mean {close[0]}?" if close else "`latentmill encode --help` lists them."
+        return f"unknown setting {setting}{where}: {hint}"
     if error["type"] == "byte_size":
-        return f"Setting {name}: {error['input']!r} is not a size; write it like 512MiB."
-    if len(error["loc"]) > 2:
-        return f"Setting {name}: {error['input']!r} is no text, number, true, false or null."
-    message = error["msg"][:1].lower() + error["msg"][1:]
-    return f"Setting {name}: {message}, not {error['input']!r}."
+        message = "expected a size such as 512MiB"
+    elif parts and setting == "model_options":
+        name, message = f"{name} {parts[0]}", "expected text, a number, true, false or null"
+    return f"invalid {name} {value!r}{where}: {message}."
 
 
 def fingerprint_document(

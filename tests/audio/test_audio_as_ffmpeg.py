@@ -168,9 +168,10 @@ SAME: dict[str, Callable[[], tuple[bytes, bytes]]] = {
     "MPEG-TS, junk behind": lambda: with_tail(
         with_pyav(music(LENGTH), RATE, "mp2", "mpegts", {}), b"qwerty" * 500
     ),
-    "Wave64 of floats": lambda: (
-        sound(music(LENGTH), RATE, "WAV", "FLOAT"),
-        with_pyav(music(LENGTH), RATE, "pcm_f32le", "w64", {}),
+    # Above 48 kHz FFmpeg writes WAVE_FORMAT_EXTENSIBLE, which libsndfile takes for integers.
+    "Wave64 of extensible floats": lambda: (
+        sound(music(LENGTH), 96_000, "WAV", "FLOAT"),
+        with_pyav(music(LENGTH), 96_000, "pcm_f32le", "w64", {}),
     ),
 }
 

@@ -132,3 +132,49 @@ def test_the_channels_of_vorbis_have_the_order_that_ffmpeg_gives(channels: int) 
 def test_ima_adpcm_in_wav_has_the_samples_that_ffmpeg_gives() -> None:
     data = with_pyav(music(20_000)[:, :1], RATE, "adpcm_ima_wav", "wav", {}, layout="mono")
     assert np.array_equal(decode(data), by_ffmpeg(data, 1))
+
+
+SHORT: dict[str, Callable[[], bytes]] = {
+    "voc": lambda: encoded("voc"),
+    "real": lambda: encoded("real"),
+}
+
+
+@pytest.mark.parametrize("kind", SHORT)
+def test_a_file_that_ends_before_its_last_block_is_truncated(kind: str) -> None:
+    data = SHORT[kind]()
+    whole = decode(data)
+    with pytest.raises(ItemError, match=r"^truncated: [0-9]+ bytes are missing at the end"):
+        decode(data[: len(data) // 2])
+    kept = decode(data[: len(data) // 2], allow_truncated=True)
+    there = kept.shape[1] - 2048  # the last frame may be cut
+    assert np.array_equal(kept[:, :there], whole[:, :there])
+    assert kept.shape[1] > whole.shape[1] // 3
+
+
+OTHER = {
+    "16 bits": (music(50_000), RATE, "PCM_16"),
+    "24 bits": (music(50_000), RATE, "PCM_24"),
+    "1 channels": (music(50_000)[:, :1], RATE, "PCM_24"),
+    "48000 Hz": (music(50_000), 48_000, "PCM_24"),
+}
+
+
+@pytest.mark.parametrize(
+    ("one", "two"), [("16 bits", "24 bits"), ("24 bits", "48000 Hz"), ("24 bits", "1 channels")]
+)
+@pytest.mark.parametrize("length", [1000, 50_000])
+def test_joined_flac_of_two_kinds_fails(one: str, two: str, length: int) -> None:
+    """FFmpeg repeats the first stream, or reports invalid data."""
+    pair = (OTHER[one], OTHER[two])
+    first, second = (sound(signal[:length], rate, "FLAC", bits) for signal, rate, bits in pair)
+    match = rf"^joined: at byte {len(first)} a FLAC stream of .*{two}.* follows one of "
+    with pytest.raises(ItemError, match=match):
+        decode(first + second)
+    assert decode(first + second, allow_truncated=True).shape[1] >= length
+
+
+def test_aac_in_wav_that_cannot_be_decoded_is_named() -> None:
+    data = with_pyav(music(LENGTH), RATE, "aac", "wav", {})
+    with pytest.raises(ItemError, match="AAC in WAV does not say where its frames begin"):
+        decode(data)

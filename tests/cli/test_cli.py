@@ -171,7 +171,7 @@ def test_flac(capsys: Capture, store: Path, songs: Path, tmp_path: Path) -> None
     assert "samples (peak +" in loud.err
     assert np.abs(soundfile.read(tmp_path / "loud.flac")[0]).max() <= 1
     wrong = runs.call(capsys, "decode", store, key, "-o", tmp_path, "--format", "mp3")
-    assert (wrong.code, wrong.err) == (2, "latentmill: Option --format mp3: it is wav or flac.\n")
+    assert (wrong.code, wrong.err) == (2, "latentmill: invalid --format 'mp3': use wav or flac.\n")
 
 
 def test_mix_of_records_of_other_lengths(

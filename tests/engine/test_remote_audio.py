@@ -159,7 +159,7 @@ def test_tasks_that_would_never_get_a_core_are_refused() -> None:
     _check_spare_cores(Cluster(True, (4, 1), (0, 0)), resources, 2)
     _check_spare_cores(Cluster(False, (4,), (0,)), resources, 2)  # which may add nodes
     for embedded, workers in [(True, 2), (False, None)]:
-        with pytest.raises(ConfigError, match="use all 4: set fewer workers"):
+        with pytest.raises(ConfigError, match="use all 4: lower --workers"):
             _check_spare_cores(Cluster(embedded, (4,), (0,)), resources, workers)
 
 

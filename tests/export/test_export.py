@@ -209,7 +209,7 @@ def test_what_cannot_be_exported_is_refused(
     assert "another store" in refusal(
         lambda: export_store(store, other.url, Target(other.info.format))
     )
-    assert "no meaning for parquet" in refusal(
+    assert "no effect with --to parquet" in refusal(
         lambda: export_store(store, str(tmp_path / "new"), Target.PARQUET, frames=3)
     )
     partial = write_store(str(tmp_path / "partial"), source, sealed=False)
@@ -381,7 +381,7 @@ def test_the_command(
     result = runs.call(capsys, "export", store.url, tmp_path / "x", "--to", "zip")
     assert (result.code, result.err) == (
         2,
-        "latentmill: Option --to zip: it is one of stable-audio-tools, webdataset, parquet.\n",
+        "latentmill: invalid --to 'zip': use one of stable-audio-tools, webdataset, parquet.\n",
     )
 
 

@@ -142,3 +142,22 @@ def test_a_reader_keeps_its_keys_when_its_store_shows_other_items(tmp_path: Path
             reader[0]
         with pytest.raises(StoreError, match="sealed again with other items"):
             pickle.loads(pickle.dumps(reader))
+
+
+def test_a_record_is_found_though_the_store_is_sealed_again_while_it_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = write_latents(str(tmp_path / "store"), LENGTHS).url
+    store, reload = LatentStore(url), LatentStore.reload
+    assert len(store) == 16
+    write_again(url, [0], latents(changed=3))
+
+    def reload_late(self: LatentStore) -> bool:
+        found = reload(self)
+        assert len(self) == 16
+        monkeypatch.setattr(LatentStore, "reload", reload)
+        write_again(url, [0], latents(changed=4))
+        return found
+
+    monkeypatch.setattr(LatentStore, "reload", reload_late)
+    np.testing.assert_array_equal(store["item/00004"].latent, latents(changed=4)[4])

@@ -235,7 +235,7 @@ def test_changed_files_are_still_due_after_a_kill(
 def test_retry_changed_alone_is_refused(
     songs: Path, tmp_path: Path, one_sentence: Callable[[BaseException], str]
 ) -> None:
-    with pytest.raises(ConfigError, match="retry_changed requires extend") as caught:
+    with pytest.raises(ConfigError, match="--retry-changed needs --extend") as caught:
         encode(songs, tmp_path / "new", retry_changed=True)
     assert one_sentence(caught.value)
     assert not (tmp_path / "new").exists()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import re
 import shutil
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,11 +20,14 @@ import numpy as np
 import soundfile
 
 from latentmill.config import load_config
+from latentmill.errors import LatentmillError
 from latentmill.evaluate.linearity import measure_linearity
 from latentmill.evaluate.seams import measure_seams
 from latentmill.export.export import Target, export_store
 from latentmill.run.forecast import forecast
 from latentmill.run.run import run
+from latentmill.storage.storage import Storage
+from latentmill.store.commit import SealHash, iter_commits
 from latentmill.store.store import LatentStore, open_store
 from latentmill.store.verify import verify
 from support.in_process import in_process
@@ -232,6 +239,36 @@ def assert_whole(url: str) -> None:
         assert {f"plan/{path.name}" for path in Path(store.url, "plan").iterdir()} == named
     if url.startswith("s3://"):
         assert open_uploads(url) == []
+
+
+def state_of(place: Place) -> str:
+    """A hash of all files of a place, less what differs between two runs that do the same.
+
+    That is who wrote a commit, when, and how long it took, and so the hash in the seal, unless it
+    is that of other commits than those that are there.
+    """
+    if place.root.startswith("s3://"):
+        return uuid.uuid4().hex  # uploads belong to the state too: taken for a new one
+    fs, root = fsspec.core.url_to_fs(place.root)
+    digest = hashlib.sha256()
+    for path in sorted(fs.find(root, withdirs=True)):
+        name = re.sub(r"[0-9a-f]{32}", "*", path.removeprefix(root))  # a temporary file
+        data = b"" if fs.isdir(path) or name.endswith("/.lease") else fs.cat_file(path)
+        with contextlib.suppress(ValueError, LatentmillError):  # torn, or damaged
+            if "/commits/" in name:
+                data = _less(data, "timings", "worker", "finished")
+            elif name.endswith("/dataset.json"):
+                seal = SealHash()
+                for commit in iter_commits(Storage(f"{place.root}{name.rpartition('/')[0]}")):
+                    seal.add(commit)
+                data = data.replace(seal.hexdigest().encode(), b"of these commits")
+        digest.update(f"{name}\n{len(data)}\n".encode() + data)
+    return digest.hexdigest()
+
+
+def _less(data: bytes, *names: str) -> bytes:
+    values = json.loads(data)
+    return json.dumps({name: values[name] for name in values if name not in names}).encode()
 
 
 def open_uploads(url: str) -> list[str]:

@@ -6,6 +6,7 @@ libsndfile stops where STREAMINFO says that the stream ends, whatever follows.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from latentmill.audio.media import MediaFile
 
@@ -21,16 +22,20 @@ for _byte in range(256):
     _CRC8[_byte] = _value & 0xFF
 
 
-def second_stream(media: MediaFile, offset: int) -> int | None:
-    """Where another FLAC stream begins behind the first one, as in files that were joined."""
+def other_streams(media: MediaFile, offset: int) -> Iterator[int]:
+    """Where more FLAC streams begin behind the first one, as in files that were joined."""
     at = offset + 8
     while data := media.read_at(at, _WINDOW):
-        if found := _STREAM.search(data):
-            return at + found.start()
+        yield from (at + found.start() for found in _STREAM.finditer(data))
         if at + len(data) >= media.size:
             break
         at += len(data) - 7
-    return None
+
+
+def sample_format(media: MediaFile, at: int) -> tuple[int, int, int]:
+    """Sample rate, channels and bits of the stream that begins at a place."""
+    bits = int.from_bytes(media.read_at(at + 18, 4), "big")
+    return bits >> 12, (bits >> 9 & 7) + 1, (bits >> 4 & 31) + 1
 
 
 def ends_as_promised(media: MediaFile, offset: int) -> bool:

@@ -138,6 +138,33 @@ def _wavpack(media: MediaFile, at: int) -> int | None:
     return end
 
 
+def _voc(media: MediaFile, at: int) -> int | None:
+    """Blocks: their type, from 1 to 9, and a size of 3 bytes. Type 0 ends the file."""
+    at += int(struct.unpack("<20xH", media.read_at(at, 22))[0])
+    for _ in range(_MAX_PACKETS):
+        head = media.read_at(at, 4)
+        if len(head) < 4 or head[0] == 0:
+            break
+        at += 4 + int.from_bytes(head[1:], "little")
+    return at
+
+
+def _real(media: MediaFile, at: int) -> int | None:
+    """RealMedia: the last chunk `DATA`, whose size FFmpeg counts 10 bytes too large.
+
+    Files of older versions say nothing.
+    """
+    end = None
+    for _ in range(_MAX_CHUNKS):
+        name, size = struct.unpack(">4sI", media.read_at(at, 8).ljust(8, b"\0"))
+        if size < 10:
+            break
+        at += size
+        if name == b"DATA":
+            end = at - 10
+    return end
+
+
 _FORMATS: dict[str, Callable[[MediaFile, int], int | None]] = {
     "dsf": _dsf,
     "dff": _dff,
@@ -148,4 +175,6 @@ _FORMATS: dict[str, Callable[[MediaFile, int], int | None]] = {
     "ape": _ape,
     "musepack8": _musepack8,
     "wavpack": _wavpack,
+    "voc": _voc,
+    "real": _real,
 }

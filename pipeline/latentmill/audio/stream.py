@@ -18,6 +18,9 @@ from latentmill.storage.closeable import Closeable
 BLOCK = 1 << 17
 """Samples per channel that a block has at most: 1 MiB of stereo."""
 
+_LONGEST_GAP = 1 << 28
+"""Samples that may be lost in one place: an hour and a half at 48 kHz."""
+
 KEEP_HINT = "(--allow-truncated keeps what is there)"
 
 
@@ -160,7 +163,7 @@ class AudioStream(Closeable):
             if self._time_limit is not None and spent > self._time_limit + seconds:
                 raise ItemError(
                     f"decoding took {spent:.0f} s for {seconds:.0f} s of audio, longer than "
-                    f"--decode-timeout {self._time_limit:g} allows"
+                    f"--load-timeout {self._time_limit:g} allows"
                 )
             yield block
 
@@ -206,3 +209,28 @@ def truncated(promised: int | None, decodable: int) -> str:
         f"truncated: the header promises {promised} samples, "
         f"{decodable} could be decoded {KEEP_HINT}"
     )
+
+
+def without(blocks: Iterator[FloatArray], first: int, last: int | None) -> Iterator[FloatArray]:
+    """Blocks without the samples from `first` to before `last`, or to the end."""
+    at = 0
+    for block in blocks:
+        before = block[: max(0, first - at)]
+        after = block[len(block) if last is None else max(0, last - at) :]
+        at += len(block)
+        if len(before) + len(after) >= len(block):
+            yield block
+        elif len(before) or len(after):
+            yield np.concatenate([before, after])
+
+
+def silence(count: int, channels: int) -> Iterator[FloatArray]:
+    """Blocks of zeros `[n, C]`, in place of what is lost.
+
+    Raises:
+        DecodeError: They would be so many that the time in the file must be wrong.
+    """
+    if count > _LONGEST_GAP:
+        raise DecodeError(f"its time jumps by {count} samples")
+    for start in range(0, count, BLOCK):
+        yield np.zeros((min(BLOCK, count - start), channels), np.float32)

@@ -79,11 +79,20 @@ def _survey(media: MediaFile, sniffed: Sniffed) -> Survey:
         frames = mp3.read_frames(media, *place)
         return Survey(_mp3_damage(media, frames) if frames else None, plain=False, frames=frames)
     if sniffed.format == "flac":
-        first = flac.first_sample(media, sniffed.offset)
-        whole = flac.ends_as_promised(media, sniffed.offset) and not first
-        second = flac.second_stream(media, sniffed.offset)
-        return Survey(plain=whole and second is None, skipped=first)
+        return _flac(media, sniffed.offset)
     return _ogg(media, sniffed)
+
+
+def _flac(media: MediaFile, offset: int) -> Survey:
+    first = flac.first_sample(media, offset)
+    plain = flac.ends_as_promised(media, offset) and not first
+    damage, kind = None, flac.sample_format(media, offset)
+    for at in flac.other_streams(media, offset):
+        plain, other = False, flac.sample_format(media, at)
+        if other != kind and damage is None:
+            one, two = ("{} Hz, {} channels, {} bits".format(*each) for each in (kind, other))
+            damage = f"joined: at byte {at} a FLAC stream of {two} follows one of {one}"
+    return Survey(damage, plain=plain, skipped=first)
 
 
 def _ogg(media: MediaFile, sniffed: Sniffed) -> Survey:

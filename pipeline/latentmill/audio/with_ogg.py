@@ -15,7 +15,8 @@ import numpy as np
 
 from latentmill.audio import vorbis
 from latentmill.audio.ogg import Page, all_pages, packets_of
-from latentmill.audio.with_pyav import AV_ERRORS, PyAVDecoder, silence
+from latentmill.audio.stream import silence
+from latentmill.audio.with_pyav import AV_ERRORS, PyAVDecoder
 from latentmill.record import FloatArray
 
 _LONGEST_PACKET = 5760

@@ -17,7 +17,7 @@ from latentmill.audio.formats import DECODERS, FORMATS
 from latentmill.audio.media import MediaFile
 from latentmill.audio.mp4 import read_tables
 from latentmill.audio.sniff import Sniffed
-from latentmill.audio.stream import BLOCK, KEEP_HINT, AudioInfo, DecodeError
+from latentmill.audio.stream import KEEP_HINT, AudioInfo, DecodeError, silence, without
 from latentmill.audio.survey import NOTHING, Survey
 from latentmill.record import FloatArray
 
@@ -47,9 +47,6 @@ _UNTRIMMED = ("opus", "vorbis")
 
 _STREAMS = ("mp3", "aac", "ac3", "eac3", "dts", "mpegts", "mpeg")
 """Formats that may begin in the middle of a frame, or with bytes that are no audio."""
-
-_LONGEST_GAP = 1 << 28
-"""Samples that may be lost in one place: an hour and a half at 48 kHz."""
 
 _MATROSKA_SLACK = 0.25
 """Seconds that a header may promise too many."""
@@ -144,10 +141,16 @@ class PyAVDecoder:
         count, at = self._found.dropped
         blocks = self._all_blocks()
         if count:
-            blocks = _without(blocks, at - count, at)
+            blocks = without(blocks, at - count, at)
         if self._limit is not None:
-            blocks = _without(blocks, self._limit, None)
-        yield from blocks
+            blocks = without(blocks, self._limit, None)
+        try:
+            yield from blocks
+        except DecodeError as error:
+            if self._format == "wav" and self.info.codec == "aac":
+                text = "AAC in WAV does not say where its frames begin: use what it was made from"
+                raise DecodeError(text) from error
+            raise
 
     def _all_blocks(self) -> Iterator[FloatArray]:
         done, least = 0, self._least()
@@ -373,31 +376,6 @@ def _is_mpeg(packet: av.Packet[av.AudioStream]) -> bool:
     return len(head) == 2 and head[0] == 0xFF and head[1] >= 0xE0
 
 
-def _without(blocks: Iterator[FloatArray], first: int, last: int | None) -> Iterator[FloatArray]:
-    """Blocks without the samples from `first` to before `last`, or to the end."""
-    at = 0
-    for block in blocks:
-        before = block[: max(0, first - at)]
-        after = block[len(block) if last is None else max(0, last - at) :]
-        at += len(block)
-        if len(before) + len(after) >= len(block):
-            yield block
-        elif len(before) or len(after):
-            yield np.concatenate([before, after])
-
-
-def silence(count: int, channels: int) -> Iterator[FloatArray]:
-    """Blocks of zeros `[n, C]`, in place of what is lost.
-
-    Raises:
-        DecodeError: They would be so many that the time in the file must be wrong.
-    """
-    if count > _LONGEST_GAP:
-        raise DecodeError(f"its time jumps by {count} samples")
-    for start in range(0, count, BLOCK):
-        yield np.zeros((min(BLOCK, count - start), channels), np.float32)
-
-
 def _array(frame: av.AudioFrame) -> FloatArray:
     """A frame of packed floats as `[n, C]`."""
     array = frame.to_ndarray().reshape(-1, frame.layout.nb_channels)  # [1, n * C] before
@@ -407,5 +385,7 @@ def _array(frame: av.AudioFrame) -> FloatArray:
 def _text(error: Exception) -> str:
     if isinstance(error, av.error.UndefinedError):  # FFmpeg has a number for it, and no text
         return "a frame is damaged"
+    if isinstance(error, av.error.MemoryError):
+        return "its header has numbers that are too large"
     text = error.strerror if isinstance(error, av.FFmpegError) else str(error)
     return " ".join((text or type(error).__name__).split())

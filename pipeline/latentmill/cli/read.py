@@ -67,7 +67,7 @@ def decode(
     from latentmill.store.store import open_store
 
     if f".{format}" not in FILE_TYPES:
-        raise ConfigError(f"Option --format {format}: it is wav or flac.")
+        raise ConfigError(f"invalid --format {format!r}: use wav or flac.")
     store = open_store(url, device=device, trust_model=trust_model)
     if bool(keys) == everything:
         raise ConfigError("decode needs the keys of records, or --all for every record.")
@@ -120,7 +120,7 @@ def mix(
     samples = [store.entry(key).num_samples for key, _ in wanted]
     choose = {None: max, "longest": max, "shortest": min}.get(length)
     if choose is None:
-        raise ConfigError(f"Option --length {length}: it is shortest or longest.")
+        raise ConfigError(f"invalid --length {length!r}: use shortest or longest.")
     if length is None and len({source.shape[-1] for source in sources}) > 1:
         rate = store.info.model["sample_rate"]
         listed = ", ".join(
@@ -160,7 +160,7 @@ def export(
         target = Target(to)
     except ValueError:
         names = ", ".join(Target)
-        raise ConfigError(f"Option --to {to}: it is one of {names}.") from None
+        raise ConfigError(f"invalid --to {to!r}: use one of {names}.") from None
     interrupts_raise()
     summary = export_store(open_store(url), dest, target, frames=frames)
     print_value(as_json, summary, show.export)

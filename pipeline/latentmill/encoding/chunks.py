@@ -73,7 +73,7 @@ class Chunking:
             raise ConfigError(f"Invalid overlap {overlap}: expected a share of a chunk, 0 to 0.5.")
         if stitch == "crossfade" and spec.codebook_size is not None:
             raise ConfigError(
-                f"{spec.name} returns codes, which cannot be blended: use stitch "
+                f"{spec.name} returns codes, which cannot be blended: use --stitch "
                 f"{'none' if spec.context is None else 'trim'}."
             )
         if stitch == "none":
@@ -107,8 +107,8 @@ def _rounded(spec: ModelSpec, seconds: float | None) -> int:
     if samples < spec.min_samples or spec.padded(samples) != samples:
         least = 2 * (spec.min_samples + spec.hop) / spec.sample_rate
         raise ConfigError(
-            f"A chunk of {samples / spec.sample_rate:g} s is too short for {spec.name}: use at "
-            f"least {math.ceil(1000 * least) / 1000} s."
+            f"A chunk of {samples / spec.sample_rate:g} s is too short for {spec.name}: use "
+            f"--chunk-seconds {math.ceil(1000 * least) / 1000} or more."
         )
     return samples
 
@@ -140,8 +140,9 @@ def _check_overlap(spec: ModelSpec, stitch: Stitch, frames: int, overlap: int) -
     if stitch == "trim":
         if spec.context is None:
             raise ConfigError(
-                f"{spec.name} cannot be stitched by trimming, because each frame depends on its "
-                f"whole chunk: use stitch {'crossfade' if spec.codebook_size is None else 'none'}."
+                f"{spec.name} cannot be stitched by trimming, since each frame depends on its "
+                "whole chunk: use --stitch "
+                f"{'crossfade' if spec.codebook_size is None else 'none'}."
             )
         needed = max(needed, sum(spec.context))
     if overlap < needed:

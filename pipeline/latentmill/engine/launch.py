@@ -78,13 +78,13 @@ def _device(config: RunConfig, cluster: Cluster) -> str:
         return "cuda" if cluster.gpus else "cpu"
     if config.device.startswith("cuda:"):
         raise ConfigError(
-            f"Device {config.device} is not supported, because Ray chooses the GPUs: use device "
-            "cuda, and set CUDA_VISIBLE_DEVICES to use only some of them."
+            f"--device {config.device}: Ray chooses the GPUs. Use --device cuda, and the variable "
+            "CUDA_VISIBLE_DEVICES to leave some out."
         )
     if config.device == "cuda" and not cluster.gpus and (cluster.embedded or not config.workers):
         raise ConfigError(
-            "Device cuda is not available, because Ray has no GPUs: use device cpu, or set workers "
-            "if an autoscaler adds GPU nodes on demand."
+            "--device cuda was asked for, but Ray has no GPUs: use --device cpu, or --workers on a "
+            "cluster that adds GPU nodes when they are asked for."
         )
     return config.device
 
@@ -126,8 +126,8 @@ def _check_spare_cores(cluster: Cluster, resources: _Resources, workers: int | N
     cores = sum(cluster.node_cpus)
     if (cluster.embedded or not workers) and cores - resources.workers * resources.shape.cpus < 1:
         raise ConfigError(
-            f"load_tasks needs free CPU cores, but the workers use all {cores}: set fewer workers "
-            "or threads, or remove load_tasks."
+            f"--load-tasks needs CPU cores besides those of the workers, which use all {cores}: "
+            "lower --workers or --threads, or leave --load-tasks out."
         )
 
 

@@ -100,7 +100,7 @@ def export_store(
     if to == Target.STABLE_AUDIO_TOOLS:
         return _stable_audio_tools(store, storage, frames)
     if frames is not None:
-        raise ConfigError(f"Option --frames has no meaning for {to}: leave it out.")
+        raise ConfigError(f"--frames has no effect with --to {to}: leave it out.")
     return _converted(store, storage, "parquet" if to == Target.PARQUET else "webdataset")
 
 

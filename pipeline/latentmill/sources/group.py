@@ -53,8 +53,8 @@ class GroupedSource:
         if example is not None and not grouped:
             what = "field" if isinstance(self._rule, list) else "expression"
             raise ConfigError(
-                f"Setting group_by: the {what} matches none of the items, so that there are no "
-                f"groups: correct it, or leave it out (a key is, for instance, {example!r})."
+                f"the {what} of --group-by matches none of the items, so there are no groups: "
+                f"correct it (one key is {example!r}), or leave it out."
             )
 
 
@@ -69,7 +69,7 @@ def check_rule(rule: str) -> re.Pattern[str] | list[str]:
     fields = [field.strip() for field in rule.removeprefix(METADATA).split(",")]
     if not all(fields) or len(fields) > 2:
         raise ConfigError(
-            f"Setting group_by: {rule!r} must name one or two fields, such as metadata:song,stem."
+            f"invalid --group-by {rule!r}: name one or two fields, such as metadata:song,stem."
         )
     return fields
 
@@ -79,16 +79,16 @@ def _compiled(rule: str) -> re.Pattern[str]:
         pattern = re.compile(rule)
     except re.error as error:
         raise ConfigError(
-            f"Setting group_by: {rule!r} is no regular expression: {error}."
+            f"invalid --group-by {rule!r}: not a valid regular expression ({error})."
         ) from error
     if unknown := sorted(set(pattern.groupindex) - {"group", "role"}):
         raise ConfigError(
-            f"Setting group_by: {rule!r} names {', '.join(unknown)}, and the groups that have a "
-            "meaning are (?P<group>...) and (?P<role>...)."
+            f"invalid --group-by {rule!r}: unknown group {', '.join(unknown)}; use "
+            "(?P<group>...) and (?P<role>...)."
         )
     if "group" not in pattern.groupindex:
         raise ConfigError(
-            f"Setting group_by: {rule!r} must hold (?P<group>...), or be metadata:FIELD."
+            f"invalid --group-by {rule!r}: it must contain (?P<group>...), or be metadata:FIELD."
         )
     return pattern
 

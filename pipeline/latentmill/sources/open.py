@@ -56,8 +56,8 @@ def _refuse_unused(given: SourceSettings, kind: SourceType) -> None:
         types = Setting.of(field).sources
         if types and kind not in types and getattr(given, name) not in (field.default, ""):
             raise ConfigError(
-                f"{option(name)} has no effect on a source of type {kind}: it is for "
-                f"{' and '.join(types)}; remove it, or set --source-type."
+                f"{option(name)} has no effect on a source of type {kind}, only on "
+                f"{' and '.join(types)}: remove it, or set --source-type."
             )
 
 

@@ -342,22 +342,23 @@ class LatentStore(StoreDecoder, Shown):
         return self.decode_latent(source, samples, seed=seed, batch_size=batch_size)
 
     def _at_its_place(self, entry: IndexEntry, read: Callable[[IndexEntry], T]) -> T:
-        """Read a record; again, where it is now, if its shard is gone and there is a new seal."""
-        try:
-            return read(entry)
-        except StorageError as error:
-            if not isinstance(error.__cause__, FileNotFoundError):
-                raise
-            self.reload()
-            position = self.index.find(entry.key)
-            if position is None:
-                raise StoreError(
-                    f"{self.url} was sealed again without {entry.key}: open it again."
-                ) from error
-            now = self.index.entry(position)
-            if now == entry:
-                raise
-        return read(now)
+        """Read a record; if its shard is gone, where the present seal has it."""
+        while True:
+            try:
+                return read(entry)
+            except StorageError as error:
+                if not isinstance(error.__cause__, FileNotFoundError):
+                    raise
+                self.reload()
+                position = self.index.find(entry.key)
+                if position is None:
+                    raise StoreError(
+                        f"{self.url} was sealed again without {entry.key}: open it again."
+                    ) from error
+                now = self.index.entry(position)
+                if now == entry:
+                    raise
+                entry = now
 
     def _read(self, entry: IndexEntry, offset: int, length: int) -> bytes:
         data = self.storage.read_range(entry.shard, offset, length)

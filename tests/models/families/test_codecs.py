@@ -110,7 +110,7 @@ def test_codes_are_neither_blended_nor_changed(
     assert model.spec.stitch == ("none" if whole_chunk else "trim")
     with pytest.raises(ConfigError) as refused:
         Chunking.for_model(model.spec, stitch="crossfade")
-    advice = f"use stitch {model.spec.stitch}."
+    advice = f"use --stitch {model.spec.stitch}."
     assert one_sentence(refused.value).endswith(advice)
     if whole_chunk:
         with pytest.raises(ConfigError, match=advice):
@@ -137,7 +137,9 @@ def test_codes_that_float16_cannot_hold_are_refused(
     settings = {"source": str(tmp_path / "none"), "out": str(tmp_path / "out"), "device": "cpu"}
     settings |= {"model": f"dac:{copy}", "model_options": {"output": "codes"}}  # type: ignore[dict-item]
     refusal = SourceError if exact else ConfigError  # the source is looked for after that
-    with pytest.raises(refusal, match="none" if exact else r"codes up to 2049.*use dtype float32"):
+    with pytest.raises(
+        refusal, match="none" if exact else r"codes up to 2049.*use --dtype float32"
+    ):
         run(load_config(None, settings))
     with pytest.raises(SourceError):
         run(load_config(None, {**settings, "dtype": "float32"}))

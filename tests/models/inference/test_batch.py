@@ -98,7 +98,7 @@ def test_batches_beyond_that_limit_are_refused_on_a_gpu(
         size(limited, "cuda", batch_size=7)
     assert "7 chunks of 2.0 s are more than mdct can take" in one_sentence(caught.value)
     longer = replace(limited, spec=replace(limited.spec, max_batch_samples=1500))
-    with pytest.raises(ConfigError, match="lower batch_size or chunk_seconds"):
+    with pytest.raises(ConfigError, match="lower --batch-size or --chunk-seconds"):
         size(longer, "cuda")
 
 

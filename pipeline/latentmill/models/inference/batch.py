@@ -98,8 +98,8 @@ def check_batch(spec: ModelSpec, samples: int, size: int) -> None:
     if most is not None and size * samples > most:
         raise ConfigError(
             f"{size} chunks of {samples / spec.sample_rate:.1f} s are more than {spec.name} can "
-            f"take at once on a GPU, {most / spec.sample_rate:g} s: lower batch_size or "
-            "chunk_seconds."
+            f"take at once on a GPU, {most / spec.sample_rate:g} s: lower --batch-size or "
+            "--chunk-seconds."
         )
 
 

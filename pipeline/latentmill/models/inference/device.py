@@ -28,8 +28,8 @@ def pick_device(wanted: str) -> str:
         raise ConfigError(f"Device {wanted!r} is none of auto, cpu, cuda, cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"Device {wanted} was asked for, but torch {torch.__version__} sees "
-            f"{torch.cuda.device_count()} GPUs: install a CUDA build of torch, or use device cpu."
+            f"--device {wanted} was asked for, but torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} GPUs: install a CUDA build of torch, or use --device cpu."
         )
     return wanted
 
