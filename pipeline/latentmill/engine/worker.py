@@ -28,6 +28,7 @@ from latentmill.engine.careful import HANG_SECONDS, Trials
 from latentmill.engine.lock import join_run
 from latentmill.engine.underway import Underway, UnitProgress
 from latentmill.errors import StoreError
+from latentmill.facts import parse_json
 from latentmill.models.base import Autoencoder, ModelHandle
 from latentmill.models.checks import check_encoded
 from latentmill.models.inference.batch import find_batch_size
@@ -256,7 +257,7 @@ def settled_batch_size(storage: Storage, model: Autoencoder, job: Job, device: s
         size = find_batch_size(model, samples, device, job.settings.precision)
         storage.create(BATCH_PATH, json.dumps({"batch_size": size}).encode())
     try:
-        settled = json.loads(storage.read(BATCH_PATH))["batch_size"]
+        settled = parse_json(storage.read(BATCH_PATH))["batch_size"]
         if not isinstance(settled, int) or settled < 1:
             raise ValueError(settled)
     except (ValueError, TypeError, KeyError) as error:

@@ -22,6 +22,7 @@ from latentmill.decoding.files import LONGEST_NAME
 from latentmill.engine.lease import LEASE_PATH
 from latentmill.engine.lock import LOCK_PATH, only_run
 from latentmill.errors import ConfigError, StorageError, StoreError
+from latentmill.facts import parse_json
 from latentmill.ops import fit
 from latentmill.plan import PLAN, Plan, copy, load
 from latentmill.record import Outcome, Record, time_major_bytes
@@ -273,7 +274,7 @@ def _begin_files(store: LatentStore, storage: Storage) -> bool:
         _refuse_unless_empty(storage)
     else:
         try:
-            fingerprint = json.loads(text)["fingerprint"]
+            fingerprint = parse_json(text)["fingerprint"]
         except (ValueError, TypeError, LookupError):
             fingerprint = None
         if fingerprint != store.info.fingerprint:

@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from latentmill.errors import ConfigError
+from latentmill.errors import ConfigError, StoreError
 from latentmill.reader.cache import RangeCache
 from latentmill.reader.rows import RowReader, check_items
 from latentmill.reader.shards import Piece, Shard, ShardReader
 from latentmill.record import DTYPES
 from latentmill.store.index import Index
+from latentmill.store.schema import DATASET_PATH
 from latentmill.store.store import LatentStore
 
 Float = npt.NDArray[np.float32]
@@ -77,6 +78,11 @@ class CropReader(RowReader):
         self._offsets = index.column("offset")
         self._shard_of = index.column("shard")
         sizes = self.store.shard_sizes()
+        if strange := sorted(set(index.shards) - set(sizes)):
+            raise StoreError(
+                f"{self.store.url}: the index names a shard that {DATASET_PATH} does not, "
+                f"{strange[0]}: run the same encode command again to write them again."
+            )
         self._paths = [Shard(path, *sizes[path]) for path in index.shards]
 
     def __reduce__(self) -> tuple[Callable[..., CropReader], tuple[Any, ...]]:

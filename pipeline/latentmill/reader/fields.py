@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from latentmill.errors import ConfigError, StorageError
+from latentmill.facts import parse_json
 from latentmill.reader.rows import RowReader, check_items
 from latentmill.sources.where import Condition
 from latentmill.store.fields import open_columns
@@ -108,7 +108,7 @@ class FieldReader(RowReader):
         paths = [self._paths[shard] for shard in self._shard_of[rows].tolist()]
         found = self.store.storage.read_ranges(list(zip(paths, offsets, lengths, strict=True)))
         try:
-            members = [json.loads(data) for data in found]
+            members = [parse_json(data) for data in found]
             return [{name: member.get(name) for name in self.columns} for member in members]
         except (ValueError, AttributeError) as error:
             raise self._damaged(error) from error
@@ -263,4 +263,4 @@ def _no_field(name: str, known: Iterable[str]) -> ConfigError:
 def _parsed(table: pa.Table) -> Iterable[dict[str, Any]]:
     for batch in table.to_batches(max_chunksize=_BATCH):
         for fields in batch.to_pylist():
-            yield fields | {"metadata": json.loads(fields["metadata"])}
+            yield fields | {"metadata": parse_json(fields["metadata"])}
