@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import re
 import subprocess
@@ -10,6 +11,8 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 MIB = 1 << 20
@@ -29,7 +32,8 @@ for path in sys.argv[1:]:
     source = WebDatasetSource(path, ["wav"]) if path.endswith(".tar") else ManifestSource(path)
     before = used()
     try:
-        draft_table(list(source.items()))
+        for item in source.items():
+            draft_table([item])
         said = "nothing"
     except SourceError as error:
         said = str(error)
@@ -94,6 +98,13 @@ def many_lines() -> Iterator[bytes]:
     yield b"\n"
 
 
+def parquet(columns: dict[str, object], **options: object) -> Iterator[bytes]:
+    table = pa.table({"path": [f"{n}.wav" for n in range(len(columns["x"]))], **columns})
+    out = io.BytesIO()
+    pq.write_table(table, out, compression="zstd", **options)
+    yield out.getvalue()
+
+
 CASES: dict[str, tuple[str, Callable[[], Iterator[bytes]], str]] = {
     "one PAX header of 200 MiB": ("a.tar", lambda: large_pax(tarfile.XHDTYPE), "headers are larg"),
     "a name of 200 MiB": ("a.tar", lambda: large_pax(tarfile.GNUTYPE_LONGNAME), "headers are larg"),
@@ -111,6 +122,16 @@ CASES: dict[str, tuple[str, Callable[[], Iterator[bytes]], str]] = {
         "a.tar",
         lambda: pax(GNU_sparse_major="1", GNU_sparse_minor="0", GNU_sparse_realsize="9" * 20),
         "cannot be read",
+    ),
+    "a list of 8 million numbers": (
+        "m.parquet",
+        lambda: parquet({"x": pa.array([[0.0] * 8_000_000], pa.list_(pa.float32()))}),
+        "row 1 holds more than 16 MiB",
+    ),
+    "a page of 200 MiB": (
+        "m.parquet",
+        lambda: parquet({"x": ["y" * MIB] * 200}, use_dictionary=False),
+        "of column x would become 200 MiB",
     ),
     "a JSON line": (
         "m.jsonl.gz",
@@ -148,6 +169,6 @@ def test_memory_is_bounded_and_the_error_says_what_is_wrong(
 ) -> None:
     used, said = results[case]
     assert re.search(CASES[case][2], said)
-    assert re.fullmatch(r"(Tar|Manifest) [^\n]*\.", said)
+    assert said == "nothing" or re.fullmatch(r"(Tar|Manifest|Table) [^\n]*\.", said)
     assert ". " not in said
     assert used < ALLOWED_MIB

@@ -213,6 +213,11 @@ def _stitched_windows(
     total = source.shape[1]
     size = spec.frames(chunking.samples)
     overlap = max(chunking.overlap, min(size // 4, 4))
+    if overlap >= size:
+        raise ConfigError(
+            f"Chunks of {chunking.samples} samples that share {overlap} frames are too short for "
+            f"{spec.name}: if they are a store's, its dataset.json is damaged; restore it."
+        )
     if total <= size:
         yield _Window(0, source.read(0, total), 0, num_samples)
         return

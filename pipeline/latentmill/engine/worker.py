@@ -20,6 +20,7 @@ import torch
 
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.encoder import UnitEncoder
+from latentmill.encoding.stored import parse_json
 from latentmill.encoding.timings import Meter
 from latentmill.encoding.unit_audio import EncodeSettings, ItemEvent, Loading, LocalAudio, UnitAudio
 from latentmill.engine.lock import join_run
@@ -245,7 +246,7 @@ def settled_batch_size(storage: Storage, model: Autoencoder, job: Job, device: s
         size = find_batch_size(model, samples, device, job.settings.precision)
         storage.create(BATCH_PATH, json.dumps({"batch_size": size}).encode())
     try:
-        settled = json.loads(storage.read(BATCH_PATH))["batch_size"]
+        settled = parse_json(storage.read(BATCH_PATH))["batch_size"]
         if not isinstance(settled, int) or settled < 1:
             raise ValueError(settled)
     except (ValueError, TypeError, KeyError) as error:

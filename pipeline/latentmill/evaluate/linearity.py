@@ -71,7 +71,7 @@ def measure_linearity(
     sounds = _sounds(store, items, longest)
     if len(sounds) < 2:
         raise ConfigError(f"{store.url} has fewer than two items that are not silent to compare.")
-    with numeric_mode(store.plan.fingerprint["numeric"]["precision"], store.device):
+    with numeric_mode(store.precision, store.device):
         card = _card(model, sounds)
     if record and store.sealed:
         write_measurement(store.storage, store.info, card)

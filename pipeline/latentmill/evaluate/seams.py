@@ -111,7 +111,7 @@ def _measure(store: LatentStore, record: Record) -> SeamError | None:
     model = store.model()
     audio = read_source(record, model.spec.channels)  # [C, T]
     padding = model.spec.padded(audio.shape[1]) - audio.shape[1]
-    with numeric_mode(store.plan.fingerprint["numeric"]["precision"], store.device):
+    with numeric_mode(store.precision, store.device):
         whole = model.encode(torch.from_numpy(np.pad(audio, ((0, 0), (0, padding))))[None])
     reference = whole[0].double().cpu().numpy()  # [D, Z]
     if not reference.any():

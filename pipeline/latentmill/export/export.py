@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from latentmill.decoding.files import LONGEST_NAME
+from latentmill.encoding.stored import parse_json
 from latentmill.engine.lease import LEASE_PATH
 from latentmill.engine.lock import LOCK_PATH, only_run
 from latentmill.errors import ConfigError, StorageError, StoreError
@@ -271,7 +272,7 @@ def _begin_files(store: LatentStore, storage: Storage) -> bool:
         _refuse_unless_empty(storage)
     else:
         try:
-            fingerprint = json.loads(text)["fingerprint"]
+            fingerprint = parse_json(text)["fingerprint"]
         except (ValueError, TypeError, LookupError):
             fingerprint = None
         if fingerprint != store.info.fingerprint:

@@ -14,7 +14,9 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+from pydantic import TypeAdapter
 
+from latentmill.encoding.stored import parse_json
 from latentmill.errors import StoreError
 from latentmill.plan.drafting import Draft, Totals
 from latentmill.plan.items import ITEMS_SCHEMA, to_items, unit_hash
@@ -205,7 +207,7 @@ def load(storage: Storage) -> Plan | None:
     if text is None:
         return None
     try:
-        document = json.loads(text)
+        document = parse_json(text)
         return _read_plan(document, storage)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise StoreError(
@@ -221,9 +223,10 @@ def _read_plan(document: dict[str, Any], storage: Storage) -> Plan:
             "which this latentmill reads: use the latentmill version that wrote it."
         )
     num_items, num_units = document.pop("items"), document.pop("units")
-    parts = tuple(Part(**part) for part in document.pop("parts"))
+    parts = tuple(Part(**_typed(Part, part)) for part in document.pop("parts"))
     if not all(type(n) is int and n >= 0 for part in parts for n in (part.number, part.revision)):
         raise ValueError("a part has an invalid number")  # numbers become file names
+    _typed(Plan, document)
     document["extensions"] = tuple(document["extensions"])
     sizes = storage.list(PLAN)
     units: list[Unit] = []
@@ -235,6 +238,12 @@ def _read_plan(document: dict[str, Any], storage: Storage) -> Plan:
     if plan.num_items != num_items or len(units) != num_units:
         raise ValueError("the parts do not add up")
     return plan
+
+
+def _typed(kind: type[Part | Plan], values: dict[str, Any]) -> dict[str, Any]:
+    """The values, if their types are those of the fields of `kind`; ValueError otherwise."""
+    TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
+    return values
 
 
 def _read_units(part: Part, storage: Storage) -> Iterator[Unit]:

@@ -13,7 +13,8 @@ from typing import Any, Literal, TypeVar, get_args
 import numpy as np
 import numpy.typing as npt
 
-from latentmill.errors import ConfigError, StoreError
+from latentmill.encoding.stored import parse_json
+from latentmill.errors import ConfigError, StorageError, StoreError
 from latentmill.reader.cache import RangeCache
 from latentmill.reader.crops import Crop, Cropped, CropReader
 from latentmill.reader.fields import FieldReader, Where, select
@@ -329,5 +330,10 @@ def check_mix(stores: Sequence[LatentStore]) -> None:
 
 
 def _parsed(metadata: str) -> dict[str, Any]:
-    parsed: dict[str, Any] = {} if metadata == "{}" else json.loads(metadata)
+    try:
+        parsed: dict[str, Any] = {} if metadata == "{}" else parse_json(metadata)
+    except (ValueError, TypeError) as error:
+        raise StorageError(
+            "The metadata of a record are not valid JSON: find its shard with `latentmill verify`."
+        ) from error
     return parsed

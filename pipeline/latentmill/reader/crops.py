@@ -10,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from latentmill.errors import ConfigError
+from latentmill.errors import ConfigError, StoreError
 from latentmill.reader.cache import RangeCache
 from latentmill.reader.pieces import Piece, Shard
 from latentmill.reader.rows import RowReader, check_items
 from latentmill.reader.shards import ShardReader
 from latentmill.record import DTYPES, FloatArray
 from latentmill.store.index import Index
+from latentmill.store.schema import DATASET_PATH
 from latentmill.store.store import LatentStore
 
 Raw = npt.NDArray[Any]  # numbers as stored
@@ -77,6 +78,11 @@ class CropReader(RowReader):
         self._offsets = index.column("offset")
         self._shard_of = index.column("shard")
         sizes = self.store.shard_sizes()
+        if strange := sorted(set(index.shards) - set(sizes)):
+            raise StoreError(
+                f"{self.store.url}: the index names a shard that {DATASET_PATH} does not, "
+                f"{strange[0]}: run the same encode command again to write them again."
+            )
         self._paths = [Shard(path, *sizes[path]) for path in index.shards]
 
     def __reduce__(self) -> tuple[Callable[..., CropReader], tuple[Any, ...]]:

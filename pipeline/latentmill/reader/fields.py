@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from latentmill.encoding.stored import parse_json
 from latentmill.errors import ConfigError, StorageError
 from latentmill.reader.rows import RowReader, check_items
 from latentmill.sources.where import Condition
@@ -108,7 +108,7 @@ class FieldReader(RowReader):
         paths = [self._paths[shard] for shard in self._shard_of[rows].tolist()]
         found = self.store.storage.read_ranges(list(zip(paths, offsets, lengths, strict=True)))
         try:
-            members = [json.loads(data) for data in found]
+            members = [parse_json(data) for data in found]
             return [{name: member.get(name) for name in self.columns} for member in members]
         except (ValueError, AttributeError) as error:
             raise self._damaged(error) from error
@@ -263,4 +263,4 @@ def _no_field(name: str, known: Iterable[str]) -> ConfigError:
 def _parsed(table: pa.Table) -> Iterable[dict[str, Any]]:
     for batch in table.to_batches(max_chunksize=_BATCH):
         for fields in batch.to_pylist():
-            yield fields | {"metadata": json.loads(fields["metadata"])}
+            yield fields | {"metadata": parse_json(fields["metadata"])}

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from latentmill.errors import SourceError
 from latentmill.text.redact import may_hold_secrets, redact_value
+
+ROWS = 64
+"""Of metadata, read at a time."""
+
+METADATA_LIMIT = 16 << 20
+"""Bytes of a sidecar, or of a row of a table; what is longer is no metadata."""
+
+_LARGE = 128 << 20
+_MOST_COMPRESSED = 100  # times; texts reach 10
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=str).encode
 _encode_with_nan = json.JSONEncoder(ensure_ascii=False, default=str).encode
@@ -47,6 +56,48 @@ def as_json(row: Mapping[str, Any]) -> str:
     if may_hold_secrets(text):  # such as signed URLs
         text = _encode(redact_value(json.loads(text)))
     return text if is_text(text) else json.dumps(json.loads(text))
+
+
+def bounded_rows(batches: Iterable[pa.RecordBatch], uri: str) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet file as Python values, a few at a time: a few compressed bytes, or a value
+    that many rows share, may stand for gigabytes.
+
+    Raises:
+        SourceError: A row is larger than `METADATA_LIMIT`.
+    """
+    number = 0
+    for batch in batches:
+        small = batch.nbytes <= METADATA_LIMIT
+        for start in range(0, len(batch), len(batch) if small else 1):
+            rows = batch.slice(start, len(batch) if small else 1)
+            number += len(rows)
+            if not small and rows.nbytes > METADATA_LIMIT:
+                raise SourceError(
+                    f"Table {uri}: row {number} holds more than {METADATA_LIMIT >> 20} MiB beside "
+                    "audio: shorten or remove it."
+                )
+            yield from rows.to_pylist()
+
+
+def refuse_bombs(table: Any, columns: Sequence[str], uri: str) -> None:
+    """Refuse a Parquet file whose footer says that a few bytes become very many: Arrow takes a page
+    out of its compression as a whole.
+
+    Raises:
+        SourceError: It does, in one of the columns.
+    """
+    for group in range(table.metadata.num_row_groups):
+        about = table.metadata.row_group(group)
+        for number in range(about.num_columns):
+            chunk = about.column(number)
+            size, packed = chunk.total_uncompressed_size, max(chunk.total_compressed_size, 1)
+            name = chunk.path_in_schema
+            read = any(name == one or name.startswith(f"{one}.") for one in columns)
+            if read and size > _LARGE and size > _MOST_COMPRESSED * packed:
+                raise SourceError(
+                    f"Table {uri}: {packed} bytes of column {name} would become {size >> 20} MiB: "
+                    "remove the column, or write the file with smaller row groups."
+                )
 
 
 def is_text(value: str) -> bool:

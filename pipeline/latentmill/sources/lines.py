@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from latentmill.errors import SourceError
-from latentmill.sources.metadata import METADATA_LIMIT
+from latentmill.sources.columns import METADATA_LIMIT
 
 
 class BoundedLines:

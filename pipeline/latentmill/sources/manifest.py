@@ -24,10 +24,19 @@ from latentmill.errors import SourceError
 from latentmill.sources import lhotse
 from latentmill.sources.address import segment_text
 from latentmill.sources.base import Item, Segment
-from latentmill.sources.columns import as_json, find_column, is_text, plain_columns
+from latentmill.sources.columns import (
+    METADATA_LIMIT,
+    ROWS,
+    as_json,
+    bounded_rows,
+    find_column,
+    is_text,
+    plain_columns,
+    refuse_bombs,
+)
 from latentmill.sources.files import Place
 from latentmill.sources.lines import BoundedLines
-from latentmill.sources.metadata import MAX_NESTING, METADATA_LIMIT, is_too_deep
+from latentmill.sources.metadata import MAX_NESTING, is_too_deep
 from latentmill.sources.names import as_key
 from latentmill.sources.parquet import table_errors
 from latentmill.sources.parquet_cells import open_table
@@ -54,7 +63,6 @@ _Builder = Callable[[dict[str, Any], str], Item | None]
 
 _KINDS = {list: "a list", dict: "an object", bool: "true or false"}
 
-_ROWS = 4096  # read at a time
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,15})(\.[0-9]+)?([eE][-+]?[0-9]{1,2})?")
 
 
@@ -323,10 +331,10 @@ class ManifestSource:
     def _parquet(self) -> Iterator[_Row]:
         with table_errors(self.uri), open_table(self.uri) as table:
             columns = plain_columns(table.schema_arrow)
-            number = 0
-            for batch in table.iter_batches(_ROWS, columns=columns, use_threads=False):
-                for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020
-                    yield f"row {number}", row
+            refuse_bombs(table, columns, self.uri)
+            batches = table.iter_batches(ROWS, columns=columns, use_threads=False)
+            for number, row in enumerate(bounded_rows(batches, self.uri), 1):
+                yield f"row {number}", row
 
 
 def manifest_format(uri: str) -> str | None:

@@ -10,12 +10,10 @@ from typing import Any
 
 from latentmill.errors import ItemError
 from latentmill.sources.base import Item
+from latentmill.sources.columns import METADATA_LIMIT
 from latentmill.sources.files import read_bytes
 from latentmill.storage.remote import RANGE_NOT_SATISFIABLE, cause_of, status_of, storage_errors
 from latentmill.text.redact import may_hold_secrets, redact_metadata, redact_value
-
-METADATA_LIMIT = 16 << 20
-"""Bytes of a sidecar; what is longer is no metadata."""
 
 MAX_NESTING = 500
 """Levels of lists and objects: Python reads and writes JSON by recursion, which ends at 1,000

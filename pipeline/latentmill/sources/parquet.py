@@ -14,14 +14,21 @@ from latentmill.audio.media import path_of_file_url
 from latentmill.errors import SourceError
 from latentmill.sources.arrays import audio_column, is_array, is_samples
 from latentmill.sources.base import Item, TableCell
-from latentmill.sources.columns import as_json, is_audio, is_binary, plain_columns
+from latentmill.sources.columns import (
+    ROWS,
+    as_json,
+    bounded_rows,
+    is_audio,
+    is_binary,
+    plain_columns,
+    refuse_bombs,
+)
 from latentmill.sources.files import File, Place, find_files
 from latentmill.sources.names import as_key
 from latentmill.sources.parquet_cells import open_table
 from latentmill.storage.remote import cause_of, refuse_secrets, storage_errors
 
 TABLES = (".parquet",)
-_ROWS = 1024  # of metadata, read at a time
 
 
 class ParquetSource:
@@ -65,12 +72,13 @@ class ParquetSource:
             columns = [name for name in columns if name not in held]
         if self._key_column is not None and self._key_column not in columns:
             raise SourceError(f"{file.uri} has no column {self._key_column} to take keys from.")
+        refuse_bombs(table, columns, file.uri)
         stem = posixpath.splitext(file.name)[0]
         number = 0
         for group in range(table.metadata.num_row_groups):
             about = table.metadata.row_group(group)
             size, empty = _mean_size(about, audio)
-            for row, metadata in enumerate(_rows(table, group, columns, about.num_rows)):
+            for row, metadata in enumerate(_rows(table, file.uri, group, columns, about.num_rows)):
                 path = (metadata.pop(audio, None) or {}).get("path")
                 elsewhere = column.kind == "file" and empty and bool(path)
                 if path is not None:
@@ -148,12 +156,15 @@ def table_errors(uri: str) -> Iterator[None]:
         raise SourceError(f"Table {uri} cannot be read: {cause}.") from error
 
 
-def _rows(table: Any, group: int, columns: list[str], rows: int) -> Iterator[dict[str, Any]]:
+def _rows(
+    table: Any, uri: str, group: int, columns: list[str], rows: int
+) -> Iterator[dict[str, Any]]:
     if not columns:
         yield from ({} for _ in range(rows))
         return
-    for batch in table.iter_batches(_ROWS, row_groups=[group], columns=columns, use_threads=False):
-        yield from batch.to_pylist()
+    yield from bounded_rows(
+        table.iter_batches(ROWS, row_groups=[group], columns=columns, use_threads=False), uri
+    )
 
 
 def _mean_size(group: Any, column: str) -> tuple[int, bool]:

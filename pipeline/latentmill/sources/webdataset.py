@@ -20,8 +20,9 @@ from typing import IO, Any
 
 from latentmill.errors import ItemError, SourceError
 from latentmill.sources.base import ByteRange, Item
+from latentmill.sources.columns import METADATA_LIMIT
 from latentmill.sources.files import File, Place, find_files
-from latentmill.sources.metadata import METADATA_LIMIT, parse_sidecar
+from latentmill.sources.metadata import parse_sidecar
 from latentmill.sources.names import (
     APPLE_DOUBLE,
     as_key,

@@ -148,7 +148,9 @@ class Storage:
         with self._errors("read", path):
             if self.local:
                 with Path(self.full(path)).open("rb", buffering=0) as file:
-                    return os.pread(file.fileno(), length, offset)
+                    # `pread` allocates what it is asked for, which may be any number.
+                    length = min(length, os.fstat(file.fileno()).st_size - offset)
+                    return os.pread(file.fileno(), length, offset) if length > 0 else b""
             start, end, full = offset, offset + length, self.full(path)
             data = retrying(lambda: self._fs.cat_file(full, start=start, end=end))
             return self._of_range(path, data, length)

@@ -271,7 +271,12 @@ def open_index(storage: Storage, path: str, wanted: str | None) -> Index:
     """
     where = f"{storage.root}/{path}"
     if storage.local:
-        data = pa.memory_map(storage.full(path)).read_buffer()
+        try:
+            data = pa.memory_map(storage.full(path)).read_buffer()
+        except FileNotFoundError:
+            raise
+        except OSError as error:  # a folder, a link to itself, no permission
+            raise damaged_index(where) from error
     else:
         data = pa.py_buffer(storage.read(path))
     small = data.size <= CHECKED_BYTES

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import pyarrow as pa
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from latentmill.encoding.stored import check_facts, parse_json
 from latentmill.errors import StoreError
 from latentmill.record import Latent, Record, ShardFormat, Status
 from latentmill.storage.storage import file_in_store
@@ -104,10 +105,16 @@ def record_from_fields(fields: Mapping[str, Any], latent: Latent) -> Record:
         LookupError, ValueError, TypeError: The fields are not those of a record.
     """
     given = {field.name for field in dataclasses.fields(Record)} - {"latent", "levels", "metadata"}
+    metadata = parse_json(fields["metadata"])
+    numbers = [fields[name] for name in ("num_samples", "sample_rate", "rms", "peak")]
+    if not isinstance(metadata, dict) or not all(type(n) in (int, float) for n in numbers):
+        raise ValueError("fields of other types")
+    if fields["sample_rate"] <= 0 or fields["num_samples"] < 0:
+        raise ValueError("no length")
     return Record(
         latent=latent,
         levels=levels_of(fields),
-        metadata=json.loads(fields["metadata"]),
+        metadata=metadata,
         **{name: fields[name] for name in given},
     )
 
@@ -133,6 +140,8 @@ def _json(value: Mapping[str, Any]) -> str:
     return text
 
 
+Bytes = Annotated[int, Field(ge=0, lt=2**63)]
+Size = Annotated[int, Field(ge=0, lt=2**31)]
 NameInStore = Annotated[str, AfterValidator(file_in_store)]
 
 
@@ -146,21 +155,31 @@ class ItemEntry(_Document):
     key: str
     status: Status
     reason: str | None = Field(None, description="Why it was skipped or failed.")
-    offset: int | None = Field(None, description="First byte of the latent in the shard.")
-    length: int | None = Field(None, description="Bytes of the latent.")
-    hash: str | None = Field(None, description="xxh3-64 of the latent's bytes, hex.")
-    shape: tuple[int, ...] | None = Field(None, description="[channels, frames] or with chunks.")
-    num_samples: int | None = Field(None, description="Audio length at the model's rate.")
-    fields_offset: int | None = Field(None, description="Tar: first byte of the JSON member.")
-    fields_length: int | None = Field(None, description="Tar: bytes of the JSON member.")
+    offset: Bytes | None = Field(None, description="First byte of the latent in the shard.")
+    length: Bytes | None = Field(None, description="Bytes of the latent.")
+    hash: str | None = Field(
+        None, pattern="^[0-9a-f]{1,16}$", description="xxh3-64 of the latent's bytes, hex."
+    )
+    shape: tuple[Size, ...] | None = Field(
+        None, min_length=2, max_length=3, description="[channels, frames] or with chunks."
+    )
+    num_samples: Bytes | None = Field(None, description="Audio length at the model's rate.")
+    fields_offset: Bytes | None = Field(None, description="Tar: first byte of the JSON member.")
+    fields_length: Bytes | None = Field(None, description="Tar: bytes of the JSON member.")
 
 
 class StatisticsEntry(_Document):
     """Per-channel statistics of the latents, over all frames."""
 
-    frames: int
+    frames: Bytes
     mean: list[float]
     m2: list[float] = Field(description="Sum of squared deviations from the mean.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.mean) != len(self.m2):
+            raise ValueError("not the same channels")
+        return self
 
 
 class Commit(_Document):
@@ -291,6 +310,14 @@ class DatasetInfo(_Document):
     linearity: LinearityEntry | None = Field(
         None, description="Format version 1 only; later versions have evaluation/linearity.json."
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_facts({"model": self.model, "chunking": self.chunking}, "model", "chunking")
+        channels = self.model["latent_channels"]
+        if not len(self.mean) == len(self.std) == channels:
+            raise ValueError("mean and std are not those of the model's channels")
+        return self
 
 
 class Measurement(_Document):

@@ -15,7 +15,7 @@ import xxhash
 
 from latentmill import __version__
 from latentmill.encoding.fingerprint import fingerprint
-from latentmill.errors import StorageError
+from latentmill.errors import StorageError, StoreError
 from latentmill.plan import Plan
 from latentmill.record import FloatArray
 from latentmill.storage.storage import Storage
@@ -49,6 +49,11 @@ def dataset_info(plan: Plan, commits: Iterable[Commit]) -> DatasetInfo:
         counts.update(item.status for item in commit.items)
         seconds += commit.audio_seconds
         if entry := commit.statistics:
+            if len(entry.mean) != len(statistics.mean):
+                raise StoreError(
+                    f"The commit of unit {commit.unit} is of {len(entry.mean)} channels, not of "
+                    f"{len(statistics.mean)}: delete it and run again to encode its unit again."
+                )
             part = ChannelStatistics(entry.frames, np.array(entry.mean), np.array(entry.m2))
             statistics = statistics.merge(part)
         if commit.shard is not None and commit.hash is not None:

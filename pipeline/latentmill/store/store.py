@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +15,9 @@ import xxhash
 
 from latentmill.decoding.decoder import LatentSource
 from latentmill.encoding.chunks import Chunking
+from latentmill.encoding.stored import parse_json, refuse_damaged
 from latentmill.errors import ConfigError, StorageError, StoreError
+from latentmill.models.inference.precision import Precision
 from latentmill.ops import Linearity, Origin
 from latentmill.plan import PLAN_PATH, Plan, load
 from latentmill.record import FloatArray, Latent, Record, latent_from_bytes, time_major_bytes
@@ -107,7 +108,15 @@ class LatentStore(StoreDecoder, Shown):
         plan = load(self.storage)
         if plan is None:
             raise StoreError(f"{self.url} has no {PLAN_PATH}: restore it from a copy of the store.")
+        refuse_damaged(plan.fingerprint, f"{self.url}/{PLAN_PATH}", "model", "chunking")
         return plan
+
+    @property
+    def precision(self) -> Precision:
+        """The numeric mode in which the latents were encoded."""
+        refuse_damaged(self.plan.fingerprint, f"{self.url}/{PLAN_PATH}", "numeric")
+        precision: Precision = self.plan.fingerprint["numeric"]["precision"]
+        return precision
 
     @cached_property
     def commits(self) -> dict[str, Commit]:
@@ -370,7 +379,7 @@ class LatentStore(StoreDecoder, Shown):
         """A record's fields beside the latent, from the tar's JSON or the Parquet columns."""
         if entry.fields_offset >= 0:
             data = self._read(entry, entry.fields_offset, entry.fields_length)
-            fields: dict[str, Any] = json.loads(data)
+            fields: dict[str, Any] = parse_json(data)
             return fields
         shard = self._shard_fields.pop(entry.shard, None)
         if shard is None:

@@ -274,7 +274,7 @@ def _same(expected: DatasetInfo, found: DatasetInfo, name: str) -> bool:
 
 def _decode(store: LatentStore, key: str, report: Report) -> None:
     record = store[key]
-    with numeric_mode(store.plan.fingerprint["numeric"]["precision"], store.device):
+    with numeric_mode(store.precision, store.device):
         audio = store.decode(key)  # [C, T]
     if audio.shape[1] != record.num_samples or not np.isfinite(audio).all():
         report.faults.append(f"{key} does not decode to {record.num_samples} finite samples")
