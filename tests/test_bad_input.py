@@ -144,7 +144,7 @@ def as_owner(folder: Path) -> Iterator[None]:
         (["--retry-changed"], 2, "--retry-changed needs --extend"),
         (["--start-column", "x"], 2, "--start-column has no effect on a source of type folder"),
         (["--group-by", "x"], 2, "invalid --group-by 'x': it must contain (?P<group>...)"),
-        (["--device", "tpu9"], 2, "is none of auto, cpu, cuda"),
+        (["--device", "tpu9"], 2, "use auto, cpu, cuda or cuda:N"),
         (["--no-such-option"], 2, "No such option"),
         (["--config", "no/such.yaml"], 2, "Config no/such.yaml cannot be read"),
     ],

@@ -166,7 +166,7 @@ def test_a_model_that_does_not_keep_its_spec_is_refused(
     for spec in (replace(MODEL.spec, overhang=0), replace(MODEL.spec, latent_channels=1)):
         with pytest.raises(ModelError) as caught:
             encode(items_of(corpus)[:1], Wrong(spec))
-        assert "where its spec promises" in one_sentence(caught.value)
+        assert "by its spec they have shape" in one_sentence(caught.value)
 
 
 def test_an_empty_unit_has_no_outcomes() -> None:

@@ -188,6 +188,6 @@ def test_the_command_shows_a_model_as_it_would_run(capsys: pytest.CaptureFixture
     spec = json.loads(split.out)
     assert (spec["channels"], spec["latent_channels"]) == (2, 1024)
     wrong = runs.call(capsys, "models", "mdct", "--channels", "left")
-    assert wrong.err == "latentmill: Channels 'left': it is mono or split.\n"
+    assert wrong.err == "latentmill: Invalid channels 'left': use mono or split.\n"
     shown = runs.call(capsys, "models", "mdct")
     assert "1 frames to its left and 1 to its right" in shown.out

@@ -82,12 +82,14 @@ def test_a_family_s_options_do_not_name_the_repository(family: str) -> None:
     ],
 )
 def test_an_unknown_name_gets_the_closest(name: str, close: str) -> None:
-    with pytest.raises(ModelError, match=rf"did you mean {close}\? known are mdct, lin-cae,"):
+    with pytest.raises(
+        ModelError, match=rf"did you mean {close}\? known models are mdct, lin-cae,"
+    ):
         resolve(name)
 
 
 def test_a_name_like_no_other_gets_no_guess() -> None:
-    with pytest.raises(ModelError, match="Unknown model 'whisper'; known are"):
+    with pytest.raises(ModelError, match="Unknown model 'whisper'; known models are"):
         resolve("whisper")
 
 
@@ -135,13 +137,16 @@ def test_a_python_factory(user_module: Path) -> None:
     ("name", "message"),
     [
         ("python:user_models", "write it as python:package.module:factory"),
-        ("python:./user_models.py:factory", "write it as python:package.module:factory; a file is"),
+        (
+            "python:./user_models.py:factory",
+            "write it as python:package.module:factory; a file models",
+        ),
         ("python:models/user_models:factory", "write it as python:package.module:factory"),
         ("python:unfinished:factory", r"cannot import .*\(unfinished\.py, line 1\)"),
         ("python:no_such_package.models:factory", "No module named 'no_such_package'"),
         ("python:user_models:missing", "no attribute 'missing'"),
-        ("python:user_models:number", "is no function, but a int"),
-        ("python:user_models:nothing", "gave a NoneType"),
+        ("python:user_models:number", "is not a function but of type int"),
+        ("python:user_models:nothing", "returned a NoneType"),
     ],
 )
 def test_python_factories_that_are_none(user_module: Path, name: str, message: str) -> None:

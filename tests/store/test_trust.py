@@ -128,7 +128,7 @@ def test_with_consent_it_runs(evil: tuple[Path, str], marker: Path, capsys: Capt
     store, what = evil
     opened = lm.open(str(store), device="cpu", trust_model=True)
     if what.startswith("os:"):
-        with pytest.raises(LatentmillError, match="its factory gave a int"):
+        with pytest.raises(LatentmillError, match="its factory returned a int"):
             opened.model()
     else:
         assert opened.decode(KEY).shape[0] == 1
@@ -168,7 +168,7 @@ def test_the_repository_is_named_before_weights_are_loaded(
 @pytest.mark.parametrize("asked", [None, 3, ["python:os:system"]])
 def test_a_model_that_is_no_name_is_refused(asked: object, spoilable: Path) -> None:
     name_model(spoilable, asked, {})
-    with pytest.raises(ModelError, match="does not name its model"):
+    with pytest.raises(ModelError, match="does not have a valid model"):
         lm.open(str(spoilable), device="cpu").model()
 
 

@@ -1,1 +1,1 @@
-"""Autoencoders behind one protocol: `base` is the contract, `registry` finds a model by name."""
+"""Autoencoders behind one protocol, which `base` defines; `registry` finds a model by name."""

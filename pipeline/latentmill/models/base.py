@@ -1,4 +1,4 @@
-"""The protocol of every autoencoder. A complete model, whose frames are the means of 4 samples:
+"""The protocol of autoencoders. A complete model, whose frames are the means of 4 samples:
 
     import torch
     from latentmill.models.base import Context, ModelSpec
@@ -11,7 +11,7 @@
             scale_factor=1.0, stochastic_decoder=False, identity={"version": 1},
         )
 
-        def load(self, device):  # a model without weights is its own handle
+        def load(self, device):  # this model has no weights, so it is its own handle
             return self
 
         def encode(self, audio):
@@ -22,15 +22,15 @@
 
     factory = Means  # latentmill encode SOURCE STORE --model python:my_module:factory
 
-A model sees chunks: windows of samples of a fixed length. The spec converts between samples and
-latent frames, so that planning and chunking need no model in memory:
+A model encodes chunks: windows of samples of a fixed length. The spec converts between samples and
+latent frames, so that planning and chunking do not load the model:
 
     frames(T)  = max(1, ceil((T - overhang) / hop))     latent frames of T samples
     samples(n) = n * hop + overhang                     samples that n frames decode to at most
 
-`overhang` is what the first frame needs beyond its hop: 1536 for lin-cae (a 2048-point STFT with
-hop 512, eight STFT frames a latent frame), 0 for a padded convolutional encoder, -hop for an MDCT
-whose frames overlap by half.
+`overhang` is the number of samples that the first frame needs beyond its hop: 1536 for lin-cae (a
+2048-point STFT with hop 512 and eight STFT frames per latent frame), 0 for a padded convolutional
+encoder, -hop for an MDCT, whose frames overlap by half.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Value = str | int | float | bool | None
 
 
 class Context(NamedTuple):
-    """Latent frames beside a chunk that its own frames may depend on; 0 right of a causal model."""
+    """Number of latent frames on each side that a frame depends on; causal models: right = 0."""
 
     left: int
     right: int
@@ -57,38 +57,36 @@ class Context(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What is fixed about a model; known without loading it onto a device.
+    """The constants of a model, known before the model is loaded.
 
     Attributes:
-        name: The name it was asked for by, such as `lin-cae`, without a repository: where the
-            weights were does not matter, what they are is in the identity.
+        name: Name of the model, such as `lin-cae`, without a repository. It does not depend on
+            where the weights are stored; the identity has their hash.
         sample_rate: Hz.
         channels: Audio channels that `encode` expects.
         latent_channels: D of a latent `[D, Z]`.
         hop: Samples per latent frame.
-        overhang: See the module's text.
-        sample_multiple: `encode` takes lengths that are multiples of this.
-        min_samples: The shortest length that `encode` takes (itself a multiple).
-        context: Frames from a chunk's start and from its end after which its frames equal those
-            of the whole item; None where no context suffices (normalisation or attention over
-            the chunk).
-        stitch: The default way to stitch chunks.
+        overhang: See the module's docstring.
+        sample_multiple: `encode` accepts lengths that are multiples of this.
+        min_samples: The shortest length that `encode` accepts; a multiple of `sample_multiple`.
+        context: Number of frames at a chunk's start and at its end that differ from those of the
+            whole item; None if all frames may differ (normalisation or attention over the chunk).
+        stitch: Default way to stitch chunks.
         chunk_frames: Default chunk length in latent frames.
         overlap_frames: Default overlap of neighbouring chunks in latent frames.
         batch_size: Default chunks per forward pass, by device type (`cpu`, `cuda`).
-        scale_factor: What latents are multiplied by after encoding, divided by before decoding.
-        stochastic_decoder: Whether decoding draws noise (then it takes a seed).
-        identity: What else changes the latents: package and version, sha256 of the weights,
-            options. Goes into the fingerprint as it is.
-        provenance: Where the weights came from and what only decoding depends on; recorded
-            beside the fingerprint, so that a new revision with the same weights still resumes.
-        codebook_size: Where latents are codes, numbers from 0 to this less 1 that cannot be
-            blended; None: latents are continuous.
-        max_batch_samples: The most samples of a whole batch that the model can take; None: as
-            memory allows.
-        short_last_chunk: With `stitch: none`, encode the last chunk at its own length instead of
-            filling it up with zeros, as the codec does; the frames that it lacks are stored as
-            zeros.
+        scale_factor: Latents are multiplied by this after encoding and divided by it before
+            decoding.
+        stochastic_decoder: Whether decoding draws noise; if so, `decode` uses its seed.
+        identity: Everything else that changes the latents: package and version, sha256 of the
+            weights, options. Part of the fingerprint, unchanged.
+        provenance: Where the weights came from, and options that only change decoding. Recorded
+            beside the fingerprint, so that a run resumes if a new revision has the same weights.
+        codebook_size: Number of codes, if latents are codes: whole numbers from 0 to
+            `codebook_size - 1` that cannot be blended. None if latents are continuous.
+        max_batch_samples: Maximum number of samples in a batch; None if only memory limits it.
+        short_last_chunk: With `stitch: none`, encode the last chunk at its own length, as the
+            codec does, instead of padding it with zeros; its missing frames are stored as zeros.
     """
 
     name: str
@@ -113,15 +111,15 @@ class ModelSpec:
     short_last_chunk: bool = False
 
     def frames(self, num_samples: int) -> int:
-        """Latent frames that `encode` gives for `num_samples` samples."""
+        """Number of latent frames that `encode` returns for `num_samples` samples."""
         return max(1, math.ceil((num_samples - self.overhang) / self.hop))
 
     def samples(self, frames: int) -> int:
-        """The most samples that `frames` latent frames decode to."""
+        """Maximum number of samples that `frames` latent frames decode to."""
         return frames * self.hop + self.overhang
 
     def padded(self, num_samples: int) -> int:
-        """The shortest length that `encode` takes and that holds `num_samples`."""
+        """The shortest length of at least `num_samples` that `encode` accepts."""
         multiple = self.sample_multiple
         return max(self.min_samples, math.ceil(num_samples / multiple) * multiple)
 
@@ -132,23 +130,22 @@ class ModelSpec:
 
 
 class Autoencoder(Protocol):
-    """A model in memory, on one device.
+    """A model that is loaded onto a device.
 
-    Implementations must be deterministic, must treat the elements of a batch independently
-    (equal to 1e-4 relative whatever the batch), and need not be thread-safe.
+    Implementations must be deterministic and must encode and decode the elements of a batch
+    independently: an element's result may vary by 1e-4 (relative) with the rest of the batch. They
+    need not be thread-safe.
     """
 
     @property
-    def spec(self) -> ModelSpec:
-        """What is fixed about this model."""
-        ...
+    def spec(self) -> ModelSpec: ...
 
     def encode(self, audio: torch.Tensor) -> torch.Tensor:
         """Encode float32 audio `[B, C, T]` in -1..1 to latents `[B, D, Z]`, float32.
 
         T is a multiple of `spec.sample_multiple`, at least `spec.min_samples`;
-        Z is `spec.frames(T)`. Latents are scaled by `spec.scale_factor`. The audio may lie on
-        any device; latents come back on the model's.
+        Z is `spec.frames(T)`. Latents are scaled by `spec.scale_factor`. The audio may be on any
+        device; the latents are on the model's device.
         """
         ...
 
@@ -163,30 +160,28 @@ class Autoencoder(Protocol):
         """Decode latents `[B, D, Z]` to audio `[B, C, num_samples]`, float32.
 
         Args:
-            latents: Scaled latents, as `encode` gives them.
+            latents: Scaled latents, as `encode` returns them.
             num_samples: At most `spec.samples(Z)`.
-            seed: For a stochastic decoder. The noise of a frame depends on the seed and the
-                frame's position on the item's time line alone, so that equal positions share it.
-            positions: First frame of each batch element on its item's time line; default 0.
+            seed: Seed of a stochastic decoder. The noise of a frame depends only on the seed and
+                on the frame's position in the item, so that frames at equal positions share it.
+            positions: Index in its item of the first frame of each batch element; default 0.
         """
         ...
 
 
 class ModelHandle(Protocol):
-    """A model by name: resolved (weights on this machine, identity known), not yet loaded.
+    """A resolved model: its weights are on this machine and its spec is known; it is not loaded.
 
-    Must be picklable and small: it travels to the workers.
+    Must be picklable and small, because it is sent to the workers.
     """
 
     @property
-    def spec(self) -> ModelSpec:
-        """The model's spec."""
-        ...
+    def spec(self) -> ModelSpec: ...
 
     def load(self, device: str) -> Autoencoder:
         """Load the model onto `device` (`cpu`, `cuda`, `cuda:1`).
 
         Raises:
-            ModelError: The weights are not on this machine, or do not fit the model.
+            ModelError: The weights are missing on this machine or do not fit the model.
         """
         ...

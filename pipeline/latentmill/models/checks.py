@@ -1,4 +1,4 @@
-"""What every model refuses in the same words: wrong tensors, wrong lengths, a missing device."""
+"""Checks that all models share: tensors, lengths and devices, with the same error messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ T = TypeVar("T")
 
 
 def no_gradients(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate `encode` or `decode`: inference mode, or what `torch.compile` has instead of it."""
+    """Decorator for `encode` and `decode`: inference mode, or no_grad when compiling.
+
+    `torch.compile` does not support inference mode.
+    """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -30,43 +33,36 @@ def no_gradients(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def check_audio(spec: ModelSpec, audio: torch.Tensor) -> None:
-    """Check that `audio` is what `Autoencoder.encode` takes.
-
-    Raises:
-        ModelError: It is not float32 `[B, C, T]`, or T is too short or no multiple.
-    """
+    """Raise `ModelError` unless `audio` is valid input of `Autoencoder.encode`."""
     if audio.dtype != torch.float32:
         raise ModelError(
             f"Model {spec.name}: audio must be float32 in -1..1, not {audio.dtype}; "
-            "convert it (16-bit samples are divided by 32768)."
+            "convert it (divide 16-bit samples by 32768)."
         )
     if audio.ndim != 3 or audio.shape[1] != spec.channels:
         raise ModelError(
             f"Model {spec.name}: audio must have the shape [batch, {spec.channels}, samples], "
-            f"not {list(audio.shape)}; mix it down or choose another model."
+            f"not {list(audio.shape)}; mix it down or use another model."
         )
     samples = audio.shape[2]
     if samples < spec.min_samples or samples % spec.sample_multiple:
         raise ModelError(
-            f"Model {spec.name}: {samples} samples are not a multiple of {spec.sample_multiple} of "
-            f"at least {spec.min_samples}; pad them to {spec.padded(samples)}."
+            f"Model {spec.name}: the number of samples must be a multiple of "
+            f"{spec.sample_multiple} and at least {spec.min_samples}, not {samples}; pad them to "
+            f"{spec.padded(samples)}."
         )
 
 
 def check_encoded(spec: ModelSpec, samples: int, shape: Sequence[int]) -> None:
-    """Check the shape of what `Autoencoder.encode` gave for so many samples.
+    """Raise `ModelError` if the latents of `samples` samples do not have the spec's shape.
 
-    All places on the time line follow from the spec: a model that does not keep its own would
-    give latents at wrong times.
-
-    Raises:
-        ModelError: It is not `[B, D, Z]` of the spec.
+    Stitching computes times from the spec, so latents of another length would be at wrong times.
     """
     wanted = [spec.latent_channels, spec.frames(samples)]
     if list(shape[1:]) != wanted:
         raise ModelError(
-            f"Model {spec.name}: encode gave latents of the shape {list(shape)} for {samples} "
-            f"samples, where its spec promises {wanted} each: correct the model's spec."
+            f"Model {spec.name}: encode returned latents of shape {list(shape)} for {samples} "
+            f"samples, but by its spec they have shape {wanted} each: correct the model's spec."
         )
 
 
@@ -76,15 +72,7 @@ def check_latents(
     num_samples: int,
     positions: Sequence[int] | None = None,
 ) -> list[int]:
-    """Check what `Autoencoder.decode` is given.
-
-    Returns:
-        The position of each batch element.
-
-    Raises:
-        ModelError: They are not float32 `[B, D, Z]`, Z frames do not hold `num_samples`, or there
-            is not one position for each batch element.
-    """
+    """Raise `ModelError` for invalid arguments of `Autoencoder.decode`; return the positions."""
     if latents.dtype != torch.float32:
         raise ModelError(
             f"Model {spec.name}: latents must be float32, not {latents.dtype}; convert them."
@@ -103,29 +91,26 @@ def check_latents(
     chosen = [0] * latents.shape[0] if positions is None else list(positions)
     if len(chosen) != latents.shape[0]:
         raise ModelError(
-            f"Model {spec.name}: {latents.shape[0]} latents need as many positions, "
-            f"not {len(chosen)}."
+            f"Model {spec.name}: {len(chosen)} positions given for {latents.shape[0]} latents; "
+            "give one for each."
         )
     return chosen
 
 
 def check_device(name: str, device: str) -> torch.device:
-    """Turn a device's name into a device that is there.
-
-    Raises:
-        ModelError: The name is unknown, or this machine has no such device.
-    """
+    """Parse the name of a device; raise `ModelError` if this machine does not have it."""
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ModelError(
-            f"Model {name}: {device!r} is no device; choose cpu, cuda or cuda:N."
+            f"Model {name}: invalid device {device!r}; use cpu, cuda or cuda:N."
         ) from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ModelError(
-            f"Model {name}: device {device} was asked for, but PyTorch sees "
-            f"{torch.cuda.device_count()} GPUs here; use --device cpu or a CUDA build of PyTorch."
+            f"Model {name}: device {device} is not available, PyTorch finds "
+            f"{torch.cuda.device_count()} GPUs; use --device cpu or install a CUDA build of "
+            "PyTorch."
         )
     if chosen.type not in ("cpu", "cuda"):
-        raise ModelError(f"Model {name}: device {device} is not supported; choose cpu or cuda.")
+        raise ModelError(f"Model {name}: device {device} is not supported; use cpu or cuda.")
     return chosen

@@ -1,10 +1,10 @@
-"""Models by name.
+"""Finding models by name.
 
-A new family is one file with a factory and one line in `_BUILT_IN` or, if its name carries a
-repository (`dac:descript/dac_44khz`), in `_FAMILIES`: that one's factory takes the repository
-first. A factory is a function whose keyword arguments are the model's options, with types and
-defaults, and that returns a `ModelHandle`. A user's own factory needs no line here:
-`python:package.module:factory`, or an entry point of the group `latentmill.models`.
+A new family is one file with a factory, and an entry in `_BUILT_IN` or in `_FAMILIES`. `_FAMILIES`
+has the families whose names include a repository (`dac:descript/dac_44khz`), which is the
+factory's first argument. A factory is a function that returns a `ModelHandle`; its keyword
+arguments are the model's options, with types and defaults. A user's own factory has no entry here:
+it is `python:package.module:factory`, or an entry point of the group `latentmill.models`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Factory = Callable[..., ModelHandle]
 
 
 class ModelEntry(NamedTuple):
-    """A model that can be asked for: its name, one line about it, and what it needs installed."""
+    """A model that `resolve` finds: its name, a description and the command that installs it."""
 
     name: str
     description: str
@@ -38,17 +38,17 @@ class ModelEntry(NamedTuple):
 
 
 class _BuiltIn(NamedTuple):
-    factory: str  # module:attribute, imported when the model is asked for
+    factory: str  # module:attribute, imported when the model is resolved
     description: str
     requirement: str = ""
-    example: str = ""  # of a family's repository
+    example: str = ""  # a repository of the family
 
 
 _LINEAR_CAE = "pip install 'latentmill[linear-cae]'"
 _BUILT_IN = {
     "mdct": _BuiltIn(
         "latentmill.models.families.mdct:build",
-        "exactly linear and invertible transform, no weights (demo, tests, baseline)",
+        "exactly linear and invertible transform without weights (demo, tests, baseline)",
     ),
     "lin-cae": _BuiltIn(
         "latentmill.models.families.linear_cae.model:lin_cae",
@@ -57,12 +57,12 @@ _BUILT_IN = {
     ),
     "lin-cae-2": _BuiltIn(
         "latentmill.models.families.linear_cae.model:lin_cae_2",
-        "second linear consistency autoencoder, the same architecture, scale factor 40",
+        "second linear consistency autoencoder, same architecture, scale factor 40",
         _LINEAR_CAE,
     ),
     "m2l": _BuiltIn(
         "latentmill.models.families.linear_cae.model:m2l",
-        "their baseline without linearity training, the same architecture, scale factor 15",
+        "baseline of lin-cae without linearity training, same architecture, scale factor 15",
         _LINEAR_CAE,
     ),
     "music2latent": _BuiltIn(
@@ -107,9 +107,9 @@ _FAMILIES = {
 
 
 def available() -> list[ModelEntry]:
-    """List the models that `resolve` knows by name: the built-in ones, then entry points.
+    """List the models that `resolve` finds by name: the built-in ones, then the entry points.
 
-    A family stands there as `family:REPO`, REPO being its weights' hub repository or local path.
+    Families are listed as `family:REPO`; REPO is a hub repository or a local path.
     """
     named = {**_BUILT_IN, **{f"{f}:{PLACEHOLDER}": model for f, model in _FAMILIES.items()}}
     listed = [ModelEntry(name, m.description, m.requirement) for name, m in named.items()]
@@ -122,34 +122,29 @@ def available() -> list[ModelEntry]:
 def resolve(
     name: str, options: Mapping[str, Any] | None = None, channels: str | None = None
 ) -> ModelHandle:
-    """Find a model by name: its weights are located and its spec is known, nothing is loaded.
+    """Find a model's weights and its spec by the model's name, without loading it.
 
-    Args:
-        name: A name that `available` lists, `family:REPO` with the repository filled in, or
-            `python:package.module:factory`.
-        options: The factory's keyword arguments.
-        channels: `split` runs a mono model on each channel of stereo audio, `mono` makes sure
-            that the model takes mono; None: as many channels as the model takes.
-
-    Raises:
-        ModelError: The name or an option is unknown, an option has the wrong type, the model's
-            package or weights are missing, or it is no mono model where `channels` needs one.
+    The name is one that `available` lists (with the repository in place of REPO) or
+    `python:package.module:factory`; the options are the factory's keyword arguments. With channels
+    `split` a mono model runs on each channel of stereo audio; `mono` requires a mono model. Raises
+    `ModelError` if a name, option, package or file is missing or wrong.
     """
     if channels not in (None, *typing.get_args(Channels)):
-        raise ModelError(f"Channels {channels!r}: it is mono or split.")
+        raise ModelError(f"Invalid channels {channels!r}: use mono or split.")
     factory = _find(name)
     checked = dict(options or {})
     _check_options(name, factory, checked)
     handle = factory(**checked)
     if not isinstance(getattr(handle, "spec", None), ModelSpec) or not hasattr(handle, "load"):
         raise ModelError(
-            f"Model {name}: its factory gave a {type(handle).__name__}, which has no `spec` of "
-            "type ModelSpec and no `load(device)`; see latentmill.models.base.ModelHandle."
+            f"Model {name}: its factory returned a {type(handle).__name__}, but must return an "
+            "object with a `spec` of type ModelSpec and a method `load(device)`; see "
+            "latentmill.models.base.ModelHandle."
         )
     if channels is not None and handle.spec.channels != 1:
         raise ModelError(
-            f"Model {name} takes {handle.spec.channels} channels as it is: leave out channels "
-            f"{channels}, which is for mono models."
+            f"Model {name} takes {handle.spec.channels} channels: leave out channels {channels}, "
+            "which is for mono models."
         )
     if channels != "split":
         return handle
@@ -159,10 +154,7 @@ def resolve(
 
 
 def code_of(name: str) -> str | None:
-    """What a model's name makes this process import and call; None if it is built in.
-
-    Imports nothing.
-    """
+    """The function that `resolve` would import and call for a name; None for built-in models."""
     if name.startswith(PYTHON_PREFIX):
         return name.removeprefix(PYTHON_PREFIX)
     if _is_built_in(name):
@@ -172,7 +164,7 @@ def code_of(name: str) -> str | None:
 
 
 def weights_of(name: str, options: Mapping[str, Any]) -> str | None:
-    """Which model, and the repository or path that its weights come from; None if it has none."""
+    """Describe a model's weights and where they come from; None if it has no weights."""
     family, _, repo = name.partition(":")
     if family not in _FAMILIES and not (name in _BUILT_IN and _BUILT_IN[name].requirement):
         return None
@@ -182,7 +174,7 @@ def weights_of(name: str, options: Mapping[str, Any]) -> str | None:
 
 
 def _entry_points() -> dict[str, EntryPoint]:
-    """The entry points that do not take a built-in model's name."""
+    """Entry points by name, without those that have a built-in model's name."""
     points = entry_points(group=ENTRY_POINT_GROUP)
     return {point.name: point for point in points if not _is_built_in(point.name)}
 
@@ -200,7 +192,7 @@ def _find(name: str) -> Factory:
     if family in _FAMILIES:
         if repo in ("", PLACEHOLDER):
             raise ModelError(
-                f"Model {family} needs its weights' repository or local path: write "
+                f"Model {family} needs a repository or a local path: write "
                 f"{family}:{PLACEHOLDER}, as in {family}:{_FAMILIES[family].example}."
             )
         return partial(_import(name, _FAMILIES[family].factory), repo)
@@ -212,18 +204,18 @@ def _find(name: str) -> Factory:
     close = difflib.get_close_matches(family.lower(), near, n=1)
     hint = f"did you mean {near[close[0]]}? " if close else ""
     raise ModelError(
-        f"Unknown model {name!r}; {hint}known are {', '.join(known)} and "
+        f"Unknown model {name!r}; {hint}known models are {', '.join(known)} and "
         "python:package.module:factory."
     )
 
 
 def _import(name: str, target: str) -> Factory:
-    """Import `package.module:attribute`."""
+    """Import an attribute given as `package.module:attribute`."""
     module, _, attribute = target.partition(":")
     if not (attribute and all(part.isidentifier() for part in module.split("."))):
         raise ModelError(
-            f"Model {name}: write it as python:package.module:factory; a file is a module by its "
-            "name without .py, in a folder of PYTHONPATH."
+            f"Model {name}: write it as python:package.module:factory; a file models.py is the "
+            "module `models` if its folder is in PYTHONPATH."
         )
     try:
         found: Any = importlib.import_module(module)
@@ -232,13 +224,16 @@ def _import(name: str, target: str) -> Factory:
     except (ImportError, AttributeError, SyntaxError) as error:
         raise ModelError(f"Model {name}: cannot import {target}: {error}.") from error
     if not callable(found):
-        raise ModelError(f"Model {name}: {target} is no function, but a {type(found).__name__}.")
+        raise ModelError(
+            f"Model {name}: {target} is not a function but of type {type(found).__name__}; write "
+            "the name of the factory."
+        )
     factory: Factory = found
     return factory
 
 
 def _check_options(name: str, factory: Factory, options: Mapping[str, Any]) -> None:
-    """Compare options with the factory's signature, so that no model checks types itself."""
+    """Check options against the factory's signature, so that models need not check types."""
     parameters = _signature(factory).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {
@@ -269,12 +264,12 @@ def _check_options(name: str, factory: Factory, options: Mapping[str, Any]) -> N
 def _signature(factory: Factory) -> inspect.Signature:
     try:
         return inspect.signature(factory, eval_str=True)
-    except NameError:  # annotations that exist for the type checker alone are not checked
+    except NameError:  # types that are imported for the type checker only are not checked
         return inspect.signature(factory)
 
 
 def _fits(value: object, hint: Any) -> bool:
-    """Whether `value` is of the annotated type; annotations that say nothing fit everything."""
+    """Whether `value` has the annotated type; annotations of other kinds accept all values."""
     if typing.get_origin(hint) in (Union, types.UnionType):
         return any(_fits(value, part) for part in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:

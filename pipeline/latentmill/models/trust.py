@@ -1,8 +1,8 @@
-"""Models that a store names: a store is data, and may not choose which code runs.
+"""Models that are named in a store: a store is data and must not choose which code runs.
 
-Anyone can write a store, and its dataset.json names the model that decodes it. Built-in families
-only read weights, which execute nothing. Every other name stands for a Python function, which is
-imported and called only with the user's consent.
+A store may come from anyone, and its dataset.json names the model that decodes it. Built-in
+families only read weights and execute nothing. Every other name refers to a Python function, which
+is imported and called only with the user's consent.
 """
 
 from __future__ import annotations
@@ -20,42 +20,30 @@ from latentmill.text.printing import printable
 _log = logging.getLogger("latentmill")
 
 CONSENT = "if you trust it, add --trust-model (trust_model=True in Python)"
-# A store has one of these: `store.schema` and `plan` define them, but come later in the imports.
+# A store has one of these files. `store.schema` and `plan` define them, but import this package.
 _STORE_FILES = ("dataset.json", "plan/plan.json")
 
 
 def resolve_stored(
     name: object, options: object, channels: str | None, *, store: str, trusted: bool
 ) -> ModelHandle:
-    """Find the model that a store names; see `registry.resolve`.
+    """Find the model of a store from the name and options in the store; see `registry.resolve`.
 
-    Args:
-        name: The model's name, as the store has it.
-        options: Its options, as the store has them.
-        channels: As of `registry.resolve`.
-        store: The store, for messages.
-        trusted: Whether the user consented to run code that the store names.
-
-    Raises:
-        ModelError: The model is not built in and not trusted, or `registry.resolve` fails.
+    Raises `ModelError` if the model is not built in and the user has not consented (`trusted`).
     """
     if not isinstance(name, str) or not isinstance(options, Mapping):
-        raise ModelError(f"The store {store} does not name its model: restore its dataset.json.")
+        raise ModelError(
+            f"The dataset.json of the store {store} does not have a valid model: restore the file."
+        )
     check_named(name, options, by=f"store {store}", trusted=trusted)
     return registry.resolve(name, options, channels)
 
 
 def check_named(name: str, options: Mapping[str, Any], *, by: str, trusted: bool) -> None:
-    """Refuse a model that would run code; log where a built-in one takes its weights from.
+    """Raise `ModelError` if a model would run code and the user has not consented (`trusted`).
 
-    Args:
-        name: The model's name.
-        options: Its options.
-        by: What names it, for messages.
-        trusted: Whether the user consented.
-
-    Raises:
-        ModelError: It is not built in and not trusted.
+    Logs where the weights of a built-in model come from. `by` is the file or store that names the
+    model.
     """
     code = registry.code_of(name)
     if code is not None and not trusted:
@@ -66,10 +54,10 @@ def check_named(name: str, options: Mapping[str, Any], *, by: str, trusted: bool
         )
     weights = registry.weights_of(name, options)
     if weights is not None:
-        _log.warning("%s", printable(f"latentmill: loading {weights}, named by the {by}"))
+        _log.warning("%s", printable(f"latentmill: loading {weights}, as set in the {by}"))
 
 
 def store_of(file: Path) -> Path | None:
-    """The store that a local file lies in, if it lies in one."""
+    """The store that contains a local file; None if there is none."""
     folders = [*file.absolute().parents, *file.resolve().parents]
     return next((f for f in folders if any((f / name).exists() for name in _STORE_FILES)), None)

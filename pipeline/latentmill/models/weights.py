@@ -1,10 +1,8 @@
-"""What a model is made of on this machine: an optional package, and files.
-
-Files come from the Hugging Face hub, a local folder or a local file.
+"""A model's optional package and its files, which come from the Hugging Face hub or a local path.
 
 HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE have their usual meaning. Files are downloaded
-once into the shared cache (huggingface_hub locks it), and all from one commit. Nothing in a file
-is executed: safetensors, or `torch.load(weights_only=True)`.
+once into the shared cache (huggingface_hub locks it), and all from one commit. No code in a file
+is executed: weights are read as safetensors or by `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
@@ -41,8 +39,8 @@ LOAD_ERRORS = (
     TypeError,
     ValueError,
 )
-WEIGHTS = "weights"  # the role of the file that a local file stands for
-HUB_SECONDS = 3.0  # that a hub may be out of reach
+WEIGHTS = "weights"  # the role of the file, if a repository is a local file
+HUB_SECONDS = 3.0  # how long to retry while the hub does not answer
 
 
 @dataclass(frozen=True)
@@ -59,19 +57,19 @@ class Repo:
 
     @property
     def local(self) -> Path | None:
-        """The path, if it is one."""
+        """The path, if the location is one."""
         return Path(self.location) if Path(self.location).is_absolute() else None
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's files; the paths hold on the machine that found them, the rest everywhere.
+    """A model's files. The paths are valid on the machine that found them, the rest everywhere.
 
     Attributes:
-        repo: Where they come from; a hub repository's revision is the commit.
+        repo: Where the files come from; the revision of a hub repository is the commit.
         names: File name inside the repository, by role.
-        sha256: By role.
-        paths: By role.
+        sha256: Hex digests, by role.
+        paths: Paths on this machine, by role.
     """
 
     repo: Repo
@@ -81,31 +79,21 @@ class ModelFiles:
 
     @property
     def identity(self) -> dict[str, Value]:
-        """What of them belongs into the fingerprint."""
+        """The digests, as entries of the fingerprint."""
         return {f"sha256_{role}": digest for role, digest in self.sha256.items()}
 
     @property
     def provenance(self) -> dict[str, Value]:
-        """Where they came from."""
         return {"repo": self.repo.location, "revision": self.repo.revision}
 
 
 def import_package(
     model: str, package: str, *, module: str | None = None, install: str | None = None
 ) -> tuple[ModuleType, str]:
-    """Import an optional package.
+    """Import an optional package; return the module and the package's version.
 
-    Args:
-        model: The model's name, for errors.
-        package: The package's name.
-        module: Its module to import; None: that of its name.
-        install: What installs it; None: the extra of its name.
-
-    Returns:
-        The module and the package's version.
-
-    Raises:
-        ModelError: It is not installed or does not import.
+    The default module and the default extra in the install command have the package's name. `model`
+    is for the error message.
     """
     try:
         return importlib.import_module(module or package), version(package)
@@ -117,21 +105,12 @@ def import_package(
 
 
 def parse_repo(model: str, text: str, revision: str | None = None) -> Repo:
-    """Understand what a user gives for a repository.
-
-    Args:
-        model: The model's name, for errors.
-        text: `owner/name`, or a local path, which begins with `/`, `.` or `~`.
-        revision: Branch, tag or commit.
-
-    Raises:
-        ModelError: It is neither, the path does not exist, or a path is given a revision.
-    """
+    """Parse a repository: `owner/name`, or a local path, which begins with `/`, `.` or `~`."""
     if text.startswith(("/", ".", "~")):
         path = Path(os.path.abspath(Path(text).expanduser()))  # noqa: PTH100  links stay
         if not path.exists():
             raise ModelError(
-                f"Model {model}: there is no {path}; name a folder, a weights file or a hub "
+                f"Model {model}: path not found: {path}; use a folder, a weights file or a hub "
                 "repository."
             )
         if revision is not None:
@@ -142,23 +121,17 @@ def parse_repo(model: str, text: str, revision: str | None = None) -> Repo:
         return Repo(str(path))
     if text.count("/") != 1 or not all(text.split("/")) or any(c.isspace() for c in text):
         raise ModelError(
-            f"Model {model}: {text!r} is no hub repository (owner/name); a local path begins with "
-            "/, ./ or ~."
+            f"Model {model}: {text!r} is not a valid repository; write owner/name, or a local "
+            "path that begins with /, ./ or ~."
         )
     return Repo(text, revision)
 
 
 def find(model: str, repo: Repo, wanted: Mapping[str, Sequence[str]]) -> ModelFiles:
-    """Find a model's files, downloading from the hub those that are not cached.
+    """Find a model's files; download those that are not in the cache.
 
-    Args:
-        model: The model's name, for errors.
-        repo: Where to look.
-        wanted: For each role the file names that it may have, best first. The role `weights` is
-            the file itself where the repository is a local file.
-
-    Raises:
-        ModelError: A file cannot be had.
+    `wanted` has the possible file names of each role, the preferred one first. If the repository is
+    a local file, it is the file of the role `weights`.
     """
     names: dict[str, str] = {}
     paths: dict[str, Path] = {}
@@ -167,34 +140,30 @@ def find(model: str, repo: Repo, wanted: Mapping[str, Sequence[str]]) -> ModelFi
             names[role], paths[role] = _find_local(model, repo.local, role, candidates)
             continue
         names[role], paths[role] = _find_on_hub(model, repo, candidates, wanted)
-        # .../snapshots/COMMIT/NAME: the other files must be of the same commit.
+        # The path is .../snapshots/COMMIT/NAME; the other files must be from the same commit.
         repo = Repo(repo.location, paths[role].parents[names[role].count("/")].name)
     return ModelFiles(repo, names, {role: _sha256(path) for role, path in paths.items()}, paths)
 
 
 def find_again(model: str, files: ModelFiles) -> ModelFiles:
-    """Find the same files on this machine, which may be another one.
-
-    Raises:
-        ModelError: A file cannot be had, or has another content.
-    """
+    """Find the same files on another machine; raise `ModelError` if their content differs."""
     found = find(model, files.repo, {role: [name] for role, name in files.names.items()})
     differing = [role for role, digest in files.sha256.items() if digest != found.sha256[role]]
     if differing:
         raise ModelError(
             f"Model {model}: the {', '.join(differing)} file of {_describe(files.repo)} on this "
-            "machine is not the one that this run started with; copy the same files to every "
-            "machine, or start the run again."
+            "machine differs from the one that this run started with; copy the same files to "
+            "every machine, or start the run again."
         )
     return found
 
 
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Let one process of this machine look for weights at a time.
+    """Let only one process of this machine look for weights at a time.
 
-    When the actors of a node start together the first one downloads, and the others find the files
-    in the cache without asking the hub, which refuses those that ask too often.
+    When the actors of a node start together, the first one downloads the files, and the others find
+    them in the cache without a request to the hub, which limits the rate of requests.
     """
     path = Path(tempfile.gettempdir()) / f"latentmill-weights-{os.getuid()}.lock"
     with path.open("ab") as file:
@@ -203,15 +172,10 @@ def one_at_a_time() -> Iterator[None]:
 
 
 def read_state(model: str, path: Path, entry: str | None = None) -> dict[str, torch.Tensor]:
-    """Read a state dict: safetensors by its extension, otherwise a file of `torch.save`.
+    """Read a state dict from a .safetensors file or from a file of `torch.save`.
 
-    Args:
-        model: The model's name, for errors.
-        path: The file.
-        entry: Where in a training checkpoint of `torch.save` the state dict is.
-
-    Raises:
-        ModelError: The file is damaged, or holds anything but tensors by name.
+    `entry` is the state dict's key in a training checkpoint of `torch.save`. Raises `ModelError` if
+    the file is damaged or has anything else than tensors by name.
     """
     try:
         if path.suffix == ".safetensors":
@@ -222,34 +186,30 @@ def read_state(model: str, path: Path, entry: str | None = None) -> dict[str, to
     except LOAD_ERRORS as error:
         raise does_not_load(model, path, error) from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise does_not_load(model, path, ValueError("it holds more than tensors by name"))
+        raise does_not_load(model, path, ValueError("it contains more than tensors by name"))
     return state
 
 
 def read_config(model: str, path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ModelError: The file holds anything else.
-    """
+    """Read a JSON object; raise `ModelError` if the file has anything else."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
-            raise TypeError("it is no JSON object")
+            raise TypeError("it is not a JSON object")
     except (ValueError, TypeError) as error:
         raise does_not_load(model, path, error) from error
     return config
 
 
 def does_not_load(model: str, path: Path, error: BaseException) -> ModelError:
-    """The error for a file that is there and cannot be used."""
+    """The error for a file that exists but cannot be used."""
     return ModelError(
         f"Model {model}: {path} does not load ({one_line(error)}); delete it and download it again."
     )
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, on one line of at most 300 characters, without full stops."""
+    """An exception's message on one line of at most 300 characters, without full stops."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text[:300].rstrip(". ").replace(". ", "; ")
 
@@ -262,8 +222,8 @@ def _find_local(model: str, local: Path, role: str, candidates: Sequence[str]) -
         if (folder / name).is_file():
             return name, folder / name
     raise ModelError(
-        f"Model {model}: {folder} holds no {' or '.join(candidates)}; copy the model's folder "
-        "as its repository has it."
+        f"Model {model}: {folder} does not contain {' or '.join(candidates)}; copy all files of "
+        "the model's repository."
     )
 
 
@@ -272,7 +232,7 @@ def _find_on_hub(
 ) -> tuple[str, Path]:
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
-    # The bases are the HTTP client's errors, whichever client this huggingface_hub uses.
+    # The bases are the HTTP client's errors; which client it is depends on huggingface_hub.
     hub_errors: tuple[type[Exception], ...] = (
         OSError,
         ValueError,
@@ -284,7 +244,7 @@ def _find_on_hub(
         try:
             with one_at_a_time():
                 return name, _download(repo, name, hub_errors)
-        except EntryNotFoundError as error:  # not in the repository, or not in an offline cache
+        except EntryNotFoundError as error:  # missing in the repository or in an offline cache
             failure = failure or error
         except hub_errors as error:
             failure = error
@@ -294,7 +254,7 @@ def _find_on_hub(
 
 
 def _download(repo: Repo, name: str, hub_errors: tuple[type[Exception], ...]) -> Path:
-    """The path of a file in the cache, downloaded if it is not there."""
+    """Return the path of a file in the cache; download it if it is missing."""
     import huggingface_hub as hub
 
     file: dict[str, Any] = {
@@ -309,11 +269,11 @@ def _download(repo: Repo, name: str, hub_errors: tuple[type[Exception], ...]) ->
 
 
 def _reach(url: str, hub_errors: tuple[type[Exception], ...]) -> None:
-    """Make sure that a hub answers at all, which may take it `HUB_SECONDS`.
+    """Retry for `HUB_SECONDS` until the hub answers; raise the last error if it does not.
 
-    Where it does not, huggingface_hub would go on for half a minute, or six where a firewall
-    swallows its packets, and print each attempt. With a hub that answers, if only by an error or
-    in the middle of a file, it has its own patience.
+    Without an answer huggingface_hub would retry for half a minute, or for six if a firewall drops
+    its packets, and print each attempt. After the first answer, which may be an error, its own
+    retries apply.
     """
     from huggingface_hub import get_hf_file_metadata
     from huggingface_hub.errors import HfHubHTTPError
@@ -335,30 +295,36 @@ def _reach(url: str, hub_errors: tuple[type[Exception], ...]) -> None:
 def _why(
     repo: Repo, wanted: Mapping[str, Sequence[str]], candidates: Sequence[str], failure: Exception
 ) -> str:
-    """Why a file cannot be had, and what to do about it."""
+    """Why a file is not available, and what to do."""
     import huggingface_hub as hub
     from huggingface_hub import errors
 
     where, endpoint = repo.location, hub.constants.ENDPOINT
     if isinstance(failure, errors.GatedRepoError):
         page = f"{endpoint}/{where}"
-        return f"{where} is behind a login: accept its terms at {page}, then run `hf auth login`"
+        return f"{where} requires a login: accept its terms at {page}, then run `hf auth login`"
     if isinstance(failure, errors.RepositoryNotFoundError):
-        return f"{endpoint} shows no {where}: correct it or, if it is private, run `hf auth login`"
+        return (
+            f"repository {where} not found at {endpoint}: correct the name or, if the repository "
+            "is private, run `hf auth login`"
+        )
     if isinstance(failure, errors.RevisionNotFoundError):
         return f"{where} has no revision {repo.revision}: correct the option revision"
     local = isinstance(failure, errors.LocalEntryNotFoundError)
     if isinstance(failure, errors.EntryNotFoundError) and not local:
-        return f"{_describe(repo)} has no {' or '.join(candidates)}: it is no model of this kind"
+        return (
+            f"{_describe(repo)} has no {' or '.join(candidates)}: it is not a model of this "
+            "family, use another repository"
+        )
     if hub.constants.HF_HUB_OFFLINE:
         cause = "HF_HUB_OFFLINE is set"
     else:
-        said = str(failure.__cause__ or failure).strip().partition("\n")[0]
-        cause = f"{endpoint} does not give them ({one_line(OSError(said))})"
+        message = str(failure.__cause__ or failure).strip().partition("\n")[0]
+        cause = f"cannot be downloaded from {endpoint} ({one_line(OSError(message))})"
     command = _download_command(repo, wanted)
     return (
-        f"its weights are not on this machine, and {cause}: run `{command}` with a network, here "
-        "or where the cache can be copied from"
+        f"its weights are not on this machine, and {cause}: run `{command}` with network access, "
+        "here or on a machine from which you can copy the cache"
     )
 
 

@@ -96,7 +96,7 @@ def test_batches_beyond_that_limit_are_refused_on_a_gpu(
     assert size(limited, "cpu", batch_size=7) == size(HANDLE, "cuda", batch_size=7) == 7
     with pytest.raises(ConfigError) as caught:
         size(limited, "cuda", batch_size=7)
-    assert "7 chunks of 2.0 s are more than mdct can take" in one_sentence(caught.value)
+    assert "7 chunks of 2.0 s are too large a batch for mdct" in one_sentence(caught.value)
     longer = replace(limited, spec=replace(limited.spec, max_batch_samples=1500))
     with pytest.raises(ConfigError, match="lower --batch-size or --chunk-seconds"):
         size(longer, "cuda")

@@ -159,7 +159,7 @@ def test_a_model_that_cannot_be_compiled_is_refused(
 
     with pytest.raises(ModelError) as caught:
         Compiled(Strange(), SHAPE)
-    assert "(no such kernel): leave compile out" in one_sentence(caught.value)
+    assert "(no such kernel): leave out --compile" in one_sentence(caught.value)
 
 
 @pytest.mark.slow  # minutes

@@ -1,4 +1,4 @@
-"""What the models of diffusers and transformers share: a deterministic network and its files."""
+"""Code shared by the models of diffusers and transformers: a codec of a network and its files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Output = Literal["latents", "codes"]
 
 
 class Network(Protocol):
-    """A family's own code: unscaled latents of audio, and audio of unscaled latents."""
+    """A family's own code: audio to unscaled latents and back."""
 
     def encode(self, audio: Tensor) -> Tensor:
         """Encode `[B, C, T]`, T a multiple of the hop, to `[B, D, T / hop]`."""
@@ -32,29 +32,27 @@ class Network(Protocol):
 
 
 class QuantisingNetwork(Network, Protocol):
-    """A network with a quantiser between encoder and decoder, not in use by itself."""
+    """A network with a quantiser, which its `encode` and `decode` do not use."""
 
     def quantise(self, latents: Tensor) -> Tensor:
-        """Quantise `[B, D, Z]` to codes `[B, codebooks, Z]`, whole numbers in float32."""
+        """Quantise `[B, D, Z]` to codes `[B, codebooks, Z]`: whole numbers as float32."""
         ...
 
     def dequantise(self, codes: Tensor) -> Tensor:
-        """Look up codes `[B, codebooks, Z]`, as `quantise` gives them, as latents `[B, D, Z]`."""
+        """Look up the latents `[B, D, Z]` of codes `[B, codebooks, Z]` from `quantise`."""
         ...
 
 
 @dataclass(frozen=True)
 class QuantisedDecoder:
-    """A network whose decoder hears quantised latents, as the codec's own does."""
+    """A network that quantises latents before it decodes them, as the codec does."""
 
     inner: QuantisingNetwork
 
     def encode(self, audio: Tensor) -> Tensor:
-        """Latents before quantisation."""
         return self.inner.encode(audio)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Quantise and decode."""
         return self.inner.decode(self.inner.dequantise(self.inner.quantise(latents)))
 
 
@@ -65,18 +63,17 @@ class Codes:
     inner: QuantisingNetwork
 
     def encode(self, audio: Tensor) -> Tensor:
-        """Codes; an autocast region around the call does not reach the quantiser."""
+        """Encode to codes; an autocast region around the call does not affect the quantiser."""
         latents = self.inner.encode(audio)
         with torch.autocast(audio.device.type, enabled=False):
             return self.inner.quantise(latents.float())
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode codes."""
         return self.inner.decode(self.inner.dequantise(latents))
 
 
 class Loader(Protocol):
-    """Builds a family's network on a device; a function at module level, so that it travels."""
+    """Builds a family's network on a device; a module-level function, because it is pickled."""
 
     def __call__(
         self, name: str, files: ModelFiles, device: torch.device, **options: Value
@@ -84,21 +81,14 @@ class Loader(Protocol):
         """Load the files.
 
         Raises:
-            ModelError: They do not fit the network.
+            ModelError: The files do not fit the network.
         """
         ...
 
 
 @dataclass(frozen=True)
 class CodecHandle:
-    """A model whose files are found and hashed.
-
-    Attributes:
-        spec: Its spec.
-        files: Its files.
-        loader: What builds the network.
-        options: The loader's options.
-    """
+    """A model whose files are found and hashed; `loader` builds its network with `options`."""
 
     spec: ModelSpec
     files: ModelFiles
@@ -106,11 +96,6 @@ class CodecHandle:
     options: Mapping[str, Value] = field(default_factory=dict)
 
     def load(self, device: str) -> Codec:
-        """Load the model onto `device`.
-
-        Raises:
-            ModelError: The files are missing here, differ from the handle's or do not load.
-        """
         name = self.spec.name
         chosen = check_device(name, device)
         files = find_again(name, self.files)
@@ -118,7 +103,7 @@ class CodecHandle:
 
 
 class Codec:
-    """A network on one device, behind the protocol `Autoencoder`."""
+    """A network on one device; implements the protocol `Autoencoder`."""
 
     def __init__(self, spec: ModelSpec, network: Network, device: torch.device) -> None:
         self._spec = spec
@@ -127,12 +112,10 @@ class Codec:
 
     @property
     def spec(self) -> ModelSpec:
-        """What is fixed about this model."""
         return self._spec
 
     @no_gradients
     def encode(self, audio: Tensor) -> Tensor:
-        """Encode `[B, C, T]` to `[B, D, Z]`; see `Autoencoder.encode`."""
         check_audio(self._spec, audio)
         latents = self._network.encode(audio.to(self._device))
         return latents.float() * self._spec.scale_factor
@@ -148,8 +131,8 @@ class Codec:
     ) -> Tensor:
         """Decode `[B, D, Z]` to `[B, C, num_samples]`; the seed has no effect.
 
-        A decoder with odd strides gives up to a few samples less than its frames stand for: the
-        end is filled up with zeros.
+        A decoder with odd strides returns a few samples fewer than `spec.samples`; zeros replace
+        the missing ones.
         """
         del seed
         check_latents(self._spec, latents, num_samples, positions)
@@ -159,34 +142,25 @@ class Codec:
 
 
 def with_quantiser(network: QuantisingNetwork, *, quantise: Value, output: Value) -> Network:
-    """A network as the options `quantise` and `output` want it."""
+    """Wrap a network by the options `quantise` and `output`."""
     if output == "codes":
         return Codes(network)
     return QuantisedDecoder(network) if quantise else network
 
 
 def as_indices(codes: Tensor, codebook_size: int) -> Tensor:
-    """Codes as integers.
-
-    Raises:
-        ModelError: They are no codes: mixed, scaled or otherwise changed.
-    """
+    """Convert codes to integers; raise `ModelError` if they were mixed, scaled or changed."""
     indices = codes.long()
     if not bool(((indices == codes) & (indices >= 0) & (indices < codebook_size)).all()):
         raise ModelError(
-            f"Codes are whole numbers from 0 to {codebook_size - 1}, and these are not: decode "
-            "them as they are stored, since codes cannot be mixed or scaled."
+            f"The latents contain values that are not codes (whole numbers from 0 to "
+            f"{codebook_size - 1}): decode the codes unchanged, they cannot be mixed or scaled."
         )
     return indices
 
 
 def check_output(name: str, output: Output, scale_factor: float, quantise: bool) -> float:
-    """Check the options of a codec; gives the scale factor.
-
-    Raises:
-        ModelError: The scale factor is not positive and finite, or codes are to be scaled or
-            quantised.
-    """
+    """Check the options of a codec and return the scale factor; codes have no other options."""
     if output == "codes" and (scale_factor != 1 or quantise):
         option = "quantise" if quantise else "scale_factor"
         raise ModelError(f"Model {name}: option {option} has no meaning for codes; leave it out.")
@@ -194,23 +168,19 @@ def check_output(name: str, output: Output, scale_factor: float, quantise: bool)
 
 
 def check_scale_factor(name: str, scale_factor: float) -> float:
-    """Check an option that all models have.
-
-    Raises:
-        ModelError: It is not positive and finite.
-    """
+    """Raise `ModelError` unless a scale factor is positive and finite."""
     if not (math.isfinite(scale_factor) and scale_factor > 0):
         raise ModelError(f"Model {name}: option scale_factor must be positive, not {scale_factor}.")
     return float(scale_factor)
 
 
 def dac_encoder_context(strides: Sequence[int]) -> int:
-    """Latent frames on each side that a frame of a DAC encoder (and Oobleck's) depends on.
+    """Number of latent frames on each side that a frame of a DAC or Oobleck encoder depends on.
 
     R. Kumar and others, "High-Fidelity Audio Compression with Improved RVQGAN", NeurIPS 2023: a
-    convolution of 7; for each stride s, at that rate, three residual units (7 taps, dilated by 1,
-    3 and 9) and a convolution of 2 s taps, which reaches ceil(s / 2) beyond its frame; last a
-    convolution of 3. For the published strides it is 8.
+    convolution with 7 taps; for each stride s, at its sample rate, three residual units (7 taps,
+    dilated by 1, 3 and 9) and a convolution with 2 s taps, which extends ceil(s / 2) beyond its
+    frame; last a convolution with 3 taps. The result for the published strides is 8.
     """
     reach, rate = 3, 1  # input samples; samples per step at this depth
     for stride in strides:

@@ -1,8 +1,8 @@
-"""The model `dac:REPO`: the Descript Audio Codec, as transformers has it.
+"""The model `dac:REPO`: the Descript Audio Codec as implemented in transformers.
 
 R. Kumar and others, "High-Fidelity Audio Compression with Improved RVQGAN", NeurIPS 2023. The
-latents are the encoder's, before quantisation: 1024 channels for the published models, twice as
-many bytes in 16 bits as the audio has.
+latents are the encoder's output before quantisation. They have 1024 channels for the published
+models; in 16 bits this is twice the size of the audio.
 """
 
 from __future__ import annotations
@@ -33,35 +33,31 @@ CHUNK_SECONDS = 10.0
 
 
 class DacNetwork:
-    """`DacModel`; see `QuantisingNetwork`."""
+    """The `DacModel` of transformers as a `QuantisingNetwork`."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
 
     def encode(self, audio: Tensor) -> Tensor:
-        """The encoder's output."""
         latents: Tensor = self._model.encoder(audio)
         return latents
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The decoder's output."""
         audio: Tensor = self._model.decoder(latents)
         return audio
 
     def quantise(self, latents: Tensor) -> Tensor:
-        """Codes of all codebooks."""
         codes: Tensor = self._model.quantizer(latents)[1]
         return codes.float()
 
     def dequantise(self, codes: Tensor) -> Tensor:
-        """The sum of the codebooks' entries."""
         indices = as_indices(codes, self._model.config.codebook_size)
         latents: Tensor = self._model.quantizer.from_codes(indices)[0]
         return latents
 
 
 def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -> Network:
-    """Build the network; see `Loader`. The options are `build`'s."""
+    """Build the network; see `Loader`. The options are those of `with_quantiser`."""
     return with_quantiser(DacNetwork(load_model(name, "dac", files, device)), **options)
 
 

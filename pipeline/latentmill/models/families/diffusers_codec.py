@@ -1,4 +1,4 @@
-"""What `oobleck` and `same` share: finding and loading autoencoders of diffusers."""
+"""Finding and loading autoencoders of diffusers, for `oobleck` and `same`."""
 
 from __future__ import annotations
 
@@ -25,20 +25,10 @@ STEMS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 def find_autoencoder(
     name: str, class_name: str, repo: str, revision: str | None, subfolder: str | None
 ) -> tuple[ModelFiles, dict[str, Any], str]:
-    """Find an autoencoder's files and read its configuration.
+    """Find an autoencoder's files; return them, the configuration and the version of diffusers.
 
-    Args:
-        name: The model's name, for errors.
-        class_name: What `config.json` must say.
-        repo: Hub repository, local folder, or local weights file beside its `config.json`.
-        revision: Branch, tag or commit of a hub repository.
-        subfolder: Where in it the autoencoder is; None: `vae` where there is one, else the root.
-
-    Returns:
-        The files, the configuration, and the version of diffusers.
-
-    Raises:
-        ModelError: The package or the weights are missing, or they are another model's.
+    Its `config.json` must have the class name `class_name`. Without a subfolder the autoencoder is
+    in `vae`, if that exists, else at the root of the repository.
     """
     package, version = import_package(name, "diffusers")
     if not hasattr(package, class_name):
@@ -55,21 +45,17 @@ def find_autoencoder(
     config = read_config(name, files.paths["config"])
     if config.get("_class_name") != class_name:
         found = config.get("_class_name") or config.get("model_type")
-        raise does_not_load(name, files.paths["config"], ValueError(f"it is of {found}"))
+        raise does_not_load(name, files.paths["config"], ValueError(f"it belongs to {found}"))
     return files, config, version
 
 
 def load_autoencoder(name: str, class_name: str, files: ModelFiles, device: torch.device) -> Any:
-    """Build an autoencoder from its configuration and its state dict, in float32.
-
-    Raises:
-        ModelError: The weights do not fit the configuration.
-    """
+    """Build an autoencoder in float32 from its configuration and its state dict."""
     package, _ = import_package(name, "diffusers")
     state = read_state(name, files.paths["weights"])
     config = read_config(name, files.paths["config"])
     try:
-        with warnings.catch_warnings():  # they use torch's older weight_norm
+        with warnings.catch_warnings():  # diffusers uses torch's deprecated weight_norm
             warnings.simplefilter("ignore", FutureWarning)
             model = getattr(package, class_name).from_config(config)
         model.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""The built-in model `mdct`: no weights, exactly linear, exactly invertible.
+"""The built-in model `mdct`: a linear and invertible transform without weights.
 
 The modified discrete cosine transform of N = `hop` coefficients over frames of 2N samples,
 
@@ -10,8 +10,8 @@ neighbouring frames cancels and the transform is orthonormal: J. Princen, A. Joh
 ICASSP 1987.
 
 A frame [a, b, c, d] of four blocks of N/2 samples folds to [-c_r - d, a - b_r] (`_r`: reversed in
-time), whose type-IV cosine transform is X. That one is its own inverse, and costs a complex FFT of
-N/2 points between two multiplications with the same twiddle factors.
+time). X is the type-IV cosine transform of that; it is its own inverse and is computed by a complex
+FFT of N/2 points between two multiplications with the same twiddle factors.
 """
 
 from __future__ import annotations
@@ -29,22 +29,21 @@ from latentmill.models.base import Context, ModelSpec
 from latentmill.models.checks import check_audio, check_device, check_latents, no_gradients
 
 CHUNK_SECONDS = 8.0
-CONTEXT = 1  # the frames at both ends of a chunk overlap samples outside it
+CONTEXT = 1  # the first and the last frame of a chunk overlap samples outside it
 
 
 @dataclass(frozen=True)
 class MdctHandle:
-    """The model `mdct`; there is nothing to load but a window."""
+    """The model `mdct`; loading it computes its window."""
 
     spec: ModelSpec
 
     def load(self, device: str) -> Mdct:
-        """Build the window and the twiddle factors on `device`."""
         return Mdct(self.spec, check_device(self.spec.name, device))
 
 
 class Mdct:
-    """The transform on one device; see the module's text."""
+    """The transform on one device; implements the protocol `Autoencoder`."""
 
     def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         self._spec = spec
@@ -59,12 +58,11 @@ class Mdct:
 
     @property
     def spec(self) -> ModelSpec:
-        """What is fixed about this model."""
         return self._spec
 
     @no_gradients
     def encode(self, audio: Tensor) -> Tensor:
-        """Transform audio `[B, C, T]` to `[B, C * hop, T / hop + 1]`; see `Autoencoder.encode`."""
+        """Transform audio `[B, C, T]` to `[B, C * hop, T / hop + 1]`."""
         check_audio(self._spec, audio)
         batch, channels, _ = audio.shape
         hop = self._spec.hop
@@ -85,7 +83,7 @@ class Mdct:
         seed: int = 0,
         positions: Sequence[int] | None = None,
     ) -> Tensor:
-        """Invert the transform; the seed has no effect, no noise is drawn."""
+        """Invert the transform; the seed has no effect."""
         del seed
         check_latents(self._spec, latents, num_samples, positions)
         batch, _, frames = latents.shape
@@ -109,14 +107,8 @@ def build(
 ) -> MdctHandle:
     """Make the model's handle.
 
-    Args:
-        hop: Samples per frame and coefficients per channel; even.
-        sample_rate: Hz.
-        channels: Audio channels; the latent has `channels * hop` channels.
-        scale_factor: What the coefficients are multiplied by.
-
-    Raises:
-        ModelError: A value is out of range.
+    `hop` is the number of samples per frame and of coefficients per channel. It must be even. The
+    latent has `channels * hop` channels; its coefficients are multiplied by `scale_factor`.
     """
     if hop < 2 or hop % 2:
         raise ModelError(f"Model mdct: option hop must be even and at least 2, not {hop}.")

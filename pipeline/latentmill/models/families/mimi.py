@@ -1,11 +1,12 @@
-"""The model `mimi:REPO`: Kyutai's Mimi, as transformers has it.
+"""The model `mimi:REPO`: Kyutai's Mimi as implemented in transformers.
 
 A. Défossez and others, "Moshi: a speech-text foundation model for real-time dialogue", arXiv
-2410.00037. The latents are those before quantisation; Mimi was trained with the quantiser left
-out half of the time, so its decoder knows them.
+2410.00037. The latents are those before quantisation; in half of its training Mimi decoded latents
+without the quantiser, so its decoder works on them.
 
-Its convolutions are causal, and a transformer over them attends to the last 250 steps (10 s) in
-each layer: what a frame depends on fades with distance, but ends only after minutes.
+Its convolutions are causal, and each layer of a transformer after them attends to the last 250
+steps (10 s): the influence of earlier audio on a frame decays with distance, but ends only after
+minutes.
 """
 
 from __future__ import annotations
@@ -27,40 +28,39 @@ from latentmill.models.families.transformers_codec import (
 )
 from latentmill.models.weights import ModelFiles
 
-CONTEXT_SECONDS = 10.0  # for 1e-3 of the latents' norm; 15 s for 1e-5 (random weights)
+CONTEXT_SECONDS = 10.0  # error 1e-3 of the latents' norm; 15 s give 1e-5 (random weights)
 CHUNK_SECONDS = 60.0  # a sixth of it is context
 
 
 class MimiNetwork:
-    """`MimiModel`; see `QuantisingNetwork`."""
+    """The `MimiModel` of transformers as a `QuantisingNetwork`."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
 
     def encode(self, audio: Tensor) -> Tensor:
-        """The output of encoder, transformer and downsampling."""
+        """Run encoder, transformer and downsampling."""
         latents: Tensor = self._model.encoder(audio).latents
         return latents
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The output of upsampling, transformer and decoder."""
+        """Run upsampling, transformer and decoder."""
         audio: Tensor = self._model.decoder(latents).audio_values
         return audio
 
     def quantise(self, latents: Tensor) -> Tensor:
-        """Codes of all codebooks, the semantic one first."""
+        """Quantise with all codebooks; the first one is the semantic codebook."""
         codes: Tensor = self._model.quantizer.encode(latents)  # [codebooks, B, Z]
         return codes.transpose(0, 1).float()
 
     def dequantise(self, codes: Tensor) -> Tensor:
-        """The sum of the codebooks' entries."""
         indices = as_indices(codes, self._model.config.codebook_size)
         latents: Tensor = self._model.quantizer.decode(indices)
         return latents
 
 
 def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -> Network:
-    """Build the network; see `Loader`. The options are `build`'s."""
+    """Build the network; see `Loader`. The options are those of `with_quantiser`."""
     return with_quantiser(MimiNetwork(load_model(name, "mimi", files, device)), **options)
 
 

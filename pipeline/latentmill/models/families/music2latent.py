@@ -1,11 +1,11 @@
-"""The model `music2latent` of the package of that name. Code and weights: CC BY-NC 4.0.
+"""The model `music2latent` of the package music2latent. Code and weights: CC BY-NC 4.0.
 
 M. Pasini and others, "Music2Latent: Consistency Autoencoders for Latent Audio Compression", ISMIR
-2024. The architecture of linear-cae, which grew out of it, and the same code runs it here.
+2024. linear-cae is derived from it and has the same architecture, so the same code runs both.
 
-The package's `EncoderDecoder` is not used: it downloads into its own installation and unpickles
-what it finds. Its modules are called instead, in the same order. It cuts audio down to whole
-latent frames; here the last, partial one is kept, as linear-cae does it. On a GPU the package
+The package's `EncoderDecoder` is not used, because it downloads into its own installation and
+unpickles the file. Its modules are called instead, in the same order. The package truncates audio
+to whole latent frames; here the last, partial frame is kept, as in linear-cae. On a GPU the package
 encodes in half precision; here the caller's autocast region decides.
 """
 
@@ -43,24 +43,13 @@ SCALE_FACTOR = 1 / 0.06  # the package divides by its `sigma_rescale`
 
 @dataclass(frozen=True)
 class Music2LatentHandle:
-    """The model, its file found and hashed.
-
-    Attributes:
-        spec: Its spec.
-        files: Its file.
-        diffusion_steps: Steps of the decoder.
-    """
+    """The model, whose file is found and hashed; its decoder takes `diffusion_steps` steps."""
 
     spec: ModelSpec
     files: ModelFiles
     diffusion_steps: int
 
     def load(self, device: str) -> LinearCae:
-        """Load the model onto `device`.
-
-        Raises:
-            ModelError: The file is missing here, differs from the handle's or does not load.
-        """
         chosen = check_device(NAME, device)
         import_package(NAME, "music2latent")
         audio, hparams, models, utils = (
@@ -99,17 +88,7 @@ def build(
     scale_factor: float = SCALE_FACTOR,
     diffusion_steps: int = 1,
 ) -> Music2LatentHandle:
-    """Find the model's file and make its handle.
-
-    Args:
-        repo: Hub repository, local folder, or local weights file.
-        revision: Branch, tag or commit of a hub repository.
-        scale_factor: What latents are multiplied by.
-        diffusion_steps: Steps of the decoder; 1 is what the model was made for.
-
-    Raises:
-        ModelError: The package or the weights are missing, or an option is out of range.
-    """
+    """Find the model's file and make its handle; docs/models.md describes the options."""
     check_diffusion_steps(NAME, diffusion_steps)
     scale = check_scale_factor(NAME, scale_factor)
     _, version = import_package(NAME, "music2latent")

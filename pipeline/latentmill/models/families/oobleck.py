@@ -1,8 +1,8 @@
-"""The model `oobleck:REPO`: the autoencoder of Stable Audio Open, as diffusers has it.
+"""The model `oobleck:REPO`: the autoencoder of Stable Audio Open as implemented in diffusers.
 
-Z. Evans and others, "Stable Audio Open", arXiv 2407.14358. A VAE: the mean of the posterior is
-stored, with its standard deviation where that is asked for, since sampling is the reader's
-business.
+Z. Evans and others, "Stable Audio Open", arXiv 2407.14358. It is a VAE: the mean of the posterior
+is stored, and its standard deviation with `posterior=mean+std`. Samples are drawn when the latents
+are read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class OobleckNetwork:
         self._std = std
 
     def encode(self, audio: Tensor) -> Tensor:
-        """The posterior's mean, and its standard deviation below it if that is wanted.
+        """Return the posterior's mean and, if wanted, its standard deviation in the rows below.
 
         They are the halves of the encoder's channels, as in `OobleckDiagonalGaussianDistribution`.
         """
@@ -42,7 +42,7 @@ class OobleckNetwork:
         return torch.cat((mean, F.softplus(scale.float()) + 1e-4), dim=1) if self._std else mean
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The decoder's output for the mean."""
+        """Decode the mean."""
         if self._std:
             latents = latents.chunk(2, dim=1)[0]
         audio: Tensor = self._model.decoder(latents)
@@ -50,10 +50,7 @@ class OobleckNetwork:
 
 
 def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -> OobleckNetwork:
-    """Build the network from its configuration and its state dict; see `Loader`.
-
-    The option `posterior` is `build`'s.
-    """
+    """Build the network from its configuration and its state dict; see `Loader`."""
     model = load_autoencoder(name, CLASS, files, device)
     return OobleckNetwork(model, std=options["posterior"] == "mean+std")
 
@@ -66,18 +63,10 @@ def build(
     scale_factor: float = 1.0,
     posterior: Posterior = "mean",
 ) -> CodecHandle:
-    """Find the model's files and make its handle.
+    """Find the model's files and make its handle; docs/models.md describes the options.
 
-    Args:
-        repo: Hub repository, local folder, or local weights file beside its `config.json`.
-        revision: Branch, tag or commit of a hub repository.
-        subfolder: Where in it the autoencoder is; None: `vae` where there is one, else the root.
-        scale_factor: What latents are multiplied by, mean and standard deviation alike.
-        posterior: `mean`, or `mean+std`: a latent `[2 * D, Z]` with D rows of means, then D rows
-            of standard deviations, which decoding leaves out.
-
-    Raises:
-        ModelError: The package or the weights are missing, or they are another model's.
+    With `posterior` `mean+std` a latent is `[2 * D, Z]`: D rows of means, then D rows of standard
+    deviations, which decoding ignores. `scale_factor` multiplies both.
     """
     name = f"oobleck:{repo}"
     scale = check_scale_factor(name, scale_factor)

@@ -1,8 +1,8 @@
-"""The model `same:REPO`: the autoencoder of Stable Audio 3, as diffusers has it.
+"""The model `same:REPO`: the autoencoder of Stable Audio 3 as implemented in diffusers.
 
 Stability AI, "Stable Audio 3", arXiv 2605.17991: the Semantically-Aligned Music Encoder. Patches of
-samples go through transformers whose attention reaches a fixed number of latent frames to both
-sides in each layer, so that a frame's context is finite; positions are relative.
+samples are encoded by transformers. In each layer a token attends to a fixed number of latent
+frames on both sides, so a frame's context is finite; positions are relative.
 """
 
 from __future__ import annotations
@@ -20,28 +20,27 @@ from latentmill.models.families.diffusers_codec import find_autoencoder, load_au
 from latentmill.models.weights import LOAD_ERRORS, ModelFiles, does_not_load
 
 CLASS = "AutoencoderSAME"
-CHUNK_SECONDS = 10.0  # its attention mask takes memory by the square of the length
+CHUNK_SECONDS = 10.0  # the memory of its attention mask grows with the square of the length
 
 
 class SameNetwork:
-    """`AutoencoderSAME`."""
+    """The `AutoencoderSAME` of diffusers as a `Network`."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
 
     def encode(self, audio: Tensor) -> Tensor:
-        """The normalised latents that the diffusion model sees."""
+        """Encode to the normalised latents that the diffusion model is trained on."""
         latents: Tensor = self._model.encode(audio).latents
         return latents
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The decoder's output."""
         audio: Tensor = self._model.decode(latents).sample
         return audio
 
 
 def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -> SameNetwork:
-    """Build the network; see `Loader`. It has no options."""
+    """Build the network; see `Loader`. There are no options."""
     return SameNetwork(load_autoencoder(name, CLASS, files, device))
 
 
@@ -52,17 +51,7 @@ def build(
     subfolder: str | None = None,
     scale_factor: float = 1.0,
 ) -> CodecHandle:
-    """Find the model's files and make its handle.
-
-    Args:
-        repo: Hub repository, local folder, or local weights file beside its `config.json`.
-        revision: Branch, tag or commit of a hub repository.
-        subfolder: Where in it the autoencoder is; None: `vae` where there is one, else the root.
-        scale_factor: What latents are multiplied by.
-
-    Raises:
-        ModelError: The package or the weights are missing, or they are another model's.
-    """
+    """Find the model's files and make its handle; docs/models.md describes the options."""
     name = f"same:{repo}"
     scale = check_scale_factor(name, scale_factor)
     files, config, version = find_autoencoder(name, CLASS, repo, revision, subfolder)
@@ -74,10 +63,10 @@ def build(
 
 
 def encoder_context(strides: Sequence[int], depths: Sequence[int], window: int) -> int:
-    """Latent frames on each side that a frame depends on.
+    """Number of latent frames on each side that a frame depends on.
 
     In each layer a token attends to `window` segments on each side; the segments of one level are
-    the steps of the next, slower one.
+    the steps of the next, slower level.
     """
     reach = 0.0  # in steps of the level
     for stride, depth in zip(strides, depths, strict=True):

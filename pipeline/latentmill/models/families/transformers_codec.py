@@ -1,4 +1,4 @@
-"""What `encodec`, `dac` and `mimi` share: finding and loading models of transformers."""
+"""Finding and loading models of transformers, for `encodec`, `dac` and `mimi`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LENGTHS = ("stride", "kernel_size", "padding_total")  # buffers of convolutions
 
 @dataclass(frozen=True)
 class CodecShape:
-    """What a family reads in a model's configuration; see `ModelSpec`."""
+    """The values of `ModelSpec` that a family reads from a model's configuration."""
 
     sample_rate: int
     channels: int
@@ -39,7 +39,7 @@ class CodecShape:
     chunk_frames: int
     overlap_frames: int
     batch_size: Mapping[str, int]
-    own_length: bool = False  # chunks of any length, the last one as short as it is
+    own_length: bool = False  # encodes chunks of any length, so the last one is not padded
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Family:
     """A family of codecs.
 
     Attributes:
-        name: Its name, which is also its `model_type`.
-        loader: What builds its network.
+        name: The family's name and its `model_type` in transformers.
+        loader: Builds the network.
         shape: Reads a configuration; the second argument is whether latents are codes.
     """
 
@@ -66,21 +66,11 @@ def build_codec(
     quantise: bool = False,
     output: Output = "latents",
 ) -> CodecHandle:
-    """Find a model's files and make its handle.
+    """Find a model's files and make its handle; docs/models.md describes the options.
 
-    Args:
-        family: The model's family.
-        repo: Hub repository, local folder, or local weights file beside its `config.json`.
-        revision: Branch, tag or commit of a hub repository.
-        scale_factor: What latents are multiplied by.
-        quantise: Whether decoding quantises the latents first, at the highest bandwidth, as the
-            codec does; the stored latents are the same.
-        output: `latents`: those before quantisation. `codes`: the quantiser's codes
-            `[codebooks, frames]`, whole numbers.
-
-    Raises:
-        ModelError: The package or the weights are missing, they are another model's, or an option
-            has no meaning for codes.
+    With `quantise` decoding quantises the latents first, at the highest bandwidth, as the codec
+    does; it does not change the stored latents. `output` is `latents` (before quantisation) or
+    `codes` (`[codebooks, frames]`, whole numbers).
     """
     name = f"{family.name}:{repo}"
     scale = check_output(name, output, scale_factor, quantise)
@@ -123,19 +113,9 @@ def build_codec(
 def find_model(
     name: str, model_type: str, repo: str, revision: str | None
 ) -> tuple[ModelFiles, Any, str]:
-    """Find a model's files and read its configuration.
+    """Find a model's files; return them, the `PretrainedConfig` and the version of transformers.
 
-    Args:
-        name: The model's name, for errors.
-        model_type: What `config.json` must say.
-        repo: Hub repository, local folder, or local weights file beside its `config.json`.
-        revision: Branch, tag or commit of a hub repository.
-
-    Returns:
-        The files, the configuration (a `PretrainedConfig`), and the version of transformers.
-
-    Raises:
-        ModelError: The package or the weights are missing, or they are another model's.
+    Its `config.json` must have the `model_type`.
     """
     _, version = import_package(name, "transformers")
     files = find(name, parse_repo(name, repo, revision), WANTED)
@@ -143,13 +123,10 @@ def find_model(
 
 
 def load_model(name: str, model_type: str, files: ModelFiles, device: torch.device) -> Any:
-    """Build a model from its configuration and its state dict, in float32.
+    """Build a model in float32 from its configuration and its state dict.
 
-    `from_pretrained` is given the tensors, not a path, so that it renames those of older releases
-    and reads no file itself. It fills in random numbers for missing ones: that is refused.
-
-    Raises:
-        ModelError: The weights do not fit the configuration.
+    `from_pretrained` gets the tensors, not a path: it renames those of older releases but reads no
+    file itself. It would initialise missing tensors at random, so they are an error.
     """
     package, _ = import_package(name, "transformers")
     config = _config(name, files, model_type)
@@ -161,7 +138,7 @@ def load_model(name: str, model_type: str, files: ModelFiles, device: torch.devi
             )
         wrong = [*report["missing_keys"], *report["mismatched_keys"], *report["error_msgs"]]
         if wrong:
-            raise ValueError(f"{len(wrong)} tensors are missing or do not fit, such as {wrong[0]}")
+            raise ValueError(f"{len(wrong)} tensors are missing or do not fit, e.g. {wrong[0]}")
     except LOAD_ERRORS as error:
         raise does_not_load(name, files.paths["weights"], error) from error
     model = model.eval().requires_grad_(False)
@@ -178,17 +155,17 @@ def _config(name: str, files: ModelFiles, model_type: str) -> Any:
     try:
         if given.get("model_type") != model_type:
             found = given.get("model_type") or given.get("_class_name")
-            raise ValueError(f"it is of {found}")
+            raise ValueError(f"it belongs to {found}")
         return package.AutoConfig.for_model(**given)
     except (*LOAD_ERRORS, StrictDataclassError) as error:
         raise does_not_load(name, path, error) from error
 
 
 def _move(model: torch.nn.Module, device: torch.device) -> None:
-    """Move a model to a device, but leave on the CPU what padding is computed from.
+    """Move a model to a device, but leave the buffers on the CPU that padding is computed from.
 
-    EnCodec's and Mimi's convolutions hold stride and kernel size as tensors and turn them into
-    Python numbers in every call, each time waiting for a GPU that holds them.
+    The convolutions of EnCodec and Mimi keep stride and kernel size as tensors and convert them to
+    Python numbers in every call. On a GPU each conversion would wait for the device.
     """
     kept = [
         (module, name, buffer)
@@ -203,7 +180,7 @@ def _move(model: torch.nn.Module, device: torch.device) -> None:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without its progress bar and its report, whose faults we raise."""
+    """Turn off the progress bar and the loading report; `load_model` raises the errors in it."""
     logging = importlib.import_module("transformers.utils.logging")
     bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()

@@ -1,1 +1,1 @@
-"""How any model is run: device, precision, batches, compilation."""
+"""Running any model: device, precision, batches, compilation."""

@@ -1,7 +1,7 @@
-"""The batch size, found by trying: as many chunks a forward pass as fit and still help.
+"""Finding the batch size by trial: the most chunks per forward pass that fit and that pay off.
 
-Latents depend on the batch size in the last digits (6e-6), so what is found is settled once per
-store; see `engine/worker.py`.
+Latents depend on the batch size in the last digits (6e-6), so the size is found once per store; see
+`engine/worker.py`.
 """
 
 from __future__ import annotations
@@ -16,26 +16,20 @@ from latentmill.models.base import Autoencoder, ModelSpec
 from latentmill.models.inference.precision import Precision, numeric_mode
 
 LARGEST = 1024
-SPARE = 0.1  # of the memory: items shorter than a chunk are packed more to a batch
-GAIN = 1.05  # chunks a second that twice the batch must at least give
+SPARE = 0.1  # fraction of memory left free, because short items are packed more per batch
+GAIN = 1.05  # minimum gain in chunks per second for a batch twice as large
 
 
-class TooLarge(Exception):  # noqa: N818  an answer, no fault
-    """A batch fits into memory, but leaves too little of it."""
+class TooLarge(Exception):  # noqa: N818  a result, not an error
+    """A batch fits into memory, but leaves too little of it free."""
 
 
 def search(seconds_of: Callable[[int], float], first: int, most: int) -> int | None:
-    """The best batch size among `first` times powers of two.
+    """Find the best batch size among `first` times powers of two, up to `most`.
 
-    Args:
-        seconds_of: Runs a batch of a size and gives its time; raises `torch.OutOfMemoryError` or
-            `TooLarge` where it is too large.
-        first: The size to begin with.
-        most: The largest allowed.
-
-    Returns:
-        A size that fits: from `first` on it is doubled while chunks a second grow by `GAIN`, or
-        halved until it fits. None if not even one chunk fits.
+    The size is doubled while chunks per second grow by `GAIN`, or halved until it fits; the result
+    is None if not even one chunk fits. `seconds_of` runs a batch of a size and returns its time; it
+    raises `torch.OutOfMemoryError` or `TooLarge` if the size is too large.
     """
     size = min(first, most)
     seconds = _try(seconds_of, size)
@@ -56,11 +50,7 @@ def search(seconds_of: Callable[[int], float], first: int, most: int) -> int | N
 def find_batch_size(
     model: Autoencoder, samples: int, device: str, precision: Precision = "tf32"
 ) -> int:
-    """Find the batch size for chunks of so many samples on a GPU.
-
-    Raises:
-        ModelError: Not even one chunk fits into the GPU's memory.
-    """
+    """Find the batch size for chunks of `samples` samples on a GPU."""
     found = search(
         lambda size: _seconds_on_gpu(model, size, samples, device, precision),
         model.spec.batch_size["cuda"],
@@ -71,34 +61,25 @@ def find_batch_size(
         raise ModelError(
             f"Model {model.spec.name}: one chunk of {samples / model.spec.sample_rate:.1f} s does "
             f"not fit into the memory of {device}: use shorter chunks (chunk_seconds) or fewer "
-            "workers a GPU."
+            "workers per GPU."
         )
     return found
 
 
 def most_chunks(spec: ModelSpec, samples: int) -> int:
-    """How many chunks a batch may hold at all; at least one."""
+    """Maximum number of chunks in a batch; at least one."""
     if spec.max_batch_samples is None:
         return LARGEST
     return max(1, min(LARGEST, spec.max_batch_samples // samples))
 
 
 def check_batch(spec: ModelSpec, samples: int, size: int) -> None:
-    """Refuse a batch that the model cannot take on a GPU, whatever its memory.
-
-    Args:
-        spec: The model's.
-        samples: Of a chunk.
-        size: Chunks in a batch.
-
-    Raises:
-        ConfigError: There are more samples than `spec.max_batch_samples`.
-    """
+    """Raise `ConfigError` if `size` chunks of `samples` exceed the model's maximum on a GPU."""
     most = spec.max_batch_samples
     if most is not None and size * samples > most:
         raise ConfigError(
-            f"{size} chunks of {samples / spec.sample_rate:.1f} s are more than {spec.name} can "
-            f"take at once on a GPU, {most / spec.sample_rate:g} s: lower --batch-size or "
+            f"{size} chunks of {samples / spec.sample_rate:.1f} s are too large a batch for "
+            f"{spec.name} on a GPU (maximum {most / spec.sample_rate:g} s): lower --batch-size or "
             "--chunk-seconds."
         )
 
@@ -113,7 +94,7 @@ def _try(seconds_of: Callable[[int], float], size: int) -> float | None:
 def _seconds_on_gpu(
     model: Autoencoder, size: int, samples: int, device: str, precision: Precision
 ) -> float:
-    """Time of a batch of noise, the first run, in which kernels are chosen, not counted."""
+    """Time of a batch of noise: the best of three, because kernels are chosen in the first one."""
     torch.cuda.empty_cache()
     audio = 0.1 * torch.randn(size, model.spec.channels, samples)
     best = float("inf")

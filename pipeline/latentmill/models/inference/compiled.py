@@ -1,9 +1,9 @@
 """A model whose encoder is compiled for the one shape that most batches have.
 
-`torch.compile` makes a program for each shape, and takes minutes to. Full batches of full chunks
-have one shape; the last batch of a unit and items shorter than a chunk have others, which go
-through the model as it is. On a GPU the program is replayed as CUDA graphs, whose state belongs to
-a thread, so that one thread runs it (pytorch issue 123177).
+`torch.compile` compiles a program for each shape, which takes minutes. Full batches of full chunks
+have one shape. The last batch of a unit and items shorter than a chunk have other shapes, which the
+uncompiled model encodes. On a GPU the program is replayed as CUDA graphs. Their state belongs to a
+thread, so one thread runs all of them (pytorch issue 123177).
 """
 
 from __future__ import annotations
@@ -20,16 +20,10 @@ from latentmill.models.inference.precision import Precision, numeric_mode
 
 
 class Compiled:
-    """Encodes batches of one shape by a compiled program; see `Autoencoder`.
+    """Encodes batches of shape `[B, C, T]` with a compiled program; implements `Autoencoder`.
 
-    Args:
-        inner: The model.
-        shape: The batches' shape `[B, C, T]`.
-        device: Where the model is.
-        precision: The numeric mode of the program; it is compiled at once, in it.
-
-    Raises:
-        ModelError: It cannot be compiled on this machine.
+    The constructor compiles the program, for one numeric mode. It raises `ModelError` if that fails
+    on this machine.
     """
 
     def __init__(
@@ -55,11 +49,10 @@ class Compiled:
 
     @property
     def spec(self) -> ModelSpec:
-        """The inner model's spec."""
         return self.inner.spec
 
     def encode(self, audio: Tensor) -> Tensor:
-        """Encode `[B, C, T]` to `[B, D, Z]`, compiled if the shape is the one."""
+        """Encode `[B, C, T]` to `[B, D, Z]`, with the program if the shape is the compiled one."""
         if audio.shape != self._shape or audio.dtype != torch.float32:
             return self.inner.encode(audio)
         return self._thread.submit(self._run, audio).result()
@@ -72,31 +65,30 @@ class Compiled:
         seed: int = 0,
         positions: Sequence[int] | None = None,
     ) -> Tensor:
-        """The inner model's `decode`."""
         return self.inner.decode(latents, num_samples, seed=seed, positions=positions)
 
     def _run(self, audio: Tensor) -> Tensor:
-        """In the one thread, to which the caller's autocast region does not reach.
+        """Run the program, in the one thread, where the caller's autocast region does not apply.
 
-        The compiler does not know inference mode; see `no_gradients`.
+        The compiler does not support inference mode; see `no_gradients`.
         """
         with torch.no_grad(), numeric_mode(self._precision, str(self._device)):
             latents: Tensor = self._program(audio.to(self._device))
-            return latents.clone()  # the next batch overwrites what a CUDA graph gives
+            return latents.clone()  # the next batch overwrites the output of a CUDA graph
 
 
 def uncompiled(model: Autoencoder) -> Autoencoder:
-    """The model as it is, for another numeric mode than the compiled one."""
+    """The uncompiled model, for a numeric mode other than the compiled one."""
     return model.inner if isinstance(model, Compiled) else model
 
 
 def _does_not_compile(name: str, error: RuntimeError) -> ModelError:
     reason = next(reversed([one.strip() for one in str(error).splitlines()[:2] if one.strip()]), "")
     reason = reason.rstrip(".") or type(error).__name__
-    cure = "leave compile out"
+    advice = "leave out --compile"
     if "compiler" in reason.lower() or "triton" in reason.lower():
-        cure = (
-            "install a C++ compiler (such as by apt-get install g++) and for a GPU Triton (pip "
-            "install triton), or leave compile out"
+        advice = (
+            "install a C++ compiler (e.g. `apt-get install g++`) and, for a GPU, Triton (`pip "
+            "install triton`), or leave out --compile"
         )
-    return ModelError(f"Model {name} does not compile here ({reason}): {cure}.")
+    return ModelError(f"Model {name} does not compile on this machine ({reason}): {advice}.")

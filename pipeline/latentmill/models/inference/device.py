@@ -1,4 +1,4 @@
-"""Where a model runs. A GPU that was asked for and is not there is an error, never a CPU."""
+"""The device of a model. A missing GPU is an error and never replaced by a CPU."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ from latentmill.errors import ConfigError
 
 
 def pick_device(wanted: str) -> str:
-    """The torch device for `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
-
-    Raises:
-        ConfigError: There is no such device.
-    """
+    """The torch device for `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`."""
     import torch  # slow to import, and not needed to read a store
 
     if wanted == "auto":
@@ -25,19 +21,19 @@ def pick_device(wanted: str) -> str:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"Device {wanted!r} is none of auto, cpu, cuda, cuda:N.")
+        raise ConfigError(f"Invalid device {wanted!r}: use auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"--device {wanted} was asked for, but torch {torch.__version__} sees "
+            f"--device {wanted} is not available, torch {torch.__version__} finds "
             f"{torch.cuda.device_count()} GPUs: install a CUDA build of torch, or use --device cpu."
         )
     return wanted
 
 
-# How glibc keeps the memory of freed tensors for the next ones, as torch does on a GPU: it maps
-# none, trims nothing, and has one arena (others cannot hold a large tensor). It reads these when a
-# process starts. Without them it gives each large tensor back to the system, and fresh pages for
-# the next one are a third of the time of an encoder with activations of hundreds of megabytes.
+# Settings with which glibc keeps the memory of freed tensors for new ones, as torch does on a GPU:
+# no mmap, no trimming, and one arena (other arenas cannot hold a large tensor). glibc reads them
+# when a process starts. Without them it returns each large tensor to the system, and new pages for
+# the next one take a third of the time of an encoder with activations of hundreds of megabytes.
 KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
@@ -46,18 +42,16 @@ KEEP_FREED_MEMORY = {
 
 
 def worker_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables to start a worker on a CPU with; what the user has set stays as it is."""
+    """Environment variables of a worker on a CPU, without those that the user has set."""
     return {name: value for name, value in KEEP_FREED_MEMORY.items() if name not in environ}
 
 
 def trim_memory() -> bool:
-    """Give back to the system what a process with `KEEP_FREED_MEMORY` keeps and does not use.
+    """Return unused memory to the system, if this process keeps it (`KEEP_FREED_MEMORY`).
 
-    Tensors of changing sizes leave holes that the next ones do not fit in, so that what is kept
-    grows: 2.3 GB more after 27 chunks of different lengths through lin-cae.
-
-    Returns:
-        Whether there was something to do: not where freed memory goes back by itself.
+    Tensors of changing sizes leave holes in which later tensors do not fit, so that the memory of
+    the process grows: by 2.3 GB after lin-cae has encoded 27 chunks of different lengths. The
+    result is False if the process does not keep freed memory.
     """
     kept = os.environ.get("MALLOC_MMAP_MAX_") == KEEP_FREED_MEMORY["MALLOC_MMAP_MAX_"]
     if not kept or platform.libc_ver()[0] != "glibc":

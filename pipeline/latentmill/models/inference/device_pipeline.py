@@ -1,9 +1,8 @@
-"""Feeding a model: the next batch is on its way to the GPU while it works on the one before.
+"""Device pipeline: the next batch is copied to the GPU while the model computes the current one.
 
-On a GPU a batch goes through page-locked memory, so that both copies run beside the computation
-(audio on a stream of its own, latents behind the computation that makes them), and its latents
-are awaited only once the next batch is queued: the loop waits once a batch, for a result that is
-a batch old. On a CPU all of this is a plain call.
+On a GPU batches are copied through page-locked memory, so that both copies run in parallel with the
+computation (audio on its own stream, latents on the stream of the computation, after it). The
+latents of a batch are awaited only after the next batch is queued. On a CPU it is a plain call.
 """
 
 from __future__ import annotations
@@ -20,33 +19,35 @@ from latentmill.models.inference.device import trim_memory
 from latentmill.models.inference.precision import Precision, numeric_mode
 from latentmill.record import FloatArray
 
-# Other shapes in a row of batches: often enough to bound the memory, rare enough to cost nothing.
+# Memory is trimmed after this many changes of the batches' shape: it stays bounded, and the time
+# for trimming is negligible.
 CHANGES_UNTIL_TRIM = 4
 
 
 class Transport(Protocol):
-    """How batches reach a model and come back."""
+    """Copies audio to a device and latents back."""
 
     ahead: int  # batches that are queued before the first one's latents are awaited
 
     def send(self, audio: FloatArray) -> Tensor:
-        """Bring audio `[B, C, T]` to the device."""
+        """Copy audio `[B, C, T]` to the device."""
         ...
 
     def fetch(self, latents: Tensor) -> Any:
-        """Begin to bring latents back; gives a ticket."""
+        """Start to copy latents back; return a handle for `wait`."""
         ...
 
     def wait(self, ticket: Any) -> FloatArray:
-        """Wait until a ticket's latents are here."""
+        """Wait for the latents of a `fetch`."""
         ...
 
 
 class PlainTransport:
-    """For a model on the CPU.
+    """Transport for a model on the CPU.
 
-    Batches of different shapes leave holes in the memory that the process keeps: after some of
-    them it is given back. They are counted for the process: each unit has a feed of its own.
+    Batches of different shapes leave holes in the memory that the process keeps, so it is trimmed
+    after some changes of shape. Changes are counted per process, because each unit has its own
+    device pipeline.
     """
 
     ahead = 0
@@ -54,7 +55,6 @@ class PlainTransport:
     _changes: ClassVar[int] = 0
 
     def send(self, audio: FloatArray) -> Tensor:
-        """The same memory."""
         if PlainTransport._shape not in (None, audio.shape):
             PlainTransport._changes += 1
             if PlainTransport._changes % CHANGES_UNTIL_TRIM == 0:
@@ -63,20 +63,18 @@ class PlainTransport:
         return torch.from_numpy(audio)
 
     def fetch(self, latents: Tensor) -> Tensor:
-        """The latents themselves."""
         return latents
 
     def wait(self, ticket: Tensor) -> FloatArray:
-        """The same memory."""
         latents: FloatArray = ticket.float().cpu().numpy()
         return latents
 
 
 class CudaTransport:
-    """For a model on a GPU; see the module's text.
+    """Transport for a model on a GPU; see the module's docstring.
 
-    Page-locked memory and device memory come from PyTorch's caching allocators, which do not
-    give a block away again before the streams that use it are through with it.
+    Page-locked memory and device memory come from PyTorch's caching allocators, which do not reuse
+    a block until the streams that use it are done with it.
     """
 
     ahead = 1
@@ -86,7 +84,7 @@ class CudaTransport:
         self._copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     def send(self, audio: FloatArray) -> Tensor:
-        """Copy on the stream of copies; the computation waits for it, this thread does not."""
+        """Copy on the copy stream; the computation waits for the copy, this thread does not."""
         pinned = torch.from_numpy(audio).pin_memory()
         computing = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._copies):
@@ -96,7 +94,7 @@ class CudaTransport:
         return there
 
     def fetch(self, latents: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-        """Copy behind the computation; the event marks the end of the copy."""
+        """Copy after the computation; the event marks the end of the copy."""
         here = torch.empty(latents.shape, dtype=torch.float32, pin_memory=True)
         here.copy_(latents, non_blocking=True)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -104,7 +102,7 @@ class CudaTransport:
         return here, done
 
     def wait(self, ticket: tuple[Tensor, torch.cuda.Event]) -> FloatArray:
-        """Wait for the event. The latents are copied, since page-locked memory is scarce."""
+        """Wait for the event. The latents are copied, because page-locked memory is scarce."""
         here, done = ticket
         done.synchronize()
         latents: FloatArray = here.numpy().copy()
@@ -112,19 +110,12 @@ class CudaTransport:
 
 
 def transport_to(device: str) -> Transport:
-    """The transport to a device, `cpu`, `cuda` or `cuda:N`."""
+    """The transport for a device: `cpu`, `cuda` or `cuda:N`."""
     return CudaTransport(device) if device.startswith("cuda") else PlainTransport()
 
 
 class DevicePipeline:
-    """Sends batches through a model in a numeric mode; latents come back in the same order.
-
-    Args:
-        model: The model.
-        device: Where it is.
-        precision: The numeric mode.
-        transport: How to reach it; default is by its device.
-    """
+    """Encodes batches in order, in a numeric mode; the default transport depends on the device."""
 
     def __init__(
         self,
@@ -141,17 +132,15 @@ class DevicePipeline:
         self._halved = False  # the device has run out of memory
 
     def push(self, audio: FloatArray) -> Iterator[FloatArray]:
-        """Queue a batch `[B, C, T]`; give the latents `[B, D, Z]` of earlier ones, or its own.
+        """Queue a batch `[B, C, T]` and yield latents `[B, D, Z]` that are done, in order.
 
-        Where the device's memory does not suffice, this batch and all later ones go in two halves.
-
-        Raises:
-            torch.OutOfMemoryError: It does not suffice for half a batch either.
+        If the device runs out of memory, this batch and all later ones are encoded in two halves.
+        If half a batch does not fit either, `torch.OutOfMemoryError` is raised.
         """
         sent = self._transport.send(audio)
         latents = self._encode(sent)
         if latents is None:
-            torch.cuda.empty_cache()  # not in the handler, whose traceback holds activations
+            torch.cuda.empty_cache()  # after the handler, whose traceback references activations
             latents = self._encode(sent)
             assert latents is not None, "it raises the second time"
         self._tickets.append(self._transport.fetch(latents))
@@ -159,7 +148,7 @@ class DevicePipeline:
             yield self._transport.wait(self._tickets.popleft())
 
     def _encode(self, sent: Tensor) -> Tensor | None:
-        """The latents; None the first time that memory runs out."""
+        """Return the latents, or None the first time that memory runs out."""
         with numeric_mode(self._precision, self._device):
             try:
                 if not self._halved:
@@ -172,6 +161,6 @@ class DevicePipeline:
                 return None
 
     def flush(self) -> Iterator[FloatArray]:
-        """Give the latents of all batches that are still queued."""
+        """Yield the latents of all batches that are still queued."""
         while self._tickets:
             yield self._transport.wait(self._tickets.popleft())

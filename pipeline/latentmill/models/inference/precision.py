@@ -1,8 +1,8 @@
-"""The numeric mode of encoding: float32, or something faster that is recorded with the store.
+"""The numeric mode of encoding: float32 or a faster mode. It is recorded in the store.
 
-`tf32` lets a GPU's tensor cores round the factors of float32 products to 10 bits of mantissa;
-`bf16` and `fp16` run convolutions and matrix products under autocast. The adapters keep what
-needs float32 (front ends, normalisation, the latents) out of it themselves.
+With `tf32` a GPU's tensor cores round the factors of float32 products to 10 bits of mantissa;
+`bf16` and `fp16` run convolutions and matrix products under autocast. Models exclude from autocast
+what needs float32 (front ends, normalisation, the latents).
 """
 
 from __future__ import annotations
@@ -19,23 +19,19 @@ _AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def pick_precision(wanted: Precision | None, device: str) -> Precision:
-    """The numeric mode on a device: what is asked for, else `tf32` on a GPU and `float32` on a CPU.
-
-    Raises:
-        ConfigError: The device does not have that mode.
-    """
+    """The numeric mode on a device; the default is `tf32` on a GPU and `float32` on a CPU."""
     on_gpu = device.startswith("cuda")
     if wanted == "tf32" and not on_gpu:
-        raise ConfigError("Precision tf32 is a mode of GPUs: use float32 on device cpu.")
+        raise ConfigError("Precision tf32 requires a GPU: use --precision float32 on the CPU.")
     return wanted or ("tf32" if on_gpu else "float32")
 
 
 @contextmanager
 def numeric_mode(precision: Precision, device: str) -> Iterator[None]:
-    """Run a model on a device in a numeric mode.
+    """Context manager in which a model on a device runs in a numeric mode.
 
-    The switches for TF32 are global to the process. They are set for float32, too: PyTorch's own
-    default lets convolutions on a GPU use TF32.
+    The flags for TF32 are global to the process. They are set for float32 too, because by default
+    PyTorch uses TF32 for convolutions on a GPU.
     """
     import torch  # slow to import, and not needed to read a store
 

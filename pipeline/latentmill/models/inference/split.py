@@ -1,7 +1,7 @@
-"""A mono model on stereo audio: each channel is a latent of its own, side by side in one record.
+"""A mono model on stereo audio: the channels are encoded separately and stored in one latent.
 
-So pan and width stay linear: whatever is done to one channel's latent is done to that channel
-alone. The latent `[2 * D, Z]` holds the left channel's D rows, then the right one's.
+The latent `[2 * D, Z]` has the left channel's D rows, then the right channel's. Pan and width stay
+linear, because arithmetic on the rows of one channel changes only that channel.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ AUDIO_CHANNELS = 2
 
 @dataclass(frozen=True)
 class SplitHandle:
-    """A mono model's handle, for stereo."""
+    """Handle of a mono model that runs on stereo audio."""
 
     inner: ModelHandle
 
     @property
     def spec(self) -> ModelSpec:
-        """The mono model's spec with twice the channels on both sides and half the batch."""
+        """The mono model's spec with twice the audio and latent channels and half the batch."""
         spec = self.inner.spec
         return replace(
             spec,
@@ -41,12 +41,11 @@ class SplitHandle:
         )
 
     def load(self, device: str) -> Split:
-        """Load the mono model."""
         return Split(self.spec, self.inner.load(device))
 
 
 class Split:
-    """Runs a mono model on each channel, all in one batch; see `Autoencoder`."""
+    """Runs a mono model on all channels in one batch; implements `Autoencoder`."""
 
     def __init__(self, spec: ModelSpec, inner: Autoencoder) -> None:
         self._spec = spec
@@ -54,7 +53,6 @@ class Split:
 
     @property
     def spec(self) -> ModelSpec:
-        """What is fixed about this model."""
         return self._spec
 
     def encode(self, audio: Tensor) -> Tensor:
@@ -83,6 +81,6 @@ class Split:
 
 
 def split(handle: ModelHandle) -> SplitHandle:
-    """Make a mono model take stereo audio, channel by channel."""
-    assert handle.spec.channels == 1, "the registry asks for no other"
+    """Make a mono model run on each channel of stereo audio."""
+    assert handle.spec.channels == 1, "the registry checks it"
     return SplitHandle(handle)

@@ -1,1 +1,1 @@
-"""Lin-CAE: the models of the package `linear-cae`."""
+"""The models of the package linear-cae."""

@@ -1,4 +1,4 @@
-"""The package linear-cae and what its models' files say: which there are, what is in them."""
+"""The package linear-cae and the files of its models."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ ROLES = {
     "generator": "generator_kwargs_last.yaml",
     "diffusion": "diffusion_kwargs_last.yaml",
 }
-WITHDRAWN = ("0.1.2", "0.1.3")  # their latents are scaled wrongly
+WITHDRAWN = ("0.1.2", "0.1.3")  # these releases scale latents wrongly
 
 
 @dataclass(frozen=True)
 class LinearCaePackage:
-    """What is used of the installed package."""
+    """The parts of the installed package that are used here."""
 
     version: str
     repo: str
-    folders: Mapping[str, str]  # by model name: its folder's hash
+    folders: Mapping[str, str]  # hash in the folder's name, by model name
     scale_factors: Mapping[str, float]  # by model name
     Autoencoder: Any
-    classes: Mapping[str, Callable[..., Any]]  # by the role of the file with their arguments
+    classes: Mapping[str, Callable[..., Any]]  # by role of the file that has their arguments
 
 
 @dataclass(frozen=True)
 class LinearCaeArguments:
-    """The arguments of a model's three parts, the package's defaults filled in."""
+    """The arguments of a model's three parts, including the package's defaults."""
 
     frontend: Mapping[str, Any]
     generator: Mapping[str, Any]
@@ -44,20 +44,16 @@ class LinearCaeArguments:
 
 
 def import_linear_cae(name: str) -> LinearCaePackage:
-    """Import the package.
-
-    Raises:
-        ModelError: It is not installed, does not import, or is a withdrawn release.
-    """
+    """Import the package; raise `ModelError` if it is missing or a withdrawn release."""
     install = "pip install 'latentmill[linear-cae]'"
-    if sys.version_info >= (3, 13):  # it pins numpy < 2, which has no wheels there
+    if sys.version_info >= (3, 13):  # it pins numpy < 2, which has no wheels for these versions
         install = "pip install --no-deps linear-cae==0.1.4"
     inference, installed = import_package(
         name, "linear-cae", module="linear_cae.inference", install=install
     )
     if installed in WITHDRAWN:
         raise ModelError(
-            f"Model {name}: linear-cae {installed} was withdrawn for its wrong latent scales: "
+            f"Model {name}: linear-cae {installed} was withdrawn because of wrong latent scales: "
             f"run `{install}`."
         )
     return LinearCaePackage(
@@ -75,11 +71,7 @@ def import_linear_cae(name: str) -> LinearCaePackage:
 
 
 def find_linear_cae(name: str, package: LinearCaePackage, repo: Repo) -> ModelFiles:
-    """Find a model's four files: in its folder of the repository, or right in a local folder.
-
-    Raises:
-        ModelError: They cannot be had.
-    """
+    """Find a model's four files: in its folder of the repository, or directly in a local folder."""
     folder = f"{package.folders[name]}_weights"
     return find(
         name,
@@ -92,11 +84,7 @@ def find_linear_cae(name: str, package: LinearCaePackage, repo: Repo) -> ModelFi
 
 
 def read_arguments(name: str, package: LinearCaePackage, files: ModelFiles) -> LinearCaeArguments:
-    """Read the arguments of the model's parts.
-
-    Raises:
-        ModelError: They do not fit the installed package.
-    """
+    """Read the arguments of the model's parts; `ModelError` if the package does not accept them."""
     read: dict[str, Mapping[str, Any]] = {}
     for role, cls in package.classes.items():
         path = files.paths[role]

@@ -1,8 +1,8 @@
-"""The encoder of linear-cae with less memory traffic, to the same bits as its README loop.
+"""The encoder of linear-cae with less memory traffic; bit for bit equal to its README loop.
 
-A chunk of 10 s is 226 MB in the first layers of the encoder, and touching fresh memory is a good
-part of its time on a CPU: what the package's blocks copy and allocate for training is
-done in place here. Activations and sums are the same operations on the same numbers.
+A chunk of 10 s takes 226 MB in the first layers of the encoder, and accessing newly allocated
+memory is a large part of the encoder's time on a CPU. The package's blocks copy and allocate for
+training; here they work in place. Activations and sums are the same operations on the same numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def make_lean(encoder: Any) -> None:
-    """Let an encoder's residual blocks work in place; others than the published ones stay."""
+    """Let an encoder's residual blocks work in place, if they are like the published ones."""
     from linear_cae.components.blocks import ResBlock
 
     for block in encoder.modules():
@@ -32,11 +32,11 @@ def _is_plain(block: Any) -> bool:
 
 
 def _block(block: Any, x: Tensor) -> Tensor:
-    """`ResBlock.forward` in evaluation, without its copies."""
+    """`ResBlock.forward` in evaluation mode, without its copies."""
     y: Tensor = block.conv1(F.silu(block.norm1(x), inplace=True))
     y = block.conv2(F.silu(block.norm2(y), inplace=True))
     residual = block.res_conv(x)
-    # Under autocast the sum is float32, as in the package: do not round it to half precision.
+    # Under autocast the sum is float32, as in the package; in place it would be rounded to half.
     y = y.add_(residual) if y.dtype == residual.dtype else y + residual
     if block.attention:
         y = block.att(y)
@@ -45,10 +45,10 @@ def _block(block: Any, x: Tensor) -> Tensor:
 
 @contextmanager
 def exact_attention() -> Iterator[None]:
-    """Run `nn.MultiheadAttention` as in training.
+    """Run `nn.MultiheadAttention` as in training, without the fast path of evaluation mode.
 
-    Its fast path, which it takes in evaluation, projects the inputs by one small matrix product
-    for each STFT frame, and gives other bits than the package's README loop.
+    The fast path projects the inputs by one small matrix product per STFT frame, and its results
+    are not bit for bit those of the package's README loop.
     """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -1,15 +1,15 @@
 """The models `lin-cae`, `lin-cae-2` and `m2l` of the package linear-cae.
 
 B. Torres and others, "Learning Linearity in Audio Consistency Autoencoders via Implicit
-Regularization", arXiv 2510.23530. Audio becomes a complex STFT with companded amplitudes, its
-encoder gives one latent frame per 2**d STFT frames; decoding is a consistency model, which starts
-from noise.
+Regularization", arXiv 2510.23530. Audio is transformed to a complex STFT with companded amplitudes;
+the encoder produces one latent frame per 2**d STFT frames. The decoder is a consistency model that
+starts from noise.
 
-The package's `Autoencoder` is built from its classes, but not by its `from_pretrained`, which
-knows no revisions and no local files. Its `encode` and `decode` are not called: `encode` registers
-the encoder a second time (the state dict grows), splits batches into single chunks and switches an
-autocast region around it off; `decode` draws unseeded noise. Here the same modules are called in
-the same order.
+The package's `Autoencoder` is built from its classes and not by its `from_pretrained`, which does
+not support revisions and local files. Its `encode` and `decode` are not called: `encode` registers
+the encoder a second time (the state dict grows), splits batches into single chunks and disables
+autocast regions around it; `decode` draws unseeded noise. Here the same modules are called in the
+same order.
 """
 
 from __future__ import annotations
@@ -47,30 +47,19 @@ from latentmill.models.weights import (
 )
 
 CHUNK_FRAMES = 108  # 10.07 s
-MAX_BATCH_SECONDS = 380  # 2**31 elements of an activation, pytorch issue 117736
-OVERLAP_FRAMES = 12  # the receptive field on each side is 12 to 13 frames, and then GroupNorm
+MAX_BATCH_SECONDS = 380  # an activation then has 2**31 elements, pytorch issue 117736
+OVERLAP_FRAMES = 12  # the receptive field without GroupNorm is 12 to 13 frames on each side
 
 
 @dataclass(frozen=True)
 class LinearCaeHandle:
-    """One of the models, its files found and hashed.
-
-    Attributes:
-        spec: Its spec.
-        files: Its files.
-        diffusion_steps: Steps of the decoder.
-    """
+    """A model whose files are found and hashed; its decoder takes `diffusion_steps` steps."""
 
     spec: ModelSpec
     files: ModelFiles
     diffusion_steps: int
 
     def load(self, device: str) -> LinearCae:
-        """Load the model onto `device`.
-
-        Raises:
-            ModelError: The files are missing here, differ from the handle's or do not load.
-        """
         name = self.spec.name
         chosen = check_device(name, device)
         package = import_linear_cae(name)
@@ -90,7 +79,7 @@ class LinearCaeHandle:
 
 
 class LinearCae:
-    """A consistency autoencoder on one device, behind the protocol `Autoencoder`.
+    """A consistency autoencoder on one device; implements the protocol `Autoencoder`.
 
     `model` has the package's parts: `frontend`, `generator` and `diffusion`.
     """
@@ -103,20 +92,19 @@ class LinearCae:
         self._frontend = model.frontend
         self._generator = model.generator
         self._diffusion = model.diffusion
-        if device.type == "cuda":  # tensor cores take convolutions in this order
+        if device.type == "cuda":  # the memory order of convolutions on tensor cores
             self._generator.encoder.to(memory_format=torch.channels_last)
         self._steps = diffusion_steps
 
     @property
     def spec(self) -> ModelSpec:
-        """What is fixed about this model."""
         return self._spec
 
     @no_gradients
     def encode(self, audio: Tensor) -> Tensor:
-        """Encode `[B, 1, T]` to `[B, D, Z]`; see `Autoencoder.encode`.
+        """Encode `[B, 1, T]` to `[B, D, Z]`.
 
-        An autocast region around the call reaches the encoder only: the front end's complex
+        An autocast region around the call affects only the encoder, because the front end's complex
         numbers need float32.
         """
         check_audio(self._spec, audio)
@@ -136,7 +124,6 @@ class LinearCae:
         seed: int = 0,
         positions: Sequence[int] | None = None,
     ) -> Tensor:
-        """Decode `[B, D, Z]` to `[B, 1, num_samples]`; see `Autoencoder.decode`."""
         chosen = check_latents(self._spec, latents, num_samples, positions)
         noise = self._noise(latents.shape[2], seed, chosen)  # [B, steps, 2, bins, STFT frames]
         spectrum = self._reverse_diffusion(
@@ -147,7 +134,7 @@ class LinearCae:
         return wave[:, None, :num_samples]
 
     def _reverse_diffusion(self, latents: Tensor, noise: Tensor) -> Tensor:
-        """The package's `Diffusion.reverse_diffusion`, with our noise also between the steps."""
+        """The package's `Diffusion.reverse_diffusion`, with seeded noise in all steps."""
         diffusion, steps = self._diffusion, self._steps
         noisy = noise[:, 0] * self._generator.sigma_max
         for step in range(steps):
@@ -169,9 +156,8 @@ class LinearCae:
 def frame_noise(seed: int, positions: Sequence[int], frames: int, shape: tuple[int, ...]) -> Tensor:
     """Noise of consecutive latent frames, a pure function of seed and absolute position.
 
-    It is drawn on the CPU, so that it is the same on every device, and for each frame by its own
-    generator (Philox, keyed by seed and position), so that it is the same however a time line is
-    cut into chunks.
+    It is drawn on the CPU, so that it is the same on every device. Each frame has its own generator
+    (Philox, keyed by seed and position), so that the noise does not depend on the chunks.
 
     Args:
         seed: Any integer.
@@ -191,7 +177,7 @@ def frame_noise(seed: int, positions: Sequence[int], frames: int, shape: tuple[i
         generator = np.random.Generator(np.random.Philox(key=key))
         generator.standard_normal(dtype=np.float32, out=noise[element, frame])
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy lets go of the GIL
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy releases the GIL
         deque(pool.map(fill, np.ndindex(len(positions), frames)), maxlen=0)
     return torch.from_numpy(noise)
 
@@ -204,17 +190,10 @@ def build(
     scale_factor: float | None = None,
     diffusion_steps: int = 1,
 ) -> LinearCaeHandle:
-    """Find a model's files, downloading them where they are not cached, and make its handle.
+    """Find a model's files and make its handle; docs/models.md describes the options.
 
-    Args:
-        name: `lin-cae`, `lin-cae-2` or `m2l`.
-        repo: Hub repository or local folder with the model's files; None: the package's.
-        revision: Branch, tag or commit of a hub repository.
-        scale_factor: What latents are multiplied by; None: what the package has for this name.
-        diffusion_steps: Steps of the decoder; 1 is what the models were made for.
-
-    Raises:
-        ModelError: The package or the weights are missing, or an option is out of range.
+    The default repository and scale factor are the package's. The models were trained for one
+    diffusion step.
     """
     check_diffusion_steps(name, diffusion_steps)
     if scale_factor is not None:
@@ -237,11 +216,7 @@ m2l = partial(build, "m2l")
 
 
 def check_diffusion_steps(name: str, steps: int) -> None:
-    """Check the option.
-
-    Raises:
-        ModelError: There is not one step.
-    """
+    """Raise `ModelError` unless there is at least one step."""
     if steps < 1:
         raise ModelError(f"Model {name}: option diffusion_steps must be at least 1, not {steps}.")
 
@@ -260,7 +235,7 @@ def consistency_spec(
 ) -> ModelSpec:
     """The spec of a consistency autoencoder.
 
-    A chunk of T samples has F = (T - frame_length) / hop_size + 1 STFT frames; each of the
+    A chunk of T samples has F = (T - frame_length) / hop_size + 1 STFT frames. Each of the
     `halvings` convolutions with stride 2 halves their number, rounding up.
     """
     return ModelSpec(
@@ -296,7 +271,7 @@ def _spec(
     frontend, generator = parts.frontend, parts.generator
     return consistency_spec(
         name,
-        sample_rate=frontend["sample_rate"] or 44100,  # the package works without knowing it
+        sample_rate=frontend["sample_rate"] or 44100,  # optional in the package
         hop_size=frontend["hop_size"],
         frame_length=frontend["hop_size"] * frontend["n_fft_factor"],
         halvings=list(generator["freq_downsample_list"]).count(0),
