@@ -131,7 +131,7 @@ def test_mixes_of_other_shapes_are_refused() -> None:
     one, other = (LatentSource.of(np.zeros((2, n), np.float32)) for n in (3, 4))
     with pytest.raises(ConfigError, match="different shapes"):
         mixed([one, other], [1, 1], origin=None)
-    with pytest.raises(ConfigError, match="cannot be cut"):
+    with pytest.raises(ConfigError, match="cannot be changed"):
         fitted(LatentSource.of(np.zeros((2, 2, 3), np.float32)), 4, origin=None)
 
 

@@ -1,4 +1,4 @@
-"""Latents -> audio, window by window, so that items of any length decode in bounded memory."""
+"""Latents to audio, window by window, so that items of any length are decoded in bounded memory."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LatentSource:
-    """A latent that is read piece by piece: what is decoded need not lie in memory.
+    """A latent that is read in pieces, so that it need not fit into memory.
 
     Attributes:
-        shape: `[D, T]`, or `[N, D, Z]` of the overlapping chunks of `stitch: none`.
-        read: Gives `n` frames from `start` on, `[D, n]`; of chunks, `n` chunks `[n, D, Z]`.
+        shape: `[D, T]`, or `[N, D, Z]` for the overlapping chunks of `stitch: none`.
+        read: Called with `start` and `n`; returns `n` frames from `start` on, `[D, n]`, or `n`
+            chunks `[n, D, Z]`.
     """
 
     shape: tuple[int, ...]
@@ -32,7 +33,7 @@ class LatentSource:
 
     @classmethod
     def of(cls, latent: Latent) -> LatentSource:
-        """A latent that lies in memory."""
+        """Wrap a latent that is in memory."""
         if latent.ndim == 3:
             return cls(latent.shape, lambda start, count: latent[start : start + count])
         return cls(latent.shape, lambda start, count: latent[:, start : start + count])
@@ -40,11 +41,11 @@ class LatentSource:
 
 @dataclass(frozen=True)
 class _Window:
-    """A stretch of one latent that is decoded at once, and the samples that it gives."""
+    """A part of a latent that is decoded in one piece, and the samples that it decodes to."""
 
-    frame: int  # its first frame on the item's time line
+    frame: int  # index of its first frame in the item
     latent: Latent  # [D, Z]
-    start: int  # its first sample
+    start: int  # index of its first sample in the item
     samples: int
 
 
@@ -79,13 +80,9 @@ def decode_latents(
     seed: int = 0,
     batch_size: int = 1,
 ) -> FloatArray:
-    """Decode one item's latent, or those of several items with one more axis in front.
+    """Decode the latent of one item, or a batch of latents with one more axis in front.
 
-    Returns:
-        `[C, num_samples]`, or `[B, C, num_samples]`; float32.
-
-    Raises:
-        ConfigError: The latents have another number of axes.
+    The result is float32 `[C, num_samples]`, or `[B, C, num_samples]` for a batch.
     """
     import torch  # slow to import, and not needed to read a store
 
@@ -108,7 +105,7 @@ def decode_latents(
 
 
 def most_samples(spec: ModelSpec, shape: tuple[int, ...], chunking: Chunking) -> int:
-    """How many samples a latent of this shape can give: `[D, T]`, or chunks `[N, D, Z]`."""
+    """Maximum number of samples of a latent `[D, T]`, or of chunks `[N, D, Z]`."""
     if len(shape) == 3 and shape[0] > 1:
         return chunking.samples + (shape[0] - 1) * chunking.step
     return spec.samples(shape[-1])
@@ -123,26 +120,17 @@ def decode_blocks(
     seed: int = 0,
     batch_size: int = 1,
 ) -> Iterator[FloatArray]:
-    """Decode one item's latent, giving its audio as it is done, in order.
+    """Decode one item's latent and yield its audio in order, in blocks `[C, n]` of float32.
 
-    Neighbouring windows overlap and are crossfaded in the waveform. With `stitch: none` the
-    windows are the stored chunks and the fade spans their whole overlap, as in the linear-cae
-    package; otherwise it spans the middle half, away from the windows' edges (of a causal model:
-    away from their starts). Holds the windows of one batch and one more, however long the item is.
+    Neighbouring windows overlap and are crossfaded in the waveform. With `stitch: none` the windows
+    are the stored chunks and the fade spans their whole overlap, as in the linear-cae package.
+    Otherwise the fade spans the middle half of the overlap, away from the windows' edges (for a
+    causal model: away from their starts). The windows of one batch and one more are in memory.
 
-    Args:
-        model: The autoencoder that encoded the item.
-        latent: `[D, Z]`, or the overlapping chunks `[N, D, Z]` of `stitch: none`.
-        num_samples: Length of the item at the model's rate; None: all that the latent holds.
-        chunking: How the item was encoded.
-        seed: Noise of a stochastic decoder; equal seeds share it frame by frame.
-        batch_size: Windows per forward pass.
-
-    Returns:
-        Blocks `[C, n]`, float32; together `num_samples` samples.
-
-    Raises:
-        ConfigError: The latent does not hold so many samples (at once, before any block).
+    `num_samples` is the item's length at the model's rate; None decodes the whole latent. If the
+    latent is too short for it, `ConfigError` is raised at once, before the first block. `seed`
+    determines the noise of a stochastic decoder, frame by frame. `batch_size` is the number of
+    windows per forward pass.
     """
     source = latent if isinstance(latent, LatentSource) else LatentSource.of(latent)
     spec = model.spec
@@ -167,7 +155,7 @@ def decode_blocks(
 def _decoded(
     model: Autoencoder, windows: Iterator[_Window], seed: int, batch_size: int
 ) -> Iterator[tuple[int, FloatArray]]:
-    """Each window's first sample and its audio `[C, samples]`."""
+    """Decode windows; yield the first sample and the audio `[C, samples]` of each."""
     import torch  # slow to import, and not needed to read a store
 
     for batch in _batches(windows, batch_size):
@@ -183,7 +171,7 @@ def _decoded(
 
 
 def _batches(windows: Iterator[_Window], size: int) -> Iterator[list[_Window]]:
-    """Windows in batches of one length: the last one may be shorter."""
+    """Group windows into batches of one shape; the last window may be shorter."""
     for _, alike in itertools.groupby(windows, key=lambda window: window.latent.shape):
         while batch := list(itertools.islice(alike, size)):
             yield batch
@@ -192,7 +180,7 @@ def _batches(windows: Iterator[_Window], size: int) -> Iterator[list[_Window]]:
 def _joined(
     windows: Iterator[tuple[int, FloatArray]], num_samples: int, skew: int | None
 ) -> Iterator[FloatArray]:
-    """Blend each window into the one before; give what no later window touches."""
+    """Crossfade each window with the one before; yield audio that no later window changes."""
     begin = 0  # the first sample of the last window
     held: FloatArray | None = None
     for start, audio in windows:
@@ -209,7 +197,7 @@ def _joined(
 def _stitched_windows(
     source: LatentSource, num_samples: int, spec: ModelSpec, chunking: Chunking
 ) -> Iterator[_Window]:
-    """Windows of the chunk's length; the last one is moved back to end with the latent."""
+    """Windows of the chunk's length; the last one starts earlier, to end with the latent."""
     total = source.shape[1]
     size = spec.frames(chunking.samples)
     overlap = max(chunking.overlap, min(size // 4, 4))
@@ -241,10 +229,11 @@ def _chunk_windows(
 
 
 def _blended(old: FloatArray, new: FloatArray, skew: int | None) -> FloatArray:
-    """`new`, fading from `old` over the samples that they share, or some of them.
+    """Fade from `old` to `new` over the samples that they share, or over some of them.
 
-    Without a `skew` over all of them. With one over half of those that a model with a context so
-    much longer on the left (in samples) gets right in both windows, but at least a sixteenth.
+    Without `skew` the fade spans all of them. `skew` is the number of samples by which the model's
+    context on the left is longer than on the right; the fade then spans half of the samples that
+    are right in both windows, but at least a sixteenth of the overlap.
     """
     overlap = old.shape[1]
     if overlap == 0:

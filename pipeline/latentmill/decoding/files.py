@@ -1,4 +1,4 @@
-"""Latents to audio files of any length, and mixes of records that are read as they are decoded."""
+"""Latents to audio files of any length, and mixes that are computed while they are decoded."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from latentmill.errors import ConfigError, StorageError
 from latentmill.ops import Origin, fit, mix
 from latentmill.record import FloatArray, Latent
 
-# What a file is by its suffix: format and sample type. FLAC knows no floats.
+# Format and sample type by file name suffix. FLAC does not support floats.
 FILE_TYPES = {".wav": ("WAV", "FLOAT"), ".flac": ("FLAC", "PCM_24")}
 LONGEST_NAME = 255
-"""Bytes of a file's name, on all common file systems."""
+"""Maximum length of a file name in bytes, on all common file systems."""
 
-# A WAV file's size is a 32-bit number; RF64 is the same with a larger one.
+# The size field of a WAV file has 32 bits; RF64 is the same format with a larger field.
 _LARGEST_WAV = 2**32 - 2**16
 _LARGE_WAV = "RF64"
 
@@ -33,11 +33,10 @@ class WrittenAudio:
     """An audio file that was written.
 
     Attributes:
-        path: Where it is.
-        seconds: Its length.
-        peak: The largest absolute sample before it was written.
-        clipped: Samples beyond full scale that the file could not hold; 0 in WAV, which holds
-            floats.
+        path: Path of the file.
+        seconds: Length in seconds.
+        peak: Largest absolute sample of the audio, before clipping.
+        clipped: Number of clipped samples; 0 for WAV, which stores floats.
     """
 
     path: str
@@ -47,28 +46,24 @@ class WrittenAudio:
 
 
 def file_name(key: str, suffix: str) -> str:
-    """A key as a relative path that stays below its folder and that file systems take."""
+    """Convert a key to a relative file path that is valid and stays inside its folder."""
     parts = [part for part in key.replace("\0", "").split("/") if part not in ("", ".", "..")]
     *folders, last = parts or [""]
     return "/".join([*map(_shortened, folders), _shortened(last, suffix)])
 
 
 def _shortened(name: str, suffix: str = "") -> str:
-    """A name with a suffix; if it is too long, its beginning and a hash of all of it."""
+    """Append a suffix; if the name is too long, keep its beginning and a hash of the whole name."""
     encoded = os.fsencode(name)
-    room = LONGEST_NAME - len(os.fsencode(suffix))
-    if len(encoded) > room:
-        kept = encoded[: room - 17].decode(errors="ignore")
+    longest = LONGEST_NAME - len(os.fsencode(suffix))
+    if len(encoded) > longest:
+        kept = encoded[: longest - 17].decode(errors="ignore")
         name = f"{kept}~{xxhash.xxh3_64_hexdigest(encoded)}"
     return name + suffix
 
 
 def check_file_type(path: Path) -> None:
-    """Refuse a file name that is no audio file's.
-
-    Raises:
-        ConfigError: Its suffix is neither .wav nor .flac.
-    """
+    """Raise `ConfigError` unless the file name ends in .wav or .flac."""
     if path.suffix.lower() not in FILE_TYPES:
         raise ConfigError(f"Cannot write {path}: use a file name that ends in .wav or .flac.")
 
@@ -76,18 +71,11 @@ def check_file_type(path: Path) -> None:
 def write_audio(
     path: Path, blocks: Iterable[FloatArray], *, sample_rate: int, channels: int, num_samples: int
 ) -> WrittenAudio:
-    """Write audio to a WAV (float32) or FLAC (24 bit) file as it comes, whole or not at all.
+    """Write blocks `[C, n]` of audio to a WAV (float32) or FLAC (24 bit) file.
 
-    Args:
-        path: The file; its suffix says which type. Its folder is made.
-        blocks: The audio in order, `[C, n]` each, such as `LatentStore.decode_blocks` gives it.
-        sample_rate: Hz.
-        channels: Audio channels.
-        num_samples: What the blocks hold together, to choose the kind of WAV file.
-
-    Raises:
-        ConfigError: The suffix is another one.
-        StorageError: The file cannot be written; nothing of it stays.
+    The suffix of the path determines the format. The file appears when it is complete; if writing
+    fails, nothing remains. `num_samples` is the total length of the blocks: files too large for WAV
+    are written as RF64.
     """
     check_file_type(path)
     kind, subtype = FILE_TYPES[path.suffix.lower()]
@@ -119,9 +107,12 @@ def write_audio(
 
 
 def fitted(source: LatentSource, frames: int, *, origin: Origin | None) -> LatentSource:
-    """A latent cut, or continued by silence, to `frames` frames; see `ops.fit`."""
+    """Truncate a latent, or extend it with silence, to `frames` frames; see `ops.fit`."""
     if len(source.shape) != 2:
-        raise ConfigError("Latents stored as chunks (stitch none) cannot be cut or continued.")
+        raise ConfigError(
+            "The length of latents stored as chunks (stitch none) cannot be changed: encode with "
+            "another stitch."
+        )
     have = source.shape[1]
 
     def read(start: int, count: int) -> Latent:
@@ -138,17 +129,13 @@ def fitted(source: LatentSource, frames: int, *, origin: Origin | None) -> Laten
 def mixed(
     sources: Sequence[LatentSource], gains: Sequence[float], *, origin: Origin | None
 ) -> LatentSource:
-    """A mix of latents that is computed as it is read; see `ops.mix`.
-
-    Raises:
-        ConfigError: As `ops.mix`, when the mix is read; at once where the shapes differ.
-    """
+    """A mix of latents that is computed while it is read; see `ops.mix`."""
     shapes = {source.shape for source in sources}
     if len(shapes) > 1:
         listed = ", ".join(str(shape) for shape in sorted(shapes))
         raise ConfigError(
-            f"Latents of different shapes cannot be mixed: {listed}; bring them to one length "
-            "(on the command line --length shortest or longest)."
+            f"Latents of different shapes cannot be mixed: {listed}; make them equally long (on "
+            "the command line with --length shortest or --length longest)."
         )
     shape = sources[0].shape
 

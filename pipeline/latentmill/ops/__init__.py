@@ -1,13 +1,13 @@
-"""Latent arithmetic: what sounds added, scaled, faded and taken away are in latent space.
+"""Latent arithmetic: adding, scaling, fading and subtracting sounds in latent space.
 
-An affine encoder has E(x) = L(x) + c with c = E(0), the latent of silence. A sum of sounds
-a_1 x_1 + ... + a_K x_K then has the latent
+For an affine encoder E(x) = L(x) + c with c = E(0), the latent of silence. The latent of a sum of
+sounds a_1 x_1 + ... + a_K x_K is then exactly
 
     z = sum(a_i z_i) + (1 - sum(a_i)) c
 
-which is exact for an affine encoder. Every function takes the origin of the latents' store, which
-also knows what the latents are (codes, means with standard deviations) and how linear the model
-was measured to be; `origin=None` gives the raw form without c and without that knowledge.
+Every function takes the origin of the latents' store. The origin includes c, whether the latents
+are codes or means with standard deviations, and the measured linearity of the model. With
+`origin=None` the result is the raw form, without c and without checks.
 """
 
 from latentmill.ops.arithmetic import gain, mix, mixup, subtract

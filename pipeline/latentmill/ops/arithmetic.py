@@ -12,7 +12,7 @@ from latentmill.errors import ConfigError
 from latentmill.ops.origin import Origin
 from latentmill.record import FloatArray, Latent
 
-# One factor for the whole sound, or a curve of one factor a frame.
+# One factor for the whole sound, or a curve with one factor per frame.
 Gain = float | npt.NDArray[np.floating[Any]]
 
 
@@ -25,27 +25,27 @@ def mix(
     """The latent of sum(gain_i * sound_i).
 
     Args:
-        latents: Latents `[C, T]` of sounds on one time line, all of one shape; or all chunks
-            `[N, C, T]`.
-        gains: One gain per latent, a number or a curve `[T]` of one number a frame; default 1
-            each. A negative gain takes a sound away. A curve is exact where it is constant over
-            what a frame sees, and close to it where it changes slowly from frame to frame.
-        origin: The latent of silence of these latents' store (of a crop: `origin.at`); None
+        latents: Latents `[C, T]`, or chunks `[N, C, T]`, all of one shape.
+        gains: One gain per latent: a number, or a curve `[T]` with one number per frame. The
+            default is 1 for each. A negative gain subtracts a sound. A curve is exact if it is
+            constant over the context of a frame, and a good approximation if it changes slowly from
+            frame to frame.
+        origin: The latent of silence of these latents' store (for a crop: `origin.at`); None
             for the raw sum.
 
     Returns:
-        `[C, T]`, float32. Of means with standard deviations, the means are added and the
-        variances, that of silence taken as zero: `sqrt(sum((gain_i * std_i)^2))`.
+        `[C, T]`, float32. For means with standard deviations the means and the variances are
+        added; the variance of silence is zero: `sqrt(sum((gain_i * std_i)^2))`.
 
     Raises:
-        ConfigError: No latents, different shapes, another number of gains, a curve of another
-            length, codes, or a foreign origin.
+        ConfigError: There are no latents, their shapes differ, the number of gains or the length of
+            a curve is wrong, the latents are codes, or the origin belongs to other latents.
     """
     return combine(latents, gains, origin, stacklevel=2)
 
 
 def gain(latent: Latent, factor: Gain, *, origin: Origin | None) -> FloatArray:
-    """The latent of a sound made `factor` times as loud, or by a curve `[T]`; see `mix`."""
+    """The latent of factor * sound; the factor is a number or a curve `[T]`, see `mix`."""
     return combine([latent], [factor], origin, stacklevel=2)
 
 
@@ -55,19 +55,20 @@ def subtract(latent: Latent, other: Latent, *, origin: Origin | None) -> FloatAr
 
 
 def mixup(latent: Latent, other: Latent, weight: Gain, *, origin: Origin | None) -> FloatArray:
-    """The latent of weight * sound + (1 - weight) * other, which needs no latent of silence.
+    """The latent of weight * sound + (1 - weight) * other.
 
     Args:
         latent: `[C, T]`.
-        other: Of the same shape.
+        other: A latent of the same shape.
         weight: 0 to 1, a number or a curve `[T]`.
-        origin: As of `mix`; it does not change the result, but says what the latents are.
+        origin: As in `mix`. It is used for checks and for standard deviations only, because the
+            weights add up to 1.
 
     Raises:
-        ConfigError: As `mix`, or the weight is beyond 0 and 1.
+        ConfigError: As in `mix`, or a weight is not in 0..1.
     """
     if np.min(weight) < 0 or np.max(weight) > 1:
-        raise ConfigError("The weight of mixup goes from 0 to 1: use mix for other gains.")
+        raise ConfigError("The weight of mixup must be in 0..1: use mix for other gains.")
     return combine([latent, other], [weight, 1 - weight], origin, stacklevel=2)
 
 
@@ -78,7 +79,7 @@ def combine(
     *,
     stacklevel: int,
 ) -> FloatArray:
-    """`mix`, for the other functions of this package; a warning names their caller."""
+    """Implementation of `mix` and the other functions; `stacklevel` is for warnings."""
     factors = _factors(latents, gains)
     total: FloatArray = np.zeros(latents[0].shape, np.float32)
     for latent, factor in zip(latents, factors, strict=True):
@@ -99,7 +100,7 @@ def combine(
 
 
 def _deviations(latents: Sequence[Latent], factors: Sequence[FloatArray], rows: int) -> FloatArray:
-    """The deviation of a sum of independent parts, `[rows, T]`: their variances add up."""
+    """Standard deviations of a sum of independent parts, `[rows, T]`: variances add up."""
     parts = [
         np.square(factor * latent[..., -rows:, :].astype(np.float32))
         for latent, factor in zip(latents, factors, strict=True)
@@ -109,7 +110,7 @@ def _deviations(latents: Sequence[Latent], factors: Sequence[FloatArray], rows: 
 
 
 def _factors(latents: Sequence[Latent], gains: Sequence[Gain] | None) -> list[FloatArray]:
-    """The gains as arrays, `[]` or `[T]`, checked against the latents."""
+    """Check the gains against the latents and convert them to arrays `[]` or `[T]`."""
     if not latents:
         raise ConfigError("mix needs at least one latent.")
     factors = [
@@ -117,28 +118,29 @@ def _factors(latents: Sequence[Latent], gains: Sequence[Gain] | None) -> list[Fl
     ]
     if len(factors) != len(latents):
         raise ConfigError(
-            f"mix needs one gain per latent: {len(latents)} and {len(factors)} given."
+            f"{len(factors)} gains given for {len(latents)} latents: give one gain per latent."
         )
     shapes = {latent.shape for latent in latents}
     if len(shapes) > 1:
         listed = ", ".join(str(shape) for shape in sorted(shapes))
         raise ConfigError(
-            f"Latents of different shapes cannot be mixed: {listed}; bring them to one length "
-            "(`fit`; on the command line --length shortest or longest)."
+            f"Latents of different shapes cannot be mixed: {listed}; make them equally long with "
+            "`fit` (on the command line with --length shortest or --length longest)."
         )
     for latent, factor in zip(latents, factors, strict=True):
         if factor.ndim and latent.ndim != 2:
             raise ConfigError(
-                "A gain curve needs one time line, and these latents are overlapping chunks "
-                "(stitch none): give one number per latent."
+                "A gain curve cannot be applied to latents that are overlapping chunks (stitch "
+                "none): give one number per latent."
             )
         if factor.ndim and factor.shape != latent.shape[-1:]:
             raise ConfigError(
-                f"A gain curve has one number a frame: {latent.shape[-1]} frames and a curve of "
-                f"shape {factor.shape} given."
+                f"The gain curve has shape {factor.shape} but the latent has {latent.shape[-1]} "
+                "frames: give one number per frame."
             )
         if not np.issubdtype(latent.dtype, np.floating):
             raise ConfigError(
-                f"Latents of type {latent.dtype} are codes, which cannot be scaled or added."
+                f"Latents of type {latent.dtype} are codes, which cannot be scaled or added: use "
+                "latents of type float16 or float32."
             )
     return factors

@@ -1,4 +1,4 @@
-"""The latent of silence, and what else arithmetic must know of a store's latents."""
+"""The latent of silence and other properties of a store's latents that arithmetic needs."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from latentmill.encoding.chunks import Chunking, Stitcher
 from latentmill.errors import ConfigError
 from latentmill.record import DTYPES, FloatArray, Latent
 
-# A relative error of the arithmetic above which it is called poor: the result is then at most
-# 12 dB above what is wrong with it.
+# Relative error above which the arithmetic is called poor: the result is then less than 12 dB above
+# the error.
 POOR = 0.25
 
 
 class LinearityWarning(UserWarning):
-    """The model was measured to be a poor one for an operation; the result may sound wrong."""
+    """The measured error of an operation is large for this model; the result may sound wrong."""
 
 
 @dataclass(frozen=True)
 class Linearity:
-    """A store's linearity card: the errors of `latentmill linearity`, relative (relL2).
+    """A store's linearity card: the relative errors (relL2) that `latentmill linearity` measured.
 
     Attributes:
-        homogeneity: Error of a sound's latent made louder or softer, with the origin.
-        homogeneity_raw: The same without the origin.
-        additivity: Error of a sum of latents, with the origin.
-        additivity_raw: The same without the origin.
+        homogeneity: Error of scaling a latent, with the origin.
+        homogeneity_raw: Error of scaling a latent, without the origin.
+        additivity: Error of adding latents, with the origin.
+        additivity_raw: Error of adding latents, without the origin.
     """
 
     homogeneity: float
@@ -44,19 +44,21 @@ class Origin:
 
     Attributes:
         frames: E(0) of one chunk, float32 `[channels, chunk frames]`.
-        chunking: How the store's items were chunked: a longer silence is then stitched from this
-            chunk as its items are. Without it the middle frame is repeated, which is the same
-            where silence is constant away from a chunk's borders (`stitch: trim`).
-        deviations: How many of the channels, the last ones, are standard deviations of the others.
-        codes: Whether the latents are codes, which no arithmetic holds for.
-        linearity: What was measured of the model on the store's audio, if it was.
-        is_raw: Whether this is the origin of `raw()`.
-        place: Where `at` puts the latents: an item's frames, and the first one of them.
-        changes: What was done to the latents since, channel by channel, such as a normalisation;
-            it is done to their silence, too, when that is asked for.
+        chunking: Chunking of the store's items. Silence that is longer than one chunk is stitched
+            from this chunk in the same way. Without it the middle frame is repeated, which is the
+            same if silence is constant away from a chunk's borders (`stitch: trim`).
+        deviations: Number of the channels, at the end, that are standard deviations of the others.
+        codes: Whether the latents are codes, for which there is no arithmetic.
+        linearity: The linearity of the model on the store's audio, if it was measured.
+        is_raw: Whether this is the result of `raw()`.
+        place: Position of a crop, set by `at`: the item's number of frames, and the crop's first
+            frame.
+        changes: Functions that were applied to the latents, such as a normalisation. They are also
+            applied to the latent of silence when it is computed.
 
-    A shorter item gets the chunk's borders: exact where a frame does not depend on the chunk's
-    length, an approximation for an encoder that normalises over the chunk.
+    The silence of an item shorter than a chunk has the chunk's borders. This is exact if a frame
+    does not depend on the chunk's length, and an approximation for an encoder that normalises over
+    the chunk.
     """
 
     frames: FloatArray
@@ -69,7 +71,7 @@ class Origin:
     changes: tuple[Callable[[FloatArray], FloatArray], ...] = ()
 
     def raw(self) -> Origin:
-        """Zeros for the latent of silence: the raw form, with all else that is known."""
+        """An origin for the raw form: zeros as the latent of silence; the rest is the same."""
         return replace(self, frames=np.zeros_like(self.frames), is_raw=True, changes=())
 
     def of_length(self, frames: int) -> FloatArray:
@@ -80,7 +82,7 @@ class Origin:
         """Frames `start` to `start + frames` of the origin of an item of `total` frames.
 
         Returns:
-            `[channels, frames]`; costs what these frames cost, however long the item is.
+            `[channels, frames]`. The cost depends on `frames`, not on the item's length.
         """
         silence = self._stored(total, start, frames)
         for change in self.changes:
@@ -101,18 +103,18 @@ class Origin:
     def at(self, total: int, start: int) -> Origin:
         """The origin for arithmetic on crops that begin at `start` in items of `total` frames.
 
-        Of a crop that goes on after the item's end, the rest is taken for silence.
+        If a crop extends beyond the item's end, the rest is silence.
         """
         return replace(self, place=(total, start))
 
     def _stitched(self, chunking: Chunking, total: int, start: int, frames: int) -> FloatArray:
-        """Stitch only the chunks around the crop: a frame's neighbours settle what it is."""
+        """Stitch only the chunks around the crop; the others do not change its frames."""
         have = self.frames.shape[1]
         step = have - chunking.overlap
         starts = [*range(0, total - have, step), total - have]
         first = max(0, (start - have) // step - 1)
         last = min(len(starts), (start + frames) // step + 2)
-        if last >= len(starts) - 1:  # the last chunk is moved back, over the one before
+        if last >= len(starts) - 1:  # the last chunk starts earlier and overlaps more
             last = len(starts)
             first = max(0, min(first, last - 3))
         stitcher = Stitcher(chunking, DTYPES["float32"], (last - first) * have)
@@ -122,10 +124,10 @@ class Origin:
         return stitcher.finish()[:, begin : begin + frames].astype(np.float32, copy=False)
 
     def like(self, latent: Latent) -> FloatArray:
-        """The origin of this latent: `[C, T]`, or `[N, C, T]` for chunks.
+        """The origin of a latent `[C, T]`, or of chunks `[N, C, T]`, in the same shape.
 
         Raises:
-            ConfigError: As `check`.
+            ConfigError: The latent has a different number of channels.
         """
         self.check(latent)
         frames = latent.shape[-1]
@@ -138,22 +140,22 @@ class Origin:
         return np.broadcast_to(silence, latent.shape)
 
     def check(self, latent: Latent) -> None:
-        """Refuse a latent that this is no origin of.
+        """Check that a latent may belong to this origin.
 
         Raises:
-            ConfigError: The latent has other channels.
+            ConfigError: The latent has a different number of channels.
         """
         if latent.shape[-2] != len(self.frames):
             raise ConfigError(
                 f"The origin has {len(self.frames)} channels and the latents {latent.shape[-2]}: "
-                "take the origin of the store that they come from."
+                "use the origin of the store that they come from."
             )
 
     def check_arithmetic(self) -> None:
-        """Refuse latents that cannot be added.
+        """Check that the latents can be scaled and added.
 
         Raises:
-            ConfigError: They are codes.
+            ConfigError: The latents are codes.
         """
         if self.codes:
             raise ConfigError(
@@ -162,12 +164,12 @@ class Origin:
             )
 
     def warn(self, *, adds: bool, scales: bool, stacklevel: int) -> None:
-        """Warn if the store's linearity card says that an operation is poor for its model.
+        """Warn if the error of an operation in the store's linearity card is above `POOR`.
 
         Args:
-            adds: Whether sounds are added or taken away.
-            scales: Whether a sound is made louder or softer.
-            stacklevel: As of `warnings.warn`, from here.
+            adds: Whether sounds are added or subtracted.
+            scales: Whether a sound is scaled.
+            stacklevel: As in `warnings.warn`, relative to this method.
         """
         card = self.linearity
         if card is None:

@@ -1,4 +1,4 @@
-"""Arithmetic along time: fade, crossfade, and bringing latents to one length."""
+"""Arithmetic along time: fade, crossfade, and changing the length of latents."""
 
 from __future__ import annotations
 
@@ -22,23 +22,25 @@ def fade(
     shape: Shape = "linear",
     origin: Origin | None,
 ) -> FloatArray:
-    """The latent of a sound that begins and ends in silence.
+    """The latent of a sound that is faded in and out.
 
     Args:
         latent: `[C, T]`.
-        fade_in: Frames over which it becomes as loud as it is.
-        fade_out: Frames over which it dies away at its end.
-        shape: `linear` in amplitude, or `power`: the sine's first quarter.
+        fade_in: Length of the fade at the start, in frames.
+        fade_out: Length of the fade at the end, in frames.
+        shape: `linear` in amplitude, or `power`: the first quarter of a sine.
         origin: The latent of silence; None for the raw form.
 
     Raises:
-        ConfigError: As `mix`, or a fade is longer than the sound.
+        ConfigError: As in `mix`, or a fade is longer than the latent.
     """
     frames = latent.shape[-1]
     curve = np.ones(frames, np.float32)
     for length, ends in ((fade_in, curve), (fade_out, curve[::-1])):
         if not 0 <= length <= frames:
-            raise ConfigError(f"A fade of {length} frames does not fit into {frames} frames.")
+            raise ConfigError(
+                f"A fade of {length} frames does not fit into {frames} frames: use 0 to {frames}."
+            )
         ends[:length] *= rising(length, shape)
     return combine([latent], [curve], origin, stacklevel=2)
 
@@ -51,32 +53,38 @@ def crossfade(
     shape: Shape = "linear",
     origin: Origin | None,
 ) -> FloatArray:
-    """The latent of one sound that becomes another.
+    """The latent of a crossfade from one sound to another.
 
     Args:
         latent: `[C, T]`, the first sound.
-        other: `[C, U]`, the second.
-        frames: How many frames they share.
-        shape: `linear`, for sounds that are alike, keeps the sum of the gains at 1; `power`, for
-            sounds that are not, the sum of their squares.
+        other: `[C, U]`, the second sound.
+        frames: Length of the crossfade in frames.
+        shape: `linear`, for similar sounds: the gains add up to 1. `power`, for different sounds:
+            the squares of the gains add up to 1.
         origin: The latent of silence; None for the raw form.
 
     Returns:
         `[C, T + U - frames]`, float32.
 
     Raises:
-        ConfigError: As `mix`, or a sound is shorter than the fade.
+        ConfigError: As in `mix`, or a latent is shorter than the crossfade.
     """
     shortest = min(latent.shape[-1], other.shape[-1])
     if latent.ndim != 2 or other.ndim != 2:
-        raise ConfigError("Latents stored as chunks (stitch none) cannot be joined in time.")
+        raise ConfigError(
+            "Latents stored as chunks (stitch none) cannot be crossfaded: encode with another "
+            "stitch."
+        )
     if len(latent) != len(other):
         raise ConfigError(
-            f"Latents of {len(latent)} and {len(other)} channels cannot be joined: take both from "
-            "stores of one model."
+            f"Latents of {len(latent)} and {len(other)} channels cannot be crossfaded: take both "
+            "from stores of one model."
         )
     if not 0 <= frames <= shortest:
-        raise ConfigError(f"A crossfade of {frames} frames does not fit into {shortest} frames.")
+        raise ConfigError(
+            f"A crossfade of {frames} frames does not fit into {shortest} frames: use 0 to "
+            f"{shortest}."
+        )
     before = latent.shape[1] - frames
     total = before + other.shape[1]
     up = rising(frames, shape)
@@ -87,33 +95,33 @@ def crossfade(
 
 
 def rising(frames: int, shape: Shape) -> FloatArray:
-    """Gains from silence to full, at the frames' middles, `[frames]`.
+    """Gains of a fade-in, at the middle of each frame, `[frames]`.
 
-    Backwards they are the falling gains: with them they add up to 1, or their squares do.
-
-    Raises:
-        ConfigError: There is no such shape.
+    Reversed they are the gains of the fade-out. The sum of both, or of their squares, is 1.
     """
     line = (np.arange(frames, dtype=np.float32) + np.float32(0.5)) / np.float32(max(frames, 1))
     if shape not in ("linear", "power"):
-        raise ConfigError(f"The shape of a fade is linear or power, not {shape}.")
+        raise ConfigError(f"Invalid shape of a fade {shape!r}: use linear or power.")
     return line if shape == "linear" else np.sin(np.float32(np.pi / 2) * line)
 
 
 def fit(latent: Latent, frames: int, *, origin: Origin | None) -> FloatArray:
-    """The latent of a sound cut, or continued by silence, to `frames` latent frames.
+    """The latent of a sound that is truncated, or extended with silence, to `frames` frames.
 
     Args:
         latent: `[C, T]`.
         frames: Length of the result.
-        origin: The latent of silence, which the sound is continued by; None: zeros, which are
-            silence only where the encoder is linear.
+        origin: The latent of silence. None extends with zeros, which are silence only for a linear
+            encoder.
 
     Raises:
-        ConfigError: The latent is chunks `[N, C, T]`, whose length cannot be changed.
+        ConfigError: The latent consists of chunks `[N, C, T]`.
     """
     if latent.ndim != 2:
-        raise ConfigError("Latents stored as chunks (stitch none) cannot be cut or continued.")
+        raise ConfigError(
+            "The length of latents stored as chunks (stitch none) cannot be changed: encode with "
+            "another stitch."
+        )
     have = latent.shape[1]
     result: FloatArray = np.zeros((latent.shape[0], frames), np.float32)
     result[:, : min(have, frames)] = latent[:, :frames]
