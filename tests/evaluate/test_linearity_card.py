@@ -160,7 +160,7 @@ def test_what_cannot_be_measured_is_said(
     codes = store.info.model_copy(update={"model": {**store.info.model, "output": "codes"}})
     with monkeypatch.context() as patch:
         patch.setattr(store, "_info", codes)
-        assert "holds codes" in refusal()
+        assert "contains codes" in refusal()
     store.__dict__.pop("origin")
     silent = tmp_path / "silent"
     silent.mkdir()

@@ -152,7 +152,7 @@ def test_codes_have_no_distance(encode, tmp_path: Path, one_sentence) -> None:
     store = encode(model=f"dac:{tmp_path / 'dac'}", model_options={"output": "codes"})
     with pytest.raises(ConfigError) as caught:
         measure_seams(store)
-    assert "holds codes" in one_sentence(caught.value)
+    assert "contains codes" in one_sentence(caught.value)
 
 
 @pytest.mark.slow

@@ -1,1 +1,1 @@
-"""Measurements of how good a store and its model are."""
+"""Measurements of a store and its model: error at the seams of chunks, linearity."""

@@ -1,7 +1,7 @@
-"""The linearity card: how far latent arithmetic is from the truth, on the store's own audio.
+"""The linearity card: the error of latent arithmetic, measured on the store's own audio.
 
-The formulas are in `models/linearity.py`. The card is evaluation/linearity.json, and `ops` warns
-where it says that an operation is poor for the model.
+The formulas are in `metrics.py`. The card is evaluation/linearity.json; `ops` warns about an
+operation whose error in the card is large.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from latentmill.store.schema import LinearityEntry
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import read_source
 
-SPARE = 4  # candidates for each item, as some may be silent
-QUIET = 1e-4  # RMS under which an item says nothing about louder and softer
+SPARE = 4  # candidates for each item, because some may be silent
+QUIET = 1e-4  # audio with an RMS below this is too quiet to be scaled
 
 
 @dataclass(frozen=True)
 class LinearityReport:
-    """What was measured: the card, and which operations are poor by it.
+    """Result of `measure_linearity`.
 
     Attributes:
-        card: What is recorded.
+        card: The errors, as they are recorded.
         limit: The error above which an operation is called poor.
-        poor: The operations above it, with the origin.
+        poor: The operations above the limit, with the origin.
     """
 
     card: LinearityEntry
@@ -47,21 +47,19 @@ class LinearityReport:
 def measure_linearity(
     store: LatentStore, *, items: int = 8, max_seconds: float | None = None, record: bool = True
 ) -> LinearityReport:
-    """Scale and add some of a store's sounds, and compare with their latents.
+    """Scale and add some sounds of a store and compare with the arithmetic on their latents.
 
-    Args:
-        store: A store whose source can still be read.
-        items: How many items, spread evenly over those that are not silent; their beginnings, from
-            where they are heard, are compared, and each is added to the next one.
-        max_seconds: The longest beginning; default is one chunk.
-        record: Whether to write the card into a sealed store's evaluation/linearity.json.
-
-    Raises:
-        ConfigError: The latents are codes, or the store has fewer than two items to compare.
+    `items` items are spread evenly over those that are not silent. The first chunk of each, or
+    `max_seconds`, without leading silence, is scaled and added to that of the next item. The source
+    must still be readable. `record` writes the card into a sealed store's
+    evaluation/linearity.json.
     """
     origin = store.origin
     if origin.codes:
-        raise ConfigError(f"{store.url} holds codes, which cannot be scaled or added.")
+        raise ConfigError(
+            f"{store.url} contains codes, which cannot be scaled or added: encode without "
+            "output=codes."
+        )
     model: Autoencoder = store.model()
     if origin.deviations:
         model = _Means(model, origin.deviations)
@@ -70,7 +68,9 @@ def measure_linearity(
         longest = round(max_seconds * model.spec.sample_rate)
     sounds = _sounds(store, items, longest)
     if len(sounds) < 2:
-        raise ConfigError(f"{store.url} has fewer than two items that are not silent to compare.")
+        raise ConfigError(
+            f"{store.url} has fewer than two items that are not silent: use a larger store."
+        )
     with numeric_mode(store.precision, store.device):
         card = _card(model, sounds)
     if record and store.sealed:
@@ -80,7 +80,7 @@ def measure_linearity(
 
 
 def _sounds(store: LatentStore, items: int, longest: int) -> list[Tensor]:
-    """The beginnings of some items, `[C, T]`, without the silence before them."""
+    """The first `longest` samples of some items, `[C, T]`, without leading silence."""
     channels = store.model().spec.channels
     chosen: list[Tensor] = []
     step = max(1, len(store) // (SPARE * items))
@@ -95,9 +95,9 @@ def _sounds(store: LatentStore, items: int, longest: int) -> list[Tensor]:
         try:
             audio = read_source(item, channels)
         except ItemError as error:
-            raise ConfigError(f"The source of {item.key} cannot be compared: {error}.") from error
-        heard = int(np.argmax(np.abs(audio).max(axis=0) >= QUIET))
-        audio = audio[:, heard : heard + longest]
+            raise ConfigError(f"The source of {item.key} cannot be read: {error}.") from error
+        start = int(np.argmax(np.abs(audio).max(axis=0) >= QUIET))
+        audio = audio[:, start : start + longest]
         if np.sqrt(np.mean(np.square(audio, dtype=np.float64))) >= QUIET:
             chosen.append(torch.from_numpy(np.ascontiguousarray(audio)))
     return chosen
@@ -129,7 +129,7 @@ def _card(model: Autoencoder, sounds: Sequence[Tensor]) -> LinearityEntry:
 
 
 class _Means:
-    """A model that gives a posterior's means and deviations, without the deviations."""
+    """A model that encodes to a posterior's means and standard deviations, without the latter."""
 
     def __init__(self, model: Autoencoder, deviations: int) -> None:
         self._model = model

@@ -1,17 +1,16 @@
-"""How linear an encoder is: does the latent follow when sounds are made louder, or added?
+"""Metrics of an encoder's linearity: homogeneity (scaled sounds) and additivity (added sounds).
 
 With E the encoder, c = E(silence of the same length) and z_op = sum(a_i E(x_i)) +
-(1 - sum(a_i)) c, the formulas of B. Torres and others, "Learning Linearity in Audio Consistency
-Autoencoders via Implicit Regularization", arXiv 2510.23530, with the origin c beside their raw
-form, which leaves it out:
+(1 - sum(a_i)) c, these are the formulas of B. Torres and others, "Learning Linearity in Audio
+Consistency Autoencoders via Implicit Regularization", arXiv 2510.23530, with the origin c and in
+the raw form, without it:
 
     relL2(p, t)  = ||p - t|| / ||t||
     homogeneity  = relL2(E(a x), a E(x) + (1 - a) c)
     additivity   = relL2(sum(E(x_i)) - (K - 1) c, E(sum(x_i)))    of K sounds
 
-The norm of t is taken with the origin removed, ||t - c||: a constant in every latent, which says
-nothing about a sound, would make every error small. The same with the norm of t as it is stands
-beside it.
+Errors are divided by ||t - c||, the norm without the origin, because a constant in every latent
+would make every error small. Errors divided by ||t|| are reported too.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ GAINS = (0.25, 0.5, 0.75, 1.1)
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far a latent is from what arithmetic gives: 0 is exact, 1 as far as no answer at all.
+    """Relative error of latent arithmetic: 0 is exact, 1 is the error of the latent of silence.
 
     Attributes:
         with_origin: Error of the formula with the latent of silence, over ||t - c||.
-        raw: Error of the formula without it, over ||t - c||.
+        raw: Error of the formula without the latent of silence, over ||t - c||.
         raw_norm: Error of the formula with the latent of silence, over ||t||.
     """
 
@@ -46,9 +45,9 @@ class Deviation:
 
 
 def relative_l2(given: Tensor, target: Tensor, reference: Tensor | None = None) -> float:
-    """||given - target|| / ||reference|| over all elements, in float64; 0 where both are zero.
+    """||given - target|| / ||reference|| over all elements, in float64; 0 if both are zero.
 
-    Without a reference it is the target.
+    The default reference is the target.
     """
     difference = float((given.double() - target.double()).norm())
     size = float((target if reference is None else reference).double().norm())
@@ -58,13 +57,7 @@ def relative_l2(given: Tensor, target: Tensor, reference: Tensor | None = None) 
 
 
 def combination(latents: Sequence[Tensor], gains: Sequence[float], origin: Tensor | None) -> Tensor:
-    """z_op, the latent of sum(gain_i * sound_i), of latents of one shape, in float64.
-
-    Args:
-        latents: Latents, such as `[D, Z]`.
-        gains: One gain a latent.
-        origin: The latent of silence, of the same shape; None for the raw form.
-    """
+    """z_op, the latent of sum(gain_i * sound_i), in float64; without an origin in the raw form."""
     total = torch.zeros_like(latents[0], dtype=torch.float64)
     for latent, gain in zip(latents, gains, strict=True):
         total += gain * latent.double()
@@ -74,19 +67,7 @@ def combination(latents: Sequence[Tensor], gains: Sequence[float], origin: Tenso
 def homogeneity(
     model: Autoencoder, audio: Tensor, gains: Sequence[float] = GAINS
 ) -> dict[float, Deviation]:
-    """Compare the latents of louder and softer sounds with scaled latents.
-
-    Args:
-        model: The model.
-        audio: A sound `[C, T]`, float32; zeros fill it up to a length that the model takes.
-        gains: Factors of its amplitude.
-
-    Returns:
-        The deviation of E(a x) from z_op, by gain.
-
-    Raises:
-        ModelError: The latents are codes, for which there is no arithmetic.
-    """
+    """Deviation of E(a x) from z_op for a sound x `[C, T]`, by gain a."""
     latent, origin = _encode(model, audio), _encode(model, torch.zeros_like(audio))
     deviations = {}
     for gain in gains:
@@ -101,18 +82,9 @@ def homogeneity(
 
 
 def additivity(model: Autoencoder, sounds: Sequence[Tensor]) -> Deviation:
-    """Compare the sum of latents with the latent of the sum.
+    """Deviation of z_op, with all gains 1, from E(sum(x_i)) for sounds x_i `[C, T]`.
 
-    Args:
-        model: The model.
-        sounds: Sounds `[C, T]` of one shape, float32; of the stems of a song this is the
-            metric called composition.
-
-    Returns:
-        The deviation of z_op, all gains 1, from E(sum(x_i)).
-
-    Raises:
-        ModelError: The latents are codes, for which there is no arithmetic.
+    For the stems of a song the metric is also called composition.
     """
     latents = [_encode(model, sound) for sound in sounds]
     origin = _encode(model, torch.zeros_like(sounds[0]))
@@ -127,20 +99,16 @@ def additivity(model: Autoencoder, sounds: Sequence[Tensor]) -> Deviation:
 
 
 def check_linear(spec: ModelSpec) -> None:
-    """Refuse a model whose latents no arithmetic holds for.
-
-    Raises:
-        ModelError: They are codes.
-    """
+    """Raise `ModelError` if the latents are codes, for which there is no arithmetic."""
     if spec.codebook_size is not None:
         raise ModelError(
-            f"Model {spec.name} gives codes, which cannot be scaled or added: leave out the "
+            f"Model {spec.name} encodes to codes, which cannot be scaled or added: leave out the "
             "option output=codes."
         )
 
 
 def _encode(model: Autoencoder, audio: Tensor) -> Tensor:
-    """The latent `[D, Z]` of one sound `[C, T]`, on the CPU."""
+    """The latent `[D, Z]` of one sound `[C, T]`, padded with zeros, on the CPU."""
     check_linear(model.spec)
     missing = model.spec.padded(audio.shape[-1]) - audio.shape[-1]
     return model.encode(F.pad(audio, (0, missing))[None])[0].cpu()

@@ -1,8 +1,8 @@
-"""The error at the seams: stitched latents against those of the whole item, on the user's audio.
+"""The error that chunking introduces: stitched latents compared with those of the whole item.
 
-`trim` makes it vanish for a model whose frames see a finite stretch of audio. Where normalisation
-or attention reaches over the whole chunk, chunks and whole items differ; how much depends on the
-model and on the audio, so it is measured, and recorded in evaluation/seams.json.
+With `trim` it is zero for a model whose frames depend on a finite length of audio. If normalisation
+or attention spans the whole chunk, stitched and whole latents differ. The difference depends on the
+model and on the audio, so it is measured and recorded in evaluation/seams.json.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from latentmill.store.verify import read_source
 
 @dataclass(frozen=True)
 class SeamError:
-    """How far one record is from the latent of its whole item.
+    """Difference between a record and the latent of its whole item.
 
     Attributes:
         key: The record's key.
-        seconds: Its length.
+        seconds: Length in seconds.
         error: ||stitched - whole|| / ||whole|| over all frames.
-        worst: The same for the worst single frame, against the whole's mean frame.
+        worst: The largest error of a frame, over the RMS norm of the whole latent's frames.
     """
 
     key: str
@@ -41,7 +41,7 @@ class SeamError:
 
 @dataclass(frozen=True)
 class SeamReport:
-    """What was measured on a store's own audio; see `SeamError`."""
+    """Result of `measure_seams`: the error of each item, their median and the largest."""
 
     items: tuple[SeamError, ...]
     median: float
@@ -51,25 +51,23 @@ class SeamReport:
 def measure_seams(
     store: LatentStore, *, items: int = 8, max_seconds: float | None = None, record: bool = True
 ) -> SeamReport:
-    """Encode some items whole and compare with what the store has.
+    """Encode some items whole and compare the latents with those in the store.
 
-    Args:
-        store: A store whose source can still be read.
-        items: How many items, spread evenly over those that are longer than one chunk; those whose
-            latent is zero throughout (digital silence, with some models) say nothing.
-        max_seconds: Longest item to encode whole: a model needs memory in proportion. Default: a
-            minute, or five chunks where that is longer.
-        record: Whether to write the result into a sealed store's evaluation/seams.json.
-
-    Raises:
-        ConfigError: The store keeps its chunks apart or holds codes, or no item fits.
+    `items` items are spread evenly over those between one chunk and `max_seconds`; the default is a
+    minute, or five chunks if that is longer, because the memory that a model needs grows with the
+    length. Items whose latents are all zero are skipped: digital silence with some models. The
+    source must still be readable. `record` writes the result into a sealed store's
+    evaluation/seams.json.
     """
     chunking, rate = store.chunking, store.info.model["sample_rate"]
     if chunking.stitch == "none":
-        raise ConfigError(f"{store.url} keeps its chunks apart (stitch none): it has no seams.")
+        raise ConfigError(
+            f"{store.url} stores overlapping chunks (stitch none), which have no seams: use a "
+            "store with another stitch."
+        )
     if store.model().spec.codebook_size is not None:
         raise ConfigError(
-            f"{store.url} holds codes, between which there is no distance to measure."
+            f"{store.url} contains codes, for which no error is defined: use a store of latents."
         )
     chunk_seconds = chunking.samples / rate
     longest = max(60.0, 5 * chunk_seconds) if max_seconds is None else max_seconds
@@ -81,7 +79,7 @@ def measure_seams(
     if not fitting:
         raise ConfigError(
             f"{store.url} has no items between one chunk ({chunk_seconds:.1f} s) and "
-            f"{longest:g} s: ask for more with --max-seconds."
+            f"{longest:g} s: raise --max-seconds."
         )
     step = max(1, len(fitting) // items)
     measured: list[SeamError] = []
@@ -91,13 +89,13 @@ def measure_seams(
         try:
             one = _measure(store, store[key])
         except ItemError as error:
-            raise ConfigError(f"The source of {key} cannot be compared: {error}.") from error
+            raise ConfigError(f"The source of {key} cannot be read: {error}.") from error
         if one is not None:
             measured.append(one)
     if not measured:
         raise ConfigError(
-            f"{store.url} has only zeros in the latents that were tried: ask for more --items, or "
-            "for longer ones with --max-seconds."
+            f"{store.url} has only zeros in the latents that were measured: raise --items or "
+            "--max-seconds."
         )
     errors = [one.error for one in measured]
     report = SeamReport(tuple(measured), statistics.median(errors), max(errors))

@@ -1,1 +1,1 @@
-"""Stores in the formats of other tools."""
+"""Exporting stores to the formats of other tools."""

@@ -1,4 +1,4 @@
-"""A store for other tools: stable-audio-tools' files, or a store of the other shard format."""
+"""Export of a store to the files of stable-audio-tools or to the other shard format."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from latentmill.store.seal import read_origin, seal, write_origin
 from latentmill.store.store import LatentStore
 from latentmill.store.tidy import remove_unfinished, tidy, tidy_plan
 
-# Metadata that stands for a caption, the first one that is there.
+# Metadata fields that may contain a caption; the first one that exists is used.
 PROMPT_FIELDS = ("prompt", "caption", "text", "description", "title")
 CONFIG_PATH = "dataset_config.json"
 DETAILS_PATH = "details.json"
@@ -51,7 +51,7 @@ FILES_PATH = "filelist.txt"
 
 
 class Target(StrEnum):
-    """What a store can be exported to."""
+    """Formats that a store can be exported to."""
 
     STABLE_AUDIO_TOOLS = "stable-audio-tools"
     WEBDATASET = "webdataset"
@@ -60,13 +60,13 @@ class Target(StrEnum):
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """What was exported.
+    """Result of an export.
 
     Attributes:
-        dest: Where it lies.
-        to: What it is for.
-        records: Records that were written.
-        failures: Keys of those that the target cannot hold, with the reasons.
+        dest: Where the export is.
+        to: Its format.
+        records: Number of records written.
+        failures: Keys of the records that the format cannot contain, with the reasons.
     """
 
     dest: str
@@ -80,24 +80,18 @@ def export_store(
 ) -> ExportSummary:
     """Write a complete store's records for another tool, or as a store of another format.
 
-    Args:
-        store: The store; it is not changed.
-        dest: A folder or fsspec URL: new, or that of an earlier export of the same store, which is
-            then brought up to date, whether it was finished or interrupted.
-        to: What to write.
-        frames: For stable-audio-tools, whose batches need latents of one length: shorter latents
-            are continued by silence to this many frames, longer ones are for it to crop.
-
-    Raises:
-        ConfigError: The destination is not empty, or the store does not fit the target.
-        StoreError: The store is not complete.
-        StorageError: Reading or writing failed.
+    `dest` is a new folder or fsspec URL, or an earlier export of the same store, finished or
+    interrupted, which is then updated. `frames` is for stable-audio-tools, whose batches need
+    latents of one length: shorter latents are extended with silence to this many frames, and
+    stable-audio-tools crops longer ones.
     """
     if not store.complete:
-        raise StoreError(f"{store.url} is not complete: finish its run before you export it.")
+        raise StoreError(
+            f"{store.url} is not complete: finish the run that encodes it, then export it."
+        )
     storage = Storage(dest)
     if f"{storage.root}/".startswith(f"{store.url}/"):
-        raise ConfigError(f"{dest} lies in the store itself: choose another place.")
+        raise ConfigError(f"{dest} is inside the store: use another destination.")
     if to == Target.STABLE_AUDIO_TOOLS:
         return _stable_audio_tools(store, storage, frames)
     if frames is not None:
@@ -106,14 +100,13 @@ def export_store(
 
 
 def _converted(store: LatentStore, storage: Storage, format_name: ShardFormat) -> ExportSummary:
-    """A store of the other format: the same plan, unit by unit, with the same fingerprint.
+    """Export to a store of the other format, unit by unit, with the same plan and fingerprint.
 
-    An earlier export of the store is brought up to date: units whose records are still those that
-    were copied stay as they are.
+    An earlier export of the store is updated: units whose records have not changed are kept.
     """
     plan = dataclasses.replace(store.plan, format=format_name)
     source = Storage(store.url)
-    if load(storage) is None:  # looked at before the lock, which leaves a file
+    if load(storage) is None:  # checked before the lock, which writes a file
         _refuse_unless_empty(storage)
     with only_run(storage) as hold:
         storage = hold.storage
@@ -138,10 +131,9 @@ def _converted(store: LatentStore, storage: Storage, format_name: ShardFormat) -
 
 
 def _follow_plan(storage: Storage, plan: Plan, source: Storage) -> None:
-    """Write the store's plan into a new place, or into an earlier export, if it has changed since.
+    """Copy the store's plan to a new export, or to an earlier one if the plan has changed.
 
-    Raises:
-        ConfigError: There is something else.
+    Raises `ConfigError` if the destination has anything else.
     """
     there = load(storage)
     if there is None:
@@ -150,13 +142,13 @@ def _follow_plan(storage: Storage, plan: Plan, source: Storage) -> None:
         return
     names = ("source", "fingerprint", "format", "model", "model_options")
     if any(getattr(there, name) != getattr(plan, name) for name in names):
-        raise ConfigError(f"{storage.root} is another store: choose an empty place.")
+        raise ConfigError(f"{storage.root} is another store: use an empty destination.")
     if there != plan:
         copy(plan, source, storage)
 
 
 def _copy_units(store: LatentStore, storage: Storage, plan: Plan) -> None:
-    """Copy the records of all units that are not copied yet, or have changed since."""
+    """Copy the records of all units that have not been copied or have changed since then."""
     info = {
         "model": plan.fingerprint["model"],
         "dtype": store.info.dtype,
@@ -183,7 +175,7 @@ def _copy_units(store: LatentStore, storage: Storage, plan: Plan) -> None:
 
 
 def _is_copy(there: Commit, commit: Commit, sizes: Mapping[str, int]) -> bool:
-    """Whether an export's commit is of these records, and its shard is there in full."""
+    """Whether an export's commit has the same records and its shard is complete."""
     whole = there.shard is None or sizes.get(there.shard.rpartition("/")[2]) == there.bytes
     same = (there.copied_from, there.items_hash) == (commit.hash, commit.items_hash)
     pairs = itertools.zip_longest(there.items, commit.items)
@@ -194,7 +186,7 @@ def _is_copy(there: Commit, commit: Commit, sizes: Mapping[str, int]) -> bool:
             a is not None
             and b is not None
             and a.key == b.key
-            # A record that the format cannot hold is the export's own failure.
+            # A record that the format cannot contain fails in the export only.
             and (b.status == "encoded" or (a.status, a.reason) == (b.status, b.reason))
             for a, b in pairs
         )
@@ -202,7 +194,7 @@ def _is_copy(there: Commit, commit: Commit, sizes: Mapping[str, int]) -> bool:
 
 
 def _outcomes(store: LatentStore, commit: Commit) -> Iterator[Outcome]:
-    """What became of a unit's items, with the records that its shard holds."""
+    """The outcomes of a unit's items, with the records in its shard."""
     places = entries(commit)
     for item in commit.items:
         record = store.read(next(places)) if item.status == "encoded" else None
@@ -210,19 +202,20 @@ def _outcomes(store: LatentStore, commit: Commit) -> Iterator[Outcome]:
 
 
 def _stable_audio_tools(store: LatentStore, storage: Storage, frames: int | None) -> ExportSummary:
-    """What `PreEncodedDataset` of stable-audio-tools and Stable Audio 3 reads.
+    """Write the files that `PreEncodedDataset` of stable-audio-tools and Stable Audio 3 reads.
 
-    KEY.npy `[C, T]` and KEY.json; `silence.npy` `[1, C, T]`, by which Stable Audio 3 pads; the list
-    of the files, as older versions would take that for an item. The configuration for
-    `train.py --dataset-config` is written last.
+    These are KEY.npy `[C, T]` and KEY.json; `silence.npy` `[1, C, T]`, with which Stable Audio 3
+    pads; the list of the files, without which older versions would read `silence.npy` as an item.
+    The configuration for `train.py --dataset-config` is written last.
     """
     if store.chunking.stitch == "none" or store.origin.codes:
         what = "codes" if store.origin.codes else "overlapping chunks (stitch none)"
         raise ConfigError(
-            f"{store.url} holds {what}, and stable-audio-tools trains on one latent for each item."
+            f"{store.url} contains {what}, but stable-audio-tools trains on one latent per item: "
+            "export another store."
         )
-    if ".npy" in storage.root:  # it replaces that in the whole path to find the JSON file
-        raise ConfigError(f"{storage.root} has .npy in its name: choose another one.")
+    if ".npy" in storage.root:  # its reader replaces .npy in the whole path by .json
+        raise ConfigError(f"{storage.root} has .npy in its name: use another name.")
     earlier = _begin_files(store, storage)
     names: list[str] = []
     failures: list[tuple[str, str]] = []
@@ -250,15 +243,14 @@ def _stable_audio_tools(store: LatentStore, storage: Storage, frames: int | None
 
 
 def _too_long(path: str) -> bool:
-    """Whether a part of a path is longer than file systems allow."""
+    """Whether a component of a path is longer than file systems allow."""
     return any(len(os.fsencode(part)) > LONGEST_NAME for part in path.split("/"))
 
 
 def _begin_files(store: LatentStore, storage: Storage) -> bool:
-    """Write what the files are of; whether an earlier export of the same latents is there.
+    """Write details.json; return whether it updates an earlier export of the same latents.
 
-    Raises:
-        ConfigError: There is something else.
+    Raises `ConfigError` if the destination has anything else.
     """
     model = store.info.model
     names = ("name", "sample_rate", "hop", "latent_channels", "scale_factor")
@@ -277,7 +269,7 @@ def _begin_files(store: LatentStore, storage: Storage) -> bool:
             fingerprint = None
         if fingerprint != store.info.fingerprint:
             raise ConfigError(
-                f"{storage.root} is an export of another store: choose another place."
+                f"{storage.root} is an export of another store: use another destination."
             )
     storage.write(DETAILS_PATH, json.dumps(details).encode())
     return text is not None
@@ -286,7 +278,7 @@ def _begin_files(store: LatentStore, storage: Storage) -> bool:
 def _write_sample(
     store: LatentStore, storage: Storage, name: str, record: Record, frames: int | None
 ) -> None:
-    """Write a record's two files, the JSON last, unless both are there as they should be."""
+    """Write a record's two files, the JSON file last, unless both are complete and unchanged."""
     latent, info = _stable_audio_sample(store, record, frames)
     data, digest = _npy(latent), xxhash.xxh3_64_hexdigest(time_major_bytes(record.latent))
     text = json.dumps({**info, "latent_hash": digest}).encode()
@@ -298,7 +290,7 @@ def _write_sample(
 
 
 def _silence(store: LatentStore, frames: int | None) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The latent of silence, as long as anything that may be padded; of a posterior the means."""
+    """The latent of silence, as long as the longest sample; for a posterior only its means."""
     longest = int(store.index.column("frames").max()) if len(store) else 1
     origin = store.origin
     silence = origin.of_length(max(longest, frames or 1))
@@ -308,13 +300,13 @@ def _silence(store: LatentStore, frames: int | None) -> np.ndarray[Any, np.dtype
 def _stable_audio_sample(
     store: LatentStore, record: Record, frames: int | None
 ) -> tuple[np.ndarray[Any, np.dtype[np.float32]], dict[str, Any]]:
-    """A latent, float32 `[C, T]` (of a posterior the means), and what is said of it."""
+    """A record's latent, float32 `[C, T]` (for a posterior only its means), and its JSON."""
     origin = store.origin
     length = max(record.frames, frames or 0)
     latent = fit(record.latent, length, origin=origin)
     means = len(latent) - origin.deviations
     padding = length - record.frames
-    # Names with __ would be orders to its reader.
+    # The reader of stable-audio-tools interprets names with __ as commands.
     own = {name: value for name, value in record.metadata.items() if not name.startswith("__")}
     captions = (own[name] for name in PROMPT_FIELDS if isinstance(own.get(name), str))
     return latent[:means], {
@@ -330,24 +322,27 @@ def _stable_audio_sample(
 
 
 def file_name(key: str) -> str:
-    """A key as a file's path without extension; `urllib.parse.unquote` gives the key back.
+    """Convert a key to a file path without extension; `urllib.parse.unquote` restores the key.
 
-    Escaped is what a reader would stumble over: hidden names, a way out of the folder, `.npy`, and
-    the names of the export's own files.
+    Names that would confuse a reader are escaped: hidden names, `..`, `.npy`, and the names of the
+    export's own files.
     """
     name = key.replace("%", "%25").replace("\0", "%00").replace(".npy", "%2Enpy")
     name = re.sub(r"(?<=/)/|^/|/$", "%2F", name)
-    # The list of files has one on each line, without spaces around it.
+    # The list of files has one file per line; its reader strips whitespace.
     name = re.sub(r"[\x00-\x1f\x7f]|^\s", lambda match: quote(match[0]), name)
     folder, slash, last = name.rpartition("/")
-    # Stable Audio 3 takes silence.npy in any folder for what it pads with.
+    # Stable Audio 3 reads silence.npy in any folder as the latent to pad with.
     if last == "silence" or f"{name}.json" in (CONFIG_PATH, DETAILS_PATH):
         name = f"{folder}{slash}%{ord(last[0]):02X}{last[1:]}"
     return re.sub(r"(?<![^/])\.", "%2E", name)
 
 
 def _refuse_unless_empty(storage: Storage) -> None:
-    """Refuse a place that holds anything but what an export leaves that ended before its plan."""
+    """Raise `ConfigError` unless a destination is empty.
+
+    It may contain the files of an export that was interrupted before it wrote its plan.
+    """
     if storage.local:
         folder = Path(storage.root)
         left = {SCRATCH, PLAN, LOCK_PATH}
@@ -358,7 +353,7 @@ def _refuse_unless_empty(storage: Storage) -> None:
         files = set(storage.list("")) - {LEASE_PATH}
         used = bool(files) or any(storage.list(folder) for folder in (SHARDS, COMMITS))
     if used:
-        raise ConfigError(f"{storage.root} is not empty: choose another place.")
+        raise ConfigError(f"{storage.root} is not empty: use another destination.")
 
 
 def _npy(array: np.ndarray[Any, np.dtype[np.float32]]) -> bytes:
@@ -379,7 +374,7 @@ def _write_json(storage: Storage, path: str, value: object) -> None:
 
 
 def _write(storage: Storage, path: str, data: bytes) -> None:
-    """Write a file: many small ones, which need no place of their own while they are written."""
+    """Write a file, without a temporary file first: there are many, and all are rechecked later."""
     if not storage.local:
         storage.write(path, data)
         return

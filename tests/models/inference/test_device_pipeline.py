@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """Batches through a device pipeline: equal latents in the same order, and when it waits."""
+=======
+"""Batches through a device pipeline: the same latents in the same order, and when it waits for them."""
+>>>>>>> 796b220 (Plain English in evaluate/ and export/; the test of the device pipeline imports it by its new name)
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ class SlowTransport(PlainTransport):
     """Takes its time like a GPU; writes down what happens when."""
 
     def __init__(self, ahead: int) -> None:
-        self.ahead = ahead
+        self.prefetch = ahead
         self.log: list[str] = []
 
     def send(self, audio: FloatArray) -> torch.Tensor:
@@ -35,9 +39,9 @@ class SlowTransport(PlainTransport):
         self.log.append("fetch")
         return super().fetch(latents)
 
-    def wait(self, ticket: torch.Tensor) -> FloatArray:
+    def wait(self, pending: torch.Tensor) -> FloatArray:
         self.log.append("wait")
-        return super().wait(ticket)
+        return super().wait(pending)
 
 
 def batches(count: int) -> list[FloatArray]:
@@ -79,7 +83,11 @@ def test_batches_of_changing_shapes_do_not_pile_up_memory(monkeypatch: pytest.Mo
     monkeypatch.setattr(PlainTransport, "_changes", 0)
     same, other = np.zeros((1, 1, 160), np.float32), np.zeros((1, 1, 320), np.float32)
     for _ in range(100):
+<<<<<<< HEAD
         list(DevicePipeline(MODEL).push(same))  # each unit has a pipeline of its own
+=======
+        list(DevicePipeline(MODEL).push(same))  # each unit has its own device pipeline
+>>>>>>> 796b220 (Plain English in evaluate/ and export/; the test of the device pipeline imports it by its new name)
     assert not trims  # holes of one size are filled again
     for _ in range(CHANGES_UNTIL_TRIM):
         list(DevicePipeline(MODEL).push(other))

@@ -27,7 +27,7 @@ CHANGES_UNTIL_TRIM = 4
 class Transport(Protocol):
     """Copies audio to a device and latents back."""
 
-    ahead: int  # batches that are queued before the first one's latents are awaited
+    prefetch: int  # batches that are queued before the first one's latents are awaited
 
     def send(self, audio: FloatArray) -> Tensor:
         """Copy audio `[B, C, T]` to the device."""
@@ -37,7 +37,7 @@ class Transport(Protocol):
         """Start to copy latents back; return a handle for `wait`."""
         ...
 
-    def wait(self, ticket: Any) -> FloatArray:
+    def wait(self, pending: Any) -> FloatArray:
         """Wait for the latents of a `fetch`."""
         ...
 
@@ -50,7 +50,7 @@ class PlainTransport:
     device pipeline.
     """
 
-    ahead = 0
+    prefetch = 0
     _shape: ClassVar[tuple[int, ...] | None] = None
     _changes: ClassVar[int] = 0
 
@@ -65,8 +65,8 @@ class PlainTransport:
     def fetch(self, latents: Tensor) -> Tensor:
         return latents
 
-    def wait(self, ticket: Tensor) -> FloatArray:
-        latents: FloatArray = ticket.float().cpu().numpy()
+    def wait(self, pending: Tensor) -> FloatArray:
+        latents: FloatArray = pending.float().cpu().numpy()
         return latents
 
 
@@ -77,7 +77,7 @@ class CudaTransport:
     a block until the streams that use it are done with it.
     """
 
-    ahead = 1
+    prefetch = 1
 
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
@@ -101,9 +101,9 @@ class CudaTransport:
         done.record(torch.cuda.current_stream(self._device))
         return here, done
 
-    def wait(self, ticket: tuple[Tensor, torch.cuda.Event]) -> FloatArray:
+    def wait(self, pending: tuple[Tensor, torch.cuda.Event]) -> FloatArray:
         """Wait for the event. The latents are copied, because page-locked memory is scarce."""
-        here, done = ticket
+        here, done = pending
         done.synchronize()
         latents: FloatArray = here.numpy().copy()
         return latents
@@ -128,7 +128,7 @@ class DevicePipeline:
         self._device = device
         self._precision = precision
         self._transport = transport or transport_to(device)
-        self._tickets: deque[Any] = deque()
+        self._pending: deque[Any] = deque()
         self._halved = False  # the device has run out of memory
 
     def push(self, audio: FloatArray) -> Iterator[FloatArray]:
@@ -143,9 +143,9 @@ class DevicePipeline:
             torch.cuda.empty_cache()  # after the handler, whose traceback references activations
             latents = self._encode(sent)
             assert latents is not None, "it raises the second time"
-        self._tickets.append(self._transport.fetch(latents))
-        while len(self._tickets) > self._transport.ahead:
-            yield self._transport.wait(self._tickets.popleft())
+        self._pending.append(self._transport.fetch(latents))
+        while len(self._pending) > self._transport.prefetch:
+            yield self._transport.wait(self._pending.popleft())
 
     def _encode(self, sent: Tensor) -> Tensor | None:
         """Return the latents, or None the first time that memory runs out."""
@@ -162,5 +162,5 @@ class DevicePipeline:
 
     def flush(self) -> Iterator[FloatArray]:
         """Yield the latents of all batches that are still queued."""
-        while self._tickets:
-            yield self._transport.wait(self._tickets.popleft())
+        while self._pending:
+            yield self._transport.wait(self._pending.popleft())
