@@ -146,7 +146,7 @@ def as_owner(folder: Path) -> Iterator[None]:
         (["--group-by", "x"], 2, "invalid --group-by 'x': it must contain (?P<group>...)"),
         (["--device", "tpu9"], 2, "use auto, cpu, cuda or cuda:N"),
         (["--no-such-option"], 2, "No such option"),
-        (["--config", "no/such.yaml"], 2, "Config no/such.yaml cannot be read"),
+        (["--config", "no/such.yaml"], 2, "Cannot read config no/such.yaml"),
     ],
 )
 def test_options(
@@ -168,7 +168,7 @@ def test_config_files(capsys: Capture, tmp_path: Path, songs: Path) -> None:
     for text, sentence in [
         (f"source: {songs}\nout: {tmp_path}/out\ncolour: blue\n", "unknown setting colour in"),
         ("source: [", "is not valid YAML"),
-        ("just words", "must hold `setting: value` lines"),
+        ("just words", "must contain lines of the form `setting: value`"),
         (f"out: {tmp_path}/out\n", "SOURCE is missing"),
     ]:
         config.write_text(text)

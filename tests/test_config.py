@@ -173,8 +173,8 @@ FILES = {
     ),
     "empty range": ("{min_seconds: 9, max_seconds: 3}", "--min-seconds 9.0 is above"),
     "missing": ("{source: }", "invalid source None in FILE: it must be a valid string"),
-    "a list": ("- a", "must hold"),
-    "empty": ("", "must hold"),
+    "a list": ("- a", "must contain lines"),
+    "empty": ("", "must contain lines"),
     "no yaml": ("a: [", "not valid YAML"),
     "code": ("!!python/object/apply:os.getcwd []", "not valid YAML"),
 }

@@ -1,8 +1,9 @@
-"""The settings of a run, each declared once, and the fingerprint that follows from them.
+"""The settings of a run, each declared once, and the fingerprint that is computed from them.
 
-A field of `RunConfig` says its name, type, default, bounds, help text and group, whether it changes
-the latents, and for which sources it counts. The options of `encode` and `plan`, the JSON schema,
-`EncodeOptions`, the fingerprint and the refusal of settings without effect follow from it.
+A field of `RunConfig` declares name, type, default, bounds, help text, group, whether the setting
+changes the latents, and the sources to which it applies. The options of `encode` and `plan`, the
+JSON schema, `EncodeOptions`, the fingerprint and the errors for settings without effect are derived
+from it.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from latentmill.sources.settings import Effect, Setting, SourceSettings
 from latentmill.sources.where import Condition
 from latentmill.text.redact import is_secret_name
 
-DEFAULT_CPU_THREADS = 4  # cores of a worker where `threads` is not set
+DEFAULT_CPU_THREADS = 4  # cores of a worker if `threads` is not set
 
-# Settings that every fingerprint names. One that is added later enters a fingerprint only when it
-# is not at its default, so that older stores can still be resumed.
+# Settings that are in every fingerprint. A setting that is added later is in a fingerprint only if
+# it is not at its default, so that older stores can still be resumed.
 _ALWAYS_IN_FINGERPRINT = frozenset(
     {"dtype", "compile", "allow_truncated", "min_seconds", "max_seconds", "min_rms"}
     | {"min_sample_rate", "max_sample_rate", "min_channels", "max_channels", "where"}
@@ -48,7 +49,7 @@ _COMPUTE = Setting("Compute")
 
 
 class RunConfig(SourceSettings):
-    """A run: what `latentmill encode` takes as options and `--config FILE` as YAML."""
+    """The settings of a run: options of `latentmill encode`, or YAML with `--config FILE`."""
 
     out: Annotated[str, _OUTPUT] = Field(description="Store to write or resume: a folder or URL.")
     format: Annotated[ShardFormat, _OUTPUT] = Field(
@@ -193,19 +194,19 @@ class RunConfig(SourceSettings):
 
 
 def setting(name: str) -> Setting:
-    """The declaration of a setting, less its type, default, bounds and help text."""
+    """The declaration of a setting, without its type, default, bounds and help text."""
     return Setting.of(RunConfig.model_fields[name])
 
 
 def settings_of(effect: Effect) -> tuple[str, ...]:
-    """Names of the settings that have this effect, in the order of their declaration."""
+    """Names of the settings with an effect, in the order of their declaration."""
     return tuple(name for name in RunConfig.model_fields if setting(name).effect == effect)
 
 
 def item_settings(config: SourceSettings) -> dict[str, Any]:
-    """The settings that choose a source's items, where they are not the default, as JSON values.
+    """The settings that select a source's items and are not at their default, as JSON values.
 
-    `extensions` is not among them: a plan keeps it by itself.
+    `extensions` is not included, because a plan stores it separately.
     """
     names = set(settings_of("items")) - {"extensions"}
     values = config.model_dump(mode="json", include=names)
@@ -215,32 +216,32 @@ def item_settings(config: SourceSettings) -> dict[str, Any]:
 def load_config(
     file: str | Path | None, options: Mapping[str, Any], *, trust_model: bool = False
 ) -> RunConfig:
-    """Read a YAML config; options that are not None win over it.
+    """Read a YAML config file; options that are not None override its settings.
 
     Args:
-        file: The config, if there is one.
-        options: Settings that win over it.
-        trust_model: Whether a config that lies in a store may name code to run.
+        file: The config file, if there is one.
+        options: Settings that override those in the file.
+        trust_model: Whether a config file inside a store may name code to run.
 
     Raises:
         ConfigError: The file cannot be read, or a setting is unknown or invalid.
-        ModelError: The file lies in a store, and names a model that is not built in.
+        ModelError: The file is inside a store and names a model that is not built in.
     """
     values: dict[str, Any] = {}
     if file is not None:
         try:
             loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(f"Config {file} cannot be read: {error.strerror}.") from error
+            raise ConfigError(f"Cannot read config {file}: {error.strerror}.") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             cause = " ".join(str(error).split())
             raise ConfigError(f"Config {file} is not valid YAML: {cause}.") from error
         if not isinstance(loaded, dict):
-            raise ConfigError(f"Config {file} must hold `setting: value` lines.")
+            raise ConfigError(f"Config {file} must contain lines of the form `setting: value`.")
         values.update(loaded)
     given = {name: value for name, value in options.items() if value is not None}
     written, wanted = values.get("model_options"), given.get("model_options")
-    if isinstance(written, dict) and isinstance(wanted, dict):  # one does not drop the others
+    if isinstance(written, dict) and isinstance(wanted, dict):  # merge, option by option
         given["model_options"] = {**written, **wanted}
     values.update(given)
     try:
@@ -251,8 +252,8 @@ def load_config(
         _check_config_of_store(config, given, Path(file), store, trusted=trust_model)
     if secret := next(filter(is_secret_name, config.model_options), None):
         raise ConfigError(
-            f"Model option {secret} would be written into the store, as all options are: let the "
-            "model read it from an environment variable."
+            f"Model option {secret} looks like a secret, and all model options are written into "
+            "the store: let the model read it from an environment variable."
         )
     for name in RANGES:
         low, high = getattr(config, f"min_{name}"), getattr(config, f"max_{name}")
@@ -271,13 +272,10 @@ def load_config(
 def _check_config_of_store(
     config: RunConfig, given: Mapping[str, Any], file: Path, store: Path, *, trusted: bool
 ) -> None:
-    """Refuse what a config that came with a store may not decide: which code runs, and where.
+    """Raise an error if a config file inside a store chooses which code runs, or where.
 
-    A Ray cluster can run code in the processes that attach to it.
-
-    Raises:
-        ConfigError: It names a Ray cluster.
-        ModelError: It names a model that is not built in.
+    That is a model that is not built in, or a Ray cluster, because a cluster can run code in the
+    processes that attach to it.
     """
     if "model" not in given:
         by = f"config {file} in the store {store}"
@@ -285,18 +283,18 @@ def _check_config_of_store(
     if config.address is not None and "address" not in given and not trusted:
         raise ConfigError(
             f"Config {file} in the store {store} names the Ray cluster {config.address}, which can "
-            f"run code here: {CONSENT}, or name the cluster with --address."
+            f"run code on this machine: {CONSENT}, or give the cluster with --address."
         )
 
 
 def option(setting: str) -> str:
-    """The argument or option of the command line that stands for a setting."""
+    """The argument or option of a setting on the command line."""
     named = {"source": "SOURCE", "out": "STORE", "model_options": "--model-option"}
     return named.get(setting, f"--{setting.replace('_', '-')}")
 
 
 def _explain(error: ErrorDetails, given: Mapping[str, Any], file: str | Path | None) -> str:
-    """What is wrong with a setting, by the name that the user gave it."""
+    """The error message for an invalid setting, with its name as an option or in the config file."""
     setting, *parts = map(str, error["loc"])
     value, message = error["input"], error["msg"].replace("Input should be", "it must be")
     name, where = option(setting), ""
@@ -320,8 +318,8 @@ def fingerprint_document(
 ) -> dict[str, dict[str, Any]]:
     """Everything that changes the latents, by section, as JSON values.
 
-    The default precision depends on where the workers are: `run` settles it before. Left open, it
-    is that of a CPU.
+    The default precision depends on the workers' device, so `run` sets it before. If it is not set,
+    it is that of a CPU.
     """
     settings = config.model_dump(mode="json", include=set(settings_of("latents")))
     return {

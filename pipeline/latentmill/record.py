@@ -21,25 +21,25 @@ DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dt
 
 @dataclass(frozen=True, repr=False)
 class Record(Shown):
-    """One item's latent and everything that is stored beside it.
+    """The latent of an item and its properties.
 
     Attributes:
         key: The item's key.
         latent: `[channels, frames]`, float16 or float32; with `stitch: none` the overlapping
             chunks `[chunks, channels, frames]`.
-        num_samples: Length of the encoded audio at the model's rate.
-        sample_rate: The model's rate, Hz.
-        source_uri: Where the audio came from.
-        source_sample_rate: Hz.
-        source_channels: Audio channels in the source.
-        content_hash: `xxh3:` and the hex digest over the source file's bytes.
-        rms: Root mean square of the audio that the model saw.
-        peak: Largest absolute sample of the audio that the model saw.
-        group: What belongs together (the song of a stem), if known.
-        role: What the item is in its group (`drums`, `vocals`), if known.
-        levels: How loud each frame is, one byte a frame (`levels.decibels` reads them); None with
-            `stitch: none`.
-        metadata: The item's own metadata, as it was given.
+        num_samples: Number of samples of the encoded audio, at the model's sample rate.
+        sample_rate: Sample rate of the model, Hz.
+        source_uri: Path or URL of the audio.
+        source_sample_rate: Sample rate of the source, Hz.
+        source_channels: Audio channels of the source.
+        content_hash: `xxh3:` and the hex digest of the source file's bytes.
+        rms: Root mean square of the audio at the model's input.
+        peak: Largest absolute sample of the audio at the model's input.
+        group: Name of the group that the item belongs to (the song of a stem), if known.
+        role: Role of the item in its group (`drums`, `vocals`), if known.
+        levels: Loudness of each frame, one byte per frame, which
+            `latentmill.encoding.loudness.decibels` reads; None with `stitch: none`.
+        metadata: The item's metadata from the source, unchanged.
     """
 
     key: str
@@ -58,7 +58,7 @@ class Record(Shown):
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def shown(self) -> Mapping[str, object]:
-        """What `repr` and a notebook show."""
+        """The fields that `repr` and a notebook show."""
         named = {"group": self.group, "role": self.role, "metadata": dict(self.metadata) or None}
         return {
             "key": repr(self.key),
@@ -70,28 +70,28 @@ class Record(Shown):
 
     @property
     def duration(self) -> float:
-        """Seconds of encoded audio."""
+        """Length of the encoded audio in seconds."""
         return self.num_samples / self.sample_rate
 
     @property
     def channels(self) -> int:
-        """Channels of the latent."""
+        """Number of channels of the latent."""
         return int(self.latent.shape[-2])
 
     @property
     def frames(self) -> int:
-        """Latent frames; with `stitch: none` the frames of one chunk."""
+        """Number of latent frames; with `stitch: none` that of one chunk."""
         return int(self.latent.shape[-1])
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one item ended.
+    """Result of encoding one item.
 
     Attributes:
         key: The item's key.
-        status: `encoded`, `skipped` (with the filter's name) or `failed` (with the error).
-        reason: Why it was skipped or failed, one line.
+        status: `encoded`, `skipped` or `failed`.
+        reason: One line: the filter that skipped the item, or the error.
         record: The record of an encoded item.
     """
 
@@ -102,17 +102,17 @@ class Outcome:
 
 
 def time_major_bytes(latent: Latent) -> memoryview:
-    """The latent's bytes as they are stored: frame after frame, each frame its channels.
+    """The latent's bytes in the stored order: frame after frame, all channels of each frame.
 
-    Overlapping chunks `[chunks, channels, frames]` are stored in C order, chunk after chunk.
-    Copies only if the latent is not already laid out that way.
+    Overlapping chunks `[chunks, channels, frames]` are stored in C order, chunk after chunk. The
+    latent is copied only if its memory is in another order.
     """
     flat = latent.T if latent.ndim == 2 else latent
     return np.ascontiguousarray(flat).data.cast("B")
 
 
 def latent_from_bytes(data: bytes | memoryview, shape: tuple[int, ...], dtype: str) -> Latent:
-    """The inverse of `time_major_bytes`: a read-only view of `data`, of the given shape."""
+    """The inverse of `time_major_bytes`: a read-only view of `data` with the given shape."""
     flat: Latent = np.frombuffer(data, dtype=DTYPES[dtype])
     if len(shape) == 2:
         return flat.reshape(shape[::-1]).T

@@ -319,6 +319,6 @@ def test_a_secret_in_a_manifests_path_is_refused_without_it(
 @pytest.mark.parametrize("name", ["hf_token", "api_key", "password", "aws_secret_access_key"])
 def test_a_model_option_that_is_a_secret_is_refused(name: str) -> None:
     options = {"source": "a", "out": "b", "model_options": {name: S}}
-    with pytest.raises(ConfigError, match=f"Model option {name} would be written") as caught:
+    with pytest.raises(ConfigError, match=f"Model option {name} looks like a secret") as caught:
         load_config(None, options)
     assert S not in str(caught.value)

@@ -1,1 +1,1 @@
-"""The demo: a small corpus of its own, and what `latentmill demo` does with it."""
+"""The small synthesised corpus of `latentmill demo`."""

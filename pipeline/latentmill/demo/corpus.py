@@ -1,8 +1,8 @@
-"""The demo's corpus: three songs as stems, and the files that a real corpus has as well.
+"""The demo corpus: three songs as stems, and files with the problems of a real corpus.
 
-One song is lossless and lies there with its mix: its stems add up to it sample by sample, so that
-a mix of latents can be compared with the mix of the waveforms. The others come in OGG, MP3 and
-mixed formats. Beside them: silence, a FLAC cut in the middle and an empty file.
+One song is lossless and has its mix: its stems add up to the mix sample by sample, so that a mix of
+latents can be compared with the mix of the waveforms. The other songs are in OGG, MP3 and mixed
+formats. The other files are silence, a truncated FLAC file and an empty file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from latentmill.demo.synth import Score, stems
 from latentmill.record import FloatArray
 
-# Changes whenever the corpus does: an older one is then written anew.
+# Changes when the corpus changes, so that a corpus of an older version is written again.
 VERSION = 1
 MARKER = ".corpus.json"
 MIX = "mix"
@@ -36,13 +36,13 @@ class Song:
     """A song of the corpus; a stem's key in a store is `name/role`.
 
     Attributes:
-        name: Its folder in the corpus.
-        title: What a person calls it.
-        prompt: What a person would ask a generative model for.
-        score: What is played.
-        sample_rate: Hz, of all its files.
-        channels: Of all its files.
-        files: Extension of each file by role; a `mix`, where there is one, is the sum of the rest.
+        name: Folder of the song in the corpus.
+        title: Title of the song.
+        prompt: Text prompt for a generative model.
+        score: Notes of the song.
+        sample_rate: Sample rate of all files, Hz.
+        channels: Audio channels of all files.
+        files: Extension of each file, by role. The role `mix` is the sum of the others.
     """
 
     name: str
@@ -55,12 +55,12 @@ class Song:
 
     @property
     def stem_keys(self) -> tuple[str, ...]:
-        """The stems' keys, the mix left out."""
+        """Keys of the stems, without the mix."""
         return tuple(f"{self.name}/{role}" for role in self.files if role != MIX)
 
     @property
     def mix_key(self) -> str | None:
-        """The mix's key, if the song has a mix."""
+        """Key of the mix, if the song has one."""
         return f"{self.name}/{MIX}" if MIX in self.files else None
 
 
@@ -125,30 +125,30 @@ SONGS = (
     ),
 )
 
-# Keys of the files that no decoder can read to the end.
+# Keys of the files that cannot be loaded completely.
 BROKEN = ("oddities/cut-short", "oddities/empty")
 SILENT = "oddities/silence"
 
-ABOUT = """# The demo's corpus
+ABOUT = """# The demo corpus
 
-Synthesised by latentmill: three songs as stems, and in `oddities` what a real corpus has too.
+Synthesised by latentmill: three songs as stems, and in `oddities` silence and damaged files.
 `night-drive` is lossless, and its stems add up to its mix, sample by sample.
 """
 
 
 @dataclass(frozen=True)
 class CorpusSummary:
-    """What lies in the corpus.
+    """Contents of the corpus.
 
     Attributes:
-        folder: Where it is.
-        songs: Its songs; the first one is lossless and has a mix.
+        folder: Folder of the corpus.
+        songs: The songs; the first one is lossless and has a mix.
         broken: Keys of the items that must fail.
         silent: Key of the item that is silence.
-        audio_files: How many files have an audio file's name, the broken ones included.
-        seconds: Playing time of all files that can be read.
-        size: Bytes of the audio files.
-        written: Whether this call wrote it; False if it was there already.
+        audio_files: Number of audio files, including the broken ones.
+        seconds: Total length of the files that can be loaded.
+        size: Size of the audio files in bytes.
+        written: Whether this call wrote the corpus; False if it existed.
     """
 
     folder: Path
@@ -162,12 +162,9 @@ class CorpusSummary:
 
 
 def write_corpus(folder: Path) -> CorpusSummary:
-    """Write the demo's corpus into a folder, or find it there whole.
+    """Write the demo corpus into a folder, unless it is already there and complete.
 
-    The audio is the same whenever and wherever it is written; files of other names are left alone.
-
-    Raises:
-        OSError: The folder cannot be written to.
+    The audio is deterministic. Other files in the folder are not changed.
     """
     written = not _is_intact(folder)
     if written:
@@ -187,7 +184,7 @@ def write_corpus(folder: Path) -> CorpusSummary:
 
 
 def _is_intact(folder: Path) -> bool:
-    """Whether the marker is of this version and every file is as it was written."""
+    """Whether the marker has this version and no file has changed."""
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         if marker["version"] != VERSION:
@@ -199,13 +196,13 @@ def _is_intact(folder: Path) -> bool:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The corpus's own files, as its marker lists them."""
+    """The files of the corpus, as listed in its marker."""
     marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     return [folder / name for name in marker["files"]]
 
 
 def _write(folder: Path) -> None:
-    """Write every file, and the marker last."""
+    """Write all files, the marker last."""
     contents: dict[str, bytes] = {"about.md": ABOUT.encode()}
     with ThreadPoolExecutor() as pool:
         for files in pool.map(_song_files, SONGS):
@@ -224,10 +221,10 @@ def _write(folder: Path) -> None:
 
 
 def _song_files(song: Song) -> dict[str, bytes]:
-    """A song's audio files and sidecars by name: JSON for each, a caption for the keys."""
+    """A song's audio files, JSON sidecars and the caption of the keys, by name."""
     played = stems(song.score, song.sample_rate, song.channels)
     tracks = {role: _quantised(audio) for role, audio in played.items()}
-    # Added after quantisation, so that integers add up exactly; the peak leaves room.
+    # Added after quantisation, so that the integers add up exactly. `MIX_PEAK` prevents overflow.
     tracks[MIX] = np.sum(list(tracks.values()), axis=0, dtype=np.int32).astype(np.int16)
     contents: dict[str, bytes] = {}
     for role, extension in song.files.items():
@@ -240,7 +237,7 @@ def _song_files(song: Song) -> dict[str, bytes]:
 
 
 def _metadata(song: Song, role: str) -> dict[str, str | float]:
-    """What the JSON sidecar of a file says."""
+    """The content of a file's JSON sidecar."""
     return {
         "title": song.title,
         "group": song.name,
@@ -258,9 +255,9 @@ def _quantised(audio: FloatArray) -> Samples:
 
 
 def _encoded(samples: Samples, sample_rate: int, extension: str) -> bytes:
-    """The bytes of an audio file of that extension."""
+    """Encode samples as an audio file of a format; return its bytes."""
     file = io.BytesIO()
-    # Floats for the lossy ones: libsndfile 1.2 distorts 16-bit stereo samples on the way to MP3.
+    # Floats for lossy formats: libsndfile 1.2 distorts 16-bit stereo samples in MP3.
     lossless = extension in {"wav", "flac"}
     audio = samples if lossless else samples / np.float32(32768)
     soundfile.write(file, audio, sample_rate, format=extension.upper())

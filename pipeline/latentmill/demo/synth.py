@@ -1,7 +1,8 @@
-"""Four instruments and an arranger: three short songs as stems, synthesised from nothing.
+"""Synthesis of short songs as stems with four instruments.
 
-Additive synthesis: a note is a sum of decaying partials below Nyquist, so nothing aliases. Levels
-are those of real stems (-20 to -14 dBFS RMS), and the stems of a song add up without clipping.
+The synthesis is additive: a note is a sum of decaying partials below the Nyquist frequency, so
+there is no aliasing. Levels are those of real stems (-20 to -14 dBFS RMS), and the stems of a song
+add up without clipping.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ LEVELS = {"drums": -17.5, "bass": -17.0, "keys": -18.0, "lead": -18.0}
 
 @dataclass(frozen=True)
 class Score:
-    """What a song is made of.
+    """The notes of a song.
 
     Attributes:
         bpm: Quarter notes per minute.
-        key: The key's name, such as `A minor`.
-        chords: One chord a bar, each a tuple of MIDI notes, lowest first; the lowest is the root.
-        scale: Pitches that the lead walks on, MIDI notes upwards.
-        seed: Of the melody and of the drums' noise.
+        key: Name of the key, such as `A minor`.
+        chords: One chord per bar: a tuple of MIDI notes, of which the first and lowest is the root.
+        scale: MIDI notes of the melody, in ascending order.
+        seed: Seed of the melody and of the drums' noise.
     """
 
     bpm: float
@@ -40,14 +41,14 @@ class Score:
     seed: int
 
     def seconds(self) -> float:
-        """Length of the song: its bars and a tail for the last notes to fade in."""
+        """Length of the song: its bars, and a tail in which the last notes fade out."""
         return len(self.chords) * BEATS_PER_BAR * 60 / self.bpm + TAIL_SECONDS
 
 
 def stems(score: Score, sample_rate: int, channels: int) -> dict[str, FloatArray]:
-    """Play the score: role to audio `[channels, T]`, float32, all of one length.
+    """Synthesise a score: audio `[channels, T]` by role, float32, all of one length.
 
-    Their sum peaks at `MIX_PEAK` at most.
+    The peak of the stems' sum is at most `MIX_PEAK`.
     """
     length = round(score.seconds() * sample_rate)
     players: dict[str, Callable[[_Track, Score], None]] = {
@@ -68,7 +69,7 @@ def stems(score: Score, sample_rate: int, channels: int) -> dict[str, FloatArray
 
 
 class _Track:
-    """A stereo tape that notes are added to, at beats."""
+    """A stereo track to which notes are added at beats."""
 
     def __init__(self, length: int, sample_rate: int, bpm: float) -> None:
         self.audio: FloatArray = np.zeros((STEREO, length), np.float32)
@@ -76,7 +77,7 @@ class _Track:
         self.beat_seconds = 60 / bpm
 
     def time(self, seconds: float) -> FloatArray:
-        """Time axis of a sound, in seconds."""
+        """Times of the samples of a sound, in seconds."""
         return (np.arange(round(seconds * self.sample_rate)) / self.sample_rate).astype(np.float32)
 
     def add(self, sound: FloatArray, beat: float, gain: float, pan: float = 0.0) -> None:
@@ -88,21 +89,17 @@ class _Track:
         self.audio[:, start : start + len(sound)] += gain * sides * sound[:room]
 
     def saturate(self, drive: float) -> None:
-        """Round the peaks off as tape does: louder for the same peak."""
+        """Saturate as tape does: the track gets louder at the same peak."""
         self.audio = np.tanh(drive / np.abs(self.audio).max() * self.audio)
 
 
 def _tone(
     track: _Track, midi: float, seconds: float, partials: Sequence[float], decay: float
 ) -> FloatArray:
-    """A note: partial k sounds at k times the pitch and fades k ** 0.5 times as fast as the first.
+    """A note: partial k has k times the pitch and decays k ** 0.5 times as fast as the first.
 
-    Args:
-        track: Where it will be heard.
-        midi: Pitch; 69 is 440 Hz.
-        seconds: Length, with a soft attack and release.
-        partials: Amplitude of each partial, the fundamental first.
-        decay: Seconds in which the fundamental falls to 1/e.
+    `midi` is the pitch (69 is 440 Hz), `partials` are the amplitudes of the partials, the first one
+    is the fundamental, and `decay` is the time in seconds after which the fundamental is at 1/e.
     """
     time = track.time(seconds)
     pitch = 440.0 * 2 ** ((midi - 69) / 12)
@@ -115,14 +112,14 @@ def _tone(
 
 
 def _ramps(length: int, ramp: int) -> FloatArray:
-    """An envelope that rises and falls over `ramp` samples, so that nothing clicks."""
+    """An envelope that rises and falls over `ramp` samples, to avoid clicks."""
     position = np.arange(length, dtype=np.float32)
     edges: FloatArray = np.minimum(position, position[::-1]) / ramp
     return np.minimum(edges, np.float32(1))
 
 
 def _play_drums(track: _Track, score: Score) -> None:
-    """Kick on one and three, snare on two and four, hats on the eighths."""
+    """Add the kick on one and three, the snare on two and four, and hats on the eighths."""
     noise = np.random.default_rng(score.seed).standard_normal(track.sample_rate).astype(np.float32)
     kick_time, snare_time, hat_time = track.time(0.35), track.time(0.22), track.time(0.08)
     # The pitch falls from 160 to 48 Hz; this is the integral of that frequency.
@@ -142,7 +139,7 @@ def _play_drums(track: _Track, score: Score) -> None:
 
 
 def _play_bass(track: _Track, score: Score) -> None:
-    """The chord's root in eighths, an octave up before the bar line."""
+    """Add the chord's root in eighths; the last one in a bar is an octave higher."""
     partials = [1.0, 0.5, 0.3, 0.18, 0.1, 0.06]
     for bar, chord in enumerate(score.chords):
         for eighth in (0, 1, 3, 4, 6, 7):
@@ -153,20 +150,20 @@ def _play_bass(track: _Track, score: Score) -> None:
 
 
 def _play_keys(track: _Track, score: Score) -> None:
-    """An electric piano: the whole chord, twice a bar, low notes left and high notes right."""
+    """Add an electric piano: the chord twice per bar, low notes left and high notes right."""
     partials = [1.0, 0.25, 0.12, 0.2, 0.04, 0.08]
     for bar, chord in enumerate(score.chords):
         for beat, beats in ((0.0, 2.5), (2.5, 1.5)):
             for voice, note in enumerate(chord):
                 pan = 0.8 * (2 * voice / (len(chord) - 1) - 1)
                 sound = _tone(track, note + 12, beats * track.beat_seconds, partials, decay=1.2)
-                # Strummed a little: no two strings start on the same sample.
+                # The notes of a chord start 0.03 beats after one another.
                 track.add(sound, bar * BEATS_PER_BAR + beat + 0.03 * voice, 0.5, pan)
     track.saturate(2.0)
 
 
 def _play_lead(track: _Track, score: Score) -> None:
-    """A melody that walks along the scale, with an echo on the other side."""
+    """Add a melody: a random walk on the scale, with an echo on the other side."""
     walk = np.random.default_rng(score.seed + 1)
     partials = [1 / k for k in range(1, 9)]
     place, beat, end = len(score.scale) // 2, 0.0, len(score.chords) * BEATS_PER_BAR

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Batches through a device pipeline: equal latents in the same order, and when it waits."""
-=======
-"""Batches through a device pipeline: the same latents in the same order, and when it waits for them."""
->>>>>>> 796b220 (Plain English in evaluate/ and export/; the test of the device pipeline imports it by its new name)
+"""Batches through a device pipeline: the same latents in order, and when it waits for them."""
 
 from __future__ import annotations
 
@@ -83,11 +79,7 @@ def test_batches_of_changing_shapes_do_not_pile_up_memory(monkeypatch: pytest.Mo
     monkeypatch.setattr(PlainTransport, "_changes", 0)
     same, other = np.zeros((1, 1, 160), np.float32), np.zeros((1, 1, 320), np.float32)
     for _ in range(100):
-<<<<<<< HEAD
-        list(DevicePipeline(MODEL).push(same))  # each unit has a pipeline of its own
-=======
         list(DevicePipeline(MODEL).push(same))  # each unit has its own device pipeline
->>>>>>> 796b220 (Plain English in evaluate/ and export/; the test of the device pipeline imports it by its new name)
     assert not trims  # holes of one size are filled again
     for _ in range(CHANGES_UNTIL_TRIM):
         list(DevicePipeline(MODEL).push(other))
