@@ -1,14 +1,14 @@
 """Train a tiny diffusion transformer on the latents of a store, on a CPU, in minutes.
 
-    python examples/train_dit.py                      # encodes the demo's corpus into dit/latents
+    python examples/train_dit.py                      # encodes the demo corpus into dit/latents
     python examples/train_dit.py --store latents      # on a store of your own
     python examples/train_dit.py --source ~/Music     # encodes a folder into dit/latents first
 
-What to look at is the reading: `LatentStream`, `Normalize`, `collate`, and the share of a step's
-time that training waits for it. The model is a rectified flow (X. Liu and others, "Flow Straight
-and Fast", ICLR 2023): between a latent x and noise e it sees (1 - t) x + t e and predicts e - x,
-with a transformer whose blocks are modulated by t (W. Peebles, S. Xie, "Scalable Diffusion Models
-with Transformers", ICCV 2023).
+The example shows how to read latents with `LatentStream`, `Normalize` and `collate`, and measures
+the fraction of a step's time that training waits for the reader. The model is a rectified flow (X.
+Liu and others, "Flow Straight and Fast", ICLR 2023): for a latent x and noise e its input is
+(1 - t) x + t e, and it predicts e - x. It is a transformer whose blocks are modulated by t (W.
+Peebles, S. Xie, "Scalable Diffusion Models with Transformers", ICCV 2023).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from latentmill.demo.corpus import write_corpus
 
 
 class Block(nn.Module):
-    """Attention over frames and a small network, both modulated by the time of the flow."""
+    """Attention over frames and an MLP, both modulated by the time of the flow."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Block(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
         self.modulation = nn.Linear(width, 6 * width)
-        nn.init.zeros_(self.modulation.weight)  # a new block changes nothing
+        nn.init.zeros_(self.modulation.weight)  # an untrained block is the identity
         nn.init.zeros_(self.modulation.bias)
 
     def forward(self, x: Tensor, condition: Tensor, mask: Tensor) -> Tensor:
@@ -65,24 +65,24 @@ class TinyDiT(nn.Module):
         nn.init.zeros_(self.leave.weight)
 
     def forward(self, latents: Tensor, times: Tensor, mask: Tensor) -> Tensor:
-        """The flow `[B, D, T]`; `mask` `[B, T]` is True where a frame is an item's."""
-        places = torch.arange(latents.shape[2], dtype=torch.float32)
-        x = self.enter(latents.transpose(1, 2)) + waves(places, self.width)
+        """The flow `[B, D, T]`; `mask` `[B, T]` is False for padding."""
+        positions = torch.arange(latents.shape[2], dtype=torch.float32)
+        x = self.enter(latents.transpose(1, 2)) + waves(positions, self.width)
         condition = F.silu(self.time(waves(1000 * times, self.width)))[:, None]
         for block in self.blocks:
             x = block(x, condition, mask[:, None, None])
         return self.leave(F.layer_norm(x, x.shape[-1:])).transpose(1, 2)
 
 
-def waves(places: Tensor, width: int) -> Tensor:
-    """Sines and cosines of places `[N]` at many rates, `[N, width]`."""
+def waves(positions: Tensor, width: int) -> Tensor:
+    """Sines and cosines of positions `[N]` at many rates, `[N, width]`."""
     rates = torch.exp(-torch.arange(width // 2) * (9.2 / (width // 2)))  # 1 to 1/10,000
-    angles = places[:, None] * rates
+    angles = positions[:, None] * rates
     return torch.cat((angles.sin(), angles.cos()), dim=1)
 
 
 def flow_loss(model: TinyDiT, latents: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error of the flow over the frames that are items'; 2 without any knowledge."""
+    """Mean squared error of the flow over frames that are not padding; 2 for an output of zero."""
     noise, times = torch.randn_like(latents), torch.rand(len(latents))
     t = times[:, None, None]
     error = model((1 - t) * latents + t * noise, times, mask) - (noise - latents)
@@ -90,14 +90,14 @@ def flow_loss(model: TinyDiT, latents: Tensor, mask: Tensor) -> Tensor:
 
 
 def endless(loader: torch.utils.data.DataLoader[Any]) -> Iterator[dict[str, Any]]:
-    """Epoch after epoch: every iteration of a stream is the next one."""
+    """Repeat the loader; each iteration is the stream's next epoch."""
     while True:
         yield from loader
 
 
 @torch.no_grad()
 def fixed_loss(model: TinyDiT, batches: list[dict[str, Any]]) -> float:
-    """The loss of some batches with the same noise each time, to compare before and after."""
+    """The loss of some batches with fixed noise, to compare before and after training."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         losses = [flow_loss(model, batch["latents"], batch["mask"]) for batch in batches]
@@ -105,7 +105,7 @@ def fixed_loss(model: TinyDiT, batches: list[dict[str, Any]]) -> float:
 
 
 def train(store: lm.LatentStore, *, steps: int, batch: int, crop: int, seed: int) -> dict[str, Any]:
-    """Train, and say how the loss went and what share of the time the reader was waited for."""
+    """Train; return the losses and the fraction of time that training waited for the reader."""
     torch.manual_seed(seed)
     stream = lm.LatentStream(
         store,
@@ -138,7 +138,7 @@ def train(store: lm.LatentStore, *, steps: int, batch: int, crop: int, seed: int
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        if step:  # the first step opens files and warms torch up
+        if step:  # the first step opens files and initialises torch
             waited, worked = waited + begun - start, worked + time.perf_counter() - begun
         if step % max(1, steps // 10) == 0:
             print(f"step {step:4d}  loss {losses[-1]:.3f}")
@@ -155,14 +155,14 @@ def train(store: lm.LatentStore, *, steps: int, batch: int, crop: int, seed: int
 
 
 def main() -> None:
-    """Get a store, train on it, print and keep what came out."""
+    """Encode a store if none is given, train on it, print and save the result."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--store", help="a store to train on")
     parser.add_argument("--source", help="a folder of audio to encode first")
-    parser.add_argument("--folder", type=Path, default=Path("dit"), help="where to work")
+    parser.add_argument("--folder", type=Path, default=Path("dit"), help="folder for the results")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--crop", type=int, default=128, help="frames of a sample")
+    parser.add_argument("--crop", type=int, default=128, help="frames per sample")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.store is None:
@@ -175,7 +175,7 @@ def main() -> None:
     (args.folder / "result.json").write_text(json.dumps(result, indent=2))
     print(
         f"loss {result['loss_before']:.3f} -> {result['loss_after']:.3f} in {args.steps} steps of "
-        f"{result['step_ms']:.0f} ms; waited for the reader {result['reader_wait_share']:.2%} of it"
+        f"{result['step_ms']:.0f} ms; {result['reader_wait_share']:.2%} waiting for the reader"
     )
 
 

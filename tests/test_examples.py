@@ -36,7 +36,7 @@ def test_the_loss_goes_down(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "waited for the reader" in done.stdout
+    assert "waiting for the reader" in done.stdout
     result = json.loads((tmp_path / "dit" / "result.json").read_text())
     assert result["loss_after"] < 0.9 * result["loss_before"]
     assert len(result["losses"]) == result["steps"] == 40
