@@ -94,7 +94,7 @@ def decode_latents(
     if len(shape) not in (axes, axes + 1) or not shape[0]:
         raise ConfigError(
             f"Latents of shape {list(shape)} cannot be decoded: give {of_item}, or "
-            f"[B, {of_item[1:]} of several items."
+            f"[B, {of_item[1:]} for several items."
         )
     options = {"seed": seed, "batch_size": batch_size}
     if isinstance(latents, LatentSource) or len(shape) == axes:

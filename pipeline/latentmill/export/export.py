@@ -135,15 +135,15 @@ def _follow_plan(storage: Storage, plan: Plan, source: Storage) -> None:
 
     Raises `ConfigError` if the destination has anything else.
     """
-    there = load(storage)
-    if there is None:
+    existing = load(storage)
+    if existing is None:
         _refuse_unless_empty(storage)
         copy(plan, source, storage)
         return
     names = ("source", "fingerprint", "format", "model", "model_options")
-    if any(getattr(there, name) != getattr(plan, name) for name in names):
+    if any(getattr(existing, name) != getattr(plan, name) for name in names):
         raise ConfigError(f"{storage.root} is another store: use an empty destination.")
-    if there != plan:
+    if existing != plan:
         copy(plan, source, storage)
 
 
@@ -174,11 +174,11 @@ def _copy_units(store: LatentStore, storage: Storage, plan: Plan) -> None:
         write_commit(storage, new.model_copy(update=update), commit.timings)
 
 
-def _is_copy(there: Commit, commit: Commit, sizes: Mapping[str, int]) -> bool:
+def _is_copy(existing: Commit, commit: Commit, sizes: Mapping[str, int]) -> bool:
     """Whether an export's commit has the same records and its shard is complete."""
-    whole = there.shard is None or sizes.get(there.shard.rpartition("/")[2]) == there.bytes
-    same = (there.copied_from, there.items_hash) == (commit.hash, commit.items_hash)
-    pairs = itertools.zip_longest(there.items, commit.items)
+    whole = existing.shard is None or sizes.get(existing.shard.rpartition("/")[2]) == existing.bytes
+    same = (existing.copied_from, existing.items_hash) == (commit.hash, commit.items_hash)
+    pairs = itertools.zip_longest(existing.items, commit.items)
     return (
         whole
         and same

@@ -88,24 +88,24 @@ class CudaTransport:
         pinned = torch.from_numpy(audio).pin_memory()
         computing = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._copies):
-            there = pinned.to(self._device, non_blocking=True)
+            on_device = pinned.to(self._device, non_blocking=True)
         computing.wait_stream(self._copies)
-        there.record_stream(computing)
-        return there
+        on_device.record_stream(computing)
+        return on_device
 
     def fetch(self, latents: Tensor) -> tuple[Tensor, torch.cuda.Event]:
         """Copy after the computation; the event marks the end of the copy."""
-        here = torch.empty(latents.shape, dtype=torch.float32, pin_memory=True)
-        here.copy_(latents, non_blocking=True)
+        on_host = torch.empty(latents.shape, dtype=torch.float32, pin_memory=True)
+        on_host.copy_(latents, non_blocking=True)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record(torch.cuda.current_stream(self._device))
-        return here, done
+        return on_host, done
 
     def wait(self, pending: tuple[Tensor, torch.cuda.Event]) -> FloatArray:
         """Wait for the event. The latents are copied, because page-locked memory is scarce."""
-        here, done = pending
+        on_host, done = pending
         done.synchronize()
-        latents: FloatArray = here.numpy().copy()
+        latents: FloatArray = on_host.numpy().copy()
         return latents
 
 
