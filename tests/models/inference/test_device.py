@@ -122,7 +122,7 @@ def test_what_the_user_set_of_malloc_stays() -> None:
 
 MIXED = """
 import random, torch
-from latentmill.models.inference.device_pipeline import Feed
+from latentmill.models.inference.device_pipeline import DevicePipeline
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -143,12 +143,12 @@ class Stack:  # activations as an encoder has them: large, and of sizes by the c
 rng = random.Random(0)
 lengths = [rng.randrange(20_000, 100_000) for _ in range(44)]
 before = resident("VmRSS")
-feed = Feed(Stack())
+pipeline = DevicePipeline(Stack())
 one = torch.zeros(1, 1, max(lengths)).numpy()
-list(feed.push(one))
+list(pipeline.push(one))
 single = resident("VmHWM") - before
 for length in lengths:
-    list(feed.push(torch.zeros(1, 1, length).numpy()))
+    list(pipeline.push(torch.zeros(1, 1, length).numpy()))
 print(single, resident("VmRSS") - before, resident("VmHWM") - before)
 """
 

@@ -27,7 +27,7 @@ def test_the_default_is_by_the_device() -> None:
 def test_tf32_on_a_cpu_is_refused(one_sentence: Callable[[BaseException], str]) -> None:
     with pytest.raises(ConfigError) as caught:
         pick_precision("tf32", "cpu")
-    assert "use float32" in one_sentence(caught.value)
+    assert "use --precision float32" in one_sentence(caught.value)
 
 
 def test_a_run_refuses_it_before_it_writes(corpus: Path, tmp_path: Path) -> None:

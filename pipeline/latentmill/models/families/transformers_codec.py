@@ -138,7 +138,7 @@ def load_model(name: str, model_type: str, files: ModelFiles, device: torch.devi
             )
         wrong = [*report["missing_keys"], *report["mismatched_keys"], *report["error_msgs"]]
         if wrong:
-            raise ValueError(f"{len(wrong)} tensors are missing or do not fit, e.g. {wrong[0]}")
+            raise ValueError(f"{len(wrong)} tensors are missing or do not fit, such as {wrong[0]}")
     except LOAD_ERRORS as error:
         raise does_not_load(name, files.paths["weights"], error) from error
     model = model.eval().requires_grad_(False)

@@ -88,7 +88,7 @@ def _does_not_compile(name: str, error: RuntimeError) -> ModelError:
     advice = "leave out --compile"
     if "compiler" in reason.lower() or "triton" in reason.lower():
         advice = (
-            "install a C++ compiler (e.g. `apt-get install g++`) and, for a GPU, Triton (`pip "
+            "install a C++ compiler (`apt-get install g++`) and, for a GPU, Triton (`pip "
             "install triton`), or leave out --compile"
         )
     return ModelError(f"Model {name} does not compile on this machine ({reason}): {advice}.")
