@@ -294,7 +294,7 @@ def option(setting: str) -> str:
 
 
 def _explain(error: ErrorDetails, given: Mapping[str, Any], file: str | Path | None) -> str:
-    """The error message for an invalid setting, with its name as an option or in the config file."""
+    """The error message for an invalid setting, named as the user gave it."""
     setting, *parts = map(str, error["loc"])
     value, message = error["input"], error["msg"].replace("Input should be", "it must be")
     name, where = option(setting), ""

@@ -21,7 +21,7 @@ def pick_device(wanted: str) -> str:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"Invalid device {wanted!r}: use auto, cpu, cuda or cuda:N.")
+        raise ConfigError(f"invalid --device {wanted!r}: use auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"--device {wanted} is not available, torch {torch.__version__} finds "
