@@ -252,7 +252,7 @@ def settled_batch_size(storage: Storage, model: Autoencoder, job: Job, device: s
     except (ValueError, TypeError, KeyError) as error:
         raise StoreError(
             f"Store {storage.root}: {BATCH_PATH} is damaged: write the run's batch size into it, "
-            'e.g. {"batch_size": 16}, or delete it.'
+            'such as {"batch_size": 16}, or delete it.'
         ) from error
     return settled
 
