@@ -107,8 +107,8 @@ def test_a_chunking_for_a_model_has_lengths_that_it_takes_and_no_gaps(
 @pytest.mark.parametrize(
     ("spec", "wanted", "says"),
     [
-        (PADDED, {"seconds": 100.0, "overlap": 0.6}, "overlap of 0.6"),
-        (PADDED, {"seconds": 100.0, "overlap": float("nan")}, "overlap of nan"),
+        (PADDED, {"seconds": 100.0, "overlap": 0.6}, "overlap 0.6"),
+        (PADDED, {"seconds": 100.0, "overlap": float("nan")}, "overlap nan"),
         (make_spec(512, 0, 512, 512, None), {"stitch": "trim"}, "stitch crossfade"),
         (MDCT, {"stitch": "trim", "overlap": 0.1}, "share 2 latent frames"),
         (MDCT, {"stitch": "crossfade", "overlap": 0.0}, "share 1 latent frames"),
