@@ -71,7 +71,7 @@ def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
     result = runs.command("encode", songs, tmp_path / "store", "--address", "127.0.0.1:1")
     assert result.code == 2
     assert "Cannot connect to Ray at 127.0.0.1:1" in result.err.splitlines()[-1]
-    assert "check the address and that the cluster runs" in result.err
+    assert "check the address, and that the cluster is running" in result.err
 
 
 @pytest.fixture

@@ -140,7 +140,7 @@ def _check_overlap(spec: ModelSpec, stitch: Stitch, frames: int, overlap: int) -
     if stitch == "trim":
         if spec.context is None:
             raise ConfigError(
-                f"{spec.name} cannot be stitched by trimming, since each frame depends on its "
+                f"{spec.name} cannot be stitched by trimming, because each frame depends on its "
                 "whole chunk: use --stitch "
                 f"{'crossfade' if spec.codebook_size is None else 'none'}."
             )

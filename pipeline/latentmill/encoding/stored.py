@@ -1,7 +1,7 @@
-"""What readers rely on in the model, chunks and numeric mode that a store describes.
+"""Checks the description of model, chunking and numeric mode in a store's JSON files.
 
-dataset.json and plan.json hold them as JSON objects with more fields than these, which depend on
-the model. A store may be damaged or hostile: both are checked when they are read.
+dataset.json and plan.json have these as JSON objects with additional fields that depend on the
+model. A store may be damaged or hostile, so the fields that readers use are checked when read.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _Count = Annotated[int, Field(gt=0, lt=2**31)]
 _Number = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class _Facts(BaseModel):
+class _Section(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
-class _Model(_Facts):
+class _Model(_Section):
     name: str
     sample_rate: _Count
     channels: _Count
@@ -36,7 +36,7 @@ class _Model(_Facts):
     options: dict[str, Any] = {}
 
 
-class _Chunking(_Facts):
+class _Chunking(_Section):
     model_config = ConfigDict(extra="forbid")
     stitch: Stitch
     samples: _Count
@@ -47,50 +47,38 @@ class _Chunking(_Facts):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.step > self.samples:
-            raise ValueError("a gap between chunks")
+            raise ValueError("the step is larger than a chunk")
         return self
 
 
-class _Numeric(_Facts):
+class _Numeric(_Section):
     precision: Precision
 
 
-_KINDS: dict[str, type[_Facts]] = {"model": _Model, "chunking": _Chunking, "numeric": _Numeric}
+_SECTIONS: dict[str, type[_Section]] = {"model": _Model, "chunking": _Chunking, "numeric": _Numeric}
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON of a store; of JSON that is nested too deep, Python raises a RecursionError.
-
-    Raises:
-        ValueError: It is not valid, or nested too deep.
-    """
+    """Parse JSON of a store. Raises ValueError if it is invalid or nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError as error:
-        raise ValueError("nested too deep") from error
+        raise ValueError("nested too deeply") from error
 
 
 def refuse_damaged(document: Mapping[str, Any], path: str, *names: str) -> None:
-    """`check_facts` of plan.json.
-
-    Raises:
-        StoreError: The sections are not what a run writes.
-    """
+    """Raise StoreError if sections of a fingerprint document in the file `path` are invalid."""
     try:
         check_facts(document, *names)
     except ValueError as error:
-        raise StoreError(f"{path} is damaged ({error}): restore it from a copy.") from error
+        raise StoreError(f"{path} is damaged ({error}): restore it from a backup.") from error
 
 
 def check_facts(document: Mapping[str, Any], *names: str) -> None:
-    """Check some of a fingerprint document's sections: `model`, `chunking`, `numeric`.
-
-    Raises:
-        ValueError: One lacks what readers need, or a value that no run writes.
-    """
+    """Raise ValueError if a section (`model`, `chunking`, `numeric`) is missing or invalid."""
     for name in names:
         try:
-            _KINDS[name].model_validate(document.get(name))
+            _SECTIONS[name].model_validate(document.get(name))
         except ValidationError as error:
             place = ".".join(map(str, (name, *error.errors()[0]["loc"])))
-            raise ValueError(f"{place} is not what a run writes") from error
+            raise ValueError(f"{place} is missing or invalid") from error

@@ -78,13 +78,13 @@ def _device(config: RunConfig, cluster: Cluster) -> str:
         return "cuda" if cluster.gpus else "cpu"
     if config.device.startswith("cuda:"):
         raise ConfigError(
-            f"--device {config.device}: Ray chooses the GPUs. Use --device cuda, and the variable "
-            "CUDA_VISIBLE_DEVICES to leave some out."
+            f"--device {config.device} is not supported, because Ray chooses the GPUs: use "
+            "--device cuda, and set CUDA_VISIBLE_DEVICES to use only some of them."
         )
     if config.device == "cuda" and not cluster.gpus and (cluster.embedded or not config.workers):
         raise ConfigError(
-            "--device cuda was asked for, but Ray has no GPUs: use --device cpu, or --workers on a "
-            "cluster that adds GPU nodes when they are asked for."
+            "--device cuda is not available, because Ray has no GPUs: use --device cpu, or set "
+            "--workers if an autoscaler adds GPU nodes on demand."
         )
     return config.device
 
@@ -126,8 +126,8 @@ def _check_spare_cores(cluster: Cluster, resources: _Resources, workers: int | N
     cores = sum(cluster.node_cpus)
     if (cluster.embedded or not workers) and cores - resources.workers * resources.shape.cpus < 1:
         raise ConfigError(
-            f"--load-tasks needs CPU cores besides those of the workers, which use all {cores}: "
-            "lower --workers or --threads, or leave --load-tasks out."
+            f"--load-tasks needs free CPU cores, but the workers use all {cores}: lower --workers "
+            "or --threads, or remove --load-tasks."
         )
 
 

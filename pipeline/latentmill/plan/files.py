@@ -241,7 +241,7 @@ def _read_plan(document: dict[str, Any], storage: Storage) -> Plan:
 
 
 def _typed(kind: type[Part | Plan], values: dict[str, Any]) -> dict[str, Any]:
-    """The values, if their types are those of the fields of `kind`; ValueError otherwise."""
+    """Return the values. Raises ValueError if their types are not those of the fields of `kind`."""
     TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
     return values
 

@@ -146,11 +146,11 @@ def read_tables(path: Path) -> Iterator[pa.Table]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Report in one message that the disk of the temporary folder is full."""
+    """Convert errors of the local disk, such as a full disk, to StorageError."""
     try:
         yield
     except OSError as error:
         raise StorageError(
-            f"Cannot write {path}, where the plan is sorted: {error.strerror or error}. Set the "
-            "variable TMPDIR to a folder with more space."
+            f"Cannot write temporary files for the plan to {path} ({error.strerror or error}): set "
+            "TMPDIR to a folder with more space."
         ) from error

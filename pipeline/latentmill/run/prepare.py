@@ -125,7 +125,7 @@ def prepare(config: RunConfig, observer: PlanningObserver | None = None) -> Prep
     """Resolve a configuration and check device, model, source and store. Writes nothing."""
     if config.retry_changed and not config.extend:
         raise ConfigError(
-            "--retry-changed needs --extend, which looks for changed files: give both."
+            "--retry-changed needs --extend, which finds the changed files: set both."
         )
     config = with_precision(config)
     handle = registry.resolve(config.model, config.model_options, config.channels)
@@ -149,8 +149,8 @@ def _refuse_job_folder(out: str) -> None:
     relative = "://" not in out and not Path(out).expanduser().is_absolute()
     if relative and RAY_JOB_VARIABLE in os.environ:
         raise ConfigError(
-            f"STORE {out} is a relative path, and the folder of a Ray job is deleted after it: "
-            "give an absolute path or a URL."
+            f"STORE {out} is a relative path, and Ray deletes a job's folder after the job: use an "
+            "absolute path or a URL."
         )
 
 
@@ -175,8 +175,8 @@ def _refuse_inexact_codes(config: RunConfig, codebook_size: int | None) -> None:
     largest = (codebook_size or 1) - 1
     if config.dtype == "float16" and largest > LARGEST_FLOAT16_CODE:
         raise ConfigError(
-            f"{config.model} has codes up to {largest}, and float16 holds whole numbers exactly "
-            f"up to {LARGEST_FLOAT16_CODE} only: use --dtype float32."
+            f"{config.model} has codes up to {largest}, but float16 is exact only for integers up "
+            f"to {LARGEST_FLOAT16_CODE}: use --dtype float32."
         )
 
 
