@@ -168,7 +168,7 @@ def test_the_repository_is_named_before_weights_are_loaded(
 @pytest.mark.parametrize("asked", [None, 3, ["python:os:system"]])
 def test_a_model_that_is_no_name_is_refused(asked: object, spoilable: Path) -> None:
     name_model(spoilable, asked, {})
-    with pytest.raises(ModelError, match="does not have a valid model"):
+    with pytest.raises(LatentmillError, match=r"does not have a valid model|json is damaged"):
         lm.open(str(spoilable), device="cpu").model()
 
 

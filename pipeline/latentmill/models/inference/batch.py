@@ -60,7 +60,7 @@ def find_batch_size(
     if found is None:
         raise ModelError(
             f"Model {model.spec.name}: one chunk of {samples / model.spec.sample_rate:.1f} s does "
-            f"not fit into the memory of {device}: use shorter chunks (chunk_seconds) or fewer "
+            f"not fit into the memory of {device}: use shorter chunks (--chunk-seconds) or fewer "
             "workers per GPU."
         )
     return found
