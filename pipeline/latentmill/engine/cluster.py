@@ -116,7 +116,7 @@ def _check_home() -> None:
         home = Path.home()
         has_token = (home / ".ray" / "auth_token").is_file()
         reason = None if has_token else _not_writable(home / ".ray")
-    except RuntimeError:  # an unknown user, which occurs in containers
+    except RuntimeError:  # an unknown user, as in some containers
         home, reason = Path(), "it is not set"
     if reason:
         raise ConfigError(

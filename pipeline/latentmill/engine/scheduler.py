@@ -102,7 +102,7 @@ class Scheduler:
         self._target = 0
         self._next_look = self._next_report = 0.0
         self._counts: tuple[int, int] | None = None
-        self._idle_since = time.monotonic()  # when the last actor was ready
+        self._idle_since = time.monotonic()  # start of the time without a ready actor
         self._failed_starts = 0
 
     def run(self, units: Sequence[Unit], on_origin: Callable[[FloatArray], None]) -> None:

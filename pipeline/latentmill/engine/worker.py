@@ -56,7 +56,7 @@ class Job:
     threads: int
     compile: bool = False
     load_tasks: int = 0  # number of Ray tasks that load a unit; 0: the worker's threads load it
-    auto_batch: bool = False  # on a GPU, find the largest batch size
+    auto_batch: bool = False  # on a GPU, measure the best batch size
     owner: str | None = None  # id in the run's lease on the store, if it has one
     hang_seconds: float = HANG_SECONDS  # a trial load without progress for this long is hung
 
