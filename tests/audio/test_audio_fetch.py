@@ -2,6 +2,8 @@
 
 import http.server
 import os
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -173,6 +175,16 @@ def refused(text: str, *args: object) -> None:
 
 # --- web servers ---------------------------------------------------------------------------------
 
+FIRST_FETCH = """
+import sys
+from latentmill.audio.media import open_media
+from latentmill.errors import ItemError
+try:
+    open_media(sys.argv[1])
+except ItemError as error:
+    print(error)
+"""
+
 Answer = Callable[[http.server.BaseHTTPRequestHandler, int], None]
 
 
@@ -264,3 +276,11 @@ def test_what_a_web_server_refuses(status: int, text: str) -> None:
     with web(refuse) as url:
         refused(f"^{text}$", f"{url}?X-Amz-Signature=verysecret")
     assert len(asked) == (remote.MAX_ATTEMPTS if status == 503 else 1)
+
+
+def test_the_first_error_of_a_process_is_one_sentence() -> None:
+    """The web client is imported by the first request, whose errors are caught all the same."""
+    with web(lambda handler, _: handler.send_error(403, "denied for token=hunter2hunter2")) as url:
+        command = [sys.executable, "-c", FIRST_FETCH, url]
+        ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ended.stdout == "no permission to read the file\n"

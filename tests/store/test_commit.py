@@ -276,3 +276,12 @@ def test_a_damaged_commit_is_refused(tmp_path: Path, spoil: object, message: str
     with pytest.raises(StoreError) as raised:
         read_commits(storage)
     assert f"{path} {message}" in str(raised.value)
+
+
+def test_a_reason_that_quotes_a_signed_url_is_stored_without_its_signature(tmp_path: Path) -> None:
+    """A client's error may quote an address that a server redirected to."""
+    reason = "Error: 403, url='https://cdn.example/a.wav?X-Amz-Signature=0123456789abcdef'"
+    (item,) = write(tmp_path, "parquet", [Outcome("song", "failed", reason)]).items
+    assert item.reason is not None
+    assert "0123456789abcdef" not in item.reason
+    assert "cdn.example/a.wav" in item.reason

@@ -176,10 +176,9 @@ def _write_at(descriptor: int, data: bytes, start: int) -> None:
 @contextlib.contextmanager
 def _fetch_errors(url: str) -> Iterator[None]:
     """What a storage client raises, as an ItemError that names neither the place nor a secret."""
-    errors: tuple[type[Exception], ...] = (*storage_errors(), ValueError)
     try:
         yield
-    except errors as error:
+    except storage_errors(ValueError) as error:  # clients are imported by their first call
         status = status_of(error)
         if isinstance(error, FileNotFoundError) and not is_transient(error):
             raise ItemError("there is no such file") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from typing import NoReturn
 
 INTERRUPTED_EXIT_CODE = 130
@@ -22,6 +23,7 @@ def main() -> NoReturn:
     from latentmill.cli.app import app
     from latentmill.errors import HeadGoneError, LatentmillError
     from latentmill.text.printing import printable, printable_lines
+    from latentmill.text.redact import redact_text
 
     try:
         code = app(prog_name="latentmill", standalone_mode=False)
@@ -34,15 +36,17 @@ def main() -> NoReturn:
         if isinstance(error, HeadGoneError):  # Ray would wait for it, and end the process with 1
             os._exit(error.exit_code)
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, Exception) as error:
+    except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001  a bug's traceback is redacted
         # A KeyboardInterrupt inside an import or a C extension may come out as another exception.
         if _interrupted or isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
             _exit_interrupted()
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # wrong usage
             if message := error.format_message():
-                print(f"latentmill: {printable_lines(message)}", file=sys.stderr)  # noqa: T201
+                text = printable_lines(redact_text(message))
+                print(f"latentmill: {text}", file=sys.stderr)  # noqa: T201
             sys.exit(error.exit_code)
-        raise
+        print(redact_text(traceback.format_exc()), file=sys.stderr, end="")  # noqa: T201
+        sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
 
 

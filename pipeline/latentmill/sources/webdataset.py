@@ -106,13 +106,12 @@ class WebDatasetSource:
 
     def _scan(self, tar: File) -> tuple[list[Item], Counter[str]]:
         ignored: Counter[str] = Counter()
-        # ValueError: of `tarfile`, for odd numbers; of fsspec's http, for a server without ranges.
-        errors: tuple[type[Exception], ...] = (*storage_errors(), ValueError)
         try:
             # Reading on after a lost connection would begin in the middle: all of it again.
             items: list[Item] = retrying(lambda: self._read(tar, ignored))
             return items, ignored
-        except errors as error:
+        # ValueError: of `tarfile`, for odd numbers; of fsspec's http, for a server without ranges.
+        except storage_errors(ValueError) as error:
             cause = cause_of(error).split(". ")[0]
             raise SourceError(f"Tar {tar.uri} cannot be read: {cause}.") from error
         except (tarfile.TarError, RecursionError) as error:  # thousands of headers of one member

@@ -100,9 +100,9 @@ def protocol_of(url: str) -> str:
     return protocol.lower() if separator else "file"
 
 
-def storage_errors() -> tuple[type[Exception], ...]:
-    """What reading and writing may raise, with the storage clients that are in use."""
-    return (OSError, *_loaded(CLIENT_ERRORS))
+def storage_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """What reading and writing may raise, by the clients that are imported now, and `others`."""
+    return (OSError, *_loaded(CLIENT_ERRORS), *others)
 
 
 def is_transient(error: BaseException) -> bool:

@@ -32,6 +32,7 @@ from latentmill.store.schema import (
 )
 from latentmill.store.statistics import ChannelStatistics
 from latentmill.store.writers import Location
+from latentmill.text.redact import redact_text
 
 HASH_BLOCK = 1 << 22
 READERS = 16  # commits read at once, for storage that answers slowly
@@ -55,7 +56,8 @@ class _Ledger:
         if record is not None and (odd := why_unstorable(record)):
             outcome, record = Outcome(outcome.key, "failed", odd), None
         if record is None:
-            why = None if outcome.reason is None else as_text(outcome.reason)
+            # An unforeseen error may quote a URL that a server redirected to.
+            why = None if outcome.reason is None else redact_text(as_text(outcome.reason))
             self.entries.append(ItemEntry(key=outcome.key, status=outcome.status, reason=why))
             return None
         self.entries.append(

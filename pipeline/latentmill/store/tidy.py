@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 
 from latentmill.plan import PLAN, Plan
@@ -54,12 +53,14 @@ def abort_uploads(storage: Storage) -> None:
         return
     fs, path = open_filesystem(storage.root)
     bucket, _, key = path.partition("/")
-    with contextlib.suppress(*storage_errors()):
+    try:
         prefix = f"{key.rstrip('/')}/" if key else ""
         found = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix)
         for upload in found.get("Uploads", []):
             name = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
             fs.call_s3("abort_multipart_upload", Bucket=bucket, **name)
+    except storage_errors():  # clients are imported by their first call
+        return
 
 
 def remove_unfinished(storage: Storage) -> None:
