@@ -214,7 +214,9 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
     assert result.out == ""
     sentence = result.err.splitlines()[-1]
     assert sentence.startswith(f"latentmill: Cannot write {store}/")
-    assert sentence.endswith("No space left on device; make room, then run the same command again.")
+    assert sentence.endswith(
+        "No space left on device; free some space, then run the same command again."
+    )
     kept = runs.commits(store)
     assert 0 < len(kept) < 8
     # A shard may be there whose commit found no more room: it does not count.

@@ -1,4 +1,4 @@
-"""latentmill: audio corpora to latent datasets, exactly once, and back again.
+"""latentmill encodes audio corpora into latent datasets, and decodes latents back to audio.
 
 import latentmill as lm
 
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from latentmill.store.store import LatentStore
     from latentmill.store.store import open_store as open  # noqa: A004  lm.open(...) reads best
 
-# Where each name is defined. A module is imported when one of its names is first used, so that the
-# command line starts quickly and a program pays only for what it uses.
+# The module that defines each name. It is imported when the name is first used, so that the command
+# line starts quickly.
 _LAZY = {
     "BatchSampler": "latentmill.reader.batches",
     "EncodeOptions": "latentmill.run.options",

@@ -1,9 +1,9 @@
-"""What can go wrong, in the user's words, each with the exit code of the command line.
+"""The errors of latentmill and the exit code that the command line returns for each.
 
-Exit codes: 0 every item encoded or skipped; 1 a bug in latentmill; 2 a wrong option or config;
-3 the run is complete, but items failed; 4 the source cannot be used; 5 the store refuses the run;
-6 the storage failed (disk full, no permission); 7 the model cannot be loaded; 8 verification found
-a fault; 9 units failed, their items are not accounted for yet; 130 interrupted.
+Exit codes: 0 every item was encoded or skipped; 1 a bug in latentmill; 2 an invalid option or
+config; 3 the run is complete, but items failed; 4 the source cannot be used; 5 the store does not
+match the run; 6 storage failed (disk full, no permission); 7 the model cannot be loaded;
+8 verification found faults; 9 units failed, so their items have no result yet; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from latentmill.text.redact import redact_text
 
 
 class LatentmillError(Exception):
-    """Base of all errors meant for the user: one sentence, what is wrong and what to do.
+    """Base class of all errors for the user: one sentence with what is wrong and what to do.
 
-    Secrets in the URLs of its text are masked.
+    Secrets in the message are masked.
     """
 
     exit_code = 1
@@ -24,7 +24,7 @@ class LatentmillError(Exception):
 
 
 class ConfigError(LatentmillError):
-    """An option, a config value or a file name is wrong."""
+    """An option, a config value or a file name is invalid."""
 
     exit_code = 2
 
@@ -36,51 +36,51 @@ class SourceError(LatentmillError):
 
 
 class StoreError(LatentmillError):
-    """The store does not fit this run: another fingerprint, another plan, or no store at all."""
+    """The store does not match this run (fingerprint or plan), is damaged, or does not exist."""
 
     exit_code = 5
 
 
 class StorageError(LatentmillError):
-    """Reading from or writing to the storage failed: disk full, no permission, gone."""
+    """Reading or writing failed, for example because the disk is full or access is denied."""
 
     exit_code = 6
 
 
 class ModelError(LatentmillError):
-    """The model is unknown, its package or weights are missing, or it refuses its options."""
+    """The model is unknown, its package or weights are missing, or its options are invalid."""
 
     exit_code = 7
 
 
 class VerifyError(LatentmillError):
-    """The store does not hold what its commits promise."""
+    """The store's contents do not match its commits."""
 
     exit_code = 8
 
 
 class UnitsFailedError(LatentmillError):
-    """Units could not be encoded (their workers died); running again tries them again."""
+    """Units could not be encoded because their workers died; rerunning tries them again."""
 
     exit_code = 9
 
 
 class HeadGoneError(UnitsFailedError):
-    """The head of the Ray cluster went away; running again on another cluster resumes."""
+    """The head node of the Ray cluster is gone; rerunning on another cluster resumes."""
 
 
 class ItemError(LatentmillError):
-    """One item cannot be encoded. Its text becomes the item's recorded reason: one clear line."""
+    """One item cannot be encoded; the message, one line, is recorded as the item's reason."""
 
     exit_code = 3
 
 
 class IncompleteStoreWarning(UserWarning):
-    """A store is read that does not hold all of its plan yet."""
+    """The store was opened before all items of its plan were encoded."""
 
 
 class RepeatedEpochWarning(UserWarning):
-    """A stream gives the same epoch a second time, although nobody asked for that."""
+    """A `LatentStream` reads the same epoch again, probably by mistake."""
 
 
 ITEMS_FAILED_EXIT_CODE = ItemError.exit_code

@@ -170,6 +170,6 @@ def test_nothing_is_written_to_the_web(one_sentence: Callable[[BaseException], s
         lambda: storage.publish(Path("x"), "a"),
         lambda: storage.delete("a"),
     ):
-        with pytest.raises(ConfigError, match="https is read only") as caught:
+        with pytest.raises(ConfigError, match="https is read-only") as caught:
             attempt()
         one_sentence(caught.value)

@@ -1,4 +1,4 @@
-"""What has to be closed, as a context manager."""
+"""Base class for objects that must be closed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Self
 
 
 class Closeable(ABC):
-    """Gives itself to a `with`, and closes at its end, whatever happened."""
+    """A context manager that calls `close` at the end of the `with` block, also after an error."""
 
     @abstractmethod
     def close(self) -> None:
-        """Release what is held."""
+        """Release the resources."""
 
     def __enter__(self) -> Self:
         return self

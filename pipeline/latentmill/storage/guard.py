@@ -1,4 +1,4 @@
-"""Storage that a run writes through: each write first checks that the store is still this run's."""
+"""Storage for writing during a run: each write first checks that the run still owns the store."""
 
 from __future__ import annotations
 
@@ -10,17 +10,13 @@ from latentmill.storage.storage import Storage
 
 
 class GuardedStorage(Storage):
-    """A store that this run holds by a lease, which it may lose while it is paused.
+    """A store that this run owns by a lease, which it may lose while its process is paused.
 
-    The check comes right before each write and each new attempt of one. What another run writes
-    between the check and the write is not lost either: new names are create-only, and `write`
-    replaces a file of `followed` only if it is the version that was there when this run began, or
-    that this run wrote (where the backend can compare: docs/storage.md).
-
-    Args:
-        url: The store.
-        check: Raises StoreError when the store is another run's.
-        followed: The paths of files that runs replace.
+    `check` runs right before each write and each retry of one; it raises StoreError if another run
+    owns the store. Between the check and the write, another run's files are protected as well: new
+    files are created only if the name is free, and `write` replaces a file in `followed` only if it
+    is the version from the start of this run, or a version that this run wrote. This needs a
+    backend that can compare versions (docs/storage.md).
     """
 
     def __init__(self, url: str, check: Callable[[], None], followed: tuple[str, ...] = ()) -> None:
@@ -29,23 +25,17 @@ class GuardedStorage(Storage):
         self._versions = {path: self.version(path) for path in followed}
 
     def __reduce__(self) -> NoReturn:
-        # Storage's would make a copy that checks nothing.
-        raise TypeError("GuardedStorage cannot be pickled: another process takes the owner's name.")
+        # The method of Storage would make a copy without the check.
+        raise TypeError(
+            "GuardedStorage cannot be pickled: send the lease owner's name and use guarded()."
+        )
 
     def check_writable(self) -> None:
-        """Make sure that the store is still this run's.
-
-        Raises:
-            StoreError: It is not.
-        """
+        """Raise StoreError if this run no longer owns the store."""
         self._check()
 
     def write(self, path: str, data: bytes) -> None:
-        """Write a whole file, or nothing.
-
-        Raises:
-            StoreError: Another run has taken the store, or has replaced the file.
-        """
+        """Write a file atomically; StoreError if another run has the store or replaced the file."""
         if path not in self._versions:
             super().write(path, data)
             return
@@ -57,7 +47,6 @@ class GuardedStorage(Storage):
         self._versions[path] = self.version(path)
 
     def delete(self, path: str) -> None:
-        """Remove a file, if it is there."""
         super().delete(path)
         if path in self._versions:
             self._versions[path] = None

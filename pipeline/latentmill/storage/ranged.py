@@ -1,4 +1,4 @@
-"""Reading by ranges: files that are seekable, and many ranges in one round of requests."""
+"""Reading byte ranges: seekable remote files, and many ranges in one round of requests."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from latentmill.storage.remote import is_transient, retrying
 
 
 class RangedFile(io.RawIOBase):
-    """A file that is read by ranges, with what tries again or remembers behind it.
+    """A file that is read by ranges through `read(offset, length)`.
 
-    Args:
-        size: Bytes.
-        read: Gives the bytes at a place, so many or fewer.
+    `read` may retry or cache, and may return fewer bytes. `size` is the file's length in bytes.
     """
 
     def __init__(self, size: int, read: Callable[[int, int], bytes]) -> None:
@@ -24,21 +22,17 @@ class RangedFile(io.RawIOBase):
         self._at = 0
 
     def readable(self) -> bool:
-        """It is."""
         return True
 
     def seekable(self) -> bool:
-        """It is."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a place; gives it."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         self._at = max(0, base + offset)
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        """Fill a buffer as far as there are bytes; gives how many."""
         wanted = max(0, min(len(buffer), self._size - self._at))
         data = self._read_range(self._at, wanted)
         buffer[: len(data)] = data
@@ -52,7 +46,7 @@ def cat_ranges(
     starts: Sequence[int],
     ends: Sequence[int],
 ) -> Sequence[bytes]:
-    """fsspec's; of many requests some fail, and only those are made again."""
+    """Like fsspec's `cat_ranges`, but retries only the requests that failed."""
     found: dict[int, bytes] = {}
 
     def attempt() -> None:

@@ -1,4 +1,4 @@
-"""Temporary files, locked while they are written: by that they differ from what a kill left."""
+"""Temporary files, locked while they are written; an unlocked one was left by a killed process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def temporary_file(folder: Path, name: str) -> Iterator[Path]:
-    """An empty file in a folder that is made for it; of both nothing stays."""
+    """Create an empty file, and its folder if needed; remove both at the end."""
     temporary, lock = _new_file(folder, name)
     try:
         with lock:
@@ -24,7 +24,7 @@ def temporary_file(folder: Path, name: str) -> Iterator[Path]:
 
 
 def clear(folder: Path) -> None:
-    """Remove what killed processes left in a folder, but no file that is still being written."""
+    """Remove files that killed processes left in a folder; keep files that are being written."""
     for left in folder.iterdir() if folder.is_dir() else ():
         with contextlib.suppress(OSError):
             if left.is_dir() and not left.is_symlink():
@@ -37,7 +37,7 @@ def clear(folder: Path) -> None:
 
 
 def _new_file(folder: Path, name: str) -> tuple[Path, BinaryIO]:
-    # Not mkstemp, which would hide the finished file from everyone but its writer.
+    # Not mkstemp: only its user could read the finished file.
     temporary = folder / f"{uuid.uuid4().hex}.{name}"
     while True:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def _new_file(folder: Path, name: str) -> tuple[Path, BinaryIO]:
             continue
         if _locked(file) and temporary.exists():
             return temporary, file
-        file.close()  # it was cleared away before it was locked
+        file.close()  # `clear` removed it before it was locked
 
 
 def _locked(file: BinaryIO) -> bool:
@@ -56,7 +56,7 @@ def _locked(file: BinaryIO) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a network file system without locks: nothing can be told there
+    except OSError:  # a network file system without locks: assume that it is free
         return True
     return True
 

@@ -1,7 +1,7 @@
-"""The few things a store needs of its storage: whole writes, ranged reads, listing.
+"""File operations of a store: atomic writes, range reads, listing.
 
-Everything is addressed by a path relative to the store's root. A write is all or nothing: on a
-local disk a temporary file that is flushed and renamed, on object storage one put.
+All paths are relative to the store's root. A write is atomic: on a local disk, a temporary file is
+flushed and renamed; on object storage, it is one put request.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ T = TypeVar("T")
 
 SCRATCH = "tmp"
 
-READ_AHEAD = 1 << 20  # bytes that a remote file which is open is read by, at least
+READ_AHEAD = 1 << 20  # minimum bytes per read of an open remote file
 
-READ_ONLY = ("http", "https")  # protocols that nothing can be written to
-CONDITIONAL = ("s3", "s3a")  # those whose client can replace an object only if it is unchanged
+READ_ONLY = ("http", "https")  # protocols without writing
+CONDITIONAL = ("s3", "s3a")  # protocols that can replace an object only if it is unchanged
 
 
 # Names of the files that latentmill writes into a store.
@@ -53,10 +53,9 @@ _NAME_IN_STORE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z
 
 
 def file_in_store(name: str) -> str:
-    """The name of a file that a store gives, relative to the store, if it cannot lead out of it.
+    """Return a file name that was read from a store, if it is a relative path inside the store.
 
-    Raises:
-        ValueError: It is absolute, a URL, or has `..`, backslashes, NUL or the like in it.
+    Raises ValueError if it is absolute, a URL, or contains `..`, backslashes, NUL or the like.
     """
     if not _NAME_IN_STORE.fullmatch(name):
         raise ValueError(f"{name!r} is not the name of a file in a store")
@@ -64,12 +63,12 @@ def file_in_store(name: str) -> str:
 
 
 class Storage:
-    """A folder on a local disk or in a bucket (any fsspec URL). Picklable, survives a fork."""
+    """A folder on a local disk or in a bucket (any fsspec URL). Picklable and fork-safe."""
 
     def __init__(self, url: str) -> None:
         if "::" in url:
             shown = redact(url)
-            raise StoreError(f"Store {shown} is a chained URL: name a plain folder or bucket.")
+            raise StoreError(f"Store {shown} is a chained URL: use a plain folder or bucket.")
         refuse_secrets("Store", url, StoreError)
         try:
             self._opened, path = open_filesystem(url)
@@ -86,34 +85,30 @@ class Storage:
 
     @property
     def _fs(self) -> fsspec.AbstractFileSystem:
-        """The file system, opened anew after a fork: the parent's connections are not ours."""
+        """The file system; reopened after a fork, which cannot share the parent's connections."""
         if self._pid != os.getpid():
             self._opened, _ = open_filesystem(self.root)
             self._pid = os.getpid()
         return self._opened
 
     def full(self, path: str) -> str:
-        """The path as the file system knows it.
+        """The path in the file system; StorageError if it is outside of the folder.
 
-        Raises:
-            StorageError: It leads out of the folder. Names that a store gives are checked when they
-                are parsed (`file_in_store`); nothing gets here that was not.
+        File names that are read from a store were checked before, by `file_in_store`.
         """
         if ".." in path and ".." in path.split("/"):
-            raise StorageError(
-                f"{path!r} leads out of {self.root}: it is not a file of this folder."
-            )
+            raise StorageError(f"{path!r} leads out of {self.root}: use a path inside this folder.")
         return f"{self._path}/{path}"
 
     def exists(self, path: str) -> bool:
-        """Whether there is such a file or folder."""
+        """Whether the file or folder exists."""
         with self._errors("look for", path):
             self._fs.invalidate_cache()
-            # Not fs.exists: for many clients that is False whatever went wrong.
+            # Not fs.exists: many clients return False for any error.
             return self._unless_missing(lambda: self._fs.info(self.full(path))) is not None
 
     def list(self, folder: str) -> dict[str, int]:
-        """Names and sizes of the files directly in a folder; empty if there is none."""
+        """Names and sizes of the files directly in a folder; empty if the folder does not exist."""
         with self._errors("list", folder):
             self._fs.invalidate_cache()
             path = self.full(folder)
@@ -123,32 +118,31 @@ class Storage:
 
     def _size_of(self, entry: dict[str, Any]) -> int:
         size = entry["size"]
-        if size is None:  # a web server's page has names only
+        if size is None:  # a web server's listing may have no sizes
             size = retrying(lambda: self._fs.info(entry["name"]))["size"]
         return int(size)
 
     def read(self, path: str) -> bytes:
-        """The whole file."""
         with self._errors("read", path):
             return bytes(retrying(lambda: self._fs.cat_file(self.full(path))))
 
     def read_if_exists(self, path: str) -> bytes | None:
-        """The whole file, or None if there is none."""
+        """Like `read`, but returns None if the file does not exist."""
         with self._errors("read", path):
             found = self._unless_missing(lambda: self._fs.cat_file(self.full(path)))
             return None if found is None else bytes(found)
 
     def read_range(self, path: str, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset` on: one positioned read or one ranged request.
+        """Read `length` bytes from `offset` with one positioned read or one range request.
 
-        A local file that ends before gives fewer, object storage then may refuse the range.
+        Beyond the end, a local file returns fewer bytes, and object storage may reject the range.
         """
-        if length == 0:  # there is no such range in HTTP: s3fs would read the whole file
+        if length == 0:  # HTTP has no empty range: s3fs would read the whole file
             return b""
         with self._errors("read", path):
             if self.local:
                 with Path(self.full(path)).open("rb", buffering=0) as file:
-                    # `pread` allocates what it is asked for, which may be any number.
+                    # `pread` allocates `length` bytes, which may be any number.
                     length = min(length, os.fstat(file.fileno()).st_size - offset)
                     return os.pread(file.fileno(), length, offset) if length > 0 else b""
             start, end, full = offset, offset + length, self.full(path)
@@ -156,41 +150,41 @@ class Storage:
             return self._of_range(path, data, length)
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Sequence[bytes]:
-        """Many `(path, offset, length)` at once; see `read_range`.
+        """Read many ranges `(path, offset, length)`; see `read_range`.
 
-        Object storage answers the requests of one call side by side.
+        On object storage, the requests of one call run in parallel.
         """
-        asked = [number for number, (_, _, length) in enumerate(ranges) if length]
-        if self.local or not asked:
+        wanted = [number for number, (_, _, length) in enumerate(ranges) if length]
+        if self.local or not wanted:
             return [self.read_range(*one) for one in ranges]
-        paths, offsets, lengths = zip(*(ranges[number] for number in asked), strict=True)
+        paths, offsets, lengths = zip(*(ranges[number] for number in wanted), strict=True)
         ends = [offset + length for offset, length in zip(offsets, lengths, strict=True)]
         with self._errors("read", paths[0] if len(set(paths)) == 1 else f"{len(paths)} ranges"):
             found = cat_ranges(self._fs, [self.full(path) for path in paths], offsets, ends)
         data = [b""] * len(ranges)
-        for number, part in zip(asked, found, strict=True):
+        for number, part in zip(wanted, found, strict=True):
             data[number] = self._of_range(ranges[number][0], part, ranges[number][2])
         return data
 
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[BinaryIO]:
-        """The file, open for reading and seeking."""
+        """Open the file for reading and seeking."""
         with self._errors("read", path):
             if self.local:
                 with Path(self.full(path)).open("rb") as file:
                     yield file
                 return
             size = int(retrying(lambda: self._fs.info(self.full(path)))["size"])
-            # Unlike fsspec's files it tries again whatever may pass.
+            # Unlike fsspec's files, it retries after transient errors.
             remote = RangedFile(size, partial(self.read_range, path))
             with io.BufferedReader(remote, READ_AHEAD) as file:
                 yield file
 
     def check_writable(self) -> None:
-        """Called right before each write and each new attempt; `guard.py` overrides it."""
+        """Called right before each write and each retry; `guard.py` overrides it."""
 
     def write(self, path: str, data: bytes) -> None:
-        """Write a whole file, or nothing."""
+        """Write a file atomically."""
         self.refuse_read_only()
         with self._errors("write", path):
             if not self.local:
@@ -201,11 +195,10 @@ class Storage:
                 self._rename(temporary, path)
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write a whole file where there is none; of two who try at once, one succeeds.
+        """Write a new file; of two processes that try at the same time, one succeeds.
 
-        Returns:
-            False if there is a file already, which stays; True if it is `data` now. A server that
-            knows no conditional writes (`If-None-Match`) replaces the file.
+        Returns True if the file now contains `data`, False if there is another file, which stays.
+        A server without conditional writes (`If-None-Match`) replaces the file.
         """
         self.refuse_read_only()
         with self._errors("write", path):
@@ -217,27 +210,26 @@ class Storage:
             else:
                 full = self.full(path)
                 new = self._unless_refused(lambda: self._fs.pipe_file(full, data, mode="create"))
-            # It may be ours: written by a request whose answer was lost.
+            # This process may have written it, by a request whose response was lost.
             return new or self.read_if_exists(path) == data
 
     def version(self, path: str) -> str | None:
-        """What `replace` expects to find: the ETag of an object; None if there is no such file."""
+        """The version for `replace`: an object's ETag; None if the file does not exist."""
         with self._errors("look for", path):
             self._fs.invalidate_cache()
             found = self._unless_missing(lambda: self._fs.info(self.full(path)))
             return None if found is None else str(found.get("ETag", ""))
 
     def replace(self, path: str, data: bytes, version: str | None) -> bool:
-        """Write a whole file over the version that is expected there.
+        """Replace a file atomically if it still has the expected version.
 
-        Returns:
-            False if there is another version, which stays. Only S3 compares; elsewhere the file is
-            replaced whatever its version is, unless none is expected: see `create`.
+        Returns False if the file has another version, which stays. Only S3 compares versions; other
+        storage replaces any version. If `version` is None, this is `create`.
         """
         if version is None:
             return self.create(path, data)
         if protocol_of(self.root) not in CONDITIONAL or not version:
-            Storage.write(self, path, data)  # not self.write: that of `guard.py` calls this method
+            Storage.write(self, path, data)  # not self.write: in `guard.py`, it calls this method
             return True
         with self._errors("write", path):
             full = self.full(path)
@@ -245,10 +237,9 @@ class Storage:
             return new or self.read_if_exists(path) == data
 
     def publish(self, temporary: Path, path: str) -> bool:
-        """Give a finished local file a new name in the store, whole or not at all.
+        """Move a finished local file into the store atomically, under a new name.
 
-        Returns:
-            False if there is a file of that name already, which stays.
+        Returns False if a file of that name exists already; that file stays.
         """
         self.refuse_read_only()
         with self._errors("write", path):
@@ -260,7 +251,7 @@ class Storage:
             return self._unless_refused(lambda: self._fs.put_file(name, full, mode="create"))
 
     def delete(self, path: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
         self.refuse_read_only()
         with self._errors("delete", path):
             self.check_writable()
@@ -274,7 +265,7 @@ class Storage:
         retrying(attempt)
 
     def _unless_refused(self, write: Callable[[], object]) -> bool:
-        """Make a conditional write; False if it found another file than it expected."""
+        """Make a conditional write; False if its condition was not met."""
         try:
             self._retry_write(write)
         except storage_errors() as error:
@@ -284,21 +275,17 @@ class Storage:
         return True
 
     def refuse_read_only(self) -> None:
-        """Refuse a place that nothing can be written to.
-
-        Raises:
-            ConfigError: It is on a web server.
-        """
+        """Raise ConfigError if the storage is a web server, which cannot be written to."""
         protocol = protocol_of(self.root)
         if protocol in READ_ONLY:
             raise ConfigError(
-                f"The output {self.root} cannot be written, for {protocol} is read only: name a "
+                f"The output {self.root} cannot be written because {protocol} is read-only: use a "
                 "folder or a bucket."
             )
 
     @contextlib.contextmanager
     def scratch_file(self, path: str) -> Iterator[Path]:
-        """A local place for a file that will become `path`; nothing of it stays."""
+        """A temporary local file in which to write what `publish` moves to `path`."""
         with contextlib.ExitStack() as stack:
             with self._errors("write", path):
                 file = scratch.temporary_file(self.scratch_folder, path.replace("/", "."))
@@ -307,19 +294,19 @@ class Storage:
 
     @property
     def scratch_folder(self) -> Path:
-        """Where temporary files live: inside a local store, else in this machine's own place."""
+        """The folder of temporary files: inside a local store, or the system's for a remote one."""
         if self.local:
             return Path(self._path) / SCRATCH
         digest = hashlib.sha256(self.root.encode()).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"latentmill-{digest}"
 
     def clear_scratch(self) -> None:
-        """Remove what killed processes left behind, but no file that is still being written."""
+        """Remove temporary files of killed processes; keep files that are being written."""
         scratch.clear(self.scratch_folder)
 
     @contextlib.contextmanager
     def _written(self, path: str, data: bytes) -> Iterator[Path]:
-        """A local file that holds `data`, on the disk, and waits for its name."""
+        """Write `data` to a temporary local file, flushed to disk, to be renamed."""
         with self.scratch_file(path) as temporary:
             with temporary.open("wb") as file:
                 file.write(data)
@@ -331,7 +318,7 @@ class Storage:
         target = Path(self.full(path))
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:  # it is the folder's name that is taken, not the file's
+        except FileExistsError as error:  # a file has the name of the folder
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
         if replace:
             temporary.replace(target)
@@ -339,27 +326,29 @@ class Storage:
             _link(temporary, target)
         folder = os.open(target.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the name itself must survive a power cut
+            os.fsync(folder)  # the name itself must survive a power failure
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # SMB, FUSE: not for folders
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # SMB and FUSE cannot sync folders
                 raise
         finally:
             os.close(folder)
 
     def _unless_missing(self, call: Callable[[], T]) -> T | None:
-        """What a call gives, tried again where that may help; None if there is no such file."""
+        """Call with retries; return None if the file does not exist."""
         try:
             return retrying(call)
         except FileNotFoundError as error:
-            if is_transient(error):  # fsspec's http says so of a server that fails, too
+            if is_transient(error):  # fsspec's http also raises it when a server fails
                 raise
             return None
 
     def _of_range(self, path: str, data: bytes, length: int) -> bytes:
-        if len(data) > length:  # fsspec's http gives what it gets
+        if (
+            len(data) > length
+        ):  # fsspec's http returns the whole file if the server ignores the range
             raise StorageError(
-                f"Cannot read {self.root}/{path} in parts: its server knows no ranges; "
-                "copy the store to a disk or a bucket."
+                f"Cannot read {self.root}/{path} in parts: its server does not support range "
+                "requests; copy the store to a disk or a bucket."
             )
         return bytes(data)
 
@@ -374,23 +363,23 @@ class Storage:
 
 @contextlib.contextmanager
 def writing(place: str) -> Iterator[None]:
-    """What writing a file of this machine raises becomes a StorageError that names the place."""
+    """Turn an OSError from writing a local file into a StorageError that names `place`."""
     try:
         yield
     except OSError as error:
-        # pyarrow's text is long; its number says the same in three words.
+        # pyarrow's message is long; the error number has a short one.
         cause = os.strerror(error.errno) if error.errno else str(error)
         raise StorageError(f"Cannot write {place}: {cause}{advice_on(error)}.") from error
 
 
 def _link(temporary: Path, target: Path) -> None:
-    """Give a file a second name that nothing has yet. Raises FileExistsError."""
+    """Link a file under a new name; FileExistsError if the name is taken."""
     try:
         os.link(temporary, target)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
             raise
-        # SMB and FAT have no links: a name is looked for and then taken.
+        # SMB and FAT have no hard links: check the name, then rename.
         if target.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
         temporary.replace(target)

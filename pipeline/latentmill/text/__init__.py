@@ -1,1 +1,1 @@
-"""Text for people: secrets masked, control characters escaped, tables for notebooks."""
+"""Text for display: masking secrets, escaping control characters, tables for notebooks."""

@@ -1,4 +1,4 @@
-"""Text from outside, made safe to print: names of files may hold what steers a terminal."""
+"""Makes text safe to print: file names and metadata may contain terminal control characters."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# Control characters (ESC, line ends, C1), half surrogate pairs, and the format characters that turn
-# the direction of text around or are invisible; not the joiners, which some scripts need.
+# Control characters (ESC, line breaks, C1), unpaired surrogates, and format characters that change
+# the text direction or are invisible; not the joiners, which some scripts need.
 _UNSAFE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
     "\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
@@ -19,17 +19,17 @@ _UNSAFE = re.compile(
 
 
 def printable(text: str) -> str:
-    r"""The text on one line, its control characters written as escapes such as `\x1b`."""
+    r"""Return the text on one line, with control characters escaped as in `\x1b`."""
     return _UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def printable_lines(text: str) -> str:
-    """The same for text of several lines, whose line ends stay."""
+    """Like `printable`, but keeps line breaks."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def printable_value(value: T) -> T:
-    """A value whose texts, at any depth, are printable: dataclasses, models, lists, mappings."""
+    """Make all strings in a value printable, at any depth of dataclasses, models and containers."""
     changed: Any = value
     if isinstance(value, str):
         changed = value if value.isascii() and value.isprintable() else printable(value)
@@ -51,7 +51,7 @@ def printable_value(value: T) -> T:
 
 
 def printable_json(value: object) -> str:
-    r"""A value as JSON on one line, in which unsafe characters are escapes such as `\u202e`."""
+    r"""Format a value as one line of JSON, with unsafe characters escaped as in `\u202e`."""
     return _UNSAFE.sub(_json_escape, json.dumps(value, ensure_ascii=False))
 
 

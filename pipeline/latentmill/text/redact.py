@@ -1,9 +1,9 @@
-"""Masks secrets in URLs, error texts and metadata: the only place that does.
+"""Masks secrets in URLs, error texts and metadata; no other module does.
 
-Two kinds of text are treated differently. Texts of errors and logs (`redact_text`) lose whatever
-stands behind the name of a secret: `token: ...`, `"password": "..."`, `--api-key ...`. Metadata is
-what users wrote, and `token: a small coin` is a caption: there (`redact_metadata`) only URLs,
-tokens of known shapes and values that look random are masked.
+Two kinds of text are treated differently. In errors and logs (`redact_text`), every value that
+follows the name of a secret is masked: `token: ...`, `"password": "..."`, `--api-key ...`. Users
+write metadata, and there `token: a small coin` may be a caption. So in metadata
+(`redact_metadata`), only URLs, tokens of known formats and values that look random are masked.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import re
 from typing import Any
 from urllib.parse import unquote
 
-# Fields of web addresses that hold what lets others in: signatures, keys, tokens, policies.
+# Fields of web addresses that grant access: signatures, keys, tokens, policies.
 _SECRET = re.compile(
     r"sig|token|secret|pass|pwd|key|auth|cred|polic|hmac|sess|hdn|jwt|bearer", re.I
 )
 _PART_OF_SECRET_NAMES = re.compile(r"pass|pwd|key|auth|cook|sig|tok|secret|cred|sas|jwt|sess", re.I)
-# Names that stand for nothing but a secret.
+# Names whose value is always a secret.
 _CERTAINLY_SECRET = re.compile(
     r".*passw(or)?d|.*passphrase|pwd|.*api[-_]?key|.*access[-_]?key(id)?|.*account[-_]?key"
     r"|.*(private|secret)[-_]?key|.*client[-_]?secret|.*secret[-_]?access[-_]?key"
@@ -25,14 +25,14 @@ _CERTAINLY_SECRET = re.compile(
     r"|(proxy-)?authorization|(set-)?cookie",
     re.I,
 )
-# Names that mostly do; in metadata, and before a colon, their value has to look like a secret, too.
+# Names whose value is usually a secret. In metadata and before a colon, it must also look like one.
 _MOSTLY_SECRET = re.compile(
     r"(?!.*(time|key)[-_ .]?signature$)"  # of music
     r"(.*signature|sig|.*token|.*secret.*|.*credentials?|sas|jwt|.*session(id)?)",
     re.I,
 )
 _FOLDER_NAME = re.compile(r".*session(id)?", re.I)  # `session=3/take.wav`
-# Fields of web addresses that let nobody in, and are needed to know what an address stands for.
+# Fields of web addresses that grant no access and identify the file.
 _HARMLESS = re.compile(
     r"x-(amz|goog)-(algorithm|date|expires|signedheaders)|response-content-(disposition|type)|expires"
     r"|alt|attachment|bitrate|channels?|dl|download|end|ext|export|file(name)?|fmt|format|generation"
@@ -41,8 +41,8 @@ _HARMLESS = re.compile(
     re.I,
 )
 _PLAIN_VALUE = re.compile(r"-?[0-9.,:-]{0,16}|true|false|yes|no|\w|[^?&]*\.[a-z0-9]{2,5}", re.I)
-_LONGEST_PLAIN = 32  # characters; a longer value may be a token, whatever its name
-# A shorter one may be a token if it goes from letters to digits and back, as few words do.
+_LONGEST_PLAIN = 32  # characters; a longer value may be a token, whatever the field's name
+# A shorter value may be a token if it switches between letters and digits more often than words do.
 _WITHOUT_SEPARATORS = re.compile(r"[A-Za-z0-9+/]{16,}={0,2}")
 _SWITCH = re.compile(r"(?=[a-z][A-Z0-9]|[A-Z][0-9]|[0-9][A-Za-z])")
 _MOST_SWITCHES, _MOST_SWITCHES_OF_WORDS = 2, 4
@@ -51,7 +51,7 @@ _FIXED_VALUE = re.compile(
     r"AWS4-HMAC-SHA256|GOOG4-RSA-SHA256|\d{4}-?\d\d-?\d\d(T[0-9:.]+)?Z?", re.I
 )
 
-# Tokens that are known by their shape, wherever they are; each with a text that it cannot lack.
+# Patterns of well-known tokens, masked anywhere in a text; each key is a part of every match.
 _SHAPES = {
     "hf_": r"hf_(?:[A-Za-z0-9]{20,}|(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{10,})",
     **{f"gh{kind}_": rf"gh{kind}_[A-Za-z0-9]{{16,}}" for kind in "pousr"},
@@ -70,7 +70,7 @@ _SHAPES = {
     "PRIVATE KEY": r"-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(?:-----END [A-Z ]*-----)?",
 }
 _SHAPE = re.compile(rf"(?<![A-Za-z0-9])(?:{'|'.join(_SHAPES.values())})")
-# What metadata with a secret cannot lack, in lower case.
+# Metadata that contains a secret contains at least one of these, in lower case.
 _MARKS: tuple[str, ...] = (
     "//",
     "=",
@@ -91,11 +91,11 @@ _WEB = ("http", "https")
 _URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*):(?P<rest>//.*)", re.I | re.DOTALL)
 _NEXT_LINK = re.compile(r"::(?=[a-z][a-z0-9+.-]*(?:://|::))", re.I)
 _PORT_OR_ADDRESS = re.compile(r"[^:@]*(:\d{0,5})?|\[[^\]]*\](:\d{0,5})?")
-# Texts may be long and hostile: no pattern may look at the same character many times.
+# Texts may be long and hostile: no pattern may scan the same character many times.
 _URLS_IN_TEXT = re.compile(r"(?:[a-z][a-z0-9+.-]{0,20}:)?//[^\s'\"<>]+", re.I)
 _USER_AND_PASSWORD = re.compile(r"//[^@/:]+:[^@]*@")
-_MOST_NESTED = 8  # URLs in a field of a URL
-# `--name ` or `name=`, `"name": `, `<name>`, and what stands behind it.
+_MOST_NESTED = 8  # URLs nested in a field of a URL
+# `--name `, `name=`, `"name": ` or `<name>`, and the value that follows.
 _NAME_IN_TEXT = re.compile(
     r"(?<![\w.%-])(?:--(?P<flag>[\w-]{1,80})[\t ]|<(?P<tag>[\w.:-]{1,80})>"
     r"|(?P<name>[\w.%-]{1,80})\\?[\"']?[\t ]{0,2}(?P<mark>[:=]))[\t ]{0,2}"
@@ -112,11 +112,11 @@ MASK = "***"
 
 
 def redact(url: str) -> str:
-    """The URL without passwords, signatures and tokens: each is `***`.
+    """Replace passwords, signatures and tokens in a URL by `***`.
 
-    A path of this machine stays as it is. Of a chain (`zip://a.wav::s3://...`) each link is looked
-    at. In a web address every field of the query counts as a secret, unless its name or value is
-    known to be harmless. A URL with other text before it (`url=https://...`) is found as well.
+    A local path stays unchanged. Each link of a chain (`zip://a.wav::s3://...`) is redacted. In a
+    web address, every query field is treated as a secret unless its name or value is known to be
+    harmless. A URL after other text (`url=https://...`) is redacted, too.
     """
     if "//" not in url:
         return url
@@ -126,26 +126,26 @@ def redact(url: str) -> str:
 
 
 def redact_text(text: str) -> str:
-    """A text of an error or a log without secrets: in URLs, by their shape, and by their name."""
+    """Mask secrets in an error or log text: in URLs, known token formats and named secrets."""
     return _redacted_text(text, stored=False)
 
 
 def redact_metadata(text: str) -> str:
-    """A text that a user wrote, to be stored, without secrets; other texts stay as they are."""
+    """Mask secrets in a user's text before it is stored; a text without secrets stays unchanged."""
     return _redacted_text(text, stored=True) if may_hold_secrets(text) else text
 
 
 def may_hold_secrets(text: str) -> bool:
-    """False if metadata surely holds no secret; quick."""
+    """Quick check: False if the text certainly contains no secret."""
     lower = text.lower()
     return any(mark in lower for mark in _MARKS)
 
 
 def redact_value(value: Any) -> Any:
-    """JSON metadata with all its texts redacted, at any depth; lists and dicts change in place."""
+    """Redact all strings in JSON metadata, at any depth; changes lists and dicts in place."""
     top = [value]
     todo: list[Any] = [top]
-    while todo:  # not by recursion, which JSON that Python can read may be too deep for
+    while todo:  # not recursive: JSON may be nested deeper than Python's recursion limit
         parts = todo.pop()
         for key, part in parts.items() if isinstance(parts, dict) else enumerate(parts):
             if isinstance(part, str):
@@ -178,7 +178,7 @@ def _redacted_text(text: str, *, stored: bool) -> str:
 
 
 def _value_of(name: re.Match[str], text: str, *, stored: bool) -> tuple[int, int] | None:
-    """Where the secret behind a name begins and ends; None if there is none."""
+    """Start and end of the secret that follows a name; None if there is none."""
     word = unquote(name["flag"] or name["tag"] or name["name"]).lstrip("-")
     if not _PART_OF_SECRET_NAMES.search(word):
         return None
@@ -209,7 +209,7 @@ def _may_be_folder(name: str, value: str) -> bool:
 
 
 def _looks_random(value: str) -> bool:
-    """Whether a value may be a secret: no word, no number, no name of a file."""
+    """Whether a value may be a secret because it is not a word, a number or a file name."""
     if _PLAIN_VALUE.fullmatch(value) or " " in value:
         return False
     mixed = re.search(r"\d", value) is not None and re.search(r"[a-zA-Z]", value) is not None
@@ -236,13 +236,13 @@ def _redacted_link(url: str) -> str:
 
 
 def _without_user(rest: str, web: bool) -> str:
-    """Take the user's name and password out of `//user:password@host/...`.
+    """Mask the user and password in `//user:password@host/...`.
 
-    A password may hold `/`, `?` or `@`. The `@` of a path is none of a user's.
+    A password may contain `/`, `?` or `@`. An `@` in the path does not end a user name.
     """
     host = re.split(r"[/?#]", rest[2:], maxsplit=1)[0]
     user, at, _ = host.rpartition("@")
-    if at:  # without a password it may be a container or an account, but in a web address a token
+    if at:  # a lone user is a container or an account, except in a web address: there, a token
         secret = web or not {":", ";"}.isdisjoint(unquote(user))
         return f"//{MASK}@{rest[len(user) + 3 :]}" if secret else rest
     if _PORT_OR_ADDRESS.fullmatch(host) or "@" not in rest:
@@ -251,9 +251,9 @@ def _without_user(rest: str, web: bool) -> str:
 
 
 def _redacted_url(match: re.Match[str]) -> str:
-    """A URL in a text; the punctuation behind it is the text's.
+    """Redact a URL in a text; trailing punctuation is not part of the URL.
 
-    What has no scheme is a URL only if it has a user and a password.
+    A match without a scheme counts as a URL only if it has a user and a password.
     """
     url = match[0].rstrip(".,:;!?)]}")
     begin = 0
@@ -266,11 +266,9 @@ def _redacted_url(match: re.Match[str]) -> str:
 
 
 def _redacted_field(field: str, *, strict: bool) -> str:
-    """`name=value` or a bare value, as `name=***` or `***` if it may be a secret.
+    """Return `name=***` for `name=value`, or `***` for a bare value, if it may be a secret.
 
-    Args:
-        field: The field.
-        strict: Whether only names count that surely name secrets.
+    With `strict`, only a name that is certainly a secret's is masked.
     """
     name, equals, value = field.partition("=")
     name, plain = unquote(name), unquote(value)

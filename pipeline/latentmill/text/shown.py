@@ -1,4 +1,4 @@
-"""How objects are shown: one line in a console, a small table in a notebook."""
+"""Display of objects: one line in a console, a small table in a notebook."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from latentmill.text.printing import printable
 
 
 class Shown:
-    """`repr` and a notebook's table from the same facts. Subclasses must not read storage here."""
+    """Mixin that builds `repr` and the notebook table from `shown`, which must not read storage."""
 
     def shown(self) -> Mapping[str, object]:
-        """What to show, by name."""
+        """Return the values to display, by name."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
