@@ -181,7 +181,7 @@ def test_stores_that_cannot_be_read(capsys: Capture, tmp_path: Path, songs: Path
         more = ["key", "-o", tmp_path / "x.wav"] if command[0] in ("decode", "mix") else []
         for folder in ("empty", "missing"):
             sentence = refused(capsys, 5, *command, tmp_path / folder, *more)
-            assert "holds no latentmill store" in sentence
+            assert "is not a latentmill store" in sentence
 
 
 @pytest.fixture

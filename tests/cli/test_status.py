@@ -59,7 +59,7 @@ def test_a_store_whose_first_run_is_still_planning_is_not_called_missing(
     assert "is planning it" in planning.err
     assert "ann@" in planning.err
     write_lock(storage, os.getpid(), "another process")
-    assert "holds no latentmill store" in runs.call(capsys, "status", tmp_path / "lat").err
+    assert "is not a latentmill store" in runs.call(capsys, "status", tmp_path / "lat").err
 
 
 @pytest.mark.timeout(180)

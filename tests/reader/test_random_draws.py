@@ -389,7 +389,7 @@ def test_an_incomplete_store_warns(tmp_path: Path, url: str) -> None:
     place = str(tmp_path / "part")
     write_latents(place, [40] * 20, sealed=False)
     (tmp_path / "part" / "commits" / "000001.json").unlink()
-    count = r"2 of 3 units are committed, so that 8 of 20 items are missing"
+    count = r"2 of 3 units are committed, so 8 of 20 items are missing"
     for opened in (
         lambda: lm.open(place),
         lambda: lm.LatentDataset(place, crop=8),

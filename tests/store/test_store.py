@@ -200,7 +200,9 @@ def test_overlapping_chunks(corpus: Path, tmp_path: Path) -> None:
 def test_another_model_is_refused(spoilable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = spoilable / DATASET_PATH
     path.write_text(path.read_text().replace('"window": "sine"', '"window": "kaiser"'))
-    with pytest.raises(ModelError, match=r"mdct is not the model that encoded .* \(other window\)"):
+    with pytest.raises(
+        ModelError, match=r"mdct is not the model that encoded .* \(different window\)"
+    ):
         LatentStore(str(spoilable), device="cpu").model()
 
 
@@ -286,7 +288,7 @@ def test_fields_of_another_record(store: LatentStore) -> None:
         fields_offset=other.fields_offset,
         fields_length=other.fields_length,
     )
-    with pytest.raises(StorageError, match="at record many/03: its fields are those of many/04"):
+    with pytest.raises(StorageError, match="at record many/03: the fields belong to many/04"):
         store.read(wrong)
 
 
@@ -296,7 +298,9 @@ def test_a_shard_cut_short(spoilable: Path) -> None:
     shard = spoilable / place.shard
     shard.write_bytes(shard.read_bytes()[: place.offset + place.length - 1])
     for read in (lambda: store["many/03"], lambda: store.crop("many/03", place.frames - 1, 1)):
-        with pytest.raises(StorageError, match=r"is damaged at record many/03: it is cut short"):
+        with pytest.raises(
+            StorageError, match=r"is damaged at record many/03: the data is truncated"
+        ):
             read()
 
 
@@ -310,7 +314,7 @@ def test_a_missing_shard(spoilable: Path) -> None:
 
 def test_no_store(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(StoreError, match="holds no latentmill store: check the path"):
+        with pytest.raises(StoreError, match="is not a latentmill store: check the path"):
             open_store(str(folder))
 
 

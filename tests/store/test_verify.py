@@ -72,24 +72,24 @@ def nudge_statistics(folder: Path, factor: float) -> None:
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped byte": (flip_a_byte, "does not match the hash in its commit: restore the shard"),
-    "shard cut short": (cut_short, "bytes, not the "),
+    "shard cut short": (cut_short, "bytes, but its commit lists "),
     "missing shard": (lambda f: shard(f).unlink(), "No such file or directory: restore the shard"),
     "stray shard": (
         lambda f: shutil.copy(shard(f), f / "shards/999999.parquet"),
-        "shards/999999.parquet belongs to no commit",
+        "shards/999999.parquet does not belong to a commit",
     ),
     "stray temporary file": (
         lambda f: ((f / "tmp").mkdir(exist_ok=True), (f / "tmp/x").write_text("")),
-        "tmp/x was left behind by a killed run",
+        "tmp/x was left by a killed run",
     ),
     "damaged commit": (lambda f: commit(f).write_text("{"), "000001.json is damaged: delete it"),
     "stray commit": (
         lambda f: shutil.copy(commit(f), f / "commits/000099.json"),
-        "commits/000099.json is the commit of no unit",
+        "commits/000099.json does not belong to a unit",
     ),
     "other fingerprint": (
         lambda f: change(commit(f), lambda d: d.update(fingerprint="0" * 32)),
-        "commit 000001 has another fingerprint than the plan",
+        "commit 000001 has a different fingerprint than the plan",
     ),
     "other items": (
         lambda f: change(commit(f), lambda d: d["items"][0].update(key="other")),
@@ -99,22 +99,22 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "moved record": (move_a_record, "the latent does not match its hash"),
     "dataset.json": (
         lambda f: change(f / "dataset.json", lambda d: d.update(encoded=3)),
-        "dataset.json is not what the plan and the commits say (encoded): delete dataset.json",
+        "dataset.json does not match the plan and the commits (encoded): delete dataset.json",
     ),
     "other dataset.json": (
         lambda f: change(
             f / "dataset.json",
             lambda d: d.update(hours=1.0, source="elsewhere", model={}, dtype="float32"),
         ),
-        "the plan and the commits say (dtype, hours, model, source): delete dataset.json",
+        "the plan and the commits (dtype, hours, model, source): delete dataset.json",
     ),
     "other statistics": (
         lambda f: nudge_statistics(f, 1 + 1e-8),
-        "dataset.json is not what the plan and the commits say (mean): delete dataset.json",
+        "dataset.json does not match the plan and the commits (mean): delete dataset.json",
     ),
     "fewer statistics": (
         lambda f: change(f / "dataset.json", lambda d: d["std"].pop()),
-        "dataset.json is not what the plan and the commits say (std): delete dataset.json",
+        "dataset.json does not match the plan and the commits (std): delete dataset.json",
     ),
     "not sealed": (
         lambda f: (f / "dataset.json").unlink(),
@@ -130,19 +130,19 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "origin of other channels": (
         lambda f: write_origin_of(f, np.load(f / "origin.npy")[1:]),
-        "origin.npy does not hold 64 x ",
+        "origin.npy does not contain 64 x ",
     ),
     "origin of other frames": (
         lambda f: write_origin_of(f, np.load(f / "origin.npy")[:, 1:]),
-        "origin.npy does not hold 64 x ",
+        "origin.npy does not contain 64 x ",
     ),
     "origin of NaN": (
         lambda f: write_origin_of(f, np.load(f / "origin.npy") * np.float32(np.nan)),
-        "origin.npy does not hold 64 x ",
+        "origin.npy does not contain 64 x ",
     ),
     "origin of text": (
         lambda f: write_origin_of(f, np.load(f / "origin.npy").astype(str)),
-        "origin.npy does not hold 64 x ",
+        "origin.npy does not contain 64 x ",
     ),
     "missing index": (lambda f: index_file(f).unlink(), ".arrow is missing or damaged"),
 }
@@ -204,7 +204,7 @@ def test_the_origin_of_every_stitch_is_known(corpus: Path, tmp_path: Path, stitc
     assert verify(store).faults == []
     write_origin_of(tmp_path / "store", store.origin.frames[1:])
     (fault,) = verify(store).faults
-    assert fault.startswith("origin.npy does not hold 64 x ")
+    assert fault.startswith("origin.npy does not contain 64 x ")
 
 
 def test_missing_commits(spoilable: Path) -> None:
@@ -214,7 +214,7 @@ def test_missing_commits(spoilable: Path) -> None:
     units = len(LatentStore(str(spoilable)).plan.units)
     unit, stray = faults(spoilable)
     assert unit.startswith(f"1 of {units} units are not committed (the first is 000001): run the")
-    assert f"shards/{shard(spoilable).name} belongs to no commit" in stray
+    assert f"shards/{shard(spoilable).name} does not belong to a commit" in stray
 
 
 def test_an_index_that_is_not_of_these_commits(spoilable: Path, stores: dict[str, Path]) -> None:
@@ -227,7 +227,7 @@ def test_an_index_that_is_not_of_these_commits(spoilable: Path, stores: dict[str
     document["index_hash"] = None  # as in a store of format version 1
     (spoilable / "dataset.json").write_text(json.dumps(document))
     assert any(
-        f".arrow does not place {KEYS[0]} where its commit does" in f for f in faults(spoilable)
+        f".arrow and the commit differ on where {KEYS[0]} is" in f for f in faults(spoilable)
     )
 
 
@@ -279,6 +279,6 @@ def test_numbers_are_checked(store: LatentStore, monkeypatch: pytest.MonkeyPatch
         return record
 
     monkeypatch.setattr(LatentStore, "read", with_nan)
-    assert verify(store).faults == ["the latent of drums holds NaN or Inf"]
+    assert verify(store).faults == ["the latent of drums contains NaN or Inf"]
     monkeypatch.setattr(LatentStore, "read", lambda *_: (_ for _ in ()).throw(StorageError("gone")))
     assert verify(store).faults == ["gone"] * len(KEYS)

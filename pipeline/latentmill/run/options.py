@@ -1,4 +1,4 @@
-"""The settings that `encode` takes as keywords, for editors and type checkers.
+"""Keyword settings of `encode`, for editors and type checkers.
 
 Generated from `RunConfig` by `make schemas`. What each setting means: `latentmill encode --help`.
 """
@@ -10,7 +10,7 @@ from typing import Literal, TypedDict
 
 
 class EncodeOptions(TypedDict, total=False):
-    """Settings of `encode`; None is the same as leaving one out."""
+    """Settings of `encode`; None is the same as omitting the setting."""
 
     source_type: Literal["folder", "manifest", "webdataset", "parquet"] | None
     include: Sequence[str] | None

@@ -1,1 +1,1 @@
-"""The format on disk: schema, shard writers, commits, index, opening a store."""
+"""The store format on disk: schema, shard writers, commits, index, reading a store."""

@@ -1,4 +1,4 @@
-"""The dataset card, README.md: `datasets.load_dataset(STORE)` reads the shards that it names."""
+"""The dataset card, README.md; `datasets.load_dataset(STORE)` reads the shards that it lists."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ MARKER = "<!-- written by latentmill: replaced when the store is sealed -->"
 
 
 def write_card(storage: Storage, info: DatasetInfo) -> None:
-    """Write the card of a seal, unless there is a README.md of the user's own."""
-    there = storage.read_if_exists(CARD_PATH)
-    if there is None or MARKER.encode() in there:
+    """Write the card of a sealed store, unless the user has replaced README.md."""
+    existing = storage.read_if_exists(CARD_PATH)
+    if existing is None or MARKER.encode() in existing:
         storage.write(CARD_PATH, card(info).encode())
 
 
 def card(info: DatasetInfo) -> str:
-    """The text: a YAML header that lists the shards by name, and what they hold.
+    """The card's text: a YAML header that lists the shards, and a summary of their contents.
 
-    A pattern such as shards/* would find records of superseded shards, too. Strings are written as
-    JSON, which is YAML.
+    A pattern such as shards/* would also match superseded shards. Strings are written as JSON,
+    which is valid YAML.
     """
     lines = ["---", "tags: [audio, latents, latentmill]"]
     if info.shards:
@@ -35,7 +35,7 @@ def card(info: DatasetInfo) -> str:
         f"Audio latents of model `{model}`: {info.encoded} records, {info.hours:.2f} hours.",
         "",
         "Read them with `latentmill.open(...)` or `latentmill.LatentDataset(...)`. Other tools",
-        "read the shards that are listed above; other files in `shards/` do not count.",
+        "read the shards that are listed above; ignore other files in `shards/`.",
         "",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""One unit, one shard, one commit: writing a unit's outcomes so that they count or do not exist."""
+"""Writing the outcomes of a unit as one shard and one commit, atomically."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ from latentmill.store.writers import Location
 from latentmill.text.redact import redact_text
 
 HASH_BLOCK = 1 << 22
-READERS = 16  # commits read at once, for storage that answers slowly
+READERS = 16  # commits read in parallel, because storage may respond slowly
 
 
 @dataclass
-class _Ledger:
-    """What is known of a unit's items while its shard is being written."""
+class _UnitEntries:
+    """Entries, statistics and audio length of a unit's items while its shard is being written."""
 
     entries: list[ItemEntry] = field(default_factory=list)
     statistics: ChannelStatistics | None = None
     audio_seconds: float = 0.0
 
     def add(self, outcome: Outcome, limit: int) -> Record | None:
-        """Enter an outcome; give the record that the shard must take, if there is one."""
+        """Add an outcome; return the record to write to the shard, if there is one."""
         record = outcome.record
         if record is not None and record.latent.nbytes > limit:
             size = record.latent.nbytes / 2**30
@@ -75,26 +75,26 @@ class _Ledger:
         return record
 
     def located(self, locations: list[Location]) -> list[ItemEntry]:
-        """The entries with the places of the encoded ones."""
-        places = iter(locations)
+        """The entries, those of encoded items with their locations."""
+        remaining = iter(locations)
         return [
-            entry.model_copy(update=vars(next(places))) if entry.status == "encoded" else entry
+            entry.model_copy(update=vars(next(remaining))) if entry.status == "encoded" else entry
             for entry in self.entries
         ]
 
 
 @dataclass(frozen=True)
 class Tally:
-    """What a commit comes to, without its items: small, whatever the unit.
+    """Summary of a commit without its items, small for a unit of any size.
 
     Attributes:
-        items: How many items it has.
-        encoded: How many of them were encoded; the same of `skipped` and `failed`.
-        audio_seconds: Audio that was encoded.
+        items: Number of items.
+        encoded: Number of encoded items; likewise `skipped` and `failed`.
+        audio_seconds: Seconds of audio that were encoded.
         bytes: Size of the shard.
-        timings: Seconds by stage.
-        failures: (key, reason) of the failed items.
-        skips: (key, filter) of the skipped ones.
+        timings: Seconds per stage.
+        failures: (key, reason) of each failed item.
+        skips: (key, filter) of each skipped item.
     """
 
     items: int
@@ -109,7 +109,6 @@ class Tally:
 
     @classmethod
     def of(cls, commit: Commit) -> Tally:
-        """The tally of a commit."""
         failures, skips = (
             tuple((item.key, item.reason or "") for item in commit.items if item.status == status)
             for status in ("failed", "skipped")
@@ -137,33 +136,22 @@ def write_unit(
     info: Mapping[str, Any],
     revision: int = 0,
 ) -> Commit:
-    """Write a unit's records to a new shard as they come. The shard does not count yet.
+    """Write a unit's records to a new shard as they arrive; return the commit for `write_commit`.
 
-    Args:
-        storage: The store.
-        unit: The unit's name.
-        outcomes: Every item's outcome, in the plan's order.
-        format_name: `parquet` or `webdataset`.
-        fingerprint: The run's fingerprint.
-        info: What a reader of this shard alone needs to know.
-        revision: The revision to write. If its name is taken, by an attempt that was not
-            committed, the next free one is written.
-
-    Returns:
-        The commit, to be written by `write_commit`.
-
-    Raises:
-        StorageError: The shard cannot be written; nothing of it stays.
+    The shard is not part of the store until the commit is written. `outcomes` are those of all
+    items, in the plan's order. `info` is what a reader of this shard alone needs to know. If the
+    name of `revision` is taken by an attempt that was not committed, the next free revision is
+    used. If writing fails with a StorageError, the shard is removed.
     """
     where = f"{storage.root}/{shard_path(unit, format_name, revision)}"
-    ledger = _Ledger()
+    entries = _UnitEntries()
     scratch = storage.scratch_file(shard_path(unit, format_name))
     with scratch as temporary, contextlib.ExitStack() as on_failure:
         with writing(where):
             writer = open_writer(format_name, temporary, info)
         on_failure.callback(writer.abort)
         for outcome in outcomes:
-            record = ledger.add(outcome, writer.max_latent_bytes)
+            record = entries.add(outcome, writer.max_latent_bytes)
             if record is not None:
                 with writing(where):
                     writer.add(record)
@@ -187,21 +175,18 @@ def write_unit(
         bytes=size if rows else 0,
         hash=digest if rows else None,
         rows=rows,
-        audio_seconds=ledger.audio_seconds,
-        items=ledger.located(locations),
-        statistics=_statistics_entry(ledger.statistics),
+        audio_seconds=entries.audio_seconds,
+        items=entries.located(locations),
+        statistics=_statistics_entry(entries.statistics),
         timings={},
     )
 
 
 def write_commit(storage: Storage, commit: Commit, timings: Mapping[str, float]) -> Commit:
-    """Write the commit, after which the unit's shard counts.
+    """Write the commit, which makes the unit's shard part of the store.
 
-    Returns:
-        What was written; or what another attempt at the same items had committed before.
-
-    Raises:
-        StoreError: There is another commit of this revision.
+    Returns the commit that was written, or an equal one that another attempt had written before.
+    Raises StoreError if this revision has a commit of other items.
     """
     complete = commit.model_copy(
         update={
@@ -213,39 +198,34 @@ def write_commit(storage: Storage, commit: Commit, timings: Mapping[str, float])
     path = commit_path(commit.unit, commit.revision)
     if storage.create(path, _content(complete)):
         return complete
-    there = read_commit(storage, commit.unit, commit.revision)
-    if (there.fingerprint, there.items_hash) != (commit.fingerprint, commit.items_hash):
+    existing = read_commit(storage, commit.unit, commit.revision)
+    if (existing.fingerprint, existing.items_hash) != (commit.fingerprint, commit.items_hash):
         raise StoreError(
             f"Another run has committed {storage.root}/{path}: wait until that run has ended, then "
             "run again."
         )
-    return there
+    return existing
 
 
 def read_commits(storage: Storage) -> dict[str, Commit]:
-    """The commit that counts of every unit, by unit name.
-
-    Raises:
-        StoreError: A commit is not valid JSON of this format.
-    """
+    """Read the latest commit of every unit, by unit name; StoreError if one is damaged."""
     return {commit.unit: commit for commit in iter_commits(storage)}
 
 
 def iter_commits(storage: Storage) -> Iterator[Commit]:
-    """The commit that counts of every unit, in the order of the units; holds a few at a time.
+    """Read the latest commit of every unit, in unit order, with only a few in memory.
 
-    Raises:
-        StoreError: A commit is not valid JSON of this format.
+    Raises StoreError if a commit is damaged.
     """
     units = list(committed_revisions(storage).items())
     with ThreadPoolExecutor(READERS, thread_name_prefix="commits") as pool:
         for start in range(0, len(units), READERS):
-            some = units[start : start + READERS]
-            yield from pool.map(lambda pair: read_commit(storage, *pair), some)
+            batch = units[start : start + READERS]
+            yield from pool.map(lambda pair: read_commit(storage, *pair), batch)
 
 
 def committed_revisions(storage: Storage) -> dict[str, int]:
-    """The highest committed revision of each unit that has a commit, in the order of the units."""
+    """The highest committed revision of each committed unit, in unit order."""
     return _highest(name for name in storage.list(COMMITS) if name.endswith(".json"))
 
 
@@ -255,7 +235,7 @@ def committed_units(storage: Storage) -> list[str]:
 
 
 def next_revisions(storage: Storage) -> dict[str, int]:
-    """The first revision whose names nothing has or had, by unit; 0 for those not listed."""
+    """The lowest revision that no file has used, by unit; 0 for units that are not listed."""
     names = [*storage.list(COMMITS), *storage.list(SHARDS)]
     return {unit: revision + 1 for unit, revision in _highest(names).items()}
 
@@ -268,35 +248,31 @@ def _highest(names: Iterable[str]) -> dict[str, int]:
 
 
 def read_commit(storage: Storage, unit: str, revision: int = 0) -> Commit:
-    """The commit of a unit's revision.
+    """Read the commit of a unit's revision.
 
-    Raises:
-        StoreError: It is not valid JSON of this format, or another unit's.
-        StorageError: It cannot be read.
+    Raises StoreError if it is damaged or of another unit, StorageError if it cannot be read.
     """
     path = commit_path(unit, revision)
-    where, cure = f"{storage.root}/{path}", "delete it and run again to encode its unit again"
-    commit = parse_document(Commit, storage.read(path), where, cure)
+    where, hint = f"{storage.root}/{path}", "delete it and run again to encode its unit again"
+    commit = parse_document(Commit, storage.read(path), where, hint)
     if (commit.unit, commit.revision) != (unit, revision):
         raise StoreError(
-            f"{where} is the commit of unit {commit.unit}, revision {commit.revision}: {cure}."
+            f"{where} is the commit of unit {commit.unit}, revision {commit.revision}: {hint}."
         )
     return commit
 
 
 class SealHash:
-    """A hash over the commits that a seal is made of, taken in the order of `iter_commits`."""
+    """Hash over the commits of a sealed store, in the order of `iter_commits`."""
 
     def __init__(self) -> None:
         self._digest = xxhash.xxh3_128()
 
     def add(self, commit: Commit) -> None:
-        """Add the next commit."""
         content = xxhash.xxh3_128_hexdigest(_content(commit))
         self._digest.update(f"{commit_path(commit.unit, commit.revision)} {content}\n".encode())
 
     def hexdigest(self) -> str:
-        """The hash of what was added."""
         return self._digest.hexdigest()
 
 
@@ -305,7 +281,7 @@ def _content(commit: Commit) -> bytes:
 
 
 def hash_of(file: BinaryIO) -> str:
-    """xxh3-128 of an open file's bytes, hex."""
+    """The xxh3-128 hash of an open file's bytes, hex."""
     digest = xxhash.xxh3_128()
     while block := file.read(HASH_BLOCK):
         digest.update(block)

@@ -1,4 +1,4 @@
-"""Decoding a store's latents with its model, which is loaded once."""
+"""Decoding the latents of a store with its model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from latentmill.store.schema import DatasetInfo
 if TYPE_CHECKING:
     import torch
 
-# Decoding needs several times the memory of encoding: few windows at once.
+# Windows per forward pass: decoding needs several times the memory of encoding.
 _DECODE_BATCH = {"cpu": 1, "cuda": 4}
 
 
 class StoreDecoder:
-    """The part of a store that needs its model."""
+    """Base class of `LatentStore` with the methods that need the model."""
 
     def __init__(self, device: str, *, trust_model: bool) -> None:
         self._device = device
@@ -33,29 +33,29 @@ class StoreDecoder:
     @property
     @abstractmethod
     def url(self) -> str:
-        """Where the store is."""
+        """The URL or path of the store."""
 
     @property
     @abstractmethod
     def info(self) -> DatasetInfo:
-        """What dataset.json says."""
+        """The contents of dataset.json."""
 
     @property
     @abstractmethod
     def chunking(self) -> Chunking:
-        """How the items were chunked."""
+        """The chunking with which the items were encoded."""
 
     @property
     def device(self) -> str:
-        """Where its model is: `cpu`, `cuda` or `cuda:N`."""
+        """The device of the model: `cpu`, `cuda` or `cuda:N`."""
         return pick_device(self._device)
 
     def model(self) -> Autoencoder:
-        """The store's autoencoder, loaded once.
+        """Return the store's autoencoder; the first call loads it.
 
         Raises:
-            ModelError: It is not built in and the store was opened without `trust_model`, it cannot
-                be loaded, or its weights are not those that encoded the store.
+            ModelError: The model is not built in and the store was opened without `trust_model`,
+                it cannot be loaded, or its weights differ from those that encoded the store.
         """
         if self._model is None:
             stored = self.info.model
@@ -68,12 +68,12 @@ class StoreDecoder:
             )
             spec = handle.spec
             names = ("sample_rate", "channels", "latent_channels", "hop", "scale_factor")
-            present = {**spec.identity, **{name: getattr(spec, name) for name in names}}
-            changed = [name for name, value in present.items() if stored.get(name) != value]
+            current = {**spec.identity, **{name: getattr(spec, name) for name in names}}
+            changed = [name for name, value in current.items() if stored.get(name) != value]
             if changed:
                 raise ModelError(
-                    f"{stored['asked']} is not the model that encoded {self.url} (other "
-                    f"{', '.join(changed)}): install or download that one."
+                    f"{stored['asked']} is not the model that encoded {self.url} (different "
+                    f"{', '.join(changed)}): install or download the model that encoded it."
                 )
             self._model = handle.load(pick_device(self._device))
         return self._model
@@ -86,14 +86,14 @@ class StoreDecoder:
         seed: int = 0,
         batch_size: int | None = None,
     ) -> FloatArray:
-        """Decode any latents on this store's grid, such as a mix or what a model has generated.
+        """Decode latents in this store's format, such as a mix or the output of a generative model.
 
         Args:
-            latent: A numpy array or a tensor on any device: `[D, T]`, or a batch `[B, D, T]`. Of a
-                store with `stitch: none` an item is `[N, D, Z]`, a batch `[B, N, D, Z]`. As they
-                are stored: undo a normalisation first, with `Normalize.undo`.
-            num_samples: Length of the audio; None: all that the frames hold.
-            seed: Noise of a stochastic decoder, the same for all items of a batch.
+            latent: A numpy array or a tensor on any device: `[D, T]`, or a batch `[B, D, T]`. In a
+                store with `stitch: none`, an item is `[N, D, Z]` and a batch `[B, N, D, Z]`. Values
+                must be as stored: undo a normalisation first, with `Normalize.undo`.
+            num_samples: Length of the audio; None for the length of all frames.
+            seed: Seed of a stochastic decoder's noise, the same for all items of a batch.
             batch_size: Windows per forward pass; default 1 on a CPU, 4 on a GPU.
 
         Returns:
@@ -112,7 +112,7 @@ class StoreDecoder:
         seed: int = 0,
         batch_size: int | None = None,
     ) -> Iterator[FloatArray]:
-        """Decode one item, giving its audio as it is done, `[channels, n]`, in bounded memory."""
+        """Decode one item in bounded memory; yields its audio in blocks `[channels, n]`."""
         batch = batch_size or self._decode_batch
         return decode_blocks(
             self.model(), latent, num_samples, self.chunking, seed=seed, batch_size=batch

@@ -1,4 +1,4 @@
-"""What a store is, for people: its short description, and a warning if it is not complete."""
+"""Description of a store for display, and the warning about an incomplete store."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def warn_incomplete(store: LatentStore) -> None:
-    """Warn if a store does not hold all of its plan yet, with counts."""
+    """Warn with counts if not all units of the plan are committed."""
     if store.sealed:
         return
     info, units = store.info, store.plan.units
     open_items = info.items - info.encoded - info.skipped - info.failed
     done = sum(unit.name in store.commits for unit in units)
     warnings.warn(
-        f"{store.url} is not complete: {done} of {len(units)} units are committed, so that "
+        f"{store.url} is not complete: {done} of {len(units)} units are committed, so "
         f"{open_items} of {info.items} items are missing. Run `latentmill encode` again with the "
         "same options to complete it.",
         IncompleteStoreWarning,
@@ -32,7 +32,7 @@ def warn_incomplete(store: LatentStore) -> None:
 
 
 def is_complete(store: LatentStore) -> bool:
-    """Whether every unit is committed, and sealed as it is committed now; looks at names only."""
+    """Whether every unit is committed and the seal is up to date; checks file names only."""
     if not store.sealed:
         return False
     committed, info = committed_revisions(store.storage), store.info
@@ -47,7 +47,7 @@ def is_complete(store: LatentStore) -> bool:
 
 
 def described(url: str, info: DatasetInfo | None, *, sealed: bool) -> Mapping[str, object]:
-    """What is shown of a store; `info` is None if it would have to be read first."""
+    """The values that `repr` displays; `info` is None if it has not been read."""
     facts: dict[str, object] = {"url": repr(url)}
     if info is not None:
         model = info.model

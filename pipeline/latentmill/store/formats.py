@@ -1,4 +1,4 @@
-"""The formats of a shard. A new one is a writer, and a line here and in `ShardFormat`."""
+"""The shard formats. A new format needs a writer, an entry here and one in `ShardFormat`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _webdataset(path: Path, info: Mapping[str, Any]) -> ShardWriter:
     return TarShardWriter(path)  # a tar has no place for `info`
 
 
-# Imported where they are used: readers need none of them.
+# Imported when used: readers do not need them.
 WRITERS: dict[str, Callable[[Path, Mapping[str, Any]], ShardWriter]] = {
     "parquet": _parquet,
     "webdataset": _webdataset,
@@ -30,16 +30,10 @@ WRITERS: dict[str, Callable[[Path, Mapping[str, Any]], ShardWriter]] = {
 
 
 def open_writer(format_name: str, path: Path, info: Mapping[str, Any]) -> ShardWriter:
-    """A writer of a shard in this format, on a new local file.
+    """Open a writer for a new shard at the local `path`; StoreError if the format is unknown.
 
-    Args:
-        format_name: The store's format: a name in `WRITERS`.
-        path: The file to write.
-        info: What a reader of this file alone needs to know: model, dtype, layout. Parquet keeps
-            it as file metadata.
-
-    Raises:
-        StoreError: There is no such format.
+    `info` has what a reader of this file alone needs to know (model, dtype, layout). Parquet keeps
+    it as file metadata.
     """
     if format_name not in WRITERS:
         raise StoreError(

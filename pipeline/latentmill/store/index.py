@@ -1,7 +1,7 @@
-"""Where every record of a store lies: from the commits, or from a sealed store's index file.
+"""The index of a store: the location of every record, from the commits or from the index file.
 
-The file is an Arrow IPC table sorted by key, which a reader maps into memory: millions of items
-cost it a few megabytes.
+The index file of a sealed store is an Arrow IPC table sorted by key. A reader maps it into memory,
+so that millions of items need only a few megabytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from latentmill.errors import StoreError
 from latentmill.storage.storage import Storage, file_in_store
 from latentmill.store.schema import Commit
 
-# A larger index is mapped without being read whole: opening a store stays quick.
+# A larger index is mapped without checking all of it, so that a store opens quickly.
 CHECKED_BYTES = 64 << 20
 
 INDEX_SCHEMA = pa.schema(
@@ -44,7 +44,7 @@ INDEX_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class IndexEntry:
-    """One record's place: its shard and row, its latent's bytes, hash and shape."""
+    """Location of one record: its shard and row, and the position, hash and shape of its latent."""
 
     key: str
     shard: str
@@ -61,13 +61,13 @@ class IndexEntry:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The latent's shape: `[channels, frames]`, or with chunks in front."""
+        """Shape of the latent: `[channels, frames]` or `[chunks, channels, frames]`."""
         stitched = (self.channels, self.frames)
         return (self.chunks, *stitched) if self.chunks else stitched
 
 
 def entries(commit: Commit) -> Iterator[IndexEntry]:
-    """The places of a commit's records, in the order of the shard's rows."""
+    """Yield the index entries of a commit's records, in the order of the shard's rows."""
     encoded = (item for item in commit.items if item.status == "encoded")
     for row, item in enumerate(encoded):
         assert item.shape is not None and item.hash is not None and commit.shard is not None
@@ -89,7 +89,7 @@ def entries(commit: Commit) -> Iterator[IndexEntry]:
 
 
 def to_batch(commit: Commit) -> pa.RecordBatch:
-    """The places of a commit's records, as rows of the index."""
+    """Return the index entries of a commit's records as Arrow rows."""
     return pa.RecordBatch.from_pylist([vars(entry) for entry in entries(commit)], INDEX_SCHEMA)
 
 
@@ -97,26 +97,26 @@ def to_batch(commit: Commit) -> pa.RecordBatch:
 def _reading(where: str) -> Iterator[None]:
     try:
         yield
-    except _DAMAGES as error:
+    except _READ_ERRORS as error:
         raise damaged_index(where) from error
 
 
 def damaged_index(where: str) -> StoreError:
-    """What to tell of an index that is missing or not what it should be."""
+    """The error for a missing or damaged index."""
     return StoreError(
-        f"{where} is missing or damaged: run the same encode command again to write it again."
+        f"{where} is missing or damaged: run the same encode command again to recreate it."
     )
 
 
-# What Arrow and Python raise for an index file that is not what it should be.
-_DAMAGES = (OSError, ValueError, TypeError, LookupError, pa.ArrowException)
+# Errors that Arrow and Python raise for a damaged index file.
+_READ_ERRORS = (OSError, ValueError, TypeError, LookupError, pa.ArrowException)
 
 
 class Index:
-    """The records of a store by key.
+    """The locations of a store's records, by key.
 
-    Every method of one that was read from a file raises StoreError where the file turns out to be
-    damaged: opening a large one looks at no row.
+    Opening a large index file does not check its rows, so any method may raise StoreError for a
+    damaged file.
     """
 
     def __init__(self, table: pa.Table, where: str = "the index") -> None:
@@ -127,41 +127,35 @@ class Index:
 
     @classmethod
     def from_commits(cls, commits: Iterable[Commit]) -> Index:
-        """Gather the index from commits, one at a time."""
+        """Build the index from commits, one at a time."""
         return cls.from_batches([to_batch(commit) for commit in commits])
 
     @classmethod
     def from_batches(cls, batches: Sequence[pa.RecordBatch]) -> Index:
-        """Gather the index from what `to_batch` made of the commits."""
+        """Build the index from the batches that `to_batch` returned for the commits."""
         table = pa.Table.from_batches(batches, INDEX_SCHEMA)
-        # Arrow sorts by UTF-8 bytes, which is Python's order of strings.
+        # Arrow sorts by UTF-8 bytes, which is Python's string order.
         return cls(table.unify_dictionaries().combine_chunks().sort_by("key"))
 
     @classmethod
     def from_file(
         cls, source: pa.Buffer | bytes, where: str = "the index", *, whole: bool = True
     ) -> Index:
-        """Open an index file.
+        """Open an index file from its bytes; `where` is its name in messages.
 
-        Args:
-            source: Its bytes.
-            where: Its name, for messages.
-            whole: Whether to look at every row, which takes time in proportion.
-
-        Raises:
-            StoreError: It is not an Arrow file with these columns, or names a shard outside of the
-                store.
+        With `whole`, every row is validated, which takes longer for larger files. Raises StoreError
+        if this is not an Arrow file with these columns, or refers to a shard outside of the store.
         """
         with _reading(where):
             buffer = pa.py_buffer(source)
             if buffer.size < 8 or buffer.slice(0, 6).to_pybytes() != b"ARROW1":
                 raise ValueError("not an Arrow file")
-            # The file's stream, without its footer: reading that hands over to a thread of Arrow's
-            # and back, which costs milliseconds on a busy machine.
+            # Read it as a stream, which skips the footer: reading the footer switches to a thread
+            # of Arrow and back, which takes milliseconds on a busy machine.
             table = pa.ipc.open_stream(buffer.slice(8)).read_all()
             if not table.schema.equals(INDEX_SCHEMA):
-                raise ValueError("other columns")
-            # Arrow trusts what it does not check, as far as the end of the process.
+                raise ValueError("wrong columns")
+            # Arrow does not check by itself, and invalid data can crash the process.
             table.validate(full=whole)
             for chunk in table["shard"].chunks:
                 chunk.dictionary.validate(full=True)
@@ -172,14 +166,14 @@ class Index:
                 file_in_store(path)
             except ValueError as error:
                 raise StoreError(
-                    f"The index names a shard outside of the store, {error}: do not use this "
+                    f"The index refers to a shard outside of the store, {error}: do not use this "
                     "store, or restore the file from a copy."
                 ) from error
         return index
 
     @cached_property
     def items_hash(self) -> str:
-        """A hash of all keys, shapes and lengths, wherever the records lie."""
+        """Hash of all keys, shapes and lengths; does not depend on where the records are stored."""
         digest = xxhash.xxh3_128()
         with _reading(self._where):
             if len(self):
@@ -193,7 +187,7 @@ class Index:
         return digest.hexdigest()
 
     def to_bytes(self) -> bytes:
-        """The index file's content."""
+        """Return the content of the index file."""
         buffer = io.BytesIO()
         with pa.ipc.new_file(buffer, self._table.schema) as file:
             file.write_table(self._table)
@@ -203,9 +197,9 @@ class Index:
         return len(self._table)
 
     def column(self, name: str) -> npt.NDArray[np.int64]:
-        """A column of numbers for all records, in the order of the keys; views of the file.
+        """A numeric column for all records, in key order, as a view of the file.
 
-        Of `shard` the numbers into `shards`.
+        For `shard`, the values are indices into `shards`.
         """
         if not len(self):
             return np.zeros(0, np.int64)
@@ -214,28 +208,28 @@ class Index:
             numbers = column.indices if name == "shard" else column
             values: npt.NDArray[np.int64] = numbers.to_numpy()
             if name == "shard" and not 0 <= values.min() <= values.max() < len(column.dictionary):
-                raise ValueError("a shard that is not listed")
+                raise ValueError("unknown shard")
             return values
 
     @property
     def shards(self) -> list[str]:
-        """The paths of the shards, numbered as in `column("shard")`."""
+        """Paths of the shards; `column("shard")` has indices into this list."""
         with _reading(self._where):
             return self._columns["shard"].dictionary.to_pylist() if self else []
 
     def key(self, position: int) -> str:
-        """The key at a position of the sorted keys."""
+        """The key at a position in the sorted keys."""
         with _reading(self._where):
             column = self._columns["key"]
             _, offsets, data = column.buffers()
             ends = np.frombuffer(offsets, np.int32)[column.offset :]
             start, end = int(ends[position]), int(ends[position + 1])
             if not 0 <= start <= end <= data.size:
-                raise ValueError("a key that is not there")
+                raise ValueError("key out of range")
             return str(data.slice(start, end - start).to_pybytes(), "utf-8")
 
     def find(self, key: str) -> int | None:
-        """The position of a key, by bisection; None if there is no such record."""
+        """Find the position of a key by bisection; None if there is no such record."""
         low, high = 0, len(self)
         while low < high:
             middle = (low + high) // 2
@@ -246,28 +240,21 @@ class Index:
         return low if low < len(self) and self.key(low) == key else None
 
     def entry(self, position: int) -> IndexEntry:
-        """The entry at a position."""
         with _reading(self._where):
             key, columns = self.key(position), self._columns.items()
             values = {name: c[position].as_py() for name, c in columns if name != "key"}
             entry = IndexEntry(key, **values)
             count = entry.channels * entry.frames * (entry.chunks or 1)
             if min(entry.offset, entry.chunks) < 0 or entry.length not in (2 * count, 4 * count):
-                raise ValueError("a place that does not fit its shape")
+                raise ValueError("length does not match shape")
             return entry
 
 
 def open_index(storage: Storage, path: str, wanted: str | None) -> Index:
-    """Open the index of a sealed store: a local one is mapped; one that is small is checked whole.
+    """Open the index of a sealed store; a local file is mapped, and a small one is fully checked.
 
-    Args:
-        storage: The store.
-        path: The index in it.
-        wanted: Its hash by the seal, if the seal has one.
-
-    Raises:
-        StoreError: It is damaged.
-        FileNotFoundError, StorageError: It cannot be read.
+    `wanted` is the hash in dataset.json, if it has one. Raises StoreError if the index is damaged,
+    FileNotFoundError or StorageError if it cannot be read.
     """
     where = f"{storage.root}/{path}"
     if storage.local:

@@ -1,7 +1,7 @@
-"""What was measured on a store's own audio: evaluation/NAME.json, beside dataset.json.
+"""Results measured on the audio of a store: evaluation/NAME.json, beside dataset.json.
 
-The files are their own, so that measuring needs no lock: a run seals the store meanwhile or not.
-Each tells the seal that it was measured on, because a store may change after it.
+They are separate files so that measuring needs no lock, even if a run seals the store meanwhile.
+Each records the seal that it was measured on, because the store may change afterwards.
 """
 
 from __future__ import annotations
@@ -26,13 +26,7 @@ MEASURED: tuple[Name, ...] = ("seams", "linearity")
 def write_measurement(
     storage: Storage, info: DatasetInfo, result: SeamEntry | LinearityEntry
 ) -> None:
-    """Record a result that was measured on a sealed store.
-
-    Args:
-        storage: The store.
-        info: What its dataset.json said when the measurement began.
-        result: The result.
-    """
+    """Write a result measured on a sealed store; `info` is its dataset.json at the start."""
     seams = result if isinstance(result, SeamEntry) else None
     linearity = result if isinstance(result, LinearityEntry) else None
     measurement = _measurement(info, seams, linearity)
@@ -43,24 +37,21 @@ def write_measurement(
 
 
 def read_measurement(storage: Storage, info: DatasetInfo, name: Name) -> Measurement | None:
-    """The last result on these latents; None if there is none, or it is of another fingerprint.
+    """Read the last result for these latents; None if there is none with this fingerprint.
 
-    It is current if its `seal` is the store's.
-
-    Raises:
-        StoreError: The file is damaged.
+    It is current if its `seal` equals the store's. Raises StoreError if the file is damaged.
     """
     path = f"{EVALUATION}/{name}.json"
     data = storage.read_if_exists(path)
-    if data is None:  # dataset.json of format version 1 has the results itself
+    if data is None:  # in format version 1, dataset.json contains the results
         return _measurement(info, info.seams, info.linearity)
-    where, cure = f"{storage.root}/{path}", f"delete it and run `latentmill {name}` again"
-    measurement = parse_document(Measurement, data, where, cure)
+    where, hint = f"{storage.root}/{path}", f"delete it and run `latentmill {name}` again"
+    measurement = parse_document(Measurement, data, where, hint)
     return measurement if measurement.fingerprint == info.fingerprint else None
 
 
 def with_measurements(storage: Storage, info: DatasetInfo) -> DatasetInfo:
-    """`info` with what was measured on the store as it is now."""
+    """Return `info` with the results measured on the current seal."""
     current: dict[str, object] = {}
     for name in MEASURED:
         measured = read_measurement(storage, info, name)

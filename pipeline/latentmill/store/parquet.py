@@ -1,8 +1,8 @@
-"""Parquet shards whose latents are addressable by byte, and still plain Parquet to every tool.
+"""Parquet shards whose latents can be read by byte range, and that any Parquet tool can read.
 
-The `latent` column is required, PLAIN, uncompressed, without dictionary or statistics, and each
-row group is one page: each value is a 4-byte length and the raw bytes, so its position follows
-from the footer alone.
+The `latent` column is required, PLAIN, uncompressed, without dictionary or statistics, and each row
+group is one page. Each value is a 4-byte length and the raw bytes, so the footer determines its
+position.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _COLUMN_PATHS = ["shape.list.element" if name == "shape" else name for name in _
 class ParquetShardWriter:
     """Writes one Parquet shard; see `ShardWriter`."""
 
-    # A page's size is a signed 32-bit number; the rest is room for its header and the prefix.
+    # A page's size is a signed 32-bit number; 2**16 bytes are reserved for header and prefix.
     max_latent_bytes = 2**31 - 2**16
 
     def __init__(self, path: Path, info: Mapping[str, Any]) -> None:
@@ -53,7 +53,7 @@ class ParquetShardWriter:
         self._lengths: list[list[int]] = []  # of the latents, by row group
 
     def add(self, record: Record) -> None:
-        """Take a record; a full row group is written."""
+        """Add a record; writes the row group when it is full."""
         size = record.latent.nbytes
         if self._rows and self._bytes + size > ROW_GROUP_BYTES:
             self._flush()
@@ -82,7 +82,7 @@ class ParquetShardWriter:
         return locations
 
     def abort(self) -> None:
-        """Close the file and remove it: closing gives even an unfinished file a valid footer."""
+        """Close and remove the file: closing writes a valid footer even to an unfinished file."""
         with contextlib.suppress(OSError, pa.ArrowException):
             self._file.close()
         with contextlib.suppress(OSError):
@@ -106,7 +106,7 @@ class ParquetShardWriter:
 
 
 def _binary(values: list[memoryview]) -> pa.Array:
-    """A large_binary array; one value alone is not copied."""
+    """Build a large_binary array; a single value is not copied."""
     if len(values) > 1:
         return pa.array([bytes(value) for value in values], pa.large_binary())
     offsets = pa.py_buffer(b"".join(n.to_bytes(8, "little") for n in (0, len(values[0]))))

@@ -1,4 +1,4 @@
-"""The contracts on disk: a record's Arrow schema, a commit, dataset.json, the paths of a store."""
+"""File formats of a store: the Arrow schema of a record, commits, dataset.json, and paths."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from latentmill.errors import StoreError
 from latentmill.record import Latent, Record, ShardFormat, Status
 from latentmill.storage.storage import file_in_store
 
-FORMAT_VERSION = 2  # version 1 is read, too
+FORMAT_VERSION = 2  # version 1 can be read, too
 
 DATASET_PATH = "dataset.json"
 CARD_PATH = "README.md"
@@ -56,7 +56,7 @@ RECORD_SCHEMA = pa.schema(
 
 
 def record_fields(record: Record) -> dict[str, Any]:
-    """A record's stored fields by name, but for the latent itself; plain Python values."""
+    """Return a record's stored fields except the latent, as plain Python values by name."""
     return {
         "key": record.key,
         "shape": [int(size) for size in record.latent.shape],
@@ -80,10 +80,10 @@ def record_fields(record: Record) -> dict[str, Any]:
 
 
 def why_unstorable(record: Record) -> str | None:
-    """Why a record's fields cannot be stored; None if they can be.
+    """Return why a record's fields cannot be stored; None if they can be.
 
-    What an item says of itself must never cost its unit: half a surrogate pair in a name, a
-    sample rate beyond 32 bits, metadata that Python cannot write.
+    A bad field of one item must not fail its unit: an unpaired surrogate in a name, a sample rate
+    beyond 32 bits, metadata that Python cannot serialise.
     """
     try:
         for name, value in record_fields(record).items():
@@ -94,23 +94,22 @@ def why_unstorable(record: Record) -> str | None:
 
 
 def as_text(value: str) -> str:
-    """A string that can be written as UTF-8: what cannot becomes an escape, such as `\\udc80`."""
+    """Replace characters that UTF-8 cannot encode by escapes such as `\\udc80`."""
     return value.encode(errors="backslashreplace").decode()
 
 
 def record_from_fields(fields: Mapping[str, Any], latent: Latent) -> Record:
-    """The inverse of `record_fields`.
+    """Inverse of `record_fields`.
 
-    Raises:
-        LookupError, ValueError, TypeError: The fields are not those of a record.
+    Raises LookupError, ValueError or TypeError if the fields are not valid for a record.
     """
     given = {field.name for field in dataclasses.fields(Record)} - {"latent", "levels", "metadata"}
     metadata = parse_json(fields["metadata"])
     numbers = [fields[name] for name in ("num_samples", "sample_rate", "rms", "peak")]
     if not isinstance(metadata, dict) or not all(type(n) in (int, float) for n in numbers):
-        raise ValueError("fields of other types")
+        raise ValueError("fields of wrong types")
     if fields["sample_rate"] <= 0 or fields["num_samples"] < 0:
-        raise ValueError("no length")
+        raise ValueError("invalid length or sample rate")
     return Record(
         latent=latent,
         levels=levels_of(fields),
@@ -120,13 +119,13 @@ def record_from_fields(fields: Mapping[str, Any], latent: Latent) -> Record:
 
 
 def levels_of(fields: Mapping[str, Any]) -> bytes | None:
-    """The levels among a record's stored fields: bytes in Parquet, base64 in a tar's JSON."""
-    levels = fields.get("levels")  # a store of an earlier version has none
+    """Return the levels in a record's stored fields: bytes in Parquet, base64 in a tar's JSON."""
+    levels = fields.get("levels")  # stores of earlier versions have none
     return base64.b64decode(levels) if isinstance(levels, str) else levels
 
 
 def json_fields(record: Record) -> dict[str, Any]:
-    """A record's stored fields as JSON knows them."""
+    """Return a record's stored fields as JSON values."""
     levels = None if record.levels is None else base64.b64encode(record.levels).decode()
     return record_fields(record) | {"levels": levels}
 
@@ -135,7 +134,7 @@ def _json(value: Mapping[str, Any]) -> str:
     text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which only an escape can hold
+    except UnicodeEncodeError:  # an unpaired surrogate, which must be escaped
         return json.dumps(value)
     return text
 
@@ -150,26 +149,31 @@ class _Document(BaseModel):
 
 
 class ItemEntry(_Document):
-    """How one item of a unit ended, and where its latent lies in the shard."""
+    """Result of one item of a unit, and the position of its latent in the shard."""
 
     key: str
     status: Status
-    reason: str | None = Field(None, description="Why it was skipped or failed.")
+    reason: str | None = Field(None, description="Why the item was skipped or failed.")
     offset: Bytes | None = Field(None, description="First byte of the latent in the shard.")
-    length: Bytes | None = Field(None, description="Bytes of the latent.")
+    length: Bytes | None = Field(None, description="Length of the latent in bytes.")
     hash: str | None = Field(
         None, pattern="^[0-9a-f]{1,16}$", description="xxh3-64 of the latent's bytes, hex."
     )
     shape: tuple[Size, ...] | None = Field(
-        None, min_length=2, max_length=3, description="[channels, frames] or with chunks."
+        None,
+        min_length=2,
+        max_length=3,
+        description="[channels, frames] or [chunks, channels, frames].",
     )
-    num_samples: Bytes | None = Field(None, description="Audio length at the model's rate.")
+    num_samples: Bytes | None = Field(
+        None, description="Length of the audio in samples at the model's rate."
+    )
     fields_offset: Bytes | None = Field(None, description="Tar: first byte of the JSON member.")
-    fields_length: Bytes | None = Field(None, description="Tar: bytes of the JSON member.")
+    fields_length: Bytes | None = Field(None, description="Tar: length of the JSON member.")
 
 
 class StatisticsEntry(_Document):
-    """Per-channel statistics of the latents, over all frames."""
+    """Statistics of each latent channel over all frames."""
 
     frames: Bytes
     mean: list[float]
@@ -178,39 +182,41 @@ class StatisticsEntry(_Document):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if len(self.mean) != len(self.m2):
-            raise ValueError("not the same channels")
+            raise ValueError("mean and m2 have different numbers of channels")
         return self
 
 
 class Commit(_Document):
-    """What makes a unit's shard count: commits/UNIT.json or commits/UNIT.rN.json, written last.
+    """Makes a unit's shard part of the store: commits/UNIT.json or commits/UNIT.rN.json.
 
-    Of a unit's commits the one of the highest revision counts.
+    It is written after the shard. Of a unit's commits, the one with the highest revision counts.
     """
 
     format_version: Literal[1, 2] = 2
     unit: NameInStore
-    revision: int = Field(0, ge=0, description="How often the unit was encoded again.")
+    revision: int = Field(
+        0, ge=0, description="0 at first; increases when the unit is encoded again."
+    )
     fingerprint: str
     shard: NameInStore | None = Field(
         None,
-        description="Path of the shard, of the same revision; none if no item was encoded.",
+        description="Path of the shard of this revision; null if no item was encoded.",
     )
-    bytes: int = Field(description="Size of the shard.")
+    bytes: int = Field(description="Size of the shard in bytes.")
     hash: str | None = Field(None, description="xxh3-128 of the shard's bytes, hex.")
-    rows: int = Field(description="Records in the shard.")
-    audio_seconds: float = Field(description="Audio that was encoded.")
+    rows: int = Field(description="Number of records in the shard.")
+    audio_seconds: float = Field(description="Seconds of audio that were encoded.")
     items: list[ItemEntry] = Field(description="Every item of the unit, in the plan's order.")
     items_hash: str | None = Field(
-        None, description="The unit's hash in the plan: what its items were when it was encoded."
+        None, description="Hash of the unit's items in the plan at the time of encoding."
     )
     copied_from: str | None = Field(
         None, description="In an exported store: `hash` of the commit whose records were copied."
     )
     statistics: StatisticsEntry | None = None
-    timings: dict[str, float] = Field(description="Seconds by stage: wait, model, write, total.")
-    worker: str = Field("", description="Host and process that encoded the unit.")
-    finished: str = Field("", description="UTC time, ISO 8601.")
+    timings: dict[str, float] = Field(description="Seconds per stage: wait, model, write, total.")
+    worker: str = Field("", description="HOST:PID of the process that encoded the unit.")
+    finished: str = Field("", description="UTC time of the commit, ISO 8601.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -219,11 +225,11 @@ class Commit(_Document):
             None not in (item.offset, item.length, item.hash, item.shape) for item in encoded
         )
         if not located or len(encoded) != self.rows or (self.shard is None) != (self.rows == 0):
-            raise ValueError("the items do not fit the shard")
+            raise ValueError("the items do not match the shard")
         return self
 
     def count(self, status: Status) -> int:
-        """How many items ended with this status."""
+        """Return the number of items with this status."""
         return sum(item.status == status for item in self.items)
 
 
@@ -237,73 +243,73 @@ class ShardEntry(_Document):
 
 
 class SeamEntry(_Document):
-    """Stitched latents against those of whole items: ||stitched - whole|| / ||whole||."""
+    """Error that chunking introduces, per item: ||stitched - whole|| / ||whole||."""
 
-    items: int = Field(description="Items that were compared.")
+    items: int = Field(description="Number of items compared.")
     median: float
     largest: float
 
 
 class LinearityEntry(_Document):
-    """The linearity card: relative errors of latent arithmetic, medians over items.
+    """Relative errors of latent arithmetic, as medians over items.
 
-    An error is divided by the norm of its target with the origin removed, ||t - E(0)||.
+    Each error is divided by the norm of its target minus the origin, ||t - E(0)||.
     """
 
-    items: int = Field(description="Sounds that were scaled, by each gain.")
-    pairs: int = Field(description="Pairs of sounds that were added.")
+    items: int = Field(description="Number of sounds scaled by each gain.")
+    pairs: int = Field(description="Number of pairs of sounds added.")
     homogeneity: float = Field(description="E(a x) against a E(x) + (1 - a) E(0).")
     homogeneity_raw: float = Field(description="E(a x) against a E(x).")
     additivity: float = Field(description="E(x) + E(y) - E(0) against E(x + y).")
     additivity_raw: float = Field(description="E(x) + E(y) against E(x + y).")
-    by_gain: dict[str, float] = Field(description="Homogeneity of each gain a.")
-    homogeneity_mean: float | None = Field(None, description="Mean instead of the median.")
-    additivity_mean: float | None = Field(None, description="Mean instead of the median.")
+    by_gain: dict[str, float] = Field(description="Homogeneity error by gain a.")
+    homogeneity_mean: float | None = Field(None, description="Mean of the homogeneity errors.")
+    additivity_mean: float | None = Field(None, description="Mean of the additivity errors.")
     homogeneity_raw_norm: float | None = Field(
         None,
-        description="Divided by ||t||, which a large origin makes small; in cards without this "
-        "field the other errors are divided by it.",
+        description="homogeneity_raw divided by ||t||, which is small if the origin is large. In "
+        "results without this field, all errors are divided by ||t||.",
     )
-    additivity_raw_norm: float | None = Field(None, description="Divided by ||t||.")
+    additivity_raw_norm: float | None = Field(None, description="additivity_raw divided by ||t||.")
 
 
 class DatasetInfo(_Document):
-    """What a store is: dataset.json, written when a run is complete (the seal)."""
+    """Description of a store: dataset.json (the seal), written when a run is complete."""
 
     format_version: Literal[1, 2] = 2
     latentmill_version: str
     format: ShardFormat
     layout: Literal["time-major", "chunks"] = Field(
-        description="Order of a latent's bytes: frame after frame, or [chunks, channels, frames]."
+        description="Order of a latent's bytes: frame by frame, or [chunks, channels, frames]."
     )
     dtype: Literal["float16", "float32"]
     model: dict[str, Any] = Field(
-        description="Name, rate, scale factor, weights; `asked`, `options` and `asked_channels`: "
-        "as it was asked for."
+        description="Name, rate, scale factor and weights; `asked`, `options` and `asked_channels` "
+        "are the user's settings."
     )
     chunking: dict[str, Any]
     fingerprint: str
     source: str
-    items: int = Field(description="Items of the plan.")
+    items: int = Field(description="Number of items in the plan.")
     encoded: int
     skipped: int
     failed: int
     hours: float = Field(description="Hours of encoded audio.")
-    frames: int = Field(description="Latent frames of all records.")
+    frames: int = Field(description="Number of latent frames in all records.")
     mean: list[float] = Field(description="Mean of every latent channel.")
     std: list[float] = Field(description="Standard deviation of every latent channel.")
     origin: NameInStore = Field(description="File with the latent of one chunk of silence [D, Z].")
     shards: list[ShardEntry]
     seal: str | None = Field(
-        None, description="xxh3-128 over the commits that this was made of: their names and hashes."
+        None, description="xxh3-128 over the names and hashes of the commits that were sealed."
     )
     revisions: dict[str, int] = Field(
-        {}, description="The revision of each unit that was encoded again; the others have 0."
+        {}, description="Revision of each unit that was encoded again; other units have 0."
     )
     index: str = Field(
-        "index.arrow", pattern=INDEX_NAME, description="File with the place of every record."
+        "index.arrow", pattern=INDEX_NAME, description="File with the location of every record."
     )
-    index_hash: str | None = Field(None, description="xxh3-128 of its bytes, hex.")
+    index_hash: str | None = Field(None, description="xxh3-128 of the index file's bytes, hex.")
     seams: SeamEntry | None = Field(
         None, description="Format version 1 only; later versions have evaluation/seams.json."
     )
@@ -316,37 +322,29 @@ class DatasetInfo(_Document):
         check_facts({"model": self.model, "chunking": self.chunking}, "model", "chunking")
         channels = self.model["latent_channels"]
         if not len(self.mean) == len(self.std) == channels:
-            raise ValueError("mean and std are not those of the model's channels")
+            raise ValueError("mean and std do not match the model's number of channels")
         return self
 
 
 class Measurement(_Document):
-    """One thing that was measured on a store's own audio: evaluation/NAME.json."""
+    """A result measured on the audio of a store: evaluation/NAME.json."""
 
     format_version: Literal[1] = 1
     latentmill_version: str
-    fingerprint: str = Field(description="The store's.")
-    seal: str | None = Field(description="The store's when it was measured.")
-    seams: SeamEntry | None = Field(None, description="What `latentmill seams` measured.")
-    linearity: LinearityEntry | None = Field(
-        None, description="What `latentmill linearity` measured."
-    )
+    fingerprint: str = Field(description="Fingerprint of the store.")
+    seal: str | None = Field(description="Seal of the store when it was measured.")
+    seams: SeamEntry | None = Field(None, description="Result of `latentmill seams`.")
+    linearity: LinearityEntry | None = Field(None, description="Result of `latentmill linearity`.")
 
 
 _Kind = TypeVar("_Kind", bound=_Document)
 
 
-def parse_document(kind: type[_Kind], data: bytes, path: str, cure: str) -> _Kind:
-    """Read a commit or dataset.json.
+def parse_document(kind: type[_Kind], data: bytes, path: str, hint: str) -> _Kind:
+    """Parse a JSON document such as a commit or dataset.json.
 
-    Args:
-        kind: What it is.
-        data: The file's content.
-        path: The file, for the message.
-        cure: What to do if it is damaged, for the message.
-
-    Raises:
-        StoreError: The document is damaged, or of another format version.
+    Raises StoreError if it is damaged or has an unsupported format version. The error contains
+    `path`, and for a damaged document `hint`: what to do.
     """
     try:
         return kind.model_validate_json(data)
@@ -359,19 +357,17 @@ def parse_document(kind: type[_Kind], data: bytes, path: str, cure: str) -> _Kin
                 ) from error
             if fault["type"] == "value_error" and "not the name of a file" in fault["msg"]:
                 raise StoreError(
-                    f"{path} names a file outside of the store, {fault['input']!r}: do not use "
+                    f"{path} refers to a file outside of the store, {fault['input']!r}: do not use "
                     "this store, or restore the file from a copy."
                 ) from error
-        raise StoreError(f"{path} is damaged: {cure}.") from error
+        raise StoreError(f"{path} is damaged: {hint}.") from error
 
 
 def commit_path(unit: str, revision: int = 0) -> str:
-    """Path of a revision's commit."""
     return f"{COMMITS}/{_stem(unit, revision)}.json"
 
 
 def shard_path(unit: str, format_name: str, revision: int = 0) -> str:
-    """Path of a revision's shard."""
     return f"{SHARDS}/{_stem(unit, revision)}{SHARD_EXTENSION[format_name]}"
 
 
@@ -383,6 +379,6 @@ _NAME = re.compile(r"(\d+)(?:\.r([1-9]\d*))?\.(?:json|parquet|tar)")
 
 
 def parse_name(name: str) -> tuple[str, int] | None:
-    """Unit and revision of a commit's or shard's file name; None if it is another file."""
+    """Parse the file name of a commit or shard into unit and revision; None for other files."""
     match = _NAME.fullmatch(name)
     return None if match is None else (match[1], int(match[2] or 0))

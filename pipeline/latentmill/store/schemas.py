@@ -1,8 +1,8 @@
-"""Files that are generated from the code: the folder `schemas/`, and `run/options.py`.
+"""Generates files from the code: the folder `schemas/`, and `run/options.py`.
 
     make schemas
 
-writes them again; a test compares them with the code.
+regenerates them; a test checks that they match the code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def schema_files() -> dict[str, str]:
-    """The files of `schemas/`: name and content."""
+    """Return the files of `schemas/`: content by name."""
     return {
         "commit.schema.json": _json_schema(Commit),
         "config.schema.json": _json_schema(RunConfig),
@@ -40,11 +40,11 @@ def _json_schema(model: type[BaseModel]) -> str:
 
 
 def _arrow_schema(schema: pa.Schema) -> str:
-    """One line per column: `name: Arrow type`, and `not null` where it is required."""
+    """Format a schema with one line per column: `name: type`, and `not null` if required."""
     return "".join(f"{f.name}: {f.type}{'' if f.nullable else ' not null'}\n" for f in schema)
 
 
-_OPTIONS = '''"""The settings that `encode` takes as keywords, for editors and type checkers.
+_OPTIONS = '''"""Keyword settings of `encode`, for editors and type checkers.
 
 Generated from `RunConfig` by `make schemas`. What each setting means: `latentmill encode --help`.
 """
@@ -56,25 +56,25 @@ from typing import Literal, TypedDict
 
 
 class EncodeOptions(TypedDict, total=False):
-    """Settings of `encode`; None is the same as leaving one out."""
+    """Settings of `encode`; None is the same as omitting the setting."""
 
 {fields}
 '''
 
 
 def encode_options() -> str:
-    """The module `run/options.py`."""
+    """Return the source of the module `run/options.py`."""
     fields = [
         f"    {name}: {_written(field.annotation)}"
         for name, field in RunConfig.model_fields.items()
-        if name not in ("source", "out")  # arguments of `encode` by themselves
+        if name not in ("source", "out")  # separate arguments of `encode`
     ]
     texts = [one if one.endswith("None") else f"{one} | None" for one in fields]
     return _OPTIONS.format(fields="\n".join(texts))
 
 
 def _written(kind: Any) -> str:
-    """A type as Python source, as wide as what validation accepts."""
+    """Format a type as Python source, including all types that validation converts."""
     origin, members = get_origin(kind), get_args(kind)
     if isinstance(kind, types.UnionType) or origin is Union:
         return " | ".join(map(_written, members))
@@ -90,7 +90,7 @@ def _written(kind: Any) -> str:
 
 
 def main(root: Path) -> None:
-    """Write the files into a checkout of this project."""
+    """Write the files into a checkout at `root`."""
     for name, text in schema_files().items():
         (root / "schemas" / name).write_text(text, encoding="utf-8")
     options = root / "pipeline" / "latentmill" / "run" / "options.py"

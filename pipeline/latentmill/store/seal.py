@@ -1,7 +1,7 @@
-"""Sealing a store: gathering what the commits say into an index, a card and dataset.json.
+"""Sealing a store: writing the index, the card and dataset.json from the commits.
 
-dataset.json is the seal. It names its index and its shards, which nothing overwrites, and is
-replaced last, in one step: readers have the old seal until they have the new one.
+dataset.json is the seal. It lists the index and the shards, which are never overwritten. It is
+replaced last and atomically, so readers see either the old seal or the new one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from latentmill.store.statistics import ChannelStatistics
 
 
 def dataset_info(plan: Plan, commits: Iterable[Commit]) -> DatasetInfo:
-    """What the plan and the commits so far say of the store; goes through the commits once."""
+    """Build the contents of dataset.json from the plan and the commits, in one pass."""
     document = plan.fingerprint
     statistics = ChannelStatistics.empty(document["model"]["latent_channels"])
     counts: Counter[str] = Counter()
@@ -51,7 +51,7 @@ def dataset_info(plan: Plan, commits: Iterable[Commit]) -> DatasetInfo:
         if entry := commit.statistics:
             if len(entry.mean) != len(statistics.mean):
                 raise StoreError(
-                    f"The commit of unit {commit.unit} is of {len(entry.mean)} channels, not of "
+                    f"The commit of unit {commit.unit} has {len(entry.mean)} channels instead of "
                     f"{len(statistics.mean)}: delete it and run again to encode its unit again."
                 )
             part = ChannelStatistics(entry.frames, np.array(entry.mean), np.array(entry.m2))
@@ -94,7 +94,7 @@ def dataset_info(plan: Plan, commits: Iterable[Commit]) -> DatasetInfo:
 
 
 def seal(storage: Storage, plan: Plan) -> DatasetInfo:
-    """Write index, card and dataset.json from the commits of the plan's units, one at a time."""
+    """Write the index, the card and dataset.json from the commits of the plan's units."""
     names = {unit.name for unit in plan.units}
     batches = []
 
@@ -108,7 +108,7 @@ def seal(storage: Storage, plan: Plan) -> DatasetInfo:
     index = Index.from_batches(batches).to_bytes()
     digest = xxhash.xxh3_128_hexdigest(index)
     info = info.model_copy(update={"index": f"index.{digest[:16]}.arrow", "index_hash": digest})
-    storage.write(info.index, index)  # named by its content: a file of that name is this or damaged
+    storage.write(info.index, index)  # named by its hash: an existing file is equal or damaged
     write_card(storage, info)
     text = info.model_dump_json(indent=2, exclude={"seams", "linearity"})
     storage.write(DATASET_PATH, text.encode())
@@ -116,10 +116,9 @@ def seal(storage: Storage, plan: Plan) -> DatasetInfo:
 
 
 def read_seal(storage: Storage) -> DatasetInfo | None:
-    """What dataset.json says; None if there is none.
+    """Read dataset.json; None if it does not exist.
 
-    Raises:
-        StoreError: It is damaged, or of a format that this version does not read.
+    Raises StoreError if it is damaged or has an unsupported format version.
     """
     data = storage.read_if_exists(DATASET_PATH)
     if data is None:
@@ -129,11 +128,9 @@ def read_seal(storage: Storage) -> DatasetInfo | None:
 
 
 def current_seal(storage: Storage, seal_hash: str) -> DatasetInfo | None:
-    """What dataset.json says if it was made of these commits and its files are there and whole.
+    """Read dataset.json if it is up to date: its hash matches and card and index are intact.
 
-    Args:
-        storage: The store.
-        seal_hash: The hash over its commits; see `SealHash`.
+    `seal_hash` is the hash over the store's commits; see `SealHash`. Returns None otherwise.
     """
     info = read_seal(storage)
     if info is None or info.seal != seal_hash or not storage.exists(CARD_PATH):
@@ -152,11 +149,7 @@ def write_origin(storage: Storage, origin: FloatArray) -> None:
 
 
 def read_origin(storage: Storage) -> FloatArray:
-    """E(0) of one chunk, `[D, Z]`.
-
-    Raises:
-        StorageError: It is missing or damaged.
-    """
+    """Read E(0) of one chunk, `[D, Z]`; StorageError if it is missing or damaged."""
     data = storage.read(ORIGIN_PATH)
     try:
         origin: FloatArray = np.load(io.BytesIO(data), allow_pickle=False)

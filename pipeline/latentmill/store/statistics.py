@@ -1,4 +1,4 @@
-"""Mean and deviation of each latent channel, in one pass, merged across units."""
+"""Mean and standard deviation of each latent channel, computed in one pass over all units."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class ChannelStatistics:
 
     @classmethod
     def empty(cls, channels: int) -> ChannelStatistics:
-        """The statistics of nothing."""
+        """Statistics of zero frames."""
         return cls(0, np.zeros(channels), np.zeros(channels))
 
     @classmethod
     def of(cls, latent: Latent) -> ChannelStatistics:
-        """The statistics of a latent `[channels, frames]`, or of chunks `[N, channels, frames]`.
+        """Compute statistics of a latent `[channels, frames]` or chunks `[N, channels, frames]`.
 
-        The zero frames that fill up a short last chunk do not count.
+        The zero frames that pad a short last chunk are not included.
         """
-        import torch  # slow to import, and not needed to read a store
+        import torch  # slow to import and not needed for reading a store
 
         total = cls.empty(latent.shape[-2])
-        chunks = [*latent[:-1], _without_filling(latent[-1])] if latent.ndim == 3 else [latent]
+        chunks = [*latent[:-1], _without_padding(latent[-1])] if latent.ndim == 3 else [latent]
         for chunk in chunks:
             for start in range(0, chunk.shape[1], BLOCK_FRAMES):
                 part = chunk[:, start : start + BLOCK_FRAMES]
@@ -49,7 +49,7 @@ class ChannelStatistics:
         return total
 
     def merge(self, other: ChannelStatistics) -> ChannelStatistics:
-        """The statistics of both."""
+        """Return the statistics of both sets of frames."""
         frames = self.frames + other.frames
         if frames == 0:
             return self
@@ -65,10 +65,10 @@ class ChannelStatistics:
         return result
 
 
-def _without_filling(chunk: Latent) -> Latent:
-    """A last chunk without the frames at its end in which all channels are exactly 0.
+def _without_padding(chunk: Latent) -> Latent:
+    """Remove the frames at the end of a last chunk in which all channels are exactly 0.
 
-    `Stitcher` adds them to a short last chunk (EnCodec 48 kHz); an encoder does not give them.
+    `Stitcher` pads a short last chunk with them (EnCodec 48 kHz); encoders never output them.
     """
-    filled = np.flatnonzero(chunk.any(axis=0))
-    return chunk[:, : filled[-1] + 1] if len(filled) else chunk
+    nonzero = np.flatnonzero(chunk.any(axis=0))
+    return chunk[:, : nonzero[-1] + 1] if len(nonzero) else chunk

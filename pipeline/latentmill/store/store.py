@@ -1,4 +1,4 @@
-"""A store, opened for reading: records by key, its origin and statistics, decoding."""
+"""Reading a store: records by key, origin, statistics, decoding."""
 
 from __future__ import annotations
 
@@ -40,25 +40,26 @@ from latentmill.text.shown import Shown
 T = TypeVar("T")
 
 _CACHED_SHARDS = 8
-# A larger latent is decoded from the disk, window by window.
+# A larger latent is not read at once: decoding reads it window by window.
 _WHOLE_BYTES = 64 << 20
 
 
 def open_store(
     url: str | os.PathLike[str], *, device: str = "auto", trust_model: bool = False
 ) -> LatentStore:
-    """Open a store for reading. Committed records only; an unfinished run's store opens too.
+    """Open a store for reading.
 
-    Warns with `IncompleteStoreWarning` if the run that writes the store is not complete.
+    The store of an unfinished run can be opened, too: its committed records are available, and an
+    `IncompleteStoreWarning` is issued.
 
     Args:
         url: Folder or fsspec URL.
-        device: Where `decode` runs: `auto`, `cpu`, `cuda`, `cuda:1`.
-        trust_model: Whether `decode` may import and call a model that is not built in, because the
-            store names it. Only for stores whose writer you trust.
+        device: Device for `decode`: `auto`, `cpu`, `cuda`, `cuda:1`.
+        trust_model: Whether `decode` may import and run the model that the store specifies if it is
+            not built in. Use it only for stores whose author you trust.
 
     Raises:
-        StoreError: There is no store at this place.
+        StoreError: `url` is not a store, or the store is damaged.
     """
     store = LatentStore(url, device=device, trust_model=trust_model)
     warn_incomplete(store)
@@ -66,14 +67,13 @@ def open_store(
 
 
 class LatentStore(StoreDecoder, Shown):
-    """The records of a store by key, in the order of the keys.
+    """The records of a store, by key and in key order.
 
-    Picklable, and as safe to use after a fork as its storage is: it holds no open files. Not
-    thread-safe.
+    Picklable and fork-safe: it keeps no open files. Not thread-safe.
 
     Attributes:
-        storage: The place of its files.
-        sealed: Whether it has a dataset.json.
+        storage: Access to the store's files.
+        sealed: Whether the store has a dataset.json.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class LatentStore(StoreDecoder, Shown):
         self._info = read_seal(self.storage)
         self.sealed = self._info is not None
         if not self.sealed and not self.storage.exists(PLAN_PATH):
-            raise StoreError(f"{url} holds no latentmill store: check the path.")
+            raise StoreError(f"{url} is not a latentmill store: check the path.")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "device": self._device, "trust_model": self._trust_model}
@@ -94,17 +94,17 @@ class LatentStore(StoreDecoder, Shown):
         self.__init__(**state)  # type: ignore[misc]
 
     def shown(self) -> Mapping[str, object]:
-        """What `repr` and a notebook show; of an unsealed store, only what is known already."""
+        """The values that `repr` and notebooks display, without reading files."""
         return described(self.url, self._info, sealed=self.sealed)
 
     @property
     def url(self) -> str:
-        """Where the store is."""
+        """The URL or path of the store."""
         return self.storage.root
 
     @cached_property
     def plan(self) -> Plan:
-        """The plan with all its items; reading a sealed store does without it."""
+        """The plan; not needed for reading a sealed store."""
         plan = load(self.storage)
         if plan is None:
             raise StoreError(f"{self.url} has no {PLAN_PATH}: restore it from a copy of the store.")
@@ -113,52 +113,52 @@ class LatentStore(StoreDecoder, Shown):
 
     @property
     def precision(self) -> Precision:
-        """The numeric mode in which the latents were encoded."""
+        """The numeric precision with which the latents were encoded."""
         refuse_damaged(self.plan.fingerprint, f"{self.url}/{PLAN_PATH}", "numeric")
         precision: Precision = self.plan.fingerprint["numeric"]["precision"]
         return precision
 
     @cached_property
     def commits(self) -> dict[str, Commit]:
-        """Every commit by unit name, as they were when first asked for."""
+        """The latest commit of every unit, by unit name; read on first access."""
         return read_commits(self.storage)
 
     @property
     def complete(self) -> bool:
-        """Whether every unit is committed, and sealed as it is committed now.
+        """Whether every unit is committed and the seal is up to date.
 
-        Looks at names only: `verify` checks the files themselves.
+        Checks file names only; `verify` checks the contents.
         """
         return is_complete(self)
 
     @property
     def info(self) -> DatasetInfo:
-        """What dataset.json says; of an unsealed store, what it would say now."""
+        """The contents of dataset.json; for an unsealed store, computed from its commits."""
         if self._info is None:
             self._info = dataset_info(self.plan, self.commits.values())
         return self._info
 
     @property
     def measured_info(self) -> DatasetInfo:
-        """`info` with what was measured on the store as it is now."""
+        """`info` with the results measured on the current seal."""
         return with_measurements(self.storage, self.info)
 
     @property
     def chunking(self) -> Chunking:
-        """How the items were chunked."""
+        """The chunking with which the items were encoded."""
         return Chunking(**self.info.chunking)
 
     @property
     def codes(self) -> bool:
-        """Whether the latents are codes, which cannot be blended."""
+        """Whether the latents are discrete codes, which cannot be mixed."""
         model = self.info.model
         return model.get("output") == "codes" or model.get("codebook_size") is not None
 
     @cached_property
     def origin(self) -> Origin:
-        """The latent of silence, which latent arithmetic needs, and what else it must know."""
+        """The latent of silence and the model properties that latent arithmetic needs."""
         model = self.info.model
-        # One of an earlier seal tells as much about the model.
+        # A result from an earlier seal is as valid: it is a property of the model.
         measured = read_measurement(self.storage, self.info, "linearity")
         card = None if measured is None else measured.linearity
         names = Linearity.__dataclass_fields__
@@ -183,14 +183,14 @@ class LatentStore(StoreDecoder, Shown):
 
     @cached_property
     def index(self) -> Index:
-        """Where every record lies."""
+        """The location of every record."""
         if not self.sealed:
             return Index.from_commits(self.commits.values())
         where = f"{self.url}/{self.info.index}"
         try:
             index = open_index(self.storage, self.info.index, self.info.index_hash)
             if self.info.encoded and not len(index):
-                raise ValueError("an empty index")
+                raise ValueError("the index is empty")
         except (FileNotFoundError, StorageError, ValueError) as error:
             missing = isinstance(error.__cause__ or error, FileNotFoundError)
             if missing and self.reload():
@@ -201,10 +201,9 @@ class LatentStore(StoreDecoder, Shown):
         return index
 
     def reload(self) -> bool:
-        """Read the seal again, after a file of the one that was read is gone.
+        """Read dataset.json again, for example after a file of the old seal was removed.
 
-        Returns:
-            Whether there is another one now, which this store then shows.
+        Returns whether it has changed. If so, this object now represents the new seal.
         """
         found = read_seal(self.storage)
         if not self.sealed or found is None or found == self._info:
@@ -216,7 +215,7 @@ class LatentStore(StoreDecoder, Shown):
         return True
 
     def shard_sizes(self) -> dict[str, tuple[int, str]]:
-        """Bytes and hash of every shard by path."""
+        """Return the size in bytes and the hash of every shard, by path."""
         if self.sealed:
             return {shard.path: (shard.bytes, shard.hash) for shard in self.info.shards}
         commits = self.commits.values()
@@ -238,15 +237,15 @@ class LatentStore(StoreDecoder, Shown):
         return (self.read(index.entry(position)) for position in range(len(index)))
 
     def __getitem__(self, key: str) -> Record:
-        """The record of a key; KeyError if there is none."""
+        """Read the record with this key; KeyError if there is none."""
         return self.read(self.entry(key))
 
     def entry(self, key: str) -> IndexEntry:
-        """Where the record of a key lies; KeyError if there is none."""
+        """Return the index entry of a key; KeyError if there is none."""
         if not isinstance(key, str):
             raise ConfigError(
-                f"Records are read by key, not by {key!r}: store[key] with one of store.keys(), or "
-                "LatentDataset for samples by number."
+                f"Records are read by key, not by {key!r}: use store[key] with a key from "
+                "store.keys(), or LatentDataset to read by number."
             )
         position = self.index.find(key)
         if position is None:
@@ -254,12 +253,12 @@ class LatentStore(StoreDecoder, Shown):
         return self.index.entry(position)
 
     def read(self, entry: IndexEntry) -> Record:
-        """The record at a place; where it is now, if that shard was superseded and removed.
+        """Read the record of an index entry, even if its shard has been replaced since.
 
         Raises:
-            StorageError: The shard cannot be read, or holds other bytes than were written.
+            StorageError: The shard cannot be read or is damaged.
         """
-        return self._at_its_place(entry, self._record)
+        return self._read_current(entry, self._record)
 
     def _record(self, entry: IndexEntry) -> Record:
         data = self._read(entry, entry.offset, entry.length)
@@ -268,53 +267,53 @@ class LatentStore(StoreDecoder, Shown):
         try:
             fields = self._fields(entry)
             if fields["key"] != entry.key:
-                raise self._damaged(entry, f"its fields are those of {fields['key']}")
+                raise self._damaged(entry, f"the fields belong to {fields['key']}")
             latent = latent_from_bytes(data, entry.shape, fields["dtype"])
             return record_from_fields(fields, latent)
         except (ValueError, TypeError, LookupError, pa.ArrowException) as error:
-            raise self._damaged(entry, "its fields cannot be read") from error
+            raise self._damaged(entry, "the fields cannot be read") from error
 
     def crop(self, key: str, start: int, frames: int) -> Latent:
-        """Frames `start` to `start + frames` of a stitched latent, `[channels, frames]`.
+        """Read frames `start` to `start + frames` of a stitched latent, `[channels, frames]`.
 
-        Reads the bytes of these frames only, so that the latent's hash cannot be checked.
+        Reads only the bytes of these frames, so the latent's hash is not checked.
 
         Raises:
-            KeyError: There is no such record.
-            IndexError: There are no such frames.
-            ConfigError: The store holds overlapping chunks (`stitch: none`).
+            KeyError: There is no record with this key.
+            IndexError: The frames are out of range.
+            ConfigError: The store contains overlapping chunks (`stitch: none`).
         """
-        return self._at_its_place(self.entry(key), lambda entry: self._crop(entry, start, frames))
+        return self._read_current(self.entry(key), lambda entry: self._crop(entry, start, frames))
 
     def _crop(self, entry: IndexEntry, start: int, frames: int) -> Latent:
         if entry.chunks:
             raise ConfigError(
-                f"{self.url} holds overlapping chunks, which have no one time line to crop: read "
+                f"{self.url} contains overlapping chunks, which cannot be cropped in time: read "
                 "whole records, or encode with stitch trim or crossfade."
             )
         if not 0 <= start < start + frames <= entry.frames:
             raise IndexError(
-                f"{entry.key} has {entry.frames} frames: no {start} to {start + frames}"
+                f"{entry.key} has {entry.frames} frames, not {start} to {start + frames}"
             )
-        width = entry.length // entry.frames  # bytes of a frame
+        width = entry.length // entry.frames  # bytes per frame
         data = self._read(entry, entry.offset + start * width, frames * width)
         return latent_from_bytes(data, (entry.channels, frames), self.info.dtype)
 
     def levels(self, key: str) -> bytes | None:
-        """How loud each frame of a record is, as `latentmill.encoding.loudness.decibels` reads it.
+        """Read the stored loudness of each frame; decode it with `encoding.loudness.decibels`.
 
-        None with `stitch: none`, and in stores of a version that did not measure it.
+        None with `stitch: none`, and in stores of versions that did not measure it.
         """
-        return levels_of(self._at_its_place(self.entry(key), self._fields))
+        return levels_of(self._read_current(self.entry(key), self._fields))
 
     def source(self, key: str) -> LatentSource:
-        """A record's latent, to be decoded or mixed piece by piece; a long one stays on the disk.
+        """Open a latent for decoding or mixing in pieces; a long one is not read at once.
 
         Raises:
-            KeyError: There is no such record.
-            StorageError: The shard cannot be read, or holds other bytes than were written.
+            KeyError: There is no record with this key.
+            StorageError: The shard cannot be read or is damaged.
         """
-        return self._at_its_place(self.entry(key), self._source)
+        return self._read_current(self.entry(key), self._source)
 
     def _source(self, entry: IndexEntry) -> LatentSource:
         if entry.chunks or entry.length <= _WHOLE_BYTES:
@@ -326,7 +325,7 @@ class LatentStore(StoreDecoder, Shown):
         if digest.intdigest() != entry.hash:
             raise self._damaged(entry, "the latent does not match its hash")
 
-        def piece(start: int, frames: int, now: IndexEntry) -> Latent:
+        def read_piece(start: int, frames: int, now: IndexEntry) -> Latent:
             if now.hash != entry.hash:
                 raise StoreError(
                     f"{self.url}: {entry.key} was encoded again while it was read: read it again."
@@ -335,7 +334,7 @@ class LatentStore(StoreDecoder, Shown):
 
         return LatentSource(
             entry.shape,
-            lambda start, frames: self._at_its_place(entry, partial(piece, start, frames)),
+            lambda start, frames: self._read_current(entry, partial(read_piece, start, frames)),
         )
 
     def decode(self, key: str, *, seed: int = 0, batch_size: int | None = None) -> FloatArray:
@@ -343,15 +342,16 @@ class LatentStore(StoreDecoder, Shown):
 
         Args:
             key: The record's key.
-            seed: Noise of a stochastic decoder: equal seeds give a moment of every item the same.
+            seed: Seed of a stochastic decoder's noise. With the same seed, the noise at a given
+                time is the same in every item.
             batch_size: Windows per forward pass; default 1 on a CPU, 4 on a GPU.
         """
-        source = self.source(key)  # may read a new seal, so the length is looked up after it
+        source = self.source(key)  # may read a new seal, so read the length afterwards
         samples = self.entry(key).num_samples
         return self.decode_latent(source, samples, seed=seed, batch_size=batch_size)
 
-    def _at_its_place(self, entry: IndexEntry, read: Callable[[IndexEntry], T]) -> T:
-        """Read a record; if its shard is gone, where the present seal has it."""
+    def _read_current(self, entry: IndexEntry, read: Callable[[IndexEntry], T]) -> T:
+        """Read a record; if its shard is gone, read it from where the current seal has it."""
         while True:
             try:
                 return read(entry)
@@ -372,11 +372,11 @@ class LatentStore(StoreDecoder, Shown):
     def _read(self, entry: IndexEntry, offset: int, length: int) -> bytes:
         data = self.storage.read_range(entry.shard, offset, length)
         if len(data) != length:
-            raise self._damaged(entry, "it is cut short")
+            raise self._damaged(entry, "the data is truncated")
         return data
 
     def _fields(self, entry: IndexEntry) -> dict[str, Any]:
-        """A record's fields beside the latent, from the tar's JSON or the Parquet columns."""
+        """Read a record's fields except the latent, from the tar's JSON or the Parquet columns."""
         if entry.fields_offset >= 0:
             data = self._read(entry, entry.fields_offset, entry.fields_length)
             fields: dict[str, Any] = parse_json(data)

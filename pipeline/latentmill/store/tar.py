@@ -1,6 +1,6 @@
-"""WebDataset shards: per record a Fortran-ordered `.npy` of `[C, T]` and a `.json`.
+"""WebDataset shards: for each record, a Fortran-ordered `.npy` of `[C, T]` and a `.json`.
 
-numpy gives `[C, T]` back, while the bytes are time-major.
+numpy loads `[C, T]`, and the bytes are time-major.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ class TarShardWriter:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = path.open("wb")
-        # Fixed times and owners: the same records give the same bytes.
+        # Fixed times and owners, so that the same records result in the same bytes.
         self._tar = TarWriter(self._file, encoder=False, mtime=0, format="PAX_FORMAT")
         self._headers: list[int] = []  # bytes of each .npy header
 
     def add(self, record: Record) -> None:
-        """Write a record's two members."""
         header = npy_header(record.latent)
         self._headers.append(len(header))
         self._tar.write(
@@ -44,7 +43,7 @@ class TarShardWriter:
         )
 
     def close(self) -> list[Location]:
-        """Complete the tar and read the members' positions back."""
+        """Complete the tar and read the positions of its members."""
         self._tar.close()
         self._file.close()
         with tarfile.open(self._path, "r:") as tar:
@@ -55,7 +54,7 @@ class TarShardWriter:
         ]
 
     def abort(self) -> None:
-        """Close the file and remove it: a tar cut at a member's border reads as a short one."""
+        """Close and remove the file: a tar that ends after any member would be valid."""
         with contextlib.suppress(OSError):
             self._tar.close()
         with contextlib.suppress(OSError):
@@ -65,10 +64,10 @@ class TarShardWriter:
 
 
 def member_key(key: str) -> str:
-    """An item's name in a tar; `urllib.parse.unquote` gives the key back.
+    """Return an item's name in a tar; `urllib.parse.unquote` restores the key.
 
-    WebDataset ends a name at the first dot after the last slash, so dots are escaped there, and
-    so is what would lead out of the folder into which a tar is unpacked: `..` and a first slash.
+    WebDataset ends a name at the first dot after the last slash, so dots are escaped there. `..`
+    and a leading slash are escaped so that unpacking the tar stays inside its folder.
     """
     *folders, name = key.replace("%", "%25").split("/")
     folders = ["%2E" * len(part) if part in (".", "..") else part for part in folders]
@@ -77,7 +76,7 @@ def member_key(key: str) -> str:
 
 
 def npy_header(latent: Latent) -> bytes:
-    """The .npy header for a latent's time-major bytes (chunks `[N, C, T]` are C-ordered)."""
+    """Return the .npy header for a latent's time-major bytes (chunks `[N, C, T]` are C-ordered)."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(  # type: ignore[no-untyped-call]
         buffer,

@@ -1,4 +1,4 @@
-"""Removing what no longer counts: superseded revisions, shards that were never committed."""
+"""Removing superseded revisions and shards that were never committed."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _PLAN_FILE = re.compile(r"(?:items|units)(?:-(\d{4,}))?(?:\.(\d+))?\.parquet")
 
 
 def tidy(storage: Storage) -> None:
-    """Remove what earlier runs left behind. The caller holds the store and has not written yet.
+    """Remove leftovers of earlier runs. The caller has the lease and has not written yet.
 
-    The revisions that the seal was made of stay, even if a commit was deleted by hand, and so do
-    those that count now. Another shard without a commit goes only when a later revision is
-    committed: in a bucket, a worker of a dead run that has been paused since may still commit it.
-    On a disk, no such worker can be left.
+    The revisions in the seal stay, even if a commit was deleted by hand, and so do the current
+    revisions. In a bucket, another shard without a commit is removed only if a later revision is
+    committed, because a paused worker of a dead run may still commit it. On a disk, no such worker
+    can exist.
     """
     abort_uploads(storage)
     sealed = read_seal(storage)
     current = committed_revisions(storage)
     commits = storage.list(COMMITS)
     committed = {parse_name(name) for name in commits}
-    named = {} if sealed is None else {unit: sealed.revisions.get(unit, 0) for unit in current}
+    in_seal = {} if sealed is None else {unit: sealed.revisions.get(unit, 0) for unit in current}
     if sealed is not None:
         committed |= {parse_name(shard.path.rpartition("/")[2]) for shard in sealed.shards}
     for folder, names in ((COMMITS, commits), (SHARDS, storage.list(SHARDS))):
@@ -35,7 +35,7 @@ def tidy(storage: Storage) -> None:
             if (parsed := parse_name(name)) is None:
                 continue
             unit, revision = parsed
-            superseded = revision < current.get(unit, 0) and revision != named.get(unit)
+            superseded = revision < current.get(unit, 0) and revision != in_seal.get(unit)
             if superseded or (storage.local and parsed not in committed):
                 storage.delete(f"{folder}/{name}")
     if sealed is not None:
@@ -45,9 +45,9 @@ def tidy(storage: Storage) -> None:
 
 
 def abort_uploads(storage: Storage) -> None:
-    """Abort uploads that killed processes left open in a bucket of S3: their parts are billed.
+    """Abort S3 uploads that killed processes left open, because their parts are billed.
 
-    The caller holds the store. Where listing uploads is not allowed, they stay.
+    The caller has the lease. If listing uploads is not allowed, they stay.
     """
     if protocol_of(storage.root) not in ("s3", "s3a"):
         return
@@ -64,7 +64,7 @@ def abort_uploads(storage: Storage) -> None:
 
 
 def remove_unfinished(storage: Storage) -> None:
-    """Remove shards of this run's attempts that were not committed before a later one was."""
+    """Remove uncommitted shards of this run of which a later revision is committed."""
     current = committed_revisions(storage)
     committed = {parse_name(name) for name in storage.list(COMMITS)}
     for name in storage.list(SHARDS):
@@ -74,17 +74,17 @@ def remove_unfinished(storage: Storage) -> None:
 
 
 def tidy_plan(storage: Storage, plan: Plan | None) -> None:
-    """Remove files of items and units that plan.json does not name.
+    """Remove files of items and units that plan.json does not list.
 
-    In a bucket, only those that a planner which has been paused since can no longer name.
+    In a bucket, only those that a paused planner can no longer add to plan.json.
     """
     parts = () if plan is None else plan.parts
-    named = {path for part in parts for path in (part.items_file, part.units_file)}
+    listed = {path for part in parts for path in (part.items_file, part.units_file)}
     for name in storage.list(PLAN):
         match = _PLAN_FILE.fullmatch(name)
-        if match is None or f"{PLAN}/{name}" in named:
+        if match is None or f"{PLAN}/{name}" in listed:
             continue
         number, revision = int(match[1] or 0), int(match[2] or 0)
-        passed = number < len(parts) and revision < parts[number].revision
-        if storage.local or passed:
+        superseded = number < len(parts) and revision < parts[number].revision
+        if storage.local or superseded:
             storage.delete(f"{PLAN}/{name}")

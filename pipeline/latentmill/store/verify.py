@@ -1,4 +1,4 @@
-"""Checking that a store holds what its plan and its commits promise."""
+"""Checking that the contents of a store match its plan and its commits."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ from latentmill.store.store import LatentStore
 
 @dataclass(frozen=True)
 class Decoded:
-    """One record that was decoded back to audio.
+    """Result of decoding one record to audio.
 
     Attributes:
         key: The record's key.
         seconds: Length of the audio.
-        level_db: Level of the decoded audio against the encoded one, dB.
-        snr_db: Signal-to-noise ratio against the source's audio, dB; None if the source cannot
-            be read here any more.
+        level_db: Level of the decoded audio relative to the original audio, dB.
+        snr_db: Signal-to-noise ratio relative to the original audio, dB; None if the source can no
+            longer be read here.
     """
 
     key: str
@@ -57,7 +57,7 @@ class Decoded:
 
 @dataclass
 class Report:
-    """What verification found: no faults means that the store is whole."""
+    """Result of verification; the store is intact if there are no faults."""
 
     units: int = 0
     committed: int = 0
@@ -68,14 +68,14 @@ class Report:
 
 
 def verify(store: LatentStore, *, decode: int = 0) -> Report:
-    """Check a store: plan, commits, hashes, counts, numbers; decode some records back to audio.
+    """Check a store: plan, commits, hashes, counts and values; decode some records to audio.
 
-    Goes through the store unit by unit: beside the plan it holds a few commits and one record. A
-    fault is one line; of a shard that is not what its commit says the records are not looked at.
+    Checks unit by unit, with the plan, a few commits and one record in memory. Each fault is one
+    line. If a shard does not match its commit, its records are not checked.
 
     Args:
         store: The store.
-        decode: How many records to decode, spread evenly over the store; none if it has faults.
+        decode: Number of records to decode, spread evenly over the store; none if there are faults.
 
     Raises:
         StoreError: The plan cannot be read.
@@ -84,15 +84,13 @@ def verify(store: LatentStore, *, decode: int = 0) -> Report:
 
 
 class _Verification:
-    """One run over a store."""
-
     def __init__(self, store: LatentStore) -> None:
         self._store = store
         self._plan = store.plan
         self._storage = Storage(store.url)
         self._fingerprint = fingerprint(self._plan.fingerprint)
         self._committed = committed_revisions(self._storage)
-        self._shards: set[str] = set()  # those that a commit accounts for
+        self._shards: set[str] = set()  # shards that belong to a commit
 
     def run(self, decode: int) -> Report:
         plan = self._plan
@@ -105,11 +103,11 @@ class _Verification:
                 f"{missing[0]}): run the same encode command again"
             )
         check_items(plan, self._storage)
-        report.faults += self._twins()
+        report.faults += self._duplicate_keys()
         for unit, table in iter_units(self._storage, plan, ["key"]):
             if unit.name in committed:
                 report.faults += self._unit_faults(unit, table["key"].to_pylist(), report)
-        report.faults += self._strays()
+        report.faults += self._unexpected_files()
         if not missing:
             report.faults += self._origin_faults()
         if not report.faults:
@@ -120,11 +118,11 @@ class _Verification:
                 _decode(self._store, key, report)
         return report
 
-    def _twins(self) -> Iterator[str]:
-        """Keys that the plan has more than once; holds eight bytes of each key."""
+    def _duplicate_keys(self) -> Iterator[str]:
+        """Find keys that are in the plan more than once, with eight bytes of memory per key."""
         hashes = np.sort(np.fromiter(map(_hash_of_key, self._keys()), np.uint64))
-        if twice := set(hashes[1:][hashes[1:] == hashes[:-1]].tolist()):
-            suspects = (key for key in self._keys() if _hash_of_key(key) in twice)
+        if repeated := set(hashes[1:][hashes[1:] == hashes[:-1]].tolist()):
+            suspects = (key for key in self._keys() if _hash_of_key(key) in repeated)
             for key, count in Counter(suspects).items():
                 if count > 1:
                     yield f"{key} is in the plan {count} times"
@@ -143,13 +141,13 @@ class _Verification:
         report.committed += 1
         report.records += commit.rows
         if commit.fingerprint != self._fingerprint:
-            yield f"commit {unit.name} has another fingerprint than the plan"
+            yield f"commit {unit.name} has a different fingerprint than the plan"
         if keys != [item.key for item in commit.items]:
-            yield f"commit {unit.name} does not list the items that the plan gives its unit"
+            yield f"commit {unit.name} does not list the items of its unit in the plan"
         elif commit.items_hash not in (None, unit.hash):
             yield (
-                f"commit {unit.name} is of items that have changed: run the same encode command "
-                "again"
+                f"the items of unit {unit.name} have changed since it was encoded: run the same "
+                "encode command again"
             )
         if commit.shard is None:
             return
@@ -165,7 +163,7 @@ class _Verification:
             with self._storage.open(shard) as file:
                 size = file.seek(0, os.SEEK_END)
                 if size != commit.bytes:
-                    return f"{shard} has {size} bytes, not the {commit.bytes} of its commit"
+                    return f"{shard} has {size} bytes, but its commit lists {commit.bytes}"
                 file.seek(0)
                 if hash_of(file) != commit.hash:
                     return f"{shard} does not match the hash in its commit"
@@ -180,20 +178,20 @@ class _Verification:
             yield str(error)
             return
         if not np.isfinite(record.latent).all():
-            yield f"the latent of {entry.key} holds NaN or Inf"
+            yield f"the latent of {entry.key} contains NaN or Inf"
 
-    def _strays(self) -> Iterator[str]:
+    def _unexpected_files(self) -> Iterator[str]:
         storage = self._storage
         for name in storage.list(SHARDS):
             if f"{SHARDS}/{name}" not in self._shards and not self._superseded(name):
-                yield f"{SHARDS}/{name} belongs to no commit: it does not count; delete it"
+                yield f"{SHARDS}/{name} does not belong to a commit and is not used: delete it"
         for name in storage.list(SCRATCH) if storage.local else {}:
-            yield f"{SCRATCH}/{name} was left behind by a killed run: running again removes it"
+            yield f"{SCRATCH}/{name} was left by a killed run: run again to remove it"
         units = {unit.name for unit in self._plan.units}
         for name in storage.list(COMMITS):
             parsed = parse_name(name)
             if parsed is None or parsed[0] not in units:
-                yield f"{COMMITS}/{name} is the commit of no unit of the plan; delete it"
+                yield f"{COMMITS}/{name} does not belong to a unit of the plan: delete it"
 
     def _superseded(self, name: str) -> bool:
         """Whether a shard is an earlier revision, which stays until the next run."""
@@ -201,25 +199,25 @@ class _Verification:
         return parsed is not None and parsed[1] < self._committed.get(parsed[0], 0)
 
     def _origin_faults(self) -> Iterator[str]:
-        """Whether there is an origin of one chunk's shape, `[D, Z]`."""
+        """Check that the origin has the shape of one chunk, `[D, Z]`."""
         model, chunking = self._plan.fingerprint["model"], self._plan.fingerprint["chunking"]
-        cure = "delete it and any one shard, and run the same encode command again"
+        hint = "delete it and any one shard, and run the same encode command again"
         try:
             origin = read_origin(self._storage)
         except StorageError:
-            yield f"{ORIGIN_PATH} is missing or damaged: {cure}"
+            yield f"{ORIGIN_PATH} is missing or damaged: {hint}"
             return
         channels = model["latent_channels"]
         frames = chunking["step"] // model["hop"] + chunking["overlap"]
-        if chunking["stitch"] == "none":  # its chunks share samples, not frames
+        if chunking["stitch"] == "none":  # chunks overlap in samples, not in frames
             frames = origin.shape[-1] if origin.ndim else 1
         fits = origin.shape == (channels, frames) and origin.dtype == np.float32
         if not fits or not np.isfinite(origin).all():
-            yield f"{ORIGIN_PATH} does not hold {channels} x {frames} finite numbers: {cure}"
+            yield f"{ORIGIN_PATH} does not contain {channels} x {frames} finite numbers: {hint}"
 
     def _seal_faults(self) -> Iterator[str]:
-        """Whether dataset.json and the index say what the plan and the commits say."""
-        store, cure = self._store, "run the same encode command again to seal the store again"
+        """Check that dataset.json and the index match the plan and the commits."""
+        store, hint = self._store, "run the same encode command again to seal the store again"
         if not store.sealed:
             yield (
                 f"all units are committed, but {DATASET_PATH} is missing: run the same encode "
@@ -229,15 +227,15 @@ class _Verification:
         index = store.info.index
         expected = dataset_info(self._plan, iter_commits(self._storage))
         if names := _differences(expected, store.info):
-            # A run compares the commits alone.
+            # A run compares only the hash of the commits, so it would not seal the store again.
             first = "" if "seal" in names else f"delete {DATASET_PATH} and "
             yield (
-                f"{DATASET_PATH} is not what the plan and the commits say ({', '.join(names)}): "
-                f"{first}{cure}"
+                f"{DATASET_PATH} does not match the plan and the commits ({', '.join(names)}): "
+                f"{first}{hint}"
             )
         try:
             if len(store) != expected.encoded:
-                yield f"{index} holds {len(store)} of {expected.encoded} records: {cure}"
+                yield f"{index} contains {len(store)} of {expected.encoded} records: {hint}"
                 return
         except StoreError as error:
             yield str(error)
@@ -245,12 +243,12 @@ class _Verification:
         for commit in iter_commits(self._storage):
             for entry in entries(commit):
                 if entry.key not in store or store.entry(entry.key) != entry:
-                    yield f"{index} does not place {entry.key} where its commit does: {cure}"
+                    yield f"{index} and the commit differ on where {entry.key} is: {hint}"
                     return
 
 
-# Fields of dataset.json that the plan and the commits do not settle.
-_UNSETTLED = {"latentmill_version", "index", "index_hash", "seams", "linearity"}
+# Fields of dataset.json that do not depend on the plan and the commits.
+_INDEPENDENT = {"latentmill_version", "index", "index_hash", "seams", "linearity"}
 
 
 def _hash_of_key(key: str) -> int:
@@ -258,8 +256,8 @@ def _hash_of_key(key: str) -> int:
 
 
 def _differences(expected: DatasetInfo, found: DatasetInfo) -> list[str]:
-    """The fields that differ."""
-    names = DatasetInfo.model_fields.keys() - _UNSETTLED
+    """Return the names of the fields that differ."""
+    names = DatasetInfo.model_fields.keys() - _INDEPENDENT
     if found.format_version == 1:
         names -= {"format_version", "seal"}
     return [name for name in sorted(names) if not _same(expected, found, name)]
@@ -267,7 +265,11 @@ def _differences(expected: DatasetInfo, found: DatasetInfo) -> list[str]:
 
 def _same(expected: DatasetInfo, found: DatasetInfo, name: str) -> bool:
     left, right = getattr(expected, name), getattr(found, name)
-    if name in ("mean", "std", "hours"):  # summed by another machine, perhaps
+    if name in (
+        "mean",
+        "std",
+        "hours",
+    ):  # another machine may have summed them in a different order
         return np.shape(left) == np.shape(right) and np.allclose(left, right, rtol=1e-9, atol=0)
     return bool(left == right)
 
@@ -299,10 +301,9 @@ def _snr(record: Record, audio: FloatArray) -> float | None:
 
 
 def read_source(record: Record, channels: int) -> FloatArray:
-    """The audio that a record was encoded from, as the model saw it, `[channels, samples]`.
+    """Load the audio that a record was encoded from, as the model's input `[channels, samples]`.
 
-    Raises:
-        ItemError: The source is gone or has changed.
+    Raises ItemError if the source is missing or has changed.
     """
     item = item_at(record.source_uri)
     part = item.segment or Segment(0.0)

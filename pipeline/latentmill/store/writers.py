@@ -1,4 +1,4 @@
-"""What writes a shard: the protocol. `formats.py` lists the formats."""
+"""The protocol of shard writers. `formats.py` lists the formats."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from latentmill.record import Record
 
 @dataclass(frozen=True)
 class Location:
-    """Where one record lies in its shard: its latent's bytes, and its JSON member in a tar."""
+    """Position of one record in its shard: the latent's bytes and, in a tar, the JSON member."""
 
     offset: int
     length: int
@@ -19,29 +19,29 @@ class Location:
 
 
 class ShardWriter(Protocol):
-    """Writes records to one local file, in the order in which they come.
+    """Writes records to one local file, in the order of the `add` calls.
 
-    The same records must give the same bytes. Not thread-safe.
+    The same records must result in the same bytes. Not thread-safe.
     """
 
     max_latent_bytes: int
 
     def add(self, record: Record) -> None:
-        """Take a record; its latent has at most `max_latent_bytes`.
+        """Add a record, whose latent has at most `max_latent_bytes`.
 
         Raises:
-            OSError: The disk is full or gone.
+            OSError: Writing fails, for example because the disk is full.
         """
         ...
 
     def close(self) -> list[Location]:
-        """Complete the file; give every record's location, in order.
+        """Complete the file and return the location of every record, in order.
 
         Raises:
-            OSError: The disk is full or gone.
+            OSError: Writing fails, for example because the disk is full.
         """
         ...
 
     def abort(self) -> None:
-        """Let go of the file, whatever state it is in, and remove it. Raises nothing."""
+        """Close and remove the file in any state. Never raises."""
         ...
