@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine in words, results as JSON, weights to measure with."""
+"""Shared by the benchmarks: a description of the machine, JSON results, random weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHARED_AUDIO = ROOT.parent / "shared" / "audio"
 
 
 def machine() -> str:
-    """The machine in words."""
+    """Describe the machine in one line."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -43,7 +43,7 @@ def machine() -> str:
 
 
 def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Write a result beside the script, or into another folder, and print it."""
+    """Write a result as JSON, by default beside the script, and print it."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")
@@ -58,9 +58,9 @@ def median(values: list[float]) -> float:
 
 @contextmanager
 def random_linear_cae(size: str) -> Iterator[Path]:
-    """A Hugging Face home with random weights of the real lin-cae classes; set in os.environ.
+    """Make a Hugging Face cache with random weights of the real lin-cae classes, set in os.environ.
 
-    Enter it before anything imports huggingface_hub.
+    Enter this context before huggingface_hub is imported.
     """
     assert "huggingface_hub" not in sys.modules, "huggingface_hub reads HF_HOME when it is imported"
     with tempfile.TemporaryDirectory() as folder:

@@ -1,12 +1,12 @@
-"""How many frames of context a model needs: the error of latents beside a cut through the audio.
+"""Measures how many frames of context a model needs: the error of latents next to a cut.
 
     python benchmarks/context.py [--size full] [--audio FILE] [--only mimi]
 
-The whole stretch is encoded, then what comes after a cut alone (`left`: how far a frame looks
-back), then what comes before another (`right`). The table has ||part - whole|| / ||whole|| of the
-frame so many frames away from the cut. The architectures are the published ones (or, with `--size
-tiny`, those of the tests) with random weights: how far a convolution reaches is certain, how
-strongly attention, an LSTM or the edge of a chunk is felt depends on the weights.
+The audio is encoded as a whole, then only after a cut (`left`: how far a frame depends on earlier
+audio), then only before a cut (`right`). The table shows ||part - whole|| / ||whole|| of single
+frames by their distance from the cut. The architectures are the published ones (or, with `--size
+tiny`, those of the tests) with random weights. The reach of a convolution does not depend on the
+weights; the influence of attention, an LSTM or the edge of a chunk does.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from latentmill.models.base import Autoencoder, ModelSpec
 from latentmill.models.registry import resolve
 
 FRAMES = (0, 1, 2, 4, 8, 16, 32, 48, 125, 190)
-SECONDS = {"oobleck": 4, "dac": 2, "encodec": 6, "mimi": 40}  # what the table's frames need
+SECONDS = {"oobleck": 4, "dac": 2, "encodec": 6, "mimi": 40}  # enough for the frames in the table
 
 
 def write_full(family: str, folder: Path) -> None:
-    """Write a repository of a published architecture with random weights."""
+    """Write a model repository with a published architecture and random weights."""
     import diffusers
     import transformers
     from transformers import DacConfig, EncodecConfig, MimiConfig
@@ -37,10 +37,10 @@ def write_full(family: str, folder: Path) -> None:
     torch.manual_seed(0)
     if family == "oobleck":
         model = diffusers.AutoencoderOobleck()
-    elif family == "dac":  # the one for 44.1 kHz
+    elif family == "dac":  # the 44.1 kHz version
         config = DacConfig(downsampling_ratios=[2, 4, 8, 8], sampling_rate=44100)
         model = transformers.DacModel(config)
-        for module in model.modules():  # its own initialisation is so small that nothing comes out
+        for module in model.modules():  # with its own initialisation, the output is almost zero
             if isinstance(module, torch.nn.Conv1d):
                 torch.nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
     elif family == "encodec":
@@ -51,7 +51,7 @@ def write_full(family: str, folder: Path) -> None:
 
 
 def write_tiny(family: str, folder: Path) -> None:
-    """Write the tests' repository of a family."""
+    """Write the tiny repository that the tests use for a family."""
     sys.path.insert(0, str(ROOT / "tests"))
     from support import tiny_models
 
@@ -66,7 +66,7 @@ def write_tiny(family: str, folder: Path) -> None:
 
 
 def read_audio(spec: ModelSpec, file: Path | None, samples: int) -> torch.Tensor:
-    """A stretch `[1, C, samples]` of a recording, or of noise that swells and fades."""
+    """Load audio `[1, C, samples]` from a recording, or make noise that swells and fades."""
     if file is None:
         noise = torch.randn(1, spec.channels, samples, generator=torch.Generator().manual_seed(0))
         return noise * (0.1 + 0.09 * torch.sin(torch.arange(samples) / spec.sample_rate * 7))
@@ -83,10 +83,10 @@ def read_audio(spec: ModelSpec, file: Path | None, samples: int) -> torch.Tensor
 
 
 def beside_the_cuts(model: Autoencoder, audio: torch.Tensor) -> dict[str, dict[int, float]]:
-    """The relative error of single frames, by side and by distance from the cut."""
+    """Measure the relative error of single frames, by side and by distance from the cut."""
     whole = model.encode(audio)[0]  # [D, Z]
     hop, total = model.spec.hop, whole.shape[1]
-    cut = total - 2 - min(FRAMES[-1], total // 2)  # enough frames on both sides
+    cut = total - 2 - min(FRAMES[-1], total // 2)  # leaves enough frames on both sides
     after = model.encode(audio[..., cut * hop :])[0]
     end = min(FRAMES[-1] + 2, total // 2)
     before = model.encode(audio[..., : end * hop])[0]

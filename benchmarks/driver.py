@@ -1,11 +1,12 @@
-"""What scheduling costs: 10,000 units on a hundred simulated GPUs, and one real driver.
+"""Measures the cost of scheduling: 10,000 units, a hundred simulated GPUs and one real driver.
 
     python benchmarks/driver.py [--units 10000] [--seconds 2] [--gpus 100]
 
-A unit takes its simulated GPU `--seconds`, asleep; everything between the driver and the GPUs is
-real: Ray, the calls, the answers, the scheduler. `overhead_of_run` is the run's time over that of
-GPUs which never wait, less one; `driver_cpu_share` the share of a core that the scheduler's thread
-needs meanwhile; `driver_growth_mib` how the driver's memory grows from the first unit to the last.
+A simulated GPU sleeps `--seconds` for each unit. Everything between the driver and the GPUs is
+real: Ray, the calls, the results, the scheduler. `overhead_of_run` is the run's time divided by
+that of GPUs that never wait, minus one. `driver_cpu_share` is the share of a core that the
+scheduler's thread uses. `driver_growth_mib` is the growth of the driver's memory from the first
+unit to the last.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def main() -> None:
 
 
 class Gpus:
-    """Many simulated GPUs in one process; a Ray actor."""
+    """A Ray actor with many simulated GPUs in one process."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -63,11 +64,11 @@ class Gpus:
         return {"audio_seconds": float(self._done[gpu]), "steps": float(self._done[gpu])}
 
     async def stop(self, gpu: int) -> None:
-        """Nothing is kept."""
+        """Does nothing: there is nothing to release."""
 
 
 class Handle:
-    """What the scheduler takes for the handle of an actor."""
+    """Stands in for the handle of an actor."""
 
     def __init__(self, gpus: Any, number: int) -> None:
         self._gpus, self._number = gpus, number
@@ -101,7 +102,7 @@ def measure(units: int, seconds: float, gpus: int) -> dict[str, Any]:
         def unit_done(self, result: Any) -> None:
             super().unit_done(result)
             self.done += 1
-            if self.done == gpus:  # all of them are at work
+            if self.done == gpus:  # all of them are working
                 mark("begin")
             if self.done == units:
                 mark("end")
@@ -135,7 +136,7 @@ def measure(units: int, seconds: float, gpus: int) -> dict[str, Any]:
 
 
 def memory() -> float:
-    """Memory of this process, MiB."""
+    """Memory of this process in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / 2**20
 

@@ -1,20 +1,20 @@
-"""Models on a GPU: alone, and end to end from FLAC files to committed shards, in one command.
+"""Measures models on a GPU: alone, and end to end from FLAC files to committed shards.
 
     python benchmarks/gpu.py [--budget 360] [--models same-s lin-cae] [--audio FOLDER] [--explore]
 
-Weights are random ones of the real classes at their published sizes. The corpus is true stereo
+The models have random weights, the real classes and the published sizes. The corpus is true stereo
 FLAC of mixed lengths, from recordings (--audio, or ../shared/audio) or synthesised (--audio
-synthesised); most of its names are hard links, so it fits into the page cache, and is read before
-the clocks start. Runs without Ray.
+synthesised). Most of its files are hard links, so that it fits into the page cache; it is read
+before timing starts. Runs without Ray.
 
-`alone` feeds full batches from memory, in every numeric mode, with the deviation from float32.
-`loading` has the same cores load the corpus with no model. `end_to_end` is a worker: it loads,
-encodes, writes Parquet and commits, two units at a time. `cold` is the same on files that were
+`alone` encodes full batches from memory in every numeric mode, with the deviation from float32.
+`loading` loads the corpus on the same cores without a model. `end_to_end` is a worker: it loads,
+encodes, writes Parquet and commits, two units at a time. `cold` is the same with files that were
 dropped from the page cache. --explore times variants of lin-cae's and SAME's encoders.
 
-Each model has a process of its own, made ready beside the others and then measured alone. Parts
-share the budget; one that fails or runs out of its time is recorded, and the next one begins.
-gpu.json is written after every figure.
+Each model has its own process; all are prepared in parallel and measured one at a time. All parts
+share one time budget. A part that fails or times out is recorded, and the next part starts.
+gpu.json is written after every result.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from common import RESULTS, SHARED_AUDIO, machine
 from gpu_corpus import SYNTHESISED, write_corpus
 from gpu_model import MODELS
 
-# Without instructions for bf16 a CPU takes minutes for what float32 does in seconds.
+# Without bf16 instructions, a CPU takes minutes for what takes seconds in float32.
 MODES = {"cpu": ["float32"], "cuda": ["float32", "tf32", "bf16", "fp16"]}
 PACKAGES = ("torch", "triton", "numpy", "transformers", "diffusers", "linear-cae", "soundfile")
 MODEL_SCRIPT = Path(__file__).with_name("gpu_model.py")
 PARTS = ("alone", "loading", "end_to_end", "cold")
 EXPLORED = ("lin-cae", "same-s")
 GPU_FIGURES = ("clocks.sm", "clocks.mem", "power.draw", "utilization.gpu", "memory.used")
-MAX_LOAD_THREADS = 16  # as the library takes at most by default
+MAX_LOAD_THREADS = 16  # the library's default maximum
 COLD_BYTES = {"full": 6 << 30, "tiny": 1 << 20}
 
 
@@ -64,20 +64,26 @@ def main() -> None:
         default=PARTS,
     )
     parser.add_argument("--audio", help="folder of recordings, or 'synthesised'")
-    parser.add_argument("--budget", type=float, default=360, help="seconds of everything")
-    parser.add_argument("--seconds-alone", type=float, default=10, help="of each model, at most")
-    parser.add_argument("--seconds-end-to-end", type=float, default=60, help="each, at most")
-    parser.add_argument("--grace", type=float, default=30, help="seconds a part may take beyond")
-    parser.add_argument("--explore", action="store_true", help="variants of two encoders, too")
-    parser.add_argument("--seconds-explore", type=float, default=45, help="of each, at most")
-    parser.add_argument("--chunk-seconds", type=float, help="default: the models' own")
-    parser.add_argument("--batch-size", type=int, help="chunks; default: found by trying")
+    parser.add_argument("--budget", type=float, default=360, help="seconds in total")
+    parser.add_argument("--seconds-alone", type=float, default=10, help="maximum seconds per model")
+    parser.add_argument(
+        "--seconds-end-to-end", type=float, default=60, help="maximum seconds per part"
+    )
+    parser.add_argument(
+        "--grace", type=float, default=30, help="extra seconds before a part is stopped"
+    )
+    parser.add_argument("--explore", action="store_true", help="also time variants of two encoders")
+    parser.add_argument(
+        "--seconds-explore", type=float, default=45, help="maximum seconds per encoder"
+    )
+    parser.add_argument("--chunk-seconds", type=float, help="default: each model's own")
+    parser.add_argument("--batch-size", type=int, help="chunks; default: found by trial")
     parser.add_argument("--load-threads", type=int)
-    parser.add_argument("--distinct", type=int, default=64, help="files with their own contents")
+    parser.add_argument("--distinct", type=int, default=64, help="number of distinct files")
     parser.add_argument("--shortest", type=float, default=3, help="seconds of the shortest file")
     parser.add_argument("--longest", type=float, default=1200)
-    parser.add_argument("--hours", type=float, default=200, help="audio of all names together")
-    parser.add_argument("--folder", type=Path, help="where the corpus and the stores lie")
+    parser.add_argument("--hours", type=float, default=200, help="total hours of all files")
+    parser.add_argument("--folder", type=Path, help="folder for the corpus and the stores")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of gpu.json")
     arguments = parser.parse_args()
     import torch
@@ -97,14 +103,14 @@ def main() -> None:
 
 @dataclass
 class Part:
-    """Something to measure.
+    """One measurement.
 
     Attributes:
-        model: Of which model.
-        name: Under which name its figures go.
-        ask: What its process is asked, without the seconds.
-        seconds: At most.
-        overhead: What it takes beside, roughly.
+        model: Name of the model.
+        name: Name in the results.
+        ask: The request to the model's process, without the seconds.
+        seconds: Maximum time.
+        overhead: Rough additional time in seconds.
     """
 
     model: str
@@ -115,9 +121,9 @@ class Part:
 
 
 def parts_of(arguments: Any, kind: str) -> list[Part]:
-    """All parts, the most telling ones first, since a budget may end before the others."""
+    """Return all parts, the most important first because the budget may not suffice for all."""
     modes, threads = MODES[kind], arguments.load_threads
-    default = "tf32" if kind == "cuda" else "float32"  # the library's own
+    default = "tf32" if kind == "cuda" else "float32"  # the library's default
     end = {"part": "end_to_end", "threads": threads}
     alone, whole = arguments.seconds_alone, arguments.seconds_end_to_end
     first = [
@@ -157,7 +163,7 @@ def parts_of(arguments: Any, kind: str) -> list[Part]:
 
 @dataclass
 class Run:
-    """One run: processes, budget, result."""
+    """One run of the benchmark: its processes, budget and result."""
 
     arguments: Any
     kind: str
@@ -165,7 +171,7 @@ class Run:
     result: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Measure everything."""
+        """Run all parts."""
         arguments = self.arguments
         self.result = {
             "machine": machine(),
@@ -194,7 +200,7 @@ class Run:
         print(f"written to {self._path()}")
 
     def _options(self) -> list[str]:
-        """As they were given, without paths of this machine."""
+        """The command-line options without local paths."""
         given, hidden = sys.argv[1:], ("--results", "--folder")
         options = []
         for number, option in enumerate(given):
@@ -227,7 +233,7 @@ class Run:
         )
         for path in folder.iterdir():
             if path.name.endswith("-0000.flac"):
-                path.read_bytes()  # into the page cache
+                path.read_bytes()  # fills the page cache
         written = round(time.perf_counter() - began, 1)
         self._note("corpus", {**corpus.document(), "seconds_to_write": written})
 
@@ -235,7 +241,7 @@ class Run:
         return float(self.arguments.budget - (time.perf_counter() - self.began))
 
     def _measure(self, part: Part, child: Child, left: list[Part], monitor: Monitor | None) -> None:
-        """One part, in its share of what is left of the budget."""
+        """Run one part within its share of the remaining budget."""
         wanted = sum(one.seconds for one in left)
         share = min(1.0, (self._left() - sum(one.overhead for one in left)) / wanted)
         seconds = part.seconds * max(share, 0.0)
@@ -256,7 +262,7 @@ class Run:
         print(f"{part.model}: {part.name}: {text[:1500]}", flush=True)
 
     def _collect(self, child: Child, model: str, name: str, limit: float) -> None:
-        """Take a process's figures as they come, until it says that it is through."""
+        """Collect the figures that a process sends until it reports that the part is done."""
         figures = self.result["models"][model].setdefault(name, {})
         until = time.perf_counter() + limit
         while True:
@@ -291,7 +297,7 @@ class Run:
 
 
 class Child:
-    """A model's process. A context manager that ends it."""
+    """The process of a model; leaving the context ends it."""
 
     def __init__(
         self,
@@ -316,7 +322,7 @@ class Child:
         self.kill()
 
     def ask(self, part: dict[str, Any]) -> None:
-        """Begin a part; a process that is gone is noticed when its figures are awaited."""
+        """Start a part; if the process is dead, collecting its figures reports that."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(part) + "\n")
@@ -325,14 +331,14 @@ class Child:
             return
 
     def kill(self) -> None:
-        """End it, whatever it does."""
+        """Kill the process."""
         self.dead = True
         self._process.kill()
         self._process.wait()
         self._listener.join()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                with suppress(BrokenPipeError):  # what was asked and never read
+                with suppress(BrokenPipeError):  # requests that it has not read
                     pipe.close()
 
     def _open_audio_of(self) -> None:
@@ -343,7 +349,7 @@ class Child:
 
 
 class Monitor:
-    """Clocks, power and load of the GPU, twice a second, as nvidia-smi tells them."""
+    """Samples clocks, power and load of the GPU twice a second with nvidia-smi."""
 
     def __init__(self) -> None:
         self._samples: list[tuple[float, list[float]]] = []
@@ -367,7 +373,7 @@ class Monitor:
             self._process.wait()
 
     def figures(self, since: float) -> dict[str, list[float]]:
-        """Least, median and most of each figure since a time."""
+        """Return minimum, median and maximum of each figure since a time."""
         taken = [values for at, values in self._samples if at >= since]
         if not taken:
             return {}
@@ -381,13 +387,13 @@ class Monitor:
         for line in self._process.stdout:
             try:
                 values = [float(cell) for cell in line.split(",")]
-            except ValueError:  # a figure that this driver does not tell
+            except ValueError:  # this driver does not report the figure
                 continue
             self._samples.append((time.perf_counter(), values))
 
 
 def versions() -> dict[str, str]:
-    """Of the software that the figures depend on."""
+    """Return the versions of the software that the results depend on."""
     import soundfile
     import torch
 

@@ -1,4 +1,4 @@
-"""A corpus of true stereo FLAC at music's bit rates, for `gpu.py`; lengths mixed, many links."""
+"""Writes a corpus for `gpu.py`: true stereo FLAC at the bit rates of music, in mixed lengths."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ import soundfile
 RATE = 44100
 SYNTHESISED = "synthesised"
 SUFFIXES = (".flac", ".ogg", ".wav")
-# White noise of this level (dBFS) at 16 bits costs about what real recordings do.
+# With white noise of this level (dBFS), 16-bit FLAC has about the bit rate of real recordings.
 NOISE_DBFS = -64.0
-LAP = 20.0  # seconds of noise, before it repeats against the music at another place
+LAP = 20.0  # seconds of noise before it repeats, at a different position of the music
 PEAK = 0.4
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What the files hold.
+    """Description of the files.
 
     Attributes:
-        audio: Where the sound comes from.
-        files: Names in the folder; many are hard links to the distinct files.
-        seconds: Audio of all names.
-        distinct_files: Files with contents of their own.
-        distinct_seconds: Audio of those.
-        distinct_bytes: Their size.
-        kbit_per_second: Their bit rate; real music in 16-bit stereo FLAC has 600 to 900.
-        side_over_mid: RMS of L - R over that of L + R; 0 would be mono.
+        audio: Source of the audio.
+        files: Number of file names; many are hard links to the distinct files.
+        seconds: Length of the audio of all file names.
+        distinct_files: Number of distinct files.
+        distinct_seconds: Length of the audio of the distinct files.
+        distinct_bytes: Size of the distinct files.
+        kbit_per_second: Bit rate of the distinct files; real music in 16-bit stereo FLAC has 600
+            to 900.
+        side_over_mid: RMS of L - R divided by RMS of L + R; 0 for mono.
         lengths_seconds: Shortest, median and longest file.
     """
 
@@ -48,7 +49,7 @@ class Corpus:
     lengths_seconds: tuple[float, float, float]
 
     def document(self) -> dict[str, Any]:
-        """For the result."""
+        """Return the fields for the JSON result."""
         return asdict(self)
 
 
@@ -62,16 +63,16 @@ def write_corpus(
     hours: float,
     threads: int,
 ) -> Corpus:
-    """Write FLAC files into `folder`; their lengths are spread evenly over a logarithmic scale.
+    """Write FLAC files into a new `folder`, with lengths evenly spaced on a logarithmic scale.
 
     Args:
-        folder: Where to; it is made.
-        source: Folder of recordings; None: synthesised music.
-        distinct: Files with contents of their own.
-        shortest: Their shortest length in seconds.
-        longest: Their longest.
-        hours: Audio of all names together.
-        threads: How many files are encoded at once.
+        folder: The folder to create.
+        source: Folder of recordings; None for synthesised music.
+        distinct: Number of distinct files.
+        shortest: Length of the shortest file in seconds.
+        longest: Length of the longest file in seconds.
+        hours: Total length of all file names.
+        threads: Number of files encoded in parallel.
     """
     folder.mkdir(parents=True)
     music = synthesised() if source is None else recordings(source)
@@ -88,12 +89,14 @@ def write_corpus(
                 file.write(block)
                 wanted, start = wanted - len(block), (start + len(block)) % music.shape[0]
 
-    with ThreadPoolExecutor(threads) as pool:  # the encoder lets go of the GIL
+    with ThreadPoolExecutor(threads) as pool:  # the encoder releases the GIL
         list(pool.map(write, reversed(range(distinct))))
     size = sum(path.stat().st_size for path in paths)
     seconds = float(lengths.sum())
     rounds = max(1, round(hours * 3600 / seconds))
-    for turn in range(1, rounds):  # names begin with random digits, so lengths are mixed in order
+    for turn in range(
+        1, rounds
+    ):  # names start with random digits, so that sorting mixes the lengths
         for path in paths:
             (folder / f"{order.getrandbits(32):08x}-{turn:04d}.flac").hardlink_to(path)
     mid, side = music.sum(axis=1), music[:, 0] - music[:, 1]
@@ -113,8 +116,8 @@ def write_corpus(
 def synthesised() -> np.ndarray:
     """The demo's songs with reverberation-like noise that differs between the channels, `[T, 2]`.
 
-    Notes alone cost 200 kbit/s, since nothing in them is unpredictable; recordings have breath,
-    rooms and cymbals.
+    Without noise they would need only 200 kbit/s; real recordings contain breath, room sound and
+    cymbals.
     """
     from latentmill.demo.corpus import SONGS
     from latentmill.demo.synth import stems
@@ -122,9 +125,11 @@ def synthesised() -> np.ndarray:
     songs = [np.sum(list(stems(song.score, RATE, 2).values()), axis=0) for song in SONGS]
     music = np.concatenate(songs, axis=1).T  # [T, 2]
     noise = np.random.default_rng(0).standard_normal((round(LAP * RATE), 3)).astype(np.float32)
-    noise = (noise[:, :2] + noise[:, 2:]) / np.float32(2**0.5)  # half of it is common to both
+    noise = (noise[:, :2] + noise[:, 2:]) / np.float32(
+        2**0.5
+    )  # half of the noise is common to both channels
     noise = np.resize(noise, music.shape)
-    # Loud passages are noisier, as the air of an instrument is.
+    # Louder passages have more noise, like the breath noise of instruments.
     step = RATE // 50
     level = np.abs(music).max(axis=1)
     level = np.repeat(level[: len(level) // step * step].reshape(-1, step).max(axis=1), step)
@@ -134,10 +139,10 @@ def synthesised() -> np.ndarray:
 
 
 def recordings(folder: Path) -> np.ndarray:
-    """All recordings of a folder, one after another, as true stereo `[T, 2]`.
+    """Load all recordings of a folder, concatenated, as true stereo `[T, 2]`.
 
-    The channels are two takes of the whole, begun at different places, each panned to its side:
-    mono files among them would else make long passages with equal channels.
+    The two channels are the whole material with different offsets, panned left and right. Otherwise
+    mono files would make long passages with equal channels.
     """
     import soxr
 

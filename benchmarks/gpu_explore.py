@@ -1,8 +1,8 @@
-"""What could make an encoder faster on a GPU, for `gpu.py --explore`: variants and a profile.
+"""Variants and a profile of encoders on a GPU, for `gpu.py --explore`: what would be faster.
 
-Each variant encodes full batches of music that lie on the GPU. `x_real_time` counts what is new in
-a chunk, so that variants with longer chunks, which share less, compare. None of these changes what
-the library does; they show what a change would gain, and what it would cost in accuracy.
+Each variant encodes full batches of music that are in GPU memory. `x_real_time` counts only the new
+audio of a chunk, so that variants with longer chunks, which overlap less, are comparable. The
+library is not changed; the figures show what a change would gain in speed and cost in accuracy.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from gpu_model import (
 )
 from latentmill.models.inference.precision import numeric_mode
 
-VARIANT_SECONDS = 0.6  # of measuring each
+VARIANT_SECONDS = 0.6  # measuring time of each variant
 BATCH_SECONDS = {"cuda": (20, 40, 80, 160, 320), "cpu": (0.5,)}
-LONG_BATCH_SECONDS = {"cuda": (80, 160, 320), "cpu": (0.5,)}  # with chunks of twice the frames
+LONG_BATCH_SECONDS = {"cuda": (80, 160, 320), "cpu": (0.5,)}  # for chunks of twice the frames
 TOP = 15
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
 def explore(subject: Subject, emit: Emit, *, seconds: float, modes: list[str]) -> None:
-    """Variants from cheap to dear, so that the time limit loses what takes longest to compile."""
-    del seconds  # it is the limit of the process
+    """Run the variants, the slowest to compile last because the time limit may cut them off."""
+    del seconds  # the process is limited instead
     bench = _Bench(subject, emit)
     kind = "cuda" if subject.on_gpu else "cpu"
     frames = subject.handle.spec.frames(subject.chunking.model_samples(subject.handle.spec))
@@ -81,7 +81,7 @@ def explore(subject: Subject, emit: Emit, *, seconds: float, modes: list[str]) -
 
 
 def in_bf16(subject: Subject) -> Encode:
-    """The encoder with weights and activations of bf16; front ends stay float32."""
+    """Return the encoder with bf16 weights and activations; front ends stay float32."""
     model = subject.model
     if subject.name == "lin-cae":
         encoder = copy.deepcopy(model._generator.encoder).bfloat16()
@@ -93,7 +93,7 @@ def in_bf16(subject: Subject) -> Encode:
         return encode
     network = subject.handle.load(subject.device)._network._model.bfloat16()
     for module in network.modules():
-        if hasattr(module, "inv_freq"):  # positions count beyond what bf16 can
+        if hasattr(module, "inv_freq"):  # bf16 cannot represent the positions exactly
             module.float()
 
     def encode_same(audio: torch.Tensor) -> torch.Tensor:
@@ -103,7 +103,7 @@ def in_bf16(subject: Subject) -> Encode:
 
 
 class _Bench:
-    """Measures variants on batches of music; what fails is a figure, too."""
+    """Measures variants on batches of music; a failure is recorded as a result."""
 
     def __init__(self, subject: Subject, emit: Emit) -> None:
         self._subject = subject
@@ -124,7 +124,7 @@ class _Bench:
         frames: int | None = None,
         batch_seconds: float | None = None,
     ) -> None:
-        """Time one way of encoding."""
+        """Time one variant of encoding."""
         subject, spec = self._subject, self._subject.handle.spec
         encode = encode or subject.model.encode
         samples = spec.samples(frames) if frames else self._samples
@@ -144,7 +144,7 @@ class _Bench:
         clean(None)
 
     def graph(self, name: str, mode: str, encode: Encode) -> None:
-        """Time the same kernels as one CUDA graph: what launching them costs."""
+        """Time the same kernels as one CUDA graph, which shows the cost of launching them."""
         subject = self._subject
         with reported(lambda _, value: self._emit(name, {"error": value})):
             audio = self._audio(self._size, self._samples)
@@ -164,7 +164,7 @@ class _Bench:
         clean(None)
 
     def compiled(self, name: str, mode: str, encode: Encode) -> None:
-        """Time what torch.compile makes of it; compiling is timed by itself."""
+        """Time the encoder under torch.compile; the compile time is reported separately."""
         import time
 
         began = time.perf_counter()
@@ -184,7 +184,7 @@ class _Bench:
         clean(None)
 
     def library_compiled(self, name: str, mode: str) -> None:
-        """Time the library's own way of compiling."""
+        """Time the encoder as the library compiles it."""
         from latentmill.models.inference.compiled import Compiled
 
         subject, spec = self._subject, self._subject.handle.spec
@@ -195,7 +195,7 @@ class _Bench:
         torch.compiler.reset()
 
     def profile(self, mode: str) -> dict[str, Any]:
-        """The kernels that take longest, of one full batch."""
+        """Profile one full batch; returns the kernels that take longest."""
         subject = self._subject
         activities = [torch.profiler.ProfilerActivity.CPU]
         key = "self_cpu_time_total"
@@ -226,7 +226,7 @@ class _Bench:
         return {"total_ms": round(total / 1000, 3), "kernels": kernels}
 
     def _audio(self, size: int, samples: int) -> torch.Tensor:
-        """A batch of music on the device; passages repeat in larger batches than the default."""
+        """Return a batch of music on the device; batches above the default size repeat passages."""
         flat = self._long[:, :, :samples]
         repeats = -(-size // len(flat))
         return flat.repeat(repeats, 1, 1)[:size].contiguous().to(self._subject.device)

@@ -1,6 +1,7 @@
-"""One model's process of `gpu.py`: random weights, then the parts that it is asked for.
+"""The process of one model in `gpu.py`: makes random weights, then runs the requested parts.
 
-A part sends each figure as soon as it has it, so that a crash or a time limit loses only the rest.
+A part sends each figure as soon as it is measured, so that a crash or a time limit loses only the
+remaining figures.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from common import ROOT
 
 MODELS = ("lin-cae", "same-s", "same-l", "mimi", "oobleck")
 SAME_SIZES = {
-    "same-s": {},  # the class's defaults
+    "same-s": {},  # the defaults of the class
     "same-l": {"encoder_channels": 256, "encoder_transformer_depths": [12]},
 }
 DEVIATION_CHUNKS = 4
@@ -36,7 +37,7 @@ Emit = Callable[[str, Any], None]
 
 
 def main() -> None:
-    """Prepare, say so, then serve parts from standard input until it ends."""
+    """Prepare and report it, then run the parts requested on standard input until it ends."""
     settings = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # the packages may print
     sys.stdout = sys.stderr
@@ -61,7 +62,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def reported(emit: Emit) -> Iterator[None]:
-    """Whatever goes wrong in a part is a figure of it; the next part begins all the same."""
+    """Record an exception of a part as one of its figures, so that the next part can run."""
     try:
         yield
     except Exception as error:  # noqa: BLE001
@@ -70,7 +71,7 @@ def reported(emit: Emit) -> Iterator[None]:
 
 
 def clean(subject: Subject | None) -> Subject | None:
-    """Give back what a part left on the GPU; other models' processes hold theirs, too."""
+    """Free the GPU memory of a part, because other models' processes need it."""
     import gc
 
     import torch
@@ -83,14 +84,14 @@ def clean(subject: Subject | None) -> Subject | None:
 
 @dataclass
 class Subject:
-    """A model in memory, and what it is measured with.
+    """A loaded model and the settings to measure it with.
 
     Attributes:
         name: One of `MODELS`.
-        handle: With its files.
-        model: On the device.
-        size: Chunks in a full batch; 0 until it is found.
-        settings: Those of the run.
+        handle: The model's handle, with its files.
+        model: The model on the device.
+        size: Chunks in a full batch; 0 until determined.
+        settings: Settings of the run.
     """
 
     name: str
@@ -101,14 +102,14 @@ class Subject:
 
     @classmethod
     def make(cls, settings: dict[str, Any]) -> Subject:
-        """Write random weights and load them as the library does."""
+        """Write random weights and load them with the library."""
         import torch
 
         from latentmill.models import registry
 
         name, device = settings["model"], settings["device"]
         if device == "cpu":
-            torch.set_num_threads(1)  # for trying the script out, maybe on a busy machine
+            torch.set_num_threads(1)  # for trying out the script, possibly on a busy machine
         root = Path(settings["folder"]) / name
         model, options = write_weights(name, settings["size"], root, device)
         handle = registry.resolve(model, options)
@@ -116,23 +117,23 @@ class Subject:
 
     @property
     def device(self) -> str:
-        """Of the model, as torch names it."""
+        """The model's device in torch's notation."""
         return str(self.settings["device"])
 
     @property
     def on_gpu(self) -> bool:
-        """Whether that is a GPU."""
+        """Whether the device is a GPU."""
         return self.device.startswith("cuda")
 
     @property
     def chunking(self) -> Any:
-        """The default one, or what --chunk-seconds asks for."""
+        """The default chunking, or that of --chunk-seconds."""
         from latentmill.encoding.chunks import Chunking
 
         return Chunking.for_model(self.handle.spec, seconds=self.settings["chunk_seconds"])
 
     def description(self) -> dict[str, Any]:
-        """What is fixed about it."""
+        """Return the fixed properties of the model for the result."""
         spec, chunking = self.handle.spec, self.chunking
         return {
             "sample_rate": spec.sample_rate,
@@ -144,7 +145,7 @@ class Subject:
         }
 
     def batch_size(self, mode: str) -> int:
-        """Chunks in a full batch, found as a worker finds it, once."""
+        """Return the number of chunks in a full batch; determined once, as in a worker."""
         from latentmill.models.inference.batch import find_batch_size
 
         if not self.size:
@@ -156,7 +157,7 @@ class Subject:
         return self.size
 
     def audio(self, size: int, samples: int) -> Any:
-        """Chunks `[size, C, samples]` of music; beyond `DISTINCT_CHUNKS` they repeat, turned."""
+        """Return chunks `[size, C, samples]` of music; beyond `DISTINCT_CHUNKS`, rotated copies."""
         import numpy as np
 
         from latentmill.audio import open_audio, open_media, prepare
@@ -184,7 +185,7 @@ class Subject:
         return np.ascontiguousarray(np.concatenate(turned)[:size], np.float32)
 
     def wait(self) -> None:
-        """Until the device is done."""
+        """Wait until the device is done."""
         import torch
 
         if self.on_gpu:
@@ -194,7 +195,7 @@ class Subject:
 def write_weights(
     name: str, size: str, root: Path, device: str
 ) -> tuple[str, dict[str, str | int | float | bool | None]]:
-    """Random weights of the real class; gives the library's name of the model, and its options."""
+    """Write random weights of the real class; returns the library's model name and options."""
     sys.path.insert(0, str(ROOT / "tests"))
     import torch
 
@@ -222,17 +223,19 @@ def write_weights(
         with torch.device(device):
             model = AutoencoderSAME(**SAME_SIZES[name])
         for parameter in model.parameters():
-            if parameter.ndim == 2 and not parameter.any():  # nothing behind it would count
+            if (
+                parameter.ndim == 2 and not parameter.any()
+            ):  # otherwise later layers would have no effect
                 parameter.data.normal_(std=parameter.shape[1] ** -0.5)
         model.to("cpu").save_pretrained(root)
     return f"{family}:{root}", {}
 
 
 def alone(subject: Subject, emit: Emit, *, seconds: float, modes: list[str]) -> None:
-    """Full batches of music from memory, in each numeric mode.
+    """Encode full batches of music from memory in each numeric mode.
 
-    `on_the_gpu`: audio and latents stay there. `through_feed`: from arrays to arrays, as a worker
-    feeds the model. Both count audio once, without what neighbouring chunks share.
+    `on_the_gpu`: audio and latents stay on the GPU. `through_feed`: from arrays to arrays, through
+    the device pipeline of a worker. Both count the overlap of neighbouring chunks once.
     """
     import torch
 
@@ -288,7 +291,7 @@ def alone(subject: Subject, emit: Emit, *, seconds: float, modes: list[str]) -> 
 
 
 def encoded(subject: Subject, audio: Any, mode: str) -> Any:
-    """Latents in a numeric mode, on the CPU."""
+    """Encode in a numeric mode; returns the latents on the CPU."""
     import torch
 
     from latentmill.models.inference.precision import numeric_mode
@@ -303,7 +306,7 @@ def relative(latents: Any, exact: Any) -> float:
 
 
 def timed(subject: Subject, call: Callable[[], Any], seconds: float) -> list[float]:
-    """Times of a call that is repeated for so long, after two warm-up calls; at least two."""
+    """Repeat a call for some seconds after two warm-up calls; returns at least two times."""
     for _ in range(2):
         call()
     subject.wait()
@@ -317,7 +320,7 @@ def timed(subject: Subject, call: Callable[[], Any], seconds: float) -> list[flo
 
 
 def reset_peak(subject: Subject) -> None:
-    """Forget the most memory so far."""
+    """Reset the peak of GPU memory."""
     import torch
 
     if subject.on_gpu:
@@ -326,7 +329,7 @@ def reset_peak(subject: Subject) -> None:
 
 
 def peak_gib(subject: Subject) -> float | None:
-    """The most GPU memory that tensors took since then."""
+    """Return the peak of GPU memory used by tensors since the reset."""
     import torch
 
     if not subject.on_gpu:
@@ -335,7 +338,7 @@ def peak_gib(subject: Subject) -> float | None:
 
 
 def synchronising(subject: Subject, host: Any) -> dict[str, int]:
-    """Calls in the feed that wait for the GPU, by line of code; each keeps it idle for a while."""
+    """Count calls of the device pipeline that wait for the GPU, by line of code."""
     import torch
 
     from latentmill.models.inference.device_pipeline import DevicePipeline
@@ -359,7 +362,7 @@ def synchronising(subject: Subject, host: Any) -> dict[str, int]:
 
 
 def loading(subject: Subject, emit: Emit, *, seconds: float, threads: int) -> None:
-    """What the cores load with no model: FLAC decoded, mixed down and resampled, then dropped."""
+    """Load audio without a model: read FLAC, downmix and resample, then discard it."""
     from latentmill.audio import open_audio, open_media, prepare
 
     spec = subject.handle.spec
@@ -389,13 +392,13 @@ def loading(subject: Subject, emit: Emit, *, seconds: float, threads: int) -> No
 
 @dataclass(frozen=True)
 class Loaded:
-    """A handle whose model is in memory already, for a worker in this process."""
+    """A handle whose model is already loaded, for a worker in this process."""
 
     spec: Any
     model: Any
 
     def load(self, device: str) -> Any:
-        """The model."""
+        """Return the loaded model."""
         del device
         return self.model
 
@@ -403,10 +406,10 @@ class Loaded:
 def end_to_end(
     subject: Subject, emit: Emit, *, seconds: float, mode: str, threads: int, cold_bytes: int = 0
 ) -> None:
-    """A worker without Ray: FLAC files to committed shards, two units at a time, for so long.
+    """Run a worker without Ray: FLAC files to committed shards, two units at a time.
 
-    The plan and the batch size are made before the clock starts, as for every worker but the
-    first. What counts is the audio that the model has encoded when the clock stops.
+    The plan and the batch size are determined before timing starts, as for every worker but the
+    first. The result counts the audio that the model has encoded when timing stops.
     """
     source = Path(subject.settings["corpus"])
     out = Path(subject.settings["folder"]) / f"store-{subject.name}"
@@ -511,7 +514,7 @@ def encode(
 
 
 def bytes_read() -> int:
-    """Bytes that this process made the system fetch from its disks."""
+    """Return the bytes that the system has read from disk for this process."""
     path = Path("/proc/self/io")
     try:
         lines = dict(line.split(": ") for line in path.read_text().splitlines())
@@ -521,7 +524,7 @@ def bytes_read() -> int:
 
 
 def copy_cold(source: Path, target: Path, most: int) -> Path:
-    """Copies of distinct files, each with blocks of its own, dropped from the page cache."""
+    """Copy distinct files, each with its own blocks, and drop them from the page cache."""
     target.mkdir()
     distinct = [path for path in sorted(source.iterdir()) if path.name.endswith("-0000.flac")]
     copies = ((path, turn) for turn in itertools.count() for path in distinct)

@@ -1,10 +1,10 @@
-"""What it costs to find out that samples are 16-bit, against what float32 costs to copy.
+"""Compares the cost of detecting 16-bit samples with the cost of copying float32.
 
     python benchmarks/int16.py [--seconds 60] [--rounds 9]
 
-Samples could go to a GPU as 16 bits where that loses nothing: `check_and_convert` converts a batch
-of whole multiples of 1/32768 and looks whether all of them are; `copy` copies it into memory that
-is there, as into page-locked memory. One thread, CPU microseconds per second of 44.1 kHz mono.
+Samples could be sent to a GPU as 16 bits if that loses nothing. `check_and_convert` converts a
+batch of multiples of 1/32768 and checks that all of them are; `copy` copies it into existing
+memory, as into page-locked memory. One thread, CPU microseconds per second of 44.1 kHz mono.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RATE = 44100
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=int, default=60, help="of audio in the batch")
+    parser.add_argument("--seconds", type=int, default=60, help="length of the batch in seconds")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()

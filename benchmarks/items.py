@@ -1,10 +1,10 @@
-"""What an item and a unit cost beside their latents: bytes in the store, memory of the driver.
+"""Measures what an item and a unit cost besides their latents: store bytes and driver memory.
 
     python benchmarks/items.py [--items 100 500] [--results FOLDER]
 
-Encodes two corpora of tiny files with names as long as music's, and takes the difference: what each
-further item, and each further unit, adds to the store's files. The driver's memory is what its own
-objects take for a unit: the plan's unit, its place in the dispatch, and its tally when it is done.
+Encodes two corpora of tiny files with names of realistic length. The difference between the two is
+what each additional item and unit adds to the store's files. The driver's memory is that of its
+objects for one unit: the plan's unit, its state in the dispatcher, and its tally when it is done.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ UNIT_SECONDS = 6.0  # about 50 items
 
 
 def write_corpus(folder: Path, items: int) -> None:
-    """Files of different lengths, with names of random letters: real ones compress no better."""
+    """Write files of different lengths, with random names because they compress like real ones."""
     chance = random.Random(0)
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, 8000)
 
@@ -61,14 +61,14 @@ def measure(items: int, folder: Path) -> dict[str, int]:
 
 
 def statistics_bytes(store: Path) -> int:
-    """What a commit of the store has beside its items, mostly statistics of every channel."""
+    """Return the size of a commit without its items, mostly statistics of every channel."""
     document = json.loads((store / "commits" / "000000.json").read_text())
     whole = len(json.dumps(document, separators=(",", ":")))
     return whole - len(json.dumps(document["items"], separators=(",", ":")))
 
 
 def driver_bytes_per_unit(units: int = 50_000) -> float:
-    """What the driver holds for a unit, by tracemalloc."""
+    """Measure the driver's memory for one unit with tracemalloc."""
     from latentmill.engine.dispatch import Dispatch
     from latentmill.plan import Unit
     from latentmill.store.commit import Tally

@@ -1,13 +1,13 @@
-"""Decoding in Ray tasks against decoding in the worker's own threads: what it costs and frees.
+"""Compares loading audio in Ray tasks with loading it in the worker's own threads.
 
     python benchmarks/load_tasks.py [--source FOLDER] [--files 16] [--rounds 3]
 
-The same minutes of real recordings as FLAC, MP3 and WAV are decoded to the rate and channels of
-lin-cae's input (44.1 kHz mono) and cut into chunks, by as many threads and by as many tasks as
-this machine has cores, in turns, and thrown away. `tasks_over_threads` compares the throughput on
-the same cores: what the way through the object store costs. `x_real_time_per_worker_core` is the
-audio that a core of the worker's own node can take in: from tasks it only receives, so that is
-what decoding on other nodes frees. Medians of the rounds.
+The same minutes of real recordings, as FLAC, MP3 and WAV, are loaded at the rate and channels of
+lin-cae's input (44.1 kHz mono), split into chunks and discarded: alternately by as many threads and
+by as many tasks as this machine has cores. `tasks_over_threads` compares the throughput on the same
+cores, which shows the cost of the object store. `x_real_time_per_worker_core` is the audio that a
+core of the worker's node can process: with tasks, it only receives the chunks, so this shows how
+much loading on other nodes saves. Results are medians of the rounds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CHUNKING = Chunking.for_model(SPEC, seconds=10.0)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--source", type=Path, default=SHARED_AUDIO / "flac")
-    parser.add_argument("--files", type=int, default=16, help="of a minute each, per format")
+    parser.add_argument("--files", type=int, default=16, help="one-minute files per format")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--results", type=Path, default=None)
     arguments = parser.parse_args()
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def compared(corpus: Path, cores: int, rounds: int) -> dict[str, Any]:
-    """Both ways in turns, once more than counted so that the tasks' processes are there."""
+    """Alternate both ways; an extra uncounted round starts the tasks' processes."""
     found = FolderSource(str(corpus), (corpus.name,)).items()
     items = sorted(found, key=lambda item: item.key)
     decoding = Loading(SPEC, CHUNKING, EncodeSettings(load_threads=cores))
@@ -83,7 +83,7 @@ def compared(corpus: Path, cores: int, rounds: int) -> dict[str, Any]:
             if number:
                 walls[way].append(time.perf_counter() - began)
                 own[way].append(time.process_time() - cpu_began)
-        (total,) = seconds  # both gave the same
+        (total,) = seconds  # both loaded the same audio
     return {
         "x_real_time": {way: round(total / median(some)) for way, some in walls.items()},
         "x_real_time_per_worker_core": {

@@ -1,10 +1,10 @@
-"""Peak memory of a run on a two-hour file, above that of a run on a two-minute file.
+"""Measures how much more memory a run on a two-hour file needs than one on a two-minute file.
 
     python benchmarks/memory.py [--hours 2]
 
-Both runs are the real command in a process of its own; the memory of its whole process tree (the
-driver, Ray and the workers) is sampled as proportional set size, so that shared pages count once.
-The two-minute run fills the batches: it is what the model and Ray need by themselves.
+Both runs are the real command in its own process. The memory of the whole process tree (driver, Ray
+and workers) is sampled as proportional set size, so that shared pages count once. The two-minute
+run fills the batches, so it shows what the model and Ray need by themselves.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def write_noise(path: Path, seconds: float) -> None:
-    """A stereo 16-bit WAV of noise, written minute by minute."""
+    """Write a stereo 16-bit WAV of noise, minute by minute."""
     import numpy as np
     import soundfile
 
@@ -66,7 +66,7 @@ def write_noise(path: Path, seconds: float) -> None:
 
 
 def peak_memory(source: Path, out: Path, model: str, store: str) -> int:
-    """Run `latentmill encode` and give the peak of its process tree, bytes."""
+    """Run `latentmill encode`; returns the peak memory of its process tree in bytes."""
     command = [Path(sys.executable).with_name("latentmill"), "encode", source, out]
     process = subprocess.Popen(
         [*command, "--model", model, "--format", store],
@@ -84,7 +84,7 @@ def peak_memory(source: Path, out: Path, model: str, store: str) -> int:
 
 
 def tree(root: int) -> list[int]:
-    """A process and all that descend from it."""
+    """Return a process and all of its descendants."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -101,7 +101,7 @@ def tree(root: int) -> list[int]:
 
 
 def pss(pid: int) -> int:
-    """Proportional set size of a process in bytes; 0 if it is gone."""
+    """Return the proportional set size of a process in bytes; 0 if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:

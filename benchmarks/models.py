@@ -1,14 +1,14 @@
-"""Each model and numeric mode against the package's own call, in one run.
+"""Compares each model and numeric mode with a direct call of the model's package.
 
     python benchmarks/models.py [--size full] [--models lin-cae mimi] [--seconds 20] [--rounds 3]
 
-`ours` cuts a recording into the model's default chunks and feeds them in the default batches, as a
-worker does, in a process with a worker's memory settings; `package` encodes the same recording as
-the package's README shows it (no inference mode), in a process of its own without them. They take
-turns; times are medians. All weights are random ones of the real classes. The work is counted by
-torch, attention included; the peak is that of a large matrix product of the same numeric mode,
-taken in the same round. The deviation of a mode is that of the latents from those in float32, on
-real recordings. A run for some models leaves the results of the others as they are.
+`ours` encodes a recording in the model's default chunks and batches, as a worker does, in a process
+with a worker's memory settings. `package` encodes the same recording as in the package's README (no
+inference mode), in its own process without these settings. They alternate; times are medians. All
+models are the real classes with random weights. torch counts the operations, including attention;
+the peak is that of a large matrix product in the same numeric mode and round. The deviation of a
+mode compares its latents with those in float32, on real recordings. Results of models that are not
+measured in this run are kept.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from common import RESULTS, ROOT, SHARED_AUDIO, machine, median, random_linear_cae, write_result
 
-# Without instructions for bf16 a CPU takes minutes for what float32 does in seconds.
+# Without bf16 instructions, a CPU takes minutes for what takes seconds in float32.
 MODES = {"cpu": ("float32",), "cuda": ("float32", "tf32", "bf16", "fp16")}
 NAMES = ("mdct", "lin-cae", "oobleck", "dac", "encodec", "mimi")
 PACKAGE = "--package-process"
@@ -39,16 +39,16 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--modes", nargs="+", help="default: all of the device")
+    parser.add_argument("--modes", nargs="+", help="default: all modes of the device")
     parser.add_argument("--audio", type=Path, default=SHARED_AUDIO / "ogg")
     parser.add_argument("--seconds", type=float, default=20, help="length of the recording")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2, help="on a CPU")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of models.json")
     arguments = parser.parse_args()
     settle_memory(arguments.device)
     if not arguments.audio.is_dir():
-        parser.error(f"{arguments.audio} is missing: name a folder of audio with --audio")
+        parser.error(f"{arguments.audio} is missing: set --audio to a folder of audio")
     with random_linear_cae(arguments.size), tempfile.TemporaryDirectory() as folder:
         import torch
 
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def others(path: Path, setting: dict[str, str]) -> dict[str, Any]:
-    """What was measured before of other models, on this machine in this setting."""
+    """Read earlier results of other models, on this machine with the same settings."""
     before = json.loads(path.read_text()) if path.exists() else {}
     if not {"machine": machine(), **setting}.items() <= before.items():
         return {}
@@ -75,7 +75,7 @@ def others(path: Path, setting: dict[str, str]) -> dict[str, Any]:
 
 
 def write_weights(name: str, size: str, root: Path) -> None:
-    """Random weights of the real class: its published configuration, or a tiny one."""
+    """Write random weights of the real class in its published configuration or a tiny one."""
     sys.path.insert(0, str(ROOT / "tests"))
     from support import tiny_models
 
@@ -93,14 +93,14 @@ def write_weights(name: str, size: str, root: Path) -> None:
 
         prefix = name.capitalize()
         options = {}
-        if name == "dac":  # the configuration's defaults are those of 16 kHz
+        if name == "dac":  # the defaults are for 16 kHz
             options = {"downsampling_ratios": [2, 4, 8, 8], "sampling_rate": 44100}
         config = getattr(transformers, f"{prefix}Config")(**options)
         tiny_models._save(getattr(transformers, f"{prefix}Model")(config), folder)
 
 
 def measure(name: str, root: Path, device: str, arguments: Any) -> dict[str, Any]:
-    """Rounds of every mode, its matrix peak, and the package's call, in turn."""
+    """Run rounds of every mode, its matrix peak, and the package's call, alternating."""
     from latentmill.models import registry
 
     handle = registry.resolve(name if name in ("mdct", "lin-cae") else f"{name}:{root / name}")
@@ -117,9 +117,9 @@ def measure(name: str, root: Path, device: str, arguments: Any) -> dict[str, Any
     if package:
         calls["package"] = package.call
     times: dict[str, list[float]] = {key: [] for key in calls}
-    cpu: dict[str, list[float]] = {key: [] for key in calls}  # less moved by a shared machine
+    cpu: dict[str, list[float]] = {key: [] for key in calls}  # varies less on a shared machine
     peaks: dict[str, list[float]] = {mode: [] for mode in modes}
-    for call in calls.values():  # kernels are chosen and memory is taken on the first call
+    for call in calls.values():  # the first call chooses kernels and allocates memory
         call()
     for _ in range(arguments.rounds):
         for key, call in calls.items():
@@ -165,7 +165,7 @@ def measure(name: str, root: Path, device: str, arguments: Any) -> dict[str, Any
 
 
 def recording(folder: Path, rate: int, channels: int, seconds: float) -> Any:
-    """Real recordings one after another, `[C, T]`, at a model's rate."""
+    """Load real recordings, concatenated to `[C, T]`, at a model's rate."""
     import numpy as np
     import soundfile
     import soxr
@@ -185,7 +185,7 @@ def recording(folder: Path, rate: int, channels: int, seconds: float) -> Any:
 
 
 def pack(spec: Any, audio: Any, device: str) -> list[Any]:
-    """The batches `[B, C, T]` that a worker makes of a recording."""
+    """Split a recording into batches `[B, C, T]` as a worker does."""
     from latentmill.encoding.chunks import Chunker, Chunking, Packer
 
     chunking = Chunking.for_model(spec)
@@ -198,7 +198,7 @@ def pack(spec: Any, audio: Any, device: str) -> list[Any]:
 
 
 def feed(model: Any, batches: list[Any], device: str, mode: str) -> list[Any]:
-    """Latents of the batches, through the worker's own feed."""
+    """Encode the batches through the worker's device pipeline."""
     from latentmill.models.inference.device_pipeline import DevicePipeline
 
     feeder = DevicePipeline(model, device, mode)  # type: ignore[arg-type]
@@ -209,7 +209,7 @@ def feed(model: Any, batches: list[Any], device: str, mode: str) -> list[Any]:
 
 
 class Timing(NamedTuple):
-    """Time on the clock, and of all of the process's threads."""
+    """Wall time, and CPU time of all threads of the process."""
 
     seconds: float
     cpu_seconds: float
@@ -222,7 +222,7 @@ def timed(call: Callable[[], Any], device: str) -> Timing:
 
 
 def settle_memory(device: str) -> None:
-    """Begin anew with the memory settings of a worker on a CPU: they are read at the start."""
+    """Restart this process with the memory settings of a CPU worker, which are read at startup."""
     from latentmill.models.inference.device import KEEP_FREED_MEMORY
 
     there = KEEP_FREED_MEMORY.items() <= os.environ.items()
@@ -231,7 +231,7 @@ def settle_memory(device: str) -> None:
 
 
 class Package:
-    """The package's own call, in a process with the memory settings that every process has."""
+    """The package's own call, in a process with default memory settings."""
 
     def __init__(self, name: str, root: Path, audio: Any, device: str, threads: int) -> None:
         env = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
@@ -254,12 +254,12 @@ class Package:
         return Timing(float(seconds), float(cpu_seconds))
 
     def close(self) -> None:
-        """End the process."""
+        """Stop the process."""
         self._process.communicate()
 
 
 def serve_package() -> None:
-    """What that process does: a call and a line for each line."""
+    """Main loop of that process: one call and one output line for each input line."""
     import torch
 
     name, root, audio, device, threads = pickle.load(sys.stdin.buffer)
@@ -273,7 +273,7 @@ def serve_package() -> None:
 
 
 def package_call(name: str, root: Path, audio: Any, device: str) -> Callable[[], Any]:
-    """What the package's README or model card does with a recording."""
+    """Return a function that encodes a recording as in the package's README or model card."""
     import torch
 
     wave = torch.from_numpy(audio).to(device)
@@ -311,7 +311,7 @@ def seconds_of(call: Callable[[], Any], device: str) -> float:
 
 
 def matrix_peak(mode: str, device: str) -> float:
-    """FLOP per second of a large matrix product in a numeric mode; best of three."""
+    """Measure FLOP per second of a large matrix product in a numeric mode; best of three."""
     import torch
 
     from latentmill.models.inference.precision import numeric_mode
@@ -324,7 +324,7 @@ def matrix_peak(mode: str, device: str) -> float:
 
 
 def count_work(model: Any, chunk: Any, rate: int) -> float:
-    """Floating-point operations per second of audio, as torch counts them."""
+    """Return the floating-point operations per second of audio, counted by torch."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -342,7 +342,7 @@ def deviation(latents: list[Any], exact: list[Any]) -> float:
 
 
 def difference(model: Any, audio: Any, device: str) -> float:
-    """Our latents against the package's, on the package's first chunk."""
+    """Compare our latents with the package's on the package's first chunk."""
     import torch
     from linear_cae import Autoencoder
 

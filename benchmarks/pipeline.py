@@ -1,12 +1,12 @@
-"""The pipeline's throughput over the model's own, and over the loop of the linear-cae README.
+"""Compares the pipeline's throughput with the model's and with the linear-cae README's loop.
 
     python benchmarks/pipeline.py [--seconds 60] [--rounds 3] [--source FOLDER]
 
-In one process tree, in turns: `pipeline` encodes a folder through Ray, decoding, stitching and
-committed shards; `model` runs the same batches with the audio already in memory, in an actor with
-threads and memory like the pipeline's; `loop` does what the README of linear-cae shows, file by
-file. Starting Ray and loading the model are not counted for any of them. `model_busy_share` is
-measured inside the pipeline's run: the part of the time in which its model was working.
+Three measurements alternate in one process tree. `pipeline` encodes a folder through Ray, including
+loading, stitching and committing shards. `model` runs the same batches with the audio already in
+memory, in an actor with the pipeline's threads and memory. `loop` follows the README of linear-cae,
+file by file. Starting Ray and loading the model are not counted. `model_busy_share` is measured in
+the pipeline's run: the share of the time in which its model was working.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ README_BATCH = 8
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--source", type=Path, default=SHARED_AUDIO / "ogg")
-    parser.add_argument("--seconds", type=float, default=90, help="audio a round for lin-cae")
-    parser.add_argument("--copies", type=int, default=6, help="times the folder is read for mdct")
+    parser.add_argument(
+        "--seconds", type=float, default=90, help="seconds of audio per round for lin-cae"
+    )
+    parser.add_argument("--copies", type=int, default=6, help="copies of the folder for mdct")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     arguments = parser.parse_args()
     if not arguments.source.is_dir():
-        parser.error(f"{arguments.source} is missing: name a folder of audio with --source")
+        parser.error(f"{arguments.source} is missing: set --source to a folder of audio")
     result: dict[str, Any] = {"script": "benchmarks/pipeline.py", "rounds": arguments.rounds}
     with random_linear_cae(arguments.size), tempfile.TemporaryDirectory() as folder:
         import ray
@@ -53,7 +55,7 @@ def main() -> None:
 
 
 def pick(source: Path, target: Path, seconds: float, copies: int) -> Path:
-    """Copy files of a folder until they hold so many seconds."""
+    """Copy files of a folder until they have the given number of seconds."""
     import soundfile
 
     target.mkdir()
@@ -68,14 +70,14 @@ def pick(source: Path, target: Path, seconds: float, copies: int) -> Path:
 
 
 def measure(model: str, corpus: Path, folder: Path, rounds: int) -> dict[str, Any]:
-    """Rounds of pipeline, model and loop in turn; medians and ratios of the pairs."""
+    """Alternate pipeline, model and loop; returns medians, and ratios of pairs."""
     import ray
 
     from latentmill.engine.actor import UNITS_IN_FLIGHT
     from latentmill.models.inference.device import KEEP_FREED_MEMORY
 
     bench = Bench(model, corpus)
-    # As many threads as the pipeline's actor: the only one of an actor would be its main thread.
+    # As many threads as the pipeline's actor; by default, an actor has only its main thread.
     options = {"num_cpus": 0, "max_concurrency": UNITS_IN_FLIGHT + 1}
     options["runtime_env"] = {"env_vars": KEEP_FREED_MEMORY}
     alone = ray.remote(**options)(ModelAlone).remote(bench.job, bench.items)
@@ -106,7 +108,7 @@ def measure(model: str, corpus: Path, folder: Path, rounds: int) -> dict[str, An
 
 
 class Bench:
-    """A run of the pipeline whose clock starts when the workers have loaded the model."""
+    """A run of the pipeline, timed from when the workers have loaded the model."""
 
     def __init__(self, model: str, corpus: Path) -> None:
         from latentmill.config import fingerprint_document, load_config
@@ -167,13 +169,13 @@ class Bench:
 
 
 class ModelAlone:
-    """The model on the pipeline's own batches, with the audio in memory; a Ray actor."""
+    """A Ray actor that runs the model on the pipeline's batches, with the audio in memory."""
 
     def __init__(self, job: Any, units: Any) -> None:
         self._job, self._units = job, units  # the items of each unit
 
     def prepare(self) -> float:
-        """Decode and pack everything; gives the seconds of audio."""
+        """Load all audio and form batches; returns the seconds of audio."""
         import torch
 
         from latentmill.encoding.chunks import Chunk, Packer
@@ -206,7 +208,7 @@ class ModelAlone:
 
 
 def readme_loop(corpus: Path, out: Path, threads: int) -> float:
-    """File by file, as the package's README: load, to mono, encode in chunks, save."""
+    """Encode file by file as in the package's README: load, downmix to mono, encode, save."""
     import numpy as np
     import soundfile
     import soxr
@@ -222,7 +224,7 @@ def readme_loop(corpus: Path, out: Path, threads: int) -> float:
     )
     out.mkdir(exist_ok=True)
     began = time.perf_counter()
-    # The README shows no inference mode; without it this loop needs tens of GiB.
+    # The README does not use inference mode; without it, this loop needs tens of GiB.
     with torch.inference_mode():
         for path in sorted(corpus.iterdir()):
             audio, rate = soundfile.read(path, dtype="float32", always_2d=True)

@@ -1,11 +1,11 @@
-"""Planning a large corpus: `latentmill plan` of Parquet manifests, its seconds and memory.
+"""Measures time and memory of `latentmill plan` for large Parquet manifests.
 
     python benchmarks/planning.py [--items 1000000 2000000]
 
-Each plan is made by a process of its own, which does what the command does without calibration:
-read the manifest, sort, cut, freeze. Rows come in a random order, each with a path, a duration,
-a title, an artist; `--grouped` puts twelve rows at a time into a group, which are then checked for
-equal keys by another sort. On a busy machine the CPU seconds tell more than those of the clock.
+Each plan is made in its own process, with the steps of the command except calibration: read the
+manifest, sort, split into units, save the plan. Rows are in random order, each with a path, a
+duration, a title and an artist. `--grouped` puts each twelve rows into a group, which needs another
+sort to check for equal keys. On a busy machine, CPU seconds are more reliable than wall time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ ROWS = 100_000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--items", type=int, nargs="+", default=[250_000, 1_000_000, 2_000_000])
-    parser.add_argument("--grouped", action="store_true", help="also plan the first with groups")
+    parser.add_argument(
+        "--grouped", action="store_true", help="also plan the first size with groups"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)  # a manifest, in a process
     arguments = parser.parse_args()
@@ -55,7 +57,7 @@ def main() -> None:
 
 
 def write_manifest(path: Path, items: int) -> Path:
-    """A manifest of `items` rows in a random order."""
+    """Write a manifest of `items` rows in random order."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -86,7 +88,7 @@ def write_manifest(path: Path, items: int) -> Path:
 
 
 def plan(manifest: Path, *, grouped: bool) -> dict[str, Any]:
-    """Plan a manifest into a new store beside it."""
+    """Plan a manifest into a new store beside the manifest."""
     from latentmill.config import load_config
     from latentmill.plan import load, read_items
     from latentmill.run.forecast import forecast
@@ -122,7 +124,7 @@ def plan(manifest: Path, *, grouped: bool) -> dict[str, Any]:
 
 
 def _rss() -> float:
-    """The most memory that this process has had, MiB."""
+    """Return the peak memory of this process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -1,25 +1,25 @@
-"""The companion reader against other ways to store and read latents, in one run, interleaved.
+"""Compares latentmill's reader with other ways to store and read latents.
 
     python benchmarks/reader.py
     python benchmarks/reader.py --items 20000 --rounds 9 --only latentmill litdata
 
-Every contender stores the same made-up latents `[64, frames]`, float16, of the lengths of songs at
-10.8 frames a second, and gives float32 tensors. Each lives in a process of its own; the rounds go
-from one to the next and around again, so that a slow spell of the machine hits all; the medians
-are reported, and the random crops checked against the originals.
+Every contender stores the same random latents `[64, frames]`, float16, with the lengths of songs at
+10.8 frames a second, and returns float32 tensors. Each runs in its own process. Rounds alternate
+between the contenders, so that a slow phase of the machine affects all. Medians are reported, and
+random crops are compared with the originals.
 
 - crops_per_second: batches of 32 crops of 256 frames at random places of random items.
 - sequential_mb_per_second: all items whole, in stored order (MB of float16).
-- crops_per_cpu_second, sequential_mb_per_cpu_second: the same by the CPU time of the process,
-  which says more than the clock where other programs take turns with it.
-- first_sample_ms: from opening to the first crop; imports are done before.
-- loader_crops_per_second: a DataLoader with 2 workers that live on, one shuffled epoch.
-- memory_mb: growth of the process's largest resident size over crops and a sequential pass
-  (files mapped into memory count as far as they were touched).
+- crops_per_cpu_second, sequential_mb_per_cpu_second: the same per CPU second of the process, which
+  is more reliable than wall time if other programs are running.
+- first_sample_ms: from opening to the first crop, without imports.
+- loader_crops_per_second: a DataLoader with 2 persistent workers, one shuffled epoch.
+- memory_mb: growth of the process's peak resident size during crops and a sequential pass
+  (including the pages of memory-mapped files that were read).
 
-The peers do not resolve beside this library's own pins, so they get an environment of their own:
+The peers' requirements conflict with the versions pinned here, so use a separate environment:
     pip install -e . litdata mosaicml-streaming pylance 'datasets<4'
-A contender that is not installed is left out, and the result says so.
+A contender that is not installed is skipped and reported as missing.
 """
 
 from __future__ import annotations
@@ -56,21 +56,21 @@ WORKERS = 2
 
 
 def make_latents(items: int) -> list[Latent]:
-    """Songs of half a minute to ten minutes, most of about three."""
+    """Make latents of songs of half a minute to ten minutes, most of about three."""
     random = np.random.default_rng(0)
     frames = np.clip(random.lognormal(np.log(1900), 0.45, items), 300, 6400).astype(int)
     pool = random.standard_normal((8000, CHANNELS)).astype(np.float16)
     latents = []
     for number, length in enumerate(frames.tolist()):
         latent = pool[number % 1500 : number % 1500 + length].copy()
-        latent[:, 0] = np.arange(length) % 2048  # which frame it is
-        latent[:, 1] = number % 2048  # which item
+        latent[:, 0] = np.arange(length) % 2048  # the frame's number
+        latent[:, 1] = number % 2048  # the item's number
         latents.append(latent)
     return latents
 
 
 def peak_rss_mb() -> float:
-    """The largest resident size since it was last reset."""
+    """Return the peak resident size since the last reset."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 1024
@@ -78,7 +78,7 @@ def peak_rss_mb() -> float:
 
 
 class Measure:
-    """What is measured of one contender, in its process."""
+    """The measurements of one contender, in its process."""
 
     def __init__(self, name: str, folder: Path, seconds: float) -> None:
         self.new: Callable[[], Contender] = CONTENDERS[name]
@@ -98,7 +98,7 @@ class Measure:
         return items, starts, self.contender.crops(items.tolist(), starts.tolist())
 
     def check(self) -> bool:
-        """Whether the crops are those that were asked for (WebDataset chooses its own)."""
+        """Check that the crops are the requested ones (WebDataset chooses its own)."""
         items, starts, crops = self._draw_and_read()
         crops = crops.reshape(BATCH, CROP, CHANNELS)
         steps = (crops[:, 1:, 0] - crops[:, :-1, 0]) % 2048 == 1
@@ -152,7 +152,7 @@ def serve(name: str, folder: Path, seconds: float, pipe: Connection) -> None:
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     measure = Measure(name, folder, seconds)
     pipe.send(measure.check())
-    while True:  # until it is killed: some peers' threads would keep the process
+    while True:  # until it is killed: threads of some peers would keep the process alive
         pipe.send(getattr(measure, pipe.recv())())
 
 
@@ -164,7 +164,7 @@ def installed(name: str) -> str | None:
 
 
 def in_turns(pipes: dict[str, Connection], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Ask every contender for every measure, round after round."""
+    """Run every measurement of every contender, round by round."""
     names = list(pipes)
     found: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     asked = ("crops_per_second", "sequential_mb_per_second", "first_sample_ms", "memory_mb")
@@ -190,7 +190,7 @@ def measure_all(names: Sequence[str], folder: Path, rounds: int, seconds: float)
             process.start()
             there.close()
             pipes[name] = (here, process)
-            assert here.recv(), f"{name} gives other crops than were asked for"
+            assert here.recv(), f"{name} returns crops other than the requested ones"
         found = in_turns({name: pipe for name, (pipe, _) in pipes.items()}, rounds)
     finally:
         for _, process in pipes.values():
@@ -204,7 +204,7 @@ def measure_all(names: Sequence[str], folder: Path, rounds: int, seconds: float)
 
 
 def verdict(found: dict[str, Any]) -> dict[str, Any]:
-    """What is required: ahead on crops and first sample, within 10 % of the best sequential."""
+    """Check the goals: best at crops and first sample, within 10 % of the best sequential."""
     mine = found["latentmill"]
     peers = {name: one for name, one in found.items() if not name.startswith("latentmill")}
     if not peers:
@@ -239,9 +239,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--items", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each run of random crops")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="seconds of random crops per round"
+    )
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
-    parser.add_argument("--folder", type=Path, help="for the data; default: a temporary one")
+    parser.add_argument("--folder", type=Path, help="folder for the data; default: a temporary one")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     names = [name for name in options.only if installed(name)]

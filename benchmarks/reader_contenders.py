@@ -1,7 +1,7 @@
-"""The ways to store and read latents that `reader.py` compares; each in its own best way.
+"""The ways to store and read latents that `reader.py` compares, each in its best configuration.
 
-Every one stores the same latents `[frames, 64]`, float16, frame after frame, so that a crop in
-time is one range of bytes for all of them that can use it.
+Each stores the same latents `[frames, 64]`, float16, frame by frame, so that a crop in time is one
+byte range for the formats that support it.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ Latent = np.ndarray[Any, np.dtype[np.float16]]  # [frames, CHANNELS]
 
 
 class Contender(Protocol):
-    """A format with its reader. `open` must do all that comes before the first sample."""
+    """A format with its reader. `open` does everything needed before the first sample."""
 
     def build(self, folder: Path, latents: Sequence[Latent]) -> None: ...
 
     def open(self, folder: Path) -> None: ...
 
     def crops(self, items: Sequence[int], starts: Sequence[int]) -> torch.Tensor:
-        """Float32 `[items, CROP, CHANNELS]`."""
+        """Read crops as float32 `[items, CROP, CHANNELS]`."""
         ...
 
     def sequential(self) -> Iterator[torch.Tensor]:
-        """All items in stored order, float32 `[frames, CHANNELS]`."""
+        """Read all items in stored order, as float32 `[frames, CHANNELS]`."""
         ...
 
     def loader(self, workers: int) -> DataLoader[Any]:
-        """Shuffled batches of BATCH crops at random places."""
+        """Return a loader of shuffled batches of BATCH crops at random positions."""
         ...
 
 
@@ -72,7 +72,7 @@ def same(batch: Any) -> Any:
 
 
 class Peer:
-    """What the peers with random access share."""
+    """Base class of the peers with random access."""
 
     frames: Sequence[int]
     spawn = False
@@ -111,7 +111,7 @@ class Peer:
 
 
 class Latentmill:
-    """This library, its Parquet format; the reader of `LatentDataset` and `LatentStream`."""
+    """latentmill with Parquet shards, through the reader of `LatentDataset` and `LatentStream`."""
 
     format_name = "parquet"
 
@@ -162,13 +162,13 @@ class Latentmill:
 
 
 class LatentmillTar(Latentmill):
-    """This library, its WebDataset format."""
+    """latentmill with WebDataset shards."""
 
     format_name = "webdataset"
 
 
 class Npy(Peer):
-    """One .npy file per item, found by listing the folder, mapped into memory for crops."""
+    """One .npy file per item, found by listing the folder and memory-mapped for crops."""
 
     def build(self, folder: Path, latents: Sequence[Latent]) -> None:
         self.save_frames(folder, latents)
@@ -188,7 +188,7 @@ class Npy(Peer):
 
 
 class LitData(Peer):
-    """LitData with its layout for windows in time, TemporalArrayLoader and read_window."""
+    """LitData with its layout for time windows, TemporalArrayLoader and read_window."""
 
     def build(self, folder: Path, latents: Sequence[Latent]) -> None:
         import litdata
@@ -324,7 +324,7 @@ class TarStream(IterableDataset[torch.Tensor]):
         import webdataset
 
         urls = sorted(str(path) for path in self.folder.glob("*.tar"))
-        # It deals the tars to the workers itself.
+        # It distributes the tars to the workers itself.
         for sample in webdataset.WebDataset(urls, shardshuffle=False).shuffle(100):
             latent = np.load(io.BytesIO(sample["npy"]))
             start = int(torch.randint(len(latent) - CROP + 1, ()))
@@ -332,7 +332,7 @@ class TarStream(IterableDataset[torch.Tensor]):
 
 
 class WebDataset(Peer):
-    """Plain WebDataset: it has no random access, so a random crop costs an item of the stream."""
+    """Plain WebDataset, without random access: a random crop needs reading a whole item."""
 
     def build(self, folder: Path, latents: Sequence[Latent]) -> None:
         from webdataset import ShardWriter

@@ -1,14 +1,14 @@
-"""How the engine scales: two nodes against one, and one pipeline against ever faster models.
+"""Measures how the engine scales: with two nodes instead of one, and with faster models.
 
     python benchmarks/scaling.py [--seconds 20] [--source FOLDER]
 
-`nodes`: a simulated GPU model (asleep for a fixed time per batch) on one and on two real Ray nodes
-of this machine; the efficiency is the throughput of two over twice that of one, from the moment
-when all workers are ready. `pipeline`: real FLAC, MP3 and WAV through one worker whose model,
-asleep too, is 1,000, 5,000 and 10,000 times as fast as real time; the efficiency is that model's
-time over the pipeline's. `decoding` has the CPU cores that it takes to feed such a model, by the
-CPU time of decoding alone, which a busy machine does not change much; `x_real_time_per_core` of a
-pipeline is by its CPU time, too.
+`nodes`: a simulated GPU model (it sleeps a fixed time per batch) on one and on two real Ray nodes
+of this machine. The efficiency is the throughput of two nodes divided by twice that of one,
+measured from when all workers are ready. `pipeline`: real FLAC, MP3 and WAV through one worker
+whose simulated model is 1,000, 5,000 and 10,000 times as fast as real time. The efficiency is that
+model's time divided by the pipeline's. `decoding`: the number of CPU cores needed to load audio for
+such a model, from the CPU time of loading alone, which a busy machine changes little.
+`x_real_time_per_core` of a pipeline uses its CPU time, too.
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ FORMATS = {"flac": {}, "mp3": {}, "wav": {"subtype": "PCM_16"}}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--source", type=Path, default=SHARED_AUDIO / "flac")
-    parser.add_argument("--seconds", type=float, default=20, help="of the simulated GPU, per node")
-    parser.add_argument("--files", type=int, default=24, help="of a minute each, per format")
+    parser.add_argument(
+        "--seconds", type=float, default=20, help="seconds of simulated GPU time per node"
+    )
+    parser.add_argument("--files", type=int, default=24, help="one-minute files per format")
     parser.add_argument("--results", type=Path, default=None)
     arguments = parser.parse_args()
     if not arguments.source.is_dir():
-        parser.error(f"{arguments.source} is missing: name a folder of audio with --source")
+        parser.error(f"{arguments.source} is missing: set --source to a folder of audio")
     result: dict[str, Any] = {"script": "benchmarks/scaling.py"}
     with tempfile.TemporaryDirectory() as folder:
         corpora = write_corpora(arguments.source, Path(folder), arguments.files)
@@ -57,7 +59,7 @@ def main() -> None:
 
 
 def write_corpora(source: Path, folder: Path, files: int) -> dict[str, Path]:
-    """The same minutes of real recordings in every format."""
+    """Write the same minutes of real recordings in every format."""
     import numpy as np
     import soundfile
 
@@ -86,7 +88,7 @@ def write_corpora(source: Path, folder: Path, files: int) -> dict[str, Path]:
 
 
 def decoding(corpus: Path) -> dict[str, Any]:
-    """What decoding costs, to the model's rate and channels, in CPU time of one thread."""
+    """Measure the CPU time of loading audio at the model's rate and channels in one thread."""
     from latentmill.audio import open_audio, open_media, prepare
 
     seconds, began = 0.0, time.thread_time()
@@ -102,7 +104,7 @@ def decoding(corpus: Path) -> dict[str, Any]:
 
 
 def prepared(songs: Path, out: Path, unit_seconds: float, **options: Any) -> tuple[Any, Any]:
-    """A frozen plan and the job of its workers, as a run makes them."""
+    """Make a plan and the job of its workers, as a run does."""
     from latentmill.config import load_config
     from latentmill.engine.job import make_job
     from latentmill.engine.progress import QuietProgress
@@ -124,7 +126,7 @@ MODEL = "python:simulated_gpu:build"
 
 
 def pipeline(corpus: Path, folder: Path, speed: int) -> dict[str, Any]:
-    """One worker with two units in flight, as in an actor, without Ray."""
+    """Run one worker with two units in flight, as in an actor, but without Ray."""
     from latentmill.encoding.timings import bound
     from latentmill.engine.worker import Worker
 
@@ -148,7 +150,7 @@ def pipeline(corpus: Path, folder: Path, speed: int) -> dict[str, Any]:
 
 
 def scaling(folder: Path, seconds: float) -> dict[str, Any]:
-    """Throughput of one and of two nodes, of one core each."""
+    """Measure the throughput of one and of two nodes with one core each."""
     import ray
 
     from latentmill.engine.actor import ActorShape
@@ -180,7 +182,7 @@ def scaling(folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def together(job: Any, shape: Any, workers: int, units: Any) -> float:
-    """Units per second, from when all workers are ready until the last commit."""
+    """Return units per second, from when all workers are ready until the last commit."""
     from latentmill.engine.progress import QuietProgress
     from latentmill.engine.scheduler import Scheduler
 

@@ -1,16 +1,16 @@
-"""How the scheduler keeps a thousand GPUs busy: discrete events, no Ray, one seed.
+"""Simulates how the scheduler keeps a thousand GPUs busy: discrete events, no Ray, one seed.
 
     python benchmarks/simulate.py [--gpus 1000] [--hours 2] [--only node] [--results FOLDER]
 
-What decides is `latentmill.engine.dispatch.Dispatch`, the class that the scheduler itself asks;
-everything around it is assumed, and `World` states what. Variants show what its rules are worth:
-`suspects` takes every lost unit for a suspect, as if a node's end were the unit's fault (tried
-again alone, three attempts), `one in flight` gives an actor a unit when it has none, and `last
-singly` does so when fewer units wait than there are GPUs.
+Decisions come from `latentmill.engine.dispatch.Dispatch`, the class that the scheduler uses. All
+other behaviour is assumed; `World` documents it. Variants show the effect of the rules: `suspects`
+treats every lost unit as a suspect, as if the unit had caused the loss of its node (it is retried
+alone, three attempts); `one in flight` gives an actor a unit only when it has none; `last singly`
+does so when fewer units are waiting than there are GPUs.
 
-Efficiency is the GPU seconds that the models of committed units worked, over the GPU seconds that
-the cluster had from start to end: waiting for actors, for units and for the last ones, and work
-that was lost, all count against it.
+Efficiency is the GPU time that models worked on committed units, divided by the GPU time of the
+cluster from start to end. Waiting for actors, for units and for the last units reduces it, and so
+does lost work.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ VARIANTS = {
     "cluster": ("dispatch", "suspects"),
     "node": ("dispatch", "suspects"),
 }
-PATIENCE = 5  # a run that takes so many times its length is given up
+PATIENCE = 5  # a run that takes this many times its length is stopped
 UNIT_SECONDS = (30, 100, 300, 1000)  # estimated GPU seconds of a unit
 
 
 @dataclass(frozen=True)
 class World:
-    """What is assumed. Seconds, if not said otherwise.
+    """The assumptions, in seconds unless stated otherwise.
 
     Attributes:
-        preempted: `none`; `cluster`: every `every` seconds one node; `node`: each node once in
-            `every` seconds on average, at random.
-        down: From a preemption until the replacement's actors may start.
-        load: Until an actor has its process and its model; `load_spread` more at random.
+        preempted: `none`; `cluster`: one node every `every` seconds; `node`: each node at random,
+            once in `every` seconds on average.
+        down: From a preemption until the actors of the replacement may start.
+        load: Time to start an actor and load its model, plus up to `load_spread` at random.
         slow_share: Share of the nodes whose GPUs take `slow_factor` times as long.
-        noise: Sigma of the log of a unit's time on one GPU or another.
-        error: Sigma of the log of a unit's size over its estimate, which is all that is known of it
-            beforehand: units are cut to equal estimates, but for
-        giants: the share of them that are one long recording, which cannot be cut: Pareto, from
-            `giant` GPU seconds on, with the exponent 1.2, `longest` at most.
-        lead: From being handed a unit to its first batch; hidden by the unit in front.
-        trail: From the last batch to the commit; the next unit's model runs meanwhile.
+        noise: Sigma of the log of a unit's time on different GPUs.
+        error: Sigma of the log of a unit's size divided by its estimate. The scheduler knows only
+            the estimates, which are equal for all units except giants.
+        giants: Share of the units that are one long recording, which cannot be split: Pareto
+            distributed from `giant` GPU seconds, with exponent 1.2, up to `longest`.
+        lead: From receiving a unit to its first batch; hidden by the unit before it.
+        trail: From the last batch to the commit; the model works on the next unit meanwhile.
         driver: The driver's own time for a unit, during which it serves no other.
     """
 
     gpus: int = 1000
     gpus_per_node: int = 8
-    run: float = 2 * 3600.0  # of all GPUs, if they did nothing but work
+    run: float = 2 * 3600.0  # length of the run if all GPUs always worked
     preempted: str = "none"
     every: float = 600.0
     down: float = 180.0
@@ -77,21 +77,21 @@ class World:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run went; shares are of the cluster's GPU seconds."""
+    """Result of a run; shares are of the cluster's GPU seconds."""
 
     units: int
     efficiency: float
     hours: float
-    tail_seconds: float  # from the last unit that waited until the end
+    tail_seconds: float  # from when no unit is waiting until the end
     lost_share: float  # model time of units that were lost
-    failed_units: int  # given up after the last attempt
-    open_units: int  # neither committed nor failed when the simulation gave the run up
+    failed_units: int  # failed in the last attempt
+    open_units: int  # neither committed nor failed when the simulation stopped
     driver_busy: float  # share of the time
 
 
 @dataclass(frozen=True)
 class SimUnit:
-    """A unit as `Dispatch` sees it, and what it really takes."""
+    """A unit as `Dispatch` sees it, with its real duration."""
 
     number: int
     seconds: float  # as the plan estimates it
@@ -104,23 +104,23 @@ class SimUnit:
 
 @dataclass(eq=False)
 class WorkerSlot:
-    """An actor's place on a GPU."""
+    """The slot of a worker on a GPU."""
 
     slowness: float
     ready: bool = False
-    life: int = 0  # counts actors, so that what a dead one would have done is ignored
-    free: float = 0.0  # when its model has done what it holds
-    # By unit: when the model begins and ends with it.
+    life: int = 0  # counts actors, so that events of dead actors can be ignored
+    free: float = 0.0  # when its model will have finished its units
+    # By unit: when the model starts and finishes it.
     holds: dict[SimUnit, tuple[float, float]] = field(default_factory=dict)
 
 
 class Simulation:
-    """One run; `result` plays it."""
+    """One simulated run; `result` runs it."""
 
     def __init__(self, world: World, unit_seconds: float, variant: str = "") -> None:
         self._world = world
         self._random = random.Random(world.seed)
-        self._units = self._cut(unit_seconds)
+        self._units = self._make_units(unit_seconds)
         in_flight = 1 if variant == "one in flight" else UNITS_IN_FLIGHT
         self._dispatch = Dispatch(self._units, in_flight)  # type: ignore[arg-type]
         self._in_flight = in_flight
@@ -138,8 +138,8 @@ class Simulation:
         self._driver_free = self._driver_busy = 0.0
         self._useful = self._lost = self._down = self._dry = 0.0
 
-    def _cut(self, unit_seconds: float) -> list[SimUnit]:
-        """Units, as many as fill the run."""
+    def _make_units(self, unit_seconds: float) -> list[SimUnit]:
+        """Make enough units to fill the run."""
         world, chance = self._world, self._random
         units: list[SimUnit] = []
         left = world.run * world.gpus
@@ -152,14 +152,14 @@ class Simulation:
         return units
 
     def result(self) -> Result:
-        """Play the run to its end."""
+        """Simulate the run to its end."""
         self._start()
         now = 0.0
         while self._dispatch.open and now < PATIENCE * self._world.run:
             now, _, kind, place, life, unit = heapq.heappop(self._events)
             if kind == "preempt":
                 self._preempt(now, place)
-            elif life != self._slots[place].life:  # what an actor would have done that is gone
+            elif life != self._slots[place].life:  # an event of an actor that is gone
                 continue
             elif kind == "ready":
                 self._slots[place].ready, self._slots[place].free = True, now
@@ -198,7 +198,7 @@ class Simulation:
         self._at(now + self._world.load + spread, "ready", place, self._slots[place].life)
 
     def _fill(self, now: float, place: int) -> None:
-        """Hand a seat the units that it may have."""
+        """Give a worker slot the units that it may have."""
         slot, world = self._slots[place], self._world
         while slot.ready:
             if self._singly and slot.holds and self._dispatch.queued < world.gpus:
@@ -229,7 +229,7 @@ class Simulation:
         self._fill(now, place)
 
     def _preempt(self, now: float, node: int) -> None:
-        """Take a node's GPUs away; others come in their place."""
+        """Remove the GPUs of a node; others replace them."""
         world = self._world
         first = node * world.gpus_per_node
         for place in range(first, min(first + world.gpus_per_node, world.gpus)):
@@ -255,7 +255,9 @@ class Simulation:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpus", type=int, default=1000)
-    parser.add_argument("--hours", type=float, default=2, help="the run's length without any loss")
+    parser.add_argument(
+        "--hours", type=float, default=2, help="length of the run without losses, in hours"
+    )
     parser.add_argument(
         "--only", choices=("none", "cluster", "node"), help="one kind of preemption"
     )

@@ -1,4 +1,4 @@
-"""A model that takes its time and no CPU, for `python:simulated_gpu:build`."""
+"""A simulated model that sleeps instead of using the CPU, for `python:simulated_gpu:build`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from latentmill.models.families import mdct
 
 @dataclass(frozen=True)
 class Handle:
-    """Latents of 64 channels at 21.5 Hz, zeros all of them, after a while."""
+    """A model whose latents are zeros, 64 channels at 21.5 Hz, returned after a delay."""
 
     x_real_time: float
     seconds: float
@@ -49,6 +49,6 @@ class Model:
 
 
 def build(*, x_real_time: float = 0.0, seconds: float = 0.0) -> Handle:
-    """A model that sleeps `seconds` a batch, and as long as its speed asks for."""
+    """Make a model that sleeps `seconds` per batch plus the time that its speed implies."""
     spec = replace(mdct.build(hop=2048).spec, latent_channels=64)
     return Handle(x_real_time, seconds, spec)

@@ -1,11 +1,12 @@
-"""A run that is disturbed fifty times: the store must equal the undisturbed one, item by item.
+"""Disturbs a run fifty times and checks that the store equals that of an undisturbed run.
 
     python benchmarks/soak.py [--events 50] [--seed 1] [--limit-minutes 40]
 
-Several real Ray nodes on this machine, one core each, share a corpus whose model sleeps. In random
-order an actor is killed, a node is killed (another one joins), a node is cut off and comes back,
-the driver is killed, the head is killed with all nodes; whatever is gone is started again and the
-same command goes on. A store that is finished before the events are is checked and begun anew.
+Several real Ray nodes on this machine, one core each, encode a corpus with a model that sleeps. In
+random order, an actor is killed, a node is killed (another one joins), a node loses its connection
+and returns, the driver is killed, or the head is killed with all nodes. What was killed is
+restarted, and the same command continues. If a store is finished before all events have happened,
+it is checked and a new one is started.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def main() -> None:
 
 
 class Soak:
-    """The cluster, the driver, and the store that they are meant to finish."""
+    """The cluster, the driver, and the store that they encode."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self._chance = random.Random(seed)
@@ -117,7 +118,7 @@ class Soak:
         )
 
     def _working(self) -> None:
-        """See to it that a driver runs and that units are committed."""
+        """Make sure that a driver is running and that units are being committed."""
         before = len(list(self._store.glob("commits/*.json")))
         end = time.monotonic() + 240
         while True:
@@ -133,7 +134,7 @@ class Soak:
             time.sleep(0.2)
 
     def _ended(self) -> None:
-        """The driver is gone: it finished, or the head went away under it."""
+        """Handle the end of the driver: it finished, or it lost the head."""
         assert self._driver is not None
         _, err = self._driver.communicate()
         self._exits[str(self._driver.returncode)] += 1
@@ -144,7 +145,7 @@ class Soak:
         self._driver = None
 
     def _check(self) -> None:
-        """Nothing twice, nothing lost, the same bytes, and the commits' hashes hold."""
+        """Check that no item is missing or duplicated, and that bytes and hashes are correct."""
         runs.assert_whole(self._store)
         assert runs.latents(self._store) == self._undisturbed
         shutil.rmtree(self._store)
@@ -169,7 +170,7 @@ class Soak:
             self._kill_driver()
         else:
             self._cluster.kill_head()
-            self._kill_driver()  # as a supervisor does; by itself it ends after a minute
+            self._kill_driver()  # like a supervisor; it would end by itself after a minute
             self._cluster.start_head()
             self._add_nodes()
 
@@ -181,7 +182,7 @@ class Soak:
         self._driver = None
 
     def _finish(self) -> None:
-        """Let the last store be finished, undisturbed."""
+        """Wait until the last store is finished, without further events."""
         stores = self._stores
         end = time.monotonic() + 600
         while self._stores == stores:

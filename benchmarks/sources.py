@@ -1,13 +1,13 @@
-"""Decoding, fetching and listing: what a source costs before any model sees it.
+"""Measures the cost of a source without a model: loading, fetching and listing.
 
     python benchmarks/sources.py [--seconds 60] [--rounds 5] [--latency 0.03] [--objects 300]
 
-`decode` is through latentmill's own path (open, check, decode, downmix, hash), from memory:
-seconds of audio per second of CPU time of one thread, and how much faster two threads are than one
-(wall time, in turns); two processes show what the machine itself allows. `s3` fetches small
-objects from moto's server behind a proxy that answers late: as a unit's two decode threads do
-through `UnitReader`, which fetches ahead of them, and with a plain loop over fsspec's `cat_file`.
-On a loaded machine only the ratios mean something; they are medians of rounds in turns.
+`decode` loads audio from memory as latentmill does (open, check, decode, downmix, hash): seconds of
+audio per second of CPU time of one thread, and how much faster two threads are than one (wall time,
+alternating). Two processes show the limit of the machine. `s3` fetches small objects from moto's
+server behind a proxy with latency: with the two load threads of a unit through `UnitReader`, which
+prefetches, and with a plain loop over fsspec's `cat_file`. On a busy machine, only the ratios are
+meaningful; they are medians of alternating rounds.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=int, default=60, help="length of the recording")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--latency", type=float, default=0.03, help="seconds before an answer")
-    parser.add_argument("--objects", type=int, default=300, help="of 200 kB each")
+    parser.add_argument(
+        "--latency", type=float, default=0.03, help="latency of a response in seconds"
+    )
+    parser.add_argument("--objects", type=int, default=300, help="number of objects of 200 kB")
     arguments = parser.parse_args()
     print(machine(), flush=True)
     result: dict[str, Any] = {"script": "benchmarks/sources.py", **vars(arguments)}
@@ -49,7 +51,7 @@ def main() -> None:
 
 
 def work(name: str, seconds: int) -> float:
-    """Decode a recording of a format; gives the CPU seconds of this thread."""
+    """Load a recording of a format; returns the CPU seconds of this thread."""
     from latentmill.audio import media_from_bytes, open_audio, prepare
 
     data, rate = recording(name, seconds)
@@ -85,7 +87,7 @@ def decoding(name: str, seconds: int, rounds: int) -> dict[str, float]:
                     list(threads.map(work, *zip(*tasks, strict=True)))
                 else:
                     others.starmap(work, tasks, chunksize=1)
-                if number:  # the processes have imported what they need
+                if number:  # by then, the processes have finished importing
                     speedup.append(one / (time.perf_counter() - began))
     result = {
         "x_real_time_per_core": round(seconds / statistics.median(cpu), 1),
@@ -97,7 +99,7 @@ def decoding(name: str, seconds: int, rounds: int) -> dict[str, float]:
 
 
 def s3(objects: int, latency: float, rounds: int) -> dict[str, Any]:
-    """Small-object reads and a listing, with a server that answers late."""
+    """Measure reads of small objects and a listing, with a slow server."""
     import fsspec
     from moto.server import ThreadedMotoServer
 
