@@ -104,7 +104,12 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "other dataset.json": (
         lambda f: change(
             f / "dataset.json",
-            lambda d: d.update(hours=1.0, source="elsewhere", model={}, dtype="float32"),
+            lambda d: d.update(
+                hours=1.0,
+                source="elsewhere",
+                model=d["model"] | {"name": "other"},
+                dtype="float32",
+            ),
         ),
         "the plan and the commits (dtype, hours, model, source): delete dataset.json",
     ),
@@ -113,8 +118,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "dataset.json does not match the plan and the commits (mean): delete dataset.json",
     ),
     "fewer statistics": (
-        lambda f: change(f / "dataset.json", lambda d: d["std"].pop()),
-        "dataset.json does not match the plan and the commits (std): delete dataset.json",
+        lambda f: change(
+            f / "dataset.json",
+            lambda d: (d["mean"].pop(), d["std"].pop(), d["model"].update(latent_channels=63)),
+        ),
+        "dataset.json does not match the plan and the commits (mean, model, std): delete",
     ),
     "not sealed": (
         lambda f: (f / "dataset.json").unlink(),
