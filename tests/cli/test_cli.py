@@ -242,7 +242,9 @@ def test_a_gain_in_decibels(capsys: Capture, store: Path, tmp_path: Path) -> Non
     assert runs.call(capsys, "mix", store, f"{key}:-6.0206dB", "-o", soft).code == 0
     # 20 log10(2) dB is a factor of two; mdct is linear, and its latents are stored as float16.
     np.testing.assert_allclose(soundfile.read(loud)[0], 2 * soundfile.read(soft)[0], atol=1e-5)
-    assert [cli_read._part({"a": None}, f"a:{gain}")[1] for gain in ("+20 dB", "-20DB", "0db")] == [
+    assert [
+        cli_read._key_and_gain({"a": None}, f"a:{gain}")[1] for gain in ("+20 dB", "-20DB", "0db")
+    ] == [
         pytest.approx(10.0),
         pytest.approx(0.1),
         1.0,
@@ -255,9 +257,9 @@ def test_a_gain_in_decibels(capsys: Capture, store: Path, tmp_path: Path) -> Non
 
 def test_a_key_may_hold_colons() -> None:
     store = {"a:b": None, "a": None}
-    assert cli_read._part(store, "a:b") == ("a:b", 1.0)
-    assert cli_read._part(store, "a:b:2") == ("a:b", 2.0)
-    assert cli_read._part(store, "a:2") == ("a", 2.0)
+    assert cli_read._key_and_gain(store, "a:b") == ("a:b", 1.0)
+    assert cli_read._key_and_gain(store, "a:b:2") == ("a:b", 2.0)
+    assert cli_read._key_and_gain(store, "a:2") == ("a", 2.0)
 
 
 @pytest.mark.parametrize("key", ["../../x", "/etc/x", "a/../../../x", "./..//x", "..", ""])

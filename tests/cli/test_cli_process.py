@@ -183,6 +183,9 @@ def test_an_interrupt_at_any_moment_of_the_start_is_one_line(
 ) -> None:
     end = python("-c", INTERRUPTED, module, number.value, "encode", songs, tmp_path / "store")
     assert end.returncode == INTERRUPTED_EXIT_CODE
-    assert end.stderr.splitlines()[-1] == "latentmill: interrupted; the same command resumes"
+    assert (
+        end.stderr.splitlines()[-1]
+        == "latentmill: interrupted; run the same command again to resume"
+    )
     assert "Traceback" not in end.stderr
     assert "ignored" not in end.stderr

@@ -57,7 +57,10 @@ def test_the_demo_takes_ones_own_folder(tmp_path: Path) -> None:
 def test_a_folder_with_one_song_is_encoded_and_said_to_be_too_little(tmp_path: Path) -> None:
     said = demo(tmp_path / "demo", runs.write_songs(tmp_path / "songs", 1))
     assert "1 encoded" in said[0]
-    assert said[-1] == "no two records to mix: try a folder with more audio"
+    assert (
+        said[-1]
+        == "nothing to mix: fewer than two records were encoded; try a folder with more audio"
+    )
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

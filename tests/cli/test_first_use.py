@@ -46,7 +46,7 @@ def run(*arguments: object) -> None:
 def test_a_recording_is_not_lost_to_its_own_copy(store: Path, songs: Path, tmp_path: Path) -> None:
     before = (songs / "long.wav").read_bytes()
     for options in ([], ["--overwrite"]):
-        with pytest.raises(ConfigError, match="lies in the source"):
+        with pytest.raises(ConfigError, match="is inside the source"):
             run("decode", store, "long", "-o", songs, *options)
     run("decode", store, "long", "-o", tmp_path / "listen")
     with pytest.raises(ConfigError, match="--overwrite"):

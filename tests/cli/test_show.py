@@ -69,7 +69,7 @@ def test_the_summary_accounts_for_every_item() -> None:
     )
     assert lines.count("  failed: song 3: the file is cut short") == 1
     assert sum(line.startswith("  failed: ") for line in lines) == show.MAX_LISTED
-    assert "  ... and 5 more (failed); status --json has all" in lines
+    assert "  ... and 5 more (failed); `latentmill status STORE --json` lists all" in lines
     assert "  skipped: short: min_seconds: 0.2 s" in lines
     assert "this run: 3 of 4 units, 0.250 h in 18.0 s (50.0 x real time)" in lines
     assert lines[-1] == "bound by the model: it was busy 90% of the time"
@@ -93,7 +93,7 @@ def test_the_summary_of_an_extension() -> None:
         "  25 items changed since planning (--retry-changed encodes them again): song 0, song 1,"
     )
     assert lines[2].endswith("song 19, ...")
-    assert lines[3] == "  1 item gone from the source (their latents stay): song 0"
+    assert lines[3] == "  1 item no longer in the source (their latents are kept): song 0"
     assert "--extend" not in text
     none = run(extension=Extension(0, 0, 0, False))
     assert "  no new files in the source" in show.summary(none).splitlines()
@@ -124,7 +124,7 @@ def test_info_gives_rates_and_statistics() -> None:
     text = show.info(info())
     assert "2 channels at 100.000 Hz, float16, time-major" in text
     assert "trim, chunks of 1.00 s" in text
-    assert "mean 2, standard deviation 3.54 over all channels" in text
+    assert "mean 2, std 3.54 over all channels" in text
     assert "f" * 32 in text
 
 

@@ -205,8 +205,8 @@ def test_a_lease_of_another_machine_is_watched_for_a_heartbeat(
         == {
             "beats": f"/lat: running: by {who}",
             "ends": "/lat: not complete; to resume, run the same encode command again",
-            "silent": f"/lat: unknown: the run of {who}, gave no sign of life while `status` "
-            "waited (the last one: 2026-11-28 19:50:00 UTC, by its own clock); if it has been "
+            "silent": f"/lat: unknown: the run of {who}, sent no heartbeat while `status` "
+            "waited (last heartbeat: 2026-11-28 19:50:00 UTC, by its own clock); if it was "
             "killed, run the same command again to resume",
         }[fate]
     )

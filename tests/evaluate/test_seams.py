@@ -173,7 +173,7 @@ def test_whole_items_are_encoded_in_the_store_s_numeric_mode(
 def test_the_command_prints_it(store: lm.LatentStore, capsys: pytest.CaptureFixture[str]) -> None:
     done = runs.call(capsys, "seams", store.url)
     assert (done.code, done.err) == (0, "")
-    assert "stitched against whole: median" in done.out
+    assert "relative error of chunked encoding: median" in done.out
     assert lm.open(store.url).measured_info.seams is not None
     Path(store.url, "dataset.json").unlink()
     done = runs.call(capsys, "seams", store.url)

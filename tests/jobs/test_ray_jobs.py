@@ -147,7 +147,7 @@ def test_ray_job_stop_leaves_a_store_that_the_same_command_finishes(
     assert not (store / "tmp").exists()
     committed = {path.stem for path in store.glob("commits/*")}
     assert {path.stem for path in store.glob("shards/*")} == committed
-    assert "interrupted; the same command resumes" in head.job("logs", job).stdout
+    assert "interrupted; run the same command again to resume" in head.job("logs", job).stdout
     done = head.submit(folder, *ENCODE)
     assert done.code == 0, done.text
     runs.assert_whole(store)

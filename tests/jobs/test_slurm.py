@@ -134,7 +134,7 @@ def test_two_nodes_and_a_signal(tmp_path: Path) -> None:
     text = finish(process, env)
     assert process.returncode == 130, text
     assert time.monotonic() - began < 60
-    assert "interrupted; the same command resumes" in text
+    assert "interrupted; run the same command again to resume" in text
     assert not (store / "tmp").exists()
     kept = runs.commits(store)
     Path(env["SRUN_LOG"]).unlink()

@@ -198,7 +198,7 @@ def test_changed_and_vanished_files_are_named(songs: Path, store: Path) -> None:
         "1 item changed since planning (--retry-changed encodes them again): album 1/song 01"
         in text
     )
-    assert "1 item gone from the source (their latents stay): album 2/song 02" in text
+    assert "1 item no longer in the source (their latents are kept): album 2/song 02" in text
     assert files(store, "commits", "shards", "plan") == old  # reported, and no more
 
     summary = encode(songs, store, extend=True, retry_changed=True)

@@ -160,7 +160,9 @@ def test_an_interrupted_run_leaves_no_trace_and_resumes(
             out, err = process.communicate(timeout=60)
         assert process.returncode == 130, err
         assert out == ""
-        assert err.splitlines()[-1] == "latentmill: interrupted; the same command resumes"
+        assert (
+            err.splitlines()[-1] == "latentmill: interrupted; run the same command again to resume"
+        )
         assert "Traceback" not in err
         assert not (store / "tmp").exists()
         assert not (store / "dataset.json").exists()

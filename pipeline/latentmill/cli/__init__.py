@@ -1,1 +1,1 @@
-"""The command line: thin functions over the library."""
+"""The command line: each command parses options, calls the library and prints the result."""

@@ -1,7 +1,6 @@
-"""The command line, thin: each command is a call of the library and a few lines of print.
+"""The commands that write or inspect a store.
 
-Modules that are slow to import are imported by the commands that need them, so that `--help` and
-`status` start quickly.
+Commands import slow modules themselves, so that `--help` and `status` start quickly.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ Calibrate = Annotated[
     bool,
     typer.Option(
         "--calibrate/--no-calibrate",
-        help="Load the model and encode a few chunks of noise to estimate the time.",
+        help="Estimate the time: load the model and encode a few chunks of noise.",
     ),
 ]
 
@@ -53,7 +52,7 @@ def encode(**options: Any) -> int:
 
     settings = _settings(options)
     interrupts_raise()
-    with contextlib.redirect_stdout(sys.stderr):  # where Ray may complain of a lost worker
+    with contextlib.redirect_stdout(sys.stderr):  # Ray may print to stdout
         summary = run(settings, for_stream(settings.log_format))
     print_value(options["as_json"], summary, show.summary)
     return summary.exit_code
@@ -84,14 +83,14 @@ def plan(**options: Any) -> None:
 
 @app.command()
 def status(store: Store, as_json: AsJson = False) -> None:
-    """Show how much of STORE is encoded, what failed, and the run that is writing to it."""
+    """Show how much of STORE is encoded, which items failed, and the current run."""
     from latentmill.cli import show_status
     from latentmill.store.store import open_store
 
     try:
         opened = open_store(store)
     except StoreError as error:
-        raise show_status.without_plan(store) or error from None
+        raise show_status.planning_error(store) or error from None
     print_value(as_json, show_status.StoreStatus.of(opened), show_status.status)
 
 
@@ -110,14 +109,14 @@ def verify(
     decode: Annotated[
         int,
         typer.Option(
-            min=0, help="Also decode this many records and compare them with their sources."
+            min=0, help="Number of records to decode and compare with their source audio."
         ),
     ] = 0,
     device: Device = "auto",
     trust_model: TrustModel = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check hashes, counts and values of STORE. Exit code 8 if something is wrong or missing."""
+    """Check hashes, counts and values of STORE. The exit code is 8 if it finds a fault."""
     from latentmill.cli import show
     from latentmill.store.store import open_store
     from latentmill.store.verify import verify as verify_store
@@ -125,13 +124,18 @@ def verify(
     report = verify_store(open_store(store, device=device, trust_model=trust_model), decode=decode)
     print_value(as_json, report, show.verification)
     if report.faults:
-        raise VerifyError(f"{len(report.faults)} faults in {store}, the first: {report.faults[0]}.")
+        raise VerifyError(
+            f"found {len(report.faults)} faults in {store}; first: {report.faults[0]}."
+        )
 
 
 @app.command()
 def models(
     name: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="Model to show in detail.")
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="Model to show, e.g. lin-cae. \\[default: list all models]"
+        ),
     ] = None,
     model_option: opt.ModelOption = None,
     revision: opt.Revision = None,
@@ -154,14 +158,15 @@ def demo(
     source: Annotated[
         str | None,
         typer.Argument(
-            metavar="SOURCE", help="Folder with audio of your own, instead of the small corpus."
+            metavar="SOURCE",
+            help="Folder with your own audio. \\[default: a small synthetic corpus]",
         ),
     ] = None,
-    folder: Annotated[Path, typer.Option("-o", "--output", help="Folder to work in.")] = Path(
-        "demo"
-    ),
+    folder: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for the corpus, the store and mix.wav.")
+    ] = Path("demo"),
 ) -> None:
-    """Write a small corpus (or use yours), encode it, mix it in latent space, decode the mix."""
+    """Encode a small corpus (or your own audio), mix latents of it, and decode the mix."""
     from latentmill.cli.demo import run_demo
 
     interrupts_raise()
@@ -183,7 +188,7 @@ def _options_of_all(
         ),
     ] = False,
 ) -> None:
-    # `status` and `info` report it; a Python warning is not for people at a terminal.
+    # `status` and `info` report an incomplete store themselves.
     warnings.simplefilter("ignore", IncompleteStoreWarning)
 
 
@@ -194,7 +199,7 @@ def version() -> None:
 
 
 def _settings(options: Mapping[str, Any]) -> RunConfig:
-    """The settings of a command that has the options of `encode`."""
+    """The validated settings of `encode` or `plan`."""
     from latentmill.config import load_config
 
     model_options = _options(options["model_option"], options["revision"])
@@ -205,19 +210,19 @@ def _settings(options: Mapping[str, Any]) -> RunConfig:
 
 
 def _options(pairs: list[str] | None, revision: str | None) -> dict[str, Any] | None:
-    """`name=value` options; a value is read as YAML, so that numbers are numbers."""
+    """Parse `name=value` options; values are parsed as YAML, so that numbers become numbers."""
     import yaml
 
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise ConfigError(f"invalid --model-option {pair!r}: expected NAME=VALUE")
+            raise ConfigError(f"invalid --model-option {pair!r}: expected NAME=VALUE.")
         try:
             options[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(
-                f"invalid --model-option {pair!r}: the value is not valid YAML"
+                f"invalid --model-option {pair!r}: the value is not valid YAML."
             ) from error
     return options or None
 

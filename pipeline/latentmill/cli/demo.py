@@ -1,4 +1,4 @@
-"""The demo: encode a corpus, mix two or more of its latents, decode the mix, compare."""
+"""`latentmill demo`: encode a corpus, mix latents, decode the mix and compare it with the audio."""
 
 from __future__ import annotations
 
@@ -22,23 +22,17 @@ from latentmill.store.verify import read_source
 MAX_MIX_SECONDS = 30.0
 
 
-def run_demo(folder: Path, source: str | None, say: Callable[[str], None]) -> None:
-    """Encode the demo's corpus, or the user's folder, and mix in latent space.
+def run_demo(folder: Path, source: str | None, print_line: Callable[[str], None]) -> None:
+    """Encode `source`, or a synthetic corpus, and mix two or more of its records.
 
-    Args:
-        folder: Where everything is written.
-        source: The user's own folder of audio; default is a corpus that is synthesised here.
-        say: Takes each line of what is printed.
-
-    Raises:
-        LatentmillError: The run failed.
+    Everything is written to `folder`; each line of output is passed to `print_line`.
     """
     store_folder = folder / "latents"
     if source is None:
         corpus = write_corpus(folder / "corpus")
-        say(
+        print_line(
             f"corpus: {corpus.audio_files} files, {corpus.seconds:.0f} s of audio in "
-            f"{corpus.folder} ({len(corpus.broken)} of them broken on purpose)"
+            f"{corpus.folder} ({len(corpus.broken)} deliberately broken)"
         )
         source, keys = str(corpus.folder), list(corpus.songs[0].stem_keys)
     else:
@@ -46,18 +40,20 @@ def run_demo(folder: Path, source: str | None, say: Callable[[str], None]) -> No
         digest = hashlib.sha256(str(Path(source).resolve()).encode()).hexdigest()[:8]
         store_folder = folder / f"latents-{digest}"
     summary = run(load_config(None, {"source": source, "out": str(store_folder)}), for_stream())
-    say(show.summary(summary))
+    print_line(show.summary(summary))
     store = open_store(str(store_folder))
     keys = keys or [key for key, _ in zip(store.keys(), range(2), strict=False)]
     if len(keys) < 2:
-        say("no two records to mix: try a folder with more audio")
+        print_line(
+            "nothing to mix: fewer than two records were encoded; try a folder with more audio"
+        )
         return
-    say(_mix(store, keys, folder / "mix.wav"))
-    say(f"next: latentmill info {store_folder}; latentmill verify {store_folder} --decode 3")
+    print_line(_mix(store, keys, folder / "mix.wav"))
+    print_line(f"next: latentmill info {store_folder}; latentmill verify {store_folder} --decode 3")
 
 
 def _mix(store: LatentStore, keys: Sequence[str], path: Path) -> str:
-    """Mix records, as far as all of them have frames, and write the decoded mix."""
+    """Mix records up to the end of the shortest one, and write the decoded mix."""
     records = [store[key] for key in keys]
     spec = store.model().spec
     longest = spec.frames(round(MAX_MIX_SECONDS * spec.sample_rate))

@@ -1,6 +1,6 @@
-"""Entry point of the `latentmill` command: signals first, then everything else.
+"""Entry point of the `latentmill` command: sets signal handlers before importing the rest.
 
-Only the standard library is imported at the top: Ctrl-C must work while the rest is imported.
+Only the standard library is imported at the top, so that Ctrl-C works during slow imports.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _interrupted = False
 
 
 def main() -> NoReturn:
-    """Run the command line; an error of ours becomes one sentence and its exit code."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # ignored: started by `nohup ... &`
+    """Run the command line; print a LatentmillError as one line and exit with its code."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # ignored under `nohup ... &`
         signal.signal(signal.SIGINT, _stop_at_once)
     signal.signal(signal.SIGTERM, _stop_at_once)
     from latentmill.cli.app import app
@@ -33,11 +33,11 @@ def main() -> NoReturn:
         if _interrupted:
             _exit_interrupted()
         print(f"latentmill: {printable(str(error))}", file=sys.stderr, flush=True)  # noqa: T201
-        if isinstance(error, HeadGoneError):  # Ray would wait for it, and end the process with 1
+        if isinstance(error, HeadGoneError):  # Ray's shutdown would hang, then exit with 1
             os._exit(error.exit_code)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001  a bug's traceback is redacted
-        # A KeyboardInterrupt inside an import or a C extension may come out as another exception.
+        # A KeyboardInterrupt in an import or a C extension may be raised as another exception.
         if _interrupted or isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
             _exit_interrupted()
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # wrong usage
@@ -51,24 +51,24 @@ def main() -> NoReturn:
 
 
 def interrupts_raise() -> None:
-    """From now on a signal raises KeyboardInterrupt: there is something to clean up."""
+    """Make signals raise KeyboardInterrupt from now on, so that a command can clean up."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _raise_interrupt)
 
 
 def _raise_interrupt(signum: int, frame: object) -> NoReturn:
-    global _interrupted  # noqa: PLW0603  a signal handler has no other place
+    global _interrupted  # noqa: PLW0603  a signal handler can only set a global
     _interrupted = True
     raise KeyboardInterrupt
 
 
 def _stop_at_once(signum: int, frame: object) -> NoReturn:
-    """End the process where nothing has been written yet: no exception can get lost."""
-    os.write(2, b"latentmill: interrupted; the same command resumes\n")
+    """Exit immediately: nothing has been written yet, and an exception could be swallowed."""
+    os.write(2, b"latentmill: interrupted; run the same command again to resume\n")
     os._exit(INTERRUPTED_EXIT_CODE)
 
 
 def _exit_interrupted() -> NoReturn:
-    print("latentmill: interrupted; the same command resumes", file=sys.stderr)  # noqa: T201
+    print("latentmill: interrupted; run the same command again to resume", file=sys.stderr)  # noqa: T201
     sys.exit(INTERRUPTED_EXIT_CODE)

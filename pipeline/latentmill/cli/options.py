@@ -1,6 +1,6 @@
-"""The options of `encode` and `plan`, made from the declarations of the settings.
+"""The options of `encode` and `plan`, generated from the settings in config.py.
 
-Every option is None when it is not given, so that a config file's values remain.
+An option that is not given is None, so that it does not override the config file.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ Revision = Annotated[
 ]
 Config = Annotated[
     Path | None,
-    typer.Option(help="YAML file of settings; options on the command line override it."),
+    typer.Option(
+        help="YAML file of settings, e.g. run.yaml. Options on the command line override it."
+    ),
 ]
 
 
 def encode_options() -> dict[str, Any]:
-    """The annotation of each option and argument, by its Python name."""
+    """Annotations of all options and arguments of `encode`, by Python name."""
     options: dict[str, Any] = {}
     for name in RunConfig.model_fields:
         if name == "model_options":
@@ -58,7 +60,7 @@ def _group(name: str) -> int:
 
 
 def annotation(name: str) -> Any:
-    """The annotation of the option, or argument, of one setting."""
+    """The typer annotation of one setting's option or argument."""
     field = RunConfig.model_fields[name]
     text, typed = str(field.description), option(name)
     if not typed.startswith("-"):
@@ -68,7 +70,7 @@ def annotation(name: str) -> Any:
         typed += f"/--no-{typed.removeprefix('--')}"
     if field.default not in (None, False, ()) and "[default:" not in text:
         text += f" [default: {_shown(field.default)}]"
-    text = text.replace("[", "\\[")  # help is rich markup, where [words] are styles
+    text = text.replace("[", "\\[")  # in rich markup, [word] is a style
     panel = setting(name).group or None
     return Annotated[kind | None, typer.Option(typed, help=text, rich_help_panel=panel)]
 
@@ -78,7 +80,7 @@ def _shown(default: Any) -> str:
 
 
 def _option_type(field: FieldInfo) -> Any:
-    """The type that the command line parses; the settings' own validation does the rest."""
+    """The type that typer parses; RunConfig validates the value."""
     kind = field.annotation
     if isinstance(kind, types.UnionType):  # `int | None`
         kind = next(one for one in get_args(kind) if one is not types.NoneType)
@@ -88,10 +90,9 @@ def _option_type(field: FieldInfo) -> Any:
 
 
 def takes(**own: tuple[Any, Any]) -> Callable[[Command], Command]:
-    """Give a command of keyword arguments the options of `encode`.
+    """Add the options of `encode` to a command that takes keyword arguments.
 
-    Args:
-        own: More options, each an annotation and a default.
+    `own` adds more options: each is a pair of annotation and default.
     """
     kinds = {name: (annotation, None) for name, annotation in encode_options().items()} | own
 

@@ -1,4 +1,4 @@
-"""The commands that read a store: decode, mix, export, and what is measured on it."""
+"""The commands that read a store: decode, mix, export, seams and linearity."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ if TYPE_CHECKING:
     from latentmill.decoding.decoder import LatentSource
     from latentmill.store.store import LatentStore
 
-app = typer.Typer()  # its commands become the main one's
+app = typer.Typer()  # app.py adds its commands to the main app
 
-Store = Annotated[str, typer.Argument(metavar="STORE", help="The store: a folder or URL.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
+Store = Annotated[str, typer.Argument(metavar="STORE", help="Store to read: a folder or URL.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Device = Annotated[
+    str, typer.Option(help="Device of the model: auto, cpu, cuda or cuda:N, e.g. cuda:1.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 TrustModel = Annotated[
     bool,
     typer.Option(
         "--trust-model",
-        help="Run the Python code that the store or its config names as the model.",
+        help="Allow the model named by the store or its config to run its own Python code.",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Noise of a stochastic decoder.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noise, for decoders that draw noise.")]
 
 
 def print_value(as_json: bool, value: Any, text: Callable[[Any], str]) -> None:
-    """Print a command's result, as text or as JSON."""
     from latentmill.cli import show
 
     typer.echo(printable_json(show.plain(value)) if as_json else text(printable_value(value)))
@@ -48,20 +49,28 @@ def print_value(as_json: bool, value: Any, text: Callable[[Any], str]) -> None:
 @app.command()
 def decode(
     url: Store,
-    folder: Annotated[Path, typer.Option("-o", "--output", help="Folder for the files.")],
+    folder: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for the audio files; created if missing.")
+    ],
     keys: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY...", help="Records to decode: keys or globs, e.g. 'album/*'."),
+        typer.Argument(
+            metavar="KEY...", help="Keys or globs of the records to decode, e.g. 'album/*'."
+        ),
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Decode every record.")] = False,
-    format: Annotated[str, typer.Option(help="wav (float32) or flac (24 bit).")] = "wav",
+    everything: Annotated[
+        bool, typer.Option("--all", help="Decode all records, instead of KEY.")
+    ] = False,
+    format: Annotated[
+        str, typer.Option(help="File format: wav (float32) or flac (24 bit).")
+    ] = "wav",
     overwrite: Overwrite = False,
     seed: Seed = 0,
     device: Device = "auto",
     trust_model: TrustModel = False,
     as_json: AsJson = False,
 ) -> None:
-    """Decode records to audio files named FOLDER/KEY.wav. Names over 255 bytes are shortened."""
+    """Decode records to audio files named FOLDER/KEY.wav. Names are cut to 255 bytes."""
     from latentmill.cli import show
     from latentmill.decoding.files import FILE_TYPES, file_name
     from latentmill.store.store import open_store
@@ -70,7 +79,7 @@ def decode(
         raise ConfigError(f"invalid --format {format!r}: use wav or flac.")
     store = open_store(url, device=device, trust_model=trust_model)
     if bool(keys) == everything:
-        raise ConfigError("decode needs the keys of records, or --all for every record.")
+        raise ConfigError("decode needs either keys of records or --all.")
     chosen = list(store.keys()) if everything else _matching(store, keys or [])
     targets = {key: folder / file_name(key, f".{format}") for key in chosen}
     _check_distinct(targets)
@@ -91,15 +100,20 @@ def mix(
         list[str],
         typer.Argument(
             metavar="KEY[:GAIN]...",
-            help="Records to mix, each with a factor or a gain in dB: bass:0.5, bass:-6dB.",
+            help="Records to mix, each with an optional gain: bass, bass:0.5 or bass:-6dB.",
         ),
     ],
-    file: Annotated[Path, typer.Option("-o", "--output", help="The .wav or .flac to write.")],
+    file: Annotated[Path, typer.Option("-o", "--output", help="File to write, .wav or .flac.")],
     length: Annotated[
-        str | None, typer.Option(help="shortest or longest, where the records differ.")
+        str | None,
+        typer.Option(
+            help="Length of the mix if the records differ: shortest, or longest (adds silence)."
+        ),
     ] = None,
     overwrite: Overwrite = False,
-    raw: Annotated[bool, typer.Option("--raw", help="Plain sum, without the origin.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Add the latents without the origin correction.")
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     trust_model: TrustModel = False,
@@ -113,7 +127,7 @@ def mix(
     check_file_type(file)
     store = open_store(url, device=device, trust_model=trust_model)
     _check_target(file, store, overwrite)
-    wanted = [_part(store, part) for part in parts]
+    wanted = [_key_and_gain(store, part) for part in parts]
     origin = store.origin.raw() if raw else store.origin
     origin.check_arithmetic()
     sources = [store.source(key) for key, _ in wanted]
@@ -127,8 +141,8 @@ def mix(
             f"{key} {n / rate:.2f} s" for (key, _), n in zip(wanted, samples, strict=True)
         )
         raise ConfigError(
-            f"The records have different lengths ({listed}): add --length shortest to cut them, "
-            "or --length longest to continue them with silence."
+            f"the records have different lengths ({listed}): add --length shortest to cut them, "
+            "or --length longest to pad them with silence."
         )
     if length is not None:
         frames = choose(source.shape[-1] for source in sources)
@@ -143,15 +157,25 @@ def mix(
 @app.command()
 def export(
     url: Store,
-    dest: Annotated[str, typer.Argument(metavar="DEST", help="Where to: a new folder or URL.")],
-    to: Annotated[str, typer.Option("--to", help="stable-audio-tools, webdataset or parquet.")],
+    dest: Annotated[
+        str,
+        typer.Argument(
+            metavar="DEST", help="Folder or URL to write; new, or an earlier export of this store."
+        ),
+    ],
+    to: Annotated[
+        str, typer.Option("--to", help="Target format: stable-audio-tools, webdataset or parquet.")
+    ],
     frames: Annotated[
         int | None,
-        typer.Option(min=1, help="stable-audio-tools: continue shorter latents by silence."),
+        typer.Option(
+            min=1,
+            help="Pad shorter latents with silence to this many frames (stable-audio-tools only).",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Write a store for other tools, or as a store of the other format."""
+    """Write STORE for stable-audio-tools, or as a store in the other shard format."""
     from latentmill.cli import show
     from latentmill.export.export import Target, export_store
     from latentmill.store.store import open_store
@@ -170,15 +194,21 @@ def export(
 @app.command()
 def seams(
     url: Store,
-    items: Annotated[int, typer.Option(min=1, help="How many items to encode whole.")] = 8,
+    items: Annotated[int, typer.Option(min=1, help="Number of items to encode in one piece.")] = 8,
     max_seconds: Annotated[
-        float | None, typer.Option(help="Longest of them (default: 60, or five chunks).")
+        float | None,
+        typer.Option(
+            help="Maximum item length in seconds. \\[default: 60, or five chunks if longer]"
+        ),
     ] = None,
     device: Device = "auto",
     trust_model: TrustModel = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the error at the seams of chunks against whole items (evaluation/seams.json)."""
+    """Measure the error that chunking introduces, compared with encoding each item in one piece.
+
+    Writes evaluation/seams.json in the store.
+    """
     from latentmill.cli import show
     from latentmill.evaluate.seams import measure_seams
     from latentmill.store.store import open_store
@@ -186,21 +216,27 @@ def seams(
     store = open_store(url, device=device, trust_model=trust_model)
     interrupts_raise()
     print_value(as_json, measure_seams(store, items=items, max_seconds=max_seconds), show.seams)
-    _say_what_is_not_recorded(store)
+    _warn_if_not_recorded(store)
 
 
 @app.command()
 def linearity(
     url: Store,
-    items: Annotated[int, typer.Option(min=2, help="How many items to scale and add.")] = 8,
+    items: Annotated[int, typer.Option(min=2, help="Number of items to scale and add.")] = 8,
     max_seconds: Annotated[
-        float | None, typer.Option(min=0.1, help="How much of each (default: one chunk).")
+        float | None,
+        typer.Option(
+            min=0.1, help="Length of each item to use, in seconds. \\[default: one chunk]"
+        ),
     ] = None,
     device: Device = "auto",
     trust_model: TrustModel = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how well latents scale and add on the store's audio (evaluation/linearity.json)."""
+    """Measure how well latents scale and add, on the audio of STORE.
+
+    Writes evaluation/linearity.json in the store.
+    """
     from latentmill.cli import show
     from latentmill.evaluate.linearity import measure_linearity
     from latentmill.store.store import open_store
@@ -209,20 +245,20 @@ def linearity(
     interrupts_raise()
     report = measure_linearity(store, items=items, max_seconds=max_seconds)
     print_value(as_json, report, show.linearity)
-    _say_what_is_not_recorded(store)
+    _warn_if_not_recorded(store)
 
 
-def _say_what_is_not_recorded(store: LatentStore) -> None:
+def _warn_if_not_recorded(store: LatentStore) -> None:
     if not store.sealed:
-        typer.echo("not recorded: the store is not sealed yet: finish its run first", err=True)
+        typer.echo("not recorded: the store is not sealed yet; finish its run first", err=True)
 
 
-def _part(store: LatentStore, part: str) -> tuple[str, float]:
-    """Split `KEY`, `KEY:FACTOR` or `KEY:-6dB`; a key may contain colons itself."""
-    key, _, gain = part.rpartition(":")
-    if part in store or key not in store:
-        _check_key(store, part)
-        return part, 1.0
+def _key_and_gain(store: LatentStore, text: str) -> tuple[str, float]:
+    """Split `KEY`, `KEY:FACTOR` or `KEY:-6dB`; a key may contain colons."""
+    key, _, gain = text.rpartition(":")
+    if text in store or key not in store:
+        _check_key(store, text)
+        return text, 1.0
     number, decibels = re.subn(r"\s*db\s*$", "", gain, flags=re.IGNORECASE)
     try:
         factor = 10 ** (float(number) / 20) if decibels else float(number)
@@ -230,14 +266,14 @@ def _part(store: LatentStore, part: str) -> tuple[str, float]:
         factor = math.nan
     if not math.isfinite(factor):
         raise ConfigError(
-            f"invalid gain {gain!r} of {key}: expected a factor such as {key}:0.5, "
+            f"invalid gain {gain!r} of {key}: use a factor such as {key}:0.5, "
             f"or decibels such as {key}:-6dB."
         )
     return key, factor
 
 
 def _matching(store: LatentStore, patterns: Sequence[str]) -> list[str]:
-    """Return the keys that are named or match a glob (`*` also matches `/`), each once."""
+    """Return each key once that equals a pattern or matches it as a glob; `*` also matches `/`."""
     found: dict[str, None] = {}
     for pattern in patterns:
         if pattern in store:
@@ -248,21 +284,21 @@ def _matching(store: LatentStore, patterns: Sequence[str]) -> list[str]:
         matches = fnmatch.filter(store.keys(), pattern)
         if not matches:
             raise ConfigError(
-                f"{store.url} has no record that matches {pattern}: "
-                f"`latentmill decode {store.url} --all` decodes every record."
+                f"no record of {store.url} matches {pattern}: check the pattern, or decode all "
+                f"records with --all."
             )
         found.update(dict.fromkeys(matches))
     return list(found)
 
 
 def _check_distinct(targets: Mapping[str, Path]) -> None:
-    """Two keys may differ only in parts that a safe path leaves out."""
+    """Different keys can give the same path, because a safe path leaves out some characters."""
     taken: dict[Path, str] = {}
     for key, path in targets.items():
         if (other := taken.setdefault(path, key)) != key:
             raise ConfigError(
-                f"Records {other!r} and {key!r} would both be written to {path}: "
-                "decode them into two folders."
+                f"records {other!r} and {key!r} would both be written to {path}: "
+                "decode them into different folders."
             )
 
 
@@ -271,20 +307,22 @@ def _check_key(store: LatentStore, key: str) -> None:
         from latentmill.cli import show
 
         near = show.closest(key, store.keys())
-        hint = f"did you mean {near}?" if near else f"`latentmill status {store.url}` counts them."
+        hint = f"did you mean {near}?" if near else "check the key."
         raise ConfigError(f"{store.url} has no record {key}: {hint}")
 
 
 def _check_target(path: Path, store: LatentStore, overwrite: bool) -> None:
-    """A recording must not be lost to its own copy."""
+    """Refuse to overwrite files, above all the source audio."""
     if path.resolve().is_relative_to(Path(store.info.source)):
-        raise ConfigError(f"Output {path} lies in the source of {store.url}: choose another place.")
+        raise ConfigError(
+            f"{path} is inside the source of {store.url}: choose another output path."
+        )
     if path.exists() and not overwrite:
-        raise ConfigError(f"Output {path} exists: choose another place, or add --overwrite.")
+        raise ConfigError(f"{path} exists: choose another output path, or add --overwrite.")
 
 
 def _write(path: Path, store: LatentStore, source: LatentSource, samples: int, seed: int) -> str:
-    """Decode to a file; say so if the file cannot hold the loudest samples."""
+    """Decode to a file; warn if its format clips the loudest samples."""
     from latentmill.decoding.files import write_audio
 
     written = write_audio(
@@ -305,7 +343,7 @@ def _write(path: Path, store: LatentStore, source: LatentSource, samples: int, s
 
 @contextlib.contextmanager
 def _warnings_as_lines() -> Iterator[None]:
-    """Print warnings of the linearity card as one line each, once."""
+    """Print each linearity warning once, as one line."""
     from latentmill.ops import LinearityWarning
 
     def line(

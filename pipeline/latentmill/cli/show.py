@@ -1,4 +1,4 @@
-"""What the command line prints: for people, and as plain values for --json."""
+"""The output of the commands: as text, and as plain values for --json."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAX_LISTED = 20
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON knows it."""
+    """Convert dataclasses, models and tuples to the dicts and lists that JSON has."""
     if isinstance(value, BaseModel):
         unset: set[str] = {name for name in MEASURED if getattr(value, name, 0) is None}
         return value.model_dump(mode="json", exclude=unset)
@@ -47,7 +47,7 @@ def plain(value: Any) -> Any:
 
 
 def summary(run: RunSummary) -> str:
-    """What stands at the end of `encode`."""
+    """The text that `encode` prints at the end."""
     info = run.info
     lines = [
         f"{run.store}: {info.encoded} encoded, {info.skipped} skipped, {info.failed} failed of "
@@ -55,7 +55,7 @@ def summary(run: RunSummary) -> str:
         f"{size_text(sum(shard.bytes for shard in info.shards))} in {_shards(len(info.shards))}",
         pairs_listed("failed", run.failures),
         pairs_listed("skipped", run.skipped),
-        left_alone(run.ignored),
+        ignored_files(run.ignored),
         _extension(run.extension),
     ]
     if run.failures:
@@ -72,12 +72,12 @@ def summary(run: RunSummary) -> str:
             f"this run: {run.units - run.resumed_units} of {run.units} units, "
             f"{run.encoded_seconds / 3600:.3f} h in {run.seconds:.1f} s ({speed:.1f} x real time)"
         )
-        lines.append(_bound(run.stages, run.seconds))
+        lines.append(_bottleneck(run.stages, run.seconds))
     return "\n".join(line for line in lines if line)
 
 
 def _extension(value: Extension | None) -> str:
-    """What an extension found."""
+    """Lines about new, changed and missing files."""
     if value is None:
         return ""
     lines = [
@@ -88,7 +88,7 @@ def _extension(value: Extension | None) -> str:
     again = "encoded again" if value.retried else "--retry-changed encodes them again"
     for count, keys, what in (
         (value.changed, value.changed_keys, f"changed since planning ({again})"),
-        (value.vanished, value.vanished_keys, "gone from the source (their latents stay)"),
+        (value.vanished, value.vanished_keys, "no longer in the source (their latents are kept)"),
         (
             value.described,
             value.described_keys,
@@ -105,8 +105,7 @@ def _shards(count: int) -> str:
     return f"{count} shard{'s' * (count != 1)}"
 
 
-def _bound(stages: Mapping[str, float], seconds: float) -> str:
-    """What the workers spent their time on."""
+def _bottleneck(stages: Mapping[str, float], seconds: float) -> str:
     model, wait = stages.get("model_seconds", 0.0), stages.get("wait_seconds", 0.0)
     if model + wait < 0.25 * seconds:
         return (
@@ -117,13 +116,13 @@ def _bound(stages: Mapping[str, float], seconds: float) -> str:
 
 
 def forecast(value: Forecast) -> str:
-    """What `plan` prints."""
+    """The text that `plan` prints."""
     known = (
         "known"
         if not value.estimated_items
         else (
-            f"of which {value.estimated_hours:.3f} h are a guess for {value.estimated_items} items "
-            "whose exact length is not known (--probe reads the headers of remote files too)"
+            f"of which {value.estimated_hours:.3f} h are estimated, for {value.estimated_items} "
+            "items of unknown length (--probe reads the headers of all files)"
         )
     )
     formats = ", ".join(f"{count} {name}" for name, count in value.formats.items())
@@ -148,12 +147,12 @@ def forecast(value: Forecast) -> str:
     start = "continue" if value.committed else "start"
     last = f"plan saved to {value.store}; run `latentmill encode` with the same options to {start}"
     return "\n".join(
-        filter(None, [*lines, left_alone(value.ignored), _extension(value.extension), last])
+        filter(None, [*lines, ignored_files(value.ignored), _extension(value.extension), last])
     )
 
 
 def info(value: DatasetInfo) -> str:
-    """What `info` prints."""
+    """The text that `info` prints."""
     model = value.model
     rate = model["sample_rate"] / model["hop"]
     mean = sum(value.mean) / len(value.mean)
@@ -171,21 +170,21 @@ def info(value: DatasetInfo) -> str:
         "items": f"{value.encoded} encoded, {value.skipped} skipped, {value.failed} failed of "
         f"{value.items}",
         "audio": f"{value.hours:.3f} h, {value.frames} latent frames",
-        "values": f"mean {mean:.3g}, standard deviation {std:.3g} over all channels",
+        "statistics": f"mean {mean:.3g}, std {std:.3g} over all channels",
         "fingerprint": value.fingerprint,
     }
     if value.seams is not None:
         rows["seams"] = (
-            f"relative error {value.seams.median:.2g}, at most {value.seams.largest:.2g}"
+            f"relative error: median {value.seams.median:.2g}, largest {value.seams.largest:.2g}"
         )
     if value.linearity is not None:
         scaling, adding = value.linearity.homogeneity, value.linearity.additivity
-        rows["linearity"] = f"relative error of scaling {scaling:.3g}, of adding {adding:.3g}"
+        rows["linearity"] = f"relative error: scaling {scaling:.3g}, adding {adding:.3g}"
     return "\n".join(f"{name:<11} {text}" for name, text in rows.items())
 
 
 def verification(report: Report) -> str:
-    """What `verify` prints."""
+    """The text that `verify` prints."""
     lines = [
         f"{report.committed} of {report.units} units, {report.records} records of "
         f"{report.items} items: {'no faults' if not report.faults else 'FAULTS FOUND'}"
@@ -199,34 +198,34 @@ def verification(report: Report) -> str:
 
 
 def files(value: Mapping[str, Sequence[str]]) -> str:
-    """The files that were written."""
+    """Paths of the written files, one per line."""
     return "\n".join(value["files"])
 
 
 def models(entries: Sequence[Any]) -> str:
-    """What `models` prints."""
+    """The text that `models` prints without a name."""
     return "\n".join(f"{e.name:<12} {e.description} [{e.requirement}]" for e in entries)
 
 
 def model(spec: ModelSpec) -> str:
-    """What `models NAME` prints."""
+    """The text that `models NAME` prints."""
     chunk = spec.samples(spec.chunk_frames) / spec.sample_rate
     why = (
-        "no context makes a chunk's frames equal to the whole item's"
+        "every frame depends on the whole chunk"
         if spec.context is None
-        else f"a frame is taken where its chunk has {spec.context.left} frames to its left and "
-        f"{spec.context.right} to its right"
+        else f"the first {spec.context.left} and last {spec.context.right} frames of a chunk "
+        "depend on its edges"
     )
     rows = {
         "model": f"{spec.name}, {spec.sample_rate} Hz, {spec.channels} channel(s), scale factor "
         f"{spec.scale_factor:g}",
         "latents": f"{spec.latent_channels} channels at {spec.frame_rate:.3f} Hz "
-        f"({spec.hop} samples a frame)",
+        f"({spec.hop} samples per frame)",
         "lengths": f"frames(T) = max(1, ceil((T - {spec.overhang}) / {spec.hop})), T a multiple "
         f"of {spec.sample_multiple}, at least {spec.min_samples}",
-        "chunking": f"{spec.stitch}, chunks of {chunk:.2f} s that share {spec.overlap_frames} "
-        f"frames: {why}",
-        "decoder": "draws noise, takes a seed" if spec.stochastic_decoder else "deterministic",
+        "chunking": f"{spec.stitch}, chunks of {chunk:.2f} s that overlap by "
+        f"{spec.overlap_frames} frames: {why}",
+        "decoder": "stochastic (set --seed)" if spec.stochastic_decoder else "deterministic",
         "weights": ", ".join(f"{n} {v}" for n, v in spec.provenance.items()) or "none",
     }
     lines = [f"{name:<9} {text}" for name, text in rows.items()]
@@ -234,25 +233,25 @@ def model(spec: ModelSpec) -> str:
 
 
 def seams(report: SeamReport) -> str:
-    """What `seams` prints."""
+    """The text that `seams` prints."""
     lines = [
         f"{one.key}: {one.seconds:.1f} s, relative error {one.error:.2g}, worst frame "
         f"{one.worst:.2g}"
         for one in report.items
     ]
     lines.append(
-        f"stitched against whole: median {report.median:.2g}, largest {report.largest:.2g} of "
-        f"{len(report.items)} items"
+        f"relative error of chunked encoding: median {report.median:.2g}, largest "
+        f"{report.largest:.2g} ({len(report.items)} items)"
     )
     return "\n".join(lines)
 
 
 def linearity(report: LinearityReport) -> str:
-    """What `linearity` prints."""
+    """The text that `linearity` prints."""
     card = report.card
     gains = ", ".join(f"{error:.3g} at gain {gain}" for gain, error in card.by_gain.items())
     verdict = (
-        f"poor: {', '.join(report.poor)} latents has an error above {report.limit:g}"
+        f"poor: the error of {' and '.join(report.poor)} latents is above {report.limit:g}"
         if report.poor
         else f"good: every error is at most {report.limit:g}"
     )
@@ -263,33 +262,33 @@ def linearity(report: LinearityReport) -> str:
             f"adding    relative error {card.additivity:.3g} (mean {card.additivity_mean:.3g}) "
             f"with the origin, {card.additivity_raw:.3g} without, of {card.pairs} pairs",
             f"raw norm  scaling {card.homogeneity_raw_norm:.3g}, adding "
-            f"{card.additivity_raw_norm:.3g}: divided by the whole latent, its origin included",
+            f"{card.additivity_raw_norm:.3g} (divided by the norm of the latent with its origin)",
             verdict,
         )
     )
 
 
 def export(value: ExportSummary) -> str:
-    """What `export` prints."""
+    """The text that `export` prints."""
     lines = [f"{value.dest}: {value.records} records for {value.to}"]
     return "\n".join(filter(None, [*lines, pairs_listed("failed", value.failures)]))
 
 
 def minutes(seconds: float) -> str:
-    """A time span, such as 2:05 or 1:02:05."""
+    """Format a duration as 2:05 or 1:02:05."""
     whole, second = divmod(round(seconds), 60)
     hour, minute = divmod(whole, 60)
     return f"{hour}:{minute:02d}:{second:02d}" if hour else f"{minute}:{second:02d}"
 
 
 def closest(word: str, words: Iterable[str]) -> str | None:
-    """The most similar word among the first 100,000."""
+    """The most similar of the first 100,000 words."""
     near = difflib.get_close_matches(word, itertools.islice(words, 100_000), n=1)
     return near[0] if near else None
 
 
-def left_alone(ignored: Mapping[str, int]) -> str:
-    """What of a source is no item, by extension or reason."""
+def ignored_files(ignored: Mapping[str, int]) -> str:
+    """A line that counts the ignored files by extension or reason."""
     if not ignored:
         return ""
     listed = ", ".join(f"{count} {extension}" for extension, count in sorted(ignored.items()))
@@ -297,15 +296,18 @@ def left_alone(ignored: Mapping[str, int]) -> str:
 
 
 def pairs_listed(title: str, pairs: Sequence[tuple[str, str]]) -> str:
-    """Keys with their reasons, a line each; the first `MAX_LISTED`."""
+    """List the first `MAX_LISTED` keys with their reasons, one per line."""
     lines = [f"  {title}: {key}: {reason}" for key, reason in pairs[:MAX_LISTED]]
     if len(pairs) > MAX_LISTED:
-        lines.append(f"  ... and {len(pairs) - MAX_LISTED} more ({title}); status --json has all")
+        lines.append(
+            f"  ... and {len(pairs) - MAX_LISTED} more ({title}); "
+            "`latentmill status STORE --json` lists all"
+        )
     return "\n".join(lines)
 
 
 def size_text(count: int) -> str:
-    """A number of bytes, such as 1.5 GB."""
+    """Format a number of bytes as 1.5 GB."""
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:

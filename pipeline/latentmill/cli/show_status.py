@@ -1,4 +1,4 @@
-"""What `status` reports of a store, and of the run that is writing to it."""
+"""The output of `status`: the state of a store and of its current run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from latentmill.cli.show import left_alone, pairs_listed, size_text
+from latentmill.cli.show import ignored_files, pairs_listed, size_text
 from latentmill.encoding.timings import bound
 from latentmill.engine.running import CurrentRun, current_run
 from latentmill.errors import StoreError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoreStatus:
-    """How far a store is."""
+    """State of a store: counts over its commits, and its current run."""
 
     store: str
     complete: bool
@@ -38,11 +38,11 @@ class StoreStatus:
     skips: tuple[tuple[str, str], ...]
     ignored: Mapping[str, int]
     stages: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    run: CurrentRun | None = None  # the one that is writing to it, or was killed
+    run: CurrentRun | None = None  # the current run, or one that was killed
 
     @classmethod
     def of(cls, store: LatentStore) -> StoreStatus:
-        """The status of an open store, and of the run that is writing to it."""
+        """Collect the status of an open store."""
         run = current_run(store.storage)
         tallies = [Tally.of(commit) for commit in iter_commits(store.storage)]
         stages: Counter[str] = Counter()
@@ -68,7 +68,7 @@ class StoreStatus:
 
 
 def status(value: StoreStatus) -> str:
-    """What `status` prints."""
+    """The text that `status` prints."""
     speed = bound(value.stages)
     return "\n".join(
         line
@@ -82,23 +82,25 @@ def status(value: StoreStatus) -> str:
             f"speed     {speed}" if speed else "",
             pairs_listed("failed", value.failures),
             pairs_listed("skipped", value.skips),
-            left_alone(value.ignored),
+            ignored_files(value.ignored),
         )
         if line
     )
 
 
-def without_plan(url: str) -> StoreError | None:
-    """The error for a store whose first run still lists its source; None if no run does."""
+def planning_error(url: str) -> StoreError | None:
+    """The error for a store whose first run is still planning; None if there is no such run."""
     storage = Storage(url)
     run = None if storage.exists(PLAN_PATH) else current_run(storage)
     if run is None or run.state != "running":
         return None
-    return StoreError(f"{url} has no plan yet: the run of {run.by} is planning it; ask again soon.")
+    return StoreError(
+        f"{url} has no plan yet: the run of {run.by} is planning it; try again later."
+    )
 
 
 def _state(value: StoreStatus) -> str:
-    """Whether a store is complete; if not, who is encoding it or how to go on."""
+    """Whether a store is complete; if not, who is encoding it or how to resume."""
     run = value.run
     if run is None or (run.state == "stopped" and value.complete):
         hint = "not complete; to resume, run the same encode command again"
@@ -110,14 +112,14 @@ def _state(value: StoreStatus) -> str:
         return f"stopped: the run of {run.by} was killed; to resume, run the same command again"
     last = _moment(run.heartbeat or "")
     return (
-        f"unknown: the run of {run.by}{since and f', since {since}'}, gave no sign of life while "
-        f"`status` waited{last and f' (the last one: {last}, by its own clock)'}; if it has been "
+        f"unknown: the run of {run.by}{since and f', since {since}'}, sent no heartbeat while "
+        f"`status` waited{last and f' (last heartbeat: {last}, by its own clock)'}; if it was "
         "killed, run the same command again to resume"
     )
 
 
 def _progress(run: CurrentRun | None) -> str:
-    """How far a run is that has not been killed."""
+    """Progress of a run that was not killed."""
     if run is None or run.state == "stopped":
         return ""
     now = run.progress
@@ -132,12 +134,12 @@ def _progress(run: CurrentRun | None) -> str:
 
 
 def _moment(iso: str) -> str:
-    """A time in UTC, to the second."""
+    """Format an ISO time as UTC, to the second."""
     return f"{iso[:19].replace('T', ' ')} UTC" if iso else ""
 
 
 def _rough(seconds: float) -> str:
-    """A time span to the minute."""
+    """Format a duration to the minute."""
     hours, minute = divmod(round(seconds / 60), 60)
     if hours:
         return f"about {hours} h {minute} min"
