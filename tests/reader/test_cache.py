@@ -119,7 +119,7 @@ def test_a_disk_that_fails_is_one_sentence(
     remote: LatentStore, tmp_path: Path, one_sentence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="No cache") as error:
+    with pytest.raises(ConfigError, match="cannot create the cache folder") as error:
         RangeCache(tmp_path / "file" / "cache", 1)
     one_sentence(error.value)
     with pytest.raises(ConfigError, match="cache_gib") as small:

@@ -134,7 +134,7 @@ def test_a_shard_of_another_size_stops_reading(
         data = shard.read_bytes()
         shard.write_bytes(data + change if change else data[: len(data) // 2])
         store = LatentStore(str(folder))
-        with pytest.raises(StorageError, match="another size") as error:
+        with pytest.raises(StorageError, match="does not have the size") as error:
             CropReader(store).read([Crop(row, 0, 1) for row in range(len(store))])
         one_sentence(error.value)
 
@@ -166,7 +166,7 @@ def test_a_remote_store_reads_the_same_in_one_batch(
         np.array_equal(r.latent, expected(store, c)[0]) for r, c in zip(read, crops, strict=True)
     )
     store.storage.write("shards/000001.parquet", b"cut")
-    with pytest.raises(StorageError, match="another size"):
+    with pytest.raises(StorageError, match="does not have the size"):
         CropReader(store).read(crops)
 
 

@@ -239,7 +239,7 @@ def test_what_samplers_cannot_be_is_said(url: str, one_sentence) -> None:
     for options, word in [
         ({"sampler": pairs}, "not one of batches"),
         ({"sampler": SequentialSampler(range(99))}, "samples 0 to 23"),
-        ({"sampler": [0.5]}, "does not give numbers"),
+        ({"sampler": [0.5]}, "does not yield sample numbers"),
     ]:
         with pytest.raises(ConfigError, match=word) as error:
             list(lm.BatchSampler(dataset, 4, **options))
@@ -348,7 +348,7 @@ def test_a_stream_that_starts_an_epoch_again_warns(
     assert read(found)
     assert "RepeatedEpochWarning" not in capfd.readouterr().err
     read(found)
-    assert capfd.readouterr().err.count("RepeatedEpochWarning: This DataLoader reads epoch 0") == 1
+    assert capfd.readouterr().err.count("RepeatedEpochWarning: this DataLoader reads epoch 0") == 1
     epochs = []
     for epoch in (1, 2):
         stream.set_epoch(epoch)

@@ -262,10 +262,10 @@ def test_gains_stay_in_their_range(store: LatentStore) -> None:
     ("wrong", "says"),
     [
         ({"crop": 0}, "at least 1"),
-        ({"remix": 2.0}, "share from 0 to 1"),
+        ({"remix": 2.0}, "probability from 0 to 1"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"gains": (3.0, -3.0)}, "from low to high"),
-        ({"by": "name"}, "by fields or by folder"),
+        ({"by": "name"}, "use 'fields' or 'folder'"),
     ],
 )
 def test_options_that_make_no_sense(

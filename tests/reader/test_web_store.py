@@ -80,5 +80,5 @@ def test_a_shard_that_is_cut_is_noticed(web: str, tmp_path: Path) -> None:
     write_latents(str(tmp_path / "store"), [30])
     shard = next((tmp_path / "store" / "shards").iterdir())
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(StorageError, match="another size"):
+    with pytest.raises(StorageError, match="does not have the size"):
         lm.LatentDataset(LatentStore(f"{web}/store"), crop=8, metadata=False)[0]

@@ -1,1 +1,1 @@
-"""Torch datasets over stores of latents: crops, masks, mixing, ranks, resumable state."""
+"""Torch datasets over stores: random crops, masks, mixing, distributed reading, resuming."""

@@ -1,4 +1,4 @@
-"""Batches for the map-style datasets: shuffled, bucketed by length, sharded, resumable."""
+"""`BatchSampler`: batches for the map-style datasets, shuffled, bucketed by length, resumable."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from latentmill.reader.sharding import (
     EpochProgress,
     Even,
     Rank,
-    check_dealt_once,
+    accelerate_processes,
+    check_distributed_once,
     check_state,
-    dealt_by_accelerate,
     mixture,
 )
 
 
-class Numbered(Protocol):
-    """A dataset that can be asked for (epoch, position, number): ours."""
+class RequestDataset(Protocol):
+    """A dataset that accepts requests of (epoch, position, number)."""
 
     def __len__(self) -> int:
-        """Samples of all stores."""
+        """Number of samples in all stores."""
         ...
 
     @property
@@ -49,40 +49,42 @@ class Numbered(Protocol):
 
 
 class BatchSampler(Sampler[list[Request]]):
-    """Which samples of a `LatentDataset` or `StemDataset` make which batch.
+    """Batch sampler of a `LatentDataset` or `StemDataset`, for DataLoader's `batch_sampler`.
 
-    For DataLoader's `batch_sampler`. An epoch's batches are a pure function of dataset, seed and
-    epoch, and are dealt to the ranks in turn: every sample exactly once, whatever the number of
-    ranks. Every iteration is the next epoch, unless `set_epoch` says which. Each sample is asked
-    for with its epoch and its place in it, so that random crops are new in every epoch and for
-    every draw of an item, in workers of any kind, and the same in every run.
+    The batches of an epoch are a pure function of dataset, seed and epoch. They are distributed
+    round-robin to the ranks, so each sample is read exactly once for any number of ranks. Each
+    iteration is the next epoch, unless `set_epoch` sets another one. The sampler sends epoch and
+    position with each request: random crops are new in every epoch and for every draw of an item,
+    in any kind of worker, and the same whenever training is repeated.
 
     Args:
-        dataset: What is sampled from.
-        batch_size: Samples of a batch.
+        dataset: The dataset to sample from.
+        batch_size: Samples per batch.
         sampler: A torch sampler that chooses the samples of an epoch and their order, such as
-            `WeightedRandomSampler`; None: every sample once, shuffled. Its random numbers are made
-            a function of `seed`, the epoch and the seed of its own generator. What it gives is
-            dealt to the ranks, except by `DistributedSampler`, which does so itself.
-        buckets: How many groups of like lengths the samples are divided into: a batch is of one
-            group, but for what remains of all groups. For whole items (`crop=None`).
-        drop_last: Leave out an epoch's batch that is not full.
-        weights: As of `LatentStream`.
+            `WeightedRandomSampler`. None yields every sample once, shuffled. Its random numbers
+            become a function of `seed`, the epoch and the seed of its own generator. Its samples
+            are distributed to the ranks, except those of a `DistributedSampler`, which does this
+            itself.
+        buckets: Number of groups of similar length. The samples of a batch come from one group;
+            the last batches mix the leftovers of all groups. Useful for whole items
+            (`crop=None`).
+        drop_last: Whether to leave out batches that are not full.
+        weights: As in `LatentStream`.
         shuffle: Whether to shuffle; with a `sampler`, only the order of batches from buckets.
-        shuffle_block: As of `LatentStream`.
-        shuffle_window: As of `LatentStream`.
-        seed: Of the order; None: the dataset's.
-        rank: This process among those that train together; None: as `torch.distributed` says.
-        world_size: How many they are.
-        even: What happens to batches that cannot be dealt evenly: see `Rank`.
+        shuffle_block: As in `LatentStream`.
+        shuffle_window: As in `LatentStream`.
+        seed: Seed of the order. None uses the seed of the dataset.
+        rank: Rank of this process. None uses `torch.distributed`.
+        world_size: Number of processes that train together.
+        even: What to do if batches cannot be shared evenly: `off`, `drop` or `pad`; see `Rank`.
 
     Raises:
-        ConfigError: An option does not fit.
+        ConfigError: An option is invalid.
     """
 
     def __init__(
         self,
-        dataset: Numbered,
+        dataset: RequestDataset,
         batch_size: int,
         *,
         sampler: Iterable[int] | None = None,
@@ -102,10 +104,10 @@ class BatchSampler(Sampler[list[Request]]):
                 f"BatchSampler needs a LatentDataset or StemDataset, not {type(dataset).__name__}."
             )
         if sampler is not None and weights is not None:
-            raise ConfigError("Give BatchSampler either a sampler or weights of stores, not both.")
+            raise ConfigError("give BatchSampler either a sampler or weights of stores, not both.")
         self.batch_size = whole_number("batch_size", batch_size, least=1)
         self.drop_last = drop_last
-        self._dataset, self._drawn_by = dataset, sampler
+        self._dataset, self._sampler = dataset, sampler
         self._buckets = whole_number("buckets", buckets, least=1)
         self._mixture = mixture(
             dataset.sizes,
@@ -115,8 +117,8 @@ class BatchSampler(Sampler[list[Request]]):
             block=shuffle_block,
             window=shuffle_window,
         )
-        self._asked = (rank, world_size, even)
-        Rank.of(*self._asked)  # refuses what cannot be
+        self._rank_options = (rank, world_size, even)
+        Rank.of(*self._rank_options)  # raises ConfigError if they are invalid
         self._first = np.cumsum([0, *dataset.sizes])
         self._lengths = dataset.lengths if buckets > 1 else None
         self._epochs: dict[int, _Epoch] = {}
@@ -125,22 +127,22 @@ class BatchSampler(Sampler[list[Request]]):
 
     @property
     def _rank(self) -> Rank:
-        if isinstance(self._drawn_by, DistributedSampler):  # has dealt already
+        if isinstance(self._sampler, DistributedSampler):  # distributes by itself
             return Rank(0, 1, "off")
-        return Rank.of(*self._asked)
+        return Rank.of(*self._rank_options)
 
     @property
     def sampler(self) -> BatchSampler:
-        """Itself: where Lightning looks for `set_epoch`."""
+        """Returns itself, because Lightning calls `batch_sampler.sampler.set_epoch`."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next iteration. After `load_state_dict`, the same one goes on."""
+        """Set the epoch of the next iteration; continues in it if a state of it was loaded."""
         whole_number("epoch", epoch, least=0)
         self._next = (self._next or EpochProgress(self._now.epoch)).on_epoch(epoch)
 
     def __len__(self) -> int:
-        """Batches that the next iteration gives to this rank."""
+        """Number of batches that this rank gets in the next iteration."""
         progress = self._upcoming()
         return self._rank.share(len(self._epoch(progress.epoch)) - progress.position)
 
@@ -148,9 +150,9 @@ class BatchSampler(Sampler[list[Request]]):
         self._now, self._next = self._upcoming(), None
         epoch, start = self._epoch(self._now.epoch), self._now.position
         rank = self._rank
-        check_dealt_once(self, rank, "BatchSampler")
+        check_distributed_once(self, rank, "BatchSampler")
         share = rank.share(len(epoch) - start)
-        if not share:  # none of the rest is for this rank: it goes on with the others
+        if not share:  # no batch left for this rank: go to the next epoch
             self._next = EpochProgress(self._now.epoch + 1)
         for turn in range(share):
             number = (start + rank.rank + turn * rank.world_size) % len(epoch)
@@ -163,7 +165,7 @@ class BatchSampler(Sampler[list[Request]]):
             ]
 
     def state_after(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Where training is when all ranks have trained on their batch of this step.
+        """The state after all ranks have trained on their batch of this step.
 
         Args:
             batch: This rank's last batch, from `collate`.
@@ -172,7 +174,7 @@ class BatchSampler(Sampler[list[Request]]):
         epoch = self._epoch(number)
         start = (self._next or self._now).on_epoch(number).position
         place, rank = epoch.batch_of(int(batch["position"][0])), self._rank
-        together = max(rank.world_size, dealt_by_accelerate(self))
+        together = max(rank.world_size, accelerate_processes(self))
         turn = (place - start - rank.rank) % len(epoch) // together + 1
         position = start + turn * together
         if rank.world_size == 1:
@@ -189,23 +191,24 @@ class BatchSampler(Sampler[list[Request]]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a state was saved, with any number of ranks.
+        """Resume from a saved state, with any number of ranks.
 
         Raises:
-            ConfigError: The state is of another order: other stores, seed, batch size, buckets or
-                sampler.
+            ConfigError: The state belongs to another order: other stores, seed, batch size, buckets
+                or sampler.
         """
         digest = self._digest(int(state.get("epoch", 0)))
         self._next = check_state(state, "batch sampler", digest, self._dataset.records)
 
     def _digest(self, epoch: int) -> str:
-        """A short hash of an epoch's order, the same on all ranks."""
+        """A short hash of the order of an epoch, equal on all ranks."""
         own = f"{self._dataset.digest}-{self.batch_size}-{self._buckets}-{self.drop_last}"
-        drawn = self._drawn_by
-        if drawn is None:
+        sampler = self._sampler
+        if sampler is None:
             return f"{self._mixture.digest}-{own}"
-        if isinstance(drawn, DistributedSampler):
-            return f"{drawn.num_replicas}-{drawn.total_size}-{drawn.seed}-{drawn.shuffle}-{own}"
+        if isinstance(sampler, DistributedSampler):
+            replicas, total = sampler.num_replicas, sampler.total_size
+            return f"{replicas}-{total}-{sampler.seed}-{sampler.shuffle}-{own}"
         numbers = hashlib.sha256(self._epoch(epoch).numbers.tobytes()).hexdigest()[:16]
         return f"{numbers}-{self._mixture.seed}-{own}"
 
@@ -222,7 +225,7 @@ class BatchSampler(Sampler[list[Request]]):
     def _arrange(self, epoch: int) -> _Epoch:
         numbers = self._numbers(epoch)
         places = np.arange(len(numbers))
-        batches = _cut(places, self.batch_size)
+        batches = _split(places, self.batch_size)
         if self._lengths is not None:
             batches = self._bucketed(self._lengths[numbers])
             if self._mixture.shuffle:
@@ -232,29 +235,29 @@ class BatchSampler(Sampler[list[Request]]):
             batches = [batch for batch in batches if len(batch) == self.batch_size]
         ends = np.cumsum([0, *(len(batch) for batch in batches)])
         positions = places
-        if isinstance(self._drawn_by, DistributedSampler):
-            positions = places * self._drawn_by.num_replicas + self._drawn_by.rank
+        if isinstance(self._sampler, DistributedSampler):
+            positions = places * self._sampler.num_replicas + self._sampler.rank
         return _Epoch(numbers, positions, np.concatenate([places[:0], *batches]), ends)
 
     def _numbers(self, epoch: int) -> Ints:
-        """The numbers of an epoch's samples, in their order."""
-        if self._drawn_by is not None:
-            return drawn_numbers(self._drawn_by, len(self._dataset), self._mixture.seed, epoch)
-        sources, samples = EpochOrder(self._mixture, epoch).at(np.arange(self._mixture.total))
-        numbers: Ints = self._first[sources] + samples
+        """The sample numbers of an epoch, in order."""
+        if self._sampler is not None:
+            return sampled_numbers(self._sampler, len(self._dataset), self._mixture.seed, epoch)
+        of_store, samples = EpochOrder(self._mixture, epoch).at(np.arange(self._mixture.total))
+        numbers: Ints = self._first[of_store] + samples
         return numbers
 
     def _bucketed(self, lengths: Ints) -> list[Ints]:
-        """The places of an epoch in batches of like lengths; what is left over comes last."""
+        """Places of an epoch in batches of similar length, followed by mixed leftovers."""
         edges = np.quantile(lengths, np.arange(1, self._buckets) / self._buckets)
         groups = np.searchsorted(edges, lengths, "left")
         batches, rest = [], []
         for group in range(self._buckets):
             members = np.flatnonzero(groups == group)
             full = len(members) // self.batch_size * self.batch_size
-            batches += _cut(members[:full], self.batch_size)
+            batches += _split(members[:full], self.batch_size)
             rest.append(members[full:])
-        return batches + _cut(np.concatenate(rest), self.batch_size)
+        return batches + _split(np.concatenate(rest), self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -262,10 +265,10 @@ class _Epoch:
     """The batches of one epoch: `places[ends[b]:ends[b + 1]]` is batch b.
 
     Attributes:
-        numbers: The dataset's number of the sample at each place of this process's epoch.
-        positions: Its position in the epoch of all processes.
+        numbers: Number in the dataset of the sample at each place of this process's epoch.
+        positions: Position of each place in the epoch of all processes.
         places: Places in the order of the batches.
-        ends: Where batches begin and end in `places`.
+        ends: Boundaries of the batches in `places`.
     """
 
     numbers: Ints
@@ -280,18 +283,15 @@ class _Epoch:
         return self.places[self.ends[number] : self.ends[number + 1]]
 
     def batch_of(self, position: int) -> int:
-        """The batch that a position is in."""
+        """The batch that contains a position."""
         place = np.flatnonzero(self.positions[self.places] == position)[0]
         return int(np.searchsorted(self.ends, place, "right")) - 1
 
 
-def drawn_numbers(sampler: Any, size: int, seed: int, epoch: int) -> Ints:
-    """What a torch sampler gives in an epoch: a function of seed and epoch, on every rank.
+def sampled_numbers(sampler: Any, size: int, seed: int, epoch: int) -> Ints:
+    """The numbers that a torch sampler yields in an epoch, a function of seed and epoch.
 
-    Its generator, or torch's where it has none, is replaced while it draws.
-
-    Raises:
-        ConfigError: It does not give numbers of samples.
+    While the sampler draws, its generator (or torch's, if it has none) is replaced.
     """
     if hasattr(sampler, "set_epoch"):
         sampler.set_epoch(epoch)
@@ -310,17 +310,17 @@ def drawn_numbers(sampler: Any, size: int, seed: int, epoch: int) -> Ints:
             sampler.generator = generator
     if not all(isinstance(number, int | np.integer) for number in numbers):
         raise ConfigError(
-            f"{type(sampler).__name__} does not give numbers of samples: give BatchSampler the "
-            "sampler of single samples, not one of batches."
+            f"{type(sampler).__name__} does not yield sample numbers: give BatchSampler a sampler "
+            "of single samples, not one of batches."
         )
     found = np.array(numbers, np.int64)
     if len(found) and not (found.min() >= 0 and found.max() < size):
         raise ConfigError(
-            f"{type(sampler).__name__} gives numbers up to {found.max()}, but the dataset has "
-            f"samples 0 to {size - 1}: make the sampler for this dataset."
+            f"{type(sampler).__name__} yields numbers up to {found.max()}, but the dataset has "
+            f"samples 0 to {size - 1}: create the sampler for this dataset."
         )
     return found
 
 
-def _cut(positions: Ints, size: int) -> list[Ints]:
+def _split(positions: Ints, size: int) -> list[Ints]:
     return [positions[at : at + size] for at in range(0, len(positions), size)]

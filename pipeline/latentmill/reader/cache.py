@@ -1,7 +1,8 @@
-"""A bounded cache of remote shards on a local disk, shared by the processes of a machine.
+"""A cache of remote shards on a local disk, of limited size, shared by all processes of a machine.
 
-Shards are kept in blocks, one file each, named by the hash of the shard's content, so that a
-changed shard is another one. A block appears whole or not at all (written aside, then renamed).
+It stores blocks of shards, one file each, under the hash of the shard's content, so a changed shard
+never matches old blocks. A block is written to a temporary file and renamed, so it is never partly
+visible.
 """
 
 from __future__ import annotations
@@ -24,35 +25,31 @@ _ABANDONED_SECONDS = 600.0
 
 
 class RangeCache:
-    """Blocks of shards in a folder, the least recently used ones removed first.
+    """Blocks of shards in a folder; removes the least recently used blocks first.
 
-    Picklable; any number of processes may share the folder. It may pass its bound by a 64th for
-    each process that writes, until the next of them looks.
-
-    Args:
-        folder: Where the blocks lie; made if it is missing.
-        gib: The most that may lie there, GiB.
-
-    Raises:
-        ConfigError: The bound holds less than 64 blocks (16 MiB), or the folder cannot be made.
+    Can be pickled; any number of processes may share the folder, which is created if missing. `gib`
+    is its maximum size in GiB, at least 64 blocks (16 MiB). Each process that writes may exceed it
+    by 1/64 before it checks the size again. Raises ConfigError if the folder cannot be created.
     """
 
     def __init__(self, folder: str | Path, gib: float) -> None:
         self.folder, self.gib = Path(folder), gib
-        self._bound = int(gib * 2**30)
-        self._written = self._bound  # look at the folder before the first block is written
-        if self._bound < 64 * BLOCK:
-            raise ConfigError(f"cache_gib is {gib}: give the cache at least {64 * BLOCK / 2**30}.")
+        self._max_bytes = int(gib * 2**30)
+        self._written = self._max_bytes  # check the size before writing the first block
+        if self._max_bytes < 64 * BLOCK:
+            raise ConfigError(f"cache_gib is {gib}: use at least {64 * BLOCK / 2**30}.")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"No cache can be made at {folder}: {error.strerror}.") from error
+            raise ConfigError(
+                f"cannot create the cache folder {folder} ({error.strerror}): use another one."
+            ) from error
 
     def __reduce__(self) -> tuple[type[RangeCache], tuple[Path, float]]:
         return RangeCache, (self.folder, self.gib)
 
     def fill(self, storage: Storage, pieces: Sequence[Piece]) -> None:
-        """Fill the pieces from the cache, and it from the storage with what is missing."""
+        """Fill the pieces from the cache; read missing blocks from the storage into the cache."""
         blocks: dict[tuple[Shard, int], bytes | None] = {}
         for piece in pieces:
             for number in _blocks_of(piece):
@@ -66,8 +63,8 @@ class RangeCache:
         for (shard, number), data in zip(missing, found, strict=True):
             if len(data) != _length(shard, number):
                 raise StorageError(
-                    f"{storage.root}/{shard.path} is cut short: restore the shard, or delete it "
-                    "and run again."
+                    f"{storage.root}/{shard.path} is truncated: restore the shard, or delete it "
+                    "and run the encode command again."
                 )
             blocks[shard, number] = data
             self._save(shard, number, data)
@@ -78,7 +75,7 @@ class RangeCache:
                 _copy(block, number, piece)
 
     def _path(self, shard: Shard, number: int) -> Path:
-        # Hashed again: what a store says is no name for a file here.
+        # Hash again: a string from a store must not be used as a file name.
         name = hashlib.sha256(shard.hash.encode()).hexdigest()
         return self.folder / name[:2] / f"{name}-{number}{_SUFFIX}"
 
@@ -86,15 +83,15 @@ class RangeCache:
         path = self._path(shard, number)
         try:
             data = path.read_bytes()
-            os.utime(path)  # used now; access times may be switched off
+            os.utime(path)  # record the use; the file system may not update access times
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise self._broken(error) from error
+            raise self._failed(error) from error
         return data if len(data) == _length(shard, number) else None
 
     def _save(self, shard: Shard, number: int, data: bytes) -> None:
-        if self._written >= self._bound // 64:
+        if self._written >= self._max_bytes // 64:
             self._shrink()
         path = self._path(shard, number)
         try:
@@ -109,29 +106,31 @@ class RangeCache:
                 Path(file.name).replace(path)
                 undo.pop_all()
         except OSError as error:
-            raise self._broken(error) from error
+            raise self._failed(error) from error
         self._written += len(data)
 
     def _shrink(self) -> None:
-        """Remove the least recently used blocks until a 32nd of the bound is free."""
+        """Remove the least recently used blocks until 1/32 of the maximum size is free."""
         found = []
         for path in self.folder.glob("*/*"):
-            with contextlib.suppress(FileNotFoundError):  # another process removes, too
+            with contextlib.suppress(FileNotFoundError):  # another process may remove it
                 stat = path.stat()
                 found.append((stat.st_mtime, stat.st_size, path))
         total = sum(size for _, size, _ in found)
         now = time.time()
         for used, size, path in sorted(found):
             abandoned = path.suffix != _SUFFIX and now - used > _ABANDONED_SECONDS
-            if abandoned or (path.suffix == _SUFFIX and total > self._bound - self._bound // 32):
+            if abandoned or (
+                path.suffix == _SUFFIX and total > self._max_bytes - self._max_bytes // 32
+            ):
                 path.unlink(missing_ok=True)
                 total -= size
         self._written = 0
 
-    def _broken(self, error: OSError) -> StorageError:
+    def _failed(self, error: OSError) -> StorageError:
         return StorageError(
-            f"The cache in {self.folder} fails ({error.strerror}): free some space there, or set "
-            "a smaller cache_gib or another folder."
+            f"cannot use the cache in {self.folder} ({error.strerror}): free some space there, or "
+            "set a smaller cache_gib or another cache folder."
         )
 
 
@@ -147,7 +146,7 @@ def _length(shard: Shard, number: int) -> int:
 
 
 def _copy(data: bytes, number: int, piece: Piece) -> None:
-    """Copy what a block and a piece share."""
+    """Copy the overlap of a block and a piece."""
     begin = number * BLOCK
     first = max(piece.offset, begin)
     last = min(piece.offset + len(piece.target), begin + len(data))

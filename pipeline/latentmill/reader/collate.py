@@ -1,4 +1,4 @@
-"""A batch from samples. Importing this makes torch's own collate do the same with our samples."""
+"""Batches from samples. Importing this module registers our samples with torch's own collate."""
 
 from __future__ import annotations
 
@@ -19,33 +19,36 @@ def collate(samples: Sequence[Any]) -> dict[str, Any]:
     """Make a batch: a dict with the names of the samples' fields.
 
     Args:
-        samples: At least one, all of the same latent channels. Shorter ones of `LatentDataset` and
-            `LatentStream` are continued by silence, their store's origin.
+        samples: At least one, all with the same number of latent channels. Shorter samples of
+            `LatentDataset` and `LatentStream` are padded with silence, the origin of their store.
 
     Returns:
-        Of `LatentDataset` and `LatentStream`:
-        `latents`: float32 `[B, D, T]`, in memory frame after frame as on disk (`.contiguous()`
-        where a kernel wants another order; a copy to a GPU keeps it).
-        `mask`: bool `[B, T]`, True where a frame is the item's.
+        For `LatentDataset` and `LatentStream`:
+        `latents`: float32 `[B, D, T]`, in memory frame after frame as on disk; a copy to a GPU
+        keeps that order, and `.contiguous()` changes it for kernels that need `[B, D, T]`.
+        `mask`: bool `[B, T]`, True for frames of the item.
         `metadata`: a list of B dicts, with `seconds_start` and `seconds_total`.
         `key`: a list of B keys.
         `epoch`, `position`: lists of B numbers, which `state_after` needs.
 
-        Of `StemDataset`: each of the task's fields, arrays as tensors `[B, ...]`, anything else
-        as a list.
+        For `StemDataset`: the fields of the task's result, arrays as tensors `[B, ...]` and
+        anything else as a list.
 
     Raises:
-        ConfigError: There are no samples, or they do not fit together.
+        ConfigError: There are no samples, or they cannot be in one batch.
     """
     _check(samples)
     if not isinstance(samples[0], Sample):
         return _fields(samples)
     frames = max(sample.latents.shape[1] for sample in samples)
     if len({sample.latents.shape[0] for sample in samples}) > 1:
-        raise ConfigError("Samples of different latent channels cannot be one batch.")
-    # [B, T, D]: the samples are transposed views of that order, which makes this a plain copy; in
-    # a DataLoader's worker torch makes it in memory that the main process shares.
-    latents = default_collate([torch.from_numpy(_of_length(s, frames)) for s in samples])
+        raise ConfigError(
+            "samples with different numbers of latent channels cannot be in one batch: use stores "
+            "of one model."
+        )
+    # [B, T, D] is the samples' order in memory, so this is a plain copy; in a DataLoader worker
+    # torch copies into memory that it shares with the main process.
+    latents = default_collate([torch.from_numpy(_padded(s, frames)) for s in samples])
     mask = np.zeros((len(samples), frames), np.bool_)
     for row, sample in zip(mask, samples, strict=True):
         row[: len(sample.mask)] = sample.mask
@@ -60,13 +63,13 @@ def collate(samples: Sequence[Any]) -> dict[str, Any]:
 
 
 def collate_tensors(samples: Sequence[Any]) -> dict[str, torch.Tensor]:
-    """Make a batch as `collate` does, of tensors only, for libraries that send batches around.
+    """Make a batch as `collate` does, but of tensors only, for libraries that send batches.
 
     `epoch` and `position` are integers `[B]`, `seconds_start` and `seconds_total` floats `[B]`;
     keys, other metadata and other strings are left out.
 
     Raises:
-        ConfigError: As `collate`.
+        ConfigError: As for `collate`.
     """
     batch = collate(samples)
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
@@ -83,17 +86,17 @@ def _check(samples: object) -> None:
     if single or not isinstance(samples, Sequence):
         raise ConfigError(
             "collate needs a list of samples, but got a single one: give the DataLoader a "
-            "batch_size or a batch_sampler (with Ray's prepare_data_loader and a batch_sampler use "
-            "add_dist_sampler=False)."
+            "batch_size or a batch_sampler (and, with a batch_sampler, give Ray's "
+            "prepare_data_loader add_dist_sampler=False)."
         )
     if not samples:
-        raise ConfigError("collate got no samples: a batch needs at least one.")
+        raise ConfigError("collate got no samples: give it at least one.")
     if len({type(sample) for sample in samples}) > 1:
-        raise ConfigError("collate got samples of different types: they cannot be one batch.")
+        raise ConfigError("collate got samples of different types: use one dataset per batch.")
 
 
 def _fields(samples: Sequence[Any]) -> dict[str, Any]:
-    """A batch of a task's samples: named tuples, mappings, or what torch can collate."""
+    """A batch of a task's results: named tuples, mappings, or anything that torch can collate."""
     first = samples[0]
     if isinstance(first, Mapping):
         rows = [dict(sample) for sample in samples]
@@ -102,24 +105,24 @@ def _fields(samples: Sequence[Any]) -> dict[str, Any]:
     else:
         batch: dict[str, Any] = default_collate(list(samples))
         return batch
-    return {name: _joined([row[name] for row in rows]) for name in rows[0]}
+    return {name: _collated([row[name] for row in rows]) for name in rows[0]}
 
 
-def _joined(values: list[Any]) -> Any:
+def _collated(values: list[Any]) -> Any:
     if isinstance(values[0], np.ndarray | torch.Tensor):
         return default_collate(values)
     return [dict(value) if isinstance(value, Mapping) else value for value in values]
 
 
-def _of_length(sample: Sample, frames: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The latent `[frames, D]`, continued by silence."""
+def _padded(sample: Sample, frames: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The latent `[frames, D]`, padded with silence."""
     latent = sample.latents
     have = latent.shape[1]
     if have < frames:
         if sample.origin is None:
             raise ConfigError(
-                f"{sample.key} is shorter than others of its batch and its store's silence is not "
-                "known: set crop, or keep `origin` where a transform makes a new Sample."
+                f"sample {sample.key} is shorter than others in its batch, and its store's silence "
+                "is not known: set crop, or keep `origin` if a transform creates a new Sample."
             )
         silence = sample.origin.crop(frames, have, frames - have)
         latent = np.concatenate([latent, silence], axis=1, dtype=np.float32)
@@ -130,5 +133,5 @@ def _for_torch(batch: Sequence[Any], *, collate_fn_map: object = None) -> dict[s
     return collate(batch)
 
 
-# A DataLoader without `collate_fn` gives the same batches.
+# So a DataLoader without `collate_fn` yields the same batches.
 default_collate_fn_map.update(dict.fromkeys((Sample, ContextTarget, Triplet, StemSet), _for_torch))

@@ -1,4 +1,4 @@
-"""One or several stores as one list of samples, and how a sample is read."""
+"""One or several stores as one numbered list of samples, and reading those samples."""
 
 from __future__ import annotations
 
@@ -28,22 +28,13 @@ Mode = Literal["random", "start", "windows"]
 Stores = str | os.PathLike[str] | LatentStore | Sequence[str | os.PathLike[str] | LatentStore]
 _Option = TypeVar("_Option", bound=str)
 
-# Of `model` in dataset.json: how it was asked for and where it came from, not what it is.
+# Fields of `model` in dataset.json about how it was requested and where it came from.
 _NOT_IDENTITY = {"asked", "options", "asked_channels", "provenance"}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How samples are read.
-
-    Attributes:
-        crop: Frames of a sample; None: whole items.
-        mode: Where crops are taken: at `random`, from the `start`, or an item's `windows` one
-            after the other, each a sample.
-        seed: Of the random crops, and of the transforms.
-        metadata: Whether to read the items' own metadata.
-        transforms: Applied in this order.
-    """
+    """Settings for reading samples; `LatentDataset` describes them."""
 
     crop: int | None = None
     mode: Mode = "random"
@@ -57,21 +48,17 @@ class Reading:
         if self.crop is not None:
             whole_number("crop", self.crop, least=1)
         if self.crop is None and self.mode == "windows":
-            raise ConfigError("mode is windows: say with crop how many frames a window has.")
+            raise ConfigError("mode is 'windows': set crop to the number of frames per window.")
 
 
 def choice(name: str, value: object, options: Any) -> None:
-    """Refuse a value that is none of a Literal's.
-
-    Raises:
-        ConfigError: It is none.
-    """
+    """Raise ConfigError if `value` is not one of the values of the Literal `options`."""
     if value not in get_args(options):
-        raise ConfigError(f"{name} is {value!r}: choose one of {', '.join(get_args(options))}.")
+        raise ConfigError(f"{name} is {value!r}: use one of {', '.join(get_args(options))}.")
 
 
 class StoreSamples:
-    """The samples of one store, in the order in which they lie in its shards."""
+    """The samples of one store, in the order of its shards."""
 
     def __init__(
         self,
@@ -96,7 +83,7 @@ class StoreSamples:
     ) -> None:
         if not len(store):
             raise StoreError(
-                f"{store.url} holds no records: `latentmill status {store.url}` shows why."
+                f"{store.url} holds no records: run `latentmill status {store.url}` to see why."
             )
         self.store, self._reading, self._chosen, self._cache = store, reading, chosen, cache
         self.crops = CropReader(store, cache)
@@ -125,7 +112,7 @@ class StoreSamples:
 
     @cached_property
     def _windows(self) -> Ints:
-        """The number of the first window of each item, and of all windows."""
+        """Number of each item's first window, followed by the number of all windows."""
         assert self._reading.crop is not None
         counts = -(-self.crops.frames[self.rows] // self._reading.crop)
         return np.concatenate([[0], np.cumsum(counts)])
@@ -137,9 +124,9 @@ class StoreSamples:
 
     @property
     def lengths(self) -> Ints:
-        """Frames of every sample that are an item's."""
+        """Frames of each sample before padding."""
         if self._reading.mode == "windows":
-            rows, starts = self._place(np.arange(len(self)), 0, np.arange(len(self)))
+            rows, starts = self._rows_and_starts(np.arange(len(self)), 0, np.arange(len(self)))
             left = self.crops.frames[rows] - starts
         else:
             left = self.crops.frames[self.rows]
@@ -147,8 +134,8 @@ class StoreSamples:
         lengths: Ints = left.astype(np.int64) if crop is None else np.minimum(left, crop)
         return lengths
 
-    def _place(self, samples: Ints, epoch: int, positions: Ints) -> tuple[Ints, Ints]:
-        """Row and first frame of samples."""
+    def _rows_and_starts(self, samples: Ints, epoch: int, positions: Ints) -> tuple[Ints, Ints]:
+        """Rows and first frames of samples."""
         crop = self._reading.crop
         if self._reading.mode == "windows":
             assert crop is not None
@@ -157,23 +144,23 @@ class StoreSamples:
         rows = self.rows[samples]
         if crop is None or self._reading.mode == "start":
             return rows, np.zeros(len(rows), np.int64)
-        room = np.maximum(self.crops.frames[rows].astype(np.int64) - crop, 0) + 1
-        return rows, random_below(room, self._reading.seed, epoch, positions)
+        limits = np.maximum(self.crops.frames[rows].astype(np.int64) - crop, 0) + 1
+        return rows, random_below(limits, self._reading.seed, epoch, positions)
 
     def read(self, samples: Ints, epoch: int, positions: Ints) -> Iterator[Sample]:
-        """Read samples, in one batch; long ones of a local store when they are asked for."""
-        rows, starts = self._place(samples, epoch, positions)
+        """Read samples in one batch; an iterator reads long local samples when it reaches them."""
+        rows, starts = self._rows_and_starts(samples, epoch, positions)
         crop = self._reading.crop
         frames = self.crops.frames[rows].astype(np.int64)
         read: Iterator[Cropped]
         if crop is None:
-            places = zip(rows.tolist(), frames.tolist(), strict=True)
-            read = self.crops.each([Crop(row, 0, length) for row, length in places])
+            whole = zip(rows.tolist(), frames.tolist(), strict=True)
+            read = self.crops.each([Crop(row, 0, length) for row, length in whole])
         else:
             block, have = self.crops.read_block(rows, starts, crop)
             read = map(Cropped, block.transpose(0, 2, 1), np.arange(crop) < have[:, None])
         origins = [self.store.origin] * len(rows)
-        if self._reading.transforms:  # arithmetic on a crop needs to know its place
+        if self._reading.transforms:  # latent arithmetic needs the crop's position
             windows = zip(origins, frames.tolist(), starts.tolist(), strict=True)
             origins = [origin.at(length, start) for origin, length, start in windows]
         own = self._fields.read(rows) if self._fields else [{"metadata": "{}"}] * len(rows)
@@ -194,18 +181,9 @@ class StoreSamples:
 
 
 class Corpus:
-    """The samples of several stores of one model, numbered store after store.
+    """The samples of several stores of one model, numbered one store after another.
 
-    Args:
-        stores: A store or several, open or by path or URL.
-        reading: How samples are read.
-        where: Which records; see `fields.select`.
-        cache: A folder for a local cache of stores that are not local.
-        cache_gib: The most that may lie there, GiB.
-
-    Raises:
-        ConfigError: The stores cannot be mixed, or the options do not fit.
-        StoreError: There is no store, or it is empty.
+    `LatentDataset` describes the arguments.
     """
 
     def __init__(
@@ -219,7 +197,7 @@ class Corpus:
     ) -> None:
         given = [stores] if isinstance(stores, str | os.PathLike | LatentStore) else list(stores)
         if not given:
-            raise ConfigError("No store is given.")
+            raise ConfigError("No store is given: pass at least one path, URL or open store.")
         opened = [store if isinstance(store, LatentStore) else _open(store) for store in given]
         check_mix(opened)
         ranges = None if cache is None else RangeCache(os.fspath(cache), cache_gib)
@@ -229,70 +207,67 @@ class Corpus:
         rows: Sequence[Ints | None] = [None] * len(opened)
         if where is not None:
             rows = select(opened, where)
-        self.sources = [
+        self.stores = [
             StoreSamples(store, reading, rows=chosen, cache=ranges)
             for store, chosen in zip(opened, rows, strict=True)
         ]
 
     @cached_property
     def first(self) -> Ints:
-        """The number of each store's first sample, and of all samples."""
-        return np.cumsum([0, *(len(source) for source in self.sources)])
+        """Number of each store's first sample, followed by the number of all samples."""
+        return np.cumsum([0, *(len(samples) for samples in self.stores)])
 
     def __len__(self) -> int:
         return int(self.first[-1])
 
     def shown(self) -> Mapping[str, object]:
-        """What `repr` and a notebook show of a dataset."""
+        """The values that `repr` and a notebook show for a dataset."""
         return {
-            "stores": ", ".join(repr(source.store.url) for source in self.sources),
+            "stores": ", ".join(repr(samples.store.url) for samples in self.stores),
             "crop": self.reading.crop,
             "mode": self.reading.mode if self.reading.crop else "whole items",
         }
 
     @property
     def sizes(self) -> list[int]:
-        """Samples of each store."""
-        return [len(source) for source in self.sources]
+        """Number of samples of each store."""
+        return [len(samples) for samples in self.stores]
 
     @property
     def records(self) -> list[int]:
-        """Records of each store, whether `where` takes them or not."""
-        return [len(source.crops.frames) for source in self.sources]
+        """Number of records of each store, including those that `where` excludes."""
+        return [len(samples.crops.frames) for samples in self.stores]
 
     @property
     def lengths(self) -> Ints:
-        """Frames of every sample that are an item's."""
-        return np.concatenate([source.lengths for source in self.sources])
+        """Frames of each sample before padding."""
+        return np.concatenate([samples.lengths for samples in self.stores])
 
     @cached_property
     def digest(self) -> str:
-        """A short hash of which samples there are: stores, filter, and how items are cut."""
+        """A short hash of the stores, the filter and the crops."""
         stores = [
             (
-                source.store.info.fingerprint,
-                len(source.crops.frames),
-                hashlib.sha256(source.rows.data).hexdigest(),
+                samples.store.info.fingerprint,
+                len(samples.crops.frames),
+                hashlib.sha256(samples.rows.data).hexdigest(),
             )
-            for source in self.sources
+            for samples in self.stores
         ]
         text = json.dumps([stores, self.reading.crop, self.reading.mode])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def read(self, sources: Ints, samples: Ints, epoch: int, positions: Ints) -> Iterator[Sample]:
-        """Read samples of one epoch, in their order: in one batch for each store.
+    def read(self, of_store: Ints, samples: Ints, epoch: int, positions: Ints) -> Iterator[Sample]:
+        """Read samples of one epoch, in the given order, with one batch per store.
 
-        Args:
-            sources: `[n]`, the number of each sample's store.
-            samples: `[n]`, its number in that store.
-            epoch: The epoch.
-            positions: `[n]`, where in the epoch it is.
+        All arrays are `[n]`: `of_store` is the number of each sample's store, `samples` its number
+        in that store, and `positions` its position in the epoch.
         """
         read = {}
-        for number in np.unique(sources).tolist():
-            here = sources == number
-            read[number] = self.sources[number].read(samples[here], epoch, positions[here])
-        return (self._transformed(next(read[number])) for number in sources.tolist())
+        for number in np.unique(of_store).tolist():
+            here = of_store == number
+            read[number] = self.stores[number].read(samples[here], epoch, positions[here])
+        return (self._transformed(next(read[number])) for number in of_store.tolist())
 
     def _transformed(self, sample: Sample) -> Sample:
         if not self.reading.transforms:
@@ -302,7 +277,7 @@ class Corpus:
         for transform in self.reading.transforms:
             sample = transform(sample, random)
             origin = sample.origin or origin
-        # A transform that builds a new sample need not know of these.
+        # A transform that creates a new sample may leave these out.
         return replace(sample, epoch=epoch, position=position, origin=origin)
 
 
@@ -313,19 +288,15 @@ def _open(place: object) -> LatentStore:
 
 
 def check_mix(stores: Sequence[LatentStore]) -> None:
-    """Refuse stores whose latents do not mean the same.
-
-    Raises:
-        ConfigError: They are of different models, or of other latent channels, rates or scales.
-    """
+    """Raise ConfigError if stores differ in model, latent channels, rate or scale factor."""
     first = stores[0]
     for store in stores[1:]:
         names = {*first.info.model, *store.info.model} - _NOT_IDENTITY
         differ = sorted(n for n in names if first.info.model.get(n) != store.info.model.get(n))
         if differ:
             raise ConfigError(
-                f"{first.url} and {store.url} cannot be mixed, their models differ in "
-                f"{', '.join(differ)}: encode both with one model."
+                f"{first.url} and {store.url} cannot be mixed, because their models differ in "
+                f"{', '.join(differ)}: encode both with the same model."
             )
 
 
@@ -334,6 +305,7 @@ def _parsed(metadata: str) -> dict[str, Any]:
         parsed: dict[str, Any] = {} if metadata == "{}" else parse_json(metadata)
     except (ValueError, TypeError) as error:
         raise StorageError(
-            "The metadata of a record are not valid JSON: find its shard with `latentmill verify`."
+            "the metadata of a record is not valid JSON: run `latentmill verify STORE` to find its "
+            "shard."
         ) from error
     return parsed

@@ -1,4 +1,4 @@
-"""Crops of many items in one batched read, continued by silence where an item ends."""
+"""Crops of many items in one batched read, padded with silence after the end of an item."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from latentmill.store.index import Index
 from latentmill.store.schema import DATASET_PATH
 from latentmill.store.store import LatentStore
 
-Raw = npt.NDArray[Any]  # numbers as stored
-VIEWED_BYTES = 1 << 17  # local crops this long are converted from the mapped file
-_Place = tuple[Shard, int, int]
+Raw = npt.NDArray[Any]  # in the stored dtype
+VIEWED_BYTES = 1 << 17  # local crops from this size are converted from the mapped file
+_Range = tuple[Shard, int, int]  # shard, offset, length in bytes
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Crop:
-    """What to read: `frames` frames of the item at `row`, from frame `start` on.
+    """A request for `frames` frames of the item at `row`, from frame `start` on.
 
     Attributes:
         row: The item's position in the store's sorted keys; see `CropReader.row`.
         start: The first frame, inside the item.
-        frames: How many; beyond the item's end silence follows.
+        frames: Number of frames; frames after the end of the item are silence.
     """
 
     row: int
@@ -43,11 +43,11 @@ class Crop:
 
 @dataclass(frozen=True)
 class Cropped:
-    """A crop as it was read.
+    """A crop that was read.
 
     Attributes:
         latent: `[channels, frames]`, float32; in memory frame after frame, as on disk.
-        mask: `[frames]`, True where a frame is the item's, False where it is silence.
+        mask: `[frames]`, True for frames of the item, False for silence.
     """
 
     latent: FloatArray = field(repr=False)
@@ -55,9 +55,9 @@ class Cropped:
 
 
 class CropReader(RowReader):
-    """Reads crops of a store's latents: only their bytes, all of a call in one batch.
+    """Reads crops of a store's latents: only their bytes, and all crops of a call in one batch.
 
-    Picklable and small; opens files when they are needed, and anew after a fork. Not thread-safe.
+    Small when pickled. Opens files when they are needed, and again after a fork. Not thread-safe.
     """
 
     def __init__(self, store: LatentStore, cache: RangeCache | None = None) -> None:
@@ -73,8 +73,8 @@ class CropReader(RowReader):
         self.channels = int(index.column("channels")[0]) if len(index) else 0
         self._width = self.channels * self._dtype.itemsize  # bytes of a frame
 
-    def _place(self, index: Index) -> None:
-        super()._place(index)
+    def _use_index(self, index: Index) -> None:
+        super()._use_index(index)
         self._offsets = index.column("offset")
         self._shard_of = index.column("shard")
         sizes = self.store.shard_sizes()
@@ -89,21 +89,21 @@ class CropReader(RowReader):
         return _unpickled, (self.store, self._cache, self.items_hash)
 
     def physical_order(self) -> Ints:
-        """The rows in the order in which they lie in the shards."""
+        """The rows in their order in the shards."""
         order: Ints = np.lexsort((self._offsets, self._shard_of)).astype(np.int64)
         return order
 
     def read(self, crops: Sequence[Crop]) -> list[Cropped]:
-        """Read crops, each of its own length, in one batch.
+        """Read crops of any lengths in one batch.
 
         Raises:
-            IndexError: There is no such row, or a crop starts outside its item.
-            StorageError: A shard cannot be read, or has another size than its commit says.
+            IndexError: A row does not exist, or a crop starts outside its item.
+            StorageError: A shard cannot be read, or its size is not the one in its commit.
         """
         return list(self.each(crops))
 
     def each(self, crops: Sequence[Crop]) -> Iterator[Cropped]:
-        """As `read`, one by one: long local crops are read only when they are asked for."""
+        """Like `read`, but an iterator: long local crops are read when it reaches them."""
         rows = np.array([crop.row for crop in crops], np.int64)
         starts = np.array([crop.start for crop in crops], np.int64)
         frames = np.array([crop.frames for crop in crops], np.int64)
@@ -111,84 +111,84 @@ class CropReader(RowReader):
         lengths = have.tolist()
         raws: Iterable[Raw]
         if self.store.storage.local and sum(lengths) * self._width >= len(crops) * VIEWED_BYTES:
-            raws = (self._view(*place) for place in zip(rows, starts, have, strict=True))
+            raws = (self._view(*crop) for crop in zip(rows, starts, have, strict=True))
         else:
             raws = buffers = [np.empty((length, self.channels), self._dtype) for length in lengths]
             self._fill(rows, starts, have, buffers)
         return map(self._cropped, crops, raws)
 
     def _view(self, row: np.int64, start: np.int64, have: np.int64) -> Raw:
-        """A long piece as it is stored, `[frames, channels]`; nothing is read or copied yet."""
-        place = np.array([row]), np.array([start]), np.array([have])
-        data = self._following(lambda: self._shards.view(*self._pieces(*place)[0]))
+        """A long crop in the stored dtype, `[frames, channels]`, mapped but not read yet."""
+        crop = np.array([row]), np.array([start]), np.array([have])
+        data = self._with_current_index(lambda: self._shards.view(*self._ranges(*crop)[0]))
         return np.frombuffer(data, self._dtype).reshape(-1, self.channels)
 
     def _cropped(self, crop: Crop, raw: Raw) -> Cropped:
-        """A crop of what there is of it, `[frames, channels]` as stored."""
+        """Convert and pad the stored frames `[frames, channels]` of a crop."""
         if len(raw) == crop.frames:
             return Cropped(_to_float(raw).T, np.ones(crop.frames, np.bool_))
         mask = np.arange(crop.frames) < len(raw)
         block = np.empty((crop.frames, self.channels), np.float32)
         block[: len(raw)] = _to_float(raw)
-        self._silence(block, crop.start, len(raw))
+        self._pad(block, crop.start, len(raw))
         return Cropped(block.T, mask)
 
     def read_block(self, rows: Ints, starts: Ints, frames: int) -> tuple[FloatArray, Ints]:
         """Read crops of one length.
 
         Returns:
-            `[crops, frames, channels]`, float32, and how many frames of each are the item's.
+            `[crops, frames, channels]`, float32, and the number of frames before padding of each.
 
         Raises:
-            IndexError, StorageError: As `read`.
+            IndexError, StorageError: As for `read`.
         """
         have = self._lengths(rows, starts, np.int64(frames))
-        raw = self._scratch(len(rows) * frames * self.channels)
+        raw = self._buffer(len(rows) * frames * self.channels)
         raw = raw.reshape(len(rows), frames, self.channels)
         self._fill(rows, starts, have, list(raw))
         block = _to_float(raw)
         for number in np.flatnonzero(have < frames).tolist():
-            self._silence(block[number], int(starts[number]), int(have[number]))
+            self._pad(block[number], int(starts[number]), int(have[number]))
         return block, have
 
-    def _scratch(self, size: int) -> Raw:
-        """Memory for numbers as stored, used again and again: fresh pages cost more than a read."""
+    def _buffer(self, size: int) -> Raw:
+        """A reused buffer in the stored dtype: allocating new pages costs more than reading."""
         if len(self._raw) < size:
             self._raw = np.empty(size, self._dtype)
         return self._raw[:size]
 
     def _lengths(self, rows: Ints, starts: Ints, frames: Ints | np.int64) -> Ints:
         if len(rows) and not (rows.min() >= 0 and rows.max() < len(self.frames)):
-            raise IndexError(f"The store has rows 0 to {len(self.frames) - 1}")
+            raise IndexError(f"row out of range: use 0 to {len(self.frames) - 1}")
         left = self.frames[rows] - starts
         if len(rows) and (starts.min() < 0 or left.min() <= 0):
-            raise IndexError("A crop must start inside its item")
+            raise IndexError("a crop must start inside its item")
         lengths: Ints = np.minimum(left, frames)
         return lengths
 
-    def _pieces(self, rows: Ints, starts: Ints, have: Ints) -> list[_Place]:
-        """Shard, offset and bytes of the frames that there are."""
+    def _ranges(self, rows: Ints, starts: Ints, have: Ints) -> list[_Range]:
+        """Shard, offset and length in bytes of the first `have` frames of each crop."""
         offsets = (self._offsets[rows] + starts * self._width).tolist()
         lengths = (have * self._width).tolist()
         shards = [self._paths[shard] for shard in self._shard_of[rows].tolist()]
         return list(zip(shards, offsets, lengths, strict=True))
 
     def _fill(self, rows: Ints, starts: Ints, have: Ints, raws: list[Raw]) -> None:
-        """Read crops into the beginnings of `[frames, channels]` buffers."""
+        """Read crops into the first `have` frames of `[frames, channels]` buffers."""
 
         def fill() -> None:
-            pieces = self._pieces(rows, starts, have)
+            ranges = self._ranges(rows, starts, have)
             self._shards.fill(
                 [
                     Piece(shard, offset, raw.data.cast("B")[:length])
-                    for (shard, offset, length), raw in zip(pieces, raws, strict=True)
+                    for (shard, offset, length), raw in zip(ranges, raws, strict=True)
                 ]
             )
 
-        self._following(fill)
+        self._with_current_index(fill)
 
-    def _silence(self, block: FloatArray, start: int, have: int) -> None:
-        """Continue an item of which `have` frames are there by silence: `[frames, channels]`."""
+    def _pad(self, block: FloatArray, start: int, have: int) -> None:
+        """Fill a crop `[frames, channels]` with silence after its first `have` frames."""
         missing = len(block) - have
         if missing:
             end = start + len(block)
@@ -196,29 +196,25 @@ class CropReader(RowReader):
 
 
 def _unpickled(store: LatentStore, cache: RangeCache | None, items_hash: str) -> CropReader:
-    check_items(store, items_hash)  # its rows may be in use beside it
+    check_items(store, items_hash)  # the caller may hold rows of the old index
     return CropReader(store, cache)
 
 
 def _to_float(raw: Raw) -> FloatArray:
-    # numpy converts half floats one by one: 20 times slower.
+    # numpy converts half floats one by one, which is 20 times slower.
     converted: FloatArray = torch.from_numpy(raw).to(torch.float32, copy=True).numpy()
     return converted
 
 
 def check_croppable(store: LatentStore) -> None:
-    """Refuse stores whose items have no one time line of continuous latents.
-
-    Raises:
-        ConfigError: The store holds overlapping chunks (`stitch: none`), or codes.
-    """
+    """Raise ConfigError if a store holds overlapping chunks (`stitch: none`) or codes."""
     if store.info.layout == "chunks":
         raise ConfigError(
-            f"{store.url} holds overlapping chunks (stitch none), which have no one time line to "
-            "crop: encode with stitch trim or crossfade."
+            f"{store.url} holds overlapping chunks (stitch none), which cannot be cropped: encode "
+            "with --stitch trim or --stitch crossfade."
         )
     if store.codes:
         raise ConfigError(
-            f"{store.url} holds codes, which the training reader does not crop, pad or mix: "
-            "encode without the option output=codes, or read whole records with store[key]."
+            f"{store.url} holds codes, which the training reader cannot crop, pad or mix: encode "
+            "without --model-option output=codes, or read whole records with store[key]."
         )

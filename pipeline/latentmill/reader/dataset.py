@@ -1,4 +1,4 @@
-"""The map-style dataset."""
+"""`LatentDataset`: the map-style dataset over one or several stores."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch.utils.data import Dataset
 
-import latentmill.reader.collate  # noqa: F401  a loader without collate_fn uses it too
+import latentmill.reader.collate  # noqa: F401  registers our samples with torch's default collate
 from latentmill.reader.corpus import Corpus, Mode, Reading, Stores
 from latentmill.reader.draws import Draws, Request
 from latentmill.reader.fields import Where
@@ -18,29 +18,29 @@ from latentmill.text.shown import Shown
 
 
 class LatentDataset(Shown, Dataset[Sample]):
-    """Samples of one or several stores by number: store after store, as they lie in the shards.
+    """Map-style dataset: samples of one or several stores, numbered in the order of the shards.
 
-    For `torch.utils.data.DataLoader`, with `collate_fn=latentmill.collate`. A batch is read at
-    once (`__getitems__`): one positioned read for each local crop, one round of requests for a
-    remote store. Picklable and small; may be forked.
+    Use it with `torch.utils.data.DataLoader` and `collate_fn=latentmill.collate`. `__getitems__`
+    reads a whole batch: one positioned read per local crop, or one round of requests to a remote
+    store. The dataset is small when pickled and can be forked.
 
     Args:
-        stores: A store or several, open or by path or URL; all of one model.
-        crop: Frames of a sample; None: whole items.
-        mode: Where crops are taken: at `random` (a function of seed, epoch and number), from the
-            `start`, or an item's `windows` one after the other, each a sample of its own. What an
-            item lacks is silence, and False in the mask.
-        seed: Of the random crops, and of the transforms.
-        where: Which records: a condition, a function or a pyarrow expression; see `select` in
-            `reader/fields.py`.
+        stores: One store or several of the same model: paths, URLs or open stores.
+        crop: Frames per sample. None reads whole items.
+        mode: Where crops start: `random` (a function of seed, epoch and number), `start`, or
+            `windows`, which makes each consecutive window of an item a sample. A crop that is
+            longer than its item is padded with silence, where the mask is False.
+        seed: Seed of the random crops and of the transforms.
+        where: Which records to read: a condition such as `"role == 'drums'"`, a function or a
+            pyarrow expression; see `select` in `reader/fields.py`.
         metadata: Whether to read the items' own metadata.
-        transforms: Applied to every sample, in this order.
-        cache: A folder for a local cache of stores that are not local.
-        cache_gib: The most that may lie there, GiB.
+        transforms: Transforms for every sample, applied in this order.
+        cache: Local folder that caches shards of remote stores.
+        cache_gib: Maximum size of the cache, in GiB.
 
     Raises:
-        ConfigError: The stores cannot be mixed or cropped, or an option does not fit.
-        StoreError: There is no store, or it is empty.
+        ConfigError: The stores cannot be mixed or cropped, or an option is invalid.
+        StoreError: A store does not exist or is empty.
     """
 
     def __init__(
@@ -62,67 +62,67 @@ class LatentDataset(Shown, Dataset[Sample]):
 
     @property
     def epoch(self) -> int:
-        """The epoch that was set last; 0 if none was."""
+        """The epoch of the last `set_epoch`; 0 before it."""
         return self._draws.epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the random crops of an epoch, also in workers that are already running.
+        """Set the epoch that random crops depend on, also in workers that are already running.
 
-        From then on sample n is a function of seed, epoch and n. Until it is called, every sample
-        that is read gets another crop, whose place depends on how many were read before. Not
-        needed with `BatchSampler`, which sends the epoch with every sample that it asks for.
+        From then on, sample n is a function of seed, epoch and n. Before the first call, each read
+        gets a new crop that depends on how many samples were read before. `BatchSampler` does not
+        need this call, because it sends the epoch with every request.
         """
         self._draws.set_epoch(epoch)
 
     @property
     def seed(self) -> int:
-        """The seed of the random crops and of the transforms."""
+        """Seed of the random crops and of the transforms."""
         return self.corpus.reading.seed
 
     @property
     def sizes(self) -> list[int]:
-        """Samples of each store."""
+        """Number of samples of each store."""
         return self.corpus.sizes
 
     @property
     def records(self) -> list[int]:
-        """Records of each store."""
+        """Number of records of each store."""
         return self.corpus.records
 
     @property
     def digest(self) -> str:
-        """A short hash of which samples there are."""
+        """A short hash of the stores and of the samples chosen from them."""
         return self.corpus.digest
 
     def __len__(self) -> int:
         return len(self.corpus)
 
     def shown(self) -> Mapping[str, object]:
-        """What `repr` and a notebook show."""
+        """The values that `repr` and a notebook show."""
         return {"samples": len(self), **self.corpus.shown(), "seed": self.seed}
 
     @property
     def lengths(self) -> Ints:
-        """Frames of every sample that are an item's, `[len(dataset)]`; reads no latents."""
+        """Frames of each sample before padding, `[len(dataset)]`; reads no latents."""
         return self.corpus.lengths
 
     def __getitem__(self, number: int | Request) -> Sample:
         return self.__getitems__([number])[0]
 
     def __getitems__(self, numbers: Sequence[int | Request]) -> list[Sample]:
-        """Read samples, in one batch.
+        """Read samples in one batch.
 
         Raises:
-            IndexError: There is no such sample.
+            IndexError: A number is out of range.
             StorageError: A shard cannot be read.
         """
-        epochs, positions, found = self._draws.asked(numbers, len(self))
-        sources = np.searchsorted(self.corpus.first, found, "right") - 1
-        samples = found - self.corpus.first[sources]
+        epochs, positions, found = self._draws.resolve(numbers, len(self))
+        of_store = np.searchsorted(self.corpus.first, found, "right") - 1
+        samples = found - self.corpus.first[of_store]
         if len(set(epochs.tolist())) == 1:
-            return list(self.corpus.read(sources, samples, int(epochs[0]), positions))
-        read = zip(sources, samples, epochs, positions, strict=True)
+            return list(self.corpus.read(of_store, samples, int(epochs[0]), positions))
+        read = zip(of_store, samples, epochs, positions, strict=True)
         return [
-            next(self.corpus.read(source[None], sample[None], int(epoch), position[None]))
-            for source, sample, epoch, position in read
+            next(self.corpus.read(store[None], sample[None], int(epoch), position[None]))
+            for store, sample, epoch, position in read
         ]

@@ -1,8 +1,8 @@
-"""What is random about a sample that a plain sampler asks for by its number alone.
+"""Epochs and positions of samples that a plain torch sampler requests by number only.
 
-A map-style dataset is not told which epoch it is, nor how often a number was drawn. The processes
-of a DataLoader therefore share an epoch, which `set_epoch` sets also for workers that are already
-running, and, as long as no epoch was set, counters of the samples that each has drawn.
+Torch does not pass the epoch to a map-style dataset, nor how often a number was drawn. So the
+processes of a DataLoader share memory: it holds the epoch of `set_epoch`, which also reaches
+workers that are already running, and for the time before that one counter of draws per process.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from latentmill.reader.order import Ints
 from latentmill.reader.sample import whole_number
 from latentmill.reader.sharding import EpochProgress
 
-# Epoch, position in it, and number of a sample: what `BatchSampler` asks for.
+# Epoch, position in the epoch, and number of a sample, as `BatchSampler` requests it.
 Request: TypeAlias = tuple[int, int, int]
 
-_PROCESSES = 64  # with a counter of their own; further workers share them, which does no harm
+_PROCESSES = 64  # number of counters; more workers share them, which is harmless
 _NOT_SET = -1
 
 
 class _Shared:
-    """Some integers in memory that an object and its copies in worker processes share."""
+    """Integers in memory that an object shares with its copies in worker processes."""
 
     def __init__(self, numbers: list[int]) -> None:
         self._share(numbers)
 
     def _share(self, numbers: list[int]) -> None:
-        # Torch unlinks the name of the memory as soon as it is mapped.
+        # Torch unlinks the shared memory's name right after mapping it.
         self._memory = torch.tensor(numbers, dtype=torch.int64)
         self._memory.share_memory_()  # type: ignore[no-untyped-call]
         self._numbers = self._memory.numpy()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker that is being spawned gets the memory, any other copy gets what is in it.
+        # A spawned worker gets the memory itself; any other copy gets its values.
         if get_spawning_popen() is not None:
             return {"memory": self._memory}
         return {"numbers": self._numbers.tolist()}
@@ -56,45 +56,44 @@ class _Shared:
 
 
 class Draws(_Shared):
-    """The epoch of a map-style dataset, and counters of the samples that were drawn."""
+    """Epoch of a map-style dataset, and counters of drawn samples."""
 
     def __init__(self) -> None:
         super().__init__([_NOT_SET] + [0] * _PROCESSES)
 
     @property
     def epoch(self) -> int:
-        """The epoch that was set last; 0 if none was."""
+        """The epoch of the last `set_epoch`; 0 before it."""
         return max(0, int(self._numbers[0]))
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, for all processes."""
+        """Set the epoch in all processes."""
         self._numbers[0] = whole_number("epoch", epoch, least=0)
 
-    def asked(self, numbers: Sequence[int | Request], size: int) -> tuple[Ints, Ints, Ints]:
-        """Epochs, positions and numbers of samples that are asked for together.
+    def resolve(self, numbers: Sequence[int | Request], size: int) -> tuple[Ints, Ints, Ints]:
+        """Return epochs, positions and numbers of samples that are requested in one call.
 
-        With an epoch, a number's position is the number itself, and for a number that comes again
-        in the same call one that is beyond the dataset. Without, positions never come again.
-
-        Raises:
-            IndexError: There is no such sample.
-            ConfigError: Something else than a number is asked for.
+        If an epoch is set, the position of a number is the number itself; a repeated number in one
+        call gets a position beyond the dataset. If none is set, no position is used twice. Raises
+        IndexError for a number out of range, ConfigError for anything that is not a number.
         """
         if any(isinstance(number, tuple) for number in numbers):
-            epochs, positions, samples = _asks(numbers).T
+            epochs, positions, samples = _requests(numbers).T
         else:
             samples = _indices(numbers)
             samples = np.where(samples < 0, samples + size, samples)
             epoch = int(self._numbers[0])
-            times = self._turns(len(samples)) if epoch == _NOT_SET else _occurrences(samples)
+            times = (
+                self._unused_counts(len(samples)) if epoch == _NOT_SET else _occurrences(samples)
+            )
             positions = times * size + samples
             epochs = np.full(len(samples), max(0, epoch), np.int64)
         if len(samples) and not (samples.min() >= 0 and samples.max() < size):
-            raise IndexError(f"There are samples 0 to {size - 1}")
+            raise IndexError(f"sample number out of range: use 0 to {size - 1}")
         return epochs, positions, samples
 
-    def _turns(self, count: int) -> Ints:
-        """Numbers that no process of this loader has given to another sample."""
+    def _unused_counts(self, count: int) -> Ints:
+        """Return `count` numbers that no process of this loader has used before."""
         worker = get_worker_info()
         slot = 0 if worker is None else 1 + worker.id % (_PROCESSES - 1)
         begin = int(self._numbers[1 + slot])
@@ -103,7 +102,7 @@ class Draws(_Shared):
 
 
 class Starts(_Shared):
-    """Where a stream's iterations start: what was set last, and where the last one started."""
+    """Start of a stream's next iteration, as set last, and start of its last iteration."""
 
     def __init__(self) -> None:
         super().__init__([0, 0, 0, _NOT_SET, 0])
@@ -115,25 +114,25 @@ class Starts(_Shared):
 
     @property
     def version(self) -> int:
-        """How often a start was set."""
+        """Number of calls of `set`."""
         return int(self._numbers[0])
 
     @property
     def progress(self) -> EpochProgress:
-        """The start that was set last."""
+        """The last start that was set."""
         return EpochProgress(int(self._numbers[1]), int(self._numbers[2]))
 
     def set(self, progress: EpochProgress) -> None:
-        """Set where the next iteration starts, for all processes."""
+        """Set the start of the next iteration in all processes."""
         self._numbers[:] = [self.version + 1, progress.epoch, progress.position, _NOT_SET, 0]
 
-    def note(self, progress: EpochProgress) -> None:
-        """Take note that an iteration starts, and warn if the last one started there too."""
+    def check_repeated(self, progress: EpochProgress) -> None:
+        """Record the start of an iteration; warn if the last one had the same start."""
         here = [progress.epoch, progress.position]
         if self._numbers[3:].tolist() == here:
             warnings.warn(
-                f"This DataLoader reads epoch {progress.epoch} of its LatentStream again, because "
-                "it starts new workers, which do not know of earlier epochs: call "
+                f"this DataLoader reads epoch {progress.epoch} of its LatentStream again, because "
+                "it starts new workers that do not know about earlier epochs: call "
                 "stream.set_epoch(epoch) before each epoch, or use persistent_workers=True.",
                 RepeatedEpochWarning,
                 stacklevel=3,
@@ -141,15 +140,15 @@ class Starts(_Shared):
         self._numbers[3:] = here
 
 
-def _asks(numbers: Sequence[object]) -> Ints:
-    """What `BatchSampler` asks for, `[n, 3]`."""
-    for ask in numbers:
-        if not isinstance(ask, tuple) or len(ask) != 3:
+def _requests(numbers: Sequence[object]) -> Ints:
+    """Requests of `BatchSampler` as an array `[n, 3]`."""
+    for request in numbers:
+        if not isinstance(request, tuple) or len(request) != 3:
             raise ConfigError(
-                f"{ask!r} is asked for together with (epoch, position, number): ask for all "
-                "samples of a batch by number, or for all as BatchSampler does."
+                f"cannot read {request!r} in one batch with (epoch, position, number): request all "
+                "samples of a batch by number, or all as BatchSampler does."
             )
-    return np.array([[_index(part) for part in ask] for ask in numbers], np.int64)  # type: ignore[attr-defined]
+    return np.array([[_index(part) for part in request] for request in numbers], np.int64)  # type: ignore[attr-defined]
 
 
 def _indices(numbers: Sequence[object]) -> Ints:
@@ -160,7 +159,7 @@ def _indices(numbers: Sequence[object]) -> Ints:
 
 
 def _occurrences(samples: Ints) -> Ints:
-    """How often each sample came before in the same call."""
+    """How often each sample occurred earlier in the same call."""
     before: Ints = np.zeros(len(samples), np.int64)
     if len(samples) > 1:
         order = np.argsort(samples, kind="stable")
@@ -177,6 +176,6 @@ def _index(number: object) -> int:
         return operator.index(number)  # type: ignore[arg-type]
     except TypeError as error:
         raise ConfigError(
-            f"{number!r} is not the number of a sample: samples are read by number, dataset[0]; "
-            "records by key, store[key]."
+            f"{number!r} is not a sample number: samples are read by number, as in dataset[0], "
+            "and records by key, as in store[key]."
         ) from error

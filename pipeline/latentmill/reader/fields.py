@@ -1,4 +1,4 @@
-"""What is stored beside the latents, read without them: for metadata and for filters."""
+"""Reading the stored fields of records without their latents, for metadata and filters."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from latentmill.store.index import Index
 from latentmill.store.schema import RECORD_SCHEMA
 from latentmill.store.store import LatentStore
 
-# pyarrow has no types: an Expression is Any here.
+# pyarrow has no type hints, so a pyarrow Expression is Any here.
 Where: TypeAlias = str | Callable[[Mapping[str, Any]], bool] | Any
 
 FIELDS = tuple(name for name in RECORD_SCHEMA.names if name not in ("latent", "levels"))
-KEPT_BYTES = 256 << 20  # of fields in memory, per process and store
-THREADS = 8  # side by side, where the store is not local
-_BATCH = 1024  # JSON members of a tar that are read at once
+KEPT_BYTES = 256 << 20  # fields kept in memory per process and store
+THREADS = 8  # parallel reads of a remote store
+_BATCH = 1024  # JSON members of a tar per read
 
 
 class FieldReader(RowReader):
     """Reads the stored fields of records by row (position in the sorted keys).
 
-    Keeps the columns of the shards used last. Picklable and small; not thread-safe.
+    Caches the columns of the shards used last. Small when pickled; not thread-safe.
     """
 
     def __init__(self, store: LatentStore, columns: Sequence[str] = FIELDS) -> None:
@@ -46,8 +46,8 @@ class FieldReader(RowReader):
         self.columns = tuple(columns)
         self._tar = store.info.format == "webdataset"
 
-    def _place(self, index: Index) -> None:
-        super()._place(index)
+    def _use_index(self, index: Index) -> None:
+        super()._use_index(index)
         self._shard_of = index.column("shard")
         self._row_in_shard = index.column("row")
         self._paths = index.shards
@@ -58,12 +58,8 @@ class FieldReader(RowReader):
         return _unpickled, (self.store, self.columns, self.items_hash)
 
     def read(self, rows: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
-        """The fields of some rows, in their order.
-
-        Raises:
-            StorageError: They cannot be read.
-        """
-        return self._following(lambda: self._read(rows))
+        """Return the fields of some rows, in the order of `rows`."""
+        return self._with_current_index(lambda: self._read(rows))
 
     def _read(self, rows: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
         if self._tar:
@@ -77,12 +73,8 @@ class FieldReader(RowReader):
         ]
 
     def gather(self) -> pa.Table:
-        """The fields of all records, in the order of the keys.
-
-        Raises:
-            StorageError: They cannot be read.
-        """
-        return self._following(self._gather)
+        """Return the fields of all records, in the order of the keys."""
+        return self._with_current_index(self._gather)
 
     def _gather(self) -> pa.Table:
         if self._tar:
@@ -114,7 +106,7 @@ class FieldReader(RowReader):
             raise self._damaged(error) from error
 
     def _tables(self, shards: Iterable[int]) -> dict[int, pa.Table]:
-        """The tables of some shards, from memory or read now."""
+        """The tables of some shards, from the cache or from the storage."""
         missing = [shard for shard in shards if shard not in self._kept]
         if self.store.storage.local or len(missing) < 2:
             read = [self._table(shard) for shard in missing]
@@ -137,14 +129,14 @@ class FieldReader(RowReader):
                 table = file.read(columns=list(self.columns), use_threads=False)
         except (OSError, pa.ArrowException, ValueError) as error:
             raise self._damaged(error) from error
-        for name in self.columns:  # a store of an earlier version has fewer
+        for name in self.columns:  # stores of earlier versions have fewer columns
             if name not in table.column_names:
                 field = RECORD_SCHEMA.field(name).with_nullable(True)
                 table = table.append_column(field, pa.nulls(len(table), field.type))
         return table.select(self.columns).combine_chunks()
 
     def _open(self, shard: int) -> contextlib.AbstractContextManager[pq.ParquetFile]:
-        """A shard; a local one by its path, which is five times as fast for pyarrow."""
+        """Open a shard; pyarrow reads local ones five times as fast by path."""
         storage, path = self.store.storage, self._paths[shard]
         if storage.local:
             file: contextlib.AbstractContextManager[pq.ParquetFile]
@@ -154,51 +146,52 @@ class FieldReader(RowReader):
 
     def _damaged(self, error: Exception) -> StorageError:
         return StorageError(
-            f"A shard of {self.store.url} is damaged ({error}): `latentmill verify` says which."
+            f"a shard of {self.store.url} is damaged ({error}): run `latentmill verify "
+            f"{self.store.url}` to find it."
         )
 
 
 def _unpickled(store: LatentStore, columns: Sequence[str], items_hash: str) -> FieldReader:
-    check_items(store, items_hash)  # its rows may be in use beside it
+    check_items(store, items_hash)  # the caller may hold rows of the old index
     return FieldReader(store, columns)
 
 
 def select(stores: Sequence[LatentStore], where: Where) -> list[npt.NDArray[np.int64]]:
-    """The rows of each store that a condition is true for; no latent is read.
+    """The rows of each store that match a condition; reads no latents.
 
     Args:
-        stores: One or several; not each need have such a record.
-        where: A condition such as `role == 'drums' and bpm > 100`, on stored fields and the items'
-            own metadata; a function of a record's fields, whose `metadata` is the item's own, as a
-            dict; or a pyarrow expression over the stored columns, which is faster.
+        stores: One store or several; some of them may have no match.
+        where: A condition such as `role == 'drums' and bpm > 100` on stored fields and the items'
+            own metadata; a function of a record's fields, in which `metadata` is the item's own
+            metadata as a dict; or a pyarrow expression over the stored columns, which is faster.
 
     Raises:
-        ConfigError: The condition cannot be evaluated, names a field that no record has, or is
-            true for no record at all.
+        ConfigError: The condition cannot be evaluated, uses a field that no record has, or matches
+            no record.
     """
-    names = _Names(Condition(where).fields) if isinstance(where, str) else _Names(())
+    names = _FieldNames(Condition(where).fields) if isinstance(where, str) else _FieldNames(())
     chosen = [_rows(store, where, names) for store in stores]
     if names.missing:
         raise _no_field(min(names.missing), names.known)
     if not any(map(len, chosen)):
         raise ConfigError(
-            f"No record of {' or '.join(store.url for store in stores)} matches `where`: check the "
-            "values, or leave `where` out."
+            f"No record of {' or '.join(store.url for store in stores)} matches `where`: check its "
+            "values, or remove `where`."
         )
     return chosen
 
 
 @dataclass
-class _Names:
-    """Which fields a condition names that no record had yet, and which fields there are."""
+class _FieldNames:
+    """Fields of a condition that no record had so far, and all fields that occurred."""
 
-    asked: Iterable[str]
+    fields: Iterable[str]
 
     def __post_init__(self) -> None:
-        self.missing, self.known = set(self.asked), set(FIELDS)
+        self.missing, self.known = set(self.fields), set(FIELDS)
 
-    def look(self, fields: Mapping[str, Any]) -> None:
-        """Take note of a record's fields, as long as one is missing."""
+    def update(self, fields: Mapping[str, Any]) -> None:
+        """Add a record's fields; does nothing once every field was found."""
         if self.missing:
             self.known.update(fields)
             self.missing = {name for name in self.missing if not _has(fields, name.split("."))}
@@ -212,7 +205,7 @@ def _has(fields: Any, path: Sequence[str]) -> bool:
     return True
 
 
-def _rows(store: LatentStore, where: Where, names: _Names) -> npt.NDArray[np.int64]:
+def _rows(store: LatentStore, where: Where, names: _FieldNames) -> npt.NDArray[np.int64]:
     table = FieldReader(store, FIELDS).gather()
     try:
         if isinstance(where, pc.Expression):
@@ -226,24 +219,24 @@ def _rows(store: LatentStore, where: Where, names: _Names) -> npt.NDArray[np.int
         if name is not None:
             raise _no_field(name, {*FIELDS, *_own_fields(table)}) from error
         raise ConfigError(
-            f"The condition `where` fails on {store.url} ({type(error).__name__}: {error}): the "
-            f"fields are {', '.join(FIELDS)}."
+            f"cannot evaluate `where` on {store.url} ({type(error).__name__}: {error}): use the "
+            f"fields {', '.join(FIELDS)}."
         ) from error
 
 
-def _condition(text: str, names: _Names) -> Callable[[Mapping[str, Any]], bool]:
+def _condition(text: str, names: _FieldNames) -> Callable[[Mapping[str, Any]], bool]:
     condition = Condition(text)
 
     def holds(fields: Mapping[str, Any]) -> bool:
         every = {**fields["metadata"], **fields}
-        names.look(every)
+        names.update(every)
         return condition.holds(every)
 
     return holds
 
 
 def _missing_field(error: Exception) -> str | None:
-    """The field that a function or an expression asked for and did not find."""
+    """The field that a function or an expression did not find."""
     if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
         return error.args[0]
     found = re.search(r"No match for FieldRef.Name\(([^)]+)\)", str(error))
@@ -256,8 +249,8 @@ def _own_fields(table: pa.Table) -> set[str]:
 
 def _no_field(name: str, known: Iterable[str]) -> ConfigError:
     near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"the fields are {', '.join(FIELDS)}."
-    return ConfigError(f"`where` names {name!r}, but there is no such field: {hint}")
+    hint = f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(FIELDS)}."
+    return ConfigError(f"`where` uses {name!r}, but there is no such field: {hint}")
 
 
 def _parsed(table: pa.Table) -> Iterable[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Normalisation by what dataset.json says of the latents: an explicit transform."""
+"""Normalisation of latents by the statistics in dataset.json, as a transform."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ By = Literal["channel", "overall", "scale"]
 
 @dataclass(frozen=True)
 class Normalize:
-    """The transform (z - mean) / std, channel by channel. Put it after all that mixes.
+    """The transform (z - mean) / std per channel. Apply it after all transforms that mix.
 
     Latent arithmetic holds for latents as they are stored; a normalised latent has another origin.
-    Of a posterior the means are normalised and the standard deviations divided by the same `std`,
-    so that a latent is drawn before or after with the same result.
+    For a posterior, the means are normalised and the standard deviations are divided by the same
+    `std`, so drawing a latent before or after gives the same result.
 
     Attributes:
-        mean: Of every channel; of a posterior, of the means.
-        std: Of every channel, above zero; of a posterior, of the means.
-        deviations: How many channels of standard deviations follow those, unless drawn from.
+        mean: Mean of every channel; for a posterior, of the channels of means only.
+        std: Standard deviation of the same channels, above zero.
+        deviations: Number of channels of standard deviations that follow, until a latent is drawn.
     """
 
     mean: tuple[float, ...]
@@ -42,15 +42,16 @@ class Normalize:
 
     @classmethod
     def from_store(cls, store: LatentStore | str, by: By = "channel") -> Normalize:
-        """What a store's dataset.json says.
+        """Normalise by the statistics in a store's dataset.json.
 
         Args:
-            store: The store, or its place.
-            by: `channel`: mean and standard deviation of every channel; `overall`: those over all
-                channels; `scale`: only the model's scale factor is taken out.
+            store: The store: a path, a URL or an open store.
+            by: `channel` uses mean and standard deviation of every channel, `overall` those over
+                all channels, and `scale` only divides by the model's scale factor.
 
         Raises:
-            ConfigError: Another `by`, or the store's channels do not vary (an empty store).
+            ConfigError: `by` is invalid, or a channel does not vary (for example, in an empty
+                store).
         """
         choice("by", by, By)
         opened = LatentStore(store) if isinstance(store, str) else store
@@ -66,32 +67,32 @@ class Normalize:
             std = np.full_like(std, float(opened.info.model["scale_factor"]))
         if not (std > 0).all():
             raise ConfigError(
-                f"Channel {int(np.argmin(std))} of {opened.url} does not vary, so that it cannot "
-                "be normalised by its deviation: take by='overall' or 'scale'."
+                f"channel {int(np.argmin(std))} of {opened.url} does not vary, so it cannot be "
+                "normalised by its standard deviation: use by='overall' or by='scale'."
             )
         return cls(tuple(mean.tolist()), tuple(std.tolist()), deviations)
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
-        """Normalise a sample, and the silence that continues it; nothing is random about it."""
+        """Normalise a sample and its origin; `random` is not used."""
         origin = sample.origin
         if origin is not None:
             origin = replace(origin, changes=(*origin.changes, self.apply))
         return replace(sample, latents=self.apply(sample.latents), origin=origin)
 
     def apply(self, latents: Latents) -> Latents:
-        """Normalise latents `[..., channels, frames]`: an array or, on any device, a tensor."""
+        """Normalise latents `[..., channels, frames]`: an array, or a tensor on any device."""
         mean, std = self._columns(latents)
         normalised: Latents = self._as_given((latents - mean) / std)
         return normalised
 
     def undo(self, latents: Latents) -> Latents:
-        """The stored form of normalised latents, such as generated ones, for decoding.
+        """Undo the normalisation, e.g. of generated latents before decoding.
 
         Args:
             latents: `[..., channels, frames]`: an array, or a tensor on any device.
 
         Returns:
-            The same kind: a float32 array, or a tensor on the same device, with its gradients.
+            A float32 array for an array; for a tensor, a tensor on its device, with gradients.
         """
         mean, std = self._columns(latents)
         stored: Latents = self._as_given(latents * std + mean)
@@ -105,8 +106,8 @@ class Normalize:
         channels, means = latents.shape[-2], len(self.mean)
         if channels not in (means, means + self.deviations):
             raise ConfigError(
-                f"Normalize is for {means + self.deviations} channels and the latent has "
-                f"{channels}: make it from the store that is read."
+                f"Normalize was made for {means + self.deviations} channels, but the latent has "
+                f"{channels} channels: use Normalize.from_store with the store that is read."
             )
         mean, std = (column[:channels] for column in self._all_columns)
         if isinstance(latents, torch.Tensor):

@@ -1,9 +1,9 @@
-"""In which order an epoch's samples come: a pure function of seed, epoch and position.
+"""The order of samples in an epoch: a pure function of seed, epoch and position.
 
-The samples of all sources lie in blocks of neighbours. The blocks are shuffled, and then the
-samples inside windows of many blocks (what a shuffle buffer does, but any position of it is known
-at once, without going through those before). Nothing is kept between positions, so any rank or
-worker can start anywhere.
+The samples of all stores are divided into blocks of neighbours. First the blocks are shuffled,
+then the samples inside windows of many blocks. The effect is that of a shuffle buffer, but the
+sample at any position can be computed without the positions before it. So any rank or worker can
+start anywhere.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _PASSES_KEPT = 8
 
 @dataclass(frozen=True)
 class Mixture:
-    """How many samples of each source an epoch has, and how they are shuffled.
+    """Number of samples that an epoch takes from each store, and how they are shuffled.
 
     Attributes:
-        sizes: Samples of each source.
-        taken: Samples that an epoch takes of each source. Where that is not the source's size,
-            epochs go on where the last one stopped: over and over through the source, each pass
-            in an order of its own, every sample once a pass.
-        seed: Of the shuffling.
-        shuffle: Whether to shuffle; otherwise the sources follow one another.
-        block: Neighbours that stay together until their window is shuffled.
-        window: Samples in a window, a multiple of `block`.
+        sizes: Number of samples of each store.
+        taken: Number of samples that an epoch takes from each store. If it differs from the size,
+            each epoch continues where the last one stopped, in repeated passes through the store;
+            each pass has its own order and yields every sample once.
+        seed: Seed of the shuffling.
+        shuffle: Whether to shuffle; otherwise one store follows another.
+        block: Number of neighbours that stay together until their window is shuffled.
+        window: Number of samples in a window, a multiple of `block`.
     """
 
     sizes: tuple[int, ...]
@@ -47,18 +47,18 @@ class Mixture:
 
     @property
     def total(self) -> int:
-        """Samples of an epoch."""
+        """Number of samples in an epoch."""
         return sum(self.taken)
 
     @property
     def digest(self) -> str:
-        """A short hash: two mixtures with the same have the same orders."""
+        """A short hash of the settings; mixtures with equal hashes have equal orders."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def apportion(total: int, weights: list[float]) -> tuple[int, ...]:
-    """Split `total` in proportion to weights, by largest remainders; the sum is exact."""
+    """Split `total` in proportion to weights, by largest remainders, with an exact sum."""
     share = np.array(weights, np.float64) / np.sum(weights) * total
     counts = np.floor(share).astype(np.int64)
     rest = total - int(counts.sum())
@@ -67,7 +67,7 @@ def apportion(total: int, weights: list[float]) -> tuple[int, ...]:
 
 
 class EpochOrder:
-    """The samples of one epoch by position."""
+    """The order of one epoch: maps positions to samples."""
 
     def __init__(self, mixture: Mixture, epoch: int) -> None:
         self.mixture, self.epoch = mixture, epoch
@@ -78,15 +78,11 @@ class EpochOrder:
         return self.mixture.total
 
     def at(self, positions: Ints) -> tuple[Ints, Ints]:
-        """Source and sample of some positions of the epoch.
+        """Return the numbers of the stores, and of the samples in them, at positions `[n]`.
 
-        Args:
-            positions: `[n]`, each from 0 to the epoch's length; quickest if they are near.
-
-        Returns:
-            The numbers of the sources and of the samples in them, both `[n]`.
+        Positions that are close to each other are the fastest.
         """
-        sources = np.empty(len(positions), np.int64)
+        stores = np.empty(len(positions), np.int64)
         samples = np.empty(len(positions), np.int64)
         if not self.mixture.shuffle:
             return self._blocks.at(positions)
@@ -94,9 +90,9 @@ class EpochOrder:
         for window in np.unique(windows).tolist():
             here = windows == window
             first, found = self._blocks.window_start(window), self._window(window)
-            sources[here] = found[0][positions[here] - first]
+            stores[here] = found[0][positions[here] - first]
             samples[here] = found[1][positions[here] - first]
-        return sources, samples
+        return stores, samples
 
     @cached_property
     def _blocks(self) -> _Blocks:
@@ -105,44 +101,44 @@ class EpochOrder:
         return _Blocks(mixture.taken, mixture.block, mixture.window // mixture.block, key)
 
     def _window(self, window: int) -> tuple[Ints, Ints]:
-        """Source and sample of all positions of a window."""
+        """Store and sample at all positions of a window."""
         if window not in self._windows:
             first, last = (self._blocks.window_start(number) for number in (window, window + 1))
             order = permutation(last - first, (self.mixture.seed, self.epoch, window, 1))
-            sources, draws = self._blocks.at(first + order)
-            self._windows[window] = sources, self._samples(sources, draws)
+            stores, draws = self._blocks.at(first + order)
+            self._windows[window] = stores, self._samples(stores, draws)
             if len(self._windows) > _WINDOWS_KEPT:
                 self._windows.popitem(last=False)
         return self._windows[window]
 
-    def _samples(self, sources: Ints, draws: Ints) -> Ints:
-        """The samples that an epoch's n-th draws from the sources are."""
+    def _samples(self, stores: Ints, draws: Ints) -> Ints:
+        """Map the n-th draws from each store in this epoch to samples."""
         samples = draws.copy()
-        for source in np.unique(sources).tolist():
-            size, taken = self.mixture.sizes[source], self.mixture.taken[source]
+        for store in np.unique(stores).tolist():
+            size, taken = self.mixture.sizes[store], self.mixture.taken[store]
             if taken == size:  # one pass, already shuffled
                 continue
-            here = np.flatnonzero(sources == source)
+            here = np.flatnonzero(stores == store)
             passes, places = np.divmod(self.epoch * taken + draws[here], size)
             for number in np.unique(passes).tolist():
                 these = passes == number
-                samples[here[these]] = self._pass(source, number).at(places[these])[1]
+                samples[here[these]] = self._pass(store, number).at(places[these])[1]
         return samples
 
-    def _pass(self, source: int, number: int) -> _Blocks:
-        place = (source, number)
+    def _pass(self, store: int, number: int) -> _Blocks:
+        place = (store, number)
         if place not in self._passes:
-            key = (self.mixture.seed, source, number, 2)
-            self._passes[place] = _Blocks((self.mixture.sizes[source],), self.mixture.block, 1, key)
+            key = (self.mixture.seed, store, number, 2)
+            self._passes[place] = _Blocks((self.mixture.sizes[store],), self.mixture.block, 1, key)
             if len(self._passes) > _PASSES_KEPT * len(self.mixture.sizes):
                 self._passes.popitem(last=False)
         return self._passes[place]
 
 
 class _Blocks:
-    """The samples of some sources in shuffled blocks, each of one source; by position.
+    """The samples of some stores in shuffled blocks; each block belongs to one store.
 
-    A source's last block may be short, so a position is found by bisection.
+    The last block of a store may be shorter, so positions are found by bisection.
     """
 
     def __init__(
@@ -150,7 +146,7 @@ class _Blocks:
     ) -> None:
         counts = [-(-size // block) for size in sizes]
         total = sum(counts)
-        self._first = np.cumsum([0, *counts])  # of each source's blocks
+        self._first = np.cumsum([0, *counts])  # number of each store's first block
         self._block, self._per_window = block, per_window
         self._order = np.arange(total) if key is None else permutation(total, key)
         lengths = np.full(total, block, np.int64)
@@ -160,27 +156,27 @@ class _Blocks:
         self._starts = np.concatenate([[0], np.cumsum(lengths[self._order])])
 
     def at(self, positions: Ints) -> tuple[Ints, Ints]:
-        """Source and sample of positions."""
+        """Store and sample at positions."""
         places = np.searchsorted(self._starts, positions, "right") - 1
         blocks = self._order[places]
-        sources = np.searchsorted(self._first, blocks, "right") - 1
-        samples = (blocks - self._first[sources]) * self._block
-        return sources, samples + positions - self._starts[places]
+        stores = np.searchsorted(self._first, blocks, "right") - 1
+        samples = (blocks - self._first[stores]) * self._block
+        return stores, samples + positions - self._starts[places]
 
     def window_of(self, positions: Ints) -> Ints:
-        """The windows that positions lie in."""
+        """The windows that contain the positions."""
         windows: Ints = (np.searchsorted(self._starts, positions, "right") - 1) // self._per_window
         return windows
 
     def window_start(self, window: int) -> int:
-        """The first position of a window; of the one after the last, the number of samples."""
+        """First position of a window; after the last window, the number of samples."""
         return int(self._starts[min(window * self._per_window, len(self._starts) - 1)])
 
 
 def permutation(count: int, key: tuple[int, ...]) -> Ints:
-    """A random order of `count` things, the same in every version of numpy.
+    """A random permutation of `count` elements that is the same in every numpy version.
 
-    The raw numbers of a bit generator are guaranteed to stay; `Generator.permutation` is not.
+    numpy guarantees a bit generator's raw numbers, but not the result of `Generator.permutation`.
     """
     raw = np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
     return np.argsort(raw, kind="stable").astype(np.int64)
@@ -189,7 +185,7 @@ def permutation(count: int, key: tuple[int, ...]) -> Ints:
 def random_below(limits: Ints, seed: int, epoch: int, positions: Ints) -> Ints:
     """One random number below each limit: a pure function of seed, epoch and position.
 
-    By the finaliser of SplitMix64 (Steele, Lea, Flood 2014), for all positions at once.
+    Uses the finaliser of SplitMix64 (Steele, Lea, Flood 2014) on all positions at once.
     """
     key = np.random.SeedSequence((seed, epoch, 3)).generate_state(1, np.uint64)[0]
     with np.errstate(over="ignore"):
@@ -197,6 +193,6 @@ def random_below(limits: Ints, seed: int, epoch: int, positions: Ints) -> Ints:
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         mixed ^= mixed >> np.uint64(31)
-    # 53 bits as a fraction, times the limit: even to one part in 2^53 / limit.
+    # 53 bits as a fraction, times the limit: uniform to one part in 2^53 / limit.
     below = ((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53 * limits).astype(np.int64)
     return np.minimum(below, limits - 1)

@@ -1,4 +1,4 @@
-"""Ranges of bytes in shards."""
+"""Byte ranges in shards, to be read into buffers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard as its commit describes it: path, size and hash."""
+    """Path, size and hash of a shard, from its commit."""
 
     path: str
     bytes: int
@@ -16,7 +16,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes to read: `target` is filled from `offset` on."""
+    """A range to read: fills `target` with bytes from `offset` on."""
 
     shard: Shard
     offset: int

@@ -1,4 +1,4 @@
-"""A training sample, and what a transform may do with it."""
+"""Training samples, the transform protocol, and the random numbers of a sample."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from latentmill.record import FloatArray
 
 @dataclass(frozen=True)
 class Sample:
-    """One training sample: a latent, which of its frames are audio, and what is known of it.
+    """One training sample: a latent, its mask and its metadata.
 
     Attributes:
         key: The item's key.
         latents: `[channels, frames]`, float32.
-        mask: `[frames]`, True where a frame is the item's, False where it is padding.
-        metadata: The item's own metadata, and where in the item the crop begins and how long the
-            item is: `seconds_start`, `seconds_total`.
+        mask: `[frames]`, True for frames of the item, False for padding.
+        metadata: The item's own metadata, `seconds_start` (start of the crop in the item) and
+            `seconds_total` (duration of the item).
         epoch: The epoch that the sample was drawn in.
-        position: Its place in that epoch; whatever is random about it follows from the two.
-        origin: The latent of silence of its store, for what makes it longer.
+        position: Its position in that epoch. Crop and transforms depend only on seed, epoch and
+            position.
+        origin: The store's latent of silence, which pads the sample.
     """
 
     key: str
@@ -39,19 +40,15 @@ class Sample:
 
 
 class Transform(Protocol):
-    """A change of a sample. Must be picklable, and a pure function of its arguments."""
+    """Changes a sample. A transform must be picklable and a pure function of its arguments."""
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
-        """Give the changed sample; `random` is the sample's own, see `sample_random`."""
+        """Return the changed sample. `random` comes from `sample_random`."""
         ...
 
 
 def whole_number(name: str, value: object, *, least: int) -> int:
-    """The value of an option that must be a whole number, as a plain int.
-
-    Raises:
-        ConfigError: It is not a whole number, or below `least`.
-    """
+    """Return `value` as an int; ConfigError if it is not a whole number or below `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         hint = f": write {int(value)}" if isinstance(value, float) and value.is_integer() else ""
         raise ConfigError(f"{name} must be a whole number, not {value!r}{hint}.")
@@ -61,8 +58,8 @@ def whole_number(name: str, value: object, *, least: int) -> int:
 
 
 def sample_random(seed: int, epoch: int, position: int) -> np.random.Generator:
-    """The random numbers of one sample: a pure function of seed, epoch and position in the epoch.
+    """Random generator of one sample: a pure function of seed, epoch and position in the epoch.
 
-    Whichever worker or rank reads the sample, and after a resume, they are the same.
+    Every worker and rank gets the same numbers for it, also after resuming.
     """
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, epoch, position))))

@@ -1,4 +1,4 @@
-"""Who reads what: the share of a rank in an epoch, and what an epoch consists of."""
+"""Distribution of an epoch over ranks, and the state that resumes it."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ WINDOW = 16384
 
 @dataclass(frozen=True)
 class Rank:
-    """One of `world_size` processes that train together, and how they share an epoch.
+    """One of `world_size` training processes, and how they share an epoch.
 
-    The things of an epoch (samples or batches) are dealt in turn, as cards are: whenever all ranks
-    have taken equally many, those of a first part of the epoch are taken and no others.
+    The elements of an epoch (samples or batches) are distributed round-robin. So when all ranks
+    have taken the same number, exactly the first elements of the epoch are taken.
 
     Attributes:
-        rank: From 0.
-        world_size: How many processes.
-        even: Where the number of things is no multiple of `world_size`: `off` deals every one
-            exactly once, so that some ranks get one more; `drop` leaves out the last ones, `pad`
-            deals the first ones of the epoch again, so that all ranks get equally many.
+        rank: Rank of this process, from 0.
+        world_size: Number of processes.
+        even: What to do if the number of elements is not a multiple of `world_size`. `off` gives
+            out each element exactly once, so some ranks get one more. `drop` drops the last
+            elements, `pad` repeats the first ones, so all ranks get the same number.
     """
 
     rank: int
@@ -43,42 +43,41 @@ class Rank:
 
     @classmethod
     def of(cls, rank: int | None, world_size: int | None, even: Even) -> Rank:
-        """As given; where it is not, as `torch.distributed` says if it is in use, else alone.
+        """The given rank; else that of `torch.distributed` if initialised; else a single process.
 
-        Not to be kept where it is not given: Lightning joins the process group after the user has
-        made the loaders.
-
-        Raises:
-            ConfigError: There is no such rank, only one of both is given, or another `even`.
+        If the rank is not given, do not keep the result: Lightning joins the process group after
+        the user has created the loaders.
         """
         choice("even", even, Even)
         if (rank is None) != (world_size is None):
-            raise ConfigError("Give both rank and world_size, or neither.")
+            raise ConfigError("rank and world_size belong together: set both or neither.")
         if rank is None or world_size is None:
             group = torch.distributed
             together = group.is_available() and group.is_initialized()
             rank, world_size = (group.get_rank(), group.get_world_size()) if together else (0, 1)
         if not 0 <= rank < world_size:
-            raise ConfigError(f"There is no rank {rank} in a world of {world_size}.")
+            raise ConfigError(
+                f"rank is {rank}: it must be from 0 to world_size - 1 = {world_size - 1}."
+            )
         return cls(rank, world_size, even)
 
     def share(self, remaining: int) -> int:
-        """How many of the things that remain of an epoch this rank gets."""
+        """How many of the `remaining` elements of an epoch this rank gets."""
         every, rest = divmod(remaining, self.world_size)
         if self.even == "off":
             return every + (self.rank < rest)
         return every + (self.even == "pad" and rest > 0)
 
     def largest_share(self, remaining: int) -> int:
-        """How many of them the rank gets that gets the most."""
+        """The largest share of any rank."""
         return replace(self, rank=0).share(remaining)
 
 
-def dealt_by_accelerate(reader: object) -> int:
-    """How many processes share what `reader` gives, as a loader prepared by `accelerate` does.
+def accelerate_processes(reader: object) -> int:
+    """Number of processes that `accelerate` distributes the output of `reader` to.
 
-    1 where none is being iterated over. Each of its processes, or the first one for all, must read
-    everything: what is dealt twice loses data.
+    1 if no prepared loader of `reader` is being iterated over. accelerate needs a reader that
+    yields everything: distributing twice would lose data.
     """
     module = sys.modules.get("accelerate.state")
     loader = None if module is None else module.GradientState().active_dataloader
@@ -89,10 +88,10 @@ def dealt_by_accelerate(reader: object) -> int:
     return int(module.PartialState().num_processes) if any(reader is f for f in found) else 1
 
 
-def split_by_accelerate(stream: object) -> int:
-    """How many processes each read `stream` in workers of their own and keep their part of it.
+def accelerate_shards(stream: object) -> int:
+    """Number of processes that each read all of `stream` in their own workers and keep a share.
 
-    accelerate does so with `dispatch_batches=False`; 1 where none is being iterated over.
+    accelerate does this with `dispatch_batches=False`. 1 if no such loader is being iterated over.
     """
     module = sys.modules.get("accelerate.state")
     loader = None if module is None else module.GradientState().active_dataloader
@@ -102,28 +101,24 @@ def split_by_accelerate(stream: object) -> int:
     return int(getattr(shard, "num_processes", 1))
 
 
-def check_dealt_once(reader: object, rank: Rank, kind: str) -> None:
-    """Refuse to deal to ranks what `accelerate` deals to them, too.
-
-    Raises:
-        ConfigError: It would.
-    """
-    if rank.world_size > 1 and dealt_by_accelerate(reader) > 1:
+def check_distributed_once(reader: object, rank: Rank, kind: str) -> None:
+    """Raise ConfigError if both `reader` and `accelerate` would distribute an epoch to ranks."""
+    if rank.world_size > 1 and accelerate_processes(reader) > 1:
         raise ConfigError(
-            f"accelerate deals batches to {rank.world_size} processes and so does {kind}, which "
-            f"would lose data: make it with {kind}(..., rank=0, world_size=1), or do not pass its "
+            f"accelerate and {kind} would both distribute batches to {rank.world_size} processes, "
+            f"which would lose data: use {kind}(..., rank=0, world_size=1), or do not pass its "
             "DataLoader to prepare()."
         )
 
 
 @dataclass(frozen=True)
 class EpochProgress:
-    """Where reading is.
+    """How much of an epoch has been read.
 
     Attributes:
         epoch: The epoch.
-        position: The things of the epoch before this one are read, by whichever rank.
-        done: What one worker of one rank has read since, where it keeps its own account.
+        position: All elements of the epoch before this one have been read, by any rank.
+        done: Number of elements that this worker has read since `position`.
     """
 
     epoch: int = 0
@@ -131,7 +126,7 @@ class EpochProgress:
     done: int = 0
 
     def on_epoch(self, epoch: int) -> EpochProgress:
-        """The start of an epoch; of this one, where it is."""
+        """This progress if it is in `epoch`, else the start of `epoch`."""
         return self if epoch == self.epoch else EpochProgress(epoch)
 
 
@@ -144,11 +139,7 @@ def mixture(
     block: int,
     window: int,
 ) -> Mixture:
-    """What an epoch consists of.
-
-    Raises:
-        ConfigError: An option does not fit.
-    """
+    """Check the options of an epoch and put them into a `Mixture`."""
     whole_number("seed", seed, least=0)
     whole_number("shuffle_block", block, least=1)
     whole_number("shuffle_window", window, least=block)
@@ -158,9 +149,9 @@ def mixture(
             raise ConfigError(f"weights needs a number above zero for each of {len(sizes)} stores.")
         if not shuffle:
             raise ConfigError(
-                "weights needs shuffle=True: without it the stores follow one another."
+                "weights needs shuffle=True: without shuffling, stores are read one after another."
             )
-        # A store of which `where` takes nothing leaves its share to the others.
+        # If `where` matches nothing in a store, the other stores get its share.
         present = [w if size else 0.0 for w, size in zip(weights, sizes, strict=True)]
         taken = apportion(sum(taken), present)
     return Mixture(tuple(map(int, sizes)), taken, seed, shuffle, block, window // block * block)
@@ -169,30 +160,26 @@ def mixture(
 def check_state(
     state: Mapping[str, Any], kind: str, digest: str, records: Sequence[int]
 ) -> EpochProgress:
-    """The progress that a state dict holds.
+    """Return the progress in a state dict; ConfigError if the order of samples has changed.
 
-    Args:
-        state: The state.
-        kind: What it must be a state of.
-        digest: The digest of the present order of samples.
-        records: How many records each store has now.
-
-    Raises:
-        ConfigError: It is not such a state, or the order of samples has changed.
+    `kind` is the kind of reader, `digest` that of its present order, and `records` has the present
+    number of records of each store.
     """
     if state.get("kind") != kind or state.get("version") != STATE_VERSION:
-        raise ConfigError(f"This is not the state of a {kind} of this version of latentmill.")
+        raise ConfigError(
+            f"this is not the state of a {kind} of this latentmill version: load one that it saved."
+        )
     before = list(state.get("records", records))
     if state["order"] != digest and len(before) == len(records) and before != list(records):
         epoch = int(state["epoch"]) + 1
         raise ConfigError(
-            f"The stores have changed since this state was saved ({sum(before)} records then, "
-            f"{sum(records)} now), so that the rest of its epoch is not known: start the next one "
-            f"with set_epoch({epoch}), or resume with the stores as they were."
+            f"the stores have changed since this state was saved ({sum(before)} records then, "
+            f"{sum(records)} now), so its epoch cannot be finished: start the next epoch with "
+            f"set_epoch({epoch}), or resume with the stores as they were."
         )
     if state["order"] != digest:
         raise ConfigError(
-            "The state is of another order of samples: resume with the stores, filter, crop, mode, "
-            "seed, weights and shuffling that it was saved with."
+            "the state belongs to another order of samples: resume with the stores, filter, crop, "
+            "mode, seed, weights and shuffling that it was saved with."
         )
     return EpochProgress(int(state["epoch"]), int(state["position"]), int(state.get("done", 0)))

@@ -1,4 +1,4 @@
-"""Bytes of a store's shards: positioned reads of local files, batched ranged requests elsewhere."""
+"""Reading bytes of shards: positioned reads of local files, batched ranged requests otherwise."""
 
 from __future__ import annotations
 
@@ -18,29 +18,28 @@ from latentmill.storage.remote import protocol_of
 from latentmill.storage.storage import READ_ONLY, Storage
 
 OPEN_FILES = 256
-THREADS = 8  # that ask a web server side by side
+THREADS = 8  # parallel requests to a web server
 
 
 class ShardReader:
-    """Fills buffers from shards. Opens files when they are needed, and anew after a fork.
+    """Fills buffers from shards. Opens files when they are needed, and again after a fork.
 
-    Not thread-safe. The open files go with the object.
+    Not thread-safe. The files are closed when the object is deleted.
     """
 
     def __init__(self, storage: Storage, cache: RangeCache | None = None) -> None:
         self._storage = storage
         self._cache = cache
-        self._begin()
-        self._sizes: dict[str, int] = {}  # of remote shards
+        self._reset_files()
+        self._sizes: dict[str, int] = {}  # sizes of remote shards
 
     def fill(self, pieces: Sequence[Piece]) -> None:
-        """Read all pieces, in one batch of requests where the store is not local.
+        """Read all pieces; from a remote store, in one batch of requests.
 
-        Raises:
-            StorageError: A shard cannot be read, or has another size than its commit says.
+        Raises StorageError if a shard cannot be read or its size is not the one in its commit.
         """
-        if self._pid != os.getpid():  # the parent's files stay the parent's
-            self._begin()
+        if self._pid != os.getpid():  # forked: leave the parent's files open
+            self._reset_files()
         if self._storage.local:
             for piece in pieces:
                 self._fill_local(piece)
@@ -48,15 +47,13 @@ class ShardReader:
             self._fill_remote(pieces)
 
     def view(self, shard: Shard, offset: int, length: int) -> memoryview:
-        """A local shard's bytes without a copy, for pieces of which all pages are wanted.
+        """Map bytes of a local shard without copying them, for ranges that are read completely.
 
-        Of a crop it would read more than the crop: the system reads ahead of a mapped page.
-
-        Raises:
-            StorageError: As `fill`.
+        Do not use it for crops: the system reads ahead of a mapped page. Raises StorageError as
+        `fill` does.
         """
         if self._pid != os.getpid():
-            self._begin()
+            self._reset_files()
         whole = self._maps.get(shard.path)
         if whole is None:
             try:
@@ -65,11 +62,11 @@ class ShardReader:
             except OSError as error:
                 raise self._unreadable(shard, error) from error
             self._maps[shard.path] = whole
-            if len(self._maps) > OPEN_FILES:  # unmapped when the last view of it is gone
+            if len(self._maps) > OPEN_FILES:  # unmapped when its last view is deleted
                 self._maps.popitem(last=False)
         return memoryview(whole)[offset : offset + length]
 
-    def _begin(self) -> None:
+    def _reset_files(self) -> None:
         self._pid = os.getpid()
         self._maps: OrderedDict[str, mmap.mmap] = OrderedDict()
         self._files: OrderedDict[str, int] = OrderedDict()
@@ -85,12 +82,12 @@ class ShardReader:
                 self._files.move_to_end(path)
             if os.preadv(file, [piece.target], piece.offset) == len(piece.target):
                 return
-            self._fill_slowly(file, piece)
+            self._fill_in_parts(file, piece)
         except OSError as error:
             raise self._unreadable(piece.shard, error) from error
 
-    def _fill_slowly(self, file: int, piece: Piece) -> None:
-        """Of more than 2 GiB, and where a signal interrupts, one call reads only a part."""
+    def _fill_in_parts(self, file: int, piece: Piece) -> None:
+        """Read with several calls: one call reads at most 2 GiB, and less after a signal."""
         done = 0
         while done < len(piece.target):
             count = os.preadv(file, [piece.target[done:]], piece.offset + done)
@@ -110,7 +107,7 @@ class ShardReader:
 
     def _fill_remote(self, pieces: Sequence[Piece]) -> None:
         shards = {piece.shard for piece in pieces}
-        self._look_up({shard.path for shard in shards} - self._sizes.keys())
+        self._find_sizes({shard.path for shard in shards} - self._sizes.keys())
         for shard in shards:
             if shard.path not in self._sizes:
                 missing = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -128,11 +125,11 @@ class ShardReader:
                 raise self._changed(piece.shard)
             piece.target[:] = data
 
-    def _look_up(self, paths: set[str]) -> None:
-        """Find out the sizes of shards: of all at once, where the storage lists them."""
+    def _find_sizes(self, paths: set[str]) -> None:
+        """Get the sizes of shards, with one listing per folder if the storage can list."""
         if not paths:
             return
-        if protocol_of(self._storage.root) in READ_ONLY:  # a web server need not
+        if protocol_of(self._storage.root) in READ_ONLY:  # web servers cannot list
             with ThreadPoolExecutor(THREADS) as pool:
                 self._sizes.update(zip(paths, pool.map(self._size, paths), strict=True))
             return
@@ -146,13 +143,14 @@ class ShardReader:
 
     def _unreadable(self, shard: Shard, error: OSError) -> StorageError:
         return StorageError(
-            f"Cannot read {self._storage.root}/{shard.path}: {error.strerror or error}."
+            f"cannot read {self._storage.root}/{shard.path} ({error.strerror or error}): check "
+            "that the store is complete and readable."
         )
 
     def _changed(self, shard: Shard) -> StorageError:
         return StorageError(
-            f"{self._storage.root}/{shard.path} has another size than its commit says: restore "
-            "the shard, or delete it and run again."
+            f"{self._storage.root}/{shard.path} does not have the size recorded in its commit: "
+            "restore the shard, or delete it and run the encode command again."
         )
 
 

@@ -1,4 +1,4 @@
-"""The map-style dataset of stems: songs by number, each time another crop, other gains, a remix."""
+"""`StemDataset`: the map-style dataset of stem groups, with random crops, gains and remixes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from torch.utils.data import Dataset
 
-import latentmill.reader.collate  # noqa: F401  a loader without collate_fn uses it too
+import latentmill.reader.collate  # noqa: F401  registers our samples with torch's default collate
 from latentmill.encoding.loudness import decibels
 from latentmill.errors import ConfigError
 from latentmill.reader.crops import Crop, Cropped, CropReader
@@ -42,42 +42,42 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Choice:
-    """What a sample is read from: stems of one or several songs, and where each crop begins."""
+    """The stems that a sample is made of, and the first frame of each crop."""
 
     group: StemGroup
     rows: tuple[int, ...]
     starts: tuple[int, ...]
-    start: int  # of the song's own crop
+    start: int  # first frame of the song's own crop
     epoch: int
     position: int
-    random: np.random.Generator  # for what comes next
+    random: np.random.Generator  # for gains and task
 
 
 class StemDataset(Shown, Dataset[T], Generic[T]):
-    """Samples made of the synchronised stems of songs; see `stems` for what is made of them.
+    """Map-style dataset of samples made from the synchronised stems of songs.
 
-    For `torch.utils.data.DataLoader`, with `BatchSampler`, which deals the songs to ranks and
-    makes each sample a function of seed, epoch and its place in the epoch; with another sampler
-    see `set_epoch`. Picklable; may be forked.
+    Use it with `torch.utils.data.DataLoader` and `BatchSampler`, which distributes the songs to
+    ranks and makes each sample a function of seed, epoch and position. With another sampler, call
+    `set_epoch`. The dataset can be pickled and forked. The tasks are in `stems.py`.
 
     Args:
-        store: The store, open or by path or URL.
-        task: What becomes of the stems: `ContextAndTarget()`, `MixtureTriplet()`, `AllStems(roles)`
-            or your own.
-        crop: Frames of a sample.
-        seed: Of all that is random.
-        by: How stems are grouped; see `stem_groups`.
-        without: Roles that are left out, as they are mixes of the others.
-        having: Roles that a song must have; others are left out.
-        gains: Range of the random gain of each stem, dB; None: as they are.
-        remix: How often, 0 to 1, a song's stems are swapped for stems of the same role from songs
-            drawn at random, each with a crop of its own. Tempo and key are not matched.
-        active_db: Level at which a stem can be heard, dB of full scale; None: do not read levels,
-            a stem is then heard wherever it has frames.
-        per_song: Samples of each song in an epoch.
+        store: The store: a path, a URL or an open store.
+        task: Makes a sample of the stems: `ContextAndTarget()`, `MixtureTriplet()`,
+            `AllStems(roles)` or your own.
+        crop: Frames per sample.
+        seed: Seed of everything random.
+        by: How stems are grouped: `fields` or `folder`; see `stem_groups`.
+        without: Roles to leave out because they are mixes of the others.
+        having: Roles that a song must have; songs without them are left out.
+        gains: Range of the random gain of each stem, in dB, e.g. (-6, 6). None applies no gain.
+        remix: Probability, 0 to 1, that all stems of a song are replaced by stems of the same role
+            from random songs, each at a random position. Tempo and key are not matched.
+        active_db: Level from which a stem is audible, in dBFS. None does not read levels: a stem
+            is then audible in all its frames.
+        per_song: Number of samples of each song in an epoch.
 
     Raises:
-        ConfigError: An option does not fit, or the store has no groups or cannot be cropped.
+        ConfigError: An option is invalid, or the store has no groups or cannot be cropped.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         whole_number("per_song", per_song, least=1)
         whole_number("seed", seed, least=0)
         if not 0 <= remix <= 1:
-            raise ConfigError(f"Option remix is a share from 0 to 1, not {remix}.")
+            raise ConfigError(f"remix must be a probability from 0 to 1, not {remix}.")
         self.store = LatentStore(store) if isinstance(store, str) else store
         warn_incomplete(self.store)
         groups = stem_groups(self.store, by, without=without)
@@ -117,15 +117,15 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
 
     @property
     def epoch(self) -> int:
-        """The epoch that was set last; 0 if none was."""
+        """The epoch of the last `set_epoch`; 0 before it."""
         return self._draws.epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the crops, gains and mixes of an epoch, as `LatentDataset.set_epoch` does."""
+        """Set the epoch of crops, gains and mixes, as `LatentDataset.set_epoch` does."""
         self._draws.set_epoch(epoch)
 
     def shown(self) -> Mapping[str, object]:
-        """What `repr` and a notebook show."""
+        """The values that `repr` and a notebook show."""
         return {
             "samples": len(self),
             "store": repr(self.store.url),
@@ -140,27 +140,27 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
 
     @property
     def seed(self) -> int:
-        """The seed of all that is random."""
+        """Seed of everything random."""
         return self._seed
 
     @property
     def sizes(self) -> list[int]:
-        """Samples of each store, of which there is one."""
+        """Number of samples, as a list with one entry for the one store."""
         return [len(self)]
 
     @property
     def records(self) -> list[int]:
-        """Records of each store."""
+        """Number of records, as a list with one entry for the one store."""
         return [len(self._crops.frames)]
 
     @property
     def lengths(self) -> Ints:
-        """Frames of every sample."""
+        """Frames of each sample, `[len(dataset)]`."""
         return np.full(len(self), self._crop, np.int64)
 
     @property
     def digest(self) -> str:
-        """A short hash of which samples there are."""
+        """A short hash of the store and of the groups chosen from it."""
         groups = [(group.name, group.rows) for group in self.groups]
         text = json.dumps([self.store.info.fingerprint, groups, self._per_song, self._crop])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -169,22 +169,22 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         return self.__getitems__([number])[0]
 
     def __getitems__(self, numbers: Sequence[int | Request]) -> list[T]:
-        """Read samples, in one batch.
+        """Read samples in one batch.
 
         Raises:
-            IndexError: There is no such sample.
-            ConfigError: The store has no levels, which `active_db` needs.
+            IndexError: A number is out of range.
+            ConfigError: `active_db` is set, but the store has no levels.
             StorageError: A shard cannot be read.
         """
         return [self._task(stems, random) for stems, random in self._read(numbers)]
 
     def stems(self, number: int | Request) -> Stems:
-        """The stems of a sample, as the task is given them."""
+        """The stems of a sample, as the task gets them."""
         return self._read([number])[0][0]
 
     def _read(self, numbers: Sequence[int | Request]) -> list[tuple[Stems, np.random.Generator]]:
-        asked = np.stack(self._draws.asked(numbers, len(self)), axis=1).tolist()
-        choices = [self._choose(*one) for one in asked]
+        resolved = np.stack(self._draws.resolve(numbers, len(self)), axis=1).tolist()
+        choices = [self._choose(*one) for one in resolved]
         places = [pair for one in choices for pair in zip(one.rows, one.starts, strict=True)]
         inside = [start < self._crops.frames[row] for row, start in places]
         crops = [
@@ -200,14 +200,14 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         active = self._active(places, read)
         samples, at = [], 0
         for one in choices:
-            part = slice(at, at + len(one.rows))
-            at = part.stop
-            stems = self._stems(one, read[part], active[part])
+            own = slice(at, at + len(one.rows))
+            at = own.stop
+            stems = self._stems(one, read[own], active[own])
             samples.append((self._gains(stems, one.random) if self._gains else stems, one.random))
         return samples
 
     def _choose(self, epoch: int, position: int, number: int) -> _Choice:
-        """Which stems a sample has and where their crops begin."""
+        """Choose the stems of a sample and the first frames of their crops."""
         random = sample_random(self._seed, epoch, position)
         group = self.groups[number % len(self.groups)]
         start = self._start(max(self._frames(row) for row in group.rows), random)
@@ -227,7 +227,7 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
 
     @cached_property
     def _of_role(self) -> dict[str, list[int]]:
-        """The rows of each role, of all songs."""
+        """The rows of each role in all songs."""
         rows: dict[str, list[int]] = {}
         for group in self.groups:
             for row, role in zip(group.rows, group.roles, strict=True):
@@ -235,12 +235,12 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         return rows
 
     def _silence(self, start: int) -> Cropped:
-        """The crop of a stem that has ended before it begins."""
+        """The crop of a stem that ends before the crop starts."""
         silence = self.store.origin.crop(start + self._crop, start, self._crop)
         return Cropped(silence, np.zeros(self._crop, np.bool_))
 
     def _active(self, places: Sequence[tuple[int, int]], read: Sequence[Cropped]) -> list[Flags]:
-        """Where each crop can be heard, `[T]` each."""
+        """Flags `[T]` for each crop, True for audible frames."""
         if self._active_db is None:
             return [one.mask for one in read]
         rows = np.array([row for row, _ in places], np.int64)
@@ -249,8 +249,8 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
             levels = levels_of(fields)
             if levels is None:
                 raise ConfigError(
-                    f"{self.store.url} has no levels, an earlier version wrote it: encode anew, or "
-                    "let active_db be None."
+                    f"{self.store.url} has no levels, because an earlier version wrote it: set "
+                    "active_db=None, or encode it again."
                 )
             loud = decibels(levels)[start : start + self._crop] >= self._active_db
             flags.append(np.pad(loud, (0, self._crop - len(loud))))
@@ -284,9 +284,9 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
     def _moved(
         self, latent: FloatArray, row: int, start: int, place: tuple[int, int]
     ) -> FloatArray:
-        """A crop put at a place of the song, where the origin may be another.
+        """Move a crop to a position of the song, whose origin may differ from the crop's own.
 
-        It is of another song, or of a stem that ends before this one does.
+        This is needed for stems of other songs, and for stems that end before the song does.
         """
         frames = self._frames(row)
         have = max(0, min(frames - start, self._crop))

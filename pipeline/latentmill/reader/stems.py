@@ -1,7 +1,7 @@
-"""The stems of songs: which records belong together, their synchronised crops, and mixes of them.
+"""Stems of songs: groups of records, their synchronised crops, and tasks that mix them.
 
-Stems lie on one time line and one grid, so that their latents can be added (`ops`): what a model
-trains on is mixed in latent space when it is read, and no mix need be stored.
+The stems of a song share one time line and one chunk grid, so their latents can be added (`ops`).
+Training mixes are therefore made in latent space while reading, and no mix has to be stored.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class StemGroup:
     """The records of one song.
 
     Attributes:
-        name: The song.
-        rows: The records' positions in the store's sorted keys.
-        roles: What each is in the song.
+        name: Name of the song.
+        rows: Positions of the records in the store's sorted keys.
+        roles: Role of each record in the song, e.g. `drums`.
     """
 
     name: str
@@ -43,16 +43,16 @@ class StemGroup:
 def stem_groups(
     store: LatentStore, by: By = "fields", *, without: Sequence[str] = MIXES
 ) -> tuple[StemGroup, ...]:
-    """The stem groups of a store, in the order of their names; no latent is read.
+    """The stem groups of a store, sorted by name; reads no latents.
 
     Args:
         store: The store.
-        by: `fields`: the records' `group` and `role`, which their metadata gave; `folder`: the
-            key's folder and its last part, as in `song/drums`.
-        without: Roles that are left out, as they are mixes of the others.
+        by: `fields` groups by the records' `group` and `role`; `folder` by their keys: in
+            `song/drums`, `song` is the group and `drums` the role.
+        without: Roles to leave out because they are mixes of the others.
 
     Raises:
-        ConfigError: There are no groups, or another `by`.
+        ConfigError: There are no groups, or `by` is invalid.
     """
     if by == "fields":
         table = FieldReader(store, ("key", "group", "role")).gather().to_pydict()
@@ -62,14 +62,14 @@ def stem_groups(
         parts = (key.rpartition("/") for key in store.keys())  # noqa: SIM118
         found = [(folder or None, name) for folder, _, name in parts]
     else:
-        raise ConfigError(f"Stems are grouped by fields or by folder, not by {by!r}.")
+        raise ConfigError(f"invalid by={by!r}: use 'fields' or 'folder'.")
     members: dict[str, list[tuple[int, str]]] = {}
     for row, (group, role) in enumerate(found):
         if group is not None and role not in without:
             members.setdefault(group, []).append((row, role))
     if not members:
-        cure = "take by='folder', or give the items a group" if by == "fields" else "check the keys"
-        raise ConfigError(f"{store.url} has no stem groups by {by}: {cure}.")
+        hint = "use by='folder', or encode with --group-by" if by == "fields" else "check the keys"
+        raise ConfigError(f"{store.url} has no stem groups by {by}: {hint}.")
     return tuple(
         StemGroup(name, tuple(row for row, _ in of), tuple(role for _, role in of))
         for name, of in sorted(members.items())
@@ -78,19 +78,19 @@ def stem_groups(
 
 @dataclass(frozen=True)
 class Stems:
-    """Crops of the stems of one song, of the same frames.
+    """Crops of the same frames of all stems of one song.
 
     Attributes:
-        key: The song: the name of its group.
-        roles: What each stem is in it.
-        keys: The key of each stem's record; of a remix, they are of several songs.
-        latents: `[S, C, T]`, float32; silence where a stem has ended.
-        mask: `[S, T]`, True where a frame is the stem's.
-        active: `[S, T]`, True where the stem can be heard.
-        origin: The latent of silence at the place of the crop.
-        metadata: `seconds_start`, where the song's crop begins, and `seconds_total`.
+        key: Name of the song's group.
+        roles: Role of each stem.
+        keys: Key of each stem's record; in a remix they come from several songs.
+        latents: `[S, C, T]`, float32; silence after the end of a stem.
+        mask: `[S, T]`, True for frames of the stem.
+        active: `[S, T]`, True for frames in which the stem is audible.
+        origin: The latent of silence for the crop's position in the song.
+        metadata: `seconds_start` (start of the crop in the song) and `seconds_total`.
         epoch: The epoch that the sample was drawn in.
-        position: Its place in that epoch.
+        position: Its position in that epoch.
     """
 
     key: str
@@ -108,23 +108,23 @@ class Stems:
         return len(self.roles)
 
     def mix(self, chosen: Sequence[int]) -> FloatArray:
-        """The latent of the chosen stems together, `[C, T]`; of none, silence."""
+        """The mix of the chosen stems, `[C, T]`; silence if none is chosen."""
         if not chosen:
             return self.origin.like(self.latents[0]).astype(np.float32)
         return mix([self.latents[stem] for stem in chosen], origin=self.origin)
 
     def mask_of(self, chosen: Sequence[int]) -> Flags:
-        """`[T]`, True where a frame is one of the chosen stems'."""
+        """`[T]`, True for frames of any of the chosen stems."""
         flags: Flags = self.mask[list(chosen)].any(axis=0)
         return flags
 
 
 @dataclass(frozen=True)
 class RandomStemGains:
-    """Makes each stem louder or softer by a random gain of its own.
+    """Applies a random gain to each stem.
 
     Attributes:
-        decibels: The lowest and the highest gain, dB.
+        decibels: The lowest and the highest gain, in dB.
     """
 
     decibels: Decibels = (-6.0, 6.0)
@@ -133,7 +133,7 @@ class RandomStemGains:
         check_decibels(self.decibels)
 
     def __call__(self, stems: Stems, random: np.random.Generator) -> Stems:
-        """The stems; `active` stays as it was stored."""
+        """Apply the gains; `active` is not changed."""
         louder = [
             gain(latent, random_factor(self.decibels, random), origin=stems.origin)
             for latent in stems.latents
@@ -145,15 +145,15 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class StemTask(Protocol[T_co]):
-    """What becomes of a song's stems. Picklable, and a pure function of its arguments."""
+    """Makes a training sample of a song's stems. Must be picklable and a pure function."""
 
     def __call__(self, stems: Stems, random: np.random.Generator) -> T_co:
-        """A training sample, such as a named tuple or a dict of arrays, which `collate` takes."""
+        """Return a training sample that `collate` accepts: a named tuple or a dict of arrays."""
         ...
 
 
 class ContextTarget(NamedTuple):
-    """A part of a song and one stem to add to it: latents `[C, T]`, flags `[T]`."""
+    """A sub-mix of a song and one stem to add to it: latents `[C, T]`, flags `[T]`."""
 
     context: FloatArray
     target: FloatArray
@@ -171,15 +171,15 @@ class ContextAndTarget:
     """A random sub-mix as context, and one of the other stems as target.
 
     Attributes:
-        target: The role of the target; None: a random one.
-        audible: Whether a random target is one that can be heard in the crop, if there is one.
+        target: Role of the target; None chooses a random stem.
+        audible: Whether to choose the target among stems that are audible in the crop, if any is.
     """
 
     target: str | None = None
     audible: bool = True
 
     def __call__(self, stems: Stems, random: np.random.Generator) -> ContextTarget:
-        """The sample; the context of a song of one stem is silence."""
+        """Choose target and context; the context of a song with one stem is silence."""
         target = _one(stems, random, self.target, self.audible)
         rest = [stem for stem in range(len(stems)) if stem != target]
         context = _some(rest, random)
@@ -197,7 +197,7 @@ class ContextAndTarget:
 
 
 class Triplet(NamedTuple):
-    """A mixture and the two parts that it is the sum of: latents `[C, T]`, flags `[T]`."""
+    """A mixture, and the sub-mix and stem that add up to it: latents `[C, T]`, flags `[T]`."""
 
     mixture: FloatArray
     submix: FloatArray
@@ -213,18 +213,18 @@ class Triplet(NamedTuple):
 
 @dataclass(frozen=True)
 class MixtureTriplet:
-    """A mixture, a sub-mix of it, and the one stem that the sub-mix lacks.
+    """A mixture, a sub-mix of it, and the one stem that is missing in the sub-mix.
 
     Attributes:
-        whole: Whether the mixture is of all stems; else it is of a random part of them.
-        audible: Whether the stem is one that can be heard in the crop, if there is one.
+        whole: Whether to mix all stems; otherwise a random subset.
+        audible: Whether to choose the stem among those that are audible in the crop, if any is.
     """
 
     whole: bool = False
     audible: bool = True
 
     def __call__(self, stems: Stems, random: np.random.Generator) -> Triplet:
-        """The sample; the sub-mix of a song of one stem is silence."""
+        """Choose stem and sub-mix; the sub-mix of a song with one stem is silence."""
         source = _one(stems, random, None, self.audible)
         rest = [stem for stem in range(len(stems)) if stem != source]
         submix = rest if self.whole else _some(rest, random)
@@ -244,7 +244,7 @@ class MixtureTriplet:
 
 
 class StemSet(NamedTuple):
-    """The stems of given roles, `[S, C, T]`, their mixture `[C, T]`, and flags `[S, T]`."""
+    """Stems of given roles `[S, C, T]`, their mixture `[C, T]`, and flags `[S, T]`."""
 
     stems: FloatArray
     mixture: FloatArray
@@ -258,17 +258,17 @@ class StemSet(NamedTuple):
 
 @dataclass(frozen=True)
 class AllStems:
-    """All stems side by side, and their mixture.
+    """Separate stems, and their mixture.
 
     Attributes:
-        roles: The stems, in this order. Stems of one role are added up; a role that a song lacks
-            is silence. The mixture is of these roles.
+        roles: Roles of the stems, in this order. Several stems of one role are mixed; a role that
+            is missing in a song is silence. The mixture consists of these roles only.
     """
 
     roles: tuple[str, ...]
 
     def __call__(self, stems: Stems, random: np.random.Generator) -> StemSet:
-        """The sample; nothing is random about it."""
+        """Arrange the stems; `random` is not used."""
         of = [[n for n, role in enumerate(stems.roles) if role == wanted] for wanted in self.roles]
         return StemSet(
             stems=np.stack([stems.mix(chosen) for chosen in of]),
@@ -283,20 +283,20 @@ class AllStems:
 
 
 def _one(stems: Stems, random: np.random.Generator, role: str | None, audible: bool) -> int:
-    """A stem: of a role, or a random one, which can be heard if that is wanted and any can."""
+    """Choose a random stem of a role (None: of any), among the audible ones if `audible`."""
     among = [n for n, own in enumerate(stems.roles) if role in (None, own)]
     if not among:
         raise ConfigError(
-            f"Song {stems.key} has no stem {role!r} but {', '.join(stems.roles)}: leave such "
-            f"songs out by having=[{role!r}], or let the target be None for any."
+            f"song {stems.key} has no stem {role!r}, only {', '.join(stems.roles)}: leave such "
+            f"songs out by having=[{role!r}], or set target=None for a random stem."
         )
-    heard = [stem for stem in among if stems.active[stem].any()]
-    among = heard if audible and heard else among
+    active = [stem for stem in among if stems.active[stem].any()]
+    among = active if audible and active else among
     return among[int(random.integers(len(among)))]
 
 
 def _some(stems: Sequence[int], random: np.random.Generator) -> list[int]:
-    """A random part of some stems, at least one; every part is as likely as any other."""
+    """A random non-empty subset of some stems; all subsets are equally likely."""
     if not stems:
         return []
     while True:

@@ -1,4 +1,4 @@
-"""The iterable dataset: shuffled, mixed, sharded over ranks and workers, resumable."""
+"""`LatentStream`: the iterable dataset, shuffled, mixed, distributed and resumable."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-import latentmill.reader.collate  # noqa: F401  a loader without collate_fn uses it too
+import latentmill.reader.collate  # noqa: F401  registers our samples with torch's default collate
 from latentmill.errors import ConfigError
 from latentmill.reader.corpus import Corpus, Mode, Reading, Stores
 from latentmill.reader.draws import Starts
@@ -23,48 +23,49 @@ from latentmill.reader.sharding import (
     EpochProgress,
     Even,
     Rank,
-    check_dealt_once,
+    accelerate_processes,
+    accelerate_shards,
+    check_distributed_once,
     check_state,
-    dealt_by_accelerate,
     mixture,
-    split_by_accelerate,
 )
 from latentmill.text.shown import Shown
 
-READ_TOGETHER = 32  # samples that are read in one batch of requests
+READ_TOGETHER = 32  # minimum number of samples per batch of requests
 
 
 class LatentStream(Shown, IterableDataset[Sample]):
-    """Epochs of samples of one or several stores; see `LatentDataset` for how they are read.
+    """Iterable dataset: epochs of samples of one or several stores.
 
-    The order of an epoch is a pure function of stores, seed and epoch. Its samples are dealt to
-    the ranks in turn, and a rank's to its DataLoader workers: all of an epoch exactly once,
-    whatever their numbers. With `batch_size` the workers take turns by whole batches, so that the
-    batches of a loader are those of one process, and `state_after` can say where training is.
+    Samples are read as in `LatentDataset`. The order of an epoch is a pure function of stores, seed
+    and epoch. Its samples are distributed round-robin to the ranks, and those of a rank to its
+    DataLoader workers, so each is read exactly once for any number of ranks and workers. With
+    `batch_size`, workers take turns by whole batches: the loader then yields the same batches as a
+    single process, and `state_after` can tell how much was trained on.
 
-    Every iteration is the next epoch. A DataLoader starts new workers for every epoch, as copies
-    of this object, unless it has `persistent_workers=True`: without it, call `set_epoch` before
-    each epoch. A loader that reads the same epoch again without that warns.
+    Each iteration is the next epoch. Without `persistent_workers=True`, a DataLoader starts new
+    workers for each epoch as copies of this object: call `set_epoch` before each epoch then. A
+    loader that would repeat an epoch because this call is missing warns.
 
     Args:
-        stores: A store or several, open or by path or URL; all of one model.
-        weights: How often samples of each store are drawn, relative to the others; then an epoch
-            has as many samples as the stores together, and epochs go on in each store where the
-            last one stopped, so that every pass through a store has every sample once. None: an
-            epoch is every sample of every store, once.
+        stores: One store or several of the same model: paths, URLs or open stores.
+        weights: Relative sampling weight of each store. An epoch then has as many samples as all
+            stores together, and continues in each store where the last epoch stopped, so each pass
+            through a store yields every sample once. None: an epoch has every sample once.
         crop: As in `LatentDataset`; so is `mode`.
-        shuffle: Whether to shuffle; otherwise store after store, as they lie in the shards.
-        shuffle_block: Neighbours that are shuffled together; 1 shuffles an epoch as a whole.
-        shuffle_window: Samples that are shuffled one by one after that.
-        seed: Of the order, the random crops and the transforms.
-        rank: This process among those that train together; None: as `torch.distributed` says.
-        world_size: How many they are.
-        even: What happens to a rest that cannot be dealt evenly: see `Rank`.
-        batch_size: That of the DataLoader.
+        shuffle: Whether to shuffle; otherwise samples come in the order of stores and shards.
+        shuffle_block: Number of neighbours that are shuffled as one block; 1 shuffles single
+            samples over the whole epoch.
+        shuffle_window: Number of samples in a window, in which single samples are shuffled.
+        seed: Seed of the order, the random crops and the transforms.
+        rank: Rank of this process. None uses `torch.distributed`.
+        world_size: Number of processes that train together.
+        even: What to do if samples cannot be shared evenly: `off`, `drop` or `pad`; see `Rank`.
+        batch_size: The `batch_size` of the DataLoader.
         where: As in `LatentDataset`; so are `metadata`, `transforms`, `cache` and `cache_gib`.
 
     Raises:
-        ConfigError, StoreError: As `LatentDataset`.
+        ConfigError, StoreError: As for `LatentDataset`.
     """
 
     def __init__(
@@ -89,42 +90,42 @@ class LatentStream(Shown, IterableDataset[Sample]):
         cache_gib: float = 50.0,
     ) -> None:
         reading = Reading(crop, mode, seed, metadata, tuple(transforms))
-        self._asked = (rank, world_size, even)
-        Rank.of(*self._asked)  # refuses what cannot be
+        self._rank_options = (rank, world_size, even)
+        Rank.of(*self._rank_options)  # raises ConfigError if they are invalid
         if batch_size is not None:
             whole_number("batch_size", batch_size, least=1)
         self._batch_size = batch_size
         self.corpus = Corpus(stores, reading, where=where, cache=cache, cache_gib=cache_gib)
-        sizes = [len(source) for source in self.corpus.sources]
+        sizes = self.corpus.sizes
         self._mixture = mixture(
             sizes, weights, seed, shuffle=shuffle, block=shuffle_block, window=shuffle_window
         )
         self._next: EpochProgress | None = EpochProgress()
         self._now = EpochProgress()
         self._starts, self._version = Starts(), 0
-        self._share: tuple[int, ...] | None = None  # whose the account in `_now` is
+        self._share: tuple[int, ...] | None = None  # rank and worker that `_now` belongs to
         self._loaded_share: tuple[int, ...] | None = None
-        self._split = 1
+        self._accelerate_shards = 1
 
     def __getstate__(self) -> dict[str, Any]:
-        # A spawned worker is in no process group and knows no accelerate: it is told.
-        state, rank = self.__dict__ | {"_split": split_by_accelerate(self)}, self._rank
+        # A spawned worker has no process group and no accelerate state, so pass both on.
+        state, rank = self.__dict__ | {"_accelerate_shards": accelerate_shards(self)}, self._rank
         if rank.world_size > 1:
-            state["_asked"] = (rank.rank, rank.world_size, rank.even)
+            state["_rank_options"] = (rank.rank, rank.world_size, rank.even)
         return state
 
     @property
     def _rank(self) -> Rank:
-        return Rank.of(*self._asked)
+        return Rank.of(*self._rank_options)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next iteration. After `load_state_dict`, the same one goes on."""
+        """Set the epoch of the next iteration; continues in it if a state of it was loaded."""
         whole_number("epoch", epoch, least=0)
         known = self._next or EpochProgress(self._now.epoch)
         self._start_at(known.on_epoch(epoch))
 
     def shown(self) -> Mapping[str, object]:
-        """What `repr` and a notebook show."""
+        """The values that `repr` and a notebook show."""
         return {
             "samples": self._mixture.total,
             **self.corpus.shown(),
@@ -133,36 +134,37 @@ class LatentStream(Shown, IterableDataset[Sample]):
         }
 
     def __len__(self) -> int:
-        """Samples that the next iteration gives to this rank."""
+        """Number of samples that this rank gets in the next iteration."""
         return self._rank.share(self._mixture.total - self._upcoming().position)
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         id_, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        # accelerate takes one batch for each process from each worker's samples.
-        run = (self._batch_size or 1) * max(self._split, split_by_accelerate(self))
-        share = (self._rank.rank, self._rank.world_size, id_, workers, run)
-        check_dealt_once(self, self._rank, "LatentStream")
+        # From each worker's samples, accelerate takes one batch for each process.
+        turn = (self._batch_size or 1) * max(self._accelerate_shards, accelerate_shards(self))
+        share = (self._rank.rank, self._rank.world_size, id_, workers, turn)
+        check_distributed_once(self, self._rank, "LatentStream")
         self._now, self._next = self._upcoming(), None
         if worker and id_ == 0 and self._random:
-            self._starts.note(self._now)
+            self._starts.check_repeated(self._now)
         if self._now.done and self._loaded_share != share:
             raise ConfigError(
-                "The state is that of one DataLoader worker among others: resume with as many "
-                "ranks, workers and the batch size that it was saved with, or save `state_after`."
+                "the state belongs to one of several DataLoader workers: resume with the numbers "
+                "of ranks and workers and the batch size that it was saved with, or save "
+                "state_after(batch) instead."
             )
         self._share = share
-        return self._samples(self._now.epoch, self._now.position, id_, workers, run)
+        return self._samples(self._now.epoch, self._now.position, id_, workers, turn)
 
     def _start_at(self, progress: EpochProgress) -> None:
         self._next = progress
-        if get_worker_info() is None:  # torchdata sets each worker's own state in it
+        if get_worker_info() is None:  # torchdata loads a worker's state in the worker
             self._starts.set(progress)
             self._version = self._starts.version
 
     @property
     def _random(self) -> bool:
-        """Whether epochs differ."""
+        """Whether epochs differ from each other."""
         reading = self.corpus.reading
         crops = reading.crop is not None and reading.mode == "random"
         return self._mixture.shuffle or crops or bool(reading.transforms)
@@ -175,55 +177,56 @@ class LatentStream(Shown, IterableDataset[Sample]):
         return EpochProgress(self._now.epoch + 1) if self._now.done else self._now
 
     def _samples(
-        self, epoch: int, start: int, worker: int, workers: int, run: int
+        self, epoch: int, start: int, worker: int, workers: int, turn: int
     ) -> Iterator[Sample]:
         order, total = EpochOrder(self._mixture, epoch), self._mixture.total
         rank = self._rank
-        count = worker_share(rank.share(total - start), worker, workers, run)
-        together = max(READ_TOGETHER, run)
+        count = worker_share(rank.share(total - start), worker, workers, turn)
+        together = max(READ_TOGETHER, turn)
         while self._now.done < count:
             last = min(self._now.done + together, count)
-            turns = np.arange(self._now.done, last)
-            local = (turns // run * workers + worker) * run + turns % run
+            steps = np.arange(self._now.done, last)
+            local = (steps // turn * workers + worker) * turn + steps % turn
             positions: Ints = start + rank.rank + local * rank.world_size
-            sources, samples = order.at(positions % total)
-            for sample in self.corpus.read(sources, samples, epoch, positions):
+            of_store, samples = order.at(positions % total)
+            for sample in self.corpus.read(of_store, samples, epoch, positions):
                 self._now = EpochProgress(epoch, start, self._now.done + 1)
                 yield sample
-        if not count:  # none of the rest was for this worker: it goes on with the others
+        if not count:  # no sample left for this worker: go to the next epoch
             self._next = EpochProgress(epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this process's own iteration is, exactly.
+        """The exact state of this process's own iteration.
 
-        For a loop over the stream itself or a DataLoader without workers, and for torchdata's
-        StatefulDataLoader, which calls it in the workers. What a plain DataLoader's workers have
-        read ahead this object cannot know: there, save `state_after(batch)`.
+        Use it if you iterate over the stream itself or with a DataLoader without workers;
+        torchdata's StatefulDataLoader calls it in its workers. If a plain DataLoader has workers,
+        save `state_after(batch)`, because workers read ahead of training.
 
         Raises:
-            ConfigError: The stream has not been iterated over in this process.
+            ConfigError: The stream was not iterated over in this process.
         """
         if self._share is None:
             raise ConfigError(
-                "This stream was not iterated over in this process (a DataLoader's workers have "
-                "copies of it): save state_after(batch) with the last batch that was trained on."
+                "this stream was not iterated over in this process, but in copies in DataLoader "
+                "workers: save state_after(batch) with the last batch that was trained on."
             )
         if self._share[3] > 1:
             return self._state(self._now) | {"done": self._now.done, "share": list(self._share)}
         return self._state(self._after(self._now, self._now.done))
 
     def state_after(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Where training is when all ranks have trained on their batch of this step.
+        """The state after all ranks have trained on their batch of this step.
 
         Args:
             batch: This rank's last batch, from `collate`.
 
         Raises:
-            ConfigError: The loader's batches are not those of one process: `batch_size` is needed.
+            ConfigError: The batch is not one that a single process would read: `batch_size` is not
+                the DataLoader's.
         """
         epoch, positions = int(batch["epoch"][0]), np.asarray(batch["position"])
         start = (self._next or self._now).on_epoch(epoch).position
-        rank, run = self._rank, self._batch_size or 1
+        rank, size = self._rank, self._batch_size or 1
         local, wrong = np.divmod(positions - start - rank.rank, rank.world_size)
         count = rank.share(self._mixture.total - start)
         first, last = int(local[0]), int(local[-1]) + 1
@@ -232,18 +235,19 @@ class LatentStream(Shown, IterableDataset[Sample]):
         )
         if wrong.any() or (np.diff(local) != 1).any() or not whole or last > count:
             raise ConfigError(
-                "After this batch it cannot be said what was read: give LatentStream the "
-                "DataLoader's batch_size and do not reorder batches."
+                "cannot tell from this batch which samples were read: give LatentStream the "
+                "DataLoader's batch_size, and do not reorder batches."
             )
-        # A last batch that is not full is that of all ranks, one of which may have one sample more.
-        step = run * dealt_by_accelerate(self)
+        # If this batch is not full, it is the last one on all ranks; one may have one more sample.
+        step = size * accelerate_processes(self)
         return self._state(self._after(EpochProgress(epoch, start), -(-last // step) * step))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a state was saved, with any number of ranks and workers.
+        """Resume from a saved state, with any number of ranks and workers.
 
         Raises:
-            ConfigError: The state is of another order: other stores, filter, seed or shuffling.
+            ConfigError: The state belongs to another order: other stores, filter, seed or
+                shuffling.
         """
         self._start_at(check_state(state, "stream", self._digest, self.corpus.records))
         self._loaded_share = tuple(state["share"]) if "share" in state else None
@@ -254,7 +258,7 @@ class LatentStream(Shown, IterableDataset[Sample]):
         return f"{self._mixture.digest}-{self.corpus.digest}"
 
     def _after(self, progress: EpochProgress, done: int) -> EpochProgress:
-        """All ranks' progress, when each has read `done` samples since `progress`."""
+        """Progress after each rank has read `done` samples since `progress`."""
         rank, total = self._rank, self._mixture.total
         if done >= rank.largest_share(total - progress.position):
             return EpochProgress(progress.epoch, total)
@@ -271,8 +275,8 @@ class LatentStream(Shown, IterableDataset[Sample]):
         }
 
 
-def worker_share(count: int, worker: int, workers: int, run: int) -> int:
-    """How many of `count` samples a worker gets, dealt in turn in runs of `run` samples."""
-    runs, rest = divmod(count, run)
-    mine = len(range(worker, runs, workers)) * run
-    return mine + (rest if runs % workers == worker else 0)
+def worker_share(count: int, worker: int, workers: int, turn: int) -> int:
+    """How many of `count` samples a worker gets if workers take turns of `turn` samples."""
+    turns, rest = divmod(count, turn)
+    mine = len(range(worker, turns, workers)) * turn
+    return mine + (rest if turns % workers == worker else 0)

@@ -1,7 +1,7 @@
-"""Changes of one training sample: louder, faded, drawn from its posterior.
+"""Random transforms of one training sample: gain, fades, drawing from the posterior.
 
-Each is a picklable value and a pure function of the sample and its random numbers, so that a
-sample is the same on every worker and after every resume; see `sample_random`.
+Each is picklable and a pure function of the sample and its random generator (`sample_random`), so
+a sample is the same in every worker and after resuming.
 """
 
 from __future__ import annotations
@@ -18,29 +18,25 @@ Decibels = tuple[float, float]
 
 
 def random_factor(decibels: Decibels, random: np.random.Generator) -> float:
-    """A random amplitude factor, evenly distributed in decibels between the two bounds."""
+    """A random amplitude factor, uniform in decibels between the two bounds."""
     return float(10 ** (random.uniform(*decibels) / 20))
 
 
 def check_decibels(decibels: Decibels) -> None:
-    """Refuse a range that is none.
-
-    Raises:
-        ConfigError: Its bounds are not finite, or in the wrong order.
-    """
+    """Raise ConfigError if a bound is not finite or the bounds are in the wrong order."""
     lowest, highest = decibels
     if not (np.isfinite(lowest) and np.isfinite(highest) and lowest <= highest):
         raise ConfigError(
-            f"A range of decibels goes from low to high, not from {lowest} to {highest}."
+            f"invalid range of decibels ({lowest}, {highest}): use finite bounds, from low to high."
         )
 
 
 @dataclass(frozen=True)
 class RandomGain:
-    """Makes a sample louder or softer by a random gain.
+    """Applies a random gain.
 
     Attributes:
-        decibels: The lowest and the highest gain, dB.
+        decibels: The lowest and the highest gain, in dB.
     """
 
     decibels: Decibels = (-6.0, 6.0)
@@ -49,7 +45,6 @@ class RandomGain:
         check_decibels(self.decibels)
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
-        """The sample, louder or softer."""
         factor = random_factor(self.decibels, random)
         return replace(sample, latents=gain(sample.latents, factor, origin=_origin(sample)))
 
@@ -59,17 +54,16 @@ class RandomFade:
     """Fades a sample in and out over random lengths.
 
     Attributes:
-        frames: The longest fade at each end; at most half the sample is used.
+        frames: Maximum length of each fade, in frames; a fade is at most half the sample long.
     """
 
     frames: int
 
     def __post_init__(self) -> None:
         if self.frames < 0:
-            raise ConfigError(f"RandomFade needs a number of frames, not {self.frames}.")
+            raise ConfigError(f"RandomFade needs a number of frames from 0, not {self.frames}.")
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
-        """The sample between two fades."""
         longest = min(self.frames, sample.latents.shape[1] // 2)
         fade_in, fade_out = random.integers(0, longest + 1, 2).tolist()
         return replace(
@@ -79,15 +73,15 @@ class RandomFade:
 
 @dataclass(frozen=True)
 class DrawFromPosterior:
-    """Draws a latent from a stored posterior, mean + std * noise; half the channels stay."""
+    """Draws a latent from a stored posterior, mean + std * noise, which halves the channels."""
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
-        """The sample with a drawn latent, which silence continues by the mean of its own."""
+        """Draw the latent; silence that pads it later is the mean of the origin, without noise."""
         origin = _origin(sample)
         rows = origin.deviations
         if not rows:
             raise ConfigError(
-                "The latents have no standard deviations to draw from: leave DrawFromPosterior out."
+                "the latents have no standard deviations to draw from: remove DrawFromPosterior."
             )
         means, deviations = sample.latents[:-rows], sample.latents[-rows:]
         noise = random.standard_normal(means.shape, np.float32)
@@ -97,5 +91,5 @@ class DrawFromPosterior:
 
 def _origin(sample: Sample) -> Origin:
     if sample.origin is None:
-        raise ConfigError(f"Sample {sample.key} does not know its store's origin: keep `origin`.")
+        raise ConfigError(f"sample {sample.key} has no origin: keep `origin` in transforms.")
     return sample.origin
