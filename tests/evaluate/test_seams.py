@@ -190,4 +190,4 @@ def test_the_command_shows_a_model_as_it_would_run(capsys: pytest.CaptureFixture
     wrong = runs.call(capsys, "models", "mdct", "--channels", "left")
     assert wrong.err == "latentmill: Invalid channels 'left': use mono or split.\n"
     shown = runs.call(capsys, "models", "mdct")
-    assert "1 frames to its left and 1 to its right" in shown.out
+    assert "the first 1 and last 1 frames of a chunk depend on its edges" in shown.out
