@@ -69,7 +69,7 @@ def test_a_ray_job_s_own_folder_is_no_place_for_a_store(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    assert "give an absolute path" in refused(capsys, 2, "encode", songs, "latents")
+    assert "use an absolute path" in refused(capsys, 2, "encode", songs, "latents")
     assert list(tmp_path.iterdir()) == []
 
 
