@@ -42,9 +42,9 @@ def test_sources_that_cannot_be_used(capsys: Capture, tmp_path: Path, songs: Pat
     out = tmp_path / "out"
     for source, sentence in [
         (tmp_path / "empty", "is empty: check the path"),
-        (tmp_path / "notes", "holds no audio files"),
+        (tmp_path / "notes", "contains no audio files"),
         (tmp_path / "missing", "does not exist"),
-        (file, "is a file: name the folder that holds it"),
+        (file, "is a file: use its folder"),
         ("nosuch://bucket/songs", "cannot be opened"),
     ]:
         assert sentence in refused(capsys, 4, "encode", source, out)

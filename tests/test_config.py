@@ -162,10 +162,10 @@ FILES = {
     "not a number": ("min_seconds: .nan", "min_seconds"),
     "nested": ("model_options: {hop: [1]}", "invalid model_options hop [1] in FILE: expected text"),
     "no condition": ('where: "genre = 1"', "invalid where condition 'genre = 1'"),
-    "a call": ("where: open('x')", "may compare fields and values"),
+    "a call": ("where: open('x')", "only comparisons with and, or, not are allowed"),
     "no pattern": ("group_by: '('", "--group-by '(': not a valid regular expression"),
     "no group": ("group_by: '.*'", "must contain (?P<group>...)"),
-    "no field": ("group_by: 'metadata:'", "name one or two fields"),
+    "no field": ("group_by: 'metadata:'", "give one or two fields"),
     "no source type": ("source_type: zip", "'manifest', 'webdataset' or 'parquet'."),
     "empty rates": (
         "{min_sample_rate: 9, max_sample_rate: 3}",

@@ -97,7 +97,7 @@ def test_a_file_that_fails_says_why_and_leaves_its_neighbours_alone(
         "b1": "empty",
         "c1": "NaN",
         "e1": "no such file",
-        "f1": "f1.json is no valid JSON",
+        "f1": "f1.json is not valid JSON",
     }.items():
         assert says in (reasons[key] or "")
     wanted = records(encode([i for i in items_of(corpus) if i.key == "boundary"]))["boundary"]
@@ -127,7 +127,7 @@ def test_a_file_that_changed_after_the_plan_fails(planned: tuple[Item, ...]) -> 
     outcomes = encode(planned)
     assert [outcome.reason for outcome in outcomes] == [
         f"changed since the plan was made ({size} bytes then, {now} now)",
-        "changed since the plan was made (the same size, written anew)",
+        "changed since the plan was made (same size, new modification time)",
         None,
     ]
     mended = EncodeSettings(allow_changed=True)

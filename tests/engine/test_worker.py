@@ -86,7 +86,7 @@ def test_a_sidecar_costs_its_item_never_its_unit(tmp_path: Path, format_name: st
     worker.close()
     assert [(r.encoded, r.failed) for r in results] == [(1, 2), (0, 3), (0, 3)]
     reasons = [reason for result in results for _, reason in result.failures]
-    assert all("nested more than 500 levels" in r or "is no valid JSON" in r for r in reasons)
+    assert all("nested more than 500 levels" in r or "is not valid JSON" in r for r in reasons)
 
 
 def test_a_stopped_worker_leaves_nothing_of_its_units(tmp_path: Path) -> None:

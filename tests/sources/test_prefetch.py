@@ -15,7 +15,13 @@ from latentmill.audio.media import MediaFile, media_from_bytes
 from latentmill.errors import ItemError
 from latentmill.sources import prefetch, reading
 from latentmill.sources.base import ByteRange, Item, Segment, TableCell
-from latentmill.sources.prefetch import BYTES_AHEAD, ITEMS_AHEAD, LARGEST, Prefetch, prefetchable
+from latentmill.sources.prefetch import (
+    LARGEST,
+    PREFETCH_BYTES,
+    PREFETCH_ITEMS,
+    Prefetch,
+    prefetchable,
+)
 from latentmill.sources.reading import UnitReader
 
 
@@ -59,10 +65,10 @@ def test_items_are_asked_for_once_and_before_they_are_needed() -> None:
     with Prefetch(items, shelf, shelf) as reader:
         assert read(reader.open(items[0])) == "0"
         reader._pool.submit(lambda: None).result()  # what was asked for before it has begun
-        assert len(reader._coming) == ITEMS_AHEAD
+        assert len(reader._futures) == PREFETCH_ITEMS
         assert [read(reader.open(item)) for item in items[1:]] == [item.key for item in items[1:]]
     assert sorted(shelf.asked) == sorted(item.key for item in items)
-    assert any(name.startswith("fetch-ahead") for name in shelf.threads)
+    assert any(name.startswith("prefetch") for name in shelf.threads)
     shelf.assert_closed()
 
 
@@ -71,9 +77,9 @@ def test_what_nobody_opens_is_closed() -> None:
     reader = Prefetch(items, shelf, shelf)
     with reader.open(items[0]):
         pass
-    reader.let_go(items[0])
+    reader.release(items[0])
     for item in items[1:5]:
-        reader.let_go(item)  # a filter skipped it
+        reader.release(item)  # a filter skipped it
     assert sum(reader._sizes.values()) <= 15 * 1000
     assert len(reader._sizes) == 15
     reader.close()
@@ -100,27 +106,27 @@ def test_bytes_ahead_are_bounded_whatever_the_order(sizes: list[int], random: ob
         order = sorted(range(len(items)), key=lambda n: n + random.uniform(0, 4))  # type: ignore[attr-defined]
         for number in order:
             assert read(reader.open(items[number])) == str(number)
-            assert reader._sizes.keys() == reader._coming.keys()
+            assert reader._sizes.keys() == reader._futures.keys()
             most = max(most, sum(reader._sizes.values()))
-            reader.let_go(items[number])
-        assert not reader._coming
-    assert most <= max(BYTES_AHEAD, prefetch.UNKNOWN_SIZE)
+            reader.release(items[number])
+        assert not reader._futures
+    assert most <= max(PREFETCH_BYTES, prefetch.UNKNOWN_SIZE)
     assert sorted(shelf.asked, key=int) == [item.key for item in items]
     shelf.assert_closed()
 
 
 def test_a_size_that_nobody_knew_counts_once_it_is_known() -> None:
     items = [replace(item, size=0) for item in remote([0] * 100)]
-    at_first = BYTES_AHEAD // prefetch.UNKNOWN_SIZE
+    at_first = PREFETCH_BYTES // prefetch.UNKNOWN_SIZE
     with Prefetch(items, shelf := Shelf(), shelf) as reader:
         reader.open(items[0]).close()
-        assert len(reader._coming) <= at_first
+        assert len(reader._futures) <= at_first
         most = 0
         for item in items[1:]:
             reader._pool.submit(lambda: None).result()  # what was asked for before it has begun
             reader.open(item).close()
-            most = max(most, len(reader._coming))
-        assert at_first < most <= ITEMS_AHEAD  # they are small
+            most = max(most, len(reader._futures))
+        assert at_first < most <= PREFETCH_ITEMS  # they are small
 
 
 def test_only_small_bytes_of_an_items_own_elsewhere_are_fetched_ahead() -> None:
@@ -157,9 +163,9 @@ def test_a_recording_that_is_long_after_all_waits_until_it_is_asked_for(
     monkeypatch.setattr(reading, "LARGEST", 50)
     with UnitReader(items) as reader:
         reader.open(items[0]).close()
-        ahead = reader._ahead
+        ahead = reader._prefetch
         ahead._pool.submit(lambda: None).result()
-        found = {key: one.result() for key, one in ahead._coming.items()}
+        found = {key: one.result() for key, one in ahead._futures.items()}
         assert {key for key, media in found.items() if media is None} >= {"1", "3", "5"}
         assert all(media is None or media.size == 10 for media in found.values())
         for item in items[1:]:

@@ -228,7 +228,7 @@ def test_what_is_no_source_is_refused(
 ) -> None:
     write_tree(url, {"sub/cover.jpg": b"x", "sub/notes.txt": b"y"})
     for wrong, says in (
-        (url, "holds no audio files: looked for .flac, .mp3, .wav in 2 files"),
+        (url, "contains no audio files: none of its 2 files ends in .flac, .mp3, .wav"),
         (url + "/none", "does not exist"),
         (url + "/sub/notes.txt", "is a file"),
     ):

@@ -195,7 +195,7 @@ def test_lhotse_cuts(tmp_path: Path) -> None:
         cut(recording={"sources": [source]}),
         cut() | {"recording": [1]},
     ):
-        with pytest.raises(SourceError, match="no proper cut in line 2"):
+        with pytest.raises(SourceError, match="invalid Lhotse cut in line 2"):
             keys(jsonl(tmp_path / "m.jsonl", cut(), wrong))
 
 
@@ -219,30 +219,38 @@ def test_types_of_a_table_become_json(tmp_path: Path) -> None:
 
 
 WRONG = {
-    "no paths": ("m.csv", "title\nx\n", "has no column of paths"),
+    "no paths": ("m.csv", "title\nx\n", "has no path column"),
     "no rows": ("m.csv", "path\n", "has no rows with a path"),
     "a quote": ("m.csv", 'path,x\na.wav,"one\n', "not valid CSV in line 2"),
-    "too many fields": ("m.csv", "path\na.wav,b\n", "line 2: 2 fields, and the header names 1"),
-    "no seconds": ("m.csv", "path,start\na.wav,1:30\n", "start is '1:30'"),
+    "too many fields": ("m.csv", "path\na.wav,b\n", "line 2: 2 fields, but the header has 1"),
+    "no seconds": (
+        "m.csv",
+        "path,start\na.wav,1:30\n",
+        "invalid start in line 2: '1:30' is not a number",
+    ),
     "before the start": ("m.csv", "path,start\na.wav,-1\n", "in line 2"),
-    "an array": ("m.json", '[{"path": "a.wav"}]', "no JSON object in line 1"),
-    "an array, indented": ("m.json", '[\n{"path": "a.wav"}\n]', "no JSON in line 1"),
-    "cut off": ("m.jsonl", '{"path": "a.wav"}\n{"pa', "no JSON in line 2"),
+    "an array": ("m.json", '[{"path": "a.wav"}]', "line 1 is not a JSON object"),
+    "an array, indented": ("m.json", '[\n{"path": "a.wav"}\n]', "not valid JSON in line 1"),
+    "cut off": ("m.jsonl", '{"path": "a.wav"}\n{"pa', "not valid JSON in line 2"),
     "nested too deep": (
         "m.jsonl",
         '{"path": "a.wav", "x": ' + "[" * 700 + "NaN" + "]" * 700 + "}",
         "the object in line 1 is nested more than 500 levels deep",
     ),
-    "no text": ("m.jsonl", b'{"path": "\xff"}', "no UTF-8"),
+    "no text": ("m.jsonl", b'{"path": "\xff"}', "is not UTF-8 text"),
     "no gzip": ("m.jsonl.gz", b"\x1f\x8b\x08\x00 no", "cannot be read"),
     "half a gzip": (
         "m.jsonl.gz",
         gzip.compress(b'{"path": "a.wav"}\n' * 99)[:-9],
         "cannot be read",
     ),
-    "an end": ("m.csv", "path,start,end\na.wav,1,2\n", "has a column end and none of durations"),
-    "half a character": ("m.jsonl", r'{"path": "a\ud83d.wav"}', "no plain path or URL in line 1"),
-    "a chain": ("m.jsonl", '{"path": "zip://a::b.zip"}', "no plain path or URL in line 1"),
+    "an end": ("m.csv", "path,start,end\na.wav,1,2\n", "gives the ends of segments in column end"),
+    "half a character": (
+        "m.jsonl",
+        r'{"path": "a\ud83d.wav"}',
+        "has an invalid path in line 1:",
+    ),
+    "a chain": ("m.jsonl", '{"path": "zip://a::b.zip"}', "has an invalid path in line 1:"),
     "a secret": ("m.jsonl", '{"url": "https://h/a.wav?X-Sig=deadbeef"}', "carries credentials"),
     "no key": ("m.jsonl", '{"id": "", "path": "a.wav"}', "has no id in line 1"),
 }

@@ -105,10 +105,13 @@ def test_a_column_is_chosen_or_asked_for(
     )
     none = write(tmp_path / "b.parquet", pa.table({"n": [1]}))
     for found, says in (
-        (ParquetSource(uri), "several columns of audio, left, right"),
-        (ParquetSource(uri, audio_column="n"), "no column n that holds audio"),
-        (ParquetSource(uri, audio_column="left", key_column="k"), "no column k to take keys"),
-        (ParquetSource(none), "no column of audio: it has n"),
+        (ParquetSource(uri), "several audio columns, left, right"),
+        (ParquetSource(uri, audio_column="n"), "column n contains no audio bytes"),
+        (
+            ParquetSource(uri, audio_column="left", key_column="k"),
+            "no key column k: choose one of n.",
+        ),
+        (ParquetSource(none), "no audio column, only n"),
     ):
         with pytest.raises(SourceError) as caught:
             sorted_items(found)
@@ -140,7 +143,7 @@ def read_all(reader: CellReader, wanted: list[Item]) -> None:
 def test_a_row_group_is_read_once(
     order: str, limit: int, items: list[Item], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parquet_cells, "WAITING_LIMIT", limit)  # 0: what waits goes to a file
+    monkeypatch.setattr(parquet_cells, "KEPT_LIMIT", limit)  # 0: what waits goes to a file
     opened: list[str] = []
     real = parquet_cells.open_table
     monkeypatch.setattr(parquet_cells, "open_table", lambda uri: opened.append(uri) or real(uri))
@@ -191,8 +194,8 @@ def test_cells_that_are_not_there(items: list[Item], tmp_path: Path) -> None:
     empty = pa.table({"audio": pa.array([{"bytes": None, "path": None}], AUDIO)})
     (nothing,) = sorted_items(ParquetSource(write(tmp_path / "b.parquet", empty)))
     wrong = [
-        (nothing.uri, TableCell(0, 0, "audio"), "the cell holds no audio"),
-        (items[0].uri, TableCell(0, 100, "audio"), "has 100 rows, and no row 100"),
+        (nothing.uri, TableCell(0, 0, "audio"), "the cell contains no audio"),
+        (items[0].uri, TableCell(0, 100, "audio"), "has 100 rows, but no row 100"),
         (items[0].uri, TableCell(3, 0, "audio"), "no row group 3"),
         (items[0].uri, TableCell(0, 0, "sound"), "no column sound"),
     ]
@@ -208,9 +211,9 @@ def test_cells_that_are_not_there(items: list[Item], tmp_path: Path) -> None:
 def test_a_row_group_that_is_shorter_than_it_says(
     items: list[Item], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = parquet_cells._Pass._wanted_cells
+    real = parquet_cells._Pass._needed_cells
     monkeypatch.setattr(
-        parquet_cells._Pass, "_wanted_cells", lambda *args, **more: islice(real(*args, **more), 5)
+        parquet_cells._Pass, "_needed_cells", lambda *args, **more: islice(real(*args, **more), 5)
     )
     reader = CellReader(items)
     cell = items[7].place
@@ -295,7 +298,7 @@ def test_samples_in_a_table_are_audio(tmp_path: Path, name: str) -> None:
 REFUSED = {
     "no column gives their sample rate": {"audio": [[0.5]]},
     "holds lists of int64": {"audio": [[1, 2]], "sampling_rate": [8000]},
-    "has no column of audio": {"embedding": [[0.5]], "sampling_rate": [8000]},
+    "has no audio column": {"embedding": [[0.5]], "sampling_rate": [8000]},
 }
 
 
@@ -316,7 +319,7 @@ def test_a_list_is_no_path_of_a_manifest(
     uri = write(tmp_path / "a.parquet", pa.table({"file": [[0.5] * 9999]}))
     with pytest.raises(SourceError) as caught:
         sorted_items(ManifestSource(uri))
-    assert "column file holds a list in row 1, and no path" in one_sentence(caught.value)
+    assert "column file holds a list in row 1, not a path" in one_sentence(caught.value)
 
 
 def test_cells_that_are_no_audio_fail_alone(tmp_path: Path) -> None:
@@ -335,9 +338,9 @@ def test_cells_that_are_no_audio_fail_alone(tmp_path: Path) -> None:
     assert reasons == [
         "",
         "it holds no samples",
-        "the cell holds no audio",
+        "the cell contains no audio",
         "some of its samples are missing",
-        "its sample rate is 0",
+        "its sample rate is not valid: 0",
         "",
     ]
 

@@ -147,7 +147,7 @@ def test_a_part_of_a_file_is_never_all_of_it(tmp_path: Path) -> None:
     put(f"{tmp_path}/x.tar", DATA)
     with web(tmp_path, ranges=False) as url:
         item = Item("a", f"{url}/x.tar", 512, "", place=ByteRange(512, 512))
-        with pytest.raises(ItemError, match="its server knows no ranges"):
+        with pytest.raises(ItemError, match="its server does not support ranges"):
             read([item])
 
 
@@ -160,7 +160,7 @@ def test_folders_and_what_is_not_there(
     put(f"{tmp_path}/music/a.wav", DATA)
     with web(tmp_path, ranges=True) as url:
         wrong = {
-            f"{url}/music": "web servers list no folders: name its files in a manifest",
+            f"{url}/music": "web servers do not list folders: list its files in a manifest",
             f"{url}/gone": "does not exist: check the path",
             f"{url}/gone.csv": "does not exist",
             f"{url}/gone-{{0..1}}.tar": "gone-0.tar does not exist",

@@ -86,11 +86,11 @@ def test_metadata_that_is_none_fails_its_item_by_name(tmp_path: Path) -> None:
         with pytest.raises(ItemError) as caught:
             read_metadata(item)
         reasons[key] = str(caught.value)
-    assert reasons["x/a"].startswith("sidecar a.json is no valid JSON")
-    assert reasons["x/b"] == "sidecars the source and b.txt both give text: remove one"
+    assert reasons["x/a"].startswith("sidecar a.json is not valid JSON")
+    assert reasons["x/b"] == "the source and b.txt give different values of text: remove one"
     assert reasons["x/c"] == "sidecar c.txt is not a text file: remove it, or save it as UTF-8"
-    assert reasons["x/d"].startswith("sidecar d.json holds half a surrogate pair")
-    assert reasons["x/e"].startswith("sidecar e.json is no valid JSON")
+    assert reasons["x/d"].startswith("sidecar d.json contains half a surrogate pair")
+    assert reasons["x/e"].startswith("sidecar e.json is not valid JSON")
 
 
 def test_names_never_become_paths(tmp_path: Path) -> None:
@@ -150,7 +150,9 @@ def test_a_member_that_claims_too_much_fails_and_leaves_the_others(
     found = source(tmp_path / "x.tar", data)
     items = by_key(found)
     assert read(items["x/good"]) == b"1"
-    with pytest.raises(ItemError, match=rf"cut off, or claims too much: 512 of {size} bytes"):
+    with pytest.raises(
+        ItemError, match=rf"truncated or its header is wrong: only 512 of {size} bytes"
+    ):
         read(items["x/huge"])
     assert found.ignored == {"tars without an end mark": 1}
 
@@ -172,7 +174,7 @@ def test_a_damaged_tar_is_refused_by_name(
     for data in (first + b"\xaa" * 2048, first + header("b.wav", 9)[:300], first + long_name):
         with pytest.raises(SourceError) as caught:
             by_key(source(tmp_path / "x.tar", data))
-        assert f"{tmp_path}/x.tar is no tar or damaged" in one_sentence(caught.value)
+        assert f"{tmp_path}/x.tar is not a valid tar file" in one_sentence(caught.value)
 
 
 def test_a_tar_with_odd_numbers_is_refused_by_name(
@@ -264,7 +266,7 @@ def test_a_member_name_that_comes_twice_is_refused(
     with pytest.raises(SourceError) as caught:
         by_key(source(tmp_path / "x.tar", data))
     text = one_sentence(caught.value)
-    assert "more than one audio member named 'one/a'" in text
+    assert "several audio members with the key 'one/a'" in text
     assert "column" not in text
 
 

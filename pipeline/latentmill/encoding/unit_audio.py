@@ -97,7 +97,7 @@ class Loading:
         else:
             return
         finally:
-            reader.let_go(item)
+            reader.release(item)
         if not opened:
             yield Opened(0)
         yield last

@@ -1,1 +1,1 @@
-"""Audio sources: where items come from."""
+"""Audio sources: they list the items of a folder, a manifest, tars or tables."""

@@ -1,8 +1,8 @@
-"""Where an item's audio lies, as one line: what records name as their `source_uri`.
+"""The address of an item's audio as one line: the `source_uri` of its record.
 
-A file is its own URI. What is a part of one has a fragment behind it:
+The address of a file is its URI. The address of a part of a file has a fragment:
 `music.tar#bytes=1536-89712` (first and last byte), `train.parquet#cell=3,17,audio` (row group, row
-in it, column), `concert.wav#t=12.5,17` (seconds; no second number: to the end), as in media
+in it, column), `concert.wav#t=12.5,17` (seconds; without a second number: to the end), as in media
 fragments (https://www.w3.org/TR/media-frags), or two of them joined by `&`.
 """
 
@@ -21,7 +21,7 @@ _FRAGMENT = re.compile(
 
 
 def address_of(item: Item) -> str:
-    """One line that names the item's audio exactly."""
+    """The address of an item's audio; `item_at` is the inverse."""
     parts = []
     if isinstance(item.place, ByteRange):
         parts.append(f"bytes={item.place.offset}-{item.place.offset + item.place.size - 1}")
@@ -33,7 +33,7 @@ def address_of(item: Item) -> str:
 
 
 def item_at(address: str) -> Item:
-    """The inverse: an item that has nothing but its place."""
+    """An item that has only the place of its audio, read from an address."""
     match = _FRAGMENT.fullmatch(address)
     if match is None or not (match["first"] or match["group"] or match["start"]):
         return Item("", address, 0, "")

@@ -1,7 +1,8 @@
-"""How a column of a table holds audio: as an encoded file's bytes, or as the samples themselves.
+"""Columns of audio in tables: bytes of audio files, or samples.
 
-Samples are lists of numbers beside a column with their rate, or structs of both, as `datasets`
-makes them of decoded audio (`array`, `sampling_rate`). They become a WAV file of 32-bit floats.
+Samples are lists of numbers with a second column for their rate, or structs of both (`array`,
+`sampling_rate`), which `datasets` writes for audio that it has loaded. They are converted to a WAV
+file of 32-bit floats.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from latentmill.record import FloatArray
 from latentmill.sources.columns import is_audio, is_binary
 
 LISTS = ("audio", "waveform", "samples")
-"""Names of columns of lists that are taken for audio without being asked for."""
+"""Names of list columns that are used as audio by default."""
 
 RATES = ("sampling_rate", "sample_rate", "samplerate", "sr", "rate")
 _MOST_CHANNELS = 64
@@ -29,10 +30,10 @@ class AudioColumn:
     """A column of audio.
 
     Attributes:
-        name: The column.
+        name: Name of the column.
         kind: `bytes`; `file`, a struct of bytes and path; `struct`, of array and sampling_rate; or
             `list`, of samples.
-        rate: Of a list, the column that holds the sample rate.
+        rate: For a list, the column that holds the sample rate.
     """
 
     name: str
@@ -41,7 +42,7 @@ class AudioColumn:
 
     @property
     def columns(self) -> list[str]:
-        """What is read of the table for a cell."""
+        """The columns of the table that are read for a cell."""
         return {
             "bytes": [self.name],
             "file": [f"{self.name}.bytes"],
@@ -52,8 +53,7 @@ class AudioColumn:
     def read(self, batch: pa.RecordBatch, row: int) -> bytes | None:
         """The cell as the bytes of an audio file; None if it is empty.
 
-        Raises:
-            ItemError: It holds samples of a shape or rate that no audio has.
+        Raises ItemError if its samples have an invalid shape or rate.
         """
         column = batch.column(self.name)
         if self.kind in ("bytes", "file"):
@@ -69,40 +69,41 @@ class AudioColumn:
 
 
 def audio_column(schema: pa.Schema, name: str, uri: str) -> AudioColumn:
-    """How the column `name` holds audio.
+    """The column `name` of a table, with the way in which it holds audio.
 
-    Raises:
-        SourceError: It holds none, or the rate of its samples is not there.
+    Raises SourceError if it holds no audio, or if the sample rate is missing.
     """
     index = schema.get_field_index(name)
     kind = schema.field(index).type if index >= 0 else None
     if kind is None:
-        raise SourceError(f"{uri} has no column {name}: it has {', '.join(schema.names)}.")
+        raise SourceError(f"{uri} has no column {name}: choose one of {', '.join(schema.names)}.")
     if is_audio(kind):
         return AudioColumn(name, "file")
     if is_binary(kind):
         return AudioColumn(name, "bytes")
     samples = kind.field("array").type if is_array(kind) else kind
     if not _is_list(samples):
-        raise SourceError(f"{uri} has no column {name} that holds audio bytes or samples.")
+        raise SourceError(
+            f"{uri}: column {name} contains no audio bytes or samples: choose another column."
+        )
     if not _is_sample(_number(samples)):
         raise SourceError(
-            f"{uri}: column {name} holds lists of {_number(samples)}, and samples are floats or "
-            "integers of 16 or 32 bits: cast them."
+            f"{uri}: column {name} holds lists of {_number(samples)}, which are not samples: cast "
+            "them to floats or to integers of 16 or 32 bits."
         )
     if is_array(kind):
         return AudioColumn(name, "struct")
     rate = next((rate for rate in RATES if rate in schema.names), None)
     if rate is None:
         raise SourceError(
-            f"{uri}: column {name} holds lists of numbers ({kind}), and no column gives their "
-            "sample rate: add a column sampling_rate."
+            f"{uri}: column {name} holds lists of numbers ({kind}) and no column "
+            "gives their sample rate: add a column sampling_rate."
         )
     return AudioColumn(name, "list", rate)
 
 
 def is_array(kind: pa.DataType) -> bool:
-    """Whether a column is a struct of `array` and `sampling_rate`, as decoded audio."""
+    """Whether a column is a struct of `array` and `sampling_rate`."""
     if not pa.types.is_struct(kind):
         return False
     names = {kind.field(index).name for index in range(kind.num_fields)}
@@ -110,7 +111,7 @@ def is_array(kind: pa.DataType) -> bool:
 
 
 def is_samples(field: pa.Field) -> bool:
-    """Whether a column is a list of numbers that is taken for audio by its name."""
+    """Whether a column is a list of numbers whose name is in `LISTS`."""
     return field.name.lower() in LISTS and _is_list(field.type) and _is_number(_number(field.type))
 
 
@@ -135,11 +136,11 @@ def _is_sample(kind: pa.DataType) -> bool:
 
 
 def _matrix(values: pa.Array) -> FloatArray:
-    """Samples `[n, C]` from a list of them, or from a list of channels."""
+    """Samples `[n, C]` from a list of samples or a list of channels."""
     if not _is_list(values.type):
         return _floats(values).reshape(-1, 1)
     if _is_list(values.type.value_type):
-        raise ItemError("its samples lie in lists of lists of lists")
+        raise ItemError("its samples are nested in three levels of lists: use one or two")
     channels = [_floats(one.values) for one in values if one.is_valid]
     if not channels or len({len(one) for one in channels}) > 1 or len(channels) != len(values):
         raise ItemError("its channels have different lengths")
@@ -147,7 +148,7 @@ def _matrix(values: pa.Array) -> FloatArray:
     if matrix.shape[1] > _MOST_CHANNELS >= matrix.shape[0]:  # a list of frames
         matrix = matrix.T
     if matrix.shape[1] > _MOST_CHANNELS:
-        raise ItemError(f"its samples are {matrix.shape[1]} lists: not from 1 to 64 channels")
+        raise ItemError(f"its samples have {matrix.shape[1]} channels: at most 64 are supported")
     return matrix
 
 
@@ -163,12 +164,12 @@ def _floats(values: pa.Array) -> FloatArray:
 def _wav(samples: FloatArray, rate: Any) -> bytes:
     """A WAV file of 32-bit floats."""
     if not isinstance(rate, int | float) or not 0 < rate < 2**32 or rate != int(rate):
-        raise ItemError(f"its sample rate is {rate!r}")
+        raise ItemError(f"its sample rate is not valid: {rate!r}")
     if not len(samples):
         raise ItemError("it holds no samples")
     data = np.ascontiguousarray(samples, "<f4").tobytes()
     if len(data) >= 2**32 - 64:
-        raise ItemError("its samples are more than a WAV file holds (4 GiB)")
+        raise ItemError("its samples exceed 4 GiB, the limit of a WAV file")
     channels = samples.shape[1]
     width = 4 * channels
     fmt = struct.pack("<HHIIHH", 3, channels, int(rate), int(rate) * width, width, 32)

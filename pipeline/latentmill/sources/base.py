@@ -1,4 +1,4 @@
-"""The protocol of every source. A complete one, of the WAV files that a text file lists:
+"""The protocol of all sources. A complete example, which reads WAV files listed in a text file:
 
     from collections import Counter
     from pathlib import Path
@@ -18,7 +18,7 @@
                 else:
                     self.ignored[path.suffix] += 1
 
-CONTRIBUTING.md says where it is registered.
+CONTRIBUTING.md describes how to register a source.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ SourceType = Literal["folder", "manifest", "webdataset", "parquet"]
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a longer recording, in seconds of its own time.
+    """A part of a longer recording.
 
     Attributes:
-        start: Where it begins.
-        duration: How long it is; None: to the end.
+        start: Seconds from the beginning of the recording.
+        duration: Seconds; None: to the end.
     """
 
     start: float
@@ -46,7 +46,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class ByteRange:
-    """Audio that is a run of bytes inside a file: a member of an uncompressed tar."""
+    """Audio that is a range of bytes in a file: a member of an uncompressed tar."""
 
     offset: int
     size: int
@@ -66,23 +66,24 @@ class Item:
     """One recording in a source.
 
     Attributes:
-        key: Unique and stable name, relative to the source, `/` between parts.
+        key: Unique and stable name, relative to the source, with `/` between parts.
         uri: The file that holds its bytes: an absolute local path or an fsspec URL.
-        size: Bytes of the encoded audio, as the listing gave them; 0 if it did not say. Of a
-            table's cell the average in its row group.
-        version: Whatever changes when the file at `uri` does (etag, or modification time).
-        sidecars: URIs of the files that carry its metadata, in a stable order.
-        place: Where in the file its bytes are; None: they are the whole file.
-        segment: The part of the recording that is meant; None: all of it.
-        seconds: Length of the item's audio where the source knows it without decoding.
-        metadata: What the source itself says of it (manifest columns, tar members): a JSON object.
-        group: What belongs together (the song of a stem), if known; see `sources/group.py`.
-        role: What the item is in its group (`drums`, `vocals`), if known.
-        extension: Inside a tar or a table its own name's, such as `flac`. It serves to guess
-            lengths while a plan is made, and is not stored.
-        estimate: Its length in seconds as its container says it roughly (by a bit rate, or in
-            milliseconds). It serves as `extension` does.
-        sidecar_versions: Whatever changes when one of those files does; empty if nobody knows.
+        size: Bytes of the encoded audio according to the listing; 0 if unknown. For a cell of a
+            table, the average in its row group.
+        version: A value that changes when the file at `uri` changes (etag or modification time).
+        sidecars: URIs of the files that hold its metadata, in a stable order.
+        place: The position of its bytes in the file; None: they are the whole file.
+        segment: The part of the recording to encode; None: all of it.
+        seconds: Length of the item's audio, if the source knows it without loading it.
+        metadata: Metadata from the source itself (manifest columns, tar members): a JSON object.
+        group: Name of its group (the song that a stem belongs to), if known; see
+            `sources/group.py`.
+        role: Its role in the group (`drums`, `vocals`), if known.
+        extension: In a tar or a table, the extension of its own name, such as `flac`. Planning
+            uses it to estimate lengths; it is not stored.
+        estimate: Approximate length in seconds according to its container (from a bit rate, or in
+            milliseconds). Planning uses it to estimate lengths; it is not stored.
+        sidecar_versions: A value that changes when a sidecar changes; empty if unknown.
     """
 
     key: str
@@ -102,11 +103,11 @@ class Item:
 
 
 class Source(Protocol):
-    """Where audio comes from. Must be deterministic: the same content gives the same items.
+    """A source of audio. It must be deterministic: the same content gives the same items.
 
     Attributes:
-        uri: What the user named, as an absolute path or URL.
-        ignored: Files or rows that are no items, counted by extension or reason; complete when
+        uri: SOURCE as the user typed it, as an absolute path or URL.
+        ignored: Number of files or rows that are not items, by extension or reason; complete when
             `items` has ended.
     """
 
@@ -114,11 +115,11 @@ class Source(Protocol):
     ignored: Counter[str]
 
     def items(self) -> Iterator[Item]:
-        """Stream the items, in any order, with bounded memory.
+        """Yield the items in any order, with bounded memory.
 
-        The planner sorts them, and refuses a key that comes twice.
+        The planner sorts them and refuses duplicate keys.
 
         Raises:
-            SourceError: The source is missing, cannot be read, or holds no audio.
+            SourceError: The source is missing, cannot be read, or contains no audio.
         """
         ...

@@ -1,4 +1,4 @@
-"""Rows of a table as metadata: plain JSON values, whatever the table's types are."""
+"""Converts rows of tables to metadata: JSON values, whatever the types of the columns."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from latentmill.errors import SourceError
 from latentmill.text.redact import may_hold_secrets, redact_value
 
 ROWS = 64
-"""Of metadata, read at a time."""
+"""Rows of metadata that are read at a time."""
 
 METADATA_LIMIT = 16 << 20
-"""Bytes of a sidecar, or of a row of a table; what is longer is no metadata."""
+"""Maximum bytes of a sidecar or of a row of a table."""
 
 _LARGE = 128 << 20
-_MOST_COMPRESSED = 100  # times; texts reach 10
+_MAX_COMPRESSION = 100  # ratio; text reaches 10
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=str).encode
 _encode_with_nan = json.JSONEncoder(ensure_ascii=False, default=str).encode
@@ -27,15 +27,14 @@ _encode_with_nan = json.JSONEncoder(ensure_ascii=False, default=str).encode
 def find_column(
     columns: Sequence[str], asked: str | None, usual: Sequence[str], what: str, source: str
 ) -> str | None:
-    """The column that was asked for, else the first of the usual names that is there.
+    """The column `asked` for by the user, or else the first column with one of the `usual` names.
 
-    Raises:
-        SourceError: The column that was asked for is not there.
+    Raises SourceError if the table has no column `asked`.
     """
     if asked is not None:
         if asked not in columns:
             raise SourceError(
-                f"{source} has no column {asked} for the {what}: it has {', '.join(columns)}."
+                f"{source} has no {what} column {asked}: choose one of {', '.join(columns)}."
             )
         return asked
     by_lower = {column.lower(): column for column in reversed(columns)}
@@ -43,7 +42,7 @@ def find_column(
 
 
 def as_json(row: Mapping[str, Any]) -> str:
-    """A row as a JSON object, without its empty values; NaN counts as empty, dates become text.
+    """A row as a JSON object without null and NaN values; dates become text.
 
     Secrets in URLs are masked.
     """
@@ -59,11 +58,10 @@ def as_json(row: Mapping[str, Any]) -> str:
 
 
 def bounded_rows(batches: Iterable[pa.RecordBatch], uri: str) -> Iterator[dict[str, Any]]:
-    """Rows of a Parquet file as Python values, a few at a time: a few compressed bytes, or a value
-    that many rows share, may stand for gigabytes.
+    """Rows of a Parquet file as Python values, in bounded memory.
 
-    Raises:
-        SourceError: A row is larger than `METADATA_LIMIT`.
+    A few compressed bytes, or a value that many rows share, may expand to gigabytes. Raises
+    SourceError if a row is larger than `METADATA_LIMIT`.
     """
     number = 0
     for batch in batches:
@@ -73,18 +71,16 @@ def bounded_rows(batches: Iterable[pa.RecordBatch], uri: str) -> Iterator[dict[s
             number += len(rows)
             if not small and rows.nbytes > METADATA_LIMIT:
                 raise SourceError(
-                    f"Table {uri}: row {number} holds more than {METADATA_LIMIT >> 20} MiB beside "
-                    "audio: shorten or remove it."
+                    f"Table {uri}: the metadata of row {number} exceeds {METADATA_LIMIT >> 20} "
+                    "MiB: shorten or remove it."
                 )
             yield from rows.to_pylist()
 
 
 def refuse_bombs(table: Any, columns: Sequence[str], uri: str) -> None:
-    """Refuse a Parquet file whose footer says that a few bytes become very many: Arrow takes a page
-    out of its compression as a whole.
+    """Raise SourceError if one of the columns is extremely compressed according to the footer.
 
-    Raises:
-        SourceError: It does, in one of the columns.
+    Arrow decompresses whole pages, so a small file could fill the memory.
     """
     for group in range(table.metadata.num_row_groups):
         about = table.metadata.row_group(group)
@@ -93,15 +89,15 @@ def refuse_bombs(table: Any, columns: Sequence[str], uri: str) -> None:
             size, packed = chunk.total_uncompressed_size, max(chunk.total_compressed_size, 1)
             name = chunk.path_in_schema
             read = any(name == one or name.startswith(f"{one}.") for one in columns)
-            if read and size > _LARGE and size > _MOST_COMPRESSED * packed:
+            if read and size > _LARGE and size > _MAX_COMPRESSION * packed:
                 raise SourceError(
-                    f"Table {uri}: {packed} bytes of column {name} would become {size >> 20} MiB: "
+                    f"Table {uri}: {packed} bytes of column {name} decompress to {size >> 20} MiB: "
                     "remove the column, or write the file with smaller row groups."
                 )
 
 
 def is_text(value: str) -> bool:
-    """Whether a string can be written: JSON's escapes may hold half a surrogate pair."""
+    """Whether a string can be encoded as UTF-8: JSON escapes may contain half a surrogate pair."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -110,7 +106,7 @@ def is_text(value: str) -> bool:
 
 
 def is_binary(kind: pa.DataType) -> bool:
-    """Whether values of a column are bytes."""
+    """Whether the values of a column are bytes."""
     return bool(
         pa.types.is_binary(kind)
         or pa.types.is_large_binary(kind)
@@ -120,7 +116,7 @@ def is_binary(kind: pa.DataType) -> bool:
 
 
 def is_audio(kind: pa.DataType) -> bool:
-    """Whether a column is of the Hugging Face `Audio` kind: a struct of bytes and path."""
+    """Whether a column is a Hugging Face `Audio` column: a struct of bytes and path."""
     if not pa.types.is_struct(kind):
         return False
     fields = {kind.field(index).name: kind.field(index).type for index in range(kind.num_fields)}
@@ -128,7 +124,7 @@ def is_audio(kind: pa.DataType) -> bool:
 
 
 def plain_columns(schema: pa.Schema) -> list[str]:
-    """The columns that can be metadata, as Parquet names them: no bytes, at any depth."""
+    """Names of the columns that contain no bytes at any depth, as Parquet names them."""
     return [name for field in schema for name in _plain(field.name, field.type)]
 
 

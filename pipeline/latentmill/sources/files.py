@@ -1,4 +1,4 @@
-"""Files on any storage, as sources find them: by folder, glob or brace pattern, with versions."""
+"""Finds files on any storage by folder, glob or brace pattern, with their versions."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from latentmill.storage.remote import (
 )
 from latentmill.text.redact import redact
 
-# What the file systems call that which changes when a file does.
+# Fields of fsspec file systems whose value changes when a file changes.
 VERSION_FIELDS: tuple[str, ...] = ("ETag", "etag", "mtime", "LastModified", "last_modified")
 VERSION_FIELDS += ("Last-Modified", "blob_id", "sha256")
 
 _WILDCARDS = ("*", "?", "[")
-_REQUESTS = 16  # side by side, where files are named one by one
+_REQUESTS = 16  # concurrent, when the files of a pattern are looked up one by one
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class File:
 
     Attributes:
         uri: Absolute local path or fsspec URL.
-        path: The path as its file system knows it.
-        name: Its path relative to the folder that the source names.
+        path: The path in its file system.
+        name: Its path relative to the folder of the source.
         size: Bytes.
-        version: Whatever changes when the file does; empty if the storage does not say.
+        version: A value that changes when the file changes; empty if unknown.
     """
 
     uri: str
@@ -61,20 +61,20 @@ class Place:
 
     Attributes:
         fs: The file system.
-        path: The path as `fs` knows it.
-        uri: The path with its protocol; local paths stay plain.
-        local: Whether it is this machine's disk.
+        path: The path in `fs`.
+        uri: The path with its protocol; local paths have none.
+        local: Whether `fs` is the file system of this machine.
     """
 
     def __init__(self, uri: str) -> None:
         if "::" in uri:
-            raise SourceError(f"Source {redact(uri)} is a chained URL: name a plain one.")
+            raise SourceError(f"Source {redact(uri)} is a chained URL: use a plain URL.")
         refuse_secrets("Source", uri, SourceError)
         if uri.startswith("file://"):
             uri = path_of_file_url(uri)
         try:
             self.fs, path = open_filesystem(uri)
-        except (ValueError, ImportError, OSError) as error:  # some, such as ftp, connect at once
+        except (ValueError, ImportError, OSError) as error:  # some, such as ftp, connect here
             cause = why_not_opened(uri, error)
             raise SourceError(f"Source {uri} cannot be opened: {cause}.") from error
         self.path: str = path.rstrip("/") or "/"
@@ -82,12 +82,12 @@ class Place:
         self.uri = self.address(self.path)
 
     def address(self, path: str) -> str:
-        """A path of this file system with its protocol; local paths stay plain."""
+        """A path of this file system with its protocol; local paths have none."""
         return path if self.local else str(self.fs.unstrip_protocol(path))
 
     @contextmanager
     def errors(self, verb: str = "listed") -> Iterator[None]:
-        """Storage errors become a SourceError that names the source."""
+        """Convert storage errors to a SourceError with the URI of the source."""
         try:
             yield
         except storage_errors() as error:
@@ -98,18 +98,18 @@ class Place:
             ) from error
 
     def kind(self) -> str:
-        """`file`, `folder`, or `nothing`; a pattern is `nothing`."""
+        """`file`, `folder` or `nothing`. A pattern is `nothing`."""
         with self.errors():
             self.fs.invalidate_cache()
             try:
-                # Not isfile and isdir: the first is False whatever goes wrong, the second lists a
+                # Not isfile and isdir: the first returns False after any error, the second lists a
                 # whole folder of a bucket.
                 kind = retrying(lambda: self.fs.info(self.path))["type"]
             except OSError as error:
                 pattern = any(mark in self.path for mark in (*_WILDCARDS, "{"))
-                if pattern or is_missing(error):  # of a pattern some servers say that it is denied
+                if pattern or is_missing(error):  # some servers answer a pattern with 403
                     return "nothing"
-                # Who may list a folder of a bucket may not ask for an object of its name, perhaps.
+                # A user may be allowed to list a folder but not to look up an object of its name.
                 if isinstance(error, PermissionError) and retrying(
                     lambda: self.fs.isdir(self.path)
                 ):
@@ -119,19 +119,17 @@ class Place:
 
 
 def version_of(info: Mapping[str, Any]) -> str:
-    """The version that a file system's entry gives, or nothing."""
+    """The version in an entry of a file system; empty if there is none."""
     found = next((info[name] for name in VERSION_FIELDS if info.get(name) is not None), "")
     return str(found).strip('"')
 
 
 def find_files(place: Place, extensions: Collection[str], ignored: dict[str, int]) -> list[File]:
-    """The files that a folder, a file's name, a glob or a brace pattern stands for, by name.
+    """The files of a folder, or those that a path, a glob or a brace pattern matches, sorted.
 
-    Of a folder those with one of the extensions (`.tar`); the others are counted in `ignored`.
-    Names are relative to the folder, or to the part of a pattern that holds no wildcard.
-
-    Raises:
-        SourceError: There is no such file, or a brace pattern names one that is not there.
+    In a folder, files without one of the extensions (`.tar`) are counted in `ignored`. Names are
+    relative to the folder, or to the part of a pattern before its first wildcard. Raises
+    SourceError if there are none, or if a file of a brace pattern is missing.
     """
     kind = place.kind()
     if kind == "folder":
@@ -153,7 +151,7 @@ def find_files(place: Place, extensions: Collection[str], ignored: dict[str, int
         files.append(_file(place, path, name, info))
     if not files:
         raise SourceError(
-            f"Source {place.uri} holds no {' or '.join(sorted(extensions))} files: check the path."
+            f"Source {place.uri} has no {' or '.join(sorted(extensions))} files: check the path."
             if kind == "folder"
             else f"Source {place.uri} does not exist: check the path."
         )
@@ -161,7 +159,7 @@ def find_files(place: Place, extensions: Collection[str], ignored: dict[str, int
 
 
 def _named(place: Place, patterns: list[str]) -> dict[str, Mapping[str, Any]]:
-    """Entries of the files that patterns without braces stand for."""
+    """Entries of the files that match patterns without braces."""
     found: dict[str, Mapping[str, Any]] = {}
     plain = []
     for pattern in patterns:
@@ -183,7 +181,9 @@ def _looked_up(place: Place, paths: list[str]) -> dict[str, Mapping[str, Any]]:
             info: Mapping[str, Any] = retrying(lambda: place.fs.info(path))
         except FileNotFoundError as error:
             if is_missing(error):
-                raise SourceError(f"Source {place.address(path)} does not exist.") from error
+                raise SourceError(
+                    f"Source {place.address(path)} does not exist: check the path."
+                ) from error
             raise
         return info
 
@@ -192,23 +192,23 @@ def _looked_up(place: Place, paths: list[str]) -> dict[str, Mapping[str, Any]]:
 
 
 def _file(place: Place, path: str, name: str, info: Mapping[str, Any]) -> File:
-    if place.local:  # to the nanosecond, as it is compared when the file is read
+    if place.local:  # in nanoseconds, because it is compared when the file is read
         status = os.stat(path)  # noqa: PTH116
-        if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for its writer
-            raise SourceError(f"{path} is not a regular file: leave it out.")
+        if not stat.S_ISREG(status.st_mode):  # opening a named pipe would block
+            raise SourceError(f"{path} is not a regular file: exclude it.")
         return File(path, path, name, status.st_size, str(status.st_mtime_ns))
-    if info.get("size") is None:  # the pages that web servers list their files on
+    if info.get("size") is None:  # such as index pages of web servers
         info = _looked_up(place, [path])[path]
     if info.get("size") is None:
         raise SourceError(
-            f"{place.address(path)} cannot be read in parts, as its server does not say how long "
-            "it is: copy it to a disk or a bucket."
+            f"{place.address(path)} cannot be read in parts because its server does not report its "
+            "size: copy it to a disk or a bucket."
         )
     return File(place.address(path), path, name, int(info["size"]), version_of(info))
 
 
 def _common_folder(patterns: list[str]) -> str:
-    """The longest folder that all patterns lie in, before their first wildcard."""
+    """The deepest folder that all patterns share, before their first wildcard."""
     protocol, mark, _ = patterns[0].rpartition("://")  # a web server's paths are URLs
     patterns = [pattern.removeprefix(protocol + mark) for pattern in patterns]
     folders = []
@@ -219,27 +219,25 @@ def _common_folder(patterns: list[str]) -> str:
 
 
 def current_version(uri: str) -> tuple[int, str]:
-    """Size and version of a file as it is now; for files that hold many items.
+    """Current size and version of a file.
 
-    Raises:
-        OSError: Or what else the storage's client raises.
+    Raises OSError and other `storage_errors`.
     """
     if "://" not in uri:
         status = os.stat(uri)  # noqa: PTH116
         return status.st_size, str(status.st_mtime_ns)
     fs, path = open_filesystem(uri)
-    fs.invalidate_cache(path)  # of the planning, where this process has listed the folder itself
+    fs.invalidate_cache(path)  # this process may have listed the folder while planning
     info = retrying(lambda: fs.info(path))
     return int(info.get("size") or 0), version_of(info)
 
 
 def read_bytes(uri: str, start: int = 0, end: int | None = None) -> bytes:
-    """The bytes of a file from `start` to before `end`; fewer where it ends earlier.
+    """The bytes of a file from `start` to before `end`; fewer if it ends earlier.
 
-    Raises:
-        OSError: Or what else the storage's client raises.
+    Raises OSError and other `storage_errors`.
     """
-    if end is not None and end <= start:  # there is no such range in HTTP
+    if end is not None and end <= start:  # HTTP cannot express an empty range
         return b""
     if "://" not in uri:
         if not stat.S_ISREG(os.stat(uri).st_mode):  # noqa: PTH116  see `_file`

@@ -1,4 +1,4 @@
-"""Filters: which items are left out, each with a name that its reason begins with."""
+"""Filters of a run: items that they skip get a reason that begins with the name of the filter."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from latentmill.sources.where import Condition
 
 @dataclass(frozen=True)
 class Filters:
-    """The filters of a run; None: that one is off. A reason is `name: what was found`.
+    """The filters of a run; a filter that is None is off. A reason is `name: value`.
 
     Attributes:
-        min_seconds: Shortest item.
-        max_seconds: Longest item.
-        min_rms: Softest item, in dB of full scale, as the model hears it.
-        min_sample_rate: Lowest rate of a recording, Hz.
-        max_sample_rate: Highest rate, Hz.
-        min_channels: Fewest channels of a recording.
-        max_channels: Most channels.
+        min_seconds: Minimum length of an item.
+        max_seconds: Maximum length of an item.
+        min_rms: Minimum RMS of an item in dB of full scale, at the model's rate and channels.
+        min_sample_rate: Minimum sample rate of a recording, Hz.
+        max_sample_rate: Maximum sample rate, Hz.
+        min_channels: Minimum number of channels of a recording.
+        max_channels: Maximum number of channels.
         where: A condition on the metadata; see `Condition`.
     """
 
@@ -37,23 +37,23 @@ class Filters:
     where: str | None = None
 
     def of_source(self, item: Item, metadata: Mapping[str, Any]) -> str | None:
-        """Why an item is left out by what its source says of it, before its audio is read."""
+        """Why an item is skipped because of its metadata or known length; None if it is kept."""
         if self._condition is not None and not self._condition.holds(metadata):
             return f"where: not {self._condition.text}"
         return None if item.seconds is None else self.of_length(item.seconds)
 
     def of_header(self, sample_rate: int, channels: int) -> str | None:
-        """Why an item is left out by its header."""
+        """Why an item is skipped because of its header; None if it is kept."""
         return _outside("sample_rate", sample_rate, self.min_sample_rate, self.max_sample_rate) or (
             _outside("channels", channels, self.min_channels, self.max_channels)
         )
 
     def of_length(self, seconds: float) -> str | None:
-        """Why an item is left out by its length."""
+        """Why an item is skipped because of its length; None if it is kept."""
         return _outside("seconds", seconds, self.min_seconds, self.max_seconds)
 
     def of_audio(self, rms: float) -> str | None:
-        """Why an item is left out by its samples; `rms` of 1 is full scale."""
+        """Why an item is skipped because of its samples (`rms` of 1 is full scale), or None."""
         level = 20 * math.log10(rms) if rms > 0 else -math.inf
         if self.min_rms is not None and level < self.min_rms:
             return f"min_rms: {level:.1f} dBFS"
@@ -67,7 +67,7 @@ class Filters:
 NO_FILTERS = Filters()
 
 RANGES = ("seconds", "sample_rate", "channels")
-"""What has a `min_` and a `max_`."""
+"""Properties with a `min_` and a `max_` filter."""
 
 _UNITS = {"seconds": "{:.3f} s", "sample_rate": "{} Hz", "channels": "{}"}
 

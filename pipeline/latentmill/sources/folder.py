@@ -1,4 +1,4 @@
-"""A folder or bucket of audio files, with sidecar files that become metadata."""
+"""A folder or bucket of audio files; sidecar files beside them are metadata."""
 
 from __future__ import annotations
 
@@ -22,16 +22,19 @@ from latentmill.sources.names import (
 from latentmill.storage.remote import protocol_of
 
 SIDECARS = (".json", ".txt")
-_OTHERS = {".parquet": "parquet", ".tar": "webdataset"}  # sources of another type, by extension
+_OTHERS = {
+    ".parquet": "parquet",
+    ".tar": "webdataset",
+}  # other types of source
 
 
 class FolderSource:
-    """Every audio file below a folder, which may be any fsspec URL.
+    """The audio files of a folder and its subfolders; any fsspec URL.
 
-    A key is the file's path relative to the folder without its extension; where several audio
-    files share that, all of them keep their extensions. `song.json` and `song.txt` beside
-    `song.wav` are its sidecars, and `song.wav.json` too. `include` and `exclude` are globs over
-    relative paths with their extensions; a `*` takes slashes too.
+    A key is the file's path relative to the folder, without its extension. Audio files whose paths
+    differ only in the extension keep it. `song.json`, `song.txt` and `song.wav.json` beside
+    `song.wav` are its sidecars. `include` and `exclude` are globs of relative paths with their
+    extensions; `*` also matches slashes.
     """
 
     def __init__(
@@ -49,18 +52,18 @@ class FolderSource:
         self.ignored: Counter[str] = Counter()
 
     def items(self) -> Iterator[Item]:
-        """List the items, folder by folder; see `Source.items`."""
+        """Yield the items, folder by folder; see `Source.items`."""
         self.ignored.clear()
         seen = found = 0
         with self._place.errors():
             kind = self._place.kind()
             if kind == "file" and protocol_of(self.uri) in ("http", "https"):
                 raise SourceError(
-                    f"Source {self.uri} cannot be listed, for web servers list no folders: name "
-                    "its files in a manifest."
+                    f"Source {self.uri} cannot be listed because web servers do not list folders: "
+                    "list its files in a manifest."
                 )
             if kind == "file":
-                raise SourceError(f"Source {self.uri} is a file: name the folder that holds it.")
+                raise SourceError(f"Source {self.uri} is a file: use its folder.")
             if kind == "nothing":
                 raise SourceError(f"Source {self.uri} does not exist: check the path.")
             for files in folders(self._place, self.ignored):
@@ -69,10 +72,10 @@ class FolderSource:
                     found += 1
                     yield item
         if not found:
-            raise SourceError(self._nothing(seen))
+            raise SourceError(self._without_items(seen))
 
     def _items_of(self, files: Entries) -> Iterator[Item]:
-        """The items of one folder. Names clash and sidecars belong inside a folder only."""
+        """The items of one folder."""
         self._check_names(files)
         audio: list[str] = []
         sidecars: dict[str, list[str]] = defaultdict(list)
@@ -90,14 +93,14 @@ class FolderSource:
         for stem, orphans in sidecars.items():
             if stem not in owners:
                 self.ignored.update(posixpath.splitext(path)[1].lower() for path in orphans)
-        names = without_extensions(audio)  # of all, so that a filter does not rename the others
+        names = without_extensions(audio)  # before filtering, so that filters do not change keys
         for path in audio:
-            if self._wanted(path):
+            if self._included(path):
                 yield self._item(path, names[path], files, sidecars)
             else:
                 self.ignored["excluded"] += 1
 
-    def _wanted(self, path: str) -> bool:
+    def _included(self, path: str) -> bool:
         name = self._relative(path)
         included = self._include is None or self._include.fullmatch(name)
         return bool(included) and not (self._exclude and self._exclude.fullmatch(name))
@@ -108,8 +111,8 @@ class FolderSource:
                 path.encode()
             except UnicodeEncodeError as error:
                 raise SourceError(
-                    f"Source {self.uri} holds a file whose name is no UTF-8, {os.fsencode(path)!r}:"
-                    " rename it, for instance with convmv."
+                    f"Source {self.uri} contains a file whose name is not UTF-8, "
+                    f"{os.fsencode(path)!r}: rename it, for example with convmv."
                 ) from error
 
     def _relative(self, path: str) -> str:
@@ -133,22 +136,23 @@ class FolderSource:
             sidecar_versions=" ".join(files[other].version for other in beside),
         )
 
-    def _nothing(self, seen: int) -> str:
+    def _without_items(self, seen: int) -> str:
         excluded = self.ignored["excluded"]
         if excluded:
             return (
-                f"Source {self.uri} holds {excluded} audio files, and the globs exclude them all."
+                f"Source {self.uri} contains {excluded} audio files, but --include and --exclude "
+                "skip all of them: change these patterns."
             )
         if not seen:
             return f"Source {self.uri} is empty: check the path."
         text = (
-            f"Source {self.uri} holds no audio files: looked for "
-            f"{', '.join(sorted(self._extensions))} in {seen} files"
+            f"Source {self.uri} contains no audio files: none of its {seen} files ends in "
+            f"{', '.join(sorted(self._extensions))}"
         )
         for extension, kind in _OTHERS.items():
             if self.ignored[extension]:
-                return f"{text}, of which --source-type {kind} reads {self.ignored[extension]}."
-        return f"{text}; check the path, or name others by --extensions."
+                return f"{text}; use --source-type {kind} for {self.ignored[extension]} of them."
+        return f"{text}; check the path or set --extensions."
 
 
 def _globs(patterns: Sequence[str]) -> re.Pattern[str] | None:

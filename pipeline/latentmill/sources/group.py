@@ -1,4 +1,4 @@
-"""Which items belong together, and what each is among them: the stems of a song."""
+"""Groups of items, such as the stems of a song, and the role of each item in its group."""
 
 from __future__ import annotations
 
@@ -16,20 +16,18 @@ from latentmill.sources.base import Item, Source
 from latentmill.sources.metadata import read_metadata
 
 METADATA = "metadata:"
-_AHEAD = 64  # items whose sidecars are read at the same time
+_PENDING = 64  # items whose sidecars are read at the same time
 _THREADS = 16
 
 
 class GroupedSource:
-    """A source whose items are told their group and role.
+    """A source that sets the group and role of another source's items.
 
-    The rule is a regular expression with a group named `group`, and perhaps one named `role`, that
-    is searched in an item's key: `(?P<group>.*)/(?P<role>[^/]+)$`. Or it is
-    `metadata:FIELD[,FIELD]`, the fields that hold the group and the role; then sidecars are read
-    while the plan is made. Items that it says nothing of keep what they have.
-
-    Raises:
-        ConfigError: The rule is no such thing.
+    The rule is a regular expression with a group named `group`, and optionally one named `role`,
+    that is searched in an item's key: `(?P<group>.*)/(?P<role>[^/]+)$`. Or it is
+    `metadata:FIELD[,FIELD]`, the metadata fields with the group and the role; then sidecars are
+    read during planning. Items that the rule does not match stay as they are. Raises ConfigError
+    if the rule is not valid.
     """
 
     def __init__(self, source: Source, rule: str) -> None:
@@ -39,12 +37,12 @@ class GroupedSource:
         self.ignored = source.ignored
 
     def items(self) -> Iterator[Item]:
-        """Stream the source's items; see `Source.items`."""
+        """Yield the source's items; see `Source.items`."""
         if isinstance(self._rule, re.Pattern):
             items: Iterator[Item] = map(partial(_by_key, self._rule), self._source.items())
         else:
             fields = dict(zip(("group", "role"), self._rule, strict=False))
-            items = _ahead(lambda item: _by_metadata(item, fields), self._source.items())
+            items = _map_in_threads(lambda item: _by_metadata(item, fields), self._source.items())
         example, grouped = None, False
         for item in items:
             example = example or item.key
@@ -53,23 +51,22 @@ class GroupedSource:
         if example is not None and not grouped:
             what = "field" if isinstance(self._rule, list) else "expression"
             raise ConfigError(
-                f"the {what} of --group-by matches none of the items, so there are no groups: "
-                f"correct it (one key is {example!r}), or leave it out."
+                f"the {what} of --group-by matches no item: correct it (one of the keys is "
+                f"{example!r}), or remove the option."
             )
 
 
 def check_rule(rule: str) -> re.Pattern[str] | list[str]:
-    """The pattern, or the fields, that a rule stands for.
+    """The regular expression or the metadata fields of a rule.
 
-    Raises:
-        ConfigError: It is no rule.
+    Raises ConfigError if it is neither.
     """
     if not rule.startswith(METADATA):
         return _compiled(rule)
     fields = [field.strip() for field in rule.removeprefix(METADATA).split(",")]
     if not all(fields) or len(fields) > 2:
         raise ConfigError(
-            f"invalid --group-by {rule!r}: name one or two fields, such as metadata:song,stem."
+            f"invalid --group-by {rule!r}: give one or two fields, such as metadata:song,stem."
         )
     return fields
 
@@ -95,18 +92,18 @@ def _compiled(rule: str) -> re.Pattern[str]:
 
 def _by_key(pattern: re.Pattern[str], item: Item) -> Item:
     match = pattern.search(item.key)
-    return item if match is None else _told(item, match.groupdict().get)
+    return item if match is None else _with_group(item, match.groupdict().get)
 
 
 def _by_metadata(item: Item, fields: Mapping[str, str]) -> Item:
     metadata: Mapping[str, Any] = {}
-    with contextlib.suppress(ItemError):  # the item will fail for that when it is encoded
+    with contextlib.suppress(ItemError):  # encoding will report it
         metadata = read_metadata(item)
-    return _told(item, lambda what: metadata.get(fields.get(what, "")))
+    return _with_group(item, lambda what: metadata.get(fields.get(what, "")))
 
 
-def _told(item: Item, value: Callable[[str], Any]) -> Item:
-    """The item with a group and role, where there are any."""
+def _with_group(item: Item, value: Callable[[str], Any]) -> Item:
+    """The item with the values of `group` and `role` that are not empty."""
     group, role = value("group"), value("role")
     return replace(
         item,
@@ -116,16 +113,16 @@ def _told(item: Item, value: Callable[[str], Any]) -> Item:
 
 
 def _text(value: Any) -> str:
-    """A field as text; JSON's escapes may hold half a surrogate pair, which is none."""
+    """A field as text that can be written as UTF-8; see `is_text`."""
     return str(value).encode("utf-8", "backslashreplace").decode()
 
 
-def _ahead(work: Callable[[Item], Item], items: Iterator[Item]) -> Iterator[Item]:
-    """Map with threads, in order; a few items ahead, so that memory stays bounded."""
+def _map_in_threads(work: Callable[[Item], Item], items: Iterator[Item]) -> Iterator[Item]:
+    """Map in threads and yield the results in order, with bounded memory."""
     running: deque[Future[Item]] = deque()
     with ThreadPoolExecutor(_THREADS) as pool:
         for item in items:
             running.append(pool.submit(work, item))
-            if len(running) >= _AHEAD:
+            if len(running) >= _PENDING:
                 yield running.popleft().result()
         yield from (future.result() for future in running)

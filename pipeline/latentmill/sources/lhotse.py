@@ -1,4 +1,4 @@
-"""Lhotse's cut manifests: a cut is a recording, or a segment of one, with its supervisions."""
+"""Lhotse cut manifests: a cut is a recording or a segment of one, with its supervisions."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _CONSUMED = ("recording", "start", "duration", "channel", "type", "features")
 
 
 class Unusable(Exception):  # noqa: N818  counted, not raised to the user
-    """A cut that is no item, and why."""
+    """Why a cut was skipped."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What an item needs of a cut.
+    """The parts of a cut that an item needs.
 
     Attributes:
-        id: Its id.
-        path: Where its recording is.
+        id: Id of the cut.
+        path: Path or URL of its recording.
         duration: Seconds.
-        segment: The part of the recording; None if it is all of it.
-        metadata: Everything else: supervisions, custom fields.
+        segment: The part of the recording; None: all of it.
+        metadata: All other fields: supervisions, custom fields.
     """
 
     id: str
@@ -43,9 +43,8 @@ def is_cut(row: dict[str, Any]) -> bool:
 def read_cut(row: dict[str, Any]) -> Cut:
     """Read a cut.
 
-    Raises:
-        Unusable: It has no single recording that can be taken as it is.
-        KeyError, TypeError, ValueError, AttributeError: It is no cut after all.
+    Raises Unusable if it is not a plain part of one recording, and KeyError, TypeError, ValueError
+    or AttributeError if it is not a valid cut.
     """
     recording = row.get("recording")
     if recording is None:
@@ -54,7 +53,7 @@ def read_cut(row: dict[str, Any]) -> Cut:
         raise Unusable("cuts that transform their recording")
     sources = recording["sources"]
     if len(sources) != 1 or sources[0].get("type") not in _READABLE:
-        # A source of the type `command` is a shell command, which nobody runs here.
+        # A source of the type `command` is a shell command, which is never executed.
         raise Unusable("cuts whose recording is not one file or URL")
     channels = recording.get("channel_ids") or sources[0]["channels"]
     wanted = row.get("channel", 0)
@@ -62,10 +61,10 @@ def read_cut(row: dict[str, Any]) -> Cut:
         raise Unusable("cuts of some channels of their recording")
     path = sources[0]["source"]
     if not isinstance(path, str):
-        raise TypeError("a path is text")
+        raise TypeError("the path is not a string")
     start, duration = round(float(row["start"]), 6), round(float(row["duration"]), 6)
     if start < 0 or duration <= 0:
-        raise ValueError("a cut has a length")
+        raise ValueError("the cut has no length")
     whole = start == 0 and abs(duration - float(recording["duration"])) < 1e-6
     return Cut(
         id=str(row["id"]),

@@ -1,4 +1,4 @@
-"""Lines of a text file that may be hostile: compressed, a few bytes can stand for one huge line."""
+"""Reads lines of a text file that may be hostile: a few compressed bytes may be one huge line."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from latentmill.sources.columns import METADATA_LIMIT
 
 
 class BoundedLines:
-    """The lines of a manifest, of which no row may be longer than `METADATA_LIMIT` characters.
+    """The lines of a manifest whose rows have at most `METADATA_LIMIT` characters.
 
-    A row of a CSV file may span lines; whoever reads rows calls `next_row` after each.
+    A row of a CSV file may span lines; the caller calls `next_row` after each row.
     """
 
     def __init__(self, file: TextIO, uri: str) -> None:
@@ -21,7 +21,7 @@ class BoundedLines:
         self._left = METADATA_LIMIT
 
     def next_row(self) -> None:
-        """A row has ended."""
+        """Allow the next row its full length."""
         self._left = METADATA_LIMIT
 
     def __iter__(self) -> Iterator[str]:

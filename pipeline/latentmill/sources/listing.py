@@ -1,7 +1,7 @@
-"""Listing what lies below a folder, folder by folder, on a disk or any object storage.
+"""Lists the files of a folder and its subfolders, on a disk or any object storage.
 
-A folder's files are given at once, for sidecars belong to the audio beside them; of a bucket with
-a million files in folders no more is in memory than the folders that are open.
+The files of one folder come together, because sidecars belong to the audio beside them. Only a few
+folders are in memory at a time, even for a bucket with a million files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from latentmill.storage.remote import retrying
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file as a listing gives it: bytes, and whatever changes when it does."""
+    """A listed file: its bytes, and a value that changes when the file changes."""
 
     size: int
     version: str = ""
@@ -31,10 +31,9 @@ Entries: TypeAlias = Mapping[str, Entry]  # the files of one folder, by path
 
 
 def folders(place: Place, ignored: Counter[str]) -> Iterator[Entries]:
-    """The files below a folder, each folder's at once; links that lead to one again are counted.
+    """Yield the files of each folder below a folder; links to listed folders are counted.
 
-    Raises:
-        OSError and what else the storage's client raises.
+    Raises OSError and other `storage_errors`.
     """
     if place.local:
         yield from _walk(place.path, ignored)
@@ -45,7 +44,7 @@ def folders(place: Place, ignored: Counter[str]) -> Iterator[Entries]:
 
 
 def by_folder(files: Iterable[tuple[str, Entry]]) -> Iterator[Entries]:
-    """Group files that come in the order of their paths' UTF-8 bytes."""
+    """Group files by folder; they must come in the order of the UTF-8 bytes of their paths."""
     open_folders: list[tuple[str, dict[str, Entry]]] = []
     for path, entry in files:
         folder = posixpath.dirname(path)
@@ -59,21 +58,21 @@ def by_folder(files: Iterable[tuple[str, Entry]]) -> Iterator[Entries]:
 
 
 def _has_s3_pages(place: Place) -> bool:
-    """Whether keys come in order, page by page. Directory buckets of S3 Express have no order."""
+    """Whether keys are listed in order. Directory buckets of S3 Express are not."""
     protocols = place.fs.protocol
     s3 = "s3" in ([protocols] if isinstance(protocols, str) else protocols)
     return s3 and not place.path.partition("/")[0].endswith("--x-s3")
 
 
 def _s3_pages(place: Place) -> Iterator[tuple[str, Entry]]:
-    """A bucket's objects in order, a request for each thousand; s3fs itself gathers all first."""
+    """The objects of a bucket in order, 1000 per request; s3fs would collect all of them first."""
     bucket, _, folder = place.path.partition("/")
     request: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{folder}/" if folder else ""}
-    request |= place.fs.req_kw  # where the requester pays
+    request |= place.fs.req_kw  # such as RequestPayer
     while True:
         page = retrying(lambda: place.fs.call_s3("list_objects_v2", **request))
         for one in page.get("Contents", ()):
-            # An empty object whose name ends in a slash is how some tools write a folder.
+            # Some tools create an empty object whose name ends in a slash for each folder.
             if not one["Key"].endswith("/"):
                 yield f"{bucket}/{one['Key']}", _entry({**one, "size": one["Size"]})
         if not page.get("IsTruncated"):
@@ -82,16 +81,16 @@ def _s3_pages(place: Place) -> Iterator[tuple[str, Entry]]:
 
 
 def _tree(place: Place) -> Iterator[Entries]:
-    """Other storage: the file system lists one folder of the first level after the other."""
+    """Other storage: list each folder of the first level with all of its subfolders."""
     entries = retrying(lambda: place.fs.ls(place.path, detail=True))
     names = [e["name"].rstrip("/") for e in entries if e["type"] == "directory"]
-    if place.path in names:  # an object store's name with two slashes: no tree to walk
+    if place.path in names:  # a name with two slashes on an object storage
         yield from _grouped(retrying(lambda: place.fs.find(place.path, detail=True)))
         return
     yield from _grouped({e["name"]: e for e in entries if e["type"] == "file"})
     for name in sorted(set(names)):
         yield from _grouped(retrying(lambda f=name: place.fs.find(f, detail=True)))  # type: ignore[misc]
-        place.fs.invalidate_cache()  # of one folder at a time there is enough memory
+        place.fs.invalidate_cache()  # keeps only one folder in memory
 
 
 def _grouped(files: Mapping[str, Mapping[str, Any]]) -> Iterator[Entries]:
@@ -107,7 +106,7 @@ def _entry(info: Mapping[str, Any]) -> Entry:
 
 
 def _walk(root: str, ignored: Counter[str]) -> Iterator[Entries]:
-    """Find local files, through links to folders too. Raises OSError where it may not look."""
+    """List local files, also behind links to folders. Raises OSError if a folder is unreadable."""
     seen: set[str] = set()
 
     def refuse(error: OSError) -> None:
@@ -115,12 +114,12 @@ def _walk(root: str, ignored: Counter[str]) -> Iterator[Entries]:
 
     for folder, inner, files in os.walk(root, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)
-        if real in seen:  # a link, perhaps to a folder above: its files are listed already
+        if real in seen:  # a link, perhaps to a parent folder
             ignored["links to folders that are listed already"] += 1
             inner.clear()
             continue
         seen.add(real)
-        inner.sort()  # of two ways to one folder always the same is taken
+        inner.sort()  # of two paths to a folder, always use the same one
         found: dict[str, Entry] = {}
         for name in files:
             path = f"{folder.rstrip('/')}/{name}"
@@ -130,5 +129,5 @@ def _walk(root: str, ignored: Counter[str]) -> Iterator[Entries]:
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ELOOP):
                     raise
-                found[path] = Entry(0)  # a link to nowhere: an item that will fail by name
+                found[path] = Entry(0)  # a dangling link: an item that will fail
         yield found

@@ -1,4 +1,4 @@
-"""A manifest: one row per recording, or per segment of one; every other column is metadata."""
+"""A manifest: one row per recording or segment; the other columns are metadata."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ KEYS = ("key", "id")
 ENDS = ("end", "stop", "end_time", "end_seconds")
 
 _BROKEN: tuple[type[Exception], ...] = (EOFError, zlib.error, lzma.LZMAError)
-"""What a compressed file that is cut or damaged raises, next to OSError."""
+"""Errors of truncated or damaged compressed files, apart from OSError."""
 
 _Row = tuple[str, dict[str, Any]]
-"""Where a row is, such as `line 7`, and its cells."""
+"""The position of a row, such as `line 7`, and its cells."""
 
 _Builder = Callable[[dict[str, Any], str], Item | None]
 
@@ -68,7 +68,7 @@ _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,15})(\.[0-9]+)?([eE][-+]?[0-9]{1,2})?")
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of a manifest's columns, where they are not the usual ones."""
+    """Names of a manifest's columns; None: one of the usual names."""
 
     path: str | None = None
     start: str | None = None
@@ -77,13 +77,13 @@ class Columns:
 
 
 class ManifestSource:
-    """The rows of a CSV, TSV, JSONL or Parquet file, `.gz` and the like too.
+    """The rows of a CSV, TSV, JSONL or Parquet file; CSV, TSV and JSONL may be compressed.
 
-    A path is absolute, a URL, or relative to the manifest. A row with a start is a segment, which
-    its duration ends; a duration alone is the length of the recording. A key is the value of a
-    column `key` or `id`; else the path relative to the manifest without its extension, and of a
-    segment where it begins and ends: `talks/one#12.5-17.25`. Lhotse's cuts and NeMo's manifests
-    work as they are.
+    A path is absolute, a URL, or relative to the manifest. A row with a start is a segment; without
+    a duration it reaches to the end of the recording. A duration without a start is the length of
+    the recording. A key is the value of a column `key` or `id`, or else the path relative to the
+    manifest without its extension, followed by the start and end of a segment:
+    `talks/one#12.5-17.25`. Lhotse cuts and NeMo manifests need no conversion.
     """
 
     def __init__(self, uri: str, columns: Columns = Columns()) -> None:
@@ -94,7 +94,7 @@ class ManifestSource:
         self._folder = posixpath.dirname(self.uri)
 
     def items(self) -> Iterator[Item]:
-        """List the items; see `Source.items`."""
+        """Yield the items; see `Source.items`."""
         self.ignored.clear()
         found = 0
         try:
@@ -104,18 +104,24 @@ class ManifestSource:
         except (*storage_errors(), *_BROKEN) as error:
             raise SourceError(f"Manifest {self.uri} cannot be read: {cause_of(error)}.") from error
         except UnicodeDecodeError as error:
-            raise SourceError(f"Manifest {self.uri} is no UTF-8 text.") from error
+            raise SourceError(
+                f"Manifest {self.uri} is not UTF-8 text: convert it to UTF-8."
+            ) from error
         if not found:
-            raise SourceError(f"Manifest {self.uri} has no rows with a path.")
+            raise SourceError(
+                f"Manifest {self.uri} has no rows with a path: check the file and --path-column."
+            )
 
     def _items(self) -> Iterator[Item]:
         if self._place.kind() != "file":
-            raise SourceError(f"Manifest {self.uri} does not exist, or is no file: check the path.")
+            raise SourceError(
+                f"Manifest {self.uri} does not exist or is not a file: check the path."
+            )
         read = {"csv": self._csv, "tsv": self._csv, "jsonl": self._jsonl, "parquet": self._parquet}
         rows = read[manifest_format(self.uri) or "jsonl"]()
         builders: dict[tuple[str, ...], _Builder] = {}
         for place, row in rows:
-            names = tuple(row)  # rows of JSON need not have the same fields
+            names = tuple(row)  # JSON rows may have different fields
             if names not in builders:
                 builders[names] = self._builder(row, required=not builders)
             item = builders[names](row, place)
@@ -123,7 +129,7 @@ class ManifestSource:
                 yield item
 
     def _builder(self, row: dict[str, Any], *, required: bool) -> _Builder:
-        """The function that makes rows with these fields items."""
+        """The function that converts rows with these fields to items."""
         if lhotse.is_cut(row):
             return self._item_of_cut
         names = list(row)
@@ -139,18 +145,17 @@ class ManifestSource:
             if not required:
                 return self._count_without_path
             raise SourceError(
-                f"{where} has no column of paths: name it with --path-column; it has "
-                f"{', '.join(names)}."
+                f"{where} has no path column: set --path-column to one of {', '.join(names)}."
             )
         start = find_column(names, asked.start, STARTS, "start", where)
         duration = find_column(names, asked.duration, DURATIONS, "duration", where)
-        key = find_column(names, asked.key, KEYS, "keys", where)
-        key = self._columns.key or key  # where it was asked for, no row may lack it
+        key = find_column(names, asked.key, KEYS, "key", where)
+        key = self._columns.key or key  # with --key-column, every row must have it
         end = find_column(names, None, ENDS, "end", where)
         if start and end and not duration:  # else the segment would reach to the recording's end
             raise SourceError(
-                f"{where} has a column {end} and none of durations: give the lengths of its "
-                "segments in a column duration."
+                f"{where} gives the ends of segments in column {end}, which is not supported: "
+                "replace it with a column duration."
             )
         consumed = {path, start, duration} - {None}
         texts = manifest_format(self.uri) in ("csv", "tsv")
@@ -163,8 +168,8 @@ class ManifestSource:
                 return self._count_without_path(row, place)
             if isinstance(value, list | dict | bool):
                 raise SourceError(
-                    f"{where}: column {path} holds {_KINDS[type(value)]} in {place}, and no path: "
-                    "name the column of paths with --path-column."
+                    f"{where}: column {path} holds {_KINDS[type(value)]} in {place}, not a path: "
+                    "set --path-column to the column of paths."
                 )
             begin = self._seconds(row, start, place)
             length = self._seconds(row, duration, place)
@@ -194,7 +199,9 @@ class ManifestSource:
             self.ignored[str(error)] += 1
             return None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise SourceError(f"Manifest {self.uri} has no proper cut in {place}.") from error
+            raise SourceError(
+                f"Manifest {self.uri} has an invalid Lhotse cut in {place}: correct or remove it."
+            ) from error
         uri, _ = self._locate(cut.path, place)
         return Item(
             key=as_key(cut.id),
@@ -218,14 +225,19 @@ class ManifestSource:
             return name if segment is None else f"{name}#{segment_text(segment, '-')}"
         value = row.get(column)
         if value is None or value == "":
-            raise SourceError(f"Manifest {self.uri} has no {column} in {place}.")
+            raise SourceError(
+                f"Manifest {self.uri} has no {column} in {place}: add it or remove the row."
+            )
         return as_key(str(value))
 
     def _locate(self, path: str, place: str) -> tuple[str, str]:
-        """A recording's URI, and its name: relative to the manifest, without its extension."""
+        """A recording's URI and its path relative to the manifest without its extension."""
         chain = "://" in path and "::" in path
         if chain or "\0" in path or not is_text(path):
-            raise SourceError(f"Manifest {self.uri} has no plain path or URL in {place}: {path!r}.")
+            raise SourceError(
+                f"Manifest {self.uri} has an invalid path in {place}: {path!r} is not a plain "
+                "path or URL; correct it."
+            )
         _, is_url, rest = path.partition("://")
         marked = any(mark in path for mark in "?@;#")
         if path.startswith("//") or marked or (is_url and may_hold_secrets(rest)):
@@ -260,7 +272,8 @@ class ManifestSource:
             seconds = math.nan
         if not 0 <= seconds < 1e9:
             raise SourceError(
-                f"Manifest {self.uri} has no seconds in {place}: {column} is {value!r}."
+                f"Manifest {self.uri} has an invalid {column} in {place}: {value!r} is not a "
+                "number of seconds; correct it."
             )
         return round(seconds, 6)
 
@@ -275,16 +288,16 @@ class ManifestSource:
         )
 
     def _csv(self) -> Iterator[_Row]:
-        """The cells as they are written: a key or a path may look like a number."""
+        """Rows of strings: keys and paths may look like numbers."""
         tabs = manifest_format(self.uri) == "tsv"
-        # In a TSV a line is a row: quotes that nobody closes are common (Common Voice has them).
+        # In a TSV each line is a row: unclosed quotes are common, for example in Common Voice.
         style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
-        csv.field_size_limit(METADATA_LIMIT)  # by default no text may be longer than 128 KiB
+        csv.field_size_limit(METADATA_LIMIT)  # the default is 128 KiB
         with self._text() as file:
             lines = BoundedLines(file, self.uri)
             reader = csv.reader(lines, strict=True, **style)
             names: list[str] | None = None
-            line = 1  # where the row begins; quoted cells may span lines
+            line = 1  # on which the row begins; quoted cells may span lines
             try:
                 for cells in reader:
                     lines.next_row()
@@ -293,13 +306,13 @@ class ManifestSource:
                         names = row
                     elif names is not None and row:
                         if len(row) > len(names):
-                            raise csv.Error(f"{len(row)} fields, and the header names {len(names)}")
+                            raise csv.Error(f"{len(row)} fields, but the header has {len(names)}")
                         missing = [None] * (len(names) - len(row))
                         yield f"line {line}", dict(zip(names, [*row, *missing], strict=True))
                     line = reader.line_num + 1
             except csv.Error as error:
                 raise SourceError(
-                    f"Manifest {self.uri} is not valid CSV in line {line}: {error}."
+                    f"Manifest {self.uri} is not valid CSV in line {line}: {error}; correct it."
                 ) from error
 
     def _jsonl(self) -> Iterator[_Row]:
@@ -313,12 +326,12 @@ class ManifestSource:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
                     raise SourceError(
-                        f"Manifest {self.uri} is no JSON in line {number}: write one object per "
-                        "line."
+                        f"Manifest {self.uri} is not valid JSON in line {number}: write one object "
+                        "per line."
                     ) from error
                 if not isinstance(row, dict):
                     raise SourceError(
-                        f"Manifest {self.uri} has no JSON object in line {number}: write one "
+                        f"Manifest {self.uri}: line {number} is not a JSON object: write one "
                         "object per line."
                     )
                 if is_too_deep(row):
@@ -338,7 +351,7 @@ class ManifestSource:
 
 
 def manifest_format(uri: str) -> str | None:
-    """`csv`, `tsv`, `jsonl` or `parquet` by the name of a file; None if it is no manifest's."""
+    """`csv`, `tsv`, `jsonl` or `parquet` by the extension of a file, or else None."""
     name = re.sub(r"\.(gz|bz2|xz|zst)$", "", uri.lower())
     return FORMATS.get(posixpath.splitext(name)[1])
 
@@ -351,7 +364,7 @@ def _unquoted(cell: str) -> str:
 
 
 def _cell(value: str | None) -> Any:
-    """A CSV cell: a number where it looks exactly like one, nothing where it is empty."""
+    """The value of a CSV cell: a number if it is a valid one, None if it is empty."""
     if value is None or value == "":
         return None
     if not _NUMBER.fullmatch(value):

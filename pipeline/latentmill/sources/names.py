@@ -1,4 +1,4 @@
-"""Names of items: which part of a path is a key."""
+"""Converts paths to keys of items."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-# Most names: nothing has to be done for them.
+# Most names match and are used as they are.
 _PLAIN = re.compile(r"[\w -][\w .#-]*(/[\w -][\w .#-]*)*", re.ASCII)
 
 
 def without_extensions(paths: Sequence[str]) -> dict[str, str]:
-    """The name of each path: without its extension, except where that would not be unique."""
+    """The name of each path: without its extension, unless another path has the same name then."""
     names = {path: posixpath.splitext(path)[0] for path in paths}
     while True:
         uses = Counter(names.values())
@@ -23,28 +23,28 @@ def without_extensions(paths: Sequence[str]) -> dict[str, str]:
 
 
 def is_apple_double(path: str) -> bool:
-    """Whether a file is one of those that macOS puts beside others: `._song.wav`, `__MACOSX/...`.
+    """Whether macOS has created the file beside another one: `._song.wav`, `__MACOSX/...`.
 
-    They hold attributes of the file that they are named after, and no audio.
+    Such files contain attributes of the other file and no audio.
     """
     folder, _, name = path.rpartition("/")
     return name.startswith("._") or "__MACOSX" in folder.split("/")
 
 
 APPLE_DOUBLE = "files of macOS (._*, __MACOSX)"
-"""What they are called where they are counted."""
+"""The reason under which they are counted as ignored."""
 
 
 def as_key(name: str) -> str:
-    """A name from outside as a key: relative, without `..`, and text.
+    """Convert an untrusted name to a key: relative, without `..`, and valid text.
 
-    A key is never used as a path, and this one would do no harm if it were.
+    Keys are never used as paths, but this one would be harmless if it were.
     """
     if _PLAIN.fullmatch(name):
         return name
     try:
         data = name.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # half a surrogate pair, of JSON
+    except UnicodeEncodeError:  # half a surrogate pair, from JSON
         data = name.encode("utf-8", "backslashreplace")
     text = data.decode("utf-8", "backslashreplace")
     parts = (part for part in text.replace("\0", "").split("/") if part not in ("", "."))

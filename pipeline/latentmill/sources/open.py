@@ -1,4 +1,4 @@
-"""Which source a SOURCE argument means."""
+"""Opens the source that a SOURCE argument refers to."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from latentmill.sources.webdataset import WebDatasetSource
 _TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-# Each type of source, and how it is opened. A new one is added here and in `SourceType`.
+# How each type of source is opened. Add new types here and to `SourceType`.
 SOURCES: dict[SourceType, Callable[[SourceSettings], Source]] = {
     "folder": lambda given: FolderSource(
         given.source, given.extensions, include=given.include, exclude=given.exclude
@@ -39,11 +39,10 @@ SOURCES: dict[SourceType, Callable[[SourceSettings], Source]] = {
 
 
 def open_source(given: SourceSettings) -> Source:
-    """The source that the settings name. Nothing is listed yet.
+    """Open the source of some settings, without listing it.
 
-    Raises:
-        SourceError: It cannot be opened.
-        ConfigError: A setting of it is wrong, or has no effect on this type of source.
+    Raises SourceError if it cannot be opened, and ConfigError if a setting is wrong or has no
+    effect on this type of source.
     """
     kind = given.source_type or source_type(given.source)
     _refuse_unused(given, kind)
@@ -62,14 +61,14 @@ def _refuse_unused(given: SourceSettings, kind: SourceType) -> None:
 
 
 def source_type(uri: str) -> SourceType:
-    """The type of a source by its name; of one Parquet file by its schema."""
+    """The type of a source by its name; for a single Parquet file, by its schema."""
     name = uri.lower()
     if name.endswith(_TARS):
         return "webdataset"
     if name.endswith(".parquet"):
         return "parquet" if any(mark in name for mark in "*?[{") else _by_schema(uri)
     if manifest_format(uri) is not None and not uri.endswith("/"):
-        # A folder may be called `songs.json`; it is one then.
+        # The name of a folder may look like a manifest's.
         return "manifest" if Place(uri).kind() != "folder" else "folder"
     return "parquet" if name.startswith("hf://datasets/") else "folder"
 
@@ -86,8 +85,10 @@ def _by_schema(uri: str) -> SourceType:
 
 
 def is_there(uri: str) -> bool:
-    """Whether a source can still be reached; of a pattern, the folder before its wildcards, or else
-    the first file of its braces: web servers may deny folders.
+    """Whether a source still exists.
+
+    For a pattern, checks the folder before its wildcards and the first file of its braces, because
+    web servers may deny access to folders.
     """
     place = Place(uri)
     if place.kind() != "nothing":

@@ -1,4 +1,4 @@
-"""Parquet files with audio bytes in a column, as Hugging Face `datasets` writes them."""
+"""Parquet files with a column of audio, such as those that Hugging Face `datasets` writes."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ TABLES = (".parquet",)
 
 
 class ParquetSource:
-    """Every row of Parquet files: a file, a folder of them, a glob or a brace pattern.
+    """The rows of Parquet files: a file, a folder of files, a glob or a brace pattern.
 
-    The audio lies in a column of the kind `struct<bytes, path>`, in one of plain bytes, or as
-    samples (see `arrays`). Rows whose struct has a path alone stand for that file. A key is the
-    file's name without `.parquet`, a slash and the row's number in the file, which is stable as
-    long as the file is (`train-00000-of-00004/00000017`); or the value of `key_column`. All other
-    columns but bytes and samples are metadata, and the audio's `path` too.
+    The audio is in a column `struct<bytes, path>`, in a column of bytes, or in columns of samples
+    (see `arrays`). If the struct of a row has only a path, the item is that file. A key is the
+    file's name without `.parquet`, a slash and the row's number in the file
+    (`train-00000-of-00004/00000017`), or the value of `key_column`. All other columns except bytes
+    and samples are metadata, and so is the audio's `path`.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ParquetSource:
         self.ignored: Counter[str] = Counter()
 
     def items(self) -> Iterator[Item]:
-        """List the items; see `Source.items`."""
+        """Yield the items; see `Source.items`."""
         self.ignored.clear()
         found = 0
         for file in find_files(self._place, TABLES, self.ignored):
@@ -60,7 +60,7 @@ class ParquetSource:
                     found += 1
                     yield item
         if not found:
-            raise SourceError(f"Source {self.uri} holds no rows.")
+            raise SourceError(f"Source {self.uri} contains no rows: check the path.")
 
     def _items_of(self, file: File, table: Any) -> Iterator[Item]:
         schema = table.schema_arrow
@@ -71,7 +71,10 @@ class ParquetSource:
             held = (audio, f"{audio}.array", f"{audio}.sampling_rate")
             columns = [name for name in columns if name not in held]
         if self._key_column is not None and self._key_column not in columns:
-            raise SourceError(f"{file.uri} has no column {self._key_column} to take keys from.")
+            raise SourceError(
+                f"{file.uri} has no key column {self._key_column}: choose one of "
+                f"{', '.join(columns)}."
+            )
         refuse_bombs(table, columns, file.uri)
         stem = posixpath.splitext(file.name)[0]
         number = 0
@@ -99,12 +102,15 @@ class ParquetSource:
     def _key(self, metadata: dict[str, Any], file: File, number: int) -> str:
         value = metadata.get(str(self._key_column))
         if value is None or value == "":
-            raise SourceError(f"{file.uri} has no {self._key_column} in row {number}.")
+            raise SourceError(
+                f"{file.uri} has no {self._key_column} in row {number}: add it, or use keys by row "
+                "number, without --key-column."
+            )
         return as_key(str(value))
 
 
 def _beside(table: str, path: str) -> str:
-    """A path in a table as a URI: absolute, a URL, or relative to the table's folder."""
+    """The URI of a path in a table: absolute, a URL, or relative to the table's folder."""
     if path.startswith("file://"):
         return path_of_file_url(path)
     if "://" in path or path.startswith("/"):
@@ -115,11 +121,7 @@ def _beside(table: str, path: str) -> str:
 
 
 def _choose(schema: pa.Schema, asked: str | None, uri: str) -> str:
-    """The column that holds the audio.
-
-    Raises:
-        SourceError: There is none, or several could be meant.
-    """
+    """The column of audio; raises SourceError if there is none or if there are several."""
     kinds = {field.name: field.type for field in schema}
     if asked is not None:
         return asked
@@ -131,14 +133,16 @@ def _choose(schema: pa.Schema, asked: str | None, uri: str) -> str:
             return "audio" if "audio" in found else found[0]
         if found:
             raise SourceError(
-                f"{uri} has several columns of audio, {', '.join(found)}: choose one with "
+                f"{uri} has several audio columns, {', '.join(found)}: choose one with "
                 "--audio-column."
             )
-    raise SourceError(f"{uri} has no column of audio: it has {', '.join(kinds)}.")
+    raise SourceError(
+        f"{uri} has no audio column, only {', '.join(kinds)}: check the path or set --audio-column."
+    )
 
 
 def has_audio(schema: pa.Schema) -> bool:
-    """Whether a table holds audio, and is no manifest."""
+    """Whether a table contains audio; otherwise it is a manifest."""
     return any(
         is_audio(field.type) or is_binary(field.type) or is_array(field.type) or is_samples(field)
         for field in schema
@@ -147,11 +151,11 @@ def has_audio(schema: pa.Schema) -> bool:
 
 @contextlib.contextmanager
 def table_errors(uri: str) -> Iterator[None]:
-    """What reading a Parquet file may raise becomes a SourceError that names the file."""
+    """Convert errors of reading a Parquet file to a SourceError with its URI."""
     try:
         yield
     except (*storage_errors(), pa.ArrowException, ValueError) as error:
-        # ValueError: text that is no UTF-8; and fsspec's http, of a server that knows no ranges.
+        # ValueError: text that is not UTF-8, or fsspec's http with a server without ranges.
         cause = cause_of(error).split(". ")[0]  # Arrow's messages are long
         raise SourceError(f"Table {uri} cannot be read: {cause}.") from error
 
@@ -168,8 +172,9 @@ def _rows(
 
 
 def _mean_size(group: Any, column: str) -> tuple[int, bool]:
-    """Bytes of a cell, on average, and whether all cells are empty: the row group's footer says no
-    more.
+    """Average bytes of a cell in a row group, and whether all cells are empty.
+
+    The footer has only these totals.
     """
     for index in range(group.num_columns):
         chunk = group.column(index)

@@ -1,8 +1,8 @@
-"""Reading audio out of Parquet: each row group once per unit, whatever the order of its items.
+"""Reads audio from Parquet: each row group once per unit, whatever the order of the items.
 
-A cell cannot be read by itself, its page must be decoded. So the cells that a unit wants of a row
-group are taken in one pass over it, by whichever decode thread comes first; cells that the pass
-meets before they are asked for wait, in memory while they are few, else in a temporary file.
+A cell cannot be read alone, because its whole page must be decompressed. So one pass over a row
+group reads all cells that a unit needs. Each load thread advances the pass to its cell and keeps
+the cells of other items on the way: up to a limit in memory, the rest in a temporary file.
 """
 
 from __future__ import annotations
@@ -23,40 +23,38 @@ from latentmill.sources.base import Item, TableCell
 from latentmill.storage.remote import open_filesystem, retrying
 
 Cell = tuple[int, bytes | ItemError | None]
-"""A row's number, and its audio: None if there is none, or why it cannot be read."""
+"""The number of a row and its audio: None if the cell is empty, an ItemError if it is invalid."""
 
 OPEN_PASSES = 4
-"""Row groups that are being read at the same time."""
+"""Maximum number of row groups that are read at the same time."""
 
-WAITING_LIMIT = 64 << 20
-"""Bytes of cells that wait in memory, per row group."""
+KEPT_LIMIT = 64 << 20
+"""Maximum bytes of cells that are kept in memory, per row group."""
 
-_PIECE = 1 << 20  # of a column chunk, which would be read whole otherwise
-_ROWS = 8  # decoded at a time: a page may hold hundreds of megabytes
+_PIECE = 1 << 20  # bytes of a column chunk read at a time, instead of all of it
+_ROWS = 8  # rows converted at a time: a page may contain hundreds of megabytes
 
 
 class CellReader:
     """The Parquet cells of a unit's items. Thread-safe; `close` it."""
 
     def __init__(self, items: Iterable[Item]) -> None:
-        self._wanted: dict[tuple[str, int, str], set[int]] = {}
+        self._needed: dict[tuple[str, int, str], set[int]] = {}
         for item in items:
             if isinstance(item.place, TableCell):
-                self._wanted.setdefault(_group(item.uri, item.place), set()).add(item.place.row)
+                self._needed.setdefault(_group(item.uri, item.place), set()).add(item.place.row)
         self._passes: OrderedDict[tuple[str, int, str], _Pass] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, uri: str, cell: TableCell) -> bytes:
         """The bytes of a cell.
 
-        Raises:
-            ItemError: The cell is empty, or is not there.
-            OSError: Or what else pyarrow and the storage's client raise.
+        Raises ItemError if the cell is empty or does not exist, and OSError or other errors of
+        pyarrow and the storage.
         """
         return retrying(lambda: self._read(_group(uri, cell), cell.row))
 
     def close(self) -> None:
-        """Close the files."""
         with self._lock:
             passes = list(self._passes.values())
             self._passes.clear()
@@ -71,7 +69,7 @@ class CellReader:
     def _pass(self, group: tuple[str, int, str]) -> _Pass:
         with self._lock:
             if group not in self._passes:
-                self._passes[group] = _Pass(*group, self._wanted.get(group, set()))
+                self._passes[group] = _Pass(*group, self._needed.get(group, set()))
             self._passes.move_to_end(group)
             evicted = None
             if len(self._passes) > OPEN_PASSES:
@@ -82,21 +80,21 @@ class CellReader:
         return found
 
 
-class _Closed(Exception):  # noqa: N818  a pass was closed to make room: begin another
-    pass
+class _Closed(Exception):  # noqa: N818
+    """The pass was closed to stay within `OPEN_PASSES`; the caller starts a new one."""
 
 
 class _Pass:
     """One pass over a row group's column."""
 
-    def __init__(self, uri: str, row_group: int, column: str, wanted: set[int]) -> None:
+    def __init__(self, uri: str, row_group: int, column: str, needed: set[int]) -> None:
         self._uri, self._row_group, self._column = uri, row_group, column
-        self._wanted = wanted
+        self._needed = needed
         self._lock = threading.Lock()
         self._stack = contextlib.ExitStack()
         self._cells: Iterator[Cell] | None = None
         self._rows = 0
-        self._waiting: dict[int, bytes | ItemError | tuple[int, int] | None] = {}
+        self._kept: dict[int, bytes | ItemError | tuple[int, int] | None] = {}
         self._in_memory = 0
         self._spool: IO[bytes] | None = None
         self._closed = False
@@ -105,11 +103,11 @@ class _Pass:
         with self._lock:
             if self._closed:
                 raise _Closed
-            self._wanted.add(row)
-            data = self._take(row) if row in self._waiting else self._advance(row)
-            self._wanted.discard(row)
+            self._needed.add(row)
+            data = self._take(row) if row in self._kept else self._advance(row)
+            self._needed.discard(row)
         if data is None:
-            raise ItemError("the cell holds no audio")
+            raise ItemError("the cell contains no audio")
         if isinstance(data, ItemError):
             raise data
         return data
@@ -120,18 +118,18 @@ class _Pass:
             self._stack.close()
 
     def _advance(self, row: int) -> bytes | ItemError | None:
-        """Read on until the row comes; what others want on the way waits for them."""
+        """Read up to a row, and keep the cells of other items on the way."""
         fresh = self._cells is None
         if self._cells is None:
             self._cells = self._begin()
         if row >= self._rows:
-            raise ItemError(f"row group {self._row_group} has {self._rows} rows, and no row {row}")
+            raise ItemError(f"row group {self._row_group} has {self._rows} rows, but no row {row}")
         for number, data in self._cells:
             if number == row:
                 return data
-            if number in self._wanted:
+            if number in self._needed:
                 self._keep(number, data)
-        self._cells = None  # asked for a second time, or reading stopped at an error
+        self._cells = None  # the row is behind the pass, or the pass stopped at an error
         if fresh:
             raise ItemError(f"row group {self._row_group} ends before row {row}")
         return self._advance(row)
@@ -151,35 +149,35 @@ class _Pass:
             columns=column.columns,
             use_threads=False,
         )
-        return self._wanted_cells(batches, column)
+        return self._needed_cells(batches, column)
 
-    def _wanted_cells(self, batches: Iterator[Any], column: AudioColumn) -> Iterator[Cell]:
+    def _needed_cells(self, batches: Iterator[Any], column: AudioColumn) -> Iterator[Cell]:
         number = 0
         for batch in batches:
             for row in range(len(batch)):
                 data: bytes | ItemError | None = None
-                if number in self._wanted:
+                if number in self._needed:
                     try:
                         data = column.read(batch, row)
-                    except ItemError as error:  # of this cell alone
+                    except ItemError as error:  # only this cell is invalid
                         data = error
                 yield number, data
                 number += 1
 
     def _keep(self, row: int, data: bytes | ItemError | None) -> None:
         size = len(data) if isinstance(data, bytes) else 0
-        if not isinstance(data, bytes) or self._in_memory + size <= WAITING_LIMIT:
-            self._waiting[row] = data
+        if not isinstance(data, bytes) or self._in_memory + size <= KEPT_LIMIT:
+            self._kept[row] = data
             self._in_memory += size
             return
         if self._spool is None:
             self._spool = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         self._spool.seek(0, 2)
-        self._waiting[row] = (self._spool.tell(), len(data))
+        self._kept[row] = (self._spool.tell(), len(data))
         self._spool.write(data)
 
     def _take(self, row: int) -> bytes | ItemError | None:
-        found = self._waiting.pop(row)
+        found = self._kept.pop(row)
         if not isinstance(found, tuple):
             self._in_memory -= len(found) if isinstance(found, bytes) else 0
             return found
@@ -190,10 +188,9 @@ class _Pass:
 
 @contextlib.contextmanager
 def open_table(uri: str) -> Iterator[Any]:
-    """A Parquet file, which reads its column chunks piece by piece.
+    """Open a Parquet file that reads its column chunks piece by piece.
 
-    Raises:
-        OSError: Or what else pyarrow and the storage's client raise.
+    Raises OSError and other errors of pyarrow and the storage.
     """
     with contextlib.ExitStack() as stack:
         if "://" in uri:

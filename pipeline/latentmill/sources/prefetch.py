@@ -1,7 +1,7 @@
-"""Fetching the recordings of coming items while earlier ones are decoded.
+"""Prefetches the recordings of the next items while earlier ones are loaded.
 
-Small objects take longer to ask for than to carry: a few are asked for at once, so that a decode
-thread seldom waits for one. What waits in memory is bounded.
+For small objects the latency of a request is longer than the transfer. Several requests at once
+keep load threads from waiting. The bytes in memory are bounded.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ from latentmill.sources.base import Item, TableCell
 from latentmill.storage.closeable import Closeable
 
 FETCH_THREADS = 8
-ITEMS_AHEAD = 32
-BYTES_AHEAD = 128 << 20
-LARGEST = 16 << 20  # a longer file is fetched by several requests at once anyway
-UNKNOWN_SIZE = LARGEST
+PREFETCH_ITEMS = 32
+PREFETCH_BYTES = 128 << 20
+LARGEST = 16 << 20  # larger files are fetched by several requests at once anyway
+UNKNOWN_SIZE = LARGEST  # assumed for items whose size is unknown
 
 
 class Prefetch(Closeable):
-    """Opens items in the order in which they will be asked for. Thread-safe.
+    """Opens the next items in threads. Thread-safe.
 
-    Args:
-        items: All that may be asked for, in order.
-        open_item: Opens one; called from several threads.
-        fetch_item: Opens one ahead; gives None to leave it until it is asked for.
+    `items` are in the order in which they will be opened. `open_item` opens an item.
+    `fetch_item` opens an item early, or returns None for an item that should not be prefetched.
+    Both are called from several threads.
     """
 
     def __init__(
@@ -37,73 +36,69 @@ class Prefetch(Closeable):
         fetch_item: Callable[[Item], MediaFile | None],
     ) -> None:
         self._items = [item for item in items if prefetchable(item)]
-        self._place = {item.key: place for place, item in enumerate(self._items)}
+        self._index = {item.key: index for index, item in enumerate(self._items)}
         self._open, self._fetch_item = open_item, fetch_item
         self._lock = threading.Lock()
-        self._next = 0  # the first item that is not asked for
-        self._sizes: dict[str, int] = {}  # of those that were asked for and not taken
-        self._coming: dict[str, Future[MediaFile | None]] = {}
-        self._pool = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch-ahead")
+        self._next = 0  # index of the next item to prefetch
+        self._sizes: dict[str, int] = {}  # of the prefetched items that are not opened yet
+        self._futures: dict[str, Future[MediaFile | None]] = {}
+        self._pool = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="prefetch")
 
     def open(self, item: Item) -> MediaFile:
-        """An item's recording, the caller's to close.
-
-        Raises:
-            ItemError, ConfigError: As opening it does.
-        """
-        coming = self._take(item)
-        media = None if coming is None else coming.result()
+        """Open an item's recording; the caller closes it. Raises what `open_item` raises."""
+        future = self._pop(item)
+        media = None if future is None else future.result()
         return self._open(item) if media is None else media
 
-    def let_go(self, item: Item) -> None:
-        """The item is over; what nobody opened of it is closed."""
-        if (coming := self._take(item)) is not None:
-            coming.add_done_callback(_close)
+    def release(self, item: Item) -> None:
+        """Close the item's recording if it was prefetched but not opened."""
+        if (future := self._pop(item)) is not None:
+            future.add_done_callback(_close)
 
     def stop(self) -> None:
-        """Ask for nothing more."""
+        """Prefetch no more items."""
         with self._lock:
             self._next = len(self._items)
 
     def close(self) -> None:
-        """Close what is there, and wait for what is on its way."""
+        """Close prefetched recordings, after waiting for the running requests."""
         self.stop()
         with self._lock:
-            coming = list(self._coming.values())
-            self._coming.clear()
-        for one in coming:
-            one.cancel()
-            one.add_done_callback(_close)
+            futures = list(self._futures.values())
+            self._futures.clear()
+        for future in futures:
+            future.cancel()
+            future.add_done_callback(_close)
         self._pool.shutdown(wait=True)
 
-    def _take(self, item: Item) -> Future[MediaFile | None] | None:
+    def _pop(self, item: Item) -> Future[MediaFile | None] | None:
         with self._lock:
-            coming = self._coming.pop(item.key, None)
+            future = self._futures.pop(item.key, None)
             self._sizes.pop(item.key, None)
-            self._next = max(self._next, self._place.get(item.key, -1) + 1)
-            self._ask()
-        return coming
+            self._next = max(self._next, self._index.get(item.key, -1) + 1)
+            self._submit()
+        return future
 
-    def _ask(self) -> None:
-        """Ask for as many items as there is room for; one at least."""
-        while self._next < len(self._items) and len(self._coming) < ITEMS_AHEAD:
+    def _submit(self) -> None:
+        """Submit the next items up to the limits, and at least one."""
+        while self._next < len(self._items) and len(self._futures) < PREFETCH_ITEMS:
             item = self._items[self._next]
-            if self._coming and sum(self._sizes.values()) + _size(item) > BYTES_AHEAD:
+            if self._futures and sum(self._sizes.values()) + _size(item) > PREFETCH_BYTES:
                 return
             self._sizes[item.key] = _size(item)
-            self._coming[item.key] = self._pool.submit(self._fetch, item)
+            self._futures[item.key] = self._pool.submit(self._fetch, item)
             self._next += 1
 
     def _fetch(self, item: Item) -> MediaFile | None:
         media = self._fetch_item(item)
         with self._lock:
-            if item.key in self._sizes:  # now it is known
+            if item.key in self._sizes:  # replace the expected size by the actual one
                 self._sizes[item.key] = media.size if media is not None else 0
         return media
 
 
 def prefetchable(item: Item) -> bool:
-    """Whether an item has bytes of its own elsewhere, and not many."""
+    """Whether an item is a small remote file or member that it shares with no other item."""
     shared = item.segment is not None or isinstance(item.place, TableCell)
     return is_remote(item.uri) and not shared and _size(item) <= LARGEST
 

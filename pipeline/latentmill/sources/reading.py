@@ -1,4 +1,4 @@
-"""The bytes of a unit's items, wherever they lie: files, members of tars, cells of tables."""
+"""Opens the bytes of a unit's items: files, members of tars, and cells of tables."""
 
 from __future__ import annotations
 
@@ -24,18 +24,15 @@ from latentmill.storage.closeable import Closeable
 from latentmill.storage.remote import cause_of, storage_errors
 
 _PIECE = 16 << 20
-_SHARED_RECORDINGS = 2  # fetched recordings that are kept while their segments are read
+_SHARED_RECORDINGS = 2  # maximum fetched recordings that are kept for their segments
 
 
 class UnitReader(Closeable):
-    """Opens the audio of a unit's items for the unit's decode threads. Thread-safe; `close` it.
+    """Opens the audio of a unit's items for the unit's load threads. Thread-safe; `close` it.
 
-    What several items share is read once: the fetched recording that segments are parts of, and
-    the row group that cells lie in. Small recordings from elsewhere are fetched ahead.
-
-    Args:
-        items: Of the unit, in the order in which they will be opened.
-        allow_changed: Whether files may have changed since they were planned.
+    Data that several items share is read once: the remote recording of segments, and the row group
+    of cells. Small remote recordings are prefetched. `items` are in the order in which they will
+    be opened. `allow_changed` accepts files that have changed since planning.
     """
 
     def __init__(self, items: Iterable[Item], *, allow_changed: bool = False) -> None:
@@ -47,19 +44,18 @@ class UnitReader(Closeable):
         self._versions: dict[str, tuple[int, str]] = {}
         self._hashes: dict[str, str] = {}
         self._recordings: OrderedDict[str, MediaFile] = OrderedDict()
-        self._ahead = Prefetch(items, self._open, self._fetch)
+        self._prefetch = Prefetch(items, self._open, self._fetch)
 
     def open(self, item: Item) -> MediaFile:
-        """The bytes of an item's recording: all of it, where the item is a segment.
+        """Open an item's recording; for a segment, the whole recording.
 
-        Raises:
-            ItemError: It is missing, cannot be read, or has changed since it was planned.
+        Raises ItemError if it is missing, unreadable, or has changed since planning.
         """
-        return self._ahead.open(item)
+        return self._prefetch.open(item)
 
-    def let_go(self, item: Item) -> None:
-        """The item is over, opened or not."""
-        self._ahead.let_go(item)
+    def release(self, item: Item) -> None:
+        """Free what was prefetched of an item that needs no more reading."""
+        self._prefetch.release(item)
 
     def _open(self, item: Item) -> MediaFile:
         if item.place is not None and not self._allow_changed:
@@ -80,12 +76,12 @@ class UnitReader(Closeable):
         return media
 
     def _fetch(self, item: Item) -> MediaFile | None:
-        """The bytes of a recording that nobody asks for yet; None of one that is long after all."""
+        """Open a recording early; None if it turns out to be large."""
         item = with_size(item)
         return None if item.size > LARGEST else self._open(item)
 
     def content_hash(self, item: Item, media: MediaFile) -> str:
-        """The hash of the item's encoded bytes; of a segment, those of the whole recording."""
+        """The hash of the item's encoded bytes; for a segment, of the whole recording."""
         if item.segment is None:
             return media.content_hash
         with self._lock_of(item.uri):
@@ -94,12 +90,12 @@ class UnitReader(Closeable):
             return self._hashes[item.uri]
 
     def stop(self) -> None:
-        """Fetch nothing more ahead."""
-        self._ahead.stop()
+        """Prefetch no more recordings."""
+        self._prefetch.stop()
 
     def close(self) -> None:
-        """Close what is shared, and what was fetched and not opened."""
-        self._ahead.close()
+        """Close shared recordings and those that were prefetched but not opened."""
+        self._prefetch.close()
         self._cells.close()
         with self._lock:
             while self._recordings:
@@ -112,26 +108,26 @@ class UnitReader(Closeable):
             raise ItemError(f"the table cannot be read: {cause_of(error)}") from error
 
     def _shared(self, item: Item) -> MediaFile:
-        """A fetched recording, fetched once for all segments that follow each other."""
+        """A remote recording, fetched once for consecutive segments."""
         uri = item.uri
         with self._lock_of(uri):
             with self._lock:
                 known = self._recordings.get(uri)
                 if known is not None:
-                    return _again(known)
+                    return _reopened(known)
             fetched = open_media(uri, item.size or None)
             with self._lock:
                 self._recordings[uri] = fetched
                 while len(self._recordings) > _SHARED_RECORDINGS:
                     self._recordings.popitem(last=False)[1].close()
-                return _again(fetched)
+                return _reopened(fetched)
 
     def _lock_of(self, uri: str) -> threading.Lock:
         with self._lock:
             return self._locks.setdefault(uri, threading.Lock())
 
     def _check_container(self, item: Item) -> None:
-        """Refuse a tar or a table that is not the one that was planned; asked once per unit."""
+        """Refuse a tar or table that has changed since planning; checked once per unit."""
         if not item.version:
             return
         with self._lock_of(item.uri):
@@ -145,20 +141,20 @@ class UnitReader(Closeable):
 
 
 def with_size(item: Item) -> Item:
-    """The item with its file's size where its source, such as a manifest, did not give it."""
+    """The item with the size of its file, if its source (such as a manifest) has not set it."""
     if item.size or item.place is not None or not is_remote(item.uri):
         return item
     try:
         return dataclasses.replace(item, size=current_version(item.uri)[0])
     except storage_errors():
-        return item  # opening it will say what is wrong
+        return item  # opening it will raise the error
 
 
 def _check_unchanged(item: Item, media: MediaFile) -> None:
-    """Refuse a file that is not the one that was planned: what was listed is what is encoded.
+    """Refuse a file that has changed since it was listed.
 
-    A listing that gave neither size nor version (a dangling link, a manifest, some web servers)
-    promises nothing. A fetched file's version would cost one more request: there the size must do.
+    A listing without size and version (a dangling link, a manifest, some web servers) allows no
+    check. For a fetched file only the size is compared: its version would need another request.
     """
     if not item.size and not item.version:
         return
@@ -168,11 +164,11 @@ def _check_unchanged(item: Item, media: MediaFile) -> None:
         )
     local = item.uri.startswith("/")
     if local and item.version and item.version != str(os.fstat(media.fileno()).st_mtime_ns):
-        raise ItemError("changed since the plan was made (the same size, written anew)")
+        raise ItemError("changed since the plan was made (same size, new modification time)")
 
 
 def _open_range(uri: str, place: ByteRange) -> MediaFile:
-    """A run of bytes of a file; a long one goes to an unlinked temporary file."""
+    """A range of bytes of a file; a large one is copied to an unlinked temporary file."""
     try:
         if place.size <= MEMORY_LIMIT:
             media = media_from_bytes(read_bytes(uri, place.offset, place.offset + place.size))
@@ -184,9 +180,9 @@ def _open_range(uri: str, place: ByteRange) -> MediaFile:
         size = media.size
         media.close()
         if size > place.size:
-            raise ItemError("its server knows no ranges: it gave the whole file")
+            raise ItemError("its server does not support ranges: it returned the whole file")
         raise ItemError(
-            f"its file is cut off, or claims too much: {size} of {place.size} bytes are there"
+            f"its file is truncated or its header is wrong: only {size} of {place.size} bytes exist"
         )
     return media
 
@@ -204,8 +200,8 @@ def _copy(uri: str, place: ByteRange) -> MediaFile:
     return MediaFile(target)
 
 
-def _again(media: MediaFile) -> MediaFile:
-    """The same bytes with a file position of their own."""
+def _reopened(media: MediaFile) -> MediaFile:
+    """A second MediaFile of the same bytes, with its own file position."""
     try:
         return MediaFile(Path(f"/proc/self/fd/{media.fileno()}").open("rb", buffering=0))
     except OSError:  # not Linux

@@ -1,4 +1,4 @@
-"""The settings that choose a source's items, and what else is declared with every setting."""
+"""The settings of a source, and the properties that every setting declares."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Effect = Literal["latents", "model", "items", "run"]
 
 @dataclass(frozen=True)
 class Setting:
-    """What is declared of a setting besides its name, type, default, bounds and help text.
+    """Properties of a setting besides its name, type, default, bounds and help text.
 
     Attributes:
         group: Heading of its option in `encode --help`; empty: the general options.
-        effect: What it changes. `latents`: it is part of the fingerprint, by its name. `model`: the
-            fingerprint has what it resolves to (the model's identity, the chunks, the precision).
-            `items`: which items are planned; the plan keeps it. `run`: only how fast, where or
-            into which files the run writes.
-        sources: Types of source that it counts for; empty: all. It is refused for others.
+        effect: What it changes. `latents`: it is part of the fingerprint, under its name. `model`:
+            its resolved value (the model's identity, the chunks, the precision) is part of the
+            fingerprint. `items`: which items are planned; it is stored in the plan. `run`: only how
+            fast, where or into which files the run writes.
+        sources: Types of source that it applies to; empty: all. It is an error for other types.
     """
 
     group: str = ""
@@ -33,12 +33,12 @@ class Setting:
 
     @staticmethod
     def of(field: FieldInfo) -> Setting:
-        """The one that a field is annotated with."""
+        """The properties that a field is annotated with."""
         return next(one for one in field.metadata if isinstance(one, Setting))
 
 
 def option(name: str) -> str:
-    """How a user types a setting: `--chunk-seconds`; of an argument, `SOURCE` or `STORE`."""
+    """How a user types a setting: `--chunk-seconds`, or `SOURCE` and `STORE` for arguments."""
     special = {"source": "SOURCE", "out": "STORE", "model_options": "--model-option"}
     return special.get(name) or "--" + name.replace("_", "-")
 
@@ -48,7 +48,7 @@ def _source(*types: SourceType) -> Setting:
 
 
 class SourceSettings(BaseModel):
-    """Where the audio is, and which of it becomes items."""
+    """The location of the audio, and which files or rows become items."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 

@@ -1,7 +1,7 @@
-"""WebDataset tars: each audio member is an item, read by its place in the tar.
+"""WebDataset tars: each audio member is an item, which is read by its position in the tar.
 
-Only headers and small metadata members are read here; encoding an item is one ranged read. Members
-are taken by an explicit list of types, and nothing of them is ever executed or unpacked.
+Listing reads only headers and small metadata members; encoding reads each item with one range
+request. Only members with listed extensions are used, and no member is ever executed or unpacked.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ _COMPRESSED_NAMES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 # webdataset's own rule: up to the first dot of the base name.
 _SAMPLE = re.compile(r"(?P<key>(?:.*/)?[^/.]+)\.(?P<extension>[^/]*)", re.DOTALL)
 
-LARGEST_HEADER = 1 << 20  # a long name; a header that claims more is no header
-LARGEST_TAR = 1 << 62  # bytes; a member that ends beyond is none
-READ_AHEAD = 128 << 10  # of a remote tar: what one request for a header brings along
-_ZEROS = 64 << 10  # read at a time, between tars
-SIDE_BY_SIDE = 8  # remote tars whose headers are read at the same time
+LARGEST_HEADER = 1 << 20  # bytes; long names need large headers
+LARGEST_TAR = 1 << 62  # bytes; a member that ends beyond is invalid
+READ_AHEAD = 128 << 10  # bytes of a request for a header in a remote tar
+_ZEROS = 64 << 10  # bytes that are read at a time between tars
+PARALLEL_TARS = 8  # remote tars whose headers are read at the same time
 
 
 @dataclass(frozen=True)
 class _Member:
-    """An ordinary file in a tar; `text` holds the bytes of a small metadata member."""
+    """A regular file in a tar; `text` is the content of a small metadata member."""
 
     name: str
     offset: int
@@ -58,13 +58,13 @@ class _Member:
 
 
 class WebDatasetSource:
-    """Every audio member of tars: a tar, a folder of them, a glob or a brace pattern.
+    """The audio members of tars: a tar, a folder of tars, a glob or a brace pattern.
 
     A key is the tar's name without `.tar`, a slash, and the member's name without its extension
-    (`shard-000/album/song`), so that the items of a tar stay together in the plan. Members that
-    follow each other and share what webdataset calls a key (up to the first dot) are a sample: its
-    `.json`, `.txt` and `.cls` members are the metadata of its audio members. Where a sample has
-    several of those, `drums.json` belongs to `song.drums.wav` alone.
+    (`shard-000/album/song`), so that the items of a tar are adjacent in the plan. Consecutive
+    members with the same WebDataset key (the name up to the first dot) are a sample: its `.json`,
+    `.txt` and `.cls` members are the metadata of its audio members. If a sample has several audio
+    members, `song.drums.json` belongs to `song.drums.wav` only.
     """
 
     def __init__(self, uri: str, extensions: Sequence[str]) -> None:
@@ -74,7 +74,7 @@ class WebDatasetSource:
         self.ignored: Counter[str] = Counter()
 
     def items(self) -> Iterator[Item]:
-        """List the items; see `Source.items`."""
+        """Yield the items; see `Source.items`."""
         self.ignored.clear()
         if self.uri.lower().endswith(_COMPRESSED_NAMES):
             raise SourceError(_compressed(self.uri))
@@ -86,20 +86,20 @@ class WebDatasetSource:
             yield from items
         if not found:
             raise SourceError(
-                f"Source {self.uri} holds no audio members: looked for "
-                f"{', '.join(self._extensions)} in {len(tars)} tars."
+                f"Source {self.uri} contains no audio: no member of its {len(tars)} tars ends in "
+                f"{', '.join(self._extensions)}; set --extensions."
             )
 
     def _scanned(self, tars: Sequence[File]) -> Iterator[tuple[list[Item], Counter[str]]]:
-        """What each tar holds, in order, a few remote tars ahead."""
+        """The items and ignored members of each tar, in order; remote tars are read in threads."""
         if self._place.local:
             yield from (self._scan(tar) for tar in tars)
             return
         running: deque[Future[tuple[list[Item], Counter[str]]]] = deque()
-        with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        with ThreadPoolExecutor(PARALLEL_TARS) as pool:
             for tar in tars:
                 running.append(pool.submit(self._scan, tar))
-                if len(running) > SIDE_BY_SIDE:
+                if len(running) > PARALLEL_TARS:
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()
@@ -107,16 +107,16 @@ class WebDatasetSource:
     def _scan(self, tar: File) -> tuple[list[Item], Counter[str]]:
         ignored: Counter[str] = Counter()
         try:
-            # Reading on after a lost connection would begin in the middle: all of it again.
+            # A retry after a lost connection must read the tar from its start.
             items: list[Item] = retrying(lambda: self._read(tar, ignored))
             return items, ignored
-        # ValueError: of `tarfile`, for odd numbers; of fsspec's http, for a server without ranges.
+        # ValueError: from `tarfile` for invalid numbers, from fsspec's http without ranges.
         except storage_errors(ValueError) as error:
             cause = cause_of(error).split(". ")[0]
             raise SourceError(f"Tar {tar.uri} cannot be read: {cause}.") from error
-        except (tarfile.TarError, RecursionError) as error:  # thousands of headers of one member
+        except (tarfile.TarError, RecursionError) as error:  # recursion: thousands of headers
             raise SourceError(
-                f"Tar {tar.uri} is no tar or damaged ({error}): mend it, or leave it out."
+                f"Tar {tar.uri} is not a valid tar file ({error}): recreate it or exclude it."
             ) from error
 
     def _read(self, tar: File, ignored: Counter[str]) -> list[Item]:
@@ -138,7 +138,7 @@ class WebDatasetSource:
                     sample, key = [], match["key"]
                 sample.append(member)
         items += self._items_of(tar, sample, ignored)
-        _refuse_twins(tar, items)
+        _refuse_duplicates(tar, items)
         return items
 
     def _open(self, tar: File) -> IO[bytes]:
@@ -174,13 +174,13 @@ class WebDatasetSource:
                 ignored[_extension(other.name)] += 1
 
 
-def _refuse_twins(tar: File, items: Sequence[Item]) -> None:
+def _refuse_duplicates(tar: File, items: Sequence[Item]) -> None:
     uses = Counter(item.key for item in items)
-    if twins := sorted(key for key, count in uses.items() if count > 1):
-        name = twins[0].removeprefix(f"{posixpath.splitext(tar.name)[0]}/")
+    if duplicates := sorted(key for key, count in uses.items() if count > 1):
+        name = duplicates[0].removeprefix(f"{posixpath.splitext(tar.name)[0]}/")
         raise SourceError(
-            f"Tar {tar.uri} holds more than one audio member named {name!r} ({len(twins)} such "
-            "names), and a key must name one item: unpack the tar, rename them, and pack it again."
+            f"Tar {tar.uri} contains several audio members with the key {name!r} "
+            f"({len(duplicates)} such keys): rename them and recreate the tar."
         )
 
 
@@ -189,7 +189,7 @@ def _extension(name: str) -> str:
 
 
 def _belongs(other: _Member, audio: _Member, *, alone: bool) -> bool:
-    """Whether a metadata member of a sample is about an audio member of it."""
+    """Whether a metadata member of a sample belongs to an audio member of the sample."""
     if other.text is None:
         return False
     stem = posixpath.splitext(other.name)[0]
@@ -197,9 +197,9 @@ def _belongs(other: _Member, audio: _Member, *, alone: bool) -> bool:
 
 
 def _metadata(tar: str, members: Sequence[_Member]) -> tuple[dict[str, Any], list[str]]:
-    """What metadata members say; and the addresses of those that cannot be understood.
+    """The merged metadata of some members, and the addresses of invalid ones.
 
-    The latter fail their item when it is encoded, with what is wrong with them.
+    Encoding reads the invalid ones as sidecars, and their item fails with the reason.
     """
     metadata: dict[str, Any] = {}
     broken = []
@@ -218,7 +218,7 @@ def _metadata(tar: str, members: Sequence[_Member]) -> tuple[dict[str, Any], lis
 
 
 def _members(file: IO[bytes], tar: File, ignored: Counter[str]) -> Iterator[_Member]:
-    """The ordinary files of a tar, in order; what else it holds is counted."""
+    """The regular files of a tar, in order; other members are counted in `ignored`."""
     head = file.read(6)
     file.seek(0)
     if any(head.startswith(magic) for magic in COMPRESSED):
@@ -231,7 +231,7 @@ def _members(file: IO[bytes], tar: File, ignored: Counter[str]) -> Iterator[_Mem
             while (info := reader.next()) is not None:
                 headers.next_member(reader)
                 if info.offset_data <= end and end:
-                    raise tarfile.ReadError(f"its members overlap at byte {info.offset}")
+                    raise tarfile.ReadError(f"members overlap at byte {info.offset}")
                 end = info.offset_data
                 if not info.isreg() or info.issparse():
                     if not info.isdir():
@@ -239,7 +239,7 @@ def _members(file: IO[bytes], tar: File, ignored: Counter[str]) -> Iterator[_Mem
                     continue
                 if info.offset_data + info.size > LARGEST_TAR:
                     raise tarfile.ReadError(f"a member of {info.size} bytes")
-                if info.offset_data + info.size > tar.size:  # reading it will fail, and say so
+                if info.offset_data + info.size > tar.size:  # reading the member will fail
                     ignored["tars without an end mark"] += 1
                     yield _Member(info.name, info.offset_data, info.size)
                     return
@@ -253,7 +253,7 @@ def _members(file: IO[bytes], tar: File, ignored: Counter[str]) -> Iterator[_Mem
 
 
 def _next_tar(file: IO[bytes], offset: int, ignored: Counter[str]) -> int | None:
-    """Go to the next tar in a file, as `cat a.tar b.tar` makes it; None if there is no other."""
+    """Go to the next tar in a file made by `cat a.tar b.tar`; None if there is no other."""
     file.seek(offset)
     if offset == 0:
         return 0
@@ -282,19 +282,20 @@ def _kind(info: tarfile.TarInfo) -> str:
 
 
 def _check_end(file: IO[bytes], offset: int, ignored: Counter[str]) -> None:
-    """`tarfile` takes any end for the end; an end is a block of zeros."""
+    """Check that a tar ends with a block of zeros; `tarfile` accepts any end."""
     file.seek(offset)
     block = file.read(tarfile.BLOCKSIZE)
-    if not block:  # cut between two members, or the last one's data are cut off
+    if not block:  # truncated between two members or in the data of the last one
         ignored["tars without an end mark"] += 1
     elif block.strip(b"\0"):
-        raise tarfile.ReadError(f"there is no header at byte {offset}")
+        raise tarfile.ReadError(f"no valid header at byte {offset}")
 
 
 class _Headers(io.RawIOBase):
-    """A tar's file for `tarfile`, which reads as much of a header as the header claims.
+    """The file that `tarfile` reads headers from, with a limit on their size.
 
-    A member may have several headers; together they may not be larger than `LARGEST_HEADER`.
+    `tarfile` would read as many bytes as a header claims. The headers of one member together may
+    have `LARGEST_HEADER` bytes.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -302,7 +303,7 @@ class _Headers(io.RawIOBase):
         self._left = LARGEST_HEADER
 
     def next_member(self, reader: tarfile.TarFile) -> None:
-        """A member's headers have been read; `reader` would keep all members and their headers."""
+        """Allow the next member its full headers, and free the previous ones."""
         reader.members = []  # type: ignore[attr-defined]
         self._left = LARGEST_HEADER
         kept = sum(len(name) + len(value) for name, value in reader.pax_headers.items())
@@ -326,6 +327,5 @@ class _Headers(io.RawIOBase):
 
 def _compressed(uri: str) -> str:
     return (
-        f"Tar {uri} is compressed, so that its members have no place of their own: unpack it to a "
-        ".tar first."
+        f"Tar {uri} is compressed, so single members cannot be read: decompress it to a .tar file."
     )

@@ -1,7 +1,7 @@
 """Conditions on metadata, such as `genre == 'rock' and bpm > 100`: parsed, never executed.
 
-The syntax is Python's, of which only these are allowed: names and `a.b` for fields, constants,
-lists, comparisons, `in`, `and`, `or`, `not`.
+The syntax is a subset of Python: names and `a.b` for fields, constants, lists, comparisons, `in`,
+`and`, `or`, `not`.
 """
 
 from __future__ import annotations
@@ -37,22 +37,19 @@ _ALLOWED = (
 class Condition:
     """A condition on an item's metadata.
 
-    A field that is not there is None. What cannot be compared, such as None with a number, makes a
-    comparison false, as it does in SQL.
-
-    Raises:
-        ConfigError: The text is no such condition.
+    A missing field is None. A comparison of values that cannot be compared, such as None and a
+    number, is false, as in SQL. Raises ConfigError if the text is not a valid condition.
     """
 
     def __init__(self, text: str) -> None:
         self.text = text
         try:
             if len(text) > MAX_LENGTH:
-                raise ValueError(f"it has more than {MAX_LENGTH} characters")
+                raise ValueError(f"longer than {MAX_LENGTH} characters")
             self._tree = ast.parse(text.strip(), mode="eval").body
             for node in ast.walk(self._tree):
                 if not isinstance(node, _ALLOWED):
-                    raise ValueError("it may compare fields and values, with and, or, not")
+                    raise ValueError("only comparisons with and, or, not are allowed")
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             cause = error.msg if isinstance(error, SyntaxError) else str(error)
             raise ConfigError(
@@ -62,13 +59,13 @@ class Condition:
 
     @property
     def fields(self) -> frozenset[str]:
-        """The fields that it names: `genre`, `tags.mood`."""
+        """The fields that it uses: `genre`, `tags.mood`."""
         inner = {id(n.value) for n in ast.walk(self._tree) if isinstance(n, ast.Attribute)}
         named = (n for n in ast.walk(self._tree) if isinstance(n, ast.Name | ast.Attribute))
         return frozenset(ast.unparse(node) for node in named if id(node) not in inner)
 
     def holds(self, metadata: Mapping[str, Any]) -> bool:
-        """Whether it is true of an item."""
+        """Whether the condition is true for an item's metadata."""
         return bool(_value(self._tree, metadata))
 
 
