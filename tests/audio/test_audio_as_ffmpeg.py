@@ -228,7 +228,7 @@ def test_a_lost_mp3_frame_fails(xing: str, kind: str) -> None:
     """Decoders skip it, and all that follows comes 26 ms early."""
     data = damaged(mp3(write_xing=xing), kind)
     text = {"removed": "^truncated: the header promises 133632 samples, 132480"}.get(
-        kind, r"decoding stopped at sample (67968|69120), 41[78] bytes at byte [0-9]+ are not MPEG"
+        kind, r"loading stopped at sample (67968|69120), 41[78] bytes at byte [0-9]+ are not MPEG"
     )
     with pytest.raises(ItemError, match=text):
         decode(data)
@@ -344,7 +344,7 @@ def test_a_wav_whose_size_has_wrapped_fails(tmp_path: Path) -> None:
     path = sparse_wav(tmp_path / "long.wav", seconds, seconds * 4 * RATE & 0xFFFF_FFFF)
     with (
         open_media(str(path)) as media,
-        pytest.raises(ItemError, match=r"wrapped at 4 GiB: it says 196304 bytes, and 4294967296"),
+        pytest.raises(ItemError, match=r"wrapped at 4 GiB: it is 196304 bytes, but 4294967296"),
     ):
         open_audio(media)
 

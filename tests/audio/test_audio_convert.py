@@ -71,7 +71,7 @@ def test_mono_is_the_mean_and_stereo_is_a_copy() -> None:
     assert np.array_equal(stereo[0], signal[:, 0])
     assert np.array_equal(stereo[1], signal[:, 0])
     assert stats.rms == pytest.approx(np.sqrt(np.mean(signal[:, 0].astype(float) ** 2)))
-    with pytest.raises(ItemError, match="it has 6 channels and the model takes 2"):
+    with pytest.raises(ItemError, match="it has 6 channels and the model needs 2"):
         convert(np.zeros((10, 6), np.float32), 44100, 44100, 2, [10])
 
 

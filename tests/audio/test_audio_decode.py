@@ -95,7 +95,7 @@ def test_mp3_with_zeros_behind_is_whole_but_damage_inside_is_not() -> None:
     data = encoded("mp3-without-xing")
     assert np.array_equal(decode(data + bytes(4000)), decode(data))
     damaged = data[:9000] + bytes(byte ^ 0x5A for byte in data[9000:9400]) + data[9400:]
-    with pytest.raises(ItemError, match="truncated or damaged: decoding stopped at sample"):
+    with pytest.raises(ItemError, match="truncated or damaged: loading stopped at sample"):
         decode(damaged)
 
 
@@ -154,10 +154,10 @@ def test_a_wav_from_a_pipe_has_no_length_to_miss(size: int) -> None:
         (b"#EXTM3U\n#EXTINF:1,\n/etc/hostname\n", "not a known audio format"),
         (b"\xff" * 5000, "not a known audio format"),
         (bytes(5000), "not a known audio format"),
-        (ID3, "no audio after the file's ID3 tag"),
-        (b"RIFF\x24\0\0\0WAVE", "cannot be decoded as wav"),
-        (b"OggS" + bytes(40), "truncated|cannot be decoded"),
-        (sound(np.zeros((0, 2)), RATE), "cannot be decoded as wav: it holds no samples"),
+        (ID3, "the file has no audio after its ID3 tag"),
+        (b"RIFF\x24\0\0\0WAVE", "cannot be loaded as wav"),
+        (b"OggS" + bytes(40), "truncated|cannot be loaded"),
+        (sound(np.zeros((0, 2)), RATE), "cannot be loaded as wav: it contains no samples"),
         (sound(np.zeros((10, 65)), RATE), "65 channels"),
         (sound(np.zeros((10, 1)), 2_000_000), "2000000 Hz"),
         (sound(np.zeros((10, 1)), 50), "50 Hz"),
@@ -251,7 +251,7 @@ def test_decoding_has_a_time_limit(monkeypatch) -> None:
             total += block.shape[1]
         assert total == SECONDS * RATE
         with pytest.raises(
-            ItemError, match=r"^decoding took 14 s for 1 s of audio, .*--load-timeout 12 allows$"
+            ItemError, match=r"^loading took 14 s for 1 s of audio, .*--load-timeout 12 allows$"
         ):
             list(open_audio(media, time_limit=12).blocks())
 

@@ -19,7 +19,7 @@ def decode(data: bytes, *, allow_truncated: bool = False) -> np.ndarray:
 def test_a_cut_file_fails_in_one_line(kind: str, lost: float) -> None:
     data = encoded(kind).split(b"APETAGEX")[0]  # a lost tag costs no audio
     data = data[: int(len(data) * lost) if lost < 1 else len(data) - int(lost)]
-    with pytest.raises(ItemError, match=r"^truncated|^cannot be decoded") as caught:
+    with pytest.raises(ItemError, match=r"^truncated|^cannot be loaded") as caught:
         decode(data)
     assert "\n" not in str(caught.value)
 
@@ -46,13 +46,13 @@ def test_the_message_counts_samples(kind: str) -> None:
     kept = decode(data[: len(data) // 2], allow_truncated=True).shape[1]
     assert str(caught.value) == (
         f"truncated: the header promises {promised} samples, "
-        f"{kept} could be decoded (--allow-truncated keeps what is there)"
+        f"{kept} could be loaded (--allow-truncated keeps the readable part)"
     )
 
 
 def test_an_m4a_whose_index_is_lost_cannot_be_kept() -> None:
     data = encoded("m4a")  # its index lies at the end
-    with pytest.raises(ItemError, match=r"bytes are missing at the end; nothing can be decoded$"):
+    with pytest.raises(ItemError, match=r"bytes are missing at the end; nothing can be loaded$"):
         decode(data[: len(data) // 2], allow_truncated=True)
 
 

@@ -1,4 +1,4 @@
-"""Bytes to waveforms: open a file, find its format, decode it in blocks, convert it for a model.
+"""Loads audio: opens a file, finds its format, loads it in blocks and converts it for a model.
 
     with open_media(uri) as media:
         stream = open_audio(media)
@@ -7,7 +7,7 @@
             ...
         waveform.stats, media.content_hash
 
-Every fault of a recording is an ItemError with one line of text that names no path.
+Every error of a recording is an ItemError with one line of text without a path.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Importing the decoders takes half a second, which commands that load no audio save.
+    # Importing the decoders takes half a second; commands that load no audio do not wait for it.
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

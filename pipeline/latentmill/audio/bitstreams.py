@@ -1,6 +1,6 @@
-"""Coded audio that pretends to be PCM: DTS on CDs, and what goes over S/PDIF (IEC 61937).
+"""Detects coded audio that is stored as PCM: DTS on CDs, and S/PDIF bitstreams (IEC 61937).
 
-Such files play as loud noise. Their sync words, as 16-bit samples, come at equal distances.
+Such files play as loud noise. Their sync words repeat at equal distances in the 16-bit samples.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ import numpy as np
 from latentmill.record import FloatArray
 
 CODECS = ("pcm_16", "pcm_s16le", "pcm_s16be", "flac", "alac", "wavpack")
-"""Codecs that keep 16-bit samples as they are."""
+"""Codecs that preserve 16-bit samples exactly."""
 
 _SYNC_WORDS = {
     (0x7FFE, 0x8001): "DTS",
     (0x1FFF, 0xE800): "DTS",
     (0xF872, 0x4E1F): "an S/PDIF (IEC 61937) bitstream",
 }
-_LEAST = 3
+_MIN_REPEATS = 3
 
 
 def packed_into_pcm(samples: FloatArray) -> str | None:
-    """What samples `[n, 2]` really are: `DTS`; None for sound."""
+    """The coding of samples `[n, 2]`, such as `DTS`; None if they are sound."""
     words = (samples * 32768).astype(np.int32).reshape(-1) & 0xFFFF
     for (first, second), name in _SYNC_WORDS.items():
         for swapped in (False, True):
             pair = (_swap(first), _swap(second)) if swapped else (first, second)
             at = np.flatnonzero((words[:-1] == pair[0]) & (words[1:] == pair[1]))
-            if len(at) >= _LEAST and len(set(np.diff(at)[: _LEAST - 1].tolist())) == 1:
+            if len(at) >= _MIN_REPEATS and len(set(np.diff(at)[: _MIN_REPEATS - 1].tolist())) == 1:
                 return name
     return None
 

@@ -1,4 +1,4 @@
-"""Source audio to what a model takes: downmix, then resample, block by block."""
+"""Converts audio to a model's rate and channels: downmixes, then resamples, block by block."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from latentmill.record import FloatArray
 
 @dataclass(frozen=True)
 class WaveformStats:
-    """What was measured while a waveform went by.
+    """Measurements of a waveform.
 
     Attributes:
         num_samples: Samples per channel at the model's rate.
-        source_num_samples: Samples per channel that were decoded.
+        source_num_samples: Samples per channel that were loaded.
         rms: Root mean square of the converted signal over all channels.
         peak: Largest magnitude of the converted signal.
     """
@@ -32,7 +32,7 @@ class WaveformStats:
 
 
 class Waveform:
-    """A recording at a model's rate and channels: once through `blocks()`, then `stats`.
+    """A recording at a model's rate and channels. Iterate over `blocks()` once, then read `stats`.
 
     Attributes:
         sample_rate: Hz, the model's.
@@ -48,23 +48,25 @@ class Waveform:
 
     @property
     def stats(self) -> WaveformStats:
-        """The signal's measures.
+        """Measurements of the whole signal.
 
         Raises:
-            RuntimeError: `blocks()` was not read to its end.
+            RuntimeError: `blocks()` is not exhausted.
         """
         if self._stats is None:
-            raise RuntimeError("the waveform's stats are known when blocks() is exhausted")
+            raise RuntimeError(
+                "the stats are not known before blocks() is exhausted: read all blocks first"
+            )
         return self._stats
 
     def blocks(self) -> Iterator[FloatArray]:
         """Yield blocks `[C, n]`, float32, contiguous, n at most `BLOCK`, in total
         ceil(source samples * model rate / source rate).
 
-        The samples do not depend on how the source was cut into blocks, bit for bit.
+        The samples are bit-identical however the source is split into blocks.
 
         Raises:
-            ItemError: As `AudioStream.blocks`.
+            ItemError: See `AudioStream.blocks`.
         """
         samples, power, peak = 0, 0.0, 0.0
         for block in self._converted():  # [n, C or 1]
@@ -76,7 +78,7 @@ class Waveform:
         self._stats = WaveformStats(samples, self._source_samples, rms, peak)
 
     def _converted(self) -> Iterator[FloatArray]:
-        """Downmixed and resampled blocks `[n, C]`; mono stays mono here, which is cheaper."""
+        """Downmixed and resampled blocks `[n, C]`; mono has one channel here, to save time."""
         channels = min(self._stream.channels, self.channels)
         if self._stream.sample_rate == self.sample_rate:
             yield from self._downmixed()
@@ -87,7 +89,7 @@ class Waveform:
         yield from resampler.finish()
 
     def _downmixed(self) -> Iterator[FloatArray]:
-        for block in self._stream.blocks():  # [C, n], the other way round in memory
+        for block in self._stream.blocks():  # [C, n], transposed in memory
             self._source_samples += block.shape[1]
             mixed = block.T  # [n, C]
             if self.channels == 1 and len(block) > 1:
@@ -97,7 +99,7 @@ class Waveform:
 
 
 def _mean(block: FloatArray) -> FloatArray:
-    """The mean of the channels of `[C, n]`: `[n]`. numpy's is several times slower here."""
+    """The mean over the channels of `[C, n]`: `[n]`. `np.mean` is several times slower here."""
     total: FloatArray = block[0] + block[1]
     for channel in block[2:]:
         total += channel
@@ -119,7 +121,7 @@ _ROW = 512
 
 
 def _energy(block: FloatArray) -> float:
-    """The sum of all squares: of short rows in float32, of those in float64, without a copy."""
+    """The sum of all squares, without a copy: short rows in float32, their sums in float64."""
     flat = np.ascontiguousarray(block).reshape(-1)
     whole = len(flat) // _ROW * _ROW
     rows = flat[:whole].reshape(-1, _ROW)
@@ -128,34 +130,34 @@ def _energy(block: FloatArray) -> float:
 
 
 def prepare(stream: AudioStream, *, sample_rate: int, channels: int) -> Waveform:
-    """Convert a recording to a model's rate and channels, as it is decoded.
+    """Convert a recording to a model's rate and channels while it is loaded.
 
     Downmix first (mono is the mean of the channels; mono input is copied to all channels), then
-    resample with soxr HQ where the rates differ. No gain and no clipping.
+    resample with soxr HQ if the rates differ. No gain and no clipping.
 
     Raises:
-        ItemError: The channels cannot be matched.
+        ItemError: The number of channels cannot be converted.
     """
     if channels not in (stream.channels, 1) and stream.channels != 1:
         raise ItemError(
-            f"it has {stream.channels} channels and the model takes {channels}: "
-            "only mono or equal channels can be converted"
+            f"it has {stream.channels} channels and the model needs {channels}: "
+            "convert it to mono or to the model's channels"
         )
     return Waveform(stream, sample_rate, channels)
 
 
 class _Resampler:
-    """A streaming soxr whose output has exactly ceil(input * out rate / in rate) samples."""
+    """A streaming resampler (soxr) with exactly ceil(input * out rate / in rate) output samples."""
 
     def __init__(self, in_rate: int, out_rate: int, channels: int) -> None:
         self._soxr = soxr.ResampleStream(in_rate, out_rate, channels, "float32", "HQ")
         self._rates = (in_rate, out_rate)
         self._channels = channels
         self._pushed = 0
-        self._given = 0
+        self._emitted = 0
 
     def push(self, block: FloatArray) -> Iterator[FloatArray]:
-        """Resample `[n, C]` in pieces whose output is small, whatever the ratio."""
+        """Resample `[n, C]` in pieces, to bound the output at any ratio of rates."""
         in_rate, out_rate = self._rates
         piece = max(1, BLOCK * in_rate // max(in_rate, out_rate))
         self._pushed += len(block)
@@ -163,7 +165,7 @@ class _Resampler:
             yield from self._run(block[start : start + piece], last=False)
 
     def finish(self) -> Iterator[FloatArray]:
-        """Flush, followed by silence, because soxr rounds the length down as often as up."""
+        """Append silence and flush, because soxr may round the length down."""
         in_rate, out_rate = self._rates
         silence = np.zeros((in_rate // out_rate + 2, self._channels), np.float32)
         yield from self._run(silence, last=True)
@@ -172,8 +174,8 @@ class _Resampler:
         in_rate, out_rate = self._rates
         output: FloatArray = self._soxr.resample_chunk(np.ascontiguousarray(block), last)  # [n, C]
         total = -(-self._pushed * out_rate // in_rate)
-        output = output[: total - self._given]
-        self._given += len(output)
-        assert not last or self._given == total
+        output = output[: total - self._emitted]
+        self._emitted += len(output)
+        assert not last or self._emitted == total
         for start in range(0, len(output), BLOCK):
             yield output[start : start + BLOCK]

@@ -1,4 +1,4 @@
-"""From a file to a stream of samples: which decoder reads which format, and one retry."""
+"""Opens a file as a stream of samples: chooses the decoder for its format."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ def open_audio(
     allow_truncated: bool = False,
     time_limit: float | None = None,
 ) -> AudioStream:
-    """Open a recording for decoding.
+    """Open a recording for loading.
 
     The stream reads from `media`, which must stay open until it is exhausted or closed.
 
     Args:
         media: The file. One stream at a time may be open on it.
-        start: Where the wanted part of the recording begins, in seconds.
-        duration: How long it is, in seconds; None: to the end.
-        allow_truncated: Deliver what can be decoded of a file that is cut off or damaged.
-        time_limit: Seconds that decoding may take, on top of the length of what was decoded. It
-            is looked at between blocks: what hangs inside a decoder hangs.
+        start: Start of the part of the recording to load, in seconds.
+        duration: Length of the part, in seconds; None: to the end.
+        allow_truncated: Load the readable part of a truncated or damaged file.
+        time_limit: Seconds that loading may take, in addition to the length of the loaded audio.
+            It is checked between blocks, so it does not interrupt a decoder that hangs.
 
     Raises:
-        ItemError: The file is empty, in no known format, truncated (unless allowed), or cannot
-            be decoded; or its header is absurd.
+        ItemError: The file is empty, of an unknown format, truncated (unless allowed), cannot be
+            loaded, or its header is invalid.
     """
     sniffed = sniff(media)
     found = survey(media, sniffed)
@@ -83,10 +83,10 @@ def open_audio(
 
 
 def probe(media: MediaFile) -> AudioInfo:
-    """Rate, channels, promised length and codec of a recording, without decoding it.
+    """Read rate, channels, length and codec of a recording from its header.
 
     Raises:
-        ItemError: As `open_audio` does, but for truncation.
+        ItemError: See `open_audio`; truncated files are not an error here.
     """
     sniffed = sniff(media)
     shortage = find_shortage(media, sniffed)
@@ -98,7 +98,7 @@ def probe(media: MediaFile) -> AudioInfo:
 
 
 def _checked(decoder: Decoder, shortage: Shortage | None) -> AudioInfo:
-    """The header, with the length that a cut file promised."""
+    """The checked header; for a truncated file, with the length that its header gives."""
     info = decoder.info
     info.check()
     if shortage and shortage.num_samples:
@@ -109,10 +109,10 @@ def _checked(decoder: Decoder, shortage: Shortage | None) -> AudioInfo:
 def _open_decoder(
     media: MediaFile, sniffed: Sniffed, found: Survey, shortage: Shortage | None, *, keep: bool
 ) -> Decoder:
-    """Open `media` in the decoder that is right for its format, or else in FFmpeg."""
+    """Open `media` in libsndfile if it reads the format correctly, or else in FFmpeg."""
     plain = sniffed.format in _SOUNDFILE_FORMATS and sniffed.has_length and found.plain
     if keep and (sniffed.format == "flac" or (found.damage and sniffed.format != "mp3")):
-        plain = False  # libsndfile does not say where in time it goes on
+        plain = False  # libsndfile does not report where it continues after damage
     try:
         if plain:
             with contextlib.suppress(DecodeError):
@@ -121,8 +121,8 @@ def _open_decoder(
         return (OggPageDecoder if paged else PyAVDecoder)(media, sniffed, found, keep=keep)
     except DecodeError as error:
         if shortage:
-            raise ItemError(f"truncated: {shortage.text}; nothing can be decoded") from error
-        raise ItemError(f"cannot be decoded as {sniffed.format}: {error}") from error
+            raise ItemError(f"truncated: {shortage.text}; nothing can be loaded") from error
+        raise ItemError(f"cannot be loaded as {sniffed.format}: {error}") from error
 
 
 def _truncated_at_open(shortage: Shortage, info: AudioInfo) -> str:

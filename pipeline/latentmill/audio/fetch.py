@@ -1,6 +1,6 @@
-"""A recording from elsewhere, fetched whole: small ones by one request, long ones by several.
+"""Fetches whole remote recordings: small ones with one request, large ones with several.
 
-Into memory while it is small, because decoders seek and a seek on object storage is a request.
+They are fetched whole, because decoders seek and each seek on object storage would be a request.
 """
 
 from __future__ import annotations
@@ -33,34 +33,29 @@ MEMORY_LIMIT = 256 << 20
 
 PIECE = 8 << 20
 IN_FLIGHT = 4
-"""Bytes of a request, and requests at once, for a file that is longer."""
+"""Larger files are fetched with `IN_FLIGHT` concurrent requests of `PIECE` bytes."""
 
 _FIRST_BYTE_SECONDS = 60.0
-_SLOWEST = 64 << 10  # bytes per second; a request that is slower has hung
-_LONGEST_SECONDS = 3600.0  # of a download whose length is not known
+_SLOWEST = 64 << 10  # bytes per second; slower requests are given up
+_LONGEST_SECONDS = 3600.0  # for a download of unknown length
 
 
 class _OtherSizeError(Exception):
-    """The file is longer or shorter than it was said to be."""
+    """The file is longer or shorter than expected."""
 
 
 def fetch(url: str, size: int | None = None) -> IO[bytes]:
-    """The file at an fsspec URL as a file of this machine, unbuffered, without a name.
+    """Fetch the file at an fsspec URL to a local file, unbuffered and without a name.
 
-    Args:
-        url: Where it is.
-        size: Its bytes as a listing gave them, which saves a request; None if unknown.
-
-    Raises:
-        ItemError: It is missing, or cannot be fetched as a whole.
-        ConfigError: The package for this kind of URL is not installed.
+    A known `size` saves a request. Raises ItemError if the file is missing or cannot be fetched as
+    a whole, and ConfigError if the package for this kind of URL is not installed.
     """
     try:
         with _fetch_errors(url):
             if protocol_of(url) in ("http", "https"):
                 return retrying(lambda: _stream(url))
             if size is not None:
-                with contextlib.suppress(_OtherSizeError):  # it has changed: ask how long it is
+                with contextlib.suppress(_OtherSizeError):  # it has changed: look up its size
                     return _by_ranges(url, size)
             return _by_ranges(url, None)
     except _OtherSizeError as error:
@@ -70,7 +65,7 @@ def fetch(url: str, size: int | None = None) -> IO[bytes]:
 
 
 def _by_ranges(url: str, size: int | None) -> IO[bytes]:
-    """Object storage: any part of a file is one request."""
+    """Fetch from object storage, where each range is one request."""
     filesystem, path = open_filesystem(url)
     if size is None:
         size = int(retrying(lambda: filesystem.info(path))["size"])
@@ -79,7 +74,7 @@ def _by_ranges(url: str, size: int | None) -> IO[bytes]:
         starts = range(0, size, PIECE)
 
         def copy(start: int) -> None:
-            # One byte more than there should be, for a file that has grown.
+            # One byte more than expected, to notice a file that has grown.
             end = min(start + PIECE, size + 1)
             try:
                 data = retrying(
@@ -101,14 +96,14 @@ def _by_ranges(url: str, size: int | None) -> IO[bytes]:
                 stack.callback(pool.shutdown, wait=True, cancel_futures=True)
                 for done in [pool.submit(copy, start) for start in starts]:
                     done.result()
-        stack.pop_all()  # from here on the caller closes it
+        stack.pop_all()  # the caller closes it
     return target
 
 
 def _stream(url: str) -> IO[bytes]:
-    """Web servers: one request, for not all know ranges, and some then send the whole file."""
+    """Fetch from a web server with one request: some support no ranges and send the whole file."""
     filesystem, path = open_filesystem(url)
-    # Unpacking would give another length than the header's.
+    # Decompressed data would not have the length in the header.
     headers = {**filesystem.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
     with contextlib.ExitStack() as stack:
         target = _Growing()
@@ -120,7 +115,7 @@ def _stream(url: str) -> IO[bytes]:
 
 
 def _limited(filesystem: Any, name: str, path: str, size: int, *args: Any, **kwargs: Any) -> Any:
-    """Call a method of a file system with a time limit, which async ones can keep."""
+    """Call a method of a file system, with a time limit if it is asynchronous."""
     if not filesystem.async_impl:
         return getattr(filesystem, name)(path, *args, **kwargs)
     seconds = _FIRST_BYTE_SECONDS + size / _SLOWEST
@@ -129,7 +124,7 @@ def _limited(filesystem: Any, name: str, path: str, size: int, *args: Any, **kwa
 
 
 class _Growing:
-    """A file of unknown length: in memory, and on disk when it has become too long for that."""
+    """A file of unknown length that moves from memory to disk above `MEMORY_LIMIT`."""
 
     def __init__(self) -> None:
         self.file = memory_file()
@@ -149,14 +144,14 @@ class _Growing:
         return self._size
 
     def read(self, size: int = -1) -> bytes:
-        raise NotImplementedError  # fsspec takes for a file what can read
+        raise NotImplementedError  # fsspec recognises files by this method
 
     def close(self) -> None:
         self.file.close()
 
 
 def memory_file(name: str = "audio") -> IO[bytes]:
-    """An empty file in memory, unbuffered; `name` shows up in /proc only."""
+    """An empty unbuffered file in memory; `name` only appears in /proc."""
     if hasattr(os, "memfd_create"):
         return open(os.memfd_create(name), "w+b", buffering=0)  # noqa: PTH123
     return _disk_file()
@@ -175,7 +170,7 @@ def _write_at(descriptor: int, data: bytes, start: int) -> None:
 
 @contextlib.contextmanager
 def _fetch_errors(url: str) -> Iterator[None]:
-    """What a storage client raises, as an ItemError that names neither the place nor a secret."""
+    """Convert errors of storage clients to an ItemError without URLs and secrets."""
     try:
         yield
     except storage_errors(ValueError) as error:  # clients are imported by their first call

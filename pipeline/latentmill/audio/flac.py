@@ -1,6 +1,6 @@
-"""FLAC streams: does the header count all samples that are there? (RFC 9639)
+"""Checks whether the header of a FLAC file counts all of its samples (RFC 9639).
 
-libsndfile stops where STREAMINFO says that the stream ends, whatever follows.
+libsndfile stops at the length in STREAMINFO, even if more audio follows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ for _byte in range(256):
 
 
 def other_streams(media: MediaFile, offset: int) -> Iterator[int]:
-    """Where more FLAC streams begin behind the first one, as in files that were joined."""
+    """Positions of further FLAC streams after the first one, as in joined files."""
     at = offset + 8
     while data := media.read_at(at, _WINDOW):
         yield from (at + found.start() for found in _STREAM.finditer(data))
@@ -33,13 +33,13 @@ def other_streams(media: MediaFile, offset: int) -> Iterator[int]:
 
 
 def sample_format(media: MediaFile, at: int) -> tuple[int, int, int]:
-    """Sample rate, channels and bits of the stream that begins at a place."""
+    """Sample rate, channels and bits of the stream that begins at byte `at`."""
     bits = int.from_bytes(media.read_at(at + 18, 4), "big")
     return bits >> 12, (bits >> 9 & 7) + 1, (bits >> 4 & 31) + 1
 
 
 def ends_as_promised(media: MediaFile, offset: int) -> bool:
-    """Whether a frame near the end of the file ends at the sample that STREAMINFO promises."""
+    """Whether a frame near the end of the file ends at the total samples of STREAMINFO."""
     info = media.read_at(offset + 8, 18)
     if len(info) < 18:
         return False
@@ -55,7 +55,7 @@ def ends_as_promised(media: MediaFile, offset: int) -> bool:
 
 
 def first_sample(media: MediaFile, offset: int) -> int:
-    """The number of the first sample: not 0 in streams that were cut without encoding again."""
+    """The number of the first sample; not 0 in streams that were split without re-encoding."""
     at = offset + 4
     for _ in range(_MAX_BLOCKS):
         head = media.read_at(at, 4)
@@ -73,7 +73,7 @@ def first_sample(media: MediaFile, offset: int) -> int:
 
 
 def _frame_end(head: bytes, fixed: int) -> int | None:
-    """The sample behind a frame by its header (section 9.1); None if it is no frame header."""
+    """The sample after a frame by its header (section 9.1); None if it is not a frame header."""
     if len(head) < 6 or head[1] & 0xFC != 0xF8:
         return None
     number, at = _coded_number(head, 4)
@@ -96,7 +96,7 @@ def _frame_end(head: bytes, fixed: int) -> int | None:
 
 
 def _coded_number(head: bytes, at: int) -> tuple[int | None, int]:
-    """The frame or sample number, coded as UTF-8 codes characters, and where it ends."""
+    """The frame or sample number, coded like a character in UTF-8, and the position after it."""
     first = head[at]
     if first < 0x80:
         return first, at + 1

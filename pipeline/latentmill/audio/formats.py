@@ -1,8 +1,8 @@
-"""The formats and codecs that can be loaded: the one list that all others are derived from.
+"""The formats and codecs that can be loaded. All other lists of formats derive from this one.
 
-FFmpeg knows hundreds more. Not listed, on purpose: playlists and manifests (they open other files
+FFmpeg supports hundreds more. Deliberately missing: playlists and manifests (they open other files
 and addresses), devices, images, subtitles, music without samples (MIDI, modules), and formats that
-only their extension tells apart.
+only the extension identifies.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ class Format:
     """A container format, or a family of them.
 
     Attributes:
-        name: What `sniff` calls it.
-        demuxer: FFmpeg's name of the demuxer that reads it.
+        name: Name that `sniff` returns.
+        demuxer: Name of the FFmpeg demuxer.
         extensions: Usual file name extensions.
-        magic: Regular expression for its first bytes; None: `sniff` looks more closely.
+        magic: Regular expression for its first bytes; None: `sniff` has its own check.
     """
 
     name: str
@@ -90,7 +90,7 @@ FORMATS = {one.name: one for one in _LIST}
 AUDIO_EXTENSIONS = tuple(
     dict.fromkeys(extension for one in _LIST for extension in one.extensions.split())
 )
-"""What makes a file an item by default."""
+"""Extensions of files that are items by default."""
 
 _DECODERS = """
     aac aac_latm ac3 alac als amrnb amrwb ape atrac1 atrac3 atrac3al atrac3plus atrac3plusal cook
@@ -110,7 +110,7 @@ _DECODERS = """
 """
 
 DECODERS = frozenset(_DECODERS.split())
-"""FFmpeg's names of the audio decoders that are used, of those that PyAV's FFmpeg has."""
+"""FFmpeg's names of the audio decoders that are used; PyAV's FFmpeg has more."""
 
 _NOT_AUDIO = (
     ("a PNG image", rb"\x89PNG\r\n\x1a\n"),
@@ -157,10 +157,10 @@ _OTHERS = [(name, re.compile(magic, re.DOTALL)) for name, magic in _NOT_AUDIO]
 
 
 def by_magic(head: bytes) -> str | None:
-    """The name of the format whose magic bytes a file begins with."""
+    """The name of the format whose magic bytes a file starts with."""
     return next((name for name, magic in _PATTERNS if magic.match(head)), None)
 
 
 def not_audio(head: bytes) -> str | None:
-    """What a file is by its first bytes, if it is none of ours: `a PNG image`."""
+    """What a file without audio is according to its first bytes, such as `a PNG image`."""
     return next((name for name, magic in _OTHERS if magic.match(head)), None)

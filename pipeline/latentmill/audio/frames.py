@@ -1,6 +1,6 @@
-"""Streams without a header: every frame begins with a sync word and says how long it is.
+"""Parses streams without a file header: each frame has a sync word and its length.
 
-Two frame headers of the same stream, one frame apart, are the proof that a file is such a stream.
+A file is such a stream if two matching frame headers are exactly one frame apart.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Frame:
 
     Attributes:
         format: `mp3` (layers I to III), `aac` (ADTS), `ac3` or `eac3`.
-        start: Where it begins in the bytes that were looked at.
-        length: Its bytes, header included.
-        same: What stays equal in a stream.
+        start: Its position in the given bytes.
+        length: Its bytes, including the header.
+        same: Values that are equal in all frames of a stream.
     """
 
     format: str
@@ -62,23 +62,23 @@ class Frame:
 
     @property
     def end(self) -> int:
-        """Where the next one begins."""
+        """The position of the next frame."""
         return self.start + self.length
 
 
 def first_mpeg(data: bytes, *, size: int) -> Frame | None:
     """The first frame of MPEG audio or ADTS AAC in the first bytes of a stream of `size` bytes."""
-    return next(_proved(data, size, b"\xff", mpeg_frame), None)
+    return next(_confirmed(data, size, b"\xff", mpeg_frame), None)
 
 
 def first_ac3(data: bytes, *, size: int) -> Frame | None:
-    """The first frame of AC-3 or E-AC-3, with which the stream begins."""
+    """The first frame of AC-3 or E-AC-3; the stream must begin with it."""
     return next(
-        (frame for frame in _proved(data, size, b"\x0b\x77", ac3_frame) if not frame.start), None
+        (frame for frame in _confirmed(data, size, b"\x0b\x77", ac3_frame) if not frame.start), None
     )
 
 
-def _proved(
+def _confirmed(
     data: bytes, size: int, sync: bytes, read: Callable[[bytes, int], Frame | None]
 ) -> Iterator[Frame]:
     start = data.find(sync)
@@ -92,7 +92,7 @@ def _proved(
 
 
 def mpeg_frame(data: bytes, start: int) -> Frame | None:
-    """The frame of MPEG audio or ADTS AAC at a place."""
+    """The frame of MPEG audio or ADTS AAC at `start`."""
     head = data[start : start + 6]
     if len(head) < 6 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
         return None
@@ -123,9 +123,9 @@ def side_info_size(head: bytes) -> int:
 
 
 def xing_header(data: bytes, start: int) -> tuple[int, int | None] | None:
-    """Frames and bytes as the Xing or Info header in the frame at a place counts them.
+    """Number of frames and bytes in the Xing or Info header of the frame at `start`.
 
-    None without such a header, or if it does not count frames.
+    None without such a header, or if it has no number of frames.
     """
     at = start + 4 + side_info_size(data[start : start + 4])
     if data[at : at + 4] not in (b"Xing", b"Info") or len(data) < at + 16:
@@ -137,7 +137,7 @@ def xing_header(data: bytes, start: int) -> tuple[int, int | None] | None:
 
 
 def ac3_frame(data: bytes, start: int) -> Frame | None:
-    """The frame of AC-3 or E-AC-3 at a place (ATSC A/52, sections 5.3.1 and E.1.2.2)."""
+    """The frame of AC-3 or E-AC-3 at `start` (ATSC A/52, sections 5.3.1 and E.1.2.2)."""
     head = data[start : start + 6]
     if len(head) < 6 or head[:2] != b"\x0b\x77":
         return None
@@ -154,8 +154,9 @@ def ac3_frame(data: bytes, start: int) -> Frame | None:
 
 
 def is_transport_stream(data: bytes) -> bool:
-    """Whether MPEG-TS packets follow each other: 188 bytes, on Blu-ray a time code before each, or
-    a checksum after it.
+    """Whether the data begins with MPEG-TS packets of 188 bytes.
+
+    Blu-ray puts a time code before each packet; other files a checksum after each packet.
     """
     layouts = ((188, 0), (192, 4), (204, 0))
     return any(

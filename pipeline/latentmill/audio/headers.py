@@ -1,8 +1,7 @@
-"""Is the file as long as its own headers say? Asked of the bytes, before anything is decoded.
+"""Checks whether a file is as long as its headers say, before it is loaded.
 
-The decoders do not ask: libsndfile and FFmpeg read a cut WAV, AIFF or Ogg file to its end and
-report no error. FLAC and MP3 are not here: their headers count samples, and the samples that come
-out of the decoder are counted.
+libsndfile and FFmpeg read a truncated WAV, AIFF or Ogg file to its end and report no error. FLAC
+and MP3 are not checked here: their headers count samples, so the loaded samples are counted.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from latentmill.audio.sniff import Sniffed
 from latentmill.errors import ItemError
 
 _MAX_CHUNKS = 4096
-"""No real file has more; a file of zeros would be walked eight bytes at a time."""
+"""Limit that real files do not reach; a file of zeros has a chunk every eight bytes."""
 
 
 @dataclass(frozen=True)
 class Shortage:
-    """What a file lacks.
+    """The missing end of a file.
 
     Attributes:
         text: Which bytes are missing.
-        num_samples: Samples that the header promises, where it says so.
+        num_samples: Samples according to the header, if it gives them.
     """
 
     text: str
@@ -43,10 +42,10 @@ class _Chunk:
 
 
 def find_shortage(media: MediaFile, sniffed: Sniffed) -> Shortage | None:
-    """What is missing at the end of the file by its own headers; None where nothing is known to be.
+    """What is missing at the end of the file according to its headers; None if nothing is.
 
-    A header without a length (a stream that could not be rewound: size 0 or all ones) promises
-    nothing, so nothing is missing. Only audio counts: a lost tag after it is no shortage.
+    Nothing is missing if the header has no length (a stream that could not be rewound: size 0 or
+    all ones). A missing tag after the audio does not count.
     """
     checks: dict[str, Callable[[MediaFile], Shortage | None]] = {
         "wav": _wav,
@@ -89,7 +88,7 @@ def _riff_chunks(media: MediaFile, order: str) -> Iterator[_Chunk]:
 
 
 def _is_streaming_size(size: int) -> bool:
-    """Sizes that writers leave in a WAV that they cannot rewind (FFmpeg, sox, arecord)."""
+    """Whether a size is one that FFmpeg, sox or arecord write to a stream that cannot rewind."""
     return size == 0 or size >= 0xFFFF_F000 or 0x7FFF_F000 <= size <= 0x8000_0000
 
 
@@ -104,11 +103,11 @@ def _wav(media: MediaFile) -> Shortage | None:
             frame_bytes = _pcm_frame_bytes(media.read_at(chunk.start, 26), order)
         elif chunk.name == b"data":
             size = chunk.size
-            behind = media.size - chunk.start - size
-            if frame_bytes and behind >= 1 << 32 and not (long_size or _is_streaming_size(size)):
+            following = media.size - chunk.start - size
+            if frame_bytes and following >= 1 << 32 and not (long_size or _is_streaming_size(size)):
                 raise ItemError(
-                    f"the size in the WAV header has wrapped at 4 GiB: it says {size} bytes, and "
-                    f"{behind} more follow. Convert the file: "
+                    f"the size in the WAV header has wrapped at 4 GiB: it is {size} bytes, but "
+                    f"{following} more follow: convert the file with "
                     "`ffmpeg -ignore_length 1 -i IN.wav -rf64 always OUT.wav`"
                 )
             if size == 0xFFFF_FFFF and long_size:
@@ -120,7 +119,7 @@ def _wav(media: MediaFile) -> Shortage | None:
 
 
 def mpeg_in_wav(media: MediaFile) -> tuple[int, int] | None:
-    """Where the MPEG audio in a WAV file begins and ends; None if it holds something else."""
+    """Start and end of the MPEG audio in a WAV file; None if its audio is not MPEG."""
     mpeg = False
     for chunk in _riff_chunks(media, "<"):
         if chunk.name == b"fmt ":
@@ -132,7 +131,7 @@ def mpeg_in_wav(media: MediaFile) -> tuple[int, int] | None:
 
 
 def _pcm_frame_bytes(fmt: bytes, order: str) -> int:
-    """Bytes per sample of all channels by a `fmt ` chunk; 0 where samples have no fixed size."""
+    """Bytes per sample of all channels by a `fmt ` chunk; 0 if samples have no fixed size."""
     if len(fmt) < 16:
         return 0
     tag, block_align = struct.unpack_from(f"{order}H10xH", fmt)
@@ -143,7 +142,7 @@ def _pcm_frame_bytes(fmt: bytes, order: str) -> int:
 
 @dataclass(frozen=True)
 class W64Data:
-    """The data chunk of a Wave64 file: its samples are None if they have no fixed size."""
+    """The data chunk of a Wave64 file; `samples` is None if samples have no fixed size."""
 
     start: int
     size: int
@@ -225,7 +224,7 @@ def _caf(media: MediaFile) -> Shortage | None:
 
 
 def _mp4(media: MediaFile) -> Shortage | None:
-    """Samples that the tables name; without tables the top-level boxes (ISO 14496-12, 4.2)."""
+    """Check the sample tables, or without tables the top-level boxes (ISO 14496-12, 4.2)."""
     tables = read_tables(media)
     if tables is not None and (shortage := _beyond(media, 0, tables.end)):
         return shortage

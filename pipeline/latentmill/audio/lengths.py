@@ -1,7 +1,7 @@
-"""Where the audio of a file must end by its own headers, in the formats of `formats` that say so.
+"""Finds where the audio of a file ends according to its headers.
 
-For the formats that `headers` does not check itself. A header that cannot be understood says
-nothing: the decoder reports what is wrong with it.
+For formats that `headers` does not check itself. A header that cannot be parsed gives no end; the
+decoder reports what is wrong with it.
 """
 
 from __future__ import annotations
@@ -12,23 +12,20 @@ from collections.abc import Callable
 from latentmill.audio.media import MediaFile
 
 _MAX_CHUNKS = 4096
-_MAX_PACKETS = 1 << 17  # of Musepack: about two days
+_MAX_PACKETS = 1 << 17  # about two days of Musepack
 _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 _ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
 
 
 def audio_end(media: MediaFile, name: str, offset: int) -> int | None:
-    """The byte behind the audio as the headers say it; None where they do not.
+    """The byte after the audio according to the headers; None if unknown.
 
-    Args:
-        media: The file.
-        name: Its format.
-        offset: Bytes of tags in front of it.
+    `name` is the format, `offset` the bytes of tags before it.
     """
     find = _FORMATS.get(name)
     try:
         return find(media, offset) if find else None
-    except struct.error:  # the header itself is cut off
+    except struct.error:  # the header itself is truncated
         return None
 
 
@@ -62,7 +59,7 @@ def _chunk_end(media: MediaFile, at: int, layout: str, names: tuple[bytes, ...])
 
 
 def _avi(media: MediaFile, at: int) -> int | None:
-    """The list `movi` of the first RIFF chunk; 0 where the writer could not go back."""
+    """The list `movi` of the first RIFF chunk; its size is 0 if the writer could not rewind."""
     at += 12
     for _ in range(_MAX_CHUNKS):
         name, size, kind = struct.unpack("<4sI4s", media.read_at(at, 12))
@@ -73,7 +70,7 @@ def _avi(media: MediaFile, at: int) -> int | None:
 
 
 def _asf(media: MediaFile, at: int) -> int | None:
-    """The data object behind the header object; nothing in a broadcast."""
+    """The data object after the header object; None for a broadcast."""
     size, count = struct.unpack("<16xQI", media.read_at(at, 28))
     inner = at + 30
     for _ in range(min(count, _MAX_CHUNKS)):
@@ -101,7 +98,7 @@ def _tta(media: MediaFile, at: int) -> int | None:
 
 
 def _ape(media: MediaFile, at: int) -> int | None:
-    """The descriptor of version 3.98 and later."""
+    """The sizes in the descriptor, which version 3.98 and later have."""
     version, *sizes = struct.unpack("<4xH2x7I", media.read_at(at, 36))
     if version < 3980:
         return None
@@ -110,7 +107,7 @@ def _ape(media: MediaFile, at: int) -> int | None:
 
 
 def _musepack8(media: MediaFile, at: int) -> int | None:
-    """Packets of two letters and their size; `SE` is the last one."""
+    """Packets, each with a name of two letters and a size; `SE` is the last one."""
     at += 4
     for _ in range(_MAX_PACKETS):
         head = media.read_at(at, 11)
@@ -122,13 +119,13 @@ def _musepack8(media: MediaFile, at: int) -> int | None:
         if head[:2] == b"SE" or size < 2 + used:
             return None
         at += size
-        if at >= media.size:  # the file ends here, without its end
+        if at >= media.size:  # the file ends without `SE`
             return at + 3
     return None
 
 
 def _wavpack(media: MediaFile, at: int) -> int | None:
-    """Blocks with their sizes, one behind the other."""
+    """Consecutive blocks with their sizes."""
     end = None
     for _ in range(_MAX_PACKETS):
         head = media.read_at(at, 8)
@@ -152,7 +149,7 @@ def _voc(media: MediaFile, at: int) -> int | None:
 def _real(media: MediaFile, at: int) -> int | None:
     """RealMedia: the last chunk `DATA`, whose size FFmpeg counts 10 bytes too large.
 
-    Files of older versions say nothing.
+    None for files of older versions.
     """
     end = None
     for _ in range(_MAX_CHUNKS):

@@ -1,6 +1,6 @@
-"""One recording's bytes as a real file: seekable, with a descriptor that C decoders read from.
+"""The bytes of a recording as a seekable file with a descriptor that C decoders read from.
 
-A local file is opened where it lies and never read whole. Anything else is fetched whole.
+A local file is opened in place and not read as a whole. A remote file is fetched as a whole.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ class MediaFile(Closeable):
         self.size = os.fstat(file.fileno()).st_size
 
     def fileno(self) -> int:
-        """The file descriptor; it stays the MediaFile's own."""
+        """The file descriptor; the MediaFile closes it."""
         return self._file.fileno()
 
     def rewind(self) -> int:
-        """Set the position to the first byte, for a decoder to start, and return `fileno()`."""
+        """Set the position to the first byte and return `fileno()`."""
         os.lseek(self.fileno(), 0, os.SEEK_SET)
         return self.fileno()
 
     def read_at(self, offset: int, size: int) -> bytes:
-        """Up to `size` bytes from `offset`, fewer at the end; leaves the position alone."""
-        if offset >= self.size:  # also what no file system can address
+        """Up to `size` bytes from `offset`, fewer at the end; does not change the position."""
+        if offset >= self.size:  # also for offsets that no file system supports
             return b""
-        try:  # a damaged header may ask for any number of bytes, and pread allocates them all
+        try:  # a damaged header may give any size, and pread allocates it
             return os.pread(self.fileno(), min(size, self.size - offset), offset)
         except OSError as error:
             raise ItemError(f"the file cannot be read: {_reason(error)}") from error
@@ -63,11 +63,13 @@ class MediaFile(Closeable):
             digest.update(piece)
             offset += len(piece)
         if offset != self.size:
-            raise ItemError(f"the file was cut to {offset} of {self.size} bytes while it was read")
+            raise ItemError(
+                f"the file was truncated to {offset} of {self.size} bytes while it was read"
+            )
         return f"xxh3:{digest.hexdigest()}"
 
     def close(self) -> None:
-        """Close the file. Closing twice is fine."""
+        """Close the file. Further calls do nothing."""
         self._file.close()
 
 
@@ -75,8 +77,8 @@ def open_media(uri: str, size: int | None = None) -> MediaFile:
     """Open the file at `uri`: a local path, a `file://` URL or any fsspec URL.
 
     Args:
-        uri: Where it is.
-        size: Bytes of a remote file as a listing gave them, which saves a request.
+        uri: Path or URL.
+        size: Bytes of a remote file, if known; this saves a request.
 
     Raises:
         ItemError: It is missing, not a regular file, or cannot be read or fetched.
@@ -90,19 +92,19 @@ def open_media(uri: str, size: int | None = None) -> MediaFile:
 
 
 def path_of_file_url(url: str) -> str:
-    """The path that a `file://` URL names, `%20` and the like decoded (RFC 8089)."""
+    """The path of a `file://` URL with `%20` and other escapes decoded (RFC 8089)."""
     path = url.removeprefix("file://")
     host, _, rest = path.partition("/")
     return unquote(f"/{rest}" if host == "localhost" else path)
 
 
 def is_remote(uri: str) -> bool:
-    """Whether opening `uri` fetches it: any URL but a `file://` one."""
+    """Whether opening `uri` fetches it: any URL except `file://`."""
     return _URL.match(uri) is not None and not uri.startswith("file://")
 
 
 def media_from_bytes(data: bytes, name: str = "bytes") -> MediaFile:
-    """A MediaFile of `data` held in memory; `name` shows up in /proc only."""
+    """A MediaFile of `data` in memory; `name` only appears in /proc."""
     file = memory_file(name)
     file.write(data)
     return MediaFile(file)
@@ -110,7 +112,7 @@ def media_from_bytes(data: bytes, name: str = "bytes") -> MediaFile:
 
 def _open_local(path: Path) -> MediaFile:
     try:
-        # Opening a named pipe would wait for its writer, so look before opening.
+        # Check first, because opening a named pipe would block.
         if not stat.S_ISREG(path.stat().st_mode):
             raise ItemError("it is not a regular file")
         return MediaFile(path.open("rb", buffering=0))

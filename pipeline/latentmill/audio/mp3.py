@@ -1,7 +1,7 @@
-"""MPEG audio frames: is every byte of the file in one, and how to keep time where it is not.
+"""Finds and repairs damage in MPEG audio: bytes that belong to no frame.
 
-Decoders skip what they do not understand, without an error, so that everything behind it comes too
-early. A damaged file can be repaired for decoding: silent frames take the place of lost ones.
+Decoders skip such bytes without an error, so everything after them comes too early. `repair`
+replaces lost frames with silent ones.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from latentmill.audio.frames import RATES, side_info_size, xing_header
 from latentmill.audio.media import MediaFile, media_from_bytes
 
 _WINDOW = 1 << 20
-_LONGEST = 4608  # bytes of a frame, more than any bit rate gives
+_LONGEST = 4608  # bytes; frames are shorter at any bit rate
 
 
 @dataclass(frozen=True)
 class Gap:
-    """Bytes between two frames that are no frame and no tag.
+    """Bytes between two frames that are neither a frame nor a tag.
 
     Attributes:
-        start: Where they begin in the file.
-        size: How many they are.
-        frames: Frames before them.
+        start: Position of the first one in the file.
+        size: Number of bytes.
+        frames: Number of frames before them.
     """
 
     start: int
@@ -39,15 +39,16 @@ class Frames:
     """The frames of a file.
 
     Attributes:
-        count: How many there are, a Xing or Info frame included.
-        first: Where the first one begins.
-        end: The byte behind the last one.
-        cut: Whether the last one is incomplete.
+        count: Number of frames, including a Xing or Info frame.
+        first: Position of the first frame.
+        end: The byte after the last frame.
+        cut: Whether the last frame is incomplete.
         samples: Samples per channel of a frame.
-        gaps: Where bytes are lost or damaged.
-        other: Where frames of another kind (sample rate, layer) follow the last one.
-        promised: Frames that a Xing, Info or VBRI header counts, less its own; None without one.
-        promised_end: The byte behind the audio by that header.
+        gaps: Lost or damaged bytes.
+        other: Position after the last frame where frames of another sample rate or layer begin.
+        promised: Number of frames according to a Xing, Info or VBRI header, without its own frame;
+            None without a header.
+        promised_end: The byte after the audio according to that header.
     """
 
     count: int
@@ -62,12 +63,12 @@ class Frames:
 
     @property
     def lost(self) -> int | None:
-        """Frames that the header counts and that are not there, less than 0 if there are more."""
+        """Number of frames missing according to the header; negative if there are more."""
         return None if self.promised is None else self.promised + 1 - self.count
 
 
 def read_frames(media: MediaFile, offset: int, end: int | None = None) -> Frames | None:
-    """Walk from frame to frame, from the first one behind `offset`; None if there is none."""
+    """Read the frames after `offset`; None if there are none."""
     stop = media.size if end is None else min(end, media.size)
     frames = _Walk(media, offset, stop).run()
     return frames and _with_promise(media, frames)
@@ -102,7 +103,7 @@ class _Walk:
         if first is None:
             return None
         kind = self._head(first)[1]
-        if self._head(begin)[1] == kind:  # what follows the first frame is damaged
+        if self._head(begin)[1] == kind:  # the data after the first frame is damaged
             first = begin
         self._at = first
         count, gaps, end, cut, other = 0, list[Gap](), first, False, None
@@ -127,14 +128,14 @@ class _Walk:
         return Frames(count, first, end, cut, samples, tuple(gaps), other)
 
     def _head(self, at: int) -> tuple[int, int]:
-        """Length and kind of the frame at a place; zeros if there is none."""
+        """Length and kind of the frame at `at`; zeros if there is none."""
         if at < self._base or at + 4 > self._base + _WINDOW:
             self._base = at
             self._heads = _headers(self._media.read_at(at, _WINDOW))
         return self._heads.get(at - self._base, (0, 0))
 
     def _resync(self, kind: int | None = None) -> int | None:
-        """The next frame that another one follows, from the current place on."""
+        """The position of the next frame that is followed by another one."""
         base = self._at
         while base + 4 <= self._stop:
             for at in _headers(self._media.read_at(base, _WINDOW)):
@@ -154,7 +155,7 @@ class _Walk:
 
 
 def tag_size(media: MediaFile, at: int) -> int:
-    """Bytes of the tag that begins at a place between frames; 0 if none does."""
+    """Bytes of the tag that begins at `at`, between frames; 0 if there is none."""
     head = media.read_at(at, 32)
     if head.startswith(b"TAG"):
         return 128
@@ -180,9 +181,9 @@ _HERTZ = np.array([[11025, 12000, 8000], [1, 1, 1], [22050, 24000, 16000], [4410
 
 
 def _headers(data: bytes) -> dict[int, tuple[int, int]]:
-    """Every place that looks like a frame header: its frame's length, and its kind.
+    """Length and kind of a frame for each position that looks like a frame header.
 
-    The kind is what stays equal in a stream: version, layer and sample rate, from 1 on.
+    The kind combines values that are equal in a stream (version, layer and sample rate), from 1 on.
     """
     octets = np.frombuffer(data, np.uint8)
     if len(octets) < 4:
@@ -212,19 +213,18 @@ def _samples(kind: int) -> int:
 
 
 def repair(media: MediaFile, frames: Frames, *, bare: bool = False) -> MediaFile:
-    """The file with silent frames where frames are lost, so that all others stay in their place.
+    """A copy of the file with silent frames in place of lost ones, so the others keep their time.
 
-    Frames behind a gap whose bits begin in a lost one become silent, too.
-
-    A header that counts frames tells how many are lost, else the bytes between the others do.
-    What surrounds the frames, such as a WAV header, is left out if `bare`.
+    Frames after a gap whose bits begin in a lost frame become silent, too. The number of lost
+    frames comes from a header that counts frames, or else from the size of the gaps. With `bare`,
+    data around the frames, such as a WAV header, is left out.
     """
     mean = max(1.0, (frames.end - frames.first - sum(g.size for g in frames.gaps)) / frames.count)
     fills = [max(gap.size * 4 > mean, round(gap.size / mean)) for gap in frames.gaps]
     lost = frames.lost
     if lost == 0:
-        fills = [0] * len(fills)  # bytes were put in
-    elif lost is not None and 0 < lost <= frames.count:  # a damaged header may promise any number
+        fills = [0] * len(fills)  # bytes were inserted
+    elif lost is not None and 0 < lost <= frames.count:  # a damaged header may have any number
         largest = max(range(len(fills)), key=lambda index: frames.gaps[index].size)
         fills[largest] = max(0, fills[largest] + lost - sum(fills))
     pieces, at = [], frames.first if bare else 0
@@ -241,13 +241,13 @@ def repair(media: MediaFile, frames: Frames, *, bare: bool = False) -> MediaFile
 
 
 def _silent_header(head: bytes) -> tuple[bytes, int]:
-    """A header without checksum, and the length of its frame."""
+    """The header without a checksum, and the length of its frame."""
     head = bytes((head[0], head[1] | 1, *head[2:4]))
     return head, _headers(head + b"\0")[0][0]
 
 
 def _without_lost_bits(media: MediaFile, at: int, end: int) -> Iterator[bytes]:
-    """The layer III frames from `at` on whose bits begin before `at`, made silent."""
+    """The layer III frames from `at` on whose bits begin before `at`, as silent frames."""
     there = 0
     while at < end:
         data = media.read_at(at, _LONGEST)

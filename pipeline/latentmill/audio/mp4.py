@@ -1,7 +1,7 @@
-"""MP4 tables (ISO 14496-12): which bytes and how many samples they name.
+"""Reads MP4 tables (ISO 14496-12): the bytes and the number of samples that they list.
 
-A file is whole if everything that its tables name is there. Lengths in its headers prove nothing:
-they are rounded, and padding is counted or not.
+A file is complete if it contains everything that its tables list. Lengths in its headers are not
+enough: they are rounded, and only some include padding.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _LARGEST = 1 << 28
 
 @dataclass
 class Tables:
-    """What the tables of all audio tracks name.
+    """Contents of the tables of all audio tracks.
 
     Attributes:
-        end: The byte behind the last sample.
-        fragmented: Whether samples lie in movie fragments.
+        end: The byte after the last sample.
+        fragmented: Whether samples are in movie fragments.
         timescales: Units of time per second, by track.
         durations: Sum of the durations of a track's samples.
         longest: The longest duration of a sample, by track.
@@ -44,7 +44,7 @@ class Tables:
     defaults: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def add(self, track: int, end: int, durations: Numbers, counts: Numbers) -> None:
-        """Take note of some samples of a track."""
+        """Add samples of a track."""
         self.end = max(self.end, end)
         if not len(durations):
             return
@@ -53,7 +53,7 @@ class Tables:
         self.durations[track] = self.durations.get(track, 0) + int((durations * counts).sum())
 
     def seconds(self, track: int) -> tuple[float, float] | None:
-        """How long all samples of a track are when the last one is not shortened, and one is."""
+        """Length of all samples of a track with an unshortened last sample, and of one sample."""
         if not self.timescales.get(track) or track not in self.durations:
             return None
         full = self.durations[track] + self.longest[track] - self.last[track]
@@ -61,7 +61,7 @@ class Tables:
 
 
 def read_tables(media: MediaFile) -> Tables | None:
-    """The tables of the audio tracks; None if there are none that can be understood."""
+    """The tables of the audio tracks; None if there are none or they are invalid."""
     tables = Tables()
     try:
         for name, at, start, end in _boxes(media):
@@ -80,7 +80,7 @@ def read_tables(media: MediaFile) -> Tables | None:
 
 
 def _boxes(media: MediaFile) -> Iterator[tuple[bytes, int, int, int]]:
-    """Boxes of the file: name, place, and where their content begins and ends."""
+    """Boxes of the file: name, position, and start and end of their content."""
     at = 0
     for _ in range(_MAX_BOXES):
         head = media.read_at(at, 16)
@@ -138,7 +138,7 @@ def _movie(tables: Tables, moov: bytes) -> None:
 
 
 def _samples(tables: Tables, track: int, stbl: bytes) -> None:
-    """Where the samples of a track end in the file, and how long they are."""
+    """Add the end and the durations of a track's samples."""
     sizes, times = _at(stbl, b"stsz"), _at(stbl, b"stts")
     each, count = struct.unpack_from(">4xII", sizes)
     if not count:
@@ -159,7 +159,7 @@ def _samples(tables: Tables, track: int, stbl: bytes) -> None:
     first = np.concatenate([[0], last[:-1]])
     if each > 1:
         lengths = (last - first) * each
-    elif each == 1:  # QuickTime counts bytes of PCM in its own ways
+    elif each == 1:  # QuickTime counts bytes of PCM differently
         lengths = np.zeros(len(places), np.int64)
     else:
         bytes_before = np.concatenate([[0], np.cumsum(_table(sizes, ">u4", 12, count))])
@@ -203,7 +203,7 @@ def _track_fragment(tables: Tables, traf: bytes, place: int) -> None:
         at += 4 if run & 4 else 0
         fields = [bit for bit in (0x100, 0x200, 0x400, 0x800) if run & bit]
         rows = _table(trun, ">u4", at, count * len(fields)).reshape(count, len(fields))
-        # Without a field of its own a sample has the default, and `count` may be any number.
+        # Samples without a field have the default; a damaged `count` may be any number.
         durations, counts, total = np.array([duration]), np.array([count]), count * size
         if run & 0x100:
             durations, counts = rows[:, fields.index(0x100)], np.ones(count, np.int64)
@@ -214,7 +214,7 @@ def _track_fragment(tables: Tables, traf: bytes, place: int) -> None:
 
 
 def _referenced(sidx: bytes) -> int:
-    """Bytes of the segments that an index names, from its end on."""
+    """Bytes from the end of an index to the end of the segments that it lists."""
     at = 8 + 4 + (16 if sidx[0] else 8)
     earliest = 8 if sidx[0] else 4
     first = int.from_bytes(sidx[12 + earliest : 12 + 2 * earliest], "big")

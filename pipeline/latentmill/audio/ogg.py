@@ -1,6 +1,6 @@
-"""Ogg pages (RFC 3533): is the last one there, and are all of them whole?
+"""Checks Ogg pages (RFC 3533): whether the last page exists and all pages are intact.
 
-Decoders drop a page whose checksum is wrong and go on, without an error, with what follows.
+Decoders drop a page with a wrong checksum and continue with the next one without an error.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 @dataclass(frozen=True)
 class Page:
-    """A page: `granule` is the number of samples up to its end, -1 if no packet ends on it.
+    """A page. `granule` is the number of samples up to its end, or -1 if no packet ends on it.
 
-    `whole` is whether its checksum is right, where that was compared.
+    `whole` is whether its checksum is correct; True if the checksum was not compared.
     """
 
     flags: int
@@ -35,20 +35,20 @@ class Page:
 
 
 def find_cut(media: MediaFile) -> str | None:
-    """What is wrong with the last page: cut off, or not marked as the last; None if nothing."""
+    """What is wrong with the last page (truncated or not marked as the last), or None."""
     tail = media.read_at(max(0, media.size - 2 * _MAX_PAGE), 2 * _MAX_PAGE)
     at = tail.rfind(b"OggS\0")
     if at < 0:
-        return "no Ogg page lies near the end"
+        return "there is no Ogg page near the end"
     page = _page(tail, at)
     if page is None:
-        return "the last Ogg page is cut off"
+        return "the last Ogg page is truncated"
     return None if page.flags & 4 else "the Ogg stream ends without its last page"
 
 
 @dataclass(frozen=True)
 class Packets:
-    """The headers of a stream, and the packets that end on its first page with audio."""
+    """The headers of a stream and the packets that end on its first page with audio."""
 
     headers: list[bytes]
     packets: list[bytes]
@@ -57,7 +57,7 @@ class Packets:
 
 
 def first_packets(media: MediaFile, offset: int, headers: int) -> Packets | None:
-    """The first packets of the first stream; None if it is cut off before its audio."""
+    """The first packets of the first stream; None if it ends before its audio."""
     serial, heads, rest = None, list[bytes](), b""
     for _, page in _pages(media, offset):
         serial = page.serial if serial is None else serial
@@ -72,7 +72,7 @@ def first_packets(media: MediaFile, offset: int, headers: int) -> Packets | None
 
 
 def last_granules(media: MediaFile) -> list[int]:
-    """The granule positions of the last pages, of those on which a packet ends."""
+    """The granule positions of the last pages on which a packet ends."""
     start = max(0, media.size - 4 * _MAX_PAGE)
     tail, found = media.read_at(start, 4 * _MAX_PAGE), []
     at = tail.find(b"OggS\0")
@@ -98,10 +98,10 @@ def packets_of(page: Page, rest: bytes) -> tuple[list[bytes], bytes]:
 
 
 def find_damage(media: MediaFile, offset: int) -> str | None:
-    """The first fault after `offset` that would lose audio without a word; None if there is none.
+    """The first fault after `offset` that would silently lose audio; None if there is none.
 
-    A wrong checksum, a missing page, or a second stream behind the first (chained, section 4),
-    which the decoders leave out. Reads the whole file: some per cent of the time of decoding it.
+    A wrong checksum, a missing page, or a second stream after the first (chained, section 4),
+    which the decoders ignore. Reads the whole file, in a few per cent of the time to load it.
     """
     expected: dict[int, int] = {}
     begun = False
@@ -110,7 +110,7 @@ def find_damage(media: MediaFile, offset: int) -> str | None:
             return f"damaged: the Ogg page at byte {at} has a wrong checksum"
         first = bool(page.flags & 2)
         if first and begun:
-            return f"chained: a second Ogg stream starts at byte {at} and would be left out"
+            return f"chained: a second Ogg stream starts at byte {at} and would be ignored"
         begun = begun or not first
         if page.sequence != expected.get(page.serial, page.sequence):
             return f"damaged: Ogg pages are missing before byte {at}"
@@ -119,7 +119,7 @@ def find_damage(media: MediaFile, offset: int) -> str | None:
 
 
 def _pages(media: MediaFile, offset: int) -> Iterator[tuple[int, Page]]:
-    """Pages that follow each other without a gap, each with its position."""
+    """Consecutive pages without a gap, each with its position."""
     start, window, at = offset, media.read_at(offset, _WINDOW), 0
     while True:
         if len(window) - at < _MAX_PAGE and start + len(window) < media.size:
@@ -132,7 +132,7 @@ def _pages(media: MediaFile, offset: int) -> Iterator[tuple[int, Page]]:
 
 
 def all_pages(media: MediaFile) -> Iterator[Page]:
-    """What looks like a page, whatever lies between, also those whose checksum is wrong."""
+    """All pages, also after other bytes and with wrong checksums."""
     start = 0
     while window := media.read_at(start, _WINDOW):
         at = window.find(b"OggS\0")
@@ -149,7 +149,7 @@ def all_pages(media: MediaFile) -> Iterator[Page]:
 
 
 def _page(data: bytes, at: int) -> Page | None:
-    """The page at `at`, or None where there is no whole one."""
+    """The page at `at`; None if there is no complete page."""
     if not data.startswith(b"OggS\0", at) or len(data) < at + _HEADER:
         return None
     flags, granule, serial, sequence, checksum, segments = struct.unpack_from("<5xBqIIIB", data, at)
@@ -163,7 +163,7 @@ def _page(data: bytes, at: int) -> Page | None:
 def _checksum(page: bytes) -> int:
     """Ogg's CRC-32 (generator 0x04c11db7, most significant bit first, no inversion).
 
-    zlib's has the same generator the other way round, so the bits of the bytes are reversed.
+    zlib has the same generator with reversed bits, so the bits of each byte are reversed.
     """
     blank = page[:22] + b"\0\0\0\0" + page[26:]
     crc = ~zlib.crc32(blank.translate(_REVERSED_BITS), 0xFFFF_FFFF) & 0xFFFF_FFFF

@@ -1,4 +1,4 @@
-"""A part of a recording, exact to the sample."""
+"""Loads a part of a recording, exact to the sample."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from latentmill.errors import ItemError
 from latentmill.record import FloatArray
 
 TOLERANCE = 0.05
-"""Seconds that a part may reach beyond the recording's end, as manifests round their numbers."""
+"""Seconds that a part may exceed the recording's end, because manifests round their numbers."""
 
 
 class SegmentDecoder:
-    """Of another decoder's samples those from `start` seconds on, `duration` seconds or to the end.
+    """A part of another decoder's samples: from `start` for `duration` seconds, or to the end.
 
     The part has the samples from round(start * rate) to before round((start + duration) * rate), so
-    that parts which follow each other neither share nor lose one.
-
-    Raises:
-        ItemError: The recording is known to end before the part does.
+    consecutive parts neither share nor lose samples. Raises ItemError if the recording is known to
+    end before the part.
     """
 
     def __init__(self, decoder: Decoder, info: AudioInfo, start: float, duration: float | None):
@@ -31,14 +29,14 @@ class SegmentDecoder:
             if first >= total or (last or 0) - total > TOLERANCE * rate:
                 end = "" if duration is None else f" to {start + duration:g}"
                 raise ItemError(
-                    f"the recording has {total / rate:.3f} s, and the segment is from "
+                    f"the recording has {total / rate:.3f} s, but the segment is from "
                     f"{start:g}{end} s"
                 )
             last = total if last is None else min(last, total)
         if last is not None and last <= first:
             raise ItemError("the segment has no samples")
         self._decoder, self._first, self._last = decoder, first, last
-        self._sure = total is not None  # else nobody else sees that it is too short
+        self._sure = total is not None  # otherwise `blocks` checks the length
         self._slack = round(TOLERANCE * rate)
         known = last is not None and (total is not None or last < (info.num_samples or 0) - rate)
         count = None if last is None else last - first
@@ -60,7 +58,7 @@ class SegmentDecoder:
             raise DecodeError(f"the recording ends at {at / rate:.3f} s")
 
     def seek(self, sample: int) -> int:
-        """A part begins where it begins."""
+        """Return 0: `blocks` already starts at the part."""
         return 0
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Which format a file is in, from its first bytes; the name's extension is never asked."""
+"""Finds the format of a file from its first bytes; the extension of its name is not used."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from latentmill.errors import ItemError
 _HEAD = 4096
 _MPEG_SEARCH = 128 << 10
 _MAX_ZEROS = 16 << 20
-_MAX_TAGS = 64  # no real file has more; one of nothing else would be walked ten bytes at a time
+_MAX_TAGS = 64  # limit that real files do not reach; a tag may have only ten bytes
 
 
 @dataclass(frozen=True)
 class Sniffed:
-    """What the first bytes say.
+    """The format of a file.
 
     Attributes:
-        format: A name of `formats.FORMATS`.
-        offset: Bytes of ID3v2 tags in front of the audio.
-        has_length: False where this format can carry its length in samples and this file does
-            not: an MP3 without a Xing or Info header, a FLAC of unknown length.
+        format: A name in `formats.FORMATS`.
+        offset: Bytes of ID3v2 tags before the audio.
+        has_length: False if the format can store its length in samples but this file does not: an
+            MP3 without a Xing or Info header, a FLAC of unknown length.
     """
 
     format: str
@@ -35,7 +35,7 @@ def sniff(media: MediaFile) -> Sniffed:
     """Find the format of `media`.
 
     Raises:
-        ItemError: The file is empty or in no format that can be read.
+        ItemError: The file is empty or has an unknown format.
     """
     if media.size == 0:
         raise ItemError("the file is empty (0 bytes)")
@@ -56,12 +56,12 @@ def sniff(media: MediaFile) -> Sniffed:
     if found := _mpeg(media, offset):
         return found
     if not head:
-        raise ItemError("there is no audio after the file's ID3 tag")
+        raise ItemError("the file has no audio after its ID3 tag")
     raise ItemError(f"not a known audio format (its first bytes are {head[:8].hex(' ')})")
 
 
 def _mpeg(media: MediaFile, offset: int) -> Sniffed | None:
-    """MPEG audio or ADTS AAC, perhaps behind zeros and other bytes that are no audio."""
+    """MPEG audio or ADTS AAC, perhaps after zeros and other bytes that are not audio."""
     zeros = _zeros(media, offset)
     data = media.read_at(offset + zeros, _MPEG_SEARCH)
     frame = first_mpeg(data, size=media.size - offset - zeros)
@@ -73,7 +73,7 @@ def _mpeg(media: MediaFile, offset: int) -> Sniffed | None:
 
 
 def _zeros(media: MediaFile, offset: int) -> int:
-    """How many zero bytes there are from `offset` on; some writers put hundreds of thousands."""
+    """Number of zero bytes from `offset` on; some encoders write hundreds of thousands."""
     count = 0
     while count < _MAX_ZEROS and (piece := media.read_at(offset + count, _MPEG_SEARCH)):
         kept = len(piece.lstrip(b"\0"))
@@ -84,7 +84,7 @@ def _zeros(media: MediaFile, offset: int) -> int:
 
 
 def _ogg_codec(head: bytes) -> str:
-    """The codec of the first page's packet; another (video, skeleton) gives plain `ogg`."""
+    """The format by the first packet; `ogg` for other codecs (video, skeleton)."""
     payload = head[27 + head[26] :] if len(head) > 27 else b""
     codecs = {b"\x01vorbis": "vorbis", b"OpusHead": "opus", b"\x7fFLAC": "flac"}
     for magic, codec in codecs.items():

@@ -1,4 +1,4 @@
-"""Decoded audio as a stream of blocks, what came out checked against what was promised."""
+"""A recording as a stream of blocks, checked against the length in its header."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from latentmill.record import FloatArray
 from latentmill.storage.closeable import Closeable
 
 BLOCK = 1 << 17
-"""Samples per channel that a block has at most: 1 MiB of stereo."""
+"""Maximum samples per channel of a block: 1 MiB of stereo."""
 
 _LONGEST_GAP = 1 << 28
-"""Samples that may be lost in one place: an hour and a half at 48 kHz."""
+"""Maximum samples of a gap: an hour and a half at 48 kHz."""
 
-KEEP_HINT = "(--allow-truncated keeps what is there)"
+KEEP_HINT = "(--allow-truncated keeps the readable part)"
 
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What is known of a recording before it is decoded.
+    """Properties of a recording that are known before it is loaded.
 
     Attributes:
         sample_rate: Hz.
         channels: Channels.
-        num_samples: Samples per channel by the file's headers; None if they do not say.
-        format: Container, as `sniff` names it.
+        num_samples: Samples per channel according to the file's headers; None if unknown.
+        format: Container, as returned by `sniff`.
         codec: Codec or sample format, such as `pcm_16`, `vorbis`, `aac`.
         decoder: `soundfile` or `pyav`.
-        exact: Whether fewer samples than `num_samples` mean that some are missing. Headers of MP4
-            are rounded, and those of Ogg Opus count from any number.
-        rough_seconds: Length that the container gives roughly, such as by a bit rate, if it does.
+        exact: Whether `num_samples` is exact, so that fewer samples mean that some are missing.
+            Headers of MP4 are rounded, and those of Ogg Opus may count from any number.
+        rough_seconds: Approximate length according to the container, for example from a bit rate.
     """
 
     sample_rate: int
@@ -50,37 +50,37 @@ class AudioInfo:
     rough_seconds: float | None = None
 
     def check(self) -> None:
-        """Refuse a header that no recording has.
+        """Check the header.
 
         Raises:
-            ItemError: The rate or the channel count is absurd.
+            ItemError: The rate or the number of channels is out of range.
         """
         if not 100 <= self.sample_rate <= 1_000_000:
-            raise ItemError(f"a sample rate of {self.sample_rate} Hz: not from 100 to 1000000")
+            raise ItemError(f"invalid sample rate {self.sample_rate} Hz: not from 100 to 1000000")
         if not 1 <= self.channels <= 64:
-            raise ItemError(f"{self.channels} channels: not from 1 to 64")
+            raise ItemError(f"invalid number of channels {self.channels}: not from 1 to 64")
 
 
 class DecodeError(Exception):
-    """A decoder gave up. Internal: `AudioStream` turns it into an ItemError or an end."""
+    """A decoder failed. Internal: `AudioStream` converts it to an ItemError or ends."""
 
 
 class Decoder(Protocol):
-    """One open file in one decoder."""
+    """A file that is open in a decoder."""
 
     info: AudioInfo
-    """What the header says."""
+    """Properties according to the header."""
 
     def blocks(self) -> Iterator[FloatArray]:
-        """Yield blocks `[n, C]`, n at most about `BLOCK`, each a fresh array.
+        """Yield blocks `[n, C]`, n at most about `BLOCK`, each a new array.
 
         Raises:
-            DecodeError: After everything before the fault was yielded.
+            DecodeError: At a fault, after all samples before it.
         """
         ...
 
     def seek(self, sample: int) -> int:
-        """Before `blocks()`: begin at a sample, or at an earlier one, and give its number.
+        """Before `blocks()`: start at `sample` or an earlier one; return the number of the start.
 
         Raises:
             DecodeError: The file cannot be read there.
@@ -93,10 +93,10 @@ class Decoder(Protocol):
 
 
 class AudioStream(Closeable):
-    """One recording being decoded: its `info`, and its samples once through `blocks()`.
+    """An open recording. Iterate over `blocks()` once to load its samples.
 
     Attributes:
-        info: The recording's header; of a part of a recording, `num_samples` is the part's.
+        info: The recording's header; for a part of a recording, `num_samples` is the part's.
     """
 
     def __init__(
@@ -125,15 +125,15 @@ class AudioStream(Closeable):
 
     @property
     def num_samples(self) -> int | None:
-        """Samples per channel that the stream has, unless it is truncated; None if not known."""
+        """Samples per channel of the stream, unless it is truncated; None if unknown."""
         return self.info.num_samples if self.info.exact else None
 
     def blocks(self) -> Iterator[FloatArray]:
-        """Decode: yield blocks `[C, n]`, float32, integer formats in [-1, 1), and close.
+        """Load: yield blocks `[C, n]`, float32, integer formats in [-1, 1), then close.
 
         Raises:
-            ItemError: NaN or Inf in the samples; no samples at all; and, unless truncated files
-                are allowed, fewer than promised or a fault of the decoder.
+            ItemError: The samples contain NaN or Inf, or there are none. Unless truncated files
+                are allowed: there are fewer samples than in the header, or the decoder fails.
         """
         done, fault = 0, None
         try:
@@ -151,7 +151,7 @@ class AudioStream(Closeable):
         self._check_complete(done, fault)
 
     def _in_time(self, blocks: Iterator[FloatArray]) -> Iterator[FloatArray]:
-        """The blocks, while they come in time; what their taker does with them does not count."""
+        """Check the time limit; time that the caller spends on a block does not count."""
         spent = seconds = 0.0
         while True:
             began = time.monotonic()
@@ -162,7 +162,7 @@ class AudioStream(Closeable):
             seconds += len(block) / self.sample_rate
             if self._time_limit is not None and spent > self._time_limit + seconds:
                 raise ItemError(
-                    f"decoding took {spent:.0f} s for {seconds:.0f} s of audio, longer than "
+                    f"loading took {spent:.0f} s for {seconds:.0f} s of audio, longer than "
                     f"--load-timeout {self._time_limit:g} allows"
                 )
             yield block
@@ -180,7 +180,7 @@ class AudioStream(Closeable):
             name = bitstreams.packed_into_pcm(block)
             if name:
                 raise ItemError(
-                    f"the samples are {name}, not sound. Decode it first, for example with "
+                    f"the samples are {name}, not sound: convert the file, for example with "
                     "`ffmpeg -i IN.wav OUT.flac`"
                 )
 
@@ -188,26 +188,25 @@ class AudioStream(Closeable):
         promised = self.num_samples
         complete = promised is None or done >= promised
         if done == 0:
-            raise ItemError(f"no samples could be decoded{f': {fault}' if fault else ''}")
+            raise ItemError(f"no samples could be loaded{f': {fault}' if fault else ''}")
         if self._allow_truncated or (complete and fault is None):
             return
         if fault is None:
             raise ItemError(truncated(promised, done))
         where = f"sample {done}" + (f" of {promised}" if promised is not None else "")
-        raise ItemError(f"truncated or damaged: decoding stopped at {where}, {fault} {KEEP_HINT}")
+        raise ItemError(f"truncated or damaged: loading stopped at {where}, {fault} {KEEP_HINT}")
 
     def close(self) -> None:
-        """Release the decoder. Closing twice is fine."""
+        """Release the decoder. Further calls do nothing."""
         self._decoder.close()
         if self._repaired:
             self._repaired.close()
 
 
-def truncated(promised: int | None, decodable: int) -> str:
-    """The message for a file whose header promises more samples than it has."""
+def truncated(promised: int | None, loadable: int) -> str:
+    """The message for a file with fewer samples than in its header."""
     return (
-        f"truncated: the header promises {promised} samples, "
-        f"{decodable} could be decoded {KEEP_HINT}"
+        f"truncated: the header promises {promised} samples, {loadable} could be loaded {KEEP_HINT}"
     )
 
 
@@ -225,10 +224,9 @@ def without(blocks: Iterator[FloatArray], first: int, last: int | None) -> Itera
 
 
 def silence(count: int, channels: int) -> Iterator[FloatArray]:
-    """Blocks of zeros `[n, C]`, in place of what is lost.
+    """Blocks of zeros `[n, C]` in place of lost samples.
 
-    Raises:
-        DecodeError: They would be so many that the time in the file must be wrong.
+    Raises DecodeError above `_LONGEST_GAP`, because the times in the file must be wrong then.
     """
     if count > _LONGEST_GAP:
         raise DecodeError(f"its time jumps by {count} samples")

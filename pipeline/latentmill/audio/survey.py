@@ -1,4 +1,4 @@
-"""What the bytes of a file say about damage, before it is decoded: decoders skip it in silence."""
+"""Finds damage in the bytes of a file before it is loaded, because decoders skip it silently."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from latentmill.audio.ogg import find_damage
 from latentmill.audio.sniff import Sniffed
 
 _MISCOUNT = 2
-"""MP3 frames that some encoders count and do not write."""
+"""Number of MP3 frames that some encoders count but do not write."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found.
+    """Result of a survey.
 
     Attributes:
-        damage: Why not all of it can be decoded in its place; None if nothing is known.
-        plain: Whether libsndfile decodes all of it.
+        damage: Description of damage; None if none was found.
+        plain: Whether libsndfile loads the whole file correctly.
         frames: The frames of an MP3.
-        dropped: Samples that libvorbis drops at the end of the first page of Vorbis, and the
-            sample behind them.
-        last_seek: The last sample that libsndfile finds in Vorbis.
-        skipped: Samples before the first one of a FLAC that was cut.
+        dropped: For Vorbis, the number of samples that libvorbis drops at the end of the first
+            page, and the sample after them.
+        last_seek: For Vorbis, the last sample that libsndfile can seek to.
+        skipped: Number of samples before the first one in a FLAC that was split.
     """
 
     damage: str | None = None
@@ -43,16 +43,16 @@ NOTHING = Survey()
 
 
 def survey(media: MediaFile, sniffed: Sniffed) -> Survey:
-    """Read through a file whose format hides damage; the last few files are remembered."""
+    """Survey a file, if its format hides damage; results of the last files are cached."""
     if sniffed.format not in ("mp3", "flac", "wav") and not sniffed.format.startswith("ogg"):
         return NOTHING
     stat = os.fstat(media.fileno())
     identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, sniffed)
-    return _remembered(_Once(identity, lambda: _survey(media, sniffed)))
+    return _cached(_File(identity, lambda: _survey(media, sniffed)))
 
 
-class _Once:
-    """A file's identity, which is what it is remembered by, and how to survey it."""
+class _File:
+    """Cache key: hashes and compares a file's identity, and surveys the file."""
 
     def __init__(self, identity: tuple[object, ...], look: Callable[[], Survey]) -> None:
         self.identity, self.look = identity, look
@@ -61,11 +61,11 @@ class _Once:
         return hash(self.identity)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Once) and self.identity == other.identity
+        return isinstance(other, _File) and self.identity == other.identity
 
 
 @lru_cache(maxsize=64)
-def _remembered(file: _Once) -> Survey:
+def _cached(file: _File) -> Survey:
     return file.look()
 
 
@@ -113,7 +113,7 @@ def _mp3(media: MediaFile, offset: int) -> Survey:
         return Survey()
     plain = frames.lost == 0
     if frames.promised_end is not None:
-        # If much follows the audio, FFmpeg trusts the header no more.
+        # If much data follows the audio, FFmpeg ignores the header.
         size = frames.promised_end - frames.first
         plain = plain and media.size - frames.promised_end <= size >> 4
     return Survey(_mp3_damage(media, frames), plain=plain, frames=frames)
@@ -125,17 +125,17 @@ def _mp3_damage(media: MediaFile, frames: mp3.Frames) -> str | None:
         gap = frames.gaps[0]
         at = (gap.frames - start) * frames.samples
         return (
-            f"truncated or damaged: decoding stopped at sample {at}"
+            f"truncated or damaged: loading stopped at sample {at}"
             f", {gap.size} bytes at byte {gap.start} are not MPEG audio"
         )
     lost, there = frames.lost or 0, (frames.count - start) * frames.samples
     end = frames.promised_end
     whole = end is not None and end <= media.size and not frames.cut
-    # The bytes that the header counts are frames, or tags that some encoders count.
+    # The bytes in the header cover frames, and tags with some encoders.
     whole = whole and (frames.end >= (end or 0) or mp3.tag_size(media, frames.end) > 0)
     if lost > (_MISCOUNT if whole else 0) and frames.promised is not None:
         promised = frames.promised * frames.samples
-        return f"truncated: the header promises {promised} samples, {there} could be decoded"
+        return f"truncated: the header promises {promised} samples, {there} could be loaded"
     if frames.other is not None:
         return (
             f"damaged or joined: at byte {frames.other} MPEG audio of another sample rate or layer "

@@ -1,8 +1,8 @@
-"""Vorbis in Ogg: how many samples a page holds (Vorbis I, sections 4.2 and 4.3).
+"""Counts the samples of Vorbis pages in Ogg (Vorbis I, sections 4.2 and 4.3).
 
-A stream that was cut without encoding again begins with a page that holds more samples than its
-granule position counts. libvorbis drops the last block of that page, as `oggdec` does, and counts
-on from the granule position; libsndfile then stops as many samples too early.
+A stream that was split without re-encoding begins with a page that has more samples than its
+granule position counts. libvorbis and `oggdec` drop the last block of that page and continue
+counting at the granule position; libsndfile then stops as many samples too early.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Start:
     """The first page with audio.
 
     Attributes:
-        samples: Samples per channel that its packets give.
-        granule: Samples that its granule position counts.
-        last: Samples that its last packet gives.
-        ends: Whether it is the last page too, which may count fewer.
+        samples: Samples per channel of its packets.
+        granule: Samples according to its granule position.
+        last: Samples of its last packet.
+        ends: Whether it is also the last page, which may count fewer.
     """
 
     samples: int
@@ -43,7 +43,7 @@ class Start:
 
 
 def read_start(media: MediaFile, offset: int) -> Start | None:
-    """The first page with audio of a Vorbis stream; None if it cannot be understood."""
+    """The first page with audio of a Vorbis stream; None if it cannot be parsed."""
     found = first_packets(media, offset, headers=3)
     if found is None or len(found.headers) < 3 or not found.packets:
         return None
@@ -63,9 +63,9 @@ def read_start(media: MediaFile, offset: int) -> Start | None:
 
 
 def last_safe_seek(media: MediaFile, start: Start) -> int:
-    """The last sample that libsndfile finds: not one of the last page.
+    """The last sample that libsndfile can seek to; it is before the last page.
 
-    There it counts backwards from the granule position, which is less than the page holds.
+    In the last page libsndfile counts backwards from a granule position that is too small.
     """
     granules = last_granules(media)
     if len(granules) < 2:
@@ -74,9 +74,9 @@ def last_safe_seek(media: MediaFile, start: Start) -> int:
 
 
 def given_by(packet: bytes, sizes: list[int]) -> int:
-    """Samples that an audio packet gives by itself and the one before it.
+    """Number of samples that an audio packet completes together with the packet before it.
 
-    A long block knows the size of the one before; before a short one another is supposed.
+    A long block has the size of the block before; a short block is assumed to follow a short one.
     """
     bits = (len(sizes) - 1).bit_length()
     mode = packet[0] >> 1 & (1 << bits) - 1
@@ -95,7 +95,7 @@ def block_sizes(headers: list[bytes]) -> list[int] | None:
     short, long = 1 << (identification[28] & 15), 1 << (identification[28] >> 4)
     bits = int.from_bytes(setup, "little")
     end, flags, modes = bits.bit_length() - 1, list[int](), None
-    while len(flags) < 64:  # the framing bit lies at `end`
+    while len(flags) < 64:  # the framing bit is at `end`
         at = end - _MODE_BITS * (len(flags) + 1)
         if at < 6 or bits >> at + 1 & 0xFFFF_FFFF:  # window and transform types are 0
             break

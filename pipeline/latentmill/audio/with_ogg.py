@@ -1,8 +1,8 @@
-"""Decoding damaged Ogg files: what is lost becomes silence, what follows keeps its place.
+"""Loads damaged Ogg files: lost samples become silence, and later samples keep their time.
 
-FFmpeg drops a damaged page and goes on with the next one as if nothing had been between them.
-Here pages are read one by one: a granule position is the number of samples up to the end of its
-page, so it says where the page lies in time.
+FFmpeg drops a damaged page and continues with the next one without a gap. Here pages are read one
+by one, and their granule positions (the number of samples up to the end of the page) give their
+times.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from latentmill.audio.with_pyav import AV_ERRORS, PyAVDecoder
 from latentmill.record import FloatArray
 
 _LONGEST_PACKET = 5760
-"""Samples of an Opus packet; one of Vorbis gives 4,096 at most."""
+"""Samples of an Opus packet; a Vorbis packet has at most 4,096."""
 
 
 @dataclass
 class _TimeLine:
-    """Where pages lie in time.
+    """Maps pages to samples.
 
     Attributes:
-        begin: What the granule position counts before the first sample: Opus's pre-skip.
-        origin: The granule position of the first sample, when it is known.
-        last: The granule position of the last whole page.
+        begin: Samples that granule positions count before the first sample: Opus's pre-skip.
+        origin: The granule position of the first sample, if known.
+        last: The granule position of the last intact page.
     """
 
     begin: int
@@ -38,16 +38,12 @@ class _TimeLine:
     last: int | None = None
 
     def place(self, page: Page, held: tuple[int, int], lost: int, before: int | None) -> int:
-        """The sample at which the samples of a page begin.
+        """The number of the first sample of a page.
 
-        A granule position counts to the end of its page. The last one may count less than the page
-        holds, so that page is placed by the one before if it is known where that ends.
-
-        Args:
-            page: The page.
-            held: Its samples, and samples of one of its packets.
-            lost: How many pages are missing before it.
-            before: Where, by its own header, the damaged page before it ends.
+        A granule position counts to the end of its page. The last one may be smaller than the end
+        of the page, so the last page starts at the end of the page before, if known. `held` are
+        the samples of the page and of one of its packets, `lost` the number of missing pages before
+        it, and `before` the end of the damaged page before it, according to that page's header.
         """
         samples, each = held
         if self.origin is None:
@@ -68,7 +64,7 @@ class _TimeLine:
 
 
 class OggPageDecoder(PyAVDecoder):
-    """An Ogg file of Opus, Vorbis or FLAC that is damaged."""
+    """A damaged Ogg file of Opus, Vorbis or FLAC."""
 
     def blocks(self) -> Iterator[FloatArray]:
         """Yield blocks `[n, C]`; see `Decoder`."""
@@ -81,7 +77,7 @@ class OggPageDecoder(PyAVDecoder):
         opus = self._format == "ogg-opus"
         time = _TimeLine(int.from_bytes((extradata or b"")[10:12], "little") if opus else 0)
         done, rest, lost, headers = 0, b"", 0, list[bytes]()
-        previous: Page | None = None  # the last whole one
+        previous: Page | None = None  # the last intact page
         broken: Page | None = None
         for page in all_pages(self._media):
             if previous is not None and page.serial != previous.serial:
@@ -113,19 +109,19 @@ class OggPageDecoder(PyAVDecoder):
                 done = start
             lost = 0
             end = page.granule - (time.origin or 0)
-            block = block[: max(0, end - done)]  # the last page may count fewer than it holds
+            block = block[: max(0, end - done)]  # the last page may count fewer samples
             done += len(block)
             yield block
 
     def _withheld(self, packet: bytes, headers: list[bytes]) -> int:
-        """Samples that the first packet behind a lost one does not give: Vorbis overlaps them."""
+        """Samples lost with the first packet after a gap, because Vorbis overlaps packets."""
         sizes = vorbis.block_sizes(headers) if self._format == "ogg-vorbis" else None
         return vorbis.given_by(packet, sizes) if sizes and packet else 0
 
     def _decoded(
         self, codec: av.AudioCodecContext, packer: av.AudioResampler, packets: list[bytes]
     ) -> FloatArray:
-        """The samples of some packets, less those of packets that cannot be decoded."""
+        """The samples of some packets; packets that cannot be decoded are skipped."""
         found: list[FloatArray] = [np.empty((0, self.info.channels), np.float32)]
         for packet in packets:
             try:
@@ -138,7 +134,7 @@ class OggPageDecoder(PyAVDecoder):
 
 
 def _is_audio(packet: bytes) -> bool:
-    """Whether a packet is none of the headers of Opus, Vorbis and FLAC."""
+    """Whether a packet is not a header of Opus, Vorbis or FLAC."""
     if packet.startswith((b"OpusHead", b"OpusTags", b"\x7fFLAC")):
         return False
     return not (packet[1:7] == b"vorbis" and packet[0] & 1)

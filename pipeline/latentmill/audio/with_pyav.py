@@ -1,7 +1,7 @@
-"""Decoding with FFmpeg through PyAV: AAC, Opus, WebM, and what libsndfile cannot open.
+"""Loads audio with FFmpeg through PyAV: AAC, Opus, WebM, and files that libsndfile cannot load.
 
-The container format is given by `sniff`, never guessed by FFmpeg: its guesses include playlists
-that make it open other files and addresses.
+The container format comes from `sniff`. FFmpeg never guesses it, because it might find a playlist
+and open other files and addresses.
 """
 
 from __future__ import annotations
@@ -21,18 +21,17 @@ from latentmill.audio.stream import KEEP_HINT, AudioInfo, DecodeError, silence, 
 from latentmill.audio.survey import NOTHING, Survey
 from latentmill.record import FloatArray
 
-# What FFmpeg may open and run while it looks for the streams: not video, nor pictures.
+# Protocols and codecs that FFmpeg may use; no video and no images.
 _LIMITS = {"protocol_whitelist": "fd", "codec_whitelist": ",".join(sorted(DECODERS))}
 
 _PACKED = 1 << 16
 """Samples per channel of a block."""
 
 _COUNTED = ("mp4", "ogg-opus")
-"""Formats that say how many samples there are at least, so that a fault that FFmpeg keeps to itself
-is noticed."""
+"""Formats with a minimum number of samples, which shows faults that FFmpeg does not report."""
 
 _EXACT = ("flac", "wavpack")
-"""Formats whose header counts samples, so that fewer of them are a loss."""
+"""Formats whose header has the exact number of samples."""
 
 _CHECKS = {
     "flac": "crccheck+explode",
@@ -40,34 +39,28 @@ _CHECKS = {
     "tta": "crccheck+explode",
     "ape": "crccheck+explode",
 }
-"""What makes FFmpeg compare a codec's checksums."""
+"""Options with which FFmpeg compares the checksums of a codec."""
 
 _UNTRIMMED = ("opus", "vorbis")
-"""Codecs in MP4 that FFmpeg gives to the end of their last frame."""
+"""Codecs in MP4 whose last frame FFmpeg does not trim."""
 
 _STREAMS = ("mp3", "aac", "ac3", "eac3", "dts", "mpegts", "mpeg")
-"""Formats that may begin in the middle of a frame, or with bytes that are no audio."""
+"""Formats that may begin in the middle of a frame, or with bytes that are not audio."""
 
 _MATROSKA_SLACK = 0.25
-"""Seconds that a header may promise too many."""
+"""Seconds by which the length in a header may be too long."""
 
 _MAX_JUNK = 1000
-"""Pieces of junk in a file that are passed over."""
+"""Maximum number of invalid pieces of a file that are skipped."""
 
 AV_ERRORS = (av.FFmpegError, ValueError, EOFError)
 
 
 class PyAVDecoder:
-    """A file open in FFmpeg, its first frame decoded.
+    """A file that is open in FFmpeg.
 
-    Args:
-        media: The file.
-        sniffed: Its format.
-        found: What its bytes say.
-        keep: Go on behind a damaged place, and put silence in its place.
-
-    Raises:
-        DecodeError: FFmpeg cannot open it, or cannot decode its first samples.
+    With `keep`, damaged parts become silence instead of an error. Raises DecodeError if FFmpeg
+    cannot open the file or decode its first frame.
     """
 
     def __init__(
@@ -92,16 +85,16 @@ class PyAVDecoder:
         with contextlib.ExitStack() as stack:
             stack.callback(self._container.close)
             self._start()
-            stack.pop_all()  # from here on close() does it
+            stack.pop_all()  # close() closes the container
 
     def _start(self) -> None:
         """Decode the first frame: rate and channels of HE-AAC are known only then."""
         stream = self._container.streams.best("audio")
         if not isinstance(stream, av.AudioStream):
-            raise DecodeError("it holds no audio stream")
+            raise DecodeError("it contains no audio stream")
         if stream.codec_context is None or stream.codec.name not in DECODERS:
-            raise DecodeError("its codec is not one that can be decoded")
-        stream.codec_context.thread_count = 1  # the callers have threads
+            raise DecodeError("its codec is not supported")
+        stream.codec_context.thread_count = 1  # callers use threads
         if check := _CHECKS.get(stream.codec.canonical_name):
             stream.codec_context.options = {"err_detect": check}
         self._stream = stream
@@ -110,17 +103,17 @@ class PyAVDecoder:
         self._frames = self._decode()
         first = next(self._frames, None)
         if first is None:
-            raise DecodeError("it holds no samples")
+            raise DecodeError("it contains no samples")
         self._frames = chain([first], self._frames)
         self._layout, self._first = first.layout, first.pts
         self._origin = first.pts or 0
-        if self._damaged:  # the first frames are lost; those of AAC before 0 would be dropped
+        if self._damaged:  # the first frames are lost, perhaps with AAC frames before time 0
             self._origin = max(0, self._begin or 0)
         promised = self._promised(first.sample_rate)
         self._tables = read_tables(self._media) if self._format == "mp4" else None
         self._limit = self._itunes_length()
         exact = self._limit is not None or self._format in _EXACT
-        # An edit list ends within a frame, which FFmpeg before version 9 gives whole.
+        # An edit list may end within a frame, which FFmpeg before version 9 does not trim.
         if self._limit is None and self._tables and not self._tables.fragmented:
             self._limit = promised if stream.codec.canonical_name not in _UNTRIMMED else None
         if self._limit is not None and exact is False:
@@ -148,13 +141,13 @@ class PyAVDecoder:
             yield from blocks
         except DecodeError as error:
             if self._format == "wav" and self.info.codec == "aac":
-                text = "AAC in WAV does not say where its frames begin: use what it was made from"
+                text = "AAC in WAV has no frame positions: use the original file"
                 raise DecodeError(text) from error
             raise
 
     def _all_blocks(self) -> Iterator[FloatArray]:
         done, least = 0, self._least()
-        checked = self._stream.codec.canonical_name in _CHECKS  # which `amovie` cannot be told
+        checked = self._stream.codec.canonical_name in _CHECKS  # `amovie` has no option for this
         if least is not None and not self._keep and not checked:
             with contextlib.suppress(DecodeError):
                 for block in self._in_one_go():
@@ -162,9 +155,9 @@ class PyAVDecoder:
                     yield block
                 if done > least:
                     return
-            # Something is wrong. The packets, one by one, tell what, and give the samples up to it.
+            # Something is wrong: decode by packet to find the fault and all samples before it.
             self.close()
-            self._open()  # the two share the descriptor's position
+            self._open()  # `amovie` has moved the position of the descriptor
         total = 0
         for block in self._by_packet():
             total += len(block)
@@ -175,8 +168,9 @@ class PyAVDecoder:
             raise DecodeError(f"the file's tables promise at least {int(least) + 1} samples")
 
     def _by_tables(self, limit: int, rate: int) -> int:
-        """Samples by an edit list, which is rounded to a millisecond, or as the tables count them
-        if the two agree.
+        """The number of samples in the tables if it agrees with `limit`, or else `limit`.
+
+        `limit` comes from an edit list, which is rounded to a millisecond.
         """
         tables, track, base = self._tables, self._stream.id, self._stream.time_base
         if not tables or not tables.timescales.get(track) or base is None:
@@ -187,7 +181,7 @@ class PyAVDecoder:
         return samples if abs(samples - limit) <= rate / 1000 else limit
 
     def _least(self) -> float | None:
-        """If no more samples than this come, some are lost; None if that cannot be said."""
+        """Samples are lost if there are not more than this number; None if unknown."""
         rate, promised = self.info.sample_rate, self.info.num_samples
         if self._format == "ogg-opus" and promised is not None:
             return promised - 1
@@ -200,24 +194,24 @@ class PyAVDecoder:
         if self._first is None or self._begin is None:
             return None
         whole, longest = seconds
-        least = whole - longest - float((self._first - self._begin) * base)  # dropped in front
+        least = whole - longest - float((self._first - self._begin) * base)  # dropped at the start
         if not tables.fragmented and self._stream.duration:
             # An edit list may end before the samples do. It is rounded to a millisecond.
             least = min(least, float(self._stream.duration * base) - 1e-3)
         return least * rate
 
     def _in_one_go(self) -> Iterator[FloatArray]:
-        """Blocks `[n, C]` from FFmpeg's `amovie` filter, which says little of faults and keeps
-        up to a block of what lies before them.
+        """Blocks `[n, C]` from FFmpeg's `amovie` filter.
 
-        Demuxing and decoding stay in C for a whole block: with calls for every packet, threads
-        spend more time on handing each other Python's lock than on decoding.
+        Demuxing and decoding stay in C for a whole block. With calls for each packet, threads would
+        spend more time waiting for Python's lock than decoding. The filter reports few faults, and
+        loses up to a block before them.
         """
         options = f"fd={self._media.rewind()}:protocol_whitelist=fd:fflags=+discardcorrupt"
         shape = (self.info.sample_rate, self.info.channels)
         try:
             graph = av.filter.Graph()
-            graph.threads = 1  # the callers have threads
+            graph.threads = 1  # callers use threads
             source = graph.add(
                 "amovie",
                 filename="fd:",
@@ -235,7 +229,7 @@ class PyAVDecoder:
                 frame = sink.pull()
                 assert isinstance(frame, av.AudioFrame)
                 if (frame.sample_rate, frame.layout.nb_channels) != shape:
-                    raise DecodeError("the sample rate or the channels are not the first frame's")
+                    raise DecodeError("the sample rate or the channels change within the file")
                 yield _array(frame)
         except EOFError:
             return
@@ -243,8 +237,9 @@ class PyAVDecoder:
             raise DecodeError(_text(error)) from error
 
     def _by_packet(self) -> Iterator[FloatArray]:
-        # Packed floats at the same rate. Planar frames never become arrays: PyAV (18.1) looks
-        # for a null after the last plane, which is not there from eight channels on.
+        # Convert to packed floats at the same rate, because PyAV (18.1) cannot convert planar
+        # frames to arrays: it expects a null after the last plane, which is missing from eight
+        # channels on.
         packer = av.AudioResampler("flt", self._layout, self.info.sample_rate, _PACKED)
         fault, done = None, 0
         try:
@@ -262,16 +257,16 @@ class PyAVDecoder:
         seconds = ((self._container.duration or 0) - start) / av.time_base
         alone = self._format == "matroska" and len(self._container.streams) == 1
         if alone and not fault and done / self.info.sample_rate < seconds - _MATROSKA_SLACK:
-            # FFmpeg does not report clusters that it cannot read.
+            # FFmpeg does not report clusters that it skips.
             fault = DecodeError(f"the header promises {seconds:.3f} s")
         promised = self.info.num_samples or 0
-        whole = self._format == "wavpack" and 0 < promised <= done  # what follows are tags
+        whole = self._format == "wavpack" and 0 < promised <= done  # only tags follow
         if fault and not whole:
             raise fault
 
     def _gap(self, frame: av.AudioFrame, done: int) -> int:
-        """Samples that are missing before a frame, by its time; 0 unless damage was met."""
-        unreported = ("flac", "matroska", "mp4")  # FFmpeg leaves out what it cannot read
+        """Number of samples missing before a frame according to its time; 0 without damage."""
+        unreported = ("flac", "matroska", "mp4")  # FFmpeg skips unreadable data
         if not (self._damaged or (self._keep and self._format in unreported)):
             return 0
         if frame.pts is None or self._first is None or not frame.time_base:
@@ -287,7 +282,7 @@ class PyAVDecoder:
         return max(0, gap)
 
     def seek(self, sample: int) -> int:
-        """Stay at the start: exact for every codec, such as AAC that synthesises noise."""
+        """Start at 0, which is exact for every codec, such as AAC with synthesised noise."""
         return 0
 
     def close(self) -> None:
@@ -300,7 +295,7 @@ class PyAVDecoder:
         try:
             for packet in self._packets():
                 self._begin = packet.pts if self._begin is None else self._begin
-                # Shorter than the container says; others read to the end of the file.
+                # Shorter than in the container; other formats read to the end of the file.
                 if packet.is_corrupt and self._format in ("mp4", "matroska", "wavpack"):
                     if not self._keep:
                         raise DecodeError("a packet is incomplete")
@@ -322,7 +317,7 @@ class PyAVDecoder:
                 yield from frames
         except AV_ERRORS as error:
             raise DecodeError(_text(error)) from error
-        # Zeros and unknown tags behind the last MP3 frame are common and harmless.
+        # Zeros and unknown tags after the last MP3 frame are common and harmless.
         if fault and self._format != "mp3":
             raise fault
 
@@ -330,12 +325,12 @@ class PyAVDecoder:
         for _ in range(_MAX_JUNK):
             try:
                 yield from self._container.demux(self._stream)
-            except av.BlockingIOError:  # MPEG-TS: a piece of junk, and more may follow
+            except av.BlockingIOError:  # MPEG-TS: an invalid piece
                 continue
             return
 
     def _packed(self, packer: av.AudioResampler, frame: av.AudioFrame | None) -> list[FloatArray]:
-        """What is ready of the frames so far as blocks `[n, C]`, scaled as libsndfile scales."""
+        """The next blocks `[n, C]`, scaled as in libsndfile."""
         rate, channels = self.info.sample_rate, self.info.channels
         if frame and (frame.sample_rate, frame.layout.nb_channels) != (rate, channels):
             raise DecodeError("the sample rate or the channels change within the file")
@@ -345,7 +340,7 @@ class PyAVDecoder:
             raise DecodeError(_text(error)) from error
 
     def _promised(self, rate: int) -> int | None:
-        """Samples by the container's header; None where it says so only roughly, or not."""
+        """Samples according to the container's header; None if approximate or unknown."""
         duration, time_base = self._stream.duration, self._stream.time_base
         if duration is None or time_base is None or time_base.numerator != 1:
             return None
@@ -356,13 +351,13 @@ class PyAVDecoder:
             return max(0, duration - start - int.from_bytes(extra[10:12], "little"))
         if self._format not in ("mp4", "flac", "ogg-flac", "wavpack"):
             return None
-        # HE-AAC may be counted at half its rate; milliseconds would be too coarse.
+        # HE-AAC may count at half its rate; milliseconds are too coarse.
         if rate not in (time_base.denominator, 2 * time_base.denominator):
             return None
         return duration * (rate // time_base.denominator) - self._found.skipped
 
     def _itunes_length(self) -> int | None:
-        """iTunes writes encoder delay, padding and length in a tag; FFmpeg uses the delay alone."""
+        """The length in a tag of iTunes, of which FFmpeg only uses the encoder delay."""
         tag = self._container.metadata.get("iTunSMPB", "").split()
         try:
             delay, padding, length = (int(field, 16) for field in tag[1:4])
@@ -372,7 +367,7 @@ class PyAVDecoder:
 
 
 def _is_mpeg(packet: av.Packet[av.AudioStream]) -> bool:
-    head = bytes(packet).lstrip(b"\0")[:2]  # the decoder skips zeros, too
+    head = bytes(packet).lstrip(b"\0")[:2]  # the decoder also skips zeros
     return len(head) == 2 and head[0] == 0xFF and head[1] >= 0xE0
 
 
@@ -383,9 +378,9 @@ def _array(frame: av.AudioFrame) -> FloatArray:
 
 
 def _text(error: Exception) -> str:
-    if isinstance(error, av.error.UndefinedError):  # FFmpeg has a number for it, and no text
+    if isinstance(error, av.error.UndefinedError):  # FFmpeg has no text for it
         return "a frame is damaged"
     if isinstance(error, av.error.MemoryError):
-        return "its header has numbers that are too large"
+        return "its header contains numbers that are too large"
     text = error.strerror if isinstance(error, av.FFmpegError) else str(error)
     return " ".join((text or type(error).__name__).split())

@@ -1,5 +1,7 @@
-"""Decoding with libsndfile, which reads from the file descriptor itself: no callbacks into Python,
-so decode threads do not wait for each other.
+"""Loads audio with libsndfile.
+
+libsndfile reads from the file descriptor without callbacks into Python, so load threads do not wait
+for each other.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ _OTHERWISE = {
     "aiff": ("IMA_ADPCM",),
     "caf": ("ALAC_16", "ALAC_24"),
 }
-"""What libsndfile decodes to other samples than FFmpeg."""
+"""Codecs for which libsndfile and FFmpeg give different samples; FFmpeg is used."""
 
 _VORBIS_ORDER = {
     3: (0, 2, 1),
@@ -31,20 +33,19 @@ _VORBIS_ORDER = {
     7: (0, 2, 1, 6, 5, 3, 4),
     8: (0, 2, 1, 7, 5, 6, 3, 4),
 }
-"""Places of the channels in Vorbis (Vorbis I, section 4.3.9), in the order of all other formats.
+"""Positions of channels in Vorbis (Vorbis I, section 4.3.9), in the order of all other formats.
 
-libsndfile leaves them as they are; FFmpeg and oggdec sort them.
+libsndfile does not reorder them; FFmpeg and oggdec do.
 """
 
 _MP3_LEAD = 64 * 1152
-"""Samples that an MP3 is decoded ahead of a seek: its frames lean on the bits of those before."""
+"""Samples that are decoded before a seek target in an MP3: frames use bits of earlier frames."""
 
 
 class SoundFileDecoder:
-    """A file open in libsndfile.
+    """A file that is open in libsndfile.
 
-    Raises:
-        DecodeError: libsndfile cannot open it, or finds nothing in it.
+    Raises DecodeError if libsndfile cannot load it or finds no samples.
     """
 
     def __init__(self, media: MediaFile, sniffed: Sniffed, found: Survey = NOTHING) -> None:
@@ -55,18 +56,18 @@ class SoundFileDecoder:
             self._file = sf.SoundFile(media.rewind(), closefd=False)
         except sf.LibsndfileError as error:
             raise DecodeError(_text(error)) from error
-        if not self._file.seekable():  # GSM and others; asking where it is would be a seek
+        if not self._file.seekable():  # such as GSM; `tell` would be a seek
             self._file.close()
             raise DecodeError("libsndfile cannot seek in it")
         if self._file.subtype in _OTHERWISE.get(sniffed.format, ()):
             self._file.close()
             raise DecodeError("FFmpeg decodes it")
-        if self._file.frames == 0:  # such as a WAV whose writer never came back to write its size
+        if self._file.frames == 0:  # such as a WAV whose writer did not set its size
             self._file.close()
-            raise DecodeError("it holds no samples")
+            raise DecodeError("it contains no samples")
         self._frames = self._file.frames
         if sniffed.format == "w64" and (data := find_w64_data(media)) and data.samples:
-            self._frames = min(self._frames, data.samples)  # it reads padding as audio
+            self._frames = min(self._frames, data.samples)  # libsndfile reads padding as audio
         self._order: list[int] | None = None
         if sniffed.format == "ogg-vorbis" and self._file.channels in _VORBIS_ORDER:
             self._order = list(_VORBIS_ORDER[self._file.channels])
@@ -82,7 +83,7 @@ class SoundFileDecoder:
     def blocks(self) -> Iterator[FloatArray]:
         """Yield blocks `[n, C]`; see `Decoder`."""
         done = self._file.tell()
-        # Reading past the promised end would report what lies behind the audio, such as a tag.
+        # Reading past the end would return data after the audio, such as a tag.
         while done < self._frames:
             count = min(BLOCK, self._frames - done)
             block = np.empty((count, self.info.channels), np.float32)
@@ -101,7 +102,7 @@ class SoundFileDecoder:
         return block if self._order is None else block[:, self._order]
 
     def seek(self, sample: int) -> int:
-        """Begin at a sample, or at an earlier one if libsndfile would not find it."""
+        """Start at a sample, or at an earlier one if libsndfile cannot seek to it."""
         if self._last_seek is not None:
             sample = min(sample, self._last_seek)
         if self.info.codec == "mpeg_layer_iii":
@@ -117,7 +118,7 @@ class SoundFileDecoder:
 
 
 def _is_extensible(media: MediaFile) -> bool:
-    """Whether a Wave64 file gives its sample format as WAVE_FORMAT_EXTENSIBLE."""
+    """Whether the sample format of a Wave64 file is WAVE_FORMAT_EXTENSIBLE."""
     head = media.read_at(0, 4096)
     at = head.find(b"fmt \xf3\xac\xd3\x11")
     return at >= 0 and head[at + 24 : at + 26] == b"\xfe\xff"
