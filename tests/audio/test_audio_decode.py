@@ -158,7 +158,7 @@ def test_a_wav_from_a_pipe_has_no_length_to_miss(size: int) -> None:
         (b"RIFF\x24\0\0\0WAVE", "cannot be loaded as wav"),
         (b"OggS" + bytes(40), "truncated|cannot be loaded"),
         (sound(np.zeros((0, 2)), RATE), "cannot be loaded as wav: it contains no samples"),
-        (sound(np.zeros((10, 65)), RATE), "65 channels"),
+        (sound(np.zeros((10, 65)), RATE), "invalid number of channels 65"),
         (sound(np.zeros((10, 1)), 2_000_000), "2000000 Hz"),
         (sound(np.zeros((10, 1)), 50), "50 Hz"),
     ],
