@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from latentmill.audio.lengths import audio_end
 from latentmill.audio.media import MediaFile
 from latentmill.audio.mp4 import read_tables
-from latentmill.audio.ogg import find_cut
+from latentmill.audio.ogg import find_truncation
 from latentmill.audio.sniff import Sniffed
 from latentmill.errors import ItemError
 
@@ -58,7 +58,7 @@ def find_shortage(media: MediaFile, sniffed: Sniffed) -> Shortage | None:
         "matroska": _matroska,
     }
     if sniffed.format.startswith("ogg"):
-        text = find_cut(media)
+        text = find_truncation(media)
         return Shortage(text) if text else None
     if check := checks.get(sniffed.format):
         return check(media)

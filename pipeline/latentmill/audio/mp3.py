@@ -42,7 +42,7 @@ class Frames:
         count: Number of frames, including a Xing or Info frame.
         first: Position of the first frame.
         end: The byte after the last frame.
-        cut: Whether the last frame is incomplete.
+        incomplete: Whether the last frame is incomplete.
         samples: Samples per channel of a frame.
         gaps: Lost or damaged bytes.
         other: Position after the last frame where frames of another sample rate or layer begin.
@@ -54,7 +54,7 @@ class Frames:
     count: int
     first: int
     end: int
-    cut: bool
+    incomplete: bool
     samples: int
     gaps: tuple[Gap, ...]
     other: int | None = None
@@ -106,11 +106,11 @@ class _Walk:
         if self._head(begin)[1] == kind:  # the data after the first frame is damaged
             first = begin
         self._at = first
-        count, gaps, end, cut, other = 0, list[Gap](), first, False, None
+        count, gaps, end, incomplete, other = 0, list[Gap](), first, False, None
         while self._at + 4 <= self._stop:
             length, found = self._head(self._at)
             if length and found == kind:
-                count, cut = count + 1, self._at + length > self._stop
+                count, incomplete = count + 1, self._at + length > self._stop
                 self._at = end = min(self._at + length, self._stop)
             elif size := tag_size(self._media, self._at):
                 self._at += size
@@ -123,9 +123,9 @@ class _Walk:
                     break
                 self._at = place
                 gaps.append(Gap(start, place - start, count))
-        count -= cut
+        count -= incomplete
         samples = _samples(kind)
-        return Frames(count, first, end, cut, samples, tuple(gaps), other)
+        return Frames(count, first, end, incomplete, samples, tuple(gaps), other)
 
     def _head(self, at: int) -> tuple[int, int]:
         """Length and kind of the frame at `at`; zeros if there is none."""

@@ -34,7 +34,7 @@ class Page:
     whole: bool = True
 
 
-def find_cut(media: MediaFile) -> str | None:
+def find_truncation(media: MediaFile) -> str | None:
     """What is wrong with the last page (truncated or not marked as the last), or None."""
     tail = media.read_at(max(0, media.size - 2 * _MAX_PAGE), 2 * _MAX_PAGE)
     at = tail.rfind(b"OggS\0")

@@ -130,7 +130,7 @@ def _mp3_damage(media: MediaFile, frames: mp3.Frames) -> str | None:
         )
     lost, there = frames.lost or 0, (frames.count - start) * frames.samples
     end = frames.promised_end
-    whole = end is not None and end <= media.size and not frames.cut
+    whole = end is not None and end <= media.size and not frames.incomplete
     # The bytes in the header cover frames, and tags with some encoders.
     whole = whole and (frames.end >= (end or 0) or mp3.tag_size(media, frames.end) > 0)
     if lost > (_MISCOUNT if whole else 0) and frames.promised is not None:

@@ -25,18 +25,18 @@ _encode_with_nan = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
 def find_column(
-    columns: Sequence[str], asked: str | None, usual: Sequence[str], what: str, source: str
+    columns: Sequence[str], requested: str | None, usual: Sequence[str], what: str, source: str
 ) -> str | None:
-    """The column `asked` for by the user, or else the first column with one of the `usual` names.
+    """The column `requested` by the user, or else the first column with one of the `usual` names.
 
-    Raises SourceError if the table has no column `asked`.
+    Raises SourceError if the table has no column `requested`.
     """
-    if asked is not None:
-        if asked not in columns:
+    if requested is not None:
+        if requested not in columns:
             raise SourceError(
-                f"{source} has no {what} column {asked}: choose one of {', '.join(columns)}."
+                f"{source} has no {what} column {requested}: choose one of {', '.join(columns)}."
             )
-        return asked
+        return requested
     by_lower = {column.lower(): column for column in reversed(columns)}
     return next((by_lower[name] for name in usual if name in by_lower), None)
 

@@ -139,17 +139,17 @@ class ManifestSource:
             for name, value in dataclasses.asdict(self._columns).items()
             if required or value in row
         }
-        asked = Columns(**given)
-        path = find_column(names, asked.path, PATHS, "path", where)
+        requested = Columns(**given)
+        path = find_column(names, requested.path, PATHS, "path", where)
         if path is None:
             if not required:
                 return self._count_without_path
             raise SourceError(
                 f"{where} has no path column: set --path-column to one of {', '.join(names)}."
             )
-        start = find_column(names, asked.start, STARTS, "start", where)
-        duration = find_column(names, asked.duration, DURATIONS, "duration", where)
-        key = find_column(names, asked.key, KEYS, "key", where)
+        start = find_column(names, requested.start, STARTS, "start", where)
+        duration = find_column(names, requested.duration, DURATIONS, "duration", where)
+        key = find_column(names, requested.key, KEYS, "key", where)
         key = self._columns.key or key  # with --key-column, every row must have it
         end = find_column(names, None, ENDS, "end", where)
         if start and end and not duration:  # else the segment would reach to the recording's end

@@ -120,11 +120,11 @@ def _beside(table: str, path: str) -> str:
     return protocol + mark + posixpath.normpath(f"{folder}/{path}")
 
 
-def _choose(schema: pa.Schema, asked: str | None, uri: str) -> str:
+def _choose(schema: pa.Schema, requested: str | None, uri: str) -> str:
     """The column of audio; raises SourceError if there is none or if there are several."""
     kinds = {field.name: field.type for field in schema}
-    if asked is not None:
-        return asked
+    if requested is not None:
+        return requested
     structs = [name for name, kind in kinds.items() if is_audio(kind) or is_array(kind)]
     plain = [name for name, kind in kinds.items() if is_binary(kind)]
     lists = [field.name for field in schema if is_samples(field)]
