@@ -403,7 +403,7 @@ def test_an_incomplete_store_warns(tmp_path: Path, url: str) -> None:
         warnings.simplefilter("error")
         store = lm.open(url)
         list(loader(lm.LatentDataset(store, crop=8), (1, "spawn", False)))
-    with pytest.raises(ConfigError, match=r"read by key, not by 0: store\[key\]"):
+    with pytest.raises(ConfigError, match=r"read by key, not by 0: use store\[key\]"):
         store[0]  # type: ignore[index]
 
 

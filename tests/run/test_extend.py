@@ -174,7 +174,7 @@ def test_an_extension_killed_before_its_seal_is_sealed_by_the_next_run(
     encode(songs, store, extend=True)
     (store / "dataset.json").write_bytes(sealed)
     assert any(
-        "dataset.json is not what" in fault for fault in verify(open_store(str(store))).faults
+        "dataset.json does not match" in fault for fault in verify(open_store(str(store))).faults
     )
     assert encode(songs, store).info.items == 7
     runs.assert_whole(store)
