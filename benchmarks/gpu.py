@@ -90,7 +90,7 @@ def main() -> None:
 
     on_gpu = arguments.device.startswith("cuda")
     if on_gpu and not torch.cuda.is_available():
-        print("There is no GPU here, so nothing was measured; --device cpu --size tiny tries it.")
+        print("No GPU found, nothing was measured; try --device cpu --size tiny.")
         return
     if arguments.audio is None:
         arguments.audio = str(SHARED_AUDIO) if SHARED_AUDIO.is_dir() else SYNTHESISED

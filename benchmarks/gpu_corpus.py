@@ -153,7 +153,9 @@ def recordings(folder: Path) -> np.ndarray:
             audio = np.repeat(audio, 2, axis=1)[:, [0, -1]]
             parts.append(audio if rate == RATE else soxr.resample(audio, rate, RATE))
     if not parts:
-        raise SystemExit(f"{folder} holds no FLAC, Ogg or WAV files: name another with --audio")
+        raise SystemExit(
+            f"{folder} contains no FLAC, Ogg or WAV files: set --audio to another folder"
+        )
     first = np.concatenate(parts)
     second = np.roll(first, len(first) // 3, axis=0)
     left = 0.7 * first[:, 0] + 0.3 * second[:, 0]

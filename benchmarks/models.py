@@ -180,7 +180,7 @@ def recording(folder: Path, rate: int, channels: int, seconds: float) -> Any:
         if have == wanted:
             break
     if have < wanted:
-        raise SystemExit(f"{folder} holds {have / rate:.1f} s: ask for fewer --seconds")
+        raise SystemExit(f"{folder} has only {have / rate:.1f} s of audio: reduce --seconds")
     return np.tile(np.concatenate(parts), (channels, 1))
 
 

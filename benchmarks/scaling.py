@@ -77,7 +77,7 @@ def write_corpora(source: Path, folder: Path, files: int) -> dict[str, Path]:
             minutes.append((audio, rate))
             if len(minutes) == files:
                 break
-        assert len(minutes) > before, f"{source} holds no audio that soundfile reads"
+        assert len(minutes) > before, f"{source} contains no audio that soundfile can read"
     corpora = {}
     for name, options in FORMATS.items():
         corpora[name] = folder / name

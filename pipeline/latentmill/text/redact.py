@@ -157,7 +157,7 @@ def redact_value(value: Any) -> Any:
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a setting of this name holds a secret."""
+    """Whether a setting with this name contains a secret."""
     return bool(_CERTAINLY_SECRET.fullmatch(name) or _MOSTLY_SECRET.fullmatch(name))
 
 
