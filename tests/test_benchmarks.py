@@ -196,7 +196,7 @@ def test_the_corpus_is_true_stereo_of_mixed_lengths(
 def test_without_a_gpu_there_is_one_sentence() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith("There is no GPU here")
+    assert done.stdout.startswith("No GPU found")
     assert done.stdout.count("\n") == 1
 
 
