@@ -131,7 +131,7 @@ class Latentmill:
         from latentmill.reader.dataset import LatentDataset
 
         self.dataset = LatentDataset(folder, crop=CROP, metadata=False)
-        self.source = self.dataset.corpus.sources[0]
+        self.source = self.dataset.corpus.stores[0]
 
     def crops(self, items: Sequence[int], starts: Sequence[int]) -> torch.Tensor:
         rows = self.source.rows[np.array(items)]
