@@ -22,10 +22,7 @@ from latentmill.sources.names import (
 from latentmill.storage.remote import protocol_of
 
 SIDECARS = (".json", ".txt")
-_OTHERS = {
-    ".parquet": "parquet",
-    ".tar": "webdataset",
-}  # other types of source
+_OTHERS = {".parquet": "parquet", ".tar": "webdataset"}  # other types of source
 
 
 class FolderSource:
