@@ -15,12 +15,12 @@ from support import runs
 
 README = Path(__file__).parents[2] / "README.md"
 HERE = {  # by code, a test that provokes it where it cannot be done quickly here
-    0: "test_cli.py",
-    3: "test_cli.py",
-    6: "test_run_faults.py",
-    8: "test_cli.py",
-    9: "test_run.py",
-    130: "test_kill.py",
+    0: "cli/test_cli.py",
+    3: "cli/test_cli.py",
+    6: "run/test_run_faults.py",
+    8: "cli/test_cli.py",
+    9: "run/test_run.py",
+    130: "run/test_kill.py",
 }
 
 
@@ -40,14 +40,20 @@ def test_wrong_usage_wrong_source_wrong_model_wrong_store(
     assert runs.call(capsys, "encode", songs, store).code == 5
 
 
-def test_a_bug_is_a_traceback_and_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_a_traceback_and_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def bug(settings: object, progress: object) -> None:
-        raise ZeroDivisionError("a bug")
+        raise ZeroDivisionError("token=0123456789abcdef a bug")
 
     monkeypatch.setattr("latentmill.run.run.run", bug)
     monkeypatch.setattr(sys, "argv", ["latentmill", "encode", "a", "b"])
-    with pytest.raises(ZeroDivisionError):  # Python ends with code 1
+    with pytest.raises(SystemExit) as ended:
         entry.main()
+    assert ended.value.code == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("Traceback")
+    assert printed.endswith("ZeroDivisionError: token=*** a bug\n")
 
 
 def test_the_readme_has_every_code_and_no_other() -> None:

@@ -6,16 +6,17 @@ Commands import slow modules themselves, so that `--help` and `status` start qui
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from latentmill import __version__
-from latentmill.cli import options as opt
 from latentmill.cli import read as cli_read
 from latentmill.cli.entry import interrupts_raise, main
 from latentmill.cli.read import AsJson, Device, Store, TrustModel, print_value
@@ -33,6 +34,13 @@ app = typer.Typer(
 )
 app.add_typer(cli_read.app)
 
+Function = Callable[..., Any]
+ModelName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL", help="Model to show, e.g. lin-cae. \\[default: list all models]"
+    ),
+]
 Calibrate = Annotated[
     bool,
     typer.Option(
@@ -42,8 +50,42 @@ Calibrate = Annotated[
 ]
 
 
-@app.command()
-@opt.takes(trust_model=(TrustModel, False), as_json=(AsJson, False))
+def _command(options: str, **own: tuple[Any, Any]) -> Callable[[Function], Function]:
+    """Register a command whose options are made when they are needed.
+
+    They are generated from the settings, and importing those takes longer than `status` should.
+
+    Args:
+        options: The function of cli/options.py that returns their annotations.
+        own: More options, each an annotation and a default.
+    """
+
+    def decorate(function: Function) -> Function:
+        class Command(TyperCommand):
+            _made = False
+
+            def get_params(self, ctx: Any) -> Any:
+                if not self._made:
+                    from latentmill.cli import options as made_options
+
+                    shared = getattr(made_options, options)()
+                    kinds = {name: (kind, None) for name, kind in shared.items()} | own
+                    maker = typer.Typer(add_completion=False)
+                    maker.command()(made_options.with_options(function, kinds))
+                    built = typer.main.get_command(maker)
+                    self.params, self.callback, self._made = built.params, built.callback, True
+                return super().get_params(ctx)
+
+        def placeholder() -> None: ...
+
+        name = function.__name__
+        app.command(name, help=inspect.getdoc(function), cls=Command)(placeholder)
+        return function
+
+    return decorate
+
+
+@_command("encode_options", trust_model=(TrustModel, False), as_json=(AsJson, False))
 def encode(**options: Any) -> int:
     """Encode SOURCE into STORE. If it is interrupted, run the same command again to resume."""
     from latentmill.cli import show
@@ -58,8 +100,8 @@ def encode(**options: Any) -> int:
     return summary.exit_code
 
 
-@app.command()
-@opt.takes(
+@_command(
+    "encode_options",
     calibrate=(Calibrate, True),
     trust_model=(TrustModel, False),
     as_json=(AsJson, False),
@@ -129,18 +171,13 @@ def verify(
         )
 
 
-@app.command()
+@_command("model_options", name=(ModelName, None), as_json=(AsJson, False))
 def models(
-    name: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL", help="Model to show, e.g. lin-cae. \\[default: list all models]"
-        ),
-    ] = None,
-    model_option: opt.ModelOption = None,
-    revision: opt.Revision = None,
-    channels: opt.annotation("channels") = None,  # type: ignore[valid-type]
-    as_json: AsJson = False,
+    name: str | None,
+    model_option: list[str] | None,
+    revision: str | None,
+    channels: str | None,
+    as_json: bool,
 ) -> None:
     """List available models, or show details of one (requires its weights)."""
     from latentmill.cli import show

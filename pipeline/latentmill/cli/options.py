@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -89,23 +89,25 @@ def _option_type(field: FieldInfo) -> Any:
     return kind if kind in (bool, int, float) else str
 
 
-def takes(**own: tuple[Any, Any]) -> Callable[[Command], Command]:
-    """Add the options of `encode` to a command that takes keyword arguments.
+def model_options() -> dict[str, Any]:
+    """Annotations of the options that name a model's variant."""
+    return {
+        "model_option": ModelOption,
+        "revision": Revision,
+        "channels": annotation("channels"),
+    }
 
-    `own` adds more options: each is a pair of annotation and default.
-    """
-    kinds = {name: (annotation, None) for name, annotation in encode_options().items()} | own
 
-    def decorate(command: Command) -> Command:
-        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [
-                inspect.Parameter(
-                    name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind
-                )
-                for name, (kind, default) in kinds.items()
-            ]
-        )
-        command.__annotations__ = {name: kind for name, (kind, _) in kinds.items()}
-        return command
+def with_options(command: Command, kinds: Mapping[str, tuple[Any, Any]]) -> Command:
+    """Give a command keyword arguments, each with an annotation and a default for typer."""
 
-    return decorate
+    def called(**options: Any) -> Any:
+        return command(**options)
+
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in kinds.items()
+    ]
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {name: kind for name, (kind, _) in kinds.items()}
+    return called
