@@ -78,7 +78,14 @@ def kill_once(args: list[str], store: Path, target: str, delay: float | None) ->
             half = sorted(set(runs.half_written(store)) - before)
             assert process.wait(20) == -signal.SIGKILL
             return half
-        for pid in runs.actors(process.pid):
+        pids: list[int] = []
+
+        def found() -> bool:  # Ray changes the name of the process, and it may be read half-changed
+            pids[:] = runs.actors(process.pid)
+            return bool(pids)
+
+        runs.until(found, 20, "the actor's process is found")
+        for pid in pids:
             os.kill(pid, signal.SIGKILL)
         half = sorted(set(runs.half_written(store)) - before)
         out, err = process.communicate(timeout=120)
