@@ -68,6 +68,14 @@ def kill_once(args: list[str], store: Path, target: str, delay: float | None) ->
     """
     before = set(runs.half_written(store))
     with runs.started(*args) as process:
+        pids: list[int] = []
+        if target == "actor":  # a shard may still be written by a worker of the run before
+
+            def found() -> bool:
+                pids[:] = runs.actors(process.pid)
+                return bool(pids) or process.poll() is not None
+
+            runs.until(found, 90, "the run has an actor")
         if delay is None or target == "actor":
             wait_for_shard(process, store)
         else:
@@ -78,13 +86,6 @@ def kill_once(args: list[str], store: Path, target: str, delay: float | None) ->
             half = sorted(set(runs.half_written(store)) - before)
             assert process.wait(20) == -signal.SIGKILL
             return half
-        pids: list[int] = []
-
-        def found() -> bool:  # Ray changes the name of the process, and it may be read half-changed
-            pids[:] = runs.actors(process.pid)
-            return bool(pids)
-
-        runs.until(found, 20, "the actor's process is found")
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         half = sorted(set(runs.half_written(store)) - before)
