@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from latentmill.engine.holder import Holder, RunProgress, this_process
 from latentmill.engine.lease import guarded, hold
 from latentmill.errors import StorageError, StoreError
+from latentmill.storage import scratch
 from latentmill.storage.storage import Storage
 
 LOCK_PATH = ".lock"
@@ -148,9 +149,10 @@ def _acquire(path: Path, storage: Storage) -> BinaryIO:
 
 def _open(path: Path, storage: Storage) -> BinaryIO:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # NFS can only lock a file that is open for writing.
-        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        # NFS can only lock a file that is open for writing. Another run may remove the folder.
+        flags = os.O_RDWR | os.O_CREAT
+        descriptor = scratch.open_in_folder(path, lambda path: os.open(path, flags, 0o666))
+        return os.fdopen(descriptor, "r+b", buffering=0)
     except OSError as error:
         raise StorageError(f"Cannot write {storage.root}/{LOCK_PATH}: {error.strerror}.") from error
 

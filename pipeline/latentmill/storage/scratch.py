@@ -6,9 +6,12 @@ import contextlib
 import fcntl
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
+
+_File = TypeVar("_File")
+_ATTEMPTS = 1000  # a cause that lasts longer is not a race: e.g. a file has the folder's name
 
 
 @contextlib.contextmanager
@@ -36,15 +39,28 @@ def clear(folder: Path) -> None:
     _remove_if_empty(folder)
 
 
+def open_in_folder(path: Path, open_file: Callable[[Path], _File]) -> _File:
+    """Open a file in a folder that other threads and processes create, and remove when it is empty.
+
+    The folder may vanish between any two steps: also inside `mkdir`, which then reports that a file
+    exists although none does.
+    """
+    attempts = _ATTEMPTS
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return open_file(path)
+        except (FileNotFoundError, FileExistsError):
+            attempts -= 1
+            if not attempts:
+                raise
+
+
 def _new_file(folder: Path, name: str) -> tuple[Path, BinaryIO]:
     # Not mkstemp: only its user could read the finished file.
     temporary = folder / f"{uuid.uuid4().hex}.{name}"
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            file = temporary.open("xb")
-        except FileNotFoundError:  # another process has just removed the empty folder
-            continue
+        file = open_in_folder(temporary, lambda path: path.open("xb"))
         if _locked(file) and temporary.exists():
             return temporary, file
         file.close()  # `clear` removed it before it was locked
