@@ -162,6 +162,7 @@ def test_a_wav_from_a_pipe_has_no_length_to_miss(size: int) -> None:
         (sound(np.zeros((10, 1)), 2_000_000), "2000000 Hz"),
         (sound(np.zeros((10, 1)), 50), "50 Hz"),
     ],
+    ids=lambda value: value if isinstance(value, str) else f"{len(value)} bytes",
 )
 def test_what_is_no_audio_is_refused_in_one_line(data: bytes, text: str) -> None:
     with pytest.raises(ItemError, match=text) as caught:

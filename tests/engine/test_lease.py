@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -26,6 +27,7 @@ from latentmill.store.schema import DATASET_PATH
 from support import runs
 
 QUICK = Timing(period=0.05, dead_after=1.0, settle=0.2, poll=0.02)
+LONG = 600.0  # seconds without a heartbeat that no test waits for
 
 OneSentence = Callable[[BaseException], str]
 
@@ -62,7 +64,7 @@ def test_a_lease_beats_and_is_gone_at_the_end(storage: Storage) -> None:
         first = document(storage)
         assert first["owner"] == lease.owner
         assert first["pid"] == os.getpid()
-        runs.until(lambda: document(storage)["heartbeat"] != first["heartbeat"], 5, "a beat")
+        runs.until(lambda: document(storage)["heartbeat"] != first["heartbeat"], "a beat")
         lease.check()
         check_owner(storage, lease.owner)
     assert not storage.exists(LEASE_PATH)
@@ -81,7 +83,7 @@ def test_a_second_run_is_refused_in_one_sentence(
 
 
 def test_a_beating_lease_of_another_machine_is_left_alone(storage: Storage) -> None:
-    values = foreign(storage)
+    values = foreign(storage, dead_after=LONG)
     over = threading.Event()
 
     def beat() -> None:
@@ -112,26 +114,28 @@ def test_a_lease_of_a_dead_process_of_this_machine_is_taken_over_at_once(storage
     with subprocess.Popen(["sleep", "60"]) as sleeping:
         stamp = process_stamp(sleeping.pid)
         sleeping.kill()
-    foreign(storage, process=stamp, pid=sleeping.pid, dead_after=600)
+    foreign(storage, process=stamp, pid=sleeping.pid, dead_after=LONG)
     began = time.monotonic()
     with hold(storage, QUICK):
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < LONG
 
 
 @pytest.mark.parametrize(
-    "heartbeat",
+    "clock",
     [
-        (datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=2)).isoformat(),
-        (datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=2)).isoformat(),
+        datetime.timedelta(hours=-2),
+        datetime.timedelta(hours=2),
         "2020-01-01T00:00:00",  # without a zone
         "beat 7",
     ],
 )
 def test_what_a_heartbeat_says_does_not_matter_only_whether_it_changes(
-    storage: Storage, heartbeat: str
+    storage: Storage, clock: datetime.timedelta | str
 ) -> None:
     """The clocks of two machines may differ by hours: a living run's lease is not taken."""
-    values = foreign(storage, heartbeat=heartbeat)
+    now = datetime.datetime.now(datetime.UTC)
+    heartbeat = clock if isinstance(clock, str) else (now + clock).isoformat()
+    values = foreign(storage, heartbeat=heartbeat, dead_after=LONG)
     over = threading.Event()
 
     def beat() -> None:
@@ -160,6 +164,7 @@ def test_what_a_heartbeat_says_does_not_matter_only_whether_it_changes(
 def test_of_many_takers_of_a_dead_lease_one_has_it(storage: Storage) -> None:
     past = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=2)
     foreign(storage, heartbeat=past.isoformat())
+    timing = replace(QUICK, settle=2.0)  # more than a taker needs between reading and deleting
     start = threading.Barrier(6)
     held: list[str] = []
     most = 0
@@ -169,10 +174,10 @@ def test_of_many_takers_of_a_dead_lease_one_has_it(storage: Storage) -> None:
         nonlocal most
         start.wait()
         try:
-            with hold(storage, QUICK) as lease:
+            with hold(storage, timing) as lease:
                 held.append(lease.owner)
                 most = max(most, len(held))
-                over.wait(10)
+                over.wait()
                 held.remove(lease.owner)
         except StoreError:
             return "refused"
@@ -180,8 +185,10 @@ def test_of_many_takers_of_a_dead_lease_one_has_it(storage: Storage) -> None:
 
     with ThreadPoolExecutor(6) as pool:
         results = [pool.submit(take, number) for number in range(6)]
-        runs.until(lambda: sum(one.done() for one in results) == 5, 60, "five are refused")
-        over.set()
+        try:
+            runs.until(lambda: sum(one.done() for one in results) == 5, "five are refused")
+        finally:
+            over.set()
         assert sorted(one.result() for one in results) == ["held"] + ["refused"] * 5
     assert most == 1
 
@@ -196,11 +203,12 @@ def test_a_slow_holder_that_writes_itself_back_keeps_the_lease(
         created = create(self, path, data)
         if path == LEASE_PATH and created:
             now = datetime.datetime.now(datetime.UTC).isoformat()
-            self.write(LEASE_PATH, json.dumps({**values, "heartbeat": now}).encode())
+            back = {**values, "heartbeat": now, "dead_after": LONG}
+            self.write(LEASE_PATH, json.dumps(back).encode())
             threading.Timer(
                 QUICK.settle + 0.3,
                 lambda: self.write(
-                    LEASE_PATH, json.dumps({**values, "heartbeat": now + "0"}).encode()
+                    LEASE_PATH, json.dumps({**back, "heartbeat": now + "0"}).encode()
                 ),
             ).start()
         return created
@@ -229,15 +237,16 @@ def test_a_run_that_lost_its_lease_stops_and_leaves_the_other_ones(
 
 def test_a_run_that_slept_looks_before_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Storage(f"memory://{uuid.uuid4().hex}/latents")
-    sleepy = Timing(period=60.0, dead_after=120.5, settle=0.0)
+    sleepy = Timing(period=60.0, dead_after=720.0, settle=0.0)
+    limit = sleepy.dead_after - 2 * sleepy.period
     with hold(storage, sleepy) as lease:
         before = document(storage)["heartbeat"]
         lease.check()
         assert document(storage)["heartbeat"] == before
-        time.sleep(0.6)
+        lease._renewed -= limit  # as if this process had been suspended
         lease.check()  # overdue, but nobody took it
         assert document(storage)["heartbeat"] != before
-        time.sleep(0.6)
+        lease._renewed -= limit
         foreign(storage)
         with pytest.raises(StoreError, match="lost its lease"):
             lease.check()
@@ -249,7 +258,7 @@ def test_a_run_that_slept_looks_before_it_goes_on(monkeypatch: pytest.MonkeyPatc
     with hold(storage, sleepy) as lease, monkeypatch.context() as patch:
         patch.setattr(Storage, "read_if_exists", fails)
         lease.check()  # not overdue: it is not even looked at
-        time.sleep(0.6)
+        lease._renewed -= limit
         with pytest.raises(StorageError):
             lease.check()
 
@@ -274,21 +283,22 @@ def test_what_checks_the_lease_is_not_replaced_by_a_copy_that_does_not() -> None
 
 def test_a_beat_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Storage(f"memory://{uuid.uuid4().hex}/latents")
-    failing = threading.Event()
+    failing, failed = threading.Event(), threading.Event()
     beat = Lease._beat
 
     def sometimes(self: Lease) -> None:
         if failing.is_set():
+            failed.set()
             raise StorageError("Cannot write it: it is away.")
         beat(self)
 
     monkeypatch.setattr(Lease, "_beat", sometimes)
     with hold(storage, QUICK) as lease:
         failing.set()
-        time.sleep(0.3)
+        assert failed.wait(runs.PATIENCE_SECONDS)
         stood_still = document(storage)["heartbeat"]
         failing.clear()
-        runs.until(lambda: document(storage)["heartbeat"] != stood_still, 5, "it beats again")
+        runs.until(lambda: document(storage)["heartbeat"] != stood_still, "it beats again")
         lease.check()
 
 

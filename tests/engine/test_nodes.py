@@ -33,7 +33,7 @@ def wait_for(store: Path, units: int, driver: subprocess.Popen[str]) -> None:
             pytest.fail(f"the driver ended: {driver.communicate()}")
         return len(list(store.glob("commits/*.json"))) >= before + units
 
-    runs.until(there, 240, f"{units} more units are committed")
+    runs.until(there, f"{units} more units are committed")
 
 
 def started(
@@ -43,7 +43,6 @@ def started(
     return runs.started(*arguments, **nodes.environment())
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("head", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_store_survives_its_cluster(
     cluster: nodes.Nodes, tmp_path: Path, ray_session: Path, head: bool
@@ -59,7 +58,7 @@ def test_a_store_survives_its_cluster(
         wait_for(store, 2, driver)
         cluster.add()  # joins while the run goes
         second = cluster.workers[-1]
-        runs.until(lambda: bool(cluster.actors(second)), 90, "the second node has an actor")
+        runs.until(lambda: bool(cluster.actors(second)), "the second node has an actor")
         cluster.kill_node(first)
         wait_for(store, 3, driver)
         for pid in cluster.actors(second):
@@ -72,7 +71,7 @@ def test_a_store_survives_its_cluster(
         with started(songs, store, cluster) as driver:
             wait_for(store, 2, driver)
             cluster.kill_head()
-            _, err = driver.communicate(timeout=90)
+            _, err = driver.communicate(timeout=runs.PATIENCE_SECONDS)
             assert driver.returncode == 9, err
             assert "The head of the Ray cluster is gone: start the cluster again" in err
         kept |= runs.commits(store)

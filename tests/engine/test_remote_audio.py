@@ -123,7 +123,7 @@ def test_a_killed_task_is_started_again(
     with contextlib.closing(RemoteAudio(items, LOADING, Meter(), tasks=1)) as audio:
         for index, item, event in audio:
             if len(found) == 20:
-                runs.until(decoding_processes, 30, "Ray has named the process by its task")
+                runs.until(decoding_processes, "Ray has named the process by its task")
                 (pid,) = decoding_processes()
                 os.kill(pid, signal.SIGKILL)
             found.append((index, item.key, event))
@@ -137,7 +137,7 @@ def test_closing_ends_the_tasks(tmp_path: Path, ray_session: Path) -> None:
     next(iter(audio))
     audio.close()
     assert not audio._thread.is_alive()
-    runs.until(lambda: not decoding_processes(), 20, "the tasks are gone")
+    runs.until(lambda: not decoding_processes(), "the tasks are gone")
 
 
 def test_a_run_with_tasks_makes_what_a_run_without_makes(

@@ -123,8 +123,8 @@ def test_nothing_outlives_a_worker_that_is_killed(trials: TrialLoader, tmp_path:
     asking = threading.Thread(target=patient.failure_reason, args=[item(tmp_path, HANG)])
     asking.start()
     server = trials._server.pid
-    runs.until(lambda: len(runs.descendants(server)) == 1, 10, "an item hangs")
+    runs.until(lambda: len(runs.descendants(server)) == 1, "an item hangs")
     (child,) = runs.descendants(server)
     trials._socket.shutdown(2)  # what the death of this process would do
-    runs.until(lambda: not runs.alive(child) and not runs.alive(server), 10, "both are gone")
+    runs.until(lambda: not runs.alive(child) and not runs.alive(server), "both are gone")
     asking.join()

@@ -33,7 +33,7 @@ def test_a_second_run_is_refused_and_takes_over_a_dead_one(tmp_path: Path, s3_bu
         ]
 
     with runs.started(*arguments(60.0)) as first:
-        runs.until(lambda: there("plan/plan.json"), 120, "the first run has its plan")
+        runs.until(lambda: there("plan/plan.json"), "the first run has its plan")
         second = runs.command(*arguments(0.0))
         assert second.code == 5, second.err
         last = second.err.splitlines()[-1]

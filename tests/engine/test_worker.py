@@ -106,9 +106,9 @@ def test_a_stopped_worker_leaves_nothing_of_its_units(tmp_path: Path) -> None:
     worker = Worker(job, stopped)
     with ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(worker.encode, unit) for unit in plan.units]
-        runs.until(log.exists, 10, "the model works")
+        runs.until(log.exists, "the model works")
         stopped.set()
-        errors = [future.exception(timeout=10) for future in futures]
+        errors = [future.exception(timeout=runs.PATIENCE_SECONDS) for future in futures]
     worker.close()
     assert [type(error) for error in errors] == [Stopped] * 3
     assert not list((tmp_path / "store").glob("tmp/*"))
@@ -133,4 +133,4 @@ def test_a_worker_needs_no_ray() -> None:
         "import latentmill.engine.job, latentmill.engine.worker, latentmill.run.prepare, "
         "latentmill.models.registry"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

@@ -71,7 +71,7 @@ class Head:
             )
         with contextlib.ExitStack() as undo:
             undo.callback(self.stop)
-            runs.until(self._listening, 90, "the Jobs API listens")
+            runs.until(self._listening, "the Jobs API listens")
             undo.pop_all()
 
     def _listening(self) -> bool:

@@ -63,7 +63,6 @@ def library(folder: Path) -> Path:
     return Path(folder.with_name("library.txt").read_text())
 
 
-@pytest.mark.timeout(280)
 def test_the_documented_command_with_the_library_carried(
     head: Head, songs: Path, tmp_path: Path
 ) -> None:
@@ -119,7 +118,6 @@ def test_failed_items_fail_the_job_with_their_code(head: Head, songs: Path, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_ray_job_stop_leaves_a_store_that_the_same_command_finishes(
     head: Head, tmp_path: Path
 ) -> None:
@@ -134,7 +132,7 @@ def test_ray_job_stop_leaves_a_store_that_the_same_command_finishes(
         model_options={"seconds": 0.7},
     )
     job = head.submit(folder, *ENCODE, wait=False).job
-    runs.until(lambda: bool(runs.commits(store)), 120, "the first unit is committed")
+    runs.until(lambda: bool(runs.commits(store)), "the first unit is committed")
     began = time.monotonic()
     stopped = head.job("stop", job)
     took = time.monotonic() - began

@@ -21,7 +21,7 @@ class _Server(ThreadingHTTPServer):
 @pytest.fixture
 def endpoint() -> Iterator[str]:
     """An object store that answers ranged requests only when `CROPS` of them are in flight."""
-    together = threading.Barrier(CROPS, timeout=30)
+    together = threading.Barrier(CROPS, timeout=240)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

@@ -55,7 +55,6 @@ def wait_for_shard(process: subprocess.Popen[str], store: Path) -> None:
     before = set(runs.half_written(store))
     runs.until(
         lambda: bool(set(runs.half_written(store)) - before) or process.poll() is not None,
-        90,
         "a shard is half-written",
     )
 
@@ -75,21 +74,21 @@ def kill_once(args: list[str], store: Path, target: str, delay: float | None) ->
                 pids[:] = runs.actors(process.pid)
                 return bool(pids) or process.poll() is not None
 
-            runs.until(found, 90, "the run has an actor")
+            runs.until(found, "the run has an actor")
         if delay is None or target == "actor":
             wait_for_shard(process, store)
         else:
-            runs.until((store / "plan" / "plan.json").exists, 90, "the plan is frozen")
+            runs.until((store / "plan" / "plan.json").exists, "the plan is frozen")
         time.sleep(delay or 0)
         if target == "driver":
             os.kill(process.pid, signal.SIGKILL)
             half = sorted(set(runs.half_written(store)) - before)
-            assert process.wait(20) == -signal.SIGKILL
+            assert process.wait(runs.PATIENCE_SECONDS) == -signal.SIGKILL
             return half
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         half = sorted(set(runs.half_written(store)) - before)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=runs.PATIENCE_SECONDS)
         assert process.returncode == 0, err
         assert runs.outcome(runs.Result(0, out, err))["exit_code"] == 0  # nothing else on stdout
         assert "failed on attempt 1" in err or not half
@@ -165,7 +164,7 @@ def test_an_interrupted_run_leaves_no_trace_and_resumes(
                 os.killpg(process.pid, signum)  # as Ctrl-C in a terminal
             else:
                 process.send_signal(signum)
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=runs.PATIENCE_SECONDS)
         assert process.returncode == 130, err
         assert out == ""
         assert (

@@ -26,6 +26,7 @@ from latentmill.store.verify import verify
 
 TESTS = Path(__file__).parents[1]
 SLOW_MODEL = "python:support.slow_model:build"
+PATIENCE_SECONDS = 240  # for what takes a second or two if the machine is idle
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,15 @@ def started(*args: object, **environment: str) -> Iterator[subprocess.Popen[str]
 def command(*args: object, **environment: str) -> Result:
     """Run a command in a process of its own, with an embedded Ray."""
     with started(*args, **environment) as process:
-        out, err = process.communicate(timeout=180)
+        out, err = process.communicate(timeout=PATIENCE_SECONDS)
         return Result(process.returncode, out, err)
 
 
-def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    """Wait for a condition; fail after some seconds."""
-    end = time.monotonic() + seconds
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for a condition; fail if it does not come true, also on a machine that is very busy."""
+    end = time.monotonic() + PATIENCE_SECONDS
     while not condition():
-        assert time.monotonic() < end, f"waited {seconds} s in vain: {what}"
+        assert time.monotonic() < end, f"waited {PATIENCE_SECONDS} s in vain: {what}"
         time.sleep(0.02)
 
 

@@ -107,7 +107,7 @@ def test_kept_memory_can_be_given_back(kept: bool) -> None:
         check=True,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     trimmed, freed = done.stdout.split()
     assert trimmed == str(kept)
