@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from support.in_process import in_process
 from support.recordings import write_corpus
 
 SHARED_AUDIO = Path(__file__).parents[2] / "shared" / "audio"
@@ -90,6 +91,13 @@ def s3_bucket(_s3_server: str) -> str:
     name = f"mill-{next(_buckets)}"
     fsspec.filesystem("s3").mkdir(name)
     return f"s3://{name}"
+
+
+@pytest.fixture
+def inline() -> Iterator[None]:
+    """Runs of this test encode their units in this process, without Ray."""
+    with in_process():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -200,7 +200,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("inline")
 @pytest.mark.parametrize("format_name", ["parquet", "webdataset"])
 def test_a_full_disk_stops_the_run_and_loses_nothing(
     capsys: Capture, small_disk: Path, tmp_path: Path, format_name: str

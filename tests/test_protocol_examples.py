@@ -16,7 +16,6 @@ import latentmill as lm
 from latentmill.models import base as model_base
 from latentmill.sources import base as source_base
 from latentmill.sources.reading import UnitReader
-from support.inline import encode_inline
 
 
 def example(module: Any) -> str:
@@ -26,8 +25,9 @@ def example(module: Any) -> str:
     return textwrap.dedent(block[1])
 
 
-def test_the_model_encodes_a_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode_inline(monkeypatch)
+def test_the_model_encodes_a_corpus(
+    tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "means_model.py").write_text(example(model_base))
     monkeypatch.syspath_prepend(tmp_path)
     audio = np.random.default_rng(1).uniform(-0.5, 0.5, 4 * 21_001).astype(np.float32)

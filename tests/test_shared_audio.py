@@ -36,11 +36,11 @@ def test_every_file_is_accounted_for_and_decodes(
     model: str,
     store_format: str,
     tmp_path: Path,
-    ray_session: Path,
+    inline: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write_cache(ray_session)
-    use_cache(monkeypatch, ray_session)
+    write_cache(tmp_path / "hf_home")
+    use_cache(monkeypatch, tmp_path / "hf_home")
     out = tmp_path / "out"
     summary = lm.encode(str(SHARED_AUDIO), str(out), model=model, format=store_format)
     assert summary.exit_code == 0
@@ -61,7 +61,7 @@ def test_every_file_is_accounted_for_and_decodes(
         pytest.param("float16", "parquet", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("inline")
 def test_mdct_gives_the_recordings_back(dtype: str, store_format: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     source = SHARED_AUDIO / "ogg"
@@ -76,7 +76,7 @@ def test_mdct_gives_the_recordings_back(dtype: str, store_format: str, tmp_path:
     ("dtype", "store_format"),
     [pytest.param("float32", "webdataset", marks=pytest.mark.slow), ("float16", "parquet")],
 )
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("inline")
 def test_stems_added_as_latents_are_the_stems_added(
     dtype: str, store_format: str, tmp_path: Path
 ) -> None:

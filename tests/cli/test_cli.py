@@ -23,6 +23,7 @@ from latentmill.decoding.files import file_name
 from latentmill.errors import ConfigError
 from latentmill.run.run import encode
 from support import runs
+from support.in_process import in_process
 
 COMMANDS = typer.main.get_command(cli.app).commands.values()  # type: ignore[attr-defined]
 Capture = pytest.CaptureFixture[str]
@@ -40,10 +41,11 @@ def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def store(songs: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: Path) -> Path:
+def store(songs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Their store; leave it unchanged."""
     out = tmp_path_factory.mktemp("store") / "latents"
-    encode(str(songs), str(out), device="cpu", workers=1, threads=1)
+    with in_process():
+        encode(str(songs), str(out), device="cpu", threads=1)
     return out
 
 

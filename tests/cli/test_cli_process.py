@@ -17,6 +17,7 @@ import pytest
 from latentmill.cli.entry import INTERRUPTED_EXIT_CODE
 from latentmill.run.run import encode
 from support import runs
+from support.in_process import in_process
 
 EVERY_COMMAND = (
     ("status", "STORE"),
@@ -45,9 +46,10 @@ def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def store(songs: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: Path) -> Path:
+def store(songs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("store") / "latents"
-    encode(str(songs), str(out), workers=1, threads=1, unit_seconds=1)
+    with in_process():
+        encode(str(songs), str(out), threads=1, unit_seconds=1)
     return out
 
 

@@ -14,7 +14,7 @@ from latentmill.errors import SourceError
 from latentmill.store.store import open_store
 from support import runs
 
-pytestmark = pytest.mark.usefixtures("ray_session")
+pytestmark = pytest.mark.usefixtures("inline")
 
 
 def demo(folder: Path, source: Path | None) -> list[str]:

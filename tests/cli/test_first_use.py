@@ -34,7 +34,7 @@ def songs(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(songs: Path, tmp_path: Path, ray_session: Path) -> Path:
+def store(songs: Path, tmp_path: Path, inline: None) -> Path:
     lm.encode(str(songs), str(tmp_path / "out"), threads=1, dtype="float32")
     return tmp_path / "out"
 
@@ -82,7 +82,7 @@ def test_files_that_are_no_items_are_counted(
     assert json.loads(capsys.readouterr().out)["ignored"] == {".jpg": 1}
 
 
-def test_failed_items_can_be_mended(songs: Path, tmp_path: Path, ray_session: Path) -> None:
+def test_failed_items_can_be_mended(songs: Path, tmp_path: Path, inline: None) -> None:
     (songs / "broken.wav").write_bytes(b"RIFF")
     options = {"threads": 1, "unit_seconds": 0.5}
     first = lm.encode(str(songs), str(tmp_path / "out"), **options)

@@ -14,7 +14,7 @@ from latentmill.storage.guard import GuardedStorage
 from latentmill.storage.storage import Storage
 from latentmill.store.store import open_store
 from latentmill.store.verify import verify
-from support.inline import encode, encode_inline, tone
+from support.in_process import encode, tone
 
 QUICK = Timing(period=60.0, settle=0.0)
 
@@ -33,8 +33,7 @@ WRITES = {
 
 
 @pytest.fixture(autouse=True)
-def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    encode_inline(monkeypatch)
+def quick(inline: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "Timing", lambda: QUICK)
 
 

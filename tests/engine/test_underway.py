@@ -18,7 +18,7 @@ from latentmill.engine.worker_slot import Report, WorkerSlot
 from latentmill.models import registry
 from latentmill.plan import Unit
 from latentmill.sources.folder import FolderSource
-from support import inline, runs
+from support import in_process, runs
 
 SPEC = registry.resolve("mdct").spec
 CHUNKING = Chunking.for_model(SPEC, seconds=0.5)
@@ -27,7 +27,7 @@ CHUNKING = Chunking.for_model(SPEC, seconds=0.5)
 def test_a_unit_moves_with_its_audio_and_ends_with_its_true_length(tmp_path: Path) -> None:
     songs = runs.write_songs(tmp_path, 4, 2.0)
     first, bad, *others = sorted(songs.rglob("*.wav"))
-    inline.spoil(bad)
+    in_process.spoil(bad)
     true = {path: soundfile.info(path).duration for path in (first, *others)}
     found = {item.uri: item for item in FolderSource(str(songs), ("wav",)).items()}
     known = [replace(found[str(first)], seconds=60.0)]  # wrong

@@ -19,6 +19,7 @@ from latentmill.storage.storage import Storage
 from latentmill.store.measurement import read_measurement
 from latentmill.store.verify import verify
 from support import runs
+from support.in_process import in_process
 from support.linear_cae_weights import use_cache, write_cache
 
 RATE = 44100
@@ -39,7 +40,7 @@ SETTINGS = {"dtype": "float32", "chunk_seconds": 2.0, "threads": 1}
 
 
 @pytest.fixture
-def encode(noise: Path, tmp_path: Path, ray_session: Path):
+def encode(noise: Path, tmp_path: Path, inline: None):
     def run(**options: object) -> lm.LatentStore:
         lm.encode(str(noise), str(tmp_path / "out"), **{**SETTINGS, **options})
         return lm.open(str(tmp_path / "out"))
@@ -48,9 +49,10 @@ def encode(noise: Path, tmp_path: Path, ray_session: Path):
 
 
 @pytest.fixture(scope="module")
-def encoded(noise: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: Path) -> Path:
+def encoded(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("encoded") / "out"
-    lm.encode(str(noise), str(out), **SETTINGS)
+    with in_process():
+        lm.encode(str(noise), str(out), **SETTINGS)
     return out
 
 
@@ -68,10 +70,10 @@ def test_trimmed_mdct_has_no_seams(store: lm.LatentStore) -> None:
 
 
 def test_a_model_that_normalises_over_the_chunk_has(
-    encode, ray_session: Path, monkeypatch: pytest.MonkeyPatch
+    encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_cache(ray_session)
-    use_cache(monkeypatch, ray_session)
+    write_cache(tmp_path / "hf_home")
+    use_cache(monkeypatch, tmp_path / "hf_home")
     report = measure_seams(encode(model="lin-cae"), items=3)
     assert [one.key for one in report.items] == ["1", "2", "3"]
     assert 1e-4 < report.median <= report.largest < 1
@@ -96,7 +98,7 @@ def test_the_result_has_a_file_of_its_own(store: lm.LatentStore, tmp_path: Path)
 
 @pytest.mark.slow
 def test_what_was_measured_is_not_current_after_a_longer_plan(
-    encode, noise: Path, tmp_path: Path, ray_session: Path
+    encode, noise: Path, tmp_path: Path
 ) -> None:
     measure_seams(encode())
     before = lm.open(str(tmp_path / "out")).measured_info
@@ -112,9 +114,7 @@ def test_what_was_measured_is_not_current_after_a_longer_plan(
     assert read_measurement(Storage(out), after, "seams") is not None
 
 
-def test_silence_says_nothing_and_does_no_harm(
-    tmp_path: Path, ray_session: Path, one_sentence
-) -> None:
+def test_silence_says_nothing_and_does_no_harm(tmp_path: Path, inline: None, one_sentence) -> None:
     """Its latents are zeros with mdct; a NaN in dataset.json would be a damaged store."""
     source, out = tmp_path / "in", str(tmp_path / "out")
     source.mkdir()
@@ -157,10 +157,10 @@ def test_codes_have_no_distance(encode, tmp_path: Path, one_sentence) -> None:
 
 @pytest.mark.slow
 def test_whole_items_are_encoded_in_the_store_s_numeric_mode(
-    encode, ray_session: Path, monkeypatch: pytest.MonkeyPatch
+    encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_cache(ray_session)
-    use_cache(monkeypatch, ray_session)
+    write_cache(tmp_path / "hf_home")
+    use_cache(monkeypatch, tmp_path / "hf_home")
     store = encode(model="lin-cae", precision="bf16", chunk_seconds=20.0)
     same = _measure(store, store["3"])  # one chunk: it is the whole item
     monkeypatch.setattr("latentmill.evaluate.seams.numeric_mode", lambda *_: nullcontext())

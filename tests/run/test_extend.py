@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from latentmill.cli import show, show_status
 from latentmill.config import load_config
 from latentmill.engine import launch
-from latentmill.engine.worker import Worker
 from latentmill.errors import ConfigError
 from latentmill.plan import Plan, UnitLimits, draft, extend, freeze, iter_keys, load, read_items
 from latentmill.plan import files as plan_files
@@ -30,7 +29,6 @@ from latentmill.run.forecast import forecast
 from latentmill.run.run import RunSummary, run
 from latentmill.sources.base import Item
 from latentmill.storage.storage import Storage
-from latentmill.store.seal import write_origin
 from latentmill.store.store import open_store
 from latentmill.store.verify import verify
 from support import runs
@@ -80,20 +78,7 @@ def test_what_has_become_of_a_source(
     assert set(stale) == set(found.units)
 
 
-@pytest.fixture(autouse=True)
-def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Encode units in this process."""
-
-    def encode_units(
-        config: Any, handle: Any, chunking: Any, plan: Plan, todo: Any, *rest: Any
-    ) -> None:
-        worker = Worker(launch.make_job(config, handle, chunking, plan, device="cpu", threads=1))
-        write_origin(Storage(config.out), worker.origin())
-        for unit in todo:
-            worker.encode(unit)
-        worker.close()
-
-    monkeypatch.setattr(launch, "encode_units", encode_units)
+pytestmark = pytest.mark.usefixtures("inline")
 
 
 def encode(source: Path, store: Path, **options: Any) -> RunSummary:

@@ -18,8 +18,7 @@ import soundfile
 
 from latentmill import config
 from latentmill.config import load_config
-from latentmill.engine import launch, lock
-from latentmill.engine.worker import Worker
+from latentmill.engine import lock
 from latentmill.errors import (
     ConfigError,
     ModelError,
@@ -29,24 +28,8 @@ from latentmill.errors import (
 )
 from latentmill.run.run import RunSummary, run
 from latentmill.storage.storage import Storage
-from latentmill.store.seal import write_origin
 from latentmill.store.store import open_store
 from support import runs
-
-
-@pytest.fixture
-def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Encode units in this process."""
-
-    def encode_units(config, handle, chunking, plan, todo, progress, hold) -> None:
-        job = launch.make_job(config, handle, chunking, plan, device="cpu", threads=1)
-        worker = Worker(job)
-        write_origin(Storage(config.out), worker.origin())
-        for unit in todo:
-            progress.unit_done(worker.encode(unit))
-        worker.close()
-
-    monkeypatch.setattr(launch, "encode_units", encode_units)
 
 
 def encode(source: Path, store: Path, **options: Any) -> RunSummary:

@@ -13,7 +13,7 @@ from latentmill.reader.dataset import LatentDataset
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import verify
 from support import runs
-from support.inline import encode, encode_inline, tone
+from support.in_process import encode, tone
 
 # Encoded by latentmill 0.1.0 with mdct (hop 64) from 1,500, 2,000 and 2,500 samples of
 # 0.3 sin(2 pi f t / 22050), f = 200, 300 and 400 Hz, and a broken file; then measured by `seams`
@@ -47,8 +47,7 @@ def test_it_is_read_as_before(store: Path, capsys: pytest.CaptureFixture[str]) -
     assert opened.origin.linearity.additivity < 1e-6
 
 
-def test_it_is_not_resumed(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode_inline(monkeypatch)
+def test_it_is_not_resumed(store: Path, tmp_path: Path, inline: None) -> None:
     files = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
     tone(tmp_path / "songs" / "0.wav", 3000)
     with pytest.raises(StoreError, match="version") as refused:

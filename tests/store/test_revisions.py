@@ -16,14 +16,11 @@ from latentmill.run import run as run_module
 from latentmill.store.store import LatentStore, open_store
 from latentmill.store.verify import verify
 from support import runs
-from support.inline import encode, encode_inline, spoil, tone
+from support.in_process import encode, spoil, tone
+
+pytestmark = pytest.mark.usefixtures("inline")
 
 FORMATS = ["parquet", "webdataset"]
-
-
-@pytest.fixture(autouse=True)
-def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    encode_inline(monkeypatch)
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
-"""A run without Ray: its units are encoded one after the other by a worker of this process.
+"""Runs without Ray: their units are encoded one after the other by a worker of this process.
 
-`in_process` puts this in the place of `latentmill.engine.launch.encode_units`; everything else of a
-run, and everything that it reads and writes, is the library's.
+`in_process`, and the fixture of that name, put this in the place of
+`latentmill.engine.launch.encode_units`. Everything else of a run, and everything that it reads and
+writes, is the library's. Starting an actor takes four seconds.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 
-from latentmill.config import RunConfig
+from latentmill.config import RunConfig, load_config
 from latentmill.encoding.chunks import Chunking
 from latentmill.engine import launch
 from latentmill.engine.lock import Hold
@@ -21,7 +24,7 @@ from latentmill.engine.worker import Worker
 from latentmill.errors import StorageError
 from latentmill.models.base import ModelHandle
 from latentmill.plan import Plan, Unit
-from latentmill.storage.storage import Storage
+from latentmill.run.run import RunSummary, run
 from latentmill.store.schema import ORIGIN_PATH
 from latentmill.store.seal import write_origin
 
@@ -38,7 +41,7 @@ def encode_units(
     hold: Hold,
 ) -> None:
     """What `launch.encode_units` does, with one worker."""
-    storage = getattr(hold, "storage", None) or Storage(config.out)
+    storage = hold.storage
     job = launch.make_job(config, handle, chunking, plan, device="cpu", threads=1)
     with closing(Worker(replace(job, owner=hold.owner))) as worker:
         if not storage.exists(ORIGIN_PATH):
@@ -60,3 +63,26 @@ def in_process() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "encode_units", encode_units)
         yield
+
+
+def encode(source: Path, store: object, **options: Any) -> RunSummary:
+    """One unit for each song that `runs.write_songs` wrote, with a model of few channels."""
+    defaults = {
+        "device": "cpu",
+        "unit_seconds": 0.01,
+        "threads": 1,
+        "model_options": {"hop": 64, "sample_rate": 44100},
+    }
+    given = {"source": str(source), "out": str(store), **defaults, **options}
+    return run(load_config(None, given))
+
+
+def spoil(path: Path) -> None:
+    """Make a file one that fails."""
+    path.write_bytes(b"no audio")
+
+
+def tone(path: Path, samples: int, level: float = 0.25) -> None:
+    """Write a file of constant samples, exact as 32-bit floats."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, [level, -level] * (samples // 2), 44100, subtype="FLOAT")

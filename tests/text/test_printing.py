@@ -6,7 +6,6 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from latentmill.run.run import encode
 from latentmill.store.schema import DATASET_PATH
 from latentmill.text.printing import printable, printable_json, printable_value
 from support import runs
+from support.in_process import in_process
 
 Capture = pytest.CaptureFixture[str]
 
@@ -68,9 +68,7 @@ def test_every_text_of_a_value_is_made_printable() -> None:
 
 
 @pytest.fixture(scope="module")
-def evil_store(
-    tmp_path_factory: pytest.TempPathFactory, ray_session: Path
-) -> Iterator[tuple[Path, Path]]:
+def evil_store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A corpus whose names are evil, one file of it broken, and its store."""
     folder = tmp_path_factory.mktemp("evil")
     source = folder / f"so\x1b[31murce\n{'x'}"
@@ -82,8 +80,9 @@ def evil_store(
     (source / "cover.\x1b[31mjpg").write_bytes(b"")
     store = folder / "store"
     options = {"chunk_seconds": 2.0, "unit_seconds": 5.0}
-    encode(str(source), str(store), device="cpu", workers=1, threads=1, **options)
-    yield source, store
+    with in_process():
+        encode(str(source), str(store), device="cpu", threads=1, **options)
+    return source, store
 
 
 def damaged(store: Path, folder: Path) -> Path:

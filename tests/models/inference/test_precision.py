@@ -66,9 +66,7 @@ def test_on_a_cpu_the_switches_stay() -> None:
         assert switches() == before
 
 
-def test_a_store_is_not_resumed_in_another_mode(
-    corpus: Path, tmp_path: Path, ray_session: Path
-) -> None:
+def test_a_store_is_not_resumed_in_another_mode(corpus: Path, tmp_path: Path, inline: None) -> None:
     arguments = (str(corpus), str(tmp_path / "out"))
     latentmill.encode(*arguments, device="cpu", threads=1)
     with pytest.raises(StoreError) as caught:
