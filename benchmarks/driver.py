@@ -42,14 +42,14 @@ class Gpus:
         self._turns: dict[int, asyncio.Lock] = {}
         self._done: Counter[int] = Counter()
 
-    async def ready(self, gpu: int) -> str:
+    async def ready(self, gpu: int) -> Any:
         self._turns[gpu] = asyncio.Lock()
-        return f"GPU {gpu}"
+        return reply(f"GPU {gpu}")
 
     async def origin(self, gpu: int) -> Any:
         import numpy as np
 
-        return np.zeros((64, 8), np.float32)
+        return reply(np.zeros((64, 8), np.float32))
 
     async def encode(self, gpu: int, unit: Any, trial_load: bool) -> Any:
         from latentmill.engine.worker import UnitResult
@@ -58,13 +58,21 @@ class Gpus:
             await asyncio.sleep(self._seconds)
         self._done[gpu] += 1
         timings = {"model_seconds": self._seconds, "wait_seconds": 0.0}
-        return UnitResult(unit.number, unit.items, 0, 0, unit.seconds, (), timings)
+        return reply(UnitResult(unit.number, unit.items, 0, 0, unit.seconds, (), timings))
 
-    async def meter(self, gpu: int) -> dict[str, float]:
-        return {"audio_seconds": float(self._done[gpu]), "steps": float(self._done[gpu])}
+    async def report(self, gpu: int) -> Any:
+        from latentmill.engine.worker_slot import Report
+
+        return reply(Report(self._done[gpu], {}, None))
 
     async def stop(self, gpu: int) -> None:
         """Does nothing: there is nothing to release."""
+
+
+def reply(value: Any) -> Any:
+    from latentmill.engine.actor import Reply
+
+    return Reply(value, ())
 
 
 class Handle:
@@ -87,7 +95,8 @@ def measure(units: int, seconds: float, gpus: int) -> dict[str, Any]:
 
     from latentmill.engine import scheduler as module
     from latentmill.engine.actor import ActorShape
-    from latentmill.engine.progress import LineProgress
+    from latentmill.engine.progress import LogProgress
+    from latentmill.engine.tracker import Tracker
     from latentmill.plan import Plan, Unit
 
     ray.init("local", include_dashboard=False, logging_level="ERROR", log_to_driver=False)
@@ -96,7 +105,7 @@ def measure(units: int, seconds: float, gpus: int) -> dict[str, Any]:
     plan = Plan("", {}, "", {}, "parquet", {}, units=tuple(Unit(n, 50, 1e4) for n in range(units)))
     marks: dict[str, tuple[float, float, float]] = {}
 
-    class Marks(LineProgress):
+    class Marks(LogProgress):
         done = 0
 
         def unit_done(self, result: Any) -> None:
@@ -113,11 +122,9 @@ def measure(units: int, seconds: float, gpus: int) -> dict[str, Any]:
     with (
         mock.patch.object(module, "start_actor", lambda job, shape: next(handles)),
         mock.patch.object(module.ray, "kill", lambda actor: None),
-        Path("/dev/null").open("w") as nowhere,
     ):
-        progress = Marks(nowhere)
-        progress.begin(plan, {})
-        scheduler = module.Scheduler(None, ActorShape(0, 0), lambda: gpus, progress)
+        tracker = Tracker(plan, {}, Marks())
+        scheduler = module.Scheduler(None, ActorShape(0, 0), lambda: gpus, tracker)
         scheduler.run(plan.units, lambda origin: None)
     (began, cpu_began, before), (ended, cpu_ended, after) = marks["begin"], marks["end"]
     counted = units - gpus

@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.fingerprint import ENCODING_VERSION
-from latentmill.errors import ConfigError
+from latentmill.errors import ConfigError, requirement
 from latentmill.models.base import Channels, ModelSpec, Stitch
 from latentmill.models.inference.precision import Precision
 from latentmill.models.trust import CONSENT, check_named, store_of
@@ -192,6 +192,10 @@ class RunConfig(SourceSettings):
         15.0, gt=0, description="Replace a worker after this many minutes without progress."
     )
 
+    def cpu_threads(self, cores: int) -> int:
+        """CPU cores of a worker without a GPU, on a machine with this many."""
+        return self.threads or max(1, min(DEFAULT_CPU_THREADS, cores))
+
 
 def setting(name: str) -> Setting:
     """The declaration of a setting, without its type, default, bounds and help text."""
@@ -263,7 +267,7 @@ def load_config(
                 "item would be skipped: change one of them."
             )
     if config.where is not None:
-        Condition(config.where)
+        Condition(config.where, option("where") if "where" in given else "where")
     if config.group_by is not None:
         check_rule(config.group_by)
     return config
@@ -296,7 +300,7 @@ def option(setting: str) -> str:
 def _explain(error: ErrorDetails, given: Mapping[str, Any], file: str | Path | None) -> str:
     """The error message for an invalid setting, named as the user gave it."""
     setting, *parts = map(str, error["loc"])
-    value, message = error["input"], error["msg"].replace("Input should be", "it must be")
+    value, message = error["input"], requirement(error["type"], error["msg"])
     name, where = option(setting), ""
     if error["type"] == "missing":
         return f"{name} is missing: give it as an argument, or set {setting} in a config file."

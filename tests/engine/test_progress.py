@@ -5,10 +5,12 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import logging
 import os
 import pty
 import re
 import struct
+import sys
 import termios
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,12 +19,13 @@ from typing import TypeAlias
 import pytest
 from rich.console import Console
 
+from latentmill.cli.log import messages_on_stderr, set_format
 from latentmill.engine.holder import RunProgress
 from latentmill.engine.progress import (
     LINE_SECONDS,
     BarProgress,
     JsonProgress,
-    LineProgress,
+    LogProgress,
     QuietProgress,
     for_stream,
 )
@@ -31,6 +34,7 @@ from latentmill.engine.underway import UnitProgress
 from latentmill.engine.worker import UnitResult
 from latentmill.plan import Part, Plan, Unit
 from latentmill.store.commit import Tally
+from latentmill.text.log import get_logger
 
 
 @dataclass
@@ -41,7 +45,7 @@ class Clock:
         return self.now
 
 
-Lines: TypeAlias = tuple[Tracker, io.StringIO, Clock]
+Capture: TypeAlias = pytest.LogCaptureFixture
 
 
 def plan(units: int = 4, items: int = 5, seconds: float = 60.0) -> Plan:
@@ -64,35 +68,37 @@ def tracked(display: QuietProgress, clock: Clock, planned: Plan | None = None) -
     return Tracker(planned or plan(), {}, display, clock=clock)
 
 
-def lines(planned: Plan | None = None, tallies: Mapping[str, Tally] | None = None) -> Lines:
-    stream, clock = io.StringIO(), Clock()
-    display = LineProgress(stream, clock)
-    return Tracker(planned or plan(), tallies or {}, display, clock=clock), stream, clock
+def lines(
+    planned: Plan | None = None, tallies: Mapping[str, Tally] | None = None
+) -> tuple[Tracker, Clock]:
+    clock = Clock()
+    return Tracker(planned or plan(), tallies or {}, LogProgress(clock), clock=clock), clock
 
 
-def last(stream: io.StringIO) -> str:
-    return stream.getvalue().splitlines()[-1]
+@pytest.fixture(autouse=True)
+def all_messages(caplog: Capture) -> None:
+    caplog.set_level(logging.INFO, "latentmill")
 
 
-def test_speed_and_time_left_follow_from_audio_and_clock() -> None:
-    tracker, stream, clock = lines()  # 4 units of 300 s
+def test_speed_and_time_left_follow_from_audio_and_clock(caplog: Capture) -> None:
+    tracker, clock = lines()  # 4 units of 300 s
     clock.now += 20
     # A third of the audio in a third of a minute.
     tracker.tick({0: UnitProgress(270.0, 300.0, 4), 1: UnitProgress(130.0, 300.0, 2)})
-    assert last(stream) == (
+    assert caplog.messages[-1] == (
         "6/20 items, 0.111 of 0.333 h of audio, 20.0x real time, 0:40 left, 0 failed"
     )
     tracker.unit_done(result(0))
     clock.now += 20
     tracker.tick({1: UnitProgress(300.0, 300.0, 5), 2: UnitProgress(0.0, 300.0, 0)})
-    assert last(stream) == (
+    assert caplog.messages[-1] == (
         "10/20 items, 0.167 of 0.333 h of audio, 15.0x real time, 0:40 left, 0 failed"
     )
 
 
 @pytest.mark.parametrize("true", [900.0, 100.0])  # seconds a unit; the plan says 300
-def test_the_time_left_is_right_where_the_plan_is_not(true: float) -> None:
-    tracker, stream, clock = lines()
+def test_the_time_left_is_right_where_the_plan_is_not(caplog: Capture, true: float) -> None:
+    tracker, clock = lines()
     step = true / 20  # seconds of audio in 10 seconds
     for tick in range(1, 80):
         clock.now += 10.0
@@ -100,14 +106,15 @@ def test_the_time_left_is_right_where_the_plan_is_not(true: float) -> None:
         if part == 0:
             tracker.unit_done(result(int(unit) - 1, seconds=true))
         tracker.tick({int(unit): UnitProgress(part, true, int(5 * part / true))})
-        hours, minutes, seconds = f"0:{last(stream).split(', ')[3].split(' ')[0]}".split(":")[-3:]
+        text = caplog.messages[-1].split(", ")[3].split(" ")[0]
+        hours, minutes, seconds = f"0:{text}".split(":")[-3:]
         left = int(hours) * 3600 + int(minutes) * 60 + int(seconds)
-        assert left == pytest.approx(800 - tick * 10, abs=1), last(stream)
+        assert left == pytest.approx(800 - tick * 10, abs=1), caplog.messages[-1]
 
 
-def test_the_speed_is_that_of_the_last_two_minutes() -> None:
+def test_the_speed_is_that_of_the_last_two_minutes(caplog: Capture) -> None:
     planned = plan(units=1, seconds=7200)  # 10 hours
-    tracker, stream, clock = lines(planned)
+    tracker, clock = lines(planned)
     clock.now += 600  # starting Ray, and the model
     tracker.workers(1, 0)
     for second in range(1, 3001):
@@ -115,52 +122,52 @@ def test_the_speed_is_that_of_the_last_two_minutes() -> None:
         audio = min(second, 1000) * 10.0 + max(second - 1000, 0) * 4.0
         tracker.tick({0: UnitProgress(audio, 36_000.0, 0)})
         if second == 500:
-            assert "10.0x real time, 51:40 left" in last(stream)
-    assert "4.0x real time, 1:15:00 left" in last(stream)
+            assert "10.0x real time, 51:40 left" in caplog.messages[-1]
+    assert "4.0x real time, 1:15:00 left" in caplog.messages[-1]
     clock.now += 600  # a batch that takes long: the average until something moves again
     tracker.tick({0: UnitProgress(18_000.0, 36_000.0, 0)})
-    assert "5.0x real time, 1:00:00 left" in last(stream)
+    assert "5.0x real time, 1:00:00 left" in caplog.messages[-1]
 
 
-def test_failed_items_count_as_done_and_shorten_the_rest() -> None:
-    tracker, stream, clock = lines()
+def test_failed_items_count_as_done_and_shorten_the_rest(caplog: Capture) -> None:
+    tracker, clock = lines()
     clock.now += 30
     tracker.unit_done(result(0, failed=5))
     tracker.unit_done(result(1))
     tracker.tick({})  # as many are expected to fail of the rest
-    assert last(stream) == (
+    assert caplog.messages[-1] == (
         "10/20 items, 0.083 of 0.167 h of audio, 10.0x real time, 0:30 left, 5 failed"
     )
 
 
-def test_a_resumed_run_counts_items_from_the_start_and_time_from_now() -> None:
+def test_a_resumed_run_counts_items_from_the_start_and_time_from_now(caplog: Capture) -> None:
     whole = plan()
     done = {unit.name: tally(unit, encoded=5) for unit in whole.units[:2]}
-    tracker, stream, clock = lines(whole, done)
+    tracker, clock = lines(whole, done)
     clock.now += 60
     tracker.tick({2: UnitProgress(300.0, 300.0, 5)})
-    assert last(stream) == (
+    assert caplog.messages[-1] == (
         "15/20 items, 0.250 of 0.333 h of audio, 5.0x real time, 1:00 left, 0 failed"
     )
 
 
-def test_a_lost_unit_is_counted_again() -> None:
-    tracker, stream, clock = lines()
+def test_a_lost_unit_is_counted_again(caplog: Capture) -> None:
+    tracker, clock = lines()
     clock.now += 20
     tracker.tick({0: UnitProgress(200.0, 300.0, 3)})
-    assert last(stream).startswith("3/20 items, 0.056 of")
+    assert caplog.messages[-1].startswith("3/20 items, 0.056 of")
     tracker.unit_lost(plan().units[0], 1, "killed")
     clock.now += 20
     tracker.tick({0: UnitProgress(0.0, 300.0, 0)})
-    assert last(stream) == "0/20 items, 0.000 of 0.333 h of audio, 0 failed"
+    assert caplog.messages[-1] == "0/20 items, 0.000 of 0.333 h of audio, 0 failed"
 
 
-def test_the_end_of_a_run_is_told_with_what_was_committed() -> None:
-    tracker, stream, clock = lines(plan(units=1))
+def test_the_end_of_a_run_is_told_with_what_was_committed(caplog: Capture) -> None:
+    tracker, clock = lines(plan(units=1))
     clock.now += 30
     tracker.unit_done(result(0))
     tracker.end()  # the worker was not asked again
-    assert last(stream) == (
+    assert caplog.messages[-1] == (
         "5/5 items, 0.083 of 0.083 h of audio, 10.0x real time, 0:00 left, 0 failed"
     )
 
@@ -182,32 +189,44 @@ def test_what_is_published_is_what_is_shown() -> None:
     assert RunProgress.model_validate_json(now.model_dump_json()) == now
 
 
-def test_lines_come_every_ten_seconds_and_at_once_for_a_lost_unit() -> None:
-    tracker, stream, clock = lines()
+def test_lines_come_every_ten_seconds_and_at_once_for_a_lost_unit(caplog: Capture) -> None:
+    tracker, clock = lines()
     for _ in range(300):
         clock.now += 0.1
         tracker.tick({0: UnitProgress(1.0, 300.0, 0)})
-    first, *others = stream.getvalue().splitlines()
+    first, *others = caplog.messages
     assert first == "20 items; starting the workers"
     assert len(others) == 30 // LINE_SECONDS
     tracker.unit_lost(plan().units[1], 2, "killed")
-    assert last(stream) == "unit 000001 failed on attempt 2: killed"
+    assert caplog.messages[-1] == "unit 000001 failed on attempt 2: killed"
 
 
-def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    tracker = Tracker(plan(), {}, QuietProgress())
+def test_a_library_call_logs_lost_units_as_warnings_and_the_rest_as_info(caplog: Capture) -> None:
+    tracker, clock = lines()
+    clock.now += 20
     tracker.tick({0: UnitProgress(1.0, 300.0, 0)})
-    tracker.unit_done(result(0))
     tracker.unit_lost(plan().units[0], 1, "killed")
     tracker.end()
-    assert capsys.readouterr() == ("", "")
+    assert [record.levelname for record in caplog.records] == ["INFO", "INFO", "WARNING", "INFO"]
+    assert {record.name for record in caplog.records} == {"latentmill.engine"}
 
 
-def test_a_terminal_gets_a_bar_and_a_file_gets_lines() -> None:
-    assert isinstance(for_stream(stream=io.StringIO()), LineProgress)
+def test_a_pause_is_followed_by_one_line(caplog: Capture) -> None:
+    tracker, clock = lines()
+    for pause in (40.0, 1.0, 1.0, 1.0):
+        clock.now += pause
+        tracker.tick({0: UnitProgress(1.0, 300.0, 0)})
+    assert len(caplog.messages) == 2
+
+
+def test_a_terminal_gets_a_bar_and_a_file_gets_lines(caplog: Capture) -> None:
+    assert isinstance(for_stream(stream=io.StringIO()), LogProgress)
     master, slave = pty.openpty()
     with os.fdopen(slave, "w") as terminal, os.fdopen(master, "rb", 0):
         assert isinstance(for_stream(stream=terminal), BarProgress)
+        caplog.set_level(logging.ERROR, "latentmill")
+        for log_format in ("text", "json"):
+            assert type(for_stream(log_format, terminal)) is QuietProgress  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -246,14 +265,15 @@ def test_a_bar_fits_a_terminal_of_80_columns_and_moves_with_audio(
     assert rows[-1].startswith("━━")
 
 
-def test_a_bar_says_that_a_unit_was_lost() -> None:
+def test_messages_of_the_command_line_are_above_the_bar() -> None:
     stream, clock = io.StringIO(), Clock()
     progress = BarProgress(Console(file=stream, force_terminal=True, width=80), clock)
     tracker = tracked(progress, clock)
     clock.now += 10
     tracker.unit_done(result(0))
     tracker.unit_done(result(1))
-    tracker.unit_lost(plan().units[2], 1, "the worker [died]")
+    with messages_on_stderr(logging.INFO):
+        tracker.unit_lost(plan().units[2], 1, "the worker [died]")
     tracker.end()
     assert "unit 000002 failed on attempt 1: the worker [died]" in stream.getvalue()
     assert "60.0x  0:10 left" in stream.getvalue()
@@ -267,7 +287,8 @@ def test_a_bar_is_not_drawn_again_after_an_interrupt(begun: bool, shown: str) ->
     if begun:
         clock.now += 10
         tracker.tick({0: UnitProgress(270.0, 300.0, 4)})
-    tracker.interrupted()
+    with messages_on_stderr(logging.INFO):
+        tracker.interrupted()
     seen = stream.getvalue()
     tracker.tick({0: UnitProgress(280.0, 300.0, 4)})
     tracker.end()
@@ -276,8 +297,9 @@ def test_a_bar_is_not_drawn_again_after_an_interrupt(begun: bool, shown: str) ->
     assert shown in seen.replace("\x1b[?25h", "").splitlines()[-1]
 
 
-def test_json_has_an_object_per_line() -> None:
+def test_json_has_an_object_per_line(monkeypatch: pytest.MonkeyPatch) -> None:
     stream, clock = io.StringIO(), Clock()
+    monkeypatch.setattr(sys, "stderr", stream)
     progress = JsonProgress(stream, clock)
     assert isinstance(for_stream("json", stream), JsonProgress)
     clock.now += 2 * LINE_SECONDS
@@ -286,7 +308,9 @@ def test_json_has_an_object_per_line() -> None:
     tracker.workers(0, 2)
     tracker.workers(2, 0)
     tracker.unit_lost(plan().units[1], 2, "killed")
-    tracker.note("something\nelse")
+    with messages_on_stderr(logging.INFO):
+        set_format("json")
+        get_logger("engine").warning("something\nelse")
     clock.now += 20
     tracker.unit_done(result(0, failed=1))
     tracker.tick({1: UnitProgress(160.0, 300.0, 2)})
@@ -303,6 +327,7 @@ def test_json_has_an_object_per_line() -> None:
         "units_todo": 4,
     }
     assert events[4]["reason"] == "killed"
+    assert (events[5]["level"], events[5]["text"]) == ("warning", "something\\nelse")
     assert (events[6]["unit"], events[6]["failed"]) == (0, 1)
     assert (events[7]["items_done"], events[7]["failed"]) == (7, 1)
     assert events[7]["x_real_time"] == 20.0

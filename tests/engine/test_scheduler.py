@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,10 @@ class Ear(QuietProgress):
 
     def __init__(self) -> None:
         self.lost: list[tuple[int, int, str]] = []
-        self.notes: list[str] = []
         self.counts: list[tuple[int, int]] = []
 
     def unit_lost(self, unit: Unit, attempt: int, reason: str) -> None:
         self.lost.append((unit.number, attempt, reason))
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
     def workers(self, ready: int, starting: int) -> None:
         self.counts.append((ready, starting))
@@ -64,7 +61,7 @@ def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_item_that_kills_its_workers_is_named_and_the_others_are_encoded(
-    tmp_path: Path, ray_session: Path
+    tmp_path: Path, ray_session: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     songs = runs.write_songs(tmp_path / "songs", 6)
     noise = np.random.default_rng(0).uniform(-0.3, 0.3, SEGFAULT)
@@ -79,7 +76,7 @@ def test_the_item_that_kills_its_workers_is_named_and_the_others_are_encoded(
     poison = {number for number, attempt, _ in ear.lost if attempt == 2}
     assert len(poison) == 1
     assert all("died without an error message" in reason for *_, reason in ear.lost)
-    assert ear.notes == [
+    assert caplog.messages == [
         f"unit {poison.pop():06d}: loading its items on trial before the last attempt"
     ]
 
@@ -107,17 +104,16 @@ def test_a_unit_that_cannot_be_written_fails_and_the_others_do_not(
 
 
 def test_an_interrupt_is_noted_before_the_workers_stop(
-    songs: Path, tmp_path: Path, ray_session: Path
+    songs: Path, tmp_path: Path, ray_session: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Interrupting(Ear):
         def workers(self, ready: int, starting: int) -> None:
             if ready:
                 raise KeyboardInterrupt
 
-    ear = Interrupting()
-    with pytest.raises(KeyboardInterrupt):
-        encode(songs, tmp_path / "store", ear)
-    assert ear.notes == ["interrupted: stopping the workers"]
+    with caplog.at_level(logging.INFO, "latentmill"), pytest.raises(KeyboardInterrupt):
+        encode(songs, tmp_path / "store", Interrupting())
+    assert caplog.messages == ["interrupted: stopping the workers"]
     assert not (tmp_path / "store/tmp").exists()
 
 
@@ -217,7 +213,9 @@ def test_a_worker_that_cannot_even_be_asked_is_given_up_with_its_units(
     assert scheduler._dispatch.open == 1  # to be tried again
 
 
-def test_workers_that_cannot_start_any_more_end_the_run_once_none_is_left() -> None:
+def test_workers_that_cannot_start_any_more_end_the_run_once_none_is_left(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     ear = Ear()
     scheduler = Scheduler(None, ActorShape(1, 0), lambda: 1, ear)  # type: ignore[arg-type]
     scheduler._origin = np.zeros((4, 1), np.float32)  # the run was under way
@@ -225,7 +223,7 @@ def test_workers_that_cannot_start_any_more_end_the_run_once_none_is_left() -> N
     scheduler._slots = [WorkerSlot(actor=None)]
     for _ in range(MAX_STARTS + 1):
         scheduler._failed_start("died", full, None)  # those that are there go on
-    assert len(ear.notes) == MAX_STARTS + 1
+    assert len(caplog.messages) == MAX_STARTS + 1
     scheduler._slots = []
     with pytest.raises(UnitsFailedError, match="no space left on the disk"):
         scheduler._failed_start("died", full, None)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
+import logging
 import re
 import shutil
 from dataclasses import dataclass
@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import soundfile
 
+from latentmill.cli.log import messages_on_stderr, set_format
 from latentmill.engine.progress import for_stream
 from latentmill.plan import Unit
 from latentmill.run.run import encode
 from latentmill.store.schema import DATASET_PATH
+from latentmill.text.log import get_logger
 from latentmill.text.printing import printable, printable_json, printable_value
 from support import runs
 from support.in_process import in_process
@@ -140,10 +142,11 @@ def test_no_command_prints_control_characters(
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_progress_prints_no_control_characters(log_format: str) -> None:
-    stream = io.StringIO()
-    progress = for_stream(log_format, stream)  # type: ignore[arg-type]
-    progress.note(EVIL)
-    progress.unit_lost(Unit(0, 1, 1.0), 1, EVIL)
-    assert len(stream.getvalue().splitlines()) == 2
-    assert_harmless(stream.getvalue())
+def test_progress_and_messages_have_no_control_characters(log_format: str, capsys: Capture) -> None:
+    with messages_on_stderr(logging.INFO):
+        set_format(log_format)
+        get_logger("engine").warning("a worker was lost: %s", EVIL)
+        for_stream(log_format).unit_lost(Unit(0, 1, 1.0), 1, EVIL)  # type: ignore[arg-type]
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 2
+    assert_harmless(printed)

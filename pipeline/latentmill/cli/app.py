@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from latentmill import __version__
 from latentmill.cli import read as cli_read
 from latentmill.cli.entry import interrupts_raise, main
+from latentmill.cli.log import Command, Commands, Quiet, Verbose, set_format
 from latentmill.cli.read import AsJson, Device, Store, TrustModel, print_value
 from latentmill.errors import ConfigError, IncompleteStoreWarning, StoreError, VerifyError
-from latentmill.text.printing import printable_lines
+from latentmill.text.printing import counted, printable_lines
 
 if TYPE_CHECKING:
     from latentmill.config import RunConfig
 
-app = typer.Typer(
+app = Commands(
     help="Encode audio corpora into datasets of latents, and decode latents to audio.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -61,7 +61,7 @@ def _command(options: str, **own: tuple[Any, Any]) -> Callable[[Function], Funct
     """
 
     def decorate(function: Function) -> Function:
-        class Command(TyperCommand):
+        class Lazy(Command):
             _made = False
 
             def get_params(self, ctx: Any) -> Any:
@@ -79,7 +79,7 @@ def _command(options: str, **own: tuple[Any, Any]) -> Callable[[Function], Funct
         def placeholder() -> None: ...
 
         name = function.__name__
-        app.command(name, help=inspect.getdoc(function), cls=Command)(placeholder)
+        app.command(name, help=inspect.getdoc(function), cls=Lazy)(placeholder)
         return function
 
     return decorate
@@ -93,6 +93,7 @@ def encode(**options: Any) -> int:
     from latentmill.run.run import run
 
     settings = _settings(options)
+    set_format(settings.log_format)
     interrupts_raise()
     with contextlib.redirect_stdout(sys.stderr):  # Ray may print to stdout
         summary = run(settings, for_stream(settings.log_format))
@@ -117,6 +118,7 @@ def plan(**options: Any) -> None:
 
     calibrated = options.pop("calibrate")
     settings = _settings(options)
+    set_format(settings.log_format)
     interrupts_raise()
     with contextlib.redirect_stdout(sys.stderr):
         value = forecast(settings, for_stream(settings.log_format), calibrated=calibrated)
@@ -167,7 +169,7 @@ def verify(
     print_value(as_json, report, show.verification)
     if report.faults:
         raise VerifyError(
-            f"found {len(report.faults)} faults in {store}; first: {report.faults[0]}."
+            f"found {counted(len(report.faults), 'fault')} in {store}; first: {report.faults[0]}."
         )
 
 
@@ -224,6 +226,8 @@ def _options_of_all(
             "--version", help="Print the version and exit.", is_eager=True, callback=_print_version
         ),
     ] = False,
+    _verbose: Verbose = False,
+    _quiet: Quiet = False,
 ) -> None:
     # `status` and `info` report an incomplete store themselves.
     warnings.simplefilter("ignore", IncompleteStoreWarning)

@@ -6,7 +6,6 @@ import contextlib
 import fnmatch
 import math
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,14 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from latentmill.cli.entry import interrupts_raise
+from latentmill.cli.log import Commands
 from latentmill.errors import ITEMS_FAILED_EXIT_CODE, ConfigError
-from latentmill.text.printing import printable, printable_json, printable_value
+from latentmill.text.log import get_logger
+from latentmill.text.printing import printable_json, printable_value
 
 if TYPE_CHECKING:
     from latentmill.decoding.decoder import LatentSource
     from latentmill.store.store import LatentStore
 
-app = typer.Typer()  # app.py adds its commands to the main app
+_log = get_logger("cli")
+app = Commands()  # app.py adds its commands to the main app
 
 Store = Annotated[str, typer.Argument(metavar="STORE", help="Store to read: a folder or URL.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -149,7 +151,7 @@ def mix(
         sources = [fitted(source, frames, origin=origin) for source in sources]
     mixture = mixed(sources, [gain for _, gain in wanted], origin=origin)
     interrupts_raise()
-    with _warnings_as_lines():
+    with _linearity_warnings_logged():
         written = _write(file, store, mixture, choose(samples), seed)
     print_value(as_json, {"files": [written]}, show.files)
 
@@ -198,7 +200,8 @@ def seams(
     max_seconds: Annotated[
         float | None,
         typer.Option(
-            help="Maximum item length in seconds. \\[default: 60, or five chunks if longer]"
+            min=0.1,
+            help="Maximum item length in seconds. \\[default: 60, or five chunks if longer]",
         ),
     ] = None,
     device: Device = "auto",
@@ -250,7 +253,7 @@ def linearity(
 
 def _warn_if_not_recorded(store: LatentStore) -> None:
     if not store.sealed:
-        typer.echo("not recorded: the store is not sealed yet; finish its run first", err=True)
+        _log.warning("not recorded: the store is not sealed yet; finish its run first")
 
 
 def _key_and_gain(store: LatentStore, text: str) -> tuple[str, float]:
@@ -333,17 +336,18 @@ def _write(path: Path, store: LatentStore, source: LatentSource, samples: int, s
         num_samples=samples,
     )
     if written.clipped:
-        typer.echo(
-            f"latentmill: warning: {printable(str(path))}: clipped {written.clipped} "
-            f"samples (peak {20 * math.log10(written.peak):+.2f} dBFS); write .wav to keep them",
-            err=True,
+        _log.warning(
+            "%s: clipped %d samples (peak %+.2f dBFS); write .wav to keep them",
+            path,
+            written.clipped,
+            20 * math.log10(written.peak),
         )
     return written.path
 
 
 @contextlib.contextmanager
-def _warnings_as_lines() -> Iterator[None]:
-    """Print each linearity warning once, as one line."""
+def _linearity_warnings_logged() -> Iterator[None]:
+    """Log each linearity warning once."""
     from latentmill.ops import LinearityWarning
 
     def line(
@@ -355,7 +359,7 @@ def _warnings_as_lines() -> Iterator[None]:
         line: str | None = None,
     ) -> None:
         if issubclass(category, LinearityWarning):
-            print(f"latentmill: warning: {printable(str(message))}", file=sys.stderr)  # noqa: T201
+            _log.warning("%s", message)
         else:
             before(message, category, filename, lineno, file, line)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
+from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,11 +18,37 @@ from latentmill.engine.dispatch import UNITS_IN_FLIGHT
 from latentmill.engine.loss import memory_used
 from latentmill.engine.metrics import Metrics
 from latentmill.engine.remote_audio import RemoteAudio
-from latentmill.engine.worker import Job, UnitResult, Worker
+from latentmill.engine.worker import Job, Worker
 from latentmill.engine.worker_slot import Report
 from latentmill.models.inference.device import worker_environment
 from latentmill.plan import Unit
-from latentmill.record import FloatArray
+from latentmill.text.log import ROOT
+
+MAX_MESSAGES = 1000  # that wait for the driver
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Result of a call to an actor, and the log messages of its process since the last reply."""
+
+    value: Any
+    messages: tuple[tuple[str, int, str], ...]  # logger, level, text
+
+
+class _Messages(logging.Handler):
+    """Keeps log messages until they are taken."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self._place = place
+        self._waiting: deque[tuple[str, int, str]] = deque(maxlen=MAX_MESSAGES)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"{self._place}: {record.getMessage()}"
+        self._waiting.append((record.name, record.levelno, text))
+
+    def take(self) -> tuple[tuple[str, int, str], ...]:
+        return tuple(self._waiting.popleft() for _ in range(len(self._waiting)))
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)
@@ -29,36 +57,43 @@ class EncodeActor:
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        self._place = f"process {os.getpid()} on {socket.gethostname()}"
+        self._messages = _Messages(self._place)
+        logging.getLogger(ROOT).addHandler(self._messages)
+        logging.getLogger(ROOT).setLevel(job.log_level)
         self._stopped = threading.Event()
         self._worker: Worker | None = None
         self._metrics = Metrics()
 
-    def ready(self) -> str:
+    def ready(self) -> Reply:
         """Load the model and return the process and host, for messages."""
         # Not in the constructor: only an error raised in a method reaches the driver unchanged.
         tasks = self._job.load_tasks
         open_audio_of = partial(RemoteAudio, tasks=tasks) if tasks else LocalAudio
         self._worker = Worker(self._job, self._stopped, open_audio_of)
-        return f"process {os.getpid()} on {socket.gethostname()}"
+        return self._reply(self._place)
 
-    def origin(self) -> FloatArray:
-        return self._loaded.origin()
+    def origin(self) -> Reply:
+        return self._reply(self._loaded.origin())
 
-    def encode(self, unit: Unit, trial_load: bool = False) -> UnitResult:
+    def encode(self, unit: Unit, trial_load: bool = False) -> Reply:
         result = self._loaded.encode(unit, trial_load)
         self._metrics.unit(result)
-        return result
+        return self._reply(result)
 
-    def report(self) -> Report:
+    def report(self) -> Reply:
         """Update Ray's metrics, and return the progress of the units in flight."""
         worker = self._loaded
         meter = worker.meter()
         self._metrics.update(meter, worker.queued)
-        return Report(int(meter["steps"]), worker.in_flight, memory_used())
+        return self._reply(Report(int(meter["steps"]), worker.in_flight, memory_used()))
 
     def stop(self) -> None:
         """Cancel the units in flight; they remove their temporary files."""
         self._stopped.set()
+
+    def _reply(self, value: Any) -> Reply:
+        return Reply(value, self._messages.take())
 
     @property
     def _loaded(self) -> Worker:

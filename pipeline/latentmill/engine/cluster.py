@@ -11,6 +11,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from pathlib import Path
 import ray
 
 from latentmill.errors import ConfigError
+from latentmill.text.log import get_logger
+
+_log = get_logger("engine")
 
 # Units carry no audio, so the object store can be as small as Ray allows. Load tasks send audio.
 OBJECT_STORE_BYTES = 100 * 2**20
@@ -57,6 +61,7 @@ def connect(address: str | None, *, payloads: bool = False) -> Iterator[Cluster]
     if address is None:
         _check_temporary_folder()
         _check_home()
+    began = time.monotonic()
     with _kept_sigterm() as restore_sigterm:
         try:
             _init(address, PAYLOAD_BYTES if payloads else OBJECT_STORE_BYTES)
@@ -75,7 +80,15 @@ def connect(address: str | None, *, payloads: bool = False) -> Iterator[Cluster]
             raise KeyboardInterrupt from error
         try:
             restore_sigterm()
-            yield describe(embedded=address is None)
+            cluster = describe(embedded=address is None)
+            _log.debug(
+                "%s in %.1f s: %d CPU cores, %d GPUs",
+                "started Ray" if address is None else f"connected to Ray at {address}",
+                time.monotonic() - began,
+                sum(cluster.node_cpus),
+                cluster.gpus,
+            )
+            yield cluster
         finally:
             if head_answers():
                 ray.shutdown()

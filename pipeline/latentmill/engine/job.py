@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields
 
 from latentmill.config import RunConfig
@@ -14,6 +15,7 @@ from latentmill.models.inference.batch import check_batch
 from latentmill.plan import Plan
 from latentmill.sources.filters import Filters
 from latentmill.storage.storage import Storage
+from latentmill.text.log import ROOT
 
 LOAD_THREADS = 2
 
@@ -58,4 +60,5 @@ def make_job(
         compile=config.compile,
         load_tasks=config.load_tasks,
         auto_batch=config.batch_size is None,
+        log_level=logging.getLogger(ROOT).getEffectiveLevel(),
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from latentmill.config import DEFAULT_CPU_THREADS, RunConfig
+from latentmill.config import RunConfig
 from latentmill.encoding.chunks import Chunking
 from latentmill.engine.actor import ActorShape
 from latentmill.engine.cluster import Cluster, connect, describe, head_answers
@@ -103,7 +103,7 @@ def _resources(config: RunConfig, cluster: Cluster, *, on_gpu: bool) -> _Resourc
 
     If `workers` is larger, they share GPUs and cores, so that Ray can place all of them.
     """
-    threads = config.threads or max(1, min(DEFAULT_CPU_THREADS, max(cluster.node_cpus)))
+    threads = config.cpu_threads(max(cluster.node_cpus))
     if on_gpu:
         workers = config.workers or cluster.gpus
         share = _share(cluster.node_gpus, workers) or 1  # no GPUs yet: an autoscaler adds them

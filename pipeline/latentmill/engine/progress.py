@@ -1,4 +1,4 @@
-"""Displays the progress of a run: a bar in a terminal, plain lines elsewhere, JSON, or nothing.
+"""Displays the progress of a run: a bar in a terminal, log messages elsewhere, or JSON.
 
 `tracker.py` computes the numbers.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from rich.table import Column
 
 from latentmill.engine.holder import RunProgress
 from latentmill.plan import Unit
-from latentmill.text.printing import printable, printable_json
+from latentmill.text.log import get_logger
+from latentmill.text.printing import counted, printable_json
 from latentmill.text.redact import redact_text
 
 if TYPE_CHECKING:
@@ -29,9 +31,11 @@ LINE_SECONDS = 10.0
 
 LogFormat = Literal["text", "json"]
 
+_log = get_logger("engine")
+
 
 class QuietProgress:
-    """Displays nothing. Base class of the displays."""
+    """Displays nothing; only lost units are logged. Base class of the displays."""
 
     def planning(self, items: int, headers: int) -> None:
         """Called while planning, with the number of items listed and headers read so far."""
@@ -44,9 +48,7 @@ class QuietProgress:
 
     def unit_lost(self, unit: Unit, attempt: int, reason: str) -> None:
         """Called when an attempt at a unit failed."""
-
-    def note(self, text: str) -> None:
-        """Called with a message for the user."""
+        _log.warning("unit %s failed on attempt %d: %s", unit.name, attempt, reason)
 
     def workers(self, ready: int, starting: int) -> None:
         """Called when the number of ready or starting workers changed."""
@@ -64,7 +66,7 @@ Progress = QuietProgress
 class _EveryTenSeconds(QuietProgress):
     """Base class of displays that print at most one progress line in ten seconds."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._next = clock() + LINE_SECONDS
 
@@ -72,41 +74,30 @@ class _EveryTenSeconds(QuietProgress):
         self._next = self._clock() + LINE_SECONDS
 
     def _is_due(self) -> bool:
-        due = self._clock() >= self._next
-        self._next += LINE_SECONDS * due
+        now = self._clock()
+        due = now >= self._next
+        while self._next <= now:  # more than once after a pause, such as the start of Ray
+            self._next += LINE_SECONDS
         return due
 
 
-class LineProgress(_EveryTenSeconds):
-    """Plain lines for logs."""
-
-    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__(clock)
-        self._stream = stream
+class LogProgress(_EveryTenSeconds):
+    """Messages in the log."""
 
     def planning(self, items: int, headers: int) -> None:
         if self._is_due():
-            self._print(_listing(items, headers))
+            _log.info("%s", _listing(items, headers))
 
     def begin(self, now: RunProgress) -> None:
         super().begin(now)
-        self._print(f"{now.items} items; starting the workers")
-
-    def unit_lost(self, unit: Unit, attempt: int, reason: str) -> None:
-        self._print(_lost(unit, attempt, reason))
-
-    def note(self, text: str) -> None:
-        self._print(redact_text(text))
+        _log.info("%s; starting the workers", counted(now.items, "item"))
 
     def tick(self, now: RunProgress) -> None:
         if self._is_due():
-            self._print(_line(now))
+            _log.info("%s", _line(now))
 
     def end(self, now: RunProgress) -> None:
-        self._print(_line(now))
-
-    def _print(self, text: str) -> None:
-        print(printable(text), file=self._stream, flush=True)
+        _log.info("%s", _line(now))
 
 
 class BarProgress(_EveryTenSeconds):
@@ -129,12 +120,6 @@ class BarProgress(_EveryTenSeconds):
     def begin(self, now: RunProgress) -> None:
         super().begin(now)
         self._bar.start()
-
-    def unit_lost(self, unit: Unit, attempt: int, reason: str) -> None:
-        self.note(_lost(unit, attempt, reason))
-
-    def note(self, text: str) -> None:
-        self._bar.console.print(printable(redact_text(text)), markup=False, highlight=False)
 
     def tick(self, now: RunProgress) -> None:
         if now.audio_seconds or now.items_done:
@@ -168,9 +153,6 @@ class JsonProgress(_EveryTenSeconds):
     def unit_lost(self, unit: Unit, attempt: int, reason: str) -> None:
         self._print("unit_lost", unit=unit.number, attempt=attempt, reason=redact_text(reason))
 
-    def note(self, text: str) -> None:
-        self._print("note", text=redact_text(text))
-
     def workers(self, ready: int, starting: int) -> None:
         self._print("workers", ready=ready, starting=starting)
 
@@ -188,12 +170,17 @@ class JsonProgress(_EveryTenSeconds):
 
 
 def for_stream(log_format: LogFormat = "text", stream: TextIO | None = None) -> Progress:
-    """The display for a stream (default: stderr): JSON, else a bar in a terminal, else lines."""
+    """The display for a stream (default: stderr): JSON, else a bar in a terminal, else messages.
+
+    Nothing is displayed if the log level is above INFO.
+    """
     stream = stream or sys.stderr
+    if not _log.isEnabledFor(logging.INFO):
+        return QuietProgress()
     if log_format == "json":
         return JsonProgress(stream)
     console = Console(file=stream)
-    return BarProgress(console) if console.is_terminal else LineProgress(stream)
+    return BarProgress(console) if console.is_terminal else LogProgress()
 
 
 def _line(now: RunProgress) -> str:
@@ -229,12 +216,9 @@ def _rounded(now: RunProgress) -> dict[str, object]:
     return {**rounded, "share": round(now.share, 4)}
 
 
-def _lost(unit: Unit, attempt: int, reason: str) -> str:
-    return f"unit {unit.name} failed on attempt {attempt}: {redact_text(reason)}"
-
-
 def _listing(items: int, headers: int) -> str:
-    return f"listing the source: {items} items{f', {headers} headers read' if headers else ''}"
+    read = f", {counted(headers, 'header')} read" if headers else ""
+    return f"listing the source: {counted(items, 'item')}{read}"
 
 
 def _minutes(seconds: float) -> str:

@@ -8,6 +8,7 @@ nothing.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ from latentmill.engine.worker_slot import WorkerSlot
 from latentmill.errors import LatentmillError, StorageError, UnitsFailedError
 from latentmill.plan import Unit
 from latentmill.record import FloatArray
+from latentmill.text.log import get_logger
+from latentmill.text.printing import counted
+
+_log = get_logger("engine")
 
 POLL_SECONDS = 0.1
 SLOTS_PER_SECOND = 500  # limits the driver's polling: with more slots the interval grows
@@ -49,9 +54,6 @@ class RunObserver(Protocol):
 
     def unit_lost(self, unit: Unit, attempt: int, reason: str) -> None:
         """Called when an attempt at a unit failed. It is retried if attempts are left."""
-
-    def note(self, text: str) -> None:
-        """Called with a message for the user."""
 
     def interrupted(self) -> None:
         """Called when the run is interrupted, before the workers are stopped."""
@@ -143,6 +145,7 @@ class Scheduler:
         if self._failed_starts >= MAX_STARTS and self._slots:
             return  # continue with the actors that are running
         while len(self._slots) < min(self._target, self._dispatch.open):
+            _log.debug("starting a worker with %s", self._shape)
             slot = WorkerSlot(start_actor(self._job, self._shape))
             self._slots.append(slot)
             self._track(slot, "ready", slot.actor.ready.remote())
@@ -158,10 +161,18 @@ class Scheduler:
                 reference = slot.actor.encode.remote(assignment.unit, assignment.trial_load)
                 slot.assign(reference, assignment)
                 self._track(slot, "unit", reference)
+                unit = assignment.unit
+                _log.debug(
+                    "unit %s given to %s: %s, %.0f s of audio",
+                    unit.name,
+                    slot.place,
+                    counted(unit.items, "item"),
+                    unit.seconds,
+                )
                 if assignment.trial_load:
-                    name = assignment.unit.name
-                    self._observer.note(
-                        f"unit {name}: loading its items on trial before the last attempt"
+                    _log.warning(
+                        "unit %s: loading its items on trial before the last attempt",
+                        unit.name,
                     )
 
     def _track(self, slot: WorkerSlot, kind: Kind, reference: Any) -> None:
@@ -181,18 +192,30 @@ class Scheduler:
             if call is None:  # its slot was removed in this loop
                 continue
             try:
-                result = ray.get(reference)
+                reply = ray.get(reference)
             except RayTaskError as error:
                 self._failed(call, reference, error)
             except RayError as error:  # the actor died or cannot be reached
                 self._lose_slot(call.slot, classify(error, call.slot.memory_used))
             else:
-                self._succeeded(call, reference, result)
+                for logger, level, text in reply.messages:
+                    logging.getLogger(logger).log(level, "%s", text)
+                self._succeeded(call, reference, reply.value)
 
     def _succeeded(self, call: _Call, reference: Any, result: Any) -> None:
         slot = call.slot
         if call.kind == "unit":
-            self._dispatch.done(slot.finished(reference).unit)
+            unit = slot.finished(reference).unit
+            self._dispatch.done(unit)
+            _log.debug(
+                "unit %s committed by %s in %.1f s: %d encoded, %d skipped, %d failed",
+                unit.name,
+                slot.place,
+                result.timings.get("total_seconds", 0.0),
+                result.encoded,
+                result.skipped,
+                result.failed,
+            )
             self._observer.unit_done(result)
             self._to_fill.add(slot)
             if slot.tainted and not slot.units:
@@ -215,7 +238,7 @@ class Scheduler:
         slot = call.slot
         if isinstance(error.cause, LatentmillError):
             if call.kind == "ready" and self._origin is not None:  # other actors work
-                self._observer.note(f"a worker cannot start: {error.cause}")
+                _log.warning("a worker cannot start: %s", error.cause)
                 self._end_slot(slot)
                 self._failed_starts = MAX_STARTS
                 if not self._slots:
@@ -257,7 +280,7 @@ class Scheduler:
         if not slot.ready and loss.kind == "worker":
             self._failed_start("died", loss, None)
         elif not lost:
-            self._observer.note(f"{slot.place} was lost: {loss.reason}")
+            _log.warning("%s was lost: %s", slot.place, loss.reason)
 
     def _lose(self, unit: Unit, loss: Loss) -> None:
         self._observer.unit_lost(unit, self._dispatch.lost(unit, loss), loss.reason)
@@ -269,7 +292,7 @@ class Scheduler:
         enough = self._failed_starts >= MAX_STARTS
         if (self._origin is None and (how == "failed" or enough)) or (enough and not self._slots):
             raise UnitsFailedError(text) from error
-        self._observer.note(text)
+        _log.warning("%s", text)
 
     def _end_slot(self, slot: WorkerSlot) -> None:
         """Remove an actor. `_start_actors` starts another one if units are left."""
@@ -308,9 +331,10 @@ class Scheduler:
             self._idle_since = now
         elif now - self._idle_since > NO_WORKER_SECONDS:
             self._idle_since = now
-            self._observer.note(
-                f"no worker is ready: {counts[1]} are waiting for {self._shape} in the cluster, or "
-                "loading the model"
+            _log.warning(
+                "no worker is ready: %d are waiting for %s in the cluster, or loading the model",
+                counts[1],
+                self._shape,
             )
 
     def _stop_actors(self) -> None:

@@ -15,10 +15,13 @@ from latentmill.engine.holder import RunProgress
 from latentmill.engine.underway import UnitProgress
 from latentmill.plan import Plan, Unit
 from latentmill.store.commit import Tally
+from latentmill.text.log import get_logger
 
 if TYPE_CHECKING:
     from latentmill.engine.progress import Progress
     from latentmill.engine.worker import UnitResult
+
+_log = get_logger("engine")
 
 WINDOW_SECONDS = 120.0  # over which the speed is measured
 FIRST_SECONDS = 5.0  # no speed is shown earlier, because it would not be meaningful
@@ -68,12 +71,9 @@ class Tracker:
     def unit_lost(self, unit: Unit, attempt: int, reason: str) -> None:
         self._display.unit_lost(unit, attempt, reason)
 
-    def note(self, text: str) -> None:
-        self._display.note(text)
-
     def interrupted(self) -> None:
         """Show the committed progress before the workers and Ray are stopped (some seconds)."""
-        self.note("interrupted: stopping the workers")
+        _log.info("interrupted: stopping the workers")
         self.end()
 
     def workers(self, ready: int, starting: int) -> None:

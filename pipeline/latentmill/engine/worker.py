@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -31,7 +32,7 @@ from latentmill.models.base import Autoencoder, ModelHandle
 from latentmill.models.checks import check_encoded
 from latentmill.models.inference.batch import find_batch_size
 from latentmill.models.inference.compiled import Compiled
-from latentmill.models.inference.device import pick_device
+from latentmill.models.inference.device import load_model, pick_device
 from latentmill.models.inference.precision import numeric_mode, pick_precision
 from latentmill.plan import Unit, read_items
 from latentmill.record import FloatArray, Outcome
@@ -59,6 +60,7 @@ class Job:
     auto_batch: bool = False  # on a GPU, measure the best batch size
     owner: str | None = None  # id in the run's lease on the store, if it has one
     hang_seconds: float = HANG_SECONDS  # a trial load without progress for this long is hung
+    log_level: int = logging.WARNING  # of the messages that the driver gets
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Worker:
         self._open_audio_of = open_audio_of
         self._hold = join_run(Storage(job.store), job.owner)
         self._storage = self._hold.storage
-        self._model: Autoencoder = job.model.load(device)
+        self._model: Autoencoder = load_model(job.model, device)
         if job.auto_batch and device != "cpu":
             size = settled_batch_size(self._storage, self._model, job, device)
             self._job = replace(job, settings=replace(job.settings, batch_size=size))

@@ -7,7 +7,6 @@ is imported and called only with the user's consent.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from typing import Any
 from latentmill.errors import ModelError
 from latentmill.models import registry
 from latentmill.models.base import ModelHandle
+from latentmill.text.log import get_logger
 from latentmill.text.printing import printable
 
-_log = logging.getLogger("latentmill")
+_log = get_logger("models")
 
 CONSENT = "if you trust it, add --trust-model (trust_model=True in Python)"
 # A store has one of these files. `store.schema` and `plan` define them, but import this package.
@@ -54,7 +54,7 @@ def check_named(name: str, options: Mapping[str, Any], *, by: str, trusted: bool
         )
     weights = registry.weights_of(name, options)
     if weights is not None:
-        _log.warning("%s", printable(f"latentmill: loading {weights}, as set in the {by}"))
+        _log.warning("loading %s, as set in the %s", weights, by)
 
 
 def store_of(file: Path) -> Path | None:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from latentmill.config import DEFAULT_CPU_THREADS, RunConfig
+from latentmill.config import RunConfig
 from latentmill.encoding.chunks import Chunking
 from latentmill.engine.lock import only_run
 from latentmill.models.base import ModelHandle
-from latentmill.models.inference.device import pick_device
+from latentmill.models.inference.device import load_model, pick_device
 from latentmill.models.inference.precision import numeric_mode
 from latentmill.run.prepare import (
     Extension,
@@ -125,7 +125,7 @@ def _calibrate(prepared: Preparation) -> Calibration:
     config = prepared.config
     device = pick_device(config.device)
     cpus = os.cpu_count() or 1
-    threads = config.threads or max(1, min(DEFAULT_CPU_THREADS, cpus))
+    threads = config.cpu_threads(cpus)
     machines = torch.cuda.device_count() if device.startswith("cuda") else cpus // threads
     kind = "cuda" if device.startswith("cuda") else "cpu"
     batch = config.batch_size or prepared.handle.spec.batch_size[kind]
@@ -149,7 +149,7 @@ def measure(
     seconds: float = CALIBRATION_SECONDS,
 ) -> float:
     """Encode batches of noise for some seconds. Returns the speed as a multiple of real time."""
-    model = handle.load(device)
+    model = load_model(handle, device)
     spec = handle.spec
     audio = torch.empty(batch, spec.channels, chunking.model_samples(spec))  # [B, C, T]
     audio.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -50,8 +49,9 @@ from latentmill.store.schema import (
     SHARDS,
 )
 from latentmill.store.tidy import tidy_plan
+from latentmill.text.log import get_logger
 
-_log = logging.getLogger(__name__)
+_log = get_logger("run")
 
 LARGEST_FLOAT16_CODE = 2**11  # its significand has 11 bits
 NUMBER_BYTES = {"float16": 2, "float32": 4}
@@ -262,7 +262,7 @@ def _warn_of_long_groups(prepared: Preparation, plan: Plan) -> None:
     longest = max(plan.units, key=lambda unit: unit.seconds)
     if longest.items > 1 and longest.seconds > LONG_UNIT * limit:
         _log.warning(
-            "latentmill: warning: the longest group makes a unit of %.2f h (%d items), and an "
+            "the longest group makes a unit of %.2f h (%d items), and an "
             "interrupted unit is encoded again from its start; use a --group-by with smaller "
             "groups to get shorter units",
             longest.seconds / 3600,

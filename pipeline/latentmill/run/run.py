@@ -14,7 +14,7 @@ from typing import Any, Unpack
 from latentmill.config import RunConfig, load_config
 from latentmill.encoding.fingerprint import fingerprint
 from latentmill.engine.lock import Hold, only_run
-from latentmill.engine.progress import Progress, QuietProgress
+from latentmill.engine.progress import LogProgress, Progress
 from latentmill.errors import ITEMS_FAILED_EXIT_CODE, SourceError, StoreError
 from latentmill.plan import Plan, Unit, check_items
 from latentmill.run.options import EncodeOptions
@@ -25,6 +25,10 @@ from latentmill.store.commit import SealHash, Tally, iter_commits, next_revision
 from latentmill.store.schema import SHARDS, DatasetInfo
 from latentmill.store.seal import current_seal, seal
 from latentmill.store.tidy import remove_unfinished, tidy
+from latentmill.text.log import get_logger
+from latentmill.text.printing import counted
+
+_log = get_logger("run")
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def encode(
 
 def run(config: RunConfig, progress: Progress | None = None) -> RunSummary:
     """Run a configuration; see `encode`."""
-    progress = progress or QuietProgress()
+    progress = progress or LogProgress()
     began = time.perf_counter()
     prepared = prepare(config, progress)
     items = listed(prepared)
@@ -111,6 +115,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunSummary:
             if unit.name not in tallies
         ]
         resumed = len(tallies)
+        _log.debug("%d of %s committed already", resumed, counted(len(plan.units), "unit"))
         storage.clear_scratch()
         if todo:
             _encode_todo(prepared, plan, tallies, todo, progress, hold)

@@ -16,9 +16,11 @@ from typing import Any, TypeVar
 import fsspec
 
 from latentmill.errors import LatentmillError
+from latentmill.text.log import get_logger
 from latentmill.text.redact import redact, redact_text
 
 T = TypeVar("T")
+_log = get_logger("storage")
 
 # The extra of latentmill that installs a protocol's package.
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
@@ -171,8 +173,11 @@ def retrying(call: Callable[[], T]) -> T:
         except storage_errors() as error:
             if not is_transient(error) or time.monotonic() - began > GIVE_UP_SECONDS:
                 raise
+            reason = cause_of(error)
         # Jitter, so that workers that failed at the same time do not retry at the same time.
-        time.sleep(random.uniform(0.5, 1.0) * FIRST_PAUSE * 2 ** (attempt - 1))
+        pause = random.uniform(0.5, 1.0) * FIRST_PAUSE * 2 ** (attempt - 1)
+        _log.debug("attempt %d failed (%s): retrying in %.1f s", attempt, reason, pause)
+        time.sleep(pause)
     return call()
 
 

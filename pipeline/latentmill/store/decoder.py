@@ -10,7 +10,7 @@ from latentmill.decoding.decoder import LatentSource, decode_blocks, decode_late
 from latentmill.encoding.chunks import Chunking
 from latentmill.errors import ModelError
 from latentmill.models.base import Autoencoder
-from latentmill.models.inference.device import pick_device
+from latentmill.models.inference.device import load_model, pick_device
 from latentmill.models.trust import resolve_stored
 from latentmill.record import FloatArray, Latent
 from latentmill.store.schema import DatasetInfo
@@ -75,7 +75,7 @@ class StoreDecoder:
                     f"{stored['asked']} is not the model that encoded {self.url} (different "
                     f"{', '.join(changed)}): install or download the model that encoded it."
                 )
-            self._model = handle.load(pick_device(self._device))
+            self._model = load_model(handle, pick_device(self._device))
         return self._model
 
     def decode_latent(

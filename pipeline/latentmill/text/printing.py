@@ -28,6 +28,11 @@ def printable_lines(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
+def counted(count: int, noun: str) -> str:
+    """Format a number with its noun, as in "1 item" and "2 items"."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def printable_value(value: T) -> T:
     """Make all strings in a value printable, at any depth of dataclasses, models and containers."""
     changed: Any = value

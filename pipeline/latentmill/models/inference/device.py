@@ -5,9 +5,17 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import time
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from latentmill.errors import ConfigError
+from latentmill.text.log import get_logger
+
+if TYPE_CHECKING:  # imports torch
+    from latentmill.models.base import Autoencoder, ModelHandle
+
+_log = get_logger("models")
 
 
 def pick_device(wanted: str) -> str:
@@ -28,6 +36,15 @@ def pick_device(wanted: str) -> str:
             f"{torch.cuda.device_count()} GPUs: install a CUDA build of torch, or use --device cpu."
         )
     return wanted
+
+
+def load_model(handle: ModelHandle, device: str) -> Autoencoder:
+    """Load a model, and log how long it took."""
+    began = time.perf_counter()
+    model = handle.load(device)
+    seconds = time.perf_counter() - began
+    _log.debug("loaded the model %s on %s in %.1f s", handle.spec.name, device, seconds)
+    return model
 
 
 # Settings with which glibc keeps the memory of freed tensors for new ones, as torch does on a GPU:
