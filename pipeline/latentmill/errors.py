@@ -83,4 +83,10 @@ class RepeatedEpochWarning(UserWarning):
     """A `LatentStream` reads the same epoch again, probably by mistake."""
 
 
+def requirement(kind: str, message: str) -> str:
+    """What a value must be, from the type and the message of pydantic's error."""
+    expected = {"int": "expected a whole number", "float": "expected a number"}
+    return expected.get(kind.partition("_")[0], message.replace("Input should be", "it must be"))
+
+
 ITEMS_FAILED_EXIT_CODE = ItemError.exit_code

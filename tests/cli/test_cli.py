@@ -99,7 +99,7 @@ def test_status_of_a_store_that_is_not_complete(
 def test_verify(capsys: Capture, store: Path, tmp_path: Path) -> None:
     text = runs.call(capsys, "verify", store, "--decode", 2)
     assert (text.code, text.err) == (0, "")
-    assert "1 of 1 units, 4 records of 5 items: no faults" in text.out
+    assert "1 of 1 unit, 4 records of 5 items: no faults" in text.out
     assert text.out.count("decoded ") == 2
     report = runs.outcome(runs.call(capsys, "verify", store, "--decode", 1, "--json"))
     assert report["faults"] == []
@@ -113,7 +113,7 @@ def test_verify(capsys: Capture, store: Path, tmp_path: Path) -> None:
     damaged = runs.call(capsys, "verify", copy, "--json")
     assert damaged.code == 8
     assert any("does not match" in fault for fault in runs.outcome(damaged)["faults"])
-    assert damaged.err.startswith("latentmill: ")
+    assert damaged.err.startswith(f"latentmill: found 1 fault in {copy}; first: ")
 
 
 def test_decode_makes_the_folder_and_gives_the_audio(

@@ -124,6 +124,8 @@ def test_a_run_that_has_ended_in_order_is_not_shown(tmp_path: Path) -> None:
         run = current_run(storage)
         assert run is not None
         assert run.progress == PROGRESS.model_copy(update={"x_real_time": None})
+        held.publish(PROGRESS.model_copy(update={"units_in_flight": 0}))
+        assert "20 units committed, starting the workers, 0.400 of" in shown(storage)[1]
     assert current_run(storage) is None
     assert (tmp_path / ".lock").read_bytes() == b""
 

@@ -21,8 +21,9 @@ def main() -> NoReturn:
         signal.signal(signal.SIGINT, _stop_at_once)
     signal.signal(signal.SIGTERM, _stop_at_once)
     from latentmill.cli.app import app
+    from latentmill.cli.usage import explain
     from latentmill.errors import HeadGoneError, LatentmillError
-    from latentmill.text.printing import printable, printable_lines
+    from latentmill.text.printing import printable
     from latentmill.text.redact import redact_text
 
     try:
@@ -41,8 +42,7 @@ def main() -> NoReturn:
         if _interrupted or isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
             _exit_interrupted()
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # wrong usage
-            if message := error.format_message():
-                text = printable_lines(redact_text(message))
+            if text := explain(error):
                 print(f"latentmill: {text}", file=sys.stderr)  # noqa: T201
             sys.exit(error.exit_code)
         print(redact_text(traceback.format_exc()), file=sys.stderr, end="")  # noqa: T201

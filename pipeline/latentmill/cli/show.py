@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from latentmill.encoding.timings import bound
 from latentmill.store.measurement import MEASURED
+from latentmill.text.printing import counted
 
 if TYPE_CHECKING:  # some of these import torch; `status` must start quickly
     from latentmill.evaluate.linearity import LinearityReport
@@ -51,8 +52,9 @@ def summary(run: RunSummary) -> str:
     info = run.info
     lines = [
         f"{run.store}: {info.encoded} encoded, {info.skipped} skipped, {info.failed} failed of "
-        f"{info.items} items; {info.hours:.3f} h of audio, "
-        f"{size_text(sum(shard.bytes for shard in info.shards))} in {_shards(len(info.shards))}",
+        f"{counted(info.items, 'item')}; {info.hours:.3f} h of audio, "
+        f"{size_text(sum(shard.bytes for shard in info.shards))} in "
+        f"{counted(len(info.shards), 'shard')}",
         pairs_listed("failed", run.failures),
         pairs_listed("skipped", run.skipped),
         ignored_files(run.ignored),
@@ -69,7 +71,7 @@ def summary(run: RunSummary) -> str:
     else:
         speed = run.encoded_seconds / run.seconds
         lines.append(
-            f"this run: {run.units - run.resumed_units} of {run.units} units, "
+            f"this run: {run.units - run.resumed_units} of {counted(run.units, 'unit')}, "
             f"{run.encoded_seconds / 3600:.3f} h in {run.seconds:.1f} s ({speed:.1f} x real time)"
         )
         lines.append(_bottleneck(run.stages, run.seconds))
@@ -97,12 +99,8 @@ def _extension(value: Extension | None) -> str:
     ):
         if count:
             more = "" if count == len(keys) else ", ..."
-            lines.append(f"  {count} item{'s' * (count != 1)} {what}: {', '.join(keys)}{more}")
+            lines.append(f"  {counted(count, 'item')} {what}: {', '.join(keys)}{more}")
     return "\n".join(lines)
-
-
-def _shards(count: int) -> str:
-    return f"{count} shard{'s' * (count != 1)}"
 
 
 def _bottleneck(stages: Mapping[str, float], seconds: float) -> str:
@@ -139,7 +137,7 @@ def forecast(value: Forecast) -> str:
         seconds = value.run_seconds
         least = "under a minute" if seconds < 60 else f"about {minutes(seconds)}"
         rows["time"] = (
-            f"{least} ({workers} {'worker' if workers == 1 else 'workers'}, "
+            f"{least} ({counted(workers, 'worker')}, "
             f"{value.calibration.device}, {speed:,.0f} x real time "
             "measured on a short sample)"
         )
@@ -158,13 +156,13 @@ def info(value: DatasetInfo) -> str:
     mean = sum(value.mean) / len(value.mean)
     std = (sum(s * s for s in value.std) / len(value.std)) ** 0.5
     rows = {
-        "model": f"{model['name']}, {model['sample_rate']} Hz, {model['channels']} channel(s), "
-        f"scale factor {model['scale_factor']:g}",
+        "model": f"{model['name']}, {model['sample_rate']} Hz, "
+        f"{counted(model['channels'], 'channel')}, scale factor {model['scale_factor']:g}",
         "latents": f"{model['latent_channels']} channels at {rate:.3f} Hz, {value.dtype}, "
         f"{value.layout}",
         "chunking": f"{value.chunking['stitch']}, chunks of "
         f"{value.chunking['samples'] / model['sample_rate']:.2f} s",
-        "format": f"{value.format}, {_shards(len(value.shards))}, "
+        "format": f"{value.format}, {counted(len(value.shards), 'shard')}, "
         f"{size_text(sum(shard.bytes for shard in value.shards))}",
         "source": value.source,
         "items": f"{value.encoded} encoded, {value.skipped} skipped, {value.failed} failed of "
@@ -186,8 +184,9 @@ def info(value: DatasetInfo) -> str:
 def verification(report: Report) -> str:
     """The text that `verify` prints."""
     lines = [
-        f"{report.committed} of {report.units} units, {report.records} records of "
-        f"{report.items} items: {'no faults' if not report.faults else 'FAULTS FOUND'}"
+        f"{report.committed} of {counted(report.units, 'unit')}, "
+        f"{counted(report.records, 'record')} of {counted(report.items, 'item')}: "
+        f"{'FAULTS FOUND' if report.faults else 'no faults'}"
     ]
     lines += [f"fault: {fault}" for fault in report.faults]
     for one in report.decoded:
@@ -217,8 +216,8 @@ def model(spec: ModelSpec) -> str:
         "depend on its edges"
     )
     rows = {
-        "model": f"{spec.name}, {spec.sample_rate} Hz, {spec.channels} channel(s), scale factor "
-        f"{spec.scale_factor:g}",
+        "model": f"{spec.name}, {spec.sample_rate} Hz, {counted(spec.channels, 'channel')}, "
+        f"scale factor {spec.scale_factor:g}",
         "latents": f"{spec.latent_channels} channels at {spec.frame_rate:.3f} Hz "
         f"({spec.hop} samples per frame)",
         "lengths": f"frames(T) = max(1, ceil((T - {spec.overhang}) / {spec.hop})), T a multiple "
@@ -241,7 +240,7 @@ def seams(report: SeamReport) -> str:
     ]
     lines.append(
         f"relative error of chunked encoding: median {report.median:.2g}, largest "
-        f"{report.largest:.2g} ({len(report.items)} items)"
+        f"{report.largest:.2g} ({counted(len(report.items), 'item')})"
     )
     return "\n".join(lines)
 
@@ -270,7 +269,7 @@ def linearity(report: LinearityReport) -> str:
 
 def export(value: ExportSummary) -> str:
     """The text that `export` prints."""
-    lines = [f"{value.dest}: {value.records} records for {value.to}"]
+    lines = [f"{value.dest}: {counted(value.records, 'record')} for {value.to}"]
     return "\n".join(filter(None, [*lines, pairs_listed("failed", value.failures)]))
 
 

@@ -15,6 +15,7 @@ from latentmill.errors import StoreError
 from latentmill.plan import PLAN_PATH
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import Tally, iter_commits
+from latentmill.text.printing import counted
 
 if TYPE_CHECKING:
     from latentmill.store.store import LatentStore
@@ -127,9 +128,12 @@ def _progress(run: CurrentRun | None) -> str:
         return "progress  listing the source"
     speed = "" if now.x_real_time is None else f", {now.x_real_time:.1f}x real time"
     left = "" if now.seconds_left is None else f", {_rough(now.seconds_left)} left"
+    flight = f", {now.units_in_flight} in flight" if now.units_in_flight else ""
+    if not flight and now.units_done < now.units:
+        flight = ", starting the workers"
     return (
-        f"progress  {now.units_done} of {now.units} units committed, {now.units_in_flight} in "
-        f"flight, {now.audio_seconds / 3600:.3f} of {now.total_seconds / 3600:.3f} h{speed}{left}"
+        f"progress  {now.units_done} of {counted(now.units, 'unit')} committed{flight}, "
+        f"{now.audio_seconds / 3600:.3f} of {now.total_seconds / 3600:.3f} h{speed}{left}"
     )
 
 
@@ -143,4 +147,4 @@ def _rough(seconds: float) -> str:
     hours, minute = divmod(round(seconds / 60), 60)
     if hours:
         return f"about {hours} h {minute} min"
-    return f"about {minute} minute{'s' * (minute != 1)}" if minute else "less than a minute"
+    return f"about {counted(minute, 'minute')}" if minute else "less than a minute"

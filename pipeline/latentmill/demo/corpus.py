@@ -20,7 +20,6 @@ import xxhash
 from numpy.typing import NDArray
 
 from latentmill.demo.synth import Score, stems
-from latentmill.record import FloatArray
 
 # Changes when the corpus changes, so that a corpus of an older version is written again.
 VERSION = 1
@@ -222,8 +221,10 @@ def _write(folder: Path) -> None:
 
 def _song_files(song: Song) -> dict[str, bytes]:
     """A song's audio files, JSON sidecars and the caption of the keys, by name."""
-    played = stems(song.score, song.sample_rate, song.channels)
-    tracks = {role: _quantised(audio) for role, audio in played.items()}
+    tracks = {
+        role: np.round(audio.T * 32767).astype(np.int16)  # [C, T] in -1..1 to [T, C]
+        for role, audio in stems(song.score, song.sample_rate, song.channels).items()
+    }
     # Added after quantisation, so that the integers add up exactly. `MIX_PEAK` prevents overflow.
     tracks[MIX] = np.sum(list(tracks.values()), axis=0, dtype=np.int32).astype(np.int16)
     contents: dict[str, bytes] = {}
@@ -246,12 +247,6 @@ def _metadata(song: Song, role: str) -> dict[str, str | float]:
         "key": song.score.key,
         "prompt": song.prompt,
     }
-
-
-def _quantised(audio: FloatArray) -> Samples:
-    """Audio `[C, T]` in -1..1 as 16-bit samples `[T, C]`."""
-    samples: Samples = np.round(audio.T * 32767).astype(np.int16)
-    return samples
 
 
 def _encoded(samples: Samples, sample_rate: int, extension: str) -> bytes:

@@ -38,10 +38,11 @@ class Condition:
     """A condition on an item's metadata.
 
     A missing field is None. A comparison of values that cannot be compared, such as None and a
-    number, is false, as in SQL. Raises ConfigError if the text is not a valid condition.
+    number, is false, as in SQL. Raises ConfigError if the text is not a valid condition; `name` is
+    that of the option in its message.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, name: str = "where") -> None:
         self.text = text
         try:
             if len(text) > MAX_LENGTH:
@@ -53,7 +54,7 @@ class Condition:
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             cause = error.msg if isinstance(error, SyntaxError) else str(error)
             raise ConfigError(
-                f"invalid where condition {text!r} ({cause}): write it like genre == 'rock' "
+                f"invalid {name} condition {text!r} ({cause}): write it like genre == 'rock' "
                 "and bpm > 100."
             ) from error
 
