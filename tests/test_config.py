@@ -146,7 +146,7 @@ FILES = {
     "no text": ("1: 3", "unknown setting 1"),
     "of another kind": (
         "batch_size: many",
-        "invalid batch_size 'many' in FILE: it must be a valid integer",
+        "invalid batch_size 'many' in FILE: expected a whole number",
     ),
     "out of range": (
         "overlap: 0.7",
