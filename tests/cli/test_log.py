@@ -26,7 +26,7 @@ def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_quiet_leaves_results_and_errors(
-    songs: Path, tmp_path: Path, capsys: Capture, ray_session: Path
+    songs: Path, tmp_path: Path, capsys: Capture, inline: None
 ) -> None:
     result = runs.call(capsys, "--quiet", "encode", songs, tmp_path / "lat", *ENCODE)
     assert (result.code, result.err) == (0, "")
@@ -54,7 +54,7 @@ def test_verbose_adds_what_the_workers_do(
 
 
 def test_json_events_and_messages_are_one_object_per_line(
-    songs: Path, tmp_path: Path, capsys: Capture, ray_session: Path
+    songs: Path, tmp_path: Path, capsys: Capture, inline: None
 ) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("log_format: json\n")
@@ -66,7 +66,7 @@ def test_json_events_and_messages_are_one_object_per_line(
 
 
 def test_a_program_gets_messages_as_it_sets_its_loggers(
-    songs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, ray_session: Path
+    songs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, inline: None
 ) -> None:
     options = {"device": "cpu", "workers": 1, "threads": 1}
     encode(songs, tmp_path / "quiet", **options)  # type: ignore[arg-type]
