@@ -13,9 +13,8 @@ from torch.utils.data import DataLoader
 import latentmill as lm
 from latentmill.errors import ConfigError, StorageError
 from latentmill.reader import cache as cache_module
-from latentmill.reader.cache import RangeCache
+from latentmill.reader.cache import Piece, RangeCache, Shard
 from latentmill.reader.crops import CropReader
-from latentmill.reader.pieces import Piece, Shard
 from latentmill.storage.storage import Storage
 from latentmill.store.store import LatentStore
 from support.latent_store import write_latents

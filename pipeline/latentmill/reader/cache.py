@@ -13,15 +13,33 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from latentmill.errors import ConfigError, StorageError
-from latentmill.reader.pieces import Piece, Shard
 from latentmill.storage.storage import Storage
 
 BLOCK = 256 * 1024
 _SUFFIX = ".block"
 _ABANDONED_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Path, size and hash of a shard, from its commit."""
+
+    path: str
+    bytes: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range to read: fills `target` with bytes from `offset` on."""
+
+    shard: Shard
+    offset: int
+    target: memoryview
 
 
 class RangeCache:

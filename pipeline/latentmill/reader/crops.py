@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,8 @@ import numpy.typing as npt
 import torch
 
 from latentmill.errors import ConfigError, StoreError
-from latentmill.reader.cache import RangeCache
-from latentmill.reader.pieces import Piece, Shard
-from latentmill.reader.rows import RowReader, check_items
+from latentmill.reader.cache import Piece, RangeCache, Shard
+from latentmill.reader.rows import RowReader
 from latentmill.reader.shards import ShardReader
 from latentmill.record import DTYPES, FloatArray
 from latentmill.store.index import Index
@@ -62,9 +61,8 @@ class CropReader(RowReader):
 
     def __init__(self, store: LatentStore, cache: RangeCache | None = None) -> None:
         check_croppable(store)
-        self._cache = cache
         self._shards = ShardReader(store.storage, cache)
-        super().__init__(store)
+        super().__init__(store, cache)
         index = self._index
         self.frames: Ints = index.column("frames")
         self.num_samples: Ints = index.column("num_samples")
@@ -84,9 +82,6 @@ class CropReader(RowReader):
                 f"{strange[0]}: run the same encode command again to write them again."
             )
         self._paths = [Shard(path, *sizes[path]) for path in index.shards]
-
-    def __reduce__(self) -> tuple[Callable[..., CropReader], tuple[Any, ...]]:
-        return _unpickled, (self.store, self._cache, self.items_hash)
 
     def physical_order(self) -> Ints:
         """The rows in their order in the shards."""
@@ -193,11 +188,6 @@ class CropReader(RowReader):
         if missing:
             end = start + len(block)
             block[have:] = self.store.origin.crop(end, start + have, missing).T
-
-
-def _unpickled(store: LatentStore, cache: RangeCache | None, items_hash: str) -> CropReader:
-    check_items(store, items_hash)  # the caller may hold rows of the old index
-    return CropReader(store, cache)
 
 
 def _to_float(raw: Raw) -> FloatArray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import re
 from collections import OrderedDict
@@ -15,21 +14,20 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from latentmill.encoding.stored import parse_json
 from latentmill.errors import ConfigError, StorageError
-from latentmill.reader.rows import RowReader, check_items
+from latentmill.reader.rows import RowReader
 from latentmill.sources.where import Condition
-from latentmill.store.fields import open_columns
+from latentmill.store.fields import read_columns
 from latentmill.store.index import Index
-from latentmill.store.schema import RECORD_SCHEMA
+from latentmill.store.schema import FIELD_NAMES, RECORD_SCHEMA
 from latentmill.store.store import LatentStore
 
 # pyarrow has no type hints, so a pyarrow Expression is Any here.
 Where: TypeAlias = str | Callable[[Mapping[str, Any]], bool] | Any
 
-FIELDS = tuple(name for name in RECORD_SCHEMA.names if name not in ("latent", "levels"))
+FIELDS = tuple(name for name in FIELD_NAMES if name != "levels")
 KEPT_BYTES = 256 << 20  # fields kept in memory per process and store
 THREADS = 8  # parallel reads of a remote store
 _BATCH = 1024  # JSON members of a tar per read
@@ -42,8 +40,8 @@ class FieldReader(RowReader):
     """
 
     def __init__(self, store: LatentStore, columns: Sequence[str] = FIELDS) -> None:
-        super().__init__(store)
         self.columns = tuple(columns)
+        super().__init__(store, self.columns)
         self._tar = store.info.format == "webdataset"
 
     def _use_index(self, index: Index) -> None:
@@ -53,9 +51,6 @@ class FieldReader(RowReader):
         self._paths = index.shards
         self._kept: OrderedDict[int, pa.Table] = OrderedDict()
         self._bytes = 0
-
-    def __reduce__(self) -> tuple[Callable[..., FieldReader], tuple[Any, ...]]:
-        return _unpickled, (self.store, self.columns, self.items_hash)
 
     def read(self, rows: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
         """Return the fields of some rows, in the order of `rows`."""
@@ -125,35 +120,15 @@ class FieldReader(RowReader):
 
     def _table(self, shard: int) -> pa.Table:
         try:
-            with self._open(shard) as file:
-                table = file.read(columns=list(self.columns), use_threads=False)
-        except (OSError, pa.ArrowException, ValueError) as error:
+            return read_columns(self.store.storage, self._paths[shard], self.columns)
+        except (pa.ArrowException, ValueError) as error:
             raise self._damaged(error) from error
-        for name in self.columns:  # stores of earlier versions have fewer columns
-            if name not in table.column_names:
-                field = RECORD_SCHEMA.field(name).with_nullable(True)
-                table = table.append_column(field, pa.nulls(len(table), field.type))
-        return table.select(self.columns).combine_chunks()
-
-    def _open(self, shard: int) -> contextlib.AbstractContextManager[pq.ParquetFile]:
-        """Open a shard; pyarrow reads local ones five times as fast by path."""
-        storage, path = self.store.storage, self._paths[shard]
-        if storage.local:
-            file: contextlib.AbstractContextManager[pq.ParquetFile]
-            file = pq.ParquetFile(storage.full(path), pre_buffer=False)
-            return file
-        return open_columns(storage, path, self.columns)
 
     def _damaged(self, error: Exception) -> StorageError:
         return StorageError(
             f"a shard of {self.store.url} is damaged ({error}): run `latentmill verify "
             f"{self.store.url}` to find it."
         )
-
-
-def _unpickled(store: LatentStore, columns: Sequence[str], items_hash: str) -> FieldReader:
-    check_items(store, items_hash)  # the caller may hold rows of the old index
-    return FieldReader(store, columns)
 
 
 def select(stores: Sequence[LatentStore], where: Where) -> list[npt.NDArray[np.int64]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from latentmill.errors import StorageError, StoreError
 from latentmill.store.index import Index
@@ -20,9 +20,13 @@ class RowReader:
     same items.
     """
 
-    def __init__(self, store: LatentStore) -> None:
-        self.store = store
+    def __init__(self, store: LatentStore, *options: Any) -> None:
+        """`options` are the constructor's other arguments, for pickling."""
+        self.store, self._options = store, options
         self._use_index(store.index)
+
+    def __reduce__(self) -> tuple[Callable[..., RowReader], tuple[Any, ...]]:
+        return _unpickled, (type(self), self.items_hash, self.store, *self._options)
 
     def _use_index(self, index: Index) -> None:
         """Use an index to find records."""
@@ -54,6 +58,13 @@ class RowReader:
                     raise
                 check_items(self.store, self.items_hash)
                 self._use_index(self.store.index)
+
+
+def _unpickled(
+    kind: type[RowReader], items_hash: str, store: LatentStore, *options: Any
+) -> RowReader:
+    check_items(store, items_hash)  # the caller may hold rows of the old index
+    return kind(store, *options)
 
 
 def check_items(store: LatentStore, items_hash: str) -> None:

@@ -12,8 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from latentmill.errors import StorageError
-from latentmill.reader.cache import RangeCache
-from latentmill.reader.pieces import Piece, Shard
+from latentmill.reader.cache import Piece, RangeCache, Shard
 from latentmill.storage.remote import protocol_of
 from latentmill.storage.storage import READ_ONLY, Storage
 

@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 import io
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentmill.storage.ranged import RangedFile
 from latentmill.storage.storage import Storage
 from latentmill.store.schema import RECORD_SCHEMA
 
-_FIELD_COLUMNS = [name for name in RECORD_SCHEMA.names if name != "latent"]
 _MAX_GAP = 1 << 14  # bytes between two columns up to which one request reads both and the gap
 
 
-class ShardFields:
-    """The columns of one Parquet shard other than the latents, read once."""
-
-    def __init__(self, storage: Storage, path: str) -> None:
-        with open_columns(storage, path, _FIELD_COLUMNS) as file:
-            # Arrow's threads may abort a process that exits soon after they started.
-            self._table = file.read(columns=_FIELD_COLUMNS, use_threads=False)
-
-    def row(self, row: int) -> dict[str, Any]:
-        """The fields of one row by name."""
-        fields: dict[str, Any] = self._table.slice(row, 1).to_pylist()[0]
-        return fields
-
-
-@contextlib.contextmanager
-def open_columns(storage: Storage, path: str, names: Collection[str]) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet shard for reading some of its columns; missing columns are ignored.
+def read_columns(storage: Storage, path: str, names: Sequence[str]) -> pa.Table:
+    """Read some columns of a Parquet shard; a column that the shard does not have is null.
 
     In a remote shard, the columns are small pieces between the latents. All are read in one round
     of requests, because reading piece by piece with read-ahead would fetch most of the latents.
@@ -42,17 +26,26 @@ def open_columns(storage: Storage, path: str, names: Collection[str]) -> Iterato
     with storage.open(path) as file:
         source: Any = file
         footer = pq.read_metadata(file)
-        if not storage.local:
+        if storage.local:
+            source = storage.full(path)  # pyarrow reads five times as fast by path
+        else:
             spans = _spans(footer, names)
             found = storage.read_ranges([(path, first, last - first) for first, last in spans])
             read = _cached_read(file, [first for first, _ in spans], found)
             source = RangedFile(file.seek(0, io.SEEK_END), read)
-        yield pq.ParquetFile(
+        with pq.ParquetFile(
             source, metadata=footer, page_checksum_verification=True, pre_buffer=False
-        )
+        ) as parquet:
+            # Arrow's threads may abort a process that exits soon after they started.
+            table = parquet.read(columns=list(names), use_threads=False)
+    for name in names:  # stores of earlier versions have fewer columns
+        if name not in table.column_names:
+            field = RECORD_SCHEMA.field(name).with_nullable(True)
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table.select(names).combine_chunks()
 
 
-def _spans(footer: Any, names: Collection[str]) -> list[tuple[int, int]]:
+def _spans(footer: Any, names: Sequence[str]) -> list[tuple[int, int]]:
     """Byte ranges (start, end) that contain the columns; end is exclusive."""
     spans: list[tuple[int, int]] = []
     for group in map(footer.row_group, range(footer.num_row_groups)):

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentmill.record import Record, time_major_bytes
-from latentmill.store.schema import RECORD_SCHEMA, record_fields
+from latentmill.store.schema import FIELD_NAMES, RECORD_SCHEMA, record_fields
 from latentmill.store.writers import Location
 
 ROW_GROUP_ITEMS = 16
@@ -25,8 +25,7 @@ ROW_GROUP_BYTES = 1 << 20
 LENGTH_PREFIX = 4  # bytes before each value of a PLAIN byte array
 
 _LATENT = RECORD_SCHEMA.get_field_index("latent")
-_OTHERS = [name for name in RECORD_SCHEMA.names if name != "latent"]
-_COLUMN_PATHS = ["shape.list.element" if name == "shape" else name for name in _OTHERS]
+_COLUMN_PATHS = ["shape.list.element" if name == "shape" else name for name in FIELD_NAMES]
 
 
 class ParquetShardWriter:
@@ -95,7 +94,7 @@ class ParquetShardWriter:
         latents = [time_major_bytes(record.latent) for record in self._rows]
         columns = {
             name: pa.array([row[name] for row in fields], RECORD_SCHEMA.field(name).type)
-            for name in _OTHERS
+            for name in FIELD_NAMES
         }
         columns["latent"] = _binary(latents)
         arrays = [columns[name] for name in RECORD_SCHEMA.names]

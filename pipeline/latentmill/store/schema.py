@@ -53,29 +53,19 @@ RECORD_SCHEMA = pa.schema(
         pa.field("metadata", _TEXT, nullable=False),
     ]
 )
+FIELD_NAMES = tuple(name for name in RECORD_SCHEMA.names if name != "latent")
 
 
 def record_fields(record: Record) -> dict[str, Any]:
     """Return a record's stored fields except the latent, as plain Python values by name."""
-    return {
-        "key": record.key,
+    converted = {
         "shape": [int(size) for size in record.latent.shape],
         "dtype": record.latent.dtype.name,
-        "frames": record.frames,
-        "channels": record.channels,
-        "num_samples": record.num_samples,
-        "sample_rate": record.sample_rate,
-        "source_uri": record.source_uri,
-        "source_sample_rate": record.source_sample_rate,
-        "source_channels": record.source_channels,
-        "duration": record.duration,
-        "content_hash": record.content_hash,
-        "rms": record.rms,
-        "peak": record.peak,
-        "group": record.group,
-        "role": record.role,
-        "levels": record.levels,
         "metadata": _json(record.metadata),
+    }
+    return {
+        name: converted[name] if name in converted else getattr(record, name)
+        for name in FIELD_NAMES
     }
 
 

@@ -25,10 +25,11 @@ from latentmill.storage.storage import Storage
 from latentmill.store.commit import read_commits
 from latentmill.store.decoder import StoreDecoder
 from latentmill.store.describe import described, is_complete, warn_incomplete
-from latentmill.store.fields import ShardFields
+from latentmill.store.fields import read_columns
 from latentmill.store.index import Index, IndexEntry, damaged_index, open_index
 from latentmill.store.measurement import read_measurement, with_measurements
 from latentmill.store.schema import (
+    FIELD_NAMES,
     Commit,
     DatasetInfo,
     levels_of,
@@ -81,7 +82,7 @@ class LatentStore(StoreDecoder, Shown):
     ) -> None:
         self.storage = Storage(os.fspath(url))
         super().__init__(device, trust_model=trust_model)
-        self._shard_fields: OrderedDict[str, ShardFields] = OrderedDict()
+        self._shard_fields: OrderedDict[str, pa.Table] = OrderedDict()
         self._info = read_seal(self.storage)
         self.sealed = self._info is not None
         if not self.sealed and not self.storage.exists(PLAN_PATH):
@@ -377,17 +378,18 @@ class LatentStore(StoreDecoder, Shown):
 
     def _fields(self, entry: IndexEntry) -> dict[str, Any]:
         """Read a record's fields except the latent, from the tar's JSON or the Parquet columns."""
+        fields: dict[str, Any]
         if entry.fields_offset >= 0:
-            data = self._read(entry, entry.fields_offset, entry.fields_length)
-            fields: dict[str, Any] = parse_json(data)
+            fields = parse_json(self._read(entry, entry.fields_offset, entry.fields_length))
             return fields
-        shard = self._shard_fields.pop(entry.shard, None)
-        if shard is None:
-            shard = ShardFields(self.storage, entry.shard)
-        self._shard_fields[entry.shard] = shard  # the last one is the most recently used
+        table = self._shard_fields.pop(entry.shard, None)
+        if table is None:
+            table = read_columns(self.storage, entry.shard, FIELD_NAMES)
+        self._shard_fields[entry.shard] = table  # the last one is the most recently used
         if len(self._shard_fields) > _CACHED_SHARDS:
             self._shard_fields.popitem(last=False)
-        return shard.row(entry.row)
+        (fields,) = table.slice(entry.row, 1).to_pylist()
+        return fields
 
     def _damaged(self, entry: IndexEntry, what: str) -> StorageError:
         return StorageError(
