@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from latentmill.errors import ConfigError
 from latentmill.reader.order import EpochOrder, Mixture, apportion, permutation, random_below
-from latentmill.reader.sharding import Rank, check_state, mixture
+from latentmill.reader.sharding import Rank, Resumable, mixture
 from latentmill.reader.stream import worker_share
 
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=4)
@@ -197,13 +198,31 @@ def test_another_even_is_refused() -> None:
         Rank.of(0, 1, "all")
 
 
+@dataclass
+class ResumableReader(Resumable):
+    order: str
+    records: list[int]
+    _kind = "stream"
+
+    def __post_init__(self) -> None:
+        super().__init__(None, None, "off")
+
+    def _order(self, epoch: int) -> str:
+        return self.order
+
+    def _records(self) -> list[int]:
+        return self.records
+
+
 def test_a_foreign_state_is_refused(one_sentence) -> None:
     state = {"kind": "stream", "version": 1, "order": "a", "epoch": 1, "position": 2}
-    assert check_state(state, "stream", "a", [3]).position == 2
-    for changed, digest in [(state, "b"), (state | {"version": 9}, "a"), ({}, "a")]:
+    reader = ResumableReader("a", [3])
+    reader.load_state_dict(state)
+    assert reader._upcoming().position == 2
+    for changed, order in [(state, "b"), (state | {"version": 9}, "a"), ({}, "a")]:
         with pytest.raises(ConfigError) as error:
-            check_state(changed, "stream", digest, [3])
+            ResumableReader(order, [3]).load_state_dict(changed)
         one_sentence(error.value)
     with pytest.raises(ConfigError, match="3 records then, 5 now") as error:
-        check_state(state | {"records": [3]}, "stream", "b", [5])
+        ResumableReader("b", [5]).load_state_dict(state | {"records": [3]})
     assert "set_epoch(2)" in one_sentence(error.value)

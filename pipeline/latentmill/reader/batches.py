@@ -17,14 +17,13 @@ from latentmill.reader.order import EpochOrder, Ints, permutation
 from latentmill.reader.sample import whole_number
 from latentmill.reader.sharding import (
     BLOCK,
-    STATE_VERSION,
     WINDOW,
     EpochProgress,
     Even,
     Rank,
+    Resumable,
     accelerate_processes,
     check_distributed_once,
-    check_state,
     mixture,
 )
 
@@ -48,7 +47,7 @@ class RequestDataset(Protocol):
     def digest(self) -> str: ...
 
 
-class BatchSampler(Sampler[list[Request]]):
+class BatchSampler(Resumable, Sampler[list[Request]]):
     """Batch sampler of a `LatentDataset` or `StemDataset`, for DataLoader's `batch_sampler`.
 
     The batches of an epoch are a pure function of dataset, seed and epoch. They are distributed
@@ -81,6 +80,8 @@ class BatchSampler(Sampler[list[Request]]):
     Raises:
         ConfigError: An option is invalid.
     """
+
+    _kind = "batch sampler"
 
     def __init__(
         self,
@@ -117,29 +118,21 @@ class BatchSampler(Sampler[list[Request]]):
             block=shuffle_block,
             window=shuffle_window,
         )
-        self._rank_options = (rank, world_size, even)
-        Rank.of(*self._rank_options)  # raises ConfigError if they are invalid
+        Resumable.__init__(self, rank, world_size, even)
         self._first = np.cumsum([0, *dataset.sizes])
         self._lengths = dataset.lengths if buckets > 1 else None
         self._epochs: dict[int, _Epoch] = {}
-        self._next: EpochProgress | None = EpochProgress()
-        self._now = EpochProgress()
 
     @property
     def _rank(self) -> Rank:
         if isinstance(self._sampler, DistributedSampler):  # distributes by itself
             return Rank(0, 1, "off")
-        return Rank.of(*self._rank_options)
+        return super()._rank
 
     @property
     def sampler(self) -> BatchSampler:
         """Returns itself, because Lightning calls `batch_sampler.sampler.set_epoch`."""
         return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next iteration; continues in it if a state of it was loaded."""
-        whole_number("epoch", epoch, least=0)
-        self._next = (self._next or EpochProgress(self._now.epoch)).on_epoch(epoch)
 
     def __len__(self) -> int:
         """Number of batches that this rank gets in the next iteration."""
@@ -181,27 +174,12 @@ class BatchSampler(Sampler[list[Request]]):
             position = min(position, len(epoch))
         elif turn >= rank.largest_share(len(epoch) - start):
             position = len(epoch)
-        return {
-            "kind": "batch sampler",
-            "version": STATE_VERSION,
-            "order": self._digest(number),
-            "records": self._dataset.records,
-            "epoch": number,
-            "position": position,
-        }
+        return self._state(EpochProgress(number, position))
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a saved state, with any number of ranks.
+    def _records(self) -> list[int]:
+        return self._dataset.records
 
-        Raises:
-            ConfigError: The state belongs to another order: other stores, seed, batch size, buckets
-                or sampler.
-        """
-        digest = self._digest(int(state.get("epoch", 0)))
-        self._next = check_state(state, "batch sampler", digest, self._dataset.records)
-
-    def _digest(self, epoch: int) -> str:
-        """A short hash of the order of an epoch, equal on all ranks."""
+    def _order(self, epoch: int) -> str:
         own = f"{self._dataset.digest}-{self.batch_size}-{self._buckets}-{self.drop_last}"
         sampler = self._sampler
         if sampler is None:
@@ -212,17 +190,9 @@ class BatchSampler(Sampler[list[Request]]):
         numbers = hashlib.sha256(self._epoch(epoch).numbers.tobytes()).hexdigest()[:16]
         return f"{numbers}-{self._mixture.seed}-{own}"
 
-    def _upcoming(self) -> EpochProgress:
-        if self._next is not None:
-            return self._next
-        return EpochProgress(self._now.epoch + 1) if self._now.done else self._now
-
     def _epoch(self, epoch: int) -> _Epoch:
-        if epoch not in self._epochs:
-            self._epochs = {epoch: self._arrange(epoch)}
-        return self._epochs[epoch]
-
-    def _arrange(self, epoch: int) -> _Epoch:
+        if epoch in self._epochs:
+            return self._epochs[epoch]
         numbers = self._numbers(epoch)
         places = np.arange(len(numbers))
         batches = _split(places, self.batch_size)
@@ -237,7 +207,9 @@ class BatchSampler(Sampler[list[Request]]):
         positions = places
         if isinstance(self._sampler, DistributedSampler):
             positions = places * self._sampler.num_replicas + self._sampler.rank
-        return _Epoch(numbers, positions, np.concatenate([places[:0], *batches]), ends)
+        found = _Epoch(numbers, positions, np.concatenate([places[:0], *batches]), ends)
+        self._epochs = {epoch: found}  # keeps one
+        return found
 
     def _numbers(self, epoch: int) -> Ints:
         """The sample numbers of an epoch, in order."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch.distributed
 
@@ -157,29 +158,77 @@ def mixture(
     return Mixture(tuple(map(int, sizes)), taken, seed, shuffle, block, window // block * block)
 
 
-def check_state(
-    state: Mapping[str, Any], kind: str, digest: str, records: Sequence[int]
-) -> EpochProgress:
-    """Return the progress in a state dict; ConfigError if the order of samples has changed.
+class Resumable:
+    """Base of the readers that iterate over epochs, share them with other ranks and resume them."""
 
-    `kind` is the kind of reader, `digest` that of its present order, and `records` has the present
-    number of records of each store.
-    """
-    if state.get("kind") != kind or state.get("version") != STATE_VERSION:
-        raise ConfigError(
-            f"this is not the state of a {kind} of this latentmill version: load one that it saved."
-        )
-    before = list(state.get("records", records))
-    if state["order"] != digest and len(before) == len(records) and before != list(records):
-        epoch = int(state["epoch"]) + 1
-        raise ConfigError(
-            f"the stores have changed since this state was saved ({sum(before)} records then, "
-            f"{sum(records)} now), so its epoch cannot be finished: start the next epoch with "
-            f"set_epoch({epoch}), or resume with the stores as they were."
-        )
-    if state["order"] != digest:
-        raise ConfigError(
-            "the state belongs to another order of samples: resume with the stores, filter, crop, "
-            "mode, seed, weights and shuffling that it was saved with."
-        )
-    return EpochProgress(int(state["epoch"]), int(state["position"]), int(state.get("done", 0)))
+    _kind: ClassVar[str]  # of reader, in its state
+
+    def __init__(self, rank: int | None, world_size: int | None, even: Even) -> None:
+        self._rank_options = (rank, world_size, even)
+        Rank.of(*self._rank_options)  # raises ConfigError if they are invalid
+        self._next: EpochProgress | None = EpochProgress()  # start of the next iteration, if set
+        self._now = EpochProgress()  # progress of the last iteration
+
+    @abstractmethod
+    def _order(self, epoch: int) -> str:
+        """A short hash of the order of an epoch, equal on all ranks."""
+
+    @abstractmethod
+    def _records(self) -> list[int]:
+        """Number of records of each store."""
+
+    @property
+    def _rank(self) -> Rank:
+        return Rank.of(*self._rank_options)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next iteration; continues in it if a state of it was loaded."""
+        whole_number("epoch", epoch, least=0)
+        self._start_at((self._next or EpochProgress(self._now.epoch)).on_epoch(epoch))
+
+    def _start_at(self, progress: EpochProgress) -> None:
+        self._next = progress
+
+    def _upcoming(self) -> EpochProgress:
+        """Where the next iteration starts."""
+        if self._next is not None:
+            return self._next
+        return EpochProgress(self._now.epoch + 1) if self._now.done else self._now
+
+    def _state(self, progress: EpochProgress) -> dict[str, Any]:
+        return {
+            "kind": self._kind,
+            "version": STATE_VERSION,
+            "order": self._order(progress.epoch),
+            "records": self._records(),
+            "epoch": progress.epoch,
+            "position": progress.position,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from a saved state, with any number of ranks.
+
+        Raises:
+            ConfigError: The state belongs to another order: other stores, filter, seed, shuffling,
+                batch size, buckets or sampler.
+        """
+        if state.get("kind") != self._kind or state.get("version") != STATE_VERSION:
+            raise ConfigError(
+                f"this is not the state of a {self._kind} of this latentmill version: load one "
+                "that it saved."
+            )
+        epoch, records = int(state["epoch"]), self._records()
+        before = list(state.get("records", records))
+        changed = state["order"] != self._order(epoch)
+        if changed and len(before) == len(records) and before != records:
+            raise ConfigError(
+                f"the stores have changed since this state was saved ({sum(before)} records then, "
+                f"{sum(records)} now), so its epoch cannot be finished: start the next epoch with "
+                f"set_epoch({epoch + 1}), or resume with the stores as they were."
+            )
+        if changed:
+            raise ConfigError(
+                "the state belongs to another order of samples: resume with the stores, filter, "
+                "crop, mode, seed, weights and shuffling that it was saved with."
+            )
+        self._start_at(EpochProgress(epoch, int(state["position"]), int(state.get("done", 0))))

@@ -18,15 +18,13 @@ from latentmill.reader.order import EpochOrder, Ints
 from latentmill.reader.sample import Sample, Transform, whole_number
 from latentmill.reader.sharding import (
     BLOCK,
-    STATE_VERSION,
     WINDOW,
     EpochProgress,
     Even,
-    Rank,
+    Resumable,
     accelerate_processes,
     accelerate_shards,
     check_distributed_once,
-    check_state,
     mixture,
 )
 from latentmill.text.shown import Shown
@@ -34,7 +32,7 @@ from latentmill.text.shown import Shown
 READ_TOGETHER = 32  # minimum number of samples per batch of requests
 
 
-class LatentStream(Shown, IterableDataset[Sample]):
+class LatentStream(Shown, Resumable, IterableDataset[Sample]):
     """Iterable dataset: epochs of samples of one or several stores.
 
     Samples are read as in `LatentDataset`. The order of an epoch is a pure function of stores, seed
@@ -68,6 +66,8 @@ class LatentStream(Shown, IterableDataset[Sample]):
         ConfigError, StoreError: As for `LatentDataset`.
     """
 
+    _kind = "stream"
+
     def __init__(
         self,
         stores: Stores,
@@ -90,8 +90,7 @@ class LatentStream(Shown, IterableDataset[Sample]):
         cache_gib: float = 50.0,
     ) -> None:
         reading = Reading(crop, mode, seed, metadata, tuple(transforms))
-        self._rank_options = (rank, world_size, even)
-        Rank.of(*self._rank_options)  # raises ConfigError if they are invalid
+        Resumable.__init__(self, rank, world_size, even)
         if batch_size is not None:
             whole_number("batch_size", batch_size, least=1)
         self._batch_size = batch_size
@@ -100,8 +99,6 @@ class LatentStream(Shown, IterableDataset[Sample]):
         self._mixture = mixture(
             sizes, weights, seed, shuffle=shuffle, block=shuffle_block, window=shuffle_window
         )
-        self._next: EpochProgress | None = EpochProgress()
-        self._now = EpochProgress()
         self._starts, self._version = Starts(), 0
         self._share: tuple[int, ...] | None = None  # rank and worker that `_now` belongs to
         self._loaded_share: tuple[int, ...] | None = None
@@ -113,16 +110,6 @@ class LatentStream(Shown, IterableDataset[Sample]):
         if rank.world_size > 1:
             state["_rank_options"] = (rank.rank, rank.world_size, rank.even)
         return state
-
-    @property
-    def _rank(self) -> Rank:
-        return Rank.of(*self._rank_options)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next iteration; continues in it if a state of it was loaded."""
-        whole_number("epoch", epoch, least=0)
-        known = self._next or EpochProgress(self._now.epoch)
-        self._start_at(known.on_epoch(epoch))
 
     def shown(self) -> Mapping[str, object]:
         """The values that `repr` and a notebook show."""
@@ -157,7 +144,7 @@ class LatentStream(Shown, IterableDataset[Sample]):
         return self._samples(self._now.epoch, self._now.position, id_, workers, turn)
 
     def _start_at(self, progress: EpochProgress) -> None:
-        self._next = progress
+        super()._start_at(progress)
         if get_worker_info() is None:  # torchdata loads a worker's state in the worker
             self._starts.set(progress)
             self._version = self._starts.version
@@ -172,9 +159,7 @@ class LatentStream(Shown, IterableDataset[Sample]):
     def _upcoming(self) -> EpochProgress:
         if self._version != self._starts.version:  # set since this worker was started
             self._version, self._next = self._starts.version, self._starts.progress
-        if self._next is not None:
-            return self._next
-        return EpochProgress(self._now.epoch + 1) if self._now.done else self._now
+        return super()._upcoming()
 
     def _samples(
         self, epoch: int, start: int, worker: int, workers: int, turn: int
@@ -249,13 +234,15 @@ class LatentStream(Shown, IterableDataset[Sample]):
             ConfigError: The state belongs to another order: other stores, filter, seed or
                 shuffling.
         """
-        self._start_at(check_state(state, "stream", self._digest, self.corpus.records))
+        super().load_state_dict(state)
         self._loaded_share = tuple(state["share"]) if "share" in state else None
         self._share = None
 
-    @property
-    def _digest(self) -> str:
+    def _order(self, epoch: int) -> str:
         return f"{self._mixture.digest}-{self.corpus.digest}"
+
+    def _records(self) -> list[int]:
+        return self.corpus.records
 
     def _after(self, progress: EpochProgress, done: int) -> EpochProgress:
         """Progress after each rank has read `done` samples since `progress`."""
@@ -263,16 +250,6 @@ class LatentStream(Shown, IterableDataset[Sample]):
         if done >= rank.largest_share(total - progress.position):
             return EpochProgress(progress.epoch, total)
         return EpochProgress(progress.epoch, progress.position + done * rank.world_size)
-
-    def _state(self, progress: EpochProgress) -> dict[str, Any]:
-        return {
-            "kind": "stream",
-            "version": STATE_VERSION,
-            "order": self._digest,
-            "records": self.corpus.records,
-            "epoch": progress.epoch,
-            "position": progress.position,
-        }
 
 
 def worker_share(count: int, worker: int, workers: int, turn: int) -> int:
