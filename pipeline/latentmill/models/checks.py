@@ -8,8 +8,9 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from latentmill.errors import ModelError
+from latentmill.errors import ConfigError, ModelError
 from latentmill.models.base import ModelSpec
+from latentmill.models.inference.device import pick_device
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -100,17 +101,6 @@ def check_latents(
 def check_device(name: str, device: str) -> torch.device:
     """Parse the name of a device; raise `ModelError` if this machine does not have it."""
     try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ModelError(
-            f"Model {name}: invalid device {device!r}; use cpu, cuda or cuda:N."
-        ) from error
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ModelError(
-            f"Model {name}: device {device} is not available, PyTorch finds "
-            f"{torch.cuda.device_count()} GPUs; use --device cpu or install a CUDA build of "
-            "PyTorch."
-        )
-    if chosen.type not in ("cpu", "cuda"):
-        raise ModelError(f"Model {name}: device {device} is not supported; use cpu or cuda.")
-    return chosen
+        return torch.device(pick_device(device))
+    except ConfigError as error:
+        raise ModelError(f"Model {name}: {error}") from error
