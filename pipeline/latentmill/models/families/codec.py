@@ -1,22 +1,23 @@
-"""Code shared by the models of diffusers and transformers: a codec of a network and its files."""
+"""Code shared by deterministic models: a codec of a network and, for most, its files."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from latentmill.errors import ModelError
-from latentmill.models.base import ModelSpec, Value
+from latentmill.models.base import Context, ModelSpec, Stitch, Value
 from latentmill.models.checks import check_audio, check_device, check_latents, no_gradients
-from latentmill.models.weights import ModelFiles, find_again
+from latentmill.models.weights import LOAD_ERRORS, ModelFiles, does_not_load, find_again
 
 Output = Literal["latents", "codes"]
+CHUNK_SECONDS = 10.0
 
 
 class Network(Protocol):
@@ -102,23 +103,116 @@ class CodecHandle:
         return Codec(self.spec, self.loader(name, files, chosen, **self.options), chosen)
 
 
+def codec_spec(
+    name: str,
+    *,
+    sample_rate: int,
+    channels: int,
+    latent_channels: int,
+    hop: int,
+    context: Context | None,
+    chunk_frames: int | None = None,
+    overlap_frames: int | None = None,
+    batch_size: Mapping[str, int] | None = None,
+    own_length: bool = False,
+    codebook_size: int | None = None,
+) -> ModelSpec:
+    """The values of a family's spec that follow from a model's configuration.
+
+    By default a chunk has 10 s and the overlap is twice the context. `own_length` means that chunks
+    of any length are encoded, so the last one is not padded.
+    """
+    reach = 0 if context is None else context.left
+    blend: Stitch = "crossfade" if codebook_size is None else "none"
+    return ModelSpec(
+        name=name,
+        sample_rate=sample_rate,
+        channels=channels,
+        latent_channels=latent_channels,
+        hop=hop,
+        overhang=0,
+        sample_multiple=1 if own_length else hop,
+        min_samples=hop,
+        context=context,
+        stitch=blend if context is None else "trim",
+        chunk_frames=chunk_frames or max(4 * reach, round(CHUNK_SECONDS * sample_rate / hop)),
+        overlap_frames=2 * reach if overlap_frames is None else overlap_frames,
+        batch_size=batch_size or {"cpu": 1, "cuda": 16},
+        scale_factor=1.0,
+        stochastic_decoder=False,
+        codebook_size=codebook_size,
+        short_last_chunk=own_length,
+    )
+
+
+@dataclass(frozen=True)
+class FoundCodec:
+    """A model that was found, and the package that implements it.
+
+    Attributes:
+        name: The family and the repository, for messages.
+        files: The model's files.
+        config: Its configuration.
+        package: Name of the package.
+        version: Version of the package.
+    """
+
+    name: str
+    files: ModelFiles
+    config: Any
+    package: str
+    version: str
+
+
+def make_handle(
+    found: FoundCodec,
+    spec_of: Callable[[Any], ModelSpec],
+    loader: Loader,
+    *,
+    scale_factor: float,
+    encoding: Mapping[str, Value] | None = None,
+    decoding: Mapping[str, Value] | None = None,
+) -> CodecHandle:
+    """Make the handle of a model.
+
+    Args:
+        found: The model.
+        spec_of: Reads the configuration; see `codec_spec`.
+        loader: Builds the network, with both kinds of options.
+        scale_factor: As in `ModelSpec`.
+        encoding: Options that change the latents, for the identity.
+        decoding: Options that change only what is decoded, for the provenance.
+
+    Raises:
+        ModelError: The configuration does not fit the family.
+    """
+    files, encoding, decoding = found.files, encoding or {}, decoding or {}
+    package = {"package": found.package, "package_version": found.version}
+    try:
+        spec = replace(
+            spec_of(found.config),
+            scale_factor=scale_factor,
+            identity={**package, **encoding, **files.identity},
+            provenance={**files.provenance, **decoding},
+        )
+    except LOAD_ERRORS as error:
+        raise does_not_load(found.name, files.paths["config"], error) from error
+    return CodecHandle(spec, files, loader, {**encoding, **decoding})
+
+
 class Codec:
     """A network on one device; implements the protocol `Autoencoder`."""
 
     def __init__(self, spec: ModelSpec, network: Network, device: torch.device) -> None:
-        self._spec = spec
+        self.spec = spec
         self._network = network
         self._device = device
 
-    @property
-    def spec(self) -> ModelSpec:
-        return self._spec
-
     @no_gradients
     def encode(self, audio: Tensor) -> Tensor:
-        check_audio(self._spec, audio)
+        check_audio(self.spec, audio)
         latents = self._network.encode(audio.to(self._device))
-        return latents.float() * self._spec.scale_factor
+        return latents.float() * self.spec.scale_factor
 
     @no_gradients
     def decode(
@@ -135,8 +229,8 @@ class Codec:
         the missing ones.
         """
         del seed
-        check_latents(self._spec, latents, num_samples, positions)
-        wave = self._network.decode(latents.to(self._device) / self._spec.scale_factor).float()
+        check_latents(self.spec, latents, num_samples, positions)
+        wave = self._network.decode(latents.to(self._device) / self.spec.scale_factor).float()
         missing = num_samples - wave.shape[-1]
         return F.pad(wave, (0, missing)) if missing > 0 else wave[..., :num_samples]
 

@@ -14,22 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentmill.models.base import Context, Value
+from latentmill.models.base import Context, ModelSpec, Value
 from latentmill.models.families.codec import (
     Network,
     as_indices,
+    codec_spec,
     dac_encoder_context,
     with_quantiser,
 )
-from latentmill.models.families.transformers_codec import (
-    CodecShape,
-    Family,
-    build_codec,
-    load_model,
-)
+from latentmill.models.families.transformers_codec import Family, build_codec, load_model
 from latentmill.models.weights import ModelFiles
-
-CHUNK_SECONDS = 10.0
 
 
 class DacNetwork:
@@ -61,19 +55,17 @@ def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -
     return with_quantiser(DacNetwork(load_model(name, "dac", files, device)), **options)
 
 
-def _shape(config: Any, codes: bool) -> CodecShape:
+def _spec(config: Any, codes: bool) -> ModelSpec:
     reach = dac_encoder_context(config.downsampling_ratios)
-    hop, rate = math.prod(config.downsampling_ratios), config.sampling_rate
-    return CodecShape(
-        sample_rate=rate,
+    return codec_spec(
+        "dac",
+        sample_rate=config.sampling_rate,
         channels=1,
         latent_channels=config.n_codebooks if codes else config.hidden_size,
-        hop=hop,
+        hop=math.prod(config.downsampling_ratios),
         context=Context(reach, reach),
-        chunk_frames=max(4 * reach, round(CHUNK_SECONDS * rate / hop)),
-        overlap_frames=2 * reach,
-        batch_size={"cpu": 1, "cuda": 16},
+        codebook_size=config.codebook_size if codes else None,
     )
 
 
-build = partial(build_codec, Family("dac", load, _shape))
+build = partial(build_codec, Family("dac", load, _spec))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from latentmill.errors import ModelError
+from latentmill.models.families.codec import FoundCodec
 from latentmill.models.weights import (
     LOAD_ERRORS,
     ModelFiles,
@@ -24,8 +25,8 @@ STEMS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 def find_autoencoder(
     name: str, class_name: str, repo: str, revision: str | None, subfolder: str | None
-) -> tuple[ModelFiles, dict[str, Any], str]:
-    """Find an autoencoder's files; return them, the configuration and the version of diffusers.
+) -> FoundCodec:
+    """Find an autoencoder's files.
 
     Its `config.json` must have the class name `class_name`. Without a subfolder the autoencoder is
     in `vae`, if that exists, else at the root of the repository.
@@ -46,7 +47,7 @@ def find_autoencoder(
     if config.get("_class_name") != class_name:
         found = config.get("_class_name") or config.get("model_type")
         raise does_not_load(name, files.paths["config"], ValueError(f"it belongs to {found}"))
-    return files, config, version
+    return FoundCodec(name, files, config, "diffusers", version)
 
 
 def load_autoencoder(name: str, class_name: str, files: ModelFiles, device: torch.device) -> Any:

@@ -20,18 +20,18 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from latentmill.models.base import Context, Value
-from latentmill.models.families.codec import Network, as_indices, with_quantiser
-from latentmill.models.families.transformers_codec import (
-    CodecShape,
-    Family,
-    build_codec,
-    load_model,
+from latentmill.models.base import Context, ModelSpec, Value
+from latentmill.models.families.codec import (
+    CHUNK_SECONDS,
+    Network,
+    as_indices,
+    codec_spec,
+    with_quantiser,
 )
+from latentmill.models.families.transformers_codec import Family, build_codec, load_model
 from latentmill.models.weights import ModelFiles
 
 CONTEXT = 48  # error 1e-5 of the latents' norm (random weights); the convolutions alone need 9
-CHUNK_SECONDS = 10.0
 # Overlap of native chunks in frames. The codec's is 1.5 of 150. With 4, the overlap of decoding
 # windows, the windows are the chunks and each has one loudness.
 NATIVE_OVERLAP = 4
@@ -80,12 +80,13 @@ def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -
     return with_quantiser(EncodecNetwork(load_model(name, "encodec", files, device)), **options)
 
 
-def _shape(config: Any, codes: bool) -> CodecShape:
+def _spec(config: Any, codes: bool) -> ModelSpec:
     hop, rate = config.hop_length, config.sampling_rate
     rows = config.num_quantizers if codes else config.hidden_size
     # Normalisation over the chunk changes all of its frames, so no context is enough.
     native = config.normalize or config.norm_type == "time_group_norm"
-    return CodecShape(
+    return codec_spec(
+        "encodec",
         sample_rate=rate,
         channels=config.audio_channels,
         latent_channels=rows + int(config.normalize),
@@ -95,7 +96,8 @@ def _shape(config: Any, codes: bool) -> CodecShape:
         overlap_frames=NATIVE_OVERLAP if native else CONTEXT,
         batch_size={"cpu": 1, "cuda": 64 if native else 16},
         own_length=native,
+        codebook_size=config.codebook_size if codes else None,
     )
 
 
-build = partial(build_codec, Family("encodec", load, _shape))
+build = partial(build_codec, Family("encodec", load, _spec))

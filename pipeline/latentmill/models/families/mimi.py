@@ -18,14 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentmill.models.base import Context, Value
-from latentmill.models.families.codec import Network, as_indices, with_quantiser
-from latentmill.models.families.transformers_codec import (
-    CodecShape,
-    Family,
-    build_codec,
-    load_model,
-)
+from latentmill.models.base import Context, ModelSpec, Value
+from latentmill.models.families.codec import Network, as_indices, codec_spec, with_quantiser
+from latentmill.models.families.transformers_codec import Family, build_codec, load_model
 from latentmill.models.weights import ModelFiles
 
 CONTEXT_SECONDS = 10.0  # error 1e-3 of the latents' norm; 15 s give 1e-5 (random weights)
@@ -64,11 +59,12 @@ def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -
     return with_quantiser(MimiNetwork(load_model(name, "mimi", files, device)), **options)
 
 
-def _shape(config: Any, codes: bool) -> CodecShape:
+def _spec(config: Any, codes: bool) -> ModelSpec:
     rate = config.sampling_rate
     hop = math.prod(config.upsampling_ratios) * config.latent_stride
     reach = math.ceil(CONTEXT_SECONDS * rate / hop)
-    return CodecShape(
+    return codec_spec(
+        "mimi",
         sample_rate=rate,
         channels=config.audio_channels,
         latent_channels=config.num_quantizers if codes else config.hidden_size,
@@ -77,7 +73,8 @@ def _shape(config: Any, codes: bool) -> CodecShape:
         chunk_frames=round(CHUNK_SECONDS * rate / hop),
         overlap_frames=reach,
         batch_size={"cpu": 1, "cuda": 8},
+        codebook_size=config.codebook_size if codes else None,
     )
 
 
-build = partial(build_codec, Family("mimi", load, _shape))
+build = partial(build_codec, Family("mimi", load, _spec))

@@ -8,6 +8,7 @@ are read.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,11 +16,16 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from latentmill.models.base import Context, ModelSpec, Value
-from latentmill.models.families.codec import CodecHandle, check_scale_factor, dac_encoder_context
+from latentmill.models.families.codec import (
+    CodecHandle,
+    check_scale_factor,
+    codec_spec,
+    dac_encoder_context,
+    make_handle,
+)
 from latentmill.models.families.diffusers_codec import find_autoencoder, load_autoencoder
-from latentmill.models.weights import LOAD_ERRORS, ModelFiles, does_not_load
+from latentmill.models.weights import ModelFiles
 
-CHUNK_SECONDS = 10.0
 CLASS = "AutoencoderOobleck"
 
 Posterior = Literal["mean", "mean+std"]
@@ -70,41 +76,23 @@ def build(
     """
     name = f"oobleck:{repo}"
     scale = check_scale_factor(name, scale_factor)
-    files, config, version = find_autoencoder(name, CLASS, repo, revision, subfolder)
-    try:
-        spec = _spec(config, scale, posterior, files, version)
-    except LOAD_ERRORS as error:
-        raise does_not_load(name, files.paths["config"], error) from error
-    return CodecHandle(spec, files, load, {"posterior": posterior})
+    return make_handle(
+        find_autoencoder(name, CLASS, repo, revision, subfolder),
+        partial(_spec, std=posterior == "mean+std"),
+        load,
+        scale_factor=scale,
+        encoding={"posterior": posterior},
+    )
 
 
-def _spec(
-    config: dict[str, Any], scale: float, posterior: Posterior, files: ModelFiles, version: str
-) -> ModelSpec:
-    strides: list[int] = config["downsampling_ratios"]
-    hop = math.prod(strides)
-    context = dac_encoder_context(strides)
-    return ModelSpec(
-        name="oobleck",
+def _spec(config: dict[str, Any], *, std: bool) -> ModelSpec:
+    strides = config["downsampling_ratios"]
+    reach = dac_encoder_context(strides)
+    return codec_spec(
+        "oobleck",
         sample_rate=config["sampling_rate"],
         channels=config["audio_channels"],
-        latent_channels=config["decoder_input_channels"] * (2 if posterior == "mean+std" else 1),
-        hop=hop,
-        overhang=0,
-        sample_multiple=hop,
-        min_samples=hop,
-        context=Context(context, context),
-        stitch="trim",
-        chunk_frames=max(4 * context, round(CHUNK_SECONDS * config["sampling_rate"] / hop)),
-        overlap_frames=2 * context,
-        batch_size={"cpu": 1, "cuda": 16},
-        scale_factor=scale,
-        stochastic_decoder=False,
-        identity={
-            "package": "diffusers",
-            "package_version": version,
-            "posterior": posterior,
-            **files.identity,
-        },
-        provenance=files.provenance,
+        latent_channels=config["decoder_input_channels"] * (2 if std else 1),
+        hop=math.prod(strides),
+        context=Context(reach, reach),
     )

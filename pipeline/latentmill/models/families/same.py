@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 
 from latentmill.models.base import Context, ModelSpec, Value
-from latentmill.models.families.codec import CodecHandle, check_scale_factor
+from latentmill.models.families.codec import (
+    CodecHandle,
+    check_scale_factor,
+    codec_spec,
+    make_handle,
+)
 from latentmill.models.families.diffusers_codec import find_autoencoder, load_autoencoder
-from latentmill.models.weights import LOAD_ERRORS, ModelFiles, does_not_load
+from latentmill.models.weights import ModelFiles
 
 CLASS = "AutoencoderSAME"
-CHUNK_SECONDS = 10.0  # the memory of its attention mask grows with the square of the length
 
 
 class SameNetwork:
@@ -54,12 +58,8 @@ def build(
     """Find the model's files and make its handle; docs/models.md describes the options."""
     name = f"same:{repo}"
     scale = check_scale_factor(name, scale_factor)
-    files, config, version = find_autoencoder(name, CLASS, repo, revision, subfolder)
-    try:
-        spec = _spec(config, scale, files, version)
-    except LOAD_ERRORS as error:
-        raise does_not_load(name, files.paths["config"], error) from error
-    return CodecHandle(spec, files, load)
+    found = find_autoencoder(name, CLASS, repo, revision, subfolder)
+    return make_handle(found, _spec, load, scale_factor=scale)
 
 
 def encoder_context(strides: Sequence[int], depths: Sequence[int], window: int) -> int:
@@ -74,27 +74,15 @@ def encoder_context(strides: Sequence[int], depths: Sequence[int], window: int) 
     return math.ceil(reach)
 
 
-def _spec(config: Mapping[str, Any], scale: float, files: ModelFiles, version: str) -> ModelSpec:
+def _spec(config: Mapping[str, Any]) -> ModelSpec:
+    """Read a configuration. Longer chunks would need memory for the square of their length."""
     strides = config["encoder_strides"]
-    hop = config["patch_size"] * math.prod(strides)
     reach = encoder_context(strides, config["encoder_transformer_depths"], config["sliding_window"])
-    rate = config["sampling_rate"]
-    return ModelSpec(
-        name="same",
-        sample_rate=rate,
+    return codec_spec(
+        "same",
+        sample_rate=config["sampling_rate"],
         channels=config["audio_channels"],
         latent_channels=config["latent_dim"],
-        hop=hop,
-        overhang=0,
-        sample_multiple=hop,
-        min_samples=hop,
+        hop=config["patch_size"] * math.prod(strides),
         context=Context(reach, reach),
-        stitch="trim",
-        chunk_frames=max(4 * reach, round(CHUNK_SECONDS * rate / hop)),
-        overlap_frames=2 * reach,
-        batch_size={"cpu": 1, "cuda": 16},
-        scale_factor=scale,
-        stochastic_decoder=False,
-        identity={"package": "diffusers", "package_version": version, **files.identity},
-        provenance=files.provenance,
     )

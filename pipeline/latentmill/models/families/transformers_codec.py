@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from latentmill.models.base import Context, ModelSpec, Stitch
-from latentmill.models.families.codec import CodecHandle, Loader, Output, check_output
+from latentmill.models.base import ModelSpec
+from latentmill.models.families.codec import (
+    CodecHandle,
+    FoundCodec,
+    Loader,
+    Output,
+    check_output,
+    make_handle,
+)
 from latentmill.models.weights import (
     LOAD_ERRORS,
     ModelFiles,
@@ -28,33 +35,18 @@ LENGTHS = ("stride", "kernel_size", "padding_total")  # buffers of convolutions
 
 
 @dataclass(frozen=True)
-class CodecShape:
-    """The values of `ModelSpec` that a family reads from a model's configuration."""
-
-    sample_rate: int
-    channels: int
-    latent_channels: int
-    hop: int
-    context: Context | None
-    chunk_frames: int
-    overlap_frames: int
-    batch_size: Mapping[str, int]
-    own_length: bool = False  # encodes chunks of any length, so the last one is not padded
-
-
-@dataclass(frozen=True)
 class Family:
     """A family of codecs.
 
     Attributes:
         name: The family's name and its `model_type` in transformers.
         loader: Builds the network.
-        shape: Reads a configuration; the second argument is whether latents are codes.
+        spec_of: Reads a configuration; the second argument is whether latents are codes.
     """
 
     name: str
     loader: Loader
-    shape: Callable[[Any, bool], CodecShape]
+    spec_of: Callable[[Any, bool], ModelSpec]
 
 
 def build_codec(
@@ -74,52 +66,17 @@ def build_codec(
     """
     name = f"{family.name}:{repo}"
     scale = check_output(name, output, scale_factor, quantise)
-    codes = output == "codes"
-    files, config, version = find_model(name, family.name, repo, revision)
-    try:
-        shape = family.shape(config, codes)
-    except LOAD_ERRORS as error:
-        raise does_not_load(name, files.paths["config"], error) from error
-    blend: Stitch = "none" if codes else "crossfade"
-    spec = ModelSpec(
-        name=family.name,
-        sample_rate=shape.sample_rate,
-        channels=shape.channels,
-        latent_channels=shape.latent_channels,
-        hop=shape.hop,
-        overhang=0,
-        sample_multiple=1 if shape.own_length else shape.hop,
-        min_samples=shape.hop,
-        context=shape.context,
-        stitch=blend if shape.context is None else "trim",
-        chunk_frames=shape.chunk_frames,
-        overlap_frames=shape.overlap_frames,
-        batch_size=shape.batch_size,
-        scale_factor=scale,
-        stochastic_decoder=False,
-        identity={
-            "package": "transformers",
-            "package_version": version,
-            "output": output,
-            **files.identity,
-        },
-        provenance={**files.provenance, "quantise": quantise},
-        codebook_size=config.codebook_size if codes else None,
-        short_last_chunk=shape.own_length,
-    )
-    return CodecHandle(spec, files, family.loader, {"quantise": quantise, "output": output})
-
-
-def find_model(
-    name: str, model_type: str, repo: str, revision: str | None
-) -> tuple[ModelFiles, Any, str]:
-    """Find a model's files; return them, the `PretrainedConfig` and the version of transformers.
-
-    Its `config.json` must have the `model_type`.
-    """
     _, version = import_package(name, "transformers")
     files = find(name, parse_repo(name, repo, revision), WANTED)
-    return files, _config(name, files, model_type), version
+    config = _config(name, files, family.name)
+    return make_handle(
+        FoundCodec(name, files, config, "transformers", version),
+        lambda config: family.spec_of(config, output == "codes"),
+        family.loader,
+        scale_factor=scale,
+        encoding={"output": output},
+        decoding={"quantise": quantise},
+    )
 
 
 def load_model(name: str, model_type: str, files: ModelFiles, device: torch.device) -> Any:
