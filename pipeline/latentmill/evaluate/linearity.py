@@ -17,7 +17,7 @@ from torch import Tensor
 
 from latentmill.errors import ConfigError, ItemError
 from latentmill.evaluate.metrics import GAINS, additivity, homogeneity
-from latentmill.models.base import Autoencoder, ModelSpec
+from latentmill.models.base import Autoencoder
 from latentmill.models.inference.precision import numeric_mode
 from latentmill.ops.origin import POOR
 from latentmill.store.measurement import write_measurement
@@ -132,13 +132,8 @@ class _Means:
     """A model that encodes to a posterior's means and standard deviations, without the latter."""
 
     def __init__(self, model: Autoencoder, deviations: int) -> None:
-        self._model = model
+        self._model, self.spec, self.decode = model, model.spec, model.decode
         self._means = model.spec.latent_channels - deviations
-        self.decode = model.decode
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self._model.spec
 
     def encode(self, audio: Tensor) -> Tensor:
         return self._model.encode(audio)[:, : self._means]

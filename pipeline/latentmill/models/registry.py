@@ -148,9 +148,9 @@ def resolve(
         )
     if channels != "split":
         return handle
-    from latentmill.models.inference.split import split  # imports torch
+    from latentmill.models.inference.split import SplitHandle  # imports torch
 
-    return split(handle)
+    return SplitHandle(handle)
 
 
 def code_of(name: str) -> str | None:
@@ -234,7 +234,10 @@ def _import(name: str, target: str) -> Factory:
 
 def _check_options(name: str, factory: Factory, options: Mapping[str, Any]) -> None:
     """Check options against the factory's signature, so that models need not check types."""
-    parameters = _signature(factory).parameters
+    try:
+        parameters = inspect.signature(factory, eval_str=True).parameters
+    except NameError:  # types that are imported for the type checker only are not checked
+        parameters = inspect.signature(factory).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {
         n: p for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
@@ -259,13 +262,6 @@ def _check_options(name: str, factory: Factory, options: Mapping[str, Any]) -> N
         raise ModelError(
             f"Model {name}: option {', '.join(missing)} is required; options are {listed}."
         )
-
-
-def _signature(factory: Factory) -> inspect.Signature:
-    try:
-        return inspect.signature(factory, eval_str=True)
-    except NameError:  # types that are imported for the type checker only are not checked
-        return inspect.signature(factory)
 
 
 def _fits(value: object, hint: Any) -> bool:

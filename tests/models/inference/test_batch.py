@@ -28,7 +28,7 @@ from latentmill.models.inference.batch import (
     most_chunks,
     search,
 )
-from latentmill.models.inference.split import split
+from latentmill.models.inference.split import SplitHandle
 from latentmill.storage.storage import Storage
 
 HANDLE = mdct.build(hop=16, sample_rate=800)
@@ -79,7 +79,7 @@ def test_a_model_s_own_limit_holds() -> None:
     assert most_chunks(HANDLE.spec, 1000) == LARGEST
     assert most_chunks(limited, 1000) == 10
     assert most_chunks(limited, 20_000) == 1
-    assert split(replace(HANDLE, spec=limited)).spec.max_batch_samples == 5000
+    assert SplitHandle(replace(HANDLE, spec=limited)).spec.max_batch_samples == 5000
 
 
 def test_batches_beyond_that_limit_are_refused_on_a_gpu(

@@ -17,7 +17,6 @@ FFT of N/2 points between two multiplications with the same twiddle factors.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +25,8 @@ from torch import Tensor
 
 from latentmill.errors import ModelError
 from latentmill.models.base import Context, ModelSpec
-from latentmill.models.checks import check_audio, check_device, check_latents, no_gradients
+from latentmill.models.checks import check_device
+from latentmill.models.families.codec import Codec, check_scale_factor
 
 CHUNK_SECONDS = 8.0
 CONTEXT = 1  # the first and the last frame of a chunk overlap samples outside it
@@ -38,17 +38,16 @@ class MdctHandle:
 
     spec: ModelSpec
 
-    def load(self, device: str) -> Mdct:
-        return Mdct(self.spec, check_device(self.spec.name, device))
+    def load(self, device: str) -> Codec:
+        chosen = check_device(self.spec.name, device)
+        return Codec(self.spec, Mdct(self.spec.hop, chosen), chosen)
 
 
 class Mdct:
-    """The transform on one device; implements the protocol `Autoencoder`."""
+    """The transform on one device, as a `Network`."""
 
-    def __init__(self, spec: ModelSpec, device: torch.device) -> None:
-        self._spec = spec
-        self._device = device
-        hop = spec.hop
+    def __init__(self, hop: int, device: torch.device) -> None:
+        self._hop = hop
         phase = math.pi / (2 * hop) * (torch.arange(2 * hop, dtype=torch.float64) + 0.5)
         self._window = torch.sin(phase).float().to(device)  # [2 * hop]
         # sqrt(2/N) is split evenly between the multiplication before and after the FFT.
@@ -56,44 +55,28 @@ class Mdct:
         twiddle = torch.polar(torch.full_like(angle, (2 / hop) ** 0.25), angle)
         self._twiddle = twiddle.to(torch.complex64).to(device)  # [hop / 2]
 
-    @property
-    def spec(self) -> ModelSpec:
-        return self._spec
-
-    @no_gradients
     def encode(self, audio: Tensor) -> Tensor:
         """Transform audio `[B, C, T]` to `[B, C * hop, T / hop + 1]`."""
-        check_audio(self._spec, audio)
         batch, channels, _ = audio.shape
-        hop = self._spec.hop
-        padded = F.pad(audio.to(self._device), (hop, hop))
+        hop = self._hop
+        padded = F.pad(audio, (hop, hop))
         blocks = padded.reshape(batch, channels, -1, hop)  # [B, C, Z + 1, hop]
         a, b = (blocks[..., :-1, :] * self._window[:hop]).chunk(2, dim=-1)
         c, d = (blocks[..., 1:, :] * self._window[hop:]).chunk(2, dim=-1)
         folded = torch.cat((-c.flip(-1) - d, a - b.flip(-1)), dim=-1)
-        coefficients = self._cosine4(folded) * self._spec.scale_factor  # [B, C, Z, hop]
+        coefficients = self._cosine4(folded)  # [B, C, Z, hop]
         return coefficients.transpose(2, 3).reshape(batch, channels * hop, -1)
 
-    @no_gradients
-    def decode(
-        self,
-        latents: Tensor,
-        num_samples: int,
-        *,
-        seed: int = 0,
-        positions: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Invert the transform; the seed has no effect."""
-        del seed
-        check_latents(self._spec, latents, num_samples, positions)
+    def decode(self, latents: Tensor) -> Tensor:
+        """Invert the transform, to `[B, C, (Z - 1) * hop]`."""
         batch, _, frames = latents.shape
-        hop = self._spec.hop
-        coefficients = latents.to(self._device).reshape(batch, -1, hop, frames).transpose(2, 3)
-        folded = self._cosine4(coefficients / self._spec.scale_factor)  # [B, C, Z, hop]
+        hop = self._hop
+        coefficients = latents.reshape(batch, -1, hop, frames).transpose(2, 3)
+        folded = self._cosine4(coefficients)  # [B, C, Z, hop]
         p, q = folded.chunk(2, dim=-1)
         rising = torch.cat((q, -q.flip(-1)), dim=-1) * self._window[:hop]
         falling = torch.cat((-p.flip(-1), -p), dim=-1) * self._window[hop:]
-        return (rising[..., 1:, :] + falling[..., :-1, :]).flatten(-2)[..., :num_samples]
+        return (rising[..., 1:, :] + falling[..., :-1, :]).flatten(-2)
 
     def _cosine4(self, blocks: Tensor) -> Tensor:
         """Orthonormal type-IV cosine transform of the last dimension, N points."""
@@ -114,8 +97,7 @@ def build(
         raise ModelError(f"Model mdct: option hop must be even and at least 2, not {hop}.")
     if sample_rate < 1 or channels < 1:
         raise ModelError("Model mdct: options sample_rate and channels must be at least 1.")
-    if not (math.isfinite(scale_factor) and scale_factor > 0):
-        raise ModelError(f"Model mdct: option scale_factor must be positive, not {scale_factor}.")
+    scale = check_scale_factor("mdct", scale_factor)
     spec = ModelSpec(
         name="mdct",
         sample_rate=sample_rate,
@@ -130,7 +112,7 @@ def build(
         chunk_frames=max(4 * CONTEXT, round(CHUNK_SECONDS * sample_rate / hop)),
         overlap_frames=2 * CONTEXT,
         batch_size={"cpu": 1, "cuda": 64},  # on a CPU one chunk already fills the cache
-        scale_factor=float(scale_factor),
+        scale_factor=scale,
         stochastic_decoder=False,
         identity={
             "transform": "mdct",
@@ -139,7 +121,7 @@ def build(
             "hop": hop,
             "sample_rate": sample_rate,
             "channels": channels,
-            "scale_factor": float(scale_factor),
+            "scale_factor": scale,
         },
     )
     return MdctHandle(spec)

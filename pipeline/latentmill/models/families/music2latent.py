@@ -12,14 +12,13 @@ encodes in half precision; here the caller's autocast region decides.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
 from types import SimpleNamespace
 
-from latentmill.models.base import ModelSpec
-from latentmill.models.checks import check_device
+import torch
+
 from latentmill.models.families.codec import check_scale_factor
 from latentmill.models.families.linear_cae.model import (
-    LinearCae,
+    LinearCaeHandle,
     check_diffusion_steps,
     consistency_spec,
 )
@@ -28,7 +27,6 @@ from latentmill.models.weights import (
     ModelFiles,
     does_not_load,
     find,
-    find_again,
     import_package,
     parse_repo,
     read_state,
@@ -41,44 +39,35 @@ ENTRY = "gen_state_dict"
 SCALE_FACTOR = 1 / 0.06  # the package divides by its `sigma_rescale`
 
 
-@dataclass(frozen=True)
-class Music2LatentHandle:
-    """The model, whose file is found and hashed; its decoder takes `diffusion_steps` steps."""
-
-    spec: ModelSpec
-    files: ModelFiles
-    diffusion_steps: int
-
-    def load(self, device: str) -> LinearCae:
-        chosen = check_device(NAME, device)
-        import_package(NAME, "music2latent")
-        audio, hparams, models, utils = (
-            importlib.import_module(f"music2latent.{module}")
-            for module in ("audio", "hparams", "models", "utils")
-        )
-        path = find_again(NAME, self.files).paths["weights"]
-        state = read_state(NAME, path, ENTRY)
-        try:
-            unet = models.UNet()
-            unet.load_state_dict(state)
-        except LOAD_ERRORS as error:
-            raise does_not_load(NAME, path, error) from error
-        unet = unet.eval().requires_grad_(False).to(chosen)
-        parts = SimpleNamespace(
-            frontend=SimpleNamespace(
-                to_representation=audio.to_representation_encoder,
-                to_waveform=audio.to_waveform,
-            ),
-            generator=SimpleNamespace(
-                encoder=unet.encoder,
-                forward_generator=unet,
-                sigma_max=hparams.sigma_max,
-                data_channels=hparams.data_channels,
-                hop=hparams.hop,
-            ),
-            diffusion=utils,
-        )
-        return LinearCae(self.spec, parts, chosen, self.diffusion_steps)
+def load(name: str, files: ModelFiles, device: torch.device) -> SimpleNamespace:
+    """Build the parts of a `LinearCae` from the package's modules and the state dict."""
+    import_package(name, "music2latent")
+    audio, hparams, models, utils = (
+        importlib.import_module(f"music2latent.{module}")
+        for module in ("audio", "hparams", "models", "utils")
+    )
+    path = files.paths["weights"]
+    state = read_state(name, path, ENTRY)
+    try:
+        unet = models.UNet()
+        unet.load_state_dict(state)
+    except LOAD_ERRORS as error:
+        raise does_not_load(name, path, error) from error
+    unet = unet.eval().requires_grad_(False).to(device)
+    return SimpleNamespace(
+        frontend=SimpleNamespace(
+            to_representation=audio.to_representation_encoder,
+            to_waveform=audio.to_waveform,
+        ),
+        generator=SimpleNamespace(
+            encoder=unet.encoder,
+            forward_generator=unet,
+            sigma_max=hparams.sigma_max,
+            data_channels=hparams.data_channels,
+            hop=hparams.hop,
+        ),
+        diffusion=utils,
+    )
 
 
 def build(
@@ -87,7 +76,7 @@ def build(
     revision: str | None = None,
     scale_factor: float = SCALE_FACTOR,
     diffusion_steps: int = 1,
-) -> Music2LatentHandle:
+) -> LinearCaeHandle:
     """Find the model's file and make its handle; docs/models.md describes the options."""
     check_diffusion_steps(NAME, diffusion_steps)
     scale = check_scale_factor(NAME, scale_factor)
@@ -105,4 +94,4 @@ def build(
         identity={"package": "music2latent", "package_version": version, **files.identity},
         provenance={**files.provenance, "diffusion_steps": diffusion_steps},
     )
-    return Music2LatentHandle(spec, files, diffusion_steps)
+    return LinearCaeHandle(spec, files, diffusion_steps, load)

@@ -8,14 +8,13 @@ thread, so one thread runs all of them (pytorch issue 123177).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from latentmill.errors import ModelError
-from latentmill.models.base import Autoencoder, ModelSpec
+from latentmill.models.base import Autoencoder
 from latentmill.models.inference.precision import Precision, numeric_mode
 
 
@@ -33,7 +32,7 @@ class Compiled:
         device: str = "cpu",
         precision: Precision = "float32",
     ) -> None:
-        self.inner = inner
+        self.inner, self.spec, self.decode = inner, inner.spec, inner.decode
         self._shape = shape
         self._device = torch.device(device)
         self._precision: Precision = precision
@@ -47,25 +46,11 @@ class Compiled:
         except RuntimeError as error:
             raise _does_not_compile(inner.spec.name, error) from error
 
-    @property
-    def spec(self) -> ModelSpec:
-        return self.inner.spec
-
     def encode(self, audio: Tensor) -> Tensor:
         """Encode `[B, C, T]` to `[B, D, Z]`, with the program if the shape is the compiled one."""
         if audio.shape != self._shape or audio.dtype != torch.float32:
             return self.inner.encode(audio)
         return self._thread.submit(self._run, audio).result()
-
-    def decode(
-        self,
-        latents: Tensor,
-        num_samples: int,
-        *,
-        seed: int = 0,
-        positions: Sequence[int] | None = None,
-    ) -> Tensor:
-        return self.inner.decode(latents, num_samples, seed=seed, positions=positions)
 
     def _run(self, audio: Tensor) -> Tensor:
         """Run the program, in the one thread, where the caller's autocast region does not apply.

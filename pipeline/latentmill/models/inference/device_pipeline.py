@@ -109,11 +109,6 @@ class CudaTransport:
         return latents
 
 
-def transport_to(device: str) -> Transport:
-    """The transport for a device: `cpu`, `cuda` or `cuda:N`."""
-    return CudaTransport(device) if device.startswith("cuda") else PlainTransport()
-
-
 class DevicePipeline:
     """Encodes batches in order, in a numeric mode; the default transport depends on the device."""
 
@@ -127,7 +122,8 @@ class DevicePipeline:
         self._model = model
         self._device = device
         self._precision = precision
-        self._transport = transport or transport_to(device)
+        on_gpu = device.startswith("cuda")
+        self._transport = transport or (CudaTransport(device) if on_gpu else PlainTransport())
         self._pending: deque[Any] = deque()
         self._halved = False  # the device has run out of memory
 

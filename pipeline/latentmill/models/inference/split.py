@@ -48,16 +48,12 @@ class Split:
     """Runs a mono model on all channels in one batch; implements `Autoencoder`."""
 
     def __init__(self, spec: ModelSpec, inner: Autoencoder) -> None:
-        self._spec = spec
+        self.spec = spec
         self._inner = inner
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self._spec
 
     def encode(self, audio: Tensor) -> Tensor:
         """Encode `[B, 2, T]` to `[B, 2 * D, Z]`."""
-        check_audio(self._spec, audio)
+        check_audio(self.spec, audio)
         latents = self._inner.encode(audio.flatten(0, 1)[:, None])  # [B * 2, D, Z]
         return latents.reshape(len(audio), -1, latents.shape[-1])
 
@@ -70,7 +66,7 @@ class Split:
         positions: Sequence[int] | None = None,
     ) -> Tensor:
         """Decode `[B, 2 * D, Z]` to `[B, 2, num_samples]`; both channels share the noise."""
-        check_latents(self._spec, latents, num_samples, positions)
+        check_latents(self.spec, latents, num_samples, positions)
         batch, rows, frames = latents.shape
         each = latents.reshape(batch * AUDIO_CHANNELS, rows // AUDIO_CHANNELS, frames)
         doubled = None
@@ -78,9 +74,3 @@ class Split:
             doubled = [position for position in positions for _ in range(AUDIO_CHANNELS)]
         audio = self._inner.decode(each, num_samples, seed=seed, positions=doubled)
         return audio.reshape(batch, AUDIO_CHANNELS, num_samples)
-
-
-def split(handle: ModelHandle) -> SplitHandle:
-    """Make a mono model run on each channel of stereo audio."""
-    assert handle.spec.channels == 1, "the registry checks it"
-    return SplitHandle(handle)

@@ -15,7 +15,7 @@ same order.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,6 @@ from latentmill.models.base import ModelSpec, Value
 from latentmill.models.checks import check_audio, check_device, check_latents, no_gradients
 from latentmill.models.families.codec import check_scale_factor
 from latentmill.models.families.linear_cae.files import (
-    LinearCaeArguments,
     find_linear_cae,
     import_linear_cae,
     read_arguments,
@@ -53,29 +52,36 @@ OVERLAP_FRAMES = 12  # the receptive field without GroupNorm is 12 to 13 frames 
 
 @dataclass(frozen=True)
 class LinearCaeHandle:
-    """A model whose files are found and hashed; its decoder takes `diffusion_steps` steps."""
+    """A model whose files are found and hashed; its decoder takes `diffusion_steps` steps.
+
+    `loader` builds the parts of a `LinearCae` from the model's name, its files and the device.
+    """
 
     spec: ModelSpec
     files: ModelFiles
     diffusion_steps: int
+    loader: Callable[[str, ModelFiles, torch.device], Any]
 
     def load(self, device: str) -> LinearCae:
         name = self.spec.name
         chosen = check_device(name, device)
-        package = import_linear_cae(name)
-        files = find_again(name, self.files)
-        parts = read_arguments(name, package, files)
-        state = read_state(name, files.paths["weights"])
-        try:
-            model = package.Autoencoder(
-                dict(parts.frontend), dict(parts.generator), dict(parts.diffusion), name=name
-            )
-            model.load_state_dict(state)
-        except LOAD_ERRORS as error:
-            raise does_not_load(name, files.paths["weights"], error) from error
-        model = model.eval().requires_grad_(False).to(chosen)
-        make_lean(model.generator.encoder)
-        return LinearCae(self.spec, model, chosen, self.diffusion_steps)
+        parts = self.loader(name, find_again(name, self.files), chosen)
+        return LinearCae(self.spec, parts, chosen, self.diffusion_steps)
+
+
+def load(name: str, files: ModelFiles, device: torch.device) -> Any:
+    """Build the package's model from its configuration and its state dict."""
+    package, _ = import_linear_cae(name)
+    arguments = read_arguments(name, package, files)
+    state = read_state(name, files.paths["weights"])
+    try:
+        model = package.Autoencoder(*arguments.values(), name=name)
+        model.load_state_dict(state)
+    except LOAD_ERRORS as error:
+        raise does_not_load(name, files.paths["weights"], error) from error
+    model = model.eval().requires_grad_(False).to(device)
+    make_lean(model.generator.encoder)
+    return model
 
 
 class LinearCae:
@@ -87,7 +93,7 @@ class LinearCae:
     def __init__(
         self, spec: ModelSpec, model: Any, device: torch.device, diffusion_steps: int
     ) -> None:
-        self._spec = spec
+        self.spec = spec
         self._device = device
         self._frontend = model.frontend
         self._generator = model.generator
@@ -96,10 +102,6 @@ class LinearCae:
             self._generator.encoder.to(memory_format=torch.channels_last)
         self._steps = diffusion_steps
 
-    @property
-    def spec(self) -> ModelSpec:
-        return self._spec
-
     @no_gradients
     def encode(self, audio: Tensor) -> Tensor:
         """Encode `[B, 1, T]` to `[B, D, Z]`.
@@ -107,13 +109,13 @@ class LinearCae:
         An autocast region around the call affects only the encoder, because the front end's complex
         numbers need float32.
         """
-        check_audio(self._spec, audio)
+        check_audio(self.spec, audio)
         wave = audio[:, 0].to(self._device)  # [B, T]
         with torch.autocast(self._device.type, enabled=False):
             spectrum = self._frontend.to_representation(wave)  # [B, 2, bins, STFT frames]
         with exact_attention():
             latents: Tensor = self._generator.encoder(spectrum)
-        return latents.float() * self._spec.scale_factor
+        return latents.float() * self.spec.scale_factor
 
     @no_gradients
     def decode(
@@ -124,11 +126,9 @@ class LinearCae:
         seed: int = 0,
         positions: Sequence[int] | None = None,
     ) -> Tensor:
-        chosen = check_latents(self._spec, latents, num_samples, positions)
+        chosen = check_latents(self.spec, latents, num_samples, positions)
         noise = self._noise(latents.shape[2], seed, chosen)  # [B, steps, 2, bins, STFT frames]
-        spectrum = self._reverse_diffusion(
-            latents.to(self._device) / self._spec.scale_factor, noise
-        )
+        spectrum = self._reverse_diffusion(latents.to(self._device) / self.spec.scale_factor, noise)
         with torch.autocast(self._device.type, enabled=False):
             wave: Tensor = self._frontend.to_waveform(spectrum.float())  # [B, samples(Z)]
         return wave[:, None, :num_samples]
@@ -147,7 +147,7 @@ class LinearCae:
 
     def _noise(self, frames: int, seed: int, positions: Sequence[int]) -> Tensor:
         """Standard normal noise `[B, steps, 2, bins, STFT frames]` on the model's device."""
-        per_frame = self._spec.hop // self._spec.sample_multiple
+        per_frame = self.spec.hop // self.spec.sample_multiple
         shape = (self._steps, self._generator.data_channels, self._generator.hop * 2, per_frame)
         noise = frame_noise(seed, positions, frames, shape).to(self._device)
         return noise.permute(0, 2, 3, 4, 1, 5).flatten(-2)
@@ -198,16 +198,16 @@ def build(
     check_diffusion_steps(name, diffusion_steps)
     if scale_factor is not None:
         check_scale_factor(name, scale_factor)
-    package = import_linear_cae(name)
-    where = Repo(package.repo, revision) if repo is None else parse_repo(name, repo, revision)
+    package, version = import_linear_cae(name)
+    where = Repo(package.HF_REPO, revision) if repo is None else parse_repo(name, repo, revision)
     files = find_linear_cae(name, package, where)
-    parts = read_arguments(name, package, files)
-    scale = float(package.scale_factors[name] if scale_factor is None else scale_factor)
+    arguments = read_arguments(name, package, files)
+    scale = float(package.id_to_scale_factor[name] if scale_factor is None else scale_factor)
     try:
-        spec = _spec(name, parts, files, scale, diffusion_steps, package.version)
+        spec = _spec(name, arguments, files, scale, diffusion_steps, version)
     except LOAD_ERRORS as error:
         raise does_not_load(name, files.paths["generator"].parent, error) from error
-    return LinearCaeHandle(spec, files, diffusion_steps)
+    return LinearCaeHandle(spec, files, diffusion_steps, load)
 
 
 lin_cae = partial(build, "lin-cae")
@@ -262,13 +262,13 @@ def consistency_spec(
 
 def _spec(
     name: str,
-    parts: LinearCaeArguments,
+    arguments: Mapping[str, Mapping[str, Any]],
     files: ModelFiles,
     scale: float,
     diffusion_steps: int,
     version: str,
 ) -> ModelSpec:
-    frontend, generator = parts.frontend, parts.generator
+    frontend, generator = arguments["frontend"], arguments["generator"]
     return consistency_spec(
         name,
         sample_rate=frontend["sample_rate"] or 44100,  # optional in the package
