@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import json
 import os
@@ -22,11 +21,11 @@ from latentmill.decoding.files import LONGEST_NAME
 from latentmill.encoding.stored import parse_json
 from latentmill.engine.lease import LEASE_PATH
 from latentmill.engine.lock import LOCK_PATH, only_run
-from latentmill.errors import ConfigError, StorageError, StoreError
+from latentmill.errors import ConfigError, StoreError
 from latentmill.ops import fit
 from latentmill.plan import PLAN, Plan, copy, load
 from latentmill.record import Outcome, Record, ShardFormat, time_major_bytes
-from latentmill.storage.storage import SCRATCH, Storage
+from latentmill.storage.storage import SCRATCH, Storage, writing
 from latentmill.store.commit import (
     committed_revisions,
     iter_commits,
@@ -38,7 +37,7 @@ from latentmill.store.commit import (
 from latentmill.store.index import entries
 from latentmill.store.measurement import MEASURED, write_measurement
 from latentmill.store.schema import COMMITS, SHARDS, Commit
-from latentmill.store.seal import read_origin, seal, write_origin
+from latentmill.store.seal import npy_bytes, read_origin, seal, write_origin
 from latentmill.store.store import LatentStore
 from latentmill.store.tidy import remove_unfinished, tidy, tidy_plan
 
@@ -222,7 +221,8 @@ def _stable_audio_tools(store: LatentStore, storage: Storage, frames: int | None
     for commit in iter_commits(Storage(store.url)):
         for outcome in _outcomes(store, commit):
             name = file_name(outcome.key)
-            if storage.local and _too_long(f"{name}.json"):
+            longest = max(len(os.fsencode(part)) for part in f"{name}.json".split("/"))
+            if storage.local and longest > LONGEST_NAME:
                 failures.append((outcome.key, "its file name would have more than 255 bytes"))
             elif outcome.record is not None:
                 _write_sample(store, storage, name, outcome.record, frames)
@@ -230,7 +230,7 @@ def _stable_audio_tools(store: LatentStore, storage: Storage, frames: int | None
             elif earlier:
                 for end in (".json", ".npy"):
                     storage.delete(f"{name}{end}")
-    _write(storage, SILENCE_PATH, _npy(_silence(store, frames)[None]))
+    _write(storage, SILENCE_PATH, npy_bytes(_silence(store, frames)[None]))
     _write(storage, FILES_PATH, "".join(f"{name}\n" for name in names).encode())
     config = {
         "dataset_type": "pre_encoded",
@@ -238,13 +238,8 @@ def _stable_audio_tools(store: LatentStore, storage: Storage, frames: int | None
         "random_crop": True,
     }
     cropped = {} if frames is None else {"latent_crop_length": frames}
-    _write_json(storage, CONFIG_PATH, config | cropped)
+    _write(storage, CONFIG_PATH, json.dumps(config | cropped).encode())
     return ExportSummary(storage.root, Target.STABLE_AUDIO_TOOLS, len(names), tuple(failures))
-
-
-def _too_long(path: str) -> bool:
-    """Whether a component of a path is longer than file systems allow."""
-    return any(len(os.fsencode(part)) > LONGEST_NAME for part in path.split("/"))
 
 
 def _begin_files(store: LatentStore, storage: Storage) -> bool:
@@ -280,9 +275,10 @@ def _write_sample(
 ) -> None:
     """Write a record's two files, the JSON file last, unless both are complete and unchanged."""
     latent, info = _stable_audio_sample(store, record, frames)
-    data, digest = _npy(latent), xxhash.xxh3_64_hexdigest(time_major_bytes(record.latent))
+    data, digest = npy_bytes(latent), xxhash.xxh3_64_hexdigest(time_major_bytes(record.latent))
     text = json.dumps({**info, "latent_hash": digest}).encode()
-    whole = not storage.local or _size(storage, f"{name}.npy") == len(data)
+    file = Path(storage.full(f"{name}.npy"))
+    whole = not storage.local or (file.exists() and file.stat().st_size == len(data))
     if whole and storage.read_if_exists(f"{name}.json") == text:
         return
     _write(storage, f"{name}.npy", data)
@@ -356,31 +352,12 @@ def _refuse_unless_empty(storage: Storage) -> None:
         raise ConfigError(f"{storage.root} is not empty: use another destination.")
 
 
-def _npy(array: np.ndarray[Any, np.dtype[np.float32]]) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _size(storage: Storage, path: str) -> int | None:
-    try:
-        return Path(storage.full(path)).stat().st_size
-    except OSError:
-        return None
-
-
-def _write_json(storage: Storage, path: str, value: object) -> None:
-    _write(storage, path, json.dumps(value).encode())
-
-
 def _write(storage: Storage, path: str, data: bytes) -> None:
     """Write a file, without a temporary file first: there are many, and all are rechecked later."""
     if not storage.local:
         storage.write(path, data)
         return
     file = Path(storage.full(path))
-    try:
+    with writing(str(file)):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
-    except OSError as error:
-        raise StorageError(f"Cannot write {file}: {error.strerror}.") from error

@@ -143,9 +143,14 @@ def current_seal(storage: Storage, seal_hash: str) -> DatasetInfo | None:
 
 def write_origin(storage: Storage, origin: FloatArray) -> None:
     """Store E(0) of one chunk, `[D, Z]`."""
+    storage.write(ORIGIN_PATH, npy_bytes(origin))
+
+
+def npy_bytes(array: FloatArray) -> bytes:
+    """The content of an .npy file."""
     buffer = io.BytesIO()
-    np.save(buffer, origin, allow_pickle=False)
-    storage.write(ORIGIN_PATH, buffer.getvalue())
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def read_origin(storage: Storage) -> FloatArray:
