@@ -24,7 +24,7 @@ from latentmill.run.prepare import (
     planned,
     prepare,
 )
-from latentmill.store.commit import committed_units
+from latentmill.store.commit import committed_revisions
 
 CALIBRATION_SECONDS = 3.0
 
@@ -96,7 +96,7 @@ def forecast(
     with items or contextlib.nullcontext(), only_run(storage) as hold:
         plan, extension = planned(replace(prepared, storage=hold.storage), items)
         storage.clear_scratch()
-    committed = set(committed_units(storage))
+    committed = set(committed_revisions(storage))
     todo = sum(unit.seconds for unit in plan.units if unit.name not in committed)
     calibration = _calibrate(prepared) if calibrated and todo else None
     run_seconds = None

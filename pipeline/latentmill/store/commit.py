@@ -229,11 +229,6 @@ def committed_revisions(storage: Storage) -> dict[str, int]:
     return _highest(name for name in storage.list(COMMITS) if name.endswith(".json"))
 
 
-def committed_units(storage: Storage) -> list[str]:
-    """The names of the units that have a commit, sorted."""
-    return list(committed_revisions(storage))
-
-
 def next_revisions(storage: Storage) -> dict[str, int]:
     """The lowest revision that no file has used, by unit; 0 for units that are not listed."""
     names = [*storage.list(COMMITS), *storage.list(SHARDS)]

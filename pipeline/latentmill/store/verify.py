@@ -22,7 +22,7 @@ from latentmill.sources.base import Segment
 from latentmill.sources.reading import UnitReader
 from latentmill.storage.storage import SCRATCH, Storage
 from latentmill.store.commit import committed_revisions, hash_of, iter_commits, read_commit
-from latentmill.store.index import IndexEntry, entries
+from latentmill.store.index import entries
 from latentmill.store.schema import (
     COMMITS,
     DATASET_PATH,
@@ -156,7 +156,13 @@ class _Verification:
             yield f"{fault}: restore the shard, or delete it and run again"
             return
         for entry in entries(commit):
-            yield from self._record_faults(entry)
+            try:
+                latent = self._store.read(entry).latent
+            except StorageError as error:
+                yield str(error)
+                continue
+            if not np.isfinite(latent).all():
+                yield f"the latent of {entry.key} contains NaN or Inf"
 
     def _shard_fault(self, shard: str, commit: Commit) -> str | None:
         try:
@@ -171,19 +177,13 @@ class _Verification:
             return str(error).rstrip(".")
         return None
 
-    def _record_faults(self, entry: IndexEntry) -> Iterator[str]:
-        try:
-            record = self._store.read(entry)
-        except StorageError as error:
-            yield str(error)
-            return
-        if not np.isfinite(record.latent).all():
-            yield f"the latent of {entry.key} contains NaN or Inf"
-
     def _unexpected_files(self) -> Iterator[str]:
         storage = self._storage
         for name in storage.list(SHARDS):
-            if f"{SHARDS}/{name}" not in self._shards and not self._superseded(name):
+            parsed = parse_name(name)
+            # An earlier revision stays until the next run.
+            superseded = parsed and parsed[1] < self._committed.get(parsed[0], 0)
+            if f"{SHARDS}/{name}" not in self._shards and not superseded:
                 yield f"{SHARDS}/{name} does not belong to a commit and is not used: delete it"
         for name in storage.list(SCRATCH) if storage.local else {}:
             yield f"{SCRATCH}/{name} was left by a killed run: run again to remove it"
@@ -192,11 +192,6 @@ class _Verification:
             parsed = parse_name(name)
             if parsed is None or parsed[0] not in units:
                 yield f"{COMMITS}/{name} does not belong to a unit of the plan: delete it"
-
-    def _superseded(self, name: str) -> bool:
-        """Whether a shard is an earlier revision, which stays until the next run."""
-        parsed = parse_name(name)
-        return parsed is not None and parsed[1] < self._committed.get(parsed[0], 0)
 
     def _origin_faults(self) -> Iterator[str]:
         """Check that the origin has the shape of one chunk, `[D, Z]`."""
@@ -249,6 +244,7 @@ class _Verification:
 
 # Fields of dataset.json that do not depend on the plan and the commits.
 _INDEPENDENT = {"latentmill_version", "index", "index_hash", "seams", "linearity"}
+_SUMS = ("mean", "std", "hours")  # another machine may have summed them in a different order
 
 
 def _hash_of_key(key: str) -> int:
@@ -260,18 +256,15 @@ def _differences(expected: DatasetInfo, found: DatasetInfo) -> list[str]:
     names = DatasetInfo.model_fields.keys() - _INDEPENDENT
     if found.format_version == 1:
         names -= {"format_version", "seal"}
-    return [name for name in sorted(names) if not _same(expected, found, name)]
-
-
-def _same(expected: DatasetInfo, found: DatasetInfo, name: str) -> bool:
-    left, right = getattr(expected, name), getattr(found, name)
-    if name in (
-        "mean",
-        "std",
-        "hours",
-    ):  # another machine may have summed them in a different order
-        return np.shape(left) == np.shape(right) and np.allclose(left, right, rtol=1e-9, atol=0)
-    return bool(left == right)
+    differing = []
+    for name in sorted(names):
+        left, right = getattr(expected, name), getattr(found, name)
+        same = left == right
+        if name in _SUMS:
+            same = np.shape(left) == np.shape(right) and np.allclose(left, right, rtol=1e-9, atol=0)
+        if not same:
+            differing.append(name)
+    return differing
 
 
 def _decode(store: LatentStore, key: str, report: Report) -> None:
