@@ -24,7 +24,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from latentmill.errors import ModelError
-from latentmill.models.base import Autoencoder, ModelSpec
+from latentmill.models.base import Autoencoder
 
 GAINS = (0.25, 0.5, 0.75, 1.1)
 
@@ -98,17 +98,13 @@ def additivity(model: Autoencoder, sounds: Sequence[Tensor]) -> Deviation:
     )
 
 
-def check_linear(spec: ModelSpec) -> None:
-    """Raise `ModelError` if the latents are codes, for which there is no arithmetic."""
+def _encode(model: Autoencoder, audio: Tensor) -> Tensor:
+    """The latent `[D, Z]` of one sound `[C, T]`, padded with zeros, on the CPU."""
+    spec = model.spec
     if spec.codebook_size is not None:
         raise ModelError(
             f"Model {spec.name} encodes to codes, which cannot be scaled or added: leave out the "
             "option output=codes."
         )
-
-
-def _encode(model: Autoencoder, audio: Tensor) -> Tensor:
-    """The latent `[D, Z]` of one sound `[C, T]`, padded with zeros, on the CPU."""
-    check_linear(model.spec)
-    missing = model.spec.padded(audio.shape[-1]) - audio.shape[-1]
+    missing = spec.padded(audio.shape[-1]) - audio.shape[-1]
     return model.encode(F.pad(audio, (0, missing))[None])[0].cpu()

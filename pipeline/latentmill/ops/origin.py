@@ -84,21 +84,19 @@ class Origin:
         Returns:
             `[channels, frames]`. The cost depends on `frames`, not on the item's length.
         """
-        silence = self._stored(total, start, frames)
+        have = self.frames.shape[1]
+        if self.chunking is not None and self.chunking.stitch != "none" and total > have:
+            silence = self._stitched(self.chunking, total, start, frames)
+        else:
+            left = min(total, have) // 2
+            right = min(total, have) - left
+            place = np.arange(start, start + frames)
+            at = np.where(place < left, place, have // 2)
+            at = np.where(place >= total - right, place - total + have, at)
+            silence = self.frames[:, at]
         for change in self.changes:
             silence = change(silence)
         return silence
-
-    def _stored(self, total: int, start: int, frames: int) -> FloatArray:
-        have = self.frames.shape[1]
-        if self.chunking is not None and self.chunking.stitch != "none" and total > have:
-            return self._stitched(self.chunking, total, start, frames)
-        left = min(total, have) // 2
-        right = min(total, have) - left
-        place = np.arange(start, start + frames)
-        at = np.where(place < left, place, have // 2)
-        at = np.where(place >= total - right, place - total + have, at)
-        return self.frames[:, at]
 
     def at(self, total: int, start: int) -> Origin:
         """The origin for arithmetic on crops that begin at `start` in items of `total` frames.
