@@ -12,6 +12,7 @@ import torch
 
 from latentmill.errors import ConfigError, StoreError
 from latentmill.reader.cache import Piece, RangeCache, Shard
+from latentmill.reader.order import Ints
 from latentmill.reader.rows import RowReader
 from latentmill.reader.shards import ShardReader
 from latentmill.record import DTYPES, FloatArray
@@ -22,7 +23,6 @@ from latentmill.store.store import LatentStore
 Raw = npt.NDArray[Any]  # in the stored dtype
 VIEWED_BYTES = 1 << 17  # local crops from this size are converted from the mapped file
 _Range = tuple[Shard, int, int]  # shard, offset, length in bytes
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

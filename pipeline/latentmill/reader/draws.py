@@ -80,7 +80,10 @@ class Draws(_Shared):
         if any(isinstance(number, tuple) for number in numbers):
             epochs, positions, samples = _requests(numbers).T
         else:
-            samples = _indices(numbers)
+            samples = np.array(numbers)
+            if samples.dtype.kind not in "iu" or samples.ndim != 1:
+                samples = np.array([_index(number) for number in numbers])
+            samples = samples.astype(np.int64)
             samples = np.where(samples < 0, samples + size, samples)
             epoch = int(self._numbers[0])
             times = (
@@ -149,13 +152,6 @@ def _requests(numbers: Sequence[object]) -> Ints:
                 "samples of a batch by number, or all as BatchSampler does."
             )
     return np.array([[_index(part) for part in request] for request in numbers], np.int64)  # type: ignore[attr-defined]
-
-
-def _indices(numbers: Sequence[object]) -> Ints:
-    found = np.array(numbers)
-    if found.dtype.kind in "iu" and found.ndim == 1:
-        return found.astype(np.int64)
-    return np.array([_index(number) for number in numbers], np.int64)
 
 
 def _occurrences(samples: Ints) -> Ints:

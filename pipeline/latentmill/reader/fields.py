@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentmill.encoding.stored import parse_json
 from latentmill.errors import ConfigError, StorageError
+from latentmill.reader.order import Ints
 from latentmill.reader.rows import RowReader
 from latentmill.sources.where import Condition
 from latentmill.store.fields import read_columns
@@ -52,11 +52,11 @@ class FieldReader(RowReader):
         self._kept: OrderedDict[int, pa.Table] = OrderedDict()
         self._bytes = 0
 
-    def read(self, rows: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+    def read(self, rows: Ints) -> list[dict[str, Any]]:
         """Return the fields of some rows, in the order of `rows`."""
         return self._with_current_index(lambda: self._read(rows))
 
-    def _read(self, rows: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+    def _read(self, rows: Ints) -> list[dict[str, Any]]:
         if self._tar:
             return self._members(rows)
         shards = self._shard_of[rows].tolist()
@@ -89,7 +89,7 @@ class FieldReader(RowReader):
             return pa.schema([RECORD_SCHEMA.field(name) for name in self.columns]).empty_table()
         return pa.concat_tables(tables).take(pa.array(order))
 
-    def _members(self, rows: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+    def _members(self, rows: Ints) -> list[dict[str, Any]]:
         offsets = self._index.column("fields_offset")[rows].tolist()
         lengths = self._index.column("fields_length")[rows].tolist()
         paths = [self._paths[shard] for shard in self._shard_of[rows].tolist()]
@@ -131,7 +131,7 @@ class FieldReader(RowReader):
         )
 
 
-def select(stores: Sequence[LatentStore], where: Where) -> list[npt.NDArray[np.int64]]:
+def select(stores: Sequence[LatentStore], where: Where) -> list[Ints]:
     """The rows of each store that match a condition; reads no latents.
 
     Args:
@@ -180,7 +180,7 @@ def _has(fields: Any, path: Sequence[str]) -> bool:
     return True
 
 
-def _rows(store: LatentStore, where: Where, names: _FieldNames) -> npt.NDArray[np.int64]:
+def _rows(store: LatentStore, where: Where, names: _FieldNames) -> Ints:
     table = FieldReader(store, FIELDS).gather()
     try:
         if isinstance(where, pc.Expression):
@@ -192,7 +192,8 @@ def _rows(store: LatentStore, where: Where, names: _FieldNames) -> npt.NDArray[n
     except (pa.ArrowException, LookupError, TypeError, ValueError, AttributeError) as error:
         name = _missing_field(error)
         if name is not None:
-            raise _no_field(name, {*FIELDS, *_own_fields(table)}) from error
+            own = (field for fields in _parsed(table) for field in fields["metadata"])
+            raise _no_field(name, {*FIELDS, *own}) from error
         raise ConfigError(
             f"cannot evaluate `where` on {store.url} ({type(error).__name__}: {error}): use the "
             f"fields {', '.join(FIELDS)}."
@@ -216,10 +217,6 @@ def _missing_field(error: Exception) -> str | None:
         return error.args[0]
     found = re.search(r"No match for FieldRef.Name\(([^)]+)\)", str(error))
     return found[1] if found else None
-
-
-def _own_fields(table: pa.Table) -> set[str]:
-    return {name for fields in _parsed(table) for name in fields["metadata"]}
 
 
 def _no_field(name: str, known: Iterable[str]) -> ConfigError:

@@ -79,20 +79,14 @@ class ShardReader:
                 file = self._open(piece.shard)
             else:
                 self._files.move_to_end(path)
-            if os.preadv(file, [piece.target], piece.offset) == len(piece.target):
-                return
-            self._fill_in_parts(file, piece)
+            done = 0
+            while done < len(piece.target):  # a call reads at most 2 GiB, and less after a signal
+                count = os.preadv(file, [piece.target[done:]], piece.offset + done)
+                if count == 0:
+                    raise self._changed(piece.shard)
+                done += count
         except OSError as error:
             raise self._unreadable(piece.shard, error) from error
-
-    def _fill_in_parts(self, file: int, piece: Piece) -> None:
-        """Read with several calls: one call reads at most 2 GiB, and less after a signal."""
-        done = 0
-        while done < len(piece.target):
-            count = os.preadv(file, [piece.target[done:]], piece.offset + done)
-            if count == 0:
-                raise self._changed(piece.shard)
-            done += count
 
     def _open(self, shard: Shard) -> int:
         file = os.open(Path(self._storage.full(shard.path)), os.O_RDONLY | os.O_CLOEXEC)

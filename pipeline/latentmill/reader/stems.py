@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -113,6 +113,11 @@ class Stems:
             return self.origin.like(self.latents[0]).astype(np.float32)
         return mix([self.latents[stem] for stem in chosen], origin=self.origin)
 
+    def song(self) -> dict[str, Any]:
+        """What every sample of this song has: `key`, `metadata`, `epoch` and `position`."""
+        names = ("key", "metadata", "epoch", "position")
+        return {name: getattr(self, name) for name in names}
+
     def mask_of(self, chosen: Sequence[int]) -> Flags:
         """`[T]`, True for frames of any of the chosen stems."""
         flags: Flags = self.mask[list(chosen)].any(axis=0)
@@ -189,10 +194,7 @@ class ContextAndTarget:
             mask=stems.mask_of([*context, target]),
             active=stems.active[target],
             role=stems.roles[target],
-            key=stems.key,
-            metadata=stems.metadata,
-            epoch=stems.epoch,
-            position=stems.position,
+            **stems.song(),
         )
 
 
@@ -236,10 +238,7 @@ class MixtureTriplet:
             mask=stems.mask_of(together),
             active=stems.active[source],
             role=stems.roles[source],
-            key=stems.key,
-            metadata=stems.metadata,
-            epoch=stems.epoch,
-            position=stems.position,
+            **stems.song(),
         )
 
 
@@ -275,10 +274,7 @@ class AllStems:
             mixture=stems.mix([stem for chosen in of for stem in chosen]),
             mask=np.stack([stems.mask_of(chosen) for chosen in of]),
             active=np.stack([stems.active[chosen].any(axis=0) for chosen in of]),
-            key=stems.key,
-            metadata=stems.metadata,
-            epoch=stems.epoch,
-            position=stems.position,
+            **stems.song(),
         )
 
 
