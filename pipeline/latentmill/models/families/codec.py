@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -16,7 +16,6 @@ from latentmill.models.base import Context, ModelSpec, Stitch, Value
 from latentmill.models.checks import check_audio, check_device, check_latents, no_gradients
 from latentmill.models.weights import LOAD_ERRORS, ModelFiles, does_not_load, find_again
 
-Output = Literal["latents", "codes"]
 CHUNK_SECONDS = 10.0
 
 
@@ -32,49 +31,8 @@ class Network(Protocol):
         ...
 
 
-class QuantisingNetwork(Network, Protocol):
-    """A network with a quantiser, which its `encode` and `decode` do not use."""
-
-    def quantise(self, latents: Tensor) -> Tensor:
-        """Quantise `[B, D, Z]` to codes `[B, codebooks, Z]`: whole numbers as float32."""
-        ...
-
-    def dequantise(self, codes: Tensor) -> Tensor:
-        """Look up the latents `[B, D, Z]` of codes `[B, codebooks, Z]` from `quantise`."""
-        ...
-
-
-@dataclass(frozen=True)
-class QuantisedDecoder:
-    """A network that quantises latents before it decodes them, as the codec does."""
-
-    inner: QuantisingNetwork
-
-    def encode(self, audio: Tensor) -> Tensor:
-        return self.inner.encode(audio)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.inner.decode(self.inner.dequantise(self.inner.quantise(latents)))
-
-
-@dataclass(frozen=True)
-class Codes:
-    """A network whose latents are its codes."""
-
-    inner: QuantisingNetwork
-
-    def encode(self, audio: Tensor) -> Tensor:
-        """Encode to codes; an autocast region around the call does not affect the quantiser."""
-        latents = self.inner.encode(audio)
-        with torch.autocast(audio.device.type, enabled=False):
-            return self.inner.quantise(latents.float())
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.inner.decode(self.inner.dequantise(latents))
-
-
 class Loader(Protocol):
-    """Builds a family's network on a device; a module-level function, because it is pickled."""
+    """Builds a family's network on a device. It is pickled and compared, as part of a handle."""
 
     def __call__(
         self, name: str, files: ModelFiles, device: torch.device, **options: Value
@@ -233,32 +191,6 @@ class Codec:
         wave = self._network.decode(latents.to(self._device) / self.spec.scale_factor).float()
         missing = num_samples - wave.shape[-1]
         return F.pad(wave, (0, missing)) if missing > 0 else wave[..., :num_samples]
-
-
-def with_quantiser(network: QuantisingNetwork, *, quantise: Value, output: Value) -> Network:
-    """Wrap a network by the options `quantise` and `output`."""
-    if output == "codes":
-        return Codes(network)
-    return QuantisedDecoder(network) if quantise else network
-
-
-def as_indices(codes: Tensor, codebook_size: int) -> Tensor:
-    """Convert codes to integers; raise `ModelError` if they were mixed, scaled or changed."""
-    indices = codes.long()
-    if not bool(((indices == codes) & (indices >= 0) & (indices < codebook_size)).all()):
-        raise ModelError(
-            f"The latents contain values that are not codes (whole numbers from 0 to "
-            f"{codebook_size - 1}): decode the codes unchanged, they cannot be mixed or scaled."
-        )
-    return indices
-
-
-def check_output(name: str, output: Output, scale_factor: float, quantise: bool) -> float:
-    """Check the options of a codec and return the scale factor; codes have no other options."""
-    if output == "codes" and (scale_factor != 1 or quantise):
-        option = "quantise" if quantise else "scale_factor"
-        raise ModelError(f"Model {name}: option {option} has no meaning for codes; leave it out.")
-    return check_scale_factor(name, scale_factor)
 
 
 def check_scale_factor(name: str, scale_factor: float) -> float:

@@ -11,19 +11,11 @@ import math
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from latentmill.models.base import Context, ModelSpec, Value
-from latentmill.models.families.codec import (
-    Network,
-    as_indices,
-    codec_spec,
-    dac_encoder_context,
-    with_quantiser,
-)
-from latentmill.models.families.transformers_codec import Family, build_codec, load_model
-from latentmill.models.weights import ModelFiles
+from latentmill.models.base import Context, ModelSpec
+from latentmill.models.families.codec import codec_spec, dac_encoder_context
+from latentmill.models.families.transformers_codec import Family, as_indices, build_codec
 
 
 class DacNetwork:
@@ -50,11 +42,6 @@ class DacNetwork:
         return latents
 
 
-def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -> Network:
-    """Build the network; see `Loader`. The options are those of `with_quantiser`."""
-    return with_quantiser(DacNetwork(load_model(name, "dac", files, device)), **options)
-
-
 def _spec(config: Any, codes: bool) -> ModelSpec:
     reach = dac_encoder_context(config.downsampling_ratios)
     return codec_spec(
@@ -68,4 +55,4 @@ def _spec(config: Any, codes: bool) -> ModelSpec:
     )
 
 
-build = partial(build_codec, Family("dac", load, _spec))
+build = partial(build_codec, Family("dac", DacNetwork, _spec))

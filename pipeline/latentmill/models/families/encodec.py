@@ -20,16 +20,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from latentmill.models.base import Context, ModelSpec, Value
-from latentmill.models.families.codec import (
-    CHUNK_SECONDS,
-    Network,
-    as_indices,
-    codec_spec,
-    with_quantiser,
-)
-from latentmill.models.families.transformers_codec import Family, build_codec, load_model
-from latentmill.models.weights import ModelFiles
+from latentmill.models.base import Context, ModelSpec
+from latentmill.models.families.codec import CHUNK_SECONDS, codec_spec
+from latentmill.models.families.transformers_codec import Family, as_indices, build_codec
 
 CONTEXT = 48  # error 1e-5 of the latents' norm (random weights); the convolutions alone need 9
 # Overlap of native chunks in frames. The codec's is 1.5 of 150. With 4, the overlap of decoding
@@ -75,11 +68,6 @@ class EncodecNetwork:
         return torch.cat((self._model.quantizer.decode(indices.transpose(0, 1)), loudness), dim=1)
 
 
-def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -> Network:
-    """Build the network; see `Loader`. The options are those of `with_quantiser`."""
-    return with_quantiser(EncodecNetwork(load_model(name, "encodec", files, device)), **options)
-
-
 def _spec(config: Any, codes: bool) -> ModelSpec:
     hop, rate = config.hop_length, config.sampling_rate
     rows = config.num_quantizers if codes else config.hidden_size
@@ -100,4 +88,4 @@ def _spec(config: Any, codes: bool) -> ModelSpec:
     )
 
 
-build = partial(build_codec, Family("encodec", load, _spec))
+build = partial(build_codec, Family("encodec", EncodecNetwork, _spec))

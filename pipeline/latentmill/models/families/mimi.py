@@ -15,13 +15,11 @@ import math
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from latentmill.models.base import Context, ModelSpec, Value
-from latentmill.models.families.codec import Network, as_indices, codec_spec, with_quantiser
-from latentmill.models.families.transformers_codec import Family, build_codec, load_model
-from latentmill.models.weights import ModelFiles
+from latentmill.models.base import Context, ModelSpec
+from latentmill.models.families.codec import codec_spec
+from latentmill.models.families.transformers_codec import Family, as_indices, build_codec
 
 CONTEXT_SECONDS = 10.0  # error 1e-3 of the latents' norm; 15 s give 1e-5 (random weights)
 CHUNK_SECONDS = 60.0  # a sixth of it is context
@@ -54,11 +52,6 @@ class MimiNetwork:
         return latents
 
 
-def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -> Network:
-    """Build the network; see `Loader`. The options are those of `with_quantiser`."""
-    return with_quantiser(MimiNetwork(load_model(name, "mimi", files, device)), **options)
-
-
 def _spec(config: Any, codes: bool) -> ModelSpec:
     rate = config.sampling_rate
     hop = math.prod(config.upsampling_ratios) * config.latent_stride
@@ -77,4 +70,4 @@ def _spec(config: Any, codes: bool) -> ModelSpec:
     )
 
 
-build = partial(build_codec, Family("mimi", load, _spec))
+build = partial(build_codec, Family("mimi", MimiNetwork, _spec))

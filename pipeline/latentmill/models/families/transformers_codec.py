@@ -1,4 +1,4 @@
-"""Finding and loading models of transformers, for `encodec`, `dac` and `mimi`."""
+"""Codecs of transformers, for `encodec`, `dac` and `mimi`: files, loading, quantisation."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 
-from latentmill.models.base import ModelSpec
+from latentmill.errors import ModelError
+from latentmill.models.base import ModelSpec, Value
 from latentmill.models.families.codec import (
     CodecHandle,
     FoundCodec,
-    Loader,
-    Output,
-    check_output,
+    Network,
+    check_scale_factor,
     make_handle,
 )
 from latentmill.models.weights import (
@@ -33,20 +34,97 @@ from latentmill.models.weights import (
 WANTED = {"config": ["config.json"], "weights": ["model.safetensors", "pytorch_model.bin"]}
 LENGTHS = ("stride", "kernel_size", "padding_total")  # buffers of convolutions
 
+Output = Literal["latents", "codes"]
+
+
+class QuantisingNetwork(Network, Protocol):
+    """A network with a quantiser, which its `encode` and `decode` do not use."""
+
+    def quantise(self, latents: Tensor) -> Tensor:
+        """Quantise `[B, D, Z]` to codes `[B, codebooks, Z]`: whole numbers as float32."""
+        ...
+
+    def dequantise(self, codes: Tensor) -> Tensor:
+        """Look up the latents `[B, D, Z]` of codes `[B, codebooks, Z]` from `quantise`."""
+        ...
+
+
+@dataclass(frozen=True)
+class QuantisedDecoder:
+    """A network that quantises latents before it decodes them, as the codec does."""
+
+    inner: QuantisingNetwork
+
+    def encode(self, audio: Tensor) -> Tensor:
+        return self.inner.encode(audio)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.inner.decode(self.inner.dequantise(self.inner.quantise(latents)))
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A network whose latents are its codes."""
+
+    inner: QuantisingNetwork
+
+    def encode(self, audio: Tensor) -> Tensor:
+        """Encode to codes; an autocast region around the call does not affect the quantiser."""
+        latents = self.inner.encode(audio)
+        with torch.autocast(audio.device.type, enabled=False):
+            return self.inner.quantise(latents.float())
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.inner.decode(self.inner.dequantise(latents))
+
 
 @dataclass(frozen=True)
 class Family:
-    """A family of codecs.
+    """A family of codecs, and the `Loader` of its networks.
 
     Attributes:
         name: The family's name and its `model_type` in transformers.
-        loader: Builds the network.
+        network: Class of the network, which takes the model of transformers.
         spec_of: Reads a configuration; the second argument is whether latents are codes.
     """
 
     name: str
-    loader: Loader
+    network: Callable[[Any], QuantisingNetwork]
     spec_of: Callable[[Any, bool], ModelSpec]
+
+    def __call__(
+        self, name: str, files: ModelFiles, device: torch.device, **options: Value
+    ) -> Network:
+        """Build a network in float32 from its configuration and its state dict; see `Loader`.
+
+        `from_pretrained` gets the tensors, not a path: it renames those of older releases but reads
+        no file itself. It would initialise missing tensors at random, so they are an error.
+        """
+        package, _ = import_package(name, "transformers")
+        config = _config(name, files, self.name)
+        state = read_state(name, files.paths["weights"])
+        try:
+            with _quiet_transformers():
+                model, report = package.MODEL_MAPPING[type(config)].from_pretrained(
+                    None,
+                    config=config,
+                    state_dict=state,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                )
+            wrong = [*report["missing_keys"], *report["mismatched_keys"], *report["error_msgs"]]
+            if wrong:
+                raise ValueError(
+                    f"{len(wrong)} tensors are missing or do not fit, such as {wrong[0]}"
+                )
+        except LOAD_ERRORS as error:
+            raise does_not_load(name, files.paths["weights"], error) from error
+        model = model.eval().requires_grad_(False)
+        _move(model, device)
+        network = self.network(model)
+        if options["output"] == "codes":
+            return Codes(network)
+        return QuantisedDecoder(network) if options["quantise"] else network
 
 
 def build_codec(
@@ -65,42 +143,32 @@ def build_codec(
     `codes` (`[codebooks, frames]`, whole numbers).
     """
     name = f"{family.name}:{repo}"
-    scale = check_output(name, output, scale_factor, quantise)
+    if output == "codes" and (scale_factor != 1 or quantise):
+        option = "quantise" if quantise else "scale_factor"
+        raise ModelError(f"Model {name}: option {option} has no meaning for codes; leave it out.")
+    scale = check_scale_factor(name, scale_factor)
     _, version = import_package(name, "transformers")
     files = find(name, parse_repo(name, repo, revision), WANTED)
     config = _config(name, files, family.name)
     return make_handle(
         FoundCodec(name, files, config, "transformers", version),
         lambda config: family.spec_of(config, output == "codes"),
-        family.loader,
+        family,
         scale_factor=scale,
         encoding={"output": output},
         decoding={"quantise": quantise},
     )
 
 
-def load_model(name: str, model_type: str, files: ModelFiles, device: torch.device) -> Any:
-    """Build a model in float32 from its configuration and its state dict.
-
-    `from_pretrained` gets the tensors, not a path: it renames those of older releases but reads no
-    file itself. It would initialise missing tensors at random, so they are an error.
-    """
-    package, _ = import_package(name, "transformers")
-    config = _config(name, files, model_type)
-    state = read_state(name, files.paths["weights"])
-    try:
-        with _quiet_transformers():
-            model, report = package.MODEL_MAPPING[type(config)].from_pretrained(
-                None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
-            )
-        wrong = [*report["missing_keys"], *report["mismatched_keys"], *report["error_msgs"]]
-        if wrong:
-            raise ValueError(f"{len(wrong)} tensors are missing or do not fit, such as {wrong[0]}")
-    except LOAD_ERRORS as error:
-        raise does_not_load(name, files.paths["weights"], error) from error
-    model = model.eval().requires_grad_(False)
-    _move(model, device)
-    return model
+def as_indices(codes: Tensor, codebook_size: int) -> Tensor:
+    """Convert codes to integers; raise `ModelError` if they were mixed, scaled or changed."""
+    indices = codes.long()
+    if not bool(((indices == codes) & (indices >= 0) & (indices < codebook_size)).all()):
+        raise ModelError(
+            f"The latents contain values that are not codes (whole numbers from 0 to "
+            f"{codebook_size - 1}): decode the codes unchanged, they cannot be mixed or scaled."
+        )
+    return indices
 
 
 def _config(name: str, files: ModelFiles, model_type: str) -> Any:
