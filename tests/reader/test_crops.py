@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from latentmill.errors import ConfigError, StorageError
 from latentmill.reader import crops as crops_module
 from latentmill.reader import shards
-from latentmill.reader.crops import Crop, CropReader
+from latentmill.reader.crops import CropReader
 from latentmill.store.store import LatentStore
 from support.latent_store import write_latents
 
@@ -27,56 +27,57 @@ def whole(store: LatentStore, row: int) -> np.ndarray:
     return store[store.index.key(row)].latent.astype(np.float32)
 
 
-def expected(store: LatentStore, crop: Crop) -> tuple[np.ndarray, np.ndarray]:
+def expected(store: LatentStore, row: int, start: int, frames: int) -> tuple[np.ndarray, int]:
     """A crop by the slow way: the whole latent, continued by the origin."""
-    latent = whole(store, crop.row)
-    end = crop.start + crop.frames
+    latent = whole(store, row)
+    end = start + frames
     missing = max(0, end - latent.shape[1])
     silence = store.origin.of_length(end)[:, latent.shape[1] :]
     long = np.concatenate([latent, silence], axis=1) if missing else latent
-    return long[:, crop.start : end], np.arange(crop.frames) < crop.frames - missing
+    return long[:, start:end], frames - missing
+
+
+def read(reader: CropReader, *crops: tuple[int, int], frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """Crops, each given as row and first frame."""
+    rows, starts = np.array(crops, np.int64).reshape(-1, 2).T
+    return reader.read_block(rows, starts, frames)
 
 
 @given(data=st.data())
 def test_crops_are_those_of_the_whole_latent(_made: dict[str, str], data: st.DataObject) -> None:
     store = LatentStore(_made[data.draw(st.sampled_from(sorted(_made)))])
     reader = CropReader(store)
-    crops = []
+    crops, frames = [], data.draw(st.integers(1, 350))
     for _ in range(data.draw(st.integers(0, 5))):
         row = data.draw(st.integers(0, len(store) - 1))
-        start = data.draw(st.integers(0, int(reader.frames[row]) - 1))
-        crops.append(Crop(row, start, data.draw(st.integers(1, 350))))
-    with pytest.MonkeyPatch.context() as patch:
-        # 0: all that is read is taken from the mapped file, as long crops are.
-        patch.setattr(crops_module, "VIEWED_BYTES", data.draw(st.sampled_from([0, 1 << 17])))
-        cropped = reader.read(crops)
-    for crop, read in zip(crops, cropped, strict=True):
-        latent, mask = expected(store, crop)
-        assert read.latent.dtype == np.float32
-        assert np.array_equal(read.latent, latent)
-        assert np.array_equal(read.mask, mask)
+        crops.append((row, data.draw(st.integers(0, int(reader.frames[row]) - 1))))
+    block, have = read(reader, *crops, frames=frames)
+    assert block.dtype == np.float32
+    assert block.shape == (len(crops), frames, 4)
+    for crop, latent, length in zip(crops, block, have, strict=True):
+        wanted, there = expected(store, *crop, frames)
+        assert np.array_equal(latent.T, wanted)
+        assert length == there
 
 
-def test_a_block_is_its_crops(made: LatentStore) -> None:
-    reader = CropReader(made)
-    rows = np.arange(len(made))
-    starts = reader.frames[rows] // 2
-    block, have = reader.read_block(rows, starts, 64)
-    assert block.shape == (len(made), 64, 4)
-    asked = [
-        Crop(row, start, 64) for row, start in zip(rows.tolist(), starts.tolist(), strict=True)
-    ]
-    for row, read in enumerate(reader.read(asked)):
-        assert np.array_equal(block[row].T, read.latent)
-        assert have[row] == read.mask.sum()
+@pytest.mark.parametrize("viewed_bytes", [0, 1 << 17])  # 0: all are read from the mapped file
+@pytest.mark.parametrize("rows", [[], [3], [5, 0, 39, 5]])
+def test_whole_latents(
+    made: LatentStore, monkeypatch: pytest.MonkeyPatch, viewed_bytes: int, rows: list[int]
+) -> None:
+    monkeypatch.setattr(crops_module, "VIEWED_BYTES", viewed_bytes)
+    latents = list(CropReader(made).read_whole(np.array(rows, np.int64)))
+    for row, latent in zip(rows, latents, strict=True):
+        assert latent.dtype == np.float32
+        assert np.array_equal(latent, whole(made, row))
 
 
 def test_silence_is_the_origin_and_not_zeros(made: LatentStore) -> None:
     reader = CropReader(made)
-    (read,) = reader.read([Crop(reader.row("item/00000"), 0, 64)])
-    assert read.mask.sum() == 1
-    assert np.array_equal(read.latent[:, 1:], made.origin.of_length(64)[:, 1:])
-    assert read.latent[:, -1].tolist() == [0.75] * 4  # the border of silence
+    (latent,), have = read(reader, (reader.row("item/00000"), 0), frames=64)
+    assert have.tolist() == [1]
+    assert np.array_equal(latent.T[:, 1:], made.origin.of_length(64)[:, 1:])
+    assert latent[-1].tolist() == [0.75] * 4  # the border of silence
 
 
 def test_only_the_crops_bytes_are_read(made: LatentStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,10 +95,10 @@ def test_only_the_crops_bytes_are_read(made: LatentStore, monkeypatch: pytest.Mo
     assert reads == [20 * 4 * 2] * len(rows)
 
 
-@pytest.mark.parametrize("crop", [Crop(40, 0, 8), Crop(-1, 0, 8), Crop(0, -1, 8), Crop(0, 1, 8)])
-def test_what_is_not_there_is_an_index_error(made: LatentStore, crop: Crop) -> None:
+@pytest.mark.parametrize("crop", [(40, 0), (-1, 0), (0, -1), (0, 1)])
+def test_what_is_not_there_is_an_index_error(made: LatentStore, crop: tuple[int, int]) -> None:
     with pytest.raises(IndexError):
-        CropReader(made).read([crop])
+        read(CropReader(made), crop, frames=8)
     with pytest.raises(KeyError):
         CropReader(made).row("no such key")
 
@@ -135,7 +136,7 @@ def test_a_shard_of_another_size_stops_reading(
         shard.write_bytes(data + change if change else data[: len(data) // 2])
         store = LatentStore(str(folder))
         with pytest.raises(StorageError, match="does not have the size") as error:
-            CropReader(store).read([Crop(row, 0, 1) for row in range(len(store))])
+            read(CropReader(store), *((row, 0) for row in range(len(store))), frames=1)
         one_sentence(error.value)
 
 
@@ -143,7 +144,7 @@ def test_a_missing_shard_is_one_sentence(made: LatentStore, tmp_path: Path, one_
     folder = Path(shutil.copytree(made.url, tmp_path / "store"))
     shutil.rmtree(folder / "shards")
     with pytest.raises(StorageError) as error:
-        CropReader(LatentStore(str(folder))).read([Crop(0, 0, 1)])
+        read(CropReader(LatentStore(str(folder))), (0, 0), frames=1)
     assert "No such file" in one_sentence(error.value)
 
 
@@ -159,15 +160,18 @@ def test_a_remote_store_reads_the_same_in_one_batch(
         "read_ranges",
         lambda self, ranges: batches.append(len(ranges)) or real(self, ranges),
     )
-    crops = [Crop(row, 0, 64) for row in range(len(store))]
-    read = reader.read(crops)
+    crops = [(row, 0) for row in range(len(store))]
+    block, _ = read(reader, *crops, frames=64)
     assert batches == [len(store)]
-    assert all(
-        np.array_equal(r.latent, expected(store, c)[0]) for r, c in zip(read, crops, strict=True)
-    )
+    for crop, latent in zip(crops, block, strict=True):
+        assert np.array_equal(latent.T, expected(store, *crop, 64)[0])
+    batches.clear()
+    latents = reader.read_whole(np.array([5, 3]))
+    assert batches == [2]
+    assert np.array_equal(next(latents), whole(store, 5))
     store.storage.write("shards/000001.parquet", b"cut")
     with pytest.raises(StorageError, match="does not have the size"):
-        CropReader(store).read(crops)
+        read(CropReader(store), *crops, frames=64)
 
 
 def test_chunks_and_codes_are_refused(tmp_path: Path, one_sentence) -> None:
@@ -202,5 +206,5 @@ def test_a_reader_may_be_forked_and_sent(_made: dict[str, str]) -> None:
 
 def test_an_unsealed_store_reads_too(tmp_path: Path, lengths: list[int]) -> None:
     store = write_latents(str(tmp_path / "unsealed"), lengths, sealed=False)
-    (read,) = CropReader(store).read([Crop(4, 0, 8)])
-    assert np.array_equal(read.latent, expected(store, Crop(4, 0, 8))[0])
+    (latent,), _ = read(CropReader(store), (4, 0), frames=8)
+    assert np.array_equal(latent.T, expected(store, 4, 0, 8)[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar, get_args
@@ -16,11 +16,12 @@ import numpy.typing as npt
 from latentmill.encoding.stored import parse_json
 from latentmill.errors import ConfigError, StorageError, StoreError
 from latentmill.reader.cache import RangeCache
-from latentmill.reader.crops import Crop, Cropped, CropReader
+from latentmill.reader.crops import CropReader
 from latentmill.reader.fields import FieldReader, Where, select
 from latentmill.reader.order import Ints, random_below
 from latentmill.reader.rows import check_items
 from latentmill.reader.sample import Sample, Transform, sample_random, whole_number
+from latentmill.record import FloatArray
 from latentmill.store.describe import warn_incomplete
 from latentmill.store.store import LatentStore
 
@@ -152,13 +153,14 @@ class StoreSamples:
         rows, starts = self._rows_and_starts(samples, epoch, positions)
         crop = self._reading.crop
         frames = self.crops.frames[rows].astype(np.int64)
-        read: Iterator[Cropped]
+        latents: Iterable[FloatArray]
+        masks: Iterable[npt.NDArray[np.bool_]]
         if crop is None:
-            whole = zip(rows.tolist(), frames.tolist(), strict=True)
-            read = self.crops.each([Crop(row, 0, length) for row, length in whole])
+            latents = self.crops.read_whole(rows)
+            masks = (np.ones(length, np.bool_) for length in frames)
         else:
             block, have = self.crops.read_block(rows, starts, crop)
-            read = map(Cropped, block.transpose(0, 2, 1), np.arange(crop) < have[:, None])
+            latents, masks = block.transpose(0, 2, 1), np.arange(crop) < have[:, None]
         origins = [self.store.origin] * len(rows)
         if self._reading.transforms:  # latent arithmetic needs the crop's position
             windows = zip(origins, frames.tolist(), starts.tolist(), strict=True)
@@ -167,17 +169,12 @@ class StoreSamples:
         begins = (starts * (self._hop / self._rate)).tolist()
         totals = (self.crops.num_samples[rows] / self._rate).tolist()
         each = zip(rows.tolist(), own, begins, totals, positions.tolist(), origins, strict=True)
-        for cropped, (row, fields, begin, total, position, origin) in zip(read, each, strict=True):
+        for latent, mask, (row, fields, begin, total, position, origin) in zip(
+            latents, masks, each, strict=True
+        ):
             metadata = _parsed(fields["metadata"])
-            yield Sample(
-                self.crops.key(row),
-                cropped.latent,
-                cropped.mask,
-                {**metadata, "seconds_start": begin, "seconds_total": total},
-                epoch,
-                position,
-                origin,
-            )
+            metadata |= {"seconds_start": begin, "seconds_total": total}
+            yield Sample(self.crops.key(row), latent, mask, metadata, epoch, position, origin)
 
 
 class Corpus:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,36 +20,8 @@ from latentmill.store.schema import DATASET_PATH
 from latentmill.store.store import LatentStore
 
 Raw = npt.NDArray[Any]  # in the stored dtype
-VIEWED_BYTES = 1 << 17  # local crops from this size are converted from the mapped file
+VIEWED_BYTES = 1 << 17  # local latents of this average size are converted from the mapped file
 _Range = tuple[Shard, int, int]  # shard, offset, length in bytes
-
-
-@dataclass(frozen=True)
-class Crop:
-    """A request for `frames` frames of the item at `row`, from frame `start` on.
-
-    Attributes:
-        row: The item's position in the store's sorted keys; see `CropReader.row`.
-        start: The first frame, inside the item.
-        frames: Number of frames; frames after the end of the item are silence.
-    """
-
-    row: int
-    start: int
-    frames: int
-
-
-@dataclass(frozen=True)
-class Cropped:
-    """A crop that was read.
-
-    Attributes:
-        latent: `[channels, frames]`, float32; in memory frame after frame, as on disk.
-        mask: `[frames]`, True for frames of the item, False for silence.
-    """
-
-    latent: FloatArray = field(repr=False)
-    mask: npt.NDArray[np.bool_] = field(repr=False)
 
 
 class CropReader(RowReader):
@@ -88,78 +59,58 @@ class CropReader(RowReader):
         order: Ints = np.lexsort((self._offsets, self._shard_of)).astype(np.int64)
         return order
 
-    def read(self, crops: Sequence[Crop]) -> list[Cropped]:
-        """Read crops of any lengths in one batch.
+    def read_whole(self, rows: Ints) -> Iterator[FloatArray]:
+        """Read whole latents, `[channels, frames]`, in one batch; see `read_block` for errors.
 
-        Raises:
-            IndexError: A row does not exist, or a crop starts outside its item.
-            StorageError: A shard cannot be read, or its size is not the one in its commit.
+        Long local latents are read when the iterator reaches them.
         """
-        return list(self.each(crops))
-
-    def each(self, crops: Sequence[Crop]) -> Iterator[Cropped]:
-        """Like `read`, but an iterator: long local crops are read when it reaches them."""
-        rows = np.array([crop.row for crop in crops], np.int64)
-        starts = np.array([crop.start for crop in crops], np.int64)
-        frames = np.array([crop.frames for crop in crops], np.int64)
-        have = self._lengths(rows, starts, frames)
-        lengths = have.tolist()
+        starts, frames = np.zeros_like(rows), self.frames[rows].astype(np.int64)
         raws: Iterable[Raw]
-        if self.store.storage.local and sum(lengths) * self._width >= len(crops) * VIEWED_BYTES:
-            raws = (self._view(*crop) for crop in zip(rows, starts, have, strict=True))
+        if self.store.storage.local and frames.sum() * self._width >= len(rows) * VIEWED_BYTES:
+            raws = map(self._view, rows)
         else:
-            raws = buffers = [np.empty((length, self.channels), self._dtype) for length in lengths]
-            self._fill(rows, starts, have, buffers)
-        return map(self._cropped, crops, raws)
+            raws = buffers = [np.empty((length, self.channels), self._dtype) for length in frames]
+            self._fill(rows, starts, frames, buffers)
+        return (_to_float(raw).T for raw in raws)
 
-    def _view(self, row: np.int64, start: np.int64, have: np.int64) -> Raw:
-        """A long crop in the stored dtype, `[frames, channels]`, mapped but not read yet."""
-        crop = np.array([row]), np.array([start]), np.array([have])
-        data = self._with_current_index(lambda: self._shards.view(*self._ranges(*crop)[0]))
+    def _view(self, row: np.int64) -> Raw:
+        """A whole latent in the stored dtype, `[frames, channels]`, mapped but not read yet."""
+        whole = np.array([row]), np.zeros(1, np.int64), self.frames[[row]].astype(np.int64)
+        data = self._with_current_index(lambda: self._shards.view(*self._ranges(*whole)[0]))
         return np.frombuffer(data, self._dtype).reshape(-1, self.channels)
 
-    def _cropped(self, crop: Crop, raw: Raw) -> Cropped:
-        """Convert and pad the stored frames `[frames, channels]` of a crop."""
-        if len(raw) == crop.frames:
-            return Cropped(_to_float(raw).T, np.ones(crop.frames, np.bool_))
-        mask = np.arange(crop.frames) < len(raw)
-        block = np.empty((crop.frames, self.channels), np.float32)
-        block[: len(raw)] = _to_float(raw)
-        self._pad(block, crop.start, len(raw))
-        return Cropped(block.T, mask)
-
     def read_block(self, rows: Ints, starts: Ints, frames: int) -> tuple[FloatArray, Ints]:
-        """Read crops of one length.
+        """Read crops of one length in one batch; frames after the end of an item are silence.
+
+        Args:
+            rows: Positions of the items in the store's sorted keys; see `row`.
+            starts: The first frame of each crop, inside the item.
+            frames: Number of frames of each crop.
 
         Returns:
             `[crops, frames, channels]`, float32, and the number of frames before padding of each.
 
         Raises:
-            IndexError, StorageError: As for `read`.
+            IndexError: A row does not exist, or a crop starts outside its item.
+            StorageError: A shard cannot be read, or its size is not the one in its commit.
         """
-        have = self._lengths(rows, starts, np.int64(frames))
-        raw = self._buffer(len(rows) * frames * self.channels)
-        raw = raw.reshape(len(rows), frames, self.channels)
-        self._fill(rows, starts, have, list(raw))
-        block = _to_float(raw)
-        for number in np.flatnonzero(have < frames).tolist():
-            self._pad(block[number], int(starts[number]), int(have[number]))
-        return block, have
-
-    def _buffer(self, size: int) -> Raw:
-        """A reused buffer in the stored dtype: allocating new pages costs more than reading."""
-        if len(self._raw) < size:
-            self._raw = np.empty(size, self._dtype)
-        return self._raw[:size]
-
-    def _lengths(self, rows: Ints, starts: Ints, frames: Ints | np.int64) -> Ints:
         if len(rows) and not (rows.min() >= 0 and rows.max() < len(self.frames)):
             raise IndexError(f"row out of range: use 0 to {len(self.frames) - 1}")
         left = self.frames[rows] - starts
         if len(rows) and (starts.min() < 0 or left.min() <= 0):
             raise IndexError("a crop must start inside its item")
-        lengths: Ints = np.minimum(left, frames)
-        return lengths
+        have: Ints = np.minimum(left, frames)
+        size = len(rows) * frames * self.channels
+        if len(self._raw) < size:  # reused: allocating new pages costs more than reading
+            self._raw = np.empty(size, self._dtype)
+        raw = self._raw[:size].reshape(len(rows), frames, self.channels)
+        self._fill(rows, starts, have, list(raw))
+        block = _to_float(raw)
+        for number in np.flatnonzero(have < frames).tolist():
+            end, there = int(starts[number]) + frames, int(have[number])
+            silence = self.store.origin.crop(end, end - frames + there, frames - there)
+            block[number, there:] = silence.T
+        return block, have
 
     def _ranges(self, rows: Ints, starts: Ints, have: Ints) -> list[_Range]:
         """Shard, offset and length in bytes of the first `have` frames of each crop."""
@@ -181,13 +132,6 @@ class CropReader(RowReader):
             )
 
         self._with_current_index(fill)
-
-    def _pad(self, block: FloatArray, start: int, have: int) -> None:
-        """Fill a crop `[frames, channels]` with silence after its first `have` frames."""
-        missing = len(block) - have
-        if missing:
-            end = start + len(block)
-            block[have:] = self.store.origin.crop(end, start + have, missing).T
 
 
 def _to_float(raw: Raw) -> FloatArray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 import latentmill.reader.collate  # noqa: F401  registers our samples with torch's default collate
 from latentmill.encoding.loudness import decibels
 from latentmill.errors import ConfigError
-from latentmill.reader.crops import Crop, Cropped, CropReader
+from latentmill.reader.crops import CropReader
 from latentmill.reader.draws import Draws, Request
 from latentmill.reader.fields import FieldReader
 from latentmill.reader.order import Ints
@@ -185,24 +186,22 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
     def _read(self, numbers: Sequence[int | Request]) -> list[tuple[Stems, np.random.Generator]]:
         resolved = np.stack(self._draws.resolve(numbers, len(self)), axis=1).tolist()
         choices = [self._choose(*one) for one in resolved]
-        places = [pair for one in choices for pair in zip(one.rows, one.starts, strict=True)]
-        inside = [start < self._crops.frames[row] for row, start in places]
-        crops = [
-            Crop(row, start, self._crop)
-            for (row, start), there in zip(places, inside, strict=True)
-            if there
+        rows = np.array([row for one in choices for row in one.rows], np.int64)
+        starts = np.array([start for one in choices for start in one.starts], np.int64)
+        have = np.clip(self._crops.frames[rows] - starts, 0, self._crop)
+        inside = have > 0  # a stem may end before the crop starts
+        found = iter(self._crops.read_block(rows[inside], starts[inside], self._crop)[0])
+        latents = [
+            next(found).T if there else self.store.origin.crop(end, end - self._crop, self._crop)
+            for there, end in zip(inside, (starts + self._crop).tolist(), strict=True)
         ]
-        found = iter(self._crops.read(crops))
-        read = [
-            next(found) if there else self._silence(start)
-            for (_, start), there in zip(places, inside, strict=True)
-        ]
-        active = self._active(places, read)
+        masks = np.arange(self._crop) < have[:, None]
+        active = self._active(rows, starts) or list(masks)
         samples, at = [], 0
         for one in choices:
             own = slice(at, at + len(one.rows))
             at = own.stop
-            stems = self._stems(one, read[own], active[own])
+            stems = self._stems(one, latents[own], masks[own], active[own])
             samples.append((self._gains(stems, one.random) if self._gains else stems, one.random))
         return samples
 
@@ -234,18 +233,12 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
                 rows.setdefault(role, []).append(row)
         return rows
 
-    def _silence(self, start: int) -> Cropped:
-        """The crop of a stem that ends before the crop starts."""
-        silence = self.store.origin.crop(start + self._crop, start, self._crop)
-        return Cropped(silence, np.zeros(self._crop, np.bool_))
-
-    def _active(self, places: Sequence[tuple[int, int]], read: Sequence[Cropped]) -> list[Flags]:
-        """Flags `[T]` for each crop, True for audible frames."""
+    def _active(self, rows: Ints, starts: Ints) -> list[Flags] | None:
+        """Flags `[T]` for each crop, True for audible frames; None if levels are not used."""
         if self._active_db is None:
-            return [one.mask for one in read]
-        rows = np.array([row for row, _ in places], np.int64)
+            return None
         flags = []
-        for (_, start), fields in zip(places, self._levels.read(rows), strict=True):
+        for start, fields in zip(starts.tolist(), self._levels.read(rows), strict=True):
             levels = levels_of(fields)
             if levels is None:
                 raise ConfigError(
@@ -256,21 +249,20 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
             flags.append(np.pad(loud, (0, self._crop - len(loud))))
         return flags
 
-    def _stems(self, choice: _Choice, read: Sequence[Cropped], active: Sequence[Flags]) -> Stems:
+    def _stems(
+        self, choice: _Choice, latents: Sequence[FloatArray], mask: Flags, active: Sequence[Flags]
+    ) -> Stems:
         total = max(self._frames(row) for row in choice.group.rows)
         place = (max(total, choice.start + self._crop), choice.start)
-        latents = [
-            self._moved(one.latent, row, start, place)
-            for one, row, start in zip(read, choice.rows, choice.starts, strict=True)
-        ]
+        moved = map(self._moved, latents, choice.rows, choice.starts, itertools.repeat(place))
         model = self.store.info.model
         samples = max(int(self._crops.num_samples[row]) for row in choice.group.rows)
         return Stems(
             key=choice.group.name,
             roles=choice.group.roles,
             keys=tuple(self._crops.key(row) for row in choice.rows),
-            latents=np.stack(latents),
-            mask=np.stack([one.mask for one in read]),
+            latents=np.stack(list(moved)),
+            mask=mask,
             active=np.stack(active),
             origin=self.store.origin.at(*place),
             metadata={
