@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentmill.store.index import Index
+from latentmill.store.index import Index, to_batch
 from latentmill.store.schema import Commit, ItemEntry
 
 keys = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
@@ -44,7 +44,7 @@ def test_every_key_is_found_in_order(units: list[list[str]], absent: str) -> Non
     """Units need not be in the order of the keys, as in a plan that was extended."""
     seen: set[str] = set()
     units = [[k for k in unit if not (k in seen or seen.add(k))] for unit in units]
-    built = Index.from_commits(commit(n, unit) for n, unit in enumerate(units))
+    built = Index.from_batches([to_batch(commit(n, unit)) for n, unit in enumerate(units)])
     for index in (built, Index.from_file(built.to_bytes())):
         assert [index.key(n) for n in range(len(index))] == sorted(seen)
         assert absent in seen or index.find(absent) is None

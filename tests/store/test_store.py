@@ -34,7 +34,7 @@ from latentmill.errors import ConfigError, ModelError, StorageError, StoreError
 from latentmill.ops import mix
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import read_commits
-from latentmill.store.index import Index
+from latentmill.store.index import Index, to_batch
 from latentmill.store.schema import DATASET_PATH
 from latentmill.store.seal import dataset_info
 from latentmill.store.store import LatentStore, open_store
@@ -338,7 +338,8 @@ def test_damaged_documents(spoilable: Path, path: str, data: bytes | None, messa
 
 
 def test_index_file_round_trip(store: LatentStore) -> None:
-    index = Index.from_commits(read_commits(Storage(store.url)).values())
+    commits = read_commits(Storage(store.url)).values()
+    index = Index.from_batches([to_batch(commit) for commit in commits])
     again = Index.from_file(index.to_bytes())
     assert [again.entry(n) for n in range(len(index))] == [store.entry(key) for key in KEYS]
-    assert len(Index.from_file(Index.from_commits([]).to_bytes())) == 0
+    assert len(Index.from_file(Index.from_batches([]).to_bytes())) == 0

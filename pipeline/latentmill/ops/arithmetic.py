@@ -95,18 +95,13 @@ def combine(
     if np.any(rest != 0):
         total += rest * origin.like(total)
     if origin.deviations:
-        total[..., -origin.deviations :, :] = _deviations(latents, factors, origin.deviations)
+        rows = slice(-origin.deviations, None)
+        variances = [  # of independent parts, which add up
+            np.square(factor * latent[..., rows, :].astype(np.float32))
+            for latent, factor in zip(latents, factors, strict=True)
+        ]
+        total[..., rows, :] = np.sqrt(np.sum(variances, axis=0))
     return total
-
-
-def _deviations(latents: Sequence[Latent], factors: Sequence[FloatArray], rows: int) -> FloatArray:
-    """Standard deviations of a sum of independent parts, `[rows, T]`: variances add up."""
-    parts = [
-        np.square(factor * latent[..., -rows:, :].astype(np.float32))
-        for latent, factor in zip(latents, factors, strict=True)
-    ]
-    deviations: FloatArray = np.sqrt(np.sum(parts, axis=0))
-    return deviations
 
 
 def _factors(latents: Sequence[Latent], gains: Sequence[Gain] | None) -> list[FloatArray]:

@@ -132,7 +132,10 @@ class LatentStream(Shown, Resumable, IterableDataset[Sample]):
         share = (self._rank.rank, self._rank.world_size, id_, workers, turn)
         check_distributed_once(self, self._rank, "LatentStream")
         self._now, self._next = self._upcoming(), None
-        if worker and id_ == 0 and self._random:
+        reading = self.corpus.reading
+        crops = reading.crop is not None and reading.mode == "random"
+        epochs_differ = self._mixture.shuffle or crops or reading.transforms
+        if worker and id_ == 0 and epochs_differ:
             self._starts.check_repeated(self._now)
         if self._now.done and self._loaded_share != share:
             raise ConfigError(
@@ -148,13 +151,6 @@ class LatentStream(Shown, Resumable, IterableDataset[Sample]):
         if get_worker_info() is None:  # torchdata loads a worker's state in the worker
             self._starts.set(progress)
             self._version = self._starts.version
-
-    @property
-    def _random(self) -> bool:
-        """Whether epochs differ from each other."""
-        reading = self.corpus.reading
-        crops = reading.crop is not None and reading.mode == "random"
-        return self._mixture.shuffle or crops or bool(reading.transforms)
 
     def _upcoming(self) -> EpochProgress:
         if self._version != self._starts.version:  # set since this worker was started

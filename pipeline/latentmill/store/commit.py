@@ -167,6 +167,7 @@ def write_unit(
             else not storage.exists(shard_path(unit, format_name, revision))
         ):
             revision += 1
+    found = entries.statistics
     return Commit(
         unit=unit,
         revision=revision,
@@ -177,7 +178,8 @@ def write_unit(
         rows=rows,
         audio_seconds=entries.audio_seconds,
         items=entries.located(locations),
-        statistics=_statistics_entry(entries.statistics),
+        statistics=found
+        and StatisticsEntry(frames=found.frames, mean=found.mean.tolist(), m2=found.m2.tolist()),
         timings={},
     )
 
@@ -281,11 +283,3 @@ def hash_of(file: BinaryIO) -> str:
     while block := file.read(HASH_BLOCK):
         digest.update(block)
     return digest.hexdigest()
-
-
-def _statistics_entry(statistics: ChannelStatistics | None) -> StatisticsEntry | None:
-    if statistics is None:
-        return None
-    return StatisticsEntry(
-        frames=statistics.frames, mean=statistics.mean.tolist(), m2=statistics.m2.tolist()
-    )

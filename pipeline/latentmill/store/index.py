@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -124,11 +124,6 @@ class Index:
         self._table = table.unify_dictionaries().combine_chunks()
         names = INDEX_SCHEMA.names if len(table) else []
         self._columns = {name: self._table[name].chunk(0) for name in names}
-
-    @classmethod
-    def from_commits(cls, commits: Iterable[Commit]) -> Index:
-        """Build the index from commits, one at a time."""
-        return cls.from_batches([to_batch(commit) for commit in commits])
 
     @classmethod
     def from_batches(cls, batches: Sequence[pa.RecordBatch]) -> Index:

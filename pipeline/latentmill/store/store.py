@@ -26,7 +26,7 @@ from latentmill.store.commit import read_commits
 from latentmill.store.decoder import StoreDecoder
 from latentmill.store.describe import described, is_complete, warn_incomplete
 from latentmill.store.fields import read_columns
-from latentmill.store.index import Index, IndexEntry, damaged_index, open_index
+from latentmill.store.index import Index, IndexEntry, damaged_index, open_index, to_batch
 from latentmill.store.measurement import read_measurement, with_measurements
 from latentmill.store.schema import (
     FIELD_NAMES,
@@ -186,7 +186,7 @@ class LatentStore(StoreDecoder, Shown):
     def index(self) -> Index:
         """The location of every record."""
         if not self.sealed:
-            return Index.from_commits(self.commits.values())
+            return Index.from_batches([to_batch(one) for one in self.commits.values()])
         where = f"{self.url}/{self.info.index}"
         try:
             index = open_index(self.storage, self.info.index, self.info.index_hash)

@@ -22,13 +22,11 @@ def make_lean(encoder: Any) -> None:
     from linear_cae.components.blocks import ResBlock
 
     for block in encoder.modules():
-        if isinstance(block, ResBlock) and _is_plain(block):
+        if not isinstance(block, ResBlock):
+            continue
+        other = block.leaky or block.normalize_residual or block.downsample or block.upsample
+        if block.normalize and not other:
             block.forward = partial(_block, block)
-
-
-def _is_plain(block: Any) -> bool:
-    other = block.leaky or block.normalize_residual or block.downsample or block.upsample
-    return bool(block.normalize) and not other
 
 
 def _block(block: Any, x: Tensor) -> Tensor:
