@@ -19,7 +19,6 @@ from latentmill.reader.cache import RangeCache
 from latentmill.reader.crops import CropReader
 from latentmill.reader.fields import FieldReader, Where, select
 from latentmill.reader.order import Ints, random_below
-from latentmill.reader.rows import check_items
 from latentmill.reader.sample import Sample, Transform, sample_random, whole_number
 from latentmill.record import FloatArray
 from latentmill.store.describe import warn_incomplete
@@ -69,47 +68,33 @@ class StoreSamples:
         rows: Ints | None = None,
         cache: RangeCache | None = None,
     ) -> None:
-        chosen = None
-        if rows is not None:
-            chosen = np.zeros(len(store), np.bool_)
-            chosen[rows] = True
-        self._open(store, reading, chosen, cache)
-
-    def _open(
-        self,
-        store: LatentStore,
-        reading: Reading,
-        chosen: npt.NDArray[np.bool_] | None,
-        cache: RangeCache | None,
-    ) -> None:
         if not len(store):
             raise StoreError(
                 f"{store.url} holds no records: run `latentmill status {store.url}` to see why."
             )
-        self.store, self._reading, self._chosen, self._cache = store, reading, chosen, cache
+        self.store, self._reading = store, reading
         self.crops = CropReader(store, cache)
         self._fields = FieldReader(store, ["metadata"]) if reading.metadata else None
-        rows = self.crops.physical_order()
-        self.rows: Ints = rows if chosen is None else rows[chosen[rows]]
+        self._chosen: npt.NDArray[np.uint8] | None = None  # a bit per record: small to send
+        if rows is not None:
+            chosen = np.zeros(len(store), np.bool_)
+            chosen[rows] = True
+            self._chosen = np.packbits(chosen)
         model = store.info.model
         self._rate, self._hop = int(model["sample_rate"]), int(model["hop"])
 
     def __getstate__(self) -> dict[str, Any]:
-        packed = None if self._chosen is None else np.packbits(self._chosen)
-        return {
-            "store": self.store,
-            "reading": self._reading,
-            "chosen": packed,
-            "cache": self._cache,
-            "records": len(self.crops.frames),
-            "items": self.crops.items_hash,
-        }
+        computed = ("rows", "_windows")
+        return {name: value for name, value in vars(self).items() if name not in computed}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        store, packed, records = state["store"], state["chosen"], state["records"]
-        check_items(store, state["items"])
-        chosen = None if packed is None else np.unpackbits(packed, count=records).astype(np.bool_)
-        self._open(store, state["reading"], chosen, state["cache"])
+    @cached_property
+    def rows(self) -> Ints:
+        """The rows of the chosen records, in their order in the shards."""
+        order = self.crops.physical_order()
+        if self._chosen is not None:
+            chosen = np.unpackbits(self._chosen, count=len(order)).astype(np.bool_)
+            order = order[chosen[order]]
+        return order
 
     @cached_property
     def _windows(self) -> Ints:
