@@ -33,9 +33,6 @@ class _Shared:
     """Integers in memory that an object shares with its copies in worker processes."""
 
     def __init__(self, numbers: list[int]) -> None:
-        self._share(numbers)
-
-    def _share(self, numbers: list[int]) -> None:
         # Torch unlinks the shared memory's name right after mapping it.
         self._memory = torch.tensor(numbers, dtype=torch.int64)
         self._memory.share_memory_()  # type: ignore[no-untyped-call]
@@ -49,7 +46,7 @@ class _Shared:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "numbers" in state:
-            self._share(state["numbers"])
+            _Shared.__init__(self, state["numbers"])
         else:
             self._memory = state["memory"]
             self._numbers = self._memory.numpy()

@@ -7,7 +7,6 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -144,10 +143,10 @@ def select(stores: Sequence[LatentStore], where: Where) -> list[Ints]:
         ConfigError: The condition cannot be evaluated, uses a field that no record has, or matches
             no record.
     """
-    names = _FieldNames(Condition(where).fields) if isinstance(where, str) else _FieldNames(())
-    chosen = [_rows(store, where, names) for store in stores]
-    if names.missing:
-        raise _no_field(min(names.missing), names.known)
+    holds = _TextCondition(where) if isinstance(where, str) else where
+    chosen = [_rows(store, holds) for store in stores]
+    if isinstance(holds, _TextCondition) and holds.missing:
+        raise _no_field(min(holds.missing), holds.known)
     if not any(map(len, chosen)):
         raise ConfigError(
             f"No record of {' or '.join(store.url for store in stores)} matches `where`: check its "
@@ -156,20 +155,19 @@ def select(stores: Sequence[LatentStore], where: Where) -> list[Ints]:
     return chosen
 
 
-@dataclass
-class _FieldNames:
-    """Fields of a condition that no record had so far, and all fields that occurred."""
+class _TextCondition:
+    """A condition, its fields that no record had so far, and all fields that occurred."""
 
-    fields: Iterable[str]
+    def __init__(self, text: str) -> None:
+        self._condition = Condition(text)
+        self.missing, self.known = set(self._condition.fields), set(FIELDS)
 
-    def __post_init__(self) -> None:
-        self.missing, self.known = set(self.fields), set(FIELDS)
-
-    def update(self, fields: Mapping[str, Any]) -> None:
-        """Add a record's fields; does nothing once every field was found."""
-        if self.missing:
-            self.known.update(fields)
-            self.missing = {name for name in self.missing if not _has(fields, name.split("."))}
+    def __call__(self, fields: Mapping[str, Any]) -> bool:
+        every = {**fields["metadata"], **fields}
+        if self.missing:  # not needed once every field was found
+            self.known.update(every)
+            self.missing = {name for name in self.missing if not _has(every, name.split("."))}
+        return self._condition.holds(every)
 
 
 def _has(fields: Any, path: Sequence[str]) -> bool:
@@ -180,14 +178,14 @@ def _has(fields: Any, path: Sequence[str]) -> bool:
     return True
 
 
-def _rows(store: LatentStore, where: Where, names: _FieldNames) -> Ints:
+def _rows(store: LatentStore, where: Any) -> Ints:
+    """The rows for which a function of the fields, or a pyarrow expression, holds."""
     table = FieldReader(store, FIELDS).gather()
     try:
         if isinstance(where, pc.Expression):
             with_row = table.append_column("__row", pa.array(np.arange(len(table))))
             return np.asarray(with_row.filter(where)["__row"].to_numpy(), np.int64)
-        holds = _condition(where, names) if isinstance(where, str) else where
-        rows = [row for row, fields in enumerate(_parsed(table)) if holds(fields)]
+        rows = [row for row, fields in enumerate(_parsed(table)) if where(fields)]
         return np.array(rows, np.int64)
     except (pa.ArrowException, LookupError, TypeError, ValueError, AttributeError) as error:
         name = _missing_field(error)
@@ -198,17 +196,6 @@ def _rows(store: LatentStore, where: Where, names: _FieldNames) -> Ints:
             f"cannot evaluate `where` on {store.url} ({type(error).__name__}: {error}): use the "
             f"fields {', '.join(FIELDS)}."
         ) from error
-
-
-def _condition(text: str, names: _FieldNames) -> Callable[[Mapping[str, Any]], bool]:
-    condition = Condition(text)
-
-    def holds(fields: Mapping[str, Any]) -> bool:
-        every = {**fields["metadata"], **fields}
-        names.update(every)
-        return condition.holds(every)
-
-    return holds
 
 
 def _missing_field(error: Exception) -> str | None:
