@@ -110,8 +110,8 @@ def faults_on(faults: Faults) -> Iterator[None]:
     """Let the operations of all stores that are opened inside go through `faults`."""
     with pytest.MonkeyPatch.context() as patch:
         if faults.remote:
-            opened = storage.open_filesystem
-            patch.setattr(storage, "open_filesystem", lambda url: _through(faults, *opened(url)))
+            opened = remote.open_for
+            patch.setattr(storage, "open_for", lambda *a: _through(faults, *opened(*a)))
             patch.setattr(remote, "FIRST_PAUSE", 0.0)
         else:
             for name in (*READS, *WRITES, "open"):

@@ -19,8 +19,8 @@ from latentmill.storage.remote import (
     RANGE_NOT_SATISFIABLE,
     cause_of,
     is_transient,
+    is_web,
     open_filesystem,
-    protocol_of,
     retrying,
     status_of,
     storage_errors,
@@ -52,7 +52,7 @@ def fetch(url: str, size: int | None = None) -> IO[bytes]:
     """
     try:
         with _fetch_errors(url):
-            if protocol_of(url) in ("http", "https"):
+            if is_web(url):
                 return retrying(lambda: _stream(url))
             if size is not None:
                 with contextlib.suppress(_OtherSizeError):  # it has changed: look up its size

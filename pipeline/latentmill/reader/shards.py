@@ -13,8 +13,8 @@ from pathlib import Path
 
 from latentmill.errors import StorageError
 from latentmill.reader.cache import Piece, RangeCache, Shard
-from latentmill.storage.remote import protocol_of
-from latentmill.storage.storage import READ_ONLY, Storage
+from latentmill.storage.remote import is_web
+from latentmill.storage.storage import Storage
 
 OPEN_FILES = 256
 THREADS = 8  # parallel requests to a web server
@@ -122,7 +122,7 @@ class ShardReader:
         """Get the sizes of shards, with one listing per folder if the storage can list."""
         if not paths:
             return
-        if protocol_of(self._storage.root) in READ_ONLY:  # web servers cannot list
+        if is_web(self._storage.root):  # web servers cannot list
             with ThreadPoolExecutor(THREADS) as pool:
                 self._sizes.update(zip(paths, pool.map(self._size, paths), strict=True))
             return

@@ -22,12 +22,11 @@ from latentmill.storage.remote import (
     cause_of,
     is_missing,
     open_filesystem,
+    open_for,
     refuse_secrets,
     retrying,
     storage_errors,
-    why_not_opened,
 )
-from latentmill.text.redact import redact
 
 # Fields of fsspec file systems whose value changes when a file changes.
 VERSION_FIELDS: tuple[str, ...] = ("ETag", "etag", "mtime", "LastModified", "last_modified")
@@ -67,16 +66,10 @@ class Place:
     """
 
     def __init__(self, uri: str) -> None:
-        if "::" in uri:
-            raise SourceError(f"Source {redact(uri)} is a chained URL: use a plain URL.")
-        refuse_secrets("Source", uri, SourceError)
         if uri.startswith("file://"):
+            refuse_secrets("Source", uri, SourceError)
             uri = path_of_file_url(uri)
-        try:
-            self.fs, path = open_filesystem(uri)
-        except (ValueError, ImportError, OSError) as error:  # some, such as ftp, connect here
-            cause = why_not_opened(uri, error)
-            raise SourceError(f"Source {uri} cannot be opened: {cause}.") from error
+        self.fs, path = open_for("Source", uri, SourceError)
         self.path: str = path.rstrip("/") or "/"
         self.local = isinstance(self.fs, LocalFileSystem)
         self.uri = self.address(self.path)

@@ -19,7 +19,7 @@ from latentmill.sources.names import (
     is_apple_double,
     without_extensions,
 )
-from latentmill.storage.remote import protocol_of
+from latentmill.storage.remote import is_web
 
 SIDECARS = (".json", ".txt")
 _OTHERS = {".parquet": "parquet", ".tar": "webdataset"}  # other types of source
@@ -54,7 +54,7 @@ class FolderSource:
         seen = found = 0
         with self._place.errors():
             kind = self._place.kind()
-            if kind == "file" and protocol_of(self.uri) in ("http", "https"):
+            if kind == "file" and is_web(self.uri):
                 raise SourceError(
                     f"Source {self.uri} cannot be listed because web servers do not list folders: "
                     "list its files in a manifest."

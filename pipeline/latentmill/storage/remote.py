@@ -84,7 +84,7 @@ def open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if protocol_of(url) in ("s3", "s3a"):
         given = fsspec.config.conf.get(protocol_of(url), {}).get("config_kwargs", {})
         options = {"config_kwargs": {"max_pool_connections": S3_CONNECTIONS, **given}}
-    if _is_web(url):
+    if is_web(url):
         import aiohttp
 
         # By default, a download is cut off after five minutes, and a stalled one waits as long.
@@ -94,6 +94,27 @@ def open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     # A name may contain two colons, which fsspec would treat as a chain of URLs.
     fs, path = fsspec.core.url_to_fs(url.partition("::")[0], **options)
     return fs, str(fs._strip_protocol(url)) if "::" in url else path
+
+
+def open_for(
+    what: str, url: str, error: type[LatentmillError]
+) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Open the file system of a source or a store, and return it with the path in it.
+
+    Raises `error` if the URL is a chain, contains credentials or cannot be opened.
+    """
+    if "::" in url:
+        raise error(f"{what} {redact(url)} is a chained URL: use a plain path or URL.")
+    refuse_secrets(what, url, error)
+    try:
+        return open_filesystem(url)
+    except (ValueError, ImportError, OSError) as cause:  # some, such as ftp, connect at once
+        raise error(f"{what} {url} cannot be opened: {why_not_opened(url, cause)}.") from cause
+
+
+def is_web(url: str) -> bool:
+    """Whether a URL is on a web server, which can be read only and lists no folders."""
+    return protocol_of(url) in ("http", "https")
 
 
 def protocol_of(url: str) -> str:
@@ -213,10 +234,6 @@ def refuse_secrets(what: str, url: str, error: type[LatentmillError]) -> None:
             f"{what} {shown} carries credentials, or something that looks like them (***): remove "
             "them and put them where the service's own tools look for them (docs/storage.md)."
         )
-
-
-def _is_web(url: str) -> bool:
-    return protocol_of(url) in ("http", "https")
 
 
 def _loaded(names: tuple[tuple[str, str], ...]) -> tuple[type[Exception], ...]:

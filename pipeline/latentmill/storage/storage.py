@@ -28,15 +28,14 @@ from latentmill.storage.remote import (
     advice_on,
     cause_of,
     is_transient,
+    is_web,
     open_filesystem,
+    open_for,
     protocol_of,
-    refuse_secrets,
     retrying,
     status_of,
     storage_errors,
-    why_not_opened,
 )
-from latentmill.text.redact import redact
 
 T = TypeVar("T")
 
@@ -44,7 +43,6 @@ SCRATCH = "tmp"
 
 READ_AHEAD = 1 << 20  # minimum bytes per read of an open remote file
 
-READ_ONLY = ("http", "https")  # protocols without writing
 CONDITIONAL = ("s3", "s3a")  # protocols that can replace an object only if it is unchanged
 
 
@@ -66,15 +64,7 @@ class Storage:
     """A folder on a local disk or in a bucket (any fsspec URL). Picklable and fork-safe."""
 
     def __init__(self, url: str) -> None:
-        if "::" in url:
-            shown = redact(url)
-            raise StoreError(f"Store {shown} is a chained URL: use a plain folder or bucket.")
-        refuse_secrets("Store", url, StoreError)
-        try:
-            self._opened, path = open_filesystem(url)
-        except (ValueError, ImportError, OSError) as error:  # some, such as ftp, connect at once
-            cause = why_not_opened(url, error)
-            raise StoreError(f"Store {url} cannot be opened: {cause}.") from error
+        self._opened, path = open_for("Store", url, StoreError)
         self._pid = os.getpid()
         self._path = path.rstrip("/")
         self.local = isinstance(self._opened, LocalFileSystem)
@@ -102,10 +92,7 @@ class Storage:
 
     def exists(self, path: str) -> bool:
         """Whether the file or folder exists."""
-        with self._errors("look for", path):
-            self._fs.invalidate_cache()
-            # Not fs.exists: many clients return False for any error.
-            return self._unless_missing(lambda: self._fs.info(self.full(path))) is not None
+        return self.version(path) is not None
 
     def list(self, folder: str) -> dict[str, int]:
         """Names and sizes of the files directly in a folder; empty if the folder does not exist."""
@@ -217,6 +204,7 @@ class Storage:
         """The version for `replace`: an object's ETag; None if the file does not exist."""
         with self._errors("look for", path):
             self._fs.invalidate_cache()
+            # Not fs.exists: many clients return False for any error.
             found = self._unless_missing(lambda: self._fs.info(self.full(path)))
             return None if found is None else str(found.get("ETag", ""))
 
@@ -276,11 +264,10 @@ class Storage:
 
     def refuse_read_only(self) -> None:
         """Raise ConfigError if the storage is a web server, which cannot be written to."""
-        protocol = protocol_of(self.root)
-        if protocol in READ_ONLY:
+        if is_web(self.root):
             raise ConfigError(
-                f"The output {self.root} cannot be written because {protocol} is read-only: use a "
-                "folder or a bucket."
+                f"The output {self.root} cannot be written because {protocol_of(self.root)} is "
+                "read-only: use a folder or a bucket."
             )
 
     @contextlib.contextmanager
