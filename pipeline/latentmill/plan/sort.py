@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from latentmill.errors import StorageError
 from latentmill.storage.closeable import Closeable
+from latentmill.storage.storage import writing
 
 # While files are merged, this much of each is in memory.
 BATCH_BYTES = 1 << 20
@@ -34,7 +34,7 @@ class Sorter:
         self._by = list(by)
         self._files: list[Path] = []
         self._written = 0
-        with writing(folder):
+        with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -121,17 +121,17 @@ class TableFile(Closeable):
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._path = path
-        with writing(path):
+        with _writing(path):
             self._sink = pa.OSFile(str(path), "wb")
             self._writer = pa.ipc.new_file(self._sink, schema, options=_WRITE)
 
     def write(self, table: pa.Table) -> None:
         rows = BATCH_BYTES * max(1, len(table)) // max(1, table.nbytes)
-        with writing(self._path):
+        with _writing(self._path):
             self._writer.write_table(table, max(SMALLEST_BATCH, min(rows, LARGEST_BATCH)))
 
     def close(self) -> None:
-        with writing(self._path):
+        with _writing(self._path):
             self._writer.close()
             self._sink.close()
 
@@ -144,13 +144,7 @@ def read_tables(path: Path) -> Iterator[pa.Table]:
             yield pa.Table.from_batches([reader.get_batch(number)])
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Convert errors of the local disk, such as a full disk, to StorageError."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"Cannot write temporary files for the plan to {path} ({error.strerror or error}): set "
-            "TMPDIR to a folder with more space."
-        ) from error
+def _writing(path: Path) -> contextlib.AbstractContextManager[None]:
+    return writing(
+        f"temporary files for the plan to {path}", "; set TMPDIR to a folder with more space"
+    )

@@ -349,14 +349,17 @@ class Storage:
 
 
 @contextlib.contextmanager
-def writing(place: str) -> Iterator[None]:
-    """Turn an OSError from writing a local file into a StorageError that names `place`."""
+def writing(place: str, advice: str = "") -> Iterator[None]:
+    """Turn an OSError from writing a local file to `place` into a StorageError.
+
+    `advice` is the end of its sentence; without it, `advice_on` says what to do.
+    """
     try:
         yield
     except OSError as error:
         # pyarrow's message is long; the error number has a short one.
         cause = os.strerror(error.errno) if error.errno else str(error)
-        raise StorageError(f"Cannot write {place}: {cause}{advice_on(error)}.") from error
+        raise StorageError(f"Cannot write {place}: {cause}{advice or advice_on(error)}.") from error
 
 
 def _link(temporary: Path, target: Path) -> None:
