@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 from latentmill.errors import ConfigError, ItemError
 from latentmill.sources.base import Item, Source
 from latentmill.sources.metadata import read_metadata
+from latentmill.sources.prefetch import map_in_threads
 
 METADATA = "metadata:"
 _PENDING = 64  # items whose sidecars are read at the same time
@@ -42,7 +41,8 @@ class GroupedSource:
             items: Iterator[Item] = map(partial(_by_key, self._rule), self._source.items())
         else:
             fields = dict(zip(("group", "role"), self._rule, strict=False))
-            items = _map_in_threads(lambda item: _by_metadata(item, fields), self._source.items())
+            work = partial(_by_metadata, fields)
+            items = map_in_threads(work, self._source.items(), threads=_THREADS, ahead=_PENDING)
         example, grouped = None, False
         for item in items:
             example = example or item.key
@@ -95,7 +95,7 @@ def _by_key(pattern: re.Pattern[str], item: Item) -> Item:
     return item if match is None else _with_group(item, match.groupdict().get)
 
 
-def _by_metadata(item: Item, fields: Mapping[str, str]) -> Item:
+def _by_metadata(fields: Mapping[str, str], item: Item) -> Item:
     metadata: Mapping[str, Any] = {}
     with contextlib.suppress(ItemError):  # encoding will report it
         metadata = read_metadata(item)
@@ -115,14 +115,3 @@ def _with_group(item: Item, value: Callable[[str], Any]) -> Item:
 def _text(value: Any) -> str:
     """A field as text that can be written as UTF-8; see `is_text`."""
     return str(value).encode("utf-8", "backslashreplace").decode()
-
-
-def _map_in_threads(work: Callable[[Item], Item], items: Iterator[Item]) -> Iterator[Item]:
-    """Map in threads and yield the results in order, with bounded memory."""
-    running: deque[Future[Item]] = deque()
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for item in items:
-            running.append(pool.submit(work, item))
-            if len(running) >= _PENDING:
-                yield running.popleft().result()
-        yield from (future.result() for future in running)

@@ -1,4 +1,4 @@
-"""Prefetches the recordings of the next items while earlier ones are loaded.
+"""Works ahead in threads: on the items of a listing, and on the recordings that are loaded next.
 
 For small objects the latency of a request is longer than the transfer. Several requests at once
 keep load threads from waiting. The bytes in memory are bounded.
@@ -7,8 +7,10 @@ keep load threads from waiting. The bytes in memory are bounded.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 from latentmill.audio.media import MediaFile, is_remote
 from latentmill.sources.base import Item, TableCell
@@ -19,6 +21,22 @@ PREFETCH_ITEMS = 32
 PREFETCH_BYTES = 128 << 20
 LARGEST = 16 << 20  # larger files are fetched by several requests at once anyway
 UNKNOWN_SIZE = LARGEST  # assumed for items whose size is unknown
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def map_in_threads(
+    work: Callable[[T], R], given: Iterable[T], *, threads: int, ahead: int
+) -> Iterator[R]:
+    """Map in threads and yield the results in order; at most `ahead` of them are in memory."""
+    running: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for one in given:
+            running.append(pool.submit(work, one))
+            if len(running) >= ahead:
+                yield running.popleft().result()
+        yield from (future.result() for future in running)
 
 
 class Prefetch(Closeable):

@@ -11,9 +11,8 @@ import json
 import posixpath
 import re
 import tarfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +29,7 @@ from latentmill.sources.names import (
     is_apple_double,
     without_extensions,
 )
+from latentmill.sources.prefetch import map_in_threads
 from latentmill.storage.remote import cause_of, retrying, storage_errors
 
 METADATA = (".json", ".txt", ".cls")
@@ -79,8 +79,13 @@ class WebDatasetSource:
         if self.uri.lower().endswith(_COMPRESSED_NAMES):
             raise SourceError(_compressed(self.uri))
         tars = find_files(self._place, TARS, self.ignored)
+        scanned = (
+            map(self._scan, tars)
+            if self._place.local
+            else map_in_threads(self._scan, tars, threads=PARALLEL_TARS, ahead=PARALLEL_TARS + 1)
+        )
         found = 0
-        for items, ignored in self._scanned(tars):
+        for items, ignored in scanned:
             found += len(items)
             self.ignored.update(ignored)
             yield from items
@@ -90,21 +95,8 @@ class WebDatasetSource:
                 f"{', '.join(self._extensions)}; set --extensions."
             )
 
-    def _scanned(self, tars: Sequence[File]) -> Iterator[tuple[list[Item], Counter[str]]]:
-        """The items and ignored members of each tar, in order; remote tars are read in threads."""
-        if self._place.local:
-            yield from (self._scan(tar) for tar in tars)
-            return
-        running: deque[Future[tuple[list[Item], Counter[str]]]] = deque()
-        with ThreadPoolExecutor(PARALLEL_TARS) as pool:
-            for tar in tars:
-                running.append(pool.submit(self._scan, tar))
-                if len(running) > PARALLEL_TARS:
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
-
     def _scan(self, tar: File) -> tuple[list[Item], Counter[str]]:
+        """The items and ignored members of a tar."""
         ignored: Counter[str] = Counter()
         try:
             # A retry after a lost connection must read the tar from its start.
