@@ -146,7 +146,7 @@ def test_a_process_of_another_machine_runs_as_long_as_the_lock_is_held(
 ) -> None:
     storage = Storage(str(tmp_path))
     write_lock(storage, 7, "another-boot pid:[1] 7 1", progress=PROGRESS.model_dump())
-    member = lock.join_run(storage) if held else None
+    member = lock.Membership(storage) if held else None
     first, second = shown(storage)[:2]
     if member is not None:
         member.close()
@@ -168,7 +168,7 @@ def test_a_dead_process_of_this_machine_has_stopped_though_its_workers_hold_the_
     storage = Storage(str(tmp_path))
     with subprocess.Popen(["sleep", "60"]) as sleeping:
         write_lock(storage, sleeping.pid, process_stamp(sleeping.pid))
-        worker = lock.join_run(storage)
+        worker = lock.Membership(storage)
         assert shown(storage)[0].startswith("/lat: running: by ann@")
         assert shown(storage)[1] == "progress  listing the source"
         sleeping.kill()

@@ -19,7 +19,7 @@ import pytest
 from latentmill.engine import lease as lease_module
 from latentmill.engine.holder import process_stamp
 from latentmill.engine.lease import LEASE_PATH, Lease, Timing, check_owner, hold
-from latentmill.engine.lock import join_run, only_run
+from latentmill.engine.lock import Membership, only_run
 from latentmill.errors import StorageError, StoreError
 from latentmill.plan import PLAN_PATH
 from latentmill.storage.storage import Storage
@@ -321,7 +321,7 @@ def test_workers_of_a_bucket_look_for_their_runs_lease(
     monkeypatch.setattr(lease_module, "Timing", lambda: Timing(period=60.0, settle=0.1))
     storage = Storage(s3_bucket + "/latents")
     with only_run(storage) as held:
-        worker = join_run(storage, held.owner)
+        worker = Membership(storage, held.owner)
         worker.storage.write("a", b"1")
         foreign(storage)
         for holder in (worker, held):

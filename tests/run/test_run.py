@@ -224,7 +224,7 @@ def test_two_runs_do_not_share_a_store(
     (copy / "commits" / "000001.json").unlink()
     storage = Storage(str(copy))
     with lock.only_run(storage):
-        worker = lock.join_run(storage)
+        worker = lock.Membership(storage)
         with pytest.raises(StoreError, match="Another run is writing to"):
             encode(songs, copy)
     with pytest.raises(StoreError, match="Another run is writing to"):  # its worker lives on

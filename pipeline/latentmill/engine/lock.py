@@ -21,9 +21,9 @@ from pydantic import ValidationError
 
 from latentmill.engine.holder import Holder, RunProgress, this_process
 from latentmill.engine.lease import guarded, hold
-from latentmill.errors import StorageError, StoreError
+from latentmill.errors import StoreError
 from latentmill.storage import scratch
-from latentmill.storage.storage import Storage
+from latentmill.storage.storage import Storage, writing
 
 LOCK_PATH = ".lock"
 WAIT_SECONDS = 10.0
@@ -89,7 +89,7 @@ def only_run(storage: Storage) -> Iterator[Hold]:
         return
     path = Path(storage.full(LOCK_PATH))
     created = not path.parent.exists()
-    with contextlib.closing(_acquire(path, storage)) as file:
+    with _acquire(path, storage) as file:
         try:
             yield _Flock(storage, file)
         finally:
@@ -108,7 +108,7 @@ class Membership:
         storage: The store. It refuses writes after another run has taken over.
     """
 
-    def __init__(self, storage: Storage, owner: str | None) -> None:
+    def __init__(self, storage: Storage, owner: str | None = None) -> None:
         """Join the run that has the store. Raises StoreError if another run has it.
 
         `owner` is the id in the run's lease, or None if the store is locked by file.
@@ -117,7 +117,7 @@ class Membership:
         self._file: BinaryIO | None = None
         if storage.local:
             self._file = _open(Path(storage.full(LOCK_PATH)), storage)
-            if not _lock(self._file, fcntl.LOCK_SH):
+            if not scratch.lock(self._file, fcntl.LOCK_SH):
                 self._file.close()
                 raise StoreError(
                     f"Another run has started to write to {storage.root}: wait until it has ended."
@@ -128,18 +128,13 @@ class Membership:
             self._file.close()
 
 
-def join_run(storage: Storage, owner: str | None = None) -> Membership:
-    """Make a worker a member of the run that has the store; see `Membership`."""
-    return Membership(storage, owner)
-
-
 def _acquire(path: Path, storage: Storage) -> BinaryIO:
     """Take the lock exclusively, then make it shared, so that this run's workers can join."""
     end = time.monotonic() + WAIT_SECONDS
     while True:
         file = _open(path, storage)
         # The previous holder may have removed the file; a lock on a removed file has no effect.
-        if _lock(file, fcntl.LOCK_EX) and _is_at(file, path) and _lock(file, fcntl.LOCK_SH):
+        if scratch.lock(file) and _is_at(file, path) and scratch.lock(file, fcntl.LOCK_SH):
             return file
         file.close()
         if time.monotonic() > end:
@@ -148,13 +143,11 @@ def _acquire(path: Path, storage: Storage) -> BinaryIO:
 
 
 def _open(path: Path, storage: Storage) -> BinaryIO:
-    try:
+    with writing(f"{storage.root}/{LOCK_PATH}"):
         # NFS can only lock a file that is open for writing. Another run may remove the folder.
         flags = os.O_RDWR | os.O_CREAT
         descriptor = scratch.open_in_folder(path, lambda path: os.open(path, flags, 0o666))
         return os.fdopen(descriptor, "r+b", buffering=0)
-    except OSError as error:
-        raise StorageError(f"Cannot write {storage.root}/{LOCK_PATH}: {error.strerror}.") from error
 
 
 def read_lock(storage: Storage) -> Holder | None:
@@ -193,13 +186,3 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
-
-
-def _lock(file: BinaryIO, kind: int) -> bool:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a network file system without locks, where runs are not protected
-        return True
-    return True

@@ -24,7 +24,7 @@ from latentmill.encoding.encoder import UnitEncoder
 from latentmill.encoding.stored import parse_json
 from latentmill.encoding.timings import Meter
 from latentmill.encoding.unit_audio import EncodeSettings, ItemEvent, Loading, LocalAudio, UnitAudio
-from latentmill.engine.lock import join_run
+from latentmill.engine.lock import Membership
 from latentmill.engine.trial_load import HANG_SECONDS, TrialLoader
 from latentmill.engine.underway import Underway, UnitProgress
 from latentmill.errors import StoreError
@@ -108,7 +108,7 @@ class Worker:
         self._device = device
         self._stopped = stopped or threading.Event()
         self._open_audio_of = open_audio_of
-        self._hold = join_run(Storage(job.store), job.owner)
+        self._hold = Membership(Storage(job.store), job.owner)
         self._storage = self._hold.storage
         self._model: Autoencoder = load_model(job.model, device)
         if job.auto_batch and device != "cpu":

@@ -17,9 +17,15 @@ _ATTEMPTS = 1000  # a cause that lasts longer is not a race: e.g. a file has the
 @contextlib.contextmanager
 def temporary_file(folder: Path, name: str) -> Iterator[Path]:
     """Create an empty file, and its folder if needed; remove both at the end."""
-    temporary, lock = _new_file(folder, name)
+    # Not mkstemp: only its user could read the finished file.
+    temporary = folder / f"{uuid.uuid4().hex}.{name}"
+    while True:
+        file = open_in_folder(temporary, lambda path: path.open("xb"))
+        if lock(file) and temporary.exists():
+            break
+        file.close()  # `clear` removed it before it was locked
     try:
-        with lock:
+        with file:
             yield temporary
     finally:
         temporary.unlink(missing_ok=True)
@@ -34,7 +40,7 @@ def clear(folder: Path) -> None:
                 shutil.rmtree(left)
                 continue
             with left.open("rb") as file:
-                if _locked(file):
+                if lock(file):
                     left.unlink()
     _remove_if_empty(folder)
 
@@ -56,20 +62,10 @@ def open_in_folder(path: Path, open_file: Callable[[Path], _File]) -> _File:
                 raise
 
 
-def _new_file(folder: Path, name: str) -> tuple[Path, BinaryIO]:
-    # Not mkstemp: only its user could read the finished file.
-    temporary = folder / f"{uuid.uuid4().hex}.{name}"
-    while True:
-        file = open_in_folder(temporary, lambda path: path.open("xb"))
-        if _locked(file) and temporary.exists():
-            return temporary, file
-        file.close()  # `clear` removed it before it was locked
-
-
-def _locked(file: BinaryIO) -> bool:
+def lock(file: BinaryIO, kind: int = fcntl.LOCK_EX) -> bool:
     """Lock a file until it is closed; False if another process has locked it."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # a network file system without locks: assume that it is free
