@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
 from latentmill.audio import AudioStream, open_audio, prepare
 from latentmill.encoding.chunks import Chunk, Chunker, Chunking
@@ -24,6 +24,8 @@ from latentmill.sources.base import Item, Segment
 from latentmill.sources.filters import NO_FILTERS, Filters
 from latentmill.sources.metadata import read_metadata
 from latentmill.sources.reading import UnitReader
+
+T = TypeVar("T")
 
 QUEUE_CHUNKS = 16  # loaded chunks per item that wait for the model
 
@@ -222,28 +224,29 @@ class LocalAudio:
         try:
             self._read_timed(item, events)
         except Exception as error:  # noqa: BLE001  the thread that iterates raises it
-            self._put(events, error)
+            put(events, error, self._stop)
 
     def _read_timed(self, item: Item, events: queue.Queue[Event | Exception]) -> None:
         timer = ItemTimer()
         for event in self._loading.read(item, self._reader):
             timer.opened()
             start = time.perf_counter()
-            self._put(events, event)
+            put(events, event, self._stop)
             timer.waited(time.perf_counter() - start)
             if self._stop.is_set():
                 return
         self._meter.add("read_seconds", timer.read_seconds)
         self._meter.add("decode_seconds", timer.decode_seconds)
 
-    def _put(self, events: queue.Queue[Event | Exception], event: Event | Exception) -> None:
-        """Put an event into a bounded queue, unless `close` is called while it is full."""
-        while not self._stop.is_set():
-            try:
-                events.put(event, timeout=0.2)
-            except queue.Full:
-                continue
-            break
+
+def put(events: queue.Queue[T], event: T, stop: threading.Event) -> None:
+    """Put an event into a bounded queue, unless `stop` is set while it is full."""
+    while not stop.is_set():
+        try:
+            events.put(event, timeout=0.2)
+        except queue.Full:
+            continue
+        break
 
 
 class ItemTimer:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -29,7 +29,7 @@ from ray.exceptions import (
 
 from latentmill.encoding.chunks import Chunk
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import Event, Facts, ItemEvent, ItemTimer, Loading, Opened
+from latentmill.encoding.unit_audio import Event, Facts, ItemEvent, ItemTimer, Loading, Opened, put
 from latentmill.engine.dispatch import MAX_ATTEMPTS, MAX_NODE_LOSSES, Loss
 from latentmill.engine.loss import classify
 from latentmill.errors import LatentmillError
@@ -182,7 +182,7 @@ class RemoteAudio:
         except Exception as error:  # noqa: BLE001  the thread that iterates raises it
             cause = getattr(error, "cause", None)
             last = cause if isinstance(cause, LatentmillError) else error
-        self._put(last)
+        put(self._queue, last, self._stop)
 
     def _receive(self, part: _TaskItems) -> None:
         ready, _ = ray.wait([part.task], timeout=WAIT_SECONDS, fetch_local=False)
@@ -214,7 +214,8 @@ class RemoteAudio:
             self._delivered[index] += new
             if end:
                 self._finished.add(index)
-        self._put(Parcel(tuple(fresh), parcel.read_seconds, parcel.decode_seconds))
+        parcel = replace(parcel, events=tuple(fresh))
+        put(self._queue, parcel, self._stop)
 
     def _lost(self, part: _TaskItems, loss: Loss) -> None:
         """Load the unfinished items of a lost task again, in one task each."""
@@ -227,21 +228,13 @@ class RemoteAudio:
                 reason = f"loading it ends the process ({loss.reason.rstrip('.')})"
                 opened = [] if self._delivered[index] else [(index, Opened(0))]
                 outcome = Outcome(item.key, "failed", reason)
-                self._put(Parcel((*opened, (index, outcome))))
+                put(self._queue, Parcel((*opened, (index, outcome))), self._stop)
                 rest = []
         for one in self._pending:  # later tasks would keep cores that the new tasks need
             _cancel(one)
         self._pending.popleft()
         self._pending.extendleft(_TaskItems([numbered]) for numbered in reversed(rest))
         self._start()
-
-    def _put(self, parcel: Parcel | BaseException | None) -> None:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(parcel, timeout=0.2)
-            except queue.Full:
-                continue
-            break
 
 
 def _cancel(part: _TaskItems) -> None:
