@@ -152,7 +152,9 @@ def _not_writable(folder: Path) -> str | None:
 
 def _init(address: str | None, object_store_bytes: int) -> None:
     if address is not None:
-        _check_reachable(address)
+        host, _, port = address.rpartition(":")
+        if host and port.isdigit() and "://" not in address:  # Ray would retry for two minutes
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -164,13 +166,6 @@ def _init(address: str | None, object_store_bytes: int) -> None:
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
-
-
-def _check_reachable(address: str) -> None:
-    """Fail at once if nothing listens at HOST:PORT; Ray would retry for two minutes."""
-    host, _, port = address.rpartition(":")
-    if host and port.isdigit() and "://" not in address:
-        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
 
 @contextlib.contextmanager

@@ -70,14 +70,10 @@ def memory_used() -> float | None:
         shares.append(1 - free / total)
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         if limit != "max":
-            shares.append(_cgroup_bytes() / int(limit))
+            lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+            reclaimable = int(dict(line.split() for line in lines)["inactive_file"])
+            current = int(Path("/sys/fs/cgroup/memory.current").read_text())
+            shares.append((current - reclaimable) / int(limit))
     except (OSError, KeyError, ValueError):
         pass
     return max(shares, default=None)
-
-
-def _cgroup_bytes() -> int:
-    """Memory of a container, without the pages that the kernel can reclaim."""
-    statistics = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
-    inactive = next(int(s.split()[1]) for s in statistics if s.startswith("inactive_file "))
-    return int(Path("/sys/fs/cgroup/memory.current").read_text()) - inactive

@@ -95,9 +95,17 @@ class TrialLoader(Closeable):
 
         Ordinary failures are not reported here; the worker reports them.
         """
-        request = _TRIAL.dump_json(Trial(item, *self._settings))
-        answer = self._request(request)
-        if answer is None:  # the server was killed during the trial
+        if self._socket is None:
+            self._start()
+        assert self._socket is not None
+        # A timeout between two bytes: the server times the trial itself and sends keep-alives.
+        self._socket.settimeout(START_SECONDS + self._hang_seconds)
+        try:
+            self._socket.sendall(_TRIAL.dump_json(Trial(item, *self._settings)) + b"\n")
+            answer = _line(self._socket)
+        except OSError:
+            answer = b""
+        if not answer:  # the server was killed during the trial
             self.close()
             return TrialResult(signal=signal.SIGKILL).reason(self._hang_seconds)
         return _RESULT.validate_json(answer).reason(self._hang_seconds)
@@ -112,18 +120,6 @@ class TrialLoader(Closeable):
             self._server.kill()
             self._server.wait()
             self._server = None
-
-    def _request(self, request: bytes) -> bytes | None:
-        if self._socket is None:
-            self._start()
-        assert self._socket is not None
-        # A timeout between two bytes: the server times the trial itself and sends keep-alives.
-        self._socket.settimeout(START_SECONDS + self._hang_seconds)
-        try:
-            self._socket.sendall(request + b"\n")
-            return _line(self._socket) or None
-        except OSError:
-            return None
 
     def _start(self) -> None:
         self._socket, theirs = socket.socketpair()
