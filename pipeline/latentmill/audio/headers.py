@@ -7,18 +7,15 @@ and MP3 are not checked here: their headers count samples, so the loaded samples
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from latentmill.audio.lengths import audio_end
+from latentmill.audio.lengths import audio_end, chunks
 from latentmill.audio.media import MediaFile
-from latentmill.audio.mp4 import read_tables
+from latentmill.audio.mp4 import boxes, read_tables
 from latentmill.audio.ogg import find_truncation
 from latentmill.audio.sniff import Sniffed
 from latentmill.errors import ItemError
-
-_MAX_CHUNKS = 4096
-"""Limit that real files do not reach; a file of zeros has a chunk every eight bytes."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +29,6 @@ class Shortage:
 
     text: str
     num_samples: int | None = None
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    name: bytes
-    start: int
-    size: int
 
 
 def find_shortage(media: MediaFile, sniffed: Sniffed) -> Shortage | None:
@@ -75,18 +65,6 @@ def _beyond(
     return Shortage(f"{missing} bytes are missing at the end", num_samples)
 
 
-def _riff_chunks(media: MediaFile, order: str) -> Iterator[_Chunk]:
-    """Chunks of RIFF and of AIFF: name, 32-bit size, padded to an even length."""
-    at = 12
-    for _ in range(_MAX_CHUNKS):
-        head = media.read_at(at, 8)
-        if len(head) < 8:
-            return
-        size = struct.unpack(f"{order}I", head[4:])[0]
-        yield _Chunk(head[:4], at + 8, size)
-        at += 8 + size + (size & 1)
-
-
 def _is_streaming_size(size: int) -> bool:
     """Whether a size is one that FFmpeg, sox or arecord write to a stream that cannot rewind."""
     return size == 0 or size >= 0xFFFF_F000 or 0x7FFF_F000 <= size <= 0x8000_0000
@@ -95,7 +73,7 @@ def _is_streaming_size(size: int) -> bool:
 def _wav(media: MediaFile) -> Shortage | None:
     order = ">" if media.read_at(0, 4) == b"RIFX" else "<"
     frame_bytes, long_size = 0, None
-    for chunk in _riff_chunks(media, order):
+    for chunk in chunks(media, 12, f"{order}4sI", pad=2):
         if chunk.name == b"ds64":
             sizes = media.read_at(chunk.start, 16)
             long_size = struct.unpack("<Q", sizes[8:])[0] if len(sizes) == 16 else None
@@ -121,7 +99,7 @@ def _wav(media: MediaFile) -> Shortage | None:
 def mpeg_in_wav(media: MediaFile) -> tuple[int, int] | None:
     """Start and end of the MPEG audio in a WAV file; None if its audio is not MPEG."""
     mpeg = False
-    for chunk in _riff_chunks(media, "<"):
+    for chunk in chunks(media, 12, "<4sI", pad=2):
         if chunk.name == b"fmt ":
             mpeg = media.read_at(chunk.start, 2) in (b"\x50\0", b"\x55\0")
         elif chunk.name == b"data":
@@ -154,20 +132,15 @@ def find_w64_data(media: MediaFile) -> W64Data | None:
 
     None if there is no data chunk, or if its size is not known.
     """
-    at, frame_bytes = 40, 0
-    for _ in range(_MAX_CHUNKS):
-        head = media.read_at(at, 24)
-        if len(head) < 24:
-            break
-        size = struct.unpack("<Q", head[16:])[0]
-        if head[:4] == b"fmt ":
-            frame_bytes = _pcm_frame_bytes(media.read_at(at + 24, 26), "<")
-        elif head[:4] == b"data":
-            if size <= 24 or size >> 63:
+    frame_bytes = 0
+    for chunk in chunks(media, 40, "<4s12xQ", own=24, pad=8):
+        if chunk.name == b"fmt ":
+            frame_bytes = _pcm_frame_bytes(media.read_at(chunk.start, 26), "<")
+        elif chunk.name == b"data":
+            if not 0 < chunk.size < 1 << 63:
                 return None
-            samples = (size - 24) // frame_bytes if frame_bytes else None
-            return W64Data(at + 24, size - 24, samples)
-        at += max(size + 7 & ~7, 24)
+            samples = chunk.size // frame_bytes if frame_bytes else None
+            return W64Data(chunk.start, chunk.size, samples)
     return None
 
 
@@ -178,7 +151,7 @@ def _w64(media: MediaFile) -> Shortage | None:
 
 def _aiff(media: MediaFile) -> Shortage | None:
     samples = None
-    for chunk in _riff_chunks(media, ">"):
+    for chunk in chunks(media, 12, ">4sI", pad=2):
         if chunk.name == b"COMM":
             head = media.read_at(chunk.start, 6)
             samples = struct.unpack(">I", head[2:])[0] if len(head) == 6 else None
@@ -204,22 +177,17 @@ def _au(media: MediaFile) -> Shortage | None:
 
 
 def _caf(media: MediaFile) -> Shortage | None:
-    at, frame_bytes = 8, 0
-    for _ in range(_MAX_CHUNKS):
-        head = media.read_at(at, 12)
-        if len(head) < 12:
-            break
-        size = struct.unpack(">q", head[4:])[0]
-        if head[:4] == b"desc":
-            description = media.read_at(at + 12, 24)
+    frame_bytes = 0
+    for chunk in chunks(media, 8, ">4sq"):
+        if chunk.name == b"desc":
+            description = media.read_at(chunk.start, 24)
             if len(description) == 24 and description[20:] == b"\0\0\0\1":
                 frame_bytes = struct.unpack_from(">I", description, 16)[0]
-        elif head[:4] == b"data":
-            if size < 4:  # -1: up to the end of the file
+        elif chunk.name == b"data":
+            if chunk.size < 4:  # -1: up to the end of the file
                 return None
-            samples = (size - 4) // frame_bytes if frame_bytes else None
-            return _beyond(media, at + 12, size, samples)
-        at += 12 + max(size, 0)
+            samples = (chunk.size - 4) // frame_bytes if frame_bytes else None
+            return _beyond(media, chunk.start, chunk.size, samples)
     return None
 
 
@@ -229,21 +197,9 @@ def _mp4(media: MediaFile) -> Shortage | None:
     if tables is not None and (shortage := _beyond(media, 0, tables.end)):
         return shortage
     needed = (b"moov", b"moof") if tables is not None else (b"mdat", b"moov", b"moof")
-    at = 0
-    for _ in range(_MAX_CHUNKS):
-        head = media.read_at(at, 16)
-        if len(head) < 8:
-            break
-        size = struct.unpack(">I", head[:4])[0]
-        if size == 1 and len(head) == 16:
-            size = struct.unpack(">Q", head[8:])[0]
-        if size < 8:  # 0: up to the end of the file
-            break
-        if head[4:8] in needed:
-            shortage = _beyond(media, at, size)
-            if shortage:
-                return shortage
-        at += size
+    for name, at, _, end in boxes(media):
+        if name in needed and (shortage := _beyond(media, at, end - at)):
+            return shortage
     return None
 
 

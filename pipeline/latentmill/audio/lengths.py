@@ -7,11 +7,12 @@ decoder reports what is wrong with it.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from latentmill.audio.media import MediaFile
 
-_MAX_CHUNKS = 4096
+_MAX_CHUNKS = 4096  # real files have fewer; a file of zeros has a chunk every eight bytes
 _MAX_PACKETS = 1 << 17  # about two days of Musepack
 _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 _ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
@@ -29,43 +30,57 @@ def audio_end(media: MediaFile, name: str, offset: int) -> int | None:
         return None
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk, with the position and size of its content."""
+
+    name: bytes
+    start: int
+    size: int
+
+
+def chunks(
+    media: MediaFile, at: int, layout: str, *, own: int = 0, pad: int = 1
+) -> Iterator[Chunk]:
+    """Consecutive chunks from `at` on. `layout` is that of a header: name and size.
+
+    The size counts `own` bytes of the header. Contents are padded to a multiple of `pad` bytes.
+    """
+    header = struct.calcsize(layout)
+    for _ in range(_MAX_CHUNKS):
+        head = media.read_at(at, header)
+        if len(head) < header:
+            return
+        name, size = struct.unpack(layout, head)
+        size -= own
+        at += header
+        yield Chunk(name, at, size)
+        at += max(size + -size % pad, 0)
+
+
 def _dsf(media: MediaFile, at: int) -> int | None:
     """The chunks `DSD `, `fmt ` and `data`; sizes count their headers."""
-    for _ in range(3):
-        name, size = struct.unpack("<4sQ", media.read_at(at, 12))
-        if name == b"data":
-            return at + int(size)
-        at += size
-    return None
+    return _end_of(chunks(media, at, "<4sQ", own=12), b"data")
 
 
 def _dff(media: MediaFile, at: int) -> int | None:
     """DSDIFF: the chunk `DSD ` or `DST ` in `FRM8`, sizes of 8 bytes."""
-    return _chunk_end(media, at + 16, ">4sQ", (b"DSD ", b"DST "))
+    return _end_of(chunks(media, at + 16, ">4sQ", pad=2), b"DSD ", b"DST ")
 
 
 def _svx(media: MediaFile, at: int) -> int | None:
-    return _chunk_end(media, at + 12, ">4sI", (b"BODY",))
+    return _end_of(chunks(media, at + 12, ">4sI", pad=2), b"BODY")
 
 
-def _chunk_end(media: MediaFile, at: int, layout: str, names: tuple[bytes, ...]) -> int | None:
-    head = struct.calcsize(layout)
-    for _ in range(_MAX_CHUNKS):
-        name, size = struct.unpack(layout, media.read_at(at, head))
-        if name in names:
-            return at + head + int(size)
-        at += head + size + (size & 1)
-    return None
+def _end_of(found: Iterator[Chunk], *names: bytes) -> int | None:
+    return next((chunk.start + chunk.size for chunk in found if chunk.name in names), None)
 
 
 def _avi(media: MediaFile, at: int) -> int | None:
     """The list `movi` of the first RIFF chunk; its size is 0 if the writer could not rewind."""
-    at += 12
-    for _ in range(_MAX_CHUNKS):
-        name, size, kind = struct.unpack("<4sI4s", media.read_at(at, 12))
-        if name == b"LIST" and kind == b"movi":
-            return at + 8 + int(size) if 4 < size < 0xFFFF_F000 else None
-        at += 8 + size + (size & 1)
+    for chunk in chunks(media, at + 12, "<4sI", pad=2):
+        if chunk.name == b"LIST" and media.read_at(chunk.start, 4) == b"movi":
+            return chunk.start + chunk.size if 4 < chunk.size < 0xFFFF_F000 else None
     return None
 
 
@@ -152,13 +167,11 @@ def _real(media: MediaFile, at: int) -> int | None:
     None for files of older versions.
     """
     end = None
-    for _ in range(_MAX_CHUNKS):
-        name, size = struct.unpack(">4sI", media.read_at(at, 8).ljust(8, b"\0"))
-        if size < 10:
+    for chunk in chunks(media, at, ">4sI", own=8):
+        if chunk.size < 2:
             break
-        at += size
-        if name == b"DATA":
-            end = at - 10
+        if chunk.name == b"DATA":
+            end = chunk.start + chunk.size - 10
     return end
 
 

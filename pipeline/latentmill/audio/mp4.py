@@ -64,7 +64,7 @@ def read_tables(media: MediaFile) -> Tables | None:
     """The tables of the audio tracks; None if there are none or they are invalid."""
     tables = Tables()
     try:
-        for name, at, start, end in _boxes(media):
+        for name, at, start, end in boxes(media):
             if name == b"sidx":
                 tables.end = max(tables.end, end + _referenced(media.read_at(start, end - start)))
             if name not in (b"moov", b"moof") or end - start > _LARGEST:
@@ -79,7 +79,7 @@ def read_tables(media: MediaFile) -> Tables | None:
     return tables if tables.durations else None
 
 
-def _boxes(media: MediaFile) -> Iterator[tuple[bytes, int, int, int]]:
+def boxes(media: MediaFile) -> Iterator[tuple[bytes, int, int, int]]:
     """Boxes of the file: name, position, and start and end of their content."""
     at = 0
     for _ in range(_MAX_BOXES):
