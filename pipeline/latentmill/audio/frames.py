@@ -9,39 +9,21 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-# Bit rates in kbit/s of MPEG-1 layers I, II, III and MPEG-2/2.5 layers I, II/III (ISO 11172-3,
+import numpy as np
+
+# Bit rates in kbit/s of MPEG audio by version (MPEG-1, or 2 and 2.5) and layer (ISO 11172-3,
 # 13818-3); index 0 is "free", which no common encoder writes.
-RATES = {
-    (1, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
-    (1, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
-    (1, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
-    (2, 1): (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
-    (2, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
-    (2, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
-}
+_RATES = np.zeros((2, 4, 15), np.int64)
+_RATES[0, 1, 1:] = np.arange(32, 449, 32)
+_RATES[0, 2, 1:] = (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384)
+_RATES[0, 3, 1:] = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
+_RATES[1, 1, 1:] = (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256)
+_RATES[1, 2:, 1:] = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
+_HERTZ = np.array([[11025, 12000, 8000], [1, 1, 1], [22050, 24000, 16000], [44100, 48000, 32000]])
 
 # Bit rates of AC-3 (ATSC A/52, table 5.18).
-_AC3_RATES = (
-    32,
-    40,
-    48,
-    56,
-    64,
-    80,
-    96,
-    112,
-    128,
-    160,
-    192,
-    224,
-    256,
-    320,
-    384,
-    448,
-    512,
-    576,
-    640,
-)
+_AC3_RATES: tuple[int, ...] = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
+_AC3_RATES += (384, 448, 512, 576, 640)
 
 
 @dataclass(frozen=True)
@@ -102,18 +84,43 @@ def mpeg_frame(data: bytes, start: int) -> Frame | None:
         return (
             Frame("aac", start, length, (rate, head[3] >> 6)) if length > 7 and rate < 13 else None
         )
-    version, layer = {3: 1, 2: 2, 0: 3}.get(head[1] >> 3 & 3), 4 - (head[1] >> 1 & 3)
-    rate_index, hz_index = head[2] >> 4, head[2] >> 2 & 3
-    if version is None or layer == 4 or rate_index in (0, 15) or hz_index == 3:
-        return None
-    bit_rate = RATES[min(version, 2), layer][rate_index - 1] * 1000
-    hz = (44100, 48000, 32000)[hz_index] >> (version - 1)
-    padding = head[2] >> 1 & 1
-    if layer == 1:
-        length = (12 * bit_rate // hz + padding) * 4
-    else:
-        length = (72 if layer == 3 and version > 1 else 144) * bit_rate // hz + padding
-    return Frame("mp3", start, length, (version, layer, hz_index))
+    length, kind = mpeg_headers(head).get(0, (0, 0))
+    return Frame("mp3", start, length, (kind,)) if length else None
+
+
+def mpeg_headers(data: bytes) -> dict[int, tuple[int, int]]:
+    """Length and kind of a frame for each position that looks like a frame header.
+
+    The kind combines values that are equal in a stream (version, layer and sample rate), from 1 on.
+    """
+    octets = np.frombuffer(data, np.uint8)
+    if len(octets) < 4:
+        return {}
+    at = np.flatnonzero((octets[:-3] == 0xFF) & (octets[1:-2] >= 0xE0))
+    second, third = octets[at + 1].astype(np.int64), octets[at + 2].astype(np.int64)
+    version, layer = second >> 3 & 3, 4 - (second >> 1 & 3)
+    rate, hertz = third >> 4, third >> 2 & 3
+    valid = (version != 1) & (layer != 4) & (rate > 0) & (rate < 15) & (hertz != 3)
+    at, version, layer, rate, hertz = (x[valid] for x in (at, version, layer, rate, hertz))
+    padding = third[valid] >> 1 & 1
+    bits = 1000 * _RATES[(version != 3).astype(np.int64), layer, rate]
+    frequency = _HERTZ[version, hertz]
+    factor = np.where((layer == 3) & (version != 3), 72, 144)
+    length = np.where(
+        layer == 1, (12 * bits // frequency + padding) * 4, factor * bits // frequency + padding
+    )
+    kind = version << 4 | layer << 2 | hertz
+    return dict(zip(at.tolist(), zip(length.tolist(), kind.tolist(), strict=True), strict=True))
+
+
+def id3_size(head: bytes) -> int:
+    """Bytes of the ID3v2 tag that begins with `head` (ID3v2.4, section 3.1); 0 if there is none."""
+    if not head.startswith(b"ID3") or len(head) < 10:
+        return 0
+    size = 0
+    for byte in head[6:10]:
+        size = size << 7 | byte & 0x7F
+    return 10 + size + (10 if head[5] & 0x10 else 0)
 
 
 def side_info_size(head: bytes) -> int:

@@ -10,9 +10,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from latentmill.audio.frames import RATES, side_info_size, xing_header
+from latentmill.audio.frames import id3_size, mpeg_headers, side_info_size, xing_header
 from latentmill.audio.media import MediaFile, media_from_bytes
 
 _WINDOW = 1 << 20
@@ -96,7 +94,7 @@ def _vbri_header(data: bytes) -> tuple[int, int] | None:
 class _Walk:
     def __init__(self, media: MediaFile, at: int, stop: int) -> None:
         self._media, self._at, self._stop = media, at, stop
-        self._base, self._heads = at, _headers(media.read_at(at, _WINDOW))
+        self._base, self._heads = at, mpeg_headers(media.read_at(at, _WINDOW))
 
     def run(self) -> Frames | None:
         begin, first = self._at, self._resync()
@@ -131,14 +129,14 @@ class _Walk:
         """Length and kind of the frame at `at`; zeros if there is none."""
         if at < self._base or at + 4 > self._base + _WINDOW:
             self._base = at
-            self._heads = _headers(self._media.read_at(at, _WINDOW))
+            self._heads = mpeg_headers(self._media.read_at(at, _WINDOW))
         return self._heads.get(at - self._base, (0, 0))
 
     def _resync(self, kind: int | None = None) -> int | None:
         """The position of the next frame that is followed by another one."""
         base = self._at
         while base + 4 <= self._stop:
-            for at in _headers(self._media.read_at(base, _WINDOW)):
+            for at in mpeg_headers(self._media.read_at(base, _WINDOW)):
                 place = base + at
                 if place + 4 > self._stop:
                     break
@@ -159,11 +157,8 @@ def tag_size(media: MediaFile, at: int) -> int:
     head = media.read_at(at, 32)
     if head.startswith(b"TAG"):
         return 128
-    if head.startswith(b"ID3") and len(head) >= 10:
-        size = 0
-        for byte in head[6:10]:
-            size = size << 7 | byte & 0x7F
-        return 10 + size + (10 if head[5] & 0x10 else 0)
+    if size := id3_size(head):
+        return size
     if head.startswith(b"APETAGEX") and len(head) == 32:
         return int.from_bytes(head[12:16], "little") + (32 if head[23] & 0x20 else 0)
     if head.startswith(b"LYRICSBEGIN"):
@@ -171,38 +166,6 @@ def tag_size(media: MediaFile, at: int) -> int:
         ends = [text.find(mark) for mark in (b"LYRICS200", b"LYRICSEND")]
         return max((end + 9 for end in ends if end > 0), default=0)
     return 0
-
-
-# Bit rates in kbit/s by version (MPEG-1, or 2 and 2.5) and layer; index 0 is "free".
-_RATES = np.zeros((2, 4, 16), np.int64)
-for (_version, _layer), _rates in RATES.items():
-    _RATES[_version - 1, _layer, 1:15] = _rates
-_HERTZ = np.array([[11025, 12000, 8000], [1, 1, 1], [22050, 24000, 16000], [44100, 48000, 32000]])
-
-
-def _headers(data: bytes) -> dict[int, tuple[int, int]]:
-    """Length and kind of a frame for each position that looks like a frame header.
-
-    The kind combines values that are equal in a stream (version, layer and sample rate), from 1 on.
-    """
-    octets = np.frombuffer(data, np.uint8)
-    if len(octets) < 4:
-        return {}
-    at = np.flatnonzero((octets[:-3] == 0xFF) & (octets[1:-2] >= 0xE0))
-    second, third = octets[at + 1].astype(np.int64), octets[at + 2].astype(np.int64)
-    version, layer = second >> 3 & 3, 4 - (second >> 1 & 3)
-    rate, hertz = third >> 4, third >> 2 & 3
-    valid = (version != 1) & (layer != 4) & (rate > 0) & (rate < 15) & (hertz != 3)
-    at, version, layer, rate, hertz = (x[valid] for x in (at, version, layer, rate, hertz))
-    padding = third[valid] >> 1 & 1
-    bits = 1000 * _RATES[(version != 3).astype(np.int64), layer, rate]
-    frequency = _HERTZ[version, hertz]
-    factor = np.where((layer == 3) & (version != 3), 72, 144)
-    length = np.where(
-        layer == 1, (12 * bits // frequency + padding) * 4, factor * bits // frequency + padding
-    )
-    kind = version << 4 | layer << 2 | hertz
-    return dict(zip(at.tolist(), zip(length.tolist(), kind.tolist(), strict=True), strict=True))
 
 
 def _samples(kind: int) -> int:
@@ -243,7 +206,7 @@ def repair(media: MediaFile, frames: Frames, *, bare: bool = False) -> MediaFile
 def _silent_header(head: bytes) -> tuple[bytes, int]:
     """The header without a checksum, and the length of its frame."""
     head = bytes((head[0], head[1] | 1, *head[2:4]))
-    return head, _headers(head + b"\0")[0][0]
+    return head, mpeg_headers(head + b"\0")[0][0]
 
 
 def _without_lost_bits(media: MediaFile, at: int, end: int) -> Iterator[bytes]:
@@ -251,7 +214,7 @@ def _without_lost_bits(media: MediaFile, at: int, end: int) -> Iterator[bytes]:
     there = 0
     while at < end:
         data = media.read_at(at, _LONGEST)
-        length, kind = _headers(data[:5]).get(0, (0, 0))
+        length, kind = mpeg_headers(data[:5]).get(0, (0, 0))
         if not length or kind >> 2 & 3 != 3:
             return
         new, side = kind >> 4 != 3, side_info_size(data)

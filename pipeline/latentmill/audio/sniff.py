@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from latentmill.audio.formats import by_magic, not_audio
-from latentmill.audio.frames import first_ac3, first_mpeg, is_transport_stream, xing_header
+from latentmill.audio.frames import (
+    first_ac3,
+    first_mpeg,
+    id3_size,
+    is_transport_stream,
+    xing_header,
+)
 from latentmill.audio.media import MediaFile
 from latentmill.errors import ItemError
 
@@ -99,15 +105,11 @@ def _flac_samples(head: bytes) -> int:
 
 
 def _skip_id3(media: MediaFile) -> int:
-    """Bytes of the ID3v2 tags at the start (ID3v2.4, section 3.1)."""
+    """Bytes of the ID3v2 tags at the start."""
     offset = 0
     for _ in range(_MAX_TAGS):
-        header = media.read_at(offset, 10)
-        if header[:3] != b"ID3" or len(header) < 10:
+        size = id3_size(media.read_at(offset, 10))
+        if not size:
             break
-        size = 0
-        for byte in header[6:]:
-            size = size << 7 | byte & 0x7F
-        footer = 10 if header[5] & 0x10 else 0
-        offset += 10 + size + footer
+        offset += size
     return offset
