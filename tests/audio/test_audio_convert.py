@@ -32,7 +32,7 @@ class Pieces:
 
 def convert(signal: np.ndarray, in_rate: int, out_rate: int, channels: int, sizes: list[int]):
     decoder = Pieces(signal, in_rate, sizes)
-    stream = AudioStream(decoder, decoder.info)
+    stream = AudioStream(decoder)
     waveform = prepare(stream, sample_rate=out_rate, channels=channels)
     blocks = list(waveform.blocks())
     assert all(b.dtype == np.float32 and b.flags.c_contiguous for b in blocks)

@@ -74,11 +74,7 @@ def open_audio(
         decoder.close()
         raise
     return AudioStream(
-        decoder,
-        decoder.info,
-        repaired=repaired,
-        allow_truncated=allow_truncated,
-        time_limit=time_limit,
+        decoder, repaired=repaired, allow_truncated=allow_truncated, time_limit=time_limit
     )
 
 

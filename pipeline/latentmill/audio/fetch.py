@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
@@ -51,17 +50,32 @@ def fetch(url: str, size: int | None = None) -> IO[bytes]:
     a whole, and ConfigError if the package for this kind of URL is not installed.
     """
     try:
-        with _fetch_errors(url):
-            if is_web(url):
-                return retrying(lambda: _stream(url))
-            if size is not None:
-                with contextlib.suppress(_OtherSizeError):  # it has changed: look up its size
-                    return _by_ranges(url, size)
-            return _by_ranges(url, None)
+        if is_web(url):
+            return retrying(lambda: _stream(url))
+        if size is not None:
+            with contextlib.suppress(_OtherSizeError):  # it has changed: look up its size
+                return _by_ranges(url, size)
+        return _by_ranges(url, None)
     except _OtherSizeError as error:
         raise ItemError(str(error)) from error
     except ImportError as error:
         raise ConfigError(f"{redact(url)}: {why_not_opened(url, error)}.") from error
+    except storage_errors(ValueError) as error:  # clients are imported by their first call
+        raise ItemError(_why_not_fetched(url, error)) from error
+
+
+def _why_not_fetched(url: str, error: Exception) -> str:
+    """Describe an error of a storage client without URLs and secrets."""
+    status = status_of(error)
+    if isinstance(error, FileNotFoundError) and not is_transient(error):
+        return "there is no such file"
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return "no permission to read the file"
+    reason = cause_of(error)
+    known = (url, url.partition("://")[2])
+    if any(part and part in reason for part in known) or "://" in reason:
+        reason = f"HTTP status {status}" if status else type(error).__name__
+    return f"the file cannot be fetched: {reason}"
 
 
 def _by_ranges(url: str, size: int | None) -> IO[bytes]:
@@ -166,21 +180,3 @@ def _write_at(descriptor: int, data: bytes, start: int) -> None:
     while view:
         written = os.pwrite(descriptor, view, start)
         view, start = view[written:], start + written
-
-
-@contextlib.contextmanager
-def _fetch_errors(url: str) -> Iterator[None]:
-    """Convert errors of storage clients to an ItemError without URLs and secrets."""
-    try:
-        yield
-    except storage_errors(ValueError) as error:  # clients are imported by their first call
-        status = status_of(error)
-        if isinstance(error, FileNotFoundError) and not is_transient(error):
-            raise ItemError("there is no such file") from error
-        if isinstance(error, PermissionError) or status in (401, 403):
-            raise ItemError("no permission to read the file") from error
-        reason = cause_of(error)
-        known = (url, url.partition("://")[2])
-        if any(part and part in reason for part in known) or "://" in reason:
-            reason = f"HTTP status {status}" if status else type(error).__name__
-        raise ItemError(f"the file cannot be fetched: {reason}") from error

@@ -18,6 +18,7 @@ import xxhash
 from latentmill.audio.fetch import fetch, memory_file
 from latentmill.errors import ItemError
 from latentmill.storage.closeable import Closeable
+from latentmill.storage.remote import cause_of
 
 _PIECE = 1 << 20
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*(://|::)")
@@ -52,7 +53,7 @@ class MediaFile(Closeable):
         try:  # a damaged header may give any size, and pread allocates it
             return os.pread(self.fileno(), min(size, self.size - offset), offset)
         except OSError as error:
-            raise ItemError(f"the file cannot be read: {_reason(error)}") from error
+            raise ItemError(f"the file cannot be read: {cause_of(error)}") from error
 
     @cached_property
     def content_hash(self) -> str:
@@ -121,9 +122,4 @@ def _open_local(path: Path) -> MediaFile:
     except PermissionError as error:
         raise ItemError("no permission to read the file") from error
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise ItemError(f"the file cannot be opened: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return " ".join(text.split()) or type(error).__name__
+        raise ItemError(f"the file cannot be opened: {cause_of(error)}") from error

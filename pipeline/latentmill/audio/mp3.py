@@ -69,11 +69,8 @@ def read_frames(media: MediaFile, offset: int, end: int | None = None) -> Frames
     """Read the frames after `offset`; None if there are none."""
     stop = media.size if end is None else min(end, media.size)
     frames = _Walk(media, offset, stop).run()
-    return frames and _with_promise(media, frames)
-
-
-def _with_promise(media: MediaFile, frames: Frames) -> Frames:
-    """Read the Xing, Info or VBRI header in the first frame."""
+    if frames is None:
+        return None
     data = media.read_at(frames.first, 64)
     promise = _vbri_header(data) or xing_header(data, 0)
     if promise is None:

@@ -52,7 +52,9 @@ def sniff(media: MediaFile) -> Sniffed:
     if head.startswith(b"OggS"):
         return Sniffed(_ogg_codec(head), offset)
     if head.startswith(b"fLaC"):
-        return Sniffed("flac", offset, has_length=_flac_samples(head) > 0)
+        # STREAMINFO is the first metadata block (RFC 9639, section 8.2).
+        samples = int.from_bytes(head[21:26], "big") & 0xF_FFFF_FFFF
+        return Sniffed("flac", offset, has_length=samples > 0)
     if other := not_audio(head):
         raise ItemError(f"not a known audio format: it is {other}")
     if is_transport_stream(head):
@@ -97,11 +99,6 @@ def _ogg_codec(head: bytes) -> str:
         if payload.startswith(magic):
             return f"ogg-{codec}"
     return "ogg"
-
-
-def _flac_samples(head: bytes) -> int:
-    """Total samples by STREAMINFO, the first metadata block (RFC 9639, section 8.2)."""
-    return int.from_bytes(head[21:26].rjust(5, b"\0"), "big") & 0xF_FFFF_FFFF
 
 
 def _skip_id3(media: MediaFile) -> int:

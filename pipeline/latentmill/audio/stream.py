@@ -102,13 +102,12 @@ class AudioStream(Closeable):
     def __init__(
         self,
         decoder: Decoder,
-        info: AudioInfo,
         *,
         repaired: MediaFile | None = None,
         allow_truncated: bool = False,
         time_limit: float | None = None,
     ) -> None:
-        self.info = info
+        self.info = decoder.info
         self._time_limit = time_limit
         self._decoder, self._repaired = decoder, repaired
         self._allow_truncated = allow_truncated

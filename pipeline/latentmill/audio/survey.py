@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from latentmill.audio import flac, mp3, vorbis
@@ -47,29 +46,23 @@ def survey(media: MediaFile, sniffed: Sniffed) -> Survey:
     if sniffed.format not in ("mp3", "flac", "wav") and not sniffed.format.startswith("ogg"):
         return NOTHING
     stat = os.fstat(media.fileno())
-    identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, sniffed)
-    return _cached(_File(identity, lambda: _survey(media, sniffed)))
+    return _survey(
+        _File((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns), sniffed, media)
+    )
 
 
+@dataclass(frozen=True)
 class _File:
-    """Cache key: hashes and compares a file's identity, and surveys the file."""
+    """Cache key: files are equal if their identities and formats are."""
 
-    def __init__(self, identity: tuple[object, ...], look: Callable[[], Survey]) -> None:
-        self.identity, self.look = identity, look
-
-    def __hash__(self) -> int:
-        return hash(self.identity)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _File) and self.identity == other.identity
+    identity: tuple[int, ...]
+    sniffed: Sniffed
+    media: MediaFile = field(compare=False)
 
 
 @lru_cache(maxsize=64)
-def _cached(file: _File) -> Survey:
-    return file.look()
-
-
-def _survey(media: MediaFile, sniffed: Sniffed) -> Survey:
+def _survey(file: _File) -> Survey:
+    media, sniffed = file.media, file.sniffed
     if sniffed.format == "mp3":
         return _mp3(media, sniffed.offset)
     if sniffed.format == "wav":
