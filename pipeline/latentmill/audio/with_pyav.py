@@ -27,9 +27,6 @@ _LIMITS = {"protocol_whitelist": "fd", "codec_whitelist": ",".join(sorted(DECODE
 _PACKED = 1 << 16
 """Samples per channel of a block."""
 
-_COUNTED = ("mp4", "ogg-opus")
-"""Formats with a minimum number of samples, which shows faults that FFmpeg does not report."""
-
 _EXACT = ("flac", "wavpack")
 """Formats whose header has the exact number of samples."""
 

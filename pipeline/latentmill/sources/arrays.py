@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from latentmill.errors import ItemError, SourceError
 from latentmill.record import FloatArray
-from latentmill.sources.columns import is_audio, is_binary
+from latentmill.sources.columns import is_audio, is_binary, struct_fields
 
 LISTS = ("audio", "waveform", "samples")
 """Names of list columns that are used as audio by default."""
@@ -86,10 +86,11 @@ def audio_column(schema: pa.Schema, name: str, uri: str) -> AudioColumn:
         raise SourceError(
             f"{uri}: column {name} contains no audio bytes or samples: choose another column."
         )
-    if not _is_sample(_number(samples)):
+    number = _number(samples)
+    if not (pa.types.is_floating(number) or number in (pa.int16(), pa.int32())):
         raise SourceError(
-            f"{uri}: column {name} holds lists of {_number(samples)}, which are not samples: cast "
-            "them to floats or to integers of 16 or 32 bits."
+            f"{uri}: column {name} holds lists of {number}, which are not samples: cast them to "
+            "floats or to integers of 16 or 32 bits."
         )
     if is_array(kind):
         return AudioColumn(name, "struct")
@@ -104,15 +105,15 @@ def audio_column(schema: pa.Schema, name: str, uri: str) -> AudioColumn:
 
 def is_array(kind: pa.DataType) -> bool:
     """Whether a column is a struct of `array` and `sampling_rate`."""
-    if not pa.types.is_struct(kind):
-        return False
-    names = {kind.field(index).name for index in range(kind.num_fields)}
-    return {"array", "sampling_rate"} <= names and _is_list(kind.field("array").type)
+    fields = struct_fields(kind)
+    return "sampling_rate" in fields and "array" in fields and _is_list(fields["array"])
 
 
 def is_samples(field: pa.Field) -> bool:
     """Whether a column is a list of numbers whose name is in `LISTS`."""
-    return field.name.lower() in LISTS and _is_list(field.type) and _is_number(_number(field.type))
+    number = _number(field.type)
+    numeric = pa.types.is_floating(number) or pa.types.is_integer(number)
+    return bool(field.name.lower() in LISTS and _is_list(field.type) and numeric)
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -125,14 +126,6 @@ def _number(kind: pa.DataType) -> pa.DataType:
     while _is_list(kind):
         kind = kind.value_type
     return kind
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
-
-
-def _is_sample(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_floating(kind) or pa.types.is_int16(kind) or pa.types.is_int32(kind))
 
 
 def _matrix(values: pa.Array) -> FloatArray:

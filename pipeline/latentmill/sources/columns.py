@@ -117,10 +117,15 @@ def is_binary(kind: pa.DataType) -> bool:
 
 def is_audio(kind: pa.DataType) -> bool:
     """Whether a column is a Hugging Face `Audio` column: a struct of bytes and path."""
-    if not pa.types.is_struct(kind):
-        return False
-    fields = {kind.field(index).name: kind.field(index).type for index in range(kind.num_fields)}
+    fields = struct_fields(kind)
     return "bytes" in fields and is_binary(fields["bytes"])
+
+
+def struct_fields(kind: pa.DataType) -> dict[str, pa.DataType]:
+    """Names and types of the fields of a struct; empty for other types."""
+    if not pa.types.is_struct(kind):
+        return {}
+    return {kind.field(index).name: kind.field(index).type for index in range(kind.num_fields)}
 
 
 def plain_columns(schema: pa.Schema) -> list[str]:
@@ -130,8 +135,8 @@ def plain_columns(schema: pa.Schema) -> list[str]:
 
 def _plain(name: str, kind: pa.DataType) -> list[str]:
     if pa.types.is_struct(kind):
-        fields = [kind.field(index) for index in range(kind.num_fields)]
-        return [part for field in fields for part in _plain(f"{name}.{field.name}", field.type)]
+        fields = struct_fields(kind)
+        return [part for field in fields for part in _plain(f"{name}.{field}", fields[field])]
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return [name] if _plain(name, kind.value_type) == [name] else []
     return [] if is_binary(kind) else [name]

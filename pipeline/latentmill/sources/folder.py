@@ -13,12 +13,7 @@ from latentmill.errors import SourceError
 from latentmill.sources.base import Item
 from latentmill.sources.files import Place
 from latentmill.sources.listing import Entries, folders
-from latentmill.sources.names import (
-    APPLE_DOUBLE,
-    dotted,
-    is_apple_double,
-    without_extensions,
-)
+from latentmill.sources.names import APPLE_DOUBLE, dotted, is_apple_double, without_extensions
 from latentmill.storage.remote import is_web
 
 SIDECARS = (".json", ".txt")
@@ -92,15 +87,12 @@ class FolderSource:
                 self.ignored.update(posixpath.splitext(path)[1].lower() for path in orphans)
         names = without_extensions(audio)  # before filtering, so that filters do not change keys
         for path in audio:
-            if self._included(path):
+            name = self._relative(path)
+            included = self._include is None or self._include.fullmatch(name)
+            if included and not (self._exclude and self._exclude.fullmatch(name)):
                 yield self._item(path, names[path], files, sidecars)
             else:
                 self.ignored["excluded"] += 1
-
-    def _included(self, path: str) -> bool:
-        name = self._relative(path)
-        included = self._include is None or self._include.fullmatch(name)
-        return bool(included) and not (self._exclude and self._exclude.fullmatch(name))
 
     def _check_names(self, files: Collection[str]) -> None:
         for path in files:
@@ -116,11 +108,7 @@ class FolderSource:
         return path.removeprefix(self._place.path.rstrip("/") + "/")
 
     def _item(
-        self,
-        path: str,
-        name: str,
-        files: Entries,
-        sidecars: Mapping[str, Sequence[str]],
+        self, path: str, name: str, files: Entries, sidecars: Mapping[str, Sequence[str]]
     ) -> Item:
         stem = posixpath.splitext(path)[0]
         beside = [*sidecars.get(stem, []), *sidecars.get(path, [])]

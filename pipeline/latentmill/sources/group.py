@@ -61,17 +61,13 @@ def check_rule(rule: str) -> re.Pattern[str] | list[str]:
 
     Raises ConfigError if it is neither.
     """
-    if not rule.startswith(METADATA):
-        return _compiled(rule)
-    fields = [field.strip() for field in rule.removeprefix(METADATA).split(",")]
-    if not all(fields) or len(fields) > 2:
-        raise ConfigError(
-            f"invalid --group-by {rule!r}: give one or two fields, such as metadata:song,stem."
-        )
-    return fields
-
-
-def _compiled(rule: str) -> re.Pattern[str]:
+    if rule.startswith(METADATA):
+        fields = [field.strip() for field in rule.removeprefix(METADATA).split(",")]
+        if not all(fields) or len(fields) > 2:
+            raise ConfigError(
+                f"invalid --group-by {rule!r}: give one or two fields, such as metadata:song,stem."
+            )
+        return fields
     try:
         pattern = re.compile(rule)
     except re.error as error:

@@ -45,12 +45,6 @@ def open_source(given: SourceSettings) -> Source:
     effect on this type of source.
     """
     kind = given.source_type or source_type(given.source)
-    _refuse_unused(given, kind)
-    source = SOURCES[kind](given)
-    return source if given.group_by is None else GroupedSource(source, given.group_by)
-
-
-def _refuse_unused(given: SourceSettings, kind: SourceType) -> None:
     for name, field in SourceSettings.model_fields.items():
         types = Setting.of(field).sources
         if types and kind not in types and getattr(given, name) not in (field.default, ""):
@@ -58,6 +52,8 @@ def _refuse_unused(given: SourceSettings, kind: SourceType) -> None:
                 f"{option(name)} has no effect on a source of type {kind}, only on "
                 f"{' and '.join(types)}: remove it, or set --source-type."
             )
+    source = SOURCES[kind](given)
+    return source if given.group_by is None else GroupedSource(source, given.group_by)
 
 
 def source_type(uri: str) -> SourceType:

@@ -63,7 +63,11 @@ class UnitReader(Closeable):
         if isinstance(item.place, ByteRange):
             return _open_range(item.uri, item.place)
         if isinstance(item.place, TableCell):
-            return media_from_bytes(self._cell(item.uri, item.place))
+            try:
+                data = self._cells.read(item.uri, item.place)
+            except (*storage_errors(), pa.ArrowException) as error:
+                raise ItemError(f"the table cannot be read: {cause_of(error)}") from error
+            return media_from_bytes(data)
         if item.segment is not None and is_remote(item.uri):
             media = self._shared(item)
         else:
@@ -100,12 +104,6 @@ class UnitReader(Closeable):
         with self._lock:
             while self._recordings:
                 self._recordings.popitem()[1].close()
-
-    def _cell(self, uri: str, cell: TableCell) -> bytes:
-        try:
-            return self._cells.read(uri, cell)
-        except (*storage_errors(), pa.ArrowException) as error:
-            raise ItemError(f"the table cannot be read: {cause_of(error)}") from error
 
     def _shared(self, item: Item) -> MediaFile:
         """A remote recording, fetched once for consecutive segments."""
