@@ -10,7 +10,7 @@ can be written, the run ends.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -51,11 +51,7 @@ class Dispatch:
         self._in_flight = in_flight
         self._open = {unit.number for unit in order}
         self._unwritten: set[int] = set()  # since the last commit
-        self._losses: dict[LossKind, Counter[int]] = {
-            "worker": Counter(),
-            "node": Counter(),
-            "storage": Counter(),
-        }
+        self._losses: dict[LossKind, Counter[int]] = defaultdict(Counter)  # by unit number
         self._draining: set[Hashable] = set()  # slots that get no more units before a suspect
         self.failed: dict[str, Loss] = {}  # by unit name, the last loss
 

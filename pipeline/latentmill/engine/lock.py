@@ -15,12 +15,12 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, TypeAlias
 
 from pydantic import ValidationError
 
 from latentmill.engine.holder import Holder, RunProgress, this_process
-from latentmill.engine.lease import guarded, hold
+from latentmill.engine.lease import Lease, guarded, hold
 from latentmill.errors import StoreError
 from latentmill.storage import scratch
 from latentmill.storage.storage import Storage, writing
@@ -30,30 +30,13 @@ WAIT_SECONDS = 10.0
 POLL_SECONDS = 0.05
 
 
-class Hold(Protocol):
-    """A run's exclusive access to a store."""
+class FileLock:
+    """A file lock, which the kernel releases when the process ends.
 
-    @property
-    def owner(self) -> str | None:
-        """Id in the run's lease, by which workers recognise it; None without a lease."""
-        ...
-
-    @property
-    def storage(self) -> Storage:
-        """The store. It refuses writes after another run has taken over."""
-        ...
-
-    def publish(self, progress: RunProgress) -> None:
-        """Publish the progress for other processes, which read it with `running.py`."""
-        ...
-
-    def check(self) -> None:
-        """Raise StoreError if another run has taken over; cheap enough for every loop iteration."""
-        ...
-
-
-class _Flock:
-    """A file lock, which the kernel releases when the process ends."""
+    Attributes:
+        owner: Always None; the id of a run's lease for stores in buckets.
+        storage: The store.
+    """
 
     owner = None
 
@@ -67,6 +50,7 @@ class _Flock:
         """Do nothing: another process cannot take this lock."""
 
     def publish(self, progress: RunProgress) -> None:
+        """Publish the progress for other processes, which read it with `running.py`."""
         self._holder = self._holder.model_copy(update={"progress": progress})
         self._write()
 
@@ -74,6 +58,9 @@ class _Flock:
         """Replace the first line in one call. Readers ignore the rest of a longer old line."""
         with contextlib.suppress(OSError):  # only `status` reads it
             os.pwrite(self._file.fileno(), self._holder.model_dump_json().encode() + b"\n", 0)
+
+
+Hold: TypeAlias = FileLock | Lease  # a run's exclusive access to a store
 
 
 @contextlib.contextmanager
@@ -91,7 +78,7 @@ def only_run(storage: Storage) -> Iterator[Hold]:
     created = not path.parent.exists()
     with _acquire(path, storage) as file:
         try:
-            yield _Flock(storage, file)
+            yield FileLock(storage, file)
         finally:
             with contextlib.suppress(OSError):  # a full disk is reported where the run writes
                 file.truncate(0)
