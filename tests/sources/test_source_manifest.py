@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import posixpath
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -56,6 +57,35 @@ def test_where_paths_lead_and_what_they_are_called(tmp_path: Path) -> None:
     found = list(source.items())
     assert [item.uri for item in found] == [uri for uri, _ in rows.values()]
     assert [item.key for item in found] == [key for _, key in rows.values()]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.flac",
+        "a.b/c",
+        "a.b/c.wav",
+        ".hidden",
+        "d/.hidden",
+        "d/..x.flac",
+        "d/...flac",
+        "a.",
+        "d/.a.b",
+        "a.longext",
+        "a.flacs",
+        "Übung.mp3",
+        "/abs/a.b.wav",
+        "s3://bucket/d.e/f",
+        "s3://bucket/x.opus",
+    ],
+)
+def test_a_key_is_the_path_without_a_short_extension(name: str, tmp_path: Path) -> None:
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text(json.dumps({"path": name}) + "\n")
+    (item,) = ManifestSource(str(manifest)).items()
+    path = name.partition("://")[2] or name.lstrip("/")
+    stem, extension = posixpath.splitext(path)
+    assert item.key == (stem if len(extension) <= 6 else path)
 
 
 def test_every_other_column_is_metadata(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from latentmill.config import load_config
 from latentmill.errors import ConfigError, ItemError, LatentmillError, SourceError, StoreError
@@ -15,7 +17,14 @@ from latentmill.sources.manifest import ManifestSource
 from latentmill.sources.metadata import parse_sidecar
 from latentmill.storage.remote import refuse_secrets
 from latentmill.storage.storage import Storage
-from latentmill.text.redact import redact, redact_metadata, redact_text, redact_value
+from latentmill.text import redact as redact_module
+from latentmill.text.redact import (
+    may_hold_secrets,
+    redact,
+    redact_metadata,
+    redact_text,
+    redact_value,
+)
 
 LONG = "q" * 40
 S = "hunter2"  # the secret in every form
@@ -253,6 +262,15 @@ def test_errors_name_files_as_they_are(text: str) -> None:
 def test_secret_fields_of_metadata_are_not_stored(name: str) -> None:
     assert json.loads(as_json({"a": {"b": [{name: S}]}})) == {"a": {"b": [{name: "***"}]}}
     assert parse_sidecar("a.json", json.dumps({name: S}).encode()) == {name: "***"}
+
+
+@given(st.lists(st.sampled_from([*redact_module._MARKS, *"=/_-9zjxwk", "a", "é "])).map("".join))
+@example("Bearer")
+@example("TO\u212aEN")  # a Kelvin sign, whose lower case is k
+def test_the_quick_check_finds_every_mark(text: str) -> None:
+    for version in (text, text.upper(), text[1:]):
+        expected = any(mark in version.lower() for mark in redact_module._MARKS)
+        assert may_hold_secrets(version) == expected
 
 
 LARGE = {

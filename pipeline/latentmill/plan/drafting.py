@@ -8,13 +8,12 @@ does not grow with their number.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -60,8 +59,7 @@ class UnitLimits:
         return limit
 
 
-@dataclass(frozen=True)
-class UnitSize:
+class UnitSize(NamedTuple):  # faster to create than a dataclass
     """Size of a unit or block: its number of items, microseconds of audio and encoded bytes."""
 
     items: int
@@ -190,20 +188,23 @@ def _written(tables: Iterable[pa.Table], file: TableFile) -> Iterator[pa.Table]:
 
 def _blocks(tables: Iterable[pa.Table]) -> Iterator[UnitSize]:
     """Sizes of the blocks: items of one group, or a single item. Refuses equal keys."""
-    for _, rows in itertools.groupby(_rows(tables), key=itemgetter(0)):
-        items, micros, size, before = 0, 0, 0, None
-        for _, key, uri, row_micros, row_size in rows:
-            if before is not None and before[0] == key:
-                raise _duplicate_key(key, before[1], uri)
-            before = (key, uri)
-            items, micros, size = items + 1, micros + row_micros, size + row_size
-        yield UnitSize(items, micros, size)
-
-
-def _rows(tables: Iterable[pa.Table]) -> Iterator[tuple[str, str, str, int, int]]:
+    block: str | None = None
+    key = uri = ""
+    items, micros, size = 0, 0, 0
     for table in tables:
         names = ("block", "key", "uri", "micros", "size")
-        yield from zip(*(table[name].to_pylist() for name in names), strict=True)
+        columns = [table[name].to_pylist() for name in names]
+        for row_block, row_key, row_uri, row_micros, row_size in zip(*columns, strict=True):
+            if row_block != block:
+                if items:
+                    yield UnitSize(items, micros, size)
+                block, items, micros, size = row_block, 0, 0, 0
+            elif row_key == key:
+                raise _duplicate_key(row_key, uri, row_uri)
+            key, uri = row_key, row_uri
+            items, micros, size = items + 1, micros + row_micros, size + row_size
+    if items:
+        yield UnitSize(items, micros, size)
 
 
 def _refuse_duplicate_keys(sorter: Sorter, folder: Path) -> None:

@@ -90,10 +90,6 @@ def estimated_seconds(item: Item) -> float:
         seconds = item.size / rate
         if item.segment is not None:
             seconds = max(0.0, seconds - item.segment.start)
-    return _bounded(seconds)
-
-
-def _bounded(seconds: float) -> float:
     return min(seconds, LONGEST_SECONDS)
 
 
@@ -102,7 +98,11 @@ def draft_table(items: Sequence[Item]) -> pa.Table:
     keys, uris, sizes, versions, sidecars, metadata, groups, roles = zip(
         *map(_PLAIN, items), strict=True
     )
-    known = [known_seconds(item) for item in items]
+    seconds = [_valid(item.seconds) for item in items]
+    micros = [
+        round(1e6 * (estimated_seconds(item) if length is None else min(length, LONGEST_SECONDS)))
+        for item, length in zip(items, seconds, strict=True)
+    ]
     columns: dict[str, Any] = {
         "key": keys,
         "uri": uris,
@@ -110,15 +110,12 @@ def draft_table(items: Sequence[Item]) -> pa.Table:
         "version": versions,
         "sidecars": sidecars,
         "metadata": metadata,
-        "seconds": [_valid(item.seconds) for item in items],
+        "seconds": seconds,
         "group": [group or None for group in groups],
         "role": roles,
         "sidecar_versions": [item.sidecar_versions or None for item in items],
         "block": [group or key for group, key in zip(groups, keys, strict=True)],
-        "micros": [
-            round(1e6 * (estimated_seconds(item) if length is None else _bounded(length)))
-            for item, length in zip(items, known, strict=True)
-        ],
+        "micros": micros,
         "extension": [item.extension or extension_of(item.uri) for item in items],
         **_places(items),
         **_segments(items),

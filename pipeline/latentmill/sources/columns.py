@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -20,8 +20,9 @@ METADATA_LIMIT = 16 << 20
 _LARGE = 128 << 20
 _MAX_COMPRESSION = 100  # ratio; text reaches 10
 
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=str).encode
-_encode_with_nan = json.JSONEncoder(ensure_ascii=False, default=str).encode
+_JSON: dict[str, Any] = {"ensure_ascii": False, "check_circular": False, "default": str}
+_encode = json.JSONEncoder(allow_nan=False, **_JSON).encode
+_encode_with_nan = json.JSONEncoder(**_JSON).encode
 
 
 def find_column(
@@ -41,12 +42,12 @@ def find_column(
     return next((by_lower[name] for name in usual if name in by_lower), None)
 
 
-def as_json(row: Mapping[str, Any]) -> str:
-    """A row as a JSON object without null and NaN values; dates become text.
+def as_json(row: Mapping[str, Any], skipped: Container[str] = ()) -> str:
+    """A row as a JSON object without null and NaN values and `skipped` columns.
 
-    Secrets in URLs are masked.
+    Dates become text, and secrets in URLs are masked.
     """
-    kept = {name: value for name, value in row.items() if value is not None}
+    kept = {name: value for name, value in row.items() if value is not None and name not in skipped}
     try:
         text = _encode(kept)
     except ValueError:  # NaN or infinity somewhere
