@@ -5,7 +5,8 @@
 Each plan is made in its own process, with the steps of the command except calibration: read the
 manifest, sort, split into units, save the plan. Rows are in random order, each with a path, a
 duration, a title and an artist. `--grouped` puts each twelve rows into a group, which needs another
-sort to check for equal keys. On a busy machine, CPU seconds are more reliable than wall time.
+sort to check for equal keys. If the recorded load average is above 1, the plan ran beside other
+load: use its CPU seconds, which other load affects less than wall time.
 """
 
 from __future__ import annotations
