@@ -50,7 +50,7 @@ def encode(
 
 
 def load_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("decode")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("load")]
 
 
 def records(outcomes: Sequence[Outcome]) -> dict[str, Record]:

@@ -32,7 +32,6 @@ from latentmill.text.redact import redact
 class _PendingItem:
     """An item that is being encoded."""
 
-    index: int
     item: Item
     stitcher: Stitcher
     expected: int = 0  # number of chunks packed
@@ -64,36 +63,37 @@ class UnitEncoder:
     def encode(self, audio: Iterable[ItemEvent]) -> Iterator[Outcome]:
         """Encode a unit's audio from a `UnitAudio`. Yields outcomes in the order of the items."""
         packer = Packer(self._chunking, self._settings.batch_size)
-        jobs: deque[_PendingItem] = deque()
-        by_index: dict[int, _PendingItem] = {}
-        for index, item, event in audio:
+        pending: dict[int, _PendingItem] = {}  # by the item's number in the unit
+        done = 0  # number of items whose outcome was yielded
+        for number, item, event in audio:
             if isinstance(event, Opened):
                 stitcher = Stitcher(self._chunking, DTYPES[self._settings.dtype], event.frames)
-                jobs.append(_PendingItem(index, item, stitcher))
-                by_index[index] = jobs[-1]
+                pending[number] = _PendingItem(item, stitcher)
             elif isinstance(event, Chunk):
-                by_index[index].expected += 1
-                for batch in packer.add(index, event):
-                    self._run(batch, by_index)
+                pending[number].expected += 1
+                for batch in packer.add(number, event):
+                    self._run(batch, pending)
             elif isinstance(event, Facts):
-                by_index[index].facts = event
+                pending[number].facts = event
             else:
-                by_index[index].outcome = event
-            yield from self._done(jobs, by_index)
+                pending[number].outcome = event
+            for outcome in self._outcomes(pending, done):
+                done += 1
+                yield outcome
         for batch in packer.flush():
-            self._run(batch, by_index)
-        self._collect(self._pipeline.flush(), by_index)
-        yield from self._done(jobs, by_index)
-        assert not jobs, "every item of the unit is accounted for"
+            self._run(batch, pending)
+        self._collect(self._pipeline.flush(), pending)
+        yield from self._outcomes(pending, done)
+        assert not pending, "every item of the unit is accounted for"
         self.ended = time.perf_counter()
 
-    def _run(self, batch: Batch, jobs: dict[int, _PendingItem]) -> None:
+    def _run(self, batch: Batch, pending: dict[int, _PendingItem]) -> None:
         audio = batch.audio()  # [B, C, T]
         self._queued.append(batch)
-        self._collect(self._pipeline.push(audio), jobs)
+        self._collect(self._pipeline.push(audio), pending)
         self.meter.add("audio_seconds", len(audio) * self._new_seconds(audio.shape[2]))
 
-    def _collect(self, finished: Iterator[FloatArray], jobs: dict[int, _PendingItem]) -> None:
+    def _collect(self, finished: Iterator[FloatArray], pending: dict[int, _PendingItem]) -> None:
         """Add the pipeline's latents to their items."""
         while True:
             start = time.perf_counter()
@@ -106,7 +106,7 @@ class UnitEncoder:
             if self._settings.precision != "float32" and not self._fits(latents):
                 latents = self._encode_in_float32(batch)
             for owner, chunk, latent in zip(batch.owners, batch.chunks, latents, strict=True):
-                job = jobs.get(owner)
+                job = pending.get(owner)
                 if job is not None:  # else it failed after this chunk was packed
                     job.arrived += 1
                     job.stitcher.add(chunk.frame, latent)
@@ -126,18 +126,15 @@ class UnitEncoder:
         """Seconds of audio that a chunk adds, without its overlap with the previous chunk."""
         return min(length, self._chunking.step) / self._model.spec.sample_rate
 
-    def _done(
-        self, jobs: deque[_PendingItem], by_index: dict[int, _PendingItem]
-    ) -> Iterator[Outcome]:
-        """Yield outcomes in order, up to the first item that is not complete."""
-        while jobs:
-            job = jobs[0]
+    def _outcomes(self, pending: dict[int, _PendingItem], number: int) -> Iterator[Outcome]:
+        """Yield outcomes in order, from an item up to the first one that is not complete."""
+        while (job := pending.get(number)) is not None:
             if job.outcome is None:
                 if job.facts is None or job.arrived < job.expected:
                     return
                 job.outcome = self._finish(job, job.facts)
-            jobs.popleft()
-            del by_index[job.index]
+            del pending[number]
+            number += 1
             yield job.outcome
 
     def _finish(self, job: _PendingItem, facts: Facts) -> Outcome:

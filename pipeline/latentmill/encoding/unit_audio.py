@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Protocol, TypeAlias
 
 from latentmill.audio import AudioStream, open_audio, prepare
 from latentmill.encoding.chunks import Chunk, Chunker, Chunking
+from latentmill.encoding.lanes import LANES, PACKING, Numbered, in_turn, lanes_of
 from latentmill.encoding.loudness import LevelMeter
 from latentmill.encoding.timings import Meter
 from latentmill.errors import ItemError
@@ -25,9 +25,7 @@ from latentmill.sources.filters import NO_FILTERS, Filters
 from latentmill.sources.metadata import read_metadata
 from latentmill.sources.reading import UnitReader
 
-T = TypeVar("T")
-
-QUEUE_CHUNKS = 16  # loaded chunks per item that wait for the model
+BUFFER_BYTES = 32 << 20  # per load thread: loaded audio of a unit that waits for the model
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ class EncodeSettings:
     load_timeout: float | None = None  # seconds for loading an item, in addition to its length
     allow_changed: bool = False  # for a retry: accept files that were repaired after planning
     filters: Filters = NO_FILTERS
+    packing: int = PACKING
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,9 @@ class UnitAudio(Protocol):
     """A unit's audio, which is loaded ahead of the thread that iterates over it."""
 
     def __iter__(self) -> Iterator[ItemEvent]:
-        """The events of all items, in the order of the items; see `Loading.read`."""
+        """The events of all items, each item's in order (see `Loading.read`), from one lane after
+        the other.
+        """
         ...
 
     @property
@@ -174,107 +175,134 @@ class UnitAudio(Protocol):
         ...
 
 
+class _Lane:
+    """A lane's events, and those that are loaded and wait for the model."""
+
+    def __init__(self, events: Iterator[ItemEvent]) -> None:
+        self.events = events
+        self.loaded: deque[ItemEvent] = deque()
+        self.busy = False  # a thread loads its next event
+        self.ended = False  # all events are loaded, or loading them failed
+        self.error: Exception | None = None
+
+
 class LocalAudio:
-    """A `UnitAudio` that is loaded by threads of this process. They start at once."""
+    """A `UnitAudio` that is loaded by threads of this process. They start at once.
+
+    Each thread loads the next chunk of the lane that has the fewest loaded ones, because the model
+    will need that lane first. If `BUFFER_BYTES` per thread are loaded, only lanes that have nothing
+    loaded go on.
+    """
 
     def __init__(self, items: Sequence[Item], loading: Loading, meter: Meter) -> None:
         settings = loading.settings
         self._loading = loading
         self._meter = meter
+        self._in_turn = settings.packing > 1
         self._reader = UnitReader(items, allow_changed=settings.allow_changed)
-        self._stop = threading.Event()
+        self._changed = threading.Condition()  # guards what follows
+        self._stopped = False
+        self._waiting = deque(
+            _Lane(self._events(lane)) for lane in lanes_of(items, settings.packing)
+        )
+        self._lanes: list[_Lane] = []  # those that are loaded now
+        self._open_lanes()
+        self._limit = settings.load_threads * BUFFER_BYTES
+        self._size = 0  # bytes of the loaded audio
         self._pool = ThreadPoolExecutor(settings.load_threads, thread_name_prefix="load")
-        self._waiting = iter(enumerate(items))
-        self._running: deque[tuple[int, Item, queue.Queue[Event | Exception]]] = deque()
-        for _ in range(settings.load_threads + 1):
-            self._submit()
+        for _ in range(settings.load_threads):
+            self._pool.submit(self._load)
 
     def __iter__(self) -> Iterator[ItemEvent]:
-        while self._running:
-            index, item, events = self._running[0]
-            while True:
-                start = time.perf_counter()
-                event = events.get()
-                self._meter.add("wait_seconds", time.perf_counter() - start)
-                if isinstance(event, Exception):
-                    raise event
-                yield index, item, event
-                if isinstance(event, Facts | Outcome):
-                    break
-            self._running.popleft()
-            self._submit()
+        with self._changed:
+            lanes = [self._taken(lane) for lane in (*self._lanes, *self._waiting)]
+        return in_turn(lanes) if self._in_turn else itertools.chain(*lanes)
 
     @property
     def queued(self) -> int:
-        return sum(events.qsize() for _, _, events in tuple(self._running))
+        with self._changed:
+            return sum(len(lane.loaded) for lane in self._lanes)
 
     def close(self) -> None:
-        self._stop.set()
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
         self._reader.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        for lane in self._lanes:
+            lane.events.close()  # type: ignore[attr-defined]  # closes the item's file
         self._reader.close()
 
-    def _submit(self) -> None:
-        for index, item in itertools.islice(self._waiting, 1):
-            events: queue.Queue[Event | Exception] = queue.Queue(QUEUE_CHUNKS)
-            self._running.append((index, item, events))
-            self._pool.submit(self._read, item, events)
+    def _events(self, lane: list[Numbered]) -> Iterator[ItemEvent]:
+        for number, item in lane:
+            for event in self._loading.read(item, self._reader):
+                yield number, item, event
 
-    def _read(self, item: Item, events: queue.Queue[Event | Exception]) -> None:
-        try:
-            self._read_timed(item, events)
-        except Exception as error:  # noqa: BLE001  the thread that iterates raises it
-            put(events, error, self._stop)
+    def _open_lanes(self) -> None:
+        while self._waiting and len(self._lanes) < LANES:
+            self._lanes.append(self._waiting.popleft())
 
-    def _read_timed(self, item: Item, events: queue.Queue[Event | Exception]) -> None:
-        timer = ItemTimer()
-        for event in self._loading.read(item, self._reader):
-            timer.opened()
+    def _taken(self, lane: _Lane) -> Iterator[ItemEvent]:
+        """Take a lane's loaded events, and wait for those that are not loaded yet."""
+        while True:
             start = time.perf_counter()
-            put(events, event, self._stop)
-            timer.waited(time.perf_counter() - start)
-            if self._stop.is_set():
-                return
-        self._meter.add("read_seconds", timer.read_seconds)
-        self._meter.add("decode_seconds", timer.decode_seconds)
+            with self._changed:
+                self._changed.wait_for(lambda: lane.loaded or lane.ended)
+                if not lane.loaded:
+                    self._lanes.remove(lane)
+                    self._open_lanes()
+                    self._changed.notify_all()
+                    break
+                item_event = lane.loaded.popleft()
+                self._size -= _bytes(item_event)
+                self._changed.notify_all()
+            self._meter.add("wait_seconds", time.perf_counter() - start)
+            yield item_event
+        if lane.error is not None:
+            raise lane.error
+
+    def _load(self) -> None:
+        """Load until all lanes have ended. Runs in every thread of the pool."""
+        while (lane := self._next_lane()) is not None:
+            start = time.perf_counter()
+            error: Exception | None = None
+            try:
+                item_event = next(lane.events, None)
+            except Exception as caught:  # noqa: BLE001  the thread that iterates raises it
+                item_event, error = None, caught
+            seconds = time.perf_counter() - start
+            with self._changed:
+                lane.busy = False
+                if item_event is None:
+                    lane.ended, lane.error = True, error
+                else:
+                    lane.loaded.append(item_event)
+                    self._size += _bytes(item_event)
+                self._changed.notify_all()
+            if item_event is not None:
+                opened = isinstance(item_event[2], Opened)
+                self._meter.add("read_seconds" if opened else "decode_seconds", seconds)
+
+    def _next_lane(self) -> _Lane | None:
+        """Wait for a lane that a thread may load, and reserve it. None if there is no more work."""
+        with self._changed:
+            while not self._stopped:
+                unfinished = [lane for lane in self._lanes if not lane.ended]
+                if not unfinished and not self._waiting:
+                    break
+                full = self._size >= self._limit
+                free = [one for one in unfinished if not (one.busy or (full and one.loaded))]
+                if free:
+                    lane = min(free, key=lambda one: len(one.loaded))
+                    lane.busy = True
+                    return lane
+                self._changed.wait()
+        return None
 
 
-def put(events: queue.Queue[T], event: T, stop: threading.Event) -> None:
-    """Put an event into a bounded queue, unless `stop` is set while it is full."""
-    while not stop.is_set():
-        try:
-            events.put(event, timeout=0.2)
-        except queue.Full:
-            continue
-        break
-
-
-class ItemTimer:
-    """Measures the time to open and to load one item, without the time that its queue was full."""
-
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
-        self._waited = 0.0
-        self._opened: float | None = None
-
-    def opened(self) -> None:
-        """Note that the item is open. Only the first call counts."""
-        if self._opened is None:
-            self._opened = time.perf_counter() - self._began
-
-    def waited(self, seconds: float) -> None:
-        """Subtract time in which the queue was full."""
-        self._waited += seconds
-
-    @property
-    def read_seconds(self) -> float:
-        """Seconds until the item was open, including the time to fetch it."""
-        return self._opened or 0.0
-
-    @property
-    def decode_seconds(self) -> float:
-        """Seconds of loading since the item was open."""
-        return time.perf_counter() - self._began - self._waited - self.read_seconds
+def _bytes(item_event: ItemEvent) -> int:
+    event = item_event[2]
+    return event.audio.nbytes if isinstance(event, Chunk) else 0
 
 
 def _failed(item: Item, reason: str) -> Outcome:

@@ -44,6 +44,7 @@ def make_job(
             load_timeout=config.load_timeout,
             allow_truncated=config.allow_truncated,
             allow_changed=config.retry_failed,  # a repaired file differs from the planned one
+            packing=plan.packing,
             filters=Filters(**{one.name: getattr(config, one.name) for one in fields(Filters)}),
         ),
         store=Storage(config.out).root,

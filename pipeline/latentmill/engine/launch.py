@@ -45,6 +45,7 @@ def encode_units(
         resources = _resources(config, cluster, on_gpu=device == "cuda")
         if config.load_tasks:
             _check_spare_cores(cluster, resources, config.workers)
+            _check_packing(plan, storage)
         if config.load_threads is None:
             threads = _load_threads(cluster, resources.shape)
             config = config.model_copy(update={"load_threads": threads})
@@ -128,6 +129,14 @@ def _check_spare_cores(cluster: Cluster, resources: _Resources, workers: int | N
         raise ConfigError(
             f"--load-tasks needs free CPU cores, but the workers use all {cores}: lower --workers "
             "or --threads, or remove --load-tasks."
+        )
+
+
+def _check_packing(plan: Plan, storage: Storage) -> None:
+    if plan.packing == 1:
+        raise ConfigError(
+            f"Store {storage.root} was planned by an earlier version of latentmill, which loaded "
+            "items in another order, and load tasks cannot do that: remove --load-tasks."
         )
 
 

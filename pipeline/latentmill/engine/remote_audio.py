@@ -1,21 +1,21 @@
 """Loads a unit's audio in Ray tasks, on any nodes that have free CPU cores.
 
-A task loads several neighbouring items and sends their chunks in parcels through Ray's object
-store. It pauses when `PARCELS_AHEAD` parcels have not been received yet. Samples are sent as 16
-bits if that is exact.
+Each task loads some of the unit's lanes (see `encoding/lanes.py`), one chunk of each in turn, and
+sends them in parcels through Ray's object store. It pauses when `PARCELS_AHEAD` parcels have not
+been received yet. Samples are sent as 16 bits if that is exact.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import ray
@@ -28,57 +28,77 @@ from ray.exceptions import (
 )
 
 from latentmill.encoding.chunks import Chunk
+from latentmill.encoding.lanes import Numbered, in_turn, lanes_of
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import Event, Facts, ItemEvent, ItemTimer, Loading, Opened, put
+from latentmill.encoding.unit_audio import Event, Facts, ItemEvent, Loading, Opened
 from latentmill.engine.dispatch import MAX_ATTEMPTS, MAX_NODE_LOSSES, Loss
 from latentmill.engine.loss import classify
+from latentmill.engine.trial_load import TrialLoader
 from latentmill.errors import LatentmillError
 from latentmill.record import Outcome
-from latentmill.sources.base import Item, TableCell
+from latentmill.sources.base import Item
 from latentmill.sources.reading import UnitReader
 
-PARCEL_BYTES = 2 << 20
-PARCELS_AHEAD = 4  # for each task, and the same number in the unit's queue
-TASK_SECONDS = 60.0  # of audio per task: short items share a task
-TASK_ITEMS = 64
-BYTES_PER_SECOND = 32_000  # estimate for audio of unknown length
+_log = logging.getLogger(__name__)
 
+PARCEL_BYTES = 2 << 20
+PARCELS_AHEAD = 4  # for each task
+EVENTS_AHEAD = 16  # received events that wait for the model
+START_SECONDS = 5.0  # tasks that have no core by then are given up
 WAIT_SECONDS = 1.0  # between two checks whether the unit was closed
 
-# With these errors the task is lost, perhaps because of its item. Others end the unit.
+# With these errors the task is lost, perhaps because of an item. Others end the unit.
 _LOSSES = (WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError)
-
-Numbered: TypeAlias = tuple[int, Item]  # an item and its number in the unit
 
 
 @dataclass(frozen=True)
 class Parcel:
     """Events of one message, each with its item's number, and the seconds that the task spent."""
 
-    events: tuple[tuple[int, Event], ...]
+    events: tuple[tuple[int, Event], ...] = ()
     read_seconds: float = 0.0
     decode_seconds: float = 0.0
 
 
-def parcels(numbered: Sequence[Numbered], loading: Loading) -> Iterator[Parcel]:
-    """Load items one after the other. Only the measured seconds differ between two calls."""
-    events: list[tuple[int, Event]] = []
-    size, read, decoded = 0, 0.0, 0.0
-    items = [item for _, item in numbered]
-    with UnitReader(items, allow_changed=loading.settings.allow_changed) as reader:
-        for index, item in numbered:
-            timer = ItemTimer()
-            for event in loading.read(item, reader):
-                timer.opened()
-                events.append((index, packed(event)))
-                size += event.audio.nbytes if isinstance(event, Chunk) else 0
-                if size >= PARCEL_BYTES:
-                    start = time.perf_counter()
-                    yield Parcel(tuple(events))
-                    timer.waited(time.perf_counter() - start)
-                    events, size = [], 0
-            read, decoded = read + timer.read_seconds, decoded + timer.decode_seconds
-    yield Parcel(tuple(events), read, decoded)
+def parcels(lanes: Sequence[Sequence[Numbered]], loading: Loading, trial: bool) -> Iterator[Parcel]:
+    """Load lanes side by side. Only the measured seconds differ between two calls.
+
+    The first parcel is empty: it shows that the task has started. With `trial`, each item is first
+    loaded in another process, and fails if it ends that process.
+    """
+    yield Parcel()
+    spec, settings = loading.spec, loading.settings
+    items = [item for lane in lanes for _, item in lane]
+    with (
+        UnitReader(items, allow_changed=settings.allow_changed) as reader,
+        TrialLoader(
+            spec.sample_rate, spec.channels, allow_truncated=settings.allow_truncated
+        ) as trials,
+    ):
+
+        def events_of(lane: Sequence[Numbered]) -> Iterator[tuple[int, Event]]:
+            for number, item in lane:
+                reason = trials.failure_reason(item) if trial else None
+                refused = {item.key: reason} if reason else loading.refused
+                for event in replace(loading, refused=refused).read(item, reader):
+                    yield number, event
+
+        events: list[tuple[int, Event]] = []
+        size, read, decoded, start = 0, 0.0, 0.0, time.perf_counter()
+        for number, event in in_turn([events_of(lane) for lane in lanes]):
+            seconds = time.perf_counter() - start
+            read, decoded = (
+                (read + seconds, decoded)
+                if isinstance(event, Opened)
+                else (read, decoded + seconds)
+            )
+            events.append((number, packed(event)))
+            size += event.audio.nbytes if isinstance(event, Chunk) else 0
+            if size >= PARCEL_BYTES:
+                yield Parcel(tuple(events), read, decoded)
+                events, size, read, decoded = [], 0, 0.0, 0.0
+            start = time.perf_counter()
+        yield Parcel(tuple(events), read, decoded)
 
 
 def packed(event: Event) -> Event:
@@ -101,26 +121,35 @@ def unpacked(event: Event) -> Event:
 
 
 @ray.remote(num_cpus=1, max_retries=0, scheduling_strategy="SPREAD")
-def _load(items: Sequence[Numbered], loading: Loading) -> Iterator[Parcel]:
-    yield from parcels(items, loading)
+def _load(lanes: Sequence[Sequence[Numbered]], loading: Loading, trial: bool) -> Iterator[Parcel]:
+    yield from parcels(lanes, loading, trial)
 
 
-@dataclass
-class _TaskItems:
-    """The items of one task, the task after its start, and the number of events sent per item."""
+@dataclass(eq=False)
+class _RemoteLane:
+    """The items of a lane that are not finished, and events that were received from its task."""
 
-    items: list[Numbered]
-    task: Any = None
+    items: deque[Numbered]
+    received: deque[tuple[int, Event]] = field(default_factory=deque)
+
+
+@dataclass(eq=False)
+class _Task:
+    """A running task, its lanes, and the number of events that it sent per item."""
+
+    lanes: list[_RemoteLane]
+    parcels: Any  # Ray's generator of object references
     sent: Counter[int] = field(default_factory=Counter)
+    losses: Counter[str] = field(default_factory=Counter)  # of this task and those before, by kind
 
 
 class RemoteAudio:
-    """A `UnitAudio` whose items are loaded by Ray tasks, of which `tasks` run at once.
+    """A `UnitAudio` whose items are loaded by up to `tasks` Ray tasks, all at once.
 
     The tasks start when iteration starts, because a task keeps its core while it waits for its
-    parcels to be received: only the unit whose turn it is may use cores. If a task dies, its
-    unfinished items are loaded again by one task each. So an item that ends its task every time
-    fails alone.
+    parcels to be received: only the unit whose turn it is may use cores. If fewer tasks than
+    requested get a core, the lanes are divided among those. If a task dies, another one continues
+    its lanes and first loads each of their items on trial, which finds an item that ends its task.
     """
 
     def __init__(
@@ -129,142 +158,142 @@ class RemoteAudio:
         self._items = items
         self._loading = loading
         self._meter = meter
-        self._tasks = tasks
-        self._pending = deque(_TaskItems(part) for part in split(items))
+        self._lanes = [
+            _RemoteLane(deque(lane)) for lane in lanes_of(items, loading.settings.packing)
+        ]
+        self._most = min(tasks, len(self._lanes))
+        self._tasks: list[_Task] = []
         self._delivered: Counter[int] = Counter()  # number of events by item
-        self._finished: set[int] = set()
-        self._losses: Counter[tuple[str, int]] = Counter()  # by kind and item
         self._stop = threading.Event()
-        self._queue: queue.Queue[Parcel | BaseException | None] = queue.Queue(PARCELS_AHEAD)
+        self._queue: queue.Queue[tuple[int, Event] | BaseException | None] = queue.Queue(
+            EVENTS_AHEAD
+        )
         self._thread = threading.Thread(target=self._pull, name="load-tasks", daemon=True)
 
     def __iter__(self) -> Iterator[ItemEvent]:
         self._thread.start()
         while True:
             start = time.perf_counter()
-            parcel = self._queue.get()
+            received = self._queue.get()
             self._meter.add("wait_seconds", time.perf_counter() - start)
-            if parcel is None:
+            if received is None:
                 return
-            if isinstance(parcel, BaseException):
-                raise parcel
-            self._meter.add("read_seconds", parcel.read_seconds)
-            self._meter.add("decode_seconds", parcel.decode_seconds)
-            for index, event in parcel.events:
-                yield index, self._items[index], unpacked(event)
+            if isinstance(received, BaseException):
+                raise received
+            number, event = received
+            yield number, self._items[number], unpacked(event)
 
     @property
     def queued(self) -> int:
-        waiting = tuple(self._queue.queue)
-        return sum(len(parcel.events) for parcel in waiting if isinstance(parcel, Parcel))
+        return self._queue.qsize() + sum(len(lane.received) for lane in self._lanes)
 
     def close(self) -> None:
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join()
-        for part in self._pending:
-            _cancel(part)
-
-    def _start(self) -> None:
-        for part in islice(self._pending, self._tasks):
-            if part.task is None:
-                part.task = _load.options(_generator_backpressure_num_objects=PARCELS_AHEAD).remote(
-                    part.items, self._loading
-                )
+        self._cancel()
 
     def _pull(self) -> None:
-        """Queue the parcels of all tasks in order. Runs in its own thread."""
+        """Queue the events of all lanes in turn. Runs in its own thread."""
         last: BaseException | None = None
         try:
             self._start()
-            while self._pending and not self._stop.is_set():
-                self._receive(self._pending[0])
+            for received in in_turn([self._received(lane) for lane in self._lanes]):
+                self._put(received)
         except Exception as error:  # noqa: BLE001  the thread that iterates raises it
             cause = getattr(error, "cause", None)
             last = cause if isinstance(cause, LatentmillError) else error
-        put(self._queue, last, self._stop)
+        self._put(last)
 
-    def _receive(self, part: _TaskItems) -> None:
-        ready, _ = ray.wait([part.task], timeout=WAIT_SECONDS, fetch_local=False)
+    def _start(self) -> None:
+        """Start the tasks. If some get no core, start fewer: all lanes must be loaded at once."""
+        count = self._most
+        while count and not self._stop.is_set():
+            self._tasks = [self._task(self._lanes[n::count]) for n in range(count)]
+            waiting = [task.parcels for task in self._tasks]
+            end = time.monotonic() + START_SECONDS
+            started: list[Any] = []
+            while len(started) < count and not self._stop.is_set():
+                if started and time.monotonic() > end:
+                    break
+                started, _ = ray.wait(
+                    waiting, num_returns=count, timeout=WAIT_SECONDS, fetch_local=False
+                )
+            if len(started) == count:
+                return
+            _log.warning(
+                "latentmill: warning: only %d of %d load tasks got a CPU core: lower --load-tasks "
+                "or add cores",
+                len(started),
+                count,
+            )
+            self._cancel()
+            count = len(started)
+
+    def _task(self, lanes: list[_RemoteLane], *, trial: bool = False) -> _Task:
+        options = {"_generator_backpressure_num_objects": PARCELS_AHEAD}
+        items = [list(lane.items) for lane in lanes]
+        return _Task(lanes, _load.options(**options).remote(items, self._loading, trial))
+
+    def _received(self, lane: _RemoteLane) -> Iterator[tuple[int, Event]]:
+        while lane.items or lane.received:
+            while not lane.received:
+                if self._stop.is_set():
+                    return
+                self._receive(next(task for task in self._tasks if lane in task.lanes))
+            yield lane.received.popleft()
+
+    def _receive(self, task: _Task) -> None:
+        ready, _ = ray.wait([task.parcels], timeout=WAIT_SECONDS, fetch_local=False)
         if not ready:
             return
         try:
-            parcel = ray.get(next(part.task))
-        except StopIteration:
-            self._pending.popleft()
-            self._start()
+            parcel = ray.get(next(task.parcels))
         except _LOSSES as error:
-            self._lost(part, classify(error))
+            self._lost(task, classify(error))
         else:
-            self._deliver(part, parcel)
+            self._deliver(task, parcel)
 
-    def _deliver(self, part: _TaskItems, parcel: Parcel) -> None:
-        """Queue a parcel's events, without those that an earlier task of the item delivered."""
-        fresh: list[tuple[int, Event]] = []
-        for index, event in parcel.events:
-            part.sent[index] += 1
-            new = part.sent[index] > self._delivered[index]
+    def _deliver(self, task: _Task, parcel: Parcel) -> None:
+        """Pass on a parcel's events, without those that an earlier task of the item delivered."""
+        lanes = {lane.items[0][0]: lane for lane in task.lanes if lane.items}  # by first item
+        for number, event in parcel.events:
+            lane = lanes[number]
+            task.sent[number] += 1
+            new = task.sent[number] > self._delivered[number]
             end = isinstance(event, Facts | Outcome)
-            if new:
-                fresh.append((index, event))
-            elif end:  # the item now has fewer chunks than were delivered
+            if not new and end and isinstance(event, Facts):
                 reason = "the file became shorter between two attempts to load it"
-                failed = Outcome(self._items[index].key, "failed", reason)
-                fresh.append((index, event if isinstance(event, Outcome) else failed))
-            self._delivered[index] += new
+                event = Outcome(self._items[number].key, "failed", reason)  # noqa: PLW2901
+            if new or end:
+                lane.received.append((number, event))
+            self._delivered[number] += new
             if end:
-                self._finished.add(index)
-        parcel = replace(parcel, events=tuple(fresh))
-        put(self._queue, parcel, self._stop)
+                lane.items.popleft()
+                if lane.items:
+                    lanes[lane.items[0][0]] = lane
+        self._meter.add("read_seconds", parcel.read_seconds)
+        self._meter.add("decode_seconds", parcel.decode_seconds)
 
-    def _lost(self, part: _TaskItems, loss: Loss) -> None:
-        """Load the unfinished items of a lost task again, in one task each."""
-        rest = [numbered for numbered in part.items if numbered[0] not in self._finished]
-        if len(part.items) == 1 and rest:  # of several items, the one at fault is unknown
-            index, item = rest[0]
-            self._losses[loss.kind, index] += 1
-            most = MAX_ATTEMPTS if loss.kind == "worker" else MAX_NODE_LOSSES
-            if self._losses[loss.kind, index] >= most:
-                reason = f"loading it ends the process ({loss.reason.rstrip('.')})"
-                opened = [] if self._delivered[index] else [(index, Opened(0))]
-                outcome = Outcome(item.key, "failed", reason)
-                put(self._queue, Parcel((*opened, (index, outcome))), self._stop)
-                rest = []
-        for one in self._pending:  # later tasks would keep cores that the new tasks need
-            _cancel(one)
-        self._pending.popleft()
-        self._pending.extendleft(_TaskItems([numbered]) for numbered in reversed(rest))
-        self._start()
+    def _lost(self, task: _Task, loss: Loss) -> None:
+        """Continue the lanes of a lost task in another one, which loads their items on trial."""
+        losses = task.losses + Counter([loss.kind])
+        if losses[loss.kind] >= (MAX_ATTEMPTS if loss.kind == "worker" else MAX_NODE_LOSSES):
+            raise RuntimeError(f"a load task was lost {losses[loss.kind]} times: {loss.reason}")
+        again = self._task(task.lanes, trial=losses["worker"] > 0)
+        again.losses = losses
+        self._tasks[self._tasks.index(task)] = again
 
+    def _put(self, received: tuple[int, Event] | BaseException | None) -> None:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(received, timeout=0.2)
+            except queue.Full:
+                continue
+            break
 
-def _cancel(part: _TaskItems) -> None:
-    if part.task is not None:
-        with contextlib.suppress(RayError):
-            ray.cancel(part.task)
-        part.task = None
-
-
-def split(items: Sequence[Item]) -> Iterator[list[Numbered]]:
-    """Split a unit's items into tasks: a long item alone, short neighbours together.
-
-    Items that share bytes stay in one task: segments of a recording, cells of a row group.
-    """
-    part: list[Numbered] = []
-    seconds = 0.0
-    for number, item in enumerate(items):
-        full = seconds >= TASK_SECONDS or len(part) >= TASK_ITEMS
-        if full and _shared(item) != _shared(part[-1][1]):
-            yield part
-            part, seconds = [], 0.0
-        part.append((number, item))
-        duration = item.segment.duration if item.segment else None
-        seconds += duration or item.seconds or item.size / BYTES_PER_SECOND or TASK_SECONDS
-    if part:
-        yield part
-
-
-def _shared(item: Item) -> tuple[str, int]:
-    """Identifies the bytes that are read together for an item."""
-    if isinstance(item.place, TableCell):
-        return item.uri, item.place.row_group
-    return (item.uri if item.segment else item.key), 0
+    def _cancel(self) -> None:
+        for task in self._tasks:
+            with contextlib.suppress(RayError):
+                ray.cancel(task.parcels)
+        self._tasks = []

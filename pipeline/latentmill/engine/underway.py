@@ -40,7 +40,8 @@ class Underway:
         self._expected = [rest / unknown if seconds is None else seconds for seconds in known]
         self._total = sum(self._expected)
         self._done = 0.0
-        self._current = 0.0
+        self._reached: dict[int, float] = {}  # seconds of the items that are being read
+        self._current = 0.0  # their sum
         self._items = 0
 
     @property
@@ -56,11 +57,14 @@ class Underway:
                 if event.frames:
                     self._expect(index, event.frames * self._second_per_frame)
             elif isinstance(event, Chunk):
-                self._current = event.frame * self._second_per_frame
-                self._expect(index, max(self._expected[index], self._current))
+                reached = event.frame * self._second_per_frame
+                self._current += reached - self._reached.get(index, 0.0)
+                self._reached[index] = reached
+                self._expect(index, max(self._expected[index], reached))
             else:  # a skipped or failed item has no latents
                 true = event.num_samples / self._spec.sample_rate if isinstance(event, Facts) else 0
-                self._current, self._done = 0.0, self._done + true
+                self._current -= self._reached.pop(index, 0.0)
+                self._done += true
                 self._expect(index, true)
                 self._items += 1
             yield item_event

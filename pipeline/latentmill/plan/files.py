@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import xxhash
 from pydantic import TypeAdapter
 
+from latentmill.encoding.lanes import PACKING
 from latentmill.encoding.stored import parse_json
 from latentmill.errors import StoreError
 from latentmill.plan.drafting import Draft, Totals
@@ -227,6 +228,10 @@ def _read_plan(document: dict[str, Any], storage: Storage) -> Plan:
     if not all(type(n) is int and n >= 0 for part in parts for n in (part.number, part.revision)):
         raise ValueError("a part has an invalid number")  # numbers become file names
     _typed(Plan, document)
+    if not 1 <= document.get("packing", 1) <= PACKING:
+        raise StoreError(
+            f"Store {storage.root} was planned by a later version of latentmill: update latentmill."
+        )
     document["extensions"] = tuple(document["extensions"])
     sizes = storage.list(PLAN)
     units: list[Unit] = []

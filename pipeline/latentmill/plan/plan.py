@@ -112,6 +112,8 @@ class Plan:
         shard_size: The setting `shard_size`.
         extensions: The setting `extensions`.
         source_settings: Other settings that select items, by their name in `RunConfig`.
+        packing: The order in which chunks are packed into batches; see `encoding/lanes.py`. Plans
+            of earlier versions do not contain it.
         units: All units, in order. Each item is in exactly one. `freeze` sets this.
         parts: The files with the items.
     """
@@ -128,6 +130,7 @@ class Plan:
     shard_size: int | None = None
     extensions: tuple[str, ...] = ()
     source_settings: dict[str, Any] = field(default_factory=dict)
+    packing: int = 1
     units: tuple[Unit, ...] = ()
     parts: tuple[Part, ...] = ()
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 from latentmill.config import RunConfig, fingerprint_document, item_settings
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.fingerprint import version_difference
+from latentmill.encoding.lanes import PACKING
 from latentmill.errors import ConfigError, StoreError
 from latentmill.models import registry
 from latentmill.models.base import ModelHandle
@@ -285,6 +286,7 @@ def _new_plan(prepared: Preparation) -> Plan:
         shard_size=config.shard_size,
         extensions=config.extensions,
         source_settings=item_settings(config),
+        packing=PACKING,
     )
 
 
