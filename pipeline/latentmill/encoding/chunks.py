@@ -166,58 +166,71 @@ class Chunk:
 
 
 class Chunker:
-    """Splits one item's audio into chunks, block by block. Holds about one chunk in memory.
+    """Splits one item's audio into chunks, block by block. Holds at most two chunks in memory.
 
-    With `stitch: none` the chunks start every `step` samples. The last one is padded with zeros, as
-    the linear-cae package does, or stays short if `spec.short_last_chunk` is set.
+    Blocks are copied into the chunk that they complete, and the overlap into the next one; nothing
+    else is copied. With `stitch: none` the last chunk is padded with zeros, as the linear-cae
+    package does, or stays short if `spec.short_last_chunk` is set.
     """
 
     def __init__(self, spec: ModelSpec, chunking: Chunking) -> None:
         self._spec = spec
         self._chunking = chunking
         self._model_samples = chunking.model_samples(spec)
-        self._buffer: FloatArray = np.zeros((spec.channels, 0), np.float32)
-        self._offset = 0  # the sample at which the buffer starts
-        self._emitted = 0  # number of chunks
+        self._last: FloatArray | None = None  # the last complete chunk, [C, samples]
+        self._current: FloatArray = self._new()
+        self._filled = 0  # samples of the current chunk
+        self._complete = 0  # number of complete chunks
 
     def push(self, block: FloatArray) -> Iterator[Chunk]:
         """Add a block `[C, n]`, and yield the chunks that it completes."""
-        self._buffer = np.concatenate([self._buffer, block], axis=1)
         size, step = self._chunking.samples, self._chunking.step
-        while self._offset + self._buffer.shape[1] >= self._emitted * step + size:
-            yield self._chunk(self._emitted * step)
-        # The last chunk may start anywhere after the start of the previous one.
-        keep = max(0, (self._emitted - 1) * step) - self._offset
-        if keep > 0:
-            self._buffer = self._buffer[:, keep:]
-            self._offset += keep
+        taken = 0
+        while taken < block.shape[1]:
+            count = min(size - self._filled, block.shape[1] - taken)
+            self._current[:, self._filled : self._filled + count] = block[:, taken : taken + count]
+            self._filled, taken = self._filled + count, taken + count
+            if self._filled == size:
+                seen = self._model_samples
+                audio = self._current if seen == size else self._current[:, :seen]
+                yield Chunk(self._complete * step // self._spec.hop, audio)
+                self._last, self._current = self._current, self._new()
+                self._filled = size - step
+                self._current[:, : self._filled] = self._last[:, step:]
+                self._complete += 1
 
     def finish(self) -> Iterator[Chunk]:
         """Yield the last chunk, moved back to end with the audio, if frames are not covered yet."""
         spec, chunking = self._spec, self._chunking
-        total = self._offset + self._buffer.shape[1]
-        if self._emitted == 0 and spec.padded(total) <= chunking.samples:
+        total = self._complete * chunking.step + self._filled
+        if self._complete == 0 and spec.padded(total) <= chunking.samples:
             yield self._chunk(0, spec.padded(total))
             return
-        covered = (self._emitted - 1) * chunking.step + chunking.samples
+        covered = (self._complete - 1) * chunking.step + chunking.samples
         if chunking.stitch == "none":
             if total > covered:
-                start = self._emitted * chunking.step
-                size = spec.padded(total - start) if spec.short_last_chunk else None
-                yield self._chunk(start, size)
+                start = self._complete * chunking.step
+                short = spec.padded(total - start) if spec.short_last_chunk else None
+                yield self._chunk(start, short or self._model_samples)
             return
         frames = spec.frames(spec.padded(total))
         if spec.samples(frames) > covered:
-            yield self._chunk(spec.samples(frames) - chunking.samples)
+            yield self._chunk(spec.samples(frames) - chunking.samples, self._model_samples)
 
-    def _chunk(self, start: int, size: int | None = None) -> Chunk:
-        size = size or self._model_samples
-        first = start - self._offset
-        audio = self._buffer[:, first : first + size]
-        if audio.shape[1] < size:
-            audio = np.pad(audio, ((0, 0), (0, size - audio.shape[1])))
-        self._emitted += 1
-        return Chunk(start // self._spec.hop, audio.copy())
+    def _new(self) -> FloatArray:
+        return np.empty((self._spec.channels, self._chunking.samples), np.float32)
+
+    def _chunk(self, start: int, size: int) -> Chunk:
+        """A chunk of the last samples, from any sample of the last complete chunk on."""
+        audio = np.zeros((self._spec.channels, size), np.float32)
+        begin = self._complete * self._chunking.step  # of the current chunk
+        if self._last is not None and start < begin:
+            earlier = self._last[:, start - begin + self._chunking.step :][:, :size]
+            audio[:, : earlier.shape[1]] = earlier
+        later = self._current[:, max(start - begin, 0) : self._filled]
+        offset = max(begin - start, 0)
+        audio[:, offset : offset + later.shape[1]] = later[:, : size - offset]
+        return Chunk(start // self._spec.hop, audio)
 
 
 class Stitcher:

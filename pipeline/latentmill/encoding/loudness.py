@@ -27,19 +27,35 @@ class LevelMeter:
         self._hop = spec.hop
         self._looks_back = spec.overhang < 0
         self._power: list[npt.NDArray[np.float64]] = []  # of whole hops: the mean square
-        self._rest: npt.NDArray[np.float64] = np.zeros(0)  # squares of the hop that is not full
+        self._rest = 0.0  # sum of the squares of the hop that is not full, mean over the channels
+        self._count = 0  # its samples
 
     def push(self, block: FloatArray) -> None:
         """Add the next samples `[C, n]`."""
-        squares = np.square(block, dtype=np.float64).mean(axis=0)
-        squares = np.concatenate([self._rest, squares])
-        whole = len(squares) // self._hop * self._hop
-        self._power.append(squares[:whole].reshape(-1, self._hop).mean(axis=1))
-        self._rest = squares[whole:].copy()
+        samples = block.shape[1]
+        begin = min(samples, -self._count % self._hop)  # fills the hop that is not full
+        self._add(block[:, :begin])
+        whole = (samples - begin) // self._hop
+        end = begin + whole * self._hop
+        if whole:
+            energy = np.zeros(whole)
+            for channel in block[:, begin:end]:
+                hops = channel.reshape(whole, self._hop)  # a view
+                energy += np.einsum("hn,hn->h", hops, hops)
+            self._power.append(energy / (len(block) * self._hop))
+        self._add(block[:, end:])
+
+    def _add(self, part: FloatArray) -> None:
+        """Add to the hop that is not full."""
+        self._rest += sum(float(np.dot(channel, channel)) for channel in part) / len(part)
+        self._count += part.shape[1]
+        if self._count == self._hop:
+            self._power.append(np.array([self._rest / self._hop]))
+            self._rest, self._count = 0.0, 0
 
     def finish(self, frames: int) -> bytes:
         """Return the levels of the first `frames` latent frames, one byte each."""
-        last = [self._rest.mean()] if len(self._rest) else []
+        last = [self._rest / self._count] if self._count else []
         power = np.concatenate([*self._power, last])
         if self._looks_back:
             power = (np.append(power, 0) + np.insert(power, 0, 0)) / 2
