@@ -34,16 +34,16 @@ class LevelMeter:
         """Add the next samples `[C, n]`."""
         samples = block.shape[1]
         begin = min(samples, -self._count % self._hop)  # fills the hop that is not full
-        self._add(block[:, :begin])
         whole = (samples - begin) // self._hop
         end = begin + whole * self._hop
+        if begin:
+            self._add(block[:, :begin])
         if whole:
-            energy = np.zeros(whole)
-            for channel in block[:, begin:end]:
-                hops = channel.reshape(whole, self._hop)  # a view
-                energy += np.einsum("hn,hn->h", hops, hops)
-            self._power.append(energy / (len(block) * self._hop))
-        self._add(block[:, end:])
+            # Row by row, and not the whole array: these are views, so that nothing is copied.
+            energies = [_energies(channel[begin:end].reshape(whole, -1)) for channel in block]
+            self._power.append(np.mean(energies, axis=0, dtype=np.float64) / self._hop)
+        if end < samples:
+            self._add(block[:, end:])
 
     def _add(self, part: FloatArray) -> None:
         """Add to the hop that is not full."""
@@ -64,6 +64,12 @@ class LevelMeter:
             decibels = 10 * np.log10(power)
         steps = np.clip(np.rint(LOUDEST + STEPS_PER_DB * decibels), 0, LOUDEST)
         return bytes(steps.astype(np.uint8))
+
+
+def _energies(hops: FloatArray) -> FloatArray:
+    """The sum of the squares of each row of `[hops, n]`. `np.einsum` takes twice as long."""
+    energies: FloatArray = np.matmul(hops[:, None, :], hops[:, :, None])[:, 0, 0]
+    return energies
 
 
 def decibels(levels: bytes) -> FloatArray:

@@ -1,0 +1,244 @@
+"""Measures how fast one worker process feeds a model that costs nothing.
+
+    python benchmarks/feed.py [--rounds 5] [--results FOLDER]
+
+Three parts, all in one run:
+
+- `simulated`: loaders that run at 60 x real time a thread, as if each had a core, with 1, 2, 8 and
+  16 threads. `of_possible` is the throughput over threads x 60, for a unit of items of
+  one length, as many in each lane.
+- `real`: music (the recordings beside the repository, else synthesised) as FLAC, MP3 and WAV,
+  stereo, for a mono and a stereo model. `of_loading_alone` is the throughput of batches over that
+  of the same number of threads that only load the same files, alternately, as median of the rounds.
+  With a single file it is compared with one thread.
+- `stages`: CPU seconds per hour of audio of what comes after loading, in one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from common import SHARED_AUDIO, median, write_result
+from gpu_corpus import recordings, synthesised
+from latentmill.audio import open_audio, open_media, prepare
+from latentmill.audio.stream import BLOCK
+from latentmill.encoding.chunks import Chunk, Chunker, Chunking, Packer
+from latentmill.encoding.lanes import LANES
+from latentmill.encoding.loudness import LevelMeter
+from latentmill.encoding.timings import Meter
+from latentmill.encoding.unit_audio import EncodeSettings, Event, Facts, Loading, LocalAudio, Opened
+from latentmill.models.base import ModelSpec
+from latentmill.models.families import mdct
+from latentmill.sources.base import Item
+from latentmill.sources.folder import FolderSource
+from latentmill.sources.reading import UnitReader
+
+RATE = 44100
+HOP = 1024
+CHUNK_SECONDS = 10.0
+BATCH = 32
+SPEED = 60.0  # x real time of a simulated loader
+LENGTHS = (3.0, 60.0, 240.0, 600.0, 1800.0)
+FORMATS = {"flac": {"subtype": "PCM_16"}, "mp3": {}, "wav": {"subtype": "PCM_16"}}
+CORPORA = {"3 s": (3.0, 200), "4 min": (240.0, 12), "2 h": (7200.0, 1)}  # length and files
+
+
+def spec_of(channels: int) -> ModelSpec:
+    return mdct.build(hop=HOP, sample_rate=RATE, channels=channels).spec
+
+
+@dataclass(frozen=True)
+class SimulatedLoading(Loading):
+    """Takes as long as a loader at `SPEED`, and uses no CPU."""
+
+    def read(self, item: Item, reader: UnitReader) -> Iterator[Event]:
+        silence = np.zeros((1, self.chunking.samples), np.float32)
+        yield Opened(0)
+        left = round((item.seconds or 0.0) * RATE)
+        while left > 0:
+            samples = min(left, self.chunking.samples)
+            time.sleep(samples / RATE / SPEED)
+            yield Chunk(0, silence[:, :samples])
+            left -= samples
+        yield Facts(RATE, 1, "", 0, 0.0, 0.0, b"", {})
+
+
+def fed(items: list[Item], loading: Loading) -> float:
+    """Seconds for loading a unit and stacking its batches."""
+    packer = Packer(loading.chunking, loading.settings.batch_size)
+    began = time.perf_counter()
+    with contextlib.closing(LocalAudio(items, loading, Meter())) as audio:
+        for number, _, event in audio:
+            if isinstance(event, Chunk):
+                for batch in packer.add(number, event):
+                    batch.audio()
+        for batch in packer.flush():
+            batch.audio()
+    return time.perf_counter() - began
+
+
+def loaded(items: list[Item], spec: ModelSpec, threads: int) -> float:
+    """Seconds for loading files in threads, each file in one, and discarding the audio."""
+
+    def load(item: Item) -> None:
+        with open_media(item.uri) as media:
+            waveform = prepare(
+                open_audio(media), sample_rate=spec.sample_rate, channels=spec.channels
+            )
+            for _ in waveform.blocks():
+                pass
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(load, items))
+    return time.perf_counter() - began
+
+
+def settings(threads: int) -> EncodeSettings:
+    return EncodeSettings(batch_size=BATCH, load_threads=threads)
+
+
+def simulated() -> dict[str, Any]:
+    spec = spec_of(1)
+    chunking = Chunking.for_model(spec, seconds=CHUNK_SECONDS)
+    result: dict[str, Any] = {}
+    for threads in (1, 2, 8, 16):
+        row = {}
+        for seconds in LENGTHS:
+            # About ten seconds of work for every thread, in the same number of items for each lane.
+            count = LANES * max(1, round(10 * threads * SPEED / seconds / LANES))
+            if seconds * count > 60 * threads * SPEED:
+                continue  # takes minutes
+            items = [Item(f"{n}", f"/{n}", 1, "", seconds=seconds) for n in range(count)]
+            taken = fed(items, SimulatedLoading(spec, chunking, settings(threads)))
+            row[f"{seconds:g} s"] = round(seconds * count / taken / (threads * SPEED), 3)
+        result[f"{threads} threads"] = row
+        print("simulated", threads, row, flush=True)
+    return result
+
+
+def music(source: Path | None) -> np.ndarray:
+    return synthesised() if source is None else recordings(source)
+
+
+def write(folder: Path, audio: np.ndarray, suffix: str, seconds: float, files: int) -> list[Item]:
+    """Write stereo files of one length, each from another position of the music."""
+    folder.mkdir(parents=True)
+    for number in range(files):
+        with soundfile.SoundFile(
+            folder / f"{number:04}.{suffix}", "w", RATE, 2, **FORMATS[suffix]
+        ) as file:
+            left, start = round(seconds * RATE), number * 7919 * 31 % len(audio)
+            while left:
+                block = audio[start : start + min(left, 60 * RATE)]
+                file.write(block)
+                left, start = left - len(block), (start + len(block)) % len(audio)
+    return sorted(FolderSource(str(folder), (suffix,)).items(), key=lambda item: item.key)
+
+
+def real(audio: np.ndarray, folder: Path, threads: int, rounds: int) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for suffix in FORMATS:
+        for name, (seconds, files) in CORPORA.items():
+            items = write(folder / suffix / name, audio, suffix, seconds, files)
+            for channels in (1, 2):
+                spec = spec_of(channels)
+                chunking = Chunking.for_model(spec, seconds=CHUNK_SECONDS)
+                loading = Loading(spec, chunking, settings(threads))
+                alone = min(threads, files)
+                pairs = [
+                    (fed(items, loading), loaded(items, spec, alone)) for _ in range(rounds + 1)
+                ][1:]  # the first round fills the page cache
+                label = f"{suffix}, {name}, {'mono' if channels == 1 else 'stereo'}"
+                result[label] = {
+                    "x_real_time": round(seconds * files / median([one for one, _ in pairs])),
+                    "of_loading_alone": median([other / one for one, other in pairs]),
+                }
+                print(label, result[label], flush=True)
+    return result
+
+
+def stages(audio: np.ndarray, rounds: int) -> dict[str, Any]:
+    """CPU seconds per hour of audio of each stage after loading."""
+    result: dict[str, Any] = {}
+    for channels in (1, 2):
+        spec = spec_of(channels)
+        chunking = Chunking.for_model(spec, seconds=CHUNK_SECONDS)
+        signal = np.ascontiguousarray(np.resize(audio, (600 * RATE, 2)).T[:channels])
+        # The same few blocks again and again: a block that was just loaded is in the cache, too.
+        few = [np.ascontiguousarray(signal[:, n * BLOCK : (n + 1) * BLOCK]) for n in range(4)]
+        blocks = few * (signal.shape[1] // BLOCK // 4)
+        chunks = [
+            chunk for chunker in [Chunker(spec, chunking)] for chunk in pushed(chunker, blocks)
+        ]
+
+        def chunk() -> None:
+            for _ in pushed(Chunker(spec, chunking), blocks):  # noqa: B023  called at once
+                pass
+
+        def measure_levels() -> None:
+            meter = LevelMeter(spec)  # noqa: B023
+            for block in blocks:  # noqa: B023
+                meter.push(block)
+            meter.finish(spec.frames(signal.shape[1]))  # noqa: B023
+
+        def batch() -> None:
+            packer = Packer(chunking, BATCH)  # noqa: B023
+            for one in chunks:  # noqa: B023
+                for full in packer.add(0, one):
+                    full.audio()
+
+        result["mono" if channels == 1 else "stereo"] = {
+            name: round(6 * median([cpu_seconds(stage) for _ in range(rounds)]), 4)
+            for name, stage in (("chunks", chunk), ("levels", measure_levels), ("batches", batch))
+        }
+    return result
+
+
+def pushed(chunker: Chunker, blocks: list[np.ndarray]) -> Iterator[Chunk]:
+    for block in blocks:
+        yield from chunker.push(block)
+    yield from chunker.finish()
+
+
+def cpu_seconds(stage: Callable[[], None]) -> float:
+    began = time.thread_time()
+    stage()
+    return time.thread_time() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--audio", type=Path, default=SHARED_AUDIO / "flac")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--results", type=Path)
+    arguments = parser.parse_args()
+    source = arguments.audio if arguments.audio.is_dir() else None
+    audio = music(source)
+    result: dict[str, Any] = {
+        "script": "benchmarks/feed.py",
+        "audio": "synthesised" if source is None else "recordings",
+        "threads": arguments.threads,
+        "cpu_seconds_per_audio_hour": stages(audio, arguments.rounds),
+    }
+    print(result, flush=True)
+    result["simulated_of_possible"] = simulated()
+    with tempfile.TemporaryDirectory() as folder:
+        result["real"] = real(audio, Path(folder), arguments.threads, arguments.rounds)
+    write_result("feed", result, *([arguments.results] if arguments.results else []))
+
+
+if __name__ == "__main__":
+    main()
