@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import numpy as np
@@ -16,8 +19,12 @@ import pytest
 import soundfile as sf
 
 from latentmill.audio import MediaFile
+from latentmill.encoding import unit_audio
+from latentmill.encoding.chunks import Chunk
+from latentmill.encoding.lanes import LANES
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import EncodeSettings, Loading, LocalAudio
+from latentmill.encoding.unit_audio import EncodeSettings, Event, Loading, LocalAudio, Opened
+from latentmill.record import Outcome
 from latentmill.sources.base import Item
 from latentmill.sources.filters import Filters
 from latentmill.sources.folder import FolderSource
@@ -220,3 +227,60 @@ def test_closing_in_the_middle_ends_the_threads_at_once(tmp_path: Path, events: 
     assert time.perf_counter() - start < 2
     assert not load_threads()
     audio.close()
+
+
+class Together(Loading):
+    """Loads a chunk of an item only when as many threads as given load one at the same moment."""
+
+    barrier: ClassVar[threading.Barrier]
+
+    def read(self, item: Item, reader: UnitReader) -> Iterator[Event]:
+        yield Opened(0)
+        for frame in range(100):
+            self.barrier.wait(60)
+            yield Chunk(frame, np.zeros((1, 100), np.float32))
+        yield Outcome(item.key, "failed", "that was all")
+
+
+def test_all_threads_load_until_the_end_of_long_items() -> None:
+    """In plans of earlier versions a thread stopped when 16 chunks of its item were loaded."""
+    Together.barrier = threading.Barrier(8)
+    items = [Item(f"{n}", f"/{n}", 1, "") for n in range(8)]
+    loading = Together(MODEL.spec, CHUNKING, EncodeSettings(load_threads=8))
+    with contextlib.closing(LocalAudio(items, loading, Meter())) as audio:
+        events = list(audio)
+    numbers = [number for number, _, event in events if isinstance(event, Chunk)]
+    assert numbers == list(range(8)) * 100  # one of each in turn
+
+
+@pytest.mark.parametrize("packing", [1, 2])
+def test_no_more_audio_is_loaded_than_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: int
+) -> None:
+    monkeypatch.setattr(unit_audio, "BUFFER_BYTES", 500_000)
+    for number in range(40):
+        sparse_wav(tmp_path / f"{number:02}.wav", 80_000)
+    settings = EncodeSettings(load_threads=2, packing=packing)
+    audio = LocalAudio(items_of(tmp_path), Loading(MODEL.spec, CHUNKING, settings), Meter())
+    most, taken = 0, 0
+    with contextlib.closing(audio):
+        events = iter(audio)
+        while most < 1_000_000:  # they load ahead before anything is taken
+            most = max(most, audio._size)
+            time.sleep(0.01)
+        for _, _, event in events:
+            most = max(most, audio._size)
+            taken += isinstance(event, Chunk)
+    chunk = 4 * CHUNKING.samples
+    assert most <= 1_000_000 + chunk * (LANES + settings.load_threads)
+    assert taken == 40 * len(range(0, 80_000 - CHUNKING.samples + CHUNKING.step, CHUNKING.step))
+
+
+def test_plans_of_earlier_versions_load_item_after_item(corpus: Path) -> None:
+    items = items_of(corpus)
+    settings = EncodeSettings(packing=1, load_threads=3)
+    audio = LocalAudio(items, Loading(MODEL.spec, CHUNKING, settings), Meter())
+    with contextlib.closing(audio):
+        numbers = [number for number, _, _ in audio]
+    assert numbers == sorted(numbers)
+    assert set(numbers) == set(range(len(items)))

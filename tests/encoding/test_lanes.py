@@ -1,0 +1,63 @@
+"""Lanes: a unit's items side by side, in an order that depends on the items alone."""
+
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentmill.encoding.lanes import LANES, in_turn, lanes_of
+from latentmill.sources.base import Item, Segment
+
+
+@st.composite
+def items(draw: st.DrawFn) -> list[Item]:
+    """Items whose length is known, that of a segment, to be guessed from the size, or unknown."""
+    seconds = draw(st.lists(st.floats(0.1, 1000), max_size=60))
+    made = []
+    for number, length in enumerate(seconds):
+        kind = draw(st.sampled_from(["known", "segment", "size"]))
+        known = {
+            "known": {"size": 0, "seconds": length},
+            "segment": {"size": 1 << 40, "segment": Segment(1.0, length)},
+            "size": {"size": max(1, int(length * 32_000))},
+        }[kind]
+        made.append(Item(f"{number}", f"/{number}", version="", **known))
+    return made
+
+
+@given(items())
+def test_every_item_is_in_one_lane_and_lanes_are_about_equally_long(some: list[Item]) -> None:
+    lanes = lanes_of(some)
+    assert len(lanes) == min(LANES, len(some))
+    assert sorted(itertools.chain(*lanes), key=lambda pair: pair[0]) == list(enumerate(some))
+    lengths = []
+    for lane in lanes:
+        numbers = [number for number, _ in lane]
+        assert numbers == sorted(numbers)
+        parts = [
+            i.seconds or (i.segment and i.segment.duration) or i.size / 32_000 for _, i in lane
+        ]
+        lengths.append((sum(parts), max(parts)))
+    for total, longest in lengths:
+        assert total - longest <= min(sum_ for sum_, _ in lengths) + 1e-6
+
+
+def test_an_item_of_which_nothing_is_known_counts_as_a_minute() -> None:
+    some = [Item(f"{n}", f"/{n}", 0, "") for n in range(LANES)]
+    some += [Item("short", "/short", 0, "", seconds=1.0), Item("last", "/last", 0, "")]
+    assert [[number for number, _ in lane] for lane in lanes_of(some)][:2] == [[0, 16], [1, 17]]
+
+
+@given(items())
+def test_plans_of_earlier_versions_have_a_lane_for_each_item(some: list[Item]) -> None:
+    assert lanes_of(some, packing=1) == [[pair] for pair in enumerate(some)]
+
+
+@given(st.lists(st.lists(st.integers()), max_size=6))
+def test_one_element_is_taken_from_each_in_turn(lists: list[list[int]]) -> None:
+    nothing = object()
+    rounds = itertools.zip_longest(*lists, fillvalue=nothing)
+    expected = [one for one in itertools.chain(*rounds) if one is not nothing]
+    assert list(in_turn(map(iter, lists))) == expected
