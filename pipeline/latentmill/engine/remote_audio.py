@@ -8,7 +8,6 @@ been received yet. Samples are sent as 16 bits if that is exact.
 from __future__ import annotations
 
 import contextlib
-import logging
 import queue
 import threading
 import time
@@ -38,8 +37,9 @@ from latentmill.errors import LatentmillError
 from latentmill.record import Outcome
 from latentmill.sources.base import Item
 from latentmill.sources.reading import UnitReader
+from latentmill.text.log import get_logger
 
-_log = logging.getLogger(__name__)
+_log = get_logger("engine")
 
 PARCEL_BYTES = 2 << 20
 PARCELS_AHEAD = 4  # for each task
@@ -222,8 +222,7 @@ class RemoteAudio:
             if len(started) == count:
                 return
             _log.warning(
-                "latentmill: warning: only %d of %d load tasks got a CPU core: lower --load-tasks "
-                "or add cores",
+                "only %d of %d load tasks got a CPU core: lower --load-tasks or add cores",
                 len(started),
                 count,
             )
