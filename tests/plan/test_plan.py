@@ -314,6 +314,8 @@ DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes] | None]] = {
     "another json": (PLAN_PATH, lambda _: b"[]"),
     "missing fields": (PLAN_PATH, lambda _: b'{"format_version": 2}'),
     "newer format": (PLAN_PATH, edited(format_version=99)),
+    "later packing": (PLAN_PATH, edited(packing=99)),
+    "packing without a number": (PLAN_PATH, edited(packing="2")),
     "fewer parts": (PLAN_PATH, edited(parts=[])),
     "cut items": (ITEMS_PATH, lambda data: data[:-1]),
     "no items": (ITEMS_PATH, None),
