@@ -35,8 +35,8 @@ install: $(VENV)/.installed-base ## install latentmill into .venv
 
 dev: $(VENV)/.installed-dev ## install what tests and linters need, too
 
-test: $(VENV)/.installed-dev ## run the tests; ARGS="-k store" goes to pytest
-	$(BIN)/pytest $(ARGS)
+test: $(VENV)/.installed-dev ## run the tests in two processes; ARGS="-k store" goes to pytest
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 test-all: $(VENV)/.installed-dev ## the slow tests, too: ten kills, all recordings (half an hour)
 	$(BIN)/pytest -m "slow or not slow" --timeout 1800 $(ARGS)

@@ -29,8 +29,12 @@ def result(data: bytes, *, keep: bool = False) -> tuple[np.ndarray, str]:
 
 def assert_as_by_packet(data: bytes, monkeypatch: pytest.MonkeyPatch, *, keep: bool) -> str:
     found, fault = result(data, keep=keep)
+
+    def refuse(_: object) -> None:
+        raise decoder.DecodeError("not in one go")
+
     with monkeypatch.context() as patch:
-        patch.setattr(decoder, "_COUNTED", ())
+        patch.setattr(decoder.PyAVDecoder, "_in_one_go", refuse)
         expected, expected_fault = result(data, keep=keep)
     assert fault == expected_fault
     assert np.array_equal(found, expected)

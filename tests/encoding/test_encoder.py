@@ -14,6 +14,7 @@ import soundfile as sf
 import torch
 
 from latentmill.decoding.decoder import decode_latent
+from latentmill.encoding import unit_audio
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.timings import Meter
 from latentmill.encoding.unit_audio import EncodeSettings
@@ -205,7 +206,8 @@ def traced() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("traced")
-def test_a_long_item_is_streamed(tmp_path: Path) -> None:
+def test_a_long_item_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unit_audio, "BUFFER_BYTES", 2 << 20)
     samples = 30_000_000  # an hour: 120 MB as float32
     sparse_wav(tmp_path / "a.wav", samples)
     model = Averager()

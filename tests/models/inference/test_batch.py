@@ -87,7 +87,8 @@ def test_batches_beyond_that_limit_are_refused_on_a_gpu(
 ) -> None:
     limited = replace(HANDLE, spec=replace(HANDLE.spec, max_batch_samples=10_000))
     chunking = Chunking.for_model(HANDLE.spec, seconds=2.0)
-    plan: Any = SimpleNamespace(fingerprint={"numeric": {"precision": "tf32"}, "model": {}})
+    fingerprint = {"numeric": {"precision": "tf32"}, "model": {}}
+    plan: Any = SimpleNamespace(fingerprint=fingerprint, packing=2)
 
     def size(handle: Any, device: str, **options: Any) -> int:
         config = load_config(None, {"source": "in", "out": "out", **options})
