@@ -30,7 +30,14 @@ from latentmill.engine import remote_audio
 from latentmill.engine.actor import ActorShape
 from latentmill.engine.cluster import Cluster
 from latentmill.engine.launch import _check_spare_cores, _Resources
-from latentmill.engine.remote_audio import Parcel, RemoteAudio, packed, unpacked
+from latentmill.engine.remote_audio import (
+    PARCEL_BYTES,
+    PARCELS_AHEAD,
+    Parcel,
+    RemoteAudio,
+    packed,
+    unpacked,
+)
 from latentmill.errors import ConfigError
 from latentmill.models.families import mdct
 from latentmill.record import Outcome
@@ -112,11 +119,10 @@ def test_an_item_that_ends_its_process_fails_alone(tmp_path: Path, ray_session: 
         assert_equal(left, right)
 
 
-def test_a_killed_task_is_started_again(
-    tmp_path: Path, ray_session: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sf.write(tmp_path / "long.wav", noise(120, 8000), 8000)  # more than the parcels ahead hold
-    monkeypatch.setattr(remote_audio, "PARCEL_BYTES", 1 << 17)
+def test_a_killed_task_is_started_again(tmp_path: Path, ray_session: Path) -> None:
+    # More than the parcels ahead hold, so that the task cannot end before it is killed.
+    seconds = 3 * PARCELS_AHEAD * PARCEL_BYTES / (4 * 8000)
+    sf.write(tmp_path / "long.wav", noise(seconds, 8000), 8000)
     items = items_of(tmp_path)
     expected = heard(LocalAudio(items, LOADING, Meter()))
     found = []
