@@ -1,4 +1,4 @@
-"""Every exit code of the README, each provoked; 9 by a head that is gone in test_nodes.py."""
+"""Every exit code of docs/running.md, each provoked; 9 by a head that is gone in test_nodes.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from latentmill.cli.entry import INTERRUPTED_EXIT_CODE
 from latentmill.errors import LatentmillError
 from support import runs
 
-README = Path(__file__).parents[2] / "README.md"
+RUNNING = Path(__file__).parents[2] / "docs/running.md"
 HERE = {  # by code, a test that provokes it where it cannot be done quickly here
     0: "cli/test_cli.py",
     3: "cli/test_cli.py",
@@ -56,8 +56,8 @@ def test_a_bug_is_a_traceback_and_code_1(
     assert printed.endswith("ZeroDivisionError: token=*** a bug\n")
 
 
-def test_the_readme_has_every_code_and_no_other() -> None:
-    table = re.findall(r"^\| (\d+) \|", README.read_text(encoding="utf-8"), re.MULTILINE)
+def test_the_table_has_every_code_and_no_other() -> None:
+    table = re.findall(r"^\| (\d+) \|", RUNNING.read_text(encoding="utf-8"), re.MULTILINE)
 
     def codes(kind: type[LatentmillError]) -> set[int]:
         return {kind.exit_code}.union(*(codes(sub) for sub in kind.__subclasses__()))
