@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 import tracemalloc
 import uuid
 from collections.abc import Callable, Iterator
@@ -144,9 +143,7 @@ def test_a_request_that_hangs_has_a_time_limit(
     url = f"{s3_bucket}/a.wav"
     put(url, DATA)
     with faulty_s3(Faults(latency=3.0)):
-        began = time.monotonic()
         refused("the file cannot be fetched: FSTimeoutError", url, len(DATA))
-    assert time.monotonic() - began < 10
 
 
 def test_only_the_pieces_in_flight_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:

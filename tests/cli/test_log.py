@@ -15,6 +15,8 @@ from latentmill.cli.log import messages_on_stderr, set_format
 from latentmill.run.run import encode
 from latentmill.text.log import get_logger
 from support import runs
+from support.faulty_s3 import Faults
+from support.storage_faults import faulty_s3
 
 Capture = pytest.CaptureFixture[str]
 ENCODE = ("--device", "cpu", "--workers", 1, "--threads", 1)
@@ -51,6 +53,21 @@ def test_verbose_adds_what_the_workers_do(
     )
     found = [next(n for n, line in enumerate(lines) if re.search(one, line)) for one in wanted]
     assert found == sorted(found)
+
+
+def test_verbose_tells_of_requests_that_are_retried(
+    songs: Path, s3_bucket: str, capsys: Capture, inline: None
+) -> None:
+    retry = re.compile(r"attempt 1 failed \(\S.*\): retrying in \d\.\d s$", re.MULTILINE)
+    store = f"{s3_bucket}/lat"
+    with faulty_s3(Faults(errors=0.3, seed=1)) as faults:
+        verbose = runs.call(capsys, "-v", "encode", songs, store, *ENCODE)
+        assert (verbose.code, bool(faults.seen["error"])) == (0, True)
+        assert retry.search(verbose.err)
+        faults.seen.clear()
+        plain = runs.call(capsys, "status", store)
+        assert (plain.code, bool(faults.seen["error"])) == (0, True)
+        assert "retrying" not in plain.err
 
 
 def test_json_events_and_messages_are_one_object_per_line(

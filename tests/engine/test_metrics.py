@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import urllib.request
 from pathlib import Path
 
@@ -35,14 +34,13 @@ def test_actors_tell_rays_metrics(tmp_path: Path, ray_session: Path) -> None:
     encode(str(songs), str(tmp_path / "store"), device="cpu", **options)
     wanted = {"ray_latentmill_items_total:encoded": 4, "ray_latentmill_items_total:failed": 1}
     wanted["ray_latentmill_failures_total"] = 1
-    end = time.monotonic() + 60  # they are collected every few seconds
-    while True:
+    names: set[str] = set()
+
+    def collected() -> bool:  # Ray collects them every few seconds
         after = scraped(node["MetricsExportPort"])
-        new = {name: value - before.get(name, 0.0) for name, value in after.items()}
-        if all(new.get(name) == value for name, value in wanted.items()):
-            break
-        assert time.monotonic() < end, new
-        time.sleep(1)
-    names = {name.partition(":")[0].removeprefix("ray_latentmill_") for name in after}
+        names.update(name.partition(":")[0].removeprefix("ray_latentmill_") for name in after)
+        return all(after.get(name, 0.0) - before.get(name, 0.0) == n for name, n in wanted.items())
+
+    runs.until(collected, f"the metrics are {wanted}")
     assert {"queued_chunks", "audio_seconds_total", "model_busy_seconds_total"} <= names
     assert {"unit_seconds_count", "model_wait_seconds_total"} <= names

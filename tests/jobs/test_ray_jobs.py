@@ -6,7 +6,6 @@ One submission runs always; the others take a minute or more and are marked slow
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,12 +132,9 @@ def test_ray_job_stop_leaves_a_store_that_the_same_command_finishes(
     )
     job = head.submit(folder, *ENCODE, wait=False).job
     runs.until(lambda: bool(runs.commits(store)), "the first unit is committed")
-    began = time.monotonic()
     stopped = head.job("stop", job)
-    took = time.monotonic() - began
     assert stopped.returncode == 0, stopped.stdout
     assert head.info(job)["status"] == "STOPPED"
-    assert took < 30
     kept = runs.commits(store)
     assert kept
     assert not (store / "dataset.json").exists()

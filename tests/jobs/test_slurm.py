@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -127,11 +126,9 @@ def test_two_nodes_and_a_signal(tmp_path: Path) -> None:
     runs.until(lambda: bool(runs.commits(store)), "the first unit is committed")
     [_, _, workers] = Path(env["SRUN_LOG"]).read_text().splitlines()
     assert "--nodes=1 --ntasks=1 --exclude=node0" in workers
-    began = time.monotonic()
     process.send_signal(signal.SIGTERM)  # scancel --batch --signal=TERM
     text = finish(process, env)
     assert process.returncode == 130, text
-    assert time.monotonic() - began < 60
     assert "interrupted; run the same command again to resume" in text
     assert not (store / "tmp").exists()
     kept = runs.commits(store)

@@ -6,7 +6,7 @@ import contextlib
 import math
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +24,20 @@ from latentmill.encoding.timings import Meter
 from latentmill.encoding.unit_audio import EncodeSettings, Loading, LocalAudio
 from latentmill.errors import ModelError
 from latentmill.evaluate.metrics import additivity, homogeneity
-from latentmill.models import weights
 from latentmill.models.base import Autoencoder, Channels, ModelHandle, ModelSpec
-from latentmill.models.registry import resolve
+from latentmill.models.registry import resolve, weights_of
 from latentmill.sources.folder import FolderSource
 from support.chunked import encode_chunked, encode_whole
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model: its name (`REPOS` is the folder of tiny repositories) and options, the relative
-    error of trimmed chunks that it promises, and how many lengths are worth their time."""
+    """A model: its name (`REPOS` is the folder of tiny repositories) and options, and the relative
+    error of trimmed chunks that it promises."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     seam: float = math.nan  # no promise: stitched by crossfade
-    lengths: int = 200
     channels: Channels | None = None
 
 
@@ -50,18 +48,18 @@ CASES = {
     ),
     "mdct-split": Case("mdct", seam=0, channels="split"),
     "lin-cae": Case("lin-cae"),
-    "lin-cae-split": Case("lin-cae", lengths=24, channels="split"),
+    "lin-cae-split": Case("lin-cae", channels="split"),
     "music2latent": Case("music2latent", {"repo": "REPOS/music2latent"}),
     "oobleck": Case("oobleck:REPOS/oobleck", seam=1e-6),
-    "oobleck-std": Case("oobleck:REPOS/oobleck", {"posterior": "mean+std"}, seam=1e-6, lengths=9),
+    "oobleck-std": Case("oobleck:REPOS/oobleck", {"posterior": "mean+std"}, seam=1e-6),
     "same": Case("same:REPOS/same", seam=1e-5),
     "encodec-24k": Case("encodec:REPOS/encodec-24k", {"scale_factor": 0.5}, seam=1e-5),
     "encodec-48k": Case("encodec:REPOS/encodec-48k"),
     "dac-44k": Case("dac:REPOS/dac-44k", seam=1e-6),
-    "dac-44k-codes": Case("dac:REPOS/dac-44k", {"output": "codes"}, seam=0, lengths=9),
+    "dac-44k-codes": Case("dac:REPOS/dac-44k", {"output": "codes"}, seam=0),
     "dac-24k": Case("dac:REPOS/dac-24k", {"quantise": True}, seam=1e-6),
     "mimi": Case("mimi:REPOS/mimi", seam=1e-3),
-    "mimi-codes": Case("mimi:REPOS/mimi", {"output": "codes"}, seam=0, lengths=9),
+    "mimi-codes": Case("mimi:REPOS/mimi", {"output": "codes"}, seam=0),
 }
 
 
@@ -72,8 +70,12 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture(scope="module")
 def handle(case: Case, tiny_cache: Path, tiny_repos: Path) -> ModelHandle:
-    options = {k: _fill(v, tiny_repos) for k, v in case.options.items()}
-    return resolve(_fill(case.name, tiny_repos), options, case.channels)
+    return resolved(case, tiny_repos)
+
+
+def resolved(case: Case, repos: Path) -> ModelHandle:
+    options = {k: _fill(v, repos) for k, v in case.options.items()}
+    return resolve(_fill(case.name, repos), options, case.channels)
 
 
 def _fill(value: Any, repos: Path) -> Any:
@@ -127,11 +129,16 @@ def test_defaults_make_sense(spec: ModelSpec) -> None:
     assert (spec.context is None) == (spec.stitch != "trim")
 
 
-def test_frames_are_those_of_encode(case: Case, model: Autoencoder, spec: ModelSpec) -> None:
-    x = audio(spec, blocks=case.lengths)
-    for blocks in range(case.lengths):
-        samples = spec.min_samples + blocks * spec.sample_multiple
-        assert model.encode(x[..., :samples]).shape[-1] == spec.frames(samples)
+def test_frames_are_those_of_encode(model: Autoencoder, spec: ModelSpec) -> None:
+    """For the shortest lengths, and on both sides of where a longer one gets one more frame."""
+    lengths = {spec.min_samples + blocks * spec.sample_multiple for blocks in range(24)}
+    for frames in (2, 3, 5, 8, 13, 21, 34, 55, 89, 144):
+        whole = spec.padded(spec.samples(frames))
+        lengths |= {whole - spec.sample_multiple, whole, whole + spec.sample_multiple}
+    x = audio(spec, blocks=100_000 // spec.sample_multiple)
+    for samples in sorted(lengths):
+        if spec.min_samples <= samples <= x.shape[-1]:
+            assert model.encode(x[..., :samples]).shape[-1] == spec.frames(samples)
 
 
 @settings(max_examples=200)
@@ -280,23 +287,33 @@ def test_gain_and_sum_are_reported(
         assert max(max(one.with_origin, one.raw) for one in figures) < 1e-6
 
 
-def test_any_changed_weight_is_another_fingerprint(handle: ModelHandle, tmp_path: Path) -> None:
-    """One bit of any weights file or configuration, wherever it is; nothing else is hashed."""
+def test_any_changed_byte_of_its_files_is_another_fingerprint(
+    case: Case, handle: ModelHandle, tiny_repos: Path
+) -> None:
+    """The weights and each configuration file; the model is resolved again from its files."""
     files = getattr(getattr(handle, "inner", handle), "files", None)
-    if files is None:
-        assert handle.spec.identity["transform"] == "mdct"  # no weights: the options stand for it
+    if weights_of(case.name, case.options) is None:
+        assert files is None  # the options alone are its identity
         return
-    before = fingerprint_of(handle.spec)
-    for role, path in files.paths.items():
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        copy = tmp_path / path.name
-        copy.write_bytes(content)
-        identity = {**handle.spec.identity, f"sha256_{role}": weights._sha256(copy)}
-        assert files.sha256[role] == handle.spec.identity[f"sha256_{role}"]
-        assert identity != handle.spec.identity
-        assert fingerprint_of(replace(handle.spec, identity=identity)) != before
+    assert files is not None
     assert "sha256_weights" in handle.spec.identity
+    for role, path in files.paths.items():
+        content = path.read_bytes()
+        changed = bytearray(content + b"\n")  # still a configuration, and the same one
+        if role == "weights":
+            changed = bytearray(content)
+            changed[len(content) // 2] ^= 1
+        path.write_bytes(changed)
+        try:
+            spec = resolved(case, tiny_repos).spec
+        finally:
+            path.write_bytes(content)
+        before = handle.spec.identity
+        assert set(spec.identity.items()) ^ set(before.items()) == {
+            (f"sha256_{role}", one.identity[f"sha256_{role}"]) for one in (spec, handle.spec)
+        }
+        assert fingerprint_of(spec) != fingerprint_of(handle.spec)
+    assert fingerprint_of(resolved(case, tiny_repos).spec) == fingerprint_of(handle.spec)
 
 
 def fingerprint_of(spec: ModelSpec) -> str:

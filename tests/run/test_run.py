@@ -197,10 +197,12 @@ def test_a_source_that_is_gone_fails_no_items(songs: Path, copy: Path, tmp_path:
     moved = Path(shutil.copytree(songs, tmp_path / "moved"))
     store = tmp_path / "new"
     encode(moved, store)
-    (store / "commits" / "000000.json").unlink()
     moved.rename(tmp_path / "unmounted")
-    with pytest.raises(SourceError, match=r"does not exist, but 1 units of .* are not"):
-        encode(moved, store)
+    for number, missing in enumerate(("1 unit", "2 units")):
+        (store / "commits" / f"{number:06d}.json").unlink()
+        message = rf"does not exist, but {missing} of \S+ must still be encoded: mount"
+        with pytest.raises(SourceError, match=message):
+            encode(moved, store)
     (tmp_path / "unmounted").rename(moved)
     assert encode(moved, store).info.encoded == 9
 

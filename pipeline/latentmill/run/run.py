@@ -144,8 +144,8 @@ def _encode_todo(
     storage = prepared.storage
     if not is_there(plan.source):
         raise SourceError(
-            f"Source {plan.source} does not exist, but {len(todo)} units of {storage.root} are not "
-            "encoded yet: mount or restore the source."
+            f"Source {plan.source} does not exist, but {counted(len(todo), 'unit')} of "
+            f"{storage.root} must still be encoded: mount or restore the source."
         )
     check_items(plan, storage)
     tracker = Tracker(plan, tallies, progress, hold.publish)

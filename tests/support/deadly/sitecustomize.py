@@ -1,7 +1,7 @@
-"""On PYTHONPATH: makes a decoder of this process crash, hang or run away at certain files.
+"""On PYTHONPATH: makes a decoder of this process crash, hang, exit or be slow at certain files.
 
 Python imports a module of this name when it starts, so that it reaches workers and their children.
-What happens is told by the sample rate of a file, which no other test uses.
+The sample rate of a file, which no other test uses, selects what happens.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import os
 import signal
 import time
 
+import numpy as np
 import soundfile
 
-SEGFAULT, OUT_OF_MEMORY, HANG, EXIT = 22051, 22052, 22053, 22054
+SEGFAULT, OUT_OF_MEMORY, HANG, EXIT, LONG = 22051, 22052, 22053, 22054, 22055
 
 _open = soundfile.SoundFile.__init__
 
@@ -29,6 +30,14 @@ def _deadly(self: soundfile.SoundFile, *args: object, **kwargs: object) -> None:
         time.sleep(3600)
     if self.samplerate == EXIT:
         os._exit(3)
+    if self.samplerate == LONG:  # 40 ms for each 1,000 samples
+        read = self.read
+
+        def slowly(out: np.ndarray) -> np.ndarray:
+            time.sleep(0.04)
+            return read(out=out[:1000])
+
+        self.read = slowly
 
 
 soundfile.SoundFile.__init__ = _deadly
