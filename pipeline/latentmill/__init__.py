@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from latentmill.config import RunConfig, load_config
     from latentmill.errors import IncompleteStoreWarning, LatentmillError, RepeatedEpochWarning
+    from latentmill.evaluation.evaluate import Evaluation, evaluate
     from latentmill.ops import (
         Linearity,
         LinearityWarning,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "BatchSampler": "latentmill.reader.batches",
     "EncodeOptions": "latentmill.run.options",
+    "Evaluation": "latentmill.evaluation.evaluate",
     "IncompleteStoreWarning": "latentmill.errors",
     "LatentDataset": "latentmill.reader.dataset",
     "LatentStore": "latentmill.store.store",
@@ -65,6 +67,7 @@ _LAZY = {
     "collate_tensors": "latentmill.reader.collate",
     "crossfade": "latentmill.ops",
     "encode": "latentmill.run.run",
+    "evaluate": "latentmill.evaluation.evaluate",
     "fade": "latentmill.ops",
     "fit": "latentmill.ops",
     "gain": "latentmill.ops",
@@ -78,6 +81,7 @@ _LAZY = {
 __all__ = [
     "BatchSampler",
     "EncodeOptions",
+    "Evaluation",
     "IncompleteStoreWarning",
     "LatentDataset",
     "LatentStore",
@@ -97,6 +101,7 @@ __all__ = [
     "collate_tensors",
     "crossfade",
     "encode",
+    "evaluate",
     "fade",
     "fit",
     "gain",

@@ -18,8 +18,9 @@ WRONG = {
     "encode a b --where x=": "invalid --where condition 'x=' (invalid syntax): write it like "
     "genre == 'rock' and bpm > 100.",
     "encode a b --worker 1": "unknown option --worker: did you mean --workers?",
-    "seams a --items 0": "invalid --items 0: it must be greater than or equal to 1.",
-    "seams a --max-seconds 0": "invalid --max-seconds 0: it must be greater than or equal to 0.1.",
+    "evaluate a --items 0": "invalid --items 0: it must be greater than or equal to 1.",
+    "evaluate a --max-seconds 0": "invalid --max-seconds 0: it must be greater than or equal to "
+    "0.1.",
     "verify a --decode=-1": "invalid --decode -1: it must be greater than or equal to 0.",
     "mix a b --seed x -o c.wav": "invalid --seed 'x': expected a whole number.",
     "decode a b": "--output is missing: `latentmill decode --help` shows how to use it.",

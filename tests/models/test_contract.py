@@ -23,7 +23,7 @@ from latentmill.encoding.fingerprint import fingerprint
 from latentmill.encoding.timings import Meter
 from latentmill.encoding.unit_audio import EncodeSettings, Loading, LocalAudio
 from latentmill.errors import ModelError
-from latentmill.evaluate.metrics import additivity, homogeneity
+from latentmill.evaluation.metrics import additivity, homogeneity
 from latentmill.models.base import Autoencoder, Channels, ModelHandle, ModelSpec
 from latentmill.models.registry import resolve, weights_of
 from latentmill.sources.folder import FolderSource

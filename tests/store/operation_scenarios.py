@@ -21,8 +21,8 @@ import soundfile
 
 from latentmill.config import load_config
 from latentmill.errors import LatentmillError
-from latentmill.evaluate.linearity import measure_linearity
-from latentmill.evaluate.seams import measure_seams
+from latentmill.evaluation.linearity import measure_linearity
+from latentmill.evaluation.seams import measure_seams
 from latentmill.export.export import Target, export_store
 from latentmill.run.forecast import forecast
 from latentmill.run.run import run

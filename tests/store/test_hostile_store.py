@@ -17,8 +17,8 @@ import store_files
 import latentmill as lm
 from latentmill.cli import show, show_status
 from latentmill.errors import LatentmillError
-from latentmill.evaluate.linearity import measure_linearity
-from latentmill.evaluate.seams import measure_seams
+from latentmill.evaluation.linearity import measure_linearity
+from latentmill.evaluation.seams import measure_seams
 from latentmill.export.export import Target, export_store
 from latentmill.store.verify import verify
 

@@ -16,8 +16,8 @@ import store_files
 import latentmill as lm
 from latentmill.config import load_config
 from latentmill.errors import ConfigError, LatentmillError, ModelError
-from latentmill.evaluate.linearity import measure_linearity
-from latentmill.evaluate.seams import measure_seams
+from latentmill.evaluation.linearity import measure_linearity
+from latentmill.evaluation.seams import measure_seams
 from latentmill.store.verify import verify
 from support import runs
 
@@ -83,8 +83,7 @@ def evil(
 COMMANDS: list[list[str]] = [
     ["decode", "STORE", KEY, "-o", "OUT"],
     ["mix", "STORE", KEY, "one-frame", "--length", "longest", "-o", "OUT/mix.wav"],
-    ["seams", "STORE"],
-    ["linearity", "STORE"],
+    ["evaluate", "STORE"],
     ["verify", "STORE", "--decode", "1"],
 ]
 

@@ -1,4 +1,4 @@
-"""The commands that read a store: decode, mix, export, seams and linearity."""
+"""The commands that read a store: decode, mix, export and evaluate."""
 
 from __future__ import annotations
 
@@ -194,64 +194,45 @@ def export(
 
 
 @app.command()
-def seams(
+def evaluate(
     url: Store,
-    items: Annotated[int, typer.Option(min=1, help="Number of items to encode in one piece.")] = 8,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only",
+            metavar="PART",
+            help="Measure only this part: linearity or seams. Repeatable. \\[default: all]",
+        ),
+    ] = None,
+    items: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of items, spread evenly over the store. \\[default: 8]"),
+    ] = None,
     max_seconds: Annotated[
         float | None,
         typer.Option(
             min=0.1,
-            help="Maximum item length in seconds. \\[default: 60, or five chunks if longer]",
+            help="Use at most this length of an item, in seconds. \\[default: linearity one chunk, "
+            "seams 60 or five chunks]",
         ),
     ] = None,
     device: Device = "auto",
     trust_model: TrustModel = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the error that chunking introduces, compared with encoding each item in one piece.
+    """Measure how good the latents of STORE are, on its own audio.
 
-    Writes evaluation/seams.json in the store.
+    Parts: linearity (how well latents scale and add) and seams (the error of chunking, compared
+    with encoding items in one piece). Writes evaluation/PART.json in the store.
     """
-    from latentmill.cli import show
-    from latentmill.evaluate.seams import measure_seams
+    from latentmill.cli import show_evaluation
+    from latentmill.evaluation.evaluate import evaluate as evaluate_store
     from latentmill.store.store import open_store
 
     store = open_store(url, device=device, trust_model=trust_model)
     interrupts_raise()
-    print_value(as_json, measure_seams(store, items=items, max_seconds=max_seconds), show.seams)
-    _warn_if_not_recorded(store)
-
-
-@app.command()
-def linearity(
-    url: Store,
-    items: Annotated[int, typer.Option(min=2, help="Number of items to scale and add.")] = 8,
-    max_seconds: Annotated[
-        float | None,
-        typer.Option(
-            min=0.1, help="Length of each item to use, in seconds. \\[default: one chunk]"
-        ),
-    ] = None,
-    device: Device = "auto",
-    trust_model: TrustModel = False,
-    as_json: AsJson = False,
-) -> None:
-    """Measure how well latents scale and add, on the audio of STORE.
-
-    Writes evaluation/linearity.json in the store.
-    """
-    from latentmill.cli import show
-    from latentmill.evaluate.linearity import measure_linearity
-    from latentmill.store.store import open_store
-
-    store = open_store(url, device=device, trust_model=trust_model)
-    interrupts_raise()
-    report = measure_linearity(store, items=items, max_seconds=max_seconds)
-    print_value(as_json, report, show.linearity)
-    _warn_if_not_recorded(store)
-
-
-def _warn_if_not_recorded(store: LatentStore) -> None:
+    result = evaluate_store(store, only=only, items=items, max_seconds=max_seconds)
+    print_value(as_json, result, show_evaluation.evaluation)
     if not store.sealed:
         _log.warning("not recorded: the store is not sealed yet; finish its run first")
 

@@ -15,8 +15,6 @@ from latentmill.store.measurement import MEASURED
 from latentmill.text.printing import counted
 
 if TYPE_CHECKING:  # some of these import torch; `status` must start quickly
-    from latentmill.evaluate.linearity import LinearityReport
-    from latentmill.evaluate.seams import SeamReport
     from latentmill.export.export import ExportSummary
     from latentmill.models.base import ModelSpec
     from latentmill.run.forecast import Forecast
@@ -229,42 +227,6 @@ def model(spec: ModelSpec) -> str:
     }
     lines = [f"{name:<9} {text}" for name, text in rows.items()]
     return "\n".join(lines + [f"          {n} {v}" for n, v in spec.identity.items()])
-
-
-def seams(report: SeamReport) -> str:
-    """The text that `seams` prints."""
-    lines = [
-        f"{one.key}: {one.seconds:.1f} s, relative error {one.error:.2g}, worst frame "
-        f"{one.worst:.2g}"
-        for one in report.items
-    ]
-    lines.append(
-        f"relative error of chunked encoding: median {report.median:.2g}, largest "
-        f"{report.largest:.2g} ({counted(len(report.items), 'item')})"
-    )
-    return "\n".join(lines)
-
-
-def linearity(report: LinearityReport) -> str:
-    """The text that `linearity` prints."""
-    card = report.card
-    gains = ", ".join(f"{error:.3g} at gain {gain}" for gain, error in card.by_gain.items())
-    verdict = (
-        f"poor: the error of {' and '.join(report.poor)} latents is above {report.limit:g}"
-        if report.poor
-        else f"good: every error is at most {report.limit:g}"
-    )
-    return "\n".join(
-        (
-            f"scaling   relative error {card.homogeneity:.3g} (mean {card.homogeneity_mean:.3g}) "
-            f"with the origin, {card.homogeneity_raw:.3g} without, of {card.items} items ({gains})",
-            f"adding    relative error {card.additivity:.3g} (mean {card.additivity_mean:.3g}) "
-            f"with the origin, {card.additivity_raw:.3g} without, of {card.pairs} pairs",
-            f"raw norm  scaling {card.homogeneity_raw_norm:.3g}, adding "
-            f"{card.additivity_raw_norm:.3g} (divided by the norm of the latent with its origin)",
-            verdict,
-        )
-    )
 
 
 def export(value: ExportSummary) -> str:

@@ -23,7 +23,7 @@ class LinearityWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Linearity:
-    """A store's linearity card: the relative errors (relL2) that `latentmill linearity` measured.
+    """A store's linearity card: the relative errors (relL2) that `latentmill evaluate` measured.
 
     Attributes:
         homogeneity: Error of scaling a latent, with the origin.

@@ -45,7 +45,7 @@ def read_measurement(storage: Storage, info: DatasetInfo, name: Name) -> Measure
     data = storage.read_if_exists(path)
     if data is None:  # in format version 1, dataset.json contains the results
         return _measurement(info, info.seams, info.linearity)
-    where, hint = f"{storage.root}/{path}", f"delete it and run `latentmill {name}` again"
+    where, hint = f"{storage.root}/{path}", "delete it and run `latentmill evaluate` again"
     measurement = parse_document(Measurement, data, where, hint)
     return measurement if measurement.fingerprint == info.fingerprint else None
 

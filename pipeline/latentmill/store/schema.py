@@ -323,8 +323,8 @@ class Measurement(_Document):
     latentmill_version: str
     fingerprint: str = Field(description="Fingerprint of the store.")
     seal: str | None = Field(description="Seal of the store when it was measured.")
-    seams: SeamEntry | None = Field(None, description="Result of `latentmill seams`.")
-    linearity: LinearityEntry | None = Field(None, description="Result of `latentmill linearity`.")
+    seams: SeamEntry | None = Field(None, description="Error at the seams of chunks.")
+    linearity: LinearityEntry | None = Field(None, description="Error of latent arithmetic.")
 
 
 _Kind = TypeVar("_Kind", bound=_Document)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from latentmill.errors import ConfigError, ItemError
-from latentmill.evaluate.metrics import GAINS, additivity, homogeneity
+from latentmill.evaluation.metrics import GAINS, additivity, homogeneity
 from latentmill.models.base import Autoencoder
 from latentmill.models.inference.precision import numeric_mode
 from latentmill.ops.origin import POOR

@@ -14,7 +14,7 @@ import soundfile
 
 import latentmill as lm
 from latentmill.errors import ConfigError
-from latentmill.evaluate.seams import _measure, measure_seams
+from latentmill.evaluation.seams import _measure, measure_seams
 from latentmill.storage.storage import Storage
 from latentmill.store.measurement import read_measurement
 from latentmill.store.verify import verify
@@ -163,23 +163,11 @@ def test_whole_items_are_encoded_in_the_store_s_numeric_mode(
     use_cache(monkeypatch, tmp_path / "hf_home")
     store = encode(model="lin-cae", precision="bf16", chunk_seconds=20.0)
     same = _measure(store, store["3"])  # one chunk: it is the whole item
-    monkeypatch.setattr("latentmill.evaluate.seams.numeric_mode", lambda *_: nullcontext())
+    monkeypatch.setattr("latentmill.evaluation.seams.numeric_mode", lambda *_: nullcontext())
     other = _measure(store, store["3"])
     assert same is not None
     assert other is not None
     assert same.error < 1e-6 < 1e-3 < other.error
-
-
-def test_the_command_prints_it(store: lm.LatentStore, capsys: pytest.CaptureFixture[str]) -> None:
-    done = runs.call(capsys, "seams", store.url)
-    assert (done.code, done.err) == (0, "")
-    assert "relative error of chunked encoding: median" in done.out
-    assert lm.open(store.url).measured_info.seams is not None
-    Path(store.url, "dataset.json").unlink()
-    done = runs.call(capsys, "seams", store.url)
-    assert done.code == 0
-    assert done.err.startswith("latentmill: warning: not recorded: ")
-    assert not Path(store.url, "dataset.json").exists()
 
 
 def test_the_command_shows_a_model_as_it_would_run(capsys: pytest.CaptureFixture[str]) -> None:

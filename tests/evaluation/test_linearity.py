@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from latentmill.errors import ModelError
-from latentmill.evaluate.metrics import (
+from latentmill.evaluation.metrics import (
     GAINS,
     additivity,
     combination,

@@ -1,1 +1,0 @@
-"""Measurements of a store and its model: error at the seams of chunks, linearity."""

@@ -1,0 +1,87 @@
+"""`lm.evaluate`: measures the parts of an evaluation and records each in the store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from latentmill.errors import ConfigError
+from latentmill.evaluation.linearity import LinearityReport, measure_linearity
+from latentmill.evaluation.seams import SeamReport, measure_seams
+from latentmill.store.store import LatentStore, open_store
+from latentmill.text.log import get_logger
+
+Part = Literal["linearity", "seams"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+_log = get_logger("evaluation")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of `evaluate`.
+
+    Attributes:
+        linearity: The error of latent arithmetic.
+        seams: The error that chunking introduces.
+        unavailable: The parts that cannot be measured on this store, with the reason.
+    """
+
+    linearity: LinearityReport | None = None
+    seams: SeamReport | None = None
+    unavailable: Mapping[Part, str] = field(default_factory=dict)
+
+
+assert {f.name for f in fields(Evaluation)} == {*PARTS, "unavailable"}
+
+
+def evaluate(
+    store: LatentStore | str | os.PathLike[str],
+    *,
+    only: Sequence[str] | None = None,
+    items: int | None = None,
+    max_seconds: float | None = None,
+    record: bool = True,
+) -> Evaluation:
+    """Evaluate a store on its own audio.
+
+    Args:
+        store: A store, or its folder or URL.
+        only: The parts to measure, of `PARTS`; None for all.
+        items: Number of items, spread evenly over the store; None for the default of each part.
+        max_seconds: Maximum length that is used of an item; None for the default of each part.
+        record: Whether to write the results to evaluation/*.json of a sealed store.
+
+    Returns:
+        The results. Without `only`, a part that cannot be measured on this store, for example
+        because its source is gone, is in `unavailable`.
+
+    Raises:
+        ConfigError: A part of `only` does not exist or cannot be measured on this store.
+    """
+    for name in only or ():
+        if name not in PARTS:
+            raise ConfigError(f"invalid part {name!r} of an evaluation: use {', '.join(PARTS)}.")
+    opened = store if isinstance(store, LatentStore) else open_store(store)
+    options: dict[str, Any] = {"max_seconds": max_seconds, "record": record}
+    if items is not None:
+        options["items"] = items
+    measures: dict[Part, Callable[..., Any]] = {
+        "linearity": measure_linearity,
+        "seams": measure_seams,
+    }
+    results: dict[Part, Any] = {}
+    unavailable: dict[Part, str] = {}
+    for part in PARTS:
+        if only and part not in only:
+            continue
+        _log.info("evaluate: %s", part)
+        try:
+            results[part] = measures[part](opened, **options)
+        except ConfigError as error:
+            if only:
+                raise
+            unavailable[part] = str(error)
+    return Evaluation(**results, unavailable=unavailable)

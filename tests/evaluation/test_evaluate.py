@@ -1,0 +1,84 @@
+"""The command `evaluate` and `lm.evaluate`: which parts are measured, recorded and printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import latentmill as lm
+from latentmill.errors import ConfigError
+from latentmill.evaluation.evaluate import PARTS
+from support import runs
+from support.stem_files import write_stem_store, write_stems
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_stems(tmp_path_factory.mktemp("songs"))
+
+
+@pytest.fixture
+def store(source: Path, tmp_path: Path) -> lm.LatentStore:
+    return write_stem_store(tmp_path / "store", source)
+
+
+def files(store: lm.LatentStore) -> dict[str, bytes]:
+    root = Path(store.url)
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_all_parts_are_measured_and_recorded(
+    store: lm.LatentStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(store)
+    result = runs.call(capsys, "evaluate", store.url, "--items", 3, "--json")
+    assert (result.code, result.err) == (0, "".join(f"evaluate: {part}\n" for part in PARTS))
+    parsed = runs.outcome(result)
+    assert set(parsed) == {*PARTS, "unavailable"}
+    assert parsed["unavailable"] == {}
+    after = files(store)
+    assert set(after) - set(before) == {f"evaluation/{part}.json" for part in PARTS}
+    assert {name: after[name] for name in before} == before
+    for part in PARTS:
+        written = json.loads(after[f"evaluation/{part}.json"])
+        assert written["seal"] == store.info.seal
+        assert list(written.keys() & set(PARTS)) == [part]
+
+
+def test_only_chooses_parts(store: lm.LatentStore, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lm.evaluate(store.url, only=["seams"], items=2).linearity is None
+    assert {n for n in files(store) if n.startswith("evaluation/")} == {"evaluation/seams.json"}
+    result = runs.call(capsys, "evaluate", store.url, "--only", "seams", "--only", "linearity")
+    assert [line for line in result.out.splitlines() if line in PARTS] == ["linearity", "seams"]
+    result = runs.call(capsys, "evaluate", store.url, "--only", "seam")
+    assert (result.code, result.err) == (
+        2,
+        "latentmill: invalid part 'seam' of an evaluation: use linearity, seams.\n",
+    )
+
+
+def test_a_part_that_cannot_be_measured(
+    store: lm.LatentStore, one_sentence: Callable[[BaseException], str]
+) -> None:
+    """It is reported with the others; if it was asked for, it is an error."""
+    found = lm.evaluate(store, max_seconds=0.1)
+    assert found.linearity is not None
+    assert found.seams is None
+    assert "no items between one chunk" in found.unavailable["seams"]
+    with pytest.raises(ConfigError) as caught:
+        lm.evaluate(store, only=["seams"], max_seconds=0.1)
+    assert "no items between one chunk" in one_sentence(caught.value)
+
+
+def test_a_store_that_is_not_sealed_is_measured_and_not_recorded(
+    store: lm.LatentStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(store.url, "dataset.json").unlink()
+    before = files(store)
+    done = runs.call(capsys, "evaluate", store.url, "--items", 2)
+    assert done.code == 0
+    assert "latentmill: warning: not recorded: " in done.err
+    assert files(store) == before
