@@ -155,7 +155,7 @@ FILES = {
     "zero": ("batch_size: 0", "invalid batch_size 0 in"),
     "no choice": (
         "format: zip",
-        "invalid format 'zip' in FILE: it must be 'parquet' or 'webdataset'",
+        "invalid format 'zip' in FILE: it must be 'parquet'",
     ),
     "no channels": ("channels: stereo", "it must be 'mono' or 'split'"),
     "infinite": ("chunk_seconds: .inf", "finite number"),
@@ -166,7 +166,7 @@ FILES = {
     "no pattern": ("group_by: '('", "--group-by '(': not a valid regular expression"),
     "no group": ("group_by: '.*'", "must contain (?P<group>...)"),
     "no field": ("group_by: 'metadata:'", "give one or two fields"),
-    "no source type": ("source_type: zip", "'manifest', 'webdataset' or 'parquet'."),
+    "no source type": ("source_type: zip", "it must be 'folder', 'manifest', "),
     "empty rates": (
         "{min_sample_rate: 9, max_sample_rate: 3}",
         "--min-sample-rate 9 is above --max-sample-rate 3",

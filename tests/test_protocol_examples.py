@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,7 @@ import latentmill as lm
 from latentmill.models import base as model_base
 from latentmill.sources import base as source_base
 from latentmill.sources.reading import UnitReader
-
-
-def example(module: Any) -> str:
-    """The first indented block of a module's docstring."""
-    block = re.search(r"\n\n((?:    .*\n|\n)+)", module.__doc__)
-    assert block is not None
-    return textwrap.dedent(block[1])
+from support.examples import example
 
 
 def test_the_model_encodes_a_corpus(

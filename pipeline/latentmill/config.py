@@ -26,7 +26,7 @@ from latentmill.models.trust import CONSENT, check_named, store_of
 from latentmill.record import ShardFormat
 from latentmill.sources.filters import RANGES
 from latentmill.sources.group import check_rule
-from latentmill.sources.settings import Effect, Setting, SourceSettings
+from latentmill.sources.settings import Effect, Setting, SourceSettings, choices
 from latentmill.sources.where import Condition
 from latentmill.text.redact import is_secret_name
 
@@ -53,7 +53,7 @@ class RunConfig(SourceSettings):
 
     out: Annotated[str, _OUTPUT] = Field(description="Store to write or resume: a folder or URL.")
     format: Annotated[ShardFormat, _OUTPUT] = Field(
-        "parquet", description="Shard format: parquet or webdataset."
+        "parquet", description=f"Shard format: {choices(ShardFormat)}."
     )
     log_format: Annotated[Literal["text", "json"], _OUTPUT] = Field(
         "text", description="Progress on stderr: text, or json with one object per line."

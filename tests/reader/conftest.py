@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from latentmill.store.formats import SHARD_FORMATS
 from latentmill.store.store import LatentStore
 from support.latent_store import write_latents
 
-FORMATS = ["parquet", "webdataset"]
+FORMATS = list(SHARD_FORMATS)
 SIZES = (1, 7, 24, 41)
 
 

@@ -21,6 +21,7 @@ from latentmill.reader.stem_dataset import StemDataset
 from latentmill.reader.stems import AllStems
 from latentmill.reader.stream import LatentStream
 from latentmill.storage.storage import Storage
+from latentmill.store.formats import SHARD_FORMATS
 from latentmill.store.store import LatentStore
 from support.latent_store import write_latents
 
@@ -125,7 +126,7 @@ def test_one_of_several_stores_may_have_no_match(tmp_path: Path) -> None:
 
 
 def test_remote_fields_are_the_same(lengths: list[int]) -> None:
-    for name in ("parquet", "webdataset"):
+    for name in SHARD_FORMATS:
         store = write_latents(f"memory://fields-{name}", lengths, format_name=name)
         reader = FieldReader(store, ["key", "metadata"])
         assert [row["key"] for row in reader.read(np.arange(40))] == list(store.keys())

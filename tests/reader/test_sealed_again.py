@@ -19,10 +19,11 @@ from latentmill.reader.fields import FieldReader
 from latentmill.reader.stems import AllStems
 from latentmill.storage.storage import Storage
 from latentmill.store import store as store_module
+from latentmill.store.formats import SHARD_FORMATS
 from latentmill.store.store import LatentStore
 from support.latent_store import latent_of, write_again, write_latents
 
-FORMATS = ["parquet", "webdataset"]
+FORMATS = list(SHARD_FORMATS)
 LENGTHS = [30] * 16  # two units of eight items
 CROP = 8
 AFTER = 16  # numbers of `latent_of` that other latents are made by

@@ -58,6 +58,8 @@ def test_a_random_gain_is_that_of_the_waveform(store: LatentStore, source: Path)
 
 ORIGIN = Origin(np.linspace(-1, 1, 12, dtype=np.float32).reshape(2, 6))
 
+TRANSFORMS = (RandomGain((-6, 6)), RandomFade(5))
+
 
 def sample(frames: int = 20, origin: Origin | None = ORIGIN) -> Sample:
     latent = np.random.default_rng(frames).standard_normal((2, frames)).astype(np.float32)
@@ -87,7 +89,7 @@ def test_a_crop_knows_its_place_in_its_item(tmp_path: Path) -> None:
 def test_a_transform_is_a_function_of_its_random_numbers(
     seed: int, epoch: int, position: int
 ) -> None:
-    for transform in (RandomGain((-6, 6)), RandomFade(5)):
+    for transform in TRANSFORMS:
         random = sample_random(seed, epoch, position)
         again = sample_random(seed, epoch, position)
         before = sample()

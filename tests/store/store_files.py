@@ -24,10 +24,11 @@ from latentmill.sources.filters import Filters
 from latentmill.sources.folder import FolderSource
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import write_commit, write_unit
+from latentmill.store.formats import SHARD_FORMATS
 from latentmill.store.seal import seal, write_origin
 from latentmill.store.store import LatentStore
 
-FORMATS = ["parquet", "webdataset"]
+FORMATS = list(SHARD_FORMATS)
 RATE = 22050
 HOP = 64
 MODEL_OPTIONS = {"hop": HOP, "sample_rate": RATE}

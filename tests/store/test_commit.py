@@ -23,6 +23,7 @@ from latentmill.store.commit import (
     write_commit,
     write_unit,
 )
+from latentmill.store.formats import extension
 from latentmill.store.parquet import ParquetShardWriter
 from latentmill.store.schema import Commit
 
@@ -155,8 +156,7 @@ def test_a_full_disk_leaves_nothing(name: str, tmp_path: Path, frames: int) -> N
             write(tmp_path, name, [encoded(str(n), frames) for n in range(40)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    extension = {"parquet": "parquet", "webdataset": "tar"}[name]
-    expected = f"Cannot write {tmp_path}/shards/000007.{extension}: File too large."
+    expected = f"Cannot write {tmp_path}/shards/000007{extension(name)}: File too large."
     assert str(raised.value) == expected
     assert files(tmp_path) == []
 

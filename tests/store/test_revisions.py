@@ -13,6 +13,7 @@ from latentmill.engine import worker as worker_module
 from latentmill.errors import StorageError
 from latentmill.reader.dataset import LatentDataset
 from latentmill.run import run as run_module
+from latentmill.store.formats import SHARD_FORMATS
 from latentmill.store.store import LatentStore, open_store
 from latentmill.store.verify import verify
 from support import runs
@@ -20,7 +21,7 @@ from support.in_process import encode, spoil, tone
 
 pytestmark = pytest.mark.usefixtures("inline")
 
-FORMATS = ["parquet", "webdataset"]
+FORMATS = list(SHARD_FORMATS)
 
 
 @pytest.fixture

@@ -84,8 +84,9 @@ def test_records(store: LatentStore, corpus: Path) -> None:
     assert store["drums"].metadata == {}
 
 
-def test_both_formats_give_the_same_records(stores: dict[str, Path]) -> None:
-    one, other = (LatentStore(str(stores[name])) for name in FORMATS)
+@pytest.mark.parametrize("name", FORMATS[1:])
+def test_all_formats_give_the_same_records(name: str, stores: dict[str, Path]) -> None:
+    one, other = LatentStore(str(stores[FORMATS[0]])), LatentStore(str(stores[name]))
     for left, right in zip(one, other, strict=True):
         np.testing.assert_array_equal(left.latent, right.latent)
         assert {**vars(left), "latent": None} == {**vars(right), "latent": None}

@@ -59,7 +59,7 @@ def repackage(folder: Path) -> None:
 
 
 def move_a_record(folder: Path) -> None:
-    change(commit(folder), lambda d: d["items"][0].update(offset=d["items"][0]["offset"] + 1))
+    change(commit(folder), lambda d: d["items"][0].update(offset=d["items"][0]["offset"] - 1))
 
 
 def write_origin_of(folder: Path, origin: np.ndarray) -> None:

@@ -1,9 +1,10 @@
-"""The contract of shard writers; a new format is one line in `FORMATS`."""
+"""The contract of shard writers, for every format of `SHARD_FORMATS`."""
 
 from __future__ import annotations
 
 import json
 import time
+import typing
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from store_files import FORMATS, make_record
 from webdataset.tariterators import base_plus_ext
 
-from latentmill.record import Record
+from latentmill.record import Record, ShardFormat
 from latentmill.store.formats import open_writer
 from latentmill.store.tar import member_key
 from latentmill.store.writers import Location
@@ -118,6 +119,10 @@ def test_an_aborted_file_is_gone(name: str, tmp_path: Path, added: int) -> None:
     writer.abort()
     writer.abort()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_names_of_formats_are_those_of_the_settings() -> None:
+    assert set(FORMATS) == set(typing.get_args(ShardFormat))
 
 
 @each_format

@@ -1,9 +1,19 @@
 """The protocol of autoencoders. A complete model, whose frames are the means of 4 samples:
 
-    import torch
+    from dataclasses import dataclass
     from latentmill.models.base import Context, ModelSpec
+    from latentmill.models.checks import check_device
+    from latentmill.models.families.codec import Codec
 
-    class Means:
+    class Means:  # audio [B, C, T] to latents [B, D, Z], and back
+        def encode(self, audio):
+            return audio.unflatten(-1, (-1, 4)).mean(-1)
+
+        def decode(self, latents):
+            return latents.repeat_interleave(4, -1)
+
+    @dataclass(frozen=True)
+    class MeansHandle:
         spec = ModelSpec(
             name="means", sample_rate=8000, channels=1, latent_channels=1, hop=4, overhang=0,
             sample_multiple=4, min_samples=4, context=Context(0, 0), stitch="trim",
@@ -11,16 +21,10 @@
             scale_factor=1.0, stochastic_decoder=False, identity={"version": 1},
         )
 
-        def load(self, device):  # this model has no weights, so it is its own handle
-            return self
+        def load(self, device):  # the Codec checks arguments, moves and scales tensors
+            return Codec(self.spec, Means(), check_device(self.spec.name, device))
 
-        def encode(self, audio):
-            return audio.unflatten(-1, (-1, 4)).mean(-1)
-
-        def decode(self, latents, num_samples, *, seed=0, positions=None):
-            return latents.repeat_interleave(4, -1)[..., :num_samples]
-
-    factory = Means  # latentmill encode SOURCE STORE --model python:my_module:factory
+    factory = MeansHandle  # latentmill encode SOURCE STORE --model python:my_module:factory
 
 A model encodes chunks: windows of samples of a fixed length. The spec converts between samples and
 latent frames, so that planning and chunking do not load the model:

@@ -41,12 +41,13 @@ class FieldReader(RowReader):
     def __init__(self, store: LatentStore, columns: Sequence[str] = FIELDS) -> None:
         self.columns = tuple(columns)
         super().__init__(store, self.columns)
-        self._tar = store.info.format == "webdataset"
 
     def _use_index(self, index: Index) -> None:
         super()._use_index(index)
         self._shard_of = index.column("shard")
         self._row_in_shard = index.column("row")
+        # In a tar the fields of each record are a range of bytes, in Parquet they are columns.
+        self._ranges = len(index) > 0 and int(index.column("fields_offset")[0]) >= 0
         self._paths = index.shards
         self._kept: OrderedDict[int, pa.Table] = OrderedDict()
         self._bytes = 0
@@ -56,7 +57,7 @@ class FieldReader(RowReader):
         return self._with_current_index(lambda: self._read(rows))
 
     def _read(self, rows: Ints) -> list[dict[str, Any]]:
-        if self._tar:
+        if self._ranges:
             return self._members(rows)
         shards = self._shard_of[rows].tolist()
         tables = self._tables(set(shards))
@@ -71,7 +72,7 @@ class FieldReader(RowReader):
         return self._with_current_index(self._gather)
 
     def _gather(self) -> pa.Table:
-        if self._tar:
+        if self._ranges:
             every = np.arange(len(self._index))
             batches = (every[at : at + _BATCH] for at in range(0, len(every), _BATCH))
             members = [member for batch in batches for member in self._members(batch)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -43,6 +43,12 @@ def option(name: str) -> str:
     return special.get(name) or "--" + name.replace("_", "-")
 
 
+def choices(literal: Any) -> str:
+    """The values of a Literal for a help text: `parquet or webdataset`."""
+    *first, last = get_args(literal)
+    return f"{', '.join(first)} or {last}"
+
+
 def _source(*types: SourceType) -> Setting:
     return Setting("Source", "items", types)
 
@@ -57,8 +63,7 @@ class SourceSettings(BaseModel):
     )
     source_type: Annotated[SourceType | None, _source()] = Field(
         None,
-        description="Type of SOURCE: folder, manifest, webdataset or parquet. "
-        "[default: by its name]",
+        description=f"Type of SOURCE: {choices(SourceType)}. [default: by its name]",
     )
     include: Annotated[tuple[str, ...], _source("folder")] = Field(
         (), description="Glob of paths to take, e.g. '*/vocals.*'. Repeatable."

@@ -16,6 +16,7 @@ from latentmill.encoding.stored import check_facts, parse_json
 from latentmill.errors import StoreError
 from latentmill.record import Latent, Record, ShardFormat, Status
 from latentmill.storage.storage import file_in_store
+from latentmill.store.formats import extension
 
 FORMAT_VERSION = 2  # version 1 can be read, too
 
@@ -25,7 +26,6 @@ INDEX_NAME = r"^index(\.[0-9a-f]+)?\.arrow$"
 ORIGIN_PATH = "origin.npy"
 COMMITS = "commits"
 SHARDS = "shards"
-SHARD_EXTENSION = {"parquet": ".parquet", "webdataset": ".tar"}
 
 _TEXT = pa.string()
 _ELEMENT = pa.field("element", pa.int32(), nullable=False)
@@ -358,7 +358,7 @@ def commit_path(unit: str, revision: int = 0) -> str:
 
 
 def shard_path(unit: str, format_name: str, revision: int = 0) -> str:
-    return f"{SHARDS}/{_stem(unit, revision)}{SHARD_EXTENSION[format_name]}"
+    return f"{SHARDS}/{_stem(unit, revision)}{extension(format_name)}"
 
 
 def _stem(unit: str, revision: int) -> str:
