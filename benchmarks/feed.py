@@ -33,7 +33,8 @@ from common import SHARED_AUDIO, median, write_result
 from gpu_corpus import recordings, synthesised
 from latentmill.audio import open_audio, open_media, prepare
 from latentmill.audio.stream import BLOCK
-from latentmill.encoding.chunks import Chunk, Chunker, Chunking, Packer
+from latentmill.encoding.batches import Packer
+from latentmill.encoding.chunks import Chunk, Chunker, Chunking
 from latentmill.encoding.lanes import LANES
 from latentmill.encoding.loudness import LevelMeter
 from latentmill.encoding.timings import Meter

@@ -186,7 +186,8 @@ def recording(folder: Path, rate: int, channels: int, seconds: float) -> Any:
 
 def pack(spec: Any, audio: Any, device: str) -> list[Any]:
     """Split a recording into batches `[B, C, T]` as a worker does."""
-    from latentmill.encoding.chunks import Chunker, Chunking, Packer
+    from latentmill.encoding.batches import Packer
+    from latentmill.encoding.chunks import Chunker, Chunking
 
     chunking = Chunking.for_model(spec)
     chunker = Chunker(spec, chunking)

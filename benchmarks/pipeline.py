@@ -178,7 +178,8 @@ class ModelAlone:
         """Load all audio and form batches; returns the seconds of audio."""
         import torch
 
-        from latentmill.encoding.chunks import Chunk, Packer
+        from latentmill.encoding.batches import Packer
+        from latentmill.encoding.chunks import Chunk
         from latentmill.encoding.timings import Meter
         from latentmill.encoding.unit_audio import Loading, LocalAudio
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentmill.encoding.lanes import LANES, in_turn, lanes_of
-from latentmill.sources.base import Item, Segment
+from latentmill.encoding.lanes import LANES, in_turn, lanes_of, reading_order
+from latentmill.sources.base import Item, Segment, TableCell, known_seconds
 
 
 @st.composite
@@ -61,3 +63,30 @@ def test_one_element_is_taken_from_each_in_turn(lists: list[list[int]]) -> None:
     rounds = itertools.zip_longest(*lists, fillvalue=nothing)
     expected = [one for one in itertools.chain(*rounds) if one is not nothing]
     assert list(in_turn(map(iter, lists))) == expected
+
+
+@given(items(), st.randoms(use_true_random=False))
+def test_items_are_read_by_length_then_key(some: list[Item], chance: random.Random) -> None:
+    shuffled = list(some)
+    chance.shuffle(shuffled)
+    read = reading_order(shuffled)
+    assert read == reading_order(some)
+    lengths = [known_seconds(item) for item in read]
+    known = [(one, item.key) for one, item in zip(lengths, read, strict=True) if one is not None]
+    assert known == sorted(known)
+    assert lengths[len(known) :] == [None] * (len(read) - len(known))
+    unknown = [(item.size, item.key) for item in read[len(known) :]]
+    assert unknown == sorted(unknown)
+    assert reading_order(shuffled, packing=2) == shuffled
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [
+        Item("z", "/table.parquet", 9, "", place=TableCell(0, 1, "audio"), seconds=1.0),
+        Item("z", "s3://bucket/talk.flac", 9, "", segment=Segment(1.0, 1.0)),
+    ],
+)
+def test_items_that_share_what_is_read_stay_in_the_plans_order(shared: Item) -> None:
+    others = [Item("a", "/a", 9, "", seconds=3.0), Item("b", "/b", 9, "", seconds=2.0)]
+    assert reading_order([*others, shared]) == [*others, shared]

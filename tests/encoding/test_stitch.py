@@ -10,7 +10,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from latentmill.encoding.chunks import Chunk, Chunking, Packer, Stitcher
+from latentmill.encoding.batches import Packer
+from latentmill.encoding.chunks import Chunk, Chunking, Stitcher
 from latentmill.errors import ConfigError
 from latentmill.models.base import Context
 from latentmill.models.families import mdct

@@ -130,6 +130,69 @@ def test_the_size_of_a_shard_cuts_units_too() -> None:
     assert [unit.items for unit in smaller] == [2] * 6
 
 
+def rows_of(items: list[Item], limits: UnitLimits) -> list[list[tuple[str, float]]]:
+    """Key and length of each item, by unit."""
+    with draft(items, limits) as drafted:
+        rows = [
+            (row["key"], row["micros"] / 1e6)
+            for table in drafted.tables()
+            for row in table.select(["key", "micros"]).to_pylist()
+        ]
+        ends = list(itertools.accumulate(one.items for one in drafted.sizes))
+    return [rows[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+SHORT = UnitLimits(unit_seconds=600.0, chunk_seconds=10.0)
+
+
+def test_units_of_short_items_have_few_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafting, "SPAN_SECONDS", 7200)
+    chance = random.Random(0)
+    items = [item(n, 1, seconds=chance.choice([2.0, 3.5, 6.0, 9.9])) for n in range(2000)]
+    items += [item(n, 1, seconds=chance.uniform(10, 30)) for n in range(2000, 2100)]
+    in_order = sorted(items, key=lambda one: one.key)
+    rows = [row for unit in rows_of(items, SHORT) for row in unit]
+    start, spans, seen = 0, 0, 0.0
+    while start < len(in_order):  # what follows is independent of the order inside of a span
+        some = []
+        while start < len(in_order) and seen < 7200 * (spans + 1):
+            some.append(in_order[start])
+            seen += in_order[start].seconds or 0
+            start += 1
+        expected = sorted(some, key=lambda one: (min(one.seconds or 0, 10.0), one.key))
+        assert [key for key, _ in rows[start - len(some) : start]] == [one.key for one in expected]
+        spans += 1
+    assert spans > 1
+    shuffled = list(items)
+    chance.shuffle(shuffled)
+    assert rows_of(shuffled, SHORT) == rows_of(items, SHORT)
+
+
+@pytest.mark.parametrize("kind", ["long", "few", "grouped", "segments", "cells"])
+def test_other_plans_keep_the_order_of_keys(kind: str) -> None:
+    more: dict[str, object] = {
+        "grouped": {"group": "a"},
+        "segments": {"segment": Segment(1.0)},
+        "cells": {"place": TableCell(0, 0, "audio")},
+    }.get(kind, {})  # type: ignore[assignment]
+    chance = random.Random(0)
+    lengths = [chance.uniform(1, 9) + (10 if kind == "long" else 0) for _ in range(1000)]
+    items = [item(n, 1, seconds=seconds) for n, seconds in enumerate(lengths)]
+    if kind == "few":
+        items = items[:500]
+    items[7] = dataclasses.replace(items[7], **more)
+    rows = [key for unit in rows_of(items, SHORT) for key, _ in unit]
+    blocks = {one.key: (one.group or one.key, one.key) for one in items}
+    assert rows == sorted(blocks, key=lambda key: blocks[key])
+
+
+def test_equal_keys_of_other_lengths_are_refused() -> None:
+    items = [item(n, 1, seconds=float(n % 9 + 1)) for n in range(2000)]
+    items.append(dataclasses.replace(item(4, 1, seconds=9.5), uri="/other.wav"))
+    with pytest.raises(SourceError, match=r"key 'ä/4' \(/other.wav and /ä/4.wav\)"):
+        cuts(items, SHORT)
+
+
 def test_lengths_are_known_or_guessed() -> None:
     assert estimated_seconds(item(0, 176_400)) == 1.0
     assert estimated_seconds(item(0, 176_400, seconds=7.5)) == 7.5

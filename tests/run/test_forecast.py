@@ -213,3 +213,20 @@ def test_members_of_a_local_tar_are_measured_by_their_ends(
     options = {"source": f"{tmp_path}/in.tar", "out": f"{tmp_path}/out", "device": "cpu"}
     value = forecast(load_config(None, options), calibrated=False)
     assert value.hours * 3600 == pytest.approx(5 * 61, abs=0.2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_a_forecast_has_the_share_of_audio_in_long_batches(tmp_path: Path, batch_size: int) -> None:
+    """Chunks have 10 s: full batches of one are short, and 30 clips of 2 s make a long one."""
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for number in range(30):
+        soundfile.write(clips / f"{number}.flac", np.zeros(2 * 8000, np.float32), 8000)
+    soundfile.write(clips / "other.flac", np.zeros(3 * 8000, np.float32), 8000)
+    options = {"source": str(clips), "out": str(tmp_path / "s"), "device": "cpu"}
+    config = load_config(None, {**options, "batch_size": batch_size})
+    value = forecast(config, calibrated=False)
+    assert value.gpu_batch_size == batch_size
+    assert value.long_batches == pytest.approx(0 if batch_size == 1 else 60 / 63, abs=0.02)
+    text = f"{value.long_batches:.0%} of the audio in batches of 50 s or more, with {batch_size}"
+    assert text in show.forecast(value)

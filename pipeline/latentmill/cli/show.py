@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from latentmill.encoding.batches import LONG_BATCH_SECONDS
 from latentmill.encoding.timings import bound
 from latentmill.store.measurement import MEASURED
 from latentmill.text.printing import counted
@@ -129,6 +130,8 @@ def forecast(value: Forecast) -> str:
         "audio": f"{value.hours:.3f} h, {known}",
         "units": f"{value.units}{done}",
         "latents": f"about {size_text(value.latent_bytes)}",
+        "batches": f"on a GPU {value.long_batches:.0%} of the audio in batches of "
+        f"{LONG_BATCH_SECONDS:g} s or more, with {value.gpu_batch_size} chunks in a full batch",
     }
     if value.calibration is not None and value.run_seconds is not None:
         speed, workers = value.calibration.x_real_time, value.calibration.workers

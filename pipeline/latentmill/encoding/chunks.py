@@ -1,4 +1,4 @@
-"""The chunk grid: splitting audio into chunks of one length, packing them, stitching latents.
+"""The chunk grid: splitting audio into chunks of one length, and stitching their latents.
 
 Chunks start on multiples of the model's hop, counted from sample 0, so that stems of one song
 share the grid and their latents can be added. The last chunk is moved back to end with the audio
@@ -308,54 +308,3 @@ class Stitcher:
         if len(frames):  # the comparisons are false for NaN
             self.finite &= bool(-limit < frames.min() and frames.max() < limit)
         self._count = end
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Chunks of one length for one forward pass. `owners` has the item number of each chunk."""
-
-    owners: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
-
-    def audio(self) -> FloatArray:
-        """The batch as an array `[B, C, T]`."""
-        return np.stack([chunk.audio for chunk in self.chunks])
-
-
-class Packer:
-    """Packs chunks of many items into full batches of one length.
-
-    The batches depend on the order of the chunks alone, never on time, so that they are the same on
-    every worker. A chunk waits for others of its length until the samples of four full batches have
-    passed, because finished items have to wait for the item that it belongs to.
-    """
-
-    def __init__(self, chunking: Chunking, batch_size: int) -> None:
-        self._budget = chunking.samples * batch_size
-        self._max_batch = max(batch_size, 16)
-        self._bins: dict[int, list[tuple[int, Chunk]]] = {}  # by length
-        self._begun: dict[int, int] = {}  # samples seen when each bin was begun
-        self._seen = 0
-
-    def add(self, owner: int, chunk: Chunk) -> Iterator[Batch]:
-        """Add a chunk, and yield the batches that are full or have waited too long."""
-        length = chunk.audio.shape[1]
-        waiting = self._bins.setdefault(length, [])
-        self._begun.setdefault(length, self._seen)
-        waiting.append((owner, chunk))
-        self._seen += length
-        if len(waiting) >= min(self._max_batch, max(1, self._budget // length)):
-            yield self._take(length)
-        horizon = self._seen - 4 * self._budget
-        for overdue in [other for other, begun in self._begun.items() if begun < horizon]:
-            yield self._take(overdue)
-
-    def flush(self) -> Iterator[Batch]:
-        """Yield the remaining chunks as batches."""
-        while self._bins:
-            yield self._take(next(iter(self._bins)))
-
-    def _take(self, length: int) -> Batch:
-        taken = self._bins.pop(length)
-        del self._begun[length]
-        return Batch(tuple(o for o, _ in taken), tuple(c for _, c in taken))

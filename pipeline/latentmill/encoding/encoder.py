@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from latentmill.encoding.chunks import Batch, Chunk, Chunking, Packer, Stitcher
+from latentmill.encoding.batches import Batch, Packer
+from latentmill.encoding.chunks import Chunk, Chunking, Stitcher
 from latentmill.encoding.timings import Meter
 from latentmill.encoding.unit_audio import EncodeSettings, Facts, ItemEvent, Opened
 from latentmill.models.base import Autoencoder
@@ -61,8 +62,10 @@ class UnitEncoder:
         self.ended = 0.0  # perf_counter() after a unit's last outcome was taken
 
     def encode(self, audio: Iterable[ItemEvent]) -> Iterator[Outcome]:
-        """Encode a unit's audio from a `UnitAudio`. Yields outcomes in the order of the items."""
-        packer = Packer(self._chunking, self._settings.batch_size)
+        """Encode a unit's audio from a `UnitAudio`. Yields outcomes in the order in which
+        its items were given.
+        """
+        packer = Packer(self._chunking, self._settings.batch_size, self._settings.packing)
         pending: dict[int, _PendingItem] = {}  # by the item's number in the unit
         done = 0  # number of items whose outcome was yielded
         for number, item, event in audio:

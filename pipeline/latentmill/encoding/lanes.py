@@ -1,8 +1,9 @@
 """Lanes: items of a unit that are loaded side by side, so that all load threads have work.
 
-A unit's items are divided among at most `LANES` lanes by their planned lengths. A lane loads its
-items one after the other. The encoder takes one event from each lane in turn, so the batches depend
-on the unit's items alone: not on threads, and not on time.
+A unit's items are read in the order of their lengths, so that chunks of equal length follow each
+other and fill batches. They are divided among at most `LANES` lanes by their lengths. A lane loads
+its items one after the other. The encoder takes one event from each lane in turn, so the batches
+depend on the unit's items alone: not on threads, and not on time.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeAlias, TypeVar
 
-from latentmill.sources.base import Item
+from latentmill.audio.media import is_remote
+from latentmill.sources.base import Item, TableCell, known_seconds
 
 LANES = 16
-PACKING = 2
+PACKING = 3
 """The order in which a new plan's units are loaded and packed into batches. 1, in plans of earlier
-versions: item after item. 2: in lanes, as `lanes_of` divides them. It changes the last digits of
-latents, so plan.json contains it, and a store is always continued in its own order."""
+versions: item after item. 2: in lanes, as `lanes_of` divides them. 3: in lanes, in the order of
+their lengths (`reading_order`), and batches of short chunks are as long as those of full ones. It
+changes the last digits of latents, so plan.json contains it, and a store is always continued in its
+own order."""
 
 _BYTES_PER_SECOND = 32_000  # estimate for audio of unknown length; part of the order, see PACKING
 _UNKNOWN_SECONDS = 60.0
@@ -25,6 +29,28 @@ _UNKNOWN_SECONDS = 60.0
 Numbered: TypeAlias = tuple[int, Item]  # an item and its number in the unit
 
 T = TypeVar("T")
+
+
+def reading_order(items: Sequence[Item], packing: int = PACKING) -> list[Item]:
+    """The items in the order in which they are read, which is the order of their records.
+
+    They are sorted by length, then by key; those of unknown length come last, by size, which in
+    one format grows with the length. Items that share what is read (cells of a row group, segments
+    of a remote recording) stay in the order of the plan, so that it is read only once.
+    """
+    if packing < 3 or any(map(_shares, items)):
+        return list(items)
+    return sorted(items, key=_rank)
+
+
+def _shares(item: Item) -> bool:
+    remote_segment = item.segment is not None and is_remote(item.uri)
+    return isinstance(item.place, TableCell) or remote_segment
+
+
+def _rank(item: Item) -> tuple[bool, float, str]:
+    seconds = known_seconds(item)
+    return seconds is None, item.size if seconds is None else seconds, item.key
 
 
 def lanes_of(items: Sequence[Item], packing: int = PACKING) -> list[list[Numbered]]:

@@ -13,7 +13,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.encoder import UnitEncoder
+from latentmill.encoding.lanes import reading_order
 from latentmill.encoding.stored import parse_json
 from latentmill.encoding.timings import Meter
 from latentmill.encoding.unit_audio import EncodeSettings, ItemEvent, Loading, LocalAudio, UnitAudio
@@ -35,8 +36,10 @@ from latentmill.models.inference.compiled import Compiled
 from latentmill.models.inference.device import load_model, pick_device
 from latentmill.models.inference.precision import numeric_mode, pick_precision
 from latentmill.plan import Unit, read_items
+from latentmill.plan.items import estimated_seconds
+from latentmill.plan.probe import cheap, probed
 from latentmill.record import FloatArray, Outcome
-from latentmill.sources.base import Item
+from latentmill.sources.base import Item, known_seconds
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import write_commit, write_unit
 from latentmill.store.schema import Commit
@@ -77,6 +80,7 @@ class UnitResult:
 
 
 MAX_REPORTED_FAILURES = 20
+PROBED_CHUNKS = 4  # headers of items that are estimated to be longer are not read
 BATCH_PATH = "plan/batch.json"
 
 
@@ -159,8 +163,9 @@ class Worker:
         """
         began = time.perf_counter()
         job, meter = self._job, Meter(parent=self._meter)
-        items = read_items(self._storage, unit)
-        refused = self._refused(items, meter) if trial_load else {}
+        planned = read_items(self._storage, unit)
+        refused = self._refused(planned, meter) if trial_load else {}
+        items = self._reading_order(planned, refused)
         encoder = UnitEncoder(self._model, job.chunking, job.settings, meter, self._device)
         loading = Loading(self._model.spec, job.chunking, job.settings, refused)
         audio = self._open_audio_of(items, loading, meter)
@@ -178,11 +183,31 @@ class Worker:
                 fingerprint=job.fingerprint,
                 info=job.info,
                 revision=unit.revision,
+                keys=[item.key for item in planned],
             )
         meter.add("write_seconds", time.perf_counter() - encoder.ended)
         timings = {**meter.snapshot(), "total_seconds": time.perf_counter() - began}
         commit = commit.model_copy(update={"items_hash": unit.hash})
         return _result(unit, write_commit(self._storage, commit, timings))
+
+    def _reading_order(self, planned: Sequence[Item], refused: Mapping[str, str]) -> list[Item]:
+        """A unit's items in the order in which they are read, with lengths from short headers."""
+        packing = self._job.settings.packing
+        if packing < 3:
+            return list(planned)
+        chunk = self._job.chunking.samples / self._model.spec.sample_rate
+
+        # Chunks of longer items have the full length, wherever the items are in the order.
+        unknown = [
+            item
+            for item in planned
+            if known_seconds(item) is None
+            and estimated_seconds(item) < PROBED_CHUNKS * chunk
+            and cheap(item)
+            and item.key not in refused
+        ]
+        found = {item.key: item for item in probed(unknown)}
+        return reading_order([found.get(item.key, item) for item in planned], packing)
 
     def _refused(self, items: Sequence[Item], meter: Meter) -> dict[str, str]:
         """Reasons, by key, why items must not be loaded: they kill or hang their process."""

@@ -105,12 +105,12 @@ def compare(
         old.push(table)
     found = Comparison()
     with contextlib.ExitStack() as undo:
-        fresh = undo.enter_context(Draft())
+        fresh = undo.enter_context(Draft(limits))
         sorter = Sorter(fresh.folder / "sorting", ("block", "key"))
         for table in map(refine, _unknown(new, old, found)):
             fresh.totals.add(table)
             sorter.push(table)
-        fresh.fill(sorter.tables(), limits)
+        fresh.fill(sorter.tables())
         undo.pop_all()
     return found, fresh
 

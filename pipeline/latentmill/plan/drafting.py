@@ -3,11 +3,16 @@
 The items are sorted by group (or else key) and then by key, so that the plan depends on the content
 of the source, not on the order of its listing. They are sorted on the local disk, so that memory
 does not grow with their number.
+
+Short items fill batches only with others of their length, and a unit has too few of those. So in a
+corpus with much audio in short items, neighbours in this order with `SPAN_SECONDS` of audio are
+sorted by length before they are split into units.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -29,6 +34,9 @@ LARGEST_UNIT_SECONDS = 4 * 3600.0
 TARGET_UNITS = 256
 DEFAULT_SHARD_SIZE = 1 << 30
 
+SPAN_SECONDS = 36 * 3600
+MIN_SHORT_SECONDS = 3600.0  # with less audio in short items, their order does not matter
+
 SORT_ITEMS = 1 << 15
 SORT_BYTES = 64 << 20  # of metadata, which can be large
 
@@ -41,11 +49,13 @@ class UnitLimits:
         unit_seconds: Seconds of audio. None makes about 256 units of one minute to four hours.
         shard_size: Estimated bytes of latents. None means no limit.
         bytes_per_second: Bytes of latents per second of audio.
+        chunk_seconds: Length of a chunk. Shorter items are encoded with others of their length.
     """
 
     unit_seconds: float | None = None
     shard_size: int | None = None
     bytes_per_second: float = 0.0
+    chunk_seconds: float = 0.0
 
     def micros(self, total: int) -> float:
         """The maximum audio of a unit, if the corpus has `total` audio; both in microseconds."""
@@ -78,6 +88,9 @@ class Totals:
     bytes: int = 0
     formats: Counter[str] = field(default_factory=Counter)
     grouped: bool = False
+    shared: bool = False  # items are segments or cells, which share what is read
+    chunk_micros: float = 0.0
+    short_micros: int = 0  # of items that are shorter than a chunk
 
     def add(self, table: pa.Table) -> None:
         """Add rows of `DRAFT_SCHEMA`."""
@@ -92,13 +105,22 @@ class Totals:
         self.estimated_items += len(guessed)
         self.estimated_micros += sum(guessed)
         self.formats.update(table["extension"].to_pylist())
+        self.short_micros += sum(one for one in micros if one < self.chunk_micros)
         self.grouped = self.grouped or table["group"].null_count < len(table)
+        for name in ("start", "row_group"):
+            self.shared = self.shared or table[name].null_count < len(table)
+
+    @property
+    def by_length(self) -> bool:
+        """Whether neighbours are sorted by length before they are split into units."""
+        enough = self.short_micros >= MIN_SHORT_SECONDS * 1e6
+        return enough and not self.grouped and not self.shared
 
 
 class Draft(Closeable):
     """Items in order, split into units. A context manager, which deletes its files at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: UnitLimits) -> None:
         try:
             self._folder = tempfile.TemporaryDirectory(prefix="latentmill-plan-")
         except OSError as error:
@@ -107,7 +129,8 @@ class Draft(Closeable):
                 "set TMPDIR to a writable folder."
             ) from error
         self.sizes: tuple[UnitSize, ...] = ()
-        self.totals = Totals()
+        self.totals = Totals(chunk_micros=1e6 * limits.chunk_seconds)
+        self._limits = limits
 
     @property
     def folder(self) -> Path:
@@ -121,11 +144,31 @@ class Draft(Closeable):
     def _sorted(self) -> Path:
         return self.folder / "sorted.arrow"
 
-    def fill(self, tables: Iterable[pa.Table], limits: UnitLimits) -> None:
+    def fill(self, tables: Iterable[pa.Table]) -> None:
         """Store the sorted rows and split them into units. `totals` must be complete."""
+        if self.totals.by_length:
+            tables = self._by_length(tables)
         with TableFile(self._sorted, DRAFT_SCHEMA) as file:
             blocks = _blocks(_written(tables, file))
-            self.sizes = tuple(split(blocks, limits.micros(self.totals.micros)))
+            self.sizes = tuple(split(blocks, self._limits.micros(self.totals.micros)))
+
+    def _by_length(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """Sort the items of each span by length; those of a chunk or more stay in order."""
+        sorter = Sorter(self.folder / "lengths", ("span", "rank", "key"))
+        chunk, seen = round(self.totals.chunk_micros), 0
+        for some in _together(_without_duplicates(tables)):
+            micros = some["micros"].to_pylist()
+            ends = list(itertools.accumulate(micros, initial=seen))
+            seen = ends.pop()
+            spans = [end // (SPAN_SECONDS * 10**6) for end in ends]
+            ranks = [min(one, chunk) for one in micros]
+            sorter.push(
+                some.append_column("span", pa.array(spans, pa.int64())).append_column(
+                    "rank", pa.array(ranks, pa.int64())
+                )
+            )
+        for some in sorter.tables():
+            yield some.select(DRAFT_SCHEMA.names)
 
     def close(self) -> None:
         self._folder.cleanup()
@@ -137,7 +180,7 @@ def draft(items: Iterable[Item], limits: UnitLimits) -> Draft:
     Raises SourceError if two items have the same key.
     """
     with contextlib.ExitStack() as undo:
-        made = undo.enter_context(Draft())
+        made = undo.enter_context(Draft(limits))
         sorter = Sorter(made.folder / "sorting", ("block", "key"))
         for some in _batches(items):
             table = draft_table(some)
@@ -145,7 +188,7 @@ def draft(items: Iterable[Item], limits: UnitLimits) -> Draft:
             sorter.push(table)
         if made.totals.grouped:
             _refuse_duplicate_keys(sorter, made.folder / "keys")
-        made.fill(sorter.tables(), limits)
+        made.fill(sorter.tables())
         undo.pop_all()
     return made
 
@@ -180,6 +223,29 @@ def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
         yield some
 
 
+def _together(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in tables of at least `SORT_ITEMS`, so that fewer files are merged."""
+    some: list[pa.Table] = []
+    for table in tables:
+        some.append(table)
+        if sum(map(len, some)) >= SORT_ITEMS or sum(one.nbytes for one in some) >= SORT_BYTES:
+            yield pa.concat_tables(some)
+            some = []
+    if some:
+        yield pa.concat_tables(some)
+
+
+def _without_duplicates(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The tables, which are sorted by key. Refuses equal keys."""
+    before: tuple[str, str] | None = None
+    for table in tables:
+        for key, uri in zip(table["key"].to_pylist(), table["uri"].to_pylist(), strict=True):
+            if before is not None and before[0] == key:
+                raise _duplicate_key(key, before[1], uri)
+            before = (key, uri)
+        yield table
+
+
 def _written(tables: Iterable[pa.Table], file: TableFile) -> Iterator[pa.Table]:
     for table in tables:
         file.write(table)
@@ -212,12 +278,8 @@ def _refuse_duplicate_keys(sorter: Sorter, folder: Path) -> None:
     by_key = Sorter(folder, ("key", "uri"))
     for run in sorter.files:
         by_key.push(pa.concat_tables(t.select(["key", "uri"]) for t in read_tables(run)))
-    before = None
-    for table in by_key.tables():
-        for key, uri in zip(table["key"].to_pylist(), table["uri"].to_pylist(), strict=True):
-            if before is not None and before[0] == key:
-                raise _duplicate_key(key, before[1], uri)
-            before = (key, uri)
+    for _ in _without_duplicates(by_key.tables()):
+        pass
 
 
 def _duplicate_key(key: str, one: str, other: str) -> SourceError:

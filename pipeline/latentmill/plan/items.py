@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
-from latentmill.sources.base import ByteRange, Item, Segment, TableCell
+from latentmill.sources.base import ByteRange, Item, Segment, TableCell, known_seconds
 
 # Bytes per second of audio, to estimate a file's length from its size. The estimate affects the
 # size of units and the progress bar, never the latents.
@@ -63,14 +63,6 @@ def extension_of(uri: str) -> str:
     """The file name extension in lower case, or "none"."""
     name, dot, extension = uri.rpartition("/")[2].rpartition(".")
     return extension.lower() if name and dot else "none"
-
-
-def known_seconds(item: Item) -> float | None:
-    """An item's length according to its source, or None if it is missing or invalid."""
-    seconds = _valid(item.seconds)
-    if seconds is None and item.segment is not None:
-        seconds = _valid(item.segment.duration)
-    return seconds
 
 
 def _valid(seconds: float | None) -> float | None:

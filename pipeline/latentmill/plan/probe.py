@@ -12,8 +12,7 @@ from functools import partial
 from latentmill.audio import AudioInfo, MediaFile, media_from_bytes, probe
 from latentmill.audio.media import is_remote
 from latentmill.errors import ItemError
-from latentmill.plan.items import known_seconds
-from latentmill.sources.base import ByteRange, Item, TableCell
+from latentmill.sources.base import ByteRange, Item, TableCell, known_seconds
 from latentmill.sources.files import read_bytes
 from latentmill.sources.reading import UnitReader, with_size
 from latentmill.storage.remote import storage_errors
@@ -64,7 +63,7 @@ def _lengths(reader: UnitReader, item: Item) -> tuple[float | None, float | None
     """The exact length and the approximate length from the header; at least one is None."""
     try:
         info = _info(item, reader)
-    except ItemError:
+    except Exception:  # noqa: BLE001  encoding the item reports the error
         return None, None
     start = item.segment.start if item.segment is not None else 0.0
     if info.num_samples is not None:

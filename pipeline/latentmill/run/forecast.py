@@ -11,11 +11,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from latentmill.config import RunConfig
+from latentmill.encoding.batches import LONG_BATCH_SECONDS, expected_batches
 from latentmill.encoding.chunks import Chunking
 from latentmill.engine.lock import only_run
 from latentmill.models.base import ModelHandle
 from latentmill.models.inference.device import load_model, pick_device
 from latentmill.models.inference.precision import numeric_mode
+from latentmill.plan import Plan, read_items
+from latentmill.plan.items import estimated_seconds
 from latentmill.run.prepare import (
     Extension,
     PlanningObserver,
@@ -26,6 +29,7 @@ from latentmill.run.prepare import (
 )
 from latentmill.store.commit import committed_revisions
 
+SAMPLED_UNITS, SAMPLED_ITEMS = 16, 30_000  # whose batches are computed; about a second
 CALIBRATION_SECONDS = 3.0
 
 
@@ -61,6 +65,10 @@ class Forecast:
         formats: Number of items by file name extension.
         ignored: Number of files that are not items, by extension or reason.
         latent_bytes: Estimated size of all shards.
+        long_batches: Share of the audio in batches of at least `LONG_BATCH_SECONDS` on a GPU,
+            estimated from some units; 0 to 1.
+        gpu_batch_size: Chunks in a full batch for this estimate. Without `batch_size`, a run on a
+            GPU finds the best size first.
         run_seconds: Estimated time to encode the remaining units; None without a calibration.
         calibration: The speed measurement, or None if there was none.
         extension: What `extend` found.
@@ -78,6 +86,8 @@ class Forecast:
     formats: Mapping[str, int]
     ignored: Mapping[str, int]
     latent_bytes: int
+    long_batches: float
+    gpu_batch_size: int
     run_seconds: float | None = None
     calibration: Calibration | None = None
     extension: Extension | None = None
@@ -99,6 +109,7 @@ def forecast(
     committed = set(committed_revisions(storage))
     todo = sum(unit.seconds for unit in plan.units if unit.name not in committed)
     calibration = _calibrate(prepared) if calibrated and todo else None
+    batch_size = config.batch_size or prepared.handle.spec.batch_size["cuda"]
     run_seconds = None
     if calibration is not None:
         run_seconds = todo / (calibration.x_real_time * calibration.workers)
@@ -115,10 +126,36 @@ def forecast(
         formats=dict(plan.formats.most_common()),
         ignored=plan.ignored,
         latent_bytes=round(plan.seconds * prepared.bytes_per_second),
+        long_batches=_long_batches(prepared, plan, batch_size),
+        gpu_batch_size=batch_size,
         run_seconds=run_seconds,
         calibration=calibration,
         extension=extension,
     )
+
+
+def _long_batches(prepared: Preparation, plan: Plan, batch_size: int) -> float:
+    spec = prepared.handle.spec
+    long = total = items = 0
+    # Units far apart, because neighbours can have items of similar lengths.
+    count = len(plan.units)
+    for n in range(SAMPLED_UNITS):
+        if n >= count or items >= SAMPLED_ITEMS:
+            break
+        unit = plan.units[n * count // min(count, SAMPLED_UNITS)]
+        for rows, samples in expected_batches(
+            read_items(prepared.storage, unit),
+            estimated_seconds,
+            spec,
+            prepared.chunking,
+            batch_size,
+            plan.packing,
+        ):
+            total += rows * samples
+            if rows * samples >= LONG_BATCH_SECONDS * spec.sample_rate:
+                long += rows * samples
+        items += unit.items
+    return long / total if total else 0.0
 
 
 def _calibrate(prepared: Preparation) -> Calibration:

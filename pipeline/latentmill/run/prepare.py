@@ -112,7 +112,8 @@ class Preparation:
     def limits(self) -> UnitLimits:
         """Maximum size of a unit."""
         size = self.config.shard_size or DEFAULT_SHARD_SIZE
-        return UnitLimits(self.config.unit_seconds, size, self.bytes_per_second)
+        chunk = self.chunking.samples / self.handle.spec.sample_rate
+        return UnitLimits(self.config.unit_seconds, size, self.bytes_per_second, chunk)
 
 
 def bytes_per_second(handle: ModelHandle, chunking: Chunking, dtype: str) -> float:

@@ -23,6 +23,7 @@ CONTRIBUTING.md describes how to register a source.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -100,6 +101,14 @@ class Item:
     extension: str | None = None
     estimate: float | None = None
     sidecar_versions: str = ""
+
+
+def known_seconds(item: Item) -> float | None:
+    """An item's length according to its source, or None if it is missing or invalid."""
+    for seconds in (item.seconds, item.segment.duration if item.segment else None):
+        if seconds is not None and 0 <= seconds < math.inf:
+            return seconds
+    return None
 
 
 class Source(Protocol):

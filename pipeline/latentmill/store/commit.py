@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -74,13 +74,16 @@ class _UnitEntries:
         self.audio_seconds += record.duration
         return record
 
-    def located(self, locations: list[Location]) -> list[ItemEntry]:
-        """The entries, those of encoded items with their locations."""
-        remaining = iter(locations)
-        return [
-            entry.model_copy(update=vars(next(remaining))) if entry.status == "encoded" else entry
-            for entry in self.entries
-        ]
+    def located(self, locations: list[Location], keys: Sequence[str]) -> list[ItemEntry]:
+        """The entries in the order of `keys`, those of encoded items with row and location."""
+        places = enumerate(locations)
+        located = {}
+        for entry in self.entries:
+            if entry.status == "encoded":
+                row, place = next(places)
+                entry = entry.model_copy(update={"row": row, **vars(place)})  # noqa: PLW2901
+            located[entry.key] = entry
+        return [located[key] for key in keys]
 
 
 @dataclass(frozen=True)
@@ -135,11 +138,13 @@ def write_unit(
     fingerprint: str,
     info: Mapping[str, Any],
     revision: int = 0,
+    keys: Sequence[str] | None = None,
 ) -> Commit:
     """Write a unit's records to a new shard as they arrive; return the commit for `write_commit`.
 
     The shard is not part of the store until the commit is written. `outcomes` are those of all
-    items, in the plan's order. `info` is what a reader of this shard alone needs to know. If the
+    items; the shard has the records in this order. `keys` are those of the items in the plan's
+    order, if it is another one. `info` is what a reader of this shard alone needs to know. If the
     name of `revision` is taken by an attempt that was not committed, the next free revision is
     used. If writing fails with a StorageError, the shard is removed.
     """
@@ -177,7 +182,7 @@ def write_unit(
         hash=digest if rows else None,
         rows=rows,
         audio_seconds=entries.audio_seconds,
-        items=entries.located(locations),
+        items=entries.located(locations, keys or [entry.key for entry in entries.entries]),
         statistics=found
         and StatisticsEntry(frames=found.frames, mean=found.mean.tolist(), m2=found.m2.tolist()),
         timings={},

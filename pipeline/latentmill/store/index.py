@@ -67,15 +67,15 @@ class IndexEntry:
 
 
 def entries(commit: Commit) -> Iterator[IndexEntry]:
-    """Yield the index entries of a commit's records, in the order of the shard's rows."""
+    """Yield the index entries of a commit's records, in the order of the plan."""
     encoded = (item for item in commit.items if item.status == "encoded")
-    for row, item in enumerate(encoded):
+    for number, item in enumerate(encoded):
         assert item.shape is not None and item.hash is not None and commit.shard is not None
         assert item.offset is not None and item.length is not None
         yield IndexEntry(
             key=item.key,
             shard=commit.shard,
-            row=row,
+            row=number if item.row is None else item.row,
             offset=item.offset,
             length=item.length,
             hash=int(item.hash, 16),

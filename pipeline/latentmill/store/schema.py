@@ -144,6 +144,11 @@ class ItemEntry(_Document):
     key: str
     status: Status
     reason: str | None = Field(None, description="Why the item was skipped or failed.")
+    row: Bytes | None = Field(
+        None,
+        description="Number of the record in the shard. Commits of earlier versions do not contain "
+        "it: their records are in the plan's order.",
+    )
     offset: Bytes | None = Field(None, description="First byte of the latent in the shard.")
     length: Bytes | None = Field(None, description="Length of the latent in bytes.")
     hash: str | None = Field(
@@ -216,6 +221,9 @@ class Commit(_Document):
         )
         if not located or len(encoded) != self.rows or (self.shard is None) != (self.rows == 0):
             raise ValueError("the items do not match the shard")
+        rows = [item.row for item in encoded if item.row is not None]
+        if rows and sorted(rows) != list(range(self.rows)):
+            raise ValueError("the rows are not those of the shard")
         return self
 
     def count(self, status: Status) -> int:

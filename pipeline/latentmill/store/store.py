@@ -40,7 +40,7 @@ from latentmill.text.shown import Shown
 
 T = TypeVar("T")
 
-_CACHED_SHARDS = 8
+_CACHED_BYTES = 64 << 20  # of fields; items that are neighbours by key can be in many shards
 # A larger latent is not read at once: decoding reads it window by window.
 _WHOLE_BYTES = 64 << 20
 
@@ -382,12 +382,13 @@ class LatentStore(StoreDecoder, Shown):
         if entry.fields_offset >= 0:
             fields = parse_json(self._read(entry, entry.fields_offset, entry.fields_length))
             return fields
-        table = self._shard_fields.pop(entry.shard, None)
-        if table is None:
-            table = read_columns(self.storage, entry.shard, FIELD_NAMES)
-        self._shard_fields[entry.shard] = table  # the last one is the most recently used
-        if len(self._shard_fields) > _CACHED_SHARDS:
-            self._shard_fields.popitem(last=False)
+        cache = self._shard_fields
+        if entry.shard not in cache:
+            cache[entry.shard] = read_columns(self.storage, entry.shard, FIELD_NAMES)
+            while len(cache) > 1 and sum(table.nbytes for table in cache.values()) > _CACHED_BYTES:
+                cache.popitem(last=False)
+        cache.move_to_end(entry.shard)  # the last one is the most recently used
+        table = cache[entry.shard]
         (fields,) = table.slice(entry.row, 1).to_pylist()
         return fields
 
