@@ -146,13 +146,13 @@ class Bench:
 
     def run(self, out: Path) -> float:
         from latentmill.engine.actor import ActorShape
-        from latentmill.engine.progress import QuietProgress
+        from latentmill.engine.progress import Progress
         from latentmill.engine.scheduler import Scheduler
         from latentmill.engine.worker import UnitResult
 
         marks, busy = [], []
 
-        class Marks(QuietProgress):
+        class Marks(Progress):
             def unit_done(self, result: UnitResult) -> None:
                 marks.append(time.perf_counter())
                 busy.append(result.timings["model_seconds"])

@@ -107,13 +107,11 @@ def prepared(songs: Path, out: Path, unit_seconds: float, **options: Any) -> tup
     """Make a plan and the job of its workers, as a run does."""
     from latentmill.config import load_config
     from latentmill.engine.job import make_job
-    from latentmill.engine.progress import QuietProgress
+    from latentmill.engine.progress import Progress
     from latentmill.run.prepare import listed, planned, prepare
 
     values = {"source": str(songs), "out": str(out), "device": "cpu", "model": MODEL, **options}
-    preparation = prepare(
-        load_config(None, {**values, "unit_seconds": unit_seconds}), QuietProgress()
-    )
+    preparation = prepare(load_config(None, {**values, "unit_seconds": unit_seconds}), Progress())
     with listed(preparation) as items:
         plan, _ = planned(preparation, items)
     job = make_job(
@@ -183,7 +181,7 @@ def scaling(folder: Path, seconds: float) -> dict[str, Any]:
 
 def together(job: Any, shape: Any, workers: int, units: Any) -> float:
     """Return units per second, from when all workers are ready until the last commit."""
-    from latentmill.engine.progress import QuietProgress
+    from latentmill.engine.progress import Progress
     from latentmill.engine.scheduler import Scheduler
 
     began = 0.0
@@ -195,7 +193,7 @@ def together(job: Any, shape: Any, workers: int, units: Any) -> float:
                 began = began or time.perf_counter()
                 super()._fill()
 
-    Together(job, shape, lambda: workers, QuietProgress()).run(units, lambda origin: None)
+    Together(job, shape, lambda: workers, Progress()).run(units, lambda origin: None)
     return len(units) / (time.perf_counter() - began)
 
 

@@ -26,7 +26,7 @@ from latentmill.engine.progress import (
     BarProgress,
     JsonProgress,
     LogProgress,
-    QuietProgress,
+    Progress,
     for_stream,
 )
 from latentmill.engine.tracker import Tracker
@@ -64,7 +64,7 @@ def result(unit: int, failed: int = 0, seconds: float = 300.0) -> UnitResult:
     return UnitResult(unit, 5 - failed, 0, failed, seconds / 5 * (5 - failed), (), {})
 
 
-def tracked(display: QuietProgress, clock: Clock, planned: Plan | None = None) -> Tracker:
+def tracked(display: Progress, clock: Clock, planned: Plan | None = None) -> Tracker:
     return Tracker(planned or plan(), {}, display, clock=clock)
 
 
@@ -175,7 +175,7 @@ def test_the_end_of_a_run_is_told_with_what_was_committed(caplog: Capture) -> No
 def test_what_is_published_is_what_is_shown() -> None:
     published: list[RunProgress] = []
     clock = Clock()
-    tracker = Tracker(plan(), {}, QuietProgress(), published.append, clock)
+    tracker = Tracker(plan(), {}, Progress(), published.append, clock)
     clock.now += 20
     tracker.unit_done(result(0, failed=1))
     tracker.tick({1: UnitProgress(160.0, 300.0, 2), 2: UnitProgress(0.0, 300.0, 0)})
@@ -226,7 +226,7 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_lines(caplog: Capture) -> None:
         assert isinstance(for_stream(stream=terminal), BarProgress)
         caplog.set_level(logging.ERROR, "latentmill")
         for log_format in ("text", "json"):
-            assert type(for_stream(log_format, terminal)) is QuietProgress  # type: ignore[arg-type]
+            assert type(for_stream(log_format, terminal)) is Progress  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

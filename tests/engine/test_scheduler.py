@@ -16,7 +16,7 @@ from latentmill.config import RunConfig, load_config
 from latentmill.engine import scheduler as scheduler_module
 from latentmill.engine.actor import ActorShape
 from latentmill.engine.dispatch import Dispatch, Loss
-from latentmill.engine.progress import QuietProgress
+from latentmill.engine.progress import Progress
 from latentmill.engine.scheduler import MAX_STARTS, Scheduler, _Call
 from latentmill.engine.worker_slot import WorkerSlot
 from latentmill.errors import StorageError, UnitsFailedError
@@ -29,7 +29,7 @@ SEGFAULT = 22051  # see support/deadly
 TROUBLED_MODEL = "python:support.troubled_model:build"
 
 
-class Ear(QuietProgress):
+class Ear(Progress):
     """Remembers what it is told."""
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ def test_a_unit_that_cannot_be_written_fails_and_the_others_do_not(
     songs: Path, tmp_path: Path, ray_session: Path
 ) -> None:
     store, ear = tmp_path / "store", Ear()
-    forecast(config(songs, store), QuietProgress(), calibrated=False)
+    forecast(config(songs, store), Progress(), calibrated=False)
     blocked = [store / "commits" / f"000001{n}.json" for n in ("", ".r1", ".r2", ".r3", ".r4")]
     for path in blocked:  # an attempt that comes after another one writes the next revision
         (path / "in the way").mkdir(parents=True)

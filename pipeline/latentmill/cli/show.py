@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from latentmill.encoding.batches import LONG_BATCH_SECONDS
 from latentmill.encoding.timings import bound
 from latentmill.store.measurement import MEASURED
-from latentmill.text.printing import counted
+from latentmill.text.printing import clock_time, counted
 
 if TYPE_CHECKING:  # some of these import torch; `status` must start quickly
     from latentmill.export.export import ExportSummary
@@ -136,7 +136,7 @@ def forecast(value: Forecast) -> str:
     if value.calibration is not None and value.run_seconds is not None:
         speed, workers = value.calibration.x_real_time, value.calibration.workers
         seconds = value.run_seconds
-        least = "under a minute" if seconds < 60 else f"about {minutes(seconds)}"
+        least = "under a minute" if seconds < 60 else f"about {clock_time(seconds)}"
         rows["time"] = (
             f"{least} ({counted(workers, 'worker')}, "
             f"{value.calibration.device}, {speed:,.0f} x real time "
@@ -236,13 +236,6 @@ def export(value: ExportSummary) -> str:
     """The text that `export` prints."""
     lines = [f"{value.dest}: {counted(value.records, 'record')} for {value.to}"]
     return "\n".join(filter(None, [*lines, pairs_listed("failed", value.failures)]))
-
-
-def minutes(seconds: float) -> str:
-    """Format a duration as 2:05 or 1:02:05."""
-    whole, second = divmod(round(seconds), 60)
-    hour, minute = divmod(whole, 60)
-    return f"{hour}:{minute:02d}:{second:02d}" if hour else f"{minute}:{second:02d}"
 
 
 def closest(word: str, words: Iterable[str]) -> str | None:

@@ -21,7 +21,7 @@ from rich.table import Column
 from latentmill.engine.holder import RunProgress
 from latentmill.plan import Unit
 from latentmill.text.log import get_logger
-from latentmill.text.printing import counted, printable_json
+from latentmill.text.printing import clock_time, counted, printable_json
 from latentmill.text.redact import redact_text
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ LogFormat = Literal["text", "json"]
 _log = get_logger("engine")
 
 
-class QuietProgress:
+class Progress:
     """Displays nothing; only lost units are logged. Base class of the displays."""
 
     def planning(self, items: int, headers: int) -> None:
@@ -60,10 +60,7 @@ class QuietProgress:
         """Called when the run ends, also after an error. `now` has the average speed."""
 
 
-Progress = QuietProgress
-
-
-class _EveryTenSeconds(QuietProgress):
+class _EveryTenSeconds(Progress):
     """Base class of displays that print at most one progress line in ten seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -176,7 +173,7 @@ def for_stream(log_format: LogFormat = "text", stream: TextIO | None = None) -> 
     """
     stream = stream or sys.stderr
     if not _log.isEnabledFor(logging.INFO):
-        return QuietProgress()
+        return Progress()
     if log_format == "json":
         return JsonProgress(stream)
     console = Console(file=stream)
@@ -208,7 +205,7 @@ def _speed(now: RunProgress) -> str:
 
 
 def _left(now: RunProgress) -> str:
-    return "--" if now.seconds_left is None else _minutes(now.seconds_left)
+    return "--" if now.seconds_left is None else clock_time(now.seconds_left)
 
 
 def _rounded(now: RunProgress) -> dict[str, object]:
@@ -219,9 +216,3 @@ def _rounded(now: RunProgress) -> dict[str, object]:
 def _listing(items: int, headers: int) -> str:
     read = f", {counted(headers, 'header')} read" if headers else ""
     return f"listing the source: {counted(items, 'item')}{read}"
-
-
-def _minutes(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

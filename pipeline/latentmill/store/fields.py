@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import io
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
@@ -12,8 +13,9 @@ import pyarrow.parquet as pq
 
 from latentmill.storage.ranged import RangedFile
 from latentmill.storage.storage import Storage
-from latentmill.store.schema import RECORD_SCHEMA
+from latentmill.store.schema import FIELD_NAMES, RECORD_SCHEMA
 
+_CACHED_BYTES = 64 << 20  # of fields; items that are neighbours by key can be in many shards
 _MAX_GAP = 1 << 14  # bytes between two columns up to which one request reads both and the gap
 
 
@@ -43,6 +45,29 @@ def read_columns(storage: Storage, path: str, names: Sequence[str]) -> pa.Table:
             field = RECORD_SCHEMA.field(name).with_nullable(True)
             table = table.append_column(field, pa.nulls(len(table), field.type))
     return table.select(names).combine_chunks()
+
+
+class ShardFields:
+    """The fields of records except the latents; keeps those of the Parquet shards used last."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._tables: OrderedDict[str, pa.Table] = OrderedDict()
+
+    def row(self, shard: str, row: int) -> dict[str, Any]:
+        """Return the fields of one row of a shard."""
+        tables = self._tables
+        if shard not in tables:
+            tables[shard] = read_columns(self._storage, shard, FIELD_NAMES)
+            while len(tables) > 1 and sum(one.nbytes for one in tables.values()) > _CACHED_BYTES:
+                tables.popitem(last=False)
+        tables.move_to_end(shard)  # the last one is the most recently used
+        fields: dict[str, Any]
+        (fields,) = tables[shard].slice(row, 1).to_pylist()
+        return fields
+
+    def clear(self) -> None:
+        self._tables.clear()
 
 
 def _spans(footer: Any, names: Sequence[str]) -> list[tuple[int, int]]:

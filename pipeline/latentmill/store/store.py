@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -25,11 +24,10 @@ from latentmill.storage.storage import Storage
 from latentmill.store.commit import read_commits
 from latentmill.store.decoder import StoreDecoder
 from latentmill.store.describe import described, is_complete, warn_incomplete
-from latentmill.store.fields import read_columns
+from latentmill.store.fields import ShardFields
 from latentmill.store.index import Index, IndexEntry, damaged_index, open_index, to_batch
 from latentmill.store.measurement import read_measurement, with_measurements
 from latentmill.store.schema import (
-    FIELD_NAMES,
     Commit,
     DatasetInfo,
     levels_of,
@@ -40,7 +38,6 @@ from latentmill.text.shown import Shown
 
 T = TypeVar("T")
 
-_CACHED_BYTES = 64 << 20  # of fields; items that are neighbours by key can be in many shards
 # A larger latent is not read at once: decoding reads it window by window.
 _WHOLE_BYTES = 64 << 20
 
@@ -82,7 +79,7 @@ class LatentStore(StoreDecoder, Shown):
     ) -> None:
         self.storage = Storage(os.fspath(url))
         super().__init__(device, trust_model=trust_model)
-        self._shard_fields: OrderedDict[str, pa.Table] = OrderedDict()
+        self._shard_fields = ShardFields(self.storage)
         self._info = read_seal(self.storage)
         self.sealed = self._info is not None
         if not self.sealed and not self.storage.exists(PLAN_PATH):
@@ -382,15 +379,7 @@ class LatentStore(StoreDecoder, Shown):
         if entry.fields_offset >= 0:
             fields = parse_json(self._read(entry, entry.fields_offset, entry.fields_length))
             return fields
-        cache = self._shard_fields
-        if entry.shard not in cache:
-            cache[entry.shard] = read_columns(self.storage, entry.shard, FIELD_NAMES)
-            while len(cache) > 1 and sum(table.nbytes for table in cache.values()) > _CACHED_BYTES:
-                cache.popitem(last=False)
-        cache.move_to_end(entry.shard)  # the last one is the most recently used
-        table = cache[entry.shard]
-        (fields,) = table.slice(entry.row, 1).to_pylist()
-        return fields
+        return self._shard_fields.row(entry.shard, entry.row)
 
     def _damaged(self, entry: IndexEntry, what: str) -> StorageError:
         return StorageError(

@@ -33,6 +33,13 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
+def clock_time(seconds: float) -> str:
+    """Format a duration as 2:05 or 1:02:05."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
 def printable_value(value: T) -> T:
     """Make all strings in a value printable, at any depth of dataclasses, models and containers."""
     changed: Any = value
