@@ -13,7 +13,8 @@ random crops are compared with the originals.
 - crops_per_cpu_second, sequential_mb_per_cpu_second: the same per CPU second of the process, which
   is more reliable than wall time if other programs are running.
 - first_sample_ms: from opening to the first crop, without imports.
-- loader_crops_per_second: a DataLoader with 2 persistent workers, one shuffled epoch.
+- loader_crops_per_second: one shuffled epoch with 2 persistent workers: a DataLoader, or the
+  library's own loader for `latentmill Loader` and `litdata StreamingDataLoader`.
 - memory_mb: growth of the process's peak resident size during crops and a sequential pass
   (including the pages of memory-mapped files that were read).
 
@@ -47,6 +48,7 @@ from reader_contenders import BATCH, CHANNELS, CONTENDERS, CROP, Contender, Late
 
 PACKAGES = {
     "litdata": "litdata",
+    "litdata StreamingDataLoader": "litdata",
     "mosaicml-streaming": "mosaicml-streaming",
     "webdataset": "webdataset",
     "datasets": "datasets",
@@ -226,9 +228,18 @@ def verdict(found: dict[str, Any]) -> dict[str, Any]:
         "sequential_by_cpu_over_best_peer": round(
             mine["sequential_mb_per_cpu_second"] / best["sequential_mb_per_cpu_second"], 2
         ),
-        "loader_over_best_peer": round(
+        "data_loader_over_best_peer": round(
             mine["loader_crops_per_second"] / best["loader_crops_per_second"], 2
         ),
+        **{
+            f"loader_over_{peer}": round(
+                found["latentmill Loader"]["loader_crops_per_second"]
+                / found[peer]["loader_crops_per_second"],
+                2,
+            )
+            for peer in ("latentmill", "litdata", "litdata StreamingDataLoader")
+            if "latentmill Loader" in found and peer in found
+        },
         "first_sample_over_best_peer": round(
             min(one["first_sample_ms"] for one in peers.values()) / mine["first_sample_ms"], 2
         ),

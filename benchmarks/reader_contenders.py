@@ -161,6 +161,23 @@ class Latentmill:
         )
 
 
+class LatentmillLoader(Latentmill):
+    """latentmill, with batches from its own `Loader` instead of a DataLoader."""
+
+    dtype = "float32"
+
+    def loader(self, workers: int) -> Any:
+        from latentmill.reader.loader import Loader
+
+        return Loader(self.dataset, BATCH, workers=workers, dtype=self.dtype)
+
+
+class LatentmillHalf(LatentmillLoader):
+    """The same with batches in float16."""
+
+    dtype = "float16"
+
+
 class LatentmillTar(Latentmill):
     """latentmill with WebDataset shards."""
 
@@ -217,6 +234,22 @@ class LitData(Peer):
 
     def whole(self, item: int) -> Latent:
         return self.data.read_window(item, 0, self.frames[item])["latent"]
+
+
+class LitDataLoader(LitData):
+    """LitData with its own StreamingDataLoader; each item gives one random window."""
+
+    def loader(self, workers: int) -> Any:
+        from litdata import StreamingDataLoader
+        from litdata.streaming.temporal import TemporalArrayLoader
+
+        from litdata_windows import Windows
+
+        data = Windows(str(self.folder), item_loader=TemporalArrayLoader(), shuffle=True)
+        data.frames = list(self.frames)
+        return StreamingDataLoader(
+            data, batch_size=BATCH, num_workers=workers, persistent_workers=True
+        )
 
 
 class Mosaic(Peer):
@@ -377,9 +410,12 @@ class WebDataset(Peer):
 
 CONTENDERS: dict[str, type[Any]] = {
     "latentmill": Latentmill,
+    "latentmill Loader": LatentmillLoader,
+    "latentmill Loader float16": LatentmillHalf,
     "latentmill tar": LatentmillTar,
     "npy files": Npy,
     "litdata": LitData,
+    "litdata StreamingDataLoader": LitDataLoader,
     "mosaicml-streaming": Mosaic,
     "webdataset": WebDataset,
     "datasets": HfDatasets,

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from latentmill.reader.batches import BatchSampler
     from latentmill.reader.collate import collate, collate_tensors
     from latentmill.reader.dataset import LatentDataset
+    from latentmill.reader.loader import Loader
     from latentmill.reader.normalize import Normalize
     from latentmill.reader.stem_dataset import StemDataset
     from latentmill.reader.stream import LatentStream
@@ -56,6 +57,7 @@ _LAZY = {
     "LatentmillError": "latentmill.errors",
     "Linearity": "latentmill.ops",
     "LinearityWarning": "latentmill.ops",
+    "Loader": "latentmill.reader.loader",
     "Normalize": "latentmill.reader.normalize",
     "Origin": "latentmill.ops",
     "Record": "latentmill.record",
@@ -89,6 +91,7 @@ __all__ = [
     "LatentmillError",
     "Linearity",
     "LinearityWarning",
+    "Loader",
     "Normalize",
     "Origin",
     "Record",

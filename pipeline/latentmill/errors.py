@@ -69,6 +69,10 @@ class HeadGoneError(UnitsFailedError):
     """The head node of the Ray cluster is gone; rerunning on another cluster resumes."""
 
 
+class WorkerError(LatentmillError):
+    """A worker process of a training loader died."""
+
+
 class ItemError(LatentmillError):
     """One item cannot be encoded; the message, one line, is recorded as the item's reason."""
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DistributedSampler, Sampler
 
 from latentmill.errors import ConfigError
-from latentmill.reader.draws import Request
+from latentmill.reader.draws import Request, Requested
 from latentmill.reader.order import EpochOrder, Ints, permutation
 from latentmill.reader.sample import whole_number
 from latentmill.reader.sharding import (
@@ -107,8 +107,8 @@ class BatchSampler(Resumable, Sampler[list[Request]]):
         if sampler is not None and weights is not None:
             raise ConfigError("give BatchSampler either a sampler or weights of stores, not both.")
         self.batch_size = whole_number("batch_size", batch_size, least=1)
-        self.drop_last = drop_last
-        self._dataset, self._sampler = dataset, sampler
+        self.drop_last, self.dataset = drop_last, dataset
+        self._sampler = sampler
         self._buckets = whole_number("buckets", buckets, least=1)
         self._mixture = mixture(
             dataset.sizes,
@@ -157,6 +157,12 @@ class BatchSampler(Resumable, Sampler[list[Request]]):
                 for position, sample in zip(positions, numbers, strict=True)
             ]
 
+    def requested(self) -> Iterator[Requested]:
+        """The samples of the batches of the next iteration, for `Loader`."""
+        for batch in self:
+            epochs, positions, numbers = np.array(batch, np.int64).T
+            yield Requested(int(epochs[0]), positions, numbers)
+
     def state_after(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The state after all ranks have trained on their batch of this step.
 
@@ -177,10 +183,10 @@ class BatchSampler(Resumable, Sampler[list[Request]]):
         return self._state(EpochProgress(number, position))
 
     def _records(self) -> list[int]:
-        return self._dataset.records
+        return self.dataset.records
 
     def _order(self, epoch: int) -> str:
-        own = f"{self._dataset.digest}-{self.batch_size}-{self._buckets}-{self.drop_last}"
+        own = f"{self.dataset.digest}-{self.batch_size}-{self._buckets}-{self.drop_last}"
         sampler = self._sampler
         if sampler is None:
             return f"{self._mixture.digest}-{own}"
@@ -214,7 +220,7 @@ class BatchSampler(Resumable, Sampler[list[Request]]):
     def _numbers(self, epoch: int) -> Ints:
         """The sample numbers of an epoch, in order."""
         if self._sampler is not None:
-            return sampled_numbers(self._sampler, len(self._dataset), self._mixture.seed, epoch)
+            return sampled_numbers(self._sampler, len(self.dataset), self._mixture.seed, epoch)
         of_store, samples = EpochOrder(self._mixture, epoch).at(np.arange(self._mixture.total))
         numbers: Ints = self._first[of_store] + samples
         return numbers

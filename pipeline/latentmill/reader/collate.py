@@ -71,7 +71,11 @@ def collate_tensors(samples: Sequence[Any]) -> dict[str, torch.Tensor]:
     Raises:
         ConfigError: As for `collate`.
     """
-    batch = collate(samples)
+    return only_tensors(collate(samples))
+
+
+def only_tensors(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The batch of `collate_tensors`, from that of `collate`."""
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     tensors |= {name: torch.tensor(batch[name]) for name in ("epoch", "position") if name in batch}
     for name in ("seconds_start", "seconds_total"):

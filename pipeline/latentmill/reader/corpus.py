@@ -112,7 +112,7 @@ class StoreSamples:
     def lengths(self) -> Ints:
         """Frames of each sample before padding."""
         if self._reading.mode == "windows":
-            rows, starts = self._rows_and_starts(np.arange(len(self)), 0, np.arange(len(self)))
+            rows, starts = self.locate(np.arange(len(self)), 0, np.arange(len(self)))
             left = self.crops.frames[rows] - starts
         else:
             left = self.crops.frames[self.rows]
@@ -120,8 +120,8 @@ class StoreSamples:
         lengths: Ints = left.astype(np.int64) if crop is None else np.minimum(left, crop)
         return lengths
 
-    def _rows_and_starts(self, samples: Ints, epoch: int, positions: Ints) -> tuple[Ints, Ints]:
-        """Rows and first frames of samples."""
+    def locate(self, samples: Ints, epoch: int, positions: Ints) -> tuple[Ints, Ints]:
+        """Rows and first frames of samples, from their numbers and positions in an epoch."""
         crop = self._reading.crop
         if self._reading.mode == "windows":
             assert crop is not None
@@ -135,7 +135,7 @@ class StoreSamples:
 
     def read(self, samples: Ints, epoch: int, positions: Ints) -> Iterator[Sample]:
         """Read samples in one batch; an iterator reads long local samples when it reaches them."""
-        rows, starts = self._rows_and_starts(samples, epoch, positions)
+        rows, starts = self.locate(samples, epoch, positions)
         crop = self._reading.crop
         frames = self.crops.frames[rows].astype(np.int64)
         latents: Iterable[FloatArray]
@@ -150,16 +150,23 @@ class StoreSamples:
         if self._reading.transforms:  # latent arithmetic needs the crop's position
             windows = zip(origins, frames.tolist(), starts.tolist(), strict=True)
             origins = [origin.at(length, start) for origin, length, start in windows]
+        described = self.describe(rows, starts)
+        each = zip(latents, masks, described, positions.tolist(), origins, strict=True)
+        for latent, mask, (key, metadata), position, origin in each:
+            yield Sample(key, latent, mask, metadata, epoch, position, origin)
+
+    def describe(self, rows: Ints, starts: Ints) -> list[tuple[str, dict[str, Any]]]:
+        """Key and metadata of samples; see `Sample`."""
         own = self._fields.read(rows) if self._fields else [{"metadata": "{}"}] * len(rows)
         begins = (starts * (self._hop / self._rate)).tolist()
         totals = (self.crops.num_samples[rows] / self._rate).tolist()
-        each = zip(rows.tolist(), own, begins, totals, positions.tolist(), origins, strict=True)
-        for latent, mask, (row, fields, begin, total, position, origin) in zip(
-            latents, masks, each, strict=True
-        ):
+        found = []
+        each = zip(self.crops.keys(rows), own, begins, totals, strict=True)
+        for key, fields, begin, total in each:
             metadata = _parsed(fields["metadata"])
             metadata |= {"seconds_start": begin, "seconds_total": total}
-            yield Sample(self.crops.key(row), latent, mask, metadata, epoch, position, origin)
+            found.append((key, metadata))
+        return found
 
 
 class Corpus:
@@ -238,6 +245,16 @@ class Corpus:
         ]
         text = json.dumps([stores, self.reading.crop, self.reading.mode])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def direct(self) -> bool:
+        """Whether the samples are crops without transforms, so a batch needs no samples."""
+        return self.reading.crop is not None and not self.reading.transforms
+
+    def stores_of(self, numbers: Ints) -> tuple[Ints, Ints]:
+        """Store of each sample of the corpus, and its number in that store."""
+        of_store: Ints = np.searchsorted(self.first, numbers, "right") - 1
+        return of_store, numbers - self.first[of_store]
 
     def read(self, of_store: Ints, samples: Ints, epoch: int, positions: Ints) -> Iterator[Sample]:
         """Read samples of one epoch, in the given order, with one batch per store.

@@ -94,23 +94,33 @@ class CropReader(RowReader):
             IndexError: A row does not exist, or a crop starts outside its item.
             StorageError: A shard cannot be read, or its size is not the one in its commit.
         """
+        block = torch.empty(len(rows), frames, self.channels)
+        have = self.read_into(rows, starts, block)
+        return block.numpy(), have
+
+    def read_into(self, rows: Ints, starts: Ints, block: torch.Tensor) -> Ints:
+        """Like `read_block`, but into a contiguous tensor, float32 or float16."""
         if len(rows) and not (rows.min() >= 0 and rows.max() < len(self.frames)):
             raise IndexError(f"row out of range: use 0 to {len(self.frames) - 1}")
         left = self.frames[rows] - starts
         if len(rows) and (starts.min() < 0 or left.min() <= 0):
             raise IndexError("a crop must start inside its item")
+        frames = block.shape[1]
         have: Ints = np.minimum(left, frames)
-        size = len(rows) * frames * self.channels
-        if len(self._raw) < size:  # reused: allocating new pages costs more than reading
-            self._raw = np.empty(size, self._dtype)
-        raw = self._raw[:size].reshape(len(rows), frames, self.channels)
-        self._fill(rows, starts, have, list(raw))
-        block = _to_float(raw)
+        target: Raw = block.numpy()
+        if target.dtype == self._dtype:
+            self._fill(rows, starts, have, list(target))
+        else:
+            if len(self._raw) < block.numel():  # reused: new pages cost more than reading
+                self._raw = np.empty(block.numel(), self._dtype)
+            raw = self._raw[: block.numel()].reshape(target.shape)
+            self._fill(rows, starts, have, list(raw))
+            block.copy_(torch.from_numpy(raw))
         for number in np.flatnonzero(have < frames).tolist():
             end, there = int(starts[number]) + frames, int(have[number])
             silence = self.store.origin.crop(end, end - frames + there, frames - there)
-            block[number, there:] = silence.T
-        return block, have
+            target[number, there:] = silence.T
+        return have
 
     def _ranges(self, rows: Ints, starts: Ints, have: Ints) -> list[_Range]:
         """Shard, offset and length in bytes of the first `have` frames of each crop."""

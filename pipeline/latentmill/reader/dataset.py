@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 from torch.utils.data import Dataset
 
 import latentmill.reader.collate  # noqa: F401  registers our samples with torch's default collate
@@ -117,8 +116,7 @@ class LatentDataset(Shown, Dataset[Sample]):
             StorageError: A shard cannot be read.
         """
         epochs, positions, found = self._draws.resolve(numbers, len(self))
-        of_store = np.searchsorted(self.corpus.first, found, "right") - 1
-        samples = found - self.corpus.first[of_store]
+        of_store, samples = self.corpus.stores_of(found)
         if len(set(epochs.tolist())) == 1:
             return list(self.corpus.read(of_store, samples, int(epochs[0]), positions))
         read = zip(of_store, samples, epochs, positions, strict=True)

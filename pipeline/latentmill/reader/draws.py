@@ -11,7 +11,7 @@ import operator
 import warnings
 from collections.abc import Sequence
 from multiprocessing.context import get_spawning_popen
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -24,6 +24,15 @@ from latentmill.reader.sharding import EpochProgress
 
 # Epoch, position in the epoch, and number of a sample, as `BatchSampler` requests it.
 Request: TypeAlias = tuple[int, int, int]
+
+
+class Requested(NamedTuple):
+    """The samples of a batch: their epoch, positions in it, and numbers in the dataset."""
+
+    epoch: int
+    positions: Ints
+    numbers: Ints
+
 
 _PROCESSES = 64  # number of counters; more workers share them, which is harmless
 _NOT_SET = -1

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from latentmill.errors import StorageError, StoreError
+from latentmill.reader.order import Ints
 from latentmill.store.index import Index
 from latentmill.store.store import LatentStore
 
@@ -39,6 +40,9 @@ class RowReader:
 
     def key(self, row: int) -> str:
         return self._index.key(row)
+
+    def keys(self, rows: Ints) -> list[str]:
+        return self._index.keys(rows)
 
     def row(self, key: str) -> int:
         row = self._index.find(key)

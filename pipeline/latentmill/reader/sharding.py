@@ -195,6 +195,10 @@ class Resumable:
             return self._next
         return EpochProgress(self._now.epoch + 1) if self._now.done else self._now
 
+    def upcoming_state(self) -> dict[str, Any]:
+        """The state before the next iteration."""
+        return self._state(self._upcoming())
+
     def _state(self, progress: EpochProgress) -> dict[str, Any]:
         return {
             "kind": self._kind,

@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 import latentmill.reader.collate  # noqa: F401  registers our samples with torch's default collate
 from latentmill.errors import ConfigError
 from latentmill.reader.corpus import Corpus, Mode, Reading, Stores
-from latentmill.reader.draws import Starts
+from latentmill.reader.draws import Requested, Starts
 from latentmill.reader.fields import Where
 from latentmill.reader.order import EpochOrder, Ints
 from latentmill.reader.sample import Sample, Transform, whole_number
@@ -30,6 +30,7 @@ from latentmill.reader.sharding import (
 from latentmill.text.shown import Shown
 
 READ_TOGETHER = 32  # minimum number of samples per batch of requests
+ORDERED_TOGETHER = 16  # batches of a Loader whose order is computed at once
 
 
 class LatentStream(Shown, Resumable, IterableDataset[Sample]):
@@ -93,7 +94,7 @@ class LatentStream(Shown, Resumable, IterableDataset[Sample]):
         Resumable.__init__(self, rank, world_size, even)
         if batch_size is not None:
             whole_number("batch_size", batch_size, least=1)
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self.corpus = Corpus(stores, reading, where=where, cache=cache, cache_gib=cache_gib)
         sizes = self.corpus.sizes
         self._mixture = mixture(
@@ -128,15 +129,19 @@ class LatentStream(Shown, Resumable, IterableDataset[Sample]):
         worker = get_worker_info()
         id_, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         # From each worker's samples, accelerate takes one batch for each process.
-        turn = (self._batch_size or 1) * max(self._accelerate_shards, accelerate_shards(self))
-        share = (self._rank.rank, self._rank.world_size, id_, workers, turn)
-        check_distributed_once(self, self._rank, "LatentStream")
-        self._now, self._next = self._upcoming(), None
+        turn = (self.batch_size or 1) * max(self._accelerate_shards, accelerate_shards(self))
+        self._begin((self._rank.rank, self._rank.world_size, id_, workers, turn))
         reading = self.corpus.reading
         crops = reading.crop is not None and reading.mode == "random"
         epochs_differ = self._mixture.shuffle or crops or reading.transforms
         if worker and id_ == 0 and epochs_differ:
             self._starts.check_repeated(self._now)
+        return self._samples(self._now.epoch, self._now.position, id_, workers, turn)
+
+    def _begin(self, share: tuple[int, ...]) -> None:
+        """Begin the next iteration, as one worker of a rank."""
+        check_distributed_once(self, self._rank, "LatentStream")
+        self._now, self._next = self._upcoming(), None
         if self._now.done and self._loaded_share != share:
             raise ConfigError(
                 "the state belongs to one of several DataLoader workers: resume with the numbers "
@@ -144,7 +149,27 @@ class LatentStream(Shown, Resumable, IterableDataset[Sample]):
                 "state_after(batch) instead."
             )
         self._share = share
-        return self._samples(self._now.epoch, self._now.position, id_, workers, turn)
+
+    def requested(self, batch_size: int, *, drop_last: bool) -> Iterator[Requested]:
+        """The samples of the batches of the next iteration, for `Loader`."""
+        rank, total = self._rank, self._mixture.total
+        self._begin((rank.rank, rank.world_size, 0, 1, batch_size))
+        self._share = None  # `Loader` reads ahead, so only its own state is exact
+        epoch, start, done = self._now.epoch, self._now.position, self._now.done
+        order, count = EpochOrder(self._mixture, epoch), rank.share(total - start)
+        if drop_last:
+            count -= (count - done) % batch_size
+        if done == count:  # no batch left for this rank: go to the next epoch
+            self._next = EpochProgress(epoch + 1)
+        for first in range(done, count, ORDERED_TOGETHER * batch_size):
+            local = np.arange(first, min(first + ORDERED_TOGETHER * batch_size, count))
+            positions: Ints = start + rank.rank + local * rank.world_size
+            of_store, samples = order.at(positions % total)
+            numbers = self.corpus.first[of_store] + samples
+            for at in range(0, len(local), batch_size):
+                batch = slice(at, at + batch_size)
+                self._now = EpochProgress(epoch, start, int(local[batch][-1]) + 1)
+                yield Requested(epoch, positions[batch], numbers[batch])
 
     def _start_at(self, progress: EpochProgress) -> None:
         super()._start_at(progress)
@@ -207,12 +232,12 @@ class LatentStream(Shown, Resumable, IterableDataset[Sample]):
         """
         epoch, positions = int(batch["epoch"][0]), np.asarray(batch["position"])
         start = (self._next or self._now).on_epoch(epoch).position
-        rank, size = self._rank, self._batch_size or 1
+        rank, size = self._rank, self.batch_size or 1
         local, wrong = np.divmod(positions - start - rank.rank, rank.world_size)
         count = rank.share(self._mixture.total - start)
         first, last = int(local[0]), int(local[-1]) + 1
-        whole = self._batch_size is None or (
-            first % self._batch_size == 0 and (len(local) == self._batch_size or last == count)
+        whole = self.batch_size is None or (
+            first % self.batch_size == 0 and (len(local) == self.batch_size or last == count)
         )
         if wrong.any() or (np.diff(local) != 1).any() or not whole or last > count:
             raise ConfigError(

@@ -214,14 +214,19 @@ class Index:
 
     def key(self, position: int) -> str:
         """The key at a position in the sorted keys."""
+        return self.keys(np.array([position]))[0]
+
+    def keys(self, positions: npt.NDArray[np.int64]) -> list[str]:
+        """The keys at positions in the sorted keys."""
         with _reading(self._where):
             column = self._columns["key"]
             _, offsets, data = column.buffers()
             ends = np.frombuffer(offsets, np.int32)[column.offset :]
-            start, end = int(ends[position]), int(ends[position + 1])
-            if not 0 <= start <= end <= data.size:
+            starts, stops = ends[positions], ends[positions + 1]
+            if not ((starts >= 0) & (starts <= stops) & (stops <= data.size)).all():
                 raise ValueError("key out of range")
-            return str(data.slice(start, end - start).to_pybytes(), "utf-8")
+            places, text = zip(starts.tolist(), stops.tolist(), strict=True), memoryview(data)
+            return [str(text[start:stop], "utf-8") for start, stop in places]
 
     def find(self, key: str) -> int | None:
         """Find the position of a key by bisection; None if there is no such record."""

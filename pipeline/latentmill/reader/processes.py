@@ -1,0 +1,282 @@
+"""Worker processes of a `Loader`, which make batches in memory that they share with the loader."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import mmap
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections import deque
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle, send_handle
+from typing import Any
+
+import torch
+
+from latentmill.errors import ConfigError, LatentmillError, WorkerError
+from latentmill.reader.buffers import Released, Slot, create_memory, map_memory, unpack
+from latentmill.reader.building import BatchBuilder
+from latentmill.reader.draws import Requested
+
+SPARE = 2  # unused slots to keep for each worker, beside those of requested batches
+CHECK_SECONDS = 1.0  # between checks whether the other process still runs
+STOP_SECONDS = 2.0  # to finish a batch before a worker is killed
+_LOST = (EOFError, ConnectionError)  # errors of a connection whose other end is gone
+
+
+class InProcess:
+    """Makes batches in this process, when they are received."""
+
+    capacity = 1
+
+    def __init__(self, builder: BatchBuilder, *, pin: bool) -> None:
+        self._builder, self._pin = builder, pin
+        self._requested: deque[Requested] = deque()
+
+    def request(self, requested: Requested) -> None:
+        self._requested.append(requested)
+
+    def receive(self) -> Any:
+        packed = self._builder.build(self._requested.popleft())
+        memory = torch.empty(packed.size, dtype=torch.uint8, pin_memory=self._pin)
+        packed.write(memory)
+        return unpack(memory, packed.payload)
+
+    def skip(self) -> None:
+        self._requested.clear()
+
+    def stop(self) -> None:
+        self._requested.clear()
+
+
+class Workers:
+    """The worker processes, and the slots that their batches are in.
+
+    Workers make batches in turn. The slots of a worker are used again when their batches are no
+    longer referenced; while they are, it gets further ones.
+
+    Args:
+        builder: Makes the batches.
+        count: Number of processes.
+        prefetch: Number of batches that may be requested from each at once.
+        method: How multiprocessing starts them: `fork`, `spawn` or `forkserver`.
+        pin: Whether to page-lock the slots' memory.
+    """
+
+    def __init__(
+        self, builder: BatchBuilder, count: int, *, prefetch: int, method: str | None, pin: bool
+    ) -> None:
+        self.capacity = count * prefetch
+        self._turns = itertools.cycle(range(count))
+        self._spare, self._pin, self._pid = prefetch + SPARE, pin, os.getpid()
+        self._released = Released()
+        self._unused: list[list[Slot]] = [[] for _ in range(count)]
+        self._numbers = [0] * count  # of slots
+        self._expected: deque[tuple[int, Slot]] = deque()  # worker and slot of requested batches
+        self._workers: list[_Worker] = []
+        try:
+            context = multiprocessing.get_context(method)
+        except ValueError as error:
+            raise ConfigError(
+                f"cannot start worker processes with {method!r}: use 'fork', 'spawn' or "
+                "'forkserver'."
+            ) from error
+        try:
+            for number in range(count):
+                self._workers.append(_Worker(context, builder, number))
+        except BaseException:
+            self.stop()
+            raise
+
+    def request(self, requested: Requested) -> None:
+        """Let the next worker make a batch. Raises WorkerError if it has died."""
+        worker = next(self._turns)
+        for slot in self._released.take():
+            self._unused[slot.worker].append(slot)
+        unused = self._unused[worker]
+        place = next((n for n in range(len(unused) - 1, -1, -1) if unused[n].reusable), None)
+        if place is None:
+            slot = Slot(self._numbers[worker], worker)
+            self._numbers[worker] += 1
+        else:
+            slot = unused.pop(place)
+        dropped = [unused.pop(0) for _ in range(len(unused) - self._spare)]
+        for one in dropped:
+            one.free()
+        self._workers[worker].send((slot.number, [one.number for one in dropped], requested))
+        self._expected.append((worker, slot))
+
+    def receive(self) -> Any:
+        """The batch that was requested first of those not received yet.
+
+        Raises WorkerError if the worker has died, or the error that it made.
+        """
+        worker, slot = self._expected.popleft()
+        found = self._workers[worker].receive()
+        if isinstance(found, _Failure):
+            raise found.error()
+        size, used, payload = found
+        if size:
+            slot.set_memory(self._workers[worker].receive_memory(size), pin=self._pin)
+        return slot.unpack(used, payload, self._released)
+
+    def skip(self) -> None:
+        """Receive and forget all requested batches."""
+        while self._expected:
+            self.receive()
+
+    def stop(self) -> None:
+        """End the processes. Batches that are still referenced keep their memory."""
+        if self._pid != os.getpid():  # a fork of the process that started them
+            return
+        for worker in self._workers:
+            worker.close()
+        deadline = time.monotonic() + STOP_SECONDS
+        for worker in self._workers:
+            worker.end(deadline)
+        self._released.close()
+        for slot in (slot for unused in self._unused for slot in unused):
+            slot.free()
+
+
+class _Worker:
+    """A worker process, as the main process sees it."""
+
+    def __init__(self, context: Any, builder: BatchBuilder, number: int) -> None:
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_work,
+            args=(theirs, builder),
+            name=f"latentmill-loader-{number}",
+            daemon=True,
+        )
+        try:
+            self._process.start()
+        except BaseException:
+            self._connection.close()
+            raise
+        finally:
+            theirs.close()
+
+    def send(self, message: object) -> None:
+        try:
+            self._connection.send(message)
+        except _LOST as error:
+            raise self._died() from error
+
+    def receive(self) -> Any:
+        try:
+            while not self._connection.poll(CHECK_SECONDS):
+                if not self._process.is_alive() and not self._connection.poll(0):
+                    raise EOFError  # another process has inherited the connection
+            return self._connection.recv()
+        except _LOST as error:
+            raise self._died() from error
+
+    def receive_memory(self, size: int) -> torch.Tensor:
+        try:
+            return map_memory(recv_handle(self._connection), size)
+        except (*_LOST, RuntimeError) as error:  # RuntimeError: no handle came
+            raise self._died() from error
+
+    def _died(self) -> WorkerError:
+        self._process.join(CHECK_SECONDS)
+        code = self._process.exitcode
+        if code is None:
+            how = "closed its connection"
+        elif code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
+        else:
+            how = f"ended with exit code {code}"
+        advice = "see what it printed above"
+        if code == -signal.SIGKILL:
+            advice = "memory may have run out, so use fewer workers or smaller batches"
+        return WorkerError(f"worker process {self._process.pid} of the Loader {how}: {advice}.")
+
+    def close(self) -> None:
+        """Tell the process to end."""
+        # Unlike closing, this also reaches copies of the connection in workers that were forked.
+        with (
+            contextlib.suppress(OSError),  # the process has already ended
+            socket.socket(fileno=os.dup(self._connection.fileno())) as theirs,
+        ):
+            theirs.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
+
+    def end(self, deadline: float) -> None:
+        """Wait for the process; kill it at the deadline."""
+        self._process.join(max(0.0, deadline - time.monotonic()))
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._process.close()
+
+
+class _Failure:
+    """An error of a worker, picklable whatever the error is."""
+
+    def __init__(self, error: Exception) -> None:
+        self._where = traceback.format_exc(limit=-20)[-20_000:]
+        try:
+            self._pickled = pickle.dumps(error)
+            pickle.loads(self._pickled)  # noqa: S301  some errors can be pickled but not loaded
+        except Exception as cause:  # noqa: BLE001  any class of error may define its pickling
+            text = f"a worker process of the Loader failed with {type(error).__name__}: {error}"
+            self._pickled = pickle.dumps(WorkerError(f"{text} ({cause})"))
+
+    def error(self) -> Exception:
+        error: Exception = pickle.loads(self._pickled)  # noqa: S301  from our own process
+        if not isinstance(error, LatentmillError):
+            error.add_note(f"In a worker process of the Loader:\n{self._where}")
+        return error
+
+
+def _work(connection: Connection, builder: BatchBuilder) -> None:
+    """Make the requested batches until the main process closes the connection or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal
+    torch.set_num_threads(1)
+    threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
+    slots: dict[int, torch.Tensor] = {}
+    with contextlib.suppress(*_LOST):
+        while True:
+            number, dropped, requested = connection.recv()
+            for one in dropped:
+                slots.pop(one, None)
+            try:
+                packed = builder.build(Requested(*requested))
+                size, file = 0, -1
+                if number not in slots or slots[number].numel() < packed.size:
+                    size = _size_for(packed.size, slots.pop(number, None))
+                    file = create_memory(size)
+                    slots[number] = map_memory(os.dup(file), size)
+                packed.write(slots[number])
+            except Exception as error:  # noqa: BLE001  goes to the main process, whatever it is
+                connection.send(_Failure(error))
+                continue
+            connection.send((size, packed.size, packed.payload))
+            if size:
+                send_handle(connection, file, os.getppid())
+                os.close(file)
+
+
+def _size_for(needed: int, before: torch.Tensor | None) -> int:
+    """Size of memory for a batch and for later ones, whose metadata may be longer.
+
+    It grows by half at least, since batches of whole items differ more.
+    """
+    grown = 0 if before is None else before.numel() + before.numel() // 2
+    return max(needed + needed // 16 + mmap.PAGESIZE, grown)
+
+
+def _exit_with(parent: int) -> None:
+    """End this process when its parent has ended, also while it is reading or writing."""
+    while os.getppid() == parent:
+        time.sleep(CHECK_SECONDS)
+    os._exit(1)
