@@ -14,7 +14,6 @@ from latentmill.config import load_config
 from latentmill.demo.corpus import write_corpus
 from latentmill.engine.progress import for_stream
 from latentmill.ops import mix
-from latentmill.record import Record
 from latentmill.run.run import run
 from latentmill.store.store import LatentStore, open_store
 from latentmill.store.verify import read_source
@@ -63,20 +62,13 @@ def _mix(store: LatentStore, keys: Sequence[str], path: Path) -> str:
     decoded = store.decode_latent(latent, samples)  # [C, T]
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, decoded.T, spec.sample_rate, subtype="FLOAT")
-    waveform = _waveform_mix(records, spec.channels, samples)
+    waveform = np.zeros((spec.channels, samples), np.float32)
+    for record in records:
+        waveform += read_source(record, spec.channels)[:, :samples]
     noise = np.square(waveform - decoded, dtype=np.float64).sum()
     signal = np.square(waveform, dtype=np.float64).sum()
     snr = 10 * np.log10(signal / noise) if noise > 0 and signal > 0 else float("inf")
     return (
         f"mix of {' + '.join(keys)} in latent space, decoded to {path}: {snr:.1f} dB SNR against "
         f"the mix of the waveforms ({samples / spec.sample_rate:.1f} s)"
-    )
-
-
-def _waveform_mix(
-    records: Sequence[Record], channels: int, samples: int
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    return sum(
-        (read_source(record, channels)[:, :samples] for record in records),
-        start=np.zeros((channels, samples), np.float32),
     )

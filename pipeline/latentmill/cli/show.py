@@ -73,7 +73,14 @@ def summary(run: RunSummary) -> str:
             f"this run: {run.units - run.resumed_units} of {counted(run.units, 'unit')}, "
             f"{run.encoded_seconds / 3600:.3f} h in {run.seconds:.1f} s ({speed:.1f} x real time)"
         )
-        lines.append(_bottleneck(run.stages, run.seconds))
+        model = run.stages.get("model_seconds", 0.0)
+        if model + run.stages.get("wait_seconds", 0.0) < 0.25 * run.seconds:
+            lines.append(
+                "most of this time went into starting Ray and loading the model; encoding took "
+                f"{model:.1f} s"
+            )
+        else:
+            lines.append(bound(run.stages) or "")
     return "\n".join(line for line in lines if line)
 
 
@@ -100,16 +107,6 @@ def _extension(value: Extension | None) -> str:
             more = "" if count == len(keys) else ", ..."
             lines.append(f"  {counted(count, 'item')} {what}: {', '.join(keys)}{more}")
     return "\n".join(lines)
-
-
-def _bottleneck(stages: Mapping[str, float], seconds: float) -> str:
-    model, wait = stages.get("model_seconds", 0.0), stages.get("wait_seconds", 0.0)
-    if model + wait < 0.25 * seconds:
-        return (
-            "most of this time went into starting Ray and loading the model; encoding took "
-            f"{model:.1f} s"
-        )
-    return bound(stages) or ""
 
 
 def forecast(value: Forecast) -> str:

@@ -186,8 +186,12 @@ def draft(items: Iterable[Item], limits: UnitLimits) -> Draft:
             table = draft_table(some)
             made.totals.add(table)
             sorter.push(table)
-        if made.totals.grouped:
-            _refuse_duplicate_keys(sorter, made.folder / "keys")
+        if made.totals.grouped:  # equal keys may be in different groups, so sort by key as well
+            by_key = Sorter(made.folder / "keys", ("key", "uri"))
+            for run in sorter.files:
+                by_key.push(pa.concat_tables(t.select(["key", "uri"]) for t in read_tables(run)))
+            for _ in _without_duplicates(by_key.tables()):
+                pass
         made.fill(sorter.tables())
         undo.pop_all()
     return made
@@ -271,15 +275,6 @@ def _blocks(tables: Iterable[pa.Table]) -> Iterator[UnitSize]:
             items, micros, size = items + 1, micros + row_micros, size + row_size
     if items:
         yield UnitSize(items, micros, size)
-
-
-def _refuse_duplicate_keys(sorter: Sorter, folder: Path) -> None:
-    """Refuse equal keys in different groups, which are not adjacent in the plan's order."""
-    by_key = Sorter(folder, ("key", "uri"))
-    for run in sorter.files:
-        by_key.push(pa.concat_tables(t.select(["key", "uri"]) for t in read_tables(run)))
-    for _ in _without_duplicates(by_key.tables()):
-        pass
 
 
 def _duplicate_key(key: str, one: str, other: str) -> SourceError:

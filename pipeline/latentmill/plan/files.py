@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from latentmill.encoding.lanes import PACKING
 from latentmill.encoding.stored import parse_json
 from latentmill.errors import StoreError
-from latentmill.plan.drafting import Draft, Totals
+from latentmill.plan.drafting import Draft
 from latentmill.plan.items import ITEMS_SCHEMA, to_items, unit_hash
 from latentmill.plan.plan import PLAN, PLAN_PATH, Part, Plan, Unit
 from latentmill.sources.base import Item
@@ -57,7 +57,18 @@ def extend(plan: Plan, draft: Draft, storage: Storage) -> Plan:
 
     The extension takes effect when plan.json is replaced, in one step.
     """
-    part = _part(len(plan.parts), draft.totals, len(draft.sizes))
+    totals = draft.totals
+    part = Part(
+        number=len(plan.parts),
+        revision=0,
+        units=len(draft.sizes),
+        items=totals.items,
+        seconds=totals.micros / 1e6,
+        estimated_seconds=totals.estimated_micros / 1e6,
+        estimated_items=totals.estimated_items,
+        bytes=totals.bytes,
+        formats=dict(sorted(totals.formats.items())),
+    )
     groups = _row_groups(draft, len(plan.units))
     part, units = write_part(part, groups, storage)
     longer = dataclasses.replace(plan, units=plan.units + units, parts=(*plan.parts, part))
@@ -75,8 +86,10 @@ def copy(plan: Plan, source: Storage, storage: Storage) -> None:
             (part.items_file, part.items_hash),
             (part.units_file, part.units_hash),
         ):
-            if _has_file(storage, path, digest):
-                continue
+            if storage.exists(path):
+                with storage.open(path) as file:
+                    if _hash_of(file) == digest:
+                        continue
             with storage.scratch_file(path) as temporary, source.open(path) as file:
                 with writing(f"{storage.root}/{path}"), temporary.open("wb") as target:
                     while block := file.read(HASH_BLOCK):
@@ -84,27 +97,6 @@ def copy(plan: Plan, source: Storage, storage: Storage) -> None:
                 storage.delete(path)  # left by a copy that was interrupted
                 storage.publish(temporary, path)
     write_document(plan, storage)
-
-
-def _has_file(storage: Storage, path: str, digest: str) -> bool:
-    if not storage.exists(path):
-        return False
-    with storage.open(path) as file:
-        return _hash_of(file) == digest
-
-
-def _part(number: int, totals: Totals, units: int) -> Part:
-    return Part(
-        number=number,
-        revision=0,
-        units=units,
-        items=totals.items,
-        seconds=totals.micros / 1e6,
-        estimated_seconds=totals.estimated_micros / 1e6,
-        estimated_items=totals.estimated_items,
-        bytes=totals.bytes,
-        formats=dict(sorted(totals.formats.items())),
-    )
 
 
 RowGroup = tuple[Sequence[Unit], pa.Table]

@@ -138,7 +138,12 @@ def prepare(config: RunConfig, observer: PlanningObserver | None = None) -> Prep
         samples=config.chunk_samples,
         overlap=config.overlap,
     )
-    _refuse_inexact_codes(config, handle.spec.codebook_size)
+    largest = (handle.spec.codebook_size or 1) - 1
+    if config.dtype == "float16" and largest > LARGEST_FLOAT16_CODE:
+        raise ConfigError(
+            f"{config.model} has codes up to {largest}, but float16 is exact only for integers up "
+            f"to {LARGEST_FLOAT16_CODE}: use --dtype float32."
+        )
     _refuse_job_folder(config.out)
     storage = Storage(config.out)
     storage.refuse_read_only()
@@ -171,15 +176,6 @@ def with_precision(config: RunConfig) -> RunConfig:
     else:
         device = config.device
     return config.model_copy(update={"precision": pick_precision(config.precision, device)})
-
-
-def _refuse_inexact_codes(config: RunConfig, codebook_size: int | None) -> None:
-    largest = (codebook_size or 1) - 1
-    if config.dtype == "float16" and largest > LARGEST_FLOAT16_CODE:
-        raise ConfigError(
-            f"{config.model} has codes up to {largest}, but float16 is exact only for integers up "
-            f"to {LARGEST_FLOAT16_CODE}: use --dtype float32."
-        )
 
 
 def _source(config: RunConfig, storage: Storage) -> Source:
@@ -250,7 +246,14 @@ def planned(prepared: Preparation, items: Draft | None) -> tuple[Plan, Extension
             plan = freeze(_new_plan(prepared), drafted, storage)
             _warn_of_long_groups(prepared, plan)
             return plan, None
-    _refuse_other_run(prepared, plan)
+    if reason := version_difference(plan.fingerprint):
+        raise StoreError(f"Store {storage.root} {reason}")
+    spec, uri = prepared.handle.spec, prepared.source.uri
+    if found := differences(plan, config, spec, prepared.chunking, uri):
+        raise StoreError(
+            f"{explain(found)}. Use the same values to resume {storage.root}, or a new output "
+            "folder."
+        )
     tidy_plan(storage, plan)
     if not config.extend or items is None:
         return plan, None
@@ -326,17 +329,6 @@ def _refiner(probe: bool | None) -> Callable[[pa.Table], pa.Table]:
         return draft_table(list(probed(to_items(table), wanted=wanted)))
 
     return refine
-
-
-def _refuse_other_run(prepared: Preparation, plan: Plan) -> None:
-    root = prepared.storage.root
-    if reason := version_difference(plan.fingerprint):
-        raise StoreError(f"Store {root} {reason}")
-    spec, uri = prepared.handle.spec, prepared.source.uri
-    if found := differences(plan, prepared.config, spec, prepared.chunking, uri):
-        raise StoreError(
-            f"{explain(found)}. Use the same values to resume {root}, or a new output folder."
-        )
 
 
 def _refuse_foreign(storage: Storage) -> None:

@@ -68,7 +68,14 @@ class FolderSource:
 
     def _items_of(self, files: Entries) -> Iterator[Item]:
         """The items of one folder."""
-        self._check_names(files)
+        for path in files:
+            try:
+                path.encode()
+            except UnicodeEncodeError as error:
+                raise SourceError(
+                    f"Source {self.uri} contains a file whose name is not UTF-8, "
+                    f"{os.fsencode(path)!r}: rename it, for example with convmv."
+                ) from error
         audio: list[str] = []
         sidecars: dict[str, list[str]] = defaultdict(list)
         for path in sorted(files):
@@ -93,16 +100,6 @@ class FolderSource:
                 yield self._item(path, names[path], files, sidecars)
             else:
                 self.ignored["excluded"] += 1
-
-    def _check_names(self, files: Collection[str]) -> None:
-        for path in files:
-            try:
-                path.encode()
-            except UnicodeEncodeError as error:
-                raise SourceError(
-                    f"Source {self.uri} contains a file whose name is not UTF-8, "
-                    f"{os.fsencode(path)!r}: rename it, for example with convmv."
-                ) from error
 
     def _relative(self, path: str) -> str:
         return path.removeprefix(self._place.path.rstrip("/") + "/")

@@ -94,18 +94,15 @@ class Prefetch(Closeable):
             future = self._futures.pop(item.key, None)
             self._sizes.pop(item.key, None)
             self._next = max(self._next, self._index.get(item.key, -1) + 1)
-            self._submit()
+            # Submit the next items up to the limits, and at least one.
+            while self._next < len(self._items) and len(self._futures) < PREFETCH_ITEMS:
+                upcoming = self._items[self._next]
+                if self._futures and sum(self._sizes.values()) + _size(upcoming) > PREFETCH_BYTES:
+                    break
+                self._sizes[upcoming.key] = _size(upcoming)
+                self._futures[upcoming.key] = self._pool.submit(self._fetch, upcoming)
+                self._next += 1
         return future
-
-    def _submit(self) -> None:
-        """Submit the next items up to the limits, and at least one."""
-        while self._next < len(self._items) and len(self._futures) < PREFETCH_ITEMS:
-            item = self._items[self._next]
-            if self._futures and sum(self._sizes.values()) + _size(item) > PREFETCH_BYTES:
-                return
-            self._sizes[item.key] = _size(item)
-            self._futures[item.key] = self._pool.submit(self._fetch, item)
-            self._next += 1
 
     def _fetch(self, item: Item) -> MediaFile | None:
         media = self._fetch_item(item)

@@ -130,7 +130,13 @@ class WebDatasetSource:
                     sample, key = [], match["key"]
                 sample.append(member)
         items += self._items_of(tar, sample, ignored)
-        _refuse_duplicates(tar, items)
+        uses = Counter(item.key for item in items)
+        if duplicates := sorted(key for key, count in uses.items() if count > 1):
+            name = duplicates[0].removeprefix(f"{posixpath.splitext(tar.name)[0]}/")
+            raise SourceError(
+                f"Tar {tar.uri} contains several audio members with the key {name!r} "
+                f"({len(duplicates)} such keys): rename them and recreate the tar."
+            )
         return items
 
     def _open(self, tar: File) -> IO[bytes]:
@@ -164,16 +170,6 @@ class WebDatasetSource:
         for other in others:
             if other.name not in used:
                 ignored[_extension(other.name)] += 1
-
-
-def _refuse_duplicates(tar: File, items: Sequence[Item]) -> None:
-    uses = Counter(item.key for item in items)
-    if duplicates := sorted(key for key, count in uses.items() if count > 1):
-        name = duplicates[0].removeprefix(f"{posixpath.splitext(tar.name)[0]}/")
-        raise SourceError(
-            f"Tar {tar.uri} contains several audio members with the key {name!r} "
-            f"({len(duplicates)} such keys): rename them and recreate the tar."
-        )
 
 
 def _extension(name: str) -> str:

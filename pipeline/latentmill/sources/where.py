@@ -91,18 +91,14 @@ def _value(node: ast.AST, fields: Mapping[str, Any]) -> Any:  # noqa: PLR0911
         case ast.BoolOp():
             return any(_value(part, fields) for part in node.values)
         case ast.Compare():
-            return _compare(node, fields)
+            left = _value(node.left, fields)
+            for compare, part in zip(node.ops, node.comparators, strict=True):
+                right = _value(part, fields)
+                try:
+                    if not _COMPARE[type(compare)](left, right):
+                        return False
+                except TypeError:
+                    return False
+                left = right
+            return True
     raise AssertionError(type(node))
-
-
-def _compare(node: ast.Compare, fields: Mapping[str, Any]) -> bool:
-    left = _value(node.left, fields)
-    for compare, part in zip(node.ops, node.comparators, strict=True):
-        right = _value(part, fields)
-        try:
-            if not _COMPARE[type(compare)](left, right):
-                return False
-        except TypeError:
-            return False
-        left = right
-    return True

@@ -37,7 +37,12 @@ class ChannelStatistics:
         import torch  # slow to import and not needed for reading a store
 
         total = cls.empty(latent.shape[-2])
-        chunks = [*latent[:-1], _without_padding(latent[-1])] if latent.ndim == 3 else [latent]
+        chunks = list(latent) if latent.ndim == 3 else [latent]
+        if latent.ndim == 3:
+            # `Stitcher` pads a short last chunk with frames in which all channels are exactly 0
+            # (EnCodec 48 kHz); encoders never output them.
+            nonzero = np.flatnonzero(chunks[-1].any(axis=0))
+            chunks[-1] = chunks[-1][:, : nonzero[-1] + 1] if len(nonzero) else chunks[-1]
         for chunk in chunks:
             for start in range(0, chunk.shape[1], BLOCK_FRAMES):
                 part = chunk[:, start : start + BLOCK_FRAMES]
@@ -63,12 +68,3 @@ class ChannelStatistics:
         """Population standard deviation of every channel."""
         result: npt.NDArray[np.float64] = np.sqrt(self.m2 / max(self.frames, 1))
         return result
-
-
-def _without_padding(chunk: Latent) -> Latent:
-    """Remove the frames at the end of a last chunk in which all channels are exactly 0.
-
-    `Stitcher` pads a short last chunk with them (EnCodec 48 kHz); encoders never output them.
-    """
-    nonzero = np.flatnonzero(chunk.any(axis=0))
-    return chunk[:, : nonzero[-1] + 1] if len(nonzero) else chunk

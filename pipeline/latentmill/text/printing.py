@@ -64,8 +64,6 @@ def printable_value(value: T) -> T:
 
 def printable_json(value: object) -> str:
     r"""Format a value as one line of JSON, with unsafe characters escaped as in `\u202e`."""
-    return _UNSAFE.sub(_json_escape, json.dumps(value, ensure_ascii=False))
-
-
-def _json_escape(match: re.Match[str]) -> str:
-    return json.dumps(match[0])[1:-1]
+    return _UNSAFE.sub(
+        lambda match: json.dumps(match[0])[1:-1], json.dumps(value, ensure_ascii=False)
+    )
