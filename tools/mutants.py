@@ -1,10 +1,12 @@
 """How many random changes to core modules do the modules' own tests notice?
 
     python tools/mutants.py --count 300 --seed 1 --results tools/results/mutants.json
+    python tools/mutants.py --unnoticed --results tools/results/mutants.json   # after new tests
 
 Each mutant is one changed operator, comparison or constant. It counts as noticed if the tests of
 its module fail or do not end in time. Mutants that cannot be noticed (in log lines, in speed) are
-counted as unnoticed; look at the list. Takes minutes to hours; run by hand.
+counted as unnoticed; look at the list. Takes minutes to hours; run by hand. Before the first mutant
+the tests of each module must pass unchanged.
 """
 
 from __future__ import annotations
@@ -12,16 +14,31 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import itertools
 import json
 import os
 import random
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
-from collections import Counter
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
+
+import duckdb  # noqa: F401  the forks have these already
+import numpy as np  # noqa: F401
+import pyarrow.parquet  # noqa: F401
+import pytest
+import ray  # noqa: F401
+import torch  # noqa: F401
+from hypothesis import Phase, settings
+
+# Without shrinking: that a test fails is enough.
+settings.register_profile(
+    "mutants", deadline=None, max_examples=60, phases=[Phase.explicit, Phase.generate]
+)
 
 ROOT = Path(__file__).parents[1]
 # Each module, and the tests that are about it.
@@ -71,10 +88,9 @@ class Mutant:
     """A changed place of a module."""
 
     module: str
-    line: int
+    place: tuple[int, int, int, int]  # first line, its column, last line, its column
     was: str
     now: str
-    noticed: bool = False
 
 
 def _changed(node: ast.AST) -> ast.AST | None:
@@ -112,71 +128,110 @@ def _nodes(tree: ast.Module) -> list[ast.AST]:
     ]
 
 
-def mutate(module: str, chance: random.Random) -> tuple[str, Mutant]:
-    """The module's text with one change, and what it is."""
+def mutants_of(module: str) -> list[Mutant]:
+    """Every mutant of a module."""
     text = (ROOT / "pipeline" / "latentmill" / module).read_text(encoding="utf-8")
+    return [
+        Mutant(
+            module,
+            (node.lineno, node.col_offset, node.end_lineno, node.end_col_offset),
+            ast.get_source_segment(text, node),
+            ast.unparse(_changed(node)),
+        )
+        for node in _nodes(ast.parse(text))
+    ]
+
+
+def text_of(mutant: Mutant) -> str:
+    """The module's text with the change."""
+    text = (ROOT / "pipeline" / "latentmill" / mutant.module).read_text(encoding="utf-8")
     lines = text.split("\n")
-    node = chance.choice(_nodes(ast.parse(text)))
-    old, new = ast.get_source_segment(text, node), f"({ast.unparse(_changed(node))})"
-    first, last = node.lineno - 1, node.end_lineno - 1
+    first, start, last, end = mutant.place
     # Offsets of `ast` count bytes of UTF-8.
-    before = lines[first].encode()[: node.col_offset].decode()
-    after = lines[last].encode()[node.end_col_offset :].decode()
-    lines[first : last + 1] = [before + new + after]
-    return "\n".join(lines), Mutant(module, node.lineno, old, new)
+    before = lines[first - 1].encode()[:start].decode()
+    after = lines[last - 1].encode()[end:].decode()
+    lines[first - 1 : last] = [f"{before}({mutant.now}){after}"]
+    return "\n".join(lines)
 
 
-def notices(mutant: Mutant, text: str, timeout: float) -> bool:
-    """Whether the module's tests fail on this text of it."""
+def notices(module: str, text: str, timeout: float) -> bool:
+    """Whether a module's tests fail on this text of it, or do not end in time.
+
+    The tests run in a fork, so that PyTorch, Ray and others are imported once for all mutants.
+    """
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "pipeline", Path(folder) / "pipeline")
-        (Path(folder) / "pipeline" / "latentmill" / mutant.module).write_text(text, "utf-8")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-        environment = {**os.environ, "PYTHONPATH": f"{folder}/pipeline"}
-        try:
-            ended = subprocess.run(
-                [*command, *MODULES[mutant.module]],
-                cwd=ROOT,
-                env=environment,
-                timeout=timeout,
-                capture_output=True,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return True
-    return ended.returncode != 0
+        (Path(folder) / "pipeline" / "latentmill" / module).write_text(text, "utf-8")
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            _run_tests(Path(folder) / "pipeline", module)
+        end = time.monotonic() + timeout
+        status = 0
+        while time.monotonic() < end:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return status != 0
+            time.sleep(0.1)
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return True
+
+
+def _run_tests(pipeline: Path, module: str) -> NoReturn:
+    os.chdir(ROOT)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in range(3):
+        os.dup2(nowhere, descriptor)
+    os.environ["PYTHONPATH"] = str(pipeline)
+    sys.path.insert(0, str(pipeline))
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutants"]
+    os._exit(pytest.main([*options, *MODULES[module]]))
 
 
 def main() -> None:
-    """Try the mutants, and write what was noticed."""
+    """Try the mutants, and write what was noticed after each of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=300)
     parser.add_argument("--modules", nargs="*", default=list(MODULES))
     parser.add_argument("--results", type=Path)
+    parser.add_argument("--unnoticed", action="store_true", help="try those of --results again")
     asked = parser.parse_args()
-    chance = random.Random(asked.seed)
-    done: list[Mutant] = []
-    for number in range(asked.count):
-        text, mutant = mutate(asked.modules[number % len(asked.modules)], chance)
-        noticed = notices(mutant, text, asked.timeout)
-        done.append(Mutant(**{**asdict(mutant), "noticed": noticed}))
-        if not noticed:
-            print(f"unnoticed: {mutant.module}:{mutant.line}: {mutant.was} -> {mutant.now}")
-    found = Counter(one.module for one in done if one.noticed)
-    total = Counter(one.module for one in done)
-    print(f"noticed {found.total()} of {total.total()}, {found.total() / total.total():.0%}")
-    if asked.results:
-        asked.results.parent.mkdir(parents=True, exist_ok=True)
+    if asked.unnoticed:
+        result = json.loads(asked.results.read_text("utf-8"))
+        chosen = [Mutant(**{**one, "place": tuple(one["place"])}) for one in result["unnoticed"]]
+    else:
+        chance = random.Random(asked.seed)
+        modules = itertools.islice(itertools.cycle(asked.modules), asked.count)
+        chosen = [chance.choice(mutants_of(module)) for module in modules]
         result = {
             "command": f"python tools/mutants.py --count {asked.count} --seed {asked.seed}",
-            "noticed": found.total(),
-            "of": total.total(),
-            "modules": {name: [found[name], total[name]] for name in total},
-            "unnoticed": [asdict(one) for one in done if not one.noticed],
+            "tried": 0,
+            "noticed_at_first": 0,
+            "noticed": 0,
         }
-        asked.results.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    for module in dict.fromkeys(mutant.module for mutant in chosen):
+        text = (ROOT / "pipeline" / "latentmill" / module).read_text("utf-8")
+        if notices(module, text, asked.timeout):
+            raise SystemExit(f"the tests of {module} fail without a change")
+    unnoticed = []
+    for number, mutant in enumerate(chosen, 1):
+        noticed = notices(mutant.module, text_of(mutant), asked.timeout)
+        result["noticed"] += noticed
+        if not noticed:
+            unnoticed.append(mutant)
+            place = f"{mutant.module}:{mutant.place[0]}"
+            print(f"unnoticed: {place}: {mutant.was} -> {mutant.now}", flush=True)
+        if not asked.unnoticed:
+            result |= {"tried": number, "noticed_at_first": result["noticed"]}
+        left = unnoticed + chosen[number:] if asked.unnoticed else unnoticed
+        result["unnoticed"] = [asdict(one) for one in left]
+        if asked.results:
+            asked.results.parent.mkdir(parents=True, exist_ok=True)
+            asked.results.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    print(f"noticed {result['noticed']} of {result['tried']}")
 
 
 if __name__ == "__main__":

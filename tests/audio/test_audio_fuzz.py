@@ -156,7 +156,7 @@ def test_a_header_that_claims_much_costs_no_memory(claim: str) -> None:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("count", [150, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.slow)])
 def test_damaged_files_are_encoded_or_fail_with_a_reason(tmp_path: Path, count: int) -> None:
     """Through the encoder of units, in a process whose crash would be seen here."""
     tests = Path(__file__).parents[1]

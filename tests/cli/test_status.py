@@ -62,6 +62,7 @@ def test_a_store_whose_first_run_is_still_planning_is_not_called_missing(
     assert "is not a latentmill store" in runs.call(capsys, "status", tmp_path / "lat").err
 
 
+@pytest.mark.slow
 def test_a_run_shows_itself_while_it_works_and_after_it_was_killed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

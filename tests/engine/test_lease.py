@@ -39,6 +39,10 @@ def storage(request: pytest.FixtureRequest) -> Storage:
     return Storage(f"memory://{uuid.uuid4().hex}/latents")
 
 
+# Of what takes a second and does not depend on the kind of storage.
+in_memory = pytest.mark.parametrize("storage", ["memory"], indirect=True)
+
+
 def document(storage: Storage) -> dict[str, object]:
     parsed: dict[str, object] = json.loads(storage.read(LEASE_PATH))
     return parsed
@@ -102,6 +106,7 @@ def test_a_beating_lease_of_another_machine_is_left_alone(storage: Storage) -> N
     assert document(storage)["owner"] == values["owner"]
 
 
+@in_memory
 def test_a_lease_that_stands_still_is_taken_over_after_its_time(storage: Storage) -> None:
     foreign(storage)
     began = time.monotonic()
@@ -110,6 +115,7 @@ def test_a_lease_that_stands_still_is_taken_over_after_its_time(storage: Storage
         assert document(storage)["owner"] == lease.owner
 
 
+@in_memory
 def test_a_lease_of_a_dead_process_of_this_machine_is_taken_over_at_once(storage: Storage) -> None:
     with subprocess.Popen(["sleep", "60"]) as sleeping:
         stamp = process_stamp(sleeping.pid)
@@ -120,6 +126,7 @@ def test_a_lease_of_a_dead_process_of_this_machine_is_taken_over_at_once(storage
         assert time.monotonic() - began < LONG
 
 
+@in_memory
 @pytest.mark.parametrize(
     "clock",
     [
@@ -193,6 +200,7 @@ def test_of_many_takers_of_a_dead_lease_one_has_it(storage: Storage) -> None:
     assert most == 1
 
 
+@in_memory
 def test_a_slow_holder_that_writes_itself_back_keeps_the_lease(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

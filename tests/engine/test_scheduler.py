@@ -121,10 +121,11 @@ def test_an_interrupt_is_noted_before_the_workers_stop(
     ("trouble", "seconds_without_progress", "reason"),
     [
         ("cuda", 900, "AcceleratorError: CUDA error: an illegal memory access was encountered"),
-        (
+        pytest.param(
             "kill",
             900,
             "its process died without an error message (it crashed, or was killed by SIGKILL",
+            marks=pytest.mark.slow,
         ),
         ("hang", 12, "no progress for 0.2 minutes"),
     ],
@@ -156,7 +157,7 @@ def test_a_worker_in_trouble_is_replaced(
 
 
 def test_a_device_out_of_memory_is_survived_in_place(
-    songs: Path, tmp_path: Path, ray_session: Path
+    songs: Path, tmp_path: Path, inline: None
 ) -> None:
     ear = Ear()
     options = {"trouble": "memory", "mark": str(tmp_path / "mark")}

@@ -62,6 +62,7 @@ def library(folder: Path) -> Path:
     return Path(folder.with_name("library.txt").read_text())
 
 
+@pytest.mark.slow
 def test_the_documented_command_with_the_library_carried(
     head: Head, songs: Path, tmp_path: Path
 ) -> None:

@@ -151,7 +151,7 @@ def test_frames_are_those_of_encode(model: Autoencoder, spec: ModelSpec) -> None
             assert model.encode(x[..., :samples]).shape[-1] == spec.frames(samples)
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(st.data())
 def test_length_arithmetic(spec: ModelSpec, data: st.DataObject) -> None:
     samples = data.draw(st.integers(1, 10**9))

@@ -320,7 +320,7 @@ def test_without_the_package_the_error_is_the_pip_line(
     ("name", "repo", "files"),
     [
         ("oobleck", "oobleck", ["config.json", "diffusion_pytorch_model.safetensors"]),
-        ("mimi", "mimi", ["config.json", "model.safetensors"]),
+        pytest.param("mimi", "mimi", ["config.json", "model.safetensors"], marks=pytest.mark.slow),
     ],
 )
 def test_downloads_once_from_the_hub_then_works_offline(

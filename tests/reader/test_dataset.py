@@ -184,7 +184,7 @@ def test_several_stores_are_one_after_the_other(mixed: list[str]) -> None:
     assert [sample.key for sample in asked] == [dataset[n].key for n in [50, 0, 3, 72, 1]]
 
 
-@pytest.mark.parametrize("way", ["fork", "spawn"])
+@pytest.mark.parametrize("way", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_a_dataloader_reads_it(mixed: list[str], way: str) -> None:
     dataset = LatentDataset(mixed, crop=16)
     dataset[0]  # its files are open

@@ -58,6 +58,7 @@ def test_datasets_streams_it(store: LatentStore) -> None:
     assert next(iter(names["rows"].map(names["latent"])))["key"] == rows[0]["key"]
 
 
+@pytest.mark.slow
 def test_ray_data_reads_it(store: LatentStore, ray_session: Path) -> None:
     pytest.importorskip("ray.data")
     code = recipe("ray.data").replace("/data/latents", store.url)

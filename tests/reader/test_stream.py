@@ -106,6 +106,7 @@ def read_epoch(
     return seen, state
 
 
+@settings(max_examples=30)
 @given(mixes, worlds, st.booleans(), st.integers(0, 5))
 def test_an_epoch_is_every_item_once(
     mixed: list[str], mix: list[int], world: World, shuffle: bool, epoch: int
@@ -121,7 +122,7 @@ def test_an_epoch_is_every_item_once(
     assert sum(len(stream) for stream in ranks) == len(keys)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(mixes, st.lists(worlds, min_size=1, max_size=4), st.data())
 def test_a_resumed_epoch_goes_on_exactly(
     mixed: list[str], mix: list[int], path: list[World], data: st.DataObject
@@ -150,6 +151,7 @@ def test_a_resumed_epoch_goes_on_exactly(
     assert sorted(seen) == sorted(expected)
 
 
+@settings(max_examples=12)
 @given(st.integers(0, 73), worlds)
 def test_the_streams_own_state_goes_on_exactly(mixed: list[str], taken: int, world: World) -> None:
     (stream,) = open_ranks(mixed, World(1, 0, world.batch))
@@ -164,6 +166,7 @@ def test_the_streams_own_state_goes_on_exactly(mixed: list[str], taken: int, wor
     assert Counter(first + [key for _, key, _ in rest]) == Counter(keys)
 
 
+@settings(max_examples=12)
 @given(st.integers(2, 5), st.sampled_from(["drop", "pad"]), st.integers(0, 9))
 def test_even_lengths(mixed: list[str], world_size: int, even: str, before: int) -> None:
     world = World(world_size, 0, 1)
@@ -276,7 +279,7 @@ def test_options_that_do_not_fit_are_refused(mixed: list[str], tmp_path, one_sen
         one_sentence(error.value)
 
 
-@pytest.mark.parametrize("way", ["fork", "spawn"])
+@pytest.mark.parametrize("way", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_a_dataloader_reads_it(mixed: list[str], way: str) -> None:
     """Real workers, which live on: epoch after epoch, each every item once, in batches of 8."""
     stream = LatentStream(mixed, crop=8, batch_size=8)

@@ -30,6 +30,7 @@ from latentmill.run.run import RunSummary, run
 from latentmill.storage.storage import Storage
 from latentmill.store.store import open_store
 from support import runs
+from support.in_process import in_process
 
 
 def encode(source: Path, store: Path, **options: Any) -> RunSummary:
@@ -43,10 +44,11 @@ def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(songs: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: Path) -> Path:
-    """A store of one worker's making; leave it unchanged."""
+def reference(songs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that a worker in this process has made; leave it unchanged."""
     store = tmp_path_factory.mktemp("reference") / "store"
-    summary = encode(songs, store)
+    with in_process():
+        summary = encode(songs, store)
     assert (summary.info.encoded, summary.exit_code) == (9, 0)
     assert summary.units > 2
     runs.assert_whole(store)
@@ -76,7 +78,8 @@ def test_latents_of_lin_cae_do_not_depend_on_workers_or_restarts(
     write_cache(ray_session)
     use_cache(monkeypatch, ray_session)
     options = {"model": "lin-cae", "dtype": "float32", "unit_seconds": 4.5}
-    encode(songs, tmp_path / "one", **options)
+    with in_process():
+        encode(songs, tmp_path / "one", **options)
     one = runs.latents(tmp_path / "one")
     assert len(one) == 9
     two = Path(shutil.copytree(tmp_path / "one", tmp_path / "two"))
@@ -99,7 +102,7 @@ def test_a_second_run_encodes_nothing(songs: Path, copy: Path, reference: Path) 
     assert written() == before
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("inline")
 def test_a_restart_encodes_what_is_missing_and_no_more(
     songs: Path, copy: Path, reference: Path
 ) -> None:
@@ -108,7 +111,7 @@ def test_a_restart_encodes_what_is_missing_and_no_more(
     (copy / "dataset.json").unlink()
     kept = runs.commits(copy)
     del kept["000002.json"]
-    summary = encode(songs, copy, workers=2)
+    summary = encode(songs, copy)
     assert summary.units - summary.resumed_units == 2
     runs.assert_whole(copy)
     assert runs.latents(copy) == runs.latents(reference)

@@ -102,7 +102,7 @@ def test_each_damage_is_one_sentence(
         (store / "dataset.json").write_text(json.dumps({**document, "index_hash": None}))
     told = 0
     whole = path.read_bytes()
-    for data in damaged(whole, 60 if checked else 250):
+    for data in damaged(whole, 60 if checked else 120):
         path.write_bytes(data)
         try:
             read_all(open_store(str(store), device="cpu"))

@@ -153,6 +153,7 @@ print(single, resident("VmRSS") - before, resident("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc")
 def test_chunks_of_mixed_lengths_do_not_pile_up_memory() -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
