@@ -12,7 +12,7 @@ from latentmill.models.registry import available
 from latentmill.run.prepare import Extension
 from latentmill.run.run import RunSummary
 from latentmill.store.schema import DatasetInfo, ShardEntry
-from latentmill.store.verify import Decoded, Report
+from latentmill.store.verify import Decoded, VerifyReport
 
 
 def info(**changes: Any) -> DatasetInfo:
@@ -129,7 +129,7 @@ def test_info_gives_rates_and_statistics() -> None:
 
 
 def test_verification() -> None:
-    report = Report(units=2, committed=2, items=4, records=4)
+    report = VerifyReport(units=2, committed=2, items=4, records=4)
     report.decoded = [Decoded("a", 2.0, -0.01, 61.23), Decoded("b", 1.0, None, None)]
     assert show.verification(report).splitlines() == [
         "2 of 2 units, 4 records of 4 items: no faults",
@@ -142,7 +142,7 @@ def test_verification() -> None:
 
 
 def test_everything_is_plain_json() -> None:
-    for value in (run(), info(), Report(decoded=[Decoded("a", 1.0, 0.0, None)]), available()):
+    for value in (run(), info(), VerifyReport(decoded=[Decoded("a", 1.0, 0.0, None)]), available()):
         assert json.loads(json.dumps(show.plain(value)))
     plain = show.plain(run())
     assert plain["exit_code"] == 3

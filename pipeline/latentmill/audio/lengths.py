@@ -31,7 +31,7 @@ def audio_end(media: MediaFile, name: str, offset: int) -> int | None:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class FileChunk:
     """A chunk, with the position and size of its content."""
 
     name: bytes
@@ -41,7 +41,7 @@ class Chunk:
 
 def chunks(
     media: MediaFile, at: int, layout: str, *, own: int = 0, pad: int = 1
-) -> Iterator[Chunk]:
+) -> Iterator[FileChunk]:
     """Consecutive chunks from `at` on. `layout` is that of a header: name and size.
 
     The size counts `own` bytes of the header. Contents are padded to a multiple of `pad` bytes.
@@ -54,7 +54,7 @@ def chunks(
         name, size = struct.unpack(layout, head)
         size -= own
         at += header
-        yield Chunk(name, at, size)
+        yield FileChunk(name, at, size)
         at += max(size + -size % pad, 0)
 
 
@@ -72,7 +72,7 @@ def _svx(media: MediaFile, at: int) -> int | None:
     return _end_of(chunks(media, at + 12, ">4sI", pad=2), b"BODY")
 
 
-def _end_of(found: Iterator[Chunk], *names: bytes) -> int | None:
+def _end_of(found: Iterator[FileChunk], *names: bytes) -> int | None:
     return next((chunk.start + chunk.size for chunk in found if chunk.name in names), None)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # some of these import torch; `status` must start quickly
     from latentmill.run.prepare import Extension
     from latentmill.run.run import RunSummary
     from latentmill.store.schema import DatasetInfo
-    from latentmill.store.verify import Report
+    from latentmill.store.verify import VerifyReport
 
 MAX_LISTED = 20
 
@@ -179,7 +179,7 @@ def info(value: DatasetInfo) -> str:
     return "\n".join(f"{name:<11} {text}" for name, text in rows.items())
 
 
-def verification(report: Report) -> str:
+def verification(report: VerifyReport) -> str:
     """The text that `verify` prints."""
     lines = [
         f"{report.committed} of {counted(report.units, 'unit')}, "

@@ -56,7 +56,7 @@ class Decoded:
 
 
 @dataclass
-class Report:
+class VerifyReport:
     """Result of verification; the store is intact if there are no faults."""
 
     units: int = 0
@@ -67,7 +67,7 @@ class Report:
     decoded: list[Decoded] = field(default_factory=list)
 
 
-def verify(store: LatentStore, *, decode: int = 0) -> Report:
+def verify(store: LatentStore, *, decode: int = 0) -> VerifyReport:
     """Check a store: plan, commits, hashes, counts and values; decode some records to audio.
 
     Checks unit by unit, with the plan, a few commits and one record in memory. Each fault is one
@@ -92,9 +92,9 @@ class _Verification:
         self._committed = committed_revisions(self._storage)
         self._shards: set[str] = set()  # shards that belong to a commit
 
-    def run(self, decode: int) -> Report:
+    def run(self, decode: int) -> VerifyReport:
         plan = self._plan
-        report = Report(units=len(plan.units), items=plan.num_items)
+        report = VerifyReport(units=len(plan.units), items=plan.num_items)
         committed = self._committed
         missing = [unit.name for unit in plan.units if unit.name not in committed]
         if missing:
@@ -130,7 +130,7 @@ class _Verification:
     def _keys(self) -> Iterator[str]:
         return iter_keys(self._storage, self._plan)
 
-    def _unit_faults(self, unit: Unit, keys: list[str], report: Report) -> Iterator[str]:
+    def _unit_faults(self, unit: Unit, keys: list[str], report: VerifyReport) -> Iterator[str]:
         try:
             commit = read_commit(self._storage, unit.name, self._committed[unit.name])
         except LatentmillError as error:
@@ -267,7 +267,7 @@ def _differences(expected: DatasetInfo, found: DatasetInfo) -> list[str]:
     return differing
 
 
-def _decode(store: LatentStore, key: str, report: Report) -> None:
+def _decode(store: LatentStore, key: str, report: VerifyReport) -> None:
     record = store[key]
     with numeric_mode(store.precision, store.device):
         audio = store.decode(key)  # [C, T]

@@ -31,7 +31,7 @@ class Network(Protocol):
         ...
 
 
-class Loader(Protocol):
+class NetworkLoader(Protocol):
     """Builds a family's network on a device. It is pickled and compared, as part of a handle."""
 
     def __call__(
@@ -51,7 +51,7 @@ class CodecHandle:
 
     spec: ModelSpec
     files: ModelFiles
-    loader: Loader
+    loader: NetworkLoader
     options: Mapping[str, Value] = field(default_factory=dict)
 
     def load(self, device: str) -> Codec:
@@ -125,7 +125,7 @@ class FoundCodec:
 def make_handle(
     found: FoundCodec,
     spec_of: Callable[[Any], ModelSpec],
-    loader: Loader,
+    loader: NetworkLoader,
     *,
     scale_factor: float,
     encoding: Mapping[str, Value] | None = None,

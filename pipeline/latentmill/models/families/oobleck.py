@@ -56,7 +56,7 @@ class OobleckNetwork:
 
 
 def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -> OobleckNetwork:
-    """Build the network from its configuration and its state dict; see `Loader`."""
+    """Build the network from its configuration and its state dict; see `NetworkLoader`."""
     model = load_autoencoder(name, CLASS, files, device)
     return OobleckNetwork(model, std=options["posterior"] == "mean+std")
 

@@ -44,7 +44,7 @@ class SameNetwork:
 
 
 def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -> SameNetwork:
-    """Build the network; see `Loader`. There are no options."""
+    """Build the network; see `NetworkLoader`. There are no options."""
     return SameNetwork(load_autoencoder(name, CLASS, files, device))
 
 

@@ -80,7 +80,7 @@ class Codes:
 
 @dataclass(frozen=True)
 class Family:
-    """A family of codecs, and the `Loader` of its networks.
+    """A family of codecs, and the `NetworkLoader` of its networks.
 
     Attributes:
         name: The family's name and its `model_type` in transformers.
@@ -95,7 +95,7 @@ class Family:
     def __call__(
         self, name: str, files: ModelFiles, device: torch.device, **options: Value
     ) -> Network:
-        """Build a network in float32 from its configuration and its state dict; see `Loader`.
+        """Build a network in float32 from its configuration and state dict; see `NetworkLoader`.
 
         `from_pretrained` gets the tensors, not a path: it renames those of older releases but reads
         no file itself. It would initialise missing tensors at random, so they are an error.
