@@ -18,6 +18,7 @@ from audio_files import (
 )
 
 from latentmill.audio import AudioInfo, media_from_bytes, open_audio, open_media, prepare, probe
+from latentmill.audio.headers import Shortage, find_shortage
 from latentmill.audio.sniff import sniff
 from latentmill.errors import ItemError
 
@@ -89,6 +90,27 @@ def test_tags_in_front_and_behind_change_nothing(kind: str) -> None:
         assert np.array_equal(decode(data + b"TAG" + bytes(125)), plain)
     with media_from_bytes(ID3 + data) as tagged, media_from_bytes(data) as bare:
         assert sniff(tagged).offset == len(ID3) + sniff(bare).offset
+
+
+@pytest.mark.parametrize("kind", ["wav", "wav-24", "rf64", "w64", "aiff", "au", "caf"])
+def test_the_samples_that_a_header_promises_are_counted(kind: str) -> None:
+    data = encoded(kind)
+    with media_from_bytes(data[: len(data) // 2]) as media:
+        shortage = find_shortage(media, sniff(media))
+    assert shortage is not None
+    assert shortage.num_samples == SECONDS * RATE
+
+
+@pytest.mark.parametrize("frames_per_packet", [0, 4096])
+def test_packets_of_caf_that_hold_more_than_a_sample_are_not_counted(
+    frames_per_packet: int,
+) -> None:
+    data = bytearray(encoded("caf"))
+    at = data.index(b"desc") + 12 + 20
+    assert data[at : at + 4] == (1).to_bytes(4, "big")
+    data[at : at + 4] = frames_per_packet.to_bytes(4, "big")
+    with media_from_bytes(bytes(data[:-1000])) as media:
+        assert find_shortage(media, sniff(media)) == Shortage("1000 bytes are missing at the end")
 
 
 def test_mp3_with_zeros_behind_is_whole_but_damage_inside_is_not() -> None:

@@ -24,6 +24,7 @@ from latentmill.plan import Unit
 from latentmill.run.forecast import forecast
 from latentmill.run.run import RunSummary, run
 from support import runs
+from support.in_process import in_process
 
 SEGFAULT = 22051  # see support/deadly
 TROUBLED_MODEL = "python:support.troubled_model:build"
@@ -98,7 +99,8 @@ def test_a_unit_that_cannot_be_written_fails_and_the_others_do_not(
         shutil.rmtree(path)
     done = runs.commits(store)
     assert sorted(done) == ["000000.json", "000002.json"]
-    run(config(songs, store), ear)
+    with in_process():
+        run(config(songs, store), ear)
     runs.assert_whole(store)
     assert {name: data for name, data in runs.commits(store).items() if name in done} == done
 

@@ -191,6 +191,9 @@ def test_what_does_not_fit_is_refused(dataset: LatentDataset, one_sentence) -> N
         with pytest.raises(ConfigError) as error:
             BatchSampler(dataset, **given_)
         one_sentence(error.value)
+    for number in (-1, len(dataset)):
+        with pytest.raises(ConfigError, match=f"samples 0 to {len(dataset) - 1}"):
+            list(BatchSampler(dataset, 4, sampler=[0, number]))
     state = BatchSampler(dataset, 4).state_after({"epoch": [0], "position": [0]})
     with pytest.raises(ConfigError, match="another order"):
         BatchSampler(dataset, 5).load_state_dict(state)

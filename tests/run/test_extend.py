@@ -21,6 +21,7 @@ from latentmill.config import load_config
 from latentmill.engine import launch
 from latentmill.errors import ConfigError
 from latentmill.plan import Plan, UnitLimits, draft, extend, freeze, iter_keys, load, read_items
+from latentmill.plan import compare as plan_compare
 from latentmill.plan import files as plan_files
 from latentmill.plan.amend import amend
 from latentmill.plan.compare import compare
@@ -263,9 +264,8 @@ def test_what_a_listing_leaves_out_is_no_change() -> None:
 
 
 def test_captions_that_came_or_changed_after_encoding_are_reported(
-    songs: Path, tmp_path: Path
+    songs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
     def key_of(*paths: Path) -> tuple[str, ...]:
         return tuple(str(path.relative_to(songs).with_suffix("")) for path in paths)
 
@@ -289,6 +289,11 @@ def test_captions_that_came_or_changed_after_encoding_are_reported(
     gone = encode(songs, store, extend=True).extension
     assert gone is not None
     assert gone.described_keys == key_of(one, two, three)
+    for limit in (2, 3):
+        monkeypatch.setattr(plan_compare, "MAX_NAMED", limit)
+        named = encode(songs, store, extend=True).extension
+        assert named is not None
+        assert (named.described, named.described_keys) == (3, key_of(one, two, three)[:limit])
 
 
 def test_a_plan_of_an_earlier_version_knows_no_versions_of_sidecars(

@@ -284,12 +284,14 @@ def test_a_deadly_unit_takes_no_other_with_it(tmp_path: Path, raising: bool) -> 
     kept = runs.commits(store)
     log.unlink()
     options["model_options"] = {"deadly_peak": 2.0, "log": str(log)}  # it was repaired
-    assert encode(songs, store, **options).info.encoded == 6
+    with in_process():
+        assert encode(songs, store, **options).info.encoded == 6
     runs.assert_whole(store)
     assert kept.items() <= runs.commits(store).items()
     assert len(log.read_text().splitlines()) == 2  # the songs of the one unit
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_a_worker_that_dies_while_loading_is_said_at_once(songs: Path, tmp_path: Path) -> None:
     with pytest.raises(UnitsFailedError, match="died while it loaded the model"):

@@ -17,6 +17,7 @@ from latentmill.errors import StorageError, StoreError
 from latentmill.record import Outcome
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import (
+    Tally,
     iter_commits,
     next_revisions,
     read_commits,
@@ -64,6 +65,16 @@ def test_a_name_is_never_written_twice(name: str, committed: bool, tmp_path: Pat
         assert Commit.model_validate_json(written.model_dump_json()) == written
     assert read_commits(storage)["000007"].revision == 2
     assert next_revisions(storage) == {"000007": 3}
+
+
+def test_a_tally_counts_each_status(tmp_path: Path) -> None:
+    skips = [Outcome(f"skipped {number}", "skipped", "min_seconds") for number in range(3)]
+    failures = [Outcome("failed", "failed", "why"), Outcome("failed, too", "failed")]
+    tally = Tally.of(write(tmp_path, "parquet", [encoded("a"), *skips, *failures]))
+    assert (tally.items, tally.encoded, tally.skipped, tally.failed) == (6, 1, 3, 2)
+    assert tally.failures == (("failed", "why"), ("failed, too", ""))
+    assert tally.skips == tuple((one.key, "min_seconds") for one in skips)
+    assert tally.bytes == sum(path.stat().st_size for path in (tmp_path / "shards").iterdir())
 
 
 def test_of_two_attempts_at_a_revision_the_first_commit_counts(tmp_path: Path) -> None:

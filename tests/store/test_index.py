@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,6 +60,26 @@ def test_every_key_is_found_in_order(units: list[list[str]], absent: str) -> Non
                 assert entry.length == 2 * math.prod(entry.shape)
                 assert entry.hash == 2**64 - 1 - place
                 assert entry.shape == ((place,) if place % 2 else ()) + (2, place + 3)
+
+
+@given(st.lists(keys, max_size=6, unique=True))
+def test_the_hash_of_items_is_that_of_their_keys_and_shapes(some_keys: list[str]) -> None:
+    """It is part of what a reader saves, so that it must stay what it is."""
+    index = Index.from_batches([to_batch(commit(0, some_keys))])
+    ordered = sorted(enumerate(some_keys), key=lambda one: one[1])
+    digest = xxhash.xxh3_128()
+    if ordered:
+        texts = [key.encode() for _, key in ordered]
+        digest.update(np.cumsum([0, *map(len, texts)], dtype=np.int32).tobytes())
+        digest.update(b"".join(texts))
+    for values in (
+        np.array([place % 2 * place for place, _ in ordered], np.int32),
+        np.array([2 for _ in ordered], np.int32),
+        np.array([place + 3 for place, _ in ordered], np.int32),
+        np.array([7 for _ in ordered], np.int64),
+    ):
+        digest.update(values.tobytes())
+    assert index.items_hash == digest.hexdigest()
 
 
 def test_a_commit_counts_its_items_by_status() -> None:
