@@ -80,11 +80,11 @@ class RunConfig(SourceSettings):
     )
     compile: Annotated[bool, _NUMBERS] = Field(
         False,
-        description="Encode full batches with torch.compile; on a GPU with CUDA graphs too.",
+        description="Encode full batches with torch.compile, on a GPU also with CUDA graphs.",
     )
     stitch: Annotated[Stitch | None, _MODEL] = Field(
         None,
-        description="How the chunks of an item become its latent: trim, crossfade or none. "
+        description="How to join the chunks of an item: trim, crossfade or none (keep them). "
         "[default: the model's]",
     )
     chunk_seconds: Annotated[float | None, _MODEL] = Field(
@@ -142,10 +142,10 @@ class RunConfig(SourceSettings):
         "[default: up to 100,000 local files]",
     )
     retry_failed: Annotated[bool, _PLAN] = Field(
-        False, description="Encode the shards that have failed items again."
+        False, description="Retry failed items: encode their shards again."
     )
     extend: Annotated[bool, _PLAN] = Field(
-        False, description="Add new files of SOURCE to the store."
+        False, description="Add files that are new in SOURCE to the store."
     )
     retry_changed: Annotated[bool, _PLAN] = Field(
         False, description="With --extend: encode changed files again."
@@ -161,7 +161,7 @@ class RunConfig(SourceSettings):
     threads: Annotated[int | None, _COMPUTE] = Field(
         None,
         ge=1,
-        description="CPU cores of each worker, without a GPU. "
+        description="CPU cores per worker if there is no GPU. "
         f"[default: up to {DEFAULT_CPU_THREADS}]",
     )
     batch_size: Annotated[int | None, _COMPUTE] = Field(
@@ -172,7 +172,7 @@ class RunConfig(SourceSettings):
     load_threads: Annotated[int | None, _COMPUTE] = Field(
         None,
         ge=1,
-        description="Threads per worker that load audio. "
+        description="Audio loading threads per worker. "
         "[default: 2; on a GPU its share of the cores, up to 16]",
     )
     load_tasks: Annotated[int, _COMPUTE] = Field(

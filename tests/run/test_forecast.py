@@ -61,7 +61,7 @@ def test_a_forecast_freezes_the_plan_that_encode_resumes(songs: Path, tmp_path: 
     assert listed(prepared) is None
     assert planned(prepared, None) == (frozen, None)
     assert forecast(config, calibrated=False) == value
-    assert "are estimated, for 5 items" in show.forecast(value)
+    assert "of it estimated because the length of 5 items is unknown" in show.forecast(value)
 
 
 @pytest.mark.parametrize("probe", [True, None])

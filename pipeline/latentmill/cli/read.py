@@ -36,7 +36,8 @@ TrustModel = Annotated[
     bool,
     typer.Option(
         "--trust-model",
-        help="Allow the model named by the store or its config to run its own Python code.",
+        help="Run the Python code of a model that is not built in, if the store or its config "
+        "specifies one. Use it only for stores that you trust.",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the noise, for decoders that draw noise.")]
@@ -220,7 +221,7 @@ def evaluate(
     trust_model: TrustModel = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how good the latents of STORE are, on its own audio.
+    """Measure the quality of the latents of STORE on its own audio.
 
     Parts: linearity (how well latents scale and add) and seams (the error of chunking, compared
     with encoding items in one piece). Writes evaluation/PART.json in the store.

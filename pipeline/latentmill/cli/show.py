@@ -111,14 +111,12 @@ def _extension(value: Extension | None) -> str:
 
 def forecast(value: Forecast) -> str:
     """The text that `plan` prints."""
-    known = (
-        "known"
-        if not value.estimated_items
-        else (
-            f"of which {value.estimated_hours:.3f} h are estimated, for {value.estimated_items} "
-            "items of unknown length (--probe reads the headers of all files)"
+    known = "known"
+    if value.estimated_items:
+        known = (
+            f"{value.estimated_hours:.3f} h of it estimated because the length of "
+            f"{counted(value.estimated_items, 'item')} is unknown (--probe reads all headers)"
         )
-    )
     formats = ", ".join(f"{count} {name}" for name, count in value.formats.items())
     done = f", {value.committed} of them committed" if value.committed else ""
     rows = {

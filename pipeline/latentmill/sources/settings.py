@@ -66,14 +66,14 @@ class SourceSettings(BaseModel):
         description=f"Type of SOURCE: {choices(SourceType)}. [default: by its name]",
     )
     include: Annotated[tuple[str, ...], _source("folder")] = Field(
-        (), description="Glob of paths to take, e.g. '*/vocals.*'. Repeatable."
+        (), description="Glob of paths to include, e.g. '*/vocals.*'. Repeatable."
     )
     exclude: Annotated[tuple[str, ...], _source("folder")] = Field(
         (), description="Glob of paths to skip, e.g. '*/drafts/*'. Repeatable."
     )
     extensions: Annotated[tuple[str, ...], _source("folder", "webdataset")] = Field(
         AUDIO_EXTENSIONS,
-        description="Extension of files to take, e.g. .wav. Repeatable. "
+        description="Extension of files to include, e.g. .wav. Repeatable. "
         "[default: all that can be loaded]",
     )
     path_column: Annotated[str | None, _source("manifest")] = Field(
@@ -86,7 +86,7 @@ class SourceSettings(BaseModel):
         None, description="Manifest column of segment durations, in seconds."
     )
     key_column: Annotated[str | None, _source("manifest", "parquet")] = Field(
-        None, description="Manifest or Parquet column of unique names."
+        None, description="Manifest or Parquet column of unique item keys."
     )
     audio_column: Annotated[str | None, _source("parquet")] = Field(
         None, description="Parquet column that holds the audio."
