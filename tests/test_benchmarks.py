@@ -85,6 +85,7 @@ def test_int16(tmp_path: Path) -> None:
     assert result["us_per_second_of_audio"]["check_and_convert"] > 0
 
 
+@pytest.mark.slow
 def test_planning(tmp_path: Path) -> None:
     script, options = ROOT / "benchmarks" / "planning.py", ["--items", "3000", "--grouped"]
     command = [sys.executable, str(script), *options, "--results", str(tmp_path)]

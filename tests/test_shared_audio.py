@@ -74,8 +74,9 @@ def test_mdct_gives_the_recordings_back(dtype: str, store_format: str, tmp_path:
 
 @pytest.mark.parametrize(
     ("dtype", "store_format"),
-    [pytest.param("float32", "webdataset", marks=pytest.mark.slow), ("float16", "parquet")],
+    [("float32", "webdataset"), ("float16", "parquet")],
 )
+@pytest.mark.slow
 @pytest.mark.usefixtures("inline")
 def test_stems_added_as_latents_are_the_stems_added(
     dtype: str, store_format: str, tmp_path: Path

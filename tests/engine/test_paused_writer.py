@@ -71,12 +71,7 @@ class Pause:
 
 
 BEFORE, AFTER = "before the check", "after the check"
-QUICK_ONES = {
-    ("longer plan", AFTER),
-    ("commit", AFTER),
-    ("next seal", BEFORE),
-    ("next seal", AFTER),
-}
+QUICK_ONES = {("commit", AFTER), ("next seal", BEFORE)}
 
 
 @pytest.mark.parametrize(
