@@ -38,7 +38,7 @@ dev: $(VENV)/.installed-dev ## install what tests and linters need, too
 test: $(VENV)/.installed-dev ## run the tests in two processes; ARGS="-k store" goes to pytest
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
-test-all: $(VENV)/.installed-dev ## the slow tests, too: ten kills, all recordings (half an hour)
+test-all: $(VENV)/.installed-dev ## also the slow tests: ten kills, every fault, all recordings (half an hour)
 	$(BIN)/pytest -m "slow or not slow" --timeout 1800 $(ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff check, ruff format --check, mypy --strict

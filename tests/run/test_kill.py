@@ -81,9 +81,10 @@ def kill_once(args: list[str], store: Path, target: str, delay: float | None) ->
             runs.until((store / "plan" / "plan.json").exists, "the plan is frozen")
         time.sleep(delay or 0)
         if target == "driver":
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             half = sorted(set(runs.half_written(store)) - before)
-            assert process.wait(runs.PATIENCE_SECONDS) == -signal.SIGKILL
+            code = process.wait(runs.PATIENCE_SECONDS)
+            assert code == -signal.SIGKILL, process.communicate()[1]  # it has ended before
             return half
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
