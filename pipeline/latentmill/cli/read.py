@@ -217,6 +217,22 @@ def evaluate(
             "seams 60 or five chunks]",
         ),
     ] = None,
+    gain: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--gain",
+            metavar="FACTOR",
+            help="Measure linearity for this gain, too, e.g. 0.1. Repeatable. \\[always measured: "
+            "0.25, 0.5, 0.75, 1.1]",
+        ),
+    ] = None,
+    compat: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROTOCOL",
+            help="Measure linearity by the protocol of other code: linear-cae.",
+        ),
+    ] = None,
     device: Device = "auto",
     trust_model: TrustModel = False,
     as_json: AsJson = False,
@@ -232,7 +248,9 @@ def evaluate(
 
     store = open_store(url, device=device, trust_model=trust_model)
     interrupts_raise()
-    result = evaluate_store(store, only=only, items=items, max_seconds=max_seconds)
+    result = evaluate_store(
+        store, only=only, items=items, max_seconds=max_seconds, gains=gain or (), compat=compat
+    )
     print_value(as_json, result, show_evaluation.evaluation)
     if not store.sealed:
         _log.warning("not recorded: the store is not sealed yet; finish its run first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from latentmill.text.printing import counted
@@ -10,6 +11,10 @@ if TYPE_CHECKING:
     from latentmill.evaluation.evaluate import Evaluation
     from latentmill.evaluation.linearity import LinearityReport
     from latentmill.evaluation.seams import SeamReport
+    from latentmill.store.results import ScoreEntry
+
+_UNITS = {"snr": " dB", "si_sdr": " dB", "level": " dB", "log_mel": " dB"}
+_FORMS = {"origin": 0, "raw": 1, "mix": 0}
 
 
 def evaluation(result: Evaluation) -> str:
@@ -21,6 +26,66 @@ def evaluation(result: Evaluation) -> str:
         parts.append(f"seams\n{seams(result.seams)}")
     parts += [f"{part}\nnot measured: {why}" for part, why in result.unavailable.items()]
     return "\n\n".join(parts)
+
+
+def linearity(report: LinearityReport) -> str:
+    """The table of the linearity card: medians with intervals, and the bounds of each metric."""
+    card = report.card
+    kind = "stem groups" if card.grouped else "pairs of items"
+    heading = (
+        f"medians over {len(card.tracks)} {kind} of up to {card.seconds:.4g} s, with 95 % "
+        f"intervals; {counted(card.silent, 'sound')} too quiet to be scored"
+    )
+    columns = ("metric", "measure", "against", "noise", "gain", "with origin", "raw", "bounds")
+    table = [columns, *_score_rows(card.scores)]
+    verdict = (
+        f"poor: {' and '.join(report.poor)} (limits: relative error {report.limit:g}, SI-SDR "
+        f"{report.limit_db:g} dB)"
+        if report.poor
+        else f"good: relative errors are at most {report.limit:g}, SI-SDR at least "
+        f"{report.limit_db:g} dB"
+    )
+    return "\n".join((heading, *_aligned(table), verdict))
+
+
+def _score_rows(scores: Sequence[ScoreEntry]) -> list[tuple[str, ...]]:
+    """One row for each metric, with both forms and the bounds beside each other."""
+    key: tuple[object, ...]
+    rows: dict[tuple[object, ...], list[str]] = {}
+    bounds: dict[tuple[object, ...], dict[str, str]] = {}
+    for one in scores:
+        unit = _UNITS.get(one.measure, "")
+        key = (one.metric, one.measure, one.against, one.noise, one.gain)
+        if one.form in _FORMS:
+            cells = rows.setdefault(key, ["", ""])
+            text = f"{one.median:.3g} [{one.low:.3g}, {one.high:.3g}]{unit}"
+            cells[_FORMS[one.form]] = text
+        else:
+            bounds.setdefault(key, {})[one.form] = f"{one.form} {one.median:.3g}"
+    table = []
+    for key, cells in rows.items():
+        metric, measure, against, noise, gain = key
+        found: dict[str, str] = {}
+        for noisy, factor in ((noise, gain), (None, gain), (None, None)):
+            found |= bounds.get((metric, measure, against, noisy, factor), {})
+        names = [str(name).replace("_", " ") for name in (metric, measure, against)]
+        shown = "" if gain is None else str(gain)
+        table.append((*names, str(noise or ""), shown, *cells, ", ".join(found.values())))
+    alone = [one for one in scores if one.metric == "reconstruction"]
+    for one in alone:
+        value = f"{one.median:.3g} [{one.low:.3g}, {one.high:.3g}]{_UNITS.get(one.measure, '')}"
+        measure = one.measure.replace("_", " ")
+        table.append((one.metric, measure, one.against, "", "", value, "", ""))
+    return table
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Format a table with columns of equal width."""
+    widths = [max(len(row[n]) for row in table) for n in range(len(table[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
 
 
 def seams(report: SeamReport) -> str:
@@ -35,25 +100,3 @@ def seams(report: SeamReport) -> str:
         f"{report.largest:.2g} ({counted(len(report.items), 'item')})"
     )
     return "\n".join(lines)
-
-
-def linearity(report: LinearityReport) -> str:
-    """The paragraph about linearity."""
-    card = report.card
-    gains = ", ".join(f"{error:.3g} at gain {gain}" for gain, error in card.by_gain.items())
-    verdict = (
-        f"poor: the error of {' and '.join(report.poor)} latents is above {report.limit:g}"
-        if report.poor
-        else f"good: every error is at most {report.limit:g}"
-    )
-    return "\n".join(
-        (
-            f"scaling   relative error {card.homogeneity:.3g} (mean {card.homogeneity_mean:.3g}) "
-            f"with the origin, {card.homogeneity_raw:.3g} without, of {card.items} items ({gains})",
-            f"adding    relative error {card.additivity:.3g} (mean {card.additivity_mean:.3g}) "
-            f"with the origin, {card.additivity_raw:.3g} without, of {card.pairs} pairs",
-            f"raw norm  scaling {card.homogeneity_raw_norm:.3g}, adding "
-            f"{card.additivity_raw_norm:.3g} (divided by the norm of the latent with its origin)",
-            verdict,
-        )
-    )

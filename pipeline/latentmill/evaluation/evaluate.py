@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, Literal, get_args
 
 from latentmill.errors import ConfigError
+from latentmill.evaluation.compat import PROTOCOL, measure_linear_cae
 from latentmill.evaluation.linearity import LinearityReport, measure_linearity
 from latentmill.evaluation.seams import SeamReport, measure_seams
 from latentmill.store.store import LatentStore, open_store
@@ -43,6 +45,8 @@ def evaluate(
     only: Sequence[str] | None = None,
     items: int | None = None,
     max_seconds: float | None = None,
+    gains: Sequence[float] = (),
+    compat: str | None = None,
     record: bool = True,
 ) -> Evaluation:
     """Evaluate a store on its own audio.
@@ -52,6 +56,9 @@ def evaluate(
         only: The parts to measure, of `PARTS`; None for all.
         items: Number of items, spread evenly over the store; None for the default of each part.
         max_seconds: Maximum length that is used of an item; None for the default of each part.
+        gains: Gains of the linearity card beside 0.25, 0.5, 0.75 and 1.1.
+        compat: `linear-cae` to measure linearity by the protocol of the linear-cae authors, in
+            evaluation/linearity-linear-cae.json.
         record: Whether to write the results to evaluation/*.json of a sealed store.
 
     Returns:
@@ -64,12 +71,15 @@ def evaluate(
     for name in only or ():
         if name not in PARTS:
             raise ConfigError(f"invalid part {name!r} of an evaluation: use {', '.join(PARTS)}.")
+    if compat not in (None, PROTOCOL):
+        raise ConfigError(f"invalid compat {compat!r}: use {PROTOCOL}, or leave it out.")
     opened = store if isinstance(store, LatentStore) else open_store(store)
     options: dict[str, Any] = {"max_seconds": max_seconds, "record": record}
     if items is not None:
         options["items"] = items
+    linearity = measure_linear_cae if compat else measure_linearity
     measures: dict[Part, Callable[..., Any]] = {
-        "linearity": measure_linearity,
+        "linearity": partial(linearity, gains=gains),
         "seams": measure_seams,
     }
     results: dict[Part, Any] = {}

@@ -17,7 +17,7 @@ from latentmill.errors import ConfigError, ItemError
 from latentmill.models.inference.precision import numeric_mode
 from latentmill.record import Record
 from latentmill.store.measurement import write_measurement
-from latentmill.store.schema import SeamEntry
+from latentmill.store.results import SeamEntry
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import read_source
 

@@ -90,7 +90,14 @@ def combine(
     origin.check_arithmetic()
     used = [factor for factor in factors if np.any(factor != 0)]
     scales = any(np.any(np.abs(factor) != 1) for factor in used)
-    origin.warn(adds=len(used) > 1, scales=scales, stacklevel=stacklevel + 1)
+    positive = sum(bool(np.any(factor > 0)) for factor in used)
+    negative = sum(bool(np.any(factor < 0)) for factor in used)
+    origin.warn(
+        adds=max(positive, negative) > 1,
+        subtracts=min(positive, negative) > 0,
+        scales=scales,
+        stacklevel=stacklevel + 1,
+    )
     rest = np.float32(1) - np.sum(factors, axis=0, dtype=np.float64).astype(np.float32)
     if np.any(rest != 0):
         total += rest * origin.like(total)

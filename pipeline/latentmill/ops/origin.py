@@ -13,8 +13,9 @@ from latentmill.errors import ConfigError
 from latentmill.record import DTYPES, FloatArray, Latent
 
 # Relative error above which the arithmetic is called poor: the result is then less than 12 dB above
-# the error.
+# the error. For removing a sound, the SI-SDR in dB below which it is called poor.
 POOR = 0.25
+POOR_DB = 12.0
 
 
 class LinearityWarning(UserWarning):
@@ -30,12 +31,17 @@ class Linearity:
         homogeneity_raw: Error of scaling a latent, without the origin.
         additivity: Error of adding latents, with the origin.
         additivity_raw: Error of adding latents, without the origin.
+        removal: SI-SDR in dB of a mixture without one of its sounds, with the origin; None if it
+            was not measured.
+        removal_raw: The same, without the origin.
     """
 
     homogeneity: float
     homogeneity_raw: float
     additivity: float
     additivity_raw: float
+    removal: float | None = None
+    removal_raw: float | None = None
 
 
 @dataclass(frozen=True)
@@ -161,11 +167,15 @@ class Origin:
                 "option output=codes."
             )
 
-    def warn(self, *, adds: bool, scales: bool, stacklevel: int) -> None:
-        """Warn if the error of an operation in the store's linearity card is above `POOR`.
+    def warn(self, *, adds: bool, subtracts: bool, scales: bool, stacklevel: int) -> None:
+        """Warn if the store's linearity card calls an operation poor.
+
+        Each operation has its own metric: scaling homogeneity, adding additivity, subtracting the
+        removal of stems. Cards of earlier versions have no removal: additivity stands for it.
 
         Args:
-            adds: Whether sounds are added or subtracted.
+            adds: Whether sounds are added.
+            subtracts: Whether a sound is subtracted from others.
             scales: Whether a sound is scaled.
             stacklevel: As in `warnings.warn`, relative to this method.
         """
@@ -174,14 +184,23 @@ class Origin:
             return
         homogeneity = card.homogeneity_raw if self.is_raw else card.homogeneity
         additivity = card.additivity_raw if self.is_raw else card.additivity
-        for happens, error, what in (
-            (scales, homogeneity, "scaling a latent"),
-            (adds, additivity, "adding latents"),
-        ):
-            if happens and error > POOR:
+        removal = card.removal_raw if self.is_raw else card.removal
+        adds = adds or (subtracts and removal is None)
+        found = [
+            (scales and homogeneity > POOR, "Scaling a latent", _error_text(homogeneity)),
+            (adds and additivity > POOR, "Adding latents", _error_text(additivity)),
+        ]
+        if removal is not None:
+            text = f"SI-SDR measured on the store's audio is {removal:.1f} dB (limit {POOR_DB:g})"
+            found.append((subtracts and removal < POOR_DB, "Subtracting latents", text))
+        for poor, what, text in found:
+            if poor:
                 warnings.warn(
-                    f"{what[0].upper()}{what[1:]} is poor for this model: the relative error "
-                    f"measured on the store's audio is {error:.2f} (limit {POOR}).",
+                    f"{what} is poor for this model: the {text}.",
                     LinearityWarning,
                     stacklevel=stacklevel + 1,
                 )
+
+
+def _error_text(error: float) -> str:
+    return f"relative error measured on the store's audio is {error:.2f} (limit {POOR})"

@@ -10,13 +10,8 @@ from typing import Literal
 
 from latentmill import __version__
 from latentmill.storage.storage import Storage
-from latentmill.store.schema import (
-    DatasetInfo,
-    LinearityEntry,
-    Measurement,
-    SeamEntry,
-    parse_document,
-)
+from latentmill.store.results import LinearityEntry, Measurement, SeamEntry
+from latentmill.store.schema import DatasetInfo, parse_document
 
 Name = Literal["seams", "linearity"]
 EVALUATION = "evaluation"
@@ -30,7 +25,9 @@ def write_measurement(
     seams = result if isinstance(result, SeamEntry) else None
     linearity = result if isinstance(result, LinearityEntry) else None
     measurement = _measurement(info, seams, linearity)
-    name: Name = "linearity" if seams is None else "seams"
+    name = "linearity" if seams is None else "seams"
+    if linearity is not None and linearity.protocol != "latentmill":
+        name += f"-{linearity.protocol}"  # beside the card that arithmetic relies on
     text = measurement.model_dump_json(indent=2, exclude_none=True)
     storage.clear_scratch()  # of a measurement that was killed
     storage.write(f"{EVALUATION}/{name}.json", text.encode())
@@ -50,13 +47,24 @@ def read_measurement(storage: Storage, info: DatasetInfo, name: Name) -> Measure
     return measurement if measurement.fingerprint == info.fingerprint else None
 
 
+def current_result(
+    storage: Storage, info: DatasetInfo, name: Name
+) -> SeamEntry | LinearityEntry | None:
+    """Read the result measured on the current seal; None if there is none."""
+    measured = read_measurement(storage, info, name)
+    if measured is None or measured.seal != info.seal:
+        return None
+    result: SeamEntry | LinearityEntry | None = getattr(measured, name)
+    return result
+
+
 def with_measurements(storage: Storage, info: DatasetInfo) -> DatasetInfo:
-    """Return `info` with the results measured on the current seal."""
+    """Return `info` with the main results measured on the current seal."""
     current: dict[str, object] = {}
     for name in MEASURED:
-        measured = read_measurement(storage, info, name)
-        if measured is not None and measured.seal == info.seal:
-            current[name] = getattr(measured, name)
+        if (result := current_result(storage, info, name)) is not None:
+            brief: dict[str, object] = {"scores": []} if isinstance(result, LinearityEntry) else {}
+            current[name] = result.model_copy(update=brief)
     return info.model_copy(update=current)
 
 

@@ -17,6 +17,7 @@ from latentmill.errors import StoreError
 from latentmill.record import Latent, Record, ShardFormat, Status
 from latentmill.storage.storage import file_in_store
 from latentmill.store.formats import extension
+from latentmill.store.results import LinearityEntry, SeamEntry
 
 FORMAT_VERSION = 2  # version 1 can be read, too
 
@@ -240,37 +241,6 @@ class ShardEntry(_Document):
     hash: str
 
 
-class SeamEntry(_Document):
-    """Error that chunking introduces, per item: ||stitched - whole|| / ||whole||."""
-
-    items: int = Field(description="Number of items compared.")
-    median: float
-    largest: float
-
-
-class LinearityEntry(_Document):
-    """Relative errors of latent arithmetic, as medians over items.
-
-    Each error is divided by the norm of its target minus the origin, ||t - E(0)||.
-    """
-
-    items: int = Field(description="Number of sounds scaled by each gain.")
-    pairs: int = Field(description="Number of pairs of sounds added.")
-    homogeneity: float = Field(description="E(a x) against a E(x) + (1 - a) E(0).")
-    homogeneity_raw: float = Field(description="E(a x) against a E(x).")
-    additivity: float = Field(description="E(x) + E(y) - E(0) against E(x + y).")
-    additivity_raw: float = Field(description="E(x) + E(y) against E(x + y).")
-    by_gain: dict[str, float] = Field(description="Homogeneity error by gain a.")
-    homogeneity_mean: float | None = Field(None, description="Mean of the homogeneity errors.")
-    additivity_mean: float | None = Field(None, description="Mean of the additivity errors.")
-    homogeneity_raw_norm: float | None = Field(
-        None,
-        description="homogeneity_raw divided by ||t||, which is small if the origin is large. In "
-        "results without this field, all errors are divided by ||t||.",
-    )
-    additivity_raw_norm: float | None = Field(None, description="additivity_raw divided by ||t||.")
-
-
 class DatasetInfo(_Document):
     """Description of a store: dataset.json (the seal), written when a run is complete."""
 
@@ -324,18 +294,7 @@ class DatasetInfo(_Document):
         return self
 
 
-class Measurement(_Document):
-    """A result measured on the audio of a store: evaluation/NAME.json."""
-
-    format_version: Literal[1] = 1
-    latentmill_version: str
-    fingerprint: str = Field(description="Fingerprint of the store.")
-    seal: str | None = Field(description="Seal of the store when it was measured.")
-    seams: SeamEntry | None = Field(None, description="Error at the seams of chunks.")
-    linearity: LinearityEntry | None = Field(None, description="Error of latent arithmetic.")
-
-
-_Kind = TypeVar("_Kind", bound=_Document)
+_Kind = TypeVar("_Kind", bound=BaseModel)
 
 
 def parse_document(kind: type[_Kind], data: bytes, path: str, hint: str) -> _Kind:

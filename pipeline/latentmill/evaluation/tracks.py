@@ -1,0 +1,156 @@
+"""Choosing the sounds that the linearity card is measured on.
+
+A track is a group of stems of one song. In a store without groups, a track is a pair of items.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentmill.errors import ConfigError, ItemError
+from latentmill.evaluation.audio_metrics import rms
+from latentmill.evaluation.rows import ShardRows
+from latentmill.record import FloatArray
+from latentmill.store.store import LatentStore
+from latentmill.store.verify import read_source
+
+SPARE = 4  # candidates for each item, because some may be silent
+QUIET = 10 ** (-50 / 20)  # RMS below which a sound is not scored
+FAINT = 10 ** (-30 / 20)  # the same, relative to the mix
+MIXES = ("mix", "mixture")  # roles that are the sum of the others
+
+
+@dataclass(frozen=True)
+class Track:
+    """Sounds `[C, T]` of one length that are mixed.
+
+    Attributes:
+        name: The group, or the keys.
+        stems: At least two sounds that are audible in their mix.
+        silent: Number of stems of the group that are not.
+    """
+
+    name: str
+    stems: tuple[Tensor, ...]
+    silent: int = 0
+
+
+def audible(sound: Tensor, mix: Tensor | None = None) -> bool:
+    """Whether a sound is loud enough to be scored."""
+    level = rms(sound)
+    return level >= QUIET and (mix is None or level >= FAINT * rms(mix))
+
+
+def stem_groups(store: LatentStore, count: int) -> list[tuple[str, list[str]]]:
+    """Up to `count` groups of at least two stems, spread over the store, with their keys.
+
+    Shards are read until enough of them have a group. The plan splits groups that it did not know,
+    so a group may have more stems in the other shards.
+    """
+    rows = ShardRows(store)
+    keys: dict[str, list[str]] = {}
+    shard_of: dict[str, int] = {}  # where the group becomes one of at least two stems
+    for shard in rows.spread():
+        fields = rows.fields(shard, ("key", "group", "role"))
+        for key, group, role in zip(*fields.values(), strict=True):
+            if group is not None and role not in MIXES:
+                keys.setdefault(group, []).append(key)
+                if len(keys[group]) == 2:
+                    shard_of[group] = shard
+        if len(set(shard_of.values())) >= count:
+            break
+    turns: Counter[int] = Counter()
+    ranked = []
+    for group, shard in shard_of.items():
+        ranked.append((turns[shard], group))
+        turns[shard] += 1
+    return sorted((group, sorted(keys[group])) for _, group in sorted(ranked)[:count])
+
+
+def stem_tracks(store: LatentStore, count: int, longest: int) -> tuple[list[Track], int]:
+    """Tracks of stem groups, and the number of their stems that are too quiet.
+
+    Of each song the window of `longest` samples is used in which most stems are audible.
+    """
+    tracks, silent = [], 0
+    for group, keys in stem_groups(store, count):
+        audio = [source_of(store, key) for key in keys]
+        stems = _window(audio, longest)
+        mix = torch.stack(stems).sum(dim=0)
+        kept = tuple(stem for stem in stems if audible(stem, mix))
+        silent += len(stems) - len(kept)
+        if len(kept) > 1:
+            tracks.append(Track(group, kept))
+    return tracks, silent
+
+
+def pair_tracks(store: LatentStore, count: int, longest: int) -> list[Track]:
+    """Each of `count` items with the next one, the last with the first."""
+    sounds = list(itertools.islice(_sounds(store, count, longest), count))
+    if len(sounds) < 2:
+        return []
+    tracks = []
+    for (key, sound), (other, next_sound) in zip(sounds, [*sounds[1:], sounds[0]], strict=True):
+        length = min(sound.shape[1], next_sound.shape[1])
+        tracks.append(Track(f"{key} + {other}", (sound[:, :length], next_sound[:, :length])))
+    return tracks
+
+
+def spread_keys(store: LatentStore, count: int) -> list[str]:
+    """Keys spread evenly over the store: `count` of them first, then spare ones between them."""
+    step = max(1, len(store) // (SPARE * count))
+    keys = list(itertools.islice(store.keys(), 0, None, step))
+    first = keys[::SPARE]
+    chosen = set(first)
+    return [*first, *(key for key in keys if key not in chosen)]
+
+
+def _sounds(store: LatentStore, count: int, longest: int) -> Iterator[tuple[str, Tensor]]:
+    """Key and the first `longest` samples of items, without leading silence."""
+    for key in spread_keys(store, count):
+        if store[key].rms < QUIET / 10:  # loud parts of long items may still be audible
+            continue
+        audio = source_of(store, key)
+        start = int(np.argmax(np.abs(audio).max(axis=0) >= QUIET))
+        sound = _tensor(audio[:, start : start + longest])
+        if audible(sound):
+            yield key, sound
+
+
+def source_of(store: LatentStore, key: str) -> FloatArray:
+    """The audio `[C, T]` of a record; ConfigError if it cannot be read."""
+    try:
+        return read_source(store[key], store.model().spec.channels)
+    except ItemError as error:
+        raise ConfigError(f"The source of {key} cannot be read: {error}.") from error
+
+
+def _window(audio: list[FloatArray], longest: int) -> list[Tensor]:
+    """The window of all stems in which the most are audible, and of those the loudest."""
+    total = max(one.shape[1] for one in audio)
+    best: tuple[int, float] = (-1, 0.0)
+    chosen: list[Tensor] = []
+    for start in range(0, max(1, total - longest // 2), longest):
+        begin = max(0, min(start, total - longest))
+        length = min(longest, total - begin)
+        stems = [_tensor(_padded(one[:, begin : begin + length], length)) for one in audio]
+        mix = torch.stack(stems).sum(dim=0)
+        score = (sum(audible(stem, mix) for stem in stems), rms(mix))
+        if score > best:
+            best, chosen = score, stems
+    return chosen
+
+
+def _padded(audio: FloatArray, length: int) -> FloatArray:
+    return np.pad(audio, ((0, 0), (0, length - audio.shape[1])))
+
+
+def _tensor(audio: FloatArray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(audio))

@@ -1,0 +1,115 @@
+"""File formats of the results of an evaluation: evaluation/NAME.json."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Result(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SeamEntry(_Result):
+    """Error that chunking introduces, per item: ||stitched - whole|| / ||whole||."""
+
+    items: int = Field(description="Number of items compared.")
+    median: float
+    largest: float
+
+
+Metric = Literal[
+    "reconstruction",
+    "encoder_homogeneity",
+    "decoder_homogeneity",
+    "encoder_additivity",
+    "decoder_additivity",
+    "encoder_composition",
+    "decoder_composition",
+    "separation",
+    "removal",
+    "mix_rate",
+]
+Form = Literal["origin", "raw", "twice", "reconstruction", "unchanged", "mix"]
+Noise = Literal["shared", "independent"]
+
+
+class ScoreEntry(_Result):
+    """One metric of the linearity card: the values of all units, and their median."""
+
+    metric: Metric
+    measure: str = Field(
+        description="relative_l2; snr, si_sdr and level in dB; mr_stft; log_mel in dB; mix_rate: "
+        "the ratio of two mr_stft."
+    )
+    against: str = Field(
+        description="What the result is compared with: encoded (latents), decoded (the decoded "
+        "latent of the target), sum (the sum of decoded sounds) or audio (the target itself)."
+    )
+    form: Form = Field(
+        description="origin or raw: arithmetic with or without the origin. Bounds: twice (the "
+        "target's latent, decoded with other noise), reconstruction (the target's latent, "
+        "decoded), unchanged (no arithmetic: the sound before it, or the mixture)."
+    )
+    noise: Noise | None = Field(
+        None, description="Noise of the two decodings; null if there is one, or none has noise."
+    )
+    gain: float | None = None
+    median: float
+    mean: float
+    low: float = Field(description="95 % bootstrap interval of the median, over tracks.")
+    high: float
+    tracks: int
+    values: list[float]
+
+
+class LinearityEntry(_Result):
+    """Linearity of the model on the store's audio: the main errors, and all scores.
+
+    The main errors are medians; each is divided by the norm of its target minus the origin,
+    ||t - E(0)||. Results of earlier versions have only these.
+    """
+
+    items: int = Field(description="Number of sounds scaled by each gain.")
+    pairs: int = Field(description="Number of pairs of sounds added.")
+    homogeneity: float = Field(description="E(a x) against a E(x) + (1 - a) E(0).")
+    homogeneity_raw: float = Field(description="E(a x) against a E(x).")
+    additivity: float = Field(description="E(x) + E(y) - E(0) against E(x + y).")
+    additivity_raw: float = Field(description="E(x) + E(y) against E(x + y).")
+    by_gain: dict[str, float] = Field(description="Homogeneity error by gain a.")
+    homogeneity_mean: float | None = Field(None, description="Mean of the homogeneity errors.")
+    additivity_mean: float | None = Field(None, description="Mean of the additivity errors.")
+    homogeneity_raw_norm: float | None = Field(
+        None,
+        description="homogeneity_raw divided by ||t||, which is small if the origin is large. In "
+        "results without this field, all errors are divided by ||t||.",
+    )
+    additivity_raw_norm: float | None = Field(None, description="additivity_raw divided by ||t||.")
+    removal: float | None = Field(
+        None, description="SI-SDR in dB of D(E(mix) - E(s) + E(0)) against D(E(mix - s))."
+    )
+    removal_raw: float | None = Field(
+        None, description="SI-SDR in dB of D(E(mix) - E(s)) against D(E(mix - s))."
+    )
+    protocol: Literal["latentmill", "linear-cae"] = Field(
+        "latentmill",
+        description="linear-cae: the protocol of its authors; the main errors are then without "
+        "the origin, and divided by ||t||.",
+    )
+    grouped: bool = Field(False, description="Whether the tracks are stem groups, or pairs.")
+    seconds: float | None = Field(None, description="Length that was used of each track at most.")
+    tracks: list[str] = Field([], description="Groups, or keys of pairs.")
+    silent: int = Field(0, description="Stems and targets that were too quiet to be scored.")
+    scores: list[ScoreEntry] = []
+
+
+class Measurement(_Result):
+    """A result measured on the audio of a store: evaluation/NAME.json."""
+
+    format_version: Literal[1] = 1
+    latentmill_version: str
+    fingerprint: str = Field(description="Fingerprint of the store.")
+    seal: str | None = Field(description="Seal of the store when it was measured.")
+    seams: SeamEntry | None = Field(None, description="Error at the seams of chunks.")
+    linearity: LinearityEntry | None = Field(None, description="Error of latent arithmetic.")
