@@ -115,11 +115,10 @@ class ActorShape:
 
 def start_actor(job: Job, shape: ActorShape) -> Any:
     """Start an actor. Returns its handle at once, before the model is loaded."""
-    environment = {} if shape.gpus else worker_environment()
     return EncodeActor.options(  # type: ignore[attr-defined]
         num_cpus=shape.cpus,
         num_gpus=shape.gpus,
         # The units, and one call for reports and stopping.
         max_concurrency=UNITS_IN_FLIGHT + 1,
-        runtime_env={"env_vars": environment},
+        runtime_env={"env_vars": worker_environment()},
     ).remote(job)

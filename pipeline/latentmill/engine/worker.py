@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from latentmill.encoding.lanes import reading_order
 from latentmill.encoding.stored import parse_json
 from latentmill.encoding.timings import Meter
 from latentmill.encoding.unit_audio import EncodeSettings, ItemEvent, Loading, LocalAudio, UnitAudio
+from latentmill.engine.handover import written_beside
 from latentmill.engine.lock import Membership
 from latentmill.engine.trial_load import HANG_SECONDS, TrialLoader
 from latentmill.engine.underway import Underway, UnitProgress
@@ -175,16 +177,17 @@ class Worker:
             self._listed(audio, unit, underway),
             contextlib.closing(self._in_turn(encoder, followed)) as done,
         ):
-            commit = write_unit(
+            write = partial(
+                write_unit,
                 self._storage,
                 unit.name,
-                done,
                 format_name=job.format,
                 fingerprint=job.fingerprint,
                 info=job.info,
                 revision=unit.revision,
                 keys=[item.key for item in planned],
             )
+            commit = written_beside(done, write)
         meter.add("write_seconds", time.perf_counter() - encoder.ended)
         timings = {**meter.snapshot(), "total_seconds": time.perf_counter() - began}
         commit = commit.model_copy(update={"items_hash": unit.hash})

@@ -59,7 +59,7 @@ KEEP_FREED_MEMORY = {
 
 
 def worker_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Environment variables of a worker on a CPU, without those that the user has set."""
+    """Environment variables of a worker, without those that the user has set."""
     return {name: value for name, value in KEEP_FREED_MEMORY.items() if name not in environ}
 
 
