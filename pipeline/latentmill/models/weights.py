@@ -321,19 +321,15 @@ def _why(
     else:
         message = str(failure.__cause__ or failure).strip().partition("\n")[0]
         cause = f"cannot be downloaded from {endpoint} ({one_line(OSError(message))})"
-    command = _download_command(repo, wanted)
+    files = [candidates[0] for candidates in wanted.values()]
+    folders = {str(PurePosixPath(file).parent) for file in files}
+    chosen = " ".join(files) if "." in folders else f"--include '{folders.pop()}/*'"
+    revision = f" --revision {repo.revision}" if repo.revision else ""
+    command = f"hf download {repo.location} {chosen}{revision}"
     return (
         f"its weights are not on this machine, and {cause}: run `{command}` with network access, "
         "here or on a machine from which you can copy the cache"
     )
-
-
-def _download_command(repo: Repo, wanted: Mapping[str, Sequence[str]]) -> str:
-    names = [candidates[0] for candidates in wanted.values()]
-    folders = {str(PurePosixPath(name).parent) for name in names}
-    files = " ".join(names) if "." in folders else f"--include '{folders.pop()}/*'"
-    revision = f" --revision {repo.revision}" if repo.revision else ""
-    return f"hf download {repo.location} {files}{revision}"
 
 
 def _describe(repo: Repo) -> str:

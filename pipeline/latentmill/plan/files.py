@@ -110,7 +110,10 @@ def _row_groups(draft: Draft, first: int) -> Iterator[RowGroup]:
         wanted = sum(cut.items for cut in cuts)
         parts = [rest]
         while sum(map(len, parts)) < wanted:
-            parts.append(_without_unit(next(tables)))
+            drafted = next(tables)
+            unit = pa.array([0] * len(drafted), pa.int32())  # numbered when it is written
+            columns = [unit, *(drafted[name] for name in ITEMS_SCHEMA.names[1:])]
+            parts.append(pa.Table.from_arrays(columns, schema=ITEMS_SCHEMA))
         table = pa.concat_tables(parts).combine_chunks()
         table, rest = table.slice(0, wanted), table.slice(wanted)
         units, start = [], 0
@@ -128,13 +131,6 @@ def _enough(cuts: Iterator[Any]) -> Iterator[Any]:
         items += cut.items
         if items >= ROW_GROUP_ITEMS:
             return
-
-
-def _without_unit(table: pa.Table) -> pa.Table:
-    """Convert rows of a draft to `ITEMS_SCHEMA`, with unit 0 as a placeholder."""
-    unit = pa.array([0] * len(table), pa.int32())
-    columns = [unit, *(table[name] for name in ITEMS_SCHEMA.names[1:])]
-    return pa.Table.from_arrays(columns, schema=ITEMS_SCHEMA)
 
 
 def write_part(
@@ -230,7 +226,17 @@ def _read_plan(document: dict[str, Any], storage: Storage) -> Plan:
     for part in parts:
         if sizes.get(part.items_file.rpartition("/")[2]) != part.items_bytes:
             raise _foreign(storage, part.items_file)
-        units += _read_units(part, storage)
+        data = storage.read_if_exists(part.units_file)
+        if data is None or _hash(data) != part.units_hash:
+            raise _foreign(storage, part.units_file)
+        # Not pq.read_table: it scans on Arrow's I/O threads whatever use_threads says. Such a
+        # thread may still hold `data` when the interpreter exits; releasing it then can abort the
+        # process.
+        parquet = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
+        table = parquet.read(use_threads=False)
+        if not table.schema.equals(UNITS_SCHEMA):
+            raise _foreign(storage, part.units_file)
+        units += (Unit(**row, file=part.items_file) for row in table.to_pylist())
     plan = Plan(**document, units=tuple(units), parts=parts)
     if plan.num_items != num_items or len(units) != num_units:
         raise ValueError("the parts do not add up")
@@ -241,20 +247,6 @@ def _typed(kind: type[Part | Plan], values: dict[str, Any]) -> dict[str, Any]:
     """Return the values. Raises ValueError if their types are not those of the fields of `kind`."""
     TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
     return values
-
-
-def _read_units(part: Part, storage: Storage) -> Iterator[Unit]:
-    data = storage.read_if_exists(part.units_file)
-    if data is None or _hash(data) != part.units_hash:
-        raise _foreign(storage, part.units_file)
-    # Not pq.read_table: it scans on Arrow's I/O threads whatever use_threads says. Such a thread
-    # may still hold `data` when the interpreter exits; releasing it then can abort the process.
-    parquet = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
-    table = parquet.read(use_threads=False)
-    if not table.schema.equals(UNITS_SCHEMA):
-        raise _foreign(storage, part.units_file)
-    file = part.items_file
-    return (Unit(**row, file=file) for row in table.to_pylist())
 
 
 def check_items(plan: Plan, storage: Storage) -> None:

@@ -144,21 +144,16 @@ def prepare(config: RunConfig, observer: PlanningObserver | None = None) -> Prep
             f"{config.model} has codes up to {largest}, but float16 is exact only for integers up "
             f"to {LARGEST_FLOAT16_CODE}: use --dtype float32."
         )
-    _refuse_job_folder(config.out)
+    relative = "://" not in config.out and not Path(config.out).expanduser().is_absolute()
+    if relative and RAY_JOB_VARIABLE in os.environ:
+        raise ConfigError(
+            f"STORE {config.out} is a relative path, and Ray deletes a job's folder after the job: "
+            "use an absolute path or a URL."
+        )
     storage = Storage(config.out)
     storage.refuse_read_only()
     source = _source(config, storage)
     return Preparation(config, handle, chunking, storage, source, observer)
-
-
-def _refuse_job_folder(out: str) -> None:
-    """Refuse a store in the folder of a Ray job, which Ray deletes after the job."""
-    relative = "://" not in out and not Path(out).expanduser().is_absolute()
-    if relative and RAY_JOB_VARIABLE in os.environ:
-        raise ConfigError(
-            f"STORE {out} is a relative path, and Ray deletes a job's folder after the job: use an "
-            "absolute path or a URL."
-        )
 
 
 def with_precision(config: RunConfig) -> RunConfig:

@@ -96,19 +96,14 @@ class ParquetShardWriter:
             name: pa.array([row[name] for row in fields], RECORD_SCHEMA.field(name).type)
             for name in FIELD_NAMES
         }
-        columns["latent"] = _binary(latents)
+        if len(latents) == 1:  # a large latent is not copied
+            offsets = pa.py_buffer(b"".join(n.to_bytes(8, "little") for n in (0, len(latents[0]))))
+            buffers = [None, offsets, pa.py_buffer(latents[0])]
+            columns["latent"] = pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, buffers)
+        else:
+            columns["latent"] = pa.array([bytes(one) for one in latents], pa.large_binary())
         arrays = [columns[name] for name in RECORD_SCHEMA.names]
         table = pa.Table.from_arrays(arrays, schema=self._file.schema)
         self._file.write_table(table, row_group_size=len(self._rows))
         self._lengths.append([len(latent) for latent in latents])
         self._rows, self._bytes = [], 0
-
-
-def _binary(values: list[memoryview]) -> pa.Array:
-    """Build a large_binary array; a single value is not copied."""
-    if len(values) > 1:
-        return pa.array([bytes(value) for value in values], pa.large_binary())
-    offsets = pa.py_buffer(b"".join(n.to_bytes(8, "little") for n in (0, len(values[0]))))
-    return pa.LargeBinaryArray.from_buffers(
-        pa.large_binary(), 1, [None, offsets, pa.py_buffer(values[0])]
-    )

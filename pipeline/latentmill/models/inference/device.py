@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from latentmill.errors import ConfigError
 from latentmill.text.log import get_logger
+from latentmill.text.printing import counted
 
 if TYPE_CHECKING:  # imports torch
     from latentmill.models.base import Autoencoder, ModelHandle
@@ -30,10 +31,12 @@ def pick_device(wanted: str) -> str:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise ConfigError(f"invalid --device {wanted!r}: use auto, cpu, cuda or cuda:N.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        advice = "install a CUDA build of torch, or use --device cpu"
         raise ConfigError(
-            f"--device {wanted} is not available, torch {torch.__version__} finds "
-            f"{torch.cuda.device_count()} GPUs: install a CUDA build of torch, or use --device cpu."
+            f"--device {wanted} is not available (torch {torch.__version__} finds "
+            f"{counted(count, 'GPU')}): {f'use cuda:0 to cuda:{count - 1}' if count else advice}."
         )
     return wanted
 
