@@ -202,19 +202,23 @@ def evaluate(
         typer.Option(
             "--only",
             metavar="PART",
-            help="Measure only this part: linearity or seams. Repeatable. \\[default: all]",
+            help="Measure only this part: linearity, reconstruction or seams. "
+            "Repeatable. \\[default: all]",
         ),
     ] = None,
     items: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of items, spread evenly over the store. \\[default: 8]"),
+        typer.Option(
+            min=1,
+            help="Number of items, spread evenly over the store. \\[default: 8, reconstruction 32]",
+        ),
     ] = None,
     max_seconds: Annotated[
         float | None,
         typer.Option(
             min=0.1,
             help="Use at most this length of an item, in seconds. \\[default: linearity one chunk, "
-            "seams 60 or five chunks]",
+            "others 60, seams five chunks if longer]",
         ),
     ] = None,
     gain: Annotated[
@@ -239,8 +243,9 @@ def evaluate(
 ) -> None:
     """Measure the quality of the latents of STORE on its own audio.
 
-    Parts: linearity (how well latents scale and add) and seams (the error of chunking, compared
-    with encoding items in one piece). Writes evaluation/PART.json in the store.
+    Parts: linearity (how well latents scale, add and subtract), reconstruction (decoded records,
+    compared with their source audio) and seams (the error of chunking, compared with encoding items
+    in one piece). Writes evaluation/PART.json in the store.
     """
     from latentmill.cli import show_evaluation
     from latentmill.evaluation.evaluate import evaluate as evaluate_store

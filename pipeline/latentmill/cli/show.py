@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from latentmill.encoding.batches import LONG_BATCH_SECONDS
 from latentmill.encoding.timings import bound
-from latentmill.store.measurement import MEASURED
+from latentmill.store.measurement import IN_INFO
 from latentmill.text.printing import clock_time, counted
 
 if TYPE_CHECKING:  # some of these import torch; `status` must start quickly
@@ -30,7 +30,7 @@ MAX_LISTED = 20
 def plain(value: Any) -> Any:
     """Convert dataclasses, models and tuples to the dicts and lists that JSON has."""
     if isinstance(value, BaseModel):
-        unset: set[str] = {name for name in MEASURED if getattr(value, name, 0) is None}
+        unset: set[str] = {name for name in IN_INFO if getattr(value, name, 0) is None}
         return value.model_dump(mode="json", exclude=unset)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         result = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from latentmill.evaluation.evaluate import Evaluation
     from latentmill.evaluation.linearity import LinearityReport
     from latentmill.evaluation.seams import SeamReport
-    from latentmill.store.results import ScoreEntry
+    from latentmill.store.results import ReconstructionEntry, ScoreEntry
 
 _UNITS = {"snr": " dB", "si_sdr": " dB", "level": " dB", "log_mel": " dB"}
 _FORMS = {"origin": 0, "raw": 1, "mix": 0}
@@ -22,6 +22,8 @@ def evaluation(result: Evaluation) -> str:
     parts = []
     if result.linearity is not None:
         parts.append(f"linearity\n{linearity(result.linearity)}")
+    if result.reconstruction is not None:
+        parts.append(f"reconstruction\n{reconstruction(result.reconstruction)}")
     if result.seams is not None:
         parts.append(f"seams\n{seams(result.seams)}")
     parts += [f"{part}\nnot measured: {why}" for part, why in result.unavailable.items()]
@@ -86,6 +88,23 @@ def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in table
     ]
+
+
+def reconstruction(entry: ReconstructionEntry) -> str:
+    """The table of the quality of decoding, and the worst items."""
+    table: list[tuple[str, ...]] = [("measure", "median", "mean", "lowest", "highest")]
+    for name, one in entry.summary.items():
+        unit = _UNITS.get(name, "")
+        values = (f"{v:.3g}{unit}" for v in (one.median, one.mean, one.low, one.high))
+        table.append((name.replace("_", " "), *values))
+    lines = [f"{counted(len(entry.items), 'item')}, {entry.silent} more are silent"]
+    lines += [f"{n} without source: {why}" for why, n in entry.without_source.items()]
+    lines += _aligned(table)
+    by_key = {item.key: item for item in entry.items}
+    for key in entry.worst[:3]:
+        item = by_key[key]
+        lines.append(f"worst: {key}: MR-STFT {item.mr_stft:.3g}, SNR {item.snr:.3g} dB")
+    return "\n".join(lines)
 
 
 def seams(report: SeamReport) -> str:

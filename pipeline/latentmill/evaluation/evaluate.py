@@ -11,11 +11,13 @@ from typing import Any, Literal, get_args
 from latentmill.errors import ConfigError
 from latentmill.evaluation.compat import PROTOCOL, measure_linear_cae
 from latentmill.evaluation.linearity import LinearityReport, measure_linearity
+from latentmill.evaluation.reconstruction import measure_reconstruction
 from latentmill.evaluation.seams import SeamReport, measure_seams
+from latentmill.store.results import ReconstructionEntry
 from latentmill.store.store import LatentStore, open_store
 from latentmill.text.log import get_logger
 
-Part = Literal["linearity", "seams"]
+Part = Literal["linearity", "reconstruction", "seams"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 _log = get_logger("evaluation")
@@ -27,11 +29,13 @@ class Evaluation:
 
     Attributes:
         linearity: The error of latent arithmetic.
+        reconstruction: The quality of decoded records, compared with their sources.
         seams: The error that chunking introduces.
         unavailable: The parts that cannot be measured on this store, with the reason.
     """
 
     linearity: LinearityReport | None = None
+    reconstruction: ReconstructionEntry | None = None
     seams: SeamReport | None = None
     unavailable: Mapping[Part, str] = field(default_factory=dict)
 
@@ -80,6 +84,7 @@ def evaluate(
     linearity = measure_linear_cae if compat else measure_linearity
     measures: dict[Part, Callable[..., Any]] = {
         "linearity": partial(linearity, gains=gains),
+        "reconstruction": measure_reconstruction,
         "seams": measure_seams,
     }
     results: dict[Part, Any] = {}

@@ -35,7 +35,7 @@ from latentmill.store.commit import (
     write_unit,
 )
 from latentmill.store.index import entries
-from latentmill.store.measurement import MEASURED, current_result, write_measurement
+from latentmill.store.measurement import NAMES, current_result, write_measurement
 from latentmill.store.schema import COMMITS, SHARDS, Commit
 from latentmill.store.seal import npy_bytes, read_origin, seal, write_origin
 from latentmill.store.store import LatentStore
@@ -117,7 +117,7 @@ def _converted(store: LatentStore, storage: Storage, format_name: ShardFormat) -
         _copy_units(store, storage, plan)
         sealed = seal(storage, plan)
         remove_unfinished(storage)
-        for name in MEASURED:
+        for name in NAMES.values():
             if (result := current_result(source, store.info, name)) is not None:
                 write_measurement(storage, sealed, result)
     new_failures = [

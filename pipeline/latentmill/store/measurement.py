@@ -6,31 +6,35 @@ Each records the seal that it was measured on, because the store may change afte
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from latentmill import __version__
 from latentmill.storage.storage import Storage
-from latentmill.store.results import LinearityEntry, Measurement, SeamEntry
+from latentmill.store.results import LinearityEntry, Measurement, ReconstructionEntry, SeamEntry
 from latentmill.store.schema import DatasetInfo, parse_document
 
-Name = Literal["seams", "linearity"]
+Name = Literal["linearity", "reconstruction", "seams"]
+Result = LinearityEntry | ReconstructionEntry | SeamEntry
 EVALUATION = "evaluation"
-MEASURED: tuple[Name, ...] = ("seams", "linearity")
+NAMES: dict[type[Result], Name] = {
+    LinearityEntry: "linearity",
+    ReconstructionEntry: "reconstruction",
+    SeamEntry: "seams",
+}
+IN_INFO: tuple[Name, ...] = ("seams", "linearity")  # shown by `info`
 
 
-def write_measurement(
-    storage: Storage, info: DatasetInfo, result: SeamEntry | LinearityEntry
-) -> None:
+def write_measurement(storage: Storage, info: DatasetInfo, result: Result) -> None:
     """Write a result measured on a sealed store; `info` is its dataset.json at the start."""
-    seams = result if isinstance(result, SeamEntry) else None
-    linearity = result if isinstance(result, LinearityEntry) else None
-    measurement = _measurement(info, seams, linearity)
-    name = "linearity" if seams is None else "seams"
-    if linearity is not None and linearity.protocol != "latentmill":
-        name += f"-{linearity.protocol}"  # beside the card that arithmetic relies on
+    name = NAMES[type(result)]
+    measurement = _measurement(info, {name: result})
+    file = str(name)
+    if isinstance(result, LinearityEntry) and result.protocol != "latentmill":
+        file += f"-{result.protocol}"  # beside the card that arithmetic relies on
     text = measurement.model_dump_json(indent=2, exclude_none=True)
     storage.clear_scratch()  # of a measurement that was killed
-    storage.write(f"{EVALUATION}/{name}.json", text.encode())
+    storage.write(f"{EVALUATION}/{file}.json", text.encode())
 
 
 def read_measurement(storage: Storage, info: DatasetInfo, name: Name) -> Measurement | None:
@@ -41,40 +45,35 @@ def read_measurement(storage: Storage, info: DatasetInfo, name: Name) -> Measure
     path = f"{EVALUATION}/{name}.json"
     data = storage.read_if_exists(path)
     if data is None:  # in format version 1, dataset.json contains the results
-        return _measurement(info, info.seams, info.linearity)
+        return _measurement(info, {one: getattr(info, one) for one in IN_INFO})
     where, hint = f"{storage.root}/{path}", "delete it and run `latentmill evaluate` again"
     measurement = parse_document(Measurement, data, where, hint)
     return measurement if measurement.fingerprint == info.fingerprint else None
 
 
-def current_result(
-    storage: Storage, info: DatasetInfo, name: Name
-) -> SeamEntry | LinearityEntry | None:
+def current_result(storage: Storage, info: DatasetInfo, name: Name) -> Result | None:
     """Read the result measured on the current seal; None if there is none."""
     measured = read_measurement(storage, info, name)
     if measured is None or measured.seal != info.seal:
         return None
-    result: SeamEntry | LinearityEntry | None = getattr(measured, name)
+    result: Result | None = getattr(measured, name)
     return result
 
 
 def with_measurements(storage: Storage, info: DatasetInfo) -> DatasetInfo:
     """Return `info` with the main results measured on the current seal."""
     current: dict[str, object] = {}
-    for name in MEASURED:
+    for name in IN_INFO:
         if (result := current_result(storage, info, name)) is not None:
             brief: dict[str, object] = {"scores": []} if isinstance(result, LinearityEntry) else {}
             current[name] = result.model_copy(update=brief)
     return info.model_copy(update=current)
 
 
-def _measurement(
-    info: DatasetInfo, seams: SeamEntry | None, linearity: LinearityEntry | None
-) -> Measurement:
+def _measurement(info: DatasetInfo, results: Mapping[str, Result | None]) -> Measurement:
     return Measurement(
         latentmill_version=__version__,
         fingerprint=info.fingerprint,
         seal=info.seal,
-        seams=seams,
-        linearity=linearity,
+        **results,
     )

@@ -104,6 +104,39 @@ class LinearityEntry(_Result):
     scores: list[ScoreEntry] = []
 
 
+class ItemQuality(_Result):
+    """Quality of one reconstructed item."""
+
+    key: str
+    seconds: float = Field(description="Length that was compared.")
+    snr: float = Field(description="dB.")
+    si_sdr: float = Field(description="dB.")
+    level: float = Field(description="Level error in dB.")
+    mr_stft: float = Field(description="Multi-resolution STFT distance.")
+    log_mel: float = Field(description="Log-mel distance in dB.")
+
+
+class SummaryEntry(_Result):
+    """Distribution of a value over items."""
+
+    mean: float
+    median: float
+    low: float = Field(description="Smallest value.")
+    high: float = Field(description="Largest value.")
+
+
+class ReconstructionEntry(_Result):
+    """Decoded records, compared with their source audio."""
+
+    items: list[ItemQuality]
+    summary: dict[str, SummaryEntry] = Field(description="By measure, over the items.")
+    worst: list[str] = Field(description="Keys with the largest mr_stft, the largest first.")
+    silent: int = Field(description="Items below -50 dBFS, which are not compared.")
+    without_source: dict[str, int] = Field(
+        description="Number of items that could not be compared, by reason."
+    )
+
+
 class Measurement(_Result):
     """A result measured on the audio of a store: evaluation/NAME.json."""
 
@@ -113,3 +146,4 @@ class Measurement(_Result):
     seal: str | None = Field(description="Seal of the store when it was measured.")
     seams: SeamEntry | None = Field(None, description="Error at the seams of chunks.")
     linearity: LinearityEntry | None = Field(None, description="Error of latent arithmetic.")
+    reconstruction: ReconstructionEntry | None = Field(None, description="Quality of decoding.")

@@ -293,10 +293,11 @@ def _snr(record: Record, audio: FloatArray) -> float | None:
     return float(10 * np.log10(signal / noise)) if noise > 0 and signal > 0 else None
 
 
-def read_source(record: Record, channels: int) -> FloatArray:
+def read_source(record: Record, channels: int, samples: int | None = None) -> FloatArray:
     """Load the audio that a record was encoded from, as the model's input `[channels, samples]`.
 
-    Raises ItemError if the source is missing or has changed.
+    With `samples` only the first ones are loaded. Raises ItemError if the source is missing or has
+    changed.
     """
     item = item_at(record.source_uri)
     part = item.segment or Segment(0.0)
@@ -305,5 +306,9 @@ def read_source(record: Record, channels: int) -> FloatArray:
             raise ItemError("the source has changed since it was encoded")
         stream = open_audio(media, start=part.start, duration=part.duration, allow_truncated=True)
         waveform = prepare(stream, sample_rate=record.sample_rate, channels=channels)
-        audio: FloatArray = np.concatenate(list(waveform.blocks()), axis=1)
-        return audio
+        blocks: list[FloatArray] = []
+        for block in waveform.blocks():
+            blocks.append(block)
+            if samples is not None and sum(b.shape[1] for b in blocks) >= samples:
+                break
+        return np.concatenate(blocks, axis=1)[:, :samples]

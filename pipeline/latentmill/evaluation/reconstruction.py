@@ -1,0 +1,94 @@
+"""Quality of decoding: records decoded by the store's model, compared with their source audio."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import Counter
+
+import torch
+
+from latentmill.errors import ConfigError, ItemError
+from latentmill.evaluation.audio_metrics import measures_of
+from latentmill.evaluation.tracks import audible
+from latentmill.models.inference.precision import numeric_mode
+from latentmill.record import Record
+from latentmill.store.measurement import write_measurement
+from latentmill.store.results import ItemQuality, ReconstructionEntry, SummaryEntry
+from latentmill.store.store import LatentStore
+from latentmill.store.verify import read_source
+from latentmill.text.log import get_logger
+
+WORST = 10
+
+_log = get_logger("evaluation")
+
+
+def measure_reconstruction(
+    store: LatentStore, *, items: int = 32, max_seconds: float | None = None, record: bool = True
+) -> ReconstructionEntry:
+    """Decode some records and compare them with their sources.
+
+    `items` records are spread evenly over the store. Of each, the first `max_seconds` are used; the
+    default is a minute. Records whose source cannot be read are counted by reason. `record` writes
+    the result into a sealed store's evaluation/reconstruction.json.
+    """
+    rate = store.info.model["sample_rate"]
+    longest = round((60.0 if max_seconds is None else max_seconds) * rate)
+    step = max(1, len(store) // items)
+    keys = list(itertools.islice(store.keys(), 0, step * items, step))
+    found: list[ItemQuality] = []
+    missing: Counter[str] = Counter()
+    silent = 0
+    for number, key in enumerate(keys):
+        _log.info("reconstruction: %d of %d", number + 1, len(keys))
+        try:
+            one = _quality(store, store[key], longest)
+        except ItemError as error:
+            missing[str(error)] += 1
+            continue
+        if one is None:
+            silent += 1
+        else:
+            found.append(one)
+    if not found:
+        reasons = [f"{count} {why}" for why, count in missing.most_common(3)]
+        reasons += [f"{silent} silent"] if silent else []
+        raise ConfigError(
+            f"{store.url}: none of {len(keys)} records can be compared with its source "
+            f"({', '.join(reasons)}): make the sources readable, or raise "
+            "--items."
+        )
+    result = ReconstructionEntry(
+        items=found,
+        summary={name: _summary([getattr(i, name) for i in found]) for name in measures_of(rate)},
+        worst=[i.key for i in sorted(found, key=lambda i: -i.mr_stft)[:WORST]],
+        silent=silent,
+        without_source=dict(missing.most_common()),
+    )
+    if record and store.sealed:
+        write_measurement(store.storage, store.info, result)
+    return result
+
+
+def _quality(store: LatentStore, record: Record, longest: int) -> ItemQuality | None:
+    """The quality of one record; None if its source is silent."""
+    model = store.model()
+    target = torch.from_numpy(read_source(record, model.spec.channels, longest))
+    if not audible(target):
+        return None
+    samples = min(target.shape[1], record.num_samples)
+    with numeric_mode(store.precision, store.device):
+        decoded = torch.from_numpy(store.decode_latent(store.source(record.key), samples))
+    target = target[:, :samples]
+    measured = {n: of(decoded, target) for n, of in measures_of(record.sample_rate).items()}
+    return ItemQuality(key=record.key, seconds=samples / record.sample_rate, **measured)
+
+
+def _summary(values: list[float]) -> SummaryEntry:
+    return SummaryEntry(
+        mean=statistics.fmean(values),
+        median=statistics.median(values),
+        low=min(values),
+        high=max(values),
+    )

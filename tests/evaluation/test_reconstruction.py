@@ -1,0 +1,84 @@
+"""Quality of decoding, against formulas in numpy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from formulas import METRICS
+
+import latentmill as lm
+from latentmill.errors import ConfigError
+from latentmill.evaluation.reconstruction import measure_reconstruction
+from latentmill.store.store import LatentStore
+from support import runs
+from support.stem_files import RATE, waveform, write_stem_store, write_stems
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = write_stems(tmp_path / "songs")
+    soundfile.write(folder / "silence.wav", np.zeros(3200), RATE)
+    return folder
+
+
+@pytest.fixture
+def store(source: Path, tmp_path: Path) -> LatentStore:
+    """float16: the rounding of the latents is the error."""
+    return write_stem_store(tmp_path / "store", source, dtype="float16")
+
+
+def test_every_item_is_measured(store: LatentStore, source: Path) -> None:
+    found = measure_reconstruction(store)
+    assert [item.key for item in found.items] == [key for key in store.keys() if key != "silence"]  # noqa: SIM118
+    assert (found.silent, found.without_source) == (1, {})
+    for item in found.items:
+        samples = store.entry(item.key).num_samples
+        decoded, target = store.decode(item.key), waveform(source, item.key, samples)
+        assert item.seconds == samples / RATE
+        for name, formula in METRICS.items():
+            wanted = formula(decoded.astype(np.float64), target.astype(np.float64), RATE)
+            assert getattr(item, name) == pytest.approx(wanted, rel=1e-3, abs=1e-6), name
+    for name in METRICS:
+        values = [getattr(item, name) for item in found.items]
+        summary = found.summary[name]
+        assert (summary.low, summary.high) == (min(values), max(values))
+        assert summary.median == pytest.approx(np.median(values))
+        assert summary.mean == pytest.approx(np.mean(values))
+    order = sorted(found.items, key=lambda item: item.mr_stft, reverse=True)
+    assert found.worst == [item.key for item in order]
+
+
+def test_a_part_of_each_item(store: LatentStore, source: Path) -> None:
+    found = measure_reconstruction(store, items=3, max_seconds=0.7)
+    assert (len(found.items), found.silent) == (2, 1)  # a bass that begins after a second
+    for item in found.items:
+        samples = min(round(0.7 * RATE), store.entry(item.key).num_samples)
+        decoded = store.decode(item.key)[:, :samples].astype(np.float64)
+        target = waveform(source, item.key, samples).astype(np.float64)
+        assert item.snr == pytest.approx(METRICS["snr"](decoded, target, RATE), rel=1e-3)
+
+
+def test_items_without_a_source_are_counted(
+    store: LatentStore,
+    source: Path,
+    one_sentence: Callable[[BaseException], str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (source / "north/bass.wav").unlink()
+    (source / "south/keys.wav").write_bytes((source / "south/drums.wav").read_bytes())
+    result = runs.call(capsys, "evaluate", store.url, "--only", "reconstruction")
+    assert result.code == 0
+    assert "1 without source: the source has changed since it was encoded" in result.out
+    written = json.loads(Path(store.url, "evaluation/reconstruction.json").read_text())
+    assert sum(written["reconstruction"]["without_source"].values()) == 2
+    assert len(written["reconstruction"]["items"]) == len(store) - 3
+    for path in source.rglob("*.wav"):
+        path.unlink()
+    with pytest.raises(ConfigError) as caught:
+        lm.evaluate(store, only=["reconstruction"])
+    assert "none of 9 records can be compared with its source" in one_sentence(caught.value)
