@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,6 +64,56 @@ def test_what_was_read_is_not_asked_for_again(
     assert len(requests) == 1
     size = sum(path.stat().st_size for path in blocks(tmp_path))
     assert size <= sum(size for size, _ in remote.shard_sizes().values())
+
+
+@pytest.mark.parametrize("together", [1, 256])
+def test_neighbouring_blocks_are_one_request(
+    remote: LatentStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    """With `whole`, all blocks of a span are; without, those that are needed."""
+    monkeypatch.setattr(cache_module, "TOGETHER", together)
+    monkeypatch.setattr(cache_module, "SPAN", 4)
+    block = BLOCK // 2
+    monkeypatch.setattr(cache_module, "BLOCK", block)
+    path, (size, digest) = max(remote.shard_sizes().items(), key=lambda one: one[1][0])
+    data, shard = remote.storage.read(path), Shard(path, size, digest)
+    assert 8 * block < size <= 12 * block
+    made: list[list[tuple[int, int]]] = []
+    real = Storage.read_ranges
+
+    def counted(self: Storage, ranges: Any) -> Any:
+        made.append([(offset // block, -(-length // block)) for _, offset, length in ranges])
+        return real(self, ranges)
+
+    monkeypatch.setattr(Storage, "read_ranges", counted)
+
+    def read(cache: RangeCache, *places: tuple[int, int]) -> list[tuple[int, int]]:
+        made.clear()
+        pieces = [Piece(shard, at, memoryview(bytearray(count))) for at, count in places]
+        cache.fill(remote.storage, pieces)
+        assert [bytes(p.target) for p in pieces] == [data[at : at + n] for at, n in places]
+        return [run for runs in made for run in runs]
+
+    cache = RangeCache(tmp_path / "parts", 1)
+    assert read(cache, (block - 9, 10), (7, 5), (4 * block, 3)) == [(0, 2), (4, 1)]
+    assert read(cache, (0, 4 * block)) == [(2, 2)]
+    assert read(cache, (0, 5 * block)) == []
+    cache = RangeCache(tmp_path / "whole", 1, whole=True)
+    assert read(cache, (2 * block, 9)) == [(0, 4)]
+    assert read(pickle.loads(pickle.dumps(cache)), (4 * block, 9))[0][0] == 4
+    assert read(cache, (0, size)) == [(8, -(-size // block) - 8)]
+
+
+@pytest.mark.parametrize(("gib", "where", "whole"), [(1, None, True), (1, "number > 3", False)])
+def test_all_is_read_if_it_is_needed_and_fits(
+    remote: LatentStore, tmp_path: Path, gib: float, where: str | None, whole: bool
+) -> None:
+    dataset = lm.LatentDataset(remote, crop=8, where=where, cache=tmp_path, cache_gib=gib)
+    cache = dataset.corpus.stores[0].crops._shards._cache
+    assert cache is not None
+    assert cache.whole == whole
+    assert cache.holds(2**29)
+    assert not cache.holds(2**30)
 
 
 def test_the_bound_holds(remote: LatentStore, tmp_path: Path) -> None:

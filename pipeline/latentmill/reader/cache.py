@@ -12,14 +12,17 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from latentmill.errors import ConfigError, StorageError
 from latentmill.storage.storage import Storage
 
 BLOCK = 256 * 1024
+SPAN = 16  # blocks; a request reads at most those of one span
+TOGETHER = 256  # blocks that are read at once and in memory at the same time
 _SUFFIX = ".block"
 _ABANDONED_SECONDS = 600.0
 
@@ -42,16 +45,24 @@ class Piece:
     target: memoryview
 
 
+_Run = tuple[
+    Shard, int, int
+]  # consecutive blocks of a shard: the first, and the one after the last
+
+
 class RangeCache:
     """Blocks of shards in a folder; removes the least recently used blocks first.
 
     Can be pickled; any number of processes may share the folder, which is created if missing. `gib`
     is its maximum size in GiB, at least 64 blocks (16 MiB). Each process that writes may exceed it
     by 1/64 before it checks the size again. Raises ConfigError if the folder cannot be created.
+
+    With `whole`, everything is expected to be read sooner or later and to fit, so a missing block
+    is read together with its neighbours: fewer, larger requests fill a new cache faster.
     """
 
-    def __init__(self, folder: str | Path, gib: float) -> None:
-        self.folder, self.gib = Path(folder), gib
+    def __init__(self, folder: str | Path, gib: float, *, whole: bool = False) -> None:
+        self.folder, self.gib, self.whole = Path(folder), gib, whole
         self._max_bytes = int(gib * 2**30)
         self._written = self._max_bytes  # check the size before writing the first block
         if self._max_bytes < 64 * BLOCK:
@@ -63,34 +74,62 @@ class RangeCache:
                 f"cannot create the cache folder {folder} ({error.strerror}): use another one."
             ) from error
 
-    def __reduce__(self) -> tuple[type[RangeCache], tuple[Path, float]]:
-        return RangeCache, (self.folder, self.gib)
+    def __reduce__(self) -> tuple[Callable[..., RangeCache], tuple[Path, float]]:
+        return partial(RangeCache, whole=self.whole), (self.folder, self.gib)
+
+    def holds(self, size: int) -> bool:
+        """Whether that many bytes fit into the cache without removing any."""
+        return size <= self._max_bytes - self._max_bytes // 32
 
     def fill(self, storage: Storage, pieces: Sequence[Piece]) -> None:
-        """Fill the pieces from the cache; read missing blocks from the storage into the cache."""
-        blocks: dict[tuple[Shard, int], bytes | None] = {}
+        """Fill the pieces from the cache; read missing blocks from the storage into the cache.
+
+        Neighbouring blocks are read by one request.
+        """
+        wanted: dict[tuple[Shard, int], list[Piece]] = {}
         for piece in pieces:
             for number in _blocks_of(piece):
-                blocks.setdefault((piece.shard, number), None)
-        for shard, number in blocks:
-            blocks[shard, number] = self._load(shard, number)
-        missing = [place for place, data in blocks.items() if data is None]
-        found = storage.read_ranges(
-            [(shard.path, number * BLOCK, _length(shard, number)) for shard, number in missing]
-        )
-        for (shard, number), data in zip(missing, found, strict=True):
-            if len(data) != _length(shard, number):
-                raise StorageError(
-                    f"{storage.root}/{shard.path} is truncated: restore the shard, or delete it "
-                    "and run the encode command again."
-                )
-            blocks[shard, number] = data
-            self._save(shard, number, data)
-        for piece in pieces:
-            for number in _blocks_of(piece):
-                block = blocks[piece.shard, number]
-                assert block is not None, "it was loaded or read"
-                _copy(block, number, piece)
+                wanted.setdefault((piece.shard, number), []).append(piece)
+        missing = set()
+        for (shard, number), targets in wanted.items():
+            block = self._load(shard, number)
+            if block is None:
+                missing.add((shard, number))
+            else:
+                _copy(block, number, targets)
+        for runs in _groups(self._runs(missing)):
+            found = storage.read_ranges(
+                [
+                    (shard.path, first * BLOCK, _length(shard, first, last))
+                    for shard, first, last in runs
+                ]
+            )
+            for (shard, first, last), data in zip(runs, found, strict=True):
+                if len(data) != _length(shard, first, last):
+                    raise StorageError(
+                        f"{storage.root}/{shard.path} is truncated: restore the shard, or delete "
+                        "it and run the encode command again."
+                    )
+                for number in range(first, last):
+                    block = data[(number - first) * BLOCK : (number + 1 - first) * BLOCK]
+                    self._save(shard, number, block)
+                    _copy(block, number, wanted.get((shard, number), []))
+
+    def _runs(self, missing: set[tuple[Shard, int]]) -> list[_Run]:
+        """Runs of blocks to read: the missing ones and, if all shards fit, those around them."""
+        for shard, number in list(missing) if self.whole else []:
+            first = number // SPAN * SPAN
+            for other in range(first, min(first + SPAN, -(-shard.bytes // BLOCK))):
+                if (shard, other) not in missing and not self._path(shard, other).exists():
+                    missing.add((shard, other))
+        runs: list[_Run] = []
+        for shard, number in sorted(missing, key=lambda place: (place[0].path, place[1])):
+            run = runs[-1] if runs else None
+            if run and run[0] == shard and run[2] == number and number % SPAN:
+                runs[-1] = (shard, run[1], number + 1)
+            else:
+                runs.append((shard, number, number + 1))
+        return runs
 
     def _path(self, shard: Shard, number: int) -> Path:
         # Hash again: a string from a store must not be used as a file name.
@@ -106,7 +145,7 @@ class RangeCache:
             return None
         except OSError as error:
             raise self._failed(error) from error
-        return data if len(data) == _length(shard, number) else None
+        return data if len(data) == _length(shard, number, number + 1) else None
 
     def _save(self, shard: Shard, number: int, data: bytes) -> None:
         if self._written >= self._max_bytes // 64:
@@ -159,13 +198,31 @@ def _blocks_of(piece: Piece) -> range:
     return range(piece.offset // BLOCK, last // BLOCK + 1)
 
 
-def _length(shard: Shard, number: int) -> int:
-    return min(BLOCK, shard.bytes - number * BLOCK)
+def _length(shard: Shard, first: int, last: int) -> int:
+    """Bytes in the blocks from `first` to before `last`."""
+    return min(last * BLOCK, shard.bytes) - first * BLOCK
 
 
-def _copy(data: bytes, number: int, piece: Piece) -> None:
-    """Copy the overlap of a block and a piece."""
+def _groups(runs: Sequence[_Run]) -> Iterator[list[_Run]]:
+    """Split the runs into groups of limited size, since a group is in memory at once."""
+    group: list[_Run] = []
+    blocks = 0
+    for run in runs:
+        if group and blocks + run[2] - run[1] > TOGETHER:
+            yield group
+            group, blocks = [], 0
+        group.append(run)
+        blocks += run[2] - run[1]
+    if group:
+        yield group
+
+
+def _copy(block: bytes, number: int, pieces: Sequence[Piece]) -> None:
+    """Copy the overlap of a block and each piece."""
     begin = number * BLOCK
-    first = max(piece.offset, begin)
-    last = min(piece.offset + len(piece.target), begin + len(data))
-    piece.target[first - piece.offset : last - piece.offset] = data[first - begin : last - begin]
+    for piece in pieces:
+        first = max(piece.offset, begin)
+        last = min(piece.offset + len(piece.target), begin + len(block))
+        piece.target[first - piece.offset : last - piece.offset] = block[
+            first - begin : last - begin
+        ]

@@ -190,6 +190,9 @@ class Corpus:
         opened = [store if isinstance(store, LatentStore) else _open(store) for store in given]
         check_mix(opened)
         ranges = None if cache is None else RangeCache(os.fspath(cache), cache_gib)
+        if ranges is not None:
+            sizes = (size for store in opened for size, _ in store.shard_sizes().values())
+            ranges.whole = where is None and ranges.holds(sum(sizes))
         self.reading = reading
         for store in opened:
             warn_incomplete(store)
