@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ import latentmill as lm
 from latentmill.errors import ConfigError, StorageError, WorkerError
 from latentmill.reader.sample import Sample
 from latentmill.reader.stems import ContextAndTarget
+from latentmill.storage.storage import Storage
 from support.latent_store import write_latents
 
 Batch = dict[str, Any]
@@ -371,6 +373,37 @@ def test_long_requests_and_batches_do_not_block_each_other(mixed: list[str]) -> 
     sampler = RandomSampler(dataset, replacement=True, num_samples=60_000)
     with lm.Loader(lm.BatchSampler(dataset, 20_000, sampler=sampler), workers=1) as loader:
         assert [len(batch["key"]) for batch in loader] == [20_000] * 3
+
+
+@pytest.mark.parametrize("name", ["crops", "transformed", "stems"])
+def test_a_worker_reads_two_batches_of_a_remote_store_at_once(
+    mixed: list[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    lengths = [9, 3, 30, 17, 8, 25, 12, 40]
+    store = write_latents(f"memory://{name}", lengths)
+
+    def source() -> Any:
+        if name == "stems":
+            return lm.StemDataset(store, ContextAndTarget(), crop=8, active_db=None)
+        transforms = [Failing(lambda: None)] if name == "transformed" else []
+        return lm.LatentDataset(store, crop=8, transforms=transforms)
+
+    size = 1 if name == "stems" else 2
+    expected = list(lm.Loader(source(), size, workers=0))
+    together = threading.Barrier(2, timeout=120)
+    real = Storage.read_ranges
+
+    def waiting(self: Storage, ranges: Any) -> Any:
+        if any(length == 8 * 4 * 2 for _, _, length in ranges):  # of latents
+            together.wait()
+        return real(self, ranges)
+
+    monkeypatch.setattr(Storage, "read_ranges", waiting)
+    with lm.Loader(source(), size, workers=1, start_method="fork") as loader:
+        batches = list(loader)
+    assert len(batches) == len(expected) == len(lengths) // (4 if name == "stems" else 2)
+    for batch, one in zip(batches, expected, strict=True):
+        same(batch, one)
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -40,6 +40,14 @@ class BatchBuilder:
     ) -> None:
         self._source, self._collate, self._dtype = source, collate_fn, dtype
 
+    @property
+    def remote(self) -> bool:
+        """Whether a store is not on a local disk."""
+        source: Any = self._source
+        stores = [one.store for one in source.stores] if isinstance(source, Corpus) else []
+        store = getattr(source, "store", None)
+        return not all(one.storage.local for one in [*stores, *([store] if store else [])])
+
     def build(self, requested: Requested) -> Packed:
         """Make a batch. It may be read only when it is written into a buffer."""
         source, (epoch, positions, numbers) = self._source, requested

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import mmap
 import multiprocessing
 import os
 import pickle
+import queue
 import signal
 import socket
 import threading
 import time
 import traceback
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
@@ -25,6 +28,7 @@ from latentmill.reader.buffers import Released, Slot, create_memory, map_memory,
 from latentmill.reader.building import BatchBuilder
 from latentmill.reader.draws import Requested
 
+TOGETHER = 2  # batches of a remote store that a worker makes at the same time
 SPARE = 2  # unused slots to keep for each worker, beside those of requested batches
 CHECK_SECONDS = 1.0  # between checks whether the other process still runs
 STOP_SECONDS = 2.0  # to finish a batch before a worker is killed
@@ -245,25 +249,64 @@ def _work(connection: Connection, builder: BatchBuilder) -> None:
     threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
     slots: dict[int, torch.Tensor] = {}
     with contextlib.suppress(*_LOST):
+        if builder.remote:
+            _make_together(connection, builder, slots)
         while True:
-            number, dropped, requested = connection.recv()
-            for one in dropped:
-                slots.pop(one, None)
-            try:
-                packed = builder.build(Requested(*requested))
-                size, file = 0, -1
-                if number not in slots or slots[number].numel() < packed.size:
-                    size = _size_for(packed.size, slots.pop(number, None))
-                    file = create_memory(size)
-                    slots[number] = map_memory(os.dup(file), size)
-                packed.write(slots[number])
-            except Exception as error:  # noqa: BLE001  goes to the main process, whatever it is
-                connection.send(_Failure(error))
-                continue
-            connection.send((size, packed.size, packed.payload))
-            if size:
-                send_handle(connection, file, os.getppid())
-                os.close(file)
+            _send(connection, *_make(builder, slots, *_next_request(connection, slots)))
+
+
+def _make_together(
+    connection: Connection, builder: BatchBuilder, slots: dict[int, torch.Tensor]
+) -> None:
+    """Make several batches at the same time, since a remote store answers slowly.
+
+    Each thread has its own copy of the readers, which are not thread-safe.
+    """
+    builders = [builder, *(copy.deepcopy(builder) for _ in range(TOGETHER - 1))]
+    threads = [ThreadPoolExecutor(1) for _ in builders]
+    made: queue.SimpleQueue[Future[tuple[object, int]]] = queue.SimpleQueue()
+
+    def send_in_order() -> None:
+        with contextlib.suppress(*_LOST):
+            while True:
+                _send(connection, *made.get().result())
+
+    threading.Thread(target=send_in_order, daemon=True).start()
+    for thread, one in itertools.cycle(zip(threads, builders, strict=True)):
+        request = _next_request(connection, slots)
+        made.put(thread.submit(_make, one, slots, *request))
+
+
+def _next_request(connection: Connection, slots: dict[int, torch.Tensor]) -> tuple[int, Requested]:
+    """The slot and the samples of the next batch."""
+    number, dropped, requested = connection.recv()
+    for one in dropped:
+        slots.pop(one, None)
+    return number, Requested(*requested)
+
+
+def _make(
+    builder: BatchBuilder, slots: dict[int, torch.Tensor], number: int, requested: Requested
+) -> tuple[object, int]:
+    """Make a batch in a slot. Returns the answer and, if the slot got new memory, its file."""
+    try:
+        packed = builder.build(requested)
+        size, file = 0, -1
+        if number not in slots or slots[number].numel() < packed.size:
+            size = _size_for(packed.size, slots.pop(number, None))
+            file = create_memory(size)
+            slots[number] = map_memory(os.dup(file), size)
+        packed.write(slots[number])
+    except Exception as error:  # noqa: BLE001  goes to the main process, whatever it is
+        return _Failure(error), -1
+    return (size, packed.size, packed.payload), file
+
+
+def _send(connection: Connection, answer: object, file: int) -> None:
+    connection.send(answer)
+    if file >= 0:
+        send_handle(connection, file, os.getppid())
+        os.close(file)
 
 
 def _size_for(needed: int, before: torch.Tensor | None) -> int:
