@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ def read_all(store: LatentStore, cache: RangeCache | None) -> np.ndarray:
 
 
 def blocks(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
+    return [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
 def test_what_was_read_is_not_asked_for_again(
@@ -66,12 +68,12 @@ def test_what_was_read_is_not_asked_for_again(
     assert size <= sum(size for size, _ in remote.shard_sizes().values())
 
 
-@pytest.mark.parametrize("together", [1, 256])
+@pytest.mark.parametrize("together", [1, 16])
 def test_neighbouring_blocks_are_one_request(
     remote: LatentStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int
 ) -> None:
     """With `whole`, all blocks of a span are; without, those that are needed."""
-    monkeypatch.setattr(cache_module, "TOGETHER", together)
+    monkeypatch.setattr(cache_module, "SPANS_TOGETHER", together)
     monkeypatch.setattr(cache_module, "SPAN", 4)
     block = BLOCK // 2
     monkeypatch.setattr(cache_module, "BLOCK", block)
@@ -102,6 +104,38 @@ def test_neighbouring_blocks_are_one_request(
     assert read(cache, (2 * block, 9)) == [(0, 4)]
     assert read(pickle.loads(pickle.dumps(cache)), (4 * block, 9))[0][0] == 4
     assert read(cache, (0, size)) == [(8, -(-size // block) - 8)]
+
+
+def test_blocks_are_read_once_by_all_threads_and_processes(
+    remote: LatentStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, (size, digest) = max(remote.shard_sizes().items(), key=lambda one: one[1][0])
+    data, shard = remote.storage.read(path), Shard(path, size, digest)
+    made: list[int] = []
+    reading, others = threading.Event(), threading.Event()
+    real = Storage.read_ranges
+
+    def slow(self: Storage, ranges: Any) -> Any:
+        if ranges:
+            made.append(len(ranges))
+            reading.set()
+            assert others.wait(120)
+        return real(self, ranges)
+
+    monkeypatch.setattr(Storage, "read_ranges", slow)
+
+    def read(number: int) -> bytes:
+        if number:
+            assert reading.wait(120)
+        piece = Piece(shard, number, memoryview(bytearray(size - number)))
+        if number == 3:
+            others.set()
+        RangeCache(tmp_path, 1, whole=True).fill(remote.storage, [piece])
+        return bytes(piece.target)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(read, range(4))) == [data[number:] for number in range(4)]
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize(("gib", "where", "whole"), [(1, None, True), (1, "number > 3", False)])

@@ -8,6 +8,7 @@ visible.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import tempfile
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from latentmill.errors import ConfigError, StorageError
@@ -22,7 +24,7 @@ from latentmill.storage.storage import Storage
 
 BLOCK = 256 * 1024
 SPAN = 16  # blocks; a request reads at most those of one span
-TOGETHER = 256  # blocks that are read at once and in memory at the same time
+SPANS_TOGETHER = 16  # that are read at once and in memory at the same time
 _SUFFIX = ".block"
 _ABANDONED_SECONDS = 600.0
 
@@ -45,6 +47,7 @@ class Piece:
     target: memoryview
 
 
+_Span = tuple[Shard, int]
 _Run = tuple[
     Shard, int, int
 ]  # consecutive blocks of a shard: the first, and the one after the last
@@ -84,36 +87,47 @@ class RangeCache:
     def fill(self, storage: Storage, pieces: Sequence[Piece]) -> None:
         """Fill the pieces from the cache; read missing blocks from the storage into the cache.
 
-        Neighbouring blocks are read by one request.
+        Neighbouring blocks are read by one request, and each by one process or thread: the others
+        wait for it.
         """
-        wanted: dict[tuple[Shard, int], list[Piece]] = {}
+        wanted: dict[_Span, list[tuple[Piece, int]]] = {}
         for piece in pieces:
             for number in _blocks_of(piece):
-                wanted.setdefault((piece.shard, number), []).append(piece)
-        missing = set()
-        for (shard, number), targets in wanted.items():
-            block = self._load(shard, number)
-            if block is None:
-                missing.add((shard, number))
-            else:
-                _copy(block, number, targets)
-        for runs in _groups(self._runs(missing)):
-            found = storage.read_ranges(
-                [
-                    (shard.path, first * BLOCK, _length(shard, first, last))
-                    for shard, first, last in runs
-                ]
-            )
-            for (shard, first, last), data in zip(runs, found, strict=True):
-                if len(data) != _length(shard, first, last):
-                    raise StorageError(
-                        f"{storage.root}/{shard.path} is truncated: restore the shard, or delete "
-                        "it and run the encode command again."
-                    )
-                for number in range(first, last):
-                    block = data[(number - first) * BLOCK : (number + 1 - first) * BLOCK]
-                    self._save(shard, number, block)
-                    _copy(block, number, wanted.get((shard, number), []))
+                if not self._copy_cached(number, piece):
+                    span = (piece.shard, number // SPAN)
+                    wanted.setdefault(span, []).append((piece, number))
+        while wanted:
+            with contextlib.ExitStack() as locks:
+                free = (s for s in wanted if locks.enter_context(self._locked(s, wait=False)))
+                held = list(islice(free, SPANS_TOGETHER))
+                if not held:
+                    held = [next(iter(wanted))]
+                    locks.enter_context(self._locked(held[0], wait=True))
+                self._read(storage, {span: wanted.pop(span) for span in held})
+
+    def _read(self, storage: Storage, wanted: dict[_Span, list[tuple[Piece, int]]]) -> None:
+        """Read the blocks that are still missing, and fill the pieces that need them."""
+        needed: dict[tuple[Shard, int], list[Piece]] = {}
+        for places in wanted.values():
+            for piece, number in places:
+                if not self._copy_cached(number, piece):
+                    needed.setdefault((piece.shard, number), []).append(piece)
+        runs = self._runs(set(needed))
+        found = storage.read_ranges(
+            [(run.path, first * BLOCK, _length(run, first, last)) for run, first, last in runs]
+        )
+        for (shard, first, last), data in zip(runs, found, strict=True):
+            if len(data) != _length(shard, first, last):
+                raise StorageError(
+                    f"{storage.root}/{shard.path} is truncated: restore the shard, or delete it "
+                    "and run the encode command again."
+                )
+            for number in range(first, last):
+                block = memoryview(data)[(number - first) * BLOCK : (number + 1 - first) * BLOCK]
+                self._save(shard, number, block)
+                for piece in needed.get((shard, number), []):
+                    target, offset = _overlap(number, piece)
+                    target[:] = block[offset : offset + len(target)]
 
     def _runs(self, missing: set[tuple[Shard, int]]) -> list[_Run]:
         """Runs of blocks to read: the missing ones and, if all shards fit, those around them."""
@@ -131,23 +145,54 @@ class RangeCache:
                 runs.append((shard, number, number + 1))
         return runs
 
+    @contextlib.contextmanager
+    def _locked(self, span: _Span, *, wait: bool) -> Iterator[bool]:
+        """Hold the lock on reading a span; yields whether it is held, which it is after a wait."""
+        shard, number = span
+        path = self._path(shard, number * SPAN).with_suffix(".lock")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._failed(error) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except BlockingIOError:
+            held = False
+        except OSError:  # a file system without locks: two processes may read the same blocks
+            held = True
+        try:
+            yield held
+        finally:
+            os.close(file)  # ends the lock
+
     def _path(self, shard: Shard, number: int) -> Path:
         # Hash again: a string from a store must not be used as a file name.
         name = hashlib.sha256(shard.hash.encode()).hexdigest()
         return self.folder / name[:2] / f"{name}-{number}{_SUFFIX}"
 
-    def _load(self, shard: Shard, number: int) -> bytes | None:
-        path = self._path(shard, number)
+    def _copy_cached(self, number: int, piece: Piece) -> bool:
+        """Copy the overlap of a block and a piece from the cache; False if it is not cached."""
+        path = self._path(piece.shard, number)
+        target, offset = _overlap(number, piece)
         try:
-            data = path.read_bytes()
-            os.utime(path)  # record the use; the file system may not update access times
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            return None
+            return False
         except OSError as error:
             raise self._failed(error) from error
-        return data if len(data) == _length(shard, number, number + 1) else None
+        try:
+            os.utime(file)  # record the use; the file system may not update access times
+            if os.fstat(file).st_size != _length(piece.shard, number, number + 1):
+                return False
+            return os.preadv(file, [target], offset) == len(target)
+        except OSError as error:
+            raise self._failed(error) from error
+        finally:
+            os.close(file)
 
-    def _save(self, shard: Shard, number: int, data: bytes) -> None:
+    def _save(self, shard: Shard, number: int, data: memoryview) -> None:
         if self._written >= self._max_bytes // 64:
             self._shrink()
         path = self._path(shard, number)
@@ -203,26 +248,9 @@ def _length(shard: Shard, first: int, last: int) -> int:
     return min(last * BLOCK, shard.bytes) - first * BLOCK
 
 
-def _groups(runs: Sequence[_Run]) -> Iterator[list[_Run]]:
-    """Split the runs into groups of limited size, since a group is in memory at once."""
-    group: list[_Run] = []
-    blocks = 0
-    for run in runs:
-        if group and blocks + run[2] - run[1] > TOGETHER:
-            yield group
-            group, blocks = [], 0
-        group.append(run)
-        blocks += run[2] - run[1]
-    if group:
-        yield group
-
-
-def _copy(block: bytes, number: int, pieces: Sequence[Piece]) -> None:
-    """Copy the overlap of a block and each piece."""
+def _overlap(number: int, piece: Piece) -> tuple[memoryview, int]:
+    """The part of a piece's target that is in a block, and its offset in the block."""
     begin = number * BLOCK
-    for piece in pieces:
-        first = max(piece.offset, begin)
-        last = min(piece.offset + len(piece.target), begin + len(block))
-        piece.target[first - piece.offset : last - piece.offset] = block[
-            first - begin : last - begin
-        ]
+    first = max(piece.offset, begin)
+    last = min(piece.offset + len(piece.target), begin + BLOCK)
+    return piece.target[first - piece.offset : last - piece.offset], first - begin

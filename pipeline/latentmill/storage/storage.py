@@ -77,6 +77,8 @@ class Storage:
     def _fs(self) -> fsspec.AbstractFileSystem:
         """The file system; reopened after a fork, which cannot share the parent's connections."""
         if self._pid != os.getpid():
+            # Keep the parent's: deleting it would close its connections in another event loop.
+            self._inherited = self._opened
             self._opened, _ = open_filesystem(self.root)
             self._pid = os.getpid()
         return self._opened
