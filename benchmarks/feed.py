@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +43,8 @@ from latentmill.encoding.timings import Meter
 from latentmill.encoding.unit_audio import EncodeSettings, Event, Facts, Loading, LocalAudio, Opened
 from latentmill.models.base import ModelSpec
 from latentmill.models.families import mdct
+from latentmill.models.inference.device import worker_environment
+from latentmill.models.inference.device_pipeline import PlainTransport
 from latentmill.sources.base import Item
 from latentmill.sources.folder import FolderSource
 from latentmill.sources.reading import UnitReader
@@ -77,15 +81,15 @@ class SimulatedLoading(Loading):
 
 def fed(items: list[Item], loading: Loading) -> float:
     """Seconds for loading a unit and stacking its batches."""
-    packer = Packer(loading.chunking, loading.settings.batch_size)
+    packer, memory = Packer(loading.chunking, loading.settings.batch_size), PlainTransport()
     began = time.perf_counter()
     with contextlib.closing(LocalAudio(items, loading, Meter())) as audio:
         for number, _, event in audio:
             if isinstance(event, Chunk):
                 for batch in packer.add(number, event):
-                    batch.audio()
+                    batch.audio(out=memory.stage(batch.shape))
         for batch in packer.flush():
-            batch.audio()
+            batch.audio(out=memory.stage(batch.shape))
     return time.perf_counter() - began
 
 
@@ -195,10 +199,10 @@ def stages(audio: np.ndarray, rounds: int) -> dict[str, Any]:
             meter.finish(spec.frames(signal.shape[1]))  # noqa: B023
 
         def batch() -> None:
-            packer = Packer(chunking, BATCH)  # noqa: B023
+            packer, memory = Packer(chunking, BATCH), PlainTransport()  # noqa: B023
             for one in chunks:  # noqa: B023
                 for full in packer.add(0, one):
-                    full.audio()
+                    full.audio(out=memory.stage(full.shape))
 
         result["mono" if channels == 1 else "stereo"] = {
             name: round(6 * median([cpu_seconds(stage) for _ in range(rounds)]), 4)
@@ -221,6 +225,8 @@ def cpu_seconds(stage: Callable[[], None]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    if missing := worker_environment():  # memory is allocated as in a worker
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **missing})
     parser.add_argument("--audio", type=Path, default=SHARED_AUDIO / "flac")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from latentmill.encoding.chunks import Chunking
+from latentmill.encoding.chunks import Chunker, Chunking
 from latentmill.errors import ConfigError
 from latentmill.models.base import ModelSpec, Stitch
 from support.chunk_cases import PADDED, Case, cases, decoded, make_spec
@@ -21,6 +21,20 @@ def test_chunks_do_not_depend_on_how_the_audio_is_pushed(case: Case, sizes: list
     assert [chunk.frame for chunk in pieces] == [chunk.frame for chunk in whole]
     for piece, chunk in zip(pieces, whole, strict=True):
         assert np.array_equal(piece.audio, chunk.audio)
+
+
+@given(cases(), st.integers(0, 300), st.lists(st.integers(0, 40), max_size=12))
+def test_chunks_do_not_depend_on_what_the_header_promises(
+    case: Case, expected: int, sizes: list[int]
+) -> None:
+    for promised in (expected, case.total):
+        chunker = Chunker(case.spec, case.chunking, promised)
+        blocks = np.split(case.source, np.cumsum(sizes), axis=1)
+        chunks = [chunk for block in blocks for chunk in chunker.push(block)]
+        chunks += chunker.finish()
+        assert [chunk.frame for chunk in chunks] == [chunk.frame for chunk in case.chunks()]
+        for one, other in zip(chunks, case.chunks(), strict=True):
+            assert np.array_equal(one.audio, other.audio)
 
 
 def check_grid(case: Case) -> None:

@@ -24,9 +24,15 @@ class Batch:
     owners: tuple[int, ...]
     chunks: tuple[Chunk, ...]
 
-    def audio(self) -> FloatArray:
-        """The batch as an array `[B, C, T]`."""
-        return np.stack([chunk.audio for chunk in self.chunks])
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape `[B, C, T]` of its audio."""
+        channels, samples = self.chunks[0].audio.shape
+        return len(self.chunks), channels, samples
+
+    def audio(self, out: FloatArray | None = None) -> FloatArray:
+        """The batch as an array `[B, C, T]`, in `out` if that is given."""
+        return np.stack([chunk.audio for chunk in self.chunks], out=out)
 
 
 class Packer:

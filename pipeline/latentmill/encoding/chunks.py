@@ -173,12 +173,14 @@ class Chunker:
     package does, or stays short if `spec.short_last_chunk` is set.
     """
 
-    def __init__(self, spec: ModelSpec, chunking: Chunking) -> None:
+    def __init__(self, spec: ModelSpec, chunking: Chunking, expected: int = 0) -> None:
+        """`expected` is the number of samples that the header promises; 0 if unknown."""
         self._spec = spec
         self._chunking = chunking
         self._model_samples = chunking.model_samples(spec)
         self._last: FloatArray | None = None  # the last complete chunk, [C, samples]
-        self._current: FloatArray = self._new()
+        short = spec.padded(expected) if expected else chunking.samples
+        self._current: FloatArray = self._new(min(short, chunking.samples))
         self._filled = 0  # samples of the current chunk
         self._complete = 0  # number of complete chunks
 
@@ -187,14 +189,17 @@ class Chunker:
         size, step = self._chunking.samples, self._chunking.step
         taken = 0
         while taken < block.shape[1]:
-            count = min(size - self._filled, block.shape[1] - taken)
+            if self._filled == self._current.shape[1]:  # more than the header promised
+                short, self._current = self._current, self._new(size)
+                self._current[:, : self._filled] = short
+            count = min(self._current.shape[1] - self._filled, block.shape[1] - taken)
             self._current[:, self._filled : self._filled + count] = block[:, taken : taken + count]
             self._filled, taken = self._filled + count, taken + count
             if self._filled == size:
                 seen = self._model_samples
                 audio = self._current if seen == size else self._current[:, :seen]
                 yield Chunk(self._complete * step // self._spec.hop, audio)
-                self._last, self._current = self._current, self._new()
+                self._last, self._current = self._current, self._new(size)
                 self._filled = size - step
                 self._current[:, : self._filled] = self._last[:, step:]
                 self._complete += 1
@@ -204,7 +209,11 @@ class Chunker:
         spec, chunking = self._spec, self._chunking
         total = self._complete * chunking.step + self._filled
         if self._complete == 0 and spec.padded(total) <= chunking.samples:
-            yield self._chunk(0, spec.padded(total))
+            if self._current.shape[1] == spec.padded(total):
+                self._current[:, total:] = 0
+                yield Chunk(0, self._current)
+            else:
+                yield self._chunk(0, spec.padded(total))
             return
         covered = (self._complete - 1) * chunking.step + chunking.samples
         if chunking.stitch == "none":
@@ -217,8 +226,8 @@ class Chunker:
         if spec.samples(frames) > covered:
             yield self._chunk(spec.samples(frames) - chunking.samples, self._model_samples)
 
-    def _new(self) -> FloatArray:
-        return np.empty((self._spec.channels, self._chunking.samples), np.float32)
+    def _new(self, samples: int) -> FloatArray:
+        return np.empty((self._spec.channels, samples), np.float32)
 
     def _chunk(self, start: int, size: int) -> Chunk:
         """A chunk of the last samples, from any sample of the last complete chunk on."""

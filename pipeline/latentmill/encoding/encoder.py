@@ -91,7 +91,7 @@ class UnitEncoder:
         self.ended = time.perf_counter()
 
     def _run(self, batch: Batch, pending: dict[int, _PendingItem]) -> None:
-        audio = batch.audio()  # [B, C, T]
+        audio = batch.audio(out=self._pipeline.stage(batch.shape))  # [B, C, T]
         self._queued.append(batch)
         self._collect(self._pipeline.push(audio), pending)
         self.meter.add("audio_seconds", len(audio) * self._new_seconds(audio.shape[2]))

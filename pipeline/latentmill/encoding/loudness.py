@@ -56,10 +56,13 @@ class LevelMeter:
     def finish(self, frames: int) -> bytes:
         """Return the levels of the first `frames` latent frames, one byte each."""
         last = [self._rest / self._count] if self._count else []
-        power = np.concatenate([*self._power, last])
+        measured = np.concatenate([*self._power, last])
+        power = np.zeros(max(frames, len(measured) + 1))
+        power[: len(measured)] = measured
         if self._looks_back:
-            power = (np.append(power, 0) + np.insert(power, 0, 0)) / 2
-        power = np.pad(power, (0, max(0, frames - len(power))))[:frames]
+            power[1 : len(measured) + 1] += measured
+            power /= 2
+        power = power[:frames]
         with np.errstate(divide="ignore"):
             decibels = 10 * np.log10(power)
         steps = np.clip(np.rint(LOUDEST + STEPS_PER_DB * decibels), 0, LOUDEST)

@@ -110,7 +110,6 @@ class Loading:
         if reason := filters.of_source(item, metadata):
             yield from (Opened(0), _skipped(item, reason))
             return
-        chunker = Chunker(spec, self.chunking)
         with reader.open(item) as media:
             part = item.segment or Segment(0.0)
             stream = open_audio(
@@ -125,6 +124,8 @@ class Loading:
             if reason := self._unwanted(stream, promised):
                 yield _skipped(item, reason)
                 return
+            expected = -(-(stream.num_samples or 0) * spec.sample_rate // stream.sample_rate)
+            chunker = Chunker(spec, self.chunking, expected)
             waveform = prepare(stream, sample_rate=spec.sample_rate, channels=spec.channels)
             meter = LevelMeter(spec)
             for block in waveform.blocks():

@@ -112,6 +112,16 @@ def test_a_gpu_gives_what_the_cpu_gives() -> None:
     latents = [*(z for batch in audio for z in pipeline.push(batch)), *pipeline.flush()]
     for batch, z in zip(audio, latents, strict=True):
         assert np.allclose(z, MODEL.encode(torch.from_numpy(batch)).numpy(), atol=1e-5)
+    staged = [pipeline.stage(batch.shape) for batch in audio[:3]]
+    assert len({one.ctypes.data for one in staged}) == 3  # one is filled while two are queued
+    latents, pipeline = [], DevicePipeline(model, "cuda")
+    for batch in audio:
+        memory = pipeline.stage(batch.shape)
+        memory[:] = batch
+        latents += pipeline.push(memory)
+    latents += pipeline.flush()
+    for batch, z in zip(audio, latents, strict=True):
+        assert np.allclose(z, MODEL.encode(torch.from_numpy(batch)).numpy(), atol=1e-5)
 
 
 class SmallMemory:
@@ -150,3 +160,35 @@ def test_one_element_cannot_be_halved() -> None:
     pipeline = DevicePipeline(SmallMemory(0))
     with pytest.raises(torch.OutOfMemoryError):
         list(pipeline.push(batches(1)[0][:1]))
+
+
+def test_batches_are_staged_in_memory_that_is_reused() -> None:
+    pipeline = DevicePipeline(MODEL)
+    audio, expected, addresses = batches(4), [], set()
+    audio[2] = audio[2][:1, :, :64]  # a smaller batch
+    latents = []
+    for batch in audio:
+        staged = pipeline.stage(batch.shape)
+        staged[:] = batch
+        latents += pipeline.push(staged)
+        addresses.add(staged.ctypes.data)
+        expected.append(MODEL.encode(torch.from_numpy(batch)).numpy())
+    assert len(addresses) == 1
+    for z, wanted in zip(latents, expected, strict=True):
+        assert np.array_equal(z, wanted)
+
+
+def test_latents_that_are_a_view_of_the_audio_are_copied() -> None:
+    class Reshape:
+        spec = MODEL.spec
+        decode = MODEL.decode
+
+        def encode(self, audio: torch.Tensor) -> torch.Tensor:
+            return audio.unflatten(2, (16, -1)).flatten(1, 2)
+
+    pipeline, latents = DevicePipeline(Reshape()), []
+    for value in (1.0, 2.0):
+        staged = pipeline.stage((1, 1, 160))
+        staged[:] = value
+        latents += pipeline.push(staged)
+    assert [set(z.ravel().tolist()) for z in latents] == [{1.0}, {2.0}]

@@ -1,16 +1,19 @@
-"""Device pipeline: the next batch is copied to the GPU while the model computes the current one.
+"""Device pipeline: the next batches are copied to the GPU while the model computes the current one.
 
-On a GPU batches are copied through page-locked memory, so that both copies run in parallel with the
-computation (audio on its own stream, latents on the stream of the computation, after it). The
-latents of a batch are awaited only after the next batch is queued. On a CPU it is a plain call.
+Batches are assembled in memory that is reused (`stage`). On a GPU it is page-locked, so that both
+copies run in parallel with the computation (audio on its own stream, latents on the stream of the
+computation, after it). The latents of a batch are awaited only after the next two batches are
+queued. On a CPU it is a plain call.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +31,13 @@ class Transport(Protocol):
     """Copies audio to a device and latents back."""
 
     prefetch: int  # batches that are queued before the first one's latents are awaited
+
+    def stage(self, shape: tuple[int, int, int]) -> FloatArray:
+        """Memory `[B, C, T]` for the audio of the next batch, to be filled before `send`.
+
+        It is used again when the latents of this batch have been awaited.
+        """
+        ...
 
     def send(self, audio: FloatArray) -> Tensor:
         """Copy audio `[B, C, T]` to the device."""
@@ -53,6 +63,13 @@ class PlainTransport:
     prefetch = 0
     _shape: ClassVar[tuple[int, ...] | None] = None
     _changes: ClassVar[int] = 0
+    _memory: FloatArray | None = None
+
+    def stage(self, shape: tuple[int, int, int]) -> FloatArray:
+        size = math.prod(shape)
+        if self._memory is None or self._memory.size < size:
+            self._memory = np.empty(size, np.float32)
+        return self._memory[:size].reshape(shape)
 
     def send(self, audio: FloatArray) -> Tensor:
         if PlainTransport._shape not in (None, audio.shape):
@@ -67,6 +84,8 @@ class PlainTransport:
 
     def wait(self, pending: Tensor) -> FloatArray:
         latents: FloatArray = pending.float().cpu().numpy()
+        if self._memory is not None and np.may_share_memory(latents, self._memory):
+            latents = latents.copy()  # a model may return a part of its input
         return latents
 
 
@@ -77,15 +96,29 @@ class CudaTransport:
     a block until the streams that use it are done with it.
     """
 
-    prefetch = 1
+    prefetch = 2
 
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
+        # The latents of the batch that used a slot before have been awaited when it is used again.
+        self._slots = deque(torch.empty(0) for _ in range(self.prefetch + 1))
         self._copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+
+    def stage(self, shape: tuple[int, int, int]) -> FloatArray:
+        """A page-locked slot of a ring."""
+        size = math.prod(shape)
+        slot = self._slots.popleft()
+        if slot.numel() < size:
+            slot = torch.empty(size, dtype=torch.float32, pin_memory=True)
+        self._slots.append(slot)
+        memory: FloatArray = slot.numpy()[:size].reshape(shape)
+        return memory
 
     def send(self, audio: FloatArray) -> Tensor:
         """Copy on the copy stream; the computation waits for the copy, this thread does not."""
-        pinned = torch.from_numpy(audio).pin_memory()
+        pinned = torch.from_numpy(audio)
+        if not pinned.is_pinned():  # it was not staged
+            pinned = pinned.pin_memory()
         computing = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._copies):
             on_device = pinned.to(self._device, non_blocking=True)
@@ -126,6 +159,10 @@ class DevicePipeline:
         self._transport = transport or (CudaTransport(device) if on_gpu else PlainTransport())
         self._pending: deque[Any] = deque()
         self._halved = False  # the device has run out of memory
+
+    def stage(self, shape: tuple[int, int, int]) -> FloatArray:
+        """Memory for the next batch `[B, C, T]`: fill it, then `push` it."""
+        return self._transport.stage(shape)
 
     def push(self, audio: FloatArray) -> Iterator[FloatArray]:
         """Queue a batch `[B, C, T]` and yield latents `[B, D, Z]` that are done, in order.
