@@ -57,7 +57,8 @@ def test_only_chooses_parts(store: lm.LatentStore, capsys: pytest.CaptureFixture
     result = runs.call(capsys, "evaluate", store.url, "--only", "seam")
     assert (result.code, result.err) == (
         2,
-        "latentmill: invalid part 'seam' of an evaluation: use linearity, reconstruction, seams.\n",
+        "latentmill: invalid part 'seam' of an evaluation: use linearity, reconstruction, "
+        "statistics, seams.\n",
     )
 
 

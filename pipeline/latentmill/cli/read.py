@@ -202,15 +202,16 @@ def evaluate(
         typer.Option(
             "--only",
             metavar="PART",
-            help="Measure only this part: linearity, reconstruction or seams. "
-            "Repeatable. \\[default: all]",
+            help="Measure only this part: linearity, reconstruction, statistics or "
+            "seams. Repeatable. \\[default: all]",
         ),
     ] = None,
     items: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Number of items, spread evenly over the store. \\[default: 8, reconstruction 32]",
+            help="Number of items, spread evenly over the store. \\[default: 8; 32 for "
+            "reconstruction and LUFS]",
         ),
     ] = None,
     max_seconds: Annotated[
@@ -244,8 +245,9 @@ def evaluate(
     """Measure the quality of the latents of STORE on its own audio.
 
     Parts: linearity (how well latents scale, add and subtract), reconstruction (decoded records,
-    compared with their source audio) and seams (the error of chunking, compared with encoding items
-    in one piece). Writes evaluation/PART.json in the store.
+    compared with their source audio), statistics (channels, loudness, silence, duplicates,
+    outliers; reads all latents) and seams (the error of chunking, compared with encoding items in
+    one piece). Writes evaluation/PART.json in the store.
     """
     from latentmill.cli import show_evaluation
     from latentmill.evaluation.evaluate import evaluate as evaluate_store

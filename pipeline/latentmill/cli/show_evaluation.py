@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from latentmill.text.printing import counted
@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from latentmill.evaluation.evaluate import Evaluation
     from latentmill.evaluation.linearity import LinearityReport
     from latentmill.evaluation.seams import SeamReport
-    from latentmill.store.results import ReconstructionEntry, ScoreEntry
+    from latentmill.store.results import ReconstructionEntry, ScoreEntry, StoreStatistics
 
 _UNITS = {"snr": " dB", "si_sdr": " dB", "level": " dB", "log_mel": " dB"}
+_MOST_LINES = 40
 _FORMS = {"origin": 0, "raw": 1, "mix": 0}
 
 
@@ -24,6 +25,8 @@ def evaluation(result: Evaluation) -> str:
         parts.append(f"linearity\n{linearity(result.linearity)}")
     if result.reconstruction is not None:
         parts.append(f"reconstruction\n{reconstruction(result.reconstruction)}")
+    if result.statistics is not None:
+        parts.append(f"statistics\n{statistics(result.statistics)}")
     if result.seams is not None:
         parts.append(f"seams\n{seams(result.seams)}")
     parts += [f"{part}\nnot measured: {why}" for part, why in result.unavailable.items()]
@@ -105,6 +108,56 @@ def reconstruction(entry: ReconstructionEntry) -> str:
         item = by_key[key]
         lines.append(f"worst: {key}: MR-STFT {item.mr_stft:.3g}, SNR {item.snr:.3g} dB")
     return "\n".join(lines)
+
+
+def statistics(found: StoreStatistics) -> str:
+    """The table of a store's contents."""
+    scale = "" if found.suggested_scale is None else f"{found.suggested_scale:.4g}"
+    near = found.autocorrelation.get("1", [])
+    rows = {
+        "records": f"{found.records}, {found.hours:.3f} h, {found.frames} frames",
+        "duration": _spread(found.seconds, "s"),
+        "loudness": f"RMS {_spread(found.rms_db, 'dBFS')}",
+        "silence": f"{found.silence:.1%} of the frames, {counted(found.silent_records, 'record')}",
+        "rates": _counts(found.sample_rates, " Hz"),
+        "channels": _counts(found.source_channels, " ch"),
+        "formats": _counts(found.formats, ""),
+        "range": f"{min(found.low):.3g} to {max(found.high):.3g}",
+        "rank": f"effective rank {found.effective_rank:.3g} of {len(found.mean)} channels",
+        "memory": f"correlation with the next frame {sum(near) / max(1, len(near)):.3g}",
+        "scale": f"multiply the stored latents by {scale} for a standard deviation of 1",
+    }
+    if found.lufs:
+        rows["lufs"] = f"{_spread(found.lufs, 'LUFS')} ({counted(found.lufs_records, 'record')})"
+    elif found.lufs is None:
+        rows["lufs"] = "not measured: pip install 'latentmill[loudness]'"
+    lines = [f"{name:<9} {text}" for name, text in rows.items()]
+    for channels, what in (
+        (found.saturated_channels, "saturated"),
+        (found.constant_channels, "constant"),
+    ):
+        if channels:
+            lines.append(f"{what} channels: {', '.join(map(str, channels[:20]))}")
+    groups = [("same file", keys) for keys in found.same_file]
+    groups += [("same audio", keys) for keys in found.same_audio]
+    groups += [("almost the same", one.keys) for one in found.near_duplicates]
+    groups += [("unlike the others", [one.key]) for one in found.outliers]
+    groups += [("silent", [key]) for key in found.silent]
+    lines += [f"{what}: {', '.join(keys)}" for what, keys in groups[:_MOST_LINES]]
+    if len(groups) > _MOST_LINES:
+        lines.append(f"... and {len(groups) - _MOST_LINES} more, see --json")
+    return "\n".join(lines)
+
+
+def _spread(values: Mapping[str, float], unit: str) -> str:
+    if not values:
+        return "none"
+    least, median, most = (values[name] for name in ("least", "median", "most"))
+    return f"{least:.3g} to {most:.3g} {unit}, median {median:.3g}"
+
+
+def _counts(values: Mapping[str, int], unit: str) -> str:
+    return ", ".join(f"{count} x {name}{unit}" for name, count in list(values.items())[:8])
 
 
 def seams(report: SeamReport) -> str:

@@ -13,11 +13,12 @@ from latentmill.evaluation.compat import PROTOCOL, measure_linear_cae
 from latentmill.evaluation.linearity import LinearityReport, measure_linearity
 from latentmill.evaluation.reconstruction import measure_reconstruction
 from latentmill.evaluation.seams import SeamReport, measure_seams
-from latentmill.store.results import ReconstructionEntry
+from latentmill.evaluation.statistics import measure_statistics
+from latentmill.store.results import ReconstructionEntry, StoreStatistics
 from latentmill.store.store import LatentStore, open_store
 from latentmill.text.log import get_logger
 
-Part = Literal["linearity", "reconstruction", "seams"]
+Part = Literal["linearity", "reconstruction", "statistics", "seams"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 _log = get_logger("evaluation")
@@ -30,12 +31,14 @@ class Evaluation:
     Attributes:
         linearity: The error of latent arithmetic.
         reconstruction: The quality of decoded records, compared with their sources.
+        statistics: The contents of the store.
         seams: The error that chunking introduces.
         unavailable: The parts that cannot be measured on this store, with the reason.
     """
 
     linearity: LinearityReport | None = None
     reconstruction: ReconstructionEntry | None = None
+    statistics: StoreStatistics | None = None
     seams: SeamReport | None = None
     unavailable: Mapping[Part, str] = field(default_factory=dict)
 
@@ -85,6 +88,7 @@ def evaluate(
     measures: dict[Part, Callable[..., Any]] = {
         "linearity": partial(linearity, gains=gains),
         "reconstruction": measure_reconstruction,
+        "statistics": measure_statistics,
         "seams": measure_seams,
     }
     results: dict[Part, Any] = {}

@@ -11,16 +11,23 @@ from typing import Literal
 
 from latentmill import __version__
 from latentmill.storage.storage import Storage
-from latentmill.store.results import LinearityEntry, Measurement, ReconstructionEntry, SeamEntry
+from latentmill.store.results import (
+    LinearityEntry,
+    Measurement,
+    ReconstructionEntry,
+    SeamEntry,
+    StoreStatistics,
+)
 from latentmill.store.schema import DatasetInfo, parse_document
 
-Name = Literal["linearity", "reconstruction", "seams"]
-Result = LinearityEntry | ReconstructionEntry | SeamEntry
+Name = Literal["linearity", "reconstruction", "seams", "statistics"]
+Result = LinearityEntry | ReconstructionEntry | SeamEntry | StoreStatistics
 EVALUATION = "evaluation"
 NAMES: dict[type[Result], Name] = {
     LinearityEntry: "linearity",
     ReconstructionEntry: "reconstruction",
     SeamEntry: "seams",
+    StoreStatistics: "statistics",
 }
 IN_INFO: tuple[Name, ...] = ("seams", "linearity")  # shown by `info`
 

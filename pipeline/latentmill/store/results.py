@@ -137,6 +137,60 @@ class ReconstructionEntry(_Result):
     )
 
 
+class NearDuplicates(_Result):
+    """Records whose latents are almost equal."""
+
+    keys: list[str]
+    distance: float = Field(description="Largest cosine distance of pooled latents.")
+
+
+class Outlier(_Result):
+    """A record whose latents are unlike the others."""
+
+    key: str
+    distance: float = Field(description="Distance from the middle; 1 is that of a usual record.")
+
+
+class StoreStatistics(_Result):
+    """Contents of a store. Lists of keys have at most 1,000 entries."""
+
+    records: int
+    hours: float
+    frames: int
+    mean: list[float] = Field(description="By channel, as are the next four.")
+    std: list[float]
+    low: list[float]
+    high: list[float]
+    saturation: list[float] = Field(
+        description="Share of the frames with the largest or smallest value of the channel."
+    )
+    saturated_channels: list[int] = Field(description="Channels with a saturation over 1 %.")
+    constant_channels: list[int]
+    effective_rank: float = Field(description="exp(entropy of the covariance's eigenvalues).")
+    autocorrelation: dict[str, list[float]] = Field(description="By distance in frames.")
+    suggested_scale: float | None = Field(
+        description="Factor that gives the stored latents a standard deviation of 1."
+    )
+    seconds: dict[str, float] = Field(description="Quantiles of the duration.")
+    rms_db: dict[str, float] = Field(description="Quantiles of the RMS, dBFS, without silence.")
+    lufs: dict[str, float] | None = Field(
+        description="Quantiles of the integrated loudness, of a sample of the records."
+    )
+    lufs_records: int
+    sample_rates: dict[str, int]
+    source_channels: dict[str, int]
+    formats: dict[str, int] = Field(description="By the extension of the source.")
+    silence: float = Field(description="Share of the frames below -60 dBFS.")
+    silent: list[str] = Field(description="Records that are below -60 dBFS all the time.")
+    silent_records: int
+    same_file: list[list[str]] = Field(description="Records of equal files, by content hash.")
+    same_audio: list[list[str]] = Field(description="Records of equal audio in other files.")
+    near_duplicates: list[NearDuplicates] = Field(
+        description="The same sound encoded again, or with another gain."
+    )
+    outliers: list[Outlier]
+
+
 class Measurement(_Result):
     """A result measured on the audio of a store: evaluation/NAME.json."""
 
@@ -147,3 +201,4 @@ class Measurement(_Result):
     seams: SeamEntry | None = Field(None, description="Error at the seams of chunks.")
     linearity: LinearityEntry | None = Field(None, description="Error of latent arithmetic.")
     reconstruction: ReconstructionEntry | None = Field(None, description="Quality of decoding.")
+    statistics: StoreStatistics | None = Field(None, description="Contents of the store.")

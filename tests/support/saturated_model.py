@@ -1,0 +1,41 @@
+"""An mdct of which one channel saturates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from latentmill.models.base import Autoencoder, ModelSpec
+from latentmill.models.families import mdct
+from latentmill.models.families.mdct import MdctHandle
+
+CHANNEL, BOUND = 5, 0.02
+
+
+@dataclass(frozen=True)
+class Saturated:
+    """A handle."""
+
+    inner: MdctHandle
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.inner.spec
+
+    def load(self, device: str) -> Autoencoder:
+        return _Model(self.inner.load(device))
+
+
+class _Model:
+    def __init__(self, inner: Autoencoder) -> None:
+        self._inner, self.spec, self.decode = inner, inner.spec, inner.decode
+
+    def encode(self, audio: torch.Tensor) -> torch.Tensor:
+        latents = self._inner.encode(audio).clone()
+        latents[:, CHANNEL] = latents[:, CHANNEL].clamp(-BOUND, BOUND)
+        return latents
+
+
+def build(hop: int = 256, sample_rate: int = 22050) -> Saturated:
+    return Saturated(mdct.build(hop=hop, sample_rate=sample_rate))
