@@ -263,6 +263,24 @@ def test_all_threads_load_until_the_end_of_long_items() -> None:
     assert numbers == list(range(8)) * 100  # one of each in turn
 
 
+def test_a_thread_takes_a_lane_once_for_each_chunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taking one costs as much as loading a second of audio does."""
+    taken = []
+    real = LocalAudio._next_lane
+    monkeypatch.setattr(LocalAudio, "_next_lane", lambda self: taken.append(1) or real(self))
+    for number in range(100):
+        sparse_wav(tmp_path / f"{number:02}.wav", CHUNKING.samples // 2)
+    settings = EncodeSettings(load_threads=2)
+    audio = LocalAudio(items_of(tmp_path), Loading(MODEL.spec, CHUNKING, settings), Meter())
+    with contextlib.closing(audio):
+        events = [event for _, _, event in audio]
+    assert sum(isinstance(event, Chunk) for event in events) == 100
+    assert len(events) == 300
+    assert len(taken) == 100 + LANES + settings.load_threads  # and once at the end of each
+
+
 @pytest.mark.parametrize("packing", [1, 2])
 def test_no_more_audio_is_loaded_than_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: int

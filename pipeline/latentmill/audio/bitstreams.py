@@ -22,11 +22,12 @@ _MIN_REPEATS = 3
 
 def packed_into_pcm(samples: FloatArray) -> str | None:
     """The coding of samples `[n, 2]`, such as `DTS`; None if they are sound."""
-    words = (samples * 32768).astype(np.int32).reshape(-1) & 0xFFFF
+    words = (samples * 32768).astype(np.int32).astype(np.uint16).reshape(-1)
     for (first, second), name in _SYNC_WORDS.items():
         for swapped in (False, True):
             pair = (_swap(first), _swap(second)) if swapped else (first, second)
-            at = np.flatnonzero((words[:-1] == pair[0]) & (words[1:] == pair[1]))
+            at = np.flatnonzero(words[:-1] == pair[0])
+            at = at[words[at + 1] == pair[1]]
             if len(at) >= _MIN_REPEATS and len(set(np.diff(at)[: _MIN_REPEATS - 1].tolist())) == 1:
                 return name
     return None

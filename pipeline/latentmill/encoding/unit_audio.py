@@ -190,9 +190,9 @@ class _Lane:
 class LocalAudio:
     """A `UnitAudio` that is loaded by threads of this process. They start at once.
 
-    Each thread loads the next chunk of the lane that has the fewest loaded ones, because the model
-    will need that lane first. If `BUFFER_BYTES` per thread are loaded, only lanes that have nothing
-    loaded go on.
+    Each thread loads up to the next chunk of the lane that has the fewest loaded ones, because the
+    model will need that lane first. If `BUFFER_BYTES` per thread are loaded, only lanes that have
+    nothing loaded go on.
     """
 
     def __init__(self, items: Sequence[Item], loading: Loading, meter: Meter) -> None:
@@ -254,35 +254,39 @@ class LocalAudio:
                     self._open_lanes()
                     self._changed.notify_all()
                     break
-                item_event = lane.loaded.popleft()
-                self._size -= _bytes(item_event)
+                events = [lane.loaded.popleft()]
+                self._size -= _bytes(events[0])
+                while lane.loaded and not _bytes(lane.loaded[0]):  # what has no audio costs little
+                    events.append(lane.loaded.popleft())
                 self._changed.notify_all()
             self._meter.add("wait_seconds", time.perf_counter() - start)
-            yield item_event
+            yield from events
         if lane.error is not None:
             raise lane.error
 
     def _load(self) -> None:
         """Load until all lanes have ended. Runs in every thread of the pool."""
         while (lane := self._next_lane()) is not None:
+            loaded: list[ItemEvent] = []
+            ended, error = True, None
             start = time.perf_counter()
-            error: Exception | None = None
             try:
-                item_event = next(lane.events, None)
+                for item_event in lane.events:
+                    loaded.append(item_event)
+                    opened = isinstance(item_event[2], Opened)
+                    now = time.perf_counter()
+                    self._meter.add("read_seconds" if opened else "decode_seconds", now - start)
+                    start = now
+                    if self._stopped or _bytes(item_event):
+                        ended = False
+                        break
             except Exception as caught:  # noqa: BLE001  the thread that iterates raises it
-                item_event, error = None, caught
-            seconds = time.perf_counter() - start
+                error = caught
             with self._changed:
-                lane.busy = False
-                if item_event is None:
-                    lane.ended, lane.error = True, error
-                else:
-                    lane.loaded.append(item_event)
-                    self._size += _bytes(item_event)
+                lane.busy, lane.ended, lane.error = False, ended, error
+                lane.loaded += loaded
+                self._size += sum(map(_bytes, loaded))
                 self._changed.notify_all()
-            if item_event is not None:
-                opened = isinstance(item_event[2], Opened)
-                self._meter.add("read_seconds" if opened else "decode_seconds", seconds)
 
     def _next_lane(self) -> _Lane | None:
         """Wait for a lane that a thread may load, and reserve it. None if there is no more work."""
