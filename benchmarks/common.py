@@ -56,6 +56,18 @@ def median(values: list[float]) -> float:
     return round(statistics.median(values), 4)
 
 
+def cpu_seconds(other: int = 0) -> float:
+    """CPU time of this process and its descendants, except the child `other`."""
+    ticks, tree = 0, [os.getpid()]
+    while tree:
+        pid = tree.pop()
+        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(stat[11]) + int(stat[12])
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            tree += [int(child) for child in children.read_text().split() if int(child) != other]
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 @contextmanager
 def random_linear_cae(size: str) -> Iterator[Path]:
     """Make a Hugging Face cache with random weights of the real lin-cae classes, set in os.environ.

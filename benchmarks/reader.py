@@ -14,7 +14,8 @@ random crops are compared with the originals.
   is more reliable than wall time if other programs are running.
 - first_sample_ms: from opening to the first crop, without imports.
 - loader_crops_per_second: one shuffled epoch with 2 persistent workers: a DataLoader, or the
-  library's own loader for `latentmill Loader` and `litdata StreamingDataLoader`.
+  library's own loader for `latentmill Loader` and `litdata StreamingDataLoader`; also per CPU
+  second of all its processes.
 - memory_mb: growth of the process's peak resident size during crops and a sequential pass
   (including the pages of memory-mapped files that were read).
 
@@ -43,7 +44,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common import RESULTS, median, write_result
+from common import RESULTS, cpu_seconds, median, write_result
 from reader_contenders import BATCH, CHANNELS, CONTENDERS, CROP, Contender, Latent
 
 PACKAGES = {
@@ -137,16 +138,17 @@ class Measure:
     def memory_mb(self) -> float:
         return peak_rss_mb() - self.before
 
-    def loader_crops_per_second(self) -> float:
+    def loader_crops_per_second(self) -> tuple[float, float]:
         if self.loader is None:
             self.loader = self.contender.loader(WORKERS)
             list(self.loader)
-        begin, count = time.perf_counter(), 0
-        for batch in self.loader:
-            latents = batch["latents"] if isinstance(batch, dict) else batch
-            count += len(latents)
-        assert count == len(self.frames)
-        return count / (time.perf_counter() - begin)
+        begin, cpu, count = time.perf_counter(), cpu_seconds(), 0
+        while not count or time.perf_counter() - begin < self.seconds:
+            for batch in self.loader:
+                latents = batch["latents"] if isinstance(batch, dict) else batch
+                count += len(latents)
+        assert count % len(self.frames) == 0
+        return count / (time.perf_counter() - begin), count / (cpu_seconds() - cpu)
 
 
 def serve(name: str, folder: Path, seconds: float, pipe: Connection) -> None:
@@ -232,11 +234,10 @@ def verdict(found: dict[str, Any]) -> dict[str, Any]:
             mine["loader_crops_per_second"] / best["loader_crops_per_second"], 2
         ),
         **{
-            f"loader_over_{peer}": round(
-                found["latentmill Loader"]["loader_crops_per_second"]
-                / found[peer]["loader_crops_per_second"],
-                2,
+            f"loader{'_by_cpu' * ('cpu' in what)}_over_{peer}": round(
+                found["latentmill Loader"][what] / found[peer][what], 2
             )
+            for what in ("loader_crops_per_second", "loader_crops_per_cpu_second")
             for peer in ("latentmill", "litdata", "litdata StreamingDataLoader")
             if "latentmill Loader" in found and peer in found
         },
@@ -256,6 +257,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--folder", type=Path, help="folder for the data; default: a temporary one")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="reader", help="name of the file with the results")
     options = parser.parse_args()
     names = [name for name in options.only if installed(name)]
     folder = Path(tempfile.mkdtemp(dir=options.folder))
@@ -280,7 +282,7 @@ def main() -> None:
         "readers": found,
         "required": verdict(found) if "latentmill" in found else {},
     }
-    write_result("reader", result, options.results)
+    write_result(options.name, result, options.results)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from common import RESULTS, ROOT, median, write_result
+from common import RESULTS, ROOT, cpu_seconds, median, write_result
 from reader import make_latents
 from reader_contenders import CHANNELS, CROP
 
@@ -79,18 +79,6 @@ def serve(latency: float, pipe: Connection) -> None:
             faults.seen["ok"] = faults.busiest = 0
             busy.clear()
     server.stop()
-
-
-def cpu_seconds(server: int) -> float:
-    """CPU time of this process and its children, except the server."""
-    ticks, tree = 0, [os.getpid()]
-    while tree:
-        pid = tree.pop()
-        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(stat[11]) + int(stat[12])
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
-            tree += [int(child) for child in children.read_text().split() if int(child) != server]
-    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 class Epochs:

@@ -23,8 +23,8 @@ from latentmill.errors import ConfigError, StorageError
 from latentmill.storage.storage import Storage
 
 BLOCK = 256 * 1024
-SPAN = 16  # blocks; a request reads at most those of one span
-SPANS_TOGETHER = 16  # that are read at once and in memory at the same time
+SPAN = 64  # blocks (16 MiB); a request reads at most those of one span
+SPANS_TOGETHER = 4  # that are read at once and in memory at the same time
 _SUFFIX = ".block"
 _ABANDONED_SECONDS = 600.0
 
