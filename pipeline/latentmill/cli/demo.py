@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -48,7 +50,9 @@ def run_demo(folder: Path, source: str | None, print_line: Callable[[str], None]
         )
         return
     print_line(_mix(store, keys, folder / "mix.wav"))
-    print_line(f"next: latentmill info {store_folder}; latentmill verify {store_folder} --decode 3")
+    # After `make demo` the command is in .venv/bin, which is often not in PATH.
+    program = "latentmill" if shutil.which("latentmill") else sys.argv[0]
+    print_line(f"next: {program} info {store_folder}; {program} verify {store_folder} --decode 3")
 
 
 def _mix(store: LatentStore, keys: Sequence[str], path: Path) -> str:
