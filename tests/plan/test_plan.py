@@ -38,6 +38,7 @@ from latentmill.plan import (
 )
 from latentmill.plan import files as files_module
 from latentmill.plan.drafting import UnitSize, split
+from latentmill.plan.items import known_seconds
 from latentmill.plan.plan import Part
 from latentmill.sources.base import ByteRange, Item, Segment, TableCell
 from latentmill.storage.storage import Storage
@@ -97,6 +98,38 @@ def _taken(blocks: Iterator[UnitSize], items: int) -> Iterator[UnitSize]:
         block = next(blocks)
         items -= block.items
         yield block
+
+
+@given(ITEMS, st.floats(0, 100))
+def test_totals_are_those_of_the_items(items: list[Item], chunk_seconds: float) -> None:
+    with draft(items, UnitLimits(chunk_seconds=chunk_seconds)) as drafted:
+        totals = drafted.totals
+    micros = {one: round(1e6 * estimated_seconds(one)) for one in items}
+    guessed = [one for one in items if known_seconds(one) is None]
+    assert (totals.items, totals.bytes) == (len(items), sum(one.size for one in items))
+    assert totals.micros == sum(micros.values())
+    assert totals.estimated_items == len(guessed)
+    assert totals.estimated_micros == sum(micros[one] for one in guessed)
+    short = [value for value in micros.values() if value < 1e6 * chunk_seconds]
+    assert totals.short_micros == sum(short)
+    assert totals.grouped == any(one.group for one in items)
+
+
+@given(st.lists(st.integers(0, 9)), st.integers(1, 4), st.integers(1, 20))
+def test_a_batch_to_sort_is_full_by_its_items_or_its_bytes(
+    lengths: list[int], most: int, most_bytes: int
+) -> None:
+    items = [item(number, 1, metadata="x" * length) for number, length in enumerate(lengths)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drafting, "SORT_ITEMS", most)
+        patch.setattr(drafting, "SORT_BYTES", most_bytes)
+        batches = list(drafting._batches(items))
+    assert list(itertools.chain.from_iterable(batches)) == items
+    for number, batch in enumerate(batches):
+        full = len(batch) == most or sum(len(one.metadata) for one in batch) >= most_bytes
+        assert full or number == len(batches) - 1
+        assert len(batch) <= most
+        assert sum(len(one.metadata) for one in batch[:-1]) < most_bytes
 
 
 @given(sizes=st.lists(st.integers(0, 1), min_size=1, max_size=40), most=st.integers(1, 9))

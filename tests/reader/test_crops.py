@@ -97,7 +97,8 @@ def test_only_the_crops_bytes_are_read(made: LatentStore, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("crop", [(40, 0), (-1, 0), (0, -1), (0, 1)])
 def test_what_is_not_there_is_an_index_error(made: LatentStore, crop: tuple[int, int]) -> None:
-    with pytest.raises(IndexError):
+    reason = "row out of range: use 0 to 39" if crop[0] in (40, -1) else "must start inside"
+    with pytest.raises(IndexError, match=reason):
         read(CropReader(made), crop, frames=8)
     with pytest.raises(KeyError):
         CropReader(made).row("no such key")
