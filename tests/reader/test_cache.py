@@ -68,12 +68,12 @@ def test_what_was_read_is_not_asked_for_again(
     assert size <= sum(size for size, _ in remote.shard_sizes().values())
 
 
-@pytest.mark.parametrize("together", [1, 16])
+@pytest.mark.parametrize("together", [1, 256])
 def test_neighbouring_blocks_are_one_request(
     remote: LatentStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int
 ) -> None:
     """With `whole`, all blocks of a span are; without, those that are needed."""
-    monkeypatch.setattr(cache_module, "SPANS_TOGETHER", together)
+    monkeypatch.setattr(cache_module, "BLOCKS_TOGETHER", together)
     monkeypatch.setattr(cache_module, "SPAN", 4)
     block = BLOCK // 2
     monkeypatch.setattr(cache_module, "BLOCK", block)

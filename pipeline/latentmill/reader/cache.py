@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 from latentmill.errors import ConfigError, StorageError
@@ -24,7 +23,7 @@ from latentmill.storage.storage import Storage
 
 BLOCK = 256 * 1024
 SPAN = 64  # blocks (16 MiB); a request reads at most those of one span
-SPANS_TOGETHER = 4  # that are read at once and in memory at the same time
+BLOCKS_TOGETHER = 256  # that are read at once and in memory at the same time
 _SUFFIX = ".block"
 _ABANDONED_SECONDS = 600.0
 
@@ -98,12 +97,21 @@ class RangeCache:
                     wanted.setdefault(span, []).append((piece, number))
         while wanted:
             with contextlib.ExitStack() as locks:
-                free = (s for s in wanted if locks.enter_context(self._locked(s, wait=False)))
-                held = list(islice(free, SPANS_TOGETHER))
+                held, blocks = list[_Span](), 0
+                for span, places in wanted.items():
+                    blocks += self._blocks_to_read(span[0], len(places))
+                    if held and blocks > BLOCKS_TOGETHER:
+                        break
+                    if locks.enter_context(self._locked(span, wait=False)):
+                        held.append(span)
                 if not held:
                     held = [next(iter(wanted))]
                     locks.enter_context(self._locked(held[0], wait=True))
                 self._read(storage, {span: wanted.pop(span) for span in held})
+
+    def _blocks_to_read(self, shard: Shard, wanted: int) -> int:
+        """The most blocks of a span that are read if some are wanted."""
+        return min(SPAN, -(-shard.bytes // BLOCK)) if self.whole else wanted
 
     def _read(self, storage: Storage, wanted: dict[_Span, list[tuple[Piece, int]]]) -> None:
         """Read the blocks that are still missing, and fill the pieces that need them."""
