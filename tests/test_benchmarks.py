@@ -97,6 +97,15 @@ def test_planning(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_evaluate(tmp_path: Path) -> None:
+    script("evaluate", "--records", "3000", "--frames", "20", "--results", str(tmp_path))
+    result = json.loads((tmp_path / "evaluate.json").read_text())
+    assert result["near_duplicates"] == result["planted"] == 3
+    assert result["outliers"] == 0
+    assert 0 < result["rss_before_mib"] <= result["peak_rss_mib"]
+
+
+@pytest.mark.slow
 def test_gpu(tmp_path: Path) -> None:
     """Two families on true stereo; the process may not import ray."""
     pytest.importorskip("linear_cae")

@@ -41,23 +41,26 @@ class ChannelMoments:
             if not same.any():
                 continue
             products = centered[lag:] * centered[:-lag]
-            products[~same] = 0
-            self._lagged[row] += products.sum(dim=0).double().numpy()
+            self._lagged[row] += (same.float() @ products).numpy()
             self._pairs[row] += int(same.sum())
-        sounding = frames if not silent.any() else frames[torch.from_numpy(~silent)[owner]]
-        if len(frames):
-            self.low = np.minimum(self.low, frames.amin(dim=0).numpy())
-            self.high = np.maximum(self.high, frames.amax(dim=0).numpy())
-        if len(sounding):
-            self._count_extremes(sounding)
+        least, most = frames.amin(dim=0), frames.amax(dim=0)
+        self.low = np.minimum(self.low, least.numpy())
+        self.high = np.maximum(self.high, most.numpy())
+        if silent.any():
+            frames = frames[torch.from_numpy(~silent)[owner]]
+            if not len(frames):
+                return
+            least, most = frames.amin(dim=0), frames.amax(dim=0)
+        self._count_extremes(frames, least, most)
 
-    def _count_extremes(self, sounding: torch.Tensor) -> None:
+    def _count_extremes(
+        self, sounding: torch.Tensor, least: torch.Tensor, most: torch.Tensor
+    ) -> None:
         """Count the values that equal the extremes so far; a new extreme starts again."""
         if not self._sounding:
             channels = len(self._mean)
             self._least, self._most = np.full(channels, np.inf), np.full(channels, -np.inf)
         self._sounding += len(sounding)
-        least, most = sounding.amin(dim=0), sounding.amax(dim=0)
         for name, extreme, better in (
             ("_least", least.numpy(), np.less),
             ("_most", most.numpy(), np.greater),
@@ -67,7 +70,9 @@ class ChannelMoments:
             new = better(extreme, known)
             known[new] = extreme[new]
             counts[new] = 0
-            counts += (sounding == torch.from_numpy(known.astype(np.float32))).sum(dim=0).numpy()
+            reached = np.flatnonzero(extreme == known)  # few, after the first blocks
+            equal = sounding[:, reached] == torch.from_numpy(known[reached].astype(np.float32))
+            counts[reached] += torch.count_nonzero(equal, dim=0).numpy()
 
     @property
     def saturation(self) -> FloatVector:

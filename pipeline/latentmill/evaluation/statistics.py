@@ -36,7 +36,7 @@ from latentmill.text.log import get_logger
 SILENT_DB = -60.0
 SATURATED = 0.01
 MAX_LISTED = 1000
-BLOCK_BYTES = 16 << 20  # of latents that are processed at once
+BLOCK_BYTES = 2 << 20  # of latents that are processed at once: they fit into the cache
 LUFS_SECONDS = 300.0
 QUANTILES = {"least": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "most": 1.0}
 _FIELDS = ("content_hash", "source_uri", "source_sample_rate", "source_channels")
