@@ -18,7 +18,7 @@ from latentmill.errors import ItemError, StorageError
 from latentmill.record import Record
 from latentmill.storage.storage import Storage
 from latentmill.store.store import LatentStore
-from latentmill.store.verify import Report, _decode, read_source, verify
+from latentmill.store.verify import VerifyReport, _decode, read_source, verify
 
 
 def faults(folder: Path) -> list[str]:
@@ -179,7 +179,7 @@ def test_records_are_decoded_in_the_store_s_numeric_mode(
     )
     for precision in ("float32", "bf16"):
         monkeypatch.setitem(store.plan.fingerprint["numeric"], "precision", precision)
-        report = Report()
+        report = VerifyReport()
         _decode(store, KEYS[0], report)
         assert report.faults == []
     assert modes == [False, True]
