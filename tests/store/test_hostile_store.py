@@ -18,7 +18,9 @@ import latentmill as lm
 from latentmill.cli import show, show_status
 from latentmill.errors import LatentmillError
 from latentmill.evaluation.linearity import measure_linearity
+from latentmill.evaluation.reconstruction import measure_reconstruction
 from latentmill.evaluation.seams import measure_seams
+from latentmill.evaluation.statistics import measure_statistics
 from latentmill.export.export import Target, export_store
 from latentmill.store.verify import verify
 
@@ -39,6 +41,8 @@ READS: dict[str, Callable[[lm.LatentStore], object]] = {
     "walk": walk,
     "seams": lambda store: measure_seams(store, items=1),
     "linearity": lambda store: measure_linearity(store, items=2),
+    "reconstruction": lambda store: measure_reconstruction(store, items=2),
+    "statistics": measure_statistics,
     "export": lambda store: export_store(store, f"{store.url}-out", Target.WEBDATASET),
     "dataset": lambda store: lm.LatentDataset(store, crop=4)[0],
     "stream": lambda store: list(lm.LatentStream(store, crop=4)),

@@ -20,7 +20,7 @@ import torch
 import xxhash
 
 from latentmill.encoding.loudness import LOUDEST, STEPS_PER_DB
-from latentmill.errors import ConfigError, ItemError
+from latentmill.errors import ConfigError, ItemError, StorageError
 from latentmill.evaluation.channels import ChannelMoments, Pooled
 from latentmill.evaluation.rows import ShardRows
 from latentmill.evaluation.similarity import equal_groups, joined, near_pairs, outliers
@@ -137,10 +137,17 @@ class _Reading:
         offsets, sizes, chunks = (column(n)[part].tolist() for n in ("offset", "length", "chunks"))
         pieces = [(path, offset, size) for offset, size in zip(offsets, sizes, strict=True)]
         channels, dtype = len(self._store.mean), DTYPES[self._store.info.dtype]
+        hashes = column("hash")
         frames, owners = [], []
         for at, data, count in zip(
             part.tolist(), self._store.storage.read_ranges(pieces), chunks, strict=True
         ):
+            fits = not len(data) % (channels * max(1, count) * np.dtype(dtype).itemsize)
+            if not data or not fits or xxhash.xxh3_64_intdigest(data) != hashes[at]:
+                raise StorageError(
+                    f"The latent of {self._store.index.key(at)} in {self._store.url} is damaged: "
+                    "run `latentmill verify` to find all damaged records."
+                )
             values = np.frombuffer(data, dtype)
             if count:
                 for chunk in values.reshape(count, channels, -1):
