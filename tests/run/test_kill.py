@@ -102,13 +102,16 @@ def kill_and_resume(
     """Kill a run again and again, and start it at once again, while its workers may still live."""
     args = arguments(songs, store)
     hits = 0
-    for number, (target, delay) in enumerate(kills):
+    more: list[tuple[str, float | None]] = [("driver", None)] * 5  # if none of `kills` hits a shard
+    for number, (target, delay) in enumerate([*kills, *more]):
+        if number >= len(kills) and hits:
+            break
+        if (store / "dataset.json").exists():
+            check(store, undisturbed)
+            store.rename(store.with_name(f"finished before kill {number}"))
         kept = runs.commits(store)
         hits += bool(kill_once(args, store, target, delay))
         assert kept.items() <= runs.commits(store).items()
-        if (store / "dataset.json").exists() and number < len(kills) - 1:
-            check(store, undisturbed)
-            store.rename(store.with_name(f"finished before kill {number + 1}"))
     if not (store / "dataset.json").exists():
         finish(args, store, undisturbed)
     check(store, undisturbed)
