@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import latentmill as lm
 from latentmill.errors import ConfigError
 from latentmill.evaluation.evaluate import PARTS
+from latentmill.evaluation.scores import Key, Scores
 from support import runs
 from support.stem_files import write_stem_store, write_stems
 
@@ -69,10 +71,29 @@ def test_a_part_that_cannot_be_measured(
     found = lm.evaluate(store, max_seconds=0.1)
     assert found.linearity is not None
     assert found.seams is None
-    assert "no items between one chunk" in found.unavailable["seams"]
+    assert "no items with seams of at most 0.1 s" in found.unavailable["seams"]
     with pytest.raises(ConfigError) as caught:
         lm.evaluate(store, only=["seams"], max_seconds=0.1)
-    assert "no items between one chunk" in one_sentence(caught.value)
+    assert "no items with seams of at most 0.1 s" in one_sentence(caught.value)
+
+
+@pytest.mark.parametrize("gain", ["0", "-1", "nan", "inf", "1000"])
+def test_a_gain_that_measures_nothing_is_refused(
+    gain: str, store: lm.LatentStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An infinite error would make the card unreadable, and `info` and `mix` with it."""
+    result = runs.call(capsys, "evaluate", store.url, "--only", "linearity", "--gain", gain)
+    assert (result.code, result.err) == (
+        2,
+        f"latentmill: invalid gain {gain}: use a factor from 0.01 to 100.\n",
+    )
+
+
+def test_an_infinite_error_is_not_recorded(one_sentence: Callable[[BaseException], str]) -> None:
+    key = Key("encoder_additivity", "relative_l2", "encoded", "raw")
+    with pytest.raises(ConfigError) as caught:
+        Scores().add(0, key, math.inf)
+    assert "the encoder additivity error of track 1 is inf" in one_sentence(caught.value)
 
 
 def test_a_store_that_is_not_sealed_is_measured_and_not_recorded(

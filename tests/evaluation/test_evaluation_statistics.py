@@ -160,6 +160,15 @@ def test_both_formats(format_name: str, tmp_path: Path) -> None:
     assert found.effective_rank == pytest.approx(4, abs=0.1)
 
 
+def test_few_frames_are_not_saturated(tmp_path: Path) -> None:
+    """One of ten is the largest, and one the smallest."""
+    latents = [np.random.default_rng(0).standard_normal((4, 10)).astype(np.float16)]
+    store = write_latents(str(tmp_path / "store"), [10], latents=latents)
+    found = measure_statistics(store)
+    assert found.saturation == [0.2] * len(found.mean)
+    assert found.saturated_channels == []
+
+
 def test_overlapping_chunks(tmp_path: Path) -> None:
     source = write_stems(tmp_path / "songs")
     store = write_stem_store(tmp_path / "store", source, stitch="none")
@@ -180,6 +189,7 @@ def test_it_is_recorded_and_printed(
     copy = shutil.copytree(planted.url, tmp_path / "copy")
     result = runs.call(capsys, "evaluate", copy, "--only", "statistics")
     assert result.code == 0
+    assert "multiply the stored latents by" in result.out
     assert "same file: copy0, song00" in result.out
     assert "unlike the others: noise" in result.out
     assert f"saturated channels: {saturated_model.CHANNEL}" in result.out

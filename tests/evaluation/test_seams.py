@@ -132,10 +132,10 @@ def test_what_cannot_be_measured_is_said(
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         measure_seams(store, max_seconds=3.0)
-    assert "no items between one chunk" in one_sentence(caught.value)
+    assert "no items with seams of at most 3 s" in one_sentence(caught.value)
     chunking = replace(store.chunking, samples=60 * RATE)  # as of mimi
     monkeypatch.setattr(lm.LatentStore, "chunking", chunking)
-    with pytest.raises(ConfigError, match=r"one chunk \(60\.0 s\) and 300 s"):
+    with pytest.raises(ConfigError, match=r"every item fits in one chunk \(60\.0 s\)"):
         measure_seams(store)
 
 

@@ -218,8 +218,9 @@ def evaluate(
         float | None,
         typer.Option(
             min=0.1,
-            help="Use at most this length of an item, in seconds. \\[default: linearity one chunk, "
-            "others 60, seams five chunks if longer]",
+            help="Use at most this length of an item, in seconds; for seams, only items up to "
+            "this length. \\[default: linearity one chunk, reconstruction 60, LUFS 300, seams 60 "
+            "or five chunks]",
         ),
     ] = None,
     gain: Annotated[
@@ -244,10 +245,15 @@ def evaluate(
 ) -> None:
     """Measure the quality of the latents of STORE on its own audio.
 
-    Parts: linearity (how well latents scale, add and subtract), reconstruction (decoded records,
-    compared with their source audio), statistics (channels, loudness, silence, duplicates,
-    outliers; reads all latents) and seams (the error of chunking, compared with encoding items in
-    one piece). Writes evaluation/PART.json in the store.
+    linearity: how well latents scale, add and subtract.
+
+    reconstruction: decoded records, compared with their source audio.
+
+    statistics: channels, loudness, silence, duplicates, outliers; reads all latents.
+
+    seams: the error of chunking, compared with encoding items in one piece.
+
+    Writes evaluation/PART.json in the store.
     """
     from latentmill.cli import show_evaluation
     from latentmill.evaluation.evaluate import evaluate as evaluate_store

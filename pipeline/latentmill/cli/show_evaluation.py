@@ -112,7 +112,6 @@ def reconstruction(entry: ReconstructionEntry) -> str:
 
 def statistics(found: StoreStatistics) -> str:
     """The table of a store's contents."""
-    scale = "" if found.suggested_scale is None else f"{found.suggested_scale:.4g}"
     near = found.autocorrelation.get("1", [])
     rows = {
         "records": f"{found.records}, {found.hours:.3f} h, {found.frames} frames",
@@ -124,9 +123,11 @@ def statistics(found: StoreStatistics) -> str:
         "formats": _counts(found.formats, ""),
         "range": f"{min(found.low):.3g} to {max(found.high):.3g}",
         "rank": f"effective rank {found.effective_rank:.3g} of {len(found.mean)} channels",
-        "memory": f"correlation with the next frame {sum(near) / max(1, len(near)):.3g}",
-        "scale": f"multiply the stored latents by {scale} for a standard deviation of 1",
+        "frames": f"correlation with the next one {sum(near) / max(1, len(near)):.3g}",
     }
+    if found.suggested_scale is not None:
+        factor = f"{found.suggested_scale:.4g}"
+        rows["scale"] = f"multiply the stored latents by {factor} for a standard deviation of 1"
     if found.lufs:
         rows["lufs"] = f"{_spread(found.lufs, 'LUFS')} ({counted(found.lufs_records, 'record')})"
     elif found.lufs is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -20,6 +21,7 @@ from latentmill.text.log import get_logger
 
 Part = Literal["linearity", "reconstruction", "statistics", "seams"]
 PARTS: tuple[Part, ...] = get_args(Part)
+LEAST_GAIN, MOST_GAIN = 0.01, 100.0
 
 _log = get_logger("evaluation")
 
@@ -63,7 +65,7 @@ def evaluate(
         only: The parts to measure, of `PARTS`; None for all.
         items: Number of items, spread evenly over the store; None for the default of each part.
         max_seconds: Maximum length that is used of an item; None for the default of each part.
-        gains: Gains of the linearity card beside 0.25, 0.5, 0.75 and 1.1.
+        gains: Gains of the linearity card beside 0.25, 0.5, 0.75 and 1.1; from 0.01 to 100.
         compat: `linear-cae` to measure linearity by the protocol of the linear-cae authors, in
             evaluation/linearity-linear-cae.json.
         record: Whether to write the results to evaluation/*.json of a sealed store.
@@ -73,13 +75,19 @@ def evaluate(
         because its source is gone, is in `unavailable`.
 
     Raises:
-        ConfigError: A part of `only` does not exist or cannot be measured on this store.
+        ConfigError: A part of `only` does not exist or cannot be measured on this store, or a
+            gain is out of range.
     """
     for name in only or ():
         if name not in PARTS:
             raise ConfigError(f"invalid part {name!r} of an evaluation: use {', '.join(PARTS)}.")
     if compat not in (None, PROTOCOL):
         raise ConfigError(f"invalid compat {compat!r}: use {PROTOCOL}, or leave it out.")
+    for gain in gains:
+        if math.isnan(gain) or not LEAST_GAIN <= gain <= MOST_GAIN:
+            raise ConfigError(
+                f"invalid gain {gain:g}: use a factor from {LEAST_GAIN:g} to {MOST_GAIN:g}."
+            )
     opened = store if isinstance(store, LatentStore) else open_store(store)
     options: dict[str, Any] = {"max_seconds": max_seconds, "record": record}
     if items is not None:

@@ -18,6 +18,7 @@ from latentmill.store.results import ItemQuality, ReconstructionEntry, SummaryEn
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import read_source
 from latentmill.text.log import get_logger
+from latentmill.text.printing import counted
 
 WORST = 10
 
@@ -51,13 +52,17 @@ def measure_reconstruction(
             silent += 1
         else:
             found.append(one)
-    if not found:
-        reasons = [f"{count} {why}" for why, count in missing.most_common(3)]
-        reasons += [f"{silent} silent"] if silent else []
+    if not found and not missing:
         raise ConfigError(
-            f"{store.url}: none of {len(keys)} records can be compared with its source "
-            f"({', '.join(reasons)}): make the sources readable, or raise "
-            "--items."
+            f"all of the {counted(len(keys), 'record')} tried of {store.url} are silent in their "
+            f"first {longest / rate:g} s: raise --items or --max-seconds."
+        )
+    if not found:
+        reasons = "; ".join(f"{count}: {why}" for why, count in missing.most_common(3))
+        silence = f"; {silent} silent" if silent else ""
+        raise ConfigError(
+            f"no record of {store.url} can be compared with its source ({reasons}{silence}): make "
+            "the sources readable, or raise --items."
         )
     result = ReconstructionEntry(
         items=found,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
+from latentmill.errors import ConfigError
 from latentmill.store.results import Form, Metric, Noise, ScoreEntry
 
 RESAMPLES = 1000
@@ -30,6 +32,13 @@ class Scores:
         self._values: dict[Key, dict[int, list[float]]] = {}
 
     def add(self, track: int, key: Key, value: float) -> None:
+        """Add a value. ConfigError if it is infinite or NaN, which results cannot contain."""
+        if not math.isfinite(value):
+            raise ConfigError(
+                f"the {key.metric.replace('_', ' ')} error of track {track + 1} is {value:g}, "
+                "because the model encodes or decodes a sound like silence: use another model, or "
+                "other audio with --items or --max-seconds."
+            )
         self._values.setdefault(key, {}).setdefault(track, []).append(value)
 
     def values(self, **fields: object) -> list[float]:

@@ -7,6 +7,7 @@ model and on the audio, so it is measured and recorded in evaluation/seams.json.
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass
 
@@ -71,15 +72,21 @@ def measure_seams(
         )
     chunk_seconds = chunking.samples / rate
     longest = max(60.0, 5 * chunk_seconds) if max_seconds is None else max_seconds
-    fitting = [
-        key
+    chunked = {
+        key: samples
         for key in store.keys()  # noqa: SIM118  iterating the store gives records
-        if chunking.samples < store.entry(key).num_samples <= longest * rate
-    ]
-    if not fitting:
+        if (samples := store.entry(key).num_samples) > chunking.samples
+    }
+    if not chunked:
         raise ConfigError(
-            f"{store.url} has no items between one chunk ({chunk_seconds:.1f} s) and "
-            f"{longest:g} s: raise --max-seconds."
+            f"{store.url} has no seams: every item fits in one chunk ({chunk_seconds:.1f} s)."
+        )
+    fitting = [key for key, samples in chunked.items() if samples <= longest * rate]
+    if not fitting:
+        shortest = math.ceil(min(chunked.values()) / rate)
+        raise ConfigError(
+            f"{store.url} has no items with seams of at most {longest:g} s, the length up to which "
+            f"items are encoded in one piece: raise --max-seconds to {shortest} or more."
         )
     step = max(1, len(fitting) // items)
     measured: list[SeamError] = []

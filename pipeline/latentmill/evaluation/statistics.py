@@ -190,7 +190,10 @@ class _Reading:
             low=moments.low.tolist(),
             high=moments.high.tolist(),
             saturation=saturation.tolist(),
-            saturated_channels=np.flatnonzero(saturation > SATURATED).tolist(),
+            # Every channel has its largest and its smallest value at least once.
+            saturated_channels=np.flatnonzero(
+                saturation - 2 / max(1, moments.frames) > SATURATED
+            ).tolist(),
             constant_channels=np.flatnonzero(moments.high == moments.low).tolist(),
             effective_rank=moments.effective_rank,
             autocorrelation={str(n): v.tolist() for n, v in moments.autocorrelation.items()},

@@ -164,7 +164,9 @@ class StoreStatistics(_Result):
     saturation: list[float] = Field(
         description="Share of the frames with the largest or smallest value of the channel."
     )
-    saturated_channels: list[int] = Field(description="Channels with a saturation over 1 %.")
+    saturated_channels: list[int] = Field(
+        description="Channels with a saturation over 1 %, without one largest and one smallest."
+    )
     constant_channels: list[int]
     effective_rank: float = Field(description="exp(entropy of the covariance's eigenvalues).")
     autocorrelation: dict[str, list[float]] = Field(description="By distance in frames.")
