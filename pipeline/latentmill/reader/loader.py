@@ -31,7 +31,7 @@ Source = LatentStream | LatentDataset | StemDataset[Any] | BatchSampler
 
 
 class Loader(Shown, Closeable):
-    """Yields the batches that a DataLoader yields, in the same order, several times faster.
+    """Yields the batches that a DataLoader yields, in the same order, but faster.
 
     Worker processes write batches into memory that they share with this process and use again, so
     no batch is copied or needs new memory. Each iteration is the next epoch of `source`.
