@@ -70,7 +70,7 @@ class HeadGoneError(UnitsFailedError):
 
 
 class WorkerError(LatentmillError):
-    """A worker process of a training loader died."""
+    """A worker process of a training loader or of a cluster died."""
 
 
 class ItemError(LatentmillError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 import soundfile
 
 import latentmill as lm
+from latentmill.errors import ConfigError, StoreError
 from latentmill.evaluation.channels import LAGS
+from latentmill.evaluation.shard_pass import ShardPass
 from latentmill.evaluation.similarity import near_pairs
 from latentmill.evaluation.statistics import measure_statistics
 from latentmill.store.store import LatentStore
@@ -198,3 +201,27 @@ def test_it_is_recorded_and_printed(
     again = lm.evaluate(str(copy), only=["statistics"]).statistics
     assert again is not None
     assert again.model_dump(exclude_none=True) == written["statistics"]
+
+
+def test_a_cluster_finds_the_same(planted: LatentStore, ray_session: Path) -> None:
+    alone = measure_statistics(planted, items=1, record=False)
+    assert measure_statistics(planted, items=1, record=False, address="auto") == alone
+
+
+def test_a_cluster_reads_no_store_that_changed_meanwhile(
+    planted: LatentStore, tmp_path: Path
+) -> None:
+    store = lm.open(shutil.copytree(planted.url, tmp_path / "copy"))
+    pickled = pickle.dumps(ShardPass(store))
+    assert len(pickle.loads(pickled)(0).at)
+    document = json.loads((tmp_path / "copy/dataset.json").read_text())
+    document["index_hash"] = "xxh3:" + "0" * 16
+    (tmp_path / "copy/dataset.json").write_text(json.dumps(document))
+    with pytest.raises(StoreError, match="was changed while it was read"):
+        pickle.loads(pickled)
+    (tmp_path / "copy/dataset.json").unlink()
+    with (
+        pytest.warns(lm.IncompleteStoreWarning),
+        pytest.raises(ConfigError, match="is not sealed yet"),
+    ):
+        measure_statistics(lm.open(store.url), address="auto")

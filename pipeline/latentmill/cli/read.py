@@ -239,6 +239,13 @@ def evaluate(
             help="Measure linearity by the protocol of other code: linear-cae.",
         ),
     ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a Ray cluster that reads the shards for statistics. "
+            "\\[default: RAY_ADDRESS, else this process]",
+        ),
+    ] = None,
     device: Device = "auto",
     trust_model: TrustModel = False,
     as_json: AsJson = False,
@@ -262,7 +269,13 @@ def evaluate(
     store = open_store(url, device=device, trust_model=trust_model)
     interrupts_raise()
     result = evaluate_store(
-        store, only=only, items=items, max_seconds=max_seconds, gains=gain or (), compat=compat
+        store,
+        only=only,
+        items=items,
+        max_seconds=max_seconds,
+        gains=gain or (),
+        compat=compat,
+        address=address,
     )
     print_value(as_json, result, show_evaluation.evaluation)
     if not store.sealed:

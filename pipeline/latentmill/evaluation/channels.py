@@ -23,7 +23,9 @@ class ChannelMoments:
         self.frames = 0
         self.low, self.high = np.full(channels, np.inf), np.full(channels, -np.inf)
         self._at_low, self._at_high = (np.zeros(channels, np.int64) for _ in range(2))
-        self._sounding = 0  # frames that count for saturation
+        # Of the frames that count for saturation.
+        self._sounding = 0
+        self._least, self._most = np.full(channels, np.inf), np.full(channels, -np.inf)
         self._products = torch.zeros(channels, channels, dtype=torch.float64)
         self._lagged = np.zeros((len(LAGS), channels))
         self._pairs = np.zeros(len(LAGS), np.int64)
@@ -57,9 +59,6 @@ class ChannelMoments:
         self, sounding: torch.Tensor, least: torch.Tensor, most: torch.Tensor
     ) -> None:
         """Count the values that equal the extremes so far; a new extreme starts again."""
-        if not self._sounding:
-            channels = len(self._mean)
-            self._least, self._most = np.full(channels, np.inf), np.full(channels, -np.inf)
         self._sounding += len(sounding)
         for name, extreme, better in (
             ("_least", least.numpy(), np.less),
@@ -73,6 +72,24 @@ class ChannelMoments:
             reached = np.flatnonzero(extreme == known)  # few, after the first blocks
             equal = sounding[:, reached] == torch.from_numpy(known[reached].astype(np.float32))
             counts[reached] += torch.count_nonzero(equal, dim=0).numpy()
+
+    def merge(self, other: ChannelMoments) -> None:
+        """Add what another one collected, about the same channels and mean."""
+        self._products += other._products
+        self.frames += other.frames
+        self._lagged += other._lagged
+        self._pairs += other._pairs
+        self.low = np.minimum(self.low, other.low)
+        self.high = np.maximum(self.high, other.high)
+        self._sounding += other._sounding
+        for better, extreme, counts, theirs, more in (
+            (np.less, self._least, self._at_low, other._least, other._at_low),
+            (np.greater, self._most, self._at_high, other._most, other._at_high),
+        ):
+            counts[:] = np.where(better(theirs, extreme), 0, counts) + np.where(
+                better(extreme, theirs), 0, more
+            )
+            extreme[:] = np.where(better(theirs, extreme), theirs, extreme)
 
     @property
     def saturation(self) -> FloatVector:
@@ -107,34 +124,34 @@ class ChannelMoments:
         return found
 
 
-class Pooled:
-    """Two short vectors for each record, for finding duplicates and outliers.
+class Pooling:
+    """Computes two short vectors for each record, for finding duplicates and outliers.
 
-    `positions` follows a record through time: the mean and the RMS of each channel in eighths of
+    `positions` follow a record through time: the mean and the RMS of each channel in eighths of
     the record, with the origin removed, divided by their norm, so that gain does not change it, and
-    projected to 64 numbers. `shapes` is the logarithm of the RMS in up to 64 bands of neighbouring
-    channels, relative to the RMS of the whole record.
+    projected to 64 numbers. `shapes` are the logarithms of the RMS in up to 64 bands of
+    neighbouring channels, relative to the RMS of the whole record.
     """
 
     PARTS, SIZE, FLOOR = 8, 64, 0.05
 
-    def __init__(self, records: int, origin: FloatArray) -> None:
+    def __init__(self, origin: FloatArray) -> None:
         self._origin = torch.from_numpy(origin.astype(np.float32))
         channels = len(origin)
         random = np.random.default_rng(0)
         directions = random.standard_normal((2 * self.PARTS * channels, self.SIZE))
         self._directions = directions.astype(np.float32)
-        self._bands = np.arange(min(channels, self.SIZE)) * channels // min(channels, self.SIZE)
-        self.positions = np.zeros((records, self.SIZE), np.float16)
-        self.shapes = np.zeros((records, len(self._bands)), np.float16)
+        self._starts = np.arange(min(channels, self.SIZE)) * channels // min(channels, self.SIZE)
 
-    def add(
-        self,
-        records: npt.NDArray[np.int64],
-        frames: torch.Tensor,
-        lengths: npt.NDArray[np.int64],
-    ) -> None:
-        """Add the frames `[F, D]` of these records."""
+    @property
+    def bands(self) -> int:
+        """Size of the vectors of `shapes`."""
+        return len(self._starts)
+
+    def __call__(
+        self, frames: torch.Tensor, lengths: npt.NDArray[np.int64]
+    ) -> tuple[FloatArray, FloatArray]:
+        """Positions `[N, 64]` and shapes `[N, bands]` of N records with the frames `[F, D]`."""
         values = (frames - self._origin).numpy()
         count, channels = len(lengths), values.shape[1]
         first = np.cumsum(lengths) - lengths
@@ -148,11 +165,10 @@ class Pooled:
             [mean.reshape(count, -1), np.sqrt(power).reshape(count, -1)], axis=1
         )
         vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
-        projected = vectors @ self._directions
-        projected /= np.maximum(np.linalg.norm(projected, axis=1, keepdims=True), 1e-30)
-        self.positions[records] = projected
+        positions = vectors @ self._directions
+        positions /= np.maximum(np.linalg.norm(positions, axis=1, keepdims=True), 1e-30)
         mean_power = power.reshape(count, self.PARTS, channels).mean(axis=1)
-        widths = np.diff(np.append(self._bands, channels))
-        bands = np.add.reduceat(mean_power, self._bands, axis=1) / widths
+        widths = np.diff(np.append(self._starts, channels))
+        bands = np.add.reduceat(mean_power, self._starts, axis=1) / widths
         whole = np.maximum(mean_power.mean(axis=1, keepdims=True), 1e-30)
-        self.shapes[records] = np.log(np.sqrt(bands / whole) + self.FLOOR)
+        return positions, np.log(np.sqrt(bands / whole) + self.FLOOR)

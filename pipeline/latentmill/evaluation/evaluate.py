@@ -56,6 +56,7 @@ def evaluate(
     max_seconds: float | None = None,
     gains: Sequence[float] = (),
     compat: str | None = None,
+    address: str | None = None,
     record: bool = True,
 ) -> Evaluation:
     """Evaluate a store on its own audio.
@@ -68,6 +69,8 @@ def evaluate(
         gains: Gains of the linearity card beside 0.25, 0.5, 0.75 and 1.1; from 0.01 to 100.
         compat: `linear-cae` to measure linearity by the protocol of the linear-cae authors, in
             evaluation/linearity-linear-cae.json.
+        address: Address of a Ray cluster whose nodes read the shards for `statistics`; the other
+            parts are measured in this process. None for RAY_ADDRESS, or no cluster.
         record: Whether to write the results to evaluation/*.json of a sealed store.
 
     Returns:
@@ -96,7 +99,7 @@ def evaluate(
     measures: dict[Part, Callable[..., Any]] = {
         "linearity": partial(linearity, gains=gains),
         "reconstruction": measure_reconstruction,
-        "statistics": measure_statistics,
+        "statistics": partial(measure_statistics, address=address),
         "seams": measure_seams,
     }
     results: dict[Part, Any] = {}
