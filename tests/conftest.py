@@ -8,11 +8,13 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 
+from support.browser import chromium
 from support.in_process import in_process
 from support.recordings import write_corpus
 
@@ -91,6 +93,13 @@ def s3_bucket(_s3_server: str) -> str:
     name = f"mill-{next(_buckets)}"
     fsspec.filesystem("s3").mkdir(name)
     return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium for all tests of pages."""
+    with chromium() as started:
+        yield started
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Pictures (PNG) and players (Opus) of sounds and latents, for pages and notebooks."""
