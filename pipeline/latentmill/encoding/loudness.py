@@ -14,6 +14,7 @@ from latentmill.record import FloatArray
 
 STEPS_PER_DB = 2
 LOUDEST = 255  # 0 dB
+SILENT_DB = -60.0  # a frame below this level counts as silent
 
 
 class LevelMeter:

@@ -46,6 +46,7 @@ from latentmill.store.schema import (
     COMMITS,
     DATASET_PATH,
     INDEX_NAME,
+    METADATA_NAME,
     ORIGIN_PATH,
     SHARDS,
 )
@@ -335,7 +336,9 @@ def _refuse_foreign(storage: Storage) -> None:
                 "restore its plan/ folder."
             )
     for path in sorted(storage.list("")):
-        if path in (DATASET_PATH, ORIGIN_PATH) or re.fullmatch(INDEX_NAME, path):
+        if path in (DATASET_PATH, ORIGIN_PATH) or re.fullmatch(
+            f"{INDEX_NAME}|{METADATA_NAME}", path
+        ):
             raise StoreError(
                 f"{storage.root} has a file {path} but no plan: choose another output folder, or "
                 "delete the file."

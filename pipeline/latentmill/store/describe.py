@@ -42,7 +42,11 @@ def is_complete(store: LatentStore) -> bool:
             committed.get(unit.name) == info.revisions.get(unit.name, 0)
             for unit in store.plan.units
         )
-        and all(store.storage.exists(path) for path in (info.index, ORIGIN_PATH))
+        and all(
+            store.storage.exists(path)
+            for path in (info.index, info.metadata, ORIGIN_PATH)
+            if path is not None
+        )
     )
 
 

@@ -24,6 +24,7 @@ FORMAT_VERSION = 2  # version 1 can be read, too
 DATASET_PATH = "dataset.json"
 CARD_PATH = "README.md"
 INDEX_NAME = r"^index(\.[0-9a-f]+)?\.arrow$"
+METADATA_NAME = r"^metadata\.[0-9a-f]+\.parquet$"
 ORIGIN_PATH = "origin.npy"
 COMMITS = "commits"
 SHARDS = "shards"
@@ -278,6 +279,15 @@ class DatasetInfo(_Document):
         "index.arrow", pattern=INDEX_NAME, description="File with the location of every record."
     )
     index_hash: str | None = Field(None, description="xxh3-128 of the index file's bytes, hex.")
+    metadata: str | None = Field(
+        None,
+        pattern=METADATA_NAME,
+        description="Parquet file with the fields of every record except its latent. Stores of "
+        "earlier versions do not have it.",
+    )
+    metadata_hash: str | None = Field(
+        None, description="xxh3-128 of the metadata file's bytes, hex."
+    )
     seams: SeamEntry | None = Field(
         None, description="Format version 1 only; later versions have evaluation/seams.json."
     )

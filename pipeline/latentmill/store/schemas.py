@@ -18,6 +18,7 @@ from pydantic import BaseModel, ByteSize
 
 from latentmill.config import RunConfig
 from latentmill.store.index import INDEX_SCHEMA
+from latentmill.store.metadata import METADATA_SCHEMA
 from latentmill.store.schema import RECORD_SCHEMA, Commit, DatasetInfo
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -30,6 +31,7 @@ def schema_files() -> dict[str, str]:
         "config.schema.json": _json_schema(RunConfig),
         "dataset.schema.json": _json_schema(DatasetInfo),
         "index.arrow.txt": _arrow_schema(INDEX_SCHEMA),
+        "metadata.arrow.txt": _arrow_schema(METADATA_SCHEMA),
         "record.arrow.txt": _arrow_schema(RECORD_SCHEMA),
     }
 

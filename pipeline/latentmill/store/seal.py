@@ -1,4 +1,4 @@
-"""Sealing a store: writing the index, the card and dataset.json from the commits.
+"""Sealing a store: writing the index, the metadata, the card and dataset.json from the commits.
 
 dataset.json is the seal. It lists the index and the shards, which are never overwritten. It is
 replaced last and atomically, so readers see either the old seal or the new one.
@@ -22,6 +22,7 @@ from latentmill.storage.storage import Storage
 from latentmill.store.card import write_card
 from latentmill.store.commit import SealHash, iter_commits
 from latentmill.store.index import Index, to_batch
+from latentmill.store.metadata import has_hash, publish_metadata
 from latentmill.store.schema import (
     CARD_PATH,
     DATASET_PATH,
@@ -94,7 +95,10 @@ def dataset_info(plan: Plan, commits: Iterable[Commit]) -> DatasetInfo:
 
 
 def seal(storage: Storage, plan: Plan) -> DatasetInfo:
-    """Write the index, the card and dataset.json from the commits of the plan's units."""
+    """Write index, metadata, card and dataset.json from the commits of the plan's units.
+
+    Reads the fields of all records from the shards, for the metadata.
+    """
     names = {unit.name for unit in plan.units}
     batches = []
 
@@ -105,10 +109,21 @@ def seal(storage: Storage, plan: Plan) -> DatasetInfo:
                 yield commit
 
     info = dataset_info(plan, commits())
-    index = Index.from_batches(batches).to_bytes()
-    digest = xxhash.xxh3_128_hexdigest(index)
-    info = info.model_copy(update={"index": f"index.{digest[:16]}.arrow", "index_hash": digest})
-    storage.write(info.index, index)  # named by its hash: an existing file is equal or damaged
+    index = Index.from_batches(batches)
+    batches.clear()
+    data = index.to_bytes()
+    digest = xxhash.xxh3_128_hexdigest(data)
+    name = f"index.{digest[:16]}.arrow"
+    storage.write(name, data)  # named by its hash: an existing file is equal or damaged
+    metadata, metadata_hash = publish_metadata(storage, index)
+    info = info.model_copy(
+        update={
+            "index": name,
+            "index_hash": digest,
+            "metadata": metadata,
+            "metadata_hash": metadata_hash,
+        }
+    )
     write_card(storage, info)
     text = info.model_dump_json(indent=2, exclude={"seams", "linearity"})
     storage.write(DATASET_PATH, text.encode())
@@ -128,15 +143,18 @@ def read_seal(storage: Storage) -> DatasetInfo | None:
 
 
 def current_seal(storage: Storage, seal_hash: str) -> DatasetInfo | None:
-    """Read dataset.json if it is up to date: its hash matches and card and index are intact.
+    """Read dataset.json if it is up to date: its hash matches and the files it needs are intact.
 
-    `seal_hash` is the hash over the store's commits; see `SealHash`. Returns None otherwise.
+    `seal_hash` is the hash over the store's commits; see `SealHash`. Returns None otherwise, also
+    for the seal of an earlier version, which has no metadata.
     """
     info = read_seal(storage)
     if info is None or info.seal != seal_hash or not storage.exists(CARD_PATH):
         return None
     index = storage.read_if_exists(info.index)
     if index is None or xxhash.xxh3_128_hexdigest(index) != info.index_hash:
+        return None
+    if info.metadata is None or not has_hash(storage, info.metadata, info.metadata_hash):
         return None
     return info
 

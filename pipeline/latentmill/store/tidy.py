@@ -8,7 +8,7 @@ from latentmill.plan import PLAN, Plan
 from latentmill.storage.remote import open_filesystem, protocol_of, storage_errors
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import committed_revisions
-from latentmill.store.schema import COMMITS, INDEX_NAME, SHARDS, parse_name
+from latentmill.store.schema import COMMITS, INDEX_NAME, METADATA_NAME, SHARDS, parse_name
 from latentmill.store.seal import read_seal
 
 _PLAN_FILE = re.compile(r"(?:items|units)(?:-(\d{4,}))?(?:\.(\d+))?\.parquet")
@@ -40,7 +40,8 @@ def tidy(storage: Storage) -> None:
                 storage.delete(f"{folder}/{name}")
     if sealed is not None:
         for name in storage.list(""):
-            if re.fullmatch(INDEX_NAME, name) and name != sealed.index:
+            named = re.fullmatch(f"{INDEX_NAME}|{METADATA_NAME}", name)
+            if named and name not in (sealed.index, sealed.metadata):
                 storage.delete(name)
 
 

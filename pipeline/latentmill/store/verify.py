@@ -23,6 +23,7 @@ from latentmill.sources.reading import UnitReader
 from latentmill.storage.storage import SCRATCH, Storage
 from latentmill.store.commit import committed_revisions, hash_of, iter_commits, read_commit
 from latentmill.store.index import entries
+from latentmill.store.metadata import matches_records
 from latentmill.store.schema import (
     COMMITS,
     DATASET_PATH,
@@ -240,10 +241,28 @@ class _Verification:
                 if entry.key not in store or store.entry(entry.key) != entry:
                     yield f"{index} and the commit differ on where {entry.key} is: {hint}"
                     return
+        metadata = store.info.metadata
+        if metadata is None:  # sealed by an earlier version
+            return
+        try:
+            whole = matches_records(self._storage, store.index, metadata, store.info.metadata_hash)
+        except StorageError as error:
+            yield str(error)
+        else:
+            if not whole:
+                yield f"{metadata} is missing, damaged or not that of the records: {hint}"
 
 
 # Fields of dataset.json that do not depend on the plan and the commits.
-_INDEPENDENT = {"latentmill_version", "index", "index_hash", "seams", "linearity"}
+_INDEPENDENT = {
+    "latentmill_version",
+    "index",
+    "index_hash",
+    "metadata",
+    "metadata_hash",
+    "seams",
+    "linearity",
+}
 _SUMS = ("mean", "std", "hours")  # another machine may have summed them in a different order
 
 

@@ -1,0 +1,305 @@
+"""metadata.parquet: the fields of every record except its latent, in the order of the index.
+
+Sealing writes it, so that searching reads one small file instead of all shards. Row n is record n.
+Its columns are the stored fields, `loudness` and `silence`, and one typed column for each name in
+the records' own metadata whose values all have one scalar type: `metadata_bpm`. Any Parquet tool
+can read it.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latentmill.encoding.loudness import LOUDEST, SILENT_DB, STEPS_PER_DB
+from latentmill.encoding.stored import parse_json
+from latentmill.errors import StorageError
+from latentmill.storage.storage import Storage, writing
+from latentmill.store.commit import hash_of
+from latentmill.store.fields import read_columns
+from latentmill.store.index import Index
+from latentmill.store.schema import RECORD_SCHEMA
+
+PREFIX = "metadata_"
+ROW_GROUP = 1 << 14
+MAX_COLUMNS = 64  # of the records' own metadata: the names that occur most often
+MAX_NAME = 64
+_TRACKED = 10_000  # names whose types are followed
+_READERS = 8  # shards read in parallel from a remote store
+_QUIETEST = -LOUDEST / STEPS_PER_DB
+
+_READ = [field for field in RECORD_SCHEMA if field.name != "latent"]
+_FIELDS = [field.with_nullable(field.name != "key") for field in _READ if field.name != "levels"]
+METADATA_SCHEMA = pa.schema(
+    [*_FIELDS, pa.field("loudness", pa.float64()), pa.field("silence", pa.float64())]
+)
+_TYPES = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "str": pa.string()}
+_EXACT = 2**53  # integers up to here are exact as float64
+
+
+def write_metadata(storage: Storage, index: Index, file: Path, rows: Path) -> None:
+    """Write metadata.parquet to the local path `file`, with a few shards' fields in memory.
+
+    `rows` is the path of a temporary file: the rows in the order of the shards.
+
+    Raises:
+        StorageError: A shard is damaged, or a file cannot be read or written.
+    """
+    columns = _write_rows(storage, index, rows)
+    with writing(str(file)), pq.ParquetWriter(file, schema_of(columns), compression="zstd") as out:
+        for block in sorted_blocks(index, rows, columns):
+            out.write_table(block, row_group_size=ROW_GROUP)
+
+
+def publish_metadata(storage: Storage, index: Index) -> tuple[str, str]:
+    """Write metadata.HASH.parquet into a store; return its name and its whole hash."""
+    path = "metadata.parquet"
+    with storage.scratch_file(path) as file, storage.scratch_file("metadata.rows") as rows:
+        write_metadata(storage, index, file, rows)
+        with file.open("rb") as written:
+            digest = hash_of(written)
+        path = f"metadata.{digest[:16]}.parquet"
+        if not storage.publish(file, path) and not has_hash(storage, path, digest):
+            storage.delete(path)  # named by its hash, so it is damaged
+            storage.publish(file, path)
+    return path, digest
+
+
+def has_hash(storage: Storage, path: str, digest: str | None) -> bool:
+    """Whether a file exists and has this xxh3-128 hash."""
+    if not storage.exists(path):
+        return False
+    with storage.open(path) as file:
+        return hash_of(file) == digest
+
+
+def matches_records(storage: Storage, index: Index, path: str, digest: str | None) -> bool:
+    """Whether a metadata file has the hash in dataset.json and the rows of the records."""
+    if not has_hash(storage, path, digest):
+        return False
+    with (
+        tempfile.TemporaryDirectory(prefix="latentmill-") as folder,
+        storage.open(path) as source,
+    ):
+        rows = Path(folder, "rows")
+        columns = _write_rows(storage, index, rows)
+        try:
+            with pq.ParquetFile(source) as file:
+                if file.metadata.num_rows != len(index):
+                    return False
+                groups = range(file.num_row_groups)
+                found = (file.read_row_group(group, use_threads=False) for group in groups)
+                pairs = itertools.zip_longest(found, sorted_blocks(index, rows, columns))
+                return all(a is not None and b is not None and a.equals(b) for a, b in pairs)
+        except pa.ArrowException:
+            return False
+
+
+def schema_of(columns: Mapping[str, str]) -> pa.Schema:
+    """The schema of a file with these columns of the records' own metadata, kinds by name."""
+    own = [pa.field(PREFIX + name, _TYPES[kind]) for name, kind in columns.items()]
+    return pa.schema([*METADATA_SCHEMA, *own])
+
+
+def sorted_blocks(index: Index, rows: Path, columns: Mapping[str, str]) -> Iterator[pa.Table]:
+    """Row groups in the order of the index, from a file that has the rows shard by shard."""
+    if not len(index):
+        return
+    shard_of, order, first = index.column("shard"), *_by_shard(index)
+    place = np.empty(len(index), np.int64)  # of each record among the rows of its shard
+    place[order] = np.arange(len(index)) - first[shard_of[order]]
+    with pa.memory_map(str(rows)) as file:
+        reader = pa.ipc.open_file(file)
+        tables: dict[int, list[pa.RecordBatch]] = {}
+        for number in range(reader.num_record_batches):
+            batch, custom = reader.get_batch_with_custom_metadata(number)
+            tables.setdefault(int(custom["shard"]), []).append(batch)
+        for start in range(0, len(index), ROW_GROUP):
+            shards = shard_of[start : start + ROW_GROUP]
+            places = place[start : start + ROW_GROUP]
+            parts, found = [], []
+            for shard in np.unique(shards).tolist():
+                here = np.flatnonzero(shards == shard)
+                table = pa.Table.from_batches(tables[shard])
+                parts.append(table.take(pa.array(places[here])))
+                found.append(here)
+            block = pa.concat_tables(parts).take(pa.array(np.argsort(np.concatenate(found))))
+            yield with_columns(block.combine_chunks(), columns)
+
+
+def with_columns(block: pa.Table, columns: Mapping[str, str]) -> pa.Table:
+    """Add the typed columns of the records' own metadata."""
+    if columns:
+        parsed = [parse_json(text) for text in block["metadata"].to_pylist()]
+        for name, kind in columns.items():
+            values = [own.get(name) for own in parsed]
+            if kind == "float":
+                values = [None if value is None else float(value) for value in values]
+            block = block.append_column(PREFIX + name, pa.array(values, _TYPES[kind]))
+    return block.cast(schema_of(columns))
+
+
+def _by_shard(index: Index) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Positions in the index, ordered by shard and row, and the first of each shard."""
+    shards = index.column("shard")
+    order = np.lexsort((index.column("row"), shards))
+    return order, np.searchsorted(shards[order], np.arange(len(index.shards) + 1))
+
+
+def _write_rows(storage: Storage, index: Index, rows: Path) -> dict[str, str]:
+    """Write the rows of each shard as record batches; return the kinds of the metadata's names."""
+    names = _Names()
+    with (
+        writing(str(rows)),
+        pa.OSFile(str(rows), "wb") as sink,
+        pa.ipc.new_file(sink, METADATA_SCHEMA) as file,
+    ):
+        for shard, table in _shards(storage, index):
+            try:
+                for text in table["metadata"].to_pylist():
+                    names.add(parse_json(text))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise _damaged(storage, index.shards[shard]) from error
+            for batch in table.to_batches(max_chunksize=ROW_GROUP):
+                file.write_batch(batch, custom_metadata={"shard": str(shard)})
+    return names.columns()
+
+
+def _shards(storage: Storage, index: Index) -> Iterator[tuple[int, pa.Table]]:
+    """The rows of each shard; of a remote store, a few shards are read in parallel."""
+    if not len(index):
+        return
+    order, first = _by_shard(index)
+
+    def read(shard: int) -> pa.Table:
+        return shard_rows(storage, index, shard, order[first[shard] : first[shard + 1]])
+
+    shards = range(len(index.shards))
+    if storage.local:
+        yield from ((shard, read(shard)) for shard in shards)
+        return
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="metadata") as pool:
+        for start in range(0, len(shards), _READERS):
+            some = shards[start : start + _READERS]
+            yield from zip(some, pool.map(read, some), strict=True)
+
+
+def shard_rows(
+    storage: Storage, index: Index, shard: int, positions: npt.NDArray[np.int64]
+) -> pa.Table:
+    """The rows of METADATA_SCHEMA for the records at some positions, which are in one shard."""
+    path = index.shards[shard]
+    try:
+        table = _fields(storage, index, path, positions)
+        if table["key"].to_pylist() != index.keys(positions):
+            raise ValueError("the rows belong to other records")
+        rms = table["rms"].to_numpy().astype(np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            loudness = np.maximum(20 * np.log10(rms), _QUIETEST)
+        silence = [_silence(levels) for levels in table["levels"].to_pylist()]
+        columns = [table[field.name] for field in _FIELDS]
+        columns += [pa.array(loudness), pa.array(silence, pa.float64())]
+        return pa.Table.from_arrays(columns, METADATA_SCHEMA.names).cast(METADATA_SCHEMA)
+    except (ValueError, TypeError, LookupError, pa.ArrowException) as error:
+        raise _damaged(storage, path) from error
+
+
+def _fields(
+    storage: Storage, index: Index, path: str, positions: npt.NDArray[np.int64]
+) -> pa.Table:
+    """The stored fields, from the columns of a Parquet shard or the JSON members of a tar."""
+    names = [field.name for field in _READ]
+    begins = index.column("fields_offset")[positions]
+    if begins[0] < 0:
+        table = read_columns(storage, path, names)
+        return table.take(pa.array(index.column("row")[positions]))
+    sizes = index.column("fields_length")[positions]
+    pieces = [(path, int(b), int(n)) for b, n in zip(begins, sizes, strict=True)]
+    members = []
+    for data in storage.read_ranges(pieces):
+        member = parse_json(data)
+        levels = member.get("levels")  # stores of earlier versions have none
+        members.append({**member, "levels": None if levels is None else base64.b64decode(levels)})
+    return pa.Table.from_pylist(members, pa.schema([f.with_nullable(True) for f in _READ]))
+
+
+def _silence(levels: bytes | None) -> float | None:
+    """Share of the frames below SILENT_DB; None if the levels were not measured."""
+    if not levels:
+        return None
+    quiet = np.frombuffer(levels, np.uint8) < LOUDEST + STEPS_PER_DB * SILENT_DB
+    return float(np.mean(quiet))
+
+
+class _Names:
+    """Names in the records' own metadata, with the kind of their values so far."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._kinds: dict[str, str | None] = {}  # None: values of several types, or not scalar
+
+    def add(self, own: Mapping[str, Any]) -> None:
+        for name, value in own.items():
+            if name not in self._counts and len(self._counts) >= _TRACKED:
+                continue
+            self._counts[name] += 1
+            kind = _kind(value)
+            if kind != "null":
+                known = self._kinds.get(name, kind)
+                self._kinds[name] = kind if kind == known else _WIDER.get(frozenset((known, kind)))
+
+    def columns(self) -> dict[str, str]:
+        """The kinds of the columns by name, sorted by name."""
+        usable = [name for name, kind in self._kinds.items() if kind and _is_column(name)]
+        often = sorted(usable, key=lambda name: (-self._counts[name], name))[:MAX_COLUMNS]
+        kinds = {name: str(self._kinds[name]) for name in sorted(often)}
+        return {name: kind.removesuffix(" large") for name, kind in kinds.items()}
+
+
+# "int large" is an integer that float64 cannot represent exactly.
+_WIDER: dict[frozenset[str | None], str] = {
+    frozenset(("int", "float")): "float",
+    frozenset(("int", "int large")): "int large",
+}
+
+
+def _kind(value: Any) -> str | None:
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # half a surrogate pair
+            return None
+        return "str"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return ("int" if abs(value) <= _EXACT else "int large") if abs(value) < 2**63 else None
+    return type(value).__name__ if isinstance(value, bool | float) else None
+
+
+def _is_column(name: str) -> bool:
+    """Whether a name can be part of a column's name; a dot would mean a nested column."""
+    return name.isprintable() and "." not in name and len(name) <= MAX_NAME
+
+
+def own_columns(names: Sequence[str]) -> list[str]:
+    """Those of a file's columns that are names in the records' own metadata, without prefix."""
+    return [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
+
+
+def _damaged(storage: Storage, path: str) -> StorageError:
+    return StorageError(
+        f"{storage.root}/{path} is damaged: its fields cannot be read. Restore the shard, or "
+        "delete it and run again."
+    )
