@@ -112,19 +112,29 @@ def test_a_long_latent_that_is_damaged_is_not_played(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
     frames=st.integers(1, 50),
     at=st.integers(0, 49),
+    count=st.integers(0, 50),
+    offset=st.integers(-60, 60),
 )
-def test_a_mix_read_in_pieces_is_the_mix(lengths: list[int], frames: int, at: int) -> None:
+def test_a_mix_read_in_pieces_is_the_mix(
+    lengths: list[int], frames: int, at: int, count: int, offset: int
+) -> None:
     random = np.random.default_rng(frames)
     latents = [random.standard_normal((3, n)).astype(np.float32) for n in lengths]
     chunking = Chunking("crossfade", 8 * 32, 6 * 32, 2)
     origin = Origin(random.standard_normal((3, 8)).astype(np.float32), chunking)
     gains = random.uniform(-2, 2, len(latents)).tolist()
-    whole = mix([fit(one, frames, origin=origin) for one in latents], gains, origin=origin)
-    sources = [fitted(LatentSource.of(one), frames, origin=origin) for one in latents]
+    options = [{"origin": origin, "offset": n * offset} for n in range(len(latents))]
+    placed = [fit(one, frames, **how) for one, how in zip(latents, options, strict=True)]
+    whole = mix(placed, gains, origin=origin)
+    sources = [
+        fitted(LatentSource.of(one), frames, **how)
+        for one, how in zip(latents, options, strict=True)
+    ]
     lazy = mixed(sources, gains, origin=origin)
     assert lazy.shape == (3, frames)
     start = min(at, frames - 1)
-    assert np.allclose(lazy.read(start, frames - start), whole[:, start:], atol=1e-5)
+    end = min(start + count, frames)
+    assert np.allclose(lazy.read(start, end - start), whole[:, start:end], atol=1e-5)
 
 
 def test_mixes_of_other_shapes_are_refused() -> None:

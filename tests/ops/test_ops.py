@@ -254,6 +254,18 @@ def test_a_crossfade_is_that_of_the_waveforms(shape: str, frames: int) -> None:
     assert np.allclose(joined, encoder(audio.ravel()), atol=1e-5)
 
 
+@pytest.mark.parametrize("offset", [-15, -10, -4, 0, 3, 20, 30, 31])
+def test_fit_with_an_offset_is_a_shift_in_the_origin(offset: int) -> None:
+    latent = np.random.default_rng(1).standard_normal((5, 10)).astype(np.float16)
+    expected = ORIGIN.of_length(30)
+    for frame in range(10):
+        if 0 <= frame + offset < 30:
+            expected[:, frame + offset] = latent[:, frame]
+    assert np.array_equal(fit(latent, 30, offset=offset, origin=ORIGIN), expected)
+    zeros = fit(latent, 30, offset=offset, origin=None)
+    assert np.count_nonzero(zeros.any(axis=0)) == max(0, min(10, 10 + offset, 30 - offset))
+
+
 @given(frames=st.integers(1, 40))
 def test_fit_continues_by_the_origin(frames: int) -> None:
     latent = affine(SOUNDS[0])

@@ -15,7 +15,8 @@ import xxhash
 
 from latentmill.decoding.decoder import LatentSource
 from latentmill.errors import ConfigError, StorageError
-from latentmill.ops import Origin, fit, mix
+from latentmill.ops import Origin, mix
+from latentmill.ops.time import span
 from latentmill.record import FloatArray, Latent
 
 # Format and sample type by file name suffix. FLAC does not support floats.
@@ -106,21 +107,28 @@ def write_audio(
     return WrittenAudio(str(path), samples / sample_rate, peak, clipped)
 
 
-def fitted(source: LatentSource, frames: int, *, origin: Origin | None) -> LatentSource:
-    """Truncate a latent, or extend it with silence, to `frames` frames; see `ops.fit`."""
+def fitted(
+    source: LatentSource, frames: int, *, origin: Origin | None, offset: int = 0
+) -> LatentSource:
+    """A sound in `frames` frames that begins at frame `offset`; see `ops.fit`."""
     if len(source.shape) != 2:
         raise ConfigError(
             "The length of latents stored as chunks (stitch none) cannot be changed: encode with "
             "another stitch."
         )
-    have = source.shape[1]
+    first, last = span(source.shape[1], frames, offset)
 
     def read(start: int, count: int) -> Latent:
-        there = max(0, min(have - start, count))
-        piece = source.read(start, there) if there else np.zeros((source.shape[0], 0), np.float32)
-        result = fit(piece, count, origin=None)
-        if origin is not None and there < count:
-            result[:, there:] = origin.crop(frames, start + there, count - there)
+        end = start + count
+        begin, stop = min(max(start, first), end), max(min(end, last), start)
+        result: FloatArray = np.zeros((source.shape[0], count), np.float32)
+        if begin < stop:
+            result[:, begin - start : stop - start] = source.read(begin - offset, stop - begin)
+        else:
+            begin = stop = start
+        if origin is not None:
+            result[:, : begin - start] = origin.crop(frames, start, begin - start)
+            result[:, stop - start :] = origin.crop(frames, stop, end - stop)
         return result
 
     return LatentSource((source.shape[0], frames), read)

@@ -105,14 +105,15 @@ def rising(frames: int, shape: Shape) -> FloatArray:
     return line if shape == "linear" else np.sin(np.float32(np.pi / 2) * line)
 
 
-def fit(latent: Latent, frames: int, *, origin: Origin | None) -> FloatArray:
-    """The latent of a sound that is truncated, or extended with silence, to `frames` frames.
+def fit(latent: Latent, frames: int, *, origin: Origin | None, offset: int = 0) -> FloatArray:
+    """The latent of a sound in `frames` frames: truncated, or with silence before and after it.
 
     Args:
         latent: `[C, T]`.
         frames: Length of the result.
         origin: The latent of silence. None extends with zeros, which are silence only for a linear
             encoder.
+        offset: Frame at which the sound begins; a negative one removes its first frames.
 
     Raises:
         ConfigError: The latent consists of chunks `[N, C, T]`.
@@ -122,10 +123,17 @@ def fit(latent: Latent, frames: int, *, origin: Origin | None) -> FloatArray:
             "The length of latents stored as chunks (stitch none) cannot be changed: encode with "
             "another stitch."
         )
-    have = latent.shape[1]
+    first, last = span(latent.shape[1], frames, offset)
     result: FloatArray = np.zeros((latent.shape[0], frames), np.float32)
-    result[:, : min(have, frames)] = latent[:, :frames]
-    if origin is not None and frames > have:
+    result[:, first:last] = latent[:, first - offset : last - offset]
+    if origin is not None and last - first < frames:
         origin.check(latent)
-        result[:, have:] = origin.crop(frames, have, frames - have)
+        result[:, :first] = origin.crop(frames, 0, first)
+        result[:, last:] = origin.crop(frames, last, frames - last)
     return result
+
+
+def span(have: int, frames: int, offset: int) -> tuple[int, int]:
+    """The frames, first and after the last, that `fit` takes from a latent of `have` frames."""
+    first = min(max(0, offset), frames)
+    return first, max(first, min(frames, offset + have))
