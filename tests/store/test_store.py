@@ -131,7 +131,8 @@ def test_unsealed_equals_sealed(spoilable: Path) -> None:
     index_file(spoilable).unlink()
     unsealed = LatentStore(str(spoilable))
     assert not unsealed.sealed
-    alone = {"index": "index.arrow", "index_hash": None}  # an unsealed store has none
+    # Files that an unsealed store does not have.
+    alone = {"index": "index.arrow", "index_hash": None, "metadata": None, "metadata_hash": None}
     assert unsealed.info == info.model_copy(update=alone)
     assert list(unsealed.keys()) == KEYS
     for left, right in zip(unsealed, records, strict=True):
