@@ -64,6 +64,7 @@ CASES = {
     "dac-44k-codes": Case("dac:REPOS/dac-44k", {"output": "codes"}, seam=0),
     "dac-24k": Case("dac:REPOS/dac-24k", {"quantise": True}, seam=1e-6),
     "mimi": Case("mimi:REPOS/mimi", seam=1e-3),
+    "trained": Case("trained:REPOS/trained", seam=1e-5),
     "mimi-codes": Case("mimi:REPOS/mimi", {"output": "codes"}, seam=0),
 }
 

@@ -26,6 +26,7 @@ def write_repos(root: Path) -> None:
     write_dac(root / "dac-24k", downsampling_ratios=[2, 4, 5, 8], sampling_rate=24000)
     write_mimi(root / "mimi")
     write_music2latent(root / "music2latent")
+    write_trained(root / "trained")
 
 
 def write_oobleck(folder: Path, seed: int = 0) -> None:
@@ -72,6 +73,17 @@ ENCODEC_48K: dict[str, Any] = {
     "norm_type": "time_group_norm",
     "use_causal_conv": False,
 }
+
+
+def write_trained(folder: Path, seed: int = 0, **network: Any) -> None:
+    """The folder `model` of a run that trained a tiny `conv`, as training writes it."""
+    from latentmill.models.families.conv import ConvAutoencoder, ConvSettings
+    from latentmill.training.export import write_conv
+
+    torch.manual_seed(seed)
+    settings = {"sample_rate": 8000, "strides": (4, 4), "width": 8, "latent_channels": 6, **network}
+    model = ConvAutoencoder(ConvSettings.model_validate(settings))
+    write_conv(folder, model, run="tiny", step=3, linearity=None)
 
 
 def write_encodec(folder: Path, seed: int = 0, **config: Any) -> None:

@@ -103,6 +103,11 @@ _FAMILIES = {
         _TRANSFORMERS,
         "kyutai/mimi",
     ),
+    "trained": _BuiltIn(
+        "latentmill.models.families.trained:build",
+        "a model that jobs/train_linear.py trained; REPO is the folder of its run",
+        example="runs/linear",
+    ),
 }
 
 
