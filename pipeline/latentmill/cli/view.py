@@ -1,0 +1,59 @@
+"""The command that serves a page over a store."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from latentmill.cli.entry import interrupts_stop
+from latentmill.cli.log import Commands
+from latentmill.cli.read import AsJson, Device, Store, TrustModel, print_value
+
+app = Commands()  # app.py adds its command to the main app
+
+
+@app.command()
+def view(
+    url: Store,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 for any free one.")
+    ] = 0,
+    browser: Annotated[
+        bool,
+        typer.Option("--browser/--no-browser", help="Open the page in a browser, if there is one."),
+    ] = True,
+    device: Device = "auto",
+    trust_model: TrustModel = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show STORE in a browser: search, see and hear records, and mix them in latent space.
+
+    The page comes from a server on this computer that only reads, and only this computer can reach
+    it. The address contains a secret token. Ctrl-C stops the server.
+    """
+    from latentmill.store.store import open_store
+    from latentmill.view.serve import check_installed, has_display, serve
+
+    check_installed()
+    interrupts_stop()
+    store = open_store(url, device=device, trust_model=trust_model)
+
+    def ready(address: str) -> None:
+        print_value(
+            as_json,
+            {"store": store.url, "records": len(store), "url": address},
+            lambda value: (
+                f"{value['store']} is shown at\n  {value['url']}\nCtrl-C stops the server."
+            ),
+        )
+
+    serve(
+        store,
+        port=port,
+        options="".join(
+            [f", device={device!r}" if device != "auto" else "", ", trust_model=True" * trust_model]
+        ),
+        browser=browser and has_display(),
+        ready=ready,
+    )

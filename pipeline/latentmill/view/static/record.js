@@ -1,0 +1,126 @@
+// One record: facts, player, pictures, metadata.
+
+import { address, json, RequestError } from "./api.js";
+import { byId, decibels, el, lengthText, percent, whole } from "./dom.js";
+import { decodeSound, peakText, Player, snr } from "./player.js";
+
+const SECONDS = 60;
+const SHOWN = new Set(["key", "duration", "loudness", "silence", "frames", "group", "role", "metadata"]);
+
+export class RecordView {
+  constructor(facts, { add, addGroup }) {
+    this.facts = facts;
+    this.add = add;
+    this.addGroup = addGroup;
+  }
+
+  async open(key) {
+    this.player?.pause();
+    this.key = key;
+    byId("record-title").textContent = key;
+    const place = byId("record-content");
+    let record;
+    try {
+      record = await json("api/record", { key });
+    } catch (error) {
+      if (!(error instanceof RequestError)) throw error;
+      place.replaceChildren(el("p", { class: "note warn" }, error.message));
+      return;
+    }
+    if (this.key !== key) return;
+    this.player = this.#player(record);
+    place.replaceChildren(
+      this.#figures(record), this.#buttons(record), this.player.element, this.#pictures(record),
+      ...this.#metadata(record));
+    this.player.choose("latent");
+  }
+
+  #figures(record) {
+    const pairs = [
+      ["Length", lengthText(record.duration)],
+      ["Loudness (RMS)", decibels(record.loudness)],
+      ["Silent", percent(record.silence)],
+      ["Latent", `${record.channels} × ${whole.format(record.frames)}`],
+    ];
+    if (record.group) pairs.push(["Group", record.group]);
+    if (record.role) pairs.push(["Role", record.role]);
+    return el("dl", { class: "facts" },
+      ...pairs.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
+  }
+
+  #buttons(record) {
+    const disabled = Boolean(this.facts.why_no_mix);
+    return el("div", { class: "row" },
+      el("button", { type: "button", disabled, onclick: () => this.add(record.key) }, "Add to the mixing desk"),
+      record.group
+        ? el("button", { type: "button", disabled, onclick: () => this.addGroup(record.group) }, "Add its whole group")
+        : null);
+  }
+
+  #player(record) {
+    const { rate, hop, chunked } = this.facts;
+    const frames = chunked ? undefined : Math.ceil((SECONDS * rate) / hop);
+    const mix = { channels: [{ key: record.key }], frames };
+    const player = new Player({
+      name: record.key,
+      sides: [["latent", "Reconstruction"], ["original", "Original"]],
+      load: async (name) => {
+        if (player.buffers.has(name)) return this.#note(player);
+        player.note.textContent = name === "latent" ? "Decoding…" : "Loading the source…";
+        try {
+          player.set(name, await decodeSound(rate, { mix, of: name }));
+          this.#note(player);
+        } catch (error) {
+          if (!(error instanceof RequestError)) throw error;
+          player.note.textContent = error.message;
+        }
+      },
+    });
+    player.limited = record.duration > SECONDS;
+    return player;
+  }
+
+  #note(player) {
+    if (!player.buffer) return;
+    const parts = [peakText(player.buffer)];
+    const [given, target] = [player.buffers.get("latent"), player.buffers.get("original")];
+    if (given && target) parts.push(`SNR against the original ${decibels(snr(given, target))}`);
+    if (player.limited) parts.push(`the first ${SECONDS} s`);
+    player.note.textContent = parts.join(" · ");
+  }
+
+  #pictures(record) {
+    const titles = {
+      waveform: "Waveform of the reconstruction",
+      spectrogram: "Spectrogram of the reconstruction: low to high frequencies from bottom to top, logarithmic",
+      latent: "Latent: one row for each channel; deviation from the channel's mean in the store, blue below, orange above",
+    };
+    const kinds = { waveform: "wave", spectrogram: "spectrogram", latent: "latent" };
+    return el("div", { class: "pictures" },
+      ...Object.entries(titles).map(([of, title]) =>
+        el("figure", {},
+          el("img", {
+            class: `picture ${kinds[of]}`, src: address("picture", { key: record.key, of }),
+            alt: `${title} of ${record.key}`, decoding: "async",
+          }),
+          el("figcaption", {}, `${title}.`))));
+  }
+
+  #metadata(record) {
+    const own = JSON.parse(record.metadata);
+    const stored = Object.fromEntries(Object.entries(record).filter(([name]) => !SHOWN.has(name)));
+    return [
+      el("h3", {}, "Metadata"),
+      Object.keys(own).length ? table("The item's own metadata", own) : el("p", { class: "quiet" }, "This item has none."),
+      el("details", {}, el("summary", {}, "Source and storage"), table("Stored fields", stored)),
+    ];
+  }
+}
+
+function table(title, values) {
+  const text = (value) => (typeof value === "object" && value !== null ? JSON.stringify(value) : String(value ?? "–"));
+  return el("table", { class: "pairs" },
+    el("caption", { class: "hidden-text" }, title),
+    el("tbody", {}, ...Object.entries(values).map(([name, value]) =>
+      el("tr", {}, el("th", { scope: "row" }, name), el("td", {}, text(value))))));
+}

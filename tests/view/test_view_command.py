@@ -1,0 +1,111 @@
+"""The command `latentmill view` as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from latentmill.errors import ConfigError
+from latentmill.store.store import LatentStore
+from latentmill.view import serve
+
+pytest.importorskip("uvicorn", reason="needs uvicorn: pip install 'latentmill[view]'")
+
+
+@contextmanager
+def started(store: LatentStore, *options: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "latentmill", "view", store.url, "--no-browser", *options]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def read(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_it_at_once(store: LatentStore, number: signal.Signals) -> None:
+    """Also with a connection whose request is not complete."""
+    with started(store, "--json") as process:
+        assert process.stdout is not None
+        printed = json.loads(process.stdout.readline())
+        assert printed["records"] == 7 and printed["url"].startswith("http://127.0.0.1:")
+        host, _, port = printed["url"].split("/")[2].partition(":")
+        assert read(f"{printed['url']}api/store")["records"] == 7
+        with socket.create_connection((host, int(port))) as kept:
+            kept.sendall(b"GET / HTTP/1.1\r\n")
+            process.send_signal(number)
+            out, err = process.communicate(timeout=30)
+        assert (process.returncode, out, err) == (130, "", "latentmill: stopped\n")
+
+
+def test_the_address_is_printed(store: LatentStore) -> None:
+    with started(store) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(3)]
+    assert store.url in lines[0]
+    assert lines[1].strip().startswith("http://127.0.0.1:") and "Ctrl-C" in lines[2]
+
+
+def test_a_port_that_is_in_use(store: LatentStore) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with started(store, "--port", str(port)) as process:
+            _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert f"Cannot listen on port {port}" in err and "--port" in err and "Traceback" not in err
+
+
+def test_only_this_machine_is_listened_to() -> None:
+    with serve.listening(0) as bound:
+        assert bound.getsockname()[0] == "127.0.0.1"
+
+
+def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'latentmill\[view\]'"):
+        serve.check_installed()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the display of Linux")
+def test_no_browser_without_a_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    assert not serve.has_display()
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert serve.has_display()
+
+
+@pytest.mark.slow
+def test_ctrl_c_fifty_times(store: LatentStore) -> None:
+    """At any moment after its start, also while it is being imported."""
+    for number in range(50):
+        with started(store, "--json") as process:
+            if number % 2:
+                assert process.stdout is not None
+                process.stdout.readline()
+            else:
+                threading.Event().wait(0.3 + 0.1 * number)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        assert process.returncode == 130, err
+        assert err.startswith("latentmill: ") and err.count("\n") == 1, err
