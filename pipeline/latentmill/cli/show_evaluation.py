@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from latentmill.text.printing import counted
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _UNITS = {"snr": " dB", "si_sdr": " dB", "level": " dB", "log_mel": " dB"}
 _MOST_LINES = 40
-_FORMS = {"origin": 0, "raw": 1, "mix": 0}
+_FORMS = ("origin", "raw", "mix")
 
 
 def evaluation(result: Evaluation) -> str:
@@ -41,7 +41,7 @@ def linearity(report: LinearityReport) -> str:
         f"medians over {len(card.tracks)} {kind} of up to {card.seconds:.4g} s, with 95 % "
         f"intervals; {counted(card.silent, 'sound')} too quiet to be scored"
     )
-    columns = ("metric", "measure", "against", "noise", "gain", "with origin", "raw", "bounds")
+    columns = ("measure", "against", "noise", "gain", "with origin", "raw", "bounds")
     table = [columns, *_score_rows(card.scores)]
     verdict = (
         f"poor: {' and '.join(report.poor)} (limits: relative error {report.limit:g}, SI-SDR "
@@ -53,35 +53,38 @@ def linearity(report: LinearityReport) -> str:
     return "\n".join((heading, *_aligned(table), verdict))
 
 
-def _score_rows(scores: Sequence[ScoreEntry]) -> list[tuple[str, ...]]:
-    """One row for each metric, with both forms and the bounds beside each other."""
+def _score_rows(scores: Sequence[ScoreEntry]) -> Iterator[tuple[str, ...]]:
+    """A line with the name of each metric, and below it a row for each of its measures."""
     key: tuple[object, ...]
-    rows: dict[tuple[object, ...], list[str]] = {}
     bounds: dict[tuple[object, ...], dict[str, str]] = {}
-    for one in scores:
-        unit = _UNITS.get(one.measure, "")
+    forms: dict[tuple[object, ...], dict[str, ScoreEntry]] = {}
+    metrics = list(dict.fromkeys(one.metric for one in scores))
+    for one in sorted(scores, key=lambda one: metrics.index(one.metric)):
         key = (one.metric, one.measure, one.against, one.noise, one.gain)
-        if one.form in _FORMS:
-            cells = rows.setdefault(key, ["", ""])
-            text = f"{one.median:.3g} [{one.low:.3g}, {one.high:.3g}]{unit}"
-            cells[_FORMS[one.form]] = text
+        if one.form in _FORMS or one.metric == "reconstruction":
+            forms.setdefault(key, {})["raw" if one.form == "raw" else "origin"] = one
         else:
             bounds.setdefault(key, {})[one.form] = f"{one.form} {one.median:.3g}"
-    table = []
-    for key, cells in rows.items():
+    heading = None
+    for key, values in forms.items():
         metric, measure, against, noise, gain = key
         found: dict[str, str] = {}
         for noisy, factor in ((noise, gain), (None, gain), (None, None)):
             found |= bounds.get((metric, measure, against, noisy, factor), {})
-        names = [str(name).replace("_", " ") for name in (metric, measure, against)]
-        shown = "" if gain is None else str(gain)
-        table.append((*names, str(noise or ""), shown, *cells, ", ".join(found.values())))
-    alone = [one for one in scores if one.metric == "reconstruction"]
-    for one in alone:
-        value = f"{one.median:.3g} [{one.low:.3g}, {one.high:.3g}]{_UNITS.get(one.measure, '')}"
-        measure = one.measure.replace("_", " ")
-        table.append((one.metric, measure, one.against, "", "", value, "", ""))
-    return table
+        if metric != heading:
+            heading = metric
+            yield (str(metric).replace("_", " "), *[""] * 6)
+        name = f"  {measure}{_UNITS.get(str(measure), '')}".replace("_", " ")
+        main, raw = values.get("origin"), values.get("raw")
+        yield (
+            name,
+            str(against),
+            str(noise or ""),
+            "" if gain is None else str(gain),
+            "" if main is None else f"{main.median:.3g} [{main.low:.3g}, {main.high:.3g}]",
+            "" if raw is None else f"{raw.median:.3g}",
+            ", ".join(found.values()),
+        )
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> list[str]:

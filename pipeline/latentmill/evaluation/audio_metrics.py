@@ -50,24 +50,30 @@ def level(given: Tensor, target: Tensor) -> float:
     return max(-LIMIT_DB, 20 * math.log10(gain)) if gain > 0 else -LIMIT_DB
 
 
-def mr_stft(given: Tensor, target: Tensor) -> float:
-    """Multi-resolution STFT distance."""
+def mr_stft(given: Tensor, target: Tensor, dtype: torch.dtype = torch.float32) -> float:
+    """Multi-resolution STFT distance.
+
+    float32 takes a quarter of the time of float64, and has as many digits as the sounds.
+    """
     total = 0.0
     for fft, hop, window in RESOLUTIONS:
-        p, t = (_magnitude(sound, fft, hop, window) for sound in (given, target))
-        convergence = float((p - t).norm() / t.norm())
-        total += convergence + float((p.log() - t.log()).abs().mean())
+        p, t = (_magnitude(s.to(dtype), fft, hop, window) for s in (given, target))
+        convergence = _energy(p - t) ** 0.5 / _energy(t) ** 0.5
+        total += convergence + float((p / t).log_().abs_().mean(dtype=torch.float64))
     return total / len(RESOLUTIONS)
 
 
 def log_mel(given: Tensor, target: Tensor, rate: int) -> float:
     """Log-mel distance in dB: 80 bands, FFT of 2048, hop 512, at least -100 dB."""
-    bands = mel_bands(rate)
+    bands = mel_bands(rate).float()
     levels = [
-        20 * (bands @ _magnitude(sound, MEL_FFT, MEL_HOP, MEL_FFT)).clamp(min=_LEAST_MEL).log10()
+        20
+        * (bands @ _magnitude(sound.float(), MEL_FFT, MEL_HOP, MEL_FFT))
+        .clamp(min=_LEAST_MEL)
+        .log10()
         for sound in (given, target)
     ]
-    return float((levels[0] - levels[1]).abs().mean())
+    return float((levels[0] - levels[1]).abs().mean(dtype=torch.float64))
 
 
 @functools.cache
@@ -103,15 +109,15 @@ def rms(sound: Tensor) -> float:
 
 def _magnitude(sound: Tensor, fft: int, hop: int, window: int) -> Tensor:
     """STFT magnitudes `[C, bins, frames]`, with a Hann window; short sounds are padded."""
-    sound = F.pad(sound.double().cpu(), (0, max(0, fft - sound.shape[-1])))
-    weights = torch.hann_window(window, dtype=torch.float64)
+    sound = F.pad(sound.cpu(), (0, max(0, fft - sound.shape[-1])))
+    weights = torch.hann_window(window, dtype=sound.dtype)
     spectrum = torch.stft(sound, fft, hop, window, weights, return_complex=True)
-    power = spectrum.real.square() + spectrum.imag.square()
-    return power.clamp(min=_LEAST_POWER).sqrt()
+    power = torch.view_as_real(spectrum).square_().sum(dim=-1)
+    return power.clamp_(min=_LEAST_POWER).sqrt_()
 
 
 def _energy(sound: Tensor) -> float:
-    return float(sound.square().sum())
+    return float(sound.square().sum(dtype=torch.float64))
 
 
 def _fitted_gain(given: Tensor, target: Tensor) -> float:

@@ -23,13 +23,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from latentmill.errors import ConfigError
-from latentmill.evaluation.audio_metrics import measures_of
+from latentmill.evaluation.audio_metrics import measures_of, mr_stft
 from latentmill.evaluation.metrics import GAINS, combination, relative_l2
 from latentmill.evaluation.scores import Key, Scores
 from latentmill.evaluation.tracks import Track, audible, pair_tracks, stem_tracks
@@ -287,7 +288,8 @@ class _TrackMeasurer:
 
     def _mix_rate(self) -> None:
         half = combination([self._latents["x"], self._latents["y"]], [0.5, 0.5], None)
-        distance, target = self._measures["mr_stft"], self._sounds["half"]
+        # Both distances can be rounding errors, whose ratio needs more digits.
+        distance, target = partial(mr_stft, dtype=torch.float64), self._sounds["half"]
         whole = distance(self._of("half"), target)
         if whole == 0:  # no rate: the half mix is decoded without any error
             return
