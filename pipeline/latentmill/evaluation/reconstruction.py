@@ -6,8 +6,11 @@ import itertools
 import statistics
 from collections import Counter
 
+import numpy as np
 import torch
 
+from latentmill.decoding.files import fitted
+from latentmill.encoding.loudness import decibels
 from latentmill.errors import ConfigError, ItemError
 from latentmill.evaluation.audio_metrics import measures_of
 from latentmill.evaluation.tracks import audible
@@ -21,6 +24,7 @@ from latentmill.text.log import get_logger
 from latentmill.text.printing import counted
 
 WORST = 10
+MARGIN = 16  # frames decoded before the stretch that is compared
 
 _log = get_logger("evaluation")
 
@@ -30,9 +34,10 @@ def measure_reconstruction(
 ) -> ReconstructionEntry:
     """Decode some records and compare them with their sources.
 
-    `items` records are spread evenly over the store. Of each, the first `max_seconds` are used; the
-    default is a minute. Records whose source cannot be read are counted by reason. `record` writes
-    the result into a sealed store's evaluation/reconstruction.json.
+    `items` records are spread evenly over the store. Of each, the loudest stretch of `max_seconds`
+    is used, by default a minute (the first one of overlapping chunks, which cannot be cut).
+    Records whose source cannot be read are counted by reason. `record` writes the result into a
+    sealed store's evaluation/reconstruction.json.
     """
     rate = store.info.model["sample_rate"]
     longest = round((60.0 if max_seconds is None else max_seconds) * rate)
@@ -54,8 +59,8 @@ def measure_reconstruction(
             found.append(one)
     if not found and not missing:
         raise ConfigError(
-            f"all of the {counted(len(keys), 'record')} tried of {store.url} are silent in their "
-            f"first {longest / rate:g} s: raise --items or --max-seconds."
+            f"all of the {counted(len(keys), 'record')} tried of {store.url} are silent: "
+            "raise --items."
         )
     if not found:
         reasons = "; ".join(f"{count}: {why}" for why, count in missing.most_common(3))
@@ -78,16 +83,33 @@ def measure_reconstruction(
 
 def _quality(store: LatentStore, record: Record, longest: int) -> ItemQuality | None:
     """The quality of one record; None if its source is silent."""
-    model = store.model()
-    target = torch.from_numpy(read_source(record, model.spec.channels, longest))
+    model, latent = store.model(), store.source(record.key)
+    hop = model.spec.hop
+    start = _loudest(record, -(-longest // hop)) if len(latent.shape) == 2 else 0
+    before = min(start, MARGIN)
+    if start:
+        first = start - before
+        latent = fitted(latent, latent.shape[1] - first, origin=None, offset=-first)
+    audio = read_source(record, model.spec.channels, start * hop + longest)[:, start * hop :]
+    target = torch.from_numpy(audio)
     if not audible(target):
         return None
-    samples = min(target.shape[1], record.num_samples)
+    samples = min(target.shape[1], record.num_samples - start * hop)
     with numeric_mode(store.precision, store.device):
-        decoded = torch.from_numpy(store.decode_latent(store.source(record.key), samples))
+        audio = store.decode_latent(latent, samples + before * hop)[:, before * hop :]
+    decoded = torch.from_numpy(audio)
     target = target[:, :samples]
     measured = {n: of(decoded, target) for n, of in measures_of(record.sample_rate).items()}
     return ItemQuality(key=record.key, seconds=samples / record.sample_rate, **measured)
+
+
+def _loudest(record: Record, frames: int) -> int:
+    """The frame at which the loudest stretch of `frames` frames starts; 0 if there is no choice."""
+    if record.levels is None or len(record.levels) <= frames:
+        return 0
+    power = 10 ** (decibels(record.levels).astype(np.float64) / 10)
+    sums = np.append(0, np.cumsum(power))
+    return int(np.argmax(sums[frames:] - sums[:-frames]))
 
 
 def _summary(values: list[float]) -> SummaryEntry:
