@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from latentmill.reader.stem_dataset import StemDataset
     from latentmill.reader.stream import LatentStream
     from latentmill.record import Record
+    from latentmill.reporting.report import ReportFile, report
     from latentmill.run.options import EncodeOptions
     from latentmill.run.run import RunSummary, encode
     from latentmill.store.store import LatentStore
@@ -62,6 +63,7 @@ _LAZY = {
     "Origin": "latentmill.ops",
     "Record": "latentmill.record",
     "RepeatedEpochWarning": "latentmill.errors",
+    "ReportFile": "latentmill.reporting.report",
     "RunConfig": "latentmill.config",
     "RunSummary": "latentmill.run.run",
     "StemDataset": "latentmill.reader.stem_dataset",
@@ -77,6 +79,7 @@ _LAZY = {
     "mix": "latentmill.ops",
     "mixup": "latentmill.ops",
     "open": "latentmill.store.store",
+    "report": "latentmill.reporting.report",
     "subtract": "latentmill.ops",
 }
 
@@ -96,6 +99,7 @@ __all__ = [
     "Origin",
     "Record",
     "RepeatedEpochWarning",
+    "ReportFile",
     "RunConfig",
     "RunSummary",
     "StemDataset",
@@ -112,6 +116,7 @@ __all__ = [
     "mix",
     "mixup",
     "open",
+    "report",
     "subtract",
 ]
 

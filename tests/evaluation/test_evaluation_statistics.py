@@ -17,6 +17,7 @@ from latentmill.evaluation.channels import LAGS
 from latentmill.evaluation.shard_pass import ShardPass
 from latentmill.evaluation.similarity import near_pairs
 from latentmill.evaluation.statistics import measure_statistics
+from latentmill.store.measurement import current_result, write_measurement
 from latentmill.store.store import LatentStore
 from store.store_files import write_store
 from support import runs, saturated_model
@@ -225,3 +226,11 @@ def test_a_cluster_reads_no_store_that_changed_meanwhile(
         pytest.raises(ConfigError, match="is not sealed yet"),
     ):
         measure_statistics(lm.open(store.url), address="auto")
+
+
+def test_statistics_without_loudness_and_scale_can_be_read_again(tmp_path: Path) -> None:
+    store = write_latents(str(tmp_path / "store"), [20, 30, 40])
+    result = measure_statistics(store, record=False)
+    result = result.model_copy(update={"lufs": None, "suggested_scale": None})
+    write_measurement(store.storage, store.info, result)
+    assert current_result(store.storage, store.info, "statistics") == result

@@ -17,6 +17,7 @@ import typer
 
 from latentmill import __version__
 from latentmill.cli import read as cli_read
+from latentmill.cli import report as cli_report
 from latentmill.cli import view as cli_view
 from latentmill.cli.entry import interrupts_raise, main
 from latentmill.cli.log import Command, Commands, Quiet, Verbose, set_format
@@ -34,6 +35,7 @@ app = Commands(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_read.app)
+app.add_typer(cli_report.app)
 app.add_typer(cli_view.app)
 
 Function = Callable[..., Any]

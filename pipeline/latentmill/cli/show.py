@@ -13,11 +13,12 @@ from pydantic import BaseModel
 from latentmill.encoding.batches import LONG_BATCH_SECONDS
 from latentmill.encoding.timings import bound
 from latentmill.store.measurement import IN_INFO
-from latentmill.text.printing import clock_time, counted
+from latentmill.text.printing import clock_time, counted, size_text
 
 if TYPE_CHECKING:  # some of these import torch; `status` must start quickly
     from latentmill.export.export import ExportSummary
     from latentmill.models.base import ModelSpec
+    from latentmill.reporting.report import ReportFile
     from latentmill.run.forecast import Forecast
     from latentmill.run.prepare import Extension
     from latentmill.run.run import RunSummary
@@ -258,11 +259,7 @@ def pairs_listed(title: str, pairs: Sequence[tuple[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def size_text(count: int) -> str:
-    """Format a number of bytes as 1.5 GB."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.4g} {unit}"
-        size /= 1000
-    return f"{size:.4g} TB"
+def report(value: ReportFile) -> str:
+    """The text that `report` prints."""
+    players = counted(value.players, "sound")
+    return f"{value.path}: {size_text(value.bytes)}, {players}; open it in a browser"

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from latentmill.cli.show import ignored_files, pairs_listed, size_text
+from latentmill.cli.show import ignored_files, pairs_listed
 from latentmill.encoding.timings import bound
 from latentmill.engine.running import CurrentRun, current_run
 from latentmill.errors import StoreError
 from latentmill.plan import PLAN_PATH
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import Tally, iter_commits
-from latentmill.text.printing import counted
+from latentmill.text.printing import counted, size_text
 
 if TYPE_CHECKING:
     from latentmill.store.store import LatentStore

@@ -171,12 +171,12 @@ class StoreStatistics(_Result):
     effective_rank: float = Field(description="exp(entropy of the covariance's eigenvalues).")
     autocorrelation: dict[str, list[float]] = Field(description="By distance in frames.")
     suggested_scale: float | None = Field(
-        description="Factor that gives the stored latents a standard deviation of 1."
+        None, description="Factor that gives the stored latents a standard deviation of 1."
     )
     seconds: dict[str, float] = Field(description="Quantiles of the duration.")
     rms_db: dict[str, float] = Field(description="Quantiles of the RMS, dBFS, without silence.")
     lufs: dict[str, float] | None = Field(
-        description="Quantiles of the integrated loudness, of a sample of the records."
+        None, description="Quantiles of the integrated loudness, of a sample of the records."
     )
     lufs_records: int
     sample_rates: dict[str, int]

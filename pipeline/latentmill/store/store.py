@@ -258,16 +258,24 @@ class LatentStore(StoreDecoder, Shown):
         """
         return self._read_current(entry, self._record)
 
+    def without_latent(self, key: str) -> Record:
+        """Read a record's fields only; its latent has no frames. KeyError if there is none."""
+        return self._read_current(
+            self.entry(key), lambda entry: self._with_fields(entry, b"", (entry.channels, 0))
+        )
+
     def _record(self, entry: IndexEntry) -> Record:
         data = self._read(entry, entry.offset, entry.length)
         if xxhash.xxh3_64_intdigest(data) != entry.hash:
             raise self._damaged(entry, "the latent does not match its hash")
+        return self._with_fields(entry, data, entry.shape)
+
+    def _with_fields(self, entry: IndexEntry, data: bytes, shape: tuple[int, ...]) -> Record:
         try:
             fields = self._fields(entry)
             if fields["key"] != entry.key:
                 raise self._damaged(entry, f"the fields belong to {fields['key']}")
-            latent = latent_from_bytes(data, entry.shape, fields["dtype"])
-            return record_from_fields(fields, latent)
+            return record_from_fields(fields, latent_from_bytes(data, shape, fields["dtype"]))
         except (ValueError, TypeError, LookupError, pa.ArrowException) as error:
             raise self._damaged(entry, "the fields cannot be read") from error
 

@@ -40,6 +40,16 @@ def clock_time(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
+def size_text(count: int) -> str:
+    """Format a number of bytes as 1.5 GB."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.4g} {unit}"
+        size /= 1000
+    return f"{size:.4g} TB"
+
+
 def printable_value(value: T) -> T:
     """Make all strings in a value printable, at any depth of dataclasses, models and containers."""
     changed: Any = value

@@ -1,0 +1,321 @@
+"""`lm.report`: a store as one HTML page that needs no network."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import hashlib
+import math
+import os
+import posixpath
+import shlex
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from latentmill import __version__
+from latentmill.encoding.timings import COUNTERS
+from latentmill.errors import ConfigError, LatentmillError
+from latentmill.reporting import card, charts, listening
+from latentmill.reporting.columns import Columns, read_columns
+from latentmill.reporting.contents import Contents, contents
+from latentmill.reporting.corpus_map import MAX_POINTS, CorpusMap, corpus_map
+from latentmill.reporting.excerpts import Excerpts
+from latentmill.reporting.media import PAGE_BYTES, PLAYERS, Budget
+from latentmill.reporting.settings import DEFAULT_NAME, ITEMS
+from latentmill.storage.storage import Storage
+from latentmill.store.measurement import Name, read_measurement
+from latentmill.store.results import StoreStatistics
+from latentmill.store.store import LatentStore, open_store
+from latentmill.text.log import get_logger
+from latentmill.text.printing import clock_time, counted, printable, size_text
+
+MAX_CHANNELS = 1024  # that the table lists
+MAX_LISTED = 20
+MAP_BYTES = 2_000_000  # of the table of the map
+NONE = "\N{EN DASH}"
+LONGEST = 300  # characters of a text from the store
+
+_log = get_logger("report")
+
+
+@dataclass(frozen=True)
+class ReportFile:
+    """A report that was written.
+
+    Attributes:
+        path: Where it is.
+        bytes: Its size.
+        players: Number of sounds in it.
+        left_out: Number of pictures and sounds for which it had no room.
+    """
+
+    path: str
+    bytes: int
+    players: int
+    left_out: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A result of the evaluation, and whether the store has changed since."""
+
+    result: Any
+    stale: bool
+
+
+def report(
+    store: LatentStore | str | os.PathLike[str],
+    path: str | os.PathLike[str] = DEFAULT_NAME,
+    *,
+    items: int = ITEMS,
+    overwrite: bool = False,
+    remote_sources: bool = False,
+) -> ReportFile:
+    """Write a report of a store: one HTML page with pictures and players, under 15 MB.
+
+    Args:
+        store: A store, or its folder or URL.
+        path: File or URL to write, such as `s3://bucket/report.html`.
+        items: Number of records that are shown with pictures and players.
+        overwrite: Whether to replace an existing file.
+        remote_sources: Whether to read source audio from other addresses than this machine and the
+            bucket or server of the store. Use it only for stores that you trust.
+
+    Raises:
+        ConfigError: The file exists, or its folder cannot be written to.
+    """
+    folder, name = posixpath.split(os.fspath(path))
+    if not name:
+        raise ConfigError(f"{os.fspath(path)} is a folder: give the name of a file in it.")
+    target = Storage(folder or ".")
+    target.refuse_read_only()
+    if not overwrite and target.exists(name):
+        raise ConfigError(
+            f"{os.fspath(path)} exists: choose another output path, or add --overwrite "
+            "(overwrite=True in Python)."
+        )
+    opened = store if isinstance(store, LatentStore) else open_store(store)
+    budget = Budget()
+    page = render(opened, budget, items=items, remote_sources=remote_sources).encode()
+    if len(page) > PAGE_BYTES:
+        raise ConfigError(
+            f"The report of {opened.url} would have {size_text(len(page))}, more than "
+            f"{size_text(PAGE_BYTES)}: show fewer items with --items."
+        )
+    target.write(name, page)
+    return ReportFile(os.fspath(path), len(page), PLAYERS - budget.players, budget.left_out)
+
+
+def render(
+    store: LatentStore, budget: Budget, *, items: int = ITEMS, remote_sources: bool = False
+) -> str:
+    """The page; `budget` has afterwards what is left of it."""
+    _log.info("report: reading the commits and the fields of the records")
+    excerpts = Excerpts(store, remote_sources=remote_sources)
+    measured = {name: _measured(store, name) for name in _PARTS}
+    facts: dict[str, Any] = {
+        "store": store,
+        "info": store.info,
+        "name": store.url.rstrip("/").rpartition("/")[2] or store.url,
+        "complete": _complete(store),
+        "contents": contents(store),
+        "measured": measured,
+        "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "version": __version__,
+        "excerpts": excerpts,
+        "budget": budget,
+    }
+    facts["speed"] = _speed(facts["contents"])
+    facts |= _latents(store, measured["statistics"])
+    if measured["linearity"]:
+        facts["panels"] = card.panels(measured["linearity"].result)
+        facts["poor"] = card.verdict(measured["linearity"].result)
+    if len(store):
+        columns = read_columns(store, MAX_POINTS)
+        facts |= _records(store, columns)
+        _log.info("report: excerpts of records")
+        facts |= _sounds(excerpts, budget, columns, measured, items)
+    return _page(facts)
+
+
+_PARTS: tuple[Name, ...] = ("linearity", "reconstruction", "seams", "statistics")
+
+
+def _measured(store: LatentStore, name: Name) -> Measured | None:
+    if not store.sealed:
+        return None
+    found = read_measurement(store.storage, store.info, name)
+    result = None if found is None else getattr(found, name)
+    if found is None or result is None:
+        return None
+    return Measured(result, found.seal != store.info.seal)
+
+
+def _complete(store: LatentStore) -> bool:
+    try:
+        return store.complete
+    except LatentmillError:  # a sealed store can be read without its plan
+        return store.sealed
+
+
+def _speed(found: Contents) -> dict[str, Any] | None:
+    """Where the time of the workers went; None if it was not measured."""
+    seconds = {name: found.stages.get(name, 0.0) for name in COUNTERS}
+    busy = {name: seconds[f"{name}_seconds"] for name in ("model", "wait", "idle")}
+    total = sum(busy.values())
+    if not total:
+        return None
+    return {
+        "busy": {name: (value, value / total) for name, value in busy.items()},
+        "total": total,
+        "x_real_time": seconds["audio_seconds"] / total,
+        "read": seconds["read_seconds"],
+        "load": seconds["decode_seconds"],
+        "write": seconds["write_seconds"],
+    }
+
+
+def _latents(store: LatentStore, statistics: Measured | None) -> dict[str, Any]:
+    """Charts of the channels; their range is known if the statistics were measured."""
+    info = store.info
+    if not info.frames or store.codes:
+        return {"channels": None}
+    found: StoreStatistics | None = statistics.result if statistics else None
+    chart = charts.channel_chart(info.mean, info.std)
+    reach = None if found is None else charts.range_chart(found.low, found.high)
+    table = [
+        (n, info.mean[n], info.std[n])
+        + (() if found is None else (found.low[n], found.high[n], found.saturation[n]))
+        for n in range(min(len(info.mean), MAX_CHANNELS))
+    ]
+    return {"channels": chart, "reach": reach, "channel_table": table}
+
+
+def _records(store: LatentStore, columns: Columns) -> dict[str, Any]:
+    """Histograms of all records, and the map of a sample."""
+    found: dict[str, Any] = {
+        "histograms": {
+            "Duration": charts.durations(columns.seconds),
+            "Level (RMS, dBFS)": charts.loudness(columns.rms_db),
+            "Silent share of a record": charts.silence(columns.silence),
+        },
+        "map": None,
+    }
+    placed = corpus_map(store, columns.sample)
+    if placed is not None:
+        found["map"] = placed
+        found["map_fields"] = columns.fields
+        texts = [n for n, field in enumerate(columns.fields) if not field.numeric]
+        roles = [n for n, field in enumerate(columns.fields) if field.name == "role"]
+        found["map_default"] = (roles or texts or [0])[0]
+        found["map_rows"] = _map_rows(store, columns, placed)
+    return found
+
+
+def _map_rows(
+    store: LatentStore, columns: Columns, placed: CorpusMap
+) -> list[tuple[str, float, float, list[Any]]]:
+    """Key, position and fields of the records; fewer of them if their texts are very long."""
+    rows = [
+        (
+            store.index.key(position),
+            round(float(x), 3),
+            round(float(y), 3),
+            [field.values[number] for field in columns.fields],
+        )
+        for number, (position, (x, y)) in enumerate(
+            zip(columns.sample.tolist(), placed.points, strict=True)
+        )
+    ]
+    cell, row = len("<td></td>"), 150  # of the page's markup, with the circle
+    size = sum(
+        row + len(key[:LONGEST].encode()) + sum(cell + len(str(v).encode()) for v in values)
+        for key, _, _, values in rows
+    )
+    return rows[:: max(1, math.ceil(size / MAP_BYTES))]
+
+
+def _sounds(
+    excerpts: Excerpts,
+    budget: Budget,
+    columns: Columns,
+    measured: dict[Name, Measured | None],
+    count: int,
+) -> dict[str, Any]:
+    quality, statistics = measured["reconstruction"], measured["statistics"]
+    shown = listening.items(excerpts, budget, count, quality.result if quality else None)
+    mixed = listening.stem_mix(excerpts, budget, *columns.group) if columns.group else None
+    found: dict[str, Any] = {"items": shown, "group": columns.group, "mix": mixed}
+    if statistics is not None:
+        found["repeats"] = listening.repeats(excerpts, budget, statistics.result)
+        found["outliers"] = listening.outliers(excerpts, budget, statistics.result)
+    return found
+
+
+def _page(facts: dict[str, Any]) -> str:
+    """Render the template; the page's policy allows no network and only its own script."""
+    folder = files("latentmill.reporting")
+    style, script = (folder.joinpath(name).read_text("utf-8") for name in ("style.css", "page.js"))
+    policy = (
+        "default-src 'none'; img-src data:; media-src data:; base-uri 'none'; form-action 'none'; "
+        f"style-src '{_digest(style)}'; script-src '{_digest(script)}'"
+    )
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("latentmill.reporting", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
+    )
+    environment.filters |= {
+        "size": size_text,
+        "clock": lambda seconds: f"{seconds:.3g} s" if seconds < 60 else clock_time(seconds),
+        "counted": counted,
+        "number": _number,
+        "quoted": shlex.quote,
+    }
+    template = environment.get_template("page.html")
+    given = {"style": Markup(style), "script": Markup(script), "policy": policy}  # noqa: S704
+    defaults: dict[str, Any] = dict.fromkeys(_SECTIONS)
+    return template.render(defaults | facts | given | {"max_listed": MAX_LISTED})
+
+
+_SECTIONS = (
+    "histograms",
+    "map",
+    "items",
+    "group",
+    "mix",
+    "repeats",
+    "outliers",
+    "panels",
+    "poor",
+    "reach",
+    "channel_table",
+)
+
+
+def _digest(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _shown(value: Any) -> Any:
+    """Texts of a store on one line, without control characters, and not too long."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        text = printable(value[: LONGEST + 1])
+        return text if len(value) <= LONGEST else f"{text[:LONGEST]}…"
+    return NONE if value is None else value
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    """A number with so many significant digits; a large one whole, with thin spaces."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    if abs(value) >= 1000 or float(value).is_integer():
+        return f"{round(value):,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+    return f"{value:.{digits}g}"

@@ -1,0 +1,69 @@
+"""A store with everything that a report shows: stems, failures, hostile names, silence, results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from latentmill.evaluation.evaluate import evaluate
+from latentmill.store.store import LatentStore
+from store.store_files import write_store
+
+RATE = 22050
+SETTINGS = {
+    "model_options": {"hop": 256, "sample_rate": RATE},
+    "dtype": "float32",
+    "min_seconds": 0.1,
+    "chunk_seconds": 2.0,
+}
+HOSTILE_KEY = "<img src=x onerror=alert(1)>/\"&'<script>alert(2)<"
+HOSTILE_METADATA = {"note": "</table></script><script>alert(3)</script>", "<b>": "\u202etxt"}
+ENCODED = 11
+
+
+def tone(frequency: float, seconds: float, level: float = 0.3) -> np.ndarray:
+    time = np.arange(round(seconds * RATE)) / RATE
+    noise = np.random.default_rng(int(frequency)).standard_normal(len(time))
+    return level * (0.7 * np.sin(2 * np.pi * frequency * time) + 0.1 * noise)
+
+
+def write_source(folder: Path) -> Path:
+    for song in ("north", "south"):
+        for number, role in enumerate(("drums", "bass", "keys")):
+            path = folder / song / f"{role}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            audio = tone(200 * (number + 1) + len(song), 4.0)
+            soundfile.write(path, audio, RATE, subtype="FLOAT")
+            sidecar = {"group": song, "role": role, "bpm": 90 + number}
+            path.with_suffix(".json").write_text(json.dumps(sidecar))
+    late = np.concatenate([tone(700, 12.0, 0.01), tone(700, 8.0, 0.5)])
+    soundfile.write(folder / "late.wav", late, RATE, subtype="FLOAT")
+    for name in ("same 1", "same 2"):
+        soundfile.write(folder / f"{name}.wav", tone(900, 1.5), RATE, subtype="FLOAT")
+    soundfile.write(folder / "silent.wav", np.zeros(RATE), RATE, subtype="FLOAT")
+    hostile = folder / f"{HOSTILE_KEY}.wav"
+    hostile.parent.mkdir()
+    soundfile.write(hostile, tone(1200, 0.5), RATE, subtype="FLOAT")
+    hostile.with_suffix(".json").write_text(json.dumps(HOSTILE_METADATA))
+    soundfile.write(folder / "short.wav", np.zeros(100), RATE, subtype="FLOAT")
+    for number in range(2):
+        (folder / f"broken {number}.wav").write_text("this is no audio")
+    (folder / "cover.jpg").write_bytes(b"\xff\xd8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def report_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_source(tmp_path_factory.mktemp("report") / "source")
+
+
+@pytest.fixture(scope="session")
+def report_store(report_source: Path) -> LatentStore:
+    """The store with all results of an evaluation. Leave it unchanged."""
+    store = write_store(str(report_source.parent / "store"), report_source, **SETTINGS)
+    evaluate(store, items=3)
+    return store

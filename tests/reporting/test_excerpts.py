@@ -1,0 +1,179 @@
+"""Excerpts, the stem mix and the map, against the source files and numpy."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from latentmill.reporting.charts import durations, loudness, silence
+from latentmill.reporting.corpus_map import corpus_map, principal
+from latentmill.reporting.excerpts import Excerpts
+from latentmill.reporting.listening import stem_mix
+from latentmill.reporting.media import Budget
+from latentmill.store.store import LatentStore
+from reporting.conftest import RATE, SETTINGS
+from store.store_files import write_store
+
+
+def snr(found: np.ndarray, wanted: np.ndarray) -> float:
+    return 10 * np.log10(np.square(wanted).sum() / np.square(found - wanted).sum())
+
+
+def test_an_excerpt_is_the_loudest_part(report_store: LatentStore, report_source: Path) -> None:
+    one = Excerpts(report_store).of("late", 5.0)
+    assert 12 <= one.start <= 15.1
+    audio, _ = soundfile.read(report_source / "late.wav", dtype="float32")
+    start = round(one.start * RATE)
+    wanted = audio[start : start + round(one.seconds * RATE)]
+    assert one.seconds == pytest.approx(5, abs=0.02)
+    assert one.original is not None
+    assert one.reconstruction is not None
+    np.testing.assert_array_equal(one.original[0], wanted)
+    assert snr(one.reconstruction[0], wanted) > 100
+    assert one.latent is not None
+    whole = report_store["late"].latent
+    first = start // 256
+    np.testing.assert_array_equal(one.latent, whole[:, first : first + one.latent.shape[1]])
+
+
+def test_the_latent_mix_is_the_mix_of_the_waveforms(report_store: LatentStore) -> None:
+    keys = [f"north/{role}" for role in ("bass", "drums", "keys")]
+    mix = stem_mix(Excerpts(report_store), Budget(), "north", keys)
+    assert mix is not None
+    assert mix.sources
+    assert mix.snr is not None
+    assert mix.snr > 100
+    assert set(mix.players) == set(mix.pictures) == {"waveforms", "latents"}
+    assert [key for key, *_ in mix.stems] == keys
+
+
+def test_a_missing_source_is_counted(report_store: LatentStore, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    noise = np.random.default_rng(0).uniform(-0.1, 0.1, RATE)
+    for name in ("gone", "changed"):
+        soundfile.write(source / f"{name}.wav", noise, RATE)
+    store = write_store(str(tmp_path / "store"), source, **SETTINGS)
+    (source / "gone.wav").unlink()
+    soundfile.write(source / "changed.wav", noise / 2, RATE)
+    excerpts = Excerpts(store)
+    for key in store.keys():  # noqa: SIM118
+        one = excerpts.of(key, 5.0, reconstructed=False)
+        assert one.original is None
+        assert one.reconstruction is not None
+    assert dict(excerpts.without_original) == {
+        "the file is missing": 1,
+        "the source has changed since it was encoded": 1,
+    }
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
+    """A web server for a folder, and the paths that were requested."""
+    requests: list[str] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_args: object) -> None:
+            requests.append(self.path)
+
+    (tmp_path / "source").mkdir()
+    handler = partial(Handler, directory=str(tmp_path / "source"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", requests
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_addresses_that_a_store_names_are_not_requested(
+    web: tuple[str, list[str]], tmp_path: Path
+) -> None:
+    pytest.importorskip("aiohttp")
+    address, requests = web
+    noise = np.random.default_rng(0).uniform(-0.1, 0.1, RATE)
+    soundfile.write(tmp_path / "source" / "a.wav", noise, RATE)
+    store = write_store(str(tmp_path / "store"), tmp_path / "source", **SETTINGS)
+    record = store.without_latent("a")
+    local = str(tmp_path / "source")
+    for path in (tmp_path / "store" / "shards").iterdir():
+        rename(path, local, address)
+    (tmp_path / "store" / "dataset.json").unlink()
+    store = LatentStore(str(tmp_path / "store"))
+    assert store.without_latent("a").source_uri == f"{address}/a.wav"
+    excerpts = Excerpts(store)
+    assert excerpts.of("a", 1.0).original is None
+    assert excerpts.without_original["at another address"] == 1
+    assert not requests
+    original = Excerpts(store, remote_sources=True).of("a", 1.0).original
+    assert requests
+    assert original is not None
+    assert original.shape[1] <= record.num_samples
+
+
+def rename(shard: Path, old: str, new: str) -> None:
+    """Write other addresses of the sources into a shard."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(shard)
+    at = table.column_names.index("source_uri")
+    uris = pc.replace_substring(table["source_uri"], old, new)
+    table = table.set_column(at, pa.field("source_uri", pa.string(), nullable=False), uris)
+    pq.write_table(table, shard, compression="none", use_dictionary=False)
+
+
+def test_principal_components_are_those_of_the_svd() -> None:
+    random = np.random.default_rng(1)
+    values = random.standard_normal((200, 3)) @ random.standard_normal((3, 40))
+    values = (values + 0.01 * random.standard_normal(values.shape)).astype(np.float32)
+    standard = (values - values.mean(axis=0)) / values.std(axis=0)
+    left, sizes, _ = np.linalg.svd(standard.astype(np.float64), full_matrices=False)
+    points, shares = principal(values)
+    np.testing.assert_allclose(abs(points), abs(left[:, :2] * sizes[:2]), rtol=0.02, atol=0.02)
+    assert shares == pytest.approx(np.square(sizes[:2]) / np.square(sizes).sum(), rel=1e-3)
+
+
+def test_similar_records_are_close_on_the_map(report_store: LatentStore) -> None:
+    keys = list(report_store.keys())
+    placed = corpus_map(report_store, np.arange(len(keys)))
+    assert placed is not None
+    assert placed.points.min() == -1
+    assert placed.points.max() == 1
+    at = {key: placed.points[number] for number, key in enumerate(keys)}
+    same = np.linalg.norm(at["same 1"] - at["same 2"])
+    assert same < 1e-4
+    assert np.linalg.norm(at["silent"] - at["same 1"]) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("count", "values"),
+    [
+        (durations, np.array([0.01, 0.1, 0.3, 59.9, 60.0, 1e6])),
+        (loudness, np.array([-np.inf, -61, -60, -12.5, 0, 3])),
+        (silence, np.array([0, 0.05, 0.1, 0.95, 1, 1, np.nan])),
+    ],
+)
+def test_every_value_is_in_one_bin(count, values: np.ndarray) -> None:
+    chart = count(values)
+    assert sum(chart.counts) + chart.missing == len(values)
+    assert len(chart.labels) == len(chart.counts)
+    assert chart.counts[0] > 0
+    assert chart.counts[-1] > 0
+    assert all(0 < at < 100 for at, _ in chart.ticks)
+
+
+def test_limits_of_bins_belong_to_the_upper_one() -> None:
+    chart = durations(np.array([0.1, 0.3, 59.9, 60.0]))
+    counts = dict(zip(chart.labels, chart.counts, strict=True))
+    assert counts["0.1 s to 0.2 s"] == counts["0.2 s to 0.5 s"] == counts["30 s to 1 min"] == 1
+    assert counts["1 min to 2 min"] == 1

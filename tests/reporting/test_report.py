@@ -1,0 +1,237 @@
+"""The report as a file: its numbers, pictures and sounds, its size, and what it never contains."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+import latentmill as lm
+from latentmill.errors import ConfigError
+from latentmill.reporting.media import PAGE_BYTES, Budget
+from latentmill.reporting.report import render, report
+from latentmill.store.store import LatentStore
+from reporting.conftest import ENCODED, HOSTILE_KEY, HOSTILE_METADATA
+from support import runs
+from support.latent_store import write_latents
+
+
+class Page(HTMLParser):
+    """The elements of a page with their attributes, and its text without style and script."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self._skipped = False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._skipped = tag in ("style", "script")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._skipped = False
+
+    def handle_data(self, data: str) -> None:
+        if not self._skipped:
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def data(self, tag: str) -> list[bytes]:
+        """What the data URIs of these elements contain."""
+        sources = [one["src"] or "" for one in self.all(tag)]
+        return [base64.b64decode(source.partition(",")[2]) for source in sources]
+
+
+@pytest.fixture(scope="module")
+def page(report_store: LatentStore) -> Page:
+    return Page(render(report_store, Budget()))
+
+
+def test_the_counts_add_up(page: Page) -> None:
+    assert f"encoded {ENCODED} skipped by a filter 1 failed 2 without a result yet 0" in page.text
+    assert f"in the plan {ENCODED + 3}" in page.text
+    assert "1 .jpg" in page.text
+
+
+def test_failures_are_listed_by_reason_with_examples(page: Page) -> None:
+    reasons = page.text.partition("Why items failed")[2].partition("Why items were skipped")[0]
+    assert "broken 0 , broken 1 2" in reasons
+    assert "--retry-failed" in reasons
+    assert "short 1" in page.text.partition("Why items were skipped")[2]
+
+
+def test_histograms_count_every_record(page: Page) -> None:
+    durations = page.text.partition("Counts of Duration")[2].partition("Level")[0]
+    assert (
+        "0.5 s to 1 s 1 1 s to 2 s 3 2 s to 5 s 6 5 s to 10 s 0 10 s to 20 s 0 20 s to 30 s 1"
+        in (durations)
+    )
+    silence = page.text.partition("Counts of Silent share of a record")[2]
+    assert re.search(r"none 10 .* all 1 ", silence)
+
+
+def test_hostile_names_are_text(page: Page) -> None:
+    assert [tag for tag, _ in page.elements].count("script") == 1
+    assert not any("onerror" in attributes for _, attributes in page.elements)
+    assert HOSTILE_KEY in page.text
+    assert HOSTILE_METADATA["note"] in page.text
+    assert "\u202e" not in page.text
+    assert "\\u202etxt" in page.text
+
+
+def test_the_page_may_use_no_network(page: Page) -> None:
+    (policy,) = [m["content"] for m in page.all("meta") if m.get("http-equiv")]
+    assert policy is not None
+    assert "default-src 'none'" in policy
+    assert "http" not in policy
+    for _, attributes in page.elements:
+        for name in ("src", "href", "srcset", "action"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("data:", "#"))
+        assert not any(name.startswith("on") or name == "style" for name in attributes)
+
+
+def test_pictures_and_players_can_be_decoded(page: Page) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for data, attributes in zip(page.data("img"), page.all("img"), strict=True):
+        size = image.open(io.BytesIO(data)).size
+        assert size == (int(attributes["width"] or 0), int(attributes["height"] or 0))
+        assert attributes["alt"]
+    players = page.data("audio")
+    assert len(players) >= 2 * ENCODED
+    for data in players:
+        audio, rate = soundfile.read(io.BytesIO(data))
+        assert rate == 48_000
+        assert 0 < len(audio) <= 10.1 * rate
+    assert all(one["aria-label"] for one in page.all("audio"))
+
+
+def test_results_of_the_evaluation_are_shown(page: Page, report_store: LatentStore) -> None:
+    for part in ("statistics", "linearity", "reconstruction"):
+        assert f"--only {part}" not in page.text
+        assert (Path(report_store.url) / "evaluation" / f"{part}.json").exists()
+    assert "Scaling, adding and subtracting latents is within the limits" in page.text
+    result = json.loads((Path(report_store.url) / "evaluation/linearity.json").read_text())
+    for one in result["linearity"]["scores"]:
+        if one["form"] == "origin" and one["measure"] in ("si_sdr", "mr_stft"):
+            assert f"{one['median']:.3g}" in page.text
+    assert "Same file same 1 same 2" in page.text
+    assert "Silent: silent" in page.text
+
+
+def test_what_was_not_measured_names_its_command(tmp_path: Path) -> None:
+    store = write_latents(str(tmp_path / "a store"), [40, 50, 60], per_unit=2)
+    page = Page(render(store, Budget()))
+    for part in ("statistics", "linearity", "reconstruction", "seams"):
+        assert f"latentmill evaluate '{store.url}' --only {part}" in page.text
+
+
+def test_a_result_of_an_earlier_seal_is_marked(report_store: LatentStore, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(report_store.url, tmp_path / "store"))
+    path = folder / "evaluation" / "statistics.json"
+    path.write_text(path.read_text().replace(report_store.info.seal or "", "0"))
+    text = Page(render(lm.open(folder), Budget(), items=0)).text
+    assert text.count("The store has changed since this was measured") == 3
+
+
+STORES = {
+    "not sealed": {"sealed": False},
+    "chunks": {"stitch": "none", "latents": [np.ones((2, 4, 16), np.float16)] * 3},
+    "webdataset": {"format_name": "webdataset"},
+    "codes": {"model": {"output": "codes", "codebook_size": 1024}},
+    "one record": {"lengths": [30]},
+}
+
+
+@pytest.mark.filterwarnings("ignore::latentmill.errors.IncompleteStoreWarning")
+@pytest.mark.parametrize("kind", STORES)
+def test_stores_without_their_model_have_a_report(kind: str, tmp_path: Path) -> None:
+    options = {"lengths": [16, 16, 16], **STORES[kind]}
+    page = Page(render(write_latents(str(tmp_path / "store"), **options), Budget()))
+    assert "No reconstructions, because the model cannot be loaded" in page.text
+    assert "without the original: the file is missing" in page.text
+    assert len(page.all("img")) == len(options["lengths"])  # the latents
+    assert not page.all("audio")
+
+
+def test_a_store_without_records_has_a_report(tmp_path: Path) -> None:
+    store = write_latents(str(tmp_path / "store"), [], sealed=False)
+    assert "No records to show" in Page(render(store, Budget())).text
+
+
+def test_a_sealed_store_needs_neither_plan_nor_commits(
+    report_store: LatentStore, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(report_store.url, tmp_path / "store"))
+    shutil.rmtree(folder / "plan")
+    shutil.rmtree(folder / "commits")
+    page = Page(render(lm.open(folder), Budget(), items=1))
+    assert f"encoded {ENCODED} skipped by a filter 1 failed 2" in page.text
+
+
+def test_a_page_has_no_more_than_its_budget(report_store: LatentStore) -> None:
+    budget = Budget(bytes=200_000, players=3)
+    html = render(report_store, budget)
+    page = Page(html)
+    assert len(page.all("audio")) <= 3
+    assert sum(len(uri) for uri in re.findall(r'src="(data:[^"]*)"', html)) <= 200_000
+    assert budget.left_out > 10
+    assert f"{budget.left_out} pictures or sounds left out" in page.text
+
+
+@pytest.mark.slow
+def test_long_names_do_not_make_a_page_too_large(tmp_path: Path) -> None:
+    long = {f"field {n}": "x" * 500 for n in range(30)}
+    metadata = [{**long, "number": f"{n}é" * 100} for n in range(6000)]
+    store = write_latents(
+        str(tmp_path / "store"), [9] * 6000, per_unit=500, prefix="k" * 700, metadata=metadata
+    )
+    html = render(store, Budget(bytes=0))
+    assert len(html.encode()) < PAGE_BYTES / 5
+
+
+def test_the_report_is_written_once(
+    report_store: LatentStore, tmp_path: Path, one_sentence, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "new" / "page.html"
+    written = lm.report(report_store, path, items=1)
+    assert written.bytes == path.stat().st_size
+    assert [one.name for one in path.parent.iterdir()] == ["page.html"]
+    with pytest.raises(ConfigError) as error:
+        report(report_store.url, path)
+    assert "--overwrite" in one_sentence(error.value)
+    with pytest.raises(ConfigError) as error:
+        report(report_store, f"{tmp_path}/")
+    assert "is a folder" in one_sentence(error.value)
+    done = runs.call(
+        capsys, "report", report_store.url, "-o", path, "--overwrite", "--items", 0, "--json"
+    )
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert (result["path"], result["bytes"]) == (str(path), path.stat().st_size)
+
+
+def test_the_report_can_be_written_to_a_bucket(report_store: LatentStore, s3_bucket: str) -> None:
+    import fsspec
+
+    written = lm.report(report_store, f"{s3_bucket}/reports/page.html", items=0)
+    data = fsspec.filesystem("s3").cat(f"{s3_bucket}/reports/page.html")
+    assert len(data) == written.bytes
+    with pytest.raises(ConfigError, match="exists"):
+        lm.report(report_store, f"{s3_bucket}/reports/page.html", items=0)
