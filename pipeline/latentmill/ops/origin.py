@@ -91,7 +91,9 @@ class Origin:
             `[channels, frames]`. The cost depends on `frames`, not on the item's length.
         """
         have = self.frames.shape[1]
-        if self.chunking is not None and self.chunking.stitch != "none" and total > have:
+        if not frames or not self.frames.any():  # as for every linear encoder
+            silence = np.zeros((len(self.frames), frames), np.float32)
+        elif self.chunking is not None and self.chunking.stitch != "none" and total > have:
             silence = self._stitched(self.chunking, total, start, frames)
         else:
             left = min(total, have) // 2

@@ -63,8 +63,8 @@ export class Player {
         el("span", {}, label)));
     this.element = el("div", { class: "player", role: "group", "aria-label": name },
       el("fieldset", { class: "choices" }, el("legend", { class: "hidden-text" }, "Version"), ...this.choices),
-      el("div", { class: "transport" }, this.button, el("div", { class: "wave-box" }, this.canvas, this.slider), this.time),
-      el("div", { class: "row small" }, el("label", { class: "check" }, this.repeat, " Repeat"), this.note));
+      el("div", { class: "transport" }, this.button, el("div", { class: "wave-box" }, this.canvas, this.slider)),
+      el("div", { class: "row small" }, this.time, el("label", { class: "check" }, this.repeat, " Repeat"), this.note));
     this.enable();
   }
 
