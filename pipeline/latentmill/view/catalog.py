@@ -20,7 +20,7 @@ import xxhash
 
 from latentmill.errors import ConfigError, StoreError
 from latentmill.store.commit import HASH_BLOCK
-from latentmill.store.metadata import PREFIX, write_metadata
+from latentmill.store.metadata import METADATA_SCHEMA, PREFIX, write_metadata
 from latentmill.store.store import LatentStore
 from latentmill.view.query import Condition, Search
 
@@ -55,12 +55,12 @@ class Catalog:
     """The metadata of all records by position in the index. Methods may be called by any thread."""
 
     def __init__(self, store: LatentStore) -> None:
-        self._lock = threading.Lock()
+        self._lock, self._damaged = threading.Lock(), _damaged(store)
         self._found: OrderedDict[Search, Positions] = OrderedDict()
         try:
             self._table = pq.ParquetFile(pa.BufferReader(_metadata_file(store)))
-        except pa.ArrowException as error:
-            raise _damaged(store) from error
+        except (pa.ArrowException, OSError) as error:
+            raise self._damaged from error
         footer = self._table.metadata
         groups = range(footer.num_row_groups)
         sizes = [footer.row_group(group).num_rows for group in groups]
@@ -68,8 +68,12 @@ class Catalog:
         self.fields = {
             field.name: field for field in map(_field, self._table.schema_arrow) if field
         }
-        if len(self) != len(store.index) or "key" not in self.fields:
-            raise _damaged(store)
+        types = dict(
+            zip(self._table.schema_arrow.names, self._table.schema_arrow.types, strict=True)
+        )
+        whole = all(types.get(field.name) == field.type for field in METADATA_SCHEMA)
+        if len(self) != len(store.index) or not whole:
+            raise self._damaged
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -165,7 +169,10 @@ class Catalog:
             yield start, self._read(group, names)
 
     def _read(self, group: int, names: Sequence[str]) -> pa.Table:
-        return self._table.read_row_group(group, columns=list(names), use_threads=False)
+        try:
+            return self._table.read_row_group(group, columns=list(names), use_threads=False)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise self._damaged from error
 
 
 _OPERATIONS = {"text": ("is", "contains"), "number": ("is", "min", "max"), "bool": ("is",)}

@@ -127,6 +127,8 @@ export class Desk {
 
   changed(pause = PAUSE) {
     this.save();
+    this.player.note.textContent = "Decoding…";
+    this.download.href = address("audio", { mix: this.mix, of: "latent", name: "mix" });
     clearTimeout(this.timer);
     this.timer = setTimeout(() => {
       this.stale = new Set(SIDES.map(([name]) => name));
@@ -139,7 +141,6 @@ export class Desk {
     const { player, mix } = this;
     if (!mix.channels.length) return;
     player.note.textContent = "Decoding…";
-    this.download.href = address("audio", { mix, of: "latent", name: "mix" });
     try {
       await this.latest.run(async (signal) => {
         const { lines, seconds: heard, total } = await json("api/python", { mix }, signal);
