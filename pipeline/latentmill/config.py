@@ -231,18 +231,7 @@ def load_config(
         ConfigError: The file cannot be read, or a setting is unknown or invalid.
         ModelError: The file is inside a store and names a model that is not built in.
     """
-    values: dict[str, Any] = {}
-    if file is not None:
-        try:
-            loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"Cannot read config {file}: {error.strerror}.") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            cause = " ".join(str(error).split())
-            raise ConfigError(f"Config {file} is not valid YAML: {cause}.") from error
-        if not isinstance(loaded, dict):
-            raise ConfigError(f"Config {file} must contain lines of the form `setting: value`.")
-        values.update(loaded)
+    values = {} if file is None else read_yaml(file)
     given = {name: value for name, value in options.items() if value is not None}
     written, wanted = values.get("model_options"), given.get("model_options")
     if isinstance(written, dict) and isinstance(wanted, dict):  # merge, option by option
@@ -271,6 +260,20 @@ def load_config(
     if config.group_by is not None:
         check_rule(config.group_by)
     return config
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file; ConfigError if it cannot be read or is not a mapping."""
+    try:
+        loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"Cannot read config {file}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        cause = " ".join(str(error).split())
+        raise ConfigError(f"Config {file} is not valid YAML: {cause}.") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"Config {file} must contain lines of the form `setting: value`.")
+    return loaded
 
 
 def _check_config_of_store(

@@ -69,6 +69,10 @@ class HeadGoneError(UnitsFailedError):
     """The head node of the Ray cluster is gone; rerunning on another cluster resumes."""
 
 
+class TrainingError(LatentmillError):
+    """Training an autoencoder cannot continue, for example because the loss is NaN."""
+
+
 class WorkerError(LatentmillError):
     """A worker process of a training loader or of a cluster died."""
 

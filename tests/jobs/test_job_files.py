@@ -11,6 +11,10 @@ import yaml
 
 from latentmill import __version__
 from latentmill.config import RunConfig, load_config
+from latentmill.models.families.conv import ConvSettings
+from latentmill.sources.settings import SourceSettings
+from latentmill.training.linearity import LinearitySettings
+from latentmill.training.settings import TrainSettings, load_settings
 
 ROOT = Path(__file__).parents[2]
 JOBS = ROOT / "jobs"
@@ -119,3 +123,16 @@ def test_the_pages_commands_name_files_and_settings_that_exist() -> None:
     named = set(re.findall(r"\bjobs/[\w.]+\w", page))
     assert named >= {f"jobs/{path.name}" for path in JOBS.iterdir() if path.is_file()}
     assert all((ROOT / name).exists() for name in named)
+
+
+def test_the_training_config_has_the_defaults_and_every_setting() -> None:
+    text = (JOBS / "train_linear.yaml").read_text()
+    lifted = yaml.safe_load(re.sub(r"^# ?(?=[a-z_]+: )", "", text, flags=re.M))
+    settings = load_settings(JOBS / "train_linear.yaml", {})
+    default = TrainSettings(source=settings.source, out=settings.out)
+    assert settings == default
+    TrainSettings.model_validate(lifted)
+    own = set(TrainSettings.model_fields) - set(SourceSettings.model_fields)
+    assert set(lifted) == own | {"source"}
+    assert set(lifted["network"]) == set(ConvSettings.model_fields)
+    assert set(lifted["linearity"]) == set(LinearitySettings.model_fields)

@@ -75,15 +75,18 @@ ENCODEC_48K: dict[str, Any] = {
 }
 
 
-def write_trained(folder: Path, seed: int = 0, **network: Any) -> None:
-    """The folder `model` of a run that trained a tiny `conv`, as training writes it."""
-    from latentmill.models.families.conv import ConvAutoencoder, ConvSettings
-    from latentmill.training.export import write_conv
+def write_trained(run: Path, seed: int = 0) -> None:
+    """The folder of a run that trained a tiny `conv`."""
+    from latentmill.models.families.trained import Trained
+    from latentmill.training.architectures import Conv
+    from latentmill.training.export import write_model
+    from latentmill.training.settings import TrainSettings
 
     torch.manual_seed(seed)
-    settings = {"sample_rate": 8000, "strides": (4, 4), "width": 8, "latent_channels": 6, **network}
-    model = ConvAutoencoder(ConvSettings.model_validate(settings))
-    write_conv(folder, model, run="tiny", step=3, linearity=None)
+    shape = {"sample_rate": 8000, "strides": (4, 4), "width": 8, "latent_channels": 6}
+    network = Conv(TrainSettings.model_validate({"source": "", "out": "", "network": shape}))
+    trained = Trained(architecture="conv", network=network.shape(), run="tiny", step=3)
+    write_model(run, network, trained)
 
 
 def write_encodec(folder: Path, seed: int = 0, **config: Any) -> None:

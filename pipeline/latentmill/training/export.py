@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
-from latentmill.models.base import Value
-from latentmill.models.families.conv import ConvAutoencoder
-from latentmill.models.families.trained import MANIFEST, WEIGHTS, Trained
+from latentmill.models.families.trained import FOLDER, MANIFEST, Trained
+from latentmill.training.architectures import Trainable
 
 
-def write_conv(
-    folder: Path,
-    network: ConvAutoencoder,
-    *,
-    run: str,
-    step: int,
-    linearity: dict[str, Value] | None,
-) -> None:
-    """Write `model.safetensors` and, last, `trained.json`."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()
-    }
-    save_file(state, folder / WEIGHTS)
-    write_manifest(
-        folder,
-        Trained(
-            architecture="conv",
-            network=network.settings.model_dump(mode="json"),
-            run=run,
-            step=step,
-            linearity=linearity,
-        ),
-    )
-
-
-def write_manifest(folder: Path, trained: Trained) -> None:
-    (folder / MANIFEST).write_text(trained.model_dump_json(indent=2) + "\n", encoding="utf-8")
+def write_model(out: Path, network: Trainable, trained: Trained) -> None:
+    """Replace the folder `model` of a run; readers see the old or the new one."""
+    target, new, old = (out / name for name in (FOLDER, f".{FOLDER}.new", f".{FOLDER}.old"))
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    network.write(new)
+    text = trained.model_dump_json(indent=2) + "\n"
+    (new / MANIFEST).write_text(text, encoding="utf-8")
+    if target.exists():
+        target.replace(old)
+    new.replace(target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -182,6 +182,13 @@ class Linearity:
         return torch.from_numpy(gains).float()
 
 
+def plain_batch(audio: Tensor) -> LinearityBatch:
+    """A batch without mixtures and gains, for training without linearity."""
+    eye = torch.eye(len(audio), device=audio.device)
+    gains = torch.ones(len(audio), device=audio.device)
+    return LinearityBatch(audio, audio, gains, eye, origin=False)
+
+
 def gain_range(max_gain: float, annealing: Annealing, step: int, steps: int) -> tuple[float, float]:
     """The smallest and the largest gain of a step: from (0, max_gain) to (1, 1).
 

@@ -10,15 +10,13 @@ import torch
 
 from latentmill.errors import ModelError
 from latentmill.models.families.conv import ConvAutoencoder, ConvSettings, encoder_context
-from latentmill.models.families.trained import Trained
 from latentmill.models.registry import resolve
-from latentmill.training.export import write_manifest
 from support.tiny_models import write_dac, write_oobleck, write_trained
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    write_trained(tmp_path / "run" / "model")
+    write_trained(tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -78,7 +76,8 @@ def test_other_families_keep_their_own_files(tmp_path: Path, family: str) -> Non
         write_oobleck(tmp_path)
     else:
         write_dac(tmp_path, downsampling_ratios=[2, 4], sampling_rate=8000)
-    write_manifest(tmp_path, Trained(architecture=family, run="tuned", step=5))  # type: ignore[arg-type]
+    document = {"architecture": family, "run": "tuned", "step": 5}
+    (tmp_path / "trained.json").write_text(json.dumps(document))
     trained, own = (resolve(f"{name}:{tmp_path}") for name in ("trained", family))
     added = {"run": "tuned", "sha256_trained": trained.spec.identity["sha256_trained"]}
     assert trained.spec.identity == {**own.spec.identity, **added}

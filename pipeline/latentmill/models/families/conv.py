@@ -19,6 +19,7 @@ from latentmill.models.families.codec import codec_spec
 
 DILATIONS = (1, 3)
 KERNEL = 3
+SCALE = 10.0  # music has an RMS of about 0.1, and networks learn best from values of about 1
 
 
 class ConvSettings(BaseModel):
@@ -70,8 +71,9 @@ class ConvAutoencoder(nn.Module):
                 "stride": stride,
                 "padding": stride // 2,
             }
-            down += [nn.Conv1d(before, after, **shape), *_units(after)]
-            up = [*_units(after), nn.ConvTranspose1d(after, before, **shape), *up]
+            activation = [nn.ELU()] if down else []  # none before the audio
+            down += [*activation, nn.Conv1d(before, after, **shape), *_units(after)]
+            up = [*_units(after), nn.ELU(), nn.ConvTranspose1d(after, before, **shape), *up]
         ends: dict[str, Any] = {"kernel_size": KERNEL, "padding": KERNEL // 2}
         self.encoder = nn.Sequential(
             *down, nn.ELU(), nn.Conv1d(widths[-1], settings.latent_channels, **ends)
@@ -79,12 +81,12 @@ class ConvAutoencoder(nn.Module):
         self.decoder = nn.Sequential(nn.Conv1d(settings.latent_channels, widths[-1], **ends), *up)
 
     def encode(self, audio: Tensor) -> Tensor:
-        latents: Tensor = self.encoder(audio)
+        latents: Tensor = self.encoder(SCALE * audio)
         return latents
 
     def decode(self, latents: Tensor) -> Tensor:
         audio: Tensor = self.decoder(latents)
-        return audio
+        return audio / SCALE
 
 
 class _Unit(nn.Module):

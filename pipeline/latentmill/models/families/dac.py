@@ -22,23 +22,23 @@ class DacNetwork:
     """The `DacModel` of transformers as a `QuantisingNetwork`."""
 
     def __init__(self, model: Any) -> None:
-        self._model = model
+        self.model = model
 
     def encode(self, audio: Tensor) -> Tensor:
-        latents: Tensor = self._model.encoder(audio)
+        latents: Tensor = self.model.encoder(audio)
         return latents
 
     def decode(self, latents: Tensor) -> Tensor:
-        audio: Tensor = self._model.decoder(latents)
+        audio: Tensor = self.model.decoder(latents)
         return audio
 
     def quantise(self, latents: Tensor) -> Tensor:
-        codes: Tensor = self._model.quantizer(latents)[1]
+        codes: Tensor = self.model.quantizer(latents)[1]
         return codes.float()
 
     def dequantise(self, codes: Tensor) -> Tensor:
-        indices = as_indices(codes, self._model.config.codebook_size)
-        latents: Tensor = self._model.quantizer.from_codes(indices)[0]
+        indices = as_indices(codes, self.model.config.codebook_size)
+        latents: Tensor = self.model.quantizer.from_codes(indices)[0]
         return latents
 
 

@@ -1,0 +1,214 @@
+"""Random crops of a source's items, loaded while training runs.
+
+The crops of a step are a pure function of the seed, the step and the rank, so that a resumed run
+needs no state: it continues with the next step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentmill.audio import open_audio, prepare, probe
+from latentmill.errors import ItemError, SourceError
+from latentmill.record import FloatArray
+from latentmill.sources.base import Item, Segment, Source, known_seconds
+from latentmill.sources.reading import UnitReader
+from latentmill.text.log import get_logger
+from latentmill.training.linearity import Numbers, random_numbers
+
+WHOLE_SECONDS = 60.0  # shorter items are loaded whole and cached; of longer ones, only the crop
+CACHE_BYTES = 512 << 20
+QUIET = 10 ** (-60 / 20)  # RMS below which another crop is drawn
+DRAWS = 16  # crops that are drawn until one can be loaded and is not silent
+AHEAD = 3  # batches that are loaded before they are needed
+_STREAM = 1  # of the random numbers; 0 is that of the augmentation
+
+_log = get_logger("training")
+
+
+@dataclass(frozen=True)
+class AudioBatch:
+    """Crops `[B, C, T]`, and the key and start of each, for messages."""
+
+    audio: Tensor
+    names: tuple[str, ...]
+
+
+class Crops:
+    """Draws crops of `samples` samples, evenly from all items.
+
+    Items shorter than a crop are padded with zeros. An item that cannot be loaded is reported once,
+    and another one is drawn instead; so are silent crops.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        *,
+        sample_rate: int,
+        channels: int,
+        samples: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+    ) -> None:
+        self._items = items
+        self._rate, self._channels, self._samples = sample_rate, channels, samples
+        self._batch_size, self._seed, self._rank = batch_size, seed, rank
+        self._lock = threading.Lock()  # guards what follows
+        self._lengths: dict[str, float | None] = {}
+        self._whole: OrderedDict[str, FloatArray] = OrderedDict()
+        self._size = 0
+        self._broken: dict[str, str] = {}  # items of which nothing can be loaded
+        self._reported: set[str] = set()
+
+    def batch(self, step: int) -> AudioBatch:
+        """The crops of a step.
+
+        Raises:
+            SourceError: No crop of the step can be loaded, or all are silent.
+        """
+        count = self._batch_size
+        draws = random_numbers(self._seed, step, self._rank, 2 * DRAWS * count, _STREAM)
+        drawn = [self._draw(numbers) for numbers in draws.reshape(count, DRAWS, 2)]
+        if not any(_audible(crop) for crop, _ in drawn):
+            raise SourceError(
+                f"all crops of step {step} are silent (below -60 dBFS): check the audio of SOURCE, "
+                "or raise batch_size or crop_seconds."
+            )
+        audio = torch.from_numpy(np.stack([crop for crop, _ in drawn]))
+        return AudioBatch(audio, tuple(name for _, name in drawn))
+
+    def batches(self, start: int, end: int, threads: int) -> Generator[AudioBatch]:
+        """The batches of steps `start` to `end` - 1, loaded ahead by threads."""
+        with ThreadPoolExecutor(threads, thread_name_prefix="crops") as pool:
+            waiting: deque[Future[AudioBatch]] = deque()
+            try:
+                for step in range(start, end):
+                    last = min(end, step + AHEAD)
+                    for ahead in range(step + len(waiting), last):
+                        waiting.append(pool.submit(self.batch, ahead))
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _draw(self, numbers: Numbers) -> tuple[FloatArray, str]:
+        """The first crop that loads and is not silent, else the first that loads."""
+        silent: tuple[FloatArray, str] | None = None
+        failure = ""
+        for which, where in numbers:
+            item = self._items[int(which * len(self._items))]
+            try:
+                crop, start = self._crop(item, where)
+            except ItemError as error:
+                failure = f"{item.key} ({error})"
+                self._report(item, str(error))
+                continue
+            found = crop, f"{item.key} at {start:.2f} s"
+            if _audible(crop):
+                return found
+            silent = silent or found
+        if silent is None:
+            raise SourceError(
+                f"{DRAWS} items in a row cannot be loaded, the last {failure}: check SOURCE."
+            )
+        return silent
+
+    def _crop(self, item: Item, where: float) -> tuple[FloatArray, float]:
+        """A crop, and its start in seconds."""
+        seconds = self._samples / self._rate
+        audio, length = self._known(item)
+        if audio is not None:
+            first = int(where * max(1, audio.shape[1] - self._samples + 1))
+            crop, start = audio[:, first : first + self._samples], first / self._rate
+        else:
+            start = where * max(0.0, length - seconds)
+            crop = self._load(item, start, seconds + 0.1)[:, : self._samples]
+        missing = self._samples - crop.shape[1]
+        crop = np.pad(crop, ((0, 0), (0, missing))) if missing > 0 else np.ascontiguousarray(crop)
+        if not np.isfinite(crop).all():
+            raise ItemError("it contains NaN or infinite samples")
+        return crop, start
+
+    def _known(self, item: Item) -> tuple[FloatArray | None, float]:
+        """The whole audio of a short item, or the length of a long one in seconds."""
+        if item.key in self._broken:
+            raise ItemError(self._broken[item.key])
+        try:
+            length = self._length(item)
+            if length is None or length <= WHOLE_SECONDS:
+                return self._cached(item), 0.0
+        except ItemError as error:
+            self._broken[item.key] = str(error)
+            raise
+        return None, length
+
+    def _length(self, item: Item) -> float | None:
+        """The length in seconds; None if only loading it tells."""
+        known = known_seconds(item)
+        if known is not None:
+            return known
+        with self._lock:
+            if item.key in self._lengths:
+                return self._lengths[item.key]
+        with UnitReader([item], allow_changed=True) as reader, reader.open(item) as media:
+            info = probe(media)
+        seconds = None if info.num_samples is None else info.num_samples / info.sample_rate
+        if seconds is not None and item.segment is not None:
+            seconds -= item.segment.start
+        with self._lock:
+            self._lengths[item.key] = seconds
+        return seconds
+
+    def _cached(self, item: Item) -> FloatArray:
+        with self._lock:
+            if item.key in self._whole:
+                self._whole.move_to_end(item.key)
+                return self._whole[item.key]
+        audio = self._load(item)
+        with self._lock:
+            if item.key not in self._whole:
+                self._whole[item.key] = audio
+                self._size += audio.nbytes
+            while self._size > CACHE_BYTES and len(self._whole) > 1:
+                self._size -= self._whole.popitem(last=False)[1].nbytes
+        return audio
+
+    def _load(self, item: Item, start: float = 0.0, seconds: float | None = None) -> FloatArray:
+        """Audio `[C, T]` of an item, from `start` seconds on."""
+        part = item.segment or Segment(0.0)
+        duration = part.duration if seconds is None else seconds
+        with UnitReader([item], allow_changed=True) as reader, reader.open(item) as media:
+            stream = open_audio(
+                media, start=part.start + start, duration=duration, allow_truncated=True
+            )
+            waveform = prepare(stream, sample_rate=self._rate, channels=self._channels)
+            return np.concatenate(list(waveform.blocks()), axis=1)
+
+    def _report(self, item: Item, reason: str) -> None:
+        with self._lock:
+            new = item.key not in self._reported
+            self._reported.add(item.key)
+        if new:
+            _log.warning("cannot load %s (%s): other items are drawn instead", item.key, reason)
+
+
+def list_items(source: Source) -> list[Item]:
+    """The items of a source in the order of their keys; SourceError if there is none."""
+    items = sorted(source.items(), key=lambda item: item.key)
+    if not items:
+        raise SourceError(f"Source {source.uri} contains no audio: check the path.")
+    return items
+
+
+def _audible(crop: FloatArray) -> bool:
+    return float(np.sqrt(np.mean(np.square(crop, dtype=np.float64)))) >= QUIET

@@ -1,0 +1,71 @@
+"""Runs training as a Ray Train job: one process on a laptop, several with DDP on a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from latentmill.errors import ConfigError, LatentmillError, TrainingError
+from latentmill.training.loop import Place, Trainer
+from latentmill.training.settings import TrainSettings
+
+
+def run(settings: TrainSettings) -> None:
+    """Train with Ray Train; a run that was interrupted is resumed.
+
+    Raises:
+        LatentmillError: The first error of a process, such as a loss that is not finite.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    from latentmill.engine.cluster import connect
+
+    with connect(settings.address) as cluster:
+        if settings.device == "cuda" and not cluster.gpus:
+            raise ConfigError("device is cuda, but the cluster has no GPU: use auto or cpu.")
+        trainer = TorchTrainer(
+            _train,
+            train_loop_config={"settings": settings.model_dump(mode="json")},
+            scaling_config=ScalingConfig(
+                num_workers=settings.workers,
+                use_gpu=bool(cluster.gpus) and settings.device != "cpu",
+            ),
+            run_config=RunConfig(
+                name="ray",
+                storage_path=str(Path(settings.out).absolute()),
+                failure_config=FailureConfig(max_failures=settings.max_failures),
+            ),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise _cause(error) from error
+
+
+def _train(config: dict[str, Any]) -> None:
+    """What each process runs."""
+    import ray.train
+    from ray.train.torch import get_device, prepare_model
+
+    context = ray.train.get_context()
+    place = Place(
+        rank=context.get_world_rank(),
+        device=get_device(),
+        wrap=lambda network: prepare_model(network, move_to_device=False),
+        report=ray.train.report,
+    )
+    Trainer(TrainSettings.model_validate(config["settings"]), place).train()
+
+
+def _cause(error: Exception) -> LatentmillError:
+    """The first LatentmillError of a process; else a TrainingError with Ray's message."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    for _, failure in sorted(failures.items()):
+        causes: list[BaseException | None] = [failure, getattr(failure, "cause", None)]
+        causes += [failure.__cause__]
+        for cause in causes:
+            if isinstance(cause, LatentmillError):
+                return cause
+    text = next((str(failure) for failure in failures.values()), str(error))
+    return TrainingError(f"training failed: {text.strip().splitlines()[-1]}")

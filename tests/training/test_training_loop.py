@@ -1,0 +1,255 @@
+"""The training loop: what it learns, resuming after a kill, and bad input."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import latentmill as lm
+from latentmill.errors import ConfigError, LatentmillError, SourceError, TrainingError
+from latentmill.models.registry import resolve
+from latentmill.training.loop import Ema, Trainer, learning_rate
+from latentmill.training.metrics import read_metrics
+from latentmill.training.settings import TrainSettings
+from store.store_files import write_store
+
+Settings = Callable[..., TrainSettings]
+
+
+def curve(settings: TrainSettings) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_metrics(Path(settings.out))]
+
+
+@pytest.mark.parametrize("change", ["linearity.mixing=sum", "linearity=null"])
+def test_the_loss_falls(tiny: Settings, change: str) -> None:
+    settings = tiny(change, "steps=40", "linearity.annealing=none" if "mix" in change else change)
+    Trainer(settings).train()
+    losses = [loss for _, loss in curve(settings)]
+    assert len(losses) == 40
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
+
+
+def test_the_result_is_a_model_that_encode_and_evaluate_use(
+    tiny: Settings, tmp_path: Path, corpus: Path
+) -> None:
+    settings = tiny("steps=3")
+    trainer = Trainer(settings)
+    trainer.train()
+    handle = resolve(f"trained:{settings.out}")
+    assert handle.spec.identity["run"] == settings.run
+    audio = 0.1 * torch.randn(1, 1, 320)
+    with trainer.ema.swapped(trainer.network), torch.no_grad():
+        expected = trainer.network.network.encode(audio)  # type: ignore[operator, union-attr]
+    torch.testing.assert_close(handle.load("cpu").encode(audio), expected)
+    model = {"model": f"trained:{settings.out}", "model_options": {}}
+    store = write_store(str(tmp_path / "latents"), corpus, min_seconds=0.5, **model)
+    card = lm.evaluate(store, only=["linearity"], items=2, max_seconds=0.5).linearity
+    assert card is not None
+    assert any(score.metric == "encoder_additivity" for score in card.card.scores)
+
+
+def test_the_same_run_twice_is_the_same(tiny: Settings) -> None:
+    curves = []
+    for name in ("a", "b"):
+        settings = tiny("steps=6", f"out={tiny().out}-{name}", "checkpoint_every=2")
+        Trainer(settings).train()
+        curves.append(curve(settings))
+    assert curves[0] == curves[1]
+    assert [step for step, _ in curves[0]] == list(range(6))
+    other = tiny("steps=6", "seed=1")
+    Trainer(other).train()
+    assert curve(other) != curves[0]
+
+
+SCRIPT = """
+import json, sys, torch
+torch.set_num_threads(1)
+from latentmill.training.loop import Trainer
+from latentmill.training.settings import TrainSettings
+Trainer(TrainSettings.model_validate(json.loads(sys.argv[1]))).train()
+"""
+
+
+def run_and_kill(settings: TrainSettings, after: int) -> None:
+    """Train in a process, and kill it once it has logged `after` steps."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, settings.model_dump_json()],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+    )
+    until = time.monotonic() + 120
+    while len(curve(settings)) < after and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), errors.decode()
+
+
+def killed(tiny: Settings, kills: int, steps: int, seed: int) -> None:
+    straight = tiny(f"steps={steps}", f"out={tiny().out}-straight")
+    Trainer(straight).train()
+    settings = tiny(f"steps={steps}")
+    for after in sorted(random.Random(seed).sample(range(2, steps), kills)):
+        run_and_kill(settings, after)
+    trainer = Trainer(settings)
+    assert 0 < trainer.step < steps or kills > 2
+    trainer.train()
+    assert curve(settings) == curve(straight)
+    weights = [
+        (Path(one.out) / "model" / "model.safetensors").read_bytes() for one in (settings, straight)
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_a_killed_run_continues_as_if_it_had_not_been_killed(tiny: Settings) -> None:
+    killed(tiny, kills=1, steps=30, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_ten_kills(tiny: Settings, seed: int) -> None:
+    killed(tiny, kills=10, steps=80, seed=seed)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tiny: Settings) -> None:
+    Trainer(tiny("steps=4")).train()
+    with pytest.raises(ConfigError, match=r"checkpoints of another architecture \(network was"):
+        Trainer(tiny("steps=4", "network.width=16"))
+    with pytest.raises(ConfigError, match=r"other settings \(learning_rate was 0\.01, is now 0\.1"):
+        Trainer(tiny("steps=4", "learning_rate=0.1"))
+    Trainer(tiny("steps=4", "log_every=7", "keep_checkpoints=1"))  # these change no weights
+
+
+def test_a_damaged_checkpoint(tiny: Settings) -> None:
+    settings = tiny("steps=8")
+    Trainer(settings).train()
+    folder = Path(settings.out) / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "step-000000004.pt",
+        "step-000000008.pt",
+    ]
+    (folder / "step-000000008.pt").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match="delete it to resume from the one before"):
+        Trainer(settings)
+    (folder / "step-000000008.pt").unlink()
+    assert Trainer(settings).step == 4
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(tiny: Settings) -> None:
+    settings = tiny("learning_rate=1e30", "clip_norm=1e30")
+    with pytest.raises(TrainingError, match=r"of step \d+ is (nan|inf).*\d at \d\.\d\d s"):
+        Trainer(settings).train()
+    assert not (Path(settings.out) / "checkpoints").exists()
+
+
+def wav(path: Path, samples: np.ndarray) -> None:
+    path.parent.mkdir(exist_ok=True)
+    soundfile.write(path, samples, 8000, subtype="FLOAT")
+
+
+def test_one_item_only(tiny: Settings, tmp_path: Path) -> None:
+    wav(tmp_path / "one" / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(8000))
+    with pytest.raises(ConfigError, match=r"only one item, a, and mixtures need at least two"):
+        Trainer(tiny(source=tmp_path / "one"))
+    Trainer(tiny("linearity=null", "steps=1", source=tmp_path / "one")).train()
+
+
+def test_silence_only(tiny: Settings, tmp_path: Path) -> None:
+    for name in "ab":
+        wav(tmp_path / "quiet" / f"{name}.wav", np.zeros(8000))
+    with pytest.raises(SourceError, match="all crops of step 0 are silent"):
+        Trainer(tiny(source=tmp_path / "quiet")).train()
+
+
+def test_some_silence_and_files_that_cannot_be_loaded(
+    tiny: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    noise = 0.1 * np.random.default_rng(0).standard_normal(8000)
+    wav(tmp_path / "mixed" / "noise.wav", noise)
+    wav(tmp_path / "mixed" / "silence.wav", 0 * noise)
+    wav(tmp_path / "mixed" / "nan.wav", np.where(noise > 0.2, np.nan, noise))
+    (tmp_path / "mixed" / "empty.wav").write_bytes(b"")
+    settings = tiny("steps=4", source=tmp_path / "mixed")
+    with caplog.at_level(logging.WARNING, "latentmill.training"):
+        Trainer(settings).train()
+    assert all(np.isfinite(loss) for _, loss in curve(settings))
+    assert sorted(message.split(" (")[0] for message in caplog.messages) == [
+        "cannot load empty",
+        "cannot load nan",
+    ]
+
+
+def test_nothing_can_be_loaded(tiny: Settings, tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    for name in "ab":
+        (tmp_path / "broken" / f"{name}.wav").write_bytes(b"nothing")
+    with pytest.raises(SourceError, match="16 items in a row cannot be loaded, the last"):
+        Trainer(tiny(source=tmp_path / "broken")).train()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("batch_size=1", "mixtures need at least 2 sounds"),
+        ("out=s3://bucket/run", "is a URL: use a folder"),
+        ("learning_rat=1", "unknown setting learning_rat: did you mean learning_rate"),
+        ("linearity.mixing=most", "invalid linearity.mixing 'most'"),
+        ("network.strides=[3]", "strides must be even"),
+        ("steps=0", "invalid steps 0"),
+        ("steps", "expected NAME=VALUE"),
+        ("model=encodec:a/b", "cannot be trained: use conv, oobleck:REPO"),
+        ("model=conv:a/b", "conv has no repository"),
+    ],
+)
+def test_wrong_settings(tiny: Settings, change: str, message: str) -> None:
+    with pytest.raises(LatentmillError, match=message) as caught:
+        Trainer(tiny(change))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_rate_and_the_average() -> None:
+    settings = TrainSettings(
+        source="a", out="b", steps=110, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.2
+    )
+    rates = [learning_rate(settings, step) for step in (0, 4, 10, 60, 110)]
+    assert rates == pytest.approx([0.1, 0.5, 1.0, 0.6, 0.2])
+    layer = torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
+    layer.weight.data.fill_(1.0)
+    average = Ema(layer, decay=0.5)
+    for value in (3.0, 5.0):
+        layer.weight.data.fill_(value)
+        average.update(layer)
+    # Decays 1/10 and 2/11: 0.1 + 0.9 * 3 = 2.8; then 2.8 * 2/11 + 5 * 9/11.
+    assert float(average.values["weight"]) == pytest.approx(2.8 * 2 / 11 + 5 * 9 / 11)
+    with average.swapped(layer):
+        assert float(layer.weight) == pytest.approx(4.6)
+    assert float(layer.weight) == 5.0
+
+
+def test_metrics_without_a_cut_line(tiny: Settings) -> None:
+    settings = tiny("steps=4")
+    Trainer(settings).train()
+    path = Path(settings.out) / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write(json.dumps({"step": 4, "loss": 1.0}) + "\n" + '{"step": 5, "lo')
+    assert [line["step"] for line in read_metrics(Path(settings.out))] == [0, 1, 2, 3, 4]
+
+
+def test_tensorboard(tiny: Settings) -> None:
+    pytest.importorskip("tensorboard", reason="needs pip install 'latentmill[training]'")
+    settings = tiny("steps=2", "tensorboard=true")
+    Trainer(settings).train()
+    assert list((Path(settings.out) / "tensorboard").iterdir())
