@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from latentmill.errors import ConfigError, StorageError
+from latentmill.errors import ConfigError, StorageError, StoreError
 from latentmill.reader import fields as fields_module
 from latentmill.reader.batches import BatchSampler
 from latentmill.reader.dataset import LatentDataset
@@ -50,15 +50,54 @@ def test_rows_come_as_asked_and_few_stay(
     assert pickle.loads(pickle.dumps(reader)).read(rows) == reader.read(rows)
 
 
-@pytest.mark.parametrize(
-    "where",
-    [
-        lambda fields: fields["role"] == "drums" and fields["frames"] > 100,
-        (pc.field("role") == "drums") & (pc.field("frames") > 100),
-        "role == 'drums' and frames > 100 and number >= 0",
-    ],
-    ids=["function", "expression", "condition"],
-)
+CONDITIONS = {
+    "function": lambda fields: fields["role"] == "drums" and fields["frames"] > 100,
+    "expression": (pc.field("role") == "drums") & (pc.field("frames") > 100),
+    "condition": "role == 'drums' and frames > 100 and number >= 0",
+}
+
+
+def without_metadata(store: LatentStore) -> LatentStore:
+    """The same store as an earlier version sealed it."""
+    copy = LatentStore(store.url, device="cpu")
+    copy._info = copy.info.model_copy(update={"metadata": None, "metadata_hash": None})
+    return copy
+
+
+def test_the_metadata_file_has_what_the_shards_have(
+    made: LatentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = without_metadata(made)
+    expected = FieldReader(old).gather()
+    chosen = [select([old], where)[0] for where in CONDITIONS.values()]
+    assert len({tuple(rows.tolist()) for rows in chosen}) == 1
+    monkeypatch.setattr(fields_module, "read_columns", None)  # no shard is read
+    monkeypatch.setattr(FieldReader, "_members", None)
+    assert FieldReader(made).gather().to_pylist() == expected.to_pylist()
+    for where, rows in zip(CONDITIONS.values(), chosen, strict=True):
+        assert np.array_equal(select([made], where)[0], rows)
+
+
+def test_a_damaged_metadata_file_is_one_sentence(tmp_path: Path, one_sentence) -> None:
+    store = write_latents(str(tmp_path), [3, 4])
+    path = tmp_path / str(store.info.metadata)
+    for data in (path.read_bytes()[:-1], b""):
+        path.write_bytes(data)
+        with pytest.raises(StoreError, match="run the same encode command") as error:
+            select([store], "frames > 3")
+        one_sentence(error.value)
+
+
+def test_a_metadata_file_of_other_records_is_not_used(tmp_path: Path) -> None:
+    store, other = (write_latents(str(tmp_path / n), [3, 4], prefix=n) for n in "ab")
+    store._info = store.info.model_copy(update={"metadata": other.info.metadata})
+    store._info = store.info.model_copy(update={"metadata_hash": other.info.metadata_hash})
+    path = Path(other.url, str(other.info.metadata))
+    (tmp_path / "a" / path.name).write_bytes(path.read_bytes())
+    assert FieldReader(store).gather()["key"].to_pylist() == ["a/00000", "a/00001"]
+
+
+@pytest.mark.parametrize("where", CONDITIONS.values(), ids=CONDITIONS)
 def test_a_filter_chooses_without_reading_latents(
     made: LatentStore, where: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,7 +207,7 @@ def test_a_store_of_an_earlier_version_has_no_levels(
 
 
 def test_a_damaged_shard_is_one_sentence(lengths: list[int], one_sentence) -> None:
-    store = write_latents("memory://damaged", lengths)
+    store = without_metadata(write_latents("memory://damaged", lengths))
     store.storage.write("shards/000002.parquet", b"PAR1 and no more")
     with pytest.raises(StorageError, match="damaged"):
         FieldReader(store).gather()

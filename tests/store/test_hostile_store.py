@@ -34,6 +34,23 @@ def walk(store: lm.LatentStore) -> None:
         store.decode(key)
 
 
+def view(store: lm.LatentStore) -> None:
+    """Every answer of `latentmill view` about every record."""
+    pytest.importorskip("starlette", reason="needs Starlette: pip install 'latentmill[view]'")
+    from latentmill.view.app import Viewer
+    from latentmill.view.query import Channel, Mix
+    from latentmill.view.recipe import python_lines
+
+    viewer = Viewer(store)
+    for position, key in enumerate(store.keys()):
+        viewer._catalog.record(position)
+        viewer._catalog.rows([position])
+        mix = Mix(channels=(Channel(key=key), Channel(key=key, offset=3)))
+        viewer._desk.audio(mix, "latent")
+        python_lines(viewer._desk, mix, url=store.url, options="")
+        viewer._drawn(key, "latent", lambda: None)
+
+
 READS: dict[str, Callable[[lm.LatentStore], object]] = {
     "info": lambda store: show.info(store.measured_info),
     "repr": lambda store: (store.info, repr(store), store._repr_html_(), store.origin),
@@ -49,6 +66,7 @@ READS: dict[str, Callable[[lm.LatentStore], object]] = {
     "where": lambda store: lm.LatentDataset(store, crop=4, where="bpm == 1")[0],
     "status": lambda store: show_status.status(show_status.StoreStatus.of(store)),
     "normalize": lm.Normalize.from_store,
+    "view": view,
 }
 
 HUGE = 10**30
@@ -161,11 +179,12 @@ CONTENTS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("content", CONTENTS)
 @pytest.mark.parametrize(
-    "file", [DATASET, PLAN, COMMIT, "INDEX", "origin.npy", "evaluation/seams.json"]
+    "file", [DATASET, PLAN, COMMIT, "INDEX", "METADATA", "origin.npy", "evaluation/seams.json"]
 )
 def test_a_file_of_other_content(file: str, content: str, base: Path, tmp_path: Path) -> None:
     store = Path(shutil.copytree(base, tmp_path / "store"))
-    path = store_files.index_file(store) if file == "INDEX" else store / file
+    named = {"INDEX": "index.*", "METADATA": "metadata.*"}
+    path = next(store.glob(named.get(file, file)), store / file)
     path.parent.mkdir(exist_ok=True)
     path.touch()
     CONTENTS[content](path)

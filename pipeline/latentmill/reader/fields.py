@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from latentmill.encoding.stored import parse_json
 from latentmill.errors import ConfigError, StorageError
@@ -20,6 +21,8 @@ from latentmill.reader.rows import RowReader
 from latentmill.sources.where import Condition
 from latentmill.store.fields import read_columns
 from latentmill.store.index import Index
+from latentmill.store.metadata import METADATA_SCHEMA
+from latentmill.store.metadata_file import damaged_metadata, open_metadata
 from latentmill.store.schema import FIELD_NAMES, RECORD_SCHEMA
 from latentmill.store.store import LatentStore
 
@@ -72,6 +75,8 @@ class FieldReader(RowReader):
         return self._with_current_index(self._gather)
 
     def _gather(self) -> pa.Table:
+        if (stored := self._stored()) is not None:
+            return stored
         if self._ranges:
             every = np.arange(len(self._index))
             batches = (every[at : at + _BATCH] for at in range(0, len(every), _BATCH))
@@ -88,6 +93,23 @@ class FieldReader(RowReader):
         if not tables:
             return pa.schema([RECORD_SCHEMA.field(name) for name in self.columns]).empty_table()
         return pa.concat_tables(tables).take(pa.array(order))
+
+    def _stored(self) -> pa.Table | None:
+        """The columns in the store's metadata file, if its rows are those of the index."""
+        if not set(self.columns) <= set(METADATA_SCHEMA.names):
+            return None
+        data = open_metadata(self.store)
+        if data is None:
+            return None
+        try:
+            file = pq.ParquetFile(pa.BufferReader(data))
+            table = file.read(columns=[*{"key", *self.columns}], use_threads=False)
+            if not self._index.has_keys(table["key"]):  # of another seal
+                return None
+            fields = [METADATA_SCHEMA.field(name) for name in self.columns]
+            return table.select(self.columns).cast(pa.schema(fields)).combine_chunks()
+        except (pa.ArrowException, OSError, ValueError, LookupError) as error:
+            raise damaged_metadata(self.store) from error
 
     def _members(self, rows: Ints) -> list[dict[str, Any]]:
         offsets = self._index.column("fields_offset")[rows].tolist()

@@ -228,6 +228,11 @@ class Index:
             places, text = zip(starts.tolist(), stops.tolist(), strict=True), memoryview(data)
             return [str(text[start:stop], "utf-8") for start, stop in places]
 
+    def has_keys(self, keys: pa.ChunkedArray) -> bool:
+        """Whether these are the keys of all records, in order."""
+        own = self._columns["key"] if len(self) else pa.array([], pa.string())
+        return bool(pa.chunked_array([own]).equals(keys))
+
     def find(self, key: str) -> int | None:
         """Find the position of a key by bisection; None if there is no such record."""
         low, high = 0, len(self)

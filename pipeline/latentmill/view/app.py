@@ -58,8 +58,8 @@ class Viewer:
     def __init__(self, store: LatentStore, *, options: str = "") -> None:
         """`options` are the arguments of `lm.open` after the path, in the Python lines."""
         self._url, self._options = store.url, options
-        self._index = store.index
         self._catalog = Catalog(store)
+        self._index = store.index
         self._facts = facts(store, self._catalog)
         self._desk = Desk(store)  # only used in the thread of `_decoding`
         self._decoding, self._searching = Queue(), Queue()

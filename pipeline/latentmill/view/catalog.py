@@ -16,11 +16,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import xxhash
 
-from latentmill.errors import ConfigError, StoreError
-from latentmill.store.commit import HASH_BLOCK
+from latentmill.errors import ConfigError
 from latentmill.store.metadata import METADATA_SCHEMA, PREFIX, write_metadata
+from latentmill.store.metadata_file import damaged_metadata, mapped, open_metadata
 from latentmill.store.store import LatentStore
 from latentmill.view.query import Condition, Search
 
@@ -55,7 +54,7 @@ class Catalog:
     """The metadata of all records by position in the index. Methods may be called by any thread."""
 
     def __init__(self, store: LatentStore) -> None:
-        self._lock, self._damaged = threading.Lock(), _damaged(store)
+        self._lock, self._damaged = threading.Lock(), damaged_metadata(store)
         self._found: OrderedDict[Search, Positions] = OrderedDict()
         try:
             self._table = pq.ParquetFile(pa.BufferReader(_metadata_file(store)))
@@ -252,41 +251,14 @@ def _plain(value: Any) -> Any:
 
 
 def _metadata_file(store: LatentStore) -> pa.Buffer:
-    """The store's metadata file, checked; for a store without one, a temporary file.
+    """The store's metadata file; for a store without one, a temporary file.
 
     A temporary file is removed as soon as it is mapped, so nothing is left when the process ends.
     """
-    path = store.info.metadata if store.sealed else None
-    try:
-        if path is not None and store.storage.local:
-            data = _mapped(Path(store.storage.full(path)))
-        else:
-            with tempfile.TemporaryDirectory(prefix="latentmill-") as folder:
-                file = Path(folder, "metadata")
-                if path is None:
-                    write_metadata(store.storage, store.index, file, Path(folder, "rows"))
-                else:
-                    _download(store, path, file)
-                data = _mapped(file)
-    except OSError as error:
-        raise _damaged(store) from error
-    if path is not None and xxhash.xxh3_128_hexdigest(data) != store.info.metadata_hash:
-        raise _damaged(store)
-    return data
-
-
-def _mapped(file: Path) -> pa.Buffer:
-    return pa.memory_map(str(file)).read_buffer()
-
-
-def _download(store: LatentStore, path: str, file: Path) -> None:
-    with store.storage.open(path) as remote, file.open("wb") as local:
-        while block := remote.read(HASH_BLOCK):
-            local.write(block)
-
-
-def _damaged(store: LatentStore) -> StoreError:
-    return StoreError(
-        f"{store.url}/{store.info.metadata} is missing or damaged: run the same encode command "
-        "again to recreate it."
-    )
+    stored = open_metadata(store)
+    if stored is not None:
+        return stored
+    with tempfile.TemporaryDirectory(prefix="latentmill-") as folder:
+        file = Path(folder, "metadata")
+        write_metadata(store.storage, store.index, file, Path(folder, "rows"))
+        return mapped(file)
