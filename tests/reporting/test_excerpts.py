@@ -18,7 +18,7 @@ from latentmill.reporting.excerpts import Excerpts
 from latentmill.reporting.listening import stem_mix
 from latentmill.reporting.media import Budget
 from latentmill.store.store import LatentStore
-from reporting.conftest import RATE, SETTINGS
+from reporting.conftest import HOP, RATE, SETTINGS
 from store.store_files import write_store
 
 
@@ -39,7 +39,7 @@ def test_an_excerpt_is_the_loudest_part(report_store: LatentStore, report_source
     assert snr(one.reconstruction[0], wanted) > 100
     assert one.latent is not None
     whole = report_store["late"].latent
-    first = start // 256
+    first = start // HOP
     np.testing.assert_array_equal(one.latent, whole[:, first : first + one.latent.shape[1]])
 
 

@@ -15,7 +15,7 @@ import pytest
 import soundfile
 
 import latentmill as lm
-from latentmill.errors import ConfigError
+from latentmill.errors import ConfigError, StoreError
 from latentmill.reporting.media import PAGE_BYTES, Budget
 from latentmill.reporting.report import render, report
 from latentmill.store.store import LatentStore
@@ -148,6 +148,19 @@ def test_a_result_of_an_earlier_seal_is_marked(report_store: LatentStore, tmp_pa
     path.write_text(path.read_text().replace(report_store.info.seal or "", "0"))
     text = Page(render(lm.open(folder), Budget(), items=0)).text
     assert text.count("The store has changed since this was measured") == 3
+
+
+def test_a_result_of_other_channels_ends_in_one_sentence(
+    report_store: LatentStore, tmp_path: Path, one_sentence
+) -> None:
+    folder = Path(shutil.copytree(report_store.url, tmp_path / "store"))
+    path = folder / "evaluation" / "statistics.json"
+    document = json.loads(path.read_text())
+    document["statistics"]["low"] = [1.0]
+    path.write_text(json.dumps(document))
+    with pytest.raises(StoreError) as error:
+        render(lm.open(folder), Budget(), items=0)
+    assert "statistics.json is damaged" in one_sentence(error.value)
 
 
 STORES = {

@@ -22,6 +22,8 @@ from latentmill.evaluation.reconstruction import measure_reconstruction
 from latentmill.evaluation.seams import measure_seams
 from latentmill.evaluation.statistics import measure_statistics
 from latentmill.export.export import Target, export_store
+from latentmill.reporting.media import Budget
+from latentmill.reporting.report import render
 from latentmill.store.verify import verify
 
 DATASET, PLAN, COMMIT = "dataset.json", "plan/plan.json", "commits/000000.json"
@@ -60,6 +62,7 @@ READS: dict[str, Callable[[lm.LatentStore], object]] = {
     "linearity": lambda store: measure_linearity(store, items=2),
     "reconstruction": lambda store: measure_reconstruction(store, items=2),
     "statistics": measure_statistics,
+    "report": lambda store: render(store, Budget(), items=0),
     "export": lambda store: export_store(store, f"{store.url}-out", Target.WEBDATASET),
     "dataset": lambda store: lm.LatentDataset(store, crop=4)[0],
     "stream": lambda store: list(lm.LatentStream(store, crop=4)),

@@ -46,9 +46,10 @@ class Field:
 
     @property
     def numeric(self) -> bool:
-        """Whether all values are numbers, and more than a few different ones."""
-        present = [value for value in self.values if value is not None]
-        return len(set(present)) > 8 and all(type(value) in (int, float) for value in present)
+        """Whether all values are numbers, and not only a few whole ones, which are like names."""
+        present = {value for value in self.values if value is not None}
+        numbers = all(type(value) in (int, float) for value in present)
+        return numbers and (len(present) > 8 or any(value % 1 for value in present))
 
 
 @dataclass(frozen=True)

@@ -113,12 +113,12 @@ function prepareMap() {
     return legend;
   }
 
-  function nearest(x, y, allowed) {
+  function nearest(x, y, most) {
     let best = -1;
-    let least = Infinity;
+    let least = most ** 2;
     points.forEach(([px, py], n) => {
       const distance = (px - x) ** 2 + (py - y) ** 2;
-      if (distance < least && allowed(px - x, py - y, n)) {
+      if (distance < least) {
         best = n;
         least = distance;
       }
@@ -128,27 +128,26 @@ function prepareMap() {
 
   frame.addEventListener("pointermove", (event) => {
     const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
-    choose(nearest(at.x, at.y, (dx, dy) => dx * dx + dy * dy < 60 ** 2));
+    choose(nearest(at.x, at.y, 60));
   });
-  const directions = {
-    ArrowLeft: (dx, dy) => dx < 0 && Math.abs(dy) <= -dx,
-    ArrowRight: (dx, dy) => dx > 0 && Math.abs(dy) <= dx,
-    ArrowUp: (dx, dy) => dy < 0 && Math.abs(dx) <= -dy,
-    ArrowDown: (dx, dy) => dy > 0 && Math.abs(dx) <= dy,
-  };
+  // An arrow key goes to the next record by x or by y, so that all of them can be reached.
+  const orders = [0, 1].map((axis) =>
+    points.map((_, n) => n).sort((a, b) => points[a][axis] - points[b][axis] || a - b)
+  );
+  const steps = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [1, -1], ArrowDown: [1, 1] };
   frame.addEventListener("keydown", (event) => {
-    const direction = directions[event.key];
-    if (!direction) return;
+    const step = steps[event.key];
+    if (!step || chosen < 0) return;
     event.preventDefault();
-    const [x, y] = chosen < 0 ? [0, 0] : points[chosen];
-    choose(chosen < 0 ? nearest(x, y, () => true) : nearest(x, y, direction));
+    const order = orders[step[0]];
+    choose(order[order.indexOf(chosen) + step[1]] ?? -1);
   });
   frame.addEventListener("focus", () => {
-    if (chosen < 0) choose(nearest(0, 0, () => true));
+    if (chosen < 0) choose(nearest(0, 0, Infinity));
   });
   frame.tabIndex = 0;
   frame.setAttribute("role", "group");
-  frame.setAttribute("aria-label", "Map: the arrow keys go to the next record in a direction");
+  frame.setAttribute("aria-label", "Map: the arrow keys go to the next record on the left, on the right, above or below");
   select.addEventListener("change", () => {
     colour();
     if (chosen >= 0) circles[chosen].classList.add("chosen");

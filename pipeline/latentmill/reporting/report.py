@@ -10,6 +10,7 @@ import os
 import posixpath
 import shlex
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -18,7 +19,7 @@ from markupsafe import Markup
 
 from latentmill import __version__
 from latentmill.encoding.timings import COUNTERS
-from latentmill.errors import ConfigError, LatentmillError
+from latentmill.errors import ConfigError, LatentmillError, StoreError
 from latentmill.reporting import card, charts, listening
 from latentmill.reporting.columns import Columns, read_columns
 from latentmill.reporting.contents import Contents, contents
@@ -185,6 +186,13 @@ def _latents(store: LatentStore, statistics: Measured | None) -> dict[str, Any]:
     if not info.frames or store.codes:
         return {"channels": None}
     found: StoreStatistics | None = statistics.result if statistics else None
+    if found is not None and any(
+        len(values) != len(info.mean) for values in (found.low, found.high, found.saturation)
+    ):
+        raise StoreError(
+            f"{store.url}/evaluation/statistics.json is damaged: delete it and run `latentmill "
+            "evaluate` again."
+        )
     chart = charts.channel_chart(info.mean, info.std)
     reach = None if found is None else charts.range_chart(found.low, found.high)
     table = [
@@ -264,6 +272,13 @@ def _page(facts: dict[str, Any]) -> str:
         "default-src 'none'; img-src data:; media-src data:; base-uri 'none'; form-action 'none'; "
         f"style-src '{_digest(style)}'; script-src '{_digest(script)}'"
     )
+    given = {"style": Markup(style), "script": Markup(script), "policy": policy}  # noqa: S704
+    defaults: dict[str, Any] = dict.fromkeys(_SECTIONS)
+    return _template().render(defaults | facts | given | {"max_listed": MAX_LISTED})
+
+
+@cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("latentmill.reporting", ""),
         autoescape=True,
@@ -279,10 +294,7 @@ def _page(facts: dict[str, Any]) -> str:
         "number": _number,
         "quoted": shlex.quote,
     }
-    template = environment.get_template("page.html")
-    given = {"style": Markup(style), "script": Markup(script), "policy": policy}  # noqa: S704
-    defaults: dict[str, Any] = dict.fromkeys(_SECTIONS)
-    return template.render(defaults | facts | given | {"max_listed": MAX_LISTED})
+    return environment.get_template("page.html")
 
 
 _SECTIONS = (
