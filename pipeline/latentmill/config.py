@@ -267,7 +267,9 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"Cannot read config {file}: {error.strerror}.") from error
+        raise ConfigError(
+            f"Cannot read config {file} ({error.strerror}): check the path."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         cause = " ".join(str(error).split())
         raise ConfigError(f"Config {file} is not valid YAML: {cause}.") from error
