@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import signal
@@ -22,6 +23,12 @@ SHARED_AUDIO = Path(__file__).parents[2] / "shared" / "audio"
 
 settings.register_profile("latentmill", deadline=None, max_examples=60)
 settings.load_profile("latentmill")
+
+
+def pytest_collection_finish() -> None:
+    """What the imported modules hold stays, so later collections need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -162,22 +162,25 @@ from latentmill.cli.entry import main
 sys.meta_path.insert(0, Interrupt())
 main()
 """
-MOMENTS = (
+MOMENTS = ("typer", "torch", "ray._raylet")
+MORE_MOMENTS = (
     "latentmill.cli.app",
-    "typer",
     "pydantic",
     "numpy",
     "latentmill.run.run",
-    "torch",
     "torch.nn",
     "latentmill.engine.launch",
-    "ray._raylet",
     "latentmill.engine.scheduler",
 )
 
 
 @pytest.mark.parametrize(
-    ("number", "module"), [*((signal.SIGINT, one) for one in MOMENTS), (signal.SIGTERM, "torch")]
+    ("number", "module"),
+    [
+        *((signal.SIGINT, one) for one in MOMENTS),
+        *(pytest.param(signal.SIGINT, one, marks=pytest.mark.slow) for one in MORE_MOMENTS),
+        (signal.SIGTERM, "torch"),
+    ],
 )
 def test_an_interrupt_at_any_moment_of_the_start_is_one_line(
     module: str, number: signal.Signals, songs: Path, tmp_path: Path

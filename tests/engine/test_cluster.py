@@ -137,6 +137,7 @@ def test_a_home_that_has_a_token_need_not_be_writable(
     _check_home()
 
 
+@pytest.mark.slow
 def test_the_command_names_the_variable(tmp_path: Path) -> None:
     songs = runs.write_songs(tmp_path / "songs", 1)
     folder = str(tmp_path / ("x" * 100))

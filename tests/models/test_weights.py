@@ -320,9 +320,10 @@ def test_without_the_package_the_error_is_the_pip_line(
     ("name", "repo", "files"),
     [
         ("oobleck", "oobleck", ["config.json", "diffusion_pytorch_model.safetensors"]),
-        pytest.param("mimi", "mimi", ["config.json", "model.safetensors"], marks=pytest.mark.slow),
+        ("mimi", "mimi", ["config.json", "model.safetensors"]),
     ],
 )
+@pytest.mark.slow  # test_linear_cae.py has one that is not
 def test_downloads_once_from_the_hub_then_works_offline(
     tiny_repos: Path,
     tmp_path: Path,

@@ -343,7 +343,9 @@ while True:
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_workers_end_with_a_main_process_that_is_killed(mixed: list[str], how: int) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, mixed[3]],

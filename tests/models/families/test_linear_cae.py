@@ -367,6 +367,7 @@ def test_downloads_once_from_the_hub_then_works_offline(
     offline.load("cpu")
 
 
+@pytest.mark.slow
 def test_random_weights_are_the_same_every_time_and_all_count(model: LinearCae) -> None:
     first, again, other = (random_state("tiny", seed) for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
