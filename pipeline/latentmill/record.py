@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from latentmill.text.shown import Shown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Status = Literal["encoded", "skipped", "failed"]
 ShardFormat = Literal["parquet", "webdataset"]
@@ -42,6 +45,10 @@ class Record(Shown):
         metadata: The item's metadata from the source, unchanged.
     """
 
+    # Decodes the start for the player of a notebook, if it is at hand: returns audio and its rate.
+    # Not a field, because it is not part of the record: copies and pickles do not have it.
+    _decode_start: ClassVar[Any] = None
+
     key: str
     latent: Latent = field(repr=False)
     num_samples: int
@@ -67,6 +74,25 @@ class Record(Shown):
             **{name: value for name, value in named.items() if value is not None},
             "source_uri": repr(self.source_uri),
         }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_decode_start"}
+
+    def _repr_html_(self) -> str:
+        from latentmill.pictures.notebook import latent_html
+
+        start = None if self._decode_start is None else self._decode_start()
+        return super()._repr_html_() + latent_html(self.latent, self.levels, start)
+
+    def plot(self) -> Figure:
+        """Plot the level and the latent over time, with matplotlib.
+
+        Raises:
+            ConfigError: matplotlib is not installed.
+        """
+        from latentmill.pictures.plots import plot_latent
+
+        return plot_latent(self.latent, self.levels, self.duration, self.key)
 
     @property
     def duration(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from latentmill.decoding.decoder import LatentSource, decode_blocks, decode_latents
@@ -12,7 +12,9 @@ from latentmill.errors import ModelError
 from latentmill.models.base import Autoencoder
 from latentmill.models.inference.device import load_model, pick_device
 from latentmill.models.trust import resolve_stored
-from latentmill.record import FloatArray, Latent
+from latentmill.ops import Origin, fit, mix
+from latentmill.record import FloatArray, Latent, Record
+from latentmill.store.mixture import Mix
 from latentmill.store.schema import DatasetInfo
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 # Windows per forward pass: decoding needs several times the memory of encoding.
 _DECODE_BATCH = {"cpu": 1, "cuda": 4}
+START_SECONDS = 10.0  # of a record or a mix that a notebook plays
 
 
 class StoreDecoder:
@@ -44,6 +47,15 @@ class StoreDecoder:
     @abstractmethod
     def chunking(self) -> Chunking:
         """The chunking with which the items were encoded."""
+
+    @property
+    @abstractmethod
+    def origin(self) -> Origin:
+        """The latent of silence."""
+
+    @abstractmethod
+    def __getitem__(self, key: str) -> Record:
+        """Read the record with this key."""
 
     @property
     def device(self) -> str:
@@ -117,6 +129,46 @@ class StoreDecoder:
         return decode_blocks(
             self.model(), latent, num_samples, self.chunking, seed=seed, batch_size=batch
         )
+
+    def mix(self, gains: Mapping[str, float] | Sequence[str]) -> Mix:
+        """Mix records as latents, with the latent of silence; `.audio()` decodes the mix.
+
+        Args:
+            gains: The gain of each record by key, such as `{"song/drums": 1.0, "song/bass": 0.5}`,
+                or keys, which all have the gain 1. Shorter records are continued with silence.
+
+        Raises:
+            KeyError: There is no record with a key.
+            ConfigError: The latents cannot be mixed, for example because they are codes.
+        """
+        wanted = dict(gains) if isinstance(gains, Mapping) else dict.fromkeys(gains, 1.0)
+        records = [self[key] for key in wanted]
+        frames = max((record.frames for record in records), default=0)
+        latents = [
+            record.latent
+            if record.frames == frames
+            else fit(record.latent, frames, origin=self.origin)
+            for record in records
+        ]
+        return Mix(
+            wanted,
+            mix(latents, list(wanted.values()), origin=self.origin),
+            max(record.num_samples for record in records),
+            self.info.model["sample_rate"],
+            self.decode_latent,
+            self.decode_start,
+        )
+
+    def decode_start(self, latent: Latent, num_samples: int) -> tuple[FloatArray, int] | None:
+        """Decode up to `START_SECONDS` for a notebook; None if the model is not loaded yet.
+
+        Loading a model to show a record would take longer than a display should.
+        """
+        if self._model is None:
+            return None
+        rate: int = self.info.model["sample_rate"]
+        samples = min(num_samples, round(START_SECONDS * rate))
+        return self.decode_latent(latent, samples), rate
 
     @property
     def _decode_batch(self) -> int:

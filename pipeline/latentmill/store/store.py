@@ -268,7 +268,10 @@ class LatentStore(StoreDecoder, Shown):
         data = self._read(entry, entry.offset, entry.length)
         if xxhash.xxh3_64_intdigest(data) != entry.hash:
             raise self._damaged(entry, "the latent does not match its hash")
-        return self._with_fields(entry, data, entry.shape)
+        record = self._with_fields(entry, data, entry.shape)
+        start = partial(self.decode_start, record.latent, record.num_samples)
+        object.__setattr__(record, "_decode_start", start)  # frozen
+        return record
 
     def _with_fields(self, entry: IndexEntry, data: bytes, shape: tuple[int, ...]) -> Record:
         try:
