@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,15 +100,26 @@ def test_no_browser_without_a_display(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_fifty_times(store: LatentStore) -> None:
-    """At any moment after its start, also while it is being imported."""
+    """While answers are computed and connections are open."""
+    mix = urllib.parse.quote(json.dumps({"channels": [{"key": "north/bass"}]}))
     for number in range(50):
         with started(store, "--json") as process:
-            if number % 2:
-                assert process.stdout is not None
-                process.stdout.readline()
-            else:
-                threading.Event().wait(0.3 + 0.1 * number)
+            assert process.stdout is not None
+            url = json.loads(process.stdout.readline())["url"]
+            asking = [
+                threading.Thread(target=ask, args=(f"{url}audio?mix={mix}",)) for _ in range(4)
+            ]
+            for thread in asking:
+                thread.start()
+            threading.Event().wait(0.01 * (number % 20))
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=60)
-        assert process.returncode == 130, err
-        assert err.startswith("latentmill: ") and err.count("\n") == 1, err
+            for thread in asking:
+                thread.join(60)
+        assert (process.returncode, err) == (130, "latentmill: stopped\n")
+
+
+def ask(url: str) -> None:
+    """Request what may not be answered any more."""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        urllib.request.urlopen(url, timeout=60).close()

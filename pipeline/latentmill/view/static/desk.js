@@ -15,6 +15,7 @@ export class Desk {
     this.start = 0;
     this.length = FIRST_SECONDS;
     this.latest = new Latest();
+    this.stale = new Set(SIDES.map(([name]) => name));
     this.channels = restored(facts.url);
     this.#build();
     this.#show();

@@ -107,13 +107,22 @@ export class RecordView {
   }
 
   #metadata(record) {
-    const own = JSON.parse(record.metadata);
+    const own = parsed(record.metadata);
     const stored = Object.fromEntries(Object.entries(record).filter(([name]) => !SHOWN.has(name)));
     return [
       el("h3", {}, "Metadata"),
       Object.keys(own).length ? table("The item's own metadata", own) : el("p", { class: "quiet" }, "This item has none."),
       el("details", {}, el("summary", {}, "Source and storage"), table("Stored fields", stored)),
     ];
+  }
+}
+
+/** The item's own metadata; JSON of Python may have NaN, which JavaScript does not read. */
+function parsed(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return { JSON: text };
   }
 }
 
