@@ -17,7 +17,7 @@ PIP = $(BIN)/python -m pip $$([ -t 1 ] || echo --quiet) --disable-pip-version-ch
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo install dev test test-all lint format schemas bench constraints clean
+.PHONY: help demo install dev test test-all lint format schemas bench train-demo constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -58,6 +58,9 @@ bench: $(VENV)/.installed-dev ## run the benchmarks
 		echo "$$script"; $(BIN)/python "$$script" $(ARGS); \
 	done
 
+train-demo: $(VENV)/.installed-dev ## train an autoencoder with and without linearity, and compare them
+	$(BIN)/python examples/train_demo.py $(ARGS)
+
 constraints: ## refresh constraints.txt: the newest versions, for every Python and platform at once
 	@mkdir -p build
 	$(PYTHON) -m venv build/uv
@@ -69,7 +72,7 @@ constraints: ## refresh constraints.txt: the newest versions, for every Python a
 	mv build/constraints.txt constraints.txt
 
 clean: ## remove caches, build folders and the demo's output; .venv stays
-	rm -rf build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist demo train-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.created:

@@ -1,181 +1,279 @@
-"""Train a tiny diffusion transformer on the latents of a store, on a CPU, in minutes.
+"""Train a diffusion transformer that adds a stem to a song, on the latents of a store.
 
-    python examples/train_dit.py                      # encodes the demo corpus into dit/latents
-    python examples/train_dit.py --store latents      # on a store of your own
-    python examples/train_dit.py --source ~/Music     # encodes a folder into dit/latents first
+    python examples/train_dit.py                            # the demo corpus, on a CPU in minutes
+    python examples/train_dit.py --source ~/Stems --model trained:runs/linear --tags role genre
+    python examples/train_dit.py --mixing waveform          # the baseline: mixes are encoded audio
 
-The example shows how to read latents with `LatentStream`, `Normalize` and `collate`, and measures
-the fraction of a step's time that training waits for the reader. The model is a rectified flow (X.
-Liu and others, "Flow Straight and Fast", ICLR 2023): for a latent x and noise e its input is
-(1 - t) x + t e, and it predicts e - x. It is a transformer whose blocks are modulated by t (W.
-Peebles, S. Xie, "Scalable Diffusion Models with Transformers", ICCV 2023).
+The context is a random sub-mix of a song's stems; the target is another stem. Because the latents
+are linear, the 2^n - 1 sub-mixes of n stems are made from their n latents when a sample is read;
+`--mixing waveform` mixes the audio, and encodes all sub-mixes. The model is a rectified flow (X.
+Liu and others, ICLR 2023): for a latent x and noise e its input is (1 - t) x + t e, and it predicts
+e - x. It is a DiT (W. Peebles, S. Xie, ICCV 2023), conditioned on tags from the metadata, with
+classifier-free guidance (J. Ho, T. Salimans, arXiv 2207.12598).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
+import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import soundfile
 import torch
-import torch.nn.functional as F  # noqa: N812
+from dit import DiT
 from torch import Tensor, nn
 
 import latentmill as lm
+from latentmill.audio import open_audio, open_media, prepare
 from latentmill.demo.corpus import write_corpus
+from latentmill.errors import ItemError
+from latentmill.models.base import ModelSpec
+from latentmill.models.registry import resolve
+from latentmill.reader.stems import Stems
+
+EMA = 0.999  # decay of the averaged weights, at most
+DROPPED = 0.1  # probability that tags, and that the context, are left out in training
 
 
-class Block(nn.Module):
-    """Attention over frames and an MLP, both modulated by the time of the flow."""
+@dataclass(frozen=True)
+class AddStem:
+    """The task of `lm.StemDataset`: a random sub-mix, and one of the other stems with its tags."""
 
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-        self.modulation = nn.Linear(width, 6 * width)
-        nn.init.zeros_(self.modulation.weight)  # an untrained block is the identity
-        nn.init.zeros_(self.modulation.bias)
+    tags: dict[str, list[float]]  # of each record
+    waveform: bool  # take the sub-mix from the records of encoded mixes
 
-    def forward(self, x: Tensor, condition: Tensor, mask: Tensor) -> Tensor:
-        """Frames `[B, T, W]`, condition `[B, 1, W]`, mask of real frames `[B, 1, 1, T]`."""
-        shift, scale, gate, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
-        h = F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
-        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, T, W / H]
-        x = x + gate * self.out(attended.transpose(1, 2).flatten(2))
-        h = F.layer_norm(x, x.shape[-1:]) * (1 + scale2) + shift2
-        return x + gate2 * self.mlp(h)
-
-
-class TinyDiT(nn.Module):
-    """Predicts the flow of latents `[B, D, T]` at times `[B]`."""
-
-    def __init__(self, channels: int, width: int = 192, depth: int = 3, heads: int = 4) -> None:
-        super().__init__()
-        self.width = width
-        self.enter, self.leave = nn.Linear(channels, width), nn.Linear(width, channels)
-        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        nn.init.zeros_(self.leave.weight)
-
-    def forward(self, latents: Tensor, times: Tensor, mask: Tensor) -> Tensor:
-        """The flow `[B, D, T]`; `mask` `[B, T]` is False for padding."""
-        positions = torch.arange(latents.shape[2], dtype=torch.float32)
-        x = self.enter(latents.transpose(1, 2)) + waves(positions, self.width)
-        condition = F.silu(self.time(waves(1000 * times, self.width)))[:, None]
-        for block in self.blocks:
-            x = block(x, condition, mask[:, None, None])
-        return self.leave(F.layer_norm(x, x.shape[-1:])).transpose(1, 2)
+    def __call__(self, stems: Stems, random: np.random.Generator) -> dict[str, Any]:
+        single = [n for n, role in sorted(enumerate(stems.roles), key=lambda one: one[1])]
+        single = [n for n in single if "+" not in stems.roles[n]]
+        target = single.pop(int(random.integers(len(single))))
+        chosen = [n for n in single if random.random() < 0.5] or single[:1]
+        if self.waveform:
+            context = stems.latents[stems.roles.index("+".join(stems.roles[n] for n in chosen))]
+        else:
+            context = stems.mix(chosen)
+        return {
+            "context": context,
+            "target": stems.latents[target],
+            "mask": stems.mask_of([*chosen, target]),
+            "tags": np.array(self.tags[stems.keys[target]], np.float32),
+        }
 
 
-def waves(positions: Tensor, width: int) -> Tensor:
-    """Sines and cosines of positions `[N]` at many rates, `[N, width]`."""
-    rates = torch.exp(-torch.arange(width // 2) * (9.2 / (width // 2)))  # 1 to 1/10,000
-    angles = positions[:, None] * rates
-    return torch.cat((angles.sin(), angles.cos()), dim=1)
+def vocabulary(
+    store: lm.LatentStore, fields: list[str]
+) -> tuple[list[str], dict[str, list[float]]]:
+    """All tags of a store as `field=value`, and those of each record as numbers 0 or 1."""
+    found = {}
+    for record in store:
+        if "+" in str(record.role):  # an encoded mix is never a target
+            continue
+        values = {"role": record.role, **record.metadata}
+        found[record.key] = {f"{name}={values[name]}" for name in fields if values.get(name)}
+    names = sorted(set().union(*found.values()))
+    return names, {key: [float(n in own) for n in names] for key, own in found.items()}
 
 
-def flow_loss(model: TinyDiT, latents: Tensor, mask: Tensor) -> Tensor:
+def flow_loss(model: Callable[..., Tensor], batch: dict[str, Tensor]) -> Tensor:
     """Mean squared error of the flow over frames that are not padding; 2 for an output of zero."""
-    noise, times = torch.randn_like(latents), torch.rand(len(latents))
+    target, mask = batch["target"], batch["mask"]
+    noise, times = torch.randn_like(target), torch.rand(len(target), device=target.device)
     t = times[:, None, None]
-    error = model((1 - t) * latents + t * noise, times, mask) - (noise - latents)
-    return (error.square().mean(dim=1) * mask).sum() / mask.sum()
-
-
-def endless(loader: torch.utils.data.DataLoader[Any]) -> Iterator[dict[str, Any]]:
-    """Repeat the loader; each iteration is the stream's next epoch."""
-    while True:
-        yield from loader
+    tags, context = (
+        one * (torch.rand(len(one), *[1] * (one.ndim - 1), device=one.device) >= DROPPED)
+        for one in (batch["tags"], batch["context"])
+    )
+    flow = model((1 - t) * target + t * noise, times, context, tags, mask)
+    return ((flow - noise + target).square().mean(dim=1) * mask).sum() / mask.sum()
 
 
 @torch.no_grad()
-def fixed_loss(model: TinyDiT, batches: list[dict[str, Any]]) -> float:
+def sample(model: DiT, batch: dict[str, Tensor], *, steps: int, guidance: float) -> Tensor:
+    """Normalised latents `[B, D, T]` for contexts and tags: Euler steps from noise to data."""
+    context, tags, mask = batch["context"], batch["tags"], batch["mask"]
+    x = torch.randn_like(context)
+    for step in range(steps):
+        times = torch.full((len(x),), 1 - step / steps, device=x.device)
+        given = model(x, times, context, tags, mask)
+        free = model(x, times, torch.zeros_like(context), torch.zeros_like(tags), mask)
+        x = x - (free + guidance * (given - free)) / steps
+    return x
+
+
+def normalisation(data: lm.StemDataset[Any], samples: int = 64) -> lm.Normalize:
+    """Mean and standard deviation of the targets' channels; those of the store include mixes."""
+    targets = np.stack([data[n % len(data)]["target"] for n in range(samples)])
+    std = targets.std(axis=(0, 2))
+    mean = targets.mean(axis=(0, 2))
+    return lm.Normalize(tuple(mean.tolist()), tuple(std.clip(min=0.02 * std.max()).tolist()))
+
+
+def batches(loader: lm.Loader, normal: lm.Normalize, device: torch.device) -> Iterator[Any]:
+    """Endless batches on the device, with normalised latents; zeros are the mean of the corpus."""
+    while True:
+        for read in loader:
+            batch = {n: read[n].to(device) for n in ("context", "target", "mask", "tags")}
+            yield batch | {n: normal.apply(batch[n]) for n in ("context", "target")}
+
+
+@torch.no_grad()
+def fixed_loss(model: nn.Module, some: list[dict[str, Tensor]]) -> float:
     """The loss of some batches with fixed noise, to compare before and after training."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        losses = [flow_loss(model, batch["latents"], batch["mask"]) for batch in batches]
-    return float(torch.stack(losses).mean())
+        return float(torch.stack([flow_loss(model, batch) for batch in some]).mean())
 
 
-def train(store: lm.LatentStore, *, steps: int, batch: int, crop: int, seed: int) -> dict[str, Any]:
-    """Train; return the losses and the fraction of time that training waited for the reader."""
-    torch.manual_seed(seed)
-    stream = lm.LatentStream(
-        store,
-        crop=crop,
-        mode="windows",
-        seed=seed,
-        batch_size=batch,
-        metadata=False,
-        transforms=[lm.Normalize.from_store(store, by="channel")],
-    )
-    batch = min(batch, len(stream))
-    loader = torch.utils.data.DataLoader(
-        stream,
-        batch_size=batch,
-        collate_fn=lm.collate,
-        drop_last=True,
-    )
-    model = TinyDiT(store.info.model["latent_channels"])
+def train(
+    store: lm.LatentStore,
+    args: argparse.Namespace,
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+) -> tuple[DiT, dict[str, Any], list[dict[str, Tensor]], lm.Normalize]:
+    """Train; return the averaged model, what was measured, and batches to sample from."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    names, tags = vocabulary(store, args.tags)
+    task = AddStem(tags, args.mixing == "waveform")
+    data = lm.StemDataset(store, task, crop=args.crop, seed=args.seed, per_song=16)
+    normal = normalisation(copy.copy(data))
+    model = DiT(len(normal.mean), len(names), args.width, args.depth).to(device)
+    ema, trained = copy.deepcopy(model).requires_grad_(False), wrap(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses, waited, worked = [], 0.0, 0.0
-    batches = endless(loader)
-    fixed = [next(batches) for _ in range(4)]
-    before = fixed_loss(model, fixed)
-    for step in range(steps):
-        start = time.perf_counter()
-        read = next(batches)
-        begun = time.perf_counter()
-        loss = flow_loss(model, read["latents"], read["mask"])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        if step:  # the first step opens files and initialises torch
-            waited, worked = waited + begun - start, worked + time.perf_counter() - begun
-        if step % max(1, steps // 10) == 0:
-            print(f"step {step:4d}  loss {losses[-1]:.3f}")
-    return {
-        "steps": steps,
-        "samples": len(stream),
+    with lm.Loader(data, batch_size=args.batch, workers=args.workers) as loader:
+        stream = batches(loader, normal, device)
+        some = [next(stream) for _ in range(4)]
+        before = fixed_loss(model, some)
+        for step in range(args.steps):
+            start = time.perf_counter()
+            batch = next(stream)
+            begun = time.perf_counter()
+            loss = flow_loss(trained, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            decay = min(EMA, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+            losses.append(loss.item())
+            if step:  # the first step initialises torch
+                waited, worked = waited + begun - start, worked + time.perf_counter() - begun
+            if step % max(1, args.steps // 10) == 0:
+                print(f"step {step:4d}  loss {losses[-1]:.3f}")
+    mixes = [2 ** sum("+" not in role for role in group.roles) - 1 for group in data.groups]
+    result = {
+        "mixing": args.mixing,
+        "steps": args.steps,
+        "sub_mixes": sum(mixes),
+        "records": len(store),
+        "encoded_hours": sum(record.duration for record in store) / 3600,
         "parameters": sum(p.numel() for p in model.parameters()),
         "loss_before": before,
-        "loss_after": fixed_loss(model, fixed),
+        "loss_after": fixed_loss(ema, some),
         "losses": [round(loss, 4) for loss in losses],
-        "step_ms": 1000 * (waited + worked) / max(1, steps - 1),
-        "reader_wait_share": waited / (waited + worked) if steps > 1 else 0.0,
+        "steps_per_second": max(1, args.steps - 1) / max(1e-9, waited + worked),
+        "reader_wait_share": waited / max(1e-9, waited + worked),
     }
+    return ema, result, some, normal
+
+
+def write_samples(
+    ema: DiT, store: lm.LatentStore, batch: dict[str, Tensor], normal: lm.Normalize, args: Any
+) -> None:
+    """Sample stems, and write each as WAV: alone, and mixed with its context in latent space."""
+    torch.manual_seed(args.seed)
+    drawn = normal.undo(sample(ema, batch, steps=args.sampling_steps, guidance=args.guidance))
+    folder = args.folder / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    rate = store.info.model["sample_rate"]
+    for number, stem in enumerate(drawn.cpu().numpy()):
+        context, target = (
+            normal.undo(batch[n][number].cpu().numpy()) for n in ("context", "target")
+        )
+        mixed = lm.mix([stem, context], origin=store.origin)
+        for name, latent in (("stem", stem), ("mix", mixed), ("target", target)):
+            audio = store.decode_latent(latent, seed=0)
+            soundfile.write(folder / f"{number}-{name}.wav", np.clip(audio.T, -1, 1), rate)
+
+
+def write_sub_mixes(source: Path, folder: Path, spec: ModelSpec) -> None:
+    """Write the stems of each folder of `source`, and all their sub-mixes, as WAV with tags."""
+    songs: dict[Path, dict[str, np.ndarray]] = {}
+    sidecars: dict[Path, dict[str, Any]] = {}
+    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+        song = path.parent.relative_to(source)
+        if path.suffix == ".json":
+            sidecars[song / path.stem] = json.loads(path.read_text())
+        with contextlib.suppress(ItemError), open_media(str(path)) as media:
+            wave = prepare(open_audio(media), sample_rate=spec.sample_rate, channels=spec.channels)
+            audio = np.concatenate(list(wave.blocks()), axis=1).T
+            if path.stem not in ("mix", "mixture"):
+                songs.setdefault(song, {})[path.stem] = audio
+    for song, stems in songs.items():
+        (folder / song).mkdir(parents=True, exist_ok=True)
+        for chosen in itertools.product((False, True), repeat=len(stems)):
+            if roles := list(itertools.compress(sorted(stems), chosen)):
+                length = max(len(stems[role]) for role in roles)
+                mix = np.zeros((length, spec.channels), np.float32)
+                for role in roles:
+                    mix[: len(stems[role])] += stems[role]
+                out, name = folder / song / "+".join(roles), {"group": str(song)}
+                tags = sidecars.get(song / roles[0], {}) if len(roles) == 1 else {}
+                soundfile.write(f"{out}.wav", mix, spec.sample_rate, subtype="FLOAT")
+                Path(f"{out}.json").write_text(json.dumps(tags | name | {"role": out.name}))
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--store", help="a store to train on")
+    parser.add_argument("--source", help="folders of stems to encode first; default: a demo corpus")
+    parser.add_argument("--model", default="mdct", help="the autoencoder, for --source")
+    parser.add_argument("--folder", type=Path, default=Path("dit"), help="folder for the results")
+    parser.add_argument("--mixing", choices=("latent", "waveform"), default="latent")
+    parser.add_argument("--tags", nargs="*", default=["role", "key"], help="fields of the metadata")
+    parser.add_argument("--guidance", type=float, default=2.0)
+    numbers = {"steps": 300, "batch": 8, "crop": 128, "seed": 0, "workers": 1}
+    numbers |= {"width": 192, "depth": 3, "sampling-steps": 32}
+    for name, number in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=number)
+    return parser.parse_args(given)
+
+
+def encoded(args: argparse.Namespace) -> lm.LatentStore:
+    """The store to train on; encodes the source first if no store is given."""
+    if args.store is None:
+        source = Path(args.source or write_corpus(args.folder / "corpus").folder)
+        options = {"hop": 128} if args.model == "mdct" else {}
+        if args.mixing == "waveform":
+            mixes = args.folder / "sub-mixes"
+            write_sub_mixes(source, mixes, resolve(args.model, options).spec)
+            source = mixes
+        args.store = str(args.folder / f"latents-{args.mixing}")
+        by = "(?P<group>.*)/(?P<role>[^/]*)"
+        lm.encode(str(source), args.store, model=args.model, model_options=options, group_by=by)
+    return lm.open(args.store)
 
 
 def main() -> None:
-    """Encode a store if none is given, train on it, print and save the result."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--store", help="a store to train on")
-    parser.add_argument("--source", help="a folder of audio to encode first")
-    parser.add_argument("--folder", type=Path, default=Path("dit"), help="folder for the results")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--crop", type=int, default=128, help="frames per sample")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if args.store is None:
-        source = args.source or str(write_corpus(args.folder / "corpus").folder)
-        args.store = str(args.folder / "latents")
-        lm.encode(source, args.store, model="mdct", model_options={"hop": 128})
-    store = lm.open(args.store)
-    result = train(store, steps=args.steps, batch=args.batch, crop=args.crop, seed=args.seed)
-    args.folder.mkdir(parents=True, exist_ok=True)
+    args = arguments()
+    store = encoded(args)
+    ema, result, some, normal = train(store, args)
+    write_samples(ema, store, some[0], normal, args)
     (args.folder / "result.json").write_text(json.dumps(result, indent=2))
+    torch.save(ema.state_dict(), args.folder / "dit.pt")
+    shown = {name: value for name, value in result.items() if name != "losses"}
     print(
-        f"loss {result['loss_before']:.3f} -> {result['loss_after']:.3f} in {args.steps} steps of "
-        f"{result['step_ms']:.0f} ms; {result['reader_wait_share']:.2%} waiting for the reader"
+        *(
+            f"{n.replace('_', ' ')}: {v if isinstance(v, str) else f'{v:.4g}'}"
+            for n, v in shown.items()
+        ),
+        sep="\n",
     )
 
 

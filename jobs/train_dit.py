@@ -1,0 +1,67 @@
+"""examples/train_dit.py as a Ray Train job, with DistributedDataParallel.
+
+    ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \\
+        python jobs/train_dit.py --processes 8 --store /data/latents --folder /data/dit
+
+The other options are those of the example. The store and the folder must be visible to every node.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def train(config: dict[str, Any]) -> None:
+    """What each process runs; the first one writes samples and results."""
+    import ray.train
+    import torch
+    from ray.train.torch import prepare_model
+
+    import latentmill as lm
+
+    sys.path.insert(0, config["examples"])
+    import train_dit
+
+    args = train_dit.arguments(config["options"])
+    store = lm.open(args.store)
+    ema, result, some, normal = train_dit.train(store, args, wrap=prepare_model)
+    if ray.train.get_context().get_world_rank() == 0:
+        args.folder.mkdir(parents=True, exist_ok=True)
+        train_dit.write_samples(ema, store, some[0], normal, args)
+        (args.folder / "result.json").write_text(json.dumps(result, indent=2))
+        torch.save(ema.state_dict(), args.folder / "dit.pt")
+    ray.train.report({"loss": result["loss_after"]})
+
+
+def main() -> None:
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from latentmill.engine.cluster import connect
+
+    parser = argparse.ArgumentParser(description=__doc__, add_help=False)
+    parser.add_argument("--processes", type=int, default=1)
+    own, options = parser.parse_known_args()
+    sys.path.insert(0, str(EXAMPLES))
+    import train_dit
+
+    args = train_dit.arguments(options)
+    train_dit.encoded(args)  # encodes a source first
+    options += ["--store", args.store, "--folder", str(args.folder.absolute())]
+    with connect(None) as cluster:
+        TorchTrainer(
+            train,
+            train_loop_config={"options": options, "examples": str(EXAMPLES)},
+            scaling_config=ScalingConfig(num_workers=own.processes, use_gpu=bool(cluster.gpus)),
+            run_config=RunConfig(name="ray", storage_path=str(args.folder.absolute())),
+        ).fit()
+
+
+if __name__ == "__main__":
+    main()
