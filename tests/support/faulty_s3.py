@@ -134,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _forward(self, body: bytes, *, cut: bool) -> None:
         connection = http.client.HTTPConnection(self.host, timeout=30)
-        skipped = ("transfer-encoding", "content-length", "expect", "connection")
+        skipped = ("transfer-encoding", "content-length", "expect", "connection", "host")
         headers = {k: v for k, v in self.headers.items() if k.lower() not in skipped}
         connection.request(self.command, self.path, body, {**headers, "Host": self.headers["Host"]})
         answer = connection.getresponse()

@@ -20,7 +20,7 @@ import pytest
 
 from latentmill.engine import holder, lease
 from latentmill.errors import StorageError
-from latentmill.storage import remote, storage
+from latentmill.storage import objects, remote, storage
 from latentmill.storage.storage import Storage
 
 READS = ("exists", "list", "read", "read_if_exists", "read_range", "read_ranges", "version")
@@ -112,6 +112,7 @@ def faults_on(faults: Faults) -> Iterator[None]:
         if faults.remote:
             opened = remote.open_for
             patch.setattr(storage, "open_for", lambda *a: _through(faults, *opened(*a)))
+            patch.setattr(objects, "cat_ranges", _ranges_through(faults, objects.cat_ranges))
             patch.setattr(remote, "FIRST_PAUSE", 0.0)
         else:
             for name in (*READS, *WRITES, "open"):
@@ -157,6 +158,17 @@ def _counted(faults: Faults, name: str, method: Callable[..., Any]) -> Callable[
 
 def _through(faults: Faults, fs: Any, path: str) -> tuple[Any, str]:
     return _FileSystem(fs, faults), path
+
+
+def _ranges_through(faults: Faults, cat_ranges: Callable[..., Any]) -> Callable[..., Any]:
+    """Count the ranges of a file system once, whichever client reads them."""
+
+    def call(fs: Any, *columns: Any) -> Any:
+        own = fs._own if isinstance(fs, _FileSystem) else fs
+        key = str(columns[0]).split("/", 2)[-1]
+        return faults.call("cat_ranges", key, lambda: cat_ranges(own, *columns), lambda: None)
+
+    return call
 
 
 class _FileSystem:

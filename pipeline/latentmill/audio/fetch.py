@@ -14,6 +14,7 @@ from typing import IO, Any
 import fsspec.asyn
 
 from latentmill.errors import ConfigError, ItemError
+from latentmill.storage import objects
 from latentmill.storage.remote import (
     RANGE_NOT_SATISFIABLE,
     cause_of,
@@ -92,7 +93,7 @@ def _by_ranges(url: str, size: int | None) -> IO[bytes]:
             end = min(start + PIECE, size + 1)
             try:
                 data = retrying(
-                    lambda: _limited(filesystem, "cat_file", path, PIECE, start=start, end=end)
+                    lambda: objects.cat_file(filesystem, path, start, end, _seconds(PIECE))
                 )
             except storage_errors() as error:
                 if status_of(error) != RANGE_NOT_SATISFIABLE:
@@ -132,9 +133,13 @@ def _limited(filesystem: Any, name: str, path: str, size: int, *args: Any, **kwa
     """Call a method of a file system, with a time limit if it is asynchronous."""
     if not filesystem.async_impl:
         return getattr(filesystem, name)(path, *args, **kwargs)
-    seconds = _FIRST_BYTE_SECONDS + size / _SLOWEST
     method = getattr(filesystem, f"_{name}")
-    return fsspec.asyn.sync(filesystem.loop, method, path, *args, timeout=seconds, **kwargs)
+    return fsspec.asyn.sync(filesystem.loop, method, path, *args, timeout=_seconds(size), **kwargs)
+
+
+def _seconds(size: int) -> float:
+    """The time limit of a request for up to `size` bytes."""
+    return _FIRST_BYTE_SECONDS + size / _SLOWEST
 
 
 class _Growing:

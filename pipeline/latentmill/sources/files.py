@@ -18,6 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from latentmill.audio.media import path_of_file_url
 from latentmill.errors import SourceError
+from latentmill.storage import objects
 from latentmill.storage.remote import (
     cause_of,
     is_missing,
@@ -239,7 +240,6 @@ def read_bytes(uri: str, start: int = 0, end: int | None = None) -> bytes:
             file.seek(start)
             return file.read(-1 if end is None else end - start)
     fs, path = open_filesystem(uri)
-    whole = start == 0 and end is None
-    return retrying(
-        lambda: bytes(fs.cat_file(path) if whole else fs.cat_file(path, start=start, end=end))
-    )
+    if end is not None:
+        return retrying(lambda: objects.cat_file(fs, path, start, end))
+    return retrying(lambda: bytes(fs.cat_file(path, start=start) if start else fs.cat_file(path)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import fsspec
 
+from latentmill.storage import objects
 from latentmill.storage.remote import is_transient, retrying
 
 
@@ -46,14 +47,14 @@ def cat_ranges(
     starts: Sequence[int],
     ends: Sequence[int],
 ) -> Sequence[bytes]:
-    """Like fsspec's `cat_ranges`, but retries only the requests that failed."""
+    """Like `objects.cat_ranges`, but retries only the requests that failed."""
     found: dict[int, bytes] = {}
 
     def attempt() -> None:
         todo = [number for number in range(len(paths)) if number not in found]
-        columns: Iterator[Sequence[object]]
+        columns: Iterator[Sequence[Any]]
         columns = ([column[number] for number in todo] for column in (paths, starts, ends))
-        answers = fs.cat_ranges(*columns, on_error="return")
+        answers = objects.cat_ranges(fs, *columns)
         failed = [answer for answer in answers if isinstance(answer, Exception)]
         found.update(
             (number, answer)
