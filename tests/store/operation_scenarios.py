@@ -191,7 +191,8 @@ def contents(store: LatentStore) -> dict[str, Content]:
     """Everything of every record, by key."""
     found = {}
     for record in store:
-        fields = {name: value for name, value in vars(record).items() if name != "latent"}
+        left_out = ("latent", "_decode_start")
+        fields = {name: value for name, value in vars(record).items() if name not in left_out}
         fields["metadata"] = json.dumps(fields["metadata"], sort_keys=True)
         data = (record.latent.shape, record.latent.tobytes())
         found[record.key] = (*data, *(fields[name] for name in sorted(fields)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -283,7 +284,7 @@ def test_numbers_are_checked(store: LatentStore, monkeypatch: pytest.MonkeyPatch
     def with_nan(self: LatentStore, entry: object) -> Record:
         record = read(self, entry)
         if record.key == "drums":
-            record = Record(**{**vars(record), "latent": np.full((2, 3), np.nan, np.float16)})
+            record = dataclasses.replace(record, latent=np.full((2, 3), np.nan, np.float16))
         return record
 
     monkeypatch.setattr(LatentStore, "read", with_nan)

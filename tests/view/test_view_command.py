@@ -99,6 +99,7 @@ def test_no_browser_without_a_display(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # fifty starts of Python on a busy machine
 def test_ctrl_c_fifty_times(store: LatentStore) -> None:
     """While answers are computed and connections are open."""
     mix = urllib.parse.quote(json.dumps({"channels": [{"key": "north/bass"}]}))
