@@ -124,6 +124,46 @@ def test_ten_kills(tiny: Settings, seed: int) -> None:
     killed(tiny, kills=10, steps=80, seed=seed)
 
 
+PROCESS = """
+import json, sys, torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+torch.set_num_threads(1)
+from latentmill.training.loop import Place, Trainer
+from latentmill.training.settings import TrainSettings
+rank = int(sys.argv[3])
+dist.init_process_group("gloo", f"file://{sys.argv[2]}", rank=rank, world_size=2)
+trainer = Trainer(
+    TrainSettings.model_validate(json.loads(sys.argv[1])),
+    Place(rank=rank, wrap=DistributedDataParallel),
+)
+trainer.train()
+print(float(sum(p.double().sum() for p in trainer.network.parameters())))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_have_equal_weights_and_different_crops(
+    tiny: Settings, tmp_path: Path
+) -> None:
+    settings = tiny("workers=2", "steps=5")
+    given = [settings.model_dump_json(), str(tmp_path / "rendezvous")]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, *given, str(rank)], stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    sums = [float(process.communicate()[0]) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sums[0] == sums[1]
+    assert [step for step, _ in curve(settings)] == list(range(5))
+    alone = tiny("steps=5", f"out={tmp_path / 'alone'}")
+    Trainer(alone).train()
+    assert curve(alone)[0][1] != curve(settings)[0][1]  # the mean of both processes' losses
+
+
 def test_a_checkpoint_of_another_architecture_is_refused(tiny: Settings) -> None:
     Trainer(tiny("steps=4")).train()
     with pytest.raises(ConfigError, match=r"checkpoints of another architecture \(network was"):

@@ -1,0 +1,112 @@
+"""jobs/train_linear.py and jobs/train_dit.py, with Ray Train."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from latentmill.errors import ConfigError, TrainingError
+from latentmill.models.registry import resolve
+from latentmill.training.job import _cause
+from latentmill.training.loop import Trainer
+from latentmill.training.metrics import read_metrics
+from latentmill.training.settings import load_settings, parse_options
+from store.store_files import write_store
+
+JOBS = Path(__file__).parents[2] / "jobs"
+
+
+def job(script: str, *options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(JOBS / script), *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+
+
+@pytest.fixture
+def songs(tmp_path: Path) -> Path:
+    random = np.random.default_rng(0)
+    for song in ("one", "two"):
+        (tmp_path / "songs" / song).mkdir(parents=True)
+        for role in ("bass", "keys"):
+            path = tmp_path / "songs" / song / role
+            soundfile.write(f"{path}.wav", 0.1 * random.standard_normal(16_000), 8000)
+            Path(f"{path}.json").write_text(json.dumps({"group": song, "role": role}))
+    return tmp_path / "songs"
+
+
+def options(songs: Path, out: Path) -> list[str]:
+    shape = "{sample_rate: 8000, strides: [8, 4], width: 8, latent_channels: 8}"
+    given = [f"source={songs}", f"out={out}", f"network={shape}", "steps=6", "batch_size=2"]
+    return [*given, "crop_seconds=0.1", "log_every=1", "checkpoint_every=4"]
+
+
+def test_the_first_process_that_failed_gives_the_reason() -> None:
+    from ray.train import TrainingFailedError
+
+    class FailedError(TrainingFailedError):  # type: ignore[misc]
+        def __init__(self, failures: dict[int, Exception]) -> None:
+            super().__init__("several\nlines")
+            self.worker_failures = failures
+
+    wrapped = RuntimeError("wrapped")
+    wrapped.__cause__ = ConfigError("the reason")
+    assert str(_cause(FailedError({1: RuntimeError("later"), 0: wrapped}))) == "the reason"
+    assert isinstance(_cause(FailedError({0: wrapped})), ConfigError)
+    other = _cause(FailedError({0: RuntimeError("out of\nmemory")}))
+    assert isinstance(other, TrainingError)
+    assert str(other) == "training failed: memory"
+
+
+def test_a_wrong_setting_is_one_sentence_before_ray_starts(songs: Path, tmp_path: Path) -> None:
+    done = job("train_linear.py", *options(songs, tmp_path / "run"), "step=7")
+    assert done.returncode == ConfigError.exit_code
+    assert done.stderr == "error: unknown setting step: did you mean steps?\n"
+
+
+@pytest.mark.slow
+def test_one_process_trains_as_the_plain_loop_does(songs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = job("train_linear.py", *options(songs, out))
+    assert done.returncode == 0, done.stderr
+    plain = load_settings(None, parse_options(options(songs, tmp_path / "plain")))
+    Trainer(plain).train()
+    curves = [[line["loss"] for line in read_metrics(run)] for run in (out, tmp_path / "plain")]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert resolve(f"trained:{out}").spec.identity["run"].startswith("run-")
+    baseline = job("train_linear.py", *options(songs, tmp_path / "baseline"), "--no-linearity")
+    assert baseline.returncode == 0, baseline.stderr
+    document = json.loads((tmp_path / "baseline" / "model" / "trained.json").read_text())
+    assert document["linearity"] is None
+
+
+@pytest.mark.slow
+def test_two_processes(songs: Path, tmp_path: Path) -> None:
+    done = job("train_linear.py", *options(songs, tmp_path / "run"), "workers=2")
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(6))
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_is_one_sentence(songs: Path, tmp_path: Path) -> None:
+    given = options(songs, tmp_path / "run")
+    done = job("train_linear.py", *given, "learning_rate=1e30", "clip_norm=1e30")
+    assert done.returncode == TrainingError.exit_code
+    assert "training stopped; look at its audio (" in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].startswith("error: the ")
+
+
+@pytest.mark.slow
+def test_the_diffusion_job(songs: Path, tmp_path: Path) -> None:
+    store = write_store(
+        str(tmp_path / "latents"), songs, model_options={"hop": 32, "sample_rate": 8000}
+    )
+    given = ["--store", store.url, "--folder", tmp_path / "dit", "--steps", 4, "--crop", 16]
+    done = job("train_dit.py", *given, "--batch", 4, "--width", 32, "--depth", 1)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "dit" / "result.json").read_text())["steps"] == 4
+    assert (tmp_path / "dit" / "samples" / "0-mix.wav").exists()
