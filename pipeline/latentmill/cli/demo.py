@@ -52,7 +52,10 @@ def run_demo(folder: Path, source: str | None, print_line: Callable[[str], None]
     print_line(_mix(store, keys, folder / "mix.wav"))
     # After `make demo` the command is in .venv/bin, which is often not in PATH.
     program = "latentmill" if shutil.which("latentmill") else sys.argv[0]
-    print_line(f"next: {program} info {store_folder}; {program} verify {store_folder} --decode 3")
+    print_line(
+        f"next: {program} info {store_folder}; {program} verify {store_folder} --decode 3; "
+        f"{program} report {store_folder}"
+    )
 
 
 def _mix(store: LatentStore, keys: Sequence[str], path: Path) -> str:
