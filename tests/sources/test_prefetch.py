@@ -60,12 +60,16 @@ def read(media: MediaFile) -> str:
         return media.read_at(0, 100).decode()
 
 
-def test_items_are_asked_for_once_and_before_they_are_needed() -> None:
-    items, shelf = remote([1000] * 100), Shelf()
+@pytest.mark.parametrize(
+    ("protocol", "ahead"), [("s3", prefetch.OBJECT_ITEMS), ("https", PREFETCH_ITEMS)]
+)
+def test_items_are_asked_for_once_and_before_they_are_needed(protocol: str, ahead: int) -> None:
+    items = [replace(item, uri=f"{protocol}://host/a.wav") for item in remote([1000] * 200)]
+    shelf = Shelf()
     with Prefetch(items, shelf, shelf) as reader:
         assert read(reader.open(items[0])) == "0"
         reader._pool.submit(lambda: None).result()  # what was asked for before it has begun
-        assert len(reader._futures) == PREFETCH_ITEMS
+        assert len(reader._futures) == ahead
         assert [read(reader.open(item)) for item in items[1:]] == [item.key for item in items[1:]]
     assert sorted(shelf.asked) == sorted(item.key for item in items)
     assert any(name.startswith("prefetch") for name in shelf.threads)
@@ -126,7 +130,7 @@ def test_a_size_that_nobody_knew_counts_once_it_is_known() -> None:
             reader._pool.submit(lambda: None).result()  # what was asked for before it has begun
             reader.open(item).close()
             most = max(most, len(reader._futures))
-        assert at_first < most <= PREFETCH_ITEMS  # they are small
+        assert at_first < most <= prefetch.OBJECT_ITEMS  # they are small
 
 
 def test_only_small_bytes_of_an_items_own_elsewhere_are_fetched_ahead() -> None:

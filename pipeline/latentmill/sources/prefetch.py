@@ -15,9 +15,13 @@ from typing import TypeVar
 from latentmill.audio.media import MediaFile, is_remote
 from latentmill.sources.base import Item, TableCell
 from latentmill.storage.closeable import Closeable
+from latentmill.storage.remote import protocol_of
 
 FETCH_THREADS = 8
 PREFETCH_ITEMS = 32
+OBJECT_STORAGE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
+OBJECT_THREADS = 64  # object storage accepts more requests at once than a web server
+OBJECT_ITEMS = 128
 PREFETCH_BYTES = 128 << 20
 LARGEST = 16 << 20  # larger files are fetched by several requests at once anyway
 UNKNOWN_SIZE = LARGEST  # assumed for items whose size is unknown
@@ -60,7 +64,10 @@ class Prefetch(Closeable):
         self._next = 0  # index of the next item to prefetch
         self._sizes: dict[str, int] = {}  # of the prefetched items that are not opened yet
         self._futures: dict[str, Future[MediaFile | None]] = {}
-        self._pool = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="prefetch")
+        objects = all(protocol_of(item.uri) in OBJECT_STORAGE for item in self._items)
+        self._ahead = OBJECT_ITEMS if objects else PREFETCH_ITEMS
+        threads = OBJECT_THREADS if objects else FETCH_THREADS
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
 
     def open(self, item: Item) -> MediaFile:
         """Open an item's recording; the caller closes it. Raises what `open_item` raises."""
@@ -95,7 +102,7 @@ class Prefetch(Closeable):
             self._sizes.pop(item.key, None)
             self._next = max(self._next, self._index.get(item.key, -1) + 1)
             # Submit the next items up to the limits, and at least one.
-            while self._next < len(self._items) and len(self._futures) < PREFETCH_ITEMS:
+            while self._next < len(self._items) and len(self._futures) < self._ahead:
                 upcoming = self._items[self._next]
                 if self._futures and sum(self._sizes.values()) + _size(upcoming) > PREFETCH_BYTES:
                     break

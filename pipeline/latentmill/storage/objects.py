@@ -15,7 +15,8 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -26,6 +27,7 @@ from urllib.request import getproxies
 
 import fsspec
 import fsspec.asyn
+from fsspec.exceptions import FSTimeoutError
 
 from latentmill.storage.remote import TRANSIENT_STATUSES
 from latentmill.text.log import get_logger
@@ -42,7 +44,7 @@ _log = get_logger("storage")
 _lock = threading.Lock()
 _BUCKETS = "_latentmill_buckets"  # attribute of a file system: what is known of its buckets
 
-_LONGEST = timedelta(hours=1)  # for a request; others are limited by their callers
+_LONGEST = 3600.0  # seconds, for a request whose caller sets no limit
 # obstore asks again five minutes before the end; botocore keeps credentials valid for ten minutes.
 _CREDENTIALS_LAST = timedelta(minutes=8)
 
@@ -75,7 +77,7 @@ def cat_file(
     place = _locate(fs, path)
     if place is not None:
         try:
-            return bytes(fsspec.asyn.sync(fs.loop, place.read, start, end, timeout=seconds))
+            return place.read(start, end, seconds)
         except _Unknown:
             pass
     if fs.async_impl:
@@ -105,7 +107,7 @@ def cat_ranges(
                 if place is None:
                     raise _Unknown
                 async with limit:
-                    return await place.read(start, end)
+                    return await place.read_async(start, end)
 
             reads = [read(*one) for one in zip(places, starts, ends, strict=True)]
             return await asyncio.gather(*reads, return_exceptions=True)
@@ -124,9 +126,17 @@ def cat_ranges(
 class _Bucket:
     """A bucket that obstore reads."""
 
-    def __init__(self, name: str, store: Any) -> None:
-        self.name, self.store = name, store
+    def __init__(self, name: str, open_store: Callable[[float], Any]) -> None:
+        self.name, self._open_store = name, open_store
+        self._stores: dict[float, Any] = {}
         self.answered = self.given_up = False
+
+    def store(self, seconds: float | None) -> Any:
+        """What reads it, with a time limit for each request."""
+        seconds = seconds or _LONGEST
+        if seconds not in self._stores:
+            self._stores[seconds] = self._open_store(seconds)
+        return self._stores[seconds]
 
     def give_up(self) -> None:
         """Use s3fs from now on, which has read what obstore could not read."""
@@ -145,7 +155,8 @@ class _Bucket:
                 return ObjectError(status, code[1] if code else "")
         elif "HTTP error: " in text:
             if "kind: Timeout" in text:
-                return ConnectionError("the request timed out")
+                timeout: Exception = FSTimeoutError()  # as fsspec's own limit
+                return timeout
             # Certificates that only one of the clients trusts, for example.
             if self.answered or "kind: Connect," not in text:
                 return ConnectionError("the connection failed")
@@ -157,18 +168,30 @@ class _Object:
     bucket: _Bucket
     key: str
 
-    async def read(self, start: int, end: int) -> bytes:
+    def read(self, start: int, end: int, seconds: float | None) -> bytes:
         """The bytes from `start` to before `end`; fewer at the end of the object."""
         import obstore
+
+        store = self.bucket.store(seconds)
+        with self._errors():  # a thread that waits costs less than a coroutine in another one
+            return bytes(obstore.get_range(store, self.key, start=start, end=end))
+
+    async def read_async(self, start: int, end: int) -> bytes:
+        import obstore
+
+        store = self.bucket.store(None)
+        with self._errors():
+            return bytes(await obstore.get_range_async(store, self.key, start=start, end=end))
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
         from obstore.exceptions import BaseError
 
-        store = self.bucket.store
         try:
-            data = await obstore.get_range_async(store, self.key, start=start, end=end)
+            yield
         except (BaseError, OSError, ValueError) as error:
             raise self.bucket.translated(error, f"{self.bucket.name}/{self.key}") from None
         self.bucket.answered = True
-        return bytes(data)
 
 
 def _locate(fs: fsspec.AbstractFileSystem, path: str) -> _Object | None:
@@ -212,15 +235,16 @@ os.register_at_fork(after_in_child=_after_fork)
 def _open(fs: Any, bucket: str) -> _Bucket | None:
     """Open a bucket with the configuration of s3fs, or log why this is impossible."""
     try:
-        store = _open_store(fs, bucket)
+        open_store = _opener(fs, bucket)
     except _Unsupported as reason:
         _log.debug("s3://%s is read with s3fs: obstore does not support %s", bucket, reason)
         return None
     _log.debug("s3://%s is read with obstore", bucket)
-    return _Bucket(bucket, store)
+    return _Bucket(bucket, open_store)
 
 
-def _open_store(fs: Any, bucket: str) -> Any:
+def _opener(fs: Any, bucket: str) -> Callable[[float], Any]:
+    """What opens a bucket, with a time limit for each request."""
     from botocore import UNSIGNED
     from obstore.store import S3Store
 
@@ -244,26 +268,31 @@ def _open_store(fs: Any, bucket: str) -> Any:
             "proxies": config.proxies or _has_proxy(urlsplit(endpoint).scheme),
         }
     )
-    return S3Store(
-        # All of them are given, because obstore would take others from the environment.
-        config={
-            "bucket": bucket,
-            "region": client.meta.region_name.replace("aws-global", "us-east-1"),
-            "aws_endpoint_url_s3": endpoint,
-            "virtual_hosted_style_request": virtual,
-            "skip_signature": anonymous,
-            "request_payer": fs.requester_pays,
-            "s3_express": False,
-        },
-        client_options={
-            "allow_http": endpoint.startswith("http://"),
-            "connect_timeout": timedelta(seconds=config.connect_timeout),
-            "read_timeout": timedelta(seconds=config.read_timeout),
-            "timeout": _LONGEST,
-        },
-        retry_config={"max_retries": 0},  # `retrying` retries
-        credential_provider=None if anonymous else _provider(client),
-    )
+    provider = None if anonymous else _provider(client, fs.loop)
+
+    def open_store(seconds: float) -> Any:
+        return S3Store(
+            # All of them are given, because obstore would take others from the environment.
+            config={
+                "bucket": bucket,
+                "region": client.meta.region_name.replace("aws-global", "us-east-1"),
+                "aws_endpoint_url_s3": endpoint,
+                "virtual_hosted_style_request": virtual,
+                "skip_signature": anonymous,
+                "request_payer": fs.requester_pays,
+                "s3_express": False,
+            },
+            client_options={
+                "allow_http": endpoint.startswith("http://"),
+                "connect_timeout": timedelta(seconds=config.connect_timeout),
+                "read_timeout": timedelta(seconds=config.read_timeout),
+                "timeout": timedelta(seconds=seconds),
+            },
+            retry_config={"max_retries": 0},  # `retrying` retries
+            credential_provider=provider,
+        )
+
+    return open_store
 
 
 def _endpoint(client: Any, bucket: str) -> tuple[str, bool]:
@@ -295,14 +324,15 @@ def _has_proxy(scheme: str) -> bool:
     return bool(getproxies().keys() & {scheme, "all"})
 
 
-def _provider(client: Any) -> Callable[[], Coroutine[Any, Any, S3Credential]]:
+def _provider(client: Any, loop: asyncio.AbstractEventLoop) -> Callable[[], S3Credential]:
     """Ask botocore for credentials, which looks in all places and refreshes them."""
     credentials: Any = getattr(getattr(client, "_request_signer", None), "_credentials", None)
     if credentials is None:
         raise _Unsupported("missing credentials")
 
-    async def provide() -> S3Credential:
-        frozen = await credentials.get_frozen_credentials()
+    def provide() -> S3Credential:  # called in a thread of obstore
+        asked = asyncio.run_coroutine_threadsafe(credentials.get_frozen_credentials(), loop)
+        frozen = asked.result()
         return {
             "access_key_id": frozen.access_key,
             "secret_access_key": frozen.secret_key,
