@@ -11,14 +11,16 @@ from typing import Any
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import store_files
 import xxhash
 
-from latentmill.errors import StorageError
+from latentmill.errors import StorageError, StoreError
+from latentmill.storage.guard import GuardedStorage
 from latentmill.storage.storage import Storage
-from latentmill.store.metadata import PREFIX, write_metadata
+from latentmill.store.metadata import PREFIX, publish_metadata, write_metadata
 from latentmill.store.schema import DATASET_PATH
 from latentmill.store.seal import current_seal, seal
 from latentmill.store.store import LatentStore
@@ -163,6 +165,31 @@ def test_a_damaged_file_is_found_and_written_again(damage: str, spoilable: Path)
     seal(storage, store.plan)
     assert path.read_bytes() == before
     assert verify(LatentStore(str(spoilable), device="cpu")).faults == []
+
+
+def test_a_run_that_has_lost_the_store_writes_no_file(spoilable: Path) -> None:
+    store = LatentStore(str(spoilable), device="cpu")
+    path = spoilable / str(store.info.metadata)
+    path.unlink()
+
+    def lost() -> None:
+        raise StoreError("another run has the store")
+
+    with pytest.raises(StoreError, match="another run"):
+        publish_metadata(GuardedStorage(str(spoilable), lost), store.index)
+    assert not path.exists() and not (spoilable / "tmp").exists()
+    assert publish_metadata(Storage(str(spoilable)), store.index)[0] == path.name
+
+
+def test_a_store_in_a_bucket(s3_bucket: str) -> None:
+    store = write_latents(f"{s3_bucket}/s", [3] * 20, per_unit=7)
+    name = str(store.info.metadata)
+    data = store.storage.read(name)
+    assert pq.read_table(pa.BufferReader(data))["key"].to_pylist() == list(store.keys())
+    store.storage.write(name, data[:-1])  # damaged, under the name that it has
+    assert "metadata" in verify(store).faults[0]
+    seal(store.storage, store.plan)
+    assert store.storage.read(name) == data
 
 
 def test_rows_of_other_records_are_found(stores: dict[str, Path], tmp_path: Path) -> None:

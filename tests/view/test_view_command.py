@@ -42,7 +42,9 @@ def read(url: str) -> Any:
         return json.loads(answer.read())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_ctrl_c_ends_it_at_once(store: LatentStore, number: signal.Signals) -> None:
     """Also with a connection whose request is not complete."""
     with started(store, "--json") as process:

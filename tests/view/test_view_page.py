@@ -183,6 +183,7 @@ def test_the_versions_of_a_mix(browser: Any, site: Site) -> None:
         assert float(re.findall(r"SNR of (\d+\.\d) dB", note.inner_text())[0]) > 40
 
 
+@pytest.mark.slow
 def test_it_plays_and_keeps_its_position(browser: Any, site: Site) -> None:
     with opened(browser, site) as watched:
         page = watched.page
@@ -224,6 +225,7 @@ def test_with_the_keyboard_alone(browser: Any, site: Site) -> None:
         assert page.locator("[role=status]").count() >= 2
 
 
+@pytest.mark.slow
 def test_the_desk_is_kept_when_the_page_is_loaded_again(browser: Any, site: Site) -> None:
     with opened(browser, site) as watched:
         page = watched.page
@@ -239,6 +241,7 @@ def test_the_desk_is_kept_when_the_page_is_loaded_again(browser: Any, site: Site
         assert page.locator(".strip").count() == 0
 
 
+@pytest.mark.slow
 def test_the_lines_can_be_copied(browser: Any, site: Site) -> None:
     with opened(browser, site) as watched:
         page = watched.page
