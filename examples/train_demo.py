@@ -76,7 +76,7 @@ def manifests(folder: Path, audio: Path) -> tuple[Path, list[Path]]:
     held_out, lines, long = [], [], 0
     for path, seconds in songs:
         judged = "night-drive" in path.parts and path.stem != "mix"
-        if "corpus" not in path.parts and seconds >= SECONDS:
+        if not path.is_relative_to(corpus) and seconds >= SECONDS:
             long += 1
             # The stems of a song are not split: all of them are trained on.
             judged = long % 4 == 0 and "stems" not in path.parts

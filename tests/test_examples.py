@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -125,3 +126,28 @@ def test_guidance_and_sampling(example: ModuleType) -> None:
     for guidance in (0.0, 1.0, 3.0):
         drawn = example.sample(model, batch, steps=5, guidance=guidance)
         torch.testing.assert_close(drawn, wanted)
+
+
+def test_the_comparison_by_hand(example: ModuleType) -> None:
+    """Two seeds, three sounds: ratios of medians 2 and 8, whose geometric mean is 4."""
+    import train_demo
+
+    def values(*numbers: float) -> dict[str, list[float]]:
+        return {measure: list(numbers) for measure in train_demo.MEASURES}
+
+    runs = [(values(2, 4, 9), values(1, 2, 3)), (values(8, 8, 8), values(1, 1, 1))]
+    for one in train_demo.compare(runs).values():
+        assert one["ratio"] == pytest.approx(4)
+        assert one["low"] <= one["ratio"] <= one["high"]
+    found = train_demo.medians([runs[0][0], runs[1][0]])["mr_stft"]
+    assert found == pytest.approx({"value": 32**0.5, "low": 4, "high": 8})
+    card = {name: train_demo.medians([values(0.1, 0.2)]) for name in ("baseline", "linear")}
+    assert ElementTree.fromstring(train_demo.picture(card)).tag.endswith("svg")
+
+
+def test_decoder_additivity_of_an_exact_model(example: ModuleType) -> None:
+    import train_demo
+
+    model = resolve("mdct", MODEL).load("cpu")
+    x, y = 0.1 * torch.randn(2, 1, 3200)
+    assert train_demo.decoder_additivity(model, x, y) < 1e-6

@@ -74,6 +74,16 @@ def test_the_same_run_twice_is_the_same(tiny: Settings) -> None:
     assert curve(other) != curves[0]
 
 
+def test_mixed_precision(tiny: Settings) -> None:
+    curves = []
+    for precision in ("float32", "bf16"):
+        settings = tiny("steps=3", f"precision={precision}", f"out={tiny().out}-{precision}")
+        Trainer(settings).train()
+        curves.append([loss for _, loss in curve(settings)])
+    assert curves[0] != curves[1]
+    assert curves[0] == pytest.approx(curves[1], rel=0.1)
+
+
 SCRIPT = """
 import json, sys, torch
 torch.set_num_threads(1)
