@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 import xxhash
 
-from latentmill.encoding.loudness import LOUDEST, STEPS_PER_DB
+from latentmill.encoding.loudness import LOUDEST, SILENT_DB, STEPS_PER_DB
 from latentmill.errors import StorageError, StoreError
 from latentmill.evaluation.channels import ChannelMoments, Pooling
 from latentmill.evaluation.rows import ShardRows
@@ -26,7 +26,6 @@ from latentmill.sources.address import item_at
 from latentmill.store.schema import levels_of
 from latentmill.store.store import LatentStore
 
-SILENT_DB = -60.0
 BLOCK_BYTES = 2 << 20  # of latents that are processed at once: they fit into the cache
 _COUNTED = ("source_sample_rate", "source_channels")
 _FIELDS = ("content_hash", "source_uri", "rms", "peak", "levels")

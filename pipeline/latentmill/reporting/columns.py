@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from latentmill.encoding.loudness import LOUDEST, STEPS_PER_DB
+from latentmill.encoding.loudness import LOUDEST, SILENT_DB, STEPS_PER_DB
 from latentmill.encoding.stored import parse_json
 from latentmill.errors import StorageError
 from latentmill.evaluation.rows import ShardRows
-from latentmill.evaluation.shard_pass import SILENT_DB
 from latentmill.evaluation.tracks import MIXES
 from latentmill.store.schema import levels_of
 from latentmill.store.store import LatentStore
