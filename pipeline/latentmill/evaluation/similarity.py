@@ -13,6 +13,7 @@ LENGTHS = 0.02  # relative difference in length of near duplicates at most, and 
 EXACT_RECORDS = 16_384  # up to here all pairs are compared
 TABLES, MAX_BITS, MAX_NEIGHBOURS = 12, 20, 64
 BLOCK = 1024
+PAIRS = 1 << 15  # that are compared at once: larger ones take more memory, and no less time
 DEVIATION, RATIO = 6.0, 2.0  # of an outlier's distance, in robust deviations and in medians
 
 Half = npt.NDArray[np.float16]
@@ -77,7 +78,7 @@ def _hashed_pairs(vectors: Half, chosen: Positions) -> Iterator[tuple[Positions,
             same = np.flatnonzero(codes[distance:] == codes[:-distance])
             if not len(same):
                 break
-            for some in np.array_split(same, -(-len(same) // (1 << 18))):
+            for some in np.array_split(same, -(-len(same) // PAIRS)):
                 yield chosen[order[some]], chosen[order[some + distance]]
 
 

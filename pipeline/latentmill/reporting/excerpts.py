@@ -18,7 +18,7 @@ from latentmill.sources.address import item_at
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import read_source
 
-SEARCHED = 120.0  # seconds from the start in which the loudest part is looked for
+SEARCHED = 600.0  # seconds from the start in which the loudest part is looked for
 _QUIET = -60.0  # dBFS, below which no part is louder than another
 _CONTEXT = 8  # frames decoded on either side of an excerpt, at least
 
