@@ -106,6 +106,14 @@ def test_evaluate(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_report(tmp_path: Path) -> None:
+    script("report", "--records", "120", "--seconds", "0.2", "--results", str(tmp_path))
+    result = json.loads((tmp_path / "report.json").read_text())
+    assert result["players"] == 12
+    assert 100_000 < result["page_bytes"] < 15_000_000
+
+
+@pytest.mark.slow
 def test_gpu(tmp_path: Path) -> None:
     """Two families on true stereo; the process may not import ray."""
     pytest.importorskip("linear_cae")
