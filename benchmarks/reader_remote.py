@@ -216,6 +216,8 @@ def main() -> None:
     latents = make_latents(options.items)
     lengths = [len(latent) for latent in latents]
     urls = {name: f"s3://{bucket}/{name}" for name in ("parquet", "webdataset")}
+    client = os.environ.get("LATENTMILL_OBSTORE", "1")
+    os.environ["LATENTMILL_OBSTORE"] = "0"  # not before the workers are forked
     for name, url in urls.items():
         print(f"writing {name}", flush=True)
         write_latents(
@@ -226,6 +228,7 @@ def main() -> None:
             format_name=name,
             latents=[z.T for z in latents],
         )
+    os.environ["LATENTMILL_OBSTORE"] = client
     with tempfile.TemporaryDirectory() as folder:
         plain = Epochs(urls["parquet"], None)
         cached = Epochs(urls["parquet"], folder)
@@ -242,6 +245,7 @@ def main() -> None:
     result = {
         "items": options.items,
         "latency_seconds": options.latency,
+        "obstore": client != "0",
         "batch": BATCH,
         "workers": WORKERS,
         "rounds": options.rounds,

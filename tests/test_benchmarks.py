@@ -86,6 +86,15 @@ def test_int16(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_objects(tmp_path: Path) -> None:
+    pytest.importorskip("obstore")
+    pytest.importorskip("s3fs")
+    script("objects", "--objects", "64", "--rounds", "1", "--results", str(tmp_path))
+    ways = json.loads((tmp_path / "objects.json").read_text())["ways"]
+    assert all(ways[name]["obstore_over_s3fs"] > 0 for name in ("objects", "ranges"))
+
+
+@pytest.mark.slow
 def test_planning(tmp_path: Path) -> None:
     script, options = ROOT / "benchmarks" / "planning.py", ["--items", "3000", "--grouped"]
     command = [sys.executable, str(script), *options, "--results", str(tmp_path)]

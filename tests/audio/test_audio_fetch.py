@@ -18,6 +18,7 @@ from latentmill.audio import fetch as module
 from latentmill.audio import open_media
 from latentmill.errors import ItemError
 from latentmill.storage import remote
+from latentmill.storage.objects import SWITCH
 from support.faulty_s3 import Faults
 from support.storage_faults import faulty_s3
 
@@ -109,7 +110,11 @@ def test_a_small_object_is_one_request_and_a_long_one_several_at_once(
         assert 2 <= faults.busiest <= module.IN_FLIGHT
 
 
-def test_errors_that_pass_are_tried_again(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("obstore", ["1", "0"])
+def test_errors_that_pass_are_tried_again(
+    s3_bucket: str, obstore: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SWITCH, obstore)
     monkeypatch.setattr(module, "PIECE", 100_000)
     url = f"{s3_bucket}/a.wav"
     put(url, DATA)

@@ -83,7 +83,7 @@ def faulty_proxy(target: str, faults: Faults) -> Iterator[str]:
         host = upstream.netloc
         behaviour = faults
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
@@ -93,6 +93,10 @@ def faulty_proxy(target: str, faults: Faults) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 256  # connections that may wait to be accepted
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -225,7 +225,8 @@ _forked = False  # after the import of obstore
 
 
 def _after_fork() -> None:
-    global _forked  # noqa: PLW0603
+    global _forked, _lock  # noqa: PLW0603
+    _lock = threading.Lock()  # a thread of the parent may have held it
     _forked = _forked or "obstore" in sys.modules
 
 
