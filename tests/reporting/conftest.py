@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
+import latentmill as lm
 from latentmill.evaluation.evaluate import evaluate
 from latentmill.store.store import LatentStore
 from store.store_files import write_store
@@ -67,3 +68,11 @@ def report_store(report_source: Path) -> LatentStore:
     store = write_store(str(report_source.parent / "store"), report_source, **SETTINGS)
     evaluate(store, items=2, max_seconds=2.0)
     return store
+
+
+@pytest.fixture(scope="session")
+def report_file(report_store: LatentStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of that store. Leave it unchanged."""
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    lm.report(report_store, path)
+    return path
