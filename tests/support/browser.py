@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-SCHEMES = ("light", "dark")
-WIDTHS = (390, 1440)
 
 
 @contextmanager
