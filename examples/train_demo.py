@@ -44,6 +44,10 @@ ROOT = HERE.parent
 RATE = 16_000
 SECONDS = 2.0  # judged of each held-out recording
 LONGEST = 30.0  # used of each recording for training
+STYLE = """text{fill:#1f2328}.note{fill:#59636e}.page{fill:#fff}.grid{stroke:#d1d9e0}
+.range{stroke:#1f2328;stroke-width:2}.baseline{fill:#8a8f98}.linear{fill:#0b6e4f}
+@media (prefers-color-scheme: dark){text{fill:#f0f6fc}.note{fill:#9198a1}.page{fill:#0d1117}
+.grid{stroke:#3d444d}.range{stroke:#f0f6fc}.linear{fill:#3fb950}}"""
 MEASURES = ("encoder_homogeneity", "encoder_additivity", "decoder_additivity", "mr_stft")
 SETTINGS: dict[str, Any] = {
     "model": "conv",
@@ -190,33 +194,34 @@ def picture(card: dict[str, dict[str, dict[str, float]]]) -> str:
     height = top + row * len(MEASURES) + 40
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
-        'font-family="sans-serif" font-size="13"><title>Errors of the baseline and of the linear '
-        f'model on held-out audio</title><rect width="{width}" height="{height}" fill="#fff"/>'
+        'font-family="sans-serif" font-size="13"><title>Errors with and without linearity</title>'
+        "<desc>Bars of the errors of the baseline and of the linear model on held-out audio, on a "
+        f"logarithmic scale.</desc><style>{STYLE}</style>"
+        f'<rect width="{width}" height="{height}" class="page"/>'
     ]
     for tick in (0.01, 0.1, 1.0, 10.0):
         x = place(tick)
         parts.append(
-            f'<path d="M{x:.1f} {top}V{height - 34}" stroke="#ddd"/><text x="{x:.1f}" '
-            f'y="{height - 18}" text-anchor="middle" fill="#555">{tick:g}</text>'
+            f'<path d="M{x:.1f} {top}V{height - 34}" class="grid"/><text x="{x:.1f}" '
+            f'y="{height - 18}" text-anchor="middle" class="note">{tick:g}</text>'
         )
-    colours = {"baseline": "#8a8f98", "linear": "#0b6e4f"}
-    for number, (name, colour) in enumerate(colours.items()):
+    names = ("baseline", "linear")
+    for number, name in enumerate(names):
         x = left + 110 * number
         parts.append(
-            f'<rect x="{x}" y="10" width="12" height="12" fill="{colour}"/>'
-            f'<text x="{x + 18}" y="21" fill="#222">{name}</text>'
+            f'<rect x="{x}" y="10" width="12" height="12" class="{name}"/>'
+            f'<text x="{x + 18}" y="21">{name}</text>'
         )
     for index, measure in enumerate(MEASURES):
         y = top + row * index
         label = {"mr_stft": "reconstruction (MR-STFT)"}.get(measure, measure.replace("_", " "))
         parts.append(f'<text x="{left - 10}" y="{y + 26}" text-anchor="end">{label}</text>')
-        for number, (name, colour) in enumerate(colours.items()):
+        for number, name in enumerate(names):
             one, at = card[name][measure], y + 6 + 18 * number
-            end = place(max(low, one["value"]))
+            end, least, most = (place(max(low, one[n])) for n in ("value", "low", "high"))
             parts.append(
                 f'<rect x="{left}" y="{at}" width="{max(1.0, end - left):.1f}" height="14" '
-                f'fill="{colour}"/><path d="M{place(max(low, one["low"])):.1f} {at + 7}H'
-                f'{place(max(low, one["high"])):.1f}" stroke="#222" stroke-width="2"/>'
+                f'class="{name}"/><path class="range" d="M{least:.1f} {at + 7}H{most:.1f}"/>'
                 f'<text x="{end + 8:.1f}" y="{at + 12}">{one["value"]:.3g}</text>'
             )
     return "\n".join(parts) + "\n</svg>\n"
