@@ -51,10 +51,10 @@ STYLE = """text{fill:#1f2328}.note{fill:#59636e}.page{fill:#fff}.grid{stroke:#d1
 MEASURES = ("encoder_homogeneity", "encoder_additivity", "decoder_additivity", "mr_stft")
 SETTINGS: dict[str, Any] = {
     "model": "conv",
-    "network": {"sample_rate": RATE, "strides": [64, 2], "width": 64, "latent_channels": 32},
+    "network": {"sample_rate": RATE, "strides": [16], "width": 48, "latent_channels": 8},
     "linearity": {"mixing": "sum", "annealing": "none", "origin": True},
     "batch_size": 8,
-    "crop_seconds": 0.25,
+    "crop_seconds": 0.128,
     "learning_rate": 3e-3,
     "final_learning_rate": 3e-5,
     "warmup_steps": 30,
@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--audio", type=Path, default=ROOT.parent / "shared" / "audio")
     parser.add_argument("--folder", type=Path, default=Path("train-demo"), help="models and corpus")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--results", type=Path, default=HERE, help="folder of train_demo.json")
     args = parser.parse_args()
