@@ -43,7 +43,9 @@ def main() -> None:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    from latentmill.config import refuse_job_folder
     from latentmill.engine.cluster import connect
+    from latentmill.training.settings import absolute
 
     parser = argparse.ArgumentParser(description=__doc__, add_help=False)
     parser.add_argument("--processes", type=int, default=1)
@@ -52,14 +54,19 @@ def main() -> None:
     import train_dit
 
     args = train_dit.arguments(options)
+    refuse_job_folder("--folder", str(args.folder))
+    if args.model.startswith("trained:"):  # is recorded in the store
+        args.model = "trained:" + absolute(args.model.removeprefix("trained:"))
     train_dit.encoded(args)  # encodes a source first
-    options += ["--store", args.store, "--folder", str(args.folder.absolute())]
+    # Ray Train gives its processes another working directory.
+    folder = absolute(str(args.folder))
+    options += ["--store", absolute(args.store), "--folder", folder]
     with connect(None) as cluster:
         TorchTrainer(
             train,
             train_loop_config={"options": options, "examples": str(EXAMPLES)},
             scaling_config=ScalingConfig(num_workers=own.processes, use_gpu=bool(cluster.gpus)),
-            run_config=RunConfig(name="ray", storage_path=str(args.folder.absolute())),
+            run_config=RunConfig(name="ray", storage_path=folder),
         ).fit()
 
 

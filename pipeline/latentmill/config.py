@@ -9,6 +9,7 @@ from it.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,6 +31,7 @@ from latentmill.sources.settings import Effect, Setting, SourceSettings, choices
 from latentmill.sources.where import Condition
 from latentmill.text.redact import is_secret_name
 
+RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of a job
 DEFAULT_CPU_THREADS = 4  # cores of a worker if `threads` is not set
 
 # Settings that are in every fingerprint. A setting that is added later is in a fingerprint only if
@@ -356,3 +358,13 @@ def fingerprint_document(
             if name in _ALWAYS_IN_FINGERPRINT or value != RunConfig.model_fields[name].default
         },
     }
+
+
+def refuse_job_folder(name: str, path: str, use: str = "an absolute path") -> None:
+    """Raise ConfigError if a Ray job is about to write to a relative path."""
+    relative = "://" not in path and not Path(path).expanduser().is_absolute()
+    if relative and RAY_JOB_VARIABLE in os.environ:
+        raise ConfigError(
+            f"{name} {path} is a relative path, and Ray deletes a job's folder after the job: "
+            f"use {use}."
+        )

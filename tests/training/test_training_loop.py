@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -181,6 +182,59 @@ def test_a_checkpoint_of_another_architecture_is_refused(tiny: Settings) -> None
     with pytest.raises(ConfigError, match=r"other settings \(learning_rate was 0\.01, is now 0\.1"):
         Trainer(tiny("steps=4", "learning_rate=0.1"))
     Trainer(tiny("steps=4", "log_every=7", "keep_checkpoints=1"))  # these change no weights
+
+
+@pytest.mark.parametrize("lost", ["model", "model and checkpoint"])
+def test_a_model_that_was_not_written_is_written_on_resuming(tiny: Settings, lost: str) -> None:
+    settings = tiny("steps=8")
+    Trainer(settings).train()
+    out = Path(settings.out)
+    weights = (out / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "model")
+    if lost == "model and checkpoint":
+        (out / "checkpoints" / "step-000000008.pt").unlink()
+    Trainer(settings).train()
+    assert (out / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_checkpoint_is_written_after_its_model(
+    tiny: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a run that is interrupted between them exports again when it is resumed."""
+    settings = tiny("steps=4")
+    trainer = Trainer(settings)
+    monkeypatch.setattr("latentmill.training.loop.write_model", lambda *_: sys.exit("interrupted"))
+    with pytest.raises(SystemExit):
+        trainer.train()
+    monkeypatch.undo()
+    Trainer(settings).train()
+    document = json.loads((Path(settings.out) / "model" / "trained.json").read_text())
+    assert document["step"] == 4
+
+
+def test_relative_paths_are_those_of_this_folder(
+    tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Train gives its processes another working directory."""
+    monkeypatch.chdir(tmp_path)
+    settings = tiny("out=runs/linear", "model=oobleck:./vae", source=Path("music"))
+    assert settings.out == str(tmp_path / "runs" / "linear")
+    assert settings.source == str(tmp_path / "music")
+    assert settings.model == f"oobleck:{tmp_path / 'vae'}"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tiny("source=~/music/").source == f"{tmp_path}/music/"
+    kept = ["s3://bucket/music/", "/data/music-{0..3}.tar", "/data/music.parquet/"]
+    assert [tiny(f"source='{source}'").source for source in kept] == kept
+    assert tiny("model=oobleck:owner/name").model == "oobleck:owner/name"
+
+
+def test_a_ray_job_needs_an_absolute_folder(
+    tiny: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(ConfigError, match=r"^out runs/linear is a relative path.* path\.$"):
+        tiny("out=runs/linear")
+    tiny()
 
 
 def test_a_damaged_checkpoint(tiny: Settings) -> None:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from latentmill.config import RunConfig, fingerprint_document, item_settings
+from latentmill.config import RunConfig, fingerprint_document, item_settings, refuse_job_folder
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.fingerprint import version_difference
 from latentmill.encoding.lanes import PACKING
@@ -59,7 +59,6 @@ LARGEST_FLOAT16_CODE = 2**11  # its significand has 11 bits
 NUMBER_BYTES = {"float16": 2, "float32": 4}
 PROBED_BY_DEFAULT = 100_000  # local files; reading a header takes about a millisecond
 LONG_UNIT = 3  # multiple of the maximum unit length above which a warning is shown
-RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of a job
 
 
 class PlanningObserver(Protocol):
@@ -145,12 +144,7 @@ def prepare(config: RunConfig, observer: PlanningObserver | None = None) -> Prep
             f"{config.model} has codes up to {largest}, but float16 is exact only for integers up "
             f"to {LARGEST_FLOAT16_CODE}: use --dtype float32."
         )
-    relative = "://" not in config.out and not Path(config.out).expanduser().is_absolute()
-    if relative and RAY_JOB_VARIABLE in os.environ:
-        raise ConfigError(
-            f"STORE {config.out} is a relative path, and Ray deletes a job's folder after the job: "
-            "use an absolute path or a URL."
-        )
+    refuse_job_folder("STORE", config.out, "an absolute path or a URL")
     storage = Storage(config.out)
     storage.refuse_read_only()
     source = _source(config, storage)

@@ -10,7 +10,7 @@ from latentmill.training.architectures import Trainable
 
 
 def write_model(out: Path, network: Trainable, trained: Trained) -> None:
-    """Replace the folder `model` of a run; readers see the old or the new one."""
+    """Replace the folder `model` of a run; for a moment between two renames there is none."""
     target, new, old = (out / name for name in (FOLDER, f".{FOLDER}.new", f".{FOLDER}.old"))
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from latentmill.errors import ConfigError, TrainingError
-from latentmill.models.families.trained import Trained
+from latentmill.models.families.trained import FOLDER, Trained
 from latentmill.sources.open import open_source
 from latentmill.text.log import get_logger
 from latentmill.training.architectures import Trainable, build, crop_samples
@@ -152,6 +152,8 @@ class Trainer:
                 if self.step % settings.checkpoint_every == 0 or self.step == settings.steps:
                     self._save()
                 start = time.perf_counter()
+        if self.place.rank == 0 and not (self.out / FOLDER).exists():
+            self.export()  # the model of a finished run was deleted
 
     def _step(self, network: nn.Module, crops: AudioBatch) -> Tensor:
         settings, device = self.settings, self.place.device
@@ -214,7 +216,7 @@ class Trainer:
         _log.info("resuming at step %d of %d", self.step, self.settings.steps)
 
     def _save(self) -> None:
-        """Write a checkpoint and the model with averaged weights, on the first process."""
+        """Write the model with averaged weights and a checkpoint, on the first process."""
         if self.place.rank == 0:
             state: dict[str, Any] = {
                 "step": self.step,
@@ -224,8 +226,8 @@ class Trainer:
                 "ema": self.ema.values,
                 "ema_updates": self.ema.updates,
             }
+            self.export()  # first: a run that is interrupted here exports again
             self._checkpoints.save(self.step, state)
-            self.export()
 
     def export(self) -> None:
         """Write the folder `model`."""

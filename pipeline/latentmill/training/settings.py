@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from latentmill.config import read_yaml
+from latentmill.config import read_yaml, refuse_job_folder
 from latentmill.errors import ConfigError, requirement
 from latentmill.models.families.conv import ConvSettings
 from latentmill.sources.settings import Setting, SourceSettings
@@ -121,7 +121,18 @@ def load_settings(file: str | Path | None, options: Mapping[str, Any]) -> TrainS
         raise ConfigError(
             "mixtures need at least 2 sounds per batch: raise batch_size, or set mixing to none."
         )
-    return settings
+    refuse_job_folder("out", settings.out)
+    family, _, repo = settings.model.partition(":")
+    model = f"{family}:{absolute(repo)}" if repo.startswith((".", "~")) else settings.model
+    paths = {"out": absolute(settings.out), "source": absolute(settings.source), "model": model}
+    return settings.model_copy(update=paths)
+
+
+def absolute(path: str) -> str:
+    """A local path from the root; Ray Train gives its processes another working directory."""
+    if "://" in path:
+        return path
+    return str(Path(path).expanduser().absolute()) + "/" * path.endswith("/")
 
 
 def _explain(error: ValidationError) -> str:
