@@ -34,12 +34,13 @@ from torch import Tensor, nn
 import latentmill as lm
 from latentmill.audio import open_audio, open_media, prepare
 from latentmill.demo.corpus import write_corpus
-from latentmill.errors import ItemError
+from latentmill.errors import ConfigError, ItemError
 from latentmill.models.base import ModelSpec
 from latentmill.models.registry import resolve
 from latentmill.reader.stems import Stems
 
 EMA = 0.999  # decay of the averaged weights, at most
+STEMS = 8  # of a song, at most, if all sub-mixes are encoded
 DROPPED = 0.1  # probability that tags, and that the context, are left out in training
 
 
@@ -55,7 +56,7 @@ class AddStem:
         single = [n for n in single if "+" not in stems.roles[n]]
         target = single.pop(int(random.integers(len(single))))
         chosen = [n for n in single if random.random() < 0.5] or single[:1]
-        if self.waveform:
+        if self.waveform and chosen:
             context = stems.latents[stems.roles.index("+".join(stems.roles[n] for n in chosen))]
         else:
             context = stems.mix(chosen)
@@ -72,7 +73,7 @@ def vocabulary(
 ) -> tuple[list[str], dict[str, list[float]]]:
     """All tags of a store as `field=value`, and those of each record as numbers 0 or 1."""
     found = {}
-    for record in store:
+    for record in map(store.without_latent, store.keys()):
         if "+" in str(record.role):  # an encoded mix is never a target
             continue
         values = {"role": record.role, **record.metadata}
@@ -145,6 +146,8 @@ def train(
     normal = normalisation(copy.copy(data))
     model = DiT(len(normal.mean), len(names), args.width, args.depth).to(device)
     ema, trained = copy.deepcopy(model).requires_grad_(False), wrap(model)
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    torch.manual_seed(args.seed + rank)  # each process draws its own noise and times
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses, waited, worked = [], 0.0, 0.0
     with lm.Loader(data, batch_size=args.batch, workers=args.workers) as loader:
@@ -172,7 +175,7 @@ def train(
         "steps": args.steps,
         "sub_mixes": sum(mixes),
         "records": len(store),
-        "encoded_hours": sum(record.duration for record in store) / 3600,
+        "encoded_hours": store.info.hours,
         "parameters": sum(p.numel() for p in model.parameters()),
         "loss_before": before,
         "loss_after": fixed_loss(ema, some),
@@ -215,6 +218,11 @@ def write_sub_mixes(source: Path, folder: Path, spec: ModelSpec) -> None:
             audio = np.concatenate(list(wave.blocks()), axis=1).T
             if path.stem not in ("mix", "mixture"):
                 songs.setdefault(song, {})[path.stem] = audio
+        if len(songs.get(song, {})) > STEMS:
+            raise ConfigError(
+                f"{path.parent} has more than {STEMS} stems, and n stems have 2^n - 1 sub-mixes: "
+                "use --mixing latent, or one folder for each song."
+            )
     for song, stems in songs.items():
         (folder / song).mkdir(parents=True, exist_ok=True)
         for chosen in itertools.product((False, True), repeat=len(stems)):

@@ -15,6 +15,7 @@ import pytest
 import soundfile
 import torch
 
+from latentmill.errors import ConfigError
 from latentmill.models.registry import resolve
 from latentmill.store.store import LatentStore
 from store.store_files import write_store
@@ -90,6 +91,48 @@ def test_latents_mixed_are_waveforms_mixed(example: ModuleType, stores: Any) -> 
     assert latent["losses"] == pytest.approx(waveform["losses"], rel=0.01)
     assert 0 < latent["reader_wait_share"] < 1
     assert latent["steps_per_second"] > 0
+
+
+def test_tags_are_read_without_latents(
+    example: ModuleType, stores: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LatentStore, "read", None)
+    names, tags = example.vocabulary(stores["waveform"], ["role", "key"])
+    assert names == ["key=A minor", *(f"role={role}" for role in ROLES)]
+    assert len(tags) == len(SONGS) * len(ROLES)
+    assert list(tags.values()) == 2 * [[1, *row] for row in np.eye(3).tolist()]
+
+
+def test_each_process_draws_other_noise(
+    example: ModuleType, stores: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    run(example, stores["latent"], "latent", "--steps", "1", "--seed", "5")
+    assert torch.initial_seed() == 8
+
+
+def test_a_song_of_one_stem(example: ModuleType, tmp_path: Path) -> None:
+    """Its context is silence, with both ways of mixing."""
+    (tmp_path / "songs" / "solo").mkdir(parents=True)
+    noise = 0.1 * np.random.default_rng(0).standard_normal(RATE)
+    soundfile.write(tmp_path / "songs" / "solo" / "keys.wav", noise, RATE)
+    example.write_sub_mixes(tmp_path / "songs", tmp_path / "mixes", resolve("mdct", MODEL).spec)
+    store = write_store(str(tmp_path / "store"), tmp_path / "mixes", model_options=MODEL)
+    losses = [
+        run(example, store, mixing, "--steps", "1")[0][1]["losses"]
+        for mixing in ("latent", "waveform")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_too_many_stems_for_all_sub_mixes(example: ModuleType, tmp_path: Path) -> None:
+    for number in range(9):
+        soundfile.write(tmp_path / f"{number}.wav", np.zeros(100), RATE)
+    with pytest.raises(ConfigError, match=r"has more than 8 stems, and n stems have 2\^n - 1"):
+        example.write_sub_mixes(tmp_path, tmp_path / "mixes", resolve("mdct", MODEL).spec)
+    assert not (tmp_path / "mixes").exists()
 
 
 @pytest.mark.slow
