@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentmill.encoding.loudness import LevelMeter, decibels
+from latentmill.encoding.loudness import SEARCHED, LevelMeter, decibels, loudest_part
 from latentmill.models.families import mdct
 
 MDCT = mdct.build(hop=16, sample_rate=1600).spec
@@ -54,3 +54,25 @@ def test_frames_that_look_back_hear_the_hop_before() -> None:
     audio[:, 16:32] = 0.5
     heard = measured(audio, MDCT.frames(64), [], MDCT)
     assert np.isfinite(heard).tolist() == [False, True, True, False, False]
+
+
+def test_the_loudest_part() -> None:
+    steps = np.random.default_rng(3).integers(0, 256, (2, 500), np.uint8)
+    power = np.where(steps > 0, 10 ** ((steps.astype(float) - 255) / 20), 0)
+    levels = [row.tobytes() for row in steps]
+    for count in (1, 2):
+        sums = [power[:count, start : start + 30].sum() for start in range(471)]
+        assert loudest_part(levels[:count], 500, 30, 1.0) == np.argmax(sums)
+    assert loudest_part(levels, 500, 500, 1.0) == loudest_part(levels, 20, 30, 1.0) == 0
+    assert loudest_part([None], 500, 30, 1.0) == 0
+
+
+def test_only_the_start_of_a_long_record_is_searched() -> None:
+    """Audio is loaded from its start: hours of it would fill the memory."""
+    levels = np.full(10 * 3600, 100, np.uint8)
+    levels[200:210] = 150
+    levels[30_000:30_010] = 250
+    assert loudest_part([levels.tobytes()], len(levels), 10, 1.0) == 200
+    assert loudest_part([levels.tobytes()], len(levels), 10, 0.1) <= 50  # a frame is 10 s long
+    levels[595:605] = 200
+    assert loudest_part([levels.tobytes()], len(levels), 10, 1.0) == SEARCHED - 10

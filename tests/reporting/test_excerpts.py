@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +16,7 @@ from latentmill.reporting.media import Budget
 from latentmill.store.store import LatentStore
 from reporting.conftest import HOP, RATE, SETTINGS
 from store.store_files import write_store
+from support.elsewhere import sources_elsewhere
 
 
 def snr(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -74,62 +71,23 @@ def test_a_missing_source_is_counted(report_store: LatentStore, tmp_path: Path) 
     }
 
 
-@pytest.fixture
-def web(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
-    """A web server for a folder, and the paths that were requested."""
-    requests: list[str] = []
-
-    class Handler(SimpleHTTPRequestHandler):
-        def log_message(self, *_args: object) -> None:
-            requests.append(self.path)
-
-    (tmp_path / "source").mkdir()
-    handler = partial(Handler, directory=str(tmp_path / "source"))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", requests
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_addresses_that_a_store_names_are_not_requested(
-    web: tuple[str, list[str]], tmp_path: Path
-) -> None:
+def test_addresses_that_a_store_names_are_not_requested(tmp_path: Path) -> None:
     pytest.importorskip("aiohttp")
-    address, requests = web
+    source = tmp_path / "source"
+    source.mkdir()
     noise = np.random.default_rng(0).uniform(-0.1, 0.1, RATE)
-    soundfile.write(tmp_path / "source" / "a.wav", noise, RATE)
-    store = write_store(str(tmp_path / "store"), tmp_path / "source", **SETTINGS)
-    record = store.without_latent("a")
-    local = str(tmp_path / "source")
-    for path in (tmp_path / "store" / "shards").iterdir():
-        rename(path, local, address)
-    (tmp_path / "store" / "dataset.json").unlink()
-    store = LatentStore(str(tmp_path / "store"))
-    assert store.without_latent("a").source_uri == f"{address}/a.wav"
-    excerpts = Excerpts(store)
-    assert excerpts.of("a", 1.0).original is None
-    assert excerpts.without_original["at another address"] == 1
-    assert not requests
-    original = Excerpts(store, remote_sources=True).of("a", 1.0).original
-    assert requests
-    assert original is not None
-    assert original.shape[1] <= record.num_samples
-
-
-def rename(shard: Path, old: str, new: str) -> None:
-    """Write other addresses of the sources into a shard."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(shard)
-    at = table.column_names.index("source_uri")
-    uris = pc.replace_substring(table["source_uri"], old, new)
-    table = table.set_column(at, pa.field("source_uri", pa.string(), nullable=False), uris)
-    pq.write_table(table, shard, compression="none", use_dictionary=False)
+    soundfile.write(source / "a.wav", noise, RATE)
+    write_store(str(tmp_path / "store"), source, **SETTINGS)
+    with sources_elsewhere(tmp_path / "store", source) as (store, requests):
+        assert store.without_latent("a").source_uri.startswith("http://127.0.0.1:")
+        excerpts = Excerpts(store)
+        assert excerpts.of("a", 1.0).original is None
+        assert excerpts.without_original["at another address"] == 1
+        assert not requests
+        original = Excerpts(store, remote_sources=True).of("a", 1.0).original
+        assert requests
+        assert original is not None
+        assert original.shape[1] <= store.without_latent("a").num_samples
 
 
 def test_principal_components_are_those_of_the_svd() -> None:

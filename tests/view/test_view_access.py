@@ -9,10 +9,11 @@ import urllib.parse
 from pathlib import Path
 
 import pytest
-from view_server import SCRIPT, Site
+from view_server import SCRIPT, Site, make_source, make_store, serving
 
 from latentmill.store.store import LatentStore
 from latentmill.view.query import MAX_CHANNELS
+from support.elsewhere import sources_elsewhere
 
 
 def raw(site: Site, request: bytes) -> bytes:
@@ -227,3 +228,20 @@ def test_nothing_is_written(site: Site, store: LatentStore, source: Path) -> Non
         assert site.get("audio", mix=mix, of=side).status == 200
     assert site.get("picture", key="north/bass", of="spectrogram").status == 200
     assert state() == before
+
+
+@pytest.mark.filterwarnings("ignore:.* is not complete")
+def test_addresses_that_a_store_names_are_not_requested(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    source = make_source(tmp_path / "source")
+    make_store(tmp_path / "store", source)
+    mix = {"channels": [{"key": "north/bass"}]}
+    with sources_elsewhere(tmp_path / "store", source) as (store, requests):
+        with serving(store) as site:
+            answer = site.get("audio", mix=mix, of="original")
+            assert answer.status == 400
+            assert "--remote-sources" in answer.json["error"]
+        assert not requests
+        with serving(store, remote_sources=True) as site:
+            assert site.get("audio", mix=mix, of="original").status == 200
+        assert requests

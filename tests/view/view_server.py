@@ -115,7 +115,7 @@ class Site:
 
 
 @contextlib.contextmanager
-def serving(store: LatentStore, *, options: str = ", device='cpu'") -> Iterator[Site]:
+def serving(store: LatentStore, **settings: Any) -> Iterator[Site]:
     """Serve a store until the end of the block."""
     pytest.importorskip("starlette", reason="needs Starlette: pip install 'latentmill[view]'")
     uvicorn = pytest.importorskip("uvicorn", reason="needs uvicorn: pip install 'latentmill[view]'")
@@ -134,7 +134,7 @@ def serving(store: LatentStore, *, options: str = ", device='cpu'") -> Iterator[
         thread = threading.Thread(
             target=serve_module.serve,
             args=(store,),
-            kwargs={"options": options, "ready": addresses.append},
+            kwargs={"options": ", device='cpu'", "ready": addresses.append, **settings},
         )
         thread.start()
         try:

@@ -11,6 +11,15 @@ from latentmill.cli.log import Commands
 from latentmill.cli.read import AsJson, Device, Overwrite, Store, TrustModel, print_value
 from latentmill.reporting.settings import DEFAULT_NAME, ITEMS
 
+RemoteSources = Annotated[
+    bool,
+    typer.Option(
+        "--remote-sources",
+        help="Also read source audio from other addresses than this machine and the bucket or "
+        "server of STORE. Use it only for stores that you trust.",
+    ),
+]
+
 app = Commands()  # app.py adds its command to the main app
 
 
@@ -24,14 +33,7 @@ def report(
     items: Annotated[
         int, typer.Option(min=0, help="Number of records with pictures and players.")
     ] = ITEMS,
-    remote_sources: Annotated[
-        bool,
-        typer.Option(
-            "--remote-sources",
-            help="Also read source audio from other addresses than this machine and the bucket or "
-            "server of STORE. Use it only for stores that you trust.",
-        ),
-    ] = False,
+    remote_sources: RemoteSources = False,
     overwrite: Overwrite = False,
     device: Device = "auto",
     trust_model: TrustModel = False,

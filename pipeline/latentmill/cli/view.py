@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from latentmill.cli.entry import interrupts_stop
+from latentmill.cli.entry import interrupts_raise, interrupts_stop
 from latentmill.cli.log import Commands
 from latentmill.cli.read import AsJson, Device, Store, TrustModel, print_value
+from latentmill.cli.report import RemoteSources
 
 app = Commands()  # app.py adds its command to the main app
 
@@ -23,6 +24,7 @@ def view(
         bool,
         typer.Option("--browser/--no-browser", help="Open the page in a browser, if there is one."),
     ] = True,
+    remote_sources: RemoteSources = False,
     device: Device = "auto",
     trust_model: TrustModel = False,
     as_json: AsJson = False,
@@ -36,10 +38,11 @@ def view(
     from latentmill.view.serve import check_installed, has_display, serve
 
     check_installed()
-    interrupts_stop()
+    interrupts_raise()  # temporary files are removed
     store = open_store(url, device=device, trust_model=trust_model)
 
     def ready(address: str) -> None:
+        interrupts_stop()
         print_value(
             as_json,
             {"store": store.url, "records": len(store), "url": address},
@@ -54,6 +57,7 @@ def view(
         options="".join(
             [f", device={device!r}" if device != "auto" else "", ", trust_model=True" * trust_model]
         ),
+        remote_sources=remote_sources,
         browser=browser and has_display(),
         ready=ready,
     )

@@ -6,6 +6,8 @@ over all channels, full scale being 0 dB; 0 is -127.5 dB or less, silence.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -15,6 +17,7 @@ from latentmill.record import FloatArray
 STEPS_PER_DB = 2
 LOUDEST = 255  # 0 dB
 SILENT_DB = -60.0  # a frame below this level counts as silent
+SEARCHED = 600.0  # seconds from the start in which the loudest part is searched
 
 
 class LevelMeter:
@@ -83,3 +86,20 @@ def decibels(levels: bytes) -> FloatArray:
         np.float32
     )
     return result
+
+
+def loudest_part(
+    records: Iterable[bytes | None], total: int, frames: int, frames_per_second: float
+) -> int:
+    """The first frame of the loudest `frames` of `total` frames, in the first 10 minutes.
+
+    `records` has the stored levels of one record, or of several that play together. Audio is read
+    from its start, so a part that is far from it would take long to load and much memory.
+    """
+    searched = min(total, max(frames, round(SEARCHED * frames_per_second)))
+    power = np.zeros(searched)
+    for levels in records:
+        found = decibels((levels or b"")[:searched]).astype(np.float64)
+        power[: len(found)] += 10 ** (found / 10)
+    sums = np.cumsum(np.append(0.0, power))
+    return int((sums[frames:] - sums[:-frames]).argmax()) if frames < searched else 0

@@ -6,11 +6,10 @@ import itertools
 import statistics
 from collections import Counter
 
-import numpy as np
 import torch
 
 from latentmill.decoding.files import fitted
-from latentmill.encoding.loudness import decibels
+from latentmill.encoding.loudness import loudest_part
 from latentmill.errors import ConfigError, ItemError
 from latentmill.evaluation.audio_metrics import measures_of
 from latentmill.evaluation.tracks import audible
@@ -24,7 +23,7 @@ from latentmill.text.log import get_logger
 from latentmill.text.printing import counted
 
 WORST = 10
-MARGIN = 16  # frames decoded before the stretch that is compared
+MARGIN = 16  # frames decoded before the part that is compared, at least
 
 _log = get_logger("evaluation")
 
@@ -34,8 +33,9 @@ def measure_reconstruction(
 ) -> ReconstructionEntry:
     """Decode some records and compare them with their sources.
 
-    `items` records are spread evenly over the store. Of each, the loudest stretch of `max_seconds`
-    is used, by default a minute (the first one of overlapping chunks, which cannot be cut).
+    `items` records are spread evenly over the store. Of each, the loudest part of `max_seconds`
+    in the first 10 minutes is used, by default a minute (the first one of overlapping chunks, which
+    cannot be cut).
     Records whose source cannot be read are counted by reason. `record` writes the result into a
     sealed store's evaluation/reconstruction.json.
     """
@@ -85,8 +85,12 @@ def _quality(store: LatentStore, record: Record, longest: int) -> ItemQuality | 
     """The quality of one record; None if its source is silent."""
     model, latent = store.model(), store.source(record.key)
     hop = model.spec.hop
-    start = _loudest(record, -(-longest // hop)) if len(latent.shape) == 2 else 0
-    before = min(start, MARGIN)
+    start = 0
+    if len(latent.shape) == 2:
+        rate = model.spec.sample_rate / hop
+        start = loudest_part([record.levels], latent.shape[1], -(-longest // hop), rate)
+    context = model.spec.context
+    before = min(start, max(MARGIN, context.left if context else 0))
     if start:
         first = start - before
         latent = fitted(latent, latent.shape[1] - first, origin=None, offset=-first)
@@ -101,15 +105,6 @@ def _quality(store: LatentStore, record: Record, longest: int) -> ItemQuality | 
     target = target[:, :samples]
     measured = {n: of(decoded, target) for n, of in measures_of(record.sample_rate).items()}
     return ItemQuality(key=record.key, seconds=samples / record.sample_rate, **measured)
-
-
-def _loudest(record: Record, frames: int) -> int:
-    """The frame at which the loudest stretch of `frames` frames starts; 0 if there is no choice."""
-    if record.levels is None or len(record.levels) <= frames:
-        return 0
-    power = 10 ** (decibels(record.levels).astype(np.float64) / 10)
-    sums = np.append(0, np.cumsum(power))
-    return int(np.argmax(sums[frames:] - sums[:-frames]))
 
 
 def _summary(values: list[float]) -> SummaryEntry:

@@ -7,19 +7,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 
-from latentmill.encoding.loudness import decibels
+from latentmill.encoding.loudness import loudest_part
 from latentmill.errors import ItemError, LatentmillError
 from latentmill.record import FloatArray, Latent, Record
 from latentmill.sources.address import item_at
 from latentmill.store.store import LatentStore
-from latentmill.store.verify import read_source
+from latentmill.store.verify import read_source, source_is_near
 
-SEARCHED = 600.0  # seconds from the start in which the loudest part is looked for
-_QUIET = -60.0  # dBFS, below which no part is louder than another
 _CONTEXT = 8  # frames decoded on either side of an excerpt, at least
 
 
@@ -108,13 +105,8 @@ class Excerpts:
         if self.store.chunking.stitch == "none":  # chunks are decoded from the start
             return Part(0, total, 0, min(most, round(seconds * self._rate)))
         frames = max(1, min(total, math.ceil(seconds * self._rate / self._hop)))
-        searched = min(total, max(frames, round(SEARCHED * self._rate / self._hop)))
-        loudness = np.zeros(searched)
-        for record in records:
-            levels = decibels((record.levels or b"")[:searched])
-            loudness[: len(levels)] += np.maximum(levels, _QUIET) - _QUIET
-        sums = np.cumsum(np.append(0.0, loudness))
-        first = int((sums[frames:] - sums[:-frames]).argmax())
+        levels = (record.levels for record in records)
+        first = loudest_part(levels, total, frames, self._rate / self._hop)
         start = first * self._hop
         return Part(first, frames, start, max(0, min(frames * self._hop, most - start)))
 
@@ -132,7 +124,7 @@ class Excerpts:
     def original(self, record: Record, part: Part) -> FloatArray | None:
         """The source audio of a part; None if it cannot be read, for a reason that is counted."""
         address = item_at(record.source_uri).uri
-        if not self._remote_sources and not self._near(address):
+        if not self._remote_sources and not source_is_near(self.store, record):
             self.without_original["at another address"] += 1
             return None
         if "://" not in address and not Path(address).is_file():
@@ -145,16 +137,6 @@ class Excerpts:
             self.without_original[str(error)] += 1
             return None
         return audio[:, part.first_sample : end]
-
-    def _near(self, address: str) -> bool:
-        """Whether a source is on this machine, or in the bucket or on the server of the store.
-
-        Reading a store must not send requests to addresses that the store names.
-        """
-        if "://" not in address:
-            return True
-        here, there = urlsplit(self.store.url), urlsplit(address)
-        return (here.scheme, here.netloc) == (there.scheme, there.netloc)
 
     def reconstruction(self, key: str, part: Part) -> FloatArray | None:
         """The decoded latent of a part; None without the store's model."""

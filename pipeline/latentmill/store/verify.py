@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 import numpy as np
 import xxhash
@@ -331,3 +332,15 @@ def read_source(record: Record, channels: int, samples: int | None = None) -> Fl
             if samples is not None and sum(b.shape[1] for b in blocks) >= samples:
                 break
         return np.concatenate(blocks, axis=1)[:, :samples]
+
+
+def source_is_near(store: LatentStore, record: Record) -> bool:
+    """Whether a source is on this machine, or in the bucket or on the server of the store.
+
+    Looking at a store must not send requests to addresses that the store names.
+    """
+    address = item_at(record.source_uri).uri
+    if "://" not in address:
+        return True
+    here, there = urlsplit(store.url), urlsplit(address)
+    return (here.scheme, here.netloc) == (there.scheme, there.netloc)

@@ -55,13 +55,17 @@ Answer = Callable[[Request], Awaitable[Response]]
 class Viewer:
     """The requests that a page makes. Decoding and reading of a store each have one thread."""
 
-    def __init__(self, store: LatentStore, *, options: str = "") -> None:
+    def __init__(
+        self, store: LatentStore, *, options: str = "", remote_sources: bool = False
+    ) -> None:
         """`options` are the arguments of `lm.open` after the path, in the Python lines."""
         self._url, self._options = store.url, options
         self._catalog = Catalog(store)
         self._index = store.index
         self._facts = facts(store, self._catalog)
-        self._desk = Desk(store)  # only used in the thread of `_decoding`
+        self._desk = Desk(
+            store, remote_sources=remote_sources
+        )  # only used in the thread of `_decoding`
         self._decoding, self._searching = Queue(), Queue()
         self._files = {name: (path.read_bytes(), kind) for name, (path, kind) in FILES.items()}
 

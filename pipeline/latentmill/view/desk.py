@@ -22,7 +22,7 @@ from latentmill.models.base import ModelSpec
 from latentmill.pictures.drawing import heat_map
 from latentmill.record import FloatArray, Latent
 from latentmill.store.store import LatentStore
-from latentmill.store.verify import read_source
+from latentmill.store.verify import read_source, source_is_near
 from latentmill.view.query import MAX_SECONDS, Channel, Mix
 
 Side = Literal["latent", "decoded", "original"]
@@ -42,10 +42,14 @@ class Part:
 
 
 class Desk:
-    """Mixes and decodes records of a store. Not thread-safe."""
+    """Mixes and decodes records of a store. Not thread-safe.
 
-    def __init__(self, store: LatentStore) -> None:
-        self._store = store
+    `remote_sources` allows reading source audio from other addresses than this machine and the
+    bucket or server of the store.
+    """
+
+    def __init__(self, store: LatentStore, *, remote_sources: bool = False) -> None:
+        self._store, self._remote_sources = store, remote_sources
         self._decoded: OrderedDict[tuple[object, ...], FloatArray] = OrderedDict()
 
     @property
@@ -210,8 +214,14 @@ class Desk:
                 f"Source audio can be heard up to {_SOURCE_SECONDS / 60:g} minutes from its start: "
                 "choose an earlier part."
             )
+        record = self._store.without_latent(channel.key)
+        if not self._remote_sources and not source_is_near(self._store, record):
+            raise ConfigError(
+                f"The source of {channel.key} is at another address: if you trust the store, start "
+                "`latentmill view` with --remote-sources."
+            )
         try:
-            sound = read_source(self._store[channel.key], spec.channels, end)
+            sound = read_source(record, spec.channels, end)
         except ItemError as error:
             raise ConfigError(f"The source of {channel.key} cannot be read: {error}.") from error
         sound = sound[:, max(0, first) :]

@@ -53,6 +53,7 @@ def serve(
     *,
     port: int = 0,
     options: str = "",
+    remote_sources: bool = False,
     browser: bool = False,
     ready: Callable[[str], None] = lambda url: None,
 ) -> None:
@@ -62,6 +63,8 @@ def serve(
         store: The store; nothing is written to it.
         port: The port on 127.0.0.1; 0 is any free one.
         options: Arguments of `lm.open` after the path, in the Python lines of the page.
+        remote_sources: Whether to read source audio from other addresses than this machine and the
+            bucket or server of the store.
         browser: Whether to open a browser.
         ready: Called with the address, which contains the token, when the server listens.
     """
@@ -78,7 +81,7 @@ def serve(
 
     token = secrets.token_urlsafe(32)
     with listening(port) as bound:
-        app = Viewer(store, options=options).app(token)
+        app = Viewer(store, options=options, remote_sources=remote_sources).app(token)
         bound.listen(128)
         url = f"http://{HOST}:{bound.getsockname()[1]}/{token}/"
         logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # faults of clients
