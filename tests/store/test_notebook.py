@@ -91,6 +91,8 @@ def test_a_mix_is_that_of_lm_mix_and_can_be_heard(store: LatentStore) -> None:
 
 
 def test_shorter_records_of_a_mix_are_continued_with_silence(store: LatentStore) -> None:
+    twice = store.mix(["north/keys", "north/keys"])
+    np.testing.assert_array_equal(twice.latent, store.mix({"north/keys": 2.0}).latent)
     mixed = store.mix(["north/drums", "north/keys"])
     short, long = store.decode("north/keys"), store.decode("north/drums")
     assert mixed.num_samples == long.shape[1]
@@ -106,6 +108,8 @@ def test_records_that_cannot_be_mixed(store: LatentStore) -> None:
         store.mix(["north/drums", "nothing"])
     with pytest.raises(ConfigError):
         store.mix([])
+    with pytest.raises(ConfigError, match=r"list of keys"):
+        store.mix("north/drums")
 
 
 def test_names_are_text(tmp_path: Path) -> None:

@@ -179,6 +179,7 @@ INVALID = [
     ("api/search", {"where": [{"field": "role", "op": "is", "value": True}]}),
     ("api/search", {"where": [{"field": "metadata_live", "op": "is", "value": 1}]}),
     ("api/search", {"where": [{"field": "duration", "op": "min", "value": 1}] * 99}),
+    ("api/search", {"where": [{"field": "duration", "op": "min", "value": 10**400}]}),
     ("api/search", {"sort": "role"}),
     ("api/search", {"sort": "x" * 500}),
     ("api/search", {"key": "x" * 5000}),

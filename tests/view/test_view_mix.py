@@ -3,6 +3,7 @@ of the waveforms, scaled and shifted."""
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import threading
@@ -14,9 +15,11 @@ import pytest
 import soundfile
 from view_server import HOP, RATE, STEMS, Site, make_source, make_store, serving
 
+from latentmill.errors import ConfigError
+from latentmill.pictures.drawing import heat_map
 from latentmill.store.store import LatentStore
 from latentmill.view.desk import Desk
-from latentmill.view.query import Channel, Mix
+from latentmill.view.query import MAX_SECONDS, Channel, Mix
 
 ROUNDING = 2e-3  # of float16 latents, relative to full scale
 
@@ -159,12 +162,43 @@ def test_a_source_that_is_gone_or_changed(tmp_path: Path) -> None:
             assert site.get("audio", mix={"channels": [{"key": key}]}, of="latent").status == 200
 
 
-def test_codes_are_not_mixed(source: Path, tmp_path: Path) -> None:
+def test_codes_are_played_but_not_mixed(source: Path, tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", source)
     store._info = store.info.model_copy(update={"model": {**store.info.model, "output": "codes"}})
     with serving(store) as site:
         assert "codes" in site.get("api/store").json["why_no_mix"]
-        assert "codes" in site.get("audio", mix={"channels": [{"key": "north/bass"}]}).json["error"]
+        for channels in (
+            [channel("north/bass"), channel("north/drums")],
+            [channel("north/bass", gain_db=-6)],
+            [channel("north/bass", offset=3)],
+            [channel("north/bass", mute=True)],
+        ):
+            assert "codes" in site.get("audio", mix={"channels": channels}).json["error"]
+        alone = [channel("north/bass")]
+        for side in ("latent", "decoded", "original"):
+            audio = site.get("audio", mix={"channels": alone}, of=side).audio
+            assert np.abs(audio - expected(source, alone, 0, audio.shape[1])).max() < ROUNDING
+        for of in ("waveform", "spectrogram", "latent"):
+            assert site.get("picture", key="north/bass", of=of).body.startswith(b"\x89PNG")
+
+
+def test_codes_are_drawn_as_they_are(source: Path, tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", source)
+    store._info = store.info.model_copy(update={"model": {**store.info.model, "output": "codes"}})
+    wanted = heat_map(store["north/bass"].latent).data
+    assert Desk(store).latent_picture("north/bass", 60.0) == wanted
+
+
+def test_the_longest_part(source: Path, tmp_path: Path) -> None:
+    """The page asks for the frames that cover the length in its field, and one more."""
+    hop = 36  # does not divide the samples
+    store = make_store(tmp_path / "s", source, model_options={"hop": hop, "sample_rate": RATE})
+    desk, long = Desk(store), Channel(key="south/bass", offset=100_000)
+    most = math.ceil(MAX_SECONDS * RATE / hop)
+    part = desk.part(Mix(channels=(long,), frames=most + 1))
+    assert MAX_SECONDS <= part.seconds < MAX_SECONDS + 2 * hop / RATE
+    with pytest.raises(ConfigError, match="at most 120 s"):
+        desk.part(Mix(channels=(long,), frames=most + 4))
 
 
 def test_a_long_decode_does_not_block_a_search(

@@ -34,11 +34,12 @@ def map_in_tasks(
     """
     with connect(address, payloads=True):
         reference = ray.put(function)
+        most = TASKS_PER_CORE * max(1, sum(describe().node_cpus))
         waiting: deque[ray.ObjectRef[Any]] = deque()
         try:
             for argument in arguments:
                 waiting.append(_call.remote([reference], argument))
-                if len(waiting) >= TASKS_PER_CORE * max(1, sum(describe().node_cpus)):
+                if len(waiting) >= most:
                     yield _get(waiting.popleft())
             while waiting:
                 yield _get(waiting.popleft())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from latentmill.decoding.decoder import LatentSource, decode_blocks, decode_latents
 from latentmill.encoding.chunks import Chunking
-from latentmill.errors import ModelError
+from latentmill.errors import ConfigError, ModelError
 from latentmill.models.base import Autoencoder
 from latentmill.models.inference.device import load_model, pick_device
 from latentmill.models.trust import resolve_stored
@@ -135,13 +136,18 @@ class StoreDecoder:
 
         Args:
             gains: The gain of each record by key, such as `{"song/drums": 1.0, "song/bass": 0.5}`,
-                or keys, which all have the gain 1. Shorter records are continued with silence.
+                or a list of keys, each with the gain 1 (2 if it is in the list twice). Shorter
+                records are continued with silence.
 
         Raises:
             KeyError: There is no record with a key.
             ConfigError: The latents cannot be mixed, for example because they are codes.
         """
-        wanted = dict(gains) if isinstance(gains, Mapping) else dict.fromkeys(gains, 1.0)
+        if isinstance(gains, str):
+            raise ConfigError(
+                f"{gains!r} is one key: give a list of keys, or their gains as {{{gains!r}: 1.0}}."
+            )
+        wanted = dict(gains if isinstance(gains, Mapping) else Counter(gains))
         records = [self[key] for key in wanted]
         frames = max((record.frames for record in records), default=0)
         latents = [

@@ -102,7 +102,8 @@ class Desk:
 
     def _check_length(self, samples: int) -> None:
         seconds = samples / self.spec.sample_rate
-        if seconds > MAX_SECONDS:
+        most = MAX_SECONDS * self.spec.sample_rate + 2 * self.spec.hop + max(0, self.spec.overhang)
+        if samples > most:  # whole frames that cover MAX_SECONDS, and one more
             raise ConfigError(
                 f"This part of the mix is {seconds:.1f} s long, but at most {MAX_SECONDS:g} s are "
                 "decoded at once: choose a shorter part, or use `latentmill mix`."
@@ -114,12 +115,15 @@ class Desk:
         `latent` is the mix in latent space, `decoded` the sum of the decoded channels, `original`
         the sum of their source audio. `check` is called between windows; it raises to stop.
         """
-        self._store.origin.check_arithmetic()
+        if not _plain(mix):
+            self._store.origin.check_arithmetic()
         if any(channel.pan for channel in mix.channels) and (why := why_no_pan(self._store)):
             raise ConfigError(f"This store has no pan: {why}")
         part = self.part(mix)
         if side == "latent":
-            return self._decode(self._mixed(mix, part), part, check)
+            codes = self._store.codes
+            source = self._placed(mix.channels[0], part) if codes else self._mixed(mix, part)
+            return self._decode(source, part, check)
         total: FloatArray = np.zeros((self.spec.channels, part.samples), np.float32)
         for channel in mix.channels:
             check()
@@ -157,7 +161,7 @@ class Desk:
 
     def _placed(self, channel: Channel, part: Part) -> LatentSource:
         source = self._store.source(channel.key)
-        if len(source.shape) == 3:
+        if len(source.shape) == 3 or self._store.codes:
             return source
         return fitted(source, part.total, origin=self._store.origin, offset=channel.offset)
 
@@ -199,7 +203,8 @@ class Desk:
         if not self.chunked:
             rate = self._store.info.model["sample_rate"] / self._store.info.model["hop"]
             count = min(source.shape[1], max(1, round(seconds * rate)))
-        mean, deviation = self._store.mean, self._store.std
+        store = self._store
+        mean, deviation = (None, None) if store.codes else (store.mean, store.std)
         return heat_map(source.read(0, count), mean=mean, deviation=deviation).data
 
     def _original(self, channel: Channel, part: Part) -> FloatArray:
@@ -246,6 +251,12 @@ def why_no_pan(store: LatentStore) -> str:
     if store.origin.deviations or store.chunking.stitch == "none":
         return "its latents are not the two channels side by side."
     return ""
+
+
+def _plain(mix: Mix) -> bool:
+    """Whether a mix is one unchanged record."""
+    first, *others = mix.channels
+    return not others and first == Channel(key=first.key)
 
 
 def _rows(source: LatentSource, rows: slice) -> LatentSource:

@@ -17,6 +17,7 @@ MAX_CONDITIONS = 16
 MAX_TEXT = 4096
 
 _Frame = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+_Integer = Annotated[int, Field(ge=-(2**64), le=2**64)]  # others are compared as floats
 _Key = Annotated[str, Field(max_length=1 << 15)]
 
 
@@ -29,7 +30,7 @@ class Condition(_Request):
 
     field: Annotated[str, Field(max_length=200)]
     op: Literal["is", "contains", "min", "max"]
-    value: bool | int | float | Annotated[str, Field(max_length=MAX_TEXT)]
+    value: bool | _Integer | float | Annotated[str, Field(max_length=MAX_TEXT)]
 
 
 class Search(_Request):
