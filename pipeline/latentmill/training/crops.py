@@ -30,6 +30,7 @@ QUIET = 10 ** (-60 / 20)  # RMS below which another crop is drawn
 DRAWS = 16  # crops that are drawn until one can be loaded and is not silent
 AHEAD = 3  # batches that are loaded before they are needed
 _STREAM = 1  # of the random numbers; 0 is that of the augmentation
+_LEVELS = 3  # the same, for their levels
 
 _log = get_logger("training")
 
@@ -57,10 +58,12 @@ class Crops:
         channels: int,
         samples: int,
         batch_size: int,
+        quieter_db: float = 0.0,
         seed: int = 0,
         rank: int = 0,
     ) -> None:
         self._items = items
+        self._quieter_db = quieter_db
         self._rate, self._channels, self._samples = sample_rate, channels, samples
         self._batch_size, self._seed, self._rank = batch_size, seed, rank
         self._lock = threading.Lock()  # guards what follows
@@ -84,7 +87,9 @@ class Crops:
                 f"all crops of step {step} are silent (below -60 dBFS): check the audio of SOURCE, "
                 "or raise batch_size or crop_seconds."
             )
-        audio = torch.from_numpy(np.stack([crop for crop, _ in drawn]))
+        levels = self._quieter_db * random_numbers(self._seed, step, self._rank, count, _LEVELS)
+        gains = (10 ** (-levels / 20)).astype(np.float32)[:, None, None]
+        audio = torch.from_numpy(gains * np.stack([crop for crop, _ in drawn]))
         return AudioBatch(audio, tuple(name for _, name in drawn))
 
     def batches(self, start: int, end: int, threads: int) -> Generator[AudioBatch]:

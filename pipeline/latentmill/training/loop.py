@@ -123,6 +123,7 @@ class Trainer:
             channels=spec.channels,
             samples=crop_samples(spec, settings.crop_seconds),
             batch_size=settings.batch_size,
+            quieter_db=settings.quieter_db,
             seed=settings.seed,
             rank=self.place.rank,
         )

@@ -51,6 +51,12 @@ class TrainSettings(SourceSettings):
     crop_seconds: Annotated[float, _RUN] = Field(
         0.75, gt=0, description="Length of a crop, rounded up to what the model accepts."
     )
+    quieter_db: Annotated[float, _RUN] = Field(
+        0.0,
+        ge=0,
+        description="Crops are made quieter by up to this many dB, drawn evenly, with and without "
+        "linearity, so that the encoder sees each sound at many levels.",
+    )
     learning_rate: Annotated[float, _RUN] = Field(1e-4, gt=0, description="After warm-up.")
     final_learning_rate: Annotated[float, _RUN] = Field(
         1e-6, ge=0, description="At the last step; in between, half a period of a cosine."
