@@ -55,7 +55,6 @@ SETTINGS: dict[str, Any] = {
     "linearity": {"mixing": "sum", "annealing": "none", "origin": True},
     "batch_size": 8,
     "crop_seconds": 0.128,
-    "quieter_db": 18.0,
     "learning_rate": 3e-3,
     "final_learning_rate": 3e-5,
     "warmup_steps": 30,

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 
 import latentmill as lm
-from latentmill.errors import ConfigError, StoreError
+from latentmill.errors import ConfigError, StorageError, StoreError
 from latentmill.evaluation.channels import LAGS
 from latentmill.evaluation.shard_pass import ShardPass
 from latentmill.evaluation.similarity import near_pairs
@@ -234,3 +234,12 @@ def test_statistics_without_loudness_and_scale_can_be_read_again(tmp_path: Path)
     result = result.model_copy(update={"lufs": None, "suggested_scale": None})
     write_measurement(store.storage, store.info, result)
     assert current_result(store.storage, store.info, "statistics") == result
+
+
+@pytest.mark.parametrize("size", [0, 1000])
+def test_a_cut_shard_ends_in_one_sentence(size: int, tmp_path: Path) -> None:
+    store = write_latents(str(tmp_path / "store"), [5, 6, 7])
+    shard = next(Path(store.url, "shards").iterdir())
+    shard.write_bytes(shard.read_bytes()[:size])
+    with pytest.raises(StorageError, match="is damaged"):
+        measure_statistics(store)

@@ -357,3 +357,10 @@ def test_what_cannot_be_mixed_is_refused(
     with pytest.raises(ConfigError) as caught:
         wrong()
     assert says in one_sentence(caught.value)
+
+
+@pytest.mark.parametrize("gain", [float("nan"), float("inf"), 1e300, None, 1j])
+def test_gains_are_finite_numbers(gain: object) -> None:
+    latents = [np.ones((4, 8), np.float32)] * 2
+    with pytest.raises(ConfigError, match="A gain"):
+        mix(latents, [1.0, gain], origin=None)  # type: ignore[list-item]

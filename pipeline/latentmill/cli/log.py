@@ -17,7 +17,8 @@ import typer
 from typer.core import TyperCommand
 
 from latentmill.text.log import ROOT
-from latentmill.text.printing import printable_json
+from latentmill.text.printing import printable_json, printable_lines
+from latentmill.text.redact import redact_text
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 LEVEL = f"{ROOT}.level"  # key in click's `ctx.meta`, which a command shares with its group
@@ -98,6 +99,8 @@ class _Text(logging.Formatter):
         text = record.getMessage()
         if record.levelno >= logging.WARNING:
             text = f"{ROOT}: {record.levelname.lower()}: {text}"
+        if record.exc_info:
+            text += "\n" + printable_lines(redact_text(self.formatException(record.exc_info)))
         if logging.getLogger(ROOT).isEnabledFor(logging.DEBUG):
             moment = datetime.datetime.fromtimestamp(record.created)
             text = f"{moment:%H:%M:%S}.{moment.microsecond // 1000:03d} {text}"
@@ -116,6 +119,8 @@ class _Json(logging.Formatter):
             "logger": record.name,
             "text": record.getMessage(),
         }
+        if record.exc_info:
+            values["traceback"] = redact_text(self.formatException(record.exc_info))
         return printable_json(values)
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from latentmill.encoding.stored import parse_json
-from latentmill.store.fields import read_columns
+from latentmill.store.fields import damaged_shard, read_columns
 from latentmill.store.store import LatentStore
 
 
@@ -43,7 +44,10 @@ class ShardRows:
         columns = self._index.column
         begins, sizes = columns("fields_offset")[positions], columns("fields_length")[positions]
         if not len(positions) or begins[0] < 0:
-            table = read_columns(self._store.storage, path, names)
+            try:
+                table = read_columns(self._store.storage, path, names)
+            except (pa.ArrowException, OSError) as error:
+                raise damaged_shard(self._store.storage, path) from error
             return {name: table[name].to_pylist() for name in names}
         pieces = [(path, int(b), int(n)) for b, n in zip(begins, sizes, strict=True)]
         members = [parse_json(piece) for piece in self._store.storage.read_ranges(pieces)]

@@ -115,9 +115,16 @@ def _factors(latents: Sequence[Latent], gains: Sequence[Gain] | None) -> list[Fl
     """Check the gains against the latents and convert them to arrays `[]` or `[T]`."""
     if not latents:
         raise ConfigError("mix needs at least one latent.")
-    factors = [
-        np.asarray(g, np.float32) for g in ([1.0] * len(latents) if gains is None else gains)
-    ]
+    try:
+        factors = [
+            np.asarray(g, np.float32) for g in ([1.0] * len(latents) if gains is None else gains)
+        ]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            "A gain must be a number, or an array with one for each frame."
+        ) from error
+    if not all(np.isfinite(factor).all() for factor in factors):
+        raise ConfigError("A gain is NaN, infinite or too large: use a factor such as 0.5.")
     if len(factors) != len(latents):
         raise ConfigError(
             f"{len(factors)} gains given for {len(latents)} latents: give one gain per latent."

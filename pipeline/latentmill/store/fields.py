@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentmill.errors import StorageError
 from latentmill.storage.ranged import RangedFile
 from latentmill.storage.storage import Storage
 from latentmill.store.schema import FIELD_NAMES, RECORD_SCHEMA
@@ -45,6 +46,14 @@ def read_columns(storage: Storage, path: str, names: Sequence[str]) -> pa.Table:
             field = RECORD_SCHEMA.field(name).with_nullable(True)
             table = table.append_column(field, pa.nulls(len(table), field.type))
     return table.select(names).combine_chunks()
+
+
+def damaged_shard(storage: Storage, path: str) -> StorageError:
+    """The error for a shard whose columns cannot be read."""
+    return StorageError(
+        f"{storage.root}/{path} is damaged: its fields cannot be read. Restore the shard, or "
+        "delete it and run again."
+    )
 
 
 class ShardFields:

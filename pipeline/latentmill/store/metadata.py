@@ -24,10 +24,9 @@ import pyarrow.parquet as pq
 
 from latentmill.encoding.loudness import LOUDEST, SILENT_DB, STEPS_PER_DB
 from latentmill.encoding.stored import parse_json
-from latentmill.errors import StorageError
 from latentmill.storage.storage import Storage, writing
 from latentmill.store.commit import hash_of
-from latentmill.store.fields import read_columns
+from latentmill.store.fields import damaged_shard, read_columns
 from latentmill.store.index import Index
 from latentmill.store.schema import RECORD_SCHEMA
 
@@ -170,7 +169,7 @@ def _write_rows(storage: Storage, index: Index, rows: Path) -> dict[str, str]:
                 for text in table["metadata"].to_pylist():
                     names.add(parse_json(text))
             except (ValueError, TypeError, AttributeError) as error:
-                raise _damaged(storage, index.shards[shard]) from error
+                raise damaged_shard(storage, index.shards[shard]) from error
             for batch in table.to_batches(max_chunksize=ROW_GROUP):
                 file.write_batch(batch, custom_metadata={"shard": str(shard)})
     return names.columns()
@@ -212,7 +211,7 @@ def shard_rows(
         columns += [pa.array(loudness), pa.array(silence, pa.float64())]
         return pa.Table.from_arrays(columns, METADATA_SCHEMA.names).cast(METADATA_SCHEMA)
     except (ValueError, TypeError, LookupError, pa.ArrowException) as error:
-        raise _damaged(storage, path) from error
+        raise damaged_shard(storage, path) from error
 
 
 def _fields(
@@ -296,10 +295,3 @@ def _is_column(name: str) -> bool:
 def own_columns(names: Sequence[str]) -> list[str]:
     """Those of a file's columns that are names in the records' own metadata, without prefix."""
     return [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
-
-
-def _damaged(storage: Storage, path: str) -> StorageError:
-    return StorageError(
-        f"{storage.root}/{path} is damaged: its fields cannot be read. Restore the shard, or "
-        "delete it and run again."
-    )

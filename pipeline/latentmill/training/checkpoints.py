@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,12 @@ class Checkpoints:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             before: dict[str, Any] = state["settings"]
         except LOAD_ERRORS as error:
+            # PyTorch's own text advises to load files that can run code.
+            unsafe = isinstance(error, pickle.UnpicklingError)
+            reason = "it is not a checkpoint of latentmill" if unsafe else one_line(error)
             raise ConfigError(
-                f"{path} does not load ({one_line(error)}): delete it to resume from the one "
-                "before, or use another folder."
+                f"{path} does not load ({reason}): delete it to resume from the one before, or "
+                "use another folder."
             ) from error
         check_same(before, settings.decisive(), self._folder)
         return state
