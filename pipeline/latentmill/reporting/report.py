@@ -51,7 +51,7 @@ class ReportFile:
         path: Where it is.
         bytes: Its size.
         players: Number of sounds in it.
-        left_out: Number of pictures and sounds for which it had no room.
+        left_out: Number of pictures and sounds that were left out.
     """
 
     path: str

@@ -1,4 +1,6 @@
-"""Reads ranges of S3 objects with obstore, which needs a tenth of the CPU time of s3fs.
+"""Reads ranges of S3 objects with obstore.
+
+It needs a third to a ninth of the CPU time of s3fs (benchmarks/objects.py).
 
 Callers give a file system of fsspec. The client that s3fs has made for it says how to connect:
 endpoint, region, credentials, time limits. Where this cannot be carried over exactly, and for every
