@@ -20,7 +20,7 @@ import soundfile
 import torch
 
 import latentmill as lm
-from latentmill.errors import ConfigError, LatentmillError, SourceError, TrainingError
+from latentmill.errors import ConfigError, LatentmillError, ModelError, SourceError, TrainingError
 from latentmill.models.registry import resolve
 from latentmill.training.loop import Ema, Trainer, learning_rate
 from latentmill.training.metrics import read_metrics
@@ -36,11 +36,11 @@ def curve(settings: TrainSettings) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("change", ["linearity.mixing=sum", "linearity=null"])
 def test_the_loss_falls(tiny: Settings, change: str) -> None:
-    settings = tiny(change, "steps=40", "linearity.annealing=none" if "mix" in change else change)
+    settings = tiny(change, "steps=80", "linearity.annealing=none" if "mix" in change else change)
     Trainer(settings).train()
     losses = [loss for _, loss in curve(settings)]
-    assert len(losses) == 40
-    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
+    assert len(losses) == 80
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:5])
 
 
 def test_the_result_is_a_model_that_encode_and_evaluate_use(
@@ -113,7 +113,7 @@ def killed(tiny: Settings, kills: int, steps: int, seed: int) -> None:
     straight = tiny(f"steps={steps}", f"out={tiny().out}-straight")
     Trainer(straight).train()
     settings = tiny(f"steps={steps}")
-    for after in sorted(random.Random(seed).sample(range(2, steps), kills)):
+    for after in sorted(random.Random(seed).sample(range(5, steps - 5), kills)):
         run_and_kill(settings, after)
     trainer = Trainer(settings)
     assert 0 < trainer.step < steps or kills > 2
@@ -314,14 +314,23 @@ def test_nothing_can_be_loaded(tiny: Settings, tmp_path: Path) -> None:
         ("network.strides=[3]", "strides must be even"),
         ("steps=0", "invalid steps 0"),
         ("steps", "expected NAME=VALUE"),
+        ("linearity=null linearity.max_gain=2", "linearity.max_gain=2 contradicts linearity=None"),
         ("model=encodec:a/b", "cannot be trained: use conv, oobleck:REPO"),
         ("model=conv:a/b", "conv has no repository"),
     ],
 )
 def test_wrong_settings(tiny: Settings, change: str, message: str) -> None:
     with pytest.raises(LatentmillError, match=message) as caught:
-        Trainer(tiny(change))
+        Trainer(tiny(*change.split()))
     assert "\n" not in str(caught.value)
+
+
+def test_a_missing_package_is_an_error_before_training(
+    tiny: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ModelError, match=r"run `pip install 'latentmill\[training\]'`"):
+        Trainer(tiny())
 
 
 def test_the_rate_and_the_average() -> None:

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from latentmill.errors import ConfigError, ModelError
+from latentmill.errors import ConfigError
 from latentmill.models.base import ModelSpec
 from latentmill.models.families.conv import ConvAutoencoder, conv_spec
 from latentmill.models.families.trained import WEIGHTS, Architecture
 from latentmill.models.registry import resolve
-from latentmill.models.weights import read_config
+from latentmill.models.weights import import_package, read_config
 from latentmill.training.linearity import LinearityBatch
 from latentmill.training.losses import reconstruction_loss
 from latentmill.training.settings import TrainSettings
@@ -51,6 +51,7 @@ class Conv(Trainable):
 
     def __init__(self, settings: TrainSettings) -> None:
         super().__init__("conv", conv_spec(settings.network))
+        import_package("conv", "safetensors", install="pip install 'latentmill[training]'")
         self.network = ConvAutoencoder(settings.network)
 
     def forward(self, batch: LinearityBatch) -> Tensor:
@@ -152,12 +153,8 @@ def crop_samples(spec: ModelSpec, seconds: float) -> int:
 
 
 def write_safetensors(module: nn.Module, path: Path) -> None:
-    try:
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise ModelError(
-            "training conv needs safetensors: run `pip install safetensors`."
-        ) from error
+    from safetensors.torch import save_file
+
     state = module.state_dict()
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
 

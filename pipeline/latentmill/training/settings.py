@@ -46,10 +46,10 @@ class TrainSettings(SourceSettings):
     )
     steps: Annotated[int, _RUN] = Field(100_000, ge=1, description="Number of training steps.")
     batch_size: Annotated[int, _RUN] = Field(
-        16, ge=1, description="Crops per step and process; mixtures come on top."
+        16, ge=1, description="Crops per step and process, without mixtures."
     )
     crop_seconds: Annotated[float, _RUN] = Field(
-        0.75, gt=0, description="Length of a crop, rounded up to what the model accepts."
+        0.75, gt=0, description="Length of a crop in seconds, rounded up to what the model accepts."
     )
     quieter_db: Annotated[float, _RUN] = Field(
         0.0,
@@ -57,9 +57,11 @@ class TrainSettings(SourceSettings):
         description="Crops are made quieter by up to this many dB, drawn evenly, with and without "
         "linearity, so that the encoder sees each sound at many levels.",
     )
-    learning_rate: Annotated[float, _RUN] = Field(1e-4, gt=0, description="After warm-up.")
+    learning_rate: Annotated[float, _RUN] = Field(
+        1e-4, gt=0, description="Learning rate after the warm-up."
+    )
     final_learning_rate: Annotated[float, _RUN] = Field(
-        1e-6, ge=0, description="At the last step; in between, half a period of a cosine."
+        1e-6, ge=0, description="Learning rate at the last step; it falls along half a cosine."
     )
     warmup_steps: Annotated[int, _RUN] = Field(
         0, ge=0, description="Steps in which the learning rate rises from 0."
@@ -95,7 +97,9 @@ class TrainSettings(SourceSettings):
         "auto", description="auto, cpu or cuda; with cuda each process has one GPU."
     )
     max_failures: Annotated[int, _RUN] = Field(
-        0, ge=-1, description="How often Ray restarts the run after a process died; -1: always."
+        0,
+        ge=-1,
+        description="How often Ray restarts the run after an error of any kind; -1: always.",
     )
     address: Annotated[str | None, _RUN] = Field(
         None, description="Address of a Ray cluster. [default: RAY_ADDRESS, else embedded Ray]"
@@ -165,6 +169,10 @@ def parse_options(given: Sequence[str]) -> dict[str, Any]:
         target = options
         for group in groups:
             target = target.setdefault(group, {})
+            if not isinstance(target, dict):
+                raise ConfigError(
+                    f"{text} contradicts {group}={target!r} before it: remove one of them."
+                )
         try:
             target[last] = yaml.safe_load(value)
         except yaml.YAMLError as error:
