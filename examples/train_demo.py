@@ -8,7 +8,7 @@ fourth recording are held out. Both models of a seed have the same crops and ste
 difference is the augmentation. Errors are those of `latentmill evaluate`: with c the latent of
 silence, ||E(a x) - a E(x) - (1 - a) c||, ||E(x) + E(y) - c - E(x + y)|| and
 ||D(E(x) + E(y) - c) - D(E(x)) - D(E(y)) + D(c)||, each divided by the norm of its target without
-the origin; and MR-STFT of D(E(x)). The results are in train_demo.json and docs/training.svg.
+the origin; and MR-STFT of D(E(x)). The results are train_demo.json and training.svg in --folder.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,20 @@ def train(manifest: Path, out: Path, seed: int, steps: int, linear: bool) -> flo
     Trainer(load_settings(None, options)).train()
     losses = [line["loss"] for line in read_metrics(out)]
     return statistics.fmean(losses[-max(1, len(losses) // 10) :])
+
+
+def processes(count: int) -> ProcessPoolExecutor:
+    """Processes that end with this one, also if it is killed."""
+    return ProcessPoolExecutor(count, get_context("spawn"), initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    def wait() -> None:
+        if parent := parent_process():
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def load(path: Path) -> torch.Tensor:
@@ -234,7 +250,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--results", type=Path, default=HERE, help="folder of train_demo.json")
+    parser.add_argument(
+        "--results", type=Path, help="folder of train_demo.json and training.svg; default: --folder"
+    )
     args = parser.parse_args()
     start = time.perf_counter()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -246,7 +264,7 @@ def main() -> None:
     )
     names = [(kind, seed) for seed in range(args.seeds) for kind in ("baseline", "linear")]
     folders = [args.folder / f"{kind}-{seed}-{args.steps}" for kind, seed in names]
-    with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
+    with processes(args.processes) as pool:
         training = [
             pool.submit(train, manifest, folder, seed, args.steps, kind == "linear")
             for (kind, seed), folder in zip(names, folders, strict=True)
@@ -267,9 +285,11 @@ def main() -> None:
         "baseline_over_linear": compare(list(zip(baseline, linear, strict=True))),
         "values": {"baseline": baseline, "linear": linear},
     }
-    args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "train_demo.json").write_text(json.dumps(result, indent=1) + "\n")
-    where = ROOT / "docs" if args.results == HERE else args.results
+    results = args.results or args.folder
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "train_demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    # `--results examples` replaces the published results; their picture is in the documentation.
+    where = ROOT / "docs" if results.resolve() == HERE.resolve() else results
     (where / "training.svg").write_text(picture(card))
     for name, one in result["baseline_over_linear"].items():
         print(

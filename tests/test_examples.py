@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -186,6 +190,33 @@ def test_the_comparison_by_hand(example: ModuleType) -> None:
     assert found == pytest.approx({"value": 32**0.5, "low": 4, "high": 8})
     card = {name: train_demo.medians([values(0.1, 0.2)]) for name in ("baseline", "linear")}
     assert ElementTree.fromstring(train_demo.picture(card)).tag.endswith("svg")
+
+
+POOL = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import train_demo
+if __name__ == "__main__":
+    pool = train_demo.processes(1)
+    print(pool.submit(train_demo.os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 600).result()
+"""
+
+
+def test_processes_of_the_demo_end_with_it(tmp_path: Path) -> None:
+    (tmp_path / "pool.py").write_text(POOL)
+    command = [sys.executable, str(tmp_path / "pool.py"), str(EXAMPLES)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    stat, until = Path(f"/proc/{worker}/stat"), time.monotonic() + 60
+    # Without an init process that reaps it, an ended process remains as a zombie.
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        if time.monotonic() > until:
+            os.kill(worker, signal.SIGKILL)
+            pytest.fail("the worker still runs")
+        time.sleep(0.1)
 
 
 def test_decoder_additivity_of_an_exact_model(example: ModuleType) -> None:
