@@ -50,6 +50,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, add_help=False)
     parser.add_argument("--processes", type=int, default=1)
     own, options = parser.parse_known_args()
+    if {"-h", "--help"} & set(options):
+        parser.print_help()  # the example's options follow
     sys.path.insert(0, str(EXAMPLES))
     import train_dit
 

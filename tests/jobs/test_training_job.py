@@ -100,6 +100,13 @@ def test_a_loss_that_is_not_finite_is_one_sentence(songs: Path, tmp_path: Path) 
     assert done.stderr.splitlines()[-1].startswith("error: the ")
 
 
+def test_the_diffusion_job_lists_its_own_and_the_examples_options() -> None:
+    done = job("train_dit.py", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--processes" in done.stdout
+    assert "--mixing" in done.stdout
+
+
 @pytest.mark.slow
 def test_the_diffusion_job(songs: Path, tmp_path: Path) -> None:
     store = write_store(
