@@ -7,6 +7,7 @@ import shutil
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -50,7 +51,7 @@ def assert_equal(one: LatentStore, other: LatentStore) -> None:
         ours, theirs = one[key], other[key]
         assert ours.latent.dtype == theirs.latent.dtype
         assert np.array_equal(ours.latent, theirs.latent)
-        for name in ours.__dataclass_fields__.keys() - {"latent"}:
+        for name in {field.name for field in fields(ours)} - {"latent"}:
             assert getattr(ours, name) == getattr(theirs, name), name
 
 

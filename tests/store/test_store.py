@@ -6,7 +6,7 @@ import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import fsspec
@@ -32,6 +32,7 @@ from store_files import (
 
 from latentmill.errors import ConfigError, ModelError, StorageError, StoreError
 from latentmill.ops import mix
+from latentmill.record import Record
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import read_commits
 from latentmill.store.index import Index, to_batch
@@ -89,7 +90,8 @@ def test_all_formats_give_the_same_records(name: str, stores: dict[str, Path]) -
     one, other = LatentStore(str(stores[FORMATS[0]])), LatentStore(str(stores[name]))
     for left, right in zip(one, other, strict=True):
         np.testing.assert_array_equal(left.latent, right.latent)
-        assert {**vars(left), "latent": None} == {**vars(right), "latent": None}
+        names = [field.name for field in fields(Record) if field.name != "latent"]
+        assert [getattr(left, n) for n in names] == [getattr(right, n) for n in names]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

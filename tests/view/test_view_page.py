@@ -14,16 +14,10 @@ import pytest
 import soundfile
 from view_server import SCRIPT, Site
 
-from support.browser import Watched, chromium, watched_page
+from support.browser import Watched, watched_page
 
 ROWS = "#results tbody tr"
 READY = ".play:not([disabled])"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
 
 
 @contextmanager

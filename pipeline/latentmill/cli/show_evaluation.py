@@ -73,8 +73,8 @@ def _score_rows(scores: Sequence[ScoreEntry]) -> Iterator[tuple[str, ...]]:
             found |= bounds.get((metric, measure, against, noisy, factor), {})
         if metric != heading:
             heading = metric
-            yield (str(metric).replace("_", " "), *[""] * 6)
-        name = f"  {measure}{_UNITS.get(str(measure), '')}".replace("_", " ")
+            yield (f"  {metric}".replace("_", " "), *[""] * 6)
+        name = f"    {measure}{_UNITS.get(str(measure), '')}".replace("_", " ")
         main, raw = values.get("origin"), values.get("raw")
         yield (
             name,
