@@ -57,6 +57,7 @@ SETTINGS: dict[str, Any] = {
     "linearity": {"mixing": "sum", "annealing": "none", "origin": True},
     "batch_size": 8,
     "crop_seconds": 0.128,
+    "quieter_db": 18.0,
     "learning_rate": 3e-3,
     "final_learning_rate": 3e-5,
     "warmup_steps": 30,
@@ -248,7 +249,7 @@ def main() -> None:
     parser.add_argument("--audio", type=Path, default=ROOT.parent / "shared" / "audio")
     parser.add_argument("--folder", type=Path, default=Path("train-demo"), help="models and corpus")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument(
         "--results", type=Path, help="folder of train_demo.json and training.svg; default: --folder"
