@@ -59,6 +59,8 @@ def interrupts_raise() -> None:
 
 def interrupts_stop() -> None:
     """Make signals end the process at once: for a server, which has nothing to clean up."""
+    if _interrupted:  # an import or a C extension suppressed the KeyboardInterrupt
+        _exit_interrupted()
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop_server)
