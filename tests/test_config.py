@@ -172,7 +172,7 @@ FILES = {
         "--min-sample-rate 9 is above --max-sample-rate 3",
     ),
     "empty range": ("{min_seconds: 9, max_seconds: 3}", "--min-seconds 9.0 is above"),
-    "missing": ("{source: }", "invalid source None in FILE: it must be a valid string"),
+    "missing": ("{source: }", "invalid source None in FILE: expected text"),
     "a list": ("- a", "must contain lines"),
     "empty": ("", "must contain lines"),
     "no yaml": ("a: [", "not valid YAML"),

@@ -8,6 +8,8 @@ match the run; 6 storage failed (disk full, no permission); 7 the model cannot b
 
 from __future__ import annotations
 
+import re
+
 from latentmill.text.redact import redact_text
 
 
@@ -93,8 +95,26 @@ class RepeatedEpochWarning(UserWarning):
 
 def requirement(kind: str, message: str) -> str:
     """What a value must be, from the type and the message of pydantic's error."""
-    expected = {"int": "expected a whole number", "float": "expected a number"}
-    return expected.get(kind.partition("_")[0], message.replace("Input should be", "it must be"))
+    for known in (kind, kind.partition("_")[0]):
+        if known in _EXPECTED:
+            return _EXPECTED[known]
+    text = message.removeprefix("Value error, ").replace(" after validation", "")
+    return re.sub(r"^[A-Z][a-z]+ should ", "it must ", text).rstrip(".")
+
+
+_EXPECTED = {
+    "bool": "expected true or false",
+    "int": "expected a whole number",
+    "float": "expected a number",
+    "string_type": "expected text",
+    "list_type": "expected a list",
+    "tuple_type": "expected a list",
+    "dict_type": "expected a mapping (NAME: VALUE)",
+    "model_type": "expected a mapping (NAME: VALUE)",
+    "model_attributes_type": "expected a mapping (NAME: VALUE)",
+    "extra_forbidden": "unknown name",
+    "missing": "it is missing",
+}
 
 
 ITEMS_FAILED_EXIT_CODE = ItemError.exit_code

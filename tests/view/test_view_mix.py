@@ -173,8 +173,11 @@ def test_codes_are_played_but_not_mixed(source: Path, tmp_path: Path) -> None:
             [channel("north/bass", offset=3)],
             [channel("north/bass", mute=True)],
         ):
-            assert "codes" in site.get("audio", mix={"channels": channels}).json["error"]
+            for path in ("audio", "api/python"):
+                assert "codes" in site.get(path, mix={"channels": channels}).json["error"]
         alone = [channel("north/bass")]
+        lines = site.get("api/python", mix={"channels": alone, "start": 2, "frames": 30}).json
+        assert "lm.mix" not in lines["lines"] and "store['north/bass']" in lines["lines"]
         for side in ("latent", "decoded", "original"):
             audio = site.get("audio", mix={"channels": alone}, of=side).audio
             assert np.abs(audio - expected(source, alone, 0, audio.shape[1])).max() < ROUNDING

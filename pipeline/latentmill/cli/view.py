@@ -29,10 +29,10 @@ def view(
     trust_model: TrustModel = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show STORE in a browser: search, see and hear records, and mix them in latent space.
+    """Open STORE in a browser: search, view and play records, and mix them in latent space.
 
-    The page comes from a server on this computer that only reads, and only this computer can reach
-    it. The address contains a secret token. Ctrl-C stops the server.
+    A server on this computer serves the page. It writes nothing, and no other computer can reach it.
+    The address contains a secret token. Press Ctrl-C to stop the server.
     """
     from latentmill.store.store import open_store
     from latentmill.view.serve import check_installed, has_display, serve

@@ -7,6 +7,7 @@ A web site in the same browser can send requests to 127.0.0.1, also under a host
 from __future__ import annotations
 
 import hmac
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -15,7 +16,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-HOSTS = ("127.0.0.1", "localhost")
+_HOST = re.compile(rb"(127\.0\.0\.1|localhost)(:[0-9]{1,5})?", re.I)
 LONGEST_QUERY = 1 << 15
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -59,7 +60,7 @@ class Access:
     def _refusal(self, scope: Scope) -> tuple[int, str]:
         """Status and reason; 0 if the request may be answered."""
         hosts = [value for name, value in scope["headers"] if name == b"host"]
-        if len(hosts) != 1 or hosts[0].decode("latin-1").partition(":")[0] not in HOSTS:
+        if len(hosts) != 1 or not _HOST.fullmatch(hosts[0]):
             return 421, "This server answers only under 127.0.0.1 and localhost."
         token, slash, _ = scope["path"][1:].partition("/")
         if not hmac.compare_digest(token.encode(errors="replace"), self._token) or not slash:

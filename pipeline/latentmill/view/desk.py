@@ -57,12 +57,26 @@ class Desk:
         return self._store.model().spec
 
     @property
+    def codes(self) -> bool:
+        """Whether the latents are codes, which cannot be mixed."""
+        return self._store.codes
+
+    @property
     def chunked(self) -> bool:
         """Whether the latents are overlapping chunks, which can neither be moved nor cut."""
         return self._store.chunking.stitch == "none"
 
     def part(self, mix: Mix) -> Part:
-        """The part of a mix that is decoded; ConfigError if it is too long or not in the mix."""
+        """The part of a mix that is decoded.
+
+        Raises:
+            ConfigError: The records cannot be mixed or panned, or the part is too long or not in
+                the mix.
+        """
+        if not _plain(mix):
+            self._store.origin.check_arithmetic()
+        if any(channel.pan for channel in mix.channels) and (why := why_no_pan(self._store)):
+            raise ConfigError(f"This store has no pan: {why}")
         if self.chunked:
             return self._chunks(mix)
         spec = self.spec
@@ -115,14 +129,9 @@ class Desk:
         `latent` is the mix in latent space, `decoded` the sum of the decoded channels, `original`
         the sum of their source audio. `check` is called between windows; it raises to stop.
         """
-        if not _plain(mix):
-            self._store.origin.check_arithmetic()
-        if any(channel.pan for channel in mix.channels) and (why := why_no_pan(self._store)):
-            raise ConfigError(f"This store has no pan: {why}")
         part = self.part(mix)
         if side == "latent":
-            codes = self._store.codes
-            source = self._placed(mix.channels[0], part) if codes else self._mixed(mix, part)
+            source = self._placed(mix.channels[0], part) if self.codes else self._mixed(mix, part)
             return self._decode(source, part, check)
         total: FloatArray = np.zeros((self.spec.channels, part.samples), np.float32)
         for channel in mix.channels:

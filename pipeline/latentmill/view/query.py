@@ -6,7 +6,14 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from latentmill.errors import ConfigError, requirement
 
@@ -21,6 +28,22 @@ _Integer = Annotated[int, Field(ge=-(2**64), le=2**64)]  # others are compared a
 _Key = Annotated[str, Field(max_length=1 << 15)]
 
 
+def _one_reason(value: object, check: ValidatorFunctionWrapHandler) -> Any:
+    """pydantic would report a reason for each type of the union."""
+    try:
+        return check(value)
+    except ValidationError as error:
+        raise ValueError(
+            f"expected a number, true, false or text of up to {MAX_TEXT} characters"
+        ) from error
+
+
+_Value = Annotated[
+    bool | _Integer | float | Annotated[str, Field(max_length=MAX_TEXT)],
+    WrapValidator(_one_reason),
+]
+
+
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -30,7 +53,7 @@ class Condition(_Request):
 
     field: Annotated[str, Field(max_length=200)]
     op: Literal["is", "contains", "min", "max"]
-    value: bool | _Integer | float | Annotated[str, Field(max_length=MAX_TEXT)]
+    value: _Value
 
 
 class Search(_Request):
@@ -87,8 +110,9 @@ def parsed(kind: type[_Kind], values: Mapping[str, Any]) -> _Kind:
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"])) or "request"
-        text = requirement(fault["type"], fault["msg"]).rstrip(".")
-        raise ConfigError(f"invalid {where}: {text}.") from error
+        raise ConfigError(
+            f"invalid {where}: {requirement(fault['type'], fault['msg'])}."
+        ) from error
 
 
 def parsed_json(text: str, name: str) -> Any:

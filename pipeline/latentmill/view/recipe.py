@@ -9,19 +9,32 @@ from latentmill.view.query import Mix
 def python_lines(desk: Desk, mix: Mix, *, url: str, options: str) -> str:
     """Python code that makes the same mix and writes it to mix.wav."""
     part, spec = desk.part(mix), desk.spec
+    opened = f"store = lm.open({url!r}{options})"
+    end = [
+        f"audio = store.decode_latent(mix, {part.samples})  # [channels, samples]",
+        f'soundfile.write("mix.wav", audio.T, {spec.sample_rate}, subtype="FLOAT")',
+    ]
+    if not desk.chunked and (part.start or part.frames < part.total):
+        end = [
+            f"mix = mix[:, {part.start}:{part.start + part.frames}]  # the part that you hear",
+            *end,
+        ]
+    if desk.codes:  # one record
+        lines = ["import latentmill as lm", "import soundfile", "", opened]
+        lines += [f"mix = store[{mix.channels[0].key!r}].latent", *end]
+        return "\n".join(lines) + "\n"
     panned = any(channel.pan for channel in mix.channels)
     gains = [desk.gains(channel) if panned else channel.gain for channel in mix.channels]
     lines = ["import latentmill as lm", "import soundfile", ""]
     if panned:
         lines = ["import dataclasses", "", *lines[:1], "import numpy as np", *lines[1:]]
-    lines += [f"store = lm.open({url!r}{options})", "origin = store.origin", "channels = ["]
+    lines += [opened, "origin = store.origin", "channels = ["]
     what = "key, (left gain, right gain), first frame" if panned else "key, gain, first frame"
     lines += [f"    # {what}"]
     for channel, gain in zip(mix.channels, gains, strict=True):
         lines += [f"    ({channel.key!r}, {gain!r}, {channel.offset}),"]
     lines += ["]"]
-    chunks = desk.chunked
-    if chunks:
+    if desk.chunked:
         lines += ["latents = [store[key].latent for key, _, _ in channels]"]
     else:
         lines += [
@@ -42,12 +55,4 @@ def python_lines(desk: Desk, mix: Mix, *, url: str, options: str) -> str:
         ]
     else:
         lines += ["mix = lm.mix(latents, [gain for _, gain, _ in channels], origin=origin)"]
-    if not chunks and (part.start or part.frames < part.total):
-        lines += [
-            f"mix = mix[:, {part.start}:{part.start + part.frames}]  # the part that you hear"
-        ]
-    lines += [
-        f"audio = store.decode_latent(mix, {part.samples})  # [channels, samples]",
-        f'soundfile.write("mix.wav", audio.T, {spec.sample_rate}, subtype="FLOAT")',
-    ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *end]) + "\n"

@@ -51,7 +51,7 @@ def test_scale_factor(run: Path) -> None:
     [
         ({"architecture": "unet"}, "architecture: .*known architectures are conv, oobleck, dac"),
         ({"version": 2}, "version: .*1"),
-        ({"code": "os:system"}, "code: Extra inputs are not permitted"),
+        ({"code": "os:system"}, "code: unknown name"),
         ({"network": {"strides": [3]}}, "does not load .*strides must be even"),
         ({"network": {"width": 16, "strides": [4, 4]}}, "does not load"),  # of another shape
     ],

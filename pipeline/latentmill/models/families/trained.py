@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from latentmill.errors import ModelError
+from latentmill.errors import ModelError, requirement
 from latentmill.models.base import ModelHandle, Value
 from latentmill.models.families.codec import CodecHandle, check_scale_factor
 from latentmill.models.families.conv import ConvAutoencoder, ConvSettings, conv_spec
@@ -81,7 +81,8 @@ def read_manifest(name: str, path: Path) -> Trained:
         why = one_line(error)
         if isinstance(error, ValidationError):
             first = error.errors()[0]
-            why = f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}"
+            why = f"{'.'.join(map(str, first['loc'])) or 'file'}: "
+            why += requirement(first["type"], first["msg"])
         raise ModelError(
             f"Model {name}: {path} is not valid ({why}); known architectures are {known}."
         ) from error
