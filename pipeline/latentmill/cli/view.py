@@ -31,8 +31,8 @@ def view(
 ) -> None:
     """Open STORE in a browser: search, view and play records, and mix them in latent space.
 
-    A server on this computer serves the page. It writes nothing, and no other computer can reach it.
-    The address contains a secret token. Press Ctrl-C to stop the server.
+    A server on this computer serves the page. It writes nothing, and only this computer can reach
+    it. The address contains a secret token. Press Ctrl-C to stop the server.
     """
     from latentmill.store.store import open_store
     from latentmill.view.serve import check_installed, has_display, serve
