@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +44,8 @@ def write_source(folder: Path) -> Path:
             path.with_suffix(".json").write_text(json.dumps(sidecar))
     late = np.concatenate([tone(700, 12.0, 0.01), tone(700, 8.0, 0.5)])
     soundfile.write(folder / "late.wav", late, RATE, subtype="FLOAT")
-    for name in ("same 1", "same 2"):
-        soundfile.write(folder / f"{name}.wav", tone(900, 1.5), RATE, subtype="FLOAT")
+    soundfile.write(folder / "same 1.wav", tone(900, 1.5), RATE, subtype="FLOAT")
+    shutil.copy(folder / "same 1.wav", folder / "same 2.wav")  # soundfile writes the time into it
     soundfile.write(folder / "silent.wav", np.zeros(RATE), RATE, subtype="FLOAT")
     hostile = folder / f"{HOSTILE_KEY}.wav"
     hostile.parent.mkdir()

@@ -15,7 +15,7 @@ import pytest
 import soundfile
 
 import latentmill as lm
-from latentmill.errors import ConfigError, StoreError
+from latentmill.errors import ConfigError
 from latentmill.reporting.media import PAGE_BYTES, Budget
 from latentmill.reporting.report import render, report
 from latentmill.store.store import LatentStore
@@ -150,17 +150,28 @@ def test_a_result_of_an_earlier_seal_is_marked(report_store: LatentStore, tmp_pa
     assert text.count("The store has changed since this was measured") == 3
 
 
-def test_a_result_of_other_channels_ends_in_one_sentence(
-    report_store: LatentStore, tmp_path: Path, one_sentence
+@pytest.mark.parametrize("name", ["linearity", "reconstruction", "seams", "statistics", "channels"])
+def test_a_damaged_result_is_not_shown(
+    name: str, report_store: LatentStore, tmp_path: Path
 ) -> None:
+    """The page gives the reason in its place; everything else is shown."""
     folder = Path(shutil.copytree(report_store.url, tmp_path / "store"))
-    path = folder / "evaluation" / "statistics.json"
-    document = json.loads(path.read_text())
-    document["statistics"]["low"] = [1.0]
-    path.write_text(json.dumps(document))
-    with pytest.raises(StoreError) as error:
-        render(lm.open(folder), Budget(), items=0)
-    assert "statistics.json is damaged" in one_sentence(error.value)
+    path = folder / "evaluation" / f"{name}.json"
+    if name == "channels":
+        path = folder / "evaluation" / "statistics.json"
+        document = json.loads(path.read_text())
+        document["statistics"]["low"] = [1.0]
+        path.write_text(json.dumps(document))
+    else:
+        path.write_text(path.read_text()[:-9] if path.exists() else "{")
+    text = Page(render(lm.open(folder), Budget(), items=1)).text
+    assert f"{path.name} is damaged: delete it" in text
+    for part, shown in {
+        "statistics": "Same file same 1 same 2",
+        "reconstruction": "decoded and compared with the source",
+        "linearity": "Medians over",
+    }.items():
+        assert (shown in text) == (f"{part}.json" != path.name)
 
 
 STORES = {
@@ -229,15 +240,58 @@ def test_the_report_is_written_once(
     with pytest.raises(ConfigError) as error:
         report(report_store.url, path)
     assert "--overwrite" in one_sentence(error.value)
-    with pytest.raises(ConfigError) as error:
-        report(report_store, f"{tmp_path}/")
-    assert "is a folder" in one_sentence(error.value)
     done = runs.call(
         capsys, "report", report_store.url, "-o", path, "--overwrite", "--items", 0, "--json"
     )
     assert done.code == 0, done.err
     result = json.loads(done.out)
     assert (result["path"], result["bytes"]) == (str(path), path.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("", "the output path is empty"),
+        ("a\0b.html", "NUL"),
+        ("new/", "'new/' is a folder"),
+        (".", r"'\.' is a folder"),
+        ("folder/..", r"'folder/\.\.' is a folder"),
+        ("folder", "'folder' is a folder"),
+        ("STORE/dataset.json", "inside the store"),
+        ("STORE/evaluation/new.html", "inside the store"),
+        ("link/new.html", "inside the store"),
+    ],
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_output_paths_that_are_refused(
+    output: str,
+    message: str,
+    overwrite: bool,
+    report_store: LatentStore,
+    tmp_path: Path,
+    one_sentence,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("link").symlink_to(report_store.url)
+    path = output.replace("STORE", report_store.url)
+    files = sorted(Path(report_store.url).rglob("*"))
+    with pytest.raises(ConfigError, match=message) as error:
+        lm.report(report_store, path, overwrite=overwrite, items=0)
+    one_sentence(error.value)
+    assert sorted(Path(report_store.url).rglob("*")) == files
+
+
+def test_a_negative_number_of_items(report_store: LatentStore, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="items"):
+        lm.report(report_store, tmp_path / "page.html", items=-1)
+
+
+def test_the_users_folders_stay(report_store: LatentStore, tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    lm.report(report_store, tmp_path / "page.html", items=0)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["page.html", "tmp"]
 
 
 def test_the_report_can_be_written_to_a_bucket(report_store: LatentStore, s3_bucket: str) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from latentmill.errors import ConfigError, StorageError
 from latentmill.ops import Origin, mix
 from latentmill.ops.time import span
 from latentmill.record import FloatArray, Latent
+from latentmill.storage.scratch import partial_file
 
 # Format and sample type by file name suffix. FLAC does not support floats.
 FILE_TYPES = {".wav": ("WAV", "FLOAT"), ".flac": ("FLAC", "PCM_24")}
@@ -82,28 +81,22 @@ def write_audio(
     kind, subtype = FILE_TYPES[path.suffix.lower()]
     if kind == "WAV" and 4 * channels * num_samples > _LARGEST_WAV:
         kind = _LARGE_WAV
-    partial = path.with_name(
-        f".latentmill-{uuid.uuid4().hex}.part"
-    )  # `path` may be as long as allowed
     samples, peak, clipped = 0, 0.0, 0
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with soundfile.SoundFile(
-            partial, "w", sample_rate, channels, subtype=subtype, format=kind
-        ) as file:
-            for block in blocks:
-                file.write(block.T)
-                samples += block.shape[1]
-                level = np.abs(block)
-                peak = max(peak, float(level.max(initial=0)))
-                clipped += int(np.count_nonzero(level > 1)) if kind == "FLAC" else 0
-        partial.replace(path)
+        with partial_file(path) as partial:
+            with soundfile.SoundFile(
+                partial, "w", sample_rate, channels, subtype=subtype, format=kind
+            ) as file:
+                for block in blocks:
+                    file.write(block.T)
+                    samples += block.shape[1]
+                    level = np.abs(block)
+                    peak = max(peak, float(level.max(initial=0)))
+                    clipped += int(np.count_nonzero(level > 1)) if kind == "FLAC" else 0
+            partial.replace(path)
     except (OSError, soundfile.LibsndfileError) as error:
         cause = getattr(error, "strerror", None) or str(error)
         raise StorageError(f"Cannot write {path}: {cause}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
     return WrittenAudio(str(path), samples / sample_rate, peak, clipped)
 
 

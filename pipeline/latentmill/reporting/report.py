@@ -12,6 +12,7 @@ import shlex
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -27,7 +28,8 @@ from latentmill.reporting.corpus_map import MAX_POINTS, CorpusMap, corpus_map
 from latentmill.reporting.excerpts import Excerpts
 from latentmill.reporting.media import PAGE_BYTES, PLAYERS, Budget
 from latentmill.reporting.settings import DEFAULT_NAME, ITEMS
-from latentmill.storage.storage import Storage
+from latentmill.storage.scratch import partial_file
+from latentmill.storage.storage import Storage, writing
 from latentmill.store.measurement import Name, read_measurement
 from latentmill.store.results import StoreStatistics
 from latentmill.store.store import LatentStore, open_store
@@ -87,19 +89,13 @@ def report(
             bucket or server of the store. Use it only for stores that you trust.
 
     Raises:
-        ConfigError: The file exists, or its folder cannot be written to.
+        ConfigError: The file exists, its name is not valid, or it is inside the store.
+        StorageError: The file cannot be written.
     """
-    folder, name = posixpath.split(os.fspath(path))
-    if not name:
-        raise ConfigError(f"{os.fspath(path)} is a folder: give the name of a file in it.")
-    target = Storage(folder or ".")
-    target.refuse_read_only()
-    if not overwrite and target.exists(name):
-        raise ConfigError(
-            f"{os.fspath(path)} exists: choose another output path, or add --overwrite "
-            "(overwrite=True in Python)."
-        )
+    if items < 0:
+        raise ConfigError(f"items is {items}: use 0 or more.")
     opened = store if isinstance(store, LatentStore) else open_store(store)
+    target, name = _target(os.fspath(path), opened, overwrite)
     budget = Budget()
     page = render(opened, budget, items=items, remote_sources=remote_sources).encode()
     if len(page) > PAGE_BYTES:
@@ -107,8 +103,42 @@ def report(
             f"The report of {opened.url} would have {size_text(len(page))}, more than "
             f"{size_text(PAGE_BYTES)}: show fewer items with --items."
         )
-    target.write(name, page)
+    if target.local:
+        file = Path(target.full(name))
+        with writing(str(file)), partial_file(file) as partial:
+            partial.write_bytes(page)
+            partial.replace(file)
+    else:
+        target.write(name, page)
     return ReportFile(os.fspath(path), len(page), PLAYERS - budget.players, budget.left_out)
+
+
+def _target(path: str, store: LatentStore, overwrite: bool) -> tuple[Storage, str]:
+    """The folder and the name of the file to write."""
+    if not path:
+        raise ConfigError("the output path is empty: give the name of a file such as report.html.")
+    if "\0" in path:
+        raise ConfigError(f"{path!r} is not a valid path because it contains NUL: remove it.")
+    folder, name = posixpath.split(path)
+    target = Storage(folder or ".")
+    target.refuse_read_only()
+    is_folder = name in ("", ".", "..") or (target.local and Path(target.full(name)).is_dir())
+    if is_folder:
+        raise ConfigError(f"{path!r} is a folder: give the name of a file in it.")
+    if _is_inside(target, store.storage):
+        raise ConfigError(f"{path} is inside the store: choose another output path.")
+    if not overwrite and target.exists(name):
+        raise ConfigError(
+            f"{path} exists: choose another output path, or add --overwrite "
+            "(overwrite=True in Python)."
+        )
+    return target, name
+
+
+def _is_inside(folder: Storage, store: Storage) -> bool:
+    if folder.local and store.local:
+        return Path(folder.root).resolve().is_relative_to(Path(store.root).resolve())
+    return f"{folder.root}/".startswith(f"{store.root}/")
 
 
 def render(
@@ -117,7 +147,14 @@ def render(
     """The page; `budget` has afterwards what is left of it."""
     _log.info("report: reading the commits and the fields of the records")
     excerpts = Excerpts(store, remote_sources=remote_sources)
-    measured = {name: _measured(store, name) for name in _PARTS}
+    measured: dict[Name, Measured | None] = {}
+    damaged: dict[Name, str] = {}
+    for name in _PARTS:
+        try:
+            measured[name] = _measured(store, name)
+        except StoreError as error:
+            measured[name], damaged[name] = None, str(error)
+            _log.warning("report: %s", error)
     facts: dict[str, Any] = {
         "store": store,
         "info": store.info,
@@ -125,6 +162,7 @@ def render(
         "complete": _complete(store),
         "contents": contents(store),
         "measured": measured,
+        "damaged": damaged,
         "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": __version__,
         "excerpts": excerpts,
@@ -139,7 +177,8 @@ def render(
         columns = read_columns(store, MAX_POINTS)
         facts |= _records(store, columns)
         _log.info("report: excerpts of records")
-        facts |= _sounds(excerpts, budget, columns, measured, items)
+        group = None if "linearity" in damaged else columns.group  # the origin has the card
+        facts |= _sounds(excerpts, budget, group, measured, items)
     return _page(facts)
 
 
@@ -153,6 +192,14 @@ def _measured(store: LatentStore, name: Name) -> Measured | None:
     result = None if found is None else getattr(found, name)
     if found is None or result is None:
         return None
+    if isinstance(result, StoreStatistics) and any(
+        len(values) != len(store.info.mean)
+        for values in (result.low, result.high, result.saturation)
+    ):
+        raise StoreError(
+            f"{store.url}/evaluation/{name}.json is damaged: delete it and run `latentmill "
+            "evaluate` again."
+        )
     return Measured(result, found.seal != store.info.seal)
 
 
@@ -186,13 +233,6 @@ def _latents(store: LatentStore, statistics: Measured | None) -> dict[str, Any]:
     if not info.frames or store.codes:
         return {"channels": None}
     found: StoreStatistics | None = statistics.result if statistics else None
-    if found is not None and any(
-        len(values) != len(info.mean) for values in (found.low, found.high, found.saturation)
-    ):
-        raise StoreError(
-            f"{store.url}/evaluation/statistics.json is damaged: delete it and run `latentmill "
-            "evaluate` again."
-        )
     chart = charts.channel_chart(info.mean, info.std)
     reach = None if found is None else charts.range_chart(found.low, found.high)
     table = [
@@ -250,14 +290,14 @@ def _map_rows(
 def _sounds(
     excerpts: Excerpts,
     budget: Budget,
-    columns: Columns,
+    group: tuple[str, list[str]] | None,
     measured: dict[Name, Measured | None],
     count: int,
 ) -> dict[str, Any]:
     quality, statistics = measured["reconstruction"], measured["statistics"]
     shown = listening.items(excerpts, budget, count, quality.result if quality else None)
-    mixed = listening.stem_mix(excerpts, budget, *columns.group) if columns.group else None
-    found: dict[str, Any] = {"items": shown, "group": columns.group, "mix": mixed}
+    mixed = listening.stem_mix(excerpts, budget, *group) if group else None
+    found: dict[str, Any] = {"items": shown, "group": group, "mix": mixed}
     if statistics is not None:
         found["repeats"] = listening.repeats(excerpts, budget, statistics.result)
         found["outliers"] = listening.outliers(excerpts, budget, statistics.result)

@@ -32,6 +32,22 @@ def temporary_file(folder: Path, name: str) -> Iterator[Path]:
         _remove_if_empty(folder)
 
 
+@contextlib.contextmanager
+def partial_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` for a file that is renamed to it when it is complete.
+
+    For files in a user's folder, where no folder for temporary files is wanted. The folder of
+    `path` is created if needed; what is left of the file at the end is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".latentmill-{uuid.uuid4().hex}.part")  # `path` may be a long name
+    try:
+        yield partial
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
 def clear(folder: Path) -> None:
     """Remove files that killed processes left in a folder; keep files that are being written."""
     for left in folder.iterdir() if folder.is_dir() else ():

@@ -208,7 +208,8 @@ def _value_of(name: re.Match[str], text: str, *, stored: bool) -> tuple[int, int
     if not value or value.startswith(MASK):
         return None
     spoken = name["mark"] == ":" and found.lastgroup == "bare" and "-" not in word
-    doubtful = stored or (spoken and not certain)
+    is_path = text[max(0, name.start() - 1) : name.start()] in ("/", "\\")  # `/etc/passwd: ...`
+    doubtful = stored or (spoken and (is_path or not certain))
     if (doubtful and not _looks_random(value)) or _may_be_folder(word, value):
         return None
     return found.span(found.lastgroup)
