@@ -20,6 +20,8 @@ FloatArray = npt.NDArray[np.float32]
 Latent = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 
 DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+MIXES = ("mix", "mixture")  # roles of items that are the sum of the others in their group
+LOUDEST, STEPS_PER_DB = 255, 2  # of stored levels: 255 is 0 dB, 0 is silence
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,7 +43,7 @@ class Record(Shown):
         group: Name of the group that the item belongs to (the song of a stem), if known.
         role: Role of the item in its group (`drums`, `vocals`), if known.
         levels: Loudness of each frame, one byte per frame, which
-            `latentmill.encoding.loudness.decibels` reads; None with `stitch: none`.
+            `latentmill.record.decibels` reads; None with `stitch: none`.
         metadata: The item's metadata from the source, unchanged.
     """
 
@@ -82,7 +84,7 @@ class Record(Shown):
         from latentmill.pictures.notebook import latent_html
 
         start = None if self._decode_start is None else self._decode_start()
-        return super()._repr_html_() + latent_html(self.latent, self.levels, start)
+        return super()._repr_html_() + latent_html(self.latent, self._level_db(), start)
 
     def plot(self) -> Figure:
         """Plot the level and the latent over time, with matplotlib.
@@ -92,7 +94,10 @@ class Record(Shown):
         """
         from latentmill.pictures.plots import plot_latent
 
-        return plot_latent(self.latent, self.levels, self.duration, self.key)
+        return plot_latent(self.latent, self._level_db(), self.duration, self.key)
+
+    def _level_db(self) -> FloatArray | None:
+        return decibels(self.levels) if self.levels else None
 
     @property
     def duration(self) -> float:
@@ -108,6 +113,15 @@ class Record(Shown):
     def frames(self) -> int:
         """Number of latent frames; with `stitch: none` that of one chunk."""
         return int(self.latent.shape[-1])
+
+
+def decibels(levels: bytes) -> FloatArray:
+    """Convert stored levels to dB of full scale, float32 `[frames]`. Silence is -inf."""
+    steps = np.frombuffer(levels, np.uint8).astype(np.float32)
+    result: FloatArray = np.where(steps > 0, (steps - LOUDEST) / STEPS_PER_DB, -np.inf).astype(
+        np.float32
+    )
+    return result
 
 
 @dataclass(frozen=True)

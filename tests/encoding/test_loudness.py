@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentmill.encoding.loudness import SEARCHED, LevelMeter, decibels, loudest_part
+from latentmill.encoding.loudness import SEARCHED, LevelMeter, loudest_part
 from latentmill.models.families import mdct
+from latentmill.record import decibels
 
 MDCT = mdct.build(hop=16, sample_rate=1600).spec
 PLAIN = replace(MDCT, overhang=0)

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from latentmill.encoding.loudness import decibels
 from latentmill.errors import ConfigError
 from latentmill.reader.stem_dataset import StemDataset
 from latentmill.reader.stems import (
@@ -24,6 +23,7 @@ from latentmill.reader.stems import (
     Stems,
     stem_groups,
 )
+from latentmill.record import decibels
 from latentmill.store.store import LatentStore
 from support.latent_store import write_latents
 from support.stem_files import HOP, RATE, SONGS, waveform, write_stem_store, write_stems

@@ -12,10 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from latentmill.models.base import ModelSpec
-from latentmill.record import FloatArray
+from latentmill.record import LOUDEST, STEPS_PER_DB, FloatArray, decibels
 
-STEPS_PER_DB = 2
-LOUDEST = 255  # 0 dB
 SILENT_DB = -60.0  # a frame below this level counts as silent
 SEARCHED = 600.0  # seconds from the start in which the loudest part is searched
 
@@ -79,13 +77,12 @@ def _energies(hops: FloatArray) -> FloatArray:
     return energies
 
 
-def decibels(levels: bytes) -> FloatArray:
-    """Convert stored levels to dB of full scale, float32 `[frames]`. Silence is -inf."""
-    steps = np.frombuffer(levels, np.uint8).astype(np.float32)
-    result: FloatArray = np.where(steps > 0, (steps - LOUDEST) / STEPS_PER_DB, -np.inf).astype(
-        np.float32
+def silent_frames(levels: bytes) -> npt.NDArray[np.bool_]:
+    """Which frames are below SILENT_DB, from stored levels."""
+    silent: npt.NDArray[np.bool_] = (
+        np.frombuffer(levels, np.uint8) < LOUDEST + STEPS_PER_DB * SILENT_DB
     )
-    return result
+    return silent
 
 
 def loudest_part(

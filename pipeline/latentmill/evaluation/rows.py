@@ -28,10 +28,7 @@ class ShardRows:
 
     @cached_property
     def _order(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Positions in the index, ordered by shard and row, and the first of each shard."""
-        shards = self._index.column("shard")
-        order = np.lexsort((self._index.column("row"), shards))
-        return order, np.searchsorted(shards[order], np.arange(len(self.paths) + 1))
+        return self._index.by_shard()
 
     def positions(self, shard: int) -> npt.NDArray[np.int64]:
         """Positions in the index of a shard's records, in the order of its rows."""

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 import xxhash
 
-from latentmill.encoding.loudness import LOUDEST, SILENT_DB, STEPS_PER_DB
+from latentmill.encoding.loudness import SILENT_DB, silent_frames
 from latentmill.errors import StorageError, StoreError
 from latentmill.evaluation.channels import ChannelMoments, Pooling
 from latentmill.evaluation.rows import ShardRows
@@ -147,7 +147,6 @@ class ShardPass:
     ) -> None:
         fields = self.rows.fields(shard, (*_FIELDS, *_COUNTED))
         samples = self.store.index.column("num_samples")[at]
-        quiet = LOUDEST + STEPS_PER_DB * SILENT_DB
         table.rms[:] = fields["rms"]
         for row, (digest, uri, rms, peak, levels) in enumerate(
             zip(*(fields[name] for name in _FIELDS), strict=True)
@@ -162,7 +161,7 @@ class ShardPass:
             if levels is None:
                 table.silent[row] = rms < 10 ** (SILENT_DB / 20)
                 continue
-            below = np.frombuffer(levels, np.uint8) < quiet
+            below = silent_frames(levels)
             table.silent[row] = below.all()
             totals.silent_frames += int(below.sum())
             totals.measured_frames += len(below)

@@ -17,14 +17,13 @@ from torch import Tensor
 from latentmill.errors import ConfigError, ItemError
 from latentmill.evaluation.audio_metrics import rms
 from latentmill.evaluation.rows import ShardRows
-from latentmill.record import FloatArray
+from latentmill.record import MIXES, FloatArray
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import read_source
 
 SPARE = 4  # candidates for each item, because some may be silent
 QUIET = 10 ** (-50 / 20)  # RMS below which a sound is not scored
 FAINT = 10 ** (-30 / 20)  # the same, relative to the mix
-MIXES = ("mix", "mixture")  # roles that are the sum of the others
 
 
 @dataclass(frozen=True)

@@ -11,22 +11,25 @@ import numpy.typing as npt
 from latentmill.pictures.drawing import Picture, heat_map, waveform
 
 MAX_VALUES = 1 << 24  # of a latent that are drawn: a picture appears at once
-LOUDEST, STEPS_PER_DB = 255, 2  # of stored levels, see `encoding.loudness`
 KBPS = 96
 
 
 def latent_html(
     latent: npt.NDArray[Any],
-    levels: bytes | None,
+    level_db: npt.NDArray[np.float32] | None,
     sound: tuple[npt.NDArray[Any], int] | None,
 ) -> str:
-    """Pictures of the start of a latent and of its level, and a player of `sound` (audio, rate)."""
+    """Pictures of the start of a latent and of its level in dBFS, and a player of `sound`.
+
+    `sound` is audio and its rate.
+    """
     frames = max(
         1, MAX_VALUES // max(1, latent.shape[-2] * (len(latent) if latent.ndim > 2 else 1))
     )
     parts = []
-    if levels:
-        parts.append(_image(waveform(envelope(levels)[None] * [[1], [-1]], height=48), "Level"))
+    if level_db is not None:
+        envelope = 10 ** (level_db / 20)
+        parts.append(_image(waveform(envelope[None] * [[1], [-1]], height=48), "Level"))
     if latent.size:
         parts.append(_image(heat_map(latent[..., :frames]), "Latent"))
     if sound is not None and sound[0].size:
@@ -35,15 +38,6 @@ def latent_html(
         uri = opus_uri(opus(*sound, kbps=KBPS))
         parts.append(f"<audio controls src='{uri}' style='width:100%;max-width:640px'></audio>")
     return "".join(parts)
-
-
-def envelope(levels: bytes) -> npt.NDArray[np.float32]:
-    """Stored levels as amplitudes, 1 for full scale."""
-    steps = np.frombuffer(levels, np.uint8).astype(np.float32)
-    amplitudes: npt.NDArray[np.float32] = np.where(
-        steps > 0, 10 ** ((steps - LOUDEST) / STEPS_PER_DB / 20), 0
-    ).astype(np.float32)
-    return amplitudes
 
 
 def _image(picture: Picture, name: str) -> str:

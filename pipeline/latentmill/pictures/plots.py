@@ -10,14 +10,13 @@ import numpy.typing as npt
 
 from latentmill.errors import ConfigError
 from latentmill.pictures.colours import DIVERGING
-from latentmill.pictures.notebook import envelope
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def plot_latent(
-    latent: npt.NDArray[Any], levels: bytes | None, seconds: float, title: str
+    latent: npt.NDArray[Any], level_db: npt.NDArray[np.float32] | None, seconds: float, title: str
 ) -> Figure:
     """Plot the level, if it is known, above the latent, on one axis of time."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -27,15 +26,13 @@ def plot_latent(
 
     values = latent if latent.ndim == 2 else np.concatenate(list(latent), axis=1)
     values = values.astype(np.float32)
-    ratios = [1, 3] if levels else [3]
+    ratios = [3] if level_db is None else [1, 3]
     figure, axes = pyplot.subplots(
         len(ratios), sharex=True, squeeze=False, layout="constrained", height_ratios=ratios
     )
-    if levels:
-        with np.errstate(divide="ignore"):
-            decibels = 20 * np.log10(envelope(levels))
-        times = np.arange(len(decibels)) * seconds / len(decibels)
-        axes[0, 0].plot(times, np.maximum(decibels, -90), linewidth=0.8)
+    if level_db is not None:
+        times = np.arange(len(level_db)) * seconds / len(level_db)
+        axes[0, 0].plot(times, np.maximum(level_db, -90), linewidth=0.8)
         axes[0, 0].set_ylabel("level, dBFS")
     limit = float(np.quantile(abs(values), 0.99)) or 1.0
     image = axes[-1, 0].imshow(

@@ -14,7 +14,6 @@ import numpy as np
 from torch.utils.data import Dataset
 
 import latentmill.reader.collate  # noqa: F401  registers our samples with torch's default collate
-from latentmill.encoding.loudness import decibels
 from latentmill.errors import ConfigError
 from latentmill.reader.crops import CropReader
 from latentmill.reader.draws import Draws, Request
@@ -22,7 +21,6 @@ from latentmill.reader.fields import FieldReader
 from latentmill.reader.order import Ints
 from latentmill.reader.sample import sample_random, whole_number
 from latentmill.reader.stems import (
-    MIXES,
     By,
     Flags,
     RandomStemGains,
@@ -32,7 +30,7 @@ from latentmill.reader.stems import (
     stem_groups,
 )
 from latentmill.reader.transforms import Decibels
-from latentmill.record import FloatArray
+from latentmill.record import MIXES, FloatArray, decibels
 from latentmill.store.describe import warn_incomplete
 from latentmill.store.schema import levels_of
 from latentmill.store.store import LatentStore

@@ -17,12 +17,11 @@ from latentmill.errors import ConfigError
 from latentmill.ops import Origin, gain, mix
 from latentmill.reader.fields import FieldReader
 from latentmill.reader.transforms import Decibels, check_decibels, random_factor
-from latentmill.record import FloatArray
+from latentmill.record import MIXES, FloatArray
 from latentmill.store.store import LatentStore
 
 By = Literal["fields", "folder"]
 Flags = npt.NDArray[np.bool_]
-MIXES = ("mix", "mixture")
 
 
 @dataclass(frozen=True)

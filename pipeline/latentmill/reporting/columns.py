@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from latentmill.encoding.loudness import LOUDEST, SILENT_DB, STEPS_PER_DB
+from latentmill.encoding.loudness import silent_frames
 from latentmill.encoding.stored import parse_json
 from latentmill.errors import StorageError
 from latentmill.evaluation.rows import ShardRows
-from latentmill.evaluation.tracks import MIXES
+from latentmill.record import MIXES
 from latentmill.store.schema import levels_of
 from latentmill.store.store import LatentStore
 
@@ -116,10 +116,7 @@ def read_columns(store: LatentStore, most: int) -> Columns:
 
 def _silence(levels: Any) -> float:
     data = levels_of({"levels": levels})
-    if not data:
-        return math.nan
-    quiet = LOUDEST + STEPS_PER_DB * SILENT_DB
-    return float((np.frombuffer(data, np.uint8) < quiet).mean())
+    return float(silent_frames(data).mean()) if data else math.nan
 
 
 def _properties(one: Mapping[str, Any]) -> dict[str, Any]:

@@ -212,6 +212,15 @@ class Index:
         with _reading(self._where):
             return self._columns["shard"].dictionary.to_pylist() if self else []
 
+    def by_shard(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Positions of the records ordered by shard and row, and where each shard begins in them.
+
+        The second array has one more number at its end: the number of records.
+        """
+        shards = self.column("shard")
+        order = np.lexsort((self.column("row"), shards))
+        return order, np.searchsorted(shards[order], np.arange(len(self.shards) + 1))
+
     def key(self, position: int) -> str:
         """The key at a position in the sorted keys."""
         return self.keys(np.array([position]))[0]

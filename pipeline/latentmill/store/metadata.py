@@ -22,8 +22,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentmill.encoding.loudness import LOUDEST, SILENT_DB, STEPS_PER_DB
+from latentmill.encoding.loudness import silent_frames
 from latentmill.encoding.stored import parse_json
+from latentmill.record import LOUDEST, STEPS_PER_DB
 from latentmill.storage.storage import Storage, writing
 from latentmill.store.commit import hash_of
 from latentmill.store.fields import damaged_shard, read_columns
@@ -115,7 +116,7 @@ def sorted_blocks(index: Index, rows: Path, columns: Mapping[str, str]) -> Itera
     """Row groups in the order of the index, from a file that has the rows shard by shard."""
     if not len(index):
         return
-    shard_of, order, first = index.column("shard"), *_by_shard(index)
+    shard_of, order, first = index.column("shard"), *index.by_shard()
     place = np.empty(len(index), np.int64)  # of each record among the rows of its shard
     place[order] = np.arange(len(index)) - first[shard_of[order]]
     with pa.memory_map(str(rows)) as file:
@@ -149,13 +150,6 @@ def with_columns(block: pa.Table, columns: Mapping[str, str]) -> pa.Table:
     return block.cast(schema_of(columns))
 
 
-def _by_shard(index: Index) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Positions in the index, ordered by shard and row, and the first of each shard."""
-    shards = index.column("shard")
-    order = np.lexsort((index.column("row"), shards))
-    return order, np.searchsorted(shards[order], np.arange(len(index.shards) + 1))
-
-
 def _write_rows(storage: Storage, index: Index, rows: Path) -> dict[str, str]:
     """Write the rows of each shard as record batches; return the kinds of the metadata's names."""
     names = _Names()
@@ -179,7 +173,7 @@ def _shards(storage: Storage, index: Index) -> Iterator[tuple[int, pa.Table]]:
     """The rows of each shard; of a remote store, a few shards are read in parallel."""
     if not len(index):
         return
-    order, first = _by_shard(index)
+    order, first = index.by_shard()
 
     def read(shard: int) -> pa.Table:
         return shard_rows(storage, index, shard, order[first[shard] : first[shard + 1]])
@@ -237,8 +231,7 @@ def _silence(levels: bytes | None) -> float | None:
     """Share of the frames below SILENT_DB; None if the levels were not measured."""
     if not levels:
         return None
-    quiet = np.frombuffer(levels, np.uint8) < LOUDEST + STEPS_PER_DB * SILENT_DB
-    return float(np.mean(quiet))
+    return float(np.mean(silent_frames(levels)))
 
 
 class _Names:

@@ -309,7 +309,7 @@ class LatentStore(StoreDecoder, Shown):
         return latent_from_bytes(data, (entry.channels, frames), self.info.dtype)
 
     def levels(self, key: str) -> bytes | None:
-        """Read the stored loudness of each frame; decode it with `encoding.loudness.decibels`.
+        """Read the stored loudness of each frame; decode it with `record.decibels`.
 
         None with `stitch: none`, and in stores of versions that did not measure it.
         """

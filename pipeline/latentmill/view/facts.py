@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from latentmill.ops.origin import POOR
+from latentmill.record import MIXES
 from latentmill.store.store import LatentStore
 from latentmill.view.catalog import Catalog
 from latentmill.view.desk import why_no_pan
@@ -33,6 +34,7 @@ def facts(store: LatentStore, catalog: Catalog) -> dict[str, Any]:
         "chunked": store.chunking.stitch == "none",
         "additivity": None if card is None else card.additivity,
         "poor": card is not None and card.additivity > POOR,
+        "mix_roles": MIXES,
         "max_channels": MAX_CHANNELS,
         "max_seconds": MAX_SECONDS,
         "fields": [asdict(field) for field in catalog.fields.values()],

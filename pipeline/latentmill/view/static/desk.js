@@ -74,7 +74,7 @@ export class Desk {
     try {
       const { records, total } = await json("api/search", { where, limit: this.facts.max_channels });
       const there = new Set(this.channels.map((one) => one.key));
-      const stems = records.filter(({ role }) => !["mix", "mixture"].includes(role));
+      const stems = records.filter(({ role }) => !this.facts.mix_roles.includes(role));
       this.add(...stems.map(({ key }) => key).filter((key) => !there.has(key)));
       if (total > records.length) showError(`The group has ${total} records; the desk has ${this.facts.max_channels} channels.`);
     } catch (error) {
