@@ -103,7 +103,7 @@ def reconstruction(entry: ReconstructionEntry) -> str:
         unit = _UNITS.get(name, "")
         values = (f"{v:.3g}{unit}" for v in (one.median, one.mean, one.low, one.high))
         table.append((name.replace("_", " "), *values))
-    lines = [f"{counted(len(entry.items), 'item')}, {entry.silent} more are silent"]
+    lines = [f"{counted(len(entry.items), 'item')} compared, {entry.silent} silent"]
     lines += [f"{n} without source: {why}" for why, n in entry.without_source.items()]
     lines += _aligned(table)
     by_key = {item.key: item for item in entry.items}

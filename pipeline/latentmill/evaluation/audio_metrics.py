@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+Spectrum = Callable[[Tensor, int, int, int], Tensor]
+
 LIMIT_DB = 200.0
 RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))  # FFT, hop, window
 MEL_FFT, MEL_HOP, MEL_BANDS = 2048, 512, 80
@@ -50,14 +52,20 @@ def level(given: Tensor, target: Tensor) -> float:
     return max(-LIMIT_DB, 20 * math.log10(gain)) if gain > 0 else -LIMIT_DB
 
 
-def mr_stft(given: Tensor, target: Tensor, dtype: torch.dtype = torch.float32) -> float:
+def mr_stft(
+    given: Tensor,
+    target: Tensor,
+    dtype: torch.dtype = torch.float32,
+    spectrum: Spectrum | None = None,
+) -> float:
     """Multi-resolution STFT distance.
 
-    float32 takes a quarter of the time of float64, and has as many digits as the sounds.
+    float32 takes a quarter of the time of float64, and has as many digits as the sounds. `spectrum`
+    is `magnitude` by default, or a function that remembers its results.
     """
-    total = 0.0
+    total, spectrum = 0.0, spectrum or magnitude
     for fft, hop, window in RESOLUTIONS:
-        p, t = (_magnitude(s.to(dtype), fft, hop, window) for s in (given, target))
+        p, t = (spectrum(s.to(dtype), fft, hop, window) for s in (given, target))
         convergence = _energy(p - t) ** 0.5 / _energy(t) ** 0.5
         total += convergence + float((p / t).log_().abs_().mean(dtype=torch.float64))
     return total / len(RESOLUTIONS)
@@ -68,7 +76,7 @@ def log_mel(given: Tensor, target: Tensor, rate: int) -> float:
     bands = mel_bands(rate).float()
     levels = [
         20
-        * (bands @ _magnitude(sound.float(), MEL_FFT, MEL_HOP, MEL_FFT))
+        * (bands @ magnitude(sound.float(), MEL_FFT, MEL_HOP, MEL_FFT))
         .clamp(min=_LEAST_MEL)
         .log10()
         for sound in (given, target)
@@ -91,13 +99,15 @@ def mel_bands(rate: int) -> Tensor:
     return torch.minimum(rising, falling).clamp(min=0)
 
 
-def measures_of(rate: int) -> dict[str, Callable[[Tensor, Tensor], float]]:
-    """All measures by name, for sounds of this sample rate."""
+def measures_of(
+    rate: int, spectrum: Spectrum | None = None
+) -> dict[str, Callable[[Tensor, Tensor], float]]:
+    """All measures by name, for sounds of this sample rate; `spectrum` as in `mr_stft`."""
     return {
         "snr": snr,
         "si_sdr": si_sdr,
         "level": level,
-        "mr_stft": mr_stft,
+        "mr_stft": functools.partial(mr_stft, spectrum=spectrum),
         "log_mel": functools.partial(log_mel, rate=rate),
     }
 
@@ -107,7 +117,7 @@ def rms(sound: Tensor) -> float:
     return float(sound.double().square().mean().sqrt())
 
 
-def _magnitude(sound: Tensor, fft: int, hop: int, window: int) -> Tensor:
+def magnitude(sound: Tensor, fft: int, hop: int, window: int) -> Tensor:
     """STFT magnitudes `[C, bins, frames]`, with a Hann window; short sounds are padded."""
     sound = F.pad(sound.cpu(), (0, max(0, fft - sound.shape[-1])))
     weights = torch.hann_window(window, dtype=sound.dtype)
