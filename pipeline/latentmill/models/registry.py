@@ -24,7 +24,6 @@ from latentmill.models.base import Channels, ModelHandle, ModelSpec
 
 ENTRY_POINT_GROUP = "latentmill.models"
 PYTHON_PREFIX = "python:"
-PLACEHOLDER = "REPO"
 
 Factory = Callable[..., ModelHandle]
 
@@ -42,6 +41,7 @@ class _BuiltIn(NamedTuple):
     description: str
     requirement: str = ""
     example: str = ""  # a repository of the family
+    placeholder: str = "REPO"  # what follows the family in lists
 
 
 _LINEAR_CAE = "pip install 'latentmill[linear-cae]'"
@@ -105,8 +105,9 @@ _FAMILIES = {
     ),
     "trained": _BuiltIn(
         "latentmill.models.families.trained:build",
-        "a model that jobs/train_linear.py trained; REPO is the folder of its run",
+        "a model that jobs/train_linear.py trained; PATH is the folder of its run",
         example="runs/linear",
+        placeholder="PATH",
     ),
 }
 
@@ -114,9 +115,10 @@ _FAMILIES = {
 def available() -> list[ModelEntry]:
     """List the models that `resolve` finds by name: the built-in ones, then the entry points.
 
-    Families are listed as `family:REPO`; REPO is a hub repository or a local path.
+    Families are listed as `family:REPO`, where REPO is a hub repository or a local path, or as
+    `trained:PATH`.
     """
-    named = {**_BUILT_IN, **{f"{f}:{PLACEHOLDER}": model for f, model in _FAMILIES.items()}}
+    named = {**_BUILT_IN, **{f"{f}:{model.placeholder}": model for f, model in _FAMILIES.items()}}
     listed = [ModelEntry(name, m.description, m.requirement) for name, m in named.items()]
     for name, point in sorted(_entry_points().items()):
         package = point.dist.name if point.dist else point.module
@@ -129,7 +131,7 @@ def resolve(
 ) -> ModelHandle:
     """Find a model's weights and its spec by the model's name, without loading it.
 
-    The name is one that `available` lists (with the repository in place of REPO) or
+    The name is one that `available` lists (with a repository or path in place of REPO or PATH) or
     `python:package.module:factory`; the options are the factory's keyword arguments. With channels
     `split` a mono model runs on each channel of stereo audio; `mono` requires a mono model. Raises
     `ModelError` if a name, option, package or file is missing or wrong.
@@ -195,16 +197,18 @@ def _find(name: str) -> Factory:
         return _import(name, _BUILT_IN[name].factory)
     family, _, repo = name.partition(":")
     if family in _FAMILIES:
-        if repo in ("", PLACEHOLDER):
+        model = _FAMILIES[family]
+        if repo in ("", model.placeholder):
             raise ModelError(
                 f"Model {family} needs a repository or a local path: write "
-                f"{family}:{PLACEHOLDER}, as in {family}:{_FAMILIES[family].example}."
+                f"{family}:{model.placeholder}, as in {family}:{model.example}."
             )
-        return partial(_import(name, _FAMILIES[family].factory), repo)
+        return partial(_import(name, model.factory), repo)
     points = _entry_points()
     if name in points:
         return _import(name, f"{points[name].module}:{points[name].attr}")
-    known = [*_BUILT_IN, *(f"{family}:{PLACEHOLDER}" for family in _FAMILIES), *sorted(points)]
+    families = (f"{family}:{model.placeholder}" for family, model in _FAMILIES.items())
+    known = [*_BUILT_IN, *families, *sorted(points)]
     near = {each.partition(":")[0]: each for each in known}
     close = difflib.get_close_matches(family.lower(), near, n=1)
     hint = f"did you mean {near[close[0]]}? " if close else ""
