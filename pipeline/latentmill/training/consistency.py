@@ -38,6 +38,9 @@ class LinearCae(Trainable):
         self._files = dict(handle.files.paths)
         arguments = read_arguments(NAME, package, handle.files)
         self.network = package.Autoencoder(*arguments.values(), name=NAME)
+        # Their layers get no time embedding, and DistributedDataParallel requires gradients of all.
+        for name, parameter in self.network.generator.decoder.named_parameters():
+            parameter.requires_grad_("proj_emb" not in name)
         if not settings.from_scratch:
             try:
                 self.network.load_state_dict(read_state(NAME, self._files["weights"]))
