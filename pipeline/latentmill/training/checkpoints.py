@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +32,31 @@ class Checkpoints:
         for old in self._steps()[: -self._keep]:
             self._path(old).unlink(missing_ok=True)
 
-    def load(self, settings: TrainSettings) -> dict[str, Any] | None:
-        """The newest state; None if there is none.
+    def load(self, settings: TrainSettings, restore: Callable[[int, dict[str, Any]], None]) -> None:
+        """Call `restore` with the newest state and its step, if there is one.
 
         Raises ConfigError if it does not load, or is of a run with other settings.
         """
         steps = self._steps()
         if not steps:
-            return None
-        path = self._path(steps[-1])
+            return
+        step, path = steps[-1], self._path(steps[-1])
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            before: dict[str, Any] = state["settings"]
+            if not isinstance(state["settings"], dict):
+                raise TypeError
+            check_same(state["settings"], settings.decisive(), self._folder)
+            if state["step"] != step or step > settings.steps:
+                raise ValueError(f"it is of step {state['step']!r}")
+            restore(step, state)
         except LOAD_ERRORS as error:
-            # PyTorch's own text advises to load files that can run code.
-            unsafe = isinstance(error, pickle.UnpicklingError)
-            reason = "it is not a checkpoint of latentmill" if unsafe else one_line(error)
+            # The others' texts are Python's; PyTorch's advises to load files that can run code.
+            own = isinstance(error, (RuntimeError, OSError, ValueError))
+            reason = one_line(error) if own else "it is not a checkpoint of this run"
             raise ConfigError(
                 f"{path} does not load ({reason}): delete it to resume from the one before, or "
                 "use another folder."
             ) from error
-        check_same(before, settings.decisive(), self._folder)
-        return state
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{step:09d}.pt"

@@ -110,7 +110,7 @@ class Trainer:
         self.ema = Ema(self.network, settings.ema)
         self.step = 0
         self._checkpoints = Checkpoints(self.out, settings.keep_checkpoints)
-        self._resume()
+        self._checkpoints.load(settings, self._restore)
         self._linearity = None
         if linearity:
             self._linearity = Linearity(
@@ -205,16 +205,20 @@ class Trainer:
             _log.info("step %d of %d: loss %.4f", step, self.settings.steps, values["loss"])
         self.place.report({"step": step, **values})
 
-    def _resume(self) -> None:
-        state = self._checkpoints.load(self.settings)
-        if state is None:
-            return
+    def _restore(self, step: int, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint; an error of `LOAD_ERRORS` if it does not fit the network."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+        moments = self.optimizer.state
+        if not moments or any(s["exp_avg"].shape != p.shape for p, s in moments.items()):
+            raise ValueError("its optimizer is of another network")
+        if {n: t.shape for n, t in state["ema"].items()} != {
+            n: t.shape for n, t in self.ema.values.items()
+        }:
+            raise ValueError("its averaged weights are of another network")
         self.ema.values = {n: t.to(self.place.device) for n, t in state["ema"].items()}
-        self.ema.updates = state["ema_updates"]
-        self.step = state["step"]
-        _log.info("resuming at step %d of %d", self.step, self.settings.steps)
+        self.step = self.ema.updates = step
+        _log.info("resuming at step %d of %d", step, self.settings.steps)
 
     def _save(self) -> None:
         """Write the model with averaged weights and a checkpoint, on the first process."""
@@ -225,7 +229,6 @@ class Trainer:
                 "network": self.network.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "ema": self.ema.values,
-                "ema_updates": self.ema.updates,
             }
             self.export()  # first: a run that is interrupted here exports again
             self._checkpoints.save(self.step, state)

@@ -8,15 +8,19 @@ from typing import Any
 
 from latentmill.errors import ConfigError
 from latentmill.storage.storage import Storage
+from latentmill.text.log import get_logger
+from latentmill.text.printing import counted
 
 FILE = "metrics.jsonl"
+
+_log = get_logger("training")
 
 
 class Metrics:
     """Appends one JSON object per logged step.
 
-    A resumed run first removes the lines of the steps that it repeats (`start` and later), and a
-    line that was cut off.
+    A resumed run first removes the lines of the steps that it repeats (`start` and later), and
+    damaged ones.
     """
 
     def __init__(self, out: Path, *, start: int, tensorboard: bool) -> None:
@@ -43,12 +47,24 @@ class Metrics:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; without the last one if it was cut off."""
+    """The lines of `metrics.jsonl`; damaged ones, such as a last one that was cut, are skipped."""
     path = out / FILE
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines()
+    found = [line for line in map(_parsed, lines) if line is not None]
+    if len(found) < len(lines):
+        _log.warning("%s: skipped %s", path, counted(len(lines) - len(found), "damaged line"))
+    return found
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        values = json.loads(line.decode())
+    except ValueError:
+        return None
+    valid = isinstance(values, dict) and isinstance(values.get("step"), int)
+    return values if valid else None
 
 
 def _board(out: Path, start: int) -> Any:
