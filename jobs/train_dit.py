@@ -14,6 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from latentmill.config import refuse_job_folder
+from latentmill.engine.cluster import connect
+from latentmill.errors import LatentmillError
+from latentmill.training.job import cause
+from latentmill.training.settings import absolute
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -40,13 +46,6 @@ def train(config: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    from latentmill.config import refuse_job_folder
-    from latentmill.engine.cluster import connect
-    from latentmill.training.settings import absolute
-
     parser = argparse.ArgumentParser(description=__doc__, add_help=False)
     parser.add_argument("--processes", type=int, default=1)
     own, options = parser.parse_known_args()
@@ -56,6 +55,19 @@ def main() -> None:
     import train_dit
 
     args = train_dit.arguments(options)
+    try:
+        run(args, options, own.processes)
+    except LatentmillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def run(args: argparse.Namespace, options: list[str], processes: int) -> None:
+    from ray.train import RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    import train_dit
+
     refuse_job_folder("--folder", str(args.folder))
     if args.model.startswith("trained:"):  # is recorded in the store
         args.model = "trained:" + absolute(args.model.removeprefix("trained:"))
@@ -64,12 +76,16 @@ def main() -> None:
     folder = absolute(str(args.folder))
     options += ["--store", absolute(args.store), "--folder", folder]
     with connect(None) as cluster:
-        TorchTrainer(
+        trainer = TorchTrainer(
             train,
             train_loop_config={"options": options, "examples": str(EXAMPLES)},
-            scaling_config=ScalingConfig(num_workers=own.processes, use_gpu=bool(cluster.gpus)),
+            scaling_config=ScalingConfig(num_workers=processes, use_gpu=bool(cluster.gpus)),
             run_config=RunConfig(name="ray", storage_path=folder),
-        ).fit()
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise cause(error) from error
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from latentmill.errors import ConfigError, TrainingError
+from latentmill.errors import ConfigError, StoreError, TrainingError
 from latentmill.models.registry import resolve
-from latentmill.training.job import _cause
+from latentmill.training.job import cause
 from latentmill.training.loop import Trainer
 from latentmill.training.metrics import read_metrics
 from latentmill.training.settings import load_settings, parse_options
@@ -55,9 +55,9 @@ def test_the_first_process_that_failed_gives_the_reason() -> None:
 
     wrapped = RuntimeError("wrapped")
     wrapped.__cause__ = ConfigError("the reason")
-    assert str(_cause(FailedError({1: RuntimeError("later"), 0: wrapped}))) == "the reason"
-    assert isinstance(_cause(FailedError({0: wrapped})), ConfigError)
-    other = _cause(FailedError({0: RuntimeError("out of\nmemory")}))
+    assert str(cause(FailedError({1: RuntimeError("later"), 0: wrapped}))) == "the reason"
+    assert isinstance(cause(FailedError({0: wrapped})), ConfigError)
+    other = cause(FailedError({0: RuntimeError("out of\nmemory")}))
     assert isinstance(other, TrainingError)
     assert str(other) == "training failed: memory"
 
@@ -98,6 +98,13 @@ def test_a_loss_that_is_not_finite_is_one_sentence(songs: Path, tmp_path: Path) 
     assert done.returncode == TrainingError.exit_code
     assert "training stopped; look at its audio (" in done.stderr.splitlines()[-1]
     assert done.stderr.splitlines()[-1].startswith("error: the ")
+
+
+def test_an_error_of_the_diffusion_job_is_one_sentence(tmp_path: Path) -> None:
+    done = job("train_dit.py", "--store", tmp_path / "nowhere", "--folder", tmp_path / "dit")
+    assert done.returncode == StoreError.exit_code
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_diffusion_job_lists_its_own_and_the_examples_options() -> None:

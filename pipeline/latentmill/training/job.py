@@ -40,7 +40,7 @@ def run(settings: TrainSettings) -> None:
         try:
             trainer.fit()
         except TrainingFailedError as error:
-            raise _cause(error) from error
+            raise cause(error) from error
 
 
 def _train(config: dict[str, Any]) -> None:
@@ -58,7 +58,7 @@ def _train(config: dict[str, Any]) -> None:
     Trainer(TrainSettings.model_validate(config["settings"]), place).train()
 
 
-def _cause(error: Exception) -> LatentmillError:
+def cause(error: Exception) -> LatentmillError:
     """The first LatentmillError of a process; else a TrainingError with Ray's message."""
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     for _, failure in sorted(failures.items()):
