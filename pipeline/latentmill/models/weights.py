@@ -203,9 +203,12 @@ def read_config(model: str, path: Path) -> dict[str, Any]:
 
 def does_not_load(model: str, path: Path, error: BaseException) -> ModelError:
     """The error for a file that exists but cannot be used."""
-    return ModelError(
-        f"Model {model}: {path} does not load ({one_line(error)}); delete it and download it again."
-    )
+    on_hub = "snapshots" in path.parts  # of the cache of huggingface_hub
+    fix = "delete it and download it again" if on_hub else "replace it with an undamaged copy"
+    # PyTorch's text for these advises to load files that can run code.
+    unsafe = isinstance(error, UnpicklingError)
+    reason = "it is damaged or contains more than tensors" if unsafe else one_line(error)
+    return ModelError(f"Model {model}: {path} does not load ({reason}); {fix}.")
 
 
 def one_line(error: BaseException) -> str:
