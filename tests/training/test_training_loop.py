@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -252,6 +253,59 @@ def test_a_damaged_checkpoint(tiny: Settings) -> None:
     assert Trainer(settings).step == 4
 
 
+def change(state: dict[str, Any], entry: str, value: object) -> object:
+    return {**state, entry: value}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    {
+        "a list": lambda state: [1],
+        "nothing": lambda state: {},
+        "no step": lambda state: {n: v for n, v in state.items() if n != "step"},
+        "step is text": lambda state: change(state, "step", "4"),
+        "step is another": lambda state: change(state, "step", 9),
+        "settings are text": lambda state: change(state, "settings", "conv"),
+        "no weights": lambda state: change(state, "network", {}),
+        "weights are a number": lambda state: change(state, "network", 1),
+        "other weights": lambda state: change(state, "network", doubled(state["network"])),
+        "no averages": lambda state: change(state, "ema", {}),
+        "other averages": lambda state: change(state, "ema", doubled(state["ema"])),
+        "averages are no tensors": lambda state: change(
+            state, "ema", dict.fromkeys(state["ema"], 1)
+        ),
+        "no optimizer": lambda state: change(state, "optimizer", {}),
+        "an optimizer without state": lambda state: change(
+            state, "optimizer", change(state["optimizer"], "state", {})
+        ),
+        "an optimizer of other weights": lambda state: change(
+            state,
+            "optimizer",
+            change(
+                state["optimizer"],
+                "state",
+                {n: doubled(one) for n, one in state["optimizer"]["state"].items()},
+            ),
+        ),
+    }.items(),
+    ids=lambda damage: damage[0],
+)
+def test_a_checkpoint_with_other_contents(
+    tiny: Settings, damage: tuple[str, Callable[[dict[str, Any]], object]]
+) -> None:
+    settings = tiny("steps=4")
+    Trainer(settings).train()
+    path = Path(settings.out) / "checkpoints" / "step-000000004.pt"
+    torch.save(damage[1](torch.load(path, weights_only=True)), path)
+    with pytest.raises(ConfigError, match=r"does not load \(.*\): delete it to resume") as caught:
+        Trainer(settings)
+    assert "\n" not in str(caught.value)
+
+
+def doubled(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat((one[None], one[None])) for name, one in tensors.items()}
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(tiny: Settings) -> None:
     settings = tiny("learning_rate=1e30", "clip_norm=1e30")
     with pytest.raises(TrainingError, match=r"of step \d+ is (nan|inf).*\d at \d\.\d\d s"):
@@ -311,7 +365,24 @@ def test_nothing_can_be_loaded(tiny: Settings, tmp_path: Path) -> None:
         ("out=s3://bucket/run", "is a URL: use a folder"),
         ("learning_rat=1", "unknown setting learning_rat: did you mean learning_rate"),
         ("linearity.mixing=most", "invalid linearity.mixing 'most'"),
-        ("network.strides=[3]", "strides must be even"),
+        ("network.strides=[3]", r"invalid network.strides \[3\]: strides must be even"),
+        ("network.strides=[]", r"invalid network.strides \[\]: it must have at least 1 item"),
+        ("network.strides=[2,2,2,2,2,2,2,2,2]", "it must have at most 8 items"),
+        ("network.strides=[512,512]", "the product of strides must be at most 65536"),
+        ("network.strides=8", "invalid network.strides 8: expected a list"),
+        ("network.width=2000000", "it must be less than or equal to 2048"),
+        ("network.sample_rate=10", "it must be greater than or equal to 1000"),
+        ("network.sample_rate=1000000", "it must be less than or equal to 768000"),
+        ("network.max_width=1000000000", "it must be less than or equal to 2048"),
+        ("network.latent_channels=1000000", "it must be less than or equal to 2048"),
+        ("network.strides=[2,32768] network.width=2048 network.max_width=2048", "lower width"),
+        ("network=small", "invalid network 'small': expected a mapping"),
+        ("seed=-1", "invalid seed -1: it must be greater than or equal to 0"),
+        ("seed=9223372036854775808", "it must be less than or equal to 9223372036854775807"),
+        ("crop_seconds=601", "it must be less than or equal to 600"),
+        ("from_scratch=perhaps", "invalid from_scratch 'perhaps': expected true or false"),
+        ("linearity.bogus=1", "unknown setting linearity.bogus: jobs/train_linear.yaml lists"),
+        ("linearity.maxgain=1", "unknown setting linearity.maxgain: did you mean linearity.max_g"),
         ("steps=0", "invalid steps 0"),
         ("steps", "expected NAME=VALUE"),
         ("linearity=null linearity.max_gain=2", "linearity.max_gain=2 contradicts linearity=None"),
@@ -352,13 +423,20 @@ def test_the_rate_and_the_average() -> None:
     assert float(layer.weight) == 5.0
 
 
-def test_metrics_without_a_cut_line(tiny: Settings) -> None:
+@pytest.mark.parametrize("damage", [b'{"step": 9, "lo', b"\n", b"garbage\n", b"\xff\0\n", b"[1]\n"])
+def test_lines_of_the_metrics_that_are_damaged(
+    tiny: Settings, caplog: pytest.LogCaptureFixture, damage: bytes
+) -> None:
     settings = tiny("steps=4")
     Trainer(settings).train()
+    before = curve(settings)
     path = Path(settings.out) / "metrics.jsonl"
-    with path.open("a") as file:
-        file.write(json.dumps({"step": 4, "loss": 1.0}) + "\n" + '{"step": 5, "lo')
-    assert [line["step"] for line in read_metrics(Path(settings.out))] == [0, 1, 2, 3, 4]
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:3], damage.strip() + b"\n", lines[3], damage]))
+    with caplog.at_level(logging.WARNING, "latentmill.training"):
+        Trainer(settings).train()  # is at its end
+    assert curve(settings) == before
+    assert caplog.messages == [f"{path}: skipped 2 damaged lines"]
 
 
 def test_tensorboard(tiny: Settings) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from latentmill.config import read_yaml, refuse_job_folder
 from latentmill.errors import ConfigError, requirement
@@ -24,6 +24,7 @@ _FREE = frozenset(
     {"out", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "load_threads"}
     | {"device", "address", "max_failures"}
 )
+_GROUPS: dict[str, type[BaseModel]] = {"linearity": LinearitySettings, "network": ConvSettings}
 
 
 class TrainSettings(SourceSettings):
@@ -49,7 +50,10 @@ class TrainSettings(SourceSettings):
         16, ge=1, description="Crops per step and process, without mixtures."
     )
     crop_seconds: Annotated[float, _RUN] = Field(
-        0.75, gt=0, description="Length of a crop in seconds, rounded up to what the model accepts."
+        0.75,
+        gt=0,
+        le=600,
+        description="Length of a crop in seconds, rounded up to what the model accepts.",
     )
     quieter_db: Annotated[float, _RUN] = Field(
         0.0,
@@ -78,7 +82,9 @@ class TrainSettings(SourceSettings):
     precision: Annotated[Literal["float32", "bf16"], _RUN] = Field(
         "float32", description="float32, or bf16 for mixed precision."
     )
-    seed: Annotated[int, _RUN] = Field(0, description="Seed of weights, crops and augmentation.")
+    seed: Annotated[int, _RUN] = Field(
+        0, ge=0, le=2**63 - 1, description="Seed of weights, crops and augmentation."
+    )
     checkpoint_every: Annotated[int, _RUN] = Field(
         1000, ge=1, description="Steps between checkpoints."
     )
@@ -151,9 +157,12 @@ def _explain(error: ValidationError) -> str:
     name = ".".join(map(str, first["loc"]))
     if first["type"] == "missing":
         return f"setting {name} is missing: set it in the config file or as an option."
-    if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, TrainSettings.model_fields, n=1)
-        hint = f"did you mean {close[0]}?" if close else "jobs/train_linear.yaml lists them."
+    if first["type"] in ("extra_forbidden", "invalid_key"):
+        *group, last = map(str, first["loc"])
+        fields = _GROUPS[group[0]].model_fields if group else TrainSettings.model_fields
+        close = difflib.get_close_matches(last, fields, n=1)
+        near = ".".join([*group, *close])
+        hint = f"did you mean {near}?" if close else "jobs/train_linear.yaml lists them."
         return f"unknown setting {name}: {hint}"
     return f"invalid {name} {first['input']!r}: {requirement(first['type'], first['msg'])}."
 

@@ -28,6 +28,7 @@ def rewrite(folder: Path, **changes: object) -> None:
 def test_the_run_or_its_model_is_given(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run.parent)
     specs = [resolve(f"trained:{path}").spec for path in (run, run / "model", "run", "./run")]
+    specs.append(resolve(f"trained:{run / 'model' / 'trained.json'}").spec)
     assert all(spec == specs[0] for spec in specs)
     assert specs[0].identity["run"] == "tiny"
     assert specs[0].hop == 16
@@ -51,15 +52,25 @@ def test_scale_factor(run: Path) -> None:
     [
         ({"architecture": "unet"}, "architecture: .*known architectures are conv, oobleck, dac"),
         ({"version": 2}, "version: .*1"),
-        ({"code": "os:system"}, "code: unknown name"),
-        ({"network": {"strides": [3]}}, "does not load .*strides must be even"),
-        ({"network": {"width": 16, "strides": [4, 4]}}, "does not load"),  # of another shape
+        ({"code": "os:system"}, r"is not valid \(code: unknown name\); known"),
+        ({"step": -1}, r"\(step: it must be greater than or equal to 0\)"),
+        ({"run": 1}, r"\(run: expected text\)"),
+        (
+            {"network": {"strides": [3]}},
+            r"does not load \(network: strides: strides must be even and at least 2\); replace it",
+        ),
+        ({"network": {"bogus": 1}}, r"\(network: bogus: unknown name\)"),
+        ({"network": {"width": 10**9}}, r"\(network: width: it must be less than or equal to 2048"),
+        # Of another shape:
+        ({"network": {"width": 16, "strides": [4, 4]}}, r"does not load \(.*\); replace it with"),
     ],
 )
 def test_what_does_not_load(run: Path, changes: dict[str, object], message: str) -> None:
     rewrite(run, **changes)
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(ModelError, match=message) as caught:
         resolve(f"trained:{run}").load("cpu")
+    assert str(caught.value).startswith(f"Model trained:{run}")
+    assert "pydantic" not in str(caught.value)
 
 
 def test_what_is_no_run(tmp_path: Path) -> None:

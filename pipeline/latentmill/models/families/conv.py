@@ -11,7 +11,7 @@ import math
 from itertools import pairwise
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from latentmill.models.base import Context, ModelSpec
@@ -19,6 +19,8 @@ from latentmill.models.families.codec import codec_spec
 
 DILATIONS = (1, 3)
 KERNEL = 3
+MAX_HOP = 65536
+MAX_KERNEL = 2**28  # weights of one convolution
 SCALE = 10.0  # music has an RMS of about 0.1, and networks learn best from values of about 1
 
 
@@ -27,23 +29,39 @@ class ConvSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    sample_rate: int = Field(44100, ge=1, description="Hz.")
+    sample_rate: int = Field(44100, ge=1000, le=768_000, description="Hz.")
     channels: int = Field(1, ge=1, le=8, description="Audio channels.")
     strides: tuple[int, ...] = Field(
         (16, 8, 4),
         min_length=1,
+        max_length=8,
         description="Even strides of the stages; the hop is their product.",
     )
-    width: int = Field(64, ge=1, description="Channels of the first stage.")
-    max_width: int = Field(256, ge=1, description="Each stage doubles the channels up to this.")
-    latent_channels: int = Field(64, ge=1, description="Channels of a latent.")
+    width: int = Field(64, ge=1, le=2048, description="Channels of the first stage.")
+    max_width: int = Field(
+        256, ge=1, le=2048, description="Each stage doubles the channels up to this."
+    )
+    latent_channels: int = Field(64, ge=1, le=2048, description="Channels of a latent.")
 
     @field_validator("strides")
     @classmethod
     def _even(cls, strides: tuple[int, ...]) -> tuple[int, ...]:
         if any(stride < 2 or stride % 2 for stride in strides):
             raise ValueError("strides must be even and at least 2")
+        if math.prod(strides) > MAX_HOP:
+            raise ValueError(f"the product of strides must be at most {MAX_HOP}")
         return strides
+
+    @model_validator(mode="after")
+    def _size(self) -> ConvSettings:
+        pairs = zip(pairwise((self.channels, *self.widths)), self.strides, strict=True)
+        largest = max(before * after * 2 * stride for (before, after), stride in pairs)
+        if largest > MAX_KERNEL:
+            raise ValueError(
+                f"a layer would have {largest} weights, more than {MAX_KERNEL}: lower width, "
+                "max_width or strides"
+            )
+        return self
 
     @property
     def hop(self) -> int:

@@ -76,21 +76,26 @@ def read_manifest(name: str, path: Path) -> Trained:
     """Read `trained.json`; raise `ModelError` if it is not valid or has another architecture."""
     try:
         return Trained.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, ValueError) as error:
+    except ValueError as error:
         known = ", ".join(get_args(Architecture))
-        why = one_line(error)
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            why = f"{'.'.join(map(str, first['loc'])) or 'file'}: "
-            why += requirement(first["type"], first["msg"])
+        why = _reason(error) if isinstance(error, ValidationError) else one_line(error)
         raise ModelError(
             f"Model {name}: {path} is not valid ({why}); known architectures are {known}."
         ) from error
 
 
+def _reason(error: ValidationError) -> str:
+    """The first error, in plain words."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"])) or "the file"
+    return f"{where}: {requirement(first['type'], first['msg'])}"
+
+
 def _folder(name: str, path: str) -> Path:
     """The folder with `trained.json`."""
     given = Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100  links stay
+    if given.name == MANIFEST:
+        given = given.parent
     for folder in (given, given / FOLDER):
         if (folder / MANIFEST).is_file():
             return folder
@@ -107,7 +112,8 @@ def _conv(name: str, folder: Path, trained: Trained, scale_factor: float | None)
     try:
         settings = ConvSettings.model_validate(trained.network)
     except ValidationError as error:
-        raise does_not_load(name, files.paths["config"], error) from error
+        invalid = ValueError(f"network: {_reason(error)}")
+        raise does_not_load(name, files.paths["config"], invalid) from error
     spec = replace(
         conv_spec(settings),
         scale_factor=scale,
@@ -122,6 +128,7 @@ def load_conv(
 ) -> ConvAutoencoder:
     """Build the network from its files; see `NetworkLoader`."""
     del options
+    name = f"trained:{files.paths['config'].parent}"  # that of the spec is conv
     trained = read_manifest(name, files.paths["config"])
     state = read_state(name, files.paths["weights"])
     try:
