@@ -27,8 +27,9 @@ def rewrite(folder: Path, **changes: object) -> None:
 
 def test_the_run_or_its_model_is_given(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run.parent)
-    specs = [resolve(f"trained:{path}").spec for path in (run, run / "model", "run", "./run")]
-    specs.append(resolve(f"trained:{run / 'model' / 'trained.json'}").spec)
+    model = run / "model"
+    paths = (run, "run", "./run", model, model / "trained.json", model / "model.safetensors")
+    specs = [resolve(f"trained:{path}").spec for path in paths]
     assert all(spec == specs[0] for spec in specs)
     assert specs[0].identity["run"] == "tiny"
     assert specs[0].hop == 16
@@ -78,6 +79,16 @@ def test_what_is_no_run(tmp_path: Path) -> None:
         resolve(f"trained:{tmp_path / 'nowhere'}")
     with pytest.raises(ModelError, match=r"has no trained\.json"):
         resolve(f"trained:{tmp_path}")
+
+
+@pytest.mark.parametrize("path", ["checkpoints", "checkpoints/step-000000004.pt", "metrics.jsonl"])
+def test_another_path_of_a_run(run: Path, path: str) -> None:
+    (run / "checkpoints").mkdir()
+    for file in ("checkpoints/step-000000004.pt", "metrics.jsonl"):
+        (run / file).touch()
+    with pytest.raises(ModelError) as caught:
+        resolve(f"trained:{run / path}")
+    assert f"{run / path} is not a model; use trained:{run}, which" in str(caught.value)
 
 
 @pytest.mark.parametrize("family", ["oobleck", "dac"])

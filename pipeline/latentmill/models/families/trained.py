@@ -94,11 +94,16 @@ def _reason(error: ValidationError) -> str:
 def _folder(name: str, path: str) -> Path:
     """The folder with `trained.json`."""
     given = Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100  links stay
-    if given.name == MANIFEST:
-        given = given.parent
-    for folder in (given, given / FOLDER):
+    inside = given.parent if given.is_file() else given
+    for folder in (inside,) if given.is_file() else (given, given / FOLDER):
         if (folder / MANIFEST).is_file():
             return folder
+    for run in (inside, inside.parent):
+        if given.exists() and (run / FOLDER / MANIFEST).is_file():
+            raise ModelError(
+                f"Model {name}: {given} is not a model; use trained:{run}, which loads the "
+                f"averaged weights in {FOLDER}."
+            )
     what = f"has no {MANIFEST}" if given.exists() else "does not exist"
     raise ModelError(
         f"Model {name}: {given} {what}; give the folder of a run of jobs/train_linear.py, which "
