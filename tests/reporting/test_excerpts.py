@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
+import latentmill as lm
 from latentmill.reporting.charts import durations, loudness, silence
+from latentmill.reporting.columns import read_columns
 from latentmill.reporting.corpus_map import corpus_map, principal
 from latentmill.reporting.excerpts import Excerpts
 from latentmill.reporting.listening import stem_mix
@@ -88,6 +93,33 @@ def test_addresses_that_a_store_names_are_not_requested(tmp_path: Path) -> None:
         assert requests
         assert original is not None
         assert original.shape[1] <= store.without_latent("a").num_samples
+
+
+@pytest.mark.parametrize("kind", ["sealed", "earlier version"])
+def test_columns_are_those_of_the_records(
+    kind: str, report_store: LatentStore, tmp_path: Path
+) -> None:
+    """Each unit has one record, so the stems of a group are in different shards."""
+    folder = Path(shutil.copytree(report_store.url, tmp_path / "store"))
+    if kind == "earlier version":
+        path = folder / "dataset.json"
+        document = json.loads(path.read_text())
+        del document["metadata"], document["metadata_hash"]
+        path.write_text(json.dumps(document))
+    store = lm.open(folder)
+    columns = read_columns(store, 4)
+    records = list(store)
+    assert columns.seconds.tolist() == [one.duration for one in records]
+    for level, record in zip(columns.rms_db, records, strict=True):
+        assert level == pytest.approx(20 * math.log10(record.rms) if record.rms else -math.inf)
+    silent = [np.mean([(v - 255) / 2 < -60 for v in one.levels or b""]) for one in records]
+    assert columns.silence.tolist() == pytest.approx(silent)
+    fields = {field.name: field.values for field in columns.fields}
+    sample = [records[at] for at in columns.sample]
+    assert fields["duration in s"] == [round(one.duration, 2) for one in sample]
+    assert fields["role"] == [one.role for one in sample]
+    assert fields["metadata bpm"] == [one.metadata.get("bpm") for one in sample]
+    assert columns.group == ("north", [one.key for one in records if one.group == "north"])
 
 
 def test_principal_components_are_those_of_the_svd() -> None:

@@ -131,6 +131,8 @@ def test_results_of_the_evaluation_are_shown(page: Page, report_store: LatentSto
     for one in result["linearity"]["scores"]:
         if one["form"] == "origin" and one["measure"] in ("si_sdr", "mr_stft"):
             assert f"{one['median']:.3g}" in page.text
+    assert "The stems of north , 0 s to" in page.text  # each is in a shard of its own
+    assert "One mix adds the source audio;" in page.text
     assert "Same file same 1 same 2" in page.text
     assert "Silent: silent" in page.text
 
@@ -166,6 +168,7 @@ def test_a_damaged_result_is_not_shown(
         path.write_text(path.read_text()[:-9] if path.exists() else "{")
     text = Page(render(lm.open(folder), Budget(), items=1)).text
     assert f"{path.name} is damaged: delete it" in text
+    assert ("not mixed here: the result of linearity is damaged" in text) == (name == "linearity")
     for part, shown in {
         "statistics": "Same file same 1 same 2",
         "reconstruction": "decoded and compared with the source",

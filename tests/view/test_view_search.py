@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -205,3 +206,11 @@ def test_a_damaged_file(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(StoreError, match="missing"):
         Catalog(store)
+
+
+def test_a_file_that_is_truncated_while_it_is_read(tmp_path: Path) -> None:
+    store = write_latents(str(tmp_path / "s"), [3] * 4)
+    catalog = Catalog(store)
+    os.truncate(Path(store.url, str(store.info.metadata)), 0)
+    with pytest.raises(StoreError, match="run the same encode command"):
+        catalog.search(Search(key="item"))

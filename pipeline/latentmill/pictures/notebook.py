@@ -1,4 +1,4 @@
-"""Latents in a notebook: pictures, and a player if the sound is at hand."""
+"""Latents in a notebook: pictures, and a player if the audio is available."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from latentmill.encoding.stored import parse_json
 from latentmill.errors import ConfigError, StorageError
@@ -98,11 +97,10 @@ class FieldReader(RowReader):
         """The columns in the store's metadata file, if its rows are those of the index."""
         if not set(self.columns) <= set(METADATA_SCHEMA.names):
             return None
-        data = open_metadata(self.store)
-        if data is None:
+        file = open_metadata(self.store)
+        if file is None:
             return None
         try:
-            file = pq.ParquetFile(pa.BufferReader(data))
             table = file.read(columns=[*{"key", *self.columns}], use_threads=False)
             if not self._index.has_keys(table["key"]):  # of another seal
                 return None

@@ -1,38 +1,29 @@
-"""The properties of all records that histograms show, from one pass over the stored fields."""
+"""The properties of all records that histograms show, from the metadata file."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from latentmill.encoding.loudness import silent_frames
 from latentmill.encoding.stored import parse_json
-from latentmill.errors import StorageError
-from latentmill.evaluation.rows import ShardRows
 from latentmill.record import MIXES
-from latentmill.store.schema import levels_of
+from latentmill.store.metadata_file import damaged_metadata, metadata_of
 from latentmill.store.store import LatentStore
 
 Values = npt.NDArray[np.float64]
 
 MAX_FIELDS = 12  # of metadata by which the map can be coloured
-_NAMES = (
-    "rms",
-    "levels",
-    "group",
-    "role",
-    "source_uri",
-    "source_sample_rate",
-    "source_channels",
-    "metadata",
-)
+_NAMES = ("group", "role", "source_uri", "source_sample_rate", "source_channels", "metadata")
 _LONGEST = 60  # characters of a value
 
 
@@ -73,35 +64,23 @@ class Columns:
 
 
 def read_columns(store: LatentStore, most: int) -> Columns:
-    """Read the stored fields of all records, and of up to `most` evenly spread ones the metadata.
+    """Read the fields of all records, and of up to `most` evenly spread ones the metadata.
 
     Raises:
-        StorageError: A shard is damaged.
+        StoreError: The metadata file is missing or damaged.
+        StorageError: A shard of a store without a metadata file is damaged.
     """
-    rows, index = ShardRows(store), store.index
-    count = len(index)
-    sample = np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
-    place = {position: number for number, position in enumerate(sample.tolist())}
-    power, silence = np.zeros(count), np.full(count, np.nan)
-    chosen: list[dict[str, Any]] = [{} for _ in sample]
-    group: tuple[str, list[str]] | None = None
-    for shard in range(len(rows.paths)):
-        positions = rows.positions(shard)
-        fields = rows.fields(shard, _NAMES)
-        try:
-            power[positions] = np.square(np.array(fields["rms"], np.float64))
-            silence[positions] = [_silence(levels) for levels in fields["levels"]]
-            for row, position in enumerate(positions.tolist()):
-                if position in place:
-                    one = {name: fields[name][row] for name in _NAMES}
-                    chosen[place[position]] = _properties(one)
-            group = group or _group(store, positions, fields)
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise StorageError(
-                f"{store.url}/{rows.paths[shard]} is damaged: run `latentmill verify`."
-            ) from error
+    file, index = metadata_of(store), store.index
+    sample = np.unique(np.linspace(0, len(index) - 1, min(len(index), most)).astype(np.int64))
+    try:
+        levels = file.read(columns=["rms", "silence"], use_threads=False)
+        rms, silence = (levels[name].to_numpy().astype(np.float64) for name in ("rms", "silence"))
+        chosen = [_properties(one) for one in _rows_at(file, sample)]
+        group = _first_group(store, file.read(columns=["group", "role"], use_threads=False))
+    except (pa.ArrowException, OSError, ValueError, TypeError, AttributeError) as error:
+        raise damaged_metadata(store) from error
     with np.errstate(divide="ignore"):
-        rms_db = 10.0 * np.log10(power)
+        rms_db = 20.0 * np.log10(rms)
     seconds = index.column("num_samples") / float(store.info.model["sample_rate"])
     measured = {
         "duration in s": np.round(seconds[sample], 2).tolist(),
@@ -114,9 +93,14 @@ def read_columns(store: LatentStore, most: int) -> Columns:
     return Columns(seconds, rms_db, silence, sample, tuple(fields_of_sample), group)
 
 
-def _silence(levels: Any) -> float:
-    data = levels_of({"levels": levels})
-    return float(silent_frames(data).mean()) if data else math.nan
+def _rows_at(file: pq.ParquetFile, positions: npt.NDArray[np.int64]) -> Iterator[dict[str, Any]]:
+    """The fields of the records at some positions, with one row group in memory."""
+    start = 0
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group, columns=list(_NAMES), use_threads=False)
+        here = positions[(positions >= start) & (positions < start + len(table))] - start
+        yield from table.take(pa.array(here)).to_pylist()
+        start += len(table)
 
 
 def _properties(one: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,16 +141,16 @@ def _short(value: Any) -> Any:
     return value[:_LONGEST] if isinstance(value, str) else None
 
 
-def _group(
-    store: LatentStore, positions: npt.NDArray[np.int64], fields: Mapping[str, list[Any]]
-) -> tuple[str, list[str]] | None:
-    found: dict[str, list[int]] = {}
-    for position, group, role in zip(
-        positions.tolist(), fields["group"], fields["role"], strict=True
-    ):
-        if group is not None and role not in MIXES:
-            found.setdefault(group, []).append(position)
-    for group, members in found.items():
-        if len(members) > 1:
-            return group, sorted(store.index.key(position) for position in members)
-    return None
+def _first_group(store: LatentStore, table: pa.Table) -> tuple[str, list[str]] | None:
+    """Name and keys of the first group of at least two stems."""
+    stems = pc.and_not(
+        pc.is_valid(table["group"]), pc.is_in(table["role"], value_set=pa.array(MIXES))
+    ).to_numpy()
+    positions = np.flatnonzero(stems)
+    names = table["group"].take(pa.array(positions)).combine_chunks().dictionary_encode()
+    numbers = names.indices.to_numpy()  # groups are numbered as they occur
+    larger = np.flatnonzero(np.bincount(numbers) > 1)
+    if not len(larger):
+        return None
+    members = positions[numbers == larger[0]].tolist()
+    return names.dictionary[int(larger[0])].as_py(), [store.index.key(one) for one in members]

@@ -1,4 +1,4 @@
-"""Short excerpts of records: the original where it can be read, the reconstruction, the latent."""
+"""Short excerpts of records: the original if it can be read, the reconstruction, the latent."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Excerpt:
-    """What can be seen and heard of a part of a record; None for what is not at hand.
+    """A part of a record as latent and sounds; None for those that are not available.
 
     Attributes:
         start: Seconds from the start of the record.
@@ -75,7 +75,7 @@ class Excerpts:
     def of(self, key: str, seconds: float, *, reconstructed: bool = True) -> Excerpt:
         """The loudest part of a record, up to `seconds` long.
 
-        With `reconstructed=False` the record is decoded only if the original is not at hand.
+        With `reconstructed=False` the record is decoded only if the original is not available.
         """
         record = self.record(key)
         part = self.part(record, seconds)

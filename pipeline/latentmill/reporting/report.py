@@ -177,8 +177,9 @@ def render(
         columns = read_columns(store, MAX_POINTS)
         facts |= _records(store, columns)
         _log.info("report: excerpts of records")
-        group = None if "linearity" in damaged else columns.group  # the origin has the card
+        group = None if "linearity" in damaged else columns.group  # mixing reads the card
         facts |= _sounds(excerpts, budget, group, measured, items)
+        facts["group"] = columns.group
     return _page(facts)
 
 
@@ -297,7 +298,7 @@ def _sounds(
     quality, statistics = measured["reconstruction"], measured["statistics"]
     shown = listening.items(excerpts, budget, count, quality.result if quality else None)
     mixed = listening.stem_mix(excerpts, budget, *group) if group else None
-    found: dict[str, Any] = {"items": shown, "group": group, "mix": mixed}
+    found: dict[str, Any] = {"items": shown, "mix": mixed}
     if statistics is not None:
         found["repeats"] = listening.repeats(excerpts, budget, statistics.result)
         found["outliers"] = listening.outliers(excerpts, budget, statistics.result)

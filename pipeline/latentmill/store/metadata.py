@@ -12,7 +12,7 @@ import base64
 import itertools
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -283,8 +283,3 @@ def _kind(value: Any) -> str | None:
 def _is_column(name: str) -> bool:
     """Whether a name can be part of a column's name; a dot would mean a nested column."""
     return name.isprintable() and "." not in name and len(name) <= MAX_NAME
-
-
-def own_columns(names: Sequence[str]) -> list[str]:
-    """Those of a file's columns that are names in the records' own metadata, without prefix."""
-    return [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]

@@ -1,4 +1,4 @@
-"""Opening metadata.parquet of a sealed store."""
+"""Opening metadata.parquet of a store."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import tempfile
 from pathlib import Path
 
 import pyarrow as pa
-import xxhash
+import pyarrow.parquet as pq
 
 from latentmill.errors import StorageError, StoreError
-from latentmill.store.commit import HASH_BLOCK
+from latentmill.store.commit import HASH_BLOCK, hash_of
+from latentmill.store.metadata import METADATA_SCHEMA, write_metadata
 from latentmill.store.store import LatentStore
 
 
-def open_metadata(store: LatentStore) -> pa.Buffer | None:
-    """The bytes of a store's metadata file, mapped into memory and checked by their hash.
+def open_metadata(store: LatentStore) -> pq.ParquetFile | None:
+    """A store's metadata file, checked by its hash.
 
     None for a store without one: it is not sealed, or an earlier version sealed it. The file of a
-    remote store is downloaded to a temporary file, which has no name any more when it is mapped.
+    remote store is downloaded to a temporary file, which has no name any more when it is open.
 
     Raises:
         StoreError: The file is missing or damaged.
@@ -28,28 +29,55 @@ def open_metadata(store: LatentStore) -> pa.Buffer | None:
         return None
     try:
         if store.storage.local:
-            data = mapped(Path(store.storage.full(path)))
+            file = _opened(Path(store.storage.full(path)))
         else:
             with tempfile.TemporaryDirectory(prefix="latentmill-") as folder:
-                file = Path(folder, "metadata")
-                with store.storage.open(path) as remote, file.open("wb") as local:
+                copy = Path(folder, "metadata")
+                with store.storage.open(path) as remote, copy.open("wb") as local:
                     while block := remote.read(HASH_BLOCK):
                         local.write(block)
-                data = mapped(file)
-    except (OSError, StorageError) as error:
+                file = _opened(copy)
+        if hash_of(file) != store.info.metadata_hash:
+            raise damaged_metadata(store)
+        return pq.ParquetFile(file)
+    except (OSError, StorageError, pa.ArrowException) as error:
         missing = isinstance(error.__cause__ or error, FileNotFoundError)
         if missing and store.reload():  # sealed again meanwhile
             return open_metadata(store)
         if isinstance(error, StorageError) and not missing:
             raise
         raise damaged_metadata(store) from error
-    if xxhash.xxh3_128_hexdigest(data) != store.info.metadata_hash:
+
+
+def metadata_of(store: LatentStore) -> pq.ParquetFile:
+    """A store's metadata file with a row for each record of its index.
+
+    For a store without one, it is written to a temporary file, which has no name any more when it
+    is open, so nothing is left when the process ends.
+
+    Raises:
+        StoreError: The file is missing or damaged.
+        StorageError: A shard is damaged, or a file cannot be read or written.
+    """
+    stored = open_metadata(store)
+    if stored is None:
+        with tempfile.TemporaryDirectory(prefix="latentmill-") as folder:
+            file = Path(folder, "metadata")
+            write_metadata(store.storage, store.index, file, Path(folder, "rows"))
+            stored = pq.ParquetFile(_opened(file))
+    types = {field.name: field.type for field in stored.schema_arrow}
+    whole = all(types.get(field.name) == field.type for field in METADATA_SCHEMA)
+    if stored.metadata.num_rows != len(store.index) or not whole:
         raise damaged_metadata(store)
-    return data
+    return stored
 
 
-def mapped(file: Path) -> pa.Buffer:
-    return pa.memory_map(str(file)).read_buffer()
+def _opened(file: Path) -> pa.NativeFile:
+    """Open for positioned reads. If a mapped file was truncated, reading it would end the process.
+
+    The file stays open without its name.
+    """
+    return pa.OSFile(str(file))
 
 
 def damaged_metadata(store: LatentStore) -> StoreError:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from latentmill.errors import ConfigError
-from latentmill.store.metadata import METADATA_SCHEMA, PREFIX, write_metadata
-from latentmill.store.metadata_file import damaged_metadata, mapped, open_metadata
+from latentmill.store.metadata import PREFIX
+from latentmill.store.metadata_file import damaged_metadata, metadata_of
 from latentmill.store.store import LatentStore
 from latentmill.view.query import Condition, Search
 
@@ -56,10 +53,7 @@ class Catalog:
     def __init__(self, store: LatentStore) -> None:
         self._lock, self._damaged = threading.Lock(), damaged_metadata(store)
         self._found: OrderedDict[Search, Positions] = OrderedDict()
-        try:
-            self._table = pq.ParquetFile(pa.BufferReader(_metadata_file(store)))
-        except (pa.ArrowException, OSError) as error:
-            raise self._damaged from error
+        self._table = metadata_of(store)
         footer = self._table.metadata
         groups = range(footer.num_row_groups)
         sizes = [footer.row_group(group).num_rows for group in groups]
@@ -67,12 +61,6 @@ class Catalog:
         self.fields = {
             field.name: field for field in map(_field, self._table.schema_arrow) if field
         }
-        types = dict(
-            zip(self._table.schema_arrow.names, self._table.schema_arrow.types, strict=True)
-        )
-        whole = all(types.get(field.name) == field.type for field in METADATA_SCHEMA)
-        if len(self) != len(store.index) or not whole:
-            raise self._damaged
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -248,17 +236,3 @@ def _field(column: pa.Field) -> SearchField | None:
 def _plain(value: Any) -> Any:
     """JSON has no NaN and no infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _metadata_file(store: LatentStore) -> pa.Buffer:
-    """The store's metadata file; for a store without one, a temporary file.
-
-    A temporary file is removed as soon as it is mapped, so nothing is left when the process ends.
-    """
-    stored = open_metadata(store)
-    if stored is not None:
-        return stored
-    with tempfile.TemporaryDirectory(prefix="latentmill-") as folder:
-        file = Path(folder, "metadata")
-        write_metadata(store.storage, store.index, file, Path(folder, "rows"))
-        return mapped(file)
