@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,15 @@ def test_a_recording_is_not_lost_to_its_own_copy(store: Path, songs: Path, tmp_p
         run("decode", store, "long", "-o", tmp_path / "listen")
     run("decode", store, "long", "-o", tmp_path / "listen", "--overwrite")
     assert (songs / "long.wav").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["pipe.wav", "link to pipe.wav"])
+def test_only_regular_files_are_replaced(store: Path, tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "pipe.wav")
+    (tmp_path / "link to pipe.wav").symlink_to("pipe.wav")
+    with pytest.raises(ConfigError, match="not a regular file"):
+        run("mix", store, "long", "-o", tmp_path / name, "--overwrite")
+    assert (tmp_path / "pipe.wav").is_fifo()
 
 
 @pytest.mark.parametrize(("length", "seconds"), [("shortest", 1.0), ("longest", 2.0)])

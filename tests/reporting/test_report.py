@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -259,7 +260,10 @@ def test_the_report_is_written_once(
         ("new/", "'new/' is a folder"),
         (".", r"'\.' is a folder"),
         ("folder/..", r"'folder/\.\.' is a folder"),
-        ("folder", "'folder' is a folder"),
+        ("folder", "folder' is a folder"),
+        ("link", "link' is a folder"),
+        ("pipe", "pipe is not a regular file"),
+        ("link to pipe", "link to pipe is not a regular file"),
         ("STORE/dataset.json", "inside the store"),
         ("STORE/evaluation/new.html", "inside the store"),
         ("link/new.html", "inside the store"),
@@ -278,12 +282,15 @@ def test_output_paths_that_are_refused(
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
     Path("link").symlink_to(report_store.url)
+    os.mkfifo("pipe")
+    Path("link to pipe").symlink_to("pipe")
     path = output.replace("STORE", report_store.url)
     files = sorted(Path(report_store.url).rglob("*"))
     with pytest.raises(ConfigError, match=message) as error:
         lm.report(report_store, path, overwrite=overwrite, items=0)
     one_sentence(error.value)
     assert sorted(Path(report_store.url).rglob("*")) == files
+    assert Path("pipe").is_fifo()
 
 
 def test_a_negative_number_of_items(report_store: LatentStore, tmp_path: Path) -> None:

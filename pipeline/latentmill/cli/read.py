@@ -342,10 +342,13 @@ def _check_key(store: LatentStore, key: str) -> None:
 
 def _check_target(path: Path, store: LatentStore, overwrite: bool) -> None:
     """Refuse to overwrite files, above all the source audio."""
+    from latentmill.storage.scratch import check_replaceable
+
     if path.resolve().is_relative_to(Path(store.info.source)):
         raise ConfigError(
             f"{path} is inside the source of {store.url}: choose another output path."
         )
+    check_replaceable(path)
     if path.exists() and not overwrite:
         raise ConfigError(f"{path} exists: choose another output path, or add --overwrite.")
 

@@ -28,7 +28,7 @@ from latentmill.reporting.corpus_map import MAX_POINTS, CorpusMap, corpus_map
 from latentmill.reporting.excerpts import Excerpts
 from latentmill.reporting.media import PAGE_BYTES, PLAYERS, Budget
 from latentmill.reporting.settings import DEFAULT_NAME, ITEMS
-from latentmill.storage.scratch import partial_file
+from latentmill.storage.scratch import check_replaceable, partial_file
 from latentmill.storage.storage import Storage, writing
 from latentmill.store.measurement import Name, read_measurement
 from latentmill.store.results import StoreStatistics
@@ -122,9 +122,10 @@ def _target(path: str, store: LatentStore, overwrite: bool) -> tuple[Storage, st
     folder, name = posixpath.split(path)
     target = Storage(folder or ".")
     target.refuse_read_only()
-    is_folder = name in ("", ".", "..") or (target.local and Path(target.full(name)).is_dir())
-    if is_folder:
+    if name in ("", ".", ".."):
         raise ConfigError(f"{path!r} is a folder: give the name of a file in it.")
+    if target.local:
+        check_replaceable(Path(target.full(name)))
     if _is_inside(target, store.storage):
         raise ConfigError(f"{path} is inside the store: choose another output path.")
     if not overwrite and target.exists(name):

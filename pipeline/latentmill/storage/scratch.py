@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from latentmill.errors import ConfigError
+
 _File = TypeVar("_File")
 _ATTEMPTS = 1000  # a cause that lasts longer is not a race: e.g. a file has the folder's name
 
@@ -46,6 +48,16 @@ def partial_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise ConfigError if a path exists and is no regular file, such as a folder or a device."""
+    if path.is_dir():
+        raise ConfigError(f"{str(path)!r} is a folder: give the name of a file in it.")
+    if path.exists() and not path.is_file():
+        raise ConfigError(
+            f"{path} is not a regular file and cannot be replaced: choose another output path."
+        )
 
 
 def clear(folder: Path) -> None:
