@@ -11,9 +11,8 @@ import numpy.typing as npt
 NEAR = 0.01  # cosine distance of near duplicates; other music is beyond 0.1
 LENGTHS = 0.02  # relative difference in length of near duplicates at most, and four frames
 EXACT_RECORDS = 16_384  # up to here all pairs are compared
-TABLES, MAX_BITS, MAX_NEIGHBOURS = 12, 20, 64
-BLOCK = 1024
-PAIRS = 1 << 15  # that are compared at once: larger ones take more memory, and no less time
+TABLES, MAX_BITS, NEIGHBOURS = 12, 20, 64
+BLOCK, HASHED_BLOCK = 1024, 256
 DEVIATION, RATIO = 6.0, 2.0  # of an outlier's distance, in robust deviations and in medians
 
 Half = npt.NDArray[np.float16]
@@ -24,8 +23,9 @@ def equal_groups(hashes: npt.NDArray[np.uint64], use: npt.NDArray[np.bool_]) -> 
     """Groups of records with equal hashes."""
     chosen = np.flatnonzero(use)
     order = chosen[np.argsort(hashes[chosen], kind="stable")]
-    ends = np.flatnonzero(np.diff(hashes[order])) + 1
-    return [part.tolist() for part in np.split(order, ends) if len(part) > 1]
+    borders = np.concatenate([[0], np.flatnonzero(np.diff(hashes[order])) + 1, [len(order)]])
+    larger = np.flatnonzero(np.diff(borders) > 1)
+    return [order[borders[n] : borders[n + 1]].tolist() for n in larger.tolist()]
 
 
 def near_pairs(
@@ -34,7 +34,8 @@ def near_pairs(
     """Pairs of records of about the same length, closer than `NEAR`, with their cosine distance.
 
     Of large stores, records are compared whose vectors are on the same side of random planes, in
-    one of 12 sets of planes: a pair at a distance of 0.001 is found with 99.99 %.
+    one of 12 sets of planes, with at least their next 64 neighbours: a pair at a distance of 0.001
+    is found with 99.99 %.
     """
     chosen = np.flatnonzero(use)
     found: dict[tuple[int, int], float] = {}
@@ -54,11 +55,20 @@ def near_pairs(
 def _all_pairs(vectors: Half, chosen: Positions) -> Iterator[tuple[Positions, Positions]]:
     used = vectors[chosen].astype(np.float32)
     for start in range(0, len(chosen), BLOCK):
-        close = used[start : start + BLOCK] @ used.T > 1 - 1.1 * NEAR
-        rows, columns = np.nonzero(close)
-        rows += start
-        ordered = rows < columns
-        yield chosen[rows[ordered]], chosen[columns[ordered]]
+        rows, columns = _close(used[start : start + BLOCK], used[start:])
+        yield chosen[start + rows], chosen[start + columns]
+
+
+def _close(
+    some: npt.NDArray[np.float32], following: npt.NDArray[np.float32]
+) -> tuple[Positions, Positions]:
+    """Numbers of similar vectors: of each of `some`, and of a later one in `following`.
+
+    `following` begins with `some`. The distance of each pair is computed again, more exactly.
+    """
+    rows, columns = np.nonzero(some @ following.T > 1 - 1.1 * NEAR)
+    later = rows < columns
+    return rows[later], columns[later]
 
 
 def _hashed_pairs(vectors: Half, chosen: Positions) -> Iterator[tuple[Positions, Positions]]:
@@ -72,14 +82,12 @@ def _hashed_pairs(vectors: Half, chosen: Positions) -> Iterator[tuple[Positions,
             part = slice(start, start + (1 << 16))
             sides = (vectors[chosen[part]].astype(np.float32) - mean) @ planes > 0
             codes[part] = sides @ (1 << np.arange(bits))
-        order = np.argsort(codes, kind="stable")
-        codes = codes[order]
-        for distance in range(1, MAX_NEIGHBOURS):
-            same = np.flatnonzero(codes[distance:] == codes[:-distance])
-            if not len(same):
-                break
-            for some in np.array_split(same, -(-len(same) // PAIRS)):
-                yield chosen[order[some]], chosen[order[some + distance]]
+        order = chosen[np.argsort(codes, kind="stable")]
+        for start in range(0, len(order), HASHED_BLOCK):
+            near = order[start : start + HASHED_BLOCK + NEIGHBOURS]
+            used = vectors[near].astype(np.float32)
+            rows, columns = _close(used[:HASHED_BLOCK], used)
+            yield near[rows], near[columns]
 
 
 def joined(pairs: dict[tuple[int, int], float]) -> list[tuple[list[int], float]]:
