@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         mixup,
         subtract,
     )
+    from latentmill.publishing.sync import SyncSummary, sync
     from latentmill.reader.batches import BatchSampler
     from latentmill.reader.collate import collate, collate_tensors
     from latentmill.reader.dataset import LatentDataset
@@ -67,6 +68,7 @@ _LAZY = {
     "RunConfig": "latentmill.config",
     "RunSummary": "latentmill.run.run",
     "StemDataset": "latentmill.reader.stem_dataset",
+    "SyncSummary": "latentmill.publishing.sync",
     "collate": "latentmill.reader.collate",
     "collate_tensors": "latentmill.reader.collate",
     "crossfade": "latentmill.ops",
@@ -81,6 +83,7 @@ _LAZY = {
     "open": "latentmill.store.store",
     "report": "latentmill.reporting.report",
     "subtract": "latentmill.ops",
+    "sync": "latentmill.publishing.sync",
 }
 
 __all__ = [
@@ -103,6 +106,7 @@ __all__ = [
     "RunConfig",
     "RunSummary",
     "StemDataset",
+    "SyncSummary",
     "__version__",
     "collate",
     "collate_tensors",
@@ -118,6 +122,7 @@ __all__ = [
     "open",
     "report",
     "subtract",
+    "sync",
 ]
 
 

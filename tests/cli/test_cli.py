@@ -116,6 +116,21 @@ def test_verify(capsys: Capture, store: Path, tmp_path: Path) -> None:
     assert damaged.err.startswith(f"latentmill: found 1 fault in {copy}; first: ")
 
 
+def test_sync(capsys: Capture, store: Path, tmp_path: Path) -> None:
+    count, copy = sum(path.is_file() for path in store.rglob("*")) - 1, tmp_path / "copy"
+    planned = runs.call(capsys, "sync", store, copy, "--dry-run")
+    assert planned.out.startswith(f"{copy}: would copy {count} files (")
+    assert planned.out.splitlines()[-1] == "  dataset.json"
+    assert not copy.exists()
+    text = runs.call(capsys, "sync", store, copy)
+    assert (text.code, text.err) == (0, "")
+    assert re.fullmatch(rf"{copy}: copied {count} files \(.* [kM]B\); 0 are the same\n", text.out)
+    again = runs.outcome(runs.call(capsys, "sync", store, copy, "--json"))
+    assert (again["copied"], again["kept"], again["bytes"]) == ([], count, 0)
+    refused = runs.call(capsys, "sync", store, tmp_path)
+    assert (refused.code, refused.out) == (2, "")
+
+
 def test_decode_makes_the_folder_and_gives_the_audio(
     capsys: Capture, store: Path, songs: Path, tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ from latentmill.errors import LatentmillError
 from latentmill.evaluation.linearity import measure_linearity
 from latentmill.evaluation.seams import measure_seams
 from latentmill.export.export import Target, export_store
+from latentmill.publishing.sync import sync
 from latentmill.run.forecast import forecast
 from latentmill.run.run import run
 from latentmill.storage.storage import Storage
@@ -81,6 +82,10 @@ class Place:
         """Plan it."""
         options = {"source": str(self.source), "out": self.store, **SETTINGS}
         forecast(load_config(None, options), calibrated=False)
+
+    def sync(self) -> None:
+        """Copy the store."""
+        sync(self.store, self.dest, jobs=1)
 
     def export(self, to: Target) -> None:
         """Export the store."""
@@ -160,6 +165,14 @@ def exported(to: Target) -> Callable[[Place], None]:
     return begin
 
 
+def synced(place: Place) -> None:
+    """A copy of a store that has changed since."""
+    broken(place)
+    place.sync()
+    fix(place)
+    place.encode(retry_failed=True)
+
+
 def delete(store: str, name: str) -> None:
     fs, path = fsspec.core.url_to_fs(f"{store}/{name}")
     fs.rm_file(path)
@@ -182,6 +195,8 @@ SCENARIOS = {
     "export again": Scenario(
         exported(Target.WEBDATASET), lambda p: p.export(Target.WEBDATASET), written="dest"
     ),
+    "sync": Scenario(whole, Place.sync, written="dest"),
+    "sync again": Scenario(synced, Place.sync, written="dest"),
     "seams": Scenario(whole, of_store(lambda store: measure_seams(store, items=2))),
     "linearity": Scenario(whole, of_store(lambda store: measure_linearity(store, items=2))),
 }

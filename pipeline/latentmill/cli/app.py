@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentmill import __version__
+from latentmill.cli import publish as cli_publish
 from latentmill.cli import read as cli_read
 from latentmill.cli import report as cli_report
 from latentmill.cli import view as cli_view
@@ -35,6 +36,7 @@ app = Commands(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_read.app)
+app.add_typer(cli_publish.app)
 app.add_typer(cli_report.app)
 app.add_typer(cli_view.app)
 

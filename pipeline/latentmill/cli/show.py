@@ -18,6 +18,7 @@ from latentmill.text.printing import clock_time, counted, size_text
 if TYPE_CHECKING:  # some of these import torch; `status` must start quickly
     from latentmill.export.export import ExportSummary
     from latentmill.models.base import ModelSpec
+    from latentmill.publishing.sync import SyncSummary
     from latentmill.reporting.report import ReportFile
     from latentmill.run.forecast import Forecast
     from latentmill.run.prepare import Extension
@@ -232,6 +233,24 @@ def export(value: ExportSummary) -> str:
     """The text that `export` prints."""
     lines = [f"{value.dest}: {counted(value.records, 'record')} for {value.to}"]
     return "\n".join(filter(None, [*lines, pairs_listed("failed", value.failures)]))
+
+
+def sync(value: SyncSummary) -> str:
+    """The text that `sync` prints."""
+    copied, removed = len(value.copied), len(value.removed)
+    would = "would copy" if value.dry_run else "copied"
+    lines = [
+        f"{value.dest}: {would} {counted(copied, 'file')} ({size_text(value.bytes)}); "
+        f"{value.kept} {'is' if value.kept == 1 else 'are'} the same"
+    ]
+    if removed:
+        lines[0] += f"; {'would remove' if value.dry_run else 'removed'} {removed} superseded"
+    if value.dry_run:
+        listed = [*value.copied, *(f"{path} (remove)" for path in value.removed)]
+        lines += [f"  {path}" for path in listed[:MAX_LISTED]]
+        if len(listed) > MAX_LISTED:
+            lines.append(f"  ... and {len(listed) - MAX_LISTED} more; --json lists all")
+    return "\n".join(lines)
 
 
 def closest(word: str, words: Iterable[str]) -> str | None:

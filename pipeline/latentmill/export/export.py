@@ -106,7 +106,7 @@ def _converted(store: LatentStore, storage: Storage, format_name: ShardFormat) -
     plan = dataclasses.replace(store.plan, format=format_name)
     source = Storage(store.url)
     if load(storage) is None:  # checked before the lock, which writes a file
-        _refuse_unless_empty(storage)
+        refuse_unless_empty(storage)
     with only_run(storage) as hold:
         storage = hold.storage
         _follow_plan(storage, plan, source)
@@ -136,7 +136,7 @@ def _follow_plan(storage: Storage, plan: Plan, source: Storage) -> None:
     """
     existing = load(storage)
     if existing is None:
-        _refuse_unless_empty(storage)
+        refuse_unless_empty(storage)
         copy(plan, source, storage)
         return
     names = ("source", "fingerprint", "format", "model", "model_options")
@@ -256,7 +256,7 @@ def _begin_files(store: LatentStore, storage: Storage) -> bool:
     }
     text = storage.read_if_exists(DETAILS_PATH)
     if text is None:
-        _refuse_unless_empty(storage)
+        refuse_unless_empty(storage)
     else:
         try:
             fingerprint = parse_json(text)["fingerprint"]
@@ -334,7 +334,7 @@ def file_name(key: str) -> str:
     return re.sub(r"(?<![^/])\.", "%2E", name)
 
 
-def _refuse_unless_empty(storage: Storage) -> None:
+def refuse_unless_empty(storage: Storage) -> None:
     """Raise `ConfigError` unless a destination is empty.
 
     It may contain the files of an export that was interrupted before it wrote its plan.

@@ -11,7 +11,7 @@ from latentmill.store.commit import committed_revisions
 from latentmill.store.schema import COMMITS, INDEX_NAME, METADATA_NAME, SHARDS, parse_name
 from latentmill.store.seal import read_seal
 
-_PLAN_FILE = re.compile(r"(?:items|units)(?:-(\d{4,}))?(?:\.(\d+))?\.parquet")
+PLAN_FILE = re.compile(r"(?:items|units)(?:-(\d{4,}))?(?:\.(\d+))?\.parquet")
 
 
 def tidy(storage: Storage) -> None:
@@ -82,7 +82,7 @@ def tidy_plan(storage: Storage, plan: Plan | None) -> None:
     parts = () if plan is None else plan.parts
     listed = {path for part in parts for path in (part.items_file, part.units_file)}
     for name in storage.list(PLAN):
-        match = _PLAN_FILE.fullmatch(name)
+        match = PLAN_FILE.fullmatch(name)
         if match is None or f"{PLAN}/{name}" in listed:
             continue
         number, revision = int(match[1] or 0), int(match[2] or 0)

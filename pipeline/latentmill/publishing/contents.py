@@ -1,0 +1,222 @@
+"""The files that a sealed store consists of, in the order in which a copy must write them.
+
+Leftovers do not belong to them: superseded revisions, temporary files, locks. Every file has a hash
+from the seal or a commit. Small files without one are hashed when they are listed, so that a change
+while they are copied is noticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import xxhash
+
+from latentmill.encoding.stored import parse_json
+from latentmill.errors import StoreError
+from latentmill.plan import PLAN, PLAN_PATH, Plan
+from latentmill.storage.storage import Storage, file_in_store
+from latentmill.store.commit import READERS, SealHash, hash_of
+from latentmill.store.describe import is_complete
+from latentmill.store.measurement import EVALUATION
+from latentmill.store.schema import (
+    CARD_PATH,
+    DATASET_PATH,
+    ORIGIN_PATH,
+    Commit,
+    DatasetInfo,
+    commit_path,
+    parse_document,
+)
+from latentmill.store.store import LatentStore
+
+ANNOTATIONS = "annotations"
+BATCH_PATH = f"{PLAN}/batch.json"  # the batch size that a run on GPUs has found
+
+
+@dataclass(frozen=True)
+class StoreFile:
+    """A file of a store.
+
+    Attributes:
+        path: Its path in the store.
+        size: In bytes.
+        hash: xxh3-128 of its content, hex.
+        replaced: Whether a later seal has other content under the same name. Such files are small.
+    """
+
+    path: str
+    size: int
+    hash: str
+    replaced: bool = False
+
+    def matches(self, size: int, digest: str) -> bool:
+        return (size, digest) == (self.size, self.hash)
+
+
+@dataclass(frozen=True)
+class UnitFiles:
+    """The files of a unit: the shard, if an item of the unit was encoded, and then the commit."""
+
+    unit: str
+    revision: int
+    shard: StoreFile | None
+    commit: StoreFile
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The files of a complete store. Copies write `first`, `units`, `last` and `seal`.
+
+    Attributes:
+        storage: Where they are.
+        store: The store.
+        plan: Its plan.
+        first: Plan and origin; plan.json after the files that it lists.
+        units: Shards and commits.
+        last: What the seal refers to, and results and annotations.
+        seal: The bytes of dataset.json, which make the copy a sealed store.
+    """
+
+    storage: Storage
+    store: LatentStore
+    plan: Plan
+    first: tuple[StoreFile, ...]
+    units: tuple[UnitFiles, ...]
+    last: tuple[StoreFile, ...]
+    seal: bytes
+
+    @property
+    def info(self) -> DatasetInfo:
+        return self.store.info
+
+    def files(self) -> Iterator[StoreFile]:
+        """All files but dataset.json, in the order in which a copy must write them."""
+        yield from self.first
+        for unit in self.units:
+            if unit.shard is not None:
+                yield unit.shard
+            yield unit.commit
+        yield from self.last
+
+
+def contents_of(url: str) -> Contents:
+    """List the files of a complete store. Reads its commits and checks them against the seal.
+
+    Raises:
+        StoreError: It is not a complete store, is a view, or is damaged.
+    """
+    storage = Storage(url)
+    seal = storage.read_if_exists(DATASET_PATH)
+    if seal is not None and _is_view(seal):
+        raise StoreError(
+            f"{storage.root} is a view: make a copy with `latentmill select {storage.root} NEW "
+            "--copy`, and use that."
+        )
+    store = LatentStore(url)
+    if seal is None or not is_complete(store):
+        raise StoreError(
+            f"{storage.root} is not complete: run the same encode command again to finish it."
+        )
+    if parse_document(DatasetInfo, seal, DATASET_PATH, "run again") != store.info:
+        raise changed(storage)
+    plan, info = store.plan, store.info
+    first = [
+        file
+        for part in plan.parts
+        for file in (
+            StoreFile(part.items_file, part.items_bytes, part.items_hash.removeprefix("xxh3:")),
+            _hashed(storage, part.units_file),
+        )
+    ]
+    first += [_hashed(storage, path, replaced=True) for path in (PLAN_PATH, ORIGIN_PATH)]
+    if storage.exists(BATCH_PATH):
+        first.append(_hashed(storage, BATCH_PATH, replaced=True))
+    last = [_hashed(storage, path, digest) for path, digest in _sealed_files(info)]
+    last += [_hashed(storage, path, replaced=True) for path in _results(storage)]
+    if storage.exists(CARD_PATH):
+        last.append(_hashed(storage, CARD_PATH, replaced=True))
+    units = tuple(_units(storage, store))
+    return Contents(storage, store, plan, tuple(first), units, tuple(last), seal)
+
+
+def damaged(storage: Storage, path: str) -> StoreError:
+    """The error for a file that does not have the content that the store lists."""
+    return StoreError(
+        f"{storage.root}/{path} is damaged: restore it from a copy of the store, or delete it and "
+        "run the same encode command again."
+    )
+
+
+def changed(storage: Storage) -> StoreError:
+    """The error for a store that is sealed again while it is copied."""
+    return StoreError(f"{storage.root} was changed while it was read: run the same command again.")
+
+
+def _is_view(seal: bytes) -> bool:
+    try:
+        document = parse_json(seal)
+    except ValueError:
+        return False  # reported as damaged when the store is opened
+    return isinstance(document, dict) and bool(document.get("bases"))
+
+
+def _sealed_files(info: DatasetInfo) -> Iterator[tuple[str, str | None]]:
+    yield info.index, info.index_hash
+    if info.metadata is not None:
+        yield info.metadata, info.metadata_hash
+
+
+def _results(storage: Storage) -> Iterator[str]:
+    """Evaluation results and annotations. JSON files come last: they may refer to others."""
+    for folder in (EVALUATION, ANNOTATIONS):
+        names = [name for name in storage.list(folder) if not name.startswith(".")]
+        for name in sorted(names, key=lambda name: (name.endswith(".json"), name)):
+            try:
+                yield file_in_store(f"{folder}/{name}")
+            except ValueError as error:
+                raise StoreError(f"{storage.root}: {error}: rename or delete it.") from error
+
+
+def _hashed(
+    storage: Storage, path: str, expected: str | None = None, *, replaced: bool = False
+) -> StoreFile:
+    """Read a file for its size and hash, and check the hash if it is known."""
+    with storage.open(path) as file:
+        digest = hash_of(file)
+        size = file.tell()
+    if expected is not None and digest != expected:
+        raise damaged(storage, path)
+    return StoreFile(path, size, digest, replaced)
+
+
+def _units(storage: Storage, store: LatentStore) -> Iterator[UnitFiles]:
+    """The files of all units, from the sealed commits."""
+    seal_hash, listed = SealHash(), {shard.path: shard for shard in store.info.shards}
+    wanted = [(unit.name, store.info.revisions.get(unit.name, 0)) for unit in store.plan.units]
+    with ThreadPoolExecutor(READERS, thread_name_prefix="commits") as pool:
+        for start in range(0, len(wanted), READERS):
+            batch = wanted[start : start + READERS]
+            for commit, file in pool.map(lambda pair: _read_commit(storage, *pair), batch):
+                seal_hash.add(commit)
+                shard = None
+                if commit.shard is not None and commit.hash is not None:
+                    entry = listed.pop(commit.shard, None)
+                    if entry is None or (entry.bytes, entry.hash) != (commit.bytes, commit.hash):
+                        raise damaged(storage, file.path)
+                    shard = StoreFile(commit.shard, commit.bytes, commit.hash)
+                yield UnitFiles(commit.unit, commit.revision, shard, file)
+    sealed = store.info.seal  # format version 1 does not have it
+    if listed or (sealed is not None and seal_hash.hexdigest() != sealed):
+        raise damaged(storage, DATASET_PATH)
+
+
+def _read_commit(storage: Storage, unit: str, revision: int) -> tuple[Commit, StoreFile]:
+    path = commit_path(unit, revision)
+    data = storage.read(path)
+    hint = "restore it from a copy of the store"
+    commit = parse_document(Commit, data, f"{storage.root}/{path}", hint)
+    if (commit.unit, commit.revision) != (unit, revision):
+        raise damaged(storage, path)
+    return commit, StoreFile(path, len(data), xxhash.xxh3_128_hexdigest(data))
