@@ -9,7 +9,6 @@ The other options are those of the example. The store and the folder must be vis
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def train(config: dict[str, Any]) -> None:
     """What each process runs; the first one writes samples and results."""
     import ray.train
-    import torch
     from ray.train.torch import prepare_model
 
     import latentmill as lm
@@ -36,13 +34,10 @@ def train(config: dict[str, Any]) -> None:
 
     args = train_dit.arguments(config["options"])
     store = lm.open(args.store)
-    ema, result, some, normal = train_dit.train(store, args, wrap=prepare_model)
+    trained = train_dit.train(store, args, wrap=prepare_model)
     if ray.train.get_context().get_world_rank() == 0:
-        args.folder.mkdir(parents=True, exist_ok=True)
-        train_dit.write_samples(ema, store, some[0], normal, args)
-        (args.folder / "result.json").write_text(json.dumps(result, indent=2))
-        torch.save(ema.state_dict(), args.folder / "dit.pt")
-    ray.train.report({"loss": result["loss_after"]})
+        train_dit.write_results(trained, store, args)
+    ray.train.report({"loss": trained[1]["loss_after"]})
 
 
 def main() -> None:
