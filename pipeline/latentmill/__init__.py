@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from latentmill.config import RunConfig, load_config
+    from latentmill.curation.annotate import AnnotateSummary, annotate, revert_annotations
     from latentmill.errors import IncompleteStoreWarning, LatentmillError, RepeatedEpochWarning
     from latentmill.evaluation.evaluate import Evaluation, evaluate
     from latentmill.ops import (
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 # The module that defines each name. It is imported when the name is first used, so that the command
 # line starts quickly.
 _LAZY = {
+    "AnnotateSummary": "latentmill.curation.annotate",
     "BatchSampler": "latentmill.reader.batches",
     "EncodeOptions": "latentmill.run.options",
     "Evaluation": "latentmill.evaluation.evaluate",
@@ -69,6 +71,7 @@ _LAZY = {
     "RunSummary": "latentmill.run.run",
     "StemDataset": "latentmill.reader.stem_dataset",
     "SyncSummary": "latentmill.publishing.sync",
+    "annotate": "latentmill.curation.annotate",
     "collate": "latentmill.reader.collate",
     "collate_tensors": "latentmill.reader.collate",
     "crossfade": "latentmill.ops",
@@ -82,11 +85,13 @@ _LAZY = {
     "mixup": "latentmill.ops",
     "open": "latentmill.store.store",
     "report": "latentmill.reporting.report",
+    "revert_annotations": "latentmill.curation.annotate",
     "subtract": "latentmill.ops",
     "sync": "latentmill.publishing.sync",
 }
 
 __all__ = [
+    "AnnotateSummary",
     "BatchSampler",
     "EncodeOptions",
     "Evaluation",
@@ -108,6 +113,7 @@ __all__ = [
     "StemDataset",
     "SyncSummary",
     "__version__",
+    "annotate",
     "collate",
     "collate_tensors",
     "crossfade",
@@ -121,6 +127,7 @@ __all__ = [
     "mixup",
     "open",
     "report",
+    "revert_annotations",
     "subtract",
     "sync",
 ]

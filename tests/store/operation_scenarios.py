@@ -9,7 +9,7 @@ import re
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 import soundfile
 
 from latentmill.config import load_config
+from latentmill.curation.annotate import annotate
 from latentmill.errors import LatentmillError
 from latentmill.evaluation.linearity import measure_linearity
 from latentmill.evaluation.seams import measure_seams
@@ -101,12 +102,14 @@ class Scenario:
         command: The command.
         change: Changes the audio between the two.
         written: The store that it writes, by its name in the place.
+        atomic: Whether readers see all records before it or all records after it.
     """
 
     begin: Callable[[Place], None]
     command: Callable[[Place], Any]
     change: Callable[[Place], None] = lambda place: None
     written: str = "store"
+    atomic: bool = False
 
 
 def three(place: Place) -> None:
@@ -146,6 +149,23 @@ def change(place: Place) -> None:
 def whole(place: Place) -> None:
     three(place)
     place.encode()
+
+
+def annotated(place: Place) -> None:
+    """The store has annotations, and the next ones are in a file."""
+    whole(place)
+    annotate_with(place, [{"key": "a", "n": 5}, {"key": "b", "tag": "x"}])
+    write_values(place, [{"key": "b", "n": 6, "tag": "y"}, {"key": "c", "tag": "z"}])
+
+
+def annotate_with(place: Place, rows: Sequence[Mapping[str, Any]]) -> None:
+    write_values(place, rows)
+    annotate(place.store, place.source / "values.jsonl")
+
+
+def write_values(place: Place, rows: Sequence[Mapping[str, Any]]) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (place.source / "values.jsonl").write_text(text)
 
 
 def unsealed(place: Place) -> None:
@@ -197,6 +217,9 @@ SCENARIOS = {
     ),
     "sync": Scenario(whole, Place.sync, written="dest"),
     "sync again": Scenario(synced, Place.sync, written="dest"),
+    "annotate": Scenario(
+        annotated, lambda p: annotate(p.store, p.source / "values.jsonl"), atomic=True
+    ),
     "seams": Scenario(whole, of_store(lambda store: measure_seams(store, items=2))),
     "linearity": Scenario(whole, of_store(lambda store: measure_linearity(store, items=2))),
 }

@@ -56,12 +56,14 @@ class Undisturbed:
         operations: What it did.
         before: What the store held before; None: there was none.
         after: What it holds after.
+        atomic: As in the scenario.
     """
 
     begin: Place
     operations: list[tuple[str, str]]
     before: Outcome | None
     after: Outcome | None
+    atomic: bool = False
 
 
 def undisturbed(scenario: Scenario, root: str, source: Path) -> Undisturbed:
@@ -79,7 +81,7 @@ def undisturbed(scenario: Scenario, root: str, source: Path) -> Undisturbed:
             scenario.command(place)
         after = outcome(f"{place.root}/{scenario.written}")
         assert_whole(f"{place.root}/{scenario.written}")
-    return Undisturbed(begin, faults.seen, before, after)
+    return Undisturbed(begin, faults.seen, before, after, scenario.atomic)
 
 
 def outcome(url: str) -> Outcome | None:
@@ -173,6 +175,8 @@ def check_records(found: dict[str, Content], was: Undisturbed) -> None:
         assert content in [state[key] for state in states if key in state], key
     if was.before is not None:
         assert found.keys() >= was.before.records.keys()
+    if was.atomic:
+        assert found in states
 
 
 def report(

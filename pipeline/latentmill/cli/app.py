@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentmill import __version__
+from latentmill.cli import annotate as cli_annotate
 from latentmill.cli import publish as cli_publish
 from latentmill.cli import read as cli_read
 from latentmill.cli import report as cli_report
@@ -39,6 +40,7 @@ app.add_typer(cli_read.app)
 app.add_typer(cli_publish.app)
 app.add_typer(cli_report.app)
 app.add_typer(cli_view.app)
+app.add_typer(cli_annotate.app)
 
 Function = Callable[..., Any]
 ModelName = Annotated[

@@ -32,7 +32,8 @@ MAX_LISTED = 20
 def plain(value: Any) -> Any:
     """Convert dataclasses, models and tuples to the dicts and lists that JSON has."""
     if isinstance(value, BaseModel):
-        unset: set[str] = {name for name in IN_INFO if getattr(value, name, 0) is None}
+        optional = (*IN_INFO, "annotation")
+        unset: set[str] = {name for name in optional if getattr(value, name, 0) is None}
         return value.model_dump(mode="json", exclude=unset)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         result = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -169,6 +170,11 @@ def info(value: DatasetInfo) -> str:
         "statistics": f"mean {mean:.3g}, std {std:.3g} over all channels",
         "fingerprint": value.fingerprint,
     }
+    if (entry := value.annotation) is not None:
+        names = ", ".join(entry.names) or "none"
+        rows["annotations"] = (
+            f"version {entry.version}: {names} ({counted(entry.records, 'record')})"
+        )
     if value.seams is not None:
         rows["seams"] = (
             f"relative error: median {value.seams.median:.2g}, largest {value.seams.largest:.2g}"

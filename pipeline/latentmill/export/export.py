@@ -154,11 +154,14 @@ def _copy_units(store: LatentStore, storage: Storage, plan: Plan) -> None:
         "layout": store.info.layout,
         "fingerprint": store.info.fingerprint,
     }
+    annotation = store.info.annotation  # whose values are copied with the records
+    suffix = "" if annotation is None else f"+{annotation.hashes[-1]}"
     done, revisions = committed_revisions(storage), next_revisions(storage)
     sizes = storage.list(SHARDS)
     for commit in iter_commits(Storage(store.url)):
         unit = commit.unit
-        if unit in done and _is_copy(read_commit(storage, unit, done[unit]), commit, sizes):
+        origin = None if commit.hash is None else f"{commit.hash}{suffix}"
+        if unit in done and _is_copy(read_commit(storage, unit, done[unit]), commit, origin, sizes):
             continue
         new = write_unit(
             storage,
@@ -169,14 +172,16 @@ def _copy_units(store: LatentStore, storage: Storage, plan: Plan) -> None:
             info=info,
             revision=revisions.get(unit, 0),
         )
-        update = {"items_hash": commit.items_hash, "copied_from": commit.hash}
+        update = {"items_hash": commit.items_hash, "copied_from": origin}
         write_commit(storage, new.model_copy(update=update), commit.timings)
 
 
-def _is_copy(existing: Commit, commit: Commit, sizes: Mapping[str, int]) -> bool:
+def _is_copy(
+    existing: Commit, commit: Commit, origin: str | None, sizes: Mapping[str, int]
+) -> bool:
     """Whether an export's commit has the same records and its shard is complete."""
     whole = existing.shard is None or sizes.get(existing.shard.rpartition("/")[2]) == existing.bytes
-    same = (existing.copied_from, existing.items_hash) == (commit.hash, commit.items_hash)
+    same = (existing.copied_from, existing.items_hash) == (origin, commit.items_hash)
     pairs = itertools.zip_longest(existing.items, commit.items)
     return (
         whole

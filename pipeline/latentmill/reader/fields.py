@@ -56,7 +56,16 @@ class FieldReader(RowReader):
 
     def read(self, rows: Ints) -> list[dict[str, Any]]:
         """Return the fields of some rows, in the order of `rows`."""
-        return self._with_current_index(lambda: self._read(rows))
+        found = self._with_current_index(lambda: self._read(rows))
+        if "metadata" not in self.columns or (annotations := self.store.annotations) is None:
+            return found
+        try:
+            pairs = zip(self.keys(rows), found, strict=True)
+            merged = [annotations.merged(key, fields["metadata"]) for key, fields in pairs]
+        except (ValueError, TypeError) as error:
+            raise self._damaged(error) from error
+        pairs = zip(merged, found, strict=True)
+        return [{**fields, "metadata": metadata} for metadata, fields in pairs]
 
     def _read(self, rows: Ints) -> list[dict[str, Any]]:
         if self._ranges:
@@ -76,6 +85,18 @@ class FieldReader(RowReader):
     def _gather(self) -> pa.Table:
         if (stored := self._stored()) is not None:
             return stored
+        table, annotations = self._of_shards(), self.store.annotations
+        if annotations is None or "metadata" not in self.columns:
+            return table
+        try:
+            keys = self.keys(np.arange(len(table)))
+            merged = annotations.column(keys, table["metadata"])
+        except (ValueError, TypeError) as error:
+            raise self._damaged(error) from error
+        return table.set_column(self.columns.index("metadata"), "metadata", merged)
+
+    def _of_shards(self) -> pa.Table:
+        """The fields of all records as they are stored in the shards."""
         if self._ranges:
             every = np.arange(len(self._index))
             batches = (every[at : at + _BATCH] for at in range(0, len(every), _BATCH))

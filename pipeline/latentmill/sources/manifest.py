@@ -56,7 +56,7 @@ ENDS = ("end", "stop", "end_time", "end_seconds")
 _BROKEN: tuple[type[Exception], ...] = (EOFError, zlib.error, lzma.LZMAError)
 """Errors of truncated or damaged compressed files, apart from OSError."""
 
-_Row = tuple[str, dict[str, Any]]
+Row = tuple[str, dict[str, Any]]
 """The position of a row, such as `line 7`, and its cells."""
 
 _Builder = Callable[[dict[str, Any], str], Item | None]
@@ -98,30 +98,36 @@ class ManifestSource:
         """Yield the items; see `Source.items`."""
         self.ignored.clear()
         found = 0
+        for item in self._items():
+            found += 1
+            yield item
+        if not found:
+            raise SourceError(
+                f"Manifest {self.uri} has no rows with a path: check the file and --path-column."
+            )
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows. The cells of CSV and TSV are text; `cell_value` converts them.
+
+        Raises SourceError if the file cannot be read or is invalid.
+        """
+        read = {"csv": self._csv, "tsv": self._csv, "jsonl": self._jsonl, "parquet": self._parquet}
         try:
-            for item in self._items():
-                found += 1
-                yield item
+            if self._place.kind() != "file":
+                raise SourceError(
+                    f"Manifest {self.uri} does not exist or is not a file: check the path."
+                )
+            yield from read[manifest_format(self.uri) or "jsonl"]()
         except (*storage_errors(), *_BROKEN) as error:
             raise SourceError(f"Manifest {self.uri} cannot be read: {cause_of(error)}.") from error
         except UnicodeDecodeError as error:
             raise SourceError(
                 f"Manifest {self.uri} is not UTF-8 text: convert it to UTF-8."
             ) from error
-        if not found:
-            raise SourceError(
-                f"Manifest {self.uri} has no rows with a path: check the file and --path-column."
-            )
 
     def _items(self) -> Iterator[Item]:
-        if self._place.kind() != "file":
-            raise SourceError(
-                f"Manifest {self.uri} does not exist or is not a file: check the path."
-            )
-        read = {"csv": self._csv, "tsv": self._csv, "jsonl": self._jsonl, "parquet": self._parquet}
-        rows = read[manifest_format(self.uri) or "jsonl"]()
         builders: dict[tuple[str, ...], _Builder] = {}
-        for place, row in rows:
+        for place, row in self.rows():
             names = tuple(row)  # JSON rows may have different fields
             if names not in builders:
                 builders[names] = self._builder(row, required=not builders)
@@ -176,7 +182,7 @@ class ManifestSource:
             length = None if duration is None else self._seconds(row, duration, place)
             segment = None if begin is None else Segment(begin, length)
             uri, name = self._locate(str(value), place)
-            values = {n: _cell(v) for n, v in row.items()} if texts else row
+            values = {n: cell_value(v) for n, v in row.items()} if texts else row
             return Item(
                 key=self._key(row, key if key != path else None, name, segment, place),
                 uri=uri,
@@ -291,7 +297,7 @@ class ManifestSource:
             newline="",
         )
 
-    def _csv(self) -> Iterator[_Row]:
+    def _csv(self) -> Iterator[Row]:
         """Rows of strings: keys and paths may look like numbers."""
         tabs = manifest_format(self.uri) == "tsv"
         # In a TSV each line is a row: unclosed quotes are common, for example in Common Voice.
@@ -319,7 +325,7 @@ class ManifestSource:
                     f"Manifest {self.uri} is not valid CSV in line {line}: {error}; correct it."
                 ) from error
 
-    def _jsonl(self) -> Iterator[_Row]:
+    def _jsonl(self) -> Iterator[Row]:
         with self._text() as file:
             lines = BoundedLines(file, self.uri)
             for number, line in enumerate(lines, 1):
@@ -345,7 +351,7 @@ class ManifestSource:
                     )
                 yield f"line {number}", row
 
-    def _parquet(self) -> Iterator[_Row]:
+    def _parquet(self) -> Iterator[Row]:
         with table_errors(self.uri), open_table(self.uri) as table:
             columns = plain_columns(table.schema_arrow)
             refuse_bombs(table, columns, self.uri)
@@ -367,7 +373,7 @@ def _unquoted(cell: str) -> str:
     return cell[1:-1].replace('""', '"')
 
 
-def _cell(value: str | None) -> Any:
+def cell_value(value: str | None) -> Any:
     """The value of a CSV cell: a number if it is a valid one, None if it is empty."""
     if value is None or value == "":
         return None

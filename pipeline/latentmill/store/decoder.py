@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from latentmill.decoding.decoder import LatentSource, decode_blocks, decode_latents
 from latentmill.encoding.chunks import Chunking
 from latentmill.errors import ConfigError, ModelError
@@ -57,6 +60,22 @@ class StoreDecoder:
     @abstractmethod
     def __getitem__(self, key: str) -> Record:
         """Read the record with this key."""
+
+    @property
+    def codes(self) -> bool:
+        """Whether the latents are discrete codes, which cannot be mixed."""
+        model = self.info.model
+        return model.get("output") == "codes" or model.get("codebook_size") is not None
+
+    @property
+    def mean(self) -> npt.NDArray[np.float64]:
+        """Mean of every latent channel over the store, `[channels]`."""
+        return np.array(self.info.mean)
+
+    @property
+    def std(self) -> npt.NDArray[np.float64]:
+        """Standard deviation of every latent channel over the store, `[channels]`."""
+        return np.array(self.info.std)
 
     @property
     def device(self) -> str:

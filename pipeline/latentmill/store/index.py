@@ -237,6 +237,13 @@ class Index:
             places, text = zip(starts.tolist(), stops.tolist(), strict=True), memoryview(data)
             return [str(text[start:stop], "utf-8") for start, stop in places]
 
+    def key_array(self) -> pa.Array:
+        """All keys, in order."""
+        with _reading(self._where):
+            keys = self._columns["key"] if len(self) else pa.array([], pa.string())
+            keys.validate(full=True)
+            return keys
+
     def has_keys(self, keys: pa.ChunkedArray) -> bool:
         """Whether these are the keys of all records, in order."""
         own = self._columns["key"] if len(self) else pa.array([], pa.string())

@@ -2,8 +2,8 @@
 
 Sealing writes it, so that searching reads one small file instead of all shards. Row n is record n.
 Its columns are the stored fields, `loudness` and `silence`, and one typed column for each name in
-the records' own metadata whose values all have one scalar type: `metadata_bpm`. Any Parquet tool
-can read it.
+the records' own metadata whose values all have one scalar type: `metadata_bpm`. Annotations replace
+and add values, and each annotated name has a column. Any Parquet tool can read it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,22 @@ from latentmill.encoding.loudness import silent_frames
 from latentmill.encoding.stored import parse_json
 from latentmill.record import LOUDEST, STEPS_PER_DB
 from latentmill.storage.storage import Storage, writing
+from latentmill.store.annotations import (
+    JSON,
+    TYPES,
+    Annotations,
+    is_column,
+    kind_of_value,
+    wider,
+)
 from latentmill.store.commit import hash_of
 from latentmill.store.fields import damaged_shard, read_columns
 from latentmill.store.index import Index
-from latentmill.store.schema import RECORD_SCHEMA
+from latentmill.store.schema import RECORD_SCHEMA, json_text
 
 PREFIX = "metadata_"
 ROW_GROUP = 1 << 14
 MAX_COLUMNS = 64  # of the records' own metadata: the names that occur most often
-MAX_NAME = 64
 _TRACKED = 10_000  # names whose types are followed
 _READERS = 8  # shards read in parallel from a remote store
 _QUIETEST = -LOUDEST / STEPS_PER_DB
@@ -44,11 +51,16 @@ _FIELDS = [field.with_nullable(field.name != "key") for field in _READ if field.
 METADATA_SCHEMA = pa.schema(
     [*_FIELDS, pa.field("loudness", pa.float64()), pa.field("silence", pa.float64())]
 )
-_TYPES = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "str": pa.string()}
-_EXACT = 2**53  # integers up to here are exact as float64
+_TYPES = {**TYPES, JSON: pa.string()}
 
 
-def write_metadata(storage: Storage, index: Index, file: Path, rows: Path) -> None:
+def write_metadata(
+    storage: Storage,
+    index: Index,
+    file: Path,
+    rows: Path,
+    annotations: Annotations | None = None,
+) -> None:
     """Write metadata.parquet to the local path `file`, with a few shards' fields in memory.
 
     `rows` is the path of a temporary file: the rows in the order of the shards.
@@ -56,17 +68,19 @@ def write_metadata(storage: Storage, index: Index, file: Path, rows: Path) -> No
     Raises:
         StorageError: A shard is damaged, or a file cannot be read or written.
     """
-    columns = _write_rows(storage, index, rows)
+    columns = _write_rows(storage, index, rows, annotations)
     with writing(str(file)), pq.ParquetWriter(file, schema_of(columns), compression="zstd") as out:
         for block in sorted_blocks(index, rows, columns):
             out.write_table(block, row_group_size=ROW_GROUP)
 
 
-def publish_metadata(storage: Storage, index: Index) -> tuple[str, str]:
+def publish_metadata(
+    storage: Storage, index: Index, annotations: Annotations | None = None
+) -> tuple[str, str]:
     """Write metadata.HASH.parquet into a store; return its name and its whole hash."""
     path = "metadata.parquet"
     with storage.scratch_file(path) as file, storage.scratch_file("metadata.rows") as rows:
-        write_metadata(storage, index, file, rows)
+        write_metadata(storage, index, file, rows, annotations)
         with file.open("rb") as written:
             digest = hash_of(written)
         path = f"metadata.{digest[:16]}.parquet"
@@ -84,7 +98,13 @@ def has_hash(storage: Storage, path: str, digest: str | None) -> bool:
         return hash_of(file) == digest
 
 
-def matches_records(storage: Storage, index: Index, path: str, digest: str | None) -> bool:
+def matches_records(
+    storage: Storage,
+    index: Index,
+    path: str,
+    digest: str | None,
+    annotations: Annotations | None = None,
+) -> bool:
     """Whether a metadata file has the hash in dataset.json and the rows of the records."""
     if not has_hash(storage, path, digest):
         return False
@@ -93,7 +113,7 @@ def matches_records(storage: Storage, index: Index, path: str, digest: str | Non
         storage.open(path) as source,
     ):
         rows = Path(folder, "rows")
-        columns = _write_rows(storage, index, rows)
+        columns = _write_rows(storage, index, rows, annotations)
         try:
             with pq.ParquetFile(source) as file:
                 if file.metadata.num_rows != len(index):
@@ -146,20 +166,25 @@ def with_columns(block: pa.Table, columns: Mapping[str, str]) -> pa.Table:
             values = [own.get(name) for own in parsed]
             if kind == "float":
                 values = [None if value is None else float(value) for value in values]
+            elif kind == JSON:
+                values = [_as_text(value) for value in values]
             block = block.append_column(PREFIX + name, pa.array(values, _TYPES[kind]))
     return block.cast(schema_of(columns))
 
 
-def _write_rows(storage: Storage, index: Index, rows: Path) -> dict[str, str]:
+def _write_rows(
+    storage: Storage, index: Index, rows: Path, annotations: Annotations | None
+) -> dict[str, str]:
     """Write the rows of each shard as record batches; return the kinds of the metadata's names."""
-    names = _Names()
+    names = _Names({} if annotations is None else annotations.kinds)
     with (
         writing(str(rows)),
         pa.OSFile(str(rows), "wb") as sink,
         pa.ipc.new_file(sink, METADATA_SCHEMA) as file,
     ):
-        for shard, table in _shards(storage, index):
+        for shard, stored in _shards(storage, index):
             try:
+                table = stored if annotations is None else _annotated(stored, annotations)
                 for text in table["metadata"].to_pylist():
                     names.add(parse_json(text))
             except (ValueError, TypeError, AttributeError) as error:
@@ -167,6 +192,17 @@ def _write_rows(storage: Storage, index: Index, rows: Path) -> dict[str, str]:
             for batch in table.to_batches(max_chunksize=ROW_GROUP):
                 file.write_batch(batch, custom_metadata={"shard": str(shard)})
     return names.columns()
+
+
+def _annotated(table: pa.Table, annotations: Annotations) -> pa.Table:
+    merged = annotations.column(table["key"].to_pylist(), table["metadata"])
+    place = table.schema.get_field_index("metadata")
+    return table.set_column(place, METADATA_SCHEMA.field("metadata"), merged)
+
+
+def _as_text(value: Any) -> str | None:
+    """A value of a column of text: text as it is, other values as JSON."""
+    return value if kind_of_value(value) in ("null", "str") else json_text(value)
 
 
 def _shards(storage: Storage, index: Index) -> Iterator[tuple[int, pa.Table]]:
@@ -235,51 +271,30 @@ def _silence(levels: bytes | None) -> float | None:
 
 
 class _Names:
-    """Names in the records' own metadata, with the kind of their values so far."""
+    """Names in the records' own metadata, with the kind of their values so far.
 
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._kinds: dict[str, str | None] = {}  # None: values of several types, or not scalar
+    `annotated` has the kinds of annotated names, each of which becomes a column.
+    """
+
+    def __init__(self, annotated: Mapping[str, str]) -> None:
+        self._annotated = sorted(annotated)
+        self._counts = Counter(dict.fromkeys(annotated, 0))
+        # None: values of several types, or not scalar
+        self._kinds = {name: None if kind == JSON else kind for name, kind in annotated.items()}
 
     def add(self, own: Mapping[str, Any]) -> None:
         for name, value in own.items():
             if name not in self._counts and len(self._counts) >= _TRACKED:
                 continue
             self._counts[name] += 1
-            kind = _kind(value)
+            kind = kind_of_value(value)
             if kind != "null":
-                known = self._kinds.get(name, kind)
-                self._kinds[name] = kind if kind == known else _WIDER.get(frozenset((known, kind)))
+                self._kinds[name] = wider(self._kinds.get(name, kind), kind)
 
     def columns(self) -> dict[str, str]:
         """The kinds of the columns by name, sorted by name."""
-        usable = [name for name, kind in self._kinds.items() if kind and _is_column(name)]
+        others = self._kinds.keys() - set(self._annotated)
+        usable = [name for name in others if self._kinds[name] and is_column(name)]
         often = sorted(usable, key=lambda name: (-self._counts[name], name))[:MAX_COLUMNS]
-        kinds = {name: str(self._kinds[name]) for name in sorted(often)}
+        kinds = {name: self._kinds[name] or JSON for name in sorted([*often, *self._annotated])}
         return {name: kind.removesuffix(" large") for name, kind in kinds.items()}
-
-
-# "int large" is an integer that float64 cannot represent exactly.
-_WIDER: dict[frozenset[str | None], str] = {
-    frozenset(("int", "float")): "float",
-    frozenset(("int", "int large")): "int large",
-}
-
-
-def _kind(value: Any) -> str | None:
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # half a surrogate pair
-            return None
-        return "str"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return ("int" if abs(value) <= _EXACT else "int large") if abs(value) < 2**63 else None
-    return type(value).__name__ if isinstance(value, bool | float) else None
-
-
-def _is_column(name: str) -> bool:
-    """Whether a name can be part of a column's name; a dot would mean a nested column."""
-    return name.isprintable() and "." not in name and len(name) <= MAX_NAME

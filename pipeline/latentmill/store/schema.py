@@ -63,7 +63,7 @@ def record_fields(record: Record) -> dict[str, Any]:
     converted = {
         "shape": [int(size) for size in record.latent.shape],
         "dtype": record.latent.dtype.name,
-        "metadata": _json(record.metadata),
+        "metadata": json_text(record.metadata),
     }
     return {
         name: converted[name] if name in converted else getattr(record, name)
@@ -122,7 +122,8 @@ def json_fields(record: Record) -> dict[str, Any]:
     return record_fields(record) | {"levels": levels}
 
 
-def _json(value: Mapping[str, Any]) -> str:
+def json_text(value: Any) -> str:
+    """Format a value as JSON that UTF-8 can encode."""
     text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode()
@@ -208,7 +209,9 @@ class Commit(_Document):
         None, description="Hash of the unit's items in the plan at the time of encoding."
     )
     copied_from: str | None = Field(
-        None, description="In an exported store: `hash` of the commit whose records were copied."
+        None,
+        description="In an exported store: `hash` of the commit whose records were copied, and "
+        "after a + the hash of the annotations that were copied with them.",
     )
     statistics: StatisticsEntry | None = None
     timings: dict[str, float] = Field(description="Seconds per stage: wait, model, write, total.")
@@ -240,6 +243,23 @@ class ShardEntry(_Document):
     rows: int
     bytes: int
     hash: str
+
+
+class AnnotationEntry(_Document):
+    """Annotations of a store: annotations/VERSION.parquet, such as annotations/0003.parquet."""
+
+    version: int = Field(ge=1, lt=10**9)
+    hashes: list[str] = Field(
+        description="xxh3-128 of the bytes of each version's file, from version 1, hex."
+    )
+    records: int = Field(description="Number of annotated records.")
+    names: list[str] = Field(description="Names of the annotated values.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.hashes) != self.version:
+            raise ValueError("the hashes are not those of all versions")
+        return self
 
 
 class DatasetInfo(_Document):
@@ -287,6 +307,9 @@ class DatasetInfo(_Document):
     )
     metadata_hash: str | None = Field(
         None, description="xxh3-128 of the metadata file's bytes, hex."
+    )
+    annotation: AnnotationEntry | None = Field(
+        None, description="Metadata added after encoding; stores without it have no such field."
     )
     seams: SeamEntry | None = Field(
         None, description="Format version 1 only; later versions have evaluation/seams.json."

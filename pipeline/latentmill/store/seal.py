@@ -19,6 +19,7 @@ from latentmill.errors import StorageError, StoreError
 from latentmill.plan import Plan
 from latentmill.record import FloatArray
 from latentmill.storage.storage import Storage
+from latentmill.store.annotations import found_annotation, open_annotations
 from latentmill.store.card import write_card
 from latentmill.store.commit import SealHash, iter_commits
 from latentmill.store.index import Index, to_batch
@@ -97,7 +98,7 @@ def dataset_info(plan: Plan, commits: Iterable[Commit]) -> DatasetInfo:
 def seal(storage: Storage, plan: Plan) -> DatasetInfo:
     """Write index, metadata, card and dataset.json from the commits of the plan's units.
 
-    Reads the fields of all records from the shards, for the metadata.
+    Reads the fields of all records from the shards, for the metadata. The store's annotations stay.
     """
     names = {unit.name for unit in plan.units}
     batches = []
@@ -115,19 +116,28 @@ def seal(storage: Storage, plan: Plan) -> DatasetInfo:
     digest = xxhash.xxh3_128_hexdigest(data)
     name = f"index.{digest[:16]}.arrow"
     storage.write(name, data)  # named by its hash: an existing file is equal or damaged
-    metadata, metadata_hash = publish_metadata(storage, index)
+    sealed = read_seal(storage)
+    annotation = found_annotation(storage) if sealed is None else sealed.annotation
+    annotations = None if annotation is None else open_annotations(storage, annotation)
+    metadata, metadata_hash = publish_metadata(storage, index, annotations)
     info = info.model_copy(
         update={
             "index": name,
             "index_hash": digest,
             "metadata": metadata,
             "metadata_hash": metadata_hash,
+            "annotation": annotation,
         }
     )
     write_card(storage, info)
-    text = info.model_dump_json(indent=2, exclude={"seams", "linearity"})
-    storage.write(DATASET_PATH, text.encode())
+    write_seal(storage, info)
     return info
+
+
+def write_seal(storage: Storage, info: DatasetInfo) -> None:
+    """Replace dataset.json."""
+    left_out = {"seams", "linearity"} | ({"annotation"} if info.annotation is None else set())
+    storage.write(DATASET_PATH, info.model_dump_json(indent=2, exclude=left_out).encode())
 
 
 def read_seal(storage: Storage) -> DatasetInfo | None:

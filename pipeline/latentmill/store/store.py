@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
@@ -21,6 +19,7 @@ from latentmill.ops import Linearity, Origin
 from latentmill.plan import PLAN_PATH, Plan, load
 from latentmill.record import FloatArray, Latent, Record, latent_from_bytes, time_major_bytes
 from latentmill.storage.storage import Storage
+from latentmill.store.annotations import Annotations, open_annotations
 from latentmill.store.commit import read_commits
 from latentmill.store.decoder import StoreDecoder
 from latentmill.store.describe import described, is_complete, warn_incomplete
@@ -146,12 +145,6 @@ class LatentStore(StoreDecoder, Shown):
         """The chunking with which the items were encoded."""
         return Chunking(**self.info.chunking)
 
-    @property
-    def codes(self) -> bool:
-        """Whether the latents are discrete codes, which cannot be mixed."""
-        model = self.info.model
-        return model.get("output") == "codes" or model.get("codebook_size") is not None
-
     @cached_property
     def origin(self) -> Origin:
         """The latent of silence and the model properties that latent arithmetic needs."""
@@ -169,15 +162,11 @@ class LatentStore(StoreDecoder, Shown):
             linearity=None if card is None else Linearity(**{n: getattr(card, n) for n in names}),
         )
 
-    @property
-    def mean(self) -> npt.NDArray[np.float64]:
-        """Mean of every latent channel over the store, `[channels]`."""
-        return np.array(self.info.mean)
-
-    @property
-    def std(self) -> npt.NDArray[np.float64]:
-        """Standard deviation of every latent channel over the store, `[channels]`."""
-        return np.array(self.info.std)
+    @cached_property
+    def annotations(self) -> Annotations | None:
+        """Metadata that was added after encoding; None if there is none."""
+        entry = self.info.annotation
+        return None if entry is None else open_annotations(self.storage, entry)
 
     @cached_property
     def index(self) -> Index:
@@ -207,7 +196,7 @@ class LatentStore(StoreDecoder, Shown):
         if not self.sealed or found is None or found == self._info:
             return False
         self._info = found
-        for name in ("index", "plan", "commits", "origin"):
+        for name in ("index", "plan", "commits", "origin", "annotations"):
             self.__dict__.pop(name, None)
         self._shard_fields.clear()
         return True
@@ -278,6 +267,9 @@ class LatentStore(StoreDecoder, Shown):
             fields = self._fields(entry)
             if fields["key"] != entry.key:
                 raise self._damaged(entry, f"the fields belong to {fields['key']}")
+            if self.annotations is not None:
+                merged = self.annotations.merged(entry.key, fields["metadata"])
+                fields = {**fields, "metadata": merged}
             return record_from_fields(fields, latent_from_bytes(data, shape, fields["dtype"]))
         except (ValueError, TypeError, LookupError, pa.ArrowException) as error:
             raise self._damaged(entry, "the fields cannot be read") from error

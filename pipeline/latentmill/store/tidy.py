@@ -8,7 +8,14 @@ from latentmill.plan import PLAN, Plan
 from latentmill.storage.remote import open_filesystem, protocol_of, storage_errors
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import committed_revisions
-from latentmill.store.schema import COMMITS, INDEX_NAME, METADATA_NAME, SHARDS, parse_name
+from latentmill.store.schema import (
+    COMMITS,
+    INDEX_NAME,
+    METADATA_NAME,
+    SHARDS,
+    DatasetInfo,
+    parse_name,
+)
 from latentmill.store.seal import read_seal
 
 PLAN_FILE = re.compile(r"(?:items|units)(?:-(\d{4,}))?(?:\.(\d+))?\.parquet")
@@ -39,10 +46,15 @@ def tidy(storage: Storage) -> None:
             if superseded or (storage.local and parsed not in committed):
                 storage.delete(f"{folder}/{name}")
     if sealed is not None:
-        for name in storage.list(""):
-            named = re.fullmatch(f"{INDEX_NAME}|{METADATA_NAME}", name)
-            if named and name not in (sealed.index, sealed.metadata):
-                storage.delete(name)
+        tidy_sealed(storage, sealed)
+
+
+def tidy_sealed(storage: Storage, sealed: DatasetInfo) -> None:
+    """Remove the indexes and metadata files that dataset.json does not list."""
+    for name in storage.list(""):
+        named = re.fullmatch(f"{INDEX_NAME}|{METADATA_NAME}", name)
+        if named and name not in (sealed.index, sealed.metadata):
+            storage.delete(name)
 
 
 def abort_uploads(storage: Storage) -> None:

@@ -82,7 +82,10 @@ def verify(store: LatentStore, *, decode: int = 0) -> VerifyReport:
     Raises:
         StoreError: The plan cannot be read.
     """
-    return _Verification(store).run(decode)
+    try:
+        return _Verification(store).run(decode)
+    finally:
+        vars(store).pop("annotations", None)
 
 
 class _Verification:
@@ -97,6 +100,7 @@ class _Verification:
     def run(self, decode: int) -> VerifyReport:
         plan = self._plan
         report = VerifyReport(units=len(plan.units), items=plan.num_items)
+        report.faults += self._annotation_faults()
         committed = self._committed
         missing = [unit.name for unit in plan.units if unit.name not in committed]
         if missing:
@@ -119,6 +123,14 @@ class _Verification:
             for key in itertools.islice(self._store.keys(), 0, step * decode, step):
                 _decode(self._store, key, report)
         return report
+
+    def _annotation_faults(self) -> Iterator[str]:
+        try:
+            if (annotations := self._store.annotations) is not None:
+                annotations.check()
+        except (StoreError, StorageError) as error:
+            yield str(error)
+            self._store.annotations = None  # check the records without them
 
     def _duplicate_keys(self) -> Iterator[str]:
         """Find keys that are in the plan more than once, with eight bytes of memory per key."""
@@ -242,11 +254,14 @@ class _Verification:
                 if entry.key not in store or store.entry(entry.key) != entry:
                     yield f"{index} and the commit differ on where {entry.key} is: {hint}"
                     return
-        metadata = store.info.metadata
+        info = store.info
+        metadata = info.metadata
         if metadata is None:  # sealed by an earlier version
             return
         try:
-            whole = matches_records(self._storage, store.index, metadata, store.info.metadata_hash)
+            whole = matches_records(
+                self._storage, store.index, metadata, info.metadata_hash, store.annotations
+            )
         except StorageError as error:
             yield str(error)
         else:
@@ -261,6 +276,7 @@ _INDEPENDENT = {
     "index_hash",
     "metadata",
     "metadata_hash",
+    "annotation",
     "seams",
     "linearity",
 }

@@ -1,0 +1,1 @@
+"""Curation of stores: metadata, queries and neighbours of their records."""
