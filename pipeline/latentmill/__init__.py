@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from latentmill.config import RunConfig, load_config
     from latentmill.curation.annotate import AnnotateSummary, annotate, revert_annotations
+    from latentmill.curation.query import query
     from latentmill.errors import IncompleteStoreWarning, LatentmillError, RepeatedEpochWarning
     from latentmill.evaluation.evaluate import Evaluation, evaluate
     from latentmill.ops import (
@@ -84,6 +85,7 @@ _LAZY = {
     "mix": "latentmill.ops",
     "mixup": "latentmill.ops",
     "open": "latentmill.store.store",
+    "query": "latentmill.curation.query",
     "report": "latentmill.reporting.report",
     "revert_annotations": "latentmill.curation.annotate",
     "subtract": "latentmill.ops",
@@ -126,6 +128,7 @@ __all__ = [
     "mix",
     "mixup",
     "open",
+    "query",
     "report",
     "revert_annotations",
     "subtract",

@@ -18,6 +18,7 @@ import typer
 from latentmill import __version__
 from latentmill.cli import annotate as cli_annotate
 from latentmill.cli import publish as cli_publish
+from latentmill.cli import query as cli_query
 from latentmill.cli import read as cli_read
 from latentmill.cli import report as cli_report
 from latentmill.cli import view as cli_view
@@ -41,6 +42,7 @@ app.add_typer(cli_publish.app)
 app.add_typer(cli_report.app)
 app.add_typer(cli_view.app)
 app.add_typer(cli_annotate.app)
+app.add_typer(cli_query.app)
 
 Function = Callable[..., Any]
 ModelName = Annotated[

@@ -1,14 +1,15 @@
-"""Decoding the latents of a store with its model."""
+"""The numbers of a store, the table of its records, and decoding latents with its model."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from latentmill.decoding.decoder import LatentSource, decode_blocks, decode_latents
 from latentmill.encoding.chunks import Chunking
@@ -24,13 +25,15 @@ from latentmill.store.schema import DatasetInfo
 if TYPE_CHECKING:
     import torch
 
+    from latentmill.store.store import LatentStore
+
 # Windows per forward pass: decoding needs several times the memory of encoding.
 _DECODE_BATCH = {"cpu": 1, "cuda": 4}
 START_SECONDS = 10.0  # of a record or a mix that a notebook plays
 
 
 class StoreDecoder:
-    """Base class of `LatentStore` with the methods that need the model."""
+    """Base class of `LatentStore`, with what follows from dataset.json, and the model."""
 
     def __init__(self, device: str, *, trust_model: bool) -> None:
         self._device = device
@@ -76,6 +79,20 @@ class StoreDecoder:
     def std(self) -> npt.NDArray[np.float64]:
         """Standard deviation of every latent channel over the store, `[channels]`."""
         return np.array(self.info.std)
+
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read the fields and metadata of all records, without latents; row n is record n.
+
+        `polars.from_arrow` and the table's `to_pandas` convert it. The columns are those of
+        metadata.parquet: `key`, `duration`, `metadata_bpm`, ... (docs/curation.md).
+
+        Raises:
+            ConfigError: There is no such column.
+            StoreError: The metadata file is damaged.
+        """
+        from latentmill.store.metadata_file import read_table  # imports LatentStore
+
+        return read_table(cast("LatentStore", self), columns)
 
     @property
     def device(self) -> str:

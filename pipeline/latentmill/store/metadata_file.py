@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import difflib
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentmill.errors import StorageError, StoreError
+from latentmill.errors import ConfigError, StorageError, StoreError
 from latentmill.store.commit import HASH_BLOCK, hash_of
 from latentmill.store.metadata import METADATA_SCHEMA, write_metadata
 from latentmill.store.store import LatentStore
 
 
 def open_metadata(store: LatentStore) -> pq.ParquetFile | None:
-    """A store's metadata file, checked by its hash.
+    """A store's metadata file, checked by its hash; see `_source`."""
+    source = _source(store)
+    try:
+        return None if source is None else pq.ParquetFile(source)
+    except (OSError, pa.ArrowException) as error:
+        raise damaged_metadata(store) from error
+
+
+def _source(store: LatentStore) -> pa.NativeFile | None:
+    """The bytes of a store's metadata file, checked by their hash.
 
     None for a store without one: it is not sealed, or an earlier version sealed it. The file of a
     remote store is downloaded to a temporary file, which has no name any more when it is open.
@@ -39,18 +50,39 @@ def open_metadata(store: LatentStore) -> pq.ParquetFile | None:
                 file = _opened(copy)
         if hash_of(file) != store.info.metadata_hash:
             raise damaged_metadata(store)
-        return pq.ParquetFile(file)
-    except (OSError, StorageError, pa.ArrowException) as error:
+        return file
+    except (OSError, StorageError) as error:
         missing = isinstance(error.__cause__ or error, FileNotFoundError)
         if missing and store.reload():  # sealed again meanwhile
-            return open_metadata(store)
+            return _source(store)
         if isinstance(error, StorageError) and not missing:
             raise
         raise damaged_metadata(store) from error
 
 
 def metadata_of(store: LatentStore) -> pq.ParquetFile:
-    """A store's metadata file with a row for each record of its index.
+    """A store's metadata file with a row for each record of its index; see `metadata_source`."""
+    return pq.ParquetFile(metadata_source(store))
+
+
+def read_table(store: LatentStore, columns: Sequence[str] | None) -> pa.Table:
+    """Some columns of a store's metadata file, or all; see `LatentStore.table`."""
+    file = metadata_of(store)
+    names = file.schema_arrow.names
+    for name in columns or ():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"use {', '.join(names)}."
+            raise ConfigError(f"{store.url} has no column {name!r}: {hint}")
+    wanted = names if columns is None else list(columns)
+    try:
+        return file.read(columns=wanted, use_threads=False).select(wanted)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise damaged_metadata(store) from error
+
+
+def metadata_source(store: LatentStore) -> pa.NativeFile:
+    """The bytes of a store's metadata file with a row for each record of its index.
 
     For a store without one, it is written to a temporary file, which has no name any more when it
     is open, so nothing is left when the process ends.
@@ -59,17 +91,21 @@ def metadata_of(store: LatentStore) -> pq.ParquetFile:
         StoreError: The file is missing or damaged.
         StorageError: A shard is damaged, or a file cannot be read or written.
     """
-    stored = open_metadata(store)
-    if stored is None:
+    source = _source(store)
+    if source is None:
         with tempfile.TemporaryDirectory(prefix="latentmill-") as folder:
             file = Path(folder, "metadata")
             write_metadata(store.storage, store.index, file, Path(folder, "rows"))
-            stored = pq.ParquetFile(_opened(file))
-    types = {field.name: field.type for field in stored.schema_arrow}
+            source = _opened(file)
+    try:
+        footer = pq.read_metadata(source)
+    except (OSError, pa.ArrowException) as error:
+        raise damaged_metadata(store) from error
+    types = {field.name: field.type for field in footer.schema.to_arrow_schema()}
     whole = all(types.get(field.name) == field.type for field in METADATA_SCHEMA)
-    if stored.metadata.num_rows != len(store.index) or not whole:
+    if footer.num_rows != len(store.index) or not whole:
         raise damaged_metadata(store)
-    return stored
+    return source
 
 
 def _opened(file: Path) -> pa.NativeFile:
