@@ -18,7 +18,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from latentmill.config import RunConfig, load_config
     from latentmill.curation.annotate import AnnotateSummary, annotate, revert_annotations
+    from latentmill.curation.merge import merge
     from latentmill.curation.query import query
+    from latentmill.curation.select import select
+    from latentmill.curation.split import split
+    from latentmill.curation.views import Curated
     from latentmill.errors import IncompleteStoreWarning, LatentmillError, RepeatedEpochWarning
     from latentmill.evaluation.evaluate import Evaluation, evaluate
     from latentmill.ops import (
@@ -53,6 +57,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "AnnotateSummary": "latentmill.curation.annotate",
     "BatchSampler": "latentmill.reader.batches",
+    "Curated": "latentmill.curation.views",
     "EncodeOptions": "latentmill.run.options",
     "Evaluation": "latentmill.evaluation.evaluate",
     "IncompleteStoreWarning": "latentmill.errors",
@@ -82,12 +87,15 @@ _LAZY = {
     "fit": "latentmill.ops",
     "gain": "latentmill.ops",
     "load_config": "latentmill.config",
+    "merge": "latentmill.curation.merge",
     "mix": "latentmill.ops",
     "mixup": "latentmill.ops",
     "open": "latentmill.store.store",
     "query": "latentmill.curation.query",
     "report": "latentmill.reporting.report",
     "revert_annotations": "latentmill.curation.annotate",
+    "select": "latentmill.curation.select",
+    "split": "latentmill.curation.split",
     "subtract": "latentmill.ops",
     "sync": "latentmill.publishing.sync",
 }
@@ -95,6 +103,7 @@ _LAZY = {
 __all__ = [
     "AnnotateSummary",
     "BatchSampler",
+    "Curated",
     "EncodeOptions",
     "Evaluation",
     "IncompleteStoreWarning",
@@ -125,12 +134,15 @@ __all__ = [
     "fit",
     "gain",
     "load_config",
+    "merge",
     "mix",
     "mixup",
     "open",
     "query",
     "report",
     "revert_annotations",
+    "select",
+    "split",
     "subtract",
     "sync",
 ]

@@ -21,6 +21,7 @@ import soundfile
 
 from latentmill.config import load_config
 from latentmill.curation.annotate import annotate
+from latentmill.curation.select import select
 from latentmill.errors import LatentmillError
 from latentmill.evaluation.linearity import measure_linearity
 from latentmill.evaluation.seams import measure_seams
@@ -202,6 +203,11 @@ def of_store(command: Callable[[LatentStore], Any]) -> Callable[[Place], Any]:
     return lambda place: command(open_store(place.store, device="cpu"))
 
 
+def chosen(**options: Any) -> Callable[[Place], Any]:
+    """Select two of the three."""
+    return lambda place: select(place.store, place.dest, **{"keys": ["a", "c"], **options})
+
+
 SCENARIOS = {
     "plan": Scenario(three, Place.plan),
     "encode": Scenario(three, Place.encode),
@@ -220,6 +226,11 @@ SCENARIOS = {
     "annotate": Scenario(
         annotated, lambda p: annotate(p.store, p.source / "values.jsonl"), atomic=True
     ),
+    "select": Scenario(whole, chosen(), written="dest"),
+    "select again": Scenario(
+        lambda p: (whole(p), chosen(keys=["b"])(p)), chosen(overwrite=True), written="dest"
+    ),
+    "select a copy": Scenario(whole, chosen(copy=True), written="dest"),
     "seams": Scenario(whole, of_store(lambda store: measure_seams(store, items=2))),
     "linearity": Scenario(whole, of_store(lambda store: measure_linearity(store, items=2))),
 }
@@ -273,6 +284,7 @@ def assert_whole(url: str) -> None:
         assert verify(store).faults == []
     if store.storage.local:
         assert not Path(store.url, "tmp").exists()
+    if store.storage.local and store.bases is None:
         parts = [(part.items_file, part.units_file) for part in store.plan.parts]
         named = {"plan/plan.json", *(path for pair in parts for path in pair)}
         assert {f"plan/{path.name}" for path in Path(store.url, "plan").iterdir()} == named

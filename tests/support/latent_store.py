@@ -40,6 +40,7 @@ class MadeUp:
     latents: Sequence[np.ndarray] | None = None
     metadata: Sequence[Mapping[str, Any]] | None = None
     failed: Sequence[int] = ()
+    content_hashes: Sequence[str] | None = None
 
     def outcome(self, item: Item) -> Outcome:
         """What becomes of an item."""
@@ -59,7 +60,7 @@ class MadeUp:
             source_uri=item.uri,
             source_sample_rate=48000,
             source_channels=2,
-            content_hash="xxh3:0",
+            content_hash=self.content_hashes[number] if self.content_hashes else "xxh3:0",
             rms=0.1,
             peak=0.5,
             group=f"group {number // 4}",
@@ -81,6 +82,7 @@ def write_latents(
     model: Mapping[str, Any] | None = None,
     stitch: str = "trim",
     sealed: bool = True,
+    content_hashes: Sequence[str] | None = None,
 ) -> LatentStore:
     """Write a store of one latent for each length; key `prefix/NNNNN`, units of `per_unit`."""
     made = {"name": "made-up", "sample_rate": RATE, "channels": 1, "latent_channels": channels}
@@ -101,7 +103,7 @@ def write_latents(
     origin = np.full((channels, 16), 0.5, np.float32)
     origin[:, 0], origin[:, -1] = 0.25, 0.75
     write_origin(storage, origin)
-    made_up = MadeUp(lengths, channels, latents, metadata)
+    made_up = MadeUp(lengths, channels, latents, metadata, content_hashes=content_hashes)
     for unit in plan.units:
         _write_unit(storage, plan, unit, made_up)
     if sealed:

@@ -17,6 +17,7 @@ import typer
 
 from latentmill import __version__
 from latentmill.cli import annotate as cli_annotate
+from latentmill.cli import curate as cli_curate
 from latentmill.cli import publish as cli_publish
 from latentmill.cli import query as cli_query
 from latentmill.cli import read as cli_read
@@ -39,6 +40,7 @@ app = Commands(
 )
 app.add_typer(cli_read.app)
 app.add_typer(cli_publish.app)
+app.add_typer(cli_curate.app)
 app.add_typer(cli_report.app)
 app.add_typer(cli_view.app)
 app.add_typer(cli_annotate.app)

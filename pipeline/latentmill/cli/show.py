@@ -16,6 +16,8 @@ from latentmill.store.measurement import IN_INFO
 from latentmill.text.printing import clock_time, counted, size_text
 
 if TYPE_CHECKING:  # some of these import torch; `status` must start quickly
+    from latentmill.curation.split import Side
+    from latentmill.curation.views import Curated
     from latentmill.export.export import ExportSummary
     from latentmill.models.base import ModelSpec
     from latentmill.publishing.sync import SyncSummary
@@ -161,7 +163,9 @@ def info(value: DatasetInfo) -> str:
         f"{value.layout}",
         "chunking": f"{value.chunking['stitch']}, chunks of "
         f"{value.chunking['samples'] / model['sample_rate']:.2f} s",
-        "format": f"{value.format}, {counted(len(value.shards), 'shard')}, "
+        "format": f"view, with {value.format} shards in {counted(len(value.bases), 'store')}"
+        if value.bases
+        else f"{value.format}, {counted(len(value.shards), 'shard')}, "
         f"{size_text(sum(shard.bytes for shard in value.shards))}",
         "source": value.source,
         "items": f"{value.encoded} encoded, {value.skipped} skipped, {value.failed} failed of "
@@ -187,9 +191,9 @@ def info(value: DatasetInfo) -> str:
 
 def verification(report: VerifyReport) -> str:
     """The text that `verify` prints."""
+    units = f"{report.committed} of {counted(report.units, 'unit')}, " if report.units else ""
     lines = [
-        f"{report.committed} of {counted(report.units, 'unit')}, "
-        f"{counted(report.records, 'record')} of {counted(report.items, 'item')}: "
+        f"{units}{counted(report.records, 'record')} of {counted(report.items, 'item')}: "
         f"{'FAULTS FOUND' if report.faults else 'no faults'}"
     ]
     lines += [f"fault: {fault}" for fault in report.faults]
@@ -239,6 +243,28 @@ def export(value: ExportSummary) -> str:
     """The text that `export` prints."""
     lines = [f"{value.dest}: {counted(value.records, 'record')} for {value.to}"]
     return "\n".join(filter(None, [*lines, pairs_listed("failed", value.failures)]))
+
+
+def curated(value: Curated) -> str:
+    """The text that `select` and `merge` print."""
+    kind = "a view" if value.view else "copies"
+    lines = [
+        f"{value.out}: {kind} of {counted(value.records, 'record')}, {value.hours:.2f} hours",
+        *(f"left out {count:,}: {reason}" for reason, count in value.left_out.items()),
+    ]
+    return "\n".join(lines)
+
+
+def split(sides: Sequence[Side]) -> str:
+    """The text that `split` prints."""
+    lines = []
+    for side in sides:
+        shares = f"{side.share:.2%} of the records ({side.wanted:.2%} wanted)"
+        if side.store is None:
+            lines.append(f"{side.name}: no records, {side.wanted:.2%} wanted")
+        else:
+            lines.append(f"{side.store.out}: {counted(side.store.records, 'record')}, {shares}")
+    return "\n".join(lines)
 
 
 def sync(value: SyncSummary) -> str:

@@ -18,6 +18,7 @@ from latentmill.store.commit import Tally, iter_commits
 from latentmill.text.printing import counted, size_text
 
 if TYPE_CHECKING:
+    from latentmill.store.schema import DatasetInfo
     from latentmill.store.store import LatentStore
 
 
@@ -40,10 +41,14 @@ class StoreStatus:
     ignored: Mapping[str, int]
     stages: Mapping[str, float] = dataclasses.field(default_factory=dict)
     run: CurrentRun | None = None  # the current run, or one that was killed
+    bases: tuple[str, ...] = ()  # of a view
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, store: LatentStore) -> StoreStatus:
         """Collect the status of an open store."""
+        if store.bases is not None:
+            return cls._of_view(store, store.info)
         run = current_run(store.storage)
         tallies = [Tally.of(commit) for commit in iter_commits(store.storage)]
         stages: Counter[str] = Counter()
@@ -67,9 +72,38 @@ class StoreStatus:
             run=run,
         )
 
+    @classmethod
+    def _of_view(cls, store: LatentStore, info: DatasetInfo) -> StoreStatus:
+        len(store)  # raises an error if a base has changed
+        return cls(
+            store=store.url,
+            complete=True,
+            units=0,
+            committed=0,
+            items=info.items,
+            encoded=info.encoded,
+            skipped=info.skipped,
+            failed=info.failed,
+            hours=info.hours,
+            bytes=0,
+            failures=(),
+            skips=(),
+            ignored={},
+            bases=tuple(entry.url for entry in info.bases),
+            left_out=info.left_out,
+        )
+
 
 def status(value: StoreStatus) -> str:
     """The text that `status` prints."""
+    if value.bases:
+        return "\n".join(
+            [
+                f"{value.store}: a view of {', '.join(value.bases)}",
+                f"records   {value.encoded} of {value.items}, {value.hours:.3f} h",
+                *(f"left out  {count:,}: {reason}" for reason, count in value.left_out.items()),
+            ]
+        )
     speed = bound(value.stages)
     return "\n".join(
         line

@@ -1,1 +1,1 @@
-"""Curation of stores: metadata, queries and neighbours of their records."""
+"""Curating stores: subsets, splits, merged stores, annotations and queries."""

@@ -71,7 +71,7 @@ def annotate(
     Annotated values replace stored ones of the same name. Empty cells change nothing.
 
     Args:
-        store: A complete store.
+        store: A complete store, or a view, whose bases do not change.
         file: Path or URL of a CSV, TSV, JSONL or Parquet file with a column of keys.
         key_column: Name of that column; None for `key` or `id`.
         remove: Annotated names whose values are removed first.
@@ -150,12 +150,13 @@ def _editing(
     """Hold the lock of a complete store; `store` itself, if it is open, is then read again."""
     opened = store if isinstance(store, LatentStore) else LatentStore(store)
     _refuse_incomplete(opened)  # the lock would write a file
-    with only_run(opened.storage) as hold:
+    with only_run(Storage(opened.url)) as hold:
         current = LatentStore(opened.url)  # another run may have sealed it meanwhile
         _refuse_incomplete(current)
-        hold.storage.clear_scratch()
-        tidy_sealed(hold.storage, current.info)
-        yield hold.storage, current
+        storage = hold.storage
+        storage.clear_scratch()
+        tidy_sealed(storage, current.info)
+        yield storage if current.bases is None else current.bases.over(storage), current
     opened.reload()
 
 

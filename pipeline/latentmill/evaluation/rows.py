@@ -40,9 +40,13 @@ class ShardRows:
         path, positions = self.paths[shard], self.positions(shard)
         columns = self._index.column
         begins, sizes = columns("fields_offset")[positions], columns("fields_length")[positions]
-        if not len(positions) or begins[0] < 0:
+        if not len(positions):
+            return {name: [] for name in names}
+        if begins[0] < 0:
             try:
                 table = read_columns(self._store.storage, path, names)
+                if len(table) != len(positions):  # a view has some of the rows
+                    table = table.take(pa.array(columns("row")[positions]))
             except (pa.ArrowException, OSError) as error:
                 raise damaged_shard(self._store.storage, path) from error
             return {name: table[name].to_pylist() for name in names}

@@ -84,6 +84,10 @@ def export_store(
     latents of one length: shorter latents are extended with silence to this many frames, and
     stable-audio-tools crops longer ones.
     """
+    if store.bases is not None:
+        raise ConfigError(
+            f"{store.url} is a view: make a copy with `latentmill select --copy`, and export that."
+        )
     if not store.complete:
         raise StoreError(
             f"{store.url} is not complete: finish the run that encodes it, then export it."

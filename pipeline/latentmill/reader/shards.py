@@ -136,13 +136,13 @@ class ShardReader:
 
     def _unreadable(self, shard: Shard, error: OSError) -> StorageError:
         return StorageError(
-            f"cannot read {self._storage.root}/{shard.path} ({error.strerror or error}): check "
+            f"cannot read {self._storage.named(shard.path)} ({error.strerror or error}): check "
             "that the store is complete and readable."
         )
 
     def _changed(self, shard: Shard) -> StorageError:
         return StorageError(
-            f"{self._storage.root}/{shard.path} does not have the size recorded in its commit: "
+            f"{self._storage.named(shard.path)} does not have the size recorded in its commit: "
             "restore the shard, or delete it and run the encode command again."
         )
 

@@ -92,6 +92,14 @@ class Storage:
             raise StorageError(f"{path!r} leads out of {self.root}: use a path inside this folder.")
         return f"{self._path}/{path}"
 
+    def named(self, path: str) -> str:
+        """The path for messages, with that of the folder."""
+        return f"{self.root}/{path}"
+
+    def key_prefix(self, path: str) -> str:
+        """What the keys of a shard's records begin with here and not in the shard; see views."""
+        return ""
+
     def exists(self, path: str) -> bool:
         """Whether the file or folder exists."""
         return self.version(path) is not None

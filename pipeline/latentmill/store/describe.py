@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from latentmill.errors import IncompleteStoreWarning
+from latentmill.errors import IncompleteStoreWarning, StorageError, StoreError
 from latentmill.store.commit import committed_revisions
+from latentmill.store.index import Index, damaged_index, open_index
 from latentmill.store.schema import ORIGIN_PATH
 
 if TYPE_CHECKING:
@@ -31,10 +32,32 @@ def warn_incomplete(store: LatentStore) -> None:
     )
 
 
+def read_index(store: LatentStore) -> Index:
+    """The index file of a sealed store, or of the seal that has replaced it meanwhile."""
+    try:
+        index = open_index(store.storage, store.info.index, store.info.index_hash)
+        if store.info.encoded and not len(index):
+            raise ValueError("the index is empty")
+    except (FileNotFoundError, StorageError, ValueError) as error:
+        missing = isinstance(error.__cause__ or error, FileNotFoundError)
+        if missing and store.reload():
+            return read_index(store)
+        if isinstance(error, StorageError) and not missing:
+            raise
+        where = f"{store.url}/{store.info.index}"
+        if store.bases is not None:
+            raise StoreError(f"{where} is missing or damaged: create the view again.") from error
+        raise damaged_index(where) from error
+    return index
+
+
 def is_complete(store: LatentStore) -> bool:
-    """Whether every unit is committed and the seal is up to date; checks file names only."""
-    if not store.sealed:
-        return False
+    """Whether every unit is committed and the seal is up to date; checks file names only.
+
+    A view is complete when it exists.
+    """
+    if not store.sealed or store.bases is not None:
+        return store.sealed
     committed, info = committed_revisions(store.storage), store.info
     return (
         info.items == store.plan.num_items

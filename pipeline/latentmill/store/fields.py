@@ -51,7 +51,7 @@ def read_columns(storage: Storage, path: str, names: Sequence[str]) -> pa.Table:
 def damaged_shard(storage: Storage, path: str) -> StorageError:
     """The error for a shard whose columns cannot be read."""
     return StorageError(
-        f"{storage.root}/{path} is damaged: its fields cannot be read. Restore the shard, or "
+        f"{storage.named(path)} is damaged: its fields cannot be read. Restore the shard, or "
         "delete it and run again."
     )
 

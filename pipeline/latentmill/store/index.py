@@ -128,9 +128,19 @@ class Index:
     @classmethod
     def from_batches(cls, batches: Sequence[pa.RecordBatch]) -> Index:
         """Build the index from the batches that `to_batch` returned for the commits."""
-        table = pa.Table.from_batches(batches, INDEX_SCHEMA)
-        # Arrow sorts by UTF-8 bytes, which is Python's string order.
-        return cls(table.unify_dictionaries().combine_chunks().sort_by("key"))
+        return cls(_sorted(pa.Table.from_batches(batches, INDEX_SCHEMA)))
+
+    @classmethod
+    def from_tables(cls, tables: Sequence[pa.Table]) -> Index:
+        """Build the index from rows of other indexes; lists only the shards of these rows."""
+        table = _sorted(pa.concat_tables(tables))
+        if not len(table):
+            return cls(table)
+        shards = table["shard"].chunk(0)
+        used, numbers = np.unique(shards.indices.to_numpy(), return_inverse=True)
+        paths = shards.dictionary.take(pa.array(used))
+        numbered = pa.DictionaryArray.from_arrays(pa.array(numbers, pa.int32()), paths)
+        return cls(table.set_column(1, INDEX_SCHEMA.field("shard"), numbered))
 
     @classmethod
     def from_file(
@@ -165,6 +175,11 @@ class Index:
                     "store, or restore the file from a copy."
                 ) from error
         return index
+
+    @property
+    def table(self) -> pa.Table:
+        """All rows, as `INDEX_SCHEMA`."""
+        return self._table
 
     @cached_property
     def items_hash(self) -> str:
@@ -269,6 +284,11 @@ class Index:
             if min(entry.offset, entry.chunks) < 0 or entry.length not in (2 * count, 4 * count):
                 raise ValueError("length does not match shape")
             return entry
+
+
+def _sorted(table: pa.Table) -> pa.Table:
+    # Arrow sorts by UTF-8 bytes, which is Python's string order.
+    return table.unify_dictionaries().combine_chunks().sort_by("key").combine_chunks()
 
 
 def open_index(storage: Storage, path: str, wanted: str | None) -> Index:

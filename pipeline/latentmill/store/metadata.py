@@ -81,12 +81,17 @@ def publish_metadata(
     path = "metadata.parquet"
     with storage.scratch_file(path) as file, storage.scratch_file("metadata.rows") as rows:
         write_metadata(storage, index, file, rows, annotations)
-        with file.open("rb") as written:
-            digest = hash_of(written)
-        path = f"metadata.{digest[:16]}.parquet"
-        if not storage.publish(file, path) and not has_hash(storage, path, digest):
-            storage.delete(path)  # named by its hash, so it is damaged
-            storage.publish(file, path)
+        return publish(storage, file)
+
+
+def publish(storage: Storage, file: Path) -> tuple[str, str]:
+    """Move a local file into a store as its metadata file; return its name and its whole hash."""
+    with file.open("rb") as written:
+        digest = hash_of(written)
+    path = f"metadata.{digest[:16]}.parquet"
+    if not storage.publish(file, path) and not has_hash(storage, path, digest):
+        storage.delete(path)  # named by its hash, so it is damaged
+        storage.publish(file, path)
     return path, digest
 
 
@@ -231,6 +236,9 @@ def shard_rows(
     path = index.shards[shard]
     try:
         table = _fields(storage, index, path, positions)
+        if prefix := storage.key_prefix(path):
+            keys = [prefix + key for key in table["key"].to_pylist()]
+            table = table.set_column(0, RECORD_SCHEMA.field("key"), pa.array(keys, pa.string()))
         if table["key"].to_pylist() != index.keys(positions):
             raise ValueError("the rows belong to other records")
         rms = table["rms"].to_numpy().astype(np.float64)

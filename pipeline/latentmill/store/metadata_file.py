@@ -118,7 +118,7 @@ def _opened(file: Path) -> pa.NativeFile:
 
 def damaged_metadata(store: LatentStore) -> StoreError:
     """The error for a missing or damaged metadata file."""
+    what = "create the view again" if store.bases else "run the same encode command again"
     return StoreError(
-        f"{store.url}/{store.info.metadata} is missing or damaged: run the same encode command "
-        "again to recreate it."
+        f"{store.url}/{store.info.metadata} is missing or damaged: {what} to recreate it."
     )

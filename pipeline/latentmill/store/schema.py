@@ -7,7 +7,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import pyarrow as pa
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,11 +19,10 @@ from latentmill.storage.storage import file_in_store
 from latentmill.store.formats import extension
 from latentmill.store.results import LinearityEntry, SeamEntry
 
-FORMAT_VERSION = 2  # version 1 can be read, too
-
 DATASET_PATH = "dataset.json"
 CARD_PATH = "README.md"
 INDEX_NAME = r"^index(\.[0-9a-f]+)?\.arrow$"
+LEFT_OUT_NAME = r"^left_out\.[0-9a-f]+\.parquet$"
 METADATA_NAME = r"^metadata\.[0-9a-f]+\.parquet$"
 ORIGIN_PATH = "origin.npy"
 COMMITS = "commits"
@@ -252,7 +251,7 @@ class AnnotationEntry(_Document):
     hashes: list[str] = Field(
         description="xxh3-128 of the bytes of each version's file, from version 1, hex."
     )
-    records: int = Field(description="Number of annotated records.")
+    records: int
     names: list[str] = Field(description="Names of the annotated values.")
 
     @model_validator(mode="after")
@@ -262,10 +261,22 @@ class AnnotationEntry(_Document):
         return self
 
 
+class BaseEntry(_Document):
+    """A base store of a view."""
+
+    url: str
+    fingerprint: str
+    index_hash: str | None = Field(
+        description="Hash of the store's index that the view's index has its positions from."
+    )
+    prefix: str = Field("", description="What the view's keys of this store begin with.")
+    records: Bytes
+
+
 class DatasetInfo(_Document):
     """Description of a store: dataset.json (the seal), written when a run is complete."""
 
-    format_version: Literal[1, 2] = 2
+    format_version: Literal[1, 2, 3] = Field(2, description="3 for a view.")
     latentmill_version: str
     format: ShardFormat
     layout: Literal["time-major", "chunks"] = Field(
@@ -311,6 +322,15 @@ class DatasetInfo(_Document):
     annotation: AnnotationEntry | None = Field(
         None, description="Metadata added after encoding; stores without it have no such field."
     )
+    bases: list[BaseEntry] = Field([], description="View: the stores that have its records.")
+    left_out: dict[str, int] = Field(
+        {}, description="View: number of records of the bases that are not in it, by reason."
+    )
+    left_out_file: str | None = Field(
+        None,
+        pattern=LEFT_OUT_NAME,
+        description="View: Parquet file with the keys and reasons of the records in `left_out`.",
+    )
     seams: SeamEntry | None = Field(
         None, description="Format version 1 only; later versions have evaluation/seams.json."
     )
@@ -324,6 +344,8 @@ class DatasetInfo(_Document):
         channels = self.model["latent_channels"]
         if not len(self.mean) == len(self.std) == channels:
             raise ValueError("mean and std do not match the model's number of channels")
+        if (self.format_version == 3) != bool(self.bases):
+            raise ValueError("a view has format version 3 and at least one base")
         return self
 
 
@@ -343,7 +365,7 @@ def parse_document(kind: type[_Kind], data: bytes, path: str, hint: str) -> _Kin
             if fault["loc"] == ("format_version",):
                 raise StoreError(
                     f"{path} has format version {fault['input']}, but this version of latentmill "
-                    f"reads 1 to {FORMAT_VERSION}: use the version that wrote it."
+                    f"reads 1 to {_newest(kind)}: use the version that wrote it."
                 ) from error
             if fault["type"] == "value_error" and "not the name of a file" in fault["msg"]:
                 raise StoreError(
@@ -351,6 +373,10 @@ def parse_document(kind: type[_Kind], data: bytes, path: str, hint: str) -> _Kin
                     "this store, or restore the file from a copy."
                 ) from error
         raise StoreError(f"{path} is damaged: {hint}.") from error
+
+
+def _newest(kind: type[BaseModel]) -> int:
+    return int(max(get_args(kind.model_fields["format_version"].annotation)))
 
 
 def commit_path(unit: str, revision: int = 0) -> str:

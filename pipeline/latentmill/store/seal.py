@@ -135,9 +135,10 @@ def seal(storage: Storage, plan: Plan) -> DatasetInfo:
 
 
 def write_seal(storage: Storage, info: DatasetInfo) -> None:
-    """Replace dataset.json."""
-    left_out = {"seams", "linearity"} | ({"annotation"} if info.annotation is None else set())
-    storage.write(DATASET_PATH, info.model_dump_json(indent=2, exclude=left_out).encode())
+    """Replace dataset.json. Fields that only some stores have are not written for the others."""
+    unused = {"seams", "linearity"} | ({"annotation"} if info.annotation is None else set())
+    unused |= {name for name in ("bases", "left_out", "left_out_file") if not info.bases}
+    storage.write(DATASET_PATH, info.model_dump_json(indent=2, exclude=unused).encode())
 
 
 def read_seal(storage: Storage) -> DatasetInfo | None:

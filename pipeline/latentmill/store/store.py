@@ -20,11 +20,12 @@ from latentmill.plan import PLAN_PATH, Plan, load
 from latentmill.record import FloatArray, Latent, Record, latent_from_bytes, time_major_bytes
 from latentmill.storage.storage import Storage
 from latentmill.store.annotations import Annotations, open_annotations
+from latentmill.store.bases import Bases
 from latentmill.store.commit import read_commits
 from latentmill.store.decoder import StoreDecoder
-from latentmill.store.describe import described, is_complete, warn_incomplete
+from latentmill.store.describe import described, is_complete, read_index, warn_incomplete
 from latentmill.store.fields import ShardFields
-from latentmill.store.index import Index, IndexEntry, damaged_index, open_index, to_batch
+from latentmill.store.index import Index, IndexEntry, to_batch
 from latentmill.store.measurement import read_measurement, with_measurements
 from latentmill.store.schema import (
     Commit,
@@ -71,6 +72,7 @@ class LatentStore(StoreDecoder, Shown):
     Attributes:
         storage: Access to the store's files.
         sealed: Whether the store has a dataset.json.
+        bases: The stores that have the records, if this is a view.
     """
 
     def __init__(
@@ -78,9 +80,13 @@ class LatentStore(StoreDecoder, Shown):
     ) -> None:
         self.storage = Storage(os.fspath(url))
         super().__init__(device, trust_model=trust_model)
-        self._shard_fields = ShardFields(self.storage)
         self._info = read_seal(self.storage)
         self.sealed = self._info is not None
+        self.bases: Bases | None = None
+        if self._info is not None and self._info.bases:
+            self.bases = Bases(self.storage, self._info.bases)
+            self.storage = self.bases.storage
+        self._shard_fields = ShardFields(self.storage)
         if not self.sealed and not self.storage.exists(PLAN_PATH):
             raise StoreError(f"{url} is not a latentmill store: check the path.")
 
@@ -101,8 +107,8 @@ class LatentStore(StoreDecoder, Shown):
 
     @cached_property
     def plan(self) -> Plan:
-        """The plan; not needed for reading a sealed store."""
-        plan = load(self.storage)
+        """The plan; not needed for reading a sealed store. A view has none: see its bases."""
+        plan = load(self.storage if self.bases is None else self.bases.first)
         if plan is None:
             raise StoreError(f"{self.url} has no {PLAN_PATH}: restore it from a copy of the store.")
         refuse_damaged(plan.fingerprint, f"{self.url}/{PLAN_PATH}", "model", "chunking")
@@ -173,19 +179,8 @@ class LatentStore(StoreDecoder, Shown):
         """The location of every record."""
         if not self.sealed:
             return Index.from_batches([to_batch(one) for one in self.commits.values()])
-        where = f"{self.url}/{self.info.index}"
-        try:
-            index = open_index(self.storage, self.info.index, self.info.index_hash)
-            if self.info.encoded and not len(index):
-                raise ValueError("the index is empty")
-        except (FileNotFoundError, StorageError, ValueError) as error:
-            missing = isinstance(error.__cause__ or error, FileNotFoundError)
-            if missing and self.reload():
-                return self.index
-            if isinstance(error, StorageError) and not missing:
-                raise
-            raise damaged_index(where) from error
-        return index
+        index = read_index(self)
+        return index if self.bases is None else self.bases.current(index)
 
     def reload(self) -> bool:
         """Read dataset.json again, for example after a file of the old seal was removed.
@@ -193,8 +188,14 @@ class LatentStore(StoreDecoder, Shown):
         Returns whether it has changed. If so, this object now represents the new seal.
         """
         found = read_seal(self.storage)
-        if not self.sealed or found is None or found == self._info:
+        if not self.sealed or found is None:
             return False
+        if found == self._info:
+            if self.bases is None or not self.bases.reload():
+                return False
+        elif found.bases:
+            self.bases = Bases(Storage(self.url), found.bases)
+            self.storage = self.bases.storage
         self._info = found
         for name in ("index", "plan", "commits", "origin", "annotations"):
             self.__dict__.pop(name, None)
@@ -203,6 +204,8 @@ class LatentStore(StoreDecoder, Shown):
 
     def shard_sizes(self) -> dict[str, tuple[int, str]]:
         """Return the size in bytes and the hash of every shard, by path."""
+        if self.bases is not None:
+            return self.bases.shard_sizes
         if self.sealed:
             return {shard.path: (shard.bytes, shard.hash) for shard in self.info.shards}
         commits = self.commits.values()
@@ -265,6 +268,7 @@ class LatentStore(StoreDecoder, Shown):
     def _with_fields(self, entry: IndexEntry, data: bytes, shape: tuple[int, ...]) -> Record:
         try:
             fields = self._fields(entry)
+            fields = {**fields, "key": self.storage.key_prefix(entry.shard) + fields["key"]}
             if fields["key"] != entry.key:
                 raise self._damaged(entry, f"the fields belong to {fields['key']}")
             if self.annotations is not None:
@@ -386,6 +390,6 @@ class LatentStore(StoreDecoder, Shown):
 
     def _damaged(self, entry: IndexEntry, what: str) -> StorageError:
         return StorageError(
-            f"{self.url}/{entry.shard} is damaged at record {entry.key}: {what}. Restore the "
-            "shard, or delete it and run again."
+            f"{self.storage.named(entry.shard)} is damaged at record {entry.key}: {what}. Restore "
+            "the shard, or delete it and run again."
         )

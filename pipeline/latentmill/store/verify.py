@@ -37,6 +37,7 @@ from latentmill.store.schema import (
 )
 from latentmill.store.seal import dataset_info, read_origin
 from latentmill.store.store import LatentStore
+from latentmill.store.verify_view import view_faults
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class VerifyReport:
 def verify(store: LatentStore, *, decode: int = 0) -> VerifyReport:
     """Check a store: plan, commits, hashes, counts and values; decode some records to audio.
 
+    Of a view, its own files are checked, and its records in the base stores.
+
     Checks unit by unit, with the plan, a few commits and one record in memory. Each fault is one
     line. If a shard does not match its commit, its records are not checked.
 
@@ -83,7 +86,13 @@ def verify(store: LatentStore, *, decode: int = 0) -> VerifyReport:
         StoreError: The plan cannot be read.
     """
     try:
-        return _Verification(store).run(decode)
+        if store.bases is None:
+            return _Verification(store).run(decode)
+        report = VerifyReport(items=store.info.items, records=store.info.encoded)
+        report.faults += view_faults(store)
+        if not report.faults:
+            _decode_some(store, decode, report)
+        return report
     finally:
         vars(store).pop("annotations", None)
 
@@ -118,10 +127,8 @@ class _Verification:
             report.faults += self._origin_faults()
         if not report.faults:
             report.faults += self._seal_faults()
-        if decode and not report.faults:
-            step = max(1, len(self._store) // decode)
-            for key in itertools.islice(self._store.keys(), 0, step * decode, step):
-                _decode(self._store, key, report)
+        if not report.faults:
+            _decode_some(self._store, decode, report)
         return report
 
     def _annotation_faults(self) -> Iterator[str]:
@@ -301,6 +308,13 @@ def _differences(expected: DatasetInfo, found: DatasetInfo) -> list[str]:
         if not same:
             differing.append(name)
     return differing
+
+
+def _decode_some(store: LatentStore, count: int, report: VerifyReport) -> None:
+    if count:
+        step = max(1, len(store) // count)
+        for key in itertools.islice(store.keys(), 0, step * count, step):
+            _decode(store, key, report)
 
 
 def _decode(store: LatentStore, key: str, report: VerifyReport) -> None:

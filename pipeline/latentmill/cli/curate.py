@@ -1,0 +1,222 @@
+"""The commands that make stores from stores: select, split and merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from latentmill.cli.entry import interrupts_raise
+from latentmill.cli.log import Commands
+from latentmill.cli.read import AsJson, Store, print_value
+from latentmill.errors import ConfigError
+
+if TYPE_CHECKING:
+    from latentmill.curation.selecting import Duplicates
+
+app = Commands()  # app.py adds its commands to the main app
+
+Out = Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL to write; new or empty.")]
+Copy = Annotated[
+    bool,
+    typer.Option(
+        "--copy",
+        help="Write a store with copies of the latents instead of a view. The same command "
+        "continues an interrupted copy.",
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a view that is at OUT.")]
+
+
+@app.command()
+def select(
+    url: Store,
+    out: Out,
+    where: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CONDITION",
+            help="Keep records for which this holds, e.g. \"duration > 30 and genre == 'jazz'\".",
+        ),
+    ] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep records whose keys are in this file, one a line."),
+    ] = None,
+    min_loudness: Annotated[
+        float | None,
+        typer.Option(metavar="DB", help="Leave out records with a lower RMS, in dBFS, e.g. -50."),
+    ] = None,
+    drop_duplicates: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="Keep one of the records with equal files or latents (exact), or also of those "
+            "with almost equal latents (near, which reads all latents).",
+        ),
+    ] = None,
+    drop_outliers: Annotated[
+        bool,
+        typer.Option(
+            "--drop-outliers",
+            help="Leave out records whose latents are unlike the others. Reads all latents.",
+        ),
+    ] = False,
+    sample: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Keep this number of records at random, or this share of them, e.g. 0.1.",
+        ),
+    ] = None,
+    stratify: Annotated[
+        str | None,
+        typer.Option(metavar="FIELD", help="Sample the same share of each value of this field."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    copy: Copy = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a subset of STORE to OUT.
+
+    OUT is a view by default: a small store that refers to the latents in STORE. It opens, trains
+    and verifies as any store while STORE exists. Records that are left out are counted by reason.
+    """
+    from latentmill.cli import show
+    from latentmill.curation.select import select as select_records
+
+    listed = None if keys is None else _lines(keys)
+    kind: Duplicates | None = None
+    if drop_duplicates is not None:
+        if drop_duplicates not in ("exact", "near"):
+            raise ConfigError(f"invalid --drop-duplicates {drop_duplicates!r}: use exact or near.")
+        kind = "exact" if drop_duplicates == "exact" else "near"
+    interrupts_raise()
+    written = select_records(
+        url,
+        out,
+        where=where,
+        keys=listed,
+        min_loudness=min_loudness,
+        drop_duplicates=kind,
+        drop_outliers=drop_outliers,
+        sample=sample,
+        stratify=stratify,
+        seed=seed,
+        copy=copy,
+        overwrite=overwrite,
+    )
+    print_value(as_json, written, show.curated)
+
+
+@app.command()
+def split(
+    url: Store,
+    out: Annotated[
+        str,
+        typer.Argument(metavar="OUT", help="Folder or URL; each part becomes a view at OUT/NAME."),
+    ],
+    into: Annotated[
+        str,
+        typer.Option(
+            metavar="SHARES", help="Parts and their shares: train=0.9,valid=0.05,test=0.05."
+        ),
+    ],
+    by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIELD",
+            help="Keep records with the same value of this field in one part. \\[default: the "
+            "group, or else the key]",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Another seed gives another split.")] = 0,
+    duplicates_together: Annotated[
+        bool,
+        typer.Option(
+            "--duplicates-together",
+            help="Keep near duplicates in one part, too. Reads all latents, and records the parts "
+            "in OUT.",
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the views of an earlier split.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Divide STORE into parts, such as train, valid and test.
+
+    The part of a record depends only on its group or key and on the seed, so records that are
+    added to STORE later never move others to another part.
+    """
+    from latentmill.cli import show
+    from latentmill.curation.split import split as split_store
+
+    shares = _shares(into)
+    interrupts_raise()
+    sides = split_store(
+        url,
+        out,
+        shares,
+        by=by,
+        seed=seed,
+        duplicates_together=duplicates_together,
+        overwrite=overwrite,
+    )
+    print_value(as_json, sides, show.split)
+
+
+@app.command()
+def merge(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STORE... OUT", help="Stores to read, and the folder or URL to write."
+        ),
+    ],
+    prefix: Annotated[
+        bool,
+        typer.Option("--prefix", help="Put the name of its store's folder before each key."),
+    ] = False,
+    copy: Copy = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write all records of several stores of the same settings as one store, a view by default."""
+    from latentmill.cli import show
+    from latentmill.curation.merge import merge as merge_stores
+
+    if len(paths) < 2:
+        raise ConfigError(
+            "merge needs at least one store and the output: latentmill merge A B OUT."
+        )
+    interrupts_raise()
+    *stores, out = paths
+    written = merge_stores(stores, out, prefix=prefix, copy=copy, overwrite=overwrite)
+    print_value(as_json, written, show.curated)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"Cannot read {file}: {why}.") from error
+    return [line for line in lines if line.strip()]
+
+
+def _shares(text: str) -> dict[str, float]:
+    shares: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, share = part.strip().partition("=")
+        try:
+            if name in shares:
+                raise ValueError
+            shares[name] = float(share)
+        except ValueError:
+            raise ConfigError(
+                f"invalid --into {text!r}: write it like train=0.9,valid=0.05,test=0.05."
+            ) from None
+    return shares

@@ -1,0 +1,178 @@
+"""Writing copies: stores of their own, with the latents of chosen records."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import xxhash
+
+from latentmill.curation.views import Chosen, Curated
+from latentmill.engine.lock import only_run
+from latentmill.errors import ConfigError
+from latentmill.export.export import refuse_unless_empty
+from latentmill.plan import Plan, freeze, iter_units, load
+from latentmill.plan.drafting import UnitLimits, draft
+from latentmill.reader.fields import FieldReader
+from latentmill.record import Outcome
+from latentmill.sources.address import item_at
+from latentmill.sources.base import Item
+from latentmill.storage.storage import Storage
+from latentmill.store.commit import (
+    committed_revisions,
+    next_revisions,
+    read_commit,
+    write_commit,
+    write_unit,
+)
+from latentmill.store.schema import SHARDS
+from latentmill.store.seal import read_origin, seal, write_origin
+from latentmill.store.tidy import remove_unfinished
+
+SHARD_SIZE = 1 << 30
+_BATCH = 4096  # records whose fields are read at once
+_FIELDS = ("source_uri", "duration", "group", "role", "metadata")
+
+
+def write_copy(out: str, chosen: Sequence[Chosen]) -> Curated:
+    """Write a store with copies of the chosen records, or continue an interrupted copy.
+
+    The plan lists all records; those that are left out are skipped, with their reasons.
+
+    Raises:
+        ConfigError: Two records have the same key, or `out` has something else.
+    """
+    storage, found = Storage(out), _Records(chosen)
+    if load(storage) is None:  # checked before the lock, which writes a file
+        refuse_unless_empty(storage)
+    with only_run(storage) as hold:
+        storage = hold.storage
+        plan = _plan(storage, found)
+        storage.clear_scratch()
+        write_origin(storage, read_origin(chosen[0].store.storage))
+        _copy_units(storage, plan, found)
+        sealed = seal(storage, plan)
+        remove_unfinished(storage)
+    return Curated(storage.root, False, sealed.encoded, sealed.hours, found.left_out)
+
+
+@dataclass(frozen=True)
+class _Records:
+    """All records of the stores, by their keys in the copy."""
+
+    chosen: Sequence[Chosen]
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        counts: Counter[str] = Counter()
+        for one in self.chosen:
+            counts.update(one.left_out["reason"].to_pylist())
+        return dict(counts.most_common())
+
+    @property
+    def digest(self) -> str:
+        """A hash of all keys, of the latents, and of what is left out."""
+        digest = xxhash.xxh3_128()
+        for one in self.chosen:
+            digest.update(f"{one.store.url}\0{one.prefix}\0{one.store.index.items_hash}".encode())
+            digest.update(np.ascontiguousarray(one.store.index.column("hash")).tobytes())
+            digest.update(one.rows.tobytes())
+            digest.update(repr(one.left_out["reason"].to_pylist()).encode())
+        return digest.hexdigest()
+
+    def items(self) -> Iterator[Item]:
+        """The records as items of a plan: their source files."""
+        for one in self.chosen:
+            fields = FieldReader(one.store, _FIELDS)
+            for start in range(0, len(one.store), _BATCH):
+                rows = np.arange(start, min(start + _BATCH, len(one.store)))
+                keys = one.store.index.keys(rows)
+                for key, row in zip(keys, fields.read(rows), strict=True):
+                    yield replace(
+                        item_at(row["source_uri"]),
+                        key=one.prefix + key,
+                        seconds=row["duration"],
+                        group=row["group"],
+                        role=row["role"],
+                        metadata=row["metadata"],
+                    )
+
+    def reasons(self) -> dict[str, str]:
+        """The reasons of the records that are left out, by key."""
+        pairs: dict[str, str] = {}
+        for one in self.chosen:
+            keys, reasons = (one.left_out[name].to_pylist() for name in ("key", "reason"))
+            pairs |= dict(zip(keys, reasons, strict=True))
+        return pairs
+
+    def outcome(self, key: str, reason: str | None) -> Outcome:
+        if reason is not None:
+            return Outcome(key, "skipped", reason)
+        for one in self.chosen:
+            own = key.removeprefix(one.prefix)
+            if key.startswith(one.prefix) and own in one.store:
+                return Outcome(key, "encoded", None, replace(one.store[own], key=key))
+        raise AssertionError(key)
+
+
+def _plan(storage: Storage, records: _Records) -> Plan:
+    """The plan of the copy: that of an earlier call, or a new one."""
+    first = records.chosen[0].store
+    selection = {"copy_of": records.digest}
+    existing = load(storage)
+    if existing is not None:
+        if existing.source_settings != selection:
+            raise ConfigError(
+                f"{storage.root} is another store: use an empty folder, or the same options as the "
+                "copy that was interrupted."
+            )
+        return existing
+    info, source = first.info, first.plan
+    plan = Plan(
+        source=", ".join(one.store.url for one in records.chosen),
+        fingerprint=source.fingerprint,
+        model=source.model,
+        model_options=source.model_options,
+        format=info.format,
+        ignored={},
+        channels=source.channels,
+        provenance=source.provenance,
+        source_settings=selection,
+        packing=source.packing,
+    )
+    width = len(first.mean) * np.dtype(info.dtype).itemsize
+    rate = width * info.model["sample_rate"] / info.model["hop"]
+    limits = UnitLimits(shard_size=SHARD_SIZE, bytes_per_second=rate)
+    with draft(records.items(), limits) as drafted:
+        return freeze(plan, drafted, storage)
+
+
+def _copy_units(storage: Storage, plan: Plan, records: _Records) -> None:
+    first = records.chosen[0].store
+    info = {
+        "model": plan.fingerprint["model"],
+        "dtype": first.info.dtype,
+        "layout": first.info.layout,
+        "fingerprint": first.info.fingerprint,
+    }
+    done, revisions = committed_revisions(storage), next_revisions(storage)
+    reasons = records.reasons()
+    sizes = storage.list(SHARDS)
+    for unit, table in iter_units(storage, plan, ["key"]):
+        if unit.name in done:
+            known = read_commit(storage, unit.name, done[unit.name])
+            name = (known.shard or "").rpartition("/")[2]
+            if known.items_hash == unit.hash and sizes.get(name, 0) == known.bytes:
+                continue
+        commit = write_unit(
+            storage,
+            unit.name,
+            (records.outcome(key, reasons.get(key)) for key in table["key"].to_pylist()),
+            format_name=plan.format,
+            fingerprint=first.info.fingerprint,
+            info=info,
+            revision=revisions.get(unit.name, 0),
+        )
+        write_commit(storage, commit.model_copy(update={"items_hash": unit.hash}), {})

@@ -1,0 +1,56 @@
+"""Several stores as one, as a view or as a copy."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+
+from latentmill.curation.copying import write_copy
+from latentmill.curation.selecting import Selector
+from latentmill.curation.views import Curated, check_sources, write_view
+from latentmill.errors import ConfigError
+from latentmill.store.store import LatentStore, open_store
+
+
+def merge(
+    stores: Sequence[LatentStore | str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    prefix: bool = False,
+    copy: bool = False,
+    overwrite: bool = False,
+) -> Curated:
+    """Write a store with all records of several stores that were encoded with the same settings.
+
+    Args:
+        stores: Complete stores or views.
+        out: A new folder or URL.
+        prefix: Put the name of its store's folder and `/` before each key. Without it, a key that
+            two stores have is an error.
+        copy: Write a store with copies of the latents instead of a view; see `select`.
+        overwrite: Replace a view that is at `out`.
+
+    Raises:
+        ConfigError: The stores differ in their settings or have the same keys, or `out` is in use.
+        StoreError: A store is damaged.
+    """
+    opened = [one if isinstance(one, LatentStore) else open_store(one) for one in stores]
+    if not opened:
+        raise ConfigError("No store is given: name at least one.")
+    target = os.fspath(out)
+    check_sources(opened, target)
+    names = [store.url.rstrip("/").rpartition("/")[2] for store in opened]
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if prefix and repeated:
+        raise ConfigError(
+            f"Two stores have the folder name {repeated[0]!r}, so it cannot be put before their "
+            "keys: rename one of them."
+        )
+    chosen = [
+        Selector(store).chosen(f"{name}/" if prefix else "")
+        for store, name in zip(opened, names, strict=True)
+    ]
+    if copy:
+        return write_copy(target, chosen)
+    return write_view(target, chosen, overwrite=overwrite)

@@ -1,0 +1,205 @@
+"""Choosing records of a store: by metadata, keys, loudness, repeated or unusual sounds, chance."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from latentmill.curation.columns import values_of
+from latentmill.curation.views import LEFT_OUT_SCHEMA, Chosen, Ints
+from latentmill.errors import ConfigError
+from latentmill.evaluation.shard_pass import RecordTable, ShardPass
+from latentmill.evaluation.similarity import joined, near_pairs, outliers
+from latentmill.reader.fields import FieldReader, Where, select
+from latentmill.sources.address import item_at
+from latentmill.store.store import LatentStore
+
+Duplicates = Literal["exact", "near"]
+
+
+class Selector:
+    """The records of a store that are still chosen; each step leaves out some, with a reason."""
+
+    def __init__(self, store: LatentStore) -> None:
+        self.store = store
+        self._reasons: list[str] = []
+        self._reason_of = np.full(len(store), -1, np.int16)  # -1: chosen
+        self._details: dict[int, str] = {}
+        self._survey: RecordTable | None = None
+
+    @property
+    def rows(self) -> Ints:
+        """The positions of the chosen records in the store's index."""
+        return np.flatnonzero(self._reason_of < 0)
+
+    def copy(self) -> Selector:
+        """The same choice, to be continued separately."""
+        other = Selector(self.store)
+        other._reasons, other._reason_of = [*self._reasons], self._reason_of.copy()
+        other._details, other._survey = {**self._details}, self._survey
+        return other
+
+    def chosen(self, prefix: str = "") -> Chosen:
+        """The result."""
+        out = np.flatnonzero(self._reason_of >= 0)
+        reasons = [self._reasons[number] for number in self._reason_of[out].tolist()]
+        details = [self._details.get(row) for row in out.tolist()]
+        keys = [prefix + key for key in self.store.index.keys(out)]
+        columns = [keys, reasons, details]
+        table = pa.Table.from_arrays(
+            [pa.array(c, pa.string()) for c in columns], schema=LEFT_OUT_SCHEMA
+        )
+        return Chosen(self.store, self.rows, table, prefix)
+
+    def leave_out(self, rows: Iterable[int], reason: str) -> None:
+        """Leave out those of some records that are still chosen."""
+        some = np.fromiter(rows, np.int64)
+        some = some[self._reason_of[some] < 0]
+        if not len(some):
+            return
+        if reason not in self._reasons:
+            self._reasons.append(reason)
+        self._reason_of[some] = self._reasons.index(reason)
+
+    def _keep(self, rows: Ints, reason: str) -> None:
+        other = np.ones(len(self._reason_of), np.bool_)
+        other[rows] = False
+        self.leave_out(np.flatnonzero(other), reason)
+
+    def where(self, condition: Where) -> None:
+        """Keep the records for which a condition holds; see `LatentDataset`."""
+        text = condition if isinstance(condition, str) else "its function"
+        self._keep(select([self.store], condition)[0], f"where: not {text}")
+
+    def keys(self, keys: Sequence[str]) -> None:
+        """Keep the records with these keys.
+
+        Raises:
+            ConfigError: The store does not have one of the keys.
+        """
+        rows = {key: self.store.index.find(key) for key in keys}
+        missing = [key for key, row in rows.items() if row is None]
+        if missing:
+            raise ConfigError(
+                f"{self.store.url} has no records with {len(missing)} of the {len(rows)} keys, "
+                f"such as {missing[0]!r}: remove them from the list."
+            )
+        self._keep(np.array(list(rows.values()), np.int64), "not in the list of keys")
+
+    def min_loudness(self, decibels: float) -> None:
+        """Leave out records with a lower RMS, in dB relative to full scale."""
+        rms = np.asarray(FieldReader(self.store, ["rms"]).gather()["rms"])
+        quiet = ~(rms >= 10 ** (decibels / 20))
+        self.leave_out(np.flatnonzero(quiet), f"quieter than {decibels:g} dB")
+
+    def drop_duplicates(self, kind: Duplicates) -> None:
+        """Keep the first record, by key, of those with equal files or latents.
+
+        With `near`, also of those with almost equal latents: the same sound in another encoding
+        or at another level.
+        """
+        for group in self._equal():
+            self._keep_first(group, "duplicate")
+        if kind == "near":
+            use = self._reason_of < 0
+            pairs = near_pairs(self._surveyed().positions, self._frames, use)
+            for group, _ in joined(pairs):
+                self._keep_first(group, "near duplicate")
+
+    def drop_outliers(self) -> None:
+        """Leave out records whose latents are unlike those of the others."""
+        found = outliers(self._surveyed().shapes, self._reason_of < 0)
+        self.leave_out((row for row, _ in found), "outlier")
+
+    def sample(self, size: float, stratify: str | None, seed: int) -> None:
+        """Keep a number of records (1 or more), or a share of them (below 1).
+
+        The records with the lowest hashes of seed and key are kept. With `stratify`, each value of
+        that field keeps its share of the records.
+        """
+        rows, key = self.rows, self.store.index.keys(self.rows)
+        hashes = np.array([hash_of(seed, one) for one in key], np.uint64)
+        values: Sequence[Hashable] = [None] * len(rows)
+        if stratify is not None:
+            every = values_of(self.store, stratify, "--stratify")
+            values = [_hashable(every[row]) for row in rows.tolist()]
+        strata = defaultdict(list)
+        for place, value in enumerate(values):
+            strata[value].append(place)
+        share = size if size < 1 else min(1.0, size / max(1, len(rows)))
+        total = round(share * len(rows))
+        counts = _apportioned({value: share * len(some) for value, some in strata.items()}, total)
+        kept = []
+        for value, places in strata.items():
+            some = np.array(places)
+            kept.append(some[np.argsort(hashes[some], kind="stable")[: counts[value]]])
+        self._keep(rows[np.concatenate(kept)] if kept else rows, "not in the sample")
+
+    def groups_of_duplicates(self) -> list[list[int]]:
+        """Groups of chosen records that are duplicates of each other, exact or near."""
+        use = self._reason_of < 0
+        pairs = dict(near_pairs(self._surveyed().positions, self._frames, use))
+        for group in self._equal():
+            pairs |= {(group[0], other): 0.0 for other in group[1:]}
+        return [group for group, _ in joined(pairs)]
+
+    @property
+    def _frames(self) -> Ints:
+        return self.store.index.column("frames")
+
+    def _keep_first(self, group: Sequence[int], reason: str) -> None:
+        kept = self.store.index.key(min(group))
+        others = [row for row in group if row != min(group) and self._reason_of[row] < 0]
+        self.leave_out(others, reason)
+        self._details |= dict.fromkeys(others, kept)
+
+    def _equal(self) -> list[list[int]]:
+        """Groups of chosen records of equal files, or with equal latents."""
+        table = FieldReader(self.store, ["content_hash", "source_uri"]).gather()
+        first: dict[object, int] = {}
+        pairs: dict[tuple[int, int], float] = {}
+        hashes, samples = self.store.index.column("hash"), self.store.index.column("num_samples")
+        digests, uris = (table[name].to_pylist() for name in table.column_names)
+        for row in self.rows.tolist():
+            uri = uris[row]
+            part = item_at(uri).segment if "#" in uri else None
+            for same in ((digests[row], part), (int(hashes[row]), int(samples[row]))):
+                earlier = first.setdefault(same, row)
+                if earlier != row:
+                    pairs[earlier, row] = 0.0
+        return [group for group, _ in joined(pairs)]
+
+    def _surveyed(self) -> RecordTable:
+        """Pooled latents of all records; reads all latents once."""
+        if self._survey is None:
+            shard_pass = ShardPass(self.store)
+            table = RecordTable.of(len(self.store), shard_pass.pooling)
+            for shard in range(len(shard_pass.rows.paths)):
+                found = shard_pass(shard)
+                table.fill(found.at, found.records)
+            self._survey = table
+        return self._survey
+
+
+def hash_of(seed: int, text: str) -> int:
+    """A number below 2^64 that depends only on a seed and a text."""
+    return xxhash.xxh3_64_intdigest(f"{seed}\0{text}".encode())
+
+
+def _hashable(value: object) -> Hashable:
+    return value if isinstance(value, Hashable) else repr(value)
+
+
+def _apportioned(quotas: dict[Hashable, float], total: int) -> dict[Hashable, int]:
+    """Whole numbers with the sum `total`, by the method of the largest remainders."""
+    counts = {value: int(quota) for value, quota in quotas.items()}
+    by_remainder: Callable[[Hashable], tuple[float, str]]
+    by_remainder = lambda value: (counts[value] - quotas[value], repr(value))  # noqa: E731
+    for value in sorted(quotas, key=by_remainder)[: max(0, total - sum(counts.values()))]:
+        counts[value] += 1
+    return counts

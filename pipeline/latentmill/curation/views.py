@@ -1,0 +1,349 @@
+"""Writing views: stores that name their records in other stores and have no shards of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+
+from latentmill import __version__
+from latentmill.curation.annotation_table import EMPTY, merged
+from latentmill.engine.lock import LOCK_PATH, only_run
+from latentmill.errors import ConfigError
+from latentmill.storage.remote import refuse_secrets
+from latentmill.storage.storage import SCRATCH, Storage, writing
+from latentmill.store.annotations import (
+    ANNOTATIONS,
+    Annotations,
+    annotation_entry,
+    annotation_file,
+    annotation_path,
+)
+from latentmill.store.bases import inside_base, renamed, split_path
+from latentmill.store.index import Index
+from latentmill.store.metadata import METADATA_SCHEMA, ROW_GROUP, publish
+from latentmill.store.metadata_file import metadata_of
+from latentmill.store.schema import (
+    DATASET_PATH,
+    INDEX_NAME,
+    LEFT_OUT_NAME,
+    METADATA_NAME,
+    ORIGIN_PATH,
+    AnnotationEntry,
+    BaseEntry,
+    DatasetInfo,
+)
+from latentmill.store.seal import read_origin, read_seal, write_origin, write_seal
+from latentmill.store.statistics import ChannelStatistics
+from latentmill.store.store import LatentStore
+
+Ints = npt.NDArray[np.int64]
+
+LEFT_OUT_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string()),  # of a duplicate: the record that is kept
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Records of a store.
+
+    Attributes:
+        store: The store, which may be a view.
+        rows: Positions of the records in the store's index, ascending.
+        left_out: The other records, as `LEFT_OUT_SCHEMA`.
+        prefix: What is put before the keys.
+    """
+
+    store: LatentStore
+    rows: Ints
+    left_out: pa.Table
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Curated:
+    """A store that was made from others.
+
+    Attributes:
+        out: Its folder or URL.
+        view: Whether it is a view, or has copies of the latents.
+        records: Number of its records.
+        hours: Hours of audio in them.
+        left_out: Number of the other records, by reason.
+    """
+
+    out: str
+    view: bool
+    records: int
+    hours: float
+    left_out: Mapping[str, int]
+
+
+def check_sources(stores: Sequence[LatentStore], out: str) -> None:
+    """Raise ConfigError or StoreError if stores cannot be used together, or not for `out`."""
+    first, root = stores[0], Storage(out).root
+    for store in stores:
+        if not store.complete:
+            raise ConfigError(
+                f"{store.url} is not complete: finish the run that encodes it, then use it here."
+            )
+        refuse_secrets("The store", store.url, ConfigError)
+        if f"{root}/".startswith(f"{store.url}/") or f"{store.url}/".startswith(f"{root}/"):
+            raise ConfigError(f"{out} and {store.url} overlap: use another output folder.")
+        for name in ("fingerprint", "format"):
+            if getattr(store.info, name) != getattr(first.info, name):
+                what = "settings of encoding" if name == "fingerprint" else "shard formats"
+                raise ConfigError(
+                    f"{first.url} and {store.url} have different {what}: use stores that were "
+                    "encoded in the same way."
+                )
+
+
+def write_view(out: str, chosen: Sequence[Chosen], *, overwrite: bool = False) -> Curated:
+    """Write a view of some records to a new folder or URL, or in place of another view.
+
+    A view that is replaced stays readable until dataset.json is replaced, in one step. The view
+    that the same call has written is written again.
+
+    Raises:
+        ConfigError: Two records have the same key, there is no record, or `out` has other files.
+    """
+    entries, index = _bases(chosen)
+    data = index.to_bytes()
+    digest = xxhash.xxh3_128_hexdigest(data)
+    left_out = pa.concat_tables(one.left_out for one in chosen)
+    counts = dict(Counter(left_out["reason"].to_pylist()).most_common())
+    with only_run(Storage(out)) as hold:
+        storage = hold.storage
+        before = _replaced(storage)
+        if before and not overwrite and (before.index_hash, before.left_out) != (digest, counts):
+            raise ConfigError(
+                f"{storage.root} is a view already: use --overwrite to replace it, or another name."
+            )
+        storage.clear_scratch()
+        write_origin(storage, read_origin(chosen[0].store.storage))
+        name = f"index.{digest[:16]}.arrow"
+        storage.write(name, data)
+        metadata, metadata_hash = _write_metadata(storage, chosen)
+        lengths = index.column("num_samples").sum() / chosen[0].store.info.model["sample_rate"]
+        statistics = _statistics(chosen)
+        info = chosen[0].store.info.model_copy(
+            update={
+                "format_version": 3,
+                "latentmill_version": __version__,
+                "source": ", ".join(one.store.url for one in chosen),
+                "items": len(index) + len(left_out),
+                "encoded": len(index),
+                "skipped": len(left_out),
+                "failed": 0,
+                "hours": round(float(lengths) / 3600, 6),
+                "frames": int(index.column("frames").sum()),
+                "mean": statistics.mean.tolist(),
+                "std": statistics.std.tolist(),
+                "origin": ORIGIN_PATH,
+                "shards": [],
+                "seal": digest,
+                "revisions": {},
+                "index": name,
+                "index_hash": digest,
+                "metadata": metadata,
+                "metadata_hash": metadata_hash,
+                "bases": entries,
+                "annotation": _write_annotations(storage, chosen, before),
+                "left_out": counts,
+                "left_out_file": _write_left_out(storage, left_out),
+            }
+        )
+        write_seal(storage, info)
+        _remove_superseded(storage, info)
+    return Curated(storage.root, True, info.encoded, info.hours, info.left_out)
+
+
+def _bases(chosen: Sequence[Chosen]) -> tuple[list[BaseEntry], Index]:
+    """The stores that have the records, without views between them, and the view's index."""
+    entries: list[BaseEntry] = []
+    tables = []
+
+    def number(url: str, info: DatasetInfo, prefix: str) -> int:
+        for place, entry in enumerate(entries):
+            if (entry.url, entry.prefix) == (url, prefix):
+                return place
+        found = {"url": url, "fingerprint": info.fingerprint, "index_hash": info.index_hash}
+        entries.append(BaseEntry(**found, prefix=prefix, records=0))
+        return len(entries) - 1
+
+    for one in chosen:
+        store, table = one.store, one.store.index.table.take(pa.array(one.rows))
+        if store.bases is None:
+            tables.append(inside_base(table, number(store.url, store.info, one.prefix), one.prefix))
+            continue
+        numbers = [
+            number(entry.url, info, one.prefix + entry.prefix)
+            for entry, info in zip(store.bases.entries, store.bases.infos, strict=True)
+        ]
+
+        def moved(path: str, numbers: Sequence[int] = numbers) -> str:
+            base, inside = split_path(path)
+            return f"bases/{numbers[base]}/{inside}"
+
+        tables.append(renamed(table, one.prefix, moved))
+    index = Index.from_tables(tables)
+    if not len(index):
+        raise ConfigError("No record is left: use other conditions.")
+    _refuse_repeated(index.table["key"])
+    of_shard = np.array([split_path(path)[0] for path in index.shards], np.int64)
+    counts = np.bincount(of_shard[index.column("shard")], minlength=len(entries)).tolist()
+    pairs = zip(entries, counts, strict=True)
+    return [entry.model_copy(update={"records": count}) for entry, count in pairs], index
+
+
+def _refuse_repeated(keys: pa.ChunkedArray) -> None:
+    """Raise ConfigError if two of the sorted keys are equal."""
+    ordered = keys.combine_chunks()
+    same = np.asarray(pc.equal(ordered.slice(1), ordered.slice(0, len(ordered) - 1)))
+    if same.any():
+        raise ConfigError(
+            f"{int(same.sum())} keys are in more than one store, such as "
+            f"{ordered[int(np.argmax(same))]}: use --prefix, which puts the name of its store "
+            "before each key."
+        )
+
+
+def _replaced(storage: Storage) -> DatasetInfo | None:
+    """The view that is there already. Raises ConfigError if there is anything else."""
+    info = read_seal(storage)
+    if info is not None and info.bases:
+        return info
+    if storage.local:
+        names = {entry.name for entry in Path(storage.root).iterdir()}
+    else:
+        names = set(storage.list("")) - {".lease"}
+        names |= {"shards"} if storage.list("shards") or storage.list("commits") else set()
+    if any(not _OWN.fullmatch(name) for name in names - {LOCK_PATH, SCRATCH, ANNOTATIONS}):
+        raise ConfigError(f"{storage.root} is not empty: use another output folder.")
+    return None
+
+
+_OWN = re.compile(f"{INDEX_NAME}|{METADATA_NAME}|{LEFT_OUT_NAME}|{re.escape(ORIGIN_PATH)}")
+
+
+def _remove_superseded(storage: Storage, info: DatasetInfo) -> None:
+    current = {info.index, info.metadata, info.left_out_file, info.origin, DATASET_PATH}
+    for name in storage.list(""):
+        if name not in current and _OWN.fullmatch(name):
+            storage.delete(name)
+
+
+def _statistics(chosen: Sequence[Chosen]) -> ChannelStatistics:
+    """Mean and deviation over all latents of the base stores, also those that are left out."""
+    channels = len(chosen[0].store.mean)
+    total = ChannelStatistics.empty(channels)
+    for one in chosen:
+        frames, store = one.store.info.frames, one.store
+        total = total.merge(ChannelStatistics(frames, store.mean, store.std**2 * frames))
+    return total
+
+
+def _write_annotations(
+    storage: Storage, chosen: Sequence[Chosen], before: DatasetInfo | None
+) -> AnnotationEntry | None:
+    """Write the annotations of the chosen records, as the next version if a view is replaced."""
+    table = EMPTY
+    for one in chosen:
+        annotations = one.store.annotations
+        if annotations is None:
+            continue
+        keys = one.store.index.key_array().take(pa.array(one.rows))
+        rows = annotations.table.filter(pc.is_in(annotations.table["key"], value_set=keys))
+        if one.prefix:
+            prefixed = pc.binary_join_element_wise(one.prefix, rows["key"], "")
+            rows = rows.set_column(0, rows.schema.field(0), prefixed)
+        table = merged(table, rows)
+    entry = None if before is None else before.annotation
+    if entry is None and not len(table):
+        return None
+    path, data = annotation_path(1 if entry is None else entry.version + 1), annotation_file(table)
+    storage.write(path, data)
+    return annotation_entry(entry, data, Annotations(table))
+
+
+def _write_left_out(storage: Storage, table: pa.Table) -> str | None:
+    if not len(table):
+        return None
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    data = sink.getvalue().to_pybytes()
+    name = f"left_out.{xxhash.xxh3_128_hexdigest(data)[:16]}.parquet"
+    storage.write(name, data)
+    return name
+
+
+def _write_metadata(storage: Storage, chosen: Sequence[Chosen]) -> tuple[str, str]:
+    """Write the metadata file from those of the stores; return its name and hash."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(metadata_of(one.store)) for one in chosen]
+        schema = _common_schema([file.schema_arrow for file in files])
+        temporary = stack.enter_context(storage.scratch_file("metadata.parquet"))
+        with (
+            writing(str(temporary)),
+            pq.ParquetWriter(temporary, schema, compression="zstd") as out,
+        ):
+            parts = (_rows_of(file, one, schema) for file, one in zip(files, chosen, strict=True))
+            if len(chosen) == 1:  # in order already
+                for table in next(parts):
+                    out.write_table(table, row_group_size=ROW_GROUP)
+            else:
+                every = pa.concat_tables(table for part in parts for table in part)
+                out.write_table(every.sort_by("key"), row_group_size=ROW_GROUP)
+        return publish(storage, temporary)
+
+
+def _rows_of(file: pq.ParquetFile, one: Chosen, schema: pa.Schema) -> Iterator[pa.Table]:
+    """The rows of the chosen records in the order of their keys, a row group at a time."""
+    start = 0
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group, use_threads=False)
+        first, last = np.searchsorted(one.rows, [start, start + len(table)])
+        rows = one.rows[first:last] - start
+        start += len(table)
+        if not len(rows):
+            continue
+        table = table.take(pa.array(rows))
+        if one.prefix:
+            keys = pc.binary_join_element_wise(one.prefix, table["key"], "")
+            table = table.set_column(0, schema.field("key"), keys)
+        for field in schema:
+            if field.name not in table.column_names:
+                table = table.append_column(field, pa.nulls(len(table), field.type))
+        yield table.select(schema.names).cast(schema).combine_chunks()
+
+
+def _common_schema(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """The stored fields, and the own metadata whose values have one type in all stores."""
+    types: dict[str, set[pa.DataType]] = {}
+    for field in (field for schema in schemas for field in schema):
+        if field.name not in METADATA_SCHEMA.names:
+            types.setdefault(field.name, set()).add(field.type)
+    numbers = {pa.int64(), pa.float64()}
+    own = []
+    for name, found in sorted(types.items()):
+        if len(found) == 1:
+            own.append(pa.field(name, next(iter(found))))
+        elif found == numbers:
+            own.append(pa.field(name, pa.float64()))
+    return pa.schema([*METADATA_SCHEMA, *own])
