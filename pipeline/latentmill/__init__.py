@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         mixup,
         subtract,
     )
+    from latentmill.publishing.hub import PushSummary, pull, push
     from latentmill.publishing.sync import SyncSummary, sync
     from latentmill.reader.batches import BatchSampler
     from latentmill.reader.collate import collate, collate_tensors
@@ -70,6 +71,7 @@ _LAZY = {
     "Loader": "latentmill.reader.loader",
     "Normalize": "latentmill.reader.normalize",
     "Origin": "latentmill.ops",
+    "PushSummary": "latentmill.publishing.hub",
     "Record": "latentmill.record",
     "RepeatedEpochWarning": "latentmill.errors",
     "ReportFile": "latentmill.reporting.report",
@@ -91,6 +93,8 @@ _LAZY = {
     "mix": "latentmill.ops",
     "mixup": "latentmill.ops",
     "open": "latentmill.store.store",
+    "pull": "latentmill.publishing.hub",
+    "push": "latentmill.publishing.hub",
     "query": "latentmill.curation.query",
     "report": "latentmill.reporting.report",
     "revert_annotations": "latentmill.curation.annotate",
@@ -116,6 +120,7 @@ __all__ = [
     "Loader",
     "Normalize",
     "Origin",
+    "PushSummary",
     "Record",
     "RepeatedEpochWarning",
     "ReportFile",
@@ -138,6 +143,8 @@ __all__ = [
     "mix",
     "mixup",
     "open",
+    "pull",
+    "push",
     "query",
     "report",
     "revert_annotations",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # some of these import torch; `status` must start quickly
     from latentmill.curation.views import Curated
     from latentmill.export.export import ExportSummary
     from latentmill.models.base import ModelSpec
+    from latentmill.publishing.hub import PushSummary
     from latentmill.publishing.sync import SyncSummary
     from latentmill.reporting.report import ReportFile
     from latentmill.run.forecast import Forecast
@@ -283,6 +284,18 @@ def sync(value: SyncSummary) -> str:
         if len(listed) > MAX_LISTED:
             lines.append(f"  ... and {len(listed) - MAX_LISTED} more; --json lists all")
     return "\n".join(lines)
+
+
+def push(value: PushSummary) -> str:
+    """The text that `push` prints."""
+    kind = "private" if value.private else "public"
+    line = (
+        f"{value.url} ({kind}): uploaded {counted(len(value.uploaded), 'file')} "
+        f"({size_text(value.bytes)}); {value.kept} {'is' if value.kept == 1 else 'are'} the same"
+    )
+    if value.removed:
+        line += f"; removed {len(value.removed)} superseded"
+    return f"{line}\n  commit {value.commit}"
 
 
 def closest(word: str, words: Iterable[str]) -> str | None:

@@ -11,6 +11,7 @@ from latentmill.errors import ConfigError
 from latentmill.export.export import refuse_unless_empty
 from latentmill.plan import PLAN, Plan, load
 from latentmill.publishing.contents import ANNOTATIONS, Contents, StoreFile, UnitFiles
+from latentmill.storage.remote import protocol_of
 from latentmill.storage.storage import Storage
 from latentmill.store.card import MARKER
 from latentmill.store.commit import READERS, hash_of
@@ -97,6 +98,7 @@ def difference(
     )
     if _is_own_card(contents, dest, listed):
         last = tuple(file for file in last if file.path != CARD_PATH)
+    everything = dest.local or protocol_of(dest.root) == "hf"  # a commit removes them
     lacking_files = len(first) + sum(map(len, units)) + len(last) + (not sealed)
     return Difference(
         first,
@@ -104,7 +106,7 @@ def difference(
         last,
         not sealed,
         kept=sum(1 for _ in contents.files()) + 1 - lacking_files,
-        remove=tuple(_superseded(contents, listed, everything=dest.local)),
+        remove=tuple(_superseded(contents, listed, everything=everything)),
     )
 
 
@@ -182,7 +184,7 @@ def _superseded(
     """Files of earlier seals.
 
     A shard of a current or later revision that no commit lists may be one that a paused worker of
-    another run is about to commit, unless the destination is a local disk (`everything`).
+    another run is about to commit, unless the destination is a disk or the hub (`everything`).
     """
     needed = {file.path for file in contents.files()}
     revisions = {unit.unit: unit.revision for unit in contents.units}

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -31,6 +31,7 @@ import fsspec
 import fsspec.asyn
 from fsspec.exceptions import FSTimeoutError
 
+from latentmill.storage import hub
 from latentmill.storage.remote import TRANSIENT_STATUSES
 from latentmill.text.log import get_logger
 
@@ -117,8 +118,11 @@ def cat_ranges(
         found = fsspec.asyn.sync(fs.loop, read_all)
     rest = [number for number, data in enumerate(found) if isinstance(data, _Unknown)]
     if rest:
-        columns = ([column[number] for number in rest] for column in (paths, starts, ends))
-        for number, data in zip(rest, fs.cat_ranges(*columns, on_error="return"), strict=True):
+        columns: Iterator[Any] = ([column[n] for n in rest] for column in (paths, starts, ends))
+        read = partial(fs.cat_ranges, on_error="return")
+        if hub.is_hub(fs):
+            read = partial(hub.cat_ranges, fs)
+        for number, data in zip(rest, read(*columns), strict=True):
             found[number], place = data, places[number]
             if place is not None and not isinstance(data, BaseException):
                 place.bucket.give_up()

@@ -22,7 +22,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from latentmill.errors import ConfigError, StorageError, StoreError
-from latentmill.storage import scratch
+from latentmill.storage import hub, scratch
 from latentmill.storage.ranged import RangedFile, cat_ranges
 from latentmill.storage.remote import (
     advice_on,
@@ -126,6 +126,7 @@ class Storage:
     def read_if_exists(self, path: str) -> bytes | None:
         """Like `read`, but returns None if the file does not exist."""
         with self._errors("read", path):
+            self._fs.invalidate_cache()
             found = self._unless_missing(lambda: self._fs.cat_file(self.full(path)))
             return None if found is None else bytes(found)
 
@@ -143,7 +144,8 @@ class Storage:
                     length = min(length, os.fstat(file.fileno()).st_size - offset)
                     return os.pread(file.fileno(), length, offset) if length > 0 else b""
             start, end, full = offset, offset + length, self.full(path)
-            data = retrying(lambda: self._fs.cat_file(full, start=start, end=end))
+            cat = partial(hub.cat_file, self._fs) if hub.is_hub(self._fs) else self._fs.cat_file
+            data = retrying(lambda: cat(full, start=start, end=end))
             return self._of_range(path, data, length)
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Sequence[bytes]:
