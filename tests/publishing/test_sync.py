@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 import shutil
+import tempfile
 import tracemalloc
 import uuid
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from latentmill.publishing.transfer import BLOCK
 from latentmill.storage.storage import Storage
 from latentmill.store.measurement import write_measurement
 from latentmill.store.results import SeamEntry
+from latentmill.store.tidy import tidy
 from latentmill.store.verify import verify
 from support.latent_store import latent_of, write_again, write_latents
 from support.operation_faults import WRITE_MODES, Faults, Killed, faults_on
@@ -46,9 +48,17 @@ def store_at(url: str, **options: object) -> str:
     """A store of three units, with a result of an evaluation and an annotation."""
     store = write_latents(url, LENGTHS, per_unit=3, **options)  # type: ignore[arg-type]
     write_measurement(store.storage, store.info, SeamEntry(items=1, median=0.1, largest=0.2))
-    store.storage.write("annotations/000001.parquet", b"rows")
-    store.storage.write("annotations/annotations.json", b'{"files": ["000001.parquet"]}')
+    annotated(store.url, "mood", "calm")
     return store.url
+
+
+def annotated(url: str, name: str, value: str) -> None:
+    """Annotate the first record."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "a.csv")
+        file.write_text(f"key,{name}\nitem/00000,{value}\n")
+        lm.annotate(url, str(file))
+    tidy(Storage(url))
 
 
 @pytest.fixture(autouse=True)
@@ -133,16 +143,15 @@ def test_results_and_annotations_follow(tmp_path: Path) -> None:
     sync(url, copy)
     store = lm.open(url)
     write_measurement(store.storage, store.info, SeamEntry(items=1, median=0.3, largest=0.4))
-    store.storage.write("annotations/000002.parquet", b"more")
-    store.storage.write("annotations/annotations.json", b'{"files": ["000002.parquet"]}')
-    store.storage.delete("annotations/000001.parquet")
+    annotated(url, "mood", "wild")
     result = sync(url, copy)
-    assert result.copied == (
+    assert set(result.copied) == {
+        "annotations/0002.parquet",
         "evaluation/seams.json",
-        "annotations/000002.parquet",
-        "annotations/annotations.json",
-    )
-    assert result.removed == ("annotations/000001.parquet",)
+        lm.open(url).info.metadata,
+        "dataset.json",
+    }
+    assert lm.open(copy)["item/00000"].metadata["mood"] == "wild"
     assert files(copy) == files(url)
 
 
@@ -213,7 +222,7 @@ def view(tmp_path: Path) -> tuple[str, str]:
 
 def unexpected_name(tmp_path: Path) -> tuple[str, str]:
     url = store_at(str(tmp_path / "s"))
-    Path(url, "annotations/a b\n").write_text("x")
+    Path(url, "evaluation/a b\n").write_text("x")
     return url, str(tmp_path / "d")
 
 
@@ -264,6 +273,12 @@ def encoded_again(tmp_path: Path, url: str) -> str:
     return str(tmp_path / "d")
 
 
+def annotated_itself(tmp_path: Path, url: str) -> str:
+    shutil.copytree(url, tmp_path / "d")
+    annotated(str(tmp_path / "d"), "mood", "other")
+    return str(tmp_path / "d")
+
+
 def fewer_items(tmp_path: Path, url: str) -> str:
     return write_latents(str(tmp_path / "d"), LENGTHS[:-1], per_unit=3).url
 
@@ -273,8 +288,9 @@ DESTINATIONS: list[tuple[Callable[[Path, str], str], str]] = [
     (other_store, "but another store"),
     (other_model, "but another store"),
     (fewer_items, "but another store"),
-    (encoded_itself, r"encoded or changed itself.*commits/000002\.json"),
-    (encoded_again, r"encoded or changed itself.*commits/000001\.r1\.json"),
+    (encoded_itself, r"encoded or annotated itself.*commits/000002\.json"),
+    (encoded_again, r"encoded or annotated itself.*commits/000001\.r1\.json"),
+    (annotated_itself, r"encoded or annotated itself.*annotations/0002\.parquet"),
     (lambda tmp_path, url: f"{url}/copy", "overlap"),
     (lambda tmp_path, url: str(tmp_path), "overlap"),
     (lambda tmp_path, url: url, "overlap"),

@@ -17,6 +17,7 @@ from latentmill.encoding.stored import parse_json
 from latentmill.errors import StoreError
 from latentmill.plan import PLAN, PLAN_PATH, Plan
 from latentmill.storage.storage import Storage, file_in_store
+from latentmill.store.annotations import ANNOTATIONS, annotation_path
 from latentmill.store.commit import READERS, SealHash, hash_of
 from latentmill.store.describe import is_complete
 from latentmill.store.measurement import EVALUATION
@@ -31,7 +32,6 @@ from latentmill.store.schema import (
 )
 from latentmill.store.store import LatentStore
 
-ANNOTATIONS = "annotations"
 BATCH_PATH = f"{PLAN}/batch.json"  # the batch size that a run on GPUs has found
 
 
@@ -75,7 +75,7 @@ class Contents:
         plan: Its plan.
         first: Plan and origin; plan.json after the files that it lists.
         units: Shards and commits.
-        last: What the seal refers to, and results and annotations.
+        last: What the seal refers to, and results of evaluations.
         seal: The bytes of dataset.json, which make the copy a sealed store.
     """
 
@@ -134,6 +134,7 @@ def contents_of(url: str) -> Contents:
     if storage.exists(BATCH_PATH):
         first.append(_hashed(storage, BATCH_PATH, replaced=True))
     last = [_hashed(storage, path, digest) for path, digest in _sealed_files(info)]
+    last += [_hashed(storage, path, digest) for path, digest in _annotations(storage, info)]
     last += [_hashed(storage, path, replaced=True) for path in _results(storage)]
     if storage.exists(CARD_PATH):
         last.append(_hashed(storage, CARD_PATH, replaced=True))
@@ -168,15 +169,25 @@ def _sealed_files(info: DatasetInfo) -> Iterator[tuple[str, str | None]]:
         yield info.metadata, info.metadata_hash
 
 
+def _annotations(storage: Storage, info: DatasetInfo) -> Iterator[tuple[str, str]]:
+    """Path and hash of each version of the annotations; earlier versions may have been deleted."""
+    if info.annotation is None:
+        return
+    there = storage.list(ANNOTATIONS)
+    for version, digest in enumerate(info.annotation.hashes, start=1):
+        path = annotation_path(version)
+        if version == info.annotation.version or path.rpartition("/")[2] in there:
+            yield path, digest
+
+
 def _results(storage: Storage) -> Iterator[str]:
-    """Evaluation results and annotations. JSON files come last: they may refer to others."""
-    for folder in (EVALUATION, ANNOTATIONS):
-        names = [name for name in storage.list(folder) if not name.startswith(".")]
-        for name in sorted(names, key=lambda name: (name.endswith(".json"), name)):
-            try:
-                yield file_in_store(f"{folder}/{name}")
-            except ValueError as error:
-                raise StoreError(f"{storage.root}: {error}: rename or delete it.") from error
+    for name in sorted(storage.list(EVALUATION)):
+        if name.startswith("."):
+            continue
+        try:
+            yield file_in_store(f"{EVALUATION}/{name}")
+        except ValueError as error:
+            raise StoreError(f"{storage.root}: {error}: rename or delete it.") from error
 
 
 def _hashed(

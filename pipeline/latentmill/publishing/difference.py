@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from latentmill.errors import ConfigError
 from latentmill.export.export import refuse_unless_empty
 from latentmill.plan import PLAN, Plan, load
-from latentmill.publishing.contents import ANNOTATIONS, Contents, StoreFile, UnitFiles
+from latentmill.publishing.contents import Contents, StoreFile, UnitFiles
 from latentmill.storage.remote import protocol_of
 from latentmill.storage.storage import Storage
+from latentmill.store.annotations import ANNOTATIONS
 from latentmill.store.card import MARKER
 from latentmill.store.commit import READERS, hash_of
 from latentmill.store.schema import (
@@ -92,6 +93,7 @@ def difference(
             lacking.insert(0, shard)
         if lacking:
             units.append(tuple(lacking))
+    _check_annotations(contents, dest, listed)
     first, last = (
         tuple(file for file in files if not _has(dest, file, listed, trusted=sealed))
         for files in (contents.first, contents.last)
@@ -150,9 +152,19 @@ def _uncommitted(
     return todo
 
 
+def _check_annotations(contents: Contents, dest: Storage, listed: Mapping[str, int]) -> None:
+    """Refuse a destination that has been annotated itself, which would lose its annotations."""
+    ours = {file.path: file for file in contents.last}
+    for path in listed:
+        if path.startswith(f"{ANNOTATIONS}/"):
+            file = ours.get(path)
+            if file is None or not _has(dest, file, listed, trusted=False):
+                raise _encoded_itself(dest, path)
+
+
 def _encoded_itself(dest: Storage, path: str) -> ConfigError:
     return ConfigError(
-        f"{dest.root} was encoded or changed itself, or is damaged ({path} is not that of the "
+        f"{dest.root} was encoded or annotated itself, or is damaged ({path} is not that of the "
         "store): use an empty destination."
     )
 
@@ -193,10 +205,8 @@ def _superseded(
         if folder in (SHARDS, COMMITS) and (parsed := parse_name(name)):
             if everything or parsed[1] < revisions.get(parsed[0], 0):
                 yield path
-        elif (
-            (folder == PLAN and PLAN_FILE.fullmatch(name))
-            or (not folder and re.fullmatch(f"{INDEX_NAME}|{METADATA_NAME}", name))
-            or folder == ANNOTATIONS
+        elif (folder == PLAN and PLAN_FILE.fullmatch(name)) or (
+            not folder and re.fullmatch(f"{INDEX_NAME}|{METADATA_NAME}", name)
         ):
             yield path
 
