@@ -18,6 +18,7 @@ import typer
 from latentmill import __version__
 from latentmill.cli import annotate as cli_annotate
 from latentmill.cli import curate as cli_curate
+from latentmill.cli import evaluate as cli_evaluate
 from latentmill.cli import publish as cli_publish
 from latentmill.cli import query as cli_query
 from latentmill.cli import read as cli_read
@@ -26,7 +27,7 @@ from latentmill.cli import view as cli_view
 from latentmill.cli.entry import interrupts_raise, main
 from latentmill.cli.log import Command, Commands, Quiet, Verbose, set_format
 from latentmill.cli.read import AsJson, Device, Store, TrustModel, print_value
-from latentmill.errors import ConfigError, IncompleteStoreWarning, StoreError, VerifyError
+from latentmill.errors import IncompleteStoreWarning, StoreError, VerifyError
 from latentmill.text.printing import counted, printable_lines
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ app = Commands(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_read.app)
+app.add_typer(cli_evaluate.app)
 app.add_typer(cli_publish.app)
 app.add_typer(cli_curate.app)
 app.add_typer(cli_report.app)
@@ -263,21 +265,9 @@ def _settings(options: Mapping[str, Any]) -> RunConfig:
 
 
 def _options(pairs: list[str] | None, revision: str | None) -> dict[str, Any] | None:
-    """Parse `name=value` options; values are parsed as YAML, so that numbers become numbers."""
-    import yaml
-
-    options: dict[str, Any] = {} if revision is None else {"revision": revision}
-    for pair in pairs or []:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ConfigError(f"invalid --model-option {pair!r}: expected NAME=VALUE.")
-        try:
-            options[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(
-                f"invalid --model-option {pair!r}: the value is not valid YAML."
-            ) from error
-    return options or None
+    """The options of a model; None if there are none."""
+    given = {} if revision is None else {"revision": revision}
+    return given | cli_read.parsed_options(pairs) or None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The commands that read a store: decode, mix, export and evaluate."""
+"""The commands that write the records of a store to other files: decode, mix and export."""
 
 from __future__ import annotations
 
@@ -40,6 +40,14 @@ TrustModel = Annotated[
         "specifies one. Use it only for stores that you trust.",
     ),
 ]
+ModelOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        help="Option of the model that changes only decoding, e.g. diffusion_steps=4. Repeatable. "
+        "\\[default: as encoded]",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the noise, for decoders that draw noise.")]
 
 
@@ -47,6 +55,34 @@ def print_value(as_json: bool, value: Any, text: Callable[[Any], str]) -> None:
     from latentmill.cli import show
 
     typer.echo(printable_json(show.plain(value)) if as_json else text(printable_value(value)))
+
+
+def parsed_options(pairs: list[str] | None) -> dict[str, Any]:
+    """Parse `NAME=VALUE` options of a model; values are YAML, so that numbers become numbers."""
+    import yaml
+
+    options: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"invalid --model-option {pair!r}: expected NAME=VALUE.")
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"invalid --model-option {pair!r}: the value is not valid YAML."
+            ) from error
+    return options
+
+
+def open_to_decode(
+    url: str, device: str, trust_model: bool, model_option: list[str] | None
+) -> LatentStore:
+    """Open a store whose records are decoded."""
+    from latentmill.store.store import open_store
+
+    options = parsed_options(model_option)
+    return open_store(url, device=device, trust_model=trust_model, model_options=options)
 
 
 @app.command()
@@ -71,16 +107,16 @@ def decode(
     seed: Seed = 0,
     device: Device = "auto",
     trust_model: TrustModel = False,
+    model_option: ModelOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Decode records to audio files named FOLDER/KEY.wav. Names are cut to 255 bytes."""
     from latentmill.cli import show
     from latentmill.decoding.files import FILE_TYPES, file_name
-    from latentmill.store.store import open_store
 
     if f".{format}" not in FILE_TYPES:
         raise ConfigError(f"invalid --format {format!r}: use wav or flac.")
-    store = open_store(url, device=device, trust_model=trust_model)
+    store = open_to_decode(url, device, trust_model, model_option)
     if bool(keys) == everything:
         raise ConfigError("decode needs either keys of records or --all.")
     chosen = list(store.keys()) if everything else _matching(store, keys or [])
@@ -120,15 +156,15 @@ def mix(
     seed: Seed = 0,
     device: Device = "auto",
     trust_model: TrustModel = False,
+    model_option: ModelOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Mix records in latent space and decode the mix to a WAV or FLAC file."""
     from latentmill.cli import show
     from latentmill.decoding.files import check_file_type, fitted, mixed
-    from latentmill.store.store import open_store
 
     check_file_type(file)
-    store = open_store(url, device=device, trust_model=trust_model)
+    store = open_to_decode(url, device, trust_model, model_option)
     _check_target(file, store, overwrite)
     wanted = [_key_and_gain(store, part) for part in parts]
     origin = store.origin.raw() if raw else store.origin
@@ -192,94 +228,6 @@ def export(
     summary = export_store(open_store(url), dest, target, frames=frames)
     print_value(as_json, summary, show.export)
     return ITEMS_FAILED_EXIT_CODE if summary.failures else 0
-
-
-@app.command()
-def evaluate(
-    url: Store,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--only",
-            metavar="PART",
-            help="Measure only this part: linearity, reconstruction, statistics or "
-            "seams. Repeatable. \\[default: all]",
-        ),
-    ] = None,
-    items: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Number of items, spread evenly over the store. \\[default: 8; 32 for "
-            "reconstruction and LUFS]",
-        ),
-    ] = None,
-    max_seconds: Annotated[
-        float | None,
-        typer.Option(
-            min=0.1,
-            help="Use at most this length of an item, in seconds; for seams, only items up to "
-            "this length. \\[default: linearity one chunk, reconstruction 60, LUFS 300, seams 60 "
-            "or five chunks]",
-        ),
-    ] = None,
-    gain: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--gain",
-            metavar="FACTOR",
-            help="Measure linearity for this gain, too, e.g. 0.1. Repeatable. \\[always measured: "
-            "0.25, 0.5, 0.75, 1.1]",
-        ),
-    ] = None,
-    compat: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PROTOCOL",
-            help="Measure linearity by the protocol of other code: linear-cae.",
-        ),
-    ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            help="Address of a Ray cluster that reads the shards for statistics. "
-            "\\[default: RAY_ADDRESS, else this process]",
-        ),
-    ] = None,
-    device: Device = "auto",
-    trust_model: TrustModel = False,
-    as_json: AsJson = False,
-) -> None:
-    """Measure the quality of the latents of STORE on its own audio.
-
-    linearity: how well latents scale, add and subtract.
-
-    reconstruction: decoded records, compared with their source audio.
-
-    statistics: channels, loudness, silence, duplicates, outliers; reads all latents.
-
-    seams: the error of chunking, compared with encoding items in one piece.
-
-    Writes evaluation/PART.json in the store.
-    """
-    from latentmill.cli import show_evaluation
-    from latentmill.evaluation.evaluate import evaluate as evaluate_store
-    from latentmill.store.store import open_store
-
-    store = open_store(url, device=device, trust_model=trust_model)
-    interrupts_raise()
-    result = evaluate_store(
-        store,
-        only=only,
-        items=items,
-        max_seconds=max_seconds,
-        gains=gain or (),
-        compat=compat,
-        address=address,
-    )
-    print_value(as_json, result, show_evaluation.evaluation)
-    if not store.sealed:
-        _log.warning("not recorded: the store is not sealed yet; finish its run first")
 
 
 def _key_and_gain(store: LatentStore, text: str) -> tuple[str, float]:

@@ -8,7 +8,16 @@ import typer
 
 from latentmill.cli.entry import interrupts_raise
 from latentmill.cli.log import Commands
-from latentmill.cli.read import AsJson, Device, Overwrite, Store, TrustModel, print_value
+from latentmill.cli.read import (
+    AsJson,
+    Device,
+    ModelOption,
+    Overwrite,
+    Store,
+    TrustModel,
+    open_to_decode,
+    print_value,
+)
 from latentmill.reporting.settings import DEFAULT_NAME, ITEMS
 
 RemoteSources = Annotated[
@@ -37,6 +46,7 @@ def report(
     overwrite: Overwrite = False,
     device: Device = "auto",
     trust_model: TrustModel = False,
+    model_option: ModelOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a page about STORE with pictures and players, which opens in any browser.
@@ -45,9 +55,8 @@ def report(
     """
     from latentmill.cli import show
     from latentmill.reporting.report import report as report_store
-    from latentmill.store.store import open_store
 
-    store = open_store(url, device=device, trust_model=trust_model)
+    store = open_to_decode(url, device, trust_model, model_option)
     interrupts_raise()
     written = report_store(
         store, output, items=items, overwrite=overwrite, remote_sources=remote_sources

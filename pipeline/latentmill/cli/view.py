@@ -8,7 +8,15 @@ import typer
 
 from latentmill.cli.entry import interrupts_raise, interrupts_stop
 from latentmill.cli.log import Commands
-from latentmill.cli.read import AsJson, Device, Store, TrustModel, print_value
+from latentmill.cli.read import (
+    AsJson,
+    Device,
+    ModelOption,
+    Store,
+    TrustModel,
+    open_to_decode,
+    print_value,
+)
 from latentmill.cli.report import RemoteSources
 
 app = Commands()  # app.py adds its command to the main app
@@ -27,6 +35,7 @@ def view(
     remote_sources: RemoteSources = False,
     device: Device = "auto",
     trust_model: TrustModel = False,
+    model_option: ModelOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Open STORE in a browser: search, view and play records, and mix them in latent space.
@@ -34,12 +43,11 @@ def view(
     A server on this computer serves the page. It writes nothing, and only this computer can reach
     it. The address contains a secret token. Press Ctrl-C to stop the server.
     """
-    from latentmill.store.store import open_store
     from latentmill.view.serve import check_installed, has_display, serve
 
     check_installed()
     interrupts_raise()  # temporary files are removed
-    store = open_store(url, device=device, trust_model=trust_model)
+    store = open_to_decode(url, device, trust_model, model_option)
 
     def ready(address: str) -> None:
         interrupts_stop()
@@ -51,12 +59,15 @@ def view(
             ),
         )
 
+    opened = {
+        "device": device if device != "auto" else None,
+        "trust_model": trust_model,
+        "model_options": dict(store.model_options),
+    }
     serve(
         store,
         port=port,
-        options="".join(
-            [f", device={device!r}" if device != "auto" else "", ", trust_model=True" * trust_model]
-        ),
+        options="".join(f", {name}={value!r}" for name, value in opened.items() if value),
         remote_sources=remote_sources,
         browser=browser and has_display(),
         ready=ready,

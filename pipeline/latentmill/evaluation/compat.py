@@ -64,7 +64,7 @@ def measure_linear_cae(
         update={"seconds": CHUNK / codec.spec.sample_rate, "tracks": keys}
     )
     if record and store.sealed:
-        write_measurement(store.storage, store.info, card)
+        write_measurement(store.storage, store.info, card, store.model_options)
     return LinearityReport(card, POOR, POOR_DB, ())
 
 

@@ -112,7 +112,7 @@ def measure_linearity(
         }
     )
     if record and store.sealed:
-        write_measurement(store.storage, store.info, card)
+        write_measurement(store.storage, store.info, card, store.model_options)
     return LinearityReport(card, POOR, POOR_DB, _poor(card))
 
 

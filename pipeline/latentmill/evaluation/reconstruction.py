@@ -77,7 +77,7 @@ def measure_reconstruction(
         without_source=dict(missing.most_common()),
     )
     if record and store.sealed:
-        write_measurement(store.storage, store.info, result)
+        write_measurement(store.storage, store.info, result, store.model_options)
     return result
 
 

@@ -25,9 +25,17 @@ _STORE_FILES = ("dataset.json", "plan/plan.json")
 
 
 def resolve_stored(
-    name: object, options: object, channels: str | None, *, store: str, trusted: bool
+    name: object,
+    options: object,
+    channels: str | None,
+    *,
+    store: str,
+    trusted: bool,
+    given: Mapping[str, Any],
 ) -> ModelHandle:
     """Find the model of a store from the name and options in the store; see `registry.resolve`.
+
+    Options that the user has given replace those in the store.
 
     Raises `ModelError` if the model is not built in and the user has not consented (`trusted`).
     """
@@ -35,6 +43,7 @@ def resolve_stored(
         raise ModelError(
             f"The dataset.json of the store {store} does not have a valid model: restore the file."
         )
+    options = {**options, **given}
     check_named(name, options, by=f"store {store}", trusted=trusted)
     return registry.resolve(name, options, channels)
 

@@ -9,6 +9,7 @@ import math
 import os
 import posixpath
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -64,10 +65,16 @@ class ReportFile:
 
 @dataclass(frozen=True)
 class Measured:
-    """A result of the evaluation, and whether the store has changed since."""
+    """A result of the evaluation.
+
+    Attributes:
+        stale: Whether the store has changed since.
+        options: Options of the model that were given, as text.
+    """
 
     result: Any
     stale: bool
+    options: str = ""
 
 
 def report(
@@ -167,6 +174,7 @@ def render(
         "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": __version__,
         "excerpts": excerpts,
+        "options": _listed(store.model_options),
         "budget": budget,
     }
     facts["speed"] = _speed(facts["contents"])
@@ -202,7 +210,12 @@ def _measured(store: LatentStore, name: Name) -> Measured | None:
             f"{store.url}/evaluation/{name}.json is damaged: delete it and run `latentmill "
             "evaluate` again."
         )
-    return Measured(result, found.seal != store.info.seal)
+    return Measured(result, found.seal != store.info.seal, _listed(found.model_options))
+
+
+def _listed(options: Mapping[str, Any] | None) -> str:
+    """Options as on the command line."""
+    return ", ".join(f"{name}={value}" for name, value in (options or {}).items())
 
 
 def _complete(store: LatentStore) -> bool:

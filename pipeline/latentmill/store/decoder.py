@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from latentmill.models.inference.device import load_model, pick_device
 from latentmill.models.trust import resolve_stored
 from latentmill.ops import Origin, fit, mix
 from latentmill.record import FloatArray, Latent, Record
+from latentmill.store.index import IndexEntry
 from latentmill.store.mixture import Mix
 from latentmill.store.schema import DatasetInfo
 
@@ -35,9 +36,17 @@ START_SECONDS = 10.0  # of a record or a mix that a notebook plays
 class StoreDecoder:
     """Base class of `LatentStore`, with what follows from dataset.json, and the model."""
 
-    def __init__(self, device: str, *, trust_model: bool) -> None:
+    def __init__(
+        self, device: str, *, trust_model: bool, model_options: Mapping[str, Any] | None
+    ) -> None:
         self._device = device
         self._trust_model = trust_model
+        self.model_options = dict(model_options or {})
+        self._opened_with = {
+            "device": device,
+            "trust_model": trust_model,
+            "model_options": self.model_options,
+        }
         self._model: Autoencoder | None = None
 
     @property
@@ -63,6 +72,14 @@ class StoreDecoder:
     @abstractmethod
     def __getitem__(self, key: str) -> Record:
         """Read the record with this key."""
+
+    @abstractmethod
+    def entry(self, key: str) -> IndexEntry:
+        """The index entry of a record."""
+
+    @abstractmethod
+    def source(self, key: str) -> LatentSource:
+        """The latent of a record, for decoding in pieces."""
 
     @property
     def codes(self) -> bool:
@@ -112,6 +129,7 @@ class StoreDecoder:
                 stored.get("asked"),
                 stored.get("options"),
                 stored.get("asked_channels"),
+                given=self.model_options,
                 store=self.url,
                 trusted=self._trust_model,
             )
@@ -119,6 +137,12 @@ class StoreDecoder:
             names = ("sample_rate", "channels", "latent_channels", "hop", "scale_factor")
             current = {**spec.identity, **{name: getattr(spec, name) for name in names}}
             changed = [name for name, value in current.items() if stored.get(name) != value]
+            if changed and self.model_options:
+                raise ModelError(
+                    f"The model options of this store cannot be changed to {self.model_options} "
+                    f"(different {', '.join(changed)}): use options that change only decoding, "
+                    "such as diffusion_steps."
+                )
             if changed:
                 raise ModelError(
                     f"{stored['asked']} is not the model that encoded {self.url} (different "
@@ -126,6 +150,19 @@ class StoreDecoder:
                 )
             self._model = load_model(handle, pick_device(self._device))
         return self._model
+
+    def decode(self, key: str, *, seed: int = 0, batch_size: int | None = None) -> FloatArray:
+        """Decode a record to audio `[channels, samples]`, float32, at the model's rate.
+
+        Args:
+            key: The record's key.
+            seed: Seed of a stochastic decoder's noise. With the same seed, the noise at a given
+                time is the same in every item.
+            batch_size: Windows per forward pass; default 1 on a CPU, 4 on a GPU.
+        """
+        source = self.source(key)  # may read a new seal, so read the length afterwards
+        samples = self.entry(key).num_samples
+        return self.decode_latent(source, samples, seed=seed, batch_size=batch_size)
 
     def decode_latent(
         self,

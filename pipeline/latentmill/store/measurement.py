@@ -14,6 +14,7 @@ from latentmill.storage.storage import Storage
 from latentmill.store.results import (
     LinearityEntry,
     Measurement,
+    ModelOption,
     ReconstructionEntry,
     SeamEntry,
     StoreStatistics,
@@ -32,10 +33,20 @@ NAMES: dict[type[Result], Name] = {
 IN_INFO: tuple[Name, ...] = ("seams", "linearity")  # shown by `info`
 
 
-def write_measurement(storage: Storage, info: DatasetInfo, result: Result) -> None:
-    """Write a result measured on a sealed store; `info` is its dataset.json at the start."""
+def write_measurement(
+    storage: Storage,
+    info: DatasetInfo,
+    result: Result,
+    model_options: Mapping[str, ModelOption] | None = None,
+) -> None:
+    """Write a result measured on a sealed store; `info` is its dataset.json at the start.
+
+    `model_options` are those that differ from the options in the store.
+    """
     name = NAMES[type(result)]
     measurement = _measurement(info, {name: result})
+    if model_options:
+        measurement = measurement.model_copy(update={"model_options": dict(model_options)})
     file = str(name)
     if isinstance(result, LinearityEntry) and result.protocol != "latentmill":
         file += f"-{result.protocol}"  # beside the card that arithmetic relies on

@@ -193,6 +193,9 @@ class StoreStatistics(_Result):
     outliers: list[Outlier]
 
 
+ModelOption = str | int | float | bool | None
+
+
 class Measurement(_Result):
     """A result measured on the audio of a store: evaluation/NAME.json."""
 
@@ -200,6 +203,9 @@ class Measurement(_Result):
     latentmill_version: str
     fingerprint: str = Field(description="Fingerprint of the store.")
     seal: str | None = Field(description="Seal of the store when it was measured.")
+    model_options: dict[str, ModelOption] | None = Field(
+        None, description="Options of the model that differ from those in the store."
+    )
     seams: SeamEntry | None = Field(None, description="Error at the seams of chunks.")
     linearity: LinearityEntry | None = Field(None, description="Error of latent arithmetic.")
     reconstruction: ReconstructionEntry | None = Field(None, description="Quality of decoding.")

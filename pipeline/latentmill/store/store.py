@@ -17,7 +17,7 @@ from latentmill.errors import ConfigError, StorageError, StoreError
 from latentmill.models.inference.precision import Precision
 from latentmill.ops import Linearity, Origin
 from latentmill.plan import PLAN_PATH, Plan, load
-from latentmill.record import FloatArray, Latent, Record, latent_from_bytes, time_major_bytes
+from latentmill.record import Latent, Record, latent_from_bytes, time_major_bytes
 from latentmill.storage.storage import Storage
 from latentmill.store.annotations import Annotations, open_annotations
 from latentmill.store.bases import Bases
@@ -43,7 +43,11 @@ _WHOLE_BYTES = 64 << 20
 
 
 def open_store(
-    url: str | os.PathLike[str], *, device: str = "auto", trust_model: bool = False
+    url: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    trust_model: bool = False,
+    model_options: Mapping[str, Any] | None = None,
 ) -> LatentStore:
     """Open a store for reading.
 
@@ -55,11 +59,12 @@ def open_store(
         device: Device for `decode`: `auto`, `cpu`, `cuda`, `cuda:1`.
         trust_model: Whether `decode` may import and run the model that the store specifies if it is
             not built in. Use it only for stores whose author you trust.
+        model_options: Options of the model that change only decoding, e.g. `diffusion_steps`.
 
     Raises:
         StoreError: `url` is not a store, or the store is damaged.
     """
-    store = LatentStore(url, device=device, trust_model=trust_model)
+    store = LatentStore(url, device=device, trust_model=trust_model, model_options=model_options)
     warn_incomplete(store)
     return store
 
@@ -76,10 +81,15 @@ class LatentStore(StoreDecoder, Shown):
     """
 
     def __init__(
-        self, url: str | os.PathLike[str], *, device: str = "auto", trust_model: bool = False
+        self,
+        url: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        trust_model: bool = False,
+        model_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.storage = Storage(os.fspath(url))
-        super().__init__(device, trust_model=trust_model)
+        super().__init__(device, trust_model=trust_model, model_options=model_options)
         self._info = read_seal(self.storage)
         self.sealed = self._info is not None
         self.bases: Bases | None = None
@@ -91,7 +101,7 @@ class LatentStore(StoreDecoder, Shown):
             raise StoreError(f"{url} is not a latentmill store: check the path.")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "device": self._device, "trust_model": self._trust_model}
+        return {"url": self.url, **self._opened_with}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -297,9 +307,8 @@ class LatentStore(StoreDecoder, Shown):
                 "whole records, or encode with stitch trim or crossfade."
             )
         if not 0 <= start < start + frames <= entry.frames:
-            raise IndexError(
-                f"{entry.key} has {entry.frames} frames, not {start} to {start + frames}"
-            )
+            end = start + frames
+            raise IndexError(f"{entry.key} has {entry.frames} frames, not {start} to {end}")
         width = entry.length // entry.frames  # bytes per frame
         data = self._read(entry, entry.offset + start * width, frames * width)
         return latent_from_bytes(data, (entry.channels, frames), self.info.dtype)
@@ -341,19 +350,6 @@ class LatentStore(StoreDecoder, Shown):
             entry.shape,
             lambda start, frames: self._read_current(entry, partial(read_piece, start, frames)),
         )
-
-    def decode(self, key: str, *, seed: int = 0, batch_size: int | None = None) -> FloatArray:
-        """Decode a record to audio `[channels, samples]`, float32, at the model's rate.
-
-        Args:
-            key: The record's key.
-            seed: Seed of a stochastic decoder's noise. With the same seed, the noise at a given
-                time is the same in every item.
-            batch_size: Windows per forward pass; default 1 on a CPU, 4 on a GPU.
-        """
-        source = self.source(key)  # may read a new seal, so read the length afterwards
-        samples = self.entry(key).num_samples
-        return self.decode_latent(source, samples, seed=seed, batch_size=batch_size)
 
     def _read_current(self, entry: IndexEntry, read: Callable[[IndexEntry], T]) -> T:
         """Read a record; if its shard is gone, read it from where the current seal has it."""
