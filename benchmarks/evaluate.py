@@ -17,22 +17,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import synthetic
 from common import RESULTS, write_result
-from latentmill.encoding.fingerprint import fingerprint
-from latentmill.plan import Plan, UnitLimits, draft, freeze, read_items
-from latentmill.record import Outcome, Record
+from latentmill.record import Record
 from latentmill.sources.base import Item
-from latentmill.storage.storage import Storage
-from latentmill.store.commit import write_commit, write_unit
-from latentmill.store.seal import seal, write_origin
+from synthetic import COPIES, HOP, copied, model_document, record
 
-RATE, HOP, CHANNELS, PER_UNIT, COPIES = 44100, 4096, 64, 4000, 1000
+CHANNELS, PER_UNIT = 64, 4000
 
 
 def main() -> None:
@@ -78,57 +74,21 @@ def measure(store: str) -> dict[str, Any]:
 
 
 def write_store(url: str, records: int, frames: int) -> None:
-    model = {"name": "synthetic", "sample_rate": RATE, "channels": 1, "latent_channels": CHANNELS}
-    document = {
-        "model": {**model, "hop": HOP, "scale_factor": 1.0},
-        "chunking": {"stitch": "trim", "samples": 16 * HOP, "step": 8 * HOP, "overlap": 8},
-        "settings": {"dtype": "float16"},
-    }
-    items = (Item(f"{n:08d}", f"/music/{n:08d}.wav", 1, "1", seconds=1.0) for n in range(records))
-    storage = Storage(url)
-    plan = Plan("/music", document, "synthetic", {}, "parquet", {})
-    with draft(items, UnitLimits(unit_seconds=PER_UNIT)) as drafted:
-        plan = freeze(plan, drafted, storage)
-    write_origin(storage, np.zeros((CHANNELS, 16), np.float32))
-    for unit in plan.units:
-        commit = write_unit(
-            storage,
-            unit.name,
-            outcomes(read_items(storage, unit), frames),
-            format_name="parquet",
-            fingerprint=fingerprint(document),
-            info={"model": document["model"], "dtype": "float16"},
-        )
-        write_commit(storage, commit, {"total_seconds": 1.0})
-    seal(storage, plan)
-
-
-def outcomes(items: Any, frames: int) -> Iterator[Outcome]:
     """Ten clusters; of each thousand records, the last is almost a copy of the first."""
-    for item in items:
+
+    def made(item: Item) -> Record:
         number = int(item.key)
-        copied = number % COPIES == COPIES - 1
-        made = number - COPIES + 1 if copied else number
-        random = np.random.default_rng(made)
-        cluster = np.random.default_rng(made % 10).standard_normal((CHANNELS, 1))
+        like = copied(number)
+        random = np.random.default_rng(like)
+        cluster = np.random.default_rng(like % 10).standard_normal((CHANNELS, 1))
         steps = random.standard_normal((CHANNELS, frames), np.float32)
         latent = np.cumsum(steps, axis=1) / 4 + cluster
-        if copied:
+        if like != number:
             latent *= 1 + 0.01 * np.random.default_rng(number).standard_normal(latent.shape)
-        record = Record(
-            key=item.key,
-            latent=latent.astype(np.float16),
-            num_samples=frames * HOP,
-            sample_rate=RATE,
-            source_uri=item.uri,
-            source_sample_rate=RATE,
-            source_channels=2,
-            content_hash=f"xxh3:{number:032x}",
-            rms=0.05 + number * 4e-7,
-            peak=0.5,
-            levels=bytes([200]) * frames,
-        )
-        yield Outcome(item.key, "encoded", record=record)
+        return record(item, number, latent.astype(np.float16), samples=frames * HOP)
+
+    keys = (f"{n:08d}" for n in range(records))
+    synthetic.write_store(url, keys, made, model_document(CHANNELS), per_unit=PER_UNIT)
 
 
 if __name__ == "__main__":

@@ -18,25 +18,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import synthetic
 from common import RESULTS, write_result
 from latentmill.config import RunConfig, fingerprint_document
 from latentmill.encoding.chunks import Chunking
-from latentmill.encoding.fingerprint import fingerprint
 from latentmill.models import registry
-from latentmill.plan import Plan, UnitLimits, draft, freeze, read_items
-from latentmill.record import Outcome, Record
+from latentmill.record import Record
 from latentmill.sources.base import Item
-from latentmill.storage.storage import Storage
-from latentmill.store.commit import write_commit, write_unit
-from latentmill.store.seal import seal, write_origin
+from synthetic import copied, record
 
-PER_UNIT, COPIES = 500, 1000
+PER_UNIT = 500
 
 
 def main() -> None:
@@ -80,55 +76,25 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 def write_store(url: str, records: int, seconds: float) -> None:
-    config = RunConfig(source="/music", out=url, model="mdct")
-    spec = registry.resolve("mdct", {}).spec
-    chunking = Chunking.for_model(spec)
-    document = fingerprint_document(config, spec, chunking)
-    items = (Item(f"{n:06d}", f"/music/{n:06d}.wav", 1, "1", seconds=1.0) for n in range(records))
-    storage = Storage(url)
-    with draft(items, UnitLimits(unit_seconds=PER_UNIT)) as drafted:
-        plan = freeze(Plan("/music", document, "mdct", {}, "parquet", {}), drafted, storage)
-    write_origin(
-        storage, np.zeros((spec.latent_channels, chunking.samples // spec.hop), np.float32)
-    )
-    samples = round(seconds * spec.sample_rate)
-    for unit in plan.units:
-        commit = write_unit(
-            storage,
-            unit.name,
-            outcomes(read_items(storage, unit), spec.frames(samples), samples, spec.sample_rate),
-            format_name="parquet",
-            fingerprint=fingerprint(document),
-            info={"model": document["model"], "dtype": "float16"},
-        )
-        write_commit(storage, commit, {"total_seconds": 1.0, "model_seconds": 1.0})
-    seal(storage, plan)
-
-
-def outcomes(items: Any, frames: int, samples: int, rate: int) -> Iterator[Outcome]:
     """Ten spectra; of each thousand records, the last is almost a copy of the first."""
-    channels = np.arange(512)[:, None]
-    for item in items:
+    spec = registry.resolve("mdct", {}).spec
+    config = RunConfig(source="/music", out=url, model="mdct")
+    samples = round(seconds * spec.sample_rate)
+    frames, channels = spec.frames(samples), np.arange(spec.latent_channels)[:, None]
+
+    def made(item: Item) -> Record:
         number = int(item.key)
-        made = number - COPIES + 1 if number % COPIES == COPIES - 1 else number
-        spectrum = 0.3 * np.exp(-channels / (20 + 20 * (made % 10)))
-        noise = np.random.default_rng(made).standard_normal((512, frames), np.float32)
-        latent = spectrum * noise * (1 if made == number else 0.99)
-        record = Record(
-            key=item.key,
-            latent=latent.astype(np.float16),
-            num_samples=samples,
-            sample_rate=rate,
-            source_uri=item.uri,
-            source_sample_rate=rate,
-            source_channels=1,
-            content_hash=f"xxh3:{number:032x}",
-            rms=0.05 + number * 4e-7,
-            peak=0.5,
-            levels=bytes([200]) * frames,
-            metadata={"spectrum": f"spectrum {made % 10}", "number": number},
-        )
-        yield Outcome(item.key, "encoded", record=record)
+        like = copied(number)
+        spectrum = 0.3 * np.exp(-channels / (20 + 20 * (like % 10)))
+        noise = np.random.default_rng(like).standard_normal((len(channels), frames), np.float32)
+        latent = spectrum * noise * (1 if like == number else 0.99)
+        own = {"spectrum": f"spectrum {like % 10}", "number": number}
+        half = latent.astype(np.float16)
+        return record(item, number, half, samples=samples, rate=spec.sample_rate, own=own)
+
+    keys = (f"{n:06d}" for n in range(records))
+    document = fingerprint_document(config, spec, Chunking.for_model(spec))
+    synthetic.write_store(url, keys, made, document, per_unit=PER_UNIT)
 
 
 if __name__ == "__main__":

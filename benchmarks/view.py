@@ -22,7 +22,6 @@ import tempfile
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +30,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+import synthetic
 from common import RESULTS, write_result
-from latentmill.encoding.fingerprint import fingerprint
-from latentmill.plan import Plan, UnitLimits, draft, freeze, load, read_items
-from latentmill.record import Outcome, Record
+from latentmill.plan import load
+from latentmill.record import Record
 from latentmill.sources.base import Item
 from latentmill.storage.storage import Storage
-from latentmill.store.commit import write_commit, write_unit
 from latentmill.store.index import INDEX_SCHEMA, Index
 from latentmill.store.metadata import ROW_GROUP
-from latentmill.store.seal import seal, write_origin
+from latentmill.store.seal import seal
+from synthetic import HOP, RATE, model_document, record
 
-RATE, HOP, CHANNELS, FRAMES, PER_UNIT = 44100, 4096, 4, 4, 4000
+CHANNELS, FRAMES, PER_UNIT = 4, 4, 4000
 GENRES = ("jazz", "rock", "techno", "folk", "ambient", "classical", "hip hop", "metal")
 SEARCHES: dict[str, dict[str, Any]] = {
     "first page": {},
@@ -67,7 +66,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=1_000_000)
     parser.add_argument("--sealed", type=int, default=20_000)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--seal", help=argparse.SUPPRESS)  # a store, in a process
+    parser.add_argument("--seal", metavar="STORE", help="only measure sealing a store")
     arguments = parser.parse_args()
     if arguments.seal:
         print(json.dumps(sealing(arguments.seal)))
@@ -210,52 +209,15 @@ def fields(numbers: np.ndarray) -> dict[str, Any]:
 
 def write_store(url: str, records: int) -> None:
     """A store without its seal."""
-    model = {"name": "synthetic", "sample_rate": RATE, "channels": 1, "latent_channels": CHANNELS}
-    document = {
-        "model": {**model, "hop": HOP, "scale_factor": 1.0},
-        "chunking": {"stitch": "trim", "samples": 16 * HOP, "step": 8 * HOP, "overlap": 8},
-        "settings": {"dtype": "float16"},
-    }
-    items = (
-        Item(f"{n // 1000:04d}/{n:08d}", f"/music/{n:08d}.wav", 1, "1", seconds=1.0)
-        for n in range(records)
-    )
-    storage = Storage(url)
-    plan = Plan("/music", document, "synthetic", {}, "parquet", {})
-    with draft(items, UnitLimits(unit_seconds=PER_UNIT)) as drafted:
-        plan = freeze(plan, drafted, storage)
-    write_origin(storage, np.zeros((CHANNELS, 16), np.float32))
-    for unit in plan.units:
-        commit = write_unit(
-            storage,
-            unit.name,
-            outcomes(read_items(storage, unit)),
-            format_name="parquet",
-            fingerprint=fingerprint(document),
-            info={"model": document["model"], "dtype": "float16"},
-        )
-        write_commit(storage, commit, {"total_seconds": 1.0})
-
-
-def outcomes(items: Any) -> Iterator[Outcome]:
     latent = np.ones((CHANNELS, FRAMES), np.float16)
-    for item in items:
+
+    def made(item: Item) -> Record:
         number = int(item.key[-8:])
-        record = Record(
-            key=item.key,
-            latent=latent,
-            num_samples=FRAMES * HOP,
-            sample_rate=RATE,
-            source_uri=item.uri,
-            source_sample_rate=RATE,
-            source_channels=2,
-            content_hash=f"xxh3:{number * 2654435761 % 2**64:032x}",
-            rms=0.01 + number % 977 * 4e-4,
-            peak=0.5,
-            levels=bytes([200]) * FRAMES,
-            metadata=own_metadata(number),
-        )
-        yield Outcome(item.key, "encoded", record=record)
+        return record(item, number, latent, samples=FRAMES * HOP, own=own_metadata(number))
+
+    names = (f"{n // 1000:04d}/{n:08d}" for n in range(records))
+    document = model_document(CHANNELS)
+    synthetic.write_store(url, names, made, document, per_unit=PER_UNIT, sealed=False)
 
 
 if __name__ == "__main__":
