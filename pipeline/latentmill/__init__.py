@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from latentmill.config import RunConfig, load_config
     from latentmill.curation.annotate import AnnotateSummary, annotate, revert_annotations
     from latentmill.curation.merge import merge
+    from latentmill.curation.neighbours import Neighbour, neighbours
     from latentmill.curation.query import query
     from latentmill.curation.select import select
     from latentmill.curation.split import split
@@ -69,6 +70,7 @@ _LAZY = {
     "Linearity": "latentmill.ops",
     "LinearityWarning": "latentmill.ops",
     "Loader": "latentmill.reader.loader",
+    "Neighbour": "latentmill.curation.neighbours",
     "Normalize": "latentmill.reader.normalize",
     "Origin": "latentmill.ops",
     "PushSummary": "latentmill.publishing.hub",
@@ -92,6 +94,7 @@ _LAZY = {
     "merge": "latentmill.curation.merge",
     "mix": "latentmill.ops",
     "mixup": "latentmill.ops",
+    "neighbours": "latentmill.curation.neighbours",
     "open": "latentmill.store.store",
     "pull": "latentmill.publishing.hub",
     "push": "latentmill.publishing.hub",
@@ -118,6 +121,7 @@ __all__ = [
     "Linearity",
     "LinearityWarning",
     "Loader",
+    "Neighbour",
     "Normalize",
     "Origin",
     "PushSummary",
@@ -142,6 +146,7 @@ __all__ = [
     "merge",
     "mix",
     "mixup",
+    "neighbours",
     "open",
     "pull",
     "push",

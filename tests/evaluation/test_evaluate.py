@@ -43,7 +43,9 @@ def test_all_parts_are_measured_and_recorded(
     assert set(parsed) == {*PARTS, "unavailable"}
     assert parsed["unavailable"] == {}
     after = files(store)
-    assert set(after) - set(before) == {f"evaluation/{part}.json" for part in PARTS}
+    vectors = json.loads(after["evaluation/statistics.json"])["statistics"]["vectors"]["file"]
+    results = {f"evaluation/{part}.json" for part in PARTS}
+    assert set(after) - set(before) == {*results, vectors}
     assert {name: after[name] for name in before} == before
     for part in PARTS:
         written = json.loads(after[f"evaluation/{part}.json"])

@@ -1,4 +1,4 @@
-"""The command that runs SQL over the records of a store."""
+"""The commands that search the records of a store: by SQL, and by their latents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from latentmill.cli.entry import interrupts_raise
 from latentmill.cli.log import Commands
-from latentmill.cli.read import AsJson, Overwrite, Store, print_value
+from latentmill.cli.read import AsJson, Device, Overwrite, Store, TrustModel, print_value
 from latentmill.errors import ConfigError
 from latentmill.text.printing import counted, printable
 
@@ -65,6 +65,37 @@ def query(
         return
     most = limit if as_json or limit else PRINTED
     print_value(as_json, first_rows(store, sql, most), _text)
+
+
+@app.command()
+def neighbours(
+    url: Store,
+    item: Annotated[
+        str,
+        typer.Argument(metavar="KEY|AUDIOFILE", help="Key of a record, or path of an audio file."),
+    ],
+    count: Annotated[int, typer.Option(min=1, help="Number of neighbours.")] = 10,
+    device: Device = "auto",
+    trust_model: TrustModel = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the records of STORE whose latents are most similar to a record or an audio file.
+
+    Needs the result of `latentmill evaluate STORE --only statistics`. An audio file is encoded
+    with the model of STORE.
+    """
+    from latentmill.curation.neighbours import neighbours as nearest
+    from latentmill.store.store import open_store
+
+    store = open_store(url, device=device, trust_model=trust_model)
+    interrupts_raise()
+    print_value(
+        as_json,
+        nearest(store, item, count),
+        lambda found: "\n".join(
+            f"{one.similarity:8.4f} {one.duration:9.2f} s  {one.key}" for one in found
+        ),
+    )
 
 
 def _text(value: Rows) -> str:

@@ -196,7 +196,7 @@ class ShardPass:
             values = np.frombuffer(data, dtype)
             if count:
                 for chunk in values.reshape(count, channels, -1):
-                    whole = chunk[:, : _used(chunk)]
+                    whole = chunk[:, : used_frames(chunk)]
                     frames.append(np.ascontiguousarray(whole.T))
                     owners.append(row)
             else:
@@ -205,7 +205,7 @@ class ShardPass:
         return frames, np.array([len(f) for f in frames]), np.array(owners)
 
 
-def _used(chunk: npt.NDArray[Any]) -> int:
+def used_frames(chunk: npt.NDArray[Any]) -> int:
     """Number of frames of a chunk without the zeros that pad a short last one."""
     nonzero = np.flatnonzero(chunk.any(axis=0))
     return int(nonzero[-1]) + 1 if len(nonzero) else chunk.shape[1]

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from latentmill.errors import ConfigError, ItemError
 from latentmill.evaluation.shard_pass import RecordTable, ShardPass, ShardResult, ShardTotals
 from latentmill.evaluation.similarity import equal_groups, joined, near_pairs, outliers
+from latentmill.evaluation.vectors import remove_other_vectors, write_vectors
 from latentmill.store.measurement import write_measurement
 from latentmill.store.results import NearDuplicates, Outlier, StoreStatistics
 from latentmill.store.store import LatentStore
@@ -62,7 +63,11 @@ def measure_statistics(
     lufs = _lufs(store, items, max_seconds or LUFS_SECONDS)
     result = _result(store, table, totals, lufs)
     if record and store.sealed:
+        store.storage.clear_scratch()  # of a measurement that was killed
+        vectors = write_vectors(store.storage, table.positions)
+        result = result.model_copy(update={"vectors": vectors})
         write_measurement(store.storage, store.info, result)
+        remove_other_vectors(store.storage, vectors)
     return result
 
 

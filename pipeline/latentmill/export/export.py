@@ -36,6 +36,7 @@ from latentmill.store.commit import (
 )
 from latentmill.store.index import entries
 from latentmill.store.measurement import NAMES, current_result, write_measurement
+from latentmill.store.results import StoreStatistics
 from latentmill.store.schema import COMMITS, SHARDS, Commit
 from latentmill.store.seal import npy_bytes, read_origin, seal, write_origin
 from latentmill.store.store import LatentStore
@@ -123,6 +124,8 @@ def _converted(store: LatentStore, storage: Storage, format_name: ShardFormat) -
         remove_unfinished(storage)
         for name in NAMES.values():
             if (result := current_result(source, store.info, name)) is not None:
+                if isinstance(result, StoreStatistics):  # the file of vectors is not copied
+                    result = result.model_copy(update={"vectors": None})
                 write_measurement(storage, sealed, result)
     new_failures = [
         (item.key, item.reason or "")

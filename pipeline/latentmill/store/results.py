@@ -151,6 +151,16 @@ class Outlier(_Result):
     distance: float = Field(description="Distance from the middle; 1 is that of a usual record.")
 
 
+class PooledVectors(_Result):
+    """File with a short vector for each record, for `latentmill neighbours`."""
+
+    file: str = Field(
+        pattern=r"^evaluation/vectors\.[0-9a-f]{16}\.npy$",
+        description="float16 [records, 64], in the order of the index.",
+    )
+    hash: str = Field(description="xxh3-128 of the file's bytes, hex.")
+
+
 class StoreStatistics(_Result):
     """Contents of a store. Lists of keys have at most 1,000 entries."""
 
@@ -191,6 +201,9 @@ class StoreStatistics(_Result):
         description="The same sound encoded again, or with another gain."
     )
     outliers: list[Outlier]
+    vectors: PooledVectors | None = Field(
+        None, description="Pooled latents. Results of earlier versions do not have them."
+    )
 
 
 ModelOption = str | int | float | bool | None
