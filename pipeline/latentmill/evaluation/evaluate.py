@@ -81,16 +81,7 @@ def evaluate(
         ConfigError: A part of `only` does not exist or cannot be measured on this store, or a
             gain is out of range.
     """
-    for name in only or ():
-        if name not in PARTS:
-            raise ConfigError(f"invalid part {name!r} of an evaluation: use {', '.join(PARTS)}.")
-    if compat not in (None, PROTOCOL):
-        raise ConfigError(f"invalid compat {compat!r}: use {PROTOCOL}, or leave it out.")
-    for gain in gains:
-        if math.isnan(gain) or not LEAST_GAIN <= gain <= MOST_GAIN:
-            raise ConfigError(
-                f"invalid gain {gain:g}: use a factor from {LEAST_GAIN:g} to {MOST_GAIN:g}."
-            )
+    _check(only or (), compat, gains)
     opened = store if isinstance(store, LatentStore) else open_store(store)
     options: dict[str, Any] = {"max_seconds": max_seconds, "record": record}
     if items is not None:
@@ -115,3 +106,17 @@ def evaluate(
                 raise
             unavailable[part] = str(error)
     return Evaluation(**results, unavailable=unavailable)
+
+
+def _check(only: Sequence[str], compat: str | None, gains: Sequence[float]) -> None:
+    """Raise ConfigError if a setting is not valid."""
+    for name in only:
+        if name not in PARTS:
+            raise ConfigError(f"invalid part {name!r} of an evaluation: use {', '.join(PARTS)}.")
+    if compat not in (None, PROTOCOL):
+        raise ConfigError(f"invalid compat {compat!r}: use {PROTOCOL}, or leave it out.")
+    for gain in gains:
+        if math.isnan(gain) or not LEAST_GAIN <= gain <= MOST_GAIN:
+            raise ConfigError(
+                f"invalid gain {gain:g}: use a factor from {LEAST_GAIN:g} to {MOST_GAIN:g}."
+            )

@@ -60,6 +60,33 @@ def measure_seams(
     source must still be readable. `record` writes the result into a sealed store's
     evaluation/seams.json.
     """
+    fitting = _items_with_seams(store, max_seconds)
+    step = max(1, len(fitting) // items)
+    measured: list[SeamError] = []
+    for key in fitting[::step]:
+        if len(measured) == items:
+            break
+        try:
+            one = _measure(store, store[key])
+        except ItemError as error:
+            raise ConfigError(f"The source of {key} cannot be read: {error}.") from error
+        if one is not None:
+            measured.append(one)
+    if not measured:
+        raise ConfigError(
+            f"{store.url} has only zeros in the latents that were measured: raise --items or "
+            "--max-seconds."
+        )
+    errors = [one.error for one in measured]
+    report = SeamReport(tuple(measured), statistics.median(errors), max(errors))
+    if record and store.sealed:
+        result = SeamEntry(items=len(errors), median=report.median, largest=report.largest)
+        write_measurement(store.storage, store.info, result)
+    return report
+
+
+def _items_with_seams(store: LatentStore, max_seconds: float | None) -> list[str]:
+    """Keys of the items with several chunks that are short enough to be encoded whole."""
     chunking, rate = store.chunking, store.info.model["sample_rate"]
     if chunking.stitch == "none":
         raise ConfigError(
@@ -88,28 +115,7 @@ def measure_seams(
             f"{store.url} has no items with seams of at most {longest:g} s, the length up to which "
             f"items are encoded in one piece: raise --max-seconds to {shortest} or more."
         )
-    step = max(1, len(fitting) // items)
-    measured: list[SeamError] = []
-    for key in fitting[::step]:
-        if len(measured) == items:
-            break
-        try:
-            one = _measure(store, store[key])
-        except ItemError as error:
-            raise ConfigError(f"The source of {key} cannot be read: {error}.") from error
-        if one is not None:
-            measured.append(one)
-    if not measured:
-        raise ConfigError(
-            f"{store.url} has only zeros in the latents that were measured: raise --items or "
-            "--max-seconds."
-        )
-    errors = [one.error for one in measured]
-    report = SeamReport(tuple(measured), statistics.median(errors), max(errors))
-    if record and store.sealed:
-        result = SeamEntry(items=len(errors), median=report.median, largest=report.largest)
-        write_measurement(store.storage, store.info, result)
-    return report
+    return fitting
 
 
 def _measure(store: LatentStore, record: Record) -> SeamError | None:

@@ -11,6 +11,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -91,17 +92,7 @@ def _result(
     index, moments = store.index, totals.moments
     info, key = store.info, index.key
     sounding = ~table.silent
-    same_file = equal_groups(table.files, sounding)
-    copies = {at for group in same_file for at in group[1:]}
-    first = sounding.copy()
-    first[list(copies)] = False  # one of each file is compared further
-    same_audio = equal_groups(table.audio, first)
-    first[[at for group in same_audio for at in group[1:]]] = False
-    pairs = near_pairs(table.positions, index.column("frames"), first)
-    near = joined(pairs)
-    repeated = {at for records, _ in near for at in records[1:]}
-    use = first.copy()
-    use[list(repeated)] = False
+    repeats = _repeats(table, index.column("frames"), sounding)
     seconds = index.column("num_samples") / info.model["sample_rate"]
     power = float(np.mean(np.square(info.std) + np.square(info.mean)))
     deviation = math.sqrt(max(0.0, power - float(np.mean(info.mean)) ** 2))
@@ -136,17 +127,46 @@ def _result(
         silence=totals.silent_frames / max(1, totals.measured_frames),
         silent=[key(at) for at in silent[:MAX_LISTED].tolist()],
         silent_records=len(silent),
-        same_file=_named(store, same_file),
-        same_audio=_named(store, same_audio),
+        same_file=_named(store, repeats.same_file),
+        same_audio=_named(store, repeats.same_audio),
         near_duplicates=[
             NearDuplicates(keys=[key(at) for at in records], distance=distance)
-            for records, distance in near[:MAX_LISTED]
+            for records, distance in repeats.near[:MAX_LISTED]
         ],
         outliers=[
             Outlier(key=key(at), distance=distance)
-            for at, distance in outliers(table.shapes, use)[:MAX_LISTED]
+            for at, distance in outliers(table.shapes, repeats.others)[:MAX_LISTED]
         ],
     )
+
+
+@dataclass(frozen=True)
+class _Repeats:
+    """Positions of records that are the same sound, and which records are not repeated.
+
+    Attributes:
+        near: Groups of near duplicates, with the largest distance of a pair.
+        others: Whether a record sounds and is not a repeat of an earlier one.
+    """
+
+    same_file: list[list[int]]
+    same_audio: list[list[int]]
+    near: list[tuple[list[int], float]]
+    others: npt.NDArray[np.bool_]
+
+
+def _repeats(
+    table: RecordTable, frames: npt.NDArray[np.int64], sounding: npt.NDArray[np.bool_]
+) -> _Repeats:
+    """Of each group that was found, one record is compared further."""
+    others = sounding.copy()
+    same_file = equal_groups(table.files, others)
+    others[[at for group in same_file for at in group[1:]]] = False
+    same_audio = equal_groups(table.audio, others)
+    others[[at for group in same_audio for at in group[1:]]] = False
+    near = joined(near_pairs(table.positions, frames, others))
+    others[[at for records, _ in near for at in records[1:]]] = False
+    return _Repeats(same_file, same_audio, near, others)
 
 
 def _named(store: LatentStore, groups: list[list[int]]) -> list[list[str]]:
