@@ -228,7 +228,7 @@ SCENARIOS = {
     ),
     "select": Scenario(whole, chosen(), written="dest"),
     "select again": Scenario(
-        lambda p: (whole(p), chosen(keys=["b"])(p)), chosen(overwrite=True), written="dest"
+        lambda p: (whole(p), chosen(keys=["a"])(p)), chosen(overwrite=True), written="dest"
     ),
     "select a copy": Scenario(whole, chosen(copy=True), written="dest"),
     "seams": Scenario(whole, of_store(lambda store: measure_seams(store, items=2))),

@@ -29,7 +29,7 @@ from latentmill.store.commit import (
 )
 from latentmill.store.schema import SHARDS
 from latentmill.store.seal import read_origin, seal, write_origin
-from latentmill.store.tidy import remove_unfinished
+from latentmill.store.tidy import remove_unfinished, tidy, tidy_plan
 
 SHARD_SIZE = 1 << 30
 _BATCH = 4096  # records whose fields are read at once
@@ -49,7 +49,10 @@ def write_copy(out: str, chosen: Sequence[Chosen]) -> Curated:
         refuse_unless_empty(storage)
     with only_run(storage) as hold:
         storage = hold.storage
+        tidy_plan(storage, load(storage))
         plan = _plan(storage, found)
+        tidy_plan(storage, plan)
+        tidy(storage)
         storage.clear_scratch()
         write_origin(storage, read_origin(chosen[0].store.storage))
         _copy_units(storage, plan, found)

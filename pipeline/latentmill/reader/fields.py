@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,9 +19,10 @@ from latentmill.errors import ConfigError, StorageError
 from latentmill.reader.order import Ints
 from latentmill.reader.rows import RowReader
 from latentmill.sources.where import Condition
+from latentmill.store.annotations import JSON
 from latentmill.store.fields import read_columns
 from latentmill.store.index import Index
-from latentmill.store.metadata import METADATA_SCHEMA
+from latentmill.store.metadata import METADATA_SCHEMA, PREFIX
 from latentmill.store.metadata_file import damaged_metadata, open_metadata
 from latentmill.store.schema import FIELD_NAMES, RECORD_SCHEMA
 from latentmill.store.store import LatentStore
@@ -202,7 +204,8 @@ class _TextCondition:
 
     def __init__(self, text: str) -> None:
         self._condition = Condition(text)
-        self.missing, self.known = set(self._condition.fields), set(FIELDS)
+        self._fields = self._condition.fields
+        self.missing, self.known = set(self._fields), set(FIELDS)
 
     def __call__(self, fields: Mapping[str, Any]) -> bool:
         every = {**fields["metadata"], **fields}
@@ -210,6 +213,34 @@ class _TextCondition:
             self.known.update(every)
             self.missing = {name for name in self.missing if not _has(every, name.split("."))}
         return self._condition.holds(every)
+
+    def rows(self, store: LatentStore) -> Ints | None:
+        """The rows of a store for which it holds, from the columns that it uses alone.
+
+        None if the store's metadata file does not have all of them with their values' own types.
+        """
+        columns = {name: name if name in FIELDS else PREFIX + name for name in self._fields}
+        kinds = {} if store.annotations is None else store.annotations.kinds
+        typed = not any(
+            "." in name or name == "metadata" or kinds.get(name) == JSON for name in columns
+        )
+        file = open_metadata(store) if typed else None
+        if file is None or not set(columns.values()) <= set(file.schema_arrow.names):
+            return None
+        try:
+            table = file.read(columns=["key", *columns.values()], use_threads=False)
+            if not store.index.has_keys(table["key"]):  # of another seal
+                return None
+            values = [table[name].to_pylist() for name in columns.values()]
+        except (pa.ArrowException, OSError, ValueError, LookupError) as error:
+            raise damaged_metadata(store) from error
+        self.missing -= columns.keys()
+        holds, names = self._condition.holds, list(columns)
+        each = zip(*values, strict=True) if values else itertools.repeat((), len(table))
+        return np.array(
+            [row for row, one in enumerate(each) if holds(dict(zip(names, one, strict=True)))],
+            np.int64,
+        )
 
 
 def _has(fields: Any, path: Sequence[str]) -> bool:
@@ -222,6 +253,10 @@ def _has(fields: Any, path: Sequence[str]) -> bool:
 
 def _rows(store: LatentStore, where: Any) -> Ints:
     """The rows for which a function of the fields, or a pyarrow expression, holds."""
+    if isinstance(where, _TextCondition):
+        found = where.rows(store)
+        if found is not None:
+            return found
     table = FieldReader(store, FIELDS).gather()
     try:
         if isinstance(where, pc.Expression):

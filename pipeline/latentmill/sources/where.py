@@ -51,6 +51,7 @@ class Condition:
             for node in ast.walk(self._tree):
                 if not isinstance(node, _ALLOWED):
                     raise ValueError("only comparisons with and, or, not are allowed")
+            self._value = _value(self._tree)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             cause = error.msg if isinstance(error, SyntaxError) else str(error)
             raise ConfigError(
@@ -67,38 +68,72 @@ class Condition:
 
     def holds(self, metadata: Mapping[str, Any]) -> bool:
         """Whether the condition is true for an item's metadata."""
-        return bool(_value(self._tree, metadata))
+        return bool(self._value(metadata))
+
+    def __reduce__(self) -> tuple[type[Condition], tuple[str]]:
+        return Condition, (self.text,)
 
 
-def _value(node: ast.AST, fields: Mapping[str, Any]) -> Any:  # noqa: PLR0911
+_Value = Callable[[Mapping[str, Any]], Any]
+
+
+def _value(node: ast.AST) -> _Value:  # noqa: PLR0911
+    """The function that computes a node's value from the fields; faster than walking the tree."""
     match node:
-        case ast.Constant():
-            return node.value
-        case ast.Name():
-            return fields.get(node.id)
+        case ast.Constant(value=constant):
+            return lambda fields: constant
+        case ast.Name(id=name):
+            return lambda fields: fields.get(name)
         case ast.Attribute():
-            inner = _value(node.value, fields)
-            return inner.get(node.attr) if isinstance(inner, Mapping) else None
+            return _member(_value(node.value), node.attr)
         case ast.List() | ast.Tuple():
-            return [_value(part, fields) for part in node.elts]
+            parts = [_value(part) for part in node.elts]
+            return lambda fields: [part(fields) for part in parts]
         case ast.UnaryOp(op=ast.Not()):
-            return not _value(node.operand, fields)
+            operand = _value(node.operand)
+            return lambda fields: not operand(fields)
         case ast.UnaryOp():
-            inner = _value(node.operand, fields)
-            return -inner if isinstance(inner, int | float) else None
-        case ast.BoolOp(op=ast.And()):
-            return all(_value(part, fields) for part in node.values)
-        case ast.BoolOp():
-            return any(_value(part, fields) for part in node.values)
+            return _negative(_value(node.operand))
+        case ast.BoolOp(op=op):
+            parts = [_value(part) for part in node.values]
+            every = all if isinstance(op, ast.And) else any
+            return lambda fields: every(part(fields) for part in parts)
         case ast.Compare():
-            left = _value(node.left, fields)
-            for compare, part in zip(node.ops, node.comparators, strict=True):
-                right = _value(part, fields)
-                try:
-                    if not _COMPARE[type(compare)](left, right):
-                        return False
-                except TypeError:
-                    return False
-                left = right
-            return True
+            return _comparison(node)
     raise AssertionError(type(node))
+
+
+def _member(outer: _Value, name: str) -> _Value:
+    def value(fields: Mapping[str, Any]) -> Any:
+        inner = outer(fields)
+        return inner.get(name) if isinstance(inner, Mapping) else None
+
+    return value
+
+
+def _negative(operand: _Value) -> _Value:
+    def value(fields: Mapping[str, Any]) -> Any:
+        inner = operand(fields)
+        return -inner if isinstance(inner, int | float) else None
+
+    return value
+
+
+def _comparison(node: ast.Compare) -> _Value:
+    first = _value(node.left)
+    compare = [_COMPARE[type(op)] for op in node.ops]
+    rest = list(zip(compare, map(_value, node.comparators), strict=True))
+
+    def value(fields: Mapping[str, Any]) -> bool:
+        left = first(fields)
+        for holds, part in rest:
+            right = part(fields)
+            try:
+                if not holds(left, right):
+                    return False
+            except TypeError:
+                return False
+            left = right
+        return True
+
+    return value
