@@ -188,8 +188,9 @@ def damaged(hub: HubServer, url: str) -> None:
 
 
 def view(hub: HubServer, url: str) -> None:
-    seal = json.loads(Path(url, "dataset.json").read_text()) | {"bases": [{"url": "x"}]}
-    Path(url, "dataset.json").write_text(json.dumps(seal))
+    lm.select(url, f"{url}-view", where="number > 2")
+    Path(url).rename(f"{url}-base")
+    Path(f"{url}-view").rename(url)
 
 
 def unsealed(hub: HubServer, url: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import shutil
 import tempfile
@@ -155,6 +154,15 @@ def test_results_and_annotations_follow(tmp_path: Path) -> None:
     assert files(copy) == files(url)
 
 
+def test_a_copy_of_a_view(tmp_path: Path) -> None:
+    """As the error for a view says."""
+    url, _ = view(tmp_path)
+    lm.select(url, tmp_path / "own", copy=True)
+    sync(tmp_path / "own", tmp_path / "d")
+    assert [record.key for record in lm.open(tmp_path / "d")] == list(lm.open(url).keys())
+    assert verify(lm.open(tmp_path / "d")).faults == []
+
+
 def test_a_card_that_was_written_by_hand_stays(tmp_path: Path) -> None:
     url, copy = store_at(str(tmp_path / "store")), str(tmp_path / "copy")
     sync(url, copy)
@@ -214,10 +222,8 @@ def no_store(tmp_path: Path) -> tuple[str, str]:
 
 
 def view(tmp_path: Path) -> tuple[str, str]:
-    url = store_at(str(tmp_path / "s"))
-    seal = json.loads(Path(url, "dataset.json").read_text()) | {"bases": [{"url": "x"}]}
-    Path(url, "dataset.json").write_text(json.dumps(seal))
-    return url, str(tmp_path / "d")
+    lm.select(store_at(str(tmp_path / "s")), tmp_path / "view", where="number > 2")
+    return str(tmp_path / "view"), str(tmp_path / "d")
 
 
 def unexpected_name(tmp_path: Path) -> tuple[str, str]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import xxhash
 
-from latentmill.encoding.stored import parse_json
 from latentmill.errors import StoreError
 from latentmill.plan import PLAN, PLAN_PATH, Plan
 from latentmill.storage.storage import Storage, file_in_store
@@ -109,7 +108,10 @@ def contents_of(url: str) -> Contents:
     """
     storage = Storage(url)
     seal = storage.read_if_exists(DATASET_PATH)
-    if seal is not None and _is_view(seal):
+    hint = "delete it and run again to seal the store"
+    where = f"{storage.root}/{DATASET_PATH}"
+    sealed = None if seal is None else parse_document(DatasetInfo, seal, where, hint)
+    if sealed is not None and sealed.bases:
         raise StoreError(
             f"{storage.root} is a view: make a copy with `latentmill select {storage.root} NEW "
             "--copy`, and use that."
@@ -119,7 +121,7 @@ def contents_of(url: str) -> Contents:
         raise StoreError(
             f"{storage.root} is not complete: run the same encode command again to finish it."
         )
-    if parse_document(DatasetInfo, seal, DATASET_PATH, "run again") != store.info:
+    if sealed != store.info:
         raise changed(storage)
     plan, info = store.plan, store.info
     first = [
@@ -153,14 +155,6 @@ def damaged(storage: Storage, path: str) -> StoreError:
 def changed(storage: Storage) -> StoreError:
     """The error for a store that is sealed again while it is copied."""
     return StoreError(f"{storage.root} was changed while it was read: run the same command again.")
-
-
-def _is_view(seal: bytes) -> bool:
-    try:
-        document = parse_json(seal)
-    except ValueError:
-        return False  # reported as damaged when the store is opened
-    return isinstance(document, dict) and bool(document.get("bases"))
 
 
 def _sealed_files(info: DatasetInfo) -> Iterator[tuple[str, str | None]]:
