@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import shutil
 import tempfile
@@ -384,7 +385,7 @@ def test_a_large_shard_is_copied_in_pieces(kind: str, places: Callable[[str], st
 
 
 @pytest.mark.filterwarnings("ignore:.* is not complete")
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_interrupted_copies_of_a_store_that_changes(seed: int, tmp_path: Path) -> None:
     """Whatever happened, the last copy has the bytes of the store."""
     rng = random.Random(seed)
@@ -397,6 +398,9 @@ def test_interrupted_copies_of_a_store_that_changes(seed: int, tmp_path: Path) -
         stopped = contextlib.suppress(Killed, KeyboardInterrupt, LatentmillError)
         with faults_on(Faults(rng.choice(WRITE_MODES), rng.randrange(60))), stopped:
             sync(url, copy, jobs=rng.choice((1, 3)))
+        for commit in Path(copy).glob("commits/*.json"):
+            written = json.loads(commit.read_text())
+            assert Path(copy, written["shard"]).stat().st_size == written["bytes"]
         if Path(copy, "dataset.json").exists():
             sealed = lm.open(copy)
             assert len([record.latent for record in sealed]) == len(LENGTHS)
