@@ -150,6 +150,22 @@ def test_a_public_repository(hub: HubServer, url: str, one_sentence: OneSentence
     one_sentence(caught.value)
 
 
+def test_access_to_a_private_store(
+    hub: HubServer, url: str, monkeypatch: pytest.MonkeyPatch, one_sentence: OneSentence
+) -> None:
+    push(url, URL)
+    constants = pytest.importorskip("huggingface_hub.constants")
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set") as offline:
+            push(url, URL)
+    one_sentence(offline.value)
+    fsspec.config.conf["hf"]["token"] = False
+    with pytest.raises(StoreError, match="log in with `hf auth login` if it is private") as caught:
+        lm.open(URL)
+    one_sentence(caught.value)
+
+
 def test_a_branch(hub: HubServer, url: str) -> None:
     hub.create(REPO)
     result = push(url, URL, revision="v1/beta")

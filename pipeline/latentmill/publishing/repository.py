@@ -43,12 +43,20 @@ class Repository:
 @contextlib.contextmanager
 def hub_errors(repository: Repository) -> Iterator[None]:
     """Turn errors of the hub into errors for users."""
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         yield
     except LatentmillError:
         raise
+    except OfflineModeIsEnabled as error:
+        raise ConfigError(
+            f"HF_HUB_OFFLINE is set, so {repository.url} cannot be reached: unset it."
+        ) from error
     except storage_errors(ValueError) as error:
         status = status_of(error)
         if status == 412:  # parent_commit is not the head

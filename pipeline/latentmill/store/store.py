@@ -18,6 +18,7 @@ from latentmill.models.inference.precision import Precision
 from latentmill.ops import Linearity, Origin
 from latentmill.plan import PLAN_PATH, Plan, load
 from latentmill.record import Latent, Record, latent_from_bytes, time_major_bytes
+from latentmill.storage.remote import protocol_of
 from latentmill.storage.storage import Storage
 from latentmill.store.annotations import Annotations, open_annotations
 from latentmill.store.bases import Bases
@@ -98,7 +99,9 @@ class LatentStore(StoreDecoder, Shown):
             self.storage = self.bases.storage
         self._shard_fields = ShardFields(self.storage)
         if not self.sealed and not self.storage.exists(PLAN_PATH):
-            raise StoreError(f"{url} is not a latentmill store: check the path.")
+            hub = protocol_of(self.url) == "hf"
+            login = ", and log in with `hf auth login` if it is private" if hub else ""
+            raise StoreError(f"{url} is not a latentmill store: check the path{login}.")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, **self._opened_with}
