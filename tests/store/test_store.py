@@ -326,7 +326,7 @@ def test_no_store(tmp_path: Path) -> None:
     ("path", "data", "message"),
     [
         (DATASET_PATH, b"{", r"dataset\.json is damaged: delete it"),
-        (DATASET_PATH, b'{"format_version": 9}', "has format version 9, .* reads 1 to 2: use"),
+        (DATASET_PATH, b'{"format_version": 9}', "has format version 9, .* reads 1 to 3: use"),
         ("index.*", None, r"index\.\w+\.arrow is missing or damaged: run the same encode"),
         ("index.*", b"ARROW1\0\0 what?", r"index\.\w+\.arrow is missing or damaged"),
         ("index.*", b"", r"index\.\w+\.arrow is missing or damaged"),
