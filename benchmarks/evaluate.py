@@ -5,13 +5,16 @@
 A store of synthetic records is written with the library's own writers: latents of 64 channels,
 float16, smooth in time, in ten clusters. One record in a thousand is a copy of another with noise
 of 1 %, which must be found. The statistics are measured in a process of their own; its peak memory
-is that of the whole process, of which Python, torch and Arrow are about 300 MiB.
+is that of the whole process, of which Python, torch and Arrow are about 300 MiB. `load` is the
+system's load average before and after: if it is above the number of cores, other processes made the
+elapsed time longer.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -44,6 +47,7 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measure(arguments.one)))
         return
+    load = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as temporary:
         store = f"{arguments.folder or temporary}/store"
         if not Path(store).exists():
@@ -51,7 +55,13 @@ def main() -> None:
         command = [sys.executable, __file__, "--one", store]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
     result = json.loads(done.stdout)
-    facts = {"records": arguments.records, "frames": arguments.frames, "channels": CHANNELS}
+    load = [round(one, 1) for one in (*load, os.getloadavg()[0])]
+    facts: dict[str, Any] = {
+        "load": load,
+        "records": arguments.records,
+        "frames": arguments.frames,
+        "channels": CHANNELS,
+    }
     facts |= {"planted": arguments.records // COPIES}
     write_result("evaluate", {**facts, **result}, arguments.results)
 
