@@ -1,14 +1,16 @@
 """Train a small autoencoder with and without linearity, and judge both on audio that it never saw.
 
     make train-demo                                   # three seeds, two processes, one thread each
-    python examples/train_demo.py --seeds 1 --steps 100
+    python examples/train_demo.py --validate --seeds 1 --steps 600 network.norm=false
 
 The audio is the demo corpus and, if it exists, the folder --audio. The song night-drive and every
-fourth recording are held out. Both models of a seed have the same crops and steps; the only
-difference is the augmentation. Errors are those of `latentmill evaluate`: with c the latent of
-silence, ||E(a x) - a E(x) - (1 - a) c||, ||E(x) + E(y) - c - E(x + y)|| and
-||D(E(x) + E(y) - c) - D(E(x)) - D(E(y)) + D(c)||, each divided by the norm of its target without
-the origin; and MR-STFT of D(E(x)). The results are train_demo.json and training.svg in --folder.
+fourth recording are held out. --validate judges on other recordings instead, which are then not
+trained on; settings (NAME=VALUE, as in jobs/train_linear.yaml) are chosen with it. Both models of a
+seed have the same crops and steps; the only difference is the augmentation. Errors are those of
+`latentmill evaluate`: with c the latent of silence, ||E(a x) - a E(x) - (1 - a) c||,
+||E(x) + E(y) - c - E(x + y)|| and ||D(E(x) + E(y) - c) - D(E(x)) - D(E(y)) + D(c)||, each divided
+by the norm of its target without the origin; MR-STFT of D(E(x)); and the first error after
+decoding. The results are train_demo.json and training.svg in --folder.
 """
 
 from __future__ import annotations
@@ -39,21 +41,33 @@ from latentmill.models.base import Autoencoder
 from latentmill.models.registry import resolve
 from latentmill.training.loop import Trainer
 from latentmill.training.metrics import read_metrics
-from latentmill.training.settings import load_settings
+from latentmill.training.settings import TrainSettings, load_settings, merged, parse_options
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 RATE = 16_000
+STEPS = 600
 SECONDS = 2.0  # judged of each held-out recording
 LONGEST = 30.0  # used of each recording for training
+LABELS = {
+    "mr_stft": "reconstruction (MR-STFT)",
+    "decoded_homogeneity": "encoder homogeneity, decoded",
+}
 STYLE = """text{fill:#1f2328}.note{fill:#59636e}.page{fill:#fff}.grid{stroke:#d1d9e0}
 .range{stroke:#1f2328;stroke-width:2}.baseline{fill:#8a8f98}.linear{fill:#0b6e4f}
 @media (prefers-color-scheme: dark){text{fill:#f0f6fc}.note{fill:#9198a1}.page{fill:#0d1117}
 .grid{stroke:#3d444d}.range{stroke:#f0f6fc}.linear{fill:#3fb950}}"""
-MEASURES = ("encoder_homogeneity", "encoder_additivity", "decoder_additivity", "mr_stft")
+MEASURES = (
+    "encoder_homogeneity",
+    "encoder_additivity",
+    "decoder_additivity",
+    "mr_stft",
+    "decoded_homogeneity",  # the first, after decoding: what the decoder ignores does not count
+)
 SETTINGS: dict[str, Any] = {
     "model": "conv",
     "network": {"sample_rate": RATE, "strides": [16], "width": 48, "latent_channels": 8},
+    "kl_weight": 0.01,
     "linearity": {"mixing": "sum", "annealing": "none", "origin": True},
     "batch_size": 8,
     "crop_seconds": 0.128,
@@ -68,8 +82,8 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def manifests(folder: Path, audio: Path) -> tuple[Path, list[Path]]:
-    """Write the manifest of the recordings to train on; return it and the held-out files."""
+def manifests(folder: Path, audio: Path, validate: bool = False) -> tuple[Path, list[Path]]:
+    """Write the manifest of the recordings to train on; return it and the files to judge."""
     corpus = write_corpus(folder / "corpus").folder
     files = sorted(path for root in (corpus, audio) for path in root.rglob("*") if path.is_file())
     songs: list[tuple[Path, float]] = []
@@ -80,32 +94,33 @@ def manifests(folder: Path, audio: Path) -> tuple[Path, list[Path]]:
         except ItemError:  # texts, and the damaged files of the corpus
             continue
         songs.append((path, (info.num_samples or 0) / info.sample_rate))
-    held_out, lines, long = [], [], 0
+    judged, lines, long = [], [], 0
     for path, seconds in songs:
-        judged = "night-drive" in path.parts and path.stem != "mix"
-        if not path.is_relative_to(corpus) and seconds >= SECONDS:
+        part = "train"
+        if path.is_relative_to(corpus):
+            part = {"night-drive": "held out", "harbour": "validation"}.get(path.parent.name, part)
+        elif seconds >= SECONDS:
             long += 1
-            # The stems of a song are not split: all of them are trained on.
-            judged = long % 4 == 0 and "stems" not in path.parts
-        if judged:
-            held_out.append(path)
-        elif "night-drive" not in path.parts:
-            part = {"start": 0.0, "duration": LONGEST} if seconds > LONGEST else {}
-            lines.append(json.dumps({"path": str(path.absolute()), **part}))
+            if "stems" not in path.parts:  # a song is not split
+                part = {0: "held out", 2: "validation"}.get(long % 4, part)
+        if part == "train" or (part == "validation" and not validate):
+            cut = {"start": 0.0, "duration": LONGEST} if seconds > LONGEST else {}
+            lines.append(json.dumps({"path": str(path.absolute()), **cut}))
+        elif (part == "validation") == validate and path.stem != "mix":
+            judged.append(path)
     manifest = folder / "train.jsonl"
     manifest.write_text("\n".join(lines) + "\n")
-    return manifest, held_out
+    return manifest, judged
 
 
-def train(manifest: Path, out: Path, seed: int, steps: int, linear: bool) -> float:
-    """Train one model; return the mean loss of its last tenth."""
+def train(settings: TrainSettings) -> tuple[float, float]:
+    """Train one model; return the mean loss of its last tenth, and the CPU seconds."""
     torch.set_num_threads(1)
-    options = {**SETTINGS, "source": str(manifest), "out": str(out), "seed": seed, "steps": steps}
-    if not linear:
-        options["linearity"] = None
-    Trainer(load_settings(None, options)).train()
-    losses = [line["loss"] for line in read_metrics(out)]
-    return statistics.fmean(losses[-max(1, len(losses) // 10) :])
+    start = time.process_time()
+    Trainer(settings).train()
+    losses = [line["loss"] for line in read_metrics(Path(settings.out))]
+    last = statistics.fmean(losses[-max(1, len(losses) // 10) :])
+    return last, time.process_time() - start
 
 
 def processes(count: int) -> ProcessPoolExecutor:
@@ -138,6 +153,8 @@ def judge(out: Path, sounds: Sequence[torch.Tensor]) -> dict[str, list[float]]:
     """The measures of a model, one value for each sound (with its neighbour)."""
     torch.set_num_threads(1)
     model = resolve(f"trained:{out}").load("cpu")
+    silence = model.encode(torch.zeros_like(sounds[0])[None])[0]
+    nothing = model.decode(silence[None], sounds[0].shape[-1])[0]
     values: dict[str, list[float]] = {measure: [] for measure in MEASURES}
     for number, x in enumerate(sounds):
         y = sounds[(number + 1) % len(sounds)]
@@ -146,8 +163,17 @@ def judge(out: Path, sounds: Sequence[torch.Tensor]) -> dict[str, list[float]]:
         values["encoder_homogeneity"].append(statistics.fmean(errors))
         values["encoder_additivity"].append(additivity(model, [x, y]).with_origin)
         values["decoder_additivity"].append(decoder_additivity(model, x, y))
-        decoded = model.decode(model.encode(x[None]), x.shape[-1])[0]
+        latent = model.encode(x[None])[0]
+        decoded = model.decode(latent[None], x.shape[-1])[0]
         values["mr_stft"].append(mr_stft(decoded, x))
+        errors = []
+        for gain in GAINS:
+            op = combination([latent], [gain], silence).float()
+            given, target = (
+                model.decode(z[None], x.shape[-1])[0] for z in (model.encode(gain * x[None])[0], op)
+            )
+            errors.append(relative_l2(given, target, target - nothing))
+        values["decoded_homogeneity"].append(statistics.fmean(errors))
     return values
 
 
@@ -205,7 +231,7 @@ def medians(runs: Sequence[dict[str, list[float]]]) -> dict[str, dict[str, float
 
 def picture(card: dict[str, dict[str, dict[str, float]]]) -> str:
     """An SVG with a bar for each measure and model, on a logarithmic scale."""
-    width, row, left, top = 640, 46, 190, 34
+    width, row, left, top = 660, 46, 210, 34
     low, high = 0.01, 10.0
     place = lambda value: left + (width - left - 70) * math.log(value / low) / math.log(high / low)  # noqa: E731
     height = top + row * len(MEASURES) + 40
@@ -231,7 +257,7 @@ def picture(card: dict[str, dict[str, dict[str, float]]]) -> str:
         )
     for index, measure in enumerate(MEASURES):
         y = top + row * index
-        label = {"mr_stft": "reconstruction (MR-STFT)"}.get(measure, measure.replace("_", " "))
+        label = LABELS.get(measure, measure.replace("_", " "))
         parts.append(f'<text x="{left - 10}" y="{y + 26}" text-anchor="end">{label}</text>')
         for number, name in enumerate(names):
             one, at = card[name][measure], y + 6 + 18 * number
@@ -249,39 +275,49 @@ def main() -> None:
     parser.add_argument("--audio", type=Path, default=ROOT.parent / "shared" / "audio")
     parser.add_argument("--folder", type=Path, default=Path("train-demo"), help="models and corpus")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument(
         "--results", type=Path, help="folder of train_demo.json and training.svg; default: --folder"
     )
+    parser.add_argument(
+        "--validate", action="store_true", help="judge on recordings that are not the held-out ones"
+    )
+    parser.add_argument("settings", nargs="*", help="NAME=VALUE, for both models")
     args = parser.parse_args()
     start = time.perf_counter()
     args.folder.mkdir(parents=True, exist_ok=True)
-    manifest, held_out = manifests(args.folder, args.audio)
+    manifest, held_out = manifests(args.folder, args.audio, args.validate)
     loaded = {path.stem: load(path) for path in held_out}
     sounds = {name: sound for name, sound in loaded.items() if audible(sound)}
     print(
-        f"{len(manifest.read_text().splitlines())} recordings to train on, {len(sounds)} held out"
+        f"{len(manifest.read_text().splitlines())} recordings to train on, {len(sounds)} to judge"
     )
+    settings = merged(SETTINGS, parse_options(args.settings))
     names = [(kind, seed) for seed in range(args.seeds) for kind in ("baseline", "linear")]
     folders = [args.folder / f"{kind}-{seed}-{args.steps}" for kind, seed in names]
     with processes(args.processes) as pool:
-        training = [
-            pool.submit(train, manifest, folder, seed, args.steps, kind == "linear")
-            for (kind, seed), folder in zip(names, folders, strict=True)
-        ]
+        training = []
+        for (kind, seed), folder in zip(names, folders, strict=True):
+            options = {**settings, "source": str(manifest), "out": str(folder)}
+            options |= {"seed": seed, "steps": args.steps}
+            if kind == "baseline":
+                options["linearity"] = None
+            training.append(pool.submit(train, load_settings(None, options)))
         for (kind, seed), future in zip(names, training, strict=True):
-            print(f"{kind} {seed}: loss {future.result():.3f}, {time.perf_counter() - start:.0f} s")
+            loss, _ = future.result()
+            print(f"{kind} {seed}: loss {loss:.3f}, {time.perf_counter() - start:.0f} s")
         judging = [pool.submit(judge, folder, list(sounds.values())) for folder in folders]
         judged = [future.result() for future in judging]
     baseline, linear = judged[0::2], judged[1::2]
     card = {"baseline": medians(baseline), "linear": medians(linear)}
     result = {
-        "settings": SETTINGS,
+        "settings": settings,
         "steps": args.steps,
         "seeds": args.seeds,
         "held_out": list(sounds),
         "seconds": round(time.perf_counter() - start),
+        "training_cpu_seconds": round(sum(future.result()[1] for future in training)),
         "card": card,
         "baseline_over_linear": compare(list(zip(baseline, linear, strict=True))),
         "values": {"baseline": baseline, "linear": linear},

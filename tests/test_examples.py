@@ -196,6 +196,25 @@ def test_the_comparison_by_hand(example: ModuleType) -> None:
     assert ElementTree.fromstring(train_demo.picture(card)).tag.endswith("svg")
 
 
+def test_no_recording_is_trained_on_and_judged(example: ModuleType, tmp_path: Path) -> None:
+    import train_demo
+
+    (tmp_path / "audio").mkdir()
+    for number in range(8):
+        soundfile.write(tmp_path / "audio" / f"{number}.wav", np.zeros(3 * RATE), RATE)
+    found = {}
+    for validate in (False, True):
+        manifest, judged = train_demo.manifests(tmp_path / "demo", tmp_path / "audio", validate)
+        trained = {json.loads(line)["path"] for line in manifest.read_text().splitlines()}
+        found[validate] = {f"{path.parent.name}/{path.stem}" for path in judged}
+        assert not trained & {str(path.absolute()) for path in judged}
+        assert not any("night-drive" in path for path in trained)
+    roles = ("bass", "drums", "keys", "lead")
+    for validate, song, numbers in ((False, "night-drive", "37"), (True, "harbour", "15")):
+        expected = {f"{song}/{role}" for role in roles} | {f"audio/{n}" for n in numbers}
+        assert found[validate] == expected
+
+
 POOL = """
 import sys, time
 sys.path.insert(0, sys.argv[1])

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from torch.distributions import Normal, kl_divergence
 
 from latentmill.models.registry import resolve
-from latentmill.training.architectures import build, crop_samples
+from latentmill.training.architectures import build, crop_samples, drawn
 from latentmill.training.linearity import Linearity, LinearitySettings, plain_batch
 from latentmill.training.loop import Trainer
 from latentmill.training.losses import reconstruction_loss
@@ -69,12 +70,18 @@ def test_it_trains_and_is_loaded_again(
     Trainer(settings)  # resumes
 
 
-@pytest.mark.parametrize("family", ["conv", "oobleck", "dac", "lin-cae"])
+PLAIN = ("network.norm=false", "network.posterior=false")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("conv", ()), ("conv", PLAIN), ("oobleck", ()), ("dac", ()), ("lin-cae", ())],
+)
 def test_gradients_reach_every_trained_parameter(
-    tiny: Settings, names: dict[str, str], family: str
+    tiny: Settings, names: dict[str, str], family: str, changes: tuple[str, ...]
 ) -> None:
     """DistributedDataParallel fails if one gets none."""
-    network = build(tiny(f"model={names.get(family, family)}"))
+    network = build(tiny(f"model={names.get(family, family)}", *changes))
     samples = crop_samples(network.spec, 0.3)
     assert samples == network.spec.samples(network.spec.frames(samples))
     audio = 0.1 * torch.randn(3, network.spec.channels, samples)
@@ -89,6 +96,38 @@ def test_gradients_reach_every_trained_parameter(
         gradients = [p.grad for p in network.parameters() if p.grad is not None]
         reached = sum(bool(gradient.abs().sum() > 0) for gradient in gradients)
         assert reached > 0.3 * len(list(network.parameters()))
+
+
+@pytest.mark.parametrize("origin", [False, True])
+def test_latents_drawn_from_posteriors(origin: bool) -> None:
+    """The divergence is twice PyTorch's, summed over channels; the origin is not drawn."""
+    sounds = 0.1 * torch.randn(2, 1, 8)  # gains are capped for louder ones
+    linearity = Linearity(
+        LinearitySettings(origin=origin, mixing="sum", gain_probability=0), steps=1
+    )
+    batch = linearity(sounds, 0)
+    mean, scale = torch.randn(2, len(batch.inputs), 3, 5)
+    torch.manual_seed(1)
+    latents, divergence = drawn(batch, torch.cat((mean, scale), dim=1))
+    torch.manual_seed(1)
+    deviation = scale.exp().add(1).log() + 1e-4
+    values = mean + deviation * torch.randn(mean.shape)
+    silence = mean[2] if origin else torch.zeros(3, 5)
+    mixed = values[0] + values[1] - silence
+    torch.testing.assert_close(latents, torch.stack((values[0], values[1], mixed, mixed)))
+    posterior, prior = Normal(mean[:2], deviation[:2]), Normal(0.0, 1.0)
+    expected = 2 * kl_divergence(posterior, prior).sum(dim=1).mean()
+    torch.testing.assert_close(divergence, expected)
+
+
+def test_a_conv_is_linear_before_it_is_trained(tiny: Settings) -> None:
+    """Its units start as the identity, and nothing else in it is nonlinear."""
+    for changes in ((), PLAIN):
+        network = build(tiny(*changes)).network
+        x, y = 0.1 * torch.randn(2, 1, 1, 320)
+        encode, silence = network.encode, network.encode(torch.zeros_like(x))
+        combined = 0.5 * encode(x) - 2 * encode(y) + 2.5 * silence
+        torch.testing.assert_close(encode(0.5 * x - 2 * y), combined)
 
 
 def test_the_loss_of_equal_and_of_silent_sounds() -> None:

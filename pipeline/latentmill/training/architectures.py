@@ -53,10 +53,15 @@ class Conv(Trainable):
         super().__init__("conv", conv_spec(settings.network))
         import_package("conv", "safetensors", install="pip install 'latentmill[training]'")
         self.network = ConvAutoencoder(settings.network)
+        self._kl_weight = settings.kl_weight
 
     def forward(self, batch: LinearityBatch) -> Tensor:
-        latents = batch.latents(self.network.encode(batch.inputs))
-        return reconstruction_loss(self.network.decode(latents), batch.targets)
+        encoded = self.network.posterior(batch.inputs)
+        if not self.network.settings.posterior:
+            return reconstruction_loss(self.network.decode(batch.latents(encoded)), batch.targets)
+        latents, divergence = drawn(batch, encoded)
+        loss = reconstruction_loss(self.network.decode(latents), batch.targets)
+        return loss + self._kl_weight * divergence
 
     def shape(self) -> dict[str, Any]:
         return self.network.settings.model_dump(mode="json")
@@ -83,18 +88,30 @@ class Oobleck(Trainable):
         self._kl_weight = settings.kl_weight
 
     def forward(self, batch: LinearityBatch) -> Tensor:
-        mean, scale = self.network.encoder(batch.inputs).float().chunk(2, dim=1)
-        deviation = F.softplus(scale) + 1e-4
-        latents = batch.latents(mean + deviation * torch.randn_like(mean))
-        # The divergence from a standard normal distribution, as in the code of Stable Audio.
-        variance = deviation.square()
-        divergence = (mean.square() + variance - variance.log() - 1).sum(dim=1).mean()
+        latents, divergence = drawn(batch, self.network.encoder(batch.inputs))
         given = self.network.decoder(latents)
         loss: Tensor = reconstruction_loss(given, batch.targets) + self._kl_weight * divergence
         return loss
 
     def write(self, folder: Path) -> None:
         self.network.save_pretrained(folder)
+
+
+def drawn(batch: LinearityBatch, encoded: Tensor) -> tuple[Tensor, Tensor]:
+    """The latents of the targets, drawn from the inputs' posteriors, and the divergence.
+
+    `encoded` `[B, 2 D, Z]` are means and, before softplus, standard deviations. The divergence is
+    that from a standard normal distribution, as in the code of Stable Audio. The origin is not
+    drawn: it is the mean for silence.
+    """
+    mean, scale = encoded.float().chunk(2, dim=1)
+    deviation = F.softplus(scale) + 1e-4
+    noise = torch.randn_like(mean)
+    sounds = len(mean) - batch.origin
+    noise[sounds:] = 0
+    variance = deviation[:sounds].square()
+    divergence = (mean[:sounds].square() + variance - variance.log() - 1).sum(dim=1).mean()
+    return batch.latents(mean + deviation * noise), divergence
 
 
 class Dac(Trainable):

@@ -74,7 +74,7 @@ class TrainSettings(SourceSettings):
         1.0, gt=0, description="Gradients are scaled down to at most this norm."
     )
     kl_weight: Annotated[float, _RUN] = Field(
-        1e-4, ge=0, description="oobleck: weight of the posterior's divergence in the loss."
+        1e-4, ge=0, description="conv, oobleck: weight of the posterior's divergence in the loss."
     )
     ema: Annotated[float, _RUN] = Field(
         0.9999, ge=0, lt=1, description="Decay of the moving average of the weights."
@@ -126,7 +126,7 @@ def load_settings(file: str | Path | None, options: Mapping[str, Any]) -> TrainS
     """Read a YAML file; options override it. Raises ConfigError with one sentence."""
     values = {} if file is None else read_yaml(file)
     try:
-        settings = TrainSettings.model_validate(_merged(values, options))
+        settings = TrainSettings.model_validate(merged(values, options))
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
     if "://" in settings.out:
@@ -189,12 +189,12 @@ def parse_options(given: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _merged(values: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def merged(values: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Values with options on top, also inside groups of settings."""
-    merged = dict(values)
+    result = dict(values)
     for name, value in options.items():
-        before = merged.get(name)
+        before = result.get(name)
         if isinstance(before, dict) and isinstance(value, dict):
-            value = _merged(before, value)  # noqa: PLW2901
-        merged[name] = value
-    return merged
+            value = merged(before, value)  # noqa: PLW2901
+        result[name] = value
+    return result

@@ -1,8 +1,9 @@
 """A small convolutional autoencoder, which a CPU trains in minutes; see `latentmill.training`.
 
-The encoder halves the rate stage by stage: a strided convolution, then residual units with dilated
+The encoder lowers the rate stage by stage: a strided convolution, then residual units with dilated
 convolutions, as in SoundStream (N. Zeghidour and others, arXiv 2107.03312). The decoder is its
-mirror image. There is no normalisation, so a latent frame depends on a bounded stretch of audio.
+mirror image. Only the residual units are nonlinear. They normalise each frame by itself, so a
+latent frame depends on a bounded stretch of audio.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ class ConvSettings(BaseModel):
         256, ge=1, le=2048, description="Each stage doubles the channels up to this."
     )
     latent_channels: int = Field(64, ge=1, le=2048, description="Channels of a latent.")
+    norm: bool = Field(True, description="Normalise the channels before each residual unit.")
+    posterior: bool = Field(
+        True, description="Draw latents from a posterior in training, as a VAE; encode to its mean."
+    )
 
     @field_validator("strides")
     @classmethod
@@ -89,18 +94,24 @@ class ConvAutoencoder(nn.Module):
                 "stride": stride,
                 "padding": stride // 2,
             }
-            activation = [nn.ELU()] if down else []  # none before the audio
-            down += [*activation, nn.Conv1d(before, after, **shape), *_units(after)]
-            up = [*_units(after), nn.ELU(), nn.ConvTranspose1d(after, before, **shape), *up]
+            down += [nn.Conv1d(before, after, **shape), *_units(after, settings.norm)]
+            up = [
+                *_units(after, settings.norm),
+                nn.ConvTranspose1d(after, before, **shape),
+                *up,
+            ]
         ends: dict[str, Any] = {"kernel_size": KERNEL, "padding": KERNEL // 2}
-        self.encoder = nn.Sequential(
-            *down, nn.ELU(), nn.Conv1d(widths[-1], settings.latent_channels, **ends)
-        )
+        given = settings.latent_channels * (2 if settings.posterior else 1)
+        self.encoder = nn.Sequential(*down, nn.Conv1d(widths[-1], given, **ends))
         self.decoder = nn.Sequential(nn.Conv1d(settings.latent_channels, widths[-1], **ends), *up)
 
     def encode(self, audio: Tensor) -> Tensor:
-        latents: Tensor = self.encoder(SCALE * audio)
-        return latents
+        return self.posterior(audio)[:, : self.settings.latent_channels]
+
+    def posterior(self, audio: Tensor) -> Tensor:
+        """The mean, and below it, with `settings.posterior`, the scale before softplus."""
+        encoded: Tensor = self.encoder(SCALE * audio)
+        return encoded
 
     def decode(self, latents: Tensor) -> Tensor:
         audio: Tensor = self.decoder(latents)
@@ -108,15 +119,19 @@ class ConvAutoencoder(nn.Module):
 
 
 class _Unit(nn.Module):
-    """A residual unit: a dilated convolution and a pointwise one."""
+    """A residual unit: a dilated convolution and a pointwise one. It starts as the identity."""
 
-    def __init__(self, width: int, dilation: int) -> None:
+    def __init__(self, width: int, dilation: int, norm: bool) -> None:
         super().__init__()
+        last = nn.Conv1d(width, width, 1)
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
         self.layers = nn.Sequential(
+            _Norm(width) if norm else nn.Identity(),
             nn.ELU(),
             nn.Conv1d(width, width, KERNEL, padding=dilation, dilation=dilation),
             nn.ELU(),
-            nn.Conv1d(width, width, 1),
+            last,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,8 +139,15 @@ class _Unit(nn.Module):
         return y
 
 
-def _units(width: int) -> list[nn.Module]:
-    return [_Unit(width, dilation) for dilation in DILATIONS]
+class _Norm(nn.LayerNorm):
+    """Normalises the channels of each frame of `[B, C, T]`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+def _units(width: int, norm: bool) -> list[nn.Module]:
+    return [_Unit(width, dilation, norm) for dilation in DILATIONS]
 
 
 def conv_spec(settings: ConvSettings) -> ModelSpec:
