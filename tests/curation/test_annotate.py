@@ -84,8 +84,10 @@ def metadata_of(store: LatentStore | str) -> dict[str, Mapping[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("extension", ["csv", "tsv", "jsonl", "parquet"])
-@pytest.mark.parametrize("format_name", ["parquet", "webdataset"])
+@pytest.mark.parametrize(
+    ("extension", "format_name"),
+    [("csv", "parquet"), ("tsv", "webdataset"), ("jsonl", "webdataset"), ("parquet", "parquet")],
+)
 def test_annotated_values_are_seen_everywhere(
     tmp_path: Path, extension: str, format_name: str
 ) -> None:
@@ -422,8 +424,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("fits", [False, True], ids=["other hash", "its hash"])
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(("damage", "fits"), [("truncated", False), *((d, True) for d in DAMAGE)])
 def test_damaged_annotations_are_one_sentence(
     tmp_path: Path, damage: str, fits: bool, one_sentence: Callable[[BaseException], str]
 ) -> None:

@@ -14,7 +14,7 @@ from latentmill.encoding.encoder import UnitEncoder
 from latentmill.encoding.timings import Meter
 from latentmill.encoding.unit_audio import EncodeSettings, Loading, LocalAudio
 from latentmill.errors import ConfigError, SourceError
-from latentmill.evaluation.vectors import StoredVectors, pooled
+from latentmill.evaluation.vectors import StoredVectors
 from latentmill.record import FloatArray, Latent
 from latentmill.sources.base import Item
 from latentmill.store.store import LatentStore, open_store
@@ -26,7 +26,8 @@ class Neighbour:
 
     Attributes:
         key: Its key.
-        similarity: Cosine similarity of the pooled latents, at most 1.
+        similarity: Mean of two cosines, of the course in time and of the spectrum; 1 for equal
+            sounds.
         duration: Its length in seconds.
     """
 
@@ -72,7 +73,7 @@ def neighbours(
                 f"{opened.url} has no record {name}, and there is no audio file {name}: check the "
                 "key or the path."
             )
-        vector = pooled(opened, _encoded(opened, name))
+        vector = vectors.of_latent(_encoded(opened, name))
     if not vector.any():
         raise ConfigError(f"{name} is silent, so it has no neighbours: use another query.")
     positions, similarities = _nearest(vectors, vector, count, own)

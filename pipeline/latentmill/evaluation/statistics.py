@@ -65,7 +65,7 @@ def measure_statistics(
     result = _result(store, table, totals, lufs)
     if record and store.sealed:
         store.storage.clear_scratch()  # of a measurement that was killed
-        vectors = write_vectors(store.storage, table.positions)
+        vectors = write_vectors(store.storage, table.positions, table.shapes)
         result = result.model_copy(update={"vectors": vectors})
         write_measurement(store.storage, store.info, result)
         remove_other_vectors(store.storage, vectors)

@@ -23,24 +23,47 @@ from latentmill.store.results import PooledVectors, StoreStatistics
 from latentmill.store.store import LatentStore
 
 _NAME = re.compile(r"vectors\.[0-9a-f]{16}\.npy")
-_BLOCK = 1 << 16  # rows that are read at once: 8 MiB
+_BLOCK = 1 << 16  # rows that are in memory: 16 MiB on disk
 
 npy: Any = np.lib.format  # without type hints
 Half = npt.NDArray[np.float16]
 
 
-def write_vectors(storage: Storage, vectors: Half) -> PooledVectors:
-    """Write the vectors `[records, 64]` of all records; the result goes into statistics.json."""
+def write_vectors(storage: Storage, positions: Half, shapes: Half) -> PooledVectors:
+    """Write the vectors of all records, from those of `Pooling`; listed in statistics.json."""
+    sounding = positions.any(axis=1)
+    mean = shapes.mean(axis=0, dtype=np.float64, where=sounding[:, None])
+    mean = np.nan_to_num(mean).astype(np.float32)  # NaN if all are silent
     with storage.scratch_file("vectors.npy") as file:
         with writing(str(file)), file.open("wb") as out:
-            np.save(out, vectors, allow_pickle=False)
+            shape = (len(positions), Pooling.SIZE + len(mean))
+            kind = {"descr": "<f2", "fortran_order": False, "shape": shape}
+            npy.write_array_header_1_0(out, kind)
+            for start in range(0, len(positions), _BLOCK):
+                part = slice(start, start + _BLOCK)
+                block = combined(positions[part], shapes[part], mean)
+                out.write(block.astype("<f2").tobytes())
         with file.open("rb") as written:
             digest = hash_of(written)
         path = f"{EVALUATION}/vectors.{digest[:16]}.npy"
         if not storage.publish(file, path) and not has_hash(storage, path, digest):
             storage.delete(path)  # named by its hash, so it is damaged
             storage.publish(file, path)
-    return PooledVectors(file=path, hash=digest)
+    return PooledVectors(file=path, hash=digest, mean=mean.tolist())
+
+
+def combined(positions: npt.NDArray[Any], shapes: npt.NDArray[Any], mean: FloatArray) -> FloatArray:
+    """Unit vectors whose product is the mean of two cosines; zeros for silent records.
+
+    One cosine is that of the positions, which compares the course in time. The other is that of
+    the shapes without the mean shape, which compares the spectrum.
+    """
+    vectors = np.concatenate([positions, shapes - mean], axis=1, dtype=np.float32)
+    for columns in (slice(0, Pooling.SIZE), slice(Pooling.SIZE, None)):
+        norms = np.linalg.norm(vectors[:, columns], axis=1, keepdims=True)
+        vectors[:, columns] /= np.sqrt(2) * np.maximum(norms, 1e-30)
+    vectors[~positions.any(axis=1)] = 0
+    return vectors
 
 
 def remove_other_vectors(storage: Storage, vectors: PooledVectors) -> None:
@@ -48,16 +71,6 @@ def remove_other_vectors(storage: Storage, vectors: PooledVectors) -> None:
     for name in storage.list(EVALUATION):
         if _NAME.fullmatch(name) and f"{EVALUATION}/{name}" != vectors.file:
             storage.delete(f"{EVALUATION}/{name}")
-
-
-def pooled(store: LatentStore, latent: Latent) -> FloatArray:
-    """The vector `[64]` of a latent of this store."""
-    parts = [chunk[:, : used_frames(chunk)] for chunk in latent] if latent.ndim == 3 else [latent]
-    frames = np.concatenate(parts, axis=1).T.astype(np.float32)  # [F, D]
-    pooling = ShardPass(store).pooling
-    positions, _ = pooling(torch.from_numpy(frames), np.array([len(frames)]))
-    vector: FloatArray = positions[0]
-    return vector
 
 
 class StoredVectors:
@@ -72,9 +85,22 @@ class StoredVectors:
                 f"{store.url} --only statistics` first."
             )
         self._store, self._entry = store, result.vectors
+        self._mean = np.array(result.vectors.mean, np.float32)
+
+    def of_latent(self, latent: Latent) -> FloatArray:
+        """The vector of a latent in the format of the store."""
+        stacked = latent.ndim == 3
+        parts = [chunk[:, : used_frames(chunk)] for chunk in latent] if stacked else [latent]
+        frames = torch.from_numpy(np.concatenate(parts, axis=1).T.astype(np.float32))  # [F, D]
+        pooling = ShardPass(self._store).pooling
+        positions, shapes = pooling(frames, np.array([len(frames)]))
+        if shapes.shape[1] != len(self._entry.mean):
+            raise self._damaged()
+        vector: FloatArray = combined(positions, shapes, self._mean)[0]
+        return vector
 
     def row(self, position: int) -> FloatArray:
-        """The vector `[64]` of one record."""
+        """The vector of one record."""
         for start, block in self.blocks():
             if position < start + len(block):
                 vector: FloatArray = block[position - start]
@@ -87,12 +113,13 @@ class StoredVectors:
         Raises StoreError at the end if the file does not match its hash.
         """
         store, digest = self._store, xxhash.xxh3_128()
-        width = 2 * Pooling.SIZE
+        columns = Pooling.SIZE + len(self._mean)
+        width = 2 * columns
         try:
             with store.storage.open(self._entry.file) as file:
                 npy.read_magic(file)
                 shape, in_columns, kind = npy.read_array_header_1_0(file)
-                if shape != (len(store), Pooling.SIZE) or kind != np.float16 or in_columns:
+                if shape != (len(store), columns) or kind != np.float16 or in_columns:
                     raise self._damaged()
                 begin = file.tell()
                 file.seek(0)
@@ -102,7 +129,7 @@ class StoredVectors:
                     if len(data) != width * min(_BLOCK, len(store) - start):
                         raise self._damaged()
                     digest.update(data)
-                    block = np.frombuffer(data, np.float16).reshape(-1, Pooling.SIZE)
+                    block = np.frombuffer(data, np.float16).reshape(-1, columns)
                     yield start, block.astype(np.float32)
                 if file.read(1) or digest.hexdigest() != self._entry.hash:
                     raise self._damaged()

@@ -156,7 +156,10 @@ class PooledVectors(_Result):
 
     file: str = Field(
         pattern=r"^evaluation/vectors\.[0-9a-f]{16}\.npy$",
-        description="float16 [records, 64], in the order of the index.",
+        description="float16 [records, 64 + length of mean], in the order of the index.",
+    )
+    mean: list[float] = Field(
+        min_length=1, max_length=64, description="Mean spectral shape of the records."
     )
     hash: str = Field(description="xxh3-128 of the file's bytes, hex.")
 
