@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentmill.encoding.loudness import SEARCHED, LevelMeter, loudest_part
+from latentmill.encoding.loudness import SEARCHED, LevelMeter, busiest_part, loudest_part
 from latentmill.models.families import mdct
 from latentmill.record import decibels
 
@@ -66,6 +66,17 @@ def test_the_loudest_part() -> None:
         assert loudest_part(levels[:count], 500, 30, 1.0) == np.argmax(sums)
     assert loudest_part(levels, 500, 500, 1.0) == loudest_part(levels, 20, 30, 1.0) == 0
     assert loudest_part([None], 500, 30, 1.0) == 0
+
+
+def test_the_busiest_part_has_most_stems_not_the_loudest_one() -> None:
+    loud, quiet, late = (np.zeros(500, np.uint8) for _ in range(3))
+    loud[50:90] = 250
+    quiet[300:420], late[310:350] = 170, 180
+    levels = [one.tobytes() for one in (loud, quiet, late)]
+    assert loudest_part(levels, 500, 40, 1.0) == 50
+    assert busiest_part(levels, 500, 40, 1.0) == 310
+    assert busiest_part([None, *levels], 300, 40, 1.0) == 50
+    assert busiest_part([b"", None], 20, 30, 1.0) == 0
 
 
 def test_only_the_start_of_a_long_record_is_searched() -> None:

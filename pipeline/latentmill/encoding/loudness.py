@@ -15,6 +15,7 @@ from latentmill.models.base import ModelSpec
 from latentmill.record import LOUDEST, STEPS_PER_DB, FloatArray, decibels
 
 SILENT_DB = -60.0  # a frame below this level counts as silent
+AUDIBLE_DB = 30.0  # below the loudest frame of a record
 SEARCHED = 600.0  # seconds from the start in which the loudest part is searched
 
 
@@ -98,5 +99,24 @@ def loudest_part(
     for levels in records:
         found = decibels((levels or b"")[:searched]).astype(np.float64)
         power[: len(found)] += 10 ** (found / 10)
-    sums = np.cumsum(np.append(0.0, power))
-    return int((sums[frames:] - sums[:-frames]).argmax()) if frames < searched else 0
+    return _largest_part(power, frames)
+
+
+def busiest_part(
+    records: Iterable[bytes | None], total: int, frames: int, frames_per_second: float
+) -> int:
+    """The first frame of the part in which the most records are audible, as in `loudest_part`.
+
+    The loudest part of several stems would often have one stem only.
+    """
+    searched = min(total, max(frames, round(SEARCHED * frames_per_second)))
+    audible = np.zeros(searched)
+    for levels in records:
+        found = decibels((levels or b"")[:searched])
+        audible[: len(found)] += found > max(SILENT_DB, found.max(initial=-np.inf) - AUDIBLE_DB)
+    return _largest_part(audible, frames)
+
+
+def _largest_part(values: npt.NDArray[np.float64], frames: int) -> int:
+    sums = np.cumsum(np.append(0.0, values))
+    return int((sums[frames:] - sums[:-frames]).argmax()) if frames < len(values) else 0

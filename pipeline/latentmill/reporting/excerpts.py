@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latentmill.encoding.loudness import loudest_part
+from latentmill.encoding.loudness import busiest_part, loudest_part
 from latentmill.errors import ItemError, LatentmillError
 from latentmill.record import FloatArray, Latent, Record
 from latentmill.sources.address import item_at
@@ -100,13 +100,17 @@ class Excerpts:
         return self.common_part([record], self.store.entry(record.key).frames, seconds)
 
     def common_part(self, records: Sequence[Record], total: int, seconds: float) -> Part:
-        """The part in which records are loudest, of which the shortest has `total` frames."""
+        """The loudest part of a record, or the one in which the most of several are audible.
+
+        The shortest record has `total` frames.
+        """
         most = min(record.num_samples for record in records)
         if self.store.chunking.stitch == "none":  # chunks are decoded from the start
             return Part(0, total, 0, min(most, round(seconds * self._rate)))
         frames = max(1, min(total, math.ceil(seconds * self._rate / self._hop)))
         levels = (record.levels for record in records)
-        first = loudest_part(levels, total, frames, self._rate / self._hop)
+        chosen = loudest_part if len(records) == 1 else busiest_part
+        first = chosen(levels, total, frames, self._rate / self._hop)
         start = first * self._hop
         return Part(first, frames, start, max(0, min(frames * self._hop, most - start)))
 
