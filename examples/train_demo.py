@@ -231,7 +231,7 @@ def medians(runs: Sequence[dict[str, list[float]]]) -> dict[str, dict[str, float
 
 def picture(card: dict[str, dict[str, dict[str, float]]]) -> str:
     """An SVG with a bar for each measure and model, on a logarithmic scale."""
-    width, row, left, top = 660, 46, 210, 34
+    width, row, left, top = 680, 46, 230, 34
     low, high = 0.01, 10.0
     place = lambda value: left + (width - left - 70) * math.log(value / low) / math.log(high / low)  # noqa: E731
     height = top + row * len(MEASURES) + 40
@@ -265,7 +265,7 @@ def picture(card: dict[str, dict[str, dict[str, float]]]) -> str:
             parts.append(
                 f'<rect x="{left}" y="{at}" width="{max(1.0, end - left):.1f}" height="14" '
                 f'class="{name}"/><path class="range" d="M{least:.1f} {at + 7}H{most:.1f}"/>'
-                f'<text x="{end + 8:.1f}" y="{at + 12}">{one["value"]:.3g}</text>'
+                f'<text x="{most + 8:.1f}" y="{at + 12}">{one["value"]:.3g}</text>'
             )
     return "\n".join(parts) + "\n</svg>\n"
 
