@@ -106,16 +106,16 @@ def test_no_browser_without_a_display(monkeypatch: pytest.MonkeyPatch) -> None:
 
 INTERRUPTED = """
 import contextlib, os, signal
-from latentmill.view import catalog
+from latentmill.store import metadata_file
 
-write = catalog.write_metadata
+write = metadata_file.write_metadata
 
 def interrupted(*args):
     write(*args)
     with contextlib.suppress(SUPPRESSED):
         os.kill(os.getpid(), signal.SIGINT)
 
-catalog.write_metadata = interrupted
+metadata_file.write_metadata = interrupted
 from latentmill.cli.entry import main
 main()
 """
