@@ -481,7 +481,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--to", 1], "--to has no effect without --revert: add --revert, or leave it out."),
         (
             ["--revert", "--from", file],
-            "--revert takes no other changes: run them in two commands.",
+            "--revert cannot be combined with --from, --remove or --key-column: run two commands.",
         ),
         (
             ["--remove", "x", "--key-column", "k"],

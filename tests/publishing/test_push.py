@@ -173,6 +173,10 @@ def test_a_branch(hub: HubServer, url: str) -> None:
     assert published(hub, "v1/beta") == without_card(files(url))
     assert published(hub) == {}
     assert len(lm.open(result.url)) == len(LENGTHS)
+    copy = f"{url}-copy"
+    pull(result.url, copy)
+    assert without_card(files(copy)) == without_card(files(url))
+    assert pull(f"{URL}@v1/beta", copy).copied == ()
 
 
 def other_files(hub: HubServer, url: str) -> None:
@@ -256,7 +260,11 @@ def test_addresses_that_are_no_datasets(address: str, one_sentence: OneSentence)
 def test_revisions_of_addresses() -> None:
     assert Repository.parse(f"{URL}@v1") == Repository(REPO, "v1")
     assert Repository.parse(URL, "v1").url == f"{URL}@v1"
-    with pytest.raises(ConfigError, match="leave out --revision"):
+    for name in ("feature/x", "100%", "a%2Fb", "refs/pr/1"):
+        branch = Repository(REPO, name)
+        assert Repository.parse(branch.url) == Repository.parse(branch.url, name) == branch
+    wanted = r"the URL already has a revision \(@v1\): use either @v1 or --revision\."
+    with pytest.raises(ConfigError, match=wanted):
         Repository.parse(f"{URL}@v1", "v2")
 
 

@@ -60,7 +60,9 @@ def annotate(
     from latentmill.curation.annotate import revert_annotations
 
     if revert and (file or remove or key_column):
-        raise ConfigError("--revert takes no other changes: run them in two commands.")
+        raise ConfigError(
+            "--revert cannot be combined with --from, --remove or --key-column: run two commands."
+        )
     if to is not None and not revert:
         raise ConfigError("--to has no effect without --revert: add --revert, or leave it out.")
     if not revert and not file and not remove:

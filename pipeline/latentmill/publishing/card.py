@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import yaml
@@ -130,7 +131,7 @@ def _section(contents: Contents, repo: str) -> Iterator[str]:
     )
     yield f"\nOther tools read the shards in `shards/`{fields}."
     if info.format == "parquet" and info.layout == "time-major":
-        revision = name.partition("@")[2].replace("%2F", "/")
+        revision = unquote(name.partition("@")[2])
         at = f", revision={json.dumps(revision)}" if revision else ""
         yield "\n```python\nimport numpy as np\nfrom datasets import load_dataset\n"
         yield f'rows = load_dataset("{name.partition("@")[0]}", split="train", streaming=True{at})'

@@ -164,8 +164,8 @@ def _check_annotations(contents: Contents, dest: Storage, listed: Mapping[str, i
 
 def _encoded_itself(dest: Storage, path: str) -> ConfigError:
     return ConfigError(
-        f"{dest.root} was encoded or annotated itself, or is damaged ({path} is not that of the "
-        "store): use an empty destination."
+        f"{dest.root} has changes of its own or is damaged ({path} differs from the source): use "
+        "an empty destination."
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
+from urllib.parse import unquote
 
 from latentmill.errors import ConfigError, LatentmillError, StorageError, StoreError
 from latentmill.storage.remote import cause_of, status_of, storage_errors
@@ -30,13 +31,17 @@ class Repository:
             raise ConfigError(
                 f"{url} is not a dataset on the Hugging Face hub: use hf://datasets/USER/NAME."
             )
-        if match[2] and revision not in (None, match[2]):
-            raise ConfigError(f"{url} has a revision, too: leave out --revision or @{match[2]}.")
-        return cls(match[1], revision or match[2] or "main")
+        own = match[2] and unquote(match[2].rstrip("/"))  # feature/x is feature%2Fx in a URL
+        if own and revision not in (None, own):
+            raise ConfigError(
+                f"the URL already has a revision (@{own}): use either @{own} or --revision."
+            )
+        return cls(match[1], revision or own or "main")
 
     @property
     def url(self) -> str:
-        at = "" if self.revision == "main" else f"@{self.revision.replace('/', '%2F')}"
+        revision = self.revision.replace("%", "%25").replace("/", "%2F")
+        at = "" if revision == "main" else f"@{revision}"
         return f"hf://datasets/{self.name}{at}"
 
 
