@@ -16,11 +16,13 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+import xxhash
 
 import latentmill as lm
 from latentmill.engine import lease
 from latentmill.engine.lock import only_run
 from latentmill.errors import ConfigError, LatentmillError, StorageError, StoreError
+from latentmill.evaluation.statistics import measure_statistics
 from latentmill.publishing.contents import contents_of
 from latentmill.publishing.sync import sync
 from latentmill.publishing.transfer import BLOCK
@@ -153,6 +155,33 @@ def test_results_and_annotations_follow(tmp_path: Path) -> None:
     }
     assert lm.open(copy)["item/00000"].metadata["mood"] == "wild"
     assert files(copy) == files(url)
+
+
+@pytest.mark.parametrize("kind", ["disk", "memory"])
+def test_vectors_of_the_statistics(
+    kind: str, places: Callable[[str], str], one_sentence: OneSentence
+) -> None:
+    """Earlier vectors are removed from a copy, unless it has statistics of its own."""
+    url, copy = store_at(places("disk")), places(kind)
+    sync(url, copy)
+    measure_statistics(lm.open(copy))
+    (own,) = (name for name in files(copy) if "vectors" in name)
+    assert sync(url, copy).removed == ()
+    assert own in files(copy)
+    latents = [latent_of(number + 1, length) for number, length in enumerate(LENGTHS)]
+    measure_statistics(write_again(url, [0, 1, 2], latents))
+    result = sync(url, copy)
+    assert own in result.removed
+    assert files(copy) == files(url)
+    (name,) = (name for name in files(url) if "vectors" in name)
+    assert result.copied.index(name) < result.copied.index("evaluation/statistics.json")
+    assert lm.neighbours(copy, "item/00000") == lm.neighbours(url, "item/00000")
+    Path(url, name).write_bytes(b"x")
+    with pytest.raises(
+        StoreError, match=r"vectors.* is damaged: run `latentmill evaluate"
+    ) as error:
+        sync(url, copy)
+    one_sentence(error.value)
 
 
 def test_a_copy_of_a_view(tmp_path: Path) -> None:
@@ -370,11 +399,15 @@ def test_a_damaged_copy_is_repaired(tmp_path: Path) -> None:
     assert files(copy) == files(url)
 
 
-@pytest.mark.parametrize("kind", ["disk", "memory"])
-def test_a_large_shard_is_copied_in_pieces(kind: str, places: Callable[[str], str]) -> None:
+@pytest.mark.parametrize("kind", ["shard", "vectors"])
+def test_a_large_file_is_copied_in_pieces(kind: str, places: Callable[[str], str]) -> None:
     size = 3 * BLOCK
-    latent = np.zeros((64, size // 128), np.float16)
+    latent = np.zeros((64, size // 128 if kind == "shard" else 1), np.float16)
     url = write_latents(places("disk"), [latent.shape[1]], channels=64, latents=[latent]).url
+    if kind == "vectors":
+        data = bytes(size)
+        name = f"vectors.{xxhash.xxh3_128_hexdigest(data)[:16]}.npy"
+        Storage(url).write(f"evaluation/{name}", data)
     tracemalloc.start()
     try:
         sync(url, places("disk"))

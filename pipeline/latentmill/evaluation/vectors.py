@@ -19,10 +19,9 @@ from latentmill.storage.storage import Storage, writing
 from latentmill.store.commit import hash_of
 from latentmill.store.measurement import EVALUATION, current_result
 from latentmill.store.metadata import has_hash
-from latentmill.store.results import PooledVectors, StoreStatistics
+from latentmill.store.results import VECTORS_FILE, PooledVectors, StoreStatistics
 from latentmill.store.store import LatentStore
 
-_NAME = re.compile(r"vectors\.[0-9a-f]{16}\.npy")
 _BLOCK = 1 << 16  # rows that are in memory: 16 MiB on disk
 
 npy: Any = np.lib.format  # without type hints
@@ -69,8 +68,9 @@ def combined(positions: npt.NDArray[Any], shapes: npt.NDArray[Any], mean: FloatA
 def remove_other_vectors(storage: Storage, vectors: PooledVectors) -> None:
     """Remove the vectors of earlier results."""
     for name in storage.list(EVALUATION):
-        if _NAME.fullmatch(name) and f"{EVALUATION}/{name}" != vectors.file:
-            storage.delete(f"{EVALUATION}/{name}")
+        path = f"{EVALUATION}/{name}"
+        if re.fullmatch(VECTORS_FILE, path) and path != vectors.file:
+            storage.delete(path)
 
 
 class StoredVectors:

@@ -7,6 +7,7 @@ while they are copied is noticed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from latentmill.store.annotations import ANNOTATIONS, annotation_path
 from latentmill.store.commit import READERS, SealHash, hash_of
 from latentmill.store.describe import is_complete
 from latentmill.store.measurement import EVALUATION
+from latentmill.store.results import VECTORS_FILE
 from latentmill.store.schema import (
     CARD_PATH,
     DATASET_PATH,
@@ -137,7 +139,7 @@ def contents_of(url: str) -> Contents:
         first.append(_hashed(storage, BATCH_PATH, replaced=True))
     last = [_hashed(storage, path, digest) for path, digest in _sealed_files(info)]
     last += [_hashed(storage, path, digest) for path, digest in _annotations(storage, info)]
-    last += [_hashed(storage, path, replaced=True) for path in _results(storage)]
+    last += _results(storage)
     if storage.exists(CARD_PATH):
         last.append(_hashed(storage, CARD_PATH, replaced=True))
     units = tuple(_units(storage, store))
@@ -174,14 +176,28 @@ def _annotations(storage: Storage, info: DatasetInfo) -> Iterator[tuple[str, str
             yield path, digest
 
 
-def _results(storage: Storage) -> Iterator[str]:
+def _results(storage: Storage) -> Iterator[StoreFile]:
+    """Results of evaluations; statistics.json after the vectors that it refers to."""
+    documents = []
     for name in sorted(storage.list(EVALUATION)):
         if name.startswith("."):
             continue
         try:
-            yield file_in_store(f"{EVALUATION}/{name}")
+            path = file_in_store(f"{EVALUATION}/{name}")
         except ValueError as error:
             raise StoreError(f"{storage.root}: {error}: rename or delete it.") from error
+        if not re.fullmatch(VECTORS_FILE, path):
+            documents.append(path)
+            continue
+        vectors = _hashed(storage, path)  # as large as 256 bytes per record
+        if not path.endswith(f".{vectors.hash[:16]}.npy"):
+            raise StoreError(
+                f"{storage.root}/{path} is damaged: run `latentmill evaluate {storage.root} --only "
+                "statistics` to write it again."
+            )
+        yield vectors
+    for path in documents:
+        yield _hashed(storage, path, replaced=True)
 
 
 def _hashed(

@@ -16,6 +16,8 @@ from latentmill.storage.storage import Storage
 from latentmill.store.annotations import ANNOTATIONS
 from latentmill.store.card import MARKER
 from latentmill.store.commit import READERS, hash_of
+from latentmill.store.measurement import EVALUATION
+from latentmill.store.results import VECTORS_FILE
 from latentmill.store.schema import (
     CARD_PATH,
     COMMITS,
@@ -209,6 +211,8 @@ def _superseded(
             not folder and re.fullmatch(f"{INDEX_NAME}|{METADATA_NAME}", name)
         ):
             yield path
+        elif re.fullmatch(VECTORS_FILE, path) and f"{EVALUATION}/statistics.json" in needed:
+            yield path  # of statistics that are replaced, if the copy has any
 
 
 def _folders(files: tuple[StoreFile, ...]) -> list[str]:

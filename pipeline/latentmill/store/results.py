@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+VECTORS_FILE = r"evaluation/vectors\.[0-9a-f]{16}\.npy"  # named by the hash of its bytes
+
 
 class _Result(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -155,7 +157,7 @@ class PooledVectors(_Result):
     """File with a short vector for each record, for `latentmill neighbours`."""
 
     file: str = Field(
-        pattern=r"^evaluation/vectors\.[0-9a-f]{16}\.npy$",
+        pattern=f"^{VECTORS_FILE}$",
         description="float16 [records, 64 + length of mean], in the order of the index.",
     )
     mean: list[float] = Field(
