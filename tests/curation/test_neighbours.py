@@ -102,6 +102,7 @@ def test_what_has_no_neighbours_is_one_sentence(
 ) -> None:
     (tmp_path / "broken.wav").write_bytes(b"this is not audio")
     for query, kind, message in (
+        ("z" * 300, ConfigError, "has no record zzz+, and there is no audio file zzz+: check"),
         ("zzz", ConfigError, "has no record zzz, and there is no audio file zzz"),
         ("silent", ConfigError, "silent is silent, so it has no neighbours"),
         (audio / "silent.wav", ConfigError, "is silent, so it has no neighbours"),

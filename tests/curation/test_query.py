@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import latentmill as lm
+from latentmill.curation.query import write_query
 from latentmill.errors import ConfigError, StoreError
 from latentmill.store.schema import DATASET_PATH
 from latentmill.store.store import LatentStore
@@ -98,6 +99,7 @@ REFUSED = [
     ("SELECT durtion FROM records", 'the query failed: .*durtion.*Candidate bindings: "duration"'),
     ("SELCT 1", "the query failed: syntax error at or near"),
     ("SELECT CAST(key AS INT) FROM records", "the query failed: Could not convert string"),
+    ("SELECT '\udcff'", "character 9 of the query is not valid UTF-8: remove it"),
     ("SELECT error('One. Two! Three?')", "the query failed: One"),
 ]
 
@@ -173,6 +175,69 @@ def test_output_files(
     )
     assert failing.code == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.csv", "r.parquet"]
+
+
+def test_output_paths(
+    store: LatentStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Long names and missing folders; paths that are not files are refused."""
+
+    def written(path: Path, *options: str) -> tuple[int, str]:
+        done = call(capsys, "query", store.url, "SELECT 1", "-o", path, *options)
+        return done.code, done.out + done.err
+
+    for file in (tmp_path / "new" / "folder" / "x.csv", tmp_path / f"{'n' * 251}.csv"):
+        assert written(file) == (0, f"{file}: 1 row\n")
+    (tmp_path / "f.csv").mkdir()
+    os.mkfifo(tmp_path / "p.csv")
+    for name, message in (("f.csv", "is a folder"), ("p.csv", "is not a regular file")):
+        for options in ((), ("--overwrite",)):
+            code, text = written(tmp_path / name, *options)
+            assert code == 2
+            assert message in text
+    (tmp_path / "a").touch()
+    code, text = written(tmp_path / "a" / "x.csv")
+    assert code == 6
+    assert text.startswith(f"latentmill: Cannot write {tmp_path}/a/x.csv: ")
+    code, text = written(tmp_path / f"{'n' * 252}.csv")
+    assert code == 6
+    assert "File name too long" in text
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+# Values, and whether CSV and Parquet have a type for them.
+VALUES = [
+    ("INTERVAL '3' DAY", False, False),
+    ("[INTERVAL '3' DAY]", True, False),
+    ("CAST('0101' AS BIT)", False, True),
+    ("CAST('\\xFF' AS BLOB)", False, True),
+    ("TIME '01:02:03'", True, True),
+    ("CAST(1 AS HUGEINT)", True, True),
+]
+
+
+@pytest.mark.parametrize(("value", "in_csv", "in_parquet"), VALUES)
+def test_types_that_a_file_cannot_have(
+    store: LatentStore,
+    tmp_path: Path,
+    value: str,
+    in_csv: bool,
+    in_parquet: bool,
+    one_sentence: Callable[[BaseException], str],
+) -> None:
+    for kind, known in (("csv", in_csv), ("parquet", in_parquet)):
+        file = tmp_path / f"x.{kind}"
+        if not known:
+            with pytest.raises(ConfigError, match=f"^{kind} files cannot contain a col") as error:
+                write_query(store, f"SELECT {value} AS a", file)
+            assert "CAST(COLUMN AS VARCHAR)" in one_sentence(error.value)
+            assert list(tmp_path.iterdir()) == []
+        text = tmp_path / f"text.{kind}"
+        assert write_query(store, f"SELECT ({value})::VARCHAR AS a", text) == 1
+        text.unlink()
+        if known:
+            assert write_query(store, f"SELECT {value} AS a", file) == 1
+            file.unlink()
 
 
 def test_annotated_values_are_columns(tmp_path: Path) -> None:

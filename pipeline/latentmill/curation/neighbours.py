@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +67,8 @@ def neighbours(
     if own is not None:
         vector = vectors.row(own)
     else:
-        if "://" not in name and not Path(name).is_file():
+        # Path.is_file raises OSError for a name that is too long.
+        if "://" not in name and not os.path.isfile(name):  # noqa: PTH113
             raise ConfigError(
                 f"{opened.url} has no record {name}, and there is no audio file {name}: check the "
                 "key or the path."

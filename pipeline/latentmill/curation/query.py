@@ -20,6 +20,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from latentmill.errors import ConfigError
+from latentmill.storage.scratch import check_replaceable, partial_file
 from latentmill.storage.storage import writing
 from latentmill.store.metadata_file import metadata_source
 from latentmill.store.store import LatentStore, open_store
@@ -80,23 +81,34 @@ def write_query(
     """
     if file.suffix.lower() not in FILE_TYPES:
         raise ConfigError(f"{file} must end in .csv or .parquet.")
-    if file.exists() and not (overwrite and file.is_file()):
-        raise ConfigError(f"{file} exists: choose another output path, or add --overwrite.")
+    kind = file.suffix.lower().removeprefix(".")
     count = 0
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with _result(store, sql) as result, writing(str(file)):
-        as_csv = file.suffix.lower() == ".csv"
-        schema = _flat(result.schema) if as_csv else result.schema
-        try:
-            kind = pyarrow.csv.CSVWriter if as_csv else pq.ParquetWriter
-            with kind(str(temporary), schema) as out:
+    with writing(str(file)):
+        check_replaceable(file)
+        if file.exists() and not overwrite:
+            raise ConfigError(f"{file} exists: choose another output path, or add --overwrite.")
+        with _result(store, sql) as result, partial_file(file) as partial, _converted(kind):
+            as_csv = kind == "csv"
+            schema = _flat(result.schema) if as_csv else result.schema
+            writer = pyarrow.csv.CSVWriter if as_csv else pq.ParquetWriter
+            with writer(str(partial), schema) as out:
                 for batch in result:
                     count += len(batch)
                     out.write(_flat_batch(batch, schema) if as_csv else batch)
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
+            partial.replace(file)
     return count
+
+
+@contextlib.contextmanager
+def _converted(kind: str) -> Iterator[None]:
+    """Turn errors of Arrow about types that a file cannot have into errors for users."""
+    try:
+        yield
+    except pa.ArrowException as error:
+        raise ConfigError(
+            f"{kind} files cannot contain a column of the result ({_sentence(str(error))}): "
+            "convert it with CAST(COLUMN AS VARCHAR)."
+        ) from error
 
 
 def first_rows(
@@ -125,6 +137,7 @@ def _result(
     opened = store if isinstance(store, LatentStore) else open_store(store)
     with contextlib.closing(duckdb.connect(":memory:", config=_SETTINGS)) as connection:
         try:
+            sql.encode()  # arguments that are not text have surrogates
             statements = connection.extract_statements(sql)
             if len(statements) != 1:
                 raise ConfigError(f"found {len(statements)} statements: {_READ}")
@@ -135,6 +148,11 @@ def _result(
             connection.execute("SET lock_configuration = true")
             relation = _interruptible(connection, lambda: connection.sql(statement).materialize())
             yield relation.to_arrow_reader(_BATCH)
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"character {error.start + 1} of the query is not valid UTF-8: remove it, or run "
+                "the command in a terminal that uses UTF-8."
+            ) from error
         except duckdb.PermissionException as error:
             raise ConfigError(
                 "a query reads the table `records` only, no files: to write the result to a file, "
