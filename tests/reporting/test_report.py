@@ -213,6 +213,18 @@ def test_a_sealed_store_needs_neither_plan_nor_commits(
     assert f"encoded {ENCODED} skipped by a filter 1 failed 2" in page.text
 
 
+def test_a_view_lists_what_was_left_out(report_store: LatentStore, tmp_path: Path) -> None:
+    lm.select(report_store, tmp_path / "view", where="duration > 3")
+    view = lm.open(tmp_path / "view")
+    page = Page(render(view, Budget(), items=1))
+    left = sum(record.duration <= 3 for record in report_store)
+    assert f"encoded {len(view)} skipped by a filter {left} failed 0" in page.text
+    assert sum(view.info.left_out.values()) == left
+    wanted = f"Why items were skipped Reason Items where: not duration > 3 {left} "
+    assert wanted in page.text
+    assert ".jpg" not in page.text  # ignored by the source of the base
+
+
 def test_a_page_has_no_more_than_its_budget(report_store: LatentStore) -> None:
     budget = Budget(bytes=200_000, players=3)
     html = render(report_store, budget, items=4)

@@ -37,7 +37,7 @@ class Contents:
 
     Attributes:
         failures: The most frequent reasons.
-        skips: The same of skipped items.
+        skips: The same of skipped items; of a view, why records of its bases were left out.
         unlisted: Numbers of failed and of skipped items with other reasons.
         ignored: Number of files that are not audio, by extension.
         stages: Seconds by the names of `encoding.timings.COUNTERS`, summed over workers.
@@ -79,6 +79,8 @@ def contents(store: LatentStore) -> Contents:
         workers.add(commit.worker)
         units, size = units + 1, size + tally.bytes
     info = store.info
+    for text, count in info.left_out.items():
+        skips.count(text, count)
     return Contents(
         items=info.items,
         encoded=info.encoded,
@@ -105,14 +107,19 @@ class _Reasons:
 
     def add(self, pairs: Iterable[tuple[str, str]]) -> None:
         for key, text in pairs:
-            self._total += 1
-            kind = re.sub(r"\d+", "0", text)
-            if kind not in self._found and len(self._found) == _MAX_KINDS:
-                continue
-            reason = self._found.setdefault(kind, Reason(text))
-            reason.count += 1
-            if len(reason.keys) < MAX_EXAMPLES:
+            reason = self.count(text, 1)
+            if reason is not None and len(reason.keys) < MAX_EXAMPLES:
                 reason.keys.append(key)
+
+    def count(self, text: str, items: int) -> Reason | None:
+        """Count items with a reason; None if it is not among those that are kept apart."""
+        self._total += items
+        kind = re.sub(r"\d+", "0", text)
+        if kind not in self._found and len(self._found) == _MAX_KINDS:
+            return None
+        reason = self._found.setdefault(kind, Reason(text))
+        reason.count += items
+        return reason
 
     def most(self) -> tuple[Reason, ...]:
         return tuple(sorted(self._found.values(), key=lambda one: -one.count)[:MAX_REASONS])
@@ -122,6 +129,8 @@ class _Reasons:
 
 
 def _ignored(store: LatentStore) -> Mapping[str, int]:
+    if store.info.bases:  # `store.plan` is that of the first base
+        return {}
     try:
         return store.plan.ignored
     except LatentmillError:  # a sealed store can be read without its plan
