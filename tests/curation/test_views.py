@@ -21,6 +21,7 @@ import latentmill as lm
 from latentmill.curation.split import _assigned
 from latentmill.curation.views import Curated
 from latentmill.errors import ConfigError, LatentmillError, StoreError
+from latentmill.storage.storage import Storage
 from latentmill.store.schema import DATASET_PATH
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import verify
@@ -334,15 +335,25 @@ def test_hostile_views(
     refused("outside", "damaged", index="../view/index.arrow")
     refused("none", "damaged", index="index.00.arrow")
     refused("number", "settings", bases=[base | {"url": bases[1], "fingerprint": "x"}])
+    for number, url in enumerate(["a", "", "\0", "data://a", "reference://a", "jupyter://a"]):
+        refused(f"url{number}", "invalid base store", bases=[base | {"url": url}])
     refused("file", "outside", origin="../../etc/passwd")
 
 
 def test_a_view_in_a_bucket_does_not_read_this_machine(
     bases: tuple[str, str], s3_bucket: str
 ) -> None:
-    lm.select(bases[0], f"{s3_bucket}/view", sample=5)
-    with pytest.raises(StoreError, match="was not made on this machine"):
-        lm.open(f"{s3_bucket}/view")
+    with pytest.raises(ConfigError, match=r"is a local path, so a view in .* could not be read"):
+        lm.select(bases[0], f"{s3_bucket}/view", sample=5)
+    write_latents(f"{s3_bucket}/store", [6] * 9)
+    view = lm.select(f"{s3_bucket}/store", f"{s3_bucket}/view", sample=5).out
+    storage = Storage(view)
+    document = json.loads(storage.read(DATASET_PATH))
+    for url, expected in ((bases[0], "is a local path"), ("http://10.0.0.1/a", "another server")):
+        document["bases"][0]["url"] = url
+        storage.write(DATASET_PATH, json.dumps(document).encode())
+        with pytest.raises(StoreError, match=expected):
+            lm.open(view)
 
 
 def test_bases_on_disk_and_in_a_bucket(
@@ -374,7 +385,7 @@ def test_tars_and_parquet(bases: tuple[str, str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "expected"),
     [
-        (lambda s, o: lm.select(s, o, where="number > 1000"), "No record"),
+        (lambda s, o: lm.select(s, o, where="number > 1000"), "No record of"),
         (lambda s, o: lm.select(s, o, where="nummer > 1"), "did you mean number"),
         (lambda s, o: lm.select(s, o, keys=["item/1"]), "no records with 1 of the 1 keys"),
         (lambda s, o: lm.select(s, o, sample=-1), "sample is -1"),
@@ -383,12 +394,12 @@ def test_tars_and_parquet(bases: tuple[str, str], tmp_path: Path) -> None:
             lambda s, o: lm.select(s, o, sample=3, stratify="gender"),
             "no record .* has such",
         ),
-        (lambda s, o: lm.select(s, o, min_loudness=0.0), "No record is left"),
+        (lambda s, o: lm.select(s, o, min_loudness=0.0), "No records match"),
         (lambda s, o: lm.select(s, s), "overlap"),
         (lambda s, o: lm.select(s, f"{s}/inside"), "overlap"),
         (lambda s, o: lm.merge([s, s], o), "20 keys are in more than one store"),
         (lambda s, o: lm.merge([s, s], o, prefix=True), "Two stores have the folder name 'one'"),
-        (lambda s, o: lm.merge([], o), "No store"),
+        (lambda s, o: lm.merge([], o), "needs at least one store"),
         (lambda s, o: lm.split(s, o, {"a": 0.7, "b": 0.7}), "add up to 1.4"),
         (lambda s, o: lm.split(s, o, {"../a": 0.7}), "invalid part"),
         (lambda s, o: lm.split(s, o, {"a": float("nan")}), "invalid part"),

@@ -42,7 +42,7 @@ def select(
     ] = None,
     keys: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Keep records whose keys are in this file, one a line."),
+        typer.Option(metavar="FILE", help="Keep the keys in this file, one per line."),
     ] = None,
     min_loudness: Annotated[
         float | None,
@@ -52,8 +52,8 @@ def select(
         str | None,
         typer.Option(
             metavar="KIND",
-            help="Keep one of the records with equal files or latents (exact), or also of those "
-            "with almost equal latents (near, which reads all latents).",
+            help="Drop duplicates and keep the first record of each group. exact: equal files or "
+            "latents. near: also almost equal latents; reads all latents.",
         ),
     ] = None,
     drop_outliers: Annotated[
@@ -81,8 +81,9 @@ def select(
 ) -> None:
     """Write a subset of STORE to OUT.
 
-    OUT is a view by default: a small store that refers to the latents in STORE. It opens, trains
-    and verifies as any store while STORE exists. Records that are left out are counted by reason.
+    OUT is a view by default: a small store that refers to the latents in STORE. You can open it,
+    verify it and train on it like any store, as long as STORE exists. Records that are left out
+    are counted by reason.
     """
     from latentmill.cli import show
     from latentmill.curation.select import select as select_records
@@ -178,13 +179,16 @@ def merge(
     ],
     prefix: Annotated[
         bool,
-        typer.Option("--prefix", help="Put the name of its store's folder before each key."),
+        typer.Option(
+            "--prefix",
+            help="Prefix each key and group with the folder name of its store, e.g. latents/KEY.",
+        ),
     ] = False,
     copy: Copy = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write all records of several stores of the same settings as one store, a view by default."""
+    """Combine several stores that were encoded with the same settings. Writes a view by default."""
     from latentmill.cli import show
     from latentmill.curation.merge import merge as merge_stores
 
@@ -200,7 +204,7 @@ def merge(
 
 def _lines(file: Path) -> list[str]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ConfigError(f"Cannot read {file}: {why}.") from error

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import xxhash
 
-from latentmill.curation.views import Chosen, Curated
+from latentmill.curation.chosen import Chosen
+from latentmill.curation.views import Curated
 from latentmill.engine.lock import only_run
 from latentmill.errors import ConfigError
 from latentmill.export.export import refuse_unless_empty
@@ -49,7 +50,6 @@ def write_copy(out: str, chosen: Sequence[Chosen]) -> Curated:
         refuse_unless_empty(storage)
     with only_run(storage) as hold:
         storage = hold.storage
-        tidy_plan(storage, load(storage))
         plan = _plan(storage, found)
         tidy_plan(storage, plan)
         tidy(storage)
@@ -79,9 +79,9 @@ class _Records:
         """A hash of all keys, of the latents, and of what is left out."""
         digest = xxhash.xxh3_128()
         for one in self.chosen:
-            digest.update(f"{one.store.url}\0{one.prefix}\0{one.store.index.items_hash}".encode())
-            digest.update(np.ascontiguousarray(one.store.index.column("hash")).tobytes())
-            digest.update(one.rows.tobytes())
+            digest.update(f"{one.store.url}\0{one.prefix}\0{one.index.items_hash}".encode())
+            digest.update(np.ascontiguousarray(one.index.column("hash")).tobytes())
+            digest.update(f"{one.rows.tolist()} {one.store.info.metadata_hash}".encode())
             digest.update(repr(one.left_out["reason"].to_pylist()).encode())
         return digest.hexdigest()
 
@@ -89,9 +89,9 @@ class _Records:
         """The records as items of a plan: their source files."""
         for one in self.chosen:
             fields = FieldReader(one.store, _FIELDS)
-            for start in range(0, len(one.store), _BATCH):
-                rows = np.arange(start, min(start + _BATCH, len(one.store)))
-                keys = one.store.index.keys(rows)
+            for start in range(0, len(one.index), _BATCH):
+                rows = np.arange(start, min(start + _BATCH, len(one.index)))
+                keys = one.index.keys(rows)
                 for key, row in zip(keys, fields.read(rows), strict=True):
                     yield replace(
                         item_at(row["source_uri"]),
@@ -125,7 +125,9 @@ def _plan(storage: Storage, records: _Records) -> Plan:
     first = records.chosen[0].store
     selection = {"copy_of": records.digest}
     existing = load(storage)
-    if existing is not None:
+    if existing is None:
+        tidy_plan(storage, None)
+    else:
         if existing.source_settings != selection:
             raise ConfigError(
                 f"{storage.root} is another store: use an empty folder, or the same options as the "

@@ -26,8 +26,8 @@ def merge(
     Args:
         stores: Complete stores or views.
         out: A new folder or URL.
-        prefix: Put the name of its store's folder and `/` before each key. Without it, a key that
-            two stores have is an error.
+        prefix: Prefix each key and group with the folder name of its store, `latents/KEY`. Without
+            it, a key that two stores have is an error.
         copy: Write a store with copies of the latents instead of a view; see `select`.
         overwrite: Replace a view that is at `out`.
 
@@ -37,15 +37,17 @@ def merge(
     """
     opened = [one if isinstance(one, LatentStore) else open_store(one) for one in stores]
     if not opened:
-        raise ConfigError("No store is given: name at least one.")
+        raise ConfigError("merge needs at least one store.")
     target = os.fspath(out)
-    check_sources(opened, target)
+    if copy and overwrite:
+        raise ConfigError("overwrite replaces views only: leave it out, and copy to a new folder.")
+    check_sources(opened, target, copy=copy)
     names = [store.url.rstrip("/").rpartition("/")[2] for store in opened]
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if prefix and repeated:
         raise ConfigError(
-            f"Two stores have the folder name {repeated[0]!r}, so it cannot be put before their "
-            "keys: rename one of them."
+            f"Two stores have the folder name {repeated[0]!r}, so --prefix would not make their "
+            "keys unique: rename one folder."
         )
     chosen = [
         Selector(store).chosen(f"{name}/" if prefix else "")

@@ -32,8 +32,8 @@ def select(
 
     By default this is a view: a store that names its records in `store` by key and latent hash, and
     copies no latent. It is opened, trained on and verified as any store, while `store` exists. The
-    conditions are applied in the order of the arguments; every record that one leaves out is
-    counted with the reason, and listed in the file `left_out` of dataset.json.
+    conditions are applied in the order of the arguments; every record that a condition leaves out
+    is counted, with the reason, and listed in the file `left_out` of dataset.json.
 
     Args:
         store: A complete store or a view.
@@ -47,7 +47,7 @@ def select(
         sample: Keep this number of records (1 or more), or this share of them (below 1).
         stratify: Sample the same share of each value of this field.
         seed: Seed of the sample.
-        copy: Write a store with copies of the latents, as the same call continues if interrupted.
+        copy: Write a store with copies of the latents. If interrupted, the same call continues.
         overwrite: Replace a view that is at `out`.
 
     Raises:
@@ -56,11 +56,15 @@ def select(
     """
     opened = store if isinstance(store, LatentStore) else open_store(store)
     target = os.fspath(out)
-    check_sources([opened], target)
+    if copy and overwrite:
+        raise ConfigError("overwrite replaces views only: leave it out, and copy to a new folder.")
+    check_sources([opened], target, copy=copy)
     if sample is not None and not sample > 0:
         raise ConfigError(f"sample is {sample:g}: use a number of records or a share below 1.")
     if stratify is not None and sample is None:
         raise ConfigError("stratify has no effect without a sample: set sample, or leave it out.")
+    if seed and sample is None:
+        raise ConfigError("seed has no effect without a sample: set sample, or leave it out.")
     if drop_duplicates not in (None, "exact", "near"):
         raise ConfigError(f"drop_duplicates is {drop_duplicates!r}: use exact or near.")
     selector = Selector(opened)

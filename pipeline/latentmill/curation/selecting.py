@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from latentmill.curation.chosen import LEFT_OUT_SCHEMA, Chosen, Ints
 from latentmill.curation.columns import values_of
-from latentmill.curation.views import LEFT_OUT_SCHEMA, Chosen, Ints
-from latentmill.errors import ConfigError
+from latentmill.errors import ConfigError, StoreError
 from latentmill.evaluation.shard_pass import RecordTable, ShardPass
 from latentmill.evaluation.similarity import joined, near_pairs, outliers
 from latentmill.reader.fields import FieldReader, Where, select
@@ -26,7 +26,7 @@ class Selector:
     """The records of a store that are still chosen; each step leaves out some, with a reason."""
 
     def __init__(self, store: LatentStore) -> None:
-        self.store = store
+        self.store, self.index = store, store.index
         self._reasons: list[str] = []
         self._reason_of = np.full(len(store), -1, np.int16)  # -1: chosen
         self._details: dict[int, str] = {}
@@ -49,12 +49,16 @@ class Selector:
         out = np.flatnonzero(self._reason_of >= 0)
         reasons = [self._reasons[number] for number in self._reason_of[out].tolist()]
         details = [self._details.get(row) for row in out.tolist()]
-        keys = [prefix + key for key in self.store.index.keys(out)]
-        columns = [keys, reasons, details]
+        keys = [prefix + key for key in self.index.keys(out)]
+        columns = [pa.array(c, pa.string()) for c in (keys, reasons, details)]
         table = pa.Table.from_arrays(
-            [pa.array(c, pa.string()) for c in columns], schema=LEFT_OUT_SCHEMA
+            [columns[0], columns[1].dictionary_encode(), columns[2]], schema=LEFT_OUT_SCHEMA
         )
-        return Chosen(self.store, self.rows, table, prefix)
+        if self.store.index is not self.index:  # some numbers are of records in another index
+            raise StoreError(
+                f"{self.store.url} was changed while it was read: run the command again."
+            )
+        return Chosen(self.store, self.index, self.rows, table, prefix)
 
     def leave_out(self, rows: Iterable[int], reason: str) -> None:
         """Leave out those of some records that are still chosen."""
@@ -82,7 +86,7 @@ class Selector:
         Raises:
             ConfigError: The store does not have one of the keys.
         """
-        rows = {key: self.store.index.find(key) for key in keys}
+        rows = {key: self.index.find(key) for key in keys}
         missing = [key for key, row in rows.items() if row is None]
         if missing:
             raise ConfigError(
@@ -122,7 +126,7 @@ class Selector:
         The records with the lowest hashes of seed and key are kept. With `stratify`, each value of
         that field keeps its share of the records.
         """
-        rows, key = self.rows, self.store.index.keys(self.rows)
+        rows, key = self.rows, self.index.keys(self.rows)
         hashes = np.array([hash_of(seed, one) for one in key], np.uint64)
         values: Sequence[Hashable] = [None] * len(rows)
         if stratify is not None:
@@ -150,10 +154,10 @@ class Selector:
 
     @property
     def _frames(self) -> Ints:
-        return self.store.index.column("frames")
+        return self.index.column("frames")
 
     def _keep_first(self, group: Sequence[int], reason: str) -> None:
-        kept = self.store.index.key(min(group))
+        kept = self.index.key(min(group))
         others = [row for row in group if row != min(group) and self._reason_of[row] < 0]
         self.leave_out(others, reason)
         self._details |= dict.fromkeys(others, kept)
@@ -163,7 +167,7 @@ class Selector:
         table = FieldReader(self.store, ["content_hash", "source_uri"]).gather()
         first: dict[object, int] = {}
         pairs: dict[tuple[int, int], float] = {}
-        hashes, samples = self.store.index.column("hash"), self.store.index.column("num_samples")
+        hashes, samples = self.index.column("hash"), self.index.column("num_samples")
         digests, uris = (table[name].to_pylist() for name in table.column_names)
         for row in self.rows.tolist():
             uri = uris[row]

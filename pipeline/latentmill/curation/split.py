@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,11 +16,15 @@ from latentmill.curation.columns import values_of
 from latentmill.curation.selecting import Selector, hash_of
 from latentmill.curation.views import Curated, check_sources, write_view
 from latentmill.encoding.stored import parse_json
+from latentmill.engine.lock import LOCK_PATH, only_run
 from latentmill.errors import ConfigError, StoreError
-from latentmill.storage.storage import Storage, file_in_store
+from latentmill.evaluation.similarity import joined
+from latentmill.plan import PLAN_PATH
+from latentmill.storage.storage import SCRATCH, Storage, file_in_store
+from latentmill.store.schema import DATASET_PATH
 from latentmill.store.store import LatentStore, open_store
 
-ASSIGNMENT_PATH = "assignment.json"
+SPLIT_PATH = "split.json"
 _OUTSIDE = "outside of all shares"
 
 
@@ -65,7 +70,7 @@ def split(
             records without a group.
         seed: Another seed gives another split.
         duplicates_together: Keep near duplicates in the same part, too. This reads all latents. The
-            parts are then recorded in OUT/assignment.json, and kept by later calls; a new record
+            parts are then recorded in OUT/split.json, and kept by later calls; a new record
             that would connect two parts is left out.
         overwrite: Replace the views of an earlier split.
 
@@ -76,34 +81,51 @@ def split(
     _check_shares(into)
     opened = store if isinstance(store, LatentStore) else open_store(store)
     target = os.fspath(out)
-    check_sources([opened], target)
+    check_sources([opened], target, copy=False)
     selector = Selector(opened)
-    names = _units(opened, by)
-    assignment = {name: _side(seed, name, into) for name in dict.fromkeys(names)}
-    if duplicates_together:
-        settings = {"into": dict(into), "by": by or "group", "seed": seed}
-        known = _recorded(Storage(target), settings)
-        joined = _joined(names, selector.groups_of_duplicates())
-        assignment, conflicts = _assigned(assignment, joined, known)
-        Storage(target).write(
-            ASSIGNMENT_PATH, json.dumps(settings | {"parts": assignment}).encode()
-        )
-        for row, name in enumerate(names):
-            if name in conflicts:
-                selector.leave_out([row], f"a duplicate of records in {conflicts[name]}")
-    sides = np.array([assignment.get(name) or "" for name in names])
-    written = []
-    for name, wanted in into.items():
-        part = selector.copy()
+    names = _units(selector, by)
+    settings: dict[str, Any] = {"into": dict(into), "by": by or "group", "seed": seed}
+    settings["duplicates_together"] = duplicates_together
+    _recorded(Storage(target), settings)  # checked before the lock, which writes a file
+    with only_run(Storage(target)) as hold:
+        known = _recorded(hold.storage, settings)
+        assignment = {name: _side(seed, name, into) for name in dict.fromkeys(names)}
+        if duplicates_together:
+            connected = _joined(names, selector.groups_of_duplicates())
+            assignment, conflicts = _assigned(assignment, connected, known)
+            for row, name in enumerate(names):
+                if name in conflicts:
+                    selector.leave_out([row], f"a duplicate of records in {conflicts[name]}")
+            settings["parts"] = {**known, **assignment}
+        parts = _parts(selector, [assignment.get(name) for name in names], into)
+        for name, part in parts.items():
+            if not len(part.rows) and Storage(f"{target}/{name}").exists(DATASET_PATH):
+                raise ConfigError(
+                    f"{target}/{name} would have no records now: delete it, then run the command "
+                    "again."
+                )
+        hold.storage.write(SPLIT_PATH, json.dumps(settings).encode())
+        written = []
+        for name, part in parts.items():
+            view = None
+            if len(part.rows):
+                view = write_view(f"{target}/{name}", [part.chosen()], overwrite=overwrite)
+            share = len(part.rows) / max(1, len(names))
+            written.append(Side(name, into[name], share, view))
+    return tuple(written)
+
+
+def _parts(
+    selector: Selector, sides: Sequence[str | None], into: Mapping[str, float]
+) -> dict[str, Selector]:
+    """The records of each part."""
+    parts, of_record = {}, np.array([side or "" for side in sides])
+    for name in into:
+        parts[name] = selector.copy()
         for other in (*(one for one in into if one != name), ""):
             reason = f"in {other}" if other else _OUTSIDE
-            part.leave_out(np.flatnonzero(sides == other), reason)
-        share = len(part.rows) / max(1, len(opened))
-        view = None
-        if len(part.rows):
-            view = write_view(f"{target}/{name}", [part.chosen()], overwrite=overwrite)
-        written.append(Side(name, wanted, share, view))
-    return tuple(written)
+            parts[name].leave_out(np.flatnonzero(of_record == other), reason)
+    return parts
 
 
 def _check_shares(into: Mapping[str, float]) -> None:
@@ -125,15 +147,23 @@ def _check_shares(into: Mapping[str, float]) -> None:
         )
 
 
-def _units(store: LatentStore, by: str | None) -> list[str]:
+def _units(selector: Selector, by: str | None) -> list[str]:
     """For each record a text that is equal for records that belong together."""
-    alone = [f"key {key}" for key in store.index.keys(np.arange(len(store)))]
+    keys = [f"key {key}" for key in selector.index.keys(np.arange(len(selector.index)))]
     if by == "key":
-        return alone
-    values = values_of(store, by or "group", "by")
+        return keys
+    values = values_of(selector.store, by or "group", "by")
     return [
-        one if value is None else f"value {value}" for one, value in zip(alone, values, strict=True)
+        key if value is None else f"value {_text(value)}"
+        for key, value in zip(keys, values, strict=True)
     ]
+
+
+def _text(value: object) -> str:
+    """The text of a value; 5 and 5.0 have the same, because a column of both has floats."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
 def _side(seed: int, name: str, into: Mapping[str, float]) -> str | None:
@@ -148,21 +178,13 @@ def _side(seed: int, name: str, into: Mapping[str, float]) -> str | None:
 
 def _joined(names: Sequence[str], groups: Sequence[Sequence[int]]) -> list[set[str]]:
     """Sets of units that are connected by duplicates."""
-    leader: dict[str, str] = {}
-
-    def find(name: str) -> str:
-        while leader.setdefault(name, name) != name:
-            leader[name] = leader[leader[name]]
-            name = leader[name]
-        return name
-
-    for group in groups:
-        for row in group[1:]:
-            leader[find(names[row])] = find(names[group[0]])
-    sets: dict[str, set[str]] = defaultdict(set)
-    for name in leader:
-        sets[find(name)].add(name)
-    return [some for some in sets.values() if len(some) > 1]
+    number = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    own = list(number)
+    pairs = {
+        (number[names[group[0]]], number[names[row]]): 0.0 for group in groups for row in group[1:]
+    }
+    sets = ({own[place] for place in places} for places, _ in joined(pairs))
+    return [some for some in sets if len(some) > 1]
 
 
 def _assigned(
@@ -181,7 +203,9 @@ def _assigned(
         new = [name for name in some if name not in known]
         parts = {known[name] for name in some if name in known}
         if len(parts) > 1:
-            conflicts |= dict.fromkeys(new, " and ".join(sorted(str(part) for part in parts)))
+            conflicts |= dict.fromkeys(
+                new, " and ".join(sorted(part or "no part" for part in parts))
+            )
         else:
             part = next(iter(parts)) if parts else assignment[min(some)]
             found |= dict.fromkeys(new, part)
@@ -191,14 +215,19 @@ def _assigned(
 
 
 def _recorded(storage: Storage, settings: Mapping[str, object]) -> dict[str, str | None]:
-    """The parts of an earlier call; empty if there was none."""
-    data = storage.read_if_exists(ASSIGNMENT_PATH)
+    """The parts of an earlier call; empty if there was none. Refuses a folder of anything else."""
+    data = storage.read_if_exists(SPLIT_PATH)
     if data is None:
+        names = set(storage.list("")) - {".lease"}
+        if storage.local and Path(storage.root).exists():
+            names = {one.name for one in Path(storage.root).iterdir()} - {LOCK_PATH, SCRATCH}
+        if names or storage.exists(PLAN_PATH):
+            raise ConfigError(f"{storage.root} is not empty: use another output folder.")
         return {}
-    where = f"{storage.root}/{ASSIGNMENT_PATH}"
+    where = f"{storage.root}/{SPLIT_PATH}"
     try:
         document = parse_json(data)
-        parts = document["parts"]
+        parts = document.get("parts", {})
         valid = all(isinstance(part, str | None) for part in parts.values())
     except (ValueError, TypeError, LookupError, AttributeError):
         valid = False
@@ -206,7 +235,7 @@ def _recorded(storage: Storage, settings: Mapping[str, object]) -> dict[str, str
         raise StoreError(f"{where} is damaged: restore it, or write the split to another folder.")
     if {name: document.get(name) for name in settings} != settings:
         raise ConfigError(
-            f"{where} is that of a split with other shares, fields or seed: use the same, or "
-            "another folder."
+            f"{storage.root} was written with a different --into, --by, --seed or "
+            "--duplicates-together: use the same values or another output folder."
         )
     return dict(parts)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -18,21 +17,23 @@ import xxhash
 
 from latentmill import __version__
 from latentmill.curation.annotation_table import EMPTY, merged
+from latentmill.curation.chosen import Chosen
+from latentmill.curation.view_metadata import write_view_metadata
 from latentmill.engine.lock import LOCK_PATH, only_run
 from latentmill.errors import ConfigError
 from latentmill.storage.remote import refuse_secrets
-from latentmill.storage.storage import SCRATCH, Storage, writing
+from latentmill.storage.storage import SCRATCH, Storage
 from latentmill.store.annotations import (
     ANNOTATIONS,
     Annotations,
     annotation_entry,
     annotation_file,
     annotation_path,
+    open_annotations,
 )
-from latentmill.store.bases import inside_base, renamed, split_path
+from latentmill.store.bases import BASES, Bases, inside_base, renamed, split_path
 from latentmill.store.index import Index
-from latentmill.store.metadata import METADATA_SCHEMA, ROW_GROUP, publish
-from latentmill.store.metadata_file import metadata_of
+from latentmill.store.metadata import publish_metadata
 from latentmill.store.schema import (
     DATASET_PATH,
     INDEX_NAME,
@@ -46,33 +47,6 @@ from latentmill.store.schema import (
 from latentmill.store.seal import read_origin, read_seal, write_origin, write_seal
 from latentmill.store.statistics import ChannelStatistics
 from latentmill.store.store import LatentStore
-
-Ints = npt.NDArray[np.int64]
-
-LEFT_OUT_SCHEMA = pa.schema(
-    [
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("reason", pa.string(), nullable=False),
-        pa.field("detail", pa.string()),  # of a duplicate: the record that is kept
-    ]
-)
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """Records of a store.
-
-    Attributes:
-        store: The store, which may be a view.
-        rows: Positions of the records in the store's index, ascending.
-        left_out: The other records, as `LEFT_OUT_SCHEMA`.
-        prefix: What is put before the keys.
-    """
-
-    store: LatentStore
-    rows: Ints
-    left_out: pa.Table
-    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,7 +68,7 @@ class Curated:
     left_out: Mapping[str, int]
 
 
-def check_sources(stores: Sequence[LatentStore], out: str) -> None:
+def check_sources(stores: Sequence[LatentStore], out: str, *, copy: bool) -> None:
     """Raise ConfigError or StoreError if stores cannot be used together, or not for `out`."""
     first, root = stores[0], Storage(out).root
     for store in stores:
@@ -103,8 +77,13 @@ def check_sources(stores: Sequence[LatentStore], out: str) -> None:
                 f"{store.url} is not complete: finish the run that encodes it, then use it here."
             )
         refuse_secrets("The store", store.url, ConfigError)
-        if f"{root}/".startswith(f"{store.url}/") or f"{store.url}/".startswith(f"{root}/"):
+        if is_inside(root, store.url) or is_inside(store.url, root):
             raise ConfigError(f"{out} and {store.url} overlap: use another output folder.")
+        if Storage(store.url).local and not Storage(out).local and not copy:
+            raise ConfigError(
+                f"{store.url} is a local path, so a view in {out} could not be read elsewhere: "
+                "use --copy, or write the view to this machine."
+            )
         for name in ("fingerprint", "format"):
             if getattr(store.info, name) != getattr(first.info, name):
                 what = "settings of encoding" if name == "fingerprint" else "shard formats"
@@ -112,6 +91,12 @@ def check_sources(stores: Sequence[LatentStore], out: str) -> None:
                     f"{first.url} and {store.url} have different {what}: use stores that were "
                     "encoded in the same way."
                 )
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """Whether a path is a folder or inside of it, also through links."""
+    real = [os.path.realpath(one) if "://" not in one else one for one in (path, folder)]
+    return f"{real[0]}/".startswith(f"{real[1]}/")
 
 
 def write_view(out: str, chosen: Sequence[Chosen], *, overwrite: bool = False) -> Curated:
@@ -139,7 +124,12 @@ def write_view(out: str, chosen: Sequence[Chosen], *, overwrite: bool = False) -
         write_origin(storage, read_origin(chosen[0].store.storage))
         name = f"index.{digest[:16]}.arrow"
         storage.write(name, data)
-        metadata, metadata_hash = _write_metadata(storage, chosen)
+        annotations, annotation = _write_annotations(storage, chosen, before, keep=not overwrite)
+        if annotations is None:
+            metadata, metadata_hash = write_view_metadata(storage, chosen)
+        else:  # the view's own values are not in the metadata of the bases
+            view = Bases(Storage(storage.root), entries).over(storage)
+            metadata, metadata_hash = publish_metadata(view, index, annotations)
         lengths = index.column("num_samples").sum() / chosen[0].store.info.model["sample_rate"]
         statistics = _statistics(chosen)
         info = chosen[0].store.info.model_copy(
@@ -164,7 +154,7 @@ def write_view(out: str, chosen: Sequence[Chosen], *, overwrite: bool = False) -
                 "metadata": metadata,
                 "metadata_hash": metadata_hash,
                 "bases": entries,
-                "annotation": _write_annotations(storage, chosen, before),
+                "annotation": annotation,
                 "left_out": counts,
                 "left_out_file": _write_left_out(storage, left_out),
             }
@@ -188,7 +178,7 @@ def _bases(chosen: Sequence[Chosen]) -> tuple[list[BaseEntry], Index]:
         return len(entries) - 1
 
     for one in chosen:
-        store, table = one.store, one.store.index.table.take(pa.array(one.rows))
+        store, table = one.store, one.index.table.take(pa.array(one.rows))
         if store.bases is None:
             tables.append(inside_base(table, number(store.url, store.info, one.prefix), one.prefix))
             continue
@@ -199,17 +189,24 @@ def _bases(chosen: Sequence[Chosen]) -> tuple[list[BaseEntry], Index]:
 
         def moved(path: str, numbers: Sequence[int] = numbers) -> str:
             base, inside = split_path(path)
-            return f"bases/{numbers[base]}/{inside}"
+            return f"{BASES}/{numbers[base]}/{inside}"
 
         tables.append(renamed(table, one.prefix, moved))
     index = Index.from_tables(tables)
     if not len(index):
-        raise ConfigError("No record is left: use other conditions.")
+        raise ConfigError("No records match all conditions: relax one of them.")
     _refuse_repeated(index.table["key"])
     of_shard = np.array([split_path(path)[0] for path in index.shards], np.int64)
-    counts = np.bincount(of_shard[index.column("shard")], minlength=len(entries)).tolist()
-    pairs = zip(entries, counts, strict=True)
-    return [entry.model_copy(update={"records": count}) for entry, count in pairs], index
+    counts = np.bincount(of_shard[index.column("shard")], minlength=len(entries))
+    used = np.flatnonzero(counts)  # a base without records is not needed
+    place = {old: new for new, old in enumerate(used.tolist())}
+
+    def renumbered(path: str) -> str:
+        base, inside = split_path(path)
+        return f"{BASES}/{place[base]}/{inside}"
+
+    found = [entries[n].model_copy(update={"records": int(counts[n])}) for n in used.tolist()]
+    return found, Index.from_tables([renamed(index.table, "", renumbered)])
 
 
 def _refuse_repeated(keys: pa.ChunkedArray) -> None:
@@ -260,15 +257,19 @@ def _statistics(chosen: Sequence[Chosen]) -> ChannelStatistics:
 
 
 def _write_annotations(
-    storage: Storage, chosen: Sequence[Chosen], before: DatasetInfo | None
-) -> AnnotationEntry | None:
-    """Write the annotations of the chosen records, as the next version if a view is replaced."""
+    storage: Storage, chosen: Sequence[Chosen], before: DatasetInfo | None, *, keep: bool
+) -> tuple[Annotations | None, AnnotationEntry | None]:
+    """Write the annotations of the chosen records, as the next version if a view is replaced.
+
+    Those of the view that is replaced stay, but values of the bases replace them, unless `keep`.
+    The first result is None if there are only those of the bases.
+    """
     table = EMPTY
     for one in chosen:
         annotations = one.store.annotations
         if annotations is None:
             continue
-        keys = one.store.index.key_array().take(pa.array(one.rows))
+        keys = one.index.key_array().take(pa.array(one.rows))
         rows = annotations.table.filter(pc.is_in(annotations.table["key"], value_set=keys))
         if one.prefix:
             prefixed = pc.binary_join_element_wise(one.prefix, rows["key"], "")
@@ -276,10 +277,17 @@ def _write_annotations(
         table = merged(table, rows)
     entry = None if before is None else before.annotation
     if entry is None and not len(table):
-        return None
+        return None, None
+    if entry is not None:
+        names = [one.prefix + key for one in chosen for key in one.index.keys(one.rows)]
+        own = open_annotations(storage, entry).table
+        own = own.filter(pc.is_in(own["key"], value_set=pa.array(names, pa.string())))
+        table = merged(table, own) if keep else merged(own, table)
     path, data = annotation_path(1 if entry is None else entry.version + 1), annotation_file(table)
     storage.write(path, data)
-    return annotation_entry(entry, data, Annotations(table))
+    annotations = Annotations(table)
+    own_values = None if entry is None else annotations
+    return own_values, annotation_entry(entry, data, annotations)
 
 
 def _write_left_out(storage: Storage, table: pa.Table) -> str | None:
@@ -291,59 +299,3 @@ def _write_left_out(storage: Storage, table: pa.Table) -> str | None:
     name = f"left_out.{xxhash.xxh3_128_hexdigest(data)[:16]}.parquet"
     storage.write(name, data)
     return name
-
-
-def _write_metadata(storage: Storage, chosen: Sequence[Chosen]) -> tuple[str, str]:
-    """Write the metadata file from those of the stores; return its name and hash."""
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(metadata_of(one.store)) for one in chosen]
-        schema = _common_schema([file.schema_arrow for file in files])
-        temporary = stack.enter_context(storage.scratch_file("metadata.parquet"))
-        with (
-            writing(str(temporary)),
-            pq.ParquetWriter(temporary, schema, compression="zstd") as out,
-        ):
-            parts = (_rows_of(file, one, schema) for file, one in zip(files, chosen, strict=True))
-            if len(chosen) == 1:  # in order already
-                for table in next(parts):
-                    out.write_table(table, row_group_size=ROW_GROUP)
-            else:
-                every = pa.concat_tables(table for part in parts for table in part)
-                out.write_table(every.sort_by("key"), row_group_size=ROW_GROUP)
-        return publish(storage, temporary)
-
-
-def _rows_of(file: pq.ParquetFile, one: Chosen, schema: pa.Schema) -> Iterator[pa.Table]:
-    """The rows of the chosen records in the order of their keys, a row group at a time."""
-    start = 0
-    for group in range(file.num_row_groups):
-        table = file.read_row_group(group, use_threads=False)
-        first, last = np.searchsorted(one.rows, [start, start + len(table)])
-        rows = one.rows[first:last] - start
-        start += len(table)
-        if not len(rows):
-            continue
-        table = table.take(pa.array(rows))
-        if one.prefix:
-            keys = pc.binary_join_element_wise(one.prefix, table["key"], "")
-            table = table.set_column(0, schema.field("key"), keys)
-        for field in schema:
-            if field.name not in table.column_names:
-                table = table.append_column(field, pa.nulls(len(table), field.type))
-        yield table.select(schema.names).cast(schema).combine_chunks()
-
-
-def _common_schema(schemas: Sequence[pa.Schema]) -> pa.Schema:
-    """The stored fields, and the own metadata whose values have one type in all stores."""
-    types: dict[str, set[pa.DataType]] = {}
-    for field in (field for schema in schemas for field in schema):
-        if field.name not in METADATA_SCHEMA.names:
-            types.setdefault(field.name, set()).add(field.type)
-    numbers = {pa.int64(), pa.float64()}
-    own = []
-    for name, found in sorted(types.items()):
-        if len(found) == 1:
-            own.append(pa.field(name, next(iter(found))))
-        elif found == numbers:
-            own.append(pa.field(name, pa.float64()))
-    return pa.schema([*METADATA_SCHEMA, *own])

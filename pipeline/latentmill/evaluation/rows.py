@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from latentmill.encoding.stored import parse_json
-from latentmill.store.fields import damaged_shard, read_columns
+from latentmill.store.fields import damaged_shard, parse_member, read_columns
 from latentmill.store.store import LatentStore
 
 
@@ -51,7 +50,8 @@ class ShardRows:
                 raise damaged_shard(self._store.storage, path) from error
             return {name: table[name].to_pylist() for name in names}
         pieces = [(path, int(b), int(n)) for b, n in zip(begins, sizes, strict=True)]
-        members = [parse_json(piece) for piece in self._store.storage.read_ranges(pieces)]
+        storage = self._store.storage
+        members = [parse_member(storage, path, piece) for piece in storage.read_ranges(pieces)]
         return {name: [member.get(name) for member in members] for name in names}
 
     def spread(self) -> Iterator[int]:

@@ -32,7 +32,7 @@ class CropReader(RowReader):
 
     def __init__(self, store: LatentStore, cache: RangeCache | None = None) -> None:
         check_croppable(store)
-        self._shards = ShardReader(store.storage, cache)
+        self._cache = cache
         super().__init__(store, cache)
         index = self._index
         self.frames: Ints = index.column("frames")
@@ -44,6 +44,7 @@ class CropReader(RowReader):
 
     def _use_index(self, index: Index) -> None:
         super()._use_index(index)
+        self._shards = ShardReader(self.store.storage, self._cache)
         self._offsets = index.column("offset")
         self._shard_of = index.column("shard")
         sizes = self.store.shard_sizes()

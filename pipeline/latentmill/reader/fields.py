@@ -20,7 +20,7 @@ from latentmill.reader.order import Ints
 from latentmill.reader.rows import RowReader
 from latentmill.sources.where import Condition
 from latentmill.store.annotations import JSON
-from latentmill.store.fields import read_columns
+from latentmill.store.fields import parse_member, read_columns
 from latentmill.store.index import Index
 from latentmill.store.metadata import METADATA_SCHEMA, PREFIX
 from latentmill.store.metadata_file import damaged_metadata, open_metadata
@@ -138,7 +138,10 @@ class FieldReader(RowReader):
         paths = [self._paths[shard] for shard in self._shard_of[rows].tolist()]
         found = self.store.storage.read_ranges(list(zip(paths, offsets, lengths, strict=True)))
         try:
-            members = [parse_json(data) for data in found]
+            storage = self.store.storage
+            members = [
+                parse_member(storage, path, data) for path, data in zip(paths, found, strict=True)
+            ]
             return [{name: member.get(name) for name in self.columns} for member in members]
         except (ValueError, AttributeError) as error:
             raise self._damaged(error) from error

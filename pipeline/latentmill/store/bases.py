@@ -14,18 +14,21 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from latentmill.errors import StoreError
+from latentmill.storage.remote import is_web, protocol_of
 from latentmill.storage.storage import Storage
 from latentmill.store.index import INDEX_SCHEMA, Index, open_index
 from latentmill.store.schema import BaseEntry, DatasetInfo
 from latentmill.store.seal import read_seal
 
 BASES = "bases"
+PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "http", "https", "memory")
 _INSIDE = re.compile(r"bases/(\d{1,6})/(.+)")
 
 
@@ -44,13 +47,30 @@ class Bases:
         return ViewStorage(view, self._storages, [entry.prefix for entry in self.entries])
 
     def _open(self, view: Storage, entry: BaseEntry) -> Storage:
-        base = Storage(entry.url)
-        if base.local and not view.local:
+        """Open a base. dataset.json must not make a reader send requests to any other server."""
+        protocol, path = protocol_of(entry.url), urlsplit(entry.url)
+        local = "://" not in entry.url
+        known = Path(entry.url).is_absolute() if local else protocol in PROTOCOLS
+        if not known or "\0" in entry.url:
             raise StoreError(
-                f"{self._view} is a view that was not made on this machine, so its base store "
-                f"{entry.url} is not read: create the view from stores in a bucket."
+                f"The view {self._view} has an invalid base store, {entry.url!r}: create it again."
             )
-        return base
+        if local and not view.local:
+            raise StoreError(
+                f"The view {self._view} is remote, but its base store {entry.url} is a local path: "
+                "create the view from stores in a bucket."
+            )
+        here = urlsplit(self._view)
+        other = (protocol, path.netloc if is_web(entry.url) else "") != (
+            protocol_of(self._view),
+            here.netloc if is_web(entry.url) else "",
+        )
+        if not view.local and other:
+            raise StoreError(
+                f"The view {self._view} is remote, but its base store {entry.url} is on another "
+                "server: copy the view to a disk if you trust it, and open it there."
+            )
+        return Storage(entry.url)
 
     def _seal(self, number: int) -> DatasetInfo:
         entry, info = self.entries[number], read_seal(self._storages[number])

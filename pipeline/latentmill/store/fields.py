@@ -11,11 +11,13 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentmill.encoding.stored import parse_json
 from latentmill.errors import StorageError
 from latentmill.storage.ranged import RangedFile
 from latentmill.storage.storage import Storage
 from latentmill.store.schema import FIELD_NAMES, RECORD_SCHEMA
 
+PREFIXED = ("key", "group")  # fields with a prefix in a view whose bases have one
 _CACHED_BYTES = 64 << 20  # of fields; items that are neighbours by key can be in many shards
 _MAX_GAP = 1 << 14  # bytes between two columns up to which one request reads both and the gap
 
@@ -45,7 +47,28 @@ def read_columns(storage: Storage, path: str, names: Sequence[str]) -> pa.Table:
         if name not in table.column_names:
             field = RECORD_SCHEMA.field(name).with_nullable(True)
             table = table.append_column(field, pa.nulls(len(table), field.type))
-    return table.select(names).combine_chunks()
+    return with_prefix(table.select(names), storage.key_prefix(path)).combine_chunks()
+
+
+def with_prefix(table: pa.Table, prefix: str) -> pa.Table:
+    """Fields with a prefix before the keys and groups; see `Storage.key_prefix`."""
+    for number, field in enumerate(table.schema):
+        if prefix and field.name in PREFIXED:
+            values = [value and prefix + value for value in table[field.name].to_pylist()]
+            table = table.set_column(number, field, pa.array(values, pa.string()))
+    return table
+
+
+def parse_member(storage: Storage, path: str, data: bytes) -> dict[str, Any]:
+    """The fields of a record in the JSON of a tar, with the prefix of its key and group.
+
+    Raises ValueError, TypeError or AttributeError if they are damaged.
+    """
+    fields: dict[str, Any] = parse_json(data)
+    prefix = storage.key_prefix(path)
+    if not prefix:
+        return fields
+    return {n: prefix + v if v and n in PREFIXED else v for n, v in fields.items()}
 
 
 def damaged_shard(storage: Storage, path: str) -> StorageError:

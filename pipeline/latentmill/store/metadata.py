@@ -35,7 +35,7 @@ from latentmill.store.annotations import (
     wider,
 )
 from latentmill.store.commit import hash_of
-from latentmill.store.fields import damaged_shard, read_columns
+from latentmill.store.fields import damaged_shard, parse_member, read_columns
 from latentmill.store.index import Index
 from latentmill.store.schema import RECORD_SCHEMA, json_text
 
@@ -236,9 +236,6 @@ def shard_rows(
     path = index.shards[shard]
     try:
         table = _fields(storage, index, path, positions)
-        if prefix := storage.key_prefix(path):
-            keys = [prefix + key for key in table["key"].to_pylist()]
-            table = table.set_column(0, RECORD_SCHEMA.field("key"), pa.array(keys, pa.string()))
         if table["key"].to_pylist() != index.keys(positions):
             raise ValueError("the rows belong to other records")
         rms = table["rms"].to_numpy().astype(np.float64)
@@ -265,7 +262,7 @@ def _fields(
     pieces = [(path, int(b), int(n)) for b, n in zip(begins, sizes, strict=True)]
     members = []
     for data in storage.read_ranges(pieces):
-        member = parse_json(data)
+        member = parse_member(storage, path, data)
         levels = member.get("levels")  # stores of earlier versions have none
         members.append({**member, "levels": None if levels is None else base64.b64decode(levels)})
     return pa.Table.from_pylist(members, pa.schema([f.with_nullable(True) for f in _READ]))

@@ -12,7 +12,7 @@ import xxhash
 
 from latentmill.decoding.decoder import LatentSource
 from latentmill.encoding.chunks import Chunking
-from latentmill.encoding.stored import parse_json, refuse_damaged
+from latentmill.encoding.stored import refuse_damaged
 from latentmill.errors import ConfigError, StorageError, StoreError
 from latentmill.models.inference.precision import Precision
 from latentmill.ops import Linearity, Origin
@@ -25,7 +25,7 @@ from latentmill.store.bases import Bases
 from latentmill.store.commit import read_commits
 from latentmill.store.decoder import StoreDecoder
 from latentmill.store.describe import described, is_complete, read_index, warn_incomplete
-from latentmill.store.fields import ShardFields
+from latentmill.store.fields import ShardFields, parse_member
 from latentmill.store.index import Index, IndexEntry, to_batch
 from latentmill.store.measurement import read_measurement, with_measurements
 from latentmill.store.schema import (
@@ -91,17 +91,19 @@ class LatentStore(StoreDecoder, Shown):
     ) -> None:
         self.storage = Storage(os.fspath(url))
         super().__init__(device, trust_model=trust_model, model_options=model_options)
-        self._info = read_seal(self.storage)
+        self._use_seal(read_seal(self.storage))
         self.sealed = self._info is not None
-        self.bases: Bases | None = None
-        if self._info is not None and self._info.bases:
-            self.bases = Bases(self.storage, self._info.bases)
-            self.storage = self.bases.storage
-        self._shard_fields = ShardFields(self.storage)
         if not self.sealed and not self.storage.exists(PLAN_PATH):
             hub = protocol_of(self.url) == "hf"
             login = ", and log in with `hf auth login` if it is private" if hub else ""
             raise StoreError(f"{url} is not a latentmill store: check the path{login}.")
+
+    def _use_seal(self, info: DatasetInfo | None) -> None:
+        own = Storage(self.url)
+        self._info = info
+        self.bases = Bases(own, info.bases) if info is not None and info.bases else None
+        self.storage = own if self.bases is None else self.bases.storage
+        self._shard_fields = ShardFields(self.storage)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, **self._opened_with}
@@ -203,13 +205,10 @@ class LatentStore(StoreDecoder, Shown):
         found = read_seal(self.storage)
         if not self.sealed or found is None:
             return False
-        if found == self._info:
-            if self.bases is None or not self.bases.reload():
-                return False
-        elif found.bases:
-            self.bases = Bases(Storage(self.url), found.bases)
-            self.storage = self.bases.storage
-        self._info = found
+        if found != self._info:
+            self._use_seal(found)
+        elif self.bases is None or not self.bases.reload():
+            return False
         for name in ("index", "plan", "commits", "origin", "annotations"):
             self.__dict__.pop(name, None)
         self._shard_fields.clear()
@@ -281,7 +280,6 @@ class LatentStore(StoreDecoder, Shown):
     def _with_fields(self, entry: IndexEntry, data: bytes, shape: tuple[int, ...]) -> Record:
         try:
             fields = self._fields(entry)
-            fields = {**fields, "key": self.storage.key_prefix(entry.shard) + fields["key"]}
             if fields["key"] != entry.key:
                 raise self._damaged(entry, f"the fields belong to {fields['key']}")
             if self.annotations is not None:
@@ -381,10 +379,9 @@ class LatentStore(StoreDecoder, Shown):
 
     def _fields(self, entry: IndexEntry) -> dict[str, Any]:
         """Read a record's fields except the latent, from the tar's JSON or the Parquet columns."""
-        fields: dict[str, Any]
         if entry.fields_offset >= 0:
-            fields = parse_json(self._read(entry, entry.fields_offset, entry.fields_length))
-            return fields
+            data = self._read(entry, entry.fields_offset, entry.fields_length)
+            return parse_member(self.storage, entry.shard, data)
         return self._shard_fields.row(entry.shard, entry.row)
 
     def _damaged(self, entry: IndexEntry, what: str) -> StorageError:

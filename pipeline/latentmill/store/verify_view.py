@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from latentmill.errors import LatentmillError, StorageError
+from latentmill.errors import LatentmillError
 from latentmill.store.metadata_file import open_metadata
 from latentmill.store.schema import DATASET_PATH
 from latentmill.store.seal import read_origin
@@ -31,7 +31,8 @@ def view_faults(store: LatentStore) -> Iterator[str]:
         yield str(error).rstrip(".")
         return
     try:
-        store.annotations  # noqa: B018
+        if store.annotations is not None:
+            store.annotations.check()
     except LatentmillError as error:
         yield str(error).rstrip(".")
         return
@@ -41,7 +42,7 @@ def view_faults(store: LatentStore) -> Iterator[str]:
         yield f"{store.url}/{DATASET_PATH} does not have the counts of its records: {_HINT}"
     try:
         if read_origin(store.storage).shape[0] != len(info.mean):
-            yield f"{store.url}/{info.origin} is not that of the model: {_HINT}"
+            yield f"{store.url}/{info.origin} does not match the model: {_HINT}"
         metadata = open_metadata(store)
         if metadata is None or not _has_keys(metadata, store):
             yield f"{store.url}/{info.metadata} does not have the records of the index: {_HINT}"
@@ -49,11 +50,12 @@ def view_faults(store: LatentStore) -> Iterator[str]:
             yield f"{store.url}/{info.left_out_file} is missing or damaged: {_HINT}"
     except LatentmillError as error:
         yield str(error).rstrip(".")
-    for position in range(len(index)):
+    order, _ = index.by_shard()
+    for position in order.tolist():
         entry = index.entry(position)
         try:
             latent = store.read(entry).latent
-        except StorageError as error:
+        except LatentmillError as error:
             yield str(error).rstrip(".")
             continue
         if not np.isfinite(latent).all():

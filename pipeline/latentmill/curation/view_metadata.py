@@ -1,0 +1,93 @@
+"""The metadata file of a view, from those of its stores."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence, Set
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from latentmill.curation.chosen import Chosen
+from latentmill.errors import StoreError
+from latentmill.storage.storage import Storage, writing
+from latentmill.store.fields import with_prefix
+from latentmill.store.metadata import METADATA_SCHEMA, PREFIX, ROW_GROUP, publish
+from latentmill.store.metadata_file import metadata_of
+
+
+def write_view_metadata(storage: Storage, chosen: Sequence[Chosen]) -> tuple[str, str]:
+    """Write the metadata file from those of the stores; return its name and hash."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(metadata_of(one.store)) for one in chosen]
+        schema = _common_schema(files)
+        temporary = stack.enter_context(storage.scratch_file("metadata.parquet"))
+        with (
+            writing(str(temporary)),
+            pq.ParquetWriter(temporary, schema, compression="zstd") as out,
+        ):
+            parts = (_rows_of(file, one, schema) for file, one in zip(files, chosen, strict=True))
+            if len(chosen) == 1:  # in order already
+                for table in next(parts):
+                    out.write_table(table, row_group_size=ROW_GROUP)
+            else:
+                every = pa.concat_tables(table for part in parts for table in part)
+                out.write_table(every.sort_by("key"), row_group_size=ROW_GROUP)
+        return publish(storage, temporary)
+
+
+def _rows_of(file: pq.ParquetFile, one: Chosen, schema: pa.Schema) -> Iterator[pa.Table]:
+    """The rows of the chosen records in the order of their keys, a row group at a time."""
+    start = 0
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group, use_threads=False)
+        first, last = np.searchsorted(one.rows, [start, start + len(table)])
+        rows = one.rows[first:last] - start
+        start += len(table)
+        if not len(rows):
+            continue
+        table = table.take(pa.array(rows))
+        if table["key"].to_pylist() != one.index.keys(one.rows[first:last]):
+            raise StoreError(
+                f"{one.store.url} was changed while it was read: run the command again."
+            )
+        table = with_prefix(table, one.prefix)
+        for field in schema:
+            if field.name not in table.column_names:
+                table = table.append_column(field, pa.nulls(len(table), field.type))
+        yield table.select(schema.names).cast(schema).combine_chunks()
+
+
+def _common_schema(files: Sequence[pq.ParquetFile]) -> pa.Schema:
+    """The stored fields, and the own metadata that a column can have for the records of all files.
+
+    A name that a file has in its JSON only is left out, because its values would be missing.
+    """
+    types: dict[str, set[pa.DataType]] = {}
+    for field in (field for file in files for field in file.schema_arrow):
+        if field.name not in METADATA_SCHEMA.names:
+            types.setdefault(field.name, set()).add(field.type)
+    hidden = set[str]()
+    for file in files:
+        missing = types.keys() - set(file.schema_arrow.names)
+        hidden |= _in_json(file, missing) if missing else set()
+    own = []
+    for name, found in sorted(types.items()):
+        if len(found) == 1 and name not in hidden:
+            own.append(pa.field(name, next(iter(found))))
+    return pa.schema([*METADATA_SCHEMA, *own])
+
+
+def _in_json(file: pq.ParquetFile, columns: Set[str]) -> set[str]:
+    """Those of some columns' names that the JSON of a record may have."""
+    found = set[str]()
+    for group in range(file.num_row_groups):
+        texts = file.read_row_group(group, columns=["metadata"], use_threads=False)["metadata"]
+        for column in columns - found:
+            name = json.dumps(column.removeprefix(PREFIX), ensure_ascii=False)
+            if pc.any(pc.match_substring(texts, name)).as_py():
+                found.add(column)
+    return found

@@ -1,0 +1,171 @@
+"""Views while their bases, annotations or settings change, and what stores have in common."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import latentmill as lm
+from latentmill.curation.selecting import Selector
+from latentmill.errors import ConfigError, StoreError
+from latentmill.reader.crops import CropReader
+from latentmill.reader.stems import stem_groups
+from latentmill.store.verify import verify
+from support.latent_store import latent_of, write_again, write_latents
+
+
+def keys_of(url: str) -> list[str]:
+    return list(lm.open(url).keys())
+
+
+def stores(folder: Path, *metadata: list[dict[str, Any]]) -> list[str]:
+    """Stores a, b, ... with a record for each metadata, and latents that tell them apart."""
+    urls = []
+    for number, some in enumerate(metadata):
+        name = "abcd"[number]
+        latents = [latent_of(10 * number + n, 6) for n in range(len(some))]
+        url = str(folder / name)
+        write_latents(url, [6] * len(some), latents=latents, prefix=name, metadata=some)
+        urls.append(url)
+    return urls
+
+
+def annotate(url: str, values: dict[str, dict[str, Any]]) -> None:
+    file = Path(f"{url}.jsonl")
+    file.write_text("\n".join(json.dumps({"key": key, **own}) for key, own in values.items()))
+    lm.annotate(url, file)
+
+
+def test_a_reader_follows_a_view_whose_bases_have_other_numbers(tmp_path: Path) -> None:
+    a, b = stores(tmp_path, [{"n": n} for n in range(8)], [{"n": n} for n in range(8)])
+    view = lm.merge([a, b], tmp_path / "view").out
+    store = lm.open(view)
+    reader, expected = CropReader(store), lm.open(a)["a/00000"].latent
+    lm.merge([b, a], view, overwrite=True)
+    latents = [latent_of(n, 6) for n in range(8)]
+    write_again(a, [0], latents)  # removes the shard that the reader knows
+    block, _ = reader.read_block(np.array([reader.row("a/00000")]), np.array([0]), 6)
+    assert block[0].T.astype(np.float16).tobytes() == expected.tobytes()
+    assert store["a/00000"].latent.tobytes() == expected.tobytes()
+    assert store["b/00003"].metadata == {"n": 3}
+
+
+def test_conditions_see_the_values_that_have_no_column_in_one_store(tmp_path: Path) -> None:
+    mixed: list[dict[str, Any]] = [{"tag": "x"}, {"tag": 1}, {"tag": "x"}]
+    urls = stores(tmp_path, mixed, [{"tag": "x"}, {"tag": "y"}], [{"other": 1.5}])
+    view = lm.merge(urls, tmp_path / "view").out
+    assert keys_of(lm.select(view, tmp_path / "x", where="tag == 'x'").out) == [
+        *("a/00000", "a/00002", "b/00000")
+    ]
+    assert "metadata_other" in lm.open(view).table().column_names
+    huge = stores(tmp_path / "huge", [{"n": 2**60}], [{"n": 0.5}])
+    both = lm.merge(huge, tmp_path / "both").out
+    assert keys_of(lm.select(both, tmp_path / "large", where="n > 1").out) == ["a/00000"]
+
+
+def test_a_base_that_is_sealed_again_while_records_are_chosen(tmp_path: Path) -> None:
+    (a,) = stores(tmp_path, [{"n": n} for n in range(8)])
+    store = lm.open(a)
+    selector = Selector(store)
+    selector.where("n > 2")
+    write_again(a, [0], [latent_of(n, 6) for n in range(8)], failed=[0])
+    store.reload()
+    with pytest.raises(StoreError, match="was changed while it was read"):
+        selector.chosen()
+
+
+def test_annotations_of_a_view_stay_when_it_is_written_again(tmp_path: Path) -> None:
+    (a,) = stores(tmp_path, [{"n": n} for n in range(6)])
+    view = lm.select(a, tmp_path / "view", where="n < 4").out
+    annotate(view, {"a/00001": {"mood": "calm"}, "a/00002": {"mood": "wild"}})
+    lm.select(a, view, where="n < 4")
+    assert lm.open(view)["a/00001"].metadata == {"n": 1, "mood": "calm"}
+    annotate(a, {"a/00002": {"mood": "sad"}, "a/00003": {"key_of": "C"}})
+    lm.select(a, view, where="n < 3", overwrite=True)
+    found = {record.key: record.metadata for record in lm.open(view)}
+    assert found == {
+        "a/00000": {"n": 0},
+        "a/00001": {"n": 1, "mood": "calm"},
+        "a/00002": {"n": 2, "mood": "sad"},
+    }
+    assert verify(lm.open(view)).faults == []
+    assert keys_of(lm.select(view, tmp_path / "calm", where="mood == 'calm'").out) == ["a/00001"]
+
+
+def test_a_copy_is_not_that_of_other_annotations(tmp_path: Path) -> None:
+    (a,) = stores(tmp_path, [{"n": n} for n in range(6)])
+    copy = lm.select(a, tmp_path / "copy", copy=True).out
+    annotate(a, {"a/00002": {"mood": "sad"}})
+    with pytest.raises(ConfigError, match="is another store"):
+        lm.select(a, copy, copy=True)
+
+
+def test_a_number_has_one_part_whatever_the_type_of_its_column(tmp_path: Path) -> None:
+    whole: list[dict[str, Any]] = [{"y": n} for n in range(40)]
+    first, second = stores(tmp_path, whole, [*whole, {"y": 2.5}])
+    sides = []
+    for url in (first, second):
+        parts = lm.split(url, f"{url} split", {"t": 0.5, "v": 0.5}, by="y")
+        found = {}
+        for part in parts:
+            assert part.store is not None
+            found |= {key[-5:]: part.name for key in keys_of(part.store.out)}
+        sides.append(found)
+    assert sides[1].items() > sides[0].items()
+
+
+def test_a_split_keeps_its_settings_and_its_folder(tmp_path: Path) -> None:
+    a, b = stores(tmp_path, [{"n": n} for n in range(30)], [{"n": n} for n in range(3)])
+    out = str(tmp_path / "split")
+    lm.split(a, out, {"t": 0.6, "v": 0.2, "w": 0.2})
+    with pytest.raises(ConfigError, match="different --into"):
+        lm.split(a, out, {"t": 0.5, "v": 0.5}, overwrite=True)
+    only = lm.select(a, tmp_path / "one", keys=[keys_of(f"{out}/t")[0]]).out
+    with pytest.raises(ConfigError, match="would have no records now"):
+        lm.split(only, out, {"t": 0.6, "v": 0.2, "w": 0.2}, overwrite=True)
+    for folder in (b, str(tmp_path)):
+        before = sorted(Path(folder).iterdir())
+        with pytest.raises(ConfigError, match=r"is not empty|overlap"):
+            lm.split(a, folder, {"t": 1.0}, duplicates_together=True)
+        assert sorted(Path(folder).iterdir()) == before
+
+
+def test_a_prefix_keeps_groups_apart(tmp_path: Path) -> None:
+    a, b = stores(tmp_path, [{"n": n} for n in range(4)], [{"n": n} for n in range(4)])
+    view = lm.merge([a, b], tmp_path / "view", prefix=True).out
+    copy = lm.merge([a, b], tmp_path / "copy", prefix=True, copy=True).out
+    for url in (view, copy):
+        groups = {record.key: record.group for record in lm.open(url)}
+        assert groups == {f"{s}/{s}/0000{n}": f"{s}/group 0" for s in "ab" for n in range(4)}
+        songs = {song.name: len(song.rows) for song in stem_groups(lm.open(url))}
+        assert songs == {"a/group 0": 4, "b/group 0": 4}
+        assert set(lm.open(url).table(["group"])["group"].to_pylist()) == set(groups.values())
+    again = lm.merge([view], tmp_path / "again", prefix=True).out
+    assert lm.open(again)["view/a/a/00000"].group == "view/a/group 0"
+
+
+def test_a_base_without_records_is_not_needed(tmp_path: Path) -> None:
+    a, b = stores(tmp_path, [{"n": n} for n in range(4)], [{"n": n + 10} for n in range(4)])
+    both = lm.merge([a, b], tmp_path / "both").out
+    view = lm.open(lm.select(both, tmp_path / "view", where="n >= 10").out)
+    assert [entry.url for entry in view.info.bases] == [b]
+    assert [record.metadata["n"] for record in view] == [10, 11, 12, 13]
+
+
+def test_an_output_inside_a_store_through_a_link(tmp_path: Path) -> None:
+    (a,) = stores(tmp_path, [{"n": n} for n in range(4)])
+    (tmp_path / "link").symlink_to(a)
+    with pytest.raises(ConfigError, match="overlap"):
+        lm.select(a, tmp_path / "link" / "view")
+
+
+def test_settings_without_effect(tmp_path: Path) -> None:
+    (a,) = stores(tmp_path, [{"n": n} for n in range(4)])
+    with pytest.raises(ConfigError, match="overwrite replaces views only"):
+        lm.select(a, tmp_path / "out", copy=True, overwrite=True)
+    with pytest.raises(ConfigError, match="seed has no effect"):
+        lm.select(a, tmp_path / "out", seed=1)
