@@ -97,7 +97,7 @@ class _Records:
                         item_at(row["source_uri"]),
                         key=one.prefix + key,
                         seconds=row["duration"],
-                        group=row["group"],
+                        group=row["group"] and one.prefix + row["group"],
                         role=row["role"],
                         metadata=row["metadata"],
                     )
@@ -116,7 +116,9 @@ class _Records:
         for one in self.chosen:
             own = key.removeprefix(one.prefix)
             if key.startswith(one.prefix) and own in one.store:
-                return Outcome(key, "encoded", None, replace(one.store[own], key=key))
+                record = one.store[own]
+                group = record.group and one.prefix + record.group
+                return Outcome(key, "encoded", None, replace(record, key=key, group=group))
         raise AssertionError(key)
 
 
