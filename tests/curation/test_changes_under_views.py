@@ -42,7 +42,7 @@ def annotate(url: str, values: dict[str, dict[str, Any]]) -> None:
 
 def test_a_reader_follows_a_view_whose_bases_have_other_numbers(tmp_path: Path) -> None:
     a, b = stores(tmp_path, [{"n": n} for n in range(8)], [{"n": n} for n in range(8)])
-    view = lm.merge([a, b], tmp_path / "view").out
+    view = lm.merge([a, b], tmp_path / "view").dest
     store = lm.open(view)
     reader, expected = CropReader(store), lm.open(a)["a/00000"].latent
     lm.merge([b, a], view, overwrite=True)
@@ -57,14 +57,14 @@ def test_a_reader_follows_a_view_whose_bases_have_other_numbers(tmp_path: Path) 
 def test_conditions_see_the_values_that_have_no_column_in_one_store(tmp_path: Path) -> None:
     mixed: list[dict[str, Any]] = [{"tag": "x"}, {"tag": 1}, {"tag": "x"}]
     urls = stores(tmp_path, mixed, [{"tag": "x"}, {"tag": "y"}], [{"other": 1.5}])
-    view = lm.merge(urls, tmp_path / "view").out
-    assert keys_of(lm.select(view, tmp_path / "x", where="tag == 'x'").out) == [
+    view = lm.merge(urls, tmp_path / "view").dest
+    assert keys_of(lm.select(view, tmp_path / "x", where="tag == 'x'").dest) == [
         *("a/00000", "a/00002", "b/00000")
     ]
     assert "metadata_other" in lm.open(view).table().column_names
     huge = stores(tmp_path / "huge", [{"n": 2**60}], [{"n": 0.5}])
-    both = lm.merge(huge, tmp_path / "both").out
-    assert keys_of(lm.select(both, tmp_path / "large", where="n > 1").out) == ["a/00000"]
+    both = lm.merge(huge, tmp_path / "both").dest
+    assert keys_of(lm.select(both, tmp_path / "large", where="n > 1").dest) == ["a/00000"]
 
 
 def test_a_base_that_is_sealed_again_while_records_are_chosen(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_base_that_is_sealed_again_while_records_are_chosen(tmp_path: Path) ->
 
 def test_annotations_of_a_view_stay_when_it_is_written_again(tmp_path: Path) -> None:
     (a,) = stores(tmp_path, [{"n": n} for n in range(6)])
-    view = lm.select(a, tmp_path / "view", where="n < 4").out
+    view = lm.select(a, tmp_path / "view", where="n < 4").dest
     annotate(view, {"a/00001": {"mood": "calm"}, "a/00002": {"mood": "wild"}})
     lm.select(a, view, where="n < 4")
     assert lm.open(view)["a/00001"].metadata == {"n": 1, "mood": "calm"}
@@ -93,12 +93,12 @@ def test_annotations_of_a_view_stay_when_it_is_written_again(tmp_path: Path) -> 
         "a/00002": {"n": 2, "mood": "sad"},
     }
     assert verify(lm.open(view)).faults == []
-    assert keys_of(lm.select(view, tmp_path / "calm", where="mood == 'calm'").out) == ["a/00001"]
+    assert keys_of(lm.select(view, tmp_path / "calm", where="mood == 'calm'").dest) == ["a/00001"]
 
 
 def test_a_copy_is_not_that_of_other_annotations(tmp_path: Path) -> None:
     (a,) = stores(tmp_path, [{"n": n} for n in range(6)])
-    copy = lm.select(a, tmp_path / "copy", copy=True).out
+    copy = lm.select(a, tmp_path / "copy", copy=True).dest
     annotate(a, {"a/00002": {"mood": "sad"}})
     with pytest.raises(ConfigError, match="is another store"):
         lm.select(a, copy, copy=True)
@@ -113,7 +113,7 @@ def test_a_number_has_one_part_whatever_the_type_of_its_column(tmp_path: Path) -
         found = {}
         for part in parts:
             assert part.store is not None
-            found |= {key[-5:]: part.name for key in keys_of(part.store.out)}
+            found |= {key[-5:]: part.name for key in keys_of(part.store.dest)}
         sides.append(found)
     assert sides[1].items() > sides[0].items()
 
@@ -124,7 +124,7 @@ def test_a_split_keeps_its_settings_and_its_folder(tmp_path: Path) -> None:
     lm.split(a, out, {"t": 0.6, "v": 0.2, "w": 0.2})
     with pytest.raises(ConfigError, match="different --into"):
         lm.split(a, out, {"t": 0.5, "v": 0.5}, overwrite=True)
-    only = lm.select(a, tmp_path / "one", keys=[keys_of(f"{out}/t")[0]]).out
+    only = lm.select(a, tmp_path / "one", keys=[keys_of(f"{out}/t")[0]]).dest
     with pytest.raises(ConfigError, match="would have no records now"):
         lm.split(only, out, {"t": 0.6, "v": 0.2, "w": 0.2}, overwrite=True)
     for folder in (b, str(tmp_path)):
@@ -136,22 +136,22 @@ def test_a_split_keeps_its_settings_and_its_folder(tmp_path: Path) -> None:
 
 def test_a_prefix_keeps_groups_apart(tmp_path: Path) -> None:
     a, b = stores(tmp_path, [{"n": n} for n in range(4)], [{"n": n} for n in range(4)])
-    view = lm.merge([a, b], tmp_path / "view", prefix=True).out
-    copy = lm.merge([a, b], tmp_path / "copy", prefix=True, copy=True).out
+    view = lm.merge([a, b], tmp_path / "view", prefix=True).dest
+    copy = lm.merge([a, b], tmp_path / "copy", prefix=True, copy=True).dest
     for url in (view, copy):
         groups = {record.key: record.group for record in lm.open(url)}
         assert groups == {f"{s}/{s}/0000{n}": f"{s}/group 0" for s in "ab" for n in range(4)}
         songs = {song.name: len(song.rows) for song in stem_groups(lm.open(url))}
         assert songs == {"a/group 0": 4, "b/group 0": 4}
         assert set(lm.open(url).table(["group"])["group"].to_pylist()) == set(groups.values())
-    again = lm.merge([view], tmp_path / "again", prefix=True).out
+    again = lm.merge([view], tmp_path / "again", prefix=True).dest
     assert lm.open(again)["view/a/a/00000"].group == "view/a/group 0"
 
 
 def test_a_base_without_records_is_not_needed(tmp_path: Path) -> None:
     a, b = stores(tmp_path, [{"n": n} for n in range(4)], [{"n": n + 10} for n in range(4)])
-    both = lm.merge([a, b], tmp_path / "both").out
-    view = lm.open(lm.select(both, tmp_path / "view", where="n >= 10").out)
+    both = lm.merge([a, b], tmp_path / "both").dest
+    view = lm.open(lm.select(both, tmp_path / "view", where="n >= 10").dest)
     assert [entry.url for entry in view.info.bases] == [b]
     assert [record.metadata["n"] for record in view] == [10, 11, 12, 13]
 

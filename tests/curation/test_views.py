@@ -132,7 +132,7 @@ def test_any_sequence_gives_the_same_as_a_dict(
 def divided(url: str, model: Model, out: str, seed: int) -> tuple[str, Model]:
     """Split a store; return the first part, which has no groups in common with the other."""
     parts = lm.split(url, out, {"a": 0.6, "b": 0.4}, seed=seed)
-    models = [(one.store.out, model_of(lm.open(one.store.out))) for one in parts if one.store]
+    models = [(one.store.dest, model_of(lm.open(one.store.dest))) for one in parts if one.store]
     assert sum(len(found) for _, found in models) == len(model)
     assert {key: one for _, found in models for key, one in found.items()} == model
     groups = [{record.group for record in lm.open(place)} for place, _ in models]
@@ -195,10 +195,10 @@ def test_duplicates_are_left_out(
     repeated: str, tmp_path: Path, kind: Any, repeats: set[int]
 ) -> None:
     made = lm.select(repeated, tmp_path / "view", drop_duplicates=kind)
-    store = lm.open(made.out)
+    store = lm.open(made.dest)
     assert {int(key[-5:]) for key in keys_of(store)} == set(range(12)) - repeats
     assert store.info.left_out_file is not None
-    rows = pq.read_table(Path(made.out, store.info.left_out_file)).to_pylist()
+    rows = pq.read_table(Path(made.dest, store.info.left_out_file)).to_pylist()
     kept = {int(row["key"][-5:]): int(row["detail"][-5:]) for row in rows}
     assert kept == {n: {5: 2, 7: 1, 8: 2, 9: 3}[n] for n in repeats}
 
@@ -206,7 +206,7 @@ def test_duplicates_are_left_out(
 def test_outliers_are_left_out(repeated: str, tmp_path: Path) -> None:
     made = lm.select(repeated, tmp_path / "view", drop_outliers=True)
     assert made.left_out == {"outlier": 1}
-    assert "item/00011" not in lm.open(made.out)
+    assert "item/00011" not in lm.open(made.dest)
 
 
 def test_a_split_stays_when_records_are_added(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_split_stays_when_records_are_added(tmp_path: Path) -> None:
             key: part.name
             for part in parts
             if part.store
-            for key in keys_of(lm.open(part.store.out))
+            for key in keys_of(lm.open(part.store.dest))
         }
         sides.append(found)
         for part in parts:  # within four standard deviations of a binomial distribution
@@ -229,7 +229,7 @@ def test_a_split_stays_when_records_are_added(tmp_path: Path) -> None:
     assert {key: side for key, side in sides[1].items() if int(key[-5:]) < 600} == sides[0]
     other = lm.split(url, f"{out} b", shares, by="number", seed=4)
     assert other[0].store is not None
-    assert set(keys_of(lm.open(other[0].store.out))) != {
+    assert set(keys_of(lm.open(other[0].store.dest))) != {
         k for k, v in found.items() if v == "train"
     }
 
@@ -247,7 +247,7 @@ def test_near_duplicates_stay_together(tmp_path: Path) -> None:
         write_latents(url, [100] * size, latents=latents[:size], channels=16, content_hashes=hashes)
         options = {"by": "key", "duplicates_together": True, "overwrite": True}
         parts = lm.split(url, tmp_path / "split", shares, **options)
-        stores = [(part.name, lm.open(part.store.out)) for part in parts if part.store]
+        stores = [(part.name, lm.open(part.store.dest)) for part in parts if part.store]
         return {int(key[-5:]): name for name, store in stores for key in keys_of(store)}
 
     first = split(count)
@@ -255,7 +255,7 @@ def test_near_duplicates_stay_together(tmp_path: Path) -> None:
     assert all(first[n] == first[n + 1] for n in range(0, 20, 2))
     alone = lm.split(tmp_path / f"store{count}", tmp_path / "alone", shares, by="key")
     assert alone[0].store is not None
-    keys = {int(key[-5:]) for key in keys_of(lm.open(alone[0].store.out))}
+    keys = {int(key[-5:]) for key in keys_of(lm.open(alone[0].store.dest))}
     assert {n for n, side in first.items() if side == "a"} != keys  # some were moved
     one = next(n for n in range(20, count) if first[n] == "a")
     latents[count + 1] = (latents[one] + random.normal(size=(16, 100)) * 0.01).astype(np.float16)
@@ -316,7 +316,7 @@ def edited(view: str, out: Path, **changes: Any) -> str:
 def test_hostile_views(
     bases: tuple[str, str], tmp_path: Path, one_sentence: Callable[[BaseException], str]
 ) -> None:
-    view = lm.select(bases[0], tmp_path / "view", sample=5).out
+    view = lm.select(bases[0], tmp_path / "view", sample=5).dest
     info = lm.open(view).info.model_dump(mode="json")
     (base,) = info["bases"]
 
@@ -346,7 +346,7 @@ def test_a_view_in_a_bucket_does_not_read_this_machine(
     with pytest.raises(ConfigError, match=r"is a local path, so a view in .* could not be read"):
         lm.select(bases[0], f"{s3_bucket}/view", sample=5)
     write_latents(f"{s3_bucket}/store", [6] * 9)
-    view = lm.select(f"{s3_bucket}/store", f"{s3_bucket}/view", sample=5).out
+    view = lm.select(f"{s3_bucket}/store", f"{s3_bucket}/view", sample=5).dest
     storage = Storage(view)
     document = json.loads(storage.read(DATASET_PATH))
     for url, expected in ((bases[0], "is a local path"), ("http://10.0.0.1/a", "another server")):
@@ -375,7 +375,7 @@ def test_bases_on_disk_and_in_a_bucket(
 def test_tars_and_parquet(bases: tuple[str, str], tmp_path: Path) -> None:
     tar = str(tmp_path / "tar")
     write_latents(tar, [5] * 9, format_name="webdataset", prefix="tar")
-    view = lm.select(tar, tmp_path / "view", sample=4).out
+    view = lm.select(tar, tmp_path / "view", sample=4).dest
     assert len(model_of(lm.open(view))) == 4
     assert {s.key for s in lm.LatentStream(view, crop=2)} == set(keys_of(lm.open(view)))
     with pytest.raises(ConfigError, match="different shard formats"):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 app = Commands()  # app.py adds its commands to the main app
 
-Out = Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL to write; new or empty.")]
+Dest = Annotated[str, typer.Argument(metavar="DEST", help="Folder or URL to write; new or empty.")]
 Copy = Annotated[
     bool,
     typer.Option(
@@ -26,13 +26,13 @@ Copy = Annotated[
         "continues an interrupted copy.",
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a view that is at OUT.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a view that is at DEST.")]
 
 
 @app.command()
 def select(
     url: Store,
-    out: Out,
+    dest: Dest,
     where: Annotated[
         str | None,
         typer.Option(
@@ -79,9 +79,9 @@ def select(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a subset of STORE to OUT.
+    """Write a subset of STORE to DEST.
 
-    OUT is a view by default: a small store that refers to the latents in STORE. You can open it,
+    DEST is a view by default: a small store that refers to the latents in STORE. You can open it,
     verify it and train on it like any store, as long as STORE exists. Records that are left out
     are counted by reason.
     """
@@ -97,7 +97,7 @@ def select(
     interrupts_raise()
     written = select_records(
         url,
-        out,
+        dest,
         where=where,
         keys=listed,
         min_loudness=min_loudness,
@@ -115,9 +115,11 @@ def select(
 @app.command()
 def split(
     url: Store,
-    out: Annotated[
+    dest: Annotated[
         str,
-        typer.Argument(metavar="OUT", help="Folder or URL; each part becomes a view at OUT/NAME."),
+        typer.Argument(
+            metavar="DEST", help="Folder or URL; each part becomes a view at DEST/NAME."
+        ),
     ],
     into: Annotated[
         str,
@@ -139,7 +141,7 @@ def split(
         typer.Option(
             "--duplicates-together",
             help="Keep near duplicates in one part, too. Reads all latents, and records the parts "
-            "in OUT.",
+            "in DEST.",
         ),
     ] = False,
     overwrite: Annotated[
@@ -159,7 +161,7 @@ def split(
     interrupts_raise()
     sides = split_store(
         url,
-        out,
+        dest,
         shares,
         by=by,
         seed=seed,
@@ -174,7 +176,7 @@ def merge(
     paths: Annotated[
         list[str],
         typer.Argument(
-            metavar="STORE... OUT", help="Stores to read, and the folder or URL to write."
+            metavar="STORE... DEST", help="Stores to read, and the folder or URL to write."
         ),
     ],
     prefix: Annotated[
@@ -194,11 +196,11 @@ def merge(
 
     if len(paths) < 2:
         raise ConfigError(
-            "merge needs at least one store and the output: latentmill merge A B OUT."
+            "merge needs at least one store and the output: latentmill merge A B DEST."
         )
     interrupts_raise()
-    *stores, out = paths
-    written = merge_stores(stores, out, prefix=prefix, copy=copy, overwrite=overwrite)
+    *stores, dest = paths
+    written = merge_stores(stores, dest, prefix=prefix, copy=copy, overwrite=overwrite)
     print_value(as_json, written, show.curated)
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from latentmill.encoding.batches import LONG_BATCH_SECONDS
 from latentmill.encoding.timings import bound
 from latentmill.store.measurement import IN_INFO
+from latentmill.store.seal import VIEW_FIELDS
 from latentmill.text.printing import clock_time, counted, size_text
 
 if TYPE_CHECKING:  # some of these import torch; `status` must start quickly
@@ -37,6 +38,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
         optional = (*IN_INFO, "annotation")
         unset: set[str] = {name for name in optional if getattr(value, name, 0) is None}
+        if not getattr(value, "bases", True):  # not a view
+            unset |= VIEW_FIELDS
         return value.model_dump(mode="json", exclude=unset)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         result = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -250,7 +253,7 @@ def curated(value: Curated) -> str:
     """The text that `select` and `merge` print."""
     kind = "a view" if value.view else "copies"
     lines = [
-        f"{value.out}: {kind} of {counted(value.records, 'record')}, {value.hours:.2f} hours",
+        f"{value.dest}: {kind} of {counted(value.records, 'record')}, {value.hours:.2f} hours",
         *(f"left out {count:,}: {reason}" for reason, count in value.left_out.items()),
     ]
     return "\n".join(lines)
@@ -264,7 +267,7 @@ def split(sides: Sequence[Side]) -> str:
         if side.store is None:
             lines.append(f"{side.name}: no records, {side.wanted:.2%} wanted")
         else:
-            lines.append(f"{side.store.out}: {counted(side.store.records, 'record')}, {shares}")
+            lines.append(f"{side.store.dest}: {counted(side.store.records, 'record')}, {shares}")
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from latentmill.store.store import LatentStore, open_store
 
 def merge(
     stores: Sequence[LatentStore | str | os.PathLike[str]],
-    out: str | os.PathLike[str],
+    dest: str | os.PathLike[str],
     *,
     prefix: bool = False,
     copy: bool = False,
@@ -25,20 +25,20 @@ def merge(
 
     Args:
         stores: Complete stores or views.
-        out: A new folder or URL.
+        dest: A new folder or URL.
         prefix: Prefix each key and group with the folder name of its store, `latents/KEY`. Without
             it, a key that two stores have is an error.
         copy: Write a store with copies of the latents instead of a view; see `select`.
-        overwrite: Replace a view that is at `out`.
+        overwrite: Replace a view that is at `dest`.
 
     Raises:
-        ConfigError: The stores differ in their settings or have the same keys, or `out` is in use.
+        ConfigError: The stores differ in their settings or have the same keys, or `dest` is in use.
         StoreError: A store is damaged.
     """
     opened = [one if isinstance(one, LatentStore) else open_store(one) for one in stores]
     if not opened:
         raise ConfigError("merge needs at least one store.")
-    target = os.fspath(out)
+    target = os.fspath(dest)
     if copy and overwrite:
         raise ConfigError("overwrite replaces views only: leave it out, and copy to a new folder.")
     check_sources(opened, target, copy=copy)

@@ -15,7 +15,7 @@ from latentmill.store.store import LatentStore, open_store
 
 def select(
     store: LatentStore | str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    dest: str | os.PathLike[str],
     *,
     where: Where | None = None,
     keys: Sequence[str] | None = None,
@@ -37,7 +37,7 @@ def select(
 
     Args:
         store: A complete store or a view.
-        out: A new folder or URL.
+        dest: A new folder or URL.
         where: A condition on stored fields and metadata, `"genre == 'jazz'"`; see `LatentDataset`.
         keys: Keep only the records with these keys.
         min_loudness: Leave out records with a lower RMS, in dB relative to full scale.
@@ -48,14 +48,14 @@ def select(
         stratify: Sample the same share of each value of this field.
         seed: Seed of the sample.
         copy: Write a store with copies of the latents. If interrupted, the same call continues.
-        overwrite: Replace a view that is at `out`.
+        overwrite: Replace a view that is at `dest`.
 
     Raises:
-        ConfigError: An option is not valid, no record is left, or `out` is in use.
+        ConfigError: An option is not valid, no record is left, or `dest` is in use.
         StoreError: A store is damaged.
     """
     opened = store if isinstance(store, LatentStore) else open_store(store)
-    target = os.fspath(out)
+    target = os.fspath(dest)
     if copy and overwrite:
         raise ConfigError("overwrite replaces views only: leave it out, and copy to a new folder.")
     check_sources([opened], target, copy=copy)

@@ -47,7 +47,7 @@ class Side:
 
 def split(
     store: LatentStore | str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    dest: str | os.PathLike[str],
     into: Mapping[str, float],
     *,
     by: str | None = None,
@@ -55,7 +55,7 @@ def split(
     duplicates_together: bool = False,
     overwrite: bool = False,
 ) -> tuple[Side, ...]:
-    """Write a view for each part of a store, at OUT/NAME.
+    """Write a view for each part of a store, at DEST/NAME.
 
     Records with the same value of the field `by` are in the same part. The part depends only on
     this value, the seed and the shares, so records that are added to the store later never move
@@ -63,24 +63,24 @@ def split(
 
     Args:
         store: A complete store or a view.
-        out: A new folder or URL, or that of an earlier split.
+        dest: A new folder or URL, or that of an earlier split.
         into: The share of each part, `{"train": 0.9, "valid": 0.1}`. Shares below 1 in total leave
             out the other records.
         by: A stored field or a name in the records' metadata. Default: the group, or the key of
             records without a group.
         seed: Another seed gives another split.
         duplicates_together: Keep near duplicates in the same part, too. This reads all latents. The
-            parts are then recorded in OUT/split.json, and kept by later calls; a new record
+            parts are then recorded in DEST/split.json, and kept by later calls; a new record
             that would connect two parts is left out.
         overwrite: Replace the views of an earlier split.
 
     Raises:
-        ConfigError: An option is not valid, or `out` is in use.
+        ConfigError: An option is not valid, or `dest` is in use.
         StoreError: The store or the assignment is damaged.
     """
     _check_shares(into)
     opened = store if isinstance(store, LatentStore) else open_store(store)
-    target = os.fspath(out)
+    target = os.fspath(dest)
     check_sources([opened], target, copy=False)
     selector = Selector(opened)
     names = _units(selector, by)

@@ -54,14 +54,14 @@ class Curated:
     """A store that was made from others.
 
     Attributes:
-        out: Its folder or URL.
+        dest: Its folder or URL.
         view: Whether it is a view, or has copies of the latents.
         records: Number of its records.
         hours: Hours of audio in them.
         left_out: Number of the other records, by reason.
     """
 
-    out: str
+    dest: str
     view: bool
     records: int
     hours: float

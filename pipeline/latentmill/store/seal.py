@@ -35,6 +35,8 @@ from latentmill.store.schema import (
 )
 from latentmill.store.statistics import ChannelStatistics
 
+VIEW_FIELDS = {"bases", "left_out", "left_out_file"}  # of dataset.json
+
 
 def dataset_info(plan: Plan, commits: Iterable[Commit]) -> DatasetInfo:
     """Build the contents of dataset.json from the plan and the commits, in one pass."""
@@ -137,7 +139,7 @@ def seal(storage: Storage, plan: Plan) -> DatasetInfo:
 def write_seal(storage: Storage, info: DatasetInfo) -> None:
     """Replace dataset.json. Fields that only some stores have are not written for the others."""
     unused = {"seams", "linearity"} | ({"annotation"} if info.annotation is None else set())
-    unused |= {name for name in ("bases", "left_out", "left_out_file") if not info.bases}
+    unused |= set() if info.bases else VIEW_FIELDS
     storage.write(DATASET_PATH, info.model_dump_json(indent=2, exclude=unused).encode())
 
 
