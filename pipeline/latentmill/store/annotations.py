@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
@@ -223,6 +222,8 @@ def parse_annotations(data: bytes, where: str) -> Annotations:
 
 
 def _check(table: pa.Table) -> None:
+    import pyarrow.compute as pc  # slow, and most commands do not need it
+
     names = table.column_names
     if names[:1] != ["key"] or table["key"].type != pa.string() or table["key"].null_count:
         raise ValueError("no column of keys")

@@ -186,7 +186,7 @@ class LatentStore(StoreDecoder, Shown):
     @cached_property
     def annotations(self) -> Annotations | None:
         """Metadata that was added after encoding; None if there is none."""
-        entry = self.info.annotation
+        entry = self.info.annotation if self.sealed else None
         return None if entry is None else open_annotations(self.storage, entry)
 
     @cached_property
