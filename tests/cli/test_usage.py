@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from support import runs
@@ -39,3 +41,13 @@ def test_a_wrong_command_line_is_one_sentence(
 ) -> None:
     result = runs.call(capsys, *words.split(" "))
     assert (result.code, result.out, result.err) == (2, "", f"latentmill: {WRONG[words]}\n")
+
+
+@pytest.mark.parametrize("command", ["select", "push", "annotate"])
+def test_paragraphs_of_the_help_fill_the_lines(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    text = runs.call(capsys, command, "--help").out.partition("╭")[0]
+    for paragraph in re.split(r"\n\s*\n", text.strip()):
+        *lines, _ = paragraph.splitlines()
+        assert all(len(line.rstrip()) > 60 for line in lines), paragraph

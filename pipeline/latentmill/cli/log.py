@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import functools
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, TypeVar
@@ -67,6 +68,11 @@ def _verbosity() -> Any:
 
 class Command(TyperCommand):
     """A command with the options -v and -q, whose log messages are printed on stderr."""
+
+    def __init__(self, *args: Any, help: str | None = None, **options: Any) -> None:  # noqa: A002
+        # A docstring's lines are longer than those of a terminal, and Typer would keep both breaks.
+        text = None if help is None else re.sub(r"(?<!\n)\n(?!\n)", " ", help)
+        super().__init__(*args, help=text, **options)
 
     def get_params(self, ctx: Any) -> Any:
         *params, help_option = super().get_params(ctx)
