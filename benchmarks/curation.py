@@ -25,7 +25,7 @@ from common import RESULTS, write_result
 from evaluate import write_store
 
 COMMANDS = ("select", "split")
-CROP, BATCH, BATCHES, ROUNDS, WARM = 32, 64, 400, 7, 3
+CROP, BATCH, BATCHES, ROUNDS, WARM = 32, 64, 400, 8, 4
 
 
 def main() -> None:
@@ -76,12 +76,16 @@ def measure(name: str, store: str, out: str) -> dict[str, Any]:
 
 def stream(store: str, out: str) -> dict[str, Any]:
     """CPU seconds for the same number of batches of crops, from a store and a view of it."""
+    import torch
+
     import latentmill as lm
 
+    torch.set_num_threads(1)  # threads that wait for a busy core would be most of the time
     lm.select(store, out)
     seconds: dict[str, list[float]] = {store: [], out: []}
     streams = {url: lm.LatentStream(url, crop=CROP, batch_size=BATCH) for url in seconds}
-    for url in [*streams] * (ROUNDS + WARM):
+    in_turns = [*streams, *reversed(streams)]  # so that neither always follows the other
+    for url in in_turns * ((ROUNDS + WARM) // 2):
         cpu = time.process_time()
         for _ in itertools.islice(iter(streams[url]), BATCHES * BATCH):
             pass

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from latentmill.curation.chosen import LEFT_OUT_SCHEMA, Chosen, Ints
 from latentmill.curation.columns import values_of
 from latentmill.errors import ConfigError, StoreError
-from latentmill.evaluation.shard_pass import RecordTable, ShardPass
 from latentmill.evaluation.similarity import joined, near_pairs, outliers
 from latentmill.reader.fields import FieldReader, Where, select
 from latentmill.sources.address import item_at
 from latentmill.store.store import LatentStore
+
+if TYPE_CHECKING:
+    from latentmill.evaluation.shard_pass import RecordTable
 
 Duplicates = Literal["exact", "near"]
 
@@ -47,13 +50,16 @@ class Selector:
     def chosen(self, prefix: str = "") -> Chosen:
         """The result."""
         out = np.flatnonzero(self._reason_of >= 0)
-        reasons = [self._reasons[number] for number in self._reason_of[out].tolist()]
-        details = [self._details.get(row) for row in out.tolist()]
-        keys = [prefix + key for key in self.index.keys(out)]
-        columns = [pa.array(c, pa.string()) for c in (keys, reasons, details)]
-        table = pa.Table.from_arrays(
-            [columns[0], columns[1].dictionary_encode(), columns[2]], schema=LEFT_OUT_SCHEMA
-        )
+        keys = self.index.key_array().take(pa.array(out))
+        if prefix:
+            keys = pc.binary_join_element_wise(prefix, keys, "")
+        reasons = pa.array(self._reasons, pa.string())
+        numbers = pa.array(self._reason_of[out].astype(np.int32))
+        details = pa.nulls(len(out), pa.string())
+        if self._details:
+            details = pa.array([self._details.get(row) for row in out.tolist()], pa.string())
+        columns = [keys, pa.DictionaryArray.from_arrays(numbers, reasons), details]
+        table = pa.Table.from_arrays(columns, schema=LEFT_OUT_SCHEMA)
         if self.store.index is not self.index:  # some numbers are of records in another index
             raise StoreError(
                 f"{self.store.url} was changed while it was read: run the command again."
@@ -181,6 +187,8 @@ class Selector:
     def _surveyed(self) -> RecordTable:
         """Pooled latents of all records; reads all latents once."""
         if self._survey is None:
+            from latentmill.evaluation.shard_pass import RecordTable, ShardPass  # loads torch
+
             shard_pass = ShardPass(self.store)
             table = RecordTable.of(len(self.store), shard_pass.pooling)
             for shard in range(len(shard_pass.rows.paths)):

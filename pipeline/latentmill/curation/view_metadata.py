@@ -41,7 +41,7 @@ def write_view_metadata(storage: Storage, chosen: Sequence[Chosen]) -> tuple[str
 
 def _rows_of(file: pq.ParquetFile, one: Chosen, schema: pa.Schema) -> Iterator[pa.Table]:
     """The rows of the chosen records in the order of their keys, a row group at a time."""
-    start = 0
+    start, keys = 0, one.index.key_array()
     for group in range(file.num_row_groups):
         table = file.read_row_group(group, use_threads=False)
         first, last = np.searchsorted(one.rows, [start, start + len(table)])
@@ -50,7 +50,7 @@ def _rows_of(file: pq.ParquetFile, one: Chosen, schema: pa.Schema) -> Iterator[p
         if not len(rows):
             continue
         table = table.take(pa.array(rows))
-        if table["key"].to_pylist() != one.index.keys(one.rows[first:last]):
+        if not table["key"].combine_chunks().equals(keys.take(pa.array(one.rows[first:last]))):
             raise StoreError(
                 f"{one.store.url} was changed while it was read: run the command again."
             )

@@ -111,8 +111,9 @@ def write_view(out: str, chosen: Sequence[Chosen], *, overwrite: bool = False) -
     entries, index = _bases(chosen)
     data = index.to_bytes()
     digest = xxhash.xxh3_128_hexdigest(data)
-    left_out = pa.concat_tables(one.left_out for one in chosen)
-    counts = dict(Counter(left_out["reason"].to_pylist()).most_common())
+    left_out = pa.concat_tables(one.left_out for one in chosen).unify_dictionaries()
+    found = pc.value_counts(left_out["reason"]).to_pylist()
+    counts = dict(Counter({one["values"]: one["counts"] for one in found}).most_common())
     with only_run(Storage(out)) as hold:
         storage = hold.storage
         before = _replaced(storage)

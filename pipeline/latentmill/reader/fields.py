@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from latentmill.encoding.stored import parse_json
 from latentmill.errors import ConfigError, StorageError
+from latentmill.reader.column_conditions import rows_where
 from latentmill.reader.order import Ints
 from latentmill.reader.rows import RowReader
 from latentmill.sources.where import Condition
@@ -224,20 +225,24 @@ class _TextCondition:
         """
         columns = {name: name if name in FIELDS else PREFIX + name for name in self._fields}
         kinds = {} if store.annotations is None else store.annotations.kinds
-        typed = not any(
+        plain = not any(
             "." in name or name == "metadata" or kinds.get(name) == JSON for name in columns
         )
-        file = open_metadata(store) if typed else None
+        file = open_metadata(store) if plain else None
         if file is None or not set(columns.values()) <= set(file.schema_arrow.names):
             return None
         try:
             table = file.read(columns=["key", *columns.values()], use_threads=False)
             if not store.index.has_keys(table["key"]):  # of another seal
                 return None
-            values = [table[name].to_pylist() for name in columns.values()]
+            typed = {name: table[column] for name, column in columns.items()}
+            found = rows_where(self._condition.tree, typed)
+            values = [] if found is not None else [one.to_pylist() for one in typed.values()]
         except (pa.ArrowException, OSError, ValueError, LookupError) as error:
             raise damaged_metadata(store) from error
         self.missing -= columns.keys()
+        if found is not None:
+            return np.flatnonzero(found)
         holds, names = self._condition.holds, list(columns)
         each = zip(*values, strict=True) if values else itertools.repeat((), len(table))
         return np.array(

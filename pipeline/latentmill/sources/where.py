@@ -47,11 +47,11 @@ class Condition:
         try:
             if len(text) > MAX_LENGTH:
                 raise ValueError(f"longer than {MAX_LENGTH} characters")
-            self._tree = ast.parse(text.strip(), mode="eval").body
-            for node in ast.walk(self._tree):
+            self.tree = ast.parse(text.strip(), mode="eval").body
+            for node in ast.walk(self.tree):
                 if not isinstance(node, _ALLOWED):
                     raise ValueError("only comparisons with and, or, not are allowed")
-            self._value = _value(self._tree)
+            self._value = _value(self.tree)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             cause = error.msg if isinstance(error, SyntaxError) else str(error)
             raise ConfigError(
@@ -62,8 +62,8 @@ class Condition:
     @property
     def fields(self) -> frozenset[str]:
         """The fields that it uses: `genre`, `tags.mood`."""
-        inner = {id(n.value) for n in ast.walk(self._tree) if isinstance(n, ast.Attribute)}
-        named = (n for n in ast.walk(self._tree) if isinstance(n, ast.Name | ast.Attribute))
+        inner = {id(n.value) for n in ast.walk(self.tree) if isinstance(n, ast.Attribute)}
+        named = (n for n in ast.walk(self.tree) if isinstance(n, ast.Name | ast.Attribute))
         return frozenset(ast.unparse(node) for node in named if id(node) not in inner)
 
     def holds(self, metadata: Mapping[str, Any]) -> bool:
