@@ -57,6 +57,7 @@ CASES = {
     "music2latent": Case("music2latent", {"repo": "REPOS/music2latent"}),
     "oobleck": Case("oobleck:REPOS/oobleck", seam=1e-6),
     "oobleck-std": Case("oobleck:REPOS/oobleck", {"posterior": "mean+std"}, seam=1e-6),
+    "cosmos": Case("cosmos:REPOS/cosmos", {"posterior": "mean+std"}, seam=1e-5),
     "same": Case("same:REPOS/same", seam=1e-5),
     "encodec-24k": Case("encodec:REPOS/encodec-24k", {"scale_factor": 0.5}, seam=1e-5),
     "encodec-48k": Case("encodec:REPOS/encodec-48k"),

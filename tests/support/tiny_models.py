@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from support.tiny_diffusers import write_diffusers
+
 if TYPE_CHECKING:
     import pytest
 
 
 def write_repos(root: Path) -> None:
     """Write one repository per case of the contract suite below `root`."""
+    write_diffusers(root)
     write_oobleck(root / "oobleck" / "vae")
     write_same(root / "same")
     write_encodec(root / "encodec-24k")

@@ -72,18 +72,25 @@ _BUILT_IN = {
     ),
 }
 _TRANSFORMERS = "pip install 'latentmill[transformers]'"
+_DIFFUSERS = "pip install 'latentmill[diffusers]'"
 _FAMILIES = {
     "oobleck": _BuiltIn(
         "latentmill.models.families.oobleck:build",
-        "VAE of Stable Audio Open, 44.1 kHz stereo, 64 channels at 21.5 frames/s",
-        "pip install 'latentmill[diffusers]'",
+        "VAE of Stable Audio Open and ACE-Step 1.5, stereo, 64 channels at 21.5 or 25 frames/s",
+        _DIFFUSERS,
         "stabilityai/stable-audio-open-1.0",
     ),
     "same": _BuiltIn(
         "latentmill.models.families.same:build",
         "autoencoder of Stable Audio 3, 44.1 kHz stereo, 256 channels at 10.8 frames/s",
-        "pip install 'latentmill[diffusers]'",
+        _DIFFUSERS,
         "/models/stable-audio-3",
+    ),
+    "cosmos": _BuiltIn(
+        "latentmill.models.families.cosmos:build",
+        "audio tokenizer of Cosmos 3, 48 kHz stereo, 64 channels at 25 frames/s",
+        _DIFFUSERS,
+        "/models/cosmos-3",
     ),
     "encodec": _BuiltIn(
         "latentmill.models.families.encodec:build",

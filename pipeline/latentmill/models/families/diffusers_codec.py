@@ -1,4 +1,4 @@
-"""Finding and loading autoencoders of diffusers, for `oobleck` and `same`."""
+"""Finding and loading autoencoders of diffusers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,17 @@ STEMS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
 def find_autoencoder(
-    name: str, class_name: str, repo: str, revision: str | None, subfolder: str | None
+    name: str,
+    class_name: str,
+    repo: str,
+    revision: str | None,
+    subfolder: str | None,
+    default: str = "vae",
 ) -> FoundCodec:
     """Find an autoencoder's files.
 
     Its `config.json` must have the class name `class_name`. Without a subfolder the autoencoder is
-    in `vae`, if that exists, else at the root of the repository.
+    in the folder `default`, if that exists, else at the root of the repository.
     """
     package, version = import_package(name, "diffusers")
     if not hasattr(package, class_name):
@@ -37,7 +42,7 @@ def find_autoencoder(
             f"Model {name}: diffusers {version} has no {class_name}: run "
             "`pip install -U 'latentmill[diffusers]'`."
         )
-    folders = ["vae/", ""] if subfolder is None else [f"{subfolder.strip('/')}/".lstrip("/")]
+    folders = [f"{default}/", ""] if subfolder is None else [f"{subfolder.strip('/')}/".lstrip("/")]
     wanted = {
         "config": [f"{folder}config.json" for folder in folders],
         "weights": [f"{folder}{stem}" for folder in folders for stem in STEMS],

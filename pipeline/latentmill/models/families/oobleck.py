@@ -1,18 +1,16 @@
 """The model `oobleck:REPO`: the autoencoder of Stable Audio Open as implemented in diffusers.
 
-Z. Evans and others, "Stable Audio Open", arXiv 2407.14358. It is a VAE: the mean of the posterior
-is stored, and its standard deviation with `posterior=mean+std`. Samples are drawn when the latents
-are read.
+Z. Evans and others, "Stable Audio Open", arXiv 2407.14358. ACE-Step 1.5 has the same class with
+other strides and sample rate.
 """
 
 from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from latentmill.models.base import Context, ModelSpec, Value
@@ -24,11 +22,10 @@ from latentmill.models.families.codec import (
     make_handle,
 )
 from latentmill.models.families.diffusers_codec import find_autoencoder, load_autoencoder
+from latentmill.models.families.posterior import Posterior, mean_of, softplus_posterior
 from latentmill.models.weights import ModelFiles
 
 CLASS = "AutoencoderOobleck"
-
-Posterior = Literal["mean", "mean+std"]
 
 
 class OobleckNetwork:
@@ -39,19 +36,10 @@ class OobleckNetwork:
         self._std = std
 
     def encode(self, audio: Tensor) -> Tensor:
-        """Return the posterior's mean and, if wanted, its standard deviation in the rows below.
-
-        They are the halves of the encoder's channels, as in `OobleckDiagonalGaussianDistribution`.
-        """
-        mean: Tensor
-        mean, scale = self._model.encoder(audio).chunk(2, dim=1)
-        return torch.cat((mean, F.softplus(scale.float()) + 1e-4), dim=1) if self._std else mean
+        return softplus_posterior(self._model.encoder(audio), self._std)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode the mean."""
-        if self._std:
-            latents = latents.chunk(2, dim=1)[0]
-        audio: Tensor = self._model.decoder(latents)
+        audio: Tensor = self._model.decoder(mean_of(latents, self._std))
         return audio
 
 
