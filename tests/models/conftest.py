@@ -58,6 +58,16 @@ def tiny_repos(_tiny_repos: Path) -> Iterator[Path]:
         yield _tiny_repos
 
 
+@pytest.fixture(scope="session")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Repositories of encoders of texts with tiny random weights. Leave them unchanged."""
+    from support.tiny_encoders import write_encoders
+
+    root = tmp_path_factory.mktemp("encoders")
+    write_encoders(root)
+    return root
+
+
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The snapshot of a cache that a test may spoil, in use."""

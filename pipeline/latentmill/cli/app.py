@@ -201,9 +201,12 @@ def models(
 
     if name is None:
         print_value(as_json, registry.available(), show.models)
-    else:
-        handle = registry.resolve(name, _options(model_option, revision), channels)
+    elif registry.embeds_only(name):
+        handle = registry.resolve_embedder(name, _options(model_option, revision))
         print_value(as_json, handle.spec, show.model)
+    else:
+        model = registry.resolve(name, _options(model_option, revision), channels)
+        print_value(as_json, model.spec, show.model)
 
 
 @app.command()

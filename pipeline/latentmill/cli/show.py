@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from latentmill.encoding.batches import LONG_BATCH_SECONDS
 from latentmill.encoding.timings import bound
+from latentmill.models.embedder import EmbedderSpec
 from latentmill.store.measurement import IN_INFO
 from latentmill.store.seal import VIEW_FIELDS
 from latentmill.text.printing import clock_time, counted, size_text
@@ -215,11 +216,14 @@ def files(value: Mapping[str, Sequence[str]]) -> str:
 
 def models(entries: Sequence[Any]) -> str:
     """The text that `models` prints without a name."""
-    return "\n".join(f"{e.name:<12} {e.description} [{e.requirement}]" for e in entries)
+    rows = (f"{e.name:<13} {e.kind:<13} {e.description} [{e.requirement}]" for e in entries)
+    return "\n".join(rows)
 
 
-def model(spec: ModelSpec) -> str:
+def model(spec: ModelSpec | EmbedderSpec) -> str:
     """The text that `models NAME` prints."""
+    if isinstance(spec, EmbedderSpec):
+        return _embedder(spec)
     chunk = spec.samples(spec.chunk_frames) / spec.sample_rate
     why = (
         "every frame depends on the whole chunk"
@@ -237,6 +241,17 @@ def model(spec: ModelSpec) -> str:
         "chunking": f"{spec.stitch}, chunks of {chunk:.2f} s that overlap by "
         f"{spec.overlap_frames} frames: {why}",
         "decoder": "stochastic (set --seed)" if spec.stochastic_decoder else "deterministic",
+        "weights": ", ".join(f"{n} {v}" for n, v in spec.provenance.items()) or "none",
+    }
+    lines = [f"{name:<9} {text}" for name, text in rows.items()]
+    return "\n".join(lines + [f"          {n} {v}" for n, v in spec.identity.items()])
+
+
+def _embedder(spec: EmbedderSpec) -> str:
+    each = "one vector" if spec.kind == "vector" else f"{spec.kind}, each"
+    rows = {
+        "model": f"{spec.name}, embeds {'texts' if spec.input == 'text' else 'latents'}",
+        "result": f"{each} of {spec.dimensions} numbers",
         "weights": ", ".join(f"{n} {v}" for n, v in spec.provenance.items()) or "none",
     }
     lines = [f"{name:<9} {text}" for name, text in rows.items()]

@@ -1,10 +1,11 @@
 """Finding models by name.
 
-A new family is one file with a factory, and an entry in `_BUILT_IN` or in `_FAMILIES`. `_FAMILIES`
-has the families whose names include a repository (`dac:descript/dac_44khz`), which is the
-factory's first argument. A factory is a function that returns a `ModelHandle`; its keyword
-arguments are the model's options, with types and defaults. A user's own factory has no entry here:
-it is `python:package.module:factory`, or an entry point of the group `latentmill.models`.
+A new family is one file with a factory, and an entry in `_BUILT_IN`, in `_FAMILIES` or, for models
+of texts and latents, in `_EMBEDDERS`. The last two have the families whose names include a
+repository (`dac:descript/dac_44khz`), which is the factory's first argument. A factory is a
+function that returns a `ModelHandle` or an `EmbedderHandle`; its keyword arguments are the model's
+options, with types and defaults. A user's own factory has no entry here: it is
+`python:package.module:factory`, or an entry point of the group `latentmill.models`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, Literal, NamedTuple, Union
 
 from latentmill.errors import ModelError
 from latentmill.models.base import Channels, ModelHandle, ModelSpec
+from latentmill.models.embedder import EmbedderHandle, EmbedderSpec
 
 ENTRY_POINT_GROUP = "latentmill.models"
 PYTHON_PREFIX = "python:"
@@ -29,11 +31,19 @@ Factory = Callable[..., ModelHandle]
 
 
 class ModelEntry(NamedTuple):
-    """A model that `resolve` finds: its name, a description and the command that installs it."""
+    """A model that can be used by name.
+
+    Attributes:
+        name: The name.
+        description: One line.
+        requirement: The command that installs what it needs.
+        kind: `autoencoder`, `text embedder`, or `custom` for a model of another package.
+    """
 
     name: str
     description: str
     requirement: str
+    kind: str
 
 
 class _BuiltIn(NamedTuple):
@@ -117,19 +127,42 @@ _FAMILIES = {
         placeholder="PATH",
     ),
 }
+# The models whose input is a text: `resolve_embedder`.
+_EMBEDDERS = {
+    "t5": _BuiltIn(
+        "latentmill.models.families.text_encoder:build_t5",
+        "tokens of a text by the encoder of T5, mT5 or umT5",
+        _TRANSFORMERS,
+        "google/flan-t5-large",
+    ),
+    "clap": _BuiltIn(
+        "latentmill.models.families.text_encoder:build_clap",
+        "one vector of a text, to compare with CLAP's vectors of audio",
+        _TRANSFORMERS,
+        "laion/larger_clap_music",
+    ),
+    "text": _BuiltIn(
+        "latentmill.models.families.text_encoder:build",
+        "tokens of a text, or their mean, by any text encoder of transformers",
+        _TRANSFORMERS,
+        "FacebookAI/roberta-base",
+    ),
+}
 
 
 def available() -> list[ModelEntry]:
-    """List the models that `resolve` finds by name: the built-in ones, then the entry points.
+    """List the models that can be used by name: the built-in ones, then the entry points.
 
     Families are listed as `family:REPO`, where REPO is a hub repository or a local path, or as
     `trained:PATH`.
     """
-    named = {**_BUILT_IN, **{f"{f}:{model.placeholder}": model for f, model in _FAMILIES.items()}}
-    listed = [ModelEntry(name, m.description, m.requirement) for name, m in named.items()]
+    named = [(name, model, "autoencoder") for name, model in _BUILT_IN.items()]
+    for families, kind in ((_FAMILIES, "autoencoder"), (_EMBEDDERS, "text embedder")):
+        named += [(f"{f}:{model.placeholder}", model, kind) for f, model in families.items()]
+    listed = [ModelEntry(name, m.description, m.requirement, kind) for name, m, kind in named]
     for name, point in sorted(_entry_points().items()):
         package = point.dist.name if point.dist else point.module
-        listed.append(ModelEntry(name, f"from {package} ({point.value})", ""))
+        listed.append(ModelEntry(name, f"from {package} ({point.value})", "", "custom"))
     return listed
 
 
@@ -145,10 +178,10 @@ def resolve(
     """
     if channels not in (None, *typing.get_args(Channels)):
         raise ModelError(f"Invalid channels {channels!r}: use mono or split.")
-    factory = _find(name)
-    checked = dict(options or {})
-    _check_options(name, factory, checked)
-    handle = factory(**checked)
+    factory = _find(name, _FAMILIES)
+    handle = _made(name, factory, options)
+    if isinstance(getattr(handle, "spec", None), EmbedderSpec):
+        raise _other_input(name, handle.spec.input)
     if not isinstance(getattr(handle, "spec", None), ModelSpec) or not hasattr(handle, "load"):
         raise ModelError(
             f"Model {name}: its factory returned a {type(handle).__name__}, but must return an "
@@ -160,11 +193,54 @@ def resolve(
             f"Model {name} takes {handle.spec.channels} channels: leave out channels {channels}, "
             "which is for mono models."
         )
+    model: ModelHandle = handle
     if channels != "split":
-        return handle
+        return model
     from latentmill.models.inference.split import SplitHandle  # imports torch
 
-    return SplitHandle(handle)
+    return SplitHandle(model)
+
+
+def resolve_embedder(name: str, options: Mapping[str, Any] | None = None) -> EmbedderHandle:
+    """Find the model of texts or latents with this name, as `resolve` finds one of audio."""
+    family = name.partition(":")[0]
+    if family not in _EMBEDDERS and _is_built_in(name):
+        raise ModelError(
+            f"Model {name} encodes audio: leave out --from to run it on the audio of the items."
+        )
+    handle = _made(name, _find(name, _EMBEDDERS), options)
+    if isinstance(getattr(handle, "spec", None), ModelSpec):
+        raise ModelError(
+            f"Model {name} encodes audio: leave out --from to run it on the audio of the items."
+        )
+    if not isinstance(getattr(handle, "spec", None), EmbedderSpec) or not hasattr(handle, "load"):
+        raise ModelError(
+            f"Model {name}: its factory returned a {type(handle).__name__}, but must return an "
+            "object with a `spec` of type EmbedderSpec and a method `load(device)`; see "
+            "latentmill.models.embedder.EmbedderHandle."
+        )
+    embedder: EmbedderHandle = handle
+    return embedder
+
+
+def embeds_only(name: str) -> bool:
+    """Whether a name is that of a built-in model that does not take audio."""
+    family = name.partition(":")[0]
+    return family in _EMBEDDERS and family not in _FAMILIES
+
+
+def _made(name: str, factory: Factory, options: Mapping[str, Any] | None) -> Any:
+    checked = dict(options or {})
+    _check_options(name, factory, checked)
+    return factory(**checked)
+
+
+def _other_input(name: str, taken: str) -> ModelError:
+    what, where = ("texts", "metadata:NAME") if taken == "text" else ("latents", "latents")
+    return ModelError(
+        f"Model {name} does not take audio but {what}: use `latentmill add STORE --field NAME "
+        f"--from {where} --model {name}`."
+    )
 
 
 def code_of(name: str) -> str | None:
@@ -180,7 +256,8 @@ def code_of(name: str) -> str | None:
 def weights_of(name: str, options: Mapping[str, Any]) -> str | None:
     """Describe a model's weights and where they come from; None if it has no weights."""
     family, _, repo = name.partition(":")
-    if family not in _FAMILIES and not (name in _BUILT_IN and _BUILT_IN[name].requirement):
+    has_weights = name in _BUILT_IN and bool(_BUILT_IN[name].requirement)
+    if not has_weights and family not in _FAMILIES | _EMBEDDERS:
         return None
     where = options.get("repo", repo) or "its default repository"
     revision = f" (revision {options['revision']})" if options.get("revision") else ""
@@ -194,17 +271,18 @@ def _entry_points() -> dict[str, EntryPoint]:
 
 
 def _is_built_in(name: str) -> bool:
-    return name in _BUILT_IN or name.partition(":")[0] in _FAMILIES
+    return name in _BUILT_IN or name.partition(":")[0] in _FAMILIES | _EMBEDDERS
 
 
-def _find(name: str) -> Factory:
+def _find(name: str, families: Mapping[str, _BuiltIn]) -> Factory:
+    """The factory of a name. `families` are those with repositories that it may belong to."""
     if name.startswith(PYTHON_PREFIX):
         return _import(name, name.removeprefix(PYTHON_PREFIX))
     if name in _BUILT_IN:
         return _import(name, _BUILT_IN[name].factory)
     family, _, repo = name.partition(":")
-    if family in _FAMILIES:
-        model = _FAMILIES[family]
+    if family in families:
+        model = families[family]
         if repo in ("", model.placeholder):
             raise ModelError(
                 f"Model {family} needs a repository or a local path: write "
@@ -214,8 +292,10 @@ def _find(name: str) -> Factory:
     points = _entry_points()
     if name in points:
         return _import(name, f"{points[name].module}:{points[name].attr}")
-    families = (f"{family}:{model.placeholder}" for family, model in _FAMILIES.items())
-    known = [*_BUILT_IN, *families, *sorted(points)]
+    if families is _FAMILIES and family in _EMBEDDERS:
+        raise _other_input(name, "text")
+    own = {} if families is _EMBEDDERS else _BUILT_IN
+    known = [*own, *(f"{f}:{model.placeholder}" for f, model in families.items()), *sorted(points)]
     near = {each.partition(":")[0]: each for each in known}
     close = difflib.get_close_matches(family.lower(), near, n=1)
     hint = f"did you mean {near[close[0]]}? " if close else ""

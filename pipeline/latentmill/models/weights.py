@@ -15,7 +15,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
@@ -127,19 +127,36 @@ def parse_repo(model: str, text: str, revision: str | None = None) -> Repo:
     return Repo(text, revision)
 
 
-def find(model: str, repo: Repo, wanted: Mapping[str, Sequence[str]]) -> ModelFiles:
+def find(
+    model: str,
+    repo: Repo,
+    wanted: Mapping[str, Sequence[str]],
+    optional: Collection[str] = (),
+) -> ModelFiles:
     """Find a model's files; download those that are not in the cache.
 
-    `wanted` has the possible file names of each role, the preferred one first. If the repository is
-    a local file, it is the file of the role `weights`.
+    `wanted` has the possible file names of each role, the preferred one first; the roles in
+    `optional` may have no file. If the repository is a local file, it is the file of the role
+    `weights`.
     """
     names: dict[str, str] = {}
     paths: dict[str, Path] = {}
     for role, candidates in wanted.items():
-        if repo.local:
-            names[role], paths[role] = _find_local(model, repo.local, role, candidates)
+        found = (
+            _find_local(repo.local, role, candidates)
+            if repo.local
+            else _find_on_hub(model, repo, candidates, wanted, role in optional)
+        )
+        if found is None and role not in optional:
+            raise ModelError(
+                f"Model {model}: {repo.local} does not contain {' or '.join(candidates)}; copy all "
+                "files of the model's repository."
+            )
+        if found is None:
             continue
-        names[role], paths[role] = _find_on_hub(model, repo, candidates, wanted)
+        names[role], paths[role] = found
+        if repo.local:
+            continue
         # The path is .../snapshots/COMMIT/NAME; the other files must be from the same commit.
         repo = Repo(repo.location, paths[role].parents[names[role].count("/")].name)
     return ModelFiles(repo, names, {role: _sha256(path) for role, path in paths.items()}, paths)
@@ -217,24 +234,28 @@ def one_line(error: BaseException) -> str:
     return text[:300].rstrip(". ").replace(". ", "; ")
 
 
-def _find_local(model: str, local: Path, role: str, candidates: Sequence[str]) -> tuple[str, Path]:
+def _find_local(local: Path, role: str, candidates: Sequence[str]) -> tuple[str, Path] | None:
     if local.is_file() and role == WEIGHTS:
         return local.name, local
     folder = local.parent if local.is_file() else local
-    for name in candidates:
-        if (folder / name).is_file():
-            return name, folder / name
-    raise ModelError(
-        f"Model {model}: {folder} does not contain {' or '.join(candidates)}; copy all files of "
-        "the model's repository."
-    )
+    found = (name for name in candidates if (folder / name).is_file())
+    return next(((name, folder / name) for name in found), None)
 
 
 def _find_on_hub(
-    model: str, repo: Repo, candidates: Sequence[str], wanted: Mapping[str, Sequence[str]]
-) -> tuple[str, Path]:
+    model: str,
+    repo: Repo,
+    candidates: Sequence[str],
+    wanted: Mapping[str, Sequence[str]],
+    optional: bool,
+) -> tuple[str, Path] | None:
+    import huggingface_hub as hub
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
+    if optional and not hub.constants.HF_HUB_OFFLINE:
+        found = hub.try_to_load_from_cache(repo.location, candidates[0], revision=repo.revision)
+        if found is not None and not isinstance(found, str):  # the hub said so for this commit
+            return None
     # The bases are the HTTP client's errors; which client it is depends on huggingface_hub.
     hub_errors: tuple[type[Exception], ...] = (
         OSError,
@@ -253,6 +274,8 @@ def _find_on_hub(
             failure = error
             break
     assert failure is not None, "there is at least one candidate"
+    if optional and isinstance(failure, EntryNotFoundError):
+        return None
     raise ModelError(f"Model {model}: {_why(repo, wanted, candidates, failure)}.") from failure
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -20,16 +18,8 @@ from latentmill.models.families.codec import (
     check_scale_factor,
     make_handle,
 )
-from latentmill.models.weights import (
-    LOAD_ERRORS,
-    ModelFiles,
-    does_not_load,
-    find,
-    import_package,
-    parse_repo,
-    read_config,
-    read_state,
-)
+from latentmill.models.families.transformers_files import load_network, model_config
+from latentmill.models.weights import ModelFiles, find, import_package, parse_repo
 
 WANTED = {"config": ["config.json"], "weights": ["model.safetensors", "pytorch_model.bin"]}
 LENGTHS = ("stride", "kernel_size", "padding_total")  # buffers of convolutions
@@ -95,31 +85,10 @@ class Family:
     def __call__(
         self, name: str, files: ModelFiles, device: torch.device, **options: Value
     ) -> Network:
-        """Build a network in float32 from its configuration and state dict; see `NetworkLoader`.
-
-        `from_pretrained` gets the tensors, not a path: it renames those of older releases but reads
-        no file itself. It would initialise missing tensors at random, so they are an error.
-        """
+        """Build a network; see `NetworkLoader`."""
         package, _ = import_package(name, "transformers")
-        config = _config(name, files, self.name)
-        state = read_state(name, files.paths["weights"])
-        try:
-            with _quiet_transformers():
-                model, report = package.MODEL_MAPPING[type(config)].from_pretrained(
-                    None,
-                    config=config,
-                    state_dict=state,
-                    dtype=torch.float32,
-                    output_loading_info=True,
-                )
-            wrong = [*report["missing_keys"], *report["mismatched_keys"], *report["error_msgs"]]
-            if wrong:
-                raise ValueError(
-                    f"{len(wrong)} tensors are missing or do not fit, such as {wrong[0]}"
-                )
-        except LOAD_ERRORS as error:
-            raise does_not_load(name, files.paths["weights"], error) from error
-        model = model.eval().requires_grad_(False)
+        config = model_config(name, files, self.name)
+        model = load_network(name, files, config, package.MODEL_MAPPING[type(config)])
         _move(model, device)
         network = self.network(model)
         if options["output"] == "codes":
@@ -149,7 +118,7 @@ def build_codec(
     scale = check_scale_factor(name, scale_factor)
     _, version = import_package(name, "transformers")
     files = find(name, parse_repo(name, repo, revision), WANTED)
-    config = _config(name, files, family.name)
+    config = model_config(name, files, family.name)
     return make_handle(
         FoundCodec(name, files, config, "transformers", version),
         lambda config: family.spec_of(config, output == "codes"),
@@ -171,21 +140,6 @@ def as_indices(codes: Tensor, codebook_size: int) -> Tensor:
     return indices
 
 
-def _config(name: str, files: ModelFiles, model_type: str) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
-
-    package, _ = import_package(name, "transformers")
-    path = files.paths["config"]
-    given = read_config(name, path)
-    try:
-        if given.get("model_type") != model_type:
-            found = given.get("model_type") or given.get("_class_name")
-            raise ValueError(f"it belongs to {found}")
-        return package.AutoConfig.for_model(**given)
-    except (*LOAD_ERRORS, StrictDataclassError) as error:
-        raise does_not_load(name, path, error) from error
-
-
 def _move(model: torch.nn.Module, device: torch.device) -> None:
     """Move a model to a device, but leave the buffers on the CPU that padding is computed from.
 
@@ -201,18 +155,3 @@ def _move(model: torch.nn.Module, device: torch.device) -> None:
     model.to(device)
     for module, name, buffer in kept:
         module._buffers[name] = buffer
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Turn off the progress bar and the loading report; `load_model` raises the errors in it."""
-    logging = importlib.import_module("transformers.utils.logging")
-    bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
