@@ -49,7 +49,8 @@ if TYPE_CHECKING:
     from latentmill.reader.stream import LatentStream
     from latentmill.record import Record
     from latentmill.reporting.report import ReportFile, report
-    from latentmill.run.options import EncodeOptions
+    from latentmill.run.add import add
+    from latentmill.run.options import AddOptions, EncodeOptions
     from latentmill.run.run import RunSummary, encode
     from latentmill.store.store import LatentStore
     from latentmill.store.store import open_store as open  # noqa: A004  lm.open(...) reads best
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 # The module that defines each name. It is imported when the name is first used, so that the command
 # line starts quickly.
 _LAZY = {
+    "AddOptions": "latentmill.run.options",
     "AnnotateSummary": "latentmill.curation.annotate",
     "BatchSampler": "latentmill.reader.batches",
     "Curated": "latentmill.curation.views",
@@ -81,6 +83,7 @@ _LAZY = {
     "RunSummary": "latentmill.run.run",
     "StemDataset": "latentmill.reader.stem_dataset",
     "SyncSummary": "latentmill.publishing.sync",
+    "add": "latentmill.run.add",
     "annotate": "latentmill.curation.annotate",
     "collate": "latentmill.reader.collate",
     "collate_tensors": "latentmill.reader.collate",
@@ -108,6 +111,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "AddOptions",
     "AnnotateSummary",
     "BatchSampler",
     "Curated",
@@ -133,6 +137,7 @@ __all__ = [
     "StemDataset",
     "SyncSummary",
     "__version__",
+    "add",
     "annotate",
     "collate",
     "collate_tensors",

@@ -209,6 +209,15 @@ def settings_of(effect: Effect) -> tuple[str, ...]:
     return tuple(name for name in RunConfig.model_fields if setting(name).effect == effect)
 
 
+# The settings that a field of a store has of its own. Other ones are those of the store: its items
+# and their filters, how audio is loaded, the format of the shards.
+FIELD_SETTINGS = tuple(
+    name
+    for name in RunConfig.model_fields
+    if setting(name).group in ("Model", "Compute") or name in ("log_format", "retry_failed")
+)
+
+
 def item_settings(config: SourceSettings) -> dict[str, Any]:
     """The settings that select a source's items and are not at their default, as JSON values.
 

@@ -11,7 +11,8 @@ from latentmill.cli import show
 from latentmill.models.registry import available
 from latentmill.run.prepare import Extension
 from latentmill.run.run import RunSummary
-from latentmill.store.schema import DatasetInfo, ShardEntry
+from latentmill.store.entries import ShardEntry
+from latentmill.store.schema import DatasetInfo
 from latentmill.store.verify import Decoded, VerifyReport
 
 

@@ -27,7 +27,7 @@ from latentmill.cli import view as cli_view
 from latentmill.cli.entry import interrupts_raise, main
 from latentmill.cli.log import Command, Commands, Quiet, Verbose, set_format
 from latentmill.cli.read import AsJson, Device, Store, TrustModel, print_value
-from latentmill.errors import IncompleteStoreWarning, StoreError, VerifyError
+from latentmill.errors import ConfigError, IncompleteStoreWarning, StoreError, VerifyError
 from latentmill.text.printing import counted, printable_lines
 
 if TYPE_CHECKING:
@@ -48,6 +48,12 @@ app.add_typer(cli_view.app)
 app.add_typer(cli_annotate.app)
 app.add_typer(cli_query.app)
 
+FieldName = Annotated[
+    str, typer.Option(metavar="NAME", help="Name of the field: letters, digits, - and _.")
+]
+StoreArgument = Annotated[
+    str, typer.Argument(metavar="STORE", help="Store to add to: a folder or URL.")
+]
 Function = Callable[..., Any]
 ModelName = Annotated[
     str | None,
@@ -137,6 +143,33 @@ def plan(**options: Any) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         value = forecast(settings, for_stream(settings.log_format), calibrated=calibrated)
     print_value(options["as_json"], value, show.forecast)
+
+
+@_command(
+    "add_options", store=(StoreArgument, ...), field=(FieldName, ...), as_json=(AsJson, False)
+)
+def add(**options: Any) -> int:
+    """Add a field to STORE: the values of another model for the same items, in STORE/fields/NAME.
+
+    The store itself does not change. Run the same command again to resume, or to bring the field up
+    to date after the store was extended or items were encoded again.
+    """
+    from latentmill.cli import show
+    from latentmill.engine.progress import for_stream
+    from latentmill.run.add import run_add
+
+    store, name, as_json = options.pop("store"), options.pop("field"), options.pop("as_json")
+    model_options = _options(options.pop("model_option"), options.pop("revision"))
+    if options["model"] is None:
+        raise ConfigError("--model is missing: `latentmill models` lists the models.")
+    as_lines = options["log_format"] == "json"
+    set_format("json" if as_lines else "text")
+    interrupts_raise()
+    with contextlib.redirect_stdout(sys.stderr):
+        given = {**options, "model_options": model_options}
+        summary = run_add(store, name, given, for_stream("json" if as_lines else "text"))
+    print_value(as_json, summary, show.summary)
+    return summary.exit_code
 
 
 @app.command()

@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from latentmill.config import RunConfig, setting
+from latentmill.config import FIELD_SETTINGS, RunConfig, setting
 from latentmill.sources.settings import option
 
 Command = Callable[..., Any]
@@ -51,6 +51,13 @@ def encode_options() -> dict[str, Any]:
             options[name] = annotation(name)
     first = {"source": options.pop("source"), "out": options.pop("out"), "config": Config}
     return first | {name: options[name] for name in sorted(options, key=_group)}
+
+
+def add_options() -> dict[str, Any]:
+    """Annotations of the options of `add` that are settings, by Python name."""
+    options = encode_options()
+    taken = {*FIELD_SETTINGS, "model_option", "revision"}
+    return {name: kind for name, kind in options.items() if name in taken}
 
 
 def _group(name: str) -> int:

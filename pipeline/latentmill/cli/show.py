@@ -37,7 +37,7 @@ MAX_LISTED = 20
 def plain(value: Any) -> Any:
     """Convert dataclasses, models and tuples to the dicts and lists that JSON has."""
     if isinstance(value, BaseModel):
-        optional = (*IN_INFO, "annotation")
+        optional = (*IN_INFO, "annotation", "field")
         unset: set[str] = {name for name in optional if getattr(value, name, 0) is None}
         if not getattr(value, "bases", True):  # not a view
             unset |= VIEW_FIELDS
@@ -75,7 +75,7 @@ def summary(run: RunSummary) -> str:
         hint = " (to add new files of the source, use --extend)"
         lines.append(
             "nothing to encode: every unit is committed already"
-            f"{hint if run.extension is None else ''}"
+            f"{hint if run.extension is None and info.field is None else ''}"
         )
     else:
         speed = run.encoded_seconds / run.seconds

@@ -32,6 +32,7 @@ from latentmill.store.annotations import (
     open_annotations,
 )
 from latentmill.store.bases import BASES, Bases, inside_base, renamed, split_path
+from latentmill.store.entries import AnnotationEntry, BaseEntry
 from latentmill.store.index import Index
 from latentmill.store.metadata import publish_metadata
 from latentmill.store.schema import (
@@ -40,8 +41,6 @@ from latentmill.store.schema import (
     LEFT_OUT_NAME,
     METADATA_NAME,
     ORIGIN_PATH,
-    AnnotationEntry,
-    BaseEntry,
     DatasetInfo,
 )
 from latentmill.store.seal import read_origin, read_seal, write_origin, write_seal

@@ -15,6 +15,7 @@ from latentmill.models.inference.batch import check_batch
 from latentmill.plan import Plan
 from latentmill.sources.filters import Filters
 from latentmill.storage.storage import Storage
+from latentmill.store.field_layout import base_url
 from latentmill.text.log import ROOT
 
 LOAD_THREADS = 2
@@ -56,6 +57,8 @@ def make_job(
             "layout": "chunks" if chunking.stitch == "none" else "time-major",
             "fingerprint": fingerprint(plan.fingerprint),
         },
+        base=None if plan.field is None else base_url(Storage(config.out).root),
+        retry_failed=config.retry_failed,
         device=device,
         threads=threads,
         compile=config.compile,

@@ -9,6 +9,7 @@ are first loaded on trial in another process.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import threading
@@ -31,6 +32,8 @@ from latentmill.engine.lock import Membership
 from latentmill.engine.trial_load import HANG_SECONDS, TrialLoader
 from latentmill.engine.underway import Underway, UnitProgress
 from latentmill.errors import StoreError
+from latentmill.fields.inputs import audio_inputs, with_inputs
+from latentmill.fields.unit import BaseCommits, FieldUnit
 from latentmill.models.base import Autoencoder, ModelHandle
 from latentmill.models.checks import check_encoded
 from latentmill.models.inference.batch import find_batch_size
@@ -64,6 +67,8 @@ class Job:
     load_tasks: int = 0  # number of Ray tasks that load a unit; 0: the worker's threads load it
     auto_batch: bool = False  # on a GPU, measure the best batch size
     owner: str | None = None  # id in the run's lease on the store, if it has one
+    base: str | None = None  # of a field: its base store
+    retry_failed: bool = False  # of a field: compute failed items again
     hang_seconds: float = HANG_SECONDS  # a trial load without progress for this long is hung
     log_level: int = logging.WARNING  # of the messages that the driver gets
 
@@ -116,6 +121,7 @@ class Worker:
         self._open_audio_of = open_audio_of
         self._hold = Membership(Storage(job.store), job.owner)
         self._storage = self._hold.storage
+        self._base = None if job.base is None else BaseCommits(job.base)
         self._model: Autoencoder = load_model(job.model, device)
         if job.auto_batch and device != "cpu":
             size = settled_batch_size(self._storage, self._model, job, device)
@@ -166,8 +172,10 @@ class Worker:
         began = time.perf_counter()
         job, meter = self._job, Meter(parent=self._meter)
         planned = read_items(self._storage, unit)
-        refused = self._refused(planned, meter) if trial_load else {}
-        items = self._reading_order(planned, refused)
+        field = self._field_unit(unit, planned)
+        wanted = [item for item in planned if field is None or item.key in field.todo]
+        refused = self._refused(wanted, meter) if trial_load else {}
+        items = self._reading_order(wanted, refused)
         encoder = UnitEncoder(self._model, job.chunking, job.settings, meter, self._device)
         loading = Loading(self._model.spec, job.chunking, job.settings, refused)
         audio = self._open_audio_of(items, loading, meter)
@@ -187,11 +195,20 @@ class Worker:
                 revision=unit.revision,
                 keys=[item.key for item in planned],
             )
-            commit = written_beside(done, write)
+            kept = () if field is None else field.kept()
+            commit = written_beside(itertools.chain(kept, done), write)
         meter.add("write_seconds", time.perf_counter() - encoder.ended)
         timings = {**meter.snapshot(), "total_seconds": time.perf_counter() - began}
         commit = commit.model_copy(update={"items_hash": unit.hash})
+        commit = commit if field is None else with_inputs(commit, field.inputs)
         return _result(unit, write_commit(self._storage, commit, timings))
+
+    def _field_unit(self, unit: Unit, planned: Sequence[Item]) -> FieldUnit | None:
+        if self._base is None:
+            return None
+        inputs = audio_inputs(planned, self._base.of(unit.name))
+        again = self._job.retry_failed
+        return FieldUnit(self._storage, unit, inputs, retry_failed=again)
 
     def _reading_order(self, planned: Sequence[Item], refused: Mapping[str, str]) -> list[Item]:
         """A unit's items in the order in which they are read, with lengths from short headers."""

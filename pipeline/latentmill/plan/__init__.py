@@ -18,7 +18,16 @@ from latentmill.plan.files import (
     read_items,
 )
 from latentmill.plan.items import estimated_seconds
-from latentmill.plan.plan import ITEMS_PATH, PLAN, PLAN_PATH, UNITS_PATH, Part, Plan, Unit
+from latentmill.plan.plan import (
+    ITEMS_PATH,
+    PLAN,
+    PLAN_PATH,
+    UNITS_PATH,
+    FieldEntry,
+    Part,
+    Plan,
+    Unit,
+)
 
 __all__ = [
     "DEFAULT_SHARD_SIZE",
@@ -27,6 +36,7 @@ __all__ = [
     "PLAN_PATH",
     "UNITS_PATH",
     "Draft",
+    "FieldEntry",
     "Part",
     "Plan",
     "Unit",

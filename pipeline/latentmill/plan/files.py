@@ -21,7 +21,7 @@ from latentmill.encoding.stored import parse_json
 from latentmill.errors import StoreError
 from latentmill.plan.drafting import Draft
 from latentmill.plan.items import ITEMS_SCHEMA, to_items, unit_hash
-from latentmill.plan.plan import PLAN, PLAN_PATH, Part, Plan, Unit
+from latentmill.plan.plan import PLAN, PLAN_PATH, FieldEntry, Part, Plan, Unit
 from latentmill.sources.base import Item
 from latentmill.storage.storage import Storage, writing
 
@@ -178,11 +178,14 @@ def _write_items(path: Path, groups: Iterable[RowGroup], units: list[Unit]) -> N
 def write_document(plan: Plan, storage: Storage) -> None:
     """Write plan.json, which puts the plan into effect."""
     names = [
-        field.name for field in dataclasses.fields(Plan) if field.name not in ("units", "parts")
+        field.name
+        for field in dataclasses.fields(Plan)
+        if field.name not in ("units", "parts", "field")
     ]
     document = {
         "format_version": FORMAT_VERSION,
         **{name: getattr(plan, name) for name in names},
+        **({} if plan.field is None else {"field": dataclasses.asdict(plan.field)}),
         "items": plan.num_items,
         "units": len(plan.units),
         "parts": [dataclasses.asdict(part) for part in plan.parts],
@@ -221,6 +224,8 @@ def _read_plan(document: dict[str, Any], storage: Storage) -> Plan:
             f"Store {storage.root} was planned by a later version of latentmill: update latentmill."
         )
     document["extensions"] = tuple(document["extensions"])
+    if (entry := document.get("field")) is not None:
+        document["field"] = FieldEntry(**entry)
     sizes = storage.list(PLAN)
     units: list[Unit] = []
     for part in parts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from latentmill.models.base import Channels
 from latentmill.record import ShardFormat
@@ -96,6 +96,25 @@ class Part:
 
 
 @dataclass(frozen=True)
+class FieldEntry:
+    """What a field is: a store in fields/NAME/ of another store, its base.
+
+    Attributes:
+        name: Its name, the last part of its folder.
+        kind: What its arrays `[D, n]` are. `frames`: n frames at the rate of the model. `vector`:
+            one for the item, or one for each `window_seconds`. `tokens`: n tokens, without a rate.
+            `codes`: whole numbers at the rate of the model.
+        source: What the values are computed from: `audio`, or for example `metadata:prompt`.
+        window_seconds: Length of a window, if each window of an item has a vector.
+    """
+
+    name: str
+    kind: Literal["frames", "vector", "tokens", "codes"]
+    source: str
+    window_seconds: float | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run encodes, and with which settings.
 
@@ -114,6 +133,7 @@ class Plan:
         source_settings: Other settings that select items, by their name in `RunConfig`.
         packing: The order in which chunks are packed into batches; see `encoding/lanes.py`. Plans
             of earlier versions do not contain it.
+        field: What the store is, if it is a field of another store.
         units: All units, in order. Each item is in exactly one. `freeze` sets this.
         parts: The files with the items.
     """
@@ -131,6 +151,7 @@ class Plan:
     extensions: tuple[str, ...] = ()
     source_settings: dict[str, Any] = field(default_factory=dict)
     packing: int = 1
+    field: FieldEntry | None = None
     units: tuple[Unit, ...] = ()
     parts: tuple[Part, ...] = ()
 

@@ -1,4 +1,4 @@
-"""Keyword settings of `encode`, for editors and type checkers.
+"""Keyword settings of `encode` and `add`, for editors and type checkers.
 
 Generated from `RunConfig` by `make schemas`. What each setting means: `latentmill encode --help`.
 """
@@ -49,6 +49,31 @@ class EncodeOptions(TypedDict, total=False):
     retry_failed: bool | None
     extend: bool | None
     retry_changed: bool | None
+    device: str | None
+    workers: int | None
+    threads: int | None
+    batch_size: int | None
+    load_threads: int | None
+    load_tasks: int | None
+    load_timeout: float | None
+    address: str | None
+    stall_minutes: float | None
+
+
+class AddOptions(TypedDict, total=False):
+    """Settings of `add`; None is the same as omitting the setting."""
+
+    log_format: Literal["text", "json"] | None
+    model_options: Mapping[str, str | int | float | bool | None] | None
+    channels: Literal["mono", "split"] | None
+    precision: Literal["float32", "tf32", "bf16", "fp16"] | None
+    dtype: Literal["float16", "float32"] | None
+    compile: bool | None
+    stitch: Literal["trim", "crossfade", "none"] | None
+    chunk_seconds: float | None
+    chunk_samples: int | None
+    overlap: float | None
+    retry_failed: bool | None
     device: str | None
     workers: int | None
     threads: int | None

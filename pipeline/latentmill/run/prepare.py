@@ -93,15 +93,13 @@ class Extension:
 
 
 @dataclass(frozen=True)
-class Preparation:
-    """A configuration with its model, chunking, store and source resolved."""
+class Setup:
+    """A configuration with its model, chunking and store resolved."""
 
     config: RunConfig
     handle: ModelHandle
     chunking: Chunking
     storage: Storage
-    source: Source
-    observer: PlanningObserver | None = None
 
     @property
     def bytes_per_second(self) -> float:
@@ -114,6 +112,14 @@ class Preparation:
         size = self.config.shard_size or DEFAULT_SHARD_SIZE
         chunk = self.chunking.samples / self.handle.spec.sample_rate
         return UnitLimits(self.config.unit_seconds, size, self.bytes_per_second, chunk)
+
+
+@dataclass(frozen=True)
+class Preparation(Setup):
+    """A setup with its source."""
+
+    source: Source
+    observer: PlanningObserver | None = None
 
 
 def bytes_per_second(handle: ModelHandle, chunking: Chunking, dtype: str) -> float:
@@ -129,6 +135,13 @@ def prepare(config: RunConfig, observer: PlanningObserver | None = None) -> Prep
         raise ConfigError(
             "--retry-changed needs --extend, which finds the changed files: set both."
         )
+    setup = set_up(config)
+    source = _source(setup.config, setup.storage)
+    return Preparation(**vars(setup), source=source, observer=observer)
+
+
+def set_up(config: RunConfig) -> Setup:
+    """Resolve a configuration without its source, and check device, model and store."""
     config = with_precision(config)
     handle = registry.resolve(config.model, config.model_options, config.channels)
     chunking = Chunking.for_model(
@@ -147,8 +160,7 @@ def prepare(config: RunConfig, observer: PlanningObserver | None = None) -> Prep
     refuse_job_folder("STORE", config.out, "an absolute path or a URL")
     storage = Storage(config.out)
     storage.refuse_read_only()
-    source = _source(config, storage)
-    return Preparation(config, handle, chunking, storage, source, observer)
+    return Setup(config, handle, chunking, storage)
 
 
 def with_precision(config: RunConfig) -> RunConfig:
@@ -230,7 +242,7 @@ def planned(prepared: Preparation, items: Draft | None) -> tuple[Plan, Extension
     storage, config = prepared.storage, prepared.config
     plan = load(storage)
     if plan is None:
-        _refuse_foreign(storage)
+        refuse_foreign(storage)
         tidy_plan(storage, None)
         with items or _drafted(prepared) as drafted:
             plan = freeze(_new_plan(prepared), drafted, storage)
@@ -321,7 +333,7 @@ def _refiner(probe: bool | None) -> Callable[[pa.Table], pa.Table]:
     return refine
 
 
-def _refuse_foreign(storage: Storage) -> None:
+def refuse_foreign(storage: Storage) -> None:
     """Refuse a folder without a plan that has files which a run would overwrite or delete."""
     for folder in (SHARDS, COMMITS):
         if storage.list(folder):

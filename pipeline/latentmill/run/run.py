@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -18,7 +18,7 @@ from latentmill.engine.progress import LogProgress, Progress
 from latentmill.errors import ITEMS_FAILED_EXIT_CODE, SourceError, StoreError
 from latentmill.plan import Plan, Unit, check_items
 from latentmill.run.options import EncodeOptions
-from latentmill.run.prepare import Extension, Preparation, listed, planned, prepare
+from latentmill.run.prepare import Extension, Setup, listed, planned, prepare
 from latentmill.sources.open import is_there
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import SealHash, Tally, iter_commits, next_revisions
@@ -102,36 +102,62 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunSummary:
     prepared = prepare(config, progress)
     items = listed(prepared)
     with items or contextlib.nullcontext(), only_run(prepared.storage) as hold:
-        prepared, storage = replace(prepared, storage=hold.storage), hold.storage
+        prepared = replace(prepared, storage=hold.storage)
         plan, extension = planned(prepared, items)
-        tidy(storage)
+        summary = complete(prepared, plan, hold, progress, began)
+    return replace(summary, extension=extension)
+
+
+def complete(
+    setup: Setup,
+    plan: Plan,
+    hold: Hold,
+    progress: Progress,
+    began: float,
+    stale: Collection[str] = (),
+) -> RunSummary:
+    """Encode the units of a plan that are not committed, and seal the store.
+
+    Args:
+        setup: The settings of the run.
+        plan: The plan.
+        hold: The run's exclusive access to the store.
+        progress: Receives the progress.
+        began: When the run began, by `perf_counter`.
+        stale: Names of units that are encoded again.
+    """
+    storage, retry_failed = setup.storage, setup.config.retry_failed
+    tidy(storage)
+    tallies, sealable = _trusted(storage, plan)
+    tallies = {  # the old commits count until later revisions are committed
+        name: one
+        for name, one in tallies.items()
+        if name not in stale and not (retry_failed and one.failed)
+    }
+    revisions = next_revisions(storage)
+    todo = [
+        replace(unit, revision=revisions.get(unit.name, 0))
+        for unit in plan.units
+        if unit.name not in tallies
+    ]
+    resumed = len(tallies)
+    _log.debug("%d of %s committed already", resumed, counted(len(plan.units), "unit"))
+    storage.clear_scratch()
+    if todo:
+        _encode_todo(setup, plan, tallies, todo, progress, hold)
         tallies, sealable = _trusted(storage, plan)
-        if config.retry_failed:  # the old commit counts until a later revision is committed
-            tallies = {name: one for name, one in tallies.items() if not one.failed}
-        revisions = next_revisions(storage)
-        todo = [
-            replace(unit, revision=revisions.get(unit.name, 0))
-            for unit in plan.units
-            if unit.name not in tallies
-        ]
-        resumed = len(tallies)
-        _log.debug("%d of %s committed already", resumed, counted(len(plan.units), "unit"))
-        storage.clear_scratch()
-        if todo:
-            _encode_todo(prepared, plan, tallies, todo, progress, hold)
-            tallies, sealable = _trusted(storage, plan)
-            assert len(tallies) == len(plan.units), "a run that ends well has committed every unit"
-        info = current_seal(storage, sealable)
-        if info is None:
-            info = seal(storage, plan)
-            remove_unfinished(storage)
-            storage.clear_scratch()  # an empty folder
+        assert len(tallies) == len(plan.units), "a run that ends well has committed every unit"
+    info = current_seal(storage, sealable)
+    if info is None:
+        info = seal(storage, plan)
+        remove_unfinished(storage)
+        storage.clear_scratch()  # an empty folder
     seconds = time.perf_counter() - began
-    return _summary(storage, plan, info, tallies, todo, resumed, seconds, extension)
+    return _summary(storage, plan, info, tallies, todo, resumed, seconds)
 
 
 def _encode_todo(
-    prepared: Preparation,
+    setup: Setup,
     plan: Plan,
     tallies: dict[str, Tally],
     todo: list[Unit],
@@ -141,7 +167,7 @@ def _encode_todo(
     from latentmill.engine.launch import encode_units  # imports ray, which readers must not
     from latentmill.engine.tracker import Tracker
 
-    storage = prepared.storage
+    storage = setup.storage
     if not is_there(plan.source):
         raise SourceError(
             f"Source {plan.source} does not exist, but {counted(len(todo), 'unit')} of "
@@ -150,7 +176,7 @@ def _encode_todo(
     check_items(plan, storage)
     tracker = Tracker(plan, tallies, progress, hold.publish)
     try:
-        encode_units(prepared.config, prepared.handle, prepared.chunking, plan, todo, tracker, hold)
+        encode_units(setup.config, setup.handle, setup.chunking, plan, todo, tracker, hold)
     finally:
         tracker.end()
         storage.clear_scratch()
@@ -191,7 +217,6 @@ def _summary(
     todo: list[Unit],
     resumed: int,
     seconds: float,
-    extension: Extension | None,
 ) -> RunSummary:
     done = [tallies[unit.name] for unit in todo if unit.name in tallies]
     stages: Counter[str] = Counter()
@@ -208,5 +233,4 @@ def _summary(
         seconds=seconds,
         encoded_seconds=sum(tally.audio_seconds for tally in done),
         stages=dict(stages),
-        extension=extension,
     )

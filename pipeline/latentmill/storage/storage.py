@@ -113,6 +113,18 @@ class Storage:
             files = (entry for entry in entries if entry["type"] == "file")
             return {file["name"].rsplit("/", 1)[-1]: self._size_of(file) for file in files}
 
+    def folders(self, folder: str) -> Sequence[str]:
+        """Names of the folders directly in a folder, sorted; empty if it does not exist.
+
+        A link to a folder counts, and a web server that does not list its files has none.
+        """
+        with self._errors("list", folder):
+            self._fs.invalidate_cache()
+            path = self.full(folder)
+            entries = self._unless_missing(lambda: self._fs.ls(path, detail=True)) or []
+            found = (entry["name"] for entry in entries if entry["type"] == "directory")
+            return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
+
     def _size_of(self, entry: dict[str, Any]) -> int:
         size = entry["size"]
         if size is None:  # a web server's listing may have no sizes

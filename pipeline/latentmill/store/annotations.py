@@ -20,7 +20,8 @@ from latentmill.encoding.stored import parse_json
 from latentmill.errors import SourceError, StoreError
 from latentmill.sources.columns import refuse_bombs
 from latentmill.storage.storage import Storage
-from latentmill.store.schema import AnnotationEntry, json_text
+from latentmill.store.entries import AnnotationEntry
+from latentmill.store.schema import json_text
 
 ANNOTATIONS = "annotations"
 MAX_NAME = 64  # characters of a name that becomes a column

@@ -23,8 +23,9 @@ import pyarrow as pa
 from latentmill.errors import StoreError
 from latentmill.storage.remote import is_web, protocol_of
 from latentmill.storage.storage import Storage
+from latentmill.store.entries import BaseEntry
 from latentmill.store.index import INDEX_SCHEMA, Index, open_index
-from latentmill.store.schema import BaseEntry, DatasetInfo
+from latentmill.store.schema import DatasetInfo
 from latentmill.store.seal import read_seal
 
 BASES = "bases"

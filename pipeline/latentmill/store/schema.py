@@ -7,15 +7,24 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import pyarrow as pa
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from latentmill.encoding.stored import check_facts, parse_json
 from latentmill.errors import StoreError
+from latentmill.plan.plan import FieldEntry
 from latentmill.record import Latent, Record, ShardFormat, Status
-from latentmill.storage.storage import file_in_store
+from latentmill.store.entries import (
+    AnnotationEntry,
+    BaseEntry,
+    Bytes,
+    Document,
+    NameInStore,
+    ShardEntry,
+    Size,
+)
 from latentmill.store.formats import extension
 from latentmill.store.results import LinearityEntry, SeamEntry
 
@@ -131,16 +140,7 @@ def json_text(value: Any) -> str:
     return text
 
 
-Bytes = Annotated[int, Field(ge=0, lt=2**63)]
-Size = Annotated[int, Field(ge=0, lt=2**31)]
-NameInStore = Annotated[str, AfterValidator(file_in_store)]
-
-
-class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ItemEntry(_Document):
+class ItemEntry(Document):
     """Result of one item of a unit, and the position of its latent in the shard."""
 
     key: str
@@ -165,11 +165,16 @@ class ItemEntry(_Document):
     num_samples: Bytes | None = Field(
         None, description="Length of the audio in samples at the model's rate."
     )
+    input: str | None = Field(
+        None,
+        description="In a field: hash of what the value was computed from; null if the base store "
+        "has no latent of the item.",
+    )
     fields_offset: Bytes | None = Field(None, description="Tar: first byte of the JSON member.")
     fields_length: Bytes | None = Field(None, description="Tar: length of the JSON member.")
 
 
-class StatisticsEntry(_Document):
+class StatisticsEntry(Document):
     """Statistics of each latent channel over all frames."""
 
     frames: Bytes
@@ -183,7 +188,7 @@ class StatisticsEntry(_Document):
         return self
 
 
-class Commit(_Document):
+class Commit(Document):
     """Makes a unit's shard part of the store: commits/UNIT.json or commits/UNIT.rN.json.
 
     It is written after the shard. Of a unit's commits, the one with the highest revision counts.
@@ -235,45 +240,7 @@ class Commit(_Document):
         return sum(item.status == status for item in self.items)
 
 
-class ShardEntry(_Document):
-    """A shard of a sealed store."""
-
-    path: NameInStore
-    rows: int
-    bytes: int
-    hash: str
-
-
-class AnnotationEntry(_Document):
-    """Annotations of a store: annotations/VERSION.parquet, such as annotations/0003.parquet."""
-
-    version: int = Field(ge=1, lt=10**9)
-    hashes: list[str] = Field(
-        description="xxh3-128 of the bytes of each version's file, from version 1, hex."
-    )
-    records: int
-    names: list[str] = Field(description="Names of the annotated values.")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if len(self.hashes) != self.version:
-            raise ValueError("the hashes are not those of all versions")
-        return self
-
-
-class BaseEntry(_Document):
-    """A base store of a view."""
-
-    url: str
-    fingerprint: str
-    index_hash: str | None = Field(
-        description="Hash of the store's index that the view's index has its positions from."
-    )
-    prefix: str = Field("", description="What the view's keys of this store begin with.")
-    records: Bytes
-
-
-class DatasetInfo(_Document):
+class DatasetInfo(Document):
     """Description of a store: dataset.json (the seal), written when a run is complete."""
 
     format_version: Literal[1, 2, 3] = Field(2, description="3 for a view.")
@@ -321,6 +288,9 @@ class DatasetInfo(_Document):
     )
     annotation: AnnotationEntry | None = Field(
         None, description="Metadata added after encoding; stores without it have no such field."
+    )
+    field: FieldEntry | None = Field(
+        None, description="Field: what it is; other stores have no such field."
     )
     bases: list[BaseEntry] = Field([], description="View: the stores that have its records.")
     left_out: dict[str, int] = Field(

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import pyarrow as pa
 from pydantic import BaseModel, ByteSize
 
-from latentmill.config import RunConfig
+from latentmill.config import FIELD_SETTINGS, RunConfig
 from latentmill.store.index import INDEX_SCHEMA
 from latentmill.store.metadata import METADATA_SCHEMA
 from latentmill.store.schema import RECORD_SCHEMA, Commit, DatasetInfo
@@ -46,7 +47,7 @@ def _arrow_schema(schema: pa.Schema) -> str:
     return "".join(f"{f.name}: {f.type}{'' if f.nullable else ' not null'}\n" for f in schema)
 
 
-_OPTIONS = '''"""Keyword settings of `encode`, for editors and type checkers.
+_OPTIONS = '''"""Keyword settings of `encode` and `add`, for editors and type checkers.
 
 Generated from `RunConfig` by `make schemas`. What each setting means: `latentmill encode --help`.
 """
@@ -60,19 +61,30 @@ from typing import Literal, TypedDict
 class EncodeOptions(TypedDict, total=False):
     """Settings of `encode`; None is the same as omitting the setting."""
 
-{fields}
+{encode}
+
+
+class AddOptions(TypedDict, total=False):
+    """Settings of `add`; None is the same as omitting the setting."""
+
+{add}
 '''
 
 
 def encode_options() -> str:
     """Return the source of the module `run/options.py`."""
-    fields = [
-        f"    {name}: {_written(field.annotation)}"
-        for name, field in RunConfig.model_fields.items()
-        if name not in ("source", "out")  # separate arguments of `encode`
-    ]
-    texts = [one if one.endswith("None") else f"{one} | None" for one in fields]
-    return _OPTIONS.format(fields="\n".join(texts))
+    arguments = ("source", "out")  # of `encode`; `model` is one of `add`
+    names = [name for name in RunConfig.model_fields if name not in arguments]
+    added = [name for name in FIELD_SETTINGS if name != "model"]
+    return _OPTIONS.format(encode=_options(names), add=_options(added))
+
+
+def _options(names: Sequence[str]) -> str:
+    kinds = {name: _written(RunConfig.model_fields[name].annotation) for name in names}
+    return "\n".join(
+        f"    {name}: {kind if kind.endswith('None') else f'{kind} | None'}"
+        for name, kind in kinds.items()
+    )
 
 
 def _written(kind: Any) -> str:

@@ -22,6 +22,7 @@ from latentmill.storage.storage import Storage
 from latentmill.store.annotations import found_annotation, open_annotations
 from latentmill.store.card import write_card
 from latentmill.store.commit import SealHash, iter_commits
+from latentmill.store.entries import ShardEntry
 from latentmill.store.index import Index, to_batch
 from latentmill.store.metadata import has_hash, publish_metadata
 from latentmill.store.schema import (
@@ -30,7 +31,6 @@ from latentmill.store.schema import (
     ORIGIN_PATH,
     Commit,
     DatasetInfo,
-    ShardEntry,
     parse_document,
 )
 from latentmill.store.statistics import ChannelStatistics
@@ -94,6 +94,7 @@ def dataset_info(plan: Plan, commits: Iterable[Commit]) -> DatasetInfo:
         shards=shards,
         seal=seal_hash.hexdigest(),
         revisions=revisions,
+        field=plan.field,
     )
 
 
@@ -139,6 +140,7 @@ def seal(storage: Storage, plan: Plan) -> DatasetInfo:
 def write_seal(storage: Storage, info: DatasetInfo) -> None:
     """Replace dataset.json. Fields that only some stores have are not written for the others."""
     unused = {"seams", "linearity"} | ({"annotation"} if info.annotation is None else set())
+    unused |= {"field"} if info.field is None else set()
     unused |= set() if info.bases else VIEW_FIELDS
     storage.write(DATASET_PATH, info.model_dump_json(indent=2, exclude=unused).encode())
 

@@ -1,0 +1,81 @@
+"""The fields of a store: names and places. The field NAME is a store in `fields/NAME/`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from latentmill.errors import ConfigError, StoreError
+from latentmill.plan import PLAN_PATH, Plan, load
+from latentmill.storage.storage import Storage
+from latentmill.store.schema import DATASET_PATH
+from latentmill.store.seal import read_seal
+
+FIELDS = "fields"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+def field_url(base: str, name: str) -> str:
+    """The folder or URL of a field, which may not exist. ConfigError if the name is not valid."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"invalid field name {name!r}: use up to 64 letters, digits, - and _, and start with a "
+            "letter or a digit."
+        )
+    return f"{base.rstrip('/')}/{FIELDS}/{name}"
+
+
+def base_url(field: str) -> str:
+    """The folder or URL of the base store of a field."""
+    return field.rstrip("/").rpartition("/")[0].rpartition("/")[0]
+
+
+def field_storage(base: Storage, name: str) -> Storage:
+    """The folder of a field, which may not exist.
+
+    Raises:
+        ConfigError: The name is not valid.
+        StoreError: It is a link, which could lead to files outside of the store.
+    """
+    url = field_url(base.root, name)
+    if base.local:
+        for folder in (Path(base.full(FIELDS)), Path(url)):
+            if folder.is_symlink():
+                raise StoreError(f"{folder} is a link: replace it by a folder.")
+    return Storage(url)
+
+
+def field_names(base: Storage) -> list[str]:
+    """Names of the folders in `fields/`, sorted; also of fields that are not complete.
+
+    Folders that are links or do not have the name of a field are left out.
+    """
+    found = [name for name in base.folders(FIELDS) if _NAME.fullmatch(name)]
+    if not base.local:
+        return found
+    folder = Path(base.full(FIELDS))
+    return [name for name in found if not (folder.is_symlink() or (folder / name).is_symlink())]
+
+
+def base_plan(base: Storage) -> Plan:
+    """The plan of a store that can have fields. StoreError if it has none, is a view or a field."""
+    sealed = read_seal(base)
+    if sealed is not None and sealed.bases:
+        raise StoreError(
+            f"{base.root} is a view, which has no fields: use its base stores, "
+            f"{', '.join(entry.url for entry in sealed.bases)}."
+        )
+    plan = load(base)
+    if plan is None:
+        raise StoreError(
+            f"{base.root} is not a latentmill store, or its run is still planning it: check the "
+            "path, or try again later."
+        )
+    if plan.field is not None:
+        raise StoreError(f"{base.root} is a field, which has no fields: use {base_url(base.root)}.")
+    return plan
+
+
+def is_field(storage: Storage) -> bool:
+    """Whether the folder of a field contains a plan or a seal."""
+    return storage.exists(DATASET_PATH) or storage.exists(PLAN_PATH)
