@@ -65,6 +65,9 @@ CASES = {
     "dac-44k-codes": Case("dac:REPOS/dac-44k", {"output": "codes"}, seam=0),
     "dac-24k": Case("dac:REPOS/dac-24k", {"quantise": True}, seam=1e-6),
     "mimi": Case("mimi:REPOS/mimi", seam=1e-3),
+    "pockettts": Case("pockettts:REPOS/pockettts", {"scale_factor": 0.5}, seam=1e-6),
+    "vibevoice": Case("vibevoice:REPOS/vibevoice", seam=1e-6),
+    "vibevoice-split": Case("vibevoice:REPOS/vibevoice", seam=1e-6, channels="split"),
     "trained": Case("trained:REPOS/trained", seam=1e-5),
     "mimi-codes": Case("mimi:REPOS/mimi", {"output": "codes"}, seam=0),
 }

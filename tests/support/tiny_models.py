@@ -28,6 +28,8 @@ def write_repos(root: Path) -> None:
     write_dac(root / "dac-44k", downsampling_ratios=[2, 4, 8, 8], sampling_rate=44100)
     write_dac(root / "dac-24k", downsampling_ratios=[2, 4, 5, 8], sampling_rate=24000)
     write_mimi(root / "mimi")
+    write_pockettts(root / "pockettts")
+    write_vibevoice(root / "vibevoice")
     write_music2latent(root / "music2latent")
     write_trained(root / "trained")
 
@@ -131,6 +133,41 @@ def write_mimi(folder: Path, seed: int = 0) -> None:
         upsample_groups=16,
     )
     _save(MimiModel(config), folder)
+
+
+def write_pockettts(folder: Path, seed: int = 0, **config: Any) -> None:
+    from transformers import PocketTTSAudioTokenizerConfig, PocketTTSAudioTokenizerModel
+
+    torch.manual_seed(seed)
+    small: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_filters": 2,
+        "latent_dim": 6,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "upsample_groups": 16,
+        "sliding_window": 50,
+        "layer_scale_initial_scale": 0.5,  # so that the transformer counts
+    }
+    model = PocketTTSAudioTokenizerModel(PocketTTSAudioTokenizerConfig(**small | config))
+    model.save_pretrained(folder)
+
+
+def write_vibevoice(folder: Path, seed: int = 0) -> None:
+    """Its blocks, which are initialised to have no effect, count."""
+    from transformers import VibeVoiceAcousticTokenizerConfig, VibeVoiceAcousticTokenizerModel
+
+    torch.manual_seed(seed)
+    config = VibeVoiceAcousticTokenizerConfig(
+        hidden_size=6,
+        num_filters=4,
+        downsampling_ratios=[2, 4, 5],
+        depths=[1, 1, 1, 3],
+        layer_scale_init_value=0.5,
+        initializer_range=0.3,
+    )
+    VibeVoiceAcousticTokenizerModel(config).save_pretrained(folder)
 
 
 def _save(model: Any, folder: Path, spread: float = 1.0) -> None:

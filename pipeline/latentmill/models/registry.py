@@ -120,6 +120,18 @@ _FAMILIES = {
         _TRANSFORMERS,
         "kyutai/mimi",
     ),
+    "pockettts": _BuiltIn(
+        "latentmill.models.families.pockettts:build",
+        "audio tokenizer of Pocket TTS, 24 kHz mono, 32 channels at 12.5 frames/s",
+        _TRANSFORMERS,
+        "eustlb/pocket-tts-audio-tokenizer",
+    ),
+    "vibevoice": _BuiltIn(
+        "latentmill.models.families.vibevoice:build",
+        "acoustic tokenizer of VibeVoice, 24 kHz mono, 64 channels at 7.5 frames/s",
+        _TRANSFORMERS,
+        "microsoft/VibeVoice-AcousticTokenizer",
+    ),
     "trained": _BuiltIn(
         "latentmill.models.families.trained:build",
         "a model that jobs/train_linear.py trained; PATH is the folder of its run",

@@ -1,4 +1,4 @@
-"""Codecs of transformers, for `encodec`, `dac` and `mimi`: files, loading, quantisation."""
+"""Codecs of transformers: files, loading, quantisation."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Codes:
 
 @dataclass(frozen=True)
 class Family:
-    """A family of codecs, and the `NetworkLoader` of its networks.
+    """A family of codecs with a quantiser, and the `NetworkLoader` of its networks.
 
     Attributes:
         name: The family's name and its `model_type` in transformers.
@@ -86,14 +86,41 @@ class Family:
         self, name: str, files: ModelFiles, device: torch.device, **options: Value
     ) -> Network:
         """Build a network; see `NetworkLoader`."""
-        package, _ = import_package(name, "transformers")
-        config = model_config(name, files, self.name)
-        model = load_network(name, files, config, package.MODEL_MAPPING[type(config)])
-        _move(model, device)
-        network = self.network(model)
+        network = self.network(_load(name, files, device, self.name))
         if options["output"] == "codes":
             return Codes(network)
         return QuantisedDecoder(network) if options["quantise"] else network
+
+
+@dataclass(frozen=True)
+class ContinuousFamily:
+    """A family of autoencoders without a quantiser, and the `NetworkLoader` of its networks.
+
+    Attributes:
+        name: The family's name.
+        model_type: Its `model_type` in transformers.
+        network: Class of the network, which takes the model of transformers.
+        spec_of: Reads a configuration.
+    """
+
+    name: str
+    model_type: str
+    network: Callable[[Any], Network]
+    spec_of: Callable[[Any], ModelSpec]
+
+    def __call__(
+        self, name: str, files: ModelFiles, device: torch.device, **options: Value
+    ) -> Network:
+        """Build a network; see `NetworkLoader`."""
+        return self.network(_load(name, files, device, self.model_type))
+
+
+def _load(name: str, files: ModelFiles, device: torch.device, model_type: str) -> Any:
+    package, _ = import_package(name, "transformers")
+    config = model_config(name, files, model_type)
+    model = load_network(name, files, config, package.MODEL_MAPPING[type(config)])
+    _move(model, device)
+    return model
 
 
 def build_codec(
@@ -116,17 +143,31 @@ def build_codec(
         option = "quantise" if quantise else "scale_factor"
         raise ModelError(f"Model {name}: option {option} has no meaning for codes; leave it out.")
     scale = check_scale_factor(name, scale_factor)
-    _, version = import_package(name, "transformers")
-    files = find(name, parse_repo(name, repo, revision), WANTED)
-    config = model_config(name, files, family.name)
     return make_handle(
-        FoundCodec(name, files, config, "transformers", version),
+        _find(name, repo, revision, family.name),
         lambda config: family.spec_of(config, output == "codes"),
         family,
         scale_factor=scale,
         encoding={"output": output},
         decoding={"quantise": quantise},
     )
+
+
+def build_continuous(
+    family: ContinuousFamily, repo: str, *, revision: str | None = None, scale_factor: float = 1.0
+) -> CodecHandle:
+    """Find the files of a model without a quantiser and make its handle."""
+    name = f"{family.name}:{repo}"
+    scale = check_scale_factor(name, scale_factor)
+    found = _find(name, repo, revision, family.model_type)
+    return make_handle(found, family.spec_of, family, scale_factor=scale)
+
+
+def _find(name: str, repo: str, revision: str | None, model_type: str) -> FoundCodec:
+    _, version = import_package(name, "transformers")
+    files = find(name, parse_repo(name, repo, revision), WANTED)
+    config = model_config(name, files, model_type)
+    return FoundCodec(name, files, config, "transformers", version)
 
 
 def as_indices(codes: Tensor, codebook_size: int) -> Tensor:
