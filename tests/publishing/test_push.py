@@ -12,6 +12,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pytest
 import yaml
 
 import latentmill as lm
+from latentmill.curation import copying
 from latentmill.errors import ConfigError, LatentmillError, StorageError, StoreError
 from latentmill.publishing import hub as hub_module
 from latentmill.publishing.hub import Repository, pull, push
@@ -32,6 +34,7 @@ from support.hub_server import HubServer
 from support.latent_store import latent_of, write_again, write_latents
 
 LENGTHS = [5, 9, 17, 30, 12, 7, 21]
+SHARD_SIZE = 200  # of copies of views
 REPO = "me/songs"
 URL = f"hf://datasets/{REPO}"
 OneSentence = Callable[[BaseException], str]
@@ -207,12 +210,6 @@ def damaged(hub: HubServer, url: str) -> None:
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
 
 
-def view(hub: HubServer, url: str) -> None:
-    lm.select(url, f"{url}-view", where="number > 2")
-    Path(url).rename(f"{url}-base")
-    Path(f"{url}-view").rename(url)
-
-
 def unsealed(hub: HubServer, url: str) -> None:
     Path(url, "dataset.json").unlink()
 
@@ -223,7 +220,6 @@ REFUSED: list[tuple[Callable[[HubServer, str], None], type[LatentmillError], str
     (no_access, StorageError, "access is denied: check the name, and log in with `hf auth login`"),
     (moved, StoreError, "Someone else has changed"),
     (damaged, StoreError, r"shards/000001\.parquet is damaged"),
-    (view, StoreError, "is a view: make a copy with `latentmill select"),
     (unsealed, StoreError, "is not complete"),
 ]
 
@@ -315,6 +311,7 @@ class Child:
         hub.before = hub.after = lambda request: None
         setattr(hub, when, kill)
         given = {"endpoint": hub.endpoint, "token": hub_server.TOKEN, "units": 1, "jobs": 1}
+        given["shard_size"] = SHARD_SIZE
         print(json.dumps({**given, "store": url, "url": URL}), file=self.process.stdin, flush=True)
         self.pid = int(self.process.stdout.readline())
         return int(self.process.stdout.readline())
@@ -365,6 +362,122 @@ def test_a_push_that_is_killed_continues(
             puts = [request for request in hub.requests[sent:] if request.startswith("PUT")]
             sums = {hashlib.sha256(data).hexdigest() for data in there.values()}
             assert not {put.split("/")[2] for put in puts} & sums
+
+
+@pytest.fixture
+def view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A view of two stores, with an annotation of its own. Copies of it have several shards."""
+    monkeypatch.setattr(copying, "SHARD_SIZE", SHARD_SIZE)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    bases = tmp_path / "secret-place"
+    facts = [{"number": n, "odd": "x" if n == 1 else n} for n in range(len(LENGTHS))]
+    write_latents(str(bases / "one"), LENGTHS, per_unit=3, metadata=facts)
+    write_latents(str(bases / "two"), [6, 31, 8], per_unit=2)
+    url = str(tmp_path / "view")
+    lm.merge([bases / "one", bases / "two"], f"{url}-all", prefix=True)
+    lm.select(f"{url}-all", url, where="number > 1")
+    (tmp_path / "a.csv").write_text("key,mood\none/item/00004,calm\n")
+    lm.annotate(url, str(tmp_path / "a.csv"))
+    return url
+
+
+def records(url: str) -> dict[str, tuple[object, ...]]:
+    return {
+        one.key: (one.latent.tobytes(), one.metadata, one.group, one.duration, one.source_uri)
+        for one in lm.open(url)
+    }
+
+
+def test_a_view_is_published_as_a_store(hub: HubServer, view: str, tmp_path: Path) -> None:
+    staged = []
+
+    def count(request: str) -> None:
+        if request.startswith("PUT"):
+            staged.append(len(list((tmp_path / "temporary").rglob("shards/*"))))
+
+    hub.before = count
+    result = push(view, URL, jobs=2)
+    assert 1 <= max(staged) <= 2
+    assert not list((tmp_path / "temporary").iterdir())
+    assert result.store == view
+    assert records(URL) == records(view)
+    assert len(records(view)) == 6
+    commits = hub.datasets[REPO].branches["main"]
+    shards = [sum(path.startswith("shards/") for path in found) for _, found, _ in commits]
+    assert max(np.diff(shards)) == 2
+    assert shards[-1] == 3
+    assert ["dataset.json" in found for _, found, _ in commits][-2:] == [False, True]
+
+    copy = str(tmp_path / "copy")
+    pull(URL, copy)
+    assert verify(lm.open(copy)).faults == []
+    assert lm.open(copy).bases is None
+    there = hub.content(REPO)
+    assert not [path for path, data in there.items() if b"secret-place" in data]
+    line = "| selection | view: 6 of 10 records of one, two; left out: 4 where: not number > 1 |"
+    assert line in there["README.md"].decode()
+    assert "latents.png" in there
+
+    again = push(view, URL)
+    assert (again.uploaded, again.removed, again.commit) == ((), (), result.commit)
+    lm.select(f"{view}-all", view, where="number > 2", overwrite=True)
+    with pytest.raises(ConfigError, match="has another store, or an earlier version of this view"):
+        push(view, URL)
+    assert hub.head(REPO) == result.commit
+
+
+def test_a_view_of_tars_with_a_card_by_hand(hub: HubServer, tmp_path: Path) -> None:
+    write_latents(str(tmp_path / "s"), LENGTHS, per_unit=3, format_name="webdataset")
+    lm.select(tmp_path / "s", tmp_path / "view", sample=4)
+    Path(tmp_path, "view", "README.md").write_text("---\nlicense: mit\n---\nMy songs.\n")
+    push(tmp_path / "view", URL)
+    assert records(URL) == records(str(tmp_path / "view"))
+    pull(URL, tmp_path / "copy")
+    assert verify(lm.open(tmp_path / "copy")).faults == []
+    assert "My songs." in hub.content(REPO)["README.md"].decode()
+
+
+def test_a_push_of_a_view_continues_after_each_commit(hub: HubServer, view: str) -> None:
+    def refuse(number: int, request: str) -> int | None:
+        return 403 if "/commit/" in request and len(commits()) == number else None
+
+    def commits() -> list[tuple[str, dict[str, str], str]]:
+        return hub.datasets[REPO].branches["main"]
+
+    hub.create(REPO)
+    for number in range(1, 5):
+        hub.before = partial(refuse, number)
+        with pytest.raises(StorageError, match="access is denied"):
+            push(view, URL, jobs=1)
+    hub.before = lambda request: None
+    push(view, URL, jobs=1)
+    assert records(URL) == records(view)
+    shards = [sum(path.startswith("shards/") for path in found) for _, found, _ in commits()]
+    assert shards == [0, 1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(12, marks=pytest.mark.slow)])
+def test_a_push_of_a_view_that_is_killed_continues(
+    kills: int, hub: HubServer, view: str, child: Child
+) -> None:
+    assert child.push(view, None, "before") == 0
+    count, wanted = len(hub.requests), records(view)
+    for at in range(count // kills // 2, count, max(1, count // kills)):
+        hub.datasets, hub.blobs = {}, {}
+        assert child.push(view, at, ("before", "after")[at % 2]) in (0, -signal.SIGKILL)
+        hub.before = hub.after = lambda request: None
+        there = hub.content(REPO) if REPO in hub.datasets else {}
+        if "dataset.json" in there:
+            assert records(URL) == wanted
+        sent = len(hub.requests)
+        assert child.push(view, None, "before") == 0
+        assert records(URL) == wanted
+        kept = {path for path in there if path.startswith(("shards/", "commits/"))}
+        assert {path: hub.content(REPO)[path] for path in kept} == {p: there[p] for p in kept}
+        puts = [request for request in hub.requests[sent:] if request.startswith("PUT")]
+        sums = {hashlib.sha256(data).hexdigest() for data in there.values()}
+        assert not {put.split("/")[2] for put in puts} & sums
 
 
 def test_a_store_is_pulled(hub: HubServer, url: str, tmp_path: Path) -> None:

@@ -267,7 +267,7 @@ def unexpected_name(tmp_path: Path) -> tuple[str, str]:
     [
         (incomplete, "is not complete: run the same encode command again"),
         (no_store, "is not a latentmill store"),
-        (view, "is a view: make a copy with `latentmill select"),
+        (view, "is a view, .*: make a store of it with `latentmill select"),
         (unexpected_name, "is not the name of a file in a store"),
     ],
 )

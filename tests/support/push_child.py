@@ -13,6 +13,7 @@ import sys
 import fsspec
 from huggingface_hub import constants
 
+from latentmill.curation import copying
 from latentmill.errors import LatentmillError
 from latentmill.publishing import card, hub  # noqa: F401  imported once, before the forks
 
@@ -22,7 +23,7 @@ def main() -> None:
     for line in sys.stdin:
         given = json.loads(line)
         fsspec.config.conf["hf"] = {"endpoint": given["endpoint"], "token": given["token"]}
-        hub.BATCH_UNITS = given["units"]
+        hub.BATCH_UNITS, copying.SHARD_SIZE = given["units"], given["shard_size"]
         child = os.fork()
         if not child:
             try:

@@ -74,8 +74,8 @@ def push(
 ) -> None:
     """Publish STORE as a dataset on the Hugging Face hub, or update it there.
 
-    Uploads only what is missing. If it is interrupted, run it again to resume. Log in with
-    `hf auth login`, or set HF_TOKEN.
+    Uploads only what is missing. If it is interrupted, run it again to resume. A view is published
+    as a store with its own latents. Log in with `hf auth login`, or set HF_TOKEN.
     """
     from latentmill.cli import show
     from latentmill.publishing.hub import push as push_store

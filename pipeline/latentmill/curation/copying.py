@@ -28,7 +28,7 @@ from latentmill.store.commit import (
     write_commit,
     write_unit,
 )
-from latentmill.store.schema import SHARDS
+from latentmill.store.schema import SHARDS, Commit
 from latentmill.store.seal import read_origin, seal, write_origin
 from latentmill.store.tidy import remove_unfinished, tidy, tidy_plan
 
@@ -45,7 +45,7 @@ def write_copy(out: str, chosen: Sequence[Chosen]) -> Curated:
     Raises:
         ConfigError: Two records have the same key, or `out` has something else.
     """
-    storage, found = Storage(out), _Records(chosen)
+    storage, found = Storage(out), CopiedRecords(chosen)
     if load(storage) is None:  # checked before the lock, which writes a file
         refuse_unless_empty(storage)
     with only_run(storage) as hold:
@@ -55,14 +55,15 @@ def write_copy(out: str, chosen: Sequence[Chosen]) -> Curated:
         tidy(storage)
         storage.clear_scratch()
         write_origin(storage, read_origin(chosen[0].store.storage))
-        _copy_units(storage, plan, found)
+        for _ in copy_units(storage, plan, found, storage.list(SHARDS)):
+            pass
         sealed = seal(storage, plan)
         remove_unfinished(storage)
     return Curated(storage.root, False, sealed.encoded, sealed.hours, found.left_out)
 
 
 @dataclass(frozen=True)
-class _Records:
+class CopiedRecords:
     """All records of the stores, by their keys in the copy."""
 
     chosen: Sequence[Chosen]
@@ -76,10 +77,10 @@ class _Records:
 
     @property
     def digest(self) -> str:
-        """A hash of all keys, of the latents, and of what is left out."""
+        """A hash of all keys, of the latents and the metadata, and of what is left out."""
         digest = xxhash.xxh3_128()
         for one in self.chosen:
-            digest.update(f"{one.store.url}\0{one.prefix}\0{one.index.items_hash}".encode())
+            digest.update(f"{one.prefix}\0{one.index.items_hash}".encode())
             digest.update(np.ascontiguousarray(one.index.column("hash")).tobytes())
             digest.update(f"{one.rows.tolist()} {one.store.info.metadata_hash}".encode())
             digest.update(repr(one.left_out["reason"].to_pylist()).encode())
@@ -122,32 +123,38 @@ class _Records:
         raise AssertionError(key)
 
 
-def _plan(storage: Storage, records: _Records) -> Plan:
+def _plan(storage: Storage, records: CopiedRecords) -> Plan:
     """The plan of the copy: that of an earlier call, or a new one."""
-    first = records.chosen[0].store
-    selection = {"copy_of": records.digest}
-    existing = load(storage)
+    selection, existing = {"copy_of": records.digest}, load(storage)
     if existing is None:
         tidy_plan(storage, None)
-    else:
-        if existing.source_settings != selection:
-            raise ConfigError(
-                f"{storage.root} is another store: use an empty folder, or the same options as the "
-                "copy that was interrupted."
-            )
-        return existing
-    info, source = first.info, first.plan
+        source = ", ".join(one.store.url for one in records.chosen)
+        return plan_copy(storage, records, source, selection)
+    if existing.source_settings != selection:
+        raise ConfigError(
+            f"{storage.root} is another store: use an empty folder, or the same options as the "
+            "copy that was interrupted."
+        )
+    return existing
+
+
+def plan_copy(
+    storage: Storage, records: CopiedRecords, source: str, selection: Mapping[str, str]
+) -> Plan:
+    """Write the plan of a copy. `source` and `selection` tell users and us what it is a copy of."""
+    first = records.chosen[0].store
+    info, base = first.info, first.plan
     plan = Plan(
-        source=", ".join(one.store.url for one in records.chosen),
-        fingerprint=source.fingerprint,
-        model=source.model,
-        model_options=source.model_options,
+        source=source,
+        fingerprint=base.fingerprint,
+        model=base.model,
+        model_options=base.model_options,
         format=info.format,
         ignored={},
-        channels=source.channels,
-        provenance=source.provenance,
-        source_settings=selection,
-        packing=source.packing,
+        channels=base.channels,
+        provenance=base.provenance,
+        source_settings=dict(selection),
+        packing=base.packing,
     )
     width = len(first.mean) * np.dtype(info.dtype).itemsize
     rate = width * info.model["sample_rate"] / info.model["hop"]
@@ -156,7 +163,13 @@ def _plan(storage: Storage, records: _Records) -> Plan:
         return freeze(plan, drafted, storage)
 
 
-def _copy_units(storage: Storage, plan: Plan, records: _Records) -> None:
+def copy_units(
+    storage: Storage, plan: Plan, records: CopiedRecords, sizes: Mapping[str, int]
+) -> Iterator[Commit]:
+    """Write the units that have no commit yet, and yield the commit of each.
+
+    `sizes` are those of the shards that the copy has already, by file name.
+    """
     first = records.chosen[0].store
     info = {
         "model": plan.fingerprint["model"],
@@ -166,7 +179,6 @@ def _copy_units(storage: Storage, plan: Plan, records: _Records) -> None:
     }
     done, revisions = committed_revisions(storage), next_revisions(storage)
     reasons = records.reasons()
-    sizes = storage.list(SHARDS)
     for unit, table in iter_units(storage, plan, ["key"]):
         if unit.name in done:
             known = read_commit(storage, unit.name, done[unit.name])
@@ -182,4 +194,4 @@ def _copy_units(storage: Storage, plan: Plan, records: _Records) -> None:
             info=info,
             revision=revisions.get(unit.name, 0),
         )
-        write_commit(storage, commit.model_copy(update={"items_hash": unit.hash}), {})
+        yield write_commit(storage, commit.model_copy(update={"items_hash": unit.hash}), {})

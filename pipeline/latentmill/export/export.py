@@ -26,6 +26,7 @@ from latentmill.ops import fit
 from latentmill.plan import PLAN, Plan, copy, load
 from latentmill.record import Outcome, Record, ShardFormat, time_major_bytes
 from latentmill.storage.storage import SCRATCH, Storage, writing
+from latentmill.store.bases import needs_copy
 from latentmill.store.commit import (
     committed_revisions,
     iter_commits,
@@ -86,9 +87,7 @@ def export_store(
     stable-audio-tools crops longer ones.
     """
     if store.bases is not None:
-        raise ConfigError(
-            f"{store.url} is a view: make a copy with `latentmill select --copy`, and export that."
-        )
+        raise needs_copy(store.url)
     if not store.complete:
         raise StoreError(
             f"{store.url} is not complete: finish the run that encodes it, then export it."

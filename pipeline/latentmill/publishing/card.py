@@ -16,6 +16,7 @@ import yaml
 
 from latentmill.pictures.drawing import Picture, heat_map
 from latentmill.publishing.contents import Contents
+from latentmill.publishing.views import SELECTION
 from latentmill.record import Latent
 from latentmill.store.card import MARKER
 from latentmill.store.measurement import current_result
@@ -147,7 +148,9 @@ def _facts(contents: Contents) -> Iterator[str]:
     info = contents.info
     model = info.model
     size = sum(shard.bytes for shard in info.shards)
+    selected = contents.plan.source if SELECTION in contents.plan.source_settings else ""
     rows = {
+        "selection": selected,
         "model": model.get("asked") or model["name"],
         "options": json.dumps(model["options"]) if model.get("options") else "",
         "weights": _listed(model.get("provenance")),

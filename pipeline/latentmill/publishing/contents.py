@@ -18,6 +18,7 @@ from latentmill.errors import StoreError
 from latentmill.plan import PLAN, PLAN_PATH, Plan
 from latentmill.storage.storage import Storage, file_in_store
 from latentmill.store.annotations import ANNOTATIONS, annotation_path
+from latentmill.store.bases import needs_copy
 from latentmill.store.commit import READERS, SealHash, hash_of
 from latentmill.store.describe import is_complete
 from latentmill.store.measurement import EVALUATION
@@ -114,10 +115,7 @@ def contents_of(url: str) -> Contents:
     where = f"{storage.root}/{DATASET_PATH}"
     sealed = None if seal is None else parse_document(DatasetInfo, seal, where, hint)
     if sealed is not None and sealed.bases:
-        raise StoreError(
-            f"{storage.root} is a view: make a copy with `latentmill select {storage.root} NEW "
-            "--copy`, and use that."
-        )
+        raise needs_copy(storage.root)
     store = LatentStore(url)
     if seal is None or not is_complete(store):
         raise StoreError(
@@ -126,24 +124,29 @@ def contents_of(url: str) -> Contents:
     if sealed != store.info:
         raise changed(storage)
     plan, info = store.plan, store.info
+    last = [hashed(storage, path, digest) for path, digest in _sealed_files(info)]
+    last += [hashed(storage, path, digest) for path, digest in _annotations(storage, info)]
+    last += _results(storage)
+    if storage.exists(CARD_PATH):
+        last.append(hashed(storage, CARD_PATH, replaced=True))
+    units = tuple(_units(storage, store))
+    return Contents(storage, store, plan, plan_files(storage, plan), units, tuple(last), seal)
+
+
+def plan_files(storage: Storage, plan: Plan) -> tuple[StoreFile, ...]:
+    """The files of the plan, of which plan.json is after those that it lists, and the origin."""
     first = [
         file
         for part in plan.parts
         for file in (
             StoreFile(part.items_file, part.items_bytes, part.items_hash.removeprefix("xxh3:")),
-            _hashed(storage, part.units_file),
+            hashed(storage, part.units_file),
         )
     ]
-    first += [_hashed(storage, path, replaced=True) for path in (PLAN_PATH, ORIGIN_PATH)]
+    first += [hashed(storage, path, replaced=True) for path in (PLAN_PATH, ORIGIN_PATH)]
     if storage.exists(BATCH_PATH):
-        first.append(_hashed(storage, BATCH_PATH, replaced=True))
-    last = [_hashed(storage, path, digest) for path, digest in _sealed_files(info)]
-    last += [_hashed(storage, path, digest) for path, digest in _annotations(storage, info)]
-    last += _results(storage)
-    if storage.exists(CARD_PATH):
-        last.append(_hashed(storage, CARD_PATH, replaced=True))
-    units = tuple(_units(storage, store))
-    return Contents(storage, store, plan, tuple(first), units, tuple(last), seal)
+        first.append(hashed(storage, BATCH_PATH, replaced=True))
+    return tuple(first)
 
 
 def damaged(storage: Storage, path: str) -> StoreError:
@@ -189,7 +192,7 @@ def _results(storage: Storage) -> Iterator[StoreFile]:
         if not re.fullmatch(VECTORS_FILE, path):
             documents.append(path)
             continue
-        vectors = _hashed(storage, path)  # as large as 256 bytes per record
+        vectors = hashed(storage, path)  # as large as 256 bytes per record
         if not path.endswith(f".{vectors.hash[:16]}.npy"):
             raise StoreError(
                 f"{storage.root}/{path} is damaged: run `latentmill evaluate {storage.root} --only "
@@ -197,10 +200,10 @@ def _results(storage: Storage) -> Iterator[StoreFile]:
             )
         yield vectors
     for path in documents:
-        yield _hashed(storage, path, replaced=True)
+        yield hashed(storage, path, replaced=True)
 
 
-def _hashed(
+def hashed(
     storage: Storage, path: str, expected: str | None = None, *, replaced: bool = False
 ) -> StoreFile:
     """Read a file for its size and hash, and check the hash if it is known."""

@@ -8,22 +8,25 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from latentmill.errors import ConfigError, StorageError
+from latentmill.plan import load
 from latentmill.publishing.card import PICTURE_PATH, hub_card, picture
 from latentmill.publishing.contents import Contents, StoreFile, contents_of
 from latentmill.publishing.difference import Difference, difference
 from latentmill.publishing.repository import Repository, hub_errors, without_bars
 from latentmill.publishing.sync import SyncSummary, sync
 from latentmill.publishing.transfer import JOBS, Transfer, check, download, read_checked
+from latentmill.publishing.views import StagedView
 from latentmill.storage import remote
 from latentmill.storage.remote import cause_of, is_transient
 from latentmill.storage.storage import Storage
 from latentmill.store.schema import CARD_PATH, COMMITS, DATASET_PATH
+from latentmill.store.store import LatentStore
 from latentmill.text.log import get_logger
 from latentmill.text.printing import counted, size_text
 
@@ -78,8 +81,9 @@ def push(
     interrupted, the same call continues. The token is that of `hf auth login` or `HF_TOKEN`.
 
     Args:
-        store: The store: a folder or fsspec URL. Shards of a remote store are in the folder for
-            temporary files while they are uploaded, `jobs` at a time.
+        store: The store or view: a folder or fsspec URL. Of a view, the latents of its records are
+            published as a store. Shards of a view or a remote store are in the folder for temporary
+            files while they are uploaded, `jobs` at a time.
         url: `hf://datasets/USER/NAME`. The repository is created if it does not exist.
         public: Whether everyone may read a new repository. Writing to a repository that is public
             already needs it, too.
@@ -89,12 +93,13 @@ def push(
         jobs: Number of files uploaded at the same time.
 
     Raises:
-        StoreError: The store is incomplete, damaged or a view; someone else changed the repository.
+        StoreError: The store is incomplete or damaged; someone else changed the repository.
         ConfigError: The repository has something else, or another visibility.
         StorageError: Reading or uploading failed, or access was denied.
     """
     repository = Repository.parse(url, revision)
-    contents = contents_of(os.fspath(store))
+    opened = LatentStore(os.fspath(store))
+    contents = None if opened.bases else contents_of(os.fspath(store))
     uploaded: list[StoreFile] = []
     failures, before = 0, 0
     while True:
@@ -102,6 +107,8 @@ def push(
             with hub_errors(repository), without_bars():
                 hub = _Hub(repository, message, jobs, uploaded)
                 hub.open(public=public)
+                if contents is None:
+                    return hub.push_view(opened, license)
                 return hub.push(contents, license)
         except StorageError as error:
             failures = failures + 1 if len(uploaded) == before else 1
@@ -174,18 +181,39 @@ class _Hub:
             self._api.create_branch(**self._named, branch=self._repository.revision)
             self._head = self.commit_of_revision()
 
-    def push(self, contents: Contents, license_: str | None) -> PushSummary:
+    def push_view(self, view: LatentStore, license_: str | None) -> PushSummary:
+        """Publish a store with the records of a view, a few shards in each commit."""
+        dest = Storage(self._repository.url)
+        existing = load(dest)
+        if existing is None:
+            self._check_new(dest)
+        with tempfile.TemporaryDirectory(prefix="latentmill-") as folder:
+            staged = StagedView(view, folder, dest, existing)
+            transfer = Transfer("uploading", int(view.index.column("length").sum()))
+            with transfer.displayed():
+                for number, batch in enumerate(staged.batches(self._jobs), start=1):
+                    operations = self._upload(staged.storage, batch, transfer)
+                    self._commit(operations, f"{self._message} (part {number})", batch)
+            result = self.push(staged.sealed(), license_, shown=view)
+        return replace(result, store=view.url)
+
+    def push(
+        self, contents: Contents, license_: str | None, *, shown: LatentStore | None = None
+    ) -> PushSummary:
+        """Publish a store. The picture has latents of `shown`, by default of the store itself."""
         dest = Storage(self._repository.url)
         found = difference(contents, dest, self._check_new)
-        new = dest.read_if_exists(DATASET_PATH) is None
-        last = self._documents(contents, found, dest, new=new, license_=license_)
+        last = self._documents(contents, found, dest, license_, shown or contents.store)
         transfer = Transfer("uploading", sum(file.size for file in found.files()))
         with transfer.displayed():
             for number, batch in enumerate(_batches(found)):
-                operations = self._upload(contents, batch, transfer)
+                operations = self._upload(contents.storage, batch, transfer)
                 self._commit(operations, f"{self._message} (part {number + 1})", batch)
             rest = [file for file in found.last if file.path != CARD_PATH]
-            operations = [*self._upload(contents, rest, transfer), *map(_added, last.items())]
+            operations = [
+                *self._upload(contents.storage, rest, transfer),
+                *map(_added, last.items()),
+            ]
             if operations or found.remove:
                 operations += [_deleted(path) for path in found.remove]
                 documents = [StoreFile(path, len(data), "") for path, data in last.items()]
@@ -217,30 +245,27 @@ class _Hub:
         contents: Contents,
         found: Difference,
         dest: Storage,
-        *,
-        new: bool,
         license_: str | None,
+        shown: LatentStore,
     ) -> dict[str, bytes]:
         """The content of the card, its picture and dataset.json, if they differ."""
         documents: dict[str, bytes] = {}
-        existing = dest.read_if_exists(CARD_PATH)
+        existing, new = dest.read_if_exists(CARD_PATH), not dest.exists(DATASET_PATH)
         text = None if existing is None else existing.decode(errors="replace")
         card = hub_card(contents, self._repository.url, text, new=new, license_=license_).encode()
         if card != existing:
             documents[CARD_PATH] = card
-        if (found.seal or not dest.exists(PICTURE_PATH)) and (shown := picture(contents.store)):
-            documents[PICTURE_PATH] = shown.data
+        if (found.seal or not dest.exists(PICTURE_PATH)) and (made := picture(shown)):
+            documents[PICTURE_PATH] = made.data
         if found.seal:
             documents[DATASET_PATH] = contents.seal
         return documents
 
-    def _upload(
-        self, contents: Contents, files: Sequence[StoreFile], transfer: Transfer
-    ) -> list[Any]:
+    def _upload(self, source: Storage, files: Sequence[StoreFile], transfer: Transfer) -> list[Any]:
         """Upload the content of files, a few at a time; return the operations of their commit."""
         from huggingface_hub import CommitOperationAdd
 
-        source, operations = contents.storage, []
+        operations: list[Any] = []
         large = [file for file in files if not _is_small(file)]
         for file in files:
             if _is_small(file):

@@ -156,6 +156,14 @@ class Bases:
         return inside_base(found, number, entry.prefix)
 
 
+def needs_copy(view: str) -> StoreError:
+    """The error for a view where a store with shards of its own is needed."""
+    return StoreError(
+        f"{view} is a view, which has no latents of its own: make a store of it with `latentmill "
+        f"select {view} NEW --copy`, and use that."
+    )
+
+
 def inside_base(table: pa.Table, number: int, prefix: str) -> pa.Table:
     """Index rows of a base as those of a view."""
     return renamed(table, prefix, lambda path: f"{BASES}/{number}/{path}")

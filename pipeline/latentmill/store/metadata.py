@@ -75,12 +75,18 @@ def write_metadata(
 
 
 def publish_metadata(
-    storage: Storage, index: Index, annotations: Annotations | None = None
+    storage: Storage,
+    index: Index,
+    annotations: Annotations | None = None,
+    shards: Storage | None = None,
 ) -> tuple[str, str]:
-    """Write metadata.HASH.parquet into a store; return its name and its whole hash."""
+    """Write metadata.HASH.parquet into a store; return its name and its whole hash.
+
+    The shards are read from `shards`, by default from the store.
+    """
     path = "metadata.parquet"
     with storage.scratch_file(path) as file, storage.scratch_file("metadata.rows") as rows:
-        write_metadata(storage, index, file, rows, annotations)
+        write_metadata(shards or storage, index, file, rows, annotations)
         return publish(storage, file)
 
 

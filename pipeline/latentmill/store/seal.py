@@ -98,10 +98,11 @@ def dataset_info(plan: Plan, commits: Iterable[Commit]) -> DatasetInfo:
     )
 
 
-def seal(storage: Storage, plan: Plan) -> DatasetInfo:
+def seal(storage: Storage, plan: Plan, *, shards: Storage | None = None) -> DatasetInfo:
     """Write index, metadata, card and dataset.json from the commits of the plan's units.
 
-    Reads the fields of all records from the shards, for the metadata. The store's annotations stay.
+    Reads the fields of all records from the shards, for the metadata. `shards` is where these are,
+    if they are not in `storage`. The store's annotations stay.
     """
     names = {unit.name for unit in plan.units}
     batches = []
@@ -122,7 +123,7 @@ def seal(storage: Storage, plan: Plan) -> DatasetInfo:
     sealed = read_seal(storage)
     annotation = found_annotation(storage) if sealed is None else sealed.annotation
     annotations = None if annotation is None else open_annotations(storage, annotation)
-    metadata, metadata_hash = publish_metadata(storage, index, annotations)
+    metadata, metadata_hash = publish_metadata(storage, index, annotations, shards)
     info = info.model_copy(
         update={
             "index": name,
