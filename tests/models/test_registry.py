@@ -52,7 +52,7 @@ def test_available_lists_the_built_in_models() -> None:
     assert entries["m2l"].requirement == "pip install 'latentmill[linear-cae]'"
 
 
-FAMILIES = ("oobleck", "encodec", "dac", "mimi")
+FAMILIES = ("oobleck", "kvae", "minimax", "longcat", "encodec", "dac", "mimi")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from support.tiny_diffusers import write_diffusers
+from support.tiny_vaes import write_vaes
 
 if TYPE_CHECKING:
     import pytest
@@ -32,6 +33,7 @@ def write_repos(root: Path) -> None:
     write_vibevoice(root / "vibevoice")
     write_music2latent(root / "music2latent")
     write_trained(root / "trained")
+    write_vaes(root)
 
 
 def write_oobleck(folder: Path, seed: int = 0) -> None:

@@ -1,11 +1,8 @@
 """Finding models by name.
 
-A new family is one file with a factory, and an entry in `_BUILT_IN`, in `_FAMILIES` or, for models
-of texts and latents, in `_EMBEDDERS`. The last two have the families whose names include a
-repository (`dac:descript/dac_44khz`), which is the factory's first argument. A factory is a
-function that returns a `ModelHandle` or an `EmbedderHandle`; its keyword arguments are the model's
-options, with types and defaults. A user's own factory has no entry here: it is
-`python:package.module:factory`, or an entry point of the group `latentmill.models`.
+`catalogue.py` lists the built-in models. A factory is a function that returns a `ModelHandle` or an
+`EmbedderHandle`; its keyword arguments are the model's options, with types and defaults. A user's
+own factory is `python:package.module:factory`, or an entry point of the group `latentmill.models`.
 """
 
 from __future__ import annotations
@@ -22,6 +19,7 @@ from typing import Any, Literal, NamedTuple, Union
 
 from latentmill.errors import ModelError
 from latentmill.models.base import Channels, ModelHandle, ModelSpec
+from latentmill.models.catalogue import BUILT_IN, EMBEDDERS, FAMILIES, BuiltIn
 from latentmill.models.embedder import EmbedderHandle, EmbedderSpec
 
 ENTRY_POINT_GROUP = "latentmill.models"
@@ -46,130 +44,14 @@ class ModelEntry(NamedTuple):
     kind: str
 
 
-class _BuiltIn(NamedTuple):
-    factory: str  # module:attribute, imported when the model is resolved
-    description: str
-    requirement: str = ""
-    example: str = ""  # a repository of the family
-    placeholder: str = "REPO"  # what follows the family in lists
-
-
-_LINEAR_CAE = "pip install 'latentmill[linear-cae]'"
-_BUILT_IN = {
-    "mdct": _BuiltIn(
-        "latentmill.models.families.mdct:build",
-        "exactly linear and invertible transform without weights (demo, tests, baseline)",
-    ),
-    "lin-cae": _BuiltIn(
-        "latentmill.models.families.linear_cae.model:lin_cae",
-        "linear consistency autoencoder, 44.1 kHz mono, 64 channels at 10.8 frames/s",
-        _LINEAR_CAE,
-    ),
-    "lin-cae-2": _BuiltIn(
-        "latentmill.models.families.linear_cae.model:lin_cae_2",
-        "second linear consistency autoencoder, same architecture, scale factor 40",
-        _LINEAR_CAE,
-    ),
-    "m2l": _BuiltIn(
-        "latentmill.models.families.linear_cae.model:m2l",
-        "baseline of lin-cae without linearity training, same architecture, scale factor 15",
-        _LINEAR_CAE,
-    ),
-    "music2latent": _BuiltIn(
-        "latentmill.models.families.music2latent:build",
-        "consistency autoencoder, 44.1 kHz mono, 64 channels at 10.8 frames/s (CC BY-NC)",
-        "pip install 'latentmill[music2latent]'",
-    ),
-}
-_TRANSFORMERS = "pip install 'latentmill[transformers]'"
-_DIFFUSERS = "pip install 'latentmill[diffusers]'"
-_FAMILIES = {
-    "oobleck": _BuiltIn(
-        "latentmill.models.families.oobleck:build",
-        "VAE of Stable Audio Open and ACE-Step 1.5, stereo, 64 channels at 21.5 or 25 frames/s",
-        _DIFFUSERS,
-        "stabilityai/stable-audio-open-1.0",
-    ),
-    "same": _BuiltIn(
-        "latentmill.models.families.same:build",
-        "autoencoder of Stable Audio 3, 44.1 kHz stereo, 256 channels at 10.8 frames/s",
-        _DIFFUSERS,
-        "/models/stable-audio-3",
-    ),
-    "cosmos": _BuiltIn(
-        "latentmill.models.families.cosmos:build",
-        "audio tokenizer of Cosmos 3, 48 kHz stereo, 64 channels at 25 frames/s",
-        _DIFFUSERS,
-        "/models/cosmos-3",
-    ),
-    "encodec": _BuiltIn(
-        "latentmill.models.families.encodec:build",
-        "EnCodec before quantisation, 24 kHz mono or 48 kHz stereo, 75 or 150 frames/s",
-        _TRANSFORMERS,
-        "facebook/encodec_24khz",
-    ),
-    "dac": _BuiltIn(
-        "latentmill.models.families.dac:build",
-        "Descript Audio Codec before quantisation, mono, 1024 channels at 50 to 86 frames/s",
-        _TRANSFORMERS,
-        "descript/dac_44khz",
-    ),
-    "mimi": _BuiltIn(
-        "latentmill.models.families.mimi:build",
-        "Mimi before quantisation, 24 kHz mono, 512 channels at 12.5 frames/s",
-        _TRANSFORMERS,
-        "kyutai/mimi",
-    ),
-    "pockettts": _BuiltIn(
-        "latentmill.models.families.pockettts:build",
-        "audio tokenizer of Pocket TTS, 24 kHz mono, 32 channels at 12.5 frames/s",
-        _TRANSFORMERS,
-        "eustlb/pocket-tts-audio-tokenizer",
-    ),
-    "vibevoice": _BuiltIn(
-        "latentmill.models.families.vibevoice:build",
-        "acoustic tokenizer of VibeVoice, 24 kHz mono, 64 channels at 7.5 frames/s",
-        _TRANSFORMERS,
-        "microsoft/VibeVoice-AcousticTokenizer",
-    ),
-    "trained": _BuiltIn(
-        "latentmill.models.families.trained:build",
-        "a model that jobs/train_linear.py trained; PATH is the folder of its run",
-        example="runs/linear",
-        placeholder="PATH",
-    ),
-}
-# The models whose input is a text: `resolve_embedder`.
-_EMBEDDERS = {
-    "t5": _BuiltIn(
-        "latentmill.models.families.text_encoder:build_t5",
-        "tokens of a text by the encoder of T5, mT5 or umT5",
-        _TRANSFORMERS,
-        "google/flan-t5-large",
-    ),
-    "clap": _BuiltIn(
-        "latentmill.models.families.text_encoder:build_clap",
-        "one vector of a text, to compare with CLAP's vectors of audio",
-        _TRANSFORMERS,
-        "laion/larger_clap_music",
-    ),
-    "text": _BuiltIn(
-        "latentmill.models.families.text_encoder:build",
-        "tokens of a text, or their mean, by any text encoder of transformers",
-        _TRANSFORMERS,
-        "FacebookAI/roberta-base",
-    ),
-}
-
-
 def available() -> list[ModelEntry]:
     """List the models that can be used by name: the built-in ones, then the entry points.
 
     Families are listed as `family:REPO`, where REPO is a hub repository or a local path, or as
     `trained:PATH`.
     """
-    named = [(name, model, "autoencoder") for name, model in _BUILT_IN.items()]
-    for families, kind in ((_FAMILIES, "autoencoder"), (_EMBEDDERS, "text embedder")):
+    named = [(name, model, "autoencoder") for name, model in BUILT_IN.items()]
+    for families, kind in ((FAMILIES, "autoencoder"), (EMBEDDERS, "text embedder")):
         named += [(f"{f}:{model.placeholder}", model, kind) for f, model in families.items()]
     listed = [ModelEntry(name, m.description, m.requirement, kind) for name, m, kind in named]
     for name, point in sorted(_entry_points().items()):
@@ -190,7 +72,7 @@ def resolve(
     """
     if channels not in (None, *typing.get_args(Channels)):
         raise ModelError(f"Invalid channels {channels!r}: use mono or split.")
-    factory = _find(name, _FAMILIES)
+    factory = _find(name, FAMILIES)
     handle = _made(name, factory, options)
     if isinstance(getattr(handle, "spec", None), EmbedderSpec):
         raise _other_input(name, handle.spec.input)
@@ -216,11 +98,11 @@ def resolve(
 def resolve_embedder(name: str, options: Mapping[str, Any] | None = None) -> EmbedderHandle:
     """Find the model of texts or latents with this name, as `resolve` finds one of audio."""
     family = name.partition(":")[0]
-    if family not in _EMBEDDERS and _is_built_in(name):
+    if family not in EMBEDDERS and _is_built_in(name):
         raise ModelError(
             f"Model {name} encodes audio: leave out --from to run it on the audio of the items."
         )
-    handle = _made(name, _find(name, _EMBEDDERS), options)
+    handle = _made(name, _find(name, EMBEDDERS), options)
     if isinstance(getattr(handle, "spec", None), ModelSpec):
         raise ModelError(
             f"Model {name} encodes audio: leave out --from to run it on the audio of the items."
@@ -238,7 +120,7 @@ def resolve_embedder(name: str, options: Mapping[str, Any] | None = None) -> Emb
 def embeds_only(name: str) -> bool:
     """Whether a name is that of a built-in model that does not take audio."""
     family = name.partition(":")[0]
-    return family in _EMBEDDERS and family not in _FAMILIES
+    return family in EMBEDDERS and family not in FAMILIES
 
 
 def _made(name: str, factory: Factory, options: Mapping[str, Any] | None) -> Any:
@@ -268,8 +150,8 @@ def code_of(name: str) -> str | None:
 def weights_of(name: str, options: Mapping[str, Any]) -> str | None:
     """Describe a model's weights and where they come from; None if it has no weights."""
     family, _, repo = name.partition(":")
-    has_weights = name in _BUILT_IN and bool(_BUILT_IN[name].requirement)
-    if not has_weights and family not in _FAMILIES | _EMBEDDERS:
+    has_weights = name in BUILT_IN and bool(BUILT_IN[name].requirement)
+    if not has_weights and family not in FAMILIES | EMBEDDERS:
         return None
     where = options.get("repo", repo) or "its default repository"
     revision = f" (revision {options['revision']})" if options.get("revision") else ""
@@ -283,15 +165,15 @@ def _entry_points() -> dict[str, EntryPoint]:
 
 
 def _is_built_in(name: str) -> bool:
-    return name in _BUILT_IN or name.partition(":")[0] in _FAMILIES | _EMBEDDERS
+    return name in BUILT_IN or name.partition(":")[0] in FAMILIES | EMBEDDERS
 
 
-def _find(name: str, families: Mapping[str, _BuiltIn]) -> Factory:
+def _find(name: str, families: Mapping[str, BuiltIn]) -> Factory:
     """The factory of a name. `families` are those with repositories that it may belong to."""
     if name.startswith(PYTHON_PREFIX):
         return _import(name, name.removeprefix(PYTHON_PREFIX))
-    if name in _BUILT_IN:
-        return _import(name, _BUILT_IN[name].factory)
+    if name in BUILT_IN:
+        return _import(name, BUILT_IN[name].factory)
     family, _, repo = name.partition(":")
     if family in families:
         model = families[family]
@@ -304,9 +186,9 @@ def _find(name: str, families: Mapping[str, _BuiltIn]) -> Factory:
     points = _entry_points()
     if name in points:
         return _import(name, f"{points[name].module}:{points[name].attr}")
-    if families is _FAMILIES and family in _EMBEDDERS:
+    if families is FAMILIES and family in EMBEDDERS:
         raise _other_input(name, "text")
-    own = {} if families is _EMBEDDERS else _BUILT_IN
+    own = {} if families is EMBEDDERS else BUILT_IN
     known = [*own, *(f"{f}:{model.placeholder}" for f, model in families.items()), *sorted(points)]
     near = {each.partition(":")[0]: each for each in known}
     close = difflib.get_close_matches(family.lower(), near, n=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -33,8 +34,9 @@ def find_autoencoder(
 ) -> FoundCodec:
     """Find an autoencoder's files.
 
-    Its `config.json` must have the class name `class_name`. Without a subfolder the autoencoder is
-    in the folder `default`, if that exists, else at the root of the repository.
+    Its `config.json` must have the class name `class_name`; settings that it leaves out have the
+    defaults of the class. Without a subfolder the autoencoder is in the folder `default`, if that
+    exists, else at the root of the repository.
     """
     package, version = import_package(name, "diffusers")
     if not hasattr(package, class_name):
@@ -52,7 +54,9 @@ def find_autoencoder(
     if config.get("_class_name") != class_name:
         found = config.get("_class_name") or config.get("model_type")
         raise does_not_load(name, files.paths["config"], ValueError(f"it belongs to {found}"))
-    return FoundCodec(name, files, config, "diffusers", version)
+    signature = inspect.signature(getattr(package, class_name).__init__)
+    defaults = {n: p.default for n, p in signature.parameters.items() if p.default is not p.empty}
+    return FoundCodec(name, files, {**defaults, **config}, "diffusers", version)
 
 
 def load_autoencoder(name: str, class_name: str, files: ModelFiles, device: torch.device) -> Any:
