@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from latentmill.curation.views import Curated
     from latentmill.errors import IncompleteStoreWarning, LatentmillError, RepeatedEpochWarning
     from latentmill.evaluation.evaluate import Evaluation, evaluate
+    from latentmill.evaluation.probe import Probe, probe
     from latentmill.ops import (
         Linearity,
         LinearityWarning,
@@ -75,6 +76,7 @@ _LAZY = {
     "Neighbour": "latentmill.curation.neighbours",
     "Normalize": "latentmill.reader.normalize",
     "Origin": "latentmill.ops",
+    "Probe": "latentmill.evaluation.probe",
     "PushSummary": "latentmill.publishing.hub",
     "Record": "latentmill.record",
     "RepeatedEpochWarning": "latentmill.errors",
@@ -99,6 +101,7 @@ _LAZY = {
     "mixup": "latentmill.ops",
     "neighbours": "latentmill.curation.neighbours",
     "open": "latentmill.store.store",
+    "probe": "latentmill.evaluation.probe",
     "pull": "latentmill.publishing.hub",
     "push": "latentmill.publishing.hub",
     "query": "latentmill.curation.query",
@@ -128,6 +131,7 @@ __all__ = [
     "Neighbour",
     "Normalize",
     "Origin",
+    "Probe",
     "PushSummary",
     "Record",
     "RepeatedEpochWarning",
@@ -153,6 +157,7 @@ __all__ = [
     "mixup",
     "neighbours",
     "open",
+    "probe",
     "pull",
     "push",
     "query",

@@ -19,6 +19,7 @@ from latentmill import __version__
 from latentmill.cli import annotate as cli_annotate
 from latentmill.cli import curate as cli_curate
 from latentmill.cli import evaluate as cli_evaluate
+from latentmill.cli import probe as cli_probe
 from latentmill.cli import publish as cli_publish
 from latentmill.cli import query as cli_query
 from latentmill.cli import read as cli_read
@@ -240,6 +241,39 @@ def models(
     else:
         model = registry.resolve(name, _options(model_option, revision), channels)
         print_value(as_json, model.spec, show.model)
+
+
+@_command(
+    "model_options",
+    name=(cli_probe.Model, inspect.Parameter.empty),
+    audio=(cli_probe.Audio, None),
+    device=(Device, "auto"),
+    as_json=(AsJson, False),
+)
+def probe(
+    name: str,
+    model_option: list[str] | None,
+    revision: str | None,
+    channels: str | None,
+    audio: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure what the spec of MODEL claims: lengths, context, batches, noise, decoding.
+
+    It prints each claim beside the measured value, one sentence for each broken promise, and a
+    spec with the measured values to paste. The exit code is 8 if a promise is broken.
+    """
+    from latentmill.evaluation.probe import probe as probe_model
+
+    interrupts_raise()
+    options = _options(model_option, revision)
+    result = probe_model(name, audio=audio, device=device, model_options=options, channels=channels)
+    print_value(as_json, result, cli_probe.shown)
+    if result.broken:
+        raise VerifyError(
+            f"{name} breaks {counted(len(result.broken), 'promise')}; first: {result.broken[0]}"
+        )
 
 
 @app.command()

@@ -1,0 +1,59 @@
+"""The options of the command `probe`, and what it prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from latentmill.text.printing import counted
+
+if TYPE_CHECKING:  # they import torch
+    from latentmill.evaluation.probe import Probe
+    from latentmill.models.base import ModelSpec
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Model to measure, e.g. python:my_module:factory.")
+]
+Audio = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE",
+        help="Folder or other source of recordings to measure with. \\[default: synthesised music]",
+    ),
+]
+
+
+def shown(result: Probe) -> str:
+    """The text that `probe` prints."""
+    mark = {"kept": "ok", "broken": "BROKEN", "not measured": "-"}
+    rows = [("promise", "", "claimed", "measured")]
+    rows += [(one.name, mark[one.status], one.claimed, one.measured) for one in result.promises]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [f"{result.model} on {result.device}, measured with {result.audio}", ""]
+    for *cells, last in rows:
+        padded = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        lines.append(f"{padded}  {last}".rstrip())
+    if (values := result.latents) is not None:
+        lines += [
+            "",
+            f"latents: {values.minimum:.3g} to {values.maximum:.3g}, mean {values.mean:.3g}, "
+            f"standard deviation {values.std:.3g}",
+        ]
+    kept = sum(one.status == "kept" for one in result.promises)
+    lines += ["", *result.broken] if result.broken else ["", f"{counted(kept, 'promise')} kept"]
+    return "\n".join([*lines, "", "the spec with measured values:", _source(result.spec)])
+
+
+def _source(spec: ModelSpec) -> str:
+    """Python source of a spec, with one argument on each line."""
+    lines = []
+    for field in fields(spec):
+        value = getattr(spec, field.name)
+        if field.name == "provenance" or value == field.default:
+            continue
+        text = repr(dict(value) if isinstance(value, Mapping) else value)
+        lines.append(f"    {field.name}={text},")
+    return "\n".join(["ModelSpec(", *lines, ")"])

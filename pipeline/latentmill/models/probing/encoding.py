@@ -1,0 +1,272 @@
+"""The promises about `encode`, each measured by one function."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from latentmill.models.base import Context, Stitch
+from latentmill.models.probing.behaviour import (
+    COPIES,
+    batch_size_error,
+    neighbour_error,
+    repeatability,
+)
+from latentmill.models.probing.context import TOLERANCE, edge_errors
+from latentmill.models.probing.lengths import Formula, fit, lengths_to_try
+from latentmill.models.probing.subject import (
+    BATCH,
+    CALL_ERRORS,
+    ROUNDING,
+    LatentValues,
+    Promise,
+    Subject,
+    generators_promise,
+)
+from latentmill.models.weights import one_line
+
+FLOAT16_MAX = 65504.0
+
+
+def shape(model: Subject) -> Promise:
+    spec, given = model.claimed, list(model.one.shape)
+    wanted = [1, spec.latent_channels, spec.frames(given[2])]
+    promise = Promise("shape", f"float32 [{spec.latent_channels}, frames]", "")
+    try:
+        latents = model.loaded.encode(model.one.clone())
+    except CALL_ERRORS as error:
+        return promise.broken(
+            f"encode fails for audio of shape {given}, which the spec allows "
+            f"({one_line(error)}): correct channels, sample_multiple or min_samples.",
+            measured="an error",
+        )
+    shape = list(latents.shape)
+    kind = str(latents.dtype).removeprefix("torch.")
+    promise = replace(promise, measured=f"{kind} {shape[1:]}")
+    if len(shape) != 3 or shape[0] != 1 or (shape != wanted and shape[1:] == wanted[:0:-1]):
+        return promise.broken(
+            f"encode returns a tensor of shape {shape} for audio of shape {given}, but latents "
+            "have the shape [batch, channels, frames]: change the order of the dimensions."
+        )
+    if latents.dtype != torch.float32:
+        return promise.broken(f"encode returns {kind}, but latents must be float32: convert them.")
+    if latents.requires_grad:
+        return promise.broken(
+            "encode returns latents that require gradients: use torch.inference_mode."
+        )
+    return promise
+
+
+def channels(model: Subject) -> Promise:
+    claimed, found = model.claimed.latent_channels, model.encode(model.one).shape[1]
+    promise = Promise("channels", f"{claimed} per frame", f"{found} per frame")
+    if found == claimed:
+        return promise
+    model.spec = replace(model.spec, latent_channels=found)
+    return promise.broken(
+        f"encode returns {found} latent channels, but the spec claims {claimed}: set "
+        f"latent_channels={found}."
+    )
+
+
+def values(model: Subject) -> Promise:
+    latents = model.encode(model.one)
+    peak = model.one.abs().max().clamp_min(1e-6)
+    largest = float(model.encode(model.one / peak).abs().max())
+    spread = float(latents.std()) if latents.numel() > 1 else 0.0
+    model.values = LatentValues(
+        float(latents.min()), float(latents.max()), float(latents.mean()), spread
+    )
+    promise = Promise("values", "finite, float16", f"at most {largest:.3g} at full scale")
+    if not (math.isfinite(largest) and bool(latents.isfinite().all())):
+        return promise.broken(
+            "The latents of music are not finite (NaN or infinity): correct the model."
+        )
+    if largest > FLOAT16_MAX:
+        return promise.broken(
+            f"Music at full scale gives latents up to {largest:.3g}, but float16 ends at "
+            f"{FLOAT16_MAX:.0f}: lower scale_factor, or encode with --dtype float32."
+        )
+    return promise
+
+
+def lengths(model: Subject) -> Promise:
+    spec = model.claimed
+    longest = model.audio.shape[1]
+    frames: dict[int, int] = {}
+    failed: dict[int, str] = {}
+    for length in lengths_to_try(spec, longest):
+        try:
+            frames[length] = model.encode(model.audio[None, :, :length]).shape[-1]
+        except CALL_ERRORS as error:
+            failed[length] = one_line(error)
+    promise = Promise(
+        "lengths",
+        f"hop {spec.hop}, overhang {spec.overhang}, from {spec.min_samples} samples",
+        f"{len(frames)} lengths from {min(frames)} to {max(frames)} samples",
+    )
+    if failed and max(failed) < min(frames):
+        model.spec = replace(model.spec, min_samples=min(frames))
+        return promise.broken(
+            f"encode fails for {max(failed)} samples ({failed[max(failed)]}), although the "
+            f"spec claims min_samples={spec.min_samples}: set min_samples={min(frames)}."
+        )
+    if failed:
+        length, reason = next(iter(failed.items()))
+        multiple = math.gcd(*frames)
+        model.spec = replace(model.spec, sample_multiple=multiple, min_samples=min(frames))
+        return promise.broken(
+            f"encode fails for {length} samples ({reason}), although the spec allows every "
+            f"multiple of {spec.sample_multiple} from {spec.min_samples} on: set "
+            f"sample_multiple={multiple} and min_samples={min(frames)}."
+        )
+    wrong = next((one for one, count in frames.items() if count != spec.frames(one)), None)
+    if wrong is None:
+        return promise
+    begin = (
+        f"encode returns {frames[wrong]} frames for {wrong} samples, but by the spec they have "
+        f"{spec.frames(wrong)}:"
+    )
+    measured = fit(frames, Formula(spec.hop, spec.overhang))
+    if measured is None:
+        return promise.broken(
+            f"{begin} no hop and overhang fit the numbers of frames, so pad the audio inside "
+            "encode to whole frames."
+        )
+    model.spec = replace(model.spec, hop=measured.hop, overhang=measured.overhang)
+    promise = replace(promise, measured=f"hop {measured.hop}, overhang {measured.overhang}")
+    return promise.broken(f"{begin} set hop={measured.hop} and overhang={measured.overhang}.")
+
+
+def silence(model: Subject) -> Promise:
+    shortest = model.one[..., : model.spec.min_samples]
+    silent = [model.encode(torch.zeros_like(one)) for one in (model.one, shortest)]
+    finite = all(bool(one.isfinite().all()) for one in silent)
+    promise = Promise("silence", "finite", f"at most {float(silent[0].abs().max()):.3g}")
+    if finite:
+        return promise
+    return promise.broken(
+        "The latents of silence are not finite (NaN or infinity), so items with silence fail: "
+        "do not divide by a level that can be zero."
+    )
+
+
+def unchanged_input(model: Subject) -> Promise:
+    given = model.one.clone()
+    model.loaded.encode(given)
+    promise = Promise("input", "unchanged", "unchanged")
+    if torch.equal(given, model.one):
+        return promise
+    return promise.broken(
+        "encode changes the audio that it is given: copy it before you change it in place.",
+        measured="changed",
+    )
+
+
+def generators(model: Subject) -> Promise:
+    one, other = model.one, model.other
+    model.repeats = repeatability(lambda: model.encode(one), lambda: model.encode(other))
+    return generators_promise("generators", "encode", "latents", model.repeats)
+
+
+def determinism(model: Subject) -> Promise:
+    assert model.repeats is not None, "generators are measured first"
+    error = max(model.repeats.same_seed, model.repeats.other_seed)
+    promise = Promise("determinism", "equal", f"difference {error:.2g}")
+    if error <= ROUNDING:
+        return promise
+    return promise.broken(
+        f"Encoding the same audio again gives other latents (relative difference {error:.2g}): "
+        "use no noise (the mean of a posterior) and keep no state between calls."
+    )
+
+
+def batch(model: Subject) -> Promise:
+    error = batch_size_error(model.encode, model.one)
+    promise = Promise("batch", f"difference up to {BATCH:g}", f"difference {error:.2g}")
+    if error <= BATCH:
+        return promise
+    return promise.broken(
+        f"{COPIES} equal elements in a batch get other latents than one alone (relative "
+        f"difference {error:.2g}): let nothing depend on the size of the batch."
+    )
+
+
+def neighbours(model: Subject) -> Promise:
+    error = neighbour_error(model.encode, model.one, model.around())
+    promise = Promise("neighbours", f"difference up to {BATCH:g}", f"difference {error:.2g}")
+    if error <= BATCH:
+        return promise
+    return promise.broken(
+        f"Neighbours in a batch change latents (relative difference {error:.2g}): normalise "
+        "each element by its own values only."
+    )
+
+
+def context(model: Subject) -> Promise:
+    """Not judged if the lengths are wrong, but measured for the spec."""
+    claimed = model.claimed.context
+    errors = edge_errors(model.encode, model.audio, model.spec)
+    reach = errors.reach
+    measured = "every frame differs" if reach is None else f"{reach[0]} left, {reach[1]} right"
+    if model.spec.hop != model.claimed.hop:
+        _set_context(model, reach)
+        return Promise("context", "", f"{measured}, in frames of the measured hop", "not measured")
+    if claimed is None:
+        return Promise("context", "none is enough", measured)
+    beyond = errors.beyond(*claimed)
+    measured += f" (error {beyond:.2g} behind the claimed context)"
+    promise = Promise("context", f"{claimed.left} left, {claimed.right} right", measured)
+    if beyond <= TOLERANCE:
+        return promise
+    _set_context(model, reach)
+    begin = (
+        f"Frames behind the claimed context of {claimed.left} and {claimed.right} frames still "
+        f"differ from those of the whole item (by {beyond:.2g} of their norm):"
+    )
+    if reach is None:
+        return promise.broken(
+            f'{begin} set context=None and stitch="{model.spec.stitch}", because every frame '
+            "differs."
+        )
+    return promise.broken(f"{begin} set context=Context({reach[0]}, {reach[1]}).")
+
+
+def _set_context(model: Subject, reach: tuple[int, int] | None) -> None:
+    spec = model.spec
+    if reach is None:
+        blended = spec.stitch != "none" and spec.codebook_size is None
+        stitch: Stitch = "crossfade" if blended else "none"
+        model.spec = replace(spec, context=None, stitch=stitch)
+    elif spec.context is not None:
+        overlap = max(spec.overlap_frames, sum(reach))
+        chunk = max(spec.chunk_frames, 2 * overlap)
+        model.spec = replace(
+            spec, context=Context(*reach), overlap_frames=overlap, chunk_frames=chunk
+        )
+
+
+def codes(model: Subject) -> Promise:
+    latents, size = model.encode(model.one)[0], model.claimed.codebook_size
+    whole = (latents == latents.round()).all(dim=1)
+    if size is None:
+        promise = Promise("codes", "continuous latents", f"{len(latents)} channels")
+        if not bool(whole.all()) or not bool(latents.any()):
+            return promise
+        return promise.broken(
+            "All latents are whole numbers, but the spec claims continuous latents: set "
+            "codebook_size if they are codes."
+        )
+    inside = whole & (latents >= 0).all(dim=1) & (latents < size).all(dim=1)
+    promise = Promise(
+        "codes", f"whole numbers below {size}", f"{int(inside.sum())} of {len(inside)} channels"
+    )
+    # EnCodec 48 kHz adds a row with the loudness, the last one.
+    if bool(inside[: max(1, len(inside) - 1)].all()):
+        return promise
+    return promise.broken(
+        f"Latents contain values that are not codes from 0 to {size - 1}: correct "
+        "codebook_size, or set it to None if latents are continuous."
+    )

@@ -1,0 +1,94 @@
+"""Compares what a loaded model does with what its spec and the protocol of `base.py` promise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from latentmill.models.base import ModelSpec
+from latentmill.models.probing import decoding, encoding
+from latentmill.models.probing.subject import CALL_ERRORS, Promise, Subject
+from latentmill.models.weights import one_line
+
+Measure = Callable[[Subject], Promise]
+
+
+def examine(subject: Subject) -> list[Promise]:
+    """Measure every promise. What depends on a broken one is listed as not measured."""
+    claimed = subject.claimed
+    faults = spec_faults(claimed)
+    promises = [Promise("spec", "consistent", "consistent")]
+    if faults:
+        promises = [promises[0].broken(fault, "inconsistent") for fault in faults]
+
+    def keeps(name: str, measure: Measure) -> bool:
+        promises.append(_measured(name, measure, subject))
+        return promises[-1].status == "kept"
+
+    def skip(reason: str, *names: str) -> None:
+        promises.extend(Promise(name, "", reason, "not measured") for name in names)
+
+    if not (keeps("shape", encoding.shape) and keeps("values", encoding.values)):
+        skip("encode fails", *_AFTER_VALUES)
+        return promises
+    channels = keeps("channels", encoding.channels)
+    lengths = keeps("lengths", encoding.lengths)
+    keeps("silence", encoding.silence)
+    keeps("input", encoding.unchanged_input)
+    if keeps("generators", encoding.generators) and keeps("determinism", encoding.determinism):
+        keeps("batch", encoding.batch)
+        keeps("neighbours", encoding.neighbours)
+        keeps("context", encoding.context)
+    else:
+        skip("encode is not deterministic", "batch", "neighbours", "context")
+    keeps("codes", encoding.codes)
+    if not (channels and lengths):
+        skip("it depends on the shape of latents", "decoding", "decoder")
+    elif not keeps("decoding", decoding.lengths):
+        skip("decode fails", "decoder")
+    else:
+        keeps("decoder", decoding.decoder)
+    return promises
+
+
+def spec_faults(spec: ModelSpec) -> list[str]:
+    """What contradicts itself in a spec: one sentence each."""
+    chunk, overlap = spec.samples(spec.chunk_frames), spec.overlap_frames
+    multiple, shortest = spec.sample_multiple, spec.min_samples
+    values = (*spec.identity.values(), *spec.provenance.values())
+    checks = {
+        "hop must be a multiple of sample_multiple": spec.hop % multiple == 0,
+        "min_samples must be a multiple of sample_multiple": shortest % multiple == 0,
+        f"encode must accept a chunk of chunk_frames ({chunk} samples)": (
+            chunk >= shortest and chunk % multiple == 0
+        ),
+        "overlap_frames must be at least the context and at most half of chunk_frames": (
+            sum(spec.context or ()) <= overlap <= spec.chunk_frames / 2
+        ),
+        "batch_size must have entries for cpu and cuda": set(spec.batch_size) == {"cpu", "cuda"},
+        'stitch must be "trim" if there is a context, and another one if context is None': (
+            (spec.context is None) == (spec.stitch != "trim")
+        ),
+        "values of identity and provenance must be text, numbers, booleans or None": all(
+            value is None or isinstance(value, str | int | float | bool) for value in values
+        ),
+    }
+    return [f"The spec is inconsistent: {text}." for text, holds in checks.items() if not holds]
+
+
+def _measured(name: str, measure: Measure, subject: Subject) -> Promise:
+    try:
+        with torch.inference_mode():
+            return measure(subject)
+    except CALL_ERRORS as error:
+        return Promise(name, "", "an error").broken(
+            f"Measuring {name} failed ({one_line(error)}): encode and decode must accept all that "
+            "the spec allows."
+        )
+
+
+_AFTER_VALUES = (
+    *("channels", "lengths", "silence", "input", "generators", "determinism", "batch"),
+    *("neighbours", "context", "codes", "decoding", "decoder"),
+)

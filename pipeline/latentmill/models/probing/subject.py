@@ -1,0 +1,107 @@
+"""A model that is probed, and a promise that it keeps or breaks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from latentmill.errors import LatentmillError
+from latentmill.models.base import Autoencoder, ModelSpec
+from latentmill.models.probing.behaviour import Repeatability
+from latentmill.models.probing.context import frames_needed
+from latentmill.models.weights import LOAD_ERRORS
+
+SECONDS = 2.0  # length of most sounds that are encoded
+ROUNDING = 1e-5  # relative error of equal calls on a GPU
+BATCH = 1e-4  # relative error that the rest of a batch may cause
+CALL_ERRORS = (LatentmillError, AssertionError, NotImplementedError, *LOAD_ERRORS)
+
+Status = Literal["kept", "broken", "not measured"]
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A claim about a model, and what was measured.
+
+    Attributes:
+        name: What the claim is about, such as `lengths`.
+        claimed: The claim.
+        measured: The measured value, or why it was not measured.
+        status: Whether the model keeps the promise.
+        sentence: What is wrong and what to do, if it is broken.
+    """
+
+    name: str
+    claimed: str
+    measured: str
+    status: Status = "kept"
+    sentence: str | None = None
+
+    def broken(self, sentence: str, measured: str | None = None) -> Promise:
+        measured = self.measured if measured is None else measured
+        return replace(self, measured=measured, status="broken", sentence=sentence)
+
+
+@dataclass(frozen=True)
+class LatentValues:
+    """Statistics of the scaled latents of music."""
+
+    minimum: float
+    maximum: float
+    mean: float
+    std: float
+
+
+class Subject:
+    """A loaded model with music `[C, T]` of at least `samples_needed`.
+
+    Attributes:
+        claimed: The model's spec.
+        spec: The same with measured values in place of wrong ones.
+        one: Music `[1, C, T]` of about two seconds; `other` is other music of the same length.
+        values: Set when latents of music are measured.
+        repeats: Set when equal calls of `encode` are compared.
+    """
+
+    def __init__(self, loaded: Autoencoder, audio: Tensor) -> None:
+        self.loaded, self.audio = loaded, audio
+        self.claimed = self.spec = loaded.spec
+        length = self.spec.padded(self.spec.samples(_frames(self.spec)))
+        self.one = audio[None, :, :length].contiguous()
+        self.other = audio[None, :, audio.shape[1] - length :].flip(-1)
+        self.values: LatentValues | None = None
+        self.repeats: Repeatability | None = None
+
+    def encode(self, audio: Tensor) -> Tensor:
+        """Encode a copy, because a model may change it."""
+        return self.loaded.encode(audio.clone()).float().cpu()
+
+    def decode(self, latents: Tensor, samples: int, seed: int = 0) -> Tensor:
+        return self.loaded.decode(latents, samples, seed=seed).float().cpu()
+
+    def around(self) -> tuple[Tensor, Tensor]:
+        """Neighbours in a batch: a loud one and a quiet one."""
+        loud = self.other / self.other.abs().max().clamp_min(1e-6)
+        return loud, self.other * 0.01
+
+
+def samples_needed(spec: ModelSpec) -> int:
+    frames = max(frames_needed(spec.context) + 1, 2 * _frames(spec) + 2)
+    return max(spec.padded(spec.samples(frames)), 2 * spec.min_samples)
+
+
+def generators_promise(name: str, call: str, result: str, repeats: Repeatability) -> Promise:
+    used = ", ".join(repeats.generators)
+    promise = Promise(name, "no global random numbers", used or "none")
+    if not used:
+        return promise
+    return promise.broken(
+        f"{call} uses the global random numbers of {used}, so that {result} depend on what ran "
+        "before: use no noise, or a torch.Generator of its own."
+    )
+
+
+def _frames(spec: ModelSpec) -> int:
+    return max(9, min(spec.chunk_frames, round(SECONDS * spec.sample_rate / spec.hop)))
