@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from latentmill.record import Record
     from latentmill.reporting.report import ReportFile, report
     from latentmill.run.add import add
+    from latentmill.run.drop import Dropped, drop
     from latentmill.run.options import AddOptions, EncodeOptions
     from latentmill.run.run import RunSummary, encode
     from latentmill.store.store import LatentStore
@@ -63,6 +64,7 @@ _LAZY = {
     "AnnotateSummary": "latentmill.curation.annotate",
     "BatchSampler": "latentmill.reader.batches",
     "Curated": "latentmill.curation.views",
+    "Dropped": "latentmill.run.drop",
     "EncodeOptions": "latentmill.run.options",
     "Evaluation": "latentmill.evaluation.evaluate",
     "IncompleteStoreWarning": "latentmill.errors",
@@ -90,6 +92,7 @@ _LAZY = {
     "collate": "latentmill.reader.collate",
     "collate_tensors": "latentmill.reader.collate",
     "crossfade": "latentmill.ops",
+    "drop": "latentmill.run.drop",
     "encode": "latentmill.run.run",
     "evaluate": "latentmill.evaluation.evaluate",
     "fade": "latentmill.ops",
@@ -118,6 +121,7 @@ __all__ = [
     "AnnotateSummary",
     "BatchSampler",
     "Curated",
+    "Dropped",
     "EncodeOptions",
     "Evaluation",
     "IncompleteStoreWarning",
@@ -146,6 +150,7 @@ __all__ = [
     "collate",
     "collate_tensors",
     "crossfade",
+    "drop",
     "encode",
     "evaluate",
     "fade",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from latentmill.curation.select import select
 from latentmill.engine import launch
 from latentmill.errors import ConfigError, LatentmillError, StoreError
 from latentmill.store.store import open_store
@@ -100,8 +101,6 @@ def test_names_that_are_not_those_of_a_field(store: Path, name: str) -> None:
 
 
 def test_what_cannot_have_fields(store: Path, tmp_path: Path) -> None:
-    from latentmill.curation.select import select
-
     added(store)
     with pytest.raises(StoreError, match="is a field, which has no fields"):
         added(store / "fields" / "second", "third")
@@ -135,7 +134,7 @@ def test_other_settings_for_the_same_field(store: Path) -> None:
 def test_a_folder_of_other_files_is_refused(store: Path) -> None:
     (store / "fields/second/shards").mkdir(parents=True)
     (store / "fields/second/shards/x").write_text("")
-    with pytest.raises(StoreError, match="has shards/ but no plan"):
+    with pytest.raises(StoreError, match=r"has files but no plan.* --field second"):
         added(store)
 
 

@@ -52,6 +52,12 @@ app.add_typer(cli_query.app)
 FieldName = Annotated[
     str, typer.Option(metavar="NAME", help="Name of the field: letters, digits, - and _.")
 ]
+PerWindow = Annotated[
+    bool,
+    typer.Option(
+        "--per-window", help="Store a vector for each window of an item instead of their mean."
+    ),
+]
 StoreArgument = Annotated[
     str, typer.Argument(metavar="STORE", help="Store to add to: a folder or URL.")
 ]
@@ -147,7 +153,11 @@ def plan(**options: Any) -> None:
 
 
 @_command(
-    "add_options", store=(StoreArgument, ...), field=(FieldName, ...), as_json=(AsJson, False)
+    "add_options",
+    store=(StoreArgument, ...),
+    field=(FieldName, ...),
+    per_window=(PerWindow, False),
+    as_json=(AsJson, False),
 )
 def add(**options: Any) -> int:
     """Add a field to STORE: the values of another model for the same items, in STORE/fields/NAME.
@@ -160,6 +170,7 @@ def add(**options: Any) -> int:
     from latentmill.run.add import run_add
 
     store, name, as_json = options.pop("store"), options.pop("field"), options.pop("as_json")
+    per_window = options.pop("per_window")
     model_options = _options(options.pop("model_option"), options.pop("revision"))
     if options["model"] is None:
         raise ConfigError("--model is missing: `latentmill models` lists the models.")
@@ -168,9 +179,26 @@ def add(**options: Any) -> int:
     interrupts_raise()
     with contextlib.redirect_stdout(sys.stderr):
         given = {**options, "model_options": model_options}
-        summary = run_add(store, name, given, for_stream("json" if as_lines else "text"))
+        progress = for_stream("json" if as_lines else "text")
+        summary = run_add(store, name, given, progress, per_window=per_window)
     print_value(as_json, summary, show.summary)
     return summary.exit_code
+
+
+@app.command()
+def drop(
+    store: Annotated[
+        str, typer.Argument(metavar="STORE", help="Store to remove from: a folder or URL.")
+    ],
+    field: FieldName,
+    as_json: AsJson = False,
+) -> None:
+    """Remove a field of STORE. The store itself and its other fields do not change."""
+    from latentmill.cli import show
+    from latentmill.run.drop import drop as drop_field
+
+    interrupts_raise()
+    print_value(as_json, drop_field(store, field=field), show.dropped)
 
 
 @app.command()
@@ -190,9 +218,12 @@ def status(store: Store, as_json: AsJson = False) -> None:
 def info(store: Store, as_json: AsJson = False) -> None:
     """Show the model, format, rates, hours and latent statistics of STORE."""
     from latentmill.cli import show
+    from latentmill.store.field_layout import field_names
     from latentmill.store.store import open_store
 
-    print_value(as_json, open_store(store).measured_info, show.info)
+    opened = open_store(store)
+    names = [] if opened.bases else field_names(opened.storage)
+    print_value(as_json, opened.measured_info, lambda value: show.info(value, names))
 
 
 @app.command()
@@ -210,10 +241,15 @@ def verify(
 ) -> None:
     """Check hashes, counts and values of STORE. The exit code is 8 if it finds a fault."""
     from latentmill.cli import show
+    from latentmill.fields.verify import field_faults, verify_fields
     from latentmill.store.store import open_store
     from latentmill.store.verify import verify as verify_store
 
-    report = verify_store(open_store(store, device=device, trust_model=trust_model), decode=decode)
+    opened = open_store(store, device=device, trust_model=trust_model)
+    report = verify_store(opened, decode=decode)
+    if opened.bases is None:
+        report.fields = verify_fields(opened.storage)
+        report.faults += field_faults(report.fields)
     print_value(as_json, report, show.verification)
     if report.faults:
         raise VerifyError(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # some of these import torch; `status` must start quickly
     from latentmill.publishing.hub import PushSummary
     from latentmill.publishing.sync import SyncSummary
     from latentmill.reporting.report import ReportFile
+    from latentmill.run.drop import Dropped
     from latentmill.run.forecast import Forecast
     from latentmill.run.prepare import Extension
     from latentmill.run.run import RunSummary
@@ -155,7 +156,7 @@ def forecast(value: Forecast) -> str:
     )
 
 
-def info(value: DatasetInfo) -> str:
+def info(value: DatasetInfo, fields: Sequence[str] = ()) -> str:
     """The text that `info` prints."""
     model = value.model
     rate = model["sample_rate"] / model["hop"]
@@ -179,11 +180,15 @@ def info(value: DatasetInfo) -> str:
         "statistics": f"mean {mean:.3g}, std {std:.3g} over all channels",
         "fingerprint": value.fingerprint,
     }
+    if value.field is not None:
+        rows["field"] = f"{value.field.name}: {value.field.kind} from {value.field.source}"
     if (entry := value.annotation) is not None:
         names = ", ".join(entry.names) or "none"
         rows["annotations"] = (
             f"version {entry.version}: {names} ({counted(entry.records, 'record')})"
         )
+    if fields:
+        rows["fields"] = ", ".join(fields)
     if value.seams is not None:
         rows["seams"] = (
             f"relative error: median {value.seams.median:.2g}, largest {value.seams.largest:.2g}"
@@ -201,11 +206,26 @@ def verification(report: VerifyReport) -> str:
         f"{units}{counted(report.records, 'record')} of {counted(report.items, 'item')}: "
         f"{'FAULTS FOUND' if report.faults else 'no faults'}"
     ]
+    lines += [
+        f"field {name}: {counted(one.records, 'record')} of {counted(one.items, 'item')}"
+        for name, one in report.fields.items()
+    ]
     lines += [f"fault: {fault}" for fault in report.faults]
     for one in report.decoded:
         level = "silence" if one.level_db is None else f"level {one.level_db:+.2f} dB"
         snr = "" if one.snr_db is None else f", SNR {one.snr_db:.1f} dB against its source"
         lines.append(f"decoded {one.key}: {one.seconds:.2f} s, {level}{snr}")
+    return "\n".join(lines)
+
+
+def dropped(value: Dropped) -> str:
+    """The text that `drop` prints."""
+    lines = [
+        f"{value.store}: removed field {value.field}, {counted(value.files, 'file')}, "
+        f"{size_text(value.bytes)}"
+    ]
+    if value.kept:
+        lines.append(f"kept, because latentmill did not write them: {', '.join(value.kept)}")
     return "\n".join(lines)
 
 

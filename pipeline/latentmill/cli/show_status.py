@@ -12,6 +12,7 @@ from latentmill.cli.show import ignored_files, pairs_listed
 from latentmill.encoding.timings import bound
 from latentmill.engine.running import CurrentRun, current_run
 from latentmill.errors import StoreError
+from latentmill.fields.status import FieldStatus, field_states
 from latentmill.plan import PLAN_PATH
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import Tally, iter_commits
@@ -43,6 +44,7 @@ class StoreStatus:
     run: CurrentRun | None = None  # the current run, or one that was killed
     bases: tuple[str, ...] = ()  # of a view
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    fields: tuple[FieldStatus, ...] = ()
 
     @classmethod
     def of(cls, store: LatentStore) -> StoreStatus:
@@ -70,6 +72,7 @@ class StoreStatus:
             ignored=store.plan.ignored,
             stages=dict(stages),
             run=run,
+            fields=tuple(field_states(store.storage, store.plan)),
         )
 
     @classmethod
@@ -118,9 +121,27 @@ def status(value: StoreStatus) -> str:
             pairs_listed("failed", value.failures),
             pairs_listed("skipped", value.skips),
             ignored_files(value.ignored),
+            *(_field(one) for one in value.fields),
         )
         if line
     )
+
+
+def _field(one: FieldStatus) -> str:
+    """A line about a field."""
+    start = f"field     {one.name}: "
+    if one.problem is not None:
+        return f"{start}{one.problem}"
+    lines = [
+        f"{start}{one.kind} from {one.source} by {one.model}, {one.encoded} encoded, "
+        f"{one.skipped} skipped, {one.failed} failed of {one.items}, {size_text(one.bytes)}"
+    ]
+    if not one.complete:
+        behind = f"behind by {counted(one.behind, 'item')}" if one.behind else "not sealed"
+        lines.append(f"  {behind}: run the command that added the field again")
+    if one.failures:
+        lines.append(pairs_listed(f"failed in {one.name}", one.failures))
+    return "\n".join(lines)
 
 
 def planning_error(url: str) -> StoreError | None:

@@ -142,6 +142,8 @@ class UnitEncoder:
 
     def _finish(self, job: _PendingItem, facts: Facts) -> Outcome:
         latent = job.stitcher.finish()
+        if self._settings.pooled and latent.size:
+            latent = latent.mean(axis=1, dtype=np.float32, keepdims=True).astype(latent.dtype)
         if not job.stitcher.finite:
             return Outcome(job.item.key, "failed", _gate_message(self._settings.dtype))
         spec, metadata = self._model.spec, facts.metadata
@@ -158,7 +160,8 @@ class UnitEncoder:
             content_hash=facts.content_hash,
             rms=facts.rms,
             peak=facts.peak,
-            levels=facts.levels if latent.ndim == 2 else None,  # chunks overlap
+            # With stitch none, chunks overlap.
+            levels=facts.levels if latent.ndim == 2 and not self._settings.pooled else None,
             group=group if isinstance(group, str) else None,
             role=role if isinstance(role, str) else None,
             metadata=metadata,

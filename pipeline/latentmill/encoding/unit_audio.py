@@ -41,6 +41,7 @@ class EncodeSettings:
     allow_changed: bool = False  # for a retry: accept files that were repaired after planning
     filters: Filters = NO_FILTERS
     packing: int = PACKING
+    pooled: bool = False  # of a field of vectors: store the mean over all frames of an item
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ def make_job(
             allow_truncated=config.allow_truncated,
             allow_changed=config.retry_failed,  # a repaired file differs from the planned one
             packing=plan.packing,
+            pooled=plan.field is not None and plan.field.is_pooled,
             filters=Filters(**{one.name: getattr(config, one.name) for one in fields(Filters)}),
         ),
         store=Storage(config.out).root,

@@ -113,6 +113,11 @@ class FieldEntry:
     source: str
     window_seconds: float | None = None
 
+    @property
+    def is_pooled(self) -> bool:
+        """Whether the frames that a model of audio computes for an item become one vector."""
+        return self.kind == "vector" and self.source == "audio" and self.window_seconds is None
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -12,7 +12,7 @@ from latentmill.encoding.fingerprint import version_difference
 from latentmill.encoding.lanes import PACKING
 from latentmill.engine.lock import only_run
 from latentmill.engine.progress import LogProgress, Progress
-from latentmill.errors import StoreError
+from latentmill.errors import ConfigError, StoreError
 from latentmill.fields.inputs import stale_units
 from latentmill.models.base import ModelHandle
 from latentmill.plan import FieldEntry, Plan, copy, load
@@ -27,7 +27,12 @@ from latentmill.store.tidy import tidy_plan
 
 
 def add(
-    store: str | os.PathLike[str], *, field: str, model: str, **options: Unpack[AddOptions]
+    store: str | os.PathLike[str],
+    *,
+    field: str,
+    model: str,
+    per_window: bool = False,
+    **options: Unpack[AddOptions],
 ) -> RunSummary:
     """Add a field to a store: the values of another model for the same items.
 
@@ -39,6 +44,7 @@ def add(
         store: Folder or fsspec URL of the store, finished or not.
         field: Name of the field: letters, digits, - and _.
         model: The model that computes the values from the audio of the items.
+        per_window: Store a vector for each window of an item instead of their mean.
         **options: Settings, see `AddOptions`; they have the names of the command line's options.
 
     Returns:
@@ -47,11 +53,17 @@ def add(
     Raises:
         LatentmillError: The run could not start or finish; see `latentmill.errors`.
     """
-    return run_add(os.fspath(store), field, {"model": model, **options})
+    given: dict[str, Any] = {"model": model, **options}
+    return run_add(os.fspath(store), field, given, per_window=per_window)
 
 
 def run_add(
-    store: str, name: str, options: dict[str, Any], progress: Progress | None = None
+    store: str,
+    name: str,
+    options: dict[str, Any],
+    progress: Progress | None = None,
+    *,
+    per_window: bool = False,
 ) -> RunSummary:
     """Add a field that is computed from the audio of a store; see `add`."""
     progress = progress or LogProgress()
@@ -59,9 +71,9 @@ def run_add(
     base = Storage(store)
     planned, folder = base_plan(base), field_storage(base, name)
     setup = set_up(_config(planned, folder, options))
+    entry = _entry(name, setup.handle, per_window=per_window)
     with only_run(folder) as hold:
         setup = replace(setup, storage=hold.storage)
-        entry = FieldEntry(name, kind_of(setup.handle), "audio")
         plan = follow_plan(setup, planned, base, entry)
         commits = iter_commits(setup.storage)
         pairs = stale_units(base, plan, setup.storage, entry.source, commits)
@@ -69,10 +81,16 @@ def run_add(
         return complete(setup, plan, hold, progress, began, stale)
 
 
-def kind_of(handle: ModelHandle) -> Any:
-    """The kind of the field that a model computes."""
-    default = "frames" if handle.spec.codebook_size is None else "codes"
-    return getattr(handle, "kind", default)
+def _entry(name: str, handle: ModelHandle, *, per_window: bool) -> FieldEntry:
+    """What the field is that a model of audio computes: by the model's `kind`, if it has one."""
+    spec = handle.spec
+    kind: Any = getattr(handle, "kind", "frames" if spec.codebook_size is None else "codes")
+    if per_window and kind != "vector":
+        raise ConfigError(
+            f"--per-window has no effect with model {spec.name}, which does not compute vectors: "
+            "leave it out."
+        )
+    return FieldEntry(name, kind, "audio", spec.hop / spec.sample_rate if per_window else None)
 
 
 def _config(planned: Plan, folder: Storage, options: dict[str, Any]) -> RunConfig:
@@ -99,7 +117,13 @@ def follow_plan(setup: Setup, planned: Plan, base: Storage, entry: FieldEntry) -
     storage, config = setup.storage, setup.config
     existing = load(storage)
     if existing is None:
-        refuse_foreign(storage)
+        try:
+            refuse_foreign(storage)
+        except StoreError as error:
+            raise StoreError(
+                f"{storage.root} has files but no plan, for example because `drop` was "
+                f"interrupted: run `latentmill drop {base.root} --field {entry.name}` first."
+            ) from error
         tidy_plan(storage, None)
         plan = replace(
             planned,
@@ -113,10 +137,16 @@ def follow_plan(setup: Setup, planned: Plan, base: Storage, entry: FieldEntry) -
         )
         copy(plan, base, storage)
         return plan
-    if existing.field is None or existing.field.source != entry.source:
+    if existing.field is None:
+        raise StoreError(f"{storage.root} is not a field: use another name, or move it away.")
+    was, now = (
+        (f"kind {one.kind}, from {one.source}", f"{one.window_seconds or 'no'} windows")
+        for one in (existing.field, entry)
+    )
+    if was != now:
         raise StoreError(
-            f"{storage.root} is not a field from {entry.source}: use another name, or remove it "
-            f"with `latentmill drop {base.root} --field {entry.name}`."
+            f"{storage.root} is a field of {', '.join(was)}, but would be of {', '.join(now)}: use "
+            f"another name, or remove it with `latentmill drop {base.root} --field {entry.name}`."
         )
     if reason := version_difference(existing.fingerprint):
         raise StoreError(f"Field {storage.root} {reason}")

@@ -68,6 +68,7 @@ class VerifyReport:
     records: int = 0
     faults: list[str] = field(default_factory=list)
     decoded: list[Decoded] = field(default_factory=list)
+    fields: dict[str, VerifyReport] = field(default_factory=dict)  # by name
 
 
 def verify(store: LatentStore, *, decode: int = 0) -> VerifyReport:

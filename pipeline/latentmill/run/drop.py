@@ -1,0 +1,116 @@
+"""Removing a field of a store; called by `latentmill drop`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from latentmill.engine.lock import LOCK_PATH, only_run
+from latentmill.errors import StoreError
+from latentmill.plan import PLAN, PLAN_PATH
+from latentmill.storage.storage import SCRATCH, Storage
+from latentmill.store.annotations import ANNOTATIONS
+from latentmill.store.field_layout import field_names, field_storage
+from latentmill.store.measurement import EVALUATION
+from latentmill.store.schema import (
+    CARD_PATH,
+    COMMITS,
+    DATASET_PATH,
+    INDEX_NAME,
+    METADATA_NAME,
+    ORIGIN_PATH,
+    SHARDS,
+)
+
+_FOLDERS = (PLAN, COMMITS, SHARDS, ANNOTATIONS, EVALUATION)
+_FILES = re.compile(
+    f"{INDEX_NAME}|{METADATA_NAME}|{'|'.join(map(re.escape, (CARD_PATH, ORIGIN_PATH)))}"
+)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Result of `drop`.
+
+    Attributes:
+        store: Root of the store.
+        field: Name of the field.
+        files: Number of files that were removed.
+        bytes: Their size.
+        kept: Files in the folder of the field that latentmill did not write.
+    """
+
+    store: str
+    field: str
+    files: int
+    bytes: int
+    kept: tuple[str, ...] = ()
+
+
+def drop(store: str | os.PathLike[str], *, field: str) -> Dropped:
+    """Remove a field of a store. If it is interrupted, the same call finishes it.
+
+    The seal of the field is removed first, so readers see either the whole field or none.
+
+    Args:
+        store: Folder or fsspec URL of the store.
+        field: Name of the field.
+
+    Raises:
+        StoreError: The store has no such field, or a run is writing to the field.
+    """
+    base = Storage(os.fspath(store))
+    folder = field_storage(base, field)
+    if field not in (names := field_names(base)):
+        has = f"its fields are {', '.join(names)}" if names else "it has no fields"
+        raise StoreError(f"{base.root} has no field {field}: {has}.")
+    folder.refuse_read_only()
+    _refuse_links(folder)
+    with only_run(folder) as hold:
+        found = dict(_files(hold.storage))
+        for path in found:
+            hold.storage.delete(path)
+        folder.clear_scratch()
+        if folder.local:
+            _remove_if_empty(*(Path(folder.full(name)) for name in _FOLDERS))
+    kept: tuple[str, ...] = ()
+    if folder.local:
+        root = Path(folder.root)
+        _remove_if_empty(root, root.parent)
+        left = (str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir())
+        kept = tuple(sorted(path for path in left if path != LOCK_PATH))
+    return Dropped(base.root, field, len(found), sum(found.values()), kept)
+
+
+def _files(storage: Storage) -> Iterator[tuple[str, int]]:
+    """The files of a field with their sizes, in the order in which they are removed."""
+    top = storage.list("")
+    for path in (DATASET_PATH, PLAN_PATH):
+        folder, _, name = path.rpartition("/")
+        sizes = storage.list(folder) if folder else top
+        if name in sizes:
+            yield path, sizes[name]
+    for name, size in top.items():
+        if _FILES.fullmatch(name):
+            yield name, size
+    for folder in _FOLDERS:
+        for name, size in storage.list(folder).items():
+            if f"{folder}/{name}" != PLAN_PATH:
+                yield f"{folder}/{name}", size
+
+
+def _refuse_links(folder: Storage) -> None:
+    """Refuse a folder inside the field that is a link, because it may lead out of the store."""
+    for name in (*_FOLDERS, SCRATCH) if folder.local else ():
+        if Path(folder.full(name)).is_symlink():
+            raise StoreError(f"{folder.full(name)} is a link: remove it first.")
+
+
+def _remove_if_empty(*folders: Path) -> None:
+    for path in folders:
+        with contextlib.suppress(OSError):  # it has other files, or does not exist
+            path.rmdir()

@@ -1,0 +1,139 @@
+"""Removing a field, and what the other commands show of fields."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from latentmill.errors import ConfigError, StoreError
+from latentmill.run.drop import drop
+from latentmill.storage.storage import Storage
+from latentmill.store.store import open_store
+from support import runs
+from support.fields import added, files
+
+
+def test_nothing_is_left(store: Path) -> None:
+    before = files(store)
+    added(store)
+    added(store, "third")
+    field = files(store / "fields" / "second")
+    dropped = drop(store, field="second")
+    assert dropped.files == len(set(field) - {".lock"})
+    assert dropped.bytes == sum(len(data) for _, data in field.values())
+    assert [path.name for path in (store / "fields").iterdir()] == ["third"]
+    runs.assert_whole(store / "fields" / "third")
+    with pytest.raises(StoreError, match="has no field second: its fields are third"):
+        drop(store, field="second")
+    drop(store, field="third")
+    assert not (store / "fields").exists()
+    assert files(store) == before
+
+
+def test_a_drop_that_was_killed(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each number of removed files: no half field can be read, and `drop` finishes it."""
+    added(store)
+    whole = store.parent / "whole"
+    shutil.copytree(store, whole)
+    delete = Storage.delete
+    total = drop(store, field="second").files
+    for number in range(1, total):
+        shutil.rmtree(store)
+        shutil.copytree(whole, store)
+        left = [number]
+
+        def killed(self: Storage, path: str, left: list[int] = left) -> None:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            delete(self, path)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Storage, "delete", killed)
+            drop(store, field="second")
+        if number > 1:
+            with pytest.raises(StoreError, match="is not a latentmill store"):
+                open_store(str(store / "fields" / "second"))
+            with pytest.raises(StoreError, match=r"run `latentmill drop .* --field second` first"):
+                added(store)
+        drop(store, field="second")
+        assert not (store / "fields").exists()
+
+
+@pytest.mark.parametrize("folder", ["shards", "commits", "plan", "tmp", "evaluation"])
+def test_links_inside_a_field_are_not_followed(store: Path, tmp_path: Path, folder: str) -> None:
+    added(store)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "000000.parquet").write_text("mine")
+    linked = store / "fields" / "second" / folder
+    if linked.exists():
+        shutil.rmtree(linked)
+    linked.symlink_to(elsewhere)
+    with pytest.raises(StoreError, match="is a link"):
+        drop(store, field="second")
+    assert (elsewhere / "000000.parquet").read_text() == "mine"
+
+
+def test_a_link_in_the_place_of_a_field(store: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(store, elsewhere)
+    (store / "fields").mkdir()
+    (store / "fields" / "second").symlink_to(elsewhere)
+    before = files(elsewhere)
+    with pytest.raises(StoreError, match="is a link"):
+        drop(store, field="second")
+    assert files(elsewhere) == before
+    with pytest.raises(ConfigError, match="invalid field name"):
+        drop(store, field="..")
+    assert runs.latents(store) == runs.latents(elsewhere)
+
+
+def test_files_of_the_user_stay(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    added(store)
+    (store / "fields/second/notes.txt").write_text("mine")
+    (store / "fields/second/shards/sub").mkdir()
+    result = runs.call(capsys, "drop", store, "--field", "second")
+    assert result.code == 0
+    assert "kept, because latentmill did not write them: notes.txt" in result.out
+    assert (store / "fields/second/notes.txt").read_text() == "mine"
+
+
+def test_the_commands_on_a_store_with_damaged_fields(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A field that is damaged or foreign is shown, and hides neither the store nor other fields."""
+    added(store)
+    fields = store / "fields"
+    shutil.copytree(fields / "second", fields / "cut")
+    (fields / "cut/plan/plan.json").write_text('{"format_version": 2')
+    shutil.copytree(fields / "second", fields / "hurt")
+    shard = next((fields / "hurt/shards").iterdir())
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\0")
+    (fields / "empty").mkdir()
+    (fields / "odd\x1b[31m name").mkdir()
+    (fields / "linked").symlink_to(tmp_path)
+    (fields / "file").write_text("")
+    shutil.copytree(store, fields / "foreign", ignore=shutil.ignore_patterns("fields"))
+    result = runs.call(capsys, "status", store)
+    assert result.code == 0, result.err
+    assert "field     second: frames from audio by mdct, 5 encoded" in result.out
+    assert "field     cut: Store" in result.out
+    assert "field     empty: it has no plan: remove it with `latentmill drop" in result.out
+    assert "field     foreign: it has no entry `field`" in result.out
+    assert "odd" not in result.out
+    assert "linked" not in result.out
+    result = runs.call(capsys, "verify", store)
+    assert result.code == 8
+    assert "field second: 5 records of 5 items" in result.out
+    assert "fault: field hurt: shards/" in result.out
+    assert "fault: field cut: " in result.out
+    assert "field linked" not in result.out
+    result = runs.call(capsys, "info", store)
+    assert "fields      cut, empty, foreign, hurt, second" in result.out
+    for name in ("cut", "hurt", "empty", "foreign"):
+        assert runs.call(capsys, "drop", store, "--field", name).code == 0
+    result = runs.call(capsys, "verify", store)
+    assert result.code == 0, result.out

@@ -1,0 +1,168 @@
+"""Fields after their store has changed: what is behind, and what the same command then does."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from latentmill.cli import show_status
+from latentmill.errors import StoreError
+from latentmill.fields.status import FieldStatus
+from latentmill.run.add import run_add
+from latentmill.store.store import open_store
+from support import runs
+from support.fields import OPTIONS, added, files
+from support.in_process import encode, spoil
+
+
+def state(store: Path, name: str = "second") -> FieldStatus:
+    found = show_status.StoreStatus.of(open_store(str(store))).fields
+    return next(one for one in found if one.name == name)
+
+
+def shard_rows(field: Path) -> dict[str, tuple[str, bytes]]:
+    """Where each record is, and its stored bytes."""
+    opened = open_store(str(field))
+    return {one.key: (opened.entry(one.key).shard, one.latent.tobytes()) for one in opened}
+
+
+def records(field: Path) -> dict[str, dict[str, object]]:
+    """Everything of every record."""
+    return {
+        one.key: {**vars(one), "latent": one.latent.tobytes(), "_decode_start": None}
+        for one in open_store(str(field))
+    }
+
+
+def test_new_items_of_the_store(songs: Path, store: Path, tmp_path: Path) -> None:
+    added(store)
+    assert state(store).complete
+    field = store / "fields" / "second"
+    before = files(field)
+    runs.write_songs(songs, 3, first=10)
+    encode(songs, store, unit_seconds=3.0, extend=True)
+    now = state(store)
+    assert (now.behind, now.encoded, now.items, now.complete) == (3, 5, 8, False)
+    assert "behind by 3 items" in show_status.status(
+        show_status.StoreStatus.of(open_store(str(store)))
+    )
+    summary = added(store)
+    assert summary.resumed_units == len([path for path in before if path.startswith("commits/")])
+    after = files(field)
+    kept = {path for path in before if path.startswith(("commits/", "shards/"))}
+    assert {path: before[path] for path in kept}.items() <= after.items()
+    assert state(store).complete
+    runs.assert_whole(field)
+    encode(songs, tmp_path / "alone", unit_seconds=3.0, model_options=OPTIONS)
+    assert runs.latents(field) == runs.latents(tmp_path / "alone")
+
+
+def test_an_item_that_was_encoded_again(songs: Path, store: Path) -> None:
+    """Only this item is computed; the records beside it are copied, with all their fields."""
+    added(store)
+    field = store / "fields" / "second"
+    before = records(field)
+    path = next(songs.rglob("song 01.wav"))
+    key = "album 1/song 01"
+    noise = np.random.default_rng(99).uniform(-0.3, 0.3, 50_000)
+    soundfile.write(path, noise, 44100, subtype="FLOAT")
+    assert state(store).complete
+    encode(songs, store, unit_seconds=3.0, extend=True)
+    assert state(store).complete, "the store itself still has the old item"
+    encode(songs, store, unit_seconds=3.0, extend=True, retry_changed=True)
+    assert state(store).behind == 1
+    summary = added(store)
+    assert summary.units - summary.resumed_units == 1
+    assert state(store).complete
+    runs.assert_whole(field)
+    after = records(field)
+    assert before.keys() == after.keys()
+    assert {k for k in before if before[k] != after[k]} == {key}
+    assert after[key]["num_samples"] == round(50_000 * 16_000 / 44_100)
+    beside = [k for k in after if shard_rows(field)[k][0].endswith(".r1.parquet")]
+    assert len(beside) > 1
+    again = added(store)
+    assert again.resumed_units == again.units
+
+
+def test_an_item_that_the_store_gets_and_loses(songs: Path, tmp_path: Path) -> None:
+    """A failed item of the store is skipped in the field, until the store has it."""
+    path = next(songs.rglob("song 02.wav"))
+    audio = path.read_bytes()
+    spoil(path)
+    store = tmp_path / "store"
+    encode(songs, store, unit_seconds=3.0)
+    assert added(store).info.skipped == 1
+    path.write_bytes(audio)
+    encode(songs, store, unit_seconds=3.0, extend=True, retry_changed=True)
+    assert state(store).behind == 1
+    summary = added(store)
+    assert (summary.info.encoded, summary.info.skipped) == (5, 0)
+    spoil(path)
+    encode(songs, store, unit_seconds=3.0, extend=True, retry_changed=True)
+    assert state(store).behind == 1
+    summary = added(store)
+    assert (summary.info.encoded, summary.info.skipped) == (4, 1)
+    assert state(store).complete
+    assert runs.latents(store).keys() == runs.latents(store / "fields" / "second").keys()
+
+
+def test_failed_items_of_a_field(songs: Path, store: Path) -> None:
+    """They fail again only if asked to be retried; other records keep their bytes."""
+    path = next(songs.rglob("song 02.wav"))
+    audio, times = path.read_bytes(), path.stat()
+    path.unlink()
+    summary = added(store)
+    assert summary.exit_code == 3
+    field = store / "fields" / "second"
+    before = runs.latents(field)
+    path.write_bytes(audio)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    again = added(store)
+    assert again.resumed_units == again.units
+    assert not state(store).behind
+    assert [key for key, _ in state(store).failures] == ["album 2/song 02"]
+    retried = added(store, retry_failed=True)
+    assert retried.exit_code == 0
+    assert before.items() <= runs.latents(field).items()
+    assert len(runs.latents(field)) == 5
+    runs.assert_whole(field)
+
+
+def test_a_missing_shard_of_a_field(store: Path) -> None:
+    """A unit whose shard is gone is computed again, because nothing can be copied."""
+    added(store)
+    field = store / "fields" / "second"
+    before = runs.latents(field)
+    next((field / "shards").iterdir()).unlink()
+    added(store)
+    assert runs.latents(field) == before
+    runs.assert_whole(field)
+
+
+@pytest.mark.parametrize("per_window", [False, True])
+def test_vectors(songs: Path, store: Path, tmp_path: Path, per_window: bool) -> None:
+    """One for the item, the mean over its windows, or one for each window."""
+    model = "python:support.vector_model:build"
+    options = {"model": model, "model_options": {}, "dtype": "float32"}
+    given = {**options, "device": "cpu", "threads": 1}
+    run_add(str(store), "v", given, per_window=per_window)
+    encode(songs, tmp_path / "frames", unit_seconds=3.0, **options)
+    opened = open_store(str(store / "fields" / "v"))
+    entry = json.loads((store / "fields/v/dataset.json").read_text())["field"]
+    assert entry["kind"] == "vector"
+    rate = opened.info.model["sample_rate"]
+    assert entry["window_seconds"] == (256 / rate if per_window else None)
+    for record in open_store(str(tmp_path / "frames")):
+        frames = record.latent.astype(np.float64)
+        wanted = frames if per_window else frames.mean(axis=1, keepdims=True)
+        assert opened[record.key].latent.shape == wanted.shape
+        np.testing.assert_allclose(opened[record.key].latent, wanted, rtol=1e-5, atol=1e-7)
+    runs.assert_whole(store / "fields" / "v")
+    with pytest.raises(StoreError, match="windows"):
+        run_add(str(store), "v", given, per_window=not per_window)
