@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ from latentmill.store.card import MARKER
 from latentmill.store.measurement import write_measurement
 from latentmill.store.results import LinearityEntry
 from support import runs
-from support.hub_server import HubServer
+from support.hub_server import TOKEN, HubServer
 from support.in_process import in_process
 from support.latent_store import latent_of, write_again, write_latents
 
@@ -66,24 +70,44 @@ def test_the_lines_of_the_card_read_and_decode(encoded: str, hub: HubServer) -> 
 
 def test_load_dataset_and_duckdb_read_it(encoded: str, hub: HubServer, tmp_path: Path) -> None:
     duckdb = pytest.importorskip("duckdb")
-    datasets = pytest.importorskip("datasets")
-    push(encoded, REPO)
+    pytest.importorskip("datasets")
+    lm.select(encoded, tmp_path / "view", sample=2)
+    push(tmp_path / "view", REPO)
     copy = tmp_path / "copy"
     pull(REPO, copy)
     lines = blocks((copy / "README.md").read_text())[1]
-    cache = f"cache_dir={str(tmp_path / 'cache')!r}"
-    local = lines.replace('"me/songs"', repr(str(copy))).replace("streaming=True", cache)
-    names: dict[str, Any] = {"datasets": datasets}
-    exec(local, names)
-    store = lm.open(encoded)
-    row = names["row"]
-    np.testing.assert_array_equal(names["latent"], store[row["key"]].latent)
-    assert len(names["rows"]) == len(store)
+    environment = {  # read when the packages are imported, so in a process of its own
+        **os.environ,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_TOKEN": TOKEN,
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    report = (
+        "print(json.dumps({r['key']: r['latent'].hex() for r in rows}), latent.tobytes().hex())"
+    )
+    code = [lines, report, lines.replace(", streaming=True", ""), report]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(["import json", *code])],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    wanted = {record.key: record.latent for record in lm.open(tmp_path / "view")}
+    for line in done.stdout.splitlines():
+        rows, first = line.rsplit(" ", 1)
+        found = {key: bytes.fromhex(data) for key, data in json.loads(rows).items()}
+        assert found == {key: latent.T.tobytes() for key, latent in wanted.items()}
+        assert bytes.fromhex(first) == next(iter(wanted.values())).tobytes()
+    assert len(done.stdout.splitlines()) == 2
 
     card = header((copy / "README.md").read_text())
     paths = [str(copy / path) for path in card["configs"][0]["data_files"][0]["path"]]
-    found = duckdb.execute(f"SELECT key FROM read_parquet({paths}) ORDER BY key").fetchall()
-    assert [key for (key,) in found] == list(store.keys())
+    keys = duckdb.execute(f"SELECT key FROM read_parquet({paths}) ORDER BY key").fetchall()
+    assert [key for (key,) in keys] == list(wanted)
 
 
 def test_the_picture(encoded: str, hub: HubServer) -> None:

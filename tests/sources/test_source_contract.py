@@ -22,7 +22,8 @@ from latentmill.record import Outcome, Record
 from latentmill.sources.address import item_at
 from latentmill.sources.base import Item
 from latentmill.sources.reading import UnitReader
-from support import hub_datasets
+from support import hub_server
+from support.hub_server import HubServer
 from support.sources import KINDS, Recording, Written, put, recordings_in, sorted_items
 
 MODEL = mdct.build(hop=64, sample_rate=8000).load("cpu")
@@ -64,21 +65,25 @@ CASES += [(kind, "hf") for kind in ("folder", "webdataset", "parquet")]
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
-    """A folder, and the URL under which a hub of our own serves it as a dataset."""
-    with hub_datasets.serve(tmp_path, "org/corpus") as endpoint:
-        monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": endpoint})
-        yield str(tmp_path), "hf://datasets/org/corpus"
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A hub of our own with an empty dataset."""
+    with hub_server.serve() as hub:
+        monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": hub.endpoint, "token": False})
+        hub.create("org/corpus", private=False)
+        yield hub
 
 
 @pytest.fixture(params=CASES, ids="-".join)
 def written(request: pytest.FixtureRequest, recordings: list[Recording], tmp_path: Path) -> Written:
     kind, storage = request.param
     if storage == "hf":
-        folder, served = request.getfixturevalue("hub")
-        local = KINDS[kind](f"{folder}/in", recordings)
+        hub = request.getfixturevalue("hub")
+        local = KINDS[kind](f"{tmp_path}/in", recordings)
+        for file in filter(Path.is_file, (tmp_path / "in").rglob("*")):
+            hub.write("org/corpus", file.relative_to(tmp_path).as_posix(), file.read_bytes())
         options = {**local.options, "source_type": kind}
-        return replace(local, uri=local.uri.replace(folder, served), options=options)
+        served = local.uri.replace(str(tmp_path), "hf://datasets/org/corpus")
+        return replace(local, uri=served, options=options)
     url = {"local": str(tmp_path / "in"), "memory": f"memory://{uuid.uuid4().hex}"}.get(storage)
     return KINDS[kind](url or request.getfixturevalue("s3_bucket") + "/in", recordings)
 

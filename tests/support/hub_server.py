@@ -270,8 +270,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusedError(404, "EntryNotFound")
         headers = {"X-Repo-Commit": oid, "ETag": f'"{files[file]}"'}
         if file.endswith(LARGE):
-            target = f"{self.server_state.endpoint}/cdn/{files[file]}"
-            return HTTPStatus.FOUND, b"", {**headers, "Location": target}
+            size = len(self.server_state.blobs[files[file]])
+            headers |= {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(size)}
+            elsewhere = self.server_state.endpoint.replace("127.0.0.1", "localhost")
+            return HTTPStatus.FOUND, b"", {**headers, "Location": f"{elsewhere}/cdn/{files[file]}"}
         return self.content(files[file], headers)
 
     def content(
