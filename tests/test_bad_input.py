@@ -142,6 +142,7 @@ def as_owner(folder: Path) -> Iterator[None]:
         (["--workers", "0"], 2, "invalid --workers 0"),
         (["--shard-size", "big"], 2, "invalid --shard-size 'big': expected a size such as 512MiB"),
         (["--retry-changed"], 2, "--retry-changed needs --extend"),
+        (["--refresh-metadata"], 2, "--refresh-metadata needs --extend"),
         (["--start-column", "x"], 2, "--start-column has no effect on a source of type folder"),
         (["--group-by", "x"], 2, "invalid --group-by 'x': it must contain (?P<group>...)"),
         (["--device", "tpu9"], 2, "use auto, cpu, cuda or cuda:N"),

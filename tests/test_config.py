@@ -65,6 +65,7 @@ PLACE_AND_SPEED: dict[str, Any] = {
     "shard_size": "512MiB",
     "extend": True,
     "retry_changed": True,
+    "refresh_metadata": True,
     "probe": True,
     "device": "cpu",
     "workers": 2,

@@ -152,6 +152,11 @@ class RunConfig(SourceSettings):
     retry_changed: Annotated[bool, _PLAN] = Field(
         False, description="With --extend: encode changed files again."
     )
+    refresh_metadata: Annotated[bool, _PLAN] = Field(
+        False,
+        description="With --extend: update changed captions and other metadata, without encoding "
+        "again. Values that `annotate` has set stay.",
+    )
     device: Annotated[str, _COMPUTE] = Field(
         "auto", description="Device of the model: auto, cpu or cuda."
     )

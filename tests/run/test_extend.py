@@ -65,7 +65,7 @@ def test_what_has_become_of_a_source(
         with fresh:
             assert (found.new, found.vanished) == (len(new), len(before.keys() - after.keys()))
             assert found.changed["key"].to_pylist() == [f"k{n:03d}" for n in changed]
-            amended = amend(plan, found, storage) if changed else plan
+            amended = amend(plan, found.changed, found.units, storage) if changed else plan
             longer = extend(amended, fresh, storage) if new else amended
     assert load(storage) == longer
     old = {one.key: one for unit in amended.units for one in read_items(storage, unit)}

@@ -18,6 +18,7 @@ from latentmill.store.seal import VIEW_FIELDS
 from latentmill.text.printing import clock_time, counted, size_text
 
 if TYPE_CHECKING:  # some of these import torch; `status` must start quickly
+    from latentmill.curation.refresh import RefreshSummary
     from latentmill.curation.split import Side
     from latentmill.curation.views import Curated
     from latentmill.export.export import ExportSummary
@@ -68,7 +69,8 @@ def summary(run: RunSummary) -> str:
         pairs_listed("failed", run.failures),
         pairs_listed("skipped", run.skipped),
         ignored_files(run.ignored),
-        _extension(run.extension),
+        _extension(run.extension, run.refreshed),
+        _refreshed(run.refreshed),
     ]
     if run.failures:
         lines.append("  fix these files, then rerun with --retry-failed")
@@ -95,8 +97,8 @@ def summary(run: RunSummary) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def _extension(value: Extension | None) -> str:
-    """Lines about new, changed and missing files."""
+def _extension(value: Extension | None, refreshed: RefreshSummary | None = None) -> str:
+    """Lines about new, changed and missing files, and changed metadata."""
     if value is None:
         return ""
     lines = [
@@ -111,13 +113,36 @@ def _extension(value: Extension | None) -> str:
         (
             value.described,
             value.described_keys,
-            "with new or changed sidecars or metadata (the store keeps the old metadata)",
+            "with new or changed sidecars or metadata (--refresh-metadata updates the store)"
+            if refreshed is None
+            else "with new or changed sidecars or metadata",
         ),
     ):
         if count:
             more = "" if count == len(keys) else ", ..."
             lines.append(f"  {counted(count, 'item')} {what}: {', '.join(keys)}{more}")
     return "\n".join(lines)
+
+
+def _refreshed(value: RefreshSummary | None) -> str:
+    """Lines about metadata that were updated in the store."""
+    if value is None:
+        return ""
+    version = f" (annotations version {value.version})" if value.version else ""
+    lines = [
+        f"  metadata updated: {counted(value.values, 'value')} of "
+        f"{counted(value.records, 'record')}{version}"
+    ]
+    for count, what in (
+        (value.kept, "set by annotate and not updated"),
+        (value.removed, "no longer in the source, kept in the store"),
+    ):
+        lines += [f"  {counted(count, 'value')} {what}"] if count else []
+    if value.ignored:
+        lines.append(f"  names that cannot be annotated: {', '.join(value.ignored)}")
+    lines += [f"  metadata not read: {key}: {reason}" for key, reason in value.reasons]
+    more = value.unreadable - len(value.reasons)
+    return "\n".join(lines + ([f"  and {more} more"] if more else []))
 
 
 def forecast(value: Forecast) -> str:

@@ -94,7 +94,7 @@ def annotate(
             )
         table = without(table, remove)
         if new is None:
-            return _publish(storage, current, table, changed=True)
+            return publish(storage, current, table, changed=True)
         known = pc.is_in(new.table["key"], value_set=current.index.key_array())
         unknown = new.table["key"].filter(pc.invert(known))
         matched = len(known) - len(unknown)
@@ -106,7 +106,7 @@ def annotate(
         annotations = Annotations(merged(table, new.table.filter(known)))
         changed = not annotations.same_as(current.annotations)
         return dataclasses.replace(
-            _publish(storage, current, annotations.table, changed=changed),
+            publish(storage, current, annotations.table, changed=changed),
             matched=matched,
             unknown=len(unknown),
             unknown_keys=tuple(unknown.slice(0, MAX_LISTED).to_pylist()),
@@ -140,7 +140,7 @@ def revert_annotations(
         table = EMPTY if wanted == 0 else open_annotations(storage, entry, wanted).table
         # Not by the current values, which may be damaged.
         same = entry.hashes[wanted - 1] == entry.hashes[-1] if wanted else not entry.records
-        return _publish(storage, current, table, changed=not same)
+        return publish(storage, current, table, changed=not same)
 
 
 @contextlib.contextmanager
@@ -172,10 +172,18 @@ def _refuse_incomplete(store: LatentStore) -> None:
         )
 
 
-def _publish(
-    storage: Storage, store: LatentStore, table: pa.Table, *, changed: bool
+def publish(
+    storage: Storage,
+    store: LatentStore,
+    table: pa.Table,
+    *,
+    changed: bool,
+    refreshed: bool = False,
 ) -> AnnotateSummary:
-    """Write a new version of the annotations and the metadata file, then replace dataset.json."""
+    """Write a new version of the annotations and the metadata file, then replace dataset.json.
+
+    `refreshed` marks a version whose new values come from the source.
+    """
     info = store.info
     number = 1 if info.annotation is None else info.annotation.version + 1
     path, data = annotation_path(number), annotation_file(table)
@@ -185,7 +193,7 @@ def _publish(
             storage.delete(path)
             if not storage.create(path, data):
                 raise StoreError(f"Another run has written {storage.root}/{path}: run again.")
-        entry = annotation_entry(info.annotation, data, annotations)
+        entry = annotation_entry(info.annotation, data, annotations, refreshed=refreshed)
         metadata, digest = publish_metadata(storage, store.index, annotations)
         update = {"metadata": metadata, "metadata_hash": digest, "annotation": entry}
         write_seal(storage, info.model_copy(update=update))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -30,7 +30,7 @@ from latentmill.store.schema import json_text
 
 MAX_NAMES = 256
 _ROWS = 10_000  # of the file that are Python values at a time
-_FIELDS = {*METADATA_SCHEMA.names, "latent", "levels"}
+STORED = {*METADATA_SCHEMA.names, "latent", "levels"}
 
 EMPTY = pa.table({"key": pa.array([], pa.string())})
 
@@ -78,6 +78,14 @@ def read_table(uri: str, key_column: str | None) -> NewValues:
     return NewValues(table, tuple(sorted(columns.ignored)))
 
 
+def table_of(rows: Mapping[str, Mapping[str, Any]]) -> pa.Table:
+    """A table of JSON values by key and name; see `Annotations`."""
+    columns = _Columns("the source", plain_text=False)
+    for key, values in rows.items():
+        columns.add("key", {**values, "key": key}, key)
+    return columns.table().sort_by("key")
+
+
 class _Columns:
     """Collects the rows of a file: values as text in Arrow arrays, and their kinds."""
 
@@ -107,7 +115,7 @@ class _Columns:
             self._flush()
 
     def _add_name(self, name: str) -> None:
-        if name in _FIELDS:
+        if name in STORED:
             self.ignored.add(name)
             return
         if not name or not is_column(name):

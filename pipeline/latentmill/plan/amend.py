@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentmill.plan.compare import Comparison
 from latentmill.plan.files import RowGroup, iter_units, write_document, write_part
 from latentmill.plan.items import ITEMS_SCHEMA, estimated_seconds, to_items, unit_hash
 from latentmill.plan.plan import Part, Plan, Unit
 from latentmill.storage.storage import Storage
 
 
-def amend(plan: Plan, found: Comparison, storage: Storage) -> Plan:
-    """Replace the rows of changed items in the plan, which invalidates their units' commits.
+def amend(
+    plan: Plan,
+    changed: pa.Table,
+    in_units: Iterable[int],
+    storage: Storage,
+    columns: Sequence[str] = ITEMS_SCHEMA.names[1:],
+) -> Plan:
+    """Replace values of items in the plan: those of `columns`, from rows of `DRAFT_SCHEMA`.
 
-    Units keep their items and their numbers. Replaced files are deleted last.
+    If files have changed, this invalidates the commits of the units `in_units`, which have these
+    items. Units keep their items and their numbers. Replaced files are deleted last.
     """
-    touched = set(found.units)
+    touched = set(in_units)
+    if not touched:
+        return plan
     units: list[Unit] = []
     parts: list[Part] = []
     replaced: list[str] = []
@@ -35,9 +43,10 @@ def amend(plan: Plan, found: Comparison, storage: Storage) -> Plan:
             continue
         alone = dataclasses.replace(plan, units=own, parts=(part,))
         newer = dataclasses.replace(part, revision=part.revision + 1)
-        newer, changed = write_part(newer, _amended(alone, found, touched, storage), storage)
+        groups = _amended(alone, changed, touched, storage, columns)
+        newer, rewritten = write_part(newer, groups, storage)
         parts.append(newer)
-        units += changed
+        units += rewritten
         replaced += [part.items_file, part.units_file]
     amended = dataclasses.replace(plan, units=tuple(units), parts=tuple(parts))
     write_document(amended, storage)
@@ -47,22 +56,28 @@ def amend(plan: Plan, found: Comparison, storage: Storage) -> Plan:
 
 
 def _amended(
-    part: Plan, found: Comparison, touched: set[int], storage: Storage
+    part: Plan, changed: pa.Table, touched: set[int], storage: Storage, columns: Sequence[str]
 ) -> Iterator[RowGroup]:
     units = iter_units(storage, part)
     for _, some in itertools.groupby(units, key=lambda pair: pair[0].row_group):
-        pairs = [_amend(u, t, found.changed) if u.number in touched else (u, t) for u, t in some]
+        pairs = [
+            _amend(unit, table, changed, columns) if unit.number in touched else (unit, table)
+            for unit, table in some
+        ]
         yield [unit for unit, _ in pairs], pa.concat_tables(table for _, table in pairs)
 
 
-def _amend(unit: Unit, table: pa.Table, changed: pa.Table) -> tuple[Unit, pa.Table]:
-    """Replace the rows of a unit's changed items."""
+def _amend(
+    unit: Unit, table: pa.Table, changed: pa.Table, columns: Sequence[str]
+) -> tuple[Unit, pa.Table]:
+    """Replace some columns in the rows of a unit's changed items."""
     place = pc.index_in(table["key"], changed["key"]).to_pylist()
-    rows = [n if at is None else len(table) + at for n, at in enumerate(place)]
-    unit_column = pa.array([unit.number] * len(changed), pa.int32())
-    columns = [unit_column, *(changed[name] for name in ITEMS_SCHEMA.names[1:])]
-    both = pa.concat_tables([table, pa.Table.from_arrays(columns, schema=ITEMS_SCHEMA)])
-    table = both.take(pa.array(rows)).combine_chunks()
+    rows = pa.array([n if at is None else len(table) + at for n, at in enumerate(place)])
+    for name in columns:
+        both = pa.chunked_array([*table[name].chunks, *changed[name].chunks], table[name].type)
+        number = table.schema.get_field_index(name)
+        table = table.set_column(number, ITEMS_SCHEMA.field(name), both.take(rows))
+    table = table.combine_chunks()
     items = to_items(table)
     unit = dataclasses.replace(
         unit,

@@ -68,6 +68,9 @@ class Comparison:
         changed: The items whose file has changed, as rows of `DRAFT_SCHEMA`.
         units: The unit numbers of the changed items, in the same order.
         described: Number of items whose file is unchanged but whose sidecars or metadata changed.
+        described_rows: Those items as rows of `DRAFT_SCHEMA`, with the items of which this is not
+            known; empty unless they are asked for.
+        described_units: Their unit numbers, in the same order.
         new_keys: The first few keys of the new items; likewise for the other kinds.
     """
 
@@ -76,6 +79,10 @@ class Comparison:
     described: int = 0
     changed: pa.Table = field(default_factory=lambda: pa.Table.from_batches([], DRAFT_SCHEMA))
     units: list[int] = field(default_factory=list)
+    described_rows: pa.Table = field(
+        default_factory=lambda: pa.Table.from_batches([], DRAFT_SCHEMA)
+    )
+    described_units: list[int] = field(default_factory=list)
     new_keys: list[str] = field(default_factory=list)
     vanished_keys: list[str] = field(default_factory=list)
     described_keys: list[str] = field(default_factory=list)
@@ -92,10 +99,13 @@ def compare(
     listed: Draft,
     limits: UnitLimits,
     refine: Callable[[pa.Table], pa.Table] = lambda table: table,
+    *,
+    described_rows: bool = False,
 ) -> tuple[Comparison, Draft]:
     """Compare a listing with a plan. Also returns the new items, split into units.
 
     `refine` completes rows of new items, for example with lengths from their headers.
+    `described_rows` collects the rows of items whose metadata have changed.
     """
     new = Sorter(listed.folder / "new", ("key",))
     for table in listed.tables():
@@ -107,7 +117,7 @@ def compare(
     with contextlib.ExitStack() as undo:
         fresh = undo.enter_context(Draft(limits))
         sorter = Sorter(fresh.folder / "sorting", ("block", "key"))
-        for table in map(refine, _unknown(new, old, found)):
+        for table in map(refine, _unknown(new, old, found, described_rows)):
             fresh.totals.add(table)
             sorter.push(table)
         fresh.fill(sorter.tables())
@@ -127,12 +137,14 @@ def _row_groups(plan: Plan, storage: Storage) -> Iterator[pa.Table]:
         yield pa.concat_tables(some)
 
 
-def _unknown(new: Sorter, old: Sorter, found: Comparison) -> Iterator[pa.Table]:
+def _unknown(
+    new: Sorter, old: Sorter, found: Comparison, described_rows: bool
+) -> Iterator[pa.Table]:
     """Merge both sides by key. Yields the rows of new items, and counts the others."""
     planned = _rows(old, _OLD_COLUMNS)
     before = next(planned, None)
     for table in new.tables():
-        is_new, is_changed = [], []
+        is_new, is_changed, is_described = [], [], []
         for row in _rows_of(table, _NEW_COLUMNS):
             while before is not None and before.key < row.key:
                 _vanished(before, found)
@@ -140,15 +152,24 @@ def _unknown(new: Sorter, old: Sorter, found: Comparison) -> Iterator[pa.Table]:
             known = before if before is not None and before.key == row.key else None
             is_new.append(known is None)
             is_changed.append(known is not None and not known.same(row))
+            is_described.append(False)
             if known is not None:
                 if is_changed[-1]:
                     found.units.append(known.unit)
                 elif not known.same_metadata(row):
                     found.described += 1
+                    is_described[-1] = described_rows
                     if found.described <= MAX_NAMED:
                         found.described_keys.append(row.key)
+                elif described_rows and None in (known.sidecar_versions, row.sidecar_versions):
+                    is_described[-1] = bool(row.sidecars)  # their content decides
+                if is_described[-1]:
+                    found.described_units.append(known.unit)
                 before = next(planned, None)
         found.changed = pa.concat_tables([found.changed, table.filter(pa.array(is_changed))])
+        if any(is_described):
+            rows = table.filter(pa.array(is_described))
+            found.described_rows = pa.concat_tables([found.described_rows, rows])
         if any(is_new):
             unknown = table.filter(pa.array(is_new))
             found.new += len(unknown)

@@ -104,7 +104,7 @@ def forecast(
     storage = prepared.storage
     items = listed(prepared)
     with items or contextlib.nullcontext(), only_run(storage) as hold:
-        plan, extension = planned(replace(prepared, storage=hold.storage), items)
+        plan, extension, _ = planned(replace(prepared, storage=hold.storage), items)
         storage.clear_scratch()
     committed = set(committed_revisions(storage))
     todo = sum(unit.seconds for unit in plan.units if unit.name not in committed)

@@ -49,6 +49,7 @@ class EncodeOptions(TypedDict, total=False):
     retry_failed: bool | None
     extend: bool | None
     retry_changed: bool | None
+    refresh_metadata: bool | None
     device: str | None
     workers: int | None
     threads: int | None

@@ -35,7 +35,7 @@ from latentmill.plan import (
     load,
 )
 from latentmill.plan.amend import amend
-from latentmill.plan.compare import compare
+from latentmill.plan.compare import Comparison, compare
 from latentmill.plan.items import draft_table, to_items
 from latentmill.plan.probe import cheap, probed
 from latentmill.run.differences import differences, explain
@@ -134,6 +134,10 @@ def prepare(config: RunConfig, observer: PlanningObserver | None = None) -> Prep
     if config.retry_changed and not config.extend:
         raise ConfigError(
             "--retry-changed needs --extend, which finds the changed files: set both."
+        )
+    if config.refresh_metadata and not config.extend:
+        raise ConfigError(
+            "--refresh-metadata needs --extend, which finds the changed metadata: set both."
         )
     setup = set_up(config)
     source = _source(setup.config, setup.storage)
@@ -237,8 +241,13 @@ def _with_lengths(
             prepared.observer.planning(number, headers[0])
 
 
-def planned(prepared: Preparation, items: Draft | None) -> tuple[Plan, Extension | None]:
-    """Create, load or extend the store's plan. The caller must hold the store."""
+def planned(
+    prepared: Preparation, items: Draft | None
+) -> tuple[Plan, Extension | None, Comparison | None]:
+    """Create, load or extend the store's plan. The caller must hold the store.
+
+    Also returns what an extension found, with the rows that `refresh_metadata` needs.
+    """
     storage, config = prepared.storage, prepared.config
     plan = load(storage)
     if plan is None:
@@ -247,7 +256,7 @@ def planned(prepared: Preparation, items: Draft | None) -> tuple[Plan, Extension
         with items or _drafted(prepared) as drafted:
             plan = freeze(_new_plan(prepared), drafted, storage)
             _warn_of_long_groups(prepared, plan)
-            return plan, None
+            return plan, None, None
     if reason := version_difference(plan.fingerprint):
         raise StoreError(f"Store {storage.root} {reason}")
     spec, uri = prepared.handle.spec, prepared.source.uri
@@ -258,7 +267,7 @@ def planned(prepared: Preparation, items: Draft | None) -> tuple[Plan, Extension
         )
     tidy_plan(storage, plan)
     if not config.extend or items is None:
-        return plan, None
+        return plan, None, None
     with items:
         return _extended(prepared, plan, items)
 
@@ -296,26 +305,36 @@ def _new_plan(prepared: Preparation) -> Plan:
     )
 
 
-def _extended(prepared: Preparation, plan: Plan, items: Draft) -> tuple[Plan, Extension]:
-    storage, retried = prepared.storage, prepared.config.retry_changed
-    found, fresh = compare(plan, storage, items, prepared.limits, _refiner(prepared.config.probe))
+def _extended(
+    prepared: Preparation, plan: Plan, items: Draft
+) -> tuple[Plan, Extension, Comparison]:
+    storage, config = prepared.storage, prepared.config
+    found, fresh = compare(
+        plan,
+        storage,
+        items,
+        prepared.limits,
+        _refiner(config.probe),
+        described_rows=config.refresh_metadata,
+    )
     with fresh:
-        if retried and len(found.changed):
-            plan = amend(plan, found, storage)
+        if config.retry_changed and len(found.changed):
+            plan = amend(plan, found.changed, found.units, storage)
         if found.new:
             plan = replace(plan, ignored=dict(sorted(prepared.source.ignored.items())))
             plan = extend(plan, fresh, storage)
-    return plan, Extension(
+    extension = Extension(
         new=found.new,
         changed=len(found.changed),
         vanished=found.vanished,
-        retried=retried,
+        retried=config.retry_changed,
         described=found.described,
         new_keys=tuple(found.new_keys),
         changed_keys=tuple(found.changed_keys),
         vanished_keys=tuple(found.vanished_keys),
         described_keys=tuple(found.described_keys),
     )
+    return plan, extension, found
 
 
 def _refiner(probe: bool | None) -> Callable[[pa.Table], pa.Table]:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from latentmill.config import RunConfig, load_config
 from latentmill.encoding.fingerprint import fingerprint
@@ -21,12 +21,21 @@ from latentmill.run.options import EncodeOptions
 from latentmill.run.prepare import Extension, Setup, listed, planned, prepare
 from latentmill.sources.open import is_there
 from latentmill.storage.storage import Storage
-from latentmill.store.commit import SealHash, Tally, iter_commits, next_revisions
+from latentmill.store.commit import (
+    SealHash,
+    Tally,
+    committed_revisions,
+    iter_commits,
+    next_revisions,
+)
 from latentmill.store.schema import SHARDS, DatasetInfo
-from latentmill.store.seal import current_seal, seal
+from latentmill.store.seal import current_seal, read_seal, seal
 from latentmill.store.tidy import remove_unfinished, tidy
 from latentmill.text.log import get_logger
 from latentmill.text.printing import counted
+
+if TYPE_CHECKING:  # imports pyarrow.compute
+    from latentmill.curation.refresh import RefreshSummary
 
 _log = get_logger("run")
 
@@ -47,6 +56,7 @@ class RunSummary:
         encoded_seconds: Seconds of audio that this run encoded.
         stages: Seconds that this run's workers spent in each stage, summed over workers.
         extension: What `extend` found; None without `extend`, or if the plan was new.
+        refreshed: What `refresh_metadata` changed; None without it.
     """
 
     store: str
@@ -60,6 +70,7 @@ class RunSummary:
     encoded_seconds: float
     stages: Mapping[str, float] = field(default_factory=dict)
     extension: Extension | None = None
+    refreshed: RefreshSummary | None = None
 
     @property
     def exit_code(self) -> int:
@@ -103,9 +114,21 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunSummary:
     items = listed(prepared)
     with items or contextlib.nullcontext(), only_run(prepared.storage) as hold:
         prepared = replace(prepared, storage=hold.storage)
-        plan, extension = planned(prepared, items)
+        plan, extension, found = planned(prepared, items)
+        before = committed_revisions(hold.storage)
         summary = complete(prepared, plan, hold, progress, began)
-    return replace(summary, extension=extension)
+        refreshed = None
+        if config.refresh_metadata or _has_refreshed(summary.info):
+            from latentmill.curation.refresh import refresh_metadata  # imports pyarrow.compute
+
+            wanted = found if config.refresh_metadata else None
+            refreshed = refresh_metadata(hold.storage, plan, wanted, before)
+            summary = replace(summary, info=read_seal(hold.storage) or summary.info)
+    return replace(summary, extension=extension, refreshed=refreshed)
+
+
+def _has_refreshed(info: DatasetInfo) -> bool:
+    return info.annotation is not None and bool(info.annotation.refreshed)
 
 
 def complete(

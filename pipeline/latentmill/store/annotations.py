@@ -181,14 +181,21 @@ def annotation_file(table: pa.Table) -> bytes:
 
 
 def annotation_entry(
-    before: AnnotationEntry | None, data: bytes, annotations: Annotations
+    before: AnnotationEntry | None,
+    data: bytes,
+    annotations: Annotations,
+    *,
+    refreshed: bool = False,
 ) -> AnnotationEntry:
     """The entry in dataset.json for the file of the version after `before`."""
+    version = 1 if before is None else before.version + 1
+    earlier = [] if before is None else before.refreshed
     return AnnotationEntry(
-        version=1 if before is None else before.version + 1,
+        version=version,
         hashes=[*([] if before is None else before.hashes), xxhash.xxh3_128_hexdigest(data)],
         records=len(annotations),
         names=list(annotations.kinds),
+        refreshed=[*earlier, version] if refreshed else earlier,
     )
 
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from latentmill.storage.storage import file_in_store
 
@@ -35,11 +43,25 @@ class AnnotationEntry(Document):
     )
     records: int
     names: list[str] = Field(description="Names of the annotated values.")
+    refreshed: list[int] = Field(
+        [],
+        description="Versions whose new values come from the source (`--refresh-metadata`); "
+        "entries without such versions have no such field.",
+    )
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        document: dict[str, Any] = write(self)
+        if not self.refreshed:
+            del document["refreshed"]
+        return document
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if len(self.hashes) != self.version:
             raise ValueError("the hashes are not those of all versions")
+        if not all(1 <= version <= self.version for version in self.refreshed):
+            raise ValueError("a refreshed version does not exist")
         return self
 
 
