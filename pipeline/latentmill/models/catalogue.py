@@ -60,7 +60,7 @@ FAMILIES = {
         "latentmill.models.families.same:build",
         "autoencoder of Stable Audio 3, 44.1 kHz stereo, 256 channels at 10.8 frames/s",
         _DIFFUSERS,
-        "/models/stable-audio-3",
+        "stabilityai/stable-audio-3-medium",
     ),
     "cosmos": BuiltIn(
         "latentmill.models.families.cosmos:build",

@@ -188,15 +188,18 @@ def one_at_a_time() -> Iterator[None]:
         yield
 
 
-def read_state(model: str, path: Path, entry: str | None = None) -> dict[str, torch.Tensor]:
+def read_state(
+    model: str, path: Path, entry: str | None = None, *, prefix: str = ""
+) -> dict[str, torch.Tensor]:
     """Read a state dict from a .safetensors file or from a file of `torch.save`.
 
-    `entry` is the state dict's key in a training checkpoint of `torch.save`. Raises `ModelError` if
-    the file is damaged or has anything else than tensors by name.
+    `entry` is the state dict's key in a training checkpoint of `torch.save`. Tensors whose names do
+    not begin with `prefix` are left out. Raises `ModelError` if the file is damaged or has anything
+    else than tensors by name.
     """
     try:
         if path.suffix == ".safetensors":
-            state = _read_safetensors(model, path)
+            state = _read_safetensors(model, path, prefix)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = state if entry is None else state[entry]
@@ -204,7 +207,7 @@ def read_state(model: str, path: Path, entry: str | None = None) -> dict[str, to
         raise does_not_load(model, path, error) from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise does_not_load(model, path, ValueError("it contains more than tensors by name"))
-    return state
+    return {name: value for name, value in state.items() if name.startswith(prefix)}
 
 
 def read_config(model: str, path: Path) -> dict[str, Any]:
@@ -362,14 +365,13 @@ def _describe(repo: Repo) -> str:
     return f"{repo.location} (revision {repo.revision})" if repo.revision else repo.location
 
 
-def _read_safetensors(model: str, path: Path) -> dict[str, torch.Tensor]:
+def _read_safetensors(model: str, path: Path, prefix: str) -> dict[str, torch.Tensor]:
     package, _ = import_package(model, "safetensors", install="pip install safetensors")
-    load_file = importlib.import_module("safetensors.torch").load_file
     try:
-        state: dict[str, torch.Tensor] = load_file(path)
+        with package.safe_open(path, framework="pt") as file:
+            return {n: file.get_tensor(n) for n in file.keys() if n.startswith(prefix)}  # noqa: SIM118
     except package.SafetensorError as error:
         raise ValueError(str(error)) from error
-    return state
 
 
 def _sha256(path: Path) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from pathlib import PurePosixPath
 from typing import Any
 
 import torch
 
 from latentmill.errors import ModelError
+from latentmill.models.families import stable_audio
 from latentmill.models.families.codec import FoundCodec
+from latentmill.models.families.stable_audio import OwnFormat
 from latentmill.models.weights import (
     LOAD_ERRORS,
     ModelFiles,
@@ -31,12 +34,14 @@ def find_autoencoder(
     revision: str | None,
     subfolder: str | None,
     default: str = "vae",
+    own: OwnFormat | None = None,
 ) -> FoundCodec:
     """Find an autoencoder's files.
 
     Its `config.json` must have the class name `class_name`; settings that it leaves out have the
     defaults of the class. Without a subfolder the autoencoder is in the folder `default`, if that
-    exists, else at the root of the repository.
+    exists, else at the root of the repository. If there is no `config.json` but a configuration in
+    the format `own`, it is converted.
     """
     package, version = import_package(name, "diffusers")
     if not hasattr(package, class_name):
@@ -49,7 +54,14 @@ def find_autoencoder(
         "config": [f"{folder}config.json" for folder in folders],
         "weights": [f"{folder}{stem}" for folder in folders for stem in STEMS],
     }
+    if own is not None:
+        wanted["config"] += [f"{folders[-1]}{file}" for file in stable_audio.CONFIGS]
+        wanted["weights"] += [f"{folders[-1]}{file}" for file in stable_audio.WEIGHTS]
     files = find(name, parse_repo(name, repo, revision), wanted)
+    if own is not None and is_own(files):
+        return FoundCodec(
+            name, files, _own_config(name, class_name, files, own), "diffusers", version
+        )
     config = read_config(name, files.paths["config"])
     if config.get("_class_name") != class_name:
         found = config.get("_class_name") or config.get("model_type")
@@ -59,16 +71,60 @@ def find_autoencoder(
     return FoundCodec(name, files, {**defaults, **config}, "diffusers", version)
 
 
-def load_autoencoder(name: str, class_name: str, files: ModelFiles, device: torch.device) -> Any:
+def load_autoencoder(
+    name: str,
+    class_name: str,
+    files: ModelFiles,
+    device: torch.device,
+    own: OwnFormat | None = None,
+) -> Any:
     """Build an autoencoder in float32 from its configuration and its state dict."""
     package, _ = import_package(name, "diffusers")
-    state = read_state(name, files.paths["weights"])
-    config = read_config(name, files.paths["config"])
+    path = files.paths["weights"]
+    if own is not None and is_own(files):
+        config = _own_config(name, class_name, files, own)
+        state = _own_state(name, files, own, config)
+    else:
+        config = read_config(name, files.paths["config"])
+        state = read_state(name, path)
     try:
         with warnings.catch_warnings():  # diffusers uses torch's deprecated weight_norm
             warnings.simplefilter("ignore", FutureWarning)
             model = getattr(package, class_name).from_config(config)
         model.load_state_dict(state)
     except LOAD_ERRORS as error:
-        raise does_not_load(name, files.paths["weights"], error) from error
+        raise does_not_load(name, path, error) from error
     return model.float().eval().requires_grad_(False).to(device)
+
+
+def is_own(files: ModelFiles) -> bool:
+    """Whether files are in the format of stable-audio-tools."""
+    return PurePosixPath(files.names["config"]).name in stable_audio.CONFIGS
+
+
+def _own_config(name: str, class_name: str, files: ModelFiles, own: OwnFormat) -> dict[str, Any]:
+    path = files.paths["config"]
+    config = read_config(name, path)
+    try:
+        autoencoder, _ = stable_audio.autoencoder_of(config)
+        return own.config(autoencoder, config["sample_rate"])
+    except stable_audio.UnsupportedError as error:
+        raise ModelError(
+            f"Model {name}: {path} has {error}, which {class_name} of diffusers does not "
+            "implement: use another checkpoint."
+        ) from error
+    except LOAD_ERRORS as error:
+        raise does_not_load(name, path, error) from error
+
+
+def _own_state(
+    name: str, files: ModelFiles, own: OwnFormat, config: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Read the weights of the autoencoder alone: those of a diffusion model are large."""
+    path = files.paths["weights"]
+    _, prefix = stable_audio.autoencoder_of(read_config(name, files.paths["config"]))
+    state = read_state(name, path, stable_audio.ENTRY, prefix=prefix)
+    try:
+        return own.state(stable_audio.own_weights(state, prefix), config)
+    except LOAD_ERRORS as error:
+        raise does_not_load(name, path, error) from error

@@ -23,6 +23,7 @@ from latentmill.models.families.codec import (
 )
 from latentmill.models.families.diffusers_codec import find_autoencoder, load_autoencoder
 from latentmill.models.families.posterior import Posterior, mean_of, softplus_posterior
+from latentmill.models.families.stable_audio import OOBLECK
 from latentmill.models.weights import ModelFiles
 
 CLASS = "AutoencoderOobleck"
@@ -45,7 +46,7 @@ class OobleckNetwork:
 
 def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -> OobleckNetwork:
     """Build the network from its configuration and its state dict; see `NetworkLoader`."""
-    model = load_autoencoder(name, CLASS, files, device)
+    model = load_autoencoder(name, CLASS, files, device, OOBLECK)
     return OobleckNetwork(model, std=options["posterior"] == "mean+std")
 
 
@@ -65,7 +66,7 @@ def build(
     name = f"oobleck:{repo}"
     scale = check_scale_factor(name, scale_factor)
     return make_handle(
-        find_autoencoder(name, CLASS, repo, revision, subfolder),
+        find_autoencoder(name, CLASS, repo, revision, subfolder, own=OOBLECK),
         partial(_spec, std=posterior == "mean+std"),
         load,
         scale_factor=scale,

@@ -22,6 +22,7 @@ from latentmill.models.families.codec import (
     make_handle,
 )
 from latentmill.models.families.diffusers_codec import find_autoencoder, load_autoencoder
+from latentmill.models.families.stable_audio import SAME
 from latentmill.models.weights import ModelFiles
 
 CLASS = "AutoencoderSAME"
@@ -45,7 +46,7 @@ class SameNetwork:
 
 def load(name: str, files: ModelFiles, device: torch.device, **options: Value) -> SameNetwork:
     """Build the network; see `NetworkLoader`. There are no options."""
-    return SameNetwork(load_autoencoder(name, CLASS, files, device))
+    return SameNetwork(load_autoencoder(name, CLASS, files, device, SAME))
 
 
 def build(
@@ -58,7 +59,7 @@ def build(
     """Find the model's files and make its handle; docs/models.md describes the options."""
     name = f"same:{repo}"
     scale = check_scale_factor(name, scale_factor)
-    found = find_autoencoder(name, CLASS, repo, revision, subfolder)
+    found = find_autoencoder(name, CLASS, repo, revision, subfolder, own=SAME)
     return make_handle(found, _spec, load, scale_factor=scale)
 
 
