@@ -292,7 +292,12 @@ def test_models_and_version(capsys: Capture) -> None:
     assert text.code == 0
     assert {"mdct", "lin-cae"} <= {line.split()[0] for line in text.out.splitlines()}
     listed = json.loads(runs.call(capsys, "models", "--json").out)
-    assert all(set(entry) == {"name", "description", "requirement"} for entry in listed)
+    fields = {"name", "description", "requirement", "kind"}
+    assert all(set(entry) == fields for entry in listed)
+    columns = {
+        line.index(one["kind"]) for line, one in zip(text.out.splitlines(), listed, strict=True)
+    }
+    assert len(columns) == 1, "the kinds are in one column"
     assert runs.call(capsys, "version").out == f"{__version__}\n"
     for command in (("models", "dac:/"), ("encode", "in", "out", "--model", "dac:/")):
         refused = runs.call(capsys, *command, "--revision", "123")

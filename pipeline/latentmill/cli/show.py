@@ -261,7 +261,13 @@ def files(value: Mapping[str, Sequence[str]]) -> str:
 
 def models(entries: Sequence[Any]) -> str:
     """The text that `models` prints without a name."""
-    rows = (f"{e.name:<13} {e.kind:<13} {e.description} [{e.requirement}]" for e in entries)
+    width = max(len(entry.name) for entry in entries)
+    kind = max(len(entry.kind) for entry in entries)
+    rows = (
+        f"{e.name:<{width}}  {e.kind:<{kind}}  {e.description}"
+        + (f" [{e.requirement}]" if e.requirement else "")
+        for e in entries
+    )
     return "\n".join(rows)
 
 
