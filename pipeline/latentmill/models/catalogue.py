@@ -68,6 +68,24 @@ FAMILIES = {
         _DIFFUSERS,
         "/models/cosmos-3",
     ),
+    "ltx2": BuiltIn(
+        "latentmill.models.families.ltx2:build",
+        "audio VAE of LTX-2 over log-mel spectrograms, 16 kHz stereo, 128 channels at 25 frames/s",
+        _DIFFUSERS,
+        "Lightricks/LTX-2",
+    ),
+    "mmaudio": BuiltIn(
+        "latentmill.models.families.mmaudio:build",
+        "VAE of MMAudio over log-mel spectrograms, 44.1 kHz mono, 40 channels at 43 frames/s",
+        _DIFFUSERS,
+        "/models/kandinsky-6",
+    ),
+    "audioldm2": BuiltIn(
+        "latentmill.models.families.audioldm2:build",
+        "VAE of AudioLDM 2, AudioLDM and MusicLDM, 16 kHz mono, 128 channels at 25 frames/s",
+        "pip install 'latentmill[diffusers,transformers]'",
+        "cvssp/audioldm2",
+    ),
     "kvae": BuiltIn(
         "latentmill.models.families.waveform_vae:build_kvae",
         "KVAE-Audio of Kandinsky, 48 kHz mono, 64 channels at 50 frames/s",

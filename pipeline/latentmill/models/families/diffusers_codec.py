@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -24,6 +25,7 @@ from latentmill.models.weights import (
     read_state,
 )
 
+State = dict[str, torch.Tensor]
 STEMS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
@@ -77,8 +79,12 @@ def load_autoencoder(
     files: ModelFiles,
     device: torch.device,
     own: OwnFormat | None = None,
+    renamed: Callable[[State], State] = lambda state: state,
 ) -> Any:
-    """Build an autoencoder in float32 from its configuration and its state dict."""
+    """Build an autoencoder in float32 from its configuration and its state dict.
+
+    `renamed` gives the tensors of older checkpoints their present names.
+    """
     package, _ = import_package(name, "diffusers")
     path = files.paths["weights"]
     if own is not None and is_own(files):
@@ -86,7 +92,7 @@ def load_autoencoder(
         state = _own_state(name, files, own, config)
     else:
         config = read_config(name, files.paths["config"])
-        state = read_state(name, path)
+        state = renamed(read_state(name, path))
     try:
         with warnings.catch_warnings():  # diffusers uses torch's deprecated weight_norm
             warnings.simplefilter("ignore", FutureWarning)
