@@ -1,10 +1,11 @@
-"""Measures `select` and `split` on a large store, and training on a view compared with its store.
+"""Measures `select`, `split` and `merge` on a large store, and training on a view of it.
 
     python benchmarks/curation.py [--records 1000000] [--folder DIR]
 
 The store is that of benchmarks/evaluate.py: synthetic records of 64 channels. Each command runs in
-a process of its own, whose peak memory is reported. Then random crops are streamed from the store
-and from a view of all its records in turns; the ratio is that of the medians.
+a process of its own, whose peak memory is reported; `merge` joins two views of half the records
+each. Then random crops are streamed from the store and from a view of all its records in turns; the
+ratio is that of the medians.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 from common import RESULTS, write_result
 from evaluate import write_store
 
-COMMANDS = ("select", "split")
+COMMANDS = ("select", "split", "halves", "merge")
 CROP, BATCH, BATCHES, ROUNDS, WARM = 32, 64, 400, 8, 4
 
 
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="keep the store in it, or measure the one that is there"
     )
+    parser.add_argument("--only", nargs="*", choices=(*COMMANDS, "stream"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # in a process
     arguments = parser.parse_args()
@@ -46,7 +48,7 @@ def main() -> None:
         if not Path(store).exists():
             write_store(store, arguments.records, arguments.frames)
         result: dict[str, Any] = {"records": arguments.records}
-        for name in (*COMMANDS, "stream"):
+        for name in arguments.only or (*COMMANDS, "stream"):
             command = [sys.executable, __file__, "--one", name, store, f"{temporary}/{name}"]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             result[name] = json.loads(done.stdout)
@@ -63,8 +65,12 @@ def measure(name: str, store: str, out: str) -> dict[str, Any]:
         middle = lm.open(store).index.key(len(lm.open(store)) // 2)
         made = lm.select(store, out, where=f"key >= '{middle}' and duration > 1")
         chosen = made.records
+    elif name == "merge":
+        halves = Path(out).parent / "halves"
+        chosen = lm.merge([halves / "a", halves / "b"], out).records
     else:
-        parts = lm.split(store, out, {"train": 0.9, "valid": 0.05, "test": 0.05})
+        into = {"train": 0.9, "valid": 0.05, "test": 0.05}
+        parts = lm.split(store, out, into if name == "split" else {"a": 0.5, "b": 0.5})
         chosen = sum(part.store.records for part in parts if part.store is not None)
     return {
         "chosen": chosen,

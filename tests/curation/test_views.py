@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import latentmill as lm
+from latentmill.curation import view_metadata
 from latentmill.curation.split import _assigned
 from latentmill.curation.views import Curated
 from latentmill.errors import ConfigError, LatentmillError, StoreError
@@ -138,6 +139,28 @@ def divided(url: str, model: Model, out: str, seed: int) -> tuple[str, Model]:
     groups = [{record.group for record in lm.open(place)} for place, _ in models]
     assert len(groups) == 1 or not groups[0] & groups[1]
     return models[0]
+
+
+def test_the_metadata_of_many_row_groups(
+    bases: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The views have neighbouring keys, and other numbers of records."""
+    monkeypatch.setattr(view_metadata, "ROW_GROUP", 3)
+    names = list(model_of(lm.open(bases[0])))
+    for name, part in (("a", names[1::3]), ("b", names[:1]), ("c", names[2::3] + names[3::3])):
+        lm.select(bases[0], tmp_path / name, keys=part)
+    for prefix in (False, True):
+        out = tmp_path / f"all-{prefix}"
+        lm.merge([tmp_path / "c", tmp_path / "b", tmp_path / "a"], out, prefix=prefix)
+        store = lm.open(out)
+        assert verify(store).faults == []
+        table = store.table(["key", "frames", "metadata_number"]).to_pylist()
+        wanted = [(one.key, one.frames, one.metadata["number"]) for one in store]
+        assert [tuple(row.values()) for row in table] == wanted
+        assert len(wanted) == len(names)
+        assert sorted(key[-10:] for key, _, _ in wanted) == names
+    file = pq.ParquetFile(out / str(store.info.metadata))
+    assert file.num_row_groups == 7
 
 
 def test_what_is_left_out_is_listed(bases: tuple[str, str], tmp_path: Path) -> None:

@@ -29,14 +29,41 @@ def write_view_metadata(storage: Storage, chosen: Sequence[Chosen]) -> tuple[str
             writing(str(temporary)),
             pq.ParquetWriter(temporary, schema, compression="zstd") as out,
         ):
-            parts = (_rows_of(file, one, schema) for file, one in zip(files, chosen, strict=True))
-            if len(chosen) == 1:  # in order already
-                for table in next(parts):
-                    out.write_table(table, row_group_size=ROW_GROUP)
-            else:
-                every = pa.concat_tables(table for part in parts for table in part)
-                out.write_table(every.sort_by("key"), row_group_size=ROW_GROUP)
+            parts = [_rows_of(file, one, schema) for file, one in zip(files, chosen, strict=True)]
+            for table in parts[0] if len(parts) == 1 else _in_order(parts, chosen):
+                out.write_table(table, row_group_size=ROW_GROUP)
         return publish(storage, temporary)
+
+
+def _in_order(parts: Sequence[Iterator[pa.Table]], chosen: Sequence[Chosen]) -> Iterator[pa.Table]:
+    """The rows of all stores in the order of their keys, a row group at a time.
+
+    Each part has its rows in order already, so a row group takes the next rows of some parts.
+    """
+    keys = [one.index.key_array().take(pa.array(one.rows)) for one in chosen]
+    prefixed = (
+        pc.binary_join_element_wise(one.prefix, own, "")
+        for one, own in zip(chosen, keys, strict=True)
+    )
+    order = pc.sort_indices(pa.chunked_array(list(prefixed), pa.string())).to_numpy()
+    ends = np.cumsum([len(one.rows) for one in chosen])
+    of_row = np.searchsorted(ends, order, "right").astype(np.int32)
+    del keys, order
+    waiting: list[list[pa.Table]] = [[] for _ in parts]
+    for start in range(0, len(of_row), ROW_GROUP):
+        wanted = of_row[start : start + ROW_GROUP]
+        taken = []
+        for part, count in enumerate(np.bincount(wanted, minlength=len(parts)).tolist()):
+            some = waiting[part]
+            while sum(map(len, some)) < count:
+                some.append(next(parts[part]))
+            if count:
+                rows = pa.concat_tables(some)
+                taken.append(rows.slice(0, count))
+                waiting[part] = [rows.slice(count)]
+        place = np.empty(len(wanted), np.int64)  # of each row in `taken`
+        place[np.argsort(wanted, kind="stable")] = np.arange(len(wanted))
+        yield pa.concat_tables(taken).take(pa.array(place))
 
 
 def _rows_of(file: pq.ParquetFile, one: Chosen, schema: pa.Schema) -> Iterator[pa.Table]:

@@ -199,6 +199,9 @@ def _bases(chosen: Sequence[Chosen]) -> tuple[list[BaseEntry], Index]:
     of_shard = np.array([split_path(path)[0] for path in index.shards], np.int64)
     counts = np.bincount(of_shard[index.column("shard")], minlength=len(entries))
     used = np.flatnonzero(counts)  # a base without records is not needed
+    if len(used) == len(entries):
+        pairs = zip(entries, counts.tolist(), strict=True)
+        return [entry.model_copy(update={"records": count}) for entry, count in pairs], index
     place = {old: new for new, old in enumerate(used.tolist())}
 
     def renumbered(path: str) -> str:
