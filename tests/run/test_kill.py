@@ -15,18 +15,19 @@ from pathlib import Path
 import pytest
 
 from support import runs
+from support.fields import files
 
 SONGS = 20
 UNIT_SECONDS = 26.0  # ten songs: half of them fill a row group, then the file is not empty
 BATCH_SECONDS = 0.3
+OPTIONS = [
+    *("--model", runs.SLOW_MODEL, "--model-option", f"seconds={BATCH_SECONDS}", "--device", "cpu"),
+    *("--batch-size", "1", "--threads", "1", "--workers", "1", "--json"),
+]
 
 
-def arguments(songs: Path, store: Path, seconds: float = BATCH_SECONDS) -> list[str]:
-    return [
-        *("encode", str(songs), str(store), "--model", runs.SLOW_MODEL, "--device", "cpu"),
-        *("--model-option", f"seconds={seconds}", "--batch-size", "1", "--threads", "1"),
-        *("--unit-seconds", str(UNIT_SECONDS), "--workers", "1", "--json"),
-    ]
+def arguments(songs: Path, store: Path) -> list[str]:
+    return ["encode", str(songs), str(store), "--unit-seconds", str(UNIT_SECONDS), *OPTIONS]
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +98,12 @@ def kill_once(args: list[str], store: Path, target: str, delay: float | None) ->
 
 
 def kill_and_resume(
-    songs: Path, store: Path, undisturbed: dict[str, bytes], kills: list[tuple[str, float | None]]
+    args: list[str],
+    store: Path,
+    undisturbed: dict[str, bytes],
+    kills: list[tuple[str, float | None]],
 ) -> None:
     """Kill a run again and again, and start it at once again, while its workers may still live."""
-    args = arguments(songs, store)
     hits = 0
     more: list[tuple[str, float | None]] = [("driver", None)] * 5  # if none of `kills` hits a shard
     for number, (target, delay) in enumerate([*kills, *more]):
@@ -135,7 +138,9 @@ def finish(args: list[str], store: Path, undisturbed: dict[str, bytes]) -> None:
 def test_a_killed_driver_and_a_killed_actor(
     songs: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    kill_and_resume(songs, tmp_path / "store", undisturbed, [("driver", None), ("actor", 0.1)])
+    store = tmp_path / "store"
+    args = arguments(songs, store)
+    kill_and_resume(args, store, undisturbed, [("driver", None), ("actor", 0.1)])
 
 
 @pytest.mark.slow
@@ -144,6 +149,27 @@ def test_a_killed_driver_and_a_killed_actor(
 def test_ten_kills_at_random_moments(
     songs: Path, undisturbed: dict[str, bytes], tmp_path: Path, seed: int
 ) -> None:
+    store = tmp_path / "store"
+    kill_and_resume(arguments(songs, store), store, undisturbed, ten_kills(seed))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_ten_kills_of_a_field(
+    songs: Path, undisturbed: dict[str, bytes], tmp_path: Path, ray_session: Path
+) -> None:
+    """The field gets the latents of a run of the same model, and its store does not change."""
+    from latentmill.run.run import encode
+
+    base = tmp_path / "base"
+    encode(str(songs), str(base), device="cpu", unit_seconds=UNIT_SECONDS)
+    before = files(base)
+    args = ["add", str(base), "--field", "slow", *OPTIONS]
+    kill_and_resume(args, base / "fields" / "slow", undisturbed, ten_kills(3))
+    assert files(base) == before
+
+
+def ten_kills(seed: int) -> list[tuple[str, float | None]]:
     chance = random.Random(seed)
     kills: list[tuple[str, float | None]] = []
     for number in range(10):
@@ -151,7 +177,7 @@ def test_ten_kills_at_random_moments(
         on_shard = target == "driver" and number % 5 == 0
         kills.append((target, None if on_shard else chance.uniform(0.0, 8.0)))
     chance.shuffle(kills)
-    kill_and_resume(songs, tmp_path / "store", undisturbed, kills)
+    return kills
 
 
 @pytest.mark.slow

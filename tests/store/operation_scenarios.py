@@ -27,10 +27,13 @@ from latentmill.evaluation.linearity import measure_linearity
 from latentmill.evaluation.seams import measure_seams
 from latentmill.export.export import Target, export_store
 from latentmill.publishing.sync import sync
+from latentmill.run.add import run_add
+from latentmill.run.drop import drop
 from latentmill.run.forecast import forecast
 from latentmill.run.run import run
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import SealHash, iter_commits
+from latentmill.store.field_layout import field_names
 from latentmill.store.store import LatentStore, open_store
 from latentmill.store.verify import verify
 from support.in_process import in_process
@@ -43,6 +46,7 @@ SETTINGS = {
     "device": "cpu",
     "load_threads": 1,
 }
+FIELD = "second"
 BROKEN = b"this is no audio"
 
 Content = tuple[Any, ...]
@@ -89,6 +93,18 @@ class Place:
         """Copy the store."""
         sync(self.store, self.dest, jobs=1)
 
+    def add(self, **options: Any) -> None:
+        """Add a field to the store, of half its rate."""
+        given = {name: SETTINGS[name] for name in ("device", "load_threads", "chunk_seconds")}
+        model = {"model": "mdct", "model_options": {"hop": 64, "sample_rate": RATE}}
+        with in_process():
+            run_add(self.store, FIELD, {**given, **model, **options})
+
+    def drop(self) -> None:
+        """Remove the field, unless it is gone already."""
+        if FIELD in field_names(Storage(self.store)):
+            drop(self.store, field=FIELD)
+
     def export(self, to: Target) -> None:
         """Export the store."""
         export_store(open_store(self.store, device="cpu"), self.dest, to)
@@ -104,6 +120,7 @@ class Scenario:
         change: Changes the audio between the two.
         written: The store that it writes, by its name in the place.
         atomic: Whether readers see all records before it or all records after it.
+        check: What holds beside the store that it writes, given whether the command succeeded.
     """
 
     begin: Callable[[Place], None]
@@ -111,6 +128,7 @@ class Scenario:
     change: Callable[[Place], None] = lambda place: None
     written: str = "store"
     atomic: bool = False
+    check: Callable[[Place, bool], None] = lambda place, completed: None
 
 
 def three(place: Place) -> None:
@@ -167,6 +185,42 @@ def annotate_with(place: Place, rows: Sequence[Mapping[str, Any]]) -> None:
 def write_values(place: Place, rows: Sequence[Mapping[str, Any]]) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (place.source / "values.jsonl").write_text(text)
+
+
+def with_field(place: Place) -> None:
+    whole(place)
+    place.add()
+
+
+def behind(place: Place) -> None:
+    """The store has a field, of which an item is out of date and another one is missing."""
+    three(place)
+    (place.source / "c.wav").unlink()
+    place.encode()
+    place.add()
+    sound(place.source / "c.wav", 2)
+    change(place)
+    place.encode(extend=True, retry_changed=True)
+
+
+def base_is_whole(place: Place, completed: bool) -> None:
+    """What is done to a field changes nothing in its base store."""
+    assert_whole(place.store)
+    assert len(open_store(place.store)) == 3
+
+
+def field_is_whole_or_gone(place: Place, completed: bool) -> None:
+    """No reader finds a part of the records."""
+    base_is_whole(place, completed)
+    try:
+        field = open_store(f"{place.store}/fields/{FIELD}", device="cpu")
+    except LatentmillError:
+        pass
+    else:
+        assert not completed
+        assert len(field) == 3
+    if completed:
+        assert field_names(Storage(place.store)) == []
 
 
 def unsealed(place: Place) -> None:
@@ -231,6 +285,9 @@ SCENARIOS = {
         lambda p: (whole(p), chosen(keys=["a"])(p)), chosen(overwrite=True), written="dest"
     ),
     "select a copy": Scenario(whole, chosen(copy=True), written="dest"),
+    "add": Scenario(whole, Place.add, written=f"store/fields/{FIELD}", check=base_is_whole),
+    "add again": Scenario(behind, Place.add, written=f"store/fields/{FIELD}", check=base_is_whole),
+    "drop": Scenario(with_field, Place.drop, check=field_is_whole_or_gone),
     "seams": Scenario(whole, of_store(lambda store: measure_seams(store, items=2))),
     "linearity": Scenario(whole, of_store(lambda store: measure_linearity(store, items=2))),
 }

@@ -136,6 +136,7 @@ def run_trial(
             left += [completed, state_of(place)]
             if tuple(left) in seen:
                 continue
+            scenario.check(place, completed)
             look(reader, was)
             look_afresh(url, was)
             if completed:
@@ -144,6 +145,7 @@ def run_trial(
             return
         with faults_on(Faults(remote=remote)):
             scenario.command(place)
+        scenario.check(place, True)
         look(reader, was)
         assert outcome(url) == was.after
         assert_whole(url)

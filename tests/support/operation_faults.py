@@ -23,7 +23,16 @@ from latentmill.errors import StorageError
 from latentmill.storage import objects, remote, storage
 from latentmill.storage.storage import Storage
 
-READS = ("exists", "list", "read", "read_if_exists", "read_range", "read_ranges", "version")
+READS = (
+    "exists",
+    "list",
+    "folders",
+    "read",
+    "read_if_exists",
+    "read_range",
+    "read_ranges",
+    "version",
+)
 WRITES = ("write", "create", "replace", "publish", "delete")
 REQUESTS = ("info", "ls", "cat_file", "cat_ranges")
 CHANGES = ("pipe_file", "put_file", "rm_file")

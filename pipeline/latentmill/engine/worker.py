@@ -119,9 +119,9 @@ class Worker:
         self._device = device
         self._stopped = stopped or threading.Event()
         self._open_audio_of = open_audio_of
+        self._base = None if job.base is None else BaseCommits(job.base)
         self._hold = Membership(Storage(job.store), job.owner)
         self._storage = self._hold.storage
-        self._base = None if job.base is None else BaseCommits(job.base)
         self._model: Autoencoder = load_model(job.model, device)
         if job.auto_batch and device != "cpu":
             size = settled_batch_size(self._storage, self._model, job, device)
