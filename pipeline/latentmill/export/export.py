@@ -35,6 +35,7 @@ from latentmill.store.commit import (
     write_commit,
     write_unit,
 )
+from latentmill.store.field_layout import warn_of_fields
 from latentmill.store.index import entries
 from latentmill.store.measurement import NAMES, current_result, write_measurement
 from latentmill.store.results import StoreStatistics
@@ -95,6 +96,7 @@ def export_store(
     storage = Storage(dest)
     if f"{storage.root}/".startswith(f"{store.url}/"):
         raise ConfigError(f"{dest} is inside the store: use another destination.")
+    warn_of_fields(store.storage, "the export")
     if to == Target.STABLE_AUDIO_TOOLS:
         return _stable_audio_tools(store, storage, frames)
     if frames is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +15,14 @@ from latentmill.publishing.difference import Difference, difference
 from latentmill.publishing.transfer import JOBS, Transfer, check, download, read_checked
 from latentmill.storage.remote import protocol_of
 from latentmill.storage.storage import Storage
+from latentmill.store.field_layout import FIELDS, field_names, field_storage, is_field
 from latentmill.store.schema import DATASET_PATH
 from latentmill.store.seal import read_seal
+from latentmill.store.store import LatentStore
 from latentmill.store.tidy import abort_uploads
+from latentmill.text.log import get_logger
+
+_log = get_logger("publishing")
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,8 @@ def sync(
     """Copy a complete store to another folder or bucket, or update an earlier copy of it.
 
     Copies only what is missing or differs. Each file is checked against its hash, and dataset.json
-    is written last. If it is interrupted, the same call continues.
+    is written last. If it is interrupted, the same call continues. Complete fields are copied after
+    the store; fields that the store no longer has stay in the copy.
 
     Args:
         source: The store: a folder or fsspec URL.
@@ -67,9 +73,35 @@ def sync(
         ConfigError: `dest` has something else than a copy of this store.
         StorageError: Reading or writing failed.
     """
-    target = Storage(os.fspath(dest))
+    target, store = Storage(os.fspath(dest)), Storage(os.fspath(source))
     _check_destination(os.fspath(source), target)
-    contents = contents_of(os.fspath(source))
+    summary = _synced(store.root, target, jobs, dry_run=dry_run)
+    for name in field_names(store):
+        field = field_storage(store, name)
+        if not is_field(field) or not LatentStore(field.root).complete:
+            _log.warning("%s is not complete and was not copied: finish or drop it", field.root)
+            continue
+        copied = _synced(field.root, field_storage(target, name), jobs, dry_run=dry_run)
+        summary = _with_field(summary, copied, name)
+    return summary
+
+
+def _with_field(summary: SyncSummary, copied: SyncSummary, name: str) -> SyncSummary:
+    def inside(paths: Sequence[str]) -> tuple[str, ...]:
+        return tuple(f"{FIELDS}/{name}/{path}" for path in paths)
+
+    return replace(
+        summary,
+        copied=summary.copied + inside(copied.copied),
+        bytes=summary.bytes + copied.bytes,
+        kept=summary.kept + copied.kept,
+        removed=summary.removed + inside(copied.removed),
+    )
+
+
+def _synced(source: str, target: Storage, jobs: int, *, dry_run: bool) -> SyncSummary:
+    """Copy a store without its fields."""
+    contents = contents_of(source)
     found = difference(contents, target)
     if not dry_run and (found.seal or any(found.files()) or found.remove):
         with only_run(target) as hold:

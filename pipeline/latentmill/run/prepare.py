@@ -42,6 +42,7 @@ from latentmill.run.differences import differences, explain
 from latentmill.sources.base import Item, Source
 from latentmill.sources.open import open_source
 from latentmill.storage.storage import Storage
+from latentmill.store.field_layout import base_url
 from latentmill.store.schema import (
     COMMITS,
     DATASET_PATH,
@@ -257,6 +258,9 @@ def planned(
             plan = freeze(_new_plan(prepared), drafted, storage)
             _warn_of_long_groups(prepared, plan)
             return plan, None, None
+    if plan.field is not None:
+        command = f"latentmill add {base_url(storage.root)} --field {plan.field.name}"
+        raise StoreError(f"{storage.root} is a field of another store: use `{command}`.")
     if reason := version_difference(plan.fingerprint):
         raise StoreError(f"Store {storage.root} {reason}")
     spec, uri = prepared.handle.spec, prepared.source.uri

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
-from latentmill.errors import ConfigError, StoreError
+from latentmill.errors import ConfigError, StorageError, StoreError
 from latentmill.plan import PLAN_PATH, Plan, load
+from latentmill.storage.remote import is_web
 from latentmill.storage.storage import Storage
 from latentmill.store.schema import DATASET_PATH
 from latentmill.store.seal import read_seal
+from latentmill.text.log import get_logger
+
+_log = get_logger("store")
 
 FIELDS = "fields"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -48,13 +53,25 @@ def field_storage(base: Storage, name: str) -> Storage:
 def field_names(base: Storage) -> list[str]:
     """Names of the folders in `fields/`, sorted; also of fields that are not complete.
 
-    Folders that are links or do not have the name of a field are left out.
+    Folders that are links or do not have the name of a field are left out. On web servers, whose
+    folders cannot be listed reliably, it finds none.
     """
+    if is_web(base.root):
+        return []
     found = [name for name in base.folders(FIELDS) if _NAME.fullmatch(name)]
     if not base.local:
         return found
     folder = Path(base.full(FIELDS))
     return [name for name in found if not (folder.is_symlink() or (folder / name).is_symlink())]
+
+
+def warn_of_fields(base: Storage, command: str) -> None:
+    """Log which fields of a store a command leaves out."""
+    with contextlib.suppress(StorageError):  # a reader may be allowed to read files but not folders
+        if names := field_names(base):
+            _log.warning(
+                "%s: %s does not include its fields: %s", base.root, command, ", ".join(names)
+            )
 
 
 def base_plan(base: Storage) -> Plan:
