@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from latentmill.publishing.sync import SyncSummary, sync
     from latentmill.reader.batches import BatchSampler
     from latentmill.reader.collate import collate, collate_tensors
+    from latentmill.reader.conditioning import Align, Drop
     from latentmill.reader.dataset import LatentDataset
     from latentmill.reader.loader import Loader
     from latentmill.reader.normalize import Normalize
@@ -61,10 +62,12 @@ if TYPE_CHECKING:
 # line starts quickly.
 _LAZY = {
     "AddOptions": "latentmill.run.options",
+    "Align": "latentmill.reader.conditioning",
     "AnnotateSummary": "latentmill.curation.annotate",
     "BatchSampler": "latentmill.reader.batches",
     "Curated": "latentmill.curation.views",
     "Dropped": "latentmill.run.drop",
+    "Drop": "latentmill.reader.conditioning",
     "EncodeOptions": "latentmill.run.options",
     "Evaluation": "latentmill.evaluation.evaluate",
     "IncompleteStoreWarning": "latentmill.errors",
@@ -118,9 +121,11 @@ _LAZY = {
 
 __all__ = [
     "AddOptions",
+    "Align",
     "AnnotateSummary",
     "BatchSampler",
     "Curated",
+    "Drop",
     "Dropped",
     "EncodeOptions",
     "Evaluation",

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import latentmill as lm
 from latentmill.store.store import LatentStore
+from support.field_stores import write_fields
 from support.latent_store import write_latents
 
 PAGE = Path(__file__).parents[2] / "docs" / "reader.md"
@@ -212,3 +213,12 @@ def test_ray_prepares_a_loader(
     for epoch in (0, 1):
         keys = [key for rank in (0, 1) for key in (notes / f"{epoch}-{rank}").read_text().split()]
         assert sorted(keys) == list(store.keys())
+
+
+def test_fields_as_on_the_page(store: LatentStore, lengths: list[int]) -> None:
+    write_fields(store, lengths)
+    code = recipe("lm.Drop").replace('"dac"', '"fine"').replace("album/song", "item/00000")
+    names = run("import latentmill as lm\n" + code)
+    (values, mask), batch = (names["text"], names["mask"]), names["batch"]
+    assert values.shape[:2] == mask.shape
+    assert batch["fields"]["fine"].values.shape[::2] == (*batch["latents"].shape[:1], 1189)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from latentmill.encoding.fingerprint import fingerprint
-from latentmill.plan import Plan, Unit, UnitLimits, draft, freeze, load, read_items
+from latentmill.plan import FieldEntry, Plan, Unit, UnitLimits, draft, freeze, load, read_items
 from latentmill.record import Outcome, Record
 from latentmill.sources.base import Item
 from latentmill.storage.storage import Storage
@@ -83,6 +83,9 @@ def write_latents(
     stitch: str = "trim",
     sealed: bool = True,
     content_hashes: Sequence[str] | None = None,
+    field: FieldEntry | None = None,
+    failed: Sequence[int] = (),
+    origin: np.ndarray | None = None,
 ) -> LatentStore:
     """Write a store of one latent for each length; key `prefix/NNNNN`, units of `per_unit`."""
     made = {"name": "made-up", "sample_rate": RATE, "channels": 1, "latent_channels": channels}
@@ -95,15 +98,15 @@ def write_latents(
     }
     names = [f"{prefix}/{number:05d}" for number in range(len(lengths))]
     items = [Item(name, f"/music/{name}.wav", 1, "1", seconds=1.0) for name in names]
-    plan = Plan("/music", document, "made-up", {}, format_name, {})
+    plan = Plan("/music", document, "made-up", {}, format_name, {}, field=field)
     storage = Storage(url)
     with draft(items, UnitLimits(unit_seconds=per_unit)) as drafted:
         plan = freeze(plan, drafted, storage)
-    # Silence is no zero, and its borders are not its middle.
-    origin = np.full((channels, 16), 0.5, np.float32)
-    origin[:, 0], origin[:, -1] = 0.25, 0.75
+    if origin is None:  # silence is not zero, and its borders are not its middle
+        origin = np.full((channels, 16), 0.5, np.float32)
+        origin[:, 0], origin[:, -1] = 0.25, 0.75
     write_origin(storage, origin)
-    made_up = MadeUp(lengths, channels, latents, metadata, content_hashes=content_hashes)
+    made_up = MadeUp(lengths, channels, latents, metadata, failed, content_hashes)
     for unit in plan.units:
         _write_unit(storage, plan, unit, made_up)
     if sealed:

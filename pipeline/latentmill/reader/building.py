@@ -12,6 +12,8 @@ from latentmill.reader.buffers import Packed
 from latentmill.reader.collate import collate, collate_tensors, only_tensors
 from latentmill.reader.corpus import Corpus, StoreSamples
 from latentmill.reader.draws import Request, Requested
+from latentmill.reader.field_crops import Located
+from latentmill.reader.field_values import FieldBatch
 from latentmill.reader.order import Ints
 
 Collate = Callable[[Sequence[Any]], Any]
@@ -74,6 +76,7 @@ class BatchBuilder:
             "key": [key for key, _ in described],
             "epoch": [requested.epoch] * count,
             "position": requested.positions.tolist(),
+            **crops.empty_fields(),
         }
         tensors_only = self._collate is collate_tensors
         return Packed(only_tensors(batch) if tensors_only else batch, self._dtype, crops.fill)
@@ -86,10 +89,12 @@ class _Crops:
         of_store, samples = corpus.stores_of(requested.numbers)
         self._count = len(samples)
         self._parts: list[tuple[Ints, StoreSamples, Ints, Ints]] = []
+        self._fields: list[list[Located]] = []  # of each part
         for number in np.unique(of_store).tolist():
             here, store = np.flatnonzero(of_store == number), corpus.stores[number]
             found = store.locate(samples[here], requested.epoch, requested.positions[here])
             self._parts.append((here, store, *found))
+            self._fields.append(store.fields.locate(*found, corpus.reading.crop))
 
     def describe(self) -> list[tuple[str, dict[str, Any]]]:
         """Key and metadata of each crop."""
@@ -106,13 +111,37 @@ class _Crops:
             left[here] = store.crops.frames[rows] - starts
         return left
 
+    def empty_fields(self) -> dict[str, Any]:
+        """The entry `fields` of the batch, with values on the `meta` device."""
+        fields = {}
+        for parts in zip(*self._fields, strict=True):
+            form, dtype = parts[0].reader.form, parts[0].reader.dtype
+            length = max(part.length for part in parts)
+            have = np.empty(self._count, np.int64)
+            for (here, *_), part in zip(self._parts, parts, strict=True):
+                have[here] = part.have
+            shape = self._count, length, parts[0].reader.channels
+            values = form.arranged(torch.empty(shape, dtype=dtype, device="meta"))
+            mask = torch.from_numpy(np.arange(length) < have[:, None])
+            fields[parts[0].reader.name] = FieldBatch(values, form.masked(mask))
+        return {"fields": fields} if fields else {}
+
     def fill(self, tensors: list[torch.Tensor]) -> None:
-        """Read the crops into a tensor `[B, D, T]`, whose order in memory is `[B, T, D]`."""
-        block = tensors[0].transpose(1, 2)
-        for here, store, rows, starts in self._parts:
-            if len(self._parts) == 1:
-                store.crops.read_into(rows, starts, block)
-                return
-            part = torch.empty(len(here), *block.shape[1:], dtype=block.dtype)
-            store.crops.read_into(rows, starts, part)
-            block[torch.from_numpy(here)] = part
+        """Read the crops into tensors: the latents `[B, D, T]`, then the values of the fields.
+
+        Their order in memory is `[B, T, D]`.
+        """
+        latents, *values = tensors
+        forms = [one.reader.form for one in self._fields[0]] if self._fields else []
+        blocks = [latents.transpose(1, 2)]
+        blocks += [form.block(one) for form, one in zip(forms, values, strict=True)]
+        for (here, store, rows, starts), fields in zip(self._parts, self._fields, strict=True):
+            alone = len(self._parts) == 1
+            targets = blocks
+            if not alone:
+                targets = [one.new_empty(len(here), *one.shape[1:]) for one in blocks]
+            also = [one.cut(target) for one, target in zip(fields, targets[1:], strict=True)]
+            store.crops.read_into(rows, starts, targets[0], also)
+            if not alone:
+                for block, target in zip(blocks, targets, strict=True):
+                    block[torch.from_numpy(here)] = target

@@ -11,6 +11,7 @@ from torch.utils.data import default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from latentmill.errors import ConfigError
+from latentmill.reader.field_values import FieldValue, collate_field
 from latentmill.reader.sample import Sample
 from latentmill.reader.stems import ContextTarget, StemSet, Triplet
 
@@ -30,6 +31,7 @@ def collate(samples: Sequence[Any]) -> dict[str, Any]:
         `metadata`: a list of B dicts, with `seconds_start` and `seconds_total`.
         `key`: a list of B keys.
         `epoch`, `position`: lists of B numbers, which `state_after` needs.
+        `fields`, if any were asked for: a dict of `FieldBatch` with `values` and `mask`.
 
         For `StemDataset`: the fields of the task's result, arrays as tensors `[B, ...]` and
         anything else as a list.
@@ -52,7 +54,7 @@ def collate(samples: Sequence[Any]) -> dict[str, Any]:
     mask = np.zeros((len(samples), frames), np.bool_)
     for row, sample in zip(mask, samples, strict=True):
         row[: len(sample.mask)] = sample.mask
-    return {
+    batch = {
         "latents": latents.transpose(1, 2),
         "mask": torch.from_numpy(mask),
         "metadata": [dict(sample.metadata) for sample in samples],
@@ -60,13 +62,25 @@ def collate(samples: Sequence[Any]) -> dict[str, Any]:
         "epoch": [sample.epoch for sample in samples],
         "position": [sample.position for sample in samples],
     }
+    return batch | _fields_of([sample.fields for sample in samples])
 
 
-def collate_tensors(samples: Sequence[Any]) -> dict[str, torch.Tensor]:
+def _fields_of(samples: Sequence[Mapping[str, FieldValue]]) -> dict[str, Any]:
+    """The entry `fields` of a batch; empty if its samples have no fields."""
+    names = list(samples[0])
+    if any(list(one) != names for one in samples):
+        raise ConfigError(
+            "samples with different fields cannot be in one batch: read the same fields of all."
+        )
+    fields = {name: collate_field([one[name] for one in samples]) for name in names}
+    return {"fields": fields} if fields else {}
+
+
+def collate_tensors(samples: Sequence[Any]) -> dict[str, Any]:
     """Make a batch as `collate` does, but of tensors only, for libraries that send batches.
 
     `epoch` and `position` are integers `[B]`, `seconds_start` and `seconds_total` floats `[B]`;
-    keys, other metadata and other strings are left out.
+    keys, other metadata and other strings are left out. `fields` stay a dict.
 
     Raises:
         ConfigError: As for `collate`.
@@ -74,15 +88,17 @@ def collate_tensors(samples: Sequence[Any]) -> dict[str, torch.Tensor]:
     return only_tensors(collate(samples))
 
 
-def only_tensors(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def only_tensors(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batch of `collate_tensors`, from that of `collate`."""
-    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    tensors: dict[str, Any] = {
+        name: value for name, value in batch.items() if isinstance(value, torch.Tensor)
+    }
     tensors |= {name: torch.tensor(batch[name]) for name in ("epoch", "position") if name in batch}
     for name in ("seconds_start", "seconds_total"):
         if "metadata" in batch:
             seconds = [one[name] for one in batch["metadata"]]
             tensors[name] = torch.tensor(seconds, dtype=torch.float64)
-    return tensors
+    return tensors | ({"fields": batch["fields"]} if "fields" in batch else {})
 
 
 def _check(samples: object) -> None:
@@ -109,7 +125,15 @@ def _fields(samples: Sequence[Any]) -> dict[str, Any]:
     else:
         batch: dict[str, Any] = default_collate(list(samples))
         return batch
-    return {name: _collated([row[name] for row in rows]) for name in rows[0]}
+    values = [row.pop("fields") for row in rows] if _has_fields(rows[0]) else [{}]
+    batch = {name: _collated([row[name] for row in rows]) for name in rows[0]}
+    return batch | _fields_of(values)
+
+
+def _has_fields(row: Mapping[str, Any]) -> bool:
+    """Whether `fields` are those of a store, and not something else of the user's task."""
+    fields = row.get("fields")
+    return isinstance(fields, Mapping) and all(isinstance(v, FieldValue) for v in fields.values())
 
 
 def _collated(values: list[Any]) -> Any:

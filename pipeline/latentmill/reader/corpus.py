@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from latentmill.encoding.stored import parse_json
 from latentmill.errors import ConfigError, StorageError, StoreError
 from latentmill.reader.cache import RangeCache
 from latentmill.reader.crops import CropReader
+from latentmill.reader.field_crops import Missing, StoreFields
 from latentmill.reader.fields import FieldReader, Where, select
 from latentmill.reader.order import Ints, random_below
 from latentmill.reader.sample import Sample, Transform, sample_random, whole_number
@@ -41,6 +43,8 @@ class Reading:
     seed: int = 0
     metadata: bool = True
     transforms: tuple[Transform, ...] = ()
+    fields: tuple[str, ...] = ()
+    missing_fields: Missing = "error"
 
     def __post_init__(self) -> None:
         choice("mode", self.mode, Mode)
@@ -49,6 +53,7 @@ class Reading:
             whole_number("crop", self.crop, least=1)
         if self.crop is None and self.mode == "windows":
             raise ConfigError("mode is 'windows': set crop to the number of frames per window.")
+        choice("missing_fields", self.missing_fields, Missing)
 
 
 def choice(name: str, value: object, options: Any) -> None:
@@ -65,6 +70,7 @@ class StoreSamples:
         store: LatentStore,
         reading: Reading,
         *,
+        fields: Sequence[LatentStore] = (),
         rows: Ints | None = None,
         cache: RangeCache | None = None,
     ) -> None:
@@ -74,7 +80,9 @@ class StoreSamples:
             )
         self.store, self._reading = store, reading
         self.crops = CropReader(store, cache)
-        self._fields = FieldReader(store, ["metadata"]) if reading.metadata else None
+        self.fields = StoreFields(self.crops, fields, cache)
+        rows, self.left_out = self.fields.complete(rows, reading.missing_fields)
+        self._metadata = FieldReader(store, ["metadata"]) if reading.metadata else None
         self._chosen: npt.NDArray[np.uint8] | None = None  # a bit per record: small to send
         if rows is not None:
             chosen = np.zeros(len(store), np.bool_)
@@ -140,24 +148,26 @@ class StoreSamples:
         frames = self.crops.frames[rows].astype(np.int64)
         latents: Iterable[FloatArray]
         masks: Iterable[npt.NDArray[np.bool_]]
+        values = self.fields.read(rows, starts, crop)
         if crop is None:
-            latents = self.crops.read_whole(rows)
+            latents = self.crops.read_whole(rows, values.cuts)
             masks = (np.ones(length, np.bool_) for length in frames)
         else:
-            block, have = self.crops.read_block(rows, starts, crop)
+            block, have = self.crops.read_block(rows, starts, crop, values.cuts)
             latents, masks = block.transpose(0, 2, 1), np.arange(crop) < have[:, None]
         origins = [self.store.origin] * len(rows)
         if self._reading.transforms:  # latent arithmetic needs the crop's position
             windows = zip(origins, frames.tolist(), starts.tolist(), strict=True)
             origins = [origin.at(length, start) for origin, length, start in windows]
         described = self.describe(rows, starts)
-        each = zip(latents, masks, described, positions.tolist(), origins, strict=True)
-        for latent, mask, (key, metadata), position, origin in each:
-            yield Sample(key, latent, mask, metadata, epoch, position, origin)
+        fields = values.samples(placed=bool(self._reading.transforms))
+        each = zip(latents, masks, described, positions.tolist(), origins, fields, strict=True)
+        for latent, mask, (key, metadata), position, origin, own in each:
+            yield Sample(key, latent, mask, metadata, epoch, position, origin, own)
 
     def describe(self, rows: Ints, starts: Ints) -> list[tuple[str, dict[str, Any]]]:
         """Key and metadata of samples; see `Sample`."""
-        own = self._fields.read(rows) if self._fields else [{"metadata": "{}"}] * len(rows)
+        own = self._metadata.read(rows) if self._metadata else [{"metadata": "{}"}] * len(rows)
         begins = (starts * (self._hop / self._rate)).tolist()
         totals = (self.crops.num_samples[rows] / self._rate).tolist()
         found = []
@@ -189,9 +199,13 @@ class Corpus:
             raise ConfigError("No store is given: pass at least one path, URL or open store.")
         opened = [store if isinstance(store, LatentStore) else _open(store) for store in given]
         check_mix(opened)
+        fields = [[store.field(name) for name in reading.fields] for store in opened]
+        for same in zip(*fields, strict=True):
+            check_mix(same)
         ranges = None if cache is None else RangeCache(os.fspath(cache), cache_gib)
         if ranges is not None:
-            sizes = (size for store in opened for size, _ in store.shard_sizes().values())
+            read = [*opened, *itertools.chain.from_iterable(fields)]
+            sizes = (size for store in read for size, _ in store.shard_sizes().values())
             ranges.whole = where is None and ranges.holds(sum(sizes))
         self.reading = reading
         for store in opened:
@@ -200,8 +214,8 @@ class Corpus:
         if where is not None:
             rows = select(opened, where)
         self.stores = [
-            StoreSamples(store, reading, rows=chosen, cache=ranges)
-            for store, chosen in zip(opened, rows, strict=True)
+            StoreSamples(store, reading, fields=own, rows=chosen, cache=ranges)
+            for store, own, chosen in zip(opened, fields, rows, strict=True)
         ]
 
     @cached_property
@@ -214,11 +228,16 @@ class Corpus:
 
     def shown(self) -> Mapping[str, object]:
         """The values that `repr` and a notebook show for a dataset."""
-        return {
+        shown: dict[str, object] = {
             "stores": ", ".join(repr(samples.store.url) for samples in self.stores),
             "crop": self.reading.crop,
             "mode": self.reading.mode if self.reading.crop else "whole items",
         }
+        if self.reading.fields:
+            shown["fields"] = ", ".join(self.reading.fields)
+        if left_out := sum(samples.left_out for samples in self.stores):
+            shown["left_out"] = left_out  # records without one of the fields
+        return shown
 
     @property
     def sizes(self) -> list[int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from latentmill.errors import ConfigError, StoreError
 from latentmill.reader.cache import Piece, RangeCache, Shard
 from latentmill.reader.order import Ints
-from latentmill.reader.rows import RowReader
+from latentmill.reader.rows import RowReader, with_current_index
 from latentmill.reader.shards import ShardReader
 from latentmill.record import DTYPES, FloatArray
 from latentmill.store.index import Index
@@ -30,8 +31,10 @@ class CropReader(RowReader):
     Small when pickled. Opens files when they are needed, and again after a fork. Not thread-safe.
     """
 
+    folder = ""  # of the store inside the storage that is read from, with a slash at its end
+
     def __init__(self, store: LatentStore, cache: RangeCache | None = None) -> None:
-        check_croppable(store)
+        self.check(store)
         self._cache = cache
         super().__init__(store, cache)
         index = self._index
@@ -53,26 +56,30 @@ class CropReader(RowReader):
                 f"{self.store.url}: the index names a shard that {DATASET_PATH} does not, "
                 f"{strange[0]}: run the same encode command again to write them again."
             )
-        self._paths = [Shard(path, *sizes[path]) for path in index.shards]
+        self._paths = [Shard(self.folder + path, *sizes[path]) for path in index.shards]
+
+    def check(self, store: LatentStore) -> None:
+        """Raise ConfigError if the store's records cannot be cropped."""
+        check_croppable(store)
 
     def physical_order(self) -> Ints:
         """The rows in their order in the shards."""
         order: Ints = np.lexsort((self._offsets, self._shard_of)).astype(np.int64)
         return order
 
-    def read_whole(self, rows: Ints) -> Iterator[FloatArray]:
+    def read_whole(self, rows: Ints, also: Sequence[Cut] = ()) -> Iterator[FloatArray]:
         """Read whole latents, `[channels, frames]`, in one batch; see `read_block` for errors.
 
-        Long local latents are read when the iterator reaches them.
+        Long local latents are read when the iterator reaches them. `also` are cuts of the store's
+        fields, which are read with the latents.
         """
-        starts, frames = np.zeros_like(rows), self.frames[rows].astype(np.int64)
-        raws: Iterable[Raw]
+        frames = self.frames[rows].astype(np.int64)
         if self.store.storage.local and frames.sum() * self._width >= len(rows) * VIEWED_BYTES:
-            raws = map(self._view, rows)
-        else:
-            raws = buffers = [np.empty((length, self.channels), self._dtype) for length in frames]
-            self._fill(rows, starts, frames, buffers)
-        return (_to_float(raw).T for raw in raws)
+            self.read_cuts(also)
+            return (_to_float(raw).T for raw in map(self._view, rows))
+        buffers = [np.empty((length, self.channels), self._dtype) for length in frames]
+        self.read_cuts([Cut(self, rows, np.zeros_like(rows), frames, buffers), *also])
+        return (_to_float(raw).T for raw in buffers)
 
     def _view(self, row: np.int64) -> Raw:
         """A whole latent in the stored dtype, `[frames, channels]`, mapped but not read yet."""
@@ -80,13 +87,16 @@ class CropReader(RowReader):
         data = self._with_current_index(lambda: self._shards.view(*self._ranges(*whole)[0]))
         return np.frombuffer(data, self._dtype).reshape(-1, self.channels)
 
-    def read_block(self, rows: Ints, starts: Ints, frames: int) -> tuple[FloatArray, Ints]:
+    def read_block(
+        self, rows: Ints, starts: Ints, frames: int, also: Sequence[Cut] = ()
+    ) -> tuple[FloatArray, Ints]:
         """Read crops of one length in one batch; frames after the end of an item are silence.
 
         Args:
             rows: Positions of the items in the store's sorted keys; see `row`.
             starts: The first frame of each crop, inside the item.
             frames: Number of frames of each crop.
+            also: Cuts of the store's fields, which are read in the same batch.
 
         Returns:
             `[crops, frames, channels]`, float32, and the number of frames before padding of each.
@@ -96,32 +106,64 @@ class CropReader(RowReader):
             StorageError: A shard cannot be read, or its size is not the one in its commit.
         """
         block = torch.empty(len(rows), frames, self.channels)
-        have = self.read_into(rows, starts, block)
+        have = self.read_into(rows, starts, block, also)
         return block.numpy(), have
 
-    def read_into(self, rows: Ints, starts: Ints, block: torch.Tensor) -> Ints:
+    def read_into(
+        self, rows: Ints, starts: Ints, block: torch.Tensor, also: Sequence[Cut] = ()
+    ) -> Ints:
         """Like `read_block`, but into a contiguous tensor, float32 or float16."""
+        cut = self._cut(rows, starts, block)
+        self.read_cuts([cut, *also])
+        return cut.have
+
+    def _cut(self, rows: Ints, starts: Ints, block: torch.Tensor) -> Cut:
+        """The crops that `read_cuts` reads into a contiguous tensor `[crops, frames, channels]`.
+
+        Raises IndexError as `read_block` does.
+        """
         if len(rows) and not (rows.min() >= 0 and rows.max() < len(self.frames)):
             raise IndexError(f"row out of range: use 0 to {len(self.frames) - 1}")
         left = self.frames[rows] - starts
         if len(rows) and (starts.min() < 0 or left.min() <= 0):
             raise IndexError("a crop must start inside its item")
-        frames = block.shape[1]
-        have: Ints = np.minimum(left, frames)
+        return self.cut_of(rows, starts, np.minimum(left, block.shape[1]), block)
+
+    def cut_of(self, rows: Ints, starts: Ints, have: Ints, block: torch.Tensor) -> Cut:
+        """Crops for `read_cuts`: the first `have` frames of crops that are known to exist."""
         target: Raw = block.numpy()
         if target.dtype == self._dtype:
-            self._fill(rows, starts, have, list(target))
-        else:
-            if len(self._raw) < block.numel():  # reused: new pages cost more than reading
-                self._raw = np.empty(block.numel(), self._dtype)
-            raw = self._raw[: block.numel()].reshape(target.shape)
-            self._fill(rows, starts, have, list(raw))
-            block.copy_(torch.from_numpy(raw))
+            return Cut(self, rows, starts, have, list(target), block)
+        if len(self._raw) < block.numel():  # reused: new pages cost more than reading
+            self._raw = np.empty(block.numel(), self._dtype)
+        raw = self._raw[: block.numel()].reshape(target.shape)
+        return Cut(self, rows, starts, have, list(raw), block, raw)
+
+    def read_cuts(self, cuts: Sequence[Cut]) -> None:
+        """Read cuts of this reader and of the readers of its store's fields, in one batch."""
+
+        def fill() -> None:
+            self._shards.fill([piece for cut in cuts for piece in cut.pieces()])
+
+        with_current_index([self, *(cut.reader for cut in cuts)], fill)
+        for cut in cuts:
+            cut.finish()
+
+    def pad(self, target: Raw, starts: Ints, have: Ints) -> None:
+        """Write silence behind the first `have` frames of crops, `[crops, frames, channels]`."""
+        frames = target.shape[1]
         for number in np.flatnonzero(have < frames).tolist():
             end, there = int(starts[number]) + frames, int(have[number])
             silence = self.store.origin.crop(end, end - frames + there, frames - there)
             target[number, there:] = silence.T
-        return have
+
+    def pieces(self, rows: Ints, starts: Ints, have: Ints, raws: list[Raw]) -> list[Piece]:
+        """The ranges of the first `have` frames of crops, and the buffers that they go to."""
+        ranges = self._ranges(rows, starts, have)
+        return [
+            Piece(shard, offset, raw.data.cast("B")[:length])
+            for (shard, offset, length), raw in zip(ranges, raws, strict=True)
+        ]
 
     def _ranges(self, rows: Ints, starts: Ints, have: Ints) -> list[_Range]:
         """Shard, offset and length in bytes of the first `have` frames of each crop."""
@@ -130,19 +172,40 @@ class CropReader(RowReader):
         shards = [self._paths[shard] for shard in self._shard_of[rows].tolist()]
         return list(zip(shards, offsets, lengths, strict=True))
 
-    def _fill(self, rows: Ints, starts: Ints, have: Ints, raws: list[Raw]) -> None:
-        """Read crops into the first `have` frames of `[frames, channels]` buffers."""
 
-        def fill() -> None:
-            ranges = self._ranges(rows, starts, have)
-            self._shards.fill(
-                [
-                    Piece(shard, offset, raw.data.cast("B")[:length])
-                    for (shard, offset, length), raw in zip(ranges, raws, strict=True)
-                ]
-            )
+@dataclass(frozen=True)
+class Cut:
+    """Crops of one reader that `CropReader.read_cuts` reads.
 
-        self._with_current_index(fill)
+    Attributes:
+        reader: Their reader.
+        rows: Rows of the crops.
+        starts: First frame of each crop.
+        have: Number of frames of each crop that the item has.
+        raws: A buffer `[frames, channels]` for each crop, in the stored dtype.
+        block: Where the crops are wanted, `[crops, frames, channels]`; None if that is `raws`.
+        raw: Memory of `raws`, if the block has another dtype.
+    """
+
+    reader: CropReader
+    rows: Ints
+    starts: Ints
+    have: Ints
+    raws: list[Raw]
+    block: torch.Tensor | None = None
+    raw: Raw | None = None
+
+    def pieces(self) -> list[Piece]:
+        """The ranges to read."""
+        return self.reader.pieces(self.rows, self.starts, self.have, self.raws)
+
+    def finish(self) -> None:
+        """Convert and pad the crops that were read."""
+        if self.block is None:
+            return
+        if self.raw is not None:
+            self.block.copy_(torch.from_numpy(self.raw))
+        self.reader.pad(self.block.numpy(), self.starts, self.have)
 
 
 def _to_float(raw: Raw) -> FloatArray:

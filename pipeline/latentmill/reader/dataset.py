@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 import latentmill.reader.collate  # noqa: F401  registers our samples with torch's default collate
 from latentmill.reader.corpus import Corpus, Mode, Reading, Stores
 from latentmill.reader.draws import Draws, Request
+from latentmill.reader.field_crops import Missing, checked_names
 from latentmill.reader.fields import Where
 from latentmill.reader.order import Ints
 from latentmill.reader.sample import Sample, Transform
@@ -34,12 +35,16 @@ class LatentDataset(Shown, Dataset[Sample]):
             pyarrow expression; see `select` in `reader/fields.py`.
         metadata: Whether to read the items' own metadata.
         transforms: Transforms for every sample, applied in this order.
+        fields: Names of the stores' fields to read. Those with a rate are cut to the seconds of the
+            crop, the others come whole; see `Sample.fields`.
+        missing_fields: What to do with records that have no value of one of the fields: `error`,
+            or `leave_out`.
         cache: Local folder that caches shards of remote stores.
         cache_gib: Maximum size of the cache, in GiB.
 
     Raises:
         ConfigError: The stores cannot be mixed or cropped, or an option is invalid.
-        StoreError: A store does not exist or is empty.
+        StoreError: A store or a field does not exist or is empty.
     """
 
     def __init__(
@@ -52,10 +57,14 @@ class LatentDataset(Shown, Dataset[Sample]):
         where: Where | None = None,
         metadata: bool = True,
         transforms: Sequence[Transform] = (),
+        fields: Sequence[str] = (),
+        missing_fields: Missing = "error",
         cache: str | os.PathLike[str] | None = None,
         cache_gib: float = 50.0,
     ) -> None:
-        reading = Reading(crop, mode, seed, metadata, tuple(transforms))
+        reading = Reading(
+            crop, mode, seed, metadata, tuple(transforms), checked_names(fields), missing_fields
+        )
         self.corpus = Corpus(stores, reading, where=where, cache=cache, cache_gib=cache_gib)
         self._draws = Draws()
 

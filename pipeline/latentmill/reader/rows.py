@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from latentmill.errors import StorageError, StoreError
@@ -50,18 +50,37 @@ class RowReader:
             raise KeyError(key)
         return row
 
+    def rows_of(self, other: RowReader) -> Ints | None:
+        """This reader's rows of another's records, -1 for those it lacks; None if all are equal."""
+        return self._index.positions_of(other._index)
+
     def _with_current_index(self, read: Callable[[], T]) -> T:
         """Call `read`, again after each new seal if a shard was removed meanwhile."""
-        while True:
-            try:
-                return read()
-            except StorageError as error:
-                if not isinstance(error.__cause__, FileNotFoundError):
-                    raise
-                if self.store.index is self._index and not self.store.reload():
-                    raise
-                check_items(self.store, self.items_hash)
-                self._use_index(self.store.index)
+        return with_current_index([self], read)
+
+    def renew(self) -> bool:
+        """Use the index of the current seal; returns whether it is another one.
+
+        Raises StoreError if the items are no longer the same.
+        """
+        if self.store.index is self._index and not self.store.reload():
+            return False
+        check_items(self.store, self.items_hash)
+        self._use_index(self.store.index)
+        return True
+
+
+def with_current_index(readers: Sequence[RowReader], read: Callable[[], T]) -> T:
+    """Call `read`, which uses these readers, again after each new seal if a shard was removed."""
+    while True:
+        try:
+            return read()
+        except StorageError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            renewed = [reader.renew() for reader in dict.fromkeys(readers)]
+            if not any(renewed):
+                raise
 
 
 def _unpickled(

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from latentmill.errors import ConfigError
 from latentmill.ops import Origin
+from latentmill.reader.field_values import FieldValue
 from latentmill.record import FloatArray
 
 
@@ -28,6 +29,7 @@ class Sample:
         position: Its position in that epoch. Crop and transforms depend only on seed, epoch and
             position.
         origin: The store's latent of silence, which pads the sample.
+        fields: The store's fields that were asked for, by name.
     """
 
     key: str
@@ -37,6 +39,7 @@ class Sample:
     epoch: int = 0
     position: int = 0
     origin: Origin | None = field(default=None, repr=False)
+    fields: Mapping[str, FieldValue] = field(default_factory=dict)
 
 
 class Transform(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, TypeVar
@@ -15,8 +15,11 @@ from torch.utils.data import Dataset
 
 import latentmill.reader.collate  # noqa: F401  registers our samples with torch's default collate
 from latentmill.errors import ConfigError
+from latentmill.reader.corpus import choice
 from latentmill.reader.crops import CropReader
 from latentmill.reader.draws import Draws, Request
+from latentmill.reader.field_crops import Missing, StoreFields, checked_names
+from latentmill.reader.field_values import FieldValue
 from latentmill.reader.fields import FieldReader
 from latentmill.reader.order import Ints
 from latentmill.reader.sample import sample_random, whole_number
@@ -74,6 +77,11 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         active_db: Level from which a stem is audible, in dBFS. None does not read levels: a stem
             is then audible in all its frames.
         per_song: Number of samples of each song in an epoch.
+        fields: Names of the store's fields to read, as in `LatentDataset`. The results of
+            `ContextAndTarget` and `MixtureTriplet` have those of the target or source.
+        missing_fields: What to do with songs that have a stem without a value of one of the fields:
+            `error`, or `leave_out`.
+        transforms: Transforms of the task's results, such as `Drop`, applied in this order.
 
     Raises:
         ConfigError: An option is invalid, or the store has no groups or cannot be cropped.
@@ -93,6 +101,9 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         remix: float = 0.0,
         active_db: float | None = -60.0,
         per_song: int = 1,
+        fields: Sequence[str] = (),
+        missing_fields: Missing = "error",
+        transforms: Sequence[Callable[[T, np.random.Generator], T]] = (),
     ) -> None:
         whole_number("crop", crop, least=1)
         whole_number("per_song", per_song, least=1)
@@ -107,12 +118,31 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
             raise ConfigError(
                 f"No song of {self.store.url} has {' and '.join(having)}: check the roles."
             )
+        self._crops = CropReader(self.store)
+        self._fields = StoreFields(
+            self._crops, [self.store.field(name) for name in checked_names(fields)]
+        )
+        self._use_complete(missing_fields)
         self._draws = Draws()
         self._task, self._crop, self._seed = task, crop, seed
         self._gains = None if gains is None else RandomStemGains(gains)
         self._remix, self._active_db, self._per_song = remix, active_db, per_song
-        self._crops = CropReader(self.store)
+        self._transforms = tuple(transforms)
         self._levels = FieldReader(self.store, ("levels",))
+
+    def _use_complete(self, missing: Missing) -> None:
+        """Leave out songs with a stem that has no value of a field, or raise ConfigError."""
+        choice("missing_fields", missing, Missing)
+        rows = np.array([row for group in self.groups for row in group.rows], np.int64)
+        complete, left_out = self._fields.complete(rows, missing)
+        if left_out:
+            whole = {*np.asarray(complete).tolist()}
+            self.groups = tuple(group for group in self.groups if {*group.rows} <= whole)
+            if not self.groups:
+                raise ConfigError(
+                    f"no song of {self.store.url} has values of all the fields for all its stems: "
+                    "read fewer fields, or compute the missing values with `latentmill add`."
+                )
 
     @property
     def epoch(self) -> int:
@@ -175,7 +205,13 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
             ConfigError: `active_db` is set, but the store has no levels.
             StorageError: A shard cannot be read.
         """
-        return [self._task(stems, random) for stems, random in self._read(numbers)]
+        found = []
+        for stems, random in self._read(numbers):
+            result = self._task(stems, random)
+            for transform in self._transforms:
+                result = transform(result, random)
+            found.append(result)
+        return found
 
     def stems(self, number: int | Request) -> Stems:
         """The stems of a sample, as the task gets them."""
@@ -188,7 +224,9 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         starts = np.array([start for one in choices for start in one.starts], np.int64)
         have = np.clip(self._crops.frames[rows] - starts, 0, self._crop)
         inside = have > 0  # a stem may end before the crop starts
-        found = iter(self._crops.read_block(rows[inside], starts[inside], self._crop)[0])
+        values = self._fields.read(rows, starts, self._crop)
+        block, _ = self._crops.read_block(rows[inside], starts[inside], self._crop, values.cuts)
+        found, fields = iter(block), values.samples(placed=True)
         latents = [
             next(found).T if there else self.store.origin.crop(end, end - self._crop, self._crop)
             for there, end in zip(inside, (starts + self._crop).tolist(), strict=True)
@@ -199,7 +237,7 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         for one in choices:
             own = slice(at, at + len(one.rows))
             at = own.stop
-            stems = self._stems(one, latents[own], masks[own], active[own])
+            stems = self._stems(one, latents[own], masks[own], active[own], fields[own])
             samples.append((self._gains(stems, one.random) if self._gains else stems, one.random))
         return samples
 
@@ -248,27 +286,33 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         return flags
 
     def _stems(
-        self, choice: _Choice, latents: Sequence[FloatArray], mask: Flags, active: Sequence[Flags]
+        self,
+        chosen: _Choice,
+        latents: Sequence[FloatArray],
+        mask: Flags,
+        active: Sequence[Flags],
+        fields: Sequence[Mapping[str, FieldValue]],
     ) -> Stems:
-        total = max(self._frames(row) for row in choice.group.rows)
-        place = (max(total, choice.start + self._crop), choice.start)
-        moved = map(self._moved, latents, choice.rows, choice.starts, itertools.repeat(place))
+        total = max(self._frames(row) for row in chosen.group.rows)
+        place = (max(total, chosen.start + self._crop), chosen.start)
+        moved = map(self._moved, latents, chosen.rows, chosen.starts, itertools.repeat(place))
         model = self.store.info.model
-        samples = max(int(self._crops.num_samples[row]) for row in choice.group.rows)
+        samples = max(int(self._crops.num_samples[row]) for row in chosen.group.rows)
         return Stems(
-            key=choice.group.name,
-            roles=choice.group.roles,
-            keys=tuple(self._crops.key(row) for row in choice.rows),
+            key=chosen.group.name,
+            roles=chosen.group.roles,
+            keys=tuple(self._crops.key(row) for row in chosen.rows),
             latents=np.stack(list(moved)),
             mask=mask,
             active=np.stack(active),
             origin=self.store.origin.at(*place),
             metadata={
-                "seconds_start": choice.start * model["hop"] / model["sample_rate"],
+                "seconds_start": chosen.start * model["hop"] / model["sample_rate"],
                 "seconds_total": samples / model["sample_rate"],
             },
-            epoch=choice.epoch,
-            position=choice.position,
+            epoch=chosen.epoch,
+            position=chosen.position,
+            fields=fields,
         )
 
     def _moved(

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from latentmill.errors import ConfigError
 from latentmill.ops import Origin, gain, mix
+from latentmill.reader.field_values import FieldValue
 from latentmill.reader.fields import FieldReader
 from latentmill.reader.transforms import Decibels, check_decibels, random_factor
 from latentmill.record import MIXES, FloatArray
@@ -90,6 +91,7 @@ class Stems:
         metadata: `seconds_start` (start of the crop in the song) and `seconds_total`.
         epoch: The epoch that the sample was drawn in.
         position: Its position in that epoch.
+        fields: The fields of each stem, by name; gains do not change them.
     """
 
     key: str
@@ -102,6 +104,7 @@ class Stems:
     metadata: Mapping[str, float]
     epoch: int = 0
     position: int = 0
+    fields: Sequence[Mapping[str, FieldValue]] = ()
 
     def __len__(self) -> int:
         return len(self.roles)
@@ -116,6 +119,10 @@ class Stems:
         """What every sample of this song has: `key`, `metadata`, `epoch` and `position`."""
         names = ("key", "metadata", "epoch", "position")
         return {name: getattr(self, name) for name in names}
+
+    def fields_of(self, stem: int) -> Mapping[str, FieldValue]:
+        """The fields of one stem; empty if none are read."""
+        return self.fields[stem] if self.fields else {}
 
     def mask_of(self, chosen: Sequence[int]) -> Flags:
         """`[T]`, True for frames of any of the chosen stems."""
@@ -168,6 +175,7 @@ class ContextTarget(NamedTuple):
     metadata: Mapping[str, float]
     epoch: int
     position: int
+    fields: Mapping[str, FieldValue]  # of the target
 
 
 @dataclass(frozen=True)
@@ -193,6 +201,7 @@ class ContextAndTarget:
             mask=stems.mask_of([*context, target]),
             active=stems.active[target],
             role=stems.roles[target],
+            fields=stems.fields_of(target),
             **stems.song(),
         )
 
@@ -210,6 +219,7 @@ class Triplet(NamedTuple):
     metadata: Mapping[str, float]
     epoch: int
     position: int
+    fields: Mapping[str, FieldValue]  # of the source
 
 
 @dataclass(frozen=True)
@@ -237,6 +247,7 @@ class MixtureTriplet:
             mask=stems.mask_of(together),
             active=stems.active[source],
             role=stems.roles[source],
+            fields=stems.fields_of(source),
             **stems.song(),
         )
 
@@ -267,6 +278,11 @@ class AllStems:
 
     def __call__(self, stems: Stems, random: np.random.Generator) -> StemSet:
         """Arrange the stems; `random` is not used."""
+        if any(stems.fields):
+            raise ConfigError(
+                "AllStems mixes stems, and a mix has no fields: read none, or use a task of your "
+                "own, which has the fields of each stem in `stems.fields`."
+            )
         of = [[n for n, role in enumerate(stems.roles) if role == wanted] for wanted in self.roles]
         return StemSet(
             stems=np.stack([stems.mix(chosen) for chosen in of]),

@@ -13,6 +13,7 @@ import latentmill.reader.collate  # noqa: F401  registers our samples with torch
 from latentmill.errors import ConfigError
 from latentmill.reader.corpus import Corpus, Mode, Reading, Stores
 from latentmill.reader.draws import Requested, Starts
+from latentmill.reader.field_crops import Missing, checked_names
 from latentmill.reader.fields import Where
 from latentmill.reader.order import EpochOrder, Ints
 from latentmill.reader.sample import Sample, Transform, whole_number
@@ -61,7 +62,8 @@ class LatentStream(Shown, Resumable, IterableDataset[Sample]):
         world_size: Number of processes that train together.
         even: What to do if samples cannot be shared evenly: `off`, `drop` or `pad`; see `Rank`.
         batch_size: The `batch_size` of the DataLoader.
-        where: As in `LatentDataset`; so are `metadata`, `transforms`, `cache` and `cache_gib`.
+        where: As in `LatentDataset`; so are `metadata`, `transforms`, `fields`, `missing_fields`,
+            `cache` and `cache_gib`.
 
     Raises:
         ConfigError, StoreError: As for `LatentDataset`.
@@ -87,10 +89,14 @@ class LatentStream(Shown, Resumable, IterableDataset[Sample]):
         where: Where | None = None,
         metadata: bool = True,
         transforms: Sequence[Transform] = (),
+        fields: Sequence[str] = (),
+        missing_fields: Missing = "error",
         cache: str | os.PathLike[str] | None = None,
         cache_gib: float = 50.0,
     ) -> None:
-        reading = Reading(crop, mode, seed, metadata, tuple(transforms))
+        reading = Reading(
+            crop, mode, seed, metadata, tuple(transforms), checked_names(fields), missing_fields
+        )
         Resumable.__init__(self, rank, world_size, even)
         if batch_size is not None:
             whole_number("batch_size", batch_size, least=1)

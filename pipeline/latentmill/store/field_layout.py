@@ -96,3 +96,21 @@ def base_plan(base: Storage) -> Plan:
 def is_field(storage: Storage) -> bool:
     """Whether the folder of a field contains a plan or a seal."""
     return storage.exists(DATASET_PATH) or storage.exists(PLAN_PATH)
+
+
+def existing_field(base: Storage, name: str) -> str:
+    """The folder or URL of a field.
+
+    Raises:
+        ConfigError: The name is not valid.
+        StoreError: The store has no such field.
+    """
+    storage = field_storage(base, name)
+    if is_field(storage):
+        return storage.root
+    names = field_names(base)
+    have = f"its fields are {', '.join(names)}" if names else "it has no fields"
+    raise StoreError(
+        f"{base.root} has no field {name!r}, {have}: add it with `latentmill add {base.root} "
+        f"--field {name} --model MODEL`."
+    )

@@ -187,11 +187,9 @@ class Index:
         digest = xxhash.xxh3_128()
         with _reading(self._where):
             if len(self):
-                column = self._columns["key"]
-                _, offsets, data = column.buffers()
-                ends = np.frombuffer(offsets, np.int32)[column.offset :][: len(self) + 1]
-                digest.update((ends - ends[0]).tobytes())
-                digest.update(data.slice(int(ends[0]), int(ends[-1] - ends[0])))
+                ends, data = self._key_buffers()
+                digest.update(ends.tobytes())
+                digest.update(data)
             for name in ("chunks", "channels", "frames", "num_samples"):
                 digest.update(self.column(name).tobytes())
         return digest.hexdigest()
@@ -263,6 +261,32 @@ class Index:
         """Whether these are the keys of all records, in order."""
         own = self._columns["key"] if len(self) else pa.array([], pa.string())
         return bool(pa.chunked_array([own]).equals(keys))
+
+    def positions_of(self, other: Index) -> npt.NDArray[np.int64] | None:
+        """Positions here of another index's keys, -1 for missing ones; None if keys are equal."""
+        if self._has_keys_of(other):
+            return None
+        import pyarrow.compute as pc  # slow, and most commands do not need it
+
+        found = pc.index_in(other.key_array(), self.key_array())
+        positions: npt.NDArray[np.int64] = np.asarray(pc.fill_null(found, -1), np.int64)
+        return positions
+
+    def _has_keys_of(self, other: Index) -> bool:
+        """Whether both have the same keys; compares bytes, which is much faster than strings."""
+        if len(self) != len(other) or not len(self):
+            return len(self) == len(other)
+        with _reading(self._where):
+            (ends, data), (other_ends, other_data) = self._key_buffers(), other._key_buffers()
+            return np.array_equal(ends, other_ends) and bool(data.equals(other_data))
+
+    def _key_buffers(self) -> tuple[npt.NDArray[np.int32], pa.Buffer]:
+        """Where each key ends in their bytes, counted from the first key's start, and the bytes."""
+        column = self._columns["key"]
+        _, offsets, data = column.buffers()
+        ends = np.frombuffer(offsets, np.int32)[column.offset :][: len(self) + 1]
+        first = int(ends[0])
+        return ends - first if first else ends, data.slice(first, int(ends[-1]) - first)
 
     def find(self, key: str) -> int | None:
         """Find the position of a key by bisection; None if there is no such record."""

@@ -25,15 +25,11 @@ from latentmill.store.bases import Bases
 from latentmill.store.commit import read_commits
 from latentmill.store.decoder import StoreDecoder
 from latentmill.store.describe import described, is_complete, read_index, warn_incomplete
+from latentmill.store.field_layout import existing_field, field_names
 from latentmill.store.fields import ShardFields, parse_member
 from latentmill.store.index import Index, IndexEntry, to_batch
 from latentmill.store.measurement import read_measurement, with_measurements
-from latentmill.store.schema import (
-    Commit,
-    DatasetInfo,
-    levels_of,
-    record_from_fields,
-)
+from latentmill.store.schema import Commit, DatasetInfo, levels_of, record_from_fields
 from latentmill.store.seal import dataset_info, read_origin, read_seal
 from latentmill.text.shown import Shown
 
@@ -188,6 +184,15 @@ class LatentStore(StoreDecoder, Shown):
         """Metadata that was added after encoding; None if there is none."""
         entry = self.info.annotation if self.sealed else None
         return None if entry is None else open_annotations(self.storage, entry)
+
+    @property
+    def fields(self) -> list[str]:
+        """Names of the store's fields; lists its folder `fields/`."""
+        return field_names(self.storage)
+
+    def field(self, name: str) -> LatentStore:
+        """Open a field of the store, which is a store too. StoreError if there is none."""
+        return LatentStore(existing_field(self.storage, name), device=self._device)
 
     @cached_property
     def index(self) -> Index:

@@ -1,0 +1,232 @@
+"""Measures fields: reading them with the latents, the size of ragged tokens, opening large indexes.
+
+    python benchmarks/fields.py
+    python benchmarks/fields.py --items 200 --captions 1000 --records 100000 --rounds 3
+
+- read: batches of 32 random crops with all fields, by `Loader` over a `LatentStream`, compared with
+  the sum of the times of reading the latents and each field alone, as a store. The ratio of the two
+  is the share of the predicted rate. Ways alternate, and medians of the rounds are reported; CPU
+  seconds are those of this process.
+- size: the shards of captions' tokens, ragged and padded to the longest caption.
+- opening: `LatentDataset` over a store with an index of 1,000,000 records, and with three fields of
+  as many, in a process that has imported everything. The shards do not exist.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from common import ROOT, median, write_result
+
+sys.path.insert(0, str(ROOT / "tests"))
+
+CROP, BATCH = 256, 32
+FRAMES, CHANNELS = 2000, 64
+# Fields by name: kind, dimensions, frames of the field per latent frame.
+FIELDS = {"codec": ("frames", 128, 1.25), "text": ("tokens", 768, 0), "clap": ("vector", 512, 0)}
+
+
+def caption_lengths(count: int, seed: int = 0) -> np.ndarray:
+    """Tokens of captions: median 24, most from 8 to 70, at most 128."""
+    drawn = np.random.default_rng(seed).lognormal(np.log(24), 0.55, count)
+    return np.clip(drawn.astype(np.int64), 2, 128)
+
+
+def write_stores(folder: Path, items: int) -> str:
+    """A store of noise and three fields."""
+    from latentmill.plan import FieldEntry
+    from support.latent_store import HOP, write_latents
+
+    random = np.random.default_rng(0)
+    lengths = random.integers(FRAMES // 2, FRAMES * 3 // 2, items).tolist()
+
+    def write(url: str, counts: list[int], dimensions: int, **options: Any) -> None:
+        made = [random.standard_normal((n, dimensions), np.float32) for n in counts]
+        latents = [one.astype(np.float16).T for one in made]
+        write_latents(url, counts, channels=dimensions, latents=latents, per_unit=64, **options)
+
+    url = str(folder / "store")
+    write(url, lengths, CHANNELS)
+    for name, (kind, dimensions, rate) in FIELDS.items():
+        counts = {
+            "frames": [round(n * rate) for n in lengths],
+            "tokens": caption_lengths(items).tolist(),
+            "vector": [1] * items,
+        }[kind]
+        model = {"hop": round(HOP / rate)} if rate else {}
+        entry = FieldEntry(name, kind, "audio")  # type: ignore[arg-type]
+        write(f"{url}/fields/{name}", counts, dimensions, field=entry, model=model)
+    return url
+
+
+def measure_read(url: str, rounds: int) -> dict[str, Any]:
+    """Seconds per epoch of every way, and the share of the predicted rate."""
+    import latentmill as lm
+
+    store = lm.open(url)
+
+    def loader(place: Any, crop: int | None, **options: Any) -> lm.Loader:
+        stream = lm.LatentStream(place, crop=crop, metadata=False, **options)
+        return lm.Loader(stream, BATCH, workers=0)
+
+    crops = {name: round(CROP * rate) or None for name, (_, _, rate) in FIELDS.items()}
+    ways = {"latents": loader(store, CROP), "all": loader(store, CROP, fields=list(FIELDS))}
+    ways |= {name: loader(store.field(name), crop) for name, crop in crops.items()}
+    wall: dict[str, list[float]] = {name: [] for name in ways}
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            began, used = time.perf_counter(), time.process_time()
+            for _ in way:
+                pass
+            if number:  # the first round opens files and fills the page cache
+                wall[name].append(time.perf_counter() - began)
+                cpu[name].append(time.process_time() - used)
+    alone = ["latents", *FIELDS]
+    shares = {
+        clock: [sum(taken[name][n] for name in alone) / taken["all"][n] for n in range(rounds)]
+        for clock, taken in (("wall", wall), ("cpu", cpu))
+    }
+    samples = len(store)
+    return {
+        "samples": samples,
+        "samples_a_second": {name: round(samples / median(taken)) for name, taken in wall.items()},
+        "share_of_predicted_rate": {clock: median(values) for clock, values in shares.items()},
+    }
+
+
+def measure_size(folder: Path, captions: int) -> dict[str, Any]:
+    """Bytes of the shards of tokens, ragged and padded."""
+    from support.latent_store import write_latents
+
+    lengths, dimensions = caption_lengths(captions), 64
+    random = np.random.default_rng(0)
+    tokens = [random.standard_normal((dimensions, n)).astype(np.float16) for n in lengths]
+    padded = [np.pad(one, ((0, 0), (0, lengths.max() - one.shape[1]))) for one in tokens]
+    sizes = {}
+    for name, latents in (("ragged", tokens), ("padded", padded)):
+        counts = [one.shape[1] for one in latents]
+        store = write_latents(
+            str(folder / name), counts, channels=dimensions, latents=latents, per_unit=1000
+        )
+        sizes[name] = sum(size for size, _ in store.shard_sizes().values())
+        shutil.rmtree(folder / name)
+    return {
+        "captions": captions,
+        "tokens": {"median": int(np.median(lengths)), "longest": int(lengths.max())},
+        "bytes": sizes,
+        "saved": round(1 - sizes["ragged"] / sizes["padded"], 3),
+    }
+
+
+def write_large_index(url: str, records: int, channels: int) -> None:
+    """Put an index of many made-up records into a small store."""
+    import xxhash
+
+    from latentmill.store.index import INDEX_SCHEMA
+
+    frames, shards = 1000, max(1, records // 4096)
+    numbers = np.arange(records)
+    of_shard = numbers * shards // records
+    path = Path(url) / "dataset.json"
+    info = json.loads(path.read_text())
+    names = [f"shards/{n:06d}.parquet" for n in range(shards)]
+    columns = {
+        "key": pa.array([f"album {n // 12:06d}/track {n:07d}.flac" for n in range(records)]),
+        "shard": pa.DictionaryArray.from_arrays(pa.array(of_shard, pa.int32()), pa.array(names)),
+        "row": pa.array(numbers % 4096, pa.int32()),
+        "offset": pa.array(numbers % 4096 * frames * channels * 2),
+        "length": pa.array(np.full(records, frames * channels * 2)),
+        "hash": pa.array(numbers.astype(np.uint64)),
+        "chunks": pa.array(np.zeros(records, np.int32)),
+        "channels": pa.array(np.full(records, channels, np.int32)),
+        "frames": pa.array(np.full(records, frames, np.int32)),
+        "num_samples": pa.array(np.full(records, frames * 4096)),
+        "fields_offset": pa.array(np.full(records, -1)),
+        "fields_length": pa.array(np.full(records, -1)),
+    }
+    table = pa.table(columns).cast(INDEX_SCHEMA)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, INDEX_SCHEMA) as file:
+        file.write_table(table)
+    data = sink.getvalue().to_pybytes()
+    (path.parent / "index.00.arrow").write_bytes(data)
+    shard = {"rows": 4096, "bytes": 10**12, "hash": "0"}
+    info |= {
+        "index": "index.00.arrow",
+        "index_hash": xxhash.xxh3_128_hexdigest(data),
+        "shards": [{"path": name, **shard} for name in names],
+        "encoded": records,
+    }
+    path.write_text(json.dumps(info))
+
+
+def measure_opening(folder: Path, records: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds until a dataset over a large index exists, without and with fields."""
+    import latentmill as lm
+    from latentmill.plan import FieldEntry
+    from support.latent_store import write_latents
+
+    url = str(folder / "large")
+    places = {url: 4, **{f"{url}/fields/{name}": d for name, (_, d, _) in FIELDS.items()}}
+    for place, channels in places.items():
+        name = place.rpartition("/")[2]
+        kind = FIELDS[name][0] if name in FIELDS else None
+        entry = FieldEntry(name, kind, "audio") if kind else None  # type: ignore[arg-type]
+        write_latents(place, [4], channels=channels, field=entry)
+        write_large_index(place, records, channels)
+
+    def opened(fields: list[str]) -> Callable[[], object]:
+        return lambda: lm.LatentDataset(url, crop=CROP, fields=fields)
+
+    ways = {"store": lambda: lm.open(url).index, "latents": opened([]), "fields": opened([*FIELDS])}
+    wall: dict[str, list[float]] = {name: [] for name in ways}
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            began, used = time.perf_counter(), time.process_time()
+            way()
+            if number:
+                wall[name].append(1000 * (time.perf_counter() - began))
+                cpu[name].append(1000 * (time.process_time() - used))
+    return {
+        "records": records,
+        "ms": {name: median(values) for name, values in wall.items()},
+        "cpu_ms": {name: median(values) for name, values in cpu.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--items", type=int, default=1000)
+    parser.add_argument("--captions", type=int, default=10_000)
+    parser.add_argument("--records", type=int, default=1_000_000)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--results", type=Path, default=None)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        result = {
+            "read": measure_read(write_stores(folder, options.items), options.rounds),
+            "size": measure_size(folder, options.captions),
+            "opening": measure_opening(folder, options.records, options.rounds),
+        }
+    if options.results is None:
+        write_result("fields", result)
+    else:
+        write_result("fields", result, options.results)
+
+
+if __name__ == "__main__":
+    main()
