@@ -28,7 +28,7 @@ from latentmill.cli import view as cli_view
 from latentmill.cli.entry import interrupts_raise, main
 from latentmill.cli.log import Command, Commands, Quiet, Verbose, set_format
 from latentmill.cli.read import AsJson, Device, Store, TrustModel, print_value
-from latentmill.errors import ConfigError, IncompleteStoreWarning, StoreError, VerifyError
+from latentmill.errors import IncompleteStoreWarning, StoreError, VerifyError
 from latentmill.text.printing import counted, printable_lines
 
 if TYPE_CHECKING:
@@ -56,6 +56,16 @@ PerWindow = Annotated[
     bool,
     typer.Option(
         "--per-window", help="Store a vector for each window of an item instead of their mean."
+    ),
+]
+FromSource = Annotated[
+    str,
+    typer.Option(
+        "--from",
+        metavar="SOURCE",
+        help="What the values are computed from: audio, metadata:NAME (a text of the items), or "
+        "latents. Or imports a .parquet or .jsonl file with a column of keys, or a folder of .npy "
+        "files.",
     ),
 ]
 StoreArgument = Annotated[
@@ -156,11 +166,15 @@ def plan(**options: Any) -> None:
     "add_options",
     store=(StoreArgument, ...),
     field=(FieldName, ...),
+    from_=(FromSource, "audio"),
     per_window=(PerWindow, False),
     as_json=(AsJson, False),
 )
 def add(**options: Any) -> int:
     """Add a field to STORE: the values of another model for the same items, in STORE/fields/NAME.
+
+    The model takes the audio of the items, or with --from a text of their metadata or their
+    latents.
 
     The store itself does not change. Run the same command again to resume, or to bring the field up
     to date after the store was extended or items were encoded again.
@@ -170,17 +184,15 @@ def add(**options: Any) -> int:
     from latentmill.run.add import run_add
 
     store, name, as_json = options.pop("store"), options.pop("field"), options.pop("as_json")
-    per_window = options.pop("per_window")
+    per_window, source = options.pop("per_window"), options.pop("from_")
     model_options = _options(options.pop("model_option"), options.pop("revision"))
-    if options["model"] is None:
-        raise ConfigError("--model is missing: `latentmill models` lists the models.")
     as_lines = options["log_format"] == "json"
     set_format("json" if as_lines else "text")
     interrupts_raise()
     with contextlib.redirect_stdout(sys.stderr):
         given = {**options, "model_options": model_options}
         progress = for_stream("json" if as_lines else "text")
-        summary = run_add(store, name, given, progress, per_window=per_window)
+        summary = run_add(store, name, given, progress, source=source, per_window=per_window)
     print_value(as_json, summary, show.summary)
     return summary.exit_code
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from latentmill.cli.show_metadata import refreshed_metadata, unknown_keys
 from latentmill.encoding.batches import LONG_BATCH_SECONDS
 from latentmill.encoding.timings import bound
 from latentmill.models.embedder import EmbedderSpec
@@ -70,7 +71,8 @@ def summary(run: RunSummary) -> str:
         pairs_listed("skipped", run.skipped),
         ignored_files(run.ignored),
         _extension(run.extension, run.refreshed),
-        _refreshed(run.refreshed),
+        refreshed_metadata(run.refreshed),
+        unknown_keys(run),
     ]
     if run.failures:
         lines.append("  fix these files, then rerun with --retry-failed")
@@ -122,27 +124,6 @@ def _extension(value: Extension | None, refreshed: RefreshSummary | None = None)
             more = "" if count == len(keys) else ", ..."
             lines.append(f"  {counted(count, 'item')} {what}: {', '.join(keys)}{more}")
     return "\n".join(lines)
-
-
-def _refreshed(value: RefreshSummary | None) -> str:
-    """Lines about metadata that were updated in the store."""
-    if value is None:
-        return ""
-    version = f" (annotations version {value.version})" if value.version else ""
-    lines = [
-        f"  metadata updated: {counted(value.values, 'value')} of "
-        f"{counted(value.records, 'record')}{version}"
-    ]
-    for count, what in (
-        (value.kept, "set by annotate and not updated"),
-        (value.removed, "no longer in the source, kept in the store"),
-    ):
-        lines += [f"  {counted(count, 'value')} {what}"] if count else []
-    if value.ignored:
-        lines.append(f"  names that cannot be annotated: {', '.join(value.ignored)}")
-    lines += [f"  metadata not read: {key}: {reason}" for key, reason in value.reasons]
-    more = value.unreadable - len(value.reasons)
-    return "\n".join(lines + ([f"  and {more} more"] if more else []))
 
 
 def forecast(value: Forecast) -> str:

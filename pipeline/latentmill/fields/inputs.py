@@ -111,6 +111,10 @@ def inputs_of(base: Storage, planned: Storage, source: str) -> Inputs:
     """
     if source == "audio":
         return AudioInputs(planned)
+    if source == "latents" or source.startswith(("metadata:", "file:")):
+        from latentmill.fields.values import KnownImports, values_of  # imports this module
+
+        return KnownImports() if source.startswith("file:") else values_of(base, source)
     raise StoreError(
         f"{base.root} has a field from {source!r}, which this version of latentmill does not know: "
         "update latentmill."
@@ -118,7 +122,12 @@ def inputs_of(base: Storage, planned: Storage, source: str) -> Inputs:
 
 
 def stale_units(
-    base: Storage, plan: Plan, planned: Storage, source: str, commits: Iterable[Commit]
+    base: Storage,
+    plan: Plan,
+    planned: Storage,
+    source: str,
+    commits: Iterable[Commit],
+    inputs: Inputs | None = None,
 ) -> Iterator[tuple[Unit, Commit | None, Sequence[str]]]:
     """Every unit of a plan with its commit in a field and the keys of its stale items.
 
@@ -128,8 +137,9 @@ def stale_units(
         planned: The store that has this plan.
         source: What the field is computed from.
         commits: The commits of the field, in unit order.
+        inputs: The current inputs, if they are known already.
     """
-    inputs = inputs_of(base, planned, source)
+    inputs = inputs or inputs_of(base, planned, source)
     of_base, of_field = _InOrder(iter_commits(base)), _InOrder(commits)
     for unit in plan.units:
         known = of_field.of(unit.name)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -39,6 +39,8 @@ if TYPE_CHECKING:  # imports pyarrow.compute
 
 _log = get_logger("run")
 
+Compute = Callable[[Setup, Plan, dict[str, Tally], list[Unit], Progress, Hold], None]
+
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -57,6 +59,8 @@ class RunSummary:
         stages: Seconds that this run's workers spent in each stage, summed over workers.
         extension: What `extend` found; None without `extend`, or if the plan was new.
         refreshed: What `refresh_metadata` changed; None without it.
+        unknown: Number of keys in an imported file that are not items of the store.
+        unknown_keys: The first few of them.
     """
 
     store: str
@@ -71,6 +75,8 @@ class RunSummary:
     stages: Mapping[str, float] = field(default_factory=dict)
     extension: Extension | None = None
     refreshed: RefreshSummary | None = None
+    unknown: int = 0
+    unknown_keys: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -138,6 +144,7 @@ def complete(
     progress: Progress,
     began: float,
     stale: Collection[str] = (),
+    compute: Compute | None = None,
 ) -> RunSummary:
     """Encode the units of a plan that are not committed, and seal the store.
 
@@ -148,6 +155,7 @@ def complete(
         progress: Receives the progress.
         began: When the run began, by `perf_counter`.
         stale: Names of units that are encoded again.
+        compute: Computes the units that are not committed; the default encodes their audio.
     """
     storage, retry_failed = setup.storage, setup.config.retry_failed
     tidy(storage)
@@ -167,7 +175,7 @@ def complete(
     _log.debug("%d of %s committed already", resumed, counted(len(plan.units), "unit"))
     storage.clear_scratch()
     if todo:
-        _encode_todo(setup, plan, tallies, todo, progress, hold)
+        (compute or _encode_todo)(setup, plan, tallies, todo, progress, hold)
         tallies, sealable = _trusted(storage, plan)
         assert len(tallies) == len(plan.units), "a run that ends well has committed every unit"
     info = current_seal(storage, sealable)

@@ -226,7 +226,9 @@ class _Verification:
             return
         channels = model["latent_channels"]
         frames = chunking["step"] // model["hop"] + chunking["overlap"]
-        if chunking["stitch"] == "none":  # chunks overlap in samples, not in frames
+        field = self._plan.field
+        own = field is not None and field.source != "audio"  # such as that of an empty text
+        if own or chunking["stitch"] == "none":  # chunks overlap in samples, not in frames
             frames = origin.shape[-1] if origin.ndim else 1
         fits = origin.shape == (channels, frames) and origin.dtype == np.float32
         if not fits or not np.isfinite(origin).all():

@@ -1,0 +1,236 @@
+"""Computes units of a field from texts, latents or imported values."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from latentmill.engine.lock import Membership
+from latentmill.engine.worker import MAX_REPORTED_FAILURES, UnitResult
+from latentmill.errors import StorageError, StoreError
+from latentmill.fields.inputs import with_inputs
+from latentmill.fields.unit import BaseCommits, FieldUnit
+from latentmill.fields.values import BaseRows, LatentValues, Values, values_of
+from latentmill.models.embedder import Embedder, EmbedderHandle, checked_embed
+from latentmill.models.inference.precision import Precision, numeric_mode
+from latentmill.plan import Unit
+from latentmill.record import DTYPES, FloatArray, Outcome, Record
+from latentmill.storage.storage import Storage
+from latentmill.store.commit import Tally, write_commit, write_unit
+from latentmill.store.schema import ORIGIN_PATH, Commit
+from latentmill.store.seal import read_origin, write_origin
+from latentmill.store.store import LatentStore
+
+ATTEMPTS = 3  # to write a unit
+_FIELDS = (
+    "num_samples",
+    "sample_rate",
+    "source_uri",
+    "source_sample_rate",
+    "source_channels",
+    "content_hash",
+    "rms",
+    "peak",
+    "group",
+    "role",
+)
+
+
+@dataclass(frozen=True)
+class ValuesJob:
+    """What a worker needs to compute any unit of a field. It is pickled for tasks.
+
+    Attributes:
+        base: The base store.
+        store: The folder of the field.
+        owner: The id in the run's lease on the field, if it has one.
+        source: What the values are computed from.
+        model: The embedder.
+        device: Its torch device.
+        precision: Its numeric mode.
+        batch_size: Maximum number of values of a call.
+        dtype: The stored dtype.
+        format: The format of the shards.
+        fingerprint: The fingerprint of the field.
+        info: What a reader of a shard alone needs to know.
+        retry_failed: Whether failed items are computed again.
+    """
+
+    base: str
+    store: str
+    owner: str | None
+    source: str
+    model: EmbedderHandle
+    device: str
+    precision: Precision
+    batch_size: int
+    dtype: str
+    format: str
+    fingerprint: str
+    info: Mapping[str, Any]
+    retry_failed: bool
+
+
+class ValuesWorker:
+    """Computes units; loads the model for the first one."""
+
+    def __init__(self, job: ValuesJob, values: Values | None = None) -> None:
+        self._job = job
+        self._values = values or values_of(Storage(job.base), job.source)
+        self._commits = BaseCommits(job.base)
+        self._rows = BaseRows(LatentStore(job.base))
+        self._embedder: Embedder | None = None
+
+    def __call__(self, unit: Unit) -> UnitResult:
+        """Compute a unit, write its shard and commit it.
+
+        Raises:
+            StoreError: Another run has taken over, or the base store is incomplete.
+            StorageError: The unit cannot be written.
+        """
+        job = self._job
+        with contextlib.closing(Membership(Storage(job.store), job.owner)) as membership:
+            for attempt in itertools.count(1):
+                try:
+                    if not membership.storage.exists(ORIGIN_PATH):
+                        write_origin(membership.storage, self._origin())
+                    return self._compute(unit, membership.storage)
+                except StorageError:
+                    if attempt == ATTEMPTS:
+                        raise
+        raise AssertionError("the loop ends by return or raise")
+
+    def _compute(self, unit: Unit, storage: Storage) -> UnitResult:
+        began = time.perf_counter()
+        job, base = self._job, self._commits.of(unit.name)
+        fields = None if base is None else self._rows.fields(base)
+        if base is None or fields is None:
+            raise StoreError(
+                f"{job.base} is not complete (unit {unit.name}): finish the run that encodes it, "
+                "then add the field."
+            )
+        inputs = self._values.of(unit, base, None)
+        part = FieldUnit(storage, unit, inputs, retry_failed=job.retry_failed)
+        todo = [key for key in inputs if key in part.todo]
+        computed = self._outcomes(base, fields, todo)
+        commit = write_unit(
+            storage,
+            unit.name,
+            itertools.chain(part.kept(), computed),
+            format_name=job.format,
+            fingerprint=job.fingerprint,
+            info=job.info,
+            revision=unit.revision,
+            keys=list(inputs),
+        )
+        seconds = time.perf_counter() - began
+        commit = with_inputs(commit.model_copy(update={"items_hash": unit.hash}), inputs)
+        tally = Tally.of(write_commit(storage, commit, {"total_seconds": seconds}))
+        return UnitResult(
+            unit=unit.number,
+            encoded=tally.encoded,
+            skipped=tally.skipped,
+            failed=tally.failed,
+            audio_seconds=tally.audio_seconds,
+            failures=tally.failures[:MAX_REPORTED_FAILURES],
+            timings=dict(tally.timings),
+        )
+
+    def _outcomes(
+        self, base: Commit, fields: Mapping[str, Mapping[str, Any]], keys: Sequence[str]
+    ) -> Iterator[Outcome]:
+        """Embed the values of some items; similar lengths are in one batch."""
+        if not keys:
+            return
+        values = list(self._values.read(base, keys)) if not self._large else None
+        order = list(range(len(keys)))
+        if values is not None:
+            order.sort(key=lambda number: (_length(values[number]), number))
+        for start in range(0, len(order), self._job.batch_size):
+            some = order[start : start + self._job.batch_size]
+            names = [keys[number] for number in some]
+            batch = (
+                [values[number] for number in some]
+                if values is not None
+                else list(self._values.read(base, names))
+            )
+            for key, value, array in zip(names, batch, self._embed(batch), strict=True):
+                yield self._outcome(key, value, array, fields[key])
+
+    @property
+    def _large(self) -> bool:
+        """Whether the values of a unit are too large to be in memory together."""
+        return isinstance(self._values, LatentValues)
+
+    def _embed(self, values: Sequence[Any]) -> list[FloatArray]:
+        """Embed values, in halves if the device runs out of memory."""
+        import torch
+
+        try:
+            with numeric_mode(self._job.precision, self._job.device):
+                return checked_embed(self._model(), values)
+        except torch.OutOfMemoryError:
+            if len(values) == 1:
+                raise
+        torch.cuda.empty_cache()
+        middle = len(values) // 2
+        return self._embed(values[:middle]) + self._embed(values[middle:])
+
+    def _model(self) -> Embedder:
+        if self._embedder is None:
+            self._embedder = self._job.model.load(self._job.device)
+        return self._embedder
+
+    def _outcome(self, key: str, value: Any, array: FloatArray, row: Mapping[str, Any]) -> Outcome:
+        dtype = DTYPES[self._job.dtype]
+        if not array.shape[1]:
+            return Outcome(key, "failed", "the model gives no values for it")
+        with np.errstate(over="ignore"):
+            stored = np.asfortranarray(array.astype(dtype))
+        if not np.isfinite(stored).all():
+            return Outcome(key, "failed", f"its values have NaN or exceed {self._job.dtype}")
+        name = self._job.source.removeprefix("metadata:")
+        return Outcome(
+            key,
+            "encoded",
+            record=Record(
+                key=key,
+                latent=stored,
+                metadata={name: value} if isinstance(value, str) else {},
+                **{field: row[field] for field in _FIELDS},
+            ),
+        )
+
+    def _origin(self) -> FloatArray:
+        """The embedding of the empty text, or of the origin of the base store; or zeros."""
+        spec, nothing = self._job.model.spec, np.zeros((self._job.model.spec.dimensions, 1))
+        if self._job.source.startswith("metadata:"):
+            (origin,) = self._embed([""])
+        elif self._job.source == "latents":
+            (origin,) = self._embed([read_origin(Storage(self._job.base))])
+        else:
+            return nothing.astype(np.float32)
+        return origin if origin.shape[1] else np.zeros((spec.dimensions, 1), np.float32)
+
+
+@dataclass
+class UnitTask:
+    """A `ValuesWorker` for Ray tasks: each process makes its own for its first unit."""
+
+    job: ValuesJob
+    _worker: ValuesWorker | None = field(default=None, compare=False)
+
+    def __call__(self, unit: Unit) -> UnitResult:
+        if self._worker is None:
+            self._worker = ValuesWorker(self.job)
+        return self._worker(unit)
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, str) else int(value.shape[-1])

@@ -1,0 +1,204 @@
+"""Adding a field that is not computed from audio: `latentmill add ... --from SOURCE`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from latentmill.config import RunConfig
+from latentmill.encoding.chunks import Chunking
+from latentmill.encoding.fingerprint import fingerprint
+from latentmill.engine.lock import Hold, only_run
+from latentmill.engine.progress import LogProgress, Progress
+from latentmill.errors import ConfigError, StoreError
+from latentmill.fields.imported import ImportedValues, is_import
+from latentmill.fields.inputs import stale_units
+from latentmill.fields.values import FILE, LATENTS, Values, values_of
+from latentmill.models.base import ModelSpec
+from latentmill.models.embedder import EmbedderHandle, EmbedderSpec
+from latentmill.models.inference.device import pick_device
+from latentmill.models.registry import resolve_embedder
+from latentmill.plan import FieldEntry, Plan, Unit, iter_keys
+from latentmill.run.follow import field_config, follow_plan
+from latentmill.run.prepare import Setup, with_precision
+from latentmill.run.run import RunSummary, complete
+from latentmill.storage.storage import Storage
+from latentmill.store.commit import Tally, iter_commits
+from latentmill.store.field_layout import base_plan, field_storage
+from latentmill.store.seal import read_origin
+from latentmill.store.store import LatentStore
+
+_AUDIO_ONLY = (
+    "channels",
+    "stitch",
+    "chunk_seconds",
+    "chunk_samples",
+    "overlap",
+    "compile",
+    "load_threads",
+    "load_tasks",
+)
+
+
+@dataclass(frozen=True)
+class _Described:
+    """The handle of an embedder as that of a model of audio: for the plan of the field."""
+
+    spec: ModelSpec
+
+    def load(self, device: str) -> Any:
+        raise AssertionError("the embedder is loaded instead")
+
+
+def run_add_from(
+    store: str,
+    name: str,
+    source: str,
+    options: dict[str, Any],
+    progress: Progress | None = None,
+) -> RunSummary:
+    """Add a field from texts in the metadata, from the latents or from a file; see `add`."""
+    progress, began = progress or LogProgress(), time.perf_counter()
+    wrong = [one.replace("_", "-") for one in _AUDIO_ONLY if options.get(one) not in (None, False)]
+    if wrong:
+        raise ConfigError(f"--{wrong[0]} is only for fields from audio: leave it out with --from.")
+    base = Storage(store)
+    planned, folder = base_plan(base), field_storage(base, name)
+    imported = ImportedValues(source, name) if is_import(source) else None
+    if imported is None:
+        handle, values = _handle(source, options), values_of(base, source)
+    else:
+        if options.get("model") is not None:
+            raise ConfigError("--model is not used if --from is a file or a folder: leave it out.")
+        handle, values, source = imported.model, imported, FILE + imported.name
+        options = {**options, "model": "file"}
+    opened = LatentStore(base.root)
+    if not opened.complete:
+        raise StoreError(
+            f"{base.root} is not complete: finish the run that encodes it, then add the field."
+        )
+    setup = _setup(field_config(planned, folder, options), opened, handle.spec, folder)
+    entry = FieldEntry(name, handle.spec.kind, source)
+    with only_run(folder) as hold:
+        setup = replace(setup, storage=hold.storage)
+        plan = follow_plan(setup, planned, base, entry)
+        commits = iter_commits(setup.storage)
+        pairs = stale_units(base, plan, setup.storage, source, commits, values)
+        stale = {unit.name for unit, _, keys in pairs if keys}
+        compute = _Compute(base.root, handle, imported)
+        summary = complete(setup, plan, hold, progress, began, stale, compute)
+    if imported is None:
+        return summary
+    unknown = set(imported.keys).difference(iter_keys(base, planned))
+    return replace(summary, unknown=len(unknown), unknown_keys=tuple(sorted(unknown)[:20]))
+
+
+def _handle(source: str, options: dict[str, Any]) -> EmbedderHandle:
+    if options.get("model") is None:
+        raise ConfigError("--model is missing: `latentmill models` lists the models.")
+    handle = resolve_embedder(options["model"], options.get("model_options"))
+    wanted = "latents" if source == LATENTS else "text"
+    if handle.spec.input != wanted:
+        raise ConfigError(
+            f"Model {options['model']} takes {handle.spec.input}: use --from "
+            f"{'latents' if handle.spec.input == 'latents' else 'metadata:NAME'}."
+        )
+    return handle
+
+
+def _setup(config: RunConfig, base: LatentStore, spec: EmbedderSpec, folder: Storage) -> Setup:
+    """The setup of a field, with the rate of the base store for frames."""
+    model = base.info.model
+    timed = spec.kind in ("frames", "codes")
+    hop = model["hop"] * spec.stride if timed else 1
+    frames = 1
+    if timed:
+        frames = -(-read_origin(base.storage).shape[-1] // spec.stride)
+    described = ModelSpec(
+        name=spec.name,
+        sample_rate=model["sample_rate"],
+        channels=model["channels"],
+        latent_channels=spec.dimensions,
+        hop=hop,
+        overhang=0,
+        sample_multiple=1,
+        min_samples=1,
+        context=None,
+        stitch="trim",
+        chunk_frames=frames,
+        overlap_frames=0,
+        batch_size=spec.batch_size,
+        scale_factor=1.0,
+        stochastic_decoder=False,
+        identity={**spec.identity, "kind": spec.kind},
+        provenance=spec.provenance,
+    )
+    chunking = Chunking("trim", frames * hop, frames * hop, 0)
+    return Setup(with_precision(config), _Described(described), chunking, folder)
+
+
+@dataclass(frozen=True)
+class _Compute:
+    """Computes the units of a field, in this process or in tasks of a Ray cluster."""
+
+    base: str
+    handle: EmbedderHandle
+    values: Values | None  # of a file; other values are read by each worker
+
+    def __call__(
+        self,
+        setup: Setup,
+        plan: Plan,
+        tallies: dict[str, Tally],
+        todo: list[Unit],
+        progress: Progress,
+        hold: Hold,
+    ) -> None:
+        from latentmill.engine.tracker import Tracker
+
+        tracker = Tracker(plan, tallies, progress, hold.publish)
+        try:
+            for result in self._results(setup, plan, todo, hold):
+                hold.check()
+                tracker.unit_done(result)
+        finally:
+            tracker.end()
+            setup.storage.clear_scratch()
+
+    def _results(self, setup: Setup, plan: Plan, todo: Sequence[Unit], hold: Hold) -> Iterator[Any]:
+        from latentmill.engine.values_worker import UnitTask, ValuesJob, ValuesWorker
+
+        config = setup.config
+        clustered = config.address is not None or "RAY_ADDRESS" in os.environ
+        in_tasks = clustered and self.values is None
+        device = "cpu" if in_tasks and config.device == "auto" else pick_device(config.device)
+        assert plan.field is not None
+        job = ValuesJob(
+            base=self.base,
+            store=Storage(config.out).root,
+            owner=hold.owner,
+            source=plan.field.source,
+            model=self.handle,
+            device=device,
+            precision=plan.fingerprint["numeric"]["precision"],
+            batch_size=config.batch_size
+            or self.handle.spec.batch_size["cuda" if device.startswith("cuda") else "cpu"],
+            dtype=config.dtype,
+            format=plan.format,
+            fingerprint=fingerprint(plan.fingerprint),
+            info={
+                "model": plan.fingerprint["model"],
+                "dtype": config.dtype,
+                "layout": "time-major",
+                "fingerprint": fingerprint(plan.fingerprint),
+            },
+            retry_failed=config.retry_failed,
+        )
+        if not in_tasks:
+            return map(ValuesWorker(job, self.values), todo)
+        from latentmill.engine.tasks import map_in_tasks
+
+        return map_in_tasks(UnitTask(job), todo, config.address)

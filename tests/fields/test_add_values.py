@@ -1,0 +1,306 @@
+"""Fields from texts, latents and files: `add --from`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import latentmill as lm
+from latentmill.cli import show
+from latentmill.engine import values_worker
+from latentmill.errors import ConfigError, LatentmillError, StoreError
+from latentmill.fields.status import field_states
+from latentmill.models import embedder as protocol
+from latentmill.models.embedder import EmbedderSpec
+from latentmill.models.registry import resolve_embedder
+from latentmill.run.run import RunSummary
+from latentmill.storage.storage import Storage
+from latentmill.store.seal import read_origin
+from latentmill.store.store import open_store
+from support import runs
+from support.examples import example
+from support.fields import files
+from support.in_process import encode, spoil
+
+VOWELS = "python:vowels_of_fields:factory"
+PEAKS = "python:peaks_of_fields:factory"
+CALLS: list[list[str]] = []
+
+
+class Peaks:
+    """The largest value of every channel in each two frames of a latent."""
+
+    spec = EmbedderSpec("peaks", "frames", "latents", dimensions=64, stride=2)
+
+    def load(self, device: str) -> Peaks:
+        del device
+        return self
+
+    def embed(self, values: Any) -> list[Any]:
+        padded = [np.pad(each, ((0, 0), (0, each.shape[1] % 2)), "edge") for each in values]
+        return [np.maximum(each[:, ::2], each[:, 1::2]) for each in padded]
+
+
+vowels = types.ModuleType("vowels_of_fields")
+sys.modules[vowels.__name__] = vowels
+exec(example(protocol), vowels.__dict__)
+peaks = types.ModuleType("peaks_of_fields")
+sys.modules[peaks.__name__] = peaks
+peaks.factory = Peaks  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
+def _calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is embedded is noted in `CALLS`."""
+    CALLS.clear()
+    embed = vowels.Vowels.embed
+
+    def noted(self: Any, values: Any) -> Any:
+        CALLS.append(list(values))
+        return embed(self, values)
+
+    monkeypatch.setattr(vowels.Vowels, "embed", noted)
+
+
+@pytest.fixture
+def songs(tmp_path: Path) -> Path:
+    songs = runs.write_songs(tmp_path / "songs", 5)
+    for number, path in enumerate(sorted(songs.rglob("*.wav"))[:4]):
+        caption = ["oud solo", "", "a e i", 7][number]
+        path.with_suffix(".json").write_text(json.dumps({"prompt": caption}))
+    return songs
+
+
+def add(store: Path, name: str = "text", **options: Any) -> RunSummary:
+    given = {"model": VOWELS, "source": "metadata:prompt", "device": "cpu", **options}
+    return lm.add(store, field=name, **given)
+
+
+def values(store: Path, name: str = "text") -> dict[str, Any]:
+    field = store / "fields" / name
+    runs.assert_whole(field)
+    return {record.key: record.latent for record in open_store(str(field))}
+
+
+def count(text: str) -> list[int]:
+    return [text.count(letter) for letter in "aeiou"]
+
+
+def behind(store: Path) -> int:
+    opened = open_store(str(store))
+    (state,) = field_states(Storage(str(store)), opened.plan)
+    return state.behind
+
+
+def test_a_text_of_the_metadata(store: Path) -> None:
+    before = files(store)
+    summary = add(store)
+    assert files(store) == before
+    texts = {r.key: r.metadata.get("prompt") for r in open_store(str(store))}
+    found = values(store)
+    assert {key: found[key][:, 0].tolist() for key in found} == {
+        key: count(str(text)) for key, text in texts.items() if text is not None
+    }
+    (without,) = [key for key, text in texts.items() if text is None]
+    assert summary.skipped == ((without, "it has no metadata named prompt"),)
+    assert (summary.info.encoded, summary.info.skipped, summary.exit_code) == (4, 1, 0)
+    assert summary.info.field is not None
+    assert (summary.info.field.kind, summary.info.field.source) == ("vector", "metadata:prompt")
+    records = list(open_store(str(store / "fields/text")))
+    base = open_store(str(store))
+    assert [r.duration for r in records] == [base[r.key].duration for r in records]
+    assert [r.content_hash for r in records] == [base[r.key].content_hash for r in records]
+    assert {r.metadata["prompt"] for r in records} == {"oud solo", "", "a e i", "7"}
+    CALLS.clear()
+    again = add(store)
+    assert again.resumed_units == again.units
+    assert CALLS == []
+
+
+def test_changed_texts_are_brought_up_to_date_alone(
+    songs: Path, store: Path, tmp_path: Path
+) -> None:
+    add(store)
+    key = next(iter(open_store(str(store)).keys()))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"key": key, "prompt": "aaa"}) + "\n")
+    lm.annotate(store, rows)
+    assert behind(store) == 1
+    CALLS.clear()
+    add(store)
+    assert CALLS == [["aaa"]]
+    assert values(store)[key][:, 0].tolist() == [3, 0, 0, 0, 0]
+    assert behind(store) == 0
+    last = sorted(songs.rglob("*.wav"))[-1].with_suffix(".json")
+    last.write_text('{"prompt": "uuu"}')
+    encode(songs, store, unit_seconds=3.0, extend=True, refresh_metadata=True)
+    runs.write_songs(songs, 2, first=20)
+    encode(songs, store, unit_seconds=3.0, extend=True)
+    assert behind(store) == 3  # two new items, of which the field knows nothing
+    CALLS.clear()
+    summary = add(store)
+    assert CALLS == [["uuu"]]
+    assert (summary.info.encoded, summary.info.skipped) == (5, 2)
+
+
+def test_items_that_the_store_lacks_are_skipped(songs: Path, tmp_path: Path) -> None:
+    spoil(sorted(songs.rglob("*.wav"))[0])
+    encode(songs, tmp_path / "store", unit_seconds=3.0)
+    summary = add(tmp_path / "store")
+    assert len(summary.skipped) == 2
+    assert any(reason.startswith("failed in the base store: ") for _, reason in summary.skipped)
+
+
+@pytest.mark.parametrize("fatal", [0, 1, 2])
+def test_a_killed_run_is_resumed(store: Path, monkeypatch: pytest.MonkeyPatch, fatal: int) -> None:
+    """Killed before the commit with this number is written."""
+    add(store, "whole")
+    expected = values(store, "whole")
+    write, left = values_worker.write_commit, iter(range(fatal))
+
+    def killed(*args: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return write(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(values_worker, "write_commit", killed)
+        add(store)
+    assert add(store).resumed_units == fatal
+    found = values(store)
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[key], expected[key]) for key in expected)
+
+
+def test_tokens_of_t5(store: Path, tmp_path: Path) -> None:
+    from support.tiny_encoders import write_t5
+
+    write_t5(tmp_path / "t5")
+    model = f"t5:{tmp_path / 't5'}"
+    add(store, model=model, dtype="float32")
+    found = values(store)
+    embedder = resolve_embedder(model).load("cpu")
+    texts = {r.key: r.metadata["prompt"] for r in open_store(str(store / "fields/text"))}
+    assert len({latent.shape[1] for latent in found.values()}) > 2
+    for key, text in texts.items():
+        (alone,) = embedder.embed([text])
+        assert found[key].shape == alone.shape
+        np.testing.assert_allclose(found[key], alone, atol=2e-6)
+    origin = read_origin(Storage(str(store / "fields/text")))
+    np.testing.assert_allclose(origin, embedder.embed([""])[0], atol=2e-6)
+
+
+def test_the_latents(store: Path) -> None:
+    summary = add(store, "peaks", source="latents", model=PEAKS, dtype="float32")
+    base = open_store(str(store))
+    for key, latent in values(store, "peaks").items():
+        stored = base[key].latent.astype(np.float32)
+        np.testing.assert_array_equal(latent, Peaks().embed([stored])[0])
+    assert summary.info.model["hop"] == 2 * base.info.model["hop"]
+    assert summary.info.model["sample_rate"] == base.info.model["sample_rate"]
+
+
+def write_import(path: Path, rows: dict[str, Any]) -> Path:
+    """Write values in the format of the path's extension; none: a folder of .npy files."""
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"key": list(rows), "embedding": list(rows.values())}), path)
+    elif path.suffix == ".jsonl":
+        lines = (json.dumps({"id": key, "values": value}) for key, value in rows.items())
+        path.write_text("\n".join(lines))
+    else:
+        for key, value in rows.items():
+            (path / key).parent.mkdir(parents=True, exist_ok=True)
+            np.save(path / f"{key}.npy", np.array(value, np.float32))
+    return path
+
+
+@pytest.mark.parametrize("name", ["values.parquet", "values.jsonl", "values"])
+@pytest.mark.parametrize("tokens", [False, True])
+def test_a_file_of_values(store: Path, tmp_path: Path, name: str, tokens: bool) -> None:
+    keys = list(open_store(str(store)).keys())
+    rows: dict[str, Any] = {
+        key: [[n + i / 4, 2.0, 3.0] for i in range(n + 1)] if tokens else [n / 4, 2.0, 3.0]
+        for n, key in enumerate(keys[:3])
+    }
+    odd = {keys[3]: [[1.0, 2.0]] if tokens else [1.0, 2.0], "elsewhere/x": rows[keys[0]]}
+    path = write_import(tmp_path / name, rows | odd)
+    summary = add(store, "own", source=str(path), model=None)
+    found = values(store, "own")
+    assert found.keys() == rows.keys()
+    for key, value in rows.items():
+        np.testing.assert_array_equal(found[key], np.array(value).reshape(-1, 3).T)
+    assert (summary.unknown, summary.unknown_keys) == (1, ("elsewhere/x",))
+    assert "1 key of the file not in the store: elsewhere/x" in show.summary(summary)
+    assert {key: why.partition(" in values")[2] for key, why in summary.skipped}.keys() == {
+        *keys[3:]
+    }
+    assert summary.info.field is not None
+    assert summary.info.field.kind == ("tokens" if tokens else "vector")
+    assert behind(store) == 0
+    rows[keys[1]] = rows[keys[0]]
+    rows[keys[4]] = rows[keys[0]]
+    write_import(path, rows | odd)
+    again = add(store, "own", source=str(path), model=None)
+    found = values(store, "own")
+    np.testing.assert_array_equal(found[keys[1]], found[keys[0]])
+    assert found.keys() == rows.keys()
+    assert again.info.skipped == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"source": "metadata:"}, ConfigError, "invalid --from 'metadata:'"),
+        ({"source": "prompt"}, ConfigError, "invalid --from 'prompt': use metadata:NAME"),
+        ({"model": None}, ConfigError, "--model is missing"),
+        ({"model": PEAKS}, ConfigError, "takes latents: use --from latents"),
+        ({"source": "latents"}, ConfigError, "takes text: use --from metadata:NAME"),
+        ({"model": "mdct"}, LatentmillError, "encodes audio: leave out --from"),
+        ({"per_window": True}, ConfigError, "--per-window is only for fields from audio"),
+        ({"chunk_seconds": 2.0}, ConfigError, "--chunk-seconds is only for fields from audio"),
+        ({"source": "no.parquet", "model": None}, LatentmillError, "Cannot import no.parquet"),
+    ],
+)
+def test_wrong_options(
+    store: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        add(store, **options)
+    assert not (store / "fields").exists()
+
+
+def test_a_field_keeps_its_source_and_model(store: Path) -> None:
+    add(store)
+    with pytest.raises(StoreError, match="from metadata:prompt"):
+        add(store, source="metadata:text")
+    with pytest.raises(StoreError, match="--model changed"):
+        add(store, model="python:test_add_values:other")
+
+
+class Other:
+    spec = EmbedderSpec("other", "vector", "text", dimensions=5)
+
+    def load(self, device: str) -> Other:
+        del device
+        return self
+
+
+def other() -> Other:
+    return Other()
+
+
+def test_the_command(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--field=text", "--from=metadata:prompt", f"--model={VOWELS}", "--device=cpu"]
+    out = runs.call(capsys, "add", store, *given, "--json")
+    assert out.code == 0
+    assert json.loads(out.out)["info"]["field"]["source"] == "metadata:prompt"
+    status = runs.call(capsys, "status", store)
+    assert "text" in status.out
