@@ -134,6 +134,12 @@ FAMILIES = {
         _TRANSFORMERS,
         "microsoft/VibeVoice-AcousticTokenizer",
     ),
+    "hf": BuiltIn(
+        "latentmill.models.families.hf.model:build",
+        "any audio tokenizer of transformers, before quantisation (dac, xcodec, wavtokenizer, ...)",
+        _TRANSFORMERS,
+        "swiss-ai/wavtokenizer-large-unify-40token",
+    ),
     "trained": BuiltIn(
         "latentmill.models.families.trained:build",
         "a model that jobs/train_linear.py trained; PATH is the folder of its run",

@@ -119,7 +119,7 @@ def _load(name: str, files: ModelFiles, device: torch.device, model_type: str) -
     package, _ = import_package(name, "transformers")
     config = model_config(name, files, model_type)
     model = load_network(name, files, config, package.MODEL_MAPPING[type(config)])
-    _move(model, device)
+    move(model, device)
     return model
 
 
@@ -181,7 +181,7 @@ def as_indices(codes: Tensor, codebook_size: int) -> Tensor:
     return indices
 
 
-def _move(model: torch.nn.Module, device: torch.device) -> None:
+def move(model: torch.nn.Module, device: torch.device) -> None:
     """Move a model to a device, but leave the buffers on the CPU that padding is computed from.
 
     The convolutions of EnCodec and Mimi keep stride and kernel size as tensors and convert them to

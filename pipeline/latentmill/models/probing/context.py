@@ -29,12 +29,17 @@ class EdgeErrors:
     @property
     def reach(self) -> tuple[int, int] | None:
         """Frames on each side whose error is over `TOLERANCE`; None if it never ends."""
-        sides = [_reach(self.left), _reach(self.right)]
-        if any(
-            count == len(side) for count, side in zip(sides, (self.left, self.right), strict=True)
-        ):
+        return self.reach_at(TOLERANCE, 1)
+
+    def reach_at(self, tolerance: float, spare: int) -> tuple[int, int] | None:
+        """Frames on each side whose error is over a tolerance.
+
+        None if fewer than `spare` frames follow them.
+        """
+        left, right = _reach(self.left, tolerance), _reach(self.right, tolerance)
+        if left + spare > len(self.left) or right + spare > len(self.right):
             return None
-        return sides[0], sides[1]
+        return left, right
 
     def beyond(self, left: int, right: int) -> float:
         """The largest error of frames behind a context."""
@@ -82,7 +87,6 @@ def _largest(errors: list[Tensor]) -> tuple[float, ...]:
     return tuple(torch.stack([one[:length] for one in errors]).amax(dim=0).tolist())
 
 
-def _reach(errors: tuple[float, ...]) -> int:
-    return max(
-        (index + 1 for index, error in enumerate(errors) if not error <= TOLERANCE), default=0
-    )
+def _reach(errors: tuple[float, ...], tolerance: float) -> int:
+    over = (index + 1 for index, error in enumerate(errors) if not error <= tolerance)
+    return max(over, default=0)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from latentmill.models.base import ModelSpec
 
-FRAMES = (2, 3, 5, 8, 13, 21, 34, 55, 89, 144)
-SHORTEST = 24  # number of short lengths that are tried
+FRAMES = (2, 3, 5, 8, 13, 21, 34, 60)
+SHORTEST = 12  # number of short lengths that are tried
 
 
 class Formula(NamedTuple):

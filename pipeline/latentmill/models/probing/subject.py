@@ -13,7 +13,7 @@ from latentmill.models.probing.behaviour import Repeatability
 from latentmill.models.probing.context import frames_needed
 from latentmill.models.weights import LOAD_ERRORS
 
-SECONDS = 2.0  # length of most sounds that are encoded
+SECONDS, FRAMES = 1.0, 128  # length of most sounds that are encoded, at most
 ROUNDING = 1e-5  # relative error of equal calls on a GPU
 BATCH = 1e-4  # relative error that the rest of a batch may cause
 CALL_ERRORS = (LatentmillError, AssertionError, NotImplementedError, *LOAD_ERRORS)
@@ -60,7 +60,7 @@ class Subject:
     Attributes:
         claimed: The model's spec.
         spec: The same with measured values in place of wrong ones.
-        one: Music `[1, C, T]` of about two seconds; `other` is other music of the same length.
+        one: Music `[1, C, T]` of about a second; `other` is other music of the same length.
         values: Set when latents of music are measured.
         repeats: Set when equal calls of `encode` are compared.
     """
@@ -104,4 +104,4 @@ def generators_promise(name: str, call: str, result: str, repeats: Repeatability
 
 
 def _frames(spec: ModelSpec) -> int:
-    return max(9, min(spec.chunk_frames, round(SECONDS * spec.sample_rate / spec.hop)))
+    return max(9, min(spec.chunk_frames, FRAMES, round(SECONDS * spec.sample_rate / spec.hop)))

@@ -1,0 +1,275 @@
+"""`hf:REPO`: any audio tokenizer of transformers, by tiny random weights of the real classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import latentmill as lm
+from latentmill.encoding.chunks import Chunking
+from latentmill.encoding.single import encode_chunked, encode_whole
+from latentmill.errors import ModelError
+from latentmill.models.families.hf import model as hf_model
+from latentmill.models.families.hf.measured import Measured
+from latentmill.models.probing.behaviour import distance
+from latentmill.models.probing.music import music
+from latentmill.models.registry import resolve
+from support.tiny_tokenizers import TOKENIZERS, WITH_TORCHAUDIO, write_tokenizer
+
+# By model type: the latents before the quantiser, and the audio of latents, by the package's parts.
+REFERENCES: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any, Tensor], Tensor]]] = {
+    "dac": (
+        lambda model, x: model.encoder(x),
+        lambda model, z: model.decode(quantized_representation=z).audio_values[:, None],
+    ),
+    "encodec": (lambda model, x: model.encoder(x), lambda model, z: model.decoder(z)),
+    "mimi": (
+        lambda model, x: model.encoder(x).latents,
+        lambda model, z: model.decoder(z).audio_values,
+    ),
+    "pocket_tts_audio_tokenizer": (
+        lambda model, x: model.encode(x).latents.transpose(1, 2),
+        lambda model, z: model.decode(z.transpose(1, 2)).audio_values,
+    ),
+    "vibevoice_acoustic_tokenizer": (
+        lambda model, x: model.encode(x, sample=False).latents.transpose(1, 2),
+        lambda model, z: model.decode(z.transpose(1, 2)).audio,
+    ),
+    "wavtokenizer": (
+        lambda model, x: model.encoder_model.encoder(x),
+        lambda model, z: model.head(model.backbone(z, torch.tensor([0]))).reshape(len(z), 1, -1),
+    ),
+    "xcodec": (
+        lambda model, x: model.fc(
+            torch.cat(
+                (
+                    model.acoustic_encoder(x),
+                    model.encoder_semantic(model._extract_semantic_features(x).transpose(1, 2)),
+                ),
+                dim=1,
+            ).transpose(1, 2)
+        ).transpose(1, 2),
+        lambda model, z: model.acoustic_decoder(model.fc2(z.transpose(1, 2)).transpose(1, 2)),
+    ),
+}
+# By model type: rate, hop, context.
+FACTS: dict[str, tuple[int, int, tuple[int, int] | None]] = {
+    "dac": (24000, 320, (8, 8)),
+    "encodec": (24000, 320, None),
+    "mimi": (24000, 1920, None),
+    "pocket_tts_audio_tokenizer": (24000, 1920, None),
+    "vibevoice_acoustic_tokenizer": (24000, 40, None),
+    "wavtokenizer": (24000, 600, None),
+    "xcodec": (16000, 320, None),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of the repositories; what is measured goes to a cache of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield tmp_path_factory.mktemp("tokenizers")
+
+
+def written(folder: Path, model_type: str) -> Path:
+    repo = folder / model_type
+    return repo if repo.exists() else write_tokenizer(repo, model_type)
+
+
+def loaded(repo: Path, model_type: str) -> Any:
+    config = transformers.AutoConfig.from_pretrained(repo)
+    return transformers.MODEL_MAPPING[type(config)].from_pretrained(repo).eval()
+
+
+@pytest.mark.parametrize("model_type", REFERENCES)
+def test_latents_and_audio_are_the_package_s(tokenizers: Path, model_type: str) -> None:
+    repo = written(tokenizers, model_type)
+    handle = resolve(f"hf:{repo}", {"scale_factor": 0.5})
+    spec, model, package = handle.spec, handle.load("cpu"), loaded(repo, model_type)
+    rate, hop, context = FACTS[model_type]
+    assert (spec.sample_rate, spec.hop, spec.overhang) == (rate, hop, 0)
+    assert spec.context == context or context is None
+    encode, decode = REFERENCES[model_type]
+    sound = music(rate, 1, 40 * hop)[None]
+    for frames in (3, 7, 40):
+        with torch.inference_mode():
+            wanted = encode(package, sound[..., : frames * hop])
+        latents = model.encode(sound[..., : frames * hop])
+        assert latents.shape == wanted.shape
+        assert distance(latents, 0.5 * wanted) < 1e-6
+    with torch.inference_mode():
+        audio = decode(package, wanted)
+    given = model.decode(latents, 40 * hop)
+    assert given.abs().max() > 0
+    assert distance(given[..., : audio.shape[-1]], audio[..., : 40 * hop]) < 1e-5
+
+
+@pytest.mark.parametrize("model_type", REFERENCES)
+def test_chunks_of_a_tokenizer_are_the_whole_if_it_can_be_trimmed(
+    tokenizers: Path, model_type: str
+) -> None:
+    handle = resolve(f"hf:{written(tokenizers, model_type)}")
+    spec, model = handle.spec, handle.load("cpu")
+    assert (spec.stitch == "trim") == (model_type != "xcodec")  # its attention has no limit
+    frames = 2 * spec.overlap_frames + 3
+    chunking = Chunking.for_model(spec, seconds=spec.samples(frames) / spec.sample_rate)
+    sound = music(spec.sample_rate, 1, 3 * chunking.samples)
+    error = distance(encode_chunked(model, sound, chunking), encode_whole(model, sound))
+    assert error < (1e-5 if spec.stitch == "trim" else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", REFERENCES)
+def test_probe_finds_no_broken_promise(tokenizers: Path, model_type: str) -> None:
+    assert lm.probe(f"hf:{written(tokenizers, model_type)}").broken == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", WITH_TORCHAUDIO)
+def test_tokenizers_that_need_torchaudio(tokenizers: Path, model_type: str) -> None:
+    pytest.importorskip("torchaudio", reason="transformers needs torchaudio for these types")
+    assert lm.probe(f"hf:{written(tokenizers, model_type)}").broken == ()
+
+
+def test_seven_types_have_no_code_of_their_own() -> None:
+    assert len(REFERENCES) >= 7
+    for path in Path(hf_model.__file__).parent.glob("*.py"):
+        code = path.read_text(encoding="utf-8").lower()
+        assert not [one for one in TOKENIZERS if f'"{one}"' in code]
+
+
+def test_a_tokenizer_is_measured_once(
+    tokenizers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = write_tokenizer(tmp_path / "repo", "vibevoice_acoustic_tokenizer")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first = resolve(f"hf:{repo}")
+    (kept,) = (tmp_path / "cache").rglob("*.json")
+    assert first.spec.identity["measured"] == kept.read_text()
+    assert Measured.parse(kept.read_text()).text() == kept.read_text()
+    times: list[str] = []
+    measure = hf_model.measure
+    monkeypatch.setattr(hf_model, "measure", lambda *a: times.append("again") or measure(*a))
+    assert resolve(f"hf:{repo}") == first
+    assert times == []
+    kept.write_text("{")
+    assert resolve(f"hf:{repo}") == first
+    assert times == ["again"]
+    write_tokenizer(repo, "vibevoice_acoustic_tokenizer", seed=1)
+    assert resolve(f"hf:{repo}").spec.identity != first.spec.identity
+    assert times == ["again", "again"]
+
+
+class OtherConfig(transformers.PreTrainedConfig):
+    model_type = "tokenizer_of_tomorrow"
+    sampling_rate = 8000
+    frame_rate = 50  # its hop is 128 all the same
+    kind = "loudest"
+
+
+class OtherModel(transformers.PreTrainedModel):
+    """A type of model that transformers does not have yet."""
+
+    config_class = OtherConfig
+
+    def __init__(self, config: OtherConfig) -> None:
+        super().__init__(config)
+        self.front = torch.nn.Conv1d(1, 6, 128, stride=128)
+        self.back = torch.nn.ConvTranspose1d(6, 1, 128, stride=128)
+        self.post_init()
+
+    def encode(self, input_values: Tensor) -> Any:
+        latents = self.front(input_values).transpose(1, 2)
+        kind = self.config.kind
+        if kind == "loudest":
+            latents = latents / input_values.abs().max().clamp_min(1e-6)
+        if kind == "noise":
+            latents = latents + torch.randn_like(latents)
+        name = "hidden" if kind == "hidden" else "latents"
+        return transformers.utils.ModelOutput({name: latents})
+
+    def decode(self, latents: Tensor) -> Any:
+        return transformers.utils.ModelOutput(audio=self.back(latents.transpose(1, 2)))
+
+
+@pytest.fixture(scope="module")
+def of_tomorrow() -> None:
+    transformers.AutoConfig.register(OtherConfig.model_type, OtherConfig)
+    transformers.AutoModel.register(OtherConfig, OtherModel)
+
+
+def write_other(folder: Path, kind: str) -> Path:
+    torch.manual_seed(0)
+    OtherModel(OtherConfig(kind=kind)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.usefixtures("of_tomorrow")
+def test_a_type_that_is_not_known_and_whose_neighbours_change_latents(
+    tokenizers: Path, tmp_path: Path
+) -> None:
+    """It is encoded element by element."""
+    repo = write_other(tmp_path / "repo", "loudest")
+    handle = resolve(f"hf:{repo}")
+    assert (handle.spec.hop, handle.spec.latent_channels) == (128, 6)
+    assert handle.spec.stitch == "crossfade"
+    assert '"one_by_one": true' in str(handle.spec.identity["measured"])
+    assert lm.probe(handle).broken == ()
+    model, sound = handle.load("cpu"), music(8000, 1, 2560)[None]
+    both = model.encode(torch.cat((0.1 * sound, sound)))
+    package = OtherModel.from_pretrained(repo).requires_grad_(False)
+    wanted = package.encode(0.1 * sound)["latents"].transpose(1, 2)
+    assert distance(both[:1], wanted) < 1e-6
+
+
+@pytest.mark.usefixtures("of_tomorrow")
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("noise", "its latents differ from call to call"),
+        ("hidden", "it has neither a quantiser nor latents"),
+    ],
+)
+def test_a_tokenizer_without_usable_latents(
+    tokenizers: Path,
+    tmp_path: Path,
+    kind: str,
+    reason: str,
+    one_sentence: Callable[[BaseException], str],
+) -> None:
+    repo = write_other(tmp_path / "repo", kind)
+    with pytest.raises(ModelError) as caught:
+        resolve(f"hf:{repo}")
+    assert one_sentence(caught.value) == (
+        f"Model hf:{repo}: a model of type tokenizer_of_tomorrow gives no continuous latents that "
+        f"can be stored ({reason}): use a model that `latentmill models` lists, or write "
+        "python:package.module:factory."
+    )
+
+
+def test_other_kinds_of_models_and_chunks_of_the_model_s_own(
+    tokenizers: Path, tmp_path: Path, one_sentence: Callable[[BaseException], str]
+) -> None:
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.BertConfig(**small, intermediate_size=8, vocab_size=10)
+    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ModelError, match="of type bert is not an audio tokenizer") as caught:
+        resolve(f"hf:{tmp_path / 'bert'}")
+    one_sentence(caught.value)
+    native = {**TOKENIZERS["encodec"], "chunk_length_s": 1.0, "overlap": 0.01, "normalize": True}
+    torch.manual_seed(0)
+    transformers.EncodecModel(transformers.EncodecConfig(**native)).save_pretrained(
+        tmp_path / "encodec"
+    )
+    with pytest.raises(
+        ModelError, match=r"of its own\): use encodec:REPO, or a model that"
+    ) as caught:
+        resolve(f"hf:{tmp_path / 'encodec'}")
+    one_sentence(caught.value)
