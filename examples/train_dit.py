@@ -8,7 +8,7 @@ The context is a random sub-mix of a song's stems, the target another stem. With
 2^n - 1 sub-mixes of n stems are made from n latents when a sample is read; `--mixing waveform`
 encodes them all. The model is a DiT (W. Peebles, S. Xie, ICCV 2023), trained as a rectified flow
 (X. Liu and others, ICLR 2023: from (1 - t) x + t e, with noise e, it predicts e - x) on tags from
-the metadata, with classifier-free guidance (J. Ho, T. Salimans, arXiv 2207.12598).
+the metadata and a field's text (`--text`), with guidance (J. Ho, T. Salimans, arXiv 2207.12598).
 """
 
 from __future__ import annotations
@@ -53,12 +53,11 @@ def add_stem(tags: Tags, waveform: bool, stems: Stems, random: np.random.Generat
     single = [n for n in single if "+" not in stems.roles[n]]
     target = single.pop(int(random.integers(len(single))))
     chosen = [n for n in single if random.random() < 0.5] or single[:1]
-    if waveform and chosen:
-        context = stems.latents[stems.roles.index("+".join(stems.roles[n] for n in chosen))]
-    else:
-        context = stems.mix(chosen)
+    mix = "+".join(stems.roles[n] for n in chosen)
+    context = stems.latents[stems.roles.index(mix)] if waveform and chosen else stems.mix(chosen)
     mask, own = stems.mask_of([*chosen, target]), np.array(tags[stems.keys[target]], np.float32)
-    return {"context": context, "target": stems.latents[target], "mask": mask, "tags": own}
+    found = {"context": context, "target": stems.latents[target], "mask": mask, "tags": own}
+    return found | {"fields": stems.fields_of(target)}
 
 
 def vocabulary(store: lm.LatentStore, fields: list[str]) -> tuple[list[str], Tags]:
@@ -74,7 +73,7 @@ def vocabulary(store: lm.LatentStore, fields: list[str]) -> tuple[list[str], Tag
 
 
 class Block(nn.Module):
-    """Attention over frames and an MLP, both modulated by time and tags."""
+    """Attention over frames and text, and an MLP, both modulated by time and tags."""
 
     def __init__(self, width: int, heads: int = 4) -> None:
         super().__init__()
@@ -85,24 +84,25 @@ class Block(nn.Module):
         for parameter in self.modulation.parameters():
             nn.init.zeros_(parameter)  # an untrained block is the identity
 
-    def forward(self, x: Tensor, condition: Tensor, mask: Tensor) -> Tensor:
-        """Frames `[B, T, W]`, condition `[B, 1, W]`, mask `[B, T]`, False for padding."""
+    def forward(self, x: Tensor, condition: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """Frames `[B, T, W]`, condition `[B, 1, W]`, text `[B, L, W]`, mask `[B, T + L]`."""
         shift, scale, gate, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
         h = F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
-        x = x + gate * self.attention(h, h, h, key_padding_mask=~mask, need_weights=False)[0]
+        seen = torch.cat((h, text), dim=1)
+        x = x + gate * self.attention(h, seen, seen, key_padding_mask=~mask, need_weights=False)[0]
         h = F.layer_norm(x, x.shape[-1:]) * (1 + scale2) + shift2
         return x + gate2 * self.mlp(h)
 
 
 class DiT(nn.Module):
-    """Predicts the flow of targets `[B, D, T]` at times `[B]`, given a context and tags."""
+    """Predicts the flow of targets `[B, D, T]` at times `[B]`, given a context, tags and text."""
 
-    def __init__(self, channels: int, tags: int, width: int, depth: int) -> None:
+    def __init__(self, channels: int, tags: int, text: int, width: int, depth: int) -> None:
         super().__init__()
         self.width = width
         self.enter, self.leave = nn.Linear(2 * channels, width), nn.Linear(width, channels)
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.tags = nn.Linear(tags, width, bias=False)
+        self.tags, self.text = (nn.Linear(n, width, bias=False) for n in (tags, text))
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         nn.init.zeros_(self.leave.weight)
 
@@ -111,8 +111,9 @@ class DiT(nn.Module):
         h = self.enter(torch.cat((x, batch["context"]), dim=1).transpose(1, 2))
         h = h + waves(torch.arange(x.shape[2], device=x.device), self.width)
         condition = self.time(waves(1000 * times, self.width)) + self.tags(batch["tags"])
+        text, mask = self.text(batch["text"]), torch.cat((batch["mask"], batch["seen"]), dim=1)
         for block in self.blocks:
-            h = block(h, F.silu(condition)[:, None], batch["mask"])
+            h = block(h, F.silu(condition)[:, None], text, mask)
         return self.leave(F.layer_norm(h, h.shape[-1:])).transpose(1, 2)
 
 
@@ -130,6 +131,7 @@ def flow_loss(model: Callable[..., Tensor], batch: Batch) -> Tensor:
     t = times[:, None, None]
     kept = torch.rand(2, len(target), 1, device=target.device) >= DROPPED
     given = {"tags": batch["tags"] * kept[0], "context": batch["context"] * kept[1][..., None]}
+    given["text"] = batch["text"] * kept[0][..., None]
     flow = model((1 - t) * target + t * noise, times, batch | given)
     return ((flow - noise + target).square().mean(dim=1) * mask).sum() / mask.sum()
 
@@ -138,7 +140,7 @@ def flow_loss(model: Callable[..., Tensor], batch: Batch) -> Tensor:
 def sample(model: DiT, batch: Batch, *, steps: int, guidance: float) -> Tensor:
     """Normalised latents `[B, D, T]` for contexts and tags: Euler steps from noise to data."""
     x = torch.randn_like(batch["context"])
-    dropped = batch | {name: torch.zeros_like(batch[name]) for name in ("context", "tags")}
+    dropped = batch | {name: torch.zeros_like(batch[name]) for name in ("context", "tags", "text")}
     for step in range(steps):
         times = torch.full((len(x),), 1 - step / steps, device=x.device)
         given, free = model(x, times, batch), model(x, times, dropped)
@@ -148,10 +150,11 @@ def sample(model: DiT, batch: Batch, *, steps: int, guidance: float) -> Tensor:
 
 def batches(loader: lm.Loader, normal: lm.Normalize, device: torch.device) -> Iterator[Any]:
     """Endless batches on the device, with normalised latents; zeros are the mean of the corpus."""
-    while True:
-        for read in loader:
-            batch = {n: read[n].to(device) for n in ("context", "target", "mask", "tags")}
-            yield batch | {n: normal.apply(batch[n]) for n in ("context", "target")}
+    for read in itertools.chain.from_iterable(itertools.repeat(loader)):
+        none = torch.zeros(len(read["mask"]), 0, 1), torch.zeros(len(read["mask"]), 0).bool()
+        (read["text"], read["seen"]), *_ = [*read.pop("fields", {}).values(), none]
+        batch = {name: value.to(device) for name, value in read.items()}
+        yield batch | {n: normal.apply(batch[n]) for n in ("context", "target")}
 
 
 @torch.no_grad()
@@ -168,12 +171,14 @@ def train(store: lm.LatentStore, args: Any, wrap: Wrap = lambda model: model) ->
     torch.manual_seed(args.seed)
     names, tags = vocabulary(store, args.tags)
     task = partial(add_stem, tags, args.mixing == "waveform")
-    data = lm.StemDataset(store, task, crop=args.crop, seed=args.seed, per_song=16)
+    text = [args.text] if args.text else []  # a field of tokens, such as embedded captions
+    data = lm.StemDataset(store, task, crop=args.crop, seed=args.seed, per_song=16, fields=text)
     reader = copy.copy(data)
     targets = np.stack([reader[n % len(data)]["target"] for n in range(64)])
     mean, std = targets.mean(axis=(0, 2)), targets.std(axis=(0, 2))  # the store's include mixes
     normal = lm.Normalize(tuple(mean.tolist()), tuple(std.clip(min=0.02 * std.max()).tolist()))
-    model = DiT(len(normal.mean), len(names), args.width, args.depth).to(device)
+    size = store.field(args.text).info.model["latent_channels"] if text else 1
+    model = DiT(len(normal.mean), len(names), size, args.width, args.depth).to(device)
     ema, trained = copy.deepcopy(model).requires_grad_(False), wrap(model)
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     torch.manual_seed(args.seed + rank)  # each process draws its own noise and times
@@ -198,19 +203,13 @@ def train(store: lm.LatentStore, args: Any, wrap: Wrap = lambda model: model) ->
                 waited, worked = waited + begun - start, worked + time.perf_counter() - begun
             if step % max(1, args.steps // 10) == 0:
                 print(f"step {step:4d}  loss {losses[-1]:.3f}")
-    result = {
-        "mixing": args.mixing,
-        "steps": args.steps,
-        "sub_mixes": sum(2 ** sum("+" not in r for r in g.roles) - 1 for g in data.groups),
-        "records": len(store),
-        "encoded_hours": store.info.hours,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "loss_before": before,
-        "loss_after": fixed_loss(ema, some),
-        "losses": [round(loss, 4) for loss in losses],
-        "steps_per_second": max(1, args.steps - 1) / max(1e-9, waited + worked),
-        "reader_wait_share": waited / max(1e-9, waited + worked),
-    }
+    sub_mixes = sum(2 ** sum("+" not in r for r in g.roles) - 1 for g in data.groups)
+    result = {"mixing": args.mixing, "steps": args.steps, "sub_mixes": sub_mixes}
+    result |= {"records": len(store), "encoded_hours": store.info.hours, "loss_before": before}
+    result |= {"loss_after": fixed_loss(ema, some), "losses": [round(loss, 4) for loss in losses]}
+    result["parameters"] = sum(p.numel() for p in model.parameters())
+    result["steps_per_second"] = max(1, args.steps - 1) / max(1e-9, waited + worked)
+    result["reader_wait_share"] = waited / max(1e-9, waited + worked)
     return ema, result, some[0], normal
 
 
@@ -263,6 +262,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="mdct", help="the autoencoder, for --source")
     parser.add_argument("--folder", type=Path, default=Path("dit"), help="folder for the results")
     parser.add_argument("--mixing", choices=("latent", "waveform"), default="latent")
+    parser.add_argument("--text", help="a field with tokens for each stem")
     parser.add_argument("--tags", nargs="*", default=["role", "key"], help="fields of the metadata")
     numbers = {"steps": 300, "batch": 8, "crop": 128, "seed": 0, "workers": 1, "guidance": 2.0}
     numbers |= {"width": 192, "depth": 3, "sampling-steps": 32}

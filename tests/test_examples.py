@@ -23,6 +23,7 @@ from latentmill.errors import ConfigError
 from latentmill.models.registry import resolve
 from latentmill.store.store import LatentStore
 from store.store_files import write_store
+from support.field_stores import write_tokens
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RATE, HOP = 8000, 32
@@ -99,6 +100,35 @@ def test_latents_mixed_are_waveforms_mixed(example: ModuleType, stores: Any) -> 
     assert latent["losses"] == pytest.approx(waveform["losses"], rel=0.01)
     assert 0 < latent["reader_wait_share"] < 1
     assert latent["steps_per_second"] > 0
+
+
+def test_text_from_a_field_is_a_condition(example: ModuleType, songs: Path, tmp_path: Path) -> None:
+    """Ragged tokens, dropped for guidance: they change the flow, and padding does not."""
+    store = write_store(str(tmp_path / "store"), songs, model_options=MODEL, dtype="float32")
+    random = np.random.default_rng(0)
+    tokens = {
+        key: random.standard_normal((6, 2 + n)).astype(np.float16)
+        for n, key in enumerate(store.keys())
+    }
+    write_tokens(store, "text", tokens)
+    (model, result, batch, _), _ = run(example, store, "latent", "--text", "text", "--steps", "3")
+    assert len(result["losses"]) == 3
+    assert batch["text"].shape[::2] == (4, 6)
+    assert not batch["seen"].all()
+    assert any(
+        torch.equal(
+            batch["text"][0, : tokens[key].shape[1]], torch.from_numpy(tokens[key].T).float()
+        )
+        for key in tokens
+    )
+    times = torch.full((4,), 0.5)
+    flow = model(batch["target"], times, batch)
+    padded = batch["text"] + 5 * ~batch["seen"][..., None]
+    assert torch.allclose(model(batch["target"], times, batch | {"text": padded}), flow, atol=1e-6)
+    other = batch | {"text": batch["text"] + batch["seen"][..., None]}
+    assert not torch.allclose(model(batch["target"], times, other), flow, atol=1e-6)
+    audio = example.sample(model, batch, steps=2, guidance=2.0)
+    assert audio.shape == batch["target"].shape
 
 
 def test_tags_are_read_without_latents(

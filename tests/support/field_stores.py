@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from latentmill.plan import FieldEntry
+from latentmill.encoding.fingerprint import fingerprint
+from latentmill.plan import FieldEntry, UnitLimits, draft, freeze, read_items
+from latentmill.record import Outcome
+from latentmill.storage.storage import Storage
+from latentmill.store.commit import write_commit, write_unit
+from latentmill.store.seal import seal, write_origin
 from latentmill.store.store import LatentStore
 from support.latent_store import HOP, RATE, write_latents
 
@@ -63,3 +69,31 @@ def write_fields(
     write("clap", "vector", [half(6, 1) for _ in lengths], {})
     windows = [half(6, 1 + number % 3) for number in range(len(lengths))]
     write("windows", "vector", windows, {}, window_seconds=10.0)
+
+
+def write_tokens(store: LatentStore, name: str, tokens: Mapping[str, np.ndarray]) -> None:
+    """Add a field with tokens `[D, n]`, by key, to a store of any kind."""
+    plan = replace(store.plan, field=FieldEntry(name, "tokens", "metadata:text"))
+    storage = Storage(f"{store.url}/fields/{name}")
+    dimensions = len(next(iter(tokens.values())))
+    model = {**plan.fingerprint["model"], "latent_channels": dimensions}
+    document = plan.fingerprint | {"model": model, "settings": {"dtype": "float16"}}
+    items = [item for unit in plan.units for item in read_items(store.storage, unit)]
+    with draft(items, UnitLimits(unit_seconds=1000)) as drafted:
+        plan = freeze(replace(plan, fingerprint=document, units=(), parts=()), drafted, storage)
+    write_origin(storage, np.zeros((dimensions, 1), np.float32))
+    for unit in plan.units:
+        outcomes = [
+            Outcome(key, "encoded", record=replace(store[key], latent=tokens[key]))
+            for key in (item.key for item in read_items(storage, unit))
+        ]
+        commit = write_unit(
+            storage,
+            unit.name,
+            outcomes,
+            format_name=plan.format,
+            fingerprint=fingerprint(document),
+            info={"model": model, "dtype": "float16"},
+        )
+        write_commit(storage, commit, {"total_seconds": 1.0})
+    seal(storage, plan)

@@ -10,6 +10,7 @@ from latentmill.errors import ConfigError, StorageError, StoreError
 from latentmill.plan import PLAN_PATH, Plan, load
 from latentmill.storage.remote import is_web
 from latentmill.storage.storage import Storage
+from latentmill.store.bases import ViewStorage
 from latentmill.store.schema import DATASET_PATH
 from latentmill.store.seal import read_seal
 from latentmill.text.log import get_logger
@@ -103,8 +104,13 @@ def existing_field(base: Storage, name: str) -> str:
 
     Raises:
         ConfigError: The name is not valid.
-        StoreError: The store has no such field.
+        StoreError: The store has no such field, or is a view.
     """
+    if isinstance(base, ViewStorage):
+        raise StoreError(
+            f"{base.root} is a view, which has no fields: read those of its base stores, and "
+            "choose records with where=."
+        )
     storage = field_storage(base, name)
     if is_field(storage):
         return storage.root
