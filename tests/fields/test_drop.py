@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from latentmill.cli import show_status
+from latentmill.engine import lock
+from latentmill.engine.holder import RunProgress
+from latentmill.engine.lock import only_run
+from latentmill.engine.running import current_run
 from latentmill.errors import ConfigError, StoreError
 from latentmill.run.drop import drop
 from latentmill.storage.storage import Storage
@@ -137,3 +142,21 @@ def test_the_commands_on_a_store_with_damaged_fields(
         assert runs.call(capsys, "drop", store, "--field", name).code == 0
     result = runs.call(capsys, "verify", store)
     assert result.code == 0, result.out
+
+
+def test_a_run_that_writes_to_a_field(store: Path) -> None:
+    """`status` shows it, and a drop waits for it and is refused."""
+    added(store)
+    storage = Storage(str(store / "fields" / "second"))
+    with only_run(storage) as hold:
+        counts = {"units": 3, "units_done": 1, "units_in_flight": 1, "items": 5, "items_done": 2}
+        seconds = {"audio_seconds": 1.0, "total_seconds": 3.0}
+        hold.publish(RunProgress(**counts, **seconds, failed=0))
+        text = show_status.status(show_status.StoreStatus.of(open_store(str(store))))
+        running = current_run(storage)
+        assert running is not None
+        assert f"running: by {running.by}; 1 of 3 units" in text
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(StoreError, match="Another run"):
+            patch.setattr(lock, "WAIT_SECONDS", 0.1)
+            drop(store, field="second")
+        assert len(open_store(storage.root)) == 5

@@ -16,6 +16,7 @@ from latentmill.fields.status import FieldStatus, field_states
 from latentmill.plan import PLAN_PATH
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import Tally, iter_commits
+from latentmill.store.field_layout import field_storage
 from latentmill.text.printing import counted, size_text
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class StoreStatus:
     bases: tuple[str, ...] = ()  # of a view
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
     fields: tuple[FieldStatus, ...] = ()
+    # Runs that are writing to a field, or that were killed, by the name of the field.
+    field_runs: Mapping[str, CurrentRun] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, store: LatentStore) -> StoreStatus:
@@ -52,6 +55,8 @@ class StoreStatus:
         if store.bases is not None:
             return cls._of_view(store, store.info)
         run = current_run(store.storage)
+        fields = tuple(field_states(store.storage, store.plan))
+        runs = {f.name: current_run(field_storage(store.storage, f.name)) for f in fields}
         tallies = [Tally.of(commit) for commit in iter_commits(store.storage)]
         stages: Counter[str] = Counter()
         for tally in tallies:
@@ -72,7 +77,8 @@ class StoreStatus:
             ignored=store.plan.ignored,
             stages=dict(stages),
             run=run,
-            fields=tuple(field_states(store.storage, store.plan)),
+            fields=fields,
+            field_runs={name: found for name, found in runs.items() if found is not None},
         )
 
     @classmethod
@@ -121,22 +127,26 @@ def status(value: StoreStatus) -> str:
             pairs_listed("failed", value.failures),
             pairs_listed("skipped", value.skips),
             ignored_files(value.ignored),
-            *(_field(one) for one in value.fields),
+            *(_field(one, value.field_runs.get(one.name)) for one in value.fields),
         )
         if line
     )
 
 
-def _field(one: FieldStatus) -> str:
-    """A line about a field."""
+def _field(one: FieldStatus, run: CurrentRun | None) -> str:
+    """The lines about a field."""
     start = f"field     {one.name}: "
+    if one.problem is not None and run is not None and run.state == "running":
+        return f"{start}the run of {run.by} is planning it"
     if one.problem is not None:
         return f"{start}{one.problem}"
     lines = [
         f"{start}{one.kind} from {one.source} by {one.model}, {one.encoded} encoded, "
         f"{one.skipped} skipped, {one.failed} failed of {one.items}, {size_text(one.bytes)}"
     ]
-    if not one.complete:
+    if run is not None and run.state == "running":
+        lines.append(f"  running: by {run.by}; {_progress(run).removeprefix('progress  ')}")
+    elif not one.complete:
         behind = f"behind by {counted(one.behind, 'item')}" if one.behind else "not sealed"
         lines.append(f"  {behind}: run the command that added the field again")
     if one.failures:
