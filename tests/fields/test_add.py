@@ -11,6 +11,7 @@ import pytest
 from latentmill.curation.select import select
 from latentmill.engine import launch
 from latentmill.errors import ConfigError, LatentmillError, StoreError
+from latentmill.run import add
 from latentmill.store.store import open_store
 from support import runs
 from support.fields import OPTIONS, added, files
@@ -129,6 +130,21 @@ def test_other_settings_for_the_same_field(store: Path) -> None:
         added(store, model_options={**OPTIONS, "hop": 200})
     with pytest.raises(LatentmillError, match="--workers"):
         added(store, workers=0)
+    for name, value in (("min_seconds", 1.0), ("format", "webdataset"), ("extend", True)):
+        with pytest.raises(ConfigError, match="is not a setting of a field"):
+            added(store, **{name: value})
+    with pytest.raises(ConfigError, match="unknown setting modle"):
+        added(store, modle="mdct")
+
+
+def test_large_shards_are_announced(
+    store: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added(store)
+    assert "shard" not in caplog.text
+    monkeypatch.setattr(add, "LARGE_SHARD", 1000)
+    added(store)
+    assert "the largest shard of field second will have about" in caplog.text
 
 
 def test_a_folder_of_other_files_is_refused(store: Path) -> None:

@@ -12,15 +12,21 @@ from latentmill.engine.progress import LogProgress, Progress
 from latentmill.errors import ConfigError
 from latentmill.fields.inputs import stale_units
 from latentmill.models.base import ModelHandle
-from latentmill.plan import FieldEntry
+from latentmill.plan import FieldEntry, Plan
 from latentmill.run.add_values import run_add_from
 from latentmill.run.follow import field_config, follow_plan
 from latentmill.run.options import AddOptions
-from latentmill.run.prepare import set_up
+from latentmill.run.prepare import Setup, set_up
 from latentmill.run.run import RunSummary, complete
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import iter_commits
 from latentmill.store.field_layout import base_plan, field_storage
+from latentmill.text.log import get_logger
+from latentmill.text.printing import size_text
+
+_log = get_logger("run")
+
+LARGE_SHARD = 8 << 30  # bytes
 
 
 def add(
@@ -86,7 +92,20 @@ def run_add(
         commits = iter_commits(setup.storage)
         pairs = stale_units(base, plan, setup.storage, entry.source, commits)
         stale = {unit.name for unit, _, keys in pairs if keys}
+        _warn_of_large_shards(setup, plan, entry)
         return complete(setup, plan, hold, progress, began, stale)
+
+
+def _warn_of_large_shards(setup: Setup, plan: Plan, entry: FieldEntry) -> None:
+    """Warn if the values need much more space than the latents that the units were planned for."""
+    largest = max(unit.seconds for unit in plan.units) * setup.bytes_per_second
+    if largest > LARGE_SHARD and not entry.is_pooled:
+        _log.warning(
+            "the largest shard of field %s will have about %s, because it has the items of one "
+            "shard of the store: encode the store with a smaller --unit-seconds to avoid this",
+            entry.name,
+            size_text(round(largest)),
+        )
 
 
 def _entry(name: str, handle: ModelHandle, *, per_window: bool) -> FieldEntry:

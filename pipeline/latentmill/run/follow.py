@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from latentmill.config import RunConfig, fingerprint_document, load_config
+from latentmill.config import FIELD_SETTINGS, RunConfig, fingerprint_document, load_config
 from latentmill.encoding.fingerprint import version_difference
 from latentmill.encoding.lanes import PACKING
-from latentmill.errors import StoreError
+from latentmill.errors import ConfigError, StoreError
 from latentmill.plan import FieldEntry, Plan, copy, load
 from latentmill.run.differences import differences, explain
 from latentmill.run.prepare import Setup, refuse_foreign
+from latentmill.sources.settings import option
 from latentmill.storage.storage import Storage
 from latentmill.store.tidy import tidy_plan
 
@@ -22,6 +23,12 @@ def field_config(planned: Plan, folder: Storage, options: dict[str, Any]) -> Run
     How audio is loaded is as in the store itself. Its filters are not applied again: what they
     skipped is skipped in the field.
     """
+    given = {name for name, value in options.items() if value is not None}
+    if unknown := sorted(given & {*RunConfig.model_fields} - {*FIELD_SETTINGS}):
+        raise ConfigError(
+            f"{option(unknown[0])} is not a setting of a field, which has the items and the shard "
+            "format of its store: leave it out."
+        )
     settings = planned.fingerprint.get("settings", {})
     fixed = {
         "source": planned.source,
