@@ -52,6 +52,7 @@ def main() -> None:
             command = [sys.executable, __file__, "--one", name, store, f"{temporary}/{name}"]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             result[name] = json.loads(done.stdout)
+    result.pop("halves", None)  # only the input of `merge`
     write_result("curation", result, arguments.results)
 
 

@@ -101,6 +101,8 @@ def test_annotated_values_are_seen_everywhere(
     summary = lm.annotate(store, write_rows(tmp_path / f"f.{extension}", rows))
     names = ["bpm", "genre"] if text else ["bpm", "genre", "live", "tags"]
     assert (summary.version, summary.changed, summary.records) == (1, True, 3)
+    assert b'"format_version": 2' in before
+    assert lm.open(store.url).info.format_version == 3  # refused by versions without annotations
     assert list(summary.names) == names
     assert (summary.matched, summary.unknown, summary.unknown_keys) == (3, 1, ("elsewhere",))
     expected = {
@@ -347,7 +349,7 @@ BAD_FILES = [
     ("f.csv", "key,a\nitem/00001,1,2\n", "is not valid CSV in line 2"),
     ("f.jsonl", '{"key": "item/00001", "a": \n', "is not valid JSON in line 1"),
     ("f.parquet", "no parquet", "f.parquet"),
-    ("none.csv", None, "does not exist or is not a file"),
+    ("none.csv", None, "^File .*none.csv does not exist or is not a file"),
     (
         "f.jsonl",
         json.dumps({"key": "item/00001", **{f"n{i}": i for i in range(257)}}),

@@ -218,9 +218,13 @@ def test_a_view_lists_what_was_left_out(report_store: LatentStore, tmp_path: Pat
     view = lm.open(tmp_path / "view")
     page = Page(render(view, Budget(), items=1))
     left = sum(record.duration <= 3 for record in report_store)
-    assert f"encoded {len(view)} skipped by a filter {left} failed 0" in page.text
+    assert (
+        f"in the view {len(view)} left out {left} in the base stores {len(view) + left}"
+        in page.text
+    )
+    assert "in the plan" not in page.text
     assert sum(view.info.left_out.values()) == left
-    wanted = f"Why items were skipped Reason Items where: not duration > 3 {left} "
+    wanted = f"Why records were left out Reason Records where: not duration > 3 {left} "
     assert wanted in page.text
     assert ".jpg" not in page.text  # ignored by the source of the base
 

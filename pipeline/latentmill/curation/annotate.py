@@ -7,6 +7,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,6 +24,7 @@ from latentmill.store.annotations import (
     open_annotations,
     parse_annotations,
 )
+from latentmill.store.commit import write_new
 from latentmill.store.metadata import publish_metadata
 from latentmill.store.seal import write_seal
 from latentmill.store.store import LatentStore
@@ -189,10 +191,7 @@ def publish(
     path, data = annotation_path(number), annotation_file(table)
     annotations = parse_annotations(data, f"{storage.root}/{path}")
     if changed:
-        if not storage.create(path, data):  # a command that was killed has left another file
-            storage.delete(path)
-            if not storage.create(path, data):
-                raise StoreError(f"Another run has written {storage.root}/{path}: run again.")
+        write_new(storage, path, partial(storage.create, path, data))
         entry = annotation_entry(info.annotation, data, annotations, refreshed=refreshed)
         metadata, digest = publish_metadata(storage, store.index, annotations)
         update = {"metadata": metadata, "metadata_hash": digest, "annotation": entry}

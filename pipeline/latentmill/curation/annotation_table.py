@@ -54,7 +54,7 @@ def read_table(uri: str, key_column: str | None) -> NewValues:
     Values are read as those of manifests, but all values of a CSV column have one type: numbers if
     all of them are numbers, otherwise text.
     """
-    source = ManifestSource(uri)
+    source = ManifestSource(uri, what="File")
     columns = _Columns(source.uri, plain_text=manifest_format(source.uri) in ("csv", "tsv"))
     column = None
     for place, row in source.rows():

@@ -137,7 +137,6 @@ def write_view(out: str, chosen: Sequence[Chosen], *, overwrite: bool = False) -
         statistics = _statistics(chosen)
         info = chosen[0].store.info.model_copy(
             update={
-                "format_version": 3,
                 "latentmill_version": __version__,
                 "source": ", ".join(one.store.url for one in chosen),
                 "items": len(index) + len(left_out),

@@ -16,9 +16,8 @@ from latentmill.evaluation.channels import Pooling
 from latentmill.evaluation.shard_pass import ShardPass, used_frames
 from latentmill.record import FloatArray, Latent
 from latentmill.storage.storage import Storage, writing
-from latentmill.store.commit import hash_of
 from latentmill.store.measurement import EVALUATION, current_result
-from latentmill.store.metadata import has_hash
+from latentmill.store.metadata import publish
 from latentmill.store.results import VECTORS_FILE, PooledVectors, StoreStatistics
 from latentmill.store.store import LatentStore
 
@@ -42,12 +41,7 @@ def write_vectors(storage: Storage, positions: Half, shapes: Half) -> PooledVect
                 part = slice(start, start + _BLOCK)
                 block = combined(positions[part], shapes[part], mean)
                 out.write(block.astype("<f2").tobytes())
-        with file.open("rb") as written:
-            digest = hash_of(written)
-        path = f"{EVALUATION}/vectors.{digest[:16]}.npy"
-        if not storage.publish(file, path) and not has_hash(storage, path, digest):
-            storage.delete(path)  # named by its hash, so it is damaged
-            storage.publish(file, path)
+        path, digest = publish(storage, file, f"{EVALUATION}/vectors", "npy")
     return PooledVectors(file=path, hash=digest, mean=mean.tolist())
 
 

@@ -15,6 +15,7 @@ from latentmill.publishing.difference import Difference, difference
 from latentmill.publishing.transfer import JOBS, Transfer, check, download, read_checked
 from latentmill.storage.remote import protocol_of
 from latentmill.storage.storage import Storage
+from latentmill.store.commit import write_new
 from latentmill.store.field_layout import FIELDS, field_names, field_storage, is_field
 from latentmill.store.schema import DATASET_PATH
 from latentmill.store.seal import read_seal
@@ -173,17 +174,9 @@ def _copy(source: Storage, dest: Storage, file: StoreFile, transfer: Transfer) -
         return
     if source.local and not dest.local:
         check(source, file, transfer)
-        _publish(dest, Path(source.full(file.path)), file)
+        path = Path(source.full(file.path))
+        write_new(dest, file.path, partial(dest.publish, path, file.path))
         return
     with dest.scratch_file(file.path) as temporary:
         download(source, file, temporary, transfer)
-        _publish(dest, temporary, file)
-
-
-def _publish(dest: Storage, path: Path, file: StoreFile) -> None:
-    if not dest.publish(path, file.path):  # left by a copy that was interrupted, or damaged
-        dest.delete(file.path)
-        if not dest.publish(path, file.path):
-            raise StorageError(
-                f"Another process is writing to {dest.root}/{file.path}: wait until it has ended."
-            )
+        write_new(dest, file.path, partial(dest.publish, temporary, file.path))

@@ -15,8 +15,8 @@ class BoundedLines:
     A row of a CSV file may span lines; the caller calls `next_row` after each row.
     """
 
-    def __init__(self, file: TextIO, uri: str) -> None:
-        self._file, self._uri = file, uri
+    def __init__(self, file: TextIO, name: str) -> None:
+        self._file, self._name = file, name
         self._number = 0
         self._left = METADATA_LIMIT
 
@@ -30,7 +30,7 @@ class BoundedLines:
             self._left -= len(line)
             if self._left < 0:
                 raise SourceError(
-                    f"Manifest {self._uri}: the row at line {self._number} is longer than "
+                    f"{self._name}: the row at line {self._number} is longer than "
                     f"{METADATA_LIMIT >> 20} MiB: shorten or remove it."
                 )
             yield line

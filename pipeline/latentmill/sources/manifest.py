@@ -86,10 +86,11 @@ class ManifestSource:
     `talks/one#12.5-17.25`. Lhotse cuts and NeMo manifests need no conversion.
     """
 
-    def __init__(self, uri: str, columns: Columns = Columns()) -> None:
+    def __init__(self, uri: str, columns: Columns = Columns(), what: str = "Manifest") -> None:
         self._place = Place(uri)
         self._columns = columns
         self.uri = self._place.uri
+        self._name = f"{what} {self.uri}"  # in messages
         self.ignored: Counter[str] = Counter()
         self._folder = posixpath.dirname(self.uri)
         self._below = self._folder.rstrip("/") + "/"
@@ -103,7 +104,7 @@ class ManifestSource:
             yield item
         if not found:
             raise SourceError(
-                f"Manifest {self.uri} has no rows with a path: check the file and --path-column."
+                f"{self._name} has no rows with a path: check the file and --path-column."
             )
 
     def rows(self) -> Iterator[Row]:
@@ -114,16 +115,12 @@ class ManifestSource:
         read = {"csv": self._csv, "tsv": self._csv, "jsonl": self._jsonl, "parquet": self._parquet}
         try:
             if self._place.kind() != "file":
-                raise SourceError(
-                    f"Manifest {self.uri} does not exist or is not a file: check the path."
-                )
+                raise SourceError(f"{self._name} does not exist or is not a file: check the path.")
             yield from read[manifest_format(self.uri) or "jsonl"]()
         except (*storage_errors(), *_BROKEN) as error:
-            raise SourceError(f"Manifest {self.uri} cannot be read: {cause_of(error)}.") from error
+            raise SourceError(f"{self._name} cannot be read: {cause_of(error)}.") from error
         except UnicodeDecodeError as error:
-            raise SourceError(
-                f"Manifest {self.uri} is not UTF-8 text: convert it to UTF-8."
-            ) from error
+            raise SourceError(f"{self._name} is not UTF-8 text: convert it to UTF-8.") from error
 
     def _items(self) -> Iterator[Item]:
         builders: dict[tuple[str, ...], _Builder] = {}
@@ -140,7 +137,7 @@ class ManifestSource:
         if lhotse.is_cut(row):
             return self._item_of_cut
         names = list(row)
-        where = f"Manifest {self.uri}"
+        where = self._name
         given = {
             name: value
             for name, value in dataclasses.asdict(self._columns).items()
@@ -207,7 +204,7 @@ class ManifestSource:
             return None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise SourceError(
-                f"Manifest {self.uri} has an invalid Lhotse cut in {place}: correct or remove it."
+                f"{self._name} has an invalid Lhotse cut in {place}: correct or remove it."
             ) from error
         uri, _ = self._locate(cut.path, place)
         return Item(
@@ -232,9 +229,7 @@ class ManifestSource:
             return name if segment is None else f"{name}#{segment_text(segment, '-')}"
         value = row.get(column)
         if value is None or value == "":
-            raise SourceError(
-                f"Manifest {self.uri} has no {column} in {place}: add it or remove the row."
-            )
+            raise SourceError(f"{self._name} has no {column} in {place}: add it or remove the row.")
         return as_key(str(value))
 
     def _locate(self, path: str, place: str) -> tuple[str, str]:
@@ -242,12 +237,12 @@ class ManifestSource:
         _, is_url, rest = path.partition("://")
         if (is_url and "::" in path) or "\0" in path or not is_text(path):
             raise SourceError(
-                f"Manifest {self.uri} has an invalid path in {place}: {path!r} is not a plain "
+                f"{self._name} has an invalid path in {place}: {path!r} is not a plain "
                 "path or URL; correct it."
             )
         marked = "?" in path or "@" in path or ";" in path or "#" in path
         if marked or path.startswith("//") or (is_url and may_hold_secrets(rest)):
-            refuse_secrets(f"Manifest {self.uri}, {place}: URL", path, SourceError)
+            refuse_secrets(f"{self._name}, {place}: URL", path, SourceError)
         if path.startswith("file://"):
             path = path_of_file_url(path)
         if "://" in path:
@@ -282,7 +277,7 @@ class ManifestSource:
             seconds = math.nan
         if not 0 <= seconds < 1e9:
             raise SourceError(
-                f"Manifest {self.uri} has an invalid {column} in {place}: {value!r} is not a "
+                f"{self._name} has an invalid {column} in {place}: {value!r} is not a "
                 "number of seconds; correct it."
             )
         return round(seconds, 6)
@@ -304,7 +299,7 @@ class ManifestSource:
         style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
         csv.field_size_limit(METADATA_LIMIT)  # the default is 128 KiB
         with self._text() as file:
-            lines = BoundedLines(file, self.uri)
+            lines = BoundedLines(file, self._name)
             reader = csv.reader(lines, strict=True, **style)
             names: list[str] | None = None
             line = 1  # on which the row begins; quoted cells may span lines
@@ -322,12 +317,12 @@ class ManifestSource:
                     line = reader.line_num + 1
             except csv.Error as error:
                 raise SourceError(
-                    f"Manifest {self.uri} is not valid CSV in line {line}: {error}; correct it."
+                    f"{self._name} is not valid CSV in line {line}: {error}; correct it."
                 ) from error
 
     def _jsonl(self) -> Iterator[Row]:
         with self._text() as file:
-            lines = BoundedLines(file, self.uri)
+            lines = BoundedLines(file, self._name)
             for number, line in enumerate(lines, 1):
                 lines.next_row()
                 if not line.strip():
@@ -336,17 +331,17 @@ class ManifestSource:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
                     raise SourceError(
-                        f"Manifest {self.uri} is not valid JSON in line {number}: write one object "
+                        f"{self._name} is not valid JSON in line {number}: write one object "
                         "per line."
                     ) from error
                 if not isinstance(row, dict):
                     raise SourceError(
-                        f"Manifest {self.uri}: line {number} is not a JSON object: write one "
+                        f"{self._name}: line {number} is not a JSON object: write one "
                         "object per line."
                     )
                 if is_too_deep(row):
                     raise SourceError(
-                        f"Manifest {self.uri}: the object in line {number} is nested more than "
+                        f"{self._name}: the object in line {number} is nested more than "
                         f"{MAX_NESTING} levels deep: simplify or remove it."
                     )
                 yield f"line {number}", row

@@ -6,14 +6,14 @@ import contextlib
 import datetime
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import xxhash
 
-from latentmill.errors import StoreError
+from latentmill.errors import StorageError, StoreError
 from latentmill.record import Outcome, Record, time_major_bytes
 from latentmill.storage.storage import Storage, writing
 from latentmill.store.formats import open_writer
@@ -280,6 +280,19 @@ class SealHash:
 
 def _content(commit: Commit) -> bytes:
     return commit.model_dump_json(exclude_none=True).encode()
+
+
+def write_new(storage: Storage, path: str, attempt: Callable[[], bool]) -> None:
+    """Write a file by `create` or `publish`; one that a killed process has left is deleted.
+
+    Raises StorageError if another process writes it at the same time.
+    """
+    if not attempt():
+        storage.delete(path)
+        if not attempt():
+            raise StorageError(
+                f"Another process is writing to {storage.root}/{path}: wait until it has ended."
+            )
 
 
 def hash_of(file: BinaryIO) -> str:

@@ -34,7 +34,7 @@ from latentmill.store.annotations import (
     kind_of_value,
     wider,
 )
-from latentmill.store.commit import hash_of
+from latentmill.store.commit import hash_of, write_new
 from latentmill.store.fields import damaged_shard, parse_member, read_columns
 from latentmill.store.index import Index
 from latentmill.store.schema import RECORD_SCHEMA, json_text
@@ -90,14 +90,15 @@ def publish_metadata(
         return publish(storage, file)
 
 
-def publish(storage: Storage, file: Path) -> tuple[str, str]:
-    """Move a local file into a store as its metadata file; return its name and its whole hash."""
+def publish(
+    storage: Storage, file: Path, name: str = "metadata", suffix: str = "parquet"
+) -> tuple[str, str]:
+    """Move a local file into a store as NAME.HASH.SUFFIX; return its path and its whole hash."""
     with file.open("rb") as written:
         digest = hash_of(written)
-    path = f"metadata.{digest[:16]}.parquet"
-    if not storage.publish(file, path) and not has_hash(storage, path, digest):
-        storage.delete(path)  # named by its hash, so it is damaged
-        storage.publish(file, path)
+    path = f"{name}.{digest[:16]}.{suffix}"
+    # A file of this name with another hash is damaged.
+    write_new(storage, path, lambda: storage.publish(file, path) or has_hash(storage, path, digest))
     return path, digest
 
 

@@ -243,7 +243,9 @@ class Commit(Document):
 class DatasetInfo(Document):
     """Description of a store: dataset.json (the seal), written when a run is complete."""
 
-    format_version: Literal[1, 2, 3] = Field(2, description="3 for a view.")
+    format_version: Literal[1, 2, 3] = Field(
+        2, description="3 for a view and for a store with annotations, 2 for other stores."
+    )
     latentmill_version: str
     format: ShardFormat
     layout: Literal["time-major", "chunks"] = Field(
@@ -314,8 +316,11 @@ class DatasetInfo(Document):
         channels = self.model["latent_channels"]
         if not len(self.mean) == len(self.std) == channels:
             raise ValueError("mean and std do not match the model's number of channels")
-        if (self.format_version == 3) != bool(self.bases):
-            raise ValueError("a view has format version 3 and at least one base")
+        if self.format_version == 3:
+            if not self.bases and self.annotation is None:
+                raise ValueError("a store of format version 3 has bases or annotations")
+        elif self.bases:
+            raise ValueError("a view has format version 3")
         return self
 
 

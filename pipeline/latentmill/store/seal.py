@@ -139,11 +139,16 @@ def seal(storage: Storage, plan: Plan, *, shards: Storage | None = None) -> Data
 
 
 def write_seal(storage: Storage, info: DatasetInfo) -> None:
-    """Replace dataset.json. Fields that only some stores have are not written for the others."""
+    """Replace dataset.json. Fields that only some stores have are not written for the others.
+
+    Earlier versions refuse stores of format version 3, and would call such fields damaged.
+    """
+    version = 3 if info.bases or info.annotation else 2
     unused = {"seams", "linearity"} | ({"annotation"} if info.annotation is None else set())
     unused |= {"field"} if info.field is None else set()
     unused |= set() if info.bases else VIEW_FIELDS
-    storage.write(DATASET_PATH, info.model_dump_json(indent=2, exclude=unused).encode())
+    written = info.model_copy(update={"format_version": version})
+    storage.write(DATASET_PATH, written.model_dump_json(indent=2, exclude=unused).encode())
 
 
 def read_seal(storage: Storage) -> DatasetInfo | None:

@@ -284,6 +284,7 @@ _INDEPENDENT = {
     "latentmill_version",
     "index",
     "index_hash",
+    "format_version",
     "metadata",
     "metadata_hash",
     "annotation",
@@ -301,7 +302,7 @@ def _differences(expected: DatasetInfo, found: DatasetInfo) -> list[str]:
     """Return the names of the fields that differ."""
     names = DatasetInfo.model_fields.keys() - _INDEPENDENT
     if found.format_version == 1:
-        names -= {"format_version", "seal"}
+        names -= {"seal"}
     differing = []
     for name in sorted(names):
         left, right = getattr(expected, name), getattr(found, name)
