@@ -239,3 +239,13 @@ def test_reader_without_its_peers(tmp_path: Path) -> None:
     assert set(result["readers"]) == set(names)
     assert all(one["crops_per_second"] > 0 for one in result["readers"].values())
     assert result["required"]["crops_over_best_peer"] > 1
+
+
+@pytest.mark.slow
+def test_fields(tmp_path: Path) -> None:
+    sizes = ["--items", "20", "--captions", "50", "--records", "2000", "--rounds", "1"]
+    script("fields", *sizes, "--results", str(tmp_path))
+    result = json.loads((tmp_path / "fields.json").read_text())
+    assert {*result["read"]["samples_a_second"]} == {"latents", "all", "codec", "text", "clap"}
+    assert 0 < result["size"]["saved"] < 1
+    assert result["opening"]["records"] == 2000
