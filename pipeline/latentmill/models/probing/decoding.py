@@ -21,7 +21,8 @@ def lengths(model: Subject) -> Promise:
     spec, latents = model.claimed, model.encode(model.one)
     promise = Promise("decoding", "every length up to samples(frames)", "every length")
     for frames in sorted({2, 3, min(9, latents.shape[-1])}):
-        part, longest = latents[..., :frames].contiguous(), spec.samples(frames)
+        part = latents[..., :frames].contiguous().to(model.device)
+        longest = spec.samples(frames)
         for samples in (longest, longest - min(7, longest // 2)):
             given = model.loaded.decode(part, samples)
             shape, wanted = list(given.shape), [1, spec.channels, samples]

@@ -61,6 +61,7 @@ class Subject:
         claimed: The model's spec.
         spec: The same with measured values in place of wrong ones.
         one: Music `[1, C, T]` of about a second; `other` is other music of the same length.
+        device: Device of the latents.
         values: Set when latents of music are measured.
         repeats: Set when equal calls of `encode` are compared.
     """
@@ -71,15 +72,19 @@ class Subject:
         length = self.spec.padded(self.spec.samples(_frames(self.spec)))
         self.one = audio[None, :, :length].contiguous()
         self.other = audio[None, :, audio.shape[1] - length :].flip(-1)
+        self.device = audio.device
         self.values: LatentValues | None = None
         self.repeats: Repeatability | None = None
 
     def encode(self, audio: Tensor) -> Tensor:
         """Encode a copy, because a model may change it."""
-        return self.loaded.encode(audio.clone()).float().cpu()
+        latents = self.loaded.encode(audio.clone())
+        self.device = latents.device
+        return latents.float().cpu()
 
     def decode(self, latents: Tensor, samples: int, seed: int = 0) -> Tensor:
-        return self.loaded.decode(latents, samples, seed=seed).float().cpu()
+        """Decode latents on the device on which `encode` returned them."""
+        return self.loaded.decode(latents.to(self.device), samples, seed=seed).float().cpu()
 
     def around(self) -> tuple[Tensor, Tensor]:
         """Neighbours in a batch: a loud one and a quiet one."""
