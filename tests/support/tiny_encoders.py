@@ -17,6 +17,10 @@ def write_encoders(root: Path) -> None:
     write_bert(root / "bert")
     write_gpt(root / "gpt")
     write_clap(root / "clap")
+    write_clap(root / "clap-fused", fusion=True)
+    write_wav2vec(root / "wav2vec2", "Wav2Vec2")
+    write_wav2vec(root / "hubert", "Hubert", feat_extract_norm="layer", do_stable_layer_norm=True)
+    write_wav2vec(root / "wavlm", "WavLM")
 
 
 def write_t5(folder: Path, *, umt5: bool = False, seed: int = 0, **saving: Any) -> None:
@@ -102,6 +106,25 @@ def write_clap(folder: Path, seed: int = 0, *, fusion: bool = False) -> None:
     tokenizer.save_pretrained(folder)
     truncation = "fusion" if fusion else "rand_trunc"
     ClapFeatureExtractor(truncation=truncation).save_pretrained(folder)
+
+
+def write_wav2vec(folder: Path, kind: str, seed: int = 0, **config: Any) -> None:
+    """A `Wav2Vec2`, `Hubert` or `WavLM` with the kernels and strides of the published ones."""
+    import transformers
+
+    torch.manual_seed(seed)
+    small = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2}
+    made = getattr(transformers, f"{kind}Config")(
+        num_attention_heads=3,
+        conv_dim=[8] * 7,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=3,
+        **small,
+        **config,
+    )
+    getattr(transformers, f"{kind}Model")(made).save_pretrained(folder)
+    normalise = config.get("feat_extract_norm") == "layer"
+    transformers.Wav2Vec2FeatureExtractor(do_normalize=normalise).save_pretrained(folder)
 
 
 def byte_vocabulary(*special: str) -> dict[str, int]:

@@ -223,7 +223,13 @@ class Chunker:
                 yield self._chunk(start, short or self._model_samples)
             return
         frames = spec.frames(spec.padded(total))
-        if spec.samples(frames) > covered:
+        if (
+            spec.samples(frames) > covered
+            and spec.short_last_chunk
+            and spec.hop == chunking.samples
+        ):
+            yield self._chunk(covered, spec.padded(total - covered))  # a frame is a whole window
+        elif spec.samples(frames) > covered:
             yield self._chunk(spec.samples(frames) - chunking.samples, self._model_samples)
 
     def _new(self, samples: int) -> FloatArray:

@@ -147,6 +147,22 @@ FAMILIES = {
         placeholder="PATH",
     ),
 }
+# Models of audio that cannot decode; their names are in `FAMILIES`, too.
+ENCODERS = {
+    "clap": BuiltIn(
+        "latentmill.models.families.audio_encoder:build_clap",
+        "one vector of audio, or one for each 10 s, by CLAP, 48 kHz mono",
+        _TRANSFORMERS,
+        "laion/larger_clap_music",
+    ),
+    "audio": BuiltIn(
+        "latentmill.models.families.audio_encoder:build_audio",
+        "frames of wav2vec 2.0, HuBERT, WavLM and models like them, 16 kHz mono, 50 frames/s",
+        _TRANSFORMERS,
+        "facebook/hubert-base-ls960",
+    ),
+}
+FAMILIES |= ENCODERS
 # The models whose input is a text: `resolve_embedder`.
 EMBEDDERS = {
     "t5": BuiltIn(

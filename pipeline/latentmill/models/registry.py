@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, Union
 
 from latentmill.errors import ModelError
 from latentmill.models.base import Channels, ModelHandle, ModelSpec
-from latentmill.models.catalogue import BUILT_IN, EMBEDDERS, FAMILIES, BuiltIn
+from latentmill.models.catalogue import BUILT_IN, EMBEDDERS, ENCODERS, FAMILIES, BuiltIn
 from latentmill.models.embedder import EmbedderHandle, EmbedderSpec
 
 ENTRY_POINT_GROUP = "latentmill.models"
@@ -35,7 +35,8 @@ class ModelEntry(NamedTuple):
         name: The name.
         description: One line.
         requirement: The command that installs what it needs.
-        kind: `autoencoder`, `text embedder`, or `custom` for a model of another package.
+        kind: `autoencoder`, `audio encoder`, `text embedder`, or `custom` for a model of another
+            package.
     """
 
     name: str
@@ -52,7 +53,9 @@ def available() -> list[ModelEntry]:
     """
     named = [(name, model, "autoencoder") for name, model in BUILT_IN.items()]
     for families, kind in ((FAMILIES, "autoencoder"), (EMBEDDERS, "text embedder")):
-        named += [(f"{f}:{model.placeholder}", model, kind) for f, model in families.items()]
+        for family, model in families.items():
+            own = "audio encoder" if model in ENCODERS.values() else kind
+            named.append((f"{family}:{model.placeholder}", model, own))
     listed = [ModelEntry(name, m.description, m.requirement, kind) for name, m, kind in named]
     for name, point in sorted(_entry_points().items()):
         package = point.dist.name if point.dist else point.module

@@ -74,6 +74,8 @@ def codec_spec(
     batch_size: Mapping[str, int] | None = None,
     own_length: bool = False,
     codebook_size: int | None = None,
+    overhang: int = 0,
+    min_samples: int | None = None,
 ) -> ModelSpec:
     """The values of a family's spec that follow from a model's configuration.
 
@@ -88,9 +90,9 @@ def codec_spec(
         channels=channels,
         latent_channels=latent_channels,
         hop=hop,
-        overhang=0,
+        overhang=overhang,
         sample_multiple=1 if own_length else hop,
-        min_samples=hop,
+        min_samples=min_samples or hop,
         context=context,
         stitch=blend if context is None else "trim",
         chunk_frames=chunk_frames or max(4 * reach, round(CHUNK_SECONDS * sample_rate / hop)),

@@ -117,11 +117,14 @@ def model_config(model: str, files: ModelFiles, *model_types: str) -> Any:
         raise does_not_load(model, path, error) from error
 
 
-def load_network(model: str, files: ModelFiles, config: Any, class_: Any) -> Any:
+def load_network(
+    model: str, files: ModelFiles, config: Any, class_: Any, unused: Sequence[str] = ()
+) -> Any:
     """Build a network in float32 from its configuration and state dict, in inference mode.
 
     `from_pretrained` gets the tensors, not a path: it renames those of older releases but reads
-    no file itself. It would initialise missing tensors at random, so they are an error.
+    no file itself. It would initialise missing tensors at random, so they are an error, except
+    those of the names `unused`.
     """
     state = read_weights(model, files)
     try:
@@ -134,6 +137,7 @@ def load_network(model: str, files: ModelFiles, config: Any, class_: Any) -> Any
                 output_loading_info=True,
             )
         wrong = [*report["missing_keys"], *report["mismatched_keys"], *report["error_msgs"]]
+        wrong = [each for each in wrong if each not in unused]
         if wrong:
             raise ValueError(f"{len(wrong)} tensors are missing or do not fit, such as {wrong[0]}")
     except LOAD_ERRORS as error:
