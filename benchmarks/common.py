@@ -13,11 +13,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latentmill.models.base import ModelSpec
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 SHARED_AUDIO = ROOT.parent / "shared" / "audio"
+MUSIC = ("Hungarian*.ogg", "Karissa*.ogg", "Kevin*.ogg")  # in its folder ogg/; the rest is speech
 
 
 def machine() -> str:
@@ -50,6 +56,34 @@ def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> P
     print(json.dumps(result, indent=2))
     print(f"written to {path}")
     return path
+
+
+def recordings(audio: list[Path] | None) -> list[Path]:
+    """The files, or the music of the shared audio: noise and tones understate errors."""
+    found = audio or [path for glob in MUSIC for path in sorted((SHARED_AUDIO / "ogg").glob(glob))]
+    if not found:
+        raise SystemExit(f"no music in {SHARED_AUDIO / 'ogg'}: give recordings with --audio FILE")
+    return found
+
+
+def excerpt(file: Path, spec: ModelSpec, samples: int) -> Tensor:
+    """Audio `[1, C, samples]` of a recording as a run loads it, from the middle, at a peak of 0.95.
+
+    A recording that is too short is repeated.
+    """
+    import torch
+
+    from latentmill.audio import open_audio, open_media, prepare
+
+    with open_media(str(file)) as media:
+        stream = prepare(
+            open_audio(media), sample_rate=spec.sample_rate, channels=spec.channels
+        ).blocks()
+        audio = torch.cat([torch.from_numpy(block) for block in stream], dim=1)
+    audio = audio.repeat(1, -(-samples // audio.shape[1]))
+    start = (audio.shape[1] - samples) // 2
+    audio = audio[:, start : start + samples]
+    return 0.95 * audio[None] / audio.abs().max()
 
 
 def median(values: list[float]) -> float:

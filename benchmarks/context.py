@@ -1,12 +1,14 @@
 """Measures how many frames of context a model needs: the error of latents next to a cut.
 
-    python benchmarks/context.py [--size full] [--audio FILE] [--only mimi]
+    python benchmarks/context.py [--size narrow] [--audio FILE ...] [--only mimi]
 
-The audio is encoded as a whole, then only after a cut (`left`: how far a frame depends on earlier
+Audio is encoded as a whole, then only after a cut (`left`: how far a frame depends on earlier
 audio), then only before a cut (`right`). The table shows ||part - whole|| / ||whole|| of single
-frames by their distance from the cut. The architectures are the published ones (or, with `--size
-tiny`, those of the tests) with random weights. The reach of a convolution does not depend on the
-weights; the influence of attention, an LSTM or the edge of a chunk does.
+frames by their distance from the cut, the largest of all recordings. The recordings are music.
+THE WEIGHTS ARE RANDOM: the architectures are the published ones, by default with few channels,
+which changes no reach (`--size full`: all channels). The reach of a convolution does not depend on
+the weights; the size of an error does, and so does the influence of attention, an LSTM or the edge
+of a chunk.
 """
 
 from __future__ import annotations
@@ -15,71 +17,82 @@ import argparse
 import math
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from common import ROOT, write_result
-from latentmill.models.base import Autoencoder, ModelSpec
+from common import RESULTS, excerpt, recordings, write_result
+from latentmill.models.base import Autoencoder
 from latentmill.models.registry import resolve
 
 FRAMES = (0, 1, 2, 4, 8, 16, 32, 48, 125, 190)
-SECONDS = {"oobleck": 4, "dac": 2, "encodec": 6, "mimi": 40}  # enough for the frames in the table
+CLASSES = {
+    "oobleck": "AutoencoderOobleck",
+    "longcat": "LongCatAudioDiTVae",
+    "kvae": "AutoencoderKLKVAEAudio",
+    "minimax": "AutoencoderKLMiniMaxH3Audio",
+}
+# Settings of the width; strides, kernels, depths and attention windows are the published ones.
+NARROW: dict[str, dict[str, Any]] = {
+    "oobleck": {"encoder_hidden_size": 8, "decoder_channels": 4, "decoder_input_channels": 4},
+    "dac": {"encoder_hidden_size": 4, "decoder_hidden_size": 32, "codebook_size": 16},
+    "longcat": {"channels": 4, "latent_dim": 4, "encoder_latent_dim": 8},
+    "encodec": {"num_filters": 4, "hidden_size": 16, "codebook_size": 16},
+    "mimi": {
+        "hidden_size": 64,
+        "num_filters": 8,
+        "codebook_size": 16,
+        "codebook_dim": 8,
+        "vector_quantization_hidden_dimension": 8,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "upsample_groups": 64,
+    },
+    "kvae": {"encoder_dim": 4, "latent_dim": 64, "codebook_dim": 8, "decoder_dim": 64},
+    "minimax": {
+        "encoder_dim": 4,
+        "latent_dim": 64,
+        "latent_channels": 8,
+        "decoder_dim": 128,
+        "resblock_kernel_sizes": (3,),
+        "resblock_dilation_sizes": ((1,),),
+    },
+}
+# Enough for the frames in the table.
+SECONDS = {
+    "oobleck": 10,
+    "dac": 5,
+    "longcat": 20,
+    "encodec": 6,
+    "mimi": 40,
+    "kvae": 8,
+    "minimax": 10,
+}
 
 
-def write_full(family: str, folder: Path) -> None:
-    """Write a model repository with a published architecture and random weights."""
+def write_model(family: str, folder: Path, narrow: bool) -> None:
+    """Write a repository with a published architecture and random weights, or a narrow one."""
     import diffusers
     import transformers
-    from transformers import DacConfig, EncodecConfig, MimiConfig
 
     torch.manual_seed(0)
-    if family == "oobleck":
-        model = diffusers.AutoencoderOobleck()
-    elif family == "dac":  # the 44.1 kHz version
-        config = DacConfig(downsampling_ratios=[2, 4, 8, 8], sampling_rate=44100)
-        model = transformers.DacModel(config)
+    small = NARROW[family] if narrow else {}
+    if family == "dac":  # the 44.1 kHz version
+        published = {"downsampling_ratios": [2, 4, 8, 8], "sampling_rate": 44100}
+        model = transformers.DacModel(transformers.DacConfig(**published, **small))
         for module in model.modules():  # with its own initialisation, the output is almost zero
             if isinstance(module, torch.nn.Conv1d):
                 torch.nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
     elif family == "encodec":
-        model = transformers.EncodecModel(EncodecConfig())
+        model = transformers.EncodecModel(transformers.EncodecConfig(**small))
+    elif family == "mimi":
+        model = transformers.MimiModel(transformers.MimiConfig(**small))
     else:
-        model = transformers.MimiModel(MimiConfig())
+        strides = {"strides": [2, 4, 4, 8, 8]} if family == "longcat" else {}
+        model = getattr(diffusers, CLASSES[family])(**strides, **small)
     model.save_pretrained(folder)
-
-
-def write_tiny(family: str, folder: Path) -> None:
-    """Write the tiny repository that the tests use for a family."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from support import tiny_models
-
-    dac = {"downsampling_ratios": [2, 4, 8, 8], "sampling_rate": 44100}
-    write: dict[str, Callable[[Path], None]] = {
-        "oobleck": tiny_models.write_oobleck,
-        "dac": lambda path: tiny_models.write_dac(path, **dac),
-        "encodec": tiny_models.write_encodec,
-        "mimi": tiny_models.write_mimi,
-    }
-    write[family](folder)
-
-
-def read_audio(spec: ModelSpec, file: Path | None, samples: int) -> torch.Tensor:
-    """Load audio `[1, C, samples]` from a recording, or make noise that swells and fades."""
-    if file is None:
-        noise = torch.randn(1, spec.channels, samples, generator=torch.Generator().manual_seed(0))
-        return noise * (0.1 + 0.09 * torch.sin(torch.arange(samples) / spec.sample_rate * 7))
-    from latentmill.audio import open_audio, open_media, prepare
-
-    with open_media(str(file)) as media:
-        stream = prepare(
-            open_audio(media), sample_rate=spec.sample_rate, channels=spec.channels
-        ).blocks()
-        audio = torch.cat([torch.from_numpy(block) for block in stream], dim=1)
-    if audio.shape[1] < samples:
-        raise SystemExit(f"{file} is shorter than {samples / spec.sample_rate:.0f} s")
-    return audio[None, :, :samples]
 
 
 def beside_the_cuts(model: Autoencoder, audio: torch.Tensor) -> dict[str, dict[int, float]]:
@@ -102,33 +115,49 @@ def beside_the_cuts(model: Autoencoder, audio: torch.Tensor) -> dict[str, dict[i
     }
 
 
+def largest(tables: list[dict[str, dict[int, float]]]) -> dict[str, dict[int, float]]:
+    """The largest error of all recordings, by side and distance."""
+    return {
+        side: {n: max(table[side][n] for table in tables) for n in errors}
+        for side, errors in tables[0].items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=("full", "tiny"), default="full")
-    parser.add_argument("--audio", type=Path, help="a recording; default noise")
+    parser.add_argument("--size", choices=("narrow", "full"), default="narrow")
+    parser.add_argument("--audio", type=Path, nargs="+", help="recordings; default: shared music")
     parser.add_argument("--only", choices=sorted(SECONDS), help="one family")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    files = recordings(arguments.audio)
     table = {}
     for family in [arguments.only] if arguments.only else SECONDS:
         with tempfile.TemporaryDirectory() as folder:
-            (write_full if arguments.size == "full" else write_tiny)(family, Path(folder))
+            write_model(family, Path(folder), arguments.size == "narrow")
             model = resolve(f"{family}:{folder}").load("cpu")
         hop, rate = model.spec.hop, model.spec.sample_rate
         frames = max(4 * max(model.spec.context or (0,)), round(SECONDS[family] * rate / hop))
-        table[family] = beside_the_cuts(
-            model, read_audio(model.spec, arguments.audio, frames * hop)
+        table[family] = largest(
+            [beside_the_cuts(model, excerpt(file, model.spec, frames * hop)) for file in files]
         )
+        print(family, table[family], file=sys.stderr, flush=True)
     print("| frames from the cut | " + " | ".join(map(str, FRAMES)) + " |")
     print("|---" * (len(FRAMES) + 1) + "|")
     for family, sides in table.items():
         for side, errors in sides.items():
             cells = " | ".join(f"{errors[n]:.0e}" if n in errors else "" for n in FRAMES)
             print(f"| {family}, {side} | {cells} |")
-    if arguments.size == "full" and not arguments.only:
-        audio = arguments.audio.name if arguments.audio else "noise"
+    if not arguments.only:
         write_result(
             "context",
-            {"script": "benchmarks/context.py", "audio": audio, "relative_error": table},
+            {
+                "script": "benchmarks/context.py",
+                "weights": f"random, {arguments.size}",
+                "audio": [file.name for file in files],
+                "relative_error": table,
+            },
+            arguments.results,
         )
 
 

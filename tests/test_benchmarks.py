@@ -61,11 +61,26 @@ def script(name: str, *arguments: str) -> str:
 
 
 @pytest.mark.slow
-def test_context() -> None:
+def test_context(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    header, _, *rows = script("context", "--size", "tiny", "--only", "mimi").splitlines()
+    sf.write(tmp_path / "noise.wav", noise(3, 24000), 24000)
+    options = ["--only", "mimi", "--audio", str(tmp_path / "noise.wav")]
+    header, _, *rows = script("context", *options).splitlines()
     assert header.startswith("| frames from the cut |")
     assert [row.split("|")[1].strip() for row in rows] == ["mimi, left", "mimi, right"]
+
+
+@pytest.mark.slow
+def test_deviation(tmp_path: Path) -> None:
+    for package in ("transformers", "diffusers", "linear_cae", "music2latent"):
+        pytest.importorskip(package)
+    sf.write(tmp_path / "noise.wav", noise(3, 44100), 44100)
+    options = ["--audio", str(tmp_path / "noise.wav"), "--results", str(tmp_path)]
+    script("deviation", *options, "--only", "longcat", "encodec, 24 kHz")
+    models = json.loads((tmp_path / "deviation.json").read_text())["models"]
+    assert models["longcat"]["deviation"] < 1e-6
+    assert models["longcat"]["chunked"] < 1e-6
+    assert models["encodec, 24 kHz"]["differing_codes"] == 0
 
 
 @pytest.mark.slow
