@@ -300,6 +300,12 @@ def test_all_fields_of_a_remote_batch_are_read_in_one_round(
                 wanted, mask = whole(store, "fine", sample.key), np.True_
             assert np.array_equal(sample.fields["fine"].values, wanted)
             assert (sample.fields["fine"].mask == mask).all()
+    monkeypatch.undo()
+    options = {"crop": CROP, "fields": names, "batch_size": 2}
+    plain = DataLoader(lm.LatentStream(store.url, **options), 2)
+    with lm.Loader(lm.LatentStream(store.url, **options), workers=1) as loader:
+        for batch, one in zip(loader, plain, strict=True):  # its worker reads two at a time
+            equal(batch, one)
 
 
 @pytest.mark.parametrize("format_name", ["parquet", "webdataset"])
