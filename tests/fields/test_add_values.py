@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 import types
 from pathlib import Path
@@ -196,6 +197,27 @@ def test_tokens_of_t5(store: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(found[key], alone, atol=2e-6)
     origin = read_origin(Storage(str(store / "fields/text")))
     np.testing.assert_allclose(origin, embedder.embed([""])[0], atol=2e-6)
+
+
+def test_what_tasks_of_a_cluster_are_given_computes_the_same(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an address, units are computed by a task that is pickled; here without Ray."""
+    from latentmill.engine import tasks
+    from support.tiny_encoders import write_t5
+
+    def pickled(function: Any, units: Any, address: str | None) -> Any:
+        assert address == "auto"
+        return map(pickle.loads(pickle.dumps(function)), units)
+
+    write_t5(tmp_path / "t5")
+    monkeypatch.setattr(tasks, "map_in_tasks", pickled)
+    for name, address in (("alone", None), ("tasks", "auto")):
+        options = {"address": address, "precision": "float32"}
+        add(store, name, model=f"t5:{tmp_path / 't5'}", **options)
+    alone, found = values(store, "alone"), values(store, "tasks")
+    assert alone.keys() == found.keys()
+    assert all(np.array_equal(alone[key], found[key]) for key in alone)
 
 
 def test_the_latents(store: Path) -> None:
