@@ -140,3 +140,11 @@ def test_plots_need_matplotlib(store: LatentStore, monkeypatch, one_sentence) ->
     with pytest.raises(ConfigError) as error:
         store["north/bass"].plot()
     assert "pip install 'latentmill[plots]'" in one_sentence(error.value)
+
+
+def test_a_view_names_its_bases(store: LatentStore, tmp_path: Path) -> None:
+    keys = list(store.keys())[1:]
+    lm.select(store, tmp_path / "view", keys=keys)
+    shown = lm.open(tmp_path / "view")._repr_html_()
+    assert f"bases</th><td style='text-align:left'>&#x27;{store.url}&#x27;</td>" in shown
+    assert "left_out</th><td style='text-align:left'>1</td>" in shown

@@ -87,4 +87,7 @@ def described(url: str, info: DatasetInfo | None, *, sealed: bool) -> Mapping[st
         }
         if info.failed:
             facts["failed"] = info.failed
+        if info.bases:
+            facts["bases"] = ", ".join(repr(base.url) for base in info.bases)
+            facts["left_out"] = info.skipped
     return facts if sealed else facts | {"complete": False}

@@ -25,4 +25,5 @@ class Shown:
             f"<td style='text-align:left'>{html.escape(printable(str(value)))}</td></tr>"
             for name, value in self.shown().items()
         )
-        return f"<table><caption>{type(self).__name__}</caption><tbody>{rows}</tbody></table>"
+        caption = f"<caption style='text-align:left'>{type(self).__name__}</caption>"
+        return f"<table>{caption}<tbody>{rows}</tbody></table>"
