@@ -86,7 +86,8 @@ class RunConfig(SourceSettings):
     )
     stitch: Annotated[Stitch | None, _MODEL] = Field(
         None,
-        description="How to join the chunks of an item: trim, crossfade or none (keep them). "
+        description="How to join the chunks of an item: trim, crossfade, none (keep them) or state "
+        "(each chunk continues from the state of a causal model after the one before). "
         "[default: the model's]",
     )
     chunk_seconds: Annotated[float | None, _MODEL] = Field(

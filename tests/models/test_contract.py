@@ -24,11 +24,11 @@ from latentmill.encoding.encoder import UnitEncoder
 from latentmill.encoding.fingerprint import fingerprint
 from latentmill.encoding.timings import Meter
 from latentmill.encoding.unit_audio import EncodeSettings, Loading, LocalAudio
-from latentmill.errors import ModelError
+from latentmill.errors import ConfigError, ModelError
 from latentmill.evaluation.metrics import additivity, homogeneity
 from latentmill.evaluation.probe import probe
 from latentmill.models import base as model_base
-from latentmill.models.base import Autoencoder, Channels, ModelHandle, ModelSpec
+from latentmill.models.base import Autoencoder, Channels, ModelHandle, ModelSpec, Stitch
 from latentmill.models.registry import resolve, weights_of
 from latentmill.sources.folder import FolderSource
 from support.chunked import encode_chunked, encode_whole
@@ -198,18 +198,27 @@ def test_encode_is_deterministic(model: Autoencoder, handle: ModelHandle, spec: 
     assert torch.equal(travelled.load("cpu").encode(x), first)
 
 
-def test_trimmed_chunks_are_the_whole(case: Case, model: Autoencoder, spec: ModelSpec) -> None:
+@pytest.mark.parametrize("stitch", ["trim", "state"])
+def test_stitched_chunks_are_the_whole(
+    case: Case, model: Autoencoder, spec: ModelSpec, stitch: Stitch
+) -> None:
     if spec.context is None:
         pytest.skip("no context suffices: stitched by crossfade")
+    if stitch == "state" and not spec.step_frames:
+        with pytest.raises(ConfigError, match="use --stitch trim"):
+            Chunking.for_model(spec, stitch="state")
+        return
+    seam = case.seam if stitch == "trim" else min(case.seam, 1e-6)
     frames = 2 * spec.overlap_frames + 1
-    chunking = Chunking.for_model(spec, seconds=spec.samples(frames) / spec.sample_rate)
+    seconds = spec.samples(frames) / spec.sample_rate
+    chunking = Chunking.for_model(spec, stitch=stitch, seconds=seconds)
     assert chunking.samples == spec.samples(frames)
     x = audio(spec, blocks=int(2.6 * chunking.samples / spec.sample_multiple))[0]
     whole = encode_whole(model, x)
     chunked = encode_chunked(model, x, chunking)
-    assert distance(chunked, whole) <= case.seam
+    assert distance(chunked, whole) <= seam
     worst = (chunked - whole).norm(dim=0).max() / whole.norm(dim=0).mean()
-    assert worst <= 3 * case.seam
+    assert worst <= 3 * seam
 
 
 @pytest.mark.parametrize("chunks", [1, 2])

@@ -16,6 +16,7 @@ from latentmill.errors import ConfigError
 from latentmill.ops import Origin, fade
 from latentmill.reader.collate import collate
 from latentmill.reader.dataset import LatentDataset
+from latentmill.reader.loader import Loader
 from latentmill.reader.normalize import Normalize
 from latentmill.reader.sample import Sample, sample_random
 from latentmill.reader.transforms import DrawFromPosterior, RandomFade, RandomGain
@@ -130,6 +131,46 @@ def test_latents_are_drawn_around_the_mean() -> None:
     assert np.allclose(drawn.std(axis=1), [0, 0.5, 3], rtol=0.05)
 
 
+def test_drawing_depends_on_seed_epoch_and_position_alone(tmp_path: Path) -> None:
+    """The noise of all samples of two epochs, which is standard normal, and that of two workers."""
+    frames, count = 400, 12
+    latents = [
+        np.concatenate([np.full((2, frames), n), np.full((2, frames), 1 + n)]).astype(np.float16)
+        for n in range(count)
+    ]
+    store = write_latents(
+        str(tmp_path), [frames] * count, latents=latents, model={"posterior": "mean+std"}
+    )
+
+    keys = list(store.keys())
+
+    def noise(epoch: int, seed: int = 0, workers: int = 0) -> np.ndarray:
+        dataset = LatentDataset(store, crop=100, seed=seed, transforms=[DrawFromPosterior()])
+        loader = Loader(dataset, batch_size=4, workers=workers)
+        loader.set_epoch(epoch)
+        drawn = {}
+        for batch in loader:
+            assert batch["latents"].shape == (4, 2, 100)
+            for key, position, latent in zip(
+                batch["key"], batch["position"], batch["latents"].numpy(), strict=True
+            ):
+                number = keys.index(key)
+                drawn[int(position)] = (latent - number) / (1 + number)
+        return np.stack([drawn[position] for position in sorted(drawn)])
+
+    first = noise(0)
+    assert np.array_equal(noise(0), first)
+    assert np.array_equal(noise(0, workers=2), first)
+    both = np.stack([first, noise(1), noise(0, seed=1)])
+    assert abs(both.mean()) < 4 / both.size**0.5
+    assert both.std() == pytest.approx(1, abs=0.05)
+    assert (both**3).mean() == pytest.approx(0, abs=0.2)
+    assert (both**4).mean() == pytest.approx(3, abs=0.4)
+    rows = both.reshape(-1, 100)
+    correlations = np.corrcoef(rows) - np.eye(len(rows))
+    assert np.abs(correlations).max() < 0.6  # no two samples, epochs or seeds share noise
+
+
 @pytest.mark.parametrize("by", ["channel", "overall", "scale"])
 def test_a_posterior_is_drawn_from_before_or_after_normalising(by: str, tmp_path: Path) -> None:
     random, lengths = np.random.default_rng(2), [30, 50, 40]
@@ -169,7 +210,7 @@ def test_a_posterior_is_drawn_from_before_or_after_normalising(by: str, tmp_path
         (lambda: RandomGain((3, -3)), "from low to high"),
         (lambda: RandomGain((-np.inf, 0)), "from low to high"),
         (lambda: RandomFade(-1), "needs a number of frames"),
-        (lambda: DrawFromPosterior()(sample(), np.random.default_rng()), "no standard deviations"),
+        (lambda: DrawFromPosterior()(sample(), np.random.default_rng()), "posterior=mean+std"),
         (lambda: RandomFade(2)(sample(origin=None), np.random.default_rng()), "keep `origin`"),
     ],
 )

@@ -100,9 +100,10 @@ def write_encodec(folder: Path, seed: int = 0, **config: Any) -> None:
     from transformers import EncodecConfig, EncodecModel
 
     torch.manual_seed(seed)
-    small = {"num_filters": 2, "hidden_size": 8, "codebook_size": 16, "target_bandwidths": [1.2]}
+    small: dict[str, Any] = {"num_filters": 2, "hidden_size": 8, "codebook_size": 16}
+    small["target_bandwidths"] = [1.2]
     # Its latents hardly move: entries near each other, so that codes do.
-    _save(EncodecModel(EncodecConfig(**small, **config)), folder, spread=0.02)
+    _save(EncodecModel(EncodecConfig(**small | config)), folder, spread=0.02)
 
 
 def write_dac(folder: Path, seed: int = 0, **config: Any) -> None:
@@ -117,24 +118,24 @@ def write_dac(folder: Path, seed: int = 0, **config: Any) -> None:
     _save(model, folder)
 
 
-def write_mimi(folder: Path, seed: int = 0) -> None:
+def write_mimi(folder: Path, seed: int = 0, **changes: Any) -> None:
     from transformers import MimiConfig, MimiModel
 
     torch.manual_seed(seed)
-    config = MimiConfig(
-        hidden_size=16,
-        num_filters=2,
-        codebook_size=16,
-        codebook_dim=8,
-        vector_quantization_hidden_dimension=8,
-        num_quantizers=3,
-        num_hidden_layers=3,
-        intermediate_size=32,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        upsample_groups=16,
-    )
-    _save(MimiModel(config), folder)
+    small: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_filters": 2,
+        "codebook_size": 16,
+        "codebook_dim": 8,
+        "vector_quantization_hidden_dimension": 8,
+        "num_quantizers": 3,
+        "num_hidden_layers": 3,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "upsample_groups": 16,
+    }
+    _save(MimiModel(MimiConfig(**small | changes)), folder)
 
 
 def write_pockettts(folder: Path, seed: int = 0, **config: Any) -> None:
@@ -156,19 +157,20 @@ def write_pockettts(folder: Path, seed: int = 0, **config: Any) -> None:
     model.save_pretrained(folder)
 
 
-def write_vibevoice(folder: Path, seed: int = 0) -> None:
+def write_vibevoice(folder: Path, seed: int = 0, **changes: Any) -> None:
     """Its blocks, which are initialised to have no effect, count."""
     from transformers import VibeVoiceAcousticTokenizerConfig, VibeVoiceAcousticTokenizerModel
 
     torch.manual_seed(seed)
-    config = VibeVoiceAcousticTokenizerConfig(
-        hidden_size=6,
-        num_filters=4,
-        downsampling_ratios=[2, 4, 5],
-        depths=[1, 1, 1, 3],
-        layer_scale_init_value=0.5,
-        initializer_range=0.3,
-    )
+    small: dict[str, Any] = {
+        "hidden_size": 6,
+        "num_filters": 4,
+        "downsampling_ratios": [2, 4, 5],
+        "depths": [1, 1, 1, 3],
+        "layer_scale_init_value": 0.5,
+        "initializer_range": 0.3,
+    }
+    config = VibeVoiceAcousticTokenizerConfig(**small | changes)
     VibeVoiceAcousticTokenizerModel(config).save_pretrained(folder)
 
 

@@ -270,7 +270,9 @@ def model(spec: ModelSpec | EmbedderSpec) -> str:
         f"({spec.hop} samples per frame)",
         "lengths": f"frames(T) = max(1, ceil((T - {spec.overhang}) / {spec.hop})), T a multiple "
         f"of {spec.sample_multiple}, at least {spec.min_samples}",
-        "chunking": f"{spec.stitch}, chunks of {chunk:.2f} s that overlap by "
+        "chunking": f"state, chunks of {chunk:.2f} s that continue from the model's state"
+        if spec.stitch == "state"
+        else f"{spec.stitch}, chunks of {chunk:.2f} s that overlap by "
         f"{spec.overlap_frames} frames: {why}",
         "decoder": "stochastic (set --seed)" if spec.stochastic_decoder else "deterministic",
         "weights": ", ".join(f"{n} {v}" for n, v in spec.provenance.items()) or "none",

@@ -134,6 +134,8 @@ def decode_blocks(
     """
     source = latent if isinstance(latent, LatentSource) else LatentSource.of(latent)
     spec = model.spec
+    if chunking.stitch == "state":  # decoding has no state, so its windows overlap
+        chunking = Chunking.for_model(spec, stitch="trim")
     chunked = len(source.shape) == 3
     most = most_samples(spec, source.shape, chunking)
     if num_samples is None:

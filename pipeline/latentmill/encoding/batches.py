@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from latentmill.encoding.chunks import Chunk, Chunking
-from latentmill.encoding.lanes import PACKING, in_turn, lanes_of, reading_order
+from latentmill.encoding.lanes import LANES, PACKING, in_turn, lanes_of, reading_order
 from latentmill.models.base import ModelSpec
 from latentmill.record import FloatArray
 from latentmill.sources.base import Item
@@ -42,18 +42,29 @@ class Packer:
     its chunks is. The batches depend on the order of the chunks alone, never on time, so that they
     are the same on every worker. A chunk waits for others of its length until the samples of four
     full batches have passed, because finished items have to wait for the item that it belongs to.
+    With `stitch: state` a chunk is in a later batch than the one before it in its item, and at most
+    `LANES` chunks wait for which a state is kept.
     """
 
     def __init__(self, chunking: Chunking, batch_size: int, packing: int = PACKING) -> None:
         self._budget = chunking.samples * batch_size
+        self._full = chunking.samples
+        self._in_sequence = chunking.stitch == "state"
         self._max_batch = MAX_ROWS if packing >= 3 else max(batch_size, 16)
         self._bins: dict[int, list[tuple[int, Chunk]]] = {}  # by length
         self._begun: dict[int, int] = {}  # samples seen when each bin was begun
+        self._continuing: dict[int, int] = {}  # length of waiting chunks for which a state is kept
         self._seen = 0
 
     def add(self, owner: int, chunk: Chunk) -> Iterator[Batch]:
         """Add a chunk, and yield the batches that are full or have waited too long."""
         length = chunk.audio.shape[1]
+        if self._in_sequence and chunk.frame:
+            if any(owner == other for other, _ in self._bins.get(self._full, ())):
+                yield self._take(self._full)
+            if len(self._continuing) == LANES:
+                yield self._take(next(iter(self._continuing.values())))
+            self._continuing[owner] = length
         waiting = self._bins.setdefault(length, [])
         self._begun.setdefault(length, self._seen)
         waiting.append((owner, chunk))
@@ -72,6 +83,8 @@ class Packer:
     def _take(self, length: int) -> Batch:
         taken = self._bins.pop(length)
         del self._begun[length]
+        for owner, _ in taken:
+            self._continuing.pop(owner, None)
         return Batch(tuple(o for o, _ in taken), tuple(c for _, c in taken))
 
 
@@ -94,8 +107,8 @@ def expected_batches(
         for number, item in lane:
             yield None  # the item is opened
             samples = round(seconds_of(item) * spec.sample_rate)
-            for length in chunk_lengths(spec, chunking, samples):
-                yield number, Chunk(0, silence[:, :length])
+            for index, length in enumerate(chunk_lengths(spec, chunking, samples)):
+                yield number, Chunk(index, silence[:, :length])
             yield None  # its audio ends
 
     def batches() -> Iterator[Batch]:
@@ -119,9 +132,9 @@ def chunk_lengths(spec: ModelSpec, chunking: Chunking, samples: int) -> Iterator
         yield spec.padded(samples)
         return
     covered = (complete - 1) * step + size
-    if chunking.stitch == "none":
+    if chunking.stitch in ("none", "state"):
         if samples > covered:
-            rest = samples - complete * step
-            yield spec.padded(rest) if spec.short_last_chunk else seen
+            own_length = chunking.stitch == "state" or spec.short_last_chunk
+            yield spec.padded(samples - complete * step) if own_length else seen
     elif spec.samples(spec.frames(spec.padded(samples))) > covered:
         yield seen

@@ -3,7 +3,8 @@
 Chunks start on multiples of the model's hop, counted from sample 0, so that stems of one song
 share the grid and their latents can be added. The last chunk is moved back to end with the audio
 (rounded up to a whole frame), because in an encoder that normalises over the chunk, a tail of zeros
-would change every frame. An item shorter than one chunk is encoded at its own length.
+would change every frame. An item shorter than one chunk is encoded at its own length, and so is
+the last chunk if the model continues from its state after the chunk before (`stitch: state`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Chunking:
 
     Attributes:
         stitch: `trim` keeps each chunk's inner frames, `crossfade` blends the overlapping
-            frames of neighbouring chunks, `none` stores the overlapping chunks unchanged.
+            frames of neighbouring chunks, `none` stores the overlapping chunks unchanged, `state`
+            encodes chunks that do not overlap, each with the model's state after the one before.
         samples: Length of a chunk in samples. The model sees `model_samples` of them.
         step: Samples from the start of one chunk to the start of the next.
         overlap: Number of latent frames that neighbouring chunks share (0 with `none`).
@@ -76,6 +78,9 @@ class Chunking:
                 f"{spec.name} returns codes, which cannot be blended: use --stitch "
                 f"{'none' if spec.context is None else 'trim'}."
             )
+        if stitch == "state":
+            _check_state(spec, samples, overlap)
+            return cls(stitch, samples, samples, 0)
         if stitch == "none":
             shared = int(samples * (0.25 if overlap is None else overlap))
             return cls(stitch, samples, samples - shared, 0)
@@ -132,6 +137,23 @@ def _decodes_whole(spec: ModelSpec, stitch: Stitch, samples: int) -> bool:
         return False
     decoded = spec.samples(spec.frames(seen))
     return decoded >= samples if stitch == "none" else decoded == samples
+
+
+def _check_state(spec: ModelSpec, samples: int, overlap: float | None) -> None:
+    if not spec.step_frames:
+        raise ConfigError(
+            f"{spec.name} cannot continue from a state, because it is not causal or does not "
+            f"return one: use --stitch {spec.stitch}."
+        )
+    if overlap:
+        raise ConfigError(
+            "With stitch state, chunks do not overlap: leave out --overlap, or use --stitch trim."
+        )
+    if spec.frames(samples) < spec.step_frames:
+        raise ConfigError(
+            f"With stitch state, chunks of {spec.name} must have at least "
+            f"{spec.samples(spec.step_frames)} samples: increase the chunk length."
+        )
 
 
 def _check_overlap(spec: ModelSpec, stitch: Stitch, frames: int, overlap: int) -> None:
@@ -216,11 +238,12 @@ class Chunker:
                 yield self._chunk(0, spec.padded(total))
             return
         covered = (self._complete - 1) * chunking.step + chunking.samples
-        if chunking.stitch == "none":
+        if chunking.stitch in ("none", "state"):
             if total > covered:
                 start = self._complete * chunking.step
-                short = spec.padded(total - start) if spec.short_last_chunk else None
-                yield self._chunk(start, short or self._model_samples)
+                own_length = chunking.stitch == "state" or spec.short_last_chunk
+                size = spec.padded(total - start) if own_length else self._model_samples
+                yield self._chunk(start, size)
             return
         frames = spec.frames(spec.padded(total))
         if (

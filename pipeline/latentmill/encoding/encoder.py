@@ -1,7 +1,9 @@
 """Encodes a unit's audio to latents: batch, encode, stitch. Uses no Ray and no storage.
 
 Chunks of many items are packed into full batches, and each item's latents are stitched. The batches
-depend on the unit's items alone, so a unit's latents are the same on every worker.
+depend on the unit's items alone, so a unit's latents are the same on every worker. With `stitch:
+state` the state after an item's chunk is kept for its next one: for the items that are read, one
+for each lane, and for at most as many last chunks that wait for a batch.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -18,7 +21,7 @@ from latentmill.encoding.batches import Batch, Packer
 from latentmill.encoding.chunks import Chunk, Chunking, Stitcher
 from latentmill.encoding.timings import Meter
 from latentmill.encoding.unit_audio import EncodeSettings, Facts, ItemEvent, Opened
-from latentmill.models.base import Autoencoder
+from latentmill.models.base import Autoencoder, StatefulAutoencoder
 from latentmill.models.checks import check_encoded
 from latentmill.models.inference.compiled import uncompiled
 from latentmill.models.inference.device_pipeline import DevicePipeline
@@ -28,6 +31,9 @@ from latentmill.sources.address import address_of
 from latentmill.sources.base import Item
 from latentmill.text.redact import redact
 
+if TYPE_CHECKING:
+    from latentmill.models.base import State
+
 
 @dataclass
 class _PendingItem:
@@ -36,9 +42,24 @@ class _PendingItem:
     item: Item
     stitcher: Stitcher
     expected: int = 0  # number of chunks packed
+    queued: int = 0  # number of chunks given to the model
     arrived: int = 0  # number of chunks that the model has encoded
     facts: Facts | None = None
     outcome: Outcome | None = None
+    state: State | None = None  # of the model after the last queued chunk
+
+    def drop_state(self) -> None:
+        """Drop the state if no chunk will need it."""
+        if self.queued == self.expected and (self.facts or self.outcome):
+            self.state = None
+
+
+@dataclass
+class _QueuedBatch:
+    """A batch in the pipeline, with the states before it (`stitch: state`)."""
+
+    batch: Batch
+    states: list[State | None]
 
 
 class UnitEncoder:
@@ -55,7 +76,7 @@ class UnitEncoder:
         self._model = model
         self._device = device
         self._pipeline = DevicePipeline(model, device, settings.precision)
-        self._queued: deque[Batch] = deque()  # in the pipeline
+        self._queued: deque[_QueuedBatch] = deque()  # in the pipeline
         self._chunking = chunking
         self._settings = settings
         self.meter = meter or Meter()
@@ -78,8 +99,10 @@ class UnitEncoder:
                     self._run(batch, pending)
             elif isinstance(event, Facts):
                 pending[number].facts = event
+                pending[number].drop_state()
             else:
                 pending[number].outcome = event
+                pending[number].drop_state()
             for outcome in self._outcomes(pending, done):
                 done += 1
                 yield outcome
@@ -92,8 +115,22 @@ class UnitEncoder:
 
     def _run(self, batch: Batch, pending: dict[int, _PendingItem]) -> None:
         audio = batch.audio(out=self._pipeline.stage(batch.shape))  # [B, C, T]
-        self._queued.append(batch)
-        self._collect(self._pipeline.push(audio), pending)
+        jobs = [pending.get(owner) for owner in batch.owners]  # None: it failed before
+        states = [None if job is None else job.state for job in jobs]
+        self._queued.append(_QueuedBatch(batch, states))
+        if self._chunking.stitch == "state":
+            start = time.perf_counter()
+            after = self._pipeline.step(audio, states)
+            self.meter.add("model_seconds", time.perf_counter() - start)
+            for job, state in zip(jobs, after, strict=True):
+                if job is not None:
+                    job.queued += 1
+                    job.state = state
+                    job.drop_state()
+            finished = self._pipeline.finished()
+        else:
+            finished = self._pipeline.push(audio)
+        self._collect(finished, pending)
         self.meter.add("audio_seconds", len(audio) * self._new_seconds(audio.shape[2]))
 
     def _collect(self, finished: Iterator[FloatArray], pending: dict[int, _PendingItem]) -> None:
@@ -104,10 +141,11 @@ class UnitEncoder:
             self.meter.add("model_seconds", time.perf_counter() - start)
             if latents is None:
                 return
-            batch = self._queued.popleft()
+            queued = self._queued.popleft()
+            batch = queued.batch
             check_encoded(self._model.spec, batch.chunks[0].audio.shape[1], latents.shape)
             if self._settings.precision != "float32" and not self._fits(latents):
-                latents = self._encode_in_float32(batch)
+                latents = self._encode_in_float32(queued, pending)
             for owner, chunk, latent in zip(batch.owners, batch.chunks, latents, strict=True):
                 job = pending.get(owner)
                 if job is not None:  # else it failed after this chunk was packed
@@ -118,12 +156,35 @@ class UnitEncoder:
         """Whether all values are finite and in the range of the stored dtype."""
         return bool(np.abs(latents).max() <= np.finfo(DTYPES[self._settings.dtype]).max)
 
-    def _encode_in_float32(self, batch: Batch) -> FloatArray:
+    def _encode_in_float32(
+        self, queued: _QueuedBatch, pending: dict[int, _PendingItem]
+    ) -> FloatArray:
         """Encode a batch again in float32, so that its items do not fail for the low precision."""
+        audio, model = torch.from_numpy(queued.batch.audio()), uncompiled(self._model)
         with numeric_mode("float32", self._device):
-            latents = uncompiled(self._model).encode(torch.from_numpy(batch.audio()))
+            if self._chunking.stitch == "state":
+                stateful = cast(StatefulAutoencoder, model)
+                latents, after = stateful.encode_step(audio, queued.states)
+                for owner, state in zip(queued.batch.owners, after, strict=True):
+                    self._replace_state(owner, state, pending)
+            else:
+                latents = model.encode(audio)
         exact: FloatArray = latents.float().cpu().numpy()
         return exact
+
+    def _replace_state(self, owner: int, state: State, pending: dict[int, _PendingItem]) -> None:
+        """Replace an item's state after the batch that was just collected.
+
+        If the next chunk is in the pipeline, it was encoded with the state of low precision. If
+        its latents do not fit for that reason, it is encoded again with this state.
+        """
+        for later in self._queued:
+            if owner in later.batch.owners:
+                later.states[later.batch.owners.index(owner)] = state
+                return
+        job = pending.get(owner)
+        if job is not None and job.state is not None:
+            job.state = state
 
     def _new_seconds(self, length: int) -> float:
         """Seconds of audio that a chunk adds, without its overlap with the previous chunk."""

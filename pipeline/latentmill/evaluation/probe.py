@@ -151,7 +151,7 @@ def _seam_samples(spec: ModelSpec, chunking: Chunking | None) -> int:
 def _seams(
     model: Autoencoder, sound: Tensor, chunking: Chunking | None, promises: list[Promise]
 ) -> Promise:
-    """Compare stitched chunks with the whole; only trimming promises that they are equal."""
+    """Compare stitched chunks with the whole; trimming and states promise that they are equal."""
     needed = ("spec", "shape", "channels", "lengths", "generators", "determinism", "context")
     wrong = [one.name for one in promises if one.name in needed and one.status != "kept"]
     spec = model.spec
@@ -165,11 +165,16 @@ def _seams(
     error = distance(encode_chunked(model, sound[:, :length], chunking), whole)
     seconds = chunking.samples / spec.sample_rate
     measured = f"{spec.stitch} of {seconds:.2f} s chunks: difference {error:.2g}"
-    if spec.stitch != "trim":
+    if spec.stitch not in ("trim", "state"):
         return Promise("seams", "not equal", measured)
     promise = Promise("seams", f"difference up to {TOLERANCE:g}", measured)
     if error <= TOLERANCE:
         return promise
+    if spec.stitch == "state":
+        return promise.broken(
+            f"Chunks that continue from a state differ from the whole item (relative difference "
+            f"{error:.2g}): encode_step must return everything that later frames depend on."
+        )
     return promise.broken(
         f"Trimmed chunks differ from the whole item (relative difference {error:.2g}), although "
         "the context is right: encode must not depend on the length of the chunk."

@@ -42,12 +42,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import torch
 
-Stitch = Literal["trim", "crossfade", "none"]
+    # What a model keeps of the earlier audio of an item, for its next chunk.
+    State: TypeAlias = tuple[torch.Tensor, ...]
+
+Stitch = Literal["trim", "crossfade", "none", "state"]
 Channels = Literal["mono", "split"]
 Value = str | int | float | bool | None
 
@@ -91,6 +94,8 @@ class ModelSpec:
         max_batch_samples: Maximum number of samples in a batch; None if only memory limits it.
         short_last_chunk: With `stitch: none`, encode the last chunk at its own length, as the
             codec does, instead of padding it with zeros; its missing frames are stored as zeros.
+        step_frames: Minimum number of frames of a chunk before the last one with `stitch: state`;
+            0 if the model has no `encode_step`.
     """
 
     name: str
@@ -113,6 +118,7 @@ class ModelSpec:
     codebook_size: int | None = None
     max_batch_samples: int | None = None
     short_last_chunk: bool = False
+    step_frames: int = 0
 
     def frames(self, num_samples: int) -> int:
         """Number of latent frames that `encode` returns for `num_samples` samples."""
@@ -169,6 +175,27 @@ class Autoencoder(Protocol):
             seed: Seed of a stochastic decoder. The noise of a frame depends only on the seed and
                 on the frame's position in the item, so that frames at equal positions share it.
             positions: Index in its item of the first frame of each batch element; default 0.
+        """
+        ...
+
+
+class StatefulAutoencoder(Autoencoder, Protocol):
+    """A causal model that encodes an item chunk after chunk; its spec has `step_frames`."""
+
+    def encode_step(
+        self, audio: torch.Tensor, states: Sequence[State | None]
+    ) -> tuple[torch.Tensor, list[State]]:
+        """Encode the next chunks `[B, C, T]` of several items to latents `[B, D, Z]`.
+
+        The latents of an item's chunks, one after the other, are those of the whole item. All
+        chunks but the last one of an item have `spec.step_frames` or more.
+
+        Args:
+            audio: As for `encode`. The items may be at different positions.
+            states: The state of each item after its previous chunk; None for its first chunk.
+
+        Returns:
+            The latents, and the state of each item after the chunk, on the model's device.
         """
         ...
 

@@ -52,7 +52,8 @@ class Origin:
         frames: E(0) of one chunk, float32 `[channels, chunk frames]`.
         chunking: Chunking of the store's items. Silence that is longer than one chunk is stitched
             from this chunk in the same way. Without it the middle frame is repeated, which is the
-            same if silence is constant away from a chunk's borders (`stitch: trim`).
+            same if silence is constant away from a chunk's borders (`stitch: trim`). With `stitch:
+            state` the last frame is repeated, because the model is causal.
         deviations: Number of the channels, at the end, that are standard deviations of the others.
         codes: Whether the latents are codes, for which there is no arithmetic.
         linearity: The linearity of the model on the store's audio, if it was measured.
@@ -93,6 +94,8 @@ class Origin:
         have = self.frames.shape[1]
         if not frames or not self.frames.any():  # as for every linear encoder
             silence = np.zeros((len(self.frames), frames), np.float32)
+        elif self.chunking is not None and self.chunking.stitch == "state":
+            silence = self.frames[:, np.arange(start, start + frames).clip(max=have - 1)]
         elif self.chunking is not None and self.chunking.stitch != "none" and total > have:
             silence = self._stitched(self.chunking, total, start, frames)
         else:

@@ -73,7 +73,10 @@ class RandomFade:
 
 @dataclass(frozen=True)
 class DrawFromPosterior:
-    """Draws a latent from a stored posterior, mean + std * noise, which halves the channels."""
+    """Draws a latent from a stored posterior, mean + std * noise, which halves the channels.
+
+    The noise is another one in each epoch, and depends on nothing but seed, epoch and position.
+    """
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
         """Draw the latent; silence that pads it later is the mean of the origin, without noise."""
@@ -81,7 +84,8 @@ class DrawFromPosterior:
         rows = origin.deviations
         if not rows:
             raise ConfigError(
-                "the latents have no standard deviations to draw from: remove DrawFromPosterior."
+                "the latents have no standard deviations to draw from: encode with --model-option "
+                "posterior=mean+std (docs/models.md), or remove DrawFromPosterior."
             )
         means, deviations = sample.latents[:-rows], sample.latents[-rows:]
         noise = random.standard_normal(means.shape, np.float32)

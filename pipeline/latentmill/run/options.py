@@ -30,7 +30,7 @@ class EncodeOptions(TypedDict, total=False):
     precision: Literal["float32", "tf32", "bf16", "fp16"] | None
     dtype: Literal["float16", "float32"] | None
     compile: bool | None
-    stitch: Literal["trim", "crossfade", "none"] | None
+    stitch: Literal["trim", "crossfade", "none", "state"] | None
     chunk_seconds: float | None
     chunk_samples: int | None
     overlap: float | None
@@ -70,7 +70,7 @@ class AddOptions(TypedDict, total=False):
     precision: Literal["float32", "tf32", "bf16", "fp16"] | None
     dtype: Literal["float16", "float32"] | None
     compile: bool | None
-    stitch: Literal["trim", "crossfade", "none"] | None
+    stitch: Literal["trim", "crossfade", "none", "state"] | None
     chunk_seconds: float | None
     chunk_samples: int | None
     overlap: float | None

@@ -18,7 +18,7 @@ from latentmill.encoding.fingerprint import version_difference
 from latentmill.encoding.lanes import PACKING
 from latentmill.errors import ConfigError, StoreError
 from latentmill.models import registry
-from latentmill.models.base import ModelHandle
+from latentmill.models.base import ModelHandle, ModelSpec, Stitch
 from latentmill.models.inference.device import pick_device
 from latentmill.models.inference.precision import pick_precision
 from latentmill.plan import (
@@ -149,9 +149,13 @@ def set_up(config: RunConfig) -> Setup:
     """Resolve a configuration without its source, and check device, model and store."""
     config = with_precision(config)
     handle = registry.resolve(config.model, config.model_options, config.channels)
+    refuse_job_folder("STORE", config.out, "an absolute path or a URL")
+    storage = Storage(config.out)
+    storage.refuse_read_only()
+    stitch = config.stitch or _stored_stitch(storage, handle.spec)
     chunking = Chunking.for_model(
         handle.spec,
-        stitch=config.stitch,
+        stitch=stitch,
         seconds=config.chunk_seconds,
         samples=config.chunk_samples,
         overlap=config.overlap,
@@ -162,10 +166,23 @@ def set_up(config: RunConfig) -> Setup:
             f"{config.model} has codes up to {largest}, but float16 is exact only for integers up "
             f"to {LARGEST_FLOAT16_CODE}: use --dtype float32."
         )
-    refuse_job_folder("STORE", config.out, "an absolute path or a URL")
-    storage = Storage(config.out)
-    storage.refuse_read_only()
+    if config.compile and chunking.stitch == "state":
+        raise ConfigError(
+            "--compile does not work with --stitch state, which is the default of "
+            f"{handle.spec.name}: use --stitch trim, or leave out --compile."
+        )
     return Setup(config, handle, chunking, storage)
+
+
+def _stored_stitch(storage: Storage, spec: ModelSpec) -> Stitch:
+    """The default way to stitch: `state` only in stores that were not planned with `trim`.
+
+    `trim` was the default before models could continue from a state, and a store continues as it
+    was planned.
+    """
+    plan = load(storage) if spec.stitch == "state" else None
+    old = plan is not None and plan.fingerprint["chunking"]["stitch"] == "trim"
+    return "trim" if old else spec.stitch
 
 
 def with_precision(config: RunConfig) -> RunConfig:

@@ -15,7 +15,7 @@ from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
 from latentmill.encoding.chunks import Chunking
-from latentmill.encoding.encoder import UnitEncoder
+from latentmill.encoding.encoder import UnitEncoder, _QueuedBatch
 from latentmill.encoding.unit_audio import EncodeSettings
 from latentmill.engine import worker
 from latentmill.engine.worker import Job
@@ -107,7 +107,7 @@ def test_a_retry_in_float32_is_not_compiled(compiled: Compiled) -> None:
         def audio(self) -> Any:
             return noise(*SHAPE).numpy()
 
-    latents = encoder._encode_in_float32(Batch())  # type: ignore[arg-type]
+    latents = encoder._encode_in_float32(_QueuedBatch(Batch(), []), {})  # type: ignore[arg-type]
     assert exact.calls == 1
     assert np.array_equal(latents, MODEL.encode(noise(*SHAPE)).numpy())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -15,6 +15,9 @@ from latentmill.errors import ModelError
 from latentmill.models.base import Context, ModelSpec, Stitch, Value
 from latentmill.models.checks import check_audio, check_device, check_latents, no_gradients
 from latentmill.models.weights import LOAD_ERRORS, ModelFiles, does_not_load, find_again
+
+if TYPE_CHECKING:
+    from latentmill.models.base import State
 
 CHUNK_SECONDS = 10.0
 
@@ -28,6 +31,16 @@ class Network(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode `[B, D, Z]` to `[B, C, Z * hop]`, or a few samples fewer."""
+        ...
+
+
+class StatefulNetwork(Network, Protocol):
+    """A causal network that encodes an item chunk after chunk."""
+
+    def encode_step(
+        self, audio: Tensor, states: Sequence[State | None]
+    ) -> tuple[Tensor, list[State]]:
+        """Encode the next chunks; see `StatefulAutoencoder`."""
         ...
 
 
@@ -76,11 +89,13 @@ def codec_spec(
     codebook_size: int | None = None,
     overhang: int = 0,
     min_samples: int | None = None,
+    step_frames: int = 0,
 ) -> ModelSpec:
     """The values of a family's spec that follow from a model's configuration.
 
     By default a chunk has 10 s and the overlap is twice the context. `own_length` means that chunks
-    of any length are encoded, so the last one is not padded.
+    of any length are encoded, so the last one is not padded. The default of models with
+    `step_frames` is `stitch: state`.
     """
     reach = 0 if context is None else context.left
     blend: Stitch = "crossfade" if codebook_size is None else "none"
@@ -94,7 +109,7 @@ def codec_spec(
         sample_multiple=1 if own_length else hop,
         min_samples=min_samples or hop,
         context=context,
-        stitch=blend if context is None else "trim",
+        stitch=blend if context is None else "state" if step_frames else "trim",
         chunk_frames=chunk_frames or max(4 * reach, round(CHUNK_SECONDS * sample_rate / hop)),
         overlap_frames=2 * reach if overlap_frames is None else overlap_frames,
         batch_size=batch_size or {"cpu": 1, "cuda": 16},
@@ -102,6 +117,7 @@ def codec_spec(
         stochastic_decoder=False,
         codebook_size=codebook_size,
         short_last_chunk=own_length,
+        step_frames=step_frames,
     )
 
 
@@ -173,6 +189,15 @@ class Codec:
         check_audio(self.spec, audio)
         latents = self._network.encode(audio.to(self._device))
         return latents.float() * self.spec.scale_factor
+
+    @no_gradients
+    def encode_step(
+        self, audio: Tensor, states: Sequence[State | None]
+    ) -> tuple[Tensor, list[State]]:
+        check_audio(self.spec, audio)
+        network = cast(StatefulNetwork, self._network)  # by `spec.step_frames`
+        latents, after = network.encode_step(audio.to(self._device), states)
+        return latents.float() * self.spec.scale_factor, after
 
     @no_gradients
     def decode(

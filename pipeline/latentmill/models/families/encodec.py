@@ -13,8 +13,9 @@ hop by reflection.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -22,7 +23,11 @@ from torch import Tensor
 
 from latentmill.models.base import Context, ModelSpec
 from latentmill.models.families.codec import CHUNK_SECONDS, codec_spec
+from latentmill.models.families.streaming import PADDING_MODES, Steps
 from latentmill.models.families.transformers_codec import Family, as_indices, build_codec
+
+if TYPE_CHECKING:
+    from latentmill.models.base import State
 
 CONTEXT = 48  # error 1e-5 of the latents' norm (random weights); the convolutions alone need 9
 # Overlap of native chunks in frames. The codec's is 1.5 of 150. With 4, the overlap of decoding
@@ -49,6 +54,16 @@ class EncodecNetwork:
         latents = self._model.encoder(audio / loudness)
         return torch.cat((latents, loudness.expand(-1, 1, latents.shape[-1])), dim=1)
 
+    def encode_step(
+        self, audio: Tensor, states: Sequence[State | None]
+    ) -> tuple[Tensor, list[State]]:
+        """Only for the causal model, which does not normalise."""
+        steps = Steps(states)
+        hidden = audio
+        for layer in self._model.encoder.layers:
+            hidden = _step(layer, hidden, steps)
+        return hidden, steps.after()
+
     def decode(self, latents: Tensor) -> Tensor:
         inner = latents[:, :-1] if self._normalise else latents
         audio: Tensor = self._model.decoder(inner)
@@ -68,11 +83,35 @@ class EncodecNetwork:
         return torch.cat((self._model.quantizer.decode(indices.transpose(0, 1)), loudness), dim=1)
 
 
+def _step(layer: Any, hidden: Tensor, steps: Steps) -> Tensor:
+    """Run a layer of the encoder on the next chunks."""
+    if hasattr(layer, "padding_total"):  # EncodecConv1d
+        padded = steps.padded(hidden, int(layer.padding_total), layer.pad_mode)
+        convolved: Tensor = layer.conv(padded)
+        return convolved
+    if hasattr(layer, "block"):  # EncodecResnetBlock
+        inner = hidden
+        for one in layer.block:
+            inner = _step(one, inner, steps)
+        return _step(layer.shortcut, hidden, steps) + inner
+    if hasattr(layer, "lstm"):  # EncodecLSTM
+        start = hidden.new_zeros(len(hidden), 2, layer.lstm.num_layers, layer.lstm.hidden_size)
+        memory = steps.before(start).permute(1, 2, 0, 3).contiguous()  # [2, layers, B, size]
+        sequence = hidden.permute(2, 0, 1)
+        processed, (output, cell) = layer.lstm(sequence, (memory[0], memory[1]))
+        steps.keep(torch.stack((output, cell)).permute(2, 0, 1, 3))
+        remembered: Tensor = processed + sequence
+        return remembered.permute(1, 2, 0)
+    result: Tensor = layer(hidden)
+    return result
+
+
 def _spec(config: Any, codes: bool) -> ModelSpec:
     hop, rate = config.hop_length, config.sampling_rate
     rows = config.num_quantizers if codes else config.hidden_size
     # Normalisation over the chunk changes all of its frames, so no context is enough.
     native = config.normalize or config.norm_type == "time_group_norm"
+    streams = config.use_causal_conv and not native and config.pad_mode in PADDING_MODES
     return codec_spec(
         "encodec",
         sample_rate=rate,
@@ -84,6 +123,7 @@ def _spec(config: Any, codes: bool) -> ModelSpec:
         overlap_frames=NATIVE_OVERLAP if native else CONTEXT,
         batch_size={"cpu": 1, "cuda": 64 if native else 16},
         own_length=native,
+        step_frames=config.last_kernel_size if streams else 0,
         codebook_size=config.codebook_size if codes else None,
     )
 

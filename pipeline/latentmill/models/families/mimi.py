@@ -12,14 +12,19 @@ minutes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from latentmill.models.base import Context, ModelSpec
 from latentmill.models.families.codec import codec_spec
+from latentmill.models.families.streaming import PADDING_MODES, transformer_step
 from latentmill.models.families.transformers_codec import Family, as_indices, build_codec
+
+if TYPE_CHECKING:
+    from latentmill.models.base import State
 
 CONTEXT_SECONDS = 10.0  # error 1e-3 of the latents' norm; 15 s give 1e-5 (random weights)
 CHUNK_SECONDS = 60.0  # a sixth of it is context
@@ -33,8 +38,13 @@ class MimiNetwork:
 
     def encode(self, audio: Tensor) -> Tensor:
         """Run encoder, transformer and downsampling."""
-        latents: Tensor = self._model.encoder(audio).latents
+        latents: Tensor = self._model.encoder(audio, use_streaming=False).latents
         return latents
+
+    def encode_step(
+        self, audio: Tensor, states: Sequence[State | None]
+    ) -> tuple[Tensor, list[State]]:
+        return transformer_step(self._model.encoder, audio, states)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Run upsampling, transformer and decoder."""
@@ -67,6 +77,7 @@ def _spec(config: Any, codes: bool) -> ModelSpec:
         overlap_frames=reach,
         batch_size={"cpu": 1, "cuda": 8},
         codebook_size=config.codebook_size if codes else None,
+        step_frames=int(config.use_causal_conv and config.pad_mode in PADDING_MODES[:2]),
     )
 
 

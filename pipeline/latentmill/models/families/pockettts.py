@@ -9,15 +9,20 @@ number of earlier ones.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from latentmill.errors import ModelError
 from latentmill.models.base import Context, ModelSpec
 from latentmill.models.families.codec import codec_spec
+from latentmill.models.families.streaming import PADDING_MODES, transformer_step
 from latentmill.models.families.transformers_codec import ContinuousFamily, build_continuous
+
+if TYPE_CHECKING:
+    from latentmill.models.base import State
 
 CHUNK_SECONDS = 20.0  # an eighth of it is context
 
@@ -32,6 +37,11 @@ class PocketNetwork:
         """Run encoder, transformer and downsampling; a configuration may stream by default."""
         latents: Tensor = self._model.encode(audio, use_streaming=False).latents  # [B, Z, D]
         return latents.transpose(1, 2)
+
+    def encode_step(
+        self, audio: Tensor, states: Sequence[State | None]
+    ) -> tuple[Tensor, list[State]]:
+        return transformer_step(self._model.encoder, audio, states)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Run projection, upsampling, transformer and decoder."""
@@ -61,6 +71,7 @@ def _spec(config: Any) -> ModelSpec:
         chunk_frames=max(4 * reach, round(CHUNK_SECONDS * rate / hop)),
         overlap_frames=reach,
         batch_size={"cpu": 1, "cuda": 16},
+        step_frames=int(config.use_causal_conv and config.pad_mode in PADDING_MODES[:2]),
     )
 
 

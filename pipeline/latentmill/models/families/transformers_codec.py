@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -15,11 +15,15 @@ from latentmill.models.families.codec import (
     CodecHandle,
     FoundCodec,
     Network,
+    StatefulNetwork,
     check_scale_factor,
     make_handle,
 )
 from latentmill.models.families.transformers_files import load_network, model_config
 from latentmill.models.weights import ModelFiles, find, import_package, parse_repo
+
+if TYPE_CHECKING:
+    from latentmill.models.base import State
 
 WANTED = {"config": ["config.json"], "weights": ["model.safetensors", "pytorch_model.bin"]}
 LENGTHS = ("stride", "kernel_size", "padding_total")  # buffers of convolutions
@@ -48,6 +52,11 @@ class QuantisedDecoder:
     def encode(self, audio: Tensor) -> Tensor:
         return self.inner.encode(audio)
 
+    def encode_step(
+        self, audio: Tensor, states: Sequence[State | None]
+    ) -> tuple[Tensor, list[State]]:
+        return cast(StatefulNetwork, self.inner).encode_step(audio, states)
+
     def decode(self, latents: Tensor) -> Tensor:
         return self.inner.decode(self.inner.dequantise(self.inner.quantise(latents)))
 
@@ -60,8 +69,16 @@ class Codes:
 
     def encode(self, audio: Tensor) -> Tensor:
         """Encode to codes; an autocast region around the call does not affect the quantiser."""
-        latents = self.inner.encode(audio)
-        with torch.autocast(audio.device.type, enabled=False):
+        return self._quantised(self.inner.encode(audio))
+
+    def encode_step(
+        self, audio: Tensor, states: Sequence[State | None]
+    ) -> tuple[Tensor, list[State]]:
+        latents, after = cast(StatefulNetwork, self.inner).encode_step(audio, states)
+        return self._quantised(latents), after
+
+    def _quantised(self, latents: Tensor) -> Tensor:
+        with torch.autocast(latents.device.type, enabled=False):
             return self.inner.quantise(latents.float())
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -9,14 +9,19 @@ batch; the latents here are without it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from latentmill.models.base import Context, ModelSpec
 from latentmill.models.families.codec import codec_spec
+from latentmill.models.families.streaming import Steps
 from latentmill.models.families.transformers_codec import ContinuousFamily, build_continuous
+
+if TYPE_CHECKING:
+    from latentmill.models.base import State
 
 SAMPLE_RATE = 24_000  # the configuration does not have it
 CHUNK_SECONDS = 30.0  # a quarter of it is context
@@ -32,9 +37,28 @@ class VibeVoiceNetwork:
         latents: Tensor = self._model.encode(audio, sample=False).latents  # [B, Z, D]
         return latents.transpose(1, 2)
 
+    def encode_step(
+        self, audio: Tensor, states: Sequence[State | None]
+    ) -> tuple[Tensor, list[State]]:
+        steps = Steps(states)
+        encoded = self._model.encode(audio, padding_cache=_Padding(steps), sample=False)
+        latents: Tensor = encoded.latents
+        return latents.transpose(1, 2), steps.after()
+
     def decode(self, latents: Tensor) -> Tensor:
         audio: Tensor = self._model.decode(latents.transpose(1, 2)).audio
         return audio
+
+
+class _Padding:
+    """Padding cache of the convolutions."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+
+    def update(self, hidden: Tensor, cache_key: str, convolution: Any) -> Tensor:
+        del cache_key
+        return self._steps.padded(hidden, convolution.left_pad, "constant")
 
 
 def _spec(config: Any) -> ModelSpec:
@@ -49,6 +73,7 @@ def _spec(config: Any) -> ModelSpec:
         chunk_frames=max(2 * reach, round(CHUNK_SECONDS * SAMPLE_RATE / hop)),
         overlap_frames=reach,
         batch_size={"cpu": 1, "cuda": 8},
+        step_frames=1,
     )
 
 

@@ -10,17 +10,22 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
-from typing import Any, ClassVar, Protocol
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from latentmill.models.base import Autoencoder
+from latentmill.models.base import Autoencoder, StatefulAutoencoder
 from latentmill.models.inference.device import trim_memory
 from latentmill.models.inference.precision import Precision, numeric_mode
 from latentmill.record import FloatArray
+
+if TYPE_CHECKING:
+    from latentmill.models.base import State
+
+    States: TypeAlias = Sequence[State | None]
 
 # Memory is trimmed after this many changes of the batches' shape: it stays bounded, and the time
 # for trimming is negligible.
@@ -170,28 +175,54 @@ class DevicePipeline:
         If the device runs out of memory, this batch and all later ones are encoded in two halves.
         If half a batch does not fit either, `torch.OutOfMemoryError` is raised.
         """
-        sent = self._transport.send(audio)
-        latents = self._encode(sent)
-        if latents is None:
-            torch.cuda.empty_cache()  # after the handler, whose traceback references activations
-            latents = self._encode(sent)
-            assert latents is not None, "it raises the second time"
-        self._pending.append(self._transport.fetch(latents))
+        self._queue(audio, None)
+        yield from self.finished()
+
+    def step(self, audio: FloatArray, states: States) -> list[State]:
+        """Queue the next chunks of several items; return their states after these chunks.
+
+        See `StatefulAutoencoder` and `push`; `finished` yields the latents.
+        """
+        return self._queue(audio, states)
+
+    def finished(self) -> Iterator[FloatArray]:
+        """Yield latents `[B, D, Z]` that are done, in order."""
         while len(self._pending) > self._transport.prefetch:
             yield self._transport.wait(self._pending.popleft())
 
-    def _encode(self, sent: Tensor) -> Tensor | None:
-        """Return the latents, or None the first time that memory runs out."""
+    def _queue(self, audio: FloatArray, states: States | None) -> list[State]:
+        sent = self._transport.send(audio)
+        encoded = self._encode(sent, states)
+        if encoded is None:
+            torch.cuda.empty_cache()  # after the handler, whose traceback references activations
+            encoded = self._encode(sent, states)
+            assert encoded is not None, "it raises the second time"
+        latents, after = encoded
+        self._pending.append(self._transport.fetch(latents))
+        return after
+
+    def _encode(self, sent: Tensor, states: States | None) -> tuple[Tensor, list[State]] | None:
+        """Return the latents and new states, or None the first time that memory runs out."""
+        size = -(-len(sent) // 2) if self._halved else len(sent)
+        latents: list[Tensor] = []
+        after: list[State] = []
         with numeric_mode(self._precision, self._device):
             try:
-                if not self._halved:
-                    return self._model.encode(sent)
-                return torch.cat([self._model.encode(half) for half in sent.chunk(2)])
+                for start in range(0, len(sent), size):
+                    part = slice(start, start + size)
+                    if states is None:
+                        latents.append(self._model.encode(sent[part]))
+                    else:
+                        model = cast(StatefulAutoencoder, self._model)
+                        encoded, new = model.encode_step(sent[part], states[part])
+                        latents.append(encoded)
+                        after += new
             except torch.OutOfMemoryError:
                 if self._halved or len(sent) == 1:
                     raise
                 self._halved = True
                 return None
+        return latents[0] if len(latents) == 1 else torch.cat(latents), after
 
     def flush(self) -> Iterator[FloatArray]:
         """Yield the latents of all batches that are still queued."""

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from latentmill.models.base import Autoencoder, ModelHandle, ModelSpec
+from latentmill.models.base import Autoencoder, ModelHandle, ModelSpec, StatefulAutoencoder
 from latentmill.models.checks import check_audio, check_latents
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from latentmill.models.base import State
 
 AUDIO_CHANNELS = 2
 
@@ -56,6 +58,21 @@ class Split:
         check_audio(self.spec, audio)
         latents = self._inner.encode(audio.flatten(0, 1)[:, None])  # [B * 2, D, Z]
         return latents.reshape(len(audio), -1, latents.shape[-1])
+
+    def encode_step(
+        self, audio: Tensor, states: Sequence[State | None]
+    ) -> tuple[Tensor, list[State]]:
+        """Encode the next chunks `[B, 2, T]`; the state of a row is the channels' states."""
+        check_audio(self.spec, audio)
+        each: list[State | None] = []
+        for state in states:
+            middle = len(state or ()) // AUDIO_CHANNELS
+            each += (None, None) if state is None else (state[:middle], state[middle:])
+        inner = cast(StatefulAutoencoder, self._inner)
+        latents, after = inner.encode_step(audio.flatten(0, 1)[:, None], each)
+        return latents.reshape(len(audio), -1, latents.shape[-1]), [
+            left + right for left, right in zip(after[::2], after[1::2], strict=True)
+        ]
 
     def decode(
         self,

@@ -67,9 +67,10 @@ def spec_faults(spec: ModelSpec) -> list[str]:
             sum(spec.context or ()) <= overlap <= spec.chunk_frames / 2
         ),
         "batch_size must have entries for cpu and cuda": set(spec.batch_size) == {"cpu", "cuda"},
-        'stitch must be "trim" if there is a context, and another one if context is None': (
-            (spec.context is None) == (spec.stitch != "trim")
+        'stitch must be "trim" or "state" if there is a context, and another one if not': (
+            (spec.context is None) == (spec.stitch not in ("trim", "state"))
         ),
+        'stitch "state" needs step_frames': spec.stitch != "state" or spec.step_frames > 0,
         "values of identity and provenance must be text, numbers, booleans or None": all(
             value is None or isinstance(value, str | int | float | bool) for value in values
         ),
