@@ -5,6 +5,7 @@ The model sleeps before every batch, so that a shard takes a second to write.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -88,7 +89,8 @@ def kill_once(args: list[str], store: Path, target: str, delay: float | None) ->
             assert code == -signal.SIGKILL, process.communicate()[1]  # it has ended before
             return half
         for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # the run has ended before
+                os.kill(pid, signal.SIGKILL)
         half = sorted(set(runs.half_written(store)) - before)
         out, err = process.communicate(timeout=runs.PATIENCE_SECONDS)
         assert process.returncode == 0, err
