@@ -17,13 +17,15 @@ import pytest
 import latentmill as lm
 from latentmill.cli import show
 from latentmill.engine import values_worker
-from latentmill.errors import ConfigError, LatentmillError, StoreError
+from latentmill.errors import ConfigError, LatentmillError, ModelError, StoreError
 from latentmill.fields.status import field_states
 from latentmill.models import embedder as protocol
 from latentmill.models.embedder import EmbedderSpec
 from latentmill.models.registry import resolve_embedder
+from latentmill.run.add_values import default_batch_size
 from latentmill.run.run import RunSummary
 from latentmill.storage.storage import Storage
+from latentmill.store.commit import iter_commits
 from latentmill.store.seal import read_origin
 from latentmill.store.store import open_store
 from support import runs
@@ -326,3 +328,83 @@ def test_the_command(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(out.out)["info"]["field"]["source"] == "metadata:prompt"
     status = runs.call(capsys, "status", store)
     assert "text" in status.out
+
+
+class Given:
+    """An embedder of latents or texts that is set by each test."""
+
+    def __init__(self, spec: EmbedderSpec, embed: Any) -> None:
+        self.spec, self._embed = spec, embed
+
+    def load(self, device: str) -> Given:
+        del device
+        return self
+
+    def embed(self, values: Any) -> list[Any]:
+        return [self._embed(value) for value in values]
+
+
+def given(monkeypatch: pytest.MonkeyPatch, spec: EmbedderSpec, embed: Any) -> str:
+    monkeypatch.setattr(peaks, "given", lambda: Given(spec, embed), raising=False)
+    return "python:peaks_of_fields:given"
+
+
+def reasons(store: Path, name: str) -> dict[str, str]:
+    commits = iter_commits(Storage(str(store / "fields" / name)))
+    return {e.key: e.reason or "" for c in commits for e in c.items if e.status == "failed"}
+
+
+def test_codes_are_stored_exactly_or_fail(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = EmbedderSpec("codes", "codes", "latents", dimensions=1)
+    largest = 2049  # float16 has no such number
+    model = given(
+        monkeypatch,
+        spec,
+        lambda v: np.arange(largest, largest - v.shape[1], -1.0)[None].astype("f"),
+    )
+    keys = set(open_store(str(store)).keys())
+    summary = add(store, "small", source="latents", model=model)
+    assert summary.exit_code == 3
+    failed = reasons(store, "small")
+    assert failed.keys() == keys
+    assert all("not exact in float16 (--dtype float32" in reason for reason in failed.values())
+    add(store, "exact", source="latents", model=model, dtype="float32")
+    assert all(latent[0, 0] == largest for latent in values(store, "exact").values())
+    assert open_store(str(store / "fields/exact")).codes
+
+
+@pytest.mark.parametrize("name", ["values.parquet", "values.jsonl"])
+def test_imported_whole_numbers_are_exact_or_fail(store: Path, tmp_path: Path, name: str) -> None:
+    one, two, three, four, _ = open_store(str(store)).keys()
+    rows = {one: [2048, 5], two: [4097, 5], three: [70000, 5], four: [2**24 + 1, 5]}
+    path = write_import(tmp_path / name, rows)
+    add(store, "half", source=str(path), model=None)
+    assert values(store, "half")[one][:, 0].tolist() == [2048, 5]
+    assert reasons(store, "half").keys() == {two, three, four}
+    assert all("--dtype float32" in reason for reason in reasons(store, "half").values())
+    add(store, "single", source=str(path), model=None, dtype="float32")
+    assert values(store, "single")[two][:, 0].tolist() == [4097, 5]
+    assert values(store, "single")[three][:, 0].tolist() == [70000, 5]
+    assert reasons(store, "single") == {four: "its whole numbers are not exact in float32"}
+
+
+def test_a_value_that_the_model_cannot_take_fails_alone(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def embed(text: str) -> Any:
+        return np.full((1, 1), 6 / len(text.replace("7", "")), np.float32)
+
+    spec = EmbedderSpec("lengths", "vector", "text", 1, batch_size={"cpu": 16})
+    summary = add(store, "lengths", model=given(monkeypatch, spec, embed))
+    texts = {r.key: r.metadata.get("prompt") for r in open_store(str(store))}
+    found = {key: latent[0, 0] for key, latent in values(store, "lengths").items()}
+    assert sorted(found.values()) == [0.75, 1.2001953125]  # of "oud solo" and "a e i"
+    failed = {key for key, text in texts.items() if text in ("", 7)}
+    assert reasons(store, "lengths").keys() == failed
+    assert all("ZeroDivisionError" in reason for reason in reasons(store, "lengths").values())
+    assert summary.exit_code == 3
+    assert not read_origin(Storage(str(store / "fields/lengths"))).any()
+    assert default_batch_size(spec, "cuda:0") == 16
+    wrong = given(monkeypatch, spec, lambda text: np.zeros((2, 1), np.float32))
+    with pytest.raises(ModelError, match="correct the spec"):
+        add(store, "wrong", model=wrong)

@@ -13,7 +13,8 @@ import numpy as np
 
 from latentmill.engine.lock import Membership
 from latentmill.engine.worker import MAX_REPORTED_FAILURES, UnitResult
-from latentmill.errors import StorageError, StoreError
+from latentmill.errors import LatentmillError, ModelError, StorageError, StoreError
+from latentmill.fields.imported import ImportedValues
 from latentmill.fields.inputs import with_inputs
 from latentmill.fields.unit import BaseCommits, FieldUnit
 from latentmill.fields.values import BaseRows, LatentValues, Values, values_of
@@ -26,8 +27,12 @@ from latentmill.store.commit import Tally, write_commit, write_unit
 from latentmill.store.schema import ORIGIN_PATH, Commit
 from latentmill.store.seal import read_origin, write_origin
 from latentmill.store.store import LatentStore
+from latentmill.text.log import get_logger
+
+_log = get_logger("add")
 
 ATTEMPTS = 3  # to write a unit
+REASON_LENGTH = 300
 _FIELDS = (
     "num_samples",
     "sample_rate",
@@ -75,6 +80,13 @@ class ValuesJob:
     fingerprint: str
     info: Mapping[str, Any]
     retry_failed: bool
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """A value that the model cannot embed."""
+
+    reason: str
 
 
 class ValuesWorker:
@@ -160,25 +172,37 @@ class ValuesWorker:
                 if values is not None
                 else list(self._values.read(base, names))
             )
-            for key, value, array in zip(names, batch, self._embed(batch), strict=True):
-                yield self._outcome(key, value, array, fields[key])
+            for key, value, found in zip(names, batch, self._embed(batch), strict=True):
+                if isinstance(found, _Refused):
+                    yield Outcome(key, "failed", found.reason)
+                else:
+                    yield self._outcome(key, value, found, fields[key])
 
     @property
     def _large(self) -> bool:
         """Whether the values of a unit are too large to be in memory together."""
         return isinstance(self._values, LatentValues)
 
-    def _embed(self, values: Sequence[Any]) -> list[FloatArray]:
-        """Embed values, in halves if the device runs out of memory."""
+    def _embed(self, values: Sequence[Any]) -> list[FloatArray | _Refused]:
+        """Embed values, in halves if the model raises: one value must not end every run."""
         import torch
 
+        model = self._model()
         try:
             with numeric_mode(self._job.precision, self._job.device):
-                return checked_embed(self._model(), values)
-        except torch.OutOfMemoryError:
+                return [*checked_embed(model, values)]
+        except LatentmillError:
+            raise
+        except torch.AcceleratorError as error:  # the process cannot use the device any more
+            raise ModelError(
+                f"Model {model.spec.name} stopped the device ({_first_line(error)}): "
+                "run again with --device cpu to see which item it fails on."
+            ) from error
+        except Exception as error:  # noqa: BLE001  a model may raise anything
             if len(values) == 1:
-                raise
-        torch.cuda.empty_cache()
+                return [_Refused(f"the model cannot take it: {_first_line(error)}")]
+        if self._job.device.startswith("cuda"):
+            torch.cuda.empty_cache()
         middle = len(values) // 2
         return self._embed(values[:middle]) + self._embed(values[middle:])
 
@@ -194,7 +218,15 @@ class ValuesWorker:
         with np.errstate(over="ignore"):
             stored = np.asfortranarray(array.astype(dtype))
         if not np.isfinite(stored).all():
-            return Outcome(key, "failed", f"its values have NaN or exceed {self._job.dtype}")
+            if self._job.dtype != "float32" and np.isfinite(array).all():
+                reason = f"its values exceed {self._job.dtype} (--dtype float32 stores those)"
+            else:
+                reason = "its values have NaN or infinity"
+            return Outcome(key, "failed", reason)
+        if not self._exact(value, array, stored):
+            advice = "" if self._job.dtype == "float32" else " (--dtype float32 stores larger ones)"
+            reason = f"its whole numbers are not exact in {self._job.dtype}{advice}"
+            return Outcome(key, "failed", reason)
         name = self._job.source.removeprefix("metadata:")
         return Outcome(
             key,
@@ -207,6 +239,12 @@ class ValuesWorker:
             ),
         )
 
+    def _exact(self, value: Any, array: FloatArray, stored: Any) -> bool:
+        """Whether codes, and imported whole numbers, are stored as they are."""
+        if isinstance(self._values, ImportedValues) and value.dtype.kind in "iu":
+            return np.array_equal(stored.astype(value.dtype), value)
+        return self._job.model.spec.kind != "codes" or np.array_equal(stored, array)
+
     def _origin(self) -> FloatArray:
         """The embedding of the empty text, or of the origin of the base store; or zeros."""
         spec, nothing = self._job.model.spec, np.zeros((self._job.model.spec.dimensions, 1))
@@ -216,7 +254,11 @@ class ValuesWorker:
             (origin,) = self._embed([read_origin(Storage(self._job.base))])
         else:
             return nothing.astype(np.float32)
-        return origin if origin.shape[1] else np.zeros((spec.dimensions, 1), np.float32)
+        if isinstance(origin, _Refused):
+            what = "empty text" if self._job.source.startswith("metadata:") else "latent of silence"
+            _log.warning("%s: the %s has zeros as its value: %s", spec.name, what, origin.reason)
+            return nothing.astype(np.float32)
+        return origin if origin.shape[1] else nothing.astype(np.float32)
 
 
 @dataclass
@@ -230,6 +272,11 @@ class UnitTask:
         if self._worker is None:
             self._worker = ValuesWorker(self.job)
         return self._worker(unit)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:REASON_LENGTH]
 
 
 def _length(value: Any) -> int:

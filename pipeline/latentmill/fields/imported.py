@@ -48,7 +48,7 @@ class Unchanged:
         return self
 
     def embed(self, values: Sequence[FloatArray]) -> list[FloatArray]:
-        return list(values)
+        return [np.asarray(value, np.float32) for value in values]
 
 
 class ImportedValues:
@@ -166,5 +166,6 @@ def _columns(names: Sequence[str], field: str) -> tuple[str, str]:
 def _checked(array: Any) -> FloatArray:
     if array.ndim not in (1, 2) or array.dtype.kind not in "fiu" or not array.shape[-1]:
         raise ValueError("a value must be numbers in one dimension, or in two: [tokens, numbers]")
-    found: FloatArray = array.astype(np.float32)
+    # Whole numbers keep their type: whether the stored ones are exact is checked later.
+    found: FloatArray = array if array.dtype.kind in "iu" else array.astype(np.float32)
     return found

@@ -84,6 +84,9 @@ def run_add_from(
     entry = FieldEntry(name, handle.spec.kind, source)
     with only_run(folder) as hold:
         setup = replace(setup, storage=hold.storage)
+        planned = base_plan(base)  # it may have been extended while this run waited for the field
+        if imported is None:
+            values = values_of(base, source)
         plan = follow_plan(setup, planned, base, entry)
         commits = iter_commits(setup.storage)
         pairs = stale_units(base, plan, setup.storage, source, commits, values)
@@ -140,6 +143,12 @@ def _setup(config: RunConfig, base: LatentStore, spec: EmbedderSpec, folder: Sto
     return Setup(with_precision(config), _Described(described), chunking, folder)
 
 
+def default_batch_size(spec: EmbedderSpec, device: str) -> int:
+    """The spec's batch size for a device; the smallest that it has if it has none for it."""
+    kind = "cuda" if device.startswith("cuda") else "cpu"
+    return spec.batch_size.get(kind) or min(spec.batch_size.values(), default=1)
+
+
 @dataclass(frozen=True)
 class _Compute:
     """Computes the units of a field, in this process or in tasks of a Ray cluster."""
@@ -184,8 +193,7 @@ class _Compute:
             model=self.handle,
             device=device,
             precision=plan.fingerprint["numeric"]["precision"],
-            batch_size=config.batch_size
-            or self.handle.spec.batch_size["cuda" if device.startswith("cuda") else "cpu"],
+            batch_size=config.batch_size or default_batch_size(self.handle.spec, device),
             dtype=config.dtype,
             format=plan.format,
             fingerprint=fingerprint(plan.fingerprint),

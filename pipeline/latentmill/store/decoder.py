@@ -84,7 +84,9 @@ class StoreDecoder:
     @property
     def codes(self) -> bool:
         """Whether the latents are discrete codes, which cannot be mixed."""
-        model = self.info.model
+        model, field = self.info.model, self.info.field
+        if field is not None and field.kind == "codes":
+            return True
         return model.get("output") == "codes" or model.get("codebook_size") is not None
 
     @property
