@@ -375,6 +375,29 @@ def test_names_of_fields(base: lm.LatentStore, tmp_path: Path, one_sentence: Any
             lm.LatentStream(base, fields=wrong)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_fields_of_another_form_cannot_be_mixed(
+    tmp_path: Path, turned: bool, one_sentence: Any
+) -> None:
+    """One vector for the item in one store, and one for each window in the other."""
+    stores = []
+    for name, count, seconds in (("one", 1, None), ("each", 3, 10.0)):
+        store = write_latents(str(tmp_path / name), [8, 9], prefix=name)
+        values = [np.full((2, count), number, np.float16) for number in range(2)]
+        write_latents(
+            f"{store.url}/fields/clap",
+            [count] * 2,
+            channels=2,
+            latents=values,
+            prefix=name,
+            field=FieldEntry("clap", "vector", "audio", seconds),
+        )
+        stores.append(store.url)
+    with pytest.raises(ConfigError, match="cannot be mixed") as refused:
+        lm.LatentDataset(stores[::-1] if turned else stores, crop=4, fields=["clap"])
+    assert "a vector for each window" in one_sentence(refused.value)
+
+
 def test_a_store_without_fields_is_not_asked_for_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from latentmill.encoding.stored import parse_json
 from latentmill.errors import ConfigError, StorageError, StoreError
 from latentmill.reader.cache import RangeCache
 from latentmill.reader.crops import CropReader
-from latentmill.reader.field_crops import Missing, StoreFields
+from latentmill.reader.field_crops import Missing, StoreFields, check_forms
 from latentmill.reader.fields import FieldReader, Where, select
 from latentmill.reader.order import Ints, random_below
 from latentmill.reader.sample import Sample, Transform, sample_random, whole_number
@@ -202,6 +202,7 @@ class Corpus:
         fields = [[store.field(name) for name in reading.fields] for store in opened]
         for same in zip(*fields, strict=True):
             check_mix(same)
+            check_forms(same)
         ranges = None if cache is None else RangeCache(os.fspath(cache), cache_gib)
         if ranges is not None:
             read = [*opened, *itertools.chain.from_iterable(fields)]

@@ -29,6 +29,26 @@ def checked_names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def form_of(store: LatentStore) -> FieldForm:
+    """What the arrays of a field are."""
+    entry = store.info.field
+    kind = entry.kind if entry is not None else "codes" if store.codes else "frames"
+    windows = entry is not None and entry.window_seconds is not None
+    return FieldForm(kind, single=kind == "vector" and not windows)
+
+
+def check_forms(stores: Sequence[LatentStore]) -> None:
+    """Raise ConfigError if fields of several stores do not have the same form."""
+    first, *others = stores
+    for store in others:
+        if form_of(store) != form_of(first):
+            raise ConfigError(
+                f"{first.url} and {store.url} cannot be mixed, because an item has "
+                f"{form_of(first)} in one and {form_of(store)} in the other: add both fields with "
+                "the same command."
+            )
+
+
 class FieldCrops(CropReader):
     """Reads the values of one field, as part of a batch that the reader of the latents reads."""
 
@@ -36,11 +56,8 @@ class FieldCrops(CropReader):
         self.name = store.url.rpartition("/")[2]
         self.folder = f"{FIELDS}/{self.name}/"
         super().__init__(store, cache)
-        entry = store.info.field
-        kind = entry.kind if entry is not None else "codes" if store.codes else "frames"
-        windows = entry is not None and entry.window_seconds is not None
-        self.form = FieldForm(kind, single=kind == "vector" and not windows)
-        self.dtype = torch.int64 if kind == "codes" else torch.float32
+        self.form = form_of(store)
+        self.dtype = torch.int64 if self.form.kind == "codes" else torch.float32
 
     def check(self, store: LatentStore) -> None:
         """Raise ConfigError if the field holds overlapping chunks (`stitch: none`)."""

@@ -44,6 +44,11 @@ class FieldForm:
     kind: str
     single: bool = False
 
+    def __str__(self) -> str:
+        if self.kind == "vector":
+            return "one vector" if self.single else "a vector for each window"
+        return self.kind
+
     @property
     def timed(self) -> bool:
         """Whether the field has a rate, so that crops are cut from it."""
