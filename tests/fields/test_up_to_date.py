@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import soundfile
 from latentmill.cli import show_status
 from latentmill.errors import StoreError
 from latentmill.fields.status import FieldStatus
+from latentmill.run import add
 from latentmill.run.add import run_add
 from latentmill.store.store import open_store
 from support import runs
@@ -166,3 +168,22 @@ def test_vectors(songs: Path, store: Path, tmp_path: Path, per_window: bool) -> 
     runs.assert_whole(store / "fields" / "v")
     with pytest.raises(StoreError, match="windows"):
         run_add(str(store), "v", given, per_window=not per_window)
+
+
+def test_the_store_is_extended_while_the_model_is_resolved(
+    songs: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The field has the plan that the store has once the run holds the field, not an older one."""
+    prepare = add.set_up
+
+    def extended(config: Any) -> Any:
+        monkeypatch.setattr(add, "set_up", prepare)
+        setup = prepare(config)
+        runs.write_songs(songs, 2, first=10)
+        encode(songs, store, unit_seconds=3.0, extend=True)
+        added(store)
+        return setup
+
+    monkeypatch.setattr(add, "set_up", extended)
+    assert added(store).info.encoded == 7
+    assert runs.latents(store / "fields" / "second").keys() == runs.latents(store).keys()

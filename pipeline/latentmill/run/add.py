@@ -88,6 +88,7 @@ def run_add(
     entry = _entry(name, setup.handle, per_window=per_window)
     with only_run(folder) as hold:
         setup = replace(setup, storage=hold.storage)
+        planned = base_plan(base)  # the store may have been extended since
         plan = follow_plan(setup, planned, base, entry)
         commits = iter_commits(setup.storage)
         pairs = stale_units(base, plan, setup.storage, entry.source, commits)
