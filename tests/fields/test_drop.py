@@ -13,6 +13,7 @@ from latentmill.engine.holder import RunProgress
 from latentmill.engine.lock import only_run
 from latentmill.engine.running import current_run
 from latentmill.errors import ConfigError, StoreError
+from latentmill.evaluation.evaluate import evaluate
 from latentmill.run.drop import drop
 from latentmill.storage.storage import Storage
 from latentmill.store.store import open_store
@@ -106,6 +107,52 @@ def test_files_of_the_user_stay(store: Path, capsys: pytest.CaptureFixture[str])
     assert (store / "fields/second/notes.txt").read_text() == "mine"
 
 
+MINE = (
+    "notes.txt",
+    "shards/mine.parquet",
+    "shards/000000.txt",
+    "commits/000000.json.bak",
+    "plan/todo.json",
+    "plan/items.csv",
+    "annotations/labels.parquet",
+    "evaluation/mine.json",
+    "evaluation/vectors.npy",
+)
+
+
+def test_files_of_the_user_in_the_folders_of_a_field_stay(
+    store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are listed, and what is left is no field: no command finds fault with it."""
+    added(store)
+    field = store / "fields/second"
+    evaluate(str(field), only=["statistics"])
+    written = set(files(field)) - {".lock"}
+    assert any(name.startswith("evaluation/vectors.") for name in written)
+    for name in MINE:
+        (field / name).parent.mkdir(exist_ok=True)
+        (field / name).write_text("mine")
+    dropped = drop(store, field="second")
+    assert dropped.files == len(written)
+    assert dropped.kept == tuple(sorted(MINE))
+    assert set(files(field)) - {".lock"} == {*MINE}
+    assert runs.call(capsys, "verify", store).code == 0
+    assert "second" not in runs.call(capsys, "status", store).out
+    assert drop(store, field="second").files == 0
+
+
+def test_a_field_that_is_not_planned_yet(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An `add` that has only taken the lock, or an empty folder, is no fault of the store."""
+    (store / "fields/empty").mkdir(parents=True)
+    with only_run(Storage(str(store / "fields" / "second"))):
+        assert (store / "fields/second").is_dir()
+        result = runs.call(capsys, "verify", store)
+        assert result.code == 0, result.out
+        status = runs.call(capsys, "status", store)
+    assert "it has no plan" not in status.out
+    assert "second" not in status.out
+
+
 def test_the_commands_on_a_store_with_damaged_fields(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,6 +164,9 @@ def test_the_commands_on_a_store_with_damaged_fields(
     shutil.copytree(fields / "second", fields / "hurt")
     shard = next((fields / "hurt/shards").iterdir())
     shard.write_bytes(shard.read_bytes()[:-1] + b"\0")
+    shutil.copytree(fields / "second", fields / "part")
+    shutil.rmtree(fields / "part/plan")
+    (fields / "part/dataset.json").unlink()
     (fields / "empty").mkdir()
     (fields / "odd\x1b[31m name").mkdir()
     (fields / "linked").symlink_to(tmp_path)
@@ -126,7 +176,8 @@ def test_the_commands_on_a_store_with_damaged_fields(
     assert result.code == 0, result.err
     assert "field     second: frames from audio by mdct, 5 encoded" in result.out
     assert "field     cut: Store" in result.out
-    assert "field     empty: it has no plan: remove it with `latentmill drop" in result.out
+    assert "field     part: it has no plan: remove it with `latentmill drop" in result.out
+    assert "empty" not in result.out
     assert "field     foreign: it has no entry `field`" in result.out
     assert "odd" not in result.out
     assert "linked" not in result.out
@@ -135,10 +186,11 @@ def test_the_commands_on_a_store_with_damaged_fields(
     assert "field second: 5 records of 5 items" in result.out
     assert "fault: field hurt: shards/" in result.out
     assert "fault: field cut: " in result.out
+    assert "fault: field part: " in result.out
     assert "field linked" not in result.out
     result = runs.call(capsys, "info", store)
-    assert "fields      cut, empty, foreign, hurt, second" in result.out
-    for name in ("cut", "hurt", "empty", "foreign"):
+    assert "fields      cut, empty, foreign, hurt, part, second" in result.out
+    for name in ("cut", "hurt", "empty", "part", "foreign"):
         assert runs.call(capsys, "drop", store, "--field", name).code == 0
     result = runs.call(capsys, "verify", store)
     assert result.code == 0, result.out

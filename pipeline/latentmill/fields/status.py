@@ -11,7 +11,7 @@ from latentmill.fields.inputs import stale_units
 from latentmill.plan import PLAN_PATH, Plan, load
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import iter_commits
-from latentmill.store.field_layout import field_names, field_storage
+from latentmill.store.field_layout import field_names, field_storage, has_parts
 from latentmill.store.seal import read_seal
 
 
@@ -59,7 +59,9 @@ def field_states(base: Storage, plan: Plan) -> Iterator[FieldStatus]:
     """The state of every field of a store. `plan` is the plan of the store."""
     for name in field_names(base):
         try:
-            yield _state(base, plan, name, field_storage(base, name))
+            storage = field_storage(base, name)
+            if has_parts(storage):
+                yield _state(base, plan, name, storage)
         except LatentmillError as error:
             yield FieldStatus(name, problem=str(error).rstrip("."))
 

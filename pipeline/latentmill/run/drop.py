@@ -15,7 +15,8 @@ from latentmill.plan import PLAN, PLAN_PATH
 from latentmill.storage.storage import SCRATCH, Storage
 from latentmill.store.annotations import ANNOTATIONS
 from latentmill.store.field_layout import field_names, field_storage
-from latentmill.store.measurement import EVALUATION
+from latentmill.store.measurement import EVALUATION, NAMES
+from latentmill.store.results import VECTORS_FILE
 from latentmill.store.schema import (
     CARD_PATH,
     COMMITS,
@@ -25,10 +26,24 @@ from latentmill.store.schema import (
     ORIGIN_PATH,
     SHARDS,
 )
+from latentmill.store.tidy import PLAN_FILE
 
 _FOLDERS = (PLAN, COMMITS, SHARDS, ANNOTATIONS, EVALUATION)
-_FILES = re.compile(
-    f"{INDEX_NAME}|{METADATA_NAME}|{'|'.join(map(re.escape, (CARD_PATH, ORIGIN_PATH)))}"
+_WRITTEN = re.compile(
+    "|".join(
+        (
+            INDEX_NAME,
+            METADATA_NAME,
+            re.escape(CARD_PATH),
+            re.escape(ORIGIN_PATH),
+            f"{PLAN}/(?:{PLAN_FILE.pattern})",
+            rf"{COMMITS}/\d+(?:\.r\d+)?\.json",
+            rf"{SHARDS}/\d+(?:\.r\d+)?\.(?:parquet|tar)",
+            rf"{ANNOTATIONS}/\d{{4,}}\.parquet",
+            rf"{EVALUATION}/(?:{'|'.join(NAMES.values())})(?:-[a-z-]+)?\.json",
+            VECTORS_FILE,
+        )
+    )
 )
 
 
@@ -88,19 +103,15 @@ def drop(store: str | os.PathLike[str], *, field: str) -> Dropped:
 
 def _files(storage: Storage) -> Iterator[tuple[str, int]]:
     """The files of a field with their sizes, in the order in which they are removed."""
-    top = storage.list("")
-    for path in (DATASET_PATH, PLAN_PATH):
-        folder, _, name = path.rpartition("/")
-        sizes = storage.list(folder) if folder else top
-        if name in sizes:
-            yield path, sizes[name]
-    for name, size in top.items():
-        if _FILES.fullmatch(name):
-            yield name, size
+    sizes = storage.list("")
     for folder in _FOLDERS:
-        for name, size in storage.list(folder).items():
-            if f"{folder}/{name}" != PLAN_PATH:
-                yield f"{folder}/{name}", size
+        sizes |= {f"{folder}/{name}": size for name, size in storage.list(folder).items()}
+    for path in (DATASET_PATH, PLAN_PATH):
+        if path in sizes:
+            yield path, sizes[path]
+    for path, size in sizes.items():
+        if _WRITTEN.fullmatch(path):
+            yield path, size
 
 
 def _refuse_links(folder: Storage) -> None:

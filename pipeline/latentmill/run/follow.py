@@ -52,7 +52,8 @@ def follow_plan(setup: Setup, planned: Plan, base: Storage, entry: FieldEntry) -
         except StoreError as error:
             raise StoreError(
                 f"{storage.root} has files but no plan, for example because `drop` was "
-                f"interrupted: run `latentmill drop {base.root} --field {entry.name}` first."
+                f"interrupted: run `latentmill drop {base.root} --field {entry.name}` first, "
+                "and move away the files that it keeps."
             ) from error
         tidy_plan(storage, None)
         plan = replace(

@@ -11,7 +11,7 @@ from latentmill.plan import PLAN_PATH, Plan, load
 from latentmill.storage.remote import is_web
 from latentmill.storage.storage import Storage
 from latentmill.store.bases import ViewStorage
-from latentmill.store.schema import DATASET_PATH
+from latentmill.store.schema import COMMITS, DATASET_PATH, SHARDS, parse_name
 from latentmill.store.seal import read_seal
 from latentmill.text.log import get_logger
 
@@ -97,6 +97,17 @@ def base_plan(base: Storage) -> Plan:
 def is_field(storage: Storage) -> bool:
     """Whether the folder of a field contains a plan or a seal."""
     return storage.exists(DATASET_PATH) or storage.exists(PLAN_PATH)
+
+
+def has_parts(storage: Storage) -> bool:
+    """Whether the folder of a field contains a field, or what is left of one.
+
+    Otherwise it has at most files of users, or the lock of an `add` that has not written its plan.
+    """
+    folders = (COMMITS, SHARDS)
+    return is_field(storage) or any(
+        parse_name(name) for folder in folders for name in storage.list(folder)
+    )
 
 
 def existing_field(base: Storage, name: str) -> str:
