@@ -127,6 +127,25 @@ def test_files_that_are_not_there_say_what_to_run(
         resolve("dac:owner/dac", {"revision": "v1"})
 
 
+def test_an_optional_file_that_may_exist_is_not_taken_as_absent(
+    cache: Path, one_sentence: Callable[[BaseException], str]
+) -> None:
+    wanted, repo = {**FILES, "extra": ["extra.json"]}, Repo("owner/dac")
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set") as caught:
+        find("dac", repo, wanted, {"extra"})
+    command = f"`hf download owner/dac extra.json --revision {COMMIT}`"
+    assert command in one_sentence(caught.value)
+    absent = cache.parents[1] / ".no_exist" / COMMIT / "extra.json"
+    absent.parent.mkdir(parents=True)
+    absent.touch()  # as huggingface_hub does after a request for it
+    assert set(find("dac", repo, wanted, {"extra"}).paths) == {"config", "weights"}
+    absent.unlink()
+    (cache / ".gitattributes").touch()  # as after `hf download owner/dac`
+    assert set(find("dac", repo, wanted, {"extra"}).paths) == {"config", "weights"}
+    (cache / "extra.json").touch()
+    assert set(find("dac", repo, wanted, {"extra"}).paths) == {"config", "weights", "extra"}
+
+
 class Quiet(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Say nothing."""

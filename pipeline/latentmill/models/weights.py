@@ -136,8 +136,8 @@ def find(
     """Find a model's files; download those that are not in the cache.
 
     `wanted` has the possible file names of each role, the preferred one first; the roles in
-    `optional` may have no file. If the repository is a local file, it is the file of the role
-    `weights`.
+    `optional` may have no file, which the hub or the cache must confirm. If the repository is a
+    local file, it is the file of the role `weights`.
     """
     names: dict[str, str] = {}
     paths: dict[str, Path] = {}
@@ -253,9 +253,13 @@ def _find_on_hub(
     optional: bool,
 ) -> tuple[str, Path] | None:
     import huggingface_hub as hub
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+    )
 
-    if optional and not hub.constants.HF_HUB_OFFLINE:
+    if optional:
         found = hub.try_to_load_from_cache(repo.location, candidates[0], revision=repo.revision)
         if found is not None and not isinstance(found, str):  # the hub said so for this commit
             return None
@@ -278,7 +282,19 @@ def _find_on_hub(
             break
     assert failure is not None, "there is at least one candidate"
     if optional and isinstance(failure, EntryNotFoundError):
-        return None
+        local = isinstance(failure, LocalEntryNotFoundError)
+        # Every repository has this file, and only a download of the whole repository includes it.
+        mark = hub.try_to_load_from_cache(repo.location, ".gitattributes", revision=repo.revision)
+        if not local or isinstance(mark, str):
+            return None
+    if optional and hub.constants.HF_HUB_OFFLINE:
+        revision = f" --revision {repo.revision}" if repo.revision else ""
+        raise ModelError(
+            f"Model {model}: it is not known on this machine whether {repo.location} has "
+            f"{candidates[0]}, and HF_HUB_OFFLINE is set: run `hf download {repo.location} "
+            f"{candidates[0]}{revision}` with network access, which records it in the cache if "
+            "there is none, or download the whole repository."
+        ) from failure
     raise ModelError(f"Model {model}: {_why(repo, wanted, candidates, failure)}.") from failure
 
 

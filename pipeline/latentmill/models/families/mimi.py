@@ -26,7 +26,7 @@ from latentmill.models.families.transformers_codec import Family, as_indices, bu
 if TYPE_CHECKING:
     from latentmill.models.base import State
 
-CONTEXT_SECONDS = 10.0  # error 1e-3 of the latents' norm; 15 s give 1e-5 (random weights)
+CONTEXT_SECONDS = 10.0  # relative error 3e-6 in docs/models.md (random weights)
 CHUNK_SECONDS = 60.0  # a sixth of it is context
 
 
