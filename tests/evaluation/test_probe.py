@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import soundfile
 import torch
 
 import latentmill as lm
-from latentmill.errors import SourceError
+from latentmill.errors import ModelError, SourceError
 from latentmill.models.base import Context, ModelSpec
+from latentmill.models.families.audio_encoder import AudioHandle
+from latentmill.models.families.hf.model import Loader
 from latentmill.models.probing.lengths import Formula, fit
+from latentmill.models.weights import ModelFiles, Repo
 from support import runs
-from support.lying_models import LIES, SPEC, Handle
+from support.lying_models import LIES, SPEC, Handle, Model, features
 
 LAMBDA = "handle"
+
+
+class WithoutDecoder(AudioHandle):
+    def load(self, device: str) -> Any:
+        return Model(self.spec, features, no_decoder)
+
+
+def no_decoder(latents: torch.Tensor, samples: int, seed: int) -> torch.Tensor:
+    raise ModelError("it cannot decode")
 
 
 def test_an_honest_model_keeps_every_promise() -> None:
@@ -50,6 +63,26 @@ def test_the_printed_spec_is_true(lie: str) -> None:
     assert corrected != made.spec
     again = lm.probe(Handle(corrected, made.encode_with, made.decode_with))
     assert [one for one in again.broken if "pickled" not in one] == []
+
+
+def test_a_range_that_is_exceeded_does_not_hide_other_promises() -> None:
+    status = {one.name: one.status for one in lm.probe(LIES["range"][0]()).promises}
+    assert {name for name, one in status.items() if one != "kept"} == {"range", "handle"}
+    reasons = {one.measured for one in lm.probe(LIES["music is NaN"][0]()).promises}
+    assert "the latents are not finite" in reasons
+
+
+def test_lengths_without_a_formula_leave_the_context_unmeasured() -> None:
+    result = lm.probe(Handle(SPEC, lambda audio: features(audio)[..., : audio.shape[-1] % 320 + 1]))
+    status = {one.name: one.status for one in result.promises}
+    assert (status["lengths"], status["context"]) == ("broken", "not measured")
+
+
+def test_a_model_that_cannot_decode() -> None:
+    files = ModelFiles(Repo("owner/name"), {}, {}, {})
+    result = lm.probe(WithoutDecoder(SPEC, files, Loader(), {}))
+    assert result.broken == ()
+    assert {one.status for one in result.promises if "decod" in one.name} == {"not measured"}
 
 
 def test_a_hop_s_lie_still_measures_the_context() -> None:
@@ -97,7 +130,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     honest = runs.call(capsys, "probe", "mdct", "--model-option", "hop=256")
     assert (honest.code, honest.err) == (0, "")
     assert "measured with synthesised music" in honest.out
-    assert "17 promises kept" in honest.out
+    assert "18 promises kept" in honest.out
     spec = honest.out.partition("the spec with measured values:\n")[2]
     names = {"ModelSpec": ModelSpec, "Context": Context}
     assert eval(spec, names) == lm.probe("mdct", model_options={"hop": 256}).spec

@@ -109,6 +109,22 @@ def louder(audio: Tensor) -> Tensor:
     return features(audio)
 
 
+def _raise(error: Exception) -> Any:
+    raise error
+
+
+def _one_large(audio: Tensor) -> Tensor:
+    latents = features(audio)
+    latents[:, 0] *= 1e6
+    return latents
+
+
+@dataclass(frozen=True)
+class Unloadable(Handle):
+    def load(self, device: str) -> Model:
+        raise ImportError("no package")
+
+
 def refusing(samples: int, multiple: int = 1) -> Callable[[Tensor], Tensor]:
     def encode(audio: Tensor) -> Tensor:
         if audio.shape[-1] < samples or audio.shape[-1] % multiple:
@@ -200,6 +216,36 @@ LIES: dict[str, tuple[Callable[[], Handle], str]] = {
         lambda: Handle(SPEC, _silence_divides),
         r"The latents of silence are not finite \(NaN or infinity\), so items with silence fail: "
         r"do not divide by a level that can be zero\.",
+    ),
+    "one value out of range": (
+        lambda: Handle(SPEC, _one_large),
+        r"Music at full scale gives latents up to \S+, but float16 ends at 65504: .*",
+    ),
+    "counts": (
+        lambda: Handle(_spec(hop=0, min_samples=0)),
+        r"The spec is inconsistent: hop, sample_multiple, min_samples, sample_rate, chunk_frames "
+        r"must be at least 1\.",
+    ),
+    "no name": (
+        lambda: Handle(SPEC, lambda audio: _raise(NameError("no torch"))),
+        r"encode fails for audio of shape .* \(no torch\): .*",
+    ),
+    "another exception": (
+        lambda: Handle(SPEC, decode_with=lambda z, n, seed: _raise(Exception("no decoder"))),
+        r"Measuring decoding failed \(no decoder\): .*",
+    ),
+    "load": (
+        Unloadable,
+        r"Loading the model failed \(no package\): correct load\.",
+    ),
+    "hop and multiple": (
+        lambda: Handle(_spec(hop=32, sample_multiple=16, min_samples=64), refusing(64, 64)),
+        r"encode fails for \d+ samples \(.*\), although the spec allows every multiple of 16 from "
+        r"64 on: set hop=64, overhang=0, sample_multiple=64, and min_samples=64\.",
+    ),
+    "one length": (
+        lambda: Handle(_spec(hop=32, sample_multiple=32, min_samples=32), refusing(8000)),
+        r"encode fails for .*",
     ),
     "input": (
         lambda: Handle(SPEC, louder),

@@ -17,14 +17,20 @@ from torch import Tensor
 from latentmill.audio import open_audio, prepare
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.single import encode_chunked, encode_whole
-from latentmill.errors import ItemError, SourceError
+from latentmill.errors import ItemError, LatentmillError, SourceError
 from latentmill.evaluation.audio_metrics import rms
 from latentmill.models.base import Autoencoder, ModelHandle, ModelSpec
+from latentmill.models.families.audio_encoder import AudioHandle
 from latentmill.models.inference.device import pick_device
 from latentmill.models.inference.precision import numeric_mode
 from latentmill.models.probing.behaviour import distance
 from latentmill.models.probing.context import TOLERANCE
-from latentmill.models.probing.examination import examine
+from latentmill.models.probing.examination import (
+    countable,
+    examine,
+    measured,
+    spec_promises,
+)
 from latentmill.models.probing.music import music, repeated
 from latentmill.models.probing.subject import (
     CALL_ERRORS,
@@ -98,6 +104,8 @@ def probe(
     given = model if isinstance(model, str) else None
     handle = resolve(model, model_options, channels) if isinstance(model, str) else model
     chosen = pick_device(device)
+    if not countable(handle.spec):
+        return _unloaded(given or handle.spec.name, chosen, handle, spec_promises(handle.spec))
     chunks = _short_chunks(handle.spec)
     samples = max(samples_needed(handle.spec), _seam_samples(handle.spec, chunks))
     if audio is None:
@@ -106,11 +114,24 @@ def probe(
     else:
         sound, label = _recorded(os.fspath(audio), handle.spec, samples)
     promises = [_handle_promise(handle)]
-    loaded = handle.load(chosen)
+    try:
+        loaded = handle.load(chosen)
+    except LatentmillError:
+        raise
+    except Exception as error:  # noqa: BLE001  of the user's code
+        promises.append(
+            Promise("load", "loads", "an error").broken(
+                f"Loading the model failed ({one_line(error)}): correct load."
+            )
+        )
+        return _unloaded(given or handle.spec.name, chosen, handle, promises)
     with numeric_mode("float32", chosen), torch.inference_mode():
-        subject = Subject(loaded, sound)
+        decodes = not isinstance(handle, AudioHandle)
+        subject = Subject(loaded, sound, decodes)
         promises += examine(subject)
-        promises.append(_seams(loaded, sound, chunks, promises))
+        promises.append(
+            measured("seams", lambda _: _seams(loaded, sound, chunks, promises), subject)
+        )
     return Probe(
         model=given or handle.spec.name,
         device=chosen,
@@ -122,11 +143,17 @@ def probe(
     )
 
 
+def _unloaded(name: str, device: str, handle: ModelHandle, promises: list[Promise]) -> Probe:
+    """The result if nothing could be measured."""
+    broken = tuple(one.sentence for one in promises if one.sentence is not None)
+    return Probe(name, device, "nothing", tuple(promises), broken, None, handle.spec)
+
+
 def _handle_promise(handle: ModelHandle) -> Promise:
     promise = Promise("handle", "can be pickled", "can be pickled")
     try:
         pickle.dumps(handle)
-    except (*CALL_ERRORS, pickle.PicklingError) as error:
+    except Exception as error:  # noqa: BLE001  of the user's code
         return promise.broken(
             f"The model's handle cannot be pickled ({one_line(error)}), but workers receive it by "
             "pickle: make it a dataclass of plain values.",
@@ -164,10 +191,10 @@ def _seams(
     whole = encode_whole(model, sound[:, :length]).cpu()
     error = distance(encode_chunked(model, sound[:, :length], chunking), whole)
     seconds = chunking.samples / spec.sample_rate
-    measured = f"{spec.stitch} of {seconds:.2f} s chunks: difference {error:.2g}"
+    found = f"{spec.stitch} of {seconds:.2f} s chunks: difference {error:.2g}"
     if spec.stitch not in ("trim", "state"):
-        return Promise("seams", "not equal", measured)
-    promise = Promise("seams", f"difference up to {TOLERANCE:g}", measured)
+        return Promise("seams", "not equal", found)
+    promise = Promise("seams", f"difference up to {TOLERANCE:g}", found)
     if error <= TOLERANCE:
         return promise
     if spec.stitch == "state":

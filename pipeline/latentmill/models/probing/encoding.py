@@ -18,7 +18,6 @@ from latentmill.models.probing.context import TOLERANCE, edge_errors
 from latentmill.models.probing.lengths import Formula, fit, lengths_to_try
 from latentmill.models.probing.subject import (
     BATCH,
-    CALL_ERRORS,
     ROUNDING,
     LatentValues,
     Promise,
@@ -36,7 +35,7 @@ def shape(model: Subject) -> Promise:
     promise = Promise("shape", f"float32 [{spec.latent_channels}, frames]", "")
     try:
         latents = model.loaded.encode(model.one.clone())
-    except CALL_ERRORS as error:
+    except Exception as error:  # noqa: BLE001  of the user's code
         return promise.broken(
             f"encode fails for audio of shape {given}, which the spec allows "
             f"({one_line(error)}): correct channels, sample_multiple or min_samples.",
@@ -79,11 +78,19 @@ def values(model: Subject) -> Promise:
     model.values = LatentValues(
         float(latents.min()), float(latents.max()), float(latents.mean()), spread
     )
-    promise = Promise("values", "finite, float16", f"at most {largest:.3g} at full scale")
-    if not (math.isfinite(largest) and bool(latents.isfinite().all())):
-        return promise.broken(
-            "The latents of music are not finite (NaN or infinity): correct the model."
-        )
+    model.largest = largest
+    promise = Promise("values", "finite", "finite")
+    if math.isfinite(largest) and bool(latents.isfinite().all()):
+        return promise
+    return promise.broken(
+        "The latents of music are not finite (NaN or infinity): correct the model.",
+        measured="NaN or infinity",
+    )
+
+
+def value_range(model: Subject) -> Promise:
+    largest = model.largest
+    promise = Promise("range", "float16", f"at most {largest:.3g} at full scale")
     if largest > FLOAT16_MAX:
         return promise.broken(
             f"Music at full scale gives latents up to {largest:.3g}, but float16 ends at "
@@ -97,10 +104,10 @@ def lengths(model: Subject) -> Promise:
     longest = model.audio.shape[1]
     frames: dict[int, int] = {}
     failed: dict[int, str] = {}
-    for length in lengths_to_try(spec, longest):
+    for length in sorted({*lengths_to_try(spec, longest), model.one.shape[-1]}):
         try:
             frames[length] = model.encode(model.audio[None, :, :length]).shape[-1]
-        except CALL_ERRORS as error:
+        except Exception as error:  # noqa: BLE001  of the user's code
             failed[length] = one_line(error)
     promise = Promise(
         "lengths",
@@ -116,11 +123,22 @@ def lengths(model: Subject) -> Promise:
     if failed:
         length, reason = next(iter(failed.items()))
         multiple = math.gcd(*frames)
-        model.spec = replace(model.spec, sample_multiple=multiple, min_samples=min(frames))
+        fitted = fit(frames, Formula(spec.hop, spec.overhang)) or spec
+        model.spec = replace(
+            model.spec,
+            hop=fitted.hop,
+            overhang=fitted.overhang,
+            sample_multiple=multiple,
+            min_samples=min(frames),
+        )
+        other = (fitted.hop, fitted.overhang) != (spec.hop, spec.overhang)
+        lengths = f"hop={fitted.hop}, overhang={fitted.overhang}, " if other else ""
+        comma = "," if other else ""
+        model.fitted = all(model.spec.frames(one) == count for one, count in frames.items())
         return promise.broken(
             f"encode fails for {length} samples ({reason}), although the spec allows every "
-            f"multiple of {spec.sample_multiple} from {spec.min_samples} on: set "
-            f"sample_multiple={multiple} and min_samples={min(frames)}."
+            f"multiple of {spec.sample_multiple} from {spec.min_samples} on: set {lengths}"
+            f"sample_multiple={multiple}{comma} and min_samples={min(frames)}."
         )
     wrong = next((one for one, count in frames.items() if count != spec.frames(one)), None)
     if wrong is None:
@@ -131,6 +149,7 @@ def lengths(model: Subject) -> Promise:
     )
     measured = fit(frames, Formula(spec.hop, spec.overhang))
     if measured is None:
+        model.fitted = False
         return promise.broken(
             f"{begin} no hop and overhang fit the numbers of frames, so pad the audio inside "
             "encode to whole frames."
@@ -208,6 +227,8 @@ def neighbours(model: Subject) -> Promise:
 def context(model: Subject) -> Promise:
     """Not judged if the lengths are wrong, but measured for the spec."""
     claimed = model.claimed.context
+    if not model.fitted:
+        return Promise("context", "", "it depends on the lengths", "not measured")
     errors = edge_errors(model.encode, model.audio, model.spec)
     reach = errors.reach
     measured = "every frame differs" if reach is None else f"{reach[0]} left, {reach[1]} right"

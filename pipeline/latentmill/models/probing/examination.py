@@ -8,30 +8,31 @@ import torch
 
 from latentmill.models.base import ModelSpec
 from latentmill.models.probing import decoding, encoding
-from latentmill.models.probing.subject import CALL_ERRORS, Promise, Subject
+from latentmill.models.probing.subject import Promise, Subject
 from latentmill.models.weights import one_line
 
 Measure = Callable[[Subject], Promise]
+COUNTS = ("hop", "sample_multiple", "min_samples", "sample_rate", "chunk_frames")
 
 
 def examine(subject: Subject) -> list[Promise]:
     """Measure every promise. What depends on a broken one is listed as not measured."""
-    claimed = subject.claimed
-    faults = spec_faults(claimed)
-    promises = [Promise("spec", "consistent", "consistent")]
-    if faults:
-        promises = [promises[0].broken(fault, "inconsistent") for fault in faults]
+    promises = spec_promises(subject.claimed)
 
     def keeps(name: str, measure: Measure) -> bool:
-        promises.append(_measured(name, measure, subject))
+        promises.append(measured(name, measure, subject))
         return promises[-1].status == "kept"
 
     def skip(reason: str, *names: str) -> None:
         promises.extend(Promise(name, "", reason, "not measured") for name in names)
 
-    if not (keeps("shape", encoding.shape) and keeps("values", encoding.values)):
-        skip("encode fails", *_AFTER_VALUES)
+    if not keeps("shape", encoding.shape):
+        skip("encode fails", "values", *_AFTER_VALUES)
         return promises
+    if not keeps("values", encoding.values):
+        skip("the latents are not finite", *_AFTER_VALUES)
+        return promises
+    keeps("range", encoding.value_range)
     channels = keeps("channels", encoding.channels)
     lengths = keeps("lengths", encoding.lengths)
     keeps("silence", encoding.silence)
@@ -43,7 +44,9 @@ def examine(subject: Subject) -> list[Promise]:
     else:
         skip("encode is not deterministic", "batch", "neighbours", "context")
     keeps("codes", encoding.codes)
-    if not (channels and lengths):
+    if not subject.decodes:
+        skip("the model cannot decode", "decoding", "decoder")
+    elif not (channels and lengths):
         skip("it depends on the shape of latents", "decoding", "decoder")
     elif not keeps("decoding", decoding.lengths):
         skip("decode fails", "decoder")
@@ -52,8 +55,15 @@ def examine(subject: Subject) -> list[Promise]:
     return promises
 
 
+def spec_promises(spec: ModelSpec) -> list[Promise]:
+    promise = Promise("spec", "consistent", "consistent")
+    return [promise.broken(one, "inconsistent") for one in spec_faults(spec)] or [promise]
+
+
 def spec_faults(spec: ModelSpec) -> list[str]:
     """What contradicts itself in a spec: one sentence each."""
+    if not countable(spec):
+        return [f"The spec is inconsistent: {', '.join(COUNTS)} must be at least 1."]
     chunk, overlap = spec.samples(spec.chunk_frames), spec.overlap_frames
     multiple, shortest = spec.sample_multiple, spec.min_samples
     values = (*spec.identity.values(), *spec.provenance.values())
@@ -78,11 +88,16 @@ def spec_faults(spec: ModelSpec) -> list[str]:
     return [f"The spec is inconsistent: {text}." for text, holds in checks.items() if not holds]
 
 
-def _measured(name: str, measure: Measure, subject: Subject) -> Promise:
+def countable(spec: ModelSpec) -> bool:
+    """Whether lengths can be computed at all; nothing can be measured if not."""
+    return all(getattr(spec, name) >= 1 for name in COUNTS)
+
+
+def measured(name: str, measure: Measure, subject: Subject) -> Promise:
     try:
         with torch.inference_mode():
             return measure(subject)
-    except CALL_ERRORS as error:
+    except Exception as error:  # noqa: BLE001  of the user's code
         return Promise(name, "", "an error").broken(
             f"Measuring {name} failed ({one_line(error)}): encode and decode must accept all that "
             "the spec allows."

@@ -61,18 +61,24 @@ class Subject:
         claimed: The model's spec.
         spec: The same with measured values in place of wrong ones.
         one: Music `[1, C, T]` of about a second; `other` is other music of the same length.
+        decodes: Whether the model decodes at all.
         device: Device of the latents.
         values: Set when latents of music are measured.
+        largest: The largest latent of music at full scale.
+        fitted: Whether a hop and an overhang fit the numbers of frames.
         repeats: Set when equal calls of `encode` are compared.
     """
 
-    def __init__(self, loaded: Autoencoder, audio: Tensor) -> None:
+    def __init__(self, loaded: Autoencoder, audio: Tensor, decodes: bool = True) -> None:
         self.loaded, self.audio = loaded, audio
         self.claimed = self.spec = loaded.spec
         length = self.spec.padded(self.spec.samples(_frames(self.spec)))
         self.one = audio[None, :, :length].contiguous()
         self.other = audio[None, :, audio.shape[1] - length :].flip(-1)
         self.device = audio.device
+        self.decodes = decodes
+        self.largest = 0.0
+        self.fitted = True
         self.values: LatentValues | None = None
         self.repeats: Repeatability | None = None
 
