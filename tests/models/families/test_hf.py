@@ -159,9 +159,15 @@ def test_a_tokenizer_is_measured_once(
     monkeypatch.setattr(hf_model, "measure", lambda *a: times.append("again") or measure(*a))
     assert resolve(f"hf:{repo}") == first
     assert times == []
-    kept.write_text("{")
-    assert resolve(f"hf:{repo}") == first
-    assert times == ["again"]
+    whole = kept.read_text()
+    assert '"hop": 40' in whole
+    for count, damaged in enumerate(
+        ("{", "null", "5", "[]", whole.replace('"hop": 40', '"hop": "40"')), 1
+    ):
+        kept.write_text(damaged)
+        assert resolve(f"hf:{repo}") == first
+        assert times == ["again"] * count
+    times[:] = ["again"]
     write_tokenizer(repo, "vibevoice_acoustic_tokenizer", seed=1)
     assert resolve(f"hf:{repo}").spec.identity != first.spec.identity
     assert times == ["again", "again"]
@@ -251,6 +257,29 @@ def test_a_tokenizer_without_usable_latents(
         f"Model hf:{repo}: a model of type tokenizer_of_tomorrow gives no continuous latents that "
         f"can be stored ({reason}): use a model that `latentmill models` lists, or write "
         "python:package.module:factory."
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ("{}", "no model_type, so it is not a model of transformers"),
+        (
+            '{"model_type": "of_tomorrow"}',
+            "the type 'of_tomorrow', which the installed transformers does not have",
+        ),
+    ],
+)
+def test_repositories_that_are_not_of_transformers(
+    tmp_path: Path, config: str, reason: str, one_sentence: Callable[[BaseException], str]
+) -> None:
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ModelError) as caught:
+        resolve(f"hf:{tmp_path}")
+    assert one_sentence(caught.value) == (
+        f"Model hf:{tmp_path}: config.json has {reason}: use a model that `latentmill models` "
+        "lists, or write python:package.module:factory."
     )
 
 

@@ -77,12 +77,25 @@ class Measured:
     def parse(cls, text: str) -> Measured:
         """Raises ValueError, TypeError or LookupError if the text is damaged."""
         given = json.loads(text)
+        if not isinstance(given, dict):
+            raise TypeError("it is not a JSON object")
         context, codes = given.pop("context"), given.pop("codes")
-        return cls(
+        found = cls(
             **given,
             context=None if context is None else (context[0], context[1]),
             codes=None if codes is None else (tuple(codes[0]), codes[1], codes[2]),
         )
+        numbers = [found.hop, found.shortest, found.latent_channels, found.decoded]
+        numbers += [found.extra, *(found.context or ())]
+        numbers += [] if found.codes is None else [*found.codes[0], *found.codes[1:]]
+        if any(type(one) is not int for one in numbers) or min(numbers[:4]) < 1:
+            raise TypeError("it has other values than whole numbers")
+        if type(found.options) is not dict or {
+            type(found.frames_first),
+            type(found.one_by_one),
+        } != {bool}:
+            raise TypeError("it has values of other types")
+        return found
 
     def apply(self, network: TokenizerNetwork) -> None:
         network.frames_first, network.one_by_one = self.frames_first, self.one_by_one

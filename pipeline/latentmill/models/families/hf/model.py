@@ -62,6 +62,7 @@ def build(repo: str, *, revision: str | None = None, scale_factor: float = 1.0) 
     scale = check_scale_factor(name, scale_factor)
     _, version = import_package(name, "transformers")
     files = find(name, parse_repo(name, repo, revision), WANTED, {"preprocessor"})
+    _check_type(name, files)
     config = model_config(name, files)
     class_of(name, config)
     rate, channels = _rate_and_channels(name, config, _extractor(name, files, config))
@@ -84,6 +85,16 @@ def build(repo: str, *, revision: str | None = None, scale_factor: float = 1.0) 
         scale_factor=scale,
         encoding={"model_type": config.model_type, "measured": found.text()},
     )
+
+
+def _check_type(name: str, files: ModelFiles) -> None:
+    package, _ = import_package(name, "transformers")
+    found = read_config(name, files.paths["config"]).get("model_type")
+    if isinstance(found, str) and found in package.CONFIG_MAPPING:
+        return
+    known = f"the type {found!r}, which the installed transformers does not have"
+    reason = "no model_type, so it is not a model of transformers" if found is None else known
+    raise ModelError(f"Model {name}: config.json has {reason}: use {_instead(str(found))}.")
 
 
 def class_of(name: str, config: Any) -> Any:
