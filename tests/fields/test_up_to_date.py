@@ -149,7 +149,7 @@ def test_a_missing_shard_of_a_field(store: Path) -> None:
 
 @pytest.mark.parametrize("per_window", [False, True])
 def test_vectors(songs: Path, store: Path, tmp_path: Path, per_window: bool) -> None:
-    """One for the item, the mean over its windows, or one for each window."""
+    """One for the item, the mean over its windows by their length, or one for each window."""
     model = "python:support.vector_model:build"
     options = {"model": model, "model_options": {}, "dtype": "float32"}
     given = {**options, "device": "cpu", "threads": 1}
@@ -160,13 +160,21 @@ def test_vectors(songs: Path, store: Path, tmp_path: Path, per_window: bool) -> 
     assert entry["kind"] == "vector"
     rate = opened.info.model["sample_rate"]
     assert entry["window_seconds"] == (256 / rate if per_window else None)
+    uneven = False
     for record in open_store(str(tmp_path / "frames")):
         frames = record.latent.astype(np.float64)
-        wanted = frames if per_window else frames.mean(axis=1, keepdims=True)
+        starts = range(0, 256 * frames.shape[1], 256)
+        lengths = [min(256, max(0, record.num_samples - start)) for start in starts]
+        mean = sum(n * frame for n, frame in zip(lengths, frames.T, strict=True)) / sum(lengths)
+        uneven |= any(0 < length < 128 for length in lengths)
+        wanted = frames if per_window else mean[:, None]
         assert opened[record.key].latent.shape == wanted.shape
         np.testing.assert_allclose(opened[record.key].latent, wanted, rtol=1e-5, atol=1e-7)
+    assert uneven, "the last window of an item is much shorter than the others"
     runs.assert_whole(store / "fields" / "v")
-    with pytest.raises(StoreError, match="windows"):
+    with pytest.raises(
+        StoreError, match=r"windows of \d\S* s.*no windows|no windows.*windows of \d\S* s"
+    ):
         run_add(str(store), "v", given, per_window=not per_window)
 
 

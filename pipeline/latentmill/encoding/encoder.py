@@ -204,7 +204,11 @@ class UnitEncoder:
     def _finish(self, job: _PendingItem, facts: Facts) -> Outcome:
         latent = job.stitcher.finish()
         if self._settings.pooled and latent.size:
-            latent = latent.mean(axis=1, dtype=np.float32, keepdims=True).astype(latent.dtype)
+            # By the samples of each window: the last one may have a few only.
+            hop = self._model.spec.hop
+            lengths = np.clip(facts.num_samples - hop * np.arange(latent.shape[1]), 0, hop)
+            mean = np.average(latent, axis=1, weights=lengths, keepdims=True)
+            latent = mean.astype(latent.dtype)
         if not job.stitcher.finite:
             return Outcome(job.item.key, "failed", _gate_message(self._settings.dtype))
         spec, metadata = self._model.spec, facts.metadata
