@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +16,14 @@ import latentmill as lm
 from latentmill.errors import ConfigError
 from latentmill.reader.field_values import FieldForm, FieldValue
 from latentmill.reader.sample import Sample, sample_random
-from latentmill.reader.stems import AllStems, ContextAndTarget, MixtureTriplet, Stems
+from latentmill.reader.stems import (
+    AllStems,
+    ContextAndTarget,
+    ContextTarget,
+    MixtureTriplet,
+    Stems,
+    Triplet,
+)
 from latentmill.reader.transforms import RandomFade, RandomGain
 from support.field_stores import NAMES, write_fields
 from support.latent_store import write_latents
@@ -261,6 +270,38 @@ def test_tasks_return_the_fields_of_the_target(base: lm.LatentStore, task: Any) 
     assert mask.all()
 
 
+def with_own(fields: Any, stems: Stems, random: np.random.Generator) -> dict[str, Any]:
+    """A task that returns a dict, with fields of the store or something else by that name."""
+    given = stems.fields_of(0) if fields is None else fields
+    return {"latents": stems.latents[0], "mask": stems.mask[0], "fields": given}
+
+
+def test_a_task_that_returns_a_dict(base: lm.LatentStore) -> None:
+    """`Drop` and `Align` change its fields; something of its own by that name stays in batches."""
+    options: dict[str, Any] = {"crop": CROP, "fields": ["text", "fine"], "active_db": None}
+    changes = [lm.Drop("text", 1.0), lm.Align("fine")]
+    task = functools.partial(with_own, None)
+    dataset = lm.StemDataset(base, task, transforms=changes, **options)
+    batch = lm.collate([dataset[0], dataset[1]])
+    assert np.array_equal(batch["fields"]["text"].values[0].numpy(), empty_of(base, "text").T)
+    assert batch["fields"]["fine"].values.shape == (2, 3, CROP)
+    for own in ({}, {"mine": 1}):
+        dataset = lm.StemDataset(base, functools.partial(with_own, own), **options)
+        assert lm.collate([dataset[0], dataset[1]])["fields"] == [own, own]
+    no_mask = lm.StemDataset(base, each_stem, transforms=[lm.Drop("text", 1.0)], **options)
+    with pytest.raises(ConfigError, match="samples have no field 'text'"):
+        no_mask[0]
+
+
+@pytest.mark.parametrize("kind", [ContextTarget, Triplet])
+def test_results_of_tasks_can_be_made_without_fields(kind: Any) -> None:
+    """As code does that was written before there were fields."""
+    values = [np.zeros((2, 3), np.float32)] * (len(kind._fields) - 1)
+    sample = pickle.loads(pickle.dumps(kind(*values)))
+    assert sample.fields == {}
+    assert "fields" not in lm.collate([sample, sample])
+
+
 def test_a_mix_of_stems_has_no_fields(base: lm.LatentStore, one_sentence: Any) -> None:
     dataset = lm.StemDataset(base, AllStems(("drums",)), crop=CROP, fields=["text"], active_db=None)
     with pytest.raises(ConfigError, match="a mix has no fields") as error:
@@ -276,6 +317,8 @@ def test_songs_with_a_stem_without_a_field(tmp_path: Any) -> None:
         lm.StemDataset(store, ContextAndTarget(), **options)
     left = lm.StemDataset(store, ContextAndTarget(), missing_fields="leave_out", **options)
     assert [group.name for group in left.groups] == ["group 0", "group 2"]
+    assert "fields=text" in repr(left)
+    assert "left_out=1" in repr(left)
 
 
 def test_a_sample_made_anew_keeps_its_fields(base: lm.LatentStore) -> None:

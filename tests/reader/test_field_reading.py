@@ -335,6 +335,7 @@ def test_records_without_a_field_are_an_error_or_left_out(
     with pytest.raises(ConfigError, match=r"no value for 2 of 10 records, such as") as error:
         lm.LatentDataset(store, fields=["fine", "text"])
     assert "item/00002" in one_sentence(error.value)
+    assert f"`latentmill status {store.url}/fields/text` shows why others" in str(error.value)
     every = lm.LatentDataset(store, fields=["fine"])
     left = lm.LatentDataset(store, fields=["fine", "text"], missing_fields="leave_out")
     assert (len(every), len(left)) == (10, 8)

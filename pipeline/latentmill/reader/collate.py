@@ -125,15 +125,23 @@ def _fields(samples: Sequence[Any]) -> dict[str, Any]:
     else:
         batch: dict[str, Any] = default_collate(list(samples))
         return batch
-    values = [row.pop("fields") for row in rows] if _has_fields(rows[0]) else [{}]
+    ours = isinstance(first, ContextTarget | Triplet)
+    values = [row.pop("fields") for row in rows] if _has_fields(rows, ours) else [{}]
     batch = {name: _collated([row[name] for row in rows]) for name in rows[0]}
     return batch | _fields_of(values)
 
 
-def _has_fields(row: Mapping[str, Any]) -> bool:
-    """Whether `fields` are those of a store, and not something else of the user's task."""
-    fields = row.get("fields")
-    return isinstance(fields, Mapping) and all(isinstance(v, FieldValue) for v in fields.values())
+def _has_fields(rows: Sequence[Mapping[str, Any]], ours: bool) -> bool:
+    """Whether `fields` are those of a store, and not something else of the user's task.
+
+    If all are empty, they are those of a store only in results of our tasks (`ours`).
+    """
+    fields = [row.get("fields") for row in rows]
+    mappings = [one for one in fields if isinstance(one, Mapping)]
+    if len(mappings) < len(fields):
+        return False
+    values = [value for one in mappings for value in one.values()]
+    return all(isinstance(value, FieldValue) for value in values) and (bool(values) or ours)
 
 
 def _collated(values: list[Any]) -> Any:

@@ -5,6 +5,7 @@ Like all transforms, they are picklable and pure functions of the sample and its
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, cast
 
@@ -88,7 +89,13 @@ class Align:
                 f"field {self.field!r} has codes, which cannot be interpolated: use "
                 f"Align({self.field!r}, 'nearest')."
             )
-        frames = len(cast("Any", sample).mask)
+        mask = _part(sample, "mask")
+        if mask is None:
+            raise ConfigError(
+                "Align needs the mask of the latents, but the task's results have none: return "
+                "`mask` from it."
+            )
+        frames = len(mask)
         # The middles of the latents' frames, in frames of the field.
         middles = value.shift + (np.arange(frames) + 0.5) * value.rate
         last = value.values.shape[1] - 1
@@ -113,10 +120,15 @@ def _between(values: Values, at: np.ndarray[Any, np.dtype[np.float64]]) -> Value
     return result
 
 
+def _part(sample: object, name: str) -> Any:
+    """A part of a sample or of a stem task's result, which may be a mapping; None without it."""
+    return sample.get(name) if isinstance(sample, Mapping) else getattr(sample, name, None)
+
+
 def field_of(sample: object, name: str) -> FieldValue:
     """A field of a sample; ConfigError if the sample does not have it."""
-    fields = getattr(sample, "fields", {})
-    if name not in fields:
+    fields = _part(sample, "fields")
+    if not isinstance(fields, Mapping) or name not in fields:
         raise ConfigError(
             f"samples have no field {name!r}: read it with fields=[{name!r}], or remove the "
             "transform."
@@ -128,7 +140,9 @@ def field_of(sample: object, name: str) -> FieldValue:
 def with_field(sample: S, name: str, value: FieldValue) -> S:
     """A copy of a sample, or of a stem task's result, with another value of a field."""
     changed: Any = sample
-    fields = {**changed.fields, name: value}
+    fields = {**_part(sample, "fields"), name: value}
+    if isinstance(changed, Mapping):
+        return cast("S", {**changed, "fields": fields})
     if hasattr(changed, "_replace"):
         return cast("S", changed._replace(fields=fields))
     return cast("S", replace(changed, fields=fields))

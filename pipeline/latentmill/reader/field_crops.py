@@ -197,8 +197,9 @@ class StoreFields:
                 raise ConfigError(
                     f"field {reader.name!r} of {store.url} has no value for "
                     f"{np.count_nonzero(~has)} of {len(before)} records, such as {example!r}: run "
-                    "the same `latentmill add` again to compute missing values, or leave these "
-                    "records out with missing_fields='leave_out'."
+                    "the same `latentmill add` again to compute missing values "
+                    f"(`latentmill status {reader.store.url}` shows why others were skipped), or "
+                    "leave these records out with missing_fields='leave_out'."
                 )
             left = before[has]
             if not len(left):

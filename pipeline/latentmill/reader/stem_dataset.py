@@ -122,6 +122,7 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         self._fields = StoreFields(
             self._crops, [self.store.field(name) for name in checked_names(fields)]
         )
+        self._field_names, self._left_out = tuple(fields), 0
         self._use_complete(missing_fields)
         self._draws = Draws()
         self._task, self._crop, self._seed = task, crop, seed
@@ -137,7 +138,9 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         complete, left_out = self._fields.complete(rows, missing)
         if left_out:
             whole = {*np.asarray(complete).tolist()}
+            before = len(self.groups)
             self.groups = tuple(group for group in self.groups if {*group.rows} <= whole)
+            self._left_out = before - len(self.groups)
             if not self.groups:
                 raise ConfigError(
                     f"no song of {self.store.url} has values of all the fields for all its stems: "
@@ -155,7 +158,7 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
 
     def shown(self) -> Mapping[str, object]:
         """The values that `repr` and a notebook show."""
-        return {
+        shown: dict[str, object] = {
             "samples": len(self),
             "store": repr(self.store.url),
             "songs": len(self.groups),
@@ -163,6 +166,11 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
             "crop": self._crop,
             "seed": self._seed,
         }
+        if self._field_names:
+            shown["fields"] = ", ".join(self._field_names)
+        if self._left_out:
+            shown["left_out"] = self._left_out  # songs with a stem without one of the fields
+        return shown
 
     def __len__(self) -> int:
         return len(self.groups) * self._per_song

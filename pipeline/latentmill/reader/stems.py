@@ -175,7 +175,7 @@ class ContextTarget(NamedTuple):
     metadata: Mapping[str, float]
     epoch: int
     position: int
-    fields: Mapping[str, FieldValue]  # of the target
+    fields: Mapping[str, FieldValue] = {}  # of the target
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class Triplet(NamedTuple):
     metadata: Mapping[str, float]
     epoch: int
     position: int
-    fields: Mapping[str, FieldValue]  # of the source
+    fields: Mapping[str, FieldValue] = {}  # of the source
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,10 @@ def follow_plan(setup: Setup, planned: Plan, base: Storage, entry: FieldEntry) -
     if existing.field is None:
         raise StoreError(f"{storage.root} is not a field: use another name, or move it away.")
     was, now = (
-        (f"kind {one.kind}, from {one.source}", f"{one.window_seconds or 'no'} windows")
+        (
+            f"kind {one.kind}, from {one.source}",
+            f"windows of {one.window_seconds} s" if one.window_seconds else "no windows",
+        )
         for one in (existing.field, entry)
     )
     if was != now:

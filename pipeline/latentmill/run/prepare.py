@@ -175,11 +175,7 @@ def set_up(config: RunConfig) -> Setup:
 
 
 def _stored_stitch(storage: Storage, spec: ModelSpec) -> Stitch:
-    """The default way to stitch: `state` only in stores that were not planned with `trim`.
-
-    `trim` was the default before models could continue from a state, and a store continues as it
-    was planned.
-    """
+    """The default way to stitch, but `trim`, an earlier default, for a store planned with it."""
     plan = load(storage) if spec.stitch == "state" else None
     old = plan is not None and plan.fingerprint["chunking"]["stitch"] == "trim"
     return "trim" if old else spec.stitch
