@@ -88,6 +88,73 @@ def test_long_texts_are_truncated_with_a_warning(
     assert f"the end is left out of 1 text with more than {longest} tokens" in caplog.text
 
 
+def edited(folder: Path, target: Path, name: str, **values: Any) -> Path:
+    """A copy of a repository with other values in one of its JSON files."""
+    shutil.copytree(folder, target)
+    document = json.loads((target / name).read_text())
+    for key, value in values.items():
+        if isinstance(value, dict) and key in document:
+            document[key] |= value
+        else:
+            document[key] = value
+    (target / name).write_text(json.dumps(document))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("family", "repo", "options", "limit", "longest"),
+    [
+        ("text", "bert", {"max_tokens": 50}, 20, 20),
+        ("text", "bert", {}, 10**30, 20),
+        ("text", "gpt", {"max_tokens": 100}, 10**30, 64),
+        ("clap", "clap", {}, 10**30, 40),  # 42 positions, of which RoBERTa does not use two
+        ("clap", "clap", {"max_tokens": 41}, 10**30, 40),
+    ],
+)
+def test_no_text_is_longer_than_the_positions_of_the_model(
+    encoders: Path, tmp_path: Path, family: str, repo: str, options: Any, limit: int, longest: int
+) -> None:
+    name = "tokenizer_config.json"
+    folder = edited(encoders / repo, tmp_path / repo, name, model_max_length=limit)
+    text = "piano " * 60
+    (array,) = embed(f"{family}:{folder}", [text], **options)
+    expected = own(family, encoders / repo, text, truncation=True, max_length=longest)
+    np.testing.assert_allclose(array, expected, atol=2e-6)
+
+
+def test_a_maximum_below_the_special_tokens_is_an_error(encoders: Path) -> None:
+    with pytest.raises(ModelError, match=r"cannot be truncated to 1 token.*larger max_tokens"):
+        embed(f"text:{encoders / 'bert'}", ["piano"], max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("repo", "values"),
+    [
+        ("bert", {"attn_implementation": "flash_attention_2"}),
+        ("bert", {"attn_implementation": "owner/kernel"}),
+        ("bert", {"_attn_implementation": "owner/kernel"}),
+        ("bert", {"_attn_implementation_internal": "owner/kernel"}),
+        ("clap", {"text_config": {"_attn_implementation": "owner/kernel"}}),
+    ],
+)
+def test_a_repository_does_not_choose_the_implementation(
+    encoders: Path, tmp_path: Path, repo: str, values: Any
+) -> None:
+    folder = edited(encoders / repo, tmp_path / repo, "config.json", **values)
+    family = "clap" if repo == "clap" else "text"
+    (array,) = embed(f"{family}:{folder}", ["piano"])
+    np.testing.assert_array_equal(array, embed(f"{family}:{encoders / repo}", ["piano"])[0])
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "unheard"])
+def test_quantised_weights_are_refused(encoders: Path, tmp_path: Path, method: str) -> None:
+    quantised = {"quant_method": method, "load_in_4bit": True}
+    folder = encoders / "bert"
+    folder = edited(folder, tmp_path / "bert", "config.json", quantization_config=quantised)
+    with pytest.raises(ModelError, match="has quantised weights: use a repository"):
+        embed(f"text:{folder}", ["piano"])
+
+
 def test_weights_in_several_files(encoders: Path, tmp_path: Path) -> None:
     write_t5(tmp_path / "t5", max_shard_size="8KB")
     parts = sorted(path.name for path in (tmp_path / "t5").glob("model-*.safetensors"))

@@ -85,7 +85,7 @@ class TextHandle:
         config = model_config(name, files, *self.family.types)
         network = load_network(name, files, config, self.family.class_of(package, config))
         tokenizer = load_tokenizer(name, files)
-        longest = _longest(config, tokenizer, self.options["max_tokens"])
+        longest = _longest(config, network, tokenizer, self.options["max_tokens"])
         return TextEncoder(self, network.to(chosen), tokenizer, longest, chosen)
 
 
@@ -143,18 +143,34 @@ class TextEncoder:
                 [texts[n] for n in longer], truncation=True, max_length=self._longest
             )["input_ids"]
             for number, each in zip(longer, cut, strict=True):
+                if not 0 < len(each) <= self._longest:
+                    raise ModelError(
+                        f"Model {self.spec.name}: a text cannot be truncated to {self._longest} "
+                        "tokens, because of the tokens that its tokenizer adds: use a larger "
+                        "max_tokens."
+                    )
                 ids[number] = each
         return ids
 
 
-def _longest(config: Any, tokenizer: Any, asked: Value) -> int | None:
-    """Maximum number of tokens; None if there is none."""
-    if isinstance(asked, int):
-        return asked
-    if tokenizer.model_max_length < MOST_TOKENS:
-        return int(tokenizer.model_max_length)
-    positions = getattr(config, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) else None
+def _longest(config: Any, network: torch.nn.Module, tokenizer: Any, asked: Value) -> int | None:
+    """Maximum number of tokens, the smallest of all that limit it; None if nothing does."""
+    limits = [asked, tokenizer.model_max_length]
+    positions = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
+    if isinstance(positions, int):
+        # RoBERTa and others count positions from the one after that of padding.
+        first = max(
+            (
+                module.padding_idx + 1
+                for name, module in network.named_modules()
+                if name.endswith("position_embeddings")
+                and isinstance(module, torch.nn.Embedding)
+                and module.padding_idx is not None
+            ),
+            default=0,
+        )
+        limits.append(positions - first)
+    return min((int(n) for n in limits if isinstance(n, int) and n < MOST_TOKENS), default=None)
 
 
 def build_text(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from latentmill.errors import ModelError
 from latentmill.models.weights import (
     LOAD_ERRORS,
     ModelFiles,
@@ -112,9 +113,25 @@ def model_config(model: str, files: ModelFiles, *model_types: str) -> Any:
         if model_types and given.get("model_type") not in model_types:
             found = given.get("model_type") or given.get("_class_name")
             raise ValueError(f"it belongs to {found}")
-        return package.AutoConfig.for_model(**given)
-    except (*LOAD_ERRORS, StrictDataclassError) as error:
+        return package.AutoConfig.for_model(**_without_code(model, given))
+    except (*LOAD_ERRORS, StrictDataclassError, ImportError) as error:
         raise does_not_load(model, path, error) from error
+
+
+def _without_code(model: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without the names of implementations, which can be code on the hub.
+
+    It raises `ModelError` for quantised weights, because the network is built in float32.
+    """
+    if given.get("quantization_config") is not None:
+        raise ModelError(
+            f"Model {model} has quantised weights: use a repository with weights that are not."
+        )
+    return {
+        name: _without_code(model, value) if isinstance(value, dict) else value
+        for name, value in given.items()
+        if not name.lstrip("_").startswith(("attn_implementation", "experts_implementation"))
+    }
 
 
 def load_network(
@@ -140,7 +157,7 @@ def load_network(
         wrong = [each for each in wrong if each not in unused]
         if wrong:
             raise ValueError(f"{len(wrong)} tensors are missing or do not fit, such as {wrong[0]}")
-    except LOAD_ERRORS as error:
+    except (*LOAD_ERRORS, ImportError) as error:
         raise does_not_load(model, files.paths["weights"], error) from error
     return network.eval().requires_grad_(False)
 
