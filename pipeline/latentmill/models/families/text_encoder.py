@@ -143,7 +143,7 @@ class TextEncoder:
                 [texts[n] for n in longer], truncation=True, max_length=self._longest
             )["input_ids"]
             for number, each in zip(longer, cut, strict=True):
-                if not 0 < len(each) <= self._longest:
+                if self._longest and not 0 < len(each) <= self._longest:
                     raise ModelError(
                         f"Model {self.spec.name}: a text cannot be truncated to {self._longest} "
                         "tokens, because of the tokens that its tokenizer adds: use a larger "
