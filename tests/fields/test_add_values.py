@@ -408,3 +408,68 @@ def test_a_value_that_the_model_cannot_take_fails_alone(
     wrong = given(monkeypatch, spec, lambda text: np.zeros((2, 1), np.float32))
     with pytest.raises(ModelError, match="correct the spec"):
         add(store, "wrong", model=wrong)
+
+
+def test_a_field_without_any_value_is_refused(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"did you mean prompt\?"):
+        add(store, source="metadata:promtp")
+    path = write_import(tmp_path / "values.parquet", {"x": [1.0], "y": [2.0]})
+    with pytest.raises(ConfigError, match=r"No item of .* has a value in file:values.parquet"):
+        add(store, source=str(path), model=None)
+    assert not (store / "fields").exists()
+
+
+def test_an_import_with_other_dimensions_says_so(store: Path, tmp_path: Path) -> None:
+    key = next(iter(open_store(str(store)).keys()))
+    path = write_import(tmp_path / "values.jsonl", {key: [1.0, 2.0]})
+    add(store, "own", source=str(path), model=None)
+    write_import(path, {key: [1.0, 2.0, 3.0]})
+    with pytest.raises(StoreError, match=r"values of 2 numbers, but the first of .* has 3"):
+        add(store, "own", source=str(path), model=None)
+
+
+def huge() -> bytes:
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000, 2), }"
+    return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + header.ljust(117) + b"\n"
+
+
+@pytest.mark.parametrize("kind", ["nulls", "ragged", "text", "empty", "npz", "huge"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_one_wrong_value_is_skipped(store: Path, tmp_path: Path, kind: str, place: int) -> None:
+    keys = list(open_store(str(store)).keys())[:2]
+    wrong, right = keys[place], keys[1 - place]
+    if kind == "nulls":
+        rows: dict[str, Any] = {key: [[1.0, 2.0], None if key == wrong else [3, 4]] for key in keys}
+        path = write_import(tmp_path / "V.PARQUET".lower(), rows).rename(tmp_path / "V.PARQUET")
+    elif kind in ("ragged", "text"):
+        bad = [1, [2]] if kind == "ragged" else "loud"
+        path = write_import(tmp_path / "v.jsonl", {k: bad if k == wrong else [1, 2] for k in keys})
+    else:
+        path = write_import(tmp_path / "v", {key: [1.0, 2.0] for key in keys})
+        file = path / f"{wrong}.npy"
+        file.write_bytes(huge() if kind == "huge" else b"")
+        if kind == "npz":
+            with file.open("wb") as handle:
+                np.savez(handle, a=np.ones(2))
+    summary = add(store, "own", source=str(path), model=None)
+    assert values(store, "own").keys() == {right}
+    assert "cannot be read" in dict(summary.skipped)[wrong]
+
+
+@pytest.mark.parametrize("type_", [pa.float32(), pa.string(), pa.list_(pa.string())])
+def test_a_column_without_lists_of_numbers_is_refused(
+    store: Path, tmp_path: Path, type_: pa.DataType
+) -> None:
+    keys = list(open_store(str(store)).keys())
+    column = pa.nulls(len(keys), type_)
+    pq.write_table(pa.table({"key": keys, "v": column}), tmp_path / "v.parquet")
+    with pytest.raises(LatentmillError, match=r"its column v is .* must be lists of numbers"):
+        add(store, "own", source=str(tmp_path / "v.parquet"), model=None)
+
+
+def test_large_lists_are_lists(store: Path, tmp_path: Path) -> None:
+    key = next(iter(open_store(str(store)).keys()))
+    column = pa.array([[[1.0, 2.0]]], pa.large_list(pa.large_list(pa.float32())))
+    pq.write_table(pa.table({"key": [key], "v": column}), tmp_path / "v.parquet")
+    add(store, "own", source=str(tmp_path / "v.parquet"), model=None)
+    assert values(store, "own")[key].tolist() == [[1.0], [2.0]]

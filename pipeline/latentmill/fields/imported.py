@@ -6,7 +6,7 @@ A value of one dimension is a vector. One of two dimensions `[n, D]` is a row of
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+from numpy.lib.format import open_memmap
 
 from latentmill.errors import SourceError
 from latentmill.fields.inputs import Absent, Input, absent_items
@@ -28,6 +29,7 @@ from latentmill.text.redact import redact
 
 KEYS = ("key", "id")
 SUFFIXES = (".parquet", ".jsonl")
+_UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, EOFError, pa.ArrowException)
 
 
 def is_import(source: str) -> bool:
@@ -64,6 +66,7 @@ class ImportedValues:
         self.name = redact(source.rstrip("/")).rpartition("/")[2]
         self._arrays: dict[str, FloatArray] = {}
         self._files: dict[str, Path] = {}
+        self._wrong: dict[str, str] = {}  # why a value cannot be used, by key
         try:
             if not source.lower().endswith(SUFFIXES):
                 folder = Path(source)
@@ -74,16 +77,17 @@ class ImportedValues:
             else:
                 fs, path = open_filesystem(source)
                 with fs.open(path, "rb") as file:
-                    rows = _parquet(file, field) if source.endswith("t") else _jsonl(file, field)
-                    for key, array in rows:
-                        if key in self._arrays:
+                    parquet = source.lower().endswith(".parquet")
+                    rows = _parquet(file, field) if parquet else _jsonl(file, field)
+                    for key, value in rows:
+                        if key in self._arrays or key in self._wrong:
                             raise ValueError(f"it has the key {key} more than once")
-                        self._arrays[key] = array
-            first = next(iter(self.keys), None)
-            if first is None:
-                raise ValueError("it has no values")
-            one = self._value(first)
-        except (ValueError, TypeError, LookupError, pa.ArrowException, *storage_errors()) as error:
+                        if isinstance(value, str):
+                            self._wrong[key] = value
+                        else:
+                            self._arrays[key] = value
+            one = self._first()
+        except (*_UNREADABLE, *storage_errors()) as error:
             raise SourceError(f"Cannot import {redact(source)}: {error}.") from error
         self._dimensions, self._ndim = int(one.shape[-1]), one.ndim
         kind: Any = "vector" if one.ndim == 1 else "tokens"
@@ -91,7 +95,17 @@ class ImportedValues:
 
     @property
     def keys(self) -> Mapping[str, Any]:
-        return self._files or self._arrays
+        return self._files or {**self._arrays, **self._wrong}
+
+    def _first(self) -> FloatArray:
+        """The first value that can be used, whose shape the others must have."""
+        wrong = [f"the value of {key}: {why}" for key, why in self._wrong.items()]
+        for key in self._files or self._arrays:
+            try:
+                return self._value(key)
+            except (*_UNREADABLE, OSError) as error:
+                wrong.append(f"the value of {key}: {error}")
+        raise ValueError(wrong[0] if wrong else "it has no values")
 
     def of(self, unit: Unit, base: Commit | None, known: Commit | None) -> Mapping[str, Input]:
         del unit, known
@@ -106,11 +120,13 @@ class ImportedValues:
             yield np.ascontiguousarray(array.reshape(-1, self._dimensions).T)
 
     def _input(self, key: str) -> Input:
-        if key not in self.keys:
+        if key in self._wrong:
+            return Absent(f"its value in {self.name} cannot be read: {self._wrong[key]}")
+        if key not in self._files and key not in self._arrays:
             return Absent(f"{self.name} has no value of it")
         try:
             array = self._value(key)
-        except (ValueError, OSError, EOFError) as error:
+        except (*_UNREADABLE, OSError) as error:
             return Absent(f"its value in {self.name} cannot be read: {error}")
         if array.ndim != self._ndim or array.shape[-1] != self._dimensions:
             return Absent(
@@ -121,30 +137,60 @@ class ImportedValues:
     def _value(self, key: str) -> FloatArray:
         if key in self._arrays:
             return self._arrays[key]
-        return _checked(np.load(self._files[key], allow_pickle=False))
+        return _checked(np.array(open_memmap(self._files[key], mode="r")))  # type: ignore[no-untyped-call]
 
 
-def _parquet(file: Any, field: str) -> Iterator[tuple[str, FloatArray]]:
+def _parquet(file: Any, field: str) -> Iterator[tuple[str, FloatArray | str]]:
+    """Keys and values; a text instead of a value says what is wrong with it."""
     parquet = pq.ParquetFile(file)
     key, value = _columns(parquet.schema_arrow.names, field)
+    kind, depth = parquet.schema_arrow.field(value).type, 0
+    while pa.types.is_nested(kind) and hasattr(kind, "value_type"):
+        kind, depth = kind.value_type, depth + 1
+    if depth not in (1, 2) or not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        found = parquet.schema_arrow.field(value).type
+        raise ValueError(
+            f"its column {value} is {found}, but must be lists of numbers, or lists of such lists"
+        )
     for batch in parquet.iter_batches(1024, columns=[key, value], use_threads=False):
         for name, scalar in zip(batch[key], batch[value], strict=True):
             if name.is_valid and scalar.is_valid:
-                yield as_key(str(name.as_py())), _of_list(scalar.values)
+                yield as_key(str(name.as_py())), _or_reason(_of_list, scalar.values)
 
 
 def _of_list(values: pa.Array) -> FloatArray:
-    if not (pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type)):
+    if not pa.types.is_nested(values.type):
         return _checked(values.to_numpy(zero_copy_only=False))
+    if values.null_count:
+        raise ValueError("it has tokens that are null")
     return _checked(np.array([row.values.to_numpy(zero_copy_only=False) for row in values]))
 
 
-def _jsonl(file: Any, field: str) -> Iterator[tuple[str, FloatArray]]:
-    for line in file:
+def _jsonl(file: Any, field: str) -> Iterator[tuple[str, FloatArray | str]]:
+    """As `_parquet`."""
+    for number, line in enumerate(file, 1):
         if line.strip():
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is not an object with a key and a value")
             key, value = _columns(list(row), field)
-            yield as_key(str(row[key])), _checked(np.array(row[value]))
+            if row[value] is not None:
+                yield as_key(str(row[key])), _or_reason(_of_json, row[value])
+
+
+def _of_json(value: Any) -> FloatArray:
+    return _checked(np.array(value))
+
+
+def _or_reason(read: Callable[[Any], FloatArray], value: Any) -> FloatArray | str:
+    """The value, or why it cannot be used: one wrong value does not refuse the import."""
+    try:
+        return read(value)
+    except _UNREADABLE as error:
+        return str(error)
 
 
 def _columns(names: Sequence[str], field: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -11,17 +12,18 @@ from typing import Any
 from latentmill.config import RunConfig
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.fingerprint import fingerprint
+from latentmill.encoding.stored import parse_json
 from latentmill.engine.lock import Hold, only_run
 from latentmill.engine.progress import LogProgress, Progress
 from latentmill.errors import ConfigError, StoreError
 from latentmill.fields.imported import ImportedValues, is_import
-from latentmill.fields.inputs import stale_units
-from latentmill.fields.values import FILE, LATENTS, Values, values_of
+from latentmill.fields.inputs import Absent, stale_units
+from latentmill.fields.values import FILE, LATENTS, METADATA, MetadataValues, Values, values_of
 from latentmill.models.base import ModelSpec
 from latentmill.models.embedder import EmbedderHandle, EmbedderSpec
 from latentmill.models.inference.device import pick_device
 from latentmill.models.registry import resolve_embedder
-from latentmill.plan import FieldEntry, Plan, Unit, iter_keys
+from latentmill.plan import FieldEntry, Plan, Unit, iter_keys, load
 from latentmill.run.follow import field_config, follow_plan
 from latentmill.run.prepare import Setup, with_precision
 from latentmill.run.run import RunSummary, complete
@@ -80,6 +82,17 @@ def run_add_from(
         raise StoreError(
             f"{base.root} is not complete: finish the run that encodes it, then add the field."
         )
+    existing = load(folder)
+    if existing is None:
+        _check_any(base, planned, values, source, opened)
+    elif imported is not None and existing.field is not None:
+        had, has = existing.fingerprint["model"].get("latent_channels"), handle.spec.dimensions
+        if existing.field.source == source and had != has:
+            raise StoreError(
+                f"{folder.root} has values of {had} numbers, but the first of {imported.name} has "
+                f"{has}: use another name, or remove the field with `latentmill drop {base.root} "
+                f"--field {name}`."
+            )
     setup = _setup(field_config(planned, folder, options), opened, handle.spec, folder)
     entry = FieldEntry(name, handle.spec.kind, source)
     with only_run(folder) as hold:
@@ -97,6 +110,34 @@ def run_add_from(
         return summary
     unknown = set(imported.keys).difference(iter_keys(base, planned))
     return replace(summary, unknown=len(unknown), unknown_keys=tuple(sorted(unknown)[:20]))
+
+
+def _check_any(
+    base: Storage, planned: Plan, values: Values, source: str, opened: LatentStore
+) -> None:
+    """Raise `ConfigError` if no item of a store with records has a value."""
+    commits = {commit.unit: commit for commit in iter_commits(base)}
+    reason = ""
+    for unit in planned.units:
+        commit = commits.get(unit.name)
+        for key, now in values.of(unit, commit, None).items():
+            if not isinstance(now, Absent):
+                return
+            reason = reason or f"{key}: {now.reason}"
+    if not len(opened.index):
+        return
+    hint = "check the keys and values of the file"
+    if isinstance(values, MetadataValues):
+        name, names = source.removeprefix(METADATA), _metadata_names(opened)
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"use {', '.join(names[:10])}"
+        hint = hint if names else "the items have no metadata"
+    raise ConfigError(f"No item of {base.root} has a value in {source} ({reason}): {hint}.")
+
+
+def _metadata_names(opened: LatentStore) -> list[str]:
+    texts = opened.table(["metadata"])["metadata"].to_pylist()
+    return sorted({name for text in texts if text for name in parse_json(text)})
 
 
 def _handle(source: str, options: dict[str, Any]) -> EmbedderHandle:
