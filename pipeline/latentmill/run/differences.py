@@ -9,9 +9,10 @@ from typing import Any
 from latentmill.config import RunConfig, fingerprint_document, item_settings
 from latentmill.encoding.chunks import Chunking
 from latentmill.errors import ConfigError
-from latentmill.models.base import ModelSpec
-from latentmill.plan import Plan
+from latentmill.models.base import ModelSpec, Stitch
+from latentmill.plan import Plan, load
 from latentmill.sources.settings import option
+from latentmill.storage.storage import Storage
 
 _HASH = "sha256"
 _HASH_DIGITS = 8
@@ -46,6 +47,17 @@ class Difference:
         if self.setting in fields:
             return fields.index(self.setting)
         return len(fields) + (self.setting == _WEIGHTS)
+
+
+def default_stitch(storage: Storage, spec: ModelSpec) -> Stitch:
+    """The way to stitch if none is given: the model's, but `trim` in a store planned with it.
+
+    `trim` was the default before models could continue from a state, and a store continues as it
+    was planned.
+    """
+    plan = load(storage) if spec.stitch == "state" else None
+    old = plan is not None and plan.fingerprint["chunking"]["stitch"] == "trim"
+    return "trim" if old else spec.stitch
 
 
 def differences(

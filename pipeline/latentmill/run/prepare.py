@@ -18,7 +18,7 @@ from latentmill.encoding.fingerprint import version_difference
 from latentmill.encoding.lanes import PACKING
 from latentmill.errors import ConfigError, StoreError
 from latentmill.models import registry
-from latentmill.models.base import ModelHandle, ModelSpec, Stitch
+from latentmill.models.base import ModelHandle
 from latentmill.models.inference.device import pick_device
 from latentmill.models.inference.precision import pick_precision
 from latentmill.plan import (
@@ -38,7 +38,7 @@ from latentmill.plan.amend import amend
 from latentmill.plan.compare import Comparison, compare
 from latentmill.plan.items import draft_table, to_items
 from latentmill.plan.probe import cheap, probed
-from latentmill.run.differences import differences, explain
+from latentmill.run.differences import default_stitch, differences, explain
 from latentmill.sources.base import Item, Source
 from latentmill.sources.open import open_source
 from latentmill.storage.storage import Storage
@@ -152,7 +152,7 @@ def set_up(config: RunConfig) -> Setup:
     refuse_job_folder("STORE", config.out, "an absolute path or a URL")
     storage = Storage(config.out)
     storage.refuse_read_only()
-    stitch = config.stitch or _stored_stitch(storage, handle.spec)
+    stitch = config.stitch or default_stitch(storage, handle.spec)
     chunking = Chunking.for_model(
         handle.spec,
         stitch=stitch,
@@ -172,13 +172,6 @@ def set_up(config: RunConfig) -> Setup:
             f"{handle.spec.name}: use --stitch trim, or leave out --compile."
         )
     return Setup(config, handle, chunking, storage)
-
-
-def _stored_stitch(storage: Storage, spec: ModelSpec) -> Stitch:
-    """The default way to stitch, but `trim`, an earlier default, for a store planned with it."""
-    plan = load(storage) if spec.stitch == "state" else None
-    old = plan is not None and plan.fingerprint["chunking"]["stitch"] == "trim"
-    return "trim" if old else spec.stitch
 
 
 def with_precision(config: RunConfig) -> RunConfig:
