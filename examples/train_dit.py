@@ -57,7 +57,7 @@ def add_stem(tags: Tags, waveform: bool, stems: Stems, random: np.random.Generat
     context = stems.latents[stems.roles.index(mix)] if waveform and chosen else stems.mix(chosen)
     mask, own = stems.mask_of([*chosen, target]), np.array(tags[stems.keys[target]], np.float32)
     found = {"context": context, "target": stems.latents[target], "mask": mask, "tags": own}
-    return found | {"fields": stems.fields_of(target)}
+    return found | ({"fields": fields} if (fields := stems.fields_of(target)) else {})
 
 
 def vocabulary(store: lm.LatentStore, fields: list[str]) -> tuple[list[str], Tags]:

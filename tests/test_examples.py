@@ -204,6 +204,7 @@ def test_guidance_and_sampling(example: ModuleType) -> None:
         return (x - wanted) / times[:, None, None]  # x = (1 - t) wanted + t e
 
     batch = {"context": torch.zeros(1, 2, 4), "tags": torch.zeros(1, 1), "mask": torch.ones(1, 4)}
+    batch["text"] = torch.zeros(1, 0, 1)  # no text
     for guidance in (0.0, 1.0, 3.0):
         drawn = example.sample(model, batch, steps=5, guidance=guidance)
         torch.testing.assert_close(drawn, wanted)

@@ -59,7 +59,7 @@ def test_a_forecast_freezes_the_plan_that_encode_resumes(songs: Path, tmp_path: 
     assert value.source_bytes == sum(f.stat().st_size for f in songs.iterdir() if f.stem != "notes")
     prepared = prepare(config)
     assert listed(prepared) is None
-    assert planned(prepared, None) == (frozen, None)
+    assert planned(prepared, None) == (frozen, None, None)
     assert forecast(config, calibrated=False) == value
     assert "of it estimated because the length of 5 items is unknown" in show.forecast(value)
 

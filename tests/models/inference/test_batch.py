@@ -88,7 +88,7 @@ def test_batches_beyond_that_limit_are_refused_on_a_gpu(
     limited = replace(HANDLE, spec=replace(HANDLE.spec, max_batch_samples=10_000))
     chunking = Chunking.for_model(HANDLE.spec, seconds=2.0)
     fingerprint = {"numeric": {"precision": "tf32"}, "model": {}}
-    plan: Any = SimpleNamespace(fingerprint=fingerprint, packing=2)
+    plan: Any = SimpleNamespace(fingerprint=fingerprint, packing=2, field=None)
 
     def size(handle: Any, device: str, **options: Any) -> int:
         config = load_config(None, {"source": "in", "out": "out", **options})
