@@ -187,6 +187,22 @@ def write_values(place: Place, rows: Sequence[Mapping[str, Any]]) -> None:
     (place.source / "values.jsonl").write_text(text)
 
 
+def refreshed(place: Place) -> None:
+    """A caption has been refreshed since its item was encoded."""
+    whole(place)
+    describe(place, "second")
+    place.encode(extend=True, refresh_metadata=True)
+
+
+def describe(place: Place, caption: str) -> None:
+    (place.source / "b.json").write_text(json.dumps({"prompt": caption}))
+
+
+def change_both(place: Place) -> None:
+    change(place)
+    describe(place, "third")
+
+
 def with_field(place: Place) -> None:
     whole(place)
     place.add()
@@ -270,6 +286,11 @@ SCENARIOS = {
     ),
     "retry-failed": Scenario(broken, lambda p: p.encode(retry_failed=True), fix),
     "retry-changed": Scenario(whole, lambda p: p.encode(extend=True, retry_changed=True), change),
+    "retry-changed after refresh": Scenario(
+        refreshed,
+        lambda p: p.encode(extend=True, retry_changed=True),
+        change_both,
+    ),
     "seal": Scenario(unsealed, Place.encode),
     "export": Scenario(whole, lambda p: p.export(Target.WEBDATASET), written="dest"),
     "export again": Scenario(

@@ -7,7 +7,6 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,15 +15,7 @@ from latentmill.curation.annotation_table import EMPTY, merged, read_table, with
 from latentmill.engine.lock import only_run
 from latentmill.errors import ConfigError, SourceError, StoreError
 from latentmill.storage.storage import Storage
-from latentmill.store.annotations import (
-    Annotations,
-    annotation_entry,
-    annotation_file,
-    annotation_path,
-    open_annotations,
-    parse_annotations,
-)
-from latentmill.store.commit import write_new
+from latentmill.store.annotations import Annotations, open_annotations, write_annotations
 from latentmill.store.metadata import publish_metadata
 from latentmill.store.seal import write_seal
 from latentmill.store.store import LatentStore
@@ -187,19 +178,16 @@ def publish(
     `refreshed` marks a version whose new values come from the source.
     """
     info = store.info
-    number = 1 if info.annotation is None else info.annotation.version + 1
-    path, data = annotation_path(number), annotation_file(table)
-    annotations = parse_annotations(data, f"{storage.root}/{path}")
+    entry, annotations = info.annotation, Annotations(table)
     if changed:
-        write_new(storage, path, partial(storage.create, path, data))
-        entry = annotation_entry(info.annotation, data, annotations, refreshed=refreshed)
+        entry, annotations = write_annotations(storage, entry, table, refreshed=refreshed)
         metadata, digest = publish_metadata(storage, store.index, annotations)
         update = {"metadata": metadata, "metadata_hash": digest, "annotation": entry}
         write_seal(storage, info.model_copy(update=update))
         storage.clear_scratch()
     return AnnotateSummary(
         store=storage.root,
-        version=number if changed else number - 1,
+        version=0 if entry is None else entry.version,
         changed=changed,
         names=tuple(annotations.kinds),
         records=len(annotations),

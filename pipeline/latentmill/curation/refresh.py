@@ -28,8 +28,9 @@ from latentmill.sources.base import Item
 from latentmill.sources.metadata import read_metadata
 from latentmill.storage.storage import Storage
 from latentmill.store.annotations import Annotations, is_column, open_annotations
-from latentmill.store.commit import committed_revisions, read_commit
+from latentmill.store.commit import read_commit
 from latentmill.store.metadata_file import metadata_of
+from latentmill.store.schema import DatasetInfo
 from latentmill.store.store import LatentStore
 
 _READERS = 16  # sidecars read at the same time
@@ -85,22 +86,35 @@ class _Found:
             self.names.update(changed.keys())
 
 
-def refresh_metadata(
-    storage: Storage, plan: Plan, found: Comparison | None, before: Mapping[str, int]
-) -> RefreshSummary | None:
-    """Bring the metadata of the items that a comparison found into a sealed store.
+def without_outdated(
+    storage: Storage, sealed: DatasetInfo, revisions: Mapping[str, int]
+) -> pa.Table | None:
+    """The annotations of a store that is sealed again; None if they do not change.
 
-    The caller holds the store. `before` are the revisions of the units before this run: the values
-    that an earlier refresh has set for items that were encoded again are removed, because their
-    records now have the metadata of the source.
+    Records that were encoded since the last seal have the metadata of the source, so the values
+    that an earlier refresh has set for them are left out. The seal replaces records and annotations
+    in one step: whenever a run is killed, the next one finds the same records to compare.
+
+    Args:
+        storage: The store.
+        sealed: Its dataset.json.
+        revisions: The units that were encoded again, with their revision now.
     """
     store = LatentStore(storage.root)
     refreshed = _refreshed(storage, store)
-    if stale := sorted(refreshed.keys() & _encoded_again(storage, before)):
-        publish(storage, store, _without(store, refreshed, stale), changed=True)
-        store = LatentStore(storage.root)
-    if found is None:
-        return None
+    changed = [unit for unit in revisions if revisions[unit] != sealed.revisions.get(unit, 0)]
+    keys = {e.key for unit in changed for e in read_commit(storage, unit, revisions[unit]).items}
+    stale = sorted(refreshed.keys() & keys)
+    return _without(store, refreshed, stale) if stale else None
+
+
+def refresh_metadata(storage: Storage, plan: Plan, found: Comparison) -> RefreshSummary:
+    """Bring the metadata of the items that a comparison found into a sealed store.
+
+    The caller holds the store.
+    """
+    store = LatentStore(storage.root)
+    refreshed = _refreshed(storage, store)
     new, failures = _read(to_items(found.described_rows))
     changes = _changes(store, new, refreshed)
     names = [name for name, _ in changes.names.most_common() if name and is_column(name)]
@@ -125,16 +139,6 @@ def refresh_metadata(
         unreadable=len(failures),
         reasons=tuple(failures[:MAX_LISTED]),
     )
-
-
-def _encoded_again(storage: Storage, before: Mapping[str, int]) -> set[str]:
-    """Keys of the items in units that have another revision than before."""
-    return {
-        entry.key
-        for unit, revision in committed_revisions(storage).items()
-        if before.get(unit, revision) != revision
-        for entry in read_commit(storage, unit, revision).items
-    }
 
 
 def _read(items: Sequence[Item]) -> tuple[dict[str, dict[str, Any]], list[tuple[str, str]]]:

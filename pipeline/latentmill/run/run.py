@@ -24,7 +24,6 @@ from latentmill.storage.storage import Storage
 from latentmill.store.commit import (
     SealHash,
     Tally,
-    committed_revisions,
     iter_commits,
     next_revisions,
 )
@@ -34,7 +33,9 @@ from latentmill.store.tidy import remove_unfinished, tidy
 from latentmill.text.log import get_logger
 from latentmill.text.printing import counted
 
-if TYPE_CHECKING:  # imports pyarrow.compute
+if TYPE_CHECKING:
+    import pyarrow as pa
+
     from latentmill.curation.refresh import RefreshSummary
 
 _log = get_logger("run")
@@ -121,20 +122,25 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunSummary:
     with items or contextlib.nullcontext(), only_run(prepared.storage) as hold:
         prepared = replace(prepared, storage=hold.storage)
         plan, extension, found = planned(prepared, items)
-        before = committed_revisions(hold.storage)
         summary = complete(prepared, plan, hold, progress, began)
         refreshed = None
-        if config.refresh_metadata or _has_refreshed(summary.info):
+        if config.refresh_metadata and found is not None:
             from latentmill.curation.refresh import refresh_metadata  # imports pyarrow.compute
 
-            wanted = found if config.refresh_metadata else None
-            refreshed = refresh_metadata(hold.storage, plan, wanted, before)
+            refreshed = refresh_metadata(hold.storage, plan, found)
             summary = replace(summary, info=read_seal(hold.storage) or summary.info)
     return replace(summary, extension=extension, refreshed=refreshed)
 
 
-def _has_refreshed(info: DatasetInfo) -> bool:
-    return info.annotation is not None and bool(info.annotation.refreshed)
+def _amended(
+    storage: Storage, sealed: DatasetInfo, revisions: Mapping[str, int]
+) -> pa.Table | None:
+    """See `without_outdated`."""
+    if sealed.annotation is None or not sealed.annotation.refreshed:
+        return None
+    from latentmill.curation.refresh import without_outdated  # imports pyarrow.compute
+
+    return without_outdated(storage, sealed, revisions)
 
 
 def complete(
@@ -180,7 +186,7 @@ def complete(
         assert len(tallies) == len(plan.units), "a run that ends well has committed every unit"
     info = current_seal(storage, sealable)
     if info is None:
-        info = seal(storage, plan)
+        info = seal(storage, plan, amended=_amended)
         remove_unfinished(storage)
         storage.clear_scratch()  # an empty folder
     seconds = time.perf_counter() - began

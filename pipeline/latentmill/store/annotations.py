@@ -10,6 +10,7 @@ import bisect
 import io
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ from latentmill.encoding.stored import parse_json
 from latentmill.errors import SourceError, StoreError
 from latentmill.sources.columns import refuse_bombs
 from latentmill.storage.storage import Storage
+from latentmill.store.commit import write_new
 from latentmill.store.entries import AnnotationEntry
 from latentmill.store.schema import json_text
 
@@ -197,6 +199,20 @@ def annotation_entry(
         names=list(annotations.kinds),
         refreshed=[*earlier, version] if refreshed else earlier,
     )
+
+
+def write_annotations(
+    storage: Storage, before: AnnotationEntry | None, table: pa.Table, *, refreshed: bool = False
+) -> tuple[AnnotationEntry, Annotations]:
+    """Write the file of the version after `before`; a reader finds it once dataset.json lists it.
+
+    `refreshed` marks a version whose new values come from the source.
+    """
+    data = annotation_file(table)
+    path = annotation_path(1 if before is None else before.version + 1)
+    annotations = parse_annotations(data, f"{storage.root}/{path}")
+    write_new(storage, path, partial(storage.create, path, data))
+    return annotation_entry(before, data, annotations, refreshed=refreshed), annotations
 
 
 def open_annotations(

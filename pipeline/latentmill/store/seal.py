@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
+import pyarrow as pa
 import xxhash
 
 from latentmill import __version__
@@ -19,7 +20,7 @@ from latentmill.errors import StorageError, StoreError
 from latentmill.plan import Plan
 from latentmill.record import FloatArray
 from latentmill.storage.storage import Storage
-from latentmill.store.annotations import found_annotation, open_annotations
+from latentmill.store.annotations import found_annotation, open_annotations, write_annotations
 from latentmill.store.card import write_card
 from latentmill.store.commit import SealHash, iter_commits
 from latentmill.store.entries import ShardEntry
@@ -34,6 +35,9 @@ from latentmill.store.schema import (
     parse_document,
 )
 from latentmill.store.statistics import ChannelStatistics
+
+# From the last seal and the revisions of the units now: the new annotations, if they change.
+Amended = Callable[[Storage, DatasetInfo, Mapping[str, int]], pa.Table | None]
 
 VIEW_FIELDS = {"bases", "left_out", "left_out_file"}  # of dataset.json
 
@@ -98,11 +102,18 @@ def dataset_info(plan: Plan, commits: Iterable[Commit]) -> DatasetInfo:
     )
 
 
-def seal(storage: Storage, plan: Plan, *, shards: Storage | None = None) -> DatasetInfo:
+def seal(
+    storage: Storage,
+    plan: Plan,
+    *,
+    shards: Storage | None = None,
+    amended: Amended = lambda *_: None,
+) -> DatasetInfo:
     """Write index, metadata, card and dataset.json from the commits of the plan's units.
 
     Reads the fields of all records from the shards, for the metadata. `shards` is where these are,
-    if they are not in `storage`. The store's annotations stay.
+    if they are not in `storage`. The store's annotations stay, or are replaced by those that
+    `amended` returns, in the same step as the records.
     """
     names = {unit.name for unit in plan.units}
     batches = []
@@ -123,6 +134,9 @@ def seal(storage: Storage, plan: Plan, *, shards: Storage | None = None) -> Data
     sealed = read_seal(storage)
     annotation = found_annotation(storage) if sealed is None else sealed.annotation
     annotations = None if annotation is None else open_annotations(storage, annotation)
+    table = None if sealed is None else amended(storage, sealed, info.revisions)
+    if table is not None:
+        annotation, annotations = write_annotations(storage, annotation, table)
     metadata, metadata_hash = publish_metadata(storage, index, annotations, shards)
     info = info.model_copy(
         update={
