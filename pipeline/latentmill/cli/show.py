@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from latentmill.cli.show_metadata import refreshed_metadata, unknown_keys
+from latentmill.cli.show_metadata import refreshed_metadata, unknown_keys, waiting_units
 from latentmill.encoding.batches import LONG_BATCH_SECONDS
 from latentmill.encoding.timings import bound
 from latentmill.models.embedder import EmbedderSpec
@@ -73,19 +73,21 @@ def summary(run: RunSummary) -> str:
         _extension(run.extension, run.refreshed),
         refreshed_metadata(run.refreshed),
         unknown_keys(run),
+        waiting_units(run),
     ]
     if run.failures:
         lines.append("  fix these files, then rerun with --retry-failed")
-    if run.resumed_units == run.units:
+    todo = run.units - run.resumed_units - run.waiting
+    if not todo and not run.waiting:
         hint = " (to add new files of the source, use --extend)"
         lines.append(
             "nothing to encode: every unit is committed already"
             f"{hint if run.extension is None and info.field is None else ''}"
         )
-    else:
+    elif todo:
         speed = run.encoded_seconds / run.seconds
         lines.append(
-            f"this run: {run.units - run.resumed_units} of {counted(run.units, 'unit')}, "
+            f"this run: {todo} of {counted(run.units, 'unit')}, "
             f"{run.encoded_seconds / 3600:.3f} h in {run.seconds:.1f} s ({speed:.1f} x real time)"
         )
         model = run.stages.get("model_seconds", 0.0)

@@ -20,6 +20,16 @@ def unknown_keys(run: RunSummary) -> str:
     return f"  {keys} of the file not in the store: {', '.join(run.unknown_keys)}{more}"
 
 
+def waiting_units(run: RunSummary) -> str:
+    """A line about units of a field that cannot be computed yet."""
+    if not run.waiting:
+        return ""
+    return (
+        f"  {counted(run.waiting, 'unit')} of {run.units} not encoded in the store yet: "
+        "run this command again when the run that encodes it has ended"
+    )
+
+
 def refreshed_metadata(value: RefreshSummary | None) -> str:
     """Lines about metadata that were updated in the store."""
     if value is None:

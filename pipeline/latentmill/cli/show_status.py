@@ -147,11 +147,17 @@ def _field(one: FieldStatus, run: CurrentRun | None) -> str:
     if run is not None and run.state == "running":
         lines.append(f"  running: by {run.by}; {_progress(run).removeprefix('progress  ')}")
     elif not one.complete:
-        behind = f"behind by {counted(one.behind, 'item')}" if one.behind else "not sealed"
-        lines.append(f"  {behind}: run the command that added the field again")
+        lines.append(f"  {_what_lacks(one)}: run the command that added the field again")
     if one.failures:
         lines.append(pairs_listed(f"failed in {one.name}", one.failures))
     return "\n".join(lines)
+
+
+def _what_lacks(one: FieldStatus) -> str:
+    parts = [f"behind by {counted(one.behind, 'item')}"] if one.behind else []
+    if one.waiting:
+        parts.append(f"{counted(one.waiting, 'item')} not encoded in the store yet")
+    return ", ".join(parts) or "not sealed"
 
 
 def planning_error(url: str) -> StoreError | None:

@@ -14,10 +14,11 @@ import numpy as np
 from latentmill.engine.lock import Membership
 from latentmill.engine.worker import MAX_REPORTED_FAILURES, UnitResult
 from latentmill.errors import LatentmillError, ModelError, StorageError, StoreError
+from latentmill.fields.base_rows import BaseRows
 from latentmill.fields.imported import ImportedValues
 from latentmill.fields.inputs import with_inputs
 from latentmill.fields.unit import BaseCommits, FieldUnit
-from latentmill.fields.values import BaseRows, LatentValues, Values, values_of
+from latentmill.fields.values import LatentValues, Values, values_of
 from latentmill.models.embedder import Embedder, EmbedderHandle, checked_embed
 from latentmill.models.inference.precision import Precision, numeric_mode
 from latentmill.plan import Unit
@@ -103,7 +104,7 @@ class ValuesWorker:
         """Compute a unit, write its shard and commit it.
 
         Raises:
-            StoreError: Another run has taken over, or the base store is incomplete.
+            StoreError: Another run has taken over, or the base store has lost the unit.
             StorageError: The unit cannot be written.
         """
         job = self._job
@@ -121,12 +122,12 @@ class ValuesWorker:
     def _compute(self, unit: Unit, storage: Storage) -> UnitResult:
         began = time.perf_counter()
         job, base = self._job, self._commits.of(unit.name)
-        fields = None if base is None else self._rows.fields(base)
-        if base is None or fields is None:
+        if base is None:
             raise StoreError(
-                f"{job.base} is not complete (unit {unit.name}): finish the run that encodes it, "
-                "then add the field."
+                f"Unit {unit.name} of {job.base} is not encoded any more: finish the run that "
+                "encodes it, then add the field again."
             )
+        fields = self._rows.fields(base)
         inputs = self._values.of(unit, base, None)
         part = FieldUnit(storage, unit, inputs, retry_failed=job.retry_failed)
         todo = [key for key in inputs if key in part.todo]

@@ -121,15 +121,32 @@ def inputs_of(base: Storage, planned: Storage, source: str) -> Inputs:
     )
 
 
-def stale_units(
+@dataclass(frozen=True)
+class UnitState:
+    """A unit of a field, compared with the base store.
+
+    Attributes:
+        unit: The unit.
+        known: Its commit in the field; None if there is none.
+        stale: Keys of the items whose value is out of date or missing and can be computed.
+        waiting: Whether the base store must commit the unit before its values can be computed.
+    """
+
+    unit: Unit
+    known: Commit | None
+    stale: Sequence[str]
+    waiting: bool
+
+
+def unit_states(
     base: Storage,
     plan: Plan,
     planned: Storage,
     source: str,
     commits: Iterable[Commit],
     inputs: Inputs | None = None,
-) -> Iterator[tuple[Unit, Commit | None, Sequence[str]]]:
-    """Every unit of a plan with its commit in a field and the keys of its stale items.
+) -> Iterator[UnitState]:
+    """The state of every unit of a plan in a field.
 
     Args:
         base: The base store.
@@ -140,13 +157,14 @@ def stale_units(
         inputs: The current inputs, if they are known already.
     """
     inputs = inputs or inputs_of(base, planned, source)
-    of_base, of_field = _InOrder(iter_commits(base)), _InOrder(commits)
+    of_base, of_field = InOrder(iter_commits(base)), InOrder(commits)
     for unit in plan.units:
-        known = of_field.of(unit.name)
-        yield unit, known, stale_items(inputs.of(unit, of_base.of(unit.name), known), known)
+        known, now = of_field.of(unit.name), of_base.of(unit.name)
+        stale = stale_items(inputs.of(unit, now, known), known)
+        yield UnitState(unit, known, stale, waiting=now is None and source != "audio")
 
 
-class _InOrder:
+class InOrder:
     """Finds the commits of units that are asked for in order, with one commit in memory."""
 
     def __init__(self, commits: Iterable[Commit]) -> None:

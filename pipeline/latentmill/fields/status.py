@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from latentmill.errors import LatentmillError
-from latentmill.fields.inputs import stale_units
+from latentmill.fields.inputs import unit_states
 from latentmill.plan import PLAN_PATH, Plan, load
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import iter_commits
@@ -31,6 +31,8 @@ class FieldStatus:
         encoded: Number of encoded items; likewise `skipped` and `failed`.
         behind: Number of items that the same `add` command computes or updates: new ones, and those
             whose input has changed.
+        waiting: Number of items that it computes once the store has them: its run has not encoded
+            them yet.
         bytes: Size of the shards.
         failures: (key, reason) of each failed item.
     """
@@ -46,13 +48,14 @@ class FieldStatus:
     skipped: int = 0
     failed: int = 0
     behind: int = 0
+    waiting: int = 0
     bytes: int = 0
     failures: tuple[tuple[str, str], ...] = ()
 
     @property
     def complete(self) -> bool:
         """Whether it has a current value, or the reason why not, for every item of the store."""
-        return self.sealed and not self.behind and not self.problem
+        return self.sealed and not (self.behind or self.waiting or self.problem)
 
 
 def field_states(base: Storage, plan: Plan) -> Iterator[FieldStatus]:
@@ -74,9 +77,11 @@ def _state(base: Storage, plan: Plan, name: str, storage: Storage) -> FieldStatu
         return FieldStatus(name, problem=f"it has {what}: {hint}")
     counts: Counter[str] = Counter()
     failures: list[tuple[str, str]] = []
-    behind = size = 0
-    for _, known, stale in stale_units(base, plan, base, own.field.source, iter_commits(storage)):
-        behind += len(stale)
+    behind = waiting = size = 0
+    for state in unit_states(base, plan, base, own.field.source, iter_commits(storage)):
+        known = state.known
+        behind += len(state.stale)
+        waiting += state.unit.items if state.waiting else 0
         if known is not None:
             size += known.bytes
             counts.update(one.status for one in known.items)
@@ -92,6 +97,7 @@ def _state(base: Storage, plan: Plan, name: str, storage: Storage) -> FieldStatu
         skipped=counts["skipped"],
         failed=counts["failed"],
         behind=behind,
+        waiting=waiting,
         bytes=size,
         failures=tuple(failures),
     )

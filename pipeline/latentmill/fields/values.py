@@ -7,19 +7,16 @@ values, so `annotate` and `--refresh-metadata` put the items behind whose text t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any, Protocol
 
-import pyarrow as pa
 import xxhash
 
-from latentmill.encoding.stored import parse_json
 from latentmill.errors import ConfigError, StoreError
+from latentmill.fields.base_rows import BaseRows
 from latentmill.fields.inputs import Absent, Input, absent_items
 from latentmill.plan import Unit
 from latentmill.storage.storage import Storage
-from latentmill.store.metadata import shard_rows
-from latentmill.store.metadata_file import damaged_metadata, metadata_of
+from latentmill.store.index import entries
 from latentmill.store.schema import Commit
 from latentmill.store.store import LatentStore
 
@@ -32,61 +29,12 @@ class Values(Protocol):
     """Gives the inputs of a field's items, and the values behind them."""
 
     def of(self, unit: Unit, base: Commit | None, known: Commit | None) -> Mapping[str, Input]:
-        """See `Inputs`. Empty while the unit of the base store is not committed and sealed."""
+        """See `Inputs`. Empty while the unit of the base store is not committed."""
         ...
 
     def read(self, base: Commit, keys: Sequence[str]) -> Iterator[Any]:
         """The values of items that have one, in this order: texts, or arrays `[C, T]`."""
         ...
-
-
-class BaseRows:
-    """The records of a sealed store, unit by unit: their metadata, and their stored fields."""
-
-    def __init__(self, store: LatentStore) -> None:
-        self._store = store
-        self._shards: dict[str, int] = {}
-        if store.sealed and len(store.index):
-            self._order, self._first = store.index.by_shard()
-            self._shards = {path: number for number, path in enumerate(store.index.shards)}
-
-    def metadata(self, commit: Commit) -> dict[str, dict[str, Any]] | None:
-        """The metadata of a unit's records by key, with annotated values.
-
-        None if the seal has another commit of the unit.
-        """
-        positions = self._positions(commit)
-        if positions is None or not len(positions):
-            return None if positions is None else {}
-        texts = self._metadata.take(pa.array(positions)).to_pylist()
-        keys = self._store.index.keys(positions)
-        return {key: parse_json(text) for key, text in zip(keys, texts, strict=True)}
-
-    def fields(self, commit: Commit) -> dict[str, dict[str, Any]] | None:
-        """The stored fields of a unit's records by key; None as in `metadata`."""
-        positions = self._positions(commit)
-        if positions is None or not len(positions):
-            return None if positions is None else {}
-        assert commit.shard is not None
-        store, shard = self._store, self._shards[commit.shard]
-        rows = shard_rows(store.storage, store.index, shard, positions).to_pylist()
-        return {row["key"]: row for row in rows}
-
-    def _positions(self, commit: Commit) -> Any:
-        if commit.shard is None:
-            return ()
-        number = self._shards.get(commit.shard)
-        return (
-            None if number is None else self._order[self._first[number] : self._first[number + 1]]
-        )
-
-    @cached_property
-    def _metadata(self) -> pa.ChunkedArray:
-        with metadata_of(self._store) as file:
-            try:
-                return file.read(["metadata"], use_threads=False)["metadata"]
-            except (OSError, ValueError, pa.ArrowException) as error:
-                raise damaged_metadata(self._store) from error
 
 
 class MetadataValues:
@@ -98,10 +46,9 @@ class MetadataValues:
 
     def of(self, unit: Unit, base: Commit | None, known: Commit | None) -> Mapping[str, Input]:
         del unit, known
-        texts = None if base is None else self._texts(base)
-        if base is None or texts is None:
+        if base is None:
             return {}
-        absent = absent_items(base)
+        texts, absent = self._texts(base), absent_items(base)
         found: dict[str, Input] = {}
         for entry in base.items:
             text = absent.get(entry.key) or texts[entry.key]
@@ -110,19 +57,16 @@ class MetadataValues:
 
     def read(self, base: Commit, keys: Sequence[str]) -> Iterator[str]:
         texts = self._texts(base)
-        assert texts is not None, "the unit is sealed"
         for key in keys:
             text = texts[key]
             assert isinstance(text, str), "absent items are not read"
             yield text
 
-    def _texts(self, base: Commit) -> dict[str, str | Absent] | None:
+    def _texts(self, base: Commit) -> dict[str, str | Absent]:
         which = (base.unit, base.revision)
         if self._last is None or self._last[0] != which:
-            rows = self._rows.metadata(base)
-            if rows is None:
-                return None
-            own = ((key, metadata.get(self._name)) for key, metadata in rows.items())
+            rows = self._rows.metadata(base).items()
+            own = ((key, metadata.get(self._name)) for key, metadata in rows)
             self._last = (which, {key: text_of(value, self._name) for key, value in own})
         return self._last[1]
 
@@ -153,8 +97,8 @@ class LatentValues:
         return {one.key: absent.get(one.key) or one.hash or "" for one in base.items}
 
     def read(self, base: Commit, keys: Sequence[str]) -> Iterator[Any]:
-        del base
-        return (self._store[key].latent.astype("float32") for key in keys)
+        places = {entry.key: entry for entry in entries(base)}
+        return (self._store.read(places[key]).latent.astype("float32") for key in keys)
 
 
 class KnownImports:
@@ -182,7 +126,7 @@ def values_of(base: Storage, source: str) -> Values:
     """
     store = LatentStore(base.root)
     if source == LATENTS:
-        if store.info.layout != "time-major":
+        if store.plan.fingerprint["chunking"]["stitch"] == "none":
             raise StoreError(
                 f"{base.root} has overlapping chunks (stitch none), from which no field can be "
                 "computed: use another stitch."

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 from latentmill.engine.lock import only_run
 from latentmill.engine.progress import LogProgress, Progress
 from latentmill.errors import ConfigError
-from latentmill.fields.inputs import stale_units
+from latentmill.fields.inputs import unit_states
 from latentmill.models.base import ModelHandle
 from latentmill.plan import FieldEntry, Plan
 from latentmill.run.add_values import run_add_from
@@ -91,8 +91,8 @@ def run_add(
         planned = base_plan(base)  # the store may have been extended since
         plan = follow_plan(setup, planned, base, entry)
         commits = iter_commits(setup.storage)
-        pairs = stale_units(base, plan, setup.storage, entry.source, commits)
-        stale = {unit.name for unit, _, keys in pairs if keys}
+        states = unit_states(base, plan, setup.storage, entry.source, commits)
+        stale = {state.unit.name for state in states if state.stale}
         _warn_of_large_shards(setup, plan, entry)
         return complete(setup, plan, hold, progress, began, stale)
 

@@ -17,7 +17,7 @@ from latentmill.engine.lock import Hold, only_run
 from latentmill.engine.progress import LogProgress, Progress
 from latentmill.errors import ConfigError, StoreError
 from latentmill.fields.imported import ImportedValues, is_import
-from latentmill.fields.inputs import Absent, stale_units
+from latentmill.fields.inputs import Absent, InOrder, unit_states
 from latentmill.fields.values import FILE, LATENTS, METADATA, MetadataValues, Values, values_of
 from latentmill.models.base import ModelSpec
 from latentmill.models.embedder import EmbedderHandle, EmbedderSpec
@@ -28,7 +28,7 @@ from latentmill.run.follow import field_config, follow_plan
 from latentmill.run.prepare import Setup, with_precision
 from latentmill.run.run import RunSummary, complete
 from latentmill.storage.storage import Storage
-from latentmill.store.commit import Tally, iter_commits
+from latentmill.store.commit import Tally, committed_revisions, iter_commits
 from latentmill.store.field_layout import base_plan, field_storage
 from latentmill.store.seal import read_origin
 from latentmill.store.store import LatentStore
@@ -77,11 +77,11 @@ def run_add_from(
             raise ConfigError("--model is not used if --from is a file or a folder: leave it out.")
         handle, values, source = imported.model, imported, FILE + imported.name
         options = {**options, "model": "file"}
-    opened = LatentStore(base.root)
-    if not opened.complete:
+    if not committed_revisions(base):
         raise StoreError(
-            f"{base.root} is not complete: finish the run that encodes it, then add the field."
+            f"{base.root} has no encoded items yet: add the field once its run has encoded some."
         )
+    opened = LatentStore(base.root)
     existing = load(folder)
     if existing is None:
         _check_any(base, planned, values, source, opened)
@@ -102,10 +102,12 @@ def run_add_from(
             values = values_of(base, source)
         plan = follow_plan(setup, planned, base, entry)
         commits = iter_commits(setup.storage)
-        pairs = stale_units(base, plan, setup.storage, source, commits, values)
-        stale = {unit.name for unit, _, keys in pairs if keys}
+        stale, waiting = set(), set()
+        for state in unit_states(base, plan, setup.storage, source, commits, values):
+            stale |= {state.unit.name} if state.stale else set()
+            waiting |= {state.unit.name} if state.waiting else set()
         compute = _Compute(base.root, handle, imported)
-        summary = complete(setup, plan, hold, progress, began, stale, compute)
+        summary = complete(setup, plan, hold, progress, began, stale, compute, waiting)
     if imported is None:
         return summary
     unknown = set(imported.keys).difference(iter_keys(base, planned))
@@ -116,15 +118,15 @@ def _check_any(
     base: Storage, planned: Plan, values: Values, source: str, opened: LatentStore
 ) -> None:
     """Raise `ConfigError` if no item of a store with records has a value."""
-    commits = {commit.unit: commit for commit in iter_commits(base)}
-    reason = ""
+    commits, reason, records = InOrder(iter_commits(base)), "", 0
     for unit in planned.units:
-        commit = commits.get(unit.name)
+        commit = commits.of(unit.name)
+        records += 0 if commit is None else commit.rows
         for key, now in values.of(unit, commit, None).items():
             if not isinstance(now, Absent):
                 return
             reason = reason or f"{key}: {now.reason}"
-    if not len(opened.index):
+    if not records:
         return
     hint = "check the keys and values of the file"
     if isinstance(values, MetadataValues):

@@ -28,7 +28,7 @@ from latentmill.store.commit import (
     next_revisions,
 )
 from latentmill.store.schema import SHARDS, DatasetInfo
-from latentmill.store.seal import current_seal, read_seal, seal
+from latentmill.store.seal import current_seal, dataset_info, read_seal, seal
 from latentmill.store.tidy import remove_unfinished, tidy
 from latentmill.text.log import get_logger
 from latentmill.text.printing import counted
@@ -60,6 +60,7 @@ class RunSummary:
         stages: Seconds that this run's workers spent in each stage, summed over workers.
         extension: What `extend` found; None without `extend`, or if the plan was new.
         refreshed: What `refresh_metadata` changed; None without it.
+        waiting: Number of units of a field that the store must encode first; the field has no seal.
         unknown: Number of keys in an imported file that are not items of the store.
         unknown_keys: The first few of them.
     """
@@ -76,6 +77,7 @@ class RunSummary:
     stages: Mapping[str, float] = field(default_factory=dict)
     extension: Extension | None = None
     refreshed: RefreshSummary | None = None
+    waiting: int = 0
     unknown: int = 0
     unknown_keys: tuple[str, ...] = ()
 
@@ -151,6 +153,7 @@ def complete(
     began: float,
     stale: Collection[str] = (),
     compute: Compute | None = None,
+    waiting: Collection[str] = (),
 ) -> RunSummary:
     """Encode the units of a plan that are not committed, and seal the store.
 
@@ -162,6 +165,7 @@ def complete(
         began: When the run began, by `perf_counter`.
         stale: Names of units that are encoded again.
         compute: Computes the units that are not committed; the default encodes their audio.
+        waiting: Names of units that cannot be computed yet. Without them the store is not sealed.
     """
     storage, retry_failed = setup.storage, setup.config.retry_failed
     tidy(storage)
@@ -175,7 +179,7 @@ def complete(
     todo = [
         replace(unit, revision=revisions.get(unit.name, 0))
         for unit in plan.units
-        if unit.name not in tallies
+        if unit.name not in tallies and unit.name not in waiting
     ]
     resumed = len(tallies)
     _log.debug("%d of %s committed already", resumed, counted(len(plan.units), "unit"))
@@ -183,14 +187,17 @@ def complete(
     if todo:
         (compute or _encode_todo)(setup, plan, tallies, todo, progress, hold)
         tallies, sealable = _trusted(storage, plan)
-        assert len(tallies) == len(plan.units), "a run that ends well has committed every unit"
-    info = current_seal(storage, sealable)
+    lacking = {unit.name for unit in plan.units} - tallies.keys()
+    assert lacking <= set(waiting), "a run that ends well has committed every other unit"
+    info = dataset_info(plan, iter_commits(storage)) if lacking else None
+    info = info or current_seal(storage, sealable)
     if info is None:
         info = seal(storage, plan, amended=_amended)
         remove_unfinished(storage)
         storage.clear_scratch()  # an empty folder
     seconds = time.perf_counter() - began
-    return _summary(storage, plan, info, tallies, todo, resumed, seconds)
+    summary = _summary(storage, plan, info, tallies, todo, resumed, seconds)
+    return replace(summary, waiting=len(lacking))
 
 
 def _encode_todo(

@@ -1,0 +1,130 @@
+"""The records of a base store, unit by unit: their metadata, and their stored fields."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latentmill.encoding.stored import parse_json
+from latentmill.store.index import Index, to_batch
+from latentmill.store.metadata import shard_rows
+from latentmill.store.metadata_file import damaged_metadata, metadata_of
+from latentmill.store.schema import Commit
+from latentmill.store.store import LatentStore
+
+Rows = npt.NDArray[np.int64]
+
+KEPT_BYTES = 64 << 20  # of row groups of the metadata file
+# How many rows of the metadata file may be read for each row that is asked for, and at first.
+ROWS_FOR_ONE, FIRST_ROWS = 16, 1 << 16
+
+
+class BaseRows:
+    """The rows of committed units; a few units and row groups are in memory.
+
+    The metadata is read from the metadata file of the seal, whose row n is record n. The rows of a
+    unit are neighbours in it, but not always: those of an extension are anywhere. Where it would
+    read many rows for few, and for a unit that is not in the seal, the shard is read instead.
+    """
+
+    def __init__(self, store: LatentStore) -> None:
+        self._store = store
+        self._kept: OrderedDict[int, pa.Array] = OrderedDict()
+        self._allowed = FIRST_ROWS
+
+    def metadata(self, commit: Commit) -> dict[str, dict[str, Any]]:
+        """The metadata of a unit's records by key, with annotated values."""
+        if commit.shard is None:
+            return {}
+        texts = self._of_file(commit.shard)
+        if texts is None:
+            texts = self._of_shard(commit)
+        return {key: parse_json(text) for key, text in texts.items()}
+
+    def fields(self, commit: Commit) -> dict[str, dict[str, Any]]:
+        """The stored fields of a unit's records by key."""
+        if commit.shard is None:
+            return {}
+        return {row["key"]: row for row in self._rows(commit).to_pylist()}
+
+    def _rows(self, commit: Commit) -> pa.Table:
+        index = Index.from_batches([to_batch(commit)])
+        return shard_rows(self._store.storage, index, 0, np.arange(len(index)))
+
+    def _of_shard(self, commit: Commit) -> dict[str, str]:
+        rows, annotations = self._rows(commit), self._store.annotations
+        texts = zip(rows["key"].to_pylist(), rows["metadata"].to_pylist(), strict=True)
+        if annotations is None:
+            return dict(texts)
+        return {key: annotations.merged(key, text) for key, text in texts}
+
+    @cached_property
+    def _sealed(self) -> _Sealed | None:
+        """None for a store without a metadata file; see `metadata_of`."""
+        if not self._store.sealed or self._store.info.metadata is None:
+            return None
+        file = metadata_of(self._store)  # first: the store may be sealed again meanwhile
+        return _Sealed(file, self._store.index)
+
+    def _of_file(self, shard: str) -> dict[str, str] | None:
+        """The metadata from the metadata file, as JSON; None if the shard is to be read."""
+        if self._sealed is None or shard not in self._sealed.shards:
+            return None
+        positions = self._sealed.positions(shard)
+        groups = self._sealed.groups(positions)
+        needed = np.unique(groups).tolist()
+        self._allowed += ROWS_FOR_ONE * len(positions)
+        rows = sum(self._sealed.rows(group) for group in needed if group not in self._kept)
+        if rows > self._allowed:
+            return None
+        self._allowed -= rows
+        found: dict[str, str] = {}
+        for group in needed:
+            here = positions[groups == group]
+            places = pa.array(here - self._sealed.first[group])
+            texts = self._group(group).take(places).to_pylist()
+            found |= zip(self._sealed.index.keys(here), texts, strict=True)
+        return found
+
+    def _group(self, group: int) -> pa.Array:
+        """The metadata in a row group, and those used last."""
+        assert self._sealed is not None
+        if group not in self._kept:
+            try:
+                table = self._sealed.file.read_row_group(group, ["metadata"], use_threads=False)
+                # Rows of more than 2 GiB cannot be in one array with offsets of 32 bits.
+                self._kept[group] = table["metadata"].cast(pa.large_string()).combine_chunks()
+            except (OSError, ValueError, pa.ArrowException) as error:
+                raise damaged_metadata(self._store) from error
+            while len(self._kept) > 1 and sum(a.nbytes for a in self._kept.values()) > KEPT_BYTES:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(group)
+        return self._kept[group]
+
+
+class _Sealed:
+    """Where the rows of each shard are in the metadata file."""
+
+    def __init__(self, file: pq.ParquetFile, index: Index) -> None:
+        self.file, self.index = file, index
+        self.shards = {path: number for number, path in enumerate(index.shards)}
+        self._order, self._ends = index.by_shard()
+        counts = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
+        self.first = np.cumsum([0, *counts])
+
+    def positions(self, shard: str) -> Rows:
+        number = self.shards[shard]
+        return np.sort(self._order[self._ends[number] : self._ends[number + 1]])
+
+    def groups(self, positions: Rows) -> Rows:
+        """The row group of each row."""
+        return np.searchsorted(self.first, positions, "right") - 1
+
+    def rows(self, group: int) -> int:
+        return int(self.first[group + 1] - self.first[group])
