@@ -114,7 +114,7 @@ def damaged(store: Path, folder: Path) -> Path:
         "mix STORE NEAR -o NEW/mix.wav",
         "export STORE NEW --to stable-audio-tools",
         "export DAMAGED NEW --to webdataset",
-        "evaluate STORE",
+        "evaluate STORE --items 1 --max-seconds 2",
         "models \x1b[31m",
         "status \x1b[31m",
         "\x1b[31m",

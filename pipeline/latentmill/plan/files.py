@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -248,10 +249,16 @@ def _read_plan(document: dict[str, Any], storage: Storage) -> Plan:
     return plan
 
 
-def _typed(kind: type[Part | Plan], values: dict[str, Any]) -> dict[str, Any]:
+def _typed(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
     """Return the values. Raises ValueError if their types are not those of the fields of `kind`."""
-    TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
+    _adapter(kind).validate_json(json.dumps(values), strict=True)
     return values
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """Building one takes longer than reading a plan."""
+    return TypeAdapter(kind)
 
 
 def check_items(plan: Plan, storage: Storage) -> None:
