@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import soxr
 
+from latentmill.audio.pieces import QUALITY, Helpers, PieceLoader, grid_of
 from latentmill.audio.stream import BLOCK, AudioStream
 from latentmill.errors import ItemError
 from latentmill.record import FloatArray
@@ -39,10 +41,16 @@ class Waveform:
         channels: Channels, the model's.
     """
 
-    def __init__(self, stream: AudioStream, sample_rate: int, channels: int) -> None:
+    def __init__(
+        self,
+        stream: AudioStream,
+        sample_rate: int,
+        channels: int,
+        helpers: Helpers | None = None,
+    ) -> None:
         self.sample_rate = sample_rate
         self.channels = channels
-        self._stream = stream
+        self._stream, self._helpers = stream, helpers
         self._source_samples = 0
         self._stats: WaveformStats | None = None
 
@@ -63,13 +71,13 @@ class Waveform:
         """Yield blocks `[C, n]`, float32, contiguous, n at most `BLOCK`, in total
         ceil(source samples * model rate / source rate).
 
-        The samples are bit-identical however the source is split into blocks.
+        The samples are bit-identical however the source is split into blocks, and in pieces.
 
         Raises:
             ItemError: See `AudioStream.blocks`.
         """
         samples, power, peak = 0, 0.0, 0.0
-        for block in self._converted():  # [n, C or 1]
+        for block in self._blocks():  # [n, C or 1]
             samples += len(block)
             power += _energy(block) / block.shape[1]
             peak = max(peak, float(block.max()), -float(block.min()))
@@ -77,25 +85,57 @@ class Waveform:
         rms = math.sqrt(power / samples)
         self._stats = WaveformStats(samples, self._source_samples, rms, peak)
 
-    def _converted(self) -> Iterator[FloatArray]:
+    def _blocks(self) -> Iterator[FloatArray]:
+        """All converted blocks `[n, C]`; where `stats` are measured does not depend on pieces."""
+        stream = self._stream
+        channels = min(stream.channels, self.channels)
+        grid = grid_of(stream, self.sample_rate, channels) if self._helpers else None
+        if grid is not None and self._helpers is not None:
+            blocks = PieceLoader(stream, grid, self._converted, self._helpers).blocks()
+            with contextlib.closing(blocks):
+                yield from _equal_blocks(blocks)
+        elif stream.sample_rate != self.sample_rate or stream.divisible:
+            yield from _equal_blocks(self._converted(stream))
+        else:
+            yield from self._converted(stream)
+        self._source_samples = stream.loaded
+
+    def _converted(self, stream: AudioStream) -> Iterator[FloatArray]:
         """Downmixed and resampled blocks `[n, C]`; mono has one channel here, to save time."""
-        channels = min(self._stream.channels, self.channels)
-        if self._stream.sample_rate == self.sample_rate:
-            yield from self._downmixed()
+        channels = min(stream.channels, self.channels)
+        if stream.sample_rate == self.sample_rate:
+            yield from self._downmixed(stream)
             return
-        resampler = _Resampler(self._stream.sample_rate, self.sample_rate, channels)
-        for block in self._downmixed():
+        resampler = _Resampler(stream.sample_rate, self.sample_rate, channels)
+        for block in self._downmixed(stream):
             yield from resampler.push(block)
         yield from resampler.finish()
 
-    def _downmixed(self) -> Iterator[FloatArray]:
-        for block in self._stream.blocks():  # [C, n], transposed in memory
-            self._source_samples += block.shape[1]
+    def _downmixed(self, stream: AudioStream) -> Iterator[FloatArray]:
+        for block in stream.blocks():  # [C, n], transposed in memory
             mixed = block.T  # [n, C]
             if self.channels == 1 and len(block) > 1:
                 mixed = _mean(block)[:, None]
             for start in range(0, len(mixed), BLOCK):
                 yield mixed[start : start + BLOCK]
+
+
+def _equal_blocks(blocks: Iterator[FloatArray]) -> Iterator[FloatArray]:
+    """The same samples in blocks `[BLOCK, C]`; the last one is shorter."""
+    parts: list[FloatArray] = []
+    size = 0
+    for block in blocks:
+        rest = block
+        while size + len(rest) >= BLOCK:
+            parts.append(rest[: BLOCK - size])
+            rest = rest[BLOCK - size :]
+            yield parts[0] if len(parts) == 1 else np.concatenate(parts)
+            parts, size = [], 0
+        if len(rest):
+            parts.append(rest)
+            size += len(rest)
+    if parts:
+        yield np.concatenate(parts)
 
 
 def _mean(block: FloatArray) -> FloatArray:
@@ -129,11 +169,14 @@ def _energy(block: FloatArray) -> float:
     return float(squares.sum(dtype=np.float64)) + float(np.dot(flat[whole:], flat[whole:]))
 
 
-def prepare(stream: AudioStream, *, sample_rate: int, channels: int) -> Waveform:
+def prepare(
+    stream: AudioStream, *, sample_rate: int, channels: int, helpers: Helpers | None = None
+) -> Waveform:
     """Convert a recording to a model's rate and channels while it is loaded.
 
     Downmix first (mono is the mean of the channels; mono input is copied to all channels), then
-    resample with soxr HQ if the rates differ. No gain and no clipping.
+    resample with soxr HQ if the rates differ. No gain and no clipping. `helpers` load pieces of
+    long lossless recordings.
 
     Raises:
         ItemError: The number of channels cannot be converted.
@@ -143,14 +186,14 @@ def prepare(stream: AudioStream, *, sample_rate: int, channels: int) -> Waveform
             f"it has {stream.channels} channels and the model needs {channels}: "
             "convert it to mono or to the model's channels"
         )
-    return Waveform(stream, sample_rate, channels)
+    return Waveform(stream, sample_rate, channels, helpers)
 
 
 class _Resampler:
     """A streaming resampler (soxr) with exactly ceil(input * out rate / in rate) output samples."""
 
     def __init__(self, in_rate: int, out_rate: int, channels: int) -> None:
-        self._soxr = soxr.ResampleStream(in_rate, out_rate, channels, "float32", "HQ")
+        self._soxr = soxr.ResampleStream(in_rate, out_rate, channels, "float32", QUALITY)
         self._rates = (in_rate, out_rate)
         self._channels = channels
         self._pushed = 0

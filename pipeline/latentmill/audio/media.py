@@ -46,6 +46,13 @@ class MediaFile(Closeable):
         os.lseek(self.fileno(), 0, os.SEEK_SET)
         return self.fileno()
 
+    def reopened(self) -> MediaFile:
+        """A second MediaFile of the same bytes, with its own file position."""
+        try:
+            return MediaFile(Path(f"/proc/self/fd/{self.fileno()}").open("rb", buffering=0))
+        except OSError:  # not Linux
+            return media_from_bytes(self.read_at(0, self.size))
+
     def read_at(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes from `offset`, fewer at the end; does not change the position."""
         if offset >= self.size:  # also for offsets that no file system supports

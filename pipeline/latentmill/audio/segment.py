@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 
-from latentmill.audio.stream import AudioInfo, DecodeError, Decoder
+from latentmill.audio.stream import AudioInfo, DecodeError, Decoder, DivisibleDecoder
 from latentmill.errors import ItemError
 from latentmill.record import FloatArray
 
@@ -60,6 +61,19 @@ class SegmentDecoder:
     def seek(self, sample: int) -> int:
         """Return 0: `blocks` already starts at the part."""
         return 0
+
+    @property
+    def divisible(self) -> bool:
+        """See `DivisibleDecoder`."""
+        return isinstance(self._decoder, DivisibleDecoder) and self._decoder.divisible
+
+    def part(self, sample: int) -> SegmentDecoder:
+        """A second decoder, which starts at `sample` of this part; see `DivisibleDecoder`."""
+        assert isinstance(self._decoder, DivisibleDecoder)
+        part = copy.copy(self)
+        part._first = self._first + sample
+        part._decoder = self._decoder.part(0)
+        return part
 
     def close(self) -> None:
         """Release the decoder."""

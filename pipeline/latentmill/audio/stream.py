@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -92,11 +93,30 @@ class Decoder(Protocol):
         ...
 
 
+@runtime_checkable
+class DivisibleDecoder(Decoder, Protocol):
+    """A decoder of a file of which any part can be decoded alone."""
+
+    @property
+    def divisible(self) -> bool:
+        """Whether a part has exactly the samples that it has in the whole file."""
+        ...
+
+    def part(self, sample: int) -> Decoder:
+        """A second decoder of the file, which starts at `sample`. Thread-safe.
+
+        Raises:
+            DecodeError: The file cannot be read there.
+        """
+        ...
+
+
 class AudioStream(Closeable):
     """An open recording. Iterate over `blocks()` once to load its samples.
 
     Attributes:
         info: The recording's header; for a part of a recording, `num_samples` is the part's.
+        loaded: Samples per channel that were loaded so far.
     """
 
     def __init__(
@@ -108,6 +128,7 @@ class AudioStream(Closeable):
         time_limit: float | None = None,
     ) -> None:
         self.info = decoder.info
+        self.loaded = 0
         self._time_limit = time_limit
         self._decoder, self._repaired = decoder, repaired
         self._allow_truncated = allow_truncated
@@ -121,6 +142,26 @@ class AudioStream(Closeable):
     def channels(self) -> int:
         """Channels."""
         return self.info.channels
+
+    @property
+    def divisible(self) -> bool:
+        """Whether `part` works, and has exactly the samples of the whole stream."""
+        decoder, known = self._decoder, self.num_samples is not None
+        return known and isinstance(decoder, DivisibleDecoder) and decoder.divisible
+
+    def part(self, sample: int) -> AudioStream:
+        """A second stream, from `sample` to the end, with a file position of its own. Thread-safe.
+
+        Raises:
+            DecodeError: The file cannot be read there.
+        """
+        assert isinstance(self._decoder, DivisibleDecoder)
+        decoder = self._decoder.part(sample)
+        left = (self.info.num_samples or 0) - sample
+        decoder.info = dataclasses.replace(self.info, num_samples=left)
+        return AudioStream(
+            decoder, allow_truncated=self._allow_truncated, time_limit=self._time_limit
+        )
 
     @property
     def num_samples(self) -> int | None:
@@ -141,6 +182,7 @@ class AudioStream(Closeable):
                 if done == 0:
                     self._check_sound(block)
                 done += len(block)
+                self.loaded = done
                 if len(block):
                     yield block.T
         except DecodeError as error:

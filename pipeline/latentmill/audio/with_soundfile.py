@@ -6,6 +6,7 @@ for each other.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -42,6 +43,10 @@ _MP3_LEAD = 64 * 1152
 """Samples that are decoded before a seek target in an MP3: frames use bits of earlier frames."""
 
 
+_EXACT = ("pcm_s8", "pcm_u8", "pcm_16", "pcm_24", "pcm_32", "float", "double")
+"""Samples of these codecs, and of FLAC, are independent of the samples before them."""
+
+
 class SoundFileDecoder:
     """A file that is open in libsndfile.
 
@@ -51,6 +56,8 @@ class SoundFileDecoder:
     def __init__(self, media: MediaFile, sniffed: Sniffed, found: Survey = NOTHING) -> None:
         if sniffed.format == "w64" and _is_extensible(media):
             raise DecodeError("libsndfile reads its floats as integers")
+        self._media, self._sniffed, self._found = media, sniffed, found
+        self._owned: MediaFile | None = None  # closed with the decoder
         self._last_seek = found.last_seek if sniffed.format == "ogg-vorbis" else None
         try:
             self._file = sf.SoundFile(media.rewind(), closefd=False)
@@ -85,7 +92,9 @@ class SoundFileDecoder:
         done = self._file.tell()
         # Reading past the end would return data after the audio, such as a tag.
         while done < self._frames:
-            count = min(BLOCK, self._frames - done)
+            # Blocks end at the same samples wherever reading starts: python-soundfile seeks to the
+            # end of each, which fails in a gap between FLAC frames.
+            count = min(BLOCK - done % BLOCK, self._frames - done)
             block = np.empty((count, self.info.channels), np.float32)
             try:
                 read = len(self._file.read(out=block))
@@ -112,9 +121,28 @@ class SoundFileDecoder:
         except sf.LibsndfileError as error:
             raise DecodeError(_text(error)) from error
 
+    @property
+    def divisible(self) -> bool:
+        """See `DivisibleDecoder`; the codec of FLAC is that of its samples here."""
+        return self.info.codec in _EXACT
+
+    def part(self, sample: int) -> SoundFileDecoder:
+        """A second decoder, which starts at `sample`; see `DivisibleDecoder`."""
+        with contextlib.ExitStack() as undo:
+            media = undo.enter_context(self._media.reopened())
+            decoder = SoundFileDecoder(media, self._sniffed, self._found)
+            undo.callback(decoder.close)
+            if decoder.seek(sample) != sample:
+                raise DecodeError(f"libsndfile cannot seek to sample {sample}")
+            decoder._owned = media
+            undo.pop_all()
+        return decoder
+
     def close(self) -> None:
         """Release the decoder."""
         self._file.close()
+        if self._owned:
+            self._owned.close()
 
 
 def _is_extensible(media: MediaFile) -> bool:

@@ -13,6 +13,7 @@ from typing import Protocol, TypeAlias
 
 from latentmill.audio import AudioStream, open_audio, prepare
 from latentmill.encoding.chunks import Chunk, Chunker, Chunking
+from latentmill.encoding.idle_threads import IdleThreads
 from latentmill.encoding.lanes import LANES, PACKING, Numbered, in_turn, lanes_of
 from latentmill.encoding.loudness import LevelMeter
 from latentmill.encoding.timings import Meter
@@ -127,7 +128,12 @@ class Loading:
                 return
             expected = -(-(stream.num_samples or 0) * spec.sample_rate // stream.sample_rate)
             chunker = Chunker(spec, self.chunking, expected)
-            waveform = prepare(stream, sample_rate=spec.sample_rate, channels=spec.channels)
+            waveform = prepare(
+                stream,
+                sample_rate=spec.sample_rate,
+                channels=spec.channels,
+                helpers=reader.helpers,
+            )
             meter = LevelMeter(spec)
             for block in waveform.blocks():
                 meter.push(block)
@@ -193,7 +199,7 @@ class LocalAudio:
 
     Each thread loads up to the next chunk of the lane that has the fewest loaded ones, because the
     model will need that lane first. If `BUFFER_BYTES` per thread are loaded, only lanes that have
-    nothing loaded go on.
+    nothing loaded go on. Threads that no lane needs load pieces of long recordings.
     """
 
     def __init__(self, items: Sequence[Item], loading: Loading, meter: Meter) -> None:
@@ -204,6 +210,8 @@ class LocalAudio:
         self._reader = UnitReader(items, allow_changed=settings.allow_changed)
         self._changed = threading.Condition()  # guards what follows
         self._stopped = False
+        self._idle = IdleThreads(self._changed, settings.load_threads, meter)
+        self._reader.helpers = self._idle
         self._waiting = deque(
             _Lane(self._events(lane)) for lane in lanes_of(items, settings.packing)
         )
@@ -268,6 +276,9 @@ class LocalAudio:
     def _load(self) -> None:
         """Load until all lanes have ended. Runs in every thread of the pool."""
         while (lane := self._next_lane()) is not None:
+            if isinstance(lane, IdleThreads):
+                lane.load_one()
+                continue
             loaded: list[ItemEvent] = []
             ended, error = True, None
             start = time.perf_counter()
@@ -289,8 +300,11 @@ class LocalAudio:
                 self._size += sum(map(_bytes, loaded))
                 self._changed.notify_all()
 
-    def _next_lane(self) -> _Lane | None:
-        """Wait for a lane that a thread may load, and reserve it. None if there is no more work."""
+    def _next_lane(self) -> _Lane | IdleThreads | None:
+        """Wait for a lane that a thread may load, and reserve it, or for a piece of a recording.
+
+        None if there is no more work.
+        """
         with self._changed:
             while not self._stopped:
                 unfinished = [lane for lane in self._lanes if not lane.ended]
@@ -302,6 +316,8 @@ class LocalAudio:
                     lane = min(free, key=lambda one: len(one.loaded))
                     lane.busy = True
                     return lane
+                if self._idle.waiting and not full:
+                    return self._idle
                 self._changed.wait()
         return None
 

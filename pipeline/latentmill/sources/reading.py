@@ -9,12 +9,12 @@ import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
-from pathlib import Path
 
 import pyarrow as pa
 
 from latentmill.audio.fetch import MEMORY_LIMIT
 from latentmill.audio.media import MediaFile, is_remote, media_from_bytes, open_media
+from latentmill.audio.pieces import Helpers
 from latentmill.errors import ItemError
 from latentmill.sources.base import ByteRange, Item, TableCell
 from latentmill.sources.files import current_version, read_bytes
@@ -32,8 +32,11 @@ class UnitReader(Closeable):
 
     Data that several items share is read once: the remote recording of segments, and the row group
     of cells. Small remote recordings are prefetched. `items` are in the order in which they will
-    be opened. `allow_changed` accepts files that have changed since planning.
+    be opened. `allow_changed` accepts files that have changed since planning. `helpers` are threads
+    that may load pieces of a long recording.
     """
+
+    helpers: Helpers | None = None
 
     def __init__(self, items: Iterable[Item], *, allow_changed: bool = False) -> None:
         items = list(items)
@@ -112,13 +115,13 @@ class UnitReader(Closeable):
             with self._lock:
                 known = self._recordings.get(uri)
                 if known is not None:
-                    return _reopened(known)
+                    return known.reopened()
             fetched = open_media(uri, item.size or None)
             with self._lock:
                 self._recordings[uri] = fetched
                 while len(self._recordings) > _SHARED_RECORDINGS:
                     self._recordings.popitem(last=False)[1].close()
-                return _reopened(fetched)
+                return fetched.reopened()
 
     def _lock_of(self, uri: str) -> threading.Lock:
         with self._lock:
@@ -196,11 +199,3 @@ def _copy(uri: str, place: ByteRange) -> MediaFile:
                 break
         undo.pop_all()
     return MediaFile(target)
-
-
-def _reopened(media: MediaFile) -> MediaFile:
-    """A second MediaFile of the same bytes, with its own file position."""
-    try:
-        return MediaFile(Path(f"/proc/self/fd/{media.fileno()}").open("rb", buffering=0))
-    except OSError:  # not Linux
-        return media_from_bytes(media.read_at(0, media.size))
