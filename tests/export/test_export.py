@@ -19,7 +19,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from latentmill.errors import ConfigError, StoreError
-from latentmill.export.export import Target, export_store, file_name
+from latentmill.export.export import Target, export_store
+from latentmill.export.stable_audio import StableAudio
 from latentmill.run.run import encode
 from latentmill.storage.storage import Storage
 from latentmill.store.measurement import write_measurement
@@ -202,7 +203,7 @@ def test_what_cannot_be_exported_is_refused(
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("")
-    for to in Target:
+    for to in TARGETS:
         assert "not empty" in refusal(lambda to=to: export_store(store, str(tmp_path / "full"), to))
         inside = f"{store.url}/inside"
         assert "is inside the store" in refusal(lambda to=to: export_store(store, inside, to))  # noqa: B023
@@ -241,7 +242,7 @@ hard = st.text(st.sampled_from("a./%é n p y\t\n"), min_size=1, max_size=12) | s
 @example("song/silence")
 @example("\ttab\nline\r")
 def test_file_names_can_be_turned_back(key: str) -> None:
-    name = file_name(key)
+    name = StableAudio.name(key)
     assert unquote(name) == key
     parts = name.split("/")
     assert all(part and not part.startswith(".") for part in parts)
@@ -265,7 +266,7 @@ def test_the_files_of_stable_audio_tools(
 ) -> None:
     store, dest, frames = exported
     files = {path.relative_to(dest).as_posix() for path in dest.rglob("*") if path.is_file()}
-    names = {file_name(key) for key in store.keys()}  # noqa: SIM118
+    names = {StableAudio.name(key) for key in store.keys()}  # noqa: SIM118
     expected = {f"{name}{end}" for name in names for end in (".npy", ".json")}
     own = {"details.json", "dataset_config.json", "silence.npy", "filelist.txt"}
     assert files == expected | own
@@ -277,13 +278,13 @@ def test_the_files_of_stable_audio_tools(
     assert silence.dtype == np.float32
     assert np.array_equal(silence[0], store.origin.of_length(longest))
     for record in store:
-        latent = np.load(dest / f"{file_name(record.key)}.npy")
+        latent = np.load(dest / f"{StableAudio.name(record.key)}.npy")
         length = max(record.frames, frames or 0)
         assert (latent.shape, latent.dtype) == ((record.channels, length), np.float32)
         assert np.array_equal(latent[:, : record.frames], record.latent.astype(np.float32))
         silence = store.origin.of_length(length)[:, record.frames :]
         assert np.array_equal(latent[:, record.frames :], silence)
-        info = json.loads((dest / f"{file_name(record.key)}.json").read_text())
+        info = json.loads((dest / f"{StableAudio.name(record.key)}.json").read_text())
         assert info["padding_mask"] == [1] * record.frames + [0] * (length - record.frames)
         assert (info["seconds_start"], info["seconds_total"]) == (0, record.duration)
         assert info["relpath"] == record.key
@@ -370,6 +371,7 @@ def test_the_command(
         "dest": str(new),
         "to": "webdataset",
         "records": len(store),
+        "escaped": 0,
         "failures": [],
     }
     result = runs.call(
@@ -382,7 +384,8 @@ def test_the_command(
     result = runs.call(capsys, "export", store.url, tmp_path / "x", "--to", "zip")
     assert (result.code, result.err) == (
         2,
-        "latentmill: invalid --to 'zip': use one of stable-audio-tools, webdataset, parquet.\n",
+        "latentmill: invalid --to 'zip': use one of stable-audio-tools, ltx2, ace-step, "
+        "webdataset, parquet.\n",
     )
 
 

@@ -14,8 +14,7 @@ import xxhash
 import latentmill as lm
 from latentmill.decoding.files import file_name
 from latentmill.errors import StorageError, StoreError
-from latentmill.export.export import Target, export_store
-from latentmill.export.export import file_name as export_name
+from latentmill.export.export import LAYOUTS, Target, export_store
 from latentmill.storage.storage import Storage, file_in_store
 from latentmill.store.index import Index
 from latentmill.store.verify import verify
@@ -148,7 +147,8 @@ def test_no_path_of_a_storage_leads_out(path: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["../x", "/etc/x", "a/../../x", "..", "a\0b", "a\\..\\b", "~/x"])
 def test_keys_are_written_inside_the_folder(key: str, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    for name in (f"{export_name(key)}.npy", file_name(key, ".wav")):
+    exported = [layout.name(key) for layout in LAYOUTS.values()]
+    for name in (*exported, file_name(key, ".wav")):
         path = Path(f"{folder}/{name}")
         assert path.resolve().is_relative_to(folder)
         path.parent.mkdir(parents=True, exist_ok=True)

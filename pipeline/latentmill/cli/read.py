@@ -203,7 +203,10 @@ def export(
         ),
     ],
     to: Annotated[
-        str, typer.Option("--to", help="Target format: stable-audio-tools, webdataset or parquet.")
+        str,
+        typer.Option(
+            "--to", help="Target format: stable-audio-tools, ltx2, ace-step, webdataset or parquet."
+        ),
     ],
     frames: Annotated[
         int | None,
@@ -212,9 +215,16 @@ def export(
             help="Pad shorter latents with silence to this many frames (stable-audio-tools only).",
         ),
     ] = None,
+    fields: Annotated[
+        str,
+        typer.Option(
+            help="Fields to export, separated by commas: NAME, or ROLE=NAME if a format has "
+            "several roles for its kind (ltx2 and ace-step only)."
+        ),
+    ] = "",
     as_json: AsJson = False,
 ) -> int:
-    """Write STORE for stable-audio-tools, or as a store in the other shard format."""
+    """Write STORE for the trainer of another project, or as a store in the other shard format."""
     from latentmill.cli import show
     from latentmill.export.export import Target, export_store
     from latentmill.store.store import open_store
@@ -225,7 +235,8 @@ def export(
         names = ", ".join(Target)
         raise ConfigError(f"invalid --to {to!r}: use one of {names}.") from None
     interrupts_raise()
-    summary = export_store(open_store(url), dest, target, frames=frames)
+    names_of_fields = [name.strip() for name in fields.split(",") if name.strip()]
+    summary = export_store(open_store(url), dest, target, frames=frames, fields=names_of_fields)
     print_value(as_json, summary, show.export)
     return ITEMS_FAILED_EXIT_CODE if summary.failures else 0
 

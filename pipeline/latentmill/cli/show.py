@@ -297,6 +297,11 @@ def _embedder(spec: EmbedderSpec) -> str:
 def export(value: ExportSummary) -> str:
     """The text that `export` prints."""
     lines = [f"{value.dest}: {counted(value.records, 'record')} for {value.to}"]
+    if value.escaped:
+        lines.append(
+            f"{counted(value.escaped, 'file name')} with escaped characters (%XX), because the "
+            "reader would skip or misread them"
+        )
     return "\n".join(filter(None, [*lines, pairs_listed("failed", value.failures)]))
 
 

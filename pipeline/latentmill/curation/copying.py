@@ -13,7 +13,7 @@ from latentmill.curation.chosen import Chosen
 from latentmill.curation.views import Curated
 from latentmill.engine.lock import only_run
 from latentmill.errors import ConfigError
-from latentmill.export.export import refuse_unless_empty
+from latentmill.export.conversion import refuse_unless_empty
 from latentmill.plan import Plan, freeze, iter_units, load
 from latentmill.plan.drafting import UnitLimits, draft
 from latentmill.reader.fields import FieldReader

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from latentmill.errors import ConfigError
-from latentmill.export.export import refuse_unless_empty
+from latentmill.export.conversion import refuse_unless_empty
 from latentmill.plan import PLAN, Plan, load
 from latentmill.publishing.contents import Contents, StoreFile, UnitFiles
 from latentmill.storage.remote import protocol_of

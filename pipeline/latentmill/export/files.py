@@ -1,0 +1,144 @@
+"""Writing the files of a layout, for a store that may have been exported before."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from latentmill.decoding.files import LONGEST_NAME
+from latentmill.encoding.stored import parse_json
+from latentmill.errors import ConfigError, ItemError
+from latentmill.export.conversion import outcomes, refuse_unless_empty
+from latentmill.export.layout import Array, Layout
+from latentmill.record import Record
+from latentmill.storage.storage import Storage, writing
+from latentmill.store.commit import iter_commits
+from latentmill.store.store import LatentStore
+
+DETAILS_PATH = "details.json"
+
+
+@dataclass
+class Written:
+    """What was written.
+
+    Attributes:
+        names: The names of the samples.
+        escaped: Number of names that differ from the keys of their items.
+        failures: Keys of the records that the tool cannot read, with the reasons.
+    """
+
+    names: list[str] = field(default_factory=list)
+    escaped: int = 0
+    failures: list[tuple[str, str]] = field(default_factory=list)
+
+
+def write_files(layout: Layout, storage: Storage) -> Written:
+    """Write the files of all records, and remove those of items that have no record any more."""
+    earlier, written = _begin(layout, storage), Written()
+    for commit in iter_commits(Storage(layout.store.url)):
+        for outcome in outcomes(layout.store, commit):
+            name = layout.name(outcome.key)
+            paths = layout.paths(name)
+            longest = max(len(os.fsencode(part)) for path in paths for part in path.split("/"))
+            if storage.local and longest > LONGEST_NAME:
+                reason = "its file name would have more than 255 bytes"
+                written.failures.append((outcome.key, reason))
+                continue
+            if outcome.record is not None:
+                try:
+                    _write_sample(layout, storage, paths, outcome.record)
+                    written.names.append(name)
+                    written.escaped += name != outcome.key
+                    continue
+                except ItemError as error:
+                    written.failures.append((outcome.key, str(error)))
+            if earlier:
+                for path in reversed(paths):
+                    storage.delete(path)
+    for path, data in layout.last(written.names).items():
+        _write(storage, path, data)
+    return written
+
+
+def _begin(layout: Layout, storage: Storage) -> bool:
+    """Write details.json; return whether it updates an earlier export of the same latents.
+
+    Raises `ConfigError` if the destination has anything else.
+    """
+    info = layout.store.info
+    names = ("name", "sample_rate", "hop", "latent_channels", "scale_factor")
+    details = {
+        "store": layout.store.url,
+        "fingerprint": info.fingerprint,
+        "model": {name: info.model[name] for name in names},
+        "layout": layout.tool,
+        "fields": {role: store.url for role, store in layout.fields.items()},
+    }
+    text = storage.read_if_exists(DETAILS_PATH)
+    if text is None:
+        refuse_unless_empty(storage)
+    else:
+        _check_earlier(layout, storage.root, text)
+    storage.write(DETAILS_PATH, json.dumps(details).encode())
+    return text is not None
+
+
+def _check_earlier(layout: Layout, dest: str, details: bytes) -> None:
+    """Raise ConfigError unless details.json is that of an export with the same fields."""
+    try:
+        earlier = parse_json(details)
+        fingerprint, tool = earlier["fingerprint"], earlier.get("layout", layout.tool)
+        roles = set(earlier.get("fields", ()))
+    except (ValueError, TypeError, LookupError, AttributeError):
+        fingerprint, tool, roles = None, None, set()
+    if (fingerprint, tool) != (layout.store.info.fingerprint, layout.tool):
+        raise ConfigError(f"{dest} is an export of another store: use another destination.")
+    if roles != set(layout.fields):
+        names = ", ".join(sorted(roles)) or "no fields"
+        raise ConfigError(
+            f"{dest} is an export with {names}: use the same --fields, or another destination."
+        )
+
+
+def _write_sample(layout: Layout, storage: Storage, paths: Sequence[str], record: Record) -> None:
+    """Write those of a record's files that are not complete or have changed, the last one last."""
+    values = {role: _value(store, record.key) for role, store in layout.fields.items()}
+    contents = dict(zip(paths, layout.contents(record, values), strict=True))
+    last = paths[-1]
+    # The hash in the last file tells whether the others have changed, if that one has not.
+    hashed = layout.hashed and _same(storage, last, contents[last])
+    for path, data in contents.items():
+        if not _same(storage, path, data, size_only=hashed):
+            _write(storage, path, data)
+
+
+def _value(store: LatentStore, key: str) -> Array:
+    """The value of a field, float32 `[D, n]`. ItemError if it has none."""
+    if key not in store:
+        raise ItemError(f"field {store.url.rpartition('/')[2]!r} has no value for it")
+    return store[key].latent.astype(np.float32)
+
+
+def _same(storage: Storage, path: str, data: bytes, *, size_only: bool = False) -> bool:
+    """Whether a file has this content; with `size_only`, whether it can have it."""
+    if not size_only:
+        return storage.read_if_exists(path) == data
+    file = Path(storage.full(path))
+    return not storage.local or (file.exists() and file.stat().st_size == len(data))
+
+
+def _write(storage: Storage, path: str, data: bytes) -> None:
+    """Write a file, without a temporary file first: there are many, and all are rechecked later."""
+    if not storage.local:
+        storage.write(path, data)
+        return
+    file = Path(storage.full(path))
+    with writing(str(file)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)

@@ -1,0 +1,328 @@
+"""The files of LTX-2's and ACE-Step's trainers, with fields."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import shutil
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from latentmill.errors import ConfigError, StoreError
+from latentmill.export.export import LAYOUTS, ExportSummary, Target, export_store
+from latentmill.plan import FieldEntry
+from latentmill.store.store import LatentStore
+from support import runs
+from support.latent_store import write_again, write_latents
+
+LENGTHS = [5, 9, 3, 7]
+# Multiples of 128, for which a row of padding is stored, and the longest that LTX-2 takes.
+TOKENS = [4, 128, 1, 1024]
+MODELS: dict[str, dict[str, Any]] = {
+    "ltx2": {"name": "ltx2", "sample_rate": 16000, "hop": 640},
+    "ace-step": {"name": "oobleck", "sample_rate": 48000, "hop": 1920},
+}
+KEYS = {"ltx2": "latent_items", "ace-step": "album/silence"}
+
+
+def random_arrays(channels: int, lengths: list[int]) -> list[np.ndarray]:
+    random = np.random.default_rng(channels)
+    return [random.standard_normal((channels, n)).astype(np.float16) for n in lengths]
+
+
+def write_field(
+    store: LatentStore, name: str, kind: Any, arrays: list[np.ndarray], **options: Any
+) -> None:
+    write_latents(
+        f"{store.url}/fields/{name}",
+        [array.shape[1] for array in arrays],
+        channels=len(arrays[0]),
+        latents=arrays,
+        field=FieldEntry(name, kind, "audio"),
+        prefix=store.index.key(0).rpartition("/")[0],
+        **options,
+    )
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with latents of the autoencoder of a trainer, and fields; leave it unchanged."""
+    target = request.param
+    folder = tmp_path_factory.mktemp(target) / target
+    metadata = [{"caption": f"caption {n}", "bpm": 120, "lyrics": "la"} for n in range(4)]
+    store = write_latents(
+        str(folder),
+        LENGTHS,
+        channels=64,
+        per_unit=2,
+        prefix=KEYS[target],
+        metadata=[*metadata[:3], {}],
+        latents=random_arrays(64, LENGTHS),
+        model=MODELS[target],
+    )
+    write_field(store, "text", "tokens", random_arrays(6, TOKENS))
+    write_field(store, "other", "tokens", random_arrays(3, TOKENS), failed=(2,))
+    write_field(store, "longer", "tokens", random_arrays(6, [5, 6, 7, 1025]))
+    write_field(store, "mask", "frames", [np.ones((1, n), np.float16) for n in LENGTHS])
+    write_field(store, "hints", "frames", random_arrays(64, LENGTHS))
+    write_field(store, "short", "frames", random_arrays(64, [n - 1 for n in LENGTHS]))
+    return folder
+
+
+@pytest.fixture
+def store(written: Path, tmp_path: Path) -> LatentStore:
+    return LatentStore(str(shutil.copytree(written, tmp_path / written.name)))
+
+
+def exported(store: LatentStore, *fields: str, to: Target | None = None) -> ExportSummary:
+    target = to or Target(Path(store.url).name)
+    return export_store(store, f"{Path(store.url).parent}/out", target, fields=fields)
+
+
+def loaded(folder: str | Path, key: str, target: Target = Target.LTX2) -> Any:
+    return torch.load(Path(folder) / f"{LAYOUTS[target].name(key)}.pt", weights_only=True)
+
+
+only_ltx2 = pytest.mark.parametrize("written", ["ltx2"], indirect=True)
+only_ace = pytest.mark.parametrize("written", ["ace-step"], indirect=True)
+
+
+@only_ltx2
+def test_folders_of_ltx2(store: LatentStore) -> None:
+    summary = exported(store, "text", "mask")
+    assert (summary.records, summary.escaped, summary.failures) == (4, 0, ())
+    out = Path(summary.dest)
+    assert {path.name for path in out.iterdir()} == {
+        "audio_latents",
+        "conditions",
+        "audio_masks",
+        "details.json",
+    }
+    for record, count in zip(store, TOKENS, strict=True):
+        latent = loaded(out / "audio_latents", record.key)
+        assert latent["latents"].dtype == torch.float32
+        assert latent["latents"].shape == (8, record.frames, 8)
+        tokens = latent["latents"].permute(1, 0, 2).flatten(1)  # as its AudioPatchifier does
+        assert np.array_equal(tokens.numpy(), record.latent.T.astype(np.float32))
+        assert (latent["num_time_steps"], latent["frequency_bins"]) == (record.frames, 8)
+        assert latent["duration"] == record.duration
+        mask = loaded(out / "audio_masks", record.key)["mask"]
+        assert torch.equal(mask, torch.ones(record.frames))
+        condition = loaded(out / "conditions", record.key)
+        embedded, mask = condition["prompt_embeds"], condition["prompt_attention_mask"]
+        assert (embedded.dtype, mask.dtype) == (torch.bfloat16, torch.int64)
+        assert mask.tolist() == [0] * (count == 128) + [1] * count
+        wanted = torch.from_numpy(store.field("text")[record.key].latent.T.copy()).bfloat16()
+        assert torch.equal(embedded[-count:], wanted)
+        assert not embedded[:-count].any()
+
+
+@only_ltx2
+def test_captions_of_both_modalities(store: LatentStore) -> None:
+    fields = ("video_prompt_embeds=text", "audio_prompt_embeds=other")
+    summary = exported(store, *fields)
+    missing = f"{KEYS['ltx2']}/00002"
+    assert summary.failures == ((missing, "field 'other' has no value for it"),)
+    assert summary.records == 3
+    condition = loaded(Path(summary.dest) / "conditions", f"{KEYS['ltx2']}/00000")
+    assert condition["video_prompt_embeds"].shape == (4, 6)
+    assert condition["audio_prompt_embeds"].shape == (4, 3)
+    assert not list(Path(summary.dest).rglob("00002.pt"))
+
+
+@only_ltx2
+def test_what_ltx2_cannot_read(store: LatentStore, caplog: pytest.LogCaptureFixture) -> None:
+    summary = exported(store, "longer")
+    last = f"{KEYS['ltx2']}/00003"
+    assert summary.failures == ((last, "its caption has 1025 tokens: LTX-2 takes 1 to 1024"),)
+    for fields, problem in {
+        ("hints=text",): "invalid --fields 'hints=text': the field has tokens, and --to ltx2 takes",
+        ("text", "mask", "hints"): "invalid --fields 'hints'",
+        ("text", "prompt_embeds=other"): "prompt_embeds twice",
+        ("audio_prompt_embeds=text",): "LTX-2 takes prompt_embeds for both modalities",
+        ("text",): "is an export with prompt_embeds: use",
+    }.items():
+        if fields == ("text",):
+            fields = ("mask",)  # noqa: PLW2901
+        assert problem in refusal(lambda fields=fields: exported(store, *fields))
+    with pytest.raises(StoreError, match="has no field 'none'"):
+        exported(store, "none")
+    export_store(store, f"{store.url}-x", Target.LTX2)
+    assert "the export does not include its fields" in caplog.text
+    # The made-up values were computed from nothing that the store has.
+    assert "field text is out of date for 4 items, whose old values are exported" in caplog.text
+
+
+def refusal(action: Callable[[], object]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        action()
+    return str(caught.value)
+
+
+def test_stores_of_other_autoencoders_are_refused(store: LatentStore, tmp_path: Path) -> None:
+    other = Target.ACE_STEP if store.url.endswith("ltx2") else Target.LTX2
+    text = "64 channels at 25 frames/s, but ACE-Step" if other == "ltx2" else "latents of oobleck"
+    small = write_latents(str(tmp_path / "small"), [3], channels=12, model={"name": "ltx2"})
+    if other == Target.LTX2:
+        assert text.replace("64 channels at 25 frames/s, but ACE-Step", "latents of oobleck") in (
+            refusal(lambda: exported(store, to=other))
+        )
+    assert "multiple of 8" in refusal(lambda: exported(small, to=Target.LTX2))
+    write_field(small, "text", "tokens", random_arrays(6, [2]))
+    assert "has 12 channels" in refusal(lambda: exported(small, "text", to=Target.ACE_STEP))
+    assert "cannot contain fields" in refusal(lambda: exported(small, "text", to=Target.PARQUET))
+
+
+@only_ace
+@pytest.mark.parametrize("hints", [False, True])
+def test_files_of_ace_step(store: LatentStore, hints: bool) -> None:
+    summary = exported(store, "text", *["hints"] * hints)
+    assert (summary.records, summary.escaped, summary.failures) == (4, 4, ())
+    names = {path.name for path in Path(summary.dest).iterdir()}
+    expected = {f"album%2Fsilence%2F{number:05d}.pt" for number in range(4)}
+    assert names == {*expected, "details.json"}
+    for record in store:
+        sample = loaded(summary.dest, record.key, Target.ACE_STEP)
+        field = store.field("text")[record.key].latent
+        context = (
+            store.field("hints")[record.key].latent.astype(np.float32)
+            if hints
+            else store.origin.of_length(record.frames)
+        )
+        ones = np.ones((64, record.frames), np.float32)
+        arrays = {
+            "target_latents": record.latent.T,
+            "attention_mask": np.ones(record.frames),
+            "encoder_hidden_states": field.T,
+            "encoder_attention_mask": np.ones(field.shape[1]),
+            "context_latents": np.concatenate((context, ones)).T,
+        }
+        assert set(sample) == {*arrays, "metadata"}
+        for name, wanted in arrays.items():
+            assert sample[name].dtype == torch.float32
+            assert np.array_equal(sample[name].numpy(), wanted.astype(np.float32)), name
+        assert sample["metadata"]["filename"] == record.key
+        assert sample["metadata"]["caption"] == record.metadata.get("caption", "")
+        assert sample["metadata"]["lyrics"] == record.metadata.get("lyrics", "[Instrumental]")
+
+
+@only_ace
+def test_what_ace_step_cannot_read(store: LatentStore) -> None:
+    assert "needs a field with tokens" in refusal(lambda: exported(store))
+    summary = exported(store, "text", "short")
+    assert summary.records == 0
+    assert summary.failures[0] == (
+        f"{KEYS['ace-step']}/00000",
+        "its context has 4 frames, the latent 5",
+    )
+
+
+def test_a_second_export_is_brought_up_to_date(store: LatentStore) -> None:
+    target = Target(Path(store.url).name)
+    out = Path(exported(store, "text").dest)
+    first = {path: path.read_bytes() for path in out.rglob("*.pt")}
+    latents = random_arrays(64, LENGTHS)
+    latents[1] = latents[1] + np.float16(1)
+    write_again(store.url, [0, 1], latents, failed=(2,))
+    texts = random_arrays(6, TOKENS)
+    write_again(f"{store.url}/fields/text", [0], [texts[0], texts[1] + np.float16(1), *texts[2:]])
+    store.reload()
+    damaged = max(first)
+    damaged.write_bytes(b"PK")
+    times = {path: path.stat().st_mtime_ns for path in first}
+    assert exported(store, "text").records == 3
+    fresh = Path(export_store(store, f"{store.url}-fresh", target, fields=["text"]).dest)
+    found = {path.relative_to(out): path.read_bytes() for path in out.rglob("*.pt")}
+    assert found == {path.relative_to(fresh): path.read_bytes() for path in fresh.rglob("*.pt")}
+    kept = [path for path in first if path.exists() and path.read_bytes() == first[path]]
+    assert all(path.stat().st_mtime_ns == times[path] for path in kept if path != damaged)
+
+
+@given(st.text(st.sampled_from("a./%é \t\n"), min_size=1, max_size=12))
+@example("latent_1")
+@example("album/latent_1")
+@example("..")
+@example("a//b/.hidden/")
+def test_names_can_be_turned_back(key: str) -> None:
+    for layout in LAYOUTS.values():
+        name = layout.name(key)
+        assert unquote(name) == key
+        assert all(part and not part.startswith(".") for part in name.split("/"))
+    assert not LAYOUTS[Target.LTX2].name(key).rpartition("/")[2].startswith("latent_")
+    assert "/" not in LAYOUTS[Target.ACE_STEP].name(key)
+
+
+@only_ace
+def test_the_command(store: LatentStore, capsys: pytest.CaptureFixture[str]) -> None:
+    out = f"{store.url}-out"
+    result = runs.call(
+        capsys,
+        "export",
+        store.url,
+        out,
+        "--to",
+        "ace-step",
+        "--fields",
+        "text, context_latents=hints",
+    )
+    assert result.code == 0, result.err
+    assert result.out == (
+        f"{out}: 4 records for ace-step\n"
+        "4 file names with escaped characters (%XX), because the reader would skip or misread "
+        "them\n"
+    )
+    details = json.loads(Path(out, "details.json").read_text())
+    assert details["fields"] == {
+        "encoder_hidden_states": f"{store.url}/fields/text",
+        "context_latents": f"{store.url}/fields/hints",
+    }
+
+
+@pytest.fixture
+def ace_step_reader(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of ACE-Step that reads tensor files.
+
+    `pip install --no-deps --target FOLDER ace-step15-fork` and `PYTHONPATH=FOLDER` let this run.
+    The module needs loguru and torchaudio for messages and audio files only.
+    """
+    if importlib.util.find_spec("acestep") is None:
+        pytest.skip("needs acestep (pip install --no-deps ace-step15-fork)")
+    for name in ("loguru", "torchaudio"):
+        if importlib.util.find_spec(name) is None:
+            module = types.ModuleType(name)
+            module.logger = logging.getLogger("acestep")  # type: ignore[attr-defined]
+            monkeypatch.setitem(sys.modules, name, module)
+    folder = importlib.util.find_spec("acestep").submodule_search_locations[0]
+    for name in ("acestep", "acestep.training"):  # their own __init__ imports all models
+        package = types.ModuleType(name)
+        package.__path__ = [folder if name == "acestep" else f"{folder}/training"]
+        monkeypatch.setitem(sys.modules, name, package)
+    yield importlib.import_module("acestep.training.data_module")
+    for name in [name for name in sys.modules if name.startswith("acestep")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+@only_ace
+def test_ace_step_reads_them(store: LatentStore, ace_step_reader: Any) -> None:
+    summary = exported(store, "text")
+    dataset = ace_step_reader.PreprocessedTensorDataset(summary.dest)
+    assert len(dataset) == len(store)
+    samples = [dataset[number] for number in range(len(dataset))]
+    for sample in samples:
+        record = store[sample["metadata"]["filename"]]
+        assert np.array_equal(sample["target_latents"].numpy(), record.latent.T.astype(np.float32))
+    batch = ace_step_reader.collate_preprocessed_batch(samples)
+    assert batch["target_latents"].shape == (4, max(LENGTHS), 64)
+    assert batch["context_latents"].shape == (4, max(LENGTHS), 128)
+    assert batch["encoder_hidden_states"].shape == (4, max(TOKENS), 6)
