@@ -44,7 +44,7 @@ def test_a_ray_that_runs_already_is_used_and_left_running(ray_session: Path) -> 
 def test_an_embedded_ray_is_started_and_stopped_and_says_nothing(tmp_path: Path) -> None:
     songs = runs.write_songs(tmp_path / "songs", 2)
     (gate := tmp_path / "hold").touch()  # the model waits until this file is gone
-    args = ["encode", songs, tmp_path / "store", "--device", "cpu", "--json"]
+    args = ["encode", songs, tmp_path / "store", "--device", "cpu", "--workers", "1", "--json"]
     model = ["--model", runs.SLOW_MODEL, "--model-option", f"hold={gate}"]
     with runs.started(*args, *model) as process:
         runs.until(lambda: bool(runs.actors(process.pid)) or process.poll() is not None, "an actor")
@@ -63,6 +63,16 @@ def test_an_embedded_ray_is_started_and_stopped_and_says_nothing(tmp_path: Path)
     runs.assert_whole(tmp_path / "store")
 
 
+def test_a_cluster_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    sentence = (
+        r"Cannot connect to Ray at 127\.0\.0\.1:1 .* the address, and that the cluster is run"
+    )
+    with pytest.raises(ConfigError, match=sentence), connect("127.0.0.1:1"):
+        pass
+
+
+@pytest.mark.slow
 def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
     songs = runs.write_songs(tmp_path / "songs", 1)
     result = runs.command("encode", songs, tmp_path / "store", "--address", "127.0.0.1:1")

@@ -43,7 +43,8 @@ def started(
     return runs.started(*arguments, **nodes.environment())
 
 
-@pytest.mark.parametrize("head", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_kill.py: a driver and an actor; test_simulate.py: nodes that go and come
+@pytest.mark.parametrize("head", [False, True])
 def test_a_store_survives_its_cluster(
     cluster: nodes.Nodes, tmp_path: Path, ray_session: Path, head: bool
 ) -> None:

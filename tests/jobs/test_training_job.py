@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import soundfile
 
 from latentmill.errors import ConfigError, StoreError, TrainingError
@@ -25,6 +27,19 @@ JOBS = Path(__file__).parents[2] / "jobs"
 def job(script: str, *options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(JOBS / script), *map(str, options)]
     return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+
+
+def job_here(
+    capsys: pytest.CaptureFixture[str], script: str, *options: object
+) -> tuple[int, str, str]:
+    """The exit code and output of a job that ends before it starts Ray, in this process."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(sys, "argv", [script, *map(str, options)])
+        patch.setattr(sys, "path", [*sys.path])
+        patch.setattr(ray, "init", lambda **_: pytest.fail("Ray is started"))
+        runpy.run_path(str(JOBS / script), run_name="__main__")
+    captured = capsys.readouterr()
+    return int(caught.value.code or 0), captured.out, captured.err
 
 
 @pytest.fixture
@@ -62,10 +77,13 @@ def test_the_first_process_that_failed_gives_the_reason() -> None:
     assert str(other) == "training failed: memory"
 
 
-def test_a_wrong_setting_is_one_sentence_before_ray_starts(songs: Path, tmp_path: Path) -> None:
-    done = job("train_linear.py", *options(songs, tmp_path / "run"), "step=7")
-    assert done.returncode == ConfigError.exit_code
-    assert done.stderr == "error: unknown setting step: did you mean steps?\n"
+def test_a_wrong_setting_is_one_sentence_before_ray_starts(
+    songs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = options(songs, tmp_path / "run")
+    code, _, error = job_here(capsys, "train_linear.py", *given, "step=7")
+    assert code == ConfigError.exit_code
+    assert error == "error: unknown setting step: did you mean steps?\n"
 
 
 @pytest.mark.slow
@@ -100,18 +118,23 @@ def test_a_loss_that_is_not_finite_is_one_sentence(songs: Path, tmp_path: Path) 
     assert done.stderr.splitlines()[-1].startswith("error: the ")
 
 
-def test_an_error_of_the_diffusion_job_is_one_sentence(tmp_path: Path) -> None:
-    done = job("train_dit.py", "--store", tmp_path / "nowhere", "--folder", tmp_path / "dit")
-    assert done.returncode == StoreError.exit_code
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
+def test_an_error_of_the_diffusion_job_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--store", tmp_path / "nowhere", "--folder", tmp_path / "dit"]
+    code, _, error = job_here(capsys, "train_dit.py", *given)
+    assert code == StoreError.exit_code
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
 
 
-def test_the_diffusion_job_lists_its_own_and_the_examples_options() -> None:
-    done = job("train_dit.py", "--help")
-    assert done.returncode == 0, done.stderr
-    assert "--processes" in done.stdout
-    assert "--mixing" in done.stdout
+def test_the_diffusion_job_lists_its_own_and_the_examples_options(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, out, error = job_here(capsys, "train_dit.py", "--help")
+    assert code == 0, error
+    assert "--processes" in out
+    assert "--mixing" in out
 
 
 @pytest.mark.slow

@@ -26,14 +26,28 @@ def arguments(bucket: str) -> list[str]:
     return ["encode", f"{bucket}/songs", f"{bucket}/store", *options.split()]
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_run_with_errors_and_cut_connections_is_complete(
+    s3_bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], inline: None
+) -> None:
+    upload(runs.write_songs(tmp_path / "songs", 6), f"{s3_bucket}/songs")
+    with faulty_s3(Faults(errors=0.05, cuts=0.01, seed=7)) as faults:
+        result = runs.call(capsys, *arguments(s3_bucket))
+    check_run(s3_bucket, result, faults, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [6, 200])
+def test_a_run_in_processes_with_errors_and_cut_connections_is_complete(
     s3_bucket: str, tmp_path: Path, count: int
 ) -> None:
     upload(runs.write_songs(tmp_path / "songs", count), f"{s3_bucket}/songs")
     with faulty_s3(Faults(errors=0.05, cuts=0.01, seed=7)) as faults:
         result = runs.command(*arguments(s3_bucket))
-        assert result.code == 0, result.err
+    check_run(s3_bucket, result, faults, count)
+
+
+def check_run(s3_bucket: str, result: runs.Result, faults: Faults, count: int) -> None:
+    assert result.code == 0, result.err
     assert faults.seen["error"] > 0
     store = open_store(f"{s3_bucket}/store")
     report = verify(store)

@@ -105,10 +105,12 @@ def command(*args: object, **environment: str) -> Result:
 
 def until(condition: Callable[[], bool], what: str) -> None:
     """Wait for a condition; fail if it does not come true, also on a machine that is very busy."""
-    end = time.monotonic() + PATIENCE_SECONDS
+    end = (began := time.monotonic()) + PATIENCE_SECONDS
     while not condition():
-        assert time.monotonic() < end, f"waited {PATIENCE_SECONDS} s in vain: {what}"
-        time.sleep(0.02)
+        now = time.monotonic()
+        assert now < end, f"waited {PATIENCE_SECONDS} s in vain: {what}"
+        time.sleep(max(0.02, 4 * (now - began)))  # looking through /proc takes a while
+        began = time.monotonic()
 
 
 def alive(pid: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,30 @@ from latentmill.models.registry import resolve
 
 MODEL = mdct.build(hop=16, sample_rate=800).load("cpu")
 SHAPE = (2, 1, 160)
+SLOW = pytest.mark.slow
+COMPILE = torch.compile
 
 
 def noise(*shape: int) -> torch.Tensor:
     return 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(scope="module", params=["aot_eager", pytest.param("inductor", marks=SLOW)])
+def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The fast tests trace the program, and let PyTorch run it instead of a C++ compiler."""
+
+    def compile_for(function: Any, **options: Any) -> Any:
+        return COMPILE(function, **options, backend=request.param)
+
+    torch.compiler.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "inductor":
+            patch.setattr(torch, "compile", compile_for)
+        yield
+
+
 @pytest.fixture(scope="module")
-def compiled() -> Compiled:
+def compiled(_backend: None) -> Compiled:
     return Compiled(MODEL, SHAPE)
 
 
@@ -115,6 +131,7 @@ def test_a_retry_in_float32_is_not_compiled(compiled: Compiled) -> None:
 def test_without_a_compiler_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, one_sentence: Callable[[BaseException], str]
 ) -> None:
+    monkeypatch.setattr(torch, "compile", COMPILE)
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", no_compiler)
     torch.compiler.reset()
     other = mdct.build(hop=8, sample_rate=800).load("cpu")
@@ -127,7 +144,7 @@ def no_compiler(*_: object) -> str:
     raise InvalidCxxCompiler
 
 
-def test_a_worker_compiles_for_full_batches_of_full_chunks() -> None:
+def test_a_worker_compiles_for_full_batches_of_full_chunks(_backend: None) -> None:
     handle = mdct.build(hop=16, sample_rate=800)
     chunking = Chunking.for_model(handle.spec, seconds=0.2)
     job = Job(
