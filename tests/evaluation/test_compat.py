@@ -81,7 +81,10 @@ def test_it_is_recorded_beside_the_card(
     store: LatentStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ("evaluate", store.url, "--only", "linearity", "--gain", 0.1)
-    assert runs.call(capsys, *args, "--compat", "linear-cae").code == 0
+    done = runs.call(capsys, *args, "--compat", "linear-cae")
+    assert done.code == 0
+    assert "protocol of linear-cae: 8 chunks of 0.4688 s from 2 items, 4 pairs" in done.out
+    assert "good" not in done.out  # the protocol has no limits
     folder = Path(store.url, "evaluation")
     written = json.loads((folder / "linearity-linear-cae.json").read_text())["linearity"]
     assert written["protocol"] == "linear-cae"

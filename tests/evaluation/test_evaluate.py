@@ -14,6 +14,7 @@ from latentmill.errors import ConfigError
 from latentmill.evaluation.evaluate import PARTS
 from latentmill.evaluation.scores import Key, Scores
 from support import runs
+from support.latent_store import write_latents
 from support.stem_files import write_stem_store, write_stems
 
 
@@ -89,6 +90,38 @@ def test_a_gain_that_measures_nothing_is_refused(
         2,
         f"latentmill: invalid gain {gain}: use a factor from 0.01 to 100.\n",
     )
+
+
+@pytest.mark.parametrize("option", [("--gain", "0.1"), ("--compat", "linear-cae")])
+def test_an_option_without_effect_is_refused(
+    option: tuple[str, str], store: lm.LatentStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = runs.call(capsys, "evaluate", store.url, "--only", "statistics", *option)
+    assert (result.code, result.err) == (
+        2,
+        f"latentmill: {option[0]} changes only the part linearity, which is not measured: add "
+        f"--only linearity, or remove {option[0]}.\n",
+    )
+
+
+def test_a_device_that_does_not_exist_stops_all_parts(
+    store: lm.LatentStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(store)
+    result = runs.call(capsys, "evaluate", store.url, "--device", "cuda:99")
+    assert (result.code, result.out) == (2, "")
+    assert "--device cuda:99 is not available" in result.err
+    assert files(store) == before
+
+
+@pytest.mark.filterwarnings("ignore::latentmill.errors.IncompleteStoreWarning")
+def test_a_store_without_records(
+    tmp_path: Path, one_sentence: Callable[[BaseException], str]
+) -> None:
+    store = write_latents(str(tmp_path / "store"), [], sealed=False)
+    with pytest.raises(ConfigError) as caught:
+        lm.evaluate(store)
+    assert "has no records: run `latentmill status" in one_sentence(caught.value)
 
 
 def test_an_infinite_error_is_not_recorded(one_sentence: Callable[[BaseException], str]) -> None:

@@ -89,6 +89,20 @@ def test_what_is_planted_is_found_and_nothing_else(planted: LatentStore) -> None
     assert found.source_channels == {"1": SONGS + 10}
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_silence_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("take #1", "take #2"):  # what follows the # is not a place in the file
+        soundfile.write(tmp_path / "in" / f"{name}.wav", np.zeros(6400), 3200)
+    store = write_stem_store(tmp_path / "store", tmp_path / "in")
+    result = runs.call(capsys, "evaluate", store.url, "--only", "statistics")
+    assert result.code == 0, result.err
+    assert "silence   100.0% of the frames, 2 records" in result.out
+    assert "formats   2 x wav" in result.out
+    assert "constant channels: 0, 1, 2," in result.out
+    assert f" and {store.origin.frames.shape[0] - 20} more" in result.out
+
+
 def test_every_figure_is_its_formula(planted: LatentStore) -> None:
     found = measure_statistics(planted)
     records = list(planted)

@@ -138,6 +138,27 @@ def test_results_of_the_evaluation_are_shown(page: Page, report_store: LatentSto
     assert "Silent: silent" in page.text
 
 
+def test_correlation_over_time_is_that_of_numpy(page: Page, report_store: LatentStore) -> None:
+    """Means over channels of sum(z[t] z[t+n]) / pairs / variance, with the mean removed."""
+    latents = [record.latent.astype(np.float64) for record in report_store]
+    frames = np.concatenate(latents, axis=1)
+    mean, variance = frames.mean(axis=1, keepdims=True), frames.var(axis=1)
+    rows = page.text.partition("Correlations as a table")[2].partition("effective rank")[0]
+    for lag in (1, 8):
+        products = [(z[:, lag:] - mean) * (z[:, :-lag] - mean) for z in latents]
+        of_channels = np.concatenate(products, axis=1).mean(axis=1) / variance
+        expected = [of_channels.mean(), *np.quantile(of_channels, (0.1, 0.9))]
+        (shown,) = re.findall(rf" {lag} \S+ s (\S+) (\S+) (\S+)", rows)
+        assert np.allclose([float(value) for value in shown], expected, rtol=0.06, atol=1e-4)
+
+
+def test_what_is_measured_is_explained(page: Page, report_store: LatentStore) -> None:
+    text = page.text.partition("What is measured")[2].partition("More measures")[0]
+    result = json.loads((Path(report_store.url) / "evaluation/linearity.json").read_text())
+    for one in result["linearity"]["scores"]:
+        assert one["metric"].replace("_", " ") in text
+
+
 def test_what_was_not_measured_names_its_command(tmp_path: Path) -> None:
     store = write_latents(str(tmp_path / "a store"), [40, 50, 60], per_unit=2)
     page = Page(render(store, Budget()))

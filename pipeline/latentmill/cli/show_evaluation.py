@@ -11,11 +11,20 @@ if TYPE_CHECKING:
     from latentmill.evaluation.evaluate import Evaluation
     from latentmill.evaluation.linearity import LinearityReport
     from latentmill.evaluation.seams import SeamReport
-    from latentmill.store.results import ReconstructionEntry, ScoreEntry, StoreStatistics
+    from latentmill.store.results import (
+        LinearityEntry,
+        ReconstructionEntry,
+        ScoreEntry,
+        StoreStatistics,
+    )
 
 _UNITS = {"snr": " dB", "si_sdr": " dB", "level": " dB", "log_mel": " dB"}
 _MOST_LINES = 40
 _FORMS = ("origin", "raw", "mix")
+_BOUNDS = (
+    "bounds: unchanged is the sound or mix without arithmetic, twice the target decoded again, "
+    "reconstruction the target encoded and decoded"
+)
 
 
 def evaluation(result: Evaluation) -> str:
@@ -36,21 +45,32 @@ def evaluation(result: Evaluation) -> str:
 def linearity(report: LinearityReport) -> str:
     """The table of the linearity card: medians with intervals, and the bounds of each metric."""
     card = report.card
+    columns = ("measure", "against", "noise", "gain", "with origin", "raw", "bounds")
+    table = _aligned([columns, *_score_rows(card.scores)])
+    if card.protocol != "latentmill":
+        return "\n".join((_protocol(card), *table))
     kind = "stem groups" if card.grouped else "pairs of items"
     heading = (
         f"medians over {len(card.tracks)} {kind} of up to {card.seconds:.4g} s, with 95 % "
         f"intervals; {counted(card.silent, 'sound')} too quiet to be scored"
     )
-    columns = ("measure", "against", "noise", "gain", "with origin", "raw", "bounds")
-    table = [columns, *_score_rows(card.scores)]
     verdict = (
         f"poor: {' and '.join(report.poor)} (limits: relative error {report.limit:g}, SI-SDR "
         f"{report.limit_db:g} dB)"
         if report.poor
-        else f"good: relative errors are at most {report.limit:g}, SI-SDR at least "
-        f"{report.limit_db:g} dB"
+        else f"good: scaling and adding have relative errors of at most {report.limit:g}, removing "
+        f"has an SI-SDR of at least {report.limit_db:g} dB"
     )
-    return "\n".join((heading, *_aligned(table), verdict))
+    return "\n".join((heading, *table, _BOUNDS, verdict))
+
+
+def _protocol(card: LinearityEntry) -> str:
+    """The heading of a card by the protocol of other code."""
+    return (
+        f"protocol of {card.protocol}: {counted(card.items, 'chunk')} of {card.seconds:.4g} s from "
+        f"{counted(len(card.tracks), 'item')}, {counted(card.pairs, 'pair')} of neighbours; raw "
+        "arithmetic, fresh noise"
+    )
 
 
 def _score_rows(scores: Sequence[ScoreEntry]) -> Iterator[tuple[str, ...]]:
@@ -115,7 +135,6 @@ def reconstruction(entry: ReconstructionEntry) -> str:
 
 def statistics(found: StoreStatistics) -> str:
     """The table of a store's contents."""
-    near = found.autocorrelation.get("1", [])
     rows = {
         "records": f"{found.records}, {found.hours:.3f} h, {found.frames} frames",
         "duration": _spread(found.seconds, "s"),
@@ -126,8 +145,14 @@ def statistics(found: StoreStatistics) -> str:
         "formats": _counts(found.formats, ""),
         "range": f"{min(found.low):.3g} to {max(found.high):.3g}",
         "rank": f"effective rank {found.effective_rank:.3g} of {len(found.mean)} channels",
-        "frames": f"correlation with the next one {sum(near) / max(1, len(near)):.3g}",
     }
+    over_time = [
+        f"{sum(values) / len(values):.3g} (distance {lag})"
+        for lag, values in found.autocorrelation.items()
+        if values
+    ]
+    if over_time:
+        rows["frames"] = f"correlation over time, mean of channels: {', '.join(over_time)}"
     if found.suggested_scale is not None:
         factor = f"{found.suggested_scale:.4g}"
         rows["scale"] = f"multiply the stored latents by {factor} for a standard deviation of 1"
@@ -141,7 +166,8 @@ def statistics(found: StoreStatistics) -> str:
         (found.constant_channels, "constant"),
     ):
         if channels:
-            lines.append(f"{what} channels: {', '.join(map(str, channels[:20]))}")
+            rest = f" and {len(channels) - 20} more" if len(channels) > 20 else ""
+            lines.append(f"{what} channels: {', '.join(map(str, channels[:20]))}{rest}")
     groups = [("same file", keys) for keys in found.same_file]
     groups += [("same audio", keys) for keys in found.same_audio]
     groups += [("almost the same", one.keys) for one in found.near_duplicates]

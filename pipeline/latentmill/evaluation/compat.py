@@ -53,7 +53,7 @@ def measure_linear_cae(
     count = 0
     with numeric_mode(store.precision, store.device):
         while len(batch := list(itertools.islice(chunks, BATCH))) > 1:
-            _Batch(codec, scores, count, batch).measure(tuple(dict.fromkeys((*GAINS, *gains))))
+            _Batch(codec, scores, count, batch).measure(sorted({*GAINS, *gains}))
             count += 1
     if not count:
         raise ConfigError(

@@ -78,11 +78,17 @@ def evaluate(
         because its source is gone, is in `unavailable`.
 
     Raises:
-        ConfigError: A part of `only` does not exist or cannot be measured on this store, or a
-            gain is out of range.
+        ConfigError: A part of `only` does not exist or cannot be measured on this store, a gain is
+            out of range, the device does not exist, or the store has no records.
     """
     _check(only or (), compat, gains)
     opened = store if isinstance(store, LatentStore) else open_store(store)
+    if not len(opened):
+        raise ConfigError(
+            f"{opened.url} has no records: run `latentmill status {opened.url}` to see why."
+        )
+    if not only or set(only) != {"statistics"}:
+        _log.debug("evaluate: the model runs on %s", opened.device)  # an error if it cannot
     options: dict[str, Any] = {"max_seconds": max_seconds, "record": record}
     if items is not None:
         options["items"] = items
@@ -115,6 +121,12 @@ def _check(only: Sequence[str], compat: str | None, gains: Sequence[float]) -> N
             raise ConfigError(f"invalid part {name!r} of an evaluation: use {', '.join(PARTS)}.")
     if compat not in (None, PROTOCOL):
         raise ConfigError(f"invalid compat {compat!r}: use {PROTOCOL}, or leave it out.")
+    if only and "linearity" not in only and (gains or compat):
+        given = "--gain" if gains else "--compat"
+        raise ConfigError(
+            f"{given} changes only the part linearity, which is not measured: add --only "
+            f"linearity, or remove {given}."
+        )
     for gain in gains:
         if math.isnan(gain) or not LEAST_GAIN <= gain <= MOST_GAIN:
             raise ConfigError(

@@ -101,7 +101,7 @@ def measure_linearity(
         for number, track in enumerate(tracks):
             _log.info("linearity: %d of %d", number + 1, len(tracks))
             measurer = _TrackMeasurer(codec, scores, number, track, grouped=grouped)
-            measurer.measure(tuple(dict.fromkeys((*GAINS, *gains))))
+            measurer.measure(sorted({*GAINS, *gains}))
             silent += measurer.silent
     card = _card(scores).model_copy(
         update={

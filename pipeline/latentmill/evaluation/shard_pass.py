@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from latentmill.errors import StorageError, StoreError
 from latentmill.evaluation.channels import ChannelMoments, Pooling
 from latentmill.evaluation.rows import ShardRows
 from latentmill.record import DTYPES
-from latentmill.sources.address import item_at
+from latentmill.sources.address import format_at, item_at
 from latentmill.store.schema import levels_of
 from latentmill.store.store import LatentStore
 
@@ -151,13 +150,12 @@ class ShardPass:
         for row, (digest, uri, rms, peak, levels) in enumerate(
             zip(*(fields[name] for name in _FIELDS), strict=True)
         ):
-            name, _, part = uri.rpartition("#") if "#" in uri else (uri, "", "")
-            segment = item_at(uri).segment if part else None
+            segment = item_at(uri).segment if "#" in uri else None
             table.files[row] = xxhash.xxh3_64_intdigest(f"{digest} {segment}".encode())
             levels = levels_of({"levels": levels})  # noqa: PLW2901
             text = f"{samples[row]} {rms:.6e} {peak:.6e}".encode()
             table.audio[row] = xxhash.xxh3_64_intdigest(text + (levels or b""))
-            totals.formats[PurePosixPath(name).suffix.lower().lstrip(".") or "none"] += 1
+            totals.formats[format_at(uri)] += 1
             if levels is None:
                 table.silent[row] = rms < 10 ** (SILENT_DB / 20)
                 continue

@@ -30,8 +30,8 @@ Half = npt.NDArray[np.float16]
 def write_vectors(storage: Storage, positions: Half, shapes: Half) -> PooledVectors:
     """Write the vectors of all records, from those of `Pooling`; listed in statistics.json."""
     sounding = positions.any(axis=1)
-    mean = shapes.mean(axis=0, dtype=np.float64, where=sounding[:, None])
-    mean = np.nan_to_num(mean).astype(np.float32)  # NaN if all are silent
+    total = shapes.sum(axis=0, dtype=np.float64, where=sounding[:, None])
+    mean = (total / max(1, int(sounding.sum()))).astype(np.float32)  # zeros if all are silent
     with storage.scratch_file("vectors.npy") as file:
         with writing(str(file)), file.open("wb") as out:
             shape = (len(positions), Pooling.SIZE + len(mean))

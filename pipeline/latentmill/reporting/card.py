@@ -44,6 +44,35 @@ _KINDS = {
     "mix_rate": _Kind("Mix rate", "lower is better; 1 is as good as encoding the mix"),
 }
 _MAIN = ("relative_l2", "si_sdr", "mix_rate")
+_METRICS = {  # as in docs/latents.md
+    "encoder_homogeneity": "The latent of a sound at another gain, against the scaled latent of "
+    "the sound.",
+    "decoder_homogeneity": "The decoded scaled latent, against the decoded latent at the same "
+    "gain.",
+    "encoder_additivity": "The sum of the latents of two sounds, against the latent of their sum.",
+    "encoder_composition": "The sum of the latents of all stems, against the latent of their mix.",
+    "decoder_additivity": "The decoded sum of the latents of two sounds, against three targets: "
+    "the decoded latent of their sum, the sum of the decoded sounds, and the sum of the audio.",
+    "decoder_composition": "The same for all stems of a group.",
+    "separation": "The latent of a mix minus that of all but one sound, decoded, against that "
+    "sound: decoded, and as audio.",
+    "removal": "The latent of a mix minus that of one sound, decoded, against the mix without it: "
+    "decoded, and as audio.",
+    "mix_rate": "The MR-STFT distance of the decoded mean of two latents from the mixed audio, "
+    "divided by that of the mix that was encoded and decoded.",
+    "reconstruction": "The decoded latent of a sound, against the sound.",
+}
+_MEASURES = {
+    "relative_l2": "The norm of the difference of two latents, divided by the norm of the target "
+    "without the latent of silence.",
+    "si_sdr": "SI-SDR is the level of the target above the error, in dB, after the gain of the "
+    "result was fitted.",
+    "snr": "SNR is the level of the target above the error, in dB.",
+    "mr_stft": "MR-STFT compares magnitudes of spectrograms of three resolutions; it ignores "
+    "phase.",
+    "log_mel": "The log-mel distance is the mean difference of two mel spectrograms, in dB.",
+    "level": "The level error is the fitted gain, in dB.",
+}
 
 
 @dataclass(frozen=True)
@@ -99,6 +128,25 @@ def verdict(card: LinearityEntry) -> tuple[str, ...]:
         "subtracting": card.removal is not None and card.removal < POOR_DB,
     }
     return tuple(name for name, is_poor in beyond.items() if is_poor)
+
+
+def definitions(card: LinearityEntry) -> list[tuple[str, str]]:
+    """What the card compares, in the order of the charts: names and sentences."""
+    metrics = {one.metric for one in card.scores}
+    measures = {one.measure for one in card.scores}
+    found: list[tuple[str, str]] = [
+        (name, text) for name, text in _METRICS.items() if name in metrics
+    ]
+    found += [(_KINDS[name].title, text) for name, text in _MEASURES.items() if name in measures]
+    if any(one.noise for one in card.scores):
+        found.append(
+            (
+                "noise",
+                "The decoder draws noise. Shared: the same noise for the result and its target. "
+                "Independent: different noise.",
+            )
+        )
+    return [(name.replace("_", " "), text) for name, text in found]
 
 
 def panels(card: LinearityEntry) -> list[Panel]:

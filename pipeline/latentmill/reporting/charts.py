@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,8 +110,36 @@ def range_chart(low: Sequence[float], high: Sequence[float]) -> ChannelChart:
     return _chart(np.array(low, float), np.array(high, float), None)
 
 
-def _chart(low: Values, high: Values, middle: Values | None) -> ChannelChart:
-    least, most = float(low.min()), float(high.max())
+@dataclass(frozen=True)
+class Correlation:
+    """Correlation of the channels with themselves, over time.
+
+    Attributes:
+        chart: The mean over channels, and the 10 % and 90 % quantiles on either side.
+        rows: Distance in frames and in seconds; mean, 10 % and 90 % quantile over channels.
+    """
+
+    chart: ChannelChart
+    rows: tuple[tuple[int, float, float, float, float], ...]
+
+
+def correlation(by_lag: Mapping[str, Sequence[float]], rate: float) -> Correlation | None:
+    """Correlations of each channel by distance in frames; `rate` is in frames per second."""
+    lags = sorted(int(lag) for lag, values in by_lag.items() if values)
+    if not lags:
+        return None
+    table = np.array([by_lag[str(lag)] for lag in lags], float)
+    mean, (low, high) = table.mean(axis=1), np.quantile(table, (0.1, 0.9), axis=1)
+    columns = (mean.tolist(), low.tolist(), high.tolist())
+    rows = [(lag, lag / rate, *values) for lag, *values in zip(lags, *columns, strict=True)]
+    return Correlation(_chart(low, high, mean, scale=(-1.0, 1.0)), tuple(rows))
+
+
+def _chart(
+    low: Values, high: Values, middle: Values | None, scale: tuple[float, float] | None = None
+) -> ChannelChart:
+    """`scale` is the lowest and the highest value of the chart; None for those of the data."""
+    least, most = scale or (float(low.min()), float(high.max()))
     span = most - least or 1.0
     first, last = (HEIGHT * (most - ends) / span for ends in (low, high))
     line = "" if middle is None else _line(HEIGHT * (most - middle) / span)

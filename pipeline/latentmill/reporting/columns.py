@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 
 from latentmill.encoding.stored import parse_json
 from latentmill.record import MIXES
+from latentmill.sources.address import format_at
 from latentmill.store.metadata_file import damaged_metadata, metadata_of
 from latentmill.store.store import LatentStore
 
@@ -105,11 +105,10 @@ def _rows_at(file: pq.ParquetFile, positions: npt.NDArray[np.int64]) -> Iterator
 
 def _properties(one: Mapping[str, Any]) -> dict[str, Any]:
     metadata = parse_json(one["metadata"])
-    uri = str(one["source_uri"]).partition("#")[0]
     found = {
         "group": one["group"],
         "role": one["role"],
-        "format": PurePosixPath(uri).suffix.lower().lstrip(".") or "none",
+        "format": format_at(str(one["source_uri"])),
         "source rate in Hz": one["source_sample_rate"],
         "source channels": one["source_channels"],
     }

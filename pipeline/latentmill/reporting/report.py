@@ -182,6 +182,7 @@ def render(
     if measured["linearity"]:
         facts["panels"] = card.panels(measured["linearity"].result)
         facts["poor"] = card.verdict(measured["linearity"].result)
+        facts["definitions"] = card.definitions(measured["linearity"].result)
     if len(store):
         columns = read_columns(store, MAX_POINTS)
         facts |= _records(store, columns)
@@ -255,7 +256,14 @@ def _latents(store: LatentStore, statistics: Measured | None) -> dict[str, Any]:
         + (() if found is None else (found.low[n], found.high[n], found.saturation[n]))
         for n in range(min(len(info.mean), MAX_CHANNELS))
     ]
-    return {"channels": chart, "reach": reach, "channel_table": table}
+    rate = info.model["sample_rate"] / info.model["hop"]
+    over_time = None if found is None else charts.correlation(found.autocorrelation, rate)
+    return {
+        "channels": chart,
+        "reach": reach,
+        "channel_table": table,
+        "correlation": over_time,
+    }
 
 
 def _records(store: LatentStore, columns: Columns) -> dict[str, Any]:
@@ -362,8 +370,10 @@ _SECTIONS = (
     "outliers",
     "panels",
     "poor",
+    "definitions",
     "reach",
     "channel_table",
+    "correlation",
 )
 
 

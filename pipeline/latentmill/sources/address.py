@@ -9,6 +9,7 @@ fragments (https://www.w3.org/TR/media-frags), or two of them joined by `&`.
 from __future__ import annotations
 
 import re
+from pathlib import PurePosixPath
 
 from latentmill.sources.base import ByteRange, Item, Segment, TableCell
 
@@ -48,6 +49,12 @@ def item_at(address: str) -> Item:
         start = float(match["start"])
         segment = Segment(start, float(match["end"]) - start if match["end"] else None)
     return Item("", match["uri"], 0, "", place=place, segment=segment)
+
+
+def format_at(address: str) -> str:
+    """The suffix of the file at an address, such as `flac`, in lower case; `none` without one."""
+    uri = item_at(address).uri if "#" in address else address  # names of files may contain `#`
+    return PurePosixPath(uri).suffix.lower().lstrip(".") or "none"
 
 
 def segment_text(segment: Segment, between: str) -> str:
