@@ -24,7 +24,12 @@ if TYPE_CHECKING:
     from latentmill.curation.select import select
     from latentmill.curation.split import split
     from latentmill.curation.views import Curated
-    from latentmill.errors import IncompleteStoreWarning, LatentmillError, RepeatedEpochWarning
+    from latentmill.errors import (
+        FieldBehindWarning,
+        IncompleteStoreWarning,
+        LatentmillError,
+        RepeatedEpochWarning,
+    )
     from latentmill.evaluation.evaluate import Evaluation, evaluate
     from latentmill.evaluation.probe import Probe, probe
     from latentmill.ops import (
@@ -70,6 +75,7 @@ _LAZY = {
     "Drop": "latentmill.reader.conditioning",
     "EncodeOptions": "latentmill.run.options",
     "Evaluation": "latentmill.evaluation.evaluate",
+    "FieldBehindWarning": "latentmill.errors",
     "IncompleteStoreWarning": "latentmill.errors",
     "LatentDataset": "latentmill.reader.dataset",
     "LatentStore": "latentmill.store.store",
@@ -129,6 +135,7 @@ __all__ = [
     "Dropped",
     "EncodeOptions",
     "Evaluation",
+    "FieldBehindWarning",
     "IncompleteStoreWarning",
     "LatentDataset",
     "LatentStore",

@@ -90,6 +90,10 @@ class IncompleteStoreWarning(UserWarning):
     """The store was opened before all items of its plan were encoded."""
 
 
+class FieldBehindWarning(UserWarning):
+    """A store has changed since the values of one of its fields were computed."""
+
+
 class RepeatedEpochWarning(UserWarning):
     """A `LatentStream` reads the same epoch again, probably by mistake."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import sys
+import tracemalloc
 import types
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import latentmill as lm
 from latentmill.cli import show
 from latentmill.engine import values_worker
 from latentmill.errors import ConfigError, LatentmillError, ModelError, StoreError
+from latentmill.fields.imported import ImportedValues
 from latentmill.fields.status import field_states
 from latentmill.models import embedder as protocol
 from latentmill.models.embedder import EmbedderSpec
@@ -26,11 +28,12 @@ from latentmill.run.add_values import default_batch_size
 from latentmill.run.run import RunSummary
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import iter_commits
+from latentmill.store.schema import Commit, ItemEntry
 from latentmill.store.seal import read_origin
 from latentmill.store.store import open_store
 from support import runs
 from support.examples import example
-from support.fields import files
+from support.fields import files, given, write_import
 from support.in_process import encode, spoil
 
 VOWELS = "python:vowels_of_fields:factory"
@@ -232,20 +235,6 @@ def test_the_latents(store: Path) -> None:
     assert summary.info.model["sample_rate"] == base.info.model["sample_rate"]
 
 
-def write_import(path: Path, rows: dict[str, Any]) -> Path:
-    """Write values in the format of the path's extension; none: a folder of .npy files."""
-    if path.suffix == ".parquet":
-        pq.write_table(pa.table({"key": list(rows), "embedding": list(rows.values())}), path)
-    elif path.suffix == ".jsonl":
-        lines = (json.dumps({"id": key, "values": value}) for key, value in rows.items())
-        path.write_text("\n".join(lines))
-    else:
-        for key, value in rows.items():
-            (path / key).parent.mkdir(parents=True, exist_ok=True)
-            np.save(path / f"{key}.npy", np.array(value, np.float32))
-    return path
-
-
 @pytest.mark.parametrize("name", ["values.parquet", "values.jsonl", "values"])
 @pytest.mark.parametrize("tokens", [False, True])
 def test_a_file_of_values(store: Path, tmp_path: Path, name: str, tokens: bool) -> None:
@@ -330,25 +319,6 @@ def test_the_command(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "text" in status.out
 
 
-class Given:
-    """An embedder of latents or texts that is set by each test."""
-
-    def __init__(self, spec: EmbedderSpec, embed: Any) -> None:
-        self.spec, self._embed = spec, embed
-
-    def load(self, device: str) -> Given:
-        del device
-        return self
-
-    def embed(self, values: Any) -> list[Any]:
-        return [self._embed(value) for value in values]
-
-
-def given(monkeypatch: pytest.MonkeyPatch, spec: EmbedderSpec, embed: Any) -> str:
-    monkeypatch.setattr(peaks, "given", lambda: Given(spec, embed), raising=False)
-    return "python:peaks_of_fields:given"
-
-
 def reasons(store: Path, name: str) -> dict[str, str]:
     commits = iter_commits(Storage(str(store / "fields" / name)))
     return {e.key: e.reason or "" for c in commits for e in c.items if e.status == "failed"}
@@ -426,6 +396,32 @@ def test_an_import_with_other_dimensions_says_so(store: Path, tmp_path: Path) ->
     write_import(path, {key: [1.0, 2.0, 3.0]})
     with pytest.raises(StoreError, match=r"values of 2 numbers, but the first of .* has 3"):
         add(store, "own", source=str(path), model=None)
+
+
+def test_imported_values_are_not_in_memory(tmp_path: Path) -> None:
+    count, dimensions, keys = 20_000, 256, [f"album/{n}" for n in range(20_000)]
+    made = np.random.default_rng(0).standard_normal((count, dimensions)).astype(np.float32)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(made.ravel()), dimensions)
+    order = np.random.default_rng(1).permutation(count)  # not that of the store
+    table = pa.table({"key": keys, "v": column.cast(pa.list_(pa.float32()))}).take(pa.array(order))
+    pq.write_table(table, tmp_path / "v.parquet")
+    tracemalloc.start()  # numpy's memory, too; Arrow's is that of a batch
+    try:
+        imported = ImportedValues(str(tmp_path / "v.parquet"), "own")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < made.nbytes / 4
+    entries = [ItemEntry(key=key, status="skipped", reason="made up") for key in keys[:1500]]
+    commit = Commit(
+        unit="000000", fingerprint="", bytes=0, rows=0, audio_seconds=0, items=entries, timings={}
+    )
+    found = np.array([one[:, 0] for one in imported.read(commit, keys[:1500])])
+    np.testing.assert_array_equal(found, made[:1500])
+    assert imported.unknown(iter(keys[:-2]), 1) == (2, [keys[-2]])
+    pq.write_table(pa.concat_tables([table, table[:1]]), tmp_path / "twice.parquet")
+    with pytest.raises(LatentmillError, match=f"it has the key {keys[order[0]]} more than once"):
+        ImportedValues(str(tmp_path / "twice.parquet"), "own")
 
 
 def huge() -> bytes:

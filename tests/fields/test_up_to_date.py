@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ import numpy as np
 import pytest
 import soundfile
 
+import latentmill as lm
 from latentmill.cli import show_status
 from latentmill.errors import StoreError
 from latentmill.fields.status import FieldStatus
+from latentmill.models.embedder import EmbedderSpec
 from latentmill.run import add
 from latentmill.run.add import run_add
 from latentmill.store.store import open_store
 from support import runs
-from support.fields import OPTIONS, added, files
+from support.fields import OPTIONS, added, files, given, write_import
 from support.in_process import encode, spoil
 
 
@@ -90,6 +93,60 @@ def test_an_item_that_was_encoded_again(songs: Path, store: Path) -> None:
     assert len(beside) > 1
     again = added(store)
     assert again.resumed_units == again.units
+
+
+def opened_with(store: Path, name: str) -> list[str]:
+    """The warnings of a reader."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        lm.LatentDataset(str(store), fields=[name], missing_fields="leave_out")
+        lm.LatentStream(str(store), fields=[name], missing_fields="leave_out")
+    assert {one.category for one in found} <= {lm.FieldBehindWarning}
+    return [str(one.message) for one in found]
+
+
+def test_a_reader_is_warned_of_values_that_may_be_out_of_date(songs: Path, store: Path) -> None:
+    added(store)
+    assert opened_with(store, "second") == []
+    runs.write_songs(songs, 1, first=10)
+    encode(songs, store, unit_seconds=3.0, extend=True)
+    first, second = opened_with(store, "second")
+    assert first == second
+    assert first.startswith(f"field 'second' of {store} may be out of date")
+    assert f"`latentmill status {store}`" in first
+    rows = store.parent / "rows.jsonl"
+    rows.write_text('{"key": "album 1/song 01", "text": "a"}\n')
+    added(store)
+    lm.annotate(store, rows)
+    assert opened_with(store, "second") == [], "it is computed from the audio"
+    runs.assert_whole(store / "fields" / "second")
+
+
+def test_a_reader_is_warned_of_texts_that_have_changed(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = write_import(tmp_path / "v.jsonl", {"album 1/song 01": [1.0]})
+    lm.add(store, field="own", source=str(values))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"key": "album 1/song 01", "text": "a"}\n')
+    lm.annotate(store, rows)
+    model = given(
+        monkeypatch, EmbedderSpec("one", "vector", "text", 1), lambda _: np.ones((1, 1), "f")
+    )
+    lm.add(store, field="text", source="metadata:text", model=model, device="cpu")
+    assert opened_with(store, "text") == []
+    for changed in ({"mood": "calm"}, {"text": "b"}):
+        rows.write_text(json.dumps({"key": "album 1/song 01", **changed}))
+        lm.annotate(store, rows)
+    assert len(opened_with(store, "text")) == 2
+    assert opened_with(store, "own") == []
+    lm.add(store, field="text", source="metadata:text", model=model, device="cpu")
+    assert opened_with(store, "text") == []
+    rows.write_text(json.dumps({"key": "album 2/song 02", "mood": "loud"}))
+    lm.annotate(store, rows)
+    assert len(opened_with(store, "text")) == 2  # perhaps: the file of annotations is another one
+    lm.add(store, field="text", source="metadata:text", model=model, device="cpu")
+    assert opened_with(store, "text") == [], "add has found that nothing is out of date"
 
 
 def test_an_item_that_the_store_gets_and_loses(songs: Path, tmp_path: Path) -> None:

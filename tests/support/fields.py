@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from latentmill.models.embedder import EmbedderSpec
 from latentmill.run.add import run_add
 from latentmill.run.run import RunSummary
 
@@ -24,3 +32,38 @@ def files(store: Path) -> dict[str, tuple[int, bytes]]:
         for path in store.rglob("*")
         if path.is_file() and "fields" not in path.relative_to(store).parts
     }
+
+
+def write_import(path: Path, rows: dict[str, Any]) -> Path:
+    """Write values in the format of the path's extension; none: a folder of .npy files."""
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"key": list(rows), "embedding": list(rows.values())}), path)
+    elif path.suffix == ".jsonl":
+        lines = (json.dumps({"id": key, "values": value}) for key, value in rows.items())
+        path.write_text("\n".join(lines))
+    else:
+        for key, value in rows.items():
+            (path / key).parent.mkdir(parents=True, exist_ok=True)
+            np.save(path / f"{key}.npy", np.array(value, np.float32))
+    return path
+
+
+class Given:
+    """An embedder of latents or texts that is set by each test."""
+
+    def __init__(self, spec: EmbedderSpec, embed: Any) -> None:
+        self.spec, self._embed = spec, embed
+
+    def load(self, device: str) -> Given:
+        del device
+        return self
+
+    def embed(self, values: Any) -> list[Any]:
+        return [self._embed(value) for value in values]
+
+
+def given(monkeypatch: pytest.MonkeyPatch, spec: EmbedderSpec, embed: Any) -> str:
+    """The name of such a model."""
+    module = sys.modules[__name__]
+    monkeypatch.setattr(module, "made", lambda: Given(spec, embed), raising=False)
+    return f"python:{__name__}:made"

@@ -6,7 +6,7 @@ A value of one dimension is a vector. One of two dimensions `[n, D]` is a row of
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 from numpy.lib.format import open_memmap
 
 from latentmill.errors import SourceError
+from latentmill.fields.import_table import Imported, ImportTable
 from latentmill.fields.inputs import Absent, Input, absent_items
 from latentmill.models.embedder import EmbedderSpec
 from latentmill.plan import Unit
 from latentmill.record import FloatArray
 from latentmill.sources.names import as_key
 from latentmill.storage.remote import open_filesystem, storage_errors
-from latentmill.store.schema import Commit
+from latentmill.store.schema import Commit, as_text
 from latentmill.text.redact import redact
 
 KEYS = ("key", "id")
 SUFFIXES = (".parquet", ".jsonl")
+_BUFFER = 1 << 20  # bytes of a file that are read at a time
 _UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, EOFError, pa.ArrowException)
 
 
@@ -57,92 +58,92 @@ class ImportedValues:
     """The values of a file or folder, as `Values` of a field."""
 
     def __init__(self, source: str, field: str) -> None:
-        """Read the file; of a folder, the names and one file.
+        """Read the file, or all files of the folder, once.
+
+        The values of a file are then in a temporary file on disk; see `ImportTable`.
 
         Raises:
             SourceError: It cannot be read, or has no keys or values.
+            StorageError: The folder for temporary files is full.
         """
         self._source = source
         self.name = redact(source.rstrip("/")).rpartition("/")[2]
-        self._arrays: dict[str, FloatArray] = {}
-        self._files: dict[str, Path] = {}
-        self._wrong: dict[str, str] = {}  # why a value cannot be used, by key
+        self._table = ImportTable()
         try:
-            if not source.lower().endswith(SUFFIXES):
-                folder = Path(source)
-                self._files = {
-                    as_key(file.relative_to(folder).with_suffix("").as_posix()): file
-                    for file in sorted(folder.rglob("*.npy"))
-                }
-            else:
+            if source.lower().endswith(SUFFIXES):
                 fs, path = open_filesystem(source)
                 with fs.open(path, "rb") as file:
                     parquet = source.lower().endswith(".parquet")
                     rows = _parquet(file, field) if parquet else _jsonl(file, field)
-                    for key, value in rows:
-                        if key in self._arrays or key in self._wrong:
-                            raise ValueError(f"it has the key {key} more than once")
-                        if isinstance(value, str):
-                            self._wrong[key] = value
-                        else:
-                            self._arrays[key] = value
-            one = self._first()
+                    self._table.add((key, value, None) for key, value in rows)
+            else:
+                self._table.add(_folder(Path(source)))
+            first = self._first()
         except (*_UNREADABLE, *storage_errors()) as error:
             raise SourceError(f"Cannot import {redact(source)}: {error}.") from error
-        self._dimensions, self._ndim = int(one.shape[-1]), one.ndim
-        kind: Any = "vector" if one.ndim == 1 else "tokens"
+        self._dimensions, self._ndim = first.dimensions, first.ndim
+        kind: Any = "vector" if first.ndim == 1 else "tokens"
         self.model = Unchanged(EmbedderSpec("file", kind, "latents", self._dimensions))
 
-    @property
-    def keys(self) -> Mapping[str, Any]:
-        return self._files or {**self._arrays, **self._wrong}
+    def unknown(self, keys: Iterable[str], most: int) -> tuple[int, list[str]]:
+        """The number of its keys that are not among `keys`, and the first of them."""
+        return self._table.unknown(keys, most)
 
-    def _first(self) -> FloatArray:
+    def _first(self) -> Imported:
         """The first value that can be used, whose shape the others must have."""
-        wrong = [f"the value of {key}: {why}" for key, why in self._wrong.items()]
-        for key in self._files or self._arrays:
-            try:
-                return self._value(key)
-            except (*_UNREADABLE, OSError) as error:
-                wrong.append(f"the value of {key}: {error}")
-        raise ValueError(wrong[0] if wrong else "it has no values")
+        if (first := self._table.first()) is not None:
+            return first
+        wrong = self._table.first_wrong()
+        raise ValueError(
+            f"the value of {wrong.key}: {wrong.wrong}" if wrong else "it has no values"
+        )
 
     def of(self, unit: Unit, base: Commit | None, known: Commit | None) -> Mapping[str, Input]:
         del unit, known
-        absent = absent_items(base)
-        entries = () if base is None else base.items
-        return {one.key: absent.get(one.key) or self._input(one.key) for one in entries}
+        if base is None:
+            return {}
+        absent, found = absent_items(base), self._table.find([one.key for one in base.items])
+        return {
+            one.key: absent.get(one.key) or self._input(found.get(one.key)) for one in base.items
+        }
 
     def read(self, base: Commit, keys: Sequence[str]) -> Iterator[FloatArray]:
         del base
+        found = self._table.find(list(keys))
         for key in keys:
-            array = self._value(key)
+            path = found[key].path
+            array = self._table.value(key) if path is None else _of_file(Path(path))
             yield np.ascontiguousarray(array.reshape(-1, self._dimensions).T)
 
-    def _input(self, key: str) -> Input:
-        if key in self._wrong:
-            return Absent(f"its value in {self.name} cannot be read: {self._wrong[key]}")
-        if key not in self._files and key not in self._arrays:
+    def _input(self, found: Imported | None) -> Input:
+        if found is None:
             return Absent(f"{self.name} has no value of it")
-        try:
-            array = self._value(key)
-        except (*_UNREADABLE, OSError) as error:
-            return Absent(f"its value in {self.name} cannot be read: {error}")
-        if array.ndim != self._ndim or array.shape[-1] != self._dimensions:
-            return Absent(
-                f"its value in {self.name} has the shape {list(array.shape)}, unlike the first one"
-            )
-        return xxhash.xxh3_64_hexdigest(repr(array.shape).encode() + array.tobytes())
+        if found.wrong is not None or found.hash is None:
+            return Absent(f"its value in {self.name} cannot be read: {found.wrong}")
+        if (found.ndim, found.dimensions) != (self._ndim, self._dimensions):
+            form, first = _form(found.ndim, found.dimensions), _form(self._ndim, self._dimensions)
+            return Absent(f"its value in {self.name} is {form}, but the first one is {first}")
+        return found.hash
 
-    def _value(self, key: str) -> FloatArray:
-        if key in self._arrays:
-            return self._arrays[key]
-        return _checked(np.array(open_memmap(self._files[key], mode="r")))  # type: ignore[no-untyped-call]
+
+def _form(ndim: int, dimensions: int) -> str:
+    return f"{'a vector' if ndim == 1 else 'tokens'} of {dimensions} numbers"
+
+
+def _folder(folder: Path) -> Iterator[tuple[str, FloatArray | str, str]]:
+    """Keys, values and paths of the .npy files; a text for a value says what is wrong with it."""
+    for file in sorted(folder.rglob("*.npy")):
+        key = as_key(file.relative_to(folder).with_suffix("").as_posix())
+        yield key, _or_reason(_of_file, file), str(file)
+
+
+def _of_file(file: Path) -> FloatArray:
+    return _checked(np.array(open_memmap(file, mode="r")))  # type: ignore[no-untyped-call]
 
 
 def _parquet(file: Any, field: str) -> Iterator[tuple[str, FloatArray | str]]:
     """Keys and values; a text instead of a value says what is wrong with it."""
-    parquet = pq.ParquetFile(file)
+    parquet = pq.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False)
     key, value = _columns(parquet.schema_arrow.names, field)
     kind, depth = parquet.schema_arrow.field(value).type, 0
     while pa.types.is_nested(kind) and hasattr(kind, "value_type"):
@@ -189,8 +190,8 @@ def _or_reason(read: Callable[[Any], FloatArray], value: Any) -> FloatArray | st
     """The value, or why it cannot be used: one wrong value does not refuse the import."""
     try:
         return read(value)
-    except _UNREADABLE as error:
-        return str(error)
+    except (*_UNREADABLE, OSError) as error:
+        return as_text(str(error))
 
 
 def _columns(names: Sequence[str], field: str) -> tuple[str, str]:

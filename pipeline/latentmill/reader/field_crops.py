@@ -15,7 +15,7 @@ from latentmill.reader.cache import RangeCache
 from latentmill.reader.crops import CropReader, Cut, Raw
 from latentmill.reader.field_values import Cutting, FieldForm, FieldValue, Mask, Values
 from latentmill.reader.order import Ints
-from latentmill.store.field_layout import FIELDS
+from latentmill.store.field_layout import FIELDS, warn_of_state
 from latentmill.store.seal import read_origin
 from latentmill.store.store import LatentStore
 
@@ -170,6 +170,8 @@ class StoreFields:
         self, crops: CropReader, fields: Sequence[LatentStore], cache: RangeCache | None = None
     ) -> None:
         self._crops = crops
+        for store in fields:
+            warn_of_state(crops.store, store)
         self.readers = [FieldCrops(store, cache) for store in fields]
 
     def __getstate__(self) -> dict[str, Any]:

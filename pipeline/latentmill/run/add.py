@@ -14,13 +14,14 @@ from latentmill.fields.inputs import unit_states
 from latentmill.models.base import ModelHandle
 from latentmill.plan import FieldEntry, Plan
 from latentmill.run.add_values import run_add_from
-from latentmill.run.follow import field_config, follow_plan
+from latentmill.run.follow import field_config, follow_plan, note_base
 from latentmill.run.options import AddOptions
 from latentmill.run.prepare import Setup, set_up
 from latentmill.run.run import RunSummary, complete
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import iter_commits
-from latentmill.store.field_layout import base_plan, field_storage
+from latentmill.store.field_layout import base_plan, base_state, field_storage
+from latentmill.store.seal import read_seal
 from latentmill.text.log import get_logger
 from latentmill.text.printing import size_text
 
@@ -90,11 +91,12 @@ def run_add(
         setup = replace(setup, storage=hold.storage)
         planned = base_plan(base)  # the store may have been extended since
         plan = follow_plan(setup, planned, base, entry)
-        commits = iter_commits(setup.storage)
+        state, commits = base_state(read_seal(base), entry.source), iter_commits(setup.storage)
         states = unit_states(base, plan, setup.storage, entry.source, commits)
         stale = {state.unit.name for state in states if state.stale}
         _warn_of_large_shards(setup, plan, entry)
-        return complete(setup, plan, hold, progress, began, stale)
+        summary = complete(setup, plan, hold, progress, began, stale)
+        return note_base(summary, setup.storage, state)
 
 
 def _warn_of_large_shards(setup: Setup, plan: Plan, entry: FieldEntry) -> None:

@@ -24,15 +24,16 @@ from latentmill.models.embedder import EmbedderHandle, EmbedderSpec
 from latentmill.models.inference.device import pick_device
 from latentmill.models.registry import resolve_embedder
 from latentmill.plan import FieldEntry, Plan, Unit, iter_keys, load
-from latentmill.run.follow import field_config, follow_plan
+from latentmill.run.follow import field_config, follow_plan, note_base
 from latentmill.run.prepare import Setup, with_precision
 from latentmill.run.run import RunSummary, complete
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import Tally, committed_revisions, iter_commits
-from latentmill.store.field_layout import base_plan, field_storage
-from latentmill.store.seal import read_origin
+from latentmill.store.field_layout import base_plan, base_state, field_storage
+from latentmill.store.seal import read_origin, read_seal
 from latentmill.store.store import LatentStore
 
+MAX_LISTED = 20  # keys
 _AUDIO_ONLY = (
     "channels",
     "stitch",
@@ -101,17 +102,18 @@ def run_add_from(
         if imported is None:
             values = values_of(base, source)
         plan = follow_plan(setup, planned, base, entry)
-        commits = iter_commits(setup.storage)
+        state, commits = base_state(read_seal(base), source), iter_commits(setup.storage)
         stale, waiting = set(), set()
-        for state in unit_states(base, plan, setup.storage, source, commits, values):
-            stale |= {state.unit.name} if state.stale else set()
-            waiting |= {state.unit.name} if state.waiting else set()
+        for one in unit_states(base, plan, setup.storage, source, commits, values):
+            stale |= {one.unit.name} if one.stale else set()
+            waiting |= {one.unit.name} if one.waiting else set()
         compute = _Compute(base.root, handle, imported)
         summary = complete(setup, plan, hold, progress, began, stale, compute, waiting)
+        summary = note_base(summary, setup.storage, state)
     if imported is None:
         return summary
-    unknown = set(imported.keys).difference(iter_keys(base, planned))
-    return replace(summary, unknown=len(unknown), unknown_keys=tuple(sorted(unknown)[:20]))
+    unknown, keys = imported.unknown(iter_keys(base, planned), MAX_LISTED)
+    return replace(summary, unknown=unknown, unknown_keys=tuple(keys))
 
 
 def _check_any(

@@ -12,8 +12,10 @@ from latentmill.errors import ConfigError, StoreError
 from latentmill.plan import FieldEntry, Plan, copy, load
 from latentmill.run.differences import differences, explain
 from latentmill.run.prepare import Setup, refuse_foreign
+from latentmill.run.run import RunSummary
 from latentmill.sources.settings import option
 from latentmill.storage.storage import Storage
+from latentmill.store.seal import write_seal
 from latentmill.store.tidy import tidy_plan
 
 
@@ -37,6 +39,19 @@ def field_config(planned: Plan, folder: Storage, options: dict[str, Any]) -> Run
         "allow_truncated": settings.get("allow_truncated", False),
     }
     return load_config(None, {**options, **fixed})
+
+
+def note_base(summary: RunSummary, storage: Storage, state: str) -> RunSummary:
+    """Write into the seal of a field which state of the base store its inputs were compared with.
+
+    Readers warn if the store has another one; see `base_state`. A field without it, because the
+    run was killed before, is not compared.
+    """
+    if summary.waiting or summary.info.base_seal == state:
+        return summary
+    info = summary.info.model_copy(update={"base_seal": state})
+    write_seal(storage, info)
+    return replace(summary, info=info)
 
 
 def follow_plan(setup: Setup, planned: Plan, base: Storage, entry: FieldEntry) -> Plan:

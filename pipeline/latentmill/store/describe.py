@@ -22,11 +22,12 @@ def warn_incomplete(store: LatentStore) -> None:
         return
     info, units = store.info, store.plan.units
     open_items = info.items - info.encoded - info.skipped - info.failed
+    command = "encode" if info.field is None else "add"
     done = sum(unit.name in store.commits for unit in units)
     warnings.warn(
         f"{store.url} is not complete: {done} of {len(units)} units are committed, so "
-        f"{open_items} of {info.items} items are missing. Run `latentmill encode` again with the "
-        "same options to complete it.",
+        f"{open_items} of {info.items} items are missing. Run `latentmill {command}` again with "
+        "the same options to complete it.",
         IncompleteStoreWarning,
         stacklevel=3,
     )

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from latentmill.errors import ConfigError, StorageError, StoreError
+from latentmill.errors import ConfigError, FieldBehindWarning, StorageError, StoreError
 from latentmill.plan import PLAN_PATH, Plan, load
 from latentmill.storage.remote import is_web
 from latentmill.storage.storage import Storage
 from latentmill.store.bases import ViewStorage
-from latentmill.store.schema import COMMITS, DATASET_PATH, SHARDS, parse_name
+from latentmill.store.describe import warn_incomplete
+from latentmill.store.schema import COMMITS, DATASET_PATH, SHARDS, DatasetInfo, parse_name
 from latentmill.store.seal import read_seal
 from latentmill.text.log import get_logger
+
+if TYPE_CHECKING:
+    from latentmill.store.store import LatentStore
 
 _log = get_logger("store")
 
@@ -73,6 +79,40 @@ def warn_of_fields(base: Storage, command: str) -> None:
             _log.warning(
                 "%s: %s does not include its fields: %s", base.root, command, ", ".join(names)
             )
+
+
+def base_state(base: DatasetInfo | None, source: str) -> str:
+    """What dataset.json of a store tells about the inputs of a field from `source`.
+
+    That is the hash over the commits, and for a text also that of the annotations, if they have
+    its name. Empty if the store is not sealed. A field that was compared with another state may be
+    behind.
+    """
+    if base is None or base.seal is None:
+        return ""
+    entry, name = base.annotation, source.removeprefix("metadata:")
+    if entry is None or name == source or name not in entry.names:
+        return base.seal
+    return f"{base.seal}+{entry.hashes[-1]}"
+
+
+def warn_of_state(base: LatentStore, field: LatentStore) -> None:
+    """Warn if a field is not complete, or the store has changed since its values were computed.
+
+    Compares what is in memory already. Fields of earlier versions are not compared.
+    """
+    warn_incomplete(field)
+    entry = field.info.field if field.sealed else None
+    if entry is None or not base.sealed or base.bases is not None or field.info.base_seal is None:
+        return
+    if field.info.base_seal != base_state(base.info, entry.source):
+        warnings.warn(
+            f"field {entry.name!r} of {base.url} may be out of date, because the store has changed "
+            f"since: `latentmill status {base.url}` shows what is behind, and the `latentmill add` "
+            "command that added the field brings it up to date.",
+            FieldBehindWarning,
+            stacklevel=2,
+        )
 
 
 def base_plan(base: Storage) -> Plan:

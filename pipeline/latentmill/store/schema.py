@@ -294,6 +294,11 @@ class DatasetInfo(Document):
     field: FieldEntry | None = Field(
         None, description="Field: what it is; other stores have no such field."
     )
+    base_seal: str | None = Field(
+        None,
+        description="Field: state of the base store that the values were compared with; empty if "
+        "it was not sealed.",
+    )
     bases: list[BaseEntry] = Field([], description="View: the stores that have its records.")
     left_out: dict[str, int] = Field(
         {}, description="View: number of records of the bases that are not in it, by reason."

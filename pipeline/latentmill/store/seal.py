@@ -159,7 +159,7 @@ def write_seal(storage: Storage, info: DatasetInfo) -> None:
     """
     version = 3 if info.bases or info.annotation else 2
     unused = {"seams", "linearity"} | ({"annotation"} if info.annotation is None else set())
-    unused |= {"field"} if info.field is None else set()
+    unused |= {"field", "base_seal"} if info.field is None else set()
     unused |= set() if info.bases else VIEW_FIELDS
     written = info.model_copy(update={"format_version": version})
     storage.write(DATASET_PATH, written.model_dump_json(indent=2, exclude=unused).encode())

@@ -288,6 +288,7 @@ _INDEPENDENT = {
     "metadata",
     "metadata_hash",
     "annotation",
+    "base_seal",
     "seams",
     "linearity",
 }
