@@ -24,6 +24,7 @@ from latentmill.models.embedder import EmbedderHandle, EmbedderSpec
 
 ENTRY_POINT_GROUP = "latentmill.models"
 PYTHON_PREFIX = "python:"
+MEASURED = "measured"  # name of an option, and in the identity: what a factory has measured
 
 Factory = Callable[..., ModelHandle]
 
@@ -64,19 +65,25 @@ def available() -> list[ModelEntry]:
 
 
 def resolve(
-    name: str, options: Mapping[str, Any] | None = None, channels: str | None = None
+    name: str,
+    options: Mapping[str, Any] | None = None,
+    channels: str | None = None,
+    *,
+    stored: Mapping[str, Any] | None = None,
 ) -> ModelHandle:
     """Find a model's weights and its spec by the model's name, without loading it.
 
     The name is one that `available` lists (with a repository or path in place of REPO or PATH) or
     `python:package.module:factory`; the options are the factory's keyword arguments. With channels
-    `split` a mono model runs on each channel of stereo audio; `mono` requires a mono model. Raises
-    `ModelError` if a name, option, package or file is missing or wrong.
+    `split` a mono model runs on each channel of stereo audio; `mono` requires a mono model.
+    `stored` is the description of a model in a store: if the factory has an option `measured`, it
+    gets the measured values from there, so that a store is continued with the ones that it was
+    planned with. Raises `ModelError` if a name, option, package or file is missing or wrong.
     """
     if channels not in (None, *typing.get_args(Channels)):
         raise ModelError(f"Invalid channels {channels!r}: use mono or split.")
     factory = _find(name, FAMILIES)
-    handle = _made(name, factory, options)
+    handle = _made(name, factory, {**_measured(factory, stored), **(options or {})})
     if isinstance(getattr(handle, "spec", None), EmbedderSpec):
         raise _other_input(name, handle.spec.input)
     if not isinstance(getattr(handle, "spec", None), ModelSpec) or not hasattr(handle, "load"):
@@ -130,6 +137,13 @@ def _made(name: str, factory: Factory, options: Mapping[str, Any] | None) -> Any
     checked = dict(options or {})
     _check_options(name, factory, checked)
     return factory(**checked)
+
+
+def _measured(factory: Factory, stored: Mapping[str, Any] | None) -> dict[str, str]:
+    """What a store's model was measured with, if the factory takes it."""
+    value = (stored or {}).get(MEASURED)
+    takes = isinstance(value, str) and MEASURED in inspect.signature(factory).parameters
+    return {MEASURED: str(value)} if takes else {}
 
 
 def _other_input(name: str, taken: str) -> ModelError:

@@ -32,6 +32,7 @@ def resolve_stored(
     store: str,
     trusted: bool,
     given: Mapping[str, Any],
+    stored: Mapping[str, Any] | None = None,
 ) -> ModelHandle:
     """Find the model of a store from the name and options in the store; see `registry.resolve`.
 
@@ -45,7 +46,7 @@ def resolve_stored(
         )
     options = {**options, **given}
     check_named(name, options, by=f"store {store}", trusted=trusted)
-    return registry.resolve(name, options, channels)
+    return registry.resolve(name, options, channels, stored=stored)
 
 
 def check_named(name: str, options: Mapping[str, Any], *, by: str, trusted: bool) -> None:

@@ -10,9 +10,8 @@ from latentmill.config import RunConfig, fingerprint_document, item_settings
 from latentmill.encoding.chunks import Chunking
 from latentmill.errors import ConfigError
 from latentmill.models.base import ModelSpec, Stitch
-from latentmill.plan import Plan, load
+from latentmill.plan import Plan
 from latentmill.sources.settings import option
-from latentmill.storage.storage import Storage
 
 _HASH = "sha256"
 _HASH_DIGITS = 8
@@ -49,15 +48,14 @@ class Difference:
         return len(fields) + (self.setting == _WEIGHTS)
 
 
-def default_stitch(storage: Storage, spec: ModelSpec) -> Stitch:
+def default_stitch(plan: Plan | None, spec: ModelSpec) -> Stitch:
     """The way to stitch if none is given: the model's, but `trim` in a store planned with it.
 
     `trim` was the default before models could continue from a state, and a store continues as it
     was planned.
     """
-    plan = load(storage) if spec.stitch == "state" else None
-    old = plan is not None and plan.fingerprint["chunking"]["stitch"] == "trim"
-    return "trim" if old else spec.stitch
+    planned = None if plan is None else plan.fingerprint["chunking"]["stitch"]
+    return "trim" if spec.stitch == "state" and planned == "trim" else spec.stitch
 
 
 def differences(

@@ -148,11 +148,13 @@ def prepare(config: RunConfig, observer: PlanningObserver | None = None) -> Prep
 def set_up(config: RunConfig) -> Setup:
     """Resolve a configuration without its source, and check device, model and store."""
     config = with_precision(config)
-    handle = registry.resolve(config.model, config.model_options, config.channels)
     refuse_job_folder("STORE", config.out, "an absolute path or a URL")
     storage = Storage(config.out)
     storage.refuse_read_only()
-    stitch = config.stitch or default_stitch(storage, handle.spec)
+    plan = load(storage)
+    stored = None if plan is None else plan.fingerprint.get("model")
+    handle = registry.resolve(config.model, config.model_options, config.channels, stored=stored)
+    stitch = config.stitch or default_stitch(plan, handle.spec)
     chunking = Chunking.for_model(
         handle.spec,
         stitch=stitch,

@@ -134,6 +134,7 @@ class StoreDecoder:
                 given=self.model_options,
                 store=self.url,
                 trusted=self._trust_model,
+                stored=stored,
             )
             spec = handle.spec
             names = ("sample_rate", "channels", "latent_channels", "hop", "scale_factor")

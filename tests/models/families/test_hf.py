@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -20,6 +23,7 @@ from latentmill.models.families.hf.measured import Measured
 from latentmill.models.probing.behaviour import distance
 from latentmill.models.probing.music import music
 from latentmill.models.registry import resolve
+from support.runs import write_songs
 from support.tiny_tokenizers import TOKENIZERS, WITH_TORCHAUDIO, write_tokenizer
 
 # By model type: the latents before the quantiser, and the audio of latents, by the package's parts.
@@ -171,6 +175,62 @@ def test_a_tokenizer_is_measured_once(
     write_tokenizer(repo, "vibevoice_acoustic_tokenizer", seed=1)
     assert resolve(f"hf:{repo}").spec.identity != first.spec.identity
     assert times == ["again", "again"]
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_store_is_continued_and_decoded_with_the_measurement_that_it_was_planned_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another machine, whose arithmetic measures another context."""
+    repo = write_tokenizer(tmp_path / "repo", "vibevoice_acoustic_tokenizer")
+    songs, more = write_songs(tmp_path / "songs", 2), write_songs(tmp_path / "more", 4)
+    settings: dict[str, Any] = {"model": f"hf:{repo}", "dtype": "float32", "chunk_seconds": 0.3}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
+    lm.encode(str(more), str(tmp_path / "whole"), **settings)
+    lm.encode(str(songs), str(tmp_path / "store"), **settings)
+    (kept,) = (tmp_path / "here").rglob("*.json")
+    there = tmp_path / "there" / kept.relative_to(tmp_path / "here")
+    there.parent.mkdir(parents=True)
+    found = Measured.parse(kept.read_text())
+    assert found.context is not None
+    there.write_text(replace(found, context=(2, 3)).text())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "there"))
+    assert resolve(f"hf:{repo}").spec.context == (2, 3)
+    write_songs(songs, 4)
+    lm.encode(str(songs), str(tmp_path / "store"), extend=True, **settings)
+    store, whole = lm.open(str(tmp_path / "store")), lm.open(str(tmp_path / "whole"))
+    assert len(store) == len(whole) == 4
+    for record in whole:
+        assert np.array_equal(store[record.key].latent, record.latent)
+    assert np.array_equal(store.decode(record.key), whole.decode(record.key))
+    lm.encode(str(songs), str(tmp_path / "other"), **settings)
+    other = lm.open(str(tmp_path / "other"))
+    assert not np.array_equal(other[record.key].latent, record.latent)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("{", "Expecting property name"),
+        ('{"hop": 40}', "'context'"),
+        (("40", '"40"'), "other values than whole numbers"),
+        (("40", "1099511627776"), "numbers out of range"),
+        (("null", "[[1, 4, 16], 0, 9]"), "its codes have an impossible shape"),
+    ],
+)
+def test_a_measurement_that_is_not_valid(
+    tokenizers: Path,
+    change: str | tuple[str, str],
+    reason: str,
+    one_sentence: Callable[[BaseException], str],
+) -> None:
+    repo = written(tokenizers, "vibevoice_acoustic_tokenizer")
+    whole = str(resolve(f"hf:{repo}").spec.identity["measured"])
+    given = change if isinstance(change, str) else whole.replace(*change)
+    assert given != whole
+    with pytest.raises(ModelError, match=re.escape(reason)) as caught:
+        resolve(f"hf:{repo}", {"measured": given})
+    assert "option measured is not a measurement" in one_sentence(caught.value)
 
 
 class OtherConfig(transformers.PreTrainedConfig):

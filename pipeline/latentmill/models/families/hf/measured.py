@@ -1,7 +1,8 @@
 """What is measured of an audio tokenizer: lengths, latents, context, and whether batches matter.
 
 It is measured once, with music on the CPU, and kept in the user's cache under a name that has the
-hashes of all files and the versions. It becomes part of the model's identity.
+hashes of all files and the versions. It becomes part of the model's identity, so a store contains
+it, and whoever continues or decodes the store uses the values from there.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ VERSION = 1  # increases if the same model gives other values
 SHORT = (*range(1, 13), 21, 34, 64)  # lengths in frames
 CONTEXT_FRAMES = 192  # length of the audio whose parts are compared with the whole
 EXACT = 1e-5  # error of a frame that is left behind the context
+LARGEST = 2**20  # no measured number is larger
 SPARE = 8  # frames behind the context that must be equal
 
 _log = get_logger("models")
@@ -88,12 +90,18 @@ class Measured:
         numbers = [found.hop, found.shortest, found.latent_channels, found.decoded]
         numbers += [found.extra, *(found.context or ())]
         numbers += [] if found.codes is None else [*found.codes[0], *found.codes[1:]]
-        if any(type(one) is not int for one in numbers) or min(numbers[:4]) < 1:
+        if any(type(one) is not int for one in numbers):
             raise TypeError("it has other values than whole numbers")
-        if type(found.options) is not dict or {
-            type(found.frames_first),
-            type(found.one_by_one),
-        } != {bool}:
+        # A store may be hostile: the numbers become sizes of tensors.
+        if min(numbers[:4]) < 1 or max(map(abs, numbers)) > LARGEST:
+            raise ValueError("it has numbers out of range")
+        if found.codes is not None and not (
+            math.prod(found.codes[0]) <= LARGEST
+            and {*found.codes[1:]} <= {*range(len(found.codes[0]))}
+        ):
+            raise ValueError("its codes have an impossible shape")
+        flags = {type(found.frames_first), type(found.one_by_one)}
+        if type(found.options) is not dict or flags != {bool}:
             raise TypeError("it has values of other types")
         return found
 
@@ -123,7 +131,7 @@ class Measured:
         return replace(spec, overhang=-self.extra * self.hop, min_samples=self.shortest * self.hop)
 
 
-def measured(
+def from_cache(
     files: ModelFiles, versions: tuple[str, ...], measure: Callable[[], Measured]
 ) -> Measured:
     """The measured values from the user's cache, or from `measure`."""

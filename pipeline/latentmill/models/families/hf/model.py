@@ -17,7 +17,7 @@ from latentmill.models.families.codec import (
     check_scale_factor,
     make_handle,
 )
-from latentmill.models.families.hf.measured import Measured, measure, measured
+from latentmill.models.families.hf.measured import Measured, from_cache, measure
 from latentmill.models.families.hf.network import TokenizerNetwork
 from latentmill.models.families.transformers_codec import move
 from latentmill.models.families.transformers_files import load_network, model_config
@@ -56,8 +56,17 @@ class Loader:
         return network
 
 
-def build(repo: str, *, revision: str | None = None, scale_factor: float = 1.0) -> CodecHandle:
-    """Find a tokenizer's files, measure it unless it was measured before, and make its handle."""
+def build(
+    repo: str,
+    *,
+    revision: str | None = None,
+    scale_factor: float = 1.0,
+    measured: str | None = None,
+) -> CodecHandle:
+    """Find a tokenizer's files, measure it unless it was measured before, and make its handle.
+
+    `measured` are values that were measured before, as in `spec.identity`.
+    """
     name = f"hf:{repo}"
     scale = check_scale_factor(name, scale_factor)
     _, version = import_package(name, "transformers")
@@ -77,7 +86,10 @@ def build(repo: str, *, revision: str | None = None, scale_factor: float = 1.0) 
                 f"that can be stored ({one_line(error)}): use {_instead(config.model_type)}."
             ) from error
 
-    found = measured(files, (version, torch.__version__), measure_now)
+    if measured is None:
+        found = from_cache(files, (version, torch.__version__), measure_now)
+    else:
+        found = _given(name, measured)
     return make_handle(
         FoundCodec(name, files, config, "transformers", version),
         lambda _: found.spec(rate, channels),
@@ -85,6 +97,16 @@ def build(repo: str, *, revision: str | None = None, scale_factor: float = 1.0) 
         scale_factor=scale,
         encoding={"model_type": config.model_type, "measured": found.text()},
     )
+
+
+def _given(name: str, measured: str) -> Measured:
+    try:
+        return Measured.parse(measured)
+    except (ValueError, TypeError, LookupError) as error:
+        raise ModelError(
+            f"Model {name}: option measured is not a measurement of this version of latentmill "
+            f"({one_line(error)}): leave it out, or restore the store that it is from."
+        ) from error
 
 
 def _check_type(name: str, files: ModelFiles) -> None:
