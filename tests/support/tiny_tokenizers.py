@@ -35,7 +35,7 @@ SPEECH: dict[str, Any] = {
     "conv_depthwise_kernel_size": 5,
 }
 WIDE: dict[str, Any] = {
-    "hidden_size": 16,
+    "hidden_size": 32,  # of 32 groups of its GroupNorm
     "intermediate_size": 32,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
@@ -43,7 +43,7 @@ WIDE: dict[str, Any] = {
     "head_dim": 8,
     "encoder_hidden_size": 2,
     "semantic_model_config": SPEECH,
-    "quantization_dim": 32,
+    "quantization_dim": 48,  # hidden size and that of the semantic model
 }
 # By model type: its configuration.
 TOKENIZERS: dict[str, dict[str, Any]] = {
@@ -121,7 +121,7 @@ TOKENIZERS: dict[str, dict[str, Any]] = {
     "neucodec": WIDE,
     "xcodec2": WIDE,
 }
-WITH_TORCHAUDIO = ("neucodec", "xcodec2")
+WITH_TORCHAUDIO = ("higgs_audio_v2_tokenizer", "neucodec", "xcodec2")
 
 
 def write_tokenizer(folder: Path, model_type: str, seed: int = 0) -> Path:

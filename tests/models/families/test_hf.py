@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,43 +26,8 @@ from latentmill.models.probing.music import music
 from latentmill.models.registry import resolve
 from support.runs import write_songs
 from support.tiny_tokenizers import TOKENIZERS, WITH_TORCHAUDIO, write_tokenizer
+from support.tokenizer_references import REFERENCES, loaded
 
-# By model type: the latents before the quantiser, and the audio of latents, by the package's parts.
-REFERENCES: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any, Tensor], Tensor]]] = {
-    "dac": (
-        lambda model, x: model.encoder(x),
-        lambda model, z: model.decode(quantized_representation=z).audio_values[:, None],
-    ),
-    "encodec": (lambda model, x: model.encoder(x), lambda model, z: model.decoder(z)),
-    "mimi": (
-        lambda model, x: model.encoder(x).latents,
-        lambda model, z: model.decoder(z).audio_values,
-    ),
-    "pocket_tts_audio_tokenizer": (
-        lambda model, x: model.encode(x).latents.transpose(1, 2),
-        lambda model, z: model.decode(z.transpose(1, 2)).audio_values,
-    ),
-    "vibevoice_acoustic_tokenizer": (
-        lambda model, x: model.encode(x, sample=False).latents.transpose(1, 2),
-        lambda model, z: model.decode(z.transpose(1, 2)).audio,
-    ),
-    "wavtokenizer": (
-        lambda model, x: model.encoder_model.encoder(x),
-        lambda model, z: model.head(model.backbone(z, torch.tensor([0]))).reshape(len(z), 1, -1),
-    ),
-    "xcodec": (
-        lambda model, x: model.fc(
-            torch.cat(
-                (
-                    model.acoustic_encoder(x),
-                    model.encoder_semantic(model._extract_semantic_features(x).transpose(1, 2)),
-                ),
-                dim=1,
-            ).transpose(1, 2)
-        ).transpose(1, 2),
-        lambda model, z: model.acoustic_decoder(model.fc2(z.transpose(1, 2)).transpose(1, 2)),
-    ),
-}
 # By model type: rate, hop, context.
 FACTS: dict[str, tuple[int, int, tuple[int, int] | None]] = {
     "dac": (24000, 320, (8, 8)),
@@ -85,11 +51,6 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def written(folder: Path, model_type: str) -> Path:
     repo = folder / model_type
     return repo if repo.exists() else write_tokenizer(repo, model_type)
-
-
-def loaded(repo: Path, model_type: str) -> Any:
-    config = transformers.AutoConfig.from_pretrained(repo)
-    return transformers.MODEL_MAPPING[type(config)].from_pretrained(repo).eval()
 
 
 @pytest.mark.parametrize("model_type", REFERENCES)
@@ -140,6 +101,22 @@ def test_probe_finds_no_broken_promise(tokenizers: Path, model_type: str) -> Non
 def test_tokenizers_that_need_torchaudio(tokenizers: Path, model_type: str) -> None:
     pytest.importorskip("torchaudio", reason="transformers needs torchaudio for these types")
     assert lm.probe(f"hf:{written(tokenizers, model_type)}").broken == ()
+
+
+@pytest.mark.skipif(find_spec("torchaudio") is not None, reason="torchaudio is installed")
+@pytest.mark.parametrize("model_type", WITH_TORCHAUDIO)
+def test_a_type_whose_package_is_missing(
+    tmp_path: Path, model_type: str, one_sentence: Callable[[BaseException], str]
+) -> None:
+    config = transformers.AutoConfig.for_model(model_type, **TOKENIZERS[model_type])
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ModelError) as caught:
+        resolve(f"hf:{tmp_path}")
+    assert one_sentence(caught.value) == (
+        f"Model hf:{tmp_path}: transformers needs another package for a model of type "
+        f"{model_type}: run `pip install torchaudio`."
+    )
 
 
 def test_seven_types_have_no_code_of_their_own() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,10 +124,12 @@ def class_of(name: str, config: Any) -> Any:
     """The tokenizer's class; ModelError if the configuration belongs to another kind of model."""
     package, _ = import_package(name, "transformers")
     for mapping in (package.MODEL_FOR_AUDIO_TOKENIZATION_MAPPING, package.MODEL_MAPPING):
-        found = mapping.get(type(config), None)
-        if found is None or not (hasattr(found, "encode") and hasattr(found, "decode")):
-            continue
-        if "input_values" in inspect.signature(found.encode).parameters:
+        try:
+            found = mapping.get(type(config), None)
+            both = hasattr(found, "encode") and hasattr(found, "decode")
+        except (ImportError, OSError) as error:  # of a package that the type needs
+            raise _lacks(name, config, error) from error
+        if both and "input_values" in inspect.signature(found.encode).parameters:
             return found
     raise ModelError(
         f"Model {name}: a model of type {config.model_type} is not an audio tokenizer: use "
@@ -141,11 +144,18 @@ def _instead(model_type: str) -> str:
     return f"{named}a model that `latentmill models` lists, or write python:package.module:factory"
 
 
-def _lacks(name: str, config: Any, error: ImportError) -> ModelError:
-    return ModelError(
-        f"Model {name}: transformers needs another package for a model of type "
-        f"{config.model_type} ({one_line(error)}): install it."
-    )
+def _lacks(name: str, config: Any, error: ImportError | OSError) -> ModelError:
+    begin = f"Model {name}: transformers needs another package for a model of type"
+    reason = one_line(error)
+    if isinstance(error, OSError):
+        return ModelError(
+            f"{begin} {config.model_type}, which cannot be loaded ({reason}): install it from the "
+            "package index that PyTorch is from."
+        )
+    missing = re.search(r"requires the (\w+) library", reason)
+    package = error.name if missing is None else missing[1]
+    fix = f"run `pip install {package}`" if package else f"install it ({reason})"
+    return ModelError(f"{begin} {config.model_type}: {fix}.")
 
 
 def _load(name: str, files: ModelFiles, device: torch.device) -> TokenizerNetwork:
@@ -172,7 +182,7 @@ def _extractor(name: str, files: ModelFiles, config: Any) -> Any:
     given = read_config(name, files.paths["preprocessor"]) if "preprocessor" in files.paths else {}
     try:
         return class_(**{n: v for n, v in given.items() if n != "feature_extractor_type"})
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise _lacks(name, config, error) from error
     except CALL_ERRORS as error:
         raise does_not_load(name, files.paths["preprocessor"], error) from error

@@ -173,8 +173,9 @@ class TokenizerNetwork:
     def _encoded(self, audio: Tensor) -> Any:
         inputs: dict[str, Any] = {"input_values": audio}
         if self._extractor is not None:
+            given = audio.squeeze(1) if self._channels == 1 else audio  # mono has no channel axis
             made = self._extractor(
-                list(audio.cpu().numpy()), sampling_rate=self._sample_rate, return_tensors="pt"
+                list(given.cpu().numpy()), sampling_rate=self._sample_rate, return_tensors="pt"
             )
             inputs = {n: v.to(audio.device) for n, v in made.items() if n in self._accepts}
         options = {name: False for name in SAMPLING if name in self._accepts}
