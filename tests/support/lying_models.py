@@ -243,9 +243,15 @@ LIES: dict[str, tuple[Callable[[], Handle], str]] = {
         r"encode fails for \d+ samples \(.*\), although the spec allows every multiple of 16 from "
         r"64 on: set hop=64, overhang=0, sample_multiple=64, and min_samples=64\.",
     ),
-    "one length": (
-        lambda: Handle(_spec(hop=32, sample_multiple=32, min_samples=32), refusing(8000)),
-        r"encode fails for .*",
+    "a long minimum": (
+        lambda: Handle(SPEC, refusing(4000)),
+        r"encode fails for 3968 samples \(.*\), although the spec claims min_samples=64: set "
+        r"min_samples=4032\.",
+    ),
+    "hop and a long minimum": (
+        lambda: Handle(_spec(hop=32, sample_multiple=32, min_samples=32), refusing(4000)),
+        r"encode fails for 3968 samples \(.*\), although the spec claims min_samples=32: set "
+        r"hop=64, overhang=0, and min_samples=4000\.",
     ),
     "input": (
         lambda: Handle(SPEC, louder),

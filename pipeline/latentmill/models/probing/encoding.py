@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -101,45 +102,15 @@ def value_range(model: Subject) -> Promise:
 
 def lengths(model: Subject) -> Promise:
     spec = model.claimed
-    longest = model.audio.shape[1]
-    frames: dict[int, int] = {}
-    failed: dict[int, str] = {}
-    for length in sorted({*lengths_to_try(spec, longest), model.one.shape[-1]}):
-        try:
-            frames[length] = model.encode(model.audio[None, :, :length]).shape[-1]
-        except Exception as error:  # noqa: BLE001  of the user's code
-            failed[length] = one_line(error)
+    frames, failed = _tried(model)
     promise = Promise(
         "lengths",
         f"hop {spec.hop}, overhang {spec.overhang}, from {spec.min_samples} samples",
         f"{len(frames)} lengths from {min(frames)} to {max(frames)} samples",
     )
-    if failed and max(failed) < min(frames):
-        model.spec = replace(model.spec, min_samples=min(frames))
-        return promise.broken(
-            f"encode fails for {max(failed)} samples ({failed[max(failed)]}), although the "
-            f"spec claims min_samples={spec.min_samples}: set min_samples={min(frames)}."
-        )
+    found = fit(frames, Formula(spec.hop, spec.overhang))
     if failed:
-        length, reason = next(iter(failed.items()))
-        multiple = math.gcd(*frames)
-        fitted = fit(frames, Formula(spec.hop, spec.overhang)) or spec
-        model.spec = replace(
-            model.spec,
-            hop=fitted.hop,
-            overhang=fitted.overhang,
-            sample_multiple=multiple,
-            min_samples=min(frames),
-        )
-        other = (fitted.hop, fitted.overhang) != (spec.hop, spec.overhang)
-        lengths = f"hop={fitted.hop}, overhang={fitted.overhang}, " if other else ""
-        comma = "," if other else ""
-        model.fitted = all(model.spec.frames(one) == count for one, count in frames.items())
-        return promise.broken(
-            f"encode fails for {length} samples ({reason}), although the spec allows every "
-            f"multiple of {spec.sample_multiple} from {spec.min_samples} on: set {lengths}"
-            f"sample_multiple={multiple}{comma} and min_samples={min(frames)}."
-        )
+        return _with_failures(model, promise, frames, failed, found)
     wrong = next((one for one, count in frames.items() if count != spec.frames(one)), None)
     if wrong is None:
         return promise
@@ -147,16 +118,77 @@ def lengths(model: Subject) -> Promise:
         f"encode returns {frames[wrong]} frames for {wrong} samples, but by the spec they have "
         f"{spec.frames(wrong)}:"
     )
-    measured = fit(frames, Formula(spec.hop, spec.overhang))
-    if measured is None:
+    if found is None:
         model.fitted = False
         return promise.broken(
             f"{begin} no hop and overhang fit the numbers of frames, so pad the audio inside "
             "encode to whole frames."
         )
-    model.spec = replace(model.spec, hop=measured.hop, overhang=measured.overhang)
-    promise = replace(promise, measured=f"hop {measured.hop}, overhang {measured.overhang}")
-    return promise.broken(f"{begin} set hop={measured.hop} and overhang={measured.overhang}.")
+    model.spec = replace(model.spec, hop=found.hop, overhang=found.overhang)
+    promise = replace(promise, measured=f"hop {found.hop}, overhang {found.overhang}")
+    return promise.broken(f"{begin} set hop={found.hop} and overhang={found.overhang}.")
+
+
+def _tried(model: Subject) -> tuple[dict[int, int], dict[int, str]]:
+    """Frames of the lengths that `encode` accepts, and the reason for each other one."""
+    spec, longest = model.claimed, model.audio.shape[1]
+    frames: dict[int, int] = {}
+    failed: dict[int, str] = {}
+
+    def attempt(lengths: Iterable[int]) -> None:
+        for length in sorted({*lengths} - {*frames, *failed}):
+            try:
+                frames[length] = model.encode(model.audio[None, :, :length]).shape[-1]
+            except Exception as error:  # noqa: BLE001  of the user's code
+                failed[length] = one_line(error)
+
+    attempt([*lengths_to_try(spec, longest), model.one.shape[-1]])
+    if not failed or max(failed) > min(frames):
+        return frames, failed
+    step = spec.sample_multiple  # find the shortest length, and try some that are longer
+    while (gap := min(frames) - max(failed)) > step and max(failed) < min(frames):
+        attempt([max(failed) + gap // 2 // step * step])
+    attempt(lengths_to_try(replace(spec, min_samples=min(frames)), longest))
+    attempt(range(min(frames), longest + 1, math.lcm(step, spec.hop * 3)))
+    return frames, failed
+
+
+def _with_failures(
+    model: Subject,
+    promise: Promise,
+    frames: dict[int, int],
+    failed: dict[int, str],
+    found: Formula | None,
+) -> Promise:
+    """The one sentence about lengths that fail, with everything that must change."""
+    spec, shortest = model.claimed, min(frames)
+    formula = found or Formula(spec.hop, spec.overhang)
+    only_short = max(failed) < shortest
+    length = max(failed) if only_short else min(failed)
+    multiple = spec.sample_multiple if only_short else math.gcd(*frames)
+    model.spec = replace(
+        model.spec,
+        hop=formula.hop,
+        overhang=formula.overhang,
+        sample_multiple=multiple,
+        min_samples=shortest,
+    )
+    model.fitted = all(model.spec.frames(one) == count for one, count in frames.items())
+    changes = []
+    if formula != (spec.hop, spec.overhang):
+        changes += [f"hop={formula.hop}", f"overhang={formula.overhang}"]
+    changes += [] if only_short else [f"sample_multiple={multiple}"]
+    changes.append(f"min_samples={shortest}")
+    listed = ", ".join(changes[:-1]) + (", and " if len(changes) > 2 else " and ")
+    claim = (
+        f"the spec claims min_samples={spec.min_samples}"
+        if only_short
+        else f"the spec allows every multiple of {spec.sample_multiple} from {spec.min_samples} on"
+    )
+    return promise.broken(
+        f"encode fails for {length} samples ({failed[length]}), although {claim}: set "
+        f"{listed if len(changes) > 1 else ''}{changes[-1]}."
+    )
 
 
 def silence(model: Subject) -> Promise:
