@@ -10,6 +10,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -287,8 +288,10 @@ def models(
         handle = registry.resolve_embedder(name, _options(model_option, revision))
         print_value(as_json, handle.spec, show.model)
     else:
+        from latentmill.models.families.audio_encoder import can_decode  # imports torch
+
         model = registry.resolve(name, _options(model_option, revision), channels)
-        print_value(as_json, model.spec, show.model)
+        print_value(as_json, model.spec, partial(show.model, decodes=can_decode(model)))
 
 
 @_command(

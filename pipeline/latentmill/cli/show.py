@@ -254,7 +254,7 @@ def models(entries: Sequence[Any]) -> str:
     return "\n".join(rows)
 
 
-def model(spec: ModelSpec | EmbedderSpec) -> str:
+def model(spec: ModelSpec | EmbedderSpec, decodes: bool = True) -> str:
     """The text that `models NAME` prints."""
     if isinstance(spec, EmbedderSpec):
         return _embedder(spec)
@@ -276,7 +276,11 @@ def model(spec: ModelSpec | EmbedderSpec) -> str:
         if spec.stitch == "state"
         else f"{spec.stitch}, chunks of {chunk:.2f} s that overlap by "
         f"{spec.overlap_frames} frames: {why}",
-        "decoder": "stochastic (set --seed)" if spec.stochastic_decoder else "deterministic",
+        "decoder": "none"
+        if not decodes
+        else "stochastic (set --seed)"
+        if spec.stochastic_decoder
+        else "deterministic",
         "weights": ", ".join(f"{n} {v}" for n, v in spec.provenance.items()) or "none",
     }
     lines = [f"{name:<9} {text}" for name, text in rows.items()]

@@ -20,7 +20,7 @@ from latentmill.encoding.single import encode_chunked, encode_whole
 from latentmill.errors import ItemError, LatentmillError, SourceError
 from latentmill.evaluation.audio_metrics import rms
 from latentmill.models.base import Autoencoder, ModelHandle, ModelSpec
-from latentmill.models.families.audio_encoder import AudioHandle
+from latentmill.models.families.audio_encoder import can_decode
 from latentmill.models.inference.device import pick_device
 from latentmill.models.inference.precision import numeric_mode
 from latentmill.models.probing.behaviour import distance
@@ -126,8 +126,7 @@ def probe(
         )
         return _unloaded(given or handle.spec.name, chosen, handle, promises)
     with numeric_mode("float32", chosen), torch.inference_mode():
-        decodes = not isinstance(handle, AudioHandle)
-        subject = Subject(loaded, sound, decodes)
+        subject = Subject(loaded, sound, can_decode(handle))
         promises += examine(subject)
         promises.append(
             measured("seams", lambda _: _seams(loaded, sound, chunks, promises), subject)

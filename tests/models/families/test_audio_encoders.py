@@ -13,8 +13,10 @@ from transformers import AutoFeatureExtractor, AutoModel, ClapModel
 
 import latentmill as lm
 from latentmill.errors import ModelError
+from latentmill.models.families.audio_encoder import can_decode
 from latentmill.models.registry import available, resolve
 from latentmill.store.store import open_store
+from support import runs
 from support.in_process import in_process
 
 CLAP_RATE, WINDOW = 48_000, 480_000
@@ -137,6 +139,26 @@ def test_frames_of_a_store(encoders: Path, tmp_path: Path) -> None:
     assert distance(store["short"].latent, whole) < 1e-4
     expected = own_audio(encoders / "hubert", noise(400_000))
     assert store["long"].latent.shape == expected.shape
+
+
+def test_an_encoder_has_no_decoder(encoders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "decoder   none" in runs.call(capsys, "models", f"clap:{encoders / 'clap'}").out
+    split = resolve(f"audio:{encoders / 'hubert'}", channels="split")
+    assert not can_decode(split)
+
+
+def test_clap_encodes_audio_of_any_length_window_by_window(encoders: Path) -> None:
+    model = resolve(f"clap:{encoders / 'clap'}").load("cpu")
+    sound = torch.from_numpy(noise(WINDOW + 100))[None, None]
+    both = model.encode(sound)
+    assert both.shape[-1] == 2
+    assert torch.equal(both[..., 1:], model.encode(sound[..., WINDOW:]))
+
+
+@pytest.mark.slow  # windows of 10 s
+def test_probe_finds_no_broken_promise_of_clap(encoders: Path) -> None:
+    for channels in (None, "split"):
+        assert lm.probe(f"clap:{encoders / 'clap'}", channels=channels).broken == ()
 
 
 def test_wrong_repositories_and_options(encoders: Path, tmp_path: Path) -> None:

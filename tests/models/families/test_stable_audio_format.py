@@ -417,3 +417,14 @@ def test_diffusers_files_are_preferred(tiny_repos: Path, tmp_path: Path) -> None
     expected = resolve(f"oobleck:{tmp_path / 'repo'}").spec.identity
     write(tmp_path / "repo", in_a_diffusion_model(OOBLECK), {}, "model.safetensors")
     assert resolve(f"oobleck:{tmp_path / 'repo'}").spec.identity == expected
+
+
+def test_another_model_s_config_does_not_hide_a_checkpoint(tmp_path: Path) -> None:
+    """Such as the config.json of a conditioner, or of a library's cache, at the root."""
+    write(tmp_path, alone(SAME), published_same(same_model().state_dict()), "model.ckpt")
+    expected = resolve(f"same:{tmp_path}").spec.identity
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    assert resolve(f"same:{tmp_path}").spec.identity == expected
+    (tmp_path / "model_config.json").unlink()
+    with pytest.raises(ModelError, match="it belongs to t5"):
+        resolve(f"same:{tmp_path}")

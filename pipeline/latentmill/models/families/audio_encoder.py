@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from latentmill.errors import ModelError
-from latentmill.models.base import Context, ModelSpec, Value
+from latentmill.models.base import Context, ModelHandle, ModelSpec, Value
 from latentmill.models.families.codec import CodecHandle, FoundCodec, codec_spec, make_handle
 from latentmill.models.families.transformers_files import find_encoder, load_network, model_config
+from latentmill.models.inference.split import SplitHandle
 from latentmill.models.weights import (
     LOAD_ERRORS,
     ModelFiles,
@@ -49,6 +50,12 @@ class AudioHandle(CodecHandle):
     kind: str = "frames"
 
 
+def can_decode(handle: ModelHandle) -> bool:
+    """Whether a model of audio has a decoder; `--channels split` changes nothing about it."""
+    inner = handle.inner if isinstance(handle, SplitHandle) else handle
+    return not isinstance(inner, AudioHandle)
+
+
 class _Encoder:
     """A network without a decoder."""
 
@@ -61,7 +68,7 @@ class _Encoder:
 
 
 class ClapAudio(_Encoder):
-    """CLAP's audio tower: `[B, 1, T]`, at most one window, to `[B, D, 1]`, vectors of length 1."""
+    """CLAP's audio tower: `[B, 1, T]` to `[B, D, windows]`, vectors of length 1."""
 
     def __init__(self, name: str, model: Any, extractor: Any, device: torch.device) -> None:
         super().__init__(name)
@@ -75,6 +82,10 @@ class ClapAudio(_Encoder):
 
     def encode(self, audio: Tensor) -> Tensor:
         batch, _, samples = audio.shape
+        if samples > self._samples:
+            starts = range(0, samples, self._samples)
+            windows = [audio[..., start : start + self._samples] for start in starts]
+            return torch.cat([self.encode(window) for window in windows], dim=-1)
         # As the feature extractor does (`repeatpad`): whole repetitions, then zeros.
         whole = audio[:, 0].repeat(1, self._samples // samples)
         wave = torch.nn.functional.pad(whole, (0, self._samples - whole.shape[1]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -42,8 +43,8 @@ def find_autoencoder(
 
     Its `config.json` must have the class name `class_name`; settings that it leaves out have the
     defaults of the class. Without a subfolder the autoencoder is in the folder `default`, if that
-    exists, else at the root of the repository. If there is no `config.json` but a configuration in
-    the format `own`, it is converted.
+    exists, else at the root of the repository. If there is no `config.json` of this class but a
+    configuration in the format `own`, it is converted.
     """
     package, version = import_package(name, "diffusers")
     if not hasattr(package, class_name):
@@ -56,21 +57,32 @@ def find_autoencoder(
         "config": [f"{folder}config.json" for folder in folders],
         "weights": [f"{folder}{stem}" for folder in folders for stem in STEMS],
     }
+    location = parse_repo(name, repo, revision)
+    wanted_own = {
+        "config": [f"{folders[-1]}{file}" for file in stable_audio.CONFIGS],
+        "weights": [f"{folders[-1]}{file}" for file in stable_audio.WEIGHTS],
+    }
     if own is not None:
-        wanted["config"] += [f"{folders[-1]}{file}" for file in stable_audio.CONFIGS]
-        wanted["weights"] += [f"{folders[-1]}{file}" for file in stable_audio.WEIGHTS]
-    files = find(name, parse_repo(name, repo, revision), wanted)
+        wanted = {role: [*files, *wanted_own[role]] for role, files in wanted.items()}
+    files = find(name, location, wanted)
+    if own is not None and not is_own(files) and not _is_of(class_name, name, files):
+        with suppress(ModelError):  # without such files, the error below tells what it found
+            files = find(name, location, wanted_own)
     if own is not None and is_own(files):
         return FoundCodec(
             name, files, _own_config(name, class_name, files, own), "diffusers", version
         )
     config = read_config(name, files.paths["config"])
-    if config.get("_class_name") != class_name:
+    if not _is_of(class_name, name, files):
         found = config.get("_class_name") or config.get("model_type")
         raise does_not_load(name, files.paths["config"], ValueError(f"it belongs to {found}"))
     signature = inspect.signature(getattr(package, class_name).__init__)
     defaults = {n: p.default for n, p in signature.parameters.items() if p.default is not p.empty}
     return FoundCodec(name, files, {**defaults, **config}, "diffusers", version)
+
+
+def _is_of(class_name: str, name: str, files: ModelFiles) -> bool:
+    return bool(read_config(name, files.paths["config"]).get("_class_name") == class_name)
 
 
 def load_autoencoder(
