@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from latentmill.encoding.batches import Packer, expected_batches
 from latentmill.encoding.chunks import Chunk, Chunking
 from latentmill.encoding.lanes import reading_order
+from latentmill.encoding.single import encode_chunked
 from latentmill.encoding.timings import Meter
 from latentmill.encoding.unit_audio import EncodeSettings
 from latentmill.errors import ConfigError
 from latentmill.models.base import ModelSpec
 from latentmill.models.inference.device_pipeline import DevicePipeline, PlainTransport
-from support.chunked import encode_chunked
 from support.stateful_model import HOP, Decaying, build, expected
 from support.units import encode, items_of, records
 

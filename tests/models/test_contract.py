@@ -22,6 +22,7 @@ from latentmill.config import fingerprint_document, load_config
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.encoder import UnitEncoder
 from latentmill.encoding.fingerprint import fingerprint
+from latentmill.encoding.single import encode_chunked, encode_whole
 from latentmill.encoding.timings import Meter
 from latentmill.encoding.unit_audio import EncodeSettings, Loading, LocalAudio
 from latentmill.errors import ConfigError, ModelError
@@ -31,7 +32,6 @@ from latentmill.models import base as model_base
 from latentmill.models.base import Autoencoder, Channels, ModelHandle, ModelSpec, Stitch
 from latentmill.models.registry import resolve, weights_of
 from latentmill.sources.folder import FolderSource
-from support.chunked import encode_chunked, encode_whole
 from support.examples import example
 
 

@@ -56,7 +56,7 @@ class _PendingItem:
 
 @dataclass
 class _QueuedBatch:
-    """A batch in the pipeline, with the states before it (`stitch: state`)."""
+    """A batch in the pipeline, with the states before it (`stitch: state`, low precision)."""
 
     batch: Batch
     states: list[State | None]
@@ -117,7 +117,8 @@ class UnitEncoder:
         audio = batch.audio(out=self._pipeline.stage(batch.shape))  # [B, C, T]
         jobs = [pending.get(owner) for owner in batch.owners]  # None: it failed before
         states = [None if job is None else job.state for job in jobs]
-        self._queued.append(_QueuedBatch(batch, states))
+        exact = self._settings.precision == "float32"  # else it may be encoded again from these
+        self._queued.append(_QueuedBatch(batch, [] if exact else states))
         if self._chunking.stitch == "state":
             start = time.perf_counter()
             after = self._pipeline.step(audio, states)

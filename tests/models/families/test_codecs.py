@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from latentmill.config import load_config
 from latentmill.decoding.decoder import decode_latent
 from latentmill.encoding.chunks import Chunking
+from latentmill.encoding.single import encode_chunked
 from latentmill.errors import ConfigError, ModelError, SourceError
 from latentmill.models.base import Autoencoder
 from latentmill.models.families.codec import dac_encoder_context
@@ -25,7 +26,6 @@ from latentmill.models.families.transformers_codec import LENGTHS, move
 from latentmill.models.registry import resolve
 from latentmill.run.run import run
 from latentmill.store.statistics import ChannelStatistics
-from support.chunked import encode_chunked
 
 
 def noise(model: Autoencoder, frames: int, batch: int = 2) -> torch.Tensor:

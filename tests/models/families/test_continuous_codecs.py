@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from latentmill.encoding.single import encode_whole
 from latentmill.errors import ModelError
 from latentmill.models.base import Autoencoder
 from latentmill.models.families import pockettts, vibevoice
 from latentmill.models.registry import resolve
-from support.chunked import encode_whole
 
 FAMILIES = ["pockettts", "vibevoice"]
 

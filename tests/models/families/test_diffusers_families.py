@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file, save_file
 
+from latentmill.encoding.single import encode_whole
 from latentmill.errors import ModelError
 from latentmill.models.base import Autoencoder
 from latentmill.models.families.cosmos import encoder_context
 from latentmill.models.families.ltx2 import encoder_context as ltx2_context
 from latentmill.models.families.mel import LogMel
 from latentmill.models.registry import resolve
-from support.chunked import encode_whole
 from support.tiny_diffusers import write_ltx2_with_bandwidth_extension
 
 CPU = torch.device("cpu")

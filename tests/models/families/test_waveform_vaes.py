@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from latentmill.encoding.chunks import Chunking
+from latentmill.encoding.single import encode_chunked, encode_whole
 from latentmill.errors import ConfigError, ModelError
 from latentmill.models.base import Autoencoder
 from latentmill.models.registry import resolve
-from support.chunked import encode_chunked, encode_whole
 
 CLASSES = {
     "kvae": ("AutoencoderKLKVAEAudio", "diffusers"),

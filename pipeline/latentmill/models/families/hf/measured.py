@@ -208,7 +208,7 @@ def _order(network: TokenizerNetwork, sound: Tensor, sample_rate: int) -> float:
     growing = [axis for axis in (1, 2) if len(shapes[0]) == 3 and shapes[0][axis] < shapes[1][axis]]
     if len(growing) != 1:
         listed = " and ".join(str(list(shape)) for shape in shapes)
-        raise ModelError(f"it has {listed} in place of latents for 1 s and 3 s of audio")
+        raise ModelError(f"its latents have the shapes {listed} for 1 s and 3 s of audio")
     network.frames_first = growing == [1]
     return 2 * sample_rate / (shapes[1][growing[0]] - shapes[0][growing[0]])
 

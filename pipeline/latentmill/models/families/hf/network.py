@@ -205,7 +205,7 @@ def codes_of(
     frames = [axis for axis, (a, b) in enumerate(zip(first, longer, strict=True)) if a != b]
     batch = [axis for axis, (a, b) in enumerate(zip(first, more, strict=True)) if a != b]
     if len(frames) != 1 or len(batch) != 1:
-        raise ModelError(f"its codes have shapes that are not understood: {shapes}")
+        raise ModelError(f"its codes have unexpected shapes: {shapes}")
     return Codes(first, batch[0], frames[0]), options
 
 
