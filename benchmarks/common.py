@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -103,7 +103,7 @@ def cpu_seconds(other: int = 0) -> float:
 
 
 @contextmanager
-def random_linear_cae(size: str) -> Iterator[Path]:
+def random_linear_cae(size: str, names: Sequence[str] = ("lin-cae",)) -> Iterator[Path]:
     """Make a Hugging Face cache with random weights of the real lin-cae classes, set in os.environ.
 
     Enter this context before huggingface_hub is imported.
@@ -111,6 +111,7 @@ def random_linear_cae(size: str) -> Iterator[Path]:
     assert "huggingface_hub" not in sys.modules, "huggingface_hub reads HF_HOME when it is imported"
     with tempfile.TemporaryDirectory() as folder:
         script = ROOT / "tests" / "support" / "linear_cae_weights.py"
-        subprocess.run([sys.executable, script, "--size", size, folder], check=True)
+        command = [sys.executable, script, folder, "--size", size, "--name", *names]
+        subprocess.run(command, check=True)
         os.environ |= {"HF_HOME": folder, "HF_HUB_OFFLINE": "1"}
         yield Path(folder)

@@ -1,340 +1,223 @@
-"""Measures how far a model's latents are from those of its own package, and what chunking adds.
+"""Runs `latentmill encode` with every family, and compares each item with its own package's call.
 
-    python benchmarks/deviation.py [--audio FILE ...] [--only NAME ...] [--results FOLDER]
+    python benchmarks/deviation.py [--audio FOLDER] [--only NAME ...] [--results FOLDER]
 
 THE WEIGHTS ARE RANDOM AND SMALL: the repositories that the tests write, of the packages' real
-classes. The first figure is ||ours - theirs|| / ||theirs|| of 10 s of music in one piece; for
-codecs it is the share of codes that differ. The second one is ||chunked - whole|| / ||whole|| with
-the model's own chunks and seams, on 2.5 chunks. Both are the largest of all recordings. The first
-one is rounding, whatever the weights are; the second one depends on them if a frame depends on its
-whole chunk.
+classes (music2latent: the published architecture). Without --audio, the source is a manifest of
+18 of the shared recordings: mono and stereo, 0.04 to 46 s, one-shots, loops, speech, music, and a
+segment of a stem. Each row is the real command with `--dtype float32`, with `--channels split` in
+rows of that name; one embedded Ray serves all of them.
 
-A new family is one line in `CASES`.
+The deviation is ||ours - theirs|| / ||theirs|| of an item up to one chunk, the largest of all; for
+codes, the share that differs. It is rounding, whatever the weights are. For longer items the
+package encodes the item in one piece, so the deviation is that of the chunks; if a frame depends
+on its whole chunk, it depends on the weights.
+
+With --only the other rows of the results are kept. `package_calls.py` has the families.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import json
+import os
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from common import RESULTS, ROOT, excerpt, random_linear_cae, recordings, write_result
+from common import RESULTS, ROOT, SHARED_AUDIO, random_linear_cae, write_result
+from package_calls import CASES, Case
 
-SECONDS = 10.0
-Call = Callable[[Path, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A family.
-
-    Attributes:
-        model: The model; REPOS is the folder of the tests' repositories.
-        theirs: Its package's own call: the repository and audio `[1, C, T]`, to latents or codes.
-        reference: The name of the call.
-        codes: Whether to compare codes, as the package does not return latents.
-        seconds: Length of the audio of the first comparison.
-        chunk_seconds: Chunk length of the second one; None: the model's own.
-    """
-
-    model: str
-    theirs: Call
-    reference: str
-    codes: bool = False
-    seconds: float = SECONDS
-    chunk_seconds: float | None = None
+FLAC = (
+    *("tabla_ke1", "elec_flip", "hat_psych", "bd_klub", "tabla_na", "loop_industrial"),
+    *("drum_cymbal_open", "bass_woodsy_c", "guit_harmonics", "ride_tri", "loop_amen_full"),
+    *("loop_safari", "ambi_glass_hum"),
+)
+OGG = ("456440*", "sorohanro*", "198-209*", "Hungarian*")
+STEM, START, DURATION = "potassium/*KEYS*", 60.0, 32.0
 
 
-def of_diffusers(name: str, folder: str, call: Callable[[Any, Tensor], Tensor]) -> Call:
-    """A call on a class of diffusers that `from_pretrained` has loaded."""
-
-    def run(repo: Path, audio: Tensor) -> Tensor:
-        import diffusers
-
-        return call(getattr(diffusers, name).from_pretrained(repo / folder).eval(), audio)
-
-    return run
-
-
-def of_transformers(call: Callable[[Any, Tensor], Tensor]) -> Call:
-    """A call on the model of transformers that `AutoModel` loads."""
-
-    def run(repo: Path, audio: Tensor) -> Tensor:
-        import transformers
-
-        return call(transformers.AutoModel.from_pretrained(repo).eval(), audio)
-
-    return run
+def write_manifest(file: Path) -> None:
+    """The fixed part of the shared audio."""
+    rows: list[tuple[Path, float | str, float | str]] = []
+    rows += [(SHARED_AUDIO / "flac" / f"{name}.flac", "", "") for name in FLAC]
+    rows += [(next((SHARED_AUDIO / "ogg").glob(f"{one}.ogg")), "", "") for one in OGG]
+    rows.append((next((SHARED_AUDIO / "stems").glob(STEM)), START, DURATION))
+    with file.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["path", "start", "duration"])
+        writer.writerows(rows)
 
 
-def mode(model: Any, audio: Tensor) -> Tensor:
-    latents: Tensor = model.encode(audio).latent_dist.mode()
-    return latents
+def encode(case: Case, source: str, out: Path, repos: Path, split: bool) -> None:
+    """Run the command in this process, on its Ray; an item that fails ends the benchmark."""
+    from latentmill.cli import entry
+
+    command = ["latentmill", "encode", source, str(out), "-q", "--workers", "1"]
+    command += ["--model", case.model.replace("REPOS", str(repos)), "--dtype", "float32"]
+    for name, value in case.options.items():
+        command += ["--model-option", f"{name}={value.replace('REPOS', str(repos))}"]
+    command += [*case.settings, *(("--channels", "split") if split else ())]
+    sys.argv = command
+    try:
+        entry.main()
+    except SystemExit as ended:
+        if ended.code:
+            raise RuntimeError(f"{' '.join(command)} ended with {ended.code}") from ended
 
 
-def minimax(model: Any, audio: Tensor) -> Tensor:
-    """As MiniMax-H3's pipeline."""
-    mean, std = torch.tensor(model.config.latents_mean), torch.tensor(model.config.latents_std)
-    return (mode(model, audio) - mean[:, None]) / std[:, None]
+@torch.inference_mode()
+def measure(case: Case, source: str, repos: Path, split: bool) -> dict[str, Any]:
+    """A row of the table."""
+    import latentmill as lm
+    from latentmill.encoding.single import encode_whole
+    from latentmill.store.verify import read_source
 
-
-def encodec_codes(model: Any, audio: Tensor) -> Tensor:
-    given = model.encode(audio, bandwidth=model.config.target_bandwidths[-1])
-    codes: Tensor = given.audio_codes[0]  # of the only chunk
-    return codes
-
-
-def vibevoice(model: Any, audio: Tensor) -> Tensor:
-    latents: Tensor = model.encode(audio, sample=False).latents.transpose(1, 2)
-    return latents
-
-
-def log_mel(audio: Tensor, pad: int) -> Tensor:
-    """LTX-2's and AudioLDM's spectrogram `[1, C, T, bins]` by transformers, in double precision.
-
-    diffusers has none. The tests' models have 16 bins, the published ones 64.
-    """
-    from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
-
-    filters = mel_filter_bank(513, 16, 0, 8000, 16000, norm="slaney", mel_scale="slaney")
-    mels = [
-        spectrogram(
-            np.pad(channel.numpy().astype(np.float64), pad, mode="reflect"),
-            window_function(1024, "hann"),
-            frame_length=1024,
-            hop_length=160,
-            center=False,
-            power=1.0,
-            mel_filters=filters,
-            mel_floor=1e-5,
-            log_mel="log",
-        )
-        for channel in audio[0]
-    ]
-    return torch.from_numpy(np.stack(mels)).float().transpose(1, 2)[None]
-
-
-def packed(latents: Tensor) -> Tensor:
-    """`[1, C, Z, bins]` to `[1, C * bins, Z]`."""
-    return latents.transpose(2, 3).flatten(1, 2)
-
-
-def ltx2(model: Any, audio: Tensor) -> Tensor:
-    """As LTX-2's pipeline."""
-    latents = packed(mode(model, log_mel(audio, 512)))
-    return (latents - model.latents_mean[:, None]) / model.latents_std[:, None]
-
-
-def lin_cae(repo: Path, audio: Tensor) -> Tensor:
-    import linear_cae
-
-    latents: Tensor = linear_cae.Autoencoder.from_pretrained("lin-cae").encode(audio[:, 0])
-    return latents
-
-
-def music2latent(repo: Path, audio: Tensor) -> Tensor:
-    from music2latent import inference
-
-    from latentmill.models.families.linear_cae.lean import exact_attention
-
-    inference.download_model = lambda: None  # its weights are random here
-    file = repo / "music2latent.pt"
-    package = inference.EncoderDecoder(str(file), device=torch.device("cpu"))
-    with exact_attention():
-        latents: Tensor = package.encode(audio[:, 0])
-    return latents
-
-
-CASES = {
-    "lin-cae": Case("lin-cae", lin_cae, "linear_cae.Autoencoder.encode"),
-    "music2latent": Case("music2latent", music2latent, "music2latent.EncoderDecoder.encode"),
-    "oobleck": Case(
-        "oobleck:REPOS/oobleck",
-        of_diffusers("AutoencoderOobleck", "vae", mode),
-        "AutoencoderOobleck.encode, mode",
-    ),
-    "oobleck of ACE-Step 1.5": Case(
-        "oobleck:REPOS/ace-step",
-        of_diffusers("AutoencoderOobleck", "vae", mode),
-        "AutoencoderOobleck.encode, mode",
-    ),
-    "cosmos": Case(
-        "cosmos:REPOS/cosmos",
-        of_diffusers("Cosmos3AVAEAudioTokenizer", "sound_tokenizer", mode),
-        "Cosmos3AVAEAudioTokenizer.encode, mode, at a peak of 0.95",
-    ),
-    "same": Case(
-        "same:REPOS/same",
-        of_diffusers("AutoencoderSAME", "", lambda model, audio: model.encode(audio).latents),
-        "AutoencoderSAME.encode",
-        seconds=1.0,
-        chunk_seconds=0.5,  # the tiny model's frames are 64 times shorter
-    ),
-    "kvae": Case(
-        "kvae:REPOS/kvae",
-        of_diffusers("AutoencoderKLKVAEAudio", "diffusers", mode),
-        "AutoencoderKLKVAEAudio.encode, mode",
-    ),
-    "minimax": Case(
-        "minimax:REPOS/minimax",
-        of_diffusers("AutoencoderKLMiniMaxH3Audio", "audio_vae", minimax),
-        "AutoencoderKLMiniMaxH3Audio.encode, mode, normalised",
-    ),
-    "longcat": Case(
-        "longcat:REPOS/longcat",
-        of_diffusers(
-            "LongCatAudioDiTVae",
-            "vae",
-            lambda model, audio: model.encode(audio, sample_posterior=False).latents,
-        ),
-        "LongCatAudioDiTVae.encode(sample_posterior=False)",
-    ),
-    "ltx2": Case(
-        "ltx2:REPOS/ltx2",
-        of_diffusers("AutoencoderKLLTX2Audio", "audio_vae", ltx2),
-        "AutoencoderKLLTX2Audio.encode, mode, normalised",
-    ),
-    "mmaudio": Case(
-        "mmaudio:REPOS/mmaudio",
-        of_diffusers("MMAudioVAE", "audio_vae", lambda model, audio: mode(model, audio[:, 0])),
-        "MMAudioVAE.encode, mode",
-    ),
-    "audioldm2": Case(
-        "audioldm2:REPOS/audioldm2",
-        of_diffusers(
-            "AutoencoderKL", "vae", lambda model, audio: packed(mode(model, log_mel(audio, 432)))
-        ),
-        "AutoencoderKL.encode, mode",
-    ),
-    "dac, 44.1 kHz": Case(
-        "dac:REPOS/dac-44k",
-        of_transformers(lambda model, audio: model.encode(audio).audio_codes),
-        "DacModel.encode",
-        codes=True,
-    ),
-    "encodec, 24 kHz": Case(
-        "encodec:REPOS/encodec-24k",
-        of_transformers(encodec_codes),
-        "EncodecModel.encode",
-        codes=True,
-    ),
-    "encodec, 48 kHz": Case(
-        "encodec:REPOS/encodec-48k",
-        of_transformers(encodec_codes),
-        "EncodecModel.encode",
-        codes=True,
-        seconds=1.0,
-    ),
-    "mimi": Case(
-        "mimi:REPOS/mimi",
-        of_transformers(lambda model, audio: model.encode(audio).audio_codes),
-        "MimiModel.encode",
-        codes=True,
-    ),
-    "pockettts": Case(
-        "pockettts:REPOS/pockettts",
-        of_transformers(lambda model, audio: model.encode(audio).latents.transpose(1, 2)),
-        "PocketTTSAudioTokenizerModel.encode",
-    ),
-    "vibevoice": Case(
-        "vibevoice:REPOS/vibevoice",
-        of_transformers(vibevoice),
-        "VibeVoiceAcousticTokenizerModel.encode(sample=False)",
-    ),
-}
-
-
-def measure(case: Case, repos: Path, files: list[Path]) -> dict[str, Any]:
-    """The two figures of a family, the largest of all recordings."""
-    from latentmill.encoding.chunks import Chunking
-    from latentmill.models.registry import resolve
-    from support.chunked import encode_chunked, encode_whole
-
-    name = case.model.replace("REPOS", str(repos))
-    repo = Path(name.partition(":")[2] or repos / name)
-    local = {"repo": str(repo)} if name == "music2latent" else {}
-    model = resolve(name, local).load("cpu")
-    compared = resolve(name, {"output": "codes"}).load("cpu") if case.codes else model
-    spec = model.spec
-    chunking = Chunking.for_model(spec, seconds=case.chunk_seconds)
-    package, seam = 0.0, 0.0
-    for file in files:
-        frames = round(case.seconds * spec.sample_rate / spec.hop)
-        audio = excerpt(file, spec, spec.samples(frames))
-        with torch.inference_mode():
-            theirs = case.theirs(repo, audio).float()
-        ours = compared.encode(audio)
-        if case.codes:
-            differing = float((ours[:, : theirs.shape[1]] != theirs).float().mean())
-            package = max(package, differing)
-        else:
-            package = max(package, relative(ours * _unscaled(case, spec), theirs))
-        audio = excerpt(file, spec, round(2.5 * chunking.samples))
-        chunked, whole = encode_chunked(model, audio[0], chunking), encode_whole(model, audio[0])
-        seam = max(seam, relative(chunked, whole))
+    with tempfile.TemporaryDirectory() as folder:
+        encode(case, source, Path(folder) / "store", repos, split)
+        store = lm.open(folder + "/store")
+        model = store.model()
+        spec, chunk = model.spec, store.info.chunking["samples"]
+        repo = Path(str(case.options.get("repo", case.model)).replace("REPOS", str(repos)))
+        repo = Path(str(repo).partition(":")[2] or repo)
+        short: list[float] = []
+        longer: list[float] = []
+        for record in store:
+            audio = torch.from_numpy(read_source(record, spec.channels))
+            if case.theirs is None:
+                theirs = encode_whole(model, audio)
+            else:
+                missing = 0 if spec.short_last_chunk else spec.padded(audio.shape[1])
+                missing = max(missing, spec.min_samples) - audio.shape[1]
+                padded = torch.nn.functional.pad(audio, (0, max(0, missing)))[None]
+                parts = padded.split(1, dim=1) if split else [padded]
+                theirs = torch.cat([case.theirs(repo, part)[0].float() for part in parts])
+                if ":" in case.model:  # the package does not scale
+                    theirs = theirs * (1 if case.codes else spec.scale_factor)
+            ours = torch.from_numpy(record.latent)
+            ours = ours[0] if ours.ndim == 3 else ours  # the only chunk
+            figures = short if audio.shape[1] <= chunk else longer
+            figures.append(compared(ours, theirs, case.codes))
     return {
         "reference": case.reference,
-        "differing_codes" if case.codes else "deviation": float(f"{package:.2g}"),
-        "stitch": chunking.stitch,
-        "chunked": float(f"{seam:.2g}"),
+        "sample_rate": spec.sample_rate,
+        "hop": spec.hop,
+        "latent_channels": spec.latent_channels,
+        "channels": "split" if split else ("stereo" if spec.channels == 2 else "mono"),
+        "stitch": store.info.chunking["stitch"],
+        "items": store.info.encoded,
+        "failed": store.info.failed,
+        "differing_codes" if case.codes else "deviation": largest(short),
+        "longer_items": len(longer),
+        "longer": largest(longer),
     }
 
 
-def number(value: float) -> str:
-    return f"{value:.0e}" if value else "0"
+def compared(ours: Tensor, theirs: Tensor, codes: bool) -> float:
+    """A package may return fewer frames (it truncates) or rows (without the loudness)."""
+    frames = min(ours.shape[1], theirs.shape[1])
+    assert abs(ours.shape[1] - theirs.shape[1]) <= 1, (ours.shape, theirs.shape)
+    ours, theirs = ours[: len(theirs), :frames], theirs[:, :frames]
+    if codes:
+        return float((ours != theirs).float().mean())
+    return float((ours - theirs).norm() / theirs.norm())
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape, (found.shape, expected.shape)
-    return float((found - expected).norm() / expected.norm())
+def largest(figures: list[float]) -> float | None:
+    return float(f"{max(figures):.2g}") if figures else None
 
 
-def _unscaled(case: Case, spec: Any) -> float:
-    """Packages whose call returns unscaled latents."""
-    return 1 / spec.scale_factor if ":" in case.model else 1.0
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.0e}" if value else "0"
+
+
+def show(table: dict[str, Any]) -> None:
+    print("| model | audio | hop, D | items | compared with | deviation | longer items |")
+    print("|---|---|---|---|---|---|---|")
+    for name, row in table.items():
+        codes = row.get("differing_codes")
+        found = number(row.get("deviation")) if codes is None else f"{codes:.2g} of the codes"
+        longer = f"{number(row['longer'])}, {row['stitch']}" if row["longer_items"] else ""
+        shape = f"{row['hop']}, {row['latent_channels']}"
+        rate = f"{row['sample_rate'] / 1000:g} kHz {row['channels']}"
+        items = f"{row['items']}"
+        print(f"| {name} | {rate} | {shape} | {items} | {row['reference']} | {found} | {longer} |")
+
+
+def write_repos(root: Path) -> None:
+    """The tests' repositories; music2latent, which has no configuration, in its own size."""
+    from support import tiny_encoders, tiny_models, tiny_tokenizers
+
+    tiny_models.write_repos(root)
+    tiny_encoders.write_encoders(root / "encoders")
+    for name in CASES:
+        if name.startswith("hf, "):
+            model_type = name.removeprefix("hf, ")
+            tiny_tokenizers.write_tokenizer(root / "tokenizers" / model_type, model_type)
+
+
+def rows(names: list[str]) -> list[tuple[str, bool]]:
+    return [(name, split) for name in names for split in (False, True)[: 1 + CASES[name].split]]
+
+
+def names(pairs: list[tuple[str, bool]]) -> list[str]:
+    return [f"{name}, split" if split else name for name, split in pairs]
+
+
+def kept(results: Path) -> dict[str, Any]:
+    """The rows of an earlier run; those that are measured again are replaced."""
+    file = results / "deviation.json"
+    found: dict[str, Any] = json.loads(file.read_text())["models"] if file.exists() else {}
+    return {row: value for row, value in found.items() if "items" in value}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--audio", type=Path, nargs="+", help="recordings; default: shared music")
+    parser.add_argument("--audio", type=Path, help="a folder; default: part of the shared audio")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    files = recordings(arguments.audio)
     sys.path.insert(0, str(ROOT / "tests"))
-    with random_linear_cae("tiny"), tempfile.TemporaryDirectory() as folder:
-        from music2latent import models
+    with (
+        random_linear_cae("tiny", ("lin-cae", "lin-cae-2", "m2l")),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"  # of what `hf:` measures
+        from latentmill.engine.cluster import connect
 
-        from support import tiny_models
-
-        for name, value in tiny_models.MUSIC2LATENT.items():
-            setattr(models, name, value)
-        tiny_models.write_repos(Path(folder))
-        table = {}
-        for name in arguments.only:
-            table[name] = measure(CASES[name], Path(folder), files)
-            print(name, table[name], file=sys.stderr, flush=True)
-    print("| model | compared with | deviation from it | chunked and whole items |")
-    print("|---|---|---|---|")
-    for name, row in table.items():
-        codes = row.get("differing_codes")
-        found = number(row["deviation"]) if codes is None else f"{codes:.2g} of the codes"
-        seam = f"{number(row['chunked'])}, {row['stitch']}"
-        print(f"| {name} | `{row['reference']}` | {found} | {seam} |")
+        torch.set_num_threads(1)
+        repos = Path(folder) / "repos"
+        write_repos(repos)
+        source = arguments.audio or Path(folder) / "recordings.csv"
+        if arguments.audio is None:
+            write_manifest(source)
+        table, failed = {}, []
+        with connect(None):
+            chosen = rows(arguments.only)
+            for row, (name, split) in zip(names(chosen), chosen, strict=True):
+                try:
+                    table[row] = measure(CASES[name], str(source), repos, split)
+                except Exception as error:  # noqa: BLE001  the others are still measured
+                    failed.append(f"{row}: {error!r}")
+                print(row, table.get(row, failed[-1:]), file=sys.stderr, flush=True)
+    for each in failed:
+        print(each, file=sys.stderr)
+    if failed:
+        raise SystemExit(1)
+    table = {**kept(arguments.results), **table}
+    table = {row: table[row] for row in names(rows(list(CASES))) if row in table}
+    show(table)
     write_result(
         "deviation",
         {
             "script": "benchmarks/deviation.py",
             "weights": "random, tiny",
-            "audio": [file.name for file in files],
+            "audio": str(arguments.audio or "18 of the shared recordings"),
             "models": table,
         },
         arguments.results,

@@ -74,13 +74,19 @@ def test_context(tmp_path: Path) -> None:
 def test_deviation(tmp_path: Path) -> None:
     for package in ("transformers", "diffusers", "linear_cae", "music2latent"):
         pytest.importorskip(package)
-    sf.write(tmp_path / "noise.wav", noise(3, 44100), 44100)
-    options = ["--audio", str(tmp_path / "noise.wav"), "--results", str(tmp_path)]
-    script("deviation", *options, "--only", "longcat", "encodec, 24 kHz")
+    (tmp_path / "audio").mkdir()
+    for name, seconds in (("short", 1), ("long", 12)):
+        sf.write(tmp_path / "audio" / f"{name}.wav", noise(seconds, 24000), 24000)
+    options = ["--audio", str(tmp_path / "audio"), "--results", str(tmp_path)]
+    script("deviation", *options, "--only", "longcat", "encodec, 24 kHz, codes")
     models = json.loads((tmp_path / "deviation.json").read_text())["models"]
+    assert {*models} == {"longcat", "longcat, split", "encodec, 24 kHz, codes"}
+    for row in models.values():
+        assert (row["items"], row["failed"], row["longer_items"]) == (2, 0, 1)
+    assert models["longcat"]["latent_channels"] * 2 == models["longcat, split"]["latent_channels"]
     assert models["longcat"]["deviation"] < 1e-6
-    assert models["longcat"]["chunked"] < 1e-6
-    assert models["encodec, 24 kHz"]["differing_codes"] == 0
+    assert models["longcat"]["longer"] < 1e-6
+    assert models["encodec, 24 kHz, codes"]["differing_codes"] == 0
 
 
 @pytest.mark.slow
