@@ -12,6 +12,7 @@ import pytest
 import soundfile
 
 import latentmill as lm
+from latentmill.curation import field_vectors
 from latentmill.errors import ConfigError, ModelError, SourceError, StoreError
 from latentmill.evaluation.shard_pass import RecordTable, ShardPass
 from latentmill.evaluation.statistics import measure_statistics
@@ -19,6 +20,7 @@ from latentmill.evaluation.vectors import _BLOCK, StoredVectors
 from latentmill.export.export import Target, export_store
 from latentmill.store.store import LatentStore
 from store.store_files import write_store
+from support.field_stores import write_fields
 from support.latent_store import write_again, write_latents
 from support.runs import call
 
@@ -187,6 +189,31 @@ def test_many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("latentmill.evaluation.vectors._BLOCK", 4)
     assert [start for start, _ in StoredVectors(store).blocks()] == list(range(0, 30, 4))
     assert lm.neighbours(store, "item/00011", 7) == whole
+
+
+def test_vectors_of_a_field(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(field_vectors, "_SPAN", 100)  # less than a shard
+    store = write_latents(str(tmp_path / "s"), [4] * 20)
+    write_fields(store, [4] * 20, names=["clap", "windows", "text"])
+    for name in ("clap", "windows"):
+        values = [one.latent.astype(np.float64).mean(1) for one in store.field(name)]
+        vectors = np.array([one / np.linalg.norm(one) for one in values])
+        similarities = vectors @ vectors[3]
+        similarities[3] = -np.inf
+        best = np.argsort(-similarities)[:5]
+        found = lm.neighbours(store, "item/00003", 5, field=name)
+        assert [one.key for one in found] == [f"item/{number:05d}" for number in best]
+        np.testing.assert_allclose([one.similarity for one in found], similarities[best], atol=1e-3)
+    out = call(capsys, "neighbours", store.url, "item/00003", "--field=windows", "--count=5")
+    assert out.out.split()[-1] == found[-1].key
+    with pytest.raises(ConfigError, match=r"field text of .* has tokens, not vectors"):
+        lm.neighbours(store, "item/00003", field="text")
+    with pytest.raises(ConfigError, match="field clap has no vector of item/99999"):
+        lm.neighbours(store, "item/99999", field="clap")
+    with pytest.raises(StoreError, match="has no field 'mert'"):
+        lm.neighbours(store, "item/00003", field="mert")
 
 
 def test_codes_and_models_of_others_are_refused(

@@ -278,6 +278,8 @@ def test_a_file_of_values(store: Path, tmp_path: Path, name: str, tokens: bool) 
         ({"source": "latents"}, ConfigError, "takes text: use --from metadata:NAME"),
         ({"model": "mdct"}, LatentmillError, "encodes audio: leave out --from"),
         ({"per_window": True}, ConfigError, "--per-window is only for fields from audio"),
+        ({"workers": 2}, ConfigError, "--workers is only for fields from audio"),
+        ({"threads": 2}, ConfigError, "--threads is only for fields from audio"),
         ({"chunk_seconds": 2.0}, ConfigError, "--chunk-seconds is only for fields from audio"),
         ({"source": "no.parquet", "model": None}, LatentmillError, "Cannot import no.parquet"),
     ],
@@ -381,7 +383,7 @@ def test_a_value_that_the_model_cannot_take_fails_alone(
 
 
 def test_a_field_without_any_value_is_refused(store: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"did you mean prompt\?"):
+    with pytest.raises(ConfigError, match=r"no metadata named promtp\): use prompt\.$"):
         add(store, source="metadata:promtp")
     path = write_import(tmp_path / "values.parquet", {"x": [1.0], "y": [2.0]})
     with pytest.raises(ConfigError, match=r"No item of .* has a value in file:values.parquet"):

@@ -75,14 +75,18 @@ def neighbours(
         typer.Argument(metavar="KEY|AUDIOFILE", help="Key of a record, or path of an audio file."),
     ],
     count: Annotated[int, typer.Option(min=1, help="Number of neighbours.")] = 10,
+    field: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Compare the vectors of this field. Needs a KEY."),
+    ] = None,
     device: Device = "auto",
     trust_model: TrustModel = False,
     as_json: AsJson = False,
 ) -> None:
     """List the records of STORE whose latents are most similar to a record or an audio file.
 
-    Needs the result of `latentmill evaluate STORE --only statistics`. An audio file is encoded
-    with the model of STORE.
+    Needs the result of `latentmill evaluate STORE --only statistics`, but not with --field. An
+    audio file is encoded with the model of STORE.
     """
     from latentmill.curation.neighbours import neighbours as nearest
     from latentmill.store.store import open_store
@@ -91,7 +95,7 @@ def neighbours(
     interrupts_raise()
     print_value(
         as_json,
-        nearest(store, item, count),
+        nearest(store, item, count, field=field),
         lambda found: "\n".join(
             f"{one.similarity:8.4f} {one.duration:9.2f} s  {one.key}" for one in found
         ),

@@ -43,6 +43,10 @@ _AUDIO_ONLY = (
     "compile",
     "load_threads",
     "load_tasks",
+    "load_timeout",
+    "stall_minutes",
+    "workers",
+    "threads",
 )
 
 
@@ -134,7 +138,7 @@ def _check_any(
     if isinstance(values, MetadataValues):
         name, names = source.removeprefix(METADATA), _metadata_names(opened)
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"use {', '.join(names[:10])}"
+        hint = f"use {' or '.join(near or names[:10])}"
         hint = hint if names else "the items have no metadata"
     raise ConfigError(f"No item of {base.root} has a value in {source} ({reason}): {hint}.")
 

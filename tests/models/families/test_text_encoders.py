@@ -102,23 +102,33 @@ def edited(folder: Path, target: Path, name: str, **values: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("family", "repo", "options", "limit", "longest"),
+    ("family", "repo", "longest"),
     [
-        ("text", "bert", {"max_tokens": 50}, 20, 20),
-        ("text", "bert", {}, 10**30, 20),
-        ("text", "gpt", {"max_tokens": 100}, 10**30, 64),
-        ("clap", "clap", {}, 10**30, 40),  # 42 positions, of which RoBERTa does not use two
-        ("clap", "clap", {"max_tokens": 41}, 10**30, 40),
+        ("text", "bert", 20),
+        ("text", "gpt", 64),
+        ("clap", "clap", 40),  # 42 positions, of which RoBERTa does not use two
     ],
 )
 def test_no_text_is_longer_than_the_positions_of_the_model(
-    encoders: Path, tmp_path: Path, family: str, repo: str, options: Any, limit: int, longest: int
+    encoders: Path, tmp_path: Path, family: str, repo: str, longest: int
 ) -> None:
     name = "tokenizer_config.json"
-    folder = edited(encoders / repo, tmp_path / repo, name, model_max_length=limit)
+    folder = edited(encoders / repo, tmp_path / repo, name, model_max_length=10**30)
     text = "piano " * 60
-    (array,) = embed(f"{family}:{folder}", [text], **options)
+    (array,) = embed(f"{family}:{folder}", [text])
     expected = own(family, encoders / repo, text, truncation=True, max_length=longest)
+    np.testing.assert_allclose(array, expected, atol=2e-6)
+    with pytest.raises(ModelError, match=f"positions for {longest} tokens.*use at most {longest}"):
+        embed(f"{family}:{folder}", [text], max_tokens=longest + 1)
+
+
+def test_t5_takes_more_tokens_than_its_tokenizer_says(encoders: Path, tmp_path: Path) -> None:
+    folder = edited(encoders / "t5", tmp_path / "t5", "tokenizer_config.json", model_max_length=8)
+    text = "piano " * 60
+    assert embed(f"t5:{folder}", [text])[0].shape[1] == 8
+    (array,) = embed(f"t5:{folder}", [text], max_tokens=30)
+    expected = own("t5", encoders / "t5", text, truncation=True, max_length=30)
+    assert array.shape[1] == 30
     np.testing.assert_allclose(array, expected, atol=2e-6)
 
 

@@ -85,7 +85,7 @@ class TextHandle:
         config = model_config(name, files, *self.family.types)
         network = load_network(name, files, config, self.family.class_of(package, config))
         tokenizer = load_tokenizer(name, files)
-        longest = _longest(config, network, tokenizer, self.options["max_tokens"])
+        longest = _longest(name, config, network, tokenizer, self.options["max_tokens"])
         return TextEncoder(self, network.to(chosen), tokenizer, longest, chosen)
 
 
@@ -134,10 +134,10 @@ class TextEncoder:
         longer = [n for n, each in enumerate(ids) if self._longest and len(each) > self._longest]
         if longer:
             _log.warning(
-                "%s: the end is left out of %s with more than %d tokens (option max_tokens)",
+                "%s: the end is left out of %s with more than %s (option max_tokens)",
                 self.spec.name,
                 counted(len(longer), "text"),
-                self._longest,
+                counted(self._longest or 0, "token"),
             )
             cut = self._tokenizer(
                 [texts[n] for n in longer], truncation=True, max_length=self._longest
@@ -145,17 +145,27 @@ class TextEncoder:
             for number, each in zip(longer, cut, strict=True):
                 if self._longest and not 0 < len(each) <= self._longest:
                     raise ModelError(
-                        f"Model {self.spec.name}: a text cannot be truncated to {self._longest} "
-                        "tokens, because of the tokens that its tokenizer adds: use a larger "
-                        "max_tokens."
+                        f"Model {self.spec.name}: a text cannot be truncated to "
+                        f"{counted(self._longest, 'token')}, because of the tokens that its "
+                        "tokenizer adds: use a larger max_tokens."
                     )
                 ids[number] = each
         return ids
 
 
-def _longest(config: Any, network: torch.nn.Module, tokenizer: Any, asked: Value) -> int | None:
-    """Maximum number of tokens, the smallest of all that limit it; None if nothing does."""
-    limits = [asked, tokenizer.model_max_length]
+def _longest(
+    name: str, config: Any, network: torch.nn.Module, tokenizer: Any, asked: Value
+) -> int | None:
+    """Maximum number of tokens; None if nothing limits it.
+
+    That is what the user asks for. Otherwise it is the smaller one of the tokenizer's maximum and
+    the model's positions. T5 has relative positions, so it takes more tokens than the 512 of its
+    tokenizers.
+
+    Raises:
+        ModelError: The user asks for more tokens than the model has positions.
+    """
+    limits = [tokenizer.model_max_length]
     positions = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
     if isinstance(positions, int):
         # RoBERTa and others count positions from the one after that of padding.
@@ -170,6 +180,13 @@ def _longest(config: Any, network: torch.nn.Module, tokenizer: Any, asked: Value
             default=0,
         )
         limits.append(positions - first)
+        if isinstance(asked, int) and asked > positions - first:
+            raise ModelError(
+                f"Model {name} has positions for {counted(positions - first, 'token')}, but option "
+                f"max_tokens is {asked}: use at most {positions - first}."
+            )
+    if isinstance(asked, int):
+        return asked
     return min((int(n) for n in limits if isinstance(n, int) and n < MOST_TOKENS), default=None)
 
 
