@@ -25,6 +25,8 @@ from latentmill.curation.select import select
 from latentmill.errors import LatentmillError
 from latentmill.evaluation.linearity import measure_linearity
 from latentmill.evaluation.seams import measure_seams
+from latentmill.evaluation.statistics import measure_statistics
+from latentmill.evaluation.vectors import StoredVectors
 from latentmill.export.export import Target, export_store
 from latentmill.publishing.sync import sync
 from latentmill.run.add import run_add
@@ -34,6 +36,7 @@ from latentmill.run.run import run
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import SealHash, iter_commits
 from latentmill.store.field_layout import field_names
+from latentmill.store.measurement import current_result
 from latentmill.store.store import LatentStore, open_store
 from latentmill.store.verify import verify
 from support.in_process import in_process
@@ -311,6 +314,7 @@ SCENARIOS = {
     "drop": Scenario(with_field, Place.drop, check=field_is_whole_or_gone),
     "seams": Scenario(whole, of_store(lambda store: measure_seams(store, items=2))),
     "linearity": Scenario(whole, of_store(lambda store: measure_linearity(store, items=2))),
+    "statistics": Scenario(whole, of_store(lambda store: measure_statistics(store, items=2))),
 }
 
 
@@ -351,8 +355,18 @@ class Outcome:
             records=contents(store),
             numbers={name: getattr(info, name) for name in names}
             | {"mean": np.round(info.mean, 9).tolist(), "sealed": store.sealed},
-            measured={name: str(getattr(described, name)) for name in ("seams", "linearity")},
+            measured={name: str(getattr(described, name)) for name in ("seams", "linearity")}
+            | {"statistics": statistics_of(store)},
         )
+
+
+def statistics_of(store: LatentStore) -> str:
+    """The statistics of a store with their vectors, which are a file of their own."""
+    found = current_result(store.storage, store.info, "statistics") if store.sealed else None
+    if found is None:
+        return ""
+    vectors = b"".join(block.tobytes() for _, block in StoredVectors(store).blocks())
+    return f"{found} {hashlib.sha256(vectors).hexdigest()}"
 
 
 def assert_whole(url: str) -> None:
