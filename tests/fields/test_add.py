@@ -106,7 +106,7 @@ def test_what_cannot_have_fields(store: Path, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="is a field, which has no fields"):
         added(store / "fields" / "second", "third")
     select(str(store), str(tmp_path / "view"), keys=["album 0/song 00"])
-    with pytest.raises(StoreError, match="is a view, which has no fields"):
+    with pytest.raises(StoreError, match="is a view, whose fields are those of its base stores"):
         added(tmp_path / "view")
     with pytest.raises(StoreError, match="is not a latentmill store"):
         added(tmp_path / "nothing")

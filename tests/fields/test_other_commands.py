@@ -11,7 +11,6 @@ import pytest
 
 from latentmill.curation.merge import merge
 from latentmill.curation.select import select
-from latentmill.curation.split import split
 from latentmill.errors import StoreError
 from latentmill.export.export import Target, export_store
 from latentmill.publishing.sync import sync
@@ -22,10 +21,8 @@ from support.fields import OPTIONS, added, files
 from support.in_process import encode
 
 LEAVES_OUT: dict[str, Callable[[str, str], Any]] = {
-    "select": select,
     "select a copy": lambda store, dest: select(store, dest, copy=True),
-    "split": lambda store, dest: split(store, dest, into={"train": 0.6, "test": 0.4}),
-    "merge": lambda store, dest: merge([store], dest),
+    "merge copies": lambda store, dest: merge([store], dest, copy=True),
     "export": lambda store, dest: export_store(open_store(store), dest, Target.WEBDATASET),
 }
 

@@ -357,7 +357,7 @@ def test_records_without_a_field_are_an_error_or_left_out(
         lm.LatentDataset(store, fields=["text"], missing_fields="drop")  # type: ignore[arg-type]
 
 
-def test_names_of_fields(base: lm.LatentStore, tmp_path: Path, one_sentence: Any) -> None:
+def test_names_of_fields(base: lm.LatentStore, one_sentence: Any) -> None:
     assert base.fields == sorted(NAMES)
     assert base.field("text").info.field is not None
     with pytest.raises(
@@ -367,10 +367,6 @@ def test_names_of_fields(base: lm.LatentStore, tmp_path: Path, one_sentence: Any
     one_sentence(error.value)
     with pytest.raises(StoreError, match="has no field 'b', it has no fields"):
         base.field("text").field("b")
-    lm.select(base.url, str(tmp_path / "view"), where="number > 3")
-    with pytest.raises(StoreError, match="is a view, which has no fields") as error:
-        lm.LatentDataset(str(tmp_path / "view"), fields=["text"])
-    one_sentence(error.value)
     for wrong in ("text", ["text", "text"]):
         with pytest.raises(ConfigError, match="list of different names"):
             lm.LatentStream(base, fields=wrong)

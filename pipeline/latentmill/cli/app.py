@@ -231,11 +231,10 @@ def status(store: Store, as_json: AsJson = False) -> None:
 def info(store: Store, as_json: AsJson = False) -> None:
     """Show the model, format, rates, hours and latent statistics of STORE."""
     from latentmill.cli import show
-    from latentmill.store.field_layout import field_names
     from latentmill.store.store import open_store
 
     opened = open_store(store)
-    names = [] if opened.bases else field_names(opened.storage)
+    names = opened.fields
     print_value(as_json, opened.measured_info, lambda value: show.info(value, names))
 
 

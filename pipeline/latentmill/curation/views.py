@@ -33,7 +33,7 @@ from latentmill.store.annotations import (
 )
 from latentmill.store.bases import BASES, Bases, inside_base, renamed, split_path
 from latentmill.store.entries import AnnotationEntry, BaseEntry
-from latentmill.store.field_layout import warn_of_fields
+from latentmill.store.field_view import warn_of_fields
 from latentmill.store.index import Index
 from latentmill.store.metadata import publish_metadata
 from latentmill.store.schema import (
@@ -91,8 +91,8 @@ def check_sources(stores: Sequence[LatentStore], out: str, *, copy: bool) -> Non
                     f"{first.url} and {store.url} have different {what}: use stores that were "
                     "encoded in the same way."
                 )
-        if store.bases is None:
-            warn_of_fields(store.storage, "the copy" if copy else "the view")
+        if copy:
+            warn_of_fields(store, "the copy")
 
 
 def is_inside(path: str, folder: str) -> bool:

@@ -18,7 +18,7 @@ from latentmill.reader.field_crops import form_of
 from latentmill.record import ShardFormat
 from latentmill.storage.storage import Storage
 from latentmill.store.bases import needs_copy
-from latentmill.store.field_layout import warn_of_fields
+from latentmill.store.field_view import warn_of_fields
 from latentmill.store.store import LatentStore
 from latentmill.text.log import get_logger
 from latentmill.text.printing import counted
@@ -101,7 +101,7 @@ def export_store(
     if fields and not (layout and layout.roles):
         raise ConfigError(f"--to {to} cannot contain fields: leave --fields out.")
     if not fields:
-        warn_of_fields(store.storage, "the export")
+        warn_of_fields(store, "the export")
     if layout is None:
         records, failures = convert(store, storage, FORMATS[to])
         return ExportSummary(storage.root, to, records, failures=tuple(failures))

@@ -25,7 +25,7 @@ from latentmill.publishing.views import StagedView
 from latentmill.storage import remote
 from latentmill.storage.remote import cause_of, is_transient
 from latentmill.storage.storage import Storage
-from latentmill.store.field_layout import warn_of_fields
+from latentmill.store.field_view import warn_of_fields
 from latentmill.store.schema import CARD_PATH, COMMITS, DATASET_PATH
 from latentmill.store.store import LatentStore
 from latentmill.text.log import get_logger
@@ -101,8 +101,7 @@ def push(
     repository = Repository.parse(url, revision)
     opened = LatentStore(os.fspath(store))
     contents = None if opened.bases else contents_of(os.fspath(store))
-    if contents is not None:
-        warn_of_fields(opened.storage, "the published store")
+    warn_of_fields(opened, "the published store")
     uploaded: list[StoreFile] = []
     failures, before = 0, 0
     while True:

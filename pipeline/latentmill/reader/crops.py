@@ -31,8 +31,6 @@ class CropReader(RowReader):
     Small when pickled. Opens files when they are needed, and again after a fork. Not thread-safe.
     """
 
-    folder = ""  # of the store inside the storage that is read from, with a slash at its end
-
     def __init__(self, store: LatentStore, cache: RangeCache | None = None) -> None:
         self.check(store)
         self._cache = cache
@@ -56,11 +54,15 @@ class CropReader(RowReader):
                 f"{self.store.url}: the index names a shard that {DATASET_PATH} does not, "
                 f"{strange[0]}: run the same encode command again to write them again."
             )
-        self._paths = [Shard(self.folder + path, *sizes[path]) for path in index.shards]
+        self._paths = [Shard(self.placed(path), *sizes[path]) for path in index.shards]
 
     def check(self, store: LatentStore) -> None:
         """Raise ConfigError if the store's records cannot be cropped."""
         check_croppable(store)
+
+    def placed(self, path: str) -> str:
+        """A shard's path in the storage that is read from."""
+        return path
 
     def physical_order(self) -> Ints:
         """The rows in their order in the shards."""

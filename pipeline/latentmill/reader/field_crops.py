@@ -15,7 +15,8 @@ from latentmill.reader.cache import RangeCache
 from latentmill.reader.crops import CropReader, Cut, Raw
 from latentmill.reader.field_values import Cutting, FieldForm, FieldValue, Mask, Values
 from latentmill.reader.order import Ints
-from latentmill.store.field_layout import FIELDS, warn_of_state
+from latentmill.store.field_layout import FIELDS
+from latentmill.store.field_view import FieldOfView, warn_of_state
 from latentmill.store.seal import read_origin
 from latentmill.store.store import LatentStore
 
@@ -54,10 +55,14 @@ class FieldCrops(CropReader):
 
     def __init__(self, store: LatentStore, cache: RangeCache | None = None) -> None:
         self.name = store.url.rpartition("/")[2]
-        self.folder = f"{FIELDS}/{self.name}/"
         super().__init__(store, cache)
         self.form = form_of(store)
         self.dtype = torch.int64 if self.form.kind == "codes" else torch.float32
+
+    def placed(self, path: str) -> str:
+        if isinstance(self.store, FieldOfView):
+            return self.store.path_in_view(path)
+        return f"{FIELDS}/{self.name}/{path}"
 
     def check(self, store: LatentStore) -> None:
         """Raise ConfigError if the field holds overlapping chunks (`stitch: none`)."""

@@ -107,6 +107,11 @@ class Bases:
         }
 
     @property
+    def storages(self) -> Sequence[Storage]:
+        """The bases, by number."""
+        return self._storages
+
+    @property
     def first(self) -> Storage:
         """The first base. All were encoded with the same settings, which its plan has."""
         return self._storages[0]

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentmill.errors import ConfigError, FieldBehindWarning, StorageError, StoreError
+from latentmill.errors import ConfigError, FieldBehindWarning, StoreError
 from latentmill.plan import PLAN_PATH, Plan, load
 from latentmill.storage.remote import is_web
 from latentmill.storage.storage import Storage
-from latentmill.store.bases import ViewStorage
 from latentmill.store.describe import warn_incomplete
 from latentmill.store.schema import COMMITS, DATASET_PATH, SHARDS, DatasetInfo, parse_name
 from latentmill.store.seal import read_seal
-from latentmill.text.log import get_logger
 
 if TYPE_CHECKING:
     from latentmill.store.store import LatentStore
-
-_log = get_logger("store")
 
 FIELDS = "fields"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -72,15 +67,6 @@ def field_names(base: Storage) -> list[str]:
     return [name for name in found if not (folder.is_symlink() or (folder / name).is_symlink())]
 
 
-def warn_of_fields(base: Storage, command: str) -> None:
-    """Log which fields of a store a command leaves out."""
-    with contextlib.suppress(StorageError):  # a reader may be allowed to read files but not folders
-        if names := field_names(base):
-            _log.warning(
-                "%s: %s does not include its fields: %s", base.root, command, ", ".join(names)
-            )
-
-
 def base_state(base: DatasetInfo | None, source: str) -> str:
     """What dataset.json of a store tells about the inputs of a field from `source`.
 
@@ -96,19 +82,20 @@ def base_state(base: DatasetInfo | None, source: str) -> str:
     return f"{base.seal}+{entry.hashes[-1]}"
 
 
-def warn_of_state(base: LatentStore, field: LatentStore) -> None:
+def warn_if_behind(url: str, base: DatasetInfo | None, field: LatentStore) -> None:
     """Warn if a field is not complete, or the store has changed since its values were computed.
 
-    Compares what is in memory already. Fields of earlier versions are not compared.
+    Compares what is in memory already. Fields of earlier versions are not compared. `base` is None
+    if the store is not sealed.
     """
     warn_incomplete(field)
     entry = field.info.field if field.sealed else None
-    if entry is None or not base.sealed or base.bases is not None or field.info.base_seal is None:
+    if entry is None or base is None or field.info.base_seal is None:
         return
-    if field.info.base_seal != base_state(base.info, entry.source):
+    if field.info.base_seal != base_state(base, entry.source):
         warnings.warn(
-            f"field {entry.name!r} of {base.url} may be out of date, because the store has changed "
-            f"since: `latentmill status {base.url}` shows what is behind, and the `latentmill add` "
+            f"field {entry.name!r} of {url} may be out of date, because the store has changed "
+            f"since: `latentmill status {url}` shows what is behind, and the `latentmill add` "
             "command that added the field brings it up to date.",
             FieldBehindWarning,
             stacklevel=2,
@@ -120,7 +107,7 @@ def base_plan(base: Storage) -> Plan:
     sealed = read_seal(base)
     if sealed is not None and sealed.bases:
         raise StoreError(
-            f"{base.root} is a view, which has no fields: use its base stores, "
+            f"{base.root} is a view, whose fields are those of its base stores: use "
             f"{', '.join(entry.url for entry in sealed.bases)}."
         )
     plan = load(base)
@@ -155,13 +142,8 @@ def existing_field(base: Storage, name: str) -> str:
 
     Raises:
         ConfigError: The name is not valid.
-        StoreError: The store has no such field, or is a view.
+        StoreError: The store has no such field.
     """
-    if isinstance(base, ViewStorage):
-        raise StoreError(
-            f"{base.root} is a view, which has no fields: read those of its base stores, and "
-            "choose records with where=."
-        )
     storage = field_storage(base, name)
     if is_field(storage):
         return storage.root

@@ -25,7 +25,6 @@ from latentmill.store.bases import Bases
 from latentmill.store.commit import read_commits
 from latentmill.store.decoder import StoreDecoder
 from latentmill.store.describe import described, is_complete, read_index, warn_incomplete
-from latentmill.store.field_layout import existing_field, field_names
 from latentmill.store.fields import ShardFields, parse_member
 from latentmill.store.index import Index, IndexEntry, to_batch
 from latentmill.store.measurement import read_measurement, with_measurements
@@ -187,12 +186,16 @@ class LatentStore(StoreDecoder, Shown):
 
     @property
     def fields(self) -> list[str]:
-        """Names of the store's fields; lists its folder `fields/`."""
-        return field_names(self.storage)
+        """Names of the store's fields, or of those that all bases of a view have."""
+        from latentmill.store.field_view import names_of_fields  # which imports this module
+
+        return names_of_fields(self)
 
     def field(self, name: str) -> LatentStore:
         """Open a field of the store, which is a store too. StoreError if there is none."""
-        return LatentStore(existing_field(self.storage, name), device=self._device)
+        from latentmill.store.field_view import open_field
+
+        return open_field(self, name, self._device)
 
     @cached_property
     def index(self) -> Index:

@@ -1,0 +1,164 @@
+"""The field of a view: the values of its records in the fields of its bases."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from latentmill.errors import StorageError, StoreError
+from latentmill.store.bases import Bases, inside_base, split_path
+from latentmill.store.entries import BaseEntry
+from latentmill.store.field_layout import (
+    FIELDS,
+    existing_field,
+    field_names,
+    warn_if_behind,
+)
+from latentmill.store.fields import ShardFields
+from latentmill.store.index import Index
+from latentmill.store.store import LatentStore
+from latentmill.text.log import get_logger
+
+_log = get_logger("store")
+
+
+class FieldOfView(LatentStore):
+    """A field of a view, read like a view of the fields of its bases.
+
+    Its records are those of the view that have a value. What belongs to the model and not to
+    records, such as `origin` and the statistics, is that of the first field.
+
+    Args:
+        view: The view.
+        name: The name of the field.
+        device: As for `LatentStore`.
+
+    Raises:
+        StoreError: No base has the field, or the fields of two bases were computed with other
+            settings.
+    """
+
+    def __init__(self, view: LatentStore, name: str, *, device: str = "auto") -> None:
+        self._view, self.name = view, name
+        numbered = _fields(view, name, device)
+        self._numbers = [number for number, _ in numbered]
+        self._stores = [store for _, store in numbered]
+        super().__init__(self._stores[0].url, device=device)
+        entries = view.info.bases
+        own = [
+            BaseEntry(
+                url=store.url,
+                fingerprint=self._stores[0].info.fingerprint,
+                index_hash=store.info.index_hash,
+                prefix=entries[number].prefix,
+                records=store.info.encoded,
+            )
+            for number, store in numbered
+        ]
+        self.bases = Bases(self.storage, own)
+        self.storage = self.bases.storage
+        self._shard_fields = ShardFields(self.storage)
+        first = self.info
+        self._info = first.model_copy(update={"bases": own, "metadata": None, "annotation": None})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"view": self._view, "name": self.name, "device": self._device}
+
+    def warn_if_behind(self) -> None:
+        """Warn of each field that may be out of date."""
+        assert self._view.bases is not None
+        for number, store in zip(self._numbers, self._stores, strict=True):
+            info = self._view.bases.infos[number]
+            warn_if_behind(self._view.info.bases[number].url, info, store)
+
+    def path_in_view(self, path: str) -> str:
+        """A path of this store's index as the storage of the view has it."""
+        number, inside = split_path(path)
+        return f"bases/{self._numbers[number]}/{FIELDS}/{self.name}/{inside}"
+
+    @cached_property
+    def index(self) -> Index:
+        """The location of the value of every record of the view that has one."""
+        import pyarrow.compute as pc  # slow, and most commands do not need it
+
+        view, tables = self._view.index, []
+        base_of = np.array([split_path(path)[0] for path in view.shards], np.int64)
+        of_row = base_of[view.column("shard")] if len(view) else base_of
+        for own, (number, store) in enumerate(zip(self._numbers, self._stores, strict=True)):
+            prefix = self._view.info.bases[number].prefix
+            rows = inside_base(store.index.table, own, prefix)
+            wanted = view.table["key"].take(pa.array(np.flatnonzero(of_row == number)))
+            tables.append(rows.filter(pc.is_in(rows["key"], wanted)))
+        return Index.from_tables(tables)
+
+    def reload(self) -> bool:
+        """Read the seals of the view and of the fields again; see `LatentStore.reload`."""
+        changed = [store.reload() for store in (self._view, *self._stores)]
+        if any(changed):
+            view, name, device = self._view, self.name, self._device
+            self.__dict__.clear()
+            self.__init__(view, name, device=device)  # type: ignore[misc]
+        return any(changed)
+
+
+def _fields(view: LatentStore, name: str, device: str) -> list[tuple[int, LatentStore]]:
+    """The field of each base of a view that has one, with the number of the base."""
+    assert view.bases is not None
+    found: list[tuple[int, LatentStore]] = []
+    missing: StoreError | None = None
+    for number, storage in enumerate(view.bases.storages):
+        try:
+            url = existing_field(storage, name)
+        except StoreError as error:
+            missing = missing or error
+            continue
+        store = LatentStore(url, device=device)
+        if not store.sealed:
+            raise StoreError(f"{url} is not complete: run the same `latentmill add` again.")
+        found.append((number, store))
+    if not found:
+        raise missing or StoreError(f"The view {view.url} has no bases: create it again.")
+    first = found[0][1]
+    for _, store in found:
+        if store.info.fingerprint != first.info.fingerprint:
+            raise StoreError(
+                f"{first.url} and {store.url} were computed with other settings, so the view "
+                f"{view.url} cannot be read with this field: add both with the same command."
+            )
+    return found
+
+
+def names_of_fields(store: LatentStore) -> list[str]:
+    """Names of a store's fields; lists its folder `fields/`. Of a view, those of all its bases."""
+    if store.bases is None:
+        return field_names(store.storage)
+    names = [set(field_names(storage)) for storage in store.bases.storages]
+    return sorted(set.intersection(*names)) if names else []
+
+
+def open_field(store: LatentStore, name: str, device: str) -> LatentStore:
+    """Open a field of a store or of a view; see `FieldOfView` for errors."""
+    if store.bases is None:
+        return LatentStore(existing_field(store.storage, name), device=device)
+    return FieldOfView(store, name, device=device)
+
+
+def warn_of_fields(store: LatentStore, command: str) -> None:
+    """Log which fields of a store a command leaves out."""
+    with contextlib.suppress(StorageError):  # a reader may be allowed to read files but not folders
+        if names := store.fields:
+            _log.warning(
+                "%s: %s does not include its fields: %s", store.url, command, ", ".join(names)
+            )
+
+
+def warn_of_state(store: LatentStore, field: LatentStore) -> None:
+    """Warn if a field of a store or of a view may be out of date."""
+    if isinstance(field, FieldOfView):
+        field.warn_if_behind()
+    else:
+        warn_if_behind(store.url, store.info if store.sealed else None, field)
