@@ -14,7 +14,7 @@ import soundfile
 
 import latentmill as lm
 from latentmill.cli import show_status
-from latentmill.errors import StoreError
+from latentmill.errors import ConfigError, StoreError
 from latentmill.fields.status import FieldStatus
 from latentmill.models.embedder import EmbedderSpec
 from latentmill.run import add
@@ -233,6 +233,9 @@ def test_vectors(songs: Path, store: Path, tmp_path: Path, per_window: bool) -> 
         StoreError, match=r"windows of \d\S* s.*no windows|no windows.*windows of \d\S* s"
     ):
         run_add(str(store), "v", given, per_window=not per_window)
+    with pytest.raises(ConfigError, match="--stitch none keeps overlapping chunks, but the values"):
+        run_add(str(store), "chunks", {**given, "stitch": "none"}, per_window=per_window)
+    assert not (store / "fields/chunks").exists()
 
 
 def test_the_store_is_extended_while_the_model_is_resolved(

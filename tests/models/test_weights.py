@@ -203,6 +203,17 @@ def test_a_hub_out_of_reach_is_one_short_sentence_at_once(
     assert capfd.readouterr().err == ""
 
 
+def test_a_folder_without_a_dot_is_named(
+    online: Callable[[str], None], unreachable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    online(unreachable)
+    monkeypatch.setattr(weights, "HUB_SECONDS", 0.0)
+    (tmp_path / "models/dac").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"run `hf .*; the folder here is \./models/dac\.$"):
+        resolve("dac:models/dac")
+
+
 def test_a_hub_that_is_gone_for_a_moment_is_asked_again(
     online: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -295,7 +295,9 @@ def _find_on_hub(
             f"{candidates[0]}{revision}` with network access, which records it in the cache if "
             "there is none, or download the whole repository."
         ) from failure
-    raise ModelError(f"Model {model}: {_why(repo, wanted, candidates, failure)}.") from failure
+    here = f"; the folder here is ./{repo.location}" if Path(repo.location).is_dir() else ""
+    why = _why(repo, wanted, candidates, failure)
+    raise ModelError(f"Model {model}: {why}{here}.") from failure
 
 
 def _download(repo: Repo, name: str, hub_errors: tuple[type[Exception], ...]) -> Path:

@@ -86,7 +86,7 @@ def run_add(
     base = Storage(store)
     planned, folder = base_plan(base), field_storage(base, name)
     setup = set_up(field_config(planned, folder, options))
-    entry = _entry(name, setup.handle, per_window=per_window)
+    entry = _entry(name, setup.handle, setup.chunking.stitch, per_window=per_window)
     with only_run(folder) as hold:
         setup = replace(setup, storage=hold.storage)
         planned = base_plan(base)  # the store may have been extended since
@@ -111,7 +111,7 @@ def _warn_of_large_shards(setup: Setup, plan: Plan, entry: FieldEntry) -> None:
         )
 
 
-def _entry(name: str, handle: ModelHandle, *, per_window: bool) -> FieldEntry:
+def _entry(name: str, handle: ModelHandle, stitch: str, *, per_window: bool) -> FieldEntry:
     """What the field is that a model of audio computes: by the model's `kind`, if it has one."""
     spec = handle.spec
     kind: Any = getattr(handle, "kind", "frames" if spec.codebook_size is None else "codes")
@@ -119,5 +119,10 @@ def _entry(name: str, handle: ModelHandle, *, per_window: bool) -> FieldEntry:
         raise ConfigError(
             f"--per-window has no effect with model {spec.name}, which does not compute vectors: "
             "leave it out."
+        )
+    if kind == "vector" and stitch == "none":
+        raise ConfigError(
+            f"--stitch none keeps overlapping chunks, but the values of model {spec.name} are "
+            "vectors: leave it out."
         )
     return FieldEntry(name, kind, "audio", spec.hop / spec.sample_rate if per_window else None)
