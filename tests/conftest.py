@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import os
@@ -21,8 +22,31 @@ from support.recordings import write_corpus
 
 SHARED_AUDIO = Path(__file__).parents[2] / "shared" / "audio"
 
-settings.register_profile("latentmill", deadline=None, max_examples=60)
-settings.load_profile("latentmill")
+settings.register_profile("fast", deadline=None, max_examples=30)
+settings.register_profile("thorough", deadline=None, max_examples=150)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Properties are tried with more examples where the slow tests run."""
+    slow = "slow" in config.option.markexpr.replace("not slow", "")
+    settings.load_profile("thorough" if slow else "fast")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file stays in one process, and all files that use `ray_session` are in the same one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    @functools.cache
+    def uses_ray(path: str) -> bool:
+        return "ray_session" in (config.rootpath / path).read_text()
+
+    class OneRay(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            path = super()._split_scope(nodeid)
+            return "ray" if uses_ray(path) else path
+
+    return OneRay(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def pytest_collection_finish() -> None:

@@ -17,6 +17,7 @@ import soundfile as sf
 import torch
 
 from support.recordings import noise
+from support.scripts import run_here
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,8 +101,9 @@ def test_load_tasks(tmp_path: Path) -> None:
     assert result["wav"]["tasks_over_threads"] > 0
 
 
-def test_int16(tmp_path: Path) -> None:
-    script("int16", "--seconds", "2", "--rounds", "1", "--results", str(tmp_path))
+def test_int16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--seconds", "2", "--rounds", "1", "--results", tmp_path)
+    assert run_here(capsys, ROOT / "benchmarks" / "int16.py", *options).code == 0
     result = json.loads((tmp_path / "int16.json").read_text())
     assert result["us_per_second_of_audio"]["check_and_convert"] > 0
 
@@ -241,11 +243,11 @@ def test_the_corpus_is_true_stereo_of_mixed_lengths(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_there_is_one_sentence() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=280)
-    assert done.stdout.startswith("No GPU found")
-    assert done.stdout.count("\n") == 1
+def test_without_a_gpu_there_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    done = run_here(capsys, ROOT / "benchmarks" / "gpu.py")
+    assert done.code == 0
+    assert done.out.startswith("No GPU found")
+    assert done.out.count("\n") == 1
 
 
 @pytest.mark.slow

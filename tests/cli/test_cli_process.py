@@ -93,8 +93,8 @@ def test_no_command_aborts_at_its_end(
 def test_reading_a_store_ends_well(
     words: Sequence[str], songs: Path, store: Path, tmp_path: Path
 ) -> None:
-    ends = [python(*command(words, songs, store, tmp_path)) for _ in range(3)]
-    assert [(end.returncode, end.stderr) for end in ends] == [(0, "")] * 3
+    end = python(*command(words, songs, store, tmp_path))
+    assert (end.returncode, end.stderr) == (0, "")
 
 
 THREADS = """
@@ -162,11 +162,12 @@ from latentmill.cli.entry import main
 sys.meta_path.insert(0, Interrupt())
 main()
 """
-MOMENTS = ("typer", "torch", "ray._raylet")
+MOMENTS = ("typer", "ray._raylet")
 MORE_MOMENTS = (
     "latentmill.cli.app",
     "pydantic",
     "numpy",
+    "torch",
     "latentmill.run.run",
     "torch.nn",
     "latentmill.engine.launch",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,8 @@ from latentmill.training.loop import Trainer
 from latentmill.training.metrics import read_metrics
 from latentmill.training.settings import load_settings, parse_options
 from store.store_files import write_store
+from support.runs import Result
+from support.scripts import run_here
 
 JOBS = Path(__file__).parents[2] / "jobs"
 
@@ -29,17 +30,11 @@ def job(script: str, *options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
 
 
-def job_here(
-    capsys: pytest.CaptureFixture[str], script: str, *options: object
-) -> tuple[int, str, str]:
-    """The exit code and output of a job that ends before it starts Ray, in this process."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
-        patch.setattr(sys, "argv", [script, *map(str, options)])
-        patch.setattr(sys, "path", [*sys.path])
+def job_here(capsys: pytest.CaptureFixture[str], script: str, *options: object) -> Result:
+    """A job that ends before it starts Ray, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray, "init", lambda **_: pytest.fail("Ray is started"))
-        runpy.run_path(str(JOBS / script), run_name="__main__")
-    captured = capsys.readouterr()
-    return int(caught.value.code or 0), captured.out, captured.err
+        return run_here(capsys, JOBS / script, *options)
 
 
 @pytest.fixture
@@ -81,9 +76,9 @@ def test_a_wrong_setting_is_one_sentence_before_ray_starts(
     songs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = options(songs, tmp_path / "run")
-    code, _, error = job_here(capsys, "train_linear.py", *given, "step=7")
-    assert code == ConfigError.exit_code
-    assert error == "error: unknown setting step: did you mean steps?\n"
+    done = job_here(capsys, "train_linear.py", *given, "step=7")
+    assert done.code == ConfigError.exit_code
+    assert done.err == "error: unknown setting step: did you mean steps?\n"
 
 
 @pytest.mark.slow
@@ -122,19 +117,19 @@ def test_an_error_of_the_diffusion_job_is_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["--store", tmp_path / "nowhere", "--folder", tmp_path / "dit"]
-    code, _, error = job_here(capsys, "train_dit.py", *given)
-    assert code == StoreError.exit_code
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
+    done = job_here(capsys, "train_dit.py", *given)
+    assert done.code == StoreError.exit_code
+    assert done.err.startswith("error: ")
+    assert done.err.count("\n") == 1
 
 
 def test_the_diffusion_job_lists_its_own_and_the_examples_options(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    code, out, error = job_here(capsys, "train_dit.py", "--help")
-    assert code == 0, error
-    assert "--processes" in out
-    assert "--mixing" in out
+    done = job_here(capsys, "train_dit.py", "--help")
+    assert done.code == 0, done.err
+    assert "--processes" in done.out
+    assert "--mixing" in done.out
 
 
 @pytest.mark.slow

@@ -328,7 +328,7 @@ def child(hub: HubServer) -> Iterator[Child]:
     made.process.stdout.close()
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_push_that_is_killed_continues(
     kills: int, hub: HubServer, url: str, child: Child
 ) -> None:

@@ -180,7 +180,13 @@ CONTENTS: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("content", CONTENTS)
+QUICK = ("deep", "other bytes", "a folder")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CONTENTS],
+)
 @pytest.mark.parametrize(
     "file", [DATASET, PLAN, COMMIT, "INDEX", "METADATA", "origin.npy", "evaluation/seams.json"]
 )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from transformers import AutoFeatureExtractor, AutoModel, ClapModel
+import transformers
 
 import latentmill as lm
 from latentmill.errors import ModelError
@@ -30,21 +30,21 @@ def noise(samples: int, seed: int = 0) -> Any:
 
 def own_clap(folder: Path, wave: Any) -> Any:
     """The vector of one recording of at most 10 s by transformers alone."""
-    inputs = AutoFeatureExtractor.from_pretrained(folder)(
+    inputs = transformers.AutoFeatureExtractor.from_pretrained(folder)(
         wave, sampling_rate=CLAP_RATE, return_tensors="pt"
     )
     inputs["input_features"] = inputs["input_features"].float()
     with torch.inference_mode():
-        model = ClapModel.from_pretrained(folder).eval()
+        model = transformers.ClapModel.from_pretrained(folder).eval()
         return model.get_audio_features(**inputs).pooler_output[0].numpy()
 
 
 def own_audio(folder: Path, wave: Any, layer: int | None = None) -> Any:
-    inputs = AutoFeatureExtractor.from_pretrained(folder)(
+    inputs = transformers.AutoFeatureExtractor.from_pretrained(folder)(
         wave, sampling_rate=16_000, return_tensors="pt"
     )
     with torch.inference_mode():
-        found = AutoModel.from_pretrained(folder).eval()(
+        found = transformers.AutoModel.from_pretrained(folder).eval()(
             inputs["input_values"], output_hidden_states=True
         )
     states = found.last_hidden_state if layer is None else found.hidden_states[layer]
