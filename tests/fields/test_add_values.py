@@ -319,6 +319,14 @@ def test_the_command(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(out.out)["info"]["field"]["source"] == "metadata:prompt"
     status = runs.call(capsys, "status", store)
     assert "text" in status.out
+    text = runs.call(capsys, "info", store / "fields/text").out
+    assert "vectors of 5 numbers, float16" in text
+    assert "Hz" not in text
+    assert "chunk" not in text
+    summary = show.summary(add(store, "again"))
+    assert "this run: " in summary
+    assert "Ray" not in summary
+    assert "real time" not in summary
 
 
 def reasons(store: Path, name: str) -> dict[str, str]:

@@ -17,6 +17,8 @@ import webdataset
 from store_files import HOP, KEYS, METADATA, RATE, make_record, model_latent
 
 from latentmill.store.formats import open_writer
+from support.field_stores import write_fields
+from support.latent_store import write_latents
 
 KEY = "album one/été"
 PARQUET_PREFIX = 4  # bytes of a value's length
@@ -82,6 +84,30 @@ def test_datasets(
     assert sorted(dataset["key"]) == KEYS
     row = dataset.filter(lambda key: key == KEY, input_columns="key")[0]
     np.testing.assert_array_equal(from_row(row), latent)
+
+
+def test_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors, ragged tokens and frames at another rate; `datasets` opens the folder of a field."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    datasets.disable_progress_bars()
+    store = write_latents(str(tmp_path / "store"), [3, 40, 7, 1, 12, 9, 5, 30, 2, 11])
+    write_fields(store, [3, 40, 7, 1, 12, 9, 5, 30, 2, 11], names=["clap", "text", "fine"])
+    for name in ("clap", "text", "fine", None):
+        folder = store.url if name is None else f"{store.url}/fields/{name}"
+        opened = store if name is None else store.field(name)
+        expected = {record.key: record.latent for record in opened}
+        rows = {
+            "pyarrow": pq.read_table(f"{folder}/shards").to_pylist(),
+            "duckdb": duckdb.sql(f"FROM '{folder}/shards/*.parquet'").to_arrow_table().to_pylist(),
+            "datasets": datasets.load_dataset(folder, split="train", cache_dir=str(tmp_path)),
+        }
+        for tool, found in rows.items():
+            assert len(found) == len(expected), (name, tool)
+            for row in found:
+                np.testing.assert_array_equal(from_row(row), expected[row["key"]])
 
 
 def read_webdataset(store: Path) -> list[dict]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from latentmill.cli.show_metadata import refreshed_metadata, unknown_keys, waiting_units
+from latentmill.cli.show_fields import show_field, unknown_keys, waiting_units
+from latentmill.cli.show_metadata import refreshed_metadata
 from latentmill.encoding.batches import LONG_BATCH_SECONDS
 from latentmill.encoding.timings import bound
 from latentmill.models.embedder import EmbedderSpec
@@ -75,8 +76,11 @@ def summary(run: RunSummary) -> str:
         unknown_keys(run),
         waiting_units(run),
     ]
+    # A field from texts, latents or a file is computed without workers, and has no audio.
+    from_values = info.field is not None and info.field.source != "audio"
     if run.failures:
-        lines.append("  fix these files, then rerun with --retry-failed")
+        first = "" if from_values else "fix these files, then "
+        lines.append(f"  {first}rerun with --retry-failed")
     todo = run.units - run.resumed_units - run.waiting
     if not todo and not run.waiting:
         hint = " (to add new files of the source, use --extend)"
@@ -84,6 +88,8 @@ def summary(run: RunSummary) -> str:
             "nothing to encode: every unit is committed already"
             f"{hint if run.extension is None and info.field is None else ''}"
         )
+    elif from_values and todo:
+        lines.append(f"this run: {todo} of {counted(run.units, 'unit')} in {run.seconds:.1f} s")
     elif todo:
         speed = run.encoded_seconds / run.seconds
         lines.append(
@@ -189,7 +195,7 @@ def info(value: DatasetInfo, fields: Sequence[str] = ()) -> str:
         "fingerprint": value.fingerprint,
     }
     if value.field is not None:
-        rows["field"] = f"{value.field.name}: {value.field.kind} from {value.field.source}"
+        show_field(rows, value)
     if (entry := value.annotation) is not None:
         names = ", ".join(entry.names) or "none"
         rows["annotations"] = (

@@ -8,26 +8,6 @@ from latentmill.text.printing import counted
 
 if TYPE_CHECKING:
     from latentmill.curation.refresh import RefreshSummary
-    from latentmill.run.run import RunSummary
-
-
-def unknown_keys(run: RunSummary) -> str:
-    """A line about keys of an imported file."""
-    if not run.unknown:
-        return ""
-    more = "" if run.unknown == len(run.unknown_keys) else ", ..."
-    keys = counted(run.unknown, "key")
-    return f"  {keys} of the file not in the store: {', '.join(run.unknown_keys)}{more}"
-
-
-def waiting_units(run: RunSummary) -> str:
-    """A line about units of a field that cannot be computed yet."""
-    if not run.waiting:
-        return ""
-    return (
-        f"  {counted(run.waiting, 'unit')} of {run.units} not encoded in the store yet: "
-        "run this command again when the run that encodes it has ended"
-    )
 
 
 def refreshed_metadata(value: RefreshSummary | None) -> str:
