@@ -1,16 +1,18 @@
 """Measures how fast one worker process feeds a model that costs nothing.
 
-    python benchmarks/feed.py [--rounds 5] [--results FOLDER]
+    nice -n -10 python benchmarks/feed.py [--rounds 3] [--results FOLDER]
 
-Three parts, all in one run:
+Three parts, all in one run of at most eight minutes on two cores:
 
-- `simulated`: loaders that run at 60 x real time a thread, as if each had a core, with 1, 2, 8 and
-  16 threads. `of_possible` is the throughput over threads x 60, for a unit of items of
-  one length, as many in each lane.
+- `simulated`: loaders that run at 60 x real time a thread, as if each had a core, with 2 and 16
+  threads. `of_possible` is the throughput over threads x 60, for a unit of items of one length, as
+  many in each lane.
 - `real`: music (the recordings beside the repository, else synthesised) as FLAC, MP3 and WAV,
   stereo, for a mono and a stereo model. `of_loading_alone` is the throughput of batches over that
-  of the same number of threads that only load the same files, alternately, as median of the rounds.
-  With a single file it is compared with one thread.
+  of the same number of threads that only load the same files, alternately, as median of the rounds;
+  `by_cpu` is the same for audio per CPU second of the process. A single file is compared with as
+  many threads that load a copy each, because FLAC and WAV are loaded in pieces, and an MP3 with one
+  thread. The long MP3 has half an hour, because encoding it takes longest.
 - `stages`: CPU seconds per hour of audio of what comes after loading, in one thread.
 """
 
@@ -54,13 +56,16 @@ HOP = 1024
 CHUNK_SECONDS = 10.0
 BATCH = 32
 SPEED = 60.0  # x real time of a simulated loader
-LENGTHS = (3.0, 60.0, 240.0, 600.0, 1800.0)
+LENGTHS = (3.0, 240.0, 1800.0)
+SECONDS = 5  # of work for every simulated thread
 FORMATS = {"flac": {"subtype": "PCM_16"}, "mp3": {}, "wav": {"subtype": "PCM_16"}}
-CORPORA = {"3 s": (3.0, 200), "4 min": (240.0, 12), "2 h": (7200.0, 1)}  # length and files
+CORPORA = {"3 s": (3.0, 200), "4 min": (240.0, 6), "2 h": (7200.0, 1)}  # length and files
+LONG_MP3 = {"30 min": (1800.0, 1)}
+RESAMPLED = 48000  # Hz, of a further model for the long FLAC
 
 
-def spec_of(channels: int) -> ModelSpec:
-    return mdct.build(hop=HOP, sample_rate=RATE, channels=channels).spec
+def spec_of(channels: int, rate: int = RATE) -> ModelSpec:
+    return mdct.build(hop=HOP, sample_rate=rate, channels=channels).spec
 
 
 @dataclass(frozen=True)
@@ -79,10 +84,23 @@ class SimulatedLoading(Loading):
         yield Facts(RATE, 1, "", 0, 0.0, 0.0, b"", {})
 
 
-def fed(items: list[Item], loading: Loading) -> float:
-    """Seconds for loading a unit and stacking its batches."""
+@dataclass(frozen=True)
+class Spent:
+    """Seconds and CPU seconds of this process."""
+
+    seconds: float
+    cpu: float
+
+
+def timed(work: Callable[[], None]) -> Spent:
+    began, cpu = time.perf_counter(), time.process_time()
+    work()
+    return Spent(time.perf_counter() - began, time.process_time() - cpu)
+
+
+def feed(items: list[Item], loading: Loading) -> None:
+    """Load a unit and stack its batches."""
     packer, memory = Packer(loading.chunking, loading.settings.batch_size), PlainTransport()
-    began = time.perf_counter()
     with contextlib.closing(LocalAudio(items, loading, Meter())) as audio:
         for number, _, event in audio:
             if isinstance(event, Chunk):
@@ -90,11 +108,10 @@ def fed(items: list[Item], loading: Loading) -> float:
                     batch.audio(out=memory.stage(batch.shape))
         for batch in packer.flush():
             batch.audio(out=memory.stage(batch.shape))
-    return time.perf_counter() - began
 
 
-def loaded(items: list[Item], spec: ModelSpec, threads: int) -> float:
-    """Seconds for loading files in threads, each file in one, and discarding the audio."""
+def load_alone(items: list[Item], spec: ModelSpec, threads: int) -> None:
+    """Load files in threads, each file in one, and discard the audio."""
 
     def load(item: Item) -> None:
         with open_media(item.uri) as media:
@@ -104,10 +121,8 @@ def loaded(items: list[Item], spec: ModelSpec, threads: int) -> float:
             for _ in waveform.blocks():
                 pass
 
-    began = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(load, items))
-    return time.perf_counter() - began
 
 
 def settings(threads: int) -> EncodeSettings:
@@ -118,15 +133,18 @@ def simulated() -> dict[str, Any]:
     spec = spec_of(1)
     chunking = Chunking.for_model(spec, seconds=CHUNK_SECONDS)
     result: dict[str, Any] = {}
-    for threads in (1, 2, 8, 16):
+    for threads in (2, 16):
         row = {}
         for seconds in LENGTHS:
-            # About ten seconds of work for every thread, in the same number of items for each lane.
-            count = LANES * max(1, round(10 * threads * SPEED / seconds / LANES))
-            if seconds * count > 60 * threads * SPEED:
+            # About as much work for every thread, in the same number of items for each lane.
+            count = LANES * max(1, round(SECONDS * threads * SPEED / seconds / LANES))
+            if seconds * count > 8 * SECONDS * threads * SPEED:
                 continue  # takes minutes
             items = [Item(f"{n}", f"/{n}", 1, "", seconds=seconds) for n in range(count)]
-            taken = fed(items, SimulatedLoading(spec, chunking, settings(threads)))
+            loading = SimulatedLoading(spec, chunking, settings(threads))
+            began = time.perf_counter()
+            feed(items, loading)
+            taken = time.perf_counter() - began
             row[f"{seconds:g} s"] = round(seconds * count / taken / (threads * SPEED), 3)
         result[f"{threads} threads"] = row
         print("simulated", threads, row, flush=True)
@@ -155,23 +173,44 @@ def write(folder: Path, audio: np.ndarray, suffix: str, seconds: float, files: i
 def real(audio: np.ndarray, folder: Path, threads: int, rounds: int) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for suffix in FORMATS:
-        for name, (seconds, files) in CORPORA.items():
+        corpora = CORPORA if suffix != "mp3" else {**CORPORA, **LONG_MP3}
+        for name, (seconds, files) in corpora.items():
+            if suffix == "mp3" and name == "2 h":
+                continue
             items = write(folder / suffix / name, audio, suffix, seconds, files)
-            for channels in (1, 2):
-                spec = spec_of(channels)
-                chunking = Chunking.for_model(spec, seconds=CHUNK_SECONDS)
-                loading = Loading(spec, chunking, settings(threads))
-                alone = min(threads, files)
-                pairs = [
-                    (fed(items, loading), loaded(items, spec, alone)) for _ in range(rounds + 1)
-                ][1:]  # the first round fills the page cache
-                label = f"{suffix}, {name}, {'mono' if channels == 1 else 'stereo'}"
-                result[label] = {
-                    "x_real_time": round(seconds * files / median([one for one, _ in pairs])),
-                    "of_loading_alone": median([other / one for one, other in pairs]),
-                }
+            models = [spec_of(1), spec_of(2)]
+            if (suffix, name) == ("flac", "2 h"):
+                models.append(spec_of(2, RESAMPLED))
+            for spec in models:
+                label = f"{suffix}, {name}, {'mono' if spec.channels == 1 else 'stereo'}"
+                if spec.sample_rate != RATE:
+                    label += f", to {spec.sample_rate} Hz"
+                result[label] = compared(items, spec, seconds * files, threads, rounds)
                 print(label, result[label], flush=True)
     return result
+
+
+def compared(
+    items: list[Item], spec: ModelSpec, seconds: float, threads: int, rounds: int
+) -> dict[str, float]:
+    """Feeding over loading alone, of files that were just written and so are in the page cache."""
+    chunking = Chunking.for_model(spec, seconds=CHUNK_SECONDS)
+    loading = Loading(spec, chunking, settings(threads))
+    in_pieces = len(items) == 1 and not items[0].uri.endswith(".mp3")
+    copies = threads if in_pieces else 1
+    alone = min(threads, len(items) * copies)
+    pairs = [
+        (
+            timed(lambda: feed(items, loading)),
+            timed(lambda: load_alone(items * copies, spec, alone)),
+        )
+        for _ in range(rounds)
+    ]
+    return {
+        "x_real_time": round(seconds / median([one.seconds for one, _ in pairs])),
+        "of_loading_alone": median([other.seconds / copies / one.seconds for one, other in pairs]),
+        "by_cpu": median([other.cpu / copies / one.cpu for one, other in pairs]),
+    }
 
 
 def stages(audio: np.ndarray, rounds: int) -> dict[str, Any]:
@@ -229,9 +268,10 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **missing})
     parser.add_argument("--audio", type=Path, default=SHARED_AUDIO / "flac")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
+    began, load = time.perf_counter(), os.getloadavg()
     source = arguments.audio if arguments.audio.is_dir() else None
     audio = music(source)
     result: dict[str, Any] = {
@@ -244,6 +284,8 @@ def main() -> None:
     result["simulated_of_possible"] = simulated()
     with tempfile.TemporaryDirectory() as folder:
         result["real"] = real(audio, Path(folder), arguments.threads, arguments.rounds)
+    result["minutes"] = round((time.perf_counter() - began) / 60, 1)
+    result["load"] = {"before": load, "after": os.getloadavg(), "nice": os.nice(0)}
     write_result("feed", result, *([arguments.results] if arguments.results else []))
 
 

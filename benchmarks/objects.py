@@ -8,6 +8,8 @@ alternate, and medians of the rounds are reported:
 
 - objects: whole recordings, fetched ahead as a unit of a run fetches them, by one worker process.
 - ranges: batches of 64 ranges, as the training reader requests the crops of a batch.
+- headers: both ends of long recordings, as `plan --probe` reads their lengths.
+- listing: the objects of a folder, 1,000 a request.
 
 Of each: requests a second, and CPU milliseconds of the client per request. The load of the machine
 changes requests a second more than their ratio.
@@ -17,14 +19,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import multiprocessing
 import os
+import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from common import RESULTS, median, write_result
 
@@ -32,12 +39,16 @@ CLIENTS = {"obstore": "1", "s3fs": "0"}
 LOAD_THREADS = 4
 BATCH = 64
 CROP_BYTES = 20_000
+LONG_SECONDS = 10.0  # of a recording of which only the ends are read
+LONG_BYTES = 44 + int(LONG_SECONDS * 44100) * 2
+PAGES = 20  # of the listed folder
 HEADERS = 'ETag: "1"\r\nLast-Modified: Wed, 01 Jan 2020 00:00:00 GMT\r\nContent-Length: {}\r\n\r\n'
 
 
 def serve(size: int, latency: float, pipe: Connection) -> None:
-    """Run a server that knows ranged GET requests only."""
-    data = os.urandom(size)
+    """Run a server that knows ranged GET requests, and listings of one folder."""
+    data, recording = os.urandom(size), long_recording()
+    pages = [listing(page).encode() for page in range(PAGES)]
 
     class Session(asyncio.Protocol):
         def connection_made(self, transport: Any) -> None:
@@ -49,11 +60,22 @@ def serve(size: int, latency: float, pipe: Connection) -> None:
                 asyncio.get_running_loop().call_later(latency, self.answer, head)
 
         def answer(self, head: bytes) -> None:
+            whole = recording if b"/long-" in head else data
+            total = len(whole)
+            if head.startswith(b"HEAD"):
+                self.transport.write(f"HTTP/1.1 200 OK\r\n{HEADERS.format(total)}".encode())
+                return
+            if b"list-type=2" in head.partition(b"\r\n")[0]:
+                after = re.search(rb"(?:continuation-token=|start-after=music%2F)(\d+)", head)
+                body = pages[int(after[1]) if after else 0]
+                lines = "HTTP/1.1 200 OK\r\nContent-Type: application/xml\r\n"
+                self.transport.write((lines + HEADERS.format(len(body))).encode() + body)
+                return
             bounds = head.lower().partition(b"range: bytes=")[2].partition(b"\r\n")[0].decode()
             first, last = (int(bound) for bound in bounds.split("-"))
-            body = data[first : last + 1]
+            body = whole[first : last + 1]
             lines = "HTTP/1.1 206 Partial Content\r\nContent-Range: bytes "
-            lines += f"{first}-{first + len(body) - 1}/{size}\r\n{HEADERS.format(len(body))}"
+            lines += f"{first}-{first + len(body) - 1}/{total}\r\n{HEADERS.format(len(body))}"
             self.transport.write(lines.encode() + body)
 
     async def run() -> None:
@@ -63,6 +85,53 @@ def serve(size: int, latency: float, pipe: Connection) -> None:
         await server.serve_forever()
 
     asyncio.run(run())
+
+
+def long_recording() -> bytes:
+    import soundfile
+
+    file, samples = io.BytesIO(), np.zeros(int(LONG_SECONDS * 44100))
+    soundfile.write(file, samples, 44100, format="WAV", subtype="PCM_16")
+    assert len(file.getvalue()) == LONG_BYTES
+    return file.getvalue()
+
+
+def listing(page: int) -> str:
+    """A page of a listing, as S3 returns it."""
+    objects = "".join(
+        f"<Contents><Key>music/{page}/{number:04}.wav</Key><Size>1</Size>"
+        "<LastModified>2020-01-01T00:00:00.000Z</LastModified>"
+        f"<ETag>&quot;{page}{number:031}&quot;</ETag></Contents>"
+        for number in range(1000)
+    )
+    more = page + 1 < PAGES
+    token = f"<NextContinuationToken>{page + 1}</NextContinuationToken>" if more else ""
+    return (
+        '<?xml version="1.0"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
+        f"<Name>bucket</Name><Prefix>music/</Prefix><IsTruncated>{str(more).lower()}</IsTruncated>"
+        f"{token}{objects}</ListBucketResult>"
+    )
+
+
+def list_objects(count: int, size: int) -> int:
+    """List a folder; returns the number of requests."""
+    from latentmill.sources.files import Place
+    from latentmill.sources.listing import folders
+
+    found = sum(map(len, folders(Place("s3://bucket/music"), Counter())))
+    assert found == PAGES * 1000
+    return PAGES
+
+
+def read_headers(count: int, size: int) -> int:
+    """Read the ends of long recordings; returns the number of requests."""
+    from latentmill.plan.probe import probed
+    from latentmill.sources.base import Item
+
+    number = count // 2
+    items = [Item(f"{n}", f"s3://bucket/long-{n}.wav", LONG_BYTES, "") for n in range(number)]
+    assert all(item.seconds == LONG_SECONDS for item in probed(items))
+    return 2 * number
 
 
 def read_objects(count: int, size: int) -> int:
@@ -112,7 +181,12 @@ def main() -> None:
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{here.recv()}",
     }
-    ways: dict[str, Callable[[int, int], int]] = {"objects": read_objects, "ranges": read_ranges}
+    ways: dict[str, Callable[[int, int], int]] = {
+        "objects": read_objects,
+        "ranges": read_ranges,
+        "headers": read_headers,
+        "listing": list_objects,
+    }
     runs: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for number in range(options.rounds + 1):
         for way, read in ways.items():

@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentmill.errors import SourceError
+from latentmill.sources import listing
 from latentmill.sources.files import Place
 from latentmill.sources.listing import Entry, _has_s3_pages, by_folder, folders
+from latentmill.storage import object_listing, objects
 from support.faulty_s3 import Faults
 from support.storage_faults import faulty_s3
 
@@ -86,6 +88,7 @@ def test_that_something_is_a_folder_is_known_without_listing_it(
 
 
 def test_a_bucket_is_listed_page_by_page(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(objects.SWITCH, "0")
     files = fsspec.filesystem("s3")
     keys = [f"m/{n % 5}/{n}.wav" for n in range(20)] + ["m/top.wav", "m/1/deep/x.wav", "mm/no.wav"]
     for number, key in enumerate(keys):
@@ -111,3 +114,64 @@ def test_a_bucket_is_listed_page_by_page(s3_bucket: str, monkeypatch: pytest.Mon
         assert len({posixpath.dirname(path) for path in group}) == 1
     for path, entry in everything.items():
         assert entry.version == files.info(path)["ETag"].strip('"')
+
+
+def listed(url: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Entry]]:
+    """What obstore lists, and how many objects s3fs lists then; checks that s3fs lists the same."""
+    monkeypatch.setenv(objects.SWITCH, "0")
+    wanted = list(folders(Place(url), Counter()))
+    monkeypatch.delenv(objects.SWITCH)
+    assert [dict(group) for group in folders(Place(url), Counter())] == wanted
+    return [dict(group) for group in wanted]
+
+
+def test_obstore_lists_as_s3fs_does(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("obstore")
+    monkeypatch.setattr(object_listing, "PAGE", 4)
+    files = fsspec.filesystem("s3")
+    names = ["a b.wav", "é/音.wav", "%41+&?#.wav", "deep/er/x.wav", "a-.wav", "a/b.wav", "a.wav"]
+    for number, name in enumerate(names):
+        files.pipe_file(f"{s3_bucket}/m/{name}", b"x" * (number + 1))
+    files.pipe_file(f"{s3_bucket}/mm/other.wav", b"x")
+    rest: list[str] = []
+    real = listing._rest_of_s3
+
+    def counted(place: Place, last: str) -> Iterator[tuple[str, Entry]]:
+        rest.append(last)
+        return real(place, last)
+
+    monkeypatch.setattr(listing, "_rest_of_s3", counted)
+    found = listed(f"{s3_bucket}/m", monkeypatch)
+    assert sum(map(len, found)) == len(names)
+    assert rest == [""]  # with obstore switched off
+    # Markers of folders and names that obstore does not support are left to s3fs.
+    files.pipe_file(f"{s3_bucket}/m/n/", b"")
+    files.pipe_file(f"{s3_bucket}/m/n/empty.wav", b"")
+    files.pipe_file(f"{s3_bucket}/m/o//p.wav", b"x")
+    rest.clear()
+    found = listed(f"{s3_bucket}/m", monkeypatch)
+    assert sum(map(len, found)) == len(names) + 2
+    assert len(rest) == 2
+    assert listed(f"{s3_bucket}/nothing", monkeypatch) == []
+
+
+def test_listing_with_obstore_is_retried_and_fails_as_with_s3fs(
+    s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("obstore")
+    monkeypatch.setattr(object_listing, "PAGE", 2)
+    files = fsspec.filesystem("s3")
+    for number in range(7):
+        files.pipe_file(f"{s3_bucket}/m/{number}.wav", b"x")
+    monkeypatch.setattr(listing, "_rest_of_s3", None)
+    with faulty_s3(Faults(errors=0.5, seed=4)) as faults:
+        found = list(folders(Place(f"{s3_bucket}/m"), Counter()))
+    assert sum(map(len, found)) == 7
+    assert faults.seen["error"]
+    monkeypatch.undo()
+    for switch in ("0", "1"):
+        monkeypatch.setenv(objects.SWITCH, switch)
+        with faulty_s3(Faults(deny=lambda method, path: True)):
+            place = Place(f"{s3_bucket}/m")
+            with pytest.raises(SourceError, match="cannot be listed: AccessDenied"), place.errors():
+                list(folders(place, Counter()))

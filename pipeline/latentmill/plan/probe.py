@@ -18,7 +18,7 @@ from latentmill.sources.reading import UnitReader, with_size
 from latentmill.storage.remote import storage_errors
 
 READERS = 16
-BATCH = 8 * READERS
+REMOTE_READERS = 64  # each waits for a request most of the time
 ENDS = 256 << 10
 """Number of bytes to fetch from each end of a long file, because headers are there."""
 
@@ -37,8 +37,13 @@ def probed(
     """
     count = 0
     stream = iter(items)
-    with ThreadPoolExecutor(READERS, thread_name_prefix="probe") as pool:
-        while batch := list(itertools.islice(stream, BATCH)):
+    first = next(stream, None)
+    if first is None:
+        return
+    readers = REMOTE_READERS if is_remote(first.uri) else READERS
+    stream = itertools.chain([first], stream)
+    with ThreadPoolExecutor(readers, thread_name_prefix="probe") as pool:
+        while batch := list(itertools.islice(stream, 8 * readers)):
             unknown = []
             for item in batch:
                 if known_seconds(item) is None and wanted(item):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from latentmill.sources.files import Place, version_of
+from latentmill.storage.object_listing import UnlistedError, list_pages
 from latentmill.storage.remote import retrying
 
 
@@ -65,10 +66,24 @@ def _has_s3_pages(place: Place) -> bool:
 
 
 def _s3_pages(place: Place) -> Iterator[tuple[str, Entry]]:
-    """The objects of a bucket in order, 1000 per request; s3fs would collect all of them first."""
+    """The objects of a bucket in order, 1000 per request, with obstore or s3fs."""
+    last = ""
+    try:
+        for listed in list_pages(place.fs, place.path):
+            for file in listed:
+                yield file.path, Entry(file.size, file.version)
+            last = listed[-1].path
+    except UnlistedError:
+        yield from _rest_of_s3(place, last)
+
+
+def _rest_of_s3(place: Place, last: str) -> Iterator[tuple[str, Entry]]:
+    """The objects after `last`; `find` of s3fs would collect all of them first."""
     bucket, _, folder = place.path.partition("/")
     request: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{folder}/" if folder else ""}
     request |= place.fs.req_kw  # such as RequestPayer
+    if last:
+        request["StartAfter"] = last.partition("/")[2]
     while True:
         page = retrying(lambda: place.fs.call_s3("list_objects_v2", **request))
         for one in page.get("Contents", ()):
@@ -96,7 +111,7 @@ def _tree(place: Place) -> Iterator[Entries]:
 def _grouped(files: Mapping[str, Mapping[str, Any]]) -> Iterator[Entries]:
     found: dict[str, dict[str, Entry]] = defaultdict(dict)
     for path, info in files.items():
-        if not path.endswith("/"):  # see `_s3_pages`
+        if not path.endswith("/"):  # see `_rest_of_s3`
             found[posixpath.dirname(path)][path] = _entry(info)
     yield from found.values()
 

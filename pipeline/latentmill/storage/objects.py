@@ -1,6 +1,6 @@
 """Reads ranges of S3 objects with obstore.
 
-It needs a third to a ninth of the CPU time of s3fs (benchmarks/objects.py).
+It needs a tenth to a half of the CPU time of s3fs (benchmarks/objects.py).
 
 Callers give a file system of fsspec. The client that s3fs has made for it says how to connect:
 endpoint, region, credentials, time limits. Where this cannot be carried over exactly, and for every
@@ -65,7 +65,7 @@ class ObjectError(OSError):
         self.status = status
 
 
-class _Unknown(Exception):  # noqa: N818  not an error: s3fs decides what it is
+class UnknownError(Exception):
     """s3fs must be asked."""
 
 
@@ -81,7 +81,7 @@ def cat_file(
     if place is not None:
         try:
             return place.read(start, end, seconds)
-        except _Unknown:
+        except UnknownError:
             pass
     if fs.async_impl:
         data = fsspec.asyn.sync(fs.loop, fs._cat_file, path, start=start, end=end, timeout=seconds)
@@ -100,7 +100,7 @@ def cat_ranges(
 ) -> list[Any]:
     """Like `fs.cat_ranges` with `on_error="return"`, with all requests at the same time."""
     places = [_locate(fs, path) for path in paths]
-    found: list[Any] = [_Unknown()] * len(paths)
+    found: list[Any] = [UnknownError()] * len(paths)
     if any(places):
 
         async def read_all() -> list[Any]:
@@ -108,7 +108,7 @@ def cat_ranges(
 
             async def read(place: _Object | None, start: int, end: int) -> bytes:
                 if place is None:
-                    raise _Unknown
+                    raise UnknownError
                 async with limit:
                     return await place.read_async(start, end)
 
@@ -116,7 +116,7 @@ def cat_ranges(
             return await asyncio.gather(*reads, return_exceptions=True)
 
         found = fsspec.asyn.sync(fs.loop, read_all)
-    rest = [number for number, data in enumerate(found) if isinstance(data, _Unknown)]
+    rest = [number for number, data in enumerate(found) if isinstance(data, UnknownError)]
     if rest:
         columns: Iterator[Any] = ([column[n] for n in rest] for column in (paths, starts, ends))
         read = partial(fs.cat_ranges, on_error="return")
@@ -129,7 +129,7 @@ def cat_ranges(
     return found
 
 
-class _Bucket:
+class Bucket:
     """A bucket that obstore reads."""
 
     def __init__(self, name: str, open_store: Callable[[float], Any]) -> None:
@@ -150,6 +150,17 @@ class _Bucket:
             _log.debug("s3://%s is read with s3fs: obstore could not read it", self.name)
         self.given_up = True
 
+    @contextmanager
+    def errors(self, path: str) -> Iterator[None]:
+        """Translate the errors of a request for `path`."""
+        from obstore.exceptions import BaseError
+
+        try:
+            yield
+        except (BaseError, OSError, ValueError) as error:
+            raise self.translated(error, path) from None
+        self.answered = True
+
     def translated(self, error: Exception, path: str) -> Exception:
         """The error that the callers expect for one of obstore, without its URL and headers."""
         if isinstance(error, FileNotFoundError):
@@ -166,12 +177,12 @@ class _Bucket:
             # Certificates that only one of the clients trusts, for example.
             if self.answered or "kind: Connect," not in text:
                 return ConnectionError("the connection failed")
-        return _Unknown()
+        return UnknownError()
 
 
 @dataclass(frozen=True)
 class _Object:
-    bucket: _Bucket
+    bucket: Bucket
     key: str
 
     def read(self, start: int, end: int, seconds: float | None) -> bytes:
@@ -179,43 +190,45 @@ class _Object:
         import obstore
 
         store = self.bucket.store(seconds)
-        with self._errors():  # a thread that waits costs less than a coroutine in another one
+        with self.bucket.errors(
+            self._path
+        ):  # a thread that waits costs less than a coroutine in another one
             return bytes(obstore.get_range(store, self.key, start=start, end=end))
 
     async def read_async(self, start: int, end: int) -> bytes:
         import obstore
 
         store = self.bucket.store(None)
-        with self._errors():
+        with self.bucket.errors(self._path):
             return bytes(await obstore.get_range_async(store, self.key, start=start, end=end))
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        from obstore.exceptions import BaseError
-
-        try:
-            yield
-        except (BaseError, OSError, ValueError) as error:
-            raise self.bucket.translated(error, f"{self.bucket.name}/{self.key}") from None
-        self.bucket.answered = True
+    @property
+    def _path(self) -> str:
+        return f"{self.bucket.name}/{self.key}"
 
 
 def _locate(fs: fsspec.AbstractFileSystem, path: str) -> _Object | None:
     """The object at a path, if obstore reads its bucket."""
-    s3fs = sys.modules.get("s3fs")
-    if s3fs is None or type(fs) is not s3fs.S3FileSystem or not _available():
-        return None
     name, _, key = path.partition("/")
     # obstore has its own rules for other keys.
     if not key.isprintable() or any(part in ("", ".", "..") for part in key.split("/")):
         return None
-    buckets: dict[str, _Bucket | None] = vars(fs).setdefault(_BUCKETS, {})
+    bucket = bucket_of(fs, name)
+    return None if bucket is None else _Object(bucket, key)
+
+
+def bucket_of(fs: fsspec.AbstractFileSystem, name: str) -> Bucket | None:
+    """A bucket of a file system, if obstore reads it."""
+    s3fs = sys.modules.get("s3fs")
+    if s3fs is None or type(fs) is not s3fs.S3FileSystem or not _available():
+        return None
+    buckets: dict[str, Bucket | None] = vars(fs).setdefault(_BUCKETS, {})
     if name not in buckets:
         with _lock:
             if name not in buckets:
                 buckets[name] = _open(fs, name)
     bucket = buckets[name]
-    return None if bucket is None or bucket.given_up else _Object(bucket, key)
+    return None if bucket is None or bucket.given_up else bucket
 
 
 def _available() -> bool:
@@ -239,7 +252,7 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _open(fs: Any, bucket: str) -> _Bucket | None:
+def _open(fs: Any, bucket: str) -> Bucket | None:
     """Open a bucket with the configuration of s3fs, or log why this is impossible."""
     try:
         open_store = _opener(fs, bucket)
@@ -247,7 +260,7 @@ def _open(fs: Any, bucket: str) -> _Bucket | None:
         _log.debug("s3://%s is read with s3fs: obstore does not support %s", bucket, reason)
         return None
     _log.debug("s3://%s is read with obstore", bucket)
-    return _Bucket(bucket, open_store)
+    return Bucket(bucket, open_store)
 
 
 def _opener(fs: Any, bucket: str) -> Callable[[float], Any]:
