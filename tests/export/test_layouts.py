@@ -19,6 +19,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import latentmill as lm
 from latentmill.errors import ConfigError, StoreError
 from latentmill.export.export import LAYOUTS, ExportSummary, Target, export_store
 from latentmill.plan import FieldEntry
@@ -247,6 +248,26 @@ def test_a_second_export_is_brought_up_to_date(store: LatentStore) -> None:
     assert found == {path.relative_to(fresh): path.read_bytes() for path in fresh.rglob("*.pt")}
     kept = [path for path in first if path.exists() and path.read_bytes() == first[path]]
     assert all(path.stat().st_mtime_ns == times[path] for path in kept if path != damaged)
+
+
+@only_ltx2
+def test_records_of_a_view(store: LatentStore, tmp_path: Path) -> None:
+    """Without a copy; what the view leaves out later is removed."""
+    view, whole = str(tmp_path / "view"), Path(exported(store, "text").dest)
+    for kept in ([0, 1, 3], [1, 2, 3]):
+        keys = [f"{KEYS['ltx2']}/{number:05d}" for number in kept]
+        lm.select(store.url, view, keys=keys, overwrite=True)
+        out = tmp_path / "selected"
+        summary = export_store(LatentStore(view), str(out), Target.LTX2, fields=["text"])
+        assert (summary.records, summary.failures) == (3, ())
+        found = {path.relative_to(out): path.read_bytes() for path in out.rglob("*.pt")}
+        assert found == {
+            path.relative_to(whole): path.read_bytes()
+            for path in whole.rglob("*.pt")
+            if int(path.stem) in kept
+        }
+    with pytest.raises(StoreError, match="is a view, which has no latents of its own"):
+        export_store(LatentStore(view), str(tmp_path / "x"), Target.PARQUET)
 
 
 @given(st.text(st.sampled_from("a./%é \t\n"), min_size=1, max_size=12))

@@ -18,7 +18,7 @@ from latentmill.reader.field_crops import form_of
 from latentmill.record import ShardFormat
 from latentmill.storage.storage import Storage
 from latentmill.store.bases import needs_copy
-from latentmill.store.field_view import warn_of_fields
+from latentmill.store.field_view import warn_of_fields, warn_of_state
 from latentmill.store.store import LatentStore
 from latentmill.text.log import get_logger
 from latentmill.text.printing import counted
@@ -77,7 +77,7 @@ def export_store(
     """Write a complete store's records for another tool, or as a store of another format.
 
     Args:
-        store: The store.
+        store: The store, or for another tool also a view.
         dest: A new folder or fsspec URL, or an earlier export of the same store, finished or
             interrupted, which is then updated.
         to: The format.
@@ -86,7 +86,8 @@ def export_store(
         fields: Fields of the store that the tool reads, `NAME` or `ROLE=NAME`; docs/latents.md
             lists the roles.
     """
-    if store.bases is not None:
+    layout = LAYOUTS.get(to)
+    if store.bases is not None and layout is None:
         raise needs_copy(store.url)
     if not store.complete:
         raise StoreError(
@@ -95,7 +96,6 @@ def export_store(
     storage = Storage(dest)
     if f"{storage.root}/".startswith(f"{store.url}/"):
         raise ConfigError(f"{dest} is inside the store: use another destination.")
-    layout = LAYOUTS.get(to)
     if frames is not None and not (layout and layout.takes_frames):
         raise ConfigError(f"--frames has no effect with --to {to}: leave it out.")
     if fields and not (layout and layout.roles):
@@ -147,7 +147,11 @@ def chosen_fields(
                 f"--to {to} needs a field with {' or '.join(needs.kinds)} for {role}: give its "
                 "name with --fields NAME."
             )
-    _warn_of_old_values(store, [one.rpartition("=")[2] for one in names])
+    if store.bases is None:
+        _warn_of_old_values(store, [one.rpartition("=")[2] for one in names])
+    else:
+        for field in found.values():
+            warn_of_state(store, field)
     return found
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from latentmill.decoding.files import LONGEST_NAME
 from latentmill.encoding.stored import parse_json
-from latentmill.errors import ConfigError, ItemError
+from latentmill.errors import ConfigError, ItemError, StoreError
 from latentmill.export.conversion import outcomes, refuse_unless_empty
 from latentmill.export.layout import Array, Layout
-from latentmill.record import Record
+from latentmill.record import Outcome, Record
 from latentmill.storage.storage import Storage, writing
 from latentmill.store.commit import iter_commits
 from latentmill.store.store import LatentStore
@@ -41,29 +43,54 @@ class Written:
 def write_files(layout: Layout, storage: Storage) -> Written:
     """Write the files of all records, and remove those of items that have no record any more."""
     earlier, written = _begin(layout, storage), Written()
-    for commit in iter_commits(Storage(layout.store.url)):
-        for outcome in outcomes(layout.store, commit):
-            name = layout.name(outcome.key)
-            paths = layout.paths(name)
-            longest = max(len(os.fsencode(part)) for path in paths for part in path.split("/"))
-            if storage.local and longest > LONGEST_NAME:
+    for outcome in _outcomes(layout.store):
+        name = layout.name(outcome.key)
+        paths = layout.paths(name)
+        longest = max(len(os.fsencode(part)) for path in paths for part in path.split("/"))
+        if storage.local and longest > LONGEST_NAME:
+            if outcome.record is not None:
                 reason = "its file name would have more than 255 bytes"
                 written.failures.append((outcome.key, reason))
+            continue
+        if outcome.record is not None:
+            try:
+                _write_sample(layout, storage, paths, outcome.record)
+                written.names.append(name)
+                written.escaped += name != outcome.key
                 continue
-            if outcome.record is not None:
-                try:
-                    _write_sample(layout, storage, paths, outcome.record)
-                    written.names.append(name)
-                    written.escaped += name != outcome.key
-                    continue
-                except ItemError as error:
-                    written.failures.append((outcome.key, str(error)))
-            if earlier:
-                for path in reversed(paths):
-                    storage.delete(path)
+            except ItemError as error:
+                written.failures.append((outcome.key, str(error)))
+        if earlier:
+            for path in reversed(paths):
+                storage.delete(path)
     for path, data in layout.last(written.names).items():
         _write(storage, path, data)
     return written
+
+
+def _outcomes(store: LatentStore) -> Iterator[Outcome]:
+    """The outcomes of all items of a store, or of all records of a view's bases."""
+    if store.bases is None:
+        for commit in iter_commits(Storage(store.url)):
+            yield from outcomes(store, commit)
+        return
+    for record in store:
+        yield Outcome(record.key, "encoded", record=record)
+    for key in _left_out(store):
+        yield Outcome(key, "skipped", "left out of the view")
+
+
+def _left_out(view: LatentStore) -> list[str]:
+    """The keys of the records of the bases that are not in a view."""
+    path = view.info.left_out_file
+    if path is None:
+        return []
+    try:
+        with view.storage.open(path) as file:
+            keys: list[str] = pq.read_table(file, columns=["key"])["key"].to_pylist()
+            return keys
+    except (pa.ArrowException, ValueError, LookupError) as error:
+        raise StoreError(f"{view.url}/{path} is damaged: create the view again.") from error
 
 
 def _begin(layout: Layout, storage: Storage) -> bool:
