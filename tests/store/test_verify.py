@@ -18,6 +18,7 @@ from store_files import KEYS, index_file, write_store
 from latentmill.errors import ItemError, StorageError
 from latentmill.record import Record
 from latentmill.storage.storage import Storage
+from latentmill.store.seal import read_origin
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import VerifyReport, _decode, read_source, verify
 
@@ -291,3 +292,9 @@ def test_numbers_are_checked(store: LatentStore, monkeypatch: pytest.MonkeyPatch
     assert verify(store).faults == ["the latent of drums contains NaN or Inf"]
     monkeypatch.setattr(LatentStore, "read", lambda *_: (_ for _ in ()).throw(StorageError("gone")))
     assert verify(store).faults == ["gone"] * len(KEYS)
+
+
+def test_a_store_of_which_nothing_is_encoded_has_no_origin(tmp_path: Path, one_sentence) -> None:
+    with pytest.raises(StorageError) as caught:
+        read_origin(Storage(str(tmp_path)))
+    assert "run the encode command if nothing is encoded yet" in one_sentence(caught.value)

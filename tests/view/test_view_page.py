@@ -168,6 +168,7 @@ def test_the_versions_of_a_mix(browser: Any, site: Site) -> None:
     with opened(browser, site) as watched:
         page = watched.page
         add_group(page, "south")
+        assert "the whole mix" in page.inner_text("#desk")
         page.get_by_label("Decoded, then added").check()
         note = page.locator("#desk .side-note")
         page.wait_for_selector("#desk .side-note:has-text('decoded channels')")

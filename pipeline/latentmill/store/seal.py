@@ -208,7 +208,15 @@ def npy_bytes(array: FloatArray) -> bytes:
 
 def read_origin(storage: Storage) -> FloatArray:
     """Read E(0) of one chunk, `[D, Z]`; StorageError if it is missing or damaged."""
-    data = storage.read(ORIGIN_PATH)
+    try:
+        data = storage.read(ORIGIN_PATH)
+    except StorageError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        raise StorageError(
+            f"{storage.root}/{ORIGIN_PATH} is missing: run the encode command if nothing is "
+            "encoded yet; otherwise `latentmill verify` tells how to restore it."
+        ) from error.__cause__
     try:
         origin: FloatArray = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError) as error:

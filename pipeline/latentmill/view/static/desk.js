@@ -147,7 +147,8 @@ export class Desk {
         const { lines, seconds: heard, total } = await json("api/python", { mix }, signal);
         this.code.firstChild.textContent = lines;
         const all = (total * this.facts.hop) / this.facts.rate;
-        this.total.textContent = this.facts.chunked ? "" : `You hear ${seconds(heard)} of about ${seconds(all)}.`;
+        const part = mix.start > 0 || mix.frames < total ? ` of about ${seconds(all)}` : ", the whole mix";
+        this.total.textContent = this.facts.chunked ? "" : `You hear ${seconds(heard)}${part}.`;
         for (const name of new Set(["latent", player.side])) {
           if (!this.stale.has(name) && player.buffers.has(name)) continue;
           const buffer = await decodeSound(this.facts.rate, { mix, of: name }, signal);
