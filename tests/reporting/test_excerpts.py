@@ -13,7 +13,7 @@ import soundfile
 
 import latentmill as lm
 from latentmill.reporting.charts import durations, loudness, silence
-from latentmill.reporting.columns import read_columns
+from latentmill.reporting.columns import Columns, Field, read_columns
 from latentmill.reporting.corpus_map import corpus_map, principal
 from latentmill.reporting.excerpts import Excerpts
 from latentmill.reporting.listening import stem_mix
@@ -120,6 +120,25 @@ def test_columns_are_those_of_the_records(
     assert fields["role"] == [one.role for one in sample]
     assert fields["metadata bpm"] == [one.metadata.get("bpm") for one in sample]
     assert columns.group == ("north", [one.key for one in records if one.group == "north"])
+
+
+@pytest.mark.parametrize(
+    ("values", "first"),
+    [
+        ({"duration": [1.0, 1.0], "bpm": [90.5, 91.0], "genre": ["a", "b"]}, "genre"),
+        ({"duration": [1.0, 1.0], "genre": ["a", "b"], "role": ["a", None]}, "genre"),
+        ({"duration": [1.0, 1.0], "genre": ["a", "b"], "role": ["a", "b"]}, "role"),
+        ({"duration": [1.0, 1.0], "bpm": [90.5, 91.0]}, "bpm"),
+        ({"duration": [1.0, 1.0]}, "duration"),
+    ],
+)
+def test_the_map_is_first_coloured_by_a_field_with_several_values(
+    values: dict[str, list], first: str
+) -> None:
+    fields = tuple(Field(name, column) for name, column in values.items())
+    none = np.zeros(0)
+    columns = Columns(none, none, none, np.zeros(0, np.int64), fields, None)
+    assert fields[columns.first_field].name == first
 
 
 def test_principal_components_are_those_of_the_svd() -> None:

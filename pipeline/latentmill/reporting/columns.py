@@ -62,6 +62,14 @@ class Columns:
     fields: tuple[Field, ...]
     group: tuple[str, list[str]] | None
 
+    @property
+    def first_field(self) -> int:
+        """Number of the field by which the map is coloured first: the role, or another name."""
+        several = [n for n, field in enumerate(self.fields) if len(set(field.values) - {None}) > 1]
+        names = [n for n in several if not self.fields[n].numeric]
+        roles = [n for n in names if self.fields[n].name == "role"]
+        return (roles or names or several or [0])[0]
+
 
 def read_columns(store: LatentStore, most: int) -> Columns:
     """Read the fields of all records, and of up to `most` evenly spread ones the metadata.

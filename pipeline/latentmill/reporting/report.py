@@ -280,9 +280,7 @@ def _records(store: LatentStore, columns: Columns) -> dict[str, Any]:
     if placed is not None:
         found["map"] = placed
         found["map_fields"] = columns.fields
-        texts = [n for n, field in enumerate(columns.fields) if not field.numeric]
-        roles = [n for n, field in enumerate(columns.fields) if field.name == "role"]
-        found["map_default"] = (roles or texts or [0])[0]
+        found["map_default"] = columns.first_field
         found["map_rows"] = _map_rows(store, columns, placed)
     return found
 
