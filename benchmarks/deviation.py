@@ -133,7 +133,9 @@ def largest(figures: list[float]) -> float | None:
 
 
 def number(value: float | None) -> str:
-    return "" if value is None else f"{value:.0e}" if value else "0"
+    if not value:
+        return "" if value is None else "0"
+    return f"{value:.1g}" if value >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
 
 
 def show(table: dict[str, Any]) -> None:
@@ -141,7 +143,9 @@ def show(table: dict[str, Any]) -> None:
     print("|---|---|---|---|---|---|---|")
     for name, row in table.items():
         codes = row.get("differing_codes")
-        found = number(row.get("deviation")) if codes is None else f"{codes:.2g} of the codes"
+        found = (
+            number(row.get("deviation")) if codes is None else f"{codes:.2g} of the codes differ"
+        )
         longer = f"{number(row['longer'])}, {row['stitch']}" if row["longer_items"] else ""
         shape = f"{row['hop']}, {row['latent_channels']}"
         rate = f"{row['sample_rate'] / 1000:g} kHz {row['channels']}"

@@ -183,24 +183,29 @@ def load_music2latent(repo: Path) -> Any:
 
 def music2latent(repo: Path, audio: Tensor) -> Tensor:
     """`EncoderDecoder.encode` without its truncation to whole latent frames."""
-    from music2latent import hparams
+    from music2latent import hparams_inference
     from music2latent.audio import to_representation_encoder
 
     from latentmill.models.families.linear_cae.lean import exact_attention
 
     with exact_attention():
         spectrum = to_representation_encoder(audio[:, 0])
-        latents: Tensor = load_music2latent(repo).gen.encoder(spectrum) / hparams.sigma_rescale
+        latents: Tensor = (
+            load_music2latent(repo).gen.encoder(spectrum) / hparams_inference.sigma_rescale
+        )
     return latents
 
 
 def clap(repo: Path, audio: Tensor) -> Tensor:
+    """One vector for each window of 10 s."""
     import transformers
 
     extractor = transformers.ClapFeatureExtractor.from_pretrained(repo)
-    features = extractor(audio[0, 0].numpy(), sampling_rate=48000, return_tensors="pt")
-    vectors: Tensor = auto_model(repo).get_audio_features(**features).pooler_output
-    return vectors[..., None]
+    vectors = []
+    for window in audio[0, 0].split(extractor.nb_max_samples):
+        features = extractor(window.numpy(), sampling_rate=48000, return_tensors="pt")
+        vectors.append(auto_model(repo).get_audio_features(**features).pooler_output)
+    return torch.stack(vectors, dim=-1)
 
 
 def wav2vec(repo: Path, audio: Tensor) -> Tensor:
@@ -366,7 +371,7 @@ CASES = {
     },
     "trained, conv": Case("trained:REPOS/trained", split=True),
     "clap": Case(
-        "clap:REPOS/encoders/clap", "`ClapModel.get_audio_features`, 10 s", clap, split=True
+        "clap:REPOS/encoders/clap", "`ClapModel.get_audio_features`, each 10 s", clap, split=True
     ),
     "audio, wav2vec2": Case("audio:REPOS/encoders/wav2vec2", "`Wav2Vec2Model`", wav2vec),
     "audio, hubert": Case("audio:REPOS/encoders/hubert", "`HubertModel`", wav2vec, split=True),
