@@ -12,6 +12,8 @@
 - size: the shards of captions' tokens, ragged and padded to the longest caption.
 - opening: `LatentDataset` over a store with an index of 1,000,000 records, and with three fields of
   as many, in a process that has imported everything. The shards do not exist.
+- imports: peak memory of a process that reads files of vectors as `add --from FILE.parquet` does,
+  less that of a process that only imports the library. The file has another order than the store.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from common import RESULTS, ROOT, median, write_result
 
@@ -215,13 +219,56 @@ def measure_opening(folder: Path, records: int, rounds: int) -> dict[str, Any]:
     }
 
 
+IMPORT = """
+import resource, sys
+from latentmill.fields.imported import ImportedValues
+from latentmill.store.schema import Commit, ItemEntry
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+before, (path, count) = peak(), (sys.argv[1], int(sys.argv[2]))
+values = ImportedValues(path, "v")
+for start in range(0, count, 4096):  # unit by unit
+    keys = [f"track {n:07d}" for n in range(start, min(start + 4096, count))]
+    entries = [ItemEntry(key=key, status="skipped", reason="made up") for key in keys]
+    commit = Commit(unit="0", fingerprint="", bytes=0, rows=0, audio_seconds=0, items=entries,
+                    timings={})
+    for _ in values.read(commit, keys):
+        pass
+print(peak() - before)
+"""
+
+
+def measure_imports(folder: Path, counts: list[int], dimensions: int = 512) -> dict[str, Any]:
+    """MiB of memory and of the file, by the number of vectors."""
+    found = {}
+    for count in counts:
+        random, file = np.random.default_rng(0), folder / "vectors.parquet"
+        order = random.permutation(count)
+        schema = pa.schema([("key", pa.string()), ("v", pa.list_(pa.float32()))])
+        with pq.ParquetWriter(file, schema) as writer:
+            for start in range(0, count, 1 << 16):
+                keys = [f"track {n:07d}" for n in order[start : start + (1 << 16)]]
+                made = pa.array(random.standard_normal(len(keys) * dimensions, np.float32))
+                ends = np.arange(len(keys) + 1, dtype=np.int32) * dimensions
+                writer.write_table(pa.table([keys, pa.ListArray.from_arrays(ends, made)], schema))
+        command = [sys.executable, "-c", IMPORT, str(file), str(count)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        size = file.stat().st_size
+        found[str(count)] = {"memory_mib": int(done.stdout), "file_mib": round(size / 2**20)}
+        file.unlink()
+    return {"dimensions": dimensions, "vectors": found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--items", type=int, default=1000)
     parser.add_argument("--captions", type=int, default=10_000)
     parser.add_argument("--records", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", nargs="*", default=["read", "size", "opening"])
+    parser.add_argument("--only", nargs="*", default=["read", "size", "opening", "imports"])
+    parser.add_argument("--imports", type=int, nargs="*", default=[100_000, 1_000_000])
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     before = options.results / "fields.json"
@@ -235,6 +282,8 @@ def main() -> None:
             result["size"] = measure_size(folder, options.captions)
         if "opening" in options.only:
             result["opening"] = measure_opening(folder, options.records, rounds)
+        if "imports" in options.only:
+            result["imports"] = measure_imports(folder, options.imports)
     write_result("fields", result, options.results)
 
 

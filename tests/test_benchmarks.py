@@ -267,8 +267,10 @@ def test_reader_without_its_peers(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_fields(tmp_path: Path) -> None:
     sizes = ["--items", "20", "--captions", "50", "--records", "2000", "--rounds", "1"]
+    sizes += ["--imports", "500"]
     script("fields", *sizes, "--results", str(tmp_path))
     result = json.loads((tmp_path / "fields.json").read_text())
     assert {*result["read"]["samples_a_second"]} > {"latents", "all", "codec", "text", "clap"}
     assert 0 < result["size"]["saved"] < 1
     assert result["opening"]["records"] == 2000
+    assert result["imports"]["vectors"].keys() == {"500"}
