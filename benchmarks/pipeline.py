@@ -1,27 +1,35 @@
 """Compares the pipeline's throughput with the model's and with the linear-cae README's loop.
 
     python benchmarks/pipeline.py [--seconds 60] [--rounds 3] [--source FOLDER]
+    python benchmarks/pipeline.py --clips 2000
 
 Three measurements alternate in one process tree. `pipeline` encodes a folder through Ray, including
 loading, stitching and committing shards. `model` runs the same batches with the audio already in
 memory, in an actor with the pipeline's threads and memory. `loop` follows the README of linear-cae,
 file by file. Starting Ray and loading the model are not counted. `model_busy_share` is measured in
-the pipeline's run: the share of the time in which its model was working.
+the pipeline's run: the share of the time in which its model was working. `--clips` measures only
+mdct with FLAC clips of 5 s, stereo, in a worker of its own process, from planning to commits, and
+writes `clips.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shutil
+import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from common import SHARED_AUDIO, machine, median, random_linear_cae, write_result
+from latentmill.models.inference.device import worker_environment
 
+CLIP_SECONDS = 5.0
 README_CHUNK = 44100 * 10
 README_OVERLAP = 0.25
 README_BATCH = 8
@@ -35,10 +43,17 @@ def main() -> None:
     )
     parser.add_argument("--copies", type=int, default=6, help="copies of the folder for mdct")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clips", type=int, default=0, help="measure only this number of clips")
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     arguments = parser.parse_args()
     if not arguments.source.is_dir():
         parser.error(f"{arguments.source} is missing: set --source to a folder of audio")
+    if arguments.clips:
+        if missing := worker_environment():  # memory is allocated as in a worker
+            os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **missing})
+        with tempfile.TemporaryDirectory() as folder:
+            clips_alone(Path(folder), arguments.clips, arguments.rounds)
+        return
     result: dict[str, Any] = {"script": "benchmarks/pipeline.py", "rounds": arguments.rounds}
     with random_linear_cae(arguments.size), tempfile.TemporaryDirectory() as folder:
         import ray
@@ -52,6 +67,25 @@ def main() -> None:
             print(model, result[model], flush=True)
     result["weights"] = f"lin-cae with random weights, {arguments.size} architecture"
     write_result("pipeline", result)
+
+
+def clips_alone(folder: Path, clips: int, rounds: int) -> None:
+    """Measure clips of 5 s a second through a worker, with a model that costs little."""
+    import feed
+
+    source = SHARED_AUDIO / "flac"
+    audio = feed.music(source if source.is_dir() else None)
+    feed.write(folder / "clips", audio, "flac", CLIP_SECONDS, clips)
+    bench = Bench("mdct", folder / "clips")
+    spent = [feed.timed(lambda: bench.run_here(folder / "out")) for _ in range(rounds)]
+    result = {
+        "script": f"benchmarks/pipeline.py --clips {clips}",
+        "clips_per_second": median([clips / one.seconds for one in spent]),
+        "clips_per_cpu_second": median([clips / one.cpu for one in spent]),
+        "load": os.getloadavg(),
+        "nice": os.nice(0),
+    }
+    write_result("clips", result)
 
 
 def pick(source: Path, target: Path, seconds: float, copies: int) -> Path:
@@ -143,6 +177,19 @@ class Bench:
 
         with draft(self.source.items(), UnitLimits()) as items:
             return freeze(self.plan, items, Storage(str(out)))
+
+    def run_here(self, out: Path) -> None:
+        """Plan, and encode the units with a worker of this process, two at a time as an actor."""
+        from latentmill.engine.actor import UNITS_IN_FLIGHT
+        from latentmill.engine.worker import Worker
+
+        units = self.freeze(out).units
+        with (
+            contextlib.closing(Worker(replace(self.job, store=str(out)))) as worker,
+            ThreadPoolExecutor(UNITS_IN_FLIGHT) as pool,
+        ):
+            list(pool.map(worker.encode, units))
+        shutil.rmtree(out)
 
     def run(self, out: Path) -> float:
         from latentmill.engine.actor import ActorShape

@@ -180,3 +180,17 @@ def test_a_piece_that_does_not_continue_the_one_before_is_noticed(
 
     monkeypatch.setattr(pieces.PieceLoader, "_load", wrong)
     check(path, 48000, 1)
+
+
+@pytest.mark.parametrize(("in_rate", "out_rate"), [(192000, 8000), (384000, 16000)])
+def test_rates_that_differ_too_much_to_compare_pieces_are_loaded_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_rate: int, out_rate: int
+) -> None:
+    """The samples before a piece would be fewer than are compared."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 16)
+    path = tmp_path / "a.wav"
+    sf.write(path, np.tile(BOTH[:, :1], (5, 1)), in_rate, subtype="PCM_16")
+    helpers = Chosen(WAYS["all"])
+    _, stats = load(path, out_rate, 1, helpers)
+    assert not isinstance(stats, str)
+    assert helpers.offered == 0

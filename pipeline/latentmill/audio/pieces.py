@@ -30,7 +30,7 @@ from latentmill.record import FloatArray
 PIECE_BYTES = 8 << 20  # of the converted samples
 QUALITY = "HQ"  # of soxr
 
-_LEAD = 8192  # source samples before a piece in which the resampler settles; it needs at most 2,300
+_LEAD = 8192  # source samples before a piece in which the resampler settles; `_continues` checks it
 _CHECKED = 512  # samples before a piece that are compared with the piece before
 _FEWEST = 3  # pieces of a recording that is worth splitting
 _ARRIVALS = 6  # outputs of the resampler after which the length of its blocks is known
@@ -257,6 +257,8 @@ def restart_step(in_rate: int, out_rate: int) -> int | None:
     The lengths of the resampler's blocks are measured, because they depend on the version of soxr
     and on the processor. The result is checked with noise; None if there is no such step.
     """
+    if _LEAD * out_rate // in_rate < 2 * _CHECKED:
+        return None  # too few samples before a piece to settle and to compare
     common = math.gcd(in_rate, out_rate)
     whole_in, whole_out = in_rate // common, out_rate // common
     resampler = _resampler(in_rate, out_rate)
