@@ -13,6 +13,7 @@ import pytest
 import soundfile as sf
 import torch
 
+from latentmill.audio import pieces
 from latentmill.decoding.decoder import decode_latent
 from latentmill.encoding import unit_audio
 from latentmill.encoding.chunks import Chunking
@@ -208,6 +209,7 @@ def traced() -> Iterator[None]:
 @pytest.mark.usefixtures("traced")
 def test_a_long_item_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unit_audio, "BUFFER_BYTES", 2 << 20)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 19)  # as much smaller as the buffer
     samples = 30_000_000  # an hour: 120 MB as float32
     sparse_wav(tmp_path / "a.wav", samples)
     model = Averager()
