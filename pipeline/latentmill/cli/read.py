@@ -58,7 +58,10 @@ def print_value(as_json: bool, value: Any, text: Callable[[Any], str]) -> None:
 
 
 def parsed_options(pairs: list[str] | None) -> dict[str, Any]:
-    """Parse `NAME=VALUE` options of a model; values are YAML, so that numbers become numbers."""
+    """Parse `NAME=VALUE` options of a model; values are YAML, so that numbers become numbers.
+
+    What YAML reads as a mapping, a list or a date stays text, because no option has such values.
+    """
     import yaml
 
     options: dict[str, Any] = {}
@@ -67,7 +70,8 @@ def parsed_options(pairs: list[str] | None) -> dict[str, Any]:
         if not equals:
             raise ConfigError(f"invalid --model-option {pair!r}: expected NAME=VALUE.")
         try:
-            options[name] = yaml.safe_load(value)
+            parsed = yaml.safe_load(value)
+            options[name] = parsed if isinstance(parsed, str | float | int | None) else value
         except yaml.YAMLError as error:
             raise ConfigError(
                 f"invalid --model-option {pair!r}: the value is not valid YAML."

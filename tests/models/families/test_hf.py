@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,7 +25,7 @@ from latentmill.models.families.hf.measured import Measured
 from latentmill.models.probing.behaviour import distance
 from latentmill.models.probing.music import music
 from latentmill.models.registry import resolve
-from support.runs import write_songs
+from support.runs import call, write_songs
 from support.tiny_tokenizers import TOKENIZERS, WITH_TORCHAUDIO, write_tokenizer
 from support.tokenizer_references import REFERENCES, loaded
 
@@ -183,6 +184,19 @@ def test_a_store_is_continued_and_decoded_with_the_measurement_that_it_was_plann
     lm.encode(str(songs), str(tmp_path / "other"), **settings)
     other = lm.open(str(tmp_path / "other"))
     assert not np.array_equal(other[record.key].latent, record.latent)
+
+
+def test_a_measurement_is_an_option_of_the_command_line(
+    tokenizers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repo = written(tokenizers, "vibevoice_acoustic_tokenizer")
+    printed = call(capsys, "models", f"hf:{repo}", "--json")
+    measured = json.loads(printed.out)["identity"]["measured"]
+    other = measured.replace('"context": [22, 0]', '"context": [21, 0]')
+    assert other != measured
+    printed = call(capsys, "models", f"hf:{repo}", "--model-option", f"measured={other}")
+    assert printed.code == 0, printed.err
+    assert "the first 21 and last 0 frames" in printed.out
 
 
 @pytest.mark.parametrize(
