@@ -14,7 +14,7 @@ from latentmill.errors import StorageError
 from latentmill.record import FloatArray
 
 _CACHE = 32 << 10  # KiB of the file that are in memory
-_AT_ONCE = 1000  # rows of a transaction, keys of a query
+_AT_ONCE = 900  # rows of a transaction, keys of a query (SQLite may allow 999)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ImportTable:
     """
 
     def __init__(self) -> None:
-        with _writing():
+        with _using():
             self._db = sqlite3.connect("", isolation_level=None)
             for setting in (f"cache_size = -{_CACHE}", "journal_mode = OFF", "temp_store = FILE"):
                 self._db.execute(f"PRAGMA {setting}")
@@ -62,7 +62,7 @@ class ImportTable:
             ValueError: A key is there twice.
             StorageError: The folder for temporary files is full.
         """
-        with _writing():
+        with _using():
             self._db.execute("BEGIN")
             for number, (key, value, path) in enumerate(rows, 1):
                 try:
@@ -76,48 +76,50 @@ class ImportTable:
                     self._db.execute("BEGIN")
             self._db.execute("COMMIT")
 
-    def __len__(self) -> int:
-        return int(self._db.execute("SELECT count(*) FROM found").fetchone()[0])
-
     def first(self) -> Imported | None:
         """The first value that can be used."""
-        found = self._db.execute(f"{_SELECT} WHERE wrong IS NULL ORDER BY rowid LIMIT 1").fetchone()
-        return None if found is None else Imported(*found)
+        return self._first_that("wrong IS NULL")
 
     def first_wrong(self) -> Imported | None:
         """The first value that cannot be used."""
-        found = self._db.execute(f"{_SELECT} WHERE wrong IS NOT NULL ORDER BY rowid LIMIT 1")
-        row = found.fetchone()
+        return self._first_that("wrong IS NOT NULL")
+
+    def _first_that(self, condition: str) -> Imported | None:
+        with _using():
+            found = self._db.execute(f"{_SELECT} WHERE {condition} ORDER BY rowid LIMIT 1")
+            row = found.fetchone()
         return None if row is None else Imported(*row)
 
     def find(self, keys: list[str]) -> dict[str, Imported]:
         """What is known of the values of some keys; those that are not there are left out."""
         found: dict[str, Imported] = {}
-        for some in _parts(keys):
-            marks = ",".join("?" * len(some))
-            rows = self._db.execute(f"{_SELECT} WHERE key IN ({marks})", some)
-            found |= {row[0]: Imported(*row) for row in rows}
+        with _using():
+            for some in _parts(keys):
+                marks = ",".join("?" * len(some))
+                rows = self._db.execute(f"{_SELECT} WHERE key IN ({marks})", some)
+                found |= {row[0]: Imported(*row) for row in rows}
         return found
 
     def value(self, key: str) -> FloatArray:
         """The value of a key that has one in the table."""
         query = "SELECT dtype, data, dimensions, ndim FROM found WHERE key = ?"
-        dtype, data, dimensions, ndim = self._db.execute(query, (key,)).fetchone()
+        with _using():
+            dtype, data, dimensions, ndim = self._db.execute(query, (key,)).fetchone()
         array = np.frombuffer(data, dtype)
         return array.reshape(-1, dimensions) if ndim == 2 else array
 
     def unknown(self, keys: Iterable[str], most: int) -> tuple[int, list[str]]:
         """The number of keys in the table that are not among `keys`, and the first of them."""
-        with _writing():
+        with _using():
             self._db.execute("CREATE TEMP TABLE known (key TEXT PRIMARY KEY) WITHOUT ROWID")
             self._db.execute("BEGIN")
             self._db.executemany("INSERT OR IGNORE INTO known VALUES (?)", ((key,) for key in keys))
             self._db.execute("COMMIT")
-        absent = "FROM found WHERE NOT EXISTS (SELECT 1 FROM known WHERE known.key = found.key)"
-        (count,) = self._db.execute(f"SELECT count(*) {absent}").fetchone()
-        rows = self._db.execute(f"SELECT key {absent} ORDER BY key LIMIT ?", (most,))
-        names = [key for (key,) in rows]
-        self._db.execute("DROP TABLE known")
+            absent = "FROM found WHERE NOT EXISTS (SELECT 1 FROM known WHERE known.key = found.key)"
+            (count,) = self._db.execute(f"SELECT count(*) {absent}").fetchone()
+            rows = self._db.execute(f"SELECT key {absent} ORDER BY key LIMIT ?", (most,))
+            names = [key for (key,) in rows]
+            self._db.execute("DROP TABLE known")
         return count, names
 
 
@@ -127,10 +129,14 @@ _SELECT = "SELECT key, wrong, hash, dimensions, ndim, path FROM found"
 def _row(key: str, value: FloatArray | str, path: str | None) -> tuple[object, ...]:
     if isinstance(value, str):
         return key, value, None, None, None, path, None, None
-    data = value.tobytes()
-    digest = xxhash.xxh3_64_hexdigest(repr(value.shape).encode() + data)
-    kept = None if path is not None else data
+    kept = None if path is not None else value.tobytes()
+    digest = hash_of(value)
     return key, None, digest, value.shape[-1], value.ndim, path, value.dtype.str, kept
+
+
+def hash_of(value: FloatArray) -> str:
+    """Hash of a value's shape and bytes, hex."""
+    return xxhash.xxh3_64_hexdigest(repr(value.shape).encode() + value.tobytes())
 
 
 def _parts(keys: list[str]) -> Iterator[list[str]]:
@@ -139,11 +145,11 @@ def _parts(keys: list[str]) -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def _writing() -> Iterator[None]:
+def _using() -> Iterator[None]:
     try:
         yield
-    except sqlite3.OperationalError as error:
+    except (sqlite3.Error, OverflowError) as error:
         raise StorageError(
-            f"Cannot write imported values to the folder for temporary files ({error}): make room "
+            f"Cannot keep imported values in the folder for temporary files ({error}): make room "
             "there, or set TMPDIR to another folder."
         ) from error

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.lib.format import open_memmap
 
 from latentmill.errors import SourceError
-from latentmill.fields.import_table import Imported, ImportTable
+from latentmill.fields.import_table import Imported, ImportTable, hash_of
 from latentmill.fields.inputs import Absent, Input, absent_items
 from latentmill.models.embedder import EmbedderSpec
 from latentmill.plan import Unit
@@ -112,8 +112,18 @@ class ImportedValues:
         found = self._table.find(list(keys))
         for key in keys:
             path = found[key].path
-            array = self._table.value(key) if path is None else _of_file(Path(path))
+            if path is None:
+                array = self._table.value(key)
+            else:
+                array = self._read_again(Path(path), found[key])
             yield np.ascontiguousarray(array.reshape(-1, self._dimensions).T)
+
+    def _read_again(self, path: Path, found: Imported) -> FloatArray:
+        """The value of a file that was read before; SourceError if it is another one now."""
+        array = _or_reason(_of_file, path)
+        if isinstance(array, str) or hash_of(array) != found.hash:
+            raise SourceError(f"{path} was changed while it was imported: run the command again.")
+        return array
 
     def _input(self, found: Imported | None) -> Input:
         if found is None:

@@ -89,9 +89,10 @@ def run_add(
     entry = _entry(name, setup.handle, setup.chunking.stitch, per_window=per_window)
     with only_run(folder) as hold:
         setup = replace(setup, storage=hold.storage)
+        state = base_state(read_seal(base), entry.source)  # before the plan, which may be newer
         planned = base_plan(base)  # the store may have been extended since
         plan = follow_plan(setup, planned, base, entry)
-        state, commits = base_state(read_seal(base), entry.source), iter_commits(setup.storage)
+        commits = iter_commits(setup.storage)
         states = unit_states(base, plan, setup.storage, entry.source, commits)
         stale = {state.unit.name for state in states if state.stale}
         _warn_of_large_shards(setup, plan, entry)

@@ -102,11 +102,12 @@ def run_add_from(
     entry = FieldEntry(name, handle.spec.kind, source)
     with only_run(folder) as hold:
         setup = replace(setup, storage=hold.storage)
+        state = base_state(read_seal(base), source)  # before the plan, which may be newer
         planned = base_plan(base)  # it may have been extended while this run waited for the field
         if imported is None:
             values = values_of(base, source)
         plan = follow_plan(setup, planned, base, entry)
-        state, commits = base_state(read_seal(base), source), iter_commits(setup.storage)
+        commits = iter_commits(setup.storage)
         stale, waiting = set(), set()
         for one in unit_states(base, plan, setup.storage, source, commits, values):
             stale |= {one.unit.name} if one.stale else set()

@@ -70,9 +70,9 @@ def field_names(base: Storage) -> list[str]:
 def base_state(base: DatasetInfo | None, source: str) -> str:
     """What dataset.json of a store tells about the inputs of a field from `source`.
 
-    That is the hash over the commits, and for a text also that of the annotations, if they have
-    its name. Empty if the store is not sealed. A field that was compared with another state may be
-    behind.
+    That is the hash over the commits, and for a text with annotated values also that of the
+    annotations; a change of other annotated names changes it, too. Empty if the store is not
+    sealed. A field that was compared with another state may be behind.
     """
     if base is None or base.seal is None:
         return ""

@@ -29,8 +29,8 @@ _log = get_logger("store")
 class FieldOfView(LatentStore):
     """A field of a view, read like a view of the fields of its bases.
 
-    Its records are those of the view that have a value. What belongs to the model and not to
-    records, such as `origin` and the statistics, is that of the first field.
+    Its records are those of the view that have a value: `len` counts them. `info`, `origin` and the
+    statistics are those of the first base's field, with its own counts.
 
     Args:
         view: The view.

@@ -207,6 +207,8 @@ def test_a_measurement_is_an_option_of_the_command_line(
         (("40", '"40"'), "other values than whole numbers"),
         (("40", "1099511627776"), "numbers out of range"),
         (("null", "[[1, 4, 16], 0, 9]"), "its codes have an impossible shape"),
+        (("null", "[[-4, 1, 9], 1, 2]"), "its codes have an impossible shape"),
+        pytest.param("[" * 200_000, "nested too deeply", id="deep"),
     ],
 )
 def test_a_measurement_that_is_not_valid(
@@ -221,7 +223,9 @@ def test_a_measurement_that_is_not_valid(
     assert given != whole
     with pytest.raises(ModelError, match=re.escape(reason)) as caught:
         resolve(f"hf:{repo}", {"measured": given})
-    assert "option measured is not a measurement" in one_sentence(caught.value)
+    assert "the measurement in option measured or in the store is not one" in one_sentence(
+        caught.value
+    )
 
 
 class OtherConfig(transformers.PreTrainedConfig):

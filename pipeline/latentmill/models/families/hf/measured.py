@@ -78,7 +78,10 @@ class Measured:
     @classmethod
     def parse(cls, text: str) -> Measured:
         """Raises ValueError, TypeError or LookupError if the text is damaged."""
-        given = json.loads(text)
+        try:
+            given = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
         if not isinstance(given, dict):
             raise TypeError("it is not a JSON object")
         context, codes = given.pop("context"), given.pop("codes")
@@ -93,10 +96,12 @@ class Measured:
         if any(type(one) is not int for one in numbers):
             raise TypeError("it has other values than whole numbers")
         # A store may be hostile: the numbers become sizes of tensors.
-        if min(numbers[:4]) < 1 or max(map(abs, numbers)) > LARGEST:
+        least = min(found.context or (0,))
+        if min(numbers[:4]) < 1 or least < 0 or max(map(abs, numbers)) > LARGEST:
             raise ValueError("it has numbers out of range")
         if found.codes is not None and not (
-            math.prod(found.codes[0]) <= LARGEST
+            min(found.codes[0], default=0) >= 1
+            and math.prod(found.codes[0]) <= LARGEST
             and {*found.codes[1:]} <= {*range(len(found.codes[0]))}
         ):
             raise ValueError("its codes have an impossible shape")
@@ -108,6 +113,11 @@ class Measured:
     def apply(self, network: TokenizerNetwork) -> None:
         network.frames_first, network.one_by_one = self.frames_first, self.one_by_one
         network.codes = None if self.codes is None else Codes(*self.codes)
+        if not {*self.options} <= {*network.required()}:
+            raise ModelError(
+                f"The measured values have arguments for decoding ({', '.join(self.options)}) that "
+                "this model does not require: restore the store that they are from."
+            )
         network.options = self.options
         if self.decoded != self.hop:
             common = math.gcd(self.decoded, self.hop)

@@ -105,8 +105,9 @@ def _given(name: str, measured: str) -> Measured:
         return Measured.parse(measured)
     except (ValueError, TypeError, LookupError) as error:
         raise ModelError(
-            f"Model {name}: option measured is not a measurement of this version of latentmill "
-            f"({one_line(error)}): leave it out, or restore the store that it is from."
+            f"Model {name}: the measurement in option measured or in the store is not one of this "
+            f"version of latentmill ({one_line(error)}): leave the option out, or restore "
+            "plan.json and dataset.json of the store."
         ) from error
 
 

@@ -143,15 +143,20 @@ class TokenizerNetwork:
         finally:
             self.quantiser.ends = True
 
-    def decode_options(self, output: Any) -> dict[str, Any]:
-        """Values that `encode` returned besides codes, for parameters that `decode` requires."""
+    def required(self) -> list[str]:
+        """The parameters that `decode` requires besides codes."""
         given = inspect.signature(self._model.decode).parameters.values()
-        names = [
+        return [
             one.name
             for one in given
-            if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD
+            if one.default is one.empty
+            and one.kind is one.POSITIONAL_OR_KEYWORD
+            and one.name != "audio_codes"
         ]
-        return {name: output[name] for name in names if name != "audio_codes" and name in output}
+
+    def decode_options(self, output: Any) -> dict[str, Any]:
+        """Values that `encode` returned besides codes, for parameters that `decode` requires."""
+        return {name: output[name] for name in self.required() if name in output}
 
     def decode(self, latents: Tensor) -> Tensor:
         if self.one_by_one and len(latents) > 1:
