@@ -29,7 +29,8 @@ settings.register_profile("thorough", deadline=None, max_examples=150)
 def pytest_configure(config: pytest.Config) -> None:
     """Properties are tried with more examples where the slow tests run."""
     slow = "slow" in config.option.markexpr.replace("not slow", "")
-    settings.load_profile("thorough" if slow else "fast")
+    if not config.getoption("--hypothesis-profile", default=None):
+        settings.load_profile("thorough" if slow else "fast")
 
 
 @pytest.hookimpl(optionalhook=True)
