@@ -24,9 +24,9 @@ DEADLY = runs.TESTS / "support" / "deadly"
 SEGFAULT, OUT_OF_MEMORY, HANG, EXIT, LONG = 22051, 22052, 22053, 22054, 22055
 
 
-def item(folder: Path, rate: int, name: str = "") -> Item:
+def item(folder: Path, rate: int, name: str = "", seconds: int = 4) -> Item:
     path = folder / (name or f"{rate}.wav")
-    noise = np.random.default_rng(rate).uniform(-0.3, 0.3, 4 * rate)
+    noise = np.random.default_rng(rate).uniform(-0.3, 0.3, seconds * rate)
     soundfile.write(path, noise, rate, format="WAV")
     return Item(path.stem, str(path), path.stat().st_size, "1")
 
@@ -97,7 +97,7 @@ def test_a_long_item_may_take_longer_than_it_may_be_silent(
             server, began = loader._server, time.monotonic()
             with monkeypatch.context() as patch:
                 patch.setattr(trial_load, "START_SECONDS", 0.0)  # the socket's limit is 2 s, too
-                reason = loader.failure_reason(item(tmp_path, LONG))
+                reason = loader.failure_reason(item(tmp_path, LONG, seconds=24))
             if reason is None:
                 break
         assert reason is None
