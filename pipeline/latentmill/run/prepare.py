@@ -151,6 +151,8 @@ def set_up(config: RunConfig) -> Setup:
     refuse_job_folder("STORE", config.out, "an absolute path or a URL")
     storage = Storage(config.out)
     storage.refuse_read_only()
+    if storage.local and Path(storage.root).exists() and not Path(storage.root).is_dir():
+        raise ConfigError(f"The output {storage.root} is a file: choose a folder.")
     plan = load(storage)
     stored = None if plan is None else plan.fingerprint.get("model")
     handle = registry.resolve(config.model, config.model_options, config.channels, stored=stored)
@@ -194,15 +196,13 @@ def with_precision(config: RunConfig) -> RunConfig:
 
 
 def _source(config: RunConfig, storage: Storage) -> Source:
-    """Open the source, and check that the store is a folder outside of it. Writes nothing."""
+    """Open the source, and check that the store is outside of it. Writes nothing."""
     source = open_source(config)
     if storage.root == source.uri or storage.root.startswith(source.uri.rstrip("/") + "/"):
         raise ConfigError(
             f"The output {storage.root} is inside the source {source.uri}: choose a folder outside "
             "of it."
         )
-    if storage.local and Path(storage.root).exists() and not Path(storage.root).is_dir():
-        raise ConfigError(f"The output {storage.root} is a file: choose a folder.")
     return source
 
 
