@@ -40,9 +40,10 @@ from latentmill.audio.stream import BLOCK
 from latentmill.encoding.batches import Packer
 from latentmill.encoding.chunks import Chunk, Chunker, Chunking
 from latentmill.encoding.lanes import LANES
+from latentmill.encoding.loading import EncodeSettings, Event, Facts, Loading, Opened
 from latentmill.encoding.loudness import LevelMeter
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import EncodeSettings, Event, Facts, Loading, LocalAudio, Opened
+from latentmill.encoding.unit_audio import LocalAudio
 from latentmill.models.base import ModelSpec
 from latentmill.models.families import mdct
 from latentmill.models.inference.device import worker_environment

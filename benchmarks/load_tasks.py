@@ -26,8 +26,9 @@ import ray
 
 from common import SHARED_AUDIO, write_result
 from latentmill.encoding.chunks import Chunk, Chunking
+from latentmill.encoding.loading import EncodeSettings, Loading
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import EncodeSettings, Loading, LocalAudio
+from latentmill.encoding.unit_audio import LocalAudio
 from latentmill.engine.remote_audio import RemoteAudio
 from latentmill.models.families import mdct
 from latentmill.sources.folder import FolderSource

@@ -227,8 +227,9 @@ class ModelAlone:
 
         from latentmill.encoding.batches import Packer
         from latentmill.encoding.chunks import Chunk
+        from latentmill.encoding.loading import Loading
         from latentmill.encoding.timings import Meter
-        from latentmill.encoding.unit_audio import Loading, LocalAudio
+        from latentmill.encoding.unit_audio import LocalAudio
 
         torch.set_num_threads(self._job.threads)
         self._model = self._job.model.load("cpu")

@@ -129,8 +129,9 @@ def write_items(audio: Path, folder: Path, rate: int, seconds: float, count: int
 def encode(model: Any, folder: Path, chunking: Any) -> tuple[float, float]:
     """Encode the items of a folder; return the wall and CPU time."""
     from latentmill.encoding.encoder import UnitEncoder
+    from latentmill.encoding.loading import EncodeSettings, Loading
     from latentmill.encoding.timings import Meter
-    from latentmill.encoding.unit_audio import EncodeSettings, Loading, LocalAudio
+    from latentmill.encoding.unit_audio import LocalAudio
     from latentmill.sources.folder import FolderSource
 
     settings = EncodeSettings(dtype="float32", load_threads=1)

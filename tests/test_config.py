@@ -57,6 +57,7 @@ LATENTS: dict[str, Any] = {
     "where": "genre == 'rock'",
 }
 PLACE_AND_SPEED: dict[str, Any] = {
+    "with_fields": {"clap": "clap:laion/larger_clap_music"},
     "source": "/other",
     "out": "/elsewhere",
     "format": "webdataset",
@@ -162,6 +163,10 @@ FILES = {
     "infinite": ("chunk_seconds: .inf", "finite number"),
     "not a number": ("min_seconds: .nan", "min_seconds"),
     "nested": ("model_options: {hop: [1]}", "invalid model_options hop [1] in FILE: expected text"),
+    "no field's model": (
+        "with_fields: {x: 3}",
+        "invalid with_fields x 3 in FILE: expected a model",
+    ),
     "no condition": ('where: "genre = 1"', "invalid where condition 'genre = 1'"),
     "a call": ("where: open('x')", "only comparisons with and, or, not are allowed"),
     "no pattern": ("group_by: '('", "--group-by '(': not a valid regular expression"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +27,7 @@ from latentmill.models.trust import CONSENT, check_named, store_of
 from latentmill.record import ShardFormat
 from latentmill.sources.filters import RANGES
 from latentmill.sources.group import check_rule
-from latentmill.sources.settings import Effect, Setting, SourceSettings, choices
+from latentmill.sources.settings import Effect, Setting, SourceSettings, choices, option
 from latentmill.sources.where import Condition
 from latentmill.text.redact import is_secret_name
 
@@ -47,6 +47,7 @@ _NUMBERS = Setting("Model", "latents")
 _LOADING = Setting("Source", "latents")
 _FILTER = Setting("Filters", "latents")
 _PLAN = Setting("Plan")
+_FIELDS = Setting("Fields")
 _COMPUTE = Setting("Compute")
 
 
@@ -158,6 +159,11 @@ class RunConfig(SourceSettings):
         description="With --extend: update changed captions and other metadata, without encoding "
         "again. Values that `annotate` has set stay.",
     )
+    with_fields: Annotated[dict[str, str | dict[str, Any]], _FIELDS] = Field(
+        default_factory=dict,
+        description="Field of the store to compute in the same pass: NAME=MODEL, or from a text "
+        "NAME=MODEL@metadata.TEXT. Repeatable.",
+    )
     device: Annotated[str, _COMPUTE] = Field(
         "auto", description="Device of the model: auto, cpu or cuda."
     )
@@ -250,16 +256,18 @@ def load_config(
     """
     values = {} if file is None else read_yaml(file)
     given = {name: value for name, value in options.items() if value is not None}
-    written, wanted = values.get("model_options"), given.get("model_options")
-    if isinstance(written, dict) and isinstance(wanted, dict):  # merge, option by option
-        given["model_options"] = {**written, **wanted}
+    for name in ("model_options", "with_fields"):
+        written, wanted = values.get(name), given.get(name)
+        if isinstance(written, dict) and isinstance(wanted, dict):  # merge, option by option
+            given[name] = {**written, **wanted}
+    chosen = frozenset(options.get("with_fields") or ())  # fields that the file does not choose
     values.update(given)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error.errors()[0], given, file)) from error
     if file is not None and (store := store_of(Path(file))) is not None:
-        _check_config_of_store(config, given, Path(file), store, trusted=trust_model)
+        _check_config_of_store(config, given, chosen, Path(file), store, trusted=trust_model)
     if secret := next(filter(is_secret_name, config.model_options), None):
         raise ConfigError(
             f"Model option {secret} looks like a secret, and all model options are written into "
@@ -296,27 +304,32 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
 
 
 def _check_config_of_store(
-    config: RunConfig, given: Mapping[str, Any], file: Path, store: Path, *, trusted: bool
+    config: RunConfig,
+    given: Mapping[str, Any],
+    chosen: Collection[str],
+    file: Path,
+    store: Path,
+    *,
+    trusted: bool,
 ) -> None:
     """Raise an error if a config file inside a store chooses which code runs, or where.
 
-    That is a model that is not built in, or a Ray cluster, because a cluster can run code in the
-    processes that attach to it.
+    That is a model that is not built in, or a Ray cluster, which can run code in its processes.
     """
+    by = f"config {file} in the store {store}"
     if "model" not in given:
-        by = f"config {file} in the store {store}"
         check_named(config.model, config.model_options, by=by, trusted=trusted)
+    for name, value in config.with_fields.items():
+        if name not in chosen:
+            field = {"model": value} if isinstance(value, str) else value
+            options: Any = field.get("model_options")
+            options = options if isinstance(options, dict) else {}  # a run refuses other values
+            check_named(str(field.get("model")), options, by=by, trusted=trusted)
     if config.address is not None and "address" not in given and not trusted:
         raise ConfigError(
             f"Config {file} in the store {store} names the Ray cluster {config.address}, which can "
             f"run code on this machine: {CONSENT}, or give the cluster with --address."
         )
-
-
-def option(setting: str) -> str:
-    """The argument or option of a setting on the command line."""
-    named = {"source": "SOURCE", "out": "STORE", "model_options": "--model-option"}
-    return named.get(setting, f"--{setting.replace('_', '-')}")
 
 
 def _explain(error: ErrorDetails, given: Mapping[str, Any], file: str | Path | None) -> str:
@@ -334,6 +347,8 @@ def _explain(error: ErrorDetails, given: Mapping[str, Any], file: str | Path | N
         return f"unknown setting {setting}{where}: {hint}"
     if error["type"] == "byte_size":
         message = "expected a size such as 512MiB"
+    elif parts and setting == "with_fields":
+        name, message = f"{name} {parts[0]}", "expected a model, or settings of the field"
     elif parts and setting == "model_options":
         name, message = f"{name} {parts[0]}", "expected text, a number, true, false or null"
     return f"invalid {name} {value!r}{where}: {message}."

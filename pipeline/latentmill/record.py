@@ -141,6 +141,11 @@ class Outcome:
     record: Record | None = None
 
 
+def absent_reason(status: str, reason: str | None) -> str:
+    """Why a field skips an item that its store has no latent of."""
+    return f"{status} in the base store: {reason}"
+
+
 def time_major_bytes(latent: Latent) -> memoryview:
     """The latent's bytes in the stored order: frame after frame, all channels of each frame.
 

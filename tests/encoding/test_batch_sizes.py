@@ -16,7 +16,7 @@ from hypothesis import given
 from latentmill.encoding.batches import MAX_ROWS, Packer, chunk_lengths, expected_batches
 from latentmill.encoding.chunks import Chunk, Chunking
 from latentmill.encoding.lanes import reading_order
-from latentmill.encoding.unit_audio import EncodeSettings
+from latentmill.encoding.loading import EncodeSettings
 from latentmill.sources.base import Item
 from support.chunk_cases import Case, cases
 from support.units import CHUNKING, MODEL, RATE, encode, items_of

@@ -17,8 +17,8 @@ from latentmill.audio import pieces
 from latentmill.decoding.decoder import decode_latent
 from latentmill.encoding import unit_audio
 from latentmill.encoding.chunks import Chunking
+from latentmill.encoding.loading import EncodeSettings
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import EncodeSettings
 from latentmill.errors import ModelError
 from latentmill.models.base import Context, ModelSpec
 from latentmill.models.families import mdct

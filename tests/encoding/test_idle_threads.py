@@ -14,8 +14,9 @@ from latentmill.audio import pieces
 from latentmill.audio.pieces import Piece, PieceLoader
 from latentmill.encoding.chunks import Chunk
 from latentmill.encoding.idle_threads import IdleThreads
+from latentmill.encoding.loading import EncodeSettings, Facts, Loading
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import EncodeSettings, Facts, Loading, LocalAudio
+from latentmill.encoding.unit_audio import LocalAudio
 from support.recordings import noise
 from support.units import CHUNKING, MODEL, items_of, load_threads
 

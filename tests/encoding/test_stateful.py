@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from latentmill.encoding.batches import Packer, expected_batches
 from latentmill.encoding.chunks import Chunk, Chunking
 from latentmill.encoding.lanes import reading_order
+from latentmill.encoding.loading import EncodeSettings
 from latentmill.encoding.single import encode_chunked
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import EncodeSettings
 from latentmill.errors import ConfigError
 from latentmill.models.base import ModelSpec
 from latentmill.models.inference.device_pipeline import DevicePipeline, PlainTransport
@@ -162,7 +162,7 @@ def test_what_overflows_continues_from_a_state_in_float32(
 
     if ahead:
         monkeypatch.setattr(
-            module, "DevicePipeline", lambda *args: DevicePipeline(*args, transport=Ahead())
+            module, "DevicePipeline", lambda *args, step: DevicePipeline(*args, transport=Ahead())
         )
     sounds = write(tmp_path, [6 * CHUNK, 6 * CHUNK + 8, 3 * CHUNK], level=0.1)
     sounds["03"] = np.concatenate([sounds["00"][:CHUNK], 20 * sounds["01"]])

@@ -22,8 +22,9 @@ from latentmill.audio import MediaFile
 from latentmill.encoding import unit_audio
 from latentmill.encoding.chunks import Chunk
 from latentmill.encoding.lanes import LANES
+from latentmill.encoding.loading import EncodeSettings, Event, Loading, Opened
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import EncodeSettings, Event, Loading, LocalAudio, Opened
+from latentmill.encoding.unit_audio import LocalAudio
 from latentmill.record import Outcome
 from latentmill.sources.base import Item
 from latentmill.sources.filters import Filters

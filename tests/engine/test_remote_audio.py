@@ -16,16 +16,9 @@ import soundfile as sf
 
 import latentmill
 from latentmill.encoding.chunks import Chunk, Chunking
+from latentmill.encoding.loading import EncodeSettings, Event, Facts, Loading, Opened
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import (
-    EncodeSettings,
-    Event,
-    Facts,
-    Loading,
-    LocalAudio,
-    Opened,
-    UnitAudio,
-)
+from latentmill.encoding.unit_audio import LocalAudio, UnitAudio
 from latentmill.engine import remote_audio
 from latentmill.engine.actor import ActorShape
 from latentmill.engine.cluster import Cluster

@@ -10,8 +10,9 @@ import pytest
 import soundfile
 
 from latentmill.encoding.chunks import Chunking
+from latentmill.encoding.loading import EncodeSettings, Loading
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import EncodeSettings, Loading, LocalAudio
+from latentmill.encoding.unit_audio import LocalAudio
 from latentmill.engine.dispatch import Assignment
 from latentmill.engine.underway import Underway, UnitProgress
 from latentmill.engine.worker_slot import Report, WorkerSlot

@@ -22,9 +22,10 @@ from latentmill.config import fingerprint_document, load_config
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.encoder import UnitEncoder
 from latentmill.encoding.fingerprint import fingerprint
+from latentmill.encoding.loading import EncodeSettings, Loading
 from latentmill.encoding.single import encode_chunked, encode_whole
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import EncodeSettings, Loading, LocalAudio
+from latentmill.encoding.unit_audio import LocalAudio
 from latentmill.errors import ConfigError, ModelError
 from latentmill.evaluation.metrics import additivity, homogeneity
 from latentmill.evaluation.probe import probe

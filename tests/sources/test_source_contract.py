@@ -15,7 +15,8 @@ import pytest
 
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.encoder import UnitEncoder
-from latentmill.encoding.unit_audio import EncodeSettings, Loading, LocalAudio
+from latentmill.encoding.loading import EncodeSettings, Loading
+from latentmill.encoding.unit_audio import LocalAudio
 from latentmill.errors import LatentmillError, SourceError
 from latentmill.models.families import mdct
 from latentmill.record import Outcome, Record

@@ -15,8 +15,9 @@ from latentmill.config import RunConfig, fingerprint_document
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.encoder import UnitEncoder
 from latentmill.encoding.fingerprint import fingerprint
+from latentmill.encoding.loading import EncodeSettings, Loading
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import EncodeSettings, Loading, LocalAudio
+from latentmill.encoding.unit_audio import LocalAudio
 from latentmill.models import registry
 from latentmill.plan import Plan, UnitLimits, draft, freeze, read_items
 from latentmill.record import Record

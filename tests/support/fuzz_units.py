@@ -28,8 +28,9 @@ from audio_files import encoded
 
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.encoder import UnitEncoder
+from latentmill.encoding.loading import EncodeSettings, Loading
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import EncodeSettings, Loading, LocalAudio
+from latentmill.encoding.unit_audio import LocalAudio
 from latentmill.models import registry
 from latentmill.sources.base import Item
 

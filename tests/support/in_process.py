@@ -7,7 +7,8 @@ writes, is the library's. Starting an actor takes four seconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +20,19 @@ import soundfile
 from latentmill.config import RunConfig, load_config
 from latentmill.encoding.chunks import Chunking
 from latentmill.engine import launch
+from latentmill.engine.joint import (
+    FieldInPass,
+    JointWorker,
+    joint_job,
+    joint_units,
+    write_origins,
+)
 from latentmill.engine.lock import Hold
 from latentmill.engine.worker import Worker
 from latentmill.errors import StorageError
 from latentmill.models.base import ModelHandle
 from latentmill.plan import Plan, Unit
 from latentmill.run.run import RunSummary, run
-from latentmill.store.schema import ORIGIN_PATH
-from latentmill.store.seal import write_origin
 
 ATTEMPTS = 3  # as `engine.dispatch` gives a unit that cannot be written
 
@@ -39,14 +45,20 @@ def encode_units(
     todo: list[Unit],
     progress: Any,
     hold: Hold,
+    fields: Sequence[FieldInPass] = (),
 ) -> None:
     """What `launch.encode_units` does, with one worker."""
-    storage = hold.storage
     job = launch.make_job(config, handle, chunking, plan, device="cpu", threads=1)
-    with closing(Worker(replace(job, owner=hold.owner))) as worker:
-        if not storage.exists(ORIGIN_PATH):
-            write_origin(storage, worker.origin())
-        for unit in todo:
+    job = replace(job, owner=hold.owner)
+    with contextlib.ExitStack() as stack:
+        worker: Any
+        if fields:
+            worker = stack.enter_context(closing(JointWorker(joint_job(job, fields))))
+            write_origins(hold, fields, worker.origin())
+        else:
+            worker = stack.enter_context(closing(Worker(job)))
+            write_origins(hold, (), [worker.origin()])
+        for unit in joint_units(todo, fields) if fields else todo:
             for attempt in range(1, ATTEMPTS + 1):
                 hold.check()
                 try:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.encoder import UnitEncoder
+from latentmill.encoding.loading import EncodeSettings, Loading
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import EncodeSettings, Loading, LocalAudio
+from latentmill.encoding.unit_audio import LocalAudio
 from latentmill.models.base import Autoencoder
 from latentmill.models.families import mdct
 from latentmill.record import Outcome, Record

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,8 @@ class WaveformStats:
 class Waveform:
     """A recording at a model's rate and channels. Iterate over `blocks()` once, then read `stats`.
 
+    If a recording is loaded for several models, `push` each of its blocks instead, then `finish`.
+
     Attributes:
         sample_rate: Hz, the model's.
         channels: Channels, the model's.
@@ -51,8 +53,9 @@ class Waveform:
         self.sample_rate = sample_rate
         self.channels = channels
         self._stream, self._helpers = stream, helpers
-        self._source_samples = 0
-        self._stats: WaveformStats | None = None
+        self._pushed: _Pushed | None = None
+        self._samples, self._power, self._peak = 0, 0.0, 0.0
+        self._finished = False
 
     @property
     def stats(self) -> WaveformStats:
@@ -61,11 +64,12 @@ class Waveform:
         Raises:
             RuntimeError: `blocks()` is not exhausted.
         """
-        if self._stats is None:
+        if not self._finished:
             raise RuntimeError(
                 "the stats are not known before blocks() is exhausted: read all blocks first"
             )
-        return self._stats
+        rms = math.sqrt(self._power / self._samples)
+        return WaveformStats(self._samples, self._stream.loaded, rms, self._peak)
 
     def blocks(self) -> Iterator[FloatArray]:
         """Yield blocks `[C, n]`, float32, contiguous, n at most `BLOCK`, in total
@@ -76,14 +80,27 @@ class Waveform:
         Raises:
             ItemError: See `AudioStream.blocks`.
         """
-        samples, power, peak = 0, 0.0, 0.0
-        for block in self._blocks():  # [n, C or 1]
-            samples += len(block)
-            power += _energy(block) / block.shape[1]
-            peak = max(peak, float(block.max()), -float(block.min()))
-            yield _planar(block, self.channels)
-        rms = math.sqrt(power / samples)
-        self._stats = WaveformStats(samples, self._source_samples, rms, peak)
+        yield from map(self._measured, self._blocks())
+        self._finished = True
+
+    def push(self, block: FloatArray) -> Iterator[FloatArray]:
+        """Yield what a block `[C, n]` of the recording gives; in total the same as `blocks`."""
+        if self._pushed is None:
+            self._pushed = _Pushed(self._stream, self.sample_rate, self.channels)
+        yield from map(self._measured, self._pushed.push(block))
+
+    def finish(self) -> Iterator[FloatArray]:
+        """Yield what is left after the last block of the recording."""
+        if self._pushed is not None:
+            yield from map(self._measured, self._pushed.finish())
+        self._finished = True
+
+    def _measured(self, block: FloatArray) -> FloatArray:
+        """Measure a converted block `[n, C or 1]`, and return it as `[C, n]`."""
+        self._samples += len(block)
+        self._power += _energy(block) / block.shape[1]
+        self._peak = max(self._peak, float(block.max()), -float(block.min()))
+        return _planar(block, self.channels)
 
     def _blocks(self) -> Iterator[FloatArray]:
         """All converted blocks `[n, C]`; where `stats` are measured does not depend on pieces."""
@@ -94,11 +111,10 @@ class Waveform:
             blocks = PieceLoader(stream, grid, self._converted, self._helpers).blocks()
             with contextlib.closing(blocks):
                 yield from _equal_blocks(blocks)
-        elif stream.sample_rate != self.sample_rate or stream.divisible:
+        elif _in_equal_blocks(stream, self.sample_rate):
             yield from _equal_blocks(self._converted(stream))
         else:
             yield from self._converted(stream)
-        self._source_samples = stream.loaded
 
     def _converted(self, stream: AudioStream) -> Iterator[FloatArray]:
         """Downmixed and resampled blocks `[n, C]`; mono has one channel here, to save time."""
@@ -113,29 +129,79 @@ class Waveform:
 
     def _downmixed(self, stream: AudioStream) -> Iterator[FloatArray]:
         for block in stream.blocks():  # [C, n], transposed in memory
-            mixed = block.T  # [n, C]
-            if self.channels == 1 and len(block) > 1:
-                mixed = _mean(block)[:, None]
-            for start in range(0, len(mixed), BLOCK):
-                yield mixed[start : start + BLOCK]
+            yield from _downmixed(block, self.channels)
 
 
-def _equal_blocks(blocks: Iterator[FloatArray]) -> Iterator[FloatArray]:
-    """The same samples in blocks `[BLOCK, C]`; the last one is shorter."""
-    parts: list[FloatArray] = []
-    size = 0
-    for block in blocks:
+def _downmixed(block: FloatArray, channels: int) -> Iterator[FloatArray]:
+    """A block `[C, n]` as parts `[n, C]`, or `[n, 1]` for a model with one channel."""
+    mixed = block.T  # [n, C]
+    if channels == 1 and len(block) > 1:
+        mixed = _mean(block)[:, None]
+    for start in range(0, len(mixed), BLOCK):
+        yield mixed[start : start + BLOCK]
+
+
+class _Pushed:
+    """Converts a recording whose blocks are pushed, as `Waveform.blocks` without pieces."""
+
+    def __init__(self, stream: AudioStream, sample_rate: int, channels: int) -> None:
+        self._channels = channels
+        self._resampler: _Resampler | None = None
+        if stream.sample_rate != sample_rate:
+            kept = min(stream.channels, channels)
+            self._resampler = _Resampler(stream.sample_rate, sample_rate, kept)
+        self._equal = _EqualBlocks() if _in_equal_blocks(stream, sample_rate) else None
+
+    def push(self, block: FloatArray) -> Iterator[FloatArray]:
+        for part in _downmixed(block, self._channels):
+            converted = [part] if self._resampler is None else self._resampler.push(part)
+            yield from self._regrouped(converted)
+
+    def finish(self) -> Iterator[FloatArray]:
+        if self._resampler is not None:
+            yield from self._regrouped(self._resampler.finish())
+        if self._equal is not None:
+            yield from self._equal.finish()
+
+    def _regrouped(self, blocks: Iterable[FloatArray]) -> Iterator[FloatArray]:
+        for block in blocks:
+            yield from [block] if self._equal is None else self._equal.push(block)
+
+
+def _in_equal_blocks(stream: AudioStream, sample_rate: int) -> bool:
+    """Whether `stats` are measured over blocks of one size, so that pieces do not change them."""
+    return stream.sample_rate != sample_rate or stream.divisible
+
+
+class _EqualBlocks:
+    """Regroups samples into blocks `[BLOCK, C]`; the last one is shorter."""
+
+    def __init__(self) -> None:
+        self._parts: list[FloatArray] = []
+        self._size = 0
+
+    def push(self, block: FloatArray) -> Iterator[FloatArray]:
         rest = block
-        while size + len(rest) >= BLOCK:
-            parts.append(rest[: BLOCK - size])
-            rest = rest[BLOCK - size :]
-            yield parts[0] if len(parts) == 1 else np.concatenate(parts)
-            parts, size = [], 0
+        while self._size + len(rest) >= BLOCK:
+            self._parts.append(rest[: BLOCK - self._size])
+            rest = rest[BLOCK - self._size :]
+            yield self._parts[0] if len(self._parts) == 1 else np.concatenate(self._parts)
+            self._parts, self._size = [], 0
         if len(rest):
-            parts.append(rest)
-            size += len(rest)
-    if parts:
-        yield np.concatenate(parts)
+            self._parts.append(rest)
+            self._size += len(rest)
+
+    def finish(self) -> Iterator[FloatArray]:
+        if self._parts:
+            yield np.concatenate(self._parts)
+
+
+def _equal_blocks(blocks: Iterable[FloatArray]) -> Iterator[FloatArray]:
+    """The same samples in blocks `[BLOCK, C]`; the last one is shorter."""
+    equal = _EqualBlocks()
+    for block in blocks:
+        yield from equal.push(block)
+    yield from equal.finish()
 
 
 def _mean(block: FloatArray) -> FloatArray:

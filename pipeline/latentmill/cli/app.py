@@ -378,8 +378,9 @@ def _settings(options: Mapping[str, Any]) -> RunConfig:
     from latentmill.config import load_config
 
     model_options = _options(options["model_option"], options["revision"])
-    given = {**options, "model_options": model_options}
-    for name in ("config", "model_option", "revision", "trust_model", "as_json"):
+    with_fields = cli_read.parsed_fields(options["with_"])
+    given = {**options, "model_options": model_options, "with_fields": with_fields}
+    for name in ("config", "model_option", "revision", "with_", "trust_model", "as_json"):
         del given[name]
     return load_config(options["config"], given, trust_model=options["trust_model"])
 

@@ -33,6 +33,15 @@ Revision = Annotated[
         rich_help_panel=setting("model_options").group,
     ),
 ]
+With = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--with",
+        metavar="NAME=MODEL",
+        help=RunConfig.model_fields["with_fields"].description,
+        rich_help_panel=setting("with_fields").group,
+    ),
+]
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -45,7 +54,9 @@ def encode_options() -> dict[str, Any]:
     """Annotations of all options and arguments of `encode`, by Python name."""
     options: dict[str, Any] = {}
     for name in RunConfig.model_fields:
-        if name == "model_options":
+        if name == "with_fields":
+            options["with_"] = With
+        elif name == "model_options":
             options |= {"model_option": ModelOption, "revision": Revision}
         else:
             options[name] = annotation(name)
@@ -62,7 +73,8 @@ def add_options() -> dict[str, Any]:
 
 def _group(name: str) -> int:
     groups = list(dict.fromkeys(setting(one).group for one in RunConfig.model_fields))
-    known = name if name in RunConfig.model_fields else "model_options"
+    special = "with_fields" if name == "with_" else "model_options"
+    known = name if name in RunConfig.model_fields else special
     return groups.index(setting(known).group)
 
 

@@ -79,6 +79,18 @@ def parsed_options(pairs: list[str] | None) -> dict[str, Any]:
     return options
 
 
+def parsed_fields(pairs: list[str] | None) -> dict[str, str] | None:
+    """Parse `NAME=MODEL` of fields; None if there are none."""
+    fields: dict[str, str] = {}
+    for pair in pairs or []:
+        name, equals, model = pair.partition("=")
+        if not equals or name in fields:
+            wrong = "each field once" if equals else "NAME=MODEL"
+            raise ConfigError(f"invalid --with {pair!r}: expected {wrong}.")
+        fields[name] = model
+    return fields or None
+
+
 def open_to_decode(
     url: str, device: str, trust_model: bool, model_option: list[str] | None
 ) -> LatentStore:

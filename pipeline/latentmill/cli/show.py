@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from latentmill.cli.show_fields import show_field, unknown_keys, waiting_units
+from latentmill.cli.show_fields import field_line, show_field, unknown_keys, waiting_units
 from latentmill.cli.show_metadata import refreshed_metadata
 from latentmill.encoding.batches import LONG_BATCH_SECONDS
 from latentmill.encoding.timings import bound
@@ -41,7 +41,7 @@ MAX_LISTED = 20
 def plain(value: Any) -> Any:
     """Convert dataclasses, models and tuples to the dicts and lists that JSON has."""
     if isinstance(value, BaseModel):
-        optional = (*IN_INFO, "annotation", "field", "base_seal")
+        optional = (*IN_INFO, "annotation", "field")
         unset: set[str] = {name for name in optional if getattr(value, name, 0) is None}
         if not getattr(value, "bases", True):  # not a view
             unset |= VIEW_FIELDS
@@ -75,10 +75,12 @@ def summary(run: RunSummary) -> str:
         refreshed_metadata(run.refreshed),
         unknown_keys(run),
         waiting_units(run),
+        *(field_line(name, one) for name, one in run.fields.items()),
+        *(pairs_listed(f"failed in {name}", one.failures) for name, one in run.fields.items()),
     ]
     # A field from texts, latents or a file is computed without workers, and has no audio.
     from_values = info.field is not None and info.field.source != "audio"
-    if run.failures:
+    if run.failures or any(one.failures for one in run.fields.values()):
         first = "" if from_values else "fix these files, then "
         lines.append(f"  {first}rerun with --retry-failed")
     todo = run.units - run.resumed_units - run.waiting

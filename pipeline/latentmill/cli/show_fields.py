@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from latentmill.store.schema import DatasetInfo
-from latentmill.text.printing import counted
+from latentmill.text.printing import counted, size_text
 
 if TYPE_CHECKING:
     from latentmill.run.run import RunSummary
@@ -33,6 +33,15 @@ def unknown_keys(run: RunSummary) -> str:
     more = "" if run.unknown == len(run.unknown_keys) else ", ..."
     keys = counted(run.unknown, "key")
     return f"  {keys} of the file not in the store: {', '.join(run.unknown_keys)}{more}"
+
+
+def field_line(name: str, run: RunSummary) -> str:
+    """A line about a field that was computed with its store."""
+    info = run.info
+    return (
+        f"  field {name}: {info.encoded} encoded, {info.skipped} skipped, {info.failed} failed of "
+        f"{counted(info.items, 'item')}, {size_text(sum(shard.bytes for shard in info.shards))}"
+    )
 
 
 def waiting_units(run: RunSummary) -> str:

@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from latentmill.curation.field_vectors import FieldVectors
 from latentmill.encoding.encoder import UnitEncoder
+from latentmill.encoding.loading import EncodeSettings, Loading
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import EncodeSettings, Loading, LocalAudio
+from latentmill.encoding.unit_audio import LocalAudio
 from latentmill.errors import ConfigError, SourceError
 from latentmill.evaluation.vectors import StoredVectors
 from latentmill.record import FloatArray, Latent

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -19,12 +20,12 @@ import torch
 
 from latentmill.encoding.batches import Batch, Packer
 from latentmill.encoding.chunks import Chunk, Chunking, Stitcher
+from latentmill.encoding.loading import EncodeSettings, Facts, ItemEvent, Opened
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import EncodeSettings, Facts, ItemEvent, Opened
 from latentmill.models.base import Autoencoder, StatefulAutoencoder
 from latentmill.models.checks import check_encoded
 from latentmill.models.inference.compiled import uncompiled
-from latentmill.models.inference.device_pipeline import DevicePipeline
+from latentmill.models.inference.device_pipeline import ALONE, DevicePipeline
 from latentmill.models.inference.precision import numeric_mode
 from latentmill.record import DTYPES, FloatArray, Outcome, Record
 from latentmill.sources.address import address_of
@@ -72,10 +73,13 @@ class UnitEncoder:
         settings: EncodeSettings,
         meter: Meter | None = None,
         device: str = "cpu",
+        step: AbstractContextManager[object] = ALONE,
     ) -> None:
+        """`step` is held while the model encodes a batch; see `DevicePipeline`."""
         self._model = model
         self._device = device
-        self._pipeline = DevicePipeline(model, device, settings.precision)
+        self._step = step
+        self._pipeline = DevicePipeline(model, device, settings.precision, step=step)
         self._queued: deque[_QueuedBatch] = deque()  # in the pipeline
         self._chunking = chunking
         self._settings = settings
@@ -162,7 +166,7 @@ class UnitEncoder:
     ) -> FloatArray:
         """Encode a batch again in float32, so that its items do not fail for the low precision."""
         audio, model = torch.from_numpy(queued.batch.audio()), uncompiled(self._model)
-        with numeric_mode("float32", self._device):
+        with self._step, numeric_mode("float32", self._device):
             if self._chunking.stitch == "state":
                 stateful = cast(StatefulAutoencoder, model)
                 latents, after = stateful.encode_step(audio, queued.states)

@@ -15,6 +15,7 @@ import ray
 
 from latentmill.encoding.unit_audio import LocalAudio
 from latentmill.engine.dispatch import UNITS_IN_FLIGHT
+from latentmill.engine.joint import JointJob, JointWorker
 from latentmill.engine.loss import memory_used
 from latentmill.engine.metrics import Metrics
 from latentmill.engine.remote_audio import RemoteAudio
@@ -53,24 +54,29 @@ class _Messages(logging.Handler):
 
 @ray.remote(max_restarts=0, max_task_retries=0)
 class EncodeActor:
-    """Keeps one model in memory and encodes whole units, `UNITS_IN_FLIGHT` at a time."""
+    """Keeps one model in memory, or those of a store and its fields. Encodes whole units,
+    `UNITS_IN_FLIGHT` at a time.
+    """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job | JointJob) -> None:
         self._job = job
         self._place = f"process {os.getpid()} on {socket.gethostname()}"
         self._messages = _Messages(self._place)
         logging.getLogger(ROOT).addHandler(self._messages)
         logging.getLogger(ROOT).setLevel(job.log_level)
         self._stopped = threading.Event()
-        self._worker: Worker | None = None
+        self._worker: Worker | JointWorker | None = None
         self._metrics = Metrics()
 
     def ready(self) -> Reply:
         """Load the model and return the process and host, for messages."""
         # Not in the constructor: only an error raised in a method reaches the driver unchanged.
-        tasks = self._job.load_tasks
-        open_audio_of = partial(RemoteAudio, tasks=tasks) if tasks else LocalAudio
-        self._worker = Worker(self._job, self._stopped, open_audio_of)
+        if isinstance(self._job, JointJob):
+            self._worker = JointWorker(self._job, self._stopped)
+        else:
+            tasks = self._job.load_tasks
+            open_audio_of = partial(RemoteAudio, tasks=tasks) if tasks else LocalAudio
+            self._worker = Worker(self._job, self._stopped, open_audio_of)
         return self._reply(self._place)
 
     def origin(self) -> Reply:
@@ -96,7 +102,7 @@ class EncodeActor:
         return Reply(value, self._messages.take())
 
     @property
-    def _loaded(self) -> Worker:
+    def _loaded(self) -> Worker | JointWorker:
         assert self._worker is not None, "`ready` is called first"
         return self._worker
 
@@ -113,7 +119,7 @@ class ActorShape:
         return gpus or f"{self.cpus:g} CPU cores"
 
 
-def start_actor(job: Job, shape: ActorShape) -> Any:
+def start_actor(job: Job | JointJob, shape: ActorShape) -> Any:
     """Start an actor. Returns its handle at once, before the model is loaded."""
     return EncodeActor.options(  # type: ignore[attr-defined]
         num_cpus=shape.cpus,

@@ -8,11 +8,11 @@ from dataclasses import fields
 from latentmill.config import RunConfig
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.fingerprint import fingerprint
-from latentmill.encoding.unit_audio import EncodeSettings
+from latentmill.encoding.loading import EncodeSettings
 from latentmill.engine.worker import Job
 from latentmill.models.base import ModelHandle
 from latentmill.models.inference.batch import check_batch
-from latentmill.plan import Plan
+from latentmill.plan import Plan, load
 from latentmill.sources.filters import Filters
 from latentmill.storage.storage import Storage
 from latentmill.store.field_layout import base_url
@@ -33,6 +33,7 @@ def make_job(
     """The job of a run's workers. Raises ConfigError if the batches are too large for the model."""
     if device == "cuda":  # without batch_size, the smallest batch that is tried is one chunk
         check_batch(handle.spec, chunking.samples, config.batch_size or 1)
+    base = None if plan.field is None else base_url(Storage(config.out).root)
     return Job(
         model=handle,
         chunking=chunking,
@@ -58,7 +59,8 @@ def make_job(
             "layout": "chunks" if chunking.stitch == "none" else "time-major",
             "fingerprint": fingerprint(plan.fingerprint),
         },
-        base=None if plan.field is None else base_url(Storage(config.out).root),
+        base=base,
+        base_chunk_seconds=None if base is None else _chunk_seconds(base),
         retry_failed=config.retry_failed,
         device=device,
         threads=threads,
@@ -67,3 +69,14 @@ def make_job(
         auto_batch=config.batch_size is None,
         log_level=logging.getLogger(ROOT).getEffectiveLevel(),
     )
+
+
+def _chunk_seconds(store: str) -> float | None:
+    """The length of a store's chunks; None if it has no plan."""
+    plan = load(Storage(store))
+    if plan is None:
+        return None
+    seconds: float = (
+        plan.fingerprint["chunking"]["samples"] / plan.fingerprint["model"]["sample_rate"]
+    )
+    return seconds

@@ -12,6 +12,7 @@ from latentmill.encoding.chunks import Chunking
 from latentmill.engine.actor import ActorShape
 from latentmill.engine.cluster import Cluster, connect, describe, head_answers
 from latentmill.engine.job import LOAD_THREADS, make_job
+from latentmill.engine.joint import FieldInPass, joint_job, joint_units, write_origins
 from latentmill.engine.lock import Hold
 from latentmill.engine.scheduler import RunObserver, Scheduler
 from latentmill.engine.trial_load import HANG_SECONDS
@@ -19,8 +20,6 @@ from latentmill.errors import ConfigError, HeadGoneError
 from latentmill.models.base import ModelHandle
 from latentmill.plan import Plan, Unit
 from latentmill.storage.storage import Storage
-from latentmill.store.schema import ORIGIN_PATH
-from latentmill.store.seal import write_origin
 
 MOST_LOAD_THREADS = 16
 HEAD_SECONDS = 40.0  # without an answer
@@ -34,10 +33,12 @@ def encode_units(
     todo: list[Unit],
     observer: RunObserver,
     hold: Hold,
+    fields: Sequence[FieldInPass] = (),
 ) -> None:
     """Connect to Ray and run the units on one actor per GPU, or on as many as the CPU cores allow.
 
-    Nodes that join later get actors too, unless the number of workers is set.
+    Nodes that join later get actors too, unless the number of workers is set. `fields` are computed
+    in the same pass.
     """
     storage = Storage(config.out)
     with connect(config.address, payloads=bool(config.load_tasks)) as cluster:
@@ -54,17 +55,23 @@ def encode_units(
         # A trial load must time out before the scheduler replaces the whole worker.
         hang_seconds = min(HANG_SECONDS, stall_seconds / 3)
         job = replace(job, owner=hold.owner, hang_seconds=hang_seconds)
-        write = partial(write_origin, hold.storage)
-        has_origin = storage.exists(ORIGIN_PATH)
         scheduler = Scheduler(
-            job,
+            joint_job(job, fields) if fields else job,
             resources.shape,
             _ActorTarget(resources.shape, config.workers),
             observer,
-            check=hold.check,
+            check=partial(_check_holds, [hold, *(one.hold for one in fields)]),
             stall_seconds=stall_seconds,
         )
-        scheduler.run(todo, (lambda _: None) if has_origin else write)
+        if fields:
+            scheduler.run(joint_units(todo, fields), partial(write_origins, hold, fields))
+        else:
+            scheduler.run(todo, lambda origin: write_origins(hold, (), [origin]))
+
+
+def _check_holds(holds: Sequence[Hold]) -> None:
+    for hold in holds:
+        hold.check()
 
 
 def cluster_device(config: RunConfig) -> str:

@@ -28,8 +28,8 @@ from ray.exceptions import (
 
 from latentmill.encoding.chunks import Chunk
 from latentmill.encoding.lanes import Numbered, in_turn, lanes_of
+from latentmill.encoding.loading import Event, Facts, ItemEvent, Loading, Opened
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import Event, Facts, ItemEvent, Loading, Opened
 from latentmill.engine.dispatch import MAX_ATTEMPTS, MAX_NODE_LOSSES, Loss
 from latentmill.engine.loss import classify
 from latentmill.engine.trial_load import TrialLoader
@@ -68,7 +68,7 @@ def parcels(lanes: Sequence[Sequence[Numbered]], loading: Loading, trial: bool) 
     """
     yield Parcel()
     spec, settings = loading.spec, loading.settings
-    items = [item for lane in lanes for _, item in lane]
+    items = [item for lane in lanes for _, item in lane if item.key not in loading.absent]
     with (
         UnitReader(items, allow_changed=settings.allow_changed) as reader,
         TrialLoader(
@@ -78,7 +78,8 @@ def parcels(lanes: Sequence[Sequence[Numbered]], loading: Loading, trial: bool) 
 
         def events_of(lane: Sequence[Numbered]) -> Iterator[tuple[int, Event]]:
             for number, item in lane:
-                reason = trials.failure_reason(item) if trial else None
+                tried = trial and item.key not in loading.absent
+                reason = trials.failure_reason(item) if tried else None
                 refused = {item.key: reason} if reason else loading.refused
                 for event in replace(loading, refused=refused).read(item, reader):
                     yield number, event

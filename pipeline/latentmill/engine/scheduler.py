@@ -20,13 +20,13 @@ from ray.exceptions import RayError, RayTaskError
 from latentmill.engine.actor import ActorShape, start_actor
 from latentmill.engine.cluster import head_answers
 from latentmill.engine.dispatch import MAX_ATTEMPTS, Dispatch, Loss
+from latentmill.engine.joint import JointJob
 from latentmill.engine.loss import classify
 from latentmill.engine.underway import UnitProgress
 from latentmill.engine.worker import Job, UnitResult
 from latentmill.engine.worker_slot import WorkerSlot
 from latentmill.errors import LatentmillError, StorageError, UnitsFailedError
 from latentmill.plan import Unit
-from latentmill.record import FloatArray
 from latentmill.text.log import get_logger
 from latentmill.text.printing import counted
 
@@ -83,7 +83,7 @@ class Scheduler:
 
     def __init__(
         self,
-        job: Job,
+        job: Job | JointJob,
         shape: ActorShape,
         wanted: Callable[[], int],
         observer: RunObserver,
@@ -100,15 +100,16 @@ class Scheduler:
         self._slots: list[WorkerSlot] = []
         self._to_fill: set[WorkerSlot] = set()  # slots that may be able to get more units
         self._calls: dict[Any, _Call] = {}  # by Ray reference
-        self._origin: FloatArray | None = None
+        self._origin: Any = None
         self._target = 0
         self._next_look = self._next_report = 0.0
         self._counts: tuple[int, int] | None = None
         self._idle_since = time.monotonic()  # start of the time without a ready actor
         self._failed_starts = 0
 
-    def run(self, units: Sequence[Unit], on_origin: Callable[[FloatArray], None]) -> None:
-        """Encode all units. `on_origin` gets the model's latent of silence before any unit starts.
+    def run(self, units: Sequence[Unit], on_origin: Callable[[Any], None]) -> None:
+        """Encode all units. `on_origin` gets what a worker's `origin` returns before any unit
+        starts.
 
         Raises UnitsFailedError if units failed on every attempt (all others are committed), or if
         workers die while they load the model. Raises StorageError if the store cannot be written;

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from latentmill.encoding.chunks import Chunk
-from latentmill.encoding.unit_audio import Facts, ItemEvent, Opened
+from latentmill.encoding.loading import Facts, ItemEvent, Opened
 from latentmill.models.base import ModelSpec
 from latentmill.plan import Unit
 from latentmill.sources.base import Item

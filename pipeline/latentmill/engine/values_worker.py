@@ -135,7 +135,7 @@ class ValuesWorker:
         commit = write_unit(
             storage,
             unit.name,
-            itertools.chain(part.kept(), computed),
+            itertools.chain(part.skipped(), part.kept(), computed),
             format_name=job.format,
             fingerprint=job.fingerprint,
             info=job.info,

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,21 +24,20 @@ import torch
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.encoder import UnitEncoder
 from latentmill.encoding.lanes import reading_order
-from latentmill.encoding.stored import parse_json
+from latentmill.encoding.loading import EncodeSettings, ItemEvent, Loading
 from latentmill.encoding.timings import Meter
-from latentmill.encoding.unit_audio import EncodeSettings, ItemEvent, Loading, LocalAudio, UnitAudio
+from latentmill.encoding.unit_audio import LocalAudio, UnitAudio
 from latentmill.engine.handover import written_beside
 from latentmill.engine.lock import Membership
 from latentmill.engine.trial_load import HANG_SECONDS, TrialLoader
+from latentmill.engine.tuning import compiled, settled_batch_size
 from latentmill.engine.underway import Underway, UnitProgress
-from latentmill.errors import StoreError
-from latentmill.fields.inputs import audio_inputs, with_inputs
+from latentmill.fields.inputs import Input, audio_inputs, with_inputs
 from latentmill.fields.unit import BaseCommits, FieldUnit
 from latentmill.models.base import Autoencoder, ModelHandle
 from latentmill.models.checks import check_encoded
-from latentmill.models.inference.batch import find_batch_size
-from latentmill.models.inference.compiled import Compiled
 from latentmill.models.inference.device import load_model, pick_device
+from latentmill.models.inference.device_pipeline import ALONE
 from latentmill.models.inference.precision import numeric_mode, pick_precision
 from latentmill.plan import Unit, read_items
 from latentmill.plan.items import estimated_seconds
@@ -68,6 +67,7 @@ class Job:
     auto_batch: bool = False  # on a GPU, measure the best batch size
     owner: str | None = None  # id in the run's lease on the store, if it has one
     base: str | None = None  # of a field: its base store
+    base_chunk_seconds: float | None = None  # of a field: the length of chunks of its base
     retry_failed: bool = False  # of a field: compute failed items again
     hang_seconds: float = HANG_SECONDS  # a trial load without progress for this long is hung
     log_level: int = logging.WARNING  # of the messages that the driver gets
@@ -88,7 +88,6 @@ class UnitResult:
 
 MAX_REPORTED_FAILURES = 20
 PROBED_CHUNKS = 4  # headers of items that are estimated to be longer are not read
-BATCH_PATH = "plan/batch.json"
 
 
 OpenUnitAudio = Callable[[Sequence[Item], Loading, Meter], UnitAudio]
@@ -98,11 +97,56 @@ class Stopped(Exception):  # noqa: N818  nothing is wrong
     """The worker was stopped during a unit."""
 
 
+@dataclass(frozen=True)
+class UnitWork:
+    """A unit that a worker has begun.
+
+    Attributes:
+        unit: The unit.
+        planned: Its items, in the order of the plan.
+        items: Those that are read, in this order.
+        field: What is done with each item, if the store is a field.
+        loading: How they are loaded.
+        encoder: Encodes them.
+        began: When the worker began, by `perf_counter`.
+    """
+
+    unit: Unit
+    planned: Sequence[Item]
+    items: Sequence[Item]
+    field: FieldUnit | None
+    loading: Loading
+    encoder: UnitEncoder
+    began: float
+
+
+class Link:
+    """How a unit depends on the same unit of another store; this one depends on none."""
+
+    def outcomes(self, outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
+        """The outcomes that are written, of those that the model gives."""
+        return outcomes
+
+    def inputs(self, work: UnitWork) -> Mapping[str, Input] | None:
+        """The inputs in a field's commit. Called when the shard is written."""
+        return None if work.field is None else work.field.inputs
+
+    def committed(self, commit: Commit) -> None:
+        """Called when the unit is committed."""
+
+
+ALONE_IN_UNIT = Link()
+
+
 class Worker:
     """Encodes units with one model. `encode` may be called by two threads.
 
     After `stopped` is set, units end with `Stopped` at their next chunk. `open_audio_of` starts to
-    load a unit's items.
+    load a unit's items. `step` is held while the model encodes; models that run in several threads
+    share it, and are tuned when all of them are loaded.
+
+    Attributes:
+        storage: The store. It refuses writes after another run has taken over.
     """
 
     def __init__(
@@ -110,6 +154,7 @@ class Worker:
         job: Job,
         stopped: threading.Event | None = None,
         open_audio_of: OpenUnitAudio = LocalAudio,
+        step: AbstractContextManager[object] | None = None,
     ) -> None:
         device = pick_device(job.device)  # on the machine that will run the model
         pick_precision(job.settings.precision, device)
@@ -121,25 +166,32 @@ class Worker:
         self._open_audio_of = open_audio_of
         self._base = None if job.base is None else BaseCommits(job.base)
         self._hold = Membership(Storage(job.store), job.owner)
-        self._storage = self._hold.storage
+        self.storage = self._hold.storage
         self._model: Autoencoder = load_model(job.model, device)
-        if job.auto_batch and device != "cpu":
-            size = settled_batch_size(self._storage, self._model, job, device)
-            self._job = replace(job, settings=replace(job.settings, batch_size=size))
-        if job.compile:
-            self._model = compiled(self._model, self._job, device)
+        self._step = step or ALONE
+        if step is None:
+            self.tune()
         self._meter = Meter()
         self._turn = threading.Lock()
         self._streams: list[UnitAudio] = []  # of the units in flight
         self._underway: dict[int, Underway] = {}  # their progress, by number
         self._free_since: float | None = None  # when the model became idle with units in flight
 
+    def tune(self) -> None:
+        """Find the batch size on a GPU, and compile the model, if the job says so."""
+        job, device = self._job, self._device
+        if job.auto_batch and device != "cpu":
+            size = settled_batch_size(self.storage, self._model, job, device)
+            self._job = replace(job, settings=replace(job.settings, batch_size=size))
+        if job.compile:
+            self._model = compiled(self._model, self._job, device)
+
     def origin(self) -> FloatArray:
         """The latent of one chunk of silence, `[D, Z]`."""
         spec = self._model.spec
         samples = self._job.chunking.model_samples(spec)
         silence = torch.zeros(1, spec.channels, samples)  # [B, C, T]
-        with self._turn, numeric_mode(self._job.settings.precision, self._device):
+        with self._turn, self._step, numeric_mode(self._job.settings.precision, self._device):
             latents = self._model.encode(silence)
         check_encoded(spec, samples, latents.shape)
         origin: FloatArray = latents[0].float().cpu().numpy()
@@ -169,53 +221,85 @@ class Worker:
         With `trial_load`, each item is loaded on trial first, and those that would end this
         process fail. If an exception is raised, nothing of the unit stays in the store.
         """
+        work = self.begin(unit, trial_load=trial_load)
+        audio = self._open_audio_of(work.items, work.loading, work.encoder.meter)
+        return self.finish(work, audio)
+
+    def begin(
+        self, unit: Unit, *, trial_load: bool = False, along: UnitWork | None = None
+    ) -> UnitWork:
+        """Read a unit's items from the plan and decide what to do with each; see `finish`.
+
+        A field that is computed along with its base (`along`: its work) computes all items.
+        """
         began = time.perf_counter()
         job, meter = self._job, Meter(parent=self._meter)
-        planned = read_items(self._storage, unit)
-        field = self._field_unit(unit, planned)
-        wanted = [item for item in planned if field is None or item.key in field.todo]
+        planned = read_items(self.storage, unit) if along is None else along.planned
+        field = self._field_unit(unit, planned, whole=along is not None)
+        wanted = planned if field is None else [item for item in planned if item.key in field.todo]
         refused = self._refused(wanted, meter) if trial_load else {}
-        items = self._reading_order(wanted, refused)
-        encoder = UnitEncoder(self._model, job.chunking, job.settings, meter, self._device)
-        loading = Loading(self._model.spec, job.chunking, job.settings, refused)
-        audio = self._open_audio_of(items, loading, meter)
-        underway = Underway(unit, items, self._model.spec)
+        absent = {} if field is None else field.absent
+        # Absent items have a place in the order and the lanes, so that these are as in the base.
+        kept = set() if field is None else field.rest
+        ordered = [item for item in planned if item.key not in kept]
+        return UnitWork(
+            unit,
+            planned,
+            self._reading_order(ordered, {*refused, *absent}) if along is None else along.items,
+            field,
+            Loading(self._model.spec, job.chunking, job.settings, refused, absent),
+            UnitEncoder(self._model, job.chunking, job.settings, meter, self._device, self._step),
+            began,
+        )
+
+    def finish(self, work: UnitWork, audio: UnitAudio, link: Link = ALONE_IN_UNIT) -> UnitResult:
+        """Encode the audio of a unit that was begun, write the shard and commit it."""
+        job, unit, field, meter = self._job, work.unit, work.field, work.encoder.meter
+        underway = Underway(unit, work.items, self._model.spec)
         followed = underway.follow(audio)
         with (
             self._listed(audio, unit, underway),
-            contextlib.closing(self._in_turn(encoder, followed)) as done,
+            contextlib.closing(self._in_turn(work.encoder, followed)) as done,
         ):
             write = partial(
                 write_unit,
-                self._storage,
+                self.storage,
                 unit.name,
                 format_name=job.format,
                 fingerprint=job.fingerprint,
                 info=job.info,
                 revision=unit.revision,
-                keys=[item.key for item in planned],
+                keys=[item.key for item in work.planned],
             )
             kept = () if field is None else field.kept()
-            commit = written_beside(itertools.chain(kept, done), write)
-        meter.add("write_seconds", time.perf_counter() - encoder.ended)
-        timings = {**meter.snapshot(), "total_seconds": time.perf_counter() - began}
+            commit = written_beside(itertools.chain(kept, link.outcomes(done)), write)
+        meter.add("write_seconds", time.perf_counter() - work.encoder.ended)
+        inputs = link.inputs(work)
+        timings = {**meter.snapshot(), "total_seconds": time.perf_counter() - work.began}
         commit = commit.model_copy(update={"items_hash": unit.hash})
-        commit = commit if field is None else with_inputs(commit, field.inputs)
-        return _result(unit, write_commit(self._storage, commit, timings))
+        commit = commit if inputs is None else with_inputs(commit, inputs)
+        commit = write_commit(self.storage, commit, timings)
+        link.committed(commit)
+        return result_of(unit, commit)
 
-    def _field_unit(self, unit: Unit, planned: Sequence[Item]) -> FieldUnit | None:
+    def _field_unit(self, unit: Unit, planned: Sequence[Item], *, whole: bool) -> FieldUnit | None:
         if self._base is None:
             return None
-        inputs = audio_inputs(planned, self._base.of(unit.name))
+        inputs = audio_inputs(planned, None if whole else self._base.of(unit.name))
         again = self._job.retry_failed
-        return FieldUnit(self._storage, unit, inputs, retry_failed=again)
+        return FieldUnit(self.storage, unit, inputs, retry_failed=again)
 
-    def _reading_order(self, planned: Sequence[Item], refused: Mapping[str, str]) -> list[Item]:
-        """A unit's items in the order in which they are read, with lengths from short headers."""
+    def _reading_order(self, planned: Sequence[Item], closed: Collection[str]) -> list[Item]:
+        """A unit's items in the order in which they are read, with lengths from short headers.
+
+        A field reads them in the order of its base, so that both can be computed in one pass. Items
+        in `closed` are not opened: they may be what has killed the process of an earlier attempt.
+        """
         packing = self._job.settings.packing
         if packing < 3:
             return list(planned)
-        chunk = self._job.chunking.samples / self._model.spec.sample_rate
+        own = self._job.chunking.samples / self._model.spec.sample_rate
+        chunk = self._job.base_chunk_seconds or own
 
         # Chunks of longer items have the full length, wherever the items are in the order.
         unknown = [
@@ -224,7 +308,7 @@ class Worker:
             if known_seconds(item) is None
             and estimated_seconds(item) < PROBED_CHUNKS * chunk
             and cheap(item)
-            and item.key not in refused
+            and item.key not in closed
         ]
         found = {item.key: item for item in probed(unknown)}
         return reading_order([found.get(item.key, item) for item in planned], packing)
@@ -275,36 +359,7 @@ class Worker:
             yield event
 
 
-def compiled(model: Autoencoder, job: Job, device: str) -> Compiled:
-    """Compile a model for a job's full batches of full chunks."""
-    spec, settings = model.spec, job.settings
-    shape = (settings.batch_size, spec.channels, job.chunking.model_samples(spec))  # [B, C, T]
-    return Compiled(model, shape, device, settings.precision)
-
-
-def settled_batch_size(storage: Storage, model: Autoencoder, job: Job, device: str) -> int:
-    """The batch size of a store on GPUs, which the first worker finds and writes to the store.
-
-    It changes the latents in their last digits, so every worker, and a run that resumes, uses the
-    stored value. Raises ModelError if not even one chunk fits in the GPU's memory.
-    """
-    if not storage.exists(BATCH_PATH):
-        samples = job.chunking.model_samples(model.spec)
-        size = find_batch_size(model, samples, device, job.settings.precision)
-        storage.create(BATCH_PATH, json.dumps({"batch_size": size}).encode())
-    try:
-        settled = parse_json(storage.read(BATCH_PATH))["batch_size"]
-        if not isinstance(settled, int) or settled < 1:
-            raise ValueError(settled)
-    except (ValueError, TypeError, KeyError) as error:
-        raise StoreError(
-            f"Store {storage.root}: {BATCH_PATH} is damaged: write the run's batch size into it, "
-            'such as {"batch_size": 16}, or delete it.'
-        ) from error
-    return settled
-
-
-def _result(unit: Unit, commit: Commit) -> UnitResult:
+def result_of(unit: Unit, commit: Commit) -> UnitResult:
     failures = [(item.key, item.reason or "") for item in commit.items if item.status == "failed"]
     return UnitResult(
         unit=unit.number,

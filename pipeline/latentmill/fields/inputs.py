@@ -14,6 +14,7 @@ import xxhash
 
 from latentmill.errors import StoreError
 from latentmill.plan import Plan, Unit, read_items
+from latentmill.record import absent_reason
 from latentmill.sources.base import Item
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import iter_commits
@@ -53,7 +54,7 @@ def audio_inputs(items: Iterable[Item], base: Commit | None) -> dict[str, Input]
 def absent_items(base: Commit | None) -> dict[str, Absent]:
     """The items of a unit that the base store has no latent of. Empty before it is committed."""
     return {
-        entry.key: Absent(f"{entry.status} in the base store: {entry.reason}")
+        entry.key: Absent(absent_reason(entry.status, entry.reason))
         for entry in (() if base is None else base.items)
         if entry.status != "encoded"
     }

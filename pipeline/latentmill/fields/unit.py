@@ -21,8 +21,10 @@ class FieldUnit:
 
     Attributes:
         inputs: What each value is computed from, by key.
-        todo: Keys of the items to compute. The others keep their value, or are skipped because the
-            base store has no latent of them.
+        absent: The items that are skipped because the base store has no latent of them, by key,
+            with the reason.
+        todo: Keys of the items to compute.
+        rest: Keys of the items that keep their value.
     """
 
     def __init__(
@@ -37,21 +39,30 @@ class FieldUnit:
         known = _last_commit(storage, unit)
         self._known = {} if known is None else {entry.key: entry for entry in known.items}
         self._places = {} if known is None else {entry.key: entry for entry in entries(known)}
-        self.todo = {key for key, now in inputs.items() if not isinstance(now, Absent)} - {
-            key
-            for key, entry in self._known.items()
-            if not (retry_failed and entry.status == "failed")
-            and key in inputs
-            and not is_stale(entry, inputs[key])
-        }
+        self.absent = {key: now.reason for key, now in inputs.items() if isinstance(now, Absent)}
+        self.todo = (
+            inputs.keys()
+            - self.absent.keys()
+            - {
+                key
+                for key, entry in self._known.items()
+                if not (retry_failed and entry.status == "failed")
+                and key in inputs
+                and not is_stale(entry, inputs[key])
+            }
+        )
+        self.rest = inputs.keys() - self.todo - self.absent.keys()
+
+    def skipped(self) -> Iterator[Outcome]:
+        """The outcomes of the absent items."""
+        for key, reason in self.absent.items():
+            yield Outcome(key, "skipped", reason)
 
     def kept(self) -> Iterator[Outcome]:
-        """The outcomes of the items that are not computed. Reads the latents of kept records."""
+        """The outcomes of the items that keep their value. Reads the latents of their records."""
         store = None
-        for key, now in self.inputs.items():
-            if isinstance(now, Absent):
-                yield Outcome(key, "skipped", now.reason)
-            elif key not in self.todo:
+        for key in self.inputs:
+            if key in self.rest:
                 if store is None:
                     store = LatentStore(self._storage.root)
                     store.annotations = None  # a shard has the metadata of the source

@@ -86,7 +86,7 @@ def run_add(
     base = Storage(store)
     planned, folder = base_plan(base), field_storage(base, name)
     setup = set_up(field_config(planned, folder, options))
-    entry = _entry(name, setup.handle, setup.chunking.stitch, per_window=per_window)
+    entry = field_entry(name, setup.handle, setup.chunking.stitch, per_window=per_window)
     with only_run(folder) as hold:
         setup = replace(setup, storage=hold.storage)
         state = base_state(read_seal(base), entry.source)  # before the plan, which may be newer
@@ -112,7 +112,7 @@ def _warn_of_large_shards(setup: Setup, plan: Plan, entry: FieldEntry) -> None:
         )
 
 
-def _entry(name: str, handle: ModelHandle, stitch: str, *, per_window: bool) -> FieldEntry:
+def field_entry(name: str, handle: ModelHandle, stitch: str, *, per_window: bool) -> FieldEntry:
     """What the field is that a model of audio computes: by the model's `kind`, if it has one."""
     spec = handle.spec
     kind: Any = getattr(handle, "kind", "frames" if spec.codebook_size is None else "codes")

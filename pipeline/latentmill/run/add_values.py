@@ -34,7 +34,7 @@ from latentmill.store.seal import read_origin, read_seal
 from latentmill.store.store import LatentStore
 
 MAX_LISTED = 20  # keys
-_AUDIO_ONLY = (
+AUDIO_ONLY = (
     "channels",
     "stitch",
     "chunk_seconds",
@@ -69,14 +69,12 @@ def run_add_from(
 ) -> RunSummary:
     """Add a field from texts in the metadata, from the latents or from a file; see `add`."""
     progress, began = progress or LogProgress(), time.perf_counter()
-    wrong = [one.replace("_", "-") for one in _AUDIO_ONLY if options.get(one) not in (None, False)]
-    if wrong:
-        raise ConfigError(f"--{wrong[0]} is only for fields from audio: leave it out with --from.")
+    refuse_audio_only(options)
     base = Storage(store)
     planned, folder = base_plan(base), field_storage(base, name)
     imported = ImportedValues(source, name) if is_import(source) else None
     if imported is None:
-        handle, values = _handle(source, options), values_of(base, source)
+        handle, values = embedder_of(source, options), values_of(base, source)
     else:
         if options.get("model") is not None:
             raise ConfigError("--model is not used if --from is a file or a folder: leave it out.")
@@ -149,7 +147,15 @@ def _metadata_names(opened: LatentStore) -> list[str]:
     return sorted({name for text in texts if text for name in parse_json(text)})
 
 
-def _handle(source: str, options: dict[str, Any]) -> EmbedderHandle:
+def refuse_audio_only(options: dict[str, Any]) -> None:
+    """Raise `ConfigError` if there is a setting that only fields from audio have."""
+    wrong = [one.replace("_", "-") for one in AUDIO_ONLY if options.get(one) not in (None, False)]
+    if wrong:
+        raise ConfigError(f"--{wrong[0]} is only for fields from audio: leave it out with --from.")
+
+
+def embedder_of(source: str, options: dict[str, Any]) -> EmbedderHandle:
+    """The model of a field from texts or latents. ConfigError if it takes something else."""
     if options.get("model") is None:
         raise ConfigError("--model is missing: `latentmill models` lists the models.")
     handle = resolve_embedder(options["model"], options.get("model_options"))

@@ -27,6 +27,7 @@ from latentmill.run.prepare import (
     planned,
     prepare,
 )
+from latentmill.run.with_fields import FieldsOfRun
 from latentmill.store.commit import committed_revisions
 
 SAMPLED_UNITS, SAMPLED_ITEMS = 16, 30_000  # whose batches are computed; about a second
@@ -101,6 +102,8 @@ def forecast(
     `calibrated` loads the model and measures its speed on a few chunks.
     """
     prepared = prepare(config, observer)
+    if config.with_fields:
+        FieldsOfRun(config)  # checks them; the estimate is that of the store
     storage = prepared.storage
     items = listed(prepared)
     with items or contextlib.nullcontext(), only_run(storage) as hold:

@@ -6,7 +6,7 @@ Generated from `RunConfig` by `make schemas`. What each setting means: `latentmi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 
 class EncodeOptions(TypedDict, total=False):
@@ -50,6 +50,7 @@ class EncodeOptions(TypedDict, total=False):
     extend: bool | None
     retry_changed: bool | None
     refresh_metadata: bool | None
+    with_fields: Mapping[str, str | Mapping[str, Any]] | None
     device: str | None
     workers: int | None
     threads: int | None

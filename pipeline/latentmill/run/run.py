@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -33,10 +33,12 @@ from latentmill.store.tidy import remove_unfinished, tidy
 from latentmill.text.log import get_logger
 from latentmill.text.printing import counted
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # some of these import pyarrow.compute or torch
     import pyarrow as pa
 
     from latentmill.curation.refresh import RefreshSummary
+    from latentmill.engine.holder import RunProgress
+    from latentmill.engine.joint import FieldInPass
 
 _log = get_logger("run")
 
@@ -63,6 +65,7 @@ class RunSummary:
         waiting: Number of units of a field that the store must encode first; the field has no seal.
         unknown: Number of keys in an imported file that are not items of the store.
         unknown_keys: The first few of them.
+        fields: The summaries of the fields that were computed with the store, by name.
     """
 
     store: str
@@ -80,11 +83,13 @@ class RunSummary:
     waiting: int = 0
     unknown: int = 0
     unknown_keys: tuple[str, ...] = ()
+    fields: Mapping[str, RunSummary] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
-        """0 if every item was encoded or skipped, 3 if items failed."""
-        return ITEMS_FAILED_EXIT_CODE if self.failures else 0
+        """0 if every item was encoded or skipped, 3 if items failed, also in a field."""
+        failed = self.failures or any(one.failures for one in self.fields.values())
+        return ITEMS_FAILED_EXIT_CODE if failed else 0
 
 
 def encode(
@@ -120,18 +125,25 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunSummary:
     progress = progress or LogProgress()
     began = time.perf_counter()
     prepared = prepare(config, progress)
+    fields = None
+    if config.with_fields:
+        from latentmill.run.with_fields import FieldsOfRun  # imports this module
+
+        fields = FieldsOfRun(config)
     items = listed(prepared)
     with items or contextlib.nullcontext(), only_run(prepared.storage) as hold:
         prepared = replace(prepared, storage=hold.storage)
         plan, extension, found = planned(prepared, items)
-        summary = complete(prepared, plan, hold, progress, began)
+        compute = None if fields is None else fields.compute
+        summary = complete(prepared, plan, hold, progress, began, compute=compute)
         refreshed = None
         if config.refresh_metadata and found is not None:
             from latentmill.curation.refresh import refresh_metadata  # imports pyarrow.compute
 
             refreshed = refresh_metadata(hold.storage, plan, found)
             summary = replace(summary, info=read_seal(hold.storage) or summary.info)
-    return replace(summary, extension=extension, refreshed=refreshed)
+    summary = replace(summary, extension=extension, refreshed=refreshed)
+    return summary if fields is None else fields.added(summary, progress)
 
 
 def _amended(
@@ -185,7 +197,7 @@ def complete(
     _log.debug("%d of %s committed already", resumed, counted(len(plan.units), "unit"))
     storage.clear_scratch()
     if todo:
-        (compute or _encode_todo)(setup, plan, tallies, todo, progress, hold)
+        (compute or encode_todo)(setup, plan, tallies, todo, progress, hold)
         tallies, sealable = _trusted(storage, plan)
     lacking = {unit.name for unit in plan.units} - tallies.keys()
     assert lacking <= set(waiting), "a run that ends well has committed every other unit"
@@ -200,14 +212,16 @@ def complete(
     return replace(summary, waiting=len(lacking))
 
 
-def _encode_todo(
+def encode_todo(
     setup: Setup,
     plan: Plan,
     tallies: dict[str, Tally],
     todo: list[Unit],
     progress: Progress,
     hold: Hold,
+    fields: Sequence[FieldInPass] = (),
 ) -> None:
+    """Encode the audio of units, with `fields` in the same pass."""
     from latentmill.engine.launch import encode_units  # imports ray, which readers must not
     from latentmill.engine.tracker import Tracker
 
@@ -218,9 +232,15 @@ def _encode_todo(
             f"{storage.root} must still be encoded: mount or restore the source."
         )
     check_items(plan, storage)
-    tracker = Tracker(plan, tallies, progress, hold.publish)
+    holds = [hold, *(one.hold for one in fields)]
+
+    def publish(now: RunProgress) -> None:
+        for one in holds:
+            one.publish(now)
+
+    tracker = Tracker(plan, tallies, progress, publish)
     try:
-        encode_units(setup.config, setup.handle, setup.chunking, plan, todo, tracker, hold)
+        encode_units(setup.config, setup.handle, setup.chunking, plan, todo, tracker, hold, fields)
     finally:
         tracker.end()
         storage.clear_scratch()

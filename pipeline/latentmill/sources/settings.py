@@ -39,7 +39,12 @@ class Setting:
 
 def option(name: str) -> str:
     """How a user types a setting: `--chunk-seconds`, or `SOURCE` and `STORE` for arguments."""
-    special = {"source": "SOURCE", "out": "STORE", "model_options": "--model-option"}
+    special = {
+        "source": "SOURCE",
+        "out": "STORE",
+        "model_options": "--model-option",
+        "with_fields": "--with",
+    }
     return special.get(name) or "--" + name.replace("_", "-")
 
 

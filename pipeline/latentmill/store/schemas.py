@@ -55,7 +55,7 @@ Generated from `RunConfig` by `make schemas`. What each setting means: `latentmi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 
 class EncodeOptions(TypedDict, total=False):

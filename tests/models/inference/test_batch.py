@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from latentmill.config import load_config
 from latentmill.encoding.chunks import Chunking
-from latentmill.engine import worker
+from latentmill.engine import tuning
 from latentmill.engine.job import make_job
-from latentmill.engine.worker import BATCH_PATH, settled_batch_size
+from latentmill.engine.tuning import BATCH_PATH, settled_batch_size
 from latentmill.errors import ConfigError, ModelError, StoreError
 from latentmill.models.families import mdct
 from latentmill.models.inference import batch
@@ -149,7 +149,7 @@ def test_a_store_s_batch_size_is_found_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_sentence: Callable[[BaseException], str]
 ) -> None:
     found = iter([48, 96])
-    monkeypatch.setattr(worker, "find_batch_size", lambda *_: next(found))
+    monkeypatch.setattr(tuning, "find_batch_size", lambda *_: next(found))
     storage, model = Storage(str(tmp_path)), HANDLE.load("cpu")
     chunking = SimpleNamespace(model_samples=lambda spec: 160)
     job: Any = SimpleNamespace(chunking=chunking, settings=SimpleNamespace(precision="tf32"))
@@ -171,7 +171,7 @@ def test_of_two_workers_that_search_at_once_the_first_one_s_counts(
         storage.create(BATCH_PATH, b'{"batch_size": 8}')  # the other one is done meanwhile
         return 32
 
-    monkeypatch.setattr(worker, "find_batch_size", slow)
+    monkeypatch.setattr(tuning, "find_batch_size", slow)
     chunking = SimpleNamespace(model_samples=lambda spec: 160)
     job: Any = SimpleNamespace(chunking=chunking, settings=SimpleNamespace(precision="tf32"))
     assert settled_batch_size(storage, HANDLE.load("cpu"), job, "cuda") == 8

@@ -16,8 +16,8 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.encoder import UnitEncoder, _QueuedBatch
-from latentmill.encoding.unit_audio import EncodeSettings
-from latentmill.engine import worker
+from latentmill.encoding.loading import EncodeSettings
+from latentmill.engine import tuning
 from latentmill.engine.worker import Job
 from latentmill.errors import ModelError
 from latentmill.models.base import Autoencoder
@@ -159,7 +159,7 @@ def test_a_worker_compiles_for_full_batches_of_full_chunks(_backend: None) -> No
         threads=1,
         compile=True,
     )
-    model = worker.compiled(handle.load("cpu"), job, "cpu")
+    model = tuning.compiled(handle.load("cpu"), job, "cpu")
     assert model._shape == (2, 1, chunking.model_samples(handle.spec))
 
 

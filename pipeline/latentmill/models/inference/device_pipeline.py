@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, cast
 
 import numpy as np
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 # Memory is trimmed after this many changes of the batches' shape: it stays bounded, and the time
 # for trimming is negligible.
 CHANGES_UNTIL_TRIM = 4
+
+ALONE: AbstractContextManager[object] = nullcontext()  # no other model runs in this process
 
 
 class Transport(Protocol):
@@ -148,7 +151,11 @@ class CudaTransport:
 
 
 class DevicePipeline:
-    """Encodes batches in order, in a numeric mode; the default transport depends on the device."""
+    """Encodes batches in order, in a numeric mode; the default transport depends on the device.
+
+    If models run in several threads, they share `step`: each holds it while it encodes, because
+    the numeric mode is global to the process, and so that they do not compete for its cores.
+    """
 
     def __init__(
         self,
@@ -156,8 +163,10 @@ class DevicePipeline:
         device: str = "cpu",
         precision: Precision = "float32",
         transport: Transport | None = None,
+        step: AbstractContextManager[object] = ALONE,
     ) -> None:
         self._model = model
+        self._step = step
         self._device = device
         self._precision = precision
         on_gpu = device.startswith("cuda")
@@ -206,7 +215,7 @@ class DevicePipeline:
         size = -(-len(sent) // 2) if self._halved else len(sent)
         latents: list[Tensor] = []
         after: list[State] = []
-        with numeric_mode(self._precision, self._device):
+        with self._step, numeric_mode(self._precision, self._device):
             try:
                 for start in range(0, len(sent), size):
                     part = slice(start, start + size)
