@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -111,12 +111,17 @@ class DivisibleDecoder(Decoder, Protocol):
         ...
 
 
+def _nothing() -> None:
+    pass
+
+
 class AudioStream(Closeable):
     """An open recording. Iterate over `blocks()` once to load its samples.
 
     Attributes:
         info: The recording's header; for a part of a recording, `num_samples` is the part's.
         loaded: Samples per channel that were loaded so far.
+        on_block: Called after each block that the decoder has loaded.
     """
 
     def __init__(
@@ -129,6 +134,7 @@ class AudioStream(Closeable):
     ) -> None:
         self.info = decoder.info
         self.loaded = 0
+        self.on_block: Callable[[], object] = _nothing
         self._time_limit = time_limit
         self._decoder, self._repaired = decoder, repaired
         self._allow_truncated = allow_truncated
@@ -183,6 +189,7 @@ class AudioStream(Closeable):
                     self._check_sound(block)
                 done += len(block)
                 self.loaded = done
+                self.on_block()
                 if len(block):
                     yield block.T
         except DecodeError as error:

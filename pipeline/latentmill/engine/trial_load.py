@@ -203,8 +203,9 @@ def _load(trial: Trial, progress: int) -> None:
             allow_truncated=trial.allow_truncated,
         )
         waveform = prepare(stream, sample_rate=trial.sample_rate, channels=trial.channels)
+        stream.on_block = lambda: os.write(progress, b".")
         for _ in waveform.blocks():
-            os.write(progress, b".")
+            pass
 
 
 @contextlib.contextmanager
