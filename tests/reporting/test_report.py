@@ -221,7 +221,10 @@ def test_stores_without_their_model_have_a_report(kind: str, tmp_path: Path) -> 
 
 def test_a_store_without_records_has_a_report(tmp_path: Path) -> None:
     store = write_latents(str(tmp_path / "store"), [], sealed=False)
-    assert "No records to show" in Page(render(store, Budget())).text
+    text = Page(render(store, Budget())).text
+    assert "No records to show" in text
+    assert "not measured: the store is not complete." in text
+    assert "latentmill evaluate" not in text  # it would not be recorded
 
 
 def test_a_sealed_store_needs_neither_plan_nor_commits(

@@ -130,10 +130,10 @@ def test_readers_have_the_sealed_bytes_while_a_unit_is_encoded_again(
         still_old()
         return written
 
-    def before_seal(*args: object) -> object:
+    def before_seal(*args: object, **options: object) -> object:
         still_old()
         stages.append("seal")
-        return seal(*args)
+        return seal(*args, **options)
 
     monkeypatch.setattr(worker_module, "write_commit", between)
     monkeypatch.setattr(run_module, "seal", before_seal)
@@ -197,10 +197,10 @@ def test_the_shard_of_a_commit_that_was_deleted_keeps_its_name(
     change(songs, 1, 0.5)
     seal = run_module.seal
 
-    def before_seal(*args: object) -> object:
+    def before_seal(*args: object, **options: object) -> object:
         np.testing.assert_array_equal(opened["1"].latent, old)
         np.testing.assert_array_equal(opened.crop("1", 1, 4), old[:, 1:5])
-        return seal(*args)
+        return seal(*args, **options)
 
     monkeypatch.setattr(run_module, "seal", before_seal)
     encode(songs, store, format=name, retry_failed=True)

@@ -153,7 +153,7 @@ def test_the_repository_is_named_before_weights_are_loaded(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def resolve(*args: object) -> None:
+    def resolve(*args: object, **options: object) -> None:
         assert weights in caplog.text
         raise ModelError("not on this machine.")
 

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from view_server import SCRIPT, Site
+from view_server import SCRIPT, Site, serving
 
+from latentmill.store.store import LatentStore
 from support.browser import Watched, watched_page
 
 ROWS = "#results tbody tr"
@@ -115,6 +116,21 @@ def test_search_and_filters(browser: Any, site: Site) -> None:
         page.select_option("#sort", "duration")
         page.click("#direction")
         page.wait_for_selector(f"{ROWS}:first-child:has-text('north/bass')")
+
+
+def test_a_server_that_has_ended(browser: Any, store: LatentStore) -> None:
+    """The page tells it, for a search and for the mix; it keeps what it has."""
+    with watched_page(browser) as watched:
+        page = watched.page
+        with serving(store) as site:
+            page.goto(site.url)
+            page.wait_for_selector(ROWS)
+            add_group(page, "south")
+        page.fill("#key", "drums")
+        page.wait_for_selector("#found:has-text('The server does not answer')")
+        page.get_by_label("Mute south/bass").click()
+        page.wait_for_selector("#desk .side-note:has-text('The server does not answer')")
+        assert page.locator("#desk .strips > li").count() == 3
 
 
 def test_names_that_look_like_html_are_text(browser: Any, site: Site) -> None:

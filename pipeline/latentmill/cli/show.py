@@ -41,7 +41,7 @@ MAX_LISTED = 20
 def plain(value: Any) -> Any:
     """Convert dataclasses, models and tuples to the dicts and lists that JSON has."""
     if isinstance(value, BaseModel):
-        optional = (*IN_INFO, "annotation", "field")
+        optional = (*IN_INFO, "annotation", "field", "base_seal")
         unset: set[str] = {name for name in optional if getattr(value, name, 0) is None}
         if not getattr(value, "bases", True):  # not a view
             unset |= VIEW_FIELDS

@@ -30,12 +30,12 @@ def _deadly(self: soundfile.SoundFile, *args: object, **kwargs: object) -> None:
         time.sleep(3600)
     if self.samplerate == EXIT:
         os._exit(3)
-    if self.samplerate == LONG:  # 40 ms for each 1,000 samples
+    if self.samplerate == LONG:  # 40 ms for each 5,000 samples
         read = self.read
 
         def slowly(out: np.ndarray) -> np.ndarray:
             time.sleep(0.04)
-            return read(out=out[:1000])
+            return read(out=out[:5000])
 
         self.read = slowly
 
