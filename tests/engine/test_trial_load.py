@@ -92,7 +92,7 @@ def test_a_long_item_may_take_longer_than_it_may_be_silent(
 ) -> None:
     """A machine that is very busy may really make no progress for 2 s: then it is tried again."""
     with TrialLoader(44100, 1, hang_seconds=2.0) as loader:
-        for _ in range(10):
+        for _ in range(3):
             loader.failure_reason(item(tmp_path, 44100))  # starts the server
             server, began = loader._server, time.monotonic()
             with monkeypatch.context() as patch:
