@@ -164,3 +164,24 @@ def test_a_model_that_stops_stops_the_others(tmp_path: Path) -> None:
         first.close()
         assert isinstance(other.exception(60), LoadingStopped)
     assert not load_threads()
+
+
+@pytest.mark.parametrize("taken", [0, 1, 30])
+def test_a_field_that_leaves_costs_the_others_nothing(tmp_path: Path, taken: int) -> None:
+    """The store's model gets all events, and nothing is kept for the one that has left."""
+    items = long_and_short(tmp_path)
+    loadings = [loading(0.1), loading(0.2)]
+    with contextlib.closing(shared(items, loadings[:1])) as alone:
+        expected = [number for number, _, _ in alone.shares()[0]]
+    with contextlib.closing(shared(items, loadings)) as audio:
+        first, second = audio.shares()
+        with ThreadPoolExecutor() as pool:
+            everything = pool.submit(list, first)
+            events = iter(second)
+            for _ in range(taken):
+                next(events)
+            second.close()
+            found = [number for number, _, _ in everything.result(60)]
+        assert second.queued == 0
+    assert found == expected
+    assert not load_threads()

@@ -192,26 +192,62 @@ def test_an_item_that_one_model_cannot_encode(songs: Path, tmp_path: Path, picky
     assert "the latents have NaN" in text
 
 
-@pytest.mark.parametrize("troubled", ["store", "field"])
-def test_a_run_that_fails_in_the_middle_is_resumed(
-    songs: Path, tmp_path: Path, troubled: str
-) -> None:
-    """Of the unit in which one model fails, nothing is half-written."""
+def test_a_run_that_fails_in_the_middle_is_resumed(songs: Path, tmp_path: Path) -> None:
+    """If the store's model fails, nothing of the unit is half-written."""
     options = {"trouble": "cuda", "mark": str(tmp_path / "mark")}
-    model = {"model": "python:support.troubled_model:build", "model_options": options}
-    fields = {**FIELDS, "troubled": model} if troubled == "field" else FIELDS
-    base = model if troubled == "store" else {}
+    base = {"model": "python:support.troubled_model:build", "model_options": options}
     before = threading.active_count()
     with pytest.raises(torch.AcceleratorError):
-        together(songs, tmp_path / "one", fields, **base)
+        together(songs, tmp_path / "one", **base)
     assert threading.active_count() <= before
     for root in (tmp_path / "one", *(tmp_path / "one/fields").iterdir()):
         assert not list(root.glob("tmp/*"))
-        if root.name == "troubled" or troubled == "store":
-            assert not list(root.glob("commits/*"))
-    together(songs, tmp_path / "one", fields, **base)
-    separately(songs, tmp_path / "two", fields, **base)
+        assert not list(root.glob("commits/*"))
+    together(songs, tmp_path / "one", **base)
+    separately(songs, tmp_path / "two", **base)
     assert_equal(tmp_path / "one", tmp_path / "two", revisions=False)
+
+
+def test_a_field_that_fails_costs_the_store_nothing(
+    songs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A field's unit that fails is left to `add`."""
+    options = {"trouble": "cuda", "mark": str(tmp_path / "mark")}
+    troubled = {"model": "python:support.troubled_model:build", "model_options": options}
+    fields = {"troubled": troubled, **FIELDS}
+    together(songs, tmp_path / "one", fields)
+    assert "is left for after the store, because it failed: " in caplog.text
+    separately(songs, tmp_path / "two", fields)
+    assert_equal(tmp_path / "one", tmp_path / "two", revisions=False)
+    revisions = {
+        name: {
+            commit.revision
+            for commit in open_store(f"{tmp_path}/one/fields/{name}").commits.values()
+        }
+        for name in FIELDS
+    }
+    assert revisions == {"second": {0}, "v": {0}}  # not disturbed
+
+
+def test_a_field_that_always_fails_is_reported_after_the_others(
+    songs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = {"bad": {"model": "python:support.failing_model:build"}, **FIELDS}
+    with pytest.raises(ModelError, match="This model never works"):
+        together(songs, tmp_path / "one", fields)
+    assert "is complete, but not its fields bad" in caplog.text
+    for root in ("one", "one/fields/second", "one/fields/v"):
+        runs.assert_whole(tmp_path / root)
+    assert not (tmp_path / "one/fields/bad/dataset.json").exists()
+
+
+def test_what_has_just_failed_is_not_retried(songs: Path, tmp_path: Path) -> None:
+    loud = sorted(songs.rglob("*.wav"))[2]
+    soundfile.write(loud, np.tile([0.95, -0.95], 22_050), 44_100, subtype="FLOAT")
+    fields = {"picky": {"model": "python:support.picky_model:build"}}
+    together(songs, tmp_path / "one", fields, retry_failed=True)
+    commits = open_store(f"{tmp_path}/one/fields/picky").commits.values()
+    assert {commit.revision for commit in commits} == {0}
 
 
 @pytest.mark.parametrize("after", [1, 3])
@@ -278,6 +314,17 @@ def test_bad_values_are_refused_before_anything_is_written(
     assert says in result.err
     assert result.err.count("\n") == 1
     assert not (tmp_path / "store").exists()
+
+
+def test_a_mistyped_name_of_a_text_is_reported_at_once(
+    songs: Path, encoders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in songs.rglob("*.wav"):
+        path.with_suffix(".json").write_text(json.dumps({"prompt": "x"}))
+    with pytest.raises(ConfigError, match="use prompt"):
+        together(songs, tmp_path / "one", {"text": f"t5:{encoders}/t5@metadata.promt"})
+    assert "no item of the first unit has metadata promt, only " in caplog.text
+    runs.assert_whole(tmp_path / "one")
 
 
 def test_settings_that_a_field_does_not_have(songs: Path, tmp_path: Path) -> None:

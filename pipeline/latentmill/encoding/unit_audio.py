@@ -53,7 +53,7 @@ class _Lane:
         self.busy = False  # a thread loads its next event
         self.ended = False  # all events are loaded, or loading them failed
         self.error: Exception | None = None
-        self.takers = models  # that have not taken all events
+        self.takers = set(range(models))  # models that have not taken all events
 
 
 class SharedAudio:
@@ -77,6 +77,7 @@ class SharedAudio:
         self._reader = UnitReader(read, allow_changed=settings.allow_changed)
         self._changed = threading.Condition()  # guards what follows
         self._stopped = False
+        self._left: set[int] = set()  # models that take no more events
         self._idle = IdleThreads(self._changed, settings.load_threads, meters[0])
         self._reader.helpers = self._idle
         self._waiting = deque(
@@ -92,7 +93,11 @@ class SharedAudio:
             self._pool.submit(self._load)
 
     def shares(self) -> list[UnitAudio]:
-        """The audio for each model. Closing one before its end stops the loading for all."""
+        """The audio for each model.
+
+        Closing the first one before its end stops the loading for all models, closing another one
+        for that model.
+        """
         return [_Share(self, number) for number in range(len(self._loadings))]
 
     def events(self, model: int) -> Iterator[ItemEvent]:
@@ -111,6 +116,17 @@ class SharedAudio:
             self._stopped = True
             self._changed.notify_all()
         self._reader.stop()
+
+    def leave(self, model: int) -> None:
+        """Load nothing more for a model; the others go on. Thread-safe."""
+        with self._changed:
+            self._left.add(model)
+            self._sizes[model] = 0
+            for lane in self._all:
+                lane.loaded[model].clear()
+                if lane.ended:
+                    self._is_taken(lane, model)
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Stop loading, also before the end of the unit."""
@@ -136,6 +152,14 @@ class SharedAudio:
         while self._waiting and len(self._lanes) < LANES:
             self._lanes.append(self._waiting.popleft())
 
+    def _is_taken(self, lane: _Lane, model: int) -> None:
+        """A model has taken all events of a lane, or needs none of them."""
+        lane.takers.discard(model)
+        if not lane.takers and lane in self._lanes:
+            self._lanes.remove(lane)
+            self._open_lanes()
+            self._changed.notify_all()
+
     def _taken(self, lane: _Lane, model: int) -> Iterator[ItemEvent]:
         """Take a lane's loaded events, and wait for those that are not loaded yet."""
         loaded, meter = lane.loaded[model], self._meters[model]
@@ -146,11 +170,7 @@ class SharedAudio:
                 if not loaded:
                     if not lane.ended:
                         raise LoadingStopped
-                    lane.takers -= 1
-                    if not lane.takers:
-                        self._lanes.remove(lane)
-                        self._open_lanes()
-                        self._changed.notify_all()
+                    self._is_taken(lane, model)
                     break
                 events = [loaded.popleft()]
                 self._sizes[model] -= _bytes(events[0])
@@ -187,8 +207,12 @@ class SharedAudio:
             with self._changed:
                 lane.busy, lane.ended, lane.error = False, ended, error
                 for model, item_event in loaded:
-                    lane.loaded[model].append(item_event)
-                    self._sizes[model] += _bytes(item_event)
+                    if model not in self._left:
+                        lane.loaded[model].append(item_event)
+                        self._sizes[model] += _bytes(item_event)
+                if ended:
+                    for model in self._left:
+                        self._is_taken(lane, model)
                 self._changed.notify_all()
 
     def _next_lane(self) -> _Lane | IdleThreads | None:
@@ -232,8 +256,12 @@ class _Share:
         return self._audio.queued_for(self._model)
 
     def close(self) -> None:
-        if not self._ended:
+        if self._ended:
+            return
+        if self._model == 0:
             self._audio.stop()
+        else:
+            self._audio.leave(self._model)
 
 
 class LocalAudio(SharedAudio):

@@ -28,6 +28,9 @@ from latentmill.record import FloatArray, Outcome, absent_reason
 from latentmill.store.commit import read_commit
 from latentmill.store.schema import ORIGIN_PATH, Commit, commit_path
 from latentmill.store.seal import write_origin
+from latentmill.text.log import get_logger
+
+_log = get_logger("engine")
 
 WAIT_SECONDS = 0.5  # between two checks whether the worker was stopped
 
@@ -153,9 +156,10 @@ class JointWorker:
     def encode(self, unit: Unit, trial_load: bool = False) -> UnitResult:
         """Encode a unit in the store, and in the fields that lack it; commit the store first.
 
-        If a model raises an exception, the others stop. An attempt with `trial_load` is for the
-        store alone, and so is one after the unit was committed: a model of a field that always
-        fails does not keep the unit from the store.
+        If the store's model raises an exception, the others stop. If that of a field does, the unit
+        is left to the `add` after the pass, which reports the exception. An attempt with
+        `trial_load` is for the store alone, and so is one after the unit was committed: a model of
+        a field that ends the process does not keep the unit from the store.
         """
         revisions = unit.revisions if isinstance(unit, JointUnit) else ()
         path = commit_path(unit.name, unit.revision)
@@ -187,11 +191,21 @@ class JointWorker:
         pool: ThreadPoolExecutor,
     ) -> UnitResult:
         shared = _Shared(self._stopped, audio, len(works))
-        links = [_OfBase(shared), *(_OfField(shared) for _ in works[1:])]
+        links = [_OfBase(shared), *(_OfField(shared, number) for number in range(1, len(works)))]
 
-        def run(worker: Worker, work: UnitWork, share: UnitAudio, link: Link) -> UnitResult:
+        def run(worker: Worker, work: UnitWork, share: UnitAudio, link: Link) -> UnitResult | None:
             try:
                 return worker.finish(work, share, link)
+            except (Stopped, LoadingStopped):
+                shared.abort()
+                raise
+            except Exception as error:
+                if isinstance(link, _OfField):
+                    link.leave()
+                    _log_left(worker, work.unit, error)
+                    return None
+                shared.abort()
+                raise
             except BaseException:
                 shared.abort()
                 raise
@@ -202,14 +216,24 @@ class JointWorker:
                 for one in zip(workers, works, audio.shares(), links, strict=True)
             ]
             with contextlib.suppress(Stopped):
-                shared.wait(lambda: shared.open == 0)
+                shared.wait(lambda: not shared.open)
         errors = [error for one in futures if (error := one.exception()) is not None]
         causes = [one for one in errors if not isinstance(one, Stopped | LoadingStopped)]
         for error in causes:
             raise error
-        if errors:
+        result = futures[0].result() if not errors else None
+        if result is None:
             raise Stopped
-        return futures[0].result()
+        return result
+
+
+def _log_left(worker: Worker, unit: Unit, error: Exception) -> None:
+    _log.warning(
+        "unit %s of %s is left for after the store, because it failed: %s",
+        unit.name,
+        worker.storage.root,
+        str(error) or type(error).__name__,
+    )
 
 
 class _Shared:
@@ -219,7 +243,7 @@ class _Shared:
         self._stopped, self._audio = stopped, audio
         self._changed = threading.Condition()  # guards what follows
         self._aborted = False
-        self.open = models  # that have not encoded all items
+        self.open = set(range(models))  # numbers of models that have not encoded all items
         self.outcomes: dict[str, Outcome] = {}  # of the store, by key, without records
         self.all_known = False  # whether the store has an outcome of every item
         self.commit: Commit | None = None  # of the store
@@ -258,7 +282,7 @@ class _OfBase(Link):
             yield outcome
         with self._shared.change():
             self._shared.all_known = True
-            self._shared.open -= 1
+            self._shared.open.discard(0)
 
     def committed(self, commit: Commit) -> None:
         with self._shared.change():
@@ -268,8 +292,13 @@ class _OfBase(Link):
 class _OfField(Link):
     """The unit in a field: it skips what the store lacks, and is committed after the store."""
 
-    def __init__(self, shared: _Shared) -> None:
-        self._shared = shared
+    def __init__(self, shared: _Shared, number: int) -> None:
+        self._shared, self._number = shared, number
+
+    def leave(self) -> None:
+        """The model has encoded all items, or has failed: nobody waits for it."""
+        with self._shared.change():
+            self._shared.open.discard(self._number)
 
     def outcomes(self, outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
         """The model does not wait for the store: its outcomes do, at most those of the unit."""
@@ -279,8 +308,7 @@ class _OfField(Link):
             waiting.append(outcome)
             while waiting and waiting[0].key in known:
                 yield self._settled(waiting.popleft())
-        with self._shared.change():
-            self._shared.open -= 1
+        self.leave()
         self._shared.wait(lambda: self._shared.all_known)
         yield from map(self._settled, waiting)
 

@@ -17,14 +17,15 @@ from latentmill.encoding.lanes import PACKING
 from latentmill.engine.joint import FieldInPass
 from latentmill.engine.lock import Hold, only_run
 from latentmill.engine.progress import Progress
-from latentmill.errors import ConfigError
+from latentmill.errors import ConfigError, LatentmillError
 from latentmill.fields.values import METADATA
-from latentmill.plan import FieldEntry, Plan, Unit
+from latentmill.plan import FieldEntry, Plan, Unit, read_items
 from latentmill.run.add import field_entry, run_add
 from latentmill.run.add_values import AUDIO_ONLY, embedder_of, refuse_audio_only
 from latentmill.run.follow import follow_plan
 from latentmill.run.prepare import Setup, set_up
 from latentmill.run.run import RunSummary, encode_todo
+from latentmill.sources.base import Item
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import Tally, committed_revisions, next_revisions
 from latentmill.store.field_layout import field_storage
@@ -136,6 +137,7 @@ class FieldsOfRun:
         hold: Hold,
     ) -> None:
         """Encode units of the store, and of the fields from audio that lack them, in one pass."""
+        self._warn_of_names(read_items(setup.storage, todo[0]))
         fields = self._from_audio
         if fields and plan.packing != PACKING:
             _log.info("the plan is of an earlier version: fields are computed after the store")
@@ -147,6 +149,19 @@ class FieldsOfRun:
                 names = [one.plan.field.name for one in taken if one.plan.field is not None]
                 _log.info("in the same pass: %s", ", ".join(names))
             encode_todo(setup, plan, tallies, todo, progress, hold, taken)
+
+    def _warn_of_names(self, items: Sequence[Item]) -> None:
+        """Warn of texts that items do not have. Some sources give metadata only with the audio."""
+        names = sorted({name for item in items for name in item.metadata})
+        for one in self._wanted:
+            name = one.source.removeprefix(METADATA)
+            if name != one.source and names and name not in names:
+                _log.warning(
+                    "field %s: no item of the first unit has metadata %s, only %s",
+                    one.name,
+                    name,
+                    ", ".join(names[:10]),
+                )
 
     def _taken(
         self,
@@ -172,19 +187,34 @@ class FieldsOfRun:
     def added(self, summary: RunSummary, progress: Progress) -> RunSummary:
         """Complete the fields of a store that is sealed, those from audio first, as `add` does.
 
-        Returns the summary of the store with those of the fields.
+        Returns the summary of the store with those of the fields. Raises the first error after all
+        fields were tried.
         """
         fields: dict[str, RunSummary] = {}
+        errors: list[LatentmillError] = []
         for one in sorted(self._wanted, key=lambda one: one.source != "audio"):
-            _log.debug("completing field %s", one.name)
-            found = run_add(
-                summary.store,
-                one.name,
-                one.options,
-                progress,
-                source=one.source,
-                per_window=one.per_window,
-            )
+            _log.info("completing field %s", one.name)
+            options = one.options
+            if self._before.get(one.name) == 0:  # what failed has failed in this run
+                options = {**options, "retry_failed": False}
+            try:
+                found = run_add(
+                    summary.store,
+                    one.name,
+                    options,
+                    progress,
+                    source=one.source,
+                    per_window=one.per_window,
+                )
+            except LatentmillError as error:
+                if errors:  # the first one is raised
+                    _log.error("field %s: %s", one.name, error)
+                errors.append(error)
+                continue
             before = min(self._before.get(one.name, found.units), found.resumed_units)
             fields[one.name] = replace(found, resumed_units=before)
+        if errors:
+            missing = ", ".join(one.name for one in self._wanted if one.name not in fields)
+            _log.warning("%s is complete, but not its fields %s", summary.store, missing)
+            raise errors[0]
         return replace(summary, fields={one.name: fields[one.name] for one in self._wanted})
