@@ -34,7 +34,7 @@ class Faults:
         deny: Whether a request (method, path with query) is answered by 403.
         seed: Of the draws.
         seen: How many requests there were of each kind: `ok`, `error`, `cut`, `denied`.
-        busiest: The most requests that were in work at once.
+        busiest: The most requests that waited at once for their answers to begin.
     """
 
     errors: float = 0.0
@@ -110,16 +110,16 @@ class _Handler(BaseHTTPRequestHandler):
         with self.behaviour.working():
             body = self._body()
             time.sleep(self.behaviour.latency)
-            kind = self.behaviour.draw(self.command, self.path)
-            if kind == "error":
-                number = self.behaviour.seen["error"] % len(ERRORS)
-                self._refuse(*ERRORS[number])
-            elif kind == "denied":
-                self._refuse(403, "AccessDenied")
-            elif kind == "cut" and self.behaviour.seen["cut"] % 2:
-                self._cut()  # before anything was done
-            else:
-                self._forward(body, cut=kind == "cut")
+        kind = self.behaviour.draw(self.command, self.path)
+        if kind == "error":
+            number = self.behaviour.seen["error"] % len(ERRORS)
+            self._refuse(*ERRORS[number])
+        elif kind == "denied":
+            self._refuse(403, "AccessDenied")
+        elif kind == "cut" and self.behaviour.seen["cut"] % 2:
+            self._cut()  # before anything was done
+        else:
+            self._forward(body, cut=kind == "cut")
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any  # noqa: N815
 
