@@ -212,11 +212,11 @@ def test_a_field_that_fails_costs_the_store_nothing(
     songs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A field's unit that fails is left to `add`."""
-    options = {"trouble": "cuda", "mark": str(tmp_path / "mark")}
-    troubled = {"model": "python:support.troubled_model:build", "model_options": options}
+    options = {"mark": str(tmp_path / "mark")}
+    troubled = {"model": "python:support.failing_model:build", "model_options": options}
     fields = {"troubled": troubled, **FIELDS}
     together(songs, tmp_path / "one", fields)
-    assert "is left for after the store, because it failed: " in caplog.text
+    assert "is left for after the store, because it failed: ModelError: This model" in caplog.text
     separately(songs, tmp_path / "two", fields)
     assert_equal(tmp_path / "one", tmp_path / "two", revisions=False)
     revisions = {
@@ -229,13 +229,24 @@ def test_a_field_that_fails_costs_the_store_nothing(
     assert revisions == {"second": {0}, "v": {0}}  # not disturbed
 
 
+def test_a_field_that_makes_the_device_unusable(songs: Path, tmp_path: Path) -> None:
+    """The worker must be replaced, but the store has the unit."""
+    options = {"trouble": "cuda", "mark": str(tmp_path / "mark")}
+    troubled = {"model": "python:support.troubled_model:build", "model_options": options}
+    with pytest.raises(torch.AcceleratorError):
+        together(songs, tmp_path / "one", {"troubled": troubled, **FIELDS})
+    done = [len(list((tmp_path / "one" / at / "commits").glob("*"))) for at in ("", "fields/v")]
+    assert done == [1, 1]
+    assert not list((tmp_path / "one/fields/troubled/commits").glob("*"))
+
+
 def test_a_field_that_always_fails_is_reported_after_the_others(
     songs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fields = {"bad": {"model": "python:support.failing_model:build"}, **FIELDS}
     with pytest.raises(ModelError, match="This model never works"):
         together(songs, tmp_path / "one", fields)
-    assert "is complete, but not its fields bad" in caplog.text
+    assert "is complete, but not its fields: bad" in caplog.text
     for root in ("one", "one/fields/second", "one/fields/v"):
         runs.assert_whole(tmp_path / root)
     assert not (tmp_path / "one/fields/bad/dataset.json").exists()

@@ -86,7 +86,7 @@ class SharedAudio:
         self._all = list(self._waiting)
         self._lanes: list[_Lane] = []  # those that are loaded now
         self._open_lanes()
-        self._limit = settings.load_threads * BUFFER_BYTES * len(loadings)
+        self._limit = self._limit_of(len(loadings))
         self._sizes = [0] * len(loadings)  # bytes of the loaded audio, by model
         self._pool = ThreadPoolExecutor(settings.load_threads, thread_name_prefix="load")
         for _ in range(settings.load_threads):
@@ -118,10 +118,11 @@ class SharedAudio:
         self._reader.stop()
 
     def leave(self, model: int) -> None:
-        """Load nothing more for a model; the others go on. Thread-safe."""
+        """Keep nothing more for a model; the others go on. Thread-safe."""
         with self._changed:
             self._left.add(model)
             self._sizes[model] = 0
+            self._limit = self._limit_of(len(self._loadings) - len(self._left))
             for lane in self._all:
                 lane.loaded[model].clear()
                 if lane.ended:
@@ -135,6 +136,14 @@ class SharedAudio:
         for lane in self._lanes:
             lane.events.close()  # type: ignore[attr-defined]  # closes the item's file
         self._reader.close()
+
+    def _limit_of(self, models: int) -> int:
+        """How many bytes of loaded audio may wait for this number of models."""
+        return self._loadings[0].settings.load_threads * BUFFER_BYTES * models
+
+    def _ahead(self, lane: _Lane) -> int:
+        """Number of a lane's loaded events for the model that will need this lane first."""
+        return min(len(one) for model, one in enumerate(lane.loaded) if model not in self._left)
 
     @property
     def _size(self) -> int:
@@ -168,7 +177,7 @@ class SharedAudio:
             with self._changed:
                 self._changed.wait_for(lambda: loaded or lane.ended or self._stopped)
                 if not loaded:
-                    if not lane.ended:
+                    if not lane.ended or model in self._left:
                         raise LoadingStopped
                     self._is_taken(lane, model)
                     break
@@ -231,7 +240,7 @@ class SharedAudio:
                     lane for lane in unfinished if not (lane.busy or (full and lane.loaded[behind]))
                 ]
                 if free:
-                    lane = min(free, key=lambda one: min(map(len, one.loaded)))
+                    lane = min(free, key=self._ahead)
                     lane.busy = True
                     return lane
                 if self._idle.waiting and not full:

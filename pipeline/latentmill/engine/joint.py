@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+import torch
+
 from latentmill.config import RunConfig
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.unit_audio import LoadingStopped, SharedAudio, UnitAudio
@@ -21,6 +23,7 @@ from latentmill.engine.job import make_job
 from latentmill.engine.lock import Hold
 from latentmill.engine.underway import UnitProgress
 from latentmill.engine.worker import Job, Link, Stopped, UnitResult, UnitWork, Worker, result_of
+from latentmill.errors import LatentmillError
 from latentmill.fields.inputs import Input, audio_inputs
 from latentmill.models.base import ModelHandle
 from latentmill.plan import Plan, Unit
@@ -157,13 +160,14 @@ class JointWorker:
         """Encode a unit in the store, and in the fields that lack it; commit the store first.
 
         If the store's model raises an exception, the others stop. If that of a field does, the unit
-        is left to the `add` after the pass, which reports the exception. An attempt with
+        is left to the `add` after the pass, which reports the exception; one that makes the device
+        unusable is raised when the store has the unit. An attempt with
         `trial_load` is for the store alone, and so is one after the unit was committed: a model of
         a field that ends the process does not keep the unit from the store.
         """
         revisions = unit.revisions if isinstance(unit, JointUnit) else ()
         path = commit_path(unit.name, unit.revision)
-        if self._base.storage.exists(path):  # before this attempt failed in a field
+        if self._base.storage.exists(path):  # by an attempt that ended in a field
             return result_of(unit, read_commit(self._base.storage, unit.name, unit.revision))
         taking = [
             (worker, replace(unit, revision=revision))
@@ -172,15 +176,19 @@ class JointWorker:
         ]
         if trial_load or not taking:
             return self._base.encode(unit, trial_load)
-        first = self._base.begin(unit)
-        works = [first, *(worker.begin(one, along=first) for worker, one in taking)]
+        works, workers = [self._base.begin(unit)], [self._base]
+        for worker, one in taking:
+            try:
+                works.append(worker.begin(one, along=works[0]))
+                workers.append(worker)
+            except (LatentmillError, OSError) as error:
+                _log_left(worker, one, error)
         audio = SharedAudio(
             works[0].items,
             [work.loading for work in works],
             [work.encoder.meter for work in works],
         )
         with contextlib.closing(audio), ThreadPoolExecutor(len(works), "model") as pool:
-            workers = [self._base, *(worker for worker, _ in taking)]
             return self._together(workers, works, audio, pool)
 
     def _together(
@@ -193,30 +201,34 @@ class JointWorker:
         shared = _Shared(self._stopped, audio, len(works))
         links = [_OfBase(shared), *(_OfField(shared, number) for number in range(1, len(works)))]
 
+        unusable: list[torch.AcceleratorError] = []  # errors after which the process must end
+
         def run(worker: Worker, work: UnitWork, share: UnitAudio, link: Link) -> UnitResult | None:
             try:
                 return worker.finish(work, share, link)
-            except (Stopped, LoadingStopped):
-                shared.abort()
-                raise
-            except Exception as error:
-                if isinstance(link, _OfField):
-                    link.leave()
-                    _log_left(worker, work.unit, error)
-                    return None
-                shared.abort()
-                raise
-            except BaseException:
-                shared.abort()
-                raise
+            except BaseException as error:
+                ends = not isinstance(error, Exception) or isinstance(
+                    error, Stopped | LoadingStopped
+                )
+                if ends or not isinstance(link, _OfField):
+                    shared.abort()
+                    raise
+                if isinstance(error, torch.AcceleratorError):
+                    unusable.append(error)
+                share.close()
+                link.leave()
+                _log_left(worker, work.unit, error)
+                return None
 
         with self._turn:
             futures = [
                 pool.submit(run, *one)
                 for one in zip(workers, works, audio.shares(), links, strict=True)
             ]
-            with contextlib.suppress(Stopped):
+            try:
                 shared.wait(lambda: not shared.open)
+            except Stopped:
+                shared.abort()  # also wakes models that wait for audio
         errors = [error for one in futures if (error := one.exception()) is not None]
         causes = [one for one in errors if not isinstance(one, Stopped | LoadingStopped)]
         for error in causes:
@@ -224,15 +236,18 @@ class JointWorker:
         result = futures[0].result() if not errors else None
         if result is None:
             raise Stopped
+        if unusable:
+            raise unusable[0]  # the store has the unit; another process goes on
         return result
 
 
-def _log_left(worker: Worker, unit: Unit, error: Exception) -> None:
+def _log_left(worker: Worker, unit: Unit, error: BaseException) -> None:
     _log.warning(
-        "unit %s of %s is left for after the store, because it failed: %s",
+        "unit %s of %s is left for after the store, because it failed: %s: %s",
         unit.name,
         worker.storage.root,
-        str(error) or type(error).__name__,
+        type(error).__name__,
+        str(error).partition("\n")[0],
     )
 
 

@@ -17,7 +17,7 @@ from latentmill.encoding.lanes import PACKING
 from latentmill.engine.joint import FieldInPass
 from latentmill.engine.lock import Hold, only_run
 from latentmill.engine.progress import Progress
-from latentmill.errors import ConfigError, LatentmillError
+from latentmill.errors import ConfigError, HeadGoneError, LatentmillError
 from latentmill.fields.values import METADATA
 from latentmill.plan import FieldEntry, Plan, Unit, read_items
 from latentmill.run.add import field_entry, run_add
@@ -150,6 +150,12 @@ class FieldsOfRun:
                 _log.info("in the same pass: %s", ", ".join(names))
             encode_todo(setup, plan, tallies, todo, progress, hold, taken)
 
+    @staticmethod
+    def _has_all(summary: RunSummary, name: str) -> bool:
+        """Whether a field has a commit of every unit of its store."""
+        committed = committed_revisions(field_storage(Storage(summary.store), name))
+        return len(committed) == summary.units
+
     def _warn_of_names(self, items: Sequence[Item]) -> None:
         """Warn of texts that items do not have. Some sources give metadata only with the audio."""
         names = sorted({name for item in items for name in item.metadata})
@@ -187,16 +193,16 @@ class FieldsOfRun:
     def added(self, summary: RunSummary, progress: Progress) -> RunSummary:
         """Complete the fields of a store that is sealed, those from audio first, as `add` does.
 
-        Returns the summary of the store with those of the fields. Raises the first error after all
-        fields were tried.
+        Returns the summary of the store with those of the fields. Errors are logged; the first one
+        is raised after all fields were tried.
         """
         fields: dict[str, RunSummary] = {}
         errors: list[LatentmillError] = []
         for one in sorted(self._wanted, key=lambda one: one.source != "audio"):
             _log.info("completing field %s", one.name)
             options = one.options
-            if self._before.get(one.name) == 0:  # what failed has failed in this run
-                options = {**options, "retry_failed": False}
+            if self._before.get(one.name) == 0 and self._has_all(summary, one.name):
+                options = {**options, "retry_failed": False}  # what failed has failed in this run
             try:
                 found = run_add(
                     summary.store,
@@ -206,15 +212,16 @@ class FieldsOfRun:
                     source=one.source,
                     per_window=one.per_window,
                 )
+            except HeadGoneError:  # the process must end now
+                raise
             except LatentmillError as error:
-                if errors:  # the first one is raised
-                    _log.error("field %s: %s", one.name, error)
+                _log.error("field %s: %s", one.name, error)
                 errors.append(error)
                 continue
             before = min(self._before.get(one.name, found.units), found.resumed_units)
             fields[one.name] = replace(found, resumed_units=before)
         if errors:
             missing = ", ".join(one.name for one in self._wanted if one.name not in fields)
-            _log.warning("%s is complete, but not its fields %s", summary.store, missing)
+            _log.warning("%s is complete, but not its fields: %s", summary.store, missing)
             raise errors[0]
         return replace(summary, fields={one.name: fields[one.name] for one in self._wanted})
