@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -92,7 +93,7 @@ class Origin:
             `[channels, frames]`. The cost depends on `frames`, not on the item's length.
         """
         have = self.frames.shape[1]
-        if not frames or not self.frames.any():  # as for every linear encoder
+        if not frames or self._is_zero:
             silence = np.zeros((len(self.frames), frames), np.float32)
         elif self.chunking is not None and self.chunking.stitch == "state":
             silence = self.frames[:, np.arange(start, start + frames).clip(max=have - 1)]
@@ -108,6 +109,11 @@ class Origin:
         for change in self.changes:
             silence = change(silence)
         return silence
+
+    @cached_property
+    def _is_zero(self) -> bool:
+        """Whether silence has zeros as its latent, as with every linear encoder."""
+        return not self.frames.any()
 
     def at(self, total: int, start: int) -> Origin:
         """The origin for arithmetic on crops that begin at `start` in items of `total` frames.

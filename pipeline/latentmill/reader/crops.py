@@ -78,15 +78,28 @@ class CropReader(RowReader):
         frames = self.frames[rows].astype(np.int64)
         if self.store.storage.local and frames.sum() * self._width >= len(rows) * VIEWED_BYTES:
             self.read_cuts(also)
-            return (_to_float(raw).T for raw in map(self._view, rows))
+            index, ranges = self._index, self._ranges(rows, np.zeros_like(rows), frames)
+            pairs = zip(rows, ranges, strict=True)
+            return (_to_float(self._view(row, one, index)).T for row, one in pairs)
         buffers = [np.empty((length, self.channels), self._dtype) for length in frames]
         self.read_cuts([Cut(self, rows, np.zeros_like(rows), frames, buffers), *also])
         return (_to_float(raw).T for raw in buffers)
 
-    def _view(self, row: np.int64) -> Raw:
-        """A whole latent in the stored dtype, `[frames, channels]`, mapped but not read yet."""
-        whole = np.array([row]), np.zeros(1, np.int64), self.frames[[row]].astype(np.int64)
-        data = self._with_current_index(lambda: self._shards.view(*self._ranges(*whole)[0]))
+    def _view(self, row: np.int64, known: _Range, index: Index) -> Raw:
+        """A whole latent in the stored dtype, `[frames, channels]`, mapped but not read yet.
+
+        `known` is its range in the shards of `index`, which may no longer be the current one.
+        """
+
+        def view() -> memoryview:
+            if self._index is index:
+                return self._shards.view(*known)
+            frames = self.frames[[row]].astype(np.int64)
+            return self._shards.view(
+                *self._ranges(np.array([row]), np.zeros(1, np.int64), frames)[0]
+            )
+
+        data = self._with_current_index(view)
         return np.frombuffer(data, self._dtype).reshape(-1, self.channels)
 
     def read_block(
