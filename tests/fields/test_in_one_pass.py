@@ -332,10 +332,14 @@ def test_a_mistyped_name_of_a_text_is_reported_at_once(
 ) -> None:
     for path in songs.rglob("*.wav"):
         path.with_suffix(".json").write_text(json.dumps({"prompt": "x"}))
+    t5 = f"t5:{encoders}/t5"
+    fields = {"text": f"{t5}@metadata.promt", "right": f"{t5}@metadata.prompt"}
     with pytest.raises(ConfigError, match="use prompt"):
-        together(songs, tmp_path / "one", {"text": f"t5:{encoders}/t5@metadata.promt"})
-    assert "no item of the first unit has metadata promt, only " in caplog.text
-    runs.assert_whole(tmp_path / "one")
+        together(songs, tmp_path / "one", fields)
+    warned = [one.getMessage() for one in caplog.records if "first items" in one.getMessage()]
+    assert warned == ["field text: none of the first items has metadata promt (they have: prompt)"]
+    for root in ("one", "one/fields/right"):
+        runs.assert_whole(tmp_path / root)
 
 
 def test_settings_that_a_field_does_not_have(songs: Path, tmp_path: Path) -> None:

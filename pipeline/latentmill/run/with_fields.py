@@ -17,7 +17,7 @@ from latentmill.encoding.lanes import PACKING
 from latentmill.engine.joint import FieldInPass
 from latentmill.engine.lock import Hold, only_run
 from latentmill.engine.progress import Progress
-from latentmill.errors import ConfigError, HeadGoneError, LatentmillError
+from latentmill.errors import ConfigError, HeadGoneError, ItemError, LatentmillError
 from latentmill.fields.values import METADATA
 from latentmill.plan import FieldEntry, Plan, Unit, read_items
 from latentmill.run.add import field_entry, run_add
@@ -26,6 +26,7 @@ from latentmill.run.follow import follow_plan
 from latentmill.run.prepare import Setup, set_up
 from latentmill.run.run import RunSummary, encode_todo
 from latentmill.sources.base import Item
+from latentmill.sources.metadata import read_metadata
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import Tally, committed_revisions, next_revisions
 from latentmill.store.field_layout import field_storage
@@ -40,6 +41,7 @@ OWN = tuple(
 _SHARED = tuple(name for name in FIELD_SETTINGS if name not in OWN and name != "load_tasks")
 
 
+LOOKED_AT = 8  # items whose metadata is read before the run
 _NOT_AUDIO = re.compile(r"(.+?)@(latents|metadata\..+)")
 
 
@@ -157,16 +159,20 @@ class FieldsOfRun:
         return len(committed) == summary.units
 
     def _warn_of_names(self, items: Sequence[Item]) -> None:
-        """Warn of texts that items do not have. Some sources give metadata only with the audio."""
-        names = sorted({name for item in items for name in item.metadata})
-        for one in self._wanted:
-            name = one.source.removeprefix(METADATA)
-            if name != one.source and names and name not in names:
+        """Warn of texts that none of the first items has."""
+        wanted = {one.name: one.source.removeprefix(METADATA) for one in self._wanted}
+        texts = [one.name for one in self._wanted if wanted[one.name] != one.source]
+        found: set[str] = set()
+        for item in items[:LOOKED_AT] if texts else ():
+            with contextlib.suppress(ItemError):  # the run reports it
+                found.update(read_metadata(item))
+        for name in texts:
+            if wanted[name] not in found:
                 _log.warning(
-                    "field %s: no item of the first unit has metadata %s, only %s",
-                    one.name,
+                    "field %s: none of the first items has metadata %s (they have: %s)",
                     name,
-                    ", ".join(names[:10]),
+                    wanted[name],
+                    ", ".join(sorted(found)[:10]) or "none at all",
                 )
 
     def _taken(
