@@ -333,7 +333,7 @@ def test_a_mistyped_name_of_a_text_is_reported_at_once(
     for path in songs.rglob("*.wav"):
         path.with_suffix(".json").write_text(json.dumps({"prompt": "x"}))
     t5 = f"t5:{encoders}/t5"
-    fields = {"text": f"{t5}@metadata.promt", "right": f"{t5}@metadata.prompt"}
+    fields = {"text": f"{t5}@metadata.promt", "right": f"{t5}@metadata:prompt"}
     with pytest.raises(ConfigError, match="use prompt"):
         together(songs, tmp_path / "one", fields)
     warned = [one.getMessage() for one in caplog.records if "first items" in one.getMessage()]

@@ -42,7 +42,7 @@ _SHARED = tuple(name for name in FIELD_SETTINGS if name not in OWN and name != "
 
 
 LOOKED_AT = 8  # items whose metadata is read before the run
-_NOT_AUDIO = re.compile(r"(.+?)@(latents|metadata\..+)")
+_NOT_AUDIO = re.compile(r"(.+?)@(latents|metadata[.:].+)")
 
 
 @dataclass(frozen=True)
