@@ -54,6 +54,18 @@ def test_every_format_comes_back_on_its_own_time_line(kind: str) -> None:
     assert np.dot(part, audio[0, 20_000:40_000]) == pytest.approx(np.dot(part, part), rel=0.1)
 
 
+@pytest.mark.parametrize("container", ["WAV", "RF64", "W64", "AIFF", "AU", "CAF"])
+@pytest.mark.parametrize("bits", [16, 32])
+def test_integers_are_divided_by_full_scale(container: str, bits: int) -> None:
+    """To the bit, as a division in float64 that is rounded to float32 once."""
+    full = 2 ** (bits - 1)
+    drawn = np.random.default_rng(bits).integers(-full, full, (140_000, 2))  # over one block
+    drawn[:4] = [[-full, full - 1], [0, -1], [1, full // 3], [-full + 1, full - 2]]
+    signal = drawn.astype(f"int{bits}")
+    audio = decode(sound(signal, RATE, container, f"PCM_{bits}"))
+    assert np.array_equal(audio, (drawn / full).astype(np.float32).T)
+
+
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [

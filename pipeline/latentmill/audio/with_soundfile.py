@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import soundfile as sf
 
 from latentmill.audio.headers import find_w64_data
@@ -47,6 +49,8 @@ _MP3_LEAD = 64 * 1152
 _EXACT = ("pcm_s8", "pcm_u8", "pcm_16", "pcm_24", "pcm_32", "float", "double")
 """Samples of these codecs, and of FLAC, are independent of the samples before them."""
 
+_INTEGERS = {"PCM_16": np.int16, "PCM_32": np.int32}
+"""Integers that numpy converts in a fraction of the time that libsndfile takes, to equal floats."""
 
 _REOPENS = Path("/proc/self/fd").exists()
 
@@ -93,25 +97,36 @@ class SoundFileDecoder:
 
     def blocks(self) -> Iterator[FloatArray]:
         """Yield blocks `[n, C]`; see `Decoder`."""
-        done = self._file.tell()
+        done, integers = self._file.tell(), None
+        if self.info.format != "flac" and (kind := _INTEGERS.get(self._file.subtype)):
+            shape = min(BLOCK, self._frames), self.info.channels
+            integers = np.empty(shape, kind)  # of all blocks, one after the other
         # Reading past the end would return data after the audio, such as a tag.
         while done < self._frames:
             # Blocks end at the same samples wherever reading starts: python-soundfile seeks to the
             # end of each, which fails in a gap between FLAC frames.
             count = min(BLOCK - done % BLOCK, self._frames - done)
-            block = np.empty((count, self.info.channels), np.float32)
+            if integers is None:
+                block = np.empty((count, self.info.channels), np.float32)
+            else:
+                block = integers[:count]
             try:
                 read = len(self._file.read(out=block))
             except sf.LibsndfileError as error:
                 kept = min(max(self._file.tell() - done, 0), count)
-                yield self._sorted(block[:kept])
+                yield self._finished(block[:kept])
                 raise DecodeError(_text(error)) from error
             if read == 0:
                 return
-            yield self._sorted(block[:read])
+            yield self._finished(block[:read])
             done += read
 
-    def _sorted(self, block: FloatArray) -> FloatArray:
+    def _finished(self, block: npt.NDArray[Any]) -> FloatArray:
+        """The samples of a block as floats, in the usual order of channels."""
+        if block.dtype != np.float32:
+            scale = np.float32(2.0 ** (1 - 8 * block.itemsize))
+            floats: FloatArray = np.multiply(block, scale, dtype=np.float32, casting="same_kind")
+            return floats
         return block if self._order is None else block[:, self._order]
 
     def seek(self, sample: int) -> int:
