@@ -42,7 +42,7 @@ from latentmill.encoding.chunks import Chunk, Chunker, Chunking
 from latentmill.encoding.lanes import LANES
 from latentmill.encoding.loading import EncodeSettings, Event, Facts, Loading, Opened
 from latentmill.encoding.loudness import LevelMeter
-from latentmill.encoding.timings import Meter
+from latentmill.encoding.timings import Timings
 from latentmill.encoding.unit_audio import LocalAudio
 from latentmill.models.base import ModelSpec
 from latentmill.models.families import mdct
@@ -102,7 +102,7 @@ def timed(work: Callable[[], None]) -> Spent:
 def feed(items: list[Item], loading: Loading) -> None:
     """Load a unit and stack its batches."""
     packer, memory = Packer(loading.chunking, loading.settings.batch_size), PlainTransport()
-    with contextlib.closing(LocalAudio(items, loading, Meter())) as audio:
+    with contextlib.closing(LocalAudio(items, loading, Timings())) as audio:
         for number, _, event in audio:
             if isinstance(event, Chunk):
                 for batch in packer.add(number, event):

@@ -481,13 +481,13 @@ def encode(
             serving = [pool.submit(serve) for _ in range(2)]
             while not all(one.done() for one in serving):
                 time.sleep(min(0.5, seconds / 10))
-                samples.append((time.perf_counter() - began, worker.meter()["audio_seconds"]))
+                samples.append((time.perf_counter() - began, worker.timings()["audio_seconds"]))
                 if samples[-1][0] >= seconds and not stopped.is_set():
-                    stages, stop = worker.meter(), len(samples)
+                    stages, stop = worker.timings(), len(samples)
                     cpu_seconds = time.process_time() - cpu
                     stopped.set()
             if not stopped.is_set():
-                stages, stop = worker.meter(), len(samples)
+                stages, stop = worker.timings(), len(samples)
                 cpu_seconds = time.process_time() - cpu
         for one in serving:
             one.result()

@@ -27,7 +27,7 @@ import ray
 from common import SHARED_AUDIO, write_result
 from latentmill.encoding.chunks import Chunk, Chunking
 from latentmill.encoding.loading import EncodeSettings, Loading
-from latentmill.encoding.timings import Meter
+from latentmill.encoding.timings import Timings
 from latentmill.encoding.unit_audio import LocalAudio
 from latentmill.engine.remote_audio import RemoteAudio
 from latentmill.models.families import mdct
@@ -76,7 +76,7 @@ def compared(corpus: Path, cores: int, rounds: int) -> dict[str, Any]:
         seconds = set()
         for way, open_audio_of in ways.items():
             began, cpu_began = time.perf_counter(), time.process_time()
-            with contextlib.closing(open_audio_of(items, decoding, Meter())) as audio:
+            with contextlib.closing(open_audio_of(items, decoding, Timings())) as audio:
                 samples = sum(
                     event.audio.shape[1] for *_, event in audio if isinstance(event, Chunk)
                 )

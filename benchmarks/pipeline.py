@@ -228,7 +228,7 @@ class ModelAlone:
         from latentmill.encoding.batches import Packer
         from latentmill.encoding.chunks import Chunk
         from latentmill.encoding.loading import Loading
-        from latentmill.encoding.timings import Meter
+        from latentmill.encoding.timings import Timings
         from latentmill.encoding.unit_audio import LocalAudio
 
         torch.set_num_threads(self._job.threads)
@@ -237,7 +237,7 @@ class ModelAlone:
         self._batches, seconds = [], 0.0
         for unit in self._units:
             packer = Packer(chunking, settings.batch_size)
-            stream = LocalAudio(unit, Loading(spec, chunking, settings), Meter())
+            stream = LocalAudio(unit, Loading(spec, chunking, settings), Timings())
             with contextlib.closing(stream):
                 for index, _, event in stream:
                     if isinstance(event, Chunk):

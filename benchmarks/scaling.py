@@ -143,7 +143,7 @@ def pipeline(corpus: Path, folder: Path, speed: int) -> dict[str, Any]:
         "efficiency": round(seconds / speed / wall, 3),
         "x_real_time": round(seconds / wall),
         "x_real_time_per_core": round(seconds / cpu),
-        "bound": bound(worker.meter()),
+        "bound": bound(worker.timings()),
     }
 
 

@@ -130,7 +130,7 @@ def encode(model: Any, folder: Path, chunking: Any) -> tuple[float, float]:
     """Encode the items of a folder; return the wall and CPU time."""
     from latentmill.encoding.encoder import UnitEncoder
     from latentmill.encoding.loading import EncodeSettings, Loading
-    from latentmill.encoding.timings import Meter
+    from latentmill.encoding.timings import Timings
     from latentmill.encoding.unit_audio import LocalAudio
     from latentmill.sources.folder import FolderSource
 
@@ -138,7 +138,7 @@ def encode(model: Any, folder: Path, chunking: Any) -> tuple[float, float]:
     items = sorted(FolderSource(str(folder), ("wav",)).items(), key=lambda item: item.key)
     began = time.perf_counter(), time.process_time()
     loading = Loading(model.spec, chunking, settings)
-    with contextlib.closing(LocalAudio(items, loading, Meter())) as audio:
+    with contextlib.closing(LocalAudio(items, loading, Timings())) as audio:
         outcomes = list(UnitEncoder(model, chunking, settings).encode(audio))
     assert all(outcome.status == "encoded" for outcome in outcomes)
     return time.perf_counter() - began[0], time.process_time() - began[1]

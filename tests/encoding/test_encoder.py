@@ -18,7 +18,7 @@ from latentmill.decoding.decoder import decode_latent
 from latentmill.encoding import unit_audio
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.loading import EncodeSettings
-from latentmill.encoding.timings import Meter
+from latentmill.encoding.timings import Timings
 from latentmill.errors import ModelError
 from latentmill.models.base import Context, ModelSpec
 from latentmill.models.families import mdct
@@ -34,8 +34,8 @@ from support.units import (
 
 
 def test_a_corpus_becomes_records(corpus: Path) -> None:
-    meter = Meter()
-    done = records(encode(items_of(corpus), meter=meter))
+    timings = Timings()
+    done = records(encode(items_of(corpus), timings=timings))
     assert len(done) == len(CORPUS)
     for name, (seconds, rate, channels, _) in CORPUS.items():
         record = done[name.rsplit(".", 1)[0]]
@@ -50,9 +50,9 @@ def test_a_corpus_becomes_records(corpus: Path) -> None:
     assert done["album/long"].metadata == {"title": "Länge", "bpm": 120, "text": "a long piece"}
     assert done["boundary"].metadata == {}
     encoded = sum(record.duration for record in done.values())
-    assert meter.audio_seconds == pytest.approx(encoded, rel=0.2)
+    assert timings.audio_seconds == pytest.approx(encoded, rel=0.2)
     stages = ("audio", "read", "decode", "wait", "model")  # the others are the worker's
-    assert all(meter.snapshot()[f"{stage}_seconds"] > 0 for stage in stages)
+    assert all(timings.snapshot()[f"{stage}_seconds"] > 0 for stage in stages)
 
 
 def test_a_latent_is_that_of_the_file_encoded_whole(corpus: Path) -> None:

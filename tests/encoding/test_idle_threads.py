@@ -15,7 +15,7 @@ from latentmill.audio.pieces import Piece, PieceLoader
 from latentmill.encoding.chunks import Chunk
 from latentmill.encoding.idle_threads import IdleThreads
 from latentmill.encoding.loading import EncodeSettings, Facts, Loading
-from latentmill.encoding.timings import Meter
+from latentmill.encoding.timings import Timings
 from latentmill.encoding.unit_audio import LocalAudio
 from support.recordings import noise
 from support.units import CHUNKING, MODEL, items_of, load_threads
@@ -23,7 +23,7 @@ from support.units import CHUNKING, MODEL, items_of, load_threads
 
 def events(folder: Path, threads: int) -> list[object]:
     loading = Loading(MODEL.spec, CHUNKING, EncodeSettings(load_threads=threads))
-    with contextlib.closing(LocalAudio(items_of(folder), loading, Meter())) as audio:
+    with contextlib.closing(LocalAudio(items_of(folder), loading, Timings())) as audio:
         return [event for _, _, event in audio]
 
 
@@ -66,16 +66,16 @@ def test_a_unit_can_be_closed_while_pieces_are_loaded(
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 18)
     sf.write(tmp_path / "long.wav", noise(60.0, 16000), 16000)
     loading = Loading(MODEL.spec, CHUNKING, EncodeSettings(load_threads=3))
-    with contextlib.closing(LocalAudio(items_of(tmp_path), loading, Meter())) as audio:
+    with contextlib.closing(LocalAudio(items_of(tmp_path), loading, Timings())) as audio:
         next(iter(audio))
     assert not load_threads()
 
 
 def test_offered_and_loaded_pieces_are_limited() -> None:
-    idle = IdleThreads(threading.Condition(), 2, Meter())
+    idle = IdleThreads(threading.Condition(), 2, Timings())
     offers = [idle.offer(list) for _ in range(5)]
     futures = [future for future in offers if future is not None]
-    assert len(futures) == idle.ahead == 3
+    assert len(futures) == idle.prefetch == 3
     assert idle.load_one()
     assert idle.offer(list) is None
     assert idle.take(futures[0]) == []
@@ -89,7 +89,7 @@ def test_the_error_of_a_piece_is_raised_where_it_is_taken() -> None:
     def broken() -> Piece:
         raise OSError("gone")
 
-    idle = IdleThreads(threading.Condition(), 2, Meter())
+    idle = IdleThreads(threading.Condition(), 2, Timings())
     future = idle.offer(broken)
     assert future is not None
     assert idle.load_one()

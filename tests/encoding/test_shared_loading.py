@@ -17,7 +17,7 @@ from latentmill.encoding import unit_audio
 from latentmill.encoding.chunks import Chunk, Chunking
 from latentmill.encoding.lanes import LANES
 from latentmill.encoding.loading import EncodeSettings, Facts, ItemEvent, Loading
-from latentmill.encoding.timings import Meter
+from latentmill.encoding.timings import Timings
 from latentmill.encoding.unit_audio import LoadingStopped, LocalAudio, SharedAudio, UnitAudio
 from latentmill.models.families import mdct
 from latentmill.record import Outcome
@@ -43,7 +43,7 @@ def plain(events: Sequence[ItemEvent]) -> list[tuple[object, ...]]:
 
 
 def shared(items: Sequence[Item], loadings: Sequence[Loading]) -> SharedAudio:
-    return SharedAudio(items, loadings, [Meter() for _ in loadings])
+    return SharedAudio(items, loadings, [Timings() for _ in loadings])
 
 
 def taken(audio: SharedAudio) -> list[list[ItemEvent]]:
@@ -53,7 +53,7 @@ def taken(audio: SharedAudio) -> list[list[ItemEvent]]:
 
 
 def alone(items: Sequence[Item], one: Loading) -> list[ItemEvent]:
-    with contextlib.closing(LocalAudio(items, one, Meter())) as audio:
+    with contextlib.closing(LocalAudio(items, one, Timings())) as audio:
         return list(audio)
 
 

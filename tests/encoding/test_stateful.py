@@ -19,7 +19,7 @@ from latentmill.encoding.chunks import Chunk, Chunking
 from latentmill.encoding.lanes import reading_order
 from latentmill.encoding.loading import EncodeSettings
 from latentmill.encoding.single import encode_chunked
-from latentmill.encoding.timings import Meter
+from latentmill.encoding.timings import Timings
 from latentmill.errors import ConfigError
 from latentmill.models.base import ModelSpec
 from latentmill.models.inference.device_pipeline import DevicePipeline, PlainTransport
@@ -67,9 +67,9 @@ def test_a_unit_s_latents_are_those_of_the_whole_items(
 ) -> None:
     sounds = write(tmp_path, (LENGTHS * 5)[:count])
     run = EncodeSettings(dtype="float32", batch_size=batch_size, packing=packing)
-    model, meter = Decaying(SPEC, seconds=1e-3), Meter()
-    done = records(encode(items_of(tmp_path), model, CHUNKING, run, meter))
-    assert meter.snapshot()["model_seconds"] >= 1e-3 * len(model.batches)
+    model, timings = Decaying(SPEC, seconds=1e-3), Timings()
+    done = records(encode(items_of(tmp_path), model, CHUNKING, run, timings))
+    assert timings.snapshot()["model_seconds"] >= 1e-3 * len(model.batches)
     for key, sound in sounds.items():
         assert np.allclose(done[key].latent, expected(sound), rtol=1e-5)
         assert done[key].num_samples == len(sound)

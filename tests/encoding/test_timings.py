@@ -6,23 +6,23 @@ import threading
 
 import pytest
 
-from latentmill.encoding.timings import COUNTERS, Meter, bound
+from latentmill.encoding.timings import COUNTERS, Timings, bound
 
 
 def test_counters_add_up_in_the_parent_too() -> None:
-    whole = Meter()
-    parts = [Meter(parent=whole) for _ in range(4)]
+    whole = Timings()
+    parts = [Timings(parent=whole) for _ in range(4)]
 
-    def work(meter: Meter) -> None:
+    def work(timings: Timings) -> None:
         for _ in range(500):
-            meter.add("wait_seconds", 0.5)
+            timings.add("wait_seconds", 0.5)
 
-    threads = [threading.Thread(target=work, args=[meter]) for meter in parts]
+    threads = [threading.Thread(target=work, args=[timings]) for timings in parts]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [meter.snapshot()["wait_seconds"] for meter in parts] == [250.0] * 4
+    assert [timings.snapshot()["wait_seconds"] for timings in parts] == [250.0] * 4
     assert whole.snapshot()["wait_seconds"] == 1000.0
     assert whole.steps == 2000
     assert set(whole.snapshot()) == set(COUNTERS)

@@ -23,7 +23,7 @@ from latentmill.encoding import unit_audio
 from latentmill.encoding.chunks import Chunk
 from latentmill.encoding.lanes import LANES
 from latentmill.encoding.loading import EncodeSettings, Event, Loading, Opened
-from latentmill.encoding.timings import Meter
+from latentmill.encoding.timings import Timings
 from latentmill.encoding.unit_audio import LocalAudio
 from latentmill.record import Outcome
 from latentmill.sources.base import Item
@@ -222,7 +222,7 @@ def test_closing_in_the_middle_ends_the_threads_at_once(tmp_path: Path, events: 
         sparse_wav(tmp_path / f"{name}.wav", 1_000_000_000)
     Counted.read_to_the_end.clear()
     loading = Counted(MODEL.spec, CHUNKING, EncodeSettings(load_threads=2))
-    audio = LocalAudio(items_of(tmp_path), loading, Meter())
+    audio = LocalAudio(items_of(tmp_path), loading, Timings())
     assert len(list(itertools.islice(audio, events))) == events
     audio.close()
     assert not load_threads()
@@ -258,7 +258,7 @@ def test_all_threads_load_until_the_end_of_long_items() -> None:
     Together.barrier = threading.Barrier(8)
     items = [Item(f"{n}", f"/{n}", 1, "") for n in range(8)]
     loading = Together(MODEL.spec, CHUNKING, EncodeSettings(load_threads=8))
-    with contextlib.closing(LocalAudio(items, loading, Meter())) as audio:
+    with contextlib.closing(LocalAudio(items, loading, Timings())) as audio:
         events = list(audio)
     numbers = [number for number, _, event in events if isinstance(event, Chunk)]
     assert numbers == list(range(8)) * 100  # one of each in turn
@@ -274,7 +274,7 @@ def test_a_thread_takes_a_lane_once_for_each_chunk(
     for number in range(100):
         sparse_wav(tmp_path / f"{number:02}.wav", CHUNKING.samples // 2)
     settings = EncodeSettings(load_threads=2)
-    audio = LocalAudio(items_of(tmp_path), Loading(MODEL.spec, CHUNKING, settings), Meter())
+    audio = LocalAudio(items_of(tmp_path), Loading(MODEL.spec, CHUNKING, settings), Timings())
     with contextlib.closing(audio):
         events = [event for _, _, event in audio]
     assert sum(isinstance(event, Chunk) for event in events) == 100
@@ -290,7 +290,7 @@ def test_no_more_audio_is_loaded_than_the_limit(
     for number in range(40):
         sparse_wav(tmp_path / f"{number:02}.wav", 80_000)
     settings = EncodeSettings(load_threads=2, packing=packing)
-    audio = LocalAudio(items_of(tmp_path), Loading(MODEL.spec, CHUNKING, settings), Meter())
+    audio = LocalAudio(items_of(tmp_path), Loading(MODEL.spec, CHUNKING, settings), Timings())
     most, taken = 0, 0
     with contextlib.closing(audio):
         events = iter(audio)
@@ -308,7 +308,7 @@ def test_no_more_audio_is_loaded_than_the_limit(
 def test_plans_of_earlier_versions_load_item_after_item(corpus: Path) -> None:
     items = items_of(corpus)
     settings = EncodeSettings(packing=1, load_threads=3)
-    audio = LocalAudio(items, Loading(MODEL.spec, CHUNKING, settings), Meter())
+    audio = LocalAudio(items, Loading(MODEL.spec, CHUNKING, settings), Timings())
     with contextlib.closing(audio):
         numbers = [number for number, _, _ in audio]
     assert numbers == sorted(numbers)

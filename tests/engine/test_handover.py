@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from latentmill.engine.handover import OUTCOMES_AHEAD, written_beside
+from latentmill.engine.handover import OUTCOMES_WAITING, written_beside
 from latentmill.record import Outcome
 
 
@@ -31,9 +31,9 @@ def test_items_are_encoded_while_others_are_written_and_only_a_few_wait() -> Non
 
     def counted() -> Iterator[Outcome]:
         nonlocal encoded
-        for outcome in outcomes(5 * OUTCOMES_AHEAD):
+        for outcome in outcomes(5 * OUTCOMES_WAITING):
             encoded += 1
-            if encoded == OUTCOMES_AHEAD:
+            if encoded == OUTCOMES_WAITING:
                 full.set()  # while the first one is being written
             yield outcome
 
@@ -45,7 +45,7 @@ def test_items_are_encoded_while_others_are_written_and_only_a_few_wait() -> Non
         return most
 
     # One is being written, one waits to be queued.
-    assert OUTCOMES_AHEAD <= written_beside(counted(), write) <= OUTCOMES_AHEAD + 2
+    assert OUTCOMES_WAITING <= written_beside(counted(), write) <= OUTCOMES_WAITING + 2
 
 
 @pytest.mark.parametrize("at", [0, 3, 50])

@@ -32,7 +32,7 @@ from latentmill.engine.progress import (
 from latentmill.engine.tracker import Tracker
 from latentmill.engine.underway import UnitProgress
 from latentmill.engine.worker import UnitResult
-from latentmill.plan import Part, Plan, Unit
+from latentmill.plan import Plan, PlanPart, Unit
 from latentmill.store.commit import Tally
 from latentmill.text.log import get_logger
 
@@ -50,7 +50,7 @@ Capture: TypeAlias = pytest.LogCaptureFixture
 
 def plan(units: int = 4, items: int = 5, seconds: float = 60.0) -> Plan:
     cut = tuple(Unit(number, items, items * seconds) for number in range(units))
-    part = Part(0, 0, units, units * items, units * items * seconds, 0.0, 0, 0, {})
+    part = PlanPart(0, 0, units, units * items, units * items * seconds, 0.0, 0, 0, {})
     return Plan("/songs", {}, "mdct", {}, "parquet", {}, units=cut, parts=(part,))
 
 

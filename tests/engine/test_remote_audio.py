@@ -17,7 +17,7 @@ import soundfile as sf
 import latentmill
 from latentmill.encoding.chunks import Chunk, Chunking
 from latentmill.encoding.loading import EncodeSettings, Event, Facts, Loading, Opened
-from latentmill.encoding.timings import Meter
+from latentmill.encoding.timings import Timings
 from latentmill.encoding.unit_audio import LocalAudio, UnitAudio
 from latentmill.engine import remote_audio
 from latentmill.engine.actor import ActorShape
@@ -25,7 +25,7 @@ from latentmill.engine.cluster import Cluster
 from latentmill.engine.launch import _check_spare_cores, _Resources
 from latentmill.engine.remote_audio import (
     PARCEL_BYTES,
-    PARCELS_AHEAD,
+    PARCELS_UNREAD,
     Parcel,
     RemoteAudio,
     packed,
@@ -83,11 +83,11 @@ def test_tasks_hear_what_threads_hear(
     sf.write(tmp_path / "long.flac", noise(40, 8000), 8000)
     items = [*items_of(corpus), *items_of(tmp_path)]
     decoding = replace(LOADING, refused={items[1].key: "not this one"})
-    expected = heard(LocalAudio(items, decoding, Meter()))
+    expected = heard(LocalAudio(items, decoding, Timings()))
     assert {type(event) for _, _, event in expected} == {Opened, Chunk, Facts, Outcome}
-    meter = Meter()
-    assert_equal(heard(RemoteAudio(items, decoding, meter, tasks=tasks)), expected)
-    assert meter.decode_seconds > 0
+    timings = Timings()
+    assert_equal(heard(RemoteAudio(items, decoding, timings, tasks=tasks)), expected)
+    assert timings.decode_seconds > 0
 
 
 def test_an_item_that_ends_its_process_fails_alone(tmp_path: Path, ray_session: Path) -> None:
@@ -95,7 +95,7 @@ def test_an_item_that_ends_its_process_fails_alone(tmp_path: Path, ray_session: 
     for name, rate in rates.items():
         sf.write(tmp_path / f"{name}.wav", noise(1.0, rate), rate)
     items = items_of(tmp_path)
-    found = heard(RemoteAudio(items, LOADING, Meter(), tasks=2))
+    found = heard(RemoteAudio(items, LOADING, Timings(), tasks=2))
     ends = {key: event for _, key, event in found if not isinstance(event, Chunk | Opened)}
     assert ends.keys() == rates.keys()
     for name, rate in rates.items():
@@ -105,7 +105,7 @@ def test_an_item_that_ends_its_process_fails_alone(tmp_path: Path, ray_session: 
         else:
             assert "loading it kills the process (SIGSEGV" in str(getattr(end, "reason", ""))
     good = [item for item in items if rates[item.key] == 8000]
-    expected = heard(LocalAudio(good, LOADING, Meter()))
+    expected = heard(LocalAudio(good, LOADING, Timings()))
     for name in ("a", "c"):
         left, right = (
             [(0, *one[1:]) for one in heard if one[1] == name] for heard in (found, expected)
@@ -115,12 +115,12 @@ def test_an_item_that_ends_its_process_fails_alone(tmp_path: Path, ray_session: 
 
 def test_a_killed_task_is_started_again(tmp_path: Path, ray_session: Path) -> None:
     # More than the parcels ahead hold, so that the task cannot end before it is killed.
-    seconds = 3 * PARCELS_AHEAD * PARCEL_BYTES / (4 * 8000)
+    seconds = 3 * PARCELS_UNREAD * PARCEL_BYTES / (4 * 8000)
     sf.write(tmp_path / "long.wav", noise(seconds, 8000), 8000)
     items = items_of(tmp_path)
-    expected = heard(LocalAudio(items, LOADING, Meter()))
+    expected = heard(LocalAudio(items, LOADING, Timings()))
     found = []
-    with contextlib.closing(RemoteAudio(items, LOADING, Meter(), tasks=1)) as audio:
+    with contextlib.closing(RemoteAudio(items, LOADING, Timings(), tasks=1)) as audio:
         for index, item, event in audio:
             if len(found) == 20:
                 runs.until(decoding_processes, "Ray has named the process by its task")
@@ -133,7 +133,7 @@ def test_a_killed_task_is_started_again(tmp_path: Path, ray_session: Path) -> No
 def test_closing_ends_the_tasks(tmp_path: Path, ray_session: Path) -> None:
     for name in "ab":
         sf.write(tmp_path / f"{name}.wav", noise(100, 44100), 44100)
-    audio = RemoteAudio(items_of(tmp_path), LOADING, Meter(), tasks=2)
+    audio = RemoteAudio(items_of(tmp_path), LOADING, Timings(), tasks=2)
     next(iter(audio))
     audio.close()
     assert not audio._thread.is_alive()
@@ -166,7 +166,7 @@ def test_tasks_that_would_never_get_a_core_are_refused() -> None:
 
 def delivered(*attempts: Sequence[Event]) -> list[Event]:
     """What is passed on of one item whose task is started again and again."""
-    audio = RemoteAudio([Item("a", "/a", 1, "")], LOADING, Meter(), tasks=1)
+    audio = RemoteAudio([Item("a", "/a", 1, "")], LOADING, Timings(), tasks=1)
     (lane,) = audio._lanes
     for events in attempts:
         task = remote_audio._Task([lane], None)
@@ -198,7 +198,7 @@ def test_an_error_of_the_other_thread_is_raised_here(
     monkeypatch.setattr(RemoteAudio, "_receive", broken)
     sf.write(tmp_path / "a.wav", noise(1.0, 8000), 8000)
     with pytest.raises(TypeError, match="nobody thought of this"):
-        heard(RemoteAudio(items_of(tmp_path), LOADING, Meter(), tasks=1))
+        heard(RemoteAudio(items_of(tmp_path), LOADING, Timings(), tasks=1))
 
 
 def test_samples_of_16_bits_travel_so_and_others_as_they_are() -> None:

@@ -209,7 +209,7 @@ def test_a_worker_that_cannot_even_be_asked_is_given_up_with_its_units(
     assignment = scheduler._dispatch.next(slot, [])
     assert assignment is not None
     slot.assign("reference", assignment)
-    error = RayTaskError("meter", "traceback", cause=KeyError("rss"))
+    error = RayTaskError("timings", "traceback", cause=KeyError("rss"))
     scheduler._failed(_Call(slot, "report"), "other", error)
     assert ear.lost == [(7, 1, "KeyError: 'rss'")]
     assert not scheduler._slots

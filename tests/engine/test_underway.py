@@ -11,7 +11,7 @@ import soundfile
 
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.loading import EncodeSettings, Loading
-from latentmill.encoding.timings import Meter
+from latentmill.encoding.timings import Timings
 from latentmill.encoding.unit_audio import LocalAudio
 from latentmill.engine.dispatch import Assignment
 from latentmill.engine.underway import Underway, UnitProgress
@@ -37,7 +37,7 @@ def test_a_unit_moves_with_its_audio_and_ends_with_its_true_length(tmp_path: Pat
     assert underway.progress == UnitProgress(0.0, pytest.approx(63.0), 0)
     steps = []
     decoding = Loading(SPEC, CHUNKING, EncodeSettings())
-    with contextlib.closing(LocalAudio(items, decoding, Meter())) as audio:
+    with contextlib.closing(LocalAudio(items, decoding, Timings())) as audio:
         for index, _, _ in underway.follow(audio):
             steps.append((index, underway.progress))
     assert underway.progress == UnitProgress(

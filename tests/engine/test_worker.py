@@ -59,7 +59,7 @@ def test_two_threads_give_the_same_shards_as_one(tmp_path: Path, format_name: st
     results = [worker.encode(unit) for unit in plan.units]
     worker.close()
     assert [(r.unit, r.encoded, r.failed) for r in results] == [(0, 2, 0), (1, 2, 0), (2, 2, 0)]
-    assert results[0].audio_seconds == pytest.approx(worker.meter()["audio_seconds"] / 3, rel=0.2)
+    assert results[0].audio_seconds == pytest.approx(worker.timings()["audio_seconds"] / 3, rel=0.2)
 
     job, plan = prepared(tmp_path / "songs", tmp_path / "two", format=format_name)
     worker = Worker(job)

@@ -14,7 +14,7 @@ import latentmill as lm
 from latentmill.errors import ModelError, SourceError
 from latentmill.models.base import Context, ModelSpec
 from latentmill.models.families.audio_encoder import AudioHandle
-from latentmill.models.families.hf.model import Loader
+from latentmill.models.families.hf.model import TokenizerLoader
 from latentmill.models.probing.lengths import Formula, fit
 from latentmill.models.weights import ModelFiles, Repo
 from support import runs
@@ -80,7 +80,7 @@ def test_lengths_without_a_formula_leave_the_context_unmeasured() -> None:
 
 def test_a_model_that_cannot_decode() -> None:
     files = ModelFiles(Repo("owner/name"), {}, {}, {})
-    result = lm.probe(WithoutDecoder(SPEC, files, Loader(), {}))
+    result = lm.probe(WithoutDecoder(SPEC, files, TokenizerLoader(), {}))
     assert result.broken == ()
     assert {one.status for one in result.promises if "decod" in one.name} == {"not measured"}
 

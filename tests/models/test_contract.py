@@ -24,7 +24,7 @@ from latentmill.encoding.encoder import UnitEncoder
 from latentmill.encoding.fingerprint import fingerprint
 from latentmill.encoding.loading import EncodeSettings, Loading
 from latentmill.encoding.single import encode_chunked, encode_whole
-from latentmill.encoding.timings import Meter
+from latentmill.encoding.timings import Timings
 from latentmill.encoding.unit_audio import LocalAudio
 from latentmill.errors import ConfigError, ModelError
 from latentmill.evaluation.metrics import additivity, homogeneity
@@ -272,7 +272,7 @@ def test_nan_is_refused_and_harms_no_neighbour(
         soundfile.write(tmp_path / f"{name}.wav", sound, spec.sample_rate, "FLOAT")
     chunking, run = Chunking.for_model(spec), EncodeSettings(dtype="float32", batch_size=4)
     items = sorted(FolderSource(str(tmp_path), ("wav",)).items(), key=lambda item: item.key)
-    with contextlib.closing(LocalAudio(items, Loading(spec, chunking, run), Meter())) as decoded:
+    with contextlib.closing(LocalAudio(items, Loading(spec, chunking, run), Timings())) as decoded:
         a, b, c = UnitEncoder(model, chunking, run).encode(decoded)
     assert b.status == "failed"
     assert "NaN" in (b.reason or "")

@@ -39,7 +39,7 @@ from latentmill.plan import (
 from latentmill.plan import files as files_module
 from latentmill.plan.drafting import UnitSize, split
 from latentmill.plan.items import known_seconds
-from latentmill.plan.plan import Part
+from latentmill.plan.plan import PlanPart
 from latentmill.sources.base import ByteRange, Item, Segment, TableCell
 from latentmill.storage.storage import Storage
 
@@ -464,7 +464,7 @@ def test_a_unit_is_a_plain_value() -> None:
 
 def test_files_of_a_part() -> None:
     def part(number: int, revision: int) -> str:
-        return Part(number, revision, 0, 0, 0.0, 0.0, 0, 0, {}).items_file
+        return PlanPart(number, revision, 0, 0, 0.0, 0.0, 0, 0, {}).items_file
 
     assert part(0, 0) == ITEMS_PATH
     assert part(2, 0) == "plan/items-0002.parquet"

@@ -17,7 +17,7 @@ import yaml
 
 import latentmill as lm
 from latentmill.publishing.card import BEGIN, END, hub_card
-from latentmill.publishing.contents import Contents, contents_of
+from latentmill.publishing.contents import StoreFiles, contents_of
 from latentmill.publishing.hub import pull, push
 from latentmill.store.card import MARKER
 from latentmill.store.measurement import write_measurement
@@ -52,7 +52,7 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def contents(tmp_path: Path) -> Contents:
+def contents(tmp_path: Path) -> StoreFiles:
     return contents_of(write_latents(str(tmp_path / "store"), [5, 9, 17], per_unit=2).url)
 
 
@@ -119,7 +119,7 @@ def test_the_picture(encoded: str, hub: HubServer) -> None:
     assert pixels[..., :3].std() > 0.05
 
 
-def test_edits_on_the_hub_stay(hub: HubServer, contents: Contents) -> None:
+def test_edits_on_the_hub_stay(hub: HubServer, contents: StoreFiles) -> None:
     url = contents.storage.root
     push(url, REPO)
     card = hub.content("me/songs")["README.md"].decode()
@@ -151,7 +151,7 @@ def test_edits_on_the_hub_stay(hub: HubServer, contents: Contents) -> None:
     assert BEGIN not in hub.content("me/songs")["README.md"].decode()
 
 
-def test_cards_that_were_there_before(contents: Contents) -> None:
+def test_cards_that_were_there_before(contents: StoreFiles) -> None:
     def made(existing: str | None, **options: Any) -> str:
         return hub_card(contents, REPO, existing, **{"new": True, "license_": None, **options})
 
@@ -182,7 +182,7 @@ def test_names_cannot_break_the_card(tmp_path: Path) -> None:
     assert "<script>" not in text.replace(blocks(text)[0], "").split("## Data")[1]
 
 
-def test_the_linearity_card(contents: Contents) -> None:
+def test_the_linearity_card(contents: StoreFiles) -> None:
     text = hub_card(contents, REPO, None, new=True, license_=None)
     assert "## Linearity" not in text
     entry = LinearityEntry(

@@ -80,7 +80,7 @@ def test_crops_are_those_of_the_bases(
         reader = pickle.loads(pickle.dumps(StoreFields(crops, [store.field(n) for n in NAMES])))
         rows = np.array([crops.row(key) for key in keys])
         values = reader.read(rows, np.array(starts), 24)
-        reader._crops.read_block(rows, np.array(starts), 24, values.cuts)
+        reader._crops.read_block(rows, np.array(starts), 24, values.requests)
         return values.samples(placed=True)
 
     keys = list(view.keys())

@@ -13,7 +13,7 @@ import soundfile
 
 import latentmill as lm
 from latentmill.reporting.charts import durations, loudness, silence
-from latentmill.reporting.columns import Columns, Field, read_columns
+from latentmill.reporting.columns import Field, RecordColumns, read_columns
 from latentmill.reporting.corpus_map import corpus_map, principal
 from latentmill.reporting.excerpts import Excerpts
 from latentmill.reporting.listening import stem_mix
@@ -137,7 +137,7 @@ def test_the_map_is_first_coloured_by_a_field_with_several_values(
 ) -> None:
     fields = tuple(Field(name, column) for name, column in values.items())
     none = np.zeros(0)
-    columns = Columns(none, none, none, np.zeros(0, np.int64), fields, None)
+    columns = RecordColumns(none, none, none, np.zeros(0, np.int64), fields, None)
     assert fields[columns.first_field].name == first
 
 

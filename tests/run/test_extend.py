@@ -253,9 +253,9 @@ def test_of_new_files_the_headers_are_read(songs: Path, store: Path) -> None:
 
 
 def test_what_a_listing_leaves_out_is_no_change() -> None:
-    from latentmill.plan.compare import Row
+    from latentmill.plan.compare import ComparedItem
 
-    whole = Row("k", "/k.wav", 5, "v", None, None, [], None, "{}")
+    whole = ComparedItem("k", "/k.wav", 5, "v", None, None, [], None, "{}")
     assert whole.same(dataclasses.replace(whole, size=0, version="", unit=3))
     assert not whole.same(dataclasses.replace(whole, size=6))
     assert not whole.same(dataclasses.replace(whole, version="w"))

@@ -35,7 +35,7 @@ ON_S3 = ("folder", "webdataset", "parquet", "jsonl", "table")
 def encode(items: Sequence[Item], settings: EncodeSettings | None = None) -> list[Outcome]:
     settings = settings or EncodeSettings(dtype="float32", batch_size=4, load_threads=3)
     encoder = UnitEncoder(MODEL, CHUNKING, settings)
-    audio = LocalAudio(items, Loading(MODEL.spec, CHUNKING, settings), encoder.meter)
+    audio = LocalAudio(items, Loading(MODEL.spec, CHUNKING, settings), encoder.timings)
     with contextlib.closing(audio):
         return list(encoder.encode(audio))
 

@@ -23,7 +23,7 @@ from latentmill.plan import UnitLimits, draft
 from latentmill.sources.address import address_of, item_at, segment_text
 from latentmill.sources.base import ByteRange, Item, Segment, TableCell
 from latentmill.sources.group import GroupedSource
-from latentmill.sources.manifest import Columns, ManifestSource, manifest_format
+from latentmill.sources.manifest import ManifestColumns, ManifestSource, manifest_format
 from latentmill.sources.reading import UnitReader
 
 
@@ -139,19 +139,19 @@ def test_a_cell_may_hold_a_book(tmp_path: Path) -> None:
 def test_columns_can_be_named(tmp_path: Path) -> None:
     path = tmp_path / "m.csv"
     path.write_text("path,rec,from,for,id\nx,one.wav,2,3,7\n")
-    columns = Columns(path="rec", start="from", duration="for", key="path")
+    columns = ManifestColumns(path="rec", start="from", duration="for", key="path")
     (item,) = ManifestSource(str(path), columns).items()
     assert (item.key, item.uri, item.segment) == ("x", f"{tmp_path}/one.wav", Segment(2, 3))
-    (item,) = ManifestSource(str(path), Columns(path="rec")).items()
+    (item,) = ManifestSource(str(path), ManifestColumns(path="rec")).items()
     assert (item.key, item.segment) == ("7", None)  # a column `id` is taken by itself
-    (item,) = ManifestSource(str(path), Columns(path="rec", key="rec")).items()
+    (item,) = ManifestSource(str(path), ManifestColumns(path="rec", key="rec")).items()
     assert item.key == "one"
 
 
 def test_a_later_row_may_lack_a_named_column(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text('{"rec": "one.wav", "at": 2}\n{"rec": "two.wav"}\n')
-    source = ManifestSource(str(path), Columns(path="rec", start="at"))
+    source = ManifestSource(str(path), ManifestColumns(path="rec", start="at"))
     segments = {Path(item.uri).name: item.segment for item in source.items()}
     assert segments == {"one.wav": Segment(2, None), "two.wav": None}
     assert not source.ignored

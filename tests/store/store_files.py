@@ -16,7 +16,7 @@ from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.encoder import UnitEncoder
 from latentmill.encoding.fingerprint import fingerprint
 from latentmill.encoding.loading import EncodeSettings, Loading
-from latentmill.encoding.timings import Meter
+from latentmill.encoding.timings import Timings
 from latentmill.encoding.unit_audio import LocalAudio
 from latentmill.models import registry
 from latentmill.plan import Plan, UnitLimits, draft, freeze, read_items
@@ -88,7 +88,7 @@ def write_store(url: str, source: Path, *, sealed: bool = True, **options: Any) 
     settings = EncodeSettings(dtype=config.dtype, filters=Filters(min_seconds=config.min_seconds))
     for unit in plan.units:
         audio = LocalAudio(
-            read_items(storage, unit), Loading(handle.spec, chunking, settings), Meter()
+            read_items(storage, unit), Loading(handle.spec, chunking, settings), Timings()
         )
         with contextlib.closing(audio):
             commit = write_unit(

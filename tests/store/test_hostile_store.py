@@ -40,14 +40,14 @@ def view(store: lm.LatentStore) -> None:
     """Every answer of `latentmill view` about every record."""
     pytest.importorskip("starlette", reason="needs Starlette: pip install 'latentmill[view]'")
     from latentmill.view.app import Viewer
-    from latentmill.view.query import Channel, Mix
+    from latentmill.view.query import Channel, MixRequest
     from latentmill.view.recipe import python_lines
 
     viewer = Viewer(store)
     for position, key in enumerate(store.keys()):
         viewer._catalog.record(position)
         viewer._catalog.rows([position])
-        mix = Mix(channels=(Channel(key=key), Channel(key=key, offset=3)))
+        mix = MixRequest(channels=(Channel(key=key), Channel(key=key, offset=3)))
         viewer._desk.audio(mix, "latent")
         python_lines(viewer._desk, mix, url=store.url, options="")
         viewer._drawn(key, "latent", lambda: None)

@@ -29,7 +29,7 @@ from audio_files import encoded
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.encoder import UnitEncoder
 from latentmill.encoding.loading import EncodeSettings, Loading
-from latentmill.encoding.timings import Meter
+from latentmill.encoding.timings import Timings
 from latentmill.encoding.unit_audio import LocalAudio
 from latentmill.models import registry
 from latentmill.sources.base import Item
@@ -158,7 +158,7 @@ def main() -> None:
         unit: list[Item], *, allow_truncated: bool = False
     ) -> Iterator[tuple[str, str, str]]:
         settings = EncodeSettings(allow_truncated=allow_truncated, load_timeout=30)
-        audio = LocalAudio(unit, Loading(model.spec, chunking, settings), Meter())
+        audio = LocalAudio(unit, Loading(model.spec, chunking, settings), Timings())
         with closing(audio):
             for outcome in UnitEncoder(model, chunking, settings).encode(audio):
                 yield outcome.key, outcome.status, outcome.reason or ""

@@ -11,7 +11,7 @@ from pathlib import Path
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.encoder import UnitEncoder
 from latentmill.encoding.loading import EncodeSettings, Loading
-from latentmill.encoding.timings import Meter
+from latentmill.encoding.timings import Timings
 from latentmill.encoding.unit_audio import LocalAudio
 from latentmill.models.base import Autoencoder
 from latentmill.models.families import mdct
@@ -34,11 +34,11 @@ def encode(
     model: Autoencoder = MODEL,
     chunking: Chunking = CHUNKING,
     settings: EncodeSettings = EncodeSettings(dtype="float32", batch_size=4),  # noqa: B008
-    meter: Meter | None = None,
+    timings: Timings | None = None,
 ) -> list[Outcome]:
     """Every item's outcome; always in the items' order, each once."""
-    encoder = UnitEncoder(model, chunking, settings, meter)
-    audio = LocalAudio(items, Loading(model.spec, chunking, settings), encoder.meter)
+    encoder = UnitEncoder(model, chunking, settings, timings)
+    audio = LocalAudio(items, Loading(model.spec, chunking, settings), encoder.timings)
     with contextlib.closing(audio):
         outcomes = list(encoder.encode(audio))
     assert [outcome.key for outcome in outcomes] == [item.key for item in items]

@@ -13,7 +13,7 @@ from torch.distributions import Normal, kl_divergence
 
 from latentmill.models.registry import resolve
 from latentmill.training.architectures import build, crop_samples, drawn
-from latentmill.training.linearity import Linearity, LinearitySettings, plain_batch
+from latentmill.training.linearity import LinearityAugmentation, LinearitySettings, plain_batch
 from latentmill.training.loop import Trainer
 from latentmill.training.losses import reconstruction_loss
 from latentmill.training.metrics import read_metrics
@@ -87,7 +87,7 @@ def test_gradients_reach_every_trained_parameter(
     audio = 0.1 * torch.randn(3, network.spec.channels, samples)
     for batch in (
         plain_batch(audio),
-        Linearity(LinearitySettings(origin=True), steps=10)(audio, 0),
+        LinearityAugmentation(LinearitySettings(origin=True), steps=10)(audio, 0),
     ):
         network.zero_grad()
         network(batch).backward()
@@ -102,7 +102,7 @@ def test_gradients_reach_every_trained_parameter(
 def test_latents_drawn_from_posteriors(origin: bool) -> None:
     """The divergence is twice PyTorch's, summed over channels; the origin is not drawn."""
     sounds = 0.1 * torch.randn(2, 1, 8)  # gains are capped for louder ones
-    linearity = Linearity(
+    linearity = LinearityAugmentation(
         LinearitySettings(origin=origin, mixing="sum", gain_probability=0), steps=1
     )
     batch = linearity(sounds, 0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from latentmill.errors import ConfigError
 from latentmill.evaluation.metrics import combination
-from latentmill.training import Linearity, LinearityBatch, LinearitySettings
+from latentmill.training import LinearityAugmentation, LinearityBatch, LinearitySettings
 from latentmill.training.linearity import capped, gain_range, random_numbers
 
 # Three sounds of one channel and two samples.
@@ -27,7 +27,7 @@ def plain(**settings: object) -> LinearitySettings:
 
 
 def made(step: int = 0, audio: Tensor = AUDIO, **settings: object) -> LinearityBatch:
-    return Linearity(plain(**settings), steps=100, seed=3)(audio, step)
+    return LinearityAugmentation(plain(**settings), steps=100, seed=3)(audio, step)
 
 
 def test_plain_sums_are_those_of_each_sound_and_the_one_before_it() -> None:
@@ -151,17 +151,17 @@ def test_noise_has_the_gain_of_its_target() -> None:
 
 def test_steps_seeds_and_ranks_have_their_own_numbers_and_no_state() -> None:
     settings = LinearitySettings(annealing="none")
-    first = Linearity(settings, steps=10, seed=1)
+    first = LinearityAugmentation(settings, steps=10, seed=1)
     torch.manual_seed(0)
     for step in range(3):
         first(AUDIO, step)
     torch.manual_seed(9)
-    again = Linearity(settings, steps=10, seed=1)(AUDIO, 5)
+    again = LinearityAugmentation(settings, steps=10, seed=1)(AUDIO, 5)
     assert torch.equal(first(AUDIO, 5).targets, again.targets)
     others = [
         first(AUDIO, 6),
-        Linearity(settings, steps=10, seed=2)(AUDIO, 5),
-        Linearity(settings, steps=10, seed=1, rank=1)(AUDIO, 5),
+        LinearityAugmentation(settings, steps=10, seed=2)(AUDIO, 5),
+        LinearityAugmentation(settings, steps=10, seed=1, rank=1)(AUDIO, 5),
     ]
     for other in others:
         assert not torch.equal(again.gains, other.gains)
@@ -176,7 +176,7 @@ def test_it_makes_a_network_linear(origin: bool) -> None:
     decoder = nn.ConvTranspose1d(4, 1, 4, stride=4)
     nn.init.constant_(decoder.bias, 0.5)
     optimiser = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=0.02)
-    linearity = Linearity(LinearitySettings(annealing="none", origin=origin), steps=200)
+    linearity = LinearityAugmentation(LinearitySettings(annealing="none", origin=origin), steps=200)
     generator = torch.Generator().manual_seed(1)
     for step in range(200):
         batch = linearity(0.3 * torch.randn(8, 1, 32, generator=generator).clamp(-3, 3), step)

@@ -141,13 +141,13 @@ import json, sys, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 torch.set_num_threads(1)
-from latentmill.training.loop import Place, Trainer
+from latentmill.training.loop import TrainProcess, Trainer
 from latentmill.training.settings import TrainSettings
 rank = int(sys.argv[3])
 dist.init_process_group("gloo", f"file://{sys.argv[2]}", rank=rank, world_size=2)
 trainer = Trainer(
     TrainSettings.model_validate(json.loads(sys.argv[1])),
-    Place(rank=rank, wrap=DistributedDataParallel),
+    TrainProcess(rank=rank, wrap=DistributedDataParallel),
 )
 trainer.train()
 print(float(sum(p.double().sum() for p in trainer.network.parameters())))

@@ -19,7 +19,7 @@ from latentmill.errors import ConfigError
 from latentmill.pictures.drawing import heat_map
 from latentmill.store.store import LatentStore
 from latentmill.view.desk import Desk
-from latentmill.view.query import MAX_SECONDS, Channel, Mix
+from latentmill.view.query import MAX_SECONDS, Channel, MixRequest
 
 ROUNDING = 2e-3  # of float16 latents, relative to full scale
 
@@ -198,10 +198,10 @@ def test_the_longest_part(source: Path, tmp_path: Path) -> None:
     store = make_store(tmp_path / "s", source, model_options={"hop": hop, "sample_rate": RATE})
     desk, long = Desk(store), Channel(key="south/bass", offset=100_000)
     most = math.ceil(MAX_SECONDS * RATE / hop)
-    part = desk.part(Mix(channels=(long,), frames=most + 1))
+    part = desk.part(MixRequest(channels=(long,), frames=most + 1))
     assert MAX_SECONDS <= part.seconds < MAX_SECONDS + 2 * hop / RATE
     with pytest.raises(ConfigError, match="at most 120 s"):
-        desk.part(Mix(channels=(long,), frames=most + 4))
+        desk.part(MixRequest(channels=(long,), frames=most + 4))
 
 
 def test_a_long_decode_does_not_block_a_search(
@@ -241,7 +241,7 @@ def test_decoding_stops_between_windows(store: LatentStore) -> None:
         if len(calls) == 2:
             raise StopError
 
-    mix = Mix(channels=(Channel(key="north/bass"), Channel(key="south/bass", offset=600)))
+    mix = MixRequest(channels=(Channel(key="north/bass"), Channel(key="south/bass", offset=600)))
     with pytest.raises(StopError):
         desk.audio(mix, "latent", check)
     assert desk.audio(mix, "latent").shape[1] > 600 * HOP

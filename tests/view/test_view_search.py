@@ -19,7 +19,7 @@ from latentmill.errors import StoreError
 from latentmill.store.schema import DATASET_PATH
 from latentmill.store.store import LatentStore, open_store
 from latentmill.view.catalog import Catalog
-from latentmill.view.query import Condition, Search
+from latentmill.view.query import FieldCondition, Search
 from support.latent_store import write_latents
 
 WORDS = ["Kick", "kick hats", "été", "", "a*b", "100%", "x.y", "(", "\\d", "[a]", "Straße", "_"]
@@ -58,7 +58,7 @@ def value_of(record: Any, field: str) -> Any:
     return getattr(record, field)
 
 
-def holds(record: Any, condition: Condition) -> bool:
+def holds(record: Any, condition: FieldCondition) -> bool:
     value = value_of(record, condition.field)
     if value is None:
         return False
@@ -76,18 +76,20 @@ numbers = st.one_of(
 )
 conditions = st.one_of(
     st.builds(
-        Condition,
+        FieldCondition,
         field=st.sampled_from(["metadata_number", "metadata_bpm", "frames", "duration"]),
         op=st.sampled_from(["is", "min", "max"]),
         value=numbers,
     ),
     st.builds(
-        Condition,
+        FieldCondition,
         field=st.sampled_from(["metadata_title", "role", "group"]),
         op=st.sampled_from(["is", "contains"]),
         value=st.sampled_from([*WORDS, "k", "DRUMS", "group 1", "%", "."]),
     ),
-    st.builds(Condition, field=st.just("metadata_live"), op=st.just("is"), value=st.booleans()),
+    st.builds(
+        FieldCondition, field=st.just("metadata_live"), op=st.just("is"), value=st.booleans()
+    ),
 )
 patterns = st.sampled_from(
     ["", "item", "ITEM/0000", "7", "*7", "item/*", "?tem/0001?", "*0*5", "[0]*", ".*", "item/00010"]
@@ -105,7 +107,7 @@ def test_a_search_finds_what_a_filter_in_python_finds(
     many: LatentStore,
     catalog: Catalog,
     key: str,
-    where: list[Condition],
+    where: list[FieldCondition],
     sort: str,
     descending: bool,
 ) -> None:
@@ -191,7 +193,7 @@ def test_a_store_without_the_file(kind: str, tmp_path: Path) -> None:
 def test_a_store_in_a_bucket(s3_bucket: str) -> None:
     store = write_latents(f"{s3_bucket}/s", [3] * 20, metadata=[own(n) for n in range(20)])
     catalog = Catalog(store)
-    found = catalog.search(Search(where=(Condition(field="role", op="is", value="bass"),)))
+    found = catalog.search(Search(where=(FieldCondition(field="role", op="is", value="bass"),)))
     assert found.tolist() == [1, 5, 9, 13, 17]
 
 

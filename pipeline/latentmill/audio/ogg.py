@@ -64,8 +64,8 @@ def first_packets(media: MediaFile, offset: int, headers: int) -> Packets | None
         if page.serial != serial:
             continue
         packets, rest = packets_of(page, rest)
-        room = headers - len(heads)
-        heads, packets = heads + packets[:room], packets[room:]
+        missing = headers - len(heads)
+        heads, packets = heads + packets[:missing], packets[missing:]
         if packets:
             return Packets(heads, packets, page.granule, bool(page.flags & 4))
     return None

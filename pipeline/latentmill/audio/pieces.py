@@ -42,7 +42,7 @@ Piece: TypeAlias = list[FloatArray]  # blocks `[n, C]`; the first one has the sa
 class Helpers(Protocol):
     """Threads that may have time to load pieces."""
 
-    ahead: int
+    prefetch: int
     """Pieces that a recording may offer before it needs them."""
 
     def offer(self, load: Callable[[], Piece]) -> Future[Piece] | None:
@@ -208,7 +208,7 @@ class PieceLoader:
     def _offer(self, number: int) -> None:
         """Offer the next pieces to other threads."""
         self._next = max(self._next, number + 1)
-        while self._next < min(self._grid.count, number + 1 + self._helpers.ahead):
+        while self._next < min(self._grid.count, number + 1 + self._helpers.prefetch):
             future = self._helpers.offer(lambda piece=self._next: self._load(piece))  # type: ignore[misc]
             if future is None:
                 return

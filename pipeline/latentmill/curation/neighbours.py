@@ -13,7 +13,7 @@ import numpy.typing as npt
 from latentmill.curation.field_vectors import FieldVectors
 from latentmill.encoding.encoder import UnitEncoder
 from latentmill.encoding.loading import EncodeSettings, Loading
-from latentmill.encoding.timings import Meter
+from latentmill.encoding.timings import Timings
 from latentmill.encoding.unit_audio import LocalAudio
 from latentmill.errors import ConfigError, SourceError
 from latentmill.evaluation.vectors import StoredVectors
@@ -150,7 +150,7 @@ def _encoded(store: LatentStore, uri: str) -> Latent:
     settings = EncodeSettings(dtype=store.info.dtype, precision=store.precision)
     loading = Loading(model.spec, chunking, settings)
     encoder = UnitEncoder(model, chunking, settings, device=store.device)
-    with closing(LocalAudio([Item(uri, uri, 0, "")], loading, Meter())) as audio:
+    with closing(LocalAudio([Item(uri, uri, 0, "")], loading, Timings())) as audio:
         (outcome,) = encoder.encode(audio)
     if outcome.record is None:
         raise SourceError(f"{uri} cannot be encoded ({outcome.reason}): use another audio file.")

@@ -83,10 +83,10 @@ class _Track:
     def add(self, sound: FloatArray, beat: float, gain: float, pan: float = 0.0) -> None:
         """Add a mono sound; `pan` from -1 (left) to 1 (right), at constant power."""
         start = round(beat * self.beat_seconds * self.sample_rate)
-        room = self.audio.shape[1] - start
+        left = self.audio.shape[1] - start
         angle = (pan + 1) * np.pi / 4
         sides = np.array([[np.cos(angle)], [np.sin(angle)]], np.float32)
-        self.audio[:, start : start + len(sound)] += gain * sides * sound[:room]
+        self.audio[:, start : start + len(sound)] += gain * sides * sound[:left]
 
     def saturate(self, drive: float) -> None:
         """Saturate as tape does: the track gets louder at the same peak."""

@@ -21,7 +21,7 @@ import torch
 from latentmill.encoding.batches import Batch, Packer
 from latentmill.encoding.chunks import Chunk, Chunking, Stitcher
 from latentmill.encoding.loading import EncodeSettings, Facts, ItemEvent, Opened
-from latentmill.encoding.timings import Meter
+from latentmill.encoding.timings import Timings
 from latentmill.models.base import Autoencoder, StatefulAutoencoder
 from latentmill.models.checks import check_encoded
 from latentmill.models.inference.compiled import uncompiled
@@ -71,7 +71,7 @@ class UnitEncoder:
         model: Autoencoder,
         chunking: Chunking,
         settings: EncodeSettings,
-        meter: Meter | None = None,
+        timings: Timings | None = None,
         device: str = "cpu",
         step: AbstractContextManager[object] = ALONE,
     ) -> None:
@@ -83,7 +83,7 @@ class UnitEncoder:
         self._queued: deque[_QueuedBatch] = deque()  # in the pipeline
         self._chunking = chunking
         self._settings = settings
-        self.meter = meter or Meter()
+        self.timings = timings or Timings()
         self.ended = 0.0  # perf_counter() after a unit's last outcome was taken
 
     def encode(self, audio: Iterable[ItemEvent]) -> Iterator[Outcome]:
@@ -126,7 +126,7 @@ class UnitEncoder:
         if self._chunking.stitch == "state":
             start = time.perf_counter()
             after = self._pipeline.step(audio, states)
-            self.meter.add("model_seconds", time.perf_counter() - start)
+            self.timings.add("model_seconds", time.perf_counter() - start)
             for job, state in zip(jobs, after, strict=True):
                 if job is not None:
                     job.queued += 1
@@ -136,14 +136,14 @@ class UnitEncoder:
         else:
             finished = self._pipeline.push(audio)
         self._collect(finished, pending)
-        self.meter.add("audio_seconds", len(audio) * self._new_seconds(audio.shape[2]))
+        self.timings.add("audio_seconds", len(audio) * self._new_seconds(audio.shape[2]))
 
     def _collect(self, finished: Iterator[FloatArray], pending: dict[int, _PendingItem]) -> None:
         """Add the pipeline's latents to their items."""
         while True:
             start = time.perf_counter()
             latents = next(finished, None)  # [B, D, Z]
-            self.meter.add("model_seconds", time.perf_counter() - start)
+            self.timings.add("model_seconds", time.perf_counter() - start)
             if latents is None:
                 return
             queued = self._queued.popleft()

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import TypeAlias
 
 from latentmill.audio.pieces import Piece
-from latentmill.encoding.timings import Meter
+from latentmill.encoding.timings import Timings
 
 _Offer: TypeAlias = tuple["Future[Piece]", Callable[[], Piece]]
 
@@ -22,17 +22,17 @@ class IdleThreads:
     threads is offered, or loaded and not taken, so memory is bounded.
     """
 
-    def __init__(self, changed: threading.Condition, threads: int, meter: Meter) -> None:
-        self.ahead = threads + 1 if threads > 1 else 0
+    def __init__(self, changed: threading.Condition, threads: int, timings: Timings) -> None:
+        self.prefetch = threads + 1 if threads > 1 else 0
         self._changed = changed
-        self._meter = meter
+        self._timings = timings
         self._offers: deque[_Offer] = deque()
         self._outstanding = 0
 
     def offer(self, load: Callable[[], Piece]) -> Future[Piece] | None:
         """See `Helpers`."""
         with self._changed:
-            if self._outstanding >= self.ahead:
+            if self._outstanding >= self.prefetch:
                 return None
             self._outstanding += 1
             future: Future[Piece] = Future()
@@ -80,5 +80,5 @@ class IdleThreads:
             future.set_result(load())
         except Exception as error:  # noqa: BLE001  `take` raises it
             future.set_exception(error)
-        self._meter.add("decode_seconds", time.perf_counter() - began)
+        self._timings.add("decode_seconds", time.perf_counter() - began)
         return True

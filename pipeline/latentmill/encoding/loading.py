@@ -206,7 +206,7 @@ class _Share:
         self._waveform: Waveform = prepare(
             stream, sample_rate=spec.sample_rate, channels=spec.channels, helpers=helpers
         )
-        self._meter = LevelMeter(spec)
+        self._levels = LevelMeter(spec)
 
     def load(self, content_hash: Callable[[], str]) -> Iterator[Event]:
         """All chunks of the recording, and the facts; if no other model needs it."""
@@ -224,7 +224,7 @@ class _Share:
 
     def _chunks(self, waveform: Iterable[FloatArray]) -> Iterator[Event]:
         for block in waveform:
-            self._meter.push(block)
+            self._levels.push(block)
             yield from self._chunker.push(block)
 
     def _last(self, content_hash: Callable[[], str]) -> Iterator[Event]:
@@ -243,7 +243,7 @@ class _Share:
             num_samples=stats.num_samples,
             rms=stats.rms,
             peak=stats.peak,
-            levels=self._meter.finish(spec.frames(spec.padded(stats.num_samples))),
+            levels=self._levels.finish(spec.frames(spec.padded(stats.num_samples))),
             metadata=self._metadata,
         )
 

@@ -18,7 +18,7 @@ COUNTERS = (
 
 
 @dataclass
-class Meter:
+class Timings:
     """Counters of a worker or a unit. Thread-safe. Commits store them under these names."""
 
     audio_seconds: float = 0.0  # audio that the model has encoded
@@ -29,7 +29,7 @@ class Meter:
     idle_seconds: float = 0.0  # the model had no unit, because all units were being written
     write_seconds: float = 0.0  # finishing and uploading shards
     steps: int = 0  # number of `add` calls
-    parent: Meter | None = None  # receives every `add` too
+    parent: Timings | None = None  # receives every `add` too
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self, name: str, seconds: float) -> None:

@@ -14,7 +14,7 @@ from latentmill.encoding.chunks import Chunk
 from latentmill.encoding.idle_threads import IdleThreads
 from latentmill.encoding.lanes import LANES, Numbered, in_turn, lanes_of
 from latentmill.encoding.loading import Event, ItemEvent, Loading, Opened, read_together
-from latentmill.encoding.timings import Meter
+from latentmill.encoding.timings import Timings
 from latentmill.sources.base import Item
 from latentmill.sources.reading import UnitReader
 
@@ -67,18 +67,18 @@ class SharedAudio:
     """
 
     def __init__(
-        self, items: Sequence[Item], loadings: Sequence[Loading], meters: Sequence[Meter]
+        self, items: Sequence[Item], loadings: Sequence[Loading], timings: Sequence[Timings]
     ) -> None:
         settings = loadings[0].settings
         self._loadings = loadings
-        self._meters = meters  # of the models; the first one counts the loading
+        self._timings = timings  # of the models; the first one counts the loading
         self._in_turn = settings.packing > 1
         read = [item for item in items if item.key not in loadings[0].absent]
         self._reader = UnitReader(read, allow_changed=settings.allow_changed)
         self._changed = threading.Condition()  # guards what follows
         self._stopped = False
         self._left: set[int] = set()  # models that take no more events
-        self._idle = IdleThreads(self._changed, settings.load_threads, meters[0])
+        self._idle = IdleThreads(self._changed, settings.load_threads, timings[0])
         self._reader.helpers = self._idle
         self._waiting = deque(
             _Lane(self._events(lane), len(loadings)) for lane in lanes_of(items, settings.packing)
@@ -98,7 +98,7 @@ class SharedAudio:
         Closing the first one before its end stops the loading for all models, closing another one
         for that model.
         """
-        return [_Share(self, number) for number in range(len(self._loadings))]
+        return [_AudioOfModel(self, number) for number in range(len(self._loadings))]
 
     def events(self, model: int) -> Iterator[ItemEvent]:
         """The events for a model; raises LoadingStopped if they will never be loaded."""
@@ -141,7 +141,7 @@ class SharedAudio:
         """How many bytes of loaded audio may wait for this number of models."""
         return self._loadings[0].settings.load_threads * BUFFER_BYTES * models
 
-    def _ahead(self, lane: _Lane) -> int:
+    def _prefetched(self, lane: _Lane) -> int:
         """Number of a lane's loaded events for the model that will need this lane first."""
         return min(len(one) for model, one in enumerate(lane.loaded) if model not in self._left)
 
@@ -171,7 +171,7 @@ class SharedAudio:
 
     def _taken(self, lane: _Lane, model: int) -> Iterator[ItemEvent]:
         """Take a lane's loaded events, and wait for those that are not loaded yet."""
-        loaded, meter = lane.loaded[model], self._meters[model]
+        loaded, timings = lane.loaded[model], self._timings[model]
         while True:
             start = time.perf_counter()
             with self._changed:
@@ -186,14 +186,14 @@ class SharedAudio:
                 while loaded and not _bytes(loaded[0]):  # what has no audio costs little
                     events.append(loaded.popleft())
                 self._changed.notify_all()
-            meter.add("wait_seconds", time.perf_counter() - start)
+            timings.add("wait_seconds", time.perf_counter() - start)
             yield from events
         if lane.error is not None:
             raise lane.error
 
     def _load(self) -> None:
         """Load until all lanes have ended. Runs in every thread of the pool."""
-        meter = self._meters[0]
+        timings = self._timings[0]
         while (lane := self._next_lane()) is not None:
             if isinstance(lane, IdleThreads):
                 lane.load_one()
@@ -206,7 +206,7 @@ class SharedAudio:
                     loaded.append((model, item_event))
                     opened = isinstance(item_event[2], Opened)
                     now = time.perf_counter()
-                    meter.add("read_seconds" if opened else "decode_seconds", now - start)
+                    timings.add("read_seconds" if opened else "decode_seconds", now - start)
                     start = now
                     if self._stopped or _bytes(item_event):
                         ended = False
@@ -240,7 +240,7 @@ class SharedAudio:
                     lane for lane in unfinished if not (lane.busy or (full and lane.loaded[behind]))
                 ]
                 if free:
-                    lane = min(free, key=self._ahead)
+                    lane = min(free, key=self._prefetched)
                     lane.busy = True
                     return lane
                 if self._idle.waiting and not full:
@@ -249,7 +249,7 @@ class SharedAudio:
         return None
 
 
-class _Share:
+class _AudioOfModel:
     """The audio of a `SharedAudio` for one model."""
 
     def __init__(self, audio: SharedAudio, model: int) -> None:
@@ -276,8 +276,8 @@ class _Share:
 class LocalAudio(SharedAudio):
     """A `UnitAudio` that is loaded by threads of this process. They start at once."""
 
-    def __init__(self, items: Sequence[Item], loading: Loading, meter: Meter) -> None:
-        super().__init__(items, [loading], [meter])
+    def __init__(self, items: Sequence[Item], loading: Loading, timings: Timings) -> None:
+        super().__init__(items, [loading], [timings])
 
     def __iter__(self) -> Iterator[ItemEvent]:
         return self.events(0)

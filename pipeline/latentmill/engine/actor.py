@@ -17,7 +17,7 @@ from latentmill.encoding.unit_audio import LocalAudio
 from latentmill.engine.dispatch import UNITS_IN_FLIGHT
 from latentmill.engine.joint import JointJob, JointWorker
 from latentmill.engine.loss import memory_used
-from latentmill.engine.metrics import Metrics
+from latentmill.engine.metrics import ActorMetrics
 from latentmill.engine.remote_audio import RemoteAudio
 from latentmill.engine.worker import Job, Worker
 from latentmill.engine.worker_slot import Report
@@ -66,7 +66,7 @@ class EncodeActor:
         logging.getLogger(ROOT).setLevel(job.log_level)
         self._stopped = threading.Event()
         self._worker: Worker | JointWorker | None = None
-        self._metrics = Metrics()
+        self._metrics = ActorMetrics()
 
     def ready(self) -> Reply:
         """Load the model and return the process and host, for messages."""
@@ -90,9 +90,9 @@ class EncodeActor:
     def report(self) -> Reply:
         """Update Ray's metrics, and return the progress of the units in flight."""
         worker = self._loaded
-        meter = worker.meter()
-        self._metrics.update(meter, worker.queued)
-        return self._reply(Report(int(meter["steps"]), worker.in_flight, memory_used()))
+        timings = worker.timings()
+        self._metrics.update(timings, worker.queued)
+        return self._reply(Report(int(timings["steps"]), worker.in_flight, memory_used()))
 
     def stop(self) -> None:
         """Cancel the units in flight; they remove their temporary files."""

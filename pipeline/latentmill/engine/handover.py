@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from latentmill.record import Outcome
 
-OUTCOMES_AHEAD = 8  # encoded items that wait for being written
+OUTCOMES_WAITING = 8  # encoded items that wait for being written
 _CHECK_SECONDS = 0.2
 
 T = TypeVar("T")
@@ -21,7 +21,7 @@ def written_beside(outcomes: Iterable[Outcome], write: Callable[[Iterator[Outcom
     Returns what `write` returns. An exception of either side is raised in the other one, too, and
     by this function.
     """
-    waiting: queue.Queue[Outcome | BaseException | None] = queue.Queue(OUTCOMES_AHEAD)
+    waiting: queue.Queue[Outcome | BaseException | None] = queue.Queue(OUTCOMES_WAITING)
 
     def received() -> Iterator[Outcome]:
         while (one := waiting.get()) is not None:

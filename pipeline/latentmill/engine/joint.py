@@ -131,10 +131,10 @@ class JointWorker:
         """The latents of one chunk of silence: of the store, then of the fields."""
         return [worker.origin() for worker in self._all]
 
-    def meter(self) -> dict[str, float]:
+    def timings(self) -> dict[str, float]:
         """The counters of the store's model so far. `steps` grows with the progress of any."""
-        meters = [worker.meter() for worker in self._all]
-        return {**meters[0], "steps": sum(meter["steps"] for meter in meters)}
+        each = [worker.timings() for worker in self._all]
+        return {**each[0], "steps": sum(timings["steps"] for timings in each)}
 
     @property
     def in_flight(self) -> dict[int, UnitProgress]:
@@ -186,7 +186,7 @@ class JointWorker:
         audio = SharedAudio(
             works[0].items,
             [work.loading for work in works],
-            [work.encoder.meter for work in works],
+            [work.encoder.timings for work in works],
         )
         with contextlib.closing(audio), ThreadPoolExecutor(len(works), "model") as pool:
             return self._together(workers, works, audio, pool)
@@ -198,7 +198,7 @@ class JointWorker:
         audio: SharedAudio,
         pool: ThreadPoolExecutor,
     ) -> UnitResult:
-        shared = _Shared(self._stopped, audio, len(works))
+        shared = _UnitState(self._stopped, audio, len(works))
         links = [_OfBase(shared), *(_OfField(shared, number) for number in range(1, len(works)))]
 
         unusable: list[torch.AcceleratorError] = []  # errors after which the process must end
@@ -251,7 +251,7 @@ def _log_left(worker: Worker, unit: Unit, error: BaseException) -> None:
     )
 
 
-class _Shared:
+class _UnitState:
     """What the threads of a unit know of each other. Thread-safe."""
 
     def __init__(self, stopped: threading.Event, audio: SharedAudio, models: int) -> None:
@@ -287,7 +287,7 @@ class _Shared:
 class _OfBase(Link):
     """The unit in the store: it tells the fields which items the store lacks."""
 
-    def __init__(self, shared: _Shared) -> None:
+    def __init__(self, shared: _UnitState) -> None:
         self._shared = shared
 
     def outcomes(self, outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
@@ -307,7 +307,7 @@ class _OfBase(Link):
 class _OfField(Link):
     """The unit in a field: it skips what the store lacks, and is committed after the store."""
 
-    def __init__(self, shared: _Shared, number: int) -> None:
+    def __init__(self, shared: _UnitState, number: int) -> None:
         self._shared, self._number = shared, number
 
     def leave(self) -> None:

@@ -11,7 +11,7 @@ from latentmill.engine.worker import UnitResult
 UNIT_SECONDS = [1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0]
 
 
-class Metrics:
+class ActorMetrics:
     """The metrics of one actor. Prometheus computes sums over actors and rates over time."""
 
     def __init__(self) -> None:
@@ -46,11 +46,11 @@ class Metrics:
             self._failures.inc(result.failed)
         self._units.observe(result.timings.get("total_seconds", 0.0))
 
-    def update(self, meter: dict[str, float], queued: int) -> None:
+    def update(self, timings: dict[str, float], queued: int) -> None:
         """Add the growth of the worker's counters since the last call."""
         with self._lock:
             for name, counter in self._counters.items():
-                if (more := meter[name] - self._reported.get(name, 0.0)) > 0:
+                if (more := timings[name] - self._reported.get(name, 0.0)) > 0:
                     counter.inc(more)
-                    self._reported[name] = meter[name]
+                    self._reported[name] = timings[name]
             self._queued.set(queued)

@@ -1,7 +1,7 @@
 """Loads a unit's audio in Ray tasks, on any nodes that have free CPU cores.
 
 Each task loads some of the unit's lanes (see `encoding/lanes.py`), one chunk of each in turn, and
-sends them in parcels through Ray's object store. It pauses when `PARCELS_AHEAD` parcels have not
+sends them in parcels through Ray's object store. It pauses when `PARCELS_UNREAD` parcels have not
 been received yet. Samples are sent as 16 bits if that is exact.
 """
 
@@ -29,7 +29,7 @@ from ray.exceptions import (
 from latentmill.encoding.chunks import Chunk
 from latentmill.encoding.lanes import Numbered, in_turn, lanes_of
 from latentmill.encoding.loading import Event, Facts, ItemEvent, Loading, Opened
-from latentmill.encoding.timings import Meter
+from latentmill.encoding.timings import Timings
 from latentmill.engine.dispatch import MAX_ATTEMPTS, MAX_NODE_LOSSES, Loss
 from latentmill.engine.loss import classify
 from latentmill.engine.trial_load import TrialLoader
@@ -42,8 +42,8 @@ from latentmill.text.log import get_logger
 _log = get_logger("engine")
 
 PARCEL_BYTES = 2 << 20
-PARCELS_AHEAD = 4  # for each task
-EVENTS_AHEAD = 16  # received events that wait for the model
+PARCELS_UNREAD = 4  # for each task
+EVENTS_WAITING = 16  # received events that wait for the model
 START_SECONDS = 5.0  # tasks that have no core by then are given up
 WAIT_SECONDS = 1.0  # between two checks whether the unit was closed
 
@@ -154,11 +154,11 @@ class RemoteAudio:
     """
 
     def __init__(
-        self, items: Sequence[Item], loading: Loading, meter: Meter, *, tasks: int
+        self, items: Sequence[Item], loading: Loading, timings: Timings, *, tasks: int
     ) -> None:
         self._items = items
         self._loading = loading
-        self._meter = meter
+        self._timings = timings
         self._lanes = [
             _RemoteLane(deque(lane)) for lane in lanes_of(items, loading.settings.packing)
         ]
@@ -167,7 +167,7 @@ class RemoteAudio:
         self._delivered: Counter[int] = Counter()  # number of events by item
         self._stop = threading.Event()
         self._queue: queue.Queue[tuple[int, Event] | BaseException | None] = queue.Queue(
-            EVENTS_AHEAD
+            EVENTS_WAITING
         )
         self._thread = threading.Thread(target=self._pull, name="load-tasks", daemon=True)
 
@@ -176,7 +176,7 @@ class RemoteAudio:
         while True:
             start = time.perf_counter()
             received = self._queue.get()
-            self._meter.add("wait_seconds", time.perf_counter() - start)
+            self._timings.add("wait_seconds", time.perf_counter() - start)
             if received is None:
                 return
             if isinstance(received, BaseException):
@@ -231,7 +231,7 @@ class RemoteAudio:
             count = len(started)
 
     def _task(self, lanes: list[_RemoteLane], *, trial: bool = False) -> _Task:
-        options = {"_generator_backpressure_num_objects": PARCELS_AHEAD}
+        options = {"_generator_backpressure_num_objects": PARCELS_UNREAD}
         items = [list(lane.items) for lane in lanes]
         return _Task(lanes, _load.options(**options).remote(items, self._loading, trial))
 
@@ -272,8 +272,8 @@ class RemoteAudio:
                 lane.items.popleft()
                 if lane.items:
                     lanes[lane.items[0][0]] = lane
-        self._meter.add("read_seconds", parcel.read_seconds)
-        self._meter.add("decode_seconds", parcel.decode_seconds)
+        self._timings.add("read_seconds", parcel.read_seconds)
+        self._timings.add("decode_seconds", parcel.decode_seconds)
 
     def _lost(self, task: _Task, loss: Loss) -> None:
         """Continue the lanes of a lost task in another one, which loads their items on trial."""

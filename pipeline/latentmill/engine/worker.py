@@ -25,7 +25,7 @@ from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.encoder import UnitEncoder
 from latentmill.encoding.lanes import reading_order
 from latentmill.encoding.loading import EncodeSettings, ItemEvent, Loading
-from latentmill.encoding.timings import Meter
+from latentmill.encoding.timings import Timings
 from latentmill.encoding.unit_audio import LocalAudio, UnitAudio
 from latentmill.engine.handover import written_beside
 from latentmill.engine.lock import Membership
@@ -90,7 +90,7 @@ MAX_REPORTED_FAILURES = 20
 PROBED_CHUNKS = 4  # headers of items that are estimated to be longer are not read
 
 
-OpenUnitAudio = Callable[[Sequence[Item], Loading, Meter], UnitAudio]
+OpenUnitAudio = Callable[[Sequence[Item], Loading, Timings], UnitAudio]
 
 
 class Stopped(Exception):  # noqa: N818  nothing is wrong
@@ -171,7 +171,7 @@ class Worker:
         self._step = step or ALONE
         if step is None:
             self.tune()
-        self._meter = Meter()
+        self._timings = Timings()
         self._turn = threading.Lock()
         self._streams: list[UnitAudio] = []  # of the units in flight
         self._underway: dict[int, Underway] = {}  # their progress, by number
@@ -197,9 +197,9 @@ class Worker:
         origin: FloatArray = latents[0].float().cpu().numpy()
         return origin
 
-    def meter(self) -> dict[str, float]:
+    def timings(self) -> dict[str, float]:
         """The counters so far. `steps` grows while the worker makes progress."""
-        return {**self._meter.snapshot(), "steps": self._meter.steps}
+        return {**self._timings.snapshot(), "steps": self._timings.steps}
 
     @property
     def in_flight(self) -> dict[int, UnitProgress]:
@@ -222,7 +222,7 @@ class Worker:
         process fail. If an exception is raised, nothing of the unit stays in the store.
         """
         work = self.begin(unit, trial_load=trial_load)
-        audio = self._open_audio_of(work.items, work.loading, work.encoder.meter)
+        audio = self._open_audio_of(work.items, work.loading, work.encoder.timings)
         return self.finish(work, audio)
 
     def begin(
@@ -233,11 +233,11 @@ class Worker:
         A field that is computed along with its base (`along`: its work) computes all items.
         """
         began = time.perf_counter()
-        job, meter = self._job, Meter(parent=self._meter)
+        job, timings = self._job, Timings(parent=self._timings)
         planned = read_items(self.storage, unit) if along is None else along.planned
         field = self._field_unit(unit, planned, whole=along is not None)
         wanted = planned if field is None else [item for item in planned if item.key in field.todo]
-        refused = self._refused(wanted, meter) if trial_load else {}
+        refused = self._refused(wanted, timings) if trial_load else {}
         absent = {} if field is None else field.absent
         # Absent items have a place in the order and the lanes, so that these are as in the base.
         kept = set() if field is None else field.rest
@@ -248,13 +248,13 @@ class Worker:
             self._reading_order(ordered, {*refused, *absent}) if along is None else along.items,
             field,
             Loading(self._model.spec, job.chunking, job.settings, refused, absent),
-            UnitEncoder(self._model, job.chunking, job.settings, meter, self._device, self._step),
+            UnitEncoder(self._model, job.chunking, job.settings, timings, self._device, self._step),
             began,
         )
 
     def finish(self, work: UnitWork, audio: UnitAudio, link: Link = ALONE_IN_UNIT) -> UnitResult:
         """Encode the audio of a unit that was begun, write the shard and commit it."""
-        job, unit, field, meter = self._job, work.unit, work.field, work.encoder.meter
+        job, unit, field, timings = self._job, work.unit, work.field, work.encoder.timings
         underway = Underway(unit, work.items, self._model.spec)
         followed = underway.follow(audio)
         with (
@@ -273,12 +273,12 @@ class Worker:
             )
             kept = () if field is None else field.kept()
             commit = written_beside(itertools.chain(kept, link.outcomes(done)), write)
-        meter.add("write_seconds", time.perf_counter() - work.encoder.ended)
+        timings.add("write_seconds", time.perf_counter() - work.encoder.ended)
         inputs = link.inputs(work)
-        timings = {**meter.snapshot(), "total_seconds": time.perf_counter() - work.began}
+        seconds = {**timings.snapshot(), "total_seconds": time.perf_counter() - work.began}
         commit = commit.model_copy(update={"items_hash": unit.hash})
         commit = commit if inputs is None else with_inputs(commit, inputs)
-        commit = write_commit(self.storage, commit, timings)
+        commit = write_commit(self.storage, commit, seconds)
         link.committed(commit)
         return result_of(unit, commit)
 
@@ -313,7 +313,7 @@ class Worker:
         found = {item.key: item for item in probed(unknown)}
         return reading_order([found.get(item.key, item) for item in planned], packing)
 
-    def _refused(self, items: Sequence[Item], meter: Meter) -> dict[str, str]:
+    def _refused(self, items: Sequence[Item], timings: Timings) -> dict[str, str]:
         """Reasons, by key, why items must not be loaded: they kill or hang their process."""
         spec, settings = self._model.spec, self._job.settings
         refused = {}
@@ -328,7 +328,7 @@ class Worker:
                     raise Stopped
                 if reason := trials.failure_reason(item):
                     refused[item.key] = reason
-                meter.add("decode_seconds", 0.0)  # counts as progress
+                timings.add("decode_seconds", 0.0)  # counts as progress
         return refused
 
     @contextlib.contextmanager
@@ -347,7 +347,7 @@ class Worker:
     def _in_turn(self, encoder: UnitEncoder, audio: Iterable[ItemEvent]) -> Generator[Outcome]:
         with self._turn:
             if self._free_since is not None:
-                encoder.meter.add("idle_seconds", time.perf_counter() - self._free_since)
+                encoder.timings.add("idle_seconds", time.perf_counter() - self._free_since)
                 self._free_since = None
             yield from encoder.encode(self._until_stopped(audio))
             self._free_since = encoder.ended if len(self._streams) > 1 else None

@@ -34,7 +34,7 @@ from latentmill.models.probing.examination import (
 from latentmill.models.probing.music import music, repeated
 from latentmill.models.probing.subject import (
     CALL_ERRORS,
-    LatentValues,
+    LatentStatistics,
     Promise,
     Subject,
     samples_needed,
@@ -76,7 +76,7 @@ class Probe:
     audio: str
     promises: tuple[Promise, ...]
     broken: tuple[str, ...]
-    latents: LatentValues | None
+    latents: LatentStatistics | None
     spec: ModelSpec
 
 

@@ -24,8 +24,8 @@ from latentmill.plan.plan import (
     PLAN_PATH,
     UNITS_PATH,
     FieldEntry,
-    Part,
     Plan,
+    PlanPart,
     Unit,
 )
 
@@ -37,8 +37,8 @@ __all__ = [
     "UNITS_PATH",
     "Draft",
     "FieldEntry",
-    "Part",
     "Plan",
+    "PlanPart",
     "Unit",
     "UnitLimits",
     "check_items",

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from latentmill.plan.files import RowGroup, iter_units, write_document, write_part
 from latentmill.plan.items import ITEMS_SCHEMA, estimated_seconds, to_items, unit_hash
-from latentmill.plan.plan import Part, Plan, Unit
+from latentmill.plan.plan import Plan, PlanPart, Unit
 from latentmill.storage.storage import Storage
 
 
@@ -31,7 +31,7 @@ def amend(
     if not touched:
         return plan
     units: list[Unit] = []
-    parts: list[Part] = []
+    parts: list[PlanPart] = []
     replaced: list[str] = []
     begin = 0
     for part in plan.parts:

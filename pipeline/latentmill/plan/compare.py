@@ -28,7 +28,7 @@ _OLD_COLUMNS = (*_NEW_COLUMNS, "unit")
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparedItem:
     """The values of an item that are compared."""
 
     key: str
@@ -42,14 +42,14 @@ class Row:
     metadata: str
     unit: int = -1
 
-    def same(self, other: Row) -> bool:
+    def same(self, other: ComparedItem) -> bool:
         """Whether both rows can be the same file. Values that a listing did not provide match."""
         sizes = not (self.size and other.size) or self.size == other.size
         versions = not (self.version and other.version) or self.version == other.version
         segments = (self.start, self.duration) == (other.start, other.duration)
         return sizes and versions and segments and self.uri == other.uri
 
-    def same_metadata(self, other: Row) -> bool:
+    def same_metadata(self, other: ComparedItem) -> bool:
         """Whether the captions and other metadata can be unchanged. Unknown versions match."""
         versions = (self.sidecar_versions, other.sidecar_versions)
         same_files = self.sidecars == other.sidecars and (
@@ -181,17 +181,17 @@ def _unknown(
         before = next(planned, None)
 
 
-def _vanished(row: Row, found: Comparison) -> None:
+def _vanished(row: ComparedItem, found: Comparison) -> None:
     found.vanished += 1
     if len(found.vanished_keys) < MAX_NAMED:
         found.vanished_keys.append(row.key)
 
 
-def _rows(sorter: Sorter, columns: tuple[str, ...]) -> Iterator[Row]:
+def _rows(sorter: Sorter, columns: tuple[str, ...]) -> Iterator[ComparedItem]:
     for table in sorter.tables():
         yield from _rows_of(table, columns)
 
 
-def _rows_of(table: pa.Table, columns: tuple[str, ...]) -> Iterator[Row]:
+def _rows_of(table: pa.Table, columns: tuple[str, ...]) -> Iterator[ComparedItem]:
     values: list[list[Any]] = [table[name].to_pylist() for name in columns]
-    return (Row(*row) for row in zip(*values, strict=True))
+    return (ComparedItem(*row) for row in zip(*values, strict=True))

@@ -22,7 +22,7 @@ from latentmill.encoding.stored import parse_json
 from latentmill.errors import StoreError
 from latentmill.plan.drafting import Draft
 from latentmill.plan.items import ITEMS_SCHEMA, to_items, unit_hash
-from latentmill.plan.plan import PLAN, PLAN_PATH, FieldEntry, Part, Plan, Unit
+from latentmill.plan.plan import PLAN, PLAN_PATH, FieldEntry, Plan, PlanPart, Unit
 from latentmill.sources.base import Item
 from latentmill.storage.storage import Storage, writing
 
@@ -59,7 +59,7 @@ def extend(plan: Plan, draft: Draft, storage: Storage) -> Plan:
     The extension takes effect when plan.json is replaced, in one step.
     """
     totals = draft.totals
-    part = Part(
+    part = PlanPart(
         number=len(plan.parts),
         revision=0,
         units=len(draft.sizes),
@@ -135,8 +135,8 @@ def _enough(cuts: Iterator[Any]) -> Iterator[Any]:
 
 
 def write_part(
-    part: Part, groups: Iterable[RowGroup], storage: Storage
-) -> tuple[Part, tuple[Unit, ...]]:
+    part: PlanPart, groups: Iterable[RowGroup], storage: Storage
+) -> tuple[PlanPart, tuple[Unit, ...]]:
     """Write the items and units of a part to new files, which plan.json does not list yet.
 
     Returns the part with sizes and hashes, and its units with file and row group. The revision is
@@ -216,7 +216,7 @@ def _read_plan(document: dict[str, Any], storage: Storage) -> Plan:
             "which this latentmill reads: use the latentmill version that wrote it."
         )
     num_items, num_units = document.pop("items"), document.pop("units")
-    parts = tuple(Part(**_typed(Part, part)) for part in document.pop("parts"))
+    parts = tuple(PlanPart(**_typed(PlanPart, part)) for part in document.pop("parts"))
     if not all(type(n) is int and n >= 0 for part in parts for n in (part.number, part.revision)):
         raise ValueError("a part has an invalid number")  # numbers become file names
     _typed(Plan, document)

@@ -48,7 +48,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Part:
+class PlanPart:
     """The items that were planned at one time: by the first run, or by an extension.
 
     Attributes:
@@ -158,7 +158,7 @@ class Plan:
     packing: int = 1
     field: FieldEntry | None = None
     units: tuple[Unit, ...] = ()
-    parts: tuple[Part, ...] = ()
+    parts: tuple[PlanPart, ...] = ()
 
     @property
     def num_items(self) -> int:

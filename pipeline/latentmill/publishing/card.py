@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from latentmill.pictures.drawing import Picture, heat_map
-from latentmill.publishing.contents import Contents
+from latentmill.publishing.contents import StoreFiles
 from latentmill.publishing.views import SELECTION
 from latentmill.record import Latent
 from latentmill.store.card import MARKER
@@ -33,7 +33,7 @@ _SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<
 
 
 def hub_card(
-    contents: Contents, repo: str, existing: str | None, *, new: bool, license_: str | None
+    contents: StoreFiles, repo: str, existing: str | None, *, new: bool, license_: str | None
 ) -> str:
     """The text of the card.
 
@@ -78,7 +78,9 @@ def _split(text: str) -> tuple[dict[str, Any], str]:
     return {}, text
 
 
-def _fields(contents: Contents, header: Mapping[str, Any], license_: str | None) -> dict[str, Any]:
+def _fields(
+    contents: StoreFiles, header: Mapping[str, Any], license_: str | None
+) -> dict[str, Any]:
     """The fields of the header: ours replaced, the others as they are."""
     info = contents.info
     tags = header.get("tags")
@@ -104,7 +106,7 @@ def _fields(contents: Contents, header: Mapping[str, Any], license_: str | None)
     return fields
 
 
-def _section(contents: Contents, repo: str) -> Iterator[str]:
+def _section(contents: StoreFiles, repo: str) -> Iterator[str]:
     info, store = contents.info, contents.store
     model, name = info.model, repo.partition("datasets/")[2]
     rate = model["sample_rate"] / model["hop"]
@@ -144,7 +146,7 @@ def _section(contents: Contents, repo: str) -> Iterator[str]:
     yield from _linearity(contents)
 
 
-def _facts(contents: Contents) -> Iterator[str]:
+def _facts(contents: StoreFiles) -> Iterator[str]:
     info = contents.info
     model = info.model
     size = sum(shard.bytes for shard in info.shards)
@@ -169,7 +171,7 @@ def _facts(contents: Contents) -> Iterator[str]:
             yield f"| {name} | {_cell(str(value))} |"
 
 
-def _linearity(contents: Contents) -> Iterator[str]:
+def _linearity(contents: StoreFiles) -> Iterator[str]:
     card = current_result(contents.storage, contents.info, "linearity")
     if not isinstance(card, LinearityEntry):
         return

@@ -68,7 +68,7 @@ class UnitFiles:
 
 
 @dataclass(frozen=True)
-class Contents:
+class StoreFiles:
     """The files of a complete store. Copies write `first`, `units`, `last` and `seal`.
 
     Attributes:
@@ -103,7 +103,7 @@ class Contents:
         yield from self.last
 
 
-def contents_of(url: str) -> Contents:
+def contents_of(url: str) -> StoreFiles:
     """List the files of a complete store. Reads its commits and checks them against the seal.
 
     Raises:
@@ -130,7 +130,7 @@ def contents_of(url: str) -> Contents:
     if storage.exists(CARD_PATH):
         last.append(hashed(storage, CARD_PATH, replaced=True))
     units = tuple(_units(storage, store))
-    return Contents(storage, store, plan, plan_files(storage, plan), units, tuple(last), seal)
+    return StoreFiles(storage, store, plan, plan_files(storage, plan), units, tuple(last), seal)
 
 
 def plan_files(storage: Storage, plan: Plan) -> tuple[StoreFile, ...]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from latentmill.errors import ConfigError
 from latentmill.export.conversion import refuse_unless_empty
 from latentmill.plan import PLAN, Plan, load
-from latentmill.publishing.contents import Contents, StoreFile, UnitFiles
+from latentmill.publishing.contents import StoreFile, StoreFiles, UnitFiles
 from latentmill.storage.remote import protocol_of
 from latentmill.storage.storage import Storage
 from latentmill.store.annotations import ANNOTATIONS
@@ -34,13 +34,13 @@ _IDENTITY = ("source", "fingerprint", "format", "model", "model_options")
 
 
 @dataclass(frozen=True)
-class Difference:
+class CopyDifference:
     """What to write to a copy, in this order, and what to remove after that.
 
     Attributes:
-        first: As in `Contents`.
+        first: As in `StoreFiles`.
         units: For each unit what the copy lacks: the shard, and then the commit, or one of them.
-        last: As in `Contents`.
+        last: As in `StoreFiles`.
         seal: Whether dataset.json differs.
         kept: Number of files that the copy has already.
         remove: Files that no seal needs any more.
@@ -62,10 +62,10 @@ class Difference:
 
 
 def difference(
-    contents: Contents,
+    contents: StoreFiles,
     dest: Storage,
     check_new: Callable[[Storage], None] = refuse_unless_empty,
-) -> Difference:
+) -> CopyDifference:
     """Compare a destination with the store, without writing. `check_new` refuses other contents.
 
     A commit is written after its shard was verified, so the shard of an equal commit is only
@@ -104,7 +104,7 @@ def difference(
         last = tuple(file for file in last if file.path != CARD_PATH)
     everything = dest.local or protocol_of(dest.root) == "hf"  # a commit removes them
     lacking_files = len(first) + sum(map(len, units)) + len(last) + (not sealed)
-    return Difference(
+    return CopyDifference(
         first,
         tuple(units),
         last,
@@ -114,7 +114,7 @@ def difference(
     )
 
 
-def _check_same_plan(contents: Contents, existing: Plan, dest: Storage) -> None:
+def _check_same_plan(contents: StoreFiles, existing: Plan, dest: Storage) -> None:
     plan = contents.plan
     same = all(getattr(existing, name) == getattr(plan, name) for name in _IDENTITY)
     for part in existing.parts if same else ():
@@ -130,7 +130,7 @@ def _check_same_plan(contents: Contents, existing: Plan, dest: Storage) -> None:
 
 
 def _uncommitted(
-    contents: Contents, dest: Storage, listed: Mapping[str, int], *, sealed: bool
+    contents: StoreFiles, dest: Storage, listed: Mapping[str, int], *, sealed: bool
 ) -> set[UnitFiles]:
     """The units whose commits the destination lacks; ConfigError if it has other commits."""
     revisions = {unit.unit: unit.revision for unit in contents.units}
@@ -154,7 +154,7 @@ def _uncommitted(
     return todo
 
 
-def _check_annotations(contents: Contents, dest: Storage, listed: Mapping[str, int]) -> None:
+def _check_annotations(contents: StoreFiles, dest: Storage, listed: Mapping[str, int]) -> None:
     """Refuse a destination that has been annotated itself, which would lose its annotations."""
     ours = {file.path: file for file in contents.last}
     for path in listed:
@@ -184,7 +184,7 @@ def _matches(dest: Storage, file: StoreFile) -> bool:
         return file.matches(opened.tell(), digest)
 
 
-def _is_own_card(contents: Contents, dest: Storage, listed: Mapping[str, int]) -> bool:
+def _is_own_card(contents: StoreFiles, dest: Storage, listed: Mapping[str, int]) -> bool:
     """Whether README.md was written by hand at the destination only. It stays then."""
     if CARD_PATH not in listed or MARKER.encode() in dest.read(CARD_PATH):
         return False
@@ -193,7 +193,7 @@ def _is_own_card(contents: Contents, dest: Storage, listed: Mapping[str, int]) -
 
 
 def _superseded(
-    contents: Contents, listed: Mapping[str, int], *, everything: bool
+    contents: StoreFiles, listed: Mapping[str, int], *, everything: bool
 ) -> Iterator[str]:
     """Files of earlier seals.
 

@@ -16,8 +16,8 @@ from typing import Any
 from latentmill.errors import ConfigError, StorageError
 from latentmill.plan import load
 from latentmill.publishing.card import PICTURE_PATH, hub_card, picture
-from latentmill.publishing.contents import Contents, StoreFile, contents_of
-from latentmill.publishing.difference import Difference, difference
+from latentmill.publishing.contents import StoreFile, StoreFiles, contents_of
+from latentmill.publishing.difference import CopyDifference, difference
 from latentmill.publishing.repository import Repository, hub_errors, without_bars
 from latentmill.publishing.sync import SyncSummary, sync
 from latentmill.publishing.transfer import JOBS, Transfer, check, download, read_checked
@@ -200,7 +200,7 @@ class _Hub:
         return replace(result, store=view.url)
 
     def push(
-        self, contents: Contents, license_: str | None, *, shown: LatentStore | None = None
+        self, contents: StoreFiles, license_: str | None, *, shown: LatentStore | None = None
     ) -> PushSummary:
         """Publish a store. The picture has latents of `shown`, by default of the store itself."""
         dest = Storage(self._repository.url)
@@ -244,8 +244,8 @@ class _Hub:
 
     def _documents(
         self,
-        contents: Contents,
-        found: Difference,
+        contents: StoreFiles,
+        found: CopyDifference,
         dest: Storage,
         license_: str | None,
         shown: LatentStore,
@@ -314,7 +314,7 @@ class _Hub:
         _log.info("%s: %s committed (%s)", self._repository.url, counted(len(files), "file"), size)
 
 
-def _batches(found: Difference) -> Iterator[list[StoreFile]]:
+def _batches(found: CopyDifference) -> Iterator[list[StoreFile]]:
     """The files of each commit but the last: the plan and whole units."""
     batch, units = list(found.first), 0
     for unit in found.units:

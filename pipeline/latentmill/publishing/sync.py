@@ -10,8 +10,8 @@ from pathlib import Path
 
 from latentmill.engine.lock import only_run
 from latentmill.errors import ConfigError, StorageError
-from latentmill.publishing.contents import Contents, StoreFile, changed, contents_of
-from latentmill.publishing.difference import Difference, difference
+from latentmill.publishing.contents import StoreFile, StoreFiles, changed, contents_of
+from latentmill.publishing.difference import CopyDifference, difference
 from latentmill.publishing.transfer import JOBS, Transfer, check, download, read_checked
 from latentmill.storage.remote import protocol_of
 from latentmill.storage.storage import Storage
@@ -141,7 +141,7 @@ def _real(storage: Storage) -> str:
     return os.path.realpath(storage.root) if storage.local else storage.root
 
 
-def _write(contents: Contents, found: Difference, dest: Storage, jobs: int) -> None:
+def _write(contents: StoreFiles, found: CopyDifference, dest: Storage, jobs: int) -> None:
     """Write the difference. The units are copied in parallel, each shard before its commit."""
     source = contents.storage
     transfer = Transfer("copying", sum(file.size for file in found.files()))

@@ -14,8 +14,8 @@ from latentmill.curation.selecting import Selector
 from latentmill.errors import ConfigError
 from latentmill.plan import Plan, copy
 from latentmill.publishing.contents import (
-    Contents,
     StoreFile,
+    StoreFiles,
     contents_of,
     hashed,
     plan_files,
@@ -90,7 +90,7 @@ class StagedView:
         if batch:
             yield batch
 
-    def sealed(self) -> Contents:
+    def sealed(self) -> StoreFiles:
         """Seal the store, when all shards are in the repository."""
         self._published.list(SHARDS)  # fsspec would use the listing from before they were written
         seal(self.storage, self._plan, shards=self._published)

@@ -140,7 +140,7 @@ class _Crops:
             targets = blocks
             if not alone:
                 targets = [one.new_empty(len(here), *one.shape[1:]) for one in blocks]
-            also = [one.cut(target) for one, target in zip(fields, targets[1:], strict=True)]
+            also = [one.request(target) for one, target in zip(fields, targets[1:], strict=True)]
             store.crops.read_into(rows, starts, targets[0], also)
             if not alone:
                 for block, target in zip(blocks, targets, strict=True):

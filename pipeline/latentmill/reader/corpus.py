@@ -150,10 +150,10 @@ class StoreSamples:
         masks: Iterable[npt.NDArray[np.bool_]]
         values = self.fields.read(rows, starts, crop)
         if crop is None:
-            latents = self.crops.read_whole(rows, values.cuts)
+            latents = self.crops.read_whole(rows, values.requests)
             masks = (np.ones(length, np.bool_) for length in frames)
         else:
-            block, have = self.crops.read_block(rows, starts, crop, values.cuts)
+            block, have = self.crops.read_block(rows, starts, crop, values.requests)
             latents, masks = block.transpose(0, 2, 1), np.arange(crop) < have[:, None]
         origins = [self.store.origin] * len(rows)
         if self._reading.transforms:  # latent arithmetic needs the crop's position

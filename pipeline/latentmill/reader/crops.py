@@ -69,20 +69,20 @@ class CropReader(RowReader):
         order: Ints = np.lexsort((self._offsets, self._shard_of)).astype(np.int64)
         return order
 
-    def read_whole(self, rows: Ints, also: Sequence[Cut] = ()) -> Iterator[FloatArray]:
+    def read_whole(self, rows: Ints, also: Sequence[CropRequest] = ()) -> Iterator[FloatArray]:
         """Read whole latents, `[channels, frames]`, in one batch; see `read_block` for errors.
 
-        Long local latents are read when the iterator reaches them. `also` are cuts of the store's
+        Long local latents are read when the iterator reaches them. `also` are crops of the store's
         fields, which are read with the latents.
         """
         frames = self.frames[rows].astype(np.int64)
         if self.store.storage.local and frames.sum() * self._width >= len(rows) * VIEWED_BYTES:
-            self.read_cuts(also)
+            self.read_requests(also)
             index, ranges = self._index, self._ranges(rows, np.zeros_like(rows), frames)
             pairs = zip(rows, ranges, strict=True)
             return (_to_float(self._view(row, one, index)).T for row, one in pairs)
         buffers = [np.empty((length, self.channels), self._dtype) for length in frames]
-        self.read_cuts([Cut(self, rows, np.zeros_like(rows), frames, buffers), *also])
+        self.read_requests([CropRequest(self, rows, np.zeros_like(rows), frames, buffers), *also])
         return (_to_float(raw).T for raw in buffers)
 
     def _view(self, row: np.int64, known: _Range, index: Index) -> Raw:
@@ -103,7 +103,7 @@ class CropReader(RowReader):
         return np.frombuffer(data, self._dtype).reshape(-1, self.channels)
 
     def read_block(
-        self, rows: Ints, starts: Ints, frames: int, also: Sequence[Cut] = ()
+        self, rows: Ints, starts: Ints, frames: int, also: Sequence[CropRequest] = ()
     ) -> tuple[FloatArray, Ints]:
         """Read crops of one length in one batch; frames after the end of an item are silence.
 
@@ -111,7 +111,7 @@ class CropReader(RowReader):
             rows: Positions of the items in the store's sorted keys; see `row`.
             starts: The first frame of each crop, inside the item.
             frames: Number of frames of each crop.
-            also: Cuts of the store's fields, which are read in the same batch.
+            also: Crops of the store's fields, which are read in the same batch.
 
         Returns:
             `[crops, frames, channels]`, float32, and the number of frames before padding of each.
@@ -125,15 +125,15 @@ class CropReader(RowReader):
         return block.numpy(), have
 
     def read_into(
-        self, rows: Ints, starts: Ints, block: torch.Tensor, also: Sequence[Cut] = ()
+        self, rows: Ints, starts: Ints, block: torch.Tensor, also: Sequence[CropRequest] = ()
     ) -> Ints:
         """Like `read_block`, but into a contiguous tensor, float32 or float16."""
-        cut = self._cut(rows, starts, block)
-        self.read_cuts([cut, *also])
-        return cut.have
+        request = self._request(rows, starts, block)
+        self.read_requests([request, *also])
+        return request.have
 
-    def _cut(self, rows: Ints, starts: Ints, block: torch.Tensor) -> Cut:
-        """The crops that `read_cuts` reads into a contiguous tensor `[crops, frames, channels]`.
+    def _request(self, rows: Ints, starts: Ints, block: torch.Tensor) -> CropRequest:
+        """Crops for `read_requests`, into a contiguous tensor `[crops, frames, channels]`.
 
         Raises IndexError as `read_block` does.
         """
@@ -142,27 +142,27 @@ class CropReader(RowReader):
         left = self.frames[rows] - starts
         if len(rows) and (starts.min() < 0 or left.min() <= 0):
             raise IndexError("a crop must start inside its item")
-        return self.cut_of(rows, starts, np.minimum(left, block.shape[1]), block)
+        return self.request_of(rows, starts, np.minimum(left, block.shape[1]), block)
 
-    def cut_of(self, rows: Ints, starts: Ints, have: Ints, block: torch.Tensor) -> Cut:
-        """Crops for `read_cuts`: the first `have` frames of crops that are known to exist."""
+    def request_of(self, rows: Ints, starts: Ints, have: Ints, block: torch.Tensor) -> CropRequest:
+        """Crops for `read_requests`: the first `have` frames of crops that are known to exist."""
         target: Raw = block.numpy()
         if target.dtype == self._dtype:
-            return Cut(self, rows, starts, have, list(target), block)
+            return CropRequest(self, rows, starts, have, list(target), block)
         if len(self._raw) < block.numel():  # reused: new pages cost more than reading
             self._raw = np.empty(block.numel(), self._dtype)
         raw = self._raw[: block.numel()].reshape(target.shape)
-        return Cut(self, rows, starts, have, list(raw), block, raw)
+        return CropRequest(self, rows, starts, have, list(raw), block, raw)
 
-    def read_cuts(self, cuts: Sequence[Cut]) -> None:
-        """Read cuts of this reader and of the readers of its store's fields, in one batch."""
+    def read_requests(self, requests: Sequence[CropRequest]) -> None:
+        """Read crops of this reader and of the readers of its store's fields, in one batch."""
 
         def fill() -> None:
-            self._shards.fill([piece for cut in cuts for piece in cut.pieces()])
+            self._shards.fill([piece for request in requests for piece in request.pieces()])
 
-        with_current_index([self, *(cut.reader for cut in cuts)], fill)
-        for cut in cuts:
-            cut.finish()
+        with_current_index([self, *(request.reader for request in requests)], fill)
+        for request in requests:
+            request.finish()
 
     def pad(self, target: Raw, starts: Ints, have: Ints) -> None:
         """Write silence behind the first `have` frames of crops, `[crops, frames, channels]`."""
@@ -189,8 +189,8 @@ class CropReader(RowReader):
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Crops of one reader that `CropReader.read_cuts` reads.
+class CropRequest:
+    """Crops of one reader that `CropReader.read_requests` reads.
 
     Attributes:
         reader: Their reader.

@@ -38,7 +38,7 @@ _PROCESSES = 64  # number of counters; more workers share them, which is harmles
 _NOT_SET = -1
 
 
-class _Shared:
+class _SharedIntegers:
     """Integers in memory that an object shares with its copies in worker processes."""
 
     def __init__(self, numbers: list[int]) -> None:
@@ -55,13 +55,13 @@ class _Shared:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "numbers" in state:
-            _Shared.__init__(self, state["numbers"])
+            _SharedIntegers.__init__(self, state["numbers"])
         else:
             self._memory = state["memory"]
             self._numbers = self._memory.numpy()
 
 
-class Draws(_Shared):
+class Draws(_SharedIntegers):
     """Epoch of a map-style dataset, and counters of drawn samples."""
 
     def __init__(self) -> None:
@@ -110,7 +110,7 @@ class Draws(_Shared):
         return np.arange(begin, begin + count) * _PROCESSES + slot
 
 
-class Starts(_Shared):
+class Starts(_SharedIntegers):
     """Start of a stream's next iteration, as set last, and start of its last iteration."""
 
     def __init__(self) -> None:

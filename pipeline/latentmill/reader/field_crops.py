@@ -12,7 +12,7 @@ import torch
 
 from latentmill.errors import ConfigError
 from latentmill.reader.cache import RangeCache
-from latentmill.reader.crops import CropReader, Cut, Raw
+from latentmill.reader.crops import CropReader, CropRequest, Raw
 from latentmill.reader.field_values import Cutting, FieldForm, FieldValue, Mask, Values
 from latentmill.reader.order import Ints
 from latentmill.store.field_layout import FIELDS
@@ -116,9 +116,9 @@ class Located:
         """Shape of the block that the values are read into."""
         return len(self.rows), self.length, self.reader.channels
 
-    def cut(self, block: torch.Tensor) -> Cut:
+    def request(self, block: torch.Tensor) -> CropRequest:
         """The values, to be read into a block."""
-        return self.reader.cut_of(self.rows, self.starts, self.have, block)
+        return self.reader.request_of(self.rows, self.starts, self.have, block)
 
     def mask(self) -> Mask:
         """`[samples, values]`, True for values of the item."""
@@ -252,19 +252,21 @@ class StoreFields:
 
 
 class ReadFields:
-    """The fields of some samples, and the cuts that read them.
+    """The fields of some samples, and the requests that read them.
 
     Attributes:
-        cuts: To be read by the reader of the latents.
+        requests: To be read by the reader of the latents.
     """
 
     def __init__(self, located: Sequence[Located], count: int, *, cropped: bool) -> None:
         self._located, self._count, self._cropped = located, count, cropped
         self._blocks = [torch.empty(one.shape, dtype=one.reader.dtype) for one in located]
-        self.cuts = [one.cut(block) for one, block in zip(located, self._blocks, strict=True)]
+        self.requests = [
+            one.request(block) for one, block in zip(located, self._blocks, strict=True)
+        ]
 
     def samples(self, *, placed: bool) -> list[dict[str, FieldValue]]:
-        """The fields of each sample, by name, once the cuts were read; see `Located.values`."""
+        """The fields of each sample, by name, once the requests were read; see `Located.values`."""
         found: list[dict[str, FieldValue]] = [{} for _ in range(self._count)]
         for one, block in zip(self._located, self._blocks, strict=True):
             values = one.values(block.numpy(), cropped=self._cropped, placed=placed)

@@ -130,15 +130,15 @@ class Loader(Shown, Closeable):
         try:
             maker = self._started()
             maker.skip()  # what an abandoned iteration has requested
-            ahead: deque[Requested] = deque()
+            pending: deque[Requested] = deque()
             for requested in islice(requests, maker.capacity):
                 maker.request(requested)
-                ahead.append(requested)
-            while ahead:
-                received, requested = [maker.receive()], ahead.popleft()
+                pending.append(requested)
+            while pending:
+                received, requested = [maker.receive()], pending.popleft()
                 for following in islice(requests, 1):
                     maker.request(following)
-                    ahead.append(following)
+                    pending.append(following)
                 positions = requested.positions.tolist()
                 self._last = {"epoch": [requested.epoch] * len(positions), "position": positions}
                 yield received.pop()  # without a reference to it in this frame

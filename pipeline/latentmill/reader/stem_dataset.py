@@ -233,7 +233,7 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         have = np.clip(self._crops.frames[rows] - starts, 0, self._crop)
         inside = have > 0  # a stem may end before the crop starts
         values = self._fields.read(rows, starts, self._crop)
-        block, _ = self._crops.read_block(rows[inside], starts[inside], self._crop, values.cuts)
+        block, _ = self._crops.read_block(rows[inside], starts[inside], self._crop, values.requests)
         found, fields = iter(block), values.samples(placed=True)
         latents = [
             next(found).T if there else self.store.origin.crop(end, end - self._crop, self._crop)

@@ -96,7 +96,7 @@ class Bound:
 
 
 @dataclass(frozen=True)
-class Row:
+class ChartRow:
     label: str
     detail: str
     bars: tuple[Bar, ...]
@@ -115,7 +115,7 @@ class Panel:
     title: str
     hint: str
     main: bool
-    rows: tuple[Row, ...]
+    rows: tuple[ChartRow, ...]
     ticks: tuple[tuple[float, str], ...]
     limit: tuple[float, str] | None
 
@@ -184,7 +184,7 @@ def _row(
     scores: Iterable[ScoreEntry],
     axis: Axis,
     unit: str,
-) -> Row:
+) -> ChartRow:
     metric, against, noise, gain = key
     detail = "" if metric == "reconstruction" else _AGAINST.get(str(against), "")
     if noise is not None:
@@ -209,7 +209,7 @@ def _row(
         and one.gain in (None, gain)
         and one.noise in (None, noise)
     }
-    return Row(
+    return ChartRow(
         f"{label}, gain {gain:g}" if isinstance(gain, float) else label,
         detail,
         bars,

@@ -43,7 +43,7 @@ class Field:
 
 
 @dataclass(frozen=True)
-class Columns:
+class RecordColumns:
     """Properties of all records in the order of the index, and more of a sample.
 
     Attributes:
@@ -71,7 +71,7 @@ class Columns:
         return (roles or names or several or [0])[0]
 
 
-def read_columns(store: LatentStore, most: int) -> Columns:
+def read_columns(store: LatentStore, most: int) -> RecordColumns:
     """Read the fields of all records, and of up to `most` evenly spread ones the metadata.
 
     Raises:
@@ -98,7 +98,7 @@ def read_columns(store: LatentStore, most: int) -> Columns:
     }
     fields_of_sample = [Field(name, values) for name, values in measured.items()]
     fields_of_sample += _useful(chosen)
-    return Columns(seconds, rms_db, silence, sample, tuple(fields_of_sample), group)
+    return RecordColumns(seconds, rms_db, silence, sample, tuple(fields_of_sample), group)
 
 
 def _rows_at(file: pq.ParquetFile, positions: npt.NDArray[np.int64]) -> Iterator[dict[str, Any]]:

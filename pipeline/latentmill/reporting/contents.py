@@ -32,7 +32,7 @@ class Reason:
 
 
 @dataclass(frozen=True)
-class Contents:
+class StoreCounts:
     """The counts of a store; `missing` items of the plan have no result yet.
 
     Attributes:
@@ -65,7 +65,7 @@ class Contents:
         return self.items - self.encoded - self.skipped - self.failed
 
 
-def contents(store: LatentStore) -> Contents:
+def contents(store: LatentStore) -> StoreCounts:
     """Read the contents of a store from dataset.json and its commits, one commit at a time."""
     failures, skips = _Reasons(), _Reasons()
     stages: Counter[str] = Counter()
@@ -81,7 +81,7 @@ def contents(store: LatentStore) -> Contents:
     info = store.info
     for text, count in info.left_out.items():
         skips.count(text, count)
-    return Contents(
+    return StoreCounts(
         items=info.items,
         encoded=info.encoded,
         skipped=info.skipped,

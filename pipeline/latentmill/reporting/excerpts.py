@@ -21,7 +21,7 @@ _CONTEXT = 8  # frames decoded on either side of an excerpt, at least
 
 
 @dataclass(frozen=True)
-class Part:
+class ExcerptRange:
     """A part of a record: frames of its latent and the samples that they stand for."""
 
     first_frame: int
@@ -95,26 +95,26 @@ class Excerpts:
         """A record's fields, without its latent."""
         return self.store.without_latent(key)
 
-    def part(self, record: Record, seconds: float) -> Part:
+    def part(self, record: Record, seconds: float) -> ExcerptRange:
         """The loudest part of a record, in frames."""
         return self.common_part([record], self.store.entry(record.key).frames, seconds)
 
-    def common_part(self, records: Sequence[Record], total: int, seconds: float) -> Part:
+    def common_part(self, records: Sequence[Record], total: int, seconds: float) -> ExcerptRange:
         """The loudest part of a record, or the one in which the most of several are audible.
 
         The shortest record has `total` frames.
         """
         most = min(record.num_samples for record in records)
         if self.store.chunking.stitch == "none":  # chunks are decoded from the start
-            return Part(0, total, 0, min(most, round(seconds * self._rate)))
+            return ExcerptRange(0, total, 0, min(most, round(seconds * self._rate)))
         frames = max(1, min(total, math.ceil(seconds * self._rate / self._hop)))
         levels = (record.levels for record in records)
         chosen = loudest_part if len(records) == 1 else busiest_part
         first = chosen(levels, total, frames, self._rate / self._hop)
         start = first * self._hop
-        return Part(first, frames, start, max(0, min(frames * self._hop, most - start)))
+        return ExcerptRange(first, frames, start, max(0, min(frames * self._hop, most - start)))
 
-    def latent(self, key: str, part: Part) -> Latent:
+    def latent(self, key: str, part: ExcerptRange) -> Latent:
         """The frames of a part; of overlapping chunks the first ones."""
         if self.store.chunking.stitch == "none":
             chunks = self.store.source(key)
@@ -125,7 +125,7 @@ class Excerpts:
             return latent
         return self.store.crop(key, part.first_frame, part.frames)
 
-    def original(self, record: Record, part: Part) -> FloatArray | None:
+    def original(self, record: Record, part: ExcerptRange) -> FloatArray | None:
         """The source audio of a part; None if it cannot be read, for a reason that is counted."""
         address = item_at(record.source_uri).uri
         if not self._remote_sources and not source_is_near(self.store, record):
@@ -142,7 +142,7 @@ class Excerpts:
             return None
         return audio[:, part.first_sample : end]
 
-    def reconstruction(self, key: str, part: Part) -> FloatArray | None:
+    def reconstruction(self, key: str, part: ExcerptRange) -> FloatArray | None:
         """The decoded latent of a part; None without the store's model."""
         if not self.can_decode():
             return None
@@ -161,14 +161,14 @@ class Excerpts:
                 self.no_model = str(error)
         return self.no_model is None
 
-    def with_context(self, part: Part, total: int) -> tuple[int, int]:
+    def with_context(self, part: ExcerptRange, total: int) -> tuple[int, int]:
         """The first frame that is decoded for a part, and the end."""
         context = self.store.model().spec.context
         left, right = (context.left, context.right) if context else (0, 0)
         begin = max(0, part.first_frame - max(_CONTEXT, left))
         return begin, min(total, part.first_frame + part.frames + max(_CONTEXT, right))
 
-    def cut(self, latent: Latent, begin: int, part: Part) -> FloatArray:
+    def cut(self, latent: Latent, begin: int, part: ExcerptRange) -> FloatArray:
         """Decode frames from `begin` on, and cut the part out."""
         start = part.first_sample - begin * self._hop
         spec = self.store.model().spec

@@ -22,7 +22,7 @@ MAX_GROUPS, MAX_SHOWN = 6, 3  # of duplicates, and of the records of each that h
 
 
 @dataclass(frozen=True)
-class Item:
+class PreviewedRecord:
     """A record with what can be seen and heard of it.
 
     Attributes:
@@ -44,7 +44,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Heard:
+class PlayableRecord:
     """A record with one short player."""
 
     key: str
@@ -57,7 +57,7 @@ class Repeats:
     """Records that are the same sound; `more` keys are not listed."""
 
     kind: str
-    records: tuple[Heard, ...]
+    records: tuple[PlayableRecord, ...]
     more: int
 
 
@@ -85,7 +85,7 @@ class StemMix:
 
 def items(
     excerpts: Excerpts, budget: Budget, count: int, quality: ReconstructionEntry | None
-) -> list[Item]:
+) -> list[PreviewedRecord]:
     """Excerpts of `count` records from all parts of the store, with the worst reconstructions."""
     store = excerpts.store
     worst = quality.worst[: min(2, count // 4)] if quality is not None else []
@@ -103,7 +103,9 @@ def items(
     ]
 
 
-def _item(excerpts: Excerpts, budget: Budget, key: str, snr: float | None, worst: bool) -> Item:
+def _item(
+    excerpts: Excerpts, budget: Budget, key: str, snr: float | None, worst: bool
+) -> PreviewedRecord:
     one = excerpts.of(key, SECONDS)
     store, info = excerpts.store, excerpts.store.info
     pictures: dict[str, Image | None] = {}
@@ -120,7 +122,7 @@ def _item(excerpts: Excerpts, budget: Budget, key: str, snr: float | None, worst
         "original": budget.player(one.original, one.rate, KBPS),
         "reconstruction": budget.player(one.reconstruction, one.rate, KBPS),
     }
-    return Item(
+    return PreviewedRecord(
         one.record,
         one.start,
         one.seconds,
@@ -191,7 +193,7 @@ def repeats(excerpts: Excerpts, budget: Budget, found: StoreStatistics) -> list[
     return [
         Repeats(
             kind,
-            tuple(_heard(excerpts, budget, key, "") for key in keys[:MAX_SHOWN]),
+            tuple(_playable(excerpts, budget, key, "") for key in keys[:MAX_SHOWN]),
             max(0, len(keys) - MAX_SHOWN),
         )
         for kind, groups in kinds.items()
@@ -199,16 +201,16 @@ def repeats(excerpts: Excerpts, budget: Budget, found: StoreStatistics) -> list[
     ]
 
 
-def outliers(excerpts: Excerpts, budget: Budget, found: StoreStatistics) -> list[Heard]:
+def outliers(excerpts: Excerpts, budget: Budget, found: StoreStatistics) -> list[PlayableRecord]:
     """The records that are most unlike the others."""
     return [
-        _heard(excerpts, budget, one.key, f"{one.distance:.2g} times the usual distance")
+        _playable(excerpts, budget, one.key, f"{one.distance:.2g} times the usual distance")
         for one in found.outliers[: MAX_GROUPS + 2]
     ]
 
 
-def _heard(excerpts: Excerpts, budget: Budget, key: str, note: str) -> Heard:
+def _playable(excerpts: Excerpts, budget: Budget, key: str, note: str) -> PlayableRecord:
     if key not in excerpts.store:  # measured on an earlier seal
-        return Heard(key, note, None)
+        return PlayableRecord(key, note, None)
     one = excerpts.of(key, SHORT_SECONDS, reconstructed=False)
-    return Heard(key, note, budget.player(one.best, one.rate, SHORT_KBPS))
+    return PlayableRecord(key, note, budget.player(one.best, one.rate, SHORT_KBPS))

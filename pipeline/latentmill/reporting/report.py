@@ -23,8 +23,8 @@ from latentmill import __version__
 from latentmill.encoding.timings import COUNTERS
 from latentmill.errors import ConfigError, LatentmillError, StoreError
 from latentmill.reporting import card, charts, listening
-from latentmill.reporting.columns import Columns, read_columns
-from latentmill.reporting.contents import Contents, contents
+from latentmill.reporting.columns import RecordColumns, read_columns
+from latentmill.reporting.contents import StoreCounts, contents
 from latentmill.reporting.corpus_map import MAX_POINTS, CorpusMap, corpus_map
 from latentmill.reporting.excerpts import Excerpts
 from latentmill.reporting.media import PAGE_BYTES, PLAYERS, Budget
@@ -64,7 +64,7 @@ class ReportFile:
 
 
 @dataclass(frozen=True)
-class Measured:
+class EvaluationResult:
     """A result of the evaluation.
 
     Attributes:
@@ -155,7 +155,7 @@ def render(
     """The page; `budget` has afterwards what is left of it."""
     _log.info("report: reading the commits and the fields of the records")
     excerpts = Excerpts(store, remote_sources=remote_sources)
-    measured: dict[Name, Measured | None] = {}
+    measured: dict[Name, EvaluationResult | None] = {}
     damaged: dict[Name, str] = {}
     for name in _PARTS:
         try:
@@ -196,7 +196,7 @@ def render(
 _PARTS: tuple[Name, ...] = ("linearity", "reconstruction", "seams", "statistics")
 
 
-def _measured(store: LatentStore, name: Name) -> Measured | None:
+def _measured(store: LatentStore, name: Name) -> EvaluationResult | None:
     if not store.sealed:
         return None
     found = read_measurement(store.storage, store.info, name)
@@ -211,7 +211,7 @@ def _measured(store: LatentStore, name: Name) -> Measured | None:
             f"{store.url}/evaluation/{name}.json is damaged: delete it and run `latentmill "
             "evaluate` again."
         )
-    return Measured(result, found.seal != store.info.seal, _listed(found.model_options))
+    return EvaluationResult(result, found.seal != store.info.seal, _listed(found.model_options))
 
 
 def _listed(options: Mapping[str, Any] | None) -> str:
@@ -226,7 +226,7 @@ def _complete(store: LatentStore) -> bool:
         return store.sealed
 
 
-def _speed(found: Contents) -> dict[str, Any] | None:
+def _speed(found: StoreCounts) -> dict[str, Any] | None:
     """Where the time of the workers went; None if it was not measured."""
     seconds = {name: found.stages.get(name, 0.0) for name in COUNTERS}
     busy = {name: seconds[f"{name}_seconds"] for name in ("model", "wait", "idle")}
@@ -243,7 +243,7 @@ def _speed(found: Contents) -> dict[str, Any] | None:
     }
 
 
-def _latents(store: LatentStore, statistics: Measured | None) -> dict[str, Any]:
+def _latents(store: LatentStore, statistics: EvaluationResult | None) -> dict[str, Any]:
     """Charts of the channels; their range is known if the statistics were measured."""
     info = store.info
     if not info.frames or store.codes:
@@ -266,7 +266,7 @@ def _latents(store: LatentStore, statistics: Measured | None) -> dict[str, Any]:
     }
 
 
-def _records(store: LatentStore, columns: Columns) -> dict[str, Any]:
+def _records(store: LatentStore, columns: RecordColumns) -> dict[str, Any]:
     """Histograms of all records, and the map of a sample."""
     found: dict[str, Any] = {
         "histograms": {
@@ -286,7 +286,7 @@ def _records(store: LatentStore, columns: Columns) -> dict[str, Any]:
 
 
 def _map_rows(
-    store: LatentStore, columns: Columns, placed: CorpusMap
+    store: LatentStore, columns: RecordColumns, placed: CorpusMap
 ) -> list[tuple[str, float, float, list[Any]]]:
     """Key, position and fields of the records; fewer of them if their texts are very long."""
     rows = [
@@ -312,7 +312,7 @@ def _sounds(
     excerpts: Excerpts,
     budget: Budget,
     group: tuple[str, list[str]] | None,
-    measured: dict[Name, Measured | None],
+    measured: dict[Name, EvaluationResult | None],
     count: int,
 ) -> dict[str, Any]:
     quality, statistics = measured["reconstruction"], measured["statistics"]

@@ -24,7 +24,7 @@ _WEIGHTS = "weights"
 
 
 @dataclass(frozen=True)
-class Difference:
+class ChangedSetting:
     """A setting whose value differs from the store's.
 
     Attributes:
@@ -60,7 +60,7 @@ def default_stitch(plan: Plan | None, spec: ModelSpec) -> Stitch:
 
 def differences(
     plan: Plan, config: RunConfig, spec: ModelSpec, chunking: Chunking, source: str
-) -> list[Difference]:
+) -> list[ChangedSetting]:
     """The settings that differ between a store's plan and a run, in the order of the options."""
     stored, wanted = plan.fingerprint, fingerprint_document(config, spec, chunking)
     found = [
@@ -76,7 +76,7 @@ def differences(
     return sorted(found, key=lambda one: one.place)
 
 
-def explain(found: list[Difference]) -> str:
+def explain(found: list[ChangedSetting]) -> str:
     """The differences as one sentence that starts with an option."""
     first, *others = found
     text = (
@@ -92,7 +92,7 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def _model(
     plan: Plan, config: RunConfig, spec: ModelSpec, new: Mapping[str, Any]
-) -> Iterator[Difference]:
+) -> Iterator[ChangedSetting]:
     old = plan.fingerprint.get("model", {})
     changed = _changed(old, new)
     hashes = [name for name in changed if name.startswith(_HASH)]
@@ -144,13 +144,13 @@ def _weights(names: list[str], model: Mapping[str, Any], origin: Mapping[str, An
 
 def _chunking(
     stored: Mapping[str, Any], wanted: Mapping[str, Any], config: RunConfig, spec: ModelSpec
-) -> Iterator[Difference]:
+) -> Iterator[ChangedSetting]:
     old, new = stored.get("chunking", {}), wanted["chunking"]
     changed = _changed(old, new)
     # Another model has other defaults. Then only the user's own settings count as different.
     other_model = bool(set(_changed(stored.get("model", {}), wanted["model"])) & set(_GRID))
     asked = {name for name in _CHUNKING if getattr(config, name) is not None or not other_model}
-    found: list[Difference] = []
+    found: list[ChangedSetting] = []
     if "stitch" in changed and "stitch" in asked:
         found.append(_difference("stitch", old.get("stitch"), new["stitch"]))
     if "samples" in changed and {"chunk_seconds", "chunk_samples"} & asked:
@@ -166,7 +166,7 @@ def _chunking(
 
 def _length(
     stored: Mapping[str, Any], new: Mapping[str, Any], config: RunConfig, spec: ModelSpec
-) -> Difference:
+) -> ChangedSetting:
     was, now = stored.get("chunking", {}).get("samples"), new["samples"]
     rate = stored.get("model", {}).get("sample_rate")
     if config.chunk_samples is not None or not rate or was is None:
@@ -211,7 +211,7 @@ def _other_overlap(old: Mapping[str, Any], config: RunConfig, spec: ModelSpec) -
     return (same.step, same.overlap) != (old.get("step"), old.get("overlap"))
 
 
-def _planning(plan: Plan, config: RunConfig, source: str) -> Iterator[Difference]:
+def _planning(plan: Plan, config: RunConfig, source: str) -> Iterator[ChangedSetting]:
     """Differences in settings of the plan that are not part of the fingerprint."""
     if plan.source != source:
         yield _difference("source", plan.source, source, "SOURCE")
@@ -231,9 +231,9 @@ def _planning(plan: Plan, config: RunConfig, source: str) -> Iterator[Difference
         yield _difference("extensions", plan.extensions, config.extensions)
 
 
-def _difference(setting: str, was: Any, now: Any, label: str | None = None) -> Difference:
+def _difference(setting: str, was: Any, now: Any, label: str | None = None) -> ChangedSetting:
     label = label or option(setting)
-    return Difference(setting, label, _shown(was), _shown(now))
+    return ChangedSetting(setting, label, _shown(was), _shown(now))
 
 
 def _shown(value: Any) -> str:

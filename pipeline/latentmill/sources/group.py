@@ -42,7 +42,7 @@ class GroupedSource:
         else:
             fields = dict(zip(("group", "role"), self._rule, strict=False))
             work = partial(_by_metadata, fields)
-            items = map_in_threads(work, self._source.items(), threads=_THREADS, ahead=_PENDING)
+            items = map_in_threads(work, self._source.items(), threads=_THREADS, prefetch=_PENDING)
         example, grouped = None, False
         for item in items:
             example = example or item.key

@@ -67,7 +67,7 @@ _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,15})(\.[0-9]+)?([eE][-+]?[0-9]{1,2})?")
 
 
 @dataclass(frozen=True)
-class Columns:
+class ManifestColumns:
     """Names of a manifest's columns; None: one of the usual names."""
 
     path: str | None = None
@@ -86,7 +86,9 @@ class ManifestSource:
     `talks/one#12.5-17.25`. Lhotse cuts and NeMo manifests need no conversion.
     """
 
-    def __init__(self, uri: str, columns: Columns = Columns(), what: str = "Manifest") -> None:
+    def __init__(
+        self, uri: str, columns: ManifestColumns = ManifestColumns(), what: str = "Manifest"
+    ) -> None:
         self._place = Place(uri)
         self._columns = columns
         self.uri = self._place.uri
@@ -143,7 +145,7 @@ class ManifestSource:
             for name, value in dataclasses.asdict(self._columns).items()
             if required or value in row
         }
-        requested = Columns(**given)
+        requested = ManifestColumns(**given)
         path = find_column(names, requested.path, PATHS, "path", where)
         if path is None:
             if not required:

@@ -13,7 +13,7 @@ from latentmill.sources.base import Source, SourceType
 from latentmill.sources.files import Place
 from latentmill.sources.folder import FolderSource
 from latentmill.sources.group import GroupedSource
-from latentmill.sources.manifest import Columns, ManifestSource, manifest_format
+from latentmill.sources.manifest import ManifestColumns, ManifestSource, manifest_format
 from latentmill.sources.parquet import ParquetSource, has_audio, table_errors
 from latentmill.sources.parquet_cells import open_table
 from latentmill.sources.settings import Setting, SourceSettings, option
@@ -29,7 +29,9 @@ SOURCES: dict[SourceType, Callable[[SourceSettings], Source]] = {
     ),
     "manifest": lambda given: ManifestSource(
         given.source,
-        Columns(given.path_column, given.start_column, given.duration_column, given.key_column),
+        ManifestColumns(
+            given.path_column, given.start_column, given.duration_column, given.key_column
+        ),
     ),
     "webdataset": lambda given: WebDatasetSource(given.source, given.extensions),
     "parquet": lambda given: ParquetSource(

@@ -1,4 +1,4 @@
-"""Works ahead in threads: on the items of a listing, and on the recordings that are loaded next.
+"""Prefetches in threads: the items of a listing, and the recordings that are loaded next.
 
 For small objects the latency of a request is longer than the transfer. Several requests at once
 keep load threads from waiting. The bytes in memory are bounded.
@@ -31,14 +31,14 @@ R = TypeVar("R")
 
 
 def map_in_threads(
-    work: Callable[[T], R], given: Iterable[T], *, threads: int, ahead: int
+    work: Callable[[T], R], given: Iterable[T], *, threads: int, prefetch: int
 ) -> Iterator[R]:
-    """Map in threads and yield the results in order; at most `ahead` of them are in memory."""
+    """Map in threads and yield the results in order; at most `prefetch` of them are in memory."""
     running: deque[Future[R]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for one in given:
             running.append(pool.submit(work, one))
-            if len(running) >= ahead:
+            if len(running) >= prefetch:
                 yield running.popleft().result()
         yield from (future.result() for future in running)
 
@@ -65,7 +65,7 @@ class Prefetch(Closeable):
         self._sizes: dict[str, int] = {}  # of the prefetched items that are not opened yet
         self._futures: dict[str, Future[MediaFile | None]] = {}
         objects = all(protocol_of(item.uri) in OBJECT_STORAGE for item in self._items)
-        self._ahead = OBJECT_ITEMS if objects else PREFETCH_ITEMS
+        self._limit = OBJECT_ITEMS if objects else PREFETCH_ITEMS
         threads = OBJECT_THREADS if objects else FETCH_THREADS
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
 
@@ -102,7 +102,7 @@ class Prefetch(Closeable):
             self._sizes.pop(item.key, None)
             self._next = max(self._next, self._index.get(item.key, -1) + 1)
             # Submit the next items up to the limits, and at least one.
-            while self._next < len(self._items) and len(self._futures) < self._ahead:
+            while self._next < len(self._items) and len(self._futures) < self._limit:
                 upcoming = self._items[self._next]
                 if self._futures and sum(self._sizes.values()) + _size(upcoming) > PREFETCH_BYTES:
                     break

@@ -82,7 +82,7 @@ class WebDatasetSource:
         scanned = (
             map(self._scan, tars)
             if self._place.local
-            else map_in_threads(self._scan, tars, threads=PARALLEL_TARS, ahead=PARALLEL_TARS + 1)
+            else map_in_threads(self._scan, tars, threads=PARALLEL_TARS, prefetch=PARALLEL_TARS + 1)
         )
         found = 0
         for items, ignored in scanned:

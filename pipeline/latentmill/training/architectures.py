@@ -139,9 +139,9 @@ class Dac(Trainable):
 
 
 def _linear_cae(settings: TrainSettings) -> Trainable:
-    from latentmill.training.consistency import LinearCae
+    from latentmill.training.consistency import TrainableLinearCae
 
-    return LinearCae(settings)
+    return TrainableLinearCae(settings)
 
 
 ARCHITECTURES: dict[str, Callable[[TrainSettings], Trainable]] = {

@@ -27,7 +27,7 @@ LEVELS = 10_000  # noise levels that one is drawn from, as in the package
 HUBER = 0.00054  # of Music2Latent, per square root of the number of values
 
 
-class LinearCae(Trainable):
+class TrainableLinearCae(Trainable):
     """The package's model; `settings.model` is lin-cae, or lin-cae:PATH with its four files."""
 
     def __init__(self, settings: TrainSettings) -> None:

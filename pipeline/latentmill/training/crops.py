@@ -28,7 +28,7 @@ WHOLE_SECONDS = 60.0  # shorter items are loaded whole and cached; of longer one
 CACHE_BYTES = 512 << 20
 QUIET = 10 ** (-60 / 20)  # RMS below which another crop is drawn
 DRAWS = 16  # crops that are drawn until one can be loaded and is not silent
-AHEAD = 3  # batches that are loaded before they are needed
+PREFETCH = 3  # batches that are loaded before they are needed
 _STREAM = 1  # of the random numbers; 0 is that of the augmentation
 _LEVELS = 3  # the same, for their levels
 
@@ -98,9 +98,9 @@ class Crops:
             waiting: deque[Future[AudioBatch]] = deque()
             try:
                 for step in range(start, end):
-                    last = min(end, step + AHEAD)
-                    for ahead in range(step + len(waiting), last):
-                        waiting.append(pool.submit(self.batch, ahead))
+                    last = min(end, step + PREFETCH)
+                    for later in range(step + len(waiting), last):
+                        waiting.append(pool.submit(self.batch, later))
                     yield waiting.popleft().result()
             finally:
                 for future in waiting:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from latentmill.errors import ConfigError, LatentmillError, TrainingError
-from latentmill.training.loop import Place, Trainer
+from latentmill.training.loop import Trainer, TrainProcess
 from latentmill.training.settings import TrainSettings
 
 
@@ -49,7 +49,7 @@ def _train(config: dict[str, Any]) -> None:
     from ray.train.torch import get_device, prepare_model
 
     context = ray.train.get_context()
-    place = Place(
+    place = TrainProcess(
         rank=context.get_world_rank(),
         device=get_device(),
         wrap=lambda network: prepare_model(network, move_to_device=False),

@@ -116,7 +116,7 @@ class LinearityBatch:
         return noise * self.gains.to(noise.dtype).reshape(-1, *[1] * (noise.ndim - 1))
 
 
-class Linearity:
+class LinearityAugmentation:
     """Mixes and scales batches. Its random numbers depend only on the seed, the step and the rank.
 
     Args:

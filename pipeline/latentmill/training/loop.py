@@ -27,8 +27,13 @@ from latentmill.training.architectures import Trainable, build, crop_samples
 from latentmill.training.checkpoints import Checkpoints
 from latentmill.training.crops import AudioBatch, Crops, list_items
 from latentmill.training.export import write_model
-from latentmill.training.linearity import Linearity, LinearityBatch, plain_batch, random_numbers
-from latentmill.training.metrics import Metrics
+from latentmill.training.linearity import (
+    LinearityAugmentation,
+    LinearityBatch,
+    plain_batch,
+    random_numbers,
+)
+from latentmill.training.metrics import MetricsLog
 from latentmill.training.settings import TrainSettings
 
 _SEEDS = 2  # stream of the random numbers that seed torch
@@ -37,7 +42,7 @@ _log = get_logger("training")
 
 
 @dataclass(frozen=True)
-class Place:
+class TrainProcess:
     """Where the loop runs.
 
     Attributes:
@@ -89,8 +94,8 @@ class Ema:
 class Trainer:
     """One process of a training run. `train` resumes from the newest checkpoint."""
 
-    def __init__(self, settings: TrainSettings, place: Place | None = None) -> None:
-        self.settings, self.place = settings, place or Place()
+    def __init__(self, settings: TrainSettings, place: TrainProcess | None = None) -> None:
+        self.settings, self.place = settings, place or TrainProcess()
         self.out = Path(settings.out).absolute()
         items = list_items(open_source(settings))
         linearity = settings.linearity
@@ -113,7 +118,7 @@ class Trainer:
         self._checkpoints.load(settings, self._restore)
         self._linearity = None
         if linearity:
-            self._linearity = Linearity(
+            self._linearity = LinearityAugmentation(
                 linearity, steps=settings.steps, seed=settings.seed, rank=self.place.rank
             )
         spec = self.network.spec
@@ -140,7 +145,7 @@ class Trainer:
             metrics = None
             if self.place.rank == 0:
                 metrics = stack.enter_context(
-                    Metrics(self.out, start=self.step, tensorboard=settings.tensorboard)
+                    MetricsLog(self.out, start=self.step, tensorboard=settings.tensorboard)
                 )
             batches = self._crops.batches(self.step, settings.steps, settings.load_threads)
             stack.enter_context(contextlib.closing(batches))
@@ -185,7 +190,7 @@ class Trainer:
                 f"look at its audio ({', '.join(crops.names)}), or lower learning_rate."
             )
 
-    def _log(self, metrics: Metrics | None, loss: Tensor, waited: float, took: float) -> None:
+    def _log(self, metrics: MetricsLog | None, loss: Tensor, waited: float, took: float) -> None:
         """Log the step that has just ended, with the mean loss of all processes."""
         step = self.step - 1
         if step % self.settings.log_every and self.step != self.settings.steps:

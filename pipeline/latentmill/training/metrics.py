@@ -16,7 +16,7 @@ FILE = "metrics.jsonl"
 _log = get_logger("training")
 
 
-class Metrics:
+class MetricsLog:
     """Appends one JSON object per logged step.
 
     A resumed run first removes the lines of the steps that it repeats (`start` and later), and
@@ -37,7 +37,7 @@ class Metrics:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
-    def __enter__(self) -> Metrics:
+    def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -23,7 +23,7 @@ from latentmill.view.facts import facts
 from latentmill.view.query import (
     MAX_PAGE,
     Channel,
-    Mix,
+    MixRequest,
     Search,
     mix_of,
     parsed,
@@ -153,12 +153,12 @@ class Viewer:
             return waveform(audio).data
         return spectrogram(audio, self._desk.spec.sample_rate).data
 
-    def _excerpt(self, key: str) -> Mix:
+    def _excerpt(self, key: str) -> MixRequest:
         """The start of a record, which its pictures show."""
         frames = None
         if not self._desk.chunked:
             frames = self._desk.spec.frames(round(_PICTURE_SECONDS * self._desk.spec.sample_rate))
-        return Mix(channels=(Channel(key=key),), frames=frames)
+        return MixRequest(channels=(Channel(key=key),), frames=frames)
 
     async def _audio(self, request: Request) -> Response:
         values = _only(request, "mix", "of", "name")
@@ -177,7 +177,7 @@ class Viewer:
             headers["content-disposition"] = f'attachment; filename="{safe or "mix"}.wav"'
         return Response(data, headers=headers)
 
-    def _mix(self, values: dict[str, str]) -> Mix:
+    def _mix(self, values: dict[str, str]) -> MixRequest:
         mix = mix_of(values.get("mix", ""))
         for channel in mix.channels:
             self._position(channel.key)

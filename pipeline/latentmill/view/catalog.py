@@ -18,7 +18,7 @@ from latentmill.errors import ConfigError
 from latentmill.store.metadata import PREFIX
 from latentmill.store.metadata_file import damaged_metadata, metadata_of
 from latentmill.store.store import LatentStore
-from latentmill.view.query import Condition, Search
+from latentmill.view.query import FieldCondition, Search
 
 Positions = npt.NDArray[np.int64]
 Check = Callable[[], None]  # called between row groups; raises if nobody waits for the result
@@ -188,7 +188,7 @@ def _glob(text: str) -> str:
     return f"(?s)^(?:{''.join(parts)})$"
 
 
-def _mask(column: pa.ChunkedArray, condition: Condition) -> npt.NDArray[np.bool_]:
+def _mask(column: pa.ChunkedArray, condition: FieldCondition) -> npt.NDArray[np.bool_]:
     value = condition.value
     if condition.op == "contains":
         return _as_mask(pc.match_substring(column, str(value), ignore_case=True))

@@ -23,7 +23,7 @@ from latentmill.pictures.drawing import heat_map
 from latentmill.record import FloatArray, Latent
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import read_source, source_is_near
-from latentmill.view.query import MAX_SECONDS, Channel, Mix
+from latentmill.view.query import MAX_SECONDS, Channel, MixRequest
 
 Side = Literal["latent", "decoded", "original"]
 _KEPT_BYTES = 128 << 20  # of decoded channels: changing a gain decodes nothing again
@@ -31,7 +31,7 @@ _SOURCE_SECONDS = 600.0  # sources are loaded from their start
 
 
 @dataclass(frozen=True)
-class Part:
+class MixRange:
     """A part of a mix: `frames` frames from `start` on, of `total`, and `samples` of audio."""
 
     total: int
@@ -66,7 +66,7 @@ class Desk:
         """Whether the latents are overlapping chunks, which can neither be moved nor cut."""
         return self._store.chunking.stitch == "none"
 
-    def part(self, mix: Mix) -> Part:
+    def part(self, mix: MixRequest) -> MixRange:
         """The part of a mix that is decoded.
 
         Raises:
@@ -94,9 +94,9 @@ class Desk:
         if samples < 1:
             raise ConfigError("This part of the mix has no samples: choose a longer one.")
         self._check_length(samples)
-        return Part(total, mix.start, frames, samples, samples / spec.sample_rate)
+        return MixRange(total, mix.start, frames, samples, samples / spec.sample_rate)
 
-    def _chunks(self, mix: Mix) -> Part:
+    def _chunks(self, mix: MixRequest) -> MixRange:
         """The whole mix of records that are stored as chunks."""
         entries = [self._store.entry(channel.key) for channel in mix.channels]
         if any(channel.offset for channel in mix.channels) or mix.start:
@@ -112,7 +112,7 @@ class Desk:
         samples = max(entry.num_samples for entry in entries)
         self._check_length(samples)
         seconds = samples / self.spec.sample_rate
-        return Part(entries[0].chunks, 0, entries[0].chunks, samples, seconds)
+        return MixRange(entries[0].chunks, 0, entries[0].chunks, samples, seconds)
 
     def _check_length(self, samples: int) -> None:
         seconds = samples / self.spec.sample_rate
@@ -123,7 +123,9 @@ class Desk:
                 "decoded at once: choose a shorter part, or use `latentmill mix`."
             )
 
-    def audio(self, mix: Mix, side: Side, check: Callable[[], None] = lambda: None) -> FloatArray:
+    def audio(
+        self, mix: MixRequest, side: Side, check: Callable[[], None] = lambda: None
+    ) -> FloatArray:
         """Decode a part of a mix to `[channels, samples]`.
 
         `latent` is the mix in latent space, `decoded` the sum of the decoded channels, `original`
@@ -147,7 +149,7 @@ class Desk:
         left, right = min(1.0, 1.0 - channel.pan), min(1.0, 1.0 + channel.pan)
         return round(channel.gain * left, 6), round(channel.gain * right, 6)
 
-    def _mixed(self, mix: Mix, part: Part) -> LatentSource:
+    def _mixed(self, mix: MixRequest, part: MixRange) -> LatentSource:
         """The mix, of which only the frames that are decoded are read."""
         origin = self._store.origin
         sources = [self._placed(channel, part) for channel in mix.channels]
@@ -168,13 +170,15 @@ class Desk:
             shape, lambda start, n: np.concatenate([one.read(start, n) for one in sides])
         )
 
-    def _placed(self, channel: Channel, part: Part) -> LatentSource:
+    def _placed(self, channel: Channel, part: MixRange) -> LatentSource:
         source = self._store.source(channel.key)
         if len(source.shape) == 3 or self._store.codes:
             return source
         return fitted(source, part.total, origin=self._store.origin, offset=channel.offset)
 
-    def _decode(self, source: LatentSource, part: Part, check: Callable[[], None]) -> FloatArray:
+    def _decode(
+        self, source: LatentSource, part: MixRange, check: Callable[[], None]
+    ) -> FloatArray:
         if len(source.shape) == 2:
             whole = source
 
@@ -189,7 +193,7 @@ class Desk:
         return np.concatenate(blocks, axis=1)
 
     def _sound(
-        self, channel: Channel, part: Part, side: Side, check: Callable[[], None]
+        self, channel: Channel, part: MixRange, side: Side, check: Callable[[], None]
     ) -> FloatArray:
         """One channel's waveform in a part of the mix, without its gain."""
         name = (side, channel.key, channel.offset, part)
@@ -216,7 +220,7 @@ class Desk:
         mean, deviation = (None, None) if store.codes else (store.mean, store.std)
         return heat_map(source.read(0, count), mean=mean, deviation=deviation).data
 
-    def _original(self, channel: Channel, part: Part) -> FloatArray:
+    def _original(self, channel: Channel, part: MixRange) -> FloatArray:
         spec = self.spec
         first = (part.start - channel.offset) * spec.hop  # sample of the record
         audio: FloatArray = np.zeros((spec.channels, part.samples), np.float32)
@@ -262,7 +266,7 @@ def why_no_pan(store: LatentStore) -> str:
     return ""
 
 
-def _plain(mix: Mix) -> bool:
+def _plain(mix: MixRequest) -> bool:
     """Whether a mix is one unchanged record."""
     first, *others = mix.channels
     return not others and first == Channel(key=first.key)

@@ -48,7 +48,7 @@ class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Condition(_Request):
+class FieldCondition(_Request):
     """A condition on one field: `min` and `max` for numbers, `is` and `contains` for the others."""
 
     field: Annotated[str, Field(max_length=200)]
@@ -64,7 +64,7 @@ class Search(_Request):
     """
 
     key: Annotated[str, Field(max_length=MAX_TEXT)] = ""
-    where: Annotated[tuple[Condition, ...], Field(max_length=MAX_CONDITIONS)] = ()
+    where: Annotated[tuple[FieldCondition, ...], Field(max_length=MAX_CONDITIONS)] = ()
     sort: Annotated[str, Field(max_length=200)] = "key"
     descending: bool = False
 
@@ -92,7 +92,7 @@ class Channel(_Request):
         return 0.0 if self.mute else round(10 ** (self.gain_db / 20), 6)
 
 
-class Mix(_Request):
+class MixRequest(_Request):
     """Channels, and the part of their mix to hear: `frames` frames from frame `start` on."""
 
     channels: Annotated[tuple[Channel, ...], Field(min_length=1)]
@@ -123,9 +123,9 @@ def parsed_json(text: str, name: str) -> Any:
         raise ConfigError(f"invalid {name}: it must be JSON.") from error
 
 
-def mix_of(text: str) -> Mix:
+def mix_of(text: str) -> MixRequest:
     """The mix in a request."""
-    mix = parsed(Mix, _object(parsed_json(text, "mix"), "mix"))
+    mix = parsed(MixRequest, _object(parsed_json(text, "mix"), "mix"))
     if len(mix.channels) > MAX_CHANNELS:
         raise ConfigError(
             f"The mix has {len(mix.channels)} channels, but at most {MAX_CHANNELS} can be mixed "

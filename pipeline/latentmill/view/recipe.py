@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from latentmill.view.desk import Desk
-from latentmill.view.query import Mix
+from latentmill.view.query import MixRequest
 
 
-def python_lines(desk: Desk, mix: Mix, *, url: str, options: str) -> str:
+def python_lines(desk: Desk, mix: MixRequest, *, url: str, options: str) -> str:
     """Python code that makes the same mix and writes it to mix.wav."""
     part, spec = desk.part(mix), desk.spec
     opened = f"store = lm.open({url!r}{options})"

@@ -57,7 +57,7 @@ class Queue:
             except Exception as error:  # noqa: BLE001  raised again below
                 errors.append(error)
 
-        async def watch(scope: anyio.CancelScope) -> None:
+        async def cancel_if_gone(scope: anyio.CancelScope) -> None:
             while not await request.is_disconnected():
                 await anyio.sleep(_POLL_SECONDS)
             stop.set()
@@ -66,7 +66,7 @@ class Queue:
         self._waiting += 1
         try:
             async with anyio.create_task_group() as group:
-                group.start_soon(watch, group.cancel_scope)
+                group.start_soon(cancel_if_gone, group.cancel_scope)
                 await anyio.to_thread.run_sync(guarded, limiter=self._limiter)
                 group.cancel_scope.cancel()
         finally:

@@ -21,7 +21,7 @@ from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.single import encode_chunked, encode_whole
 from latentmill.errors import ModelError
 from latentmill.models.families.hf import model as hf_model
-from latentmill.models.families.hf.measured import Measured
+from latentmill.models.families.hf.measured import MeasuredTokenizer
 from latentmill.models.probing.behaviour import distance
 from latentmill.models.probing.music import music
 from latentmill.models.registry import resolve
@@ -135,7 +135,7 @@ def test_a_tokenizer_is_measured_once(
     first = resolve(f"hf:{repo}")
     (kept,) = (tmp_path / "cache").rglob("*.json")
     assert first.spec.identity["measured"] == kept.read_text()
-    assert Measured.parse(kept.read_text()).text() == kept.read_text()
+    assert MeasuredTokenizer.parse(kept.read_text()).text() == kept.read_text()
     times: list[str] = []
     measure = hf_model.measure
     monkeypatch.setattr(hf_model, "measure", lambda *a: times.append("again") or measure(*a))
@@ -169,7 +169,7 @@ def test_a_store_is_continued_and_decoded_with_the_measurement_that_it_was_plann
     (kept,) = (tmp_path / "here").rglob("*.json")
     there = tmp_path / "there" / kept.relative_to(tmp_path / "here")
     there.parent.mkdir(parents=True)
-    found = Measured.parse(kept.read_text())
+    found = MeasuredTokenizer.parse(kept.read_text())
     assert found.context is not None
     there.write_text(replace(found, context=(2, 3)).text())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "there"))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from latentmill.models.base import Context, ModelSpec
 from latentmill.models.families.codec import codec_spec, dac_encoder_context
-from latentmill.models.families.transformers_codec import Family, as_indices, build_codec
+from latentmill.models.families.transformers_codec import CodecFamily, as_indices, build_codec
 
 
 class DacNetwork:
@@ -55,4 +55,4 @@ def _spec(config: Any, codes: bool) -> ModelSpec:
     )
 
 
-build = partial(build_codec, Family("dac", DacNetwork, _spec))
+build = partial(build_codec, CodecFamily("dac", DacNetwork, _spec))

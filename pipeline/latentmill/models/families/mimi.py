@@ -21,7 +21,7 @@ from torch import Tensor
 from latentmill.models.base import Context, ModelSpec
 from latentmill.models.families.codec import codec_spec
 from latentmill.models.families.streaming import PADDING_MODES, transformer_step
-from latentmill.models.families.transformers_codec import Family, as_indices, build_codec
+from latentmill.models.families.transformers_codec import CodecFamily, as_indices, build_codec
 
 if TYPE_CHECKING:
     from latentmill.models.base import State
@@ -81,4 +81,4 @@ def _spec(config: Any, codes: bool) -> ModelSpec:
     )
 
 
-build = partial(build_codec, Family("mimi", MimiNetwork, _spec))
+build = partial(build_codec, CodecFamily("mimi", MimiNetwork, _spec))

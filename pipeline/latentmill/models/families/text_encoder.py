@@ -48,7 +48,7 @@ MOST_TOKENS = 1 << 20  # tokenizers without a maximum have 1e30
 
 
 @dataclass(frozen=True)
-class Family:
+class TextFamily:
     """A family of text encoders.
 
     Attributes:
@@ -74,7 +74,7 @@ class TextHandle:
 
     spec: EmbedderSpec
     files: ModelFiles
-    family: Family
+    family: TextFamily
     options: Mapping[str, Value]
 
     def load(self, device: str) -> TextEncoder:
@@ -191,7 +191,7 @@ def _longest(
 
 
 def build_text(
-    family: Family,
+    family: TextFamily,
     repo: str,
     *,
     revision: str | None = None,
@@ -261,9 +261,9 @@ def _projection_size(config: Any) -> int:
     return int(config.projection_dim)
 
 
-_T5 = Family("t5", T5_TYPES, _encoder_class, _hidden_states, _hidden_size)
-_TEXT = Family("text", (), _encoder_class, _hidden_states, _hidden_size)
-_CLAP = Family("clap", ("clap",), _clap_class, _clap_vectors, _projection_size, "vector")
+_T5 = TextFamily("t5", T5_TYPES, _encoder_class, _hidden_states, _hidden_size)
+_TEXT = TextFamily("text", (), _encoder_class, _hidden_states, _hidden_size)
+_CLAP = TextFamily("clap", ("clap",), _clap_class, _clap_vectors, _projection_size, "vector")
 
 
 def build_t5(

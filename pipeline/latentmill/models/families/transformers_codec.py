@@ -86,7 +86,7 @@ class Codes:
 
 
 @dataclass(frozen=True)
-class Family:
+class CodecFamily:
     """A family of codecs with a quantiser, and the `NetworkLoader` of its networks.
 
     Attributes:
@@ -141,7 +141,7 @@ def _load(name: str, files: ModelFiles, device: torch.device, model_type: str) -
 
 
 def build_codec(
-    family: Family,
+    family: CodecFamily,
     repo: str,
     *,
     revision: str | None = None,

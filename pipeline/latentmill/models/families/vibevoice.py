@@ -41,7 +41,7 @@ class VibeVoiceNetwork:
         self, audio: Tensor, states: Sequence[State | None]
     ) -> tuple[Tensor, list[State]]:
         steps = Steps(states)
-        encoded = self._model.encode(audio, padding_cache=_Padding(steps), sample=False)
+        encoded = self._model.encode(audio, padding_cache=_VibeVoicePadding(steps), sample=False)
         latents: Tensor = encoded.latents
         return latents.transpose(1, 2), steps.after()
 
@@ -50,7 +50,7 @@ class VibeVoiceNetwork:
         return audio
 
 
-class _Padding:
+class _VibeVoicePadding:
     """Padding cache of the convolutions."""
 
     def __init__(self, steps: Steps) -> None:

@@ -20,7 +20,7 @@ from latentmill.models.probing.lengths import Formula, fit, lengths_to_try
 from latentmill.models.probing.subject import (
     BATCH,
     ROUNDING,
-    LatentValues,
+    LatentStatistics,
     Promise,
     Subject,
     generators_promise,
@@ -76,7 +76,7 @@ def values(model: Subject) -> Promise:
     peak = model.one.abs().max().clamp_min(1e-6)
     largest = float(model.encode(model.one / peak).abs().max())
     spread = float(latents.std()) if latents.numel() > 1 else 0.0
-    model.values = LatentValues(
+    model.values = LatentStatistics(
         float(latents.min()), float(latents.max()), float(latents.mean()), spread
     )
     model.largest = largest

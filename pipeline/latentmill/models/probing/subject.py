@@ -45,7 +45,7 @@ class Promise:
 
 
 @dataclass(frozen=True)
-class LatentValues:
+class LatentStatistics:
     """Statistics of the scaled latents of music."""
 
     minimum: float
@@ -79,7 +79,7 @@ class Subject:
         self.decodes = decodes
         self.largest = 0.0
         self.fitted = True
-        self.values: LatentValues | None = None
+        self.values: LatentStatistics | None = None
         self.repeats: Repeatability | None = None
 
     def encode(self, audio: Tensor) -> Tensor:

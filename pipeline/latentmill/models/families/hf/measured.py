@@ -24,7 +24,7 @@ from torch import Tensor
 from latentmill.errors import ModelError
 from latentmill.models.base import Context, ModelSpec
 from latentmill.models.families.codec import codec_spec
-from latentmill.models.families.hf.network import Codes, TokenizerNetwork, codes_of
+from latentmill.models.families.hf.network import CodesShape, TokenizerNetwork, codes_of
 from latentmill.models.probing.behaviour import batch_size_error, neighbour_error, repeatability
 from latentmill.models.probing.context import edge_errors
 from latentmill.models.probing.lengths import fit
@@ -44,7 +44,7 @@ _log = get_logger("models")
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredTokenizer:
     """What is measured.
 
     Attributes:
@@ -76,7 +76,7 @@ class Measured:
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
-    def parse(cls, text: str) -> Measured:
+    def parse(cls, text: str) -> MeasuredTokenizer:
         """Raises ValueError, TypeError or LookupError if the text is damaged."""
         try:
             given = json.loads(text)
@@ -112,7 +112,7 @@ class Measured:
 
     def apply(self, network: TokenizerNetwork) -> None:
         network.frames_first, network.one_by_one = self.frames_first, self.one_by_one
-        network.codes = None if self.codes is None else Codes(*self.codes)
+        network.codes = None if self.codes is None else CodesShape(*self.codes)
         if not {*self.options} <= {*network.required()}:
             raise ModelError(
                 f"The measured values have arguments for decoding ({', '.join(self.options)}) that "
@@ -142,15 +142,15 @@ class Measured:
 
 
 def from_cache(
-    files: ModelFiles, versions: tuple[str, ...], measure: Callable[[], Measured]
-) -> Measured:
+    files: ModelFiles, versions: tuple[str, ...], measure: Callable[[], MeasuredTokenizer]
+) -> MeasuredTokenizer:
     """The measured values from the user's cache, or from `measure`."""
     key = json.dumps([VERSION, *versions, sorted(files.sha256.items())])
     name = hashlib.sha256(key.encode()).hexdigest()
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     path = Path(home).expanduser() / "latentmill" / "measured" / f"{name}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
-        return Measured.parse(path.read_text(encoding="utf-8"))
+        return MeasuredTokenizer.parse(path.read_text(encoding="utf-8"))
     found = measure()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ def from_cache(
 @torch.inference_mode()
 def measure(
     network: TokenizerNetwork, sample_rate: int, channels: int, hops: list[int]
-) -> Measured:
+) -> MeasuredTokenizer:
     """Measure a tokenizer on the CPU; `hops` are likely numbers of samples per frame.
 
     Raises ModelError with the reason, without the model's name, if it cannot be used.
@@ -196,7 +196,7 @@ def measure(
         decoded = [network.decode(network.encode(each)).shape[-1] for each in (one, longer)]
     except CALL_ERRORS as failure:
         raise ModelError(f"its latents cannot be decoded ({one_line(failure)})") from failure
-    return Measured(
+    return MeasuredTokenizer(
         hop=hop,
         extra=extra,
         shortest=shortest,

@@ -18,7 +18,7 @@ from latentmill.models.families.codec import (
     check_scale_factor,
     make_handle,
 )
-from latentmill.models.families.hf.measured import Measured, from_cache, measure
+from latentmill.models.families.hf.measured import MeasuredTokenizer, from_cache, measure
 from latentmill.models.families.hf.network import TokenizerNetwork
 from latentmill.models.families.transformers_codec import move
 from latentmill.models.families.transformers_files import load_network, model_config
@@ -45,7 +45,7 @@ RATIOS = ("downsampling_ratios", "upsampling_ratios", "encoder_ratios")
 
 
 @dataclass(frozen=True)
-class Loader:
+class TokenizerLoader:
     """The `NetworkLoader` of `hf:`."""
 
     def __call__(
@@ -53,7 +53,7 @@ class Loader:
     ) -> TokenizerNetwork:
         """Build a network; see `NetworkLoader`."""
         network = _load(name, files, device)
-        Measured.parse(str(options["measured"])).apply(network)
+        MeasuredTokenizer.parse(str(options["measured"])).apply(network)
         return network
 
 
@@ -77,7 +77,7 @@ def build(
     class_of(name, config)
     rate, channels = _rate_and_channels(name, config, _extractor(name, files, config))
 
-    def measure_now() -> Measured:
+    def measure_now() -> MeasuredTokenizer:
         network = _load(name, files, torch.device("cpu"))
         try:
             return measure(network, rate, channels, _hops(config, rate))
@@ -94,15 +94,15 @@ def build(
     return make_handle(
         FoundCodec(name, files, config, "transformers", version),
         lambda _: found.spec(rate, channels),
-        Loader(),
+        TokenizerLoader(),
         scale_factor=scale,
         encoding={"model_type": config.model_type, "measured": found.text()},
     )
 
 
-def _given(name: str, measured: str) -> Measured:
+def _given(name: str, measured: str) -> MeasuredTokenizer:
     try:
-        return Measured.parse(measured)
+        return MeasuredTokenizer.parse(measured)
     except (ValueError, TypeError, LookupError) as error:
         raise ModelError(
             f"Model {name}: the measurement in option measured or in the store is not one of this "

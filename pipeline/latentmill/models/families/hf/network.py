@@ -75,7 +75,7 @@ class Quantiser:
 
 
 @dataclass(frozen=True)
-class Codes:
+class CodesShape:
     """The shape of a model's codes: `batch` and `frames` are the axes of these sizes."""
 
     shape: tuple[int, ...]
@@ -107,7 +107,7 @@ class TokenizerNetwork:
         self.quantiser = None if module is None else Quantiser(module)
         self._accepts = set(inspect.signature(model.encode).parameters)
         self.frames_first = self.one_by_one = False
-        self.codes: Codes | None = None
+        self.codes: CodesShape | None = None
         self.options: dict[str, Any] = {}
         self.resample: tuple[int, int] | None = None
 
@@ -197,7 +197,7 @@ def quantiser_of(model: torch.nn.Module) -> torch.nn.Module | None:
 
 def codes_of(
     network: TokenizerNetwork, sounds: Sequence[Tensor]
-) -> tuple[Codes | None, dict[str, Any]]:
+) -> tuple[CodesShape | None, dict[str, Any]]:
     """The shape of the codes, from three sounds: one, a longer one and a batch; `options`."""
     if network.quantiser is None:
         return None, {}
@@ -211,7 +211,7 @@ def codes_of(
     batch = [axis for axis, (a, b) in enumerate(zip(first, more, strict=True)) if a != b]
     if len(frames) != 1 or len(batch) != 1:
         raise ModelError(f"its codes have unexpected shapes: {shapes}")
-    return Codes(first, batch[0], frames[0]), options
+    return CodesShape(first, batch[0], frames[0]), options
 
 
 def _resampled(audio: Tensor, rate: int, wanted: int) -> Tensor:
