@@ -28,6 +28,7 @@ OBJECT_STORE_BYTES = 100 * 2**20
 PAYLOAD_BYTES = 1 << 30
 CONNECT_SECONDS = 10.0
 HEAD_CONNECT_SECONDS = 3.0
+STARTS = 3  # Ray gives its processes 20 and 30 s to start, and has no setting for it
 SOCKET_PATH_BYTES = 107 if sys.platform == "linux" else 103
 FREE_BYTES = 1 << 20  # for Ray's sockets, ports and first logs
 
@@ -159,13 +160,21 @@ def _init(address: str | None, object_store_bytes: int) -> None:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        object_store_memory=object_store_bytes,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
+    for attempt in range(1, STARTS + 1):
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=object_store_bytes,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
+        except Exception as error:  # Ray's own is a plain exception
+            if attempt == STARTS or "timed out during startup" not in str(error):
+                raise
+            _log.warning("Ray did not start in time, as happens on a busy machine: trying again.")
+        else:
+            return
 
 
 @contextlib.contextmanager
