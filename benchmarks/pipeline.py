@@ -8,8 +8,9 @@ loading, stitching and committing shards. `model` runs the same batches with the
 memory, in an actor with the pipeline's threads and memory. `loop` follows the README of linear-cae,
 file by file. Starting Ray and loading the model are not counted. `model_busy_share` is measured in
 the pipeline's run: the share of the time in which its model was working. `--clips` measures only
-mdct with FLAC clips of 5 s, stereo, in a worker of its own process, from planning to commits, and
-writes `clips.json`.
+stereo clips of 5 s with a mono model that costs nothing (`simulated_gpu.py`, batches of 32 chunks),
+in a worker of its own process, from planning to commits, and writes `clips.json`. `soundfile.read`
+of the same files in two threads is measured in the same run, alternately.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common import SHARED_AUDIO, machine, median, random_linear_cae, write_result
 from latentmill.models.inference.device import worker_environment
 
+if TYPE_CHECKING:
+    import numpy as np
+
 CLIP_SECONDS = 5.0
+CLIPS_MODEL = "python:simulated_gpu:build"
 README_CHUNK = 44100 * 10
 README_OVERLAP = 0.25
 README_BATCH = 8
@@ -70,22 +75,54 @@ def main() -> None:
 
 
 def clips_alone(folder: Path, clips: int, rounds: int) -> None:
-    """Measure clips of 5 s a second through a worker, with a model that costs little."""
+    """Measure clips a second through a worker, and those that two threads read with soundfile."""
     import feed
 
     source = SHARED_AUDIO / "flac"
     audio = feed.music(source if source.is_dir() else None)
-    feed.write(folder / "clips", audio, "flac", CLIP_SECONDS, clips)
-    bench = Bench("mdct", folder / "clips")
-    spent = [feed.timed(lambda: bench.run_here(folder / "out")) for _ in range(rounds)]
-    result = {
-        "script": f"benchmarks/pipeline.py --clips {clips}",
-        "clips_per_second": median([clips / one.seconds for one in spent]),
-        "clips_per_cpu_second": median([clips / one.cpu for one in spent]),
-        "load": os.getloadavg(),
-        "nice": os.nice(0),
-    }
-    write_result("clips", result)
+    result: dict[str, Any] = {"script": f"benchmarks/pipeline.py --clips {clips}"}
+    for suffix in feed.FORMATS:
+        corpus = folder / suffix
+        write_clips(corpus, audio, suffix, clips)
+        bench = Bench(CLIPS_MODEL, corpus, {"hop": 4096}, batch_size=32)
+        pairs = [
+            (
+                feed.timed(lambda: bench.run_here(folder / "out")),  # noqa: B023  called at once
+                feed.timed(lambda: read_alone(corpus)),  # noqa: B023
+            )
+            for _ in range(rounds)
+        ]
+        result[suffix] = {
+            "clips_per_second": median([clips / one.seconds for one, _ in pairs]),
+            "clips_per_cpu_second": median([clips / one.cpu for one, _ in pairs]),
+            "soundfile_per_second": median([clips / other.seconds for _, other in pairs]),
+            "soundfile_per_cpu_second": median([clips / other.cpu for _, other in pairs]),
+            "of_soundfile_alone": median([other.seconds / one.seconds for one, other in pairs]),
+            "by_cpu": median([other.cpu / one.cpu for one, other in pairs]),
+        }
+        print(suffix, result[suffix], flush=True)
+        shutil.rmtree(corpus)
+    write_result("clips", result | {"load": os.getloadavg(), "nice": os.nice(0)})
+
+
+def write_clips(folder: Path, audio: np.ndarray, suffix: str, clips: int) -> None:
+    """Write files that are in the page cache: 100 different ones, because MP3 is slow to write."""
+    import feed
+
+    feed.write(folder, audio, suffix, CLIP_SECONDS, min(clips, 100))
+    different = sorted(folder.iterdir())
+    for number in range(len(different), clips):
+        shutil.copy(different[number % len(different)], folder / f"{number:06}.{suffix}")
+
+
+def read_alone(folder: Path) -> None:
+    import soundfile
+
+    def read(path: Path) -> None:
+        soundfile.read(path, dtype="float32", always_2d=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(read, sorted(folder.iterdir())))
 
 
 def pick(source: Path, target: Path, seconds: float, copies: int) -> Path:
@@ -144,7 +181,13 @@ def measure(model: str, corpus: Path, folder: Path, rounds: int) -> dict[str, An
 class Bench:
     """A run of the pipeline, timed from when the workers have loaded the model."""
 
-    def __init__(self, model: str, corpus: Path) -> None:
+    def __init__(
+        self,
+        model: str,
+        corpus: Path,
+        options: dict[str, Any] | None = None,
+        batch_size: int | None = None,
+    ) -> None:
         from latentmill.config import fingerprint_document, load_config
         from latentmill.encoding.chunks import Chunking
         from latentmill.engine.job import make_job
@@ -153,8 +196,11 @@ class Bench:
         from latentmill.sources.folder import FolderSource
         from latentmill.storage.storage import Storage
 
-        config = load_config(None, {"source": str(corpus), "out": "unused", "model": model})
-        handle = registry.resolve(model)
+        config = load_config(
+            None,
+            {"source": str(corpus), "out": "unused", "model": model, "batch_size": batch_size},
+        )
+        handle = registry.resolve(model, options)
         chunking = Chunking.for_model(handle.spec)
         self.source = FolderSource(str(corpus), config.extensions)
         self.plan = Plan(

@@ -14,7 +14,7 @@ from latentmill.models.families import mdct
 
 @dataclass(frozen=True)
 class Handle:
-    """A model whose latents are zeros, 64 channels at 21.5 Hz, returned after a delay."""
+    """A model whose latents are zeros in 64 channels, returned after a delay."""
 
     x_real_time: float
     seconds: float
@@ -34,7 +34,8 @@ class Model:
         seconds = self._handle.seconds
         if self._handle.x_real_time:
             seconds += batch * samples / self.spec.sample_rate / self._handle.x_real_time
-        time.sleep(seconds)
+        if seconds:
+            time.sleep(seconds)
         return torch.zeros(batch, self.spec.latent_channels, self.spec.frames(samples))
 
     def decode(
@@ -48,7 +49,10 @@ class Model:
         return torch.zeros(len(latents), self.spec.channels, num_samples)
 
 
-def build(*, x_real_time: float = 0.0, seconds: float = 0.0) -> Handle:
-    """Make a model that sleeps `seconds` per batch plus the time that its speed implies."""
-    spec = replace(mdct.build(hop=2048).spec, latent_channels=64)
+def build(*, x_real_time: float = 0.0, seconds: float = 0.0, hop: int = 2048) -> Handle:
+    """Make a model that sleeps `seconds` per batch plus the time that its speed implies.
+
+    Without them, it costs nothing. With a hop of 4096, its latents have the shape of lin-cae's.
+    """
+    spec = replace(mdct.build(hop=hop).spec, latent_channels=64)
     return Handle(x_real_time, seconds, spec)
