@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentmill.record import Record, time_major_bytes
-from latentmill.store.schema import FIELD_NAMES, RECORD_SCHEMA, record_fields
+from latentmill.store.schema import FIELD_NAMES, FIELDS_TYPE, RECORD_SCHEMA, record_fields
 from latentmill.store.writers import Location
 
 ROW_GROUP_ITEMS = 16
@@ -92,10 +92,7 @@ class ParquetShardWriter:
             return
         fields = [record_fields(record) for record in self._rows]
         latents = [time_major_bytes(record.latent) for record in self._rows]
-        columns = {
-            name: pa.array([row[name] for row in fields], RECORD_SCHEMA.field(name).type)
-            for name in FIELD_NAMES
-        }
+        columns = dict(zip(FIELD_NAMES, pa.array(fields, FIELDS_TYPE).flatten(), strict=True))
         if len(latents) == 1:  # a large latent is not copied
             offsets = pa.py_buffer(b"".join(n.to_bytes(8, "little") for n in (0, len(latents[0]))))
             buffers = [None, offsets, pa.py_buffer(latents[0])]

@@ -64,6 +64,7 @@ RECORD_SCHEMA = pa.schema(
     ]
 )
 FIELD_NAMES = tuple(name for name in RECORD_SCHEMA.names if name != "latent")
+FIELDS_TYPE = pa.struct([field for field in RECORD_SCHEMA if field.name != "latent"])
 
 
 def record_fields(record: Record) -> dict[str, Any]:
@@ -86,8 +87,7 @@ def why_unstorable(record: Record) -> str | None:
     beyond 32 bits, metadata that Python cannot serialise.
     """
     try:
-        for name, value in record_fields(record).items():
-            pa.scalar(value, RECORD_SCHEMA.field(name).type)
+        pa.scalar(record_fields(record), FIELDS_TYPE)
     except (ValueError, TypeError, OverflowError, RecursionError, pa.ArrowException) as error:
         return f"its fields cannot be stored ({type(error).__name__}: {as_text(str(error))})"
     return None

@@ -36,7 +36,7 @@ class ChannelStatistics:
         """
         import torch  # slow to import and not needed for reading a store
 
-        total = cls.empty(latent.shape[-2])
+        total: ChannelStatistics | None = None
         chunks = list(latent) if latent.ndim == 3 else [latent]
         if latent.ndim == 3:
             # `Stitcher` pads a short last chunk with frames in which all channels are exactly 0
@@ -50,8 +50,9 @@ class ChannelStatistics:
                 block = torch.tensor(part).double().numpy()
                 mean = block.mean(axis=1)
                 m2 = ((block - mean[:, None]) ** 2).sum(axis=1)
-                total = total.merge(cls(block.shape[1], mean, m2))
-        return total
+                found = cls(block.shape[1], mean, m2)
+                total = found if total is None else total.merge(found)
+        return total or cls.empty(latent.shape[-2])
 
     def merge(self, other: ChannelStatistics) -> ChannelStatistics:
         """Return the statistics of both sets of frames."""
