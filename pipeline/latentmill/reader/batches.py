@@ -140,6 +140,12 @@ class BatchSampler(Resumable, Sampler[list[Request]]):
         return self._rank.share(len(self._epoch(progress.epoch)) - progress.position)
 
     def __iter__(self) -> Iterator[list[Request]]:
+        for epoch, positions, numbers in self.requested():
+            pairs = zip(positions.tolist(), numbers.tolist(), strict=True)
+            yield [(epoch, *pair) for pair in pairs]
+
+    def requested(self) -> Iterator[Requested]:
+        """The samples of the batches of the next iteration, as arrays for `Loader`."""
         self._now, self._next = self._upcoming(), None
         epoch, start = self._epoch(self._now.epoch), self._now.position
         rank = self._rank
@@ -151,17 +157,7 @@ class BatchSampler(Resumable, Sampler[list[Request]]):
             number = (start + rank.rank + turn * rank.world_size) % len(epoch)
             self._now = EpochProgress(self._now.epoch, start, turn + 1)
             places = epoch.batch(number)
-            positions, numbers = epoch.positions[places].tolist(), epoch.numbers[places].tolist()
-            yield [
-                (self._now.epoch, position, sample)
-                for position, sample in zip(positions, numbers, strict=True)
-            ]
-
-    def requested(self) -> Iterator[Requested]:
-        """The samples of the batches of the next iteration, for `Loader`."""
-        for batch in self:
-            epochs, positions, numbers = np.array(batch, np.int64).T
-            yield Requested(int(epochs[0]), positions, numbers)
+            yield Requested(self._now.epoch, epoch.positions[places], epoch.numbers[places])
 
     def state_after(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The state after all ranks have trained on their batch of this step.

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from latentmill.errors import ConfigError, StorageError
 from latentmill.storage.storage import Storage
@@ -37,8 +38,7 @@ class Shard:
     hash: str
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A range to read: fills `target` with bytes from `offset` on."""
 
     shard: Shard

@@ -82,7 +82,8 @@ class CropReader(RowReader):
             pairs = zip(rows, ranges, strict=True)
             return (_to_float(self._view(row, one, index)).T for row, one in pairs)
         buffers = [np.empty((length, self.channels), self._dtype) for length in frames]
-        self.read_requests([CropRequest(self, rows, np.zeros_like(rows), frames, buffers), *also])
+        targets = [one for buffer in buffers for one in _bytes_of(buffer[None])]
+        self.read_requests([CropRequest(self, rows, np.zeros_like(rows), frames, targets), *also])
         return (_to_float(raw).T for raw in buffers)
 
     def _view(self, row: np.int64, known: _Range, index: Index) -> Raw:
@@ -148,11 +149,11 @@ class CropReader(RowReader):
         """Crops for `read_requests`: the first `have` frames of crops that are known to exist."""
         target: Raw = block.numpy()
         if target.dtype == self._dtype:
-            return CropRequest(self, rows, starts, have, list(target), block)
+            return CropRequest(self, rows, starts, have, _bytes_of(target), block)
         if len(self._raw) < block.numel():  # reused: new pages cost more than reading
             self._raw = np.empty(block.numel(), self._dtype)
         raw = self._raw[: block.numel()].reshape(target.shape)
-        return CropRequest(self, rows, starts, have, list(raw), block, raw)
+        return CropRequest(self, rows, starts, have, _bytes_of(raw), block, raw)
 
     def read_requests(self, requests: Sequence[CropRequest]) -> None:
         """Read crops of this reader and of the readers of its store's fields, in one batch."""
@@ -172,12 +173,14 @@ class CropReader(RowReader):
             silence = self.store.origin.crop(end, end - frames + there, frames - there)
             target[number, there:] = silence.T
 
-    def pieces(self, rows: Ints, starts: Ints, have: Ints, raws: list[Raw]) -> list[Piece]:
-        """The ranges of the first `have` frames of crops, and the buffers that they go to."""
+    def pieces(
+        self, rows: Ints, starts: Ints, have: Ints, targets: list[memoryview]
+    ) -> list[Piece]:
+        """The ranges of the first `have` frames of crops, and the memory that they go to."""
         ranges = self._ranges(rows, starts, have)
         return [
-            Piece(shard, offset, raw.data.cast("B")[:length])
-            for (shard, offset, length), raw in zip(ranges, raws, strict=True)
+            Piece(shard, offset, target[:length])
+            for (shard, offset, length), target in zip(ranges, targets, strict=True)
         ]
 
     def _ranges(self, rows: Ints, starts: Ints, have: Ints) -> list[_Range]:
@@ -197,22 +200,22 @@ class CropRequest:
         rows: Rows of the crops.
         starts: First frame of each crop.
         have: Number of frames of each crop that the item has.
-        raws: A buffer `[frames, channels]` for each crop, in the stored dtype.
-        block: Where the crops are wanted, `[crops, frames, channels]`; None if that is `raws`.
-        raw: Memory of `raws`, if the block has another dtype.
+        targets: Memory for the bytes of each crop, as they are stored.
+        block: Where the crops are wanted, `[crops, frames, channels]`; None if that is `targets`.
+        raw: The crops in `targets`, if the block has another dtype.
     """
 
     reader: CropReader
     rows: Ints
     starts: Ints
     have: Ints
-    raws: list[Raw]
+    targets: list[memoryview]
     block: torch.Tensor | None = None
     raw: Raw | None = None
 
     def pieces(self) -> list[Piece]:
         """The ranges to read."""
-        return self.reader.pieces(self.rows, self.starts, self.have, self.raws)
+        return self.reader.pieces(self.rows, self.starts, self.have, self.targets)
 
     def finish(self) -> None:
         """Convert and pad the crops that were read."""
@@ -221,6 +224,12 @@ class CropRequest:
         if self.raw is not None:
             self.block.copy_(torch.from_numpy(self.raw))
         self.reader.pad(self.block.numpy(), self.starts, self.have)
+
+
+def _bytes_of(block: Raw) -> list[memoryview]:
+    """The bytes of each crop of a contiguous block."""
+    data, size = block.reshape(-1).view(np.uint8).data, block[:1].nbytes
+    return [data[number * size : (number + 1) * size] for number in range(len(block))]
 
 
 def _to_float(raw: Raw) -> FloatArray:

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -182,12 +182,19 @@ def permutation(count: int, key: tuple[int, ...]) -> Ints:
     return np.argsort(raw, kind="stable").astype(np.int64)
 
 
+@lru_cache(maxsize=64)
+def _crop_key(seed: int, epoch: int) -> np.uint64:
+    """The key of an epoch's random crops."""
+    key: np.uint64 = np.random.SeedSequence((seed, epoch, 3)).generate_state(1, np.uint64)[0]
+    return key
+
+
 def random_below(limits: Ints, seed: int, epoch: int, positions: Ints) -> Ints:
     """One random number below each limit: a pure function of seed, epoch and position.
 
     Uses the finaliser of SplitMix64 (Steele, Lea, Flood 2014) on all positions at once.
     """
-    key = np.random.SeedSequence((seed, epoch, 3)).generate_state(1, np.uint64)[0]
+    key = _crop_key(seed, epoch)
     with np.errstate(over="ignore"):
         mixed = (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + key
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

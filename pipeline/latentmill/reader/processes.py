@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import queue
+import select
 import signal
 import socket
 import threading
@@ -21,6 +22,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
+import numpy as np
 import torch
 
 from latentmill.errors import ConfigError, LatentmillError, WorkerError
@@ -114,7 +116,10 @@ class Workers:
         dropped = [unused.pop(0) for _ in range(len(unused) - self._spare)]
         for one in dropped:
             one.free()
-        self._workers[worker].send((slot.number, [one.number for one in dropped], requested))
+        epoch, positions, numbers = requested
+        # Lists, because pickling arrays takes ten times as long.
+        samples = epoch, positions.tolist(), numbers.tolist()
+        self._workers[worker].send((slot.number, [one.number for one in dropped], samples))
         self._expected.append((worker, slot))
 
     def receive(self) -> Any:
@@ -155,6 +160,8 @@ class _Worker:
 
     def __init__(self, context: Any, builder: BatchBuilder, number: int) -> None:
         self._connection, theirs = context.Pipe()
+        self._readable = select.poll()
+        self._readable.register(self._connection, select.POLLIN)
         self._process = context.Process(
             target=_work,
             args=(theirs, builder),
@@ -171,13 +178,13 @@ class _Worker:
 
     def send(self, message: object) -> None:
         try:
-            self._connection.send(message)
+            self._connection.send_bytes(pickle.dumps(message))
         except _LOST as error:
             raise self._died() from error
 
     def receive(self) -> Any:
         try:
-            while not self._connection.poll(CHECK_SECONDS):
+            while not self._readable.poll(CHECK_SECONDS * 1000):
                 if not self._process.is_alive() and not self._connection.poll(0):
                     raise EOFError  # another process has inherited the connection
             return self._connection.recv()
@@ -279,10 +286,10 @@ def _make_together(
 
 def _next_request(connection: Connection, slots: dict[int, torch.Tensor]) -> tuple[int, Requested]:
     """The slot and the samples of the next batch."""
-    number, dropped, requested = connection.recv()
+    number, dropped, (epoch, positions, numbers) = connection.recv()
     for one in dropped:
         slots.pop(one, None)
-    return number, Requested(*requested)
+    return number, Requested(epoch, np.array(positions, np.int64), np.array(numbers, np.int64))
 
 
 def _make(
@@ -303,7 +310,7 @@ def _make(
 
 
 def _send(connection: Connection, answer: object, file: int) -> None:
-    connection.send(answer)
+    connection.send_bytes(pickle.dumps(answer))
     if file >= 0:
         send_handle(connection, file, os.getppid())
         os.close(file)

@@ -72,21 +72,20 @@ class ShardReader:
         weakref.finalize(self, _close, self._files, self._pid)
 
     def _fill_local(self, piece: Piece) -> None:
-        path = piece.shard.path
+        shard, offset, target = piece
         try:
-            file = self._files.get(path)
+            file = self._files.get(shard.path)
             if file is None:
-                file = self._open(piece.shard)
+                file = self._open(shard)
             else:
-                self._files.move_to_end(path)
-            done = 0
-            while done < len(piece.target):  # a call reads at most 2 GiB, and less after a signal
-                count = os.preadv(file, [piece.target[done:]], piece.offset + done)
+                self._files.move_to_end(shard.path)
+            # A call reads at most 2 GiB, and less after a signal.
+            while (count := os.preadv(file, [target], offset)) < len(target):
                 if count == 0:
-                    raise self._changed(piece.shard)
-                done += count
+                    raise self._changed(shard)
+                target, offset = target[count:], offset + count
         except OSError as error:
-            raise self._unreadable(piece.shard, error) from error
+            raise self._unreadable(shard, error) from error
 
     def _open(self, shard: Shard) -> int:
         file = os.open(Path(self._storage.full(shard.path)), os.O_RDONLY | os.O_CLOEXEC)
