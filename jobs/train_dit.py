@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from latentmill.config import refuse_job_folder
 from latentmill.engine.cluster import connect
 from latentmill.errors import LatentmillError
+from latentmill.storage.job_folder import refuse_job_folder
 from latentmill.training.job import cause
 from latentmill.training.settings import absolute
 

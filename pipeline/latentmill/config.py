@@ -9,12 +9,10 @@ from it.
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import ByteSize, Field, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -29,9 +27,9 @@ from latentmill.sources.filters import RANGES
 from latentmill.sources.group import check_rule
 from latentmill.sources.settings import Effect, Setting, SourceSettings, choices, option
 from latentmill.sources.where import Condition
+from latentmill.storage.yaml_file import read_yaml
 from latentmill.text.redact import is_secret_name
 
-RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of a job
 DEFAULT_CPU_THREADS = 4  # cores of a worker if `threads` is not set
 
 # Settings that are in every fingerprint. A setting that is added later is in a fingerprint only if
@@ -287,22 +285,6 @@ def load_config(
     return config
 
 
-def read_yaml(file: str | Path) -> dict[str, Any]:
-    """The settings in a YAML file; ConfigError if it cannot be read or is not a mapping."""
-    try:
-        loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"Cannot read config {file} ({error.strerror}): check the path."
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        cause = " ".join(str(error).split())
-        raise ConfigError(f"Config {file} is not valid YAML: {cause}.") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"Config {file} must contain lines of the form `setting: value`.")
-    return loaded
-
-
 def _check_config_of_store(
     config: RunConfig,
     given: Mapping[str, Any],
@@ -388,13 +370,3 @@ def fingerprint_document(
             if name in _ALWAYS_IN_FINGERPRINT or value != RunConfig.model_fields[name].default
         },
     }
-
-
-def refuse_job_folder(name: str, path: str, use: str = "an absolute path") -> None:
-    """Raise ConfigError if a Ray job is about to write to a relative path."""
-    relative = "://" not in path and not Path(path).expanduser().is_absolute()
-    if relative and RAY_JOB_VARIABLE in os.environ:
-        raise ConfigError(
-            f"{name} {path} is a relative path, and Ray deletes a job's folder after the job: "
-            f"use {use}."
-        )

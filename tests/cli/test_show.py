@@ -149,7 +149,7 @@ def test_everything_is_plain_json() -> None:
     assert plain["exit_code"] == 3
     assert plain["info"]["hours"] == 0.5
     assert len(plain["failures"]) == 25
-    assert show.plain(available())[0]["name"] == "mdct"
+    assert "mdct" in [model["name"] for model in show.plain(available())]
 
 
 def test_closest_helps_with_typing_errors() -> None:

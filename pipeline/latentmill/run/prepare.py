@@ -12,7 +12,7 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from latentmill.config import RunConfig, fingerprint_document, item_settings, refuse_job_folder
+from latentmill.config import RunConfig, fingerprint_document, item_settings
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.fingerprint import version_difference
 from latentmill.encoding.lanes import PACKING
@@ -41,6 +41,7 @@ from latentmill.plan.probe import cheap, probed
 from latentmill.run.differences import default_stitch, differences, explain
 from latentmill.sources.base import Item, Source
 from latentmill.sources.open import open_source
+from latentmill.storage.job_folder import refuse_job_folder
 from latentmill.storage.storage import Storage
 from latentmill.store.field_layout import base_url
 from latentmill.store.schema import (

@@ -113,7 +113,7 @@ class Place:
 
 
 def version_of(info: Mapping[str, Any]) -> str:
-    """The version in an entry of a file system; empty if there is none."""
+    """The version in an entry of a remote file system; empty if there is none."""
     found = next((info[name] for name in VERSION_FIELDS if info.get(name) is not None), "")
     return str(found).strip('"')
 

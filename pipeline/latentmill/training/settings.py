@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from latentmill.config import read_yaml, refuse_job_folder
 from latentmill.errors import ConfigError, requirement
 from latentmill.models.families.conv import ConvSettings
 from latentmill.sources.settings import Setting, SourceSettings
+from latentmill.storage.job_folder import refuse_job_folder
+from latentmill.storage.yaml_file import read_yaml
 from latentmill.training.linearity import LinearitySettings
 
 _RUN = Setting()
