@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentmill.errors import SourceError
-from latentmill.sources import listing
 from latentmill.sources.files import Place
-from latentmill.sources.listing import Entry, _has_s3_pages, by_folder, folders
-from latentmill.storage import object_listing, objects
+from latentmill.sources.listing import Entry, by_folder, folders
+from latentmill.storage import client_listing, object_listing, objects
+from latentmill.storage.client_listing import Listed
+from latentmill.storage.object_listing import has_pages
 from support.faulty_s3 import Faults
 from support.storage_faults import faulty_s3
 
@@ -26,10 +27,10 @@ PATHS = st.lists(NAMES, min_size=1, max_size=4).map(lambda parts: "bucket/" + "/
 
 def test_only_buckets_whose_keys_are_in_order_are_read_by_pages(s3_bucket: str) -> None:
     place = Place(f"{s3_bucket}/m")
-    assert _has_s3_pages(place)
+    assert has_pages(place.fs, place.path)
     place.path = "express--use1-az4--x-s3/m"
-    assert not _has_s3_pages(place)
-    assert not _has_s3_pages(Place("memory://bucket/m"))
+    assert not has_pages(place.fs, place.path)
+    assert not has_pages(Place("memory://bucket/m").fs, "/bucket/m")
 
 
 @given(st.sets(PATHS))
@@ -134,13 +135,13 @@ def test_obstore_lists_as_s3fs_does(s3_bucket: str, monkeypatch: pytest.MonkeyPa
         files.pipe_file(f"{s3_bucket}/m/{name}", b"x" * (number + 1))
     files.pipe_file(f"{s3_bucket}/mm/other.wav", b"x")
     rest: list[str] = []
-    real = listing._rest_of_s3
+    real = client_listing.REST["s3"]
 
-    def counted(place: Place, last: str) -> Iterator[tuple[str, Entry]]:
+    def counted(fs: Any, path: str, last: str) -> Iterator[Listed]:
         rest.append(last)
-        return real(place, last)
+        return real(fs, path, last)
 
-    monkeypatch.setattr(listing, "_rest_of_s3", counted)
+    monkeypatch.setitem(client_listing.REST, "s3", counted)
     found = listed(f"{s3_bucket}/m", monkeypatch)
     assert sum(map(len, found)) == len(names)
     assert rest == [""]  # with obstore switched off
@@ -163,7 +164,7 @@ def test_listing_with_obstore_is_retried_and_fails_as_with_s3fs(
     files = fsspec.filesystem("s3")
     for number in range(7):
         files.pipe_file(f"{s3_bucket}/m/{number}.wav", b"x")
-    monkeypatch.setattr(listing, "_rest_of_s3", None)
+    monkeypatch.delitem(client_listing.REST, "s3")
     with faulty_s3(Faults(errors=0.5, seed=4)) as faults:
         found = list(folders(Place(f"{s3_bucket}/m"), Counter()))
     assert sum(map(len, found)) == 7

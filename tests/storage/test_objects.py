@@ -18,7 +18,8 @@ from typing import Any
 import fsspec
 import pytest
 
-from latentmill.storage import objects, remote
+from latentmill.storage import object_s3, objects, remote
+from latentmill.storage.object_client import UnsupportedError
 from support.faulty_s3 import Faults
 from support.storage_faults import faulty_s3
 
@@ -332,7 +333,8 @@ def test_what_only_s3fs_can_read_is_left_to_it(status: int, aws: Callable[..., N
 
 FORKED = """
 import os, sys
-from latentmill.storage import objects, remote
+from latentmill.storage import object_s3, objects, remote
+from latentmill.storage.object_client import UnsupportedError
 def read():
     return objects.cat_file(*remote.open_filesystem("s3://bucket/a"), 3, 9)
 def child():
@@ -363,7 +365,7 @@ def test_the_addresses_of_aws(aws: Callable[..., None]) -> None:
 
     def address(bucket: str, **options: Any) -> tuple[str, bool]:
         fs = s3fs.S3FileSystem(skip_instance_cache=True, **options)
-        return objects._endpoint(fs.s3, bucket)
+        return object_s3._endpoint(fs.s3, bucket)
 
     aws(AWS_DEFAULT_REGION="eu-west-1", **KEYS)
     assert address("songs") == ("https://songs.s3.eu-west-1.amazonaws.com", True)
@@ -377,5 +379,5 @@ def test_the_addresses_of_aws(aws: Callable[..., None]) -> None:
         {"endpoint_url": "https://example.com/s3"},
         {**other, "config_kwargs": {"s3": {"addressing_style": "virtual"}}},
     ):
-        with pytest.raises(objects._Unsupported):
+        with pytest.raises(UnsupportedError):
             address("songs", **refused)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from latentmill.sources.files import Place, version_of
-from latentmill.storage.object_listing import UnlistedError, list_pages
+from latentmill.storage.object_listing import has_pages, objects_below
 from latentmill.storage.remote import retrying
 
 
@@ -38,8 +38,9 @@ def folders(place: Place, ignored: Counter[str]) -> Iterator[Entries]:
     """
     if place.local:
         yield from _walk(place.path, ignored)
-    elif _has_s3_pages(place):
-        yield from by_folder(_s3_pages(place))
+    elif has_pages(place.fs, place.path):
+        found = objects_below(place.fs, place.path)
+        yield from by_folder((one.path, Entry(one.size, one.version)) for one in found)
     else:
         yield from _tree(place)
 
@@ -58,43 +59,6 @@ def by_folder(files: Iterable[tuple[str, Entry]]) -> Iterator[Entries]:
         yield open_folders.pop()[1]
 
 
-def _has_s3_pages(place: Place) -> bool:
-    """Whether keys are listed in order. Directory buckets of S3 Express are not."""
-    protocols = place.fs.protocol
-    s3 = "s3" in ([protocols] if isinstance(protocols, str) else protocols)
-    return s3 and not place.path.partition("/")[0].endswith("--x-s3")
-
-
-def _s3_pages(place: Place) -> Iterator[tuple[str, Entry]]:
-    """The objects of a bucket in order, 1000 per request, with obstore or s3fs."""
-    last = ""
-    try:
-        for listed in list_pages(place.fs, place.path):
-            for file in listed:
-                yield file.path, Entry(file.size, file.version)
-            last = listed[-1].path
-    except UnlistedError:
-        yield from _rest_of_s3(place, last)
-
-
-def _rest_of_s3(place: Place, last: str) -> Iterator[tuple[str, Entry]]:
-    """The objects after `last`; `find` of s3fs would collect all of them first."""
-    bucket, _, folder = place.path.partition("/")
-    request: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{folder}/" if folder else ""}
-    request |= place.fs.req_kw  # such as RequestPayer
-    if last:
-        request["StartAfter"] = last.partition("/")[2]
-    while True:
-        page = retrying(lambda: place.fs.call_s3("list_objects_v2", **request))
-        for one in page.get("Contents", ()):
-            # Some tools create an empty object whose name ends in a slash for each folder.
-            if not one["Key"].endswith("/"):
-                yield f"{bucket}/{one['Key']}", _entry({**one, "size": one["Size"]})
-        if not page.get("IsTruncated"):
-            return
-        request["ContinuationToken"] = page["NextContinuationToken"]
-
-
 def _tree(place: Place) -> Iterator[Entries]:
     """Other storage: list each folder of the first level with all of its subfolders."""
     entries = retrying(lambda: place.fs.ls(place.path, detail=True))
@@ -111,7 +75,7 @@ def _tree(place: Place) -> Iterator[Entries]:
 def _grouped(files: Mapping[str, Mapping[str, Any]]) -> Iterator[Entries]:
     found: dict[str, dict[str, Entry]] = defaultdict(dict)
     for path, info in files.items():
-        if not path.endswith("/"):  # see `_rest_of_s3`
+        if not path.endswith("/"):  # a marker of a folder, see `client_listing`
             found[posixpath.dirname(path)][path] = _entry(info)
     yield from found.values()
 

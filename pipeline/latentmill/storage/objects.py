@@ -1,13 +1,13 @@
-"""Reads ranges of S3 objects with obstore.
+"""Reads ranges of objects of S3, Google Cloud Storage and Azure with obstore.
 
-It needs a tenth to a half of the CPU time of s3fs (benchmarks/objects.py).
+It needs a tenth to a half of the CPU time of fsspec's clients (benchmarks/objects.py).
 
-Callers give a file system of fsspec. The client that s3fs has made for it says how to connect:
-endpoint, region, credentials, time limits. Where this cannot be carried over exactly, and for every
-answer but data, "no such object" and transient errors, s3fs is used, so that both behave alike.
+Callers give a file system of fsspec. Its client says how to connect: endpoint, region, credentials,
+time limits. Where this cannot be carried over exactly, and for every answer but data, "no such
+object" and transient errors, fsspec's client is used, so that both behave alike.
 
 obstore's threads do not survive a fork: a process that was forked after the import of obstore uses
-s3fs. Therefore obstore is imported by the first read, and used where there are many reads.
+fsspec. Therefore obstore is imported by the first read, and used where there are many reads.
 """
 
 from __future__ import annotations
@@ -20,23 +20,18 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
+from typing import Any
 
 import fsspec
 import fsspec.asyn
 from fsspec.exceptions import FSTimeoutError
 
-from latentmill.storage import hub
+from latentmill.storage import hub, object_azure, object_gcs, object_s3
+from latentmill.storage.object_client import OpenStore, UnsupportedError
 from latentmill.storage.remote import TRANSIENT_STATUSES
 from latentmill.text.log import get_logger
-
-if TYPE_CHECKING:
-    from obstore.store import S3Credential
 
 SWITCH = "LATENTMILL_OBSTORE"
 """The environment variable that disables obstore if it is `0`."""
@@ -48,11 +43,6 @@ _lock = threading.Lock()
 _BUCKETS = "_latentmill_buckets"  # attribute of a file system: what is known of its buckets
 
 _LONGEST = 3600.0  # seconds, for a request whose caller sets no limit
-# obstore asks again five minutes before the end; botocore keeps credentials valid for ten minutes.
-_CREDENTIALS_LAST = timedelta(minutes=8)
-
-_AWS = re.compile(r"https://s3(\.[a-z]{2}(-[a-z]+)+-\d)?\.amazonaws\.com(\.cn)?/?")
-_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _STATUS = re.compile(r"Server returned non-2xx status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 
@@ -66,11 +56,55 @@ class ObjectError(OSError):
 
 
 class UnknownError(Exception):
-    """s3fs must be asked."""
+    """fsspec's client must be asked."""
 
 
-class _Unsupported(Exception):  # noqa: N818  a reason for s3fs
-    """The configuration of s3fs cannot be carried over."""
+@dataclass(frozen=True)
+class Kind:
+    """A kind of object storage that obstore reads.
+
+    Attributes:
+        protocol: The protocol of its URLs in messages.
+        client: The package that fsspec uses, which is imported when its file system exists.
+        file_system: The class of the file system in `client`.
+        opener: What opens a bucket, with a file system and the bucket's name.
+        same_api: Whether obstore sends requests of the API that `client` uses. If not, its listings
+            have other versions, and an emulator that answers 404 may not know the API.
+        offsets: Whether a listing can start after an object.
+        ends_key: Where `client` ends a key, although obstore would not.
+    """
+
+    protocol: str
+    client: str
+    file_system: str
+    opener: Callable[[Any, str], OpenStore]
+    same_api: bool = True
+    offsets: bool = True
+    ends_key: str | None = None
+
+
+KINDS = (
+    Kind("s3", "s3fs", "S3FileSystem", object_s3.opener),
+    # XML API and JSON API: for the first, the ETag of most objects is their MD5.
+    Kind("gs", "gcsfs", "GCSFileSystem", object_gcs.opener, same_api=False),
+    Kind(
+        "az",
+        "adlfs",
+        "AzureBlobFileSystem",
+        object_azure.opener,
+        offsets=False,
+        ends_key="?versionid=",
+    ),
+)
+
+
+def kind_of(fs: fsspec.AbstractFileSystem) -> Kind | None:
+    """The kind of object storage of a file system; None for others, and for subclasses of it."""
+    for kind in KINDS:
+        client = sys.modules.get(kind.client)
+        if client is not None and type(fs) is getattr(client, kind.file_system, None):
+            return kind
+    return None
 
 
 def cat_file(
@@ -132,8 +166,8 @@ def cat_ranges(
 class Bucket:
     """A bucket that obstore reads."""
 
-    def __init__(self, name: str, open_store: Callable[[float], Any]) -> None:
-        self.name, self._open_store = name, open_store
+    def __init__(self, kind: Kind, name: str, open_store: OpenStore) -> None:
+        self.kind, self.name, self._open_store = kind, name, open_store
         self._stores: dict[float, Any] = {}
         self.answered = self.given_up = False
 
@@ -145,9 +179,11 @@ class Bucket:
         return self._stores[seconds]
 
     def give_up(self) -> None:
-        """Use s3fs from now on, which has read what obstore could not read."""
+        """Use fsspec's client from now on, which has read what obstore could not read."""
         if not self.given_up:
-            _log.debug("s3://%s is read with s3fs: obstore could not read it", self.name)
+            kind = self.kind
+            text = "%s://%s is read with %s: obstore could not read it"
+            _log.debug(text, kind.protocol, self.name, kind.client)
         self.given_up = True
 
     @contextmanager
@@ -164,7 +200,8 @@ class Bucket:
     def translated(self, error: Exception, path: str) -> Exception:
         """The error that the callers expect for one of obstore, without its URL and headers."""
         if isinstance(error, FileNotFoundError):
-            return FileNotFoundError(path)
+            certain = self.answered or self.kind.same_api
+            return FileNotFoundError(path) if certain else UnknownError()
         text = str(error)
         if (match := _STATUS.search(text)) is not None:
             status, code = int(match[1]), _CODE.search(text)
@@ -189,17 +226,16 @@ class _Object:
         """The bytes from `start` to before `end`; fewer at the end of the object."""
         import obstore
 
-        store = self.bucket.store(seconds)
-        with self.bucket.errors(
-            self._path
-        ):  # a thread that waits costs less than a coroutine in another one
+        with self.bucket.errors(self._path):
+            store = self.bucket.store(seconds)
+            # A thread that waits costs less than a coroutine in another one.
             return bytes(obstore.get_range(store, self.key, start=start, end=end))
 
     async def read_async(self, start: int, end: int) -> bytes:
         import obstore
 
-        store = self.bucket.store(None)
         with self.bucket.errors(self._path):
+            store = self.bucket.store(None)
             return bytes(await obstore.get_range_async(store, self.key, start=start, end=end))
 
     @property
@@ -214,19 +250,21 @@ def _locate(fs: fsspec.AbstractFileSystem, path: str) -> _Object | None:
     if not key.isprintable() or any(part in ("", ".", "..") for part in key.split("/")):
         return None
     bucket = bucket_of(fs, name)
-    return None if bucket is None else _Object(bucket, key)
+    if bucket is None or (bucket.kind.ends_key or "\0") in key:
+        return None
+    return _Object(bucket, key)
 
 
 def bucket_of(fs: fsspec.AbstractFileSystem, name: str) -> Bucket | None:
     """A bucket of a file system, if obstore reads it."""
-    s3fs = sys.modules.get("s3fs")
-    if s3fs is None or type(fs) is not s3fs.S3FileSystem or not _available():
+    kind = kind_of(fs)
+    if kind is None or not _available():
         return None
     buckets: dict[str, Bucket | None] = vars(fs).setdefault(_BUCKETS, {})
     if name not in buckets:
         with _lock:
             if name not in buckets:
-                buckets[name] = _open(fs, name)
+                buckets[name] = _open(kind, fs, name)
     bucket = buckets[name]
     return None if bucket is None or bucket.given_up else bucket
 
@@ -252,112 +290,13 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _open(fs: Any, bucket: str) -> Bucket | None:
-    """Open a bucket with the configuration of s3fs, or log why this is impossible."""
+def _open(kind: Kind, fs: Any, bucket: str) -> Bucket | None:
+    """Open a bucket with the configuration of a client, or log why this is impossible."""
     try:
-        open_store = _opener(fs, bucket)
-    except _Unsupported as reason:
-        _log.debug("s3://%s is read with s3fs: obstore does not support %s", bucket, reason)
+        open_store = kind.opener(fs, bucket)
+    except UnsupportedError as reason:
+        text = "%s://%s is read with %s: obstore does not support %s"
+        _log.debug(text, kind.protocol, bucket, kind.client, reason)
         return None
-    _log.debug("s3://%s is read with obstore", bucket)
-    return Bucket(bucket, open_store)
-
-
-def _opener(fs: Any, bucket: str) -> Callable[[float], Any]:
-    """What opens a bucket, with a time limit for each request."""
-    from botocore import UNSIGNED
-    from obstore.store import S3Store
-
-    client = fs.s3  # connects, with the errors of s3fs
-    config, anonymous = client.meta.config, client.meta.config.signature_version is UNSIGNED
-    endpoint, virtual = _endpoint(client, bucket)
-    _refuse(
-        {
-            "this bucket's name": not _BUCKET.fullmatch(bucket) or "--" in bucket,
-            "version_aware": fs.version_aware,
-            "cache_regions": fs.cache_regions,
-            "s3_additional_kwargs": fs.s3_additional_kwargs,
-            "a session": not fs._session_is_owned,
-            "this signature version": not anonymous and config.signature_version != "s3v4",
-            "these options for S3": set(config.s3 or ()) - {"addressing_style"},
-            "FIPS or dual-stack endpoints": config.use_fips_endpoint
-            or config.use_dualstack_endpoint,
-            "a client certificate": config.client_cert,
-            "these connector_args": set(config.connector_args or ())
-            - {"keepalive_timeout", "limit", "use_dns_cache", "force_close"},
-            "proxies": config.proxies or _has_proxy(urlsplit(endpoint).scheme),
-        }
-    )
-    provider = None if anonymous else _provider(client, fs.loop)
-
-    def open_store(seconds: float) -> Any:
-        return S3Store(
-            # All of them are given, because obstore would take others from the environment.
-            config={
-                "bucket": bucket,
-                "region": client.meta.region_name.replace("aws-global", "us-east-1"),
-                "aws_endpoint_url_s3": endpoint,
-                "virtual_hosted_style_request": virtual,
-                "skip_signature": anonymous,
-                "request_payer": fs.requester_pays,
-                "s3_express": False,
-            },
-            client_options={
-                "allow_http": endpoint.startswith("http://"),
-                "connect_timeout": timedelta(seconds=config.connect_timeout),
-                "read_timeout": timedelta(seconds=config.read_timeout),
-                "timeout": timedelta(seconds=seconds),
-            },
-            retry_config={"max_retries": 0},  # `retrying` retries
-            credential_provider=provider,
-        )
-
-    return open_store
-
-
-def _endpoint(client: Any, bucket: str) -> tuple[str, bool]:
-    """The URL to which the client sends requests, and whether it contains the bucket's name."""
-    url, style = client.meta.endpoint_url, (client.meta.config.s3 or {}).get("addressing_style")
-    parts = urlsplit(url)
-    verify = getattr(client._endpoint.http_session, "_verify", None)
-    _refuse(
-        {
-            "an endpoint with a path": parts.path not in ("", "/") or parts.query,
-            "other certificates": parts.scheme != "http" and verify is not True,
-        }
-    )
-    if _AWS.fullmatch(url):
-        if style != "path" and "." not in bucket:
-            return f"https://{bucket}.{parts.netloc}", True
-    else:
-        _refuse({"addressing style virtual": style == "virtual"})
-    return f"{parts.scheme}://{parts.netloc}", False
-
-
-def _refuse(unsupported: dict[str, Any]) -> None:
-    for name, found in unsupported.items():
-        if found:
-            raise _Unsupported(name)
-
-
-def _has_proxy(scheme: str) -> bool:
-    return bool(getproxies().keys() & {scheme, "all"})
-
-
-def _provider(client: Any, loop: asyncio.AbstractEventLoop) -> Callable[[], S3Credential]:
-    """Ask botocore for credentials, which looks in all places and refreshes them."""
-    credentials: Any = getattr(getattr(client, "_request_signer", None), "_credentials", None)
-    if credentials is None:
-        raise _Unsupported("missing credentials")
-
-    def provide() -> S3Credential:  # called in a thread of obstore
-        asked = asyncio.run_coroutine_threadsafe(credentials.get_frozen_credentials(), loop)
-        frozen = asked.result()
-        return {
-            "access_key_id": frozen.access_key,
-            "secret_access_key": frozen.secret_key,
-            "token": frozen.token,
-            "expires_at": datetime.now(UTC) + _CREDENTIALS_LAST,
-        }
-
-    return provide
+    _log.debug("%s://%s is read with obstore", kind.protocol, bucket)
+    return Bucket(kind, bucket, open_store)

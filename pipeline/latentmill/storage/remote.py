@@ -164,6 +164,8 @@ def is_missing(error: BaseException) -> bool:
 
 
 def _own_status(error: BaseException) -> int | None:
+    if type(error) is OSError and str(error).startswith("Forbidden: "):
+        return 403  # gcsfs
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
         response = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -209,6 +211,8 @@ def cause_of(error: Exception) -> str:
             return cause_of(error.__cause__)
         return "no such file"  # fsspec's message is only the path
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    # The rest of an answer of Azure: the numbers of the request, and all of it again as XML.
+    text = text.partition("RequestId:")[0] or text
     return redact_text(" ".join(text.split()).rstrip(".")) or type(error).__name__
 
 
