@@ -1,4 +1,4 @@
-"""An mdct of which one channel saturates."""
+"""An MDCT of which one channel saturates."""
 
 from __future__ import annotations
 
@@ -6,22 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-from latentmill.models.base import Autoencoder, ModelSpec
+from latentmill.models.base import Autoencoder
 from latentmill.models.families import mdct
-from latentmill.models.families.mdct import MdctHandle
+from support.mdct_around import Around
 
 CHANNEL, BOUND = 5, 0.02
 
 
 @dataclass(frozen=True)
-class Saturated:
-    """A handle."""
-
-    inner: MdctHandle
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self.inner.spec
+class Saturated(Around):
+    """The handle."""
 
     def load(self, device: str) -> Autoencoder:
         return _Model(self.inner.load(device))

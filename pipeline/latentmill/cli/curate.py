@@ -72,7 +72,9 @@ def select(
     ] = None,
     stratify: Annotated[
         str | None,
-        typer.Option(metavar="FIELD", help="Sample the same share of each value of this field."),
+        typer.Option(
+            metavar="FIELD", help="With --sample: take the same share of each value of this field."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
     copy: Copy = False,
@@ -135,7 +137,7 @@ def split(
             "group, or else the key]",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Another seed gives another split.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed; another one gives another split.")] = 0,
     duplicates_together: Annotated[
         bool,
         typer.Option(

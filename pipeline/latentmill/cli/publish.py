@@ -27,16 +27,18 @@ Hub = Annotated[
     ),
 ]
 
+CopyDest = Annotated[
+    str,
+    typer.Argument(
+        metavar="DEST", help="Folder or URL to write: new, or an earlier copy of this store."
+    ),
+]
+
 
 @app.command()
 def sync(
     url: Store,
-    dest: Annotated[
-        str,
-        typer.Argument(
-            metavar="DEST", help="Folder or URL to write: new, or an earlier copy of this store."
-        ),
-    ],
+    dest: CopyDest,
     jobs: Jobs = 4,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -96,12 +98,7 @@ def push(
 @app.command()
 def pull(
     repo: Hub,
-    dest: Annotated[
-        str,
-        typer.Argument(
-            metavar="DEST", help="Folder or URL to write: new, or an earlier copy of this store."
-        ),
-    ],
+    dest: CopyDest,
     jobs: Jobs = 4,
     dry_run: DryRun = False,
     as_json: AsJson = False,

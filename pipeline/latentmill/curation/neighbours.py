@@ -106,7 +106,9 @@ def _in_field(vectors: FieldVectors, field: str, query: str, count: int) -> tupl
         )
     vector = vectors.row(own)
     if not vector.any():
-        raise ConfigError(f"the vector of {query} is zero, so it has no neighbours.")
+        raise ConfigError(
+            f"the vector of {query} is zero, so it has no neighbours: use another key."
+        )
     return _found(vectors.store, *_nearest(vectors.blocks(), vector, count, own))
 
 

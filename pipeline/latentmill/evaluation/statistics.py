@@ -50,7 +50,9 @@ def measure_statistics(
     result into a sealed store's evaluation/statistics.json.
     """
     if store.codes:
-        raise ConfigError(f"{store.url} contains codes, which have no statistics.")
+        raise ConfigError(
+            f"{store.url} contains codes, which have no statistics: use a store of latents."
+        )
     if not len(store):
         raise ConfigError(f"{store.url} has no records: encode some items first.")
     shard_pass = ShardPass(store)

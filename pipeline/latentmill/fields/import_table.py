@@ -150,6 +150,6 @@ def _using() -> Iterator[None]:
         yield
     except (sqlite3.Error, OverflowError) as error:
         raise StorageError(
-            f"Cannot keep imported values in the folder for temporary files ({error}): make room "
+            f"Cannot keep imported values in the folder for temporary files ({error}): free space "
             "there, or set TMPDIR to another folder."
         ) from error
