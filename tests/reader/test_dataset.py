@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import shutil
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,28 @@ def test_every_item_is_a_sample(made: LatentStore, mode: str) -> None:
         assert start == 0 or mode == "random"
         assert sample.metadata["number"] == int(sample.key[-5:])
         assert sample.metadata["seconds_total"] == pytest.approx(made[sample.key].duration)
+
+
+def test_metadata_is_parsed_when_it_is_read(made: LatentStore) -> None:
+    """Until then a sample can be pickled, copied, changed and printed as any other."""
+    dataset = LatentDataset(made, crop=64, mode="start")
+    expected = dataset[3].metadata
+    assert expected.keys() == {"number", "seconds_start", "seconds_total"}
+    assert type(expected) is dict
+    for same in (
+        pickle.loads(pickle.dumps(dataset[3])),
+        copy.deepcopy(dataset[3]),
+        replace(dataset[3], epoch=5),
+    ):
+        assert same.metadata == expected
+    assert repr(expected) in repr(dataset[3])
+    sample = dataset[3]
+    sample.metadata["caption"] = "a song"
+    assert sample.metadata["caption"] == "a song"
+    with pytest.raises(AttributeError, match="'Sample' object has no attribute 'latent'"):
+        sample.latent  # noqa: B018
+    with pytest.raises(FrozenInstanceError):
+        sample.key = "other"
 
 
 def test_windows_are_all_of_every_item(made: LatentStore) -> None:

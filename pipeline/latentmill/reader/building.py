@@ -15,6 +15,7 @@ from latentmill.reader.draws import Request, Requested
 from latentmill.reader.field_crops import Located
 from latentmill.reader.field_values import FieldBatch
 from latentmill.reader.order import Ints
+from latentmill.reader.sample import StoredMetadata
 
 Collate = Callable[[Sequence[Any]], Any]
 
@@ -72,7 +73,7 @@ class BatchBuilder:
         batch = {
             "latents": torch.empty(count, frames, channels, device="meta").transpose(1, 2),
             "mask": torch.from_numpy(np.arange(frames) < crops.left()[:, None]),
-            "metadata": [metadata for _, metadata in described],
+            "metadata": [metadata.parsed() for _, metadata in described],
             "key": [key for key, _ in described],
             "epoch": [requested.epoch] * count,
             "position": requested.positions.tolist(),
@@ -96,7 +97,7 @@ class _Crops:
             self._parts.append((here, store, *found))
             self._fields.append(store.fields.locate(*found, corpus.reading.crop))
 
-    def describe(self) -> list[tuple[str, dict[str, Any]]]:
+    def describe(self) -> list[tuple[str, StoredMetadata]]:
         """Key and metadata of each crop."""
         described: list[Any] = [None] * self._count
         for here, store, rows, starts in self._parts:

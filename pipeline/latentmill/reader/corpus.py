@@ -14,14 +14,13 @@ from typing import Any, Literal, TypeVar, get_args
 import numpy as np
 import numpy.typing as npt
 
-from latentmill.encoding.stored import parse_json
-from latentmill.errors import ConfigError, StorageError, StoreError
+from latentmill.errors import ConfigError, StoreError
 from latentmill.reader.cache import RangeCache
 from latentmill.reader.crops import CropReader
 from latentmill.reader.field_crops import Missing, StoreFields, check_forms
 from latentmill.reader.fields import FieldReader, Where, select
 from latentmill.reader.order import Ints, random_below
-from latentmill.reader.sample import Sample, Transform, sample_random, whole_number
+from latentmill.reader.sample import Sample, StoredMetadata, Transform, sample_random, whole_number
 from latentmill.record import FloatArray
 from latentmill.store.describe import warn_incomplete
 from latentmill.store.store import LatentStore
@@ -163,20 +162,25 @@ class StoreSamples:
         fields = values.samples(placed=bool(self._reading.transforms))
         each = zip(latents, masks, described, positions.tolist(), origins, fields, strict=True)
         for latent, mask, (key, metadata), position, origin, own in each:
-            yield Sample(key, latent, mask, metadata, epoch, position, origin, own)
+            yield Sample.unparsed(
+                metadata,
+                key=key,
+                latents=latent,
+                mask=mask,
+                epoch=epoch,
+                position=position,
+                origin=origin,
+                fields=own,
+            )
 
-    def describe(self, rows: Ints, starts: Ints) -> list[tuple[str, dict[str, Any]]]:
-        """Key and metadata of samples; see `Sample`."""
-        own = self._metadata.read(rows) if self._metadata else [{"metadata": "{}"}] * len(rows)
+    def describe(self, rows: Ints, starts: Ints) -> Iterable[tuple[str, StoredMetadata]]:
+        """Key and metadata of samples."""
+        own = ["{}"] * len(rows)
+        if self._metadata is not None:
+            own = [fields["metadata"] for fields in self._metadata.read(rows)]
         begins = (starts * (self._hop / self._rate)).tolist()
         totals = (self.crops.num_samples[rows] / self._rate).tolist()
-        found = []
-        each = zip(self.crops.keys(rows), own, begins, totals, strict=True)
-        for key, fields, begin, total in each:
-            metadata = _parsed(fields["metadata"])
-            metadata |= {"seconds_start": begin, "seconds_total": total}
-            found.append((key, metadata))
-        return found
+        return zip(self.crops.keys(rows), map(StoredMetadata, own, begins, totals), strict=True)
 
 
 class Corpus:
@@ -320,14 +324,3 @@ def check_mix(stores: Sequence[LatentStore]) -> None:
                 f"{first.url} and {store.url} cannot be mixed, because their models differ in "
                 f"{', '.join(differ)}: encode both with the same model."
             )
-
-
-def _parsed(metadata: str) -> dict[str, Any]:
-    try:
-        parsed: dict[str, Any] = {} if metadata == "{}" else parse_json(metadata)
-    except (ValueError, TypeError) as error:
-        raise StorageError(
-            "the metadata of a record is not valid JSON: run `latentmill verify STORE` to find its "
-            "shard."
-        ) from error
-    return parsed

@@ -76,8 +76,11 @@ class FieldReader(RowReader):
         shards = self._shard_of[rows].tolist()
         tables = self._tables(set(shards))
         places = self._row_in_shard[rows].tolist()
+        columns = {  # looked up once, which takes longer than getting a value
+            shard: [(name, table[name]) for name in self.columns] for shard, table in tables.items()
+        }
         return [
-            {name: tables[shard][name][place].as_py() for name in self.columns}
+            {name: column[place].as_py() for name, column in columns[shard]}
             for shard, place in zip(shards, places, strict=True)
         ]
 

@@ -4,15 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from latentmill.errors import ConfigError
+from latentmill.encoding.stored import parse_json
+from latentmill.errors import ConfigError, StorageError
 from latentmill.ops import Origin
 from latentmill.reader.field_values import FieldValue
 from latentmill.record import FloatArray
+
+
+class StoredMetadata(NamedTuple):
+    """A sample's metadata as it is stored.
+
+    Attributes:
+        own: The item's own metadata as JSON.
+        seconds_start: Start of the crop in its item.
+        seconds_total: Duration of the item.
+    """
+
+    own: str
+    seconds_start: float
+    seconds_total: float
+
+    def parsed(self) -> dict[str, Any]:
+        """The metadata of a `Sample`. Raises StorageError if it is not valid JSON."""
+        try:
+            metadata: dict[str, Any] = {} if self.own == "{}" else parse_json(self.own)
+        except (ValueError, TypeError) as error:
+            raise StorageError(
+                "the metadata of a record is not valid JSON: run `latentmill verify STORE` to find "
+                "its shard."
+            ) from error
+        metadata["seconds_start"] = self.seconds_start
+        metadata["seconds_total"] = self.seconds_total
+        return metadata
 
 
 @dataclass(frozen=True)
@@ -24,7 +52,8 @@ class Sample:
         latents: `[channels, frames]`, float32.
         mask: `[frames]`, True for frames of the item, False for padding.
         metadata: The item's own metadata, `seconds_start` (start of the crop in the item) and
-            `seconds_total` (duration of the item).
+            `seconds_total` (duration of the item). It is parsed when it is first read, which
+            raises StorageError if it is damaged.
         epoch: The epoch that the sample was drawn in.
         position: Its position in that epoch. Crop and transforms depend only on seed, epoch and
             position.
@@ -40,6 +69,20 @@ class Sample:
     position: int = 0
     origin: Origin | None = field(default=None, repr=False)
     fields: Mapping[str, FieldValue] = field(default_factory=dict)
+
+    @classmethod
+    def unparsed(cls, stored: StoredMetadata, **values: Any) -> Sample:
+        """A sample whose `metadata` is parsed when it is first read; `values` are all others."""
+        sample = object.__new__(cls)  # the constructor sets frozen attributes one by one
+        vars(sample).update(values, _stored=stored)
+        return sample
+
+    if not TYPE_CHECKING:  # a type checker must not take any name for an attribute
+
+        def __getattr__(self, name: str) -> Any:  # called for what an instance does not have
+            if name != "metadata" or "_stored" not in vars(self):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            return vars(self).setdefault(name, self._stored.parsed())
 
 
 class Transform(Protocol):
