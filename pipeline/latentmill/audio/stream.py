@@ -152,8 +152,8 @@ class AudioStream(Closeable):
     @property
     def divisible(self) -> bool:
         """Whether `part` works, and has exactly the samples of the whole stream."""
-        decoder, known = self._decoder, self.num_samples is not None
-        return known and isinstance(decoder, DivisibleDecoder) and decoder.divisible
+        # Not isinstance, which takes long for protocols: this is asked for every recording.
+        return self.num_samples is not None and getattr(self._decoder, "divisible", False)
 
     def part(self, sample: int) -> AudioStream:
         """A second stream, from `sample` to the end, with a file position of its own. Thread-safe.
