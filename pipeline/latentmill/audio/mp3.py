@@ -133,7 +133,9 @@ class _Walk:
         """The position of the next frame that is followed by another one."""
         base = self._at
         while base + 4 <= self._stop:
-            for at in mpeg_headers(self._media.read_at(base, _WINDOW)):
+            known = base == self._base  # as at the start of the file
+            heads = self._heads if known else mpeg_headers(self._media.read_at(base, _WINDOW))
+            for at in heads:
                 place = base + at
                 if place + 4 > self._stop:
                     break

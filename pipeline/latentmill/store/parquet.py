@@ -37,6 +37,7 @@ class ParquetShardWriter:
     def __init__(self, path: Path, info: Mapping[str, Any]) -> None:
         self._path = path
         metadata = {"latentmill": json.dumps(info, sort_keys=True)}
+        self._footer: list[pq.FileMetaData] = []  # when the file is closed
         self._file = pq.ParquetWriter(
             path,
             RECORD_SCHEMA.with_metadata(metadata),
@@ -46,6 +47,7 @@ class ParquetShardWriter:
             data_page_size=2**31 - 1,
             data_page_version="1.0",
             write_page_checksum=True,
+            metadata_collector=self._footer,
         )
         self._rows: list[Record] = []
         self._bytes = 0
@@ -62,10 +64,10 @@ class ParquetShardWriter:
             self._flush()
 
     def close(self) -> list[Location]:
-        """Write the footer and read the latents' positions from it."""
+        """Write the footer; return the latents' positions according to it, checked in the file."""
         self._flush()
         self._file.close()
-        footer = pq.read_metadata(self._path)
+        [footer] = self._footer
         locations: list[Location] = []
         with self._path.open("rb") as file:
             for group, lengths in enumerate(self._lengths):
@@ -82,7 +84,8 @@ class ParquetShardWriter:
 
     def abort(self) -> None:
         """Close and remove the file: closing writes a valid footer even to an unfinished file."""
-        with contextlib.suppress(OSError, pa.ArrowException):
+        # RuntimeError: there is no footer, because the disk is full.
+        with contextlib.suppress(OSError, pa.ArrowException, RuntimeError):
             self._file.close()
         with contextlib.suppress(OSError):
             self._path.unlink()
