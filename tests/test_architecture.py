@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,3 +73,14 @@ def test_only_the_engine_and_the_training_job_import_ray() -> None:
 def test_files_are_short() -> None:
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in modules()}
     assert not {str(path.relative_to(LIBRARY)): n for path, n in lengths.items() if n > 400}
+
+
+def test_no_two_classes_have_the_same_name() -> None:
+    """One word, one meaning. `python tools/structure.py` lists such names."""
+    found = Counter(
+        node.name
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    )
+    assert not [name for name, count in found.items() if count > 1]

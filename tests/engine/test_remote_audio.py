@@ -50,7 +50,7 @@ def items_of(folder: Path) -> list[Item]:
     return sorted(found, key=lambda item: item.key)
 
 
-def heard(audio: UnitAudio) -> list[tuple[int, str, Event]]:
+def all_events(audio: UnitAudio) -> list[tuple[int, str, Event]]:
     with contextlib.closing(audio):
         return [(index, item.key, event) for index, item, event in audio]
 
@@ -83,10 +83,10 @@ def test_tasks_hear_what_threads_hear(
     sf.write(tmp_path / "long.flac", noise(40, 8000), 8000)
     items = [*items_of(corpus), *items_of(tmp_path)]
     decoding = replace(LOADING, refused={items[1].key: "not this one"})
-    expected = heard(LocalAudio(items, decoding, Timings()))
+    expected = all_events(LocalAudio(items, decoding, Timings()))
     assert {type(event) for _, _, event in expected} == {Opened, Chunk, Facts, Outcome}
     timings = Timings()
-    assert_equal(heard(RemoteAudio(items, decoding, timings, tasks=tasks)), expected)
+    assert_equal(all_events(RemoteAudio(items, decoding, timings, tasks=tasks)), expected)
     assert timings.decode_seconds > 0
 
 
@@ -95,7 +95,7 @@ def test_an_item_that_ends_its_process_fails_alone(tmp_path: Path, ray_session: 
     for name, rate in rates.items():
         sf.write(tmp_path / f"{name}.wav", noise(1.0, rate), rate)
     items = items_of(tmp_path)
-    found = heard(RemoteAudio(items, LOADING, Timings(), tasks=2))
+    found = all_events(RemoteAudio(items, LOADING, Timings(), tasks=2))
     ends = {key: event for _, key, event in found if not isinstance(event, Chunk | Opened)}
     assert ends.keys() == rates.keys()
     for name, rate in rates.items():
@@ -105,10 +105,10 @@ def test_an_item_that_ends_its_process_fails_alone(tmp_path: Path, ray_session: 
         else:
             assert "loading it kills the process (SIGSEGV" in str(getattr(end, "reason", ""))
     good = [item for item in items if rates[item.key] == 8000]
-    expected = heard(LocalAudio(good, LOADING, Timings()))
+    expected = all_events(LocalAudio(good, LOADING, Timings()))
     for name in ("a", "c"):
         left, right = (
-            [(0, *one[1:]) for one in heard if one[1] == name] for heard in (found, expected)
+            [(0, *one[1:]) for one in events if one[1] == name] for events in (found, expected)
         )
         assert_equal(left, right)
 
@@ -118,7 +118,7 @@ def test_a_killed_task_is_started_again(tmp_path: Path, ray_session: Path) -> No
     seconds = 3 * PARCELS_UNREAD * PARCEL_BYTES / (4 * 8000)
     sf.write(tmp_path / "long.wav", noise(seconds, 8000), 8000)
     items = items_of(tmp_path)
-    expected = heard(LocalAudio(items, LOADING, Timings()))
+    expected = all_events(LocalAudio(items, LOADING, Timings()))
     found = []
     with contextlib.closing(RemoteAudio(items, LOADING, Timings(), tasks=1)) as audio:
         for index, item, event in audio:
@@ -198,7 +198,7 @@ def test_an_error_of_the_other_thread_is_raised_here(
     monkeypatch.setattr(RemoteAudio, "_receive", broken)
     sf.write(tmp_path / "a.wav", noise(1.0, 8000), 8000)
     with pytest.raises(TypeError, match="nobody thought of this"):
-        heard(RemoteAudio(items_of(tmp_path), LOADING, Timings(), tasks=1))
+        all_events(RemoteAudio(items_of(tmp_path), LOADING, Timings(), tasks=1))
 
 
 def test_samples_of_16_bits_travel_so_and_others_as_they_are() -> None:

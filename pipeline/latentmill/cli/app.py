@@ -309,10 +309,10 @@ def probe(
     device: str,
     as_json: bool,
 ) -> None:
-    """Measure what the spec of MODEL claims: lengths, context, batches, noise, decoding.
+    """Measure what the spec of MODEL promises: lengths, context, batches, noise, decoding.
 
-    It prints each claim beside the measured value, one sentence for each broken promise, and a
-    spec with the measured values to paste. The exit code is 8 if a promise is broken.
+    It prints each promise with the claimed and the measured value, a sentence for each that is
+    broken, and a spec with the measured values to paste. The exit code is 8 if one is broken.
     """
     from latentmill.evaluation.probe import probe as probe_model
 

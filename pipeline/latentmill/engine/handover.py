@@ -47,7 +47,7 @@ def _put(
     one: Outcome | BaseException | None,
     done: Future[T],
 ) -> bool:
-    """Wait for room in the queue. False if nobody takes from it any more."""
+    """Wait for space in the queue. False if nobody takes from it any more."""
     while not done.done():
         try:
             waiting.put(one, timeout=_CHECK_SECONDS)

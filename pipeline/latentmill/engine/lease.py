@@ -2,7 +2,7 @@
 
 Object storage has no locks. The holder of the lease writes a heartbeat into it every few seconds.
 Another run that finds a lease watches it. If the heartbeat changes, that run is refused. If it does
-not change for `dead_after` seconds of the watcher's monotonic clock, the watcher takes the lease
+not change for `dead_after` seconds of the other run's monotonic clock, that run takes the lease
 over. The clocks of two machines are never compared, because one of them may be hours off. If the
 holder was a process of this machine and has ended, the lease is taken over at once.
 

@@ -48,9 +48,9 @@ from latentmill.sources.reading import UnitReader
 from latentmill.sources.settings import SourceSettings
 from latentmill.text.printing import counted
 
-LISTED = 10_000  # at most so many items of a source are listed,
-FILES = 24  # about so many are loaded,
-FILE_SECONDS = 30.0  # and so much of each
+LISTED = 10_000  # items of a source that are listed, at most
+FILES = 24  # items that are loaded, about
+FILE_SECONDS = 30.0  # that are loaded of each item
 PARTS = 6  # recordings that are joined if they are long
 QUIET = 1e-3  # RMS of recordings that are not used
 SEAM_FRAMES = 48  # least length of the chunks whose seams are measured

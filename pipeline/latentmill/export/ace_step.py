@@ -23,7 +23,6 @@ import numpy as np
 
 from latentmill.errors import ConfigError, ItemError
 from latentmill.export.layout import (
-    Array,
     Layout,
     Role,
     caption_of,
@@ -31,7 +30,7 @@ from latentmill.export.layout import (
     same_length,
     torch_bytes,
 )
-from latentmill.record import Record
+from latentmill.record import FloatArray, Record
 
 CHANNELS, RATE = 64, 25  # of its autoencoder; the rate in frames per second
 STATES, CONTEXT = "encoder_hidden_states", "context_latents"
@@ -64,7 +63,7 @@ class ACEStep(Layout):
     def paths(self, name: str) -> Sequence[str]:
         return (f"{name}.pt",)
 
-    def contents(self, record: Record, values: Mapping[str, Array]) -> Sequence[bytes]:
+    def contents(self, record: Record, values: Mapping[str, FloatArray]) -> Sequence[bytes]:
         states = values[STATES].T
         if not len(states):
             raise ItemError("its field has no tokens")
@@ -78,7 +77,7 @@ class ACEStep(Layout):
         }
         return (torch_bytes(sample),)
 
-    def _context(self, frames: int, hints: Array | None) -> Array:
+    def _context(self, frames: int, hints: FloatArray | None) -> FloatArray:
         """`[128, frames]`: hints or silence, and the mask, unless the hints have it."""
         if hints is None:
             hints = self.means(self.store.origin.of_length(frames))

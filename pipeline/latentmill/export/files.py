@@ -16,8 +16,8 @@ from latentmill.decoding.files import LONGEST_NAME
 from latentmill.encoding.stored import parse_json
 from latentmill.errors import ConfigError, ItemError, StoreError
 from latentmill.export.conversion import outcomes, refuse_unless_empty
-from latentmill.export.layout import Array, Layout
-from latentmill.record import Outcome, Record
+from latentmill.export.layout import Layout
+from latentmill.record import FloatArray, Outcome, Record
 from latentmill.storage.storage import Storage, writing
 from latentmill.store.commit import iter_commits
 from latentmill.store.store import LatentStore
@@ -145,7 +145,7 @@ def _write_sample(layout: Layout, storage: Storage, paths: Sequence[str], record
             _write(storage, path, data)
 
 
-def _value(store: LatentStore, key: str) -> Array:
+def _value(store: LatentStore, key: str) -> FloatArray:
     """The value of a field, float32 `[D, n]`. ItemError if it has none."""
     if key not in store:
         raise ItemError(f"field {store.url.rpartition('/')[2]!r} has no value for it")

@@ -7,16 +7,14 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 from urllib.parse import quote
 
 import numpy as np
 
 from latentmill.errors import ConfigError, ItemError
-from latentmill.record import Record
+from latentmill.record import FloatArray, Record
 from latentmill.store.store import LatentStore
-
-Array: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
 # Metadata fields that may contain a caption; the first one that exists is used.
 PROMPT_FIELDS = ("prompt", "caption", "text", "description", "title")
@@ -90,7 +88,7 @@ class Layout(ABC):
         """The files of a sample, in the order in which they are written."""
 
     @abstractmethod
-    def contents(self, record: Record, values: Mapping[str, Array]) -> Sequence[bytes]:
+    def contents(self, record: Record, values: Mapping[str, FloatArray]) -> Sequence[bytes]:
         """What the files of a sample contain, in the order of `paths`.
 
         Args:
@@ -105,9 +103,9 @@ class Layout(ABC):
         """Files about all samples, which are written last, by path. `names` are the samples'."""
         return {}
 
-    def means(self, latent: Any) -> Array:
+    def means(self, latent: Any) -> FloatArray:
         """The latent, or the means of a posterior, float32 `[C, T]`."""
-        found: Array = latent[: len(latent) - self.store.origin.deviations].astype(np.float32)
+        found: FloatArray = latent[: len(latent) - self.store.origin.deviations].astype(np.float32)
         return found
 
 

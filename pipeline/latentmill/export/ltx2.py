@@ -20,7 +20,6 @@ import numpy as np
 
 from latentmill.errors import ConfigError, ItemError
 from latentmill.export.layout import (
-    Array,
     Layout,
     Role,
     escaped,
@@ -28,7 +27,7 @@ from latentmill.export.layout import (
     torch_bytes,
     with_first_escaped,
 )
-from latentmill.record import Record
+from latentmill.record import FloatArray, Record
 
 CHANNELS = 8  # C of its audio autoencoder; the rows of our latents are C * M
 TOKENS = 1024  # to which the reader pads
@@ -89,7 +88,7 @@ class LTX2(Layout):
         folders += ["audio_masks"] if MASK in self.fields else []
         return [f"{folder}/{name}.pt" for folder in (*folders, "audio_latents")]
 
-    def contents(self, record: Record, values: Mapping[str, Array]) -> Sequence[bytes]:
+    def contents(self, record: Record, values: Mapping[str, FloatArray]) -> Sequence[bytes]:
         found = []
         if self._prompts:
             found.append(_conditions({role: values[role] for role in self._prompts}))
@@ -105,14 +104,14 @@ class LTX2(Layout):
         return [*found, torch_bytes(latent)]
 
 
-def _mask(values: Array, frames: int) -> bytes:
+def _mask(values: FloatArray, frames: int) -> bytes:
     same_length("its mask", values.shape[1], frames)
     if len(values) != 1:
         raise ItemError(f"its mask has {len(values)} rows: LTX-2 takes one")
     return torch_bytes({"mask": values[0]})
 
 
-def _conditions(prompts: Mapping[str, Array]) -> bytes:
+def _conditions(prompts: Mapping[str, FloatArray]) -> bytes:
     """The embedded captions `[D, L]` of one sample, by role."""
     import torch  # slow, and other formats do not need it
 

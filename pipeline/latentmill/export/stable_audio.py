@@ -16,9 +16,9 @@ import numpy as np
 import xxhash
 
 from latentmill.errors import ConfigError
-from latentmill.export.layout import Array, Layout, caption_of, escaped, with_first_escaped
+from latentmill.export.layout import Layout, caption_of, escaped, with_first_escaped
 from latentmill.ops import fit
-from latentmill.record import Record, time_major_bytes
+from latentmill.record import FloatArray, Record, time_major_bytes
 from latentmill.store.seal import npy_bytes
 
 CONFIG_PATH = "dataset_config.json"
@@ -48,7 +48,7 @@ class StableAudio(Layout):
     def paths(self, name: str) -> Sequence[str]:
         return f"{name}.npy", f"{name}.json"
 
-    def contents(self, record: Record, values: Mapping[str, Array]) -> Sequence[bytes]:
+    def contents(self, record: Record, values: Mapping[str, FloatArray]) -> Sequence[bytes]:
         length = max(record.frames, self.frames or 0)
         latent = self.means(fit(record.latent, length, origin=self.store.origin))
         digest = xxhash.xxh3_64_hexdigest(time_major_bytes(record.latent))

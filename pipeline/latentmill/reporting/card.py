@@ -227,7 +227,7 @@ class Axis:
 
     @classmethod
     def of(cls, values: Iterable[float], logarithmic: bool) -> Axis:
-        """An axis with round ends that has room for the values."""
+        """An axis with round ends that contains the values."""
         finite = [value for value in values if math.isfinite(value)]
         if logarithmic:
             positive = [value for value in finite if value > 0] or [1.0]

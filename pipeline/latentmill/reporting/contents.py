@@ -1,4 +1,4 @@
-"""What is in a store: counts that add up, failures by reason, and what bound the run."""
+"""What is in a store: counts that add up, failures by reason, and the bottleneck."""
 
 from __future__ import annotations
 

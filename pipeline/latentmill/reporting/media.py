@@ -30,7 +30,7 @@ class Budget:
     Attributes:
         bytes: Characters of data URIs.
         players: Number of players.
-        left_out: Number of pictures and players for which there was no room.
+        left_out: Number of pictures and players for which there was no space.
     """
 
     bytes: int = PAGE_BYTES - TEXT_BYTES
@@ -38,14 +38,14 @@ class Budget:
     left_out: int = 0
 
     def image(self, picture: Picture) -> Image | None:
-        """A picture; None if there is no room."""
+        """A picture; None if there is no space."""
         uri = picture.uri
         if not self._take(len(uri)):
             return None
         return Image(uri, picture.width, picture.height, picture.scale)
 
     def player(self, audio: FloatArray | None, rate: int, kbps: int) -> str | None:
-        """The address of a sound; None if there is no sound or no room."""
+        """The address of a sound; None if there is no sound or no space."""
         if audio is None or not audio.size:
             return None
         if not self.players:

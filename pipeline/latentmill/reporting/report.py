@@ -388,7 +388,7 @@ def _shown(value: Any) -> Any:
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    """A number with so many significant digits; a large one whole, with thin spaces."""
+    """A number with `digits` significant digits; a large one whole, with thin spaces."""
     if value is None or not math.isfinite(value):
         return NONE
     if abs(value) >= 1000 or float(value).is_integer():

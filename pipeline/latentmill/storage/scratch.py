@@ -51,7 +51,7 @@ def partial_file(path: Path) -> Iterator[Path]:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise ConfigError if a path exists and is no regular file, such as a folder or a device."""
+    """Raise ConfigError if a path is a folder, a device or another special file."""
     if path.is_dir():
         raise ConfigError(f"{str(path)!r} is a folder: give the name of a file in it.")
     if path.exists() and not path.is_file():

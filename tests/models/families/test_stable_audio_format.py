@@ -22,7 +22,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from latentmill.errors import ModelError
 from latentmill.models.base import Autoencoder
-from latentmill.models.families.stable_audio import UnsupportedError
+from latentmill.models.families.stable_audio import UnsupportedCheckpointError
 from latentmill.models.registry import resolve
 
 Tree = dict[str, Any]
@@ -372,7 +372,7 @@ def test_what_diffusers_does_not_implement_is_an_error(
     with pytest.raises(ModelError, match=message) as caught:
         resolve(f"{family}:{tmp_path}")
     assert one_sentence(caught.value).endswith("use another checkpoint.")
-    assert isinstance(caught.value.__cause__, UnsupportedError)
+    assert isinstance(caught.value.__cause__, UnsupportedCheckpointError)
 
 
 def test_a_scaled_pretransform_is_an_error(tmp_path: Path) -> None:

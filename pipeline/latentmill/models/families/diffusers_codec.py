@@ -126,7 +126,7 @@ def _own_config(name: str, class_name: str, files: ModelFiles, own: OwnFormat) -
     try:
         autoencoder, _ = stable_audio.autoencoder_of(config)
         return own.config(autoencoder, config["sample_rate"])
-    except stable_audio.UnsupportedError as error:
+    except stable_audio.UnsupportedCheckpointError as error:
         raise ModelError(
             f"Model {name}: {path} has {error}, which {class_name} of diffusers does not "
             "implement: use another checkpoint."

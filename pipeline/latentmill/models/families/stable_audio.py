@@ -42,7 +42,7 @@ class OwnFormat:
     state: Callable[[State, Config], State]
 
 
-class UnsupportedError(ValueError):
+class UnsupportedCheckpointError(ValueError):
     """A setting of stable-audio-tools that the class of diffusers does not have."""
 
 
@@ -78,12 +78,12 @@ def _require(settings: Mapping[str, Any], where: str, **values: Any) -> None:
     """Raise unless settings have these values or are missing."""
     for name, value in values.items():
         if settings.get(name, value) not in (value, None):
-            raise UnsupportedError(f"{name} = {settings[name]!r} of its {where}")
+            raise UnsupportedCheckpointError(f"{name} = {settings[name]!r} of its {where}")
 
 
 def _type(part: Mapping[str, Any], where: str, kind: str) -> Config:
     if part["type"] != kind:
-        raise UnsupportedError(f"type = {part['type']!r} of its {where}")
+        raise UnsupportedCheckpointError(f"type = {part['type']!r} of its {where}")
     settings: Config = part["config"]
     return settings
 
@@ -95,7 +95,9 @@ def oobleck_config(model: Config, sample_rate: int) -> Config:
     """The configuration of `AutoencoderOobleck`."""
     encoder, decoder = (_type(model[part], part, "oobleck") for part in ("encoder", "decoder"))
     if model["bottleneck"]["type"] != "vae":
-        raise UnsupportedError(f"type = {model['bottleneck']['type']!r} of its bottleneck")
+        raise UnsupportedCheckpointError(
+            f"type = {model['bottleneck']['type']!r} of its bottleneck"
+        )
     for part, settings in (("encoder", encoder), ("decoder", decoder)):
         _require(settings, part, use_snake=True, antialias_activation=False)
         _require(settings, part, c_mults=encoder["c_mults"], strides=encoder["strides"])
@@ -158,10 +160,10 @@ def same_config(model: Config, sample_rate: int) -> Config:
     levels = len(encoder["strides"])
     for part, settings in (("encoder", encoder), ("decoder", decoder)):
         if settings.get("sliding_window") is None:
-            raise UnsupportedError(f"attention within chunks in its {part}")
+            raise UnsupportedCheckpointError(f"attention within chunks in its {part}")
         _require(settings, part, sliding_window=[encoder["sliding_window"][0]] * 2)
         if not settings.get("variable_stride", False):
-            raise UnsupportedError(f"variable_stride = False of its {part}")
+            raise UnsupportedCheckpointError(f"variable_stride = False of its {part}")
         _require(settings, part, dyt=True, mapping_bias=True, **dict.fromkeys(_NOT_IN_SAME, False))
         shared = ("channels", "c_mults", "strides", "transformer_depths", "dim_heads", "ff_mult")
         _require(settings, part, **{name: encoder[name] for name in shared if name in encoder})

@@ -192,7 +192,7 @@ def measure(
     codes, network.options = codes_of(network, (one, longer, one.repeat(2, 1, 1)))
     network.codes = codes
     try:
-        json.dumps(network.options)  # a loudness, for example, is no constant
+        json.dumps(network.options)  # a loudness, for example, is not a constant
         decoded = [network.decode(network.encode(each)).shape[-1] for each in (one, longer)]
     except CALL_ERRORS as failure:
         raise ModelError(f"its latents cannot be decoded ({one_line(failure)})") from failure
