@@ -119,8 +119,9 @@ def load_alone(items: list[Item], spec: ModelSpec, threads: int) -> None:
             waveform = prepare(
                 open_audio(media), sample_rate=spec.sample_rate, channels=spec.channels
             )
-            for _ in waveform.blocks():
-                pass
+            memory = np.empty((spec.channels, BLOCK), np.float32)
+            for block in waveform.blocks(contiguous=False):
+                memory[:, : block.shape[1]] = block
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(load, items))

@@ -40,6 +40,26 @@ def convert(signal: np.ndarray, in_rate: int, out_rate: int, channels: int, size
     return np.concatenate(blocks, axis=1), waveform.stats
 
 
+@pytest.mark.parametrize(("source", "channels"), [(1, 2), (2, 2), (2, 1)])
+@pytest.mark.parametrize("out_rate", [44100, 48000])
+def test_blocks_that_need_not_be_contiguous_are_equal(source, channels, out_rate):
+    signal = music(300_000)[:, :source]
+    blocks = [
+        list(
+            prepare(
+                AudioStream(Pieces(signal, 44100, [BLOCK])), sample_rate=out_rate, channels=channels
+            ).blocks(contiguous=contiguous)
+        )
+        for contiguous in (True, False)
+    ]
+    assert len(blocks[0]) > 1
+    assert all(map(np.array_equal, *blocks))
+    if out_rate == 44100 and channels == 2:
+        assert np.array_equal(
+            np.concatenate(blocks[1], axis=1), np.tile(signal.T, (2 // source, 1))
+        )
+
+
 RATES = [8000, 11025, 16000, 22050, 24000, 44056, 44100, 48000, 96000, 192000]
 
 

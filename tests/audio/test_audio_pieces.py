@@ -25,7 +25,7 @@ BOTH = music(SECONDS * 48000)
 class Chosen:
     """Loads the pieces of some numbers at once, as a thread that is fast enough."""
 
-    ahead = 3
+    prefetch = 3
 
     def __init__(self, loads: Callable[[int], bool]) -> None:
         self.loads, self.loaded, self.offered = loads, 0, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -35,6 +36,24 @@ def test_chunks_do_not_depend_on_what_the_header_promises(
         assert [chunk.frame for chunk in chunks] == [chunk.frame for chunk in case.chunks()]
         for one, other in zip(chunks, case.chunks(), strict=True):
             assert np.array_equal(one.audio, other.audio)
+
+
+@given(cases(), st.lists(st.integers(0, 40), max_size=12))
+def test_interleaved_channels_give_the_same_chunks_and_are_put_apart(
+    case: Case, sizes: list[int]
+) -> None:
+    """The level meter reads what `pushed` returns, also where a block ends in another chunk."""
+    source = np.concatenate([case.source, -case.source])
+    chunker = Chunker(dataclasses.replace(case.spec, channels=2), case.chunking)
+    chunks = []
+    for block in np.split(source, np.cumsum(sizes), axis=1):
+        chunks += chunker.push(np.ascontiguousarray(block.T).T)
+        apart = chunker.pushed(np.ascontiguousarray(block.T).T)
+        assert np.array_equal(apart, block)
+        assert all(channel.flags.c_contiguous for channel in apart)
+    chunks += chunker.finish()
+    for chunk, mono in zip(chunks, case.chunks(), strict=True):
+        assert np.array_equal(chunk.audio, np.concatenate([mono.audio, -mono.audio]))
 
 
 def check_grid(case: Case) -> None:

@@ -71,20 +71,26 @@ class Waveform:
         rms = math.sqrt(self._power / self._samples)
         return WaveformStats(self._samples, self._stream.loaded, rms, self._peak)
 
-    def blocks(self) -> Iterator[FloatArray]:
-        """Yield blocks `[C, n]`, float32, contiguous, n at most `BLOCK`, in total
+    def blocks(self, *, contiguous: bool = True) -> Iterator[FloatArray]:
+        """Yield blocks `[C, n]`, float32, n at most `BLOCK`, in total
         ceil(source samples * model rate / source rate).
 
-        The samples are bit-identical however the source is split into blocks, and in pieces.
+        The samples are bit-identical however the source is split into blocks, and in pieces. The
+        channels of a block that need not be contiguous are interleaved in memory, which saves a
+        copy if the caller copies them anyway.
 
         Raises:
             ItemError: See `AudioStream.blocks`.
         """
-        yield from map(self._measured, self._blocks())
+        for block in map(self._measured, self._blocks()):
+            yield np.ascontiguousarray(block) if contiguous else block
         self._finished = True
 
     def push(self, block: FloatArray) -> Iterator[FloatArray]:
-        """Yield what a block `[C, n]` of the recording gives; in total the same as `blocks`."""
+        """Yield what a block `[C, n]` of the recording gives; in total the same as `blocks`.
+
+        The result need not be contiguous.
+        """
         if self._pushed is None:
             self._pushed = _Pushed(self._stream, self.sample_rate, self.channels)
         yield from map(self._measured, self._pushed.push(block))
@@ -100,7 +106,8 @@ class Waveform:
         self._samples += len(block)
         self._power += _energy(block) / block.shape[1]
         self._peak = max(self._peak, float(block.max()), -float(block.min()))
-        return _planar(block, self.channels)
+        mono_to_all = self.channels > block.shape[1]
+        return np.broadcast_to(block.T, (self.channels, len(block))) if mono_to_all else block.T
 
     def _blocks(self) -> Iterator[FloatArray]:
         """All converted blocks `[n, C]`; where `stats` are measured does not depend on pieces."""
@@ -211,16 +218,6 @@ def _mean(block: FloatArray) -> FloatArray:
         total += channel
     total /= len(block)
     return total
-
-
-def _planar(block: FloatArray, channels: int) -> FloatArray:
-    """`[n, C]` as a contiguous `[channels, n]`; mono is copied to all channels."""
-    if channels == 1:
-        return block.T
-    planar = np.empty((channels, len(block)), np.float32)
-    for number in range(channels):
-        planar[number] = block[:, number % block.shape[1]]
-    return planar
 
 
 _ROW = 512

@@ -207,7 +207,7 @@ class Chunker:
         self._complete = 0  # number of complete chunks
 
     def push(self, block: FloatArray) -> Iterator[Chunk]:
-        """Add a block `[C, n]`, and yield the chunks that it completes."""
+        """Add a block `[C, n]` in any memory order, and yield the chunks that it completes."""
         size, step = self._chunking.samples, self._chunking.step
         taken = 0
         while taken < block.shape[1]:
@@ -225,6 +225,13 @@ class Chunker:
                 self._filled = size - step
                 self._current[:, : self._filled] = self._last[:, step:]
                 self._complete += 1
+
+    def pushed(self, block: FloatArray) -> FloatArray:
+        """The block that was just pushed, with contiguous channels; a view if that is possible."""
+        count = block.shape[1]
+        if block.flags.c_contiguous or self._filled < count:  # it is in two chunks
+            return np.ascontiguousarray(block)
+        return self._current[:, self._filled - count : self._filled]
 
     def finish(self) -> Iterator[Chunk]:
         """Yield the last chunk, moved back to end with the audio, if frames are not covered yet."""

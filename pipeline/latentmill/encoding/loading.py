@@ -210,7 +210,7 @@ class _Share:
 
     def load(self, content_hash: Callable[[], str]) -> Iterator[Event]:
         """All chunks of the recording, and the facts; if no other model needs it."""
-        yield from self._chunks(self._waveform.blocks())
+        yield from self._chunks(self._waveform.blocks(contiguous=False))
         yield from self._last(content_hash)
 
     def push(self, block: FloatArray) -> Iterator[Event]:
