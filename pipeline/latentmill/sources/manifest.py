@@ -14,6 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import fsspec
@@ -67,6 +68,17 @@ _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,15})(\.[0-9]+)?([eE][-+]?[0-9]{1,2})?")
 
 
 @dataclass(frozen=True)
+class _Found:
+    """Names of the columns of rows; `key` is None if it is the path."""
+
+    not_metadata: frozenset[str]
+    path: str
+    start: str | None
+    duration: str | None
+    key: str | None
+
+
+@dataclass(frozen=True)
 class ManifestColumns:
     """Names of a manifest's columns; None: one of the usual names."""
 
@@ -95,6 +107,7 @@ class ManifestSource:
         self._name = f"{what} {self.uri}"  # in messages
         self.ignored: Counter[str] = Counter()
         self._folder = posixpath.dirname(self.uri)
+        self._texts = manifest_format(self.uri) in ("csv", "tsv")  # every value is text
         self._below = self._folder.rstrip("/") + "/"
 
     def items(self) -> Iterator[Item]:
@@ -138,8 +151,12 @@ class ManifestSource:
         """The function that converts rows with these fields to items."""
         if lhotse.is_cut(row):
             return self._item_of_cut
-        names = list(row)
-        where = self._name
+        found = self._find_columns(row, required=required)
+        return self._count_without_path if found is None else partial(self._item, found)
+
+    def _find_columns(self, row: dict[str, Any], *, required: bool) -> _Found | None:
+        """The columns of rows with these fields; None without paths, if they are not `required`."""
+        names, where = list(row), self._name
         given = {
             name: value
             for name, value in dataclasses.asdict(self._columns).items()
@@ -149,7 +166,7 @@ class ManifestSource:
         path = find_column(names, requested.path, PATHS, "path", where)
         if path is None:
             if not required:
-                return self._count_without_path
+                return None
             raise SourceError(
                 f"{where} has no path column: set --path-column to one of {', '.join(names)}."
             )
@@ -163,36 +180,36 @@ class ManifestSource:
                 f"{where} gives the ends of segments in column {end}, which is not supported: "
                 "replace it with a column duration."
             )
-        consumed = {name for name in (path, start, duration) if name is not None}
-        texts = manifest_format(self.uri) in ("csv", "tsv")
+        not_metadata = frozenset(name for name in (path, start, duration) if name is not None)
+        return _Found(not_metadata, path, start, duration, key if key != path else None)
 
-        def build(row: dict[str, Any], place: str) -> Item | None:
-            value = row[path]
-            if isinstance(value, dict):  # a Hugging Face audio column without bytes
-                value = value.get("path")
-            if value is None or value == "":
-                return self._count_without_path(row, place)
-            if type(value) in _KINDS:
-                raise SourceError(
-                    f"{where}: column {path} holds {_KINDS[type(value)]} in {place}, not a path: "
-                    "set --path-column to the column of paths."
-                )
-            begin = None if start is None else self._seconds(row, start, place)
-            length = None if duration is None else self._seconds(row, duration, place)
-            segment = None if begin is None else Segment(begin, length)
-            uri, name = self._locate(str(value), place)
-            values = {n: cell_value(v) for n, v in row.items()} if texts else row
-            return Item(
-                key=self._key(row, key if key != path else None, name, segment, place),
-                uri=uri,
-                size=0,
-                version="",
-                segment=segment,
-                seconds=length,
-                metadata=as_json(values, consumed),
+    def _item(self, columns: _Found, row: dict[str, Any], place: str) -> Item | None:
+        """The item of a row."""
+        value = row[columns.path]
+        if isinstance(value, dict):  # a Hugging Face audio column without bytes
+            value = value.get("path")
+        if value is None or value == "":
+            return self._count_without_path(row, place)
+        if type(value) in _KINDS:
+            raise SourceError(
+                f"{self._name}: column {columns.path} holds {_KINDS[type(value)]} in {place}, not "
+                "a path: set --path-column to the column of paths."
             )
-
-        return build
+        start, duration = columns.start, columns.duration
+        begin = None if start is None else self._seconds(row, start, place)
+        length = None if duration is None else self._seconds(row, duration, place)
+        segment = None if begin is None else Segment(begin, length)
+        uri, name = self._locate(str(value), place)
+        values = {n: cell_value(v) for n, v in row.items()} if self._texts else row
+        return Item(
+            key=self._key(row, columns.key, name, segment, place),
+            uri=uri,
+            size=0,
+            version="",
+            segment=segment,
+            seconds=length,
+            metadata=as_json(values, columns.not_metadata),
+        )
 
     def _count_without_path(self, row: dict[str, Any], place: str) -> Item | None:
         self.ignored["rows without a path"] += 1
