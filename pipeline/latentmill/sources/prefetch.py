@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -32,15 +32,23 @@ R = TypeVar("R")
 
 def map_in_threads(
     work: Callable[[T], R], given: Iterable[T], *, threads: int, prefetch: int
-) -> Iterator[R]:
-    """Map in threads and yield the results in order; at most `prefetch` of them are in memory."""
+) -> Generator[R]:
+    """Map in threads and yield the results in order; at most `prefetch` of them are in memory.
+
+    Closing the generator cancels what has not begun.
+    """
     running: deque[Future[R]] = deque()
     with ThreadPoolExecutor(threads) as pool:
-        for one in given:
-            running.append(pool.submit(work, one))
-            if len(running) >= prefetch:
+        try:
+            for one in given:
+                running.append(pool.submit(work, one))
+                if len(running) >= prefetch:
+                    yield running.popleft().result()
+            while running:
                 yield running.popleft().result()
-        yield from (future.result() for future in running)
+        finally:
+            for future in running:
+                future.cancel()
 
 
 class Prefetch(Closeable):

@@ -7,9 +7,8 @@ needs no state: it continues with the next step.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +19,7 @@ from latentmill.audio import open_audio, prepare, probe
 from latentmill.errors import ItemError, SourceError
 from latentmill.record import FloatArray
 from latentmill.sources.base import Item, Segment, Source, known_seconds
+from latentmill.sources.prefetch import map_in_threads
 from latentmill.sources.reading import UnitReader
 from latentmill.text.log import get_logger
 from latentmill.training.linearity import Numbers, random_numbers
@@ -94,17 +94,8 @@ class Crops:
 
     def batches(self, start: int, end: int, threads: int) -> Generator[AudioBatch]:
         """The batches of steps `start` to `end` - 1, loaded ahead by threads."""
-        with ThreadPoolExecutor(threads, thread_name_prefix="crops") as pool:
-            waiting: deque[Future[AudioBatch]] = deque()
-            try:
-                for step in range(start, end):
-                    last = min(end, step + PREFETCH)
-                    for later in range(step + len(waiting), last):
-                        waiting.append(pool.submit(self.batch, later))
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+        steps = range(start, end)
+        return map_in_threads(self.batch, steps, threads=threads, prefetch=PREFETCH)
 
     def _draw(self, numbers: Numbers) -> tuple[FloatArray, str]:
         """The first crop that loads and is not silent, else the first that loads."""
