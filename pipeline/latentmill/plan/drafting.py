@@ -188,8 +188,8 @@ def draft(items: Iterable[Item], limits: UnitLimits) -> Draft:
             sorter.push(table)
         if made.totals.grouped:  # equal keys may be in different groups, so sort by key as well
             by_key = Sorter(made.folder / "keys", ("key", "uri"))
-            for run in sorter.files:
-                by_key.push(pa.concat_tables(t.select(["key", "uri"]) for t in read_tables(run)))
+            for file in sorter.files:
+                by_key.push(pa.concat_tables(t.select(["key", "uri"]) for t in read_tables(file)))
             for _ in _without_duplicates(by_key.tables()):
                 pass
         made.fill(sorter.tables())

@@ -47,9 +47,19 @@ class Piece(NamedTuple):
 
 
 _Span = tuple[Shard, int]
-_Run = tuple[
-    Shard, int, int
-]  # consecutive blocks of a shard: the first, and the one after the last
+
+
+class _Blocks(NamedTuple):
+    """Consecutive blocks of a shard: `first` to before `end`."""
+
+    shard: Shard
+    first: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        """Their bytes."""
+        return _length(*self)
 
 
 class RangeCache:
@@ -120,38 +130,39 @@ class RangeCache:
             for piece, number in places:
                 if not self._copy_cached(number, piece):
                     needed.setdefault((piece.shard, number), []).append(piece)
-        runs = self._runs(set(needed))
+        ranges = self._ranges(set(needed))
         found = storage.read_ranges(
-            [(run.path, first * BLOCK, _length(run, first, last)) for run, first, last in runs]
+            [(one.shard.path, one.first * BLOCK, one.length) for one in ranges]
         )
-        for (shard, first, last), data in zip(runs, found, strict=True):
-            if len(data) != _length(shard, first, last):
+        for one, data in zip(ranges, found, strict=True):
+            shard, first, end = one
+            if len(data) != one.length:
                 raise StorageError(
                     f"{storage.root}/{shard.path} is truncated: restore the shard, or delete it "
                     "and run the encode command again."
                 )
-            for number in range(first, last):
+            for number in range(first, end):
                 block = memoryview(data)[(number - first) * BLOCK : (number + 1 - first) * BLOCK]
                 self._save(shard, number, block)
                 for piece in needed.get((shard, number), []):
                     target, offset = _overlap(number, piece)
                     target[:] = block[offset : offset + len(target)]
 
-    def _runs(self, missing: set[tuple[Shard, int]]) -> list[_Run]:
-        """Runs of blocks to read: the missing ones and, if all shards fit, those around them."""
+    def _ranges(self, missing: set[tuple[Shard, int]]) -> list[_Blocks]:
+        """The blocks to read: the missing ones and, if all shards fit, those around them."""
         for shard, number in list(missing) if self.whole else []:
             first = number // SPAN * SPAN
             for other in range(first, min(first + SPAN, -(-shard.bytes // BLOCK))):
                 if (shard, other) not in missing and not self._path(shard, other).exists():
                     missing.add((shard, other))
-        runs: list[_Run] = []
+        ranges: list[_Blocks] = []
         for shard, number in sorted(missing, key=lambda place: (place[0].path, place[1])):
-            run = runs[-1] if runs else None
-            if run and run[0] == shard and run[2] == number and number % SPAN:
-                runs[-1] = (shard, run[1], number + 1)
+            last = ranges[-1] if ranges else None
+            if last and last.shard == shard and last.end == number and number % SPAN:
+                ranges[-1] = last._replace(end=number + 1)
             else:
-                runs.append((shard, number, number + 1))
-        return runs
+                ranges.append(_Blocks(shard, number, number + 1))
+        return ranges
 
     @contextlib.contextmanager
     def _locked(self, span: _Span, *, wait: bool) -> Iterator[bool]:
