@@ -1,6 +1,7 @@
-"""Measures reading many small S3 objects and ranges at a latency, with obstore and with s3fs.
+"""Measures reading many small objects at a latency, with obstore and with fsspec's client.
 
     python benchmarks/objects.py
+    python benchmarks/objects.py --storage gs
     python benchmarks/objects.py --objects 2000 --bytes 200000 --latency 0.03 --rounds 5
 
 The server answers any name with the same bytes after the latency, from a process of its own. Ways
@@ -9,7 +10,7 @@ alternate, and medians of the rounds are reported:
 - objects: whole recordings, fetched ahead as a unit of a run fetches them, by one worker process.
 - ranges: batches of 64 ranges, as the training reader requests the crops of a batch.
 - headers: both ends of long recordings, as `plan --probe` reads their lengths.
-- listing: the objects of a folder, 1,000 a request.
+- listing: the objects of a folder, 1,000 a request. Google's are listed with gcsfs either way.
 
 Of each: requests a second, and CPU milliseconds of the client per request. The load of the machine
 changes requests a second more than their ratio.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import io
+import json
 import multiprocessing
 import os
 import re
@@ -35,7 +37,7 @@ import numpy as np
 
 from common import RESULTS, median, write_result
 
-CLIENTS = {"obstore": "1", "s3fs": "0"}
+CLIENTS = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}  # of fsspec
 LOAD_THREADS = 4
 BATCH = 64
 CROP_BYTES = 20_000
@@ -45,10 +47,10 @@ PAGES = 20  # of the listed folder
 HEADERS = 'ETag: "1"\r\nLast-Modified: Wed, 01 Jan 2020 00:00:00 GMT\r\nContent-Length: {}\r\n\r\n'
 
 
-def serve(size: int, latency: float, pipe: Connection) -> None:
+def serve(storage: str, size: int, latency: float, pipe: Connection) -> None:
     """Run a server that knows ranged GET requests, and listings of one folder."""
     data, recording = os.urandom(size), long_recording()
-    pages = [listing(page).encode() for page in range(PAGES)]
+    pages = [LISTINGS[storage](page).encode() for page in range(PAGES)]
 
     class Session(asyncio.Protocol):
         def connection_made(self, transport: Any) -> None:
@@ -60,13 +62,13 @@ def serve(size: int, latency: float, pipe: Connection) -> None:
                 asyncio.get_running_loop().call_later(latency, self.answer, head)
 
         def answer(self, head: bytes) -> None:
-            whole = recording if b"/long-" in head else data
+            whole = recording if b"/long" in head else data
             total = len(whole)
             if head.startswith(b"HEAD"):
                 self.transport.write(f"HTTP/1.1 200 OK\r\n{HEADERS.format(total)}".encode())
                 return
-            if b"list-type=2" in head.partition(b"\r\n")[0]:
-                after = re.search(rb"(?:continuation-token=|start-after=music%2F)(\d+)", head)
+            if re.match(rb"GET \S+(list-type=2|comp=list|/o\?)", head):
+                after = re.search(rb"(?:oken=|marker=|start-after=music%2F)(\d+)", head)
                 body = pages[int(after[1]) if after else 0]
                 lines = "HTTP/1.1 200 OK\r\nContent-Type: application/xml\r\n"
                 self.transport.write((lines + HEADERS.format(len(body))).encode() + body)
@@ -96,7 +98,7 @@ def long_recording() -> bytes:
     return file.getvalue()
 
 
-def listing(page: int) -> str:
+def s3_listing(page: int) -> str:
     """A page of a listing, as S3 returns it."""
     objects = "".join(
         f"<Contents><Key>music/{page}/{number:04}.wav</Key><Size>1</Size>"
@@ -113,33 +115,88 @@ def listing(page: int) -> str:
     )
 
 
-def list_objects(count: int, size: int) -> int:
+def google_listing(page: int) -> str:
+    """A page of a listing, as Google returns the fields that were asked for."""
+    found: dict[str, Any] = {
+        "items": [
+            {"name": f"music/{page}/{number:04}.wav", "size": "1", "etag": f"{page}{number:011}"}
+            for number in range(1000)
+        ]
+    }
+    if page + 1 < PAGES:
+        found["nextPageToken"] = str(page + 1)
+    return json.dumps(found)
+
+
+def azure_listing(page: int) -> str:
+    """A page of a listing, as Azure returns it."""
+    blobs = "".join(
+        f"<Blob><Name>music/{page}/{number:04}.wav</Name><Properties>"
+        "<Creation-Time>Wed, 01 Jan 2020 00:00:00 GMT</Creation-Time>"
+        "<Last-Modified>Wed, 01 Jan 2020 00:00:00 GMT</Last-Modified>"
+        f"<Etag>0x{page}{number:012}</Etag><Content-Length>1</Content-Length>"
+        "<Content-Type>audio/wav</Content-Type><BlobType>BlockBlob</BlobType>"
+        "<AccessTier>Hot</AccessTier><LeaseStatus>unlocked</LeaseStatus>"
+        "<LeaseState>available</LeaseState></Properties></Blob>"
+        for number in range(1000)
+    )
+    marker = page + 1 if page + 1 < PAGES else ""
+    return (
+        '<?xml version="1.0"?><EnumerationResults ContainerName="bucket">'
+        f"<Blobs>{blobs}</Blobs><NextMarker>{marker}</NextMarker></EnumerationResults>"
+    )
+
+
+LISTINGS = {"s3": s3_listing, "gs": google_listing, "az": azure_listing}
+
+
+def connect(storage: str, port: int) -> None:
+    """Set the environment variables with which the clients find the server."""
+    url = f"http://127.0.0.1:{port}"
+    account = f"AccountName=a;AccountKey=eA==;BlobEndpoint={url}/a;"
+    os.environ |= {
+        "s3": {
+            "AWS_ACCESS_KEY_ID": "x",
+            "AWS_SECRET_ACCESS_KEY": "x",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": url,
+        },
+        "gs": {
+            "FSSPEC_GS_TOKEN": "anon",
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+            "STORAGE_EMULATOR_HOST": url,
+        },
+        "az": {"AZURE_STORAGE_CONNECTION_STRING": account},
+    }[storage]
+
+
+def list_objects(bucket: str, count: int, size: int) -> int:
     """List a folder; returns the number of requests."""
     from latentmill.sources.files import Place
     from latentmill.sources.listing import folders
 
-    found = sum(map(len, folders(Place("s3://bucket/music"), Counter())))
+    found = sum(map(len, folders(Place(f"{bucket}/music"), Counter())))
     assert found == PAGES * 1000
     return PAGES
 
 
-def read_headers(count: int, size: int) -> int:
+def read_headers(bucket: str, count: int, size: int) -> int:
     """Read the ends of long recordings; returns the number of requests."""
     from latentmill.plan.probe import probed
     from latentmill.sources.base import Item
 
     number = count // 2
-    items = [Item(f"{n}", f"s3://bucket/long-{n}.wav", LONG_BYTES, "") for n in range(number)]
+    items = [Item(f"{n}", f"{bucket}/long-{n}.wav", LONG_BYTES, "") for n in range(number)]
     assert all(item.seconds == LONG_SECONDS for item in probed(items))
     return 2 * number
 
 
-def read_objects(count: int, size: int) -> int:
+def read_objects(bucket: str, count: int, size: int) -> int:
     """Open and close the recordings of a unit; returns the number of requests."""
     from latentmill.sources.base import Item
     from latentmill.sources.reading import UnitReader
 
-    items = [Item(f"{number}", f"s3://bucket/{number}.wav", size, "") for number in range(count)]
+    items = [Item(f"{number}", f"{bucket}/{number}.wav", size, "") for number in range(count)]
 
     def load(item: Item) -> None:
         with reader.open(item) as media:
@@ -150,11 +207,11 @@ def read_objects(count: int, size: int) -> int:
     return count
 
 
-def read_ranges(count: int, size: int) -> int:
+def read_ranges(bucket: str, count: int, size: int) -> int:
     """Read batches of ranges; returns the number of requests."""
     from latentmill.storage.storage import Storage
 
-    storage, length = Storage("s3://bucket/store"), min(CROP_BYTES, size // 2)
+    storage, length = Storage(f"{bucket}/store"), min(CROP_BYTES, size // 2)
     for batch in range(-(-count // BATCH)):
         starts = [(batch + number) * 997 % (size - length) for number in range(BATCH)]
         found = storage.read_ranges([("shards/000000.parquet", start, length) for start in starts])
@@ -164,6 +221,7 @@ def read_ranges(count: int, size: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--storage", choices=CLIENTS, default="s3")
     parser.add_argument("--objects", type=int, default=1000)
     parser.add_argument("--bytes", type=int, default=200_000, help="size of an object")
     parser.add_argument("--latency", type=float, default=0.03, help="seconds before an answer")
@@ -172,16 +230,13 @@ def main() -> None:
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    arguments = (options.bytes, options.latency, there)
+    storage, other = options.storage, CLIENTS[options.storage]
+    arguments = (storage, options.bytes, options.latency, there)
     server = context.Process(target=serve, args=arguments, daemon=True)
     server.start()
-    os.environ |= {
-        "AWS_ACCESS_KEY_ID": "x",
-        "AWS_SECRET_ACCESS_KEY": "x",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{here.recv()}",
-    }
-    ways: dict[str, Callable[[int, int], int]] = {
+    connect(storage, here.recv())
+    clients = {"obstore": "1", other: "0"}
+    ways: dict[str, Callable[[str, int, int], int]] = {
         "objects": read_objects,
         "ranges": read_ranges,
         "headers": read_headers,
@@ -190,11 +245,11 @@ def main() -> None:
     runs: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for number in range(options.rounds + 1):
         for way, read in ways.items():
-            for client, switch in CLIENTS.items():
+            for client, switch in clients.items():
                 os.environ["LATENTMILL_OBSTORE"] = switch
                 count = options.objects if number else BATCH  # the first round opens connections
                 began, used = time.perf_counter(), time.process_time()
-                requests = read(count, options.bytes)
+                requests = read(f"{storage}://bucket", count, options.bytes)
                 seconds, used = time.perf_counter() - began, time.process_time() - used
                 if number:
                     one = (requests / seconds, 1000 * used / requests)
@@ -207,21 +262,22 @@ def main() -> None:
                 "requests_per_second": median([one[0] for one in runs[way, client]]),
                 "cpu_ms_per_request": median([one[1] for one in runs[way, client]]),
             }
-            for client in CLIENTS
+            for client in clients
         }
         | {
-            "obstore_over_s3fs": median(
+            f"obstore_over_{other}": median(
                 [
-                    ours[0] / other[0]
-                    for ours, other in zip(runs[way, "obstore"], runs[way, "s3fs"], strict=True)
+                    ours[0] / theirs[0]
+                    for ours, theirs in zip(runs[way, "obstore"], runs[way, other], strict=True)
                 ]
             )
         }
         for way in ways
     }
     settings = {name: getattr(options, name) for name in ("objects", "bytes", "latency", "rounds")}
+    name = "objects" if storage == "s3" else f"objects_{storage}"
     load = [round(one, 1) for one in os.getloadavg()]
-    write_result("objects", {**settings, "load": load, "ways": found}, options.results)
+    write_result(name, {**settings, "load": load, "ways": found}, options.results)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import base64
 import json
 import logging
 import os
+import pickle
 import re
 import uuid
 from collections import Counter
@@ -24,10 +25,11 @@ import fsspec
 import pytest
 
 from latentmill.audio.fetch import fetch
-from latentmill.errors import ItemError, SourceError
+from latentmill.errors import ItemError, SourceError, StorageError
 from latentmill.sources.files import Place, current_version
 from latentmill.sources.listing import Entry, folders
 from latentmill.storage import client_listing, object_azure, object_listing, objects, remote
+from latentmill.storage.storage import Storage
 from support.cloud_server import ACCOUNT, BUCKET, Cloud, cloud_server, error, reply
 
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # it sends requests of gRPC
@@ -269,6 +271,29 @@ def test_a_listing_that_is_forbidden_is_one_sentence(site: Site) -> None:
     assert re.fullmatch(r"Source \w+://bucket/m cannot be listed: .*AuthorizationFailure.*", text)
     assert "RequestId" not in text
     assert KEY not in text
+
+
+def test_a_missing_bucket_is_named_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with cloud_server() as (url, cloud):
+        site = opened(Site("gs", url, cloud), monkeypatch)
+        place = Place(f"{site.url}no/m")
+        with pytest.raises(SourceError, match="there is no such bucket"), place.errors():
+            list(folders(place, Counter()))
+        with pytest.raises(StorageError, match=r"gs://bucketno/a/b: there is no such bucket\.$"):
+            Storage(f"{site.url}no/a").write("b", b"x")
+
+
+def test_the_account_in_a_url_of_azure_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", SIGNATURE)
+    url = "abfs://music@mine.dfs.core.windows.net/a b"
+    storage = pickle.loads(pickle.dumps(Storage(url)))
+    assert (storage.root, storage.full("c")) == (url, "music/a b/c")
+    assert storage._fs.account_name == "mine"
+    place = Place(f"{url}/")
+    assert (place.uri, place.address("music/a b/c.wav")) == (url, f"{url}/c.wav")
+    with pytest.raises(SourceError) as caught:
+        Place("az://music/a")
+    assert "set AZURE_STORAGE_ACCOUNT_NAME or AZURE_STORAGE_CONNECTION_STRING." in str(caught.value)
 
 
 @pytest.mark.parametrize("status", [503, 429, "cut"])

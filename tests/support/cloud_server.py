@@ -104,6 +104,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Exchange the key of a service account for a token."""
         self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path != "/token":
+            reply(self, 404)
+            return
         found = {"access_token": "FROMACCOUNT", "expires_in": 3600, "token_type": "Bearer"}
         reply(self, 200, json.dumps(found).encode(), Content_Type="application/json")
 

@@ -20,6 +20,7 @@ from latentmill.audio.media import path_of_file_url
 from latentmill.errors import SourceError
 from latentmill.storage import objects
 from latentmill.storage.remote import (
+    address,
     cause_of,
     is_missing,
     open_filesystem,
@@ -71,13 +72,14 @@ class Place:
             refuse_secrets("Source", uri, SourceError)
             uri = path_of_file_url(uri)
         self.fs, path = open_for("Source", uri, SourceError)
+        self._opened = uri
         self.path: str = path.rstrip("/") or "/"
         self.local = isinstance(self.fs, LocalFileSystem)
         self.uri = self.address(self.path)
 
     def address(self, path: str) -> str:
         """A path of this file system with its protocol; local paths have none."""
-        return path if self.local else str(self.fs.unstrip_protocol(path))
+        return path if self.local else address(self.fs, path, self._opened)
 
     @contextmanager
     def errors(self, verb: str = "listed") -> Iterator[None]:

@@ -5,13 +5,14 @@ Their `find` would collect all objects first.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import fsspec.asyn
 
-from latentmill.storage.remote import retrying
+from latentmill.storage.remote import NO_SUCH_BUCKET, retrying
 
 PAGE = 1000  # objects; S3 and Google return at most as many in a response
 
@@ -56,7 +57,10 @@ def _all_of_gcs(fs: Any, path: str, _last: str) -> Iterator[Listed]:
     request = {"prefix": f"{folder}/" if folder else None, "maxResults": PAGE}
     request["fields"] = "nextPageToken,items(name,size,etag)"
     while True:
-        page = retrying(lambda: fs.call("GET", "b/{}/o", bucket, json_out=True, **request))
+        try:
+            page = retrying(lambda: fs.call("GET", "b/{}/o", bucket, json_out=True, **request))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, NO_SUCH_BUCKET) from error
         for one in page.get("items", ()):
             if not one["name"].endswith("/"):  # see `_rest_of_s3`
                 yield Listed(f"{bucket}/{one['name']}", int(one["size"]), one.get("etag", ""))

@@ -63,6 +63,8 @@ TRANSIENT_ERRNOS = frozenset(
     {errno.ETIMEDOUT, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EBUSY, errno.EREMOTEIO}
 )
 
+NO_SUCH_BUCKET = "there is no such bucket"
+
 MAX_ATTEMPTS = 7
 FIRST_PAUSE = 0.25  # seconds; doubles after every attempt
 GIVE_UP_SECONDS = 120.0  # no new attempt later than this; the clients' own retries take time, too
@@ -110,6 +112,19 @@ def open_for(
         return open_filesystem(url)
     except (ValueError, ImportError, OSError) as cause:  # some, such as ftp, connect at once
         raise error(f"{what} {url} cannot be opened: {why_not_opened(url, cause)}.") from cause
+
+
+def address(fs: fsspec.AbstractFileSystem, path: str, opened: str) -> str:
+    """A path of a remote file system as URL, with the storage account of the URL `opened`.
+
+    A URL of Azure may name the account: `abfs://container@account.dfs.core.windows.net/path`.
+    """
+    if EXTRAS.get(protocol_of(opened)) == "azure":
+        _, account, host = opened.partition("://")[2].partition("/")[0].partition("@")
+        if account:
+            container, slash, key = path.partition("/")
+            return f"{protocol_of(opened)}://{container}@{host}{slash}{key}"
+    return str(fs.unstrip_protocol(path))
 
 
 def is_web(url: str) -> bool:
@@ -204,12 +219,12 @@ def retrying(call: Callable[[], T]) -> T:
     return call()
 
 
-def cause_of(error: Exception) -> str:
+def cause_of(error: Exception, *, writing: bool = False) -> str:
     """Describe in a few words why reading or writing failed, without secrets."""
     if isinstance(error, FileNotFoundError) and not error.strerror and "/" in str(error):
         if isinstance(error.__cause__, Exception) and not is_missing(error):
             return cause_of(error.__cause__)
-        return "no such file"  # fsspec's message is only the path
+        return NO_SUCH_BUCKET if writing else "no such file"  # fsspec's message is only the path
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
     # The rest of an answer of Azure: the numbers of the request, and all of it again as XML.
     text = text.partition("RequestId:")[0] or text
@@ -227,6 +242,9 @@ def why_not_opened(url: str, error: Exception) -> str:
     extra = EXTRAS.get(protocol_of(url))
     if isinstance(error, ImportError) and extra is not None:
         return f"a package is missing; pip install 'latentmill[{extra}]'"
+    if extra == "azure" and "connection_string or account_name" in str(error):
+        settings = "AZURE_STORAGE_ACCOUNT_NAME or AZURE_STORAGE_CONNECTION_STRING"
+        return f"the storage account is unknown; set {settings}"
     return cause_of(error)
 
 

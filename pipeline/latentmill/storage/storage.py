@@ -25,6 +25,7 @@ from latentmill.errors import ConfigError, StorageError, StoreError
 from latentmill.storage import hub, scratch
 from latentmill.storage.ranged import RangedFile, cat_ranges
 from latentmill.storage.remote import (
+    address,
     advice_on,
     cause_of,
     is_transient,
@@ -44,7 +45,6 @@ SCRATCH = "tmp"
 READ_AHEAD = 1 << 20  # minimum bytes per read of an open remote file
 
 CONDITIONAL = ("s3", "s3a")  # protocols that can replace an object only if it is unchanged
-
 
 # Names of the files that latentmill writes into a store.
 _NAME_IN_STORE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*")
@@ -68,7 +68,7 @@ class Storage:
         self._pid = os.getpid()
         self._path = path.rstrip("/")
         self.local = isinstance(self._opened, LocalFileSystem)
-        self.root = self._path if self.local else str(self._opened.unstrip_protocol(self._path))
+        self.root = self._path if self.local else address(self._opened, self._path, url)
 
     def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
         return Storage, (self.root,)
@@ -368,7 +368,7 @@ class Storage:
         try:
             yield
         except storage_errors() as error:
-            cause = f"{cause_of(error)}{advice_on(error)}"
+            cause = f"{cause_of(error, writing=verb == 'write')}{advice_on(error)}"
             raise StorageError(f"Cannot {verb} {self.root}/{path}: {cause}.") from error
 
 
