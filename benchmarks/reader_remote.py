@@ -3,15 +3,16 @@
     python benchmarks/reader_remote.py
     python benchmarks/reader_remote.py --items 400 --rounds 3 --latency 0.03
 
-The server is moto's, behind a proxy that waits before each answer, in a process of its own. Ways
-alternate, and medians of the rounds are reported:
+The objects are written to moto's server, and read from one that answers from memory after the
+latency (`object_server.py`), in a process of its own. Ways alternate, and medians of the rounds are
+reported:
 
 - crops: `Loader` with 2 workers, without a cache: one request per crop.
 - cold cache, warm cache: the same with an empty cache, and again.
 - tars: the items of WebDataset tars, streamed whole tar by whole tar with one read ahead, and one
   crop cut from each.
-- ceiling: the requests of `crops`, from 64 plain connections that do nothing else: what the server
-  itself can answer.
+- plain connections: the requests of `crops` from as many open connections, by a client that does
+  nothing else.
 
 Of each: crops and requests a second, the client's CPU seconds per request (with its workers), and
 the median number of requests in work at the server while there are any.
@@ -20,7 +21,7 @@ the median number of requests in work at the server while there are any.
 from __future__ import annotations
 
 import argparse
-import http.client
+import asyncio
 import io
 import logging
 import multiprocessing
@@ -32,7 +33,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -42,42 +43,41 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from common import RESULTS, ROOT, cpu_seconds, median, write_result
+from object_server import ObjectServer
 from reader import make_latents
 from reader_contenders import CHANNELS, CROP
 
 sys.path.insert(0, str(ROOT / "tests"))
 BATCH = 64
 WORKERS = 2
-CONNECTIONS = 64
+CONNECTIONS = 256
 SAMPLE_SECONDS = 0.005
 
 
 def serve(latency: float, pipe: Connection) -> None:
-    """Run the server; for each message but None, send what happened since the last one."""
+    """Run the servers; for each message but None, send what happened since the last one."""
     from moto.server import ThreadedMotoServer
-
-    from support.faulty_s3 import Faults, faulty_proxy
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line per request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    faults, busy = Faults(), list[int]()
+    written = f"http://{host}:{port}"
+    objects, busy = ObjectServer(written), list[int]()
 
     def sample() -> None:
         while True:
-            busy.append(faults._busy)
+            busy.append(objects.working)
             time.sleep(SAMPLE_SECONDS)
 
     threading.Thread(target=sample, daemon=True).start()
-    with faulty_proxy(f"http://{host}:{port}", faults) as url:
-        pipe.send(url)
-        while (wanted := pipe.recv()) is not None:
-            working = [count for count in busy if count]
-            pipe.send((faults.seen["ok"], median(working) if working else 0, faults.busiest))
-            faults.latency = latency if wanted == "slow" else 0.0
-            faults.seen["ok"] = faults.busiest = 0
-            busy.clear()
+    pipe.send((written, objects.url))
+    while pipe.recv() is not None:
+        working = [count for count in busy if count]
+        pipe.send((objects.requests, median(working) if working else 0, objects.most))
+        objects.latency = latency
+        objects.requests = objects.most = 0
+        busy.clear()
     server.stop()
 
 
@@ -125,34 +125,44 @@ def stream_tars(url: str) -> int:
     return crops
 
 
-def ceiling(server: str, url: str) -> int:
-    """Request one crop per item from plain connections; returns the number of crops."""
-    import fsspec
+class PlainConnections:
+    """The requests of one crop per item, from plain connections that have been open before."""
 
-    import latentmill as lm
-    from latentmill.reader.crops import CropReader
+    def __init__(self, server: str, url: str) -> None:
+        import fsspec
 
-    reader = CropReader(lm.open(url))
-    rows = np.arange(len(reader.frames))
-    folder = url.removeprefix("s3://")
-    ranges = reader._ranges(rows, np.zeros_like(rows), np.full_like(rows, CROP))
+        import latentmill as lm
+        from latentmill.reader.crops import CropReader
 
-    paths = {shard.path for shard, _, _ in ranges}
-    s3 = fsspec.filesystem("s3")
-    signed = {path: s3.sign(f"{folder}/{path}", 3600).partition(server)[2] for path in paths}
+        reader = CropReader(lm.open(url))
+        rows = np.arange(len(reader.frames))
+        self.ranges = reader._ranges(rows, np.zeros_like(rows), np.full_like(rows, CROP))
+        folder, s3 = url.removeprefix("s3://"), fsspec.filesystem("s3")
+        paths = {shard.path for shard, _, _ in self.ranges}
+        self.signed = {p: s3.sign(f"{folder}/{p}", 3600).partition(server)[2] for p in paths}
+        place = urlsplit(server)
+        self.head = f" HTTP/1.1\r\nHost: {place.netloc}\r\nRange: bytes="
+        self.loop = asyncio.new_event_loop()
+        connect = (asyncio.open_connection(place.hostname, place.port) for _ in range(CONNECTIONS))
+        self.connections = self.loop.run_until_complete(_all(connect))
+        self()
 
-    def fetch(mine: list[Any]) -> None:
-        connection = http.client.HTTPConnection(urlsplit(server).netloc, timeout=120)
-        for shard, offset, length in mine:
-            bounds = {"Range": f"bytes={offset}-{offset + length - 1}"}
-            connection.request("GET", signed[shard.path], headers=bounds)
-            answer = connection.getresponse()
-            assert len(answer.read()) == length, answer.status
-        connection.close()
+    def __call__(self) -> int:
+        self.loop.run_until_complete(_all(map(self._fetch, range(CONNECTIONS))))
+        return len(self.ranges)
 
-    with ThreadPoolExecutor(CONNECTIONS) as pool:
-        list(pool.map(fetch, (ranges[n::CONNECTIONS] for n in range(CONNECTIONS))))
-    return len(ranges)
+    async def _fetch(self, number: int) -> None:
+        reader, writer = self.connections[number]
+        for shard, offset, length in self.ranges[number::CONNECTIONS]:
+            bounds = f"{offset}-{offset + length - 1}\r\n\r\n"
+            writer.write(f"GET {self.signed[shard.path]}{self.head}{bounds}".encode())
+            answer = await reader.readuntil(b"\r\n\r\n")
+            assert b" 206 " in answer, answer
+            await reader.readexactly(length)
+
+
+async def _all(tasks: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
+    return await asyncio.gather(*tasks)
 
 
 def measure(
@@ -200,12 +210,12 @@ def main() -> None:
         target=serve, args=(options.latency, there), daemon=True
     )
     process.start()
-    server = here.recv()
+    written, server = here.recv()
     os.environ |= {
         "AWS_ACCESS_KEY_ID": "x",
         "AWS_SECRET_ACCESS_KEY": "x",
         "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": server,
+        "AWS_ENDPOINT_URL": written,
     }
     import fsspec
 
@@ -228,7 +238,8 @@ def main() -> None:
             format_name=name,
             latents=[z.T for z in latents],
         )
-    os.environ["LATENTMILL_OBSTORE"] = client
+    os.environ |= {"LATENTMILL_OBSTORE": client, "AWS_ENDPOINT_URL": server}
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
     with tempfile.TemporaryDirectory() as folder:
         plain = Epochs(urls["parquet"], None)
         cached = Epochs(urls["parquet"], folder)
@@ -237,7 +248,7 @@ def main() -> None:
             "cold cache": cached.cold,
             "warm cache": cached,
             "tars": lambda: stream_tars(urls["webdataset"]),
-            "ceiling": lambda: ceiling(server, urls["parquet"]),
+            "plain connections": PlainConnections(server, urls["parquet"]),
         }
         found = measure(ways, options.rounds, here, process.pid or 0)
     here.send(None)
