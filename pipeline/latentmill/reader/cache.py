@@ -49,7 +49,7 @@ class Piece(NamedTuple):
 _Span = tuple[Shard, int]
 
 
-class _Blocks(NamedTuple):
+class _BlockRange(NamedTuple):
     """Consecutive blocks of a shard: `first` to before `end`."""
 
     shard: Shard
@@ -148,20 +148,20 @@ class RangeCache:
                     target, offset = _overlap(number, piece)
                     target[:] = block[offset : offset + len(target)]
 
-    def _ranges(self, missing: set[tuple[Shard, int]]) -> list[_Blocks]:
+    def _ranges(self, missing: set[tuple[Shard, int]]) -> list[_BlockRange]:
         """The blocks to read: the missing ones and, if all shards fit, those around them."""
         for shard, number in list(missing) if self.whole else []:
             first = number // SPAN * SPAN
             for other in range(first, min(first + SPAN, -(-shard.bytes // BLOCK))):
                 if (shard, other) not in missing and not self._path(shard, other).exists():
                     missing.add((shard, other))
-        ranges: list[_Blocks] = []
+        ranges: list[_BlockRange] = []
         for shard, number in sorted(missing, key=lambda place: (place[0].path, place[1])):
             last = ranges[-1] if ranges else None
             if last and last.shard == shard and last.end == number and number % SPAN:
                 ranges[-1] = last._replace(end=number + 1)
             else:
-                ranges.append(_Blocks(shard, number, number + 1))
+                ranges.append(_BlockRange(shard, number, number + 1))
         return ranges
 
     @contextlib.contextmanager

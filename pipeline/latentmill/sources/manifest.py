@@ -68,7 +68,7 @@ _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,15})(\.[0-9]+)?([eE][-+]?[0-9]{1,2})?")
 
 
 @dataclass(frozen=True)
-class _Found:
+class _RowColumns:
     """Names of the columns of rows; `key` is None if it is the path."""
 
     not_metadata: frozenset[str]
@@ -154,7 +154,7 @@ class ManifestSource:
         found = self._find_columns(row, required=required)
         return self._count_without_path if found is None else partial(self._item, found)
 
-    def _find_columns(self, row: dict[str, Any], *, required: bool) -> _Found | None:
+    def _find_columns(self, row: dict[str, Any], *, required: bool) -> _RowColumns | None:
         """The columns of rows with these fields; None without paths, if they are not `required`."""
         names, where = list(row), self._name
         given = {
@@ -181,9 +181,9 @@ class ManifestSource:
                 "replace it with a column duration."
             )
         not_metadata = frozenset(name for name in (path, start, duration) if name is not None)
-        return _Found(not_metadata, path, start, duration, key if key != path else None)
+        return _RowColumns(not_metadata, path, start, duration, key if key != path else None)
 
-    def _item(self, columns: _Found, row: dict[str, Any], place: str) -> Item | None:
+    def _item(self, columns: _RowColumns, row: dict[str, Any], place: str) -> Item | None:
         """The item of a row."""
         value = row[columns.path]
         if isinstance(value, dict):  # a Hugging Face audio column without bytes
