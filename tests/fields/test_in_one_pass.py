@@ -216,7 +216,7 @@ def test_a_field_that_fails_costs_the_store_nothing(
     troubled = {"model": "python:support.failing_model:build", "model_options": options}
     fields = {"troubled": troubled, **FIELDS}
     together(songs, tmp_path / "one", fields)
-    assert "is left for after the store, because it failed: ModelError: This model" in caplog.text
+    assert "is computed again when the store is complete: ModelError: This model" in caplog.text
     separately(songs, tmp_path / "two", fields)
     assert_equal(tmp_path / "one", tmp_path / "two", revisions=False)
     revisions = {

@@ -243,7 +243,7 @@ class JointWorker:
 
 def _log_left(worker: Worker, unit: Unit, error: BaseException) -> None:
     _log.warning(
-        "unit %s of %s is left for after the store, because it failed: %s: %s",
+        "unit %s of %s failed and is computed again when the store is complete: %s: %s",
         unit.name,
         worker.storage.root,
         type(error).__name__,
