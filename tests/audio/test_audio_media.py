@@ -3,7 +3,9 @@ import os
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile as sf
 import xxhash
 from audio_files import encoded
 
@@ -94,3 +96,21 @@ def test_bytes_become_a_file() -> None:
         assert isinstance(media, MediaFile)
         assert (media.size, media.read_at(0, 9)) == (3, b"abc")
     media.close()
+
+
+@pytest.mark.parametrize("suffix", ["flac", "mp3", "wav"])
+def test_the_checks_and_the_hash_of_a_short_recording_read_it_once(
+    tmp_path: Path, monkeypatch, suffix: str
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    sf.write(path, np.random.default_rng(0).uniform(-0.1, 0.1, (8000, 2)), 16000)
+    data, reads = path.read_bytes(), []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda *given: reads.append(given) or pread(*given))
+    with open_media(str(path)) as media:
+        open_audio(media).close()
+        assert media.content_hash == f"xxh3:{xxhash.xxh3_128(data).hexdigest()}"
+        assert media.read_at(len(data) - 3, 10) == data[-3:]
+        assert len(reads) == 1
+        with pytest.raises(ItemError, match="cannot be read"):  # as by the system
+            media.read_at(-1, 3)

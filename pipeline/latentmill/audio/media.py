@@ -1,6 +1,7 @@
 """The bytes of a recording as a seekable file with a descriptor that C decoders read from.
 
-A local file is opened in place and not read as a whole. A remote file is fetched as a whole.
+A local file is opened in place, and read as a whole only if it is small. A remote file is fetched as
+a whole.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from latentmill.storage.closeable import Closeable
 from latentmill.storage.remote import cause_of
 
 _PIECE = 1 << 20
+_SMALL = 1 << 20  # bytes of a file that is read once, and not by each check on its own
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*(://|::)")
 
 
@@ -35,6 +37,7 @@ class MediaFile(Closeable):
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
+        self._data: bytes | None = None  # of a small file, once it is read
         self.size = os.fstat(file.fileno()).st_size
 
     def fileno(self) -> int:
@@ -53,10 +56,17 @@ class MediaFile(Closeable):
         except OSError:  # not Linux
             return media_from_bytes(self.read_at(0, self.size))
 
+    def read_ahead(self) -> None:
+        """Read a small file into memory, for the checks and the hash; larger ones are left."""
+        if self._data is None and self.size <= _SMALL:
+            self._data = self.read_at(0, self.size)
+
     def read_at(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes from `offset`, fewer at the end; does not change the position."""
         if offset >= self.size:  # also for offsets that no file system supports
             return b""
+        if self._data is not None and offset >= 0 and size >= 0:
+            return self._data[offset : offset + size]
         try:  # a damaged header may give any size, and pread allocates it
             return os.pread(self.fileno(), min(size, self.size - offset), offset)
         except OSError as error:
@@ -79,6 +89,7 @@ class MediaFile(Closeable):
     def close(self) -> None:
         """Close the file. Further calls do nothing."""
         self._file.close()
+        self._data = None
 
 
 def open_media(uri: str, size: int | None = None) -> MediaFile:
