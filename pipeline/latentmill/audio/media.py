@@ -1,7 +1,7 @@
 """The bytes of a recording as a seekable file with a descriptor that C decoders read from.
 
-A local file is opened in place, and read as a whole only if it is small. A remote file is fetched as
-a whole.
+A local file is opened in place, and only read as a whole if it is small. A remote file is fetched
+as a whole.
 """
 
 from __future__ import annotations

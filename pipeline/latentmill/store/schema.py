@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from latentmill.encoding.stored import check_facts, parse_json
 from latentmill.errors import StoreError
 from latentmill.plan.plan import FieldEntry
-from latentmill.record import Latent, Record, ShardFormat, Status
+from latentmill.record import DTYPES, Latent, Record, ShardFormat, Status
 from latentmill.store.entries import (
     AnnotationEntry,
     BaseEntry,
@@ -64,6 +64,7 @@ RECORD_SCHEMA = pa.schema(
     ]
 )
 FIELD_NAMES = tuple(name for name in RECORD_SCHEMA.names if name != "latent")
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}  # numpy makes them each time
 FIELDS_TYPE = pa.struct([field for field in RECORD_SCHEMA if field.name != "latent"])
 
 
@@ -71,7 +72,7 @@ def record_fields(record: Record) -> dict[str, Any]:
     """Return a record's stored fields except the latent, as plain Python values by name."""
     converted = {
         "shape": [int(size) for size in record.latent.shape],
-        "dtype": record.latent.dtype.name,
+        "dtype": _DTYPE_NAMES[record.latent.dtype],
         "metadata": json_text(record.metadata),
     }
     return {
