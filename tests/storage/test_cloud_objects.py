@@ -283,6 +283,22 @@ def test_a_missing_bucket_is_named_so(monkeypatch: pytest.MonkeyPatch) -> None:
             Storage(f"{site.url}no/a").write("b", b"x")
 
 
+def test_a_bucket_whose_requester_pays_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(handler: BaseHTTPRequestHandler, number: int) -> bool:
+        text = "Bucket is a requester pays bucket but no user project provided."
+        reply(handler, 400, json.dumps({"error": {"code": 400, "message": text}}).encode())
+        return True
+
+    with cloud_server() as (url, cloud):
+        site = opened(Site("gs", url, cloud), monkeypatch)
+        cloud.answer = refuse
+        place = Place(f"{site.url}/m")
+        with pytest.raises(SourceError, match="Set `requester_pays=True`"):
+            place.kind()
+        with pytest.raises(SourceError, match="Set `requester_pays=True`"), place.errors():
+            list(folders(place, Counter()))
+
+
 def test_the_account_in_a_url_of_azure_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", SIGNATURE)
     url = "abfs://music@mine.dfs.core.windows.net/a b"

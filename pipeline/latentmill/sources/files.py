@@ -86,7 +86,7 @@ class Place:
         """Convert storage errors to a SourceError with the URI of the source."""
         try:
             yield
-        except storage_errors() as error:
+        except storage_errors(ValueError) as error:  # gcsfs: a bucket whose requester pays
             filename = getattr(error, "filename", None)
             raise SourceError(
                 f"Source {self.uri} cannot be {verb}: {cause_of(error)}"
