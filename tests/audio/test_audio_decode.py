@@ -125,6 +125,32 @@ def test_packets_of_caf_that_hold_more_than_a_sample_are_not_counted(
         assert find_shortage(media, sniff(media)) == Shortage("1000 bytes are missing at the end")
 
 
+@pytest.mark.parametrize(
+    ("subtype", "counted"),
+    [(one, True) for one in ("ULAW", "PCM_S8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE")]
+    + [("ALAW", True), ("G721_32", False)],  # 4 bits each: samples have no fixed size in bytes
+)
+def test_the_samples_that_an_au_header_promises_are_counted(subtype: str, counted: bool) -> None:
+    data = sound(np.linspace(-1, 1, 2000)[:, None], RATE, "AU", subtype)
+    with media_from_bytes(data[:-100]) as media:
+        shortage = find_shortage(media, sniff(media))
+    wanted = Shortage("100 bytes are missing at the end", 2000 if counted else None)
+    assert shortage == wanted
+
+
+@pytest.mark.parametrize("size", [0, 0x7FFF_F000, 0x8000_0000])
+def test_a_wav_of_a_stream_may_be_longer_than_4_gib(tmp_path: Path, size: int) -> None:
+    data = bytearray(encoded("wav")[:1000])
+    assert data[36:40] == b"data"
+    data[40:44] = size.to_bytes(4, "little")
+    path = tmp_path / "long.wav"
+    path.write_bytes(data)
+    with path.open("r+b") as file:
+        file.truncate(8 << 30)  # takes no space
+    with open_media(str(path)) as media:
+        assert find_shortage(media, sniff(media)) is None
+
+
 def test_mp3_with_zeros_behind_is_whole_but_damage_inside_is_not() -> None:
     data = encoded("mp3-without-xing")
     assert np.array_equal(decode(data + bytes(4000)), decode(data))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,12 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from latentmill.decoding.decoder import LatentSource, decode_blocks, decode_latent
+from latentmill.decoding.decoder import (
+    LatentSource,
+    decode_blocks,
+    decode_latent,
+    decode_latents,
+)
 from latentmill.encoding.chunks import Chunker, Chunking, Stitcher
 from latentmill.errors import ConfigError
 from latentmill.models.base import Autoencoder, ModelSpec
@@ -196,3 +202,72 @@ def test_windows_share_frames_even_where_chunks_do_not(size: int, shared: int) -
     step = size - shared
     last = latent.shape[1] - size
     assert reads == [(start, size) for start in [*range(0, last, step), last]]
+
+
+class Steps(Clock):
+    """A decoder that plays the number of the window's first frame."""
+
+    def decode(
+        self,
+        latents: torch.Tensor,
+        num_samples: int,
+        *,
+        seed: int = 0,
+        positions: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        assert positions is not None
+        return torch.tensor(positions)[:, None, None].float().expand(-1, 1, num_samples)
+
+
+@pytest.mark.parametrize(("skew", "begin", "width"), [(0, 32, 64), (2, 56, 48), (-2, 24, 48)])
+def test_a_fade_spans_half_of_what_is_right_in_both_windows(
+    skew: int, begin: int, width: int
+) -> None:
+    """They share 128 samples; the context on the left is longer by 2 frames of 16 samples."""
+    chunking = Chunking("trim", 20 * 16, 12 * 16, 8, skew)
+    latent = np.zeros((16, 32), np.float32)
+    audio = decode_latent(Steps(SPECS[0]), latent, 32 * 16, chunking)[0]
+    fade = np.concatenate([np.zeros(begin), np.linspace(0, 1, width), np.ones(128 - begin - width)])
+    wanted = np.concatenate([np.zeros(12 * 16), 12 * fade, np.full(12 * 16, 12)])
+    assert np.allclose(audio, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_short_last_chunk_is_decoded_at_its_own_length(chunks: int) -> None:
+    lengths: list[tuple[int, int]] = []
+
+    class Short(Clock):
+        def decode(self, latents: torch.Tensor, num_samples: int, **options: Any) -> torch.Tensor:
+            lengths.extend((latents.shape[2], num_samples) for _ in latents)
+            return super().decode(latents, num_samples, **options)
+
+    def read(start: int, count: int) -> Latent:
+        assert start + count <= chunks
+        return np.zeros((count, 16, 8), np.float32)
+
+    spec = replace(SPECS[0], short_last_chunk=True)
+    chunking = Chunking("none", 128, 96, 0)
+    samples = (chunks - 1) * 96 + 60
+    audio = decode_latent(Short(spec), LatentSource((chunks, 16, 8), read), samples, chunking)
+    assert np.array_equal(audio[0], np.arange(samples))
+    if chunks > 1:
+        assert lengths == [(8, 128)] * (chunks - 1) + [(4, 60)]
+
+
+@pytest.mark.parametrize("stitch", ["none", "crossfade"])
+def test_latents_of_several_items_are_decoded_one_by_one(
+    stitch: str, one_sentence: Callable[[BaseException], str]
+) -> None:
+    chunking = Chunking(stitch, 128, 96, 2 if stitch == "crossfade" else 0)  # type: ignore[arg-type]
+    random = np.random.default_rng(0)
+    one, other = (random.standard_normal((3, 16, 9)).astype(np.float32) for _ in range(2))
+    if stitch == "crossfade":
+        one, other = one[0], other[0]
+    whole = [decode_latent(MODEL, latent, None, chunking) for latent in (one, other)]
+    for batch in (np.stack([one, other]), torch.from_numpy(np.stack([one, other]))):
+        assert np.array_equal(decode_latents(MODEL, batch, None, chunking), np.stack(whole))
+    assert np.array_equal(decode_latents(MODEL, one, None, chunking), whole[0])
+    for wrong in (one[0], one[None, None], one[:0]):
+        with pytest.raises(ConfigError, match="cannot be decoded: give") as caught:
+            decode_latents(MODEL, wrong, None, chunking)
+        assert one_sentence(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -137,6 +138,17 @@ def test_a_chunking_for_a_model_has_lengths_that_it_takes_and_no_gaps(
         assert chunking.overlap == spec.frames(chunking.samples) - chunking.step // spec.hop
 
 
+CODES = replace(MDCT, codebook_size=16)
+CAUSAL = replace(make_spec(16, 0, 16, 16), step_frames=4)
+
+
+def test_codes_can_be_trimmed_and_a_chunk_of_one_step_has_a_state() -> None:
+    assert Chunking.for_model(CODES, stitch="trim") == Chunking.for_model(MDCT, stitch="trim")
+    for frames in (4, 5):
+        chunking = Chunking.for_model(CAUSAL, stitch="state", samples=16 * frames)
+        assert chunking == Chunking("state", 16 * frames, 16 * frames, 0)
+
+
 @pytest.mark.parametrize(
     ("spec", "wanted", "says"),
     [
@@ -146,6 +158,10 @@ def test_a_chunking_for_a_model_has_lengths_that_it_takes_and_no_gaps(
         (MDCT, {"stitch": "trim", "overlap": 0.1}, "share 2 latent frames"),
         (MDCT, {"stitch": "crossfade", "overlap": 0.0}, "share 1 latent frames"),
         (make_spec(10, 0, 10, 100), {"seconds": 0.2}, "--chunk-seconds 2.2 or more"),
+        (CODES, {"stitch": "crossfade"}, "use --stitch trim"),
+        (replace(CODES, context=None), {"stitch": "crossfade"}, "use --stitch none"),
+        (replace(CODES, context=None), {"stitch": "trim"}, "use --stitch none"),
+        (CAUSAL, {"stitch": "state", "samples": 48}, "must have at least 64 samples"),
     ],
 )
 def test_what_no_chunking_can_be_is_refused_in_one_sentence(

@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentmill.encoding.lanes import LANES, in_turn, lanes_of, reading_order
+from latentmill.encoding.lanes import LANES, PACKING, in_turn, lanes_of, reading_order
 from latentmill.sources.base import Item, Segment, TableCell, known_seconds
 
 
 @st.composite
 def items(draw: st.DrawFn) -> list[Item]:
     """Items whose length is known, that of a segment, to be guessed from the size, or unknown."""
-    seconds = draw(st.lists(st.floats(0.1, 1000), max_size=60))
+    count = draw(st.integers(0, 60))  # lists of any length rarely have more than a few elements
+    seconds = draw(st.lists(st.floats(0.1, 1000), min_size=count, max_size=count))
     made = []
     for number, length in enumerate(seconds):
         kind = draw(st.sampled_from(["known", "segment", "size"]))
@@ -50,6 +51,21 @@ def test_an_item_of_which_nothing_is_known_counts_as_a_minute() -> None:
     some = [Item(f"{n}", f"/{n}", 0, "") for n in range(LANES)]
     some += [Item("short", "/short", 0, "", seconds=1.0), Item("last", "/last", 0, "")]
     assert [[number for number, _ in lane] for lane in lanes_of(some)][:2] == [[0, 16], [1, 17]]
+
+
+@pytest.mark.parametrize(("first", "second"), [(0.99999, 1.0), (1.0, 0.99999)])
+def test_32_000_bytes_of_unknown_length_count_as_a_second(first: float, second: float) -> None:
+    """Stores are continued in this order, so the estimate must stay what it is."""
+    assert PACKING == 3  # what plans in stores have
+    some = [Item(f"{n}", f"/{n}", 0, "", seconds=9.0) for n in range(LANES - 2)]
+    sizes = [int(first == 1.0) * 32_000, int(second == 1.0) * 32_000]
+    some += [
+        Item("x", "/x", sizes[0], "", seconds=None if sizes[0] else first),
+        Item("y", "/y", sizes[1], "", seconds=None if sizes[1] else second),
+        Item("last", "/last", 0, "", seconds=1.0),
+    ]
+    shorter = LANES - 2 if first < second else LANES - 1
+    assert [number for number, _ in lanes_of(some)[shorter]] == [shorter, LANES]
 
 
 @given(items())

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from latentmill.engine.dispatch import (
     MAX_ATTEMPTS,
     MAX_NODE_LOSSES,
-    MAX_UNWRITTEN,
     UNITS_IN_FLIGHT,
     Assignment,
     Dispatch,
@@ -72,7 +71,7 @@ def test_a_unit_that_cannot_be_written_waits_for_the_others_and_fails_alone() ->
 
 def test_when_nothing_can_be_written_it_is_the_storage() -> None:
     dispatch = Dispatch(units(*[1] * 5))
-    for number in range(MAX_UNWRITTEN):
+    for number in range(3):
         assert not dispatch.unwritable
         unit = take(dispatch, "a")
         assert unit.number == number
