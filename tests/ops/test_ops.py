@@ -135,6 +135,16 @@ def test_the_origin_of_a_long_item_is_stitched_as_the_item_is(
         assert np.array_equal(origin.of_length(hops), Origin(silence).of_length(hops))
 
 
+@given(have=st.integers(1, 9), start=st.integers(0, 20), frames=st.integers(0, 20))
+def test_the_origin_of_a_causal_model_repeats_its_last_frame(
+    have: int, start: int, frames: int
+) -> None:
+    silence = np.random.default_rng(have).standard_normal((2, have)).astype(np.float32)
+    origin = Origin(silence, Chunking("state", have * 32, have * 32, 0))
+    long = np.concatenate([silence, np.repeat(silence[:, -1:], 40, axis=1)], axis=1)
+    assert np.array_equal(origin.crop(40, start, frames), long[:, start : start + frames])
+
+
 @pytest.mark.parametrize("stitch", ["trim", "crossfade", None])
 @given(have=st.integers(4, 9), overlap=st.integers(2, 4), total=st.integers(1, 90), data=st.data())
 def test_a_crop_of_the_origin_is_cut_from_the_whole(
@@ -179,6 +189,13 @@ def test_after_an_items_end_a_crop_is_a_longer_silence(
 def test_a_gain_curve_is_the_affine_encoders_latent_frame_by_frame(curves: np.ndarray) -> None:
     audio = sum(np.repeat(c, 32) * s for c, s in zip(curves, SOUNDS, strict=True))
     mixed = mix([affine(sound) for sound in SOUNDS], list(curves), origin=ORIGIN)
+    assert np.allclose(mixed, affine(audio), atol=5e-4)
+
+
+def test_a_number_and_a_gain_curve_can_be_mixed() -> None:
+    curve = np.linspace(-1, 2, 10)
+    audio = 0.5 * SOUNDS[0] + np.repeat(curve, 32) * SOUNDS[1]
+    mixed = mix([affine(sound) for sound in SOUNDS[:2]], [0.5, curve], origin=ORIGIN)
     assert np.allclose(mixed, affine(audio), atol=5e-4)
 
 
@@ -317,6 +334,9 @@ def test_a_poor_operation_warns_the_caller() -> None:
         warnings.simplefilter("error")
         subtract(one, other, origin=measured.raw())  # good in the raw form
         gain(one, 0.5, origin=origin)  # good with the origin
+        ducked = np.repeat([0.0, -1.0], 5)  # takes away, and never adds
+        removable = replace(ORIGIN, linearity=replace(CARD, removal=20.0))
+        mix([one, other], [1.0, ducked], origin=removable)
         mix([one, other], [1.0, 0.0], origin=origin)  # nothing is added
         mix([one, other], origin=ORIGIN)  # never measured
 

@@ -79,6 +79,22 @@ def test_what_has_become_of_a_source(
     assert set(stale) == set(found.units)
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_rows_of_items_with_other_metadata_are_collected_if_asked_for(wanted: bool) -> None:
+    storage = Storage(f"memory://described/{wanted}")
+    plan = frozen([item(0), item(1), item(2)], storage)
+    captioned = dataclasses.replace(item(1), metadata='{"bpm": 90}')
+    options = {"described_rows": True} if wanted else {}
+    with draft([item(0), captioned, item(2)], LIMITS) as listed:
+        found, fresh = compare(plan, storage, listed, LIMITS, **options)  # type: ignore[arg-type]
+        fresh.close()
+    assert (found.new, found.described, found.described_keys) == (0, 1, ["k001"])
+    rows = [("k001", '{"bpm": 90}')] if wanted else []
+    columns = (found.described_rows[name].to_pylist() for name in ("key", "metadata"))
+    assert list(zip(*columns, strict=True)) == rows
+    assert found.described_units == [0] * wanted
+
+
 pytestmark = pytest.mark.usefixtures("inline")
 
 

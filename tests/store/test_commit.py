@@ -20,6 +20,7 @@ from latentmill.store.commit import (
     Tally,
     iter_commits,
     next_revisions,
+    read_commit,
     read_commits,
     write_commit,
     write_unit,
@@ -199,12 +200,14 @@ def test_an_unwritable_store(tmp_path: Path) -> None:
 
 def test_too_large_for_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ParquetShardWriter, "max_latent_bytes", 64 * 2 * 50)
-    commit = write(tmp_path, "parquet", [encoded("fits", 50), encoded("large", 51)])
-    fits, large = commit.items
-    assert fits.status == "encoded"
-    assert large.status == "failed"
-    assert large.reason is not None
-    assert large.reason.endswith("is too large for Parquet: use format webdataset")
+    long = make_record("long", np.zeros((64, 3 << 22), np.float16))  # its memory is not touched
+    outcomes = [encoded("fits", 50), encoded("large", 51), Outcome("long", "encoded", record=long)]
+    commit = write(tmp_path, "parquet", outcomes)
+    assert [item.status for item in commit.items] == ["encoded", "failed", "failed"]
+    assert [item.reason for item in commit.items[1:]] == [
+        f"its latent of {size} GiB is too large for Parquet: use format webdataset"
+        for size in ("0.0", "1.5")
+    ]
     assert (commit.rows, commit.statistics and commit.statistics.frames) == (1, 50)
 
 
@@ -283,8 +286,10 @@ def change(document: dict, **values: object) -> str:
 )
 def test_a_damaged_commit_is_refused(tmp_path: Path, spoil: object, message: str) -> None:
     storage = Storage(str(tmp_path))
-    write_commit(storage, write(tmp_path, "parquet", [encoded("a")]), {})
+    written = write_commit(storage, write(tmp_path, "parquet", [encoded("a")]), {})
     path = tmp_path / "commits/000007.json"
+    assert read_commit(storage, "000007") == written
+    assert "null" not in path.read_text()  # earlier versions know the names that have a value
     path.write_text(spoil(json.loads(path.read_text())))
     with pytest.raises(StoreError) as raised:
         read_commits(storage)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pyarrow as pa
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,16 +14,21 @@ from latentmill.store.schema import Commit, ItemEntry
 keys = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
 
 
+def width(place: int) -> int:
+    """Bytes of a value: float16 or float32."""
+    return 4 if place % 3 else 2
+
+
 def commit(number: int, some_keys: list[str]) -> Commit:
     items = [ItemEntry(key=f"failed {number}", status="failed", reason="why")]
     for place, key in enumerate(some_keys):
-        chunks = (place,) if place % 2 else ()  # float16
+        chunks = (place,) if place % 2 else ()
         items.append(
             ItemEntry(
                 key=key,
                 status="encoded",
                 offset=100 * place,
-                length=2 * math.prod((*chunks, 2, place + 3)),
+                length=width(place) * math.prod((*chunks, 2, place + 3)),
                 hash=f"{2**64 - 1 - place:016x}",
                 shape=(*chunks, 2, place + 3),
                 num_samples=7,
@@ -57,7 +63,7 @@ def test_every_key_is_found_in_order(units: list[list[str]], absent: str) -> Non
                 entry = index.entry(position)
                 assert (entry.key, entry.shard) == (key, f"shards/{number:06d}.parquet")
                 assert (entry.row, entry.offset) == (place, 100 * place)
-                assert entry.length == 2 * math.prod(entry.shape)
+                assert entry.length == width(place) * math.prod(entry.shape)
                 assert entry.hash == 2**64 - 1 - place
                 assert entry.shape == ((place,) if place % 2 else ()) + (2, place + 3)
 
@@ -85,3 +91,44 @@ def test_the_hash_of_items_is_that_of_their_keys_and_shapes(some_keys: list[str]
 def test_a_commit_counts_its_items_by_status() -> None:
     made = commit(3, ["a", "b", "c"])
     assert (made.count("encoded"), made.count("failed"), made.count("skipped")) == (3, 1, 0)
+
+
+@given(one=st.lists(keys, max_size=6, unique=True), other=st.lists(keys, max_size=6, unique=True))
+def test_keys_are_found_in_another_index(one: list[str], other: list[str]) -> None:
+    first, second = (Index.from_batches([to_batch(commit(0, some))]) for some in (one, other))
+    found = first.positions_of(second)
+    if sorted(one) == sorted(other):
+        assert found is None
+    else:
+        assert found is not None
+        places = {key: place for place, key in enumerate(sorted(one))}
+        assert found.tolist() == [places.get(key, -1) for key in sorted(other)]
+    for some in (one, other):
+        assert first.has_keys(pa.chunked_array([sorted(some)], pa.string())) == (
+            sorted(one) == sorted(some)
+        )
+
+
+@given(st.lists(keys, min_size=1, max_size=8, unique=True), st.data())
+def test_an_index_of_some_rows_has_their_shards_only(
+    some_keys: list[str], data: st.DataObject
+) -> None:
+    half = len(some_keys) // 2
+    parts = [some_keys[:half], some_keys[half:]]
+    whole = Index.from_batches([to_batch(commit(n, part)) for n, part in enumerate(parts)])
+    start = data.draw(st.integers(0, len(some_keys) - 1))
+    kept = sorted(some_keys)[start:]
+    index = Index.from_tables([whole.table.slice(start)])
+    assert index.keys(np.arange(len(index))) == kept
+    assert index.shards == [
+        f"shards/{n:06d}.parquet" for n, part in enumerate(parts) if set(part) & set(kept)
+    ]
+    part = Index(whole.table.slice(start))  # a view, whose keys do not begin at its first byte
+    assert part.positions_of(index) is None
+    assert index.positions_of(part) is None
+    order, starts = index.by_shard()
+    for number, shard in enumerate(index.shards):
+        entries = [index.entry(at) for at in order[starts[number] : starts[number + 1]].tolist()]
+        assert {entry.shard for entry in entries} == {shard}
+        assert [entry.row for entry in entries] == sorted(entry.row for entry in entries)
+    assert starts[-1] == len(kept)

@@ -47,3 +47,17 @@ def test_long_latents_and_chunks() -> None:
     assert chunked.frames == flat.frames == 12000
     np.testing.assert_allclose(chunked.mean, flat.mean, rtol=1e-12)
     np.testing.assert_allclose(chunked.m2, flat.m2, rtol=1e-12)
+
+
+def test_frames_that_pad_the_last_chunk_do_not_count() -> None:
+    chunks = np.random.default_rng(1).standard_normal((3, 2, 10)).astype(np.float32)
+    chunks[0, :, 8:] = 0  # not the last one
+    chunks[2, :, 6:] = 0
+    chunks[2, 1, 5] = 0  # not all channels
+    statistics = ChannelStatistics.of(chunks)
+    counted = np.concatenate([chunks[0], chunks[1], chunks[2, :, :6]], axis=1).astype(np.float64)
+    assert statistics.frames == 26
+    np.testing.assert_allclose(statistics.mean, counted.mean(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(statistics.std, counted.std(axis=1), rtol=1e-12)
+    assert ChannelStatistics.of(chunks[2]).frames == 10  # a whole latent is not padded
+    assert ChannelStatistics.of(np.zeros((2, 2, 10), np.float32)).frames == 20

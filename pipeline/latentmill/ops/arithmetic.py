@@ -98,7 +98,8 @@ def combine(
         scales=scales,
         stacklevel=stacklevel + 1,
     )
-    rest = np.float32(1) - np.sum(factors, axis=0, dtype=np.float64).astype(np.float32)
+    each = np.broadcast_arrays(*factors)  # numbers and curves may stand side by side
+    rest = np.float32(1) - np.sum(each, axis=0, dtype=np.float64).astype(np.float32)
     if np.any(rest != 0):
         total += rest * origin.like(total)
     if origin.deviations:
