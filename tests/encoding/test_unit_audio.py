@@ -22,7 +22,8 @@ from latentmill.audio import MediaFile
 from latentmill.encoding import unit_audio
 from latentmill.encoding.chunks import Chunk
 from latentmill.encoding.lanes import LANES
-from latentmill.encoding.loading import EncodeSettings, Event, Loading, Opened
+from latentmill.encoding.loading import EncodeSettings, Event, Facts, Loading, Opened
+from latentmill.encoding.loudness import LevelMeter
 from latentmill.encoding.timings import Timings
 from latentmill.encoding.unit_audio import LocalAudio
 from latentmill.record import Outcome
@@ -70,6 +71,24 @@ def test_the_number_of_load_threads_changes_no_bit(corpus: Path) -> None:
             assert outcome.record is not None
             assert wanted.record is not None
             assert outcome.record.latent.tobytes() == wanted.record.latent.tobytes()
+
+
+def test_the_level_meter_gets_channels_that_are_contiguous(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interleaved channels take three times as long, and round sums of squares differently."""
+    got = []
+    real = LevelMeter.push
+    monkeypatch.setattr(
+        LevelMeter, "push", lambda self, block: got.append(block) or real(self, block)
+    )
+    sf.write(tmp_path / "a.wav", noise(40.0, RATE, 2), RATE)
+    stereo = replace(MODEL.spec, channels=2)
+    loading = Loading(stereo, CHUNKING, EncodeSettings())
+    with contextlib.closing(LocalAudio(items_of(tmp_path), loading, Timings())) as audio:
+        levels = [event.levels for _, _, event in audio if isinstance(event, Facts)]
+    assert len(levels) == 1
+    assert all(channel.flags.c_contiguous for block in got for channel in block)
 
 
 @pytest.fixture

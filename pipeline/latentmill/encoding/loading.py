@@ -224,8 +224,8 @@ class _Share:
 
     def _chunks(self, waveform: Iterable[FloatArray]) -> Iterator[Event]:
         for block in waveform:
-            self._levels.push(block)
             yield from self._chunker.push(block)
+            self._levels.push(self._chunker.pushed(block))
 
     def _last(self, content_hash: Callable[[], str]) -> Iterator[Event]:
         """The last chunks and the facts, or that a filter skips the item."""
