@@ -320,6 +320,13 @@ def test_a_poor_operation_warns_the_caller() -> None:
     with pytest.warns(LinearityWarning, match="Scaling a latent is poor.*0.60") as caught:
         gain(one, 0.5, origin=origin.raw())
     assert caught[0].filename == __file__
+    for warned in (
+        lambda: crossfade(one, other, 3, origin=origin),
+        lambda: mixup(one, other, 0.5, origin=origin),
+    ):
+        with pytest.warns(LinearityWarning, match="Adding") as caught:
+            warned()
+        assert {each.filename for each in caught} == {__file__}
     measured = replace(ORIGIN, linearity=replace(CARD, removal=3.2, removal_raw=20.0))
     with pytest.warns(LinearityWarning) as caught:  # each operation has its own metric
         subtract(one, other, origin=measured)
