@@ -1,7 +1,7 @@
 """Compares the pipeline's throughput with the model's and with the linear-cae README's loop.
 
     python benchmarks/pipeline.py [--seconds 60] [--rounds 3] [--source FOLDER]
-    python benchmarks/pipeline.py --clips 2000
+    python benchmarks/pipeline.py --clips 4000
 
 Three measurements alternate in one process tree. `pipeline` encodes a folder through Ray, including
 loading, stitching and committing shards. `model` runs the same batches with the audio already in
@@ -9,8 +9,9 @@ memory, in an actor with the pipeline's threads and memory. `loop` follows the R
 file by file. Starting Ray and loading the model are not counted. `model_busy_share` is measured in
 the pipeline's run: the share of the time in which its model was working. `--clips` measures only
 stereo clips of 5 s with a mono model that costs nothing (`simulated_gpu.py`, batches of 32 chunks),
-in a worker of its own process, from planning to commits, and writes `clips.json`. `soundfile.read`
-of the same files in two threads is measured in the same run, alternately.
+in a worker of its own process, from planning to commits, and writes `clips.json`. Units have half
+an hour as in a corpus of 128 hours: by default those of so few clips would have a minute.
+`soundfile.read` of the same files in two threads is measured in the same run, alternately.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ from latentmill.models.inference.device import worker_environment
 if TYPE_CHECKING:
     import numpy as np
 
+    from latentmill.plan import UnitLimits
+
 CLIP_SECONDS = 5.0
+CLIPS_UNIT_SECONDS = 1800
 CLIPS_MODEL = "python:simulated_gpu:build"
 README_CHUNK = 44100 * 10
 README_OVERLAP = 0.25
@@ -77,6 +81,7 @@ def main() -> None:
 def clips_alone(folder: Path, clips: int, rounds: int) -> None:
     """Measure clips a second through a worker, and those that two threads read with soundfile."""
     import feed
+    from latentmill.plan import UnitLimits
 
     source = SHARED_AUDIO / "flac"
     audio = feed.music(source if source.is_dir() else None)
@@ -84,7 +89,7 @@ def clips_alone(folder: Path, clips: int, rounds: int) -> None:
     for suffix in feed.FORMATS:
         corpus = folder / suffix
         write_clips(corpus, audio, suffix, clips)
-        bench = Bench(CLIPS_MODEL, corpus, {"hop": 4096}, batch_size=32)
+        bench = Bench(CLIPS_MODEL, corpus, {"hop": 4096}, 32, UnitLimits(CLIPS_UNIT_SECONDS))
         bench.run_here(folder / "out")  # imports, and the page cache
         pairs = [
             (
@@ -189,12 +194,13 @@ class Bench:
         corpus: Path,
         options: dict[str, Any] | None = None,
         batch_size: int | None = None,
+        limits: UnitLimits | None = None,
     ) -> None:
         from latentmill.config import fingerprint_document, load_config
         from latentmill.encoding.chunks import Chunking
         from latentmill.engine.job import make_job
         from latentmill.models import registry
-        from latentmill.plan import Plan, read_items
+        from latentmill.plan import Plan, UnitLimits, read_items
         from latentmill.sources.folder import FolderSource
         from latentmill.storage.storage import Storage
 
@@ -205,6 +211,7 @@ class Bench:
         handle = registry.resolve(model, options)
         chunking = Chunking.for_model(handle.spec)
         self.source = FolderSource(str(corpus), config.extensions)
+        self.limits = limits or UnitLimits()
         self.plan = Plan(
             source=str(corpus),
             fingerprint=fingerprint_document(config, handle.spec, chunking),
@@ -220,10 +227,10 @@ class Bench:
             self.items = [read_items(Storage(folder), unit) for unit in plan.units]
 
     def freeze(self, out: Path) -> Any:
-        from latentmill.plan import UnitLimits, draft, freeze
+        from latentmill.plan import draft, freeze
         from latentmill.storage.storage import Storage
 
-        with draft(self.source.items(), UnitLimits()) as items:
+        with draft(self.source.items(), self.limits) as items:
             return freeze(self.plan, items, Storage(str(out)))
 
     def run_here(self, out: Path) -> None:
