@@ -14,9 +14,9 @@ import torch
 from torch.utils.data import DataLoader
 
 import latentmill as lm
-from latentmill.errors import ConfigError, StoreError
+from latentmill.errors import ConfigError, StorageError, StoreError
 from latentmill.reader.dataset import LatentDataset
-from latentmill.reader.sample import Sample
+from latentmill.reader.sample import Sample, StoredMetadata
 from latentmill.store.store import LatentStore
 from support.latent_store import HOP, RATE, write_latents
 
@@ -62,6 +62,13 @@ def test_metadata_is_parsed_when_it_is_read(made: LatentStore) -> None:
         sample.latent  # noqa: B018
     with pytest.raises(FrozenInstanceError):
         sample.key = "other"
+
+
+@pytest.mark.parametrize("damaged", ["{", "[1]", '"text"', "null"])
+def test_damaged_metadata_is_an_error_when_it_is_read(damaged: str) -> None:
+    sample = Sample.unparsed(StoredMetadata(damaged, 0.0, 1.0), key="item")
+    with pytest.raises(StorageError, match="metadata of a record is not a valid JSON object"):
+        sample.metadata  # noqa: B018
 
 
 def test_windows_are_all_of_every_item(made: LatentStore) -> None:

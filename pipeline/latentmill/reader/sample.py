@@ -30,16 +30,16 @@ class StoredMetadata(NamedTuple):
     seconds_total: float
 
     def parsed(self) -> dict[str, Any]:
-        """The metadata of a `Sample`. Raises StorageError if it is not valid JSON."""
+        """The metadata of a `Sample`. Raises StorageError if it is not a JSON object."""
         try:
             metadata: dict[str, Any] = {} if self.own == "{}" else parse_json(self.own)
+            metadata["seconds_start"] = self.seconds_start
+            metadata["seconds_total"] = self.seconds_total
         except (ValueError, TypeError) as error:
             raise StorageError(
-                "the metadata of a record is not valid JSON: run `latentmill verify STORE` to find "
-                "its shard."
+                "the metadata of a record is not a valid JSON object: run `latentmill verify "
+                "STORE` to find its shard."
             ) from error
-        metadata["seconds_start"] = self.seconds_start
-        metadata["seconds_total"] = self.seconds_total
         return metadata
 
 

@@ -1,6 +1,6 @@
 """The augmentation that makes an autoencoder linear, for any training loop.
 
-    linearity = Linearity(steps=100_000, seed=0)
+    linearity = LinearityAugmentation(steps=100_000, seed=0)
     for step, audio in enumerate(loader):
         batch = linearity(audio, step)
         latents = batch.latents(encoder(batch.inputs))
