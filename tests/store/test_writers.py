@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
 import typing
 from pathlib import Path
@@ -119,6 +120,24 @@ def test_an_aborted_file_is_gone(name: str, tmp_path: Path, added: int) -> None:
     writer.abort()
     writer.abort()
     assert list(tmp_path.iterdir()) == []
+
+
+@each_format
+def test_an_aborted_file_takes_no_space_of_a_full_disk(name: str, tmp_path: Path) -> None:
+    """An open file without a name does until it is closed."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = open_writer(name, tmp_path / "shard", {})
+    large = make_record("large", np.ones((64, 2000), np.float16))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            writer.add(large)
+            writer.close()
+        writer.abort()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    files = [one.readlink() for one in Path("/proc/self/fd").iterdir() if one.is_symlink()]
+    assert not [file for file in files if file.is_relative_to(tmp_path)]
 
 
 def test_the_names_of_formats_are_those_of_the_settings() -> None:

@@ -38,8 +38,9 @@ class ParquetShardWriter:
         self._path = path
         metadata = {"latentmill": json.dumps(info, sort_keys=True)}
         self._footer: list[pq.FileMetaData] = []  # when the file is closed
+        self._sink = pa.OSFile(str(path), "wb")
         self._file = pq.ParquetWriter(
-            path,
+            self._sink,
             RECORD_SCHEMA.with_metadata(metadata),
             compression={"latent": "NONE", **dict.fromkeys(_COLUMN_PATHS, "ZSTD")},
             use_dictionary=[p for p in _COLUMN_PATHS if p != "key"],
@@ -67,6 +68,7 @@ class ParquetShardWriter:
         """Write the footer; return the latents' positions according to it, checked in the file."""
         self._flush()
         self._file.close()
+        self._sink.close()
         [footer] = self._footer
         locations: list[Location] = []
         with self._path.open("rb") as file:
@@ -87,6 +89,8 @@ class ParquetShardWriter:
         # RuntimeError: there is no footer, because the disk is full.
         with contextlib.suppress(OSError, pa.ArrowException, RuntimeError):
             self._file.close()
+        with contextlib.suppress(OSError):
+            self._sink.close()  # else the disk would stay full until the writer is deleted
         with contextlib.suppress(OSError):
             self._path.unlink()
 
