@@ -114,3 +114,16 @@ def test_the_checks_and_the_hash_of_a_short_recording_read_it_once(
         assert len(reads) == 1
         with pytest.raises(ItemError, match="cannot be read"):  # as by the system
             media.read_at(-1, 3)
+
+
+def test_a_file_that_becomes_shorter_while_it_is_loaded_has_no_hash(tmp_path: Path) -> None:
+    """Its readable part, which --allow-truncated keeps, would have the hash of the whole file."""
+    path = tmp_path / "a.wav"
+    sf.write(path, np.zeros(300_000), 16000)
+    with open_media(str(path)) as media:
+        blocks = open_audio(media, allow_truncated=True).blocks()
+        loaded = next(blocks).shape[1]
+        os.truncate(path, 500_000)
+        assert loaded + sum(block.shape[1] for block in blocks) < 300_000
+        with pytest.raises(ItemError, match=r"truncated to 500000 of 600044 bytes while it was"):
+            media.content_hash  # noqa: B018
