@@ -145,6 +145,9 @@ def test_obstore_lists_as_s3fs_does(s3_bucket: str, monkeypatch: pytest.MonkeyPa
     found = listed(f"{s3_bucket}/m", monkeypatch)
     assert sum(map(len, found)) == len(names)
     assert rest == [""]  # with obstore switched off
+    files.pipe_file(f"{s3_bucket}//m/apart.wav", b"x")  # not in the folder `m`
+    (apart,) = listed(f"{s3_bucket}//m", monkeypatch)
+    assert list(apart) == [f"{s3_bucket.removeprefix('s3://')}//m/apart.wav"]
     # Markers of folders and names that obstore does not support are left to s3fs.
     files.pipe_file(f"{s3_bucket}/m/n/", b"")
     files.pipe_file(f"{s3_bucket}/m/n/empty.wav", b"")

@@ -174,6 +174,8 @@ def test_a_listing_has_the_versions_that_a_plan_compares(
         uri = Place(any_site.url).address(path)
         assert current_version(uri) == (entry.size, entry.version)
     assert listed(f"{any_site.url}/nothing", monkeypatch) == {}
+    any_site.put("/m/apart.wav", b"x")  # in another folder, whose name begins with a slash
+    assert set(listed(f"{any_site.url}//m", monkeypatch)) == {f"{bucket}//m/apart.wav"}
 
 
 def test_markers_of_folders_are_not_listed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

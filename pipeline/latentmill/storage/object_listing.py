@@ -54,7 +54,8 @@ def list_pages(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[list[Listed
     """
     name, _, folder = path.partition("/")
     bucket = bucket_of(fs, name)
-    if bucket is None or not bucket.kind.same_api:
+    # obstore would remove a slash at the beginning, and list another folder.
+    if bucket is None or not bucket.kind.same_api or folder.startswith("/"):
         raise UnlistedError
     pages = _Pages(bucket, path, folder)
     while True:
