@@ -312,6 +312,11 @@ def test_the_account_in_a_url_of_azure_is_kept(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(SourceError) as caught:
         Place("az://music/a")
     assert "set AZURE_STORAGE_ACCOUNT_NAME or AZURE_STORAGE_CONNECTION_STRING." in str(caught.value)
+    other = f"AccountName=other;AccountKey={KEY};EndpointSuffix=core.windows.net"
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", other)
+    _forget()
+    with pytest.raises(SourceError, match="account mine, but the credentials are those of other"):
+        Place(url)
 
 
 @pytest.mark.parametrize("status", [503, 429, "cut"])

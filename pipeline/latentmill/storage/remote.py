@@ -109,9 +109,18 @@ def open_for(
         raise error(f"{what} {redact(url)} is a chained URL: use a plain path or URL.")
     refuse_secrets(what, url, error)
     try:
-        return open_filesystem(url)
+        fs, path = open_filesystem(url)
     except (ValueError, ImportError, OSError) as cause:  # some, such as ftp, connect at once
         raise error(f"{what} {url} cannot be opened: {why_not_opened(url, cause)}.") from cause
+    named = _account_host(url).partition(".")[0]
+    # adlfs takes the account of a connection string instead.
+    used = getattr(getattr(fs, "service_client", None), "account_name", None)
+    if named and used and named != used:
+        raise error(
+            f"{what} {url} is in the storage account {named}, but the credentials are those of "
+            f"{used}: change AZURE_STORAGE_CONNECTION_STRING or AZURE_STORAGE_ACCOUNT_NAME."
+        )
+    return fs, path
 
 
 def address(fs: fsspec.AbstractFileSystem, path: str, opened: str) -> str:
@@ -119,12 +128,17 @@ def address(fs: fsspec.AbstractFileSystem, path: str, opened: str) -> str:
 
     A URL of Azure may name the account: `abfs://container@account.dfs.core.windows.net/path`.
     """
-    if EXTRAS.get(protocol_of(opened)) == "azure":
-        _, account, host = opened.partition("://")[2].partition("/")[0].partition("@")
-        if account:
-            container, slash, key = path.partition("/")
-            return f"{protocol_of(opened)}://{container}@{host}{slash}{key}"
+    if host := _account_host(opened):
+        container, slash, key = path.partition("/")
+        return f"{protocol_of(opened)}://{container}@{host}{slash}{key}"
     return str(fs.unstrip_protocol(path))
+
+
+def _account_host(url: str) -> str:
+    """The host in a URL of Azure, which begins with the storage account; empty if there is none."""
+    if EXTRAS.get(protocol_of(url)) != "azure":
+        return ""
+    return url.partition("://")[2].partition("/")[0].partition("@")[2]
 
 
 def is_web(url: str) -> bool:
