@@ -16,8 +16,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from latentmill.config import RunConfig
 from latentmill.errors import SourceError, StorageError, StoreError
 from latentmill.plan import (
+    DEFAULT_SHARD_SIZE,
     ITEMS_PATH,
     PLAN_PATH,
     UNITS_PATH,
@@ -217,6 +219,18 @@ def test_other_plans_keep_the_order_of_keys(kind: str) -> None:
     rows = [key for unit in rows_of(items, SHORT) for key, _ in unit]
     blocks = {one.key: (one.group or one.key, one.key) for one in items}
     assert rows == sorted(blocks, key=lambda key: blocks[key])
+
+
+@pytest.mark.parametrize(("seconds", "by_length"), [(3600.0, True), (3599.999999, False)])
+def test_an_hour_of_short_items_is_sorted_by_length(seconds: float, by_length: bool) -> None:
+    long = UnitLimits(chunk_seconds=5000.0)
+    with draft([item(0, 1, seconds=seconds - 1), item(1, 1, seconds=1.0)], long) as drafted:
+        assert drafted.totals.by_length == by_length
+
+
+def test_the_default_size_of_a_shard_is_what_the_help_says() -> None:
+    assert "[default: 1GiB]" in str(RunConfig.model_fields["shard_size"].description)
+    assert DEFAULT_SHARD_SIZE == 1024**3
 
 
 def test_equal_keys_of_other_lengths_are_refused() -> None:

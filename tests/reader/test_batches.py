@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 from latentmill.errors import ConfigError
 from latentmill.reader.batches import BatchSampler
@@ -88,6 +89,8 @@ def test_a_resumed_epoch_goes_on_exactly(
             if state:
                 sampler.load_state_dict(state)
             sampler.set_epoch(2)
+        done = state["position"] if state else 0
+        assert sum(len(sampler) for sampler in samplers) == len(expected) - done
         part, after = read(samplers, steps)
         seen += part
         state = after or state
@@ -125,6 +128,17 @@ def test_a_state_from_the_end_is_followed_by_the_next_epoch(dataset: LatentDatas
     resumed.load_state_dict(state)
     assert list(resumed) == []
     assert {epoch for batch in resumed for epoch, _, _ in batch} == {1}
+
+
+def test_the_draws_of_a_sampler_stay_what_they_are(dataset: LatentDataset) -> None:
+    """A state saved today means the same samples tomorrow: seed, epoch, the sampler's own seed."""
+    sampler = BatchSampler(dataset, 100, sampler=RandomSampler(dataset), seed=7)
+    sampler.set_epoch(3)
+    key = int(np.random.SeedSequence((7, 3, 0, 5)).generate_state(1, np.uint64)[0]) >> 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key)
+        expected = list(RandomSampler(dataset))
+    assert [number for batch in sampler for _, _, number in batch] == expected
 
 
 def test_buckets_keep_padding_low(made) -> None:

@@ -82,6 +82,21 @@ def test_usual_conditions_need_no_loop(text: str) -> None:
     assert found.tolist() == [Condition(text).holds(row) for row in rows]
 
 
-@pytest.mark.parametrize("text", ["vocal", "genre == 5", "bpm == year", "year > 1.5", "vocal == 1"])
+@pytest.mark.parametrize(
+    "text",
+    ["vocal", "genre == 5", "bpm == year", "year > 1.5", "vocal == 1", "year == (not 5)"],
+)
 def test_other_conditions_are_left_to_the_loop(text: str) -> None:
     assert rows_where(Condition(text).tree, columns([dict.fromkeys(COLUMNS)])) is None
+
+
+@pytest.mark.parametrize("value", [2**31 - 1, -(2**31) + 1, 2**31, 2**32 - 1, -(2**31)])
+def test_numbers_that_a_column_of_four_bytes_may_not_have_are_left_to_the_loop(value: int) -> None:
+    frames = [1, 2**31 - 1, None]
+    condition = Condition(f"frames >= {value}")
+    found = rows_where(condition.tree, {"frames": pa.chunked_array([frames], pa.int32())})
+    if abs(value) < 2**31:
+        assert found is not None
+        assert found.tolist() == [condition.holds({"frames": one}) for one in frames]
+    else:
+        assert found is None

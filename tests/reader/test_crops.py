@@ -20,7 +20,7 @@ from latentmill.reader import crops as crops_module
 from latentmill.reader import shards
 from latentmill.reader.crops import CropReader
 from latentmill.store.store import LatentStore
-from support.latent_store import write_latents
+from support.latent_store import latent_of, write_again, write_latents
 
 
 def whole(store: LatentStore, row: int) -> np.ndarray:
@@ -70,6 +70,48 @@ def test_whole_latents(
     for row, latent in zip(rows, latents, strict=True):
         assert latent.dtype == np.float32
         assert np.array_equal(latent, whole(made, row))
+
+
+def test_long_latents_are_mapped_and_short_ones_are_read(
+    made: LatentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long: 64 frames of 4 half floats and more, on average."""
+    monkeypatch.setattr(crops_module, "VIEWED_BYTES", 64 * 4 * 2)
+    reads: list[int] = []
+    monkeypatch.setattr(shards.ShardReader, "fill", lambda _, pieces: reads.append(len(pieces)))
+    reader = CropReader(made)
+    frames = reader.frames
+    for rows, read_ahead in [
+        (np.flatnonzero(frames == 64)[:1], []),
+        (np.flatnonzero(frames < 64)[:1], [1]),
+        (np.flatnonzero(frames < 64)[:2], [2]),
+    ]:
+        reads.clear()
+        reader.read_whole(rows)
+        assert [count for count in reads if count] == read_ahead
+
+
+def test_stores_of_one_item_and_of_none(tmp_path: Path) -> None:
+    store = write_latents(str(tmp_path / "one"), [9])
+    (latent,), have = read(CropReader(store), (0, 2), frames=5)
+    assert have.tolist() == [5]
+    assert np.array_equal(latent.T, latent_of(0, 9)[:, 2:7])
+    none = CropReader(write_latents(str(tmp_path / "none"), [9], failed=[0]))
+    assert none.channels == 0
+    assert read(none, frames=5)[0].shape == (0, 5, 0)
+
+
+def test_a_long_latent_is_found_where_it_is_when_it_is_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its unit is encoded again between the call and the reading, into another order."""
+    monkeypatch.setattr(crops_module, "VIEWED_BYTES", 0)
+    store = write_latents(str(tmp_path / "store"), [9] * 4)
+    latents = CropReader(store).read_whole(np.array([3, 1]))
+    now = [latent_of(number + 10, 9) for number in range(4)]
+    write_again(store.url, [0], now)
+    for found, row in zip(latents, [3, 1], strict=True):
+        assert np.array_equal(found, now[row])
 
 
 def test_silence_is_the_origin_and_not_zeros(made: LatentStore) -> None:

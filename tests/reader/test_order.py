@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from latentmill.errors import ConfigError
 from latentmill.reader.order import EpochOrder, Mixture, apportion, permutation, random_below
-from latentmill.reader.sharding import Rank, Resumable, mixture
+from latentmill.reader.sharding import BLOCK, WINDOW, Rank, Resumable, mixture
 from latentmill.reader.stream import worker_share
 
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=4)
@@ -93,6 +94,24 @@ def test_the_numbers_stay_what_they_are() -> None:
     assert permutation(8, (1, 2, 3)).tolist() == [1, 2, 4, 6, 5, 0, 7, 3]
     below = random_below(np.full(6, 1000), 7, 3, np.arange(6))
     assert below.tolist() == [367, 871, 811, 814, 507, 434]
+    settings = (
+        '{"block": 16, "seed": 5, "shuffle": true, "sizes": [3, 4], "taken": [3, 4], '
+        '"window": 16384}'
+    )
+    mixed = mixture([3, 4], None, 5, shuffle=True, block=BLOCK, window=WINDOW)
+    assert mixed.digest == hashlib.sha256(settings.encode()).hexdigest()[:16]
+
+
+def test_random_numbers_are_those_of_splitmix64() -> None:
+    """Its finaliser in Python's whole numbers; a large limit shows all of the 53 bits."""
+    key = int(np.random.SeedSequence((7, 3, 3)).generate_state(1, np.uint64)[0])
+    expected = []
+    for position in range(50):
+        mixed = ((position + 1) * 0x9E3779B97F4A7C15 + key) % 2**64
+        mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
+        expected.append((mixed ^ mixed >> 31) >> 11)
+    assert random_below(np.full(50, 2**53), 7, 3, np.arange(50)).tolist() == expected
 
 
 @given(st.integers(1, 10**6), st.integers(0, 50), st.integers(0, 50))
@@ -165,6 +184,10 @@ def test_apportion(total: int, weights: list[float]) -> None:
         abs(count - total * weight / sum(weights)) <= 1
         for count, weight in zip(counts, weights, strict=True)
     )
+    share = [total * weight / sum(weights) for weight in weights]
+    above = [part - count for part, count in zip(share, counts, strict=True) if count < part]
+    below = [part - count + 1 for part, count in zip(share, counts, strict=True) if count > part]
+    assert max(above, default=0.0) < min(below, default=1.0) + 1e-6  # the largest are rounded up
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader
 from latentmill.reader.batches import BatchSampler
 from latentmill.reader.collate import collate
 from latentmill.reader.dataset import LatentDataset
+from latentmill.reader.sharding import accelerate_processes
 from latentmill.reader.stream import LatentStream
 
 
@@ -60,3 +63,25 @@ def test_a_stream_sent_before_finds_its_rank_there(mixed: list[str], join) -> No
     copy = pickle.loads(sent)
     assert len(copy) < 73
     assert max(Counter(sample.key for sample in copy).values()) == 1
+
+
+def test_processes_of_accelerate_count_for_the_reader_that_its_loader_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What `accelerate.state` says; test_accelerate.py runs the real one, in processes."""
+    reader = object()
+    loaders = [
+        (SimpleNamespace(dataset=reader), 4),
+        (SimpleNamespace(batch_sampler=SimpleNamespace(batch_sampler=reader)), 4),
+        (SimpleNamespace(dataset=object(), batch_sampler=None), 1),
+        (None, 1),
+    ]
+    for loader, processes in loaders:
+        state = SimpleNamespace(
+            GradientState=lambda loader=loader: SimpleNamespace(active_dataloader=loader),
+            PartialState=lambda: SimpleNamespace(num_processes=4),
+        )
+        monkeypatch.setitem(sys.modules, "accelerate.state", state)
+        assert accelerate_processes(reader) == processes
+    monkeypatch.delitem(sys.modules, "accelerate.state")
+    assert accelerate_processes(reader) == 1

@@ -46,6 +46,7 @@ def test_where_paths_lead_and_what_they_are_called(tmp_path: Path) -> None:
         "./a/../c.flac": (f"{tmp_path}/c.flac", "c"),
         f"{tmp_path}/in/d.v2.ogg": (f"{tmp_path}/in/d.v2.ogg", "in/d.v2"),
         "/elsewhere/e.wav": ("/elsewhere/e.wav", "elsewhere/e"),
+        "x//y.wav": (f"{tmp_path}/x//y.wav", "x/y"),  # objects of buckets may be called so
         "../up.wav": (f"{tmp_path.parent}/up.wav", f"{tmp_path.parent}/up".lstrip("/")),
         "file:///elsewhere/f.wav": ("/elsewhere/f.wav", "elsewhere/f"),
         "https://host/g.mp3": ("https://host/g.mp3", "host/g"),
