@@ -78,12 +78,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--modules", nargs="*", default=list(MODULES), choices=MODULES)
     parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--unnoticed", action="store_true", help="try those of --results again")
+    parser.add_argument(
+        "--unnoticed", action="store_true", help="try those of --results that have no reason again"
+    )
     asked = parser.parse_args()
     if asked.unnoticed:
         result = json.loads(asked.results.read_text("utf-8"))
         known = [Mutant(**one) for one in result["unnoticed"]]
-        chosen = [mutant for mutant in known if mutant.module in asked.modules]
+        chosen = [one for one in known if one.module in asked.modules and not one.no_effect]
     else:
         known, chosen = [], _chosen(asked.modules, asked.count, asked.seed)
         command = f"python tools/mutants.py --count {asked.count} --seed {asked.seed}"

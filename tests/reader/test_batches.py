@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from latentmill.errors import ConfigError
 from latentmill.reader.batches import BatchSampler
@@ -139,6 +139,9 @@ def test_the_draws_of_a_sampler_stay_what_they_are(dataset: LatentDataset) -> No
         torch.manual_seed(key)
         expected = list(RandomSampler(dataset))
     assert [number for batch in sampler for _, _, number in batch] == expected
+    other = BatchSampler(dataset, 100, sampler=SequentialSampler(dataset), seed=7)
+    with pytest.raises(ConfigError, match="another order"):
+        other.load_state_dict(sampler.state_after({"epoch": [3], "position": [0]}))
 
 
 def test_buckets_keep_padding_low(made) -> None:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
@@ -132,3 +135,11 @@ def test_an_index_of_some_rows_has_their_shards_only(
         assert {entry.shard for entry in entries} == {shard}
         assert [entry.row for entry in entries] == sorted(entry.row for entry in entries)
     assert starts[-1] == len(kept)
+
+
+@pytest.mark.parametrize("store", ["store-of-version-1", "store-of-0badd19/store"])
+def test_an_index_of_an_earlier_version_is_read(store: str) -> None:
+    data = (Path(__file__).parents[1] / "data" / store / "index.arrow").read_bytes()
+    rows = pa.ipc.open_file(data).read_all().to_pylist()
+    index = Index.from_file(data)
+    assert [asdict(index.entry(number)) for number in range(len(index))] == rows
