@@ -158,6 +158,7 @@ def test_codes_can_be_trimmed_and_a_chunk_of_one_step_has_a_state() -> None:
         (MDCT, {"stitch": "trim", "overlap": 0.1}, "share 2 latent frames"),
         (MDCT, {"stitch": "crossfade", "overlap": 0.0}, "share 1 latent frames"),
         (make_spec(10, 0, 10, 100), {"seconds": 0.2}, "--chunk-seconds 2.2 or more"),
+        (make_spec(10, 0, 20, 20), {"seconds": 0.3}, "--chunk-seconds 0.6 or more"),
         (CODES, {"stitch": "crossfade"}, "use --stitch trim"),
         (replace(CODES, context=None), {"stitch": "crossfade"}, "use --stitch none"),
         (replace(CODES, context=None), {"stitch": "trim"}, "use --stitch none"),
