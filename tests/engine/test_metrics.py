@@ -13,7 +13,7 @@ from support import runs
 
 def scraped(port: int) -> dict[str, float]:
     """latentmill's samples by name and tags, summed over actors."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as page:
         lines = page.read().decode().splitlines()
     samples: dict[str, float] = {}
     for line in lines:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from reporting.conftest import ENCODED
-from support.browser import Watched, watched_page
+from support.browser import Watched, patient_context, watched_page
 
 LOOKS = [
     (390, "light"),
@@ -133,7 +133,7 @@ def test_pointing_at_a_record_names_it(watched: Watched) -> None:
 
 
 def test_the_page_works_without_its_script(browser: Any, address: str) -> None:
-    context = browser.new_context(java_script_enabled=False)
+    context = patient_context(browser, java_script_enabled=False)
     page = context.new_page()
     page.goto(address)
     assert page.locator("#map-frame circle").count() > 5

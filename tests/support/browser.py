@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from support.runs import PATIENCE_SECONDS
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -60,11 +62,18 @@ class Watched:
         ]
 
 
+def patient_context(browser: Any, **options: Any) -> Any:
+    """A context whose pages wait for a busy machine."""
+    context = browser.new_context(**options)
+    context.set_default_timeout(1000 * PATIENCE_SECONDS)
+    return context
+
+
 @contextmanager
 def watched_page(browser: Any, *, width: int = 1440, scheme: str = "light") -> Iterator[Watched]:
     """A page of its own context, watched from before its first request."""
     viewport = {"width": width, "height": 900}
-    context = browser.new_context(viewport=viewport, color_scheme=scheme)
+    context = patient_context(browser, viewport=viewport, color_scheme=scheme)
     watched = Watched(context.new_page())
     page = watched.page
     page.on("console", lambda m: watched.errors.append(m.text) if m.type == "error" else None)

@@ -15,12 +15,15 @@ from view_server import SCRIPT, Site, make_source, make_store, serving
 from latentmill.store.store import LatentStore
 from latentmill.view.query import MAX_CHANNELS
 from support.elsewhere import sources_elsewhere
+from support.runs import PATIENCE_SECONDS
 
 
 def raw(site: Site, request: bytes) -> bytes:
     """The whole answer to bytes that no client library would send."""
     parts = urllib.parse.urlsplit(site.url)
-    with socket.create_connection((parts.hostname, parts.port), timeout=30) as connection:
+    with socket.create_connection(
+        (parts.hostname, parts.port), timeout=PATIENCE_SECONDS
+    ) as connection:
         connection.sendall(request)
         answer = b""
         while block := connection.recv(1 << 16):

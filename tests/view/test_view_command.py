@@ -43,7 +43,7 @@ def started(store: LatentStore, *options: str) -> Iterator[subprocess.Popen[str]
 
 
 def read(url: str) -> Any:
-    with urllib.request.urlopen(url, timeout=60) as answer:
+    with urllib.request.urlopen(url, timeout=runs.PATIENCE_SECONDS) as answer:
         return json.loads(answer.read())
 
 
@@ -61,7 +61,7 @@ def test_ctrl_c_ends_it_at_once(store: LatentStore, number: signal.Signals) -> N
         with socket.create_connection((host, int(port))) as kept:
             kept.sendall(b"GET / HTTP/1.1\r\n")
             process.send_signal(number)
-            out, err = process.communicate(timeout=30)
+            out, err = process.communicate(timeout=runs.PATIENCE_SECONDS)
         assert (process.returncode, out, err) == (130, "", "latentmill: stopped\n")
 
 
@@ -148,7 +148,7 @@ def test_ctrl_c_while_it_starts_leaves_no_temporary_files(suppressed: str, tmp_p
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=runs.PATIENCE_SECONDS,
     )
     assert (done.returncode, done.stdout) == (130, ""), done.stderr
     assert "Traceback" not in done.stderr
@@ -171,7 +171,7 @@ def test_ctrl_c_ten_times(store: LatentStore) -> None:
                 thread.start()
             threading.Event().wait(0.02 * number)
             process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=60)
+            _, err = process.communicate(timeout=runs.PATIENCE_SECONDS)
             for thread in asking:
                 thread.join(60)
         assert (process.returncode, err) == (130, "latentmill: stopped\n")
@@ -180,4 +180,4 @@ def test_ctrl_c_ten_times(store: LatentStore) -> None:
 def ask(url: str) -> None:
     """Request what may not be answered any more."""
     with contextlib.suppress(OSError, http.client.HTTPException):
-        urllib.request.urlopen(url, timeout=60).close()
+        urllib.request.urlopen(url, timeout=runs.PATIENCE_SECONDS).close()

@@ -22,6 +22,7 @@ import soundfile
 from latentmill.run.run import encode
 from latentmill.store.store import LatentStore, open_store
 from support.in_process import in_process
+from support.runs import PATIENCE_SECONDS
 
 RATE, HOP = 3200, 32
 STEMS = ("bass", "drums", "vocals")
@@ -107,7 +108,7 @@ class Site:
     def request(self, url: str, *, method: str = "GET", **headers: str) -> Answer:
         asked = urllib.request.Request(url, method=method, headers=headers)
         try:
-            with urllib.request.urlopen(asked, timeout=60) as found:
+            with urllib.request.urlopen(asked, timeout=PATIENCE_SECONDS) as found:
                 return Answer(found.status, dict(found.headers.items()), found.read())
         except urllib.error.HTTPError as error:
             with error:
