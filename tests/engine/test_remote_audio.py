@@ -76,7 +76,7 @@ def assert_equal(
 
 
 @pytest.mark.parametrize("tasks", [1, 3])
-def test_tasks_hear_what_threads_hear(
+def test_tasks_yield_the_events_of_threads(
     corpus: Path, tmp_path: Path, ray_session: Path, tasks: int
 ) -> None:
     (tmp_path / "broken.wav").write_bytes(b"RIFF, but no more than that")

@@ -333,8 +333,7 @@ def test_what_only_s3fs_can_read_is_left_to_it(status: int, aws: Callable[..., N
 
 FORKED = """
 import os, sys
-from latentmill.storage import object_s3, objects, remote
-from latentmill.storage.object_client import UnsupportedError
+from latentmill.storage import objects, remote
 def read():
     return objects.cat_file(*remote.open_filesystem("s3://bucket/a"), 3, 9)
 def child():
