@@ -45,7 +45,11 @@ MODULES = {
     "ops/time.py": ["tests/ops"],
     "reader/order.py": ["tests/reader/test_order.py"],
     "reader/crops.py": ["tests/reader/test_crops.py", "tests/reader/test_dataset.py"],
-    "reader/sharding.py": ["tests/reader/test_ranks.py", "tests/reader/test_stream.py"],
+    "reader/sharding.py": [
+        "tests/reader/test_ranks.py",
+        "tests/reader/test_stream.py",
+        "tests/reader/test_order.py",
+    ],
     "reader/batches.py": ["tests/reader/test_batches.py"],
     "reader/column_conditions.py": ["tests/reader/test_column_conditions.py"],
     "decoding/decoder.py": ["tests/decoding/test_decoder.py"],
