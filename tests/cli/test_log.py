@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from latentmill.cli.entry import _interruption
 from latentmill.cli.log import messages_on_stderr, set_format
 from latentmill.run.run import encode
 from latentmill.text.log import get_logger
@@ -134,3 +135,25 @@ def test_messages_have_no_secrets_and_stay_on_one_line(
     assert as_json or printed.startswith("latentmill: warning: cannot read https://***@host/a\\x1b")
     log.warning("after the command")
     assert capsys.readouterr().err == ""  # the handler is removed; pytest's own takes it
+
+
+def test_tracebacks_of_gcsfs_are_not_printed() -> None:
+    """Python prints warnings of loggers without a handler."""
+    script = (
+        "import logging\n"
+        "from latentmill.cli.log import messages_on_stderr\n"
+        "with messages_on_stderr(logging.INFO):\n"
+        "    logging.getLogger('gcsfs.retry').error('_request out of retries')\n"
+        "    logging.getLogger('another').error('a line')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "a line\n")
+
+
+def test_only_commands_that_resume_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["latentmill", "-v", "encode", "songs", "store"])
+    assert _interruption() == "latentmill: interrupted; run the same command again to resume"
+    monkeypatch.setattr(sys, "argv", ["latentmill", "status", "store"])
+    assert _interruption() == "latentmill: interrupted"

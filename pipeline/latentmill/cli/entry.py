@@ -12,6 +12,8 @@ import traceback
 from typing import NoReturn
 
 INTERRUPTED_EXIT_CODE = 130
+RESUMED = ("encode", "add", "export", "pull", "push", "sync")
+"""The commands that continue where an interrupted one has ended."""
 _interrupted = False
 
 
@@ -79,10 +81,15 @@ def _raise_interrupt(signum: int, frame: object) -> NoReturn:
 
 def _stop_at_once(signum: int, frame: object) -> NoReturn:
     """Exit immediately: nothing has been written yet, and an exception could be swallowed."""
-    os.write(2, b"latentmill: interrupted; run the same command again to resume\n")
+    os.write(2, f"{_interruption()}\n".encode())
     os._exit(INTERRUPTED_EXIT_CODE)
 
 
 def _exit_interrupted() -> NoReturn:
-    print("latentmill: interrupted; run the same command again to resume", file=sys.stderr)  # noqa: T201
+    print(_interruption(), file=sys.stderr)  # noqa: T201
     sys.exit(INTERRUPTED_EXIT_CODE)
+
+
+def _interruption() -> str:
+    resumed = any(one in RESUMED for one in sys.argv[1:3])  # the second, after -v or -q
+    return f"latentmill: interrupted{'; run the same command again to resume' if resumed else ''}"

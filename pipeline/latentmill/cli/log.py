@@ -131,6 +131,7 @@ class _Json(logging.Formatter):
 
 
 _handler = _Handler()
+_no_handler = logging.NullHandler()
 
 
 def set_format(log_format: str) -> None:
@@ -141,6 +142,8 @@ def set_format(log_format: str) -> None:
 @contextlib.contextmanager
 def messages_on_stderr(level: int) -> Iterator[None]:
     """Print the log messages of at least `level`, until the command ends."""
+    # gcsfs logs a traceback for each request that it gives up, which is then retried or reported.
+    logging.getLogger("gcsfs").addHandler(_no_handler)
     logger = logging.getLogger(ROOT)
     before = logger.level, logger.propagate
     set_format("text")

@@ -71,7 +71,8 @@ def connect(address: str | None, *, payloads: bool = False) -> Iterator[Cluster]
             if address is None:
                 logs = Path(_temporary_folder()[1], "ray", "session_latest", "logs")
                 raise ConfigError(
-                    f"Ray cannot start on this machine ({reason}): see its logs in {logs}."
+                    f"Ray did not start on this machine ({reason}): run the command again when "
+                    f"the machine is less busy, or see Ray's logs in {logs}."
                 ) from error
             raise ConfigError(
                 f"Cannot connect to Ray at {address} ({reason}): check the address, and that the "
@@ -172,7 +173,12 @@ def _init(address: str | None, object_store_bytes: int) -> None:
         except Exception as error:  # Ray's own is a plain exception
             if attempt == STARTS or "timed out during startup" not in str(error):
                 raise
-            _log.warning("Ray did not start in time, as happens on a busy machine: trying again.")
+            _log.warning(
+                "Ray did not start in time, as happens on a busy machine (start %d of %d): trying "
+                "again.",
+                attempt,
+                STARTS,
+            )
         else:
             return
 
