@@ -23,7 +23,7 @@ from latentmill.plan import iter_keys, load, probe, read_items
 from latentmill.plan.items import draft_table
 from latentmill.plan.probe import probed
 from latentmill.run import prepare as planning
-from latentmill.run.forecast import forecast, measure
+from latentmill.run.forecast import Forecast, forecast, measure
 from latentmill.run.prepare import listed, planned, prepare
 from latentmill.sources.base import ByteRange, Item, Segment
 from latentmill.sources.folder import FolderSource
@@ -160,6 +160,8 @@ def test_the_command(songs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     value = runs.outcome(result)
     assert (value["items"], value["units"]) == (5, 5)
     assert value["calibration"] is None
+    complete = Forecast(**{**value, "calibration": None, "extension": None, "committed": 5})
+    assert show.forecast(complete).endswith(f"plan saved to {store}; every unit is committed")
     first = {path: path.read_bytes() for path in (store / "plan").iterdir()}
     result = runs.call(capsys, "plan", *args, "--no-calibrate")
     assert "run `latentmill encode` with the same options to start" in result.out

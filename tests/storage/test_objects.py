@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pytest
 
 from latentmill.storage import object_s3, objects, remote
 from latentmill.storage.object_client import UnsupportedError
+from support.cloud_server import serving
 from support.faulty_s3 import Faults
 from support.storage_faults import faulty_s3
 
@@ -67,15 +68,8 @@ def server(
         def log_message(self, *args: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        running.daemon_threads = True
-        thread = threading.Thread(target=running.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{running.server_port}", seen
-        finally:
-            running.shutdown()
-            thread.join()
+    with serving(Handler) as url:
+        yield url, seen
 
 
 def reply(handler: BaseHTTPRequestHandler, status: int, data: bytes, first: int = 0) -> None:

@@ -52,6 +52,20 @@ def reply(handler: BaseHTTPRequestHandler, status: int, data: bytes = b"", **hea
 
 
 @contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Answer requests in threads of this process; gives the URL."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        running.daemon_threads = True
+        thread = threading.Thread(target=running.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{running.server_port}"
+        finally:
+            running.shutdown()
+            thread.join()
+
+
+@contextmanager
 def cloud_server() -> Iterator[tuple[str, Cloud]]:
     """Serve both kinds from one set of objects; gives the URL."""
     cloud = Cloud()
@@ -60,15 +74,8 @@ def cloud_server() -> Iterator[tuple[str, Cloud]]:
         pass
 
     Handler.cloud = cloud
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        running.daemon_threads = True
-        thread = threading.Thread(target=running.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{running.server_port}", cloud
-        finally:
-            running.shutdown()
-            thread.join()
+    with serving(Handler) as url:
+        yield url, cloud
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -53,7 +53,7 @@ def open_audio(
         ItemError: The file is empty, of an unknown format, truncated (unless allowed), cannot be
             loaded, or its header is invalid.
     """
-    media.read_ahead()
+    media.read_if_small()
     sniffed = sniff(media)
     found = survey(media, sniffed)
     if found.damage and not allow_truncated:

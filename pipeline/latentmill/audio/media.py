@@ -56,7 +56,7 @@ class MediaFile(Closeable):
         except OSError:  # not Linux
             return media_from_bytes(self.read_at(0, self.size))
 
-    def read_ahead(self) -> None:
+    def read_if_small(self) -> None:
         """Read a small file into memory, for the checks and the hash; larger ones are left."""
         if self._data is None and self.size <= _SMALL:
             self._data = self.read_at(0, self.size)

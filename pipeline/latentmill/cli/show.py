@@ -161,12 +161,12 @@ def forecast(value: Forecast) -> str:
         least = "under a minute" if seconds < 60 else f"about {clock_time(seconds)}"
         rows["time"] = (
             f"{least} ({counted(workers, 'worker')}, "
-            f"{value.calibration.device}, {speed:,.0f} x real time "
-            "measured on a short sample)"
+            f"{value.calibration.device}, {speed:,.0f} x real time measured on a short sample)"
         )
     lines = [f"{name:<9} {text}" for name, text in rows.items()]
-    start = "continue" if value.committed else "start"
-    last = f"plan saved to {value.store}; run `latentmill encode` with the same options to {start}"
+    todo = f"run `latentmill encode` with the same options to {'continue' if done else 'start'}"
+    todo = "every unit is committed" if value.committed == value.units else todo
+    last = f"plan saved to {value.store}; {todo}"
     return "\n".join(
         filter(None, [*lines, ignored_files(value.ignored), _extension(value.extension), last])
     )
