@@ -177,7 +177,11 @@ def test_the_command_names_the_variable(tmp_path: Path) -> None:
     assert result.err.splitlines()[-1].startswith("latentmill: Ray cannot start: RAY_TMPDIR=")
 
 
-@given(cpus=NODES, workers=st.none() | st.integers(1, 40), threads=st.none() | st.integers(1, 64))
+@given(
+    cpus=NODES.filter(any),
+    workers=st.none() | st.integers(1, 40),
+    threads=st.none() | st.integers(1, 64),
+)
 def test_ray_can_place_all_workers_on_cpus(
     cpus: list[int], workers: int | None, threads: int | None
 ) -> None:
@@ -189,6 +193,19 @@ def test_ray_can_place_all_workers_on_cpus(
     assert placed(resources.shape.cpus, cpus) >= resources.workers
     if workers is None and max(cpus) >= resources.threads:  # no cores beyond those there are
         assert resources.shape.cpus == resources.threads
+
+
+@pytest.mark.parametrize(
+    ("workers", "threads", "cpus"), [(None, None, 4), (8, None, 4), (None, 16, 16), (8, 2, 2)]
+)
+def test_a_head_without_cores_runs_no_workers(
+    workers: int | None, threads: int | None, cpus: int
+) -> None:
+    """An actor that asks for no cores is placed on the head, also once other nodes are there."""
+    cluster = Cluster(embedded=False, node_cpus=(0,), node_gpus=(0,))
+    resources = _resources(config(workers=workers, threads=threads), cluster, on_gpu=False)
+    assert resources.workers == (workers or 1)
+    assert (resources.shape, resources.threads) == (ActorShape(cpus=cpus, gpus=0), cpus)
 
 
 @given(gpus=NODES.filter(any), workers=st.none() | st.integers(1, 200), cpus=st.integers(1, 64))

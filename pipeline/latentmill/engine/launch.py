@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from latentmill.config import RunConfig
+from latentmill.config import DEFAULT_CPU_THREADS, RunConfig
 from latentmill.encoding.chunks import Chunking
 from latentmill.engine.actor import ActorShape
 from latentmill.engine.cluster import Cluster, connect, describe, head_answers
@@ -111,14 +111,15 @@ def _resources(config: RunConfig, cluster: Cluster, *, on_gpu: bool) -> _Resourc
 
     If `workers` is larger, they share GPUs and cores, so that Ray can place all of them.
     """
-    threads = config.cpu_threads(max(cluster.node_cpus))
+    # No cores yet: an autoscaler adds the nodes.
+    threads = config.cpu_threads(max(cluster.node_cpus) or DEFAULT_CPU_THREADS)
     if on_gpu:
         workers = config.workers or cluster.gpus
         share = _share(cluster.node_gpus, workers) or 1  # no GPUs yet: an autoscaler adds them
         return _Resources(workers, ActorShape(cpus=0, gpus=min(1, share)), threads)
     fitting = sum(cpus // threads for cpus in cluster.node_cpus)
     workers = config.workers or max(1, fitting)
-    cpus = min(threads, _share(cluster.node_cpus, workers))
+    cpus = min(threads, _share(cluster.node_cpus, workers) or threads)
     return _Resources(workers, ActorShape(cpus=cpus, gpus=0), threads)
 
 
