@@ -38,6 +38,23 @@ def test_nothing_is_left(store: Path) -> None:
     assert files(store) == before
 
 
+def test_the_batch_size_of_a_model_goes_with_its_field(store: Path) -> None:
+    """A field of another model in its place would use it, and it may not fit in memory."""
+    added(store)
+    batch_size = store / "fields/second/plan/batch.json"
+    batch_size.write_text('{"batch_size": 256}')
+    dropped = drop(store, field="second")
+    assert dropped.kept == ()
+    assert not (store / "fields").exists()
+    batch_size.parent.mkdir(parents=True)
+    batch_size.write_text('{"batch_size": 256}')  # an earlier version has kept it
+    added(store)
+    assert not batch_size.exists()
+    batch_size.write_text('{"batch_size": 16}')
+    added(store)  # resumed: the field has a plan, so the batch size is its own
+    assert batch_size.read_text() == '{"batch_size": 16}'
+
+
 def test_a_drop_that_was_killed(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After each number of removed files: no half field can be read, and `drop` finishes it."""
     added(store)

@@ -10,12 +10,11 @@ from latentmill.errors import StoreError
 from latentmill.models.base import Autoencoder
 from latentmill.models.inference.batch import find_batch_size
 from latentmill.models.inference.compiled import Compiled
+from latentmill.plan import BATCH_PATH
 from latentmill.storage.storage import Storage
 
 if TYPE_CHECKING:  # it imports this module
     from latentmill.engine.worker import Job
-
-BATCH_PATH = "plan/batch.json"
 
 
 def compiled(model: Autoencoder, job: Job, device: str) -> Compiled:

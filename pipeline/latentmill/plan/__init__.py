@@ -19,6 +19,7 @@ from latentmill.plan.files import (
 )
 from latentmill.plan.items import estimated_seconds
 from latentmill.plan.plan import (
+    BATCH_PATH,
     ITEMS_PATH,
     PLAN,
     PLAN_PATH,
@@ -30,6 +31,7 @@ from latentmill.plan.plan import (
 )
 
 __all__ = [
+    "BATCH_PATH",
     "DEFAULT_SHARD_SIZE",
     "ITEMS_PATH",
     "PLAN",

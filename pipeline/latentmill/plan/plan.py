@@ -13,6 +13,7 @@ PLAN = "plan"
 ITEMS_PATH = f"{PLAN}/items.parquet"
 UNITS_PATH = f"{PLAN}/units.parquet"
 PLAN_PATH = f"{PLAN}/plan.json"
+BATCH_PATH = f"{PLAN}/batch.json"  # the batch size that a run on GPUs has found
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import xxhash
 
 from latentmill.errors import StoreError
-from latentmill.plan import PLAN, PLAN_PATH, Plan
+from latentmill.plan import BATCH_PATH, PLAN_PATH, Plan
 from latentmill.storage.storage import Storage, file_in_store
 from latentmill.store.annotations import ANNOTATIONS, annotation_path
 from latentmill.store.bases import needs_copy
@@ -33,8 +33,6 @@ from latentmill.store.schema import (
     parse_document,
 )
 from latentmill.store.store import LatentStore
-
-BATCH_PATH = f"{PLAN}/batch.json"  # the batch size that a run on GPUs has found
 
 
 @dataclass(frozen=True)

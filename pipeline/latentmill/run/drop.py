@@ -11,7 +11,7 @@ from pathlib import Path
 
 from latentmill.engine.lock import LOCK_PATH, only_run
 from latentmill.errors import StoreError
-from latentmill.plan import PLAN, PLAN_PATH
+from latentmill.plan import BATCH_PATH, PLAN, PLAN_PATH
 from latentmill.storage.storage import SCRATCH, Storage
 from latentmill.store.annotations import ANNOTATIONS
 from latentmill.store.field_layout import field_names, field_storage
@@ -36,6 +36,7 @@ _WRITTEN = re.compile(
             METADATA_NAME,
             re.escape(CARD_PATH),
             re.escape(ORIGIN_PATH),
+            re.escape(BATCH_PATH),
             f"{PLAN}/(?:{PLAN_FILE.pattern})",
             rf"{COMMITS}/\d+(?:\.r\d+)?\.json",
             rf"{SHARDS}/\d+(?:\.r\d+)?\.(?:parquet|tar)",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from latentmill.plan import PLAN, Plan
+from latentmill.plan import BATCH_PATH, PLAN, Plan
 from latentmill.storage.remote import open_filesystem, protocol_of, storage_errors
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import committed_revisions
@@ -89,11 +89,14 @@ def remove_unfinished(storage: Storage) -> None:
 def tidy_plan(storage: Storage, plan: Plan | None) -> None:
     """Remove files of items and units that plan.json does not list.
 
-    In a bucket, only those that a paused planner can no longer add to plan.json.
+    In a bucket, only those that a paused planner can no longer add to plan.json. Without a plan, a
+    batch size is that of another model, and is removed, too.
     """
     parts = () if plan is None else plan.parts
     listed = {path for part in parts for path in (part.items_file, part.units_file)}
     for name in storage.list(PLAN):
+        if plan is None and f"{PLAN}/{name}" == BATCH_PATH:
+            storage.delete(BATCH_PATH)
         match = PLAN_FILE.fullmatch(name)
         if match is None or f"{PLAN}/{name}" in listed:
             continue

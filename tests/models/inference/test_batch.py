@@ -17,7 +17,7 @@ from latentmill.config import load_config
 from latentmill.encoding.chunks import Chunking
 from latentmill.engine import tuning
 from latentmill.engine.job import make_job
-from latentmill.engine.tuning import BATCH_PATH, settled_batch_size
+from latentmill.engine.tuning import settled_batch_size
 from latentmill.errors import ConfigError, ModelError, StoreError
 from latentmill.models.families import mdct
 from latentmill.models.inference import batch
@@ -29,6 +29,7 @@ from latentmill.models.inference.batch import (
     search,
 )
 from latentmill.models.inference.split import SplitHandle
+from latentmill.plan import BATCH_PATH
 from latentmill.storage.storage import Storage
 
 HANDLE = mdct.build(hop=16, sample_rate=800)
