@@ -19,6 +19,7 @@ import pytest
 from audio_files import RATE, encoded, music, sound, with_pyav
 
 from latentmill.audio import media_from_bytes, open_audio, open_media
+from latentmill.audio.stream import BLOCK
 from latentmill.errors import ItemError
 
 LENGTH = 132_300  # 3 s
@@ -174,6 +175,17 @@ SAME: dict[str, Callable[[], tuple[bytes, bytes]]] = {
         with_pyav(music(LENGTH), 96_000, "pcm_f32le", "w64", {}),
     ),
 }
+
+
+def test_a_long_mp3_has_no_wrong_samples_between_blocks() -> None:
+    """Frames of a steady tone are so small that they use bits of many frames before them."""
+    tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(3 * BLOCK) / RATE)
+    data = sound(np.stack([tone, tone], axis=1).astype(np.float32), RATE, "MP3", "MPEG_LAYER_III")
+    with av.open(io.BytesIO(data)) as file:
+        right = np.concatenate([frame.to_ndarray() for frame in file.decode(audio=0)], axis=1)
+    audio = decode(data)
+    assert audio.shape == right.shape
+    assert np.abs(audio - right).max() < 1e-5
 
 
 def with_tail(data: bytes, tail: bytes) -> tuple[bytes, bytes]:

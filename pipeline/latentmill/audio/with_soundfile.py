@@ -55,6 +55,18 @@ _INTEGERS = {"PCM_16": np.int16, "PCM_32": np.int32}
 _REOPENS = Path("/proc/self/fd").exists()
 
 
+class _Sequential(sf.SoundFile):  # type: ignore[misc]  # soundfile has no types
+    """Reads block after block without a seek between them.
+
+    After each `read`, python-soundfile seeks to where a seekable file already is. In an MP3, the
+    next samples can be wrong then, because their frames use bits of earlier ones that libsndfile
+    has dropped; in a FLAC, frames are decoded again.
+    """
+
+    def seekable(self) -> bool:
+        return False
+
+
 class SoundFileDecoder:
     """A file that is open in libsndfile.
 
@@ -68,10 +80,10 @@ class SoundFileDecoder:
         self._owned: MediaFile | None = None  # closed with the decoder
         self._last_seek = found.last_seek if sniffed.format == "ogg-vorbis" else None
         try:
-            self._file = sf.SoundFile(media.rewind(), closefd=False)
+            self._file = _Sequential(media.rewind(), closefd=False)
         except sf.LibsndfileError as error:
             raise DecodeError(_text(error)) from error
-        if not self._file.seekable():  # such as GSM; `tell` would be a seek
+        if not sf.SoundFile.seekable(self._file):  # such as GSM; `tell` would be a seek
             self._file.close()
             raise DecodeError("libsndfile cannot seek in it")
         if self._file.subtype in _OTHERWISE.get(sniffed.format, ()):
@@ -103,8 +115,8 @@ class SoundFileDecoder:
             integers = np.empty(shape, kind)  # of all blocks, one after the other
         # Reading past the end would return data after the audio, such as a tag.
         while done < self._frames:
-            # Blocks end at the same samples wherever reading starts: python-soundfile seeks to the
-            # end of each, which fails in a gap between FLAC frames.
+            # Blocks end at the same samples wherever reading starts, so that those of pieces need
+            # not be copied into blocks of one size.
             count = min(BLOCK - done % BLOCK, self._frames - done)
             if integers is None:
                 block = np.empty((count, self.info.channels), np.float32)

@@ -9,7 +9,8 @@ from typing import Any
 
 # Raised when the same file, model and settings result in other latents than before. Stores of
 # another version stay readable; resuming or extending them is refused (`version_difference`).
-# 2: more files are loaded exactly as FFmpeg decodes them.
+# 2: more files are loaded exactly as FFmpeg decodes them. Not raised when wrong samples at some
+# blocks of MP3s became right: stores, most of them without such samples, should go on.
 ENCODING_VERSION = 2
 
 
