@@ -22,6 +22,9 @@ BLOCK = 1 << 17
 _LONGEST_GAP = 1 << 28
 """Maximum samples of a gap: an hour and a half at 48 kHz."""
 
+_INTEGERS = ("pcm_s8", "pcm_u8", "pcm_16", "pcm_24", "pcm_32")
+"""Codecs of libsndfile, FLAC among them, whose samples cannot be NaN or infinite."""
+
 KEEP_HINT = "(--allow-truncated keeps the readable part)"
 
 
@@ -216,6 +219,8 @@ class AudioStream(Closeable):
             yield block
 
     def _check_finite(self, block: FloatArray, done: int) -> None:
+        if self.info.codec in _INTEGERS:
+            return
         finite = np.isfinite(block)
         if finite.all():
             return

@@ -143,6 +143,8 @@ class SharedAudio:
 
     def _prefetched(self, lane: _Lane) -> int:
         """Number of a lane's loaded events for the model that will need this lane first."""
+        if not self._left:
+            return min(map(len, lane.loaded))
         return min(len(one) for model, one in enumerate(lane.loaded) if model not in self._left)
 
     @property
@@ -182,10 +184,11 @@ class SharedAudio:
                     self._is_taken(lane, model)
                     break
                 events = [loaded.popleft()]
+                if self._size >= self._limit:  # else no thread waits for events to be taken
+                    self._changed.notify_all()
                 self._sizes[model] -= _bytes(events[0])
                 while loaded and not _bytes(loaded[0]):  # what has no audio costs little
                     events.append(loaded.popleft())
-                self._changed.notify_all()
             timings.add("wait_seconds", time.perf_counter() - start)
             yield from events
         if lane.error is not None:
