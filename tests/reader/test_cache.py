@@ -50,6 +50,11 @@ def read_all(store: LatentStore, cache: RangeCache | None) -> np.ndarray:
     return block
 
 
+def name(start: str) -> str:
+    """The name of a shard in a cache."""
+    return f"{start:0<64}"
+
+
 def blocks(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
@@ -153,28 +158,72 @@ def test_all_is_read_if_it_is_needed_and_fits(
 def test_the_bound_holds(remote: LatentStore, tmp_path: Path) -> None:
     gib = 64 * BLOCK / 2**30
     cache = RangeCache(tmp_path, gib)
-    old = tmp_path / "ab" / "abandoned"
-    old.parent.mkdir()
-    old.write_bytes(b"left by a killed process")
-    os.utime(old, (0, 0))
+    left = [tmp_path / "ab" / f"{name('ab')}-{end}" for end in ("3.lock", "17-a_b1c2d3.tmp")]
+    for old in left:
+        old.parent.mkdir(exist_ok=True)
+        old.write_bytes(b"left by a killed process")
+        os.utime(old, (0, 0))
     expected = read_all(remote, None)
     reader = CropReader(remote, cache)
     for row in range(len(remote)):
         block, _ = reader.read_block(np.array([row]), np.array([0]), 300)
         assert np.array_equal(block[0], expected[row])
         assert sum(path.stat().st_size for path in blocks(tmp_path)) <= 66 * BLOCK
-    assert not old.exists()
+    assert not any(old.exists() for old in left)
+
+
+def test_other_files_in_the_folder_are_neither_removed_nor_counted(
+    remote: LatentStore, tmp_path: Path, requests: list[int]
+) -> None:
+    own = name("ab")
+    names = [
+        "store/dataset.json",
+        "store/0-0.block",
+        "ab/notes.txt",
+        "ab/tmpa1b2c3d4",
+        f"ab/{own}-0.blocks",
+        f"ab/{own[:-1]}-0.block",
+        f"ab/{own}-a.lock",
+        f"ab/{name('cd')}-0.block",
+        f"store/{own}-0.block",
+        f"ab/{own}-0.block/figure.png",
+        f"{own}-0.block",
+        "ef",
+    ]
+    for one in names:
+        path = tmp_path / one
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(8 * BLOCK))
+        os.utime(path, (0, 0))
+        os.utime(path.parent, (0, 0))
+    elsewhere = tmp_path / "store" / "elsewhere"
+    elsewhere.write_bytes(bytes(8 * BLOCK))
+    linked = tmp_path / "ab" / f"{own}-1.block"
+    linked.symlink_to(elsewhere)
+    os.utime(linked, (0, 0), follow_symlinks=False)
+    (tmp_path / "cd").symlink_to(tmp_path / "store")
+    (tmp_path / "store" / f"{name('cd')}-0.lock").touch()
+    os.utime(tmp_path / "store" / f"{name('cd')}-0.lock", (0, 0))
+    cache = RangeCache(tmp_path, 64 * BLOCK / 2**30)
+    expected = read_all(remote, None)
+    assert np.array_equal(read_all(remote, cache), expected)
+    requests.clear()
+    assert np.array_equal(read_all(remote, cache), expected)
+    assert requests == []  # the other files have not taken its blocks' bytes
+    assert all((tmp_path / one).is_file() for one in [*names, "store/elsewhere"])
+    assert linked.is_symlink()
+    assert (tmp_path / "store" / f"{name('cd')}-0.lock").exists()
 
 
 def test_the_least_recently_used_block_goes_first(tmp_path: Path, remote: LatentStore) -> None:
     for number in range(80):
-        path = tmp_path / "00" / f"old-{number}.block"
+        path = tmp_path / "00" / f"{name('00')}-{number}.block"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(bytes(BLOCK))
         os.utime(path, (1000 + (number * 7) % 80, 1000 + (number * 7) % 80))
     cache = RangeCache(tmp_path, 64 * BLOCK / 2**30)
     read_all(remote, cache)
-    left = {int(path.stem[4:]) for path in (tmp_path / "00").glob("old-*")}
+    left = {int(path.stem[65:]) for path in (tmp_path / "00").iterdir()}
     ages = [(number * 7) % 80 for number in left]
     assert ages
     assert min(ages) == 80 - len(ages)
@@ -209,6 +258,9 @@ def test_a_disk_that_fails_is_one_sentence(
     with pytest.raises(ConfigError, match="cache_gib") as small:
         RangeCache(tmp_path, 0)
     assert str(small.value).endswith(".")
+    with pytest.raises(ConfigError, match="cache is an empty string") as empty:
+        lm.LatentDataset(remote, crop=8, cache="")
+    one_sentence(empty.value)
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -218,6 +270,18 @@ def test_a_disk_that_fails_is_one_sentence(
     with pytest.raises(StorageError, match="No space left") as failed:
         read_all(remote, cache)
     one_sentence(failed.value)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    old = tmp_path / "ab" / f"{name('ab')}-0.lock"
+    old.parent.mkdir()
+    old.touch()
+    os.utime(old, (0, 0))
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(StorageError, match="Permission denied") as refused:
+        read_all(remote, RangeCache(tmp_path, 1))
+    one_sentence(refused.value)
 
 
 def test_a_bucket_is_read_by_workers_through_the_cache(

@@ -2,7 +2,7 @@
 
 It stores blocks of shards, one file each, under the hash of the shard's content, so a changed shard
 never matches old blocks. A block is written to a temporary file and renamed, so it is never partly
-visible.
+visible. Files with other names than those that the cache makes are never removed nor counted.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +28,8 @@ BLOCK = 256 * 1024
 SPAN = 64  # blocks (16 MiB); a request reads at most those of one span
 BLOCKS_TOGETHER = 256  # that are read at once and in memory at the same time
 _SUFFIX = ".block"
+_FOLDER = re.compile(r"[0-9a-f]{2}")
+_FILE = re.compile(r"[0-9a-f]{64}-[0-9]+(\.block|\.lock|-[a-z0-9_]{8}\.tmp)")
 _ABANDONED_SECONDS = 600.0
 
 
@@ -67,7 +71,8 @@ class RangeCache:
 
     Can be pickled; any number of processes may share the folder, which is created if missing. `gib`
     is its maximum size in GiB, at least 64 blocks (16 MiB). Each process that writes may exceed it
-    by 1/64 before it checks the size again. Raises ConfigError if the folder cannot be created.
+    by 1/64 before it checks the size again. Raises ConfigError if the folder is an empty string or
+    cannot be created.
 
     With `whole`, everything is expected to be read sooner or later and to fit, so a missing block
     is read together with its neighbours: fewer, larger requests fill a new cache faster.
@@ -77,6 +82,8 @@ class RangeCache:
         self.folder, self.gib, self.whole = Path(folder), gib, whole
         self._max_bytes = int(gib * 2**30)
         self._written = self._max_bytes  # check the size before writing the first block
+        if not os.fspath(folder):
+            raise ConfigError("cache is an empty string: give the path of a folder, or None for no cache.")
         if self._max_bytes < 64 * BLOCK:
             raise ConfigError(f"cache_gib is {gib}: use at least {64 * BLOCK / 2**30}.")
         try:
@@ -218,7 +225,9 @@ class RangeCache:
         try:
             path.parent.mkdir(exist_ok=True)
             with (
-                tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file,
+                tempfile.NamedTemporaryFile(
+                    dir=path.parent, prefix=f"{path.stem}-", suffix=".tmp", delete=False
+                ) as file,
                 contextlib.ExitStack() as undo,
             ):
                 undo.callback(Path(file.name).unlink, missing_ok=True)
@@ -232,21 +241,31 @@ class RangeCache:
 
     def _shrink(self) -> None:
         """Remove the least recently used blocks until 1/32 of the maximum size is free."""
-        found = []
-        for path in self.folder.glob("*/*"):
-            with contextlib.suppress(FileNotFoundError):  # another process may remove it
-                stat = path.stat()
-                found.append((stat.st_mtime, stat.st_size, path))
-        total = sum(size for _, size, _ in found)
-        now = time.time()
-        for used, size, path in sorted(found):
-            abandoned = path.suffix != _SUFFIX and now - used > _ABANDONED_SECONDS
-            if abandoned or (
-                path.suffix == _SUFFIX and total > self._max_bytes - self._max_bytes // 32
-            ):
-                path.unlink(missing_ok=True)
-                total -= size
+        try:
+            found = sorted(self._own_files())
+            total = sum(size for _, size, _ in found)
+            now = time.time()
+            for used, size, path in found:
+                abandoned = path.suffix != _SUFFIX and now - used > _ABANDONED_SECONDS
+                if abandoned or (path.suffix == _SUFFIX and not self.holds(total)):
+                    path.unlink(missing_ok=True)
+                    total -= size
+        except OSError as error:
+            raise self._failed(error) from error
         self._written = 0
+
+    def _own_files(self) -> Iterator[tuple[float, int, Path]]:
+        """Time of the last use, size and path of each file that a cache made in the folder."""
+        for folder in self.folder.iterdir():
+            if not _FOLDER.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
+                continue
+            for path in folder.iterdir():
+                if not _FILE.fullmatch(path.name) or path.name[:2] != folder.name:
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # another process may remove it
+                    status = path.lstat()
+                    if stat.S_ISREG(status.st_mode):
+                        yield status.st_mtime, status.st_size, path
 
     def _failed(self, error: OSError) -> StorageError:
         return StorageError(
