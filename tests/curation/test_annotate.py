@@ -534,3 +534,19 @@ def test_a_store_in_a_bucket(tmp_path: Path, s3_bucket: str) -> None:
     assert verify(LatentStore(store.url)).faults == []
     lm.revert_annotations(store)
     assert metadata_of(store)["item/00001"] == {"number": 1}
+
+
+def test_a_link_in_the_place_of_temporary_files_is_not_followed(
+    tmp_path: Path, one_sentence: Callable[[BaseException], str]
+) -> None:
+    store = write_latents(str(tmp_path / "store"), [5] * 4)
+    mine = tmp_path / "home" / "letters" / "a.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    (tmp_path / "home" / "a.txt").write_text("mine")
+    (tmp_path / "store" / "tmp").symlink_to(tmp_path / "home")
+    before = sorted((tmp_path / "home").rglob("*"))
+    with pytest.raises(StoreError, match="tmp is a link: remove it") as caught:
+        lm.annotate(store, write_rows(tmp_path / "rows.jsonl", ROWS))
+    one_sentence(caught.value)
+    assert sorted((tmp_path / "home").rglob("*")) == before

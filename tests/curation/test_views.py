@@ -460,3 +460,37 @@ def test_only_views_are_replaced(bases: tuple[str, str], tmp_path: Path) -> None
         lm.select(bases[0], tmp_path / "copy", sample=5, copy=True)
         with pytest.raises(ConfigError, match=r"not empty|overlap"):
             lm.select(bases[1], store, sample=5, overwrite=True)
+
+
+WRITERS: dict[str, Callable[[str, str], object]] = {
+    "select": lm.select,
+    "copy": lambda store, out: lm.select(store, out, copy=True),
+    "merge": lambda store, out: lm.merge([store], out),
+    "split": lambda store, out: lm.split(store, out, {"train": 1.0}),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+@pytest.mark.parametrize("name", ["a.wav", "tmp/a.wav", "tmp/letters/a.txt"])
+def test_a_folder_with_other_files_is_left_alone(
+    bases: tuple[str, str], tmp_path: Path, name: str, write: Callable[[str, str], object]
+) -> None:
+    home = tmp_path / "home"
+    (home / name).parent.mkdir(parents=True)
+    (home / name).write_text("mine")
+    before = sorted(home.rglob("*"))
+    with pytest.raises(ConfigError, match="is not empty"):
+        write(bases[0], str(home))
+    assert sorted(home.rglob("*")) == before
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+def test_what_a_killed_call_left_is_no_other_file(
+    bases: tuple[str, str], tmp_path: Path, write: Callable[[str, str], object]
+) -> None:
+    out = tmp_path / "home"
+    (out / "tmp").mkdir(parents=True)
+    (out / "tmp" / f"{'0f' * 16}.index.arrow").write_bytes(b"half")
+    (out / ".lock").touch()
+    write(bases[0], str(out))
+    assert not (out / "tmp").exists()

@@ -158,7 +158,7 @@ def test_an_export_goes_on_where_another_was_killed_before_its_plan(
     store: LatentStore, to: Target, tmp_path: Path
 ) -> None:
     (tmp_path / "dest/tmp").mkdir(parents=True)
-    (tmp_path / "dest/tmp/0123.plan.items.parquet").write_text("half")
+    (tmp_path / f"dest/tmp/{'0f' * 16}.plan.items.parquet").write_text("half")
     (tmp_path / "dest/.lock").touch()
     if to != Target.STABLE_AUDIO_TOOLS:
         (tmp_path / "dest/plan").mkdir()
@@ -203,7 +203,10 @@ def test_what_cannot_be_exported_is_refused(
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("")
+    (tmp_path / "home" / "tmp" / "letters").mkdir(parents=True)
     for to in TARGETS:
+        assert "not empty" in refusal(lambda to=to: export_store(store, str(tmp_path / "home"), to))
+        assert [path.name for path in (tmp_path / "home").rglob("*")] == ["tmp", "letters"]
         assert "not empty" in refusal(lambda to=to: export_store(store, str(tmp_path / "full"), to))
         inside = f"{store.url}/inside"
         assert "is inside the store" in refusal(lambda to=to: export_store(store, inside, to))  # noqa: B023

@@ -287,6 +287,12 @@ def not_empty(tmp_path: Path, url: str) -> str:
     return str(tmp_path / "d")
 
 
+def own_tmp(tmp_path: Path, url: str) -> str:
+    (tmp_path / "d" / "tmp" / "letters").mkdir(parents=True)
+    (tmp_path / "d" / "tmp" / "letters" / "a.txt").write_text("a")
+    return str(tmp_path / "d")
+
+
 def other_store(tmp_path: Path, url: str) -> str:
     return write_latents(str(tmp_path / "d"), LENGTHS, per_unit=2).url
 
@@ -321,6 +327,7 @@ def fewer_items(tmp_path: Path, url: str) -> str:
 
 DESTINATIONS: list[tuple[Callable[[Path, str], str], str]] = [
     (not_empty, "is not empty"),
+    (own_tmp, "is not empty"),
     (other_store, "but another store"),
     (other_model, "but another store"),
     (fewer_items, "but another store"),

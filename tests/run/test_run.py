@@ -262,7 +262,7 @@ def test_what_looks_like_a_users_folder_is_left_alone(songs: Path, tmp_path: Pat
 def test_a_run_killed_while_it_froze_its_plan_starts_anew(songs: Path, tmp_path: Path) -> None:
     scratch = tmp_path / "store" / "tmp"
     scratch.mkdir(parents=True)
-    (scratch / "tmpx1.plan.items.parquet").write_bytes(b"PAR1")
+    (scratch / f"{'0f' * 16}.plan.items.parquet").write_bytes(b"PAR1")
     encode(songs, tmp_path / "store")
     runs.assert_whole(tmp_path / "store")
 

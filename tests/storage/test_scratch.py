@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from latentmill.errors import StoreError
 from latentmill.storage import scratch
+
+OWN = f"{'0f' * 16}.shards.000000.parquet"  # as `temporary_file` names its files
 
 
 def write(folder: Path) -> None:
@@ -42,11 +46,55 @@ def test_threads_share_the_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "tmp").exists()
 
 
-@pytest.mark.parametrize("kind", ["file", "dangling link"])
-def test_what_is_in_the_way_is_an_error(kind: str, tmp_path: Path) -> None:
-    if kind == "file":
-        (tmp_path / "tmp").touch()
-    else:
-        (tmp_path / "tmp").symlink_to("nowhere")
+def test_a_file_in_the_way_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "tmp").touch()
     with pytest.raises(FileExistsError):
         write(tmp_path / "tmp")
+
+
+@pytest.mark.parametrize("target", ["home", "nowhere"])
+def test_a_link_is_refused(
+    target: str, tmp_path: Path, one_sentence: Callable[[BaseException], str]
+) -> None:
+    (tmp_path / "home/letters").mkdir(parents=True)
+    (tmp_path / "home" / OWN).touch()
+    (tmp_path / "tmp").symlink_to(target)
+    for use in (write, scratch.clear):
+        with pytest.raises(StoreError, match="tmp is a link: remove it") as caught:
+            use(tmp_path / "tmp")
+        one_sentence(caught.value)
+    assert {path.name for path in (tmp_path / "home").iterdir()} == {OWN, "letters"}
+    assert scratch.entries(tmp_path) == {"home", "tmp"}
+
+
+def test_only_temporary_files_are_removed(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    for name in ("thesis.txt", "0f.parquet", "0F" * 16 + ".x", "letters/a.txt", f"{OWN}.d/b.txt"):
+        (tmp_path / "tmp" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tmp" / name).write_text("mine")
+    (tmp_path / "tmp" / f"{'0e' * 16}.x").symlink_to(mine)
+    (tmp_path / "tmp" / f"{'0d' * 16}.x").symlink_to(tmp_path / "tmp/letters")
+    before = sorted((tmp_path / "tmp").rglob("*"))
+    (tmp_path / "tmp" / OWN).write_bytes(b"half")
+    scratch.clear(tmp_path / "tmp")
+    assert sorted((tmp_path / "tmp").rglob("*")) == before
+    assert scratch.entries(tmp_path) == {"mine.txt", "tmp"}
+
+
+def test_a_file_that_is_being_written_is_kept(tmp_path: Path) -> None:
+    with scratch.temporary_file(tmp_path / "tmp", "x") as temporary:
+        scratch.clear(tmp_path / "tmp")
+        assert temporary.exists()
+        assert scratch.entries(tmp_path) == set()
+
+
+def test_the_entries_of_a_folder(tmp_path: Path) -> None:
+    assert scratch.entries(tmp_path / "none") == set()
+    (tmp_path / "tmp").mkdir()
+    assert scratch.entries(tmp_path) == set()
+    (tmp_path / "tmp" / OWN).touch()
+    (tmp_path / "plan").mkdir()
+    assert scratch.entries(tmp_path) == {"plan"}
+    (tmp_path / "tmp" / f"{OWN}.d").mkdir()
+    assert scratch.entries(tmp_path) == {"plan", "tmp"}

@@ -100,7 +100,8 @@ def test_a_scratch_file_goes_when_its_writer_fails(storage: Storage) -> None:
 def test_scratch_that_a_killed_run_left_is_cleared(storage: Storage) -> None:
     storage.write("shards/a", b"kept")
     storage.scratch_folder.mkdir(parents=True, exist_ok=True)
-    (storage.scratch_folder / "left.parquet").write_bytes(b"half")
+    left = storage.scratch_folder / f"{uuid.uuid4().hex}.shards.a"
+    left.write_bytes(b"half")
     storage.clear_scratch()
     assert not storage.scratch_folder.exists()
     storage.clear_scratch()

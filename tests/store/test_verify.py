@@ -81,9 +81,14 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "shards/999999.parquet does not belong to a commit",
     ),
     "stray temporary file": (
-        lambda f: ((f / "tmp").mkdir(exist_ok=True), (f / "tmp/x").write_text("")),
-        "tmp/x was left by a killed run",
+        lambda f: ((f / "tmp").mkdir(exist_ok=True), (f / "tmp" / f"{'0' * 32}.x").write_text("")),
+        f"tmp/{'0' * 32}.x was left by a killed run",
     ),
+    "stray file in tmp": (
+        lambda f: ((f / "tmp").mkdir(exist_ok=True), (f / "tmp/x").write_text("")),
+        "tmp/x was not written by latentmill",
+    ),
+    "linked tmp": (lambda f: (f / "tmp").symlink_to(f.parent), "tmp is a link: remove it"),
     "damaged commit": (lambda f: commit(f).write_text("{"), "000001.json is damaged: delete it"),
     "stray commit": (
         lambda f: shutil.copy(commit(f), f / "commits/000099.json"),

@@ -20,7 +20,8 @@ from latentmill.engine.lock import LOCK_PATH, only_run
 from latentmill.errors import ConfigError, StoreError
 from latentmill.evaluation.similarity import joined
 from latentmill.plan import PLAN_PATH
-from latentmill.storage.storage import SCRATCH, Storage, file_in_store
+from latentmill.storage import scratch
+from latentmill.storage.storage import Storage, file_in_store
 from latentmill.store.schema import DATASET_PATH
 from latentmill.store.store import LatentStore, open_store
 
@@ -89,6 +90,7 @@ def split(
     _recorded(Storage(target), settings)  # checked before the lock, which writes a file
     with only_run(Storage(target)) as hold:
         known = _recorded(hold.storage, settings)
+        hold.storage.clear_scratch()
         assignment = {name: _side(seed, name, into) for name in dict.fromkeys(names)}
         if duplicates_together:
             connected = _joined(names, selector.groups_of_duplicates())
@@ -219,8 +221,8 @@ def _recorded(storage: Storage, settings: Mapping[str, object]) -> dict[str, str
     data = storage.read_if_exists(SPLIT_PATH)
     if data is None:
         names = set(storage.list("")) - {".lease"}
-        if storage.local and Path(storage.root).exists():
-            names = {one.name for one in Path(storage.root).iterdir()} - {LOCK_PATH, SCRATCH}
+        if storage.local:
+            names = scratch.entries(Path(storage.root)) - {LOCK_PATH}
         if names or storage.exists(PLAN_PATH):
             raise ConfigError(f"{storage.root} is not empty: use another output folder.")
         return {}

@@ -21,8 +21,9 @@ from latentmill.curation.chosen import Chosen
 from latentmill.curation.view_metadata import write_view_metadata
 from latentmill.engine.lock import LOCK_PATH, only_run
 from latentmill.errors import ConfigError
+from latentmill.storage import scratch
 from latentmill.storage.remote import refuse_secrets
-from latentmill.storage.storage import SCRATCH, Storage
+from latentmill.storage.storage import Storage
 from latentmill.store.annotations import (
     ANNOTATIONS,
     Annotations,
@@ -116,6 +117,7 @@ def write_view(out: str, chosen: Sequence[Chosen], *, overwrite: bool = False) -
     left_out = pa.concat_tables(one.left_out for one in chosen).unify_dictionaries()
     found = pc.value_counts(left_out["reason"]).to_pylist()
     counts = dict(Counter({one["values"]: one["counts"] for one in found}).most_common())
+    _replaced(Storage(out))  # checked before the lock, which writes a file
     with only_run(Storage(out)) as hold:
         storage = hold.storage
         before = _replaced(storage)
@@ -232,11 +234,11 @@ def _replaced(storage: Storage) -> DatasetInfo | None:
     if info is not None and info.bases:
         return info
     if storage.local:
-        names = {entry.name for entry in Path(storage.root).iterdir()}
+        names = scratch.entries(Path(storage.root))
     else:
         names = set(storage.list("")) - {".lease"}
         names |= {"shards"} if storage.list("shards") or storage.list("commits") else set()
-    if any(not _OWN.fullmatch(name) for name in names - {LOCK_PATH, SCRATCH, ANNOTATIONS}):
+    if any(not _OWN.fullmatch(name) for name in names - {LOCK_PATH, ANNOTATIONS}):
         raise ConfigError(f"{storage.root} is not empty: use another output folder.")
     return None
 

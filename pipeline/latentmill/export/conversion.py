@@ -12,7 +12,8 @@ from latentmill.engine.lock import LOCK_PATH, only_run
 from latentmill.errors import ConfigError
 from latentmill.plan import PLAN, Plan, copy, load
 from latentmill.record import Outcome, ShardFormat
-from latentmill.storage.storage import SCRATCH, Storage
+from latentmill.storage import scratch
+from latentmill.storage.storage import Storage
 from latentmill.store.commit import (
     committed_revisions,
     iter_commits,
@@ -148,11 +149,7 @@ def refuse_unless_empty(storage: Storage) -> None:
     It may contain the files of an export that was interrupted before it wrote its plan.
     """
     if storage.local:
-        folder = Path(storage.root)
-        left = {SCRATCH, PLAN, LOCK_PATH}
-        used = folder.exists() and (
-            not folder.is_dir() or any(entry.name not in left for entry in folder.iterdir())
-        )
+        used = bool(scratch.entries(Path(storage.root)) - {PLAN, LOCK_PATH})
     else:
         files = set(storage.list("")) - {LEASE_PATH}
         used = bool(files) or any(storage.list(folder) for folder in (SHARDS, COMMITS))

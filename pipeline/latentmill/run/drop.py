@@ -12,7 +12,8 @@ from pathlib import Path
 from latentmill.engine.lock import LOCK_PATH, only_run
 from latentmill.errors import StoreError
 from latentmill.plan import BATCH_PATH, PLAN, PLAN_PATH
-from latentmill.storage.storage import SCRATCH, Storage
+from latentmill.storage.scratch import SCRATCH
+from latentmill.storage.storage import Storage
 from latentmill.store.annotations import ANNOTATIONS
 from latentmill.store.field_layout import field_names, field_storage
 from latentmill.store.measurement import EVALUATION, NAMES

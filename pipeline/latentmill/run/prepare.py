@@ -23,9 +23,6 @@ from latentmill.models.inference.device import pick_device
 from latentmill.models.inference.precision import pick_precision
 from latentmill.plan import (
     DEFAULT_SHARD_SIZE,
-    ITEMS_PATH,
-    PLAN_PATH,
-    UNITS_PATH,
     Draft,
     Plan,
     UnitLimits,
@@ -42,6 +39,7 @@ from latentmill.run.differences import default_stitch, differences, explain
 from latentmill.sources.base import Item, Source
 from latentmill.sources.open import open_source
 from latentmill.storage.job_folder import refuse_job_folder
+from latentmill.storage.scratch import has_only_temporary
 from latentmill.storage.storage import Storage
 from latentmill.store.field_layout import base_url
 from latentmill.store.schema import (
@@ -381,16 +379,9 @@ def refuse_foreign(storage: Storage) -> None:
                 f"{storage.root} has a file {path} but no plan: choose another output folder, or "
                 "delete the file."
             )
-    # A run that was killed while it wrote its plan leaves such files.
-    paths = (ITEMS_PATH, UNITS_PATH, PLAN_PATH)
-    leftovers = tuple(f".{path.replace('/', '.')}" for path in paths)
-    scratch = storage.scratch_folder
-    if (
-        storage.local
-        and scratch.is_dir()
-        and not all(entry.name.endswith(leftovers) for entry in scratch.iterdir())
-    ):
+    # A run that was killed while it wrote its plan leaves temporary files.
+    if storage.local and not has_only_temporary(storage.scratch_folder):
         raise StoreError(
-            f"{scratch} has files that latentmill did not write, and a run would delete them: "
+            f"{storage.scratch_folder} has files that latentmill did not write, or is a link: "
             "choose another output folder."
         )

@@ -40,8 +40,6 @@ from latentmill.storage.remote import (
 
 T = TypeVar("T")
 
-SCRATCH = "tmp"
-
 READ_AHEAD = 1 << 20  # minimum bytes per read of an open remote file
 
 CONDITIONAL = ("s3", "s3a")  # protocols that can replace an object only if it is unchanged
@@ -307,7 +305,7 @@ class Storage:
     def scratch_folder(self) -> Path:
         """The folder of temporary files: inside a local store, or the system's for a remote one."""
         if self.local:
-            return Path(self._path) / SCRATCH
+            return Path(self._path) / scratch.SCRATCH
         digest = hashlib.sha256(self.root.encode()).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"latentmill-{digest}"
 

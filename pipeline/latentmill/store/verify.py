@@ -21,7 +21,8 @@ from latentmill.record import FloatArray, Record
 from latentmill.sources.address import item_at
 from latentmill.sources.base import Segment
 from latentmill.sources.reading import UnitReader
-from latentmill.storage.storage import SCRATCH, Storage
+from latentmill.storage.scratch import SCRATCH, is_temporary
+from latentmill.storage.storage import Storage
 from latentmill.store.commit import committed_revisions, hash_of, iter_commits, read_commit
 from latentmill.store.index import entries
 from latentmill.store.metadata import matches_records
@@ -207,13 +208,23 @@ class _Verification:
             superseded = parsed and parsed[1] < self._committed.get(parsed[0], 0)
             if f"{SHARDS}/{name}" not in self._shards and not superseded:
                 yield f"{SHARDS}/{name} does not belong to a commit and is not used: delete it"
-        for name in storage.list(SCRATCH) if storage.local else {}:
-            yield f"{SCRATCH}/{name} was left by a killed run: run again to remove it"
+        yield from self._temporary_files() if storage.local else ()
         units = {unit.name for unit in self._plan.units}
         for name in storage.list(COMMITS):
             parsed = parse_name(name)
             if parsed is None or parsed[0] not in units:
                 yield f"{COMMITS}/{name} does not belong to a unit of the plan: delete it"
+
+    def _temporary_files(self) -> Iterator[str]:
+        folder = self._storage.scratch_folder
+        if folder.is_symlink():
+            yield f"{SCRATCH} is a link: remove it"
+            return
+        for name in self._storage.list(SCRATCH):
+            if is_temporary(folder / name):
+                yield f"{SCRATCH}/{name} was left by a killed run: run again to remove it"
+            else:
+                yield f"{SCRATCH}/{name} was not written by latentmill: move or delete it"
 
     def _origin_faults(self) -> Iterator[str]:
         """Check that the origin has the shape of one chunk, `[D, Z]`."""
