@@ -83,7 +83,9 @@ class RangeCache:
         self._max_bytes = int(gib * 2**30)
         self._written = self._max_bytes  # check the size before writing the first block
         if not os.fspath(folder):
-            raise ConfigError("cache is an empty string: give the path of a folder, or None for no cache.")
+            raise ConfigError(
+                "cache is an empty string: give the path of a folder, or None for no cache."
+            )
         if self._max_bytes < 64 * BLOCK:
             raise ConfigError(f"cache_gib is {gib}: use at least {64 * BLOCK / 2**30}.")
         try:
