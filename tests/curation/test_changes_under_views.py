@@ -118,6 +118,25 @@ def test_a_number_has_one_part_whatever_the_type_of_its_column(tmp_path: Path) -
     assert sides[1].items() > sides[0].items()
 
 
+@pytest.mark.parametrize("name", ["whole", "flag", "word"])
+def test_a_part_stays_when_values_of_another_type_are_annotated(tmp_path: Path, name: str) -> None:
+    (a,) = stores(tmp_path, [{"n": n} for n in range(25)])
+    values = [{"whole": n, "flag": n % 2 == 0, "word": f"w{n}"} for n in range(23)]
+    annotate(a, {f"a/{n:05d}": own for n, own in enumerate(values)})
+    out, shares = str(tmp_path / "split"), {"t": 0.5, "v": 0.5}
+    lm.split(a, out, shares, by=name)
+    before = {part: set(keys_of(f"{out}/{part}")) for part in shares}
+    more = {"a/00023": {"whole": "x", "flag": 7, "word": 1.5}, "a/00024": {name: ["x"]}}
+    annotate(a, more)  # the column of the metadata file is text now
+    lm.split(a, out, shares, by=name, overwrite=True)
+    for part, keys in before.items():
+        assert set(keys_of(f"{out}/{part}")) - set(more) == keys - set(more)
+    view = lm.select(a, tmp_path / "view", where="n < 23").dest  # without the other values
+    lm.split(view, f"{view} split", shares, by=name)
+    for part, keys in before.items():
+        assert set(keys_of(f"{view} split/{part}")) == keys - set(more)
+
+
 def test_a_split_keeps_its_settings_and_its_folder(tmp_path: Path) -> None:
     a, b = stores(tmp_path, [{"n": n} for n in range(30)], [{"n": n} for n in range(3)])
     out = str(tmp_path / "split")
@@ -132,6 +151,17 @@ def test_a_split_keeps_its_settings_and_its_folder(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"is not empty|overlap"):
             lm.split(a, folder, {"t": 1.0}, duplicates_together=True)
         assert sorted(Path(folder).iterdir()) == before
+
+
+def test_the_order_of_the_shares_moves_no_record(tmp_path: Path) -> None:
+    (a,) = stores(tmp_path, [{"n": n} for n in range(40)])
+    out, shares = str(tmp_path / "split"), {"train": 0.7, "valid": 0.3}
+    lm.split(a, out, shares, by="key")
+    train = keys_of(f"{out}/train")
+    for _ in range(2):  # what the second call records, too
+        parts = lm.split(a, out, dict(reversed(shares.items())), by="key", overwrite=True)
+        assert keys_of(f"{out}/train") == train
+        assert {part.name: part.wanted for part in parts} == shares
 
 
 def test_a_prefix_keeps_groups_apart(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow as pa
+
 from latentmill.encoding.stored import parse_json
 from latentmill.errors import ConfigError
 from latentmill.reader.fields import FIELDS, FieldReader
@@ -26,15 +28,21 @@ def values_of(store: LatentStore, name: str, option: str) -> list[Any]:
     opened = open_metadata(store)
     if opened is not None:
         with opened as file:
-            if column in file.schema_arrow.names:
+            schema = file.schema_arrow
+            # A column of text may have values of other types as JSON, in which 5 is like "5".
+            if column in schema.names and schema.field(column).type != pa.string():
                 table = file.read(columns=[column], use_threads=False)
                 return table[column].to_pylist()  # type: ignore[no-any-return]
     texts = FieldReader(store, ["metadata"]).gather()["metadata"].to_pylist()
-    every = [parse_json(text) for text in texts]
-    if not any(name in own for own in every):
-        known = sorted({name for own in every for name in own})
+    values, known = [], set[str]()
+    for text in texts:
+        own = parse_json(text)
+        known |= own.keys()
+        values.append(own.get(name))
+    if name not in known:
+        names = [*METADATA_SCHEMA.names[:1], "group", "role", *sorted(known)[:20]]
         raise ConfigError(
             f"{option} uses {name!r}, but no record of {store.url} has such a field: use one of "
-            f"{', '.join([*METADATA_SCHEMA.names[:1], 'group', 'role', *known[:20]])}."
+            f"{', '.join(names)}."
         )
-    return [own.get(name) for own in every]
+    return values

@@ -89,9 +89,10 @@ def split(
     settings["duplicates_together"] = duplicates_together
     _recorded(Storage(target), settings)  # checked before the lock, which writes a file
     with only_run(Storage(target)) as hold:
-        known = _recorded(hold.storage, settings)
+        shares, known = _recorded(hold.storage, settings)
         hold.storage.clear_scratch()
-        assignment = {name: _side(seed, name, into) for name in dict.fromkeys(names)}
+        settings["into"] = shares
+        assignment = {name: _side(seed, name, shares) for name in dict.fromkeys(names)}
         if duplicates_together:
             connected = _joined(names, selector.groups_of_duplicates())
             assignment, conflicts = _assigned(assignment, connected, known)
@@ -216,8 +217,14 @@ def _assigned(
     return found, conflicts
 
 
-def _recorded(storage: Storage, settings: Mapping[str, object]) -> dict[str, str | None]:
-    """The parts of an earlier call; empty if there was none. Refuses a folder of anything else."""
+def _recorded(
+    storage: Storage, settings: Mapping[str, Any]
+) -> tuple[dict[str, float], dict[str, str | None]]:
+    """The shares in the order of an earlier call, which decides about the parts, and its parts.
+
+    Without an earlier call, the shares of the settings and no parts. Refuses a folder of anything
+    else.
+    """
     data = storage.read_if_exists(SPLIT_PATH)
     if data is None:
         names = set(storage.list("")) - {".lease"}
@@ -225,7 +232,7 @@ def _recorded(storage: Storage, settings: Mapping[str, object]) -> dict[str, str
             names = scratch.entries(Path(storage.root)) - {LOCK_PATH}
         if names or storage.exists(PLAN_PATH):
             raise ConfigError(f"{storage.root} is not empty: use another output folder.")
-        return {}
+        return settings["into"], {}
     where = f"{storage.root}/{SPLIT_PATH}"
     try:
         document = parse_json(data)
@@ -240,4 +247,4 @@ def _recorded(storage: Storage, settings: Mapping[str, object]) -> dict[str, str
             f"{storage.root} was written with a different --into, --by, --seed or "
             "--duplicates-together: use the same values or another output folder."
         )
-    return dict(parts)
+    return document["into"], dict(parts)
