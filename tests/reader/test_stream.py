@@ -196,6 +196,15 @@ def test_every_iteration_is_the_next_epoch(mixed: list[str]) -> None:
     assert (first.epoch, next(iter(stream)).epoch) == (3, 4)
 
 
+def test_the_shuffle_is_the_documented_one_by_default(mixed: list[str]) -> None:
+    """docs/reader.md: a seed gives the same order with every version."""
+    documented = LatentStream(mixed, crop=8, shuffle_block=16, shuffle_window=16_384)
+    orders = [
+        [sample.key for sample in stream] for stream in (LatentStream(mixed, crop=8), documented)
+    ]
+    assert orders[0] == orders[1]
+
+
 def test_a_state_from_the_end_leaves_nothing(mixed: list[str]) -> None:
     stream = LatentStream(mixed, crop=8)
     list(stream)
