@@ -326,7 +326,8 @@ def test_a_poor_operation_warns_the_caller() -> None:
     ):
         with pytest.warns(LinearityWarning, match="Adding") as caught:
             warned()
-        assert {each.filename for each in caught} == {__file__}
+        line = warned.__code__.co_firstlineno
+        assert {(each.filename, each.lineno) for each in caught} == {(__file__, line)}
     measured = replace(ORIGIN, linearity=replace(CARD, removal=3.2, removal_raw=20.0))
     with pytest.warns(LinearityWarning) as caught:  # each operation has its own metric
         subtract(one, other, origin=measured)
