@@ -155,7 +155,7 @@ def test_a_store_without_current_statistics(
     assert not (tmp_path / "s/tmp").exists()
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "longer", "changed", "no array"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "longer", "changed", "no array", "no header"])
 def test_damaged_vectors_are_one_sentence(
     tmp_path: Path, damage: str, one_sentence: Callable[[BaseException], str]
 ) -> None:
@@ -170,6 +170,7 @@ def test_damaged_vectors_are_one_sentence(
             "longer": data + b"x",
             "changed": data[:-1] + bytes([data[-1] ^ 1]),
             "no array": b"x" * len(data),
+            "no header": data[:10] + b"(" * (len(data) - 10),
         }
         file.write_bytes(changed[damage])
     message = r"vectors\.\w+\.npy is missing or damaged: run `latentmill evaluate .* --only stat"

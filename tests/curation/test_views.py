@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -494,3 +496,32 @@ def test_what_a_killed_call_left_is_no_other_file(
     (out / ".lock").touch()
     write(bases[0], str(out))
     assert not (out / "tmp").exists()
+
+
+def replaced(out: Path, name: str, data: bytes) -> dict[str, str]:
+    """Write a file under the name that its contents have, and return the entries for it."""
+    digest = xxhash.xxh3_128_hexdigest(data)
+    path = f"{name}.{digest[:16]}.parquet"
+    (out / path).write_bytes(data)
+    return (
+        {"metadata": path, "metadata_hash": digest}
+        if name == "metadata"
+        else {"left_out_file": path}
+    )
+
+
+def test_files_of_a_view_that_no_call_writes(bases: tuple[str, str], tmp_path: Path) -> None:
+    view = lm.select(bases[0], tmp_path / "view", sample=5).dest
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"other": [1] * 5}), sink)
+    without_key = sink.getvalue().to_pybytes()
+    for number, data in enumerate((without_key, b"PAR1")):
+        for name in ("metadata", "left_out"):
+            changes = replaced(Path(view), name, data)
+            (fault,) = verify(lm.open(edited(view, tmp_path / f"{name}{number}", **changes))).faults
+            assert f"/{name}." in fault
+    for number, origin in enumerate((np.float32(1), np.zeros(4, np.float32))):
+        out = edited(view, tmp_path / f"origin{number}")
+        np.save(f"{out}/origin.npy", origin)
+        (fault,) = verify(lm.open(out)).faults
+        assert "origin.npy is damaged: restore it" in fault

@@ -439,7 +439,7 @@ def huge() -> bytes:
     return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + header.ljust(117) + b"\n"
 
 
-@pytest.mark.parametrize("kind", ["nulls", "ragged", "text", "empty", "npz", "huge"])
+@pytest.mark.parametrize("kind", ["nulls", "ragged", "text", "empty", "npz", "huge", "open"])
 @pytest.mark.parametrize("place", [0, 1])
 def test_one_wrong_value_is_skipped(store: Path, tmp_path: Path, kind: str, place: int) -> None:
     keys = list(open_store(str(store)).keys())[:2]
@@ -453,7 +453,8 @@ def test_one_wrong_value_is_skipped(store: Path, tmp_path: Path, kind: str, plac
     else:
         path = write_import(tmp_path / "v", {key: [1.0, 2.0] for key in keys})
         file = path / f"{wrong}.npy"
-        file.write_bytes(huge() if kind == "huge" else b"")
+        contents = {"huge": huge(), "open": b"\x93NUMPY\x01\x00\x01\x00("}
+        file.write_bytes(contents.get(kind, b""))
         if kind == "npz":
             with file.open("wb") as handle:
                 np.savez(handle, a=np.ones(2))

@@ -157,7 +157,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "origin of text": (
         lambda f: write_origin_of(f, np.load(f / "origin.npy").astype(str)),
-        "origin.npy does not contain 64 x ",
+        "origin.npy is missing or damaged",
     ),
     "missing index": (lambda f: index_file(f).unlink(), ".arrow is missing or damaged"),
 }

@@ -18,6 +18,7 @@ from latentmill.record import FloatArray, Latent
 from latentmill.storage.storage import Storage, writing
 from latentmill.store.measurement import EVALUATION, current_result
 from latentmill.store.metadata import publish
+from latentmill.store.npy import read_npy_header
 from latentmill.store.results import VECTORS_FILE, PooledVectors, StoreStatistics
 from latentmill.store.store import LatentStore
 
@@ -111,8 +112,7 @@ class StoredVectors:
         width = 2 * columns
         try:
             with store.storage.open(self._entry.file) as file:
-                npy.read_magic(file)
-                shape, in_columns, kind = npy.read_array_header_1_0(file)
+                shape, in_columns, kind = read_npy_header(file)
                 if shape != (len(store), columns) or kind != np.float16 or in_columns:
                     raise self._damaged()
                 begin = file.tell()

@@ -19,7 +19,7 @@ from latentmill.errors import ConfigError
 from latentmill.export.layout import Layout, caption_of, escaped, with_first_escaped
 from latentmill.ops import fit
 from latentmill.record import FloatArray, Record, time_major_bytes
-from latentmill.store.seal import npy_bytes
+from latentmill.store.npy import npy_bytes
 
 CONFIG_PATH = "dataset_config.json"
 SILENCE_PATH = "silence.npy"

@@ -24,6 +24,7 @@ from latentmill.plan import Unit
 from latentmill.record import FloatArray
 from latentmill.sources.names import as_key
 from latentmill.storage.remote import open_filesystem, storage_errors
+from latentmill.store.npy import BAD_HEADER
 from latentmill.store.schema import Commit, as_text
 from latentmill.text.redact import redact
 
@@ -148,7 +149,11 @@ def _folder(folder: Path) -> Iterator[tuple[str, FloatArray | str, str]]:
 
 
 def _of_file(file: Path) -> FloatArray:
-    return _checked(np.array(open_memmap(file, mode="r")))  # type: ignore[no-untyped-call]
+    try:
+        mapped = open_memmap(file, mode="r")  # type: ignore[no-untyped-call]
+    except BAD_HEADER as error:
+        raise ValueError("its header is damaged") from error
+    return _checked(np.array(mapped))
 
 
 def _parquet(file: Any, field: str) -> Iterator[tuple[str, FloatArray | str]]:

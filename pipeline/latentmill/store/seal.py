@@ -6,7 +6,6 @@ replaced last and atomically, so readers see either the old seal or the new one.
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -26,6 +25,7 @@ from latentmill.store.commit import SealHash, iter_commits
 from latentmill.store.entries import ShardEntry
 from latentmill.store.index import Index, to_batch
 from latentmill.store.metadata import has_hash, publish_metadata
+from latentmill.store.npy import npy_bytes, parse_npy
 from latentmill.store.schema import (
     CARD_PATH,
     DATASET_PATH,
@@ -199,13 +199,6 @@ def write_origin(storage: Storage, origin: FloatArray) -> None:
     storage.write(ORIGIN_PATH, npy_bytes(origin))
 
 
-def npy_bytes(array: FloatArray) -> bytes:
-    """The content of an .npy file."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
-
-
 def read_origin(storage: Storage) -> FloatArray:
     """Read E(0) of one chunk, `[D, Z]`; StorageError if it is missing or damaged."""
     try:
@@ -218,8 +211,10 @@ def read_origin(storage: Storage) -> FloatArray:
             "encoded yet; otherwise `latentmill verify` tells how to restore it."
         ) from error.__cause__
     try:
-        origin: FloatArray = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        origin: FloatArray = parse_npy(data)
+        if origin.ndim < 2:
+            raise ValueError(f"{origin.shape} is not [D, Z]")
+    except ValueError as error:
         raise StorageError(
             f"{storage.root}/{ORIGIN_PATH} is damaged: restore it from a copy of the store."
         ) from error

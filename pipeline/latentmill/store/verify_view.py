@@ -16,6 +16,7 @@ from latentmill.store.seal import read_origin
 from latentmill.store.store import LatentStore
 
 _HINT = "create the view again"
+_DAMAGED = (OSError, ValueError, LookupError, pa.ArrowException)  # of Parquet files
 
 
 def view_faults(store: LatentStore) -> Iterator[str]:
@@ -63,13 +64,20 @@ def view_faults(store: LatentStore) -> Iterator[str]:
 
 
 def _has_keys(metadata: pq.ParquetFile, store: LatentStore) -> bool:
-    with metadata as file:
-        return store.index.has_keys(file.read(columns=["key"], use_threads=False)["key"])
+    try:
+        with metadata as file:
+            keys = file.read(columns=["key"], use_threads=False)["key"]
+    except _DAMAGED:
+        return False
+    return store.index.has_keys(keys)
 
 
 def _has_rows(store: LatentStore, path: str, rows: int) -> bool:
     data = store.storage.read_if_exists(path)
     if data is None or xxhash.xxh3_128_hexdigest(data)[:16] != path.split(".")[1]:
         return False
-    with pq.ParquetFile(pa.BufferReader(data)) as file:
-        return bool(file.metadata.num_rows == rows)
+    try:
+        with pq.ParquetFile(pa.BufferReader(data)) as file:
+            return bool(file.metadata.num_rows == rows)
+    except _DAMAGED:
+        return False
