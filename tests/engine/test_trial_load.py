@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -33,9 +34,8 @@ def item(folder: Path, rate: int, name: str = "", seconds: int = 4) -> Item:
 
 @pytest.fixture(scope="module")
 def trials() -> Iterator[TrialLoader]:
-    paths = [DEADLY, runs.TESTS.parent / "pipeline", os.environ.get("PYTHONPATH", "")]
     with pytest.MonkeyPatch.context() as patch, TrialLoader(44100, 1, hang_seconds=60) as trials:
-        patch.setenv("PYTHONPATH", os.pathsep.join(str(path) for path in paths if str(path)))
+        patch.setattr(sys, "path", [str(DEADLY), *sys.path])
         yield trials
         server = trials._server
     assert server is None or server.returncode is not None
@@ -85,6 +85,30 @@ def test_a_server_that_dies_is_replaced(trials: TrialLoader, tmp_path: Path) -> 
     assert trials.failure_reason(good) is None
     assert trials._server is not None
     assert trials._server.pid != first
+
+
+def test_no_item_fails_if_the_server_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = item(tmp_path, 22050)
+    with TrialLoader(44100, 1) as loader:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "executable", "/bin/false")
+            with pytest.raises(RuntimeError, match="loads items on trial does not start"):
+                loader.failure_reason(good)
+        assert loader.failure_reason(good) is None
+
+
+def test_the_server_has_the_modules_of_its_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the current folder may have the names of others; the worker's may be only there."""
+    good = item(tmp_path, 22050)
+    (tmp_path / "soundfile.py").write_text("raise SystemExit(1)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    with TrialLoader(44100, 1) as loader:
+        assert loader.failure_reason(good) is None
 
 
 def test_a_long_item_may_take_longer_than_it_may_be_silent(

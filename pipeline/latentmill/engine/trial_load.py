@@ -2,7 +2,7 @@
 
 A small server process without threads and GPUs imports the decoders and forks once per item, so
 that a trial costs little more than loading. It runs as
-`python -m latentmill.engine.trial_load FD`.
+`python -m latentmill.engine.trial_load FD` and sends a line when it is ready.
 """
 
 from __future__ import annotations
@@ -94,6 +94,9 @@ class TrialLoader(Closeable):
         """Load an item on trial. Returns why no worker may load it, or None.
 
         Ordinary failures are not reported here; the worker reports them.
+
+        Raises:
+            RuntimeError: The server does not start, which is not the fault of an item.
         """
         if self._socket is None:
             self._start()
@@ -123,13 +126,24 @@ class TrialLoader(Closeable):
 
     def _start(self) -> None:
         self._socket, theirs = socket.socketpair()
+        self._socket.settimeout(START_SECONDS)
+        # The modules of this process: -P leaves out the current folder, which may have others.
+        paths = os.pathsep.join(map(os.path.abspath, sys.path))
         with theirs:
             self._server = subprocess.Popen(  # noqa: S603  this module
-                [sys.executable, "-m", "latentmill.engine.trial_load", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "latentmill.engine.trial_load", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": paths},
             )
+        try:
+            ready = _line(self._socket)
+        except OSError:
+            ready = b""
+        if not ready:
+            self.close()
+            raise RuntimeError("the process that loads items on trial does not start")
 
 
 def _line(connection: socket.socket) -> bytes:
@@ -147,6 +161,7 @@ def serve(connection: socket.socket) -> None:
     """Answer trials until the other side closes."""
     for module in ("av", "soundfile", "soxr"):
         __import__(module)  # once, before the forks
+    connection.sendall(b"ready\n")
     while line := _line(connection):
         trial = _TRIAL.validate_json(line)
         result = _try_load(trial, connection)
