@@ -18,6 +18,7 @@ import soundfile
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import latentmill as lm
 from latentmill.errors import ConfigError, StoreError
 from latentmill.export.export import Target, export_store
 from latentmill.export.stable_audio import StableAudio
@@ -30,6 +31,7 @@ from latentmill.store.verify import verify
 from store.store_files import MODEL_OPTIONS, write_corpus, write_store
 from support import runs
 from support.in_process import in_process
+from support.latent_store import write_latents
 
 FORMATS = ["parquet", "webdataset"]
 
@@ -181,6 +183,51 @@ def test_an_export_of_another_store_is_left_alone(
             lambda dest=dest, to=to: export_store(other, str(dest), to)
         )
         assert files(dest) == before
+
+
+def test_an_export_of_another_store_of_the_same_model_is_left_alone(tmp_path: Path) -> None:
+    """Its files would be mixed with the others', and those of a view's other records removed."""
+    one, to = tmp_path / "one", Target.STABLE_AUDIO_TOOLS
+    write_latents(str(one), [5] * 40)
+    other = write_latents(str(tmp_path / "other"), [6] * 12, prefix="other")
+    lm.split(str(one), tmp_path / "parts", {"train": 0.7, "valid": 0.3}, by="key")
+    train, valid = (LatentStore(str(tmp_path / "parts" / part)) for part in ("train", "valid"))
+    for first, second in ((LatentStore(str(one)), other), (train, valid), (train, other)):
+        dest = tmp_path / "dest"
+        export_store(first, str(dest), to)
+        before = files(dest)
+        with pytest.raises(ConfigError, match="another store"):
+            export_store(second, str(dest), to)
+        assert files(dest) == before
+        shutil.rmtree(dest)
+
+
+def test_a_store_that_was_moved_is_the_same_store(tmp_path: Path) -> None:
+    dest, to = str(tmp_path / "dest"), Target.STABLE_AUDIO_TOOLS
+    write_latents(str(tmp_path / "one"), [5] * 12)
+    export_store(LatentStore(str(tmp_path / "one")), dest, to)
+    (tmp_path / "one").rename(tmp_path / "moved")
+    export_store(LatentStore(str(tmp_path / "moved")), dest, to)
+
+    view, dest = str(tmp_path / "view"), str(tmp_path / "of view")
+    for records in (5, 3):
+        lm.select(tmp_path / "moved", view, sample=records, overwrite=True)
+        export_store(LatentStore(view), dest, to)
+    assert len([*Path(dest, "item").glob("*.npy")]) == 3
+    Path(view).rename(tmp_path / "view moved")
+    assert export_store(LatentStore(str(tmp_path / "view moved")), dest, to).records == 3
+
+
+def test_an_export_of_an_earlier_version_is_known_by_its_address(tmp_path: Path) -> None:
+    dest, to = tmp_path / "dest", Target.STABLE_AUDIO_TOOLS
+    store = write_latents(str(tmp_path / "one"), [5] * 12)
+    export_store(store, str(dest), to)
+    details = json.loads((dest / "details.json").read_text())
+    del details["identity"]
+    (dest / "details.json").write_text(json.dumps(details))
+    other = write_latents(str(tmp_path / "other"), [6] * 12, prefix="other")
+    assert "another store" in refusal(lambda: export_store(other, str(dest), to))
+    assert export_store(store, str(dest), to).records == 12
 
 
 def test_what_was_measured_comes_along(store: LatentStore, tmp_path: Path) -> None:

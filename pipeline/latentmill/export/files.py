@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from latentmill.decoding.files import LONGEST_NAME
 from latentmill.encoding.stored import parse_json
 from latentmill.errors import ConfigError, ItemError, StoreError
 from latentmill.export.conversion import outcomes, refuse_unless_empty
 from latentmill.export.layout import Layout
+from latentmill.plan import iter_keys
 from latentmill.record import FloatArray, Outcome, Record
 from latentmill.storage.storage import Storage, writing
 from latentmill.store.commit import iter_commits
@@ -94,14 +97,16 @@ def _left_out(view: LatentStore) -> list[str]:
 
 
 def _begin(layout: Layout, storage: Storage) -> bool:
-    """Write details.json; return whether it updates an earlier export of the same latents.
+    """Write details.json; return whether it updates an earlier export of the same store.
 
     Raises `ConfigError` if the destination has anything else.
     """
     info = layout.store.info
+    identity = _identity(layout.store)
     names = ("name", "sample_rate", "hop", "latent_channels", "scale_factor")
     details = {
         "store": layout.store.url,
+        "identity": identity,
         "fingerprint": info.fingerprint,
         "model": {name: info.model[name] for name in names},
         "layout": layout.tool,
@@ -111,20 +116,44 @@ def _begin(layout: Layout, storage: Storage) -> bool:
     if text is None:
         refuse_unless_empty(storage)
     else:
-        _check_earlier(layout, storage.root, text)
+        _check_earlier(layout, storage.root, text, identity)
     storage.write(DETAILS_PATH, json.dumps(details).encode())
     return text is not None
 
 
-def _check_earlier(layout: Layout, dest: str, details: bytes) -> None:
-    """Raise ConfigError unless details.json is that of an export with the same fields."""
+def _identity(store: LatentStore) -> list[str]:
+    """Hashes that tell a store from others, also after it was moved or extended.
+
+    A view has two, for its address and its records: it is the same one if it was moved or if it was
+    written again with other records, but not if both.
+    """
+    if store.bases is not None:
+        bases = [f"{base.prefix}\n{base.url}" for base in store.bases.entries]
+        return [_hash([last, *bases]) for last in (store.url, store.info.seal or "")]
+    first = store.plan.units[: store.plan.parts[0].units]
+    keys = iter_keys(store.storage, replace(store.plan, units=first))
+    return [_hash(itertools.chain([store.plan.source], keys))]
+
+
+def _hash(texts: Iterable[str]) -> str:
+    digest = xxhash.xxh3_128()
+    for text in texts:
+        digest.update(f"{text}\0".encode())
+    return digest.hexdigest()
+
+
+def _check_earlier(layout: Layout, dest: str, details: bytes, identity: Sequence[str]) -> None:
+    """Raise ConfigError unless details.json is that of an export of the store and its fields."""
     try:
         earlier = parse_json(details)
         fingerprint, tool = earlier["fingerprint"], earlier.get("layout", layout.tool)
         roles = set(earlier.get("fields", ()))
+        same = earlier["store"] == layout.store.url  # earlier versions wrote no identity
+        if "identity" in earlier:
+            same = not set(earlier["identity"]).isdisjoint(identity)
     except (ValueError, TypeError, LookupError, AttributeError):
-        fingerprint, tool, roles = None, None, set()
-    if (fingerprint, tool) != (layout.store.info.fingerprint, layout.tool):
+        fingerprint, tool, roles, same = None, None, set(), False
+    if not same or (fingerprint, tool) != (layout.store.info.fingerprint, layout.tool):
         raise ConfigError(f"{dest} is an export of another store: use another destination.")
     if roles != set(layout.fields):
         names = ", ".join(sorted(roles)) or "no fields"
