@@ -11,7 +11,7 @@ import pytest
 
 from latentmill.curation.merge import merge
 from latentmill.curation.select import select
-from latentmill.errors import StoreError
+from latentmill.errors import ConfigError, StoreError
 from latentmill.export.export import Target, export_store
 from latentmill.publishing.sync import sync
 from latentmill.run.drop import drop
@@ -67,6 +67,27 @@ def test_sync_copies_complete_fields(
     before = files(dest)
     added(dest)
     assert files(dest) == before, "the copy of a field is continued like the field"
+
+
+@pytest.mark.parametrize("change", ["model", "again"])
+def test_sync_after_a_field_was_replaced(
+    store: Path, tmp_path: Path, change: str, one_sentence: Callable[[BaseException], str]
+) -> None:
+    """The copy of the old one must be dropped; until then everything else is copied."""
+    dest = tmp_path / "copy"
+    added(store)
+    sync(store, dest)
+    drop(store, field="second")
+    added(store, **({"model_options": {**OPTIONS, "hop": 200}} if change == "model" else {}))
+    added(store, "third")
+    with pytest.raises(ConfigError) as caught:
+        sync(store, dest)
+    advice = f"run `latentmill drop {dest} --field second`, then run sync again"
+    assert advice in one_sentence(caught.value)
+    assert runs.latents(dest / "fields/third") == runs.latents(store / "fields/third")
+    drop(dest, field="second")
+    sync(store, dest)
+    assert runs.latents(dest / "fields/second") == runs.latents(store / "fields/second")
 
 
 def test_a_link_at_the_destination(store: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from latentmill.storage.storage import Storage
 from latentmill.store.annotations import ANNOTATIONS
 from latentmill.store.card import MARKER
 from latentmill.store.commit import READERS, hash_of
+from latentmill.store.field_layout import FIELDS
 from latentmill.store.measurement import EVALUATION
 from latentmill.store.results import VECTORS_FILE
 from latentmill.store.schema import (
@@ -30,7 +31,7 @@ from latentmill.store.schema import (
 from latentmill.store.tidy import PLAN_FILE
 
 # What must be equal in the plans of a store and its copy.
-_IDENTITY = ("source", "fingerprint", "format", "model", "model_options")
+_IDENTITY = ("source", "fingerprint", "format", "model", "model_options", "field")
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,8 @@ def _check_same_plan(contents: StoreFiles, existing: Plan, dest: Storage) -> Non
             break
     if not same:
         raise ConfigError(
-            f"{dest.root} is not a copy of {contents.storage.root}, but another store: use an "
-            "empty destination."
+            f"{dest.root} is not a copy of {contents.storage.root}, but another store: "
+            f"{_advice(dest)}."
         )
 
 
@@ -166,9 +167,18 @@ def _check_annotations(contents: StoreFiles, dest: Storage, listed: Mapping[str,
 
 def _encoded_itself(dest: Storage, path: str) -> ConfigError:
     return ConfigError(
-        f"{dest.root} has changes of its own or is damaged ({path} differs from the source): use "
-        "an empty destination."
+        f"{dest.root} has changes of its own or is damaged ({path} differs from the source): "
+        f"{_advice(dest)}."
     )
+
+
+def _advice(dest: Storage) -> str:
+    """What to do about a destination that cannot be updated. A field in a copy can be removed."""
+    base, _, name = dest.root.rpartition(f"/{FIELDS}/")
+    plan = load(dest)
+    if base and "/" not in name and plan is not None and plan.field is not None:
+        return f"run `latentmill drop {base} --field {name}`, then run sync again"
+    return "use an empty destination"
 
 
 def _has(dest: Storage, file: StoreFile, listed: Mapping[str, int], *, trusted: bool) -> bool:

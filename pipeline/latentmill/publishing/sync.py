@@ -60,7 +60,8 @@ def sync(
 
     Copies only what is missing or differs. Each file is checked against its hash, and dataset.json
     is written last. If it is interrupted, the same call continues. Complete fields are copied after
-    the store; fields that the store no longer has stay in the copy.
+    the store; fields that the store no longer has stay in the copy. If a field cannot be copied,
+    the others are, before the error is raised.
 
     Args:
         source: The store: a folder or fsspec URL.
@@ -71,19 +72,28 @@ def sync(
 
     Raises:
         StoreError: The source is incomplete, damaged or a view, or another run writes to `dest`.
-        ConfigError: `dest` has something else than a copy of this store.
+        ConfigError: `dest` has something else than a copy of this store, or of one of its fields.
         StorageError: Reading or writing failed.
     """
     target, store = Storage(os.fspath(dest)), Storage(os.fspath(source))
     _check_destination(os.fspath(source), target)
     summary = _synced(store.root, target, jobs, dry_run=dry_run)
+    errors: list[ConfigError] = []
     for name in field_names(store):
         field = field_storage(store, name)
         if not is_field(field) or not LatentStore(field.root).complete:
             _log.warning("%s is not complete and was not copied: finish or drop it", field.root)
             continue
-        copied = _synced(field.root, field_storage(target, name), jobs, dry_run=dry_run)
+        try:
+            copied = _synced(field.root, field_storage(target, name), jobs, dry_run=dry_run)
+        except ConfigError as error:
+            errors.append(error)
+            continue
         summary = _with_field(summary, copied, name)
+    for error in errors[1:]:
+        _log.error("%s", error)
+    if errors:
+        raise errors[0]
     return summary
 
 
