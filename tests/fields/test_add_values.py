@@ -7,6 +7,7 @@ import pickle
 import sys
 import tracemalloc
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 
 import latentmill as lm
 from latentmill.cli import show
+from latentmill.config import load_config
 from latentmill.engine import values_worker
 from latentmill.errors import ConfigError, LatentmillError, ModelError, StoreError
 from latentmill.fields.imported import ImportedValues
@@ -24,8 +26,10 @@ from latentmill.fields.status import field_states
 from latentmill.models import embedder as protocol
 from latentmill.models.embedder import EmbedderSpec
 from latentmill.models.registry import resolve_embedder
+from latentmill.plan import load
 from latentmill.run.add_values import default_batch_size
 from latentmill.run.run import RunSummary
+from latentmill.run.with_fields import wanted_fields
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import iter_commits
 from latentmill.store.schema import Commit, ItemEntry
@@ -223,6 +227,30 @@ def test_what_tasks_of_a_cluster_are_given_computes_the_same(
     alone, found = values(store, "alone"), values(store, "tasks")
     assert alone.keys() == found.keys()
     assert all(np.array_equal(alone[key], found[key]) for key in alone)
+
+
+def test_the_device_is_that_of_the_tasks(
+    store: Path, monkeypatch: pytest.MonkeyPatch, one_sentence: Callable[[BaseException], str]
+) -> None:
+    """The GPUs of a cluster compute the store, but no field from texts or latents."""
+    from latentmill.engine import launch, tasks
+
+    monkeypatch.setattr(launch, "cluster_device", lambda config: "cuda")
+    monkeypatch.setattr(
+        tasks, "map_in_tasks", lambda function, units, address: map(function, units)
+    )
+    with pytest.raises(ConfigError, match="--device cuda is not available") as caught:
+        add(store, "peaks", source="latents", model=PEAKS, address="auto", device="cuda")
+    one_sentence(caught.value)
+    assert not (store / "fields").exists()
+    add(store, "peaks", source="latents", model=PEAKS, address="auto", device="auto")
+    plan = load(Storage(str(store / "fields/peaks")))
+    assert plan is not None
+    assert plan.fingerprint["numeric"]["precision"] == "float32"
+
+    run = {"source": str(store), "out": str(store), "device": "cuda", "address": "auto"}
+    config = load_config(None, {**run, "with_fields": {"text": "t5:x@metadata.prompt"}})
+    assert wanted_fields(config)[0].options["device"] == "cpu"
 
 
 def test_the_latents(store: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from latentmill.models.inference.device import pick_device
 from latentmill.models.registry import resolve_embedder
 from latentmill.plan import FieldEntry, Plan, Unit, iter_keys, load
 from latentmill.run.follow import field_config, follow_plan, note_base
-from latentmill.run.prepare import Setup, with_precision
+from latentmill.run.prepare import Setup, uses_cluster, with_precision
 from latentmill.run.run import RunSummary, complete
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import Tally, committed_revisions, iter_commits
@@ -80,6 +79,9 @@ def run_add_from(
             raise ConfigError("--model is not used if --from is a file or a folder: leave it out.")
         handle, values, source = imported.model, imported, FILE + imported.name
         options = {**options, "model": "file"}
+    config = field_config(planned, folder, options)
+    if imported is None:
+        config = _on_cpus_of_cluster(config)
     if not committed_revisions(base):
         raise StoreError(
             f"{base.root} has no encoded items yet: add the field once its run has encoded some."
@@ -96,7 +98,7 @@ def run_add_from(
                 f"{has}: use another name, or remove the field with `latentmill drop {base.root} "
                 f"--field {name}`."
             )
-    setup = _setup(field_config(planned, folder, options), opened, handle.spec, folder)
+    setup = _setup(config, opened, handle.spec, folder)
     entry = FieldEntry(name, handle.spec.kind, source)
     with only_run(folder) as hold:
         setup = replace(setup, storage=hold.storage)
@@ -168,6 +170,19 @@ def embedder_of(source: str, options: dict[str, Any]) -> EmbedderHandle:
     return handle
 
 
+def _on_cpus_of_cluster(config: RunConfig) -> RunConfig:
+    """With a cluster, set the device of its tasks, which decides on the default precision."""
+    if not uses_cluster(config):
+        return config
+    if config.device not in ("auto", "cpu"):
+        raise ConfigError(
+            f"--device {config.device} is not available with --address or RAY_ADDRESS, because "
+            "fields from texts and latents are computed on the CPUs of a cluster: leave it out, or "
+            "run the command without a cluster on a machine with a GPU."
+        )
+    return config.model_copy(update={"device": "cpu"})
+
+
 def _setup(config: RunConfig, base: LatentStore, spec: EmbedderSpec, folder: Storage) -> Setup:
     """The setup of a field, with the rate of the base store for frames."""
     model = base.info.model
@@ -237,9 +252,8 @@ class _Compute:
         from latentmill.engine.values_worker import UnitTask, ValuesJob, ValuesWorker
 
         config = setup.config
-        clustered = config.address is not None or "RAY_ADDRESS" in os.environ
-        in_tasks = clustered and self.values is None
-        device = "cpu" if in_tasks and config.device == "auto" else pick_device(config.device)
+        in_tasks = uses_cluster(config) and self.values is None
+        device = pick_device(config.device)
         assert plan.field is not None
         job = ValuesJob(
             base=self.base,

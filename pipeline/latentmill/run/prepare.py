@@ -177,13 +177,18 @@ def set_up(config: RunConfig) -> Setup:
     return Setup(config, handle, chunking, storage)
 
 
+def uses_cluster(config: RunConfig) -> bool:
+    """Whether a run connects to a Ray cluster instead of starting Ray on this machine."""
+    return config.address is not None or "RAY_ADDRESS" in os.environ
+
+
 def with_precision(config: RunConfig) -> RunConfig:
     """Set the numeric mode, which is part of the fingerprint.
 
     Its default depends on the device of the workers. Without an address this is the device of this
     machine; otherwise the cluster is checked for GPUs.
     """
-    if config.address is None and "RAY_ADDRESS" not in os.environ:
+    if not uses_cluster(config):
         device = pick_device(config.device)
     elif config.device == "auto" and config.precision in (None, "tf32"):
         from latentmill.engine.launch import cluster_device

@@ -23,7 +23,7 @@ from latentmill.plan import FieldEntry, Plan, Unit, read_items
 from latentmill.run.add import field_entry, run_add
 from latentmill.run.add_values import AUDIO_ONLY, embedder_of, refuse_audio_only
 from latentmill.run.follow import follow_plan
-from latentmill.run.prepare import Setup, set_up
+from latentmill.run.prepare import Setup, set_up, uses_cluster
 from latentmill.run.run import RunSummary, encode_todo
 from latentmill.sources.base import Item
 from latentmill.sources.metadata import read_metadata
@@ -87,6 +87,8 @@ def _wanted(name: str, value: str | dict[str, Any], config: RunConfig) -> Wanted
     per_window = bool(given.pop("per_window", False))
     if source != "audio":
         shared = {one: kept for one, kept in shared.items() if one not in AUDIO_ONLY}
+        if uses_cluster(config):
+            shared["device"] = "cpu"  # of its tasks, also if the store is encoded on GPUs
     return Wanted(name, source, per_window, {**shared, **given, "model": model})
 
 
