@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,13 @@ import typer.main
 import latentmill
 from latentmill import __version__
 from latentmill.cli import app as cli
+from latentmill.cli import entry
 from latentmill.cli import read as cli_read
 from latentmill.decoding.files import file_name
 from latentmill.errors import ConfigError
 from latentmill.run.run import encode
+from latentmill.store.store import LatentStore
+from latentmill.store.verify import VerifyReport, verify
 from support import runs
 from support.in_process import in_process
 
@@ -114,6 +118,21 @@ def test_verify(capsys: Capture, store: Path, tmp_path: Path) -> None:
     assert damaged.code == 8
     assert any("does not match" in fault for fault in runs.outcome(damaged)["faults"])
     assert damaged.err.startswith(f"latentmill: found 1 fault in {copy}; first: ")
+
+
+def test_verify_can_clean_up_when_it_is_interrupted(
+    capsys: Capture, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a signal ends the process at once, and the files that it downloaded stay."""
+    handlers = []
+
+    def verified(opened: LatentStore, *, decode: int) -> VerifyReport:
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        return verify(opened, decode=decode)
+
+    monkeypatch.setattr("latentmill.store.verify.verify", verified)
+    assert runs.call(capsys, "verify", store).code == 0
+    assert handlers == [entry._raise_interrupt]
 
 
 def test_sync(capsys: Capture, store: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import latentmill as lm
-from latentmill.curation.query import write_query
+from latentmill.curation.query import first_rows, write_query
 from latentmill.errors import ConfigError, StoreError
 from latentmill.store.schema import DATASET_PATH
 from latentmill.store.store import LatentStore
@@ -118,6 +118,22 @@ def test_a_query_that_is_refused_is_one_sentence(
     one_sentence(error.value)
     assert not list(tmp_path.iterdir())
     assert {p: p.read_bytes() for p in Path(store.url).rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "value", ["'infinity'::DATE", "'infinity'::TIMESTAMP", "'10000-01-01'::DATE"]
+)
+def test_dates_that_python_does_not_have(
+    store: LatentStore, tmp_path: Path, value: str, one_sentence: Callable[[BaseException], str]
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"convert its column with CAST\(COLUMN AS VARCHAR\)"
+    ) as error:
+        first_rows(store, f"SELECT {value}")
+    one_sentence(error.value)
+    with pytest.raises(ConfigError, match=r"convert its column with CAST\(COLUMN AS VARCHAR\)"):
+        write_query(store, f"SELECT [{value}]", tmp_path / "x.csv")
+    assert len(first_rows(store, f"SELECT CAST({value} AS VARCHAR)").rows) == 1
 
 
 def test_the_command(store: LatentStore, capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,7 +124,9 @@ def test_edits_on_the_hub_stay(hub: HubServer, contents: StoreFiles) -> None:
     push(url, REPO)
     card = hub.content("me/songs")["README.md"].decode()
     assert MARKER in card
-    edited = card.replace("---\n", "---\nlanguage: [en]\npretty_name: 'Songs: all'\n", 1)
+    edited = card.replace(
+        "---\n", "---\nlanguage: [en, no]\npretty_name: 'Songs: all'\ngated: true\n", 1
+    )
     edited = edited.replace("tags:\n", "tags:\n- mine\n").replace(BEGIN, f"# My songs\n\n{BEGIN}")
     edited = edited.replace("configs:\n", "configs:\n- config_name: extra\n  data_files: a.csv\n")
     edited = edited.replace("4 channels", "four channels") + "\nCite me.\n"
@@ -133,7 +135,8 @@ def test_edits_on_the_hub_stay(hub: HubServer, contents: StoreFiles) -> None:
     push(url, REPO, license="mit")
     now = hub.content("me/songs")["README.md"].decode()
     fields = header(now)
-    assert (fields["language"], fields["pretty_name"]) == (["en"], "Songs: all")
+    assert (fields["language"], fields["pretty_name"]) == (["en", "no"], "Songs: all")
+    assert fields["gated"] is True
     assert fields["tags"] == ["mine", "audio", "latents", "latentmill"]
     assert fields["license"] == "mit"
     listed = {config["config_name"]: config["data_files"] for config in fields["configs"]}

@@ -257,6 +257,7 @@ def verify(
     from latentmill.store.store import open_store
     from latentmill.store.verify import verify as verify_store
 
+    interrupts_raise()
     opened = open_store(store, device=device, trust_model=trust_model)
     report = verify_store(opened, decode=decode)
     if opened.bases is None:

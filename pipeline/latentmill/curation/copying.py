@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from latentmill.curation.chosen import Chosen
-from latentmill.curation.views import Curated
+from latentmill.curation.views import Curated, refuse_repeated
 from latentmill.engine.lock import only_run
 from latentmill.errors import ConfigError
 from latentmill.export.conversion import refuse_unless_empty
@@ -45,6 +47,8 @@ def write_copy(out: str, chosen: Sequence[Chosen]) -> Curated:
     Raises:
         ConfigError: Two records have the same key, or `out` has something else.
     """
+    keys = [pc.binary_join_element_wise(one.prefix, one.index.key_array(), "") for one in chosen]
+    refuse_repeated(pa.chunked_array(keys).sort())
     storage, found = Storage(out), CopiedRecords(chosen)
     if load(storage) is None:  # checked before the lock, which writes a file
         refuse_unless_empty(storage)

@@ -120,7 +120,7 @@ def first_rows(
     with _result(store, sql) as result:
         for batch in result:
             wanted = len(batch) if limit is None else max(0, min(len(batch), limit - len(rows)))
-            columns = [column.slice(0, wanted).to_pylist() for column in batch.columns]
+            columns = [_values(column.slice(0, wanted)) for column in batch.columns]
             rows += [tuple(map(_plain, row)) for row in zip(*columns, strict=True)]
             total += len(batch)
         return Rows(tuple(result.schema.names), tuple(rows), total)
@@ -193,6 +193,18 @@ def _sentence(message: str) -> str:
     return "; ".join(lines).replace(". ", "; ").replace("! ", "; ")
 
 
+def _values(column: pa.Array) -> list[Any]:
+    """The values of a column. ConfigError if Python has no such dates or times."""
+    try:
+        found: list[Any] = column.to_pylist()
+    except (OverflowError, ValueError) as error:
+        raise ConfigError(
+            "the result has a date or time before the year 1, after the year 9999 or at infinity: "
+            "convert its column with CAST(COLUMN AS VARCHAR)."
+        ) from error
+    return found
+
+
 def _plain(value: Any) -> Any:
     """A value of a result as a JSON value."""
     plain: Any = str(value)  # times and others
@@ -221,7 +233,7 @@ def _flat(schema: pa.Schema) -> pa.Schema:
 
 def _flat_batch(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     columns: Sequence[Any] = [
-        pa.array([None if v is None else json.dumps(_plain(v)) for v in column.to_pylist()])
+        pa.array([None if v is None else json.dumps(_plain(v)) for v in _values(column)])
         if _nested(column.type)
         else column
         for column in batch.columns

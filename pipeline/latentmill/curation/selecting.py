@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Duplicates = Literal["exact", "near"]
 
+LARGEST_EXPONENT = 38  # of a power of ten in float32
+
 
 class Selector:
     """The records of a store that are still chosen; each step leaves out some, with a reason."""
@@ -104,7 +106,7 @@ class Selector:
     def min_loudness(self, decibels: float) -> None:
         """Leave out records with a lower RMS, in dB relative to full scale."""
         rms = np.asarray(FieldReader(self.store, ["rms"]).gather()["rms"])
-        quiet = ~(rms >= 10 ** (decibels / 20))
+        quiet = ~(rms >= 10 ** min(decibels / 20, LARGEST_EXPONENT))
         self.leave_out(np.flatnonzero(quiet), f"quieter than {decibels:g} dB")
 
     def drop_duplicates(self, kind: Duplicates) -> None:

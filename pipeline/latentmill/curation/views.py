@@ -199,7 +199,7 @@ def _bases(chosen: Sequence[Chosen]) -> tuple[list[BaseEntry], Index]:
     index = Index.from_tables(tables)
     if not len(index):
         raise ConfigError("No records match all conditions: relax one of them.")
-    _refuse_repeated(index.table["key"])
+    refuse_repeated(index.table["key"])
     of_shard = np.array([split_path(path)[0] for path in index.shards], np.int64)
     counts = np.bincount(of_shard[index.column("shard")], minlength=len(entries))
     used = np.flatnonzero(counts)  # a base without records is not needed
@@ -216,7 +216,7 @@ def _bases(chosen: Sequence[Chosen]) -> tuple[list[BaseEntry], Index]:
     return found, Index.from_tables([renamed(index.table, "", renumbered)])
 
 
-def _refuse_repeated(keys: pa.ChunkedArray) -> None:
+def refuse_repeated(keys: pa.ChunkedArray) -> None:
     """Raise ConfigError if two of the sorted keys are equal."""
     ordered = keys.combine_chunks()
     same = np.asarray(pc.equal(ordered.slice(1), ordered.slice(0, len(ordered) - 1)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import unquote
 
 import numpy as np
@@ -64,13 +64,22 @@ def hub_card(
     return f"---\n{fields}---\n" + "\n\n".join(parts) + "\n"
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads YAML 1.2, as the hub does: `no`, a language, is text there, and so are yes, on, off."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [one for one in resolvers if first in "tTfF" or one[0] != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def _split(text: str) -> tuple[dict[str, Any], str]:
     """The fields of the YAML header, and the text after it. A header that is not valid is text."""
     lines = text.replace("\r\n", "\n").split("\n")
     if lines[0].rstrip() == "---" and "---" in [line.rstrip() for line in lines[1:]]:
         end = [line.rstrip() for line in lines].index("---", 1)
         try:
-            header = yaml.safe_load("\n".join(lines[1:end]))
+            header = yaml.load("\n".join(lines[1:end]), _Loader)  # noqa: S506  a SafeLoader
         except yaml.YAMLError:
             return {}, text
         if header is None or isinstance(header, dict):
