@@ -110,8 +110,11 @@ class Released:
     def __init__(self) -> None:
         self._slots: deque[Slot] = deque()
         self._closed = False
+        self._pid = os.getpid()
 
     def add(self, slot: Slot) -> None:
+        if self._pid != os.getpid():  # a fork, which neither uses nor has page-locked the memory
+            return
         slot.mark_copied()
         self._slots.append(slot)
         if self._closed:

@@ -43,7 +43,8 @@ class Loader(Shown, Closeable):
     copy has ended.
 
     The worker processes start with the first iteration and end with `close()`, at the end of a
-    `with` block, or when the loader is deleted.
+    `with` block, or when the loader is deleted. A fork of this process starts its own with its next
+    iteration; the batches that you held at the fork share their memory with this process.
 
     Args:
         source: What to read: a `LatentStream`; a `LatentDataset` or `StemDataset`, shuffled by a
@@ -142,10 +143,11 @@ class Loader(Shown, Closeable):
                 positions = requested.positions.tolist()
                 self._last = {"epoch": [requested.epoch] * len(positions), "position": positions}
                 yield received.pop()  # without a reference to it in this frame
-                if self._iteration != iteration:
+                if self._iteration != iteration or not maker.usable:
                     raise ConfigError(
                         "this iterator cannot continue, because its Loader was closed or iterated "
-                        "over again: use one iterator of a Loader at a time."
+                        "over again, or its process was forked: use one iterator of a Loader at a "
+                        "time, in the process that started it."
                     )
         except GeneratorExit:  # the iterator is dropped; the workers wait for the next one
             raise
@@ -156,6 +158,9 @@ class Loader(Shown, Closeable):
 
     def _started(self) -> Workers | InProcess:
         """What makes the batches; starts the worker processes if they are not running."""
+        if self._maker is not None and not self._maker.usable:
+            self._maker = None
+            self._stop()  # forgets them
         if self._maker is None:
             if self._workers:
                 self._maker = Workers(

@@ -41,6 +41,7 @@ class InProcess:
     """Makes batches in this process, when they are received."""
 
     capacity = 1
+    usable = True
 
     def __init__(self, builder: BatchBuilder, *, pin: bool) -> None:
         self._builder, self._pin = builder, pin
@@ -101,6 +102,11 @@ class Workers:
             self.stop()
             raise
 
+    @property
+    def usable(self) -> bool:
+        """Whether this process has started them, and not one that it is a fork of."""
+        return self._pid == os.getpid()
+
     def request(self, requested: Requested) -> None:
         """Let the next worker make a batch. Raises WorkerError if it has died."""
         worker = next(self._turns)
@@ -143,7 +149,7 @@ class Workers:
 
     def stop(self) -> None:
         """End the processes. Batches that are still referenced keep their memory."""
-        if self._pid != os.getpid():  # a fork of the process that started them
+        if not self.usable:
             return
         for worker in self._workers:
             worker.close()
