@@ -64,6 +64,23 @@ def test_a_forecast_freezes_the_plan_that_encode_resumes(songs: Path, tmp_path: 
     assert "of it estimated because the length of 5 items is unknown" in show.forecast(value)
 
 
+def test_ignored_files_whose_extensions_are_not_utf8_are_counted_in_the_plan(
+    tmp_path: Path,
+) -> None:
+    """A plan with half a surrogate pair could not be read again."""
+    (tmp_path / "in").mkdir()
+    soundfile.write(tmp_path / "in" / "a.wav", np.zeros(22050), 22050)
+    members = [("a.wav", (tmp_path / "in" / "a.wav").read_bytes())]
+    members += [("b.caf\udce9", b"1"), ("b.caf\\xe9", b"1"), ("c.é", b"1")]
+    put(str(tmp_path / "in.tar"), tar_of(members))
+    config = load_config(None, {"source": str(tmp_path / "in.tar"), "out": str(tmp_path / "s")})
+    counted = {".caf\\xe9": 2, ".é": 1}
+    assert forecast(config, calibrated=False).ignored == counted
+    frozen = load(Storage(config.out))
+    assert frozen is not None
+    assert frozen.ignored == counted
+
+
 @pytest.mark.parametrize("probe", [True, None])
 def test_headers_give_the_true_hours(songs: Path, tmp_path: Path, probe: bool | None) -> None:
     """Without being asked for, too: these files lie on this machine."""

@@ -36,7 +36,7 @@ from latentmill.plan.compare import Comparison, compare
 from latentmill.plan.items import draft_table, to_items
 from latentmill.plan.probe import cheap, probed
 from latentmill.run.differences import default_stitch, differences, explain
-from latentmill.sources.base import Item, Source
+from latentmill.sources.base import Item, Source, ignored_by
 from latentmill.sources.open import open_source
 from latentmill.storage.job_folder import refuse_job_folder
 from latentmill.storage.scratch import has_only_temporary
@@ -311,7 +311,7 @@ def _new_plan(prepared: Preparation) -> Plan:
         model_options=dict(config.model_options),
         channels=config.channels,
         format=config.format,
-        ignored=dict(sorted(prepared.source.ignored.items())),
+        ignored=ignored_by(prepared.source),
         provenance=dict(handle.spec.provenance),
         unit_seconds=config.unit_seconds,
         shard_size=config.shard_size,
@@ -337,7 +337,7 @@ def _extended(
         if config.retry_changed and len(found.changed):
             plan = amend(plan, found.changed, found.units, storage)
         if found.new:
-            plan = replace(plan, ignored=dict(sorted(prepared.source.ignored.items())))
+            plan = replace(plan, ignored=ignored_by(prepared.source))
             plan = extend(plan, fresh, storage)
     extension = Extension(
         new=found.new,

@@ -29,6 +29,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from latentmill.sources.names import as_text
+
 SourceType = Literal["folder", "manifest", "webdataset", "parquet"]
 
 
@@ -111,6 +113,14 @@ def known_seconds(item: Item) -> float | None:
         if seconds is not None and 0 <= seconds < math.inf:
             return seconds
     return None
+
+
+def ignored_by(source: Source) -> dict[str, int]:
+    """What a source has ignored, sorted, with the names as valid text."""
+    counts: Counter[str] = Counter()
+    for reason, count in source.ignored.items():
+        counts[as_text(reason)] += count
+    return dict(sorted(counts.items()))
 
 
 class Source(Protocol):

@@ -42,13 +42,18 @@ def as_key(name: str) -> str:
     """
     if _PLAIN.fullmatch(name):
         return name
+    text = as_text(name).replace("\0", "")
+    parts = (part for part in text.split("/") if part not in ("", "."))
+    return "/".join("%2E%2E" if part == ".." else part for part in parts)
+
+
+def as_text(name: str) -> str:
+    r"""A name as text that can be written as UTF-8: other bytes become escapes, such as `\xe9`."""
     try:
         data = name.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:  # half a surrogate pair, from JSON
         data = name.encode("utf-8", "backslashreplace")
-    text = data.decode("utf-8", "backslashreplace")
-    parts = (part for part in text.replace("\0", "").split("/") if part not in ("", "."))
-    return "/".join("%2E%2E" if part == ".." else part for part in parts)
+    return data.decode("utf-8", "backslashreplace")
 
 
 def dotted(extensions: Sequence[str]) -> tuple[str, ...]:
