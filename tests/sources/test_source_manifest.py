@@ -298,6 +298,18 @@ def test_what_is_wrong_is_named(
     assert "deadbeef" not in str(caught.value)
 
 
+def test_a_manifest_whose_name_is_not_utf8_is_refused(
+    tmp_path: Path, one_sentence: Callable[[BaseException], str]
+) -> None:
+    try:
+        source = manifest(tmp_path / "caf\udce9.jsonl", '{"path": "/a.wav"}')
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    with pytest.raises(SourceError) as caught:
+        keys(source)
+    assert r"caf\xe9.jsonl" in one_sentence(caught.value)
+
+
 def test_names_of_manifests() -> None:
     for name in ("a.csv", "s3://b/a.CSV.gz", "a.tsv", "a.jsonl", "cuts.jsonl.gz", "a.parquet"):
         assert manifest_format(name) is not None

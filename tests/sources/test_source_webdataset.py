@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from latentmill.errors import ItemError, SourceError
+from latentmill.plan.items import draft_table
 from latentmill.sources.base import Item
 from latentmill.sources.metadata import read_metadata
 from latentmill.sources.reading import UnitReader
@@ -110,6 +111,28 @@ def test_names_never_become_paths(tmp_path: Path) -> None:
         "x/caf\\xe9": b"4",
     }
     assert [path.name for path in tmp_path.rglob("*")] == ["in", "x.tar"]
+
+
+def test_an_invalid_metadata_member_whose_name_is_not_utf8_fails_its_item(tmp_path: Path) -> None:
+    members = [("caf\udce9.wav", b"1"), ("caf\udce9.json", b"{broken")]
+    items = list(source(tmp_path / "x.tar", tar_of(members)).items())
+    assert draft_table(items)["key"].to_pylist() == ["x/caf\\xe9"]
+    with pytest.raises(ItemError, match=r"^sidecar caf\\xe9\.json is not valid JSON"):
+        read_metadata(items[0])
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.tar"])
+def test_a_tar_whose_name_is_not_utf8_is_refused(
+    pattern: str, tmp_path: Path, one_sentence: Callable[[BaseException], str]
+) -> None:
+    for name in ("a.tar", "caf\udce9.tar"):
+        try:
+            (tmp_path / name).write_bytes(tar_of([("one.wav", b"1")]))
+        except OSError:
+            pytest.skip("this file system takes UTF-8 names only")
+    with pytest.raises(SourceError) as caught:
+        list(WebDatasetSource(f"{tmp_path}{pattern}", AUDIO).items())
+    assert r"caf\xe9.tar" in one_sentence(caught.value)
 
 
 def test_links_and_devices_are_counted_and_left_alone(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from latentmill.audio.media import path_of_file_url
 from latentmill.errors import SourceError
+from latentmill.sources.columns import is_text
+from latentmill.sources.names import as_text
 from latentmill.storage import objects
 from latentmill.storage.remote import (
     address,
@@ -120,6 +122,15 @@ def version_of(info: Mapping[str, Any]) -> str:
     return str(found).strip('"')
 
 
+def check_name(source: str, path: str) -> None:
+    """Raise SourceError if a path is not valid text, because a plan stores it."""
+    if not is_text(path):
+        raise SourceError(
+            f"Source {as_text(source)} contains a file whose name is not UTF-8, "
+            f"'{as_text(path)}': rename it, for example with convmv."
+        )
+
+
 def find_files(place: Place, extensions: Collection[str], ignored: dict[str, int]) -> list[File]:
     """The files of a folder, or those that a path, a glob or a brace pattern matches, sorted.
 
@@ -188,6 +199,7 @@ def _looked_up(place: Place, paths: list[str]) -> dict[str, Mapping[str, Any]]:
 
 
 def _file(place: Place, path: str, name: str, info: Mapping[str, Any]) -> File:
+    check_name(place.uri, path)
     if place.local:  # in nanoseconds, because it is compared when the file is read
         status = os.stat(path)  # noqa: PTH116
         if not stat.S_ISREG(status.st_mode):  # opening a named pipe would block

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import os
 import posixpath
 import re
 from collections import Counter, defaultdict
@@ -11,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from latentmill.errors import SourceError
 from latentmill.sources.base import Item
-from latentmill.sources.files import Place
+from latentmill.sources.files import Place, check_name
 from latentmill.sources.listing import Entries, folders
 from latentmill.sources.names import APPLE_DOUBLE, dotted, is_apple_double, without_extensions
 from latentmill.storage.remote import is_web
@@ -69,13 +68,7 @@ class FolderSource:
     def _items_of(self, files: Entries) -> Iterator[Item]:
         """The items of one folder."""
         for path in files:
-            try:
-                path.encode()
-            except UnicodeEncodeError as error:
-                raise SourceError(
-                    f"Source {self.uri} contains a file whose name is not UTF-8, "
-                    f"{os.fsencode(path)!r}: rename it, for example with convmv."
-                ) from error
+            check_name(self.uri, path)
         audio: list[str] = []
         sidecars: dict[str, list[str]] = defaultdict(list)
         for path in sorted(files):

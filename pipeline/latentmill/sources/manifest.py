@@ -35,7 +35,7 @@ from latentmill.sources.columns import (
     plain_columns,
     refuse_bombs,
 )
-from latentmill.sources.files import Place
+from latentmill.sources.files import Place, check_name
 from latentmill.sources.lines import BoundedLines
 from latentmill.sources.metadata import MAX_NESTING, is_too_deep
 from latentmill.sources.names import as_key
@@ -113,6 +113,7 @@ class ManifestSource:
     def items(self) -> Iterator[Item]:
         """Yield the items; see `Source.items`."""
         self.ignored.clear()
+        check_name(self._folder, self.uri)
         found = 0
         for item in self._items():
             found += 1

@@ -192,7 +192,7 @@ def _metadata(tar: str, members: Sequence[_Member]) -> tuple[dict[str, Any], lis
     metadata: dict[str, Any] = {}
     broken = []
     for member in members:
-        name = posixpath.basename(member.name)
+        name = as_key(posixpath.basename(member.name))
         try:
             given = parse_sidecar(name, member.text or b"")
         except ItemError:
