@@ -139,6 +139,7 @@ FOREIGN = {
     "an AppleDouble file": b"\0\5\x16\7\0\2\0\0" + bytes(99),
     "a playlist": b"#EXTM3U\nhttp://127.0.0.1/secret.ts\n",
     "an MPEG-DASH manifest": b'<?xml version="1.0"?>\n<MPD xmlns="urn:mpeg:dash"></MPD>',
+    "an MPEG-DASH manifest after comments": b"<!-- a -->\n<!---->" * 99 + b"<MPD></MPD>",
     "a session description": b"v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\n",
     "a concat list": b"ffconcat version 1.0\nfile /etc/hostname\n",
     "FFmpeg metadata": b";FFMETADATA1\n",
@@ -149,8 +150,16 @@ FOREIGN = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_other_content_is_named(name: str) -> None:
-    with pytest.raises(ItemError, match=f"not a known audio format: it is {name}"):
+    named = name.removesuffix(" after comments")
+    with pytest.raises(ItemError, match=f"not a known audio format: it is {named}"):
         load(FOREIGN[name])
+
+
+@pytest.mark.parametrize("comment", [b"<!--x-->", b"<!-- x -->\n"])
+def test_a_page_that_begins_with_many_comments_is_no_audio(comment: bytes) -> None:
+    """The time doubled with each comment: hundreds would never end."""
+    with pytest.raises(ItemError, match="not a known audio format"):
+        load(comment * 300 + b"<html>")
 
 
 def test_every_format_and_decoder_is_in_this_ffmpeg() -> None:

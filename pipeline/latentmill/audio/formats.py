@@ -112,6 +112,7 @@ _DECODERS = """
 DECODERS = frozenset(_DECODERS.split())
 """FFmpeg's names of the audio decoders that are used; PyAV's FFmpeg has more."""
 
+# No pattern may match the same bytes in two ways: each such repetition doubles the time.
 _NOT_AUDIO = (
     ("a PNG image", rb"\x89PNG\r\n\x1a\n"),
     ("a JPEG image", rb"\xff\xd8\xff"),
@@ -135,7 +136,7 @@ _NOT_AUDIO = (
     ("an AppleDouble file of macOS, which holds no audio", rb"\0\x05\x16[\0\x07]\0\x02\0\0"),
     ("a Git LFS pointer: fetch its file with `git lfs pull`", rb"version https://git-lfs"),
     ("a playlist", rb"(\xef\xbb\xbf)?\s*(#EXTM3U|\[playlist\]|<\?wpl|(?i:<asx))"),
-    ("an MPEG-DASH manifest", rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<MPD[\s>]"),
+    ("an MPEG-DASH manifest", rb"(<\?xml[^>]*>\s*)?(<!--(?:(?!-->).)*-->\s*)*<MPD[\s>]"),
     ("a session description (SDP)", rb"v=0\r?\no="),
     ("FFmpeg metadata", rb";FFMETADATA"),
     ("a concat list of FFmpeg", rb"ffconcat version"),
