@@ -1,3 +1,4 @@
+import struct
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from audio_files import (
 
 from latentmill.audio import AudioInfo, media_from_bytes, open_audio, open_media, prepare, probe
 from latentmill.audio.headers import Shortage, find_shortage
+from latentmill.audio.ogg import first_packets
 from latentmill.audio.sniff import sniff
 from latentmill.errors import ItemError
 
@@ -370,3 +372,30 @@ def test_the_gap_that_itunes_writes_is_dropped() -> None:
     audio = decode(tagged)
     assert audio.shape == (2, len(signal))
     assert int(np.abs(audio[0]).argmax()) == 20_000
+
+
+def ogg_page(number: int, sizes: list[int], body: bytes) -> bytes:
+    """An Ogg page without a checksum (RFC 3533)."""
+    assert len(body) == sum(sizes)
+    head = struct.pack("<BqIIIB", 0, 0, 7, number, 0, len(sizes))
+    return b"OggS\0" + head + bytes(sizes) + body
+
+
+@pytest.mark.parametrize("pages", [3, 400])
+def test_a_comment_with_a_large_picture_is_read_in_linear_time(pages: int) -> None:
+    """26 MB took several minutes."""
+    whole = np.random.default_rng(0).bytes(255 * 255)
+    written = [ogg_page(0, [30], b"i" * 30)]
+    written += [ogg_page(1 + n, [255] * 255, whole) for n in range(pages)]
+    written.append(ogg_page(1 + pages, [1, 40], b"c" + b"s" * 40))
+    written.append(ogg_page(2 + pages, [255, 5, 3], b"a" * 260 + b"b" * 3))
+    with media_from_bytes(b"".join(written)) as media:
+        found = first_packets(media, 0, headers=3)
+    assert found is not None
+    assert found.packets == [b"a" * 260, b"b" * 3]
+    identification, comment, setup = found.headers
+    assert (identification, setup) == (b"i" * 30, b"s" * 40)
+    if pages == 3:
+        assert comment == whole * 3 + b"c"
+    else:  # the beginning of it, in bounded memory
+        assert len(comment) < 17 << 20

@@ -15,6 +15,7 @@ from latentmill.audio.media import MediaFile
 _HEADER = 27
 _MAX_PAGE = _HEADER + 255 + 255 * 255
 _WINDOW = 1 << 20
+_LONGEST_PACKET = 16 << 20  # bytes; only comments with large pictures are longer
 _REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
@@ -58,12 +59,12 @@ class Packets:
 
 def first_packets(media: MediaFile, offset: int, headers: int) -> Packets | None:
     """The first packets of the first stream; None if it ends before its audio."""
-    serial, heads, rest = None, list[bytes](), b""
+    serial, heads, rest = None, list[bytes](), bytearray()
     for _, page in _pages(media, offset):
         serial = page.serial if serial is None else serial
         if page.serial != serial:
             continue
-        packets, rest = packets_of(page, rest)
+        packets = packets_of(page, rest)
         missing = headers - len(heads)
         heads, packets = heads + packets[:missing], packets[missing:]
         if packets:
@@ -83,18 +84,24 @@ def last_granules(media: MediaFile) -> list[int]:
     return [granule for granule in found if granule >= 0]
 
 
-def packets_of(page: Page, rest: bytes) -> tuple[list[bytes], bytes]:
-    """The packets that end on a page, and the beginning of the next one."""
+def packets_of(page: Page, rest: bytearray) -> list[bytes]:
+    """The packets that end on a page.
+
+    `rest` is the beginning of the first one, from earlier pages, and then that of the next one. A
+    packet longer than `_LONGEST_PACKET` is not kept whole.
+    """
     segments = page.data[26]
-    sizes = page.data[_HEADER : _HEADER + segments]
-    packets, at = [], _HEADER + segments
-    for size in sizes:
-        rest += page.data[at : at + size]
-        at += size
+    packets, start = [], _HEADER + segments
+    end = start
+    for size in page.data[_HEADER:start]:
+        end += size
         if size < 255:
-            packets.append(rest)
-            rest = b""
-    return packets, rest
+            packets.append(bytes(rest) + page.data[start:end])
+            rest.clear()
+            start = end
+    if len(rest) < _LONGEST_PACKET:
+        rest += page.data[start:end]
+    return packets
 
 
 def find_damage(media: MediaFile, offset: int) -> str | None:

@@ -76,7 +76,7 @@ class OggPageDecoder(PyAVDecoder):
         packer = av.AudioResampler("flt", self._layout, self.info.sample_rate)
         opus = self._format == "ogg-opus"
         time = _TimeLine(int.from_bytes((extradata or b"")[10:12], "little") if opus else 0)
-        done, rest, lost, headers = 0, b"", 0, list[bytes]()
+        done, rest, lost, headers = 0, bytearray(), 0, list[bytes]()
         previous: Page | None = None  # the last intact page
         broken: Page | None = None
         for page in all_pages(self._media):
@@ -87,9 +87,10 @@ class OggPageDecoder(PyAVDecoder):
                 continue
             if previous is not None and page.sequence != previous.sequence + 1:
                 codec.flush_buffers()
-                rest, lost = b"", max(1, page.sequence - previous.sequence - 1)
+                rest.clear()
+                lost = max(1, page.sequence - previous.sequence - 1)
             previous = page
-            packets, rest = packets_of(page, rest)
+            packets = packets_of(page, rest)
             headers += [one for one in packets if not _is_audio(one)]
             packets = [one for one in packets if _is_audio(one)]
             block = self._decoded(codec, packer, packets)
