@@ -105,6 +105,15 @@ def parquet(columns: dict[str, object], **options: object) -> Iterator[bytes]:
     yield out.getvalue()
 
 
+def zstd(parts: Iterator[bytes]) -> Iterator[bytes]:
+    out = io.BytesIO()
+    with pa.CompressedOutputStream(out, "zstd") as stream:
+        for part in parts:
+            stream.write(part)
+        stream.flush()
+        yield out.getvalue()
+
+
 CASES: dict[str, tuple[str, Callable[[], Iterator[bytes]], str]] = {
     "one PAX header of 200 MiB": ("a.tar", lambda: large_pax(tarfile.XHDTYPE), "headers are larg"),
     "a name of 200 MiB": ("a.tar", lambda: large_pax(tarfile.GNUTYPE_LONGNAME), "headers are larg"),
@@ -141,6 +150,11 @@ CASES: dict[str, tuple[str, Callable[[], Iterator[bytes]], str]] = {
     "a JSON line without path": (
         "m.jsonl.gz",
         lambda: one_line("", ""),
+        "line 1 is longer than 16",
+    ),
+    "a JSON line, by zstd": (
+        "m.jsonl.zst",
+        lambda: zstd(one_line('{"path": "a.wav", "x": "', '"}\n')),
         "line 1 is longer than 16",
     ),
     "a CSV line": ("m.csv.gz", lambda: one_line("path,x\na.wav,", "\n"), "line 2 is longer than"),

@@ -6,6 +6,7 @@ import gzip
 import json
 import posixpath
 import tracemalloc
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from latentmill.sources.base import ByteRange, Item, Segment, TableCell
 from latentmill.sources.group import GroupedSource
 from latentmill.sources.manifest import ManifestColumns, ManifestSource, manifest_format
 from latentmill.sources.reading import UnitReader
+from support.sources import put
 
 
 def manifest(path: Path, text: str | bytes) -> ManifestSource:
@@ -275,6 +277,13 @@ WRONG = {
         gzip.compress(b'{"path": "a.wav"}\n' * 99)[:-9],
         "cannot be read",
     ),
+    "no zstd": ("m.jsonl.zst", '{"path": "a.wav"}', "cannot be read"),
+    "half a zstd": (
+        "m.jsonl.zst",
+        pa.compress(b'{"path": "a.wav"}\n' * 99, codec="zstd", asbytes=True)[:-9],
+        "cannot be read",
+    ),
+    "an empty zstd": ("m.jsonl.zst", b"", "has no rows with a path"),
     "an end": ("m.csv", "path,start,end\na.wav,1,2\n", "gives the ends of segments in column end"),
     "half a character": (
         "m.jsonl",
@@ -308,6 +317,21 @@ def test_a_manifest_whose_name_is_not_utf8_is_refused(
     with pytest.raises(SourceError) as caught:
         keys(source)
     assert r"caf\xe9.jsonl" in one_sentence(caught.value)
+
+
+def zstd(*parts: bytes) -> bytes:
+    return b"".join(pa.compress(part, codec="zstd", asbytes=True) for part in parts)
+
+
+def test_manifests_compressed_with_zstandard(tmp_path: Path) -> None:
+    lines = [b'{"path": "%d.wav"}\n' % n for n in range(3000)]
+    wanted = [str(n) for n in range(3000)]
+    assert keys(manifest(tmp_path / "m.jsonl.zst", zstd(b"".join(lines)))) == wanted
+    # `pzstd` and `cat a.zst b.zst` write several frames
+    assert keys(manifest(tmp_path / "n.JSONL.ZST", zstd(*lines))) == wanted
+    assert keys(manifest(tmp_path / "m.csv.zst", zstd(b"\xef\xbb\xbfpath\r\na.wav\r\n"))) == ["a"]
+    memory = f"memory://{uuid.uuid4().hex}/m.csv.zst"
+    assert keys(ManifestSource(put(memory, zstd(b"path\nb.wav\n")))) == ["b"]
 
 
 def test_names_of_manifests() -> None:

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterator
 from typing import TextIO
 
+import fsspec
+import pyarrow as pa
+from fsspec.utils import infer_compression
+
 from latentmill.errors import SourceError
 from latentmill.sources.columns import METADATA_LIMIT
+
+
+@contextlib.contextmanager
+def open_text(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[TextIO]:
+    """Open UTF-8 text that may be compressed, according to the extension of its name."""
+    zstd = path.lower().endswith(".zst")  # fsspec needs another package for it
+    compression = None if zstd else infer_compression(path)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(fsspec.core.OpenFile(fs, path, "rb", compression))
+        if zstd:
+            file = stack.enter_context(pa.CompressedInputStream(file, "zstd"))
+        yield stack.enter_context(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
 
 
 class BoundedLines:

@@ -17,9 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import fsspec
-from fsspec.utils import infer_compression
-
 from latentmill.audio.media import path_of_file_url
 from latentmill.errors import SourceError
 from latentmill.sources import lhotse
@@ -36,7 +33,7 @@ from latentmill.sources.columns import (
     refuse_bombs,
 )
 from latentmill.sources.files import Place, check_name
-from latentmill.sources.lines import BoundedLines
+from latentmill.sources.lines import BoundedLines, open_text
 from latentmill.sources.metadata import MAX_NESTING, is_too_deep
 from latentmill.sources.names import as_key
 from latentmill.sources.parquet import table_errors
@@ -302,23 +299,13 @@ class ManifestSource:
             )
         return round(seconds, 6)
 
-    def _text(self) -> Any:
-        return fsspec.core.OpenFile(
-            self._place.fs,
-            self._place.path,
-            "rt",
-            compression=infer_compression(self.uri),
-            encoding="utf-8-sig",
-            newline="",
-        )
-
     def _csv(self) -> Iterator[Row]:
         """Rows of strings: keys and paths may look like numbers."""
         tabs = manifest_format(self.uri) == "tsv"
         # In a TSV each line is a row: unclosed quotes are common, for example in Common Voice.
         style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
         csv.field_size_limit(METADATA_LIMIT)  # the default is 128 KiB
-        with self._text() as file:
+        with open_text(self._place.fs, self._place.path) as file:
             lines = BoundedLines(file, self._name)
             reader = csv.reader(lines, strict=True, **style)
             names: list[str] | None = None
@@ -341,7 +328,7 @@ class ManifestSource:
                 ) from error
 
     def _jsonl(self) -> Iterator[Row]:
-        with self._text() as file:
+        with open_text(self._place.fs, self._place.path) as file:
             lines = BoundedLines(file, self._name)
             for number, line in enumerate(lines, 1):
                 lines.next_row()
