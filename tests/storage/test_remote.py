@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 import aiohttp
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 from s3fs.errors import translate_boto_error
 
-from latentmill.errors import SourceError, StoreError
+from latentmill.audio import open_media
+from latentmill.errors import ItemError, SourceError, StoreError
+from latentmill.sources.base import Item
 from latentmill.sources.folder import FolderSource
+from latentmill.sources.reading import UnitReader
 from latentmill.storage import remote
 from latentmill.storage.remote import is_transient, retrying, status_of
 from latentmill.storage.storage import Storage
@@ -114,3 +118,21 @@ def test_statuses() -> None:
     assert status_of(client_error(416, "InvalidRange")) == 416
     assert status_of(web_error(418)) == 418
     assert status_of(OSError(5, "io")) is None
+
+
+@pytest.mark.parametrize("url", ["github://a/b", "dbfs:///a/b", "reference://a", "dir://a"])
+def test_a_protocol_that_needs_options_is_refused_in_one_sentence(
+    url: str, one_sentence: Callable[[BaseException], str]
+) -> None:
+    wanted = f"options of the protocol {url.partition(':')[0]} are missing or invalid"
+    with pytest.raises(StoreError) as store:
+        Storage(url)
+    with pytest.raises(SourceError) as source:
+        FolderSource(url, ["wav"])
+    for caught in (store, source):
+        assert wanted in one_sentence(caught.value)
+    with pytest.raises(ItemError, match=wanted):
+        open_media(f"{url}/c.wav")
+    item = Item("c", f"{url}/c.wav", 0, "")  # as in a manifest
+    with UnitReader([item]) as reader, pytest.raises(ItemError, match=wanted):
+        reader.open(item)

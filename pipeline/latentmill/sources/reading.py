@@ -135,7 +135,7 @@ class UnitReader(Closeable):
             try:
                 if item.uri not in self._versions:
                     self._versions[item.uri] = current_version(item.uri)
-            except storage_errors() as error:
+            except storage_errors(ValueError) as error:
                 raise ItemError(f"its file cannot be read: {cause_of(error)}") from error
         if self._versions[item.uri][1] != item.version:
             raise ItemError("its file has changed since the plan was made")
@@ -147,7 +147,7 @@ def with_size(item: Item) -> Item:
         return item
     try:
         return dataclasses.replace(item, size=current_version(item.uri)[0])
-    except storage_errors():
+    except storage_errors(ValueError):
         return item  # opening it will raise the error
 
 
@@ -175,7 +175,7 @@ def _open_range(uri: str, place: ByteRange) -> MediaFile:
             media = media_from_bytes(read_bytes(uri, place.offset, place.offset + place.size))
         else:
             media = _copy(uri, place)
-    except storage_errors() as error:
+    except storage_errors(ValueError) as error:
         raise ItemError(f"its file cannot be read: {cause_of(error)}") from error
     if media.size != place.size:
         size = media.size

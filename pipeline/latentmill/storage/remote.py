@@ -80,7 +80,8 @@ READ_SECONDS = 60.0  # without receiving a byte
 def open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return fsspec's file system for a URL, with timeouts, and the path in it.
 
-    Raises ValueError for an unknown protocol, and ImportError if its package is not installed.
+    Raises ValueError if its protocol is unknown or lacks options, and ImportError if its package
+    is not installed.
     """
     options: dict[str, Any] = {}
     if protocol_of(url) in ("s3", "s3a"):
@@ -94,7 +95,13 @@ def open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         given = fsspec.config.conf.get(protocol_of(url), {}).get("client_kwargs", {})
         options = {"client_kwargs": {"timeout": timeout, **given}}
     # A name may contain two colons, which fsspec would treat as a chain of URLs.
-    fs, path = fsspec.core.url_to_fs(url.partition("::")[0], **options)
+    try:
+        fs, path = fsspec.core.url_to_fs(url.partition("::")[0], **options)
+    except (AttributeError, KeyError, TypeError) as error:  # from the constructor
+        raise ValueError(
+            f"options of the protocol {protocol_of(url)} are missing or invalid; set them in "
+            "fsspec's configuration, or copy the files to a disk or a bucket"
+        ) from error
     return fs, str(fs._strip_protocol(url)) if "::" in url else path
 
 
