@@ -1,4 +1,5 @@
 import errno
+import io
 import os
 import socket
 from pathlib import Path
@@ -9,10 +10,12 @@ import soundfile as sf
 import xxhash
 from audio_files import encoded
 
+from latentmill.audio import media as media_module
 from latentmill.audio import media_from_bytes, open_audio, open_media
 from latentmill.audio.media import MediaFile
 from latentmill.errors import ConfigError, ItemError
 from latentmill.storage import remote as remote_module
+from latentmill.storage.storage import Storage
 
 DATA = bytes(range(256)) * 9000
 
@@ -96,6 +99,32 @@ def test_bytes_become_a_file() -> None:
         assert isinstance(media, MediaFile)
         assert (media.size, media.read_at(0, 9)) == (3, b"abc")
     media.close()
+
+
+def test_the_system_may_transfer_fewer_bytes_than_requested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux transfers at most 2 GiB at once: the rest of a longer recording was lost."""
+    data = np.random.default_rng(0).bytes(10_000)
+    (tmp_path / "shard").write_bytes(data)
+    pread, pwrite = os.pread, os.pwrite
+    monkeypatch.setattr(os, "pread", lambda file, size, at: pread(file, min(size, 999), at))
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: pwrite(file, data[:999], at))
+    monkeypatch.setattr(media_module, "memory_file", lambda _: Partial(tmp_path / "memory", "w+b"))
+    with media_from_bytes(data) as media:
+        assert media.size == len(data)
+        assert media.read_at(0, len(data)) == data
+        assert media.read_at(3, 5000) == data[3:5003]
+        os.truncate(media.fileno(), 7000)
+        assert media.read_at(0, len(data)) == data[:7000]
+    assert Storage(str(tmp_path)).read_range("shard", 7, 9000) == data[7:9007]
+
+
+class Partial(io.FileIO):
+    """A file that writes at most 999 bytes at once."""
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        return super().write(data[:999])
 
 
 @pytest.mark.parametrize("suffix", ["flac", "mp3", "wav"])

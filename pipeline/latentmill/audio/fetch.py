@@ -15,6 +15,7 @@ import fsspec.asyn
 
 from latentmill.errors import ConfigError, ItemError
 from latentmill.storage import objects
+from latentmill.storage.descriptors import read_at, write_at
 from latentmill.storage.remote import (
     RANGE_NOT_SATISFIABLE,
     cause_of,
@@ -102,7 +103,7 @@ def _by_ranges(url: str, size: int | None) -> IO[bytes]:
             if len(data) != min(PIECE, size - start):
                 text = f"fetching it gave {start + len(data)} of {size} bytes"
                 raise _OtherSizeError(text)
-            _write_at(target.fileno(), data, start)
+            write_at(target.fileno(), data, start)
 
         if len(starts) == 1:
             copy(0)
@@ -154,8 +155,8 @@ class _Growing:
             with self.file as short:
                 self.file = _disk_file()
                 for start in range(0, self._size, PIECE):
-                    _write_at(self.file.fileno(), os.pread(short.fileno(), PIECE, start), start)
-        _write_at(self.file.fileno(), data, self._size)
+                    write_at(self.file.fileno(), read_at(short.fileno(), PIECE, start), start)
+        write_at(self.file.fileno(), data, self._size)
         self._size += len(data)
         return len(data)
 
@@ -178,10 +179,3 @@ def memory_file(name: str = "audio") -> IO[bytes]:
 
 def _disk_file() -> IO[bytes]:
     return tempfile.TemporaryFile(buffering=0)
-
-
-def _write_at(descriptor: int, data: bytes, start: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, start)
-        view, start = view[written:], start + written

@@ -19,6 +19,7 @@ import xxhash
 from latentmill.audio.fetch import fetch, memory_file
 from latentmill.errors import ItemError
 from latentmill.storage.closeable import Closeable
+from latentmill.storage.descriptors import read_at, write_at
 from latentmill.storage.remote import cause_of
 
 _PIECE = 1 << 20
@@ -68,7 +69,7 @@ class MediaFile(Closeable):
         if self._data is not None and offset >= 0 and size >= 0:
             return self._data[offset : offset + size]
         try:  # a damaged header may give any size, and pread allocates it
-            return os.pread(self.fileno(), min(size, self.size - offset), offset)
+            return read_at(self.fileno(), min(size, self.size - offset), offset)
         except OSError as error:
             raise ItemError(f"the file cannot be read: {cause_of(error)}") from error
 
@@ -126,7 +127,7 @@ def is_remote(uri: str) -> bool:
 def media_from_bytes(data: bytes, name: str = "bytes") -> MediaFile:
     """A MediaFile of `data` in memory; `name` only appears in /proc."""
     file = memory_file(name)
-    file.write(data)
+    write_at(file.fileno(), data, 0)
     return MediaFile(file)
 
 

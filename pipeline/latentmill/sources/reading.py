@@ -21,6 +21,7 @@ from latentmill.sources.files import current_version, read_bytes
 from latentmill.sources.parquet_cells import CellReader
 from latentmill.sources.prefetch import LARGEST, Prefetch
 from latentmill.storage.closeable import Closeable
+from latentmill.storage.descriptors import write_at
 from latentmill.storage.remote import cause_of, storage_errors
 
 _PIECE = 16 << 20
@@ -194,7 +195,7 @@ def _copy(uri: str, place: ByteRange) -> MediaFile:
         end = place.offset + place.size
         for start in range(place.offset, end, _PIECE):
             piece = read_bytes(uri, start, min(start + _PIECE, end))
-            target.write(piece)
+            write_at(target.fileno(), piece, start - place.offset)
             if not piece:
                 break
         undo.pop_all()

@@ -22,7 +22,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from latentmill.errors import ConfigError, StorageError, StoreError
-from latentmill.storage import hub, scratch
+from latentmill.storage import descriptors, hub, scratch
 from latentmill.storage.ranged import RangedFile, cat_ranges
 from latentmill.storage.remote import (
     address,
@@ -152,7 +152,7 @@ class Storage:
                 with Path(self.full(path)).open("rb", buffering=0) as file:
                     # `pread` allocates `length` bytes, which may be any number.
                     length = min(length, os.fstat(file.fileno()).st_size - offset)
-                    return os.pread(file.fileno(), length, offset) if length > 0 else b""
+                    return descriptors.read_at(file.fileno(), length, offset) if length > 0 else b""
             start, end, full = offset, offset + length, self.full(path)
             cat = partial(hub.cat_file, self._fs) if hub.is_hub(self._fs) else self._fs.cat_file
             data = retrying(lambda: cat(full, start=start, end=end))
