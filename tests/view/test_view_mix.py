@@ -16,7 +16,7 @@ import soundfile
 from view_server import HOP, RATE, STEMS, Site, make_source, make_store, serving
 
 from latentmill.errors import ConfigError
-from latentmill.pictures.drawing import heat_map
+from latentmill.pictures.drawing import heat_map, waveform
 from latentmill.store.store import LatentStore
 from latentmill.view.desk import Desk
 from latentmill.view.query import MAX_SECONDS, Channel, MixRequest
@@ -100,6 +100,27 @@ def test_pan(name: str, side: str, split_site: Site, split_store: LatentStore) -
     wanted = expected(folder, channels, part.get("start", 0), audio.shape[1])
     assert audio.shape == wanted.shape and len(audio) == 2
     assert np.abs(audio - wanted).max() < (1e-6 if side == "original" else ROUNDING)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_model_of_several_channels(count: int, tmp_path: Path) -> None:
+    folder = make_source(tmp_path / "music", channels=count)
+    options = {"hop": HOP, "sample_rate": RATE, "channels": count}
+    store = make_store(tmp_path / "store", folder, model_options=options)
+    channels = [channel("north/bass", gain_db=-6), channel("south/drums", offset=9)]
+    rows = [soundfile.read(folder / f"{c['key']}.wav", dtype="float32")[0].T for c in channels]
+    wanted = np.zeros((count, max(rows[0].shape[1], rows[1].shape[1] + 9 * HOP)))
+    wanted[:, : rows[0].shape[1]] += 10 ** (-6 / 20) * rows[0]
+    wanted[:, 9 * HOP : 9 * HOP + rows[1].shape[1]] += rows[1]
+    with serving(store) as site:
+        for side in ("latent", "decoded", "original"):
+            audio = site.get("audio", mix={"channels": channels}, of=side).audio
+            assert audio.shape == wanted.shape
+            assert np.abs(audio - wanted).max() < (1e-6 if side == "original" else ROUNDING)
+        for of in ("waveform", "spectrogram", "latent"):
+            assert site.get("picture", key="north/bass", of=of).body.startswith(b"\x89PNG")
+        panned = site.get("audio", mix={"channels": [channel("north/bass", pan=0.5)]})
+        assert panned.status == 400 and "encodes all channels" in panned.json["error"]
 
 
 @pytest.mark.parametrize("name", ["gains", "mute", "earlier", "a part", "the same twice"])
@@ -190,6 +211,26 @@ def test_codes_are_drawn_as_they_are(source: Path, tmp_path: Path) -> None:
     store._info = store.info.model_copy(update={"model": {**store.info.model, "output": "codes"}})
     wanted = heat_map(store["north/bass"].latent).data
     assert Desk(store).latent_picture("north/bass", 60.0) == wanted
+
+
+def test_the_start_of_chunks_is_drawn(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of other records: a long one must not be read whole."""
+    store = make_store(tmp_path / "store", source, stitch="none")
+    latent, step = store["north/bass"].latent, store.chunking.step  # 2 s in chunks of 0.5 s
+    begun = sum(index * step < RATE for index in range(len(latent)))
+    assert 1 < begun < len(latent)
+    whole = heat_map(latent, mean=store.mean, deviation=store.std).data
+    assert Desk(store).latent_picture("north/bass", 60.0) == whole
+    wanted = {
+        "latent": heat_map(latent[:begun], mean=store.mean, deviation=store.std).data,
+        "waveform": waveform(store.decode("north/bass")[:, :RATE]).data,
+    }
+    monkeypatch.setattr("latentmill.view.app._PICTURE_SECONDS", 1.0)
+    with serving(store) as site:
+        for of, picture in wanted.items():
+            assert site.get("picture", key="north/bass", of=of).body == picture
 
 
 def test_the_longest_part(source: Path, tmp_path: Path) -> None:

@@ -148,10 +148,10 @@ class Viewer:
             return self._desk.latent_picture(key, _PICTURE_SECONDS)
         if of not in ("waveform", "spectrogram"):
             raise ConfigError("invalid of: use waveform, spectrogram or latent.")
+        rate = self._desk.spec.sample_rate
         audio = self._desk.audio(self._excerpt(key), "decoded", check)
-        if of == "waveform":
-            return waveform(audio).data
-        return spectrogram(audio, self._desk.spec.sample_rate).data
+        audio = audio[:, : round(_PICTURE_SECONDS * rate)]  # overlapping chunks are decoded whole
+        return waveform(audio).data if of == "waveform" else spectrogram(audio, rate).data
 
     def _excerpt(self, key: str) -> MixRequest:
         """The start of a record, which its pictures show."""

@@ -7,10 +7,11 @@ read, mixed and decoded window by window, so only they are in memory.
 from __future__ import annotations
 
 import io
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import soundfile
@@ -139,9 +140,10 @@ class Desk:
         for channel in mix.channels:
             check()
             if channel.gain:
-                sound = self._sound(channel, part, side, check)
-                gains = np.array(self.gains(channel), np.float32)[:, None]
-                total += gains[: len(total)] * sound
+                gains: Any = channel.gain  # any number of channels
+                if channel.pan:  # two channels
+                    gains = np.array(self.gains(channel), np.float32)[:, None]
+                total += gains * self._sound(channel, part, side, check)
         return total
 
     def gains(self, channel: Channel) -> tuple[float, float]:
@@ -211,12 +213,13 @@ class Desk:
 
     def latent_picture(self, key: str, seconds: float) -> bytes:
         """The heat map of a latent, of at most its first `seconds`."""
-        source = self._store.source(key)
-        count = source.shape[0]
-        if not self.chunked:
-            rate = self._store.info.model["sample_rate"] / self._store.info.model["hop"]
-            count = min(source.shape[1], max(1, round(seconds * rate)))
         store = self._store
+        source, rate = store.source(key), store.info.model["sample_rate"]
+        if self.chunked:
+            count = min(source.shape[0], math.ceil(seconds * rate / store.chunking.step))
+        else:
+            rate /= store.info.model["hop"]
+            count = min(source.shape[1], max(1, round(seconds * rate)))
         mean, deviation = (None, None) if store.codes else (store.mean, store.std)
         return heat_map(source.read(0, count), mean=mean, deviation=deviation).data
 
@@ -260,7 +263,7 @@ def why_no_pan(store: LatentStore) -> str:
     if store.info.model.get("split") != 2:
         if store.info.model["channels"] == 1:
             return "its latents are mono. Encode with --channels split for two channels."
-        return "its model encodes both channels into the same latent values."
+        return "its model encodes all channels into the same latent values."
     if store.origin.deviations or store.chunking.stitch == "none":
         return "its latents are not the two channels side by side."
     return ""

@@ -76,7 +76,7 @@ export class RecordView {
         }
       },
     });
-    player.limited = record.duration > SECONDS;
+    player.limited = !chunked && record.duration > SECONDS;
     return player;
   }
 
