@@ -82,10 +82,11 @@ def only_run(storage: Storage) -> Iterator[Hold]:
         finally:
             with contextlib.suppress(OSError):  # a full disk is reported where the run writes
                 file.truncate(0)
-            if [entry.name for entry in path.parent.iterdir()] == [LOCK_PATH]:
-                path.unlink()
-                if created:
-                    path.parent.rmdir()
+            with contextlib.suppress(OSError):  # so is a folder that was removed
+                if [entry.name for entry in path.parent.iterdir()] == [LOCK_PATH]:
+                    path.unlink()
+                    if created:
+                        path.parent.rmdir()
 
 
 class Membership:
