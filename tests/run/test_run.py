@@ -21,12 +21,14 @@ from latentmill import config
 from latentmill.config import load_config
 from latentmill.engine import lock
 from latentmill.errors import (
+    ITEMS_FAILED_EXIT_CODE,
     ConfigError,
     ModelError,
     SourceError,
     StoreError,
     UnitsFailedError,
 )
+from latentmill.plan import load, read_items
 from latentmill.run.run import RunSummary, run
 from latentmill.storage.storage import Storage
 from latentmill.store.store import open_store
@@ -213,6 +215,33 @@ def test_a_source_that_is_gone_fails_no_items(songs: Path, copy: Path, tmp_path:
             encode(moved, store)
     (tmp_path / "unmounted").rename(moved)
     assert encode(moved, store).info.encoded == 9
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_folder_without_its_mount_fails_no_items(songs: Path, copy: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(songs, tmp_path / "moved"))
+    store = tmp_path / "new"
+    encode(moved, store)
+    (store / "commits" / "000001.json").unlink()
+    before = runs.commits(store)
+    moved.rename(tmp_path / "unmounted")
+    moved.mkdir()
+    message = r"has none of the planned files .* but 1 unit of \S+ must still be encoded: mount"
+    for _ in range(2):
+        with pytest.raises(SourceError, match=message):
+            encode(moved, store)
+        assert runs.commits(store) == before
+    (moved / "lost+found").mkdir()
+    with pytest.raises(SourceError, match=message):
+        encode(moved, store)
+    shutil.rmtree(moved)
+    (tmp_path / "unmounted").rename(moved)
+    storage = Storage(str(store))
+    plan = load(storage)
+    assert plan is not None
+    for item in read_items(storage, plan.units[1]):
+        Path(item.uri).unlink()  # if only files of the units that are left are gone, they fail
+    assert encode(moved, store).exit_code == ITEMS_FAILED_EXIT_CODE
 
 
 @pytest.mark.usefixtures("inline")

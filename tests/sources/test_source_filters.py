@@ -17,7 +17,7 @@ from latentmill.sources.base import Item
 from latentmill.sources.filters import Filters
 from latentmill.sources.folder import FolderSource
 from latentmill.sources.group import GroupedSource, check_rule
-from latentmill.sources.open import is_there, open_source, source_type
+from latentmill.sources.open import has_any, is_there, open_source, source_type
 from latentmill.sources.where import Condition
 from support.sources import put, sorted_items
 
@@ -210,6 +210,20 @@ def test_whether_a_source_is_still_there(tmp_path: Path) -> None:
         ("gone.csv", False),
     ):
         assert is_there(f"{tmp_path}/{uri}") is there
+
+
+def test_whether_a_source_has_any_of_its_files(tmp_path: Path) -> None:
+    put(f"{tmp_path}/in/a.wav", b"")
+    put(f"{tmp_path}/list.csv", b"path\ngone.wav\n")
+    there, gone = (Item(name, f"{tmp_path}/in/{name}.wav", 0, "") for name in ("a", "gone"))
+    for uri, items, found in (
+        ("in", [gone, there], True),
+        ("in", [gone], False),
+        ("in/*.wav", [gone], False),
+        ("list.csv", [gone], True),
+    ):
+        assert has_any(f"{tmp_path}/{uri}", items) is found
+    assert has_any("memory://in", [Item("a", "memory://in/a.wav", 0, "")])
 
 
 @pytest.mark.parametrize("rule", [r"no/(?P<group>such)", "metadata:title", "metadata:album,stem"])

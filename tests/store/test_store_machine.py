@@ -85,7 +85,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(name=names)
     def remove(self, name: str) -> None:
-        assume(name in self.files and len(self.files) > 1)
+        rest = self.files.keys() - {name}
+        assume(name in self.files and rest & (self.planned or self.files).keys())
         (self.songs / f"{name}.wav").unlink()
         del self.files[name]
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import braceexpand
 
 from latentmill.errors import ConfigError, SourceError
-from latentmill.sources.base import Source, SourceType
+from latentmill.sources.base import Item, Source, SourceType
 from latentmill.sources.files import Place
 from latentmill.sources.folder import FolderSource
 from latentmill.sources.group import GroupedSource
@@ -96,3 +97,14 @@ def is_there(uri: str) -> bool:
         return False
     first = next(iter(braceexpand.braceexpand(place.path)))
     return bool(place.fs.exists(posixpath.dirname(fixed)) or place.fs.exists(first))
+
+
+def has_any(uri: str, items: Iterable[Item]) -> bool:
+    """Whether a source on this machine has the file of any of some items; True for other sources.
+
+    The files of a manifest are not looked up: only the workers may have access to them.
+    """
+    place = Place(uri)
+    if not place.local or place.kind() == "file":
+        return True
+    return any(os.access(item.uri, os.F_OK) for item in items)
