@@ -131,7 +131,8 @@ class Outcome:
     Attributes:
         key: The item's key.
         status: `encoded`, `skipped` or `failed`.
-        reason: One line: the filter that skipped the item, or the error.
+        reason: One line: the filter that skipped the item, or the error. Of an encoded item: the
+            error that kept it from being encoded again, if `record` is the earlier one.
         record: The record of an encoded item.
     """
 

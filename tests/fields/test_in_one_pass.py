@@ -298,6 +298,25 @@ def test_an_extension_and_repaired_files(tmp_path: Path) -> None:
     assert len(a["second"]) == 8
 
 
+def test_a_unit_of_which_the_store_keeps_a_record(songs: Path, tmp_path: Path) -> None:
+    """The fields fail where the store keeps its record: they have none, and the file is gone."""
+    stores = {way: tmp_path / way.__name__ for way in (separately, together)}
+    for store in stores.values():
+        encode(songs, store, unit_seconds=3.0)
+    before = runs.latents(tmp_path / "together")
+    gone, changed = sorted(songs.rglob("*.wav"))[:2]
+    gone.unlink()
+    spoil(changed)
+    for way, store in stores.items():
+        way(songs, store, extend=True, retry_changed=True)
+    assert_equal(tmp_path / "together", tmp_path / "separately")
+    assert runs.latents(tmp_path / "together") == before
+    field = open_store(str(tmp_path / "together/fields/second"))
+    failed = [one for c in field.commits.values() for one in c.items if one.status == "failed"]
+    assert len(failed) == 2
+    assert not any("base store" in (one.reason or "") for one in failed)
+
+
 def latents_of(store: Path) -> dict[str, dict[str, bytes]]:
     roots = [store, *sorted((store / "fields").iterdir())]
     return {root.name if root != store else "": runs.latents(root) for root in roots}

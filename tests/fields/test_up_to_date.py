@@ -164,6 +164,13 @@ def test_an_item_that_the_store_gets_and_loses(songs: Path, tmp_path: Path) -> N
     assert (summary.info.encoded, summary.info.skipped) == (5, 0)
     spoil(path)
     encode(songs, store, unit_seconds=3.0, extend=True, retry_changed=True)
+    assert state(store).behind == 1  # the store keeps its record, and so does the field
+    summary = added(store)
+    assert (summary.info.encoded, len(summary.kept)) == (5, 1)
+    assert state(store).complete
+    (key,) = (key for key, _ in summary.kept)
+    (store / open_store(str(store)).entry(key).shard).unlink()
+    encode(songs, store, unit_seconds=3.0)
     assert state(store).behind == 1
     summary = added(store)
     assert (summary.info.encoded, summary.info.skipped) == (4, 1)

@@ -217,6 +217,33 @@ def test_a_source_that_is_gone_fails_no_items(songs: Path, copy: Path, tmp_path:
     assert encode(moved, store).info.encoded == 9
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_a_run_that_encodes_a_unit_again_keeps_the_latents_of_missing_files(
+    songs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Loading in this worker's threads, and in tasks of Ray."""
+    moved = Path(shutil.copytree(songs, tmp_path / "moved"))
+    with in_process():
+        encode(moved, tmp_path / "store")
+    before = runs.latents(tmp_path / "store")
+    gone, changed = sorted(moved.rglob("*.wav"))[:2]
+    gone.unlink()
+    audio, rate = soundfile.read(changed)
+    soundfile.write(changed, audio[:-500], rate, subtype="FLOAT")
+    keys = [path.relative_to(moved).with_suffix("").as_posix() for path in (gone, changed)]
+    for tasks in (0, 2):
+        store = Path(shutil.copytree(tmp_path / "store", tmp_path / f"store {tasks}"))
+        options = {"extend": True, "retry_changed": True, "load_tasks": tasks}
+        done = encode(moved, store, **options)
+        assert (done.exit_code, done.units - done.resumed_units) == (0, 1)
+        assert [key for key, _ in done.kept] == keys[:1]
+        after = runs.latents(store)
+        assert after.pop(keys[1]) != before[keys[1]]
+        assert after == {key: latent for key, latent in before.items() if key != keys[1]}
+        runs.assert_whole(store)
+        assert runs.call(capsys, "verify", store).code == 0
+
+
 @pytest.mark.usefixtures("inline")
 def test_a_folder_without_its_mount_fails_no_items(songs: Path, copy: Path, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(songs, tmp_path / "moved"))

@@ -53,6 +53,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.files: dict[str, int] = {}  # samples of each file, 0 if it is no audio
         self.planned: dict[str, int] = {}  # what each item's file was when it was planned
         self.stored: dict[str, int] = {}  # what was encoded of it, 0 if it failed
+        self.kept: set[str] = set()  # items that could not be encoded again
         self.reader: LatentStore | None = None
         self.seen: dict[str, int] = {}
         self.count = 0
@@ -103,9 +104,11 @@ class StoreMachine(RuleBasedStateMachine):
     def encode_missing(self, again: set[str], *, allow_changed: bool = False) -> None:
         """What becomes of the items of units that are encoded: those of `again`."""
         for name in again:
-            there = self.files.get(name)
-            same = there == self.planned[name] or allow_changed
-            self.stored[name] = there if there is not None and same else 0
+            there, before = self.files.get(name), self.stored.get(name, 0)
+            same = there == self.planned[name] or (allow_changed and not before)
+            found = there if there is not None and same else 0
+            self.stored[name] = found or before
+            (self.kept.add if before and not found else self.kept.discard)(name)
 
     def unit_mates(self, of: set[str]) -> set[str]:
         """All items of the units that these items belong to."""
@@ -123,7 +126,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.planned)
     @rule()
     def retry_failed(self) -> None:
-        failed = {name for name, samples in self.stored.items() if samples == 0}
+        failed = {name for name, samples in self.stored.items() if samples == 0} | self.kept
         self.encode_missing(self.unit_mates(failed) if failed else set(), allow_changed=True)
         self.run(retry_failed=True)
 
@@ -164,6 +167,7 @@ class StoreMachine(RuleBasedStateMachine):
                 for item in commit.items
             }
             shard.unlink()
+            self.stored |= dict.fromkeys(lost, 0)
             self.encode_missing(lost)
         else:
             for path in self.out.glob("index*.arrow" if what == "index" else "README.md"):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from latentmill.cli.show_fields import field_line, show_field, unknown_keys, waiting_units
-from latentmill.cli.show_metadata import refreshed_metadata
+from latentmill.cli.show_metadata import kept_latents, refreshed_metadata
 from latentmill.encoding.batches import LONG_BATCH_SECONDS
 from latentmill.encoding.timings import bound
 from latentmill.models.embedder import EmbedderSpec
@@ -71,6 +71,7 @@ def summary(run: RunSummary) -> str:
         pairs_listed("failed", run.failures),
         pairs_listed("skipped", run.skipped),
         ignored_files(run.ignored),
+        kept_latents(run),
         _extension(run.extension, run.refreshed),
         refreshed_metadata(run.refreshed),
         unknown_keys(run),
@@ -377,10 +378,8 @@ def closest(word: str, words: Iterable[str]) -> str | None:
 
 def ignored_files(ignored: Mapping[str, int]) -> str:
     """A line that counts the ignored files by extension or reason."""
-    if not ignored:
-        return ""
     listed = ", ".join(f"{count} {extension}" for extension, count in sorted(ignored.items()))
-    return f"  ignored (not audio): {listed}"
+    return f"  ignored (not audio): {listed}" if ignored else ""
 
 
 def pairs_listed(title: str, pairs: Sequence[tuple[str, str]]) -> str:

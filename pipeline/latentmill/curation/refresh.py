@@ -103,7 +103,8 @@ def without_outdated(
     store = LatentStore(storage.root)
     refreshed = _refreshed(storage, store)
     changed = [unit for unit in revisions if revisions[unit] != sealed.revisions.get(unit, 0)]
-    keys = {e.key for unit in changed for e in read_commit(storage, unit, revisions[unit]).items}
+    commits = (read_commit(storage, unit, revisions[unit]) for unit in changed)
+    keys = {entry.key for commit in commits for entry in commit.items if not entry.kept}
     stale = sorted(refreshed.keys() & keys)
     return _without(store, refreshed, stale) if stale else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -70,7 +70,8 @@ class Loading:
     """Loads items and splits them into chunks, with equal results in every process. Picklable.
 
     `refused` has the items that fail without being read, by key, with the reason; `absent` those
-    that are skipped without being read.
+    that are skipped without being read. `encoded` has the keys of items that the store has a
+    record of: their files must not have changed, and if they cannot be loaded, they keep it.
     """
 
     spec: ModelSpec
@@ -78,6 +79,7 @@ class Loading:
     settings: EncodeSettings
     refused: Mapping[str, str] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
+    encoded: Collection[str] = ()
 
     def read(self, item: Item, reader: UnitReader) -> Iterator[Event]:
         """Yield one item's events in order. The last one is always `Facts` or an `Outcome`."""
@@ -172,6 +174,13 @@ class _Share:
             yield Opened(0)
         self._opened = True
         yield event
+
+    @property
+    def lacking(self) -> Outcome | None:
+        """Why the store will have no latent of the item; None if it gets or keeps one."""
+        found = self.outcome
+        fails = found is not None and found.status == "failed"
+        return None if fails and self._item.key in self._loading.encoded else found
 
     def failed(self, reason: str) -> Outcome:
         return Outcome(self._item.key, "failed", " ".join(reason.split()))  # one line
@@ -284,7 +293,7 @@ class _Shares:
             if share.ended:
                 continue
             events = step(share)
-            if share is not first and (lacking := first.outcome):
+            if share is not first and (lacking := first.lacking):
                 events = [share.skipped(absent_reason(lacking.status, lacking.reason))]
             for event in share.follow(events):
                 yield number, event

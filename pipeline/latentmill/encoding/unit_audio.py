@@ -74,7 +74,9 @@ class SharedAudio:
         self._timings = timings  # of the models; the first one counts the loading
         self._in_turn = settings.packing > 1
         read = [item for item in items if item.key not in loadings[0].absent]
-        self._reader = UnitReader(read, allow_changed=settings.allow_changed)
+        self._reader = UnitReader(
+            read, allow_changed=settings.allow_changed, unchanged=loadings[0].encoded
+        )
         self._changed = threading.Condition()  # guards what follows
         self._stopped = False
         self._left: set[int] = set()  # models that take no more events

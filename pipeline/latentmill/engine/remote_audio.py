@@ -70,7 +70,9 @@ def parcels(lanes: Sequence[Sequence[Numbered]], loading: Loading, trial: bool) 
     spec, settings = loading.spec, loading.settings
     items = [item for lane in lanes for _, item in lane if item.key not in loading.absent]
     with (
-        UnitReader(items, allow_changed=settings.allow_changed) as reader,
+        UnitReader(
+            items, allow_changed=settings.allow_changed, unchanged=loading.encoded
+        ) as reader,
         TrialLoader(
             spec.sample_rate, spec.channels, allow_truncated=settings.allow_truncated
         ) as trials,

@@ -46,6 +46,7 @@ from latentmill.record import FloatArray, Outcome
 from latentmill.sources.base import Item, known_seconds
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import write_commit, write_unit
+from latentmill.store.earlier import EarlierRecords
 from latentmill.store.schema import Commit
 
 
@@ -106,6 +107,7 @@ class UnitWork:
         planned: Its items, in the order of the plan.
         items: Those that are read, in this order.
         field: What is done with each item, if the store is a field.
+        earlier: The records that the store has so far.
         loading: How they are loaded.
         encoder: Encodes them.
         began: When the worker began, by `perf_counter`.
@@ -115,6 +117,7 @@ class UnitWork:
     planned: Sequence[Item]
     items: Sequence[Item]
     field: FieldUnit | None
+    earlier: EarlierRecords
     loading: Loading
     encoder: UnitEncoder
     began: float
@@ -237,6 +240,7 @@ class Worker:
         planned = read_items(self.storage, unit) if along is None else along.planned
         field = self._field_unit(unit, planned, whole=along is not None)
         wanted = planned if field is None else [item for item in planned if item.key in field.todo]
+        earlier = EarlierRecords(self.storage, unit) if field is None else field.earlier
         refused = self._refused(wanted, timings) if trial_load else {}
         absent = {} if field is None else field.absent
         # Absent items have a place in the order and the lanes, so that these are as in the base.
@@ -247,7 +251,8 @@ class Worker:
             planned,
             self._reading_order(ordered, {*refused, *absent}) if along is None else along.items,
             field,
-            Loading(self._model.spec, job.chunking, job.settings, refused, absent),
+            earlier,
+            Loading(self._model.spec, job.chunking, job.settings, refused, absent, earlier.encoded),
             UnitEncoder(self._model, job.chunking, job.settings, timings, self._device, self._step),
             began,
         )
@@ -256,7 +261,7 @@ class Worker:
         """Encode the audio of a unit that was begun, write the shard and commit it."""
         job, unit, field, timings = self._job, work.unit, work.field, work.encoder.timings
         underway = Underway(unit, work.items, self._model.spec)
-        followed = underway.follow(audio)
+        followed = underway.follow(_or_earlier(audio, work.earlier))
         with (
             self._listed(audio, unit, underway),
             contextlib.closing(self._in_turn(work.encoder, followed)) as done,
@@ -357,6 +362,15 @@ class Worker:
             if self._stopped.is_set():
                 raise Stopped
             yield event
+
+
+def _or_earlier(audio: UnitAudio, earlier: EarlierRecords) -> Iterator[ItemEvent]:
+    """A unit's events. An item that cannot be loaded any more keeps its record."""
+    for number, item, event in audio:
+        kept = None
+        if isinstance(event, Outcome) and event.status == "failed" and item.key in earlier.encoded:
+            kept = earlier.outcome(item.key, event.reason)
+        yield number, item, kept or event
 
 
 def result_of(unit: Unit, commit: Commit) -> UnitResult:

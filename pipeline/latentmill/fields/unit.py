@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 
 from latentmill.errors import StorageError
@@ -11,9 +10,8 @@ from latentmill.plan import Unit
 from latentmill.record import Outcome
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import committed_revisions, read_commit
-from latentmill.store.index import entries
-from latentmill.store.schema import Commit, commit_path
-from latentmill.store.store import LatentStore
+from latentmill.store.earlier import EarlierRecords
+from latentmill.store.schema import Commit
 
 
 class FieldUnit:
@@ -21,6 +19,7 @@ class FieldUnit:
 
     Attributes:
         inputs: What each value is computed from, by key.
+        earlier: The values that the field has so far.
         absent: The items that are skipped because the base store has no latent of them, by key,
             with the reason.
         todo: Keys of the items to compute.
@@ -35,18 +34,15 @@ class FieldUnit:
         `unit.revision` is the one that will be written.
         """
         self.inputs = inputs
-        self._storage = storage
-        known = _last_commit(storage, unit)
-        self._known = {} if known is None else {entry.key: entry for entry in known.items}
-        self._places = {} if known is None else {entry.key: entry for entry in entries(known)}
+        self.earlier = EarlierRecords(storage, unit)
         self.absent = {key: now.reason for key, now in inputs.items() if isinstance(now, Absent)}
         self.todo = (
             inputs.keys()
             - self.absent.keys()
             - {
                 key
-                for key, entry in self._known.items()
-                if not (retry_failed and entry.status == "failed")
+                for key, entry in self.earlier.items.items()
+                if not (retry_failed and (entry.status == "failed" or entry.kept))
                 and key in inputs
                 and not is_stale(entry, inputs[key])
             }
@@ -60,15 +56,9 @@ class FieldUnit:
 
     def kept(self) -> Iterator[Outcome]:
         """The outcomes of the items that keep their value. Reads the latents of their records."""
-        store = None
         for key in self.inputs:
             if key in self.rest:
-                if store is None:
-                    store = LatentStore(self._storage.root)
-                    store.annotations = None  # a shard has the metadata of the source
-                entry, place = self._known[key], self._places.get(key)
-                record = None if place is None else store.read(place)
-                yield Outcome(key, entry.status, entry.reason, record)
+                yield self.earlier.outcome(key)
 
 
 class BaseCommits:
@@ -89,21 +79,3 @@ class BaseCommits:
         except StorageError:  # replaced since
             self._revisions = committed_revisions(self._storage)
             return read_commit(self._storage, unit, self._revisions[unit])
-
-
-def _last_commit(storage: Storage, unit: Unit) -> Commit | None:
-    """The commit that counts so far; None if there is none, or its shard is missing or cut."""
-    for revision in range(unit.revision - 1, -1, -1):
-        if storage.exists(commit_path(unit.name, revision)):
-            commit = read_commit(storage, unit.name, revision)
-            return commit if _is_whole(storage, commit) else None
-    return None
-
-
-def _is_whole(storage: Storage, commit: Commit) -> bool:
-    if commit.shard is None:
-        return True
-    if not storage.exists(commit.shard):
-        return False
-    with storage.open(commit.shard) as file:
-        return file.seek(0, os.SEEK_END) == commit.bytes

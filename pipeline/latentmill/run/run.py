@@ -57,6 +57,8 @@ class RunSummary:
         info: The content of dataset.json.
         failures: (key, reason) of every failed item in the store.
         skipped: (key, filter) of every item that a filter excluded.
+        kept: (key, reason) of every item that this run could not encode again, so that the store
+            keeps its earlier latent.
         ignored: Number of files in the source that are not items, by extension.
         units: Number of units in the plan.
         resumed_units: Number of units that were committed before this run.
@@ -81,6 +83,7 @@ class RunSummary:
     seconds: float
     encoded_seconds: float
     stages: Mapping[str, float] = field(default_factory=dict)
+    kept: tuple[tuple[str, str], ...] = ()
     extension: Extension | None = None
     refreshed: RefreshSummary | None = None
     waiting: int = 0
@@ -188,7 +191,7 @@ def complete(
     tallies = {  # the old commits count until later revisions are committed
         name: one
         for name, one in tallies.items()
-        if name not in stale and not (retry_failed and one.failed)
+        if name not in stale and not (retry_failed and (one.failed or one.kept))
     }
     revisions = next_revisions(storage)
     todo = [
@@ -324,4 +327,5 @@ def _summary(
         seconds=seconds,
         encoded_seconds=sum(tally.audio_seconds for tally in done),
         stages=dict(stages),
+        kept=tuple(pair for tally in done for pair in tally.kept),
     )

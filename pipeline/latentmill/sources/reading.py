@@ -8,7 +8,7 @@ import os
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import pyarrow as pa
 
@@ -33,16 +33,23 @@ class UnitReader(Closeable):
 
     Data that several items share is read once: the remote recording of segments, and the row group
     of cells. Small remote recordings are prefetched. `items` are in the order in which they will
-    be opened. `allow_changed` accepts files that have changed since planning. `helpers` are threads
-    that may load pieces of a long recording.
+    be opened. `allow_changed` accepts files that have changed since planning, but not those of the
+    items with the keys `unchanged`. `helpers` are threads that may load pieces of a long recording.
     """
 
     helpers: Helpers | None = None
 
-    def __init__(self, items: Iterable[Item], *, allow_changed: bool = False) -> None:
+    def __init__(
+        self,
+        items: Iterable[Item],
+        *,
+        allow_changed: bool = False,
+        unchanged: Collection[str] = (),
+    ) -> None:
         items = list(items)
         self._cells = CellReader(items)
         self._allow_changed = allow_changed
+        self._unchanged = unchanged
         self._lock = threading.Lock()
         self._locks: dict[str, threading.Lock] = {}
         self._versions: dict[str, tuple[int, str]] = {}
@@ -62,7 +69,8 @@ class UnitReader(Closeable):
         self._prefetch.release(item)
 
     def _open(self, item: Item) -> MediaFile:
-        if item.place is not None and not self._allow_changed:
+        allow_changed = self._allow_changed and item.key not in self._unchanged
+        if item.place is not None and not allow_changed:
             self._check_container(item)
         if isinstance(item.place, ByteRange):
             return _open_range(item.uri, item.place)
@@ -76,7 +84,7 @@ class UnitReader(Closeable):
             media = self._shared(item)
         else:
             media = open_media(item.uri, item.size or None)
-        if not self._allow_changed:
+        if not allow_changed:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(media)
                 _check_unchanged(item, media)

@@ -55,15 +55,16 @@ class _UnitEntries:
             outcome, record = Outcome(outcome.key, "failed", reason), None
         if record is not None and (odd := why_unstorable(record)):
             outcome, record = Outcome(outcome.key, "failed", odd), None
+        # An unforeseen error may quote a URL that a server redirected to.
+        why = None if outcome.reason is None else redact_text(as_text(outcome.reason))
         if record is None:
-            # An unforeseen error may quote a URL that a server redirected to.
-            why = None if outcome.reason is None else redact_text(as_text(outcome.reason))
             self.entries.append(ItemEntry(key=outcome.key, status=outcome.status, reason=why))
             return None
         self.entries.append(
             ItemEntry(
                 key=record.key,
                 status="encoded",
+                reason=why,
                 hash=xxhash.xxh3_64_hexdigest(time_major_bytes(record.latent)),
                 shape=record.latent.shape,
                 num_samples=record.num_samples,
@@ -98,6 +99,7 @@ class Tally:
         timings: Seconds per stage.
         failures: (key, reason) of each failed item.
         skips: (key, filter) of each skipped item.
+        kept: (key, reason) of each item whose earlier record was kept.
     """
 
     items: int
@@ -109,6 +111,7 @@ class Tally:
     timings: Mapping[str, float]
     failures: tuple[tuple[str, str], ...]
     skips: tuple[tuple[str, str], ...]
+    kept: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def of(cls, commit: Commit) -> Tally:
@@ -126,6 +129,7 @@ class Tally:
             timings=commit.timings,
             failures=failures,
             skips=skips,
+            kept=tuple((item.key, item.reason or "") for item in commit.items if item.kept),
         )
 
 

@@ -146,7 +146,11 @@ class ItemEntry(Document):
 
     key: str
     status: Status
-    reason: str | None = Field(None, description="Why the item was skipped or failed.")
+    reason: str | None = Field(
+        None,
+        description="Why the item was skipped or failed. Of an encoded item: why it could not be "
+        "encoded again, so that the record of an earlier revision was kept.",
+    )
     row: Bytes | None = Field(
         None,
         description="Number of the record in the shard. Commits of earlier versions do not contain "
@@ -168,11 +172,16 @@ class ItemEntry(Document):
     )
     input: str | None = Field(
         None,
-        description="In a field: hash of what the value was computed from; null if the base store "
-        "has no latent of the item.",
+        description="In a field: hash of what the value was computed from, or could not be "
+        "computed again from; null if the base store has no latent of the item.",
     )
     fields_offset: Bytes | None = Field(None, description="Tar: first byte of the JSON member.")
     fields_length: Bytes | None = Field(None, description="Tar: length of the JSON member.")
+
+    @property
+    def kept(self) -> bool:
+        """Whether the record is that of an earlier revision: encoding it again failed."""
+        return self.status == "encoded" and self.reason is not None
 
 
 class StatisticsEntry(Document):

@@ -1,0 +1,64 @@
+"""The records of a unit before it is encoded again."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+
+from latentmill.plan import Unit
+from latentmill.record import Outcome
+from latentmill.storage.storage import Storage
+from latentmill.store.commit import read_commit
+from latentmill.store.index import entries
+from latentmill.store.schema import Commit, commit_path
+from latentmill.store.store import LatentStore
+
+
+class EarlierRecords:
+    """What the last commit of a unit has. Nothing, if its shard is missing or truncated.
+
+    Attributes:
+        items: The entries of its items, by key.
+        encoded: Keys of the items that it has a record of.
+    """
+
+    def __init__(self, storage: Storage, unit: Unit) -> None:
+        """Find the last commit; `unit.revision` is the one that will be written."""
+        self._storage = storage
+        known = _last_commit(storage, unit)
+        self.items = {} if known is None else {entry.key: entry for entry in known.items}
+        self._places = {} if known is None else {entry.key: entry for entry in entries(known)}
+        self.encoded = frozenset(self._places)
+
+    @cached_property
+    def _store(self) -> LatentStore:
+        store = LatentStore(self._storage.root)
+        store.annotations = None  # a shard has the metadata of the source
+        return store
+
+    def outcome(self, key: str, reason: str | None = None) -> Outcome:
+        """The outcome of an item, with its record. Reads the latent.
+
+        `reason` tells why an item with a record could not be encoded again.
+        """
+        entry, place = self.items[key], self._places.get(key)
+        record = None if place is None else self._store.read(place)
+        return Outcome(key, entry.status, reason or entry.reason, record)
+
+
+def _last_commit(storage: Storage, unit: Unit) -> Commit | None:
+    """The commit that counts so far; None if there is none, or its shard is missing or cut."""
+    for revision in range(unit.revision - 1, -1, -1):
+        if storage.exists(commit_path(unit.name, revision)):
+            commit = read_commit(storage, unit.name, revision)
+            return commit if _is_whole(storage, commit) else None
+    return None
+
+
+def _is_whole(storage: Storage, commit: Commit) -> bool:
+    if commit.shard is None:
+        return True
+    if not storage.exists(commit.shard):
+        return False
+    with storage.open(commit.shard) as file:
+        return file.seek(0, os.SEEK_END) == commit.bytes
