@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -67,10 +67,11 @@ def hub_card(
 class _Loader(yaml.SafeLoader):
     """Reads YAML 1.2, as the hub does: `no`, a language, is text there, and so are yes, on, off."""
 
-    yaml_implicit_resolvers: ClassVar = {
-        first: [one for one in resolvers if first in "tTfF" or one[0] != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+
+_Loader.yaml_implicit_resolvers = {
+    first: [one for one in resolvers if first in "tTfF" or one[0] != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def _split(text: str) -> tuple[dict[str, Any], str]:

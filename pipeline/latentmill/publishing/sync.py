@@ -90,8 +90,8 @@ def sync(
             errors.append(error)
             continue
         summary = _with_field(summary, copied, name)
-    for error in errors[1:]:
-        _log.error("%s", error)
+    for other in errors[1:]:
+        _log.error("%s", other)
     if errors:
         raise errors[0]
     return summary
