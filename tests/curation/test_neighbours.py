@@ -155,7 +155,9 @@ def test_a_store_without_current_statistics(
     assert not (tmp_path / "s/tmp").exists()
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "longer", "changed", "no array", "no header"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "truncated", "longer", "changed", "no array", "no header"]
+)
 def test_damaged_vectors_are_one_sentence(
     tmp_path: Path, damage: str, one_sentence: Callable[[BaseException], str]
 ) -> None:
