@@ -102,6 +102,19 @@ def test_the_summary_of_an_extension() -> None:
     assert "changed since planning (encoded again): " in show.summary(retried)
 
 
+def test_the_summary_lists_latents_that_were_kept() -> None:
+    kept = tuple((f"song {number}", "there is no such file") for number in range(25))
+    lines = show.summary(run(kept=kept, fields={"second": run(kept=kept[:1])})).splitlines()
+    first = lines.index(
+        "  25 items not encoded again, the earlier latents are kept (--retry-failed tries again):"
+    )
+    assert lines[first + 1] == "  kept: song 0: there is no such file"
+    assert lines[first + 20].startswith("  kept: song 19: ")
+    assert lines[first + 21] == "  ... and 5 more (kept); --json lists all"
+    assert lines[first + 22].startswith("  1 item not encoded again in second, ")
+    assert lines[first + 23] == "  kept in second: song 0: there is no such file"
+
+
 def test_the_summary_names_the_files_that_are_no_items_and_the_cure_of_failures() -> None:
     lines = show.summary(run()).splitlines()
     assert "  ignored (not audio): 12 .ape, 3 .jpg" in lines
