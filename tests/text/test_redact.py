@@ -283,6 +283,8 @@ LARGE = {
     "names": "a:b=token:" * 20_000,
     "quotes": 'token "token: ' * 20_000,
     "cookies": "cookie: " * 20_000,
+    "names of folders": "session=1/" * 200_000,
+    "names before a file": "token=a/" * 100_000 + "a.wav",
     "URLs in URLs": "http://host/a?b=" * 10_000,
 }
 

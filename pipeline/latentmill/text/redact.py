@@ -42,6 +42,7 @@ _HARMLESS = re.compile(
 )
 _PLAIN_VALUE = re.compile(r"-?[0-9.,:-]{0,16}|true|false|yes|no|\w|[^?&]*\.[a-z0-9]{2,5}", re.I)
 _LONGEST_PLAIN = 32  # characters; a longer value may be a token, whatever the field's name
+_LONGEST_PATH = 4096  # characters; a longer value is no path, and is not searched for other names
 # A shorter value may be a token if it switches between letters and digits more often than words do.
 _WITHOUT_SEPARATORS = re.compile(r"[A-Za-z0-9+/]{16,}={0,2}")
 _SWITCH = re.compile(r"(?=[a-z][A-Z0-9]|[A-Z][0-9]|[0-9][A-Za-z])")
@@ -207,6 +208,8 @@ def _value_of(name: re.Match[str], text: str, *, stored: bool) -> tuple[int, int
     value = found[found.lastgroup]
     if not value or value.startswith(MASK):
         return None
+    if found.lastgroup == "bare" and len(value) > _LONGEST_PATH:
+        return found.span("bare")
     spoken = name["mark"] == ":" and found.lastgroup == "bare" and "-" not in word
     is_path = text[max(0, name.start() - 1) : name.start()] in ("/", "\\")  # `/etc/passwd: ...`
     doubtful = stored or (spoken and (is_path or not certain))
