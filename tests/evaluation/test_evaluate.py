@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,6 +91,22 @@ def test_a_gain_that_measures_nothing_is_refused(
         2,
         f"latentmill: invalid gain {gain}: use a factor from 0.01 to 100.\n",
     )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"items": items} for items in (0, -1, 1.5, True)),
+        *({"max_seconds": seconds} for seconds in (0, -1, 1e-6, math.nan, math.inf)),
+    ],
+    ids=str,
+)
+def test_an_amount_that_measures_nothing_is_refused(
+    options: dict[str, Any], store: lm.LatentStore, one_sentence: Callable[[BaseException], str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        lm.evaluate(store, **options)
+    assert f"invalid {next(iter(options))}" in one_sentence(caught.value)
 
 
 @pytest.mark.parametrize("option", [("--gain", "0.1"), ("--compat", "linear-cae")])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +17,10 @@ import torch
 
 import latentmill as lm
 from latentmill.errors import ConfigError
+from latentmill.evaluation import tracks
 from latentmill.evaluation.linearity import measure_linearity
 from latentmill.store.store import LatentStore
-from latentmill.store.verify import verify
+from latentmill.store.verify import read_source, verify
 from support import runs
 from support.stem_files import write_stem_store, write_stems
 
@@ -110,6 +113,52 @@ def test_stems_that_begin_late_are_compared_where_they_are_heard(tmp_path: Path)
         soundfile.write(tmp_path / "late" / f"{number}.wav", np.append(np.zeros(3200), noise), 3200)
     card = measure_linearity(write_stem_store(tmp_path / "store", tmp_path / "late")).card
     assert (card.items, card.pairs) == (2, 2)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_of_a_recording_only_the_sounds_are_kept(
+    channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recordings: list[weakref.ref[np.ndarray]] = []
+
+    def read(*args: Any) -> np.ndarray:
+        audio = read_source(*args)
+        recordings.append(weakref.ref(audio if audio.base is None else audio.base))
+        return audio
+
+    monkeypatch.setattr(tracks, "read_source", read)
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        audio = np.random.default_rng(number).uniform(-0.3, 0.3, (32_000, channels))
+        soundfile.write(tmp_path / "in" / f"{number}.wav", audio, 3200, subtype="FLOAT")
+    options = {"hop": 32, "sample_rate": 3200, "channels": channels}
+    store = write_stem_store(tmp_path / "store", tmp_path / "in", model_options=options)
+    kept = tracks.pair_tracks(store, 3, 1600)
+    assert {sound.shape for track in kept for sound in track.stems} == {(channels, 1600)}
+    assert [one() for one in recordings] == [None] * 3
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_only_the_start_of_a_recording_is_loaded(
+    grouped: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """10 minutes of it, or as much as is used."""
+    loaded: list[int] = []
+
+    def read(*args: Any) -> np.ndarray:
+        loaded.append((audio := read_source(*args)).shape[1])
+        return audio
+
+    monkeypatch.setattr(tracks, "read_source", read)
+    monkeypatch.setattr(tracks, "LOADED_SECONDS", 1.25)
+    store = write_stem_store(tmp_path / "store", source)
+    for longest, most in ((1600, 4000), (4800, 4800)):
+        loaded.clear()
+        if grouped:
+            tracks.stem_tracks(store, 2, longest)
+        else:
+            tracks.pair_tracks(store, 3, longest)
+        assert max(loaded) == most
 
 
 def test_an_affine_encoder_needs_its_origin(

@@ -9,7 +9,6 @@ MR-STFT divides by the norm over the batch, as auraloss does. Silent chunks are 
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -47,7 +46,7 @@ def measure_linear_cae(
     """
     refuse_codes(store)
     codec, scores = StoreCodec(store), Scores()
-    most = math.inf if max_seconds is None else max_seconds * codec.spec.sample_rate
+    most = None if max_seconds is None else int(max_seconds * codec.spec.sample_rate)
     keys = spread_keys(store, items)[:items]
     chunks = _chunks(store, keys, most)
     count = 0
@@ -90,10 +89,10 @@ def _card(scores: Scores) -> LinearityEntry:
     )
 
 
-def _chunks(store: LatentStore, keys: Sequence[str], most: float) -> Iterator[Tensor]:
+def _chunks(store: LatentStore, keys: Sequence[str], most: int | None) -> Iterator[Tensor]:
     for key in keys:
-        audio = source_of(store, key)
-        for start in range(0, int(min(audio.shape[1], most)) - CHUNK + 1, CHUNK):
+        audio = source_of(store, key, most)
+        for start in range(0, audio.shape[1] - CHUNK + 1, CHUNK):
             yield torch.from_numpy(audio[:, start : start + CHUNK].copy())
 
 

@@ -22,6 +22,7 @@ from latentmill.text.log import get_logger
 Part = Literal["linearity", "reconstruction", "statistics", "seams"]
 PARTS: tuple[Part, ...] = get_args(Part)
 LEAST_GAIN, MOST_GAIN = 0.01, 100.0
+LEAST_SECONDS = 0.1
 
 _log = get_logger("evaluation")
 
@@ -78,10 +79,11 @@ def evaluate(
         because its source is gone, is in `unavailable`.
 
     Raises:
-        ConfigError: A part of `only` does not exist or cannot be measured on this store, a gain is
-            out of range, the device does not exist, or the store has no records.
+        ConfigError: A part of `only` does not exist or cannot be measured on this store, a number
+            is out of range, the device does not exist, or the store has no records.
     """
     _check(only or (), compat, gains)
+    _check_amount(items, max_seconds)
     opened = store if isinstance(store, LatentStore) else open_store(store)
     if not len(opened):
         raise ConfigError(
@@ -132,3 +134,13 @@ def _check(only: Sequence[str], compat: str | None, gains: Sequence[float]) -> N
             raise ConfigError(
                 f"invalid gain {gain:g}: use a factor from {LEAST_GAIN:g} to {MOST_GAIN:g}."
             )
+
+
+def _check_amount(items: int | None, max_seconds: float | None) -> None:
+    """Raise ConfigError if nothing would be measured."""
+    if items is not None and (isinstance(items, bool) or not isinstance(items, int) or items < 1):
+        raise ConfigError(f"invalid items {items!r}: use a whole number of at least 1.")
+    if max_seconds is not None and not LEAST_SECONDS <= max_seconds < math.inf:
+        raise ConfigError(
+            f"invalid max_seconds {max_seconds:g}: use a number of at least {LEAST_SECONDS:g}."
+        )

@@ -24,6 +24,7 @@ from latentmill.store.verify import read_source
 SPARE = 4  # candidates for each item, because some may be silent
 QUIET = 10 ** (-50 / 20)  # RMS below which a sound is not scored
 FAINT = 10 ** (-30 / 20)  # the same, relative to the mix
+LOADED_SECONDS = 600.0  # of each recording, from its start
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,12 @@ def stem_groups(store: LatentStore, count: int) -> list[tuple[str, list[str]]]:
 def stem_tracks(store: LatentStore, count: int, longest: int) -> tuple[list[Track], int]:
     """Tracks of stem groups, and the number of their stems that are too quiet.
 
-    Of each song the window of `longest` samples is used in which most stems are audible.
+    Of each song the window of `longest` samples is used in which most stems are audible, in its
+    first 10 minutes.
     """
     tracks, silent = [], 0
     for group, keys in stem_groups(store, count):
-        audio = [source_of(store, key) for key in keys]
+        audio = [source_of(store, key, _loaded(store, longest)) for key in keys]
         stems = _window(audio, longest)
         mix = torch.stack(stems).sum(dim=0)
         kept = tuple(stem for stem in stems if audible(stem, mix))
@@ -116,19 +118,24 @@ def _sounds(store: LatentStore, count: int, longest: int) -> Iterator[tuple[str,
     for key in spread_keys(store, count):
         if store[key].rms < QUIET / 10:  # loud parts of long items may still be audible
             continue
-        audio = source_of(store, key)
+        audio = source_of(store, key, _loaded(store, longest))
         start = int(np.argmax(np.abs(audio).max(axis=0) >= QUIET))
-        sound = _tensor(audio[:, start : start + longest])
+        sound = torch.tensor(audio[:, start : start + longest])  # copied: a view keeps the whole
         if audible(sound):
             yield key, sound
 
 
-def source_of(store: LatentStore, key: str) -> FloatArray:
-    """The audio `[C, T]` of a record; ConfigError if it cannot be read."""
+def source_of(store: LatentStore, key: str, samples: int | None = None) -> FloatArray:
+    """The audio `[C, T]` of a record, or its first samples; ConfigError if it cannot be read."""
     try:
-        return read_source(store[key], store.model().spec.channels)
+        return read_source(store[key], store.model().spec.channels, samples)
     except ItemError as error:
         raise ConfigError(f"The source of {key} cannot be read: {error}.") from error
+
+
+def _loaded(store: LatentStore, longest: int) -> int:
+    """Number of samples of a recording that are loaded; `longest` of them are used."""
+    return max(longest, round(LOADED_SECONDS * store.model().spec.sample_rate))
 
 
 def _window(audio: list[FloatArray], longest: int) -> list[Tensor]:
@@ -139,7 +146,7 @@ def _window(audio: list[FloatArray], longest: int) -> list[Tensor]:
     for start in range(0, max(1, total - longest // 2), longest):
         begin = max(0, min(start, total - longest))
         length = min(longest, total - begin)
-        stems = [_tensor(_padded(one[:, begin : begin + length], length)) for one in audio]
+        stems = [_padded(one[:, begin : begin + length], length) for one in audio]
         mix = torch.stack(stems).sum(dim=0)
         score = (sum(audible(stem, mix) for stem in stems), rms(mix))
         if score > best:
@@ -147,9 +154,5 @@ def _window(audio: list[FloatArray], longest: int) -> list[Tensor]:
     return chosen
 
 
-def _padded(audio: FloatArray, length: int) -> FloatArray:
-    return np.pad(audio, ((0, 0), (0, length - audio.shape[1])))
-
-
-def _tensor(audio: FloatArray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(audio))
+def _padded(audio: FloatArray, length: int) -> Tensor:
+    return torch.from_numpy(np.pad(audio, ((0, 0), (0, length - audio.shape[1]))))  # copied
