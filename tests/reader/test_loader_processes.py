@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import latentmill as lm
-from latentmill.errors import ConfigError
+from latentmill.errors import ConfigError, WorkerError
+from latentmill.reader.sample import Sample
 
 
 def workers() -> list[Any]:
@@ -83,3 +87,108 @@ def test_a_fork_has_workers_of_its_own(mixed: list[str]) -> None:
     assert read(loader) == second
     assert held["latents"].equal(kept)
     loader.close()
+
+
+class Runtime:
+    """Stands for the CUDA runtime; knows what is registered."""
+
+    def __init__(self) -> None:
+        self.registered: dict[int, int] = {}
+
+    def cudaHostRegister(self, place: int, size: int, _flags: int) -> int:  # noqa: N802
+        assert place not in self.registered
+        self.registered[place] = size
+        return 0
+
+    def cudaHostUnregister(self, place: int) -> int:  # noqa: N802
+        del self.registered[place]
+        return 0
+
+
+class Event:
+    """Stands for an event of CUDA."""
+
+    def record(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None: ...
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
+    stand_in = Runtime()
+    monkeypatch.setattr("latentmill.reader.loader.check_pinnable", lambda: None)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: stand_in)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    return stand_in
+
+
+@dataclass(frozen=True)
+class Failing:
+    """A transform that fails at a position of the epoch."""
+
+    how: Callable[[], object]
+
+    def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
+        if sample.position == 50:
+            self.how()
+        return sample
+
+
+def refuse() -> None:
+    raise ZeroDivisionError("the transform divides by zero")
+
+
+@pytest.mark.parametrize("end", ["epoch", "break", "error", "killed", "killed when idle"])
+def test_no_memory_stays_page_locked(mixed: list[str], runtime: Runtime, end: str) -> None:
+    transforms = [Failing(refuse)] if end == "error" else []
+    stream = lm.LatentStream(mixed, crop=8, batch_size=2, transforms=transforms)
+    loader = lm.Loader(stream, workers=2, pin_memory=True)
+    most, raised = 0, None
+    batches = iter(loader)
+    try:
+        for number, _ in enumerate(batches):
+            most = max(most, len(runtime.registered))
+            if number == 12 and end == "break":
+                break
+            if number == {"killed": 12, "killed when idle": 36}.get(end):
+                victim = workers()[0]
+                victim.kill()
+                victim.join()
+        if end == "killed when idle":
+            list(loader)
+    except (ZeroDivisionError, WorkerError) as error:
+        raised = type(error)
+    assert raised is {"epoch": None, "break": None, "error": ZeroDivisionError}.get(
+        end, WorkerError
+    )
+    assert most >= 4
+    assert len(runtime.registered) >= 1  # the last batch
+    loader.close()
+    del _, batches
+    gc.collect()
+    assert runtime.registered == {}
+    assert mapped() == 0
+
+
+def test_a_fork_leaves_page_locked_memory_to_its_parent(mixed: list[str], runtime: Runtime) -> None:
+    loader = lm.Loader(lm.LatentStream(mixed, crop=8, batch_size=2), workers=1, pin_memory=True)
+    held = [next(iter(loader))]
+    answers = multiprocessing.get_context("fork").SimpleQueue()
+
+    def child() -> None:
+        before = dict(runtime.registered)
+        held.clear()
+        loader.close()
+        answers.put(runtime.registered == before != {})
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    assert answers.get()
+    process.join()
+    held.clear()
+    loader.close()
+    assert runtime.registered == {}

@@ -125,21 +125,23 @@ class Workers:
         epoch, positions, numbers = requested
         # Lists, because pickling arrays takes ten times as long.
         samples = epoch, positions.tolist(), numbers.tolist()
+        self._expected.append((worker, slot))  # first, so that `stop` frees the slot in any case
         self._workers[worker].send((slot.number, [one.number for one in dropped], samples))
-        self._expected.append((worker, slot))
 
     def receive(self) -> Any:
         """The batch that was requested first of those not received yet.
 
-        Raises WorkerError if the worker has died, or the error that it made.
+        Raises WorkerError if the worker has died, or the error that it made. Only `stop` may be
+        called after an error.
         """
-        worker, slot = self._expected.popleft()
+        worker, slot = self._expected[0]
         found = self._workers[worker].receive()
         if isinstance(found, _Failure):
             raise found.error()
         size, used, payload = found
         if size:
             slot.set_memory(self._workers[worker].receive_memory(size), pin=self._pin)
+        self._expected.popleft()  # the batch has the slot now
         return slot.unpack(used, payload, self._released)
 
     def skip(self) -> None:
@@ -157,7 +159,7 @@ class Workers:
         for worker in self._workers:
             worker.end(deadline)
         self._released.close()
-        for slot in (slot for unused in self._unused for slot in unused):
+        for slot in itertools.chain(*self._unused, (slot for _, slot in self._expected)):
             slot.free()
 
 
