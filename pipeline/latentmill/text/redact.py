@@ -208,12 +208,11 @@ def _value_of(name: re.Match[str], text: str, *, stored: bool) -> tuple[int, int
     value = found[found.lastgroup]
     if not value or value.startswith(MASK):
         return None
-    if found.lastgroup == "bare" and len(value) > _LONGEST_PATH:
-        return found.span("bare")
     spoken = name["mark"] == ":" and found.lastgroup == "bare" and "-" not in word
     is_path = text[max(0, name.start() - 1) : name.start()] in ("/", "\\")  # `/etc/passwd: ...`
     doubtful = stored or (spoken and (is_path or not certain))
-    if (doubtful and not _looks_random(value)) or _may_be_folder(word, value):
+    short = found.lastgroup != "bare" or len(value) <= _LONGEST_PATH
+    if short and ((doubtful and not _looks_random(value)) or _may_be_folder(word, value)):
         return None
     return found.span(found.lastgroup)
 
