@@ -17,6 +17,7 @@ from latentmill.store.commit import SealHash, iter_commits
 from latentmill.store.npy import npy_bytes
 from latentmill.store.schema import CARD_PATH, DATASET_PATH, ORIGIN_PATH
 from latentmill.store.seal import current_seal, dataset_info, read_origin, read_seal, write_seal
+from latentmill.store.store import LatentStore
 from support.latent_store import HOP, RATE, latent_of, write_again, write_latents
 
 LENGTHS = [900, 40, 1500, 7, 2000, 300]
@@ -106,10 +107,13 @@ def test_an_origin_that_cannot_be_read_is_named(
     with pytest.raises(StorageError, match=r"origin\.npy is damaged: restore") as error:
         read_origin(storage)
     assert one_sentence(error.value)
-    for other in (np.float32(1), np.zeros(4, np.float32), np.zeros((4, 0), np.float32)):
-        storage.write(ORIGIN_PATH, npy_bytes(other))
+    for shape in ((), (4,), (4, 0), (1, 4, 16)):
+        storage.write(ORIGIN_PATH, npy_bytes(np.zeros(shape, np.float32)))
         with pytest.raises(StorageError, match=r"origin\.npy is damaged: restore"):
             read_origin(storage)
+    storage.write(ORIGIN_PATH, npy_bytes(np.zeros((3, 16), np.float32)))
+    with pytest.raises(StorageError, match=r"origin\.npy is damaged: restore"):
+        _ = LatentStore(storage.root, device="cpu").origin
     path = Path(storage.root) / ORIGIN_PATH
     path.unlink()
     with pytest.raises(StorageError, match=r"origin\.npy is missing: run the") as error:

@@ -199,8 +199,11 @@ def write_origin(storage: Storage, origin: FloatArray) -> None:
     storage.write(ORIGIN_PATH, npy_bytes(origin))
 
 
-def read_origin(storage: Storage) -> FloatArray:
-    """Read E(0) of one chunk, `[D, Z]`; StorageError if it is missing or damaged."""
+def read_origin(storage: Storage, channels: int | None = None) -> FloatArray:
+    """Read E(0) of one chunk, `[D, Z]`; StorageError if it is missing or damaged.
+
+    With `channels`, another D is damage, too.
+    """
     try:
         data = storage.read(ORIGIN_PATH)
     except StorageError as error:
@@ -212,7 +215,7 @@ def read_origin(storage: Storage) -> FloatArray:
         ) from error.__cause__
     try:
         origin: FloatArray = parse_npy(data)
-        if origin.ndim < 2:
+        if origin.ndim != 2 or channels not in (None, len(origin)):
             raise ValueError(f"{origin.shape} is not [D, Z]")
     except ValueError as error:
         raise StorageError(

@@ -171,7 +171,7 @@ class LatentStore(StoreDecoder, Shown):
         names = Linearity.__dataclass_fields__
         with_std = model.get("posterior") == "mean+std"
         return Origin(
-            read_origin(self.storage),
+            read_origin(self.storage, model["latent_channels"]),
             self.chunking,
             deviations=model["latent_channels"] // 2 if with_std else 0,
             codes=self.codes,
