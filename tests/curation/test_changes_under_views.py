@@ -14,7 +14,10 @@ from latentmill.curation.selecting import Selector
 from latentmill.errors import ConfigError, StoreError
 from latentmill.reader.crops import CropReader
 from latentmill.reader.stems import stem_groups
+from latentmill.storage.storage import Storage
+from latentmill.store.bases import fault_of_base
 from latentmill.store.verify import verify
+from support.field_stores import NAMES, write_fields, write_tokens
 from support.latent_store import latent_of, write_again, write_latents
 
 
@@ -94,6 +97,46 @@ def test_annotations_of_a_view_stay_when_it_is_written_again(tmp_path: Path) -> 
     }
     assert verify(lm.open(view)).faults == []
     assert keys_of(lm.select(view, tmp_path / "calm", where="mood == 'calm'").dest) == ["a/00001"]
+
+
+def test_a_view_that_is_written_again_has_the_metadata_of_its_bases(tmp_path: Path) -> None:
+    (a,) = stores(tmp_path, [{"n": n} for n in range(4)])
+    annotate(a, {"a/00000": {"mood": "old"}})
+    view = lm.select(a, tmp_path / "view").dest
+    annotate(a, {"a/00001": {"mood": "more"}})
+    lm.select(a, view)
+    assert lm.open(view)["a/00001"].metadata == {"n": 1, "mood": "more"}
+    annotate(a, {"a/00000": {"mood": "new"}})
+    with pytest.raises(ConfigError, match="other metadata for some of its records: use --over"):
+        lm.select(a, view)
+    lm.select(a, view, overwrite=True)
+    assert lm.open(view)["a/00000"].metadata == {"n": 0, "mood": "new"}
+
+
+def test_a_view_that_could_not_be_opened_is_not_written(tmp_path: Path) -> None:
+    url = f"memory://{tmp_path.name}"
+    write_latents(f"{url}/store", [4, 5])
+    assert len(lm.open(lm.select(f"{url}/store", f"{url}/view").dest)) == 2
+    with pytest.raises(ConfigError, match=r"is on another server.*--copy"):
+        lm.select(f"{url}/store", f"s3://{tmp_path.name}/view")
+    for bad in ("a", "ftp://host/a"):
+        assert fault_of_base(Storage(str(tmp_path)), bad) == "is not valid"
+    web = Storage("http://127.0.0.1:1/view")
+    assert fault_of_base(web, "http://127.0.0.1:1/a") is None
+    assert fault_of_base(web, "http://127.0.0.1:2/a") == "is on another server"
+
+
+def test_a_copy_of_a_field_is_a_field(tmp_path: Path) -> None:
+    base = write_latents(str(tmp_path / "base"), [4, 5, 6])
+    write_fields(base, [4, 5, 6])
+    write_tokens(base, "caption", dict.fromkeys(base.keys(), np.ones((5, 2), np.float16)))
+    for name in (*NAMES, "caption"):
+        field = base.field(name)
+        copy = lm.open(lm.select(field.url, tmp_path / name, copy=True).dest)
+        assert copy.info.field == field.info.field
+        assert [one.latent.tobytes() for one in copy] == [one.latent.tobytes() for one in field]
+        assert verify(copy).faults == verify(field).faults
+    assert verify(copy).faults == []
 
 
 def test_a_copy_is_not_that_of_other_annotations(tmp_path: Path) -> None:

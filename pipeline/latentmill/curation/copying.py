@@ -159,6 +159,7 @@ def plan_copy(
         provenance=base.provenance,
         source_settings=dict(selection),
         packing=base.packing,
+        field=base.field,
     )
     width = len(first.mean) * np.dtype(info.dtype).itemsize
     rate = width * info.model["sample_rate"] / info.model["hop"]

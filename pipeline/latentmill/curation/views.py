@@ -32,7 +32,7 @@ from latentmill.store.annotations import (
     annotation_path,
     open_annotations,
 )
-from latentmill.store.bases import BASES, Bases, inside_base, renamed, split_path
+from latentmill.store.bases import BASES, Bases, fault_of_base, inside_base, renamed, split_path
 from latentmill.store.entries import AnnotationEntry, BaseEntry
 from latentmill.store.field_view import warn_of_fields
 from latentmill.store.index import Index
@@ -80,10 +80,11 @@ def check_sources(stores: Sequence[LatentStore], out: str, *, copy: bool) -> Non
         refuse_secrets("The store", store.url, ConfigError)
         if is_inside(root, store.url) or is_inside(store.url, root):
             raise ConfigError(f"{out} and {store.url} overlap: use another output folder.")
-        if Storage(store.url).local and not Storage(out).local and not copy:
+        fault = None if copy else fault_of_base(Storage(out), store.storage.root)
+        if fault is not None:
             raise ConfigError(
-                f"{store.url} is a local path, so a view in {out} could not be read elsewhere: "
-                "use --copy, or write the view to this machine."
+                f"{store.url} {fault}, so a view in {out} could not be read: copy it with `select "
+                "--copy` or `merge --copy`, or write the view to this machine."
             )
         for name in ("fingerprint", "format"):
             if getattr(store.info, name) != getattr(first.info, name):
@@ -289,7 +290,12 @@ def _write_annotations(
         names = [one.prefix + key for one in chosen for key in one.index.keys(one.rows)]
         own = open_annotations(storage, entry).table
         own = own.filter(pc.is_in(own["key"], value_set=pa.array(names, pa.string())))
-        table = merged(table, own) if keep else merged(own, table)
+        table, kept = merged(own, table), merged(table, own)
+        if keep and not table.equals(kept):
+            raise ConfigError(
+                f"{storage.root} is a view already, and its bases have other metadata for some of "
+                "its records: use --overwrite to take the values of the bases."
+            )
     path, data = annotation_path(1 if entry is None else entry.version + 1), annotation_file(table)
     storage.write(path, data)
     annotations = Annotations(table)

@@ -49,27 +49,20 @@ class Bases:
 
     def _open(self, view: Storage, entry: BaseEntry) -> Storage:
         """Open a base. dataset.json must not make a reader send requests to any other server."""
-        protocol, path = protocol_of(entry.url), urlsplit(entry.url)
-        local = "://" not in entry.url
-        known = Path(entry.url).is_absolute() if local else protocol in PROTOCOLS
-        if not known or "\0" in entry.url:
+        fault = fault_of_base(view, entry.url)
+        if fault == "is not valid":
             raise StoreError(
                 f"The view {self._view} has an invalid base store, {entry.url!r}: create it again."
             )
-        if local and not view.local:
-            raise StoreError(
-                f"The view {self._view} is remote, but its base store {entry.url} is a local path: "
-                "create the view from stores in a bucket."
+        if fault is not None:
+            remedy = (
+                "create the view from stores in a bucket"
+                if fault == "is a local path"
+                else "copy the view to a disk if you trust it, and open it there"
             )
-        here = urlsplit(self._view)
-        other = (protocol, path.netloc if is_web(entry.url) else "") != (
-            protocol_of(self._view),
-            here.netloc if is_web(entry.url) else "",
-        )
-        if not view.local and other:
             raise StoreError(
-                f"The view {self._view} is remote, but its base store {entry.url} is on another "
-                "server: copy the view to a disk if you trust it, and open it there."
+                f"The view {self._view} is remote, but its base store {entry.url} {fault}: "
+                f"{remedy}."
             )
         return Storage(entry.url)
 
@@ -159,6 +152,22 @@ class Bases:
                 "create the view again."
             )
         return inside_base(found, number, entry.prefix)
+
+
+def fault_of_base(view: Storage, url: str) -> str | None:
+    """Why a view cannot have the base store `url`; None if it can."""
+    protocol, local = protocol_of(url), "://" not in url
+    known = Path(url).is_absolute() if local else protocol in PROTOCOLS
+    if not known or "\0" in url:
+        return "is not valid"
+    if view.local:
+        return None
+    if local:
+        return "is a local path"
+    same = protocol == protocol_of(view.root)
+    if is_web(url):
+        same = same and urlsplit(url).netloc == urlsplit(view.root).netloc
+    return None if same else "is on another server"
 
 
 def needs_copy(view: str) -> StoreError:
