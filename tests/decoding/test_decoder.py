@@ -19,10 +19,11 @@ from latentmill.decoding.decoder import (
     decode_latents,
 )
 from latentmill.encoding.chunks import Chunker, Chunking, Stitcher
-from latentmill.errors import ConfigError
+from latentmill.errors import ConfigError, ModelError
 from latentmill.models.base import Autoencoder, ModelSpec
 from latentmill.models.families import mdct
 from latentmill.record import DTYPES, Latent
+from support.small_memory import SmallMemory
 
 MODEL = mdct.build(hop=16, sample_rate=1600).load("cpu")
 
@@ -52,6 +53,24 @@ CHUNKINGS = [
     Chunking.for_model(MODEL.spec, seconds=0.3, stitch="none", overlap=0.5),
     Chunking.for_model(MODEL.spec, seconds=0.3, stitch="none", overlap=0.0),
 ]
+
+
+@pytest.mark.parametrize("chunking", CHUNKINGS)
+def test_batches_are_halved_if_the_memory_is_too_small(chunking: Chunking) -> None:
+    latent = encoded(noise(20_011), chunking)
+    model = SmallMemory(MODEL, 2)
+    audio = decode_latent(model, latent, 20_011, chunking, batch_size=8)
+    assert max(model.sizes) > 2
+    assert np.abs(audio - decode_latent(MODEL, latent, 20_011, chunking)).max() < 1e-5
+
+
+def test_a_window_that_does_not_fit_into_the_memory(
+    one_sentence: Callable[[BaseException], str],
+) -> None:
+    latent = encoded(noise(20_011), CHUNKINGS[0])
+    with pytest.raises(ModelError) as caught:
+        decode_latent(SmallMemory(MODEL, 0), latent, 20_011, CHUNKINGS[0], batch_size=8)
+    assert "use --device cpu" in one_sentence(caught.value)
 
 
 @pytest.mark.parametrize(("dtype", "least"), [("float32", 100), ("float16", 60)])

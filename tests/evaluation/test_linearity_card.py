@@ -7,6 +7,7 @@ import json
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ import soundfile
 import torch
 
 import latentmill as lm
-from latentmill.errors import ConfigError
+from latentmill.errors import ConfigError, ModelError
 from latentmill.evaluation import tracks
-from latentmill.evaluation.linearity import measure_linearity
+from latentmill.evaluation.linearity import StoreCodec, measure_linearity
+from latentmill.evaluation.seams import measure_seams
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import read_source, verify
 from support import runs
+from support.small_memory import SmallMemory
 from support.stem_files import write_stem_store, write_stems
 
 
@@ -113,6 +116,59 @@ def test_stems_that_begin_late_are_compared_where_they_are_heard(tmp_path: Path)
         soundfile.write(tmp_path / "late" / f"{number}.wav", np.append(np.zeros(3200), noise), 3200)
     card = measure_linearity(write_stem_store(tmp_path / "store", tmp_path / "late")).card
     assert (card.items, card.pairs) == (2, 2)
+
+
+def on_a_gpu(store: LatentStore, monkeypatch: pytest.MonkeyPatch, fits: int) -> SmallMemory:
+    """Let a store's model run in larger batches, on the CPU."""
+    model = SmallMemory(store.model(), fits)
+    monkeypatch.setattr(store, "model", lambda: model)
+    monkeypatch.setattr(LatentStore, "device", "cuda")
+    return model
+
+
+@pytest.mark.parametrize("fits", [4, 1])
+def test_batches_on_a_gpu(fits: int, store: LatentStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = on_a_gpu(store, monkeypatch, fits)
+    codec = StoreCodec(store)
+    sounds = [torch.rand(1, 150) for _ in range(6)]
+    latents = codec.encode(sounds)
+    decoded = codec.decode(latents, 150, 0)
+    assert max(model.sizes) == 4
+    for sound, found in zip(sounds, decoded, strict=True):
+        assert float((sound - found).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(("most", "size"), [(320, 2), (640, 4), (319, 1)])
+def test_a_batch_is_not_larger_than_the_model_allows(
+    most: int, size: int, store: LatentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = on_a_gpu(store, monkeypatch, 4)
+    model.spec = dataclasses.replace(model.spec, max_batch_samples=most)
+    codec = StoreCodec(store)
+    latents = codec.encode([torch.rand(1, 160) for _ in range(6)])
+    codec.decode(latents, 160, 0)
+    assert max(model.sizes) == size
+
+
+@pytest.mark.parametrize("part", ["linearity", "seams"])
+def test_a_sound_that_is_too_long_for_the_model(
+    part: str,
+    store: LatentStore,
+    monkeypatch: pytest.MonkeyPatch,
+    one_sentence: Callable[[BaseException], str],
+) -> None:
+    model = on_a_gpu(store, monkeypatch, 4)
+    model.spec = dataclasses.replace(model.spec, max_batch_samples=3200)
+    measure = {"linearity": measure_linearity, "seams": measure_seams}[part]
+    monkeypatch.setattr(f"latentmill.evaluation.{part}.numeric_mode", lambda *_: nullcontext())
+    with pytest.raises(ConfigError) as caught:
+        measure(store, max_seconds=2.0)
+    assert "too long for mdct in one piece on a GPU (maximum 1 s)" in one_sentence(caught.value)
+    model.spec = dataclasses.replace(model.spec, max_batch_samples=None)
+    model.fits = 0
+    with pytest.raises(ModelError) as no_memory:
+        measure(store, max_seconds=2.0)
+    assert "use --device cpu" in one_sentence(no_memory.value)
 
 
 @pytest.mark.parametrize("channels", [1, 2])

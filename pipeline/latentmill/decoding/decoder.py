@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -130,7 +131,7 @@ def decode_blocks(
     `num_samples` is the item's length at the model's rate; None decodes the whole latent. If the
     latent is too short for it, `ConfigError` is raised at once, before the first block. `seed`
     determines the noise of a stochastic decoder, frame by frame. `batch_size` is the number of
-    windows per forward pass.
+    windows per forward pass; it is halved if the memory of the device is too small.
     """
     source = latent if isinstance(latent, LatentSource) else LatentSource.of(latent)
     spec = model.spec
@@ -158,18 +159,27 @@ def _decoded(
     model: Autoencoder, windows: Iterator[_Window], seed: int, batch_size: int
 ) -> Iterator[tuple[int, FloatArray]]:
     """Decode windows; yield the first sample and the audio `[C, samples]` of each."""
+    from latentmill.models.inference.memory import BatchRunner  # imports torch, which is slow
+
+    runner = BatchRunner(model.spec, batch_size)
+    for batch in _batches(windows, batch_size):
+        samples = batch[0].samples
+        step = partial(_decode, model, batch, samples, seed)
+        for window, audio in zip(batch, runner.run(len(batch), samples, step), strict=True):
+            yield window.start, audio.numpy()
+
+
+def _decode(
+    model: Autoencoder, batch: list[_Window], samples: int, seed: int, part: slice
+) -> torch.Tensor:
+    """Decode some windows of a batch to `[B, C, samples]` on the CPU."""
     import torch  # slow to import, and not needed to read a store
 
-    for batch in _batches(windows, batch_size):
-        latents = np.stack([window.latent for window in batch]).astype(np.float32)
-        decoded = model.decode(  # [B, C, T]
-            torch.from_numpy(latents),
-            batch[0].samples,
-            seed=seed,
-            positions=[window.frame for window in batch],
-        )
-        for window, audio in zip(batch, decoded.float().cpu().numpy(), strict=True):
-            yield window.start, audio
+    windows = batch[part]
+    latents = np.stack([window.latent for window in windows]).astype(np.float32)
+    positions = [window.frame for window in windows]
+    decoded = model.decode(torch.from_numpy(latents), samples, seed=seed, positions=positions)
+    return decoded.float().cpu()
 
 
 def _batches(windows: Iterator[_Window], size: int) -> Iterator[list[_Window]]:

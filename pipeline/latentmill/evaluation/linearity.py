@@ -21,7 +21,7 @@ small. The card is evaluation/linearity.json; `ops` warns about an operation who
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -35,6 +35,8 @@ from latentmill.evaluation.metrics import GAINS, combination, relative_l2
 from latentmill.evaluation.scores import Key, Scores
 from latentmill.evaluation.tracks import Track, audible, pair_tracks, stem_tracks
 from latentmill.models.base import Autoencoder
+from latentmill.models.inference.batch import check_whole, most_chunks
+from latentmill.models.inference.memory import BatchRunner
 from latentmill.models.inference.precision import numeric_mode
 from latentmill.ops.origin import POOR, POOR_DB
 from latentmill.store.measurement import write_measurement
@@ -143,28 +145,34 @@ class StoreCodec:
         self._model: Autoencoder = store.model()
         self.spec = self._model.spec
         self._means = self.spec.latent_channels - store.origin.deviations
-        on_gpu = store.device.startswith("cuda")
-        self._batch = DECODE_BATCH if on_gpu else 1
+        self._device = store.device
+        self._batch = DECODE_BATCH if store.device.startswith("cuda") else 1
 
     def encode(self, sounds: Sequence[Tensor]) -> list[Tensor]:
         """The latents `[D, Z]`, in float64, of sounds `[C, T]` of one length."""
-        latents: list[Tensor] = []
-        for start in range(0, len(sounds), self._batch):
-            audio = torch.stack(list(sounds[start : start + self._batch]))
-            missing = self.spec.padded(audio.shape[-1]) - audio.shape[-1]
-            encoded = self._model.encode(F.pad(audio, (0, missing)))
-            latents += encoded[:, : self._means].double().cpu()
-        return latents
+        length = sounds[0].shape[-1]
+        samples = self.spec.padded(length)
+
+        def step(part: slice) -> Tensor:
+            audio = F.pad(torch.stack(list(sounds[part])), (0, samples - length))
+            return self._model.encode(audio)[:, : self._means].double().cpu()
+
+        return self._run(len(sounds), samples, step)
 
     def decode(self, latents: Sequence[Tensor], samples: int, seed: int) -> list[Tensor]:
         """The sounds `[C, samples]` of latents of one length."""
-        sounds: list[Tensor] = []
         missing = self.spec.latent_channels - self._means
-        for start in range(0, len(latents), self._batch):
-            batch = torch.stack(list(latents[start : start + self._batch])).float()
-            padded = F.pad(batch, (0, 0, 0, missing))
-            sounds += self._model.decode(padded, samples, seed=seed).float().cpu()
-        return sounds
+
+        def step(part: slice) -> Tensor:
+            padded = F.pad(torch.stack(list(latents[part])).float(), (0, 0, 0, missing))
+            return self._model.decode(padded, samples, seed=seed).float().cpu()
+
+        return self._run(len(latents), samples, step)
+
+    def _run(self, count: int, samples: int, step: Callable[[slice], Tensor]) -> list[Tensor]:
+        check_whole(self.spec, samples, self._device)
+        size = min(self._batch, most_chunks(self.spec, samples))
+        return list(BatchRunner(self.spec, size).run(count, samples, step))
 
 
 class _TrackMeasurer:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from latentmill.errors import ConfigError, ItemError
+from latentmill.models.inference.batch import check_whole
+from latentmill.models.inference.memory import BatchRunner
 from latentmill.models.inference.precision import numeric_mode
 from latentmill.record import Record
 from latentmill.store.measurement import write_measurement
@@ -120,11 +122,16 @@ def _items_with_seams(store: LatentStore, max_seconds: float | None) -> list[str
 
 def _measure(store: LatentStore, record: Record) -> SeamError | None:
     model = store.model()
-    audio = read_source(record, model.spec.channels)  # [C, T]
-    padding = model.spec.padded(audio.shape[1]) - audio.shape[1]
+    spec = model.spec
+    audio = read_source(record, spec.channels)  # [C, T]
+    samples = spec.padded(audio.shape[1])
+    check_whole(spec, samples, store.device)
+    padded = torch.from_numpy(np.pad(audio, ((0, 0), (0, samples - audio.shape[1]))))[None]
     with numeric_mode(store.precision, store.device):
-        whole = model.encode(torch.from_numpy(np.pad(audio, ((0, 0), (0, padding))))[None])
-    reference = whole[0].double().cpu().numpy()  # [D, Z]
+        (whole,) = BatchRunner(spec, 1).run(
+            1, samples, lambda _: model.encode(padded).double().cpu()
+        )
+    reference = whole.numpy()  # [D, Z]
     if not reference.any():
         return None
     difference = record.latent.astype(np.float64) - reference

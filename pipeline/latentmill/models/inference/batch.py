@@ -84,6 +84,17 @@ def check_batch(spec: ModelSpec, samples: int, size: int) -> None:
         )
 
 
+def check_whole(spec: ModelSpec, samples: int, device: str) -> None:
+    """Raise `ConfigError` if `samples` are too many for a model to encode in one piece."""
+    most = spec.max_batch_samples
+    if most is not None and samples > most and device.startswith("cuda"):
+        raise ConfigError(
+            f"{samples / spec.sample_rate:.1f} s are too long for {spec.name} in one piece on a "
+            f"GPU (maximum {most / spec.sample_rate:g} s): lower --max-seconds, or use --device "
+            "cpu."
+        )
+
+
 def _try(seconds_of: Callable[[int], float], size: int) -> float | None:
     try:
         return seconds_of(size)
