@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import multiprocessing
+import sys
+import threading
+import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,9 @@ import pytest
 import torch
 
 import latentmill as lm
-from latentmill.errors import ConfigError, WorkerError
+from latentmill.errors import ConfigError, StoreError, WorkerError
 from latentmill.reader.sample import Sample
+from support.latent_store import latent_of, write_again, write_latents
 
 
 def workers() -> list[Any]:
@@ -192,3 +197,56 @@ def test_a_fork_leaves_page_locked_memory_to_its_parent(mixed: list[str], runtim
     held.clear()
     loader.close()
     assert runtime.registered == {}
+
+
+def cancel() -> None:
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize(("how", "code"), [(lambda: sys.exit(4), 4), (cancel, 1)])
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_worker_that_ends_is_reported(
+    tmp_path: Path, how: Callable[[], object], code: int, remote: bool, one_sentence: Any
+) -> None:
+    url = f"memory://{uuid.uuid4().hex}" if remote else str(tmp_path)
+    store = write_latents(url, [9] * 64)
+    stream = lm.LatentStream(store, crop=4, batch_size=2, transforms=[Failing(how)])
+    loader = lm.Loader(stream, workers=2, start_method="fork")
+    positions = []
+    with pytest.raises(WorkerError, match=f"ended with exit code {code}") as error:
+        for batch in loader:
+            positions += batch["position"]
+    one_sentence(error.value)
+    assert positions == list(range(50))
+
+
+@dataclass(frozen=True)
+class Uncopyable:
+    """A transform that holds something that cannot be copied."""
+
+    lock: Any = field(default_factory=threading.Lock)
+
+    def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
+        return sample
+
+
+def test_objects_that_cannot_be_copied_are_reported() -> None:
+    store = write_latents("memory://uncopyable", [9] * 16)
+    stream = lm.LatentStream(store, crop=4, batch_size=2, transforms=[Uncopyable()])
+    with pytest.raises(TypeError, match="cannot pickle") as error:
+        list(lm.Loader(stream, workers=2, start_method="fork"))
+    assert "In a worker process of the Loader" in "".join(error.value.__notes__)
+
+
+@pytest.mark.parametrize(("method", "remote"), [("fork", True), ("spawn", False)])
+def test_a_store_that_was_sealed_again_is_reported(
+    tmp_path: Path, method: str, remote: bool, one_sentence: Any
+) -> None:
+    """A worker opens the store again, which has other items now."""
+    url = f"memory://{uuid.uuid4().hex}" if remote else str(tmp_path / "store")
+    dataset = lm.LatentDataset(write_latents(url, [9] * 16), crop=4)
+    loader = lm.Loader(dataset, 2, workers=2, start_method=method)
+    write_again(url, [0], [latent_of(number, 9) for number in range(16)], failed=[2])
+    with pytest.raises(StoreError, match="sealed again with other items") as error:
+        list(loader)
+    one_sentence(error.value)

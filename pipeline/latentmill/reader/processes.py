@@ -19,8 +19,8 @@ import traceback
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
-from multiprocessing.reduction import recv_handle, send_handle
-from typing import Any
+from multiprocessing.reduction import ForkingPickler, recv_handle, send_handle
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -172,7 +172,7 @@ class _Worker:
         self._readable.register(self._connection, select.POLLIN)
         self._process = context.Process(
             target=_work,
-            args=(theirs, builder),
+            args=(theirs, _Sent(builder)),
             name=f"latentmill-loader-{number}",
             daemon=True,
         )
@@ -257,39 +257,79 @@ class _Failure:
         return error
 
 
-def _work(connection: Connection, builder: BatchBuilder) -> None:
+class _Sent:
+    """The builder, as a worker gets it.
+
+    A worker that is not forked unpickles it in `builders`, since an error before `_work` would end
+    the worker.
+    """
+
+    def __init__(self, builder: BatchBuilder) -> None:
+        self._builder = builder
+
+    def __getstate__(self) -> bytes:
+        return bytes(ForkingPickler.dumps(self._builder))
+
+    def __setstate__(self, pickled: bytes) -> None:
+        self._pickled = pickled
+
+    def builders(self) -> list[BatchBuilder]:
+        """One for each batch that the worker makes at the same time.
+
+        Each has its own copy of the readers, which are not thread-safe.
+        """
+        if hasattr(self, "_pickled"):
+            self._builder = pickle.loads(self._pickled)  # noqa: S301  from our own process
+            del self._pickled  # the process keeps its arguments
+        builder = self._builder
+        copies = TOGETHER - 1 if builder.remote else 0
+        return [builder, *(copy.deepcopy(builder) for _ in range(copies))]
+
+
+def _work(connection: Connection, sent: _Sent) -> None:
     """Make the requested batches until the main process closes the connection or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal
     torch.set_num_threads(1)
     threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
     slots: dict[int, torch.Tensor] = {}
     with contextlib.suppress(*_LOST):
-        if builder.remote:
-            _make_together(connection, builder, slots)
+        try:
+            builders = sent.builders()
+        except Exception as error:  # noqa: BLE001  goes to the main process, whatever it is
+            _fail(connection, _Failure(error))
+        if len(builders) > 1:
+            _make_together(connection, builders, slots)
         while True:
-            _send(connection, *_make(builder, slots, *_next_request(connection, slots)))
+            _send(connection, *_make(builders[0], slots, *_next_request(connection, slots)))
+
+
+def _fail(connection: Connection, failure: _Failure) -> NoReturn:
+    """Answer every request with an error."""
+    while True:
+        connection.recv()
+        _send(connection, failure, -1)
 
 
 def _make_together(
-    connection: Connection, builder: BatchBuilder, slots: dict[int, torch.Tensor]
-) -> None:
-    """Make several batches at the same time, since a remote store answers slowly.
-
-    Each thread has its own copy of the readers, which are not thread-safe.
-    """
-    builders = [builder, *(copy.deepcopy(builder) for _ in range(TOGETHER - 1))]
+    connection: Connection, builders: list[BatchBuilder], slots: dict[int, torch.Tensor]
+) -> NoReturn:
+    """Make several batches at the same time, since a remote store answers slowly."""
     threads = [ThreadPoolExecutor(1) for _ in builders]
     made: queue.SimpleQueue[Future[tuple[object, int]]] = queue.SimpleQueue()
 
-    def send_in_order() -> None:
-        with contextlib.suppress(*_LOST):
-            while True:
-                _send(connection, *made.get().result())
+    def take_requests() -> None:
+        try:
+            for thread, builder in itertools.cycle(zip(threads, builders, strict=True)):
+                request = _next_request(connection, slots)
+                made.put(thread.submit(_make, builder, slots, *request))
+        except BaseException as error:  # noqa: BLE001  raised where the batches are sent
+            failed: Future[tuple[object, int]] = Future()
+            failed.set_exception(error)
+            made.put(failed)
 
-    threading.Thread(target=send_in_order, daemon=True).start()
-    for thread, one in itertools.cycle(zip(threads, builders, strict=True)):
-        request = _next_request(connection, slots)
-        made.put(thread.submit(_make, one, slots, *request))
+    threading.Thread(target=take_requests, daemon=True).start()
+    while True:  # in the main thread, where any error ends the process
+        _send(connection, *made.get().result())
 
 
 def _next_request(connection: Connection, slots: dict[int, torch.Tensor]) -> tuple[int, Requested]:
