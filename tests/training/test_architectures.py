@@ -20,6 +20,7 @@ from latentmill.training.metrics import read_metrics
 from latentmill.training.settings import TrainSettings
 from support import tiny_models
 from support.linear_cae_weights import use_cache, write_cache
+from support.stable_audio_open import OOBLECK, alone, open_audio_networks, write
 
 Settings = Callable[..., TrainSettings]
 
@@ -29,6 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny repositories of the real classes, and a cache with a tiny lin-cae."""
     root = tmp_path_factory.mktemp("models")
     tiny_models.write_oobleck(root / "oobleck")
+    write(root / "published", alone(OOBLECK), open_audio_networks()[2], "model.safetensors")
     tiny_models.write_dac(root / "dac", downsampling_ratios=[2, 4, 5], sampling_rate=24000)
     write_cache(root / "hf", ("lin-cae",))
     return root
@@ -39,13 +41,14 @@ def names(models: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     use_cache(monkeypatch, models / "hf")
     return {
         "oobleck": f"oobleck:{models}/oobleck",
+        "as published": f"oobleck:{models}/published",
         "dac": f"dac:{models}/dac",
         "lin-cae": "lin-cae",
     }
 
 
 @pytest.mark.parametrize("scratch", [False, True])
-@pytest.mark.parametrize("family", ["oobleck", "dac", "lin-cae"])
+@pytest.mark.parametrize("family", ["oobleck", "as published", "dac", "lin-cae"])
 def test_it_trains_and_is_loaded_again(
     tiny: Settings, names: dict[str, str], corpus: Path, family: str, scratch: bool
 ) -> None:
@@ -65,7 +68,7 @@ def test_it_trains_and_is_loaded_again(
     if not scratch:
         assert float((new - old).norm() / old.norm()) < 0.5
     if family != "lin-cae":  # its own name loads the folder, too
-        own = resolve(f"{family}:{settings.out}/model").load("cpu")
+        own = resolve(f"{names[family].partition(':')[0]}:{settings.out}/model").load("cpu")
         assert torch.equal(own.encode(audio), new)
     Trainer(settings)  # resumes
 

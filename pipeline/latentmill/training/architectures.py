@@ -20,7 +20,7 @@ from latentmill.models.base import ModelSpec
 from latentmill.models.families.conv import ConvAutoencoder, conv_spec
 from latentmill.models.families.trained import WEIGHTS, Architecture
 from latentmill.models.registry import resolve
-from latentmill.models.weights import import_package, read_config
+from latentmill.models.weights import import_package
 from latentmill.training.linearity import LinearityBatch
 from latentmill.training.losses import reconstruction_loss
 from latentmill.training.settings import TrainSettings
@@ -74,17 +74,15 @@ class Oobleck(Trainable):
     """The VAE of diffusers. Latents are sampled from the posterior, as in its own training."""
 
     def __init__(self, settings: TrainSettings) -> None:
-        from latentmill.models.families import diffusers_codec, oobleck
+        from latentmill.models.families import diffusers_codec, oobleck, stable_audio
 
         handle: Any = resolve(settings.model)
         super().__init__("oobleck", handle.spec)
-        name = settings.model
         self.network = diffusers_codec.load_autoencoder(
-            name, oobleck.CLASS, handle.files, torch.device("cpu")
+            settings.model, oobleck.CLASS, handle.files, torch.device("cpu"), stable_audio.OOBLECK
         ).requires_grad_(True)
         if settings.from_scratch:
-            config = read_config(name, handle.files.paths["config"])
-            self.network = type(self.network).from_config(config)
+            self.network = type(self.network).from_config(self.network.config)
         self._kl_weight = settings.kl_weight
 
     def forward(self, batch: LinearityBatch) -> Tensor:
