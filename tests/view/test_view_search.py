@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from view_server import STEMS, Site
+from view_server import STEMS, Site, serving
 
 from latentmill.errors import StoreError
 from latentmill.store.schema import DATASET_PATH
@@ -127,6 +127,47 @@ def test_a_search_finds_what_a_filter_in_python_finds(
     search = Search(key=key, where=tuple(where), sort=sort, descending=descending)
     found = catalog.search(search)
     assert [row["key"] for row in catalog.rows(found.tolist())] == [r.key for r in wanted]
+
+
+LARGE = [2**53 + 1, 5, None, 2**53, 1 - 2**63, 2**63 - 1, 5, -(2**53) - 1]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> LatentStore:
+    own_metadata = [{"id": one} for one in LARGE]
+    url = str(tmp_path_factory.mktemp("large") / "store")
+    return write_latents(url, [3] * len(LARGE), metadata=own_metadata)
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_whole_numbers_are_sorted_exactly(large: LatentStore, descending: bool) -> None:
+    """float64 would round them, and equal ones stay in order."""
+    having = [n for n, one in enumerate(LARGE) if one is not None]
+    having.sort(key=lambda n: (-1 if descending else 1) * LARGE[n])
+    found = Catalog(large).search(Search(sort="metadata_id", descending=descending))
+    assert found.tolist() == [*having, LARGE.index(None)]
+    nothing = Search(key="no such key", sort="metadata_id", descending=descending)
+    assert Catalog(large).search(nothing).tolist() == []
+
+
+def test_whole_numbers_that_javascript_would_round(large: LatentStore) -> None:
+    """They are text for the page, which sends them back as text."""
+    with serving(large) as site:
+        for number, one in enumerate(LARGE):
+            if one is None:
+                continue
+            shown = json.loads(site.get("api/record", key=f"item/{number:05d}").json["metadata"])
+            assert shown == {"id": str(one) if abs(one) >= 2**53 else one}
+            where = [{"field": "metadata_id", "op": "is", "value": shown["id"]}]
+            found = site.get("api/search", where=where).json["records"]
+            assert [r["key"] for r in found] == [
+                f"item/{n:05d}" for n, other in enumerate(LARGE) if other == one
+            ]
+        where = [{"field": "metadata_id", "op": "min", "value": str(2**53 + 1)}]
+        assert site.get("api/search", where=where).json["total"] == 2
+        for text in ("1.5", "x", "", "9" * 20):
+            where = [{"field": "metadata_id", "op": "is", "value": text}]
+            assert "cannot be compared" in site.get("api/search", where=where).json["error"]
 
 
 def test_rows_are_in_the_asked_order(catalog: Catalog) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +29,7 @@ LISTED = ("key", "duration", "loudness", "silence", "group", "role")
 _HIDDEN = ("shape", "metadata")  # a list; the text that the typed columns come from
 _CACHED = 8  # searches whose results are kept, for further pages
 _MOST_VALUES = 50
+EXACT = 2**53 - 1  # the largest whole number that JavaScript has without rounding
 _DISTINCT = 5_000  # a field with more values has no list of values
 
 
@@ -93,6 +96,9 @@ class Catalog:
         """All values of one record."""
         names = [f.name for f in self._table.schema_arrow if not f.name.startswith(PREFIX)]
         (row,) = self.rows([position], names)
+        if re.search(r"\d{16}", row["metadata"] or ""):
+            own = json.loads(row["metadata"], parse_int=lambda text: _plain(int(text)))
+            row["metadata"] = json.dumps(own, ensure_ascii=False)
         return row
 
     def values(self, name: str, check: Check = lambda: None) -> list[tuple[Any, int]]:
@@ -140,15 +146,14 @@ class Catalog:
             here = np.flatnonzero(mask)
             found.append(start + here)
             if search.sort != "key":
-                column = table[search.sort].cast(pa.float64()).to_numpy()
-                values.append(column[here])
+                values.append(table[search.sort].take(pa.array(here)))
         positions: Positions = np.concatenate([np.zeros(0, np.int64), *found])
         if search.sort == "key":
             return positions[::-1] if search.descending else positions
-        column = np.concatenate([np.zeros(0), *values])
-        # NaN, which stands for a missing value, is sorted to the end.
-        order = np.argsort(-column if search.descending else column, kind="stable")
-        return positions[order]
+        if not values:
+            return positions
+        column = pa.chunked_array([chunk for one in values for chunk in one.chunks], values[0].type)
+        return positions[_order(column, descending=search.descending)]
 
     def _groups(self, names: Sequence[str], check: Check) -> Iterator[tuple[int, pa.Table]]:
         for group, start in enumerate(self._starts[:-1].tolist()):
@@ -166,6 +171,8 @@ _OPERATIONS = {"text": ("is", "contains"), "number": ("is", "min", "max"), "bool
 
 
 def _fits(field: SearchField, value: bool | float | str) -> bool:
+    if field.kind == "number" and isinstance(value, str):  # as `_plain` sends large numbers
+        return re.fullmatch(r"-?[0-9]{1,19}", value) is not None
     kinds = {"text": str, "bool": bool, "number": int | float}
     is_bool = isinstance(value, bool)
     return isinstance(value, kinds[field.kind]) and is_bool == (field.kind == "bool")
@@ -194,11 +201,11 @@ def _mask(column: pa.ChunkedArray, condition: FieldCondition) -> npt.NDArray[np.
         return _as_mask(pc.match_substring(column, str(value), ignore_case=True))
     compare = {"is": pc.equal, "min": pc.greater_equal, "max": pc.less_equal}[condition.op]
     if pa.types.is_integer(column.type):
-        bound = _integer(float(value) if isinstance(value, str) else value, condition.op)
+        bound = _integer(int(value) if isinstance(value, str) else value, condition.op)
         if bound is None:
             return np.zeros(len(column), bool)
         return _as_mask(compare(column, pa.scalar(bound, pa.int64())))
-    if isinstance(value, int) and not isinstance(value, bool):
+    if pa.types.is_floating(column.type):
         value = float(value)
     return _as_mask(compare(column, pa.scalar(value)))
 
@@ -210,6 +217,19 @@ def _integer(value: float, op: str) -> int | None:
     rounded = math.ceil(value) if op == "min" else math.floor(value)
     impossible = (rounded >= 2**63 and op != "max") or (rounded < -(2**63) and op != "min")
     return None if impossible else max(-(2**63), min(2**63 - 1, rounded))
+
+
+def _order(column: pa.ChunkedArray, *, descending: bool) -> Positions:
+    """The order of a column's values; equal ones stay in order, missing ones are last."""
+    if pa.types.is_integer(column.type):
+        missing = column.is_null().to_numpy()
+        values = pc.fill_null(column, 0).to_numpy()
+        keys = np.bitwise_not(values) if descending else values  # reversed without an overflow
+        order: Positions = np.lexsort((keys, missing))
+        return order
+    values = column.cast(pa.float64()).to_numpy()
+    # NaN, which stands for a missing value, is sorted to the end.
+    return np.argsort(-values if descending else values, kind="stable")
 
 
 def _as_mask(found: Any) -> npt.NDArray[np.bool_]:
@@ -234,5 +254,7 @@ def _field(column: pa.Field) -> SearchField | None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """JSON has no NaN and no infinity, and JavaScript rounds larger whole numbers."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, int) and abs(value) > EXACT else value

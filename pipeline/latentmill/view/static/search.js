@@ -177,7 +177,8 @@ class Filter {
     const field = this.#chosen;
     const text = this.value.value;
     if (text === "") return null;
-    const value = { text, number: Number(text), bool: text === "true" }[field.kind];
+    const number = /^-?[0-9]{16,19}$/.test(text) ? text : Number(text); // large ones without rounding
+    const value = { text, number, bool: text === "true" }[field.kind];
     return { field: field.name, op: this.operation.value, value };
   }
 }
