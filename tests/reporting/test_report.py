@@ -8,8 +8,10 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,17 +176,34 @@ def test_a_result_of_an_earlier_seal_is_marked(report_store: LatentStore, tmp_pa
     assert text.count("The store has changed since this was measured") == 3
 
 
-@pytest.mark.parametrize("name", ["linearity", "reconstruction", "seams", "statistics", "channels"])
+def other_channels(statistics: dict[str, Any]) -> None:
+    """All lists agree, but not with the store."""
+    for name in ("mean", "std", "low", "high", "saturation"):
+        statistics[name] = statistics[name][:1]
+    statistics["autocorrelation"] = {}
+
+
+DAMAGED: dict[str, Callable[[dict[str, Any]], None]] = {
+    "channels": lambda found: found.update(low=[1.0]),
+    "other channels": other_channels,
+    "no lag": lambda found: found["autocorrelation"].update(a=found["mean"]),
+    "lag zero": lambda found: found["autocorrelation"].update({"0": found["mean"]}),
+    "lag twice": lambda found: found["autocorrelation"].update({"01": found["mean"]}),
+    "other lists": lambda found: found["autocorrelation"]["1"].append(0.5),
+}
+
+
+@pytest.mark.parametrize("name", ["linearity", "reconstruction", "seams", "statistics", *DAMAGED])
 def test_a_damaged_result_is_not_shown(
     name: str, report_store: LatentStore, tmp_path: Path
 ) -> None:
     """The page gives the reason in its place; everything else is shown."""
     folder = Path(shutil.copytree(report_store.url, tmp_path / "store"))
     path = folder / "evaluation" / f"{name}.json"
-    if name == "channels":
+    if name in DAMAGED:
         path = folder / "evaluation" / "statistics.json"
         document = json.loads(path.read_text())
-        document["statistics"]["low"] = [1.0]
+        DAMAGED[name](document["statistics"])
         path.write_text(json.dumps(document))
     else:
         path.write_text(path.read_text()[:-9] if path.exists() else "{")

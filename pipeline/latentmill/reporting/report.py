@@ -203,10 +203,7 @@ def _measured(store: LatentStore, name: Name) -> EvaluationResult | None:
     result = None if found is None else getattr(found, name)
     if found is None or result is None:
         return None
-    if isinstance(result, StoreStatistics) and any(
-        len(values) != len(store.info.mean)
-        for values in (result.low, result.high, result.saturation)
-    ):
+    if isinstance(result, StoreStatistics) and len(result.mean) != len(store.info.mean):
         raise StoreError(
             f"{store.url}/evaluation/{name}.json is damaged: delete it and run `latentmill "
             "evaluate` again."

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 VECTORS_FILE = r"evaluation/vectors\.[0-9a-f]{16}\.npy"  # named by the hash of its bytes
 
@@ -209,6 +210,17 @@ class StoreStatistics(_Result):
     vectors: PooledVectors | None = Field(
         None, description="Pooled latents. Results of earlier versions do not have them."
     )
+
+    @model_validator(mode="after")
+    def _check_channels(self) -> Self:
+        """Raise ValueError if lists by channel differ in length, or a distance is not a number."""
+        by_lag = self.autocorrelation
+        lists = [self.std, self.low, self.high, self.saturation, *filter(None, by_lag.values())]
+        if any(len(values) != len(self.mean) for values in lists):
+            raise ValueError("the lists have values of different numbers of channels")
+        if not all(re.fullmatch("[1-9][0-9]{0,8}", lag) for lag in by_lag):
+            raise ValueError("a distance of the autocorrelation is not a number of frames")
+        return self
 
 
 ModelOption = str | int | float | bool | None
