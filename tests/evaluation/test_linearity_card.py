@@ -150,6 +150,28 @@ def test_a_batch_is_not_larger_than_the_model_allows(
     assert max(model.sizes) == size
 
 
+def test_windows_that_are_decoded_at_once(
+    store: LatentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = on_a_gpu(store, monkeypatch, 4)
+    monkeypatch.setattr("latentmill.store.decoder.pick_device", lambda _: "cuda")
+    for most, size in ((None, 4), (3 * store.chunking.samples, 3), (1, 1)):
+        model.spec = dataclasses.replace(model.spec, max_batch_samples=most)
+        model.sizes.clear()
+        store.decode("north/drums")  # 2 s in windows of 0.5 s
+        assert max(model.sizes) == size
+
+
+def test_seams_of_items_that_the_model_encodes_whole(
+    store: LatentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = on_a_gpu(store, monkeypatch, 4)
+    monkeypatch.setattr("latentmill.evaluation.seams.numeric_mode", lambda *_: nullcontext())
+    model.spec = dataclasses.replace(model.spec, max_batch_samples=round(1.5 * 3200))
+    seconds = [one.seconds for one in measure_seams(store, record=False).items]
+    assert sorted(seconds) == [0.6, 1.2, 1.5, 1.5, 1.5]
+
+
 @pytest.mark.parametrize("part", ["linearity", "seams"])
 def test_a_sound_that_is_too_long_for_the_model(
     part: str,

@@ -100,7 +100,10 @@ def _items_with_seams(store: LatentStore, max_seconds: float | None) -> list[str
             f"{store.url} contains codes, for which no error is defined: use a store of latents."
         )
     chunk_seconds = chunking.samples / rate
+    most = store.model().spec.max_batch_samples
     longest = max(60.0, 5 * chunk_seconds) if max_seconds is None else max_seconds
+    if max_seconds is None and most is not None:
+        longest = min(longest, most / rate)
     chunked = {
         key: samples
         for key in store.keys()  # noqa: SIM118  iterating the store gives records

@@ -254,4 +254,8 @@ class StoreDecoder:
 
     @property
     def _decode_batch(self) -> int:
-        return _DECODE_BATCH[pick_device(self._device).partition(":")[0]]
+        """Windows per forward pass; no more than the model allows."""
+        from latentmill.models.inference.batch import most_chunks  # imports torch, which is slow
+
+        size = _DECODE_BATCH[pick_device(self._device).partition(":")[0]]
+        return min(size, most_chunks(self.model().spec, self.chunking.samples))
