@@ -296,6 +296,8 @@ def test_of_a_posterior_the_means_are_compared(
     store: LatentStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bend(store, monkeypatch, lambda latent: torch.cat((latent, latent.abs().sqrt()), dim=1))
+    origin = Path(store.url) / "origin.npy"
+    np.save(origin, np.tile(np.load(origin), (2, 1)))
     model = {**store.info.model, "posterior": "mean+std", "latent_channels": 64}
     monkeypatch.setattr(store, "_info", store.info.model_copy(update={"model": model}))
     monkeypatch.setattr(
