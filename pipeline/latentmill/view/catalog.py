@@ -172,7 +172,7 @@ _OPERATIONS = {"text": ("is", "contains"), "number": ("is", "min", "max"), "bool
 
 def _fits(field: SearchField, value: bool | float | str) -> bool:
     if field.kind == "number" and isinstance(value, str):  # as `_plain` sends large numbers
-        return re.fullmatch(r"-?[0-9]{1,19}", value) is not None
+        return re.fullmatch(r"-?[0-9]{16,19}", value) is not None
     kinds = {"text": str, "bool": bool, "number": int | float}
     is_bool = isinstance(value, bool)
     return isinstance(value, kinds[field.kind]) and is_bool == (field.kind == "bool")
