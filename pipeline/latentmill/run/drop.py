@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from latentmill.engine.lease import LEASE_PATH
 from latentmill.engine.lock import LOCK_PATH, only_run
-from latentmill.errors import StoreError
+from latentmill.errors import StorageError, StoreError
 from latentmill.plan import BATCH_PATH, PLAN, PLAN_PATH
 from latentmill.storage.scratch import SCRATCH
 from latentmill.storage.storage import Storage
@@ -79,6 +80,7 @@ def drop(store: str | os.PathLike[str], *, field: str) -> Dropped:
 
     Raises:
         StoreError: The store has no such field, or a run is writing to the field.
+        StorageError: A file cannot be deleted.
     """
     base = Storage(os.fspath(store))
     folder = field_storage(base, field)
@@ -100,6 +102,10 @@ def drop(store: str | os.PathLike[str], *, field: str) -> Dropped:
         _remove_if_empty(root, root.parent)
         left = (str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir())
         kept = tuple(sorted(path for path in left if path != LOCK_PATH))
+    elif folder.exists(LEASE_PATH):  # which makes it a field that is not complete
+        raise StorageError(
+            f"{folder.full(LEASE_PATH)} could not be deleted: run the same command again."
+        )
     return Dropped(base.root, field, len(found), sum(found.values()), kept)
 
 
