@@ -180,6 +180,16 @@ def test_a_part_stays_when_values_of_another_type_are_annotated(tmp_path: Path, 
         assert set(keys_of(f"{view} split/{part}")) == keys - set(more)
 
 
+def test_a_condition_finds_in_a_view_what_it_finds_in_the_base(tmp_path: Path) -> None:
+    """The base has numbers and a text under one name, the view has only the numbers."""
+    (a,) = stores(tmp_path, [{"n": n} for n in range(9)])
+    annotate(a, {f"a/{n:05d}": {"fold": n if n < 8 else "x"} for n in range(9)})
+    view = lm.select(a, tmp_path / "view", where="n < 8").dest
+    for store in (a, view):
+        out = lm.select(store, f"{store} five", where="fold == 5").dest
+        assert keys_of(out) == ["a/00005"]
+
+
 def test_a_split_keeps_its_settings_and_its_folder(tmp_path: Path) -> None:
     a, b = stores(tmp_path, [{"n": n} for n in range(30)], [{"n": n} for n in range(3)])
     out = str(tmp_path / "split")

@@ -20,7 +20,7 @@ from latentmill.reader.column_conditions import rows_where
 from latentmill.reader.order import Ints
 from latentmill.reader.rows import RowReader
 from latentmill.sources.where import Condition
-from latentmill.store.annotations import JSON
+from latentmill.store.annotations import JSON, TYPES
 from latentmill.store.fields import parse_member, read_columns
 from latentmill.store.index import Index
 from latentmill.store.metadata import METADATA_SCHEMA, PREFIX
@@ -233,6 +233,10 @@ class _TextCondition:
         )
         file = open_metadata(store) if plain else None
         if file is None or not set(columns.values()) <= set(file.schema_arrow.names):
+            return None
+        types = {name: file.schema_arrow.field(column).type for name, column in columns.items()}
+        # A view of records with whole numbers has text if other records of its base have text.
+        if any(types[name] == pa.string() != TYPES[kinds[name]] for name in kinds.keys() & types):
             return None
         try:
             table = file.read(columns=["key", *columns.values()], use_threads=False)
