@@ -54,19 +54,14 @@ def select(
         ConfigError: An option is not valid, no record is left, or `dest` is in use.
         StoreError: A store is damaged.
     """
-    opened = store if isinstance(store, LatentStore) else open_store(store)
-    target = os.fspath(dest)
     if copy and overwrite:
         raise ConfigError("overwrite replaces views only: leave it out, and copy to a new folder.")
-    check_sources([opened], target, copy=copy)
-    if sample is not None and not sample > 0:
-        raise ConfigError(f"sample is {sample:g}: use a number of records or a share below 1.")
-    if stratify is not None and sample is None:
-        raise ConfigError("stratify has no effect without a sample: set sample, or leave it out.")
-    if seed and sample is None:
-        raise ConfigError("seed has no effect without a sample: set sample, or leave it out.")
     if drop_duplicates not in (None, "exact", "near"):
         raise ConfigError(f"drop_duplicates is {drop_duplicates!r}: use exact or near.")
+    _check_sample(sample, stratify, seed)
+    opened = store if isinstance(store, LatentStore) else open_store(store)
+    target = os.fspath(dest)
+    check_sources([opened], target, copy=copy)
     selector = Selector(opened)
     if where is not None:
         selector.where(where)
@@ -83,3 +78,12 @@ def select(
     if copy:
         return write_copy(target, [selector.chosen()])
     return write_view(target, [selector.chosen()], overwrite=overwrite)
+
+
+def _check_sample(sample: float | None, stratify: str | None, seed: int) -> None:
+    if sample is not None and not sample > 0:
+        raise ConfigError(f"sample is {sample:g}: use a number of records or a share below 1.")
+    if stratify is not None and sample is None:
+        raise ConfigError("stratify has no effect without a sample: set sample, or leave it out.")
+    if seed and sample is None:
+        raise ConfigError("seed has no effect without a sample: set sample, or leave it out.")

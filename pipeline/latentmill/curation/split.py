@@ -94,19 +94,10 @@ def split(
         settings["into"] = shares
         assignment = {name: _side(seed, name, shares) for name in dict.fromkeys(names)}
         if duplicates_together:
-            connected = _joined(names, selector.groups_of_duplicates())
-            assignment, conflicts = _assigned(assignment, connected, known)
-            for row, name in enumerate(names):
-                if name in conflicts:
-                    selector.leave_out([row], f"a duplicate of records in {conflicts[name]}")
+            assignment = _together(selector, names, assignment, known)
             settings["parts"] = {**known, **assignment}
         parts = _parts(selector, [assignment.get(name) for name in names], into)
-        for name, part in parts.items():
-            if not len(part.rows) and Storage(f"{target}/{name}").exists(DATASET_PATH):
-                raise ConfigError(
-                    f"{target}/{name} would have no records now: delete it, then run the command "
-                    "again."
-                )
+        _refuse_emptied(target, parts)
         hold.storage.write(SPLIT_PATH, json.dumps(settings).encode())
         written = []
         for name, part in parts.items():
@@ -116,6 +107,30 @@ def split(
             share = len(part.rows) / max(1, len(names))
             written.append(Side(name, into[name], share, view))
     return tuple(written)
+
+
+def _together(
+    selector: Selector,
+    names: Sequence[str],
+    assignment: Mapping[str, str | None],
+    known: Mapping[str, str | None],
+) -> dict[str, str | None]:
+    """The part of each unit, with duplicates in the same one; leaves out records of conflicts."""
+    connected = _joined(names, selector.groups_of_duplicates())
+    found, conflicts = _assigned(assignment, connected, known)
+    for row, name in enumerate(names):
+        if name in conflicts:
+            selector.leave_out([row], f"a duplicate of records in {conflicts[name]}")
+    return found
+
+
+def _refuse_emptied(target: str, parts: Mapping[str, Selector]) -> None:
+    """Raise ConfigError if a part had records in an earlier call and has none now."""
+    for name, part in parts.items():
+        if not len(part.rows) and Storage(f"{target}/{name}").exists(DATASET_PATH):
+            raise ConfigError(
+                f"{target}/{name} would have no records now: delete it, then run the command again."
+            )
 
 
 def _parts(

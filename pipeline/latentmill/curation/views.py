@@ -116,8 +116,7 @@ def write_view(out: str, chosen: Sequence[Chosen], *, overwrite: bool = False) -
     data = index.to_bytes()
     digest = xxhash.xxh3_128_hexdigest(data)
     left_out = pa.concat_tables(one.left_out for one in chosen).unify_dictionaries()
-    found = pc.value_counts(left_out["reason"]).to_pylist()
-    counts = dict(Counter({one["values"]: one["counts"] for one in found}).most_common())
+    counts = _counts(left_out)
     _replaced(Storage(out))  # checked before the lock, which writes a file
     with only_run(Storage(out)) as hold:
         storage = hold.storage
@@ -136,24 +135,9 @@ def write_view(out: str, chosen: Sequence[Chosen], *, overwrite: bool = False) -
         else:  # the view's own values are not in the metadata of the bases
             view = Bases(Storage(storage.root), entries).over(storage)
             metadata, metadata_hash = publish_metadata(view, index, annotations)
-        lengths = index.column("num_samples").sum() / chosen[0].store.info.model["sample_rate"]
-        statistics = _statistics(chosen)
-        info = chosen[0].store.info.model_copy(
+        info = _info(chosen, index, len(left_out)).model_copy(
             update={
-                "latentmill_version": __version__,
-                "source": ", ".join(one.store.url for one in chosen),
-                "items": len(index) + len(left_out),
-                "encoded": len(index),
-                "skipped": len(left_out),
-                "failed": 0,
-                "hours": round(float(lengths) / 3600, 6),
-                "frames": int(index.column("frames").sum()),
-                "mean": statistics.mean.tolist(),
-                "std": statistics.std.tolist(),
-                "origin": ORIGIN_PATH,
-                "shards": [],
                 "seal": digest,
-                "revisions": {},
                 "index": name,
                 "index_hash": digest,
                 "metadata": metadata,
@@ -167,6 +151,35 @@ def write_view(out: str, chosen: Sequence[Chosen], *, overwrite: bool = False) -
         write_seal(storage, info)
         _remove_superseded(storage, info)
     return Curated(storage.root, True, info.encoded, info.hours, info.left_out)
+
+
+def _counts(left_out: pa.Table) -> dict[str, int]:
+    """The number of records that are left out for each reason, the most frequent one first."""
+    found = pc.value_counts(left_out["reason"]).to_pylist()
+    return dict(Counter({one["values"]: one["counts"] for one in found}).most_common())
+
+
+def _info(chosen: Sequence[Chosen], index: Index, left_out: int) -> DatasetInfo:
+    """The dataset.json of a view without its files: its source, counts and statistics."""
+    info, statistics = chosen[0].store.info, _statistics(chosen)
+    seconds = float(index.column("num_samples").sum() / info.model["sample_rate"])
+    return info.model_copy(
+        update={
+            "latentmill_version": __version__,
+            "source": ", ".join(one.store.url for one in chosen),
+            "items": len(index) + left_out,
+            "encoded": len(index),
+            "skipped": left_out,
+            "failed": 0,
+            "hours": round(seconds / 3600, 6),
+            "frames": int(index.column("frames").sum()),
+            "mean": statistics.mean.tolist(),
+            "std": statistics.std.tolist(),
+            "origin": ORIGIN_PATH,
+            "shards": [],
+            "revisions": {},
+        }
+    )
 
 
 def _bases(chosen: Sequence[Chosen]) -> tuple[list[BaseEntry], Index]:
