@@ -50,6 +50,10 @@ class StorageError(LatentmillError):
     exit_code = 6
 
 
+class DamagedShardError(StorageError):
+    """A shard was read, but its bytes are not those that were written."""
+
+
 class ModelError(LatentmillError):
     """The model is unknown, its package or weights are missing, or its options are invalid."""
 

@@ -7,11 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from latentmill.cli import show
 from latentmill.engine import worker as worker_module
+from latentmill.errors import StorageError
 from latentmill.record import Record
+from latentmill.storage.storage import Storage
 from latentmill.store.commit import read_commits
 from latentmill.store.formats import SHARD_FORMATS
 from latentmill.store.schema import ItemEntry
@@ -186,3 +189,53 @@ def test_a_record_of_a_truncated_shard_is_not_kept(
     done = encode(songs, store, **options)
     assert [key for key, _ in done.failures] == ["b"]
     assert verify(open_store(str(store))).faults == []
+
+
+def flip_byte(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0xFF
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("part", ["latent", "fields"])
+def test_a_damaged_record_fails_its_item_and_the_others_are_kept(
+    songs: Path, tmp_path: Path, options: dict[str, object], part: str
+) -> None:
+    store = tmp_path / "store"
+    encode(songs, store, **options)
+    before = records(store)
+    (shard,) = (store / "shards").iterdir()
+    place = open_store(str(store)).entry("b")
+    in_fields = place.fields_offset
+    if part == "fields" and in_fields < 0:  # the columns of a Parquet shard have checksums
+        in_fields = pq.read_metadata(shard).row_group(0).column(0).data_page_offset
+    flip_byte(shard, place.offset if part == "latent" else in_fields)
+    (songs / "b.wav").unlink()
+    tone(songs / "a.wav", 7000)
+    done = encode(songs, store, extend=True, retry_changed=True, **options)
+    ((key, reason),) = done.failures
+    assert (key, done.exit_code, done.kept) == ("b", 3, ())
+    assert reason == "there is no such file; its earlier latent is damaged"
+    after = records(store)
+    assert after.keys() == {"a", "c"}
+    assert after["a"].num_samples == 7000
+    assert_equal(after["c"], before["c"])
+    assert verify(open_store(str(store))).faults == []
+
+
+def test_a_record_that_cannot_be_read_now_stops_the_run(
+    songs: Path, tmp_path: Path, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent(self: Storage, path: str, *_: object) -> bytes:
+        raise StorageError(f"Cannot read {path}: the storage does not answer.")
+
+    store = tmp_path / "store"
+    encode(songs, store, **options)
+    before = records(store)
+    (songs / "b.wav").unlink()
+    tone(songs / "a.wav", 7000)
+    with monkeypatch.context() as patch, pytest.raises(StorageError, match="does not answer"):
+        patch.setattr(Storage, "read_range", silent)
+        encode(songs, store, extend=True, retry_changed=True, **options)
+    assert [key for key, _ in encode(songs, store, **options).kept] == ["b"]
+    assert_equal(records(store)["b"], before["b"])

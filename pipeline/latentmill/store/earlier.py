@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import cached_property
 
+from latentmill.errors import DamagedShardError
 from latentmill.plan import Unit
 from latentmill.record import Outcome
 from latentmill.storage.storage import Storage
@@ -39,10 +40,16 @@ class EarlierRecords:
     def outcome(self, key: str, reason: str | None = None) -> Outcome:
         """The outcome of an item, with its record. Reads the latent.
 
-        `reason` tells why an item with a record could not be encoded again.
+        `reason` tells why an item with a record could not be encoded again. Then the item fails if
+        the record is damaged; otherwise that raises DamagedShardError.
         """
         entry, place = self.items[key], self._places.get(key)
-        record = None if place is None else self._store.read(place)
+        try:
+            record = None if place is None else self._store.read(place)
+        except DamagedShardError:
+            if reason is None:
+                raise
+            return Outcome(key, "failed", f"{reason}; its earlier latent is damaged")
         return Outcome(key, entry.status, reason or entry.reason, record)
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import io
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentmill.encoding.stored import parse_json
-from latentmill.errors import StorageError
+from latentmill.errors import DamagedShardError
 from latentmill.storage.ranged import RangedFile
 from latentmill.storage.storage import Storage
 from latentmill.store.schema import FIELD_NAMES, RECORD_SCHEMA
@@ -27,8 +28,12 @@ def read_columns(storage: Storage, path: str, names: Sequence[str]) -> pa.Table:
 
     In a remote shard, the columns are small pieces between the latents. All are read in one round
     of requests, because reading piece by piece with read-ahead would fetch most of the latents.
+
+    Raises:
+        ArrowException: The shard is damaged.
+        StorageError: The shard cannot be read.
     """
-    with storage.open(path) as file:
+    with storage.open(path) as file, _invalid_if_damaged():
         source: Any = file
         footer = pq.read_metadata(file)
         if storage.local:
@@ -48,6 +53,17 @@ def read_columns(storage: Storage, path: str, names: Sequence[str]) -> pa.Table:
             field = RECORD_SCHEMA.field(name).with_nullable(True)
             table = table.append_column(field, pa.nulls(len(table), field.type))
     return with_prefix(table.select(names), storage.key_prefix(path)).combine_chunks()
+
+
+@contextlib.contextmanager
+def _invalid_if_damaged() -> Iterator[None]:
+    """Raise ArrowInvalid for damage that pyarrow reports as an OSError, which has no number."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise pa.ArrowInvalid(str(error)) from error
 
 
 def with_prefix(table: pa.Table, prefix: str) -> pa.Table:
@@ -71,9 +87,9 @@ def parse_member(storage: Storage, path: str, data: bytes) -> dict[str, Any]:
     return {n: prefix + v if v and n in PREFIXED else v for n, v in fields.items()}
 
 
-def damaged_shard(storage: Storage, path: str) -> StorageError:
+def damaged_shard(storage: Storage, path: str) -> DamagedShardError:
     """The error for a shard whose columns cannot be read."""
-    return StorageError(
+    return DamagedShardError(
         f"{storage.named(path)} is damaged: its fields cannot be read. Restore the shard, or "
         "delete it and run again."
     )

@@ -13,7 +13,7 @@ import xxhash
 from latentmill.decoding.decoder import LatentSource
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.stored import refuse_damaged
-from latentmill.errors import ConfigError, StorageError, StoreError
+from latentmill.errors import ConfigError, DamagedShardError, StorageError, StoreError
 from latentmill.models.inference.precision import Precision
 from latentmill.ops import Linearity, Origin
 from latentmill.plan import PLAN_PATH, Plan, load
@@ -392,8 +392,8 @@ class LatentStore(StoreDecoder, Shown):
             return parse_member(self.storage, entry.shard, data)
         return self._shard_fields.row(entry.shard, entry.row)
 
-    def _damaged(self, entry: IndexEntry, what: str) -> StorageError:
-        return StorageError(
+    def _damaged(self, entry: IndexEntry, what: str) -> DamagedShardError:
+        return DamagedShardError(
             f"{self.storage.named(entry.shard)} is damaged at record {entry.key}: {what}. Restore "
             "the shard, or delete it and run again."
         )
