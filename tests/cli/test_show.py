@@ -110,7 +110,9 @@ def test_the_summary_lists_latents_that_were_kept() -> None:
     )
     assert lines[first + 1] == "  kept: song 0: there is no such file"
     assert lines[first + 20].startswith("  kept: song 19: ")
-    assert lines[first + 21] == "  ... and 5 more (kept); --json lists all"
+    assert lines[first + 21] == (
+        "  ... and 5 more (kept); `latentmill status STORE --json` lists all"
+    )
     assert lines[first + 22].startswith("  1 item not encoded again in second, ")
     assert lines[first + 23] == "  kept in second: song 0: there is no such file"
 

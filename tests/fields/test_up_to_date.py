@@ -168,6 +168,9 @@ def test_an_item_that_the_store_gets_and_loses(songs: Path, tmp_path: Path) -> N
     summary = added(store)
     assert (summary.info.encoded, len(summary.kept)) == (5, 1)
     assert state(store).complete
+    assert state(store).kept == summary.kept
+    text = show_status.status(show_status.StoreStatus.of(open_store(str(store))))
+    assert f"  kept in second: {': '.join(summary.kept[0])}" in text.splitlines()
     (key,) = (key for key, _ in summary.kept)
     (store / open_store(str(store)).entry(key).shard).unlink()
     encode(songs, store, unit_seconds=3.0)

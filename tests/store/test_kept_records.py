@@ -163,6 +163,26 @@ def test_a_killed_run_keeps_the_records_when_it_is_resumed(
     assert verify(open_store(str(store))).faults == []
 
 
+def test_status_lists_kept_items_and_the_speed_is_that_of_the_others(
+    songs: Path, tmp_path: Path, options: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "store"
+    encode(songs, store, **options)
+    assert "  kept: " not in runs.call(capsys, "status", store).out
+    (songs / "b.wav").unlink()
+    tone(songs / "a.wav", 7000)
+    done = encode(songs, store, extend=True, retry_changed=True, **options)
+    assert done.encoded_seconds == pytest.approx((7000 + 5000) / 44100, abs=1e-9)  # a and c
+    assert done.info.hours == pytest.approx((7000 + 4000 + 5000) / 44100 / 3600, abs=1e-6)
+    for _ in range(2):
+        text = runs.call(capsys, "status", store).out
+        assert "  kept: b: there is no such file" in text.splitlines()
+        assert runs.outcome(runs.call(capsys, "status", store, "--json"))["kept"] == [
+            ["b", "there is no such file"]
+        ]
+        assert encode(songs, store, **options).encoded_seconds == 0
+
+
 def test_values_that_a_refresh_has_set_stay_with_a_kept_record(
     songs: Path, tmp_path: Path, options: dict[str, object]
 ) -> None:

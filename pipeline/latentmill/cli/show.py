@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from latentmill.cli.listing import MAX_LISTED, kept_latents, pairs_listed
 from latentmill.cli.show_fields import field_line, show_field, unknown_keys, waiting_units
-from latentmill.cli.show_metadata import kept_latents, refreshed_metadata
+from latentmill.cli.show_metadata import refreshed_metadata
 from latentmill.encoding.batches import LONG_BATCH_SECONDS
 from latentmill.encoding.timings import bound
 from latentmill.models.embedder import EmbedderSpec
@@ -34,8 +35,6 @@ if TYPE_CHECKING:  # some of these import torch; `status` must start quickly
     from latentmill.run.run import RunSummary
     from latentmill.store.schema import DatasetInfo
     from latentmill.store.verify import VerifyReport
-
-MAX_LISTED = 20
 
 
 def plain(value: Any) -> Any:
@@ -380,17 +379,6 @@ def ignored_files(ignored: Mapping[str, int]) -> str:
     """A line that counts the ignored files by extension or reason."""
     listed = ", ".join(f"{count} {extension}" for extension, count in sorted(ignored.items()))
     return f"  ignored (not audio): {listed}" if ignored else ""
-
-
-def pairs_listed(title: str, pairs: Sequence[tuple[str, str]]) -> str:
-    """List the first `MAX_LISTED` keys with their reasons, one per line."""
-    lines = [f"  {title}: {key}: {reason}" for key, reason in pairs[:MAX_LISTED]]
-    if len(pairs) > MAX_LISTED:
-        lines.append(
-            f"  ... and {len(pairs) - MAX_LISTED} more ({title}); "
-            "`latentmill status STORE --json` lists all"
-        )
-    return "\n".join(lines)
 
 
 def report(value: ReportFile) -> str:

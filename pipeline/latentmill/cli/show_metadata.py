@@ -1,4 +1,4 @@
-"""Parts of the text of a run: updated metadata, and latents that were kept."""
+"""Part of the text of a run: updated metadata."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from latentmill.text.printing import counted
 
 if TYPE_CHECKING:
     from latentmill.curation.refresh import RefreshSummary
-    from latentmill.run.run import RunSummary
-
-MAX_KEPT = 20  # listed
 
 
 def refreshed_metadata(value: RefreshSummary | None) -> str:
@@ -32,18 +29,3 @@ def refreshed_metadata(value: RefreshSummary | None) -> str:
     lines += [f"  metadata not read: {key}: {reason}" for key, reason in value.reasons]
     more = value.unreadable - len(value.reasons)
     return "\n".join(lines + ([f"  and {more} more"] if more else []))
-
-
-def kept_latents(run: RunSummary) -> str:
-    """Lines about items of a run and its fields that could not be encoded again."""
-    lines = []
-    for place, one in [("", run), *((f" in {name}", one) for name, one in run.fields.items())]:
-        if one.kept:
-            lines.append(
-                f"  {counted(len(one.kept), 'item')} not encoded again{place}, the earlier latents "
-                "are kept (--retry-failed tries again):"
-            )
-        lines += [f"  kept{place}: {key}: {reason}" for key, reason in one.kept[:MAX_KEPT]]
-        more = len(one.kept) - MAX_KEPT
-        lines += [f"  ... and {more} more (kept{place}); --json lists all"] if more > 0 else []
-    return "\n".join(lines)

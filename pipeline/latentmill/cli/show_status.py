@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from latentmill.cli.show import ignored_files, pairs_listed
+from latentmill.cli.listing import pairs_listed
+from latentmill.cli.show import ignored_files
 from latentmill.encoding.timings import bound
 from latentmill.engine.running import CurrentRun, current_run
 from latentmill.errors import StoreError
@@ -41,6 +42,7 @@ class StoreStatus:
     failures: tuple[tuple[str, str], ...]
     skips: tuple[tuple[str, str], ...]
     ignored: Mapping[str, int]
+    kept: tuple[tuple[str, str], ...] = ()  # items that could not be encoded again
     stages: Mapping[str, float] = dataclasses.field(default_factory=dict)
     run: CurrentRun | None = None  # the current run, or one that was killed
     bases: tuple[str, ...] = ()  # of a view
@@ -74,6 +76,7 @@ class StoreStatus:
             bytes=sum(tally.bytes for tally in tallies),
             failures=tuple(pair for tally in tallies for pair in tally.failures),
             skips=tuple(pair for tally in tallies for pair in tally.skips),
+            kept=tuple(pair for tally in tallies for pair in tally.kept),
             ignored=store.plan.ignored,
             stages=dict(stages),
             run=run,
@@ -126,6 +129,7 @@ def status(value: StoreStatus) -> str:
             f"speed     {speed}" if speed else "",
             pairs_listed("failed", value.failures),
             pairs_listed("skipped", value.skips),
+            pairs_listed("kept", value.kept),
             ignored_files(value.ignored),
             *(_field(one, value.field_runs.get(one.name)) for one in value.fields),
         )
@@ -148,8 +152,11 @@ def _field(one: FieldStatus, run: CurrentRun | None) -> str:
         lines.append(f"  running: by {run.by}; {_progress(run).removeprefix('progress  ')}")
     elif not one.complete:
         lines.append(f"  {_what_lacks(one)}: run the command that added the field again")
-    if one.failures:
-        lines.append(pairs_listed(f"failed in {one.name}", one.failures))
+    lines += [
+        pairs_listed(f"{title} in {one.name}", pairs)
+        for title, pairs in (("failed", one.failures), ("kept", one.kept))
+        if pairs
+    ]
     return "\n".join(lines)
 
 

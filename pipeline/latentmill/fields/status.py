@@ -35,6 +35,7 @@ class FieldStatus:
             them yet.
         bytes: Size of the shards.
         failures: (key, reason) of each failed item.
+        kept: (key, reason) of each item whose earlier record was kept.
     """
 
     name: str
@@ -51,6 +52,7 @@ class FieldStatus:
     waiting: int = 0
     bytes: int = 0
     failures: tuple[tuple[str, str], ...] = ()
+    kept: tuple[tuple[str, str], ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -77,6 +79,7 @@ def _state(base: Storage, plan: Plan, name: str, storage: Storage) -> FieldStatu
         return FieldStatus(name, problem=f"it has {what}: {hint}")
     counts: Counter[str] = Counter()
     failures: list[tuple[str, str]] = []
+    kept: list[tuple[str, str]] = []
     behind = waiting = size = 0
     for state in unit_states(base, plan, base, own.field.source, iter_commits(storage)):
         known = state.known
@@ -86,6 +89,7 @@ def _state(base: Storage, plan: Plan, name: str, storage: Storage) -> FieldStatu
             size += known.bytes
             counts.update(one.status for one in known.items)
             failures += [(o.key, o.reason or "") for o in known.items if o.status == "failed"]
+            kept += [(o.key, o.reason or "") for o in known.items if o.kept]
     return FieldStatus(
         name,
         kind=own.field.kind,
@@ -100,4 +104,5 @@ def _state(base: Storage, plan: Plan, name: str, storage: Storage) -> FieldStatu
         waiting=waiting,
         bytes=size,
         failures=tuple(failures),
+        kept=tuple(kept),
     )

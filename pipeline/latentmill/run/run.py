@@ -316,6 +316,7 @@ def _summary(
     stages: Counter[str] = Counter()
     for tally in done:
         stages.update(tally.timings)
+    kept_seconds = sum(tally.kept_samples for tally in done) / info.model["sample_rate"]
     return RunSummary(
         store=storage.root,
         info=info,
@@ -325,7 +326,7 @@ def _summary(
         units=len(plan.units),
         resumed_units=resumed,
         seconds=seconds,
-        encoded_seconds=sum(tally.audio_seconds for tally in done),
+        encoded_seconds=max(sum(tally.audio_seconds for tally in done) - kept_seconds, 0.0),
         stages=dict(stages),
         kept=tuple(pair for tally in done for pair in tally.kept),
     )

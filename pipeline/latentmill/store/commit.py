@@ -94,12 +94,13 @@ class Tally:
     Attributes:
         items: Number of items.
         encoded: Number of encoded items; likewise `skipped` and `failed`.
-        audio_seconds: Seconds of audio that were encoded.
+        audio_seconds: Seconds of audio of the encoded items.
         bytes: Size of the shard.
         timings: Seconds per stage.
         failures: (key, reason) of each failed item.
         skips: (key, filter) of each skipped item.
         kept: (key, reason) of each item whose earlier record was kept.
+        kept_samples: Length of these items in samples at the model's rate.
     """
 
     items: int
@@ -112,6 +113,7 @@ class Tally:
     failures: tuple[tuple[str, str], ...]
     skips: tuple[tuple[str, str], ...]
     kept: tuple[tuple[str, str], ...] = ()
+    kept_samples: int = 0
 
     @classmethod
     def of(cls, commit: Commit) -> Tally:
@@ -130,6 +132,7 @@ class Tally:
             failures=failures,
             skips=skips,
             kept=tuple((item.key, item.reason or "") for item in commit.items if item.kept),
+            kept_samples=sum(item.num_samples or 0 for item in commit.items if item.kept),
         )
 
 
