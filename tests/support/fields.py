@@ -12,9 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from latentmill.cli import show_status
+from latentmill.fields.status import FieldStatus
 from latentmill.models.embedder import EmbedderSpec
 from latentmill.run.add import run_add
 from latentmill.run.run import RunSummary
+from latentmill.store.store import open_store
 
 OPTIONS = {"hop": 100, "sample_rate": 16000}
 
@@ -32,6 +35,11 @@ def files(store: Path) -> dict[str, tuple[int, bytes]]:
         for path in store.rglob("*")
         if path.is_file() and "fields" not in path.relative_to(store).parts
     }
+
+
+def state(store: Path, name: str = "second") -> FieldStatus:
+    found = show_status.StoreStatus.of(open_store(str(store))).fields
+    return next(one for one in found if one.name == name)
 
 
 def write_import(path: Path, rows: dict[str, Any]) -> Path:

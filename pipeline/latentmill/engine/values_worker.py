@@ -25,6 +25,7 @@ from latentmill.plan import Unit
 from latentmill.record import DTYPES, FloatArray, Outcome, Record
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import Tally, write_commit, write_unit
+from latentmill.store.earlier import EarlierRecords
 from latentmill.store.schema import ORIGIN_PATH, Commit
 from latentmill.store.seal import read_origin, write_origin
 from latentmill.store.store import LatentStore
@@ -129,7 +130,8 @@ class ValuesWorker:
             )
         fields = self._rows.fields(base)
         inputs = self._values.of(unit, base, None)
-        part = FieldUnit(storage, unit, inputs, retry_failed=job.retry_failed)
+        earlier = EarlierRecords(storage, unit)
+        part = FieldUnit(earlier, inputs, retry_failed=job.retry_failed)
         todo = [key for key in inputs if key in part.todo]
         computed = self._outcomes(base, fields, todo)
         commit = write_unit(

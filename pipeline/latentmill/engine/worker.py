@@ -32,7 +32,7 @@ from latentmill.engine.lock import Membership
 from latentmill.engine.trial_load import HANG_SECONDS, TrialLoader
 from latentmill.engine.tuning import compiled, settled_batch_size
 from latentmill.engine.underway import Underway, UnitProgress
-from latentmill.fields.inputs import Input, audio_inputs, with_inputs
+from latentmill.fields.inputs import Input, audio_inputs, with_audio_inputs
 from latentmill.fields.unit import BaseCommits, FieldUnit
 from latentmill.models.base import Autoencoder, ModelHandle
 from latentmill.models.checks import check_encoded
@@ -282,7 +282,8 @@ class Worker:
         inputs = link.inputs(work)
         seconds = {**timings.snapshot(), "total_seconds": time.perf_counter() - work.began}
         commit = commit.model_copy(update={"items_hash": unit.hash})
-        commit = commit if inputs is None else with_inputs(commit, inputs)
+        if inputs is not None:
+            commit = with_audio_inputs(commit, inputs, work.earlier.items, work.planned)
         commit = write_commit(self.storage, commit, seconds)
         link.committed(commit)
         return result_of(unit, commit)
@@ -290,9 +291,10 @@ class Worker:
     def _field_unit(self, unit: Unit, planned: Sequence[Item], *, whole: bool) -> FieldUnit | None:
         if self._base is None:
             return None
-        inputs = audio_inputs(planned, None if whole else self._base.of(unit.name))
-        again = self._job.retry_failed
-        return FieldUnit(self.storage, unit, inputs, retry_failed=again)
+        earlier = EarlierRecords(self.storage, unit)
+        base = None if whole else self._base.of(unit.name)
+        inputs = audio_inputs(planned, base, earlier.items.values())
+        return FieldUnit(earlier, inputs, retry_failed=self._job.retry_failed)
 
     def _reading_order(self, planned: Sequence[Item], closed: Collection[str]) -> list[Item]:
         """A unit's items in the order in which they are read, with lengths from short headers.

@@ -1,7 +1,8 @@
 """What the values of a field are computed from, and which of them are out of date.
 
 The commit of a field's unit has a hash of each item's input. An item is out of date if its input
-has changed since, or if the base store has lost or got a latent of it.
+has changed since, or if the base store has lost or got a latent of it. If a file cannot be loaded,
+the store or the field keeps what it has, so neither must count as computed from the planned file.
 """
 
 from __future__ import annotations
@@ -45,10 +46,18 @@ class Inputs(Protocol):
         ...
 
 
-def audio_inputs(items: Iterable[Item], base: Commit | None) -> dict[str, Input]:
-    """The inputs of values that are computed from audio: the planned files."""
-    absent = absent_items(base)
-    return {item.key: absent.get(item.key) or _hash_of(item) for item in items}
+def audio_inputs(
+    items: Iterable[Item], base: Commit | None, known: Iterable[ItemEntry] = ()
+) -> dict[str, Input]:
+    """The inputs of values that are computed from audio: the planned files.
+
+    If the base store has kept an earlier latent of an item, a value that the field has is not out
+    of date (`known`: the entries of the field): the planned file is not that of the store.
+    """
+    found: dict[str, Input] = {item.key: _hash_of(item) for item in items}
+    kept = {entry.key for entry in (() if base is None else base.items) if entry.kept}
+    current = (one for one in known if one.key in kept and one.status == "encoded" and not one.kept)
+    return found | {one.key: one.input or "" for one in current} | absent_items(base)
 
 
 def absent_items(base: Commit | None) -> dict[str, Absent]:
@@ -73,7 +82,8 @@ class AudioInputs:
 
     def of(self, unit: Unit, base: Commit | None, known: Commit | None) -> Mapping[str, Input]:
         if known is None or known.items_hash != unit.hash:
-            return audio_inputs(read_items(self._planned, unit), base)
+            entries = () if known is None else known.items
+            return audio_inputs(read_items(self._planned, unit), base, entries)
         # The planned files are those of the commit, so they need not be read. An entry without an
         # input was absent; if it no longer is, no hash is equal to "".
         absent = absent_items(base)
@@ -100,6 +110,31 @@ def with_inputs(commit: Commit, inputs: Mapping[str, Input]) -> Commit:
     found = {key: None if isinstance(now, Absent) else now for key, now in inputs.items()}
     items = [entry.model_copy(update={"input": found[entry.key]}) for entry in commit.items]
     return commit.model_copy(update={"items": items})
+
+
+def with_audio_inputs(
+    commit: Commit,
+    inputs: Mapping[str, Input],
+    earlier: Mapping[str, ItemEntry],
+    items: Iterable[Item],
+) -> Commit:
+    """Add the inputs to the entries of a commit of a field from audio.
+
+    A value that was kept has the input that it had, so the item stays out of date. If not all
+    values are computed from the planned files, the commit has no hash of these.
+
+    Args:
+        commit: The commit.
+        inputs: The current inputs.
+        earlier: The entries of the field's last commit, by key.
+        items: The planned items of the unit.
+    """
+    kept = {entry.key: earlier[entry.key].input or "" for entry in commit.items if entry.kept}
+    commit = with_inputs(commit, {**inputs, **kept})
+    planned = audio_inputs(items, None)
+    if all(entry.input in (None, planned[entry.key]) for entry in commit.items):
+        return commit
+    return commit.model_copy(update={"items_hash": None})
 
 
 def inputs_of(base: Storage, planned: Storage, source: str) -> Inputs:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 
 from latentmill.errors import StorageError
 from latentmill.fields.inputs import Absent, Input, is_stale
-from latentmill.plan import Unit
 from latentmill.record import Outcome
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import committed_revisions, read_commit
@@ -27,14 +26,11 @@ class FieldUnit:
     """
 
     def __init__(
-        self, storage: Storage, unit: Unit, inputs: Mapping[str, Input], *, retry_failed: bool
+        self, earlier: EarlierRecords, inputs: Mapping[str, Input], *, retry_failed: bool
     ) -> None:
-        """Compare the inputs of a unit with its last commit in the field.
-
-        `unit.revision` is the one that will be written.
-        """
+        """Compare the inputs of a unit with its last commit in the field."""
         self.inputs = inputs
-        self.earlier = EarlierRecords(storage, unit)
+        self.earlier = earlier
         self.absent = {key: now.reason for key, now in inputs.items() if isinstance(now, Absent)}
         self.todo = (
             inputs.keys()

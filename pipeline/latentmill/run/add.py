@@ -97,7 +97,8 @@ def run_add(
         stale = {state.unit.name for state in states if state.stale}
         _warn_of_large_shards(setup, plan, entry)
         summary = complete(setup, plan, hold, progress, began, stale)
-        return note_base(summary, setup.storage, state)
+        behind = bool(summary.kept)  # readers must warn of the values of earlier files
+        return note_base(summary, setup.storage, "" if behind else state)
 
 
 def _warn_of_large_shards(setup: Setup, plan: Plan, entry: FieldEntry) -> None:

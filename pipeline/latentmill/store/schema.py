@@ -172,8 +172,8 @@ class ItemEntry(Document):
     )
     input: str | None = Field(
         None,
-        description="In a field: hash of what the value was computed from, or could not be "
-        "computed again from; null if the base store has no latent of the item.",
+        description="In a field: hash of what the value was computed from, or what it could not be "
+        "computed from if it failed; null if the base store has no latent of the item.",
     )
     fields_offset: Bytes | None = Field(None, description="Tar: first byte of the JSON member.")
     fields_length: Bytes | None = Field(None, description="Tar: length of the JSON member.")
@@ -220,7 +220,9 @@ class Commit(Document):
     audio_seconds: float = Field(description="Seconds of audio that were encoded.")
     items: list[ItemEntry] = Field(description="Every item of the unit, in the plan's order.")
     items_hash: str | None = Field(
-        None, description="Hash of the unit's items in the plan at the time of encoding."
+        None,
+        description="Hash of the unit's items in the plan at the time of encoding. In a field: "
+        "null if values of earlier files were kept.",
     )
     copied_from: str | None = Field(
         None,
@@ -307,7 +309,7 @@ class DatasetInfo(Document):
     base_seal: str | None = Field(
         None,
         description="Field: state of the base store that the values were compared with; empty if "
-        "it was not sealed.",
+        "it was not sealed, or if the field kept values of earlier files.",
     )
     bases: list[BaseEntry] = Field([], description="View: the stores that have its records.")
     left_out: dict[str, int] = Field(
