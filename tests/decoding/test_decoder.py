@@ -19,7 +19,7 @@ from latentmill.decoding.decoder import (
     decode_latents,
 )
 from latentmill.encoding.chunks import Chunker, Chunking, Stitcher
-from latentmill.errors import ConfigError, ModelError
+from latentmill.errors import ConfigError
 from latentmill.models.base import Autoencoder, ModelSpec
 from latentmill.models.families import mdct
 from latentmill.record import DTYPES, Latent
@@ -68,7 +68,7 @@ def test_a_window_that_does_not_fit_into_the_memory(
     one_sentence: Callable[[BaseException], str],
 ) -> None:
     latent = encoded(noise(20_011), CHUNKINGS[0])
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(ConfigError) as caught:
         decode_latent(SmallMemory(MODEL, 0), latent, 20_011, CHUNKINGS[0], batch_size=8)
     assert "use --device cpu" in one_sentence(caught.value)
 

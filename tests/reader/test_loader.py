@@ -302,7 +302,7 @@ def test_a_damaged_shard_is_one_sentence(tmp_path: Path, one_sentence: Any) -> N
     one_sentence(error.value)
 
 
-@pytest.mark.parametrize("end", ["drop", "raise", "close", "twice"])
+@pytest.mark.parametrize("end", ["drop", "raise", "close", "twice", "not begun"])
 def test_iterators_that_are_dropped(mixed: list[str], end: str) -> None:
     loader = lm.Loader(lm.LatentStream(mixed, crop=8, batch_size=2), workers=2)
     batches = iter(loader)
@@ -324,6 +324,12 @@ def test_iterators_that_are_dropped(mixed: list[str], end: str) -> None:
             next(batches)
         assert len([*again]) == 36  # goes on as if nothing had happened
         del again
+    elif end == "not begun":
+        waiting, again = iter(loader), iter(loader)
+        with pytest.raises(ConfigError, match="closed or iterated over again"):
+            next(waiting)
+        assert len([*again]) == 37
+        del waiting, again
     assert len(kept) == 2
     del loader, batches  # the fixture checks that nothing is left
 

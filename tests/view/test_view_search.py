@@ -170,6 +170,13 @@ def test_whole_numbers_that_javascript_would_round(large: LatentStore) -> None:
             assert "cannot be compared" in site.get("api/search", where=where).json["error"]
 
 
+def test_half_a_surrogate_pair_beside_a_large_number(tmp_path: Path) -> None:
+    own_metadata = [{"id": 2**53 + 1, "title": "\ud83d"}]
+    with serving(write_latents(str(tmp_path / "store"), [3], metadata=own_metadata)) as site:
+        shown = json.loads(site.get("api/record", key="item/00000").json["metadata"])
+    assert shown == {"id": str(2**53 + 1), "title": "\ud83d"}
+
+
 def test_rows_are_in_the_asked_order(catalog: Catalog) -> None:
     positions = [89, 0, 17, 17, 16, 15, 40]
     rows = catalog.rows(positions)

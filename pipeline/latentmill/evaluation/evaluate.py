@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from latentmill.errors import ConfigError
 from latentmill.evaluation.compat import PROTOCOL, measure_linear_cae
 from latentmill.evaluation.linearity import LinearityReport, measure_linearity
@@ -138,7 +140,8 @@ def _check(only: Sequence[str], compat: str | None, gains: Sequence[float]) -> N
 
 def _check_amount(items: int | None, max_seconds: float | None) -> None:
     """Raise ConfigError if nothing would be measured."""
-    if items is not None and (isinstance(items, bool) or not isinstance(items, int) or items < 1):
+    whole = isinstance(items, int | np.integer) and not isinstance(items, bool)
+    if items is not None and not (whole and items >= 1):
         raise ConfigError(f"invalid items {items!r}: use a whole number of at least 1.")
     if max_seconds is not None and not LEAST_SECONDS <= max_seconds < math.inf:
         raise ConfigError(

@@ -129,6 +129,7 @@ class Loader(Shown, Closeable):
 
     def _batches(self, requests: Iterator[Requested], iteration: int) -> Iterator[Any]:
         try:
+            self._refuse_unless(self._iteration == iteration)
             maker = self._started()
             maker.skip()  # what an abandoned iteration has requested
             pending: deque[Requested] = deque()
@@ -143,18 +144,22 @@ class Loader(Shown, Closeable):
                 positions = requested.positions.tolist()
                 self._last = {"epoch": [requested.epoch] * len(positions), "position": positions}
                 yield received.pop()  # without a reference to it in this frame
-                if self._iteration != iteration or not maker.usable:
-                    raise ConfigError(
-                        "this iterator cannot continue, because its Loader was closed or iterated "
-                        "over again, or its process was forked: use one iterator of a Loader at a "
-                        "time, in the process that started it."
-                    )
+                self._refuse_unless(self._iteration == iteration and maker.usable)
         except GeneratorExit:  # the iterator is dropped; the workers wait for the next one
             raise
         except BaseException:  # also KeyboardInterrupt: a message may have been read in part
             if self._iteration == iteration:
                 self.close()
             raise
+
+    @staticmethod
+    def _refuse_unless(current: bool) -> None:
+        if not current:
+            raise ConfigError(
+                "this iterator cannot continue, because its Loader was closed or iterated over "
+                "again, or its process was forked: use one iterator of a Loader at a time, in the "
+                "process that started it."
+            )
 
     def _started(self) -> Workers | InProcess:
         """What makes the batches; starts the worker processes if they are not running."""

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from latentmill.errors import ConfigError
 from latentmill.store.metadata import PREFIX
 from latentmill.store.metadata_file import damaged_metadata, metadata_of
+from latentmill.store.schema import json_text
 from latentmill.store.store import LatentStore
 from latentmill.view.query import FieldCondition, Search
 
@@ -98,7 +99,7 @@ class Catalog:
         (row,) = self.rows([position], names)
         if re.search(r"\d{16}", row["metadata"] or ""):
             own = json.loads(row["metadata"], parse_int=lambda text: _plain(int(text)))
-            row["metadata"] = json.dumps(own, ensure_ascii=False)
+            row["metadata"] = json_text(own)
         return row
 
     def values(self, name: str, check: Check = lambda: None) -> list[tuple[Any, int]]:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentmill.errors import ModelError
+from latentmill.errors import ConfigError
 from latentmill.models.families import mdct
 from latentmill.models.inference.memory import BatchRunner
 
@@ -42,7 +42,7 @@ def test_all_elements_are_run_in_order(fits: int, size: int, count: int) -> None
 
 def test_one_element_that_does_not_fit(one_sentence: Callable[[BaseException], str]) -> None:
     memory = Memory(0, 5)
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(ConfigError) as caught:
         list(BatchRunner(SPEC, 4).run(5, 1200, memory))
     assert memory.sizes == [4, 2, 1]
     message = one_sentence(caught.value)

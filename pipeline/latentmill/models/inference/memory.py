@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from latentmill.errors import ModelError
+from latentmill.errors import ConfigError
 from latentmill.models.base import ModelSpec
 
 
@@ -21,7 +21,7 @@ class BatchRunner:
         """Yield the results of `count` elements of `samples` samples each, in order.
 
         `step` runs the elements of a slice; its result should not be on the device any more.
-        Raises ModelError if not even one element fits.
+        Raises ConfigError if not even one element fits.
         """
         start = 0
         while start < count:
@@ -38,7 +38,7 @@ class BatchRunner:
     def _check(self, samples: int) -> None:
         if not self._size:
             seconds = samples / self._spec.sample_rate
-            raise ModelError(
+            raise ConfigError(
                 f"Model {self._spec.name}: {seconds:.1f} s of audio at once do not fit into the "
                 "memory of the GPU: use --device cpu, or device='cpu' in Python."
             )
