@@ -180,14 +180,25 @@ def test_a_part_stays_when_values_of_another_type_are_annotated(tmp_path: Path, 
         assert set(keys_of(f"{view} split/{part}")) == keys - set(more)
 
 
-def test_a_condition_finds_in_a_view_what_it_finds_in_the_base(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_a_condition_finds_in_a_view_what_it_finds_in_the_base(tmp_path: Path, own: bool) -> None:
     """The base has numbers and a text under one name, the view has only the numbers."""
-    (a,) = stores(tmp_path, [{"n": n} for n in range(9)])
-    annotate(a, {f"a/{n:05d}": {"fold": n if n < 8 else "x"} for n in range(9)})
+    metadata = [{"n": n, **({"fold": n} if own and n < 8 else {})} for n in range(9)]
+    (a,) = stores(tmp_path, metadata)
+    numbers = {} if own else {f"a/{n:05d}": {"fold": n} for n in range(8)}
+    annotate(a, {**numbers, "a/00008": {"fold": "x"}})
     view = lm.select(a, tmp_path / "view", where="n < 8").dest
     for store in (a, view):
         out = lm.select(store, f"{store} five", where="fold == 5").dest
         assert keys_of(out) == ["a/00005"]
+
+
+def test_a_repeated_select_goes_by_values_and_not_by_types(tmp_path: Path) -> None:
+    (a,) = stores(tmp_path, [{"n": n} for n in range(5)])
+    annotate(a, {f"a/{n:05d}": {"x": n} for n in range(3)})
+    view = lm.select(a, tmp_path / "view", where="n < 3").dest
+    annotate(a, {"a/00004": {"x": 2.5}})  # of a record that is not in the view
+    assert lm.select(a, view, where="n < 3").records == 3
 
 
 def test_a_split_keeps_its_settings_and_its_folder(tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ def _bases(chosen: Sequence[Chosen]) -> tuple[list[BaseEntry], Index]:
 def refuse_repeated(keys: pa.ChunkedArray) -> None:
     """Raise ConfigError if two of the sorted keys are equal."""
     ordered = keys.combine_chunks()
-    same = np.asarray(pc.equal(ordered.slice(1), ordered.slice(0, len(ordered) - 1)))
+    same = np.asarray(pc.equal(ordered.slice(1), ordered.slice(0, max(0, len(ordered) - 1))))
     if same.any():
         raise ConfigError(
             f"{int(same.sum())} keys are in more than one store, such as "
@@ -304,7 +304,7 @@ def _write_annotations(
         own = open_annotations(storage, entry).table
         own = own.filter(pc.is_in(own["key"], value_set=pa.array(names, pa.string())))
         table, kept = merged(own, table), merged(table, own)
-        if keep and not table.equals(kept):
+        if keep and not _same_values(table, kept):
             raise ConfigError(
                 f"{storage.root} is a view already, and its bases have other metadata for some of "
                 "its records: use --overwrite to take the values of the bases."
@@ -314,6 +314,14 @@ def _write_annotations(
     annotations = Annotations(table)
     own_values = None if entry is None else annotations
     return own_values, annotation_entry(entry, data, annotations)
+
+
+def _same_values(one: pa.Table, other: pa.Table) -> bool:
+    """Whether two tables have equal values; 1 and 1.0 are equal."""
+    try:
+        return bool(one.equals(other.cast(one.schema)))
+    except (pa.ArrowInvalid, ValueError):  # ValueError: of other names
+        return False
 
 
 def _write_left_out(storage: Storage, table: pa.Table) -> str | None:

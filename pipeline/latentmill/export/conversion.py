@@ -77,7 +77,7 @@ def _follow_plan(storage: Storage, plan: Plan, source: Storage) -> None:
         refuse_unless_empty(storage)
         copy(plan, source, storage)
         return
-    names = ("source", "fingerprint", "format", "model", "model_options")
+    names = ("source", "source_settings", "fingerprint", "format", "model", "model_options")
     if any(getattr(existing, name) != getattr(plan, name) for name in names):
         raise ConfigError(f"{storage.root} is another store: use an empty destination.")
     if existing != plan:

@@ -132,7 +132,8 @@ def _identity(store: LatentStore) -> list[str]:
         return [_hash([last, *bases]) for last in (store.url, store.info.seal or "")]
     first = store.plan.units[: store.plan.parts[0].units]
     keys = iter_keys(store.storage, replace(store.plan, units=first))
-    return [_hash(itertools.chain([store.plan.source], keys))]
+    settings = json.dumps(store.plan.source_settings, sort_keys=True)  # of a copy: its records
+    return [_hash(itertools.chain([store.plan.source, settings], keys))]
 
 
 def _hash(texts: Iterable[str]) -> str:

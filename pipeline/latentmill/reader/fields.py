@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import json
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +21,16 @@ from latentmill.reader.column_conditions import rows_where
 from latentmill.reader.order import Ints
 from latentmill.reader.rows import RowReader
 from latentmill.sources.where import Condition
-from latentmill.store.annotations import JSON, TYPES
+from latentmill.store.annotations import JSON
 from latentmill.store.fields import parse_member, read_columns
 from latentmill.store.index import Index
 from latentmill.store.metadata import METADATA_SCHEMA, PREFIX
 from latentmill.store.metadata_file import damaged_metadata, open_metadata
 from latentmill.store.schema import FIELD_NAMES, RECORD_SCHEMA
 from latentmill.store.store import LatentStore
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
 
 # pyarrow has no type hints, so a pyarrow Expression is Any here.
 Where: TypeAlias = str | Callable[[Mapping[str, Any]], bool] | Any
@@ -234,9 +238,14 @@ class _TextCondition:
         file = open_metadata(store) if plain else None
         if file is None or not set(columns.values()) <= set(file.schema_arrow.names):
             return None
-        types = {name: file.schema_arrow.field(column).type for name, column in columns.items()}
-        # A view of records with whole numbers has text if other records of its base have text.
-        if any(types[name] == pa.string() != TYPES[kinds[name]] for name in kinds.keys() & types):
+        # The column of a name with values of several types, in the base of a view too, is text.
+        texts = [
+            name
+            for name, column in columns.items()
+            if column != name and file.schema_arrow.field(column).type == pa.string()
+        ]
+        annotated = store.bases is not None or kinds
+        if annotated and _have_other_types(file, texts):
             return None
         try:
             table = file.read(columns=["key", *columns.values()], use_threads=False)
@@ -256,6 +265,19 @@ class _TextCondition:
             [row for row, one in enumerate(each) if holds(dict(zip(names, one, strict=True)))],
             np.int64,
         )
+
+
+def _have_other_types(file: pq.ParquetFile, names: Sequence[str]) -> bool:
+    """Whether a record's metadata may have a value that is not text for any of some names."""
+    quoted = [json.dumps(name, ensure_ascii=False) for name in names]
+    if any("\\" in one for one in quoted):  # it could end the literal part of the pattern
+        return True
+    pattern = "(" + "|".join(rf"\Q{one}\E" for one in quoted) + r'):\s*[^"\sn]'  # of RE2
+    for group in range(file.num_row_groups if names else 0):
+        column = file.read_row_group(group, columns=["metadata"], use_threads=False)["metadata"]
+        if pc.any(pc.match_substring_regex(column, pattern)).as_py():
+            return True
+    return False
 
 
 def _has(fields: Any, path: Sequence[str]) -> bool:

@@ -102,9 +102,11 @@ def is_there(uri: str) -> bool:
 def has_any(uri: str, items: Iterable[Item]) -> bool:
     """Whether a source on this machine has the file of any of some items; True for other sources.
 
-    The files of a manifest are not looked up: only the workers may have access to them.
+    Files that manifests and tables refer to are not looked up: only the workers may have access to
+    them.
     """
     place = Place(uri)
     if not place.local or place.kind() == "file":
         return True
-    return any(os.access(item.uri, os.F_OK) for item in items)
+    folder = os.path.abspath(re.split(r"[*?\[{]", place.path, maxsplit=1)[0])  # noqa: PTH100
+    return any(not item.uri.startswith(folder) or os.access(item.uri, os.F_OK) for item in items)
