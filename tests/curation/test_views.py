@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import latentmill as lm
 from latentmill.curation import view_metadata
 from latentmill.curation.split import _assigned
-from latentmill.curation.views import Curated
+from latentmill.curation.views import Curated, refuse_repeated
 from latentmill.errors import ConfigError, LatentmillError, StoreError
 from latentmill.storage.storage import Storage
 from latentmill.store.schema import DATASET_PATH
@@ -527,3 +527,8 @@ def test_files_of_a_view_that_no_call_writes(bases: tuple[str, str], tmp_path: P
         np.save(f"{out}/origin.npy", origin)
         (fault,) = verify(lm.open(out)).faults
         assert "origin.npy is damaged: restore it" in fault
+
+
+def test_a_store_without_records_has_no_repeated_keys() -> None:
+    """`select --copy` copies it."""
+    refuse_repeated(pa.chunked_array([], pa.string()))

@@ -202,6 +202,24 @@ def test_an_export_of_another_store_of_the_same_model_is_left_alone(tmp_path: Pa
         shutil.rmtree(dest)
 
 
+@pytest.mark.parametrize("to", TARGETS)
+def test_an_export_of_another_copy_of_the_same_store_is_left_alone(
+    to: Target, tmp_path: Path
+) -> None:
+    one = write_latents(str(tmp_path / "one"), [5] * 6).url
+    keys, dest = list(LatentStore(one).keys()), tmp_path / "dest"
+    first, second = (
+        lm.select(one, tmp_path / name, keys=some, copy=True).dest
+        for name, some in (("first", keys[:3]), ("second", keys[3:]))
+    )
+    for _ in range(2):  # and again
+        export_store(LatentStore(first), str(dest), to)
+    before = files(dest)
+    with pytest.raises(ConfigError, match="another store"):
+        export_store(LatentStore(second), str(dest), to)
+    assert files(dest) == before
+
+
 def test_a_store_that_was_moved_is_the_same_store(tmp_path: Path) -> None:
     dest, to = str(tmp_path / "dest"), Target.STABLE_AUDIO_TOOLS
     write_latents(str(tmp_path / "one"), [5] * 12)

@@ -221,6 +221,8 @@ def test_whether_a_source_has_any_of_its_files(tmp_path: Path) -> None:
         ("in", [gone], False),
         ("in/*.wav", [gone], False),
         ("list.csv", [gone], True),
+        ("in", [Item("far", "https://host/far.wav", 0, "")], True),  # which a table refers to
+        ("in/*.wav", [Item("far", f"{tmp_path}/elsewhere/far.wav", 0, "")], True),
     ):
         assert has_any(f"{tmp_path}/{uri}", items) is found
     assert has_any("memory://in", [Item("a", "memory://in/a.wav", 0, "")])
