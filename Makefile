@@ -35,8 +35,8 @@ install: $(VENV)/.installed-base ## install latentmill into .venv
 
 dev: $(VENV)/.installed-dev ## install what tests and linters need, too
 
-test: $(VENV)/.installed-dev ## run the tests in three processes; ARGS="-k store" goes to pytest
-	$(BIN)/pytest -n 3 --dist loadfile $(ARGS)
+test: $(VENV)/.installed-dev ## run the tests in four processes; ARGS="-k store" goes to pytest
+	$(BIN)/pytest -n 4 --dist loadfile $(ARGS)
 
 test-all: $(VENV)/.installed-dev ## also the slow tests: ten kills, every fault, all recordings
 	$(BIN)/pytest -m "slow or not slow" --timeout 1800 $(ARGS)
