@@ -128,7 +128,8 @@ class Crops:
             crop, start = audio[:, first : first + self._samples], first / self._rate
         else:
             start = where * max(0.0, length - seconds)
-            crop = self._load(item, start, seconds + 0.1)[:, : self._samples]
+            left = min(seconds + 0.1, length - start)  # the end of the item is never passed
+            crop = self._load(item, start, left)[:, : self._samples]
         missing = self._samples - crop.shape[1]
         crop = np.pad(crop, ((0, 0), (0, missing))) if missing > 0 else np.ascontiguousarray(crop)
         if not np.isfinite(crop).all():

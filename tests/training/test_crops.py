@@ -1,0 +1,32 @@
+"""Crops of long items, of which only the crop is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from latentmill.sources.folder import FolderSource
+from latentmill.training.crops import WHOLE_SECONDS, Crops, list_items
+
+RATE = 8000
+
+
+@pytest.mark.parametrize("crop", [WHOLE_SECONDS + 0.98, 1.5 * WHOLE_SECONDS])
+def test_crops_up_to_the_end_of_a_long_item_and_beyond(tmp_path: Path, crop: float) -> None:
+    """The last samples of an item are drawn, and one that is shorter than a crop is padded."""
+    sound = np.random.default_rng(0).uniform(-0.5, 0.5, round((WHOLE_SECONDS + 1) * RATE))
+    soundfile.write(tmp_path / "long.flac", sound, RATE)
+    written, _ = soundfile.read(tmp_path / "long.flac", dtype="float32")
+    items = list_items(FolderSource(str(tmp_path), ["flac"]))
+    samples = round(crop * RATE)
+    crops = Crops(items, sample_rate=RATE, channels=1, samples=samples, batch_size=4)
+    batch = crops.batch(0)
+    assert batch.audio.shape == (4, 1, samples)
+    for audio, name in zip(batch.audio[:, 0].numpy(), batch.names, strict=True):
+        first = round(float(name.removeprefix("long at ").removesuffix(" s")) * RATE)
+        near = [written[at : at + samples] for at in range(max(first - 50, 0), first + 50)]
+        assert any(np.array_equal(audio[: len(one)], one) for one in near)
+        assert not audio[len(written) :].any()
