@@ -22,6 +22,9 @@ from support.recordings import write_corpus
 
 SHARED_AUDIO = Path(__file__).parents[2] / "shared" / "audio"
 
+# Ray runs its workers at low priority. On a busy machine they would hardly run at all.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 settings.register_profile("fast", deadline=None, max_examples=30)
 settings.register_profile("thorough", deadline=None, max_examples=150)
 

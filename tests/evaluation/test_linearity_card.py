@@ -239,6 +239,25 @@ def test_only_the_start_of_a_recording_is_loaded(
         assert max(loaded) == most
 
 
+def test_of_a_large_group_only_some_stems_are_loaded(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one of all records of an artist, which do not fit into memory."""
+    loaded: list[str] = []
+
+    def read(record: Any, *args: Any) -> np.ndarray:
+        loaded.append(record.key)
+        return read_source(record, *args)
+
+    monkeypatch.setattr(tracks, "read_source", read)
+    monkeypatch.setattr(tracks, "MAX_STEMS", 2)
+    store = write_stem_store(tmp_path / "store", source)
+    groups = dict(tracks.stem_groups(store, 2))
+    assert all(len(keys) > 2 for keys in groups.values())
+    tracks.stem_tracks(store, 2, 1600)
+    assert loaded == [key for keys in groups.values() for key in keys[:2]]
+
+
 def test_an_affine_encoder_needs_its_origin(
     store: LatentStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

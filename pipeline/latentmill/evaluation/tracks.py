@@ -25,6 +25,7 @@ SPARE = 4  # candidates for each item, because some may be silent
 QUIET = 10 ** (-50 / 20)  # RMS below which a sound is not scored
 FAINT = 10 ** (-30 / 20)  # the same, relative to the mix
 LOADED_SECONDS = 600.0  # of each recording, from its start
+MAX_STEMS = 16  # of a group: all are in memory at once, and each is compared with all others
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,13 @@ def stem_groups(store: LatentStore, count: int) -> list[tuple[str, list[str]]]:
 def stem_tracks(store: LatentStore, count: int, longest: int) -> tuple[list[Track], int]:
     """Tracks of stem groups, and the number of their stems that are too quiet.
 
-    Of each song the window of `longest` samples is used in which most stems are audible, in its
-    first 10 minutes.
+    Of each group the first `MAX_STEMS` stems are used. Of each song the window of `longest`
+    samples is used in which most stems are audible, in its first 10 minutes.
     """
     tracks, silent = [], 0
     for group, keys in stem_groups(store, count):
-        audio = [source_of(store, key, _loaded(store, longest)) for key in keys]
+        used = keys[:MAX_STEMS]
+        audio = [source_of(store, key, _loaded(store, longest)) for key in used]
         stems = _window(audio, longest)
         mix = torch.stack(stems).sum(dim=0)
         kept = tuple(stem for stem in stems if audible(stem, mix))
