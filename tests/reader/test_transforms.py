@@ -19,6 +19,7 @@ from latentmill.reader.dataset import LatentDataset
 from latentmill.reader.loader import Loader
 from latentmill.reader.normalize import Normalize
 from latentmill.reader.sample import Sample, sample_random
+from latentmill.reader.stream import LatentStream
 from latentmill.reader.transforms import DrawFromPosterior, RandomFade, RandomGain
 from latentmill.store.store import LatentStore
 from support.latent_store import write_latents
@@ -129,6 +130,33 @@ def test_latents_are_drawn_around_the_mean() -> None:
     assert drawn.dtype == np.float32
     assert np.allclose(drawn.mean(axis=1), 2, atol=0.15)
     assert np.allclose(drawn.std(axis=1), [0, 0.5, 3], rtol=0.05)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("crop", [16, None])
+def test_padding_has_no_noise(tmp_path: Path, crop: int | None, workers: int) -> None:
+    """It is the mean of silence; frames of the item have the noise of their random numbers."""
+    lengths, random = [9, 40, 16, 3], np.random.default_rng(5)
+    latents = [random.uniform(0.1, 2, (4, length)).astype(np.float16) for length in lengths]
+    model = {"posterior": "mean+std"}
+    store = write_latents(str(tmp_path), lengths, latents=latents, model=model)
+    plain = LatentStream(store, crop=crop, seed=3, batch_size=4)
+    drawing = LatentStream(store, crop=crop, seed=3, batch_size=4, transforms=[DrawFromPosterior()])
+    (before,) = Loader(plain, workers=0)
+    with Loader(drawing, workers=workers) as loader:
+        (after,) = loader
+    assert torch.equal(before["mask"], after["mask"])
+    padded = 0
+    for row, position in enumerate(after["position"]):
+        have, latent = int(after["mask"][row].sum()), before["latents"][row].numpy()
+        drawn_for = latent.shape[1] if crop else have
+        noise = sample_random(3, 0, position).standard_normal((2, drawn_for), np.float32)
+        expected = latent[:2].copy()
+        expected[:, :have] += latent[2:, :have] * noise[:, :have]
+        assert np.array_equal(after["latents"][row].numpy(), expected)
+        padded += latent.shape[1] - have
+    assert padded == (7 + 13 if crop else 31 + 24 + 37)
+    assert (before["latents"] > 0).all()  # also the deviations of silence
 
 
 def test_drawing_depends_on_seed_epoch_and_position_alone(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ class DrawFromPosterior:
     """
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
-        """Draw the latent; silence that pads it later is the mean of the origin, without noise."""
+        """Draw the latent; silence that pads it is the mean of the origin, without noise."""
         origin = _origin(sample)
         rows = origin.deviations
         if not rows:
@@ -88,7 +88,7 @@ class DrawFromPosterior:
                 "posterior=mean+std (docs/models.md), or remove DrawFromPosterior."
             )
         means, deviations = sample.latents[:-rows], sample.latents[-rows:]
-        noise = random.standard_normal(means.shape, np.float32)
+        noise = random.standard_normal(means.shape, np.float32) * sample.mask
         silence = replace(origin, frames=origin.frames[:-rows], deviations=0)
         return replace(sample, latents=means + deviations * noise, origin=silence)
 
