@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,8 @@ from latentmill.errors import ConfigError
 from latentmill.reader.batches import BatchSampler
 from latentmill.reader.collate import collate
 from latentmill.reader.dataset import LatentDataset
+from latentmill.reader.order import EpochOrder, permutation
+from latentmill.reader.sharding import BLOCK, WINDOW, mixture
 
 options = st.fixed_dictionaries(
     {"batch_size": st.integers(1, 12), "buckets": st.integers(1, 4), "shuffle": st.booleans()}
@@ -112,6 +117,80 @@ def test_even_lengths(dataset: LatentDataset, world: int, even: str) -> None:
         assert len(seen) == -(-11 // world) * world
     assert state is not None
     assert state["position"] == 11
+
+
+@given(options, st.booleans(), st.integers(0, 3))
+def test_batches_are_cut_one_by_one(
+    dataset: LatentDataset, chosen: dict[str, Any], drop_last: bool, epoch: int
+) -> None:
+    """The batches are those of lists, and every position of a batch gives its state."""
+    sampler = BatchSampler(dataset, **chosen, drop_last=drop_last)
+    sampler.set_epoch(epoch)
+    size, count = chosen["batch_size"], chosen["buckets"]
+    mixed = mixture(dataset.sizes, None, 0, shuffle=chosen["shuffle"], block=BLOCK, window=WINDOW)
+    of_store, samples = EpochOrder(mixed, epoch).at(np.arange(len(dataset)))
+    order = (np.cumsum([0, *dataset.sizes])[of_store] + samples).tolist()
+    lengths = dataset.lengths[order]
+    edges = [np.quantile(lengths, part / count) for part in range(1, count)]
+    buckets: list[list[int]] = [[] for _ in range(count)]
+    for position, length in enumerate(lengths):
+        buckets[sum(edge < length for edge in edges)].append(position)
+    expected = [
+        bucket[at : at + size]
+        for bucket in buckets
+        for at in range(0, len(bucket) - size + 1, size)
+    ]
+    rest = [position for bucket in buckets for position in bucket[len(bucket) // size * size :]]
+    expected += [rest[at : at + size] for at in range(0, len(rest), size)]
+    if count > 1 and chosen["shuffle"]:
+        expected = [expected[number] for number in permutation(len(expected), (0, epoch, 4))]
+    if drop_last:
+        expected = [batch for batch in expected if len(batch) == size]
+    assert len(sampler) == len(expected)
+    assert list(sampler) == [[(epoch, at, order[at]) for at in batch] for batch in expected]
+    for number, batch in enumerate(expected):
+        for at in batch:
+            state = sampler.state_after({"epoch": [epoch], "position": [at]})
+            assert (state["epoch"], state["position"]) == (epoch, number + 1)
+
+
+class Counted(RandomSampler):
+    """A sampler that counts how often it draws."""
+
+    times = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.times += 1
+        return super().__iter__()
+
+
+def test_lengths_and_states_do_not_order_an_epoch_again(
+    dataset: LatentDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a loop that asks for both after every batch, as progress bars do."""
+    ordered = []
+
+    def order(*given: Any) -> EpochOrder:
+        ordered.append(given)
+        return EpochOrder(*given)
+
+    def hashed(data: bytes) -> Any:
+        hashes.append(data)
+        return hashlib.sha256(data)
+
+    monkeypatch.setattr("latentmill.reader.batches.EpochOrder", order)
+    hashes: list[bytes] = []
+    monkeypatch.setattr("latentmill.reader.batches.hashlib", SimpleNamespace(sha256=hashed))
+    drawn = Counted(dataset)
+    for sampler in (None, drawn):
+        batches = BatchSampler(dataset, 7, sampler=sampler)
+        for _ in range(3):
+            for batch in batches:
+                assert len(batches) == 11
+                batches.state_after(as_batch(batch))
+    assert len(ordered) == 3
+    assert drawn.times == 4  # of the epoch after the last one, too
+    assert len(hashes) == 3
 
 
 def test_lightning_finds_set_epoch(dataset: LatentDataset) -> None:

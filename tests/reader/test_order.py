@@ -102,6 +102,19 @@ def test_the_numbers_stay_what_they_are() -> None:
     assert mixed.digest == hashlib.sha256(settings.encode()).hexdigest()[:16]
 
 
+def test_the_order_of_many_windows_stays_what_it_is() -> None:
+    """Of stores with passes of their own, asked for at once, backwards and one by one."""
+    mixed = mixture([1000, 300], [1, 2], 5, shuffle=True, block=4, window=64)
+    order = order_of(mixed, 2)
+    text = ",".join(f"{store}:{sample}" for store, sample in order)
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "afe3183138cb714c"
+    backwards = EpochOrder(mixed, 2).at(np.arange(mixed.total)[::-1])
+    assert list(zip(*(array.tolist() for array in backwards), strict=True)) == order[::-1]
+    one, none = EpochOrder(mixed, 2), np.arange(0)
+    assert [one.at(np.array([n])) for n in range(mixed.total)] == order
+    assert [len(array) for array in one.at(none)] == [0, 0]
+
+
 def test_random_numbers_are_those_of_splitmix64() -> None:
     """Its finaliser in Python's whole numbers; a large limit shows all of the 53 bits."""
     key = int(np.random.SeedSequence((7, 3, 3)).generate_state(1, np.uint64)[0])

@@ -244,6 +244,14 @@ def test_a_sample_is_a_function_of_seed_epoch_and_number(
     assert not np.array_equal(other[number].target, sample.target)
 
 
+def test_the_digest_is_computed_once(store: LatentStore) -> None:
+    """A state is saved after every batch."""
+    dataset = StemDataset(store, Kept(), crop=CROP)
+    assert dataset.digest is dataset.digest
+    assert pickle.loads(pickle.dumps(dataset)).digest == dataset.digest
+    assert StemDataset(store, Kept(), crop=CROP, per_song=2).digest != dataset.digest
+
+
 def test_gains_stay_in_their_range(store: LatentStore) -> None:
     plain = StemDataset(store, Kept(), crop=CROP, seed=6, per_song=10)
     louder = StemDataset(store, Kept(), crop=CROP, seed=6, per_song=10, gains=(-3.0, 9.0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -136,8 +137,11 @@ class BatchSampler(Resumable, Sampler[list[Request]]):
 
     def __len__(self) -> int:
         """Number of batches that this rank gets in the next iteration."""
-        progress = self._upcoming()
-        return self._rank.share(len(self._epoch(progress.epoch)) - progress.position)
+        progress, samples = self._upcoming(), self._mixture.total
+        if self._sampler is not None:
+            samples = len(self._epoch(progress.epoch).numbers)
+        batches = samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
+        return self._rank.share(batches - progress.position)
 
     def __iter__(self) -> Iterator[list[Request]]:
         for epoch, positions, numbers in self.requested():
@@ -156,8 +160,7 @@ class BatchSampler(Resumable, Sampler[list[Request]]):
         for turn in range(share):
             number = (start + rank.rank + turn * rank.world_size) % len(epoch)
             self._now = EpochProgress(self._now.epoch, start, turn + 1)
-            places = epoch.batch(number)
-            yield Requested(self._now.epoch, epoch.positions[places], epoch.numbers[places])
+            yield epoch.batch(self._now.epoch, number)
 
     def state_after(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The state after all ranks have trained on their batch of this step.
@@ -189,29 +192,29 @@ class BatchSampler(Resumable, Sampler[list[Request]]):
         if isinstance(sampler, DistributedSampler):
             replicas, total = sampler.num_replicas, sampler.total_size
             return f"{replicas}-{total}-{sampler.seed}-{sampler.shuffle}-{own}"
-        numbers = hashlib.sha256(self._epoch(epoch).numbers.tobytes()).hexdigest()[:16]
-        return f"{numbers}-{self._mixture.seed}-{own}"
+        return f"{self._epoch(epoch).digest}-{self._mixture.seed}-{own}"
 
     def _epoch(self, epoch: int) -> _Epoch:
         if epoch in self._epochs:
             return self._epochs[epoch]
         numbers = self._numbers(epoch)
         places = np.arange(len(numbers))
-        batches = _split(places, self.batch_size)
+        order = np.arange(-(-len(numbers) // self.batch_size))
         if self._lengths is not None:
-            batches = self._bucketed(self._lengths[numbers])
+            places = self._bucketed(self._lengths[numbers])
             if self._mixture.shuffle:
-                order = permutation(len(batches), (self._mixture.seed, epoch, 4))
-                batches = [batches[number] for number in order.tolist()]
+                order = permutation(len(order), (self._mixture.seed, epoch, 4))
         if self.drop_last:
-            batches = [batch for batch in batches if len(batch) == self.batch_size]
-        ends = np.cumsum([0, *(len(batch) for batch in batches)])
-        positions = places
+            order = order[order < len(numbers) // self.batch_size]
+        first, step = 0, 1
         if isinstance(self._sampler, DistributedSampler):
-            positions = places * self._sampler.num_replicas + self._sampler.rank
-        found = _Epoch(numbers, positions, np.concatenate([places[:0], *batches]), ends)
-        self._epochs = {epoch: found}  # keeps one
-        return found
+            first, step = self._sampler.rank, self._sampler.num_replicas
+        positions = range(first, first + len(numbers) * step, step)
+        self._epochs[epoch] = _Epoch(numbers, positions, self.batch_size, places, order)
+        # With a sampler, `len` needs the numbers of the next epoch, and a state those of this one.
+        if len(self._epochs) > (1 if self._sampler is None else 2):
+            del self._epochs[next(iter(self._epochs))]
+        return self._epochs[epoch]
 
     def _numbers(self, epoch: int) -> Ints:
         """The sample numbers of an epoch, in order."""
@@ -221,45 +224,61 @@ class BatchSampler(Resumable, Sampler[list[Request]]):
         numbers: Ints = self._first[of_store] + samples
         return numbers
 
-    def _bucketed(self, lengths: Ints) -> list[Ints]:
+    def _bucketed(self, lengths: Ints) -> Ints:
         """Places of an epoch in batches of similar length, followed by mixed leftovers."""
         edges = np.quantile(lengths, np.arange(1, self._buckets) / self._buckets)
         groups = np.searchsorted(edges, lengths, "left")
-        batches, rest = [], []
+        full, rest = [], []
         for group in range(self._buckets):
             members = np.flatnonzero(groups == group)
-            full = len(members) // self.batch_size * self.batch_size
-            batches += _split(members[:full], self.batch_size)
-            rest.append(members[full:])
-        return batches + _split(np.concatenate(rest), self.batch_size)
+            end = len(members) // self.batch_size * self.batch_size
+            full.append(members[:end])
+            rest.append(members[end:])
+        return np.concatenate([*full, *rest])
 
 
 @dataclass(frozen=True)
 class _Epoch:
-    """The batches of one epoch: `places[ends[b]:ends[b + 1]]` is batch b.
+    """The batches of one epoch.
 
     Attributes:
         numbers: Number in the dataset of the sample at each place of this process's epoch.
         positions: Position of each place in the epoch of all processes.
-        places: Places in the order of the batches.
-        ends: Boundaries of the batches in `places`.
+        size: Samples per batch.
+        places: All places; every `size` of them are a batch, and so are those left at the end.
+        order: The order in which these batches are read.
     """
 
     numbers: Ints
-    positions: Ints
+    positions: range
+    size: int
     places: Ints
-    ends: Ints
+    order: Ints
 
     def __len__(self) -> int:
-        return len(self.ends) - 1
+        return len(self.order)
 
-    def batch(self, number: int) -> Ints:
-        return self.places[self.ends[number] : self.ends[number + 1]]
+    def batch(self, epoch: int, number: int) -> Requested:
+        """The samples of a batch."""
+        first = int(self.order[number]) * self.size
+        places = self.places[first : first + self.size]
+        positions = self.positions.start + places * self.positions.step
+        return Requested(epoch, positions, self.numbers[places])
 
     def batch_of(self, position: int) -> int:
         """The batch that contains a position."""
-        place = np.flatnonzero(self.positions[self.places] == position)[0]
-        return int(np.searchsorted(self.ends, place, "right")) - 1
+        places, order = self._inverse
+        return int(order[places[self.positions.index(position)] // self.size])
+
+    @cached_property
+    def _inverse(self) -> tuple[Ints, Ints]:
+        """Inverse permutations of `places` and `order`."""
+        return _inverted(self.places), _inverted(self.order)
+
+    @cached_property
+    def digest(self) -> str:
+        """A short hash of the numbers."""
+        return hashlib.sha256(self.numbers.tobytes()).hexdigest()[:16]
 
 
 def sampled_numbers(sampler: Any, size: int, seed: int, epoch: int) -> Ints:
@@ -296,5 +315,7 @@ def sampled_numbers(sampler: Any, size: int, seed: int, epoch: int) -> Ints:
     return found
 
 
-def _split(positions: Ints, size: int) -> list[Ints]:
-    return [positions[at : at + size] for at in range(0, len(positions), size)]
+def _inverted(order: Ints) -> Ints:
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order))
+    return inverse

@@ -82,16 +82,18 @@ class EpochOrder:
 
         Positions that are close to each other are the fastest.
         """
-        stores = np.empty(len(positions), np.int64)
-        samples = np.empty(len(positions), np.int64)
         if not self.mixture.shuffle:
             return self._blocks.at(positions)
+        stores = np.empty(len(positions), np.int64)
+        samples = np.empty(len(positions), np.int64)
         windows = self._blocks.window_of(positions)
-        for window in np.unique(windows).tolist():
-            here = windows == window
-            first, found = self._blocks.window_start(window), self._window(window)
-            stores[here] = found[0][positions[here] - first]
-            samples[here] = found[1][positions[here] - first]
+        order = np.argsort(windows, kind="stable")  # linear if the positions are sorted
+        starts = np.flatnonzero(np.diff(windows[order], prepend=-1))
+        for here in np.split(order, starts)[1:]:
+            window = int(windows[here[0]])
+            of_store, found = self._window(window)
+            inside = positions[here] - self._blocks.window_start(window)
+            stores[here], samples[here] = of_store[inside], found[inside]
         return stores, samples
 
     @cached_property

@@ -195,7 +195,7 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         """Frames of each sample, `[len(dataset)]`."""
         return np.full(len(self), self._crop, np.int64)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """A short hash of the store and of the groups chosen from it."""
         groups = [(group.name, group.rows) for group in self.groups]
