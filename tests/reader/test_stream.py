@@ -230,6 +230,26 @@ def test_workers_that_get_nothing_of_the_rest_go_on_with_the_others(mixed: list[
     assert epochs == [[(0, 1)], [(1, 8)] * 9 + [(1, 1)]]
 
 
+def test_set_epoch_gives_the_length_after_a_resume_with_persistent_workers(
+    mixed: list[str],
+) -> None:
+    """docs/reader.md: without it, the batches are the same."""
+    state = LatentStream(mixed, crop=8, batch_size=8).state_after(
+        {"epoch": [0], "position": range(56, 64)}
+    )
+    for told in (True, False):
+        resumed = LatentStream(mixed, crop=8, batch_size=8)
+        resumed.load_state_dict(state)
+        real = DataLoader(
+            resumed, batch_size=8, num_workers=1, collate_fn=collate, persistent_workers=True
+        )
+        for epoch, expected in enumerate([2, 10, 10]):
+            if told:
+                resumed.set_epoch(epoch)
+                assert len(real) == expected
+            assert [batch["epoch"][0] for batch in real] == [epoch] * expected
+
+
 def test_weights_mix_the_stores(mixed: list[str]) -> None:
     stream = LatentStream(mixed[2:], weights=[3, 1], crop=8)
     counts = Counter(sample.key.partition("/")[0] for sample in stream)
