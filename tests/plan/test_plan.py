@@ -203,12 +203,11 @@ def test_units_of_short_items_have_few_lengths(monkeypatch: pytest.MonkeyPatch) 
     assert rows_of(shuffled, SHORT) == rows_of(items, SHORT)
 
 
-@pytest.mark.parametrize("kind", ["long", "few", "grouped", "segments", "cells"])
+@pytest.mark.parametrize("kind", ["long", "few", "grouped", "segments"])
 def test_other_plans_keep_the_order_of_keys(kind: str) -> None:
     more: dict[str, object] = {
         "grouped": {"group": "a"},
         "segments": {"segment": Segment(1.0)},
-        "cells": {"place": TableCell(0, 0, "audio")},
     }.get(kind, {})  # type: ignore[assignment]
     chance = random.Random(0)
     lengths = [chance.uniform(1, 9) + (10 if kind == "long" else 0) for _ in range(1000)]
@@ -219,6 +218,43 @@ def test_other_plans_keep_the_order_of_keys(kind: str) -> None:
     rows = [key for unit in rows_of(items, SHORT) for key, _ in unit]
     blocks = {one.key: (one.group or one.key, one.key) for one in items}
     assert rows == sorted(blocks, key=lambda key: blocks[key])
+
+
+def test_what_items_share_determines_their_order() -> None:
+    places = [
+        (f"/{file}.parquet", group, row) for file in "ab" for group in (2, 10) for row in (9, 10)
+    ]
+    cells = [
+        Item(f"k{97 * n % 100}", uri, 9, "", place=TableCell(group, row, "audio"), seconds=1.0)
+        for n, (uri, group, row) in enumerate(places)
+    ]
+    starts = [(f"s3://b/{name}.wav", start) for name in "ab" for start in (0.5, 2.0, 10.0)]
+    segments = [
+        Item(f"k{98 - 7 * n}", uri, 9, "", segment=Segment(start, 1.0), seconds=1.0)
+        for n, (uri, start) in enumerate(starts)
+    ]
+    for items in (cells, segments):
+        keys = [one.key for one in items]
+        assert keys != sorted(keys)
+        shuffled = random.Random(0).sample(items, len(items))
+        rows = [key for unit in rows_of(shuffled, SHORT) for key, _ in unit]
+        assert rows == keys
+        # A group comes before that.
+        grouped = [dataclasses.replace(one, group="g") for one in shuffled]
+        rows = [key for unit in rows_of(grouped, SHORT) for key, _ in unit]
+        assert rows == sorted(keys)
+
+
+@pytest.mark.parametrize("runs", [100, 1])
+def test_equal_keys_of_items_that_share_are_refused(
+    runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drafting, "SORT_ITEMS", runs)
+    items = [
+        Item(f"k{n % 8}", "/t.parquet", 9, "", place=TableCell(n, 0, "audio")) for n in range(9)
+    ]
+    with pytest.raises(SourceError, match=r"key 'k0' \(in /t.parquet\)"):
+        cuts(items, UnitLimits())
 
 
 @pytest.mark.parametrize(("seconds", "by_length"), [(3600.0, True), (3599.999999, False)])

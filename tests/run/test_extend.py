@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 from hypothesis import given, settings
@@ -23,6 +24,7 @@ from latentmill.errors import ConfigError
 from latentmill.plan import Plan, UnitLimits, draft, extend, freeze, iter_keys, load, read_items
 from latentmill.plan import compare as plan_compare
 from latentmill.plan import files as plan_files
+from latentmill.plan import items as plan_items
 from latentmill.plan.amend import amend
 from latentmill.plan.compare import compare
 from latentmill.plan.items import ITEMS_SCHEMA
@@ -144,6 +146,46 @@ def test_new_files_become_new_units(songs: Path, store: Path, tmp_path: Path) ->
     again = encode(songs, store, extend=True)
     assert again.resumed_units == again.units
     assert "no new files in the source" in show.summary(again)
+
+
+def test_a_plan_of_cells_in_the_order_of_their_keys_is_continued_and_extended(
+    songs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, store = tmp_path / "table", tmp_path / "store"
+    table.mkdir()
+    audio = [path.read_bytes() for path in sorted(songs.rglob("*.wav"))]
+
+    def write(name: str, ids: list[str]) -> None:
+        rows = pa.table({"audio": audio[: len(ids)], "id": ids})
+        pq.write_table(rows, table / name, row_group_size=2)
+
+    def encode_table(**options: Any) -> RunSummary:
+        return encode(table, store, source_type="parquet", key_column="id", **options)
+
+    def keys() -> list[str]:
+        storage = Storage(str(store))
+        plan = load(storage)
+        assert plan is not None
+        return list(iter_keys(storage, plan))
+
+    write("a.parquet", ["d", "b", "e", "a", "c"])
+    with monkeypatch.context() as earlier:
+        earlier.setattr(plan_items, "_block", lambda item: item.group or item.key)
+        encode_table()
+    assert keys() == ["a", "b", "c", "d", "e"]
+    before, old = runs.latents(store), runs.commits(store)
+    for path in (store / "dataset.json", *store.glob("*/000001.*")):  # as after an interruption
+        path.unlink()
+    assert encode_table().resumed_units == len(old) - 1
+    assert runs.latents(store) == before
+    write("b.parquet", ["z", "f", "y"])
+    summary = encode_table(extend=True)
+    assert summary.extension is not None
+    found = summary.extension
+    assert (found.new, found.changed, found.vanished) == (3, 0, 0)
+    assert keys() == ["a", "b", "c", "d", "e", "z", "f", "y"]
+    assert before.items() <= runs.latents(store).items()
+    runs.assert_whole(store)
 
 
 def test_an_extension_that_is_killed_keeps_the_old_store_readable(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import random
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -16,10 +20,14 @@ import pytest
 import soundfile as sf
 
 from latentmill.audio import open_audio
+from latentmill.encoding.lanes import in_turn, lanes_of, reading_order
 from latentmill.errors import ItemError, SourceError
+from latentmill.plan import UnitLimits, draft
+from latentmill.plan.items import to_items
 from latentmill.sources import parquet_cells
 from latentmill.sources.address import address_of, item_at
 from latentmill.sources.base import Item, TableCell
+from latentmill.sources.group import GroupedSource
 from latentmill.sources.manifest import ManifestSource
 from latentmill.sources.open import source_type
 from latentmill.sources.parquet import ParquetSource
@@ -157,14 +165,199 @@ def test_a_row_group_is_read_once(
     assert len(opened) == 3
 
 
+class Reads:
+    """Counts the row groups that are opened, those that are open, and the rows decoded."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened = self.open = self.most_open = self.rows = 0
+        batches, close = pq.ParquetFile.iter_batches, pq.ParquetFile.close
+
+        lock = threading.Lock()
+
+        def counted(file: Any, *args: Any, **more: Any) -> Iterator[Any]:
+            with lock:
+                self.opened += 1
+                self.open += 1
+                self.most_open = max(self.most_open, self.open)
+            return rows_of(batches(file, *args, **more))
+
+        def rows_of(batches: Iterator[Any]) -> Iterator[Any]:
+            for batch in batches:
+                with lock:
+                    self.rows += len(batch)
+                yield batch
+
+        def closed(file: Any, *args: Any) -> None:
+            with lock:
+                self.open -= 1
+            close(file, *args)
+
+        monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+        monkeypatch.setattr(pq.ParquetFile, "close", closed)
+
+
+SPEAKERS = 7
+
+
+@pytest.fixture
+def shuffled(tmp_path: Path) -> str:
+    """400 cells in row groups of 20; neither ids nor speakers are in the order of the rows."""
+    chance = random.Random(0)
+    ids = [f"{number:04d}" for number in range(400)]
+    chance.shuffle(ids)
+    speakers = [f"s{chance.randrange(SPEAKERS)}" for _ in ids]
+    data = table(400, 1000, id=ids, speaker=speakers, row=range(400))
+    return write(tmp_path / "a.parquet", data, rows=20)
+
+
+def planned(source: Any) -> list[Item]:
+    """The items of a source in the order in which one unit of a new plan opens them."""
+    with draft(source.items(), UnitLimits(unit_seconds=1e9)) as drafted:
+        assert len(drafted.sizes) == 1
+        return opened_in_lanes([item for rows in drafted.tables() for item in to_items(rows)])
+
+
+def opened_in_lanes(items: list[Item]) -> list[Item]:
+    return [item for _, item in in_turn(map(iter, lanes_of(reading_order(items))))]
+
+
+def check_cells(reader: CellReader, wanted: list[Item], threads: int) -> None:
+    def check(item: Item) -> None:
+        assert isinstance(item.place, TableCell)
+        number = json.loads(item.metadata)["row"]
+        assert reader.read(item.uri, item.place) == bytes([number % 251]) * 1000
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(check, wanted))
+    reader.close()
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+@pytest.mark.parametrize("order", ["rows", "ids", "speakers", "ids of an earlier plan"])
+def test_a_unit_reads_each_row_group_once_whatever_its_keys_and_groups(
+    order: str, threads: int, shuffled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source: Any = ParquetSource(shuffled, key_column=None if order == "rows" else "id")
+    if order == "speakers":
+        source = GroupedSource(source, "metadata:speaker")
+    if order == "ids of an earlier plan":
+        wanted = opened_in_lanes(sorted_items(source))
+    else:
+        wanted = planned(source)
+    assert len(wanted) == 400
+    reads = Reads(monkeypatch)
+    check_cells(CellReader(wanted), wanted, threads)
+    assert (reads.opened, reads.rows, reads.open) == (20, 400, 0)
+    assert reads.most_open <= parquet_cells.OPEN_PASSES + threads
+
+
+def test_cells_without_a_group_are_planned_in_the_order_of_their_rows(shuffled: str) -> None:
+    with draft(ParquetSource(shuffled, key_column="id").items(), UnitLimits()) as drafted:
+        rows = [text for rows in drafted.tables() for text in rows["metadata"].to_pylist()]
+    assert [json.loads(text)["row"] for text in rows] == list(range(400))
+
+
+def test_cells_of_a_group_stay_together(shuffled: str) -> None:
+    source = GroupedSource(ParquetSource(shuffled, key_column="id"), "metadata:speaker")
+    with draft(source.items(), UnitLimits(unit_seconds=1e-3)) as drafted:
+        found = [
+            pair
+            for rows in drafted.tables()
+            for pair in zip(rows["group"].to_pylist(), rows["key"].to_pylist(), strict=True)
+        ]
+        assert len(drafted.sizes) == SPEAKERS
+    assert found == sorted(found)
+
+
+def test_a_key_of_two_rows_is_refused(
+    tmp_path: Path, one_sentence: Callable[[BaseException], str]
+) -> None:
+    ids = [f"{number:03d}" for number in range(100)]
+    ids[90] = ids[3]
+    uri = write(tmp_path / "a.parquet", table(100, id=ids), rows=10)
+    with (
+        pytest.raises(SourceError) as caught,
+        draft(ParquetSource(uri, key_column="id").items(), UnitLimits()),
+    ):
+        pass
+    assert f"Two items have the key '003' (in {uri})" in one_sentence(caught.value)
+
+
+def no_space(*_: Any, **__: Any) -> NoReturn:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("reason", ["reserve", "error"])
+def test_cells_that_the_disk_has_no_space_for_are_read_again(
+    reason: str, shuffled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_cells, "KEPT_LIMIT", 50_000)
+    if reason == "error":
+        monkeypatch.setattr(tempfile, "TemporaryFile", no_space)
+    else:
+        full = os.statvfs_result((4096, 4096, 10**6, 10**5, 10**5, 0, 0, 0, 0, 255))
+        monkeypatch.setattr(os, "fstatvfs", lambda _: full)
+    wanted = sorted_items(ParquetSource(shuffled, key_column="id"))
+    reads = Reads(monkeypatch)
+    check_cells(CellReader(wanted), wanted, 8)
+    assert reads.opened > 20
+    assert reads.open == 0
+    assert reads.most_open <= parquet_cells.OPEN_PASSES + 8
+
+
+def test_cells_of_skipped_items_are_not_kept(
+    items: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_cells, "OPEN_PASSES", 1)
+    reads = Reads(monkeypatch)
+    with UnitReader(items) as reader:
+        reader.open(items[50]).close()  # keeps those before
+        before = reads.rows
+        for item in items[:100]:
+            reader.release(item)
+        reader.open(items[100]).close()  # closes the first row group
+        assert before <= 56
+        assert reads.rows - before <= 8
+        assert not reader._cells._kept._cells
+
+
+def test_a_damaged_row_group_fails_its_own_items_alone(
+    items: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = parquet_cells._RowGroup._needed_cells
+
+    def damaged(group: Any, *args: Any) -> Iterator[Any]:
+        for number, data in real(group, *args):
+            if group._name[1] == 0 and number == 60:
+                raise pa.ArrowInvalid("damaged")
+            yield number, data
+
+    monkeypatch.setattr(parquet_cells._RowGroup, "_needed_cells", damaged)
+    monkeypatch.setattr(parquet_cells, "OPEN_PASSES", 1)
+    reader = CellReader(items)
+
+    def read(item: Item) -> bytes:
+        assert isinstance(item.place, TableCell)
+        return reader.read(item.uri, item.place)
+
+    for number in (0, 100, 59, 200, 99, 60, 10, 199):
+        if number in (60, 99):
+            with pytest.raises(pa.ArrowInvalid, match="damaged"):
+                read(items[number])
+        else:
+            assert read(items[number]) == bytes([byte(items[number])]) * 10_000
+    reader.close()
+
+
 def test_few_row_groups_are_open_at_a_time(
     items: list[Item], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parquet_cells, "OPEN_PASSES", 1)
     wanted = [items[n * 100 + k] for k in range(0, 100, 20) for n in range(3)]
-    reader = CellReader(wanted)
-    read_all(reader, wanted)
-    assert not reader._passes
+    reads = Reads(monkeypatch)
+    read_all(CellReader(wanted), wanted)
+    assert reads.open == 0
+    assert reads.most_open <= 2  # one is open, another one is decoded
 
 
 def test_memory_does_not_grow_with_the_row_group(tmp_path: Path) -> None:
@@ -211,9 +404,11 @@ def test_cells_that_are_not_there(items: list[Item], tmp_path: Path) -> None:
 def test_a_row_group_that_is_shorter_than_it_says(
     items: list[Item], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = parquet_cells._Pass._needed_cells
+    real = parquet_cells._RowGroup._needed_cells
     monkeypatch.setattr(
-        parquet_cells._Pass, "_needed_cells", lambda *args, **more: islice(real(*args, **more), 5)
+        parquet_cells._RowGroup,
+        "_needed_cells",
+        lambda *args, **more: islice(real(*args, **more), 5),
     )
     reader = CellReader(items)
     cell = items[7].place

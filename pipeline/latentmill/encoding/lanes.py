@@ -38,12 +38,13 @@ def reading_order(items: Sequence[Item], packing: int = PACKING) -> list[Item]:
     one format grows with the length. Items that share what is read (cells of a row group, segments
     of a remote recording) stay in the order of the plan, so that it is read only once.
     """
-    if packing < 3 or any(map(_shares, items)):
+    if packing < 3 or any(map(shares_data, items)):
         return list(items)
     return sorted(items, key=_rank)
 
 
-def _shares(item: Item) -> bool:
+def shares_data(item: Item) -> bool:
+    """Whether what is read of an item is read for others, too: a row group or remote recording."""
     remote_segment = item.segment is not None and is_remote(item.uri)
     return isinstance(item.place, TableCell) or remote_segment
 

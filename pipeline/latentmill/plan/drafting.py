@@ -1,8 +1,9 @@
 """A draft: a source's items in the plan's order, split into units, before they are in a store.
 
 The items are sorted by group (or else key) and then by key, so that the plan depends on the content
-of the source, not on the order of its listing. They are sorted on the local disk, so that memory
-does not grow with their number.
+of the source, not on the order of its listing. Cells of a table and segments of remote recordings
+that have no group are sorted by their position in it instead, so that it is read once. All are
+sorted on the local disk, so that memory does not grow with their number.
 
 Short items fill batches only with others of their length, and a unit has too few of those. So in a
 corpus with much audio in short items, neighbours in this order with `SPAN_SECONDS` of audio are
@@ -88,6 +89,7 @@ class Totals:
     bytes: int = 0
     formats: Counter[str] = field(default_factory=Counter)
     grouped: bool = False
+    by_key: bool = True  # the order is that of the keys
     shared: bool = False  # items are segments or cells, which share what is read
     chunk_micros: float = 0.0
     short_micros: int = 0  # of items that are shorter than a chunk
@@ -107,6 +109,7 @@ class Totals:
         self.formats.update(table["extension"].to_pylist())
         self.short_micros += sum(one for one in micros if one < self.chunk_micros)
         self.grouped = self.grouped or table["group"].null_count < len(table)
+        self.by_key = self.by_key and table["block"].equals(table["key"])
         for name in ("start", "row_group"):
             self.shared = self.shared or table[name].null_count < len(table)
 
@@ -186,7 +189,7 @@ def draft(items: Iterable[Item], limits: UnitLimits) -> Draft:
             table = draft_table(some)
             made.totals.add(table)
             sorter.push(table)
-        if made.totals.grouped:  # equal keys may be in different groups, so sort by key as well
+        if not made.totals.by_key:  # equal keys may be in different blocks: sort by key as well
             by_key = Sorter(made.folder / "keys", ("key", "uri"))
             for file in sorter.files:
                 by_key.push(pa.concat_tables(t.select(["key", "uri"]) for t in read_tables(file)))

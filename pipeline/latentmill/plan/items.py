@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
+from latentmill.encoding.lanes import shares_data
 from latentmill.sources.base import ByteRange, Item, Segment, TableCell, known_seconds
 
 # Bytes per second of audio, to estimate a file's length from its size. The estimate affects the
@@ -50,7 +51,7 @@ ITEMS_SCHEMA = pa.schema(
 DRAFT_SCHEMA = pa.schema(
     [
         *(field for field in ITEMS_SCHEMA if field.name != "unit"),
-        pa.field("block", pa.string(), nullable=False),  # the group, or else the key
+        pa.field("block", pa.string(), nullable=False),  # see `_block`
         pa.field("micros", pa.int64(), nullable=False),  # seconds, known or estimated, x 1e6
         pa.field("extension", pa.string(), nullable=False),
     ]
@@ -106,7 +107,7 @@ def draft_table(items: Sequence[Item]) -> pa.Table:
         "group": [group or None for group in groups],
         "role": roles,
         "sidecar_versions": [item.sidecar_versions or None for item in items],
-        "block": [group or key for group, key in zip(groups, keys, strict=True)],
+        "block": list(map(_block, items)),
         "micros": micros,
         "extension": [item.extension or extension_of(item.uri) for item in items],
         **_places(items),
@@ -119,6 +120,22 @@ def draft_table(items: Sequence[Item]) -> pa.Table:
         for field in DRAFT_SCHEMA
     ]
     return pa.Table.from_arrays(arrays, schema=DRAFT_SCHEMA)
+
+
+def _block(item: Item) -> str:
+    """What determines the place of an item in the plan: its group, or else its key.
+
+    Items without a group that share what is read follow each other in the order in which it is
+    read. Their blocks contain the key, so that no two items without a group share a block.
+    """
+    if item.group or not shares_data(item):
+        return item.group or item.key
+    if isinstance(item.place, TableCell):
+        position = f"{item.place.row_group:010d}\0{item.place.row:012d}"
+    else:
+        assert item.segment is not None
+        position = f"{item.segment.start:020.6f}"
+    return f"{item.uri}\0{position}\0{item.key}"
 
 
 def _places(items: Sequence[Item]) -> dict[str, Any]:

@@ -2,17 +2,20 @@
 
 A cell cannot be read alone, because its whole page must be decompressed. So one pass over a row
 group reads all cells that a unit needs. Each load thread advances the pass to its cell and keeps
-the cells of other items on the way: up to a limit in memory, the rest in a temporary file.
+the cells of other items on the way: up to a limit in memory, the rest in a temporary file. If more
+than `OPEN_PASSES` row groups are open, the cells that are still needed of one are kept before it is
+closed. Only what the disk has no space for is read again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,16 +23,23 @@ import pyarrow.parquet as pq
 from latentmill.errors import ItemError, SourceError
 from latentmill.sources.arrays import AudioColumn, audio_column
 from latentmill.sources.base import Item, TableCell
-from latentmill.storage.remote import open_filesystem, retrying
+from latentmill.storage.descriptors import read_at, write_at
+from latentmill.storage.remote import open_filesystem, retrying, storage_errors
 
-Cell = tuple[int, bytes | ItemError | None]
-"""The number of a row and its audio: None if the cell is empty, an ItemError if it is invalid."""
+Group: TypeAlias = tuple[str, int, str]
+"""A table, the number of a row group and a column."""
+
+Data: TypeAlias = bytes | ItemError | None
+"""The audio of a cell: None if the cell is empty, an ItemError if it is invalid."""
 
 OPEN_PASSES = 4
-"""Maximum number of row groups that are read at the same time."""
+"""Maximum number of row groups that stay open, and of those that are decoded at the same time."""
 
-KEPT_LIMIT = 64 << 20
-"""Maximum bytes of cells that are kept in memory, per row group."""
+KEPT_LIMIT = 256 << 20
+"""Maximum bytes of cells that are kept in memory, per unit."""
+
+DISK_RESERVE = 1 << 30
+"""Bytes that stay free on the disk of the temporary file; a tenth of a smaller disk."""
 
 _PIECE = 1 << 20  # bytes of a column chunk read at a time, instead of all of it
 _ROWS = 8  # rows converted at a time: a page may contain hundreds of megabytes
@@ -39,12 +49,14 @@ class CellReader:
     """The Parquet cells of a unit's items. Thread-safe; `close` it."""
 
     def __init__(self, items: Iterable[Item]) -> None:
-        self._needed: dict[tuple[str, int, str], set[int]] = {}
+        self._kept = _KeptCells()
+        self._decoding = threading.Semaphore(OPEN_PASSES)
+        self._lock = threading.Lock()  # guards what follows
+        self._groups: dict[Group, _RowGroup] = {}
+        self._open: OrderedDict[Group, _RowGroup] = OrderedDict()
         for item in items:
             if isinstance(item.place, TableCell):
-                self._needed.setdefault(_group(item.uri, item.place), set()).add(item.place.row)
-        self._passes: OrderedDict[tuple[str, int, str], _Pass] = OrderedDict()
-        self._lock = threading.Lock()
+                self._group(_group_of(item.uri, item.place)).needed.add(item.place.row)
 
     def read(self, uri: str, cell: TableCell) -> bytes:
         """The bytes of a cell.
@@ -52,138 +64,233 @@ class CellReader:
         Raises ItemError if the cell is empty or does not exist, and OSError or other errors of
         pyarrow and the storage.
         """
-        return retrying(lambda: self._read(_group(uri, cell), cell.row))
+        return retrying(lambda: self._read(_group_of(uri, cell), cell.row))
+
+    def release(self, uri: str, cell: TableCell) -> None:
+        """Keep a cell no longer: its item needs no more reading."""
+        with self._lock:
+            group = self._groups.get(_group_of(uri, cell))
+        if group is not None:
+            group.release(cell.row)
 
     def close(self) -> None:
         with self._lock:
-            passes = list(self._passes.values())
-            self._passes.clear()
-        for one in passes:
-            one.close()
+            for group in self._groups.values():
+                group.close()
+        self._kept.close()
 
-    def _read(self, group: tuple[str, int, str], row: int) -> bytes:
-        while True:
-            with contextlib.suppress(_Closed):
-                return self._pass(group).read(row)
-
-    def _pass(self, group: tuple[str, int, str]) -> _Pass:
+    def _read(self, name: Group, row: int) -> bytes:
+        evicted = None
         with self._lock:
-            if group not in self._passes:
-                self._passes[group] = _Pass(*group, self._needed.get(group, set()))
-            self._passes.move_to_end(group)
-            evicted = None
-            if len(self._passes) > OPEN_PASSES:
-                _, evicted = self._passes.popitem(last=False)
-            found = self._passes[group]
+            group = self._group(name)
+            if not group.finished:
+                self._open[name] = group
+                self._open.move_to_end(name)
+            if len(self._open) > OPEN_PASSES:
+                _, evicted = self._open.popitem(last=False)
         if evicted is not None:
-            evicted.close()
-        return found
+            evicted.finish()
+        return group.read(row)
+
+    def _group(self, name: Group) -> _RowGroup:
+        if name not in self._groups:
+            self._groups[name] = _RowGroup(name, self._kept, self._decoding)
+        return self._groups[name]
 
 
-class _Closed(Exception):  # noqa: N818
-    """The pass was closed to stay within `OPEN_PASSES`; the caller starts a new one."""
+class _KeptCells:
+    """Cells that were read before their items are loaded. Thread-safe.
 
+    They are in memory up to `KEPT_LIMIT`, the rest in a temporary file.
+    """
 
-class _Pass:
-    """One pass over a row group's column."""
-
-    def __init__(self, uri: str, row_group: int, column: str, needed: set[int]) -> None:
-        self._uri, self._row_group, self._column = uri, row_group, column
-        self._needed = needed
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._stack = contextlib.ExitStack()
-        self._cells: Iterator[Cell] | None = None
-        self._rows = 0
-        self._kept: dict[int, bytes | ItemError | tuple[int, int] | None] = {}
+        self._cells: dict[tuple[Group, int], Data | range] = {}  # a range of the file
         self._in_memory = 0
-        self._spool: IO[bytes] | None = None
-        self._closed = False
+        self._file: IO[bytes] | None = None
+        self._end = 0
+
+    def __contains__(self, cell: tuple[Group, int]) -> bool:
+        return cell in self._cells
+
+    def add(self, cell: tuple[Group, int], data: Data) -> bool:
+        """Keep a cell. False if there is no space for it."""
+        size = _size(data)
+        with self._lock:
+            if not size or self._in_memory + size <= KEPT_LIMIT:
+                self._cells[cell] = data
+                self._in_memory += size
+                return True
+            assert isinstance(data, bytes)
+            try:
+                if self._file is None:
+                    self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+                if not _has_space(self._file, size):
+                    return False
+                write_at(self._file.fileno(), data, self._end)
+            except OSError:  # such as the quota of a user
+                return False
+            self._cells[cell] = range(self._end, self._end + size)
+            self._end += size
+            return True
+
+    def pop(self, cell: tuple[Group, int]) -> Data:
+        with self._lock:
+            found = self._cells.pop(cell)
+            if not isinstance(found, range):
+                self._in_memory -= _size(found)
+                return found
+        assert self._file is not None
+        return read_at(self._file.fileno(), len(found), found.start)
+
+    def close(self) -> None:
+        with self._lock:
+            self._cells.clear()
+            if self._file is not None:
+                self._file.close()
+
+
+class _RowGroup:
+    """The cells of a row group that a unit needs, and the pass that reads them.
+
+    `needed` has the rows of items that are not loaded yet. `finished` means that the file was
+    closed to stay within `OPEN_PASSES`, and is not left open again.
+    """
+
+    def __init__(self, name: Group, kept: _KeptCells, decoding: threading.Semaphore) -> None:
+        self.needed: set[int] = set()
+        self.finished = False
+        self._name = name
+        self._kept = kept
+        self._decoding = decoding
+        self._lock = threading.Lock()
+        self._file = contextlib.ExitStack()
+        self._cells: Iterator[tuple[int, Data]] | None = None
+        self._next = 0  # number of the row that the pass reads next
+        self._rows = 0
 
     def read(self, row: int) -> bytes:
+        cell = (self._name, row)
         with self._lock:
-            if self._closed:
-                raise _Closed
-            self._needed.add(row)
-            data = self._take(row) if row in self._kept else self._advance(row)
-            self._needed.discard(row)
+            self.needed.add(row)
+            try:
+                if cell in self._kept:
+                    data = self._kept.pop(cell)
+                else:
+                    with self._decoding:
+                        data = self._advance(row)
+            finally:
+                if self.finished:
+                    self._stop()
+            self.needed.discard(row)
         if data is None:
             raise ItemError("the cell contains no audio")
         if isinstance(data, ItemError):
             raise data
         return data
 
+    def release(self, row: int) -> None:
+        if row not in self.needed:  # it was read, so do not wait for the lock
+            return
+        with self._lock:
+            self.needed.discard(row)
+            if (self._name, row) in self._kept:
+                self._kept.pop((self._name, row))
+
+    def finish(self) -> None:
+        """Keep the cells that are needed beyond the current one, and close the file."""
+        with self._lock, self._decoding:
+            self.finished = True
+            missing = [row for row in self.needed if (self._name, row) not in self._kept]
+            last = max(missing, default=-1)
+            # Errors are raised again by the item that needs the cell.
+            with contextlib.suppress(ItemError, pa.ArrowException, *storage_errors()):
+                if last >= self._next:
+                    for number, data in self._pass():
+                        if not self._keep(number, data) or number == last:
+                            break
+            self._stop()
+
     def close(self) -> None:
         with self._lock:
-            self._closed = True
-            self._stack.close()
+            self._stop()
 
-    def _advance(self, row: int) -> bytes | ItemError | None:
+    def _advance(self, row: int) -> Data:
         """Read up to a row, and keep the cells of other items on the way."""
+        if row < self._next:  # it was read before, and not kept
+            self._stop()
         fresh = self._cells is None
-        if self._cells is None:
-            self._cells = self._begin()
+        cells = self._pass()
         if row >= self._rows:
-            raise ItemError(f"row group {self._row_group} has {self._rows} rows, but no row {row}")
-        for number, data in self._cells:
+            raise ItemError(f"row group {self._name[1]} has {self._rows} rows, but no row {row}")
+        for number, data in cells:
             if number == row:
                 return data
-            if number in self._needed:
-                self._keep(number, data)
-        self._cells = None  # the row is behind the pass, or the pass stopped at an error
+            self._keep(number, data)
+        self._stop()  # the pass stopped at an error
         if fresh:
-            raise ItemError(f"row group {self._row_group} ends before row {row}")
+            raise ItemError(f"row group {self._name[1]} ends before row {row}")
         return self._advance(row)
 
-    def _begin(self) -> Iterator[Cell]:
-        file = self._stack.enter_context(open_table(self._uri))
-        if self._row_group >= file.metadata.num_row_groups:
-            raise ItemError(f"the file has no row group {self._row_group}")
+    def _keep(self, number: int, data: Data) -> bool:
+        """Keep a cell if it is needed. False if there is no space for it."""
+        cell = (self._name, number)
+        return number not in self.needed or cell in self._kept or self._kept.add(cell, data)
+
+    def _pass(self) -> Iterator[tuple[int, Data]]:
+        """The pass; a new one if there is none."""
+        if self._cells is None:
+            self._stop()  # a pass that could not begin may have left its file open
+            self._cells = self._begin()
+        return self._cells
+
+    def _begin(self) -> Iterator[tuple[int, Data]]:
+        uri, row_group, name = self._name
+        file = self._file.enter_context(open_table(uri))
+        if row_group >= file.metadata.num_row_groups:
+            raise ItemError(f"the file has no row group {row_group}")
         try:
-            column = audio_column(file.schema_arrow, self._column, "its file")
+            column = audio_column(file.schema_arrow, name, "its file")
         except SourceError as error:
             raise ItemError(str(error).rstrip(".")) from error
-        self._rows = file.metadata.row_group(self._row_group).num_rows
+        self._rows = file.metadata.row_group(row_group).num_rows
         batches = file.iter_batches(
-            _ROWS,
-            row_groups=[self._row_group],
-            columns=column.columns,
-            use_threads=False,
+            _ROWS, row_groups=[row_group], columns=column.columns, use_threads=False
         )
         return self._needed_cells(batches, column)
 
-    def _needed_cells(self, batches: Iterator[Any], column: AudioColumn) -> Iterator[Cell]:
-        number = 0
+    def _needed_cells(
+        self, batches: Iterator[Any], column: AudioColumn
+    ) -> Iterator[tuple[int, Data]]:
+        """The number of each row and its audio, which is None if no item needs it now."""
         for batch in batches:
             for row in range(len(batch)):
-                data: bytes | ItemError | None = None
-                if number in self._needed:
+                number = self._next
+                data: Data = None
+                if number in self.needed and (self._name, number) not in self._kept:
                     try:
                         data = column.read(batch, row)
                     except ItemError as error:  # only this cell is invalid
                         data = error
+                self._next += 1
                 yield number, data
-                number += 1
 
-    def _keep(self, row: int, data: bytes | ItemError | None) -> None:
-        size = len(data) if isinstance(data, bytes) else 0
-        if not isinstance(data, bytes) or self._in_memory + size <= KEPT_LIMIT:
-            self._kept[row] = data
-            self._in_memory += size
-            return
-        if self._spool is None:
-            self._spool = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
-        self._spool.seek(0, 2)
-        self._kept[row] = (self._spool.tell(), len(data))
-        self._spool.write(data)
+    def _stop(self) -> None:
+        """Close the file. The next pass begins at row 0."""
+        self._cells = None
+        self._next = 0
+        self._file.close()
 
-    def _take(self, row: int) -> bytes | ItemError | None:
-        found = self._kept.pop(row)
-        if not isinstance(found, tuple):
-            self._in_memory -= len(found) if isinstance(found, bytes) else 0
-            return found
-        assert self._spool is not None
-        self._spool.seek(found[0])
-        return self._spool.read(found[1])
+
+def _size(data: Data) -> int:
+    return len(data) if isinstance(data, bytes) else 0
+
+
+def _has_space(file: IO[bytes], size: int) -> bool:
+    disk = os.fstatvfs(file.fileno())
+    reserve = min(DISK_RESERVE, disk.f_blocks * disk.f_frsize // 10)
+    return disk.f_bavail * disk.f_frsize - size >= reserve
 
 
 @contextlib.contextmanager
@@ -203,5 +310,5 @@ def open_table(uri: str) -> Iterator[Any]:
         yield file
 
 
-def _group(uri: str, cell: TableCell) -> tuple[str, int, str]:
+def _group_of(uri: str, cell: TableCell) -> Group:
     return uri, cell.row_group, cell.column

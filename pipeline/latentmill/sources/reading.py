@@ -65,8 +65,10 @@ class UnitReader(Closeable):
         return self._prefetch.open(item)
 
     def release(self, item: Item) -> None:
-        """Free what was prefetched of an item that needs no more reading."""
+        """Free what was read early of an item that needs no more reading."""
         self._prefetch.release(item)
+        if isinstance(item.place, TableCell):
+            self._cells.release(item.uri, item.place)
 
     def _open(self, item: Item) -> MediaFile:
         allow_changed = self._allow_changed and item.key not in self._unchanged
