@@ -32,7 +32,9 @@ from operation_scenarios import (
 )
 
 from latentmill.errors import LatentmillError
+from latentmill.storage.storage import Storage
 from latentmill.store.store import LatentStore, open_store
+from latentmill.store.tidy import abort_uploads, tidy
 from support.operation_faults import (
     READ_MODES,
     READS,
@@ -281,8 +283,26 @@ def test_uploads_that_a_killed_process_left_open_are_aborted(
     was = undisturbed(scenario, s3_bucket, tmp_path / "source")
     fs = fsspec.filesystem("s3")
     bucket = s3_bucket.removeprefix("s3://")
-    for key in ("begin/store/shards/000000.r1.parquet", "begin/storehouse/other", "other"):
+    field = "begin/store/fields/second/shards/000000.parquet"  # an `add` may be running
+    others = ["begin/store/evaluation/vectors.0123456789abcdef.npy", field]
+    others += ["begin/storehouse/other", "other"]
+    for key in ("begin/store/shards/000000.r1.parquet", *others):
         fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
     with faults_on(Faults(remote=True)):
         scenario.command(was.begin)
-    assert open_uploads(s3_bucket) == ["begin/storehouse/other", "other"]
+    assert open_uploads(s3_bucket) == others
+    tidy(Storage(f"{s3_bucket}/begin/store/fields/second"))  # as the next `add` does
+    assert open_uploads(s3_bucket) == [key for key in others if key != field]
+
+
+def test_a_store_at_the_root_of_a_bucket_aborts_only_its_own_uploads(s3_bucket: str) -> None:
+    own = ["annotations/0001.parquet", "index.0a.arrow", "metadata.0a.parquet"]
+    own += ["plan/items-0001.2.parquet", "shards/000000.r1.tar", "shards/000001.parquet"]
+    others = ["backup.tar", "fields/second/shards/000000.parquet", "models/shards/000000.parquet"]
+    others += ["plan/notes.txt", "shards/part-1.parquet"]
+    for key in own + others:
+        fsspec.filesystem("s3").call_s3(
+            "create_multipart_upload", Bucket=s3_bucket.removeprefix("s3://"), Key=key
+        )
+    abort_uploads(Storage(s3_bucket))
+    assert open_uploads(s3_bucket) == others

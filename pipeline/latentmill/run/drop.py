@@ -12,41 +12,20 @@ from pathlib import Path
 from latentmill.engine.lease import LEASE_PATH
 from latentmill.engine.lock import LOCK_PATH, only_run
 from latentmill.errors import StorageError, StoreError
-from latentmill.plan import BATCH_PATH, PLAN, PLAN_PATH
+from latentmill.plan import PLAN, PLAN_PATH
 from latentmill.storage.scratch import SCRATCH
 from latentmill.storage.storage import Storage
 from latentmill.store.annotations import ANNOTATIONS
 from latentmill.store.field_layout import field_names, field_storage
 from latentmill.store.measurement import EVALUATION, NAMES
 from latentmill.store.results import VECTORS_FILE
-from latentmill.store.schema import (
-    CARD_PATH,
-    COMMITS,
-    DATASET_PATH,
-    INDEX_NAME,
-    METADATA_NAME,
-    ORIGIN_PATH,
-    SHARDS,
-)
-from latentmill.store.tidy import PLAN_FILE
+from latentmill.store.schema import COMMITS, DATASET_PATH, SHARDS
+from latentmill.store.tidy import WRITTEN
 
 _FOLDERS = (PLAN, COMMITS, SHARDS, ANNOTATIONS, EVALUATION)
 _WRITTEN = re.compile(
-    "|".join(
-        (
-            INDEX_NAME,
-            METADATA_NAME,
-            re.escape(CARD_PATH),
-            re.escape(ORIGIN_PATH),
-            re.escape(BATCH_PATH),
-            f"{PLAN}/(?:{PLAN_FILE.pattern})",
-            rf"{COMMITS}/\d+(?:\.r\d+)?\.json",
-            rf"{SHARDS}/\d+(?:\.r\d+)?\.(?:parquet|tar)",
-            rf"{ANNOTATIONS}/\d{{4,}}\.parquet",
-            rf"{EVALUATION}/(?:{'|'.join(NAMES.values())})(?:-[a-z-]+)?\.json",
-            VECTORS_FILE,
-        )
-    )
+    rf"{WRITTEN.pattern}|{EVALUATION}/(?:{'|'.join(NAMES.values())})(?:-[a-z-]+)?\.json"
+    rf"|{VECTORS_FILE}"
 )
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 
-from latentmill.plan import BATCH_PATH, PLAN, Plan
+from latentmill.plan import BATCH_PATH, PLAN, PLAN_PATH, Plan
 from latentmill.storage.remote import open_filesystem, protocol_of, storage_errors
 from latentmill.storage.storage import Storage
+from latentmill.store.annotations import ANNOTATIONS
 from latentmill.store.commit import committed_revisions
 from latentmill.store.schema import (
+    CARD_PATH,
     COMMITS,
+    DATASET_PATH,
     INDEX_NAME,
     METADATA_NAME,
+    ORIGIN_PATH,
     SHARDS,
     DatasetInfo,
     parse_name,
@@ -19,6 +23,22 @@ from latentmill.store.schema import (
 from latentmill.store.seal import read_seal
 
 PLAN_FILE = re.compile(r"(?:items|units)(?:-(\d{4,}))?(?:\.(\d+))?\.parquet")
+
+# Paths of the files that only the holder of the store's lock or lease writes. Without fields, which
+# have their own, and evaluations, which need none.
+WRITTEN = re.compile(
+    "|".join(
+        (
+            INDEX_NAME,
+            METADATA_NAME,
+            *map(re.escape, (DATASET_PATH, CARD_PATH, ORIGIN_PATH, PLAN_PATH, BATCH_PATH)),
+            f"{PLAN}/(?:{PLAN_FILE.pattern})",
+            rf"{COMMITS}/\d+(?:\.r\d+)?\.json",
+            rf"{SHARDS}/\d+(?:\.r\d+)?\.(?:parquet|tar)",
+            rf"{ANNOTATIONS}/\d{{4,}}\.parquet",
+        )
+    )
+)
 
 
 def tidy(storage: Storage) -> None:
@@ -60,7 +80,8 @@ def tidy_sealed(storage: Storage, sealed: DatasetInfo) -> None:
 def abort_uploads(storage: Storage) -> None:
     """Abort S3 uploads that killed processes left open, because their parts are billed.
 
-    The caller has the lease. If listing uploads is not allowed, they stay.
+    The caller has the lease, so no other process uploads files of `WRITTEN`. Other uploads stay: an
+    `add` or another program may be running. If listing uploads is not allowed, all stay.
     """
     if protocol_of(storage.root) not in ("s3", "s3a"):
         return
@@ -70,8 +91,9 @@ def abort_uploads(storage: Storage) -> None:
         prefix = f"{key.rstrip('/')}/" if key else ""
         found = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix)
         for upload in found.get("Uploads", []):
-            name = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
-            fs.call_s3("abort_multipart_upload", Bucket=bucket, **name)
+            if WRITTEN.fullmatch(upload["Key"].removeprefix(prefix)):
+                name = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+                fs.call_s3("abort_multipart_upload", Bucket=bucket, **name)
     except storage_errors():  # clients are imported by their first call
         return
 
