@@ -19,7 +19,9 @@ import soundfile
 from latentmill.engine import trial_load
 from latentmill.engine.trial_load import TrialLoader
 from latentmill.sources.base import Item
+from latentmill.sources.webdataset import WebDatasetSource
 from support import runs
+from support.sources import put, tar_of
 
 DEADLY = runs.TESTS / "support" / "deadly"
 SEGFAULT, OUT_OF_MEMORY, HANG, EXIT, LONG = 22051, 22052, 22053, 22054, 22055
@@ -72,6 +74,21 @@ def test_an_orderly_failure_is_left_to_the_worker(trials: TrialLoader, tmp_path:
     broken.write_bytes(b"RIFF, but not much of it")
     assert trials.failure_reason(Item("broken", str(broken), 24, "1")) is None
     assert trials.failure_reason(Item("gone", str(tmp_path / "gone.wav"), 24, "1")) is None
+
+
+def test_an_item_is_not_blamed_for_another_one_of_its_tar(
+    trials: TrialLoader, tmp_path: Path
+) -> None:
+    """The worker reports that the tar was rewritten."""
+    good, deadly = (
+        (f"{rate}.wav", Path(item(tmp_path, rate, seconds=1).uri).read_bytes())
+        for rate in (22050, SEGFAULT)
+    )
+    source = WebDatasetSource(put(f"{tmp_path}/x.tar", tar_of([good, deadly])), ("wav",))
+    (first, second) = source.items()
+    assert "SIGSEGV" in (trials.failure_reason(second) or "")
+    put(source.uri, tar_of([deadly, good]))
+    assert trials.failure_reason(first) is None
 
 
 def test_a_server_that_dies_is_replaced(trials: TrialLoader, tmp_path: Path) -> None:

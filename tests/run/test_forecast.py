@@ -144,7 +144,7 @@ def test_of_a_long_recording_elsewhere_the_ends_are_fetched(
         remote.pipe_file(f"/probe/{item.key}.{in_tar}", in_tar * bytes(512) + data)
         uri = f"memory://probe/{item.key}.{in_tar}"
         size = item.size if listed else 0  # a manifest says nothing of it
-        items.append(dataclasses.replace(item, uri=uri, place=place, size=size))
+        items.append(dataclasses.replace(item, uri=uri, place=place, size=size, version=""))
     assert by_key(items) == pytest.approx(dict.fromkeys(FORMATS, 61.0), abs=0.1)
     assert fetched == [20_000] * 10
     assert [item.size for item in probed(items)] == [item.size for item in items]

@@ -27,6 +27,7 @@ from latentmill.training.loop import Ema, Trainer, learning_rate
 from latentmill.training.metrics import read_metrics
 from latentmill.training.settings import TrainSettings
 from store.store_files import write_store
+from support.sources import put, tar_of
 
 Settings = Callable[..., TrainSettings]
 
@@ -356,6 +357,17 @@ def test_nothing_can_be_loaded(tiny: Settings, tmp_path: Path) -> None:
         (tmp_path / "broken" / f"{name}.wav").write_bytes(b"nothing")
     with pytest.raises(SourceError, match="16 items in a row cannot be loaded, the last"):
         Trainer(tiny(source=tmp_path / "broken")).train()
+
+
+def test_crops_are_not_read_from_a_tar_that_was_rewritten(
+    tiny: Settings, tmp_path: Path, corpus: Path
+) -> None:
+    members = [(f"{name}.wav", (corpus / f"{name}.wav").read_bytes()) for name in "012"]
+    tar = put(f"{tmp_path}/x.tar", tar_of(members))
+    crops = Trainer(tiny(source=Path(tar)))._crops
+    put(tar, tar_of(members[::-1]))
+    with pytest.raises(SourceError, match="its tar has changed since it was listed"):
+        crops.batch(0)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ class EncodeSettings:
     load_threads: int = 2
     allow_truncated: bool = False
     load_timeout: float | None = None  # seconds for loading an item, in addition to its length
-    allow_changed: bool = False  # for a retry: accept files that were repaired after planning
+    allow_changed: bool = False  # for a retry: accept whole files that were repaired
     filters: Filters = NO_FILTERS
     packing: int = PACKING
     pooled: bool = False  # of a field of vectors: store the mean over all frames of an item

@@ -80,6 +80,7 @@ def _lengths(reader: UnitReader, item: Item) -> tuple[float | None, float | None
 
 def _info(item: Item, reader: UnitReader) -> AudioInfo:
     """Read a recording's header. Only the ends of a long remote file are fetched."""
+    reader.check_container(item)
     with reader.open(item) if _read_whole(item) else _ends(item) as media:
         return probe(media)
 

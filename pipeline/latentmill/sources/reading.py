@@ -33,8 +33,10 @@ class UnitReader(Closeable):
 
     Data that several items share is read once: the remote recording of segments, and the row group
     of cells. Small remote recordings are prefetched. `items` are in the order in which they will
-    be opened. `allow_changed` accepts files that have changed since planning, but not those of the
-    items with the keys `unchanged`. `helpers` are threads that may load pieces of a long recording.
+    be opened. `allow_changed` accepts whole files that have changed since planning, but not those
+    of the items with the keys `unchanged`. A tar or table must never have changed, because the
+    position of an item can now be that of another one. `helpers` are threads that may load pieces
+    of a long recording.
     """
 
     helpers: Helpers | None = None
@@ -71,9 +73,7 @@ class UnitReader(Closeable):
             self._cells.release(item.uri, item.place)
 
     def _open(self, item: Item) -> MediaFile:
-        allow_changed = self._allow_changed and item.key not in self._unchanged
-        if item.place is not None and not allow_changed:
-            self._check_container(item)
+        self.check_container(item)
         if isinstance(item.place, ByteRange):
             return _open_range(item.uri, item.place)
         if isinstance(item.place, TableCell):
@@ -86,7 +86,7 @@ class UnitReader(Closeable):
             media = self._shared(item)
         else:
             media = open_media(item.uri, item.size or None)
-        if not allow_changed:
+        if not self._allow_changed or item.key in self._unchanged:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(media)
                 _check_unchanged(item, media)
@@ -97,6 +97,26 @@ class UnitReader(Closeable):
         """Open a recording early; None if it turns out to be large."""
         item = with_size(item)
         return None if item.size > LARGEST else self._open(item)
+
+    def check_container(self, item: Item) -> None:
+        """Raise ItemError if the item's tar or table has changed since it was listed.
+
+        Each file is looked up once.
+        """
+        if item.place is None or not item.version:
+            return
+        with self._lock_of(item.uri):
+            try:
+                if item.uri not in self._versions:
+                    self._versions[item.uri] = current_version(item.uri)
+            except storage_errors(ValueError) as error:
+                raise ItemError(f"its file cannot be read: {cause_of(error)}") from error
+        if self._versions[item.uri][1] != item.version:
+            container = "tar" if isinstance(item.place, ByteRange) else "table"
+            raise ItemError(
+                f"its {container} has changed since it was listed: `encode --extend "
+                "--retry-changed` lists it again"
+            )
 
     def content_hash(self, item: Item, media: MediaFile) -> str:
         """The hash of the item's encoded bytes; for a segment, of the whole recording."""
@@ -137,19 +157,6 @@ class UnitReader(Closeable):
     def _lock_of(self, uri: str) -> threading.Lock:
         with self._lock:
             return self._locks.setdefault(uri, threading.Lock())
-
-    def _check_container(self, item: Item) -> None:
-        """Refuse a tar or table that has changed since planning; checked once per unit."""
-        if not item.version:
-            return
-        with self._lock_of(item.uri):
-            try:
-                if item.uri not in self._versions:
-                    self._versions[item.uri] = current_version(item.uri)
-            except storage_errors(ValueError) as error:
-                raise ItemError(f"its file cannot be read: {cause_of(error)}") from error
-        if self._versions[item.uri][1] != item.version:
-            raise ItemError("its file has changed since the plan was made")
 
 
 def with_size(item: Item) -> Item:
