@@ -90,6 +90,16 @@ class CopiedRecords:
             digest.update(repr(one.left_out["reason"].to_pylist()).encode())
         return digest.hexdigest()
 
+    @property
+    def bytes_per_second(self) -> float:
+        """Bytes of latents per second of audio: the values of texts and files have no rate."""
+        rate = self.chosen[0].store.info.model["sample_rate"]
+        size, samples = (
+            sum(int(one.index.column(name).sum()) for one in self.chosen)
+            for name in ("length", "num_samples")
+        )
+        return size * rate / samples if samples else 0.0
+
     def items(self) -> Iterator[Item]:
         """The records as items of a plan: their source files."""
         for one in self.chosen:
@@ -161,9 +171,7 @@ def plan_copy(
         packing=base.packing,
         field=base.field,
     )
-    width = len(first.mean) * np.dtype(info.dtype).itemsize
-    rate = width * info.model["sample_rate"] / info.model["hop"]
-    limits = UnitLimits(shard_size=SHARD_SIZE, bytes_per_second=rate)
+    limits = UnitLimits(shard_size=SHARD_SIZE, bytes_per_second=records.bytes_per_second)
     with draft(records.items(), limits) as drafted:
         return freeze(plan, drafted, storage)
 
