@@ -184,7 +184,7 @@ class ValuesWorker:
     @property
     def _large(self) -> bool:
         """Whether the values of a unit are too large to be in memory together."""
-        return isinstance(self._values, LatentValues)
+        return isinstance(self._values, LatentValues | ImportedValues)
 
     def _embed(self, values: Sequence[Any]) -> list[FloatArray | _Refused]:
         """Embed values, in halves if the model raises: one value must not end every run."""

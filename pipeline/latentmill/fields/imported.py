@@ -31,6 +31,7 @@ from latentmill.text.redact import redact
 KEYS = ("key", "id")
 SUFFIXES = (".parquet", ".jsonl")
 _BUFFER = 1 << 20  # bytes of a file that are read at a time
+_ROWS, _VALUE_BYTES = 1024, 8 << 20  # of a Parquet file that are in memory at a time, at most
 _UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, EOFError, pa.ArrowException)
 
 
@@ -168,10 +169,22 @@ def _parquet(file: Any, field: str) -> Iterator[tuple[str, FloatArray | str]]:
         raise ValueError(
             f"its column {value} is {found}, but must be lists of numbers, or lists of such lists"
         )
-    for batch in parquet.iter_batches(1024, columns=[key, value], use_threads=False):
+    rows = _rows_at_once(parquet.metadata, value, kind.bit_width // 8)
+    for batch in parquet.iter_batches(rows, columns=[key, value], use_threads=False):
         for name, scalar in zip(batch[key], batch[value], strict=True):
             if name.is_valid and scalar.is_valid:
                 yield as_key(str(name.as_py())), _or_reason(_of_list, scalar.values)
+
+
+def _rows_at_once(footer: pq.FileMetaData, column: str, width: int) -> int:
+    """The number of rows that are read together, by the values of a row in any row group."""
+    largest = 1.0
+    for number in range(footer.num_row_groups):
+        group = footer.row_group(number)
+        for chunk in map(group.column, range(group.num_columns)):
+            if chunk.path_in_schema.startswith(f"{column}."):
+                largest = max(largest, chunk.num_values * width / max(group.num_rows, 1))
+    return max(1, min(_ROWS, int(_VALUE_BYTES / largest)))
 
 
 def _of_list(values: pa.Array) -> FloatArray:
