@@ -178,6 +178,27 @@ def test_what_is_left_out_is_listed(bases: tuple[str, str], tmp_path: Path) -> N
     assert {r["key"] for r in rows if r["reason"].startswith("where")}.isdisjoint(jazz)
 
 
+def test_all_parts_are_normalised_with_all_latents_of_the_bases(
+    bases: tuple[str, str], tmp_path: Path
+) -> None:
+    every = [record.latent.astype(np.float64) for url in bases for record in lm.open(url)]
+    frames = np.concatenate(every, axis=1)
+    for url in bases:
+        lm.split(url, tmp_path / url[-3:], {"train": 0.7, "valid": 0.3})
+    found = []
+    for part in ("train", "valid"):
+        parts = [tmp_path / url[-3:] / part for url in bases]
+        found.append(lm.open(lm.merge(parts, tmp_path / part).dest))
+        found.append(lm.open(lm.merge(parts[::-1], tmp_path / f"{part} 2").dest))
+        again = [parts[0], tmp_path / f"{part} 2"]  # the first base is in both
+        found.append(lm.open(lm.merge(again, tmp_path / f"{part} 3", prefix=True).dest))
+    for store in found:
+        np.testing.assert_allclose(store.mean, frames.mean(axis=1), rtol=1e-12)
+        np.testing.assert_allclose(store.std, frames.std(axis=1), rtol=1e-12)
+    assert found[0].info.mean == found[3].info.mean
+    assert found[0].info.std == found[3].info.std
+
+
 def test_training_on_a_view_reads_the_records_of_the_view(
     bases: tuple[str, str], tmp_path: Path
 ) -> None:

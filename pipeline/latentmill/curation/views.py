@@ -268,12 +268,21 @@ def _remove_superseded(storage: Storage, info: DatasetInfo) -> None:
 
 
 def _statistics(chosen: Sequence[Chosen]) -> ChannelStatistics:
-    """Mean and deviation over all latents of the base stores, also those that are left out."""
-    channels = len(chosen[0].store.mean)
-    total = ChannelStatistics.empty(channels)
+    """Mean and deviation over all latents of the base stores, also those that are left out.
+
+    Each base store counts once, so all parts of one split, or of several, have the same.
+    """
+    infos: dict[str, DatasetInfo] = {}
     for one in chosen:
-        frames, store = one.store.info.frames, one.store
-        total = total.merge(ChannelStatistics(frames, store.mean, store.std**2 * frames))
+        if one.store.bases is None:
+            infos[one.store.url] = one.store.info
+        else:
+            bases = one.store.bases
+            infos |= {e.url: info for e, info in zip(bases.entries, bases.infos, strict=True)}
+    total = ChannelStatistics.empty(len(chosen[0].store.mean))
+    for info in infos.values():
+        mean, std = (np.array(one, np.float64) for one in (info.mean, info.std))
+        total = total.merge(ChannelStatistics(info.frames, mean, std**2 * info.frames))
     return total
 
 
