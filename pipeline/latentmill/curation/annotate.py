@@ -89,7 +89,7 @@ def annotate(
         if new is None:
             return publish(storage, current, table, changed=True)
         known = pc.is_in(new.table["key"], value_set=current.index.key_array())
-        unknown = new.table["key"].filter(pc.invert(known))
+        unknown = new.table["key"].filter(pc.invert(known)).sort()
         matched = len(known) - len(unknown)
         if not matched:
             raise SourceError(

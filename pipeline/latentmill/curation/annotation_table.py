@@ -30,6 +30,7 @@ from latentmill.store.schema import json_text
 
 MAX_NAMES = 256
 _ROWS = 10_000  # of the file that are Python values at a time
+_TAKEN_ROWS = 1024  # in one array of texts
 STORED = {*METADATA_SCHEMA.names, "latent", "levels"}
 
 EMPTY = pa.table({"key": pa.array([], pa.string())})
@@ -40,7 +41,8 @@ class NewValues:
     """The content of a user's file.
 
     Attributes:
-        table: The column `key`, sorted, and a column for each name; see `Annotations`.
+        table: The column `key` and a column for each name, in the order of the file; see
+            `Annotations`.
         ignored: Columns of the file with the name of a stored field.
     """
 
@@ -68,8 +70,8 @@ def read_table(uri: str, key_column: str | None) -> NewValues:
         columns.add(column, row, place)
     if column is None:
         raise SourceError(f"{source.uri} has no rows: check the file.")
-    table = columns.table().sort_by("key")
-    keys = table["key"].combine_chunks()
+    table = columns.table()
+    keys = table["key"].sort()
     repeated = keys[1:].filter(pc.equal(keys[1:], keys[:-1]))
     if len(repeated):
         raise SourceError(
@@ -83,7 +85,7 @@ def table_of(rows: Mapping[str, Mapping[str, Any]]) -> pa.Table:
     columns = _Columns("the source", plain_text=False)
     for key, values in rows.items():
         columns.add("key", {**values, "key": key}, key)
-    return columns.table().sort_by("key")
+    return columns.table()
 
 
 class _Columns:
@@ -179,26 +181,46 @@ def without(table: pa.Table, names: Sequence[str]) -> pa.Table:
 
 
 def merged(old: pa.Table, new: pa.Table) -> pa.Table:
-    """The values of both tables; where both have a value, that of `new`."""
+    """The values of both tables, by key; where both have a value, that of `new`."""
     keys = pc.unique(pa.chunked_array([*old["key"].chunks, *new["key"].chunks], pa.string()))
     keys = keys.take(pc.sort_indices(keys))
     arrays, fields = [keys], [EMPTY.schema.field("key")]
-    rows = {id(table): pc.index_in(keys, value_set=table["key"]) for table in (old, new)}
+    tables = [(table, pc.index_in(keys, value_set=table["key"])) for table in (new, old)]
     for name in sorted({*old.column_names, *new.column_names} - {"key"}):
-        parts = []
-        for table in (new, old):
-            if name in table.column_names:
-                kind = kind_of(table.schema.field(name))
-                parts.append((kind, table[name].take(rows[id(table)])))
-        if len(parts) == 2:  # of the old values, those that have no new ones
-            (_, column), (kind, hidden) = parts
-            left = pc.if_else(pc.is_valid(column), pa.scalar(None, hidden.type), hidden)
-            parts[1] = (kind, left)
-        if parts := [part for part in parts if part[1].null_count < len(keys)]:
-            kind, column = _coalesced(parts)
+        if (found := _merged_column(name, tables)) is not None:
+            kind, column = found
             arrays.append(column)
             fields.append(field_of(name, kind))
     return _with_values(pa.Table.from_arrays(arrays, schema=pa.schema(fields)))
+
+
+def _merged_column(
+    name: str, tables: Sequence[tuple[pa.Table, pa.Array]]
+) -> tuple[str, pa.ChunkedArray] | None:
+    """The first value of each row, and its kind; None if there is no value.
+
+    The second of a pair has the row of a table for each row of the result.
+    """
+    parts = [
+        (kind_of(table.schema.field(name)), _taken(table[name], rows))
+        for table, rows in tables
+        if name in table.column_names
+    ]
+    if len(parts) == 2:  # of the old values, those that have no new ones
+        (_, column), (kind, hidden) = parts
+        left = pc.if_else(pc.is_valid(column), pa.scalar(None, hidden.type), hidden)
+        parts[1] = (kind, left)
+    parts = [part for part in parts if part[1].null_count < len(part[1])]
+    return _coalesced(parts) if parts else None
+
+
+def _taken(column: pa.ChunkedArray, rows: pa.Array) -> pa.ChunkedArray:
+    """The values at some rows, in chunks: one array of texts has at most 2 GiB."""
+    if column.type != pa.string():
+        return column.take(rows)
+    whole = column.cast(pa.large_string()).combine_chunks()
+    slices = (rows.slice(start, _TAKEN_ROWS) for start in range(0, len(rows), _TAKEN_ROWS))
+    return pa.chunked_array([whole.take(some).cast(pa.string()) for some in slices], pa.string())
 
 
 def _coalesced(parts: Sequence[tuple[str, pa.ChunkedArray]]) -> tuple[str, pa.ChunkedArray]:
@@ -218,7 +240,8 @@ def _coalesced(parts: Sequence[tuple[str, pa.ChunkedArray]]) -> tuple[str, pa.Ch
     ]
     kind = reduce(wider, {kind_of_value(value) for value in values} - {"null"}) or JSON
     kind = kind.removesuffix(" large")
-    return kind, pa.chunked_array([_array(values, kind)])
+    chunks = [_array(values[at : at + _ROWS], kind) for at in range(0, len(values), _ROWS)]
+    return kind, pa.chunked_array(chunks, field_of("value", kind).type)
 
 
 def _is_exact(column: pa.ChunkedArray) -> bool:

@@ -99,7 +99,8 @@ class Annotations:
         self._keys = _Keys(table["key"])
         names = table.column_names[1:]
         self.kinds = {name: kind_of(table.schema.field(name)) for name in names}
-        self._columns = {name: table[name].combine_chunks() for name in names}
+        # In chunks, because one array of texts has at most 2 GiB.
+        self._columns = {name: table[name] for name in names}
 
     def __len__(self) -> int:
         return len(self._keys)
