@@ -158,3 +158,23 @@ def test_views_in_buckets() -> None:
         base = lm.open(urls[number >= 9])
         wanted = base.field("text")[sample.key].latent.T
         assert np.array_equal(sample.fields["text"].values, wanted)
+
+
+@pytest.mark.parametrize("remote_first", [True, False])
+def test_a_local_view_of_a_bucket_and_a_disk(tmp_path: Path, remote_first: bool) -> None:
+    folders = ["memory://mixed", str(tmp_path)][:: 1 if remote_first else -1]
+    bases = [
+        write_base(folder, name, names=["text", "coarse"])
+        for folder, name in zip(folders, LENGTHS, strict=True)
+    ]
+    view = tmp_path / "view"
+    lm.merge([base.url for base in bases], view)
+    text = lm.open(view).field("text")
+    assert np.array_equal(text.origin.frames, bases[0].field("text").origin.frames)
+    data = lm.LatentDataset(view, crop=8, fields=["text", "coarse"])
+    assert len(data) == 13
+    for sample in data.__getitems__(range(13)):
+        base = next(one for one in bases if sample.key in one)
+        wanted = base.field("text")[sample.key].latent
+        assert np.array_equal(text[sample.key].latent, wanted)
+        assert np.array_equal(sample.fields["text"].values, wanted.T)

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from latentmill.errors import StorageError, StoreError
+from latentmill.storage.storage import Storage
 from latentmill.store.bases import Bases, inside_base, split_path
 from latentmill.store.entries import BaseEntry
 from latentmill.store.field_layout import (
@@ -59,8 +60,8 @@ class FieldOfView(LatentStore):
             )
             for number, store in numbered
         ]
-        self.bases = Bases(self.storage, own)
-        self.storage = self.bases.storage
+        self.bases = Bases(Storage(view.url), own)
+        self.storage = self.bases.over(self.storage)  # origin.npy is that of the first field
         self._shard_fields = ShardFields(self.storage)
         first = self.info
         self._info = first.model_copy(update={"bases": own, "metadata": None, "annotation": None})
