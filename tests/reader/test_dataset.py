@@ -185,6 +185,7 @@ def test_what_collate_adds_is_normalised_too(made: LatentStore) -> None:
 def test_other_ways_to_normalise(made: LatentStore, one_sentence) -> None:
     latents = np.concatenate([record.latent for record in made], axis=1).astype(np.float64)
     overall = lm.Normalize.from_store(made.url, by="overall")
+    assert lm.Normalize.from_store(Path(made.url), by="overall") == overall
     assert np.allclose(
         overall.apply(latents), (latents - latents.mean()) / latents.std(), atol=1e-4
     )

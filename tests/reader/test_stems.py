@@ -297,6 +297,13 @@ def test_what_is_not_there_is_said(
     assert "no stem 'choir'" in one_sentence(caught.value)
 
 
+def test_a_path_is_a_store(store: LatentStore) -> None:
+    dataset = StemDataset(Path(store.url), Kept(), crop=CROP)
+    assert dataset.groups == StemDataset(store.url, Kept(), crop=CROP).groups
+    with pytest.raises(ConfigError, match="5 is not a store"):
+        StemDataset(5, Kept(), crop=CROP)  # type: ignore[arg-type]
+
+
 def test_songs_without_a_role_can_be_left_out(store: LatentStore) -> None:
     everything = StemDataset(store, ContextAndTarget("bass"), crop=CROP)
     lacking = [n for n, group in enumerate(everything.groups) if "bass" not in group.roles]

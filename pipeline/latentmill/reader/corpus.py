@@ -201,7 +201,7 @@ class Corpus:
         given = [stores] if isinstance(stores, str | os.PathLike | LatentStore) else list(stores)
         if not given:
             raise ConfigError("No store is given: pass at least one path, URL or open store.")
-        opened = [store if isinstance(store, LatentStore) else _open(store) for store in given]
+        opened = [as_store(store) for store in given]
         check_mix(opened)
         fields = [[store.field(name) for name in reading.fields] for store in opened]
         for same in zip(*fields, strict=True):
@@ -307,10 +307,13 @@ class Corpus:
         return replace(sample, epoch=epoch, position=position, origin=origin)
 
 
-def _open(place: object) -> LatentStore:
-    if not isinstance(place, str | os.PathLike):
-        raise ConfigError(f"{place!r} is not a store: give a path, a URL or an open store.")
-    return LatentStore(os.fspath(place))
+def as_store(store: object) -> LatentStore:
+    """An open store itself, or the store at a path or URL."""
+    if isinstance(store, LatentStore):
+        return store
+    if not isinstance(store, str | os.PathLike):
+        raise ConfigError(f"{store!r} is not a store: give a path, a URL or an open store.")
+    return LatentStore(os.fspath(store))
 
 
 def check_mix(stores: Sequence[LatentStore]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from latentmill.errors import ConfigError
-from latentmill.reader.corpus import choice
+from latentmill.reader.corpus import as_store, choice
 from latentmill.reader.sample import Sample
 from latentmill.store.store import LatentStore
 
@@ -41,7 +42,9 @@ class Normalize:
             raise ConfigError("Normalize needs a mean and a std above zero for every channel.")
 
     @classmethod
-    def from_store(cls, store: LatentStore | str, by: By = "channel") -> Normalize:
+    def from_store(
+        cls, store: LatentStore | str | os.PathLike[str], by: By = "channel"
+    ) -> Normalize:
         """Normalise by the statistics in a store's dataset.json.
 
         Args:
@@ -54,7 +57,7 @@ class Normalize:
                 store).
         """
         choice("by", by, By)
-        opened = LatentStore(store) if isinstance(store, str) else store
+        opened = as_store(store)
         deviations = opened.origin.deviations
         means = len(opened.mean) - deviations
         mean, std = opened.mean[:means], opened.std[:means]

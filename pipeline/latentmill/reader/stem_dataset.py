@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 
 import latentmill.reader.collate  # noqa: F401  registers our samples with torch's default collate
 from latentmill.errors import ConfigError
-from latentmill.reader.corpus import choice
+from latentmill.reader.corpus import as_store, choice
 from latentmill.reader.crops import CropReader
 from latentmill.reader.draws import Draws, Request
 from latentmill.reader.field_crops import Missing, StoreFields, checked_names
@@ -89,7 +90,7 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
 
     def __init__(
         self,
-        store: LatentStore | str,
+        store: LatentStore | str | os.PathLike[str],
         task: StemTask[T],
         *,
         crop: int,
@@ -110,7 +111,7 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         whole_number("seed", seed, least=0)
         if not 0 <= remix <= 1:
             raise ConfigError(f"remix must be a probability from 0 to 1, not {remix}.")
-        self.store = LatentStore(store) if isinstance(store, str) else store
+        self.store = as_store(store)
         warn_incomplete(self.store)
         groups = stem_groups(self.store, by, without=without)
         self.groups = tuple(group for group in groups if {*having} <= {*group.roles})
