@@ -25,7 +25,7 @@ from latentmill.store.store import LatentStore
 from latentmill.store.verify import read_source, verify
 from support import runs
 from support.small_memory import SmallMemory
-from support.stem_files import write_stem_store, write_stems
+from support.stem_files import write_segments, write_stem_store, write_stems
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,18 @@ def test_mdct_is_linear(store: LatentStore) -> None:
         *(card.homogeneity, card.homogeneity_raw, card.additivity, card.additivity_raw),
         *(card.removal, card.removal_raw),
     )
+
+
+def test_segments_that_begin_together_are_a_track(source: Path, tmp_path: Path) -> None:
+    manifest = write_segments(tmp_path / "segments.jsonl", source, 1.0)
+    store = write_stem_store(tmp_path / "store", manifest)
+    found = dict(tracks.stem_groups(store, 10))
+    roles = {name: sorted(store[key].role for key in keys) for name, keys in found.items()}
+    three = ["bass", "drums", "keys"]
+    assert roles == dict.fromkeys(["north#0", "north#1", "south#0", "south#1"], three)
+    for name, keys in found.items():
+        starts = {round(float(key.partition("#")[2].partition("-")[0])) for key in keys}
+        assert starts == {int(name[-1])}
 
 
 def test_a_target_that_is_too_quiet_is_not_scored(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from latentmill.store.store import LatentStore
 from reporting.conftest import HOP, RATE, SETTINGS
 from store.store_files import write_store
 from support.elsewhere import sources_elsewhere
+from support.stem_files import write_segments, write_stem_store, write_stems
 
 
 def snr(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -120,6 +121,14 @@ def test_columns_are_those_of_the_records(
     assert fields["role"] == [one.role for one in sample]
     assert fields["metadata bpm"] == [one.metadata.get("bpm") for one in sample]
     assert columns.group == ("north", [one.key for one in records if one.group == "north"])
+
+
+def test_the_group_of_segments_begins_at_one_time(tmp_path: Path) -> None:
+    source = write_stems(tmp_path / "songs")
+    manifest = write_segments(source / "segments.jsonl", source, 0.5)
+    columns = read_columns(write_stem_store(tmp_path / "store", manifest), 4)
+    keys = ["bass#0.00002-0.50002", "drums#0-0.5", "keys#0-0.5"]
+    assert columns.group == ("north#0", [f"north/{key}" for key in keys])
 
 
 @pytest.mark.parametrize(

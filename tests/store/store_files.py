@@ -22,7 +22,7 @@ from latentmill.models import registry
 from latentmill.plan import Plan, UnitLimits, draft, freeze, read_items
 from latentmill.record import Record
 from latentmill.sources.filters import Filters
-from latentmill.sources.folder import FolderSource
+from latentmill.sources.open import open_source
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import write_commit, write_unit
 from latentmill.store.formats import SHARD_FORMATS
@@ -70,16 +70,16 @@ def write_store(url: str, source: Path, *, sealed: bool = True, **options: Any) 
     handle = registry.resolve(config.model, config.model_options)
     chunking = Chunking.for_model(handle.spec, stitch=config.stitch, seconds=config.chunk_seconds)
     document = fingerprint_document(config, handle.spec, chunking)
-    folder = FolderSource(config.source, config.extensions)
+    opened = open_source(config)
     storage = Storage(url)
-    with draft(folder.items(), UnitLimits(config.unit_seconds)) as drafted:
+    with draft(opened.items(), UnitLimits(config.unit_seconds)) as drafted:
         plan = Plan(
-            source=folder.uri,
+            source=opened.uri,
             fingerprint=document,
             model=config.model,
             model_options=config.model_options,
             format=config.format,
-            ignored=dict(folder.ignored),
+            ignored=dict(opened.ignored),
         )
         plan = freeze(plan, drafted, storage)
     model = handle.load("cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,21 @@ def write_stems(folder: Path) -> Path:
             sidecar = {"group": song, "role": role, "prompt": f"{role} of {song}"}
             (folder / song / f"{role}.json").write_text(json.dumps(sidecar))
     return folder
+
+
+def write_segments(manifest: Path, source: Path, seconds: float) -> Path:
+    """A manifest of segments of the songs; those of the bass begin 20 us late, as if rounded."""
+    rows = []
+    for song, stems in SONGS.items():
+        for role, length in stems.items():
+            late = 2e-5 if role == "bass" else 0.0
+            for number in range(math.ceil(round(length / seconds, 6))):
+                start = number * seconds + late
+                row = {"audio_filepath": str(source / song / f"{role}.wav"), "offset": start}
+                row["duration"] = min(seconds, length - start)
+                rows.append(row | {"group": song, "role": role})
+    manifest.write_text("\n".join(map(json.dumps, rows)))
+    return manifest
 
 
 def write_stem_store(url: Path, source: Path, **options: object) -> LatentStore:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from latentmill.errors import ConfigError, ItemError
 from latentmill.evaluation.audio_metrics import rms
 from latentmill.evaluation.rows import ShardRows
 from latentmill.record import MIXES, FloatArray
+from latentmill.sources.address import starts_at
+from latentmill.sources.group import group_names
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import read_source
 
@@ -52,16 +55,19 @@ def audible(sound: Tensor, mix: Tensor | None = None) -> bool:
 def stem_groups(store: LatentStore, count: int) -> list[tuple[str, list[str]]]:
     """Up to `count` groups of at least two stems, spread over the store, with their keys.
 
-    Shards are read until enough of them have a group. The plan splits groups that it did not know,
-    so a group may have more stems in the other shards.
+    Segments of a song's stems are in one group if they begin at the same time. Shards are read
+    until enough of them have a group. The plan splits groups that it did not know, so a group may
+    have more stems in the other shards.
     """
     rows = ShardRows(store)
-    keys: dict[str, list[str]] = {}
-    shard_of: dict[str, int] = {}  # where the group becomes one of at least two stems
+    keys: dict[tuple[str, float], list[str]] = {}
+    shard_of: dict[tuple[str, float], int] = {}  # where a group becomes one of at least two stems
     for shard in rows.spread():
-        fields = rows.fields(shard, ("key", "group", "role"))
-        for key, group, role in zip(*fields.values(), strict=True):
-            if group is not None and role not in MIXES:
+        fields = rows.fields(shard, ("key", "group", "role", "source_uri"))
+        starts = starts_at(pa.array(fields.pop("source_uri"), pa.string()))
+        for key, song, role, start in zip(*fields.values(), starts, strict=True):
+            if song is not None and role not in MIXES:
+                group = (song, start or 0.0)
                 keys.setdefault(group, []).append(key)
                 if len(keys[group]) == 2:
                     shard_of[group] = shard
@@ -72,7 +78,9 @@ def stem_groups(store: LatentStore, count: int) -> list[tuple[str, list[str]]]:
     for group, shard in shard_of.items():
         ranked.append((turns[shard], group))
         turns[shard] += 1
-    return sorted((group, sorted(keys[group])) for _, group in sorted(ranked)[:count])
+    names = group_names(keys)
+    chosen = sorted(group for _, group in sorted(ranked)[:count])
+    return [(names[group], sorted(keys[group])) for group in chosen]
 
 
 def stem_tracks(store: LatentStore, count: int, longest: int) -> tuple[list[Track], int]:

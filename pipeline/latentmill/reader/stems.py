@@ -6,9 +6,10 @@ Training mixes are therefore made in latent space while reading, and no mix has 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -19,18 +20,22 @@ from latentmill.reader.field_values import FieldValue
 from latentmill.reader.fields import FieldReader
 from latentmill.reader.transforms import Decibels, check_decibels, random_factor
 from latentmill.record import MIXES, FloatArray
+from latentmill.sources.address import starts_at
+from latentmill.sources.group import group_names
 from latentmill.store.store import LatentStore
 
 By = Literal["fields", "folder"]
 Flags = npt.NDArray[np.bool_]
+_SEGMENT_OF_KEY = re.compile(r"#[0-9.]+-[0-9.]*$")
 
 
 @dataclass(frozen=True)
 class StemGroup:
-    """The records of one song.
+    """The records of one song, or those of its segments that begin together.
 
     Attributes:
-        name: Name of the song.
+        name: Name of the song; if its segments begin at several times, with their start in
+            seconds: `song#12.5`.
         rows: Positions of the records in the store's sorted keys.
         roles: Role of each record in the song, e.g. `drums`.
     """
@@ -43,7 +48,9 @@ class StemGroup:
 def stem_groups(
     store: LatentStore, by: By = "fields", *, without: Sequence[str] = MIXES
 ) -> tuple[StemGroup, ...]:
-    """The stem groups of a store, sorted by name; reads no latents.
+    """The stem groups of a store, sorted by song and start; reads no latents.
+
+    Segments of a song's stems are in one group if they begin at the same time, to the millisecond.
 
     Args:
         store: The store.
@@ -54,26 +61,32 @@ def stem_groups(
     Raises:
         ConfigError: There are no groups, or `by` is invalid.
     """
-    if by == "fields":
-        table = FieldReader(store, ("key", "group", "role")).gather().to_pydict()
-        named = zip(table["key"], table["group"], table["role"], strict=True)
-        found = [(group, role or key.rpartition("/")[2]) for key, group, role in named]
-    elif by == "folder":
-        parts = (key.rpartition("/") for key in store.keys())  # noqa: SIM118
-        found = [(folder or None, name) for folder, _, name in parts]
-    else:
+    if by not in get_args(By):
         raise ConfigError(f"invalid by={by!r}: use 'fields' or 'folder'.")
-    members: dict[str, list[tuple[int, str]]] = {}
-    for row, (group, role) in enumerate(found):
-        if group is not None and role not in without:
-            members.setdefault(group, []).append((row, role))
+    members: dict[tuple[str, float], list[tuple[int, str]]] = {}
+    for row, (song, start, role) in enumerate(_places(store, by)):
+        if song is not None and role not in without:
+            members.setdefault((song, start), []).append((row, role))
     if not members:
         hint = "use by='folder', or encode with --group-by" if by == "fields" else "check the keys"
         raise ConfigError(f"{store.url} has no stem groups by {by}: {hint}.")
+    names = group_names(members)
     return tuple(
-        StemGroup(name, tuple(row for row, _ in of), tuple(role for _, role in of))
-        for name, of in sorted(members.items())
+        StemGroup(names[place], tuple(row for row, _ in of), tuple(role for _, role in of))
+        for place, of in sorted(members.items())
     )
+
+
+def _places(store: LatentStore, by: By) -> Iterator[tuple[str | None, float, str]]:
+    """The song of each record, its start in the song in seconds, and its role."""
+    table = FieldReader(store, ("key", "group", "role", "source_uri")).gather()
+    columns = [table[name].to_pylist() for name in ("key", "group", "role")]
+    for key, group, role, start in zip(*columns, starts_at(table["source_uri"]), strict=True):
+        folder, _, name = key.rpartition("/")
+        if start is not None:
+            name = _SEGMENT_OF_KEY.sub("", name)
+        song, own = (folder or None, name) if by == "folder" else (group, role or name)
+        yield song, start or 0.0, own
 
 
 @dataclass(frozen=True)
@@ -88,7 +101,8 @@ class Stems:
         mask: `[S, T]`, True for frames of the stem.
         active: `[S, T]`, True for frames in which the stem is audible.
         origin: The latent of silence for the crop's position in the song.
-        metadata: `seconds_start` (start of the crop in the song) and `seconds_total`.
+        metadata: `seconds_start` (start of the crop in the song, or in the group's segments) and
+            `seconds_total`.
         epoch: The epoch that the sample was drawn in.
         position: Its position in that epoch.
         fields: The fields of each stem, by name; gains do not change them.

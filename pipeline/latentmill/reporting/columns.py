@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 
 from latentmill.encoding.stored import parse_json
 from latentmill.record import MIXES
-from latentmill.sources.address import format_at
+from latentmill.sources.address import format_at, starts_at
+from latentmill.sources.group import group_names
 from latentmill.store.metadata_file import damaged_metadata, metadata_of
 from latentmill.store.store import LatentStore
 
@@ -84,7 +85,8 @@ def read_columns(store: LatentStore, most: int) -> RecordColumns:
         levels = file.read(columns=["rms", "silence"], use_threads=False)
         rms, silence = (levels[name].to_numpy().astype(np.float64) for name in ("rms", "silence"))
         chosen = [_properties(one) for one in _rows_at(file, sample)]
-        group = _first_group(store, file.read(columns=["group", "role"], use_threads=False))
+        names = ["group", "role", "source_uri"]
+        group = _first_group(store, file.read(columns=names, use_threads=False))
     except (pa.ArrowException, OSError, ValueError, TypeError, AttributeError) as error:
         raise damaged_metadata(store) from error
     with np.errstate(divide="ignore"):
@@ -149,15 +151,21 @@ def _short(value: Any) -> Any:
 
 
 def _first_group(store: LatentStore, table: pa.Table) -> tuple[str, list[str]] | None:
-    """Name and keys of the first group of at least two stems."""
+    """Name and keys of the first group of at least two stems that begin together."""
     stems = pc.and_not(
         pc.is_valid(table["group"]), pc.is_in(table["role"], value_set=pa.array(MIXES))
     ).to_numpy()
     positions = np.flatnonzero(stems)
     names = table["group"].take(pa.array(positions)).combine_chunks().dictionary_encode()
-    numbers = names.indices.to_numpy()  # groups are numbered as they occur
-    larger = np.flatnonzero(np.bincount(numbers) > 1)
+    numbers = names.indices.to_numpy()  # songs are numbered as they occur
+    begins = starts_at(table["source_uri"].take(pa.array(positions)))
+    starts = np.array([begin or 0.0 for begin in begins])
+    groups, sizes = np.unique(np.stack([numbers, starts]), axis=1, return_counts=True)
+    larger = np.flatnonzero(sizes > 1)
     if not len(larger):
         return None
-    members = positions[numbers == larger[0]].tolist()
-    return names.dictionary[int(larger[0])].as_py(), [store.index.key(one) for one in members]
+    number, start = groups[:, larger[0]].tolist()
+    song = names.dictionary[int(number)].as_py()
+    named = group_names([(song, one) for one in groups[1, groups[0] == number].tolist()])
+    members = positions[(numbers == number) & (starts == start)].tolist()
+    return named[song, start], [store.index.key(one) for one in members]

@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from pathlib import PurePosixPath
 
+import pyarrow as pa
+
 from latentmill.sources.base import ByteRange, Item, Segment, TableCell
 
 _FRAGMENT = re.compile(
@@ -18,6 +20,12 @@ _FRAGMENT = re.compile(
     r"(?:bytes=(?P<first>\d+)-(?P<last>\d+)|cell=(?P<group>\d+),(?P<row>\d+),(?P<column>[^#&]+))?"
     r"(?:(?<!#)&)?(?:t=(?P<start>\d+(?:\.\d+)?),(?P<end>\d+(?:\.\d+)?)?)?",
     re.DOTALL,
+)
+
+# The same for many addresses at once, in the syntax of RE2.
+_SEGMENT = (
+    r"#(?:(?:bytes=[0-9]+-[0-9]+|cell=[0-9]+,[0-9]+,[^#&]+)&)?"
+    r"t=(?P<start>[0-9]+(?:\.[0-9]+)?),(?:[0-9]+(?:\.[0-9]+)?)?$"
 )
 
 
@@ -57,11 +65,24 @@ def format_at(address: str) -> str:
     return PurePosixPath(uri).suffix.lower().lstrip(".") or "none"
 
 
+def starts_at(addresses: pa.Array | pa.ChunkedArray) -> list[float | None]:
+    """Where segments begin in their recordings, in seconds; None for addresses without a segment.
+
+    Rounded to the millisecond, so that starts that differ only by rounding are equal.
+    """
+    import pyarrow.compute as pc  # slow, and most commands do not need it
+
+    starts = pc.struct_field(pc.extract_regex(addresses, _SEGMENT), "start")
+    found: list[float | None] = pc.round(starts.cast(pa.float64()), ndigits=3).to_pylist()
+    return found
+
+
 def segment_text(segment: Segment, between: str) -> str:
     """`12.5-17.25`: where a segment begins and ends, in seconds, to the microsecond."""
-    end = "" if segment.duration is None else _seconds(segment.start + segment.duration)
-    return f"{_seconds(segment.start)}{between}{end}"
+    end = "" if segment.duration is None else seconds_text(segment.start + segment.duration)
+    return f"{seconds_text(segment.start)}{between}{end}"
 
 
-def _seconds(value: float) -> str:
+def seconds_text(value: float) -> str:
+    """`12.5`: seconds, to the microsecond."""
     return f"{value:.6f}".rstrip("0").rstrip(".")

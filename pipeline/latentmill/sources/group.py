@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from latentmill.errors import ConfigError, ItemError
+from latentmill.sources.address import seconds_text
 from latentmill.sources.base import Item, Source
 from latentmill.sources.metadata import read_metadata
 from latentmill.sources.prefetch import map_in_threads
@@ -84,6 +86,18 @@ def check_rule(rule: str) -> re.Pattern[str] | list[str]:
             f"invalid --group-by {rule!r}: it must contain (?P<group>...), or be metadata:FIELD."
         )
     return pattern
+
+
+def group_names(groups: Collection[tuple[str, float]]) -> dict[tuple[str, float], str]:
+    """Names of groups of stems that begin together, given by song and start in seconds.
+
+    The name is that of the song, or `song#12.5` if groups of the song begin at several times.
+    """
+    starts = Counter(song for song, _ in groups)
+    return {
+        (song, start): song if starts[song] == 1 else f"{song}#{seconds_text(start)}"
+        for song, start in groups
+    }
 
 
 def _by_key(pattern: re.Pattern[str], item: Item) -> Item:
