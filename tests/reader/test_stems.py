@@ -22,6 +22,7 @@ from latentmill.reader.stems import (
     ContextAndTarget,
     MixtureTriplet,
     Stems,
+    StemTask,
     stem_groups,
 )
 from latentmill.record import decibels
@@ -333,11 +334,29 @@ def test_options_that_make_no_sense(
     assert says in one_sentence(caught.value)
 
 
-def test_what_is_not_there_is_said(
-    store: LatentStore, one_sentence: Callable[[BaseException], str]
-) -> None:
+def test_what_is_not_there_is_said(store: LatentStore) -> None:
     with pytest.raises(IndexError):
         StemDataset(store, Kept(), crop=CROP)[3]
+
+
+@pytest.mark.parametrize("task", [ContextAndTarget("vocal"), AllStems(("drums", "vocal"))])
+def test_a_role_that_no_song_has_is_an_error(
+    store: LatentStore, task: StemTask[object], one_sentence: Callable[[BaseException], str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        StemDataset(store, task, crop=CROP)
+    text = one_sentence(caught.value)
+    assert text == "no song has the role 'vocal', only bass, drums, keys: correct the task's role."
+
+
+def test_only_roles_of_songs_that_are_used_count(store: LatentStore) -> None:
+    assert len(StemDataset(store, AllStems(("bass", "drums")), crop=CROP)) == 3  # solo has no bass
+    with pytest.raises(ConfigError, match=r"'mix', only .*: set without=\(\) to use mixes too"):
+        StemDataset(store, AllStems(("mix",)), crop=CROP)
+    assert len(StemDataset(store, AllStems(("mix",)), crop=CROP, without=())) == 3
+    alone = {"without": ("bass", "keys", "mix")}
+    with pytest.raises(ConfigError, match=r"no song has the role 'bass', only drums"):
+        StemDataset(store, ContextAndTarget("bass"), crop=CROP, **alone)
 
 
 def test_a_path_is_a_store(store: LatentStore) -> None:

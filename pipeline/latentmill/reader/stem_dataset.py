@@ -31,6 +31,7 @@ from latentmill.reader.stems import (
     StemGroup,
     Stems,
     StemTask,
+    check_roles,
     stem_groups,
 )
 from latentmill.reader.transforms import Decibels
@@ -85,7 +86,8 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         transforms: Transforms of the task's results, such as `Drop`, applied in this order.
 
     Raises:
-        ConfigError: An option is invalid, or the store has no groups or cannot be cropped.
+        ConfigError: An option is invalid, the store has no groups or cannot be cropped, or no song
+            has a role that the task needs.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         )
         self._field_names, self._left_out = tuple(fields), 0
         self._use_complete(missing_fields)
+        check_roles(task, self.groups, without)
         self._draws = Draws()
         self._task, self._crop, self._seed = task, crop, seed
         self._gains = None if gains is None else RandomStemGains(gains)

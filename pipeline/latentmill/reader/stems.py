@@ -27,6 +27,7 @@ from latentmill.store.store import LatentStore
 By = Literal["fields", "folder"]
 Flags = npt.NDArray[np.bool_]
 _SEGMENT_OF_KEY = re.compile(r"#[0-9.]+-[0-9.]*$")
+_MOST_ROLES = 20  # in an error
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,23 @@ def stem_groups(
         StemGroup(names[place], tuple(row for row, _ in of), tuple(role for _, role in of))
         for place, of in sorted(members.items())
     )
+
+
+def check_roles(task: object, groups: Sequence[StemGroup], without: Sequence[str]) -> None:
+    """Raise ConfigError if `AllStems` or `ContextAndTarget` needs a role that no song has."""
+    wanted: Sequence[str] = ()
+    if isinstance(task, AllStems):
+        wanted = task.roles
+    elif isinstance(task, ContextAndTarget) and task.target is not None:
+        wanted = (task.target,)
+    there = {role for group in groups for role in group.roles}
+    for role in wanted:
+        if role not in there:
+            shown = sorted(there)[:_MOST_ROLES] + ["..."] * (len(there) > _MOST_ROLES)
+            hint = (
+                "set without=() to use mixes too" if role in without else "correct the task's role"
+            )
+            raise ConfigError(f"no song has the role {role!r}, only {', '.join(shown)}: {hint}.")
 
 
 def _places(store: LatentStore, by: By) -> Iterator[tuple[str | None, float, str]]:
@@ -197,7 +215,7 @@ class ContextAndTarget:
     """A random sub-mix as context, and one of the other stems as target.
 
     Attributes:
-        target: Role of the target; None chooses a random stem.
+        target: Role of the target, which a song of the store must have; None chooses a random stem.
         audible: Whether to choose the target among stems that are audible in the crop, if any is.
     """
 
@@ -285,7 +303,8 @@ class AllStems:
 
     Attributes:
         roles: Roles of the stems, in this order. Several stems of one role are mixed; a role that
-            is missing in a song is silence. The mixture consists of these roles only.
+            is missing in a song is silence, and one that is missing in all songs is an error. The
+            mixture consists of these roles only.
     """
 
     roles: tuple[str, ...]
