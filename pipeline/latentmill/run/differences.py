@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from latentmill.config import RunConfig, fingerprint_document, item_settings
+from pydantic import ValidationError
+
+from latentmill.config import RunConfig, fingerprint_document, item_settings, settings_of
 from latentmill.encoding.chunks import Chunking
-from latentmill.errors import ConfigError
+from latentmill.errors import ConfigError, StoreError
 from latentmill.models.base import ModelSpec, Stitch
-from latentmill.plan import Plan
-from latentmill.sources.settings import option
+from latentmill.plan import PLAN_PATH, Plan
+from latentmill.sources.files import Place
+from latentmill.sources.settings import SourceSettings, option
 
 _HASH = "sha256"
 _HASH_DIGITS = 8
@@ -21,6 +24,7 @@ _SHAPE = ("name", "sample_rate", "channels", "latent_channels", "hop", "scale_fa
 _GRID = ("name", "sample_rate", "hop")
 _CHUNKING = ("stitch", "chunk_seconds", "chunk_samples", "overlap")
 _WEIGHTS = "weights"
+_UNIT_SIZE = ("unit_seconds", "shard_size")
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,32 @@ def default_stitch(plan: Plan | None, spec: ModelSpec) -> Stitch:
     """
     planned = None if plan is None else plan.fingerprint["chunking"]["stitch"]
     return "trim" if spec.stitch == "state" and planned == "trim" else spec.stitch
+
+
+def with_planned(config: RunConfig, plan: Plan | None) -> RunConfig:
+    """The settings of a run, with the planned value of each that selects items and is not given.
+
+    The maximum size of a unit keeps its planned value, too. These settings do not count as given.
+    """
+    if plan is None or plan.source != Place(config.source).uri:  # another source is refused
+        return config
+    stored = {"extensions": plan.extensions, **plan.source_settings}
+    names = set(settings_of("items")) - config.model_fields_set
+    try:
+        planned = SourceSettings.model_validate(
+            {"source": config.source, **{name: stored[name] for name in names & set(stored)}}
+        )
+    except ValidationError as error:
+        raise StoreError(
+            f"Store {config.out}: {PLAN_PATH} is damaged: restore it from a backup, or encode into "
+            "a new output folder."
+        ) from error
+    values = {
+        **dict(config),
+        **{name: getattr(planned, name) for name in names},
+        **{name: getattr(plan, name) for name in _UNIT_SIZE if getattr(config, name) is None},
+    }
+    return RunConfig.model_construct(config.model_fields_set, **values)
 
 
 def differences(
@@ -217,11 +247,11 @@ def _planning(plan: Plan, config: RunConfig, source: str) -> Iterator[ChangedSet
         yield _difference("source", plan.source, source, "SOURCE")
     if plan.format != config.format:
         yield _difference("format", plan.format, config.format)
-    for name in ("unit_seconds", "shard_size"):
+    for name in _UNIT_SIZE:
         was, now = getattr(plan, name), getattr(config, name)
         if now not in (None, was):
             yield _difference(name, was, now)
-    # The plan has fixed the items; a setting that is not given now keeps its planned value.
+    # A setting that is not given now keeps its planned value: see `with_planned`.
     given = item_settings(config)
     for name in sorted(set(given) | set(plan.source_settings)):
         was, now = plan.source_settings.get(name), given.get(name)

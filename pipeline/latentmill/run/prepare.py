@@ -35,7 +35,7 @@ from latentmill.plan.amend import amend
 from latentmill.plan.compare import Comparison, compare
 from latentmill.plan.items import draft_table, to_items
 from latentmill.plan.probe import cheap, probed
-from latentmill.run.differences import default_stitch, differences, explain
+from latentmill.run.differences import default_stitch, differences, explain, with_planned
 from latentmill.sources.base import Item, Source, ignored_by
 from latentmill.sources.open import open_source
 from latentmill.storage.job_folder import refuse_job_folder
@@ -140,6 +140,7 @@ def prepare(config: RunConfig, observer: PlanningObserver | None = None) -> Prep
             "--refresh-metadata needs --extend, which finds the changed metadata: set both."
         )
     setup = set_up(config)
+    setup = replace(setup, config=with_planned(setup.config, load(setup.storage)))
     source = _source(setup.config, setup.storage)
     return Preparation(**vars(setup), source=source, observer=observer)
 

@@ -49,7 +49,7 @@ def open_source(given: SourceSettings) -> Source:
     """
     kind = given.source_type or source_type(given.source)
     for name, field in SourceSettings.model_fields.items():
-        types = Setting.of(field).sources
+        types = Setting.of(field).sources if name in given.model_fields_set else ()
         if types and kind not in types and getattr(given, name) not in (field.default, ""):
             raise ConfigError(
                 f"{option(name)} has no effect on a source of type {kind}, only on "
