@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentmill.plan.files import RowGroup, iter_units, write_document, write_part
-from latentmill.plan.items import ITEMS_SCHEMA, estimated_seconds, to_items, unit_hash
+from latentmill.plan.items import (
+    ITEMS_SCHEMA,
+    LONGEST_SECONDS,
+    estimated_seconds,
+    extension_of,
+    to_items,
+    unit_hash,
+)
 from latentmill.plan.plan import Plan, PlanPart, Unit
 from latentmill.storage.storage import Storage
 
@@ -25,7 +34,8 @@ def amend(
     """Replace values of items in the plan: those of `columns`, from rows of `DRAFT_SCHEMA`.
 
     If files have changed, this invalidates the commits of the units `in_units`, which have these
-    items. Units keep their items and their numbers. Replaced files are deleted last.
+    items. Units keep their items and their numbers, and the totals of the plan are updated.
+    Replaced files are deleted last.
     """
     touched = set(in_units)
     if not touched:
@@ -43,9 +53,10 @@ def amend(
             continue
         alone = dataclasses.replace(plan, units=own, parts=(part,))
         newer = dataclasses.replace(part, revision=part.revision + 1)
-        groups = _amended(alone, changed, touched, storage, columns)
+        totals = _Totals(Counter(part.formats))
+        groups = _amended(alone, changed, touched, storage, columns, totals)
         newer, rewritten = write_part(newer, groups, storage)
-        parts.append(newer)
+        parts.append(totals.of(newer, rewritten))
         units += rewritten
         replaced += [part.items_file, part.units_file]
     amended = dataclasses.replace(plan, units=tuple(units), parts=tuple(parts))
@@ -55,22 +66,67 @@ def amend(
     return amended
 
 
+@dataclass
+class _Totals:
+    """Totals of a part, counted while it is written."""
+
+    formats: Counter[str]
+    known_seconds: float = 0.0
+    estimated_items: int = 0
+
+    def add(self, table: pa.Table) -> None:
+        """Count the lengths of rows of `ITEMS_SCHEMA`."""
+        columns = (table[name].to_pylist() for name in ("seconds", "duration"))
+        for seconds, duration in zip(*columns, strict=True):
+            known = duration if seconds is None else seconds
+            self.known_seconds += min(known or 0.0, LONGEST_SECONDS)
+            self.estimated_items += known is None
+
+    def of(self, part: PlanPart, units: Sequence[Unit]) -> PlanPart:
+        """The part with these totals and those of its units."""
+        seconds = round(sum(unit.seconds for unit in units), 6)
+        estimated = max(0.0, round(seconds - self.known_seconds, 6))
+        return dataclasses.replace(
+            part,
+            seconds=seconds,
+            estimated_seconds=estimated if self.estimated_items else 0.0,
+            estimated_items=self.estimated_items,
+            bytes=sum(unit.bytes for unit in units),
+            formats={name: count for name, count in sorted(self.formats.items()) if count > 0},
+        )
+
+
 def _amended(
-    part: Plan, changed: pa.Table, touched: set[int], storage: Storage, columns: Sequence[str]
+    part: Plan,
+    changed: pa.Table,
+    touched: set[int],
+    storage: Storage,
+    columns: Sequence[str],
+    totals: _Totals,
 ) -> Iterator[RowGroup]:
+    """The row groups of a part with the new values, added to `totals`."""
     units = iter_units(storage, part)
     for _, some in itertools.groupby(units, key=lambda pair: pair[0].row_group):
         pairs = [
-            _amend(unit, table, changed, columns) if unit.number in touched else (unit, table)
+            _amend(unit, table, changed, columns, totals)
+            if unit.number in touched
+            else (unit, table)
             for unit, table in some
         ]
+        for _, table in pairs:
+            totals.add(table)
         yield [unit for unit, _ in pairs], pa.concat_tables(table for _, table in pairs)
 
 
 def _amend(
-    unit: Unit, table: pa.Table, changed: pa.Table, columns: Sequence[str]
+    unit: Unit,
+    table: pa.Table,
+    changed: pa.Table,
+    columns: Sequence[str],
+    totals: _Totals,
 ) -> tuple[Unit, pa.Table]:
     """Replace some columns in the rows of a unit's changed items."""
+    before = table
     place = pc.index_in(table["key"], changed["key"]).to_pylist()
     rows = pa.array([n if at is None else len(table) + at for n, at in enumerate(place)])
     for name in columns:
@@ -78,11 +134,27 @@ def _amend(
         number = table.schema.get_field_index(name)
         table = table.set_column(number, ITEMS_SCHEMA.field(name), both.take(rows))
     table = table.combine_chunks()
-    items = to_items(table)
+    unit = dataclasses.replace(unit, hash=unit_hash(table))
+    if "size" not in columns:  # the files are the same
+        return unit, table
+    # Files in tars and tables have the name of the tar or table here, before and after.
+    totals.formats.subtract(map(extension_of, before["uri"].to_pylist()))
+    totals.formats.update(map(extension_of, table["uri"].to_pylist()))
     unit = dataclasses.replace(
         unit,
-        seconds=sum(estimated_seconds(item) for item in items),
-        bytes=sum(item.size for item in items),
-        hash=unit_hash(table),
+        seconds=_seconds(unit, before, place, changed),
+        bytes=sum(table["size"].to_pylist()),
     )
     return unit, table
+
+
+def _seconds(unit: Unit, before: pa.Table, place: Sequence[int | None], changed: pa.Table) -> float:
+    """The length of an amended unit: the share of its items that are the same, and the new ones.
+
+    Not all that the lengths were estimated from is stored, so they are not estimated again.
+    """
+    old = [estimated_seconds(item) for item in to_items(before)]
+    same = sum(one for one, at in zip(old, place, strict=True) if at is None)
+    micros: list[int] = changed["micros"].to_pylist()
+    new: float = sum(micros[at] for at in place if at is not None) / 1e6
+    return round((unit.seconds * same / sum(old) if same else 0.0) + new, 6)

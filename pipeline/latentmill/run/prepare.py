@@ -326,17 +326,18 @@ def _extended(
     prepared: Preparation, plan: Plan, items: Draft
 ) -> tuple[Plan, Extension, Comparison]:
     storage, config = prepared.storage, prepared.config
+    refine = _refiner(config.probe)
     found, fresh = compare(
         plan,
         storage,
         items,
         prepared.limits,
-        _refiner(config.probe),
+        refine,
         described_rows=config.refresh_metadata,
     )
     with fresh:
         if config.retry_changed and len(found.changed):
-            plan = amend(plan, found.changed, found.units, storage)
+            plan = amend(plan, refine(found.changed), found.units, storage)
         if found.new:
             plan = replace(plan, ignored=ignored_by(prepared.source))
             plan = extend(plan, fresh, storage)
@@ -355,7 +356,7 @@ def _extended(
 
 
 def _refiner(probe: bool | None) -> Callable[[pa.Table], pa.Table]:
-    """A function that reads the headers of new items by the same rules as `_drafted`."""
+    """A function that reads the headers of new and changed items by the rules of `_drafted`."""
     left = 0 if probe is False else PROBED_BY_DEFAULT
 
     def refine(table: pa.Table) -> pa.Table:
