@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -29,6 +32,7 @@ from latentmill.sources.base import ByteRange, Item, Segment
 from latentmill.sources.folder import FolderSource
 from latentmill.storage.storage import Storage
 from support import runs
+from support.in_process import encode, spoil
 from support.sources import put, tar_of
 
 FORMATS = ("wav", "flac", "ogg", "mp3", "aiff")
@@ -190,6 +194,82 @@ def test_the_command(songs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert plan_ is not None
     assert set(iter_keys(Storage(str(store)), plan_)) == set(FORMATS)
     assert [len(read_items(Storage(str(store)), unit)) for unit in plan_.units] == [1] * 5
+
+
+def a_missing_shard(songs: Path, store: Path) -> dict[str, Any]:
+    del songs
+    (store / "shards" / "000001.parquet").unlink()
+    return {}
+
+
+def a_truncated_shard(songs: Path, store: Path) -> dict[str, Any]:
+    del songs
+    os.truncate(store / "shards" / "000001.parquet", 100)
+    return {}
+
+
+def a_changed_file(songs: Path, store: Path) -> dict[str, Any]:
+    del store
+    soundfile.write(songs / "album 1" / "song 01.wav", np.zeros(44100 * 2), 44100)
+    return {"extend": True, "retry_changed": True}
+
+
+def a_failed_item(songs: Path, store: Path) -> dict[str, Any]:
+    a_missing_shard(songs, store)
+    spoil(songs / "album 1" / "song 01.wav")
+    encode(songs, store)
+    return {"retry_failed": True}
+
+
+def a_kept_item(songs: Path, store: Path) -> dict[str, Any]:
+    spoil(songs / "album 1" / "song 01.wav")
+    assert encode(songs, store, extend=True, retry_changed=True).kept
+    return {"retry_failed": True}
+
+
+@pytest.mark.parametrize(
+    "change", [a_missing_shard, a_truncated_shard, a_changed_file, a_failed_item, a_kept_item]
+)
+@pytest.mark.usefixtures("inline")
+def test_units_that_encode_encodes_again_are_not_counted_as_committed(
+    change: Callable[[Path, Path], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentmill.run.forecast.measure", lambda *_: 10.0)
+    songs, store = runs.write_songs(tmp_path / "songs", 3), tmp_path / "store"
+    encode(songs, store)
+    options = change(songs, store)
+    given = {"source": str(songs), "out": str(store), "device": "cpu", "unit_seconds": 0.01}
+    given |= {"model_options": {"hop": 64, "sample_rate": 44100}, "workers": 1, **options}
+    value = forecast(load_config(None, given))
+    frozen = load(Storage(str(store)))
+    assert frozen is not None
+    assert (value.units, value.committed) == (3, 2)
+    assert value.run_seconds == pytest.approx(frozen.units[1].seconds / 10)
+    assert "2 of them committed" in show.forecast(value)
+    assert "every unit is committed" not in show.forecast(value)
+    assert encode(songs, store, **options).resumed_units == value.committed
+
+
+def test_changed_files_change_the_hours_and_the_sizes(tmp_path: Path) -> None:
+    """Their headers are read, as those of new files."""
+    songs = tmp_path / "songs"
+    songs.mkdir()
+    for name in ("a", "b"):
+        soundfile.write(songs / f"{name}.wav", np.zeros(8000, np.int16), 8000)
+    options = {"source": str(songs), "out": str(tmp_path / "store"), "device": "cpu"}
+    assert forecast(load_config(None, options), calibrated=False).hours == 2 / 3600
+    (songs / "b.wav").unlink()
+    soundfile.write(songs / "b.flac", np.zeros(800_000, np.int16), 8000)
+    config = load_config(None, {**options, "extend": True, "retry_changed": True})
+    value = forecast(config, calibrated=False)
+    assert value.extension is not None
+    assert value.extension.changed_keys == ("b",)
+    assert value.hours == pytest.approx(101 / 3600)
+    assert (value.estimated_items, value.estimated_hours) == (0, 0.0)
+    assert value.source_bytes == sum(path.stat().st_size for path in songs.iterdir())
+    assert value.formats == {"wav": 1, "flac": 1}
+    assert value.latent_bytes == pytest.approx(101 * 44100 * 2, rel=1e-3)
+    assert forecast(load_config(None, options), calibrated=False).hours == value.hours
 
 
 def test_plan_has_the_options_of_encode() -> None:

@@ -27,8 +27,8 @@ from latentmill.run.prepare import (
     planned,
     prepare,
 )
+from latentmill.run.run import finished_units
 from latentmill.run.with_fields import FieldsOfRun
-from latentmill.store.commit import committed_revisions
 
 SAMPLED_UNITS, SAMPLED_ITEMS = 16, 30_000  # whose batches are computed; about a second
 CALIBRATION_SECONDS = 3.0
@@ -58,7 +58,7 @@ class Forecast:
         source: URI of the source.
         items: Number of items.
         units: Number of units.
-        committed: Number of units that are committed already.
+        committed: Number of units that are committed already and would not be encoded again.
         hours: Hours of audio; unknown lengths are estimated.
         estimated_items: Number of items whose length is estimated.
         estimated_hours: The hours of those items.
@@ -109,8 +109,8 @@ def forecast(
     with items or contextlib.nullcontext(), only_run(storage) as hold:
         plan, extension, _ = planned(replace(prepared, storage=hold.storage), items)
         storage.clear_scratch()
-    committed = set(committed_revisions(storage))
-    todo = sum(unit.seconds for unit in plan.units if unit.name not in committed)
+        finished, _ = finished_units(prepared, plan)
+    todo = sum(unit.seconds for unit in plan.units if unit.name not in finished)
     calibration = _calibrate(prepared) if calibrated and todo else None
     batch_size = config.batch_size or prepared.handle.spec.batch_size["cuda"]
     run_seconds = None
@@ -121,7 +121,7 @@ def forecast(
         source=plan.source,
         items=plan.num_items,
         units=len(plan.units),
-        committed=len(committed),
+        committed=len(finished),
         hours=plan.seconds / 3600,
         estimated_items=sum(part.estimated_items for part in plan.parts),
         estimated_hours=sum(part.estimated_seconds for part in plan.parts) / 3600,

@@ -185,14 +185,9 @@ def complete(
         compute: Computes the units that are not committed; the default encodes their audio.
         waiting: Names of units that cannot be computed yet. Without them the store is not sealed.
     """
-    storage, retry_failed = setup.storage, setup.config.retry_failed
+    storage = setup.storage
     tidy(storage)
-    tallies, sealable = _trusted(storage, plan)
-    tallies = {  # the old commits count until later revisions are committed
-        name: one
-        for name, one in tallies.items()
-        if name not in stale and not (retry_failed and (one.failed or one.kept))
-    }
+    tallies, sealable = finished_units(setup, plan, stale)
     revisions = next_revisions(storage)
     todo = [
         replace(unit, revision=revisions.get(unit.name, 0))
@@ -274,6 +269,24 @@ def _check_source(storage: Storage, plan: Plan, todo: Sequence[Unit]) -> None:
 def _few(values: Sequence[_Value]) -> Sequence[_Value]:
     """At most `LOOKED_UP` of some values, at equal distances."""
     return values[:: -(-len(values) // LOOKED_UP)]
+
+
+def finished_units(
+    setup: Setup, plan: Plan, stale: Collection[str] = ()
+) -> tuple[dict[str, Tally], str]:
+    """The commits of the units that a run does not encode again, by unit.
+
+    Also returns the hash of the seal over all valid commits: those of the other units count until
+    later revisions are committed.
+    """
+    retry_failed = setup.config.retry_failed
+    tallies, sealable = _trusted(setup.storage, plan)
+    finished = {
+        name: one
+        for name, one in tallies.items()
+        if name not in stale and not (retry_failed and (one.failed or one.kept))
+    }
+    return finished, sealable
 
 
 def _trusted(storage: Storage, plan: Plan) -> tuple[dict[str, Tally], str]:
