@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from view_server import SCRIPT, Site, serving
+from view_server import SCRIPT, STEMS, Site, serving
 
 from latentmill.store.store import LatentStore
+from latentmill.view.desk import Desk
 from support.browser import Watched, watched_page
+from support.runs import PATIENCE_SECONDS
 
 ROWS = "#results tbody tr"
 READY = ".play:not([disabled])"
@@ -147,6 +150,39 @@ def test_names_that_look_like_html_are_text(browser: Any, site: Site) -> None:
         page.wait_for_selector(f"#desk {READY}")
         assert SCRIPT in page.inner_text(".strip-name")
         assert "alert" in page.inner_text("#desk pre")
+
+
+def open_record(page: Any, key: str) -> None:
+    page.get_by_role("button", name=key, exact=True).click()
+    # `wait_for_selector` would keep the player in memory.
+    page.locator(f"#record .player[aria-label='{key}']").wait_for()
+
+
+def test_a_record_opens_while_the_one_before_is_decoded(
+    browser: Any, store: LatentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The requests of a record that is left are aborted: a browser has six connections, and each
+    record needs four, for its sound and pictures."""
+    released, audio = threading.Event(), Desk.audio
+
+    def held(*args: Any) -> np.ndarray:
+        assert released.wait(PATIENCE_SECONDS)
+        return audio(*args)
+
+    monkeypatch.setattr(Desk, "audio", held)
+    aborted: list[str] = []
+    with serving(store) as site, opened(browser, site) as watched:
+        page = watched.page
+        page.on("requestfailed", lambda request: aborted.append(request.url))
+        try:
+            for stem in STEMS:
+                open_record(page, f"south/{stem}")
+        finally:
+            released.set()
+        page.wait_for_selector("#record .side-note:text-matches('peak')")
+        page.wait_for_selector("#record img.latent")
+        assert [sum(f"south%2F{stem}" in url for url in aborted) for stem in STEMS] == [4, 4, 0]
+        assert page.locator("#message").is_hidden()
 
 
 def test_sliders_change_what_is_heard(browser: Any, split_site: Site) -> None:

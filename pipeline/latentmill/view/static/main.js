@@ -1,7 +1,7 @@
 // Starts the page and connects its parts.
 
 import { json, RequestError } from "./api.js";
-import { announce, byId, showError, whole } from "./dom.js";
+import { byId, showError, whole } from "./dom.js";
 import { Desk } from "./desk.js";
 import { RecordView } from "./record.js";
 import { Search } from "./search.js";
@@ -42,7 +42,6 @@ async function begin() {
       search.mark(key);
       go("record", { focus: narrow.matches });
       await record.open(key);
-      announce(`${key} is open.`);
     },
   });
   for (const button of document.querySelectorAll("nav.places button")) {

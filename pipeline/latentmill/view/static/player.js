@@ -19,7 +19,9 @@ function audioContext(rate) {
 
 export async function decodeSound(rate, parameters, signal) {
   const data = await bytes("audio", parameters, signal);
-  return audioContext(rate).decodeAudioData(data);
+  const buffer = await audioContext(rate).decodeAudioData(data);
+  signal?.throwIfAborted(); // decoding itself cannot be aborted
+  return buffer;
 }
 
 let playing = null; // the player that sounds: there is one at a time

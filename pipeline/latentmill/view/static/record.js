@@ -1,7 +1,7 @@
 // One record: facts, player, pictures, metadata.
 
-import { address, json, RequestError } from "./api.js";
-import { byId, decibels, el, lengthText, percent, whole } from "./dom.js";
+import { address, json, Latest, RequestError } from "./api.js";
+import { announce, byId, decibels, el, lengthText, percent, whole } from "./dom.js";
 import { decodeSound, peakText, Player, snr } from "./player.js";
 
 const SECONDS = 60;
@@ -12,27 +12,35 @@ export class RecordView {
     this.facts = facts;
     this.add = add;
     this.addGroup = addGroup;
+    this.latest = new Latest();
   }
 
   async open(key) {
     this.player?.pause();
-    this.key = key;
     byId("record-title").textContent = key;
-    const place = byId("record-content");
-    let record;
+    stopLoading(byId("record-content"));
     try {
-      record = await json("api/record", { key });
+      await this.latest.run(async (signal) => this.#show(await json("api/record", { key }, signal), signal));
     } catch (error) {
       if (!(error instanceof RequestError)) throw error;
-      place.replaceChildren(el("p", { class: "note warn" }, error.message));
-      return;
+      this.#replace(el("p", { class: "note warn" }, error.message));
+      announce(error.message);
     }
-    if (this.key !== key) return;
-    this.player = this.#player(record);
-    place.replaceChildren(
-      this.#figures(record), this.#buttons(record), this.player.element, this.#pictures(record),
+  }
+
+  /** Show a record; `signal` aborts loading its sounds. */
+  #show(record, signal) {
+    const player = this.#player(record, signal);
+    this.#replace(
+      this.#figures(record), this.#buttons(record), player.element, this.#pictures(record),
       ...this.#metadata(record));
-    this.player.choose("latent");
+    this.player = player;
+    player.choose("latent");
+    announce(`${record.key} is open.`);
+  }
+
+  #replace(...children) {
+    byId("record-content").replaceChildren(...children);
   }
 
   #figures(record) {
@@ -57,7 +65,7 @@ export class RecordView {
         : null);
   }
 
-  #player(record) {
+  #player(record, signal) {
     const { rate, hop, chunked } = this.facts;
     const frames = chunked ? undefined : Math.ceil((SECONDS * rate) / hop);
     const mix = { channels: [{ key: record.key }], frames };
@@ -68,9 +76,10 @@ export class RecordView {
         if (player.buffers.has(name)) return this.#note(player);
         player.note.textContent = name === "latent" ? "Decoding…" : "Loading the source…";
         try {
-          player.set(name, await decodeSound(rate, { mix, of: name }));
+          player.set(name, await decodeSound(rate, { mix, of: name }, signal));
           this.#note(player);
         } catch (error) {
+          if (signal.aborted) return;
           if (!(error instanceof RequestError)) throw error;
           player.note.textContent = error.message;
         }
@@ -114,6 +123,13 @@ export class RecordView {
       Object.keys(own).length ? table("The item's own metadata", own) : el("p", { class: "quiet" }, "This item has none."),
       el("details", {}, el("summary", {}, "Source and storage"), table("Stored fields", stored)),
     ];
+  }
+}
+
+/** Stop loading pictures: a browser has few connections to a server, and the next record needs one. */
+function stopLoading(place) {
+  for (const image of place.querySelectorAll("img")) {
+    if (!image.complete) image.removeAttribute("src");
   }
 }
 
