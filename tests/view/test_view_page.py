@@ -185,6 +185,35 @@ def test_a_record_opens_while_the_one_before_is_decoded(
         assert page.locator("#message").is_hidden()
 
 
+def sounds_in_memory(page: Any) -> int:
+    """The number of decoded sounds that the page still has after a garbage collection."""
+    session = page.context.new_cdp_session(page)
+    session.send("HeapProfiler.collectGarbage")
+    kind = session.send("Runtime.evaluate", {"expression": "AudioBuffer.prototype"})
+    prototype = {"prototypeObjectId": kind["result"]["objectId"]}
+    found = session.send("Runtime.queryObjects", prototype)["objects"]["objectId"]
+    counting = {"functionDeclaration": "function () { return this.length; }"}
+    counted = session.send("Runtime.callFunctionOn", {"objectId": found, **counting})
+    session.detach()
+    number: int = counted["result"]["value"]
+    return number
+
+
+def test_the_sounds_of_a_record_that_is_left_are_freed(browser: Any, site: Site) -> None:
+    with opened(browser, site) as watched:
+        page = watched.page
+        for stem in STEMS:
+            open_record(page, f"north/{stem}")
+            page.locator(f"#record {READY}").click()
+        page.get_by_label("Original", exact=True).check()
+        page.wait_for_selector("#record .side-note:has-text('SNR')")
+        for _ in range(20):  # a sound that was just stopped is freed a little later
+            if (kept := sounds_in_memory(page)) == 2:
+                break
+            page.wait_for_timeout(100)
+        assert kept == 2  # both versions of the last record
+
+
 def test_sliders_change_what_is_heard(browser: Any, split_site: Site) -> None:
     with opened(browser, split_site) as watched:
         page = watched.page

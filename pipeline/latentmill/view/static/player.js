@@ -24,6 +24,8 @@ export async function decodeSound(rate, parameters, signal) {
   return buffer;
 }
 
+const scheme = matchMedia("(prefers-color-scheme: dark)");
+
 let playing = null; // the player that sounds: there is one at a time
 
 export class Player {
@@ -37,8 +39,10 @@ export class Player {
     this.offset = 0;
     this.started = null;
     this.#build(name);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
-    new ResizeObserver(() => this.draw()).observe(this.canvas);
+    this.redraw = () => this.draw();
+    scheme.addEventListener("change", this.redraw);
+    this.observer = new ResizeObserver(this.redraw);
+    this.observer.observe(this.canvas);
   }
 
   #build(name) {
@@ -131,6 +135,14 @@ export class Player {
     this.#stop();
     this.button.textContent = "Play";
     this.#show();
+  }
+
+  /** Stop for good: nothing that stays refers to the player any more, so its sounds are freed. */
+  close() {
+    this.pause();
+    if (playing === this) playing = null;
+    scheme.removeEventListener("change", this.redraw);
+    this.observer.disconnect();
   }
 
   seek(to) {

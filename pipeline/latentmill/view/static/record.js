@@ -40,6 +40,8 @@ export class RecordView {
   }
 
   #replace(...children) {
+    this.player?.close();
+    this.player = null;
     byId("record-content").replaceChildren(...children);
   }
 
