@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from latentmill.models.base import MEANS_FIRST, ROWS, has_deviations
+
 # Raised when the same file, model and settings result in other latents than before. Stores of
 # another version stay readable; resuming or extending them is refused (`version_difference`).
 # 2: more files are loaded exactly as FFmpeg decodes them. Not raised when wrong samples at some
@@ -22,6 +24,8 @@ def fingerprint(document: Mapping[str, Any]) -> str:
 
 def version_difference(stored: Mapping[str, Any]) -> str | None:
     """Why this version of latentmill cannot add to the store, or None if it can."""
+    if reason := rows_difference(stored.get("model", {})):
+        return reason
     version = stored.get("preprocessing", {}).get("encoding_version")
     if version == ENCODING_VERSION:
         return None
@@ -32,4 +36,14 @@ def version_difference(stored: Mapping[str, Any]) -> str | None:
         f"was encoded by {made} version of latentmill, whose latents can differ (encoding version "
         f"{version}, now {ENCODING_VERSION}): you can still read it, but to resume or extend it, "
         f"{action}."
+    )
+
+
+def rows_difference(model: Mapping[str, Any]) -> str | None:
+    """Why the rows of latents are not in the order that readers expect, or None if they are."""
+    if not has_deviations(model) or not model.get("split") or model.get(ROWS) == MEANS_FIRST:
+        return None
+    return (
+        "was encoded by an earlier version of latentmill, which stored the standard deviations of "
+        "the left channel before the means of the right one: encode into a new output folder."
     )

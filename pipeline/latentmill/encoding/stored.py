@@ -12,8 +12,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from latentmill.encoding.fingerprint import rows_difference
 from latentmill.errors import StoreError
-from latentmill.models.base import Channels, Stitch
+from latentmill.models.base import Channels, Stitch, has_deviations
 from latentmill.models.inference.precision import Precision
 
 _Count = Annotated[int, Field(gt=0, lt=2**31)]
@@ -72,6 +73,18 @@ def refuse_damaged(document: Mapping[str, Any], path: str, *names: str) -> None:
         check_facts(document, *names)
     except ValueError as error:
         raise StoreError(f"{path} is damaged ({error}): restore it from a backup.") from error
+
+
+def deviations_of(model: Mapping[str, Any]) -> int:
+    """Number of a latent's rows, at the end, that are standard deviations of the others."""
+    channels: int = model["latent_channels"]
+    return channels // 2 if has_deviations(model) else 0
+
+
+def refuse_earlier_rows(model: Mapping[str, Any], url: str) -> None:
+    """Raise StoreError if the rows of latents are not in the order that readers expect."""
+    if reason := rows_difference(model):
+        raise StoreError(f"Store {url} {reason}")
 
 
 def check_facts(document: Mapping[str, Any], *names: str) -> None:

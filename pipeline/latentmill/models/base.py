@@ -42,7 +42,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,10 @@ if TYPE_CHECKING:
 Stitch = Literal["trim", "crossfade", "none", "state"]
 Channels = Literal["mono", "split"]
 Value = str | int | float | bool | None
+
+# In the identity of a model with `--channels split` whose rows are means and deviations. Before,
+# the deviations of the left channel came before the means of the right one.
+ROWS, MEANS_FIRST = "split_rows", "means first"
 
 
 class Context(NamedTuple):
@@ -137,6 +141,11 @@ class ModelSpec:
     def frame_rate(self) -> float:
         """Latent frames per second."""
         return self.sample_rate / self.hop
+
+
+def has_deviations(identity: Mapping[str, Any]) -> bool:
+    """Whether the last half of a latent's rows are standard deviations of the first half."""
+    return identity.get("posterior") == "mean+std"
 
 
 class Autoencoder(Protocol):

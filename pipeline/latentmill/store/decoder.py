@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from latentmill.decoding.decoder import LatentSource, decode_blocks, decode_latents
 from latentmill.encoding.chunks import Chunking
+from latentmill.encoding.stored import refuse_earlier_rows
 from latentmill.errors import ConfigError, ModelError
 from latentmill.models.base import Autoencoder
 from latentmill.models.inference.device import load_model, pick_device
@@ -124,9 +125,11 @@ class StoreDecoder:
         Raises:
             ModelError: The model is not built in and the store was opened without `trust_model`,
                 it cannot be loaded, or its weights differ from those that encoded the store.
+            StoreError: An earlier version has stored the rows in another order.
         """
         if self._model is None:
             stored = self.info.model
+            refuse_earlier_rows(stored, self.url)
             handle = resolve_stored(
                 stored.get("asked"),
                 stored.get("options"),

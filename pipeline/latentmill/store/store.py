@@ -12,7 +12,7 @@ import xxhash
 
 from latentmill.decoding.decoder import LatentSource
 from latentmill.encoding.chunks import Chunking
-from latentmill.encoding.stored import refuse_damaged
+from latentmill.encoding.stored import deviations_of, refuse_damaged, refuse_earlier_rows
 from latentmill.errors import ConfigError, DamagedShardError, StorageError, StoreError
 from latentmill.models.inference.precision import Precision
 from latentmill.ops import Linearity, Origin
@@ -165,15 +165,15 @@ class LatentStore(StoreDecoder, Shown):
     def origin(self) -> Origin:
         """The latent of silence and the model properties that latent arithmetic needs."""
         model = self.info.model
+        refuse_earlier_rows(model, self.url)
         # A result from an earlier seal is as valid: it is a property of the model.
         measured = read_measurement(self.storage, self.info, "linearity")
         card = None if measured is None else measured.linearity
         names = Linearity.__dataclass_fields__
-        with_std = model.get("posterior") == "mean+std"
         return Origin(
             read_origin(self.storage, model["latent_channels"]),
             self.chunking,
-            deviations=model["latent_channels"] // 2 if with_std else 0,
+            deviations=deviations_of(model),
             codes=self.codes,
             linearity=None if card is None else Linearity(**{n: getattr(card, n) for n in names}),
         )

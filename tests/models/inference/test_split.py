@@ -87,3 +87,23 @@ def test_a_batch_holds_as_much_audio_as_without_split(name: str) -> None:
     mono, split = resolve(name).spec, resolve(name, channels="split").spec
     assert split.batch_size["cuda"] == mono.batch_size["cuda"] // 2
     assert split.batch_size["cpu"] == 1
+
+
+@pytest.mark.parametrize("family", ["kvae", "minimax", "longcat", "vibevoice"])
+def test_all_means_come_before_all_deviations(tiny_repos: Path, family: str) -> None:
+    """Readers take the last half of the rows for standard deviations."""
+    name = f"{family}:{tiny_repos / family}"
+    options = {} if family == "vibevoice" else {"posterior": "mean+std"}
+    mono, split = (resolve(name, options, channels) for channels in (None, "split"))
+    marked = {} if family == "vibevoice" else {"split_rows": "means first"}
+    assert split.spec.identity == {**mono.spec.identity, "split": 2, **marked}
+    alone, both = mono.load("cpu"), split.load("cpu")
+    x = 0.5 * stereo()[..., : 4 * mono.spec.hop]
+    channels = [alone.encode(x[:, n : n + 1]) for n in range(2)]
+    parts = 2 if options else 1
+    rows = zip(*(each.chunk(parts, dim=1) for each in channels), strict=True)
+    expected = torch.cat([row for part in rows for row in part], dim=1)
+    found = both.encode(x)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    decoded = [alone.decode(each, x.shape[-1]) for each in channels]
+    assert torch.allclose(both.decode(found, x.shape[-1]), torch.cat(decoded, dim=1), atol=1e-5)
