@@ -103,9 +103,32 @@ def test_the_vectors_of_a_store(encoders: Path, tmp_path: Path) -> None:
         expected = np.stack(windows, 1)
         assert each[name].latent.shape == expected.shape
         assert distance(each[name].latent, expected) < 1e-4
+        assert distance(pairs[name].latent, expected) < 1e-4  # chunks of two windows
         weights = [min(WINDOW, samples - start) for start in range(0, samples, WINDOW)]
         weighted = np.average(expected, axis=1, weights=weights)[:, None]
         assert distance(mean[name].latent, weighted) < 1e-4
+
+
+def test_vectors_of_both_channels(encoders: Path, tmp_path: Path) -> None:
+    """`--channels split` changes nothing about the kind: a vector for each item or window."""
+    sound = np.stack([noise(600_000, 1), noise(600_000, 2)], axis=1)
+    (tmp_path / "songs").mkdir()
+    soundfile.write(tmp_path / "songs" / "a.wav", sound, CLAP_RATE, "FLOAT")
+    options: dict[str, Any] = {"model": f"clap:{encoders / 'clap'}", "channels": "split"}
+    with in_process():
+        lm.encode(tmp_path / "songs", tmp_path / "store", device="cpu")
+        for name, per_window in (("mean", False), ("each", True)):
+            field = {"field": name, "per_window": per_window, **options}
+            lm.add(tmp_path / "store", device="cpu", dtype="float32", **field)
+    mean, each = (open_store(str(tmp_path / "store/fields" / name)) for name in ("mean", "each"))
+    assert [one.info.field.kind for one in (mean, each)] == ["vector", "vector"]
+    windows = [
+        np.concatenate([own_clap(encoders / "clap", channel[part]) for channel in sound.T])
+        for part in (slice(WINDOW), slice(WINDOW, None))
+    ]
+    assert distance(each["a"].latent, np.stack(windows, axis=1)) < 1e-4
+    weighted = np.average(windows, axis=0, weights=[WINDOW, 600_000 - WINDOW])
+    assert distance(mean["a"].latent[:, 0], weighted) < 1e-4
 
 
 @pytest.mark.parametrize("repo", ["wav2vec2", "hubert", "wavlm"])

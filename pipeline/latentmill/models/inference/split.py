@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from latentmill.models.base import (
     MEANS_FIRST,
@@ -55,6 +55,12 @@ class SplitHandle:
             identity=identity,
             max_batch_samples=spec.max_batch_samples and spec.max_batch_samples // AUDIO_CHANNELS,
         )
+
+    @property
+    def kind(self) -> str:
+        """What a field of the values is. AttributeError if the mono model has no `kind`."""
+        kind: str = cast(Any, self.inner).kind
+        return kind
 
     def load(self, device: str) -> Split:
         return Split(self.spec, self.inner.load(device))
