@@ -18,12 +18,18 @@ from latentmill.encoding.chunks import Chunk, Chunking
 from latentmill.encoding.lanes import reading_order
 from latentmill.encoding.loading import EncodeSettings
 from latentmill.sources.base import Item
-from support.chunk_cases import Case, cases
+from support.chunk_cases import Case, cases, windows
 from support.units import CHUNKING, MODEL, RATE, encode, items_of
 
 
 @given(cases())
 def test_the_lengths_of_chunks_are_known_from_that_of_the_item(case: Case) -> None:
+    lengths = list(chunk_lengths(case.spec, case.chunking, case.total))
+    assert lengths == [chunk.audio.shape[1] for chunk in case.chunks()]
+
+
+@given(windows())
+def test_so_are_those_of_windows_with_a_short_last_one(case: Case) -> None:
     lengths = list(chunk_lengths(case.spec, case.chunking, case.total))
     assert lengths == [chunk.audio.shape[1] for chunk in case.chunks()]
 

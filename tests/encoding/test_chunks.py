@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from latentmill.encoding.chunks import Chunker, Chunking
 from latentmill.errors import ConfigError
 from latentmill.models.base import ModelSpec, Stitch
-from support.chunk_cases import PADDED, Case, cases, decoded, make_spec
+from support.chunk_cases import PADDED, Case, cases, decoded, make_spec, windows
 
 
 @given(cases(), st.lists(st.integers(0, 40), max_size=12))
@@ -97,6 +97,16 @@ def test_lengths_around_every_border(spec: ModelSpec) -> None:
     on_a_border = Case(spec, chunking, chunking.samples + chunking.step)
     assert len(on_a_border.chunks()) == 2
     assert len(Case(spec, chunking, on_a_border.total + 1).chunks()) == 3
+
+
+@given(windows())
+def test_the_last_window_is_as_short_as_its_audio(case: Case) -> None:
+    """Of frames without context, alone or several in a chunk; nothing is encoded twice."""
+    chunks, size = case.chunks(), case.chunking.samples
+    assert np.array_equal(np.concatenate([chunk.audio for chunk in chunks], axis=1), case.source)
+    frames = [n * size // case.spec.hop for n in range(len(chunks))]
+    assert [chunk.frame for chunk in chunks] == frames
+    assert {chunk.audio.shape[1] for chunk in chunks[:-1]} <= {size}
 
 
 @given(cases(("none",)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from hypothesis import strategies as st
@@ -85,3 +85,12 @@ def cases(draw: st.DrawFn, stitches: tuple[str, ...] = ("trim", "crossfade", "no
 
 
 PADDED = make_spec(hop=2048, overhang=0, multiple=2048, min_samples=2048)
+
+
+@st.composite
+def windows(draw: st.DrawFn) -> Case:
+    """A model whose frames are windows without context, of which the last one may be short."""
+    spec = make_spec(draw(st.integers(1, 12)), 0, 1, 1, Context(0, 0))
+    spec = replace(spec, short_last_chunk=True)
+    samples = spec.samples(draw(st.integers(1, 6)))
+    return Case(spec, Chunking("trim", samples, samples, 0), draw(st.integers(1, 5 * samples)))

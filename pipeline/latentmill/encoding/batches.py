@@ -132,9 +132,9 @@ def chunk_lengths(spec: ModelSpec, chunking: Chunking, samples: int) -> Iterator
         yield spec.padded(samples)
         return
     covered = (complete - 1) * step + size
-    if chunking.stitch in ("none", "state"):
+    ends_short = chunking.ends_short(spec)
+    if chunking.stitch == "none" or ends_short:
         if samples > covered:
-            own_length = chunking.stitch == "state" or spec.short_last_chunk
-            yield spec.padded(samples - complete * step) if own_length else seen
+            yield spec.padded(samples - complete * step) if ends_short else seen
     elif spec.samples(spec.frames(spec.padded(samples))) > covered:
         yield seen

@@ -94,6 +94,19 @@ class Chunking:
             skew = spec.context.left - spec.context.right
         return cls(stitch, samples, (frames - shared) * spec.hop, shared, skew)
 
+    def ends_short(self, spec: ModelSpec) -> bool:
+        """Whether the last chunk has only the audio that the other chunks do not cover.
+
+        Otherwise it is moved back or padded with zeros. A frame without context may be a window
+        of its own (CLAP), which must not be padded.
+        """
+        if self.stitch == "state":
+            return True
+        if self.stitch == "none" or not spec.short_last_chunk:
+            return spec.short_last_chunk
+        windows = spec.context == (0, 0) and spec.min_samples <= spec.hop
+        return self.step == self.samples and (windows or spec.hop == self.samples)
+
     def model_samples(self, spec: ModelSpec) -> int:
         """Number of samples of a chunk that the model sees.
 
@@ -192,7 +205,7 @@ class Chunker:
 
     Blocks are copied into the chunk that they complete, and the overlap into the next one; nothing
     else is copied. With `stitch: none` the last chunk is padded with zeros, as the linear-cae
-    package does, or stays short if `spec.short_last_chunk` is set.
+    package does, or stays short; see `Chunking.ends_short`.
     """
 
     def __init__(self, spec: ModelSpec, chunking: Chunking, expected: int = 0) -> None:
@@ -245,21 +258,15 @@ class Chunker:
                 yield self._chunk(0, spec.padded(total))
             return
         covered = (self._complete - 1) * chunking.step + chunking.samples
-        if chunking.stitch in ("none", "state"):
+        ends_short = chunking.ends_short(spec)
+        if chunking.stitch == "none" or ends_short:
             if total > covered:
                 start = self._complete * chunking.step
-                own_length = chunking.stitch == "state" or spec.short_last_chunk
-                size = spec.padded(total - start) if own_length else self._model_samples
+                size = spec.padded(total - start) if ends_short else self._model_samples
                 yield self._chunk(start, size)
             return
         frames = spec.frames(spec.padded(total))
-        if (
-            spec.samples(frames) > covered
-            and spec.short_last_chunk
-            and spec.hop == chunking.samples
-        ):
-            yield self._chunk(covered, spec.padded(total - covered))  # a frame is a whole window
-        elif spec.samples(frames) > covered:
+        if spec.samples(frames) > covered:
             yield self._chunk(spec.samples(frames) - chunking.samples, self._model_samples)
 
     def _new(self, samples: int) -> FloatArray:

@@ -96,8 +96,9 @@ class ModelSpec:
         codebook_size: Number of codes, if latents are codes: whole numbers from 0 to
             `codebook_size - 1` that cannot be blended. None if latents are continuous.
         max_batch_samples: Maximum number of samples in a batch; None if only memory limits it.
-        short_last_chunk: With `stitch: none`, encode the last chunk at its own length, as the
-            codec does, instead of padding it with zeros; its missing frames are stored as zeros.
+        short_last_chunk: Encode the last chunk at its own length, as the codec does, instead of
+            padding it with zeros: with `stitch: none`, which stores its missing frames as zeros,
+            and if frames have no context and chunks do not overlap.
         step_frames: Minimum number of frames of a chunk before the last one with `stitch: state`;
             0 if the model has no `encode_step`.
     """

@@ -91,10 +91,12 @@ def test_the_vectors_of_a_store(encoders: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     with in_process():
         lm.encode(tmp_path / "songs", store, device="cpu")
-        for name, per_window in (("mean", False), ("each", True)):
-            options: dict[str, Any] = {"model": f"clap:{folder}", "dtype": "float32"}
-            lm.add(store, field=name, per_window=per_window, device="cpu", **options)
-    mean, each = (open_store(str(store / "fields" / name)) for name in ("mean", "each"))
+        options: dict[str, Any] = {"model": f"clap:{folder}", "dtype": "float32", "device": "cpu"}
+        lm.add(store, field="mean", **options)
+        lm.add(store, field="each", per_window=True, **options)
+        lm.add(store, field="pairs", per_window=True, chunk_seconds=20, **options)
+    fields = ("mean", "each", "pairs")
+    mean, each, pairs = (open_store(str(store / "fields" / name)) for name in fields)
     for seed, (name, samples) in enumerate(lengths.items()):
         wave = noise(samples, seed)
         windows = [
