@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +10,27 @@ import pytest
 import soundfile
 
 from latentmill.sources.folder import FolderSource
+from latentmill.sources.manifest import ManifestSource
 from latentmill.training.crops import WHOLE_SECONDS, Crops, list_items
 
 RATE = 8000
 
 
+@pytest.mark.parametrize("declared", [None, WHOLE_SECONDS + 2])
 @pytest.mark.parametrize("crop", [WHOLE_SECONDS + 0.98, 1.5 * WHOLE_SECONDS])
-def test_crops_up_to_the_end_of_a_long_item_and_beyond(tmp_path: Path, crop: float) -> None:
-    """The last samples of an item are drawn, and one that is shorter than a crop is padded."""
+def test_crops_up_to_the_end_of_a_long_item_and_beyond(
+    tmp_path: Path, crop: float, declared: float | None
+) -> None:
+    """The last samples of an item are drawn, and one that is shorter than a crop is padded.
+
+    The length that a manifest declares may be rounded up.
+    """
     sound = np.random.default_rng(0).uniform(-0.5, 0.5, round((WHOLE_SECONDS + 1) * RATE))
     soundfile.write(tmp_path / "long.flac", sound, RATE)
     written, _ = soundfile.read(tmp_path / "long.flac", dtype="float32")
-    items = list_items(FolderSource(str(tmp_path), ["flac"]))
+    (tmp_path / "m.jsonl").write_text(json.dumps({"path": "long.flac", "duration": declared}))
+    folder, manifest = FolderSource(str(tmp_path), ["flac"]), ManifestSource(f"{tmp_path}/m.jsonl")
+    items = list_items(manifest if declared else folder)
     samples = round(crop * RATE)
     crops = Crops(items, sample_rate=RATE, channels=1, samples=samples, batch_size=4)
     batch = crops.batch(0)

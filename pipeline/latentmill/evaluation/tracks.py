@@ -20,7 +20,7 @@ from latentmill.evaluation.audio_metrics import rms
 from latentmill.evaluation.rows import ShardRows
 from latentmill.record import MIXES, FloatArray
 from latentmill.sources.address import starts_at
-from latentmill.sources.group import group_names
+from latentmill.sources.group import groups_together
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import read_source
 
@@ -67,7 +67,7 @@ def stem_groups(store: LatentStore, count: int) -> list[tuple[str, list[str]]]:
         starts = starts_at(pa.array(fields.pop("source_uri"), pa.string()))
         for key, song, role, start in zip(*fields.values(), starts, strict=True):
             if song is not None and role not in MIXES:
-                group = (song, start or 0.0)
+                group = (song, round(start or 0.0, 3))
                 keys.setdefault(group, []).append(key)
                 if len(keys[group]) == 2:
                     shard_of[group] = shard
@@ -78,7 +78,8 @@ def stem_groups(store: LatentStore, count: int) -> list[tuple[str, list[str]]]:
     for group, shard in shard_of.items():
         ranked.append((turns[shard], group))
         turns[shard] += 1
-    names = group_names(keys)
+    numbers, found = groups_together([song for song, _ in keys], [start for _, start in keys])
+    names = {group: found[number] for group, number in zip(keys, numbers, strict=True)}
     chosen = sorted(group for _, group in sorted(ranked)[:count])
     return [(names[group], sorted(keys[group])) for group in chosen]
 

@@ -119,7 +119,8 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         self.groups = tuple(group for group in groups if {*having} <= {*group.roles})
         if not self.groups:
             raise ConfigError(
-                f"No song of {self.store.url} has {' and '.join(having)}: check the roles."
+                f"No song of {self.store.url} has {' and '.join(having)} that begin at the same "
+                "time: check the roles."
             )
         self._crops = CropReader(self.store)
         self._fields = StoreFields(
@@ -127,7 +128,7 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         )
         self._field_names, self._left_out = tuple(fields), 0
         self._use_complete(missing_fields)
-        check_roles(task, self.groups, without)
+        check_roles(task, self.groups)
         self._draws = Draws()
         self._task, self._crop, self._seed = task, crop, seed
         self._gains = None if gains is None else RandomStemGains(gains)

@@ -21,13 +21,16 @@ from latentmill.reader.fields import FieldReader
 from latentmill.reader.transforms import Decibels, check_decibels, random_factor
 from latentmill.record import MIXES, FloatArray
 from latentmill.sources.address import starts_at
-from latentmill.sources.group import group_names
+from latentmill.sources.group import groups_together
 from latentmill.store.store import LatentStore
+from latentmill.text.log import get_logger
 
 By = Literal["fields", "folder"]
 Flags = npt.NDArray[np.bool_]
 _SEGMENT_OF_KEY = re.compile(r"#[0-9.]+-[0-9.]*$")
-_MOST_ROLES = 20  # in an error
+_MOST_ROLES = 20  # in a message
+
+_log = get_logger("reader")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def stem_groups(
 ) -> tuple[StemGroup, ...]:
     """The stem groups of a store, sorted by song and start; reads no latents.
 
-    Segments of a song's stems are in one group if they begin at the same time, to the millisecond.
+    Segments of a song's stems are in one group if they begin within a millisecond.
 
     Args:
         store: The store.
@@ -64,35 +67,40 @@ def stem_groups(
     """
     if by not in get_args(By):
         raise ConfigError(f"invalid by={by!r}: use 'fields' or 'folder'.")
-    members: dict[tuple[str, float], list[tuple[int, str]]] = {}
-    for row, (song, start, role) in enumerate(_places(store, by)):
-        if song is not None and role not in without:
-            members.setdefault((song, start), []).append((row, role))
-    if not members:
+    found = [
+        (song, start, row, role)
+        for row, (song, start, role) in enumerate(_places(store, by))
+        if song is not None and role not in without
+    ]
+    if not found:
         hint = "use by='folder', or encode with --group-by" if by == "fields" else "check the keys"
         raise ConfigError(f"{store.url} has no stem groups by {by}: {hint}.")
-    names = group_names(members)
+    numbers, names = groups_together([song for song, *_ in found], [one[1] for one in found])
+    members: list[list[tuple[int, str]]] = [[] for _ in names]
+    for number, (*_, row, role) in zip(numbers.tolist(), found, strict=True):
+        members[number].append((row, role))
     return tuple(
-        StemGroup(names[place], tuple(row for row, _ in of), tuple(role for _, role in of))
-        for place, of in sorted(members.items())
+        StemGroup(name, tuple(row for row, _ in of), tuple(role for _, role in of))
+        for name, of in zip(names, members, strict=True)
     )
 
 
-def check_roles(task: object, groups: Sequence[StemGroup], without: Sequence[str]) -> None:
-    """Raise ConfigError if `AllStems` or `ContextAndTarget` needs a role that no song has."""
+def check_roles(task: object, groups: Sequence[StemGroup]) -> None:
+    """Raise ConfigError if no song has a role that a task needs; warn of roles that are silence."""
     wanted: Sequence[str] = ()
     if isinstance(task, AllStems):
         wanted = task.roles
     elif isinstance(task, ContextAndTarget) and task.target is not None:
         wanted = (task.target,)
     there = {role for group in groups for role in group.roles}
-    for role in wanted:
-        if role not in there:
-            shown = sorted(there)[:_MOST_ROLES] + ["..."] * (len(there) > _MOST_ROLES)
-            hint = (
-                "set without=() to use mixes too" if role in without else "correct the task's role"
-            )
-            raise ConfigError(f"no song has the role {role!r}, only {', '.join(shown)}: {hint}.")
+    missing = [role for role in wanted if role not in there]
+    if not missing:
+        return
+    shown = sorted(there)[:_MOST_ROLES] + ["..."] * (len(there) > _MOST_ROLES)
+    problem = f"no song that is used has a stem {' or '.join(missing)}, only {', '.join(shown)}"
+    if len(missing) == len(wanted):
+        raise ConfigError(f"{problem}: check the roles of the task, and `without` and `having`.")
+    _log.warning("%s: such stems are silence", problem)
 
 
 def _places(store: LatentStore, by: By) -> Iterator[tuple[str | None, float, str]]:

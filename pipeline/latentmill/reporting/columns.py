@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from latentmill.encoding.stored import parse_json
 from latentmill.record import MIXES
 from latentmill.sources.address import format_at, starts_at
-from latentmill.sources.group import group_names
+from latentmill.sources.group import groups_together
 from latentmill.store.metadata_file import damaged_metadata, metadata_of
 from latentmill.store.store import LatentStore
 
@@ -156,16 +156,11 @@ def _first_group(store: LatentStore, table: pa.Table) -> tuple[str, list[str]] |
         pc.is_valid(table["group"]), pc.is_in(table["role"], value_set=pa.array(MIXES))
     ).to_numpy()
     positions = np.flatnonzero(stems)
-    names = table["group"].take(pa.array(positions)).combine_chunks().dictionary_encode()
-    numbers = names.indices.to_numpy()  # songs are numbered as they occur
     begins = starts_at(table["source_uri"].take(pa.array(positions)))
-    starts = np.array([begin or 0.0 for begin in begins])
-    groups, sizes = np.unique(np.stack([numbers, starts]), axis=1, return_counts=True)
-    larger = np.flatnonzero(sizes > 1)
+    songs = table["group"].take(pa.array(positions)).to_pylist()
+    groups, names = groups_together(songs, [begin or 0.0 for begin in begins])
+    larger = np.flatnonzero(np.bincount(groups) > 1)
     if not len(larger):
         return None
-    number, start = groups[:, larger[0]].tolist()
-    song = names.dictionary[int(number)].as_py()
-    named = group_names([(song, one) for one in groups[1, groups[0] == number].tolist()])
-    members = positions[(numbers == number) & (starts == start)].tolist()
-    return named[song, start], [store.index.key(one) for one in members]
+    members = positions[groups == larger[0]].tolist()
+    return names[larger[0]], [store.index.key(one) for one in members]

@@ -66,14 +66,11 @@ def format_at(address: str) -> str:
 
 
 def starts_at(addresses: pa.Array | pa.ChunkedArray) -> list[float | None]:
-    """Where segments begin in their recordings, in seconds; None for addresses without a segment.
-
-    Rounded to the millisecond, so that starts that differ only by rounding are equal.
-    """
+    """Where segments begin in their recordings, in seconds; None where there is no segment."""
     import pyarrow.compute as pc  # slow, and most commands do not need it
 
     starts = pc.struct_field(pc.extract_regex(addresses, _SEGMENT), "start")
-    found: list[float | None] = pc.round(starts.cast(pa.float64()), ndigits=3).to_pylist()
+    found: list[float | None] = starts.cast(pa.float64()).to_pylist()
     return found
 
 

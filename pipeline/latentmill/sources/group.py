@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from latentmill.errors import ConfigError, ItemError
 from latentmill.sources.address import seconds_text
@@ -17,6 +19,7 @@ from latentmill.sources.metadata import read_metadata
 from latentmill.sources.prefetch import map_in_threads
 
 METADATA = "metadata:"
+SAME_START = 0.001  # seconds by which the starts of stems that begin together may differ
 _PENDING = 64  # items whose sidecars are read at the same time
 _THREADS = 16
 
@@ -88,16 +91,28 @@ def check_rule(rule: str) -> re.Pattern[str] | list[str]:
     return pattern
 
 
-def group_names(groups: Collection[tuple[str, float]]) -> dict[tuple[str, float], str]:
-    """Names of groups of stems that begin together, given by song and start in seconds.
+def groups_together(
+    songs: Sequence[str], starts: Sequence[float]
+) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """The number of each stem's group, and the names of the groups, sorted by song and start.
 
-    The name is that of the song, or `song#12.5` if groups of the song begin at several times.
+    Stems of a song are in one group if they begin within `SAME_START`. The name of a group is that
+    of the song, or `song#12.5` if groups of the song begin at several times.
     """
-    starts = Counter(song for song, _ in groups)
-    return {
-        (song, start): song if starts[song] == 1 else f"{song}#{seconds_text(start)}"
-        for song, start in groups
-    }
+    order = {song: number for number, song in enumerate(sorted(set(songs)))}
+    numbers = np.array([order[song] for song in songs], np.int64)
+    begins = np.array(starts, np.float64)
+    place = np.lexsort((begins, numbers))
+    apart = (np.diff(numbers[place]) != 0) | (np.diff(begins[place]) > SAME_START)
+    first = place[np.concatenate([[True], apart])] if len(place) else place
+    groups = np.empty(len(place), np.int64)
+    groups[place] = np.concatenate([[0], np.cumsum(apart)])[: len(place)]
+    several = np.bincount(numbers[first], minlength=len(order)) > 1
+    names = [
+        f"{songs[one]}#{seconds_text(starts[one])}" if several[numbers[one]] else songs[one]
+        for one in first.tolist()
+    ]
+    return groups, names
 
 
 def _by_key(pattern: re.Pattern[str], item: Item) -> Item:

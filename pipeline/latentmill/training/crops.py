@@ -152,7 +152,7 @@ class Crops:
     def _length(self, item: Item) -> float | None:
         """The length in seconds; None if only loading it tells."""
         known = known_seconds(item)
-        if known is not None:
+        if known is not None and (item.segment is not None or known <= WHOLE_SECONDS):
             return known
         with self._lock:
             if item.key in self._lengths:
@@ -162,6 +162,8 @@ class Crops:
         seconds = None if info.num_samples is None else info.num_samples / info.sample_rate
         if seconds is not None and item.segment is not None:
             seconds -= item.segment.start
+        if known is not None:  # in a manifest, perhaps rounded: it must not exceed the recording
+            seconds = known if seconds is None else min(known, seconds)
         with self._lock:
             self._lengths[item.key] = seconds
         return seconds
