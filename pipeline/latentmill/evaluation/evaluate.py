@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from latentmill.errors import ConfigError
+from latentmill.errors import ConfigError, ModelError
 from latentmill.evaluation.compat import PROTOCOL, measure_linear_cae
 from latentmill.evaluation.linearity import LinearityReport, measure_linearity
 from latentmill.evaluation.reconstruction import measure_reconstruction
@@ -23,6 +23,7 @@ from latentmill.text.log import get_logger
 
 Part = Literal["linearity", "reconstruction", "statistics", "seams"]
 PARTS: tuple[Part, ...] = get_args(Part)
+DECODED: tuple[Part, ...] = ("linearity", "reconstruction")  # measured on decoded sounds
 LEAST_GAIN, MOST_GAIN = 0.01, 100.0
 LEAST_SECONDS = 0.1
 
@@ -78,11 +79,12 @@ def evaluate(
 
     Returns:
         The results. Without `only`, a part that cannot be measured on this store, for example
-        because its source is gone, is in `unavailable`.
+        because its source is gone or its model cannot be loaded, is in `unavailable`.
 
     Raises:
         ConfigError: A part of `only` does not exist or cannot be measured on this store, a number
             is out of range, the device does not exist, or the store has no records.
+        ModelError: A part of `only` needs the model, which cannot be loaded or cannot decode.
     """
     _check(only or (), compat, gains)
     _check_amount(items, max_seconds)
@@ -110,8 +112,10 @@ def evaluate(
             continue
         _log.info("evaluate: %s", part)
         try:
+            if part in DECODED:
+                opened.decoder()
             results[part] = measures[part](opened, **options)
-        except ConfigError as error:
+        except (ConfigError, ModelError) as error:
             if only:
                 raise
             unavailable[part] = str(error)

@@ -90,6 +90,12 @@ def measure_seams(
 def _items_with_seams(store: LatentStore, max_seconds: float | None) -> list[str]:
     """Keys of the items with several chunks that are short enough to be encoded whole."""
     chunking, rate = store.chunking, store.info.model["sample_rate"]
+    field = store.info.field
+    if field is not None and not field.follows_audio:
+        raise ConfigError(
+            f"The values in {store.url} are not frames of audio, so they have no seams: use a "
+            "store of latents."
+        )
     if chunking.stitch == "none":
         raise ConfigError(
             f"{store.url} stores overlapping chunks (stitch none), which have no seams: use a "

@@ -133,6 +133,11 @@ def embeds_only(name: str) -> bool:
     return family in EMBEDDERS and family not in FAMILIES
 
 
+def only_encodes(name: object) -> bool:
+    """Whether a name is that of a built-in model of audio without a decoder."""
+    return isinstance(name, str) and name.partition(":")[0] in ENCODERS
+
+
 def _made(name: str, factory: Factory, options: Mapping[str, Any] | None) -> Any:
     checked = dict(options or {})
     _check_options(name, factory, checked)

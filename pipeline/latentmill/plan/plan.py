@@ -119,6 +119,11 @@ class FieldEntry:
         """Whether the frames that a model of audio computes for an item become one vector."""
         return self.kind == "vector" and self.source == "audio" and self.window_seconds is None
 
+    @property
+    def follows_audio(self) -> bool:
+        """Whether its values are the frames that a model of audio computes."""
+        return self.kind in ("frames", "codes") and self.source == "audio"
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -143,7 +143,7 @@ class Excerpts:
         return audio[:, part.first_sample : end]
 
     def reconstruction(self, key: str, part: ExcerptRange) -> FloatArray | None:
-        """The decoded latent of a part; None without the store's model."""
+        """The decoded latent of a part; None if it cannot be decoded."""
         if not self.can_decode():
             return None
         if self.store.chunking.stitch == "none":
@@ -153,10 +153,10 @@ class Excerpts:
         return self.cut(self.store.crop(key, begin, end - begin), begin, part)
 
     def can_decode(self) -> bool:
-        """Whether the store's model can be loaded; `no_model` has the reason."""
+        """Whether the store's model can decode its values; `no_model` has the reason if not."""
         if self.no_model is None:
             try:
-                self.store.model()
+                self.store.decoder()
             except LatentmillError as error:
                 self.no_model = str(error)
         return self.no_model is None

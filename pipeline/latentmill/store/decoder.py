@@ -15,6 +15,7 @@ from latentmill.decoding.decoder import LatentSource, decode_blocks, decode_late
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.stored import refuse_earlier_rows
 from latentmill.errors import ConfigError, ModelError
+from latentmill.models import registry
 from latentmill.models.base import Autoencoder
 from latentmill.models.inference.device import load_model, pick_device
 from latentmill.models.trust import resolve_stored
@@ -157,6 +158,26 @@ class StoreDecoder:
             self._model = load_model(handle, pick_device(self._device))
         return self._model
 
+    @property
+    def decodable(self) -> bool:
+        """Whether the values are latents of audio, or codes, that the model can decode."""
+        info = self.info
+        from_audio = info.field is None or info.field.follows_audio
+        return from_audio and not registry.only_encodes(info.model.get("asked"))
+
+    def decoder(self) -> Autoencoder:
+        """Return the store's autoencoder for decoding; see `model`.
+
+        Raises:
+            ModelError: The values are not latents of audio, or the model cannot be loaded.
+        """
+        if not self.decodable:
+            raise ModelError(
+                f"The values in {self.url} are not latents of audio and cannot be decoded: use a "
+                "store of latents."
+            )
+        return self.model()
+
     def decode(self, key: str, *, seed: int = 0, batch_size: int | None = None) -> FloatArray:
         """Decode a record to audio `[channels, samples]`, float32, at the model's rate.
 
@@ -193,7 +214,7 @@ class StoreDecoder:
         """
         batch = batch_size or self._decode_batch
         return decode_latents(
-            self.model(), latent, num_samples, self.chunking, seed=seed, batch_size=batch
+            self.decoder(), latent, num_samples, self.chunking, seed=seed, batch_size=batch
         )
 
     def decode_blocks(
@@ -207,7 +228,7 @@ class StoreDecoder:
         """Decode one item in bounded memory; yields its audio in blocks `[channels, n]`."""
         batch = batch_size or self._decode_batch
         return decode_blocks(
-            self.model(), latent, num_samples, self.chunking, seed=seed, batch_size=batch
+            self.decoder(), latent, num_samples, self.chunking, seed=seed, batch_size=batch
         )
 
     def mix(self, gains: Mapping[str, float] | Sequence[str]) -> Mix:
@@ -261,4 +282,4 @@ class StoreDecoder:
         from latentmill.models.inference.batch import most_chunks  # imports torch, which is slow
 
         size = _DECODE_BATCH[pick_device(self._device).partition(":")[0]]
-        return min(size, most_chunks(self.model().spec, self.chunking.samples))
+        return min(size, most_chunks(self.decoder().spec, self.chunking.samples))
