@@ -15,7 +15,7 @@ import latentmill as lm
 from latentmill.errors import ConfigError, StorageError, StoreError
 from latentmill.evaluation.channels import LAGS
 from latentmill.evaluation.shard_pass import ShardPass
-from latentmill.evaluation.similarity import near_pairs
+from latentmill.evaluation.similarity import near_groups
 from latentmill.evaluation.statistics import measure_statistics
 from latentmill.store.measurement import current_result, write_measurement
 from latentmill.store.store import LatentStore
@@ -156,12 +156,13 @@ def test_large_stores_are_searched_by_hashes(monkeypatch: pytest.MonkeyPatch) ->
     vectors[2900:] = vectors[:100] + 0.02 * random.standard_normal((100, 64))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     frames, use = np.full(3000, 100), np.ones(3000, bool)
-    planted = {(n, 2900 + n) for n in range(100)}
-    assert set(near_pairs(vectors.astype(np.float16), frames, use)) == planted
+    planted = [[n, 2900 + n] for n in range(100)]
+    stored = vectors.astype(np.float16)
+    assert [group for group, _ in near_groups(stored, frames, use)] == planted
     monkeypatch.setattr("latentmill.evaluation.similarity.EXACT_RECORDS", 0)
-    assert set(near_pairs(vectors.astype(np.float16), frames, use)) == planted
+    assert [group for group, _ in near_groups(stored, frames, use)] == planted
     frames[:50] = 90  # of another length
-    assert len(near_pairs(vectors.astype(np.float16), frames, use)) == 50
+    assert len(near_groups(stored, frames, use)) == 50
 
 
 @pytest.mark.parametrize("format_name", ["parquet", "webdataset"])

@@ -14,7 +14,7 @@ import xxhash
 from latentmill.curation.chosen import LEFT_OUT_SCHEMA, Chosen, Ints
 from latentmill.curation.columns import values_of
 from latentmill.errors import ConfigError, StoreError
-from latentmill.evaluation.similarity import joined, near_pairs, outliers
+from latentmill.evaluation.similarity import Groups, connect_near, near_groups, outliers
 from latentmill.reader.fields import FieldReader, Where, select
 from latentmill.sources.address import item_at
 from latentmill.store.store import LatentStore
@@ -119,8 +119,7 @@ class Selector:
             self._keep_first(group, "duplicate")
         if kind == "near":
             use = self._reason_of < 0
-            pairs = near_pairs(self._surveyed().positions, self._frames, use)
-            for group, _ in joined(pairs):
+            for group, _ in near_groups(self._surveyed().positions, self._frames, use):
                 self._keep_first(group, "near duplicate")
 
     def drop_outliers(self) -> None:
@@ -155,10 +154,11 @@ class Selector:
     def groups_of_duplicates(self) -> list[list[int]]:
         """Groups of chosen records that are duplicates of each other, exact or near."""
         use = self._reason_of < 0
-        pairs = dict(near_pairs(self._surveyed().positions, self._frames, use))
+        groups = Groups(len(self.store))
+        connect_near(groups, self._surveyed().positions, self._frames, use)
         for group in self._equal():
-            pairs |= {(group[0], other): 0.0 for other in group[1:]}
-        return [group for group, _ in joined(pairs)]
+            groups.connect(np.array(group[:1] * (len(group) - 1)), np.array(group[1:]))
+        return [group for group, _ in groups.found()]
 
     @property
     def _frames(self) -> Ints:
@@ -173,18 +173,21 @@ class Selector:
     def _equal(self) -> list[list[int]]:
         """Groups of chosen records of equal files, or with equal latents."""
         table = FieldReader(self.store, ["content_hash", "source_uri"]).gather()
-        first: dict[object, int] = {}
-        pairs: dict[tuple[int, int], float] = {}
+        seen: dict[object, int] = {}
+        first, second = [], []
         hashes, samples = self.index.column("hash"), self.index.column("num_samples")
         digests, uris = (table[name].to_pylist() for name in table.column_names)
         for row in self.rows.tolist():
             uri = uris[row]
             part = item_at(uri).segment if "#" in uri else None
             for same in ((digests[row], part), (int(hashes[row]), int(samples[row]))):
-                earlier = first.setdefault(same, row)
+                earlier = seen.setdefault(same, row)
                 if earlier != row:
-                    pairs[earlier, row] = 0.0
-        return [group for group, _ in joined(pairs)]
+                    first.append(earlier)
+                    second.append(row)
+        groups = Groups(len(self.store))
+        groups.connect(np.array(first, np.int64), np.array(second, np.int64))
+        return [group for group, _ in groups.found()]
 
     def _surveyed(self) -> RecordTable:
         """Pooled latents of all records; reads all latents once."""

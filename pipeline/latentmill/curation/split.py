@@ -18,7 +18,7 @@ from latentmill.curation.views import Curated, check_sources, write_view
 from latentmill.encoding.stored import parse_json
 from latentmill.engine.lock import LOCK_PATH, only_run
 from latentmill.errors import ConfigError, StoreError
-from latentmill.evaluation.similarity import joined
+from latentmill.evaluation.similarity import Groups
 from latentmill.plan import PLAN_PATH
 from latentmill.storage import scratch
 from latentmill.storage.storage import Storage, file_in_store
@@ -198,11 +198,11 @@ def _joined(names: Sequence[str], groups: Sequence[Sequence[int]]) -> list[set[s
     """Sets of units that are connected by duplicates."""
     number = {name: place for place, name in enumerate(dict.fromkeys(names))}
     own = list(number)
-    pairs = {
-        (number[names[group[0]]], number[names[row]]): 0.0 for group in groups for row in group[1:]
-    }
-    sets = ({own[place] for place in places} for places, _ in joined(pairs))
-    return [some for some in sets if len(some) > 1]
+    pairs = [(number[names[group[0]]], number[names[row]]) for group in groups for row in group[1:]]
+    first, second = np.array(pairs, np.int64).reshape(-1, 2).T
+    connected = Groups(len(own))
+    connected.connect(first, second)
+    return [{own[place] for place in places} for places, _ in connected.found()]
 
 
 def _assigned(

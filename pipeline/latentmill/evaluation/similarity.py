@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,6 +12,7 @@ LENGTHS = 0.02  # relative difference in length of near duplicates at most, and 
 EXACT_RECORDS = 16_384  # up to here all pairs are compared
 TABLES, MAX_BITS, NEIGHBOURS = 12, 20, 64
 BLOCK, HASHED_BLOCK = 1024, 256
+PAIRS = 1 << 17
 DEVIATION, RATIO = 6.0, 2.0  # of an outlier's distance, in robust deviations and in medians
 
 Half = npt.NDArray[np.float16]
@@ -28,17 +28,62 @@ def equal_groups(hashes: npt.NDArray[np.uint64], use: npt.NDArray[np.bool_]) -> 
     return [order[borders[n] : borders[n + 1]].tolist() for n in larger.tolist()]
 
 
-def near_pairs(
+class Groups:
+    """Records that are connected by pairs; pairs are added in any order, and not kept."""
+
+    def __init__(self, count: int) -> None:
+        self._leader = np.arange(count)  # a record of the same group, not after it
+        self._distance = np.zeros(count)
+
+    def connect(
+        self, first: Positions, second: Positions, distances: npt.NDArray[np.float64] | float = 0.0
+    ) -> None:
+        """Add pairs of records, with their distances."""
+        np.maximum.at(self._distance, first, distances)
+        while len(first):
+            first, second = self._leaders(first), self._leaders(second)
+            apart = first != second
+            first, second = first[apart], second[apart]
+            np.minimum.at(self._leader, np.maximum(first, second), np.minimum(first, second))
+
+    def found(self) -> list[tuple[list[int], float]]:
+        """The groups, with the largest distance of a pair, in the order of their first record."""
+        leaders = self._leaders(np.arange(len(self._leader)))
+        order = np.argsort(leaders, kind="stable")
+        borders = np.flatnonzero(np.diff(leaders[order], prepend=-1, append=-1))
+        larger = np.flatnonzero(np.diff(borders) > 1)
+        groups = (order[borders[n] : borders[n + 1]] for n in larger.tolist())
+        return [(group.tolist(), float(self._distance[group].max())) for group in groups]
+
+    def _leaders(self, records: Positions) -> Positions:
+        """The first record of each one's group; shortens the way to it."""
+        while True:
+            leaders = self._leader[records]
+            above = self._leader[leaders]
+            if np.array_equal(leaders, above):
+                return leaders
+            self._leader[records] = above
+
+
+def near_groups(
     vectors: Half, frames: Positions, use: npt.NDArray[np.bool_]
-) -> dict[tuple[int, int], float]:
-    """Pairs of records of about the same length, closer than `NEAR`, with their cosine distance.
+) -> list[tuple[list[int], float]]:
+    """Groups of near duplicates, with the largest distance of a pair; see `connect_near`."""
+    groups = Groups(len(vectors))
+    connect_near(groups, vectors, frames, use)
+    return groups.found()
+
+
+def connect_near(
+    groups: Groups, vectors: Half, frames: Positions, use: npt.NDArray[np.bool_]
+) -> None:
+    """Connect records of about the same length whose cosine distance is less than `NEAR`.
 
     Of large stores, records are compared whose vectors are on the same side of random planes, in
     one of 12 sets of planes, with at least their next 64 neighbours: a pair at a distance of 0.001
     is found with 99.99 %.
     """
     chosen = np.flatnonzero(use)
-    found: dict[tuple[int, int], float] = {}
     candidates = _all_pairs if len(chosen) <= EXACT_RECORDS else _hashed_pairs
     for first, second in candidates(vectors, chosen):
         longer = np.maximum(frames[first], frames[second])
@@ -47,28 +92,31 @@ def near_pairs(
         a, b = vectors[first].astype(np.float32), vectors[second].astype(np.float32)
         distances = 1 - np.einsum("ij,ij->i", a, b)
         near = distances < NEAR
-        for i, j, d in zip(first[near], second[near], distances[near], strict=True):
-            found[min(int(i), int(j)), max(int(i), int(j))] = max(0.0, float(d))
-    return found
+        groups.connect(first[near], second[near], distances[near].clip(min=0))
 
 
 def _all_pairs(vectors: Half, chosen: Positions) -> Iterator[tuple[Positions, Positions]]:
     used = vectors[chosen].astype(np.float32)
     for start in range(0, len(chosen), BLOCK):
-        rows, columns = _close(used[start : start + BLOCK], used[start:])
-        yield chosen[start + rows], chosen[start + columns]
+        for rows, columns in _close(used[start : start + BLOCK], used[start:]):
+            yield chosen[start + rows], chosen[start + columns]
 
 
 def _close(
     some: npt.NDArray[np.float32], following: npt.NDArray[np.float32]
-) -> tuple[Positions, Positions]:
+) -> Iterator[tuple[Positions, Positions]]:
     """Numbers of similar vectors: of each of `some`, and of a later one in `following`.
 
-    `following` begins with `some`. The distance of each pair is computed again, more exactly.
+    `following` begins with `some`. The distance of each pair is computed again, more exactly, of at
+    most `PAIRS` pairs at once.
     """
-    rows, columns = np.nonzero(some @ following.T > 1 - 1.1 * NEAR)
-    later = rows < columns
-    return rows[later], columns[later]
+    similar = some @ following.T > 1 - 1.1 * NEAR
+    step = max(1, PAIRS // len(following))
+    for start in range(0, len(some), step):
+        rows, columns = np.nonzero(similar[start : start + step])
+        later = start + rows < columns
+        if later.any():
+            yield start + rows[later], columns[later]
 
 
 def _hashed_pairs(vectors: Half, chosen: Positions) -> Iterator[tuple[Positions, Positions]]:
@@ -86,29 +134,8 @@ def _hashed_pairs(vectors: Half, chosen: Positions) -> Iterator[tuple[Positions,
         for start in range(0, len(order), HASHED_BLOCK):
             near = order[start : start + HASHED_BLOCK + NEIGHBOURS]
             used = vectors[near].astype(np.float32)
-            rows, columns = _close(used[:HASHED_BLOCK], used)
-            yield near[rows], near[columns]
-
-
-def joined(pairs: dict[tuple[int, int], float]) -> list[tuple[list[int], float]]:
-    """Groups of records that are connected by pairs, with the largest distance of a pair."""
-    leader: dict[int, int] = {}
-
-    def find(record: int) -> int:
-        while leader.setdefault(record, record) != record:
-            leader[record] = leader[leader[record]]
-            record = leader[record]
-        return record
-
-    for first, second in pairs:
-        leader[find(second)] = find(first)
-    members: dict[int, set[int]] = defaultdict(set)
-    distances: dict[int, float] = defaultdict(float)
-    for (first, second), distance in pairs.items():
-        root = find(first)
-        members[root] |= {first, second}
-        distances[root] = max(distances[root], distance)
-    return [(sorted(records), distances[root]) for root, records in members.items()]
+            for rows, columns in _close(used[:HASHED_BLOCK], used):
+                yield near[rows], near[columns]
 
 
 def outliers(shapes: Half, use: npt.NDArray[np.bool_]) -> list[tuple[int, float]]:

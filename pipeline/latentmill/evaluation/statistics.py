@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from latentmill.errors import ConfigError, ItemError
 from latentmill.evaluation.shard_pass import RecordTable, ShardPass, ShardResult, ShardTotals
-from latentmill.evaluation.similarity import equal_groups, joined, near_pairs, outliers
+from latentmill.evaluation.similarity import equal_groups, near_groups, outliers
 from latentmill.evaluation.vectors import remove_other_vectors, write_vectors
 from latentmill.store.measurement import write_measurement
 from latentmill.store.results import NearDuplicates, Outlier, StoreStatistics
@@ -166,7 +166,7 @@ def _repeats(
     others[[at for group in same_file for at in group[1:]]] = False
     same_audio = equal_groups(table.audio, others)
     others[[at for group in same_audio for at in group[1:]]] = False
-    near = joined(near_pairs(table.positions, frames, others))
+    near = near_groups(table.positions, frames, others)
     others[[at for records, _ in near for at in records[1:]]] = False
     return _Repeats(same_file, same_audio, near, others)
 
