@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, WeightedRandomSampler
 
 from latentmill.errors import ConfigError
 from latentmill.reader.batches import BatchSampler
@@ -189,8 +189,19 @@ def test_lengths_and_states_do_not_order_an_epoch_again(
                 assert len(batches) == 11
                 batches.state_after(as_batch(batch))
     assert len(ordered) == 3
-    assert drawn.times == 4  # of the epoch after the last one, too
+    assert drawn.times == 6  # for each epoch, and for the length of the one after it
     assert len(hashes) == 3
+
+
+def test_weights_that_change_after_an_epoch_count_in_the_next_one(dataset: LatentDataset) -> None:
+    """Also if the length of the next one was asked for before."""
+    sampler = WeightedRandomSampler([1.0] * len(dataset), 28)
+    batches = BatchSampler(dataset, 7, sampler=sampler)
+    for batch in batches:
+        assert len(batches) == 4
+        batches.state_after(as_batch(batch))
+    sampler.weights = torch.eye(len(dataset), dtype=torch.float64)[3]
+    assert {number for batch in batches for *_, number in batch} == {3}
 
 
 def test_lightning_finds_set_epoch(dataset: LatentDataset) -> None:

@@ -29,8 +29,9 @@ class BaseRows:
     """The rows of committed units; a few units and row groups are in memory.
 
     The metadata is read from the metadata file of the seal, whose row n is record n. The rows of a
-    unit are neighbours in it, but not always: those of an extension are anywhere. Where it would
-    read many rows for few, and for a unit that is not in the seal, the shard is read instead.
+    unit are neighbours in it, but not always: those of an extension are anywhere, as are those of
+    units that follow the rows of a table and not the keys. Where it would read many rows for few,
+    and for a unit that is not in the seal, the shard is read instead.
     """
 
     def __init__(self, store: LatentStore) -> None:

@@ -151,6 +151,8 @@ class BatchSampler(Resumable, Sampler[list[Request]]):
     def requested(self) -> Iterator[Requested]:
         """The samples of the batches of the next iteration, as arrays for `Loader`."""
         self._now, self._next = self._upcoming(), None
+        if self._sampler is not None and self._now.position == 0:
+            self._epochs.pop(self._now.epoch, None)  # its weights may have changed since `len`
         epoch, start = self._epoch(self._now.epoch), self._now.position
         rank = self._rank
         check_distributed_once(self, rank, "BatchSampler")
