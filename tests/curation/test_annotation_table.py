@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
 import string
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from latentmill.curation import annotation_table
 from latentmill.curation.annotation_table import merged
 from latentmill.store.annotations import Annotations
 
@@ -34,6 +37,17 @@ def test_values_of_a_large_column() -> None:
     for row in (0, COUNT // 2, COUNT - 1):
         assert annotations.values(KEYS[row]) == {"lyrics": text(row)}
     assert annotations.values("another song") == {}
+
+
+def test_long_texts_are_read_in_short_arrays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(annotation_table, "_TEXT", 1000)
+    rows = [{"key": f"song {n:03d}", "lyrics": "la " * 100, "n": n} for n in range(20)]
+    (tmp_path / "new.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table = annotation_table.read_table(f"{tmp_path}/new.jsonl", None).table
+    assert max(map(len, table["lyrics"].chunks)) <= 4
+    assert table.select(["key", "lyrics", "n"]).to_pylist() == rows
 
 
 @pytest.mark.slow

@@ -199,6 +199,20 @@ def test_all_parts_are_normalised_with_all_latents_of_the_bases(
     assert found[0].info.std == found[3].info.std
 
 
+def test_a_part_without_records_of_a_base_is_normalised_as_the_others(
+    bases: tuple[str, str], tmp_path: Path
+) -> None:
+    whole = lm.open(lm.merge(bases, tmp_path / "all", prefix=True).dest)
+    assert whole.bases is not None
+    keys = list(whole.keys())[:10]  # all of one base
+    part = lm.select(whole, tmp_path / "part", keys=keys).dest
+    again = lm.open(lm.select(part, tmp_path / "again", sample=3).dest)
+    assert again.bases is not None
+    assert (len(whole.bases.entries), len(again.bases.entries)) == (2, 1)
+    assert lm.open(part).info.mean == again.info.mean == whole.info.mean
+    assert lm.open(part).info.std == again.info.std == whole.info.std
+
+
 def test_training_on_a_view_reads_the_records_of_the_view(
     bases: tuple[str, str], tmp_path: Path
 ) -> None:

@@ -29,7 +29,7 @@ from latentmill.store.metadata import METADATA_SCHEMA
 from latentmill.store.schema import json_text
 
 MAX_NAMES = 256
-_ROWS = 10_000  # of the file that are Python values at a time
+_ROWS, _TEXT = 10_000, 64 << 20  # of the file that are Python values at a time; in characters
 _TAKEN_ROWS = 1024  # in one array of texts
 STORED = {*METADATA_SCHEMA.names, "latent", "levels"}
 
@@ -97,6 +97,7 @@ class _Columns:
         self._plain_text = plain_text
         self._rows: list[dict[str, Any]] = []
         self._keys: list[str] = []
+        self._text = 0  # characters of the rows
         self._key_chunks: list[pa.Array] = []
         self._chunks: dict[str, list[pa.Array]] = {}
         self._kinds: dict[str, str | None] = {}
@@ -108,12 +109,14 @@ class _Columns:
             raise SourceError(f"{self._uri} has no {key_column} in {place}: add it.")
         if self._plain_text:
             row = {name: None if cell == "" else cell for name, cell in row.items()}
-        values = json.loads(as_json(row, {key_column}))
+        text = as_json(row, {key_column})
+        values = json.loads(text)
+        self._text += len(text)
         for name in row.keys() - {key_column} - self._chunks.keys() - self.ignored:
             self._add_name(name)
         self._keys.append(as_key(str(key)))
         self._rows.append({name: values[name] for name in values.keys() - self.ignored})
-        if len(self._rows) == _ROWS:
+        if len(self._rows) == _ROWS or self._text >= _TEXT:
             self._flush()
 
     def _add_name(self, name: str) -> None:
@@ -142,7 +145,7 @@ class _Columns:
             texts = values if self._plain_text else [_json(value) for value in values]
             chunks.append(pa.array(texts, pa.string()))
         self._key_chunks.append(pa.array(self._keys, pa.string()))
-        self._rows, self._keys = [], []
+        self._rows, self._keys, self._text = [], [], 0
 
     def table(self) -> pa.Table:
         """The rows so far; names without values are left out."""
@@ -240,7 +243,8 @@ def _coalesced(parts: Sequence[tuple[str, pa.ChunkedArray]]) -> tuple[str, pa.Ch
     ]
     kind = reduce(wider, {kind_of_value(value) for value in values} - {"null"}) or JSON
     kind = kind.removesuffix(" large")
-    chunks = [_array(values[at : at + _ROWS], kind) for at in range(0, len(values), _ROWS)]
+    slices = (values[at : at + _TAKEN_ROWS] for at in range(0, len(values), _TAKEN_ROWS))
+    chunks = [_array(some, kind) for some in slices]
     return kind, pa.chunked_array(chunks, field_of("value", kind).type)
 
 

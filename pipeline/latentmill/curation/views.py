@@ -270,8 +270,12 @@ def _remove_superseded(storage: Storage, info: DatasetInfo) -> None:
 def _statistics(chosen: Sequence[Chosen]) -> ChannelStatistics:
     """Mean and deviation over all latents of the base stores, also those that are left out.
 
-    Each base store counts once, so all parts of one split, or of several, have the same.
+    Each base store counts once, so all parts of one split, or of several, have the same. A part of
+    one view has those of the view, whatever has become of its bases.
     """
+    if len(chosen) == 1:
+        store = chosen[0].store
+        return ChannelStatistics(store.info.frames, store.mean, store.std**2 * store.info.frames)
     infos: dict[str, DatasetInfo] = {}
     for one in chosen:
         if one.store.bases is None:
