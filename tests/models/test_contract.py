@@ -69,6 +69,7 @@ CASES = {
     "minimax": Case("minimax:REPOS/minimax", {"scale_factor": 0.5}),
     "longcat": Case("longcat:REPOS/longcat", seam=1e-6),
     "encodec-24k": Case("encodec:REPOS/encodec-24k", {"scale_factor": 0.5}, seam=1e-5),
+    "encodec-32k": Case("encodec:REPOS/encodec-32k", seam=1e-5),
     "encodec-48k": Case("encodec:REPOS/encodec-48k"),
     "dac-44k": Case("dac:REPOS/dac-44k", seam=1e-6),
     "dac-44k-codes": Case("dac:REPOS/dac-44k", {"output": "codes"}, seam=0),
@@ -82,7 +83,15 @@ CASES = {
 }
 
 # Another form of a model that the fast tests have, whose own tests compare the two.
-SLOW = ("lin-cae-split", "oobleck-std", "mmaudio-split", "dac-24k", "vibevoice-split", "mimi-codes")
+SLOW = (
+    "lin-cae-split",
+    "oobleck-std",
+    "mmaudio-split",
+    "encodec-32k",
+    "dac-24k",
+    "vibevoice-split",
+    "mimi-codes",
+)
 
 
 means_example = types.ModuleType("means_example")

@@ -25,6 +25,7 @@ def write_repos(root: Path) -> None:
     write_oobleck(root / "oobleck" / "vae")
     write_same(root / "same")
     write_encodec(root / "encodec-24k")
+    write_encodec(root / "encodec-32k", **ENCODEC_32K)
     write_encodec(root / "encodec-48k", **ENCODEC_48K)
     write_dac(root / "dac-44k", downsampling_ratios=[2, 4, 8, 8], sampling_rate=44100)
     write_dac(root / "dac-24k", downsampling_ratios=[2, 4, 5, 8], sampling_rate=24000)
@@ -71,6 +72,12 @@ def write_same(folder: Path, seed: int = 0) -> None:
     model.save_pretrained(folder)
 
 
+ENCODEC_32K: dict[str, Any] = {
+    "sampling_rate": 32000,
+    "upsampling_ratios": [8, 5, 4, 4],
+    "use_causal_conv": False,
+    "use_conv_shortcut": False,
+}
 ENCODEC_48K: dict[str, Any] = {
     "sampling_rate": 48000,
     "audio_channels": 2,

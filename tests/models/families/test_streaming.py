@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from latentmill.decoding.decoder import decode_latent
 from latentmill.encoding.chunks import Chunking
-from latentmill.errors import ConfigError
+from latentmill.encoding.single import encode_chunked, encode_whole
+from latentmill.errors import ConfigError, ModelError
 from latentmill.models.base import Channels, StatefulAutoencoder
 from latentmill.models.inference.precision import numeric_mode
 from latentmill.models.registry import resolve
@@ -195,9 +198,9 @@ def test_each_kind_of_attention_gets_its_mask(tmp_path: Path, attention: str) ->
 @pytest.mark.parametrize(
     ("name", "config"),
     [
-        ("mimi", {"use_causal_conv": False}),
         ("mimi", {"pad_mode": "reflect"}),
         ("pockettts", {"pad_mode": "reflect"}),
+        ("encodec", {"pad_mode": "circular"}),
         ("encodec", {"use_causal_conv": False}),
     ],
 )
@@ -209,6 +212,53 @@ def test_models_that_cannot_continue_are_trimmed(
     assert (spec.stitch, spec.step_frames) == ("trim", 0)
     with pytest.raises(ConfigError, match="cannot continue from a state"):
         Chunking.for_model(spec, stitch="state")
+
+
+def frames_ahead(model: Any) -> int:
+    """Number of later frames whose audio changes a frame of EnCodec, by its gradient."""
+    hop, frame = model.spec.hop, 20
+    audio = noise(1, 1, 40 * hop).double().requires_grad_()
+    model._network._model.encoder.double()(audio)[..., frame].sum().backward()
+    model._network._model.encoder.float()
+    assert audio.grad is not None
+    return int(audio.grad.flatten().nonzero().max()) // hop - frame
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"upsampling_ratios": [8, 5, 4, 4], "use_conv_shortcut": False},  # of encodec_32khz
+        {"upsampling_ratios": [5, 3], "num_residual_layers": 2, "dilation_growth_rate": 3},
+        {"upsampling_ratios": [2, 2, 2], "kernel_size": 8, "last_kernel_size": 4},
+    ],
+)
+def test_chunks_of_encodec_that_is_not_causal_are_the_whole(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    """Its latents next to a seam, and the audio decoded from them window by window."""
+    write_encodec(tmp_path / "encodec", use_causal_conv=False, **config)
+    model = load(tmp_path / "encodec")
+    spec = model.spec
+    assert spec.context is not None
+    assert spec.context.right == frames_ahead(model) > 0
+    seconds = 2 * spec.overlap_frames * spec.hop / spec.sample_rate
+    chunking = Chunking.for_model(spec, seconds=seconds)
+    audio = noise(1, 8 * spec.overlap_frames * spec.hop)
+    whole = encode_whole(model, audio)
+    assert error(encode_chunked(model, audio, chunking), whole) < 1e-5
+    decoded = decode_latent(model, whole.numpy(), audio.shape[1], chunking)
+    in_one = model.decode(whole[None], audio.shape[1])[0]
+    assert error(torch.from_numpy(decoded), in_one) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mimi", "pockettts"])
+def test_other_models_that_are_not_causal_are_refused(
+    tmp_path: Path, name: str, one_sentence: Callable[[BaseException], str]
+) -> None:
+    WRITE[name](tmp_path / name, use_causal_conv=False)
+    with pytest.raises(ModelError) as caught:
+        resolve(f"{name}:{tmp_path / name}")
+    assert "use hf:REPO" in one_sentence(caught.value)
 
 
 def test_chunks_that_are_too_short_for_the_padding_are_refused(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ A. Défossez and others, "High Fidelity Neural Audio Compression", TMLR 2023. Th
 encoder's output before quantisation.
 
 The 24 kHz model is causal and has an LSTM whose memory decays: the error that trimming leaves is
-small after `CONTEXT` frames. The 48 kHz model normalises each native chunk of one second twice: by
+small after `CONTEXT` frames. The 32 kHz model (MusicGen's) is not causal: a frame also depends on
+the next 4 frames. The 48 kHz model normalises each native chunk of one second twice: by
 GroupNorm in the network and by the chunk's loudness before it. The decoder needs the loudness, so
 it is stored as an additional (the last) latent channel, the same in every frame of a chunk. Chunks
 are encoded at their own length, because padding would change the loudness; the codec pads the last
@@ -112,20 +113,41 @@ def _spec(config: Any, codes: bool) -> ModelSpec:
     # Normalisation over the chunk changes all of its frames, so no context is enough.
     native = config.normalize or config.norm_type == "time_group_norm"
     streams = config.use_causal_conv and not native and config.pad_mode in PADDING_MODES
+    ahead = 0 if config.use_causal_conv else frames_ahead(config)
     return codec_spec(
         "encodec",
         sample_rate=rate,
         channels=config.audio_channels,
         latent_channels=rows + int(config.normalize),
         hop=hop,
-        context=None if native else Context(CONTEXT, 0),
+        context=None if native else Context(CONTEXT, ahead),
         chunk_frames=round((config.chunk_length or CHUNK_SECONDS * rate) / hop),
-        overlap_frames=NATIVE_OVERLAP if native else CONTEXT,
+        # With 3 the crossfade of decoding windows is `ahead` frames from their ends, too.
+        overlap_frames=NATIVE_OVERLAP if native else CONTEXT + 3 * ahead,
         batch_size={"cpu": 1, "cuda": 64 if native else 16},
         own_length=native,
         step_frames=config.last_kernel_size if streams else 0,
         codebook_size=config.codebook_size if codes else None,
     )
+
+
+def frames_ahead(config: Any) -> int:
+    """Number of later latent frames that a frame depends on, if the convolutions are not causal.
+
+    The padding of a convolution is its taps minus its stride; half of it is on the right.
+    """
+    convolutions = [(config.kernel_size, 1)]  # taps and stride
+    for ratio in reversed(config.upsampling_ratios):
+        for layer in range(config.num_residual_layers):
+            dilation = config.dilation_growth_rate**layer
+            convolutions.append(((config.residual_kernel_size - 1) * dilation + 1, 1))
+        convolutions.append((2 * ratio, ratio))
+    convolutions.append((config.last_kernel_size, 1))
+    reach, rate = 0, 1  # input samples after the first one of a frame; samples per step
+    for taps, stride in convolutions:
+        reach += rate * (stride - 1 + (taps - stride) // 2)
+        rate *= stride
+    return reach // rate
 
 
 build = partial(build_codec, CodecFamily("encodec", EncodecNetwork, _spec))

@@ -21,7 +21,12 @@ from torch import Tensor
 from latentmill.models.base import Context, ModelSpec
 from latentmill.models.families.codec import codec_spec
 from latentmill.models.families.streaming import PADDING_MODES, transformer_step
-from latentmill.models.families.transformers_codec import CodecFamily, as_indices, build_codec
+from latentmill.models.families.transformers_codec import (
+    CodecFamily,
+    as_indices,
+    build_codec,
+    check_causal,
+)
 
 if TYPE_CHECKING:
     from latentmill.models.base import State
@@ -63,6 +68,7 @@ class MimiNetwork:
 
 
 def _spec(config: Any, codes: bool) -> ModelSpec:
+    check_causal("mimi", config)
     rate = config.sampling_rate
     hop = math.prod(config.upsampling_ratios) * config.latent_stride
     reach = math.ceil(CONTEXT_SECONDS * rate / hop)
@@ -77,7 +83,7 @@ def _spec(config: Any, codes: bool) -> ModelSpec:
         overlap_frames=reach,
         batch_size={"cpu": 1, "cuda": 8},
         codebook_size=config.codebook_size if codes else None,
-        step_frames=int(config.use_causal_conv and config.pad_mode in PADDING_MODES[:2]),
+        step_frames=int(config.pad_mode in PADDING_MODES[:2]),
     )
 
 

@@ -19,7 +19,11 @@ from latentmill.errors import ModelError
 from latentmill.models.base import Context, ModelSpec
 from latentmill.models.families.codec import codec_spec
 from latentmill.models.families.streaming import PADDING_MODES, transformer_step
-from latentmill.models.families.transformers_codec import ContinuousFamily, build_continuous
+from latentmill.models.families.transformers_codec import (
+    ContinuousFamily,
+    build_continuous,
+    check_causal,
+)
 
 if TYPE_CHECKING:
     from latentmill.models.base import State
@@ -59,6 +63,7 @@ def _spec(config: Any) -> ModelSpec:
         raise ValueError("the model has no encoder: encoder_config is null")
     if config.latent_stride < 2:
         raise ValueError("latent_stride is 1, for which transformers builds no downsampling")
+    check_causal("pockettts", config)
     hop, rate = config.frame_size, config.sampling_rate
     reach = encoder_context(config)
     return codec_spec(
@@ -71,7 +76,7 @@ def _spec(config: Any) -> ModelSpec:
         chunk_frames=max(4 * reach, round(CHUNK_SECONDS * rate / hop)),
         overlap_frames=reach,
         batch_size={"cpu": 1, "cuda": 16},
-        step_frames=int(config.use_causal_conv and config.pad_mode in PADDING_MODES[:2]),
+        step_frames=int(config.pad_mode in PADDING_MODES[:2]),
     )
 
 

@@ -187,6 +187,15 @@ def _find(name: str, repo: str, revision: str | None, model_type: str) -> FoundC
     return FoundCodec(name, files, config, "transformers", version)
 
 
+def check_causal(family: str, config: Any) -> None:
+    """Raise `ModelError` if the convolutions of Mimi or Pocket TTS are not causal."""
+    if not config.use_causal_conv:
+        raise ModelError(
+            f"The configuration of this model of {family} has use_causal_conv false, so frames "
+            "depend on later audio: use hf:REPO, which measures how much of it."
+        )
+
+
 def as_indices(codes: Tensor, codebook_size: int) -> Tensor:
     """Convert codes to integers; raise `ModelError` if they were mixed, scaled or changed."""
     indices = codes.long()
