@@ -23,6 +23,7 @@ from latentmill.store.card import MARKER
 from latentmill.store.measurement import write_measurement
 from latentmill.store.results import LinearityEntry
 from support import runs
+from support.field_stores import write_fields
 from support.hub_server import TOKEN, HubServer
 from support.in_process import in_process
 from support.latent_store import latent_of, write_again, write_latents
@@ -108,6 +109,18 @@ def test_load_dataset_and_duckdb_read_it(encoded: str, hub: HubServer, tmp_path:
     paths = [str(copy / path) for path in card["configs"][0]["data_files"][0]["path"]]
     keys = duckdb.execute(f"SELECT key FROM read_parquet({paths}) ORDER BY key").fetchall()
     assert [key for (key,) in keys] == list(wanted)
+
+
+def test_the_card_of_a_field_without_a_rate(tmp_path: Path) -> None:
+    store = write_latents(str(tmp_path / "store"), [5, 9])
+    write_fields(store, [5, 9], names=["text"])
+    field, whole = (
+        hub_card(contents_of(url), REPO, None, new=True, license_=None)
+        for url in (f"{store.url}/fields/text", store.url)
+    )
+    assert "tokens of 5 numbers (float16)" in field and "4 channels, 10.77 frames/s" in whole
+    assert "per frame" not in field and "4096 samples per frame" in whole
+    assert "decode" not in field and "store.decode(" in whole
 
 
 def test_the_picture(encoded: str, hub: HubServer) -> None:

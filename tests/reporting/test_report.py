@@ -24,6 +24,7 @@ from latentmill.reporting.report import render, report
 from latentmill.store.store import LatentStore
 from reporting.conftest import ENCODED, HOSTILE_KEY, HOSTILE_METADATA
 from support import runs
+from support.field_stores import write_fields
 from support.latent_store import write_latents
 
 
@@ -350,6 +351,22 @@ def test_output_paths_that_are_refused(
     one_sentence(error.value)
     assert sorted(Path(report_store.url).rglob("*")) == files
     assert Path("pipe").is_fifo()
+
+
+def test_fields_without_a_rate_are_shown_without_one(tmp_path: Path) -> None:
+    lengths = [7, 40, 12, 90, 33]
+    store = write_latents(str(tmp_path / "store"), lengths)
+    write_fields(store, lengths, names=["text", "whole"])
+    texts = {}
+    for name in ("text", "whole"):
+        lm.evaluate(store.field(name), only=["statistics"])
+        texts[name] = Page(render(store.field(name), Budget(), items=0)).text
+    text, frames = texts["text"], texts["whole"]
+    assert "numbers in a token 5" in text
+    assert "latents float16, tokens of 5 numbers" in text
+    assert "Frames mean 10 %" in text  # of correlations
+    for name, value in (("frames per second", " 21.53"), (" hop", " 2"), ("Frames time", " mean")):
+        assert name + value in frames and name not in text
 
 
 def test_a_negative_number_of_items(report_store: LatentStore, tmp_path: Path) -> None:

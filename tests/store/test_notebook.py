@@ -17,6 +17,7 @@ import soundfile
 import latentmill as lm
 from latentmill.errors import ConfigError
 from latentmill.store.store import LatentStore
+from support.field_stores import write_fields
 from support.latent_store import write_latents
 from support.stem_files import RATE, write_stem_store, write_stems
 
@@ -148,3 +149,11 @@ def test_a_view_names_its_bases(store: LatentStore, tmp_path: Path) -> None:
     shown = lm.open(tmp_path / "view")._repr_html_()
     assert f"bases</th><td style='text-align:left'>&#x27;{store.url}&#x27;</td>" in shown
     assert "left_out</th><td style='text-align:left'>1</td>" in shown
+
+
+def test_a_field_without_a_rate(tmp_path: Path) -> None:
+    store = write_latents(str(tmp_path / "store"), [7, 40])
+    write_fields(store, [7, 40])
+    assert "latents=float16, 4 channels, 10.77 frames/s" in repr(store)  # 44100 / 4096
+    assert "latents=float16, tokens of 5 numbers" in repr(store.field("text"))
+    assert "latents=float16, vectors of 6 numbers" in repr(store.field("clap"))

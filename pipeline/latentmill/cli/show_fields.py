@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from latentmill.store.describe import frames_or_vectors
 from latentmill.store.schema import DatasetInfo
 from latentmill.text.printing import counted, size_text
 
@@ -16,11 +17,9 @@ def show_field(rows: dict[str, str], info: DatasetInfo) -> None:
     field = info.field
     assert field is not None
     rows["field"] = f"{field.name}: {field.kind} from {field.source}"
-    if field.kind in ("vector", "tokens"):
-        kind = "vectors" if field.kind == "vector" else field.kind
-        numbers = counted(info.model["latent_channels"], "number")
-        rows["latents"] = f"{kind} of {numbers}, {info.dtype}"
-        rows["audio"] = f"{info.hours:.3f} h, {info.frames} {kind}"
+    if field.vectors:
+        rows["latents"] = f"{frames_or_vectors(info)}, {info.dtype}"
+        rows["audio"] = f"{info.hours:.3f} h, {info.frames} {field.vectors}"
     if field.source != "audio":
         rows["model"] = info.model["name"]
         del rows["chunking"]

@@ -124,6 +124,11 @@ class FieldEntry:
         """Whether its values are the frames that a model of audio computes."""
         return self.kind in ("frames", "codes") and self.source == "audio"
 
+    @property
+    def vectors(self) -> str:
+        """`vectors` or `tokens` if the values are these; empty if they are frames at a rate."""
+        return {"vector": "vectors", "tokens": "tokens"}.get(self.kind, "")
+
 
 @dataclass(frozen=True)
 class Plan:

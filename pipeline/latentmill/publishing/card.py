@@ -19,6 +19,7 @@ from latentmill.publishing.contents import StoreFiles
 from latentmill.publishing.views import SELECTION
 from latentmill.record import Latent
 from latentmill.store.card import MARKER
+from latentmill.store.describe import frames_or_vectors
 from latentmill.store.measurement import current_result
 from latentmill.store.results import LinearityEntry
 from latentmill.store.schema import CARD_PATH
@@ -119,14 +120,13 @@ def _fields(
 def _section(contents: StoreFiles, repo: str) -> Iterator[str]:
     info, store = contents.info, contents.store
     model, name = info.model, repo.partition("datasets/")[2]
-    rate = model["sample_rate"] / model["hop"]
     key = json.dumps(next(store.keys(), "KEY")).replace("`", "\\u0060")
     yield f"# {name.partition('@')[0]}"
     yield ""
     yield (
         f"Latents of audio, encoded with `{_code(model['name'])}`: "
-        f"{counted(info.encoded, 'record')}, {info.hours:.2f} hours, {model['latent_channels']} "
-        f"channels at {rate:.2f} frames per second ({info.dtype})."
+        f"{counted(info.encoded, 'record')}, {info.hours:.2f} hours, {frames_or_vectors(info)} "
+        f"({info.dtype})."
     )
     if len(store):
         yield f"\n![Latents of some records]({PICTURE_PATH})"
@@ -134,7 +134,8 @@ def _section(contents: StoreFiles, repo: str) -> Iterator[str]:
     yield f'store = lm.open("{repo}")  # reads over the network what is needed'
     yield f"record = store[{key}]"
     yield "record.latent  # numpy [channels, frames]"
-    yield f"audio = store.decode({key})  # numpy [channels, samples], {model['sample_rate']} Hz"
+    if store.decodable:
+        yield f"audio = store.decode({key})  # numpy [channels, samples], {model['sample_rate']} Hz"
     if info.layout == "time-major":
         yield "dataset = lm.LatentDataset(store, crop=128)  # for training"
     yield "```\n"
@@ -166,7 +167,8 @@ def _facts(contents: StoreFiles) -> Iterator[str]:
         "model": model.get("asked") or model["name"],
         "options": json.dumps(model["options"]) if model.get("options") else "",
         "weights": _listed(model.get("provenance")),
-        "sample rate": f"{model['sample_rate']} Hz, {counted(model['hop'], 'sample')} per frame",
+        "sample rate": f"{model['sample_rate']} Hz"
+        + (f", {counted(model['hop'], 'sample')} per frame" if info.frame_rate else ""),
         "scale factor": f"{model['scale_factor']:g} (divide by it for a diffusion model)",
         "chunking": json.dumps(info.chunking),
         "items": f"{info.encoded} encoded, {info.skipped} skipped, {info.failed} failed",

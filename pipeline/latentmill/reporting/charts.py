@@ -116,14 +116,15 @@ class Correlation:
 
     Attributes:
         chart: The mean over channels, and the 10 % and 90 % quantiles on either side.
-        rows: Distance in frames and in seconds; mean, 10 % and 90 % quantile over channels.
+        rows: Distance in frames and in seconds (None without a rate); mean, 10 % and 90 %
+            quantile over channels.
     """
 
     chart: ChannelChart
-    rows: tuple[tuple[int, float, float, float, float], ...]
+    rows: tuple[tuple[int, float | None, float, float, float], ...]
 
 
-def correlation(by_lag: Mapping[str, Sequence[float]], rate: float) -> Correlation | None:
+def correlation(by_lag: Mapping[str, Sequence[float]], rate: float | None) -> Correlation | None:
     """Correlations of each channel by distance in frames; `rate` is in frames per second."""
     lags = sorted(int(lag) for lag, values in by_lag.items() if values)
     if not lags:
@@ -131,7 +132,8 @@ def correlation(by_lag: Mapping[str, Sequence[float]], rate: float) -> Correlati
     table = np.array([by_lag[str(lag)] for lag in lags], float)
     mean, (low, high) = table.mean(axis=1), np.quantile(table, (0.1, 0.9), axis=1)
     columns = (mean.tolist(), low.tolist(), high.tolist())
-    rows = [(lag, lag / rate, *values) for lag, *values in zip(lags, *columns, strict=True)]
+    times = [lag / rate if rate else None for lag in lags]
+    rows = zip(lags, times, *columns, strict=True)
     return Correlation(_chart(low, high, mean, scale=(-1.0, 1.0)), tuple(rows))
 
 

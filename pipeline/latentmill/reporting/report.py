@@ -253,8 +253,9 @@ def _latents(store: LatentStore, statistics: EvaluationResult | None) -> dict[st
         + (() if found is None else (found.low[n], found.high[n], found.saturation[n]))
         for n in range(min(len(info.mean), MAX_CHANNELS))
     ]
-    rate = info.model["sample_rate"] / info.model["hop"]
-    over_time = None if found is None else charts.correlation(found.autocorrelation, rate)
+    over_time = (
+        None if found is None else charts.correlation(found.autocorrelation, info.frame_rate)
+    )
     return {
         "channels": chart,
         "reach": reach,

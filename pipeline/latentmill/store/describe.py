@@ -10,6 +10,7 @@ from latentmill.errors import IncompleteStoreWarning, StorageError, StoreError
 from latentmill.store.commit import committed_revisions
 from latentmill.store.index import Index, damaged_index, open_index
 from latentmill.store.schema import ORIGIN_PATH
+from latentmill.text.printing import counted
 
 if TYPE_CHECKING:
     from latentmill.store.schema import DatasetInfo
@@ -74,17 +75,23 @@ def is_complete(store: LatentStore) -> bool:
     )
 
 
+def frames_or_vectors(info: DatasetInfo) -> str:
+    """The latents, such as "64 channels, 21.53 frames/s"; vectors and tokens have no rate."""
+    channels = info.model["latent_channels"]
+    if info.field and info.field.vectors:
+        return f"{info.field.vectors} of {counted(channels, 'number')}"
+    return f"{counted(channels, 'channel')}, {info.frame_rate:.2f} frames/s"
+
+
 def described(url: str, info: DatasetInfo | None, *, sealed: bool) -> Mapping[str, object]:
     """The values that `repr` displays; `info` is None if it has not been read."""
     facts: dict[str, object] = {"url": repr(url)}
     if info is not None:
-        model = info.model
-        rate = model["sample_rate"] / model["hop"]
         facts |= {
             "records": info.encoded,
             "hours": f"{info.hours:.2f}",
-            "model": model.get("asked") or model["name"],
-            "latents": f"{info.dtype}, {model['latent_channels']} channels, {rate:.2f} frames/s",
+            "model": info.model.get("asked") or info.model["name"],
+            "latents": f"{info.dtype}, {frames_or_vectors(info)}",
         }
         if info.failed:
             facts["failed"] = info.failed

@@ -340,6 +340,12 @@ class DatasetInfo(Document):
             raise ValueError("a view has format version 3")
         return self
 
+    @property
+    def frame_rate(self) -> float | None:
+        """Latent frames per second; None for fields of vectors or tokens."""
+        rate: float = self.model["sample_rate"] / self.model["hop"]
+        return None if self.field and self.field.vectors else rate
+
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
 

@@ -258,6 +258,13 @@ def wav(audio: FloatArray, rate: int) -> bytes:
     return buffer.getvalue()
 
 
+def why_no_sound(store: LatentStore) -> str:
+    """Why records can be neither decoded nor mixed; empty if they can be."""
+    if store.decodable:
+        return ""
+    return "Its values are not latents of audio, so they cannot be decoded or mixed."
+
+
 def why_no_pan(store: LatentStore) -> str:
     """Why records cannot be panned in latent space; empty if they can be."""
     if store.info.model.get("split") != 2:

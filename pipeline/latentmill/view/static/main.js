@@ -26,8 +26,7 @@ async function begin() {
   const channels = facts.channels === 1 ? "mono" : facts.channels === 2 ? "stereo" : `${facts.channels} channels`;
   byId("about").replaceChildren(
     `${whole.format(facts.records)} records, ${facts.hours.toFixed(2)} hours of audio · ${facts.model}, `,
-    `${(facts.rate / 1000).toString()} kHz ${channels} · latents: ${facts.latent_channels} channels, `,
-    `${(facts.rate / facts.hop).toFixed(2)} frames/s, ${facts.dtype}`,
+    `${(facts.rate / 1000).toString()} kHz ${channels} · latents: ${facts.values}`,
     facts.sealed ? "" : " · this store is not complete");
   const desk = new Desk(facts);
   const add = (key) => desk.add(key);

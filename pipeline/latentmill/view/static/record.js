@@ -30,12 +30,13 @@ export class RecordView {
 
   /** Show a record; `signal` aborts loading its sounds. */
   #show(record, signal) {
-    const player = this.#player(record, signal);
+    const { why_no_sound: why } = this.facts;
+    const player = why ? null : this.#player(record, signal);
     this.#replace(
-      this.#figures(record), this.#buttons(record), player.element, this.#pictures(record),
-      ...this.#metadata(record));
+      this.#figures(record), this.#buttons(record), player?.element ?? el("p", { class: "note small" }, why),
+      this.#pictures(record), ...this.#metadata(record));
     this.player = player;
-    player.choose("latent");
+    player?.choose("latent");
     announce(`${record.key} is open.`);
   }
 
@@ -108,7 +109,7 @@ export class RecordView {
     };
     const kinds = { waveform: "wave", spectrogram: "spectrogram", latent: "latent" };
     return el("div", { class: "pictures" },
-      ...Object.entries(titles).map(([of, title]) =>
+      ...Object.entries(titles).filter(([of]) => of === "latent" || !this.facts.why_no_sound).map(([of, title]) =>
         el("figure", {},
           el("img", {
             class: `picture ${kinds[of]}`, src: address("picture", { key: record.key, of }),
