@@ -82,8 +82,7 @@ def summary(run: RunSummary) -> str:
     from_values = info.field is not None and info.field.source != "audio"
     if run.failures or any(one.failures for one in run.fields.values()):
         first = "" if from_values else "fix these files, then "
-        in_tars = " (if they are in tars or Parquet files: with --extend --retry-changed)"
-        lines.append(f"  {first}rerun with --retry-failed{'' if info.field else in_tars}")
+        lines.append(f"  {first}rerun with --retry-failed")
     todo = run.units - run.resumed_units - run.waiting
     if not todo and not run.waiting:
         hint = " (to add new files of the source, use --extend)"

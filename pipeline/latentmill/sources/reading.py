@@ -115,7 +115,7 @@ class UnitReader(Closeable):
             container = "tar" if isinstance(item.place, ByteRange) else "table"
             raise ItemError(
                 f"its {container} has changed since it was listed: `encode --extend "
-                "--retry-changed` lists it again"
+                "--retry-changed` lists it again (items that were removed from it stay as they are)"
             )
 
     def content_hash(self, item: Item, media: MediaFile) -> str:
