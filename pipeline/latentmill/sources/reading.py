@@ -25,7 +25,9 @@ from latentmill.storage.descriptors import write_at
 from latentmill.storage.remote import cause_of, storage_errors
 
 _PIECE = 16 << 20
-_SHARED_RECORDINGS = 2  # maximum fetched recordings that are kept for their segments
+_SHARED_RECORDINGS = 16
+"""Maximum fetched recordings that are kept for their segments: as many as a unit has lanes, which
+advance at different speeds."""
 
 
 class UnitReader(Closeable):
@@ -35,8 +37,8 @@ class UnitReader(Closeable):
     of cells. Small remote recordings are prefetched. `items` are in the order in which they will
     be opened. `allow_changed` accepts whole files that have changed since planning, but not those
     of the items with the keys `unchanged`. A tar or table must never have changed, because the
-    position of an item can now be that of another one. `helpers` are threads that may load pieces
-    of a long recording.
+    position of an item can now be that of another one. Readers that share `versions` look each tar
+    or table up once together. `helpers` are threads that may load pieces of a long recording.
     """
 
     helpers: Helpers | None = None
@@ -47,6 +49,7 @@ class UnitReader(Closeable):
         *,
         allow_changed: bool = False,
         unchanged: Collection[str] = (),
+        versions: dict[str, tuple[int, str]] | None = None,
     ) -> None:
         items = list(items)
         self._cells = CellReader(items)
@@ -54,9 +57,13 @@ class UnitReader(Closeable):
         self._unchanged = unchanged
         self._lock = threading.Lock()
         self._locks: dict[str, threading.Lock] = {}
-        self._versions: dict[str, tuple[int, str]] = {}
+        self._versions = {} if versions is None else versions
         self._hashes: dict[str, str] = {}
         self._recordings: OrderedDict[str, MediaFile] = OrderedDict()
+        self._segments: dict[str, set[str]] = {}  # keys that are not released yet, by recording
+        for item in items:
+            if _is_shared(item):
+                self._segments.setdefault(item.uri, set()).add(item.key)
         self._prefetch = Prefetch(items, self._open, self._fetch)
 
     def open(self, item: Item) -> MediaFile:
@@ -71,6 +78,12 @@ class UnitReader(Closeable):
         self._prefetch.release(item)
         if isinstance(item.place, TableCell):
             self._cells.release(item.uri, item.place)
+        if _is_shared(item):
+            with self._lock:
+                left = self._segments.get(item.uri, set())
+                left.discard(item.key)
+                if not left and item.uri in self._recordings:
+                    self._recordings.pop(item.uri).close()
 
     def _open(self, item: Item) -> MediaFile:
         self.check_container(item)
@@ -82,10 +95,7 @@ class UnitReader(Closeable):
             except (*storage_errors(), pa.ArrowException) as error:
                 raise ItemError(f"the table cannot be read: {cause_of(error)}") from error
             return media_from_bytes(data)
-        if item.segment is not None and is_remote(item.uri):
-            media = self._shared(item)
-        else:
-            media = open_media(item.uri, item.size or None)
+        media = self._shared(item) if _is_shared(item) else open_media(item.uri, item.size or None)
         if not self._allow_changed or item.key in self._unchanged:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(media)
@@ -140,12 +150,16 @@ class UnitReader(Closeable):
                 self._recordings.popitem()[1].close()
 
     def _shared(self, item: Item) -> MediaFile:
-        """A remote recording, fetched once for consecutive segments."""
+        """A remote recording, which is kept until its last segment is released.
+
+        If there are too many, the one that was not used for the longest time is closed.
+        """
         uri = item.uri
         with self._lock_of(uri):
             with self._lock:
                 known = self._recordings.get(uri)
                 if known is not None:
+                    self._recordings.move_to_end(uri)
                     return known.reopened()
             fetched = open_media(uri, item.size or None)
             with self._lock:
@@ -157,6 +171,11 @@ class UnitReader(Closeable):
     def _lock_of(self, uri: str) -> threading.Lock:
         with self._lock:
             return self._locks.setdefault(uri, threading.Lock())
+
+
+def _is_shared(item: Item) -> bool:
+    """Whether an item is a segment of a remote recording."""
+    return item.segment is not None and item.place is None and is_remote(item.uri)
 
 
 def with_size(item: Item) -> Item:

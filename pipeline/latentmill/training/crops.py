@@ -72,6 +72,7 @@ class Crops:
         self._size = 0
         self._broken: dict[str, str] = {}  # items of which nothing can be loaded
         self._reported: set[str] = set()
+        self._versions: dict[str, tuple[int, str]] = {}  # of tars and tables
 
     def batch(self, step: int) -> AudioBatch:
         """The crops of a step.
@@ -157,7 +158,7 @@ class Crops:
         with self._lock:
             if item.key in self._lengths:
                 return self._lengths[item.key]
-        with UnitReader([item], allow_changed=True) as reader, reader.open(item) as media:
+        with self._reader(item) as reader, reader.open(item) as media:
             info = probe(media)
         seconds = None if info.num_samples is None else info.num_samples / info.sample_rate
         if seconds is not None and item.segment is not None:
@@ -186,12 +187,15 @@ class Crops:
         """Audio `[C, T]` of an item, from `start` seconds on."""
         part = item.segment or Segment(0.0)
         duration = part.duration if seconds is None else seconds
-        with UnitReader([item], allow_changed=True) as reader, reader.open(item) as media:
+        with self._reader(item) as reader, reader.open(item) as media:
             stream = open_audio(
                 media, start=part.start + start, duration=duration, allow_truncated=True
             )
             waveform = prepare(stream, sample_rate=self._rate, channels=self._channels)
             return np.concatenate(list(waveform.blocks()), axis=1)
+
+    def _reader(self, item: Item) -> UnitReader:
+        return UnitReader([item], allow_changed=True, versions=self._versions)
 
     def _report(self, item: Item, reason: str) -> None:
         with self._lock:
