@@ -345,6 +345,9 @@ def fingerprint_document(
     it is that of a CPU.
     """
     settings = config.model_dump(mode="json", include=set(settings_of("latents")))
+    # Earlier versions padded the last of several windows in a chunk with zeros.
+    of_windows = chunking.stitch in ("trim", "crossfade") and spec.hop < chunking.samples
+    last = {"last_chunk": "short"} if of_windows and chunking.ends_short(spec) else {}
     return {
         "model": {
             **spec.identity,
@@ -363,7 +366,7 @@ def fingerprint_document(
             "skew": chunking.skew,
         },
         "numeric": {"precision": config.precision or "float32"},
-        "preprocessing": {"encoding_version": ENCODING_VERSION, "resampler": "soxr HQ"},
+        "preprocessing": {"encoding_version": ENCODING_VERSION, "resampler": "soxr HQ", **last},
         "settings": {
             name: value
             for name, value in settings.items()

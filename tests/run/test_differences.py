@@ -11,7 +11,7 @@ import pytest
 from latentmill.config import RunConfig, fingerprint_document, item_settings, load_config
 from latentmill.encoding.chunks import Chunking
 from latentmill.models import registry
-from latentmill.models.base import ModelSpec
+from latentmill.models.base import Context, ModelSpec
 from latentmill.plan import Plan
 from latentmill.run.differences import differences, explain
 
@@ -136,7 +136,7 @@ LABELS = {
     ("chunking", "samples"): "--chunk-seconds",
     ("chunking", "step"): "--stitch trim: step",
     ("chunking", "overlap"): "--overlap",
-    ("chunking", "skew"): "--stitch trim: skew",
+    ("chunking", "skew"): "--model context, left minus right",
     ("numeric", "precision"): "--precision",
 }
 
@@ -162,6 +162,36 @@ def test_every_field_of_a_fingerprint_is_shown_by_its_option(section: str, name:
     assert found[0].label == LABELS.get((section, name), expected)
     assert found[0].was != found[0].now
     assert "x" * 9 not in found[0].was or not name.startswith("sha256")  # hashes are shortened
+
+
+def test_another_context_of_the_model_is_the_only_difference_that_is_named() -> None:
+    """No option changes it. With it, the default overlap is another one, too."""
+    earlier = replace(SPEC, context=Context(1, 0), overlap_frames=1)
+    later = replace(SPEC, context=Context(1, 1), overlap_frames=4)
+    found = differences(plan_of(CONFIG, earlier), CONFIG, later, cut(CONFIG, later), CONFIG.source)
+    assert explain(found) == changed("--model context, left minus right", "1", "0")
+
+
+def test_windows_of_an_earlier_version_are_another_fingerprint() -> None:
+    """It padded the last window of a chunk of several windows."""
+    spec = replace(SPEC, context=Context(0, 0), overlap_frames=0, short_last_chunk=True)
+    spec = replace(spec, min_samples=1, overhang=0)
+    document = fingerprint_document(CONFIG, spec, cut(CONFIG, spec))
+    assert document["preprocessing"].pop("last_chunk") == "short"
+    plan = replace(plan_of(CONFIG, spec), fingerprint=document)
+    found = differences(plan, CONFIG, spec, cut(CONFIG, spec), CONFIG.source)
+    assert explain(found) == changed("preprocessing last_chunk", "no value", "short")
+    one = configured(chunk_samples=spec.hop)
+    assert "last_chunk" not in fingerprint_document(one, spec, cut(one, spec))["preprocessing"]
+
+
+def test_the_order_of_split_rows_is_no_option() -> None:
+    spec = replace(SPEC, identity={**SPEC.identity, "split": True, "split_rows": "means first"})
+    plan = plan_of(CONFIG, spec)
+    config = configured(model_options={"hop": 1024})
+    whole = spec_of(config)
+    found = differences(plan, config, whole, cut(config, whole), config.source)
+    assert [one.label for one in found] == ["--model-option hop", "--channels"]
 
 
 def test_hashes_come_last_and_are_short() -> None:

@@ -161,7 +161,7 @@ def _counts(left_out: pa.Table) -> dict[str, int]:
 
 def _info(chosen: Sequence[Chosen], index: Index, left_out: int) -> DatasetInfo:
     """The dataset.json of a view without its files: its source, counts and statistics."""
-    info, statistics = chosen[0].store.info, _statistics(chosen)
+    info, (mean, std) = chosen[0].store.info, _statistics(chosen)
     seconds = float(index.column("num_samples").sum() / info.model["sample_rate"])
     return info.model_copy(
         update={
@@ -173,8 +173,8 @@ def _info(chosen: Sequence[Chosen], index: Index, left_out: int) -> DatasetInfo:
             "failed": 0,
             "hours": round(seconds / 3600, 6),
             "frames": int(index.column("frames").sum()),
-            "mean": statistics.mean.tolist(),
-            "std": statistics.std.tolist(),
+            "mean": mean,
+            "std": std,
             "origin": ORIGIN_PATH,
             "shards": [],
             "revisions": {},
@@ -267,15 +267,14 @@ def _remove_superseded(storage: Storage, info: DatasetInfo) -> None:
             storage.delete(name)
 
 
-def _statistics(chosen: Sequence[Chosen]) -> ChannelStatistics:
+def _statistics(chosen: Sequence[Chosen]) -> tuple[list[float], list[float]]:
     """Mean and deviation over all latents of the base stores, also those that are left out.
 
     Each base store counts once, so all parts of one split, or of several, have the same. A part of
     one view has those of the view, whatever has become of its bases.
     """
     if len(chosen) == 1:
-        store = chosen[0].store
-        return ChannelStatistics(store.info.frames, store.mean, store.std**2 * store.info.frames)
+        return chosen[0].store.info.mean, chosen[0].store.info.std
     infos: dict[str, DatasetInfo] = {}
     for one in chosen:
         if one.store.bases is None:
@@ -287,7 +286,7 @@ def _statistics(chosen: Sequence[Chosen]) -> ChannelStatistics:
     for info in infos.values():
         mean, std = (np.array(one, np.float64) for one in (info.mean, info.std))
         total = total.merge(ChannelStatistics(info.frames, mean, std**2 * info.frames))
-    return total
+    return total.mean.tolist(), total.std.tolist()
 
 
 def _write_annotations(

@@ -60,28 +60,35 @@ def stem_groups(store: LatentStore, count: int) -> list[tuple[str, list[str]]]:
     have more stems in the other shards.
     """
     rows = ShardRows(store)
-    keys: dict[tuple[str, float], list[str]] = {}
-    shard_of: dict[tuple[str, float], int] = {}  # where a group becomes one of at least two stems
+    stems: list[tuple[str, float, str, int]] = []  # song, start, key, shard
+    counts: Counter[tuple[str, float]] = Counter()
+    enough: set[int] = set()  # shards in which a group becomes one of at least two stems
     for shard in rows.spread():
         fields = rows.fields(shard, ("key", "group", "role", "source_uri"))
         starts = starts_at(pa.array(fields.pop("source_uri"), pa.string()))
         for key, song, role, start in zip(*fields.values(), starts, strict=True):
             if song is not None and role not in MIXES:
-                group = (song, round(start or 0.0, 3))
-                keys.setdefault(group, []).append(key)
-                if len(keys[group]) == 2:
-                    shard_of[group] = shard
-        if len(set(shard_of.values())) >= count:
+                stems.append((song, start or 0.0, key, shard))
+                near = song, round(start or 0.0, 3)
+                counts[near] += 1
+                if counts[near] == 2:
+                    enough.add(shard)
+        if len(enough) >= count:
             break
+    numbers, names = groups_together([song for song, *_ in stems], [one[1] for one in stems])
+    members: list[list[int]] = [[] for _ in names]
+    for place, number in enumerate(numbers.tolist()):
+        members[number].append(place)
     turns: Counter[int] = Counter()
     ranked = []
-    for group, shard in shard_of.items():
-        ranked.append((turns[shard], group))
+    for _, number in sorted((of[1], number) for number, of in enumerate(members) if len(of) > 1):
+        shard = stems[members[number][1]][3]
+        ranked.append((turns[shard], number))
         turns[shard] += 1
-    numbers, found = groups_together([song for song, _ in keys], [start for _, start in keys])
-    names = {group: found[number] for group, number in zip(keys, numbers, strict=True)}
-    chosen = sorted(group for _, group in sorted(ranked)[:count])
-    return [(names[group], sorted(keys[group])) for group in chosen]
+    return [
+        (names[number], sorted(stems[place][2] for place in members[number]))
+        for number in sorted(number for _, number in sorted(ranked)[:count])
+    ]
 
 
 def stem_tracks(store: LatentStore, count: int, longest: int) -> tuple[list[Track], int]:

@@ -118,9 +118,10 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         groups = stem_groups(self.store, by, without=without)
         self.groups = tuple(group for group in groups if {*having} <= {*group.roles})
         if not self.groups:
+            together = " that begin at the same time" if len(having) > 1 else ""
             raise ConfigError(
-                f"No song of {self.store.url} has {' and '.join(having)} that begin at the same "
-                "time: check the roles."
+                f"No song of {self.store.url} has {' and '.join(having)}{together}: check the "
+                "roles."
             )
         self._crops = CropReader(self.store)
         self._fields = StoreFields(

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from latentmill.config import RunConfig, fingerprint_document, item_settings, settings_of
 from latentmill.encoding.chunks import Chunking
 from latentmill.errors import ConfigError, StoreError
-from latentmill.models.base import ModelSpec, Stitch
+from latentmill.models.base import ROWS, ModelSpec, Stitch
 from latentmill.plan import PLAN_PATH, Plan
 from latentmill.sources.files import Place
 from latentmill.sources.settings import SourceSettings, option
@@ -144,6 +144,8 @@ def _model(
         channels = ["split" if model.get("split") else "mono" for model in (old, new)]
         yield _difference("channels", *channels)
     explained = {*hashes, *options, "split"}
+    if explained & set(changed):
+        explained.add(ROWS)  # follows from the channels and the posterior
     follows = set(_SHAPE) if explained & set(changed) else set()
     for name in changed:
         if name not in explained | follows:
@@ -160,7 +162,7 @@ def _options(plan: Plan, config: RunConfig, spec: ModelSpec, changed: list[str])
     names = [*stored, *(name for name in asked if name not in stored)]
     different = [name for name in names if stored.get(name) != asked.get(name)]
     # Some options are not in the identity by name: `revision` chooses the weights.
-    open_questions = set(changed) - {*_SHAPE, *names, "split"}
+    open_questions = set(changed) - {*_SHAPE, *names, "split", ROWS}
     unnamed = set(different) - set(plan.fingerprint.get("model", {})) - set(spec.identity)
     unnamed -= set(spec.provenance) - {"revision"}  # only decoding depends on these
     return [name for name in different if name in changed or (open_questions and name in unnamed)]
@@ -180,6 +182,10 @@ def _chunking(
     # Another model has other defaults. Then only the user's own settings count as different.
     other_model = bool(set(_changed(stored.get("model", {}), wanted["model"])) & set(_GRID))
     asked = {name for name in _CHUNKING if getattr(config, name) is not None or not other_model}
+    if "skew" in changed and "stitch" not in changed and not other_model:  # no option changes it
+        label = "--model context, left minus right"
+        yield _difference("", old.get("skew"), new["skew"], label)
+        return
     found: list[ChangedSetting] = []
     if "stitch" in changed and "stitch" in asked:
         found.append(_difference("stitch", old.get("stitch"), new["stitch"]))
