@@ -25,9 +25,12 @@ FILE = st.tuples(
 )
 
 
-def item(number: int, file: File, version: int) -> Item:
+def item(number: int, file: File, version: int, scale: float | None = None) -> Item:
+    """An item; `scale` is the factor between an approximate length in its header and its size."""
     extension, size, seconds = file
-    return Item(f"k{number:02d}", f"/in/{number}.{extension}", size, f"v{version}", seconds=seconds)
+    guess = None if scale is None or seconds is not None else scale * size / RATES[extension]
+    uri = f"/in/{number}.{extension}"
+    return Item(f"k{number:02d}", uri, size, f"v{version}", seconds=seconds, estimate=guess)
 
 
 def frozen(items: list[Item], storage: Storage) -> Plan:
@@ -36,7 +39,8 @@ def frozen(items: list[Item], storage: Storage) -> Plan:
 
 
 def length(one: Item) -> float:
-    return one.size / RATES[one.uri.rpartition(".")[2]] if one.seconds is None else one.seconds
+    guess = one.size / RATES[one.uri.rpartition(".")[2]] if one.estimate is None else one.estimate
+    return guess if one.seconds is None else one.seconds
 
 
 def assert_totals(part: PlanPart, items: list[Item]) -> None:
@@ -55,6 +59,7 @@ def assert_totals(part: PlanPart, items: list[Item]) -> None:
     st.lists(FILE, min_size=1, max_size=12),
     st.lists(FILE, min_size=24, max_size=24),
     st.sets(st.integers(0, 23)),
+    st.none() | st.floats(0.1, 10),
     st.uuids(),
 )
 def test_the_totals_are_those_of_the_new_files(
@@ -62,16 +67,18 @@ def test_the_totals_are_those_of_the_new_files(
     second: list[File],
     others: list[File],
     numbers: set[int],
+    scale: float | None,
     name: object,
 ) -> None:
     storage = Storage(f"memory://amended/{name}")
     files = first + second
-    items = [item(number, file, 0) for number, file in enumerate(files)]
+    items = [item(number, file, 0, scale) for number, file in enumerate(files)]
     plan = frozen(items[: len(first)], storage)
     with draft(items[len(first) :], LIMITS) as drafted:
         plan = extend(plan, drafted, storage)
     after = [
-        item(n, others[n], 1) if n in numbers else item(n, file, 0) for n, file in enumerate(files)
+        item(n, others[n] if n in numbers else file, int(n in numbers), scale)
+        for n, file in enumerate(files)
     ]
     with draft(after, LIMITS) as listed:
         found, fresh = compare(plan, storage, listed, LIMITS)

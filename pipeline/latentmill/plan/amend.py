@@ -21,6 +21,7 @@ from latentmill.plan.items import (
     unit_hash,
 )
 from latentmill.plan.plan import Plan, PlanPart, Unit
+from latentmill.sources.base import known_seconds
 from latentmill.storage.storage import Storage
 
 
@@ -149,12 +150,18 @@ def _amend(
 
 
 def _seconds(unit: Unit, before: pa.Table, place: Sequence[int | None], changed: pa.Table) -> float:
-    """The length of an amended unit: the share of its items that are the same, and the new ones.
+    """The length of an amended unit: that of its unchanged items, and that of the new files.
 
-    Not all that the lengths were estimated from is stored, so they are not estimated again.
+    Not all that unknown lengths were estimated from is stored, so they are not estimated again: the
+    unchanged items get their share of the estimates that the unit's length contains.
     """
-    old = [estimated_seconds(item) for item in to_items(before)]
-    same = sum(one for one, at in zip(old, place, strict=True) if at is None)
-    micros: list[int] = changed["micros"].to_pylist()
-    new: float = sum(micros[at] for at in place if at is not None) / 1e6
-    return round((unit.seconds * same / sum(old) if same else 0.0) + new, 6)
+    exact, guessed = [0.0, 0.0], [0.0, 0.0]  # of changed and of unchanged items
+    for item, at in zip(to_items(before), place, strict=True):
+        lengths = guessed if known_seconds(item) is None else exact
+        lengths[at is None] += estimated_seconds(item)
+    same = exact[True]
+    if guessed[True]:
+        same += max(0.0, unit.seconds - sum(exact)) * guessed[True] / sum(guessed)
+    rows = pa.array([at for at in place if at is not None], pa.int64())
+    new: float = sum(changed["micros"].take(rows).to_pylist()) / 1e6
+    return round(same + new, 6)
