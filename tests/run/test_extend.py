@@ -270,8 +270,13 @@ def test_changed_files_are_still_due_after_a_kill(
         encode(songs, store, extend=True, retry_changed=True)
     stale = [fault for fault in verify(open_store(str(store))).faults if "have changed" in fault]
     assert len(stale) == 1
+    value = show_status.StoreStatus.of(open_store(str(store)))
+    assert (value.complete, value.committed) == (False, value.units - 1)
+    assert show_status.status(value).startswith(f"{store}: not complete; to resume, run the same")
     summary = encode(songs, store)  # nobody asks again
     assert summary.units - summary.resumed_units == 1
+    value = show_status.StoreStatus.of(open_store(str(store)))
+    assert (value.complete, value.committed, value.encoded) == (True, value.units, 5)
     runs.assert_whole(store)
     assert runs.latents(store)["album 1/song 01"] != before["album 1/song 01"]
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoreStatus:
-    """State of a store: counts over its commits, and its current run."""
+    """State of a store: counts over its commits of the planned files, and its current run."""
 
     store: str
     complete: bool
@@ -59,13 +59,18 @@ class StoreStatus:
         run = current_run(store.storage)
         fields = tuple(field_states(store.storage, store.plan))
         runs = {f.name: current_run(field_storage(store.storage, f.name)) for f in fields}
-        tallies = [Tally.of(commit) for commit in iter_commits(store.storage)]
+        hashes = {unit.name: unit.hash for unit in store.plan.units}
+        tallies = [
+            Tally.of(commit)
+            for commit in iter_commits(store.storage)
+            if commit.unit in hashes and commit.items_hash in (None, hashes[commit.unit])
+        ]
         stages: Counter[str] = Counter()
         for tally in tallies:
             stages.update(tally.timings)
         return cls(
             store=store.url,
-            complete=store.complete,
+            complete=store.complete and len(tallies) == len(hashes),
             units=len(store.plan.units),
             committed=len(tallies),
             items=store.plan.num_items,
