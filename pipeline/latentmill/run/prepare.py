@@ -33,6 +33,7 @@ from latentmill.plan import (
 )
 from latentmill.plan.amend import amend
 from latentmill.plan.compare import Comparison, compare
+from latentmill.plan.drafting import SORT_ITEMS
 from latentmill.plan.items import draft_table, to_items
 from latentmill.plan.probe import cheap, probed
 from latentmill.run.differences import default_stitch, differences, explain, with_planned
@@ -335,11 +336,11 @@ def _extended(
         refine,
         described_rows=config.refresh_metadata,
     )
+    plan = replace(plan, ignored=ignored_by(prepared.source))
     with fresh:
         if config.retry_changed and len(found.changed):
             plan = amend(plan, refine(found.changed), found.units, storage)
         if found.new:
-            plan = replace(plan, ignored=ignored_by(prepared.source))
             plan = extend(plan, fresh, storage)
     extension = Extension(
         new=found.new,
@@ -365,7 +366,10 @@ def _refiner(probe: bool | None) -> Callable[[pa.Table], pa.Table]:
         if not probe and left < 0:
             return table
         wanted = (lambda _: True) if probe else cheap
-        return draft_table(list(probed(to_items(table), wanted=wanted)))
+        slices = (table.slice(first, SORT_ITEMS) for first in range(0, len(table), SORT_ITEMS))
+        return pa.concat_tables(
+            draft_table(list(probed(to_items(some), wanted=wanted))) for some in slices
+        )
 
     return refine
 
