@@ -17,7 +17,10 @@ from latentmill.evaluation.channels import LAGS
 from latentmill.evaluation.shard_pass import ShardPass
 from latentmill.evaluation.similarity import near_groups
 from latentmill.evaluation.statistics import measure_statistics
+from latentmill.reporting.media import Budget
+from latentmill.reporting.report import render
 from latentmill.store.measurement import current_result, write_measurement
+from latentmill.store.results import StoreStatistics
 from latentmill.store.store import LatentStore
 from store.store_files import write_store
 from support import runs, saturated_model
@@ -258,3 +261,51 @@ def test_a_cut_shard_ends_in_one_sentence(size: int, tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:size])
     with pytest.raises(StorageError, match="is damaged"):
         measure_statistics(store)
+
+
+def test_more_repeats_than_are_listed_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results of earlier versions have no totals."""
+    random = np.random.default_rng(0)
+    shape = np.array([[1.0], [2.0], [0.5], [1.5]])
+    latents = [shape * random.standard_normal((4, 20 + 10 * n)) for n in range(60)]
+    for number in range(55, 60):  # unlike the others
+        latents[number] *= np.array([[9.0], [0.1], [9.0], [0.1]])
+    latents += latents[:15]  # 12 of the same file, 3 of the same audio
+    latents += [np.pad(latent, ((0, 0), (0, 1)), "edge") for latent in latents[30:33]]
+    hashes = [f"xxh3:{n}" for n in (*range(60), *range(12), *range(100, 106))]
+    stored = [latent.astype(np.float16) for latent in latents]
+    lengths = [latent.shape[1] for latent in latents]
+    store = write_latents(str(tmp_path / "store"), lengths, latents=stored, content_hashes=hashes)
+
+    whole = measure_statistics(store, record=False)
+    near, unusual = len(whole.near_duplicates), len(whole.outliers)
+    assert (len(whole.same_file), len(whole.same_audio)) == (12, 3)
+    assert min(near, unusual) >= 3
+    monkeypatch.setattr("latentmill.evaluation.statistics.MAX_LISTED", 2)
+    found = measure_statistics(store)
+    totals = [found.same_file_groups, found.same_audio_groups]
+    assert [*totals, found.near_duplicate_groups, found.outlier_records] == [12, 3, near, unusual]
+    lists = (found.same_file, found.same_audio, found.near_duplicates, found.outliers)
+    assert [len(entries) for entries in lists] == [2, 2, 2, 2]
+
+    monkeypatch.setattr("latentmill.cli.show_evaluation._MOST_LINES", 3)
+    text = runs.call(capsys, "evaluate", store.url, "--only", "statistics").out
+    assert (
+        "listed    12 groups of the same file, 3 groups of the same audio, "
+        f"{near} groups almost the same, {unusual} records unlike the others\n"
+    ) in text
+    assert f"... and {15 + near + unusual - 3} more, see --json (at most 1,000 of each)\n" in text
+    page = render(store, Budget(), items=0)
+    assert f"12 of the same file, 3 of the same audio in other files, {near} almost" in page
+    assert f"{unusual} records unlike the others" in page
+
+    file = tmp_path / "store/evaluation/statistics.json"
+    document = json.loads(file.read_text())
+    for name in (*(n for n in document["statistics"] if n.endswith("_groups")), "outlier_records"):
+        del document["statistics"][name]
+    file.write_text(json.dumps(document))
+    earlier = current_result(store.storage, store.info, "statistics")
+    assert isinstance(earlier, StoreStatistics)
+    assert (earlier.same_file_groups, earlier.outlier_records) == (2, 2)

@@ -160,6 +160,15 @@ def statistics(found: StoreStatistics) -> str:
         rows["lufs"] = f"{_spread(found.lufs, 'LUFS')} ({counted(found.lufs_records, 'record')})"
     elif found.lufs is None:
         rows["lufs"] = "not measured: pip install 'latentmill[loudness]'"
+    totals = {
+        "groups of the same file": found.same_file_groups,
+        "groups of the same audio": found.same_audio_groups,
+        "groups almost the same": found.near_duplicate_groups,
+        "records unlike the others": found.outlier_records,
+        "silent records": found.silent_records,
+    }
+    if any(totals.values()):
+        rows["listed"] = ", ".join(f"{count} {what}" for what, count in totals.items() if count)
     lines = [f"{name:<9} {text}" for name, text in rows.items()]
     for channels, what in (
         (found.saturated_channels, "saturated"),
@@ -174,8 +183,9 @@ def statistics(found: StoreStatistics) -> str:
     groups += [("unlike the others", [one.key]) for one in found.outliers]
     groups += [("silent", [key]) for key in found.silent]
     lines += [f"{what}: {', '.join(keys)}" for what, keys in groups[:_MOST_LINES]]
-    if len(groups) > _MOST_LINES:
-        lines.append(f"... and {len(groups) - _MOST_LINES} more, see --json")
+    total = sum(totals.values())
+    if total > _MOST_LINES:
+        lines.append(f"... and {total - _MOST_LINES} more, see --json (at most 1,000 of each)")
     return "\n".join(lines)
 
 

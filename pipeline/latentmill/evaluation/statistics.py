@@ -100,6 +100,7 @@ def _result(
     deviation = math.sqrt(max(0.0, power - float(np.mean(info.mean)) ** 2))
     saturation = moments.saturation
     silent = np.flatnonzero(table.silent)
+    unusual = outliers(table.shapes, repeats.others)
     with np.errstate(divide="ignore"):
         loudness = 20 * np.log10(table.rms[sounding & (table.rms > 0)])
     return StoreStatistics(
@@ -130,15 +131,16 @@ def _result(
         silent=[key(at) for at in silent[:MAX_LISTED].tolist()],
         silent_records=len(silent),
         same_file=_named(store, repeats.same_file),
+        same_file_groups=len(repeats.same_file),
         same_audio=_named(store, repeats.same_audio),
+        same_audio_groups=len(repeats.same_audio),
         near_duplicates=[
             NearDuplicates(keys=[key(at) for at in records], distance=distance)
             for records, distance in repeats.near[:MAX_LISTED]
         ],
-        outliers=[
-            Outlier(key=key(at), distance=distance)
-            for at, distance in outliers(table.shapes, repeats.others)[:MAX_LISTED]
-        ],
+        near_duplicate_groups=len(repeats.near),
+        outliers=[Outlier(key=key(at), distance=distance) for at, distance in unusual[:MAX_LISTED]],
+        outlier_records=len(unusual),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -167,8 +167,20 @@ class PooledVectors(_Result):
     hash: str = Field(description="xxh3-128 of the file's bytes, hex.")
 
 
+_TOTALS = {
+    "same_file": "same_file_groups",
+    "same_audio": "same_audio_groups",
+    "near_duplicates": "near_duplicate_groups",
+    "outliers": "outlier_records",
+}
+
+
 class StoreStatistics(_Result):
-    """Contents of a store. Lists of keys have at most 1,000 entries."""
+    """Contents of a store. Lists of keys have at most 1,000 entries, the totals count all.
+
+    In results of earlier versions, which have no totals of groups and outliers, they are the
+    lengths of the lists.
+    """
 
     records: int
     hours: float
@@ -202,14 +214,28 @@ class StoreStatistics(_Result):
     silent: list[str] = Field(description="Records that are below -60 dBFS all the time.")
     silent_records: int
     same_file: list[list[str]] = Field(description="Records of equal files, by content hash.")
+    same_file_groups: int
     same_audio: list[list[str]] = Field(description="Records of equal audio in other files.")
+    same_audio_groups: int
     near_duplicates: list[NearDuplicates] = Field(
         description="The same sound encoded again, or with another gain."
     )
+    near_duplicate_groups: int
     outliers: list[Outlier]
+    outlier_records: int
     vectors: PooledVectors | None = Field(
         None, description="Pooled latents. Results of earlier versions do not have them."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_listed(cls, values: Any) -> Any:
+        """Add the totals that results of earlier versions do not have."""
+        if not isinstance(values, dict):
+            return values
+        listed = {total: values.get(name) for name, total in _TOTALS.items()}
+        counts = {total: len(keys) for total, keys in listed.items() if isinstance(keys, list)}
+        return {**counts, **values}
 
     @model_validator(mode="after")
     def _check_channels(self) -> Self:
