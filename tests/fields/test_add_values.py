@@ -39,6 +39,7 @@ from support import runs
 from support.examples import example
 from support.fields import files, given, write_import
 from support.in_process import encode, spoil
+from support.latent_store import write_latents
 
 VOWELS = "python:vowels_of_fields:factory"
 PEAKS = "python:peaks_of_fields:factory"
@@ -425,6 +426,27 @@ def test_a_field_without_any_value_is_refused(store: Path, tmp_path: Path) -> No
     with pytest.raises(ConfigError, match=r"No item of .* has a value in file:values.parquet"):
         add(store, source=str(path), model=None)
     assert not (store / "fields").exists()
+
+
+def test_similar_names_are_found_without_reading_all_metadata(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The metadata is 24 MB. A list has no column in the metadata file; a late name has one."""
+    metadata: list[dict[str, Any]] = [{"tags": ["oud"], "prompt": "x" * 60_000}] * 400
+    metadata[-1] = {"mood": "calm"}
+    lengths = [1] * len(metadata)
+    store = write_latents(str(tmp_path / "store"), lengths, metadata=metadata, per_unit=20)
+    monkeypatch.setattr("latentmill.run.add_values.NAMED_RECORDS", 20)
+    with pytest.raises(ConfigError, match=r"no metadata named tagz\): use tags\.$"):
+        add(Path(store.url), source="metadata:tagz")
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConfigError, match=r"no metadata named modo\): use mood\.$"):
+            add(Path(store.url), source="metadata:modo")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 12 << 20
 
 
 def test_an_import_with_other_dimensions_says_so(store: Path, tmp_path: Path) -> None:

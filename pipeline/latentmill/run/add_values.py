@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,10 +30,13 @@ from latentmill.run.run import RunSummary, complete
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import Tally, committed_revisions, iter_commits
 from latentmill.store.field_layout import base_plan, base_state, field_storage
+from latentmill.store.metadata import PREFIX
+from latentmill.store.metadata_file import metadata_of
 from latentmill.store.seal import read_origin, read_seal
 from latentmill.store.store import LatentStore
 
 MAX_LISTED = 20  # keys
+NAMED_RECORDS = 1000  # whose metadata is read for names, if no record has the one that was given
 AUDIO_ONLY = (
     "channels",
     "stitch",
@@ -145,8 +149,13 @@ def _check_any(
 
 
 def _metadata_names(opened: LatentStore) -> list[str]:
-    texts = opened.table(["metadata"])["metadata"].to_pylist()
-    return sorted({name for text in texts if text for name in parse_json(text)})
+    """Names in the metadata: the columns of the metadata file, and those of its first records."""
+    with metadata_of(opened) as file:
+        columns = [name for name in file.schema_arrow.names if name.startswith(PREFIX)]
+        names = {name.removeprefix(PREFIX) for name in columns}
+        for batch in itertools.islice(file.iter_batches(NAMED_RECORDS, columns=["metadata"]), 1):
+            names.update(*(parse_json(text) for text in batch["metadata"].to_pylist() if text))
+    return sorted(names)
 
 
 def refuse_audio_only(options: dict[str, Any]) -> None:
