@@ -182,6 +182,17 @@ def test_both_formats(format_name: str, tmp_path: Path) -> None:
     assert found.effective_rank == pytest.approx(4, abs=0.1)
 
 
+def test_a_long_recording_and_large_latents_are_printed_without_an_exponent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = 20_000
+    latents = [np.full((4, n), value, np.float16) for n, value in ((30, -2), (frames, 32000))]
+    store = write_latents(str(tmp_path / "store"), [30, frames], latents=latents)
+    text = runs.call(capsys, "evaluate", store.url, "--only", "statistics").out
+    assert f"duration  2.79 to {frames * 4096 / 44100:.0f} s, median 930\n" in text
+    assert "range     -2 to 32000\n" in text
+
+
 def test_few_frames_are_not_saturated(tmp_path: Path) -> None:
     """One of ten is the largest, and one the smallest."""
     latents = [np.random.default_rng(0).standard_normal((4, 10)).astype(np.float16)]

@@ -20,7 +20,7 @@ import soundfile
 import latentmill as lm
 from latentmill.errors import ConfigError
 from latentmill.reporting.media import PAGE_BYTES, Budget
-from latentmill.reporting.report import render, report
+from latentmill.reporting.report import _template, render, report
 from latentmill.store.store import LatentStore
 from reporting.conftest import ENCODED, HOSTILE_KEY, HOSTILE_METADATA
 from support import runs
@@ -388,3 +388,24 @@ def test_the_report_can_be_written_to_a_bucket(report_store: LatentStore, s3_buc
     assert len(data) == written.bytes
     with pytest.raises(ConfigError, match="exists"):
         lm.report(report_store, f"{s3_bucket}/reports/page.html", items=0)
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [
+        (999.7, 3, "1\N{NARROW NO-BREAK SPACE}000"),
+        (99.7, 2, "100"),
+        (1234567.8, 3, "1\N{NARROW NO-BREAK SPACE}234\N{NARROW NO-BREAK SPACE}568"),
+        (-1234.5, 3, "-1\N{NARROW NO-BREAK SPACE}234"),
+        (12345, 4, "12\N{NARROW NO-BREAK SPACE}345"),
+        (250, 2, "250"),
+        (1.0, 3, "1"),
+        (0.5, 3, "0.5"),
+        (0.00001234, 3, "1.23e-05"),
+        (None, 3, "\N{EN DASH}"),
+        (float("nan"), 3, "\N{EN DASH}"),
+    ],
+)
+def test_numbers_of_the_page(value: float | None, digits: int, text: str) -> None:
+    environment = _template().environment
+    assert environment.filters["number"](value, digits) == text

@@ -19,7 +19,7 @@ from latentmill.plan import Unit
 from latentmill.run.run import encode
 from latentmill.store.schema import DATASET_PATH
 from latentmill.text.log import get_logger
-from latentmill.text.printing import printable, printable_json, printable_value
+from latentmill.text.printing import number_text, printable, printable_json, printable_value
 from support import runs
 from support.in_process import in_process
 
@@ -149,3 +149,25 @@ def test_progress_and_messages_have_no_control_characters(log_format: str, capsy
     printed = capsys.readouterr().err
     assert len(printed.splitlines()) == 2
     assert_harmless(printed)
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [
+        (7265.3, 3, "7265"),
+        (999.7, 3, "1000"),
+        (-999.7, 3, "-1000"),
+        (99.7, 2, "100"),
+        (250, 2, "250"),
+        (65504.0, 3, "65504"),
+        (12345.6, 4, "12346"),
+        (214.96, 3, "215"),
+        (0.04757, 3, "0.0476"),
+        (-1.95e-06, 3, "-1.95e-06"),
+        (0.0, 3, "0"),
+        (float("inf"), 3, "inf"),
+        (float("nan"), 3, "nan"),
+    ],
+)
+def test_a_large_number_has_no_exponent(value: float, digits: int, text: str) -> None:
+    assert number_text(value, digits) == text

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentmill.text.printing import counted
+from latentmill.text.printing import counted, number_text
 
 if TYPE_CHECKING:  # they import torch
     from latentmill.evaluation.probe import Probe
@@ -39,8 +39,8 @@ def shown(result: Probe) -> str:
     if (values := result.latents) is not None:
         lines += [
             "",
-            f"latents: {values.minimum:.3g} to {values.maximum:.3g}, mean {values.mean:.3g}, "
-            f"standard deviation {values.std:.3g}",
+            f"latents: {number_text(values.minimum)} to {number_text(values.maximum)}, "
+            f"mean {number_text(values.mean)}, standard deviation {number_text(values.std)}",
         ]
     kept = sum(one.status == "kept" for one in result.promises)
     lines += ["", *result.broken] if result.broken else ["", f"{counted(kept, 'promise')} kept"]

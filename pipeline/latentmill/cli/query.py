@@ -11,7 +11,7 @@ from latentmill.cli.entry import interrupts_raise
 from latentmill.cli.log import Commands
 from latentmill.cli.read import AsJson, Device, Overwrite, Store, TrustModel, print_value
 from latentmill.errors import ConfigError
-from latentmill.text.printing import counted, printable
+from latentmill.text.printing import counted, number_text, printable
 
 if TYPE_CHECKING:
     from latentmill.curation.query import Rows
@@ -129,7 +129,7 @@ def _text(value: Rows) -> str:
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
-        text = f"{value:.6g}"
+        text = number_text(value, 6)
     elif value is None:
         text = ""
     else:

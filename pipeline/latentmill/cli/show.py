@@ -18,7 +18,7 @@ from latentmill.encoding.timings import bound
 from latentmill.models.embedder import EmbedderSpec
 from latentmill.store.measurement import IN_INFO
 from latentmill.store.seal import VIEW_FIELDS
-from latentmill.text.printing import clock_time, counted, size_text
+from latentmill.text.printing import clock_time, counted, number_text, size_text
 
 if TYPE_CHECKING:  # some of these import torch; `status` must start quickly
     from latentmill.curation.refresh import RefreshSummary
@@ -193,7 +193,7 @@ def info(value: DatasetInfo, fields: Sequence[str] = ()) -> str:
         "items": f"{value.encoded} encoded, {value.skipped} skipped, {value.failed} failed of "
         f"{value.items}",
         "audio": f"{value.hours:.3f} h, {value.frames} latent frames",
-        "statistics": f"mean {mean:.3g}, std {std:.3g} over all channels",
+        "statistics": f"mean {number_text(mean)}, std {number_text(std)} over all channels",
         "fingerprint": value.fingerprint,
     }
     if value.field is not None:
@@ -211,7 +211,8 @@ def info(value: DatasetInfo, fields: Sequence[str] = ()) -> str:
         )
     if value.linearity is not None:
         scaling, adding = value.linearity.homogeneity, value.linearity.additivity
-        rows["linearity"] = f"relative error: scaling {scaling:.3g}, adding {adding:.3g}"
+        errors = f"scaling {number_text(scaling)}, adding {number_text(adding)}"
+        rows["linearity"] = f"relative error: {errors}"
     return "\n".join(f"{name:<11} {text}" for name, text in rows.items())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from latentmill.text.printing import counted
+from latentmill.text.printing import counted, number_text
 
 if TYPE_CHECKING:
     from latentmill.evaluation.evaluate import Evaluation
@@ -51,8 +51,8 @@ def linearity(report: LinearityReport) -> str:
         return "\n".join((_protocol(card), *table))
     kind = "stem groups" if card.grouped else "pairs of items"
     heading = (
-        f"medians over {len(card.tracks)} {kind} of up to {card.seconds:.4g} s, with 95 % "
-        f"intervals; {counted(card.silent, 'sound')} too quiet to be scored"
+        f"medians over {len(card.tracks)} {kind} of up to {number_text(card.seconds or 0, 4)} s, "
+        f"with 95 % intervals; {counted(card.silent, 'sound')} too quiet to be scored"
     )
     verdict = (
         f"poor: {' and '.join(report.poor)} (limits: relative error {report.limit:g}, SI-SDR "
@@ -67,9 +67,9 @@ def linearity(report: LinearityReport) -> str:
 def _protocol(card: LinearityEntry) -> str:
     """The heading of a card by the protocol of other code."""
     return (
-        f"protocol of {card.protocol}: {counted(card.items, 'chunk')} of {card.seconds:.4g} s from "
-        f"{counted(len(card.tracks), 'item')}, {counted(card.pairs, 'pair')} of neighbours; raw "
-        "arithmetic, fresh noise"
+        f"protocol of {card.protocol}: {counted(card.items, 'chunk')} of "
+        f"{number_text(card.seconds or 0, 4)} s from {counted(len(card.tracks), 'item')}, "
+        f"{counted(card.pairs, 'pair')} of neighbours; raw arithmetic, fresh noise"
     )
 
 
@@ -84,7 +84,7 @@ def _score_rows(scores: Sequence[ScoreEntry]) -> Iterator[tuple[str, ...]]:
         if one.form in _FORMS or one.metric == "reconstruction":
             forms.setdefault(key, {})["raw" if one.form == "raw" else "origin"] = one
         else:
-            bounds.setdefault(key, {})[one.form] = f"{one.form} {one.median:.3g}"
+            bounds.setdefault(key, {})[one.form] = f"{one.form} {number_text(one.median)}"
     heading = None
     for key, values in forms.items():
         metric, measure, against, noise, gain = key
@@ -101,10 +101,15 @@ def _score_rows(scores: Sequence[ScoreEntry]) -> Iterator[tuple[str, ...]]:
             str(against),
             str(noise or ""),
             "" if gain is None else str(gain),
-            "" if main is None else f"{main.median:.3g} [{main.low:.3g}, {main.high:.3g}]",
-            "" if raw is None else f"{raw.median:.3g}",
+            "" if main is None else _interval(main),
+            "" if raw is None else number_text(raw.median),
             ", ".join(found.values()),
         )
+
+
+def _interval(one: ScoreEntry) -> str:
+    """A median with its interval."""
+    return f"{number_text(one.median)} [{number_text(one.low)}, {number_text(one.high)}]"
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
@@ -121,7 +126,7 @@ def reconstruction(entry: ReconstructionEntry) -> str:
     table: list[tuple[str, ...]] = [("measure", "median", "mean", "lowest", "highest")]
     for name, one in entry.summary.items():
         unit = _UNITS.get(name, "")
-        values = (f"{v:.3g}{unit}" for v in (one.median, one.mean, one.low, one.high))
+        values = (f"{number_text(v)}{unit}" for v in (one.median, one.mean, one.low, one.high))
         table.append((name.replace("_", " "), *values))
     lines = [f"{counted(len(entry.items), 'item')} compared, {entry.silent} silent"]
     lines += [f"{n} without source: {why}" for why, n in entry.without_source.items()]
@@ -129,7 +134,8 @@ def reconstruction(entry: ReconstructionEntry) -> str:
     by_key = {item.key: item for item in entry.items}
     for key in entry.worst[:3]:
         item = by_key[key]
-        lines.append(f"worst: {key}: MR-STFT {item.mr_stft:.3g}, SNR {item.snr:.3g} dB")
+        snr = number_text(item.snr)
+        lines.append(f"worst: {key}: MR-STFT {number_text(item.mr_stft)}, SNR {snr} dB")
     return "\n".join(lines)
 
 
@@ -143,18 +149,18 @@ def statistics(found: StoreStatistics) -> str:
         "rates": _counts(found.sample_rates, " Hz"),
         "channels": _counts(found.source_channels, " ch"),
         "formats": _counts(found.formats, ""),
-        "range": f"{min(found.low):.3g} to {max(found.high):.3g}",
-        "rank": f"effective rank {found.effective_rank:.3g} of {len(found.mean)} channels",
+        "range": f"{number_text(min(found.low))} to {number_text(max(found.high))}",
+        "rank": f"effective rank {number_text(found.effective_rank)} of {len(found.mean)} channels",
     }
     over_time = [
-        f"{sum(values) / len(values):.3g} (distance {lag})"
+        f"{number_text(sum(values) / len(values))} (distance {lag})"
         for lag, values in found.autocorrelation.items()
         if values
     ]
     if over_time:
         rows["frames"] = f"correlation over time, mean of channels: {', '.join(over_time)}"
     if found.suggested_scale is not None:
-        factor = f"{found.suggested_scale:.4g}"
+        factor = number_text(found.suggested_scale, 4)
         rows["scale"] = f"multiply the stored latents by {factor} for a standard deviation of 1"
     if found.lufs:
         rows["lufs"] = f"{_spread(found.lufs, 'LUFS')} ({counted(found.lufs_records, 'record')})"
@@ -193,7 +199,7 @@ def _spread(values: Mapping[str, float], unit: str) -> str:
     if not values:
         return "none"
     least, median, most = (values[name] for name in ("least", "median", "most"))
-    return f"{least:.3g} to {most:.3g} {unit}, median {median:.3g}"
+    return f"{number_text(least)} to {number_text(most)} {unit}, median {number_text(median)}"
 
 
 def _counts(values: Mapping[str, int], unit: str) -> str:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from latentmill.pictures.colours import DIVERGING, SEQUENTIAL, rgb
 from latentmill.pictures.png import png
+from latentmill.text.printing import number_text
 
 Array = npt.NDArray[Any]
 
@@ -118,10 +119,8 @@ def heat_map(
     values = _farthest(_farthest(values, height).T, width).T
     shade = np.clip(values / (limit or 1.0), -1, 1)
     pixels = np.rint(127.5 + 127.5 * shade).astype(np.uint8)
-    scale = (
-        f"channels from top to bottom; -{limit:.3g} (blue) over 0 (dark) to {limit:.3g}{unit} "
-        "(orange)"
-    )
+    most = number_text(limit)
+    scale = f"channels from top to bottom; -{most} (blue) over 0 (dark) to {most}{unit} (orange)"
     return Picture(png(pixels, DIVERGING), width, height, scale)
 
 

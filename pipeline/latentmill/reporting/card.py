@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from latentmill.ops.origin import POOR, POOR_DB
 from latentmill.store.results import LinearityEntry, ScoreEntry
+from latentmill.text.printing import number_text
 
 _FORMS = ("origin", "raw", "mix")
 _AGAINST = {
@@ -193,7 +194,7 @@ def _row(
     bars = tuple(
         Bar(
             {"reconstruction": "origin"}.get(one.form, one.form),
-            f"{one.median:.3g}{unit} [{one.low:.3g}, {one.high:.3g}]",
+            f"{number_text(one.median)}{unit} [{number_text(one.low)}, {number_text(one.high)}]",
             axis.at(one.median),
             axis.at(one.low),
             axis.at(one.high),
@@ -201,7 +202,7 @@ def _row(
         for one in shown
     )
     bounds = {
-        one.form: Bound(_BOUNDS[one.form], f"{one.median:.3g}{unit}", axis.at(one.median))
+        one.form: Bound(_BOUNDS[one.form], f"{number_text(one.median)}{unit}", axis.at(one.median))
         for one in scores
         if one.form in _BOUNDS
         and (one.metric, one.against) == (metric, against)

@@ -35,7 +35,7 @@ from latentmill.store.measurement import Name, read_measurement
 from latentmill.store.results import StoreStatistics
 from latentmill.store.store import LatentStore, open_store
 from latentmill.text.log import get_logger
-from latentmill.text.printing import clock_time, counted, printable, size_text
+from latentmill.text.printing import clock_time, counted, number_text, printable, size_text
 
 MAX_CHANNELS = 1024  # that the table lists
 MAX_LISTED = 20
@@ -389,6 +389,7 @@ def _number(value: float | None, digits: int = 3) -> str:
     """A number with `digits` significant digits; a large one whole, with thin spaces."""
     if value is None or not math.isfinite(value):
         return NONE
-    if abs(value) >= 1000 or float(value).is_integer():
-        return f"{round(value):,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
-    return f"{value:.{digits}g}"
+    text = number_text(value, digits)
+    if text.lstrip("-").isdecimal():
+        return f"{int(text):,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+    return text

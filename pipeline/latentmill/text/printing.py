@@ -33,6 +33,12 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
+def number_text(value: float, digits: int = 3) -> str:
+    """Format a number with `digits` significant digits; a large one whole, without an exponent."""
+    text = f"{value:.{digits}g}"
+    return f"{value:.0f}" if "e+" in text else text
+
+
 def clock_time(seconds: float) -> str:
     """Format a duration as 2:05 or 1:02:05."""
     minutes, second = divmod(round(seconds), 60)
@@ -47,7 +53,7 @@ def size_text(count: int) -> str:
         if size < 1000:
             return f"{size:.4g} {unit}"
         size /= 1000
-    return f"{size:.4g} TB"
+    return f"{number_text(size, 4)} TB"
 
 
 def printable_value(value: T) -> T:
