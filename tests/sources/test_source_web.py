@@ -14,6 +14,7 @@ import pytest
 
 from latentmill.errors import ItemError, SourceError
 from latentmill.sources.base import ByteRange, Item
+from latentmill.sources.files import version_of
 from latentmill.sources.open import is_there
 from latentmill.sources.reading import UnitReader
 from latentmill.storage import remote
@@ -172,3 +173,12 @@ def test_folders_and_what_is_not_there(
     for uri in (f"{url}/music", f"{url}/list.csv", f"{url}/x-{{0..1}}.tar"):  # it is gone now
         with pytest.raises(SourceError, match="Connect call failed"):
             sorted_items(Written(uri, {}, {}, {}).open())
+
+
+@pytest.mark.parametrize(
+    ("modify", "version"),
+    [("20261130101344", "20261130101344"), ("Nov 30 10:13", ""), ("Nov 30 2025", "")],
+)
+def test_the_version_of_a_file_on_an_ftp_server(modify: str, version: str) -> None:
+    """Listings for people, which servers without MLSD give, change with the age of the file."""
+    assert version_of({"name": "/a.tar", "size": 1, "modify": modify}) == version

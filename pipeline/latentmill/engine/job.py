@@ -45,7 +45,8 @@ def make_job(
             load_threads=config.load_threads or LOAD_THREADS,
             load_timeout=config.load_timeout,
             allow_truncated=config.allow_truncated,
-            allow_changed=config.retry_failed,  # a repaired file differs from the planned one
+            # A repaired file differs from the planned one, unless the plan has it already.
+            allow_changed=config.retry_failed and not config.retry_changed,
             packing=plan.packing,
             pooled=plan.field is not None and plan.field.is_pooled,
             filters=Filters(**{one.name: getattr(config, one.name) for one in fields(Filters)}),

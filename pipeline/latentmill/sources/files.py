@@ -34,7 +34,7 @@ from latentmill.storage.remote import (
 
 # Fields of fsspec file systems whose value changes when a file changes.
 VERSION_FIELDS: tuple[str, ...] = ("ETag", "etag", "mtime", "LastModified", "last_modified")
-VERSION_FIELDS += ("Last-Modified", "blob_id", "sha256")
+VERSION_FIELDS += ("Last-Modified", "blob_id", "sha256", "modify")
 
 _WILDCARDS = ("*", "?", "[")
 _REQUESTS = 16  # concurrent, when the files of a pattern are looked up one by one
@@ -118,8 +118,10 @@ class Place:
 
 def version_of(info: Mapping[str, Any]) -> str:
     """The version in an entry of a remote file system; empty if there is none."""
-    found = next((info[name] for name in VERSION_FIELDS if info.get(name) is not None), "")
-    return str(found).strip('"')
+    name = next((name for name in VERSION_FIELDS if info.get(name) is not None), None)
+    found = "" if name is None else str(info[name]).strip('"')
+    # FTP servers without MLSD report times that change with their age, such as "Nov 30 10:14".
+    return "" if name == "modify" and " " in found else found
 
 
 def check_name(source: str, path: str) -> None:
