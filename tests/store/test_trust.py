@@ -83,7 +83,7 @@ def evil(
 COMMANDS: list[list[str]] = [
     ["decode", "STORE", KEY, "-o", "OUT"],
     ["mix", "STORE", KEY, "one-frame", "--length", "longest", "-o", "OUT/mix.wav"],
-    ["evaluate", "STORE"],
+    ["evaluate", "STORE", "--only", "linearity"],
     ["verify", "STORE", "--decode", "1"],
 ]
 
@@ -99,6 +99,20 @@ def test_commands_refuse_to_run_what_a_store_names(
     assert result.code == 7, result.err
     assert what in result.err
     assert "--trust-model" in result.err
+    assert not marker.exists()
+
+
+def test_evaluate_measures_what_needs_no_model(
+    evil: tuple[Path, str], marker: Path, capsys: Capture
+) -> None:
+    store, what = evil
+    result = runs.call(capsys, "evaluate", store, "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    assert found["statistics"]["records"] == len(lm.open(str(store)))
+    for part in ("linearity", "reconstruction", "seams"):
+        assert what in found["unavailable"][part]
+        assert "--trust-model" in found["unavailable"][part]
     assert not marker.exists()
 
 
