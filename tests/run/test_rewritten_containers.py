@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -34,13 +33,9 @@ Audio = Mapping[str, bytes]
 
 def wav(samples: int) -> bytes:
     """Noise of its own for each length."""
-    return noise(samples, samples)
-
-
-def noise(seed: int, samples: int = 6000) -> bytes:
-    sound = np.random.default_rng(seed).uniform(-0.3, 0.3, samples)
+    noise = np.random.default_rng(samples).uniform(-0.3, 0.3, samples)
     target = io.BytesIO()
-    soundfile.write(target, sound, 44100, format="WAV", subtype="PCM_16")
+    soundfile.write(target, noise, 44100, format="WAV", subtype="PCM_16")
     return target.getvalue()
 
 
@@ -156,33 +151,3 @@ def test_headers_are_those_of_the_items_that_were_listed(tmp_path: Path, s3_buck
         assert [item.seconds for item in probed(items)] == [4000 / 44100, 400_000 / 44100]
         listed([("b.wav", long), ("a.wav", short)])
         assert [item.seconds for item in probed(items)] == [None, None]
-
-
-def test_without_a_version_a_retry_replaces_no_record(tmp_path: Path) -> None:
-    """Items of equal sizes have moved, which only their positions show."""
-    folder = f"memory://{uuid.uuid4().hex}"  # reports neither times nor ETags
-    audio = {name: noise(seed) for seed, name in enumerate(["a", "b", "c"])}
-    store = tmp_path / "store"
-
-    def written(order: str, audio: Audio) -> str:
-        return put(f"{folder}/pack.tar", tar_of([(f"{name}.wav", audio[name]) for name in order]))
-
-    url = written("abc", {**audio, "a": bytes(len(audio["a"]))})
-    options: dict[str, Any] = {"source_type": "webdataset", "unit_seconds": 60.0}
-    assert [key for key, _ in in_process.encode(url, store, **options).failures] == ["pack/a"]
-    before = records(store)
-    written("cba", audio)
-    kept = in_process.encode(url, store, retry_failed=True, **options).kept
-    reason = "its storage reports no version of its tar, which may have changed"
-    assert kept == (("pack/b", reason), ("pack/c", reason))
-    for key, record in before.items():
-        assert records(store)[key].latent.tobytes() == record.latent.tobytes()
-
-    longer = {**audio, "b": wav(9000)}
-    written("cba", longer)
-    done = in_process.encode(
-        url, store, extend=True, retry_changed=True, retry_failed=True, **options
-    )
-    assert (done.kept, done.failures) == ((), ())
-    assert_right(store, longer, tmp_path)
-    runs.assert_whole(store)

@@ -165,6 +165,7 @@ def test_progress_and_messages_have_no_control_characters(log_format: str, capsy
         (0.04757, 3, "0.0476"),
         (-1.95e-06, 3, "-1.95e-06"),
         (0.0, 3, "0"),
+        (1.5e300, 3, "1.5e+300"),
         (float("inf"), 3, "inf"),
         (float("nan"), 3, "nan"),
     ],

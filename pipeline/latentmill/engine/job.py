@@ -45,8 +45,7 @@ def make_job(
             load_threads=config.load_threads or LOAD_THREADS,
             load_timeout=config.load_timeout,
             allow_truncated=config.allow_truncated,
-            # A repaired file differs from the planned one, unless the plan has it already.
-            allow_changed=config.retry_failed and not config.retry_changed,
+            allow_changed=config.retry_failed,  # a repaired file differs from the planned one
             packing=plan.packing,
             pooled=plan.field is not None and plan.field.is_pooled,
             filters=Filters(**{one.name: getattr(config, one.name) for one in fields(Filters)}),

@@ -22,9 +22,8 @@ from latentmill.storage.storage import Storage
 
 MAX_NAMED = 20
 
-_PLACE = ("offset", "row_group", "row")
 _FILE = ("key", "uri", "size", "version", "start", "duration")
-_NEW_COLUMNS = (*_FILE, "sidecars", "sidecar_versions", "metadata", *_PLACE)
+_NEW_COLUMNS = (*_FILE, "sidecars", "sidecar_versions", "metadata")
 _OLD_COLUMNS = (*_NEW_COLUMNS, "unit")
 
 
@@ -41,28 +40,14 @@ class ComparedItem:
     sidecars: list[str]
     sidecar_versions: str | None
     metadata: str
-    offset: int | None = None
-    row_group: int | None = None
-    row: int | None = None
     unit: int = -1
 
     def same(self, other: ComparedItem) -> bool:
-        """Whether both rows can be the same file. Values that a listing did not provide match.
-
-        If the version of a tar or table is unknown, an item must have the same position in it.
-        """
+        """Whether both rows can be the same file. Values that a listing did not provide match."""
         sizes = not (self.size and other.size) or self.size == other.size
-        if self.version and other.version:
-            versions = self.version == other.version
-        else:
-            versions = self.place == other.place
+        versions = not (self.version and other.version) or self.version == other.version
         segments = (self.start, self.duration) == (other.start, other.duration)
         return sizes and versions and segments and self.uri == other.uri
-
-    @property
-    def place(self) -> tuple[int | None, ...]:
-        """The position in a tar or table."""
-        return self.offset, self.row_group, self.row
 
     def same_metadata(self, other: ComparedItem) -> bool:
         """Whether the captions and other metadata can be unchanged. Unknown versions match."""

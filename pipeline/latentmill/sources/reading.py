@@ -111,17 +111,9 @@ class UnitReader(Closeable):
     def check_container(self, item: Item) -> None:
         """Raise ItemError if the item's tar or table has changed since it was listed.
 
-        Each file is looked up once. If its storage reports no version, nobody knows whether it has
-        changed, so a retry does not replace a record.
+        Each file is looked up once.
         """
-        if item.place is None:
-            return
-        container = "tar" if isinstance(item.place, ByteRange) else "table"
-        if not item.version:
-            if self._allow_changed and item.key in self._unchanged:
-                raise ItemError(
-                    f"its storage reports no version of its {container}, which may have changed"
-                )
+        if item.place is None or not item.version:
             return
         with self._lock_of(item.uri):
             try:
@@ -130,6 +122,7 @@ class UnitReader(Closeable):
             except storage_errors(ValueError) as error:
                 raise ItemError(f"its file cannot be read: {cause_of(error)}") from error
         if self._versions[item.uri][1] != item.version:
+            container = "tar" if isinstance(item.place, ByteRange) else "table"
             raise ItemError(
                 f"its {container} has changed since it was listed: `encode --extend "
                 "--retry-changed` lists it again (items that were removed from it stay as they are)"

@@ -34,9 +34,9 @@ def counted(count: int, noun: str) -> str:
 
 
 def number_text(value: float, digits: int = 3) -> str:
-    """Format a number with `digits` significant digits; a large one whole, without an exponent."""
+    """Format a number with `digits` significant digits; one below 1e15 without an exponent."""
     text = f"{value:.{digits}g}"
-    return f"{value:.0f}" if "e+" in text else text
+    return f"{value:.0f}" if "e+" in text and abs(value) < 1e15 else text
 
 
 def clock_time(seconds: float) -> str:
