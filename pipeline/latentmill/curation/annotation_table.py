@@ -29,7 +29,7 @@ from latentmill.store.metadata import METADATA_SCHEMA
 from latentmill.store.schema import json_text
 
 MAX_NAMES = 256
-_ROWS, _TEXT = 10_000, 64 << 20  # of the file that are Python values at a time; in characters
+_ROWS, _TEXT = 10_000, 64 << 20  # rows, or characters, that are collected before an array is made
 _TAKEN_ROWS = 1024  # in one array of texts
 STORED = {*METADATA_SCHEMA.names, "latent", "levels"}
 
