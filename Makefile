@@ -11,6 +11,9 @@ BENCHMARKS ?= benchmarks/pipeline.py benchmarks/memory.py
 DEMO_SOURCE := $(value SOURCE)
 export DEMO_SOURCE
 
+# Where the shell forbids bytecode, each process of the tests would compile the library again.
+export PYTHONDONTWRITEBYTECODE :=
+
 # On a terminal pip shows its progress; in a log it would be a thousand lines.
 PIP = $(BIN)/python -m pip $$([ -t 1 ] || echo --quiet) --disable-pip-version-check
 
