@@ -19,6 +19,7 @@ from latentmill.store.store import LatentStore
 from latentmill.view.desk import Desk
 from support.browser import Watched, watched_page
 from support.runs import PATIENCE_SECONDS
+from support.stem_files import waveform, write_segments, write_stem_store, write_stems
 
 ROWS = "#results tbody tr"
 READY = ".play:not([disabled])"
@@ -212,6 +213,23 @@ def test_the_sounds_of_a_record_that_is_left_are_freed(browser: Any, site: Site)
                 break
             page.wait_for_timeout(100)
         assert kept == 2  # both versions of the last record
+
+
+def test_segments_of_a_group_are_placed_as_in_the_recording(browser: Any, tmp_path: Path) -> None:
+    source = write_stems(tmp_path / "songs")
+    manifest = write_segments(source / "segments.jsonl", source, 1.0)
+    with (
+        serving(write_stem_store(tmp_path / "store", manifest)) as site,
+        watched_page(browser) as watched,
+    ):
+        page = watched.page
+        page.goto(site.url)
+        add_group(page, "north")
+        wait_for_mix(page)
+        offsets = page.get_by_label("Offset (frames)").evaluate_all("all => all.map((e) => e.value)")
+        assert sorted(offsets) == ["0", "0", "0", "100", "100", "100"]
+        song = sum(waveform(source, f"north/{role}", 6400) for role in ("bass", "drums", "keys"))
+        assert np.allclose(heard(page), song, atol=5e-4)
 
 
 def test_sliders_change_what_is_heard(browser: Any, split_site: Site) -> None:

@@ -111,7 +111,7 @@ class Viewer:
 
         def work(check: Callable[[], None]) -> dict[str, Any]:
             found = self._catalog.search(search, check)
-            rows = self._catalog.rows(found[offset : offset + limit].tolist())
+            rows = self._catalog.listed(found[offset : offset + limit].tolist())
             return {"total": len(found), "offset": offset, "records": rows}
 
         return JSONResponse(await self._searching.run(request, work))

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentmill.errors import ConfigError
+from latentmill.sources.address import starts_at
 from latentmill.store.metadata import PREFIX
 from latentmill.store.metadata_file import damaged_metadata, metadata_of
 from latentmill.store.schema import json_text
@@ -79,6 +80,15 @@ class Catalog:
                     self._found.popitem(last=False)
             self._found.move_to_end(search)
             return self._found[search]
+
+    def listed(self, positions: Sequence[int]) -> list[dict[str, Any]]:
+        """What the page lists of some records.
+
+        `begin` is where a segment begins in its recording, in seconds; 0 for a whole recording.
+        """
+        rows = self.rows(positions, (*LISTED, "source_uri"))
+        begins = starts_at(pa.array([row.pop("source_uri") for row in rows], pa.string()))
+        return [{**row, "begin": begin or 0.0} for row, begin in zip(rows, begins, strict=True)]
 
     def rows(self, positions: Sequence[int], names: Sequence[str] = LISTED) -> list[dict[str, Any]]:
         """The values of some records, as JSON values."""

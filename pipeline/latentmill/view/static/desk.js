@@ -61,22 +61,30 @@ export class Desk {
     if (group) this.addGroup(group);
   }
 
-  add(...keys) {
+  /** Add records; `offsets` are the frames of the mix at which they begin. */
+  add(keys, offsets = []) {
     const room = this.facts.max_channels - this.channels.length;
     showError(keys.length > room ? `The desk has ${this.facts.max_channels} channels: remove some first.` : "");
-    this.channels.push(...keys.slice(0, room).map(newChannel));
+    this.channels.push(...keys.slice(0, room).map((key, number) => newChannel(key, offsets[number])));
     this.#show();
     announce(`The mixing desk has ${this.channels.length} channels.`);
   }
 
+  /** Add the stems of a group; segments of a recording are placed as in the recording. */
   async addGroup(group) {
+    const { rate, hop, max_channels, mix_roles } = this.facts;
     const where = [{ field: "group", op: "is", value: group }];
     try {
-      const { records, total } = await json("api/search", { where, limit: this.facts.max_channels });
+      const { records, total } = await json("api/search", { where, limit: max_channels });
       const there = new Set(this.channels.map((one) => one.key));
-      const stems = records.filter(({ role }) => !this.facts.mix_roles.includes(role));
-      this.add(...stems.map(({ key }) => key).filter((key) => !there.has(key)));
-      if (total > records.length) showError(`The group has ${total} records; the desk has ${this.facts.max_channels} channels.`);
+      const stems = records.filter(({ role }) => !mix_roles.includes(role));
+      const added = stems.filter(({ key }) => !there.has(key));
+      const first = Math.min(...stems.map(({ begin }) => begin));
+      this.add(
+        added.map(({ key }) => key),
+        added.map(({ begin }) => Math.round(((begin - first) * rate) / hop)),
+      );
+      if (total > records.length) showError(`The group has ${total} records; the desk has ${max_channels} channels.`);
     } catch (error) {
       if (!(error instanceof RequestError)) throw error;
       showError(error.message);

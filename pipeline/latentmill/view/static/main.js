@@ -29,7 +29,7 @@ async function begin() {
     `${(facts.rate / 1000).toString()} kHz ${channels} · latents: ${facts.values}`,
     facts.sealed ? "" : " · this store is not complete");
   const desk = new Desk(facts);
-  const add = (key) => desk.add(key);
+  const add = (key) => desk.add([key]);
   const addGroup = async (group) => {
     await desk.addGroup(group);
     go("desk");

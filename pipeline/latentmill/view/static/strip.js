@@ -4,7 +4,7 @@ import { decibels, el, seconds } from "./dom.js";
 
 const QUIETEST = -40;
 
-export const newChannel = (key) => ({ key, gain_db: 0, mute: false, solo: false, pan: 0, offset: 0 });
+export const newChannel = (key, offset = 0) => ({ key, gain_db: 0, mute: false, solo: false, pan: 0, offset });
 
 const panText = (pan) => (pan === 0 ? "centre" : `${Math.round(100 * Math.abs(pan))} % ${pan < 0 ? "left" : "right"}`);
 
