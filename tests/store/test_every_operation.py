@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -306,3 +307,29 @@ def test_a_store_at_the_root_of_a_bucket_aborts_only_its_own_uploads(s3_bucket: 
         )
     abort_uploads(Storage(s3_bucket))
     assert open_uploads(s3_bucket) == others
+
+
+def test_uploads_on_all_pages_of_the_list_are_aborted(
+    s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 lists 1,000 uploads a page; here it is two."""
+    fs = fsspec.filesystem("s3")
+    for unit in range(5):
+        key = f"shards/00000{unit}.tar"
+        fs.call_s3("create_multipart_upload", Bucket=s3_bucket.removeprefix("s3://"), Key=key)
+    plain = type(fs).call_s3
+
+    def in_pages(self: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        found = plain(self, method, *args, **kwargs)
+        if method != "list_multipart_uploads":
+            return found
+        after = (kwargs.get("KeyMarker", ""), kwargs.get("UploadIdMarker", ""))
+        left = [one for one in found["Uploads"] if (one["Key"], one["UploadId"]) > after]
+        found |= {"Uploads": left[:2], "IsTruncated": len(left) > 2}
+        last = found["Uploads"][-1]
+        return found | {"NextKeyMarker": last["Key"], "NextUploadIdMarker": last["UploadId"]}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(fs), "call_s3", in_pages)
+        abort_uploads(Storage(s3_bucket))
+    assert open_uploads(s3_bucket) == []

@@ -226,8 +226,9 @@ def test_segments_of_a_group_are_placed_as_in_the_recording(browser: Any, tmp_pa
         page.goto(site.url)
         add_group(page, "north")
         wait_for_mix(page)
-        offsets = page.get_by_label("Offset (frames)").evaluate_all("all => all.map((e) => e.value)")
-        assert sorted(offsets) == ["0", "0", "0", "100", "100", "100"]
+        offsets = page.get_by_label("Offset (frames)")
+        frames = offsets.evaluate_all("inputs => inputs.map((one) => one.value)")
+        assert sorted(frames) == ["0", "0", "0", "100", "100", "100"]
         song = sum(waveform(source, f"north/{role}", 6400) for role in ("bass", "drums", "keys"))
         assert np.allclose(heard(page), song, atol=5e-4)
 

@@ -89,11 +89,16 @@ def abort_uploads(storage: Storage) -> None:
     bucket, _, key = path.partition("/")
     try:
         prefix = f"{key.rstrip('/')}/" if key else ""
-        found = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix)
-        for upload in found.get("Uploads", []):
-            if WRITTEN.fullmatch(upload["Key"].removeprefix(prefix)):
-                name = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
-                fs.call_s3("abort_multipart_upload", Bucket=bucket, **name)
+        after: dict[str, str] = {}
+        while True:
+            page = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **after)
+            for upload in page.get("Uploads", []):
+                if WRITTEN.fullmatch(upload["Key"].removeprefix(prefix)):
+                    name = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+                    fs.call_s3("abort_multipart_upload", Bucket=bucket, **name)
+            if not page.get("IsTruncated"):
+                return
+            after = {f"{name}Marker": page[f"Next{name}Marker"] for name in ("Key", "UploadId")}
     except storage_errors():  # clients are imported by their first call
         return
 
