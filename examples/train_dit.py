@@ -185,6 +185,8 @@ def train(store: lm.LatentStore, args: Any, wrap: Wrap = lambda model: model) ->
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses, waited, worked = [], 0.0, 0.0
     with lm.Loader(data, batch_size=args.batch, workers=args.workers) as loader:
+        if not len(loader):
+            raise ConfigError("An epoch has fewer batches than processes: use a smaller --batch.")
         stream = batches(loader, normal, device)
         some = [next(stream) for _ in range(4)]
         before = fixed_loss(model, some)

@@ -79,9 +79,13 @@ class HeadGoneError(UnitsFailedError):
 class TrainingError(LatentmillError):
     """Training an autoencoder cannot continue, for example because the loss is NaN."""
 
+    exit_code = 10
+
 
 class WorkerError(LatentmillError):
-    """A worker process of a training loader or of a cluster died."""
+    """A worker process of a training loader or of a cluster died; run again."""
+
+    exit_code = UnitsFailedError.exit_code
 
 
 class ItemError(LatentmillError):

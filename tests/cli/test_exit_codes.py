@@ -20,6 +20,7 @@ HERE = {  # by code, a test that provokes it where it cannot be done quickly her
     6: "run/test_run_faults.py",
     8: "cli/test_cli.py",
     9: "run/test_run.py",
+    10: "jobs/test_training_job.py",
     130: "run/test_kill.py",
 }
 

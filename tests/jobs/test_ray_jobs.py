@@ -37,6 +37,7 @@ def working_dir(folder: Path, source: Path, *, carried: bool, **settings: Any) -
     """A clone to submit from (or, if it is not `carried`, a folder without the library)."""
     folder.mkdir()
     shutil.copytree(ROOT / "jobs", folder / "jobs")
+    shutil.copytree(ROOT / "examples", folder / "examples")
     for name in (".gitignore", ".rayignore"):
         shutil.copy(ROOT / name, folder)
     shutil.copy(Path(__file__).with_name("traced_model.py"), folder)
@@ -84,7 +85,18 @@ def test_the_documented_command_with_the_library_carried(
     assert library(folder) == unpacked / "pipeline" / "latentmill"
     assert unpacked in head.unpacked()
     travelled = {path.name for path in unpacked.iterdir()}
-    assert travelled <= {"jobs", "pipeline", "traced_model.py", ".gitignore", ".rayignore"}
+    own = {"traced_model.py", ".gitignore", ".rayignore"}
+    assert travelled <= own | {"examples", "jobs", "pipeline"}
+
+
+@pytest.mark.slow
+def test_the_diffusion_example_is_trained(head: Head, songs: Path, tmp_path: Path) -> None:
+    folder = working_dir(tmp_path / "clone", songs, carried=True)
+    small = ["--steps", "2", "--batch", "2", "--crop", "32", "--width", "32", "--depth", "1"]
+    results = tmp_path / "dit"
+    done = head.submit(folder, "python", "jobs/train_dit.py", "--folder", results, *small)
+    assert done.code == 0, done.text
+    assert (results / "dit.pt").exists()
 
 
 @pytest.mark.slow

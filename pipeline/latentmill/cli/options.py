@@ -42,6 +42,15 @@ With = Annotated[
         rich_help_panel=setting("with_fields").group,
     ),
 ]
+AddedModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Model that computes the values, e.g. dac:descript/dac_44khz; `latentmill models` "
+        "lists them. Required unless --from is a file.",
+        rich_help_panel=setting("model").group,
+    ),
+]
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -68,7 +77,7 @@ def add_options() -> dict[str, Any]:
     """Annotations of the options of `add` that are settings, by Python name."""
     options = encode_options()
     taken = {*FIELD_SETTINGS, "model_option", "revision"}
-    return {name: kind for name, kind in options.items() if name in taken}
+    return {name: kind for name, kind in options.items() if name in taken} | {"model": AddedModel}
 
 
 def _group(name: str) -> int:

@@ -106,7 +106,7 @@ FAMILIES = {
     ),
     "encodec": BuiltIn(
         "latentmill.models.families.encodec:build",
-        "EnCodec before quantisation, 24 kHz mono or 48 kHz stereo, 75 or 150 frames/s",
+        "EnCodec before quantisation, 24 or 32 kHz mono, or 48 kHz stereo; 50, 75 or 150 frames/s",
         _TRANSFORMERS,
         "facebook/encodec_24khz",
     ),

@@ -169,7 +169,7 @@ def _facts(contents: StoreFiles) -> Iterator[str]:
         "weights": _listed(model.get("provenance")),
         "sample rate": f"{model['sample_rate']} Hz"
         + (f", {counted(model['hop'], 'sample')} per frame" if info.frame_rate else ""),
-        "scale factor": f"{model['scale_factor']:g} (divide by it for a diffusion model)",
+        "scale factor": f"{model['scale_factor']:g} (stored latents are multiplied by it)",
         "chunking": json.dumps(info.chunking),
         "items": f"{info.encoded} encoded, {info.skipped} skipped, {info.failed} failed",
         "shards": f"{len(info.shards)} ({info.format}), {size_text(size)}",

@@ -16,7 +16,7 @@ from latentmill.reader.sample import Sample
 from latentmill.store.store import LatentStore
 
 Latents = TypeVar("Latents", np.ndarray[Any, Any], torch.Tensor)
-By = Literal["channel", "overall", "scale"]
+By = Literal["channel", "overall"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Normalize:
         Args:
             store: The store: a path, a URL or an open store.
             by: `channel` uses mean and standard deviation of every channel, `overall` those over
-                all channels, and `scale` only divides by the model's scale factor.
+                all channels.
 
         Raises:
             ConfigError: `by` is invalid, or a channel does not vary (for example, in an empty
@@ -65,13 +65,11 @@ class Normalize:
             variance = float((std**2 + (mean - mean.mean()) ** 2).mean())
             mean = np.full_like(mean, mean.mean())
             std = np.full_like(std, np.sqrt(variance))
-        elif by == "scale":
-            mean = np.zeros_like(mean)
-            std = np.full_like(std, float(opened.info.model["scale_factor"]))
         if not (std > 0).all():
             raise ConfigError(
                 f"channel {int(np.argmin(std))} of {opened.url} does not vary, so it cannot be "
-                "normalised by its standard deviation: use by='overall' or by='scale'."
+                "normalised by its standard deviation: use by='overall', or give Normalize a mean "
+                "and a std."
             )
         return cls(tuple(mean.tolist()), tuple(std.tolist()), deviations)
 

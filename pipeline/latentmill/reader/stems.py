@@ -311,8 +311,8 @@ class AllStems:
 
     Attributes:
         roles: Roles of the stems, in this order. Several stems of one role are mixed; a role that
-            is missing in a song is silence, and one that is missing in all songs is an error. The
-            mixture consists of these roles only.
+            is missing in a song is silence. A role that no song has is silence with a warning; if
+            no song has any of the roles, it is an error. The mixture consists of these roles only.
     """
 
     roles: tuple[str, ...]

@@ -105,7 +105,7 @@ class StoreDecoder:
         """Read the fields and metadata of all records, without latents; row n is record n.
 
         `polars.from_arrow` and the table's `to_pandas` convert it. The columns are those of
-        metadata.parquet: `key`, `duration`, `metadata_bpm`, ... (docs/curation.md).
+        metadata.HASH.parquet: `key`, `duration`, `metadata_bpm`, ... (docs/curation.md).
 
         Raises:
             ConfigError: There is no such column.
