@@ -7,6 +7,7 @@ import errno
 import os
 import pickle
 import stat
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,6 +107,26 @@ def test_scratch_that_a_killed_run_left_is_cleared(storage: Storage) -> None:
     assert not storage.scratch_folder.exists()
     storage.clear_scratch()
     assert storage.read("shards/a") == b"kept"
+
+
+def test_temporary_files_for_a_bucket_are_those_of_one_user(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    one_sentence: Callable[[BaseException], str],
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    storage = Storage(f"memory://{uuid.uuid4().hex}/out")
+    storage.scratch_folder.touch()  # as a folder of another user, it cannot be written to
+    with pytest.raises(StorageError) as caught, storage.scratch_file("shards/a"):
+        pass
+    where, _, rest = one_sentence(caught.value).partition(": ")
+    assert where == f"Cannot write {storage.scratch_folder}"
+    assert "set TMPDIR to a folder that you can write to" in rest
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with storage.scratch_file("shards/a") as temporary:
+        temporary.write_bytes(b"rows")
+        storage.publish(temporary, "shards/a")
+    assert storage.read("shards/a") == b"rows"
 
 
 def test_a_storage_travels_to_workers(storage: Storage) -> None:

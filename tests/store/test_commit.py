@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import resource
+import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,7 +40,7 @@ def encoded(key: str, frames: int = 100) -> Outcome:
     return Outcome(key, "encoded", record=make_record(key, latent))
 
 
-def write(folder: Path, name: str, outcomes: Iterator[Outcome] | list[Outcome]) -> Commit:
+def write(folder: Path | str, name: str, outcomes: Iterator[Outcome] | list[Outcome]) -> Commit:
     return write_unit(
         Storage(str(folder)), "000007", outcomes, format_name=name, fingerprint="f00", info={}
     )
@@ -173,6 +175,21 @@ def test_a_full_disk_leaves_nothing(name: str, tmp_path: Path, frames: int) -> N
     expected = f"Cannot write {tmp_path}/shards/000007{extension(name)}: File too large."
     assert str(raised.value) == expected
     assert files(tmp_path) == []
+
+
+def test_the_error_of_a_full_disk_names_the_disk_that_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shard of a bucket is first written to a local disk."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    storage = Storage(f"memory://{uuid.uuid4().hex}/store")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=f"Cannot write {storage.scratch_folder}/"):
+            write(storage.root, "parquet", [encoded(str(n), 500) for n in range(40)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @each_format

@@ -92,7 +92,8 @@ def copy(plan: Plan, source: Storage, storage: Storage) -> None:
                     if _hash_of(file) == digest:
                         continue
             with storage.scratch_file(path) as temporary, source.open(path) as file:
-                with writing(f"{storage.root}/{path}"), temporary.open("wb") as target:
+                where = storage.named(path) if storage.local else str(temporary)
+                with writing(where), temporary.open("wb") as target:
                     while block := file.read(HASH_BLOCK):
                         target.write(block)
                 storage.delete(path)  # left by a copy that was interrupted
@@ -144,7 +145,7 @@ def write_part(
     """
     units: list[Unit] = []
     with storage.scratch_file(part.items_file) as temporary:
-        with writing(f"{storage.root}/{part.items_file}"):
+        with writing(storage.named(part.items_file) if storage.local else str(temporary)):
             _write_items(temporary, groups, units)
             size = temporary.stat().st_size
             with temporary.open("rb") as file:

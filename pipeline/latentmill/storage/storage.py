@@ -44,6 +44,8 @@ READ_AHEAD = 1 << 20  # minimum bytes per read of an open remote file
 
 CONDITIONAL = ("s3", "s3a")  # protocols that can replace an object only if it is unchanged
 
+_SET_TMPDIR = "; set TMPDIR to a folder that you can write to and that has space"
+
 # Names of the files that latentmill writes into a store.
 _NAME_IN_STORE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*")
 
@@ -295,19 +297,20 @@ class Storage:
     @contextlib.contextmanager
     def scratch_file(self, path: str) -> Iterator[Path]:
         """A temporary local file in which to write what `publish` moves to `path`."""
+        folder = self.scratch_folder
         with contextlib.ExitStack() as stack:
-            with self._errors("write", path):
-                file = scratch.temporary_file(self.scratch_folder, path.replace("/", "."))
+            with self._errors("write", path) if self.local else writing(str(folder), _SET_TMPDIR):
+                file = scratch.temporary_file(folder, path.replace("/", "."))
                 temporary = stack.enter_context(file)
             yield temporary
 
     @property
     def scratch_folder(self) -> Path:
-        """The folder of temporary files: inside a local store, or the system's for a remote one."""
+        """The folder of temporary files: in a local store, or the user's own in TMPDIR."""
         if self.local:
             return Path(self._path) / scratch.SCRATCH
         digest = hashlib.sha256(self.root.encode()).hexdigest()[:16]
-        return Path(tempfile.gettempdir()) / f"latentmill-{digest}"
+        return Path(tempfile.gettempdir()) / f"latentmill-{os.geteuid()}-{digest}"
 
     def clear_scratch(self) -> None:
         """Remove temporary files of killed processes; keep files that are being written."""
@@ -352,9 +355,8 @@ class Storage:
             return None
 
     def _of_range(self, path: str, data: bytes, length: int) -> bytes:
-        if (
-            len(data) > length
-        ):  # fsspec's http returns the whole file if the server ignores the range
+        # fsspec's http returns the whole file if the server ignores the range.
+        if len(data) > length:
             raise StorageError(
                 f"Cannot read {self.root}/{path} in parts: its server does not support range "
                 "requests; copy the store to a disk or a bucket."

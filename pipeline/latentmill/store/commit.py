@@ -155,10 +155,11 @@ def write_unit(
     name of `revision` is taken by an attempt that was not committed, the next free revision is
     used. If writing fails with a StorageError, the shard is removed.
     """
-    where = f"{storage.root}/{shard_path(unit, format_name, revision)}"
     entries = _UnitEntries()
     scratch = storage.scratch_file(shard_path(unit, format_name))
     with scratch as temporary, contextlib.ExitStack() as on_failure:
+        shard = storage.named(shard_path(unit, format_name, revision))
+        where = shard if storage.local else str(temporary)
         with writing(where):
             writer = open_writer(format_name, temporary, info)
         on_failure.callback(writer.abort)
