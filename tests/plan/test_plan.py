@@ -355,10 +355,30 @@ def test_many_runs_are_merged_in_order(tmp_path: Path, monkeypatch: pytest.Monke
     plan = write([item(number, 10**6) for number in numbers], Storage(str(tmp_path)))
     assert list(iter_keys(Storage(str(tmp_path)), plan)) == sorted(f"ä/{n}" for n in numbers)
     assert pq.ParquetFile(tmp_path / ITEMS_PATH).num_row_groups > 10
+    opened: list[str] = []
+    plain = Storage.open
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "open", lambda self, path: opened.append(path) or plain(self, path))
+        assert sum(len(table) for _, table in iter_units(Storage(str(tmp_path)), plan)) == 5000
+    assert opened == [ITEMS_PATH]  # its footer grows with the number of row groups
     some = plan.units[77]
     table = dict(iter_units(Storage(str(tmp_path)), plan))[some]
     keys = [one.key for one in read_items(Storage(str(tmp_path)), some)]
     assert table["key"].to_pylist() == keys
+
+
+def test_keys_that_no_index_can_hold_are_refused_before_encoding(
+    monkeypatch: pytest.MonkeyPatch, one_sentence: Callable[[BaseException], str]
+) -> None:
+    items = [item(number, 10**6) for number in range(50)]
+    text = sum(len(one.key.encode()) for one in items)
+    monkeypatch.setattr(drafting, "MAX_KEY_BYTES", text)
+    with draft(items, UnitLimits()) as found:
+        assert (found.totals.items, found.totals.key_bytes) == (50, text)
+    monkeypatch.setattr(drafting, "MAX_KEY_BYTES", text - 1)
+    with pytest.raises(SourceError, match="the first 50 items have more than 2 GiB") as caught:
+        draft(items, UnitLimits())
+    one_sentence(caught.value)
 
 
 def test_more_runs_than_files_may_be_open_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,20 @@ def test_a_store_is_published_and_updated(
     assert yaml.safe_load(card.split("---\n")[1])["license"] == "cc-by-4.0"
 
 
+def test_more_files_in_a_folder_than_the_hub_accepts_are_refused_at_once(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_sentence: OneSentence
+) -> None:
+    store = write_latents(str(tmp_path / "store"), LENGTHS, per_unit=1)
+    monkeypatch.setattr(hub_module, "FOLDER_FILES", 7)
+    push(store.url, URL)
+    monkeypatch.setattr(hub_module, "FOLDER_FILES", 6)
+    before = hub.content(REPO, "main")
+    with pytest.raises(ConfigError, match=r"7 files in (commits|shards), but the ") as caught:
+        push(store.url, URL)
+    assert "push a view of it" in one_sentence(caught.value)
+    assert hub.content(REPO, "main") == before
+
+
 def test_the_token_is_nowhere(
     hub: HubServer, url: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from latentmill.errors import StoreError
 from latentmill.store.index import Index, to_batch
 from latentmill.store.schema import Commit, ItemEntry
 
@@ -48,6 +49,22 @@ def commit(number: int, some_keys: list[str]) -> Commit:
         items=items,
         timings={},
     )
+
+
+def test_more_text_than_an_index_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is that of 32-bit offsets; here it is small."""
+    batches = [to_batch(commit(number, [f"{number}ä"])) for number in range(4)]
+    monkeypatch.setattr("latentmill.store.index.MAX_KEY_BYTES", 12)
+    assert len(Index.from_batches(batches)) == 4
+    monkeypatch.setattr("latentmill.store.index.MAX_KEY_BYTES", 11)
+    with pytest.raises(StoreError, match="these 4 records have more than 2 GiB of text"):
+        Index.from_batches(batches)
+
+
+def test_the_names_of_the_shards_are_read_once() -> None:
+    """What is done for each shard asks for them."""
+    index = Index.from_batches([to_batch(commit(number, [str(number)])) for number in range(3)])
+    assert index.shards is index.shards
 
 
 @given(units=st.lists(st.lists(keys, max_size=6), max_size=5), absent=keys)

@@ -34,6 +34,7 @@ SMALLEST_UNIT_SECONDS = 60.0
 LARGEST_UNIT_SECONDS = 4 * 3600.0
 TARGET_UNITS = 256
 DEFAULT_SHARD_SIZE = 1 << 30
+MAX_KEY_BYTES = 2**31 - 1  # an index has 32-bit offsets into the text of its keys
 
 SPAN_SECONDS = 36 * 3600
 MIN_SHORT_SECONDS = 3600.0  # with less audio in short items, their order does not matter
@@ -70,6 +71,11 @@ class UnitLimits:
         return limit
 
 
+def key_bytes(table: pa.Table) -> int:
+    """The size of the text of the keys in a table."""
+    return int(table["key"].nbytes) - 4 * len(table)  # without the offsets
+
+
 class UnitSize(NamedTuple):  # faster to create than a dataclass
     """Size of a unit or block: its number of items, microseconds of audio and encoded bytes."""
 
@@ -87,6 +93,7 @@ class Totals:
     estimated_micros: int = 0
     estimated_items: int = 0
     bytes: int = 0
+    key_bytes: int = 0
     formats: Counter[str] = field(default_factory=Counter)
     grouped: bool = False
     by_key: bool = True  # the order is that of the keys
@@ -95,7 +102,14 @@ class Totals:
     short_micros: int = 0  # of items that are shorter than a chunk
 
     def add(self, table: pa.Table) -> None:
-        """Add rows of `DRAFT_SCHEMA`."""
+        """Add rows of `DRAFT_SCHEMA`. Raises SourceError if their keys do not fit into an index."""
+        self.key_bytes += key_bytes(table)
+        if self.key_bytes > MAX_KEY_BYTES:
+            raise SourceError(
+                f"The keys of the first {self.items + len(table)} items have more than 2 GiB of "
+                "text, which does not fit into the index of a store: encode the corpus into "
+                "several stores, for example by folder; readers accept a list of stores."
+            )
         micros = table["micros"].to_pylist()
         # In Python, because pyarrow.compute is slow to import: every command reads plans.
         lengths = zip(table["seconds"].to_pylist(), table["duration"].to_pylist(), strict=True)

@@ -291,17 +291,15 @@ def iter_units(
     storage: Storage, plan: Plan, columns: Sequence[str] | None = None
 ) -> Iterator[tuple[Unit, pa.Table]]:
     """Every unit with its items, as rows of `ITEMS_SCHEMA`. Holds one row group in memory."""
-    for (file, row_group), some in itertools.groupby(
-        plan.units, key=lambda unit: (unit.file, unit.row_group)
-    ):
+    for file, of_file in itertools.groupby(plan.units, key=lambda unit: unit.file):
         with open_items(storage, file) as read:
-            table = read(row_group, columns)
-        start = 0
-        for unit in some:
-            yield unit, table.slice(start, unit.items)
-            start += unit.items
-        if start != len(table):
-            raise _foreign(storage, file)
+            for row_group, some in itertools.groupby(of_file, key=lambda unit: unit.row_group):
+                table, start = read(row_group, columns), 0
+                for unit in some:
+                    yield unit, table.slice(start, unit.items)
+                    start += unit.items
+                if start != len(table):
+                    raise _foreign(storage, file)
 
 
 def iter_keys(storage: Storage, plan: Plan) -> Iterator[str]:

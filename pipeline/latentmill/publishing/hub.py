@@ -7,6 +7,7 @@ import itertools
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +34,7 @@ from latentmill.text.printing import counted, size_text
 
 # Files of one commit of the repository, at most. A killed push continues after the last commit.
 BATCH_UNITS = 50
+FOLDER_FILES = 10_000  # the hub refuses a commit after which a folder has more
 BATCH_BYTES = 16 << 30
 # Files that a repository may have before the first push.
 _ALLOWED = {".gitattributes", ".gitignore", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt"}
@@ -203,6 +205,7 @@ class _Hub:
         self, contents: StoreFiles, license_: str | None, *, shown: LatentStore | None = None
     ) -> PushSummary:
         """Publish a store. The picture has latents of `shown`, by default of the store itself."""
+        _check_folders(contents)
         dest = Storage(self._repository.url)
         found = difference(contents, dest, self._check_new)
         last = self._documents(contents, found, dest, license_, shown or contents.store)
@@ -312,6 +315,18 @@ class _Hub:
         self._uploaded.extend(files)
         size = size_text(sum(file.size for file in files))
         _log.info("%s: %s committed (%s)", self._repository.url, counted(len(files), "file"), size)
+
+
+def _check_folders(contents: StoreFiles) -> None:
+    """Refuse a store that the hub would refuse after hours of uploading."""
+    folders = Counter(file.path.rpartition("/")[0] for file in contents.files())
+    for folder, count in folders.items():
+        if count > FOLDER_FILES:
+            raise ConfigError(
+                f"{contents.storage.root} has {count} files in {folder}, but the Hugging Face Hub "
+                f"accepts at most {FOLDER_FILES}: push a view of it (`latentmill select`), which "
+                "is copied in shards of 1 GiB."
+            )
 
 
 def _batches(found: CopyDifference) -> Iterator[list[StoreFile]]:

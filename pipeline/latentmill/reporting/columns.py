@@ -156,8 +156,8 @@ def _first_group(store: LatentStore, table: pa.Table) -> tuple[str, list[str]] |
         pc.is_valid(table["group"]), pc.is_in(table["role"], value_set=pa.array(MIXES))
     ).to_numpy()
     positions = np.flatnonzero(stems)
-    begins = starts_at(table["source_uri"].take(pa.array(positions)))
-    songs = table["group"].take(pa.array(positions)).to_pylist()
+    found = table.select(["source_uri", "group"]).filter(pa.array(stems))  # `take` ends at 2 GiB
+    begins, songs = starts_at(found["source_uri"]), found["group"].to_pylist()
     groups, names = groups_together(songs, [begin or 0.0 for begin in begins])
     larger = np.flatnonzero(np.bincount(groups) > 1)
     if not len(larger):

@@ -18,6 +18,7 @@ import pyarrow as pa
 import xxhash
 
 from latentmill.errors import StoreError
+from latentmill.plan.drafting import MAX_KEY_BYTES, key_bytes
 from latentmill.storage.storage import Storage, file_in_store
 from latentmill.store.schema import Commit
 
@@ -219,7 +220,7 @@ class Index:
                 raise ValueError("unknown shard")
             return values
 
-    @property
+    @cached_property
     def shards(self) -> list[str]:
         """Paths of the shards; `column("shard")` has indices into this list."""
         with _reading(self._where):
@@ -311,6 +312,11 @@ class Index:
 
 
 def _sorted(table: pa.Table) -> pa.Table:
+    if key_bytes(table) > MAX_KEY_BYTES:
+        raise StoreError(
+            f"The keys of these {len(table)} records have more than 2 GiB of text, which does not "
+            "fit into the index of a store: use several stores; readers accept a list of them."
+        )
     # Arrow sorts by UTF-8 bytes, which is Python's string order.
     return table.unify_dictionaries().combine_chunks().sort_by("key").combine_chunks()
 
