@@ -7,9 +7,9 @@ while they are copied is noticed.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import xxhash
@@ -17,6 +17,7 @@ import xxhash
 from latentmill.errors import StoreError
 from latentmill.plan import BATCH_PATH, PLAN_PATH, Plan
 from latentmill.storage.storage import Storage, file_in_store
+from latentmill.storage.threads import map_in_threads
 from latentmill.store.annotations import ANNOTATIONS, annotation_path
 from latentmill.store.bases import needs_copy
 from latentmill.store.commit import READERS, SealHash, hash_of
@@ -217,18 +218,19 @@ def _units(storage: Storage, store: LatentStore) -> Iterator[UnitFiles]:
     """The files of all units, from the sealed commits."""
     seal_hash, listed = SealHash(), {shard.path: shard for shard in store.info.shards}
     wanted = [(unit.name, store.info.revisions.get(unit.name, 0)) for unit in store.plan.units]
-    with ThreadPoolExecutor(READERS, thread_name_prefix="commits") as pool:
-        for start in range(0, len(wanted), READERS):
-            batch = wanted[start : start + READERS]
-            for commit, file in pool.map(lambda pair: _read_commit(storage, *pair), batch):
-                seal_hash.add(commit)
-                shard = None
-                if commit.shard is not None and commit.hash is not None:
-                    entry = listed.pop(commit.shard, None)
-                    if entry is None or (entry.bytes, entry.hash) != (commit.bytes, commit.hash):
-                        raise damaged(storage, file.path)
-                    shard = StoreFile(commit.shard, commit.bytes, commit.hash)
-                yield UnitFiles(commit.unit, commit.revision, shard, file)
+    commits = map_in_threads(
+        lambda unit: _read_commit(storage, *unit), wanted, threads=READERS, prefetch=READERS
+    )
+    with contextlib.closing(commits):
+        for commit, file in commits:
+            seal_hash.add(commit)
+            shard = None
+            if commit.shard is not None and commit.hash is not None:
+                entry = listed.pop(commit.shard, None)
+                if entry is None or (entry.bytes, entry.hash) != (commit.bytes, commit.hash):
+                    raise damaged(storage, file.path)
+                shard = StoreFile(commit.shard, commit.bytes, commit.hash)
+            yield UnitFiles(commit.unit, commit.revision, shard, file)
     sealed = store.info.seal  # format version 1 does not have it
     if listed or (sealed is not None and seal_hash.hexdigest() != sealed):
         raise damaged(storage, DATASET_PATH)

@@ -6,8 +6,8 @@ continues an interrupted call is in the repository: the plan, and the commits of
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from latentmill.curation.copying import CopiedRecords, copy_units, plan_copy
 from latentmill.curation.selecting import Selector
@@ -21,6 +21,7 @@ from latentmill.publishing.contents import (
     plan_files,
 )
 from latentmill.storage.storage import Storage
+from latentmill.storage.threads import map_in_threads
 from latentmill.store.commit import READERS, committed_revisions
 from latentmill.store.schema import CARD_PATH, SHARDS, commit_path
 from latentmill.store.seal import read_origin, seal, write_origin
@@ -63,8 +64,9 @@ class StagedView:
         self._plan = existing
         copy(existing, published, self.storage)
         paths = [commit_path(*pair) for pair in committed_revisions(published).items()]
-        with ThreadPoolExecutor(READERS, thread_name_prefix="commits") as pool:
-            for path, data in zip(paths, pool.map(published.read, paths), strict=True):
+        found = map_in_threads(published.read, paths, threads=READERS, prefetch=READERS)
+        with contextlib.closing(found):
+            for path, data in zip(paths, found, strict=True):
                 self.storage.write(path, data)
 
     def batches(self, units: int) -> Iterator[Sequence[StoreFile]]:

@@ -16,7 +16,7 @@ from latentmill.errors import ConfigError, ItemError
 from latentmill.sources.address import seconds_text
 from latentmill.sources.base import Item, Source
 from latentmill.sources.metadata import read_metadata
-from latentmill.sources.prefetch import map_in_threads
+from latentmill.storage.threads import map_in_threads
 
 METADATA = "metadata:"
 SAME_START = 0.001  # seconds by which the starts of stems that begin together may differ

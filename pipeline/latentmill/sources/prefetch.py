@@ -7,10 +7,8 @@ keep load threads from waiting. The bytes in memory are bounded.
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
 
 from latentmill.audio.media import MediaFile, is_remote
 from latentmill.sources.base import Item, TableCell
@@ -25,30 +23,6 @@ OBJECT_ITEMS = 128
 PREFETCH_BYTES = 128 << 20
 LARGEST = 16 << 20  # larger files are fetched by several requests at once anyway
 UNKNOWN_SIZE = LARGEST  # assumed for items whose size is unknown
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-def map_in_threads(
-    work: Callable[[T], R], given: Iterable[T], *, threads: int, prefetch: int
-) -> Generator[R]:
-    """Map in threads and yield the results in order; at most `prefetch` of them are in memory.
-
-    Closing the generator cancels what has not begun.
-    """
-    running: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for one in given:
-                running.append(pool.submit(work, one))
-                if len(running) >= prefetch:
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
-        finally:
-            for future in running:
-                future.cancel()
 
 
 class Prefetch(Closeable):

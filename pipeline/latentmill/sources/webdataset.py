@@ -29,8 +29,8 @@ from latentmill.sources.names import (
     is_apple_double,
     without_extensions,
 )
-from latentmill.sources.prefetch import map_in_threads
 from latentmill.storage.remote import cause_of, retrying, storage_errors
+from latentmill.storage.threads import map_in_threads
 
 METADATA = (".json", ".txt", ".cls")
 TARS = (".tar",)

@@ -7,7 +7,6 @@ import datetime
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -16,6 +15,7 @@ import xxhash
 from latentmill.errors import StorageError, StoreError
 from latentmill.record import Outcome, Record, time_major_bytes
 from latentmill.storage.storage import Storage, writing
+from latentmill.storage.threads import map_in_threads
 from latentmill.store.formats import open_writer
 from latentmill.store.schema import (
     COMMITS,
@@ -232,11 +232,12 @@ def iter_commits(storage: Storage) -> Iterator[Commit]:
 
     Raises StoreError if a commit is damaged.
     """
-    units = list(committed_revisions(storage).items())
-    with ThreadPoolExecutor(READERS, thread_name_prefix="commits") as pool:
-        for start in range(0, len(units), READERS):
-            batch = units[start : start + READERS]
-            yield from pool.map(lambda pair: read_commit(storage, *pair), batch)
+    yield from map_in_threads(
+        lambda unit: read_commit(storage, *unit),
+        committed_revisions(storage).items(),
+        threads=READERS,
+        prefetch=READERS,
+    )
 
 
 def committed_revisions(storage: Storage) -> dict[str, int]:

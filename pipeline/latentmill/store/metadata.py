@@ -9,11 +9,11 @@ and add values, and each annotated name has a column. Any Parquet tool can read 
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from latentmill.encoding.loudness import silent_frames
 from latentmill.encoding.stored import parse_json
 from latentmill.record import LOUDEST, STEPS_PER_DB
 from latentmill.storage.storage import Storage, writing
+from latentmill.storage.threads import map_in_threads
 from latentmill.store.annotations import (
     JSON,
     TYPES,
@@ -230,10 +231,9 @@ def _shards(storage: Storage, index: Index) -> Iterator[tuple[int, pa.Table]]:
     if storage.local:
         yield from ((shard, read(shard)) for shard in shards)
         return
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="metadata") as pool:
-        for start in range(0, len(shards), _READERS):
-            some = shards[start : start + _READERS]
-            yield from zip(some, pool.map(read, some), strict=True)
+    tables = map_in_threads(read, shards, threads=_READERS, prefetch=_READERS)
+    with contextlib.closing(tables):
+        yield from zip(shards, tables, strict=True)
 
 
 def shard_rows(

@@ -19,8 +19,8 @@ from latentmill.audio import open_audio, prepare, probe
 from latentmill.errors import ItemError, SourceError
 from latentmill.record import FloatArray
 from latentmill.sources.base import Item, Segment, Source, known_seconds
-from latentmill.sources.prefetch import map_in_threads
 from latentmill.sources.reading import UnitReader
+from latentmill.storage.threads import map_in_threads
 from latentmill.text.log import get_logger
 from latentmill.training.linearity import Numbers, random_numbers
 
