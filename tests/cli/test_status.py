@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import errno
 import json
 import os
 import signal
@@ -11,6 +13,7 @@ import subprocess
 import threading
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,8 +22,9 @@ from latentmill.engine import lock, running
 from latentmill.engine.holder import RunProgress, process_stamp
 from latentmill.engine.lease import LEASE_PATH, Timing, hold
 from latentmill.engine.running import current_run
+from latentmill.fields.status import FieldStatus
 from latentmill.storage.storage import Storage
-from support import runs
+from support import file_locks, runs
 
 HERE = {"host": socket.gethostname(), "user": "ann", "since": "2026-11-28T20:49:00+00:00"}
 PROGRESS = RunProgress(
@@ -142,9 +146,12 @@ def test_nobody_is_shown_where_nobody_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("nfs", [True, False])
 def test_a_process_of_another_machine_runs_as_long_as_the_lock_is_held(
-    tmp_path: Path, held: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nfs: bool, held: bool
 ) -> None:
+    if nfs:
+        file_locks.as_on_nfs(monkeypatch)
     storage = Storage(str(tmp_path))
     write_lock(storage, 7, "another-boot pid:[1] 7 1", progress=PROGRESS.model_dump())
     member = lock.Membership(storage) if held else None
@@ -161,6 +168,44 @@ def test_a_process_of_another_machine_runs_as_long_as_the_lock_is_held(
     else:
         assert first.startswith(f"/lat: stopped: the run of ann@{HERE['host']}, pid 7 was killed")
         assert second.startswith("units")
+
+
+@pytest.mark.parametrize("nfs", [True, False])
+def test_the_lock_is_seen_without_the_right_to_write_to_it_except_on_nfs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nfs: bool
+) -> None:
+    storage, real = Storage(str(tmp_path)), Path.open
+    write_lock(storage, 7, "another-boot pid:[1] 7 1", progress=PROGRESS.model_dump())
+    member = lock.Membership(storage)
+
+    def refuse(path: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        if path.name == lock.LOCK_PATH and mode != "rb":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path, mode, *rest, **more)
+
+    monkeypatch.setattr(Path, "open", refuse)  # root may write to everything
+    if nfs:
+        file_locks.as_on_nfs(monkeypatch)
+    run = current_run(storage)
+    assert run is not None
+    first, second = shown(storage)[:2]
+    field = FieldStatus("text", items=40)
+    value = StoreStatus("/lat", True, 20, 20, 40, 40, 0, 0, 0.2, 1000, (), (), {}, fields=(field,))
+    lines = status(dataclasses.replace(value, field_runs={"text": run})).splitlines()
+    member.close()
+    who = f"ann@{HERE['host']}, pid 7, since 2026-11-28 20:49:00 UTC"
+    unknown = (
+        f"unknown: the run of {who}, has not ended in order, and this machine cannot see whether "
+        "it is running; if it was killed, run "
+    )
+    assert first == "/lat: " + (
+        f"{unknown}the same command again to resume" if nfs else f"running: by {who}"
+    )
+    assert second.startswith("progress  3 of 20 units committed")
+    if nfs:
+        assert lines[-1] == f"  {unknown}the command that added the field again"
+    else:
+        assert lines[-1].startswith("  running: by ann@")
 
 
 def test_a_dead_process_of_this_machine_has_stopped_though_its_workers_hold_the_lock(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,8 +14,11 @@ from typing import Any
 
 import pytest
 
-from latentmill.errors import StoreError
+from latentmill.engine.lock import Membership, only_run
+from latentmill.errors import StorageError, StoreError
 from latentmill.storage import scratch
+from latentmill.storage.storage import Storage
+from support import file_locks
 
 OWN = f"{'0f' * 16}.shards.000000.parquet"  # as `temporary_file` names its files
 
@@ -87,6 +94,84 @@ def test_a_file_that_is_being_written_is_kept(tmp_path: Path) -> None:
         scratch.clear(tmp_path / "tmp")
         assert temporary.exists()
         assert scratch.entries(tmp_path) == set()
+
+
+def test_on_nfs_a_file_that_is_being_written_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file_locks.as_on_nfs(monkeypatch)
+    with scratch.temporary_file(tmp_path / "tmp", "x") as temporary:
+        (tmp_path / "tmp" / OWN).touch()
+        scratch.clear(tmp_path / "tmp")
+        assert temporary.exists()
+        assert not (tmp_path / "tmp" / OWN).exists()
+    assert not (tmp_path / "tmp").exists()
+
+
+def test_smb_lets_others_write_to_a_temporary_file(tmp_path: Path) -> None:
+    """There, only the descriptor that has the lock can write: no other one may have it."""
+    with scratch.temporary_file(tmp_path / "tmp", "x") as temporary, temporary.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_file_that_an_earlier_version_is_writing_is_kept(tmp_path: Path) -> None:
+    """It locks the temporary file itself."""
+    (tmp_path / "tmp").mkdir()
+    with (tmp_path / "tmp" / OWN).open("xb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        scratch.clear(tmp_path / "tmp")
+        assert (tmp_path / "tmp" / OWN).exists()
+    scratch.clear(tmp_path / "tmp")
+    assert not (tmp_path / "tmp").exists()
+
+
+def test_what_a_killed_process_has_left_is_removed_while_others_write(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; from latentmill.storage import scratch\n"
+        "with scratch.temporary_file(pathlib.Path(sys.argv[1]), 'x') as temporary:\n"
+        "    print(temporary, flush=True); sys.stdin.read()"
+    )
+    folder, pipe = tmp_path / "tmp", subprocess.PIPE
+    command = [sys.executable, "-c", code, str(folder)]
+    with (
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process,
+        scratch.temporary_file(folder, "y") as own,
+    ):
+        assert process.stdout is not None
+        left = Path(process.stdout.readline().strip())
+        scratch.clear(folder)
+        assert left.exists()
+        process.kill()
+        process.wait()
+        assert left.exists()
+        scratch.clear(folder)
+        assert {path.name[:32] for path in folder.iterdir()} == {own.name[:32]}
+        assert own.exists()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_without_locks_nothing_is_removed(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file_locks.that_fail(monkeypatch, code)
+    with scratch.temporary_file(tmp_path / "tmp", "x") as temporary:
+        scratch.clear(tmp_path / "tmp")
+        assert temporary.exists()
+    assert not (tmp_path / "tmp").exists()
+
+
+def test_another_error_of_a_lock_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file_locks.that_fail(monkeypatch, errno.EIO)
+    storage = Storage(str(tmp_path))
+    with pytest.raises(StorageError, match=r"Cannot write .*/a: Input/output error"):
+        storage.write("a", b"1")
+    with pytest.raises(StorageError, match=r"\.lock: Input/output error"), only_run(storage):
+        pass
+    with pytest.raises(StorageError, match=r"\.lock: Input/output error"):
+        Membership(storage)
 
 
 def test_the_entries_of_a_folder(tmp_path: Path) -> None:

@@ -155,6 +155,9 @@ def _field(one: FieldStatus, run: CurrentRun | None) -> str:
     ]
     if run is not None and run.state == "running":
         lines.append(f"  running: by {run.by}; {_progress(run).removeprefix('progress  ')}")
+    elif run is not None and run.state == "silent":
+        again = "run the command that added the field again"
+        lines.append(f"  unknown: {_unknown(run)}; if it was killed, {again}")
     elif not one.complete:
         lines.append(f"  {_what_lacks(one)}: run the command that added the field again")
     lines += [
@@ -189,16 +192,23 @@ def _state(value: StoreStatus) -> str:
     if run is None or (run.state == "stopped" and value.complete):
         hint = "not complete; to resume, run the same encode command again"
         return "complete" if value.complete else hint
-    since = _moment(run.since)
     if run.state == "running":
+        since = _moment(run.since)
         return f"running: by {run.by}{since and f', since {since}'}"
     if run.state == "stopped":
         return f"stopped: the run of {run.by} was killed; to resume, run the same command again"
-    last = _moment(run.heartbeat or "")
+    return f"unknown: {_unknown(run)}; if it was killed, run the same command again to resume"
+
+
+def _unknown(run: CurrentRun) -> str:
+    """What is known of a run that may be alive or not."""
+    since = _moment(run.since)
+    who = f"the run of {run.by}{since and f', since {since}'}"
+    if run.heartbeat is None:  # on a disk
+        return f"{who}, has not ended in order, and this machine cannot see whether it is running"
+    last = _moment(run.heartbeat)
     return (
-        f"unknown: the run of {run.by}{since and f', since {since}'}, sent no heartbeat while "
-        f"`status` waited{last and f' (last heartbeat: {last}, by its own clock)'}; if it was "
-        "killed, run the same command again to resume"
+        f"{who}, sent no heartbeat while `status` waited (last heartbeat: {last}, by its own clock)"
     )
 
 

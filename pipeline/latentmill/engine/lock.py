@@ -104,12 +104,15 @@ class Membership:
         self.storage = storage if owner is None else guarded(storage, owner)
         self._file: BinaryIO | None = None
         if storage.local:
-            self._file = _open(Path(storage.full(LOCK_PATH)), storage)
-            if not scratch.lock(self._file, fcntl.LOCK_SH):
-                self._file.close()
-                raise StoreError(
-                    f"Another run has started to write to {storage.root}: wait until it has ended."
-                )
+            with contextlib.ExitStack() as undo:
+                file = undo.enter_context(_open(Path(storage.full(LOCK_PATH)), storage))
+                if not _lock(file, storage, fcntl.LOCK_SH):
+                    raise StoreError(
+                        f"Another run has started to write to {storage.root}: wait until it has "
+                        "ended."
+                    )
+                undo.pop_all()
+            self._file = file
 
     def close(self) -> None:
         if self._file is not None:
@@ -120,11 +123,12 @@ def _acquire(path: Path, storage: Storage) -> BinaryIO:
     """Take the lock exclusively, then make it shared, so that this run's workers can join."""
     end = time.monotonic() + WAIT_SECONDS
     while True:
-        file = _open(path, storage)
-        # The previous holder may have removed the file; a lock on a removed file has no effect.
-        if scratch.lock(file) and _is_at(file, path) and scratch.lock(file, fcntl.LOCK_SH):
-            return file
-        file.close()
+        with contextlib.ExitStack() as undo:
+            file = undo.enter_context(_open(path, storage))
+            # The previous holder may have removed the file; a lock on a removed file has no effect.
+            if _lock(file, storage) and _is_at(file, path) and _lock(file, storage, fcntl.LOCK_SH):
+                undo.pop_all()
+                return file
         if time.monotonic() > end:
             raise StoreError(f"Another run is writing to {storage.root}: wait until it has ended.")
         time.sleep(POLL_SECONDS)
@@ -136,6 +140,11 @@ def _open(path: Path, storage: Storage) -> BinaryIO:
         flags = os.O_RDWR | os.O_CREAT
         descriptor = scratch.open_in_folder(path, lambda path: os.open(path, flags, 0o666))
         return os.fdopen(descriptor, "r+b", buffering=0)
+
+
+def _lock(file: BinaryIO, storage: Storage, kind: int = fcntl.LOCK_EX) -> bool:
+    with writing(f"{storage.root}/{LOCK_PATH}"):
+        return scratch.lock(file, kind)
 
 
 def read_lock(storage: Storage) -> Holder | None:
@@ -153,20 +162,18 @@ def read_lock(storage: Storage) -> Holder | None:
 
 
 def is_locked(storage: Storage) -> bool | None:
-    """Whether a process has the lock of a local store, or None if the file system has no locks.
+    """Whether a process has the lock of a local store; None if that cannot be known.
 
-    It tries to take the lock, so that it has the lock for a moment itself.
+    The file system may have no locks, or be NFS, where only those who may write to a file can see
+    whether it is locked. It tries to take the lock, so that it has the lock for a moment itself.
     """
     try:
-        with Path(storage.full(LOCK_PATH)).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        with scratch.open_to_lock(Path(storage.full(LOCK_PATH))) as file:
+            return not scratch.try_lock(file)
     except FileNotFoundError:
         return False
     except OSError:
         return None
-    return False
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:

@@ -20,7 +20,8 @@ class CurrentRun:
     """A run that is writing to a store, or was when it was killed.
 
     Attributes:
-        state: `silent` is a run on another machine whose heartbeat did not change while we waited.
+        state: `silent` is a run on another machine whose heartbeat did not change while we waited,
+            or whose lock cannot be seen from this machine.
         user, host, pid: The driver's.
         since: When the run started, in UTC, by the clock of its host.
         heartbeat: Time of the last heartbeat, by the same clock; None on a local disk.

@@ -1,8 +1,9 @@
-"""Temporary files, locked while they are written; an unlocked one was left by a killed process."""
+"""Temporary files, each with a lock while it is written, which ends with the process."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import re
 import uuid
@@ -14,7 +15,10 @@ from latentmill.errors import ConfigError, StorageError, StoreError
 
 _File = TypeVar("_File")
 SCRATCH = "tmp"  # the folder of temporary files in a local store
-_NAME = re.compile(r"[0-9a-f]{32}\..+", re.DOTALL)  # of a temporary file
+_DIGITS = 32
+_NAME = re.compile(rf"[0-9a-f]{{{_DIGITS}}}\..+", re.DOTALL)  # of a temporary file
+_LOCK = ".lock"  # the file DIGITS.lock is locked while DIGITS.NAME is written
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _ATTEMPTS = 1000  # a cause that lasts longer is not a race: e.g. a file has the folder's name
 
 
@@ -22,22 +26,33 @@ _ATTEMPTS = 1000  # a cause that lasts longer is not a race: e.g. a file has the
 def temporary_file(folder: Path, name: str) -> Iterator[Path]:
     """Create an empty file, and its folder if needed; remove both at the end.
 
-    Raises StoreError if the folder is a link.
+    A second file is locked meanwhile, because on SMB a locked file can only be written to through
+    the descriptor that has the lock. Raises StoreError if the folder is a link.
     """
     _refuse_link(folder)
-    # Not mkstemp: only its user could read the finished file.
-    temporary = folder / f"{uuid.uuid4().hex}.{name}"
-    while True:
-        file = open_in_folder(temporary, lambda path: path.open("xb"))
-        if lock(file) and temporary.exists():
-            break
-        file.close()  # `clear` removed it before it was locked
-    try:
-        with file:
+    number = uuid.uuid4().hex
+    temporary = folder / f"{number}.{name}"
+    with _locked_file(folder / f"{number}{_LOCK}"):
+        temporary.touch(exist_ok=False)  # not mkstemp: only its user could read the finished file
+        try:
             yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked_file(path: Path) -> Iterator[None]:
+    """Create and lock an empty file; remove it at the end, and its folder if that is empty."""
+    try:
+        while True:
+            with open_in_folder(path, lambda path: path.open("xb")) as file:
+                if lock(file) and path.exists():  # else `clear` removed it before it was locked
+                    yield
+                    break
     finally:
-        temporary.unlink(missing_ok=True)
-        _remove_if_empty(folder)
+        with contextlib.suppress(OSError):
+            path.unlink()
+        _remove_if_empty(path.parent)
 
 
 @contextlib.contextmanager
@@ -70,14 +85,22 @@ def clear(folder: Path) -> None:
     """Remove temporary files that killed processes left in a folder.
 
     Files that are being written stay, and so does everything that `temporary_file` did not create.
-    Raises StoreError if the folder is a link.
+    On a file system without locks nothing is removed. Raises StoreError if the folder is a link.
     """
     _refuse_link(folder)
     for left in filter(is_temporary, folder.iterdir() if folder.is_dir() else ()):
-        with contextlib.suppress(OSError), left.open("rb") as file:
-            if lock(file):
+        with contextlib.suppress(OSError), _open_guard(left) as file:
+            if try_lock(file):
                 left.unlink()
     _remove_if_empty(folder)
+
+
+def _open_guard(temporary: Path) -> BinaryIO:
+    """Open the file that is locked while a temporary file is written."""
+    try:
+        return open_to_lock(temporary.with_name(temporary.name[:_DIGITS] + _LOCK))
+    except FileNotFoundError:  # an earlier version has locked the temporary file itself
+        return open_to_lock(temporary)
 
 
 def is_temporary(path: Path) -> bool:
@@ -127,14 +150,32 @@ def open_in_folder(path: Path, open_file: Callable[[Path], _File]) -> _File:
 
 
 def lock(file: BinaryIO, kind: int = fcntl.LOCK_EX) -> bool:
-    """Lock a file until it is closed; False if another process has locked it."""
+    """Lock a file until it is closed; False if another process has locked it.
+
+    On a network file system without locks, it is assumed to be free.
+    """
+    try:
+        return try_lock(file, kind)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return True
+
+
+def try_lock(file: BinaryIO, kind: int = fcntl.LOCK_EX) -> bool:
+    """Like `lock`, but raises OSError on a file system without locks."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):  # the latter on SMB
         return False
-    except OSError:  # a network file system without locks: assume that it is free
-        return True
     return True
+
+
+def open_to_lock(path: Path) -> BinaryIO:
+    """Open a file that exists: for writing if possible, which NFS demands for exclusive locks."""
+    with contextlib.suppress(OSError):
+        return path.open("r+b")
+    return path.open("rb")
 
 
 def _refuse_link(folder: Path) -> None:

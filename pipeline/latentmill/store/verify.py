@@ -222,7 +222,10 @@ class _Verification:
             return
         for name in self._storage.list(SCRATCH):
             if is_temporary(folder / name):
-                yield f"{SCRATCH}/{name} was left by a killed run: run again to remove it"
+                yield (
+                    f"{SCRATCH}/{name} was left by a killed run: run again to remove it, or delete "
+                    "it if the file system has no locks"
+                )
             else:
                 yield f"{SCRATCH}/{name} was not written by latentmill: move or delete it"
 
