@@ -8,13 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
+from audio.audio_files import with_pyav
+from latentmill.audio import open_audio, open_media
 from latentmill.sources import reading
 from latentmill.sources.folder import FolderSource
 from latentmill.sources.manifest import ManifestSource
 from latentmill.sources.webdataset import WebDatasetSource
 from latentmill.training import crops as crops_module
 from latentmill.training.crops import WHOLE_SECONDS, Crops, list_items
+from support.recordings import noise
 from support.sources import put, tar_of
 
 RATE = 8000
@@ -68,3 +72,67 @@ def test_a_tar_is_looked_up_once_for_all_crops(
     for step in range(3):
         crops.batch(step)
     assert looked_up == [url]
+
+
+@pytest.mark.parametrize("silence", [0, 3], ids=["", "silent-start"])
+@pytest.mark.parametrize(
+    ("codec", "container", "rate"),
+    [
+        ("libmp3lame", "mp3", 22050),
+        ("aac", "adts", 22050),
+        ("libopus", "webm", 48000),
+        ("aac", "mpegts", 22050),
+    ],
+    ids=["mp3-without-xing", "adts", "webm", "mpegts"],
+)
+def test_crops_of_a_long_item_whose_header_has_no_exact_length(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    codec: str,
+    container: str,
+    rate: int,
+    silence: int,
+) -> None:
+    """It is not loaded whole and kept in memory.
+
+    FFmpeg estimates the length from the bit rate of the first frames: 260 s instead of 10 s for
+    AAC that begins with silence. The crops are those of the recording all the same, up to its end.
+    """
+    monkeypatch.setattr(crops_module, "WHOLE_SECONDS", 2.0)
+    sound = noise(10, rate)
+    sound[: silence * rate] = 0
+    options = {"write_xing": "0"} if container == "mp3" else {}
+    path = tmp_path / "long.wav"  # the contents decide about the format
+    path.write_bytes(with_pyav(sound, rate, codec, container, options, layout="mono"))
+    with open_media(str(path)) as media:
+        whole = np.concatenate(list(open_audio(media).blocks()), axis=1)[0]
+
+    samples, starts = rate // 4, []
+    items = list_items(FolderSource(str(tmp_path), ["wav"]))
+    made = {"sample_rate": rate, "channels": 1, "samples": samples, "batch_size": 24}
+    crops = Crops(items, **made)
+    batch = crops.batch(0)
+    for audio, name in zip(batch.audio[:, 0].numpy(), batch.names, strict=True):
+        starts.append(float(name.removeprefix("long at ").removesuffix(" s")))
+        near = round(starts[-1] * rate) + np.arange(-rate // 200 - 1, rate // 200 + 2)
+        assert any(np.array_equal(audio, whole[max(0, at) : at + samples]) for at in near)
+    assert (min(starts) < silence + 2, max(starts) > 8.5) == (True, True)
+    assert not crops._whole
+    assert not caplog.messages
+    after, alone = crops.batch(1), Crops(items, **made).batch(1)
+    assert after.names == alone.names
+    assert torch.equal(after.audio, alone.audio)
+
+
+def test_an_item_larger_than_the_cache_removes_none_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in (("a", 0.5), ("b", 0.4), ("large", 2.0)):
+        soundfile.write(tmp_path / f"{name}.wav", noise(seconds, RATE), RATE)
+    monkeypatch.setattr(crops_module, "CACHE_BYTES", RATE * 4)  # a second
+    items = list_items(FolderSource(str(tmp_path), ["wav"]))
+    crops = Crops(items, sample_rate=RATE, channels=1, samples=RATE // 10, batch_size=16)
+    assert {name.split()[0] for name in crops.batch(0).names} == {"a", "b", "large"}
+    assert set(crops._whole) == {"a", "b"}
+    assert crops._size == sum(audio.nbytes for audio in crops._whole.values())

@@ -6,6 +6,8 @@ needs no state: it continues with the next step.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Generator, Sequence
@@ -68,6 +70,8 @@ class Crops:
         self._batch_size, self._seed, self._rank = batch_size, seed, rank
         self._lock = threading.Lock()  # guards what follows
         self._lengths: dict[str, float | None] = {}
+        self._rough: set[str] = set()  # items whose length is approximate
+        self._ends: dict[str, float] = {}  # measured lengths of some of them, in seconds
         self._whole: OrderedDict[str, FloatArray] = OrderedDict()
         self._size = 0
         self._broken: dict[str, str] = {}  # items of which nothing can be loaded
@@ -122,20 +126,46 @@ class Crops:
 
     def _crop(self, item: Item, where: float) -> tuple[FloatArray, float]:
         """A crop, and its start in seconds."""
-        seconds = self._samples / self._rate
         audio, length = self._known(item)
         if audio is not None:
             first = int(where * max(1, audio.shape[1] - self._samples + 1))
             crop, start = audio[:, first : first + self._samples], first / self._rate
+        elif item.key in self._rough:
+            crop, start = self._rough_crop(item, length, where)
         else:
-            start = where * max(0.0, length - seconds)
-            left = min(seconds + 0.1, length - start)  # the end of the item is never passed
-            crop = self._load(item, start, left)[:, : self._samples]
+            start = self._start(length, where)
+            crop = self._part(item, start, length)
         missing = self._samples - crop.shape[1]
         crop = np.pad(crop, ((0, 0), (0, missing))) if missing > 0 else np.ascontiguousarray(crop)
         if not np.isfinite(crop).all():
             raise ItemError("it contains NaN or infinite samples")
         return crop, start
+
+    def _rough_crop(self, item: Item, length: float, where: float) -> tuple[FloatArray, float]:
+        """A crop of a long item of about this length, and its start in seconds.
+
+        A crop that would pass the end is drawn from the measured length instead. Other crops are
+        not, so that they do not depend on what was measured before.
+        """
+        start = self._start(length, where)
+        end = start + self._samples / self._rate
+        if end < self._ends.get(item.key, math.inf) + 1e-3:  # lengths are rounded to samples
+            with contextlib.suppress(ItemError):  # the crop starts after the end
+                crop = self._part(item, start, length)
+                if crop.shape[1] == self._samples:
+                    return crop, start
+        length = self._end(item)
+        start = self._start(length, where)
+        return self._part(item, start, length), start
+
+    def _start(self, length: float, where: float) -> float:
+        """Start in seconds of a crop of an item of this length."""
+        return where * max(0.0, length - self._samples / self._rate)
+
+    def _part(self, item: Item, start: float, length: float) -> FloatArray:
+        """A crop of an item of this length; the end is never passed."""
+        left = min(self._samples / self._rate + 0.1, length - start)
+        return self._load(item, start, left)[:, : self._samples]
 
     def _known(self, item: Item) -> tuple[FloatArray | None, float]:
         """The whole audio of a short item, or the length of a long one in seconds."""
@@ -151,7 +181,7 @@ class Crops:
         return None, length
 
     def _length(self, item: Item) -> float | None:
-        """The length in seconds; None if only loading it tells."""
+        """The length in seconds, perhaps approximate; None if only loading it tells."""
         known = known_seconds(item)
         if known is not None and (item.segment is not None or known <= WHOLE_SECONDS):
             return known
@@ -160,14 +190,32 @@ class Crops:
                 return self._lengths[item.key]
         with self._reader(item) as reader, reader.open(item) as media:
             info = probe(media)
-        seconds = None if info.num_samples is None else info.num_samples / info.sample_rate
+        counted = None if info.num_samples is None else info.num_samples / info.sample_rate
+        seconds = info.rough_seconds if counted is None else counted
         if seconds is not None and item.segment is not None:
             seconds -= item.segment.start
         if known is not None:  # in a manifest, perhaps rounded: it must not exceed the recording
-            seconds = known if seconds is None else min(known, seconds)
+            seconds = known if counted is None else min(known, counted)
         with self._lock:
             self._lengths[item.key] = seconds
+            if counted is None or not info.exact:
+                self._rough.add(item.key)
         return seconds
+
+    def _end(self, item: Item) -> float:
+        """The length in seconds, measured by loading the whole item."""
+        with self._lock:
+            if item.key in self._ends:
+                return self._ends[item.key]
+        part = item.segment or Segment(0.0)
+        with self._reader(item) as reader, reader.open(item) as media:
+            stream = open_audio(
+                media, start=part.start, duration=part.duration, allow_truncated=True
+            )
+            end = sum(block.shape[1] for block in stream.blocks()) / stream.sample_rate
+        with self._lock:
+            self._ends[item.key] = end
+        return end
 
     def _cached(self, item: Item) -> FloatArray:
         with self._lock:
@@ -175,11 +223,13 @@ class Crops:
                 self._whole.move_to_end(item.key)
                 return self._whole[item.key]
         audio = self._load(item)
+        if audio.nbytes > CACHE_BYTES:
+            return audio
         with self._lock:
             if item.key not in self._whole:
                 self._whole[item.key] = audio
                 self._size += audio.nbytes
-            while self._size > CACHE_BYTES and len(self._whole) > 1:
+            while self._size > CACHE_BYTES:
                 self._size -= self._whole.popitem(last=False)[1].nbytes
         return audio
 
