@@ -16,6 +16,7 @@ import latentmill as lm
 from latentmill.errors import ConfigError
 from latentmill.evaluation.seams import _measure, measure_seams
 from latentmill.storage.storage import Storage
+from latentmill.store.index import IndexEntry
 from latentmill.store.measurement import read_measurement
 from latentmill.store.verify import verify
 from support import runs
@@ -67,6 +68,21 @@ def test_trimmed_mdct_has_no_seams(store: lm.LatentStore) -> None:
     assert len(report.items) == 2
     assert report.largest < 1e-6
     assert max(one.worst for one in report.items) < 1e-5
+
+
+def test_only_the_records_that_are_measured_are_looked_up(
+    store: lm.LatentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looking up all of a large store takes minutes."""
+    looked_up, real = [], lm.LatentStore.entry
+
+    def recorded(store: lm.LatentStore, key: str) -> IndexEntry:
+        looked_up.append(key)
+        return real(store, key)
+
+    monkeypatch.setattr(lm.LatentStore, "entry", recorded)
+    report = measure_seams(store, items=1, max_seconds=5.5)  # every second one of 1 and 2
+    assert [one.key for one in report.items] == looked_up == ["1"]
 
 
 def test_a_model_that_normalises_over_the_chunk_has(

@@ -108,6 +108,17 @@ def test_the_hash_of_items_is_that_of_their_keys_and_shapes(some_keys: list[str]
     assert index.items_hash == digest.hexdigest()
 
 
+@pytest.mark.parametrize("count", [0, 1, 3, 6, 7])
+def test_all_keys_are_read_some_at_a_time(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentmill.store.index._KEYS", 3)
+    some_keys = [f"item {number}" for number in range(count)]
+    index = Index.from_batches([to_batch(commit(0, some_keys))] if count else [])
+    read, real = [], Index.keys
+    monkeypatch.setattr(Index, "keys", lambda *given: read.append(1) or real(*given))
+    assert list(index.all_keys()) == some_keys
+    assert len(read) == math.ceil(count / 3)
+
+
 def test_a_commit_counts_its_items_by_status() -> None:
     made = commit(3, ["a", "b", "c"])
     assert (made.count("encoded"), made.count("failed"), made.count("skipped")) == (3, 1, 0)

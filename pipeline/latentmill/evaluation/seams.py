@@ -12,6 +12,7 @@ import statistics
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from latentmill.errors import ConfigError, ItemError
@@ -62,10 +63,10 @@ def measure_seams(
     source must still be readable. `record` writes the result into a sealed store's
     evaluation/seams.json.
     """
-    fitting = _items_with_seams(store, max_seconds)
+    index, fitting = store.index, _items_with_seams(store, max_seconds)
     step = max(1, len(fitting) // items)
     measured: list[SeamError] = []
-    for key in fitting[::step]:
+    for key in map(index.key, fitting[::step].tolist()):
         if len(measured) == items:
             break
         try:
@@ -87,8 +88,8 @@ def measure_seams(
     return report
 
 
-def _items_with_seams(store: LatentStore, max_seconds: float | None) -> list[str]:
-    """Keys of the items with several chunks that are short enough to be encoded whole."""
+def _items_with_seams(store: LatentStore, max_seconds: float | None) -> npt.NDArray[np.int64]:
+    """Positions of the items with several chunks that are short enough to be encoded whole."""
     chunking, rate = store.chunking, store.info.model["sample_rate"]
     field = store.info.field
     if field is not None and not field.follows_audio:
@@ -110,18 +111,15 @@ def _items_with_seams(store: LatentStore, max_seconds: float | None) -> list[str
     longest = max(60.0, 5 * chunk_seconds) if max_seconds is None else max_seconds
     if max_seconds is None and most is not None:
         longest = min(longest, most / rate)
-    chunked = {
-        key: samples
-        for key in store.keys()  # noqa: SIM118  iterating the store gives records
-        if (samples := store.entry(key).num_samples) > chunking.samples
-    }
-    if not chunked:
+    samples = store.index.column("num_samples")
+    chunked = np.flatnonzero(samples > chunking.samples)
+    if not len(chunked):
         raise ConfigError(
             f"{store.url} has no seams: every item fits in one chunk ({chunk_seconds:.1f} s)."
         )
-    fitting = [key for key, samples in chunked.items() if samples <= longest * rate]
-    if not fitting:
-        shortest = math.ceil(min(chunked.values()) / rate)
+    fitting: npt.NDArray[np.int64] = chunked[samples[chunked] <= longest * rate]
+    if not len(fitting):
+        shortest = math.ceil(samples[chunked].min() / rate)
         raise ConfigError(
             f"{store.url} has no items with seams of at most {longest:g} s, the length up to which "
             f"items are encoded in one piece: raise --max-seconds to {shortest} or more."

@@ -25,6 +25,8 @@ from latentmill.store.schema import Commit
 # A larger index is mapped without checking all of it, so that a store opens quickly.
 CHECKED_BYTES = 64 << 20
 
+_KEYS = 4096  # that are read at once: one by one takes forty times as long
+
 INDEX_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -250,6 +252,11 @@ class Index:
                 raise ValueError("key out of range")
             places, text = zip(starts.tolist(), stops.tolist(), strict=True), memoryview(data)
             return [str(text[start:stop], "utf-8") for start, stop in places]
+
+    def all_keys(self) -> Iterator[str]:
+        """All keys, in order, some of them in memory at a time."""
+        for first in range(0, len(self), _KEYS):
+            yield from self.keys(np.arange(first, min(first + _KEYS, len(self))))
 
     def key_array(self) -> pa.Array:
         """All keys, in order."""

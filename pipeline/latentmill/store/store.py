@@ -236,8 +236,7 @@ class LatentStore(StoreDecoder, Shown):
 
     def keys(self) -> Iterator[str]:
         """The keys of all records, sorted."""
-        index = self.index
-        return (index.key(position) for position in range(len(index)))
+        return self.index.all_keys()
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and self.index.find(key) is not None
