@@ -144,6 +144,15 @@ def test_info_gives_rates_and_statistics() -> None:
     assert "f" * 32 in text
 
 
+def test_info_leaves_standard_deviations_out_of_the_statistics() -> None:
+    """Of latents of means and standard deviations, mean and std are those of the means."""
+    whole = info()
+    model = {**whole.model, "latent_channels": 4, "posterior": "mean+std"}
+    values = {"mean": [*whole.mean, 50.0, 60.0], "std": [*whole.std, 7.0, 8.0]}
+    text = show.info(whole.model_copy(update={"model": model, **values}))
+    assert "mean 2, std 3.54 over all means" in text
+
+
 def test_verification() -> None:
     report = VerifyReport(units=2, committed=2, items=4, records=4)
     report.decoded = [Decoded("a", 2.0, -0.01, 61.23), Decoded("b", 1.0, None, None)]

@@ -182,6 +182,40 @@ def test_both_formats(format_name: str, tmp_path: Path) -> None:
     assert found.effective_rank == pytest.approx(4, abs=0.1)
 
 
+def test_standard_deviations_do_not_count_for_scale_and_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of latents of means and standard deviations, both are those of the means."""
+    random = np.random.default_rng(0)
+    size = np.array([[1.0], [3.0], [0.5]])
+    means = [size * random.standard_normal((3, n)) + 0.5 for n in (300, 500)]
+    latents = [np.concatenate([z, 0.2 + 0.3 * random.random(z.shape)]) for z in means]
+    store = write_latents(
+        str(tmp_path / "store"),
+        [300, 500],
+        channels=6,
+        latents=[z.astype(np.float16) for z in latents],
+        model={"posterior": "mean+std"},
+    )
+    found = measure_statistics(store)
+    stored = np.concatenate([z.astype(np.float16) for z in means], axis=1).astype(np.float64)
+    assert found.suggested_scale == pytest.approx(1 / stored.std(), rel=1e-6)
+    share = np.linalg.eigvalsh(np.cov(stored, bias=True))
+    share /= share.sum()
+    rank = np.exp(-np.sum(share * np.log(share)))
+    assert found.effective_rank == pytest.approx(rank, rel=1e-3)
+    assert (len(found.mean), len(found.high), found.deviations) == (6, 6, 3)
+    text = runs.call(capsys, "evaluate", store.url, "--only", "statistics").out
+    assert f"effective rank {rank:.3g} of 3 channels\n" in text
+    scale = 1 / stored.std()
+    assert (
+        f"multiply the stored latents by {scale:.4g} for a standard deviation of the means" in text
+    )
+    page = render(store, Budget(), items=0)
+    assert "effective rank, of 3<" in page
+    assert "Multiplied by the scale factor, the means have a standard deviation of 1." in page
+
+
 def test_a_long_recording_and_large_latents_are_printed_without_an_exponent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

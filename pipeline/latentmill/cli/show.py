@@ -14,6 +14,7 @@ from latentmill.cli.listing import MAX_LISTED, kept_latents, pairs_listed
 from latentmill.cli.show_fields import field_line, show_field, unknown_keys, waiting_units
 from latentmill.cli.show_metadata import refreshed_metadata
 from latentmill.encoding.batches import LONG_BATCH_SECONDS
+from latentmill.encoding.stored import deviations_of
 from latentmill.encoding.timings import bound
 from latentmill.models.embedder import EmbedderSpec
 from latentmill.store.measurement import IN_INFO
@@ -176,8 +177,11 @@ def info(value: DatasetInfo, fields: Sequence[str] = ()) -> str:
     """The text that `info` prints."""
     model = value.model
     rate = model["sample_rate"] / model["hop"]
-    mean = sum(value.mean) / len(value.mean)
-    std = (sum(s * s for s in value.std) / len(value.std)) ** 0.5
+    deviations = deviations_of(model)
+    means = len(value.mean) - deviations
+    mean = sum(value.mean[:means]) / means
+    std = (sum(s * s for s in value.std[:means]) / means) ** 0.5
+    of = "means" if deviations else "channels"
     rows = {
         "model": f"{model['name']}, {model['sample_rate']} Hz, "
         f"{counted(model['channels'], 'channel')}, scale factor {model['scale_factor']:g}",
@@ -193,7 +197,7 @@ def info(value: DatasetInfo, fields: Sequence[str] = ()) -> str:
         "items": f"{value.encoded} encoded, {value.skipped} skipped, {value.failed} failed of "
         f"{value.items}",
         "audio": f"{value.hours:.3f} h, {value.frames} latent frames",
-        "statistics": f"mean {number_text(mean)}, std {number_text(std)} over all channels",
+        "statistics": f"mean {number_text(mean)}, std {number_text(std)} over all {of}",
         "fingerprint": value.fingerprint,
     }
     if value.field is not None:

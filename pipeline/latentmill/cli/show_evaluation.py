@@ -141,6 +141,7 @@ def reconstruction(entry: ReconstructionEntry) -> str:
 
 def statistics(found: StoreStatistics) -> str:
     """The table of a store's contents."""
+    rank, means = number_text(found.effective_rank), len(found.mean) - found.deviations
     rows = {
         "records": f"{found.records}, {found.hours:.3f} h, {found.frames} frames",
         "duration": _spread(found.seconds, "s"),
@@ -150,7 +151,7 @@ def statistics(found: StoreStatistics) -> str:
         "channels": _counts(found.source_channels, " ch"),
         "formats": _counts(found.formats, ""),
         "range": f"{number_text(min(found.low))} to {number_text(max(found.high))}",
-        "rank": f"effective rank {number_text(found.effective_rank)} of {len(found.mean)} channels",
+        "rank": f"effective rank {rank} of {means} channels",
     }
     over_time = [
         f"{number_text(sum(values) / len(values))} (distance {lag})"
@@ -161,7 +162,8 @@ def statistics(found: StoreStatistics) -> str:
         rows["frames"] = f"correlation over time, mean of channels: {', '.join(over_time)}"
     if found.suggested_scale is not None:
         factor = number_text(found.suggested_scale, 4)
-        rows["scale"] = f"multiply the stored latents by {factor} for a standard deviation of 1"
+        of = " of the means" if found.deviations else ""
+        rows["scale"] = f"multiply the stored latents by {factor} for a standard deviation{of} of 1"
     if found.lufs:
         rows["lufs"] = f"{_spread(found.lufs, 'LUFS')} ({counted(found.lufs_records, 'record')})"
     elif found.lufs is None:

@@ -102,10 +102,12 @@ class ChannelMoments:
         result: FloatVector = (self._products / max(1, self.frames)).numpy()
         return result
 
-    @property
-    def effective_rank(self) -> float:
-        """exp(entropy of the eigenvalues of the covariance), Roy and Vetterli 2007."""
-        values = np.linalg.eigvalsh(self.covariance).clip(min=0)
+    def effective_rank(self, channels: int) -> float:
+        """exp(entropy of the eigenvalues of the covariance), Roy and Vetterli 2007.
+
+        Of the first `channels` channels.
+        """
+        values = np.linalg.eigvalsh(self.covariance[:channels, :channels]).clip(min=0)
         if values.sum() == 0:
             return 0.0
         shares = values / values.sum()

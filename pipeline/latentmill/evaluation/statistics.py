@@ -96,8 +96,11 @@ def _result(
     sounding = ~table.silent
     repeats = _repeats(table, index.column("frames"), sounding)
     seconds = index.column("num_samples") / info.model["sample_rate"]
-    power = float(np.mean(np.square(info.std) + np.square(info.mean)))
-    deviation = math.sqrt(max(0.0, power - float(np.mean(info.mean)) ** 2))
+    deviations = store.origin.deviations
+    rows = len(info.mean) - deviations
+    mean, std = np.array(info.mean[:rows]), np.array(info.std[:rows])
+    power = float(np.mean(np.square(std) + np.square(mean)))
+    deviation = math.sqrt(max(0.0, power - float(np.mean(mean)) ** 2))
     saturation = moments.saturation
     silent = np.flatnonzero(table.silent)
     unusual = outliers(table.shapes, repeats.others)
@@ -117,7 +120,8 @@ def _result(
             saturation - 2 / max(1, moments.frames) > SATURATED
         ).tolist(),
         constant_channels=np.flatnonzero(moments.high == moments.low).tolist(),
-        effective_rank=moments.effective_rank,
+        deviations=deviations,
+        effective_rank=moments.effective_rank(rows),
         autocorrelation={str(n): v.tolist() for n, v in moments.autocorrelation.items()},
         suggested_scale=1 / deviation if deviation > 0 else None,
         seconds=_quantiles(seconds),

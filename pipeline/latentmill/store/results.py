@@ -196,6 +196,12 @@ class StoreStatistics(_Result):
         description="Channels with a saturation over 1 %, without one largest and one smallest."
     )
     constant_channels: list[int]
+    deviations: int = Field(
+        0,
+        ge=0,
+        description="Number of the channels, at the end, that are standard deviations of the "
+        "others. They do not count for effective_rank and suggested_scale.",
+    )
     effective_rank: float = Field(description="exp(entropy of the covariance's eigenvalues).")
     autocorrelation: dict[str, list[float]] = Field(description="By distance in frames.")
     suggested_scale: float | None = Field(
