@@ -22,6 +22,7 @@ from latentmill.storage.remote import (
     is_transient,
     is_web,
     open_filesystem,
+    own_limits,
     retrying,
     status_of,
     storage_errors,
@@ -173,9 +174,11 @@ class _Growing:
 def memory_file(name: str = "audio") -> IO[bytes]:
     """An empty unbuffered file in memory; `name` only appears in /proc."""
     if hasattr(os, "memfd_create"):
-        return open(os.memfd_create(name), "w+b", buffering=0)  # noqa: PTH123
+        with own_limits():
+            return open(os.memfd_create(name), "w+b", buffering=0)  # noqa: PTH123
     return _disk_file()
 
 
 def _disk_file() -> IO[bytes]:
-    return tempfile.TemporaryFile(buffering=0)
+    with own_limits():
+        return tempfile.TemporaryFile(buffering=0)

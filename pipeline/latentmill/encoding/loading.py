@@ -12,7 +12,7 @@ from latentmill.audio.pieces import Helpers
 from latentmill.encoding.chunks import Chunk, Chunker, Chunking
 from latentmill.encoding.lanes import PACKING
 from latentmill.encoding.loudness import LevelMeter
-from latentmill.errors import ItemError
+from latentmill.errors import ItemError, StorageError
 from latentmill.models.base import ModelSpec
 from latentmill.models.inference.precision import Precision
 from latentmill.record import FloatArray, Outcome, absent_reason
@@ -20,6 +20,7 @@ from latentmill.sources.base import Item, Segment
 from latentmill.sources.filters import NO_FILTERS, Filters
 from latentmill.sources.metadata import read_metadata
 from latentmill.sources.reading import UnitReader
+from latentmill.storage.remote import own_limits
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ def read_together(
         yield from _read(shares, item, reader)
     except ItemError as error:
         reason = str(error)
+    except StorageError:  # of this machine: the unit is tried again
+        raise
     except Exception as error:  # noqa: BLE001  an unexpected error fails the item, not the unit
         reason = _unexpected(error)
     finally:
@@ -114,7 +117,8 @@ def _read(shares: _Shares, item: Item, reader: UnitReader) -> Iterator[tuple[int
     yield from shares.each(_Share.known)
     if shares.ended:
         return
-    metadata = read_metadata(item)
+    with own_limits():
+        metadata = read_metadata(item)
     yield from shares.each(lambda share: share.described(metadata))
     if shares.ended:
         return
@@ -162,6 +166,8 @@ class _Share:
                 yield from self._noted(event)
         except ItemError as error:
             yield from self._noted(self.failed(str(error)))
+        except StorageError:
+            raise
         except Exception as error:  # noqa: BLE001  an unexpected error fails the item, not the unit
             yield from self._noted(self.failed(_unexpected(error)))
 

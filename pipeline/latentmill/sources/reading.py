@@ -22,7 +22,7 @@ from latentmill.sources.parquet_cells import CellReader
 from latentmill.sources.prefetch import LARGEST, Prefetch
 from latentmill.storage.closeable import Closeable
 from latentmill.storage.descriptors import write_at
-from latentmill.storage.remote import cause_of, storage_errors
+from latentmill.storage.remote import cause_of, own_limits, storage_errors
 
 _PIECE = 16 << 20
 _SHARED_RECORDINGS = 16
@@ -69,9 +69,11 @@ class UnitReader(Closeable):
     def open(self, item: Item) -> MediaFile:
         """Open an item's recording; for a segment, the whole recording.
 
-        Raises ItemError if it is missing, unreadable, or has changed since planning.
+        Raises ItemError if it is missing, unreadable, or has changed since planning, and
+        StorageError if this machine has no space for it.
         """
-        return self._prefetch.open(item)
+        with own_limits():
+            return self._prefetch.open(item)
 
     def release(self, item: Item) -> None:
         """Free what was read early of an item that needs no more reading."""

@@ -6,16 +6,19 @@ look for them; a URL that contains credentials is rejected, or displayed without
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import fsspec
 
-from latentmill.errors import LatentmillError
+from latentmill.errors import LatentmillError, StorageError
 from latentmill.text.log import get_logger
 from latentmill.text.redact import redact, redact_text
 
@@ -256,6 +259,29 @@ def advice_on(error: Exception) -> str:
     """What to do about a failed write, as the end of a sentence; empty if unknown."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return "; free some space, then run the same command again" if full else ""
+
+
+@contextlib.contextmanager
+def own_limits() -> Iterator[None]:
+    """Raise StorageError if reading fails because this machine has no space or open files left.
+
+    Another attempt may succeed, so this is not a fault of what is read.
+    """
+    try:
+        yield
+    except Exception as error:
+        for code in (one.errno for one in _chain(error) if isinstance(one, OSError)):
+            cause = os.strerror(code or 0)
+            if code in (errno.ENOSPC, errno.EDQUOT):
+                raise StorageError(
+                    f"Cannot write temporary files to {tempfile.gettempdir()}: {cause}; free some "
+                    "space there, or set TMPDIR to another folder."
+                ) from error
+            if code in (errno.EMFILE, errno.ENFILE):
+                raise StorageError(
+                    f"Cannot open more files: {cause}; raise the limit with `ulimit -n`."
+                ) from error
+        raise
 
 
 def why_not_opened(url: str, error: Exception) -> str:
