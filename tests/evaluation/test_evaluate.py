@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,4 +158,32 @@ def test_a_store_that_is_not_sealed_is_measured_and_not_recorded(
     done = runs.call(capsys, "evaluate", store.url, "--items", 2)
     assert done.code == 0
     assert "latentmill: warning: not recorded: " in done.err
+    assert files(store) == before
+
+
+def test_a_store_that_is_read_only_is_measured_and_not_recorded(
+    store: lm.LatentStore,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, before = os.open, files(store)
+
+    def refuse(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if flags & os.O_CREAT and str(path).startswith(store.url):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(path, flags, *rest, **more)
+
+    def refuse_folder(path: Any, *rest: Any, **more: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "mkdir", refuse_folder)  # root may write everywhere, chmod would not do
+    done = runs.call(capsys, "evaluate", store.url, "--items", 2)
+    assert done.code == 0
+    assert {line for line in done.out.splitlines() if line in PARTS} == {*PARTS}
+    warnings = [line for line in done.err.splitlines() if "warning" in line]
+    assert len(warnings) == len(PARTS)
+    for line in warnings:
+        assert line.startswith(f"latentmill: warning: not recorded: Cannot write {store.url}/")
+        assert line.endswith(": Read-only file system.")
     assert files(store) == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import logging
 import re
 import threading
 from collections.abc import Iterator
@@ -82,3 +83,17 @@ def test_a_shard_that_is_cut_is_noticed(web: str, tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(StorageError, match="does not have the size"):
         lm.LatentDataset(LatentStore(f"{web}/store"), crop=8, metadata=False)[0]
+
+
+@pytest.mark.parametrize("web", [False], indirect=True, ids=["no pages"])
+def test_it_is_evaluated_and_nothing_is_recorded(
+    web: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    local = write_latents(str(tmp_path / "store"), [5, 30, 12, 9], per_unit=2)
+    with caplog.at_level(logging.WARNING, "latentmill.evaluation"):
+        found = lm.evaluate(f"{web}/store", only=["statistics"]).statistics
+    (message,) = caplog.messages
+    assert message.startswith(f"not recorded: The output {web}/store cannot be written because ")
+    expected = lm.evaluate(local, only=["statistics"], record=False).statistics
+    assert found == expected
+    assert not (tmp_path / "store" / "evaluation").exists()

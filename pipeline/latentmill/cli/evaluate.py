@@ -97,7 +97,7 @@ def evaluate(
 
     seams: the error of chunking, compared with encoding items in one piece.
 
-    Writes evaluation/PART.json in the store.
+    Writes evaluation/PART.json in the store, unless it is read-only.
     """
     from latentmill.cli import show_evaluation
     from latentmill.evaluation.evaluate import evaluate as evaluate_store

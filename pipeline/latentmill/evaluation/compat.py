@@ -24,7 +24,7 @@ from latentmill.evaluation.scores import Key, Scores
 from latentmill.evaluation.tracks import source_of, spread_keys
 from latentmill.models.inference.precision import numeric_mode
 from latentmill.ops.origin import POOR, POOR_DB
-from latentmill.store.measurement import write_measurement
+from latentmill.store.measurement import recording, write_measurement
 from latentmill.store.results import LinearityEntry
 from latentmill.store.store import LatentStore
 
@@ -63,7 +63,8 @@ def measure_linear_cae(
         update={"seconds": CHUNK / codec.spec.sample_rate, "tracks": keys}
     )
     if record and store.sealed:
-        write_measurement(store.storage, store.info, card, store.model_options)
+        with recording():
+            write_measurement(store.storage, store.info, card, store.model_options)
     return LinearityReport(card, POOR, POOR_DB, ())
 
 

@@ -75,7 +75,8 @@ def evaluate(
             evaluation/linearity-linear-cae.json.
         address: Address of a Ray cluster whose nodes read the shards for `statistics`; the other
             parts are measured in this process. None for RAY_ADDRESS, or no cluster.
-        record: Whether to write the results to evaluation/*.json of a sealed store.
+        record: Whether to write the results to evaluation/*.json of a sealed store. If that is not
+            possible, for example because it is read-only, a warning is logged.
 
     Returns:
         The results. Without `only`, a part that cannot be measured on this store, for example

@@ -39,7 +39,7 @@ from latentmill.models.inference.batch import check_whole, most_chunks
 from latentmill.models.inference.memory import BatchRunner
 from latentmill.models.inference.precision import numeric_mode
 from latentmill.ops.origin import POOR, POOR_DB
-from latentmill.store.measurement import write_measurement
+from latentmill.store.measurement import recording, write_measurement
 from latentmill.store.results import Form, LinearityEntry, Metric, Noise
 from latentmill.store.store import LatentStore
 from latentmill.text.log import get_logger
@@ -114,7 +114,8 @@ def measure_linearity(
         }
     )
     if record and store.sealed:
-        write_measurement(store.storage, store.info, card, store.model_options)
+        with recording():
+            write_measurement(store.storage, store.info, card, store.model_options)
     return LinearityReport(card, POOR, POOR_DB, _poor(card))
 
 

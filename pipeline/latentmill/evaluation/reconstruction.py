@@ -15,7 +15,7 @@ from latentmill.evaluation.audio_metrics import measures_of
 from latentmill.evaluation.tracks import audible
 from latentmill.models.inference.precision import numeric_mode
 from latentmill.record import Record
-from latentmill.store.measurement import write_measurement
+from latentmill.store.measurement import recording, write_measurement
 from latentmill.store.results import ItemQuality, ReconstructionEntry, SummaryEntry
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import read_source
@@ -77,7 +77,8 @@ def measure_reconstruction(
         without_source=dict(missing.most_common()),
     )
     if record and store.sealed:
-        write_measurement(store.storage, store.info, result, store.model_options)
+        with recording():
+            write_measurement(store.storage, store.info, result, store.model_options)
     return result
 
 

@@ -20,7 +20,7 @@ from latentmill.models.inference.batch import check_whole
 from latentmill.models.inference.memory import BatchRunner
 from latentmill.models.inference.precision import numeric_mode
 from latentmill.record import Record
-from latentmill.store.measurement import write_measurement
+from latentmill.store.measurement import recording, write_measurement
 from latentmill.store.results import SeamEntry
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import read_source
@@ -84,7 +84,8 @@ def measure_seams(
     report = SeamReport(tuple(measured), statistics.median(errors), max(errors))
     if record and store.sealed:
         result = SeamEntry(items=len(errors), median=report.median, largest=report.largest)
-        write_measurement(store.storage, store.info, result)
+        with recording():
+            write_measurement(store.storage, store.info, result)
     return report
 
 

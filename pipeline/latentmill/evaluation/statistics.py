@@ -20,7 +20,7 @@ from latentmill.errors import ConfigError, ItemError
 from latentmill.evaluation.shard_pass import RecordTable, ShardPass, ShardResult, ShardTotals
 from latentmill.evaluation.similarity import equal_groups, near_groups, outliers
 from latentmill.evaluation.vectors import remove_other_vectors, write_vectors
-from latentmill.store.measurement import write_measurement
+from latentmill.store.measurement import recording, write_measurement
 from latentmill.store.results import NearDuplicates, Outlier, StoreStatistics
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import read_source
@@ -66,11 +66,12 @@ def measure_statistics(
     lufs = _lufs(store, items, max_seconds or LUFS_SECONDS)
     result = _result(store, table, totals, lufs)
     if record and store.sealed:
-        store.storage.clear_scratch()  # of a measurement that was killed
-        vectors = write_vectors(store.storage, table.positions, table.shapes)
-        result = result.model_copy(update={"vectors": vectors})
-        write_measurement(store.storage, store.info, result)
-        remove_other_vectors(store.storage, vectors)
+        with recording():
+            store.storage.clear_scratch()  # of a measurement that was killed
+            vectors = write_vectors(store.storage, table.positions, table.shapes)
+            result = result.model_copy(update={"vectors": vectors})
+            write_measurement(store.storage, store.info, result)
+            remove_other_vectors(store.storage, vectors)
     return result
 
 

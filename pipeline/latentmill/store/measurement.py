@@ -6,10 +6,12 @@ Each records the seal that it was measured on, because the store may change afte
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from latentmill import __version__
+from latentmill.errors import LatentmillError
 from latentmill.storage.storage import Storage
 from latentmill.store.results import (
     LinearityEntry,
@@ -20,6 +22,7 @@ from latentmill.store.results import (
     StoreStatistics,
 )
 from latentmill.store.schema import DatasetInfo, parse_document
+from latentmill.text.log import get_logger
 
 Name = Literal["linearity", "reconstruction", "seams", "statistics"]
 Result = LinearityEntry | ReconstructionEntry | SeamEntry | StoreStatistics
@@ -31,6 +34,8 @@ NAMES: dict[type[Result], Name] = {
     StoreStatistics: "statistics",
 }
 IN_INFO: tuple[Name, ...] = ("seams", "linearity")  # shown by `info`
+
+_log = get_logger("evaluation")
 
 
 def write_measurement(
@@ -53,6 +58,15 @@ def write_measurement(
     text = measurement.model_dump_json(indent=2, exclude_none=True)
     storage.clear_scratch()  # of a measurement that was killed
     storage.write(f"{EVALUATION}/{file}.json", text.encode())
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Log a warning if a result cannot be written, for example because the store is read-only."""
+    try:
+        yield
+    except LatentmillError as error:
+        _log.warning("not recorded: %s", error)
 
 
 def read_measurement(storage: Storage, info: DatasetInfo, name: Name) -> Measurement | None:
