@@ -41,6 +41,7 @@ from latentmill.reader.stems import Stems
 Tags = dict[str, list[float]]
 Batch = dict[str, Tensor]
 Trained = tuple["DiT", dict[str, Any], Batch, lm.Normalize]
+Wrap = Callable[[nn.Module], nn.Module]
 EMA = 0.999  # decay of the averaged weights, at most
 STEMS = 8  # of a song, at most, if all its 2^n - 1 sub-mixes are encoded
 DROPPED = 0.1  # probability that tags, and that the context, are left out in training
@@ -77,9 +78,8 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int = 4) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
+        wide = 4 * width
+        self.mlp = nn.Sequential(nn.Linear(width, wide), nn.GELU(), nn.Linear(wide, width))
         self.modulation = nn.Linear(width, 6 * width)
         for parameter in self.modulation.parameters():
             nn.init.zeros_(parameter)  # an untrained block is the identity
@@ -165,7 +165,7 @@ def fixed_loss(model: nn.Module, some: list[Batch]) -> float:
         return float(torch.stack([flow_loss(model, batch) for batch in some]).mean())
 
 
-def train(store: lm.LatentStore, args: Any, wrap: Callable[..., Any] = lambda m: m) -> Trained:
+def train(store: lm.LatentStore, args: Any, wrap: Wrap = lambda model: model) -> Trained:
     """Train; return the averaged model, what was measured, and a batch to sample from."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
@@ -184,9 +184,7 @@ def train(store: lm.LatentStore, args: Any, wrap: Callable[..., Any] = lambda m:
     torch.manual_seed(args.seed + rank)  # each process draws its own noise and times
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses, waited, worked = [], 0.0, 0.0
-    with lm.Loader(data, batch_size=args.batch, workers=args.workers) as loader:
-        if not len(loader):
-            raise ConfigError("An epoch has fewer batches than processes: use a smaller --batch.")
+    with lm.Loader(lm.BatchSampler(data, args.batch, even="pad"), workers=args.workers) as loader:
         stream = batches(loader, normal, device)
         some = [next(stream) for _ in range(4)]
         before = fixed_loss(model, some)
