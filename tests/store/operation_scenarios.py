@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import re
 import shutil
 import uuid
@@ -22,7 +23,7 @@ import soundfile
 from latentmill.config import load_config
 from latentmill.curation.annotate import annotate
 from latentmill.curation.select import select
-from latentmill.errors import LatentmillError
+from latentmill.errors import LatentmillError, StorageError
 from latentmill.evaluation.linearity import measure_linearity
 from latentmill.evaluation.seams import measure_seams
 from latentmill.evaluation.statistics import measure_statistics
@@ -272,8 +273,23 @@ def delete(store: str, name: str) -> None:
     fs.rm_file(path)
 
 
-def of_store(command: Callable[[LatentStore], Any]) -> Callable[[Place], Any]:
-    return lambda place: command(open_store(place.store, device="cpu"))
+def measuring(measure: Callable[..., Any]) -> Callable[[Place], Any]:
+    """Measure a store; an error if the result is only printed, which a warning reports."""
+
+    def command(place: Place) -> None:
+        warnings: list[logging.LogRecord] = []
+        handler = logging.Handler(logging.WARNING)
+        handler.emit = warnings.append  # type: ignore[method-assign]
+        logger = logging.getLogger("latentmill.evaluation")
+        logger.addHandler(handler)
+        try:
+            measure(open_store(place.store, device="cpu"), items=2)
+        finally:
+            logger.removeHandler(handler)
+        for warning in warnings:
+            raise StorageError(warning.getMessage())
+
+    return command
 
 
 def chosen(**options: Any) -> Callable[[Place], Any]:
@@ -312,9 +328,9 @@ SCENARIOS = {
     "add": Scenario(whole, Place.add, written=f"store/fields/{FIELD}", check=base_is_whole),
     "add again": Scenario(behind, Place.add, written=f"store/fields/{FIELD}", check=base_is_whole),
     "drop": Scenario(with_field, Place.drop, check=field_is_whole_or_gone),
-    "seams": Scenario(whole, of_store(lambda store: measure_seams(store, items=2))),
-    "linearity": Scenario(whole, of_store(lambda store: measure_linearity(store, items=2))),
-    "statistics": Scenario(whole, of_store(lambda store: measure_statistics(store, items=2))),
+    "seams": Scenario(whole, measuring(measure_seams)),
+    "linearity": Scenario(whole, measuring(measure_linearity)),
+    "statistics": Scenario(whole, measuring(measure_statistics)),
 }
 
 
