@@ -25,6 +25,7 @@ from latentmill.curation.split import _assigned
 from latentmill.curation.views import Curated, refuse_repeated
 from latentmill.errors import ConfigError, LatentmillError, StoreError
 from latentmill.storage.storage import Storage
+from latentmill.store.left_out import read_left_out
 from latentmill.store.schema import DATASET_PATH
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import verify
@@ -77,6 +78,7 @@ def test_any_sequence_gives_the_same_as_a_dict(
 ) -> None:
     folder = tmp_path_factory.mktemp("sequence")
     current, model = bases[0], model_of(lm.open(bases[0]))
+    known = set(model)  # the records of the bases
     for number, (kind, draw, copy) in enumerate(steps):
         out, random = str(folder / str(number)), np.random.default_rng(draw)
         if kind == "split":
@@ -106,10 +108,12 @@ def test_any_sequence_gives_the_same_as_a_dict(
             made = partial(lm.select, current, out, sample=size, stratify="genre", copy=copy)
         elif kind == "merge" and not any(key.startswith("other/") for key in model):
             kept = model | model_of(lm.open(bases[1]))
+            known |= set(kept)
             made = partial(lm.merge, [current, bases[1]], out, copy=copy)
         else:
             name = current.rpartition("/")[2]
             kept = {f"{name}/{key}": one for key, one in model.items()}
+            known = {f"{name}/{key}" for key in known}
             made = partial(lm.merge, [current], out, prefix=True, copy=copy)
         if kept == {}:
             with pytest.raises(ConfigError):
@@ -121,8 +125,13 @@ def test_any_sequence_gives_the_same_as_a_dict(
             assert len(kept) == size
         before = len(model) if kind in ("where", "keys", "sample") else len(kept)
         assert result.records == len(kept) == len(store) == store.info.encoded
-        assert before == store.info.items == len(kept) + sum(result.left_out.values())
+        assert store.info.items == len(kept) + sum(result.left_out.values())
+        assert store.info.items == (before if copy else len(known))
         assert (store.bases is None) == copy
+        if copy:
+            known = set(kept)
+        else:
+            assert sorted(read_left_out(store)["key"].to_pylist()) == sorted(known - kept.keys())
         assert verify(store).faults == []
         current, model = out, kept
         assert model_of(store) == model

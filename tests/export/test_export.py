@@ -155,6 +155,18 @@ def test_a_second_export_follows_its_store(source: Path, to: Target, tmp_path: P
     assert not (dest / "tmp").exists()
 
 
+def test_an_export_of_a_part_follows_the_view_that_it_is_a_part_of(tmp_path: Path) -> None:
+    write_latents(str(tmp_path / "store"), [5] * 20)
+    clean, parts, dest = (str(tmp_path / name) for name in ("clean", "parts", "dest"))
+    for least in (2, 10):
+        lm.select(str(tmp_path / "store"), clean, where=f"number >= {least}", overwrite=True)
+        lm.split(clean, parts, {"train": 0.6, "valid": 0.4}, by="key", overwrite=True)
+        train = lm.open(f"{parts}/train")
+        export_store(train, dest, Target.STABLE_AUDIO_TOOLS)
+        names = {f"item/{path.stem}" for path in Path(dest).rglob("0*.npy")}
+        assert names == set(train.keys())
+
+
 @pytest.mark.parametrize("to", TARGETS)
 def test_an_export_goes_on_where_another_was_killed_before_its_plan(
     store: LatentStore, to: Target, tmp_path: Path

@@ -13,14 +13,6 @@ from latentmill.store.store import LatentStore
 
 Ints = npt.NDArray[np.int64]
 
-LEFT_OUT_SCHEMA = pa.schema(
-    [
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("reason", pa.dictionary(pa.int32(), pa.string()), nullable=False),
-        pa.field("detail", pa.string()),  # of a duplicate: the record that is kept
-    ]
-)
-
 
 @dataclass(frozen=True)
 class Chosen:

@@ -11,12 +11,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from latentmill.curation.chosen import LEFT_OUT_SCHEMA, Chosen, Ints
+from latentmill.curation.chosen import Chosen, Ints
 from latentmill.curation.columns import values_of
 from latentmill.errors import ConfigError, StoreError
 from latentmill.evaluation.similarity import Groups, connect_near, near_groups, outliers
 from latentmill.reader.fields import FieldReader, Where, select
 from latentmill.sources.address import item_at
+from latentmill.store.left_out import LEFT_OUT_SCHEMA
 from latentmill.store.store import LatentStore
 
 if TYPE_CHECKING:

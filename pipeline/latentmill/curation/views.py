@@ -36,6 +36,7 @@ from latentmill.store.bases import BASES, Bases, fault_of_base, inside_base, ren
 from latentmill.store.entries import AnnotationEntry, BaseEntry
 from latentmill.store.field_view import warn_of_fields
 from latentmill.store.index import Index
+from latentmill.store.left_out import read_left_out
 from latentmill.store.metadata import publish_metadata
 from latentmill.store.schema import (
     DATASET_PATH,
@@ -115,7 +116,7 @@ def write_view(out: str, chosen: Sequence[Chosen], *, overwrite: bool = False) -
     entries, index = _bases(chosen)
     data = index.to_bytes()
     digest = xxhash.xxh3_128_hexdigest(data)
-    left_out = pa.concat_tables(one.left_out for one in chosen).unify_dictionaries()
+    left_out = _left_out(chosen, index)
     counts = _counts(left_out)
     _replaced(Storage(out))  # checked before the lock, which writes a file
     with only_run(Storage(out)) as hold:
@@ -151,6 +152,25 @@ def write_view(out: str, chosen: Sequence[Chosen], *, overwrite: bool = False) -
         write_seal(storage, info)
         _remove_superseded(storage, info)
     return Curated(storage.root, True, info.encoded, info.hours, info.left_out)
+
+
+def _left_out(chosen: Sequence[Chosen], index: Index) -> pa.Table:
+    """The records of the bases that are not in the view, also those that a chosen view left out."""
+    own = pa.concat_tables(one.left_out for one in chosen)
+    earlier = pa.concat_tables(_with_prefix(read_left_out(one.store), one.prefix) for one in chosen)
+    known = pa.chunked_array([*own["key"].chunks, *index.table["key"].chunks], pa.string())
+    earlier = earlier.filter(pc.invert(pc.is_in(earlier["key"], value_set=known)))
+    first = pc.index_in(earlier["key"], value_set=earlier["key"])  # of those that two views list
+    once = pc.equal(first, pa.array(np.arange(len(earlier), dtype=np.int32)))
+    return pa.concat_tables([own, earlier.filter(once)]).unify_dictionaries()
+
+
+def _with_prefix(left_out: pa.Table, prefix: str) -> pa.Table:
+    """The table with a prefix before all keys."""
+    for place in (0, 2) if prefix else ():
+        keys = pc.binary_join_element_wise(prefix, left_out[place], "")
+        left_out = left_out.set_column(place, left_out.schema.field(place), keys)
+    return left_out
 
 
 def _counts(left_out: pa.Table) -> dict[str, int]:

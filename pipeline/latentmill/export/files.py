@@ -10,19 +10,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
 from latentmill.decoding.files import LONGEST_NAME
 from latentmill.encoding.stored import parse_json
-from latentmill.errors import ConfigError, ItemError, StoreError
+from latentmill.errors import ConfigError, ItemError
 from latentmill.export.conversion import outcomes, refuse_unless_empty
 from latentmill.export.layout import Layout
 from latentmill.plan import iter_keys
 from latentmill.record import FloatArray, Outcome, Record
 from latentmill.storage.storage import Storage, writing
 from latentmill.store.commit import iter_commits
+from latentmill.store.left_out import read_left_out
 from latentmill.store.store import LatentStore
 
 DETAILS_PATH = "details.json"
@@ -79,21 +78,8 @@ def _outcomes(store: LatentStore) -> Iterator[Outcome]:
         return
     for record in store:
         yield Outcome(record.key, "encoded", record=record)
-    for key in _left_out(store):
+    for key in read_left_out(store)["key"].to_pylist():
         yield Outcome(key, "skipped", "left out of the view")
-
-
-def _left_out(view: LatentStore) -> list[str]:
-    """The keys of the records of the bases that are not in a view."""
-    path = view.info.left_out_file
-    if path is None:
-        return []
-    try:
-        with view.storage.open(path) as file:
-            keys: list[str] = pq.read_table(file, columns=["key"])["key"].to_pylist()
-            return keys
-    except (pa.ArrowException, ValueError, LookupError) as error:
-        raise StoreError(f"{view.url}/{path} is damaged: create the view again.") from error
 
 
 def _begin(layout: Layout, storage: Storage) -> bool:
