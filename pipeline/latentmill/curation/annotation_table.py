@@ -180,7 +180,7 @@ def _array(values: Sequence[Any], kind: str) -> pa.Array:
 
 def without(table: pa.Table, names: Sequence[str]) -> pa.Table:
     """The table without some names, and without the keys that have no values then."""
-    return _with_values(table.drop_columns(list(names))) if names else table
+    return with_values(table.drop_columns(list(names))) if names else table
 
 
 def merged(old: pa.Table, new: pa.Table) -> pa.Table:
@@ -194,7 +194,7 @@ def merged(old: pa.Table, new: pa.Table) -> pa.Table:
             kind, column = found
             arrays.append(column)
             fields.append(field_of(name, kind))
-    return _with_values(pa.Table.from_arrays(arrays, schema=pa.schema(fields)))
+    return with_values(pa.Table.from_arrays(arrays, schema=pa.schema(fields)))
 
 
 def _merged_column(
@@ -256,7 +256,7 @@ def _is_exact(column: pa.ChunkedArray) -> bool:
     return max(-bounds["min"], bounds["max"]) <= EXACT_INTEGERS
 
 
-def _with_values(table: pa.Table) -> pa.Table:
+def with_values(table: pa.Table) -> pa.Table:
     """The table without names and keys that have no values."""
     names = [n for n in table.column_names[1:] if table[n].null_count < len(table)]
     if not names:

@@ -16,24 +16,17 @@ import pyarrow.parquet as pq
 import xxhash
 
 from latentmill import __version__
-from latentmill.curation.annotation_table import EMPTY, merged
 from latentmill.curation.chosen import Chosen
+from latentmill.curation.view_annotations import write_view_annotations
 from latentmill.curation.view_metadata import write_view_metadata
 from latentmill.engine.lock import LOCK_PATH, only_run
 from latentmill.errors import ConfigError
 from latentmill.storage import scratch
 from latentmill.storage.remote import refuse_secrets
 from latentmill.storage.storage import Storage
-from latentmill.store.annotations import (
-    ANNOTATIONS,
-    Annotations,
-    annotation_entry,
-    annotation_file,
-    annotation_path,
-    open_annotations,
-)
+from latentmill.store.annotations import ANNOTATIONS
 from latentmill.store.bases import BASES, Bases, fault_of_base, inside_base, renamed, split_path
-from latentmill.store.entries import AnnotationEntry, BaseEntry
+from latentmill.store.entries import BaseEntry
 from latentmill.store.field_view import warn_of_fields
 from latentmill.store.index import Index
 from latentmill.store.left_out import read_left_out
@@ -130,7 +123,9 @@ def write_view(out: str, chosen: Sequence[Chosen], *, overwrite: bool = False) -
         write_origin(storage, read_origin(chosen[0].store.storage))
         name = f"index.{digest[:16]}.arrow"
         storage.write(name, data)
-        annotations, annotation = _write_annotations(storage, chosen, before, keep=not overwrite)
+        annotations, annotation = write_view_annotations(
+            storage, chosen, before, keep=not overwrite
+        )
         if annotations is None:
             metadata, metadata_hash = write_view_metadata(storage, chosen)
         else:  # the view's own values are not in the metadata of the bases
@@ -307,53 +302,6 @@ def _statistics(chosen: Sequence[Chosen]) -> tuple[list[float], list[float]]:
         mean, std = (np.array(one, np.float64) for one in (info.mean, info.std))
         total = total.merge(ChannelStatistics(info.frames, mean, std**2 * info.frames))
     return total.mean.tolist(), total.std.tolist()
-
-
-def _write_annotations(
-    storage: Storage, chosen: Sequence[Chosen], before: DatasetInfo | None, *, keep: bool
-) -> tuple[Annotations | None, AnnotationEntry | None]:
-    """Write the annotations of the chosen records, as the next version if a view is replaced.
-
-    Those of the view that is replaced stay, but values of the bases replace them, unless `keep`.
-    The first result is None if there are only those of the bases.
-    """
-    table = EMPTY
-    for one in chosen:
-        annotations = one.store.annotations
-        if annotations is None:
-            continue
-        keys = one.index.key_array().take(pa.array(one.rows))
-        rows = annotations.table.filter(pc.is_in(annotations.table["key"], value_set=keys))
-        if one.prefix:
-            prefixed = pc.binary_join_element_wise(one.prefix, rows["key"], "")
-            rows = rows.set_column(0, rows.schema.field(0), prefixed)
-        table = merged(table, rows)
-    entry = None if before is None else before.annotation
-    if entry is None and not len(table):
-        return None, None
-    if entry is not None:
-        names = [one.prefix + key for one in chosen for key in one.index.keys(one.rows)]
-        own = open_annotations(storage, entry).table
-        own = own.filter(pc.is_in(own["key"], value_set=pa.array(names, pa.string())))
-        table, kept = merged(own, table), merged(table, own)
-        if keep and not _same_values(table, kept):
-            raise ConfigError(
-                f"{storage.root} is a view already, and its bases have other metadata for some of "
-                "its records: use --overwrite to take the values of the bases."
-            )
-    path, data = annotation_path(1 if entry is None else entry.version + 1), annotation_file(table)
-    storage.write(path, data)
-    annotations = Annotations(table)
-    own_values = None if entry is None else annotations
-    return own_values, annotation_entry(entry, data, annotations)
-
-
-def _same_values(one: pa.Table, other: pa.Table) -> bool:
-    """Whether two tables have equal values; 1 and 1.0 are equal."""
-    try:
-        return bool(one.equals(other.cast(one.schema)))
-    except (pa.ArrowInvalid, ValueError):  # ValueError: of other names
-        return False
 
 
 def _write_left_out(storage: Storage, table: pa.Table) -> str | None:

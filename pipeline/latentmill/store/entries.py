@@ -45,8 +45,8 @@ class AnnotationEntry(Document):
     names: list[str] = Field(description="Names of the annotated values.")
     refreshed: list[int] = Field(
         [],
-        description="Versions whose new values come from the source (`--refresh-metadata`); "
-        "entries without such versions have no such field.",
+        description="Versions whose new values come from the source (`--refresh-metadata`) or, of "
+        "a view, from its bases; entries without such versions have no such field.",
     )
 
     @model_serializer(mode="wrap")
