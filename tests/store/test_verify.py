@@ -18,6 +18,7 @@ from store_files import KEYS, index_file, write_store
 from latentmill.errors import ItemError, StorageError
 from latentmill.record import Record
 from latentmill.storage.storage import Storage
+from latentmill.store.index import Index
 from latentmill.store.seal import read_origin
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import VerifyReport, _decode, read_source, verify
@@ -244,6 +245,20 @@ def test_an_index_that_is_not_of_these_commits(spoilable: Path, stores: dict[str
     assert any(
         f".arrow and the commit differ on where {KEYS[0]} is" in f for f in faults(spoilable)
     )
+
+
+def test_each_record_is_found_once_in_the_index(
+    store: LatentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, real = [], Index.find
+
+    def counted(index: Index, key: str) -> int | None:
+        found.append(key)
+        return real(index, key)
+
+    monkeypatch.setattr(Index, "find", counted)
+    assert verify(store).faults == []
+    assert sorted(found) == list(store.keys())
 
 
 def test_an_unsealed_store_is_verified_too(spoilable: Path) -> None:

@@ -275,7 +275,8 @@ class _Verification:
             return
         for commit in iter_commits(self._storage):
             for entry in entries(commit):
-                if entry.key not in store or store.entry(entry.key) != entry:
+                position = store.index.find(entry.key)
+                if position is None or store.index.entry(position) != entry:
                     yield f"{index} and the commit differ on where {entry.key} is: {hint}"
                     return
         info = store.info
