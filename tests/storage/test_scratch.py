@@ -7,7 +7,7 @@ import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,21 @@ def test_what_a_killed_process_has_left_is_removed_while_others_write(tmp_path: 
         assert {path.name[:32] for path in folder.iterdir()} == {own.name[:32]}
         assert own.exists()
     assert not folder.exists()
+
+
+def test_a_folder_that_vanishes_while_it_is_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.iterdir
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        if path.name == "tmp":
+            path.rmdir()  # by another process, whose last temporary file is finished
+        return real(path)
+
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    scratch.clear(tmp_path / "tmp")
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

@@ -88,7 +88,11 @@ def clear(folder: Path) -> None:
     On a file system without locks nothing is removed. Raises StoreError if the folder is a link.
     """
     _refuse_link(folder)
-    for left in filter(is_temporary, folder.iterdir() if folder.is_dir() else ()):
+    try:
+        found = [*folder.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):  # another process may remove it at any time
+        return
+    for left in filter(is_temporary, found):
         with contextlib.suppress(OSError), _open_guard(left) as file:
             if try_lock(file):
                 left.unlink()
