@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from latentmill.audio import fetch
+from latentmill.audio import fetch, open_media
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.loading import EncodeSettings, Facts, Loading
 from latentmill.encoding.timings import Timings
@@ -96,6 +96,9 @@ def test_a_full_disk_for_temporary_files(
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
     with pytest.raises(StorageError) as caught:
         load(item)
+    if kind is remote:
+        with pytest.raises(StorageError, match="Cannot write temporary files to "):
+            open_media(item.uri, item.size)
     assert one_sentence(caught.value).startswith(
         f"Cannot write temporary files to {tempfile.gettempdir()}: No space left on device; "
     )

@@ -20,7 +20,7 @@ from latentmill.audio.fetch import fetch, memory_file
 from latentmill.errors import ItemError
 from latentmill.storage.closeable import Closeable
 from latentmill.storage.descriptors import read_at, write_at
-from latentmill.storage.remote import cause_of
+from latentmill.storage.remote import cause_of, own_limits
 
 _PIECE = 1 << 20
 _SMALL = 1 << 20  # bytes of a file that is read once, and not by each check on its own
@@ -94,6 +94,7 @@ class MediaFile(Closeable):
         self._data = None
 
 
+@own_limits()
 def open_media(uri: str, size: int | None = None) -> MediaFile:
     """Open the file at `uri`: a local path, a `file://` URL or any fsspec URL.
 
@@ -104,6 +105,7 @@ def open_media(uri: str, size: int | None = None) -> MediaFile:
     Raises:
         ItemError: It is missing, not a regular file, or cannot be read or fetched.
         ConfigError: The package for this kind of URL is not installed.
+        StorageError: This machine has no space for it, or too many open files.
     """
     if uri.startswith("file://"):
         return _open_local(Path(path_of_file_url(uri)))
