@@ -42,6 +42,9 @@ class Gpus:
         self._turns: dict[int, asyncio.Lock] = {}
         self._done: Counter[int] = Counter()
 
+    async def place(self, gpu: int) -> Any:
+        return reply(f"GPU {gpu}")
+
     async def ready(self, gpu: int) -> Any:
         self._turns[gpu] = asyncio.Lock()
         return reply(f"GPU {gpu}")

@@ -53,7 +53,7 @@ def test_a_unit_that_cannot_be_written_waits_for_the_others_and_fails_alone() ->
             assert dispatch.lost(assignment.unit, DENIED) == taken.count(0)
         else:
             dispatch.done(assignment.unit)
-        if dispatch.unwritable:
+        if dispatch.storage_fails:
             break
     assert taken == [0, 1, 2, 3, 0]  # and then there is no other left to try
     assert dispatch.open == 1
@@ -64,7 +64,7 @@ def test_a_unit_that_cannot_be_written_waits_for_the_others_and_fails_alone() ->
         busy._waiting.rotate(1)  # its turn again, while others are open
         assert take(busy, "a", other) == denied
     busy.lost(denied, DENIED)
-    assert not busy.unwritable
+    assert not busy.storage_fails
     assert busy.failed == {"000000": DENIED}
     assert busy.open == 3
 
@@ -72,16 +72,16 @@ def test_a_unit_that_cannot_be_written_waits_for_the_others_and_fails_alone() ->
 def test_when_nothing_can_be_written_it_is_the_storage() -> None:
     dispatch = Dispatch(units(*[1] * 5))
     for number in range(3):
-        assert not dispatch.unwritable
+        assert not dispatch.storage_fails
         unit = take(dispatch, "a")
         assert unit.number == number
         dispatch.lost(unit, DENIED)
-    assert dispatch.unwritable
+    assert dispatch.storage_fails
     few = Dispatch(units(1, 1))
     few.done(take(few, "a"))
-    assert not few.unwritable
+    assert not few.storage_fails
     few.lost(take(few, "a"), DENIED)  # all that is left
-    assert few.unwritable
+    assert few.storage_fails
 
 
 def test_a_suspect_runs_alone_and_carefully_at_last() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from latentmill.engine.lock import only_run
+from latentmill.engine.lock import Membership, only_run
 from latentmill.errors import StorageError
 from latentmill.storage.storage import Storage
 
@@ -22,3 +22,9 @@ def test_the_error_of_a_run_whose_store_was_removed_is_not_hidden(tmp_path: Path
     with only_run(Storage(str(store))):
         assert store.is_dir()
     assert not store.exists()
+
+
+def test_a_worker_does_not_make_the_folder_of_a_store(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"not mounted/store does not exist on \S+: mount"):
+        Membership(Storage(str(tmp_path / "not mounted" / "store")))
+    assert list(tmp_path.iterdir()) == []

@@ -15,9 +15,9 @@ from ray.exceptions import RayTaskError
 from latentmill.config import RunConfig, load_config
 from latentmill.engine import scheduler as scheduler_module
 from latentmill.engine.actor import ActorShape
-from latentmill.engine.dispatch import Dispatch, Loss
+from latentmill.engine.dispatch import Dispatch
 from latentmill.engine.progress import Progress
-from latentmill.engine.scheduler import MAX_STARTS, Scheduler, _Call
+from latentmill.engine.scheduler import Scheduler, _Call
 from latentmill.engine.worker_slot import WorkerSlot
 from latentmill.errors import StorageError, UnitsFailedError
 from latentmill.plan import Unit
@@ -219,19 +219,3 @@ def test_a_worker_that_cannot_even_be_asked_is_given_up_with_its_units(
     assert ear.lost == [(7, 1, "KeyError: 'rss'")]
     assert not scheduler._slots
     assert scheduler._dispatch.open == 1  # to be tried again
-
-
-def test_workers_that_cannot_start_any_more_end_the_run_once_none_is_left(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    ear = Ear()
-    scheduler = Scheduler(None, ActorShape(1, 0), lambda: 1, ear)  # type: ignore[arg-type]
-    scheduler._origin = np.zeros((4, 1), np.float32)  # the run was under way
-    full = Loss("worker", "no space left on the disk")
-    scheduler._slots = [WorkerSlot(actor=None)]
-    for _ in range(MAX_STARTS + 1):
-        scheduler._failed_start("died", full, None)  # those that are there go on
-    assert len(caplog.messages) == MAX_STARTS + 1
-    scheduler._slots = []
-    with pytest.raises(UnitsFailedError, match="no space left on the disk"):
-        scheduler._failed_start("died", full, None)

@@ -68,6 +68,10 @@ class EncodeActor:
         self._worker: Worker | JointWorker | None = None
         self._metrics = ActorMetrics()
 
+    def place(self) -> Reply:
+        """The process and host, for messages. Answers while the model is loaded."""
+        return Reply(self._place, ())
+
     def ready(self) -> Reply:
         """Load the model and return the process and host, for messages."""
         # Not in the constructor: only an error raised in a method reaches the driver unchanged.

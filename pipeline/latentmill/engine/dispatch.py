@@ -4,8 +4,8 @@ The longest units go first, and each worker slot has a bounded number of them. A
 died or failed is a suspect: it is retried alone, so that it cannot take another unit down with it.
 Before its last attempt each of its items is loaded on trial. A unit that was lost with its node is
 not a suspect: it goes to the front of the queue, and is given up only after many such losses. A
-unit that could not be written goes to the end of the queue and is retried a few times. If nothing
-can be written, the run ends.
+unit that could not be written, or whose worker could not read the source, goes to the end of the
+queue and is retried a few times.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from latentmill.plan import Unit
 UNITS_IN_FLIGHT = 2
 MAX_ATTEMPTS = 3
 MAX_NODE_LOSSES = 20
-MAX_UNWRITTEN = 3  # units in a row that cannot be written before the run ends
+MAX_STORAGE_LOSSES = 3  # in a row before the run ends, if no worker can read and write
 
 LossKind = Literal["worker", "node", "storage"]
 
@@ -50,7 +50,7 @@ class Dispatch:
         self._suspects: deque[Unit] = deque()
         self._in_flight = in_flight
         self._open = {unit.number for unit in order}
-        self._unwritten: set[int] = set()  # since the last commit
+        self._unstored: set[int] = set()  # lost to the storage since the last commit
         self._losses: dict[LossKind, Counter[int]] = defaultdict(Counter)  # by unit number
         self._draining: set[Hashable] = set()  # slots that get no more units before a suspect
         self.failed: dict[str, Loss] = {}  # by unit name, the last loss
@@ -61,10 +61,10 @@ class Dispatch:
         return len(self._open)
 
     @property
-    def unwritable(self) -> bool:
-        """Whether several units in a row, or all that are open, could not be written."""
-        several = len(self._unwritten) >= MAX_UNWRITTEN
-        return bool(self._open) and (several or self._unwritten >= self._open)
+    def storage_fails(self) -> bool:
+        """Whether several units in a row, or all open ones, could not be read or written."""
+        several = len(self._unstored) >= MAX_STORAGE_LOSSES
+        return bool(self._open) and (several or self._unstored >= self._open)
 
     @property
     def queued(self) -> int:
@@ -91,7 +91,7 @@ class Dispatch:
     def done(self, unit: Unit) -> None:
         """Remove a unit that was committed."""
         self._open.discard(unit.number)
-        self._unwritten.clear()
+        self._unstored.clear()
 
     def lost(self, unit: Unit, loss: Loss) -> int:
         """Queue a lost unit again, or give it up. Returns its number of losses of this kind."""
@@ -99,7 +99,7 @@ class Dispatch:
         times[unit.number] += 1
         attempt = times[unit.number]
         if loss.kind == "storage":
-            self._unwritten.add(unit.number)
+            self._unstored.add(unit.number)
         if attempt >= (MAX_NODE_LOSSES if loss.kind == "node" else MAX_ATTEMPTS):
             self.failed[unit.name] = loss
             self._open.discard(unit.number)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from pydantic import ValidationError
 
 from latentmill.engine.holder import Holder, RunProgress, this_process
 from latentmill.engine.lease import Lease, guarded, hold
-from latentmill.errors import StoreError
+from latentmill.errors import StorageError, StoreError
 from latentmill.storage import scratch
 from latentmill.storage.storage import Storage, writing
 
@@ -97,13 +98,19 @@ class Membership:
     """
 
     def __init__(self, storage: Storage, owner: str | None = None) -> None:
-        """Join the run that has the store. Raises StoreError if another run has it.
+        """Join the run that has the store.
 
+        Raises StoreError if another run has it, and StorageError if this machine lacks its folder.
         `owner` is the id in the run's lease, or None if the store is locked by file.
         """
         self.storage = storage if owner is None else guarded(storage, owner)
         self._file: BinaryIO | None = None
         if storage.local:
+            if not Path(storage.root).is_dir():  # the driver has made it
+                raise StorageError(
+                    f"Store {storage.root} does not exist on {socket.gethostname()}: mount its "
+                    "file system there, then run the same command again."
+                )
             with contextlib.ExitStack() as undo:
                 file = undo.enter_context(_open(Path(storage.full(LOCK_PATH)), storage))
                 if not _lock(file, storage, fcntl.LOCK_SH):

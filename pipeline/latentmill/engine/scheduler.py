@@ -25,7 +25,7 @@ from latentmill.engine.loss import classify
 from latentmill.engine.underway import UnitProgress
 from latentmill.engine.worker import Job, UnitResult
 from latentmill.engine.worker_slot import WorkerSlot
-from latentmill.errors import LatentmillError, StorageError, UnitsFailedError
+from latentmill.errors import LatentmillError, SourceError, StorageError, UnitsFailedError
 from latentmill.plan import Unit
 from latentmill.text.log import get_logger
 from latentmill.text.printing import counted
@@ -41,9 +41,12 @@ STOP_SECONDS = 2.0
 STALL_SECONDS = 900.0
 RESIZE_SECONDS = 5.0  # between two checks of the cluster's resources
 NO_WORKER_SECONDS = 60.0  # without a ready worker before a message is shown
-MAX_STARTS = 3  # failed starts in a row before the run ends, or starts no more actors
+PLACE_SECONDS = 300.0  # without a working worker before those that have no node are given up
+MAX_STARTS = 3  # failed starts in a row before the run ends, or starts actors one by one
+RESTART_SECONDS = 60.0  # between two of these starts
+STORAGE_RETRY_SECONDS = 600.0  # before a worker that could not read or write gets more units
 
-Kind = Literal["ready", "origin", "unit", "report"]
+Kind = Literal["place", "ready", "origin", "unit", "report"]
 
 
 class RunObserver(Protocol):
@@ -104,16 +107,18 @@ class Scheduler:
         self._target = 0
         self._next_look = self._next_report = 0.0
         self._counts: tuple[int, int] | None = None
-        self._idle_since = time.monotonic()  # start of the time without a ready actor
+        self._idle_since = self._warned = time.monotonic()  # when an actor was last working
         self._failed_starts = 0
+        self._start_error: LatentmillError | None = None  # the last one
+        self._next_start = 0.0  # when one more actor may start after failed starts
 
     def run(self, units: Sequence[Unit], on_origin: Callable[[Any], None]) -> None:
         """Encode all units. `on_origin` gets what a worker's `origin` returns before any unit
         starts.
 
         Raises UnitsFailedError if units failed on every attempt (all others are committed), or if
-        workers die while they load the model. Raises StorageError if the store cannot be written;
-        a single unit that cannot be written fails alone.
+        no worker can load the model. Raises StorageError if no worker can write the store, and
+        SourceError if none can read the source; a single unit that cannot be written fails alone.
         """
         self._dispatch = Dispatch(units)
         self._on_origin = on_origin
@@ -143,20 +148,36 @@ class Scheduler:
         now = time.monotonic()
         if now >= self._next_look:
             self._target, self._next_look = self._wanted(), now + RESIZE_SECONDS
-        if self._failed_starts >= MAX_STARTS and self._slots:
-            return  # continue with the actors that are running
-        while len(self._slots) < min(self._target, self._dispatch.open):
+        waiting = sum(slot.retry_at is not None for slot in self._slots)
+        missing = min(self._target, self._dispatch.open + waiting) - len(self._slots)
+        if self._failed_starts >= MAX_STARTS and self._slots:  # continue with those that are there
+            if self._start_error is not None and self._none_left():
+                raise self._start_error
+            missing = min(missing, 1) if now >= self._next_start else 0
+        for _ in range(missing):
             _log.debug("starting a worker with %s", self._shape)
             slot = WorkerSlot(start_actor(self._job, self._shape))
             self._slots.append(slot)
+            self._track(slot, "place", slot.actor.place.remote())
             self._track(slot, "ready", slot.actor.ready.remote())
+            self._next_start = now + RESTART_SECONDS
         self._count_workers()
+
+    def _none_left(self) -> bool:
+        """Whether no worker can encode, none loads its model, and none will be placed soon."""
+        starting = [slot for slot in self._slots if not slot.ready]
+        if any(slot.working for slot in self._slots) or any(slot.placed for slot in starting):
+            return False
+        return not starting or time.monotonic() - self._idle_since > PLACE_SECONDS
 
     def _assign_units(self) -> None:
         """Assign units to the slots whose situation has changed."""
         to_fill, self._to_fill = self._to_fill, set()
         for slot in to_fill:
             if not slot.ready or slot.tainted or self._origin is None:
+                continue
+            if slot.retry_at and time.monotonic() < slot.retry_at and not self._none_left():
+                self._to_fill.add(slot)
                 continue
             while assignment := self._dispatch.next(slot, slot.holding):
                 reference = slot.actor.encode.remote(assignment.unit, assignment.trial_load)
@@ -207,6 +228,7 @@ class Scheduler:
         slot = call.slot
         if call.kind == "unit":
             unit = slot.finished(reference).unit
+            slot.retry_at = None
             self._dispatch.done(unit)
             _log.debug(
                 "unit %s committed by %s in %.1f s: %d encoded, %d skipped, %d failed",
@@ -223,8 +245,10 @@ class Scheduler:
                 self._end_slot(slot)
         elif call.kind == "report":
             slot.update(result)
+        elif call.kind == "place":
+            slot.placed, slot.place = True, result
         elif call.kind == "ready":
-            slot.ready, slot.place = True, result
+            slot.ready, slot.placed, slot.place = True, True, result
             self._to_fill.add(slot)
             self._failed_starts = 0
             if self._origin is None:
@@ -236,26 +260,18 @@ class Scheduler:
 
     def _failed(self, call: _Call, reference: Any, error: RayTaskError) -> None:
         """Handle a call that ended with an exception; its process is alive."""
-        slot = call.slot
-        if isinstance(error.cause, LatentmillError):
-            if call.kind == "ready" and self._origin is not None:  # other actors work
-                _log.warning("a worker cannot start: %s", error.cause)
-                self._end_slot(slot)
-                self._failed_starts = MAX_STARTS
-                if not self._slots:
-                    raise error.cause from error
+        slot, cause, loss = call.slot, error.cause, classify(error)
+        if call.kind in ("place", "ready", "origin"):
+            refused = isinstance(cause, LatentmillError)
+            self._lose_slot(slot, loss, cause if refused else _not_loaded("failed", loss, error))
+            return
+        if isinstance(cause, LatentmillError):
+            if call.kind == "unit" and isinstance(cause, StorageError | SourceError):
+                self._unstored(slot, slot.finished(reference).unit, cause)
                 return
-            if call.kind == "unit" and isinstance(error.cause, StorageError):
-                self._unwritten(slot, slot.finished(reference).unit, error.cause)
-                return
-            raise error.cause from error
-        loss = classify(error)
+            raise cause from error
         if call.kind == "report":
             self._lose_slot(slot, loss)
-            return
-        if call.kind != "unit":
-            self._end_slot(slot)
-            self._failed_start("failed", loss, error)
             return
         # If the GPU or a library has failed once in a process, later units may fail there too.
         slot.tainted = True
@@ -263,23 +279,35 @@ class Scheduler:
         if not slot.units:
             self._end_slot(slot)
 
-    def _unwritten(self, slot: WorkerSlot, unit: Unit, error: StorageError) -> None:
-        """Queue a unit that could not be written again; end the run if nothing can be written."""
-        self._lose(unit, Loss("storage", str(error)))
-        if self._dispatch.unwritable:
+    def _unstored(self, slot: WorkerSlot, unit: Unit, error: LatentmillError) -> None:
+        """Queue a unit again that its worker could not read or write, and pause this worker.
+
+        The others continue: perhaps only its host lacks a mount or is full. If it has failed
+        before, this was not due to the unit. If no worker is left, the run ends.
+        """
+        error = slot.located(error)
+        known = slot.retry_at is not None and not self._none_left()
+        slot.retry_at = time.monotonic() + STORAGE_RETRY_SECONDS
+        self._dispatch.leave(slot)  # no suspect waits for it
+        self._lose(unit, Loss("node" if known else "storage", str(error)))
+        if self._dispatch.storage_fails and self._none_left():
             raise error
         if slot.tainted and not slot.units:
             self._end_slot(slot)
 
-    def _lose_slot(self, slot: WorkerSlot, loss: Loss) -> None:
-        """Remove the slot of a lost actor, and queue its units again."""
+    def _lose_slot(
+        self, slot: WorkerSlot, loss: Loss, start_error: LatentmillError | None = None
+    ) -> None:
+        """Remove the slot of a lost actor, or one that cannot start; queue its units again."""
         lost = slot.holding
         slot.units.clear()
         for unit in lost:
             self._lose(unit, loss)
         self._end_slot(slot)
-        if not slot.ready and loss.kind == "worker":
-            self._failed_start("died", loss, None)
+        if start_error is not None:
+            self._failed_start(slot, start_error, count=MAX_STARTS)
+        elif not slot.ready and loss.kind == "worker":
+            self._failed_start(slot, _not_loaded("died", loss, None), count=1)
         elif not lost:
             _log.warning("%s was lost: %s", slot.place, loss.reason)
 
@@ -287,13 +315,16 @@ class Scheduler:
         self._observer.unit_lost(unit, self._dispatch.lost(unit, loss), loss.reason)
         self._to_fill.update(self._slots)
 
-    def _failed_start(self, how: str, loss: Loss, error: BaseException | None) -> None:
-        self._failed_starts += 1
-        text = f"A worker {how} while it loaded the model: {loss.reason.rstrip('.')}."
-        enough = self._failed_starts >= MAX_STARTS
-        if (self._origin is None and (how == "failed" or enough)) or (enough and not self._slots):
-            raise UnitsFailedError(text) from error
-        _log.warning("%s", text)
+    def _failed_start(self, slot: WorkerSlot, error: LatentmillError, count: int) -> None:
+        """Count a start that failed; the slot was removed. If no other is left, the run ends."""
+        self._failed_starts += count
+        self._next_start = time.monotonic() + RESTART_SECONDS
+        repeated = str(error) in str(self._start_error)
+        self._start_error = slot.located(error)
+        if self._failed_starts >= MAX_STARTS and self._none_left():
+            raise self._start_error
+        if not repeated:
+            _log.warning("%s", self._start_error)
 
     def _end_slot(self, slot: WorkerSlot) -> None:
         """Remove an actor. `_start_actors` starts another one if units are left."""
@@ -328,10 +359,12 @@ class Scheduler:
             self._counts = counts
             self._observer.workers(*counts)
         now = time.monotonic()
+        if any(slot.working for slot in self._slots):
+            self._idle_since = now
         if ready:
-            self._idle_since = now
-        elif now - self._idle_since > NO_WORKER_SECONDS:
-            self._idle_since = now
+            self._warned = now
+        elif now - self._warned > NO_WORKER_SECONDS:
+            self._warned = now
             _log.warning(
                 "no worker is ready: %d are waiting for %s in the cluster, or loading the model",
                 counts[1],
@@ -350,3 +383,10 @@ class Scheduler:
             ray.wait(open_units, num_returns=len(open_units), timeout=STOP_SECONDS)
         for slot in self._slots:
             ray.kill(slot.actor)
+
+
+def _not_loaded(how: str, loss: Loss, cause: BaseException | None) -> UnitsFailedError:
+    reason = loss.reason.rstrip(".")
+    error = UnitsFailedError(f"A worker {how} while it loaded the model: {reason}.")
+    error.__cause__ = cause
+    return error

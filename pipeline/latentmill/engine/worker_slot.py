@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 
 from latentmill.engine.dispatch import Assignment
 from latentmill.engine.underway import UnitProgress
+from latentmill.errors import LatentmillError
 from latentmill.plan import Unit
 
 
@@ -34,14 +36,23 @@ class WorkerSlot:
     actor: Any
     clock: Callable[[], float] = time.monotonic
     place: str = "a worker that is starting"  # process and host, for messages
+    placed: bool = False  # its process has started on a node
     ready: bool = False
     tainted: bool = False  # a call failed in its process: it gets no more units
     units: dict[Any, Assignment] = field(default_factory=dict)  # by Ray reference
     in_flight: dict[int, UnitProgress] = field(default_factory=dict)  # in the last report
     memory_used: float | None = None  # of its host, in the last report
     reporting: bool = False  # a report was requested and has not arrived
+    # It could not read or write a unit, and has committed none since. While other workers go on,
+    # it gets no more units before this time.
+    retry_at: float | None = None
     _moved: float = 0.0
     _steps: int = 0
+
+    @property
+    def working(self) -> bool:
+        """Whether it has its model, and has read and written its last unit."""
+        return self.ready and self.retry_at is None
 
     @property
     def holding(self) -> list[Unit]:
@@ -65,6 +76,15 @@ class WorkerSlot:
             unit.number: self.in_flight.get(unit.number, UnitProgress(0.0, unit.seconds, 0))
             for unit in self.holding
         }
+
+    def located(self, error: LatentmillError) -> LatentmillError:
+        """An error with its process and host, unless it has the host or is from this machine."""
+        host = self.place.partition(" on ")[2]
+        if not self.placed or host == socket.gethostname() or host in str(error):
+            return error
+        located = type(error)(f"{self.place}: {error}")
+        located.__cause__ = error.__cause__
+        return located
 
     def finished(self, reference: Any) -> Assignment:
         """Remove a unit whose call has ended, with a result or an error."""
