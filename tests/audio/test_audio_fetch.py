@@ -139,6 +139,17 @@ def test_errors_that_stay_are_said_at_once(s3_bucket: str) -> None:
         assert faults.seen.total() - before <= 3
 
 
+@pytest.mark.parametrize("obstore", ["1", "0"])
+def test_a_token_that_has_expired_is_named(
+    s3_bucket: str, obstore: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SWITCH, obstore)
+    put(f"{s3_bucket}/a.wav", DATA)
+    with faulty_s3(Faults(deny=lambda method, path: True, denial=(400, "ExpiredToken"))):
+        text = r"^no permission to read the file \(ExpiredToken\)$"
+        refused(text, f"{s3_bucket}/a.wav", len(DATA))
+
+
 def test_a_request_that_hangs_has_a_time_limit(
     s3_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -16,12 +19,14 @@ from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.fingerprint import fingerprint
 from latentmill.engine.job import make_job
 from latentmill.engine.worker import Job, Stopped, Worker
+from latentmill.errors import SourceError
 from latentmill.models import registry
-from latentmill.plan import Plan, UnitLimits, draft, freeze
+from latentmill.plan import Plan, Unit, UnitLimits, draft, freeze, read_items
 from latentmill.sources.folder import FolderSource
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import read_commits
 from support import runs
+from support.in_process import encode, in_process, spoil, tone
 
 
 def prepared(
@@ -134,3 +139,69 @@ def test_a_worker_needs_no_ray() -> None:
         "latentmill.models.registry"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def paths_of(store: Path, unit: Unit) -> list[Path]:
+    return [Path(item.uri) for item in read_items(Storage(str(store)), unit)]
+
+
+@pytest.mark.parametrize("mount_point", [True, False])
+def test_without_the_mount_nothing_is_committed(tmp_path: Path, mount_point: bool) -> None:
+    songs, store = tmp_path / "songs", tmp_path / "store"
+    job, plan = prepared(songs, store)
+    worker = Worker(job)
+    songs.rename(tmp_path / "unmounted")
+    if mount_point:
+        songs.mkdir()
+    for unit in plan.units[:2]:
+        with pytest.raises(SourceError, match=rf"^Host \S+ cannot read any .* of {songs} "):
+            worker.encode(unit)
+    assert not list(store.glob("shards/*"))
+    assert read_commits(Storage(str(store))) == {}
+    if mount_point:
+        songs.rmdir()
+    (tmp_path / "unmounted").rename(songs)
+    assert [worker.encode(unit).encoded for unit in plan.units] == [2, 2, 2]
+    worker.close()
+
+
+def test_a_source_that_is_lost_while_files_of_it_are_missing(tmp_path: Path) -> None:
+    songs, store = tmp_path / "songs", tmp_path / "store"
+    job, plan = prepared(songs, store, songs_per_unit=3)
+    gone = paths_of(store, plan.units[0])[-1]
+    gone.unlink()
+    worker = Worker(job)
+    assert worker.encode(plan.units[0]).failed == 1
+    shutil.rmtree(songs)
+    with pytest.raises(SourceError, match=f"{songs}.*No such file"):
+        worker.encode(plan.units[1])
+    worker.close()
+
+
+@pytest.mark.parametrize("change", [Path.unlink, spoil])
+def test_deleted_and_damaged_files_fail(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    store = tmp_path / "store"
+    job, plan = prepared(tmp_path / "songs", store)
+    for path in paths_of(store, plan.units[0]):
+        change(path)
+    worker = Worker(job)
+    assert [worker.encode(unit).failed for unit in plan.units] == [2, 0, 0]
+    worker.close()
+
+
+@pytest.mark.parametrize("place", ["memory://absent/songs", "songs"])
+def test_files_of_a_manifest(tmp_path: Path, place: str) -> None:
+    folder = place if "://" in place else str(tmp_path / place)
+    tone(tmp_path / "song.wav", 5000)
+    fs, root = fsspec.core.url_to_fs(folder)
+    fs.makedirs(root, exist_ok=True)
+    manifest = tmp_path / "list" / "songs.csv"
+    manifest.parent.mkdir()
+    manifest.write_text(f"path\n{folder}/a.wav\n{folder}/b.wav\n")
+    with in_process(), pytest.raises(SourceError, match=r"cannot read any of the planned files"):
+        encode(manifest, tmp_path / "store")
+    fs.put_file(str(tmp_path / "song.wav"), f"{root}/b.wav")
+    with in_process():
+        done = encode(manifest, tmp_path / "other")
+    assert done.info.encoded == 1
+    assert [reason for _, reason in done.failures] == ["there is no such file"]

@@ -31,7 +31,8 @@ class Faults:
         errors: Share of the requests that are answered by an error of the server.
         cuts: Share of the requests whose connection is cut, before or in the middle of the answer.
         latency: Seconds before an answer.
-        deny: Whether a request (method, path with query) is answered by 403.
+        deny: Whether a request (method, path with query) is answered by `denial`.
+        denial: The status and the code of such an answer.
         seed: Of the draws.
         seen: How many requests there were of each kind: `ok`, `error`, `cut`, `denied`.
         busiest: The most requests that waited at once for their answers to begin.
@@ -41,6 +42,7 @@ class Faults:
     cuts: float = 0.0
     latency: float = 0.0
     deny: Callable[[str, str], bool] | None = None
+    denial: tuple[int, str] = (403, "AccessDenied")
     seed: int = 0
     seen: Counter[str] = field(default_factory=Counter)
     busiest: int = 0
@@ -115,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
             number = self.behaviour.seen["error"] % len(ERRORS)
             self._refuse(*ERRORS[number])
         elif kind == "denied":
-            self._refuse(403, "AccessDenied")
+            self._refuse(*self.behaviour.denial)
         elif kind == "cut" and self.behaviour.seen["cut"] % 2:
             self._cut()  # before anything was done
         else:

@@ -72,11 +72,14 @@ def _why_not_fetched(url: str, error: Exception) -> str:
     status = status_of(error)
     if isinstance(error, FileNotFoundError) and not is_transient(error):
         return "there is no such file"
-    if isinstance(error, PermissionError) or status in (401, 403):
+    if status in (401, 403):
         return "no permission to read the file"
     reason = cause_of(error)
     known = (url, url.partition("://")[2])
-    if any(part and part in reason for part in known) or "://" in reason:
+    private = any(part and part in reason for part in known) or "://" in reason
+    if isinstance(error, PermissionError):  # such as a token that has expired
+        return "no permission to read the file" + ("" if private else f" ({reason})")
+    if private:
         reason = f"HTTP status {status}" if status else type(error).__name__
     return f"the file cannot be fetched: {reason}"
 

@@ -41,6 +41,7 @@ from latentmill.models.inference.device_pipeline import ALONE
 from latentmill.models.inference.precision import numeric_mode, pick_precision
 from latentmill.plan import Unit, read_items
 from latentmill.plan.items import estimated_seconds
+from latentmill.plan.presence import checked
 from latentmill.plan.probe import cheap, probed
 from latentmill.record import FloatArray, Outcome
 from latentmill.sources.base import Item, known_seconds
@@ -222,7 +223,8 @@ class Worker:
         """Read a unit's items from the plan, encode them, write their shard and commit it.
 
         With `trial_load`, each item is loaded on trial first, and those that would end this
-        process fail. If an exception is raised, nothing of the unit stays in the store.
+        process fail. If an exception is raised, nothing of the unit stays in the store: for
+        example SourceError, if items failed because this machine cannot read the source.
         """
         work = self.begin(unit, trial_load=trial_load)
         audio = self._open_audio_of(work.items, work.loading, work.encoder.timings)
@@ -277,7 +279,9 @@ class Worker:
                 keys=[item.key for item in work.planned],
             )
             kept = () if field is None else field.kept()
-            commit = written_beside(itertools.chain(kept, link.outcomes(done)), write)
+            # Tasks load on other nodes, so this one cannot tell whether they have the source.
+            found = done if job.load_tasks else checked(done, self.storage, unit)
+            commit = written_beside(itertools.chain(kept, link.outcomes(found)), write)
         timings.add("write_seconds", time.perf_counter() - work.encoder.ended)
         inputs = link.inputs(work)
         seconds = {**timings.snapshot(), "total_seconds": time.perf_counter() - work.began}

@@ -9,17 +9,17 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from latentmill.config import RunConfig, load_config
 from latentmill.encoding.fingerprint import fingerprint
 from latentmill.engine.lock import Hold, only_run
 from latentmill.engine.progress import LogProgress, Progress
-from latentmill.errors import ITEMS_FAILED_EXIT_CODE, SourceError, StoreError
-from latentmill.plan import Plan, Unit, check_items, read_items
+from latentmill.errors import ITEMS_FAILED_EXIT_CODE, StoreError
+from latentmill.plan import Plan, Unit, check_items
+from latentmill.plan.presence import check_source
 from latentmill.run.options import EncodeOptions
 from latentmill.run.prepare import Extension, Setup, listed, planned, prepare
-from latentmill.sources.open import has_any, is_there
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import (
     SealHash,
@@ -42,9 +42,6 @@ if TYPE_CHECKING:  # some of these import pyarrow.compute or torch
 
 _log = get_logger("run")
 
-LOOKED_UP = 8  # units, and items of each, whose files must not all be missing
-
-_Value = TypeVar("_Value")
 Compute = Callable[[Setup, Plan, dict[str, Tally], list[Unit], Progress, Hold], None]
 
 
@@ -228,7 +225,7 @@ def encode_todo(
 
     storage = setup.storage
     check_items(plan, storage)
-    _check_source(storage, plan, todo)
+    check_source(storage, plan, todo)
     holds = [hold, *(one.hold for one in fields)]
 
     def publish(now: RunProgress) -> None:
@@ -241,34 +238,6 @@ def encode_todo(
     finally:
         tracker.end()
         storage.clear_scratch()
-
-
-def _check_source(storage: Storage, plan: Plan, todo: Sequence[Unit]) -> None:
-    """Raise SourceError if the source is missing or, as a folder without its mount, has no files.
-
-    Files of other units count, too: those of all units that are left may have been deleted.
-    """
-    examples = (
-        item
-        for units in (todo, plan.units)
-        for unit in _few(units)
-        for item in _few(read_items(storage, unit))
-    )
-    if not is_there(plan.source):
-        why = "does not exist"
-    elif not has_any(plan.source, examples):
-        why = "has none of the planned files that were looked up"
-    else:
-        return
-    raise SourceError(
-        f"Source {plan.source} {why}, but {counted(len(todo), 'unit')} of {storage.root} must "
-        "still be encoded: mount or restore the source."
-    )
-
-
-def _few(values: Sequence[_Value]) -> Sequence[_Value]:
-    """At most `LOOKED_UP` of some values, at equal distances."""
-    return values[:: -(-len(values) // LOOKED_UP)]
 
 
 def finished_units(
