@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 
 import latentmill as lm
 from latentmill.curation.selecting import Selector
@@ -18,6 +19,7 @@ from latentmill.storage.storage import Storage
 from latentmill.store.bases import fault_of_base
 from latentmill.store.verify import verify
 from support.field_stores import NAMES, write_fields, write_tokens
+from support.in_process import encode, in_process
 from support.latent_store import latent_of, write_again, write_latents
 
 
@@ -226,6 +228,41 @@ def test_the_order_of_the_shares_moves_no_record(tmp_path: Path) -> None:
         parts = lm.split(a, out, dict(reversed(shares.items())), by="key", overwrite=True)
         assert keys_of(f"{out}/train") == train
         assert {part.name: part.wanted for part in parts} == shares
+
+
+def test_stems_and_segments_of_a_recording_stay_together(tmp_path: Path) -> None:
+    """Numbers as groups; segments without a group."""
+    random, rows, cuts = np.random.default_rng(0), ["path,group,role"], ["path,start,duration"]
+    for song in range(8):
+        for role in (1, 2):
+            name = f"{song}-{role}.wav"
+            soundfile.write(tmp_path / name, random.uniform(-0.3, 0.3, 8000), 22050)
+            rows.append(f"{name},{song},{role}")
+        cuts += [f"{name},{start},0.1" for start in (0, 0.1, 0.2)]
+    options = {"model": "mdct", "model_options": {"hop": 64, "sample_rate": 22050}}
+    shares = {"t": 0.5, "v": 0.5}
+    for kind, lines in (("stems", rows), ("cuts", cuts)):
+        (tmp_path / f"{kind}.csv").write_text("\n".join(lines))
+        with in_process():
+            encode(tmp_path / f"{kind}.csv", tmp_path / kind, **options)
+    for record in lm.open(tmp_path / "stems"):
+        assert f"{record.group}-{record.role}" == record.key
+    for kind, by in (("stems", None), ("cuts", "content_hash")):
+        lm.split(tmp_path / kind, tmp_path / f"{kind} split", shares, by=by)
+        parts = [keys_of(str(tmp_path / f"{kind} split" / name)) for name in shares]
+        assert sum(map(len, parts)) == {"stems": 16, "cuts": 24}[kind] and all(parts)
+        songs = [{key[0] for key in part} for part in parts]
+        assert not songs[0] & songs[1]
+    for by in ("group", "role"):
+        with pytest.raises(ConfigError, match=f"by uses '{by}', but no record of .* has a value"):
+            lm.split(tmp_path / "cuts", tmp_path / "other", shares, by=by)
+
+
+def test_a_name_that_no_record_of_a_view_has_is_refused(tmp_path: Path) -> None:
+    (a,) = stores(tmp_path, [{"n": n, **({"fold": n} if n else {})} for n in range(4)])
+    view = lm.select(a, tmp_path / "view", where="n == 0").dest  # has the column
+    with pytest.raises(ConfigError, match=r"by uses 'fold', but no record of .* has such a field"):
+        lm.split(view, tmp_path / "split", {"t": 1.0}, by="fold")
 
 
 def test_a_prefix_keeps_groups_apart(tmp_path: Path) -> None:

@@ -179,16 +179,20 @@ def test_a_remote_file_is_compared_by_its_size(planned: tuple[Item, ...]) -> Non
 
 
 def test_group_and_role_come_from_the_metadata(planned: tuple[Item, ...]) -> None:
-    given = {"a": {"group": "song", "role": "drums"}, "b": {"group": 3, "role": None, "x": 1}}
-    for item in planned[:2]:
+    given: dict[str, dict[str, object]] = {
+        "a": {"group": "song", "role": 2.5},
+        "b": {"group": 0, "role": None, "x": 1},
+        "c": {"group": True, "role": ["drums"]},
+    }
+    for item in planned[:3]:
         Path(item.uri).with_suffix(".json").write_text(json.dumps(given[item.key]))
     done = records(encode(items_of(Path(planned[0].uri).parent)))
     assert [(done[key].group, done[key].role) for key in "abc"] == [
-        ("song", "drums"),
-        (None, None),
+        ("song", "2.5"),
+        ("0", None),
         (None, None),
     ]
-    assert [done[key].metadata for key in "abc"] == [given["a"], given["b"], {}]
+    assert [done[key].metadata for key in "abc"] == list(given.values())
 
 
 def test_an_error_that_nobody_foresaw_fails_its_item_alone(

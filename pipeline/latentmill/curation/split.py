@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from latentmill.curation.columns import values_of
+from latentmill.curation.columns import stored_values, values_of
 from latentmill.curation.selecting import Selector, hash_of
 from latentmill.curation.views import Curated, check_sources, write_view
 from latentmill.encoding.stored import parse_json
@@ -170,7 +170,8 @@ def _units(selector: Selector, by: str | None) -> list[str]:
     keys = [f"key {key}" for key in selector.index.keys(np.arange(len(selector.index)))]
     if by == "key":
         return keys
-    values = values_of(selector.store, by or "group", "by")
+    store = selector.store
+    values = stored_values(store, "group") if by is None else values_of(store, by, "by")
     return [
         key if value is None else f"value {_text(value)}"
         for key, value in zip(keys, values, strict=True)

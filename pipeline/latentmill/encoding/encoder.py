@@ -30,6 +30,7 @@ from latentmill.models.inference.precision import numeric_mode
 from latentmill.record import DTYPES, FloatArray, Outcome, Record
 from latentmill.sources.address import address_of
 from latentmill.sources.base import Item
+from latentmill.sources.group import name_in
 from latentmill.text.redact import redact
 
 if TYPE_CHECKING:
@@ -217,8 +218,6 @@ class UnitEncoder:
         if not job.stitcher.finite:
             return Outcome(job.item.key, "failed", _gate_message(self._settings.dtype))
         spec, metadata = self._model.spec, facts.metadata
-        group = job.item.group or metadata.get("group")
-        role = job.item.role or metadata.get("role")
         record = Record(
             key=job.item.key,
             latent=latent,
@@ -232,8 +231,8 @@ class UnitEncoder:
             peak=facts.peak,
             # With stitch none, chunks overlap.
             levels=facts.levels if latent.ndim == 2 and not self._settings.pooled else None,
-            group=group if isinstance(group, str) else None,
-            role=role if isinstance(role, str) else None,
+            group=job.item.group or name_in(metadata, "group"),
+            role=job.item.role or name_in(metadata, "role"),
             metadata=metadata,
         )
         return Outcome(job.item.key, "encoded", record=record)

@@ -137,6 +137,14 @@ def _with_group(item: Item, value: Callable[[str], Any]) -> Item:
     )
 
 
+def name_in(metadata: Mapping[str, Any], field: str) -> str | None:
+    """The group or role in an item's own metadata: a text or a number; other values are none."""
+    value = metadata.get(field)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    return _text(value) or None
+
+
 def _text(value: Any) -> str:
     """A field as text that can be written as UTF-8; see `is_text`."""
     return str(value).encode("utf-8", "backslashreplace").decode()
