@@ -172,6 +172,11 @@ class Plan:
     parts: tuple[PlanPart, ...] = ()
 
     @property
+    def is_copy(self) -> bool:
+        """Whether the items are records of other stores, which `source` only describes."""
+        return not self.source_settings.keys().isdisjoint(("copy_of", "view"))
+
+    @property
     def num_items(self) -> int:
         return sum(part.items for part in self.parts)
 

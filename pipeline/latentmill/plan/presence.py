@@ -30,8 +30,10 @@ def check_source(storage: Storage, plan: Plan, todo: Sequence[Unit]) -> None:
     """Raise SourceError if the source is missing or, as a folder without its mount, has no files.
 
     Files that a manifest or a table refers to are not looked up: only the workers may have access
-    to them.
+    to them, which also look them up. The same is true of a copy of records: it has no source.
     """
+    if plan.is_copy:
+        return
     if not is_there(plan.source):
         why = "does not exist"
     elif not has_any(plan.source, _examples(storage, plan, todo)):
