@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
 
@@ -70,6 +71,30 @@ def test_conditions_see_the_values_that_have_no_column_in_one_store(tmp_path: Pa
     huge = stores(tmp_path / "huge", [{"n": 2**60}], [{"n": 0.5}])
     both = lm.merge(huge, tmp_path / "both").dest
     assert keys_of(lm.select(both, tmp_path / "large", where="n > 1").dest) == ["a/00000"]
+
+
+def test_names_whose_columns_have_other_types_in_the_stores_of_a_view(tmp_path: Path) -> None:
+    a, b, c = stores(tmp_path, [{"n": 0}, {"n": 1}], [{"n": 0.5}, {"m": ["x"]}], [{"bpm": "fast"}])
+    annotate(a, {"a/00000": {"bpm": 120, "big": 2**60, "tag": "x", "flag": True, "m": 1}})
+    annotate(b, {"b/00000": {"bpm": 120.5, "big": 0.5, "tag": ["y"], "flag": 7}})
+    view = lm.open(lm.merge([b, a], tmp_path / "ab").dest)
+    table, names = view.table(), ("bpm", "n", "big", "tag", "flag", "m")
+    assert table["metadata_bpm"].type == table["metadata_n"].type == pa.float64()
+    assert {name: table[f"metadata_{name}"].to_pylist() for name in names} == {
+        "bpm": [120.0, None, 120.5, None],
+        "n": [0.0, 1.0, 0.5, None],
+        "big": [str(2**60), None, "0.5", None],
+        "tag": ["x", None, '["y"]', None],
+        "flag": ["true", None, "7", None],
+        "m": ["1", None, None, '["x"]'],  # a column in one store, in the JSON of the other only
+    }
+    assert keys_of(lm.select(view, tmp_path / "fast", where="bpm > 120").dest) == ["b/00000"]
+    every = lm.open(lm.merge([view.url, c], tmp_path / "abc").dest)
+    found = every.table(["metadata_bpm", "metadata_n"]).to_pydict()
+    assert found["metadata_bpm"] == ["120", None, "120.5", None, "fast"]
+    assert found["metadata_n"] == [0.0, 1.0, 0.5, None, None]
+    assert keys_of(lm.select(every, tmp_path / "120", where="bpm == 120").dest) == ["a/00000"]
+    assert verify(view).faults == verify(every).faults == []
 
 
 def test_a_base_that_is_sealed_again_while_records_are_chosen(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import numpy as np
 import pyarrow as pa
@@ -12,24 +13,34 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from latentmill.curation.chosen import Chosen
+from latentmill.encoding.stored import parse_json
 from latentmill.errors import StoreError
 from latentmill.storage.storage import Storage, writing
 from latentmill.store.fields import with_prefix
-from latentmill.store.metadata import METADATA_SCHEMA, PREFIX, ROW_GROUP, publish
-from latentmill.store.metadata_file import metadata_of
+from latentmill.store.metadata import (
+    METADATA_SCHEMA,
+    PREFIX,
+    ROW_GROUP,
+    ColumnKinds,
+    publish,
+    schema_of,
+    with_columns,
+)
+from latentmill.store.metadata_file import damaged_metadata, metadata_of
 
 
 def write_view_metadata(storage: Storage, chosen: Sequence[Chosen]) -> tuple[str, str]:
     """Write the metadata file from those of the stores; return its name and hash."""
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(metadata_of(one.store)) for one in chosen]
-        schema = _common_schema(files)
+        schema, kinds = _common_schema(files, chosen)
         temporary = stack.enter_context(storage.scratch_file("metadata.parquet"))
         with (
             writing(str(temporary)),
             pq.ParquetWriter(temporary, schema, compression="zstd") as out,
         ):
-            parts = [_rows_of(file, one, schema) for file, one in zip(files, chosen, strict=True)]
+            pairs = zip(files, chosen, strict=True)
+            parts = [_rows_of(file, one, schema, kinds) for file, one in pairs]
             for table in parts[0] if len(parts) == 1 else _in_order(parts, chosen):
                 out.write_table(table, row_group_size=ROW_GROUP)
         return publish(storage, temporary)
@@ -66,8 +77,13 @@ def _in_order(parts: Sequence[Iterator[pa.Table]], chosen: Sequence[Chosen]) -> 
         yield pa.concat_tables(taken).take(pa.array(place))
 
 
-def _rows_of(file: pq.ParquetFile, one: Chosen, schema: pa.Schema) -> Iterator[pa.Table]:
-    """The rows of the chosen records in the order of their keys, a row group at a time."""
+def _rows_of(
+    file: pq.ParquetFile, one: Chosen, schema: pa.Schema, kinds: Mapping[str, str]
+) -> Iterator[pa.Table]:
+    """The rows of the chosen records in the order of their keys, a row group at a time.
+
+    The columns of the names in `kinds` are made from the JSON.
+    """
     start, keys = 0, one.index.key_array()
     for group in range(file.num_row_groups):
         table = file.read_row_group(group, use_threads=False)
@@ -82,30 +98,60 @@ def _rows_of(file: pq.ParquetFile, one: Chosen, schema: pa.Schema) -> Iterator[p
                 f"{one.store.url} was changed while it was read: run the command again."
             )
         table = with_prefix(table, one.prefix)
-        for field in schema:
-            if field.name not in table.column_names:
-                table = table.append_column(field, pa.nulls(len(table), field.type))
-        yield table.select(schema.names).cast(schema).combine_chunks()
+        made = with_columns(table.select(METADATA_SCHEMA.names), kinds)
+        columns = {name: table[name] for name in table.column_names}
+        columns |= {name: made[name] for name in made.column_names}
+        missing = (field for field in schema if field.name not in columns)
+        columns |= {field.name: pa.nulls(len(table), field.type) for field in missing}
+        yield pa.table({name: columns[name] for name in schema.names}).cast(schema).combine_chunks()
 
 
-def _common_schema(files: Sequence[pq.ParquetFile]) -> pa.Schema:
-    """The stored fields, and the own metadata that a column can have for the records of all files.
+def _common_schema(
+    files: Sequence[pq.ParquetFile], chosen: Sequence[Chosen]
+) -> tuple[pa.Schema, dict[str, str]]:
+    """The columns of the records of all files, and the kinds of those that are made from the JSON.
 
-    A name that a file has in its JSON only is left out, because its values would be missing.
+    These are the names whose columns have several types, or that a file has in its JSON only.
     """
     types: dict[str, set[pa.DataType]] = {}
     for field in (field for file in files for field in file.schema_arrow):
         if field.name not in METADATA_SCHEMA.names:
             types.setdefault(field.name, set()).add(field.type)
-    hidden = set[str]()
+    unclear = {name for name, found in types.items() if len(found) > 1}
     for file in files:
-        missing = types.keys() - set(file.schema_arrow.names)
-        hidden |= _in_json(file, missing) if missing else set()
-    own = []
-    for name, found in sorted(types.items()):
-        if len(found) == 1 and name not in hidden:
-            own.append(pa.field(name, next(iter(found))))
-    return pa.schema([*METADATA_SCHEMA, *own])
+        missing = types.keys() - unclear - set(file.schema_arrow.names)
+        unclear |= _in_json(file, missing) if missing else set()
+    kinds = _kinds(files, chosen, {name.removeprefix(PREFIX) for name in unclear})
+    own = [pa.field(name, *found) for name, found in types.items() if name not in unclear]
+    own += list(schema_of(kinds))[len(METADATA_SCHEMA) :]
+    return pa.schema([*METADATA_SCHEMA, *sorted(own, key=lambda field: field.name)]), kinds
+
+
+def _kinds(
+    files: Sequence[pq.ParquetFile], chosen: Sequence[Chosen], names: Set[str]
+) -> dict[str, str]:
+    """The kinds that the columns of some names have in a store with the records of all files."""
+    if not names:
+        return {}
+    annotated: dict[str, str] = {}
+    for one in chosen:
+        annotated |= {} if one.store.annotations is None else one.store.annotations.kinds
+    found = ColumnKinds({name: annotated[name] for name in names & annotated.keys()})
+    for file, one in zip(files, chosen, strict=True):
+        try:
+            for text in itertools.chain.from_iterable(_texts(file)):
+                own = parse_json(text)
+                found.add({name: own[name] for name in names & own.keys()})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise damaged_metadata(one.store) from error
+    return found.columns()
+
+
+def _texts(file: pq.ParquetFile) -> Iterator[list[str]]:
+    """The JSON of all records, a row group at a time."""
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group, columns=["metadata"], use_threads=False)
+        yield table["metadata"].to_pylist()
 
 
 def _in_json(file: pq.ParquetFile, columns: Set[str]) -> set[str]:

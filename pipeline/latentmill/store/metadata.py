@@ -189,7 +189,7 @@ def _write_rows(
     storage: Storage, index: Index, rows: Path, annotations: Annotations | None
 ) -> dict[str, str]:
     """Write the rows of each shard as record batches; return the kinds of the metadata's names."""
-    names = _Names({} if annotations is None else annotations.kinds)
+    names = ColumnKinds({} if annotations is None else annotations.kinds)
     with (
         writing(str(rows)),
         pa.OSFile(str(rows), "wb") as sink,
@@ -282,7 +282,7 @@ def _silence(levels: bytes | None) -> float | None:
     return float(np.mean(silent_frames(levels)))
 
 
-class _Names:
+class ColumnKinds:
     """Names in the records' own metadata, with the kind of their values so far.
 
     `annotated` has the kinds of annotated names, each of which becomes a column.
