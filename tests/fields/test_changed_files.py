@@ -15,7 +15,7 @@ from latentmill.cli import show_status
 from latentmill.run.run import RunSummary
 from latentmill.store.store import open_store
 from support import runs
-from support.fields import added, state
+from support.fields import OPTIONS, added, state
 from support.in_process import encode
 
 KEY, OTHER = "album 1/song 01", "album 2/song 02"
@@ -108,3 +108,77 @@ def test_a_changed_file_that_the_store_cannot_load(
     added(store)
     assert lengths(store) == (200, 200)
     assert_behind(store, 0)
+
+
+def written_manifest(songs: Path) -> Path:
+    """A manifest, whose plan has neither sizes nor times."""
+    rows = sorted(str(path) for path in songs.rglob("*.wav"))
+    (songs.parent / "songs.csv").write_text("\n".join(["path", *rows]))
+    return songs.parent / "songs.csv"
+
+
+@pytest.mark.parametrize("format_name", ["parquet", "webdataset"])
+def test_another_file_at_the_path_of_a_manifest(
+    songs: Path, tmp_path: Path, format_name: str
+) -> None:
+    """The item fails, also if it is computed again, until the file is the encoded one."""
+    store, alone = tmp_path / "listed", tmp_path / "alone"
+    manifest = written_manifest(songs)
+    encode(manifest, store, format=format_name)
+    encode(manifest, alone, format=format_name, model_options=OPTIONS)
+    original = (songs / PATH).read_bytes()
+    change(songs, KEY, 88_200)
+    for again in (False, True):
+        summary = added(store, retry_failed=again)
+        assert summary.exit_code == 3
+        assert [key for key, _ in summary.failures] == [f"songs/{KEY}"]
+        assert summary.failures[0][1] == (
+            "its file is not the one that the store has encoded: restore that file"
+        )
+        assert summary.info.encoded == 4
+    (songs / PATH).write_bytes(original)
+    assert added(store, retry_failed=True).failures == ()
+    assert runs.latents(store / "fields" / "second") == runs.latents(alone)
+
+
+def test_another_file_under_a_copy_of_records(songs: Path, store: Path, tmp_path: Path) -> None:
+    """The plan of such a copy has neither sizes nor times."""
+    lm.select(store, tmp_path / "copy", copy=True)
+    change(songs, KEY, 88_200)
+    summary = added(tmp_path / "copy")
+    assert [key for key, _ in summary.failures] == [KEY]
+    assert summary.info.encoded == 4
+
+
+def test_a_value_is_kept_if_the_file_is_not_the_one_of_the_store(songs: Path, store: Path) -> None:
+    """Its size and time are the planned ones, but the store has encoded other bytes."""
+    before = runs.latents(store / "fields" / "second")
+    change(songs, KEY, 88_200)
+    encode_changed(songs, store)
+    audio, times = (songs / PATH).read_bytes(), (songs / PATH).stat()
+    (songs / PATH).write_bytes(audio[:-4] + b"\0" * 4)
+    os.utime(songs / PATH, ns=(times.st_atime_ns, times.st_mtime_ns))
+    ((key, reason),) = added(store).kept
+    assert (key, "not the one that the store has encoded" in reason) == (KEY, True)
+    assert runs.latents(store / "fields" / "second") == before
+    assert_behind(store, 1)
+
+
+def test_one_pass_does_not_pair_a_kept_latent_with_another_file(
+    songs: Path, tmp_path: Path
+) -> None:
+    """The model of the store cannot take the changed file; that of the field can."""
+    stereo = {"model_options": {"hop": 64, "sample_rate": 44100, "channels": 2}}
+    fields = {"second": {"model": "mdct", "model_options": OPTIONS}}
+    store = tmp_path / "stereo"
+    encode(songs, store, unit_seconds=60.0, **stereo)
+    before = runs.latents(store)
+    noise = np.random.default_rng(1).uniform(-0.3, 0.3, (88_200, 3))
+    soundfile.write(songs / PATH, noise, 44100, subtype="FLOAT")
+    changed = {"extend": True, "retry_changed": True, "with_fields": fields}
+    summary = encode(songs, store, unit_seconds=60.0, **stereo, **changed)
+    assert [key for key, _ in summary.kept] == [KEY]
+    assert runs.latents(store) == before
+    ((key, reason),) = summary.fields["second"].failures
+    assert (key, "not the one that the store has encoded" in reason) == (KEY, True)
+    assert summary.fields["second"].info.encoded == 4

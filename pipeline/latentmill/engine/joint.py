@@ -25,6 +25,7 @@ from latentmill.engine.underway import UnitProgress
 from latentmill.engine.worker import Job, Link, Stopped, UnitResult, UnitWork, Worker, result_of
 from latentmill.errors import LatentmillError
 from latentmill.fields.inputs import Input, audio_inputs
+from latentmill.fields.unit import OTHER_FILE
 from latentmill.models.base import ModelHandle
 from latentmill.plan import Plan, Unit
 from latentmill.record import FloatArray, Outcome, absent_reason
@@ -260,6 +261,7 @@ class _UnitState:
         self._aborted = False
         self.open = set(range(models))  # numbers of models that have not encoded all items
         self.outcomes: dict[str, Outcome] = {}  # of the store, by key, without records
+        self.kept_files: dict[str, str] = {}  # hashes of the files of records that the store keeps
         self.all_known = False  # whether the store has an outcome of every item
         self.commit: Commit | None = None  # of the store
 
@@ -294,6 +296,8 @@ class _OfBase(Link):
         for outcome in outcomes:
             with self._shared.change():
                 self._shared.outcomes[outcome.key] = replace(outcome, record=None)
+                if outcome.record is not None and outcome.reason is not None:
+                    self._shared.kept_files[outcome.key] = outcome.record.content_hash
             yield outcome
         with self._shared.change():
             self._shared.all_known = True
@@ -330,7 +334,10 @@ class _OfField(Link):
     def _settled(self, outcome: Outcome) -> Outcome:
         base = self._shared.outcomes[outcome.key]
         if base.status == "encoded":
-            return outcome
+            kept, record = self._shared.kept_files.get(outcome.key), outcome.record
+            if kept is None or record is None or record.content_hash == kept:
+                return outcome
+            return Outcome(outcome.key, "failed", OTHER_FILE)
         return Outcome(outcome.key, "skipped", absent_reason(base.status, base.reason))
 
     def inputs(self, work: UnitWork) -> Mapping[str, Input]:

@@ -24,7 +24,7 @@ import torch
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.encoder import UnitEncoder
 from latentmill.encoding.lanes import reading_order
-from latentmill.encoding.loading import EncodeSettings, ItemEvent, Loading
+from latentmill.encoding.loading import EncodeSettings, Facts, ItemEvent, Loading
 from latentmill.encoding.timings import Timings
 from latentmill.encoding.unit_audio import LocalAudio, UnitAudio
 from latentmill.engine.handover import written_beside
@@ -32,8 +32,9 @@ from latentmill.engine.lock import Membership
 from latentmill.engine.trial_load import HANG_SECONDS, TrialLoader
 from latentmill.engine.tuning import compiled, settled_batch_size
 from latentmill.engine.underway import Underway, UnitProgress
+from latentmill.fields.base_rows import BaseRows
 from latentmill.fields.inputs import Input, audio_inputs, with_audio_inputs
-from latentmill.fields.unit import BaseCommits, FieldUnit
+from latentmill.fields.unit import OTHER_FILE, BaseCommits, FieldUnit
 from latentmill.models.base import Autoencoder, ModelHandle
 from latentmill.models.checks import check_encoded
 from latentmill.models.inference.device import load_model, pick_device
@@ -49,6 +50,7 @@ from latentmill.storage.storage import Storage
 from latentmill.store.commit import write_commit, write_unit
 from latentmill.store.earlier import EarlierRecords
 from latentmill.store.schema import Commit
+from latentmill.store.store import LatentStore
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ class Worker:
         self._stopped = stopped or threading.Event()
         self._open_audio_of = open_audio_of
         self._base = None if job.base is None else BaseCommits(job.base)
+        self._base_rows = None if job.base is None else BaseRows(LatentStore(job.base))
         self._hold = Membership(Storage(job.store), job.owner)
         self.storage = self._hold.storage
         self._model: Autoencoder = load_model(job.model, device)
@@ -263,7 +266,7 @@ class Worker:
         """Encode the audio of a unit that was begun, write the shard and commit it."""
         job, unit, field, timings = self._job, work.unit, work.field, work.encoder.timings
         underway = Underway(unit, work.items, self._model.spec)
-        followed = underway.follow(_or_earlier(audio, work.earlier))
+        followed = underway.follow(_or_earlier(audio, work))
         with (
             self._listed(audio, unit, underway),
             contextlib.closing(self._in_turn(work.encoder, followed)) as done,
@@ -293,12 +296,15 @@ class Worker:
         return result_of(unit, commit)
 
     def _field_unit(self, unit: Unit, planned: Sequence[Item], *, whole: bool) -> FieldUnit | None:
-        if self._base is None:
+        if self._base is None or self._base_rows is None:
             return None
         earlier = EarlierRecords(self.storage, unit)
         base = None if whole else self._base.of(unit.name)
         inputs = audio_inputs(planned, base, earlier.items.values())
-        return FieldUnit(earlier, inputs, retry_failed=self._job.retry_failed)
+        field = FieldUnit(earlier, inputs, retry_failed=self._job.retry_failed)
+        if base is not None and field.todo:
+            field.encoded_files = self._base_rows.content_hashes(base)
+        return field
 
     def _reading_order(self, planned: Sequence[Item], closed: Collection[str]) -> list[Item]:
         """A unit's items in the order in which they are read, with lengths from short headers.
@@ -370,13 +376,16 @@ class Worker:
             yield event
 
 
-def _or_earlier(audio: UnitAudio, earlier: EarlierRecords) -> Iterator[ItemEvent]:
+def _or_earlier(audio: UnitAudio, work: UnitWork) -> Iterator[ItemEvent]:
     """A unit's events. An item that cannot be loaded any more keeps its record."""
+    field, earlier = work.field, work.earlier
     for number, item, event in audio:
-        kept = None
-        if isinstance(event, Outcome) and event.status == "failed" and item.key in earlier.encoded:
-            kept = earlier.outcome(item.key, event.reason)
-        yield number, item, kept or event
+        final = event
+        if isinstance(event, Facts) and field and field.is_other_file(item.key, event.content_hash):
+            final = Outcome(item.key, "failed", OTHER_FILE)
+        if isinstance(final, Outcome) and final.status == "failed" and item.key in earlier.encoded:
+            final = earlier.outcome(item.key, final.reason)
+        yield number, item, final
 
 
 def result_of(unit: Unit, commit: Commit) -> UnitResult:

@@ -54,6 +54,11 @@ class BaseRows:
             return {}
         return {row["key"]: row for row in self._rows(commit).to_pylist()}
 
+    def content_hashes(self, commit: Commit) -> dict[str, str]:
+        """The hashes of the files of a unit's records, by key; of those that have one."""
+        fields = self.fields(commit).items()
+        return {key: row["content_hash"] for key, row in fields if row["content_hash"]}
+
     def _rows(self, commit: Commit) -> pa.Table:
         index = Index.from_batches([to_batch(commit)])
         return shard_rows(self._store.storage, index, 0, np.arange(len(index)))

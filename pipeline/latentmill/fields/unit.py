@@ -12,6 +12,8 @@ from latentmill.store.commit import committed_revisions, read_commit
 from latentmill.store.earlier import EarlierRecords
 from latentmill.store.schema import Commit
 
+OTHER_FILE = "its file is not the one that the store has encoded: restore that file"
+
 
 class FieldUnit:
     """What a run does with each item of a unit.
@@ -23,12 +25,14 @@ class FieldUnit:
             with the reason.
         todo: Keys of the items to compute.
         rest: Keys of the items that keep their value.
+        encoded_files: Hashes of the files that the base store has encoded, by key.
     """
 
     def __init__(
         self, earlier: EarlierRecords, inputs: Mapping[str, Input], *, retry_failed: bool
     ) -> None:
         """Compare the inputs of a unit with its last commit in the field."""
+        self.encoded_files: Mapping[str, str] = {}
         self.inputs = inputs
         self.earlier = earlier
         self.absent = {key: now.reason for key, now in inputs.items() if isinstance(now, Absent)}
@@ -44,6 +48,10 @@ class FieldUnit:
             }
         )
         self.rest = inputs.keys() - self.todo - self.absent.keys()
+
+    def is_other_file(self, key: str, content_hash: str) -> bool:
+        """Whether a file is not the one that the base store has encoded."""
+        return self.encoded_files.get(key, content_hash) != content_hash
 
     def skipped(self) -> Iterator[Outcome]:
         """The outcomes of the absent items."""
