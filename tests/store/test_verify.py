@@ -138,7 +138,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "missing origin": (
         lambda f: (f / "origin.npy").unlink(),
-        "origin.npy is missing or damaged: delete it and any one shard, and run the same",
+        "origin.npy is missing or damaged: delete it and run the same encode command again",
     ),
     "damaged origin": (
         lambda f: (f / "origin.npy").write_bytes((f / "origin.npy").read_bytes()[:-1]),
@@ -317,4 +317,4 @@ def test_numbers_are_checked(store: LatentStore, monkeypatch: pytest.MonkeyPatch
 def test_a_store_of_which_nothing_is_encoded_has_no_origin(tmp_path: Path, one_sentence) -> None:
     with pytest.raises(StorageError) as caught:
         read_origin(Storage(str(tmp_path)))
-    assert "run the encode command if nothing is encoded yet" in one_sentence(caught.value)
+    assert "run the same encode command again" in one_sentence(caught.value)

@@ -114,7 +114,7 @@ class Scheduler:
 
     def run(self, units: Sequence[Unit], on_origin: Callable[[Any], None]) -> None:
         """Encode all units. `on_origin` gets what a worker's `origin` returns before any unit
-        starts.
+        starts, also if there are no units.
 
         Raises UnitsFailedError if units failed on every attempt (all others are committed), or if
         no worker can load the model. Raises StorageError if no worker can write the store, and
@@ -123,7 +123,7 @@ class Scheduler:
         self._dispatch = Dispatch(units)
         self._on_origin = on_origin
         try:
-            while self._dispatch.open:
+            while self._dispatch.open or self._origin is None:
                 self._check()
                 self._start_actors()
                 self._assign_units()
@@ -149,7 +149,7 @@ class Scheduler:
         if now >= self._next_look:
             self._target, self._next_look = self._wanted(), now + RESIZE_SECONDS
         waiting = sum(slot.retry_at is not None for slot in self._slots)
-        missing = min(self._target, self._dispatch.open + waiting) - len(self._slots)
+        missing = min(self._target, max(1, self._dispatch.open) + waiting) - len(self._slots)
         if self._failed_starts >= MAX_STARTS and self._slots:  # continue with those that are there
             if self._start_error is not None and self._none_left():
                 raise self._start_error

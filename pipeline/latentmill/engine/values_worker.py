@@ -112,13 +112,21 @@ class ValuesWorker:
         with contextlib.closing(Membership(Storage(job.store), job.owner)) as membership:
             for attempt in itertools.count(1):
                 try:
-                    if not membership.storage.exists(ORIGIN_PATH):
-                        write_origin(membership.storage, self._origin())
+                    self._write_origin(membership.storage)
                     return self._compute(unit, membership.storage)
                 except StorageError:
                     if attempt == ATTEMPTS:
                         raise
         raise AssertionError("the loop ends by return or raise")
+
+    def write_origin(self) -> None:
+        """Write the origin of the field, unless it has been written before."""
+        with contextlib.closing(Membership(Storage(self._job.store), self._job.owner)) as member:
+            self._write_origin(member.storage)
+
+    def _write_origin(self, storage: Storage) -> None:
+        if not storage.exists(ORIGIN_PATH):
+            write_origin(storage, self._origin())
 
     def _compute(self, unit: Unit, storage: Storage) -> UnitResult:
         began = time.perf_counter()

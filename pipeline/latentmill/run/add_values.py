@@ -231,7 +231,10 @@ def default_batch_size(spec: EmbedderSpec, device: str) -> int:
 
 @dataclass(frozen=True)
 class _Compute:
-    """Computes the units of a field, in this process or in tasks of a Ray cluster."""
+    """Computes the units of a field, in this process or in tasks of a Ray cluster.
+
+    Without units, only the origin is computed.
+    """
 
     base: str
     handle: EmbedderHandle
@@ -284,6 +287,9 @@ class _Compute:
             },
             retry_failed=config.retry_failed,
         )
+        if not todo:
+            ValuesWorker(job, self.values).write_origin()
+            return iter(())
         if not in_tasks:
             return map(ValuesWorker(job, self.values), todo)
         from latentmill.engine.tasks import map_in_tasks

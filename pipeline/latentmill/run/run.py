@@ -27,7 +27,7 @@ from latentmill.store.commit import (
     iter_commits,
     next_revisions,
 )
-from latentmill.store.schema import SHARDS, DatasetInfo
+from latentmill.store.schema import ORIGIN_PATH, SHARDS, DatasetInfo
 from latentmill.store.seal import current_seal, dataset_info, read_seal, seal
 from latentmill.store.tidy import remove_unfinished, tidy
 from latentmill.text.log import get_logger
@@ -179,7 +179,8 @@ def complete(
         progress: Receives the progress.
         began: When the run began, by `perf_counter`.
         stale: Names of units that are encoded again.
-        compute: Computes the units that are not committed; the default encodes their audio.
+        compute: Computes the units that are not committed, and the origin if the store has none;
+            the default encodes their audio.
         waiting: Names of units that cannot be computed yet. Without them the store is not sealed.
     """
     storage = setup.storage
@@ -194,7 +195,7 @@ def complete(
     resumed = len(tallies)
     _log.debug("%d of %s committed already", resumed, counted(len(plan.units), "unit"))
     storage.clear_scratch()
-    if todo:
+    if todo or (tallies and not storage.exists(ORIGIN_PATH)):
         (compute or encode_todo)(setup, plan, tallies, todo, progress, hold)
         tallies, sealable = _trusted(storage, plan)
     lacking = {unit.name for unit in plan.units} - tallies.keys()
@@ -219,13 +220,14 @@ def encode_todo(
     hold: Hold,
     fields: Sequence[FieldInPass] = (),
 ) -> None:
-    """Encode the audio of units, with `fields` in the same pass."""
+    """Encode the audio of units, with `fields` in the same pass; write a missing origin."""
     from latentmill.engine.launch import encode_units  # imports ray, which readers must not
     from latentmill.engine.tracker import Tracker
 
     storage = setup.storage
     check_items(plan, storage)
-    check_source(storage, plan, todo)
+    if todo:
+        check_source(storage, plan, todo)
     holds = [hold, *(one.hold for one in fields)]
 
     def publish(now: RunProgress) -> None:

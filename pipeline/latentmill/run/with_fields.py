@@ -141,7 +141,8 @@ class FieldsOfRun:
         hold: Hold,
     ) -> None:
         """Encode units of the store, and of the fields from audio that lack them, in one pass."""
-        self._warn_of_names(read_items(setup.storage, todo[0]))
+        if todo:  # else only the origin is missing
+            self._warn_of_names(read_items(setup.storage, todo[0]))
         fields = self._from_audio
         if fields and plan.packing != PACKING:
             _log.info("the plan is of an earlier version: fields are computed after the store")

@@ -210,8 +210,8 @@ def read_origin(storage: Storage, channels: int | None = None) -> FloatArray:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
         raise StorageError(
-            f"{storage.root}/{ORIGIN_PATH} is missing: run the encode command if nothing is "
-            "encoded yet; otherwise `latentmill verify` tells how to restore it."
+            f"{storage.root}/{ORIGIN_PATH} is missing: restore it from a copy of the store, or run "
+            "the same encode command again."
         ) from error.__cause__
     try:
         origin: FloatArray = parse_npy(data)

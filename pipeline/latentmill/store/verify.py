@@ -232,7 +232,7 @@ class _Verification:
     def _origin_faults(self) -> Iterator[str]:
         """Check that the origin has the shape of one chunk, `[D, Z]`."""
         model, chunking = self._plan.fingerprint["model"], self._plan.fingerprint["chunking"]
-        hint = "delete it and any one shard, and run the same encode command again"
+        hint = "delete it and run the same encode command again"
         try:
             origin = read_origin(self._storage)
         except StorageError:
