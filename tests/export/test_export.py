@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import types
+import uuid
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -31,7 +32,8 @@ from latentmill.store.verify import verify
 from store.store_files import MODEL_OPTIONS, write_corpus, write_store
 from support import runs
 from support.in_process import in_process
-from support.latent_store import write_latents
+from support.latent_store import latent_of, write_latents
+from support.rounds import shard_rounds
 
 FORMATS = ["parquet", "webdataset"]
 
@@ -499,3 +501,24 @@ def test_keys_that_are_too_long_for_a_wav_are_decoded_to_shorter_names(
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert len(names) == len(keys)
     assert [name[:100] for name in names] == ["x" * 100, "x" * 100, "\u00e9" * 100]
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_an_export_reads_a_shard_in_a_few_rounds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, format_name: str
+) -> None:
+    """Of a store in a bucket, and of a view of it."""
+    url, count = f"memory://{uuid.uuid4().hex}", 80
+    store = write_latents(url, [4] * count, per_unit=40, format_name=format_name)
+    view = lm.open(lm.select(url, tmp_path / "view").dest)
+    rounds = shard_rounds(monkeypatch, url)
+    other = Target.PARQUET if format_name == "webdataset" else Target.WEBDATASET
+    converted = lm.open(export_store(store, str(tmp_path / "store"), other).dest)
+    latents = [latent_of(number, 4) for number in range(count)]
+    assert [record.latent.tobytes() for record in converted] == [one.tobytes() for one in latents]
+    for name, exported in {"files": store, "files of the view": view}.items():
+        export_store(exported, str(tmp_path / name), Target.STABLE_AUDIO_TOOLS)
+        for number, latent in enumerate(latents):
+            found = np.load(tmp_path / name / f"item/{number:05d}.npy")
+            assert np.array_equal(found, latent.astype(np.float32))
+    assert 0 < len(rounds) <= 3 * count / 4

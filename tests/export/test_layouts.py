@@ -8,6 +8,7 @@ import logging
 import shutil
 import sys
 import types
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from latentmill.plan import FieldEntry
 from latentmill.store.store import LatentStore
 from support import runs
 from support.latent_store import write_again, write_latents
+from support.rounds import shard_rounds
 
 LENGTHS = [5, 9, 3, 7]
 # Multiples of 128, for which a row of padding is stored, and the longest that LTX-2 takes.
@@ -347,3 +349,23 @@ def test_ace_step_reads_them(store: LatentStore, ace_step_reader: Any) -> None:
     assert batch["target_latents"].shape == (4, max(LENGTHS), 64)
     assert batch["context_latents"].shape == (4, max(LENGTHS), 128)
     assert batch["encoder_hidden_states"].shape == (4, max(TOKENS), 6)
+
+
+def test_fields_in_a_bucket_are_read_in_a_few_rounds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    url, count = f"memory://{uuid.uuid4().hex}", 60
+    store = write_latents(
+        url, [4] * count, channels=64, per_unit=30, prefix=KEYS["ltx2"], model=MODELS["ltx2"]
+    )
+    texts = random_arrays(6, [5] * count)
+    write_field(store, "text", "tokens", texts, failed=(7,), per_unit=30)
+    rounds = shard_rounds(monkeypatch, f"{url}/fields/text")
+    summary = export_store(store, str(tmp_path / "out"), Target.LTX2, fields=["text"])
+    missing = f"{KEYS['ltx2']}/00007"
+    assert summary.failures == ((missing, "field 'text' has no value for it"),)
+    for number, text in enumerate(texts):
+        if number != 7:
+            found = loaded(tmp_path / "out/conditions", f"{KEYS['ltx2']}/{number:05d}")
+            assert torch.equal(found["prompt_embeds"], torch.from_numpy(text.T.copy()).bfloat16())
+    assert 0 < len(rounds) <= count / 4

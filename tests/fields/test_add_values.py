@@ -7,6 +7,7 @@ import pickle
 import sys
 import tracemalloc
 import types
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from latentmill.engine import values_worker
 from latentmill.errors import ConfigError, LatentmillError, ModelError, StoreError
 from latentmill.fields.imported import ImportedValues
 from latentmill.fields.status import field_states
+from latentmill.fields.values import values_of
 from latentmill.models import embedder as protocol
 from latentmill.models.embedder import EmbedderSpec
 from latentmill.models.registry import resolve_embedder
@@ -39,7 +41,8 @@ from support import runs
 from support.examples import example
 from support.fields import files, given, write_import
 from support.in_process import encode, spoil
-from support.latent_store import write_latents
+from support.latent_store import latent_of, write_latents
+from support.rounds import shard_rounds
 
 VOWELS = "python:vowels_of_fields:factory"
 PEAKS = "python:peaks_of_fields:factory"
@@ -262,6 +265,18 @@ def test_the_latents(store: Path) -> None:
         np.testing.assert_array_equal(latent, Peaks().embed([stored])[0])
     assert summary.info.model["hop"] == 2 * base.info.model["hop"]
     assert summary.info.model["sample_rate"] == base.info.model["sample_rate"]
+
+
+def test_latents_in_a_bucket_are_read_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    url, count = f"memory://{uuid.uuid4().hex}", 40
+    write_latents(url, [4] * count, per_unit=count)
+    rounds = shard_rounds(monkeypatch, url)
+    (commit,) = iter_commits(Storage(url))
+    keys = [item.key for item in commit.items][::-1]
+    found = values_of(Storage(url), "latents").read(commit, keys)
+    for number, latent in enumerate(reversed(list(found))):
+        assert np.array_equal(latent, latent_of(number, 4).astype(np.float32))
+    assert 0 < len(rounds) < 10
 
 
 @pytest.mark.parametrize("name", ["values.parquet", "values.jsonl", "values"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from latentmill.export.conversion import refuse_unless_empty
 from latentmill.plan import Plan, freeze, iter_units, load
 from latentmill.plan.drafting import UnitLimits, draft
 from latentmill.reader.fields import FieldReader
-from latentmill.record import Outcome
+from latentmill.record import Outcome, Record
 from latentmill.sources.address import item_at
 from latentmill.sources.base import Item
 from latentmill.storage.storage import Storage
@@ -30,6 +31,7 @@ from latentmill.store.commit import (
     write_commit,
     write_unit,
 )
+from latentmill.store.prefetch import prefetched
 from latentmill.store.schema import SHARDS, Commit
 from latentmill.store.seal import read_origin, seal, write_origin
 from latentmill.store.tidy import remove_unfinished, tidy, tidy_plan
@@ -125,16 +127,49 @@ class CopiedRecords:
             pairs |= dict(zip(keys, reasons, strict=True))
         return pairs
 
-    def outcome(self, key: str, reason: str | None) -> Outcome:
-        if reason is not None:
-            return Outcome(key, "skipped", reason)
-        for one in self.chosen:
-            own = key.removeprefix(one.prefix)
-            if key.startswith(one.prefix) and own in one.store:
-                record = one.store[own]
-                group = record.group and one.prefix + record.group
-                return Outcome(key, "encoded", None, replace(record, key=key, group=group))
-        raise AssertionError(key)
+    def outcomes(self, keys: Sequence[str], reasons: Mapping[str, str]) -> Iterator[Outcome]:
+        """The outcomes of a unit's items; `reasons` are those of all that are left out."""
+        wanted = [key for key in keys if key not in reasons]
+        positions = [_positions(one, wanted) for one in self.chosen]
+        of_key = {key: n for n in reversed(range(len(positions))) for key in positions[n]}
+        records = [
+            _records(one, [found[key] for key in wanted if of_key[key] == number])
+            for number, (one, found) in enumerate(zip(self.chosen, positions, strict=True))
+        ]
+        for key in keys:
+            if key in reasons:
+                yield Outcome(key, "skipped", reasons[key])
+            else:
+                record, prefix = next(records[of_key[key]]), self.chosen[of_key[key]].prefix
+                group = record.group and prefix + record.group
+                yield Outcome(key, "encoded", None, replace(record, key=key, group=group))
+
+
+def _positions(one: Chosen, keys: Sequence[str]) -> dict[str, int]:
+    """Positions in a store's index of those keys that it has, by key in the copy.
+
+    The keys of a unit are mostly neighbours in the index, so few of them are searched for.
+    """
+    own = {key.removeprefix(one.prefix): key for key in keys if key.startswith(one.prefix)}
+    count = len(one.index)
+    first = bisect.bisect_left(range(count), min(own), key=one.index.key) if own else count
+    if first == count:
+        return {}
+    rows = np.arange(first, min(first + len(own), count))
+    neighbours = one.index.keys(rows)
+    near = dict(zip(neighbours, rows.tolist(), strict=True))
+    found = {}
+    for key, whole in own.items():
+        position = near.get(key)
+        if key > neighbours[-1] and rows[-1] + 1 < count:
+            position = one.index.find(key)
+        if position is not None:
+            found[whole] = position
+    return found
+
+
+def _records(one: Chosen, positions: Sequence[int]) -> Iterator[Record]:
+    return map(one.store.read, prefetched(one.store, map(one.index.entry, positions)))
 
 
 def _plan(storage: Storage, records: CopiedRecords) -> Plan:
@@ -201,7 +236,7 @@ def copy_units(
         commit = write_unit(
             storage,
             unit.name,
-            (records.outcome(key, reasons.get(key)) for key in table["key"].to_pylist()),
+            records.outcomes(table["key"].to_pylist(), reasons),
             format_name=plan.format,
             fingerprint=first.info.fingerprint,
             info=info,

@@ -24,6 +24,7 @@ from latentmill.store.commit import (
 )
 from latentmill.store.index import entries
 from latentmill.store.measurement import NAMES, current_result, write_measurement
+from latentmill.store.prefetch import prefetched
 from latentmill.store.results import StoreStatistics
 from latentmill.store.schema import COMMITS, SHARDS, Commit
 from latentmill.store.seal import read_origin, seal, write_origin
@@ -137,9 +138,9 @@ def _is_copy(
 
 def outcomes(store: LatentStore, commit: Commit) -> Iterator[Outcome]:
     """The outcomes of a unit's items, with the records in its shard."""
-    places = entries(commit)
+    records = map(store.read, prefetched(store, entries(commit)))
     for item in commit.items:
-        record = store.read(next(places)) if item.status == "encoded" else None
+        record = next(records) if item.status == "encoded" else None
         yield Outcome(item.key, item.status, item.reason, record)
 
 

@@ -22,9 +22,11 @@ from latentmill.record import FloatArray, Outcome, Record
 from latentmill.storage.storage import Storage, writing
 from latentmill.store.commit import iter_commits
 from latentmill.store.left_out import read_left_out
+from latentmill.store.prefetch import prefetched
 from latentmill.store.store import LatentStore
 
 DETAILS_PATH = "details.json"
+_BATCH = 4096  # records of a view whose places are in memory
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Written:
 def write_files(layout: Layout, storage: Storage) -> Written:
     """Write the files of all records, and remove those of items that have no record any more."""
     earlier, written = _begin(layout, storage), Written()
-    for outcome in _outcomes(layout.store):
+    for outcome, values in _samples(layout):
         name = layout.name(outcome.key)
         paths = layout.paths(name)
         longest = max(len(os.fsencode(part)) for path in paths for part in path.split("/"))
@@ -56,7 +58,7 @@ def write_files(layout: Layout, storage: Storage) -> Written:
             continue
         if outcome.record is not None:
             try:
-                _write_sample(layout, storage, paths, outcome.record)
+                _write_sample(layout, storage, paths, outcome.record, values)
                 written.names.append(name)
                 written.escaped += name != outcome.key
                 continue
@@ -70,16 +72,38 @@ def write_files(layout: Layout, storage: Storage) -> Written:
     return written
 
 
-def _outcomes(store: LatentStore) -> Iterator[Outcome]:
-    """The outcomes of all items of a store, or of all records of a view's bases."""
+def _samples(layout: Layout) -> Iterator[tuple[Outcome, Sequence[FloatArray | None]]]:
+    """The outcomes of all items, those of records with their values of the fields."""
+    for keys, part in _parts(layout.store):
+        columns = [_values(field, keys) for field in layout.fields.values()]
+        for outcome in part:
+            has_values = outcome.record is not None
+            yield outcome, [next(column) for column in columns] if has_values else []
+
+
+def _parts(store: LatentStore) -> Iterator[tuple[Sequence[str], Iterator[Outcome]]]:
+    """The outcomes of each unit of a store, or of a view's bases, with the keys of the records."""
     if store.bases is None:
         for commit in iter_commits(Storage(store.url)):
-            yield from outcomes(store, commit)
+            keys = [item.key for item in commit.items if item.status == "encoded"]
+            yield keys, outcomes(store, commit)
         return
-    for record in store:
-        yield Outcome(record.key, "encoded", record=record)
-    for key in read_left_out(store)["key"].to_pylist():
-        yield Outcome(key, "skipped", "left out of the view")
+    for start in range(0, len(store), _BATCH):
+        entries = [store.index.entry(n) for n in range(start, min(start + _BATCH, len(store)))]
+        records = map(store.read, prefetched(store, entries))
+        found = (Outcome(record.key, "encoded", record=record) for record in records)
+        yield [entry.key for entry in entries], found
+    left_out = read_left_out(store)["key"].to_pylist()
+    yield [], (Outcome(key, "skipped", "left out of the view") for key in left_out)
+
+
+def _values(field: LatentStore, keys: Sequence[str]) -> Iterator[FloatArray | None]:
+    """The values of a field, float32 `[D, n]`; None for an item that has none."""
+    positions = [field.index.find(key) for key in keys]
+    found = [field.index.entry(position) for position in positions if position is not None]
+    records = map(field.read, prefetched(field, found))
+    for position in positions:
+        yield None if position is None else next(records).latent.astype(np.float32)
 
 
 def _begin(layout: Layout, storage: Storage) -> bool:
@@ -149,23 +173,29 @@ def _check_earlier(layout: Layout, dest: str, details: bytes, identity: Sequence
         )
 
 
-def _write_sample(layout: Layout, storage: Storage, paths: Sequence[str], record: Record) -> None:
-    """Write those of a record's files that are not complete or have changed, the last one last."""
-    values = {role: _value(store, record.key) for role, store in layout.fields.items()}
-    contents = dict(zip(paths, layout.contents(record, values), strict=True))
+def _write_sample(
+    layout: Layout,
+    storage: Storage,
+    paths: Sequence[str],
+    record: Record,
+    values: Sequence[FloatArray | None],
+) -> None:
+    """Write those of a record's files that are not complete or have changed, the last one last.
+
+    ItemError if a field has no value for it.
+    """
+    by_role = {}
+    for (role, store), value in zip(layout.fields.items(), values, strict=True):
+        if value is None:
+            raise ItemError(f"field {store.url.rpartition('/')[2]!r} has no value for it")
+        by_role[role] = value
+    contents = dict(zip(paths, layout.contents(record, by_role), strict=True))
     last = paths[-1]
     # The hash in the last file tells whether the others have changed, if that one has not.
     hashed = layout.hashed and _same(storage, last, contents[last])
     for path, data in contents.items():
         if not _same(storage, path, data, size_only=hashed):
             _write(storage, path, data)
-
-
-def _value(store: LatentStore, key: str) -> FloatArray:
-    """The value of a field, float32 `[D, n]`. ItemError if it has none."""
-    if key not in store:
-        raise ItemError(f"field {store.url.rpartition('/')[2]!r} has no value for it")
-    return store[key].latent.astype(np.float32)
 
 
 def _same(storage: Storage, path: str, data: bytes, *, size_only: bool = False) -> bool:

@@ -17,6 +17,7 @@ from latentmill.fields.inputs import Absent, Input, absent_items
 from latentmill.plan import Unit
 from latentmill.storage.storage import Storage
 from latentmill.store.index import entries
+from latentmill.store.prefetch import prefetched
 from latentmill.store.schema import Commit
 from latentmill.store.store import LatentStore
 
@@ -98,7 +99,8 @@ class LatentValues:
 
     def read(self, base: Commit, keys: Sequence[str]) -> Iterator[Any]:
         places = {entry.key: entry for entry in entries(base)}
-        return (self._store.read(places[key]).latent.astype("float32") for key in keys)
+        wanted = prefetched(self._store, [places[key] for key in keys])
+        return (self._store.read(place).latent.astype("float32") for place in wanted)
 
 
 class KnownImports:

@@ -21,6 +21,7 @@ from latentmill.store.field_layout import (
 )
 from latentmill.store.fields import ShardFields
 from latentmill.store.index import Index
+from latentmill.store.prefetch import PrefetchedRanges
 from latentmill.store.store import LatentStore
 from latentmill.text.log import get_logger
 
@@ -63,6 +64,7 @@ class FieldOfView(LatentStore):
         self.bases = Bases(Storage(view.url), own)
         self.storage = self.bases.over(self.storage)  # origin.npy is that of the first field
         self._shard_fields = ShardFields(self.storage)
+        self.ranges = PrefetchedRanges(self.storage)
         first = self.info
         self._info = first.model_copy(update={"bases": own, "metadata": None, "annotation": None})
 

@@ -28,6 +28,7 @@ from latentmill.store.describe import described, is_complete, read_index, warn_i
 from latentmill.store.fields import ShardFields, parse_member
 from latentmill.store.index import Index, IndexEntry, to_batch
 from latentmill.store.measurement import read_measurement, with_measurements
+from latentmill.store.prefetch import PrefetchedRanges, prefetched
 from latentmill.store.schema import Commit, DatasetInfo, levels_of, record_from_fields
 from latentmill.store.seal import dataset_info, read_origin, read_seal
 from latentmill.text.shown import Shown
@@ -99,6 +100,7 @@ class LatentStore(StoreDecoder, Shown):
         self.bases = Bases(own, info.bases) if info is not None and info.bases else None
         self.storage = own if self.bases is None else self.bases.storage
         self._shard_fields = ShardFields(self.storage)
+        self.ranges = PrefetchedRanges(self.storage)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, **self._opened_with}
@@ -228,8 +230,7 @@ class LatentStore(StoreDecoder, Shown):
             return self.bases.shard_sizes
         if self.sealed:
             return {shard.path: (shard.bytes, shard.hash) for shard in self.info.shards}
-        commits = self.commits.values()
-        return {c.shard: (c.bytes, c.hash or "") for c in commits if c.shard is not None}
+        return {c.shard: (c.bytes, c.hash or "") for c in self.commits.values() if c.shard}
 
     def __len__(self) -> int:
         return len(self.index)
@@ -243,7 +244,7 @@ class LatentStore(StoreDecoder, Shown):
 
     def __iter__(self) -> Iterator[Record]:
         index = self.index
-        return (self.read(index.entry(position)) for position in range(len(index)))
+        return map(self.read, prefetched(self, map(index.entry, range(len(index)))))
 
     def __getitem__(self, key: str) -> Record:
         """Read the record with this key; KeyError if there is none."""
@@ -379,7 +380,7 @@ class LatentStore(StoreDecoder, Shown):
                 entry = now
 
     def _read(self, entry: IndexEntry, offset: int, length: int) -> bytes:
-        data = self.storage.read_range(entry.shard, offset, length)
+        data = self.ranges.read(entry.shard, offset, length)
         if len(data) != length:
             raise self._damaged(entry, "the data is truncated")
         return data

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,21 +22,21 @@ from latentmill.sources.base import Segment
 from latentmill.sources.reading import UnitReader
 from latentmill.storage.scratch import SCRATCH, is_temporary
 from latentmill.storage.storage import Storage
-from latentmill.store.commit import committed_revisions, hash_of, iter_commits, read_commit
-from latentmill.store.index import entries
+from latentmill.store.commit import committed_revisions, iter_commits, read_commit
 from latentmill.store.metadata import matches_records
 from latentmill.store.schema import (
     COMMITS,
     DATASET_PATH,
     ORIGIN_PATH,
     SHARDS,
-    Commit,
     DatasetInfo,
     parse_name,
     shard_path,
 )
 from latentmill.store.seal import dataset_info, read_origin
 from latentmill.store.store import LatentStore
+from latentmill.store.verify_index import misplaced
+from latentmill.store.verify_shard import shard_faults
 from latentmill.store.verify_view import view_faults
 
 
@@ -77,8 +76,8 @@ def verify(store: LatentStore, *, decode: int = 0) -> VerifyReport:
 
     Of a view, its own files are checked, and its records in the base stores.
 
-    Checks unit by unit, with the plan, a few commits and one record in memory. Each fault is one
-    line. If a shard does not match its commit, its records are not checked.
+    Checks unit by unit, with the plan, a few commits, one record and a block of its shard in
+    memory. Each fault is one line. If a shard does not match its commit, only that is reported.
 
     Args:
         store: The store.
@@ -175,30 +174,7 @@ class _Verification:
         if commit.shard is None:
             return
         self._shards.add(commit.shard)
-        if fault := self._shard_fault(commit.shard, commit):
-            yield f"{fault}: restore the shard, or delete it and run again"
-            return
-        for entry in entries(commit):
-            try:
-                latent = self._store.read(entry).latent
-            except StorageError as error:
-                yield str(error)
-                continue
-            if not np.isfinite(latent).all():
-                yield f"the latent of {entry.key} contains NaN or Inf"
-
-    def _shard_fault(self, shard: str, commit: Commit) -> str | None:
-        try:
-            with self._storage.open(shard) as file:
-                size = file.seek(0, os.SEEK_END)
-                if size != commit.bytes:
-                    return f"{shard} has {size} bytes, but its commit lists {commit.bytes}"
-                file.seek(0)
-                if hash_of(file) != commit.hash:
-                    return f"{shard} does not match the hash in its commit"
-        except StorageError as error:
-            return str(error).rstrip(".")
-        return None
+        yield from shard_faults(self._store, commit.shard, commit)
 
     def _unexpected_files(self) -> Iterator[str]:
         storage = self._storage
@@ -270,15 +246,13 @@ class _Verification:
             if len(store) != expected.encoded:
                 yield f"{index} contains {len(store)} of {expected.encoded} records: {hint}"
                 return
+            key = misplaced(store.index, iter_commits(self._storage))
         except StoreError as error:
             yield str(error)
             return
-        for commit in iter_commits(self._storage):
-            for entry in entries(commit):
-                position = store.index.find(entry.key)
-                if position is None or store.index.entry(position) != entry:
-                    yield f"{index} and the commit differ on where {entry.key} is: {hint}"
-                    return
+        if key is not None:
+            yield f"{index} and the commit differ on where {key} is: {hint}"
+            return
         info = store.info
         metadata = info.metadata
         if metadata is None:  # sealed by an earlier version

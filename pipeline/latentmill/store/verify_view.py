@@ -11,6 +11,7 @@ import xxhash
 
 from latentmill.errors import LatentmillError
 from latentmill.store.metadata_file import open_metadata
+from latentmill.store.prefetch import prefetched
 from latentmill.store.schema import DATASET_PATH
 from latentmill.store.seal import read_origin
 from latentmill.store.store import LatentStore
@@ -52,8 +53,7 @@ def view_faults(store: LatentStore) -> Iterator[str]:
     except LatentmillError as error:
         yield str(error).rstrip(".")
     order, _ = index.by_shard()
-    for position in order.tolist():
-        entry = index.entry(position)
+    for entry in prefetched(store, map(index.entry, order.tolist())):
         try:
             latent = store.read(entry).latent
         except LatentmillError as error:
