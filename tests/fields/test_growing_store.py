@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 
 import latentmill as lm
 from latentmill.cli import show, show_status
+from latentmill.engine import tasks
 from latentmill.errors import StoreError
 from latentmill.fields import base_rows
 from latentmill.fields.base_rows import BaseRows
@@ -19,6 +23,7 @@ from latentmill.models.embedder import EmbedderSpec
 from latentmill.run.run import RunSummary
 from latentmill.storage.storage import Storage
 from latentmill.store import metadata as metadata_file
+from latentmill.store import store as stores
 from latentmill.store.commit import iter_commits
 from latentmill.store.store import LatentStore
 from support import runs
@@ -157,3 +162,34 @@ def test_metadata_is_read_unit_by_unit(
     write_again(url, [1], made)
     commits = {commit.unit: commit for commit in iter_commits(Storage(url))}
     assert reader.metadata(commits["000001"])["item/00007"]["prompt"] == "mine"
+
+
+@pytest.mark.parametrize("format_name", ["parquet", "webdataset"])
+def test_tasks_do_not_read_the_index_of_a_store_in_a_bucket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_name: str
+) -> None:
+    url, count = f"memory://{uuid.uuid4().hex}", 12
+    own = [{"prompt": "x" * (number + 1)} for number in range(count)]
+    write_latents(url, [4] * count, per_unit=5, metadata=own, format_name=format_name)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"key": "item/00007", "prompt": "mine"}\n')
+    lm.annotate(url, rows)
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("a file of all records is read")
+
+    def in_tasks(task: Any, units: Any, address: str) -> Iterator[Any]:
+        assert address == "auto"
+        for unit in units:
+            with monkeypatch.context() as patch:
+                patch.setattr(base_rows, "metadata_of", refuse)
+                patch.setattr(stores, "read_index", refuse)
+                result = pickle.loads(pickle.dumps(task))(unit)
+            yield result
+
+    monkeypatch.setattr(tasks, "map_in_tasks", in_tasks)
+    model = f"python:{__name__}:texts"
+    options = {"model": model, "device": "cpu", "dtype": "float32", "address": "auto"}
+    lm.add(url, field="f", source="metadata:prompt", **options)
+    lengths = [int(record.latent[0, 0]) for record in LatentStore(f"{url}/fields/f")]
+    assert lengths == [len("mine") if n == 7 else n + 1 for n in range(count)]

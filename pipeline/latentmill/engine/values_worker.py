@@ -96,7 +96,10 @@ class ValuesWorker:
 
     def __init__(self, job: ValuesJob, values: Values | None = None) -> None:
         self._job = job
-        self._values = values or values_of(Storage(job.base), job.source)
+        if values is None:  # in a task, which computes some of the units
+            base = Storage(job.base)
+            values = values_of(base, job.source, from_shards=not base.local)
+        self._values = values
         self._commits = BaseCommits(job.base)
         self._rows = BaseRows(LatentStore(job.base))
         self._embedder: Embedder | None = None

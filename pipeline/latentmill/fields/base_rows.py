@@ -32,10 +32,15 @@ class BaseRows:
     unit are neighbours in it, but not always: those of an extension are anywhere, as are those of
     units that follow the rows of a table and not the keys. Where it would read many rows for few,
     and for a unit that is not in the seal, the shard is read instead.
+
+    Args:
+        store: The base store.
+        from_shards: Read only shards. Where a process needs few units of a store in a bucket, its
+            index and its metadata file would take longer, and memory for all records.
     """
 
-    def __init__(self, store: LatentStore) -> None:
-        self._store = store
+    def __init__(self, store: LatentStore, *, from_shards: bool = False) -> None:
+        self._store, self._from_shards = store, from_shards
         self._kept: OrderedDict[int, pa.Array] = OrderedDict()
         self._allowed = FIRST_ROWS
 
@@ -72,8 +77,8 @@ class BaseRows:
 
     @cached_property
     def _sealed(self) -> _Sealed | None:
-        """None for a store without a metadata file; see `metadata_of`."""
-        if not self._store.sealed or self._store.info.metadata is None:
+        """None if shards are to be read, or the store has no metadata file; see `metadata_of`."""
+        if self._from_shards or not self._store.sealed or self._store.info.metadata is None:
             return None
         file = metadata_of(self._store)  # first: the store may be sealed again meanwhile
         return _Sealed(file, self._store.index)

@@ -119,8 +119,8 @@ class KnownImports:
         return found
 
 
-def values_of(base: Storage, source: str) -> Values:
-    """The values of a field `metadata:NAME` or `latents` of a store.
+def values_of(base: Storage, source: str, *, from_shards: bool = False) -> Values:
+    """The values of a field `metadata:NAME` or `latents` of a store; see `BaseRows`.
 
     Raises:
         ConfigError: The source is not valid.
@@ -140,7 +140,7 @@ def values_of(base: Storage, source: str) -> Values:
             f"invalid --from {source!r}: use metadata:NAME, latents, or a .parquet or .jsonl file "
             "or a folder of .npy files."
         )
-    return MetadataValues(BaseRows(store), name)
+    return MetadataValues(BaseRows(store, from_shards=from_shards), name)
 
 
 def _hash(data: bytes) -> str:
