@@ -41,6 +41,16 @@ def test_fields_are_left_out_with_a_warning(
     assert not list((tmp_path / "dest").rglob("fields"))
 
 
+def test_fields_of_one_base_of_a_view_are_left_out_with_a_warning(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    encode(runs.write_songs(tmp_path / "other songs", 2), tmp_path / "other")
+    view = merge([store, tmp_path / "other"], tmp_path / "view", prefix=True).dest
+    added(tmp_path / "other")
+    select(view, tmp_path / "copy", copy=True)
+    assert f"{view}: the copy does not include its fields: second" in caplog.text
+
+
 def test_sync_copies_complete_fields(
     songs: Path, store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -137,10 +137,14 @@ def _fields(view: LatentStore, name: str, device: str) -> list[tuple[int, Latent
 
 def names_of_fields(store: LatentStore) -> list[str]:
     """Names of a store's fields; lists its folder `fields/`. Of a view, those of all its bases."""
-    if store.bases is None:
-        return field_names(store.storage)
-    names = [set(field_names(storage)) for storage in store.bases.storages]
+    names = _names_of_fields(store)
     return sorted(set.intersection(*names)) if names else []
+
+
+def _names_of_fields(store: LatentStore) -> list[set[str]]:
+    """The names of the fields of a store, or of each base of a view."""
+    storages = [store.storage] if store.bases is None else store.bases.storages
+    return [set(field_names(storage)) for storage in storages]
 
 
 def open_field(store: LatentStore, name: str, device: str) -> LatentStore:
@@ -151,9 +155,9 @@ def open_field(store: LatentStore, name: str, device: str) -> LatentStore:
 
 
 def warn_of_fields(store: LatentStore, command: str) -> None:
-    """Log which fields of a store a command leaves out."""
+    """Log which fields of a store, or of any base of a view, a command leaves out."""
     with contextlib.suppress(StorageError):  # a reader may be allowed to read files but not folders
-        if names := store.fields:
+        if names := sorted(set().union(*_names_of_fields(store))):
             _log.warning(
                 "%s: %s does not include its fields: %s", store.url, command, ", ".join(names)
             )
