@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,15 +14,19 @@ import pytest
 from latentmill.cli import show
 from latentmill.engine import worker as worker_module
 from latentmill.errors import StorageError
+from latentmill.plan import load
 from latentmill.record import Record
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import read_commits
+from latentmill.store.earlier import EarlierRecords
 from latentmill.store.formats import SHARD_FORMATS
 from latentmill.store.schema import ItemEntry
 from latentmill.store.store import open_store
 from latentmill.store.verify import verify
 from support import runs
 from support.in_process import encode, spoil, tone
+from support.latent_store import latent_of, write_latents
+from support.rounds import shard_rounds
 
 pytestmark = pytest.mark.usefixtures("inline")
 
@@ -259,3 +264,23 @@ def test_a_record_that_cannot_be_read_now_stops_the_run(
         encode(songs, store, extend=True, retry_changed=True, **options)
     assert [key for key, _ in encode(songs, store, **options).kept] == ["b"]
     assert_equal(records(store)["b"], before["b"])
+
+
+@pytest.mark.parametrize("format_name", SHARD_FORMATS)
+def test_records_in_a_bucket_are_read_in_groups(
+    monkeypatch: pytest.MonkeyPatch, format_name: str
+) -> None:
+    url, count = f"memory://{uuid.uuid4().hex}", 40
+    write_latents(url, [4] * count, per_unit=count, failed=(3,), format_name=format_name)
+    storage = Storage(url)
+    plan = load(storage)
+    assert plan is not None
+    earlier = EarlierRecords(storage, replace(plan.units[0], revision=1))
+    rounds = shard_rounds(monkeypatch, url)
+    found = {one.key: one for one in earlier.outcomes(list(earlier.items))}
+    assert len(found) == count
+    assert found.pop("item/00003").status == "failed"
+    for key, outcome in found.items():
+        assert outcome.record is not None
+        assert np.array_equal(outcome.record.latent, latent_of(int(key[-5:]), 4))
+    assert 0 < len(rounds) < 10

@@ -60,9 +60,7 @@ class FieldUnit:
 
     def kept(self) -> Iterator[Outcome]:
         """The outcomes of the items that keep their value. Reads the latents of their records."""
-        for key in self.inputs:
-            if key in self.rest:
-                yield self.earlier.outcome(key)
+        return self.earlier.outcomes([key for key in self.inputs if key in self.rest])
 
 
 class BaseCommits:

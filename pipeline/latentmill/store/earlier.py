@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 from latentmill.errors import DamagedShardError
@@ -11,6 +12,7 @@ from latentmill.record import Outcome
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import read_commit
 from latentmill.store.index import entries
+from latentmill.store.prefetch import prefetched
 from latentmill.store.schema import Commit, commit_path
 from latentmill.store.store import LatentStore
 
@@ -36,6 +38,15 @@ class EarlierRecords:
         store = LatentStore(self._storage.root)
         store.annotations = None  # a shard has the metadata of the source
         return store
+
+    def outcomes(self, keys: Sequence[str]) -> Iterator[Outcome]:
+        """The outcomes of items, whose records are read in groups."""
+        places = [self._places[key] for key in keys if key in self._places]
+        ahead = prefetched(self._store, places) if places else iter(places)
+        for key in keys:
+            if key in self._places:
+                next(ahead)  # now its bytes are in memory
+            yield self.outcome(key)
 
     def outcome(self, key: str, reason: str | None = None) -> Outcome:
         """The outcome of an item, with its record. Reads the latent.
