@@ -143,6 +143,38 @@ def test_a_reader_is_warned_of_texts_that_have_changed(
     assert opened_with(store, "text") == [], "add has found that nothing is out of date"
 
 
+def test_a_reader_is_warned_of_texts_that_were_annotated_on_a_view(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, keys = tmp_path / "rows.jsonl", list(lm.open(store).keys())
+
+    def annotate(url: Path, prefix: str, *values: dict[str, str]) -> None:
+        pairs = zip(keys, values, strict=False)
+        rows.write_text("\n".join(json.dumps({"key": prefix + key, **own}) for key, own in pairs))
+        lm.annotate(url, rows)
+
+    def add_field() -> None:
+        lm.add(store, field="text", source="metadata:text", model=model, device="cpu")
+
+    model = given(
+        monkeypatch, EmbedderSpec("one", "vector", "text", 1), lambda _: np.ones((1, 1), "f")
+    )
+    annotate(store, "", *({"text": f"text {number}"} for number in range(len(keys))))
+    add_field()
+    view = tmp_path / "view"
+    lm.merge([store], view, prefix=True)
+    assert opened_with(view, "text") == []
+    annotate(view, "store/", {"text": "text 0"}, {"mood": "calm"})
+    assert opened_with(view, "text") == [], "the texts are the same"
+    annotate(view, "store/", {"text": "text 0"}, {"text": "new"})
+    found = opened_with(view, "text")
+    assert len(found) == 2
+    assert f"of which the view {view} has other values for 1 record: annotate {store}" in found[0]
+    annotate(store, "", {}, {"text": "new"})
+    add_field()
+    assert opened_with(view, "text") == []
+
+
 def test_an_item_that_the_store_gets_and_loses(songs: Path, tmp_path: Path) -> None:
     """A failed item of the store is skipped in the field, until the store has it."""
     path = next(songs.rglob("song 02.wav"))

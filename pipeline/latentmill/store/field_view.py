@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from latentmill.errors import StorageError, StoreError
+from latentmill.errors import FieldBehindWarning, StorageError, StoreError
 from latentmill.storage.storage import Storage
 from latentmill.store.bases import Bases, inside_base, split_path
 from latentmill.store.entries import BaseEntry
@@ -24,6 +25,7 @@ from latentmill.store.index import Index
 from latentmill.store.prefetch import PrefetchedRanges
 from latentmill.store.store import LatentStore
 from latentmill.text.log import get_logger
+from latentmill.text.printing import counted
 
 _log = get_logger("store")
 
@@ -72,11 +74,40 @@ class FieldOfView(LatentStore):
         return {"view": self._view, "name": self.name, "device": self._device}
 
     def warn_if_behind(self) -> None:
-        """Warn of each field that may be out of date."""
+        """Warn of each field that may be out of date, or has other texts than the view."""
         assert self._view.bases is not None
         for number, store in zip(self._numbers, self._stores, strict=True):
             info = self._view.bases.infos[number]
             warn_if_behind(self._view.info.bases[number].url, info, store)
+            with contextlib.suppress(StoreError, StorageError):  # the field can be read without
+                self._warn_of_texts(number, store)
+
+    def _warn_of_texts(self, number: int, field: LatentStore) -> None:
+        """Warn if texts were annotated on the view, and the field has those of its base.
+
+        Reads metadata only if a name that the field was computed from was annotated on the view.
+        """
+        entry, own = field.info.field, self._view.info.annotation
+        if entry is None or own is None or len(own.refreshed) == own.version:
+            return
+        name = entry.source.removeprefix("metadata:")
+        if name == entry.source or name not in own.names:
+            return
+        base = self._view.info.bases[number]
+        ours, theirs = (_values_of(one, name) for one in (self._view, LatentStore(base.url)))
+        if ours is None or theirs is None:
+            return
+        keys = self._keys_in(number).to_pylist()
+        other = sum(ours.get(key) != theirs.get(key.removeprefix(base.prefix)) for key in keys)
+        if other:
+            warnings.warn(
+                f"field {entry.name!r} of {base.url} is computed from {name!r}, of which the view "
+                f"{self._view.url} has other values for {counted(other, 'record')}: annotate "
+                f"{base.url} instead of the view, and run the `latentmill add` command again that "
+                "added the field.",
+                FieldBehindWarning,
+                stacklevel=2,
+            )
 
     def path_in_view(self, path: str) -> str:
         """A path of this store's index as the storage of the view has it."""
@@ -88,15 +119,19 @@ class FieldOfView(LatentStore):
         """The location of the value of every record of the view that has one."""
         import pyarrow.compute as pc  # slow, and most commands do not need it
 
-        view, tables = self._view.index, []
-        base_of = np.array([split_path(path)[0] for path in view.shards], np.int64)
-        of_row = base_of[view.column("shard")] if len(view) else base_of
+        tables = []
         for own, (number, store) in enumerate(zip(self._numbers, self._stores, strict=True)):
             prefix = self._view.info.bases[number].prefix
             rows = inside_base(store.index.table, own, prefix)
-            wanted = view.table["key"].take(pa.array(np.flatnonzero(of_row == number)))
-            tables.append(rows.filter(pc.is_in(rows["key"], wanted)))
+            tables.append(rows.filter(pc.is_in(rows["key"], self._keys_in(number))))
         return Index.from_tables(tables)
+
+    def _keys_in(self, number: int) -> pa.ChunkedArray:
+        """The keys of the view's records that are in one base."""
+        view = self._view.index
+        base_of = np.array([split_path(path)[0] for path in view.shards], np.int64)
+        of_row = base_of[view.column("shard")] if len(view) else base_of
+        return view.table["key"].take(pa.array(np.flatnonzero(of_row == number)))
 
     def reload(self) -> bool:
         """Read the seals of the view and of the fields again; see `LatentStore.reload`."""
@@ -133,6 +168,18 @@ def _fields(view: LatentStore, name: str, device: str) -> list[tuple[int, Latent
                 f"{view.url} cannot be read with this field: add both with the same command."
             )
     return found
+
+
+def _values_of(store: LatentStore, name: str) -> dict[str, Any] | None:
+    """The values of a name in the records' own metadata, by key; None if it has no column."""
+    from latentmill.store.metadata import PREFIX  # slow, and most readers do not need it
+    from latentmill.store.metadata_file import open_metadata
+
+    column, file = PREFIX + name, open_metadata(store)
+    if file is None or column not in file.schema_arrow.names:
+        return None
+    table = file.read(columns=["key", column], use_threads=False)
+    return dict(zip(*(values.to_pylist() for values in table.columns), strict=True))
 
 
 def names_of_fields(store: LatentStore) -> list[str]:
