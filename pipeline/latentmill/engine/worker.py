@@ -317,7 +317,6 @@ class Worker:
             return list(planned)
         own = self._job.chunking.samples / self._model.spec.sample_rate
         chunk = self._job.base_chunk_seconds or own
-
         # Chunks of longer items have the full length, wherever the items are in the order.
         unknown = [
             item
