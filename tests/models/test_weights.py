@@ -244,7 +244,7 @@ def test_a_hub_that_is_gone_for_a_moment_is_asked_again(
             "RepoNotFound",
             "owner/x not found at http.*: correct the name or, if .* is private, run `hf auth",
         ),
-        (404, "RevisionNotFound", "has no revision v9: correct the option revision"),
+        (404, "RevisionNotFound", "has no revision v9: set the option revision to main"),
         (404, "EntryNotFound", r"has no config\.json: it is not a model of this family"),
         (
             403,

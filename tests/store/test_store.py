@@ -205,7 +205,8 @@ def test_another_model_is_refused(spoilable: Path, monkeypatch: pytest.MonkeyPat
     path = spoilable / DATASET_PATH
     path.write_text(path.read_text().replace('"window": "sine"', '"window": "kaiser"'))
     with pytest.raises(
-        ModelError, match=r"mdct is not the model that encoded .* \(different window\)"
+        ModelError,
+        match=r"mdct is not the model that encoded .* \(window kaiser in the store, sine here\)",
     ):
         LatentStore(str(spoilable), device="cpu").model()
 

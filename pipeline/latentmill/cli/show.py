@@ -200,6 +200,9 @@ def info(value: DatasetInfo, fields: Sequence[str] = ()) -> str:
         "statistics": f"mean {number_text(mean)}, std {number_text(std)} over all {of}",
         "fingerprint": value.fingerprint,
     }
+    weights = ", ".join(f"{n} {v}" for n, v in model.get("provenance", {}).items() if v is not None)
+    if weights:
+        rows["weights"] = weights
     if value.field is not None:
         show_field(rows, value)
     if (entry := value.annotation) is not None:

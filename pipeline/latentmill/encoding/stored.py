@@ -35,6 +35,7 @@ class _Model(_Section):
     asked: str | None = None
     asked_channels: Channels | None = None
     options: dict[str, Any] = {}
+    provenance: dict[str, Any] = {}
 
 
 class _Chunking(_Section):

@@ -151,6 +151,11 @@ def _measured(factory: Factory, stored: Mapping[str, Any] | None) -> dict[str, s
     return {MEASURED: str(value)} if takes else {}
 
 
+def takes_option(name: str, option: str) -> bool:
+    """Whether a model of audio has an option with this name. Imports its factory."""
+    return option in inspect.signature(_find(name, FAMILIES)).parameters
+
+
 def _other_input(name: str, taken: str) -> ModelError:
     what, where = ("texts", "metadata:NAME") if taken == "text" else ("latents", "latents")
     return ModelError(

@@ -36,7 +36,8 @@ def resolve_stored(
 ) -> ModelHandle:
     """Find the model of a store from the name and options in the store; see `registry.resolve`.
 
-    Options that the user has given replace those in the store.
+    Options that the user has given replace those in the store. Without the option `revision`, the
+    weights are those of the commit that the store records, not of a branch, which may have moved.
 
     Raises `ModelError` if the model is not built in and the user has not consented (`trusted`).
     """
@@ -46,6 +47,11 @@ def resolve_stored(
         )
     options = {**options, **given}
     check_named(name, options, by=f"store {store}", trusted=trusted)
+    recorded = (stored or {}).get("provenance")
+    commit = recorded.get("revision") if isinstance(recorded, Mapping) else None
+    chosen = {"repo", "revision"} & set(given)
+    if commit and not chosen and registry.takes_option(name, "revision"):
+        options = {**options, "revision": commit}
     return registry.resolve(name, options, channels, stored=stored)
 
 

@@ -356,7 +356,7 @@ def _why(
             "is private, run `hf auth login`"
         )
     if isinstance(failure, errors.RevisionNotFoundError):
-        return f"{where} has no revision {repo.revision}: correct the option revision"
+        return f"{where} has no revision {repo.revision}: set the option revision to main"
     local = isinstance(failure, errors.LocalEntryNotFoundError)
     if isinstance(failure, errors.EntryNotFoundError) and not local:
         return (

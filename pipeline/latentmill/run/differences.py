@@ -12,6 +12,7 @@ from latentmill.config import RunConfig, fingerprint_document, item_settings, se
 from latentmill.encoding.chunks import Chunking
 from latentmill.errors import ConfigError, StoreError
 from latentmill.models.base import ROWS, ModelSpec, Stitch
+from latentmill.models.identity import VERSION
 from latentmill.plan import PLAN_PATH, Plan
 from latentmill.sources.files import Place
 from latentmill.sources.settings import SourceSettings, option
@@ -150,7 +151,10 @@ def _model(
     for name in changed:
         if name not in explained | follows:
             label = f"--model {name.replace('_', ' ')}"
-            yield _difference("", old.get(name), new.get(name), label)
+            was = old.get(name)
+            if name == VERSION and was and "package" in new:
+                was = f"{was} (`pip install {new['package']}=={was}`)"
+            yield _difference("", was, new.get(name), label)
     if hashes:
         digests = _weights(hashes, old, plan.provenance), _weights(hashes, new, spec.provenance)
         yield _difference(_WEIGHTS, *digests, "--model weights")
@@ -171,7 +175,7 @@ def _options(plan: Plan, config: RunConfig, spec: ModelSpec, changed: list[str])
 def _weights(names: list[str], model: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
     digests = [str(model.get(name) or "none")[:_HASH_DIGITS] for name in names]
     revision = origin.get("revision")
-    return " ".join(digests) + (f" (revision {str(revision)[:_HASH_DIGITS]})" if revision else "")
+    return " ".join(digests) + (f" (--revision {revision})" if revision else "")
 
 
 def _chunking(

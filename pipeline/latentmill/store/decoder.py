@@ -17,6 +17,7 @@ from latentmill.encoding.stored import refuse_earlier_rows
 from latentmill.errors import ConfigError, ModelError
 from latentmill.models import registry
 from latentmill.models.base import Autoencoder
+from latentmill.models.identity import check_decoder
 from latentmill.models.inference.device import load_model, pick_device
 from latentmill.models.trust import resolve_stored
 from latentmill.ops import Origin, fit, mix
@@ -125,7 +126,8 @@ class StoreDecoder:
 
         Raises:
             ModelError: The model is not built in and the store was opened without `trust_model`,
-                it cannot be loaded, or its weights differ from those that encoded the store.
+                it cannot be loaded, or its weights differ from those that encoded the store. If
+                only the version of its package differs, that is a warning.
             StoreError: An earlier version has stored the rows in another order.
         """
         if self._model is None:
@@ -140,21 +142,7 @@ class StoreDecoder:
                 trusted=self._trust_model,
                 stored=stored,
             )
-            spec = handle.spec
-            names = ("sample_rate", "channels", "latent_channels", "hop", "scale_factor")
-            current = {**spec.identity, **{name: getattr(spec, name) for name in names}}
-            changed = [name for name, value in current.items() if stored.get(name) != value]
-            if changed and self.model_options:
-                raise ModelError(
-                    f"The model options of this store cannot be changed to {self.model_options} "
-                    f"(different {', '.join(changed)}): use options that change only decoding, "
-                    "such as diffusion_steps."
-                )
-            if changed:
-                raise ModelError(
-                    f"{stored['asked']} is not the model that encoded {self.url} (different "
-                    f"{', '.join(changed)}): install or download the model that encoded it."
-                )
+            check_decoder(stored, handle.spec, self.url, self.model_options)
             self._model = load_model(handle, pick_device(self._device))
         return self._model
 
