@@ -32,7 +32,6 @@ from latentmill.engine.lock import Membership
 from latentmill.engine.trial_load import HANG_SECONDS, TrialLoader
 from latentmill.engine.tuning import compiled, settled_batch_size
 from latentmill.engine.underway import Underway, UnitProgress
-from latentmill.fields.base_rows import BaseRows
 from latentmill.fields.inputs import Input, audio_inputs, with_audio_inputs
 from latentmill.fields.unit import OTHER_FILE, BaseCommits, FieldUnit
 from latentmill.models.base import Autoencoder, ModelHandle
@@ -50,7 +49,6 @@ from latentmill.storage.storage import Storage
 from latentmill.store.commit import write_commit, write_unit
 from latentmill.store.earlier import EarlierRecords
 from latentmill.store.schema import Commit
-from latentmill.store.store import LatentStore
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,6 @@ class Worker:
         self._stopped = stopped or threading.Event()
         self._open_audio_of = open_audio_of
         self._base = None if job.base is None else BaseCommits(job.base)
-        self._base_rows = None if job.base is None else BaseRows(LatentStore(job.base))
         self._hold = Membership(Storage(job.store), job.owner)
         self.storage = self._hold.storage
         self._model: Autoencoder = load_model(job.model, device)
@@ -296,14 +293,14 @@ class Worker:
         return result_of(unit, commit)
 
     def _field_unit(self, unit: Unit, planned: Sequence[Item], *, whole: bool) -> FieldUnit | None:
-        if self._base is None or self._base_rows is None:
+        if self._base is None:
             return None
         earlier = EarlierRecords(self.storage, unit)
         base = None if whole else self._base.of(unit.name)
         inputs = audio_inputs(planned, base, earlier.items.values())
         field = FieldUnit(earlier, inputs, retry_failed=self._job.retry_failed)
         if base is not None and field.todo:
-            field.encoded_files = self._base_rows.content_hashes(base)
+            field.encoded_files = self._base.content_hashes(base)
         return field
 
     def _reading_order(self, planned: Sequence[Item], closed: Collection[str]) -> list[Item]:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentmill.encoding.stored import parse_json
+from latentmill.storage.storage import Storage
 from latentmill.store.index import Index, to_batch
 from latentmill.store.metadata import shard_rows
 from latentmill.store.metadata_file import damaged_metadata, metadata_of
@@ -23,6 +24,12 @@ Rows = npt.NDArray[np.int64]
 KEPT_BYTES = 64 << 20  # of row groups of the metadata file
 # How many rows of the metadata file may be read for each row that is asked for, and at first.
 ROWS_FOR_ONE, FIRST_ROWS = 16, 1 << 16
+
+
+def rows_of(storage: Storage, commit: Commit) -> pa.Table:
+    """The rows of a unit's records, from its shard; see `metadata.shard_rows`."""
+    index = Index.from_batches([to_batch(commit)])
+    return shard_rows(storage, index, 0, np.arange(len(index)))
 
 
 class BaseRows:
@@ -57,19 +64,10 @@ class BaseRows:
         """The stored fields of a unit's records by key."""
         if commit.shard is None:
             return {}
-        return {row["key"]: row for row in self._rows(commit).to_pylist()}
-
-    def content_hashes(self, commit: Commit) -> dict[str, str]:
-        """The hashes of the files of a unit's records, by key; of those that have one."""
-        fields = self.fields(commit).items()
-        return {key: row["content_hash"] for key, row in fields if row["content_hash"]}
-
-    def _rows(self, commit: Commit) -> pa.Table:
-        index = Index.from_batches([to_batch(commit)])
-        return shard_rows(self._store.storage, index, 0, np.arange(len(index)))
+        return {row["key"]: row for row in rows_of(self._store.storage, commit).to_pylist()}
 
     def _of_shard(self, commit: Commit) -> dict[str, str]:
-        rows, annotations = self._rows(commit), self._store.annotations
+        rows, annotations = rows_of(self._store.storage, commit), self._store.annotations
         texts = zip(rows["key"].to_pylist(), rows["metadata"].to_pylist(), strict=True)
         if annotations is None:
             return dict(texts)

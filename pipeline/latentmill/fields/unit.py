@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from latentmill.errors import StorageError
+from latentmill.fields.base_rows import rows_of
 from latentmill.fields.inputs import Absent, Input, is_stale
 from latentmill.record import Outcome
 from latentmill.storage.storage import Storage
@@ -81,3 +82,11 @@ class BaseCommits:
         except StorageError:  # replaced since
             self._revisions = committed_revisions(self._storage)
             return read_commit(self._storage, unit, self._revisions[unit])
+
+    def content_hashes(self, commit: Commit) -> dict[str, str]:
+        """The hashes of the files of a unit's records, by key; of those that have one."""
+        if commit.shard is None:
+            return {}
+        rows = rows_of(self._storage, commit)
+        pairs = zip(rows["key"].to_pylist(), rows["content_hash"].to_pylist(), strict=True)
+        return {key: content_hash for key, content_hash in pairs if content_hash}
