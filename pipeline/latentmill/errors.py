@@ -131,3 +131,11 @@ _EXPECTED = {
 
 
 ITEMS_FAILED_EXIT_CODE = ItemError.exit_code
+
+
+def restore_hint(what: str) -> str:
+    """What to do about a damaged shard or commit."""
+    return (
+        f"restore {what} from a copy of the store, or delete it and run again (items whose audio "
+        "is gone then lose their latents)"
+    )

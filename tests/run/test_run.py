@@ -217,6 +217,27 @@ def test_a_source_that_is_gone_fails_no_items(songs: Path, copy: Path, tmp_path:
     assert encode(moved, store).info.encoded == 9
 
 
+@pytest.mark.usefixtures("inline")
+def test_a_source_that_was_renamed_is_found_through_a_link(
+    songs: Path, reference: Path, tmp_path: Path
+) -> None:
+    """As the error advises."""
+    before = Path(shutil.copytree(songs, tmp_path / "before"))
+    store = tmp_path / "new"
+    encode(before, store)
+    before.rename(tmp_path / "after")
+    (store / "commits" / "000000.json").unlink()
+    with pytest.raises(SourceError, match="or make a link to it at this path if it was moved"):
+        encode(before, store)
+    before.symlink_to(tmp_path / "after")
+    summary = encode(before, store)
+    assert (summary.info.encoded, summary.units - summary.resumed_units) == (9, 1)
+    assert runs.latents(store) == runs.latents(reference)
+    found = encode(before, store, extend=True).extension
+    assert found is not None
+    assert (found.new, found.changed, found.vanished) == (0, 0, 0)
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_a_run_that_encodes_a_unit_again_keeps_the_latents_of_missing_files(
     songs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

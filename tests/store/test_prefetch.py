@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import latentmill as lm
-from latentmill.errors import DamagedShardError
+from latentmill.errors import DamagedShardError, restore_hint
 from latentmill.store import prefetch
 from latentmill.store.prefetch import prefetched
 from latentmill.store.store import LatentStore
@@ -115,7 +115,7 @@ def test_a_damaged_record_is_reported_and_the_next_ones_are_read(url: str) -> No
             found.append(store.read(entry).key)
         except DamagedShardError as error:
             found.append(str(error).partition(": ")[2])
-    hint = "the latent does not match its hash. Restore the shard, or delete it and run again."
+    hint = f"the latent does not match its hash; {restore_hint('the shard')}."
     assert found == ["item/00000", hint, "item/00002", "item/00003"]
 
 

@@ -88,7 +88,7 @@ def test_records_of_a_shard_that_is_not_whole_are_not_reported(
     data[-9] ^= 1
     path.write_bytes(data)
     (fault,) = shard_faults(store, commit.shard or "", commit)
-    assert "does not match the hash in its commit: restore the shard, or delete it" in fault
+    assert "does not match the hash in its commit: restore the shard from a copy" in fault
 
 
 @pytest.mark.parametrize("format_name", FORMATS)

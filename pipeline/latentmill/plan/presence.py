@@ -40,9 +40,11 @@ def check_source(storage: Storage, plan: Plan, todo: Sequence[Unit]) -> None:
         why = "has none of the planned files that were looked up"
     else:
         return
+    # Resuming opens the planned paths, also through a link.
+    link = "" if "://" in plan.source else ", or make a link to it at this path if it was moved"
     raise SourceError(
         f"Source {plan.source} {why}, but {counted(len(todo), 'unit')} of {storage.root} must "
-        "still be encoded: mount or restore the source."
+        f"still be encoded: mount or restore the source{link}."
     )
 
 

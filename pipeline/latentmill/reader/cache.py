@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from latentmill.errors import ConfigError, StorageError
+from latentmill.errors import ConfigError, StorageError, restore_hint
 from latentmill.storage.storage import Storage
 
 BLOCK = 256 * 1024
@@ -147,8 +147,7 @@ class RangeCache:
             shard, first, end = one
             if len(data) != one.length:
                 raise StorageError(
-                    f"{storage.root}/{shard.path} is truncated: restore the shard, or delete it "
-                    "and run the encode command again."
+                    f"{storage.root}/{shard.path} is truncated: {restore_hint('the shard')}."
                 )
             for number in range(first, end):
                 block = memoryview(data)[(number - first) * BLOCK : (number + 1 - first) * BLOCK]

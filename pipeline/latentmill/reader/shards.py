@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from latentmill.errors import StorageError
+from latentmill.errors import StorageError, restore_hint
 from latentmill.reader.cache import Piece, RangeCache, Shard
 from latentmill.storage.remote import is_web
 from latentmill.storage.storage import Storage
@@ -142,7 +142,7 @@ class ShardReader:
     def _changed(self, shard: Shard) -> StorageError:
         return StorageError(
             f"{self._storage.named(shard.path)} does not have the size recorded in its commit: "
-            "restore the shard, or delete it and run the encode command again."
+            f"{restore_hint('the shard')}."
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from latentmill.errors import StorageError, StoreError
+from latentmill.errors import StorageError, StoreError, restore_hint
 from latentmill.record import Outcome, Record, time_major_bytes
 from latentmill.storage.storage import Storage, writing
 from latentmill.storage.threads import map_in_threads
@@ -264,7 +264,7 @@ def read_commit(storage: Storage, unit: str, revision: int = 0) -> Commit:
     Raises StoreError if it is damaged or of another unit, StorageError if it cannot be read.
     """
     path = commit_path(unit, revision)
-    where, hint = f"{storage.root}/{path}", "delete it and run again to encode its unit again"
+    where, hint = f"{storage.root}/{path}", restore_hint("it")
     commit = parse_document(Commit, storage.read(path), where, hint)
     if (commit.unit, commit.revision) != (unit, revision):
         raise StoreError(

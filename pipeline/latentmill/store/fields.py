@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentmill.encoding.stored import parse_json
-from latentmill.errors import DamagedShardError
+from latentmill.errors import DamagedShardError, restore_hint
 from latentmill.storage.ranged import RangedFile
 from latentmill.storage.storage import Storage
 from latentmill.store.schema import FIELD_NAMES, RECORD_SCHEMA
@@ -90,8 +90,7 @@ def parse_member(storage: Storage, path: str, data: bytes) -> dict[str, Any]:
 def damaged_shard(storage: Storage, path: str) -> DamagedShardError:
     """The error for a shard whose columns cannot be read."""
     return DamagedShardError(
-        f"{storage.named(path)} is damaged: its fields cannot be read. Restore the shard, or "
-        "delete it and run again."
+        f"{storage.named(path)} is damaged: its fields cannot be read; {restore_hint('the shard')}."
     )
 
 

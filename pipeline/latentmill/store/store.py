@@ -13,7 +13,7 @@ import xxhash
 from latentmill.decoding.decoder import LatentSource
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.stored import deviations_of, refuse_damaged, refuse_earlier_rows
-from latentmill.errors import ConfigError, DamagedShardError, StorageError, StoreError
+from latentmill.errors import ConfigError, DamagedShardError, StorageError, StoreError, restore_hint
 from latentmill.models.inference.precision import Precision
 from latentmill.ops import Linearity, Origin
 from latentmill.plan import PLAN_PATH, Plan, load
@@ -394,6 +394,6 @@ class LatentStore(StoreDecoder, Shown):
 
     def _damaged(self, entry: IndexEntry, what: str) -> DamagedShardError:
         return DamagedShardError(
-            f"{self.storage.named(entry.shard)} is damaged at record {entry.key}: {what}. Restore "
-            "the shard, or delete it and run again."
+            f"{self.storage.named(entry.shard)} is damaged at record {entry.key}: {what}; "
+            f"{restore_hint('the shard')}."
         )

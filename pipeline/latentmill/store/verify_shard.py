@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
-from latentmill.errors import StorageError
+from latentmill.errors import StorageError, restore_hint
 from latentmill.store.commit import HASH_BLOCK
 from latentmill.store.index import IndexEntry, entries
 from latentmill.store.prefetch import ranges_of
@@ -33,7 +33,7 @@ def shard_faults(store: LatentStore, shard: str, commit: Commit) -> list[str]:
     except StorageError as error:
         fault = str(error).rstrip(".")
     if fault:
-        return [f"{fault}: restore the shard, or delete it and run again"]
+        return [f"{fault}: {restore_hint('the shard')}"]
     return records.faults()
 
 
