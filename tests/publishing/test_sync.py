@@ -406,6 +406,18 @@ def test_a_damaged_copy_is_repaired(tmp_path: Path) -> None:
     assert files(copy) == files(url)
 
 
+def test_files_of_the_system_in_a_copy_are_no_changes_of_its_own(tmp_path: Path) -> None:
+    url, copy = store_at(str(tmp_path / "s")), tmp_path / "d"
+    sync(url, str(copy))
+    folders = [copy, *(path for path in copy.iterdir() if path.is_dir())]
+    for folder in folders:
+        (folder / ".DS_Store").write_bytes(b"x")
+    assert sync(url, str(copy)).copied == ()
+    annotated(url, "mood", "loud")
+    assert "annotations/0002.parquet" in sync(url, str(copy)).copied
+    assert all((folder / ".DS_Store").exists() for folder in folders)
+
+
 @pytest.mark.parametrize("kind", ["shard", "vectors"])
 def test_a_large_file_is_copied_in_pieces(kind: str, places: Callable[[str], str]) -> None:
     size = 3 * BLOCK

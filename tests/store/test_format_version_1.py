@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import latentmill as lm
 from latentmill.errors import StoreError
 from latentmill.reader.dataset import LatentDataset
 from latentmill.store.store import LatentStore
@@ -62,3 +64,16 @@ def test_it_is_not_resumed(store: Path, tmp_path: Path, inline: None) -> None:
     left = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
     left.pop(store / ".lock", None)
     assert left == files
+
+
+def test_annotating_says_what_to_do(store: Path, tmp_path: Path, one_sentence: Any) -> None:
+    """The command that would seal it again is refused; a copy can be annotated."""
+    (tmp_path / "rows.csv").write_text("key,bpm\n0,90\n")
+    with pytest.raises(StoreError) as caught:
+        lm.annotate(store, tmp_path / "rows.csv")
+    assert one_sentence(caught.value) == (
+        f"{store} was sealed by an earlier version: copy it with `latentmill select {store} NEW "
+        "--copy`, then annotate NEW."
+    )
+    lm.select(store, tmp_path / "new", copy=True)
+    assert lm.annotate(tmp_path / "new", tmp_path / "rows.csv").matched == 1

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentmill.curation.annotation_table import EMPTY, merged, read_table, without
+from latentmill.encoding.fingerprint import version_difference
 from latentmill.engine.lock import only_run
 from latentmill.errors import ConfigError, SourceError, StoreError
 from latentmill.storage.storage import Storage
@@ -77,7 +78,7 @@ def annotate(
     if file is None and not remove:
         raise ConfigError("annotate needs a file with metadata, or names to remove.")
     new = None if file is None else read_table(os.fspath(file), key_column)
-    with _editing(store) as (storage, current):
+    with _editing(store, _refuse_incomplete) as (storage, current):
         table = EMPTY if current.annotations is None else current.annotations.table
         names = table.column_names[1:]
         if missing := [name for name in remove if name not in names]:
@@ -113,14 +114,14 @@ def revert_annotations(
     """Return to an earlier version of a store's annotations, by writing it as a new version.
 
     Args:
-        store: A complete store.
+        store: A store with annotations. Its run may be unfinished if it was complete before.
         version: The version to return to; 0 is without annotations. None undoes the last change.
 
     Raises:
-        StoreError: The store has no annotations or is not complete, or another run writes to it.
+        StoreError: The store has no annotations, or another run writes to it.
         ConfigError: There is no such version.
     """
-    with _editing(store) as (storage, current):
+    with _editing(store, _refuse_unsealed) as (storage, current):
         entry = current.info.annotation
         if entry is None:
             raise StoreError(f"{current.url} has no annotations: there is nothing to revert.")
@@ -139,13 +140,17 @@ def revert_annotations(
 @contextlib.contextmanager
 def _editing(
     store: str | os.PathLike[str] | LatentStore,
+    refuse: Callable[[LatentStore], None],
 ) -> Iterator[tuple[Storage, LatentStore]]:
-    """Hold the lock of a complete store; `store` itself, if it is open, is then read again."""
+    """Hold the lock of a store; `store` itself, if it is open, is then read again.
+
+    `refuse` raises StoreError if the store cannot be changed.
+    """
     opened = store if isinstance(store, LatentStore) else LatentStore(store)
-    _refuse_incomplete(opened)  # the lock would write a file
+    refuse(opened)  # the lock would write a file
     with only_run(Storage(opened.url)) as hold:
         current = LatentStore(opened.url)  # another run may have sealed it meanwhile
-        _refuse_incomplete(current)
+        refuse(current)
         storage = hold.storage
         storage.clear_scratch()
         tidy_sealed(storage, current.info)
@@ -153,16 +158,25 @@ def _editing(
     opened.reload()
 
 
+def _refuse_unsealed(store: LatentStore) -> None:
+    if not store.sealed:
+        raise _incomplete(store)
+
+
 def _refuse_incomplete(store: LatentStore) -> None:
     if not store.complete:
-        raise StoreError(
-            f"{store.url} is not complete: finish the run that encodes it, then annotate it."
-        )
+        raise _incomplete(store)
     if store.info.metadata is None:
-        raise StoreError(
-            f"{store.url} was sealed by an earlier version: run the same encode command again, "
-            "then annotate it."
-        )
+        advice = "run the same encode command again, then annotate it"
+        if version_difference(store.plan.fingerprint):  # which that command refuses
+            advice = f"copy it with `latentmill select {store.url} NEW --copy`, then annotate NEW"
+        raise StoreError(f"{store.url} was sealed by an earlier version: {advice}.")
+
+
+def _incomplete(store: LatentStore) -> StoreError:
+    return StoreError(
+        f"{store.url} is not complete: finish the run that encodes it, then annotate it."
+    )
 
 
 def publish(

@@ -2,7 +2,8 @@
 
 Nothing is encoded again. The plan gets the new rows last, so a run that was killed before finds the
 same items again. A value that `annotate` has set stays; a value that an earlier refresh has set is
-replaced, because the files of that version and of the one before show who has set it.
+replaced, because the files of that version and of the one before show who has set it. If one of
+these was deleted, the value stays.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from latentmill.plan.items import to_items
 from latentmill.sources.base import Item
 from latentmill.sources.metadata import read_metadata
 from latentmill.storage.storage import Storage
-from latentmill.store.annotations import Annotations, is_column, open_annotations
+from latentmill.store.annotations import Annotations, is_column, refreshed_versions
 from latentmill.store.commit import read_commit
 from latentmill.store.metadata_file import metadata_of
 from latentmill.store.schema import DatasetInfo
@@ -166,10 +167,7 @@ def _refreshed(storage: Storage, store: LatentStore) -> dict[str, dict[str, list
     """The values that earlier refreshes have set, by key and name."""
     entry = store.info.annotation
     values: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
-    for version in [] if entry is None else entry.refreshed:
-        assert entry is not None
-        after = open_annotations(storage, entry, version)
-        before = open_annotations(storage, entry, version - 1) if version > 1 else None
+    for before, after in () if entry is None else refreshed_versions(storage, entry):
         for key in after.table["key"].to_pylist():
             old = {} if before is None else before.values(key)
             for name, value in after.values(key).items():

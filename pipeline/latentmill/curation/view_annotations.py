@@ -21,6 +21,7 @@ from latentmill.store.annotations import (
     annotation_path,
     kind_of,
     open_annotations,
+    refreshed_versions,
 )
 from latentmill.store.entries import AnnotationEntry
 from latentmill.store.schema import DatasetInfo
@@ -79,16 +80,13 @@ def _own_values(storage: Storage, entry: AnnotationEntry, current: pa.Table) -> 
     are. Views of earlier versions do not tell, so all of their values stay.
     """
     own = current
-    for version in entry.refreshed:
-        if entry.hashes[version - 1] in entry.hashes[: version - 1][-1:]:
-            continue  # no new values
-        after = open_annotations(storage, entry, version).table
-        before = open_annotations(storage, entry, version - 1).table if version > 1 else EMPTY
+    for before, after in refreshed_versions(storage, entry):
+        tables = (current, after.table, EMPTY if before is None else before.table)
         for place, name in enumerate(current.column_names[1:], start=1):
             of_base = [
                 now == then != earlier
                 for now, then, earlier in zip(
-                    *(_values(table, name, current["key"]) for table in (current, after, before)),
+                    *(_values(table, name, current["key"]) for table in tables),
                     strict=True,
                 )
             ]

@@ -13,7 +13,7 @@ from latentmill.plan import PLAN, Plan, load
 from latentmill.publishing.contents import StoreFile, StoreFiles, UnitFiles
 from latentmill.storage.remote import protocol_of
 from latentmill.storage.storage import Storage
-from latentmill.store.annotations import ANNOTATIONS
+from latentmill.store.annotations import ANNOTATIONS, is_annotation_file
 from latentmill.store.card import MARKER
 from latentmill.store.commit import READERS, hash_of
 from latentmill.store.field_layout import FIELDS
@@ -159,7 +159,7 @@ def _check_annotations(contents: StoreFiles, dest: Storage, listed: Mapping[str,
     """Refuse a destination that has been annotated itself, which would lose its annotations."""
     ours = {file.path: file for file in contents.last}
     for path in listed:
-        if path.startswith(f"{ANNOTATIONS}/"):
+        if is_annotation_file(path):
             file = ours.get(path)
             if file is None or not _has(dest, file, listed, trusted=False):
                 raise _encoded_itself(dest, path)

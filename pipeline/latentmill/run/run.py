@@ -28,7 +28,13 @@ from latentmill.store.commit import (
     next_revisions,
 )
 from latentmill.store.schema import ORIGIN_PATH, SHARDS, DatasetInfo
-from latentmill.store.seal import current_seal, dataset_info, read_seal, seal
+from latentmill.store.seal import (
+    current_annotations,
+    current_seal,
+    dataset_info,
+    read_seal,
+    seal,
+)
 from latentmill.store.tidy import remove_unfinished, tidy
 from latentmill.text.log import get_logger
 from latentmill.text.printing import counted
@@ -195,6 +201,8 @@ def complete(
     resumed = len(tallies)
     _log.debug("%d of %s committed already", resumed, counted(len(plan.units), "unit"))
     storage.clear_scratch()
+    if todo:
+        current_annotations(storage, read_seal(storage))  # before hours of work: sealing needs them
     if todo or (tallies and not storage.exists(ORIGIN_PATH)):
         (compute or encode_todo)(setup, plan, tallies, todo, progress, hold)
         tallies, sealable = _trusted(storage, plan)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -176,6 +176,12 @@ def annotation_path(version: int) -> str:
     return f"{ANNOTATIONS}/{version:04d}.parquet"
 
 
+def is_annotation_file(path: str) -> bool:
+    """Whether a path in a store is that of a version of its annotations."""
+    folder, _, name = path.rpartition("/")
+    return folder == ANNOTATIONS and _FILE.fullmatch(name) is not None
+
+
 def annotation_file(table: pa.Table) -> bytes:
     """The content of the file of a table; see `Annotations`."""
     buffer = io.BytesIO()
@@ -233,6 +239,25 @@ def open_annotations(
     return parse_annotations(data, where)
 
 
+def refreshed_versions(
+    storage: Storage, entry: AnnotationEntry
+) -> Iterator[tuple[Annotations | None, Annotations]]:
+    """The annotations before and after each version whose new values come from the source.
+
+    Earlier versions may be deleted. If one of the two files is missing or damaged, nobody knows
+    which values are new, so the version is left out.
+    """
+    for version in entry.refreshed:
+        if entry.hashes[version - 1] in entry.hashes[: version - 1][-1:]:
+            continue  # no new values
+        try:
+            before = open_annotations(storage, entry, version - 1) if version > 1 else None
+            after = open_annotations(storage, entry, version)
+        except StoreError:
+            continue
+        yield before, after
+
+
 def parse_annotations(data: bytes, where: str) -> Annotations:
     """Parse the file `where`, which may be anything. Raises StoreError if it is damaged."""
     try:
@@ -268,14 +293,21 @@ def damaged_annotations(where: str) -> StoreError:
 
 
 def found_annotation(storage: Storage) -> AnnotationEntry | None:
-    """The entry for the files of annotations in a store that has no dataset.json."""
+    """The entry for the files of annotations in a store that has no dataset.json.
+
+    Earlier versions may be deleted; no file has the hash of those.
+    """
     found = map(_FILE.fullmatch, storage.list(ANNOTATIONS))
-    versions = {int(name[1]) for name in found if name}
-    entry = None
-    for version in range(1, max(versions, default=0) + 1):
-        path = annotation_path(version)
-        data = storage.read_if_exists(path)
-        if data is None:
-            raise damaged_annotations(f"{storage.root}/{path}")
-        entry = annotation_entry(entry, data, parse_annotations(data, f"{storage.root}/{path}"))
-    return entry
+    newest = max((int(name[1]) for name in found if name), default=0)
+    if not newest:
+        return None
+    files = [storage.read_if_exists(annotation_path(n)) for n in range(1, newest + 1)]
+    where = f"{storage.root}/{annotation_path(newest)}"
+    annotations = parse_annotations(files[-1] or b"", where)
+    return AnnotationEntry(
+        version=newest,
+        hashes=["" if data is None else xxhash.xxh3_128_hexdigest(data) for data in files],
+        records=len(annotations),
+        names=list(annotations.kinds),
+        refreshed=[],
+    )

@@ -15,14 +15,19 @@ import xxhash
 
 from latentmill import __version__
 from latentmill.encoding.fingerprint import fingerprint
-from latentmill.errors import StorageError, StoreError
+from latentmill.errors import StorageError, StoreError, restore_hint
 from latentmill.plan import Plan
 from latentmill.record import FloatArray
 from latentmill.storage.storage import Storage
-from latentmill.store.annotations import found_annotation, open_annotations, write_annotations
+from latentmill.store.annotations import (
+    Annotations,
+    found_annotation,
+    open_annotations,
+    write_annotations,
+)
 from latentmill.store.card import write_card
 from latentmill.store.commit import SealHash, iter_commits
-from latentmill.store.entries import ShardEntry
+from latentmill.store.entries import AnnotationEntry, ShardEntry
 from latentmill.store.index import Index, to_batch
 from latentmill.store.metadata import has_hash, publish_metadata
 from latentmill.store.npy import npy_bytes, parse_npy
@@ -60,7 +65,7 @@ def dataset_info(plan: Plan, commits: Iterable[Commit]) -> DatasetInfo:
             if len(entry.mean) != len(statistics.mean):
                 raise StoreError(
                     f"The commit of unit {commit.unit} has {len(entry.mean)} channels instead of "
-                    f"{len(statistics.mean)}: delete it and run again to encode its unit again."
+                    f"{len(statistics.mean)}: {restore_hint('it')}."
                 )
             part = ChannelStatistics(entry.frames, np.array(entry.mean), np.array(entry.m2))
             statistics = statistics.merge(part)
@@ -132,8 +137,7 @@ def seal(
     name = f"index.{digest[:16]}.arrow"
     storage.write(name, data)  # named by its hash: an existing file is equal or damaged
     sealed = read_seal(storage)
-    annotation = found_annotation(storage) if sealed is None else sealed.annotation
-    annotations = None if annotation is None else open_annotations(storage, annotation)
+    annotation, annotations = current_annotations(storage, sealed)
     table = None if sealed is None else amended(storage, sealed, info.revisions)
     if table is not None:
         annotation, annotations = write_annotations(storage, annotation, table)
@@ -150,6 +154,17 @@ def seal(
     write_card(storage, info)
     write_seal(storage, info)
     return info
+
+
+def current_annotations(
+    storage: Storage, sealed: DatasetInfo | None
+) -> tuple[AnnotationEntry | None, Annotations | None]:
+    """The annotations that the next seal will have; StoreError if they are missing or damaged.
+
+    `sealed` is the content of dataset.json.
+    """
+    annotation = found_annotation(storage) if sealed is None else sealed.annotation
+    return annotation, None if annotation is None else open_annotations(storage, annotation)
 
 
 def write_seal(storage: Storage, info: DatasetInfo) -> None:
