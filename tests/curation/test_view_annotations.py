@@ -70,6 +70,19 @@ def test_a_recording_that_was_replaced_has_its_new_caption(tmp_path: Path) -> No
     }
 
 
+def test_deleted_versions_do_not_tell_what_came_from_a_base(tmp_path: Path) -> None:
+    base = write_latents(str(tmp_path / "base"), [5], metadata=[{"n": 0}]).url
+    (key,) = lm.open(base).keys()
+    view = lm.select(base, tmp_path / "view").dest
+    for mood in ("calm", "wild"):
+        annotate(base, {key: {"mood": mood}})
+        lm.select(base, view, overwrite=True)
+    (tmp_path / "view" / "annotations" / "0001.parquet").unlink()
+    lm.annotate(base, remove=["mood"])
+    lm.select(base, view, overwrite=True)
+    assert metadata_of(view) == {key: {"n": 0, "mood": "wild"}}
+
+
 def test_what_a_base_no_longer_has_is_not_on_the_view(tmp_path: Path) -> None:
     base = write_latents(str(tmp_path / "base"), [5] * 3, metadata=[{"n": n} for n in range(3)]).url
     first, second, _ = lm.open(base).keys()

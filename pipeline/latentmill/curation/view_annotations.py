@@ -77,7 +77,7 @@ def _own_values(storage: Storage, entry: AnnotationEntry, current: pa.Table) -> 
     """The annotations of a view without the values that it has from its bases.
 
     The files of a version that was written with the view, and of the one before, show what they
-    are. Views of earlier versions do not tell, so all of their values stay.
+    are. If these were deleted, or an earlier version of latentmill wrote them, the values stay.
     """
     own = current
     for before, after in refreshed_versions(storage, entry):
