@@ -119,6 +119,7 @@ def test_batches_and_states_are_those_of_a_data_loader(
     with lm.Loader(stream(), workers=2 - count) as resumed:
         resumed.load_state_dict(state)
         assert resumed.state_dict() == state
+        assert len(resumed) == len(expected)  # of the whole epoch
         rest = list(resumed)
         assert len(rest) == len(left)
         for batch, one in zip(rest, left, strict=True):

@@ -151,6 +151,69 @@ def test_lightning_trains_on_it(store: LatentStore) -> None:
         assert all(sorted(keys) == list(store.keys()) for keys in model.seen.values())
 
 
+@pytest.mark.parametrize("steps", [3, 10])
+@pytest.mark.parametrize("kind", ["loader", "batches"])
+def test_lightning_resumes(tmp_path: Path, kind: str, steps: int) -> None:
+    """After a crash, from a checkpoint within the first epoch or at its end."""
+    lightning = pytest.importorskip("lightning")
+    import torch
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    store = write_latents(str(tmp_path / "store"), [40] * 20)
+    written = ModelCheckpoint(tmp_path, "after", every_n_train_steps=steps, save_top_k=-1)
+
+    class Model(lightning.LightningModule):
+        def __init__(self, crash_after: int = 1000) -> None:
+            super().__init__()
+            self.layer = torch.nn.Conv1d(4, 4, 1)
+            self.crash_after = crash_after
+            dataset = lm.LatentDataset(store, crop=8)
+            self.batches = lm.BatchSampler(dataset, 2)
+            self.loader: Any = lm.Loader(self.batches, workers=0)
+            if kind == "batches":
+                self.loader = DataLoader(dataset, batch_sampler=self.batches, collate_fn=lm.collate)
+            self.seen: list[tuple[int, int, str]] = []
+
+        def training_step(self, batch: dict[str, Any], index: int) -> torch.Tensor:
+            if self.trainer.global_step == self.crash_after:
+                raise RuntimeError("crash")
+            epochs = [self.current_epoch] * len(batch["key"])
+            self.seen += zip(epochs, batch["epoch"], batch["key"], strict=True)
+            self.last = {name: batch[name] for name in ("epoch", "position")}
+            return self.layer(batch["latents"]).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 1e-3)
+
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["data"] = self.batches.state_after(self.last)
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            if kind == "batches":  # a Loader's state is saved by Lightning
+                self.batches.load_state_dict(checkpoint["data"])
+
+        def fit(self, **options: Any) -> None:
+            trainer = lightning.Trainer(
+                max_epochs=3,
+                accelerator="cpu",
+                logger=False,
+                callbacks=[written],
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                use_distributed_sampler=False,
+            )
+            trainer.fit(self, self.loader, **options)
+
+    first = Model(crash_after=steps + 2)
+    with pytest.raises(RuntimeError, match="crash"):
+        first.fit()
+    (path,) = tmp_path.glob("*.ckpt")
+    resumed = Model()
+    resumed.fit(ckpt_path=str(path))
+    seen, keys = first.seen[: 2 * steps] + resumed.seen, list(store.keys())
+    assert sorted(seen) == [(epoch, epoch, key) for epoch in range(3) for key in keys]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["batches", "living", "told"])
 def test_lightning_trains_with_two_processes(tmp_path: Path, kind: str) -> None:

@@ -136,12 +136,12 @@ class BatchSampler(Resumable, Sampler[list[Request]]):
         return self
 
     def __len__(self) -> int:
-        """Number of batches that this rank gets in the next iteration."""
-        progress, samples = self._upcoming(), self._mixture.total
+        """Number of batches that this rank gets in a whole epoch, also after `load_state_dict`."""
+        samples = self._mixture.total
         if self._sampler is not None:
-            samples = len(self._epoch(progress.epoch).numbers)
+            samples = len(self._epoch(self._upcoming().epoch).numbers)
         batches = samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
-        return self._rank.share(batches - progress.position)
+        return self._rank.share(batches)
 
     def __iter__(self) -> Iterator[list[Request]]:
         for epoch, positions, numbers in self.requested():

@@ -106,11 +106,16 @@ class Loader(Shown, Closeable):
         }
 
     def __len__(self) -> int:
-        """Number of batches that this rank gets in the next iteration."""
+        """Number of batches that this rank gets in a whole epoch, also after `load_state_dict`."""
         if isinstance(self._order, BatchSampler):
             return len(self._order)
         batches = len(self._order) / self.batch_size
         return math.floor(batches) if self._drop_last else math.ceil(batches)
+
+    @property
+    def sampler(self) -> Loader:
+        """Returns itself, because Lightning calls `sampler.set_epoch` of a loader."""
+        return self
 
     def __iter__(self) -> Iterator[Any]:
         """The batches of the next epoch, or of the rest of an epoch whose state was loaded.

@@ -128,12 +128,8 @@ class LatentStream(Shown, Resumable, IterableDataset[Sample]):
         }
 
     def __len__(self) -> int:
-        """Number of samples that this rank gets in the next iteration.
-
-        After `load_state_dict`, it is that of the rest of the epoch until `set_epoch` sets another
-        one, because iterations in DataLoader workers are not known here.
-        """
-        return self._rank.share(self._mixture.total - self._upcoming().position)
+        """Number of samples that this rank gets in a whole epoch, also after `load_state_dict`."""
+        return self._rank.share(self._mixture.total)
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
