@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from latentmill.decoding.decoder import LatentSource, decode_blocks, decode_latents
 from latentmill.encoding.chunks import Chunking
-from latentmill.encoding.stored import refuse_earlier_rows
+from latentmill.encoding.stored import deviations_of, refuse_earlier_rows
 from latentmill.errors import ConfigError, ModelError
 from latentmill.models import registry
 from latentmill.models.base import Autoencoder
@@ -192,7 +192,8 @@ class StoreDecoder:
         Args:
             latent: A numpy array or a tensor on any device: `[D, T]`, or a batch `[B, D, T]`. In a
                 store with `stitch: none`, an item is `[N, D, Z]` and a batch `[B, N, D, Z]`. Values
-                must be as stored: undo a normalisation first, with `Normalize.undo`.
+                must be as stored: undo a normalisation first, with `Normalize.undo`. Of a store
+                with standard deviations, the rows of the means alone can be given.
             num_samples: Length of the audio; None for the length of all frames.
             seed: Seed of a stochastic decoder's noise, the same for all items of a batch.
             batch_size: Windows per forward pass; default 1 on a CPU, 4 on a GPU.
@@ -201,6 +202,7 @@ class StoreDecoder:
             Audio `[channels, samples]`, or `[B, channels, samples]`; float32.
         """
         batch = batch_size or self._decode_batch
+        latent = self._with_deviations(latent)
         return decode_latents(
             self.decoder(), latent, num_samples, self.chunking, seed=seed, batch_size=batch
         )
@@ -215,9 +217,24 @@ class StoreDecoder:
     ) -> Iterator[FloatArray]:
         """Decode one item in bounded memory; yields its audio in blocks `[channels, n]`."""
         batch = batch_size or self._decode_batch
+        latent = self._with_deviations(latent)
         return decode_blocks(
             self.decoder(), latent, num_samples, self.chunking, seed=seed, batch_size=batch
         )
+
+    def _with_deviations(self, latent: Any) -> Any:
+        """Latents with all rows of the store; standard deviations, which decoding ignores, are 0.
+
+        A latent that was drawn from a posterior, by a generative model too, has none.
+        """
+        model, shape = self.info.model, latent.shape
+        deviations = deviations_of(model)
+        only_means = len(shape) >= 2 and shape[-2] == model["latent_channels"] - deviations
+        if not deviations or not only_means or isinstance(latent, LatentSource):
+            return latent
+        if not isinstance(latent, np.ndarray):
+            latent = latent.detach().cpu().float().numpy()
+        return np.pad(latent, [*[(0, 0)] * (len(shape) - 2), (0, deviations), (0, 0)])
 
     def mix(self, gains: Mapping[str, float] | Sequence[str]) -> Mix:
         """Mix records as latents, with the latent of silence; `.audio()` decodes the mix.

@@ -13,7 +13,7 @@ import soundfile
 import torch
 
 import latentmill as lm
-from latentmill.errors import StoreError
+from latentmill.errors import ModelError, StoreError
 from latentmill.models.registry import resolve
 from latentmill.reader.transforms import DrawFromPosterior
 from support.in_process import in_process
@@ -62,6 +62,21 @@ def test_readers_find_the_means_and_deviations_of_both_channels(
     assert noise.shape == means.shape
     assert abs(noise).max() < 6
     assert noise.std() == pytest.approx(1, abs=0.3)
+
+
+def test_latents_of_means_alone_are_decoded(folder: Path) -> None:
+    """As a model generates them that was trained on draws."""
+    store = lm.open(folder / "store", device="cpu")
+    stored, expected = store["a"].latent, store.decode("a")
+    means = stored[: len(stored) // 2]
+    normal = lm.Normalize.from_store(store, by="overall")
+    generated = torch.from_numpy(normal.apply(means))[None]
+    audio = store.decode_latent(normal.undo(generated), expected.shape[1])
+    assert np.allclose(audio[0], expected, atol=1e-4)
+    blocks = store.decode_blocks(means, expected.shape[1])
+    assert np.array_equal(np.concatenate(list(blocks), axis=1), expected)
+    with pytest.raises(ModelError, match="must have the shape"):
+        store.decode_latent(stored[: len(stored) // 2 - 1])
 
 
 def test_a_store_with_the_rows_of_an_earlier_version_is_refused(
