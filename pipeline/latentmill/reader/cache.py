@@ -25,6 +25,7 @@ from latentmill.errors import ConfigError, StorageError, restore_hint
 from latentmill.storage.storage import Storage
 
 BLOCK = 256 * 1024
+from latentmill.storage.remote import NO_MORE_FILES, too_many_files
 SPAN = 64  # blocks (16 MiB); a request reads at most those of one span
 BLOCKS_TOGETHER = 256  # that are read at once and in memory at the same time
 _SUFFIX = ".block"
@@ -293,3 +294,5 @@ def _overlap(number: int, piece: Piece) -> tuple[memoryview, int]:
     first = max(piece.offset, begin)
     last = min(piece.offset + len(piece.target), begin + BLOCK)
     return piece.target[first - piece.offset : last - piece.offset], first - begin
+        if error.errno in NO_MORE_FILES:
+            return too_many_files(os.strerror(error.errno))

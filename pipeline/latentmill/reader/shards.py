@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import errno
-import mmap
+import itertools
 import os
 import weakref
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from mmap import mmap
 
 from latentmill.errors import StorageError, restore_hint
 from latentmill.reader.cache import Piece, RangeCache, Shard
-from latentmill.storage.remote import is_web
+from latentmill.reader.open_files import OpenFile, OpenFiles, files_of_process
+from latentmill.storage.remote import NO_MORE_FILES, is_web, too_many_files
 from latentmill.storage.storage import Storage
 
-OPEN_FILES = 256
 THREADS = 8  # parallel requests to a web server
+_numbers = itertools.count()  # of readers
 
 
 class ShardReader:
     """Fills buffers from shards. Opens files when they are needed, and again after a fork.
 
-    Not thread-safe. The files are closed when the object is deleted.
+    Not thread-safe. All readers of a process share a number of open files, so any of them may
+    close another one's. The files are closed when the object is deleted.
     """
 
     def __init__(self, storage: Storage, cache: RangeCache | None = None) -> None:
         self._storage = storage
         self._cache = cache
-        self._reset_files()
+        self._number = next(_numbers)
+        weakref.finalize(self, _close, self._number).atexit = False
         self._sizes: dict[str, int] = {}  # sizes of remote shards
 
     def fill(self, pieces: Sequence[Piece]) -> None:
@@ -37,11 +39,10 @@ class ShardReader:
 
         Raises StorageError if a shard cannot be read or its size is not the one in its commit.
         """
-        if self._pid != os.getpid():  # forked: leave the parent's files open
-            self._reset_files()
         if self._storage.local:
+            files = files_of_process()
             for piece in pieces:
-                self._fill_local(piece)
+                self._fill_local(piece, files)
         else:
             self._fill_remote(pieces)
 
@@ -51,50 +52,29 @@ class ShardReader:
         Do not use it for crops: the system reads ahead of a mapped page. Raises StorageError as
         `fill` does.
         """
-        if self._pid != os.getpid():
-            self._reset_files()
-        whole = self._maps.get(shard.path)
-        if whole is None:
-            try:
-                file = self._files.get(shard.path) or self._open(shard)
-                whole = mmap.mmap(file, 0, access=mmap.ACCESS_COPY)
-            except OSError as error:
-                raise self._unreadable(shard, error) from error
-            self._maps[shard.path] = whole
-            if len(self._maps) > OPEN_FILES:  # unmapped when its last view is deleted
-                self._maps.popitem(last=False)
+        try:  # unmapped when its last view is deleted
+            files, path = files_of_process(), shard.path
+            whole = files.get(self._number, path, mmap, lambda: self._open(shard).mapped())
+        except OSError as error:
+            raise self._unreadable(shard, error) from error
         return memoryview(whole)[offset : offset + length]
 
-    def _reset_files(self) -> None:
-        self._pid = os.getpid()
-        self._maps: OrderedDict[str, mmap.mmap] = OrderedDict()
-        self._files: OrderedDict[str, int] = OrderedDict()
-        weakref.finalize(self, _close, self._files, self._pid)
-
-    def _fill_local(self, piece: Piece) -> None:
+    def _fill_local(self, piece: Piece, files: OpenFiles) -> None:
         shard, offset, target = piece
         try:
-            file = self._files.get(shard.path)
-            if file is None:
-                file = self._open(shard)
-            else:
-                self._files.move_to_end(shard.path)
+            file = files.get(self._number, shard.path, OpenFile, lambda: self._open(shard))
             # A call reads at most 2 GiB, and less after a signal.
-            while (count := os.preadv(file, [target], offset)) < len(target):
+            while (count := os.preadv(file.number, [target], offset)) < len(target):
                 if count == 0:
                     raise self._changed(shard)
                 target, offset = target[count:], offset + count
         except OSError as error:
             raise self._unreadable(shard, error) from error
 
-    def _open(self, shard: Shard) -> int:
-        file = os.open(Path(self._storage.full(shard.path)), os.O_RDONLY | os.O_CLOEXEC)
-        if os.fstat(file).st_size != shard.bytes:
-            os.close(file)
+    def _open(self, shard: Shard) -> OpenFile:
+        file = OpenFile(self._storage.full(shard.path))
+        if file.size != shard.bytes:
             raise self._changed(shard)
-        self._files[shard.path] = file
-        if len(self._files) > OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
         return file
 
     def _fill_remote(self, pieces: Sequence[Piece]) -> None:
@@ -134,6 +114,8 @@ class ShardReader:
             return file.seek(0, os.SEEK_END)
 
     def _unreadable(self, shard: Shard, error: OSError) -> StorageError:
+        if error.errno in NO_MORE_FILES:
+            return too_many_files(os.strerror(error.errno))
         return StorageError(
             f"cannot read {self._storage.named(shard.path)} ({error.strerror or error}): check "
             "that the store is complete and readable."
@@ -146,7 +128,5 @@ class ShardReader:
         )
 
 
-def _close(files: OrderedDict[str, int], pid: int) -> None:
-    if pid == os.getpid():
-        while files:
-            os.close(files.popitem()[1])
+def _close(reader: int) -> None:
+    files_of_process().close(reader)

@@ -29,6 +29,8 @@ _log = get_logger("storage")
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 EXTRAS |= dict.fromkeys(("az", "abfs", "abfss", "adl"), "azure")
 
+NO_MORE_FILES = (errno.EMFILE, errno.ENFILE)  # of this process, or of this machine
+
 # Errors of storage clients that may not be OSErrors: module and class.
 CLIENT_ERRORS = (
     ("aiohttp", "ClientError"),
@@ -277,11 +279,14 @@ def own_limits() -> Iterator[None]:
                     f"Cannot write temporary files to {tempfile.gettempdir()}: {cause}; free some "
                     "space there, or set TMPDIR to another folder."
                 ) from error
-            if code in (errno.EMFILE, errno.ENFILE):
-                raise StorageError(
-                    f"Cannot open more files: {cause}; raise the limit with `ulimit -n`."
-                ) from error
+            if code in NO_MORE_FILES:
+                raise too_many_files(cause) from error
         raise
+
+
+def too_many_files(cause: str) -> StorageError:
+    """The error for a process or a machine that cannot open more files."""
+    return StorageError(f"Cannot open more files: {cause}; raise the limit with `ulimit -n`.")
 
 
 def why_not_opened(url: str, error: Exception) -> str:
