@@ -99,6 +99,9 @@ class RangeCache:
     def __reduce__(self) -> tuple[Callable[..., RangeCache], tuple[Path, float]]:
         return partial(RangeCache, whole=self.whole), (self.folder, self.gib)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> RangeCache:
+        return self  # also used by several threads
+
     def holds(self, size: int) -> bool:
         """Whether that many bytes fit into the cache without removing any."""
         return size <= self._max_bytes - self._max_bytes // 32

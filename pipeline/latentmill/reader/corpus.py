@@ -24,6 +24,7 @@ from latentmill.reader.sample import Sample, StoredMetadata, Transform, sample_r
 from latentmill.record import FloatArray
 from latentmill.store.describe import warn_incomplete
 from latentmill.store.store import LatentStore
+from latentmill.store.thread_copy import thread_copy
 
 Mode = Literal["random", "start", "windows"]
 Stores = str | os.PathLike[str] | LatentStore | Sequence[str | os.PathLike[str] | LatentStore]
@@ -93,6 +94,9 @@ class StoreSamples:
     def __getstate__(self) -> dict[str, Any]:
         computed = ("rows", "_windows")
         return {name: value for name, value in vars(self).items() if name not in computed}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StoreSamples:
+        return thread_copy(self, memo, ["rows", "_windows", "_chosen"])
 
     @cached_property
     def rows(self) -> Ints:

@@ -33,19 +33,16 @@ class CropReader(RowReader):
 
     def __init__(self, store: LatentStore, cache: RangeCache | None = None) -> None:
         self.check(store)
-        self._cache = cache
+        self._cache, self._dtype = cache, DTYPES[store.info.dtype]
         super().__init__(store, cache)
         index = self._index
         self.frames: Ints = index.column("frames")
         self.num_samples: Ints = index.column("num_samples")
-        self._dtype = DTYPES[store.info.dtype]
-        self._raw = np.empty(0, self._dtype)
         self.channels = int(index.column("channels")[0]) if len(index) else 0
         self._width = self.channels * self._dtype.itemsize  # bytes of a frame
 
     def _use_index(self, index: Index) -> None:
         super()._use_index(index)
-        self._shards = ShardReader(self.store.storage, self._cache)
         self._offsets = index.column("offset")
         self._shard_of = index.column("shard")
         sizes = self.store.shard_sizes()
@@ -55,6 +52,10 @@ class CropReader(RowReader):
                 f"{strange[0]}: run the same encode command again to write them again."
             )
         self._paths = [Shard(self.placed(path), *sizes[path]) for path in index.shards]
+
+    def _reset(self) -> None:
+        self._shards = ShardReader(self.store.storage, self._cache)
+        self._raw = np.empty(0, self._dtype)
 
     def check(self, store: LatentStore) -> None:
         """Raise ConfigError if the store's records cannot be cropped."""

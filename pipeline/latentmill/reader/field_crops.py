@@ -19,6 +19,7 @@ from latentmill.store.field_layout import FIELDS
 from latentmill.store.field_view import FieldOfView, warn_of_state
 from latentmill.store.seal import read_origin
 from latentmill.store.store import LatentStore
+from latentmill.store.thread_copy import thread_copy
 
 Missing = Literal["error", "leave_out"]
 
@@ -181,6 +182,9 @@ class StoreFields:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_rows"}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StoreFields:
+        return thread_copy(self, memo, ["_rows"])
 
     @cached_property
     def _rows(self) -> list[Ints | None]:

@@ -58,6 +58,8 @@ class FieldReader(RowReader):
         # In a tar the fields of each record are a range of bytes, in Parquet they are columns.
         self._ranges = len(index) > 0 and int(index.column("fields_offset")[0]) >= 0
         self._paths = index.shards
+
+    def _reset(self) -> None:
         self._kept: OrderedDict[int, pa.Table] = OrderedDict()
         self._bytes = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -9,6 +10,7 @@ from latentmill.errors import StorageError, StoreError
 from latentmill.reader.order import Ints
 from latentmill.store.index import Index
 from latentmill.store.store import LatentStore
+from latentmill.store.thread_copy import thread_copy
 
 T = TypeVar("T")
 
@@ -29,9 +31,20 @@ class RowReader:
     def __reduce__(self) -> tuple[Callable[..., RowReader], tuple[Any, ...]]:
         return _unpickled, (type(self), self.items_hash, self.store, *self._options)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RowReader:
+        """A copy for another thread: it shares the index, but not what `_reset` makes."""
+        copied = thread_copy(self, memo, vars(self).keys() - {"store"})
+        copied._reset()
+        return copied
+
     def _use_index(self, index: Index) -> None:
         """Use an index to find records."""
         self._index = index
+        self._reset()
+
+    @abstractmethod
+    def _reset(self) -> None:
+        """Start without open files and without anything kept that was read."""
 
     @property
     def items_hash(self) -> str:

@@ -25,6 +25,7 @@ from latentmill.record import FloatArray, Latent, Record
 from latentmill.store.index import IndexEntry
 from latentmill.store.mixture import Mix
 from latentmill.store.schema import DatasetInfo
+from latentmill.store.thread_copy import copy_of_store
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,9 @@ class StoreDecoder:
             "model_options": self.model_options,
         }
         self._model: Autoencoder | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LatentStore:
+        return copy_of_store(cast("LatentStore", self), memo)
 
     @property
     @abstractmethod
