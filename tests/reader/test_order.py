@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from latentmill.errors import ConfigError
 from latentmill.reader.order import EpochOrder, Mixture, apportion, permutation, random_below
-from latentmill.reader.sharding import BLOCK, WINDOW, Rank, Resumable, mixture
+from latentmill.reader.sharding import (
+    BLOCK,
+    STATE_VERSION,
+    WINDOW,
+    Rank,
+    Resumable,
+    mixture,
+)
 from latentmill.reader.stream import worker_share
 
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=4)
@@ -243,7 +250,7 @@ class ResumableReader(Resumable):
     def __post_init__(self) -> None:
         super().__init__(None, None, "off")
 
-    def _order(self, epoch: int) -> str:
+    def _order(self, epoch: int, version: int = STATE_VERSION) -> str:
         return self.order
 
     def _records(self) -> list[int]:

@@ -18,6 +18,7 @@ from latentmill.reader.order import EpochOrder, Ints, permutation
 from latentmill.reader.sample import whole_number
 from latentmill.reader.sharding import (
     BLOCK,
+    STATE_VERSION,
     WINDOW,
     EpochProgress,
     Even,
@@ -46,6 +47,8 @@ class RequestDataset(Protocol):
     def lengths(self) -> Ints: ...
     @property
     def digest(self) -> str: ...
+    @property
+    def digest_of_rows(self) -> str: ...
 
 
 class BatchSampler(Resumable, Sampler[list[Request]]):
@@ -186,8 +189,9 @@ class BatchSampler(Resumable, Sampler[list[Request]]):
     def _records(self) -> list[int]:
         return self.dataset.records
 
-    def _order(self, epoch: int) -> str:
-        own = f"{self.dataset.digest}-{self.batch_size}-{self._buckets}-{self.drop_last}"
+    def _order(self, epoch: int, version: int = STATE_VERSION) -> str:
+        digest = self.dataset.digest if version > 1 else self.dataset.digest_of_rows
+        own = f"{digest}-{self.batch_size}-{self._buckets}-{self.drop_last}"
         sampler = self._sampler
         if sampler is None:
             return f"{self._mixture.digest}-{own}"

@@ -265,7 +265,13 @@ class Corpus:
 
     @cached_property
     def digest(self) -> str:
-        """A short hash of the stores, the filter and the crops."""
+        """A short hash of the stores, their items, the filter and the crops."""
+        items = [samples.crops.items_hash for samples in self.stores]
+        return hashlib.sha256(f"{self.digest_of_rows} {items}".encode()).hexdigest()[:16]
+
+    @property
+    def digest_of_rows(self) -> str:
+        """The same without the items, as in states of earlier versions."""
         stores = [
             (
                 samples.store.info.fingerprint,

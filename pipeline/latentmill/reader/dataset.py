@@ -102,6 +102,11 @@ class LatentDataset(Shown, Dataset[Sample]):
         """A short hash of the stores and of the samples chosen from them."""
         return self.corpus.digest
 
+    @property
+    def digest_of_rows(self) -> str:
+        """The same without the items, as in states of earlier versions."""
+        return self.corpus.digest_of_rows
+
     def __len__(self) -> int:
         return len(self.corpus)
 

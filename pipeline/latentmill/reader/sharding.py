@@ -18,7 +18,7 @@ from latentmill.reader.sample import whole_number
 
 Even = Literal["off", "drop", "pad"]
 
-STATE_VERSION = 1
+STATE_VERSION = 2  # states of version 1 have no hash of the items in `order`
 BLOCK = 16
 WINDOW = 16384
 
@@ -170,8 +170,8 @@ class Resumable:
         self._now = EpochProgress()  # progress of the last iteration
 
     @abstractmethod
-    def _order(self, epoch: int) -> str:
-        """A short hash of the order of an epoch, equal on all ranks."""
+    def _order(self, epoch: int, version: int = STATE_VERSION) -> str:
+        """A short hash of the order of an epoch, equal on all ranks, for a version of states."""
 
     @abstractmethod
     def _records(self) -> list[int]:
@@ -216,14 +216,15 @@ class Resumable:
             ConfigError: The state belongs to another order: other stores, filter, seed, shuffling,
                 batch size, buckets or sampler.
         """
-        if state.get("kind") != self._kind or state.get("version") != STATE_VERSION:
+        version = state.get("version")
+        if state.get("kind") != self._kind or version not in (1, STATE_VERSION):
             raise ConfigError(
                 f"this is not the state of a {self._kind} of this latentmill version: load one "
                 "that it saved."
             )
         epoch, records = int(state["epoch"]), self._records()
         before = list(state.get("records", records))
-        changed = state["order"] != self._order(epoch)
+        changed = state["order"] != self._order(epoch, version)
         if changed and len(before) == len(records) and before != records:
             raise ConfigError(
                 f"the stores have changed since this state was saved ({sum(before)} records then, "

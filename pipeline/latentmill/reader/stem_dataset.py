@@ -203,7 +203,13 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
 
     @cached_property
     def digest(self) -> str:
-        """A short hash of the store and of the groups chosen from it."""
+        """A short hash of the store, its items and the groups chosen from it."""
+        text = f"{self.digest_of_rows} {self._crops.items_hash}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def digest_of_rows(self) -> str:
+        """The same without the items, as in states of earlier versions."""
         groups = [(group.name, group.rows) for group in self.groups]
         text = json.dumps([self.store.info.fingerprint, groups, self._per_song, self._crop])
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -19,6 +19,7 @@ from latentmill.reader.order import EpochOrder, Ints
 from latentmill.reader.sample import Sample, Transform, whole_number
 from latentmill.reader.sharding import (
     BLOCK,
+    STATE_VERSION,
     WINDOW,
     EpochProgress,
     Even,
@@ -265,8 +266,9 @@ class LatentStream(Shown, Resumable, IterableDataset[Sample]):
         self._loaded_share = tuple(state["share"]) if "share" in state else None
         self._share = None
 
-    def _order(self, epoch: int) -> str:
-        return f"{self._mixture.digest}-{self.corpus.digest}"
+    def _order(self, epoch: int, version: int = STATE_VERSION) -> str:
+        corpus = self.corpus
+        return f"{self._mixture.digest}-{corpus.digest if version > 1 else corpus.digest_of_rows}"
 
     def _records(self) -> list[int]:
         return self.corpus.records
