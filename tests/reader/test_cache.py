@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
 import threading
@@ -229,6 +230,38 @@ def test_the_least_recently_used_block_goes_first(tmp_path: Path, remote: Latent
     assert min(ages) == 80 - len(ages)
 
 
+def test_of_blocks_of_one_time_no_more_are_removed_than_needed(
+    tmp_path: Path, remote: LatentStore
+) -> None:
+    """After the cache was copied, for example."""
+    for number in range(80):
+        path = tmp_path / "00" / f"{name('00')}-{number}.block"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(BLOCK))
+        os.utime(path, (1000, 1000))
+    cache = RangeCache(tmp_path, 64 * BLOCK / 2**30)
+    piece = Piece(Shard("shard", BLOCK, "hash"), 0, memoryview(bytearray(BLOCK)))
+    remote.storage.write("shard", bytes(BLOCK))
+    cache.fill(remote.storage, [piece])
+    assert len(list((tmp_path / "00").iterdir())) == 62  # 1/32 of 64 is free
+
+
+def test_one_process_at_a_time_lists_the_cache(tmp_path: Path, remote: LatentStore) -> None:
+    old = tmp_path / "ab" / f"{name('ab')}-0.lock"
+    old.parent.mkdir()
+    old.touch()
+    os.utime(old, (0, 0))
+    expected = read_all(remote, None)
+    with (tmp_path / "shrink.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert np.array_equal(read_all(remote, RangeCache(tmp_path, 1)), expected)
+        assert old.exists()
+    for block in blocks(tmp_path):
+        block.unlink()
+    assert np.array_equal(read_all(remote, RangeCache(tmp_path, 1)), expected)
+    assert not old.exists()
+
+
 def test_a_damaged_block_is_read_again(
     remote: LatentStore, tmp_path: Path, requests: list[int]
 ) -> None:
@@ -278,7 +311,7 @@ def test_a_disk_that_fails_is_one_sentence(
     old.parent.mkdir()
     old.touch()
     os.utime(old, (0, 0))
-    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(os, "unlink", refuse)
     with pytest.raises(StorageError, match="Permission denied") as refused:
         read_all(remote, RangeCache(tmp_path, 1))
     one_sentence(refused.value)

@@ -15,17 +15,20 @@ import re
 import stat
 import tempfile
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from latentmill.errors import ConfigError, StorageError, restore_hint
+from latentmill.storage.remote import NO_MORE_FILES, too_many_files
 from latentmill.storage.storage import Storage
 
 BLOCK = 256 * 1024
-from latentmill.storage.remote import NO_MORE_FILES, too_many_files
 SPAN = 64  # blocks (16 MiB); a request reads at most those of one span
 BLOCKS_TOGETHER = 256  # that are read at once and in memory at the same time
 _SUFFIX = ".block"
@@ -72,8 +75,8 @@ class RangeCache:
 
     Can be pickled; any number of processes may share the folder, which is created if missing. `gib`
     is its maximum size in GiB, at least 64 blocks (16 MiB). Each process that writes may exceed it
-    by 1/64 before it checks the size again. Raises ConfigError if the folder is an empty string or
-    cannot be created.
+    by 1/64 before it checks the size again, and by as much again while another one checks it.
+    Raises ConfigError if the folder is an empty string or cannot be created.
 
     With `whole`, everything is expected to be read sooner or later and to fit, so a missing block
     is read together with its neighbours: fewer, larger requests fill a new cache faster.
@@ -96,15 +99,20 @@ class RangeCache:
                 f"cannot create the cache folder {folder} ({error.strerror}): use another one."
             ) from error
 
-    def __reduce__(self) -> tuple[Callable[..., RangeCache], tuple[Path, float]]:
-        return partial(RangeCache, whole=self.whole), (self.folder, self.gib)
-
     def __deepcopy__(self, memo: dict[int, object]) -> RangeCache:
         return self  # also used by several threads
 
+    def __reduce__(self) -> tuple[Callable[..., RangeCache], tuple[Path, float]]:
+        return partial(RangeCache, whole=self.whole), (self.folder, self.gib)
+
     def holds(self, size: int) -> bool:
         """Whether that many bytes fit into the cache without removing any."""
-        return size <= self._max_bytes - self._max_bytes // 32
+        return size <= self._held_bytes
+
+    @property
+    def _held_bytes(self) -> int:
+        """The size to which the cache shrinks when it is full."""
+        return self._max_bytes - self._max_bytes // 32
 
     def fill(self, storage: Storage, pieces: Sequence[Piece]) -> None:
         """Fill the pieces from the cache; read missing blocks from the storage into the cache.
@@ -181,6 +189,11 @@ class RangeCache:
         """Hold the lock on reading a span; yields whether it is held, which it is after a wait."""
         shard, number = span
         path = self._path(shard, number * SPAN).with_suffix(".lock")
+        with self._locked_file(path, wait=wait) as held:
+            yield held
+
+    @contextlib.contextmanager
+    def _locked_file(self, path: Path, *, wait: bool) -> Iterator[bool]:
         try:
             path.parent.mkdir(exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
@@ -245,38 +258,73 @@ class RangeCache:
         self._written += len(data)
 
     def _shrink(self) -> None:
-        """Remove the least recently used blocks until 1/32 of the maximum size is free."""
-        try:
-            found = sorted(self._own_files())
-            total = sum(size for _, size, _ in found)
-            now = time.time()
-            for used, size, path in found:
-                abandoned = path.suffix != _SUFFIX and now - used > _ABANDONED_SECONDS
-                if abandoned or (path.suffix == _SUFFIX and not self.holds(total)):
-                    path.unlink(missing_ok=True)
-                    total -= size
-        except OSError as error:
-            raise self._failed(error) from error
+        """Remove the least recently used blocks until 1/32 of the maximum size is free.
+
+        While another process does it, this one goes on: listing a large cache takes long.
+        """
+        with self._locked_file(self.folder / "shrink.lock", wait=False) as held:
+            if held:
+                try:
+                    self._remove_oldest()
+                except OSError as error:
+                    raise self._failed(error) from error
         self._written = 0
 
-    def _own_files(self) -> Iterator[tuple[float, int, Path]]:
-        """Time of the last use, size and path of each file that a cache made in the folder."""
-        for folder in self.folder.iterdir():
-            if not _FOLDER.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
+    def _remove_oldest(self) -> None:
+        """Remove abandoned files and, if the cache is full, the least recently used blocks."""
+        total, used, sizes = 0, array("q"), array("q")  # few bytes for each of millions of blocks
+        now = time.time_ns()
+        for path, status in self._own_files():
+            if path.endswith(_SUFFIX):
+                used.append(status.st_mtime_ns)
+                sizes.append(status.st_size)
+            elif now - status.st_mtime_ns > _ABANDONED_SECONDS * 1e9:
+                _remove(path)
                 continue
-            for path in folder.iterdir():
-                if not _FILE.fullmatch(path.name) or path.name[:2] != folder.name:
+            total += status.st_size
+        if self.holds(total) or not used:
+            return
+        order = np.argsort(used, kind="stable")
+        freed = np.cumsum(np.asarray(sizes)[order])
+        count = min(int(np.searchsorted(freed, total - self._held_bytes)) + 1, len(used))
+        newest = used[order[count - 1]]
+        as_new = count - int((np.asarray(used) < newest).sum())  # of those used at that time
+        for path, status in self._own_files():
+            if path.endswith(_SUFFIX) and status.st_mtime_ns <= newest:
+                if status.st_mtime_ns == newest:
+                    as_new -= 1
+                if as_new >= 0 or status.st_mtime_ns < newest:
+                    _remove(path)
+
+    def _own_files(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Path and status of each file that a cache made in the folder."""
+        with os.scandir(self.folder) as found:
+            folders = [one for one in found if _FOLDER.fullmatch(one.name)]
+        for folder in folders:
+            if not folder.is_dir(follow_symlinks=False):
+                continue
+            with os.scandir(folder.path) as found:
+                files = [one for one in found if _FILE.fullmatch(one.name)]
+            for file in files:
+                if file.name[:2] != folder.name:
                     continue
                 with contextlib.suppress(FileNotFoundError):  # another process may remove it
-                    status = path.lstat()
+                    status = file.stat(follow_symlinks=False)
                     if stat.S_ISREG(status.st_mode):
-                        yield status.st_mtime, status.st_size, path
+                        yield file.path, status
 
     def _failed(self, error: OSError) -> StorageError:
+        if error.errno in NO_MORE_FILES:
+            return too_many_files(os.strerror(error.errno))
         return StorageError(
             f"cannot use the cache in {self.folder} ({error.strerror}): free some space there, or "
             "set a smaller cache_gib or another cache folder."
         )
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)  # noqa: PTH108  a Path takes longer to make than a file to remove
 
 
 def _blocks_of(piece: Piece) -> range:
@@ -297,5 +345,3 @@ def _overlap(number: int, piece: Piece) -> tuple[memoryview, int]:
     first = max(piece.offset, begin)
     last = min(piece.offset + len(piece.target), begin + BLOCK)
     return piece.target[first - piece.offset : last - piece.offset], first - begin
-        if error.errno in NO_MORE_FILES:
-            return too_many_files(os.strerror(error.errno))
