@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from latentmill.engine.scheduler import (
+    LONGEST_RESTART_SECONDS,
     PLACE_SECONDS,
     RESTART_SECONDS,
     STORAGE_RETRY_SECONDS,
@@ -16,6 +19,7 @@ from latentmill.errors import (
     StorageError,
     UnitsFailedError,
 )
+from latentmill.plan import Unit
 from support.fake_cluster import FakeCluster, Node
 
 REFUSED = ConfigError("--device cuda is not available: use --device cpu.")
@@ -126,3 +130,61 @@ def test_a_worker_that_can_write_again_gets_units_again(monkeypatch: pytest.Monk
     cluster.run(monkeypatch, 40)
     assert len(cluster.losses) == 2
     assert cluster.done["bad"] > 10
+
+
+@pytest.mark.parametrize("left", [1, 2, 10])
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 8])
+def test_a_disk_that_is_full_near_the_end_ends_the_run_with_its_error(
+    monkeypatch: pytest.MonkeyPatch, workers: int, left: int
+) -> None:
+    cluster = FakeCluster(good(workers))
+    units = 2 * workers + left
+
+    def fill() -> None:
+        if cluster.done.total() >= units - left:
+            for node in cluster.nodes.values():
+                node.unit_error = FULL
+
+    for second in range(2000):
+        cluster.events[second] = fill
+    with pytest.raises(StorageError, match=str(FULL)):
+        cluster.run(monkeypatch, units)
+
+
+def test_a_write_that_fails_once_beside_a_worker_that_cannot_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Once(FakeCluster):
+        def unit_lost(self, unit: Unit, attempt: int, reason: str) -> None:
+            super().unit_lost(unit, attempt, reason)
+            self.nodes["good-0"].unit_error = None
+
+    cluster = Once({"bad": Node(start_error=REFUSED), **good(1)})
+    cluster.events[100] = lambda: setattr(cluster.nodes["good-0"], "unit_error", FULL)
+    cluster.run(monkeypatch, 20)
+    assert (cluster.done["good-0"], len(cluster.losses)) == (20, 1)
+
+
+@pytest.mark.parametrize("seconds", [70, 90, 200])
+def test_workers_that_refuse_late_one_after_the_other_end_the_run(
+    monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    cluster = FakeCluster({"bad-0": Node(start_error=REFUSED, start_seconds=seconds)})
+    for number in range(1, 4):
+        late = Node(start_error=REFUSED, start_seconds=seconds)
+        cluster.events[(seconds - 5) * number] = lambda number=number, late=late: (  # type: ignore[misc]
+            cluster.nodes.update({f"bad-{number}": late})
+        )
+    with pytest.raises(ConfigError, match=str(REFUSED)):
+        cluster.run(monkeypatch, 20)
+
+
+def test_a_worker_that_can_never_start_is_tried_ever_more_rarely(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = FakeCluster({"bad": Node(start_error=REFUSED), **good(1)})
+    cluster.run(monkeypatch, 150)
+    assert cluster.now > 4 * LONGEST_RESTART_SECONDS
+    doubling = math.log2(LONGEST_RESTART_SECONDS / RESTART_SECONDS) + 1
+    # Each start is an actor; one is that of the good node.
+    assert cluster.started <= 2 + doubling + cluster.now / LONGEST_RESTART_SECONDS

@@ -31,15 +31,16 @@ class Node:
     Attributes:
         load: Time to load the model.
         unit: Time for a unit.
-        start_error: Raised instead of loading the model, after a second.
+        start_error: Raised instead of loading the model, after `start_seconds`.
         dies: Whether its process dies while it loads the model.
         origin_error: Raised by the call for the origin, after five seconds.
-        unit_error: Raised by every unit, after a second.
+        unit_error: Raised by every unit, after a second, and by those that end now.
     """
 
     load: float = 30.0
     unit: float = 100.0
     start_error: Exception | None = None
+    start_seconds: float = 1.0
     dies: bool = False
     origin_error: Exception | None = None
     unit_error: Exception | None = None
@@ -86,7 +87,7 @@ class _Actor:
             if method in ("place", "ready"):
                 reference.value = f"process 1 on {self.node}"
             if method == "ready":
-                end = now + 1 if node.start_error else now + node.load
+                end = now + (node.start_seconds if node.start_error else node.load)
                 reference.value = node.start_error or reference.value
                 if node.dies:
                     reference.value = ActorDiedError()
@@ -111,12 +112,14 @@ class FakeCluster(Progress):
         done: Number of units that each node has committed.
         losses: The reasons of lost units.
         ready: Number of ready workers now.
+        started: Number of actors that were started.
     """
 
     nodes: dict[str, Node]
     events: dict[float, Callable[[], None]] = field(default_factory=dict)
     now: float = 0.0
     ready: int = 0
+    started: int = 0
     done: Counter[str] = field(default_factory=Counter)
     losses: list[str] = field(default_factory=list)
     _actors: list[_Actor] = field(default_factory=list)
@@ -149,6 +152,7 @@ class FakeCluster(Progress):
         """Not remembered."""
 
     def _start(self) -> _Actor:
+        self.started += 1
         actor = _Actor(self)
         self._actors.append(actor)
         self._place()
@@ -186,13 +190,15 @@ class FakeCluster(Progress):
     def _get(self, reference: _Reference) -> Reply:
         if self._is_lost(reference):
             raise NodeDiedError("The actor died because its node has died.")
-        value = reference.value
+        node, value = str(reference.actor.node), reference.value
+        if isinstance(value, UnitResult):
+            value = self.nodes[node].unit_error or value
         if isinstance(value, ActorDiedError):
             raise value
         if isinstance(value, Exception):
             raise RayTaskError("call", "traceback", cause=value)
         if isinstance(value, UnitResult):
-            self.done[str(reference.actor.node)] += 1
+            self.done[node] += 1
         return Reply(value, ())
 
     def _kill(self, actor: _Actor) -> None:

@@ -64,7 +64,7 @@ class Dispatch:
     def storage_fails(self) -> bool:
         """Whether several units in a row, or all open ones, could not be read or written."""
         several = len(self._unstored) >= MAX_STORAGE_LOSSES
-        return bool(self._open) and (several or self._unstored >= self._open)
+        return bool(self._unstored) and (several or self._unstored >= self._open)
 
     @property
     def queued(self) -> int:

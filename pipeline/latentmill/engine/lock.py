@@ -106,7 +106,9 @@ class Membership:
         self.storage = storage if owner is None else guarded(storage, owner)
         self._file: BinaryIO | None = None
         if storage.local:
-            if not Path(storage.root).is_dir():  # the driver has made it
+            with writing(storage.root):
+                there = Path(storage.root).is_dir()  # the driver has made it
+            if not there:
                 raise StorageError(
                     f"Store {storage.root} does not exist on {socket.gethostname()}: mount its "
                     "file system there, then run the same command again."

@@ -43,7 +43,8 @@ RESIZE_SECONDS = 5.0  # between two checks of the cluster's resources
 NO_WORKER_SECONDS = 60.0  # without a ready worker before a message is shown
 PLACE_SECONDS = 300.0  # without a working worker before those that have no node are given up
 MAX_STARTS = 3  # failed starts in a row before the run ends, or starts actors one by one
-RESTART_SECONDS = 60.0  # between two of these starts
+RESTART_SECONDS = 60.0  # between two of these starts; twice as long after each that fails
+LONGEST_RESTART_SECONDS = 3600.0
 STORAGE_RETRY_SECONDS = 600.0  # before a worker that could not read or write gets more units
 
 Kind = Literal["place", "ready", "origin", "unit", "report"]
@@ -111,6 +112,7 @@ class Scheduler:
         self._failed_starts = 0
         self._start_error: LatentmillError | None = None  # the last one
         self._next_start = 0.0  # when one more actor may start after failed starts
+        self._pause = RESTART_SECONDS
 
     def run(self, units: Sequence[Unit], on_origin: Callable[[Any], None]) -> None:
         """Encode all units. `on_origin` gets what a worker's `origin` returns before any unit
@@ -151,17 +153,22 @@ class Scheduler:
         waiting = sum(slot.retry_at is not None for slot in self._slots)
         missing = min(self._target, max(1, self._dispatch.open) + waiting) - len(self._slots)
         if self._failed_starts >= MAX_STARTS and self._slots:  # continue with those that are there
-            if self._start_error is not None and self._none_left():
-                raise self._start_error
-            missing = min(missing, 1) if now >= self._next_start else 0
+            self._end_if_none_starts()
+            loading = any(slot.placed and not slot.ready for slot in self._slots)
+            missing = min(missing, 1) if now >= self._next_start and not loading else 0
         for _ in range(missing):
             _log.debug("starting a worker with %s", self._shape)
             slot = WorkerSlot(start_actor(self._job, self._shape))
             self._slots.append(slot)
             self._track(slot, "place", slot.actor.place.remote())
             self._track(slot, "ready", slot.actor.ready.remote())
-            self._next_start = now + RESTART_SECONDS
+            self._next_start = now + self._pause
         self._count_workers()
+
+    def _end_if_none_starts(self) -> None:
+        ready = any(slot.ready for slot in self._slots)
+        if self._start_error is not None and not ready and self._none_left():
+            raise self._start_error
 
     def _none_left(self) -> bool:
         """Whether no worker can encode, none loads its model, and none will be placed soon."""
@@ -250,7 +257,7 @@ class Scheduler:
         elif call.kind == "ready":
             slot.ready, slot.placed, slot.place = True, True, result
             self._to_fill.add(slot)
-            self._failed_starts = 0
+            self._failed_starts, self._pause = 0, RESTART_SECONDS
             if self._origin is None:
                 self._track(slot, "origin", slot.actor.origin.remote())
         elif self._origin is None:
@@ -290,7 +297,7 @@ class Scheduler:
         slot.retry_at = time.monotonic() + STORAGE_RETRY_SECONDS
         self._dispatch.leave(slot)  # no suspect waits for it
         self._lose(unit, Loss("node" if known else "storage", str(error)))
-        if self._dispatch.storage_fails and self._none_left():
+        if self._dispatch.storage_fails and (self._none_left() or not self._dispatch.open):
             raise error
         if slot.tainted and not slot.units:
             self._end_slot(slot)
@@ -318,11 +325,12 @@ class Scheduler:
     def _failed_start(self, slot: WorkerSlot, error: LatentmillError, count: int) -> None:
         """Count a start that failed; the slot was removed. If no other is left, the run ends."""
         self._failed_starts += count
-        self._next_start = time.monotonic() + RESTART_SECONDS
+        self._next_start = time.monotonic() + self._pause
+        self._pause = min(2 * self._pause, LONGEST_RESTART_SECONDS)
         repeated = str(error) in str(self._start_error)
         self._start_error = slot.located(error)
-        if self._failed_starts >= MAX_STARTS and self._none_left():
-            raise self._start_error
+        if self._failed_starts >= MAX_STARTS:
+            self._end_if_none_starts()
         if not repeated:
             _log.warning("%s", self._start_error)
 

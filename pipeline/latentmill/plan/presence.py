@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import socket
 import time
@@ -67,13 +66,15 @@ def checked(outcomes: Iterable[Outcome], storage: Storage, unit: Unit) -> Iterat
 
 
 def _check_readable(storage: Storage, unit: Unit, loaded: frozenset[str]) -> None:
+    known = [item for item in read_items(storage, unit) if item.key in loaded]
+    if any(_read_error(item.uri) is None for item in _few(known)):
+        return
     plan = load(storage)
     if plan is None:  # the run has lost its store, which is reported where the unit is written
         return
-    known = [item for item in read_items(storage, unit) if item.key in loaded]
     reason = None
     end = time.monotonic() + LOOK_UP_SECONDS
-    for item in itertools.chain(_few(known), _examples(storage, plan, [unit])):
+    for item in _examples(storage, plan, [unit]):
         if (error := _read_error(item.uri)) is None:
             return
         reason = reason or f"{item.uri}: {error}"
