@@ -116,7 +116,7 @@ def test_an_origin_that_cannot_be_read_is_named(
         _ = LatentStore(storage.root, device="cpu").origin
     path = Path(storage.root) / ORIGIN_PATH
     path.unlink()
-    with pytest.raises(StorageError, match=r"origin\.npy is missing: run the") as error:
+    with pytest.raises(StorageError, match=r"origin\.npy is missing: restore it") as error:
         read_origin(storage)
     assert one_sentence(error.value)
     path.mkdir()
