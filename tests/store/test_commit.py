@@ -291,13 +291,16 @@ def change(document: dict, **values: object) -> str:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda d: "", "is damaged: delete it"),
-        (lambda d: change(d)[:-20], "is damaged: delete it"),
-        (lambda d: change(d, rows=2), "is damaged: delete it"),
-        (lambda d: change(d, shard=None), "is damaged: delete it"),
-        (lambda d: change(d, surprise=1), "is damaged: delete it"),
-        (lambda d: change(d, items=[{**d["items"][0], "offset": None}]), "is damaged: delete it"),
-        (lambda d: change(d, unit="000008"), "is the commit of unit 000008, revision 0: delete it"),
+        (lambda d: "", "is damaged: restore it"),
+        (lambda d: change(d)[:-20], "is damaged: restore it"),
+        (lambda d: change(d, rows=2), "is damaged: restore it"),
+        (lambda d: change(d, shard=None), "is damaged: restore it"),
+        (lambda d: change(d, surprise=1), "is damaged: restore it"),
+        (lambda d: change(d, items=[{**d["items"][0], "offset": None}]), "is damaged: restore it"),
+        (
+            lambda d: change(d, unit="000008"),
+            "is the commit of unit 000008, revision 0: restore it",
+        ),
         (lambda d: change(d, format_version=3), "has format version 3, but this version"),
     ],
 )

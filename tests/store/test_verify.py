@@ -90,7 +90,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "tmp/x was not written by latentmill",
     ),
     "linked tmp": (lambda f: (f / "tmp").symlink_to(f.parent), "tmp is a link: remove it"),
-    "damaged commit": (lambda f: commit(f).write_text("{"), "000001.json is damaged: delete it"),
+    "damaged commit": (lambda f: commit(f).write_text("{"), "000001.json is damaged: restore it"),
     "stray commit": (
         lambda f: shutil.copy(commit(f), f / "commits/000099.json"),
         "commits/000099.json does not belong to a unit",
