@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -42,6 +43,22 @@ def test_a_part_of_a_view_lists_what_the_view_left_out(base: str, tmp_path: Path
     both = lm.open(lm.merge(parts, tmp_path / "both").dest)  # has what the other part left out
     assert sorted(read_left_out(both)["key"].to_pylist()) == sorted(FOLK)
     assert both.info.left_out == {"where: not genre != 'folk'": 6}
+
+
+def test_a_part_of_a_view_from_an_earlier_version_is_written_again(
+    base: str, tmp_path: Path
+) -> None:
+    """It counts only what itself left out."""
+    clean = lm.select(base, tmp_path / "clean", where="genre != 'folk'").dest
+    into = {"a": 0.5, "b": 0.5}
+    lm.split(clean, tmp_path / "parts", into, by="key")
+    for name, other in ("ab", "ba"):
+        path = tmp_path / "parts" / name / "dataset.json"
+        left_out = {f"in {other}": len(lm.open(tmp_path / "parts" / other))}
+        path.write_text(json.dumps({**json.loads(path.read_text()), "left_out": left_out}))
+    lm.split(clean, tmp_path / "parts", into, by="key")
+    for name in "ab":
+        assert sum(lm.open(tmp_path / "parts" / name).info.left_out.values()) > 6
 
 
 def test_a_prefix_is_before_all_keys_of_the_list(base: str, tmp_path: Path) -> None:

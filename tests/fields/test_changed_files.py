@@ -83,6 +83,27 @@ def test_a_changed_file_that_the_field_cannot_load(songs: Path, store: Path) -> 
     assert_behind(store, 0)
 
 
+def test_a_changed_file_that_the_store_has_planned_but_not_encoded(
+    songs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    encode(songs, store, unit_seconds=60.0)
+    change(songs, KEY, 88_200)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("latentmill.engine.worker.Worker.encode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            encode_changed(songs, store)
+    assert added(store).failures == ()
+    encode_changed(songs, store)
+    assert added(store).failures == ()
+    assert lengths(store) == (200, 200)
+    assert_behind(store, 0)
+
+
 @pytest.mark.parametrize("rewritten", [False, True])
 def test_a_changed_file_that_the_store_cannot_load(
     songs: Path, store: Path, rewritten: bool

@@ -170,6 +170,11 @@ def test_a_reader_is_warned_of_texts_that_were_annotated_on_a_view(
     found = opened_with(view, "text")
     assert len(found) == 2
     assert f"of which the view {view} has other values for 1 record: annotate {store}" in found[0]
+    path = view / "dataset.json"  # as an earlier version wrote it, which marked nothing
+    info = json.loads(path.read_text())
+    info["annotation"]["refreshed"] = []
+    path.write_text(json.dumps(info))
+    assert opened_with(view, "text") == []
     annotate(store, "", {}, {"text": "new"})
     add_field()
     assert opened_with(view, "text") == []

@@ -115,7 +115,10 @@ def write_view(out: str, chosen: Sequence[Chosen], *, overwrite: bool = False) -
     with only_run(Storage(out)) as hold:
         storage = hold.storage
         before = _replaced(storage)
-        if before and not overwrite and (before.index_hash, before.left_out) != (digest, counts):
+        equal = before is not None and before.index_hash == digest
+        # Earlier versions did not count what the chosen views had left out.
+        own = _counts(pa.concat_tables(one.left_out for one in chosen).unify_dictionaries())
+        if before and not overwrite and not (equal and before.left_out in (counts, own)):
             raise ConfigError(
                 f"{storage.root} is a view already: use --overwrite to replace it, or another name."
             )

@@ -299,7 +299,8 @@ class Worker:
         base = None if whole else self._base.of(unit.name)
         inputs = audio_inputs(planned, base, earlier.items.values())
         field = FieldUnit(earlier, inputs, retry_failed=self._job.retry_failed)
-        if base is not None and field.todo:
+        # A unit that was planned again may have files that the store has not encoded yet.
+        if base is not None and field.todo and base.items_hash in (None, unit.hash):
             field.encoded_files = self._base.content_hashes(base)
         return field
 

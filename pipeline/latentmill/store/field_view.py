@@ -94,7 +94,11 @@ class FieldOfView(LatentStore):
         if name == entry.source or name not in own.names:
             return
         base = self._view.info.bases[number]
-        ours, theirs = (_values_of(one, name) for one in (self._view, LatentStore(base.url)))
+        store = LatentStore(base.url)
+        annotated = store.info.annotation
+        if not own.refreshed and annotated is not None and name in annotated.names:
+            return  # a view of an earlier version does not tell whose values it has
+        ours, theirs = (_values_of(one, name) for one in (self._view, store))
         if ours is None or theirs is None:
             return
         keys = self._keys_in(number).to_pylist()
@@ -104,7 +108,8 @@ class FieldOfView(LatentStore):
                 f"field {entry.name!r} of {base.url} is computed from {name!r}, of which the view "
                 f"{self._view.url} has other values for {counted(other, 'record')}: annotate "
                 f"{base.url} instead of the view, and run the `latentmill add` command again that "
-                "added the field.",
+                f"added the field; if {base.url} has the better values, write the view again with "
+                "--overwrite.",
                 FieldBehindWarning,
                 stacklevel=2,
             )
