@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -217,6 +218,21 @@ def test_a_worker_that_ends_is_reported(
         for batch in loader:
             positions += batch["position"]
     one_sentence(error.value)
+    assert positions == list(range(50))
+
+
+def test_batches_that_a_worker_made_before_it_died_are_not_lost(tmp_path: Path) -> None:
+    store = write_latents(str(tmp_path), [9] * 64)
+    exits = Failing(lambda: sys.exit(4))
+    stream = lm.LatentStream(store, crop=4, batch_size=2, transforms=[exits])
+    loader = lm.Loader(stream, workers=2, start_method="fork")
+    alive, positions = len(multiprocessing.active_children()) + 2, []
+    with pytest.raises(WorkerError, match="ended with exit code 4"):
+        for batch in loader:
+            positions += batch["position"]
+            if len(positions) == 46:  # the next request is sent to a worker that has died
+                while len(multiprocessing.active_children()) == alive:
+                    time.sleep(0.01)
     assert positions == list(range(50))
 
 

@@ -108,7 +108,7 @@ class Workers:
         return self._pid == os.getpid()
 
     def request(self, requested: Requested) -> None:
-        """Let the next worker make a batch. Raises WorkerError if it has died."""
+        """Let the next worker make a batch. If it has died, `receive` reports it in its turn."""
         worker = next(self._turns)
         for slot in self._released.take():
             self._unused[slot.worker].append(slot)
@@ -185,10 +185,9 @@ class _Worker:
             theirs.close()
 
     def send(self, message: object) -> None:
-        try:
+        """Send a message; `receive` reports a process that has ended, after what it has made."""
+        with contextlib.suppress(*_LOST):
             self._connection.send_bytes(pickle.dumps(message))
-        except _LOST as error:
-            raise self._died() from error
 
     def receive(self) -> Any:
         try:
