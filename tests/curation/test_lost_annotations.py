@@ -66,6 +66,19 @@ def test_a_run_fails_before_it_encodes_and_a_revert_lets_it_go_on(
     runs.assert_whole(store)
 
 
+def test_a_revert_to_the_values_of_the_lost_file(songs: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    encode(songs, store)
+    annotate(store, _0="calm")
+    annotate(store, _0="loud")
+    assert lm.revert_annotations(store).version == 3  # the values of version 1
+    (store / "annotations/0003.parquet").unlink()
+    assert lm.revert_annotations(store, 1).version == 4
+    assert metadata(store)["0"] == {"bpm": 0, "mood": "calm"}
+    assert not lm.revert_annotations(store, 1).changed
+    runs.assert_whole(store)
+
+
 def test_a_store_that_was_never_complete_is_not_reverted(songs: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     encode(songs, store)

@@ -182,6 +182,9 @@ def test_lightning_resumes(tmp_path: Path, kind: str, steps: int) -> None:
             self.last = {name: batch[name] for name in ("epoch", "position")}
             return self.layer(batch["latents"]).square().mean()
 
+        def validation_step(self, batch: dict[str, Any], index: int) -> None:
+            self.validated = batch["key"]
+
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), 1e-3)
 
@@ -202,7 +205,8 @@ def test_lightning_resumes(tmp_path: Path, kind: str, steps: int) -> None:
                 enable_model_summary=False,
                 use_distributed_sampler=False,
             )
-            trainer.fit(self, self.loader, **options)
+            with lm.Loader(lm.LatentDataset(store, crop=8), 2, workers=0) as validation:
+                trainer.fit(self, self.loader, validation, **options)
 
     first = Model(crash_after=steps + 2)
     with pytest.raises(RuntimeError, match="crash"):

@@ -90,6 +90,17 @@ def test_a_branch_that_has_moved(
     assert caplog.messages == []
 
 
+def test_another_commit_has_the_same_weights(
+    store: Path, audio: FloatArray, now: dict[str, str]
+) -> None:
+    """A machine without network has only that one."""
+    now.update({"main": NEW, "absent": OLD, NEW: OLD})
+    np.testing.assert_array_equal(decoded(store), audio)
+    now.update({"absent": OLD, "main": OLD})
+    with pytest.raises(ModelError, match=f"Commit {OLD} is not on this machine"):
+        decoded(store)
+
+
 def test_other_weights_are_refused_with_what_helps(
     store: Path, now: dict[str, str], one_sentence: Any
 ) -> None:

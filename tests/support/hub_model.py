@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from latentmill.errors import ModelError
 from latentmill.models.base import ModelHandle
 from latentmill.models.registry import resolve
 
 OLD, NEW = "a" * 40, "b" * 40  # commits
-now = {"main": OLD, "package_version": "4.57.1"}
+# `absent` is a commit that cannot be downloaded; NEW: the commit that has the same weights.
+now = {"main": OLD, "package_version": "4.57.1", "absent": "", NEW: NEW}
 
 
 def build(revision: str | None = None, repo: str = "owner/name") -> ModelHandle:
@@ -19,6 +21,8 @@ def build(revision: str | None = None, repo: str = "owner/name") -> ModelHandle:
     local = repo.startswith("/")
     assert not (local and revision)
     commit = {None: now["main"], "main": now["main"]}.get(revision, revision)
+    if commit == now["absent"]:
+        raise ModelError(f"Commit {commit} is not on this machine: download it.")
     handle = resolve("mdct", {"hop": 64, "sample_rate": 44100})
     spec = replace(
         handle.spec,
@@ -26,7 +30,7 @@ def build(revision: str | None = None, repo: str = "owner/name") -> ModelHandle:
             **handle.spec.identity,
             "package": "some-package",
             "package_version": now["package_version"],
-            "sha256_weights": (OLD if local else str(commit)) + "0" * 24,
+            "sha256_weights": (OLD if local else now.get(str(commit), str(commit))) + "0" * 24,
         },
         provenance={"repo": repo, "revision": None if local else commit},
     )

@@ -134,6 +134,11 @@ def revert_annotations(
         table = EMPTY if wanted == 0 else open_annotations(storage, entry, wanted).table
         # Not by the current values, which may be damaged.
         same = entry.hashes[wanted - 1] == entry.hashes[-1] if wanted else not entry.records
+        if same:
+            try:
+                open_annotations(storage, entry)
+            except StoreError:  # the newest file is missing or damaged: written again
+                same = False
         return publish(storage, current, table, changed=not same)
 
 

@@ -51,7 +51,14 @@ def resolve_stored(
     commit = recorded.get("revision") if isinstance(recorded, Mapping) else None
     chosen = {"repo", "revision"} & set(given)
     if commit and not chosen and registry.takes_option(name, "revision"):
-        options = {**options, "revision": commit}
+        pinned = {**options, "revision": commit}
+        try:
+            return registry.resolve(name, pinned, channels, stored=stored)
+        except ModelError as error:  # another commit, which is here, may have the same weights
+            try:
+                return registry.resolve(name, options, channels, stored=stored)
+            except ModelError:
+                raise error from None
     return registry.resolve(name, options, channels, stored=stored)
 
 

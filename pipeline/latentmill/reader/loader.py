@@ -112,6 +112,8 @@ class Loader(Shown, Closeable):
         batches = len(self._order) / self.batch_size
         return math.floor(batches) if self._drop_last else math.ceil(batches)
 
+    batch_sampler = None  # Lightning looks for it in what has a `sampler`
+
     @property
     def sampler(self) -> Loader:
         """Returns itself, because Lightning calls `sampler.set_epoch` of a loader."""
