@@ -195,7 +195,7 @@ def test_the_lock_is_seen_without_the_right_to_write_to_it_except_on_nfs(
     member.close()
     who = f"ann@{HERE['host']}, pid 7, since 2026-11-28 20:49:00 UTC"
     unknown = (
-        f"unknown: the run of {who}, has not ended in order, and this machine cannot see whether "
+        f"unknown: the run of {who}, did not end normally, and this machine cannot see whether "
         "it is running; if it was killed, run "
     )
     assert first == "/lat: " + (

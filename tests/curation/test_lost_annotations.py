@@ -35,6 +35,13 @@ def annotate(store: Path, **moods: str) -> None:
     lm.annotate(store, store.parent / "rows.csv")
 
 
+def annotated_twice(songs: Path, tmp_path: Path) -> Path:
+    encode(songs, tmp_path / "store")
+    annotate(tmp_path / "store", _0="calm")
+    annotate(tmp_path / "store", _0="loud")
+    return tmp_path / "store"
+
+
 def metadata(store: Path) -> dict[str, dict[str, Any]]:
     return {record.key: dict(record.metadata) for record in LatentStore(store)}
 
@@ -42,10 +49,7 @@ def metadata(store: Path) -> dict[str, dict[str, Any]]:
 def test_a_run_fails_before_it_encodes_and_a_revert_lets_it_go_on(
     songs: Path, tmp_path: Path
 ) -> None:
-    store = tmp_path / "store"
-    encode(songs, store)
-    annotate(store, _0="calm")
-    annotate(store, _0="loud")
+    store = annotated_twice(songs, tmp_path)
     (store / "annotations/0002.parquet").unlink()
     tone(songs / "9.wav", 3000)
     before = runs.commits(store)
@@ -67,10 +71,7 @@ def test_a_run_fails_before_it_encodes_and_a_revert_lets_it_go_on(
 
 
 def test_a_revert_to_the_values_of_the_lost_file(songs: Path, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    encode(songs, store)
-    annotate(store, _0="calm")
-    annotate(store, _0="loud")
+    store = annotated_twice(songs, tmp_path)
     assert lm.revert_annotations(store).version == 3  # the values of version 1
     (store / "annotations/0003.parquet").unlink()
     assert lm.revert_annotations(store, 1).version == 4
@@ -133,10 +134,7 @@ def test_a_view_is_written_again_without_its_earlier_versions(songs: Path, tmp_p
 def test_a_seal_without_dataset_json_needs_the_newest_version_only(
     songs: Path, tmp_path: Path
 ) -> None:
-    store = tmp_path / "store"
-    encode(songs, store)
-    annotate(store, _0="calm")
-    annotate(store, _0="loud")
+    store = annotated_twice(songs, tmp_path)
     expected, entry = metadata(store), LatentStore(store).info.annotation
     (store / "annotations/0001.parquet").unlink()
     (store / "dataset.json").unlink()

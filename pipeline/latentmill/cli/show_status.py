@@ -205,11 +205,10 @@ def _unknown(run: CurrentRun) -> str:
     since = _moment(run.since)
     who = f"the run of {run.by}{since and f', since {since}'}"
     if run.heartbeat is None:  # on a disk
-        return f"{who}, has not ended in order, and this machine cannot see whether it is running"
+        return f"{who}, did not end normally, and this machine cannot see whether it is running"
     last = _moment(run.heartbeat)
-    return (
-        f"{who}, sent no heartbeat while `status` waited (last heartbeat: {last}, by its own clock)"
-    )
+    when = last and f" (last heartbeat: {last}, by its own clock)"
+    return f"{who}, sent no heartbeat while `status` waited{when}"
 
 
 def _progress(run: CurrentRun | None) -> str:
