@@ -19,6 +19,7 @@ from hypothesis import settings
 from support.browser import chromium
 from support.in_process import in_process
 from support.recordings import write_corpus
+from support.s3_server import s3_server
 
 SHARED_AUDIO = Path(__file__).parents[2] / "shared" / "audio"
 
@@ -106,19 +107,15 @@ def one_sentence() -> Callable[[BaseException], str]:
 @pytest.fixture(scope="session")
 def _s3_server() -> Iterator[str]:
     s3fs = pytest.importorskip("s3fs")
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    pytest.importorskip("moto.server")
+    with s3_server() as url, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", url)
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         s3fs.S3FileSystem.clear_instance_cache()
-        yield f"http://{host}:{port}"
+        yield url
         s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
 
 
 _buckets = itertools.count()

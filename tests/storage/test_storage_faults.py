@@ -99,6 +99,8 @@ def test_an_outage_ends_in_one_sentence(
     assert one_sentence(caught.value).startswith(f"Cannot write {s3_bucket}/out/a: ")
 
 
+# Not in memory, where only one process can be: fsspec looks first and writes then.
+@pytest.mark.parametrize("storage", ["local", "s3"], indirect=True)
 def test_one_of_many_racers_creates_a_file(storage: Storage) -> None:
     storage.write("other", b"")  # the folder is there
     start = threading.Barrier(8)
