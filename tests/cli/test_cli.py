@@ -16,13 +16,11 @@ import pytest
 import soundfile
 import typer.main
 
-import latentmill
 from latentmill import __version__
 from latentmill.cli import app as cli
 from latentmill.cli import entry
 from latentmill.cli import read as cli_read
 from latentmill.decoding.files import file_name
-from latentmill.errors import ConfigError
 from latentmill.run.run import encode
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import VerifyReport, verify
@@ -150,23 +148,6 @@ def test_sync(capsys: Capture, store: Path, tmp_path: Path) -> None:
     assert (refused.code, refused.out) == (2, "")
 
 
-def test_decode_makes_the_folder_and_gives_the_audio(
-    capsys: Capture, store: Path, songs: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "not" / "there"
-    keys = ["album 0/song 00", "album 1/song 07"]
-    result = runs.call(capsys, "decode", store, *keys, "-o", folder, "--json")
-    assert (result.code, result.err) == (0, "")
-    files = [folder / f"{key}.wav" for key in keys]
-    assert runs.outcome(result) == {"files": [str(file) for file in files]}
-    for key, file in zip(keys, files, strict=True):
-        source, _ = soundfile.read(songs / f"{key}.wav", dtype="float32")
-        decoded, rate = soundfile.read(file, dtype="float32")
-        assert rate == 44100
-        assert decoded.shape == source.shape
-        np.testing.assert_allclose(decoded, source, atol=2e-3)
-
-
 def test_decode_to_where_nothing_can_be_written(
     capsys: Capture, store: Path, tmp_path: Path
 ) -> None:
@@ -199,7 +180,7 @@ def test_flac(capsys: Capture, store: Path, songs: Path, tmp_path: Path) -> None
     result = runs.call(capsys, "decode", store, key, "-o", tmp_path, "--format", "flac", "--json")
     assert (result.code, result.err) == (0, "")
     file = tmp_path / f"{key}.flac"
-    assert runs.outcome(result) == {"files": [str(file)]}
+    assert runs.outcome(result)["files"] == [str(file)]
     assert soundfile.info(file).subtype == "PCM_24"
     source, _ = soundfile.read(songs / f"{key}.wav", dtype="float32")
     np.testing.assert_allclose(soundfile.read(file)[0], source, atol=2e-3)
@@ -242,34 +223,6 @@ def test_mixes_that_make_no_sense(capsys: Capture, store: Path, tmp_path: Path) 
         assert len(result.err.splitlines()) == 1
         assert not file.exists()
     assert runs.call(capsys, "decode", store, "zzz", "-o", tmp_path).code == 2
-
-
-def test_decode_takes_globs_and_all(capsys: Capture, store: Path, tmp_path: Path) -> None:
-    def decoded(name: str, *keys: str) -> list[str]:
-        folder = tmp_path / name
-        result = runs.call(capsys, "decode", store, *keys, "-o", folder)
-        assert (result.code, result.err) == (0, "")
-        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.wav"))
-
-    everything = sorted(f"{record.key}.wav" for record in latentmill.open(str(store)))
-    assert len(everything) == 4
-    assert decoded("all", "--all") == decoded("star", "*") == everything
-    assert decoded("two", "album ?/song 0*", "album 0/song 00") == [
-        "album 0/song 00.wav",
-        "album 1/song 07.wav",
-    ]
-    for keys in (["no/*"], [], ["--all", "album 0/song 00"]):
-        refused = runs.call(capsys, "decode", store, *keys, "-o", tmp_path / "refused")
-        assert refused.code == 2
-        assert "--all" in refused.err
-        assert not (tmp_path / "refused").exists()
-
-
-def test_two_records_are_not_written_to_one_file() -> None:
-    one, two = "a/b", "a/../b"
-    with pytest.raises(ConfigError, match="both"):
-        cli_read._check_distinct({key: Path(file_name(key, "")) for key in (one, "a/./b")})
-    cli_read._check_distinct({key: Path(file_name(key, "")) for key in (one, two + "c")})
 
 
 def test_a_gain_in_decibels(capsys: Capture, store: Path, tmp_path: Path) -> None:

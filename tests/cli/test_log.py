@@ -153,7 +153,16 @@ def test_tracebacks_of_gcsfs_are_not_printed() -> None:
 
 
 def test_only_commands_that_resume_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["latentmill", "-v", "encode", "songs", "store"])
-    assert _interruption() == "latentmill: interrupted; run the same command again to resume"
-    monkeypatch.setattr(sys, "argv", ["latentmill", "status", "store"])
-    assert _interruption() == "latentmill: interrupted"
+    resumed = "; run the same command again to resume"
+    for words, hint in {
+        "-v encode songs store": resumed,
+        "status store": "",
+        "status encode": "",
+        "decode store --all -o audio --skip-existing": resumed,
+        "decode store --all -o audio": "; add --skip-existing to decode only the rest",
+        "decode store --all -o audio --overwrite": "",
+        "select store dest --copy": resumed,
+        "select store dest": "",
+    }.items():
+        monkeypatch.setattr(sys, "argv", ["latentmill", *words.split()])
+        assert _interruption() == f"latentmill: interrupted{hint}"

@@ -19,6 +19,7 @@ import typer
 from latentmill import __version__
 from latentmill.cli import annotate as cli_annotate
 from latentmill.cli import curate as cli_curate
+from latentmill.cli import decode as cli_decode
 from latentmill.cli import evaluate as cli_evaluate
 from latentmill.cli import probe as cli_probe
 from latentmill.cli import publish as cli_publish
@@ -41,6 +42,7 @@ app = Commands(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(cli_decode.app)
 app.add_typer(cli_read.app)
 app.add_typer(cli_evaluate.app)
 app.add_typer(cli_publish.app)

@@ -14,6 +14,8 @@ from typing import NoReturn
 INTERRUPTED_EXIT_CODE = 130
 RESUMED = ("encode", "add", "export", "pull", "push", "sync")
 """The commands that continue where an interrupted one has ended."""
+RESUMING_OPTIONS = {"decode": "--skip-existing", "select": "--copy", "merge": "--copy"}
+"""The commands that do so only with an option."""
 _interrupted = False
 
 
@@ -59,6 +61,11 @@ def interrupts_raise() -> None:
             signal.signal(number, _raise_interrupt)
 
 
+def interrupted() -> bool:
+    """Whether a signal has come, also if its KeyboardInterrupt was raised as another exception."""
+    return _interrupted
+
+
 def interrupts_stop() -> None:
     """Make signals end the process at once: for a server, which has nothing to clean up."""
     if _interrupted:  # an import or a C extension suppressed the KeyboardInterrupt
@@ -91,5 +98,9 @@ def _exit_interrupted() -> NoReturn:
 
 
 def _interruption() -> str:
-    resumed = any(one in RESUMED for one in sys.argv[1:3])  # the second, after -v or -q
-    return f"latentmill: interrupted{'; run the same command again to resume' if resumed else ''}"
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if command in RESUMED or RESUMING_OPTIONS.get(command) in sys.argv:
+        return "latentmill: interrupted; run the same command again to resume"
+    if command == "decode" and "--overwrite" not in sys.argv:
+        return "latentmill: interrupted; add --skip-existing to decode only the rest"
+    return "latentmill: interrupted"

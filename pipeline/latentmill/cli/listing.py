@@ -13,14 +13,15 @@ if TYPE_CHECKING:
 MAX_LISTED = 20
 
 
-def pairs_listed(title: str, pairs: Sequence[tuple[str, str]]) -> str:
+def pairs_listed(
+    title: str,
+    pairs: Sequence[tuple[str, str]],
+    all_with: str = "`latentmill status STORE --json`",
+) -> str:
     """List the first `MAX_LISTED` keys with their reasons, one per line."""
     lines = [f"  {title}: {key}: {reason}" for key, reason in pairs[:MAX_LISTED]]
     if len(pairs) > MAX_LISTED:
-        lines.append(
-            f"  ... and {len(pairs) - MAX_LISTED} more ({title}); "
-            "`latentmill status STORE --json` lists all"
-        )
+        lines.append(f"  ... and {len(pairs) - MAX_LISTED} more ({title}); {all_with} lists all")
     return "\n".join(lines)
 
 

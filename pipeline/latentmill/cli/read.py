@@ -1,13 +1,12 @@
-"""The commands that write the records of a store to other files: decode, mix and export."""
+"""The commands mix and export, and what several commands that read a store have in common."""
 
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -102,53 +101,6 @@ def open_to_decode(
 
 
 @app.command()
-def decode(
-    url: Store,
-    folder: Annotated[
-        Path, typer.Option("-o", "--output", help="Folder for the audio files; created if missing.")
-    ],
-    keys: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY...", help="Keys or globs of the records to decode, e.g. 'album/*'."
-        ),
-    ] = None,
-    everything: Annotated[
-        bool, typer.Option("--all", help="Decode all records, instead of KEY.")
-    ] = False,
-    format: Annotated[
-        str, typer.Option(help="File format: wav (float32) or flac (24 bit).")
-    ] = "wav",
-    overwrite: Overwrite = False,
-    seed: Seed = 0,
-    device: Device = "auto",
-    trust_model: TrustModel = False,
-    model_option: ModelOption = None,
-    as_json: AsJson = False,
-) -> None:
-    """Decode records to audio files named FOLDER/KEY.wav. Names are cut to 255 bytes."""
-    from latentmill.cli import show
-    from latentmill.decoding.files import FILE_TYPES, file_name
-
-    if f".{format}" not in FILE_TYPES:
-        raise ConfigError(f"invalid --format {format!r}: use wav or flac.")
-    store = open_to_decode(url, device, trust_model, model_option)
-    if bool(keys) == everything:
-        raise ConfigError("decode needs either keys of records or --all.")
-    chosen = list(store.keys()) if everything else _matching(store, keys or [])
-    targets = {key: folder / file_name(key, f".{format}") for key in chosen}
-    _check_distinct(targets)
-    for path in targets.values():
-        _check_target(path, store, overwrite)
-    interrupts_raise()
-    written = [
-        _write(path, store, store.source(key), store.entry(key).num_samples, seed)
-        for key, path in targets.items()
-    ]
-    print_value(as_json, {"files": written}, show.files)
-
-
-@app.command()
 def mix(
     url: Store,
     parts: Annotated[
@@ -181,7 +133,7 @@ def mix(
 
     check_file_type(file)
     store = open_to_decode(url, device, trust_model, model_option)
-    _check_target(file, store, overwrite)
+    check_target(file, store, overwrite)
     wanted = [_key_and_gain(store, part) for part in parts]
     origin = store.origin.raw() if raw else store.origin
     origin.check_arithmetic()
@@ -205,7 +157,7 @@ def mix(
     mixture = mixed(sources, [gain for _, gain in wanted], origin=origin)
     interrupts_raise()
     with _linearity_warnings_logged():
-        written = _write(file, store, mixture, choose(samples), seed)
+        written = write_decoded(file, store, mixture, choose(samples), seed)
     print_value(as_json, {"files": [written]}, show.files)
 
 
@@ -261,7 +213,7 @@ def _key_and_gain(store: LatentStore, text: str) -> tuple[str, float]:
     """Split `KEY`, `KEY:FACTOR` or `KEY:-6dB`; a key may contain colons."""
     key, _, gain = text.rpartition(":")
     if text in store or key not in store:
-        _check_key(store, text)
+        check_key(store, text)
         return text, 1.0
     number, decibels = re.subn(r"\s*db\s*$", "", gain, flags=re.IGNORECASE)
     try:
@@ -276,37 +228,7 @@ def _key_and_gain(store: LatentStore, text: str) -> tuple[str, float]:
     return key, factor
 
 
-def _matching(store: LatentStore, patterns: Sequence[str]) -> list[str]:
-    """Return each key once that equals a pattern or matches it as a glob; `*` also matches `/`."""
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        if pattern in store:
-            found[pattern] = None
-            continue
-        if not any(sign in pattern for sign in "*?["):
-            _check_key(store, pattern)
-        matches = fnmatch.filter(store.keys(), pattern)
-        if not matches:
-            raise ConfigError(
-                f"no record of {store.url} matches {pattern}: check the pattern, or decode all "
-                f"records with --all."
-            )
-        found.update(dict.fromkeys(matches))
-    return list(found)
-
-
-def _check_distinct(targets: Mapping[str, Path]) -> None:
-    """Different keys can give the same path, because a safe path leaves out some characters."""
-    taken: dict[Path, str] = {}
-    for key, path in targets.items():
-        if (other := taken.setdefault(path, key)) != key:
-            raise ConfigError(
-                f"records {other!r} and {key!r} would both be written to {path}: "
-                "decode them into different folders."
-            )
-
-
-def _check_key(store: LatentStore, key: str) -> None:
+def check_key(store: LatentStore, key: str) -> None:
     if key not in store:
         from latentmill.cli import show
 
@@ -315,7 +237,9 @@ def _check_key(store: LatentStore, key: str) -> None:
         raise ConfigError(f"{store.url} has no record {key}: {hint}")
 
 
-def _check_target(path: Path, store: LatentStore, overwrite: bool) -> None:
+def check_target(
+    path: Path, store: LatentStore, overwrite: bool, advice: str = "add --overwrite"
+) -> None:
     """Refuse to overwrite files, above all the source audio."""
     from latentmill.storage.scratch import check_replaceable
 
@@ -325,10 +249,12 @@ def _check_target(path: Path, store: LatentStore, overwrite: bool) -> None:
         )
     check_replaceable(path)
     if path.exists() and not overwrite:
-        raise ConfigError(f"{path} exists: choose another output path, or add --overwrite.")
+        raise ConfigError(f"{path} exists: choose another output path, or {advice}.")
 
 
-def _write(path: Path, store: LatentStore, source: LatentSource, samples: int, seed: int) -> str:
+def write_decoded(
+    path: Path, store: LatentStore, source: LatentSource, samples: int, seed: int
+) -> str:
     """Decode to a file; warn if its format clips the loudest samples."""
     from latentmill.decoding.files import write_audio
 

@@ -322,7 +322,8 @@ def export(value: ExportSummary) -> str:
             f"{counted(value.escaped, 'file name')} with escaped characters (%XX), because the "
             "reader would skip or misread them"
         )
-    return "\n".join(filter(None, [*lines, pairs_listed("failed", value.failures)]))
+    failed = pairs_listed("failed", value.failures, all_with="--json")
+    return "\n".join(filter(None, [*lines, failed]))
 
 
 def curated(value: Curated) -> str:
