@@ -133,6 +133,12 @@ _EXPECTED = {
 ITEMS_FAILED_EXIT_CODE = ItemError.exit_code
 
 
+def is_damaged_shard(error: Exception) -> bool:
+    """Whether a shard is damaged or missing, so that the records of others can still be read."""
+    missing = isinstance(error, StorageError) and isinstance(error.__cause__, FileNotFoundError)
+    return missing or isinstance(error, DamagedShardError)
+
+
 def restore_hint(what: str) -> str:
     """What to do about a damaged shard or commit."""
     return (

@@ -63,16 +63,6 @@ def keys_of(store: Path) -> list[str]:
     return list(latentmill.open(str(store)).keys())
 
 
-def changed_byte(store: Path, key: str) -> None:
-    """Change one byte of a record's latent."""
-    entry = latentmill.open(str(store)).entry(key)
-    with (store / entry.shard).open("r+b") as file:
-        file.seek(entry.offset)
-        byte = file.read(1)
-        file.seek(entry.offset)
-        file.write(bytes([byte[0] ^ 255]))
-
-
 def test_decode_makes_the_folder_and_gives_the_audio(
     capsys: Capture, store: Path, songs: Path, tmp_path: Path
 ) -> None:
@@ -190,7 +180,7 @@ def test_damaged_and_missing_shards_do_not_stop_the_others(
     capsys: Capture, store: Path, copy: Path, tmp_path: Path
 ) -> None:
     keys, folder = keys_of(store), tmp_path / "audio"
-    changed_byte(copy, keys[0])
+    runs.damage(latentmill.open(str(copy)), keys[0])
     (copy / latentmill.open(str(copy)).entry(keys[2]).shard).unlink()
     result = runs.call(capsys, "decode", copy, "--all", "-o", folder)
     assert (result.code, result.err) == (3, "")

@@ -97,6 +97,12 @@ def loaded(folder: str | Path, key: str, target: Target = Target.LTX2) -> Any:
     return torch.load(Path(folder) / f"{LAYOUTS[target].name(key)}.pt", weights_only=True)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of an export, by path."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
 only_ltx2 = pytest.mark.parametrize("written", ["ltx2"], indirect=True)
 only_ace = pytest.mark.parametrize("written", ["ace-step"], indirect=True)
 
@@ -129,6 +135,35 @@ def test_folders_of_ltx2(store: LatentStore) -> None:
         wanted = torch.from_numpy(store.field("text")[record.key].latent.T.copy()).bfloat16()
         assert torch.equal(embedded[-count:], wanted)
         assert not embedded[:-count].any()
+
+
+def test_damaged_records_do_not_stop_the_others(store: LatentStore) -> None:
+    """An earlier export of them stays; they are exported when their shards are restored."""
+    keys = list(store.keys())
+    whole = exported(store, "text")
+    assert whole.records == 4
+    earlier = contents(Path(whole.dest))
+    field = store.field("text")
+    shard = Path(store.storage.full(store.entry(keys[2]).shard))
+    saved, damaged = shard.read_bytes(), Path(field.storage.full(field.entry(keys[0]).shard))
+    saved_field = damaged.read_bytes()
+    shard.unlink()
+    runs.damage(field, keys[0])
+    for dest in (whole.dest, f"{whole.dest}-new"):
+        summary = export_store(store, dest, Target(whole.to), fields=["text"])
+        failures = dict(summary.failures)
+        assert list(failures) == [keys[0], *keys[2:]]
+        assert f"is damaged at record {keys[0]}" in failures[keys[0]]
+        assert str(shard) in failures[keys[2]]
+        assert summary.records == 1
+        new = contents(Path(dest))
+        assert new == {path: earlier[path] for path in new}
+    assert set(contents(Path(whole.dest))) == set(earlier)
+    assert len(new) < len(earlier)
+    shard.write_bytes(saved)
+    damaged.write_bytes(saved_field)
+    assert export_store(store, dest, Target(whole.to), fields=["text"]).failures == ()
+    assert contents(Path(dest)) == earlier
 
 
 @only_ltx2

@@ -21,7 +21,7 @@ import soundfile
 from latentmill.cli import entry
 from latentmill.plan import iter_keys
 from latentmill.store.schema import parse_name
-from latentmill.store.store import open_store
+from latentmill.store.store import LatentStore, open_store
 from latentmill.store.verify import verify
 
 TESTS = Path(__file__).parents[1]
@@ -166,6 +166,16 @@ def latents(store: Path) -> dict[str, bytes]:
         record.key: repr(record.latent.shape).encode() + record.latent.tobytes()
         for record in open_store(str(store))
     }
+
+
+def damage(store: LatentStore, key: str) -> None:
+    """Change one byte of a record's latent."""
+    entry = store.entry(key)
+    with Path(store.storage.full(entry.shard)).open("r+b") as file:
+        file.seek(entry.offset)
+        (byte,) = file.read(1)
+        file.seek(entry.offset)
+        file.write(bytes([byte ^ 255]))
 
 
 def commits(store: Path) -> dict[str, bytes]:

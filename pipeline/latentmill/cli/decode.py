@@ -30,10 +30,10 @@ from latentmill.cli.read import (
 from latentmill.errors import (
     ITEMS_FAILED_EXIT_CODE,
     ConfigError,
-    DamagedShardError,
     LatentmillError,
     ModelError,
     StorageError,
+    is_damaged_shard,
 )
 from latentmill.text.log import get_logger
 from latentmill.text.printing import counted
@@ -147,9 +147,7 @@ def _decode(
 
 def _is_of_one_record(error: Exception) -> bool:
     """Whether other records can probably be decoded: not if the disk is full, for example."""
-    if isinstance(error, StorageError) and not isinstance(error, DamagedShardError):
-        return isinstance(error.__cause__, FileNotFoundError)  # a shard is missing
-    return not isinstance(error, ModelError)
+    return is_damaged_shard(error) or not isinstance(error, StorageError | ModelError)
 
 
 def _reason(error: Exception) -> str:

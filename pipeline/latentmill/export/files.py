@@ -14,15 +14,17 @@ import xxhash
 
 from latentmill.decoding.files import LONGEST_NAME
 from latentmill.encoding.stored import parse_json
-from latentmill.errors import ConfigError, ItemError
-from latentmill.export.conversion import outcomes, refuse_unless_empty
+from latentmill.errors import ConfigError, ItemError, StorageError, is_damaged_shard
+from latentmill.export.conversion import refuse_unless_empty
 from latentmill.export.layout import Layout
 from latentmill.plan import iter_keys
-from latentmill.record import FloatArray, Outcome, Record
+from latentmill.record import FloatArray
 from latentmill.storage.storage import Storage, writing
 from latentmill.store.commit import iter_commits
+from latentmill.store.index import IndexEntry, entries
 from latentmill.store.left_out import read_left_out
 from latentmill.store.prefetch import prefetched
+from latentmill.store.schema import Commit
 from latentmill.store.store import LatentStore
 
 DETAILS_PATH = "details.json"
@@ -45,25 +47,32 @@ class Written:
 
 
 def write_files(layout: Layout, storage: Storage) -> Written:
-    """Write the files of all records, and remove those of items that have no record any more."""
+    """Write the files of all records, and remove those of items that have no record any more.
+
+    The files of a record whose shard is damaged or missing stay as they are; it is a failure.
+    """
     earlier, written = _begin(layout, storage), Written()
-    for outcome, values in _samples(layout):
-        name = layout.name(outcome.key)
+    for key, entry, values in _samples(layout):
+        name = layout.name(key)
         paths = layout.paths(name)
         longest = max(len(os.fsencode(part)) for path in paths for part in path.split("/"))
         if storage.local and longest > LONGEST_NAME:
-            if outcome.record is not None:
-                reason = "its file name would have more than 255 bytes"
-                written.failures.append((outcome.key, reason))
+            if entry is not None:
+                written.failures.append((key, "its file name would have more than 255 bytes"))
             continue
-        if outcome.record is not None:
+        if entry is not None:
             try:
-                _write_sample(layout, storage, paths, outcome.record, values)
+                _write_sample(layout, storage, paths, entry, values)
                 written.names.append(name)
-                written.escaped += name != outcome.key
+                written.escaped += name != key
                 continue
             except ItemError as error:
-                written.failures.append((outcome.key, str(error)))
+                written.failures.append((key, str(error)))
+            except StorageError as error:
+                if not is_damaged_shard(error):
+                    raise
+                written.failures.append((key, str(error)))
+                continue
         if earlier:
             for path in reversed(paths):
                 storage.delete(path)
@@ -72,38 +81,44 @@ def write_files(layout: Layout, storage: Storage) -> Written:
     return written
 
 
-def _samples(layout: Layout) -> Iterator[tuple[Outcome, Sequence[FloatArray | None]]]:
-    """The outcomes of all items, those of records with their values of the fields."""
+def _samples(layout: Layout) -> Iterator[tuple[str, IndexEntry | None, list[IndexEntry | None]]]:
+    """The keys of all items, and where the records are in the store and in its fields."""
     for keys, part in _parts(layout.store):
-        columns = [_values(field, keys) for field in layout.fields.values()]
-        for outcome in part:
-            has_values = outcome.record is not None
-            yield outcome, [next(column) for column in columns] if has_values else []
+        columns = [_entries(field, keys) for field in layout.fields.values()]
+        for key, entry in part:
+            yield key, entry, [] if entry is None else [next(column) for column in columns]
 
 
-def _parts(store: LatentStore) -> Iterator[tuple[Sequence[str], Iterator[Outcome]]]:
-    """The outcomes of each unit of a store, or of a view's bases, with the keys of the records."""
+def _parts(
+    store: LatentStore,
+) -> Iterator[tuple[list[str], Iterator[tuple[str, IndexEntry | None]]]]:
+    """The items of each unit of a store, or of a view's bases, and the keys of the records."""
     if store.bases is None:
         for commit in iter_commits(Storage(store.url)):
+            found = prefetched(store, entries(commit))
             keys = [item.key for item in commit.items if item.status == "encoded"]
-            yield keys, outcomes(store, commit)
+            yield keys, _items(commit, found)
         return
     for start in range(0, len(store), _BATCH):
-        entries = [store.index.entry(n) for n in range(start, min(start + _BATCH, len(store)))]
-        records = map(store.read, prefetched(store, entries))
-        found = (Outcome(record.key, "encoded", record=record) for record in records)
-        yield [entry.key for entry in entries], found
+        chosen = [store.index.entry(n) for n in range(start, min(start + _BATCH, len(store)))]
+        keys = [entry.key for entry in chosen]
+        yield keys, zip(keys, prefetched(store, chosen), strict=True)
     left_out = read_left_out(store)["key"].to_pylist()
-    yield [], (Outcome(key, "skipped", "left out of the view") for key in left_out)
+    yield [], ((key, None) for key in left_out)
 
 
-def _values(field: LatentStore, keys: Sequence[str]) -> Iterator[FloatArray | None]:
-    """The values of a field, float32 `[D, n]`; None for an item that has none."""
+def _items(commit: Commit, found: Iterator[IndexEntry]) -> Iterator[tuple[str, IndexEntry | None]]:
+    for item in commit.items:
+        yield item.key, next(found) if item.status == "encoded" else None
+
+
+def _entries(field: LatentStore, keys: Sequence[str]) -> Iterator[IndexEntry | None]:
+    """Where a field has the values of items; None for an item that has none."""
     positions = [field.index.find(key) for key in keys]
     found = [field.index.entry(position) for position in positions if position is not None]
-    records = map(field.read, prefetched(field, found))
+    ready = prefetched(field, found)
     for position in positions:
-        yield None if position is None else next(records).latent.astype(np.float32)
+        yield None if position is None else next(ready)
 
 
 def _begin(layout: Layout, storage: Storage) -> bool:
@@ -177,18 +192,19 @@ def _write_sample(
     layout: Layout,
     storage: Storage,
     paths: Sequence[str],
-    record: Record,
-    values: Sequence[FloatArray | None],
+    entry: IndexEntry,
+    values: Sequence[IndexEntry | None],
 ) -> None:
     """Write those of a record's files that are not complete or have changed, the last one last.
 
     ItemError if a field has no value for it.
     """
-    by_role = {}
+    record = layout.store.read(entry)
+    by_role: dict[str, FloatArray] = {}
     for (role, store), value in zip(layout.fields.items(), values, strict=True):
         if value is None:
             raise ItemError(f"field {store.url.rpartition('/')[2]!r} has no value for it")
-        by_role[role] = value
+        by_role[role] = store.read(value).latent.astype(np.float32)  # [D, n]
     contents = dict(zip(paths, layout.contents(record, by_role), strict=True))
     last = paths[-1]
     # The hash in the last file tells whether the others have changed, if that one has not.
