@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,12 +12,14 @@ import numpy.typing as npt
 from latentmill.text.shown import Shown
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.figure import Figure
 
 Status = Literal["encoded", "skipped", "failed"]
 ShardFormat = Literal["parquet", "webdataset"]
 FloatArray = npt.NDArray[np.float32]
 Latent = npt.NDArray[np.float16] | npt.NDArray[np.float32]
+LatentLike: TypeAlias = "Latent | torch.Tensor"
 
 DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 MIXES = ("mix", "mixture")  # roles of items that are the sum of the others in their group
@@ -113,6 +115,14 @@ class Record(Shown):
     def frames(self) -> int:
         """Number of latent frames; with `stitch: none` that of one chunk."""
         return int(self.latent.shape[-1])
+
+
+def as_array(values: Any) -> Any:
+    """A tensor on any device as a numpy array, floats as float32; other values are unchanged."""
+    if not hasattr(values, "detach"):  # not `isinstance`, because torch is slow to import
+        return values
+    tensor = values.detach().cpu()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
 def decibels(levels: bytes) -> FloatArray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -392,3 +393,55 @@ def test_gains_are_finite_numbers(gain: object) -> None:
     latents = [np.ones((4, 8), np.float32)] * 2
     with pytest.raises(ConfigError, match="A gain"):
         mix(latents, [1.0, gain], origin=None)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("origin", [ORIGIN, None])
+def test_tensors_are_taken_as_arrays_are(dtype: torch.dtype, origin: Origin | None) -> None:
+    a, b = (torch.from_numpy(affine(sound)).to(dtype).requires_grad_() for sound in SOUNDS[:2])
+    x, y = (one.detach().float().numpy() for one in (a, b))
+    curve = torch.linspace(0, 1, 10, requires_grad=True)
+    line = curve.detach().numpy()
+    pairs = [
+        (mix([a, b], [1.0, 0.5], origin=origin), mix([x, y], [1.0, 0.5], origin=origin)),
+        (mix([a, y], [curve, 0.5], origin=origin), mix([x, y], [line, 0.5], origin=origin)),
+        (
+            mix(torch.stack([a, b]), torch.tensor([1, 0.5]), origin=origin),
+            mix([x, y], [1.0, 0.5], origin=origin),
+        ),
+        (gain(a, curve, origin=origin), gain(x, line, origin=origin)),
+        (subtract(a, b, origin=origin), subtract(x, y, origin=origin)),
+        (mixup(a, b, curve, origin=origin), mixup(x, y, line, origin=origin)),
+        (fade(a, 2, 3, origin=origin), fade(x, 2, 3, origin=origin)),
+        (crossfade(a, b, 4, origin=origin), crossfade(x, y, 4, origin=origin)),
+        (fit(a, 14, origin=origin), fit(x, 14, origin=origin)),
+    ]
+    for found, wanted in pairs:
+        assert isinstance(found, np.ndarray)
+        assert found.dtype == np.float32
+        assert np.array_equal(found, wanted)
+
+
+def test_latents_can_be_stacked() -> None:
+    latents = [affine(sound) for sound in SOUNDS]
+    for gains in (None, [1.0, 0.5, -2.0], np.array([1.0, 0.5, -2.0])):
+        wanted = mix(latents, gains, origin=ORIGIN)  # type: ignore[arg-type]
+        assert np.array_equal(mix(np.stack(latents), gains, origin=ORIGIN), wanted)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("latents", "message"),
+    [
+        (np.zeros((0, 5, 10), np.float32), "at least one latent"),
+        (torch.zeros(0, 5, 10), "at least one latent"),
+        (np.zeros((5, 10), np.float32), "not a latent"),
+        ([torch.zeros(10)], "not a latent"),
+        ([torch.zeros(5, 10, dtype=torch.int64)], "are codes"),
+    ],
+)
+def test_tensors_and_arrays_that_are_no_latents(
+    latents: Any, message: str, one_sentence: Callable[[BaseException], str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        mix(latents, origin=ORIGIN)
+    assert message in one_sentence(caught.value)

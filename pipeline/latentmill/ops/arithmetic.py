@@ -10,14 +10,14 @@ import numpy.typing as npt
 
 from latentmill.errors import ConfigError
 from latentmill.ops.origin import Origin
-from latentmill.record import FloatArray, Latent
+from latentmill.record import FloatArray, Latent, LatentLike, as_array
 
 # One factor for the whole sound, or a curve with one factor per frame.
 Gain = float | npt.NDArray[np.floating[Any]]
 
 
 def mix(
-    latents: Sequence[Latent],
+    latents: Sequence[LatentLike] | LatentLike,
     gains: Sequence[Gain] | None = None,
     *,
     origin: Origin | None,
@@ -25,7 +25,8 @@ def mix(
     """The latent of sum(gain_i * sound_i).
 
     Args:
-        latents: Latents `[C, T]`, or chunks `[N, C, T]`, all of one shape.
+        latents: Latents `[C, T]`, or chunks `[N, C, T]`, all of one shape: arrays or tensors, in a
+            list or stacked.
         gains: One gain per latent: a number, or a curve `[T]` with one number per frame. The
             default is 1 for each. A negative gain subtracts a sound. A curve is exact if it is
             constant over the context of a frame, and a good approximation if it changes slowly from
@@ -44,17 +45,19 @@ def mix(
     return combine(latents, gains, origin, stacklevel=2)
 
 
-def gain(latent: Latent, factor: Gain, *, origin: Origin | None) -> FloatArray:
+def gain(latent: LatentLike, factor: Gain, *, origin: Origin | None) -> FloatArray:
     """The latent of factor * sound; the factor is a number or a curve `[T]`, see `mix`."""
     return combine([latent], [factor], origin, stacklevel=2)
 
 
-def subtract(latent: Latent, other: Latent, *, origin: Origin | None) -> FloatArray:
+def subtract(latent: LatentLike, other: LatentLike, *, origin: Origin | None) -> FloatArray:
     """The latent of a mixture without one of its sounds; see `mix`."""
     return combine([latent, other], [1.0, -1.0], origin, stacklevel=2)
 
 
-def mixup(latent: Latent, other: Latent, weight: Gain, *, origin: Origin | None) -> FloatArray:
+def mixup(
+    latent: LatentLike, other: LatentLike, weight: Gain, *, origin: Origin | None
+) -> FloatArray:
     """The latent of weight * sound + (1 - weight) * other.
 
     Args:
@@ -67,19 +70,21 @@ def mixup(latent: Latent, other: Latent, weight: Gain, *, origin: Origin | None)
     Raises:
         ConfigError: As in `mix`, or a weight is not in 0..1.
     """
+    weight = as_array(weight)
     if np.min(weight) < 0 or np.max(weight) > 1:
         raise ConfigError("The weight of mixup must be in 0..1: use mix for other gains.")
     return combine([latent, other], [weight, 1 - weight], origin, stacklevel=2)
 
 
 def combine(
-    latents: Sequence[Latent],
+    given: Sequence[LatentLike] | LatentLike,
     gains: Sequence[Gain] | None,
     origin: Origin | None,
     *,
     stacklevel: int,
 ) -> FloatArray:
     """Implementation of `mix` and the other functions; `stacklevel` is for warnings."""
+    latents: list[Latent] = [as_array(latent) for latent in given]
     factors = _factors(latents, gains)
     total: FloatArray = np.zeros(latents[0].shape, np.float32)
     for latent, factor in zip(latents, factors, strict=True):
@@ -118,7 +123,8 @@ def _factors(latents: Sequence[Latent], gains: Sequence[Gain] | None) -> list[Fl
         raise ConfigError("mix needs at least one latent.")
     try:
         factors = [
-            np.asarray(g, np.float32) for g in ([1.0] * len(latents) if gains is None else gains)
+            np.asarray(as_array(g), np.float32)
+            for g in ([1.0] * len(latents) if gains is None else gains)
         ]
     except (TypeError, ValueError) as error:
         raise ConfigError(
@@ -138,6 +144,11 @@ def _factors(latents: Sequence[Latent], gains: Sequence[Gain] | None) -> list[Fl
             "`fit` (on the command line with --length shortest or --length longest)."
         )
     for latent, factor in zip(latents, factors, strict=True):
+        if latent.ndim not in (2, 3):
+            raise ConfigError(
+                f"An array of shape {list(latent.shape)} is not a latent: give latents [C, T], or "
+                "[N, C, T] if they are overlapping chunks (stitch none)."
+            )
         if factor.ndim and latent.ndim != 2:
             raise ConfigError(
                 "A gain curve cannot be applied to latents that are overlapping chunks (stitch "

@@ -9,13 +9,13 @@ import numpy as np
 from latentmill.errors import ConfigError
 from latentmill.ops.arithmetic import combine
 from latentmill.ops.origin import Origin
-from latentmill.record import FloatArray, Latent
+from latentmill.record import FloatArray, Latent, LatentLike, as_array
 
 Shape = Literal["linear", "power"]
 
 
 def fade(
-    latent: Latent,
+    latent: LatentLike,
     fade_in: int = 0,
     fade_out: int = 0,
     *,
@@ -46,8 +46,8 @@ def fade(
 
 
 def crossfade(
-    latent: Latent,
-    other: Latent,
+    latent: LatentLike,
+    other: LatentLike,
     frames: int,
     *,
     shape: Shape = "linear",
@@ -69,15 +69,17 @@ def crossfade(
     Raises:
         ConfigError: As in `mix`, or a latent is shorter than the crossfade.
     """
-    shortest = min(latent.shape[-1], other.shape[-1])
-    if latent.ndim != 2 or other.ndim != 2:
+    first: Latent = as_array(latent)
+    second: Latent = as_array(other)
+    shortest = min(first.shape[-1], second.shape[-1])
+    if first.ndim != 2 or second.ndim != 2:
         raise ConfigError(
             "Latents stored as chunks (stitch none) cannot be crossfaded: encode with another "
             "stitch."
         )
-    if len(latent) != len(other):
+    if len(first) != len(second):
         raise ConfigError(
-            f"Latents of {len(latent)} and {len(other)} channels cannot be crossfaded: take both "
+            f"Latents of {len(first)} and {len(second)} channels cannot be crossfaded: take both "
             "from stores of one model."
         )
     if not 0 <= frames <= shortest:
@@ -85,12 +87,12 @@ def crossfade(
             f"A crossfade of {frames} frames does not fit into {shortest} frames: use 0 to "
             f"{shortest}."
         )
-    before = latent.shape[1] - frames
-    total = before + other.shape[1]
+    before = first.shape[1] - frames
+    total = before + second.shape[1]
     up = rising(frames, shape)
     here = None if origin is None else origin.at(total, before)
-    both = combine([latent[:, before:], other[:, :frames]], [up[::-1], up], here, stacklevel=2)
-    parts = [latent[:, :before], both, other[:, frames:]]
+    both = combine([first[:, before:], second[:, :frames]], [up[::-1], up], here, stacklevel=2)
+    parts = [first[:, :before], both, second[:, frames:]]
     return np.concatenate([part.astype(np.float32, copy=False) for part in parts], axis=1)
 
 
@@ -105,7 +107,7 @@ def rising(frames: int, shape: Shape) -> FloatArray:
     return line if shape == "linear" else np.sin(np.float32(np.pi / 2) * line)
 
 
-def fit(latent: Latent, frames: int, *, origin: Origin | None, offset: int = 0) -> FloatArray:
+def fit(latent: LatentLike, frames: int, *, origin: Origin | None, offset: int = 0) -> FloatArray:
     """The latent of a sound in `frames` frames: truncated, or with silence before and after it.
 
     Args:
@@ -118,16 +120,17 @@ def fit(latent: Latent, frames: int, *, origin: Origin | None, offset: int = 0) 
     Raises:
         ConfigError: The latent consists of chunks `[N, C, T]`.
     """
-    if latent.ndim != 2:
+    given: Latent = as_array(latent)
+    if given.ndim != 2:
         raise ConfigError(
             "The length of latents stored as chunks (stitch none) cannot be changed: encode with "
             "another stitch."
         )
-    first, last = span(latent.shape[1], frames, offset)
-    result: FloatArray = np.zeros((latent.shape[0], frames), np.float32)
-    result[:, first:last] = latent[:, first - offset : last - offset]
+    first, last = span(given.shape[1], frames, offset)
+    result: FloatArray = np.zeros((given.shape[0], frames), np.float32)
+    result[:, first:last] = given[:, first - offset : last - offset]
     if origin is not None and last - first < frames:
-        origin.check(latent)
+        origin.check(given)
         result[:, :first] = origin.crop(frames, 0, first)
         result[:, last:] = origin.crop(frames, last, frames - last)
     return result
