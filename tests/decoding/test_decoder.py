@@ -19,7 +19,7 @@ from latentmill.decoding.decoder import (
     decode_latents,
 )
 from latentmill.encoding.chunks import Chunker, Chunking, Stitcher
-from latentmill.errors import ConfigError
+from latentmill.errors import ConfigError, ModelError
 from latentmill.models.base import Autoencoder, ModelSpec
 from latentmill.models.families import mdct
 from latentmill.record import DTYPES, Latent
@@ -273,8 +273,120 @@ def test_a_short_last_chunk_is_decoded_at_its_own_length(chunks: int) -> None:
         assert lengths == [(8, 128)] * (chunks - 1) + [(4, 60)]
 
 
+@pytest.mark.parametrize("samples", [97, 111, 112, 127, 128, 129, 224])
+def test_a_length_that_ends_in_the_overlap_with_a_short_last_chunk(samples: int) -> None:
+    spec = replace(SPECS[0], short_last_chunk=True)
+    latent = np.zeros((2, 16, 8), np.float32)
+    audio = decode_latent(Clock(spec), latent, samples, Chunking("none", 128, 96, 0))
+    assert np.array_equal(audio[0], np.arange(samples))
+
+
+@pytest.mark.parametrize(
+    ("chunks", "frames", "samples"), [(1, 8, 120), (1, 5, 80), (2, 8, 216), (3, 8, 312)]
+)
+def test_without_a_length_all_samples_of_the_chunks_are_decoded(
+    chunks: int, frames: int, samples: int
+) -> None:
+    """Chunks of 120 samples have 8 frames, which are enough for 128."""
+    chunking = Chunking("none", 120, 96, 0)
+    latent = np.zeros((chunks, 16, frames), np.float32)
+    audio = decode_latents(Clock(SPECS[0]), latent, None, chunking)
+    assert np.array_equal(audio, np.arange(samples)[None])
+    blocks = list(decode_blocks(Clock(SPECS[0]), latent, None, chunking))
+    assert np.array_equal(np.concatenate(blocks, axis=1), audio)
+    batch = decode_latents(Clock(SPECS[0]), np.stack([latent, latent]), None, chunking)
+    assert np.array_equal(batch, np.stack([audio, audio]))
+
+
+@pytest.mark.parametrize(
+    "chunking", [Chunking("none", 96, 128, 0), Chunking("trim", 300, 200, 4)], ids=["gap", "end"]
+)
+def test_chunks_that_do_not_cover_the_audio(
+    chunking: Chunking, one_sentence: Callable[[BaseException], str]
+) -> None:
+    latent = np.zeros((2, 16, 6) if chunking.stitch == "none" else (16, 40), np.float32)
+    with pytest.raises(ConfigError) as caught:
+        decode_latents(Clock(SPECS[0]), latent, None, chunking)
+    assert "its dataset.json is damaged" in one_sentence(caught.value)
+
+
+def test_a_model_that_decodes_too_few_samples(
+    one_sentence: Callable[[BaseException], str],
+) -> None:
+    class TooFew(Clock):
+        def decode(self, latents: torch.Tensor, num_samples: int, **options: Any) -> torch.Tensor:
+            return super().decode(latents, num_samples, **options)[..., :-1]
+
+    latent = np.zeros((16, 40), np.float32)
+    with pytest.raises(ModelError) as caught:
+        decode_latent(TooFew(SPECS[0]), latent, 640, Chunking("trim", 640, 640, 0))
+    assert "audio of shape [1, 1, 639] instead of [1, 1, 640]" in one_sentence(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stitch", "shapes"),
+    [
+        ("crossfade", [(1, 16, 9), (3, 16, 9), (16,)]),
+        ("none", [(16, 9), (1, 3, 16, 9), (0, 16, 9)]),
+    ],
+)
+def test_only_one_item_is_decoded_in_blocks(
+    stitch: str, shapes: list[tuple[int, ...]], one_sentence: Callable[[BaseException], str]
+) -> None:
+    chunking = Chunking(stitch, 128, 96, 2 if stitch == "crossfade" else 0)  # type: ignore[arg-type]
+    for shape in shapes:
+        latent = np.zeros(shape, np.float32)
+        source = LatentSource(shape, lambda start, count: np.zeros((16, 9), np.float32))
+        for one in (latent, source, torch.from_numpy(latent)):
+            with pytest.raises(ConfigError) as caught:
+                decode_blocks(MODEL, one, None, chunking)
+            assert "decode a batch with decode_latent" in one_sentence(caught.value)
+
+
+def test_blocks_of_a_tensor_are_those_of_the_array() -> None:
+    latent = np.random.default_rng(0).standard_normal((16, 40)).astype(np.float32)
+    given = torch.from_numpy(latent).requires_grad_()
+    blocks = [list(decode_blocks(MODEL, one, None, CHUNKINGS[1])) for one in (latent, given)]
+    assert np.array_equal(*(np.concatenate(one, axis=1) for one in blocks))
+
+
+@pytest.mark.parametrize(
+    ("chunking", "shape", "sizes"),
+    [
+        (Chunking("crossfade", 128, 96, 2), (5, 16, 8), [4, 1]),  # one window each
+        (Chunking("crossfade", 128, 96, 2), (3, 16, 20), [4, 4, 1]),  # three windows each
+        (Chunking("none", 128, 96, 0), (3, 2, 16, 9), [4, 2]),
+    ],
+)
+def test_items_of_a_batch_share_forward_passes(
+    chunking: Chunking, shape: tuple[int, ...], sizes: list[int]
+) -> None:
+    found: list[int] = []
+
+    class Counting(Clock):
+        def decode(self, latents: torch.Tensor, num_samples: int, **options: Any) -> torch.Tensor:
+            found.append(len(latents))
+            return MODEL.decode(latents, num_samples, **options)
+
+    batch = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    model = Counting(MODEL.spec)
+    audio = decode_latents(model, batch, None, chunking, batch_size=4)
+    assert found == sizes
+    alone = [decode_latent(MODEL, one, None, chunking) for one in batch]
+    assert np.abs(audio - np.stack(alone)).max() < 1e-6
+
+
+def test_short_last_chunks_of_a_batch_have_their_own_length() -> None:
+    spec = replace(SPECS[0], short_last_chunk=True)
+    batch = np.zeros((3, 2, 16, 8), np.float32)
+    chunking = Chunking("none", 128, 96, 0)
+    for samples in (150, 223):  # with 223, the last chunk is short, but has as many frames
+        audio = decode_latents(Clock(spec), batch, samples, chunking, batch_size=4)
+        assert np.array_equal(audio, np.broadcast_to(np.arange(samples), (3, 1, samples)))
+
+
 @pytest.mark.parametrize("stitch", ["none", "crossfade"])
-def test_latents_of_several_items_are_decoded_one_by_one(
+def test_latents_of_several_items_are_decoded_as_each_alone(
     stitch: str, one_sentence: Callable[[BaseException], str]
 ) -> None:
     chunking = Chunking(stitch, 128, 96, 2 if stitch == "crossfade" else 0)  # type: ignore[arg-type]

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from latentmill.encoding.chunks import Chunking
-from latentmill.errors import ConfigError
+from latentmill.errors import ConfigError, ModelError
 from latentmill.models.base import Autoencoder, ModelSpec
-from latentmill.record import FloatArray, Latent
+from latentmill.record import FloatArray, Latent, LatentLike, as_array
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ class _Window:
 
 def decode_latent(
     model: Autoencoder,
-    latent: Latent | LatentSource,
+    latent: LatentLike | LatentSource,
     num_samples: int | None,
     chunking: Chunking,
     *,
@@ -60,21 +60,15 @@ def decode_latent(
     batch_size: int = 1,
 ) -> FloatArray:
     """Decode one item's latent to audio `[C, num_samples]`, float32; see `decode_blocks`."""
-    source = latent if isinstance(latent, LatentSource) else LatentSource.of(latent)
-    if num_samples is None:
-        num_samples = most_samples(model.spec, source.shape, chunking)
+    source = _of_one_item(latent, chunking)
+    num_samples = _length(model.spec, source.shape, num_samples, chunking)
     blocks = decode_blocks(model, source, num_samples, chunking, seed=seed, batch_size=batch_size)
-    audio: FloatArray = np.empty((model.spec.channels, num_samples), np.float32)
-    done = 0
-    for block in blocks:
-        audio[:, done : done + block.shape[1]] = block
-        done += block.shape[1]
-    return audio
+    return _whole(model.spec, blocks, num_samples)
 
 
 def decode_latents(
     model: Autoencoder,
-    latents: Latent | LatentSource | torch.Tensor,
+    latents: LatentLike | LatentSource,
     num_samples: int | None,
     chunking: Chunking,
     *,
@@ -83,38 +77,42 @@ def decode_latents(
 ) -> FloatArray:
     """Decode the latent of one item, or a batch of latents with one more axis in front.
 
-    The result is float32 `[C, num_samples]`, or `[B, C, num_samples]` for a batch.
+    The result is float32 `[C, num_samples]`, or `[B, C, num_samples]` for a batch, whose items
+    share the forward passes. See `decode_blocks`.
     """
-    import torch  # slow to import, and not needed to read a store
-
-    if isinstance(latents, torch.Tensor):
-        latents = latents.detach().to("cpu", torch.float32).numpy()
-    chunked = chunking.stitch == "none"
-    of_item, axes = ("[N, D, Z]", 3) if chunked else ("[D, T]", 2)
-    shape = latents.shape
+    given: Latent | LatentSource = as_array(latents)
+    of_item, axes = _item_shape(chunking)
+    shape = given.shape
     if len(shape) not in (axes, axes + 1) or not shape[0]:
         raise ConfigError(
             f"Latents of shape {list(shape)} cannot be decoded: give {of_item}, or "
             f"[B, {of_item[1:]} for several items."
         )
-    options = {"seed": seed, "batch_size": batch_size}
-    if isinstance(latents, LatentSource) or len(shape) == axes:
-        return decode_latent(model, latents, num_samples, chunking, **options)
-    return np.stack(
-        [decode_latent(model, one, num_samples, chunking, **options) for one in latents]
-    )
+    if isinstance(given, LatentSource) or len(shape) == axes:
+        return decode_latent(model, given, num_samples, chunking, seed=seed, batch_size=batch_size)
+    spec = model.spec
+    num_samples = _length(spec, shape[1:], num_samples, chunking)
+    items = [list(_windows(LatentSource.of(one), num_samples, spec, chunking)) for one in given]
+    decoded = _decoded(model, itertools.chain.from_iterable(items), seed, batch_size)
+    skew = _skew(spec, chunking)
+    audio = []
+    for windows in items:
+        blocks = _joined(itertools.islice(decoded, len(windows)), num_samples, skew)
+        audio.append(_whole(spec, blocks, num_samples))
+    return np.stack(audio)
 
 
 def most_samples(spec: ModelSpec, shape: tuple[int, ...], chunking: Chunking) -> int:
     """Maximum number of samples of a latent `[D, T]`, or of chunks `[N, D, Z]`."""
-    if len(shape) == 3 and shape[0] > 1:
-        return chunking.samples + (shape[0] - 1) * chunking.step
-    return spec.samples(shape[-1])
+    samples = spec.samples(shape[-1])
+    if len(shape) == 3:
+        return min(samples, chunking.samples) + (shape[0] - 1) * chunking.step
+    return samples
 
 
 def decode_blocks(
     model: Autoencoder,
-    latent: Latent | LatentSource,
+    latent: LatentLike | LatentSource,
     num_samples: int | None,
     chunking: Chunking,
     *,
@@ -129,30 +127,67 @@ def decode_blocks(
     causal model: away from their starts). The windows of one batch and one more are in memory.
 
     `num_samples` is the item's length at the model's rate; None decodes the whole latent. If the
-    latent is too short for it, `ConfigError` is raised at once, before the first block. `seed`
+    latent is too short for it, or is a batch, `ConfigError` is raised at once. `seed`
     determines the noise of a stochastic decoder, frame by frame. `batch_size` is the number of
     windows per forward pass; it is halved if the memory of the device is too small.
     """
-    source = latent if isinstance(latent, LatentSource) else LatentSource.of(latent)
-    spec = model.spec
-    if chunking.stitch == "state":  # decoding has no state, so its windows overlap
-        chunking = Chunking.for_model(spec, stitch="trim")
-    chunked = len(source.shape) == 3
-    most = most_samples(spec, source.shape, chunking)
+    source = _of_one_item(latent, chunking)
+    length = _length(model.spec, source.shape, num_samples, chunking)
+    windows = _windows(source, length, model.spec, chunking)
+    decoded = _decoded(model, windows, seed, batch_size)
+    return _joined(decoded, length, _skew(model.spec, chunking))
+
+
+def _item_shape(chunking: Chunking) -> tuple[str, int]:
+    """The shape of one item's latent, and its number of axes."""
+    return ("[N, D, Z]", 3) if chunking.stitch == "none" else ("[D, T]", 2)
+
+
+def _of_one_item(latent: LatentLike | LatentSource, chunking: Chunking) -> LatentSource:
+    given = as_array(latent)
+    source = given if isinstance(given, LatentSource) else LatentSource.of(given)
+    of_item, axes = _item_shape(chunking)
+    if len(source.shape) != axes or not source.shape[0]:
+        raise ConfigError(
+            f"Latents of shape {list(source.shape)} cannot be decoded in blocks: give the latent "
+            f"of one item, {of_item}, or decode a batch with decode_latent."
+        )
+    return source
+
+
+def _length(
+    spec: ModelSpec, shape: tuple[int, ...], num_samples: int | None, chunking: Chunking
+) -> int:
+    """Check `num_samples`; None is the length of the whole latent."""
+    most = most_samples(spec, shape, chunking)
     if num_samples is None:
         num_samples = most
     if not 0 <= num_samples <= most:
         raise ConfigError(
-            f"A latent of shape {source.shape} decodes to at most {most} samples of {spec.name}, "
+            f"A latent of shape {shape} decodes to at most {most} samples of {spec.name}, "
             f"not {num_samples}."
         )
-    windows = _chunk_windows if chunked else _stitched_windows
-    needed = itertools.takewhile(
-        lambda window: window.start < num_samples, windows(source, num_samples, spec, chunking)
-    )
-    decoded = _decoded(model, needed, seed, batch_size)
-    skew = None if chunked else chunking.skew * spec.hop
-    return _joined(decoded, num_samples, skew)
+    return num_samples
+
+
+def _skew(spec: ModelSpec, chunking: Chunking) -> int | None:
+    """See `_blended`."""
+    return None if chunking.stitch == "none" else _overlapping(spec, chunking).skew * spec.hop
+
+
+def _overlapping(spec: ModelSpec, chunking: Chunking) -> Chunking:
+    """Decoding has no state, so its windows overlap where the encoder's do not."""
+    return Chunking.for_model(spec, stitch="trim") if chunking.stitch == "state" else chunking
+
+
+def _whole(spec: ModelSpec, blocks: Iterator[FloatArray], num_samples: int) -> FloatArray:
+    """The blocks of one item as one array `[C, num_samples]`."""
+    audio: FloatArray = np.empty((spec.channels, num_samples), np.float32)
+    done = 0
+    for block in blocks:
+        audio[:, done : done + block.shape[1]] = block
+        done += block.shape[1]
+    return audio
 
 
 def _decoded(
@@ -179,12 +214,18 @@ def _decode(
     latents = np.stack([window.latent for window in windows]).astype(np.float32)
     positions = [window.frame for window in windows]
     decoded = model.decode(torch.from_numpy(latents), samples, seed=seed, positions=positions)
+    wanted = [len(windows), model.spec.channels, samples]
+    if list(decoded.shape) != wanted:
+        raise ModelError(
+            f"Model {model.spec.name}: decode returned audio of shape {list(decoded.shape)} "
+            f"instead of {wanted}: correct the model's decode or its spec."
+        )
     return decoded.float().cpu()
 
 
 def _batches(windows: Iterator[_Window], size: int) -> Iterator[list[_Window]]:
-    """Group windows into batches of one shape; the last window may be shorter."""
-    for _, alike in itertools.groupby(windows, key=lambda window: window.latent.shape):
+    """Group windows into batches of one shape and length; an item's last one may be shorter."""
+    for _, alike in itertools.groupby(windows, key=lambda one: (one.latent.shape, one.samples)):
         while batch := list(itertools.islice(alike, size)):
             yield batch
 
@@ -193,17 +234,35 @@ def _joined(
     windows: Iterator[tuple[int, FloatArray]], num_samples: int, skew: int | None
 ) -> Iterator[FloatArray]:
     """Crossfade each window with the one before; yield audio that no later window changes."""
-    begin = 0  # the first sample of the last window
+    begin = done = 0  # the first sample of the last window; number of samples given
     held: FloatArray | None = None
     for start, audio in windows:
         if held is None:
             held = audio
         else:
+            done += held[:, : start - begin].shape[1]
             yield held[:, : start - begin]
             held = _blended(held[:, start - begin :], audio, skew)
         begin = start
     if held is not None:
+        done += held[:, : num_samples - begin].shape[1]
         yield held[:, : num_samples - begin]
+    if done != num_samples:
+        raise ConfigError(
+            f"The chunks of a latent decode to {done} samples instead of {num_samples}: if they "
+            "are a store's, its dataset.json is damaged; restore it."
+        )
+
+
+def _windows(
+    source: LatentSource, num_samples: int, spec: ModelSpec, chunking: Chunking
+) -> Iterator[_Window]:
+    """The windows of one item that have some of its first `num_samples` samples."""
+    if chunking.stitch == "none":
+        windows = _chunk_windows(source, num_samples, spec, chunking)
+    else:
+        windows = _stitched_windows(source, num_samples, spec, _overlapping(spec, chunking))
+    return itertools.takewhile(lambda window: window.start < num_samples, windows)
 
 
 def _stitched_windows(
@@ -235,7 +294,8 @@ def _chunk_windows(
         start = index * chunking.step
         latent, samples = source.read(index, 1)[0], chunking.samples
         if spec.short_last_chunk and index == source.shape[0] - 1:
-            samples = max(spec.min_samples, min(samples, num_samples - start))
+            shared = samples - chunking.step  # with the chunk before, for the whole fade
+            samples = max(spec.min_samples, shared, min(samples, num_samples - start))
             latent = latent[:, : spec.frames(samples)]
         yield _Window(start // spec.hop, latent, start, samples)
 

@@ -21,15 +21,13 @@ from latentmill.models.identity import check_decoder
 from latentmill.models.inference.device import load_model, pick_device
 from latentmill.models.trust import resolve_stored
 from latentmill.ops import Origin, fit, mix
-from latentmill.record import FloatArray, Latent, Record
+from latentmill.record import FloatArray, Latent, LatentLike, Record, as_array
 from latentmill.store.index import IndexEntry
 from latentmill.store.mixture import Mix
 from latentmill.store.schema import DatasetInfo
 from latentmill.store.thread_copy import copy_of_store
 
 if TYPE_CHECKING:
-    import torch
-
     from latentmill.store.store import LatentStore
 
 # Windows per forward pass: decoding needs several times the memory of encoding.
@@ -185,7 +183,7 @@ class StoreDecoder:
 
     def decode_latent(
         self,
-        latent: Latent | LatentSource | torch.Tensor,
+        latent: LatentLike | LatentSource,
         num_samples: int | None = None,
         *,
         seed: int = 0,
@@ -198,9 +196,10 @@ class StoreDecoder:
                 store with `stitch: none`, an item is `[N, D, Z]` and a batch `[B, N, D, Z]`. Values
                 must be as stored: undo a normalisation first, with `Normalize.undo`. Of a store
                 with standard deviations, the rows of the means alone can be given.
-            num_samples: Length of the audio; None for the length of all frames.
+            num_samples: Length of the audio; None for that of all frames, or of all chunks.
             seed: Seed of a stochastic decoder's noise, the same for all items of a batch.
-            batch_size: Windows per forward pass; default 1 on a CPU, 4 on a GPU.
+            batch_size: Windows per forward pass, of all items of a batch; default 1 on a CPU, 4 on
+                a GPU.
 
         Returns:
             Audio `[channels, samples]`, or `[B, channels, samples]`; float32.
@@ -213,13 +212,16 @@ class StoreDecoder:
 
     def decode_blocks(
         self,
-        latent: Latent | LatentSource,
+        latent: LatentLike | LatentSource,
         num_samples: int | None = None,
         *,
         seed: int = 0,
         batch_size: int | None = None,
     ) -> Iterator[FloatArray]:
-        """Decode one item in bounded memory; yields its audio in blocks `[channels, n]`."""
+        """Decode one item in bounded memory; yields its audio in blocks `[channels, n]`.
+
+        The arguments are those of `decode_latent`, which also decodes batches.
+        """
         batch = batch_size or self._decode_batch
         latent = self._with_deviations(latent)
         return decode_blocks(
@@ -236,9 +238,7 @@ class StoreDecoder:
         only_means = len(shape) >= 2 and shape[-2] == model["latent_channels"] - deviations
         if not deviations or not only_means or isinstance(latent, LatentSource):
             return latent
-        if not isinstance(latent, np.ndarray):
-            latent = latent.detach().cpu().float().numpy()
-        return np.pad(latent, [*[(0, 0)] * (len(shape) - 2), (0, deviations), (0, 0)])
+        return np.pad(as_array(latent), [*[(0, 0)] * (len(shape) - 2), (0, deviations), (0, 0)])
 
     def mix(self, gains: Mapping[str, float] | Sequence[str]) -> Mix:
         """Mix records as latents, with the latent of silence; `.audio()` decodes the mix.
