@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import base64
 import copy
+import dataclasses
 import io
 import pickle
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 import latentmill as lm
 from latentmill.errors import ConfigError
@@ -89,6 +92,32 @@ def test_a_mix_is_that_of_lm_mix_and_can_be_heard(store: LatentStore) -> None:
     html = mixed._repr_html_()
     assert len(images(html)) == 1
     assert len(sounds(html)) == 1
+
+
+def test_a_mix_is_decoded_with_a_seed_and_a_batch_size(
+    store: LatentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed = store.mix(["south/drums"])
+    model, seen = store.model(), []
+    decode, frames = model.decode, store.model().spec.frames(store.chunking.samples)
+
+    def seeing(latents: torch.Tensor, num_samples: int, **options: Any) -> torch.Tensor:
+        seen.append((len(latents), options["seed"]))
+        return decode(latents, num_samples, **options)
+
+    monkeypatch.setattr(model, "decode", seeing)
+    long = dataclasses.replace(
+        mixed,
+        latent=np.tile(mixed.latent, (1, 3 * frames))[:, : 3 * frames],
+        num_samples=model.spec.samples(3 * frames),
+    )
+    audio = long.audio()
+    assert {one for one, _ in seen} == {1}
+    assert {seed for _, seed in seen} == {0}
+    seen.clear()
+    np.testing.assert_allclose(long.audio(seed=7, batch_size=2), audio, atol=1e-5)
+    assert max(one for one, _ in seen) == 2
+    assert {seed for _, seed in seen} == {7}
 
 
 def test_shorter_records_of_a_mix_are_continued_with_silence(store: LatentStore) -> None:

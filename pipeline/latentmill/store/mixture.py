@@ -25,14 +25,19 @@ class Mix(Shown):
     latent: FloatArray = field(repr=False)
     num_samples: int
     sample_rate: int
-    _decode: Callable[[FloatArray, int], FloatArray] = field(repr=False, compare=False)
+    _decode: Callable[..., FloatArray] = field(repr=False, compare=False)
     _decode_start: Callable[[FloatArray, int], tuple[FloatArray, int] | None] = field(
         repr=False, compare=False
     )
 
-    def audio(self) -> FloatArray:
-        """Decode the mix to audio `[channels, samples]` with the store's model."""
-        return self._decode(self.latent, self.num_samples)
+    def audio(self, *, seed: int = 0, batch_size: int | None = None) -> FloatArray:
+        """Decode the mix to audio `[channels, samples]` with the store's model.
+
+        Args:
+            seed: Seed of a stochastic decoder's noise.
+            batch_size: Windows per forward pass; default 1 on a CPU, 4 on a GPU.
+        """
+        return self._decode(self.latent, self.num_samples, seed=seed, batch_size=batch_size)
 
     def shown(self) -> Mapping[str, object]:
         """The values that `repr` and a notebook show."""

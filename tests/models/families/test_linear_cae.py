@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import linear_cae
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -166,6 +167,11 @@ def test_noise_depends_on_seed_and_position_alone() -> None:
     assert whole.flatten(1).unique(dim=0).shape[0] == 50
     assert not torch.equal(frame_noise(4, [0], 50, shape)[0], whole)
     assert not torch.equal(frame_noise(-3, [0], 50, shape)[0], whole)
+    for integer in (np.int64, np.uint32, torch.tensor):
+        part = frame_noise(integer(3), [integer(17)], 20, shape)  # type: ignore[arg-type,list-item]
+        assert torch.equal(part[0], whole[17:37])
+    negative = frame_noise(np.int64(-3), np.array([0]), 50, shape)  # type: ignore[arg-type]
+    assert torch.equal(negative, frame_noise(-3, [0], 50, shape))
     assert whole.std() == pytest.approx(1, abs=0.03)
     assert whole.mean() == pytest.approx(0, abs=0.03)
 

@@ -14,6 +14,7 @@ same order.
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -170,10 +171,12 @@ def frame_noise(seed: int, positions: Sequence[int], frames: int, shape: tuple[i
     """
     noise = np.empty((len(positions), frames, *shape), dtype=np.float32)
     mask = 2**64 - 1
+    seed = operator.index(seed)  # also a numpy integer, which has no bitwise `and` with the mask
+    firsts = [operator.index(position) for position in positions]
 
     def fill(index: tuple[int, int]) -> None:
         element, frame = index
-        key = np.array([seed & mask, (positions[element] + frame) & mask], dtype=np.uint64)
+        key = np.array([seed & mask, (firsts[element] + frame) & mask], dtype=np.uint64)
         generator = np.random.Generator(np.random.Philox(key=key))
         generator.standard_normal(dtype=np.float32, out=noise[element, frame])
 
