@@ -186,14 +186,14 @@ def music2latent(repo: Path, audio: Tensor) -> Tensor:
     from music2latent import hparams_inference
     from music2latent.audio import to_representation_encoder
 
-    from latentmill.models.families.linear_cae.lean import exact_attention
-
-    with exact_attention():
-        spectrum = to_representation_encoder(audio[:, 0])
-        latents: Tensor = (
-            load_music2latent(repo).gen.encoder(spectrum) / hparams_inference.sigma_rescale
-        )
-    return latents
+    encoder = load_music2latent(repo).gen.encoder
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its results have another rounding
+    try:
+        latents: Tensor = encoder(to_representation_encoder(audio[:, 0]))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    return latents / hparams_inference.sigma_rescale
 
 
 def clap(repo: Path, audio: Tensor) -> Tensor:

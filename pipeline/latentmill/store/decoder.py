@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,6 +51,8 @@ class StoreDecoder:
             "model_options": self.model_options,
         }
         self._model: Autoencoder | None = None
+        self._loading = threading.Lock()  # so that threads do not load a model each
+        self._reloading = threading.Lock()  # so that none takes the index of the old seal
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LatentStore:
         return copy_of_store(cast("LatentStore", self), memo)
@@ -132,21 +135,25 @@ class StoreDecoder:
                 only the version of its package differs, that is a warning.
             StoreError: An earlier version has stored the rows in another order.
         """
-        if self._model is None:
-            stored = self.info.model
-            refuse_earlier_rows(stored, self.url)
-            handle = resolve_stored(
-                stored.get("asked"),
-                stored.get("options"),
-                stored.get("asked_channels"),
-                given=self.model_options,
-                store=self.url,
-                trusted=self._trust_model,
-                stored=stored,
-            )
-            check_decoder(stored, handle.spec, self.url, self.model_options)
-            self._model = load_model(handle, pick_device(self._device))
-        return self._model
+        with self._loading:
+            if self._model is None:
+                self._model = self._loaded_model()
+            return self._model
+
+    def _loaded_model(self) -> Autoencoder:
+        stored = self.info.model
+        refuse_earlier_rows(stored, self.url)
+        handle = resolve_stored(
+            stored.get("asked"),
+            stored.get("options"),
+            stored.get("asked_channels"),
+            given=self.model_options,
+            store=self.url,
+            trusted=self._trust_model,
+            stored=stored,
+        )
+        check_decoder(stored, handle.spec, self.url, self.model_options)
+        return load_model(handle, pick_device(self._device))
 
     @property
     def decodable(self) -> bool:

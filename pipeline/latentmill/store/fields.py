@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import io
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
@@ -95,26 +96,42 @@ def damaged_shard(storage: Storage, path: str) -> DamagedShardError:
 
 
 class ShardFields:
-    """The fields of records except the latents; keeps those of the Parquet shards used last."""
+    """The fields of records except the latents; keeps those of the Parquet shards used last.
+
+    Thread-safe. Copies and pickles have read nothing yet.
+    """
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._tables: OrderedDict[str, pa.Table] = OrderedDict()
+        self._lock = threading.Lock()  # guards the tables
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return ShardFields, (self._storage,)
 
     def row(self, shard: str, row: int) -> dict[str, Any]:
         """Return the fields of one row of a shard."""
-        tables = self._tables
-        if shard not in tables:
-            tables[shard] = read_columns(self._storage, shard, FIELD_NAMES)
-            while len(tables) > 1 and sum(one.nbytes for one in tables.values()) > _CACHED_BYTES:
-                tables.popitem(last=False)
-        tables.move_to_end(shard)  # the last one is the most recently used
         fields: dict[str, Any]
-        (fields,) = tables[shard].slice(row, 1).to_pylist()
+        (fields,) = self._table(shard).slice(row, 1).to_pylist()
         return fields
 
+    def _table(self, shard: str) -> pa.Table:
+        tables = self._tables
+        with self._lock:
+            if shard in tables:
+                tables.move_to_end(shard)  # the last one is the most recently used
+                return tables[shard]
+        # Without the lock, so that threads read at the same time.
+        table = read_columns(self._storage, shard, FIELD_NAMES)
+        with self._lock:
+            tables[shard] = table
+            while len(tables) > 1 and sum(one.nbytes for one in tables.values()) > _CACHED_BYTES:
+                tables.popitem(last=False)
+        return table
+
     def clear(self) -> None:
-        self._tables.clear()
+        with self._lock:
+            self._tables.clear()
 
 
 def _spans(footer: Any, names: Sequence[str]) -> list[tuple[int, int]]:

@@ -69,7 +69,7 @@ def open_store(
 class LatentStore(StoreDecoder, Shown):
     """The records of a store, by key and in key order.
 
-    Picklable and fork-safe: it keeps no open files. Not thread-safe.
+    Picklable and fork-safe: it keeps no open files. Threads can share it (docs/latents.md).
 
     Attributes:
         storage: Access to the store's files.
@@ -212,17 +212,18 @@ class LatentStore(StoreDecoder, Shown):
 
         Returns whether it has changed. If so, this object now represents the new seal.
         """
-        found = read_seal(self.storage)
-        if not self.sealed or found is None:
-            return False
-        if found != self._info:
-            self._use_seal(found)
-        elif self.bases is None or not self.bases.reload():
-            return False
-        for name in ("index", "plan", "commits", "origin", "annotations"):
-            self.__dict__.pop(name, None)
-        self._shard_fields.clear()
-        return True
+        with self._reloading:
+            found = read_seal(self.storage)
+            if not self.sealed or found is None:
+                return False
+            if found != self._info:
+                self._use_seal(found)
+            elif self.bases is None or not self.bases.reload():
+                return False
+            for name in ("index", "plan", "commits", "origin", "annotations"):
+                self.__dict__.pop(name, None)
+            self._shard_fields.clear()
+            return True
 
     def shard_sizes(self) -> dict[str, tuple[int, str]]:
         """Return the size in bytes and the hash of every shard, by path."""

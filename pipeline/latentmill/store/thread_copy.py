@@ -16,6 +16,8 @@ T = TypeVar("T")
 _SHARED = (
     "_info",
     "_model",
+    "_loading",
+    "_reloading",
     "_shard_fields",
     "ranges",
     "index",

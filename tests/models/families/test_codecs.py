@@ -20,12 +20,12 @@ from latentmill.encoding.single import encode_chunked
 from latentmill.errors import ConfigError, ModelError, SourceError
 from latentmill.models.base import Autoencoder
 from latentmill.models.families.codec import dac_encoder_context
-from latentmill.models.families.linear_cae.lean import exact_attention
 from latentmill.models.families.same import encoder_context
 from latentmill.models.families.transformers_codec import LENGTHS, move
 from latentmill.models.registry import resolve
 from latentmill.run.run import run
 from latentmill.store.statistics import ChannelStatistics
+from support.exact_attention import exact_attention
 
 
 def noise(model: Autoencoder, frames: int, batch: int = 2) -> torch.Tensor:

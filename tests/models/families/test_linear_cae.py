@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentmill.errors import ModelError
-from latentmill.models.families.linear_cae.lean import exact_attention
 from latentmill.models.families.linear_cae.model import LinearCae, LinearCaeHandle, frame_noise
 from latentmill.models.inference.precision import numeric_mode
 from latentmill.models.registry import resolve
+from support.exact_attention import exact_attention
 from support.hub import serve
 from support.linear_cae_weights import FRONTEND, random_state, use_cache, write_folder
 
@@ -103,6 +104,26 @@ def test_the_lean_encoder_is_the_package_s_in_every_numeric_mode(
                 ours = model.encode(x)
         assert (ours - expected).abs().max() <= tolerance * expected.abs().max()
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_encoding_leaves_the_flags_of_other_threads_alone(
+    model: LinearCae, package_model: Any
+) -> None:
+    """The flag of the fast path is global to the process."""
+    flags: list[bool] = []
+    hook = model._generator.encoder.register_forward_hook(
+        lambda *_: flags.append(torch.backends.mha.get_fastpath_enabled())
+    )
+    sounds = [noise(1), noise(2, 30_720), noise(3)]
+    try:
+        wanted = [model.encode(sound) for sound in sounds]
+        with ThreadPoolExecutor(3) as pool:
+            found = [list(pool.map(model.encode, sounds)) for _ in range(4)]
+    finally:
+        hook.remove()
+    assert flags == [True] * 15
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert all(torch.equal(*pair) for one in found for pair in zip(one, wanted, strict=True))
 
 
 def test_encode_does_not_grow_the_state_dict(model: LinearCae) -> None:

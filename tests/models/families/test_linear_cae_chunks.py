@@ -14,9 +14,9 @@ from latentmill.decoding.decoder import decode_latent
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.single import encode_chunked
 from latentmill.errors import ConfigError
-from latentmill.models.families.linear_cae.lean import exact_attention
 from latentmill.models.families.linear_cae.model import LinearCae
 from latentmill.models.registry import resolve
+from support.exact_attention import exact_attention
 
 CHUNK = 15_000  # 29 blocks of 512 samples and 152 more, as 441,000 has 168 more
 

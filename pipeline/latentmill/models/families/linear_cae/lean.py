@@ -7,14 +7,11 @@ training; here they work in place. Activations and sums are the same operations 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def make_lean(encoder: Any) -> None:
@@ -41,16 +38,22 @@ def _block(block: Any, x: Tensor) -> Tensor:
     return y
 
 
-@contextmanager
-def exact_attention() -> Iterator[None]:
-    """Run `nn.MultiheadAttention` as in training, without the fast path of evaluation mode.
+def make_exact(encoder: Any) -> None:
+    """Let an encoder's self-attention run as in training, without the fast path of evaluation.
 
     The fast path projects the inputs by one small matrix product per STFT frame, and its results
-    are not bit for bit those of the package's README loop.
+    are not bit for bit those of the package's README loop. PyTorch takes it only if `batch_first`
+    is set. Its flag for turning the fast path off is global to all threads of the process.
     """
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+    for attention in encoder.modules():
+        if isinstance(attention, nn.MultiheadAttention) and attention.batch_first:
+            attention.batch_first = False
+            attention.forward = partial(_attend, attention)  # type: ignore[method-assign]
+
+
+def _attend(attention: Any, query: Tensor, *same: Tensor, **options: Any) -> Any:
+    """`MultiheadAttention.forward` of `[B, T, D]`, which are also the keys and values."""
+    del same
+    given = query.transpose(0, 1)  # [T, B, D]
+    attended, weights = nn.MultiheadAttention.forward(attention, given, given, given, **options)
+    return attended.transpose(0, 1), weights

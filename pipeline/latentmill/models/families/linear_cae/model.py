@@ -35,7 +35,7 @@ from latentmill.models.families.linear_cae.files import (
     import_linear_cae,
     read_arguments,
 )
-from latentmill.models.families.linear_cae.lean import exact_attention, make_lean
+from latentmill.models.families.linear_cae.lean import make_exact, make_lean
 from latentmill.models.weights import (
     LOAD_ERRORS,
     ModelFiles,
@@ -99,6 +99,7 @@ class LinearCae:
         self._frontend = model.frontend
         self._generator = model.generator
         self._diffusion = model.diffusion
+        make_exact(self._generator.encoder)
         if device.type == "cuda":  # the memory order of convolutions on tensor cores
             self._generator.encoder.to(memory_format=torch.channels_last)
         self._steps = diffusion_steps
@@ -114,8 +115,7 @@ class LinearCae:
         wave = audio[:, 0].to(self._device)  # [B, T]
         with torch.autocast(self._device.type, enabled=False):
             spectrum = self._frontend.to_representation(wave)  # [B, 2, bins, STFT frames]
-        with exact_attention():
-            latents: Tensor = self._generator.encoder(spectrum)
+        latents: Tensor = self._generator.encoder(spectrum)
         return latents.float() * self.spec.scale_factor
 
     @no_gradients
