@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,39 @@ def test_a_reader_follows_a_view_whose_bases_have_other_numbers(tmp_path: Path) 
     assert block[0].T.astype(np.float16).tobytes() == expected.tobytes()
     assert store["a/00000"].latent.tobytes() == expected.tobytes()
     assert store["b/00003"].metadata == {"n": 3}
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "s3":
+        return str(request.getfixturevalue("s3_bucket"))
+    return f"memory://{uuid.uuid4().hex}" if request.param == "memory" else str(tmp_path)
+
+
+def test_a_base_that_is_sealed_twice_after_its_view_was_written(folder: str) -> None:
+    """Once before the view is opened, once before its records are looked for."""
+    url, latents = f"{folder}/store", [latent_of(n, 6) for n in range(16)]
+    write_latents(url, [6] * 16)
+    lm.select(url, f"{folder}/view", keys=["item/00001", "item/00009"])
+    write_again(url, [0], latents)
+    view, readable = lm.open(f"{folder}/view"), lm.open(f"{folder}/view")
+    assert view.shard_sizes() == readable.shard_sizes()
+    write_again(url, [1], latents)
+    for key, record in zip(("item/00001", "item/00009"), view, strict=True):
+        assert record.key == key
+        assert record.latent.tobytes() == latents[int(key[-5:])].tobytes()
+    block, _ = CropReader(readable).read_block(np.arange(2), np.zeros(2, np.int64), 6)
+    assert block[1].T.astype(np.float16).tobytes() == latents[9].tobytes()
+
+
+def test_a_base_whose_index_is_missing(folder: str) -> None:
+    url = f"{folder}/store"
+    write_latents(url, [6] * 8)
+    lm.select(url, f"{folder}/view", keys=["item/00001"])
+    now = write_again(url, [0], [latent_of(n, 6) for n in range(8)])
+    Storage(url).delete(now.info.index)
+    with pytest.raises(StoreError, match=r"index.* is missing or damaged: run the same encode"):
+        len(lm.open(f"{folder}/view"))
 
 
 def test_conditions_see_the_values_that_have_no_column_in_one_store(tmp_path: Path) -> None:

@@ -147,6 +147,20 @@ def test_a_field_is_brought_up_to_date_while_it_is_read(
     assert np.array_equal(next(iter(field)).latent.T, before + 1)
 
 
+def test_a_field_is_brought_up_to_date_before_it_is_read(
+    bases: dict[str, lm.LatentStore], tmp_path: Path
+) -> None:
+    shutil.copytree(bases["one"].url, tmp_path / "one")
+    lm.select(str(tmp_path / "one"), str(tmp_path / "view"), where=KEPT)
+    field = lm.open(tmp_path / "view").field("coarse")
+    old = {record.key: record.latent for record in lm.open(f"{tmp_path}/one/fields/coarse")}
+    units = range(len(field.plan.units))
+    write_again(f"{tmp_path}/one/fields/coarse", units, [latent + 1 for latent in old.values()])
+    reader = CropReader(field)
+    block, _ = reader.read_block(np.zeros(1, np.int64), np.zeros(1, np.int64), 1)
+    assert np.array_equal(block[0].T, (old[reader.key(0)] + 1)[:, :1])
+
+
 def test_views_in_buckets() -> None:
     for name in LENGTHS:
         write_base("memory://views", name, names=["text", "coarse"])

@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from latentmill.errors import StoreError
+from latentmill.errors import StorageError, StoreError
 from latentmill.storage.remote import is_web, protocol_of
 from latentmill.storage.storage import Storage
 from latentmill.store.entries import BaseEntry
-from latentmill.store.index import INDEX_SCHEMA, Index, open_index
+from latentmill.store.index import INDEX_SCHEMA, Index, damaged_index, open_index
 from latentmill.store.schema import DatasetInfo
 from latentmill.store.seal import read_seal
 
@@ -90,6 +90,11 @@ class Bases:
         self.__dict__.pop("shard_sizes", None)
         return changed
 
+    def use_seal(self, number: int, info: DatasetInfo) -> None:
+        """Use a later seal of one base."""
+        self.infos[number] = info
+        self.__dict__.pop("shard_sizes", None)
+
     @cached_property
     def shard_sizes(self) -> dict[str, tuple[int, str]]:
         """The size in bytes and the hash of every shard of the bases, by path in the view."""
@@ -136,8 +141,7 @@ class Bases:
         """The index rows of a changed base for some records of the view."""
         import pyarrow.compute as pc  # slow, and most commands do not need it
 
-        entry, info = self.entries[number], self.infos[number]
-        base = open_index(self._storages[number], info.index, info.index_hash)
+        entry, base = self.entries[number], self._index(number)
         wanted = index.table.take(pa.array(rows))
         keys = pc.utf8_slice_codeunits(wanted["key"], len(entry.prefix))
         places = pc.index_in(keys, base.table["key"]) if len(base) else pa.nulls(len(rows))
@@ -152,6 +156,20 @@ class Bases:
                 "create the view again."
             )
         return inside_base(found, number, entry.prefix)
+
+    def _index(self, number: int) -> Index:
+        """The index of a base, or that of the seal that has replaced it meanwhile."""
+        storage, info = self._storages[number], self.infos[number]
+        try:
+            return open_index(storage, info.index, info.index_hash)
+        except (FileNotFoundError, StorageError) as error:
+            if not isinstance(error.__cause__ or error, FileNotFoundError):
+                raise
+            now = self._seal(number)
+            if now == info:
+                raise damaged_index(f"{storage.root}/{info.index}") from error
+        self.use_seal(number, now)
+        return self._index(number)
 
 
 def fault_of_base(view: Storage, url: str) -> str | None:

@@ -124,10 +124,12 @@ class FieldOfView(LatentStore):
         """The location of the value of every record of the view that has one."""
         import pyarrow.compute as pc  # slow, and most commands do not need it
 
+        assert self.bases is not None
         tables = []
         for own, (number, store) in enumerate(zip(self._numbers, self._stores, strict=True)):
             prefix = self._view.info.bases[number].prefix
             rows = inside_base(store.index.table, own, prefix)
+            self.bases.use_seal(own, store.info)  # of this index, which may be a later one
             tables.append(rows.filter(pc.is_in(rows["key"], self._keys_in(number))))
         return Index.from_tables(tables)
 
