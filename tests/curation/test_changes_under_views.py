@@ -15,6 +15,7 @@ import soundfile
 
 import latentmill as lm
 from latentmill.curation.selecting import Selector
+from latentmill.curation.split import _units
 from latentmill.errors import ConfigError, StoreError
 from latentmill.reader.crops import CropReader
 from latentmill.reader.stems import stem_groups
@@ -141,6 +142,33 @@ def test_a_base_that_is_sealed_again_while_records_are_chosen(tmp_path: Path) ->
     store.reload()
     with pytest.raises(StoreError, match="was changed while it was read"):
         selector.chosen()
+
+
+STEPS: dict[str, Callable[[Selector], object]] = {
+    "text": lambda selector: selector.where("number > 2"),
+    "function": lambda selector: selector.where(lambda fields: fields["metadata"]["number"] > 2),
+    "loudness": lambda selector: selector.min_loudness(-10),
+    "duplicates": lambda selector: selector.drop_duplicates("exact"),
+    "stratify": lambda selector: selector.sample(4, "number", 0),
+    "stratify by role": lambda selector: selector.sample(4, "role", 0),
+    "split": lambda selector: _units(selector, "number"),
+}
+
+
+@pytest.mark.parametrize("later", [8, 4])
+@pytest.mark.parametrize("step", STEPS)
+def test_records_are_not_chosen_by_rows_of_another_seal(
+    tmp_path: Path, step: str, later: int
+) -> None:
+    """Of a store that was opened before it was sealed with more items, or with fewer."""
+    url = str(tmp_path / "store")
+    write_latents(url, [6] * 8, failed=range(12 - later, 8))
+    store = lm.open(url)
+    assert len(store) == 12 - later
+    write_again(url, [0], [latent_of(n, 6) for n in range(8)], failed=range(later, 8))
+    selector = Selector(store)
+    with pytest.raises(StoreError, match="was changed while it was read"):
+        STEPS[step](selector)
 
 
 def test_annotations_of_a_view_stay_when_it_is_written_again(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import uuid
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 
 import latentmill as lm
@@ -92,6 +94,73 @@ def test_a_long_latent_is_of_one_seal(tmp_path: Path, monkeypatch: pytest.Monkey
         other.read(5, 20)
     again = store.source("item/00003").read(0, 30)
     np.testing.assert_array_equal(again, latent_of(3 + AFTER, 30))
+
+
+CONDITIONS: dict[str, Any] = {
+    "function": lambda fields: fields["metadata"]["number"] in (9, 12),
+    "expression": pc.field("key").isin(["item/00009", "item/00012"]),
+    "text": "number in [9, 12]",
+    "dotted name": "song.at in [9, 12]",
+    "annotated JSON": "tag == 'chosen'",
+}
+
+
+def write_half(url: str, tmp_path: Path) -> None:
+    """A store whose first unit has only failed items; number 9 and 12 of the second are chosen."""
+    write_latents(
+        url,
+        LENGTHS,
+        failed=range(8),
+        metadata=[{"number": number, "song": {"at": number}} for number in range(16)],
+    )
+    tags = {f"item/{n:05d}": "chosen" if n in (9, 12) else n for n in range(8, 16)}
+    lines = [json.dumps({"key": key, "tag": tag}) for key, tag in tags.items()]
+    (tmp_path / "tags.jsonl").write_text("\n".join(lines))
+    lm.annotate(url, tmp_path / "tags.jsonl")
+
+
+@pytest.mark.parametrize("where", CONDITIONS)
+def test_conditions_choose_records_of_the_seal_that_is_read(
+    url: str, where: str, tmp_path: Path
+) -> None:
+    """Items were encoded since a store was opened; their records come before those chosen."""
+    write_half(url, tmp_path)
+    store = lm.open(url)
+    assert len(store) == 8
+    write_again(url, [0], latents())
+    options: dict[str, Any] = {"crop": CROP, "mode": "start", "where": CONDITIONS[where]}
+    for stores in (store, [lm.open(url), store]):
+        dataset = lm.LatentDataset(stores, **options)
+        for number, sample in enumerate(dataset[n] for n in range(len(dataset))):
+            wanted = (9, 12)[number % 2]
+            assert sample.key == f"item/{wanted:05d}"
+            assert sample.metadata["number"] == wanted
+            np.testing.assert_array_equal(sample.latents, latents()[wanted][:, :CROP])
+    assert len(dataset) == 4
+
+
+@pytest.mark.parametrize("units", [[0], [0, 1]])
+def test_conditions_when_shards_of_the_earlier_seal_are_gone(
+    tmp_path: Path, units: list[int]
+) -> None:
+    url = write_latents(str(tmp_path / "store"), LENGTHS, failed=range(8)).url
+    store, again = lm.open(url), lm.open(url)
+    assert len(store) == len(again) == 8
+    write_again(url, units, latents())
+    dataset = lm.LatentDataset(store, crop=CROP, where=CONDITIONS["function"])
+    assert [dataset[n].key for n in range(len(dataset))] == ["item/00009", "item/00012"]
+    stems = lm.StemDataset(again, AllStems(("drums",)), crop=CROP, active_db=None)
+    assert [stems.stems(n).keys for n in range(len(stems))] == [
+        tuple(f"item/{4 * group + n:05d}" for n in range(4)) for group in range(4)
+    ]
+
+
+def test_fields_are_gathered_of_the_items_of_a_reader_or_not_at_all(tmp_path: Path) -> None:
+    url = write_latents(str(tmp_path / "store"), LENGTHS, failed=range(8)).url
+    reader = FieldReader(LatentStore(url), ["key"])
+    write_again(url, [0], latents())
+    with pytest.raises(StoreError, match="sealed again with other items"):
+        reader.gather()
 
 
 READERS: dict[str, Callable[[str], Any]] = {

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from latentmill.encoding.stored import parse_json
 from latentmill.errors import ConfigError
-from latentmill.reader.fields import FIELDS, FieldReader
+from latentmill.reader.fields import FIELDS, gather
 from latentmill.store.metadata import METADATA_SCHEMA, PREFIX
 from latentmill.store.metadata_file import open_metadata
 from latentmill.store.store import LatentStore
@@ -16,7 +16,7 @@ from latentmill.store.store import LatentStore
 
 def stored_values(store: LatentStore, name: str) -> list[Any]:
     """The values of a stored field in index order."""
-    return FieldReader(store, [name]).gather()[name].to_pylist()  # type: ignore[no-any-return]
+    return gather(store, [name])[name].to_pylist()  # type: ignore[no-any-return]
 
 
 def values_of(store: LatentStore, name: str, option: str) -> list[Any]:
@@ -45,7 +45,7 @@ def values_of(store: LatentStore, name: str, option: str) -> list[Any]:
                 values = file.read(columns=[column], use_threads=False)[column]
                 if values.null_count < len(values):
                     return values.to_pylist()  # type: ignore[no-any-return]
-    texts = FieldReader(store, ["metadata"]).gather()["metadata"].to_pylist()
+    texts = gather(store, ["metadata"])["metadata"].to_pylist()
     found, known = [], set[str]()
     for text in texts:
         own = parse_json(text)

@@ -13,10 +13,11 @@ import xxhash
 
 from latentmill.curation.chosen import Chosen, Ints
 from latentmill.curation.columns import values_of
-from latentmill.errors import ConfigError, StoreError
+from latentmill.errors import ConfigError
 from latentmill.evaluation.similarity import Groups, connect_near, near_groups, outliers
-from latentmill.reader.fields import FieldReader, Where, select
+from latentmill.reader.fields import Where, gather, select
 from latentmill.sources.address import item_at
+from latentmill.store.describe import changed_meanwhile
 from latentmill.store.left_out import LEFT_OUT_SCHEMA
 from latentmill.store.store import LatentStore
 
@@ -63,14 +64,17 @@ class Selector:
             details = pa.array([self._details.get(row) for row in out.tolist()], pa.string())
         columns = [keys, pa.DictionaryArray.from_arrays(numbers, reasons), details]
         table = pa.Table.from_arrays(columns, schema=LEFT_OUT_SCHEMA)
-        if self.store.index is not self.index:  # some numbers are of records in another index
-            raise StoreError(
-                f"{self.store.url} was changed while it was read: run the command again."
-            )
+        self.check_unchanged()
         return Chosen(self.store, self.index, self.rows, table, prefix)
+
+    def check_unchanged(self) -> None:
+        """Raise StoreError if the store has another index now, which other rows may belong to."""
+        if self.store.index is not self.index:
+            raise changed_meanwhile(self.store)
 
     def leave_out(self, rows: Iterable[int], reason: str) -> None:
         """Leave out those of some records that are still chosen."""
+        self.check_unchanged()
         some = np.fromiter(rows, np.int64)
         some = some[self._reason_of[some] < 0]
         if not len(some):
@@ -80,6 +84,7 @@ class Selector:
         self._reason_of[some] = self._reasons.index(reason)
 
     def _keep(self, rows: Ints, reason: str) -> None:
+        self.check_unchanged()
         other = np.ones(len(self._reason_of), np.bool_)
         other[rows] = False
         self.leave_out(np.flatnonzero(other), reason)
@@ -106,7 +111,7 @@ class Selector:
 
     def min_loudness(self, decibels: float) -> None:
         """Leave out records with a lower RMS, in dB relative to full scale."""
-        rms = np.asarray(FieldReader(self.store, ["rms"]).gather()["rms"])
+        rms = np.asarray(gather(self.store, ["rms"])["rms"])
         quiet = ~(rms >= 10 ** min(decibels / 20, LARGEST_EXPONENT))
         self.leave_out(np.flatnonzero(quiet), f"quieter than {decibels:g} dB")
 
@@ -139,6 +144,7 @@ class Selector:
         values: Sequence[Hashable] = [None] * len(rows)
         if stratify is not None:
             every = values_of(self.store, stratify, "--stratify")
+            self.check_unchanged()
             values = [_hashable(every[row]) for row in rows.tolist()]
         strata = defaultdict(list)
         for place, value in enumerate(values):
@@ -173,7 +179,8 @@ class Selector:
 
     def _equal(self) -> list[list[int]]:
         """Groups of chosen records of equal files, or with equal latents."""
-        table = FieldReader(self.store, ["content_hash", "source_uri"]).gather()
+        table = gather(self.store, ["content_hash", "source_uri"])
+        self.check_unchanged()
         seen: dict[object, int] = {}
         first, second = [], []
         hashes, samples = self.index.column("hash"), self.index.column("num_samples")

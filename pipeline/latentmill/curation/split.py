@@ -172,6 +172,7 @@ def _units(selector: Selector, by: str | None) -> list[str]:
         return keys
     store = selector.store
     values = stored_values(store, "group") if by is None else values_of(store, by, "by")
+    selector.check_unchanged()
     return [
         key if value is None else f"value {_text(value)}"
         for key, value in zip(keys, values, strict=True)

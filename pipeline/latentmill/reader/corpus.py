@@ -79,13 +79,14 @@ class StoreSamples:
                 f"{store.url} holds no records: run `latentmill status {store.url}` to see why."
             )
         self.store, self._reading = store, reading
+        # Both with the same index: looking for fields can load a later seal.
         self.crops = CropReader(store, cache)
+        self._metadata = FieldReader(store, ["metadata"]) if reading.metadata else None
         self.fields = StoreFields(self.crops, fields, cache)
         rows, self.left_out = self.fields.complete(rows, reading.missing_fields)
-        self._metadata = FieldReader(store, ["metadata"]) if reading.metadata else None
         self._chosen: npt.NDArray[np.uint8] | None = None  # a bit per record: small to send
         if rows is not None:
-            chosen = np.zeros(len(store), np.bool_)
+            chosen = np.zeros(len(self.crops.frames), np.bool_)
             chosen[rows] = True
             self._chosen = np.packbits(chosen)
         model = store.info.model

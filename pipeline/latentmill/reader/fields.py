@@ -19,7 +19,7 @@ from latentmill.encoding.stored import parse_json
 from latentmill.errors import ConfigError, StorageError
 from latentmill.reader.column_conditions import rows_where
 from latentmill.reader.order import Ints
-from latentmill.reader.rows import RowReader
+from latentmill.reader.rows import RowReader, with_current_rows
 from latentmill.sources.where import Condition
 from latentmill.store.annotations import JSON
 from latentmill.store.fields import parse_member, read_columns
@@ -133,6 +133,8 @@ class FieldReader(RowReader):
         file = open_metadata(self.store)
         if file is None:
             return None
+        if self.store.index is not self._index:  # sealed again meanwhile
+            self.renew()
         try:
             table = file.read(columns=[*{"key", *self.columns}], use_threads=False)
             if not self._index.has_keys(table["key"]):  # of another seal
@@ -187,8 +189,13 @@ class FieldReader(RowReader):
         )
 
 
+def gather(store: LatentStore, columns: Sequence[str]) -> pa.Table:
+    """The fields of all records, in the order of the store's index, also after a new seal."""
+    return with_current_rows([store], lambda: FieldReader(store, columns).gather())
+
+
 def select(stores: Sequence[LatentStore], where: Where) -> list[Ints]:
-    """The rows of each store that match a condition; reads no latents.
+    """The rows of each store's index that match a condition; reads no latents.
 
     Args:
         stores: One store or several; some of them may have no match.
@@ -200,8 +207,12 @@ def select(stores: Sequence[LatentStore], where: Where) -> list[Ints]:
         ConfigError: The condition cannot be evaluated, uses a field that no record has, or matches
             no record.
     """
-    holds = _TextCondition(where) if isinstance(where, str) else where
-    chosen = [_rows(store, holds) for store in stores]
+
+    def choose() -> tuple[Any, list[Ints]]:
+        holds = _TextCondition(where) if isinstance(where, str) else where
+        return holds, [_rows(store, holds) for store in stores]
+
+    holds, chosen = with_current_rows(stores, choose)
     if isinstance(holds, _TextCondition) and holds.missing:
         raise _no_field(min(holds.missing), holds.known)
     if not any(map(len, chosen)):

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from latentmill.errors import StorageError, StoreError
+from latentmill.errors import LatentmillError, StorageError, StoreError
 from latentmill.reader.order import Ints
 from latentmill.store.index import Index
 from latentmill.store.store import LatentStore
@@ -94,6 +94,24 @@ def with_current_index(readers: Sequence[RowReader], read: Callable[[], T]) -> T
             renewed = [reader.renew() for reader in dict.fromkeys(readers)]
             if not any(renewed):
                 raise
+
+
+def with_current_rows(stores: Sequence[LatentStore], read: Callable[[], T]) -> T:
+    """Call `read`, again after each new seal, until its rows are those of the stores' indexes."""
+    while True:
+        indexes = [store.index for store in stores]
+        try:
+            found = read()
+        except LatentmillError:
+            if _are_current(stores, indexes):
+                raise
+        else:
+            if _are_current(stores, indexes):
+                return found
+
+
+def _are_current(stores: Sequence[LatentStore], indexes: Sequence[Index]) -> bool:
+    return all(store.index is index for store, index in zip(stores, indexes, strict=True))
 
 
 def _unpickled(

@@ -123,7 +123,9 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
                 f"No song of {self.store.url} has {' and '.join(having)}{together}: check the "
                 "roles."
             )
+        # Both with the same index: looking for fields can load a later seal.
         self._crops = CropReader(self.store)
+        self._levels = FieldReader(self.store, ("levels",))
         self._fields = StoreFields(
             self._crops, [self.store.field(name) for name in checked_names(fields)]
         )
@@ -135,7 +137,6 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         self._gains = None if gains is None else RandomStemGains(gains)
         self._remix, self._active_db, self._per_song = remix, active_db, per_song
         self._transforms = tuple(transforms)
-        self._levels = FieldReader(self.store, ("levels",))
 
     def _use_complete(self, missing: Missing) -> None:
         """Leave out songs with a stem that has no value of a field, or raise ConfigError."""

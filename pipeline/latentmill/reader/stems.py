@@ -17,7 +17,7 @@ import numpy.typing as npt
 from latentmill.errors import ConfigError
 from latentmill.ops import Origin, gain, mix
 from latentmill.reader.field_values import FieldValue
-from latentmill.reader.fields import FieldReader
+from latentmill.reader.fields import gather
 from latentmill.reader.transforms import Decibels, check_decibels, random_factor
 from latentmill.record import MIXES, FloatArray
 from latentmill.sources.address import starts_at
@@ -105,7 +105,7 @@ def check_roles(task: object, groups: Sequence[StemGroup]) -> None:
 
 def _places(store: LatentStore, by: By) -> Iterator[tuple[str | None, float, str]]:
     """The song of each record, its start in the song in seconds, and its role."""
-    table = FieldReader(store, ("key", "group", "role", "source_uri")).gather()
+    table = gather(store, ("key", "group", "role", "source_uri"))
     columns = [table[name].to_pylist() for name in ("key", "group", "role")]
     for key, group, role, start in zip(*columns, starts_at(table["source_uri"]), strict=True):
         folder, _, name = key.rpartition("/")

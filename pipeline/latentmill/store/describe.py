@@ -53,6 +53,11 @@ def read_index(store: LatentStore) -> Index:
     return index
 
 
+def changed_meanwhile(store: LatentStore) -> StoreError:
+    """The error for a store that was sealed again while a command read it."""
+    return StoreError(f"{store.url} was changed while it was read: run the command again.")
+
+
 def is_complete(store: LatentStore) -> bool:
     """Whether every unit is committed and the seal is up to date; checks file names only.
 
