@@ -161,6 +161,31 @@ def test_a_store_that_is_not_sealed_is_measured_and_not_recorded(
     assert files(store) == before
 
 
+@pytest.mark.parametrize(
+    ("part", "compat"),
+    [("linearity", None), ("linearity", "linear-cae"), ("reconstruction", None), ("seams", None)],
+)
+def test_a_result_is_that_of_the_seal_at_the_start(
+    store: lm.LatentStore, part: str, compat: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store shows a later seal when its model runs."""
+    monkeypatch.setattr("latentmill.evaluation.compat.CHUNK", 1500)
+    path, precision = Path(store.url, "dataset.json"), lm.LatentStore.precision.fget
+    before = store.info.seal
+
+    def sealed_again(self: lm.LatentStore) -> Any:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"seal": "f" * 32}))
+        self.reload()
+        return precision(self)
+
+    monkeypatch.setattr(lm.LatentStore, "precision", property(sealed_again))
+    lm.evaluate(store, only=[part], items=2, compat=compat)
+    assert store.info.seal == "f" * 32
+    file = part if compat is None else f"{part}-{compat}"
+    written = json.loads(Path(store.url, f"evaluation/{file}.json").read_text())
+    assert written["seal"] == before
+
+
 def test_a_store_that_is_read_only_is_measured_and_not_recorded(
     store: lm.LatentStore,
     capsys: pytest.CaptureFixture[str],

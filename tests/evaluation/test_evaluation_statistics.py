@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ import soundfile
 
 import latentmill as lm
 from latentmill.errors import ConfigError, StorageError, StoreError
+from latentmill.evaluation import statistics
 from latentmill.evaluation.channels import LAGS
-from latentmill.evaluation.shard_pass import ShardPass
+from latentmill.evaluation.shard_pass import ShardPass, ShardResult
 from latentmill.evaluation.similarity import near_groups
 from latentmill.evaluation.statistics import measure_statistics
 from latentmill.reporting.media import Budget
@@ -24,7 +27,7 @@ from latentmill.store.results import StoreStatistics
 from latentmill.store.store import LatentStore
 from store.store_files import write_store
 from support import runs, saturated_model
-from support.latent_store import write_latents
+from support.latent_store import latent_of, write_again, write_latents
 from support.stem_files import write_stem_store, write_stems
 
 RATE = 22050
@@ -289,6 +292,24 @@ def test_a_cluster_reads_no_store_that_changed_meanwhile(
         pytest.raises(ConfigError, match="is not sealed yet"),
     ):
         measure_statistics(lm.open(store.url), address="auto")
+
+
+def test_a_store_that_is_sealed_with_other_items_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its shards were read, an item that had failed is encoded: all later rows move."""
+    pytest.importorskip("pyloudnorm")
+    url, latents = str(tmp_path / "store"), [latent_of(n, 30) for n in range(16)]
+    store, read = write_latents(url, [30] * 16, failed=[2]), statistics._results
+
+    def then_sealed(*arguments: Any) -> Iterator[ShardResult]:
+        yield from read(*arguments)
+        write_again(url, [0, 1], latents)
+
+    monkeypatch.setattr(statistics, "_results", then_sealed)
+    with pytest.raises(StoreError, match="was changed while it was read: run the command again"):
+        measure_statistics(store)
+    assert not Path(url, "evaluation").exists()
 
 
 def test_statistics_without_loudness_and_scale_can_be_read_again(tmp_path: Path) -> None:

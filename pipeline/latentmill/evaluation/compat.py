@@ -45,7 +45,7 @@ def measure_linear_cae(
     `record` writes the card into a sealed store's evaluation/linearity-linear-cae.json.
     """
     refuse_codes(store)
-    codec, scores = StoreCodec(store), Scores()
+    info, codec, scores = store.info, StoreCodec(store), Scores()
     most = None if max_seconds is None else int(max_seconds * codec.spec.sample_rate)
     keys = spread_keys(store, items)[:items]
     chunks = _chunks(store, keys, most)
@@ -64,7 +64,7 @@ def measure_linear_cae(
     )
     if record and store.sealed:
         with recording():
-            write_measurement(store.storage, store.info, card, store.model_options)
+            write_measurement(store.storage, info, card, store.model_options)
     return LinearityReport(card, POOR, POOR_DB, ())
 
 

@@ -88,7 +88,7 @@ def measure_linearity(
     evaluation/linearity.json.
     """
     refuse_codes(store)
-    codec = StoreCodec(store)
+    info, codec = store.info, StoreCodec(store)
     longest = samples_of(store, max_seconds)
     tracks, silent = stem_tracks(store, items, longest)
     grouped = bool(tracks)
@@ -115,7 +115,7 @@ def measure_linearity(
     )
     if record and store.sealed:
         with recording():
-            write_measurement(store.storage, store.info, card, store.model_options)
+            write_measurement(store.storage, info, card, store.model_options)
     return LinearityReport(card, POOR, POOR_DB, _poor(card))
 
 

@@ -39,7 +39,8 @@ def measure_reconstruction(
     Records whose source cannot be read are counted by reason. `record` writes the result into a
     sealed store's evaluation/reconstruction.json.
     """
-    rate = store.info.model["sample_rate"]
+    info = store.info
+    rate = info.model["sample_rate"]
     longest = round((60.0 if max_seconds is None else max_seconds) * rate)
     step = max(1, len(store) // items)
     keys = list(itertools.islice(store.keys(), 0, step * items, step))
@@ -78,7 +79,7 @@ def measure_reconstruction(
     )
     if record and store.sealed:
         with recording():
-            write_measurement(store.storage, store.info, result, store.model_options)
+            write_measurement(store.storage, info, result, store.model_options)
     return result
 
 

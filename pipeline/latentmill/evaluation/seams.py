@@ -63,7 +63,8 @@ def measure_seams(
     source must still be readable. `record` writes the result into a sealed store's
     evaluation/seams.json.
     """
-    index, fitting = store.index, _items_with_seams(store, max_seconds)
+    info, index = store.info, store.index
+    fitting = _items_with_seams(store, max_seconds)
     step = max(1, len(fitting) // items)
     measured: list[SeamError] = []
     for key in map(index.key, fitting[::step].tolist()):
@@ -85,7 +86,7 @@ def measure_seams(
     if record and store.sealed:
         result = SeamEntry(items=len(errors), median=report.median, largest=report.largest)
         with recording():
-            write_measurement(store.storage, store.info, result)
+            write_measurement(store.storage, info, result)
     return report
 
 

@@ -17,11 +17,12 @@ import torch
 import xxhash
 
 from latentmill.encoding.loudness import SILENT_DB, silent_frames
-from latentmill.errors import StorageError, StoreError
+from latentmill.errors import StorageError
 from latentmill.evaluation.channels import ChannelMoments, Pooling
 from latentmill.evaluation.rows import ShardRows
 from latentmill.record import DTYPES
 from latentmill.sources.address import format_at, item_at
+from latentmill.store.describe import changed_meanwhile
 from latentmill.store.schema import levels_of
 from latentmill.store.store import LatentStore
 
@@ -109,7 +110,7 @@ class ShardPass:
     def __init__(self, store: LatentStore, index_hash: str | None = None) -> None:
         self.store = store
         if index_hash is not None and store.info.index_hash != index_hash:
-            raise StoreError(f"{store.url} was changed while it was read: run the command again.")
+            raise changed_meanwhile(store)
 
     def __reduce__(self) -> tuple[type[ShardPass], tuple[LatentStore, str | None]]:
         return ShardPass, (self.store, self.store.info.index_hash)

@@ -6,7 +6,6 @@ What the commits and the index know is taken from them; one pass over the shards
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import math
 import os
 import warnings
@@ -20,6 +19,8 @@ from latentmill.errors import ConfigError, ItemError
 from latentmill.evaluation.shard_pass import RecordTable, ShardPass, ShardResult, ShardTotals
 from latentmill.evaluation.similarity import equal_groups, near_groups, outliers
 from latentmill.evaluation.vectors import remove_other_vectors, write_vectors
+from latentmill.store.describe import changed_meanwhile
+from latentmill.store.index import Index
 from latentmill.store.measurement import recording, write_measurement
 from latentmill.store.results import NearDuplicates, Outlier, StoreStatistics
 from latentmill.store.store import LatentStore
@@ -55,7 +56,7 @@ def measure_statistics(
         )
     if not len(store):
         raise ConfigError(f"{store.url} has no records: encode some items first.")
-    shard_pass = ShardPass(store)
+    info, index, shard_pass = store.info, store.index, ShardPass(store)
     count = len(shard_pass.rows.paths)
     table, totals = RecordTable.of(len(store), shard_pass.pooling), ShardTotals.of(store)
     for number, shard in enumerate(_results(shard_pass, count, address), 1):
@@ -63,14 +64,16 @@ def measure_statistics(
         totals.add(shard.totals)
         if number % 50 == 0:
             _log.info("statistics: %d of %d shards", number, count)
-    lufs = _lufs(store, items, max_seconds or LUFS_SECONDS)
+    lufs = _lufs(store, index, items, max_seconds or LUFS_SECONDS)
+    if store.index is not index:  # the table has rows of the earlier one
+        raise changed_meanwhile(store)
     result = _result(store, table, totals, lufs)
     if record and store.sealed:
         with recording():
             store.storage.clear_scratch()  # of a measurement that was killed
             vectors = write_vectors(store.storage, table.positions, table.shapes)
             result = result.model_copy(update={"vectors": vectors})
-            write_measurement(store.storage, store.info, result)
+            write_measurement(store.storage, info, result)
             remove_other_vectors(store.storage, vectors)
     return result
 
@@ -189,16 +192,16 @@ def _quantiles(values: npt.NDArray[np.float64]) -> dict[str, float]:
     return dict(zip(QUANTILES, found, strict=True))
 
 
-def _lufs(store: LatentStore, items: int, longest: float) -> list[float] | None:
+def _lufs(store: LatentStore, index: Index, items: int, longest: float) -> list[float] | None:
     """Integrated loudness of some records, by ITU-R BS.1770; None without pyloudnorm."""
     if importlib.util.find_spec("pyloudnorm") is None:
         return None
     import pyloudnorm
 
-    step = max(1, len(store) // items)
+    step = max(1, len(index) // items)
     found = []
-    for key in itertools.islice(store.keys(), 0, step * items, step):
-        record = store[key]
+    for row in range(len(index))[: step * items : step]:
+        record = store.read(index.entry(row))
         rate, channels = record.sample_rate, min(record.source_channels, 2)
         try:
             audio = read_source(record, channels, round(longest * rate))
