@@ -181,8 +181,9 @@ def _plan(storage: Storage, records: CopiedRecords) -> Plan:
         return plan_copy(storage, records, source, selection)
     if existing.source_settings != selection:
         raise ConfigError(
-            f"{storage.root} is another store: use an empty folder, or the same options as the "
-            "copy that was interrupted."
+            f"{storage.root} is another store, or a copy with other options or of a store that has "
+            "changed since: use an empty folder, or the same options as the copy that was "
+            "interrupted."
         )
     return existing
 

@@ -58,8 +58,8 @@ class StagedView:
             return
         if existing.source_settings != settings:
             raise ConfigError(
-                f"{published.root} has another store, or an earlier version of this view: use a "
-                "new repository."
+                f"{published.root} has another store, or an earlier version of this view (its "
+                "records or metadata have changed since): use a new repository."
             )
         self._plan = existing
         copy(existing, published, self.storage)
