@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from decimal import Decimal
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 from audio_files import ALL, RATE, SECONDS, encoded, rate_of, sound, with_pyav
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
 
 from latentmill.audio import media_from_bytes, open_audio, open_media
 from latentmill.errors import ItemError
+from latentmill.sources.address import address_of, item_at
+from latentmill.sources.base import Item, Segment
 
 
 def decode(data: bytes, **part: float | bool | None) -> np.ndarray:
@@ -46,6 +52,40 @@ def test_neighbouring_parts_share_and_lose_nothing(kind: str) -> None:
     joined = np.concatenate(parts, axis=1)
     assert joined.shape[1] == SECONDS * rate
     assert np.abs(joined - decode(data)).max() < 1e-5
+
+
+@cache
+def minute(rate: int) -> bytes:
+    return sound(np.zeros(60 * rate), rate, "WAV", "PCM_U8")
+
+
+def length_of(segment: Segment, rate: int) -> int | None:
+    with media_from_bytes(minute(rate)) as media:
+        return open_audio(media, start=segment.start, duration=segment.duration).num_samples
+
+
+@given(
+    st.sampled_from([8000, 11_025, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000]),
+    st.integers(1, 6),
+    st.sets(st.integers(0, 59_999_999), min_size=3, max_size=3).map(sorted),
+)
+@example(22_050, 2, [39_960_000, 40_550_000, 41_140_000])
+def test_parts_at_decimal_times_share_and_lose_nothing(
+    rate: int, digits: int, micros: list[int]
+) -> None:
+    """Sums of decimal numbers are not exact: 39.96 + 0.59 is more than 40.55."""
+    start, middle, end = (Decimal(at // 10 ** (6 - digits)).scaleb(-digits) for at in micros)
+    assume(middle - start > Decimal("0.001") and end - middle > Decimal("0.001"))
+    one, two = (
+        Segment(float(start), float(middle - start)),
+        Segment(float(middle), float(end - middle)),
+    )
+    both = Segment(float(start), float(end - start))
+    lengths = [length_of(segment, rate) for segment in (one, two, both)]
+    assert lengths[0] + lengths[1] == lengths[2]
+    for segment, length in zip((one, two, both), lengths, strict=True):
+        again = item_at(address_of(Item("k", "/a.wav", 0, "", segment=segment))).segment
+        assert length_of(again, rate) == length
 
 
 @pytest.mark.parametrize("kind", ["wav", "flac", "mp3-without-xing", "webm"])

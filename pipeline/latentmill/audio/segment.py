@@ -17,15 +17,15 @@ TOLERANCE = 0.05
 class SegmentDecoder:
     """A part of another decoder's samples: from `start` for `duration` seconds, or to the end.
 
-    The part has the samples from round(start * rate) to before round((start + duration) * rate), so
-    consecutive parts neither share nor lose samples. Raises ItemError if the recording is known to
-    end before the part.
+    The part has the samples from round(start * rate) to before round((start + duration) * rate),
+    with times to the nanosecond, so consecutive parts neither share nor lose samples. Raises
+    ItemError if the recording is known to end before the part.
     """
 
     def __init__(self, decoder: Decoder, info: AudioInfo, start: float, duration: float | None):
         rate, total = info.sample_rate, info.num_samples if info.exact else None
-        first = round(start * rate)
-        last = None if duration is None else round((start + duration) * rate)
+        first = _sample_at(start, rate)
+        last = None if duration is None else _sample_at(start + duration, rate)
         if total is not None:
             if first >= total or (last or 0) - total > TOLERANCE * rate:
                 end = "" if duration is None else f" to {start + duration:g}"
@@ -78,3 +78,8 @@ class SegmentDecoder:
     def close(self) -> None:
         """Release the decoder."""
         self._decoder.close()
+
+
+def _sample_at(seconds: float, rate: int) -> int:
+    """The sample at a time. The time is rounded first, because sums of decimals are not exact."""
+    return round(round(seconds, 9) * rate)

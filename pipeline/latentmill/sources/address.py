@@ -55,7 +55,7 @@ def item_at(address: str) -> Item:
     segment = None
     if match["start"]:
         start = float(match["start"])
-        segment = Segment(start, float(match["end"]) - start if match["end"] else None)
+        segment = Segment(start, round(float(match["end"]) - start, 6) if match["end"] else None)
     return Item("", match["uri"], 0, "", place=place, segment=segment)
 
 
