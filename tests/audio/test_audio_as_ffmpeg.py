@@ -76,6 +76,14 @@ def with_promise(data: bytes, milliseconds: int) -> bytes:
     return data[:at] + struct.pack(">I", duration) + data[at + 4 :]
 
 
+def in_whole_frames(data: bytes) -> bytes:
+    """An AAC file whose tables count the padding of its last frame, as some encoders write them."""
+    at = data.index(b"stts") + 8
+    (count,) = struct.unpack_from(">I", data, at)
+    at += 8 * count
+    return data[:at] + struct.pack(">I", 1024) + data[at + 4 :]
+
+
 def mp3(length: int = LENGTH, **options: str) -> bytes:
     return with_pyav(music(length), RATE, "libmp3lame", "mp3", {"id3v2_version": "0", **options})
 
@@ -100,6 +108,10 @@ def vorbis(length: int = LENGTH) -> bytes:
 
 WHOLE: dict[str, tuple[Callable[[], bytes], int]] = {
     "edit list rounded to milliseconds": (lambda: aac(length=130_048), 130_048),
+    "edit list in samples": (
+        lambda: in_whole_frames(aac(length=55_266, movie_timescale="44100")),
+        55_266,
+    ),
     "edit list seconds longer": (lambda: with_promise(aac(), 2000), 133_120),
     "421 samples": (lambda: aac(length=421), 421),
     "421 samples, QuickTime": (lambda: aac("mov", length=421), 421),

@@ -29,6 +29,7 @@ class Tables:
         end: The byte after the last sample.
         fragmented: Whether samples are in movie fragments.
         timescales: Units of time per second, by track.
+        edit_timescales: The same of edit lists, by track with an edit list.
         durations: Sum of the durations of a track's samples.
         longest: The longest duration of a sample, by track.
         last: The duration of the last sample, by track.
@@ -38,6 +39,7 @@ class Tables:
     end: int = 0
     fragmented: bool = False
     timescales: dict[int, int] = field(default_factory=dict)
+    edit_timescales: dict[int, int] = field(default_factory=dict)
     durations: dict[int, int] = field(default_factory=dict)
     longest: dict[int, int] = field(default_factory=dict)
     last: dict[int, int] = field(default_factory=dict)
@@ -133,8 +135,15 @@ def _movie(tables: Tables, moov: bytes) -> None:
             continue
         header, media = _at(content, b"tkhd"), _at(content, b"mdia", b"mdhd")
         track = struct.unpack_from(">I", header, 20 if header[0] else 12)[0]
-        tables.timescales[track] = struct.unpack_from(">I", media, 20 if media[0] else 12)[0]
+        tables.timescales[track] = _timescale(media)
+        if (movie := _at(moov, b"mvhd")) and _at(content, b"edts", b"elst"):
+            tables.edit_timescales[track] = _timescale(movie)
         _samples(tables, track, _at(content, b"mdia", b"minf", b"stbl"))
+
+
+def _timescale(header: bytes) -> int:
+    """Units of time per second by an `mvhd` or `mdhd` box."""
+    return int(struct.unpack_from(">I", header, 20 if header[0] else 12)[0])
 
 
 def _samples(tables: Tables, track: int, stbl: bytes) -> None:

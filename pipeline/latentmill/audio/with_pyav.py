@@ -167,10 +167,13 @@ class PyAVDecoder:
     def _by_tables(self, limit: int, rate: int) -> int:
         """The number of samples in the tables if it agrees with `limit`, or else `limit`.
 
-        `limit` comes from an edit list, which is rounded to a millisecond.
+        `limit` comes from an edit list, which is rounded to the movie's timescale, mostly to a
+        millisecond.
         """
         tables, track, base = self._tables, self._stream.id, self._stream.time_base
         if not tables or not tables.timescales.get(track) or base is None:
+            return limit
+        if tables.edit_timescales.get(track, 0) >= rate:
             return limit
         dropped = float(((self._first or 0) - (self._begin or 0)) * base)
         seconds = tables.durations.get(track, 0) / tables.timescales[track] - dropped
