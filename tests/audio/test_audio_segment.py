@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
@@ -86,6 +87,32 @@ def test_parts_at_decimal_times_share_and_lose_nothing(
     for segment, length in zip((one, two, both), lengths, strict=True):
         again = item_at(address_of(Item("k", "/a.wav", 0, "", segment=segment))).segment
         assert length_of(again, rate) == length
+
+
+def flac_that_counts_too_few() -> bytes:
+    data = bytearray(encoded("flac"))
+    data[22:26] = (30_000).to_bytes(4, "big")
+    return bytes(data)
+
+
+LONGER: dict[str, Callable[[], tuple[bytes, int]]] = {
+    "flac": lambda: (encoded("flac", 50_000) + encoded("flac"), 50_000 + SECONDS * RATE),
+    "flac twice": lambda: (encoded("flac") * 2, 2 * SECONDS * RATE),
+    "flac that counts too few": lambda: (flac_that_counts_too_few(), SECONDS * RATE),
+}
+
+
+@pytest.mark.parametrize("kind", LONGER)
+def test_parts_of_files_with_more_than_their_header_counts(kind: str) -> None:
+    data, samples = LONGER[kind]()
+    whole, end = decode(data), samples / RATE
+    assert whole.shape[1] == samples
+    for start, duration in ((0.5, None), (0.5, 0.8), (1.8, None), (end - 0.5, 0.5)):
+        last = None if duration is None else round((start + duration) * RATE)
+        part = decode(data, start=start, duration=duration)
+        assert np.array_equal(part, whole[:, round(start * RATE) : last])
+    with pytest.raises(ItemError, match=r"the recording ends at"):
+        decode(data, start=end - 0.5, duration=1.0)
 
 
 @pytest.mark.parametrize("kind", ["wav", "flac", "mp3-without-xing", "webm"])

@@ -125,6 +125,24 @@ def test_crops_of_a_long_item_whose_header_has_no_exact_length(
     assert torch.equal(after.audio, alone.audio)
 
 
+@pytest.mark.parametrize("kind", ["mp3", "flac"])
+def test_crops_of_joined_files_are_from_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Their header counts the samples of the first file only."""
+    monkeypatch.setattr(crops_module, "WHOLE_SECONDS", 1.0)
+    path = tmp_path / f"joined.{kind}"
+    with path.open("wb") as joined:
+        for seconds in (2, 6):
+            part = tmp_path / f"part-{seconds}"
+            soundfile.write(part, noise(seconds, 22050), 22050, format=kind.upper())
+            joined.write(part.read_bytes())
+    items = list_items(FolderSource(str(tmp_path), [kind]))
+    crops = Crops(items, sample_rate=22050, channels=1, samples=5512, batch_size=24)
+    starts = [float(name.split()[2]) for name in crops.batch(0).names]
+    assert (min(starts) < 2, max(starts) > 6) == (True, True)
+
+
 def test_an_item_larger_than_the_cache_removes_none_from_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from latentmill.audio.stream import (
     Decoder,
     truncated,
 )
-from latentmill.audio.survey import NOTHING, Survey, survey
+from latentmill.audio.survey import Survey, survey, survey_ends
 from latentmill.audio.with_ogg import OggPageDecoder
 from latentmill.audio.with_pyav import PyAVDecoder
 from latentmill.audio.with_soundfile import SoundFileDecoder
@@ -82,12 +82,16 @@ def open_audio(
 def probe(media: MediaFile) -> AudioInfo:
     """Read rate, channels, length and codec of a recording from its header.
 
+    The length is unknown if the end of the file shows that the header does not count all samples,
+    as in joined MP3 or FLAC files.
+
     Raises:
         ItemError: See `open_audio`; truncated files are not an error here.
     """
     sniffed = sniff(media)
     shortage = find_shortage(media, sniffed)
-    decoder = _open_decoder(media, sniffed, NOTHING, shortage, keep=False)
+    found = survey_ends(media, sniffed)
+    decoder = _open_decoder(media, sniffed, found, shortage, keep=False)
     try:
         return _checked(decoder, shortage)
     finally:

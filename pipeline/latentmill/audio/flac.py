@@ -40,18 +40,33 @@ def sample_format(media: MediaFile, at: int) -> tuple[int, int, int]:
 
 def ends_as_promised(media: MediaFile, offset: int) -> bool:
     """Whether a frame near the end of the file ends at the total samples of STREAMINFO."""
-    info = media.read_at(offset + 8, 18)
-    if len(info) < 18:
-        return False
-    fixed, total = int.from_bytes(info[:2], "big"), int.from_bytes(info[13:18], "big")
-    total &= 0xF_FFFF_FFFF
+    total = _total_samples(media, offset)
+    return any(end == total for end in _last_ends(media, offset))
+
+
+def ends_later(media: MediaFile, offset: int) -> bool:
+    """Whether frames near the end of the file end after the total samples of STREAMINFO.
+
+    One such frame is not enough, because other bytes can look like the header of a frame.
+    """
+    total = _total_samples(media, offset)
+    return sum(end > total for end in _last_ends(media, offset)) > 1
+
+
+def _total_samples(media: MediaFile, offset: int) -> int:
+    return int.from_bytes(media.read_at(offset + 21, 5), "big") & 0xF_FFFF_FFFF
+
+
+def _last_ends(media: MediaFile, offset: int) -> Iterator[int]:
+    """The samples after the frames near the end of the file, from the last frame on."""
+    fixed = int.from_bytes(media.read_at(offset + 8, 2), "big")
     tail = media.read_at(max(offset, media.size - _TAIL), _TAIL)
     at = tail.rfind(b"\xff")
     while at >= 0:
-        if _frame_end(tail[at : at + 16], fixed) == total:
-            return True
+        end = _frame_end(tail[at : at + 16], fixed)
+        if end is not None:
+            yield end
         at = tail.rfind(b"\xff", 0, at)
-    return False
 
 
 def first_sample(media: MediaFile, offset: int) -> int:

@@ -15,6 +15,7 @@ from latentmill.audio.media import MediaFile, media_from_bytes
 
 _WINDOW = 1 << 20
 _LONGEST = 4608  # bytes; frames are shorter at any bit rate
+_TAIL = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,16 @@ def read_frames(media: MediaFile, offset: int, end: int | None = None) -> Frames
     count, size = promise
     end = None if size is None else frames.first + size
     return replace(frames, promised=count, promised_end=end)
+
+
+def only_tags_follow(media: MediaFile, offset: int, end: int) -> bool:
+    """Whether no audio follows `end`, the byte after the audio according to the header."""
+    at = end
+    while size := tag_size(media, at):
+        at += size
+    following = media.read_at(at, 2)
+    frame = following[:1] == b"\xff" and following[1:] >= b"\xe0"
+    return not frame and media.size - end <= min(end - offset >> 4, _TAIL)
 
 
 def _vbri_header(data: bytes) -> tuple[int, int] | None:

@@ -30,11 +30,13 @@ class Sniffed:
         offset: Bytes of ID3v2 tags before the audio.
         has_length: False if the format can store its length in samples but this file does not: an
             MP3 without a Xing or Info header, a FLAC of unknown length.
+        end: The byte after the audio of an MP3 according to that header; None if unknown.
     """
 
     format: str
     offset: int = 0
     has_length: bool = True
+    end: int | None = None
 
 
 def sniff(media: MediaFile) -> Sniffed:
@@ -77,7 +79,12 @@ def _mpeg(media: MediaFile, offset: int) -> Sniffed | None:
         return None
     if frame.format == "aac":
         return Sniffed("aac", offset)
-    return Sniffed("mp3", offset, has_length=xing_header(data, frame.start) is not None)
+    promise = xing_header(data, frame.start)
+    if promise is None:
+        return Sniffed("mp3", offset, has_length=False)
+    size = promise[1]
+    end = None if size is None else offset + zeros + frame.start + size
+    return Sniffed("mp3", offset, end=end)
 
 
 def _zeros(media: MediaFile, offset: int) -> int:

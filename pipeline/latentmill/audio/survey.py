@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from latentmill.audio import flac, mp3, vorbis
@@ -28,6 +28,7 @@ class Survey:
             page, and the sample after them.
         last_seek: For Vorbis, the last sample that libsndfile can seek to.
         skipped: Number of samples before the first one in a FLAC that was split.
+        counted: Whether the header of a FLAC counts all of its samples.
     """
 
     damage: str | None = None
@@ -36,6 +37,7 @@ class Survey:
     dropped: tuple[int, int] = (0, 0)
     last_seek: int = 0
     skipped: int = 0
+    counted: bool = True
 
 
 NOTHING = Survey()
@@ -76,16 +78,32 @@ def _survey(file: _File) -> Survey:
     return _ogg(media, sniffed)
 
 
+def survey_ends(media: MediaFile, sniffed: Sniffed) -> Survey:
+    """Whether the header counts all samples, by the first and last bytes alone."""
+    if sniffed.format == "flac":
+        return _flac_ends(media, sniffed.offset)
+    if sniffed.format == "mp3" and sniffed.has_length:
+        end = sniffed.end
+        return Survey(plain=end is not None and mp3.only_tags_follow(media, sniffed.offset, end))
+    return NOTHING
+
+
+def _flac_ends(media: MediaFile, offset: int) -> Survey:
+    first, whole = flac.first_sample(media, offset), flac.ends_as_promised(media, offset)
+    return Survey(plain=whole and not first, skipped=first, counted=whole)
+
+
 def _flac(media: MediaFile, offset: int) -> Survey:
-    first = flac.first_sample(media, offset)
-    plain = flac.ends_as_promised(media, offset) and not first
-    damage, kind = None, flac.sample_format(media, offset)
+    found = _flac_ends(media, offset)
+    damage, kind, joined = None, flac.sample_format(media, offset), False
     for at in flac.other_streams(media, offset):
-        plain, other = False, flac.sample_format(media, at)
+        joined, other = True, flac.sample_format(media, at)
         if other != kind and damage is None:
             one, two = ("{} Hz, {} channels, {} bits".format(*each) for each in (kind, other))
             damage = f"joined: at byte {at} a FLAC stream of {two} follows one of {one}"
-    return Survey(damage, plain=plain, skipped=first)
+    # A file that ends before its header says is truncated.
+    longer = joined or (not found.counted and flac.ends_later(media, offset))
+    return replace(found, damage=damage, plain=found.plain and not joined, counted=not longer)
 
 
 def _ogg(media: MediaFile, sniffed: Sniffed) -> Survey:

@@ -106,12 +106,12 @@ class PyAVDecoder:
         self._origin = first.pts or 0
         if self._damaged:  # the first frames are lost, perhaps with AAC frames before time 0
             self._origin = max(0, self._begin or 0)
-        promised = self._promised(first.sample_rate)
         self._tables = read_tables(self._media) if self._format == "mp4" else None
+        promised = self._promised(first.sample_rate)
         self._limit = self._itunes_length()
-        exact = self._limit is not None or self._format in _EXACT
+        exact = self._limit is not None or (self._format in _EXACT and self._found.counted)
         # An edit list may end within a frame, which FFmpeg before version 9 does not trim.
-        if self._limit is None and self._tables and not self._tables.fragmented:
+        if self._limit is None and self._tables:
             self._limit = promised if stream.codec.canonical_name not in _UNTRIMMED else None
         if self._limit is not None and exact is False:
             self._limit = self._by_tables(self._limit, first.sample_rate)
@@ -123,7 +123,7 @@ class PyAVDecoder:
             codec=stream.codec.canonical_name,
             decoder="pyav",
             exact=exact,
-            rough_seconds=(self._container.duration or 0) / av.time_base or None,
+            rough_seconds=self._rough_seconds(),
         )
 
     def blocks(self) -> Iterator[FloatArray]:
@@ -344,6 +344,8 @@ class PyAVDecoder:
         duration, time_base = self._stream.duration, self._stream.time_base
         if duration is None or time_base is None or time_base.numerator != 1:
             return None
+        if not self._found.counted or (self._tables and self._tables.fragmented):
+            return None  # more samples follow; the lengths of fragments are not exact
         if self._format == "ogg-opus":
             # RFC 7845, section 4.5: the last granule position counts the pre-skip (section 5.1).
             extra = self._stream.codec_context.extradata or b""
@@ -355,6 +357,10 @@ class PyAVDecoder:
         if rate not in (time_base.denominator, 2 * time_base.denominator):
             return None
         return duration * (rate // time_base.denominator) - self._found.skipped
+
+    def _rough_seconds(self) -> float | None:
+        duration = self._container.duration
+        return duration / av.time_base if duration and self._found.counted else None
 
     def _itunes_length(self) -> int | None:
         """The length in a tag of iTunes, of which FFmpeg only uses the encoder delay."""

@@ -11,6 +11,7 @@ from functools import partial
 
 from latentmill.audio import AudioInfo, MediaFile, media_from_bytes, probe
 from latentmill.audio.media import is_remote
+from latentmill.audio.mp4 import read_tables
 from latentmill.errors import ItemError
 from latentmill.sources.base import ByteRange, Item, TableCell, known_seconds
 from latentmill.sources.files import read_bytes
@@ -81,8 +82,16 @@ def _lengths(reader: UnitReader, item: Item) -> tuple[float | None, float | None
 def _info(item: Item, reader: UnitReader) -> AudioInfo:
     """Read a recording's header. Only the ends of a long remote file are fetched."""
     reader.check_container(item)
-    with reader.open(item) if _read_whole(item) else _ends(item) as media:
-        return probe(media)
+    if _read_whole(item):
+        with reader.open(item) as media:
+            return probe(media)
+    with _ends(item) as media:
+        info = probe(media)
+        tables = read_tables(media) if info.format == "mp4" else None
+    if tables and tables.fragmented and tables.end < _size(item) - ENDS:
+        # More fragments are between the ends.
+        return dataclasses.replace(info, num_samples=None, rough_seconds=None)
+    return info
 
 
 def _read_whole(item: Item) -> bool:
