@@ -464,6 +464,8 @@ def test_tars_and_parquet(bases: tuple[str, str], tmp_path: Path) -> None:
             "no record .* has such",
         ),
         (lambda s, o: lm.select(s, o, min_loudness=0.0), "No records match"),
+        (lambda s, o: lm.select(s, o, keys=[]), "No records match"),
+        (lambda s, o: lm.select(s, o, keys=[], copy=True), "No records match"),
         (lambda s, o: lm.select(s, s), "overlap"),
         (lambda s, o: lm.select(s, f"{s}/inside"), "overlap"),
         (lambda s, o: lm.select(s, o, min_loudness=7000), "No records match"),

@@ -85,6 +85,7 @@ CASES = {
 # Another form of a model that the fast tests have, whose own tests compare the two.
 SLOW = (
     "lin-cae-split",
+    "music2latent",
     "oobleck-std",
     "mmaudio-split",
     "encodec-32k",
@@ -92,6 +93,10 @@ SLOW = (
     "vibevoice-split",
     "mimi-codes",
 )
+
+# Probed by the slow tests: the fast ones probe another model of the kind.
+SLOW_PROBE = ("cosmos", "mmaudio", "ltx2", "kvae", "minimax", "longcat")
+SLOW_PROBE += ("encodec-48k", "dac-44k-codes", "pockettts", "vibevoice")
 
 
 means_example = types.ModuleType("means_example")
@@ -144,6 +149,11 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(n, marks=pytest.mark.slow) if n in SLOW + SLOW_PROBE else n for n in CASES],
+    indirect=True,
+)
 def test_probe_finds_no_broken_promise(handle: ModelHandle) -> None:
     """Lengths, context, batches, determinism, silence, decoding and more: see models/probing."""
     result = probe(handle)

@@ -90,7 +90,7 @@ def places(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[
     [
         ("disk", "disk", "parquet"),
         ("disk", "s3", "webdataset"),
-        ("s3", "disk", "parquet"),
+        pytest.param("s3", "disk", "parquet", marks=pytest.mark.slow),
         ("memory", "memory", "webdataset"),
         ("s3", "memory", "parquet"),
     ],

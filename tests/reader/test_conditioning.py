@@ -210,7 +210,7 @@ def each_stem(stems: Stems, random: np.random.Generator) -> dict[str, Any]:
     return {"stems": stems}
 
 
-@pytest.mark.parametrize("remix", [0.0, 1.0])
+@pytest.mark.parametrize("remix", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_fields_of_stems_are_cut_with_their_stems(base: lm.LatentStore, remix: float) -> None:
     """`fine` of a stem must be what `LatentDataset` cuts for the same crop of the same item."""
     dataset = lm.StemDataset(

@@ -147,7 +147,9 @@ def sources(mixed: list[str]) -> dict[str, Callable[[], Any]]:
     }
 
 
-@pytest.mark.parametrize("collate", [lm.collate, lm.collate_tensors])
+@pytest.mark.parametrize(
+    "collate", [lm.collate, pytest.param(lm.collate_tensors, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", list(sources([])))
 def test_every_dataset_gives_the_batches_of_a_data_loader(
     mixed: list[str], name: str, collate: Any

@@ -254,7 +254,9 @@ def test_objects_that_cannot_be_copied_are_reported() -> None:
     assert "In a worker process of the Loader" in "".join(error.value.__notes__)
 
 
-@pytest.mark.parametrize(("method", "remote"), [("fork", True), ("spawn", False)])
+@pytest.mark.parametrize(
+    ("method", "remote"), [("fork", True), pytest.param("spawn", False, marks=pytest.mark.slow)]
+)
 def test_a_store_that_was_sealed_again_is_reported(
     tmp_path: Path, method: str, remote: bool, one_sentence: Any
 ) -> None:

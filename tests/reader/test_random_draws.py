@@ -30,7 +30,8 @@ from support.latent_store import write_latents
 
 ITEMS, CROP = 24, 16
 Epoch = dict[str, list[bytes]]  # what was read of each item
-CONFIGS = [(0, None, False), (2, "fork", False), (2, "fork", True)]
+LIVING = pytest.param((2, "fork", True), marks=pytest.mark.slow)  # persistent workers
+CONFIGS = [(0, None, False), (2, "fork", False), LIVING]
 SPAWN = [
     pytest.param((1, "spawn", persistent), marks=pytest.mark.slow) for persistent in (True, False)
 ]

@@ -210,7 +210,9 @@ def test_an_item_that_is_encoded_again_has_the_metadata_of_its_source(
     assert LatentStore(str(store))["0"].num_samples == 400
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 9))]
+)
 def test_random_changes_give_what_a_dict_has(tmp_path: Path, seed: int) -> None:
     """The model: a value is that of annotate, else the source's as it was when it was refreshed."""
     rng = random.Random(seed)

@@ -212,5 +212,5 @@ def walks(format_name: str, examples: int, steps: int) -> type:
     return test
 
 
-TestAFewWalks = walks("webdataset", 6, 10)
+TestAFewWalks = walks("webdataset", 2, 10)
 TestManyWalks = pytest.mark.slow(walks("parquet", 40, 30))

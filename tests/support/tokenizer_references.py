@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 REFERENCES: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any, Tensor], Tensor]]] = {
@@ -51,5 +50,7 @@ REFERENCES: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any, Tens
 
 
 def loaded(repo: Path, model_type: str) -> Any:
+    import transformers
+
     config = transformers.AutoConfig.from_pretrained(repo)
     return transformers.MODEL_MAPPING[type(config)].from_pretrained(repo).eval()

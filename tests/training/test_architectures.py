@@ -47,8 +47,24 @@ def names(models: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("scratch", [False, True])
-@pytest.mark.parametrize("family", ["oobleck", "as published", "dac", "lin-cae"])
+@pytest.mark.parametrize(
+    ("family", "scratch"),
+    [
+        ("oobleck", False),
+        ("dac", True),
+        ("lin-cae", False),
+        *(
+            pytest.param(*other, marks=pytest.mark.slow)
+            for other in (
+                ("oobleck", True),
+                ("as published", False),
+                ("as published", True),
+                ("dac", False),
+                ("lin-cae", True),
+            )
+        ),
+    ],
+)
 def test_it_trains_and_is_loaded_again(
     tiny: Settings, names: dict[str, str], corpus: Path, family: str, scratch: bool
 ) -> None:

@@ -74,16 +74,15 @@ def test_a_tar_is_looked_up_once_for_all_crops(
     assert looked_up == [url]
 
 
-@pytest.mark.parametrize("silence", [0, 3], ids=["", "silent-start"])
+@pytest.mark.parametrize("silence", [0, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("codec", "container", "rate"),
     [
         ("libmp3lame", "mp3", 22050),
         ("aac", "adts", 22050),
-        ("libopus", "webm", 48000),
-        ("aac", "mpegts", 22050),
+        pytest.param("libopus", "webm", 48000, marks=pytest.mark.slow),
+        pytest.param("aac", "mpegts", 22050, marks=pytest.mark.slow),
     ],
-    ids=["mp3-without-xing", "adts", "webm", "mpegts"],
 )
 def test_crops_of_a_long_item_whose_header_has_no_exact_length(
     tmp_path: Path,

@@ -36,7 +36,9 @@ def curve(settings: TrainSettings) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in read_metrics(Path(settings.out))]
 
 
-@pytest.mark.parametrize("change", ["linearity.mixing=sum", "linearity=null"])
+@pytest.mark.parametrize(
+    "change", ["linearity.mixing=sum", pytest.param("linearity=null", marks=pytest.mark.slow)]
+)
 def test_the_loss_falls(tiny: Settings, change: str) -> None:
     settings = tiny(change, "steps=80", "linearity.annealing=none" if "mix" in change else change)
     Trainer(settings).train()

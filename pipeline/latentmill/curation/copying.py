@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from latentmill.curation.chosen import Chosen
-from latentmill.curation.views import Curated, refuse_repeated
+from latentmill.curation.views import Curated, no_records, refuse_repeated
 from latentmill.engine.lock import only_run
 from latentmill.errors import ConfigError
 from latentmill.export.conversion import refuse_unless_empty
@@ -47,11 +47,13 @@ def write_copy(out: str, chosen: Sequence[Chosen]) -> Curated:
     The plan lists all records; those that are left out are skipped, with their reasons.
 
     Raises:
-        ConfigError: Two records have the same key, or `out` has something else.
+        ConfigError: All records are left out, two have the same key, or `out` has something else.
     """
     keys = [pc.binary_join_element_wise(one.prefix, one.index.key_array(), "") for one in chosen]
     refuse_repeated(pa.chunked_array(keys).sort())
     storage, found = Storage(out), CopiedRecords(chosen)
+    if found.left_out and not any(len(one.rows) for one in chosen):
+        raise no_records()
     if load(storage) is None:  # checked before the lock, which writes a file
         refuse_unless_empty(storage)
     with only_run(storage) as hold:

@@ -230,7 +230,7 @@ def _bases(chosen: Sequence[Chosen]) -> tuple[list[BaseEntry], Index]:
         tables.append(renamed(table, one.prefix, moved))
     index = Index.from_tables(tables)
     if not len(index):
-        raise ConfigError("No records match all conditions: relax one of them.")
+        raise no_records()
     refuse_repeated(index.table["key"])
     of_shard = np.array([split_path(path)[0] for path in index.shards], np.int64)
     counts = np.bincount(of_shard[index.column("shard")], minlength=len(entries))
@@ -246,6 +246,10 @@ def _bases(chosen: Sequence[Chosen]) -> tuple[list[BaseEntry], Index]:
 
     found = [entries[n].model_copy(update={"records": int(counts[n])}) for n in used.tolist()]
     return found, Index.from_tables([renamed(index.table, "", renumbered)])
+
+
+def no_records() -> ConfigError:
+    return ConfigError("No records match all conditions: relax one of them.")
 
 
 def refuse_repeated(keys: pa.ChunkedArray) -> None:

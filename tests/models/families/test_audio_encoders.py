@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-import transformers
 
 import latentmill as lm
 from latentmill.errors import ModelError
@@ -30,6 +29,8 @@ def noise(samples: int, seed: int = 0) -> Any:
 
 def own_clap(folder: Path, wave: Any) -> Any:
     """The vector of one recording of at most 10 s by transformers alone."""
+    import transformers
+
     inputs = transformers.AutoFeatureExtractor.from_pretrained(folder)(
         wave, sampling_rate=CLAP_RATE, return_tensors="pt"
     )
@@ -40,6 +41,8 @@ def own_clap(folder: Path, wave: Any) -> Any:
 
 
 def own_audio(folder: Path, wave: Any, layer: int | None = None) -> Any:
+    import transformers
+
     inputs = transformers.AutoFeatureExtractor.from_pretrained(folder)(
         wave, sampling_rate=16_000, return_tensors="pt"
     )

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
-from torch import Tensor
 
 import latentmill as lm
 from latentmill.encoding.chunks import Chunking
@@ -109,6 +107,8 @@ def test_tokenizers_that_need_torchaudio(tokenizers: Path, model_type: str) -> N
 def test_a_type_whose_package_is_missing(
     tmp_path: Path, model_type: str, one_sentence: Callable[[BaseException], str]
 ) -> None:
+    import transformers
+
     config = transformers.AutoConfig.for_model(model_type, **TOKENIZERS[model_type])
     config.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").touch()
@@ -228,45 +228,19 @@ def test_a_measurement_that_is_not_valid(
     )
 
 
-class OtherConfig(transformers.PreTrainedConfig):
-    model_type = "tokenizer_of_tomorrow"
-    sampling_rate = 8000
-    frame_rate = 50  # its hop is 128 all the same
-    kind = "loudest"
-
-
-class OtherModel(transformers.PreTrainedModel):
-    """A type of model that transformers does not have yet."""
-
-    config_class = OtherConfig
-
-    def __init__(self, config: OtherConfig) -> None:
-        super().__init__(config)
-        self.front = torch.nn.Conv1d(1, 6, 128, stride=128)
-        self.back = torch.nn.ConvTranspose1d(6, 1, 128, stride=128)
-        self.post_init()
-
-    def encode(self, input_values: Tensor) -> Any:
-        latents = self.front(input_values).transpose(1, 2)
-        kind = self.config.kind
-        if kind == "loudest":
-            latents = latents / input_values.abs().max().clamp_min(1e-6)
-        if kind == "noise":
-            latents = latents + torch.randn_like(latents)
-        name = "hidden" if kind == "hidden" else "latents"
-        return transformers.utils.ModelOutput({name: latents})
-
-    def decode(self, latents: Tensor) -> Any:
-        return transformers.utils.ModelOutput(audio=self.back(latents.transpose(1, 2)))
-
-
 @pytest.fixture(scope="module")
 def of_tomorrow() -> None:
+    import transformers
+
+    from support.other_tokenizer import OtherConfig, OtherModel
+
     transformers.AutoConfig.register(OtherConfig.model_type, OtherConfig)
     transformers.AutoModel.register(OtherConfig, OtherModel)
 
 
 def write_other(folder: Path, kind: str) -> Path:
+    from support.other_tokenizer import OtherConfig, OtherModel
+
     torch.manual_seed(0)
     OtherModel(OtherConfig(kind=kind)).save_pretrained(folder)
     return folder
@@ -277,6 +251,8 @@ def test_a_type_that_is_not_known_and_whose_neighbours_change_latents(
     tokenizers: Path, tmp_path: Path
 ) -> None:
     """It is encoded element by element."""
+    from support.other_tokenizer import OtherModel
+
     repo = write_other(tmp_path / "repo", "loudest")
     handle = resolve(f"hf:{repo}")
     assert (handle.spec.hop, handle.spec.latent_channels) == (128, 6)
@@ -341,6 +317,8 @@ def test_repositories_that_are_not_of_transformers(
 def test_other_kinds_of_models_and_chunks_of_the_model_s_own(
     tokenizers: Path, tmp_path: Path, one_sentence: Callable[[BaseException], str]
 ) -> None:
+    import transformers
+
     small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = transformers.BertConfig(**small, intermediate_size=8, vocab_size=10)
     transformers.BertModel(config).save_pretrained(tmp_path / "bert")

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from latentmill.errors import ModelError
@@ -35,6 +34,8 @@ def embed(name: str, texts: list[str], **options: Any) -> list[Any]:
 
 def own(name: str, folder: Path, text: str, **tokenizing: Any) -> Any:
     """`[D, n]` by transformers alone, as its documentation calls the model for one text."""
+    import transformers
+
     tokens = transformers.AutoTokenizer.from_pretrained(folder)(
         text, return_tensors="pt", **tokenizing
     )
@@ -259,6 +260,7 @@ def test_wrong_repositories(encoders: Path, tiny_repos: Path, tmp_path: Path) ->
         resolve_embedder(f"t5:{folder}").load("cpu")
 
 
+@pytest.mark.slow  # tests/models/test_weights.py has the same for an autoencoder
 def test_downloads_from_the_hub_then_works_offline(
     encoders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

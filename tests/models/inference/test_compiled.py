@@ -10,9 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch._dynamo.utils import counters
-from torch._inductor import cpp_builder
-from torch._inductor.exc import InvalidCxxCompiler
 
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.encoder import UnitEncoder, _QueuedBatch
@@ -75,6 +72,8 @@ def test_earlier_latents_are_not_overwritten(compiled: Compiled) -> None:
 
 def test_nothing_is_compiled_again(compiled: Compiled) -> None:
     """Not for another length or batch, not in another thread, not under the caller's autocast."""
+    from torch._dynamo.utils import counters
+
     programs = dict(counters["stats"])
     assert programs["unique_graphs"] > 0
     for shape in ((1, 1, 160), (2, 1, 320), (3, 1, 176)):
@@ -131,6 +130,8 @@ def test_a_retry_in_float32_is_not_compiled(compiled: Compiled) -> None:
 def test_without_a_compiler_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, one_sentence: Callable[[BaseException], str]
 ) -> None:
+    from torch._inductor import cpp_builder
+
     monkeypatch.setattr(torch, "compile", COMPILE)
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", no_compiler)
     torch.compiler.reset()
@@ -141,6 +142,8 @@ def test_without_a_compiler_the_error_says_what_to_install(
 
 
 def no_compiler(*_: object) -> str:
+    from torch._inductor.exc import InvalidCxxCompiler
+
     raise InvalidCxxCompiler
 
 
