@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 import uuid
 from collections.abc import Callable
@@ -14,7 +16,7 @@ import pyarrow.compute as pc
 import pytest
 
 import latentmill as lm
-from latentmill.errors import StoreError
+from latentmill.errors import StorageError, StoreError
 from latentmill.reader import cache as cache_module
 from latentmill.reader.crops import CropReader
 from latentmill.reader.fields import FieldReader
@@ -213,6 +215,31 @@ def test_a_reader_keeps_its_keys_when_its_store_shows_other_items(tmp_path: Path
             reader[0]
         with pytest.raises(StoreError, match="sealed again with other items"):
             pickle.loads(pickle.dumps(reader))
+
+
+@pytest.mark.parametrize("crop", [CROP, None])
+def test_a_file_that_another_nfs_client_has_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crop: int | None
+) -> None:
+    """Reading it gives ESTALE, although it is open: the current one is read instead."""
+    url = write_latents(str(tmp_path / "store"), LENGTHS).url
+    dataset = lm.LatentDataset(url, crop=crop, mode="start", metadata=False)
+    assert dataset[3].key == "item/00003"  # opens the shard
+    preadv = os.preadv
+
+    def on_nfs(file: int, *rest: Any) -> int:
+        if os.fstat(file).st_nlink == 0:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return preadv(file, *rest)
+
+    monkeypatch.setattr(os, "preadv", on_nfs)
+    now = latents(changed=3)
+    write_again(url, [0], now)
+    np.testing.assert_array_equal(dataset[3].latents, now[3][:, :crop])
+    for shard in (tmp_path / "store/shards").iterdir():
+        shard.unlink()
+    with pytest.raises(StorageError, match=r"cannot read .*[Ss]tale"):
+        dataset[3]
 
 
 def test_a_record_is_found_though_the_store_is_sealed_again_while_it_is_looked_for(

@@ -13,7 +13,7 @@ from latentmill.errors import ConfigError, StorageError
 from latentmill.publishing.contents import StoreFile, StoreFiles, changed, contents_of
 from latentmill.publishing.difference import CopyDifference, difference
 from latentmill.publishing.transfer import JOBS, Transfer, check, download, read_checked
-from latentmill.storage.remote import protocol_of
+from latentmill.storage.remote import protocol_of, was_removed
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import write_new
 from latentmill.store.field_layout import FIELDS, field_names, field_storage, is_field
@@ -163,7 +163,7 @@ def _write(contents: StoreFiles, found: CopyDifference, dest: Storage, jobs: int
             for file in found.last:
                 _copy(source, dest, file, transfer)
     except StorageError as error:
-        if isinstance(error.__cause__, FileNotFoundError) and read_seal(source) != contents.info:
+        if was_removed(error.__cause__) and read_seal(source) != contents.info:
             raise changed(source) from error
         raise
     if found.seal:

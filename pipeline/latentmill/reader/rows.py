@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from latentmill.errors import LatentmillError, StorageError, StoreError
 from latentmill.reader.order import Ints
+from latentmill.storage.remote import was_removed
 from latentmill.store.index import Index
 from latentmill.store.store import LatentStore
 from latentmill.store.thread_copy import thread_copy
@@ -89,7 +90,7 @@ def with_current_index(readers: Sequence[RowReader], read: Callable[[], T]) -> T
         try:
             return read()
         except StorageError as error:
-            if not isinstance(error.__cause__, FileNotFoundError):
+            if not was_removed(error.__cause__):
                 raise
             renewed = [reader.renew() for reader in dict.fromkeys(readers)]
             if not any(renewed):

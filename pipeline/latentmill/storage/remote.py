@@ -204,6 +204,12 @@ def is_missing(error: BaseException) -> bool:
     return missing and not is_transient(error) and status_of(error) in (None, 404, 410)
 
 
+def was_removed(error: BaseException | None) -> bool:
+    """Whether a file does not exist, or another NFS client has removed it while it was open."""
+    stale = isinstance(error, OSError) and error.errno == errno.ESTALE
+    return stale or isinstance(error, FileNotFoundError)
+
+
 def _own_status(error: BaseException) -> int | None:
     if type(error) is OSError and str(error).startswith("Forbidden: "):
         return 403  # gcsfs

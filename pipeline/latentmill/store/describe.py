@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from latentmill.errors import IncompleteStoreWarning, StorageError, StoreError
+from latentmill.storage.remote import was_removed
 from latentmill.store.commit import committed_revisions
 from latentmill.store.index import Index, damaged_index, open_index
 from latentmill.store.schema import ORIGIN_PATH
@@ -41,7 +42,7 @@ def read_index(store: LatentStore) -> Index:
         if store.info.encoded and not len(index):
             raise ValueError("the index is empty")
     except (FileNotFoundError, StorageError, ValueError) as error:
-        missing = isinstance(error.__cause__ or error, FileNotFoundError)
+        missing = was_removed(error.__cause__ or error)
         if missing and store.reload():
             return read_index(store)
         if isinstance(error, StorageError) and not missing:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentmill.errors import ConfigError, StorageError, StoreError
+from latentmill.storage.remote import was_removed
 from latentmill.store.commit import HASH_BLOCK, hash_of
 from latentmill.store.metadata import METADATA_SCHEMA, write_metadata
 from latentmill.store.store import LatentStore
@@ -52,7 +53,7 @@ def _source(store: LatentStore) -> pa.NativeFile | None:
             raise damaged_metadata(store)
         return file
     except (OSError, StorageError) as error:
-        missing = isinstance(error.__cause__ or error, FileNotFoundError)
+        missing = was_removed(error.__cause__ or error)
         if missing and store.reload():  # sealed again meanwhile
             return _source(store)
         if isinstance(error, StorageError) and not missing:

@@ -18,7 +18,7 @@ from latentmill.models.inference.precision import Precision
 from latentmill.ops import Linearity, Origin
 from latentmill.plan import PLAN_PATH, Plan, load
 from latentmill.record import Latent, Record, latent_from_bytes, time_major_bytes
-from latentmill.storage.remote import protocol_of
+from latentmill.storage.remote import protocol_of, was_removed
 from latentmill.storage.storage import Storage
 from latentmill.store.annotations import Annotations, open_annotations
 from latentmill.store.bases import Bases
@@ -367,7 +367,7 @@ class LatentStore(StoreDecoder, Shown):
             try:
                 return read(entry)
             except StorageError as error:
-                if not isinstance(error.__cause__, FileNotFoundError):
+                if not was_removed(error.__cause__):
                     raise
                 self.reload()
                 position = self.index.find(entry.key)
