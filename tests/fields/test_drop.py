@@ -29,13 +29,37 @@ def test_nothing_is_left(store: Path) -> None:
     dropped = drop(store, field="second")
     assert dropped.files == len(set(field) - {".lock"})
     assert dropped.bytes == sum(len(data) for _, data in field.values())
-    assert [path.name for path in (store / "fields").iterdir()] == ["third"]
+    assert sorted(path.name for path in (store / "fields").iterdir()) == ["second.dropped", "third"]
     runs.assert_whole(store / "fields" / "third")
     with pytest.raises(StoreError, match="has no field second: its fields are third"):
         drop(store, field="second")
     drop(store, field="third")
-    assert not (store / "fields").exists()
+    assert left_in(store) == ["second.dropped", "third.dropped"]
+    assert not (store / "tmp").exists()
     assert files(store) == before
+
+
+def left_in(store: Path) -> list[str]:
+    return sorted(str(path.relative_to(store / "fields")) for path in (store / "fields").rglob("*"))
+
+
+def test_no_name_is_written_twice(store: Path) -> None:
+    """Readers may have the shards of a dropped field open or cached by their names."""
+    used: set[str] = set()
+    for _ in range(3):
+        added(store)
+        field = store / "fields/second"
+        written = {p.name for folder in ("shards", "commits") for p in (field / folder).iterdir()}
+        assert written and not written & used
+        used |= written
+        runs.assert_whole(field)
+        runs.assert_whole(store)
+        added(store)  # resumed
+        assert {p.name for p in (field / "shards").iterdir()} <= written
+        drop(store, field="second")
+    (store / "fields/second.dropped").write_text("x")
+    with pytest.raises(StoreError, match=r"second\.dropped is damaged: stop what reads the field"):
+        added(store)
 
 
 def test_the_batch_size_of_a_model_goes_with_its_field(store: Path) -> None:
@@ -45,7 +69,7 @@ def test_the_batch_size_of_a_model_goes_with_its_field(store: Path) -> None:
     batch_size.write_text('{"batch_size": 256}')
     dropped = drop(store, field="second")
     assert dropped.kept == ()
-    assert not (store / "fields").exists()
+    assert left_in(store) == ["second.dropped"]
     batch_size.parent.mkdir(parents=True)
     batch_size.write_text('{"batch_size": 256}')  # an earlier version has kept it
     added(store)
@@ -82,7 +106,8 @@ def test_a_drop_that_was_killed(store: Path, monkeypatch: pytest.MonkeyPatch) ->
             with pytest.raises(StoreError, match=r"run `latentmill drop .* --field second` first"):
                 added(store)
         drop(store, field="second")
-        assert not (store / "fields").exists()
+        assert left_in(store) == ["second.dropped"]
+        assert (store / "fields/second.dropped").read_text() == "1"
 
 
 @pytest.mark.parametrize("folder", ["shards", "commits", "plan", "tmp", "evaluation"])

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from latentmill.errors import ConfigError, StorageError, restore_hint
+from latentmill.errors import ConfigError, DamagedShardError, StorageError, restore_hint
 from latentmill.storage.remote import NO_MORE_FILES, too_many_files
 from latentmill.storage.storage import Storage
 
@@ -158,7 +158,7 @@ class RangeCache:
         for one, data in zip(ranges, found, strict=True):
             shard, first, end = one
             if len(data) != one.length:
-                raise StorageError(
+                raise DamagedShardError(
                     f"{storage.root}/{shard.path} is truncated: {restore_hint('the shard')}."
                 )
             for number in range(first, end):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from mmap import mmap
 
-from latentmill.errors import StorageError, restore_hint
+from latentmill.errors import DamagedShardError, StorageError, restore_hint
 from latentmill.reader.cache import Piece, RangeCache, Shard
 from latentmill.reader.open_files import OpenFile, OpenFiles, files_of_process
 from latentmill.storage.remote import NO_MORE_FILES, is_web, too_many_files
@@ -121,8 +121,8 @@ class ShardReader:
             "that the store is complete and readable."
         )
 
-    def _changed(self, shard: Shard) -> StorageError:
-        return StorageError(
+    def _changed(self, shard: Shard) -> DamagedShardError:
+        return DamagedShardError(
             f"{self._storage.named(shard.path)} does not have the size recorded in its commit: "
             f"{restore_hint('the shard')}."
         )

@@ -16,10 +16,16 @@ from latentmill.plan import PLAN, PLAN_PATH
 from latentmill.storage.scratch import SCRATCH
 from latentmill.storage.storage import Storage
 from latentmill.store.annotations import ANNOTATIONS
-from latentmill.store.field_layout import field_names, field_storage
+from latentmill.store.field_layout import (
+    DROPPED,
+    FIELDS,
+    field_names,
+    field_storage,
+    first_revision,
+)
 from latentmill.store.measurement import EVALUATION, NAMES
 from latentmill.store.results import VECTORS_FILE
-from latentmill.store.schema import COMMITS, DATASET_PATH, SHARDS
+from latentmill.store.schema import COMMITS, DATASET_PATH, SHARDS, parse_name
 from latentmill.store.tidy import WRITTEN
 
 _FOLDERS = (PLAN, COMMITS, SHARDS, ANNOTATIONS, EVALUATION)
@@ -51,7 +57,8 @@ class Dropped:
 def drop(store: str | os.PathLike[str], *, field: str) -> Dropped:
     """Remove a field of a store. If it is interrupted, the same call finishes it.
 
-    The seal of the field is removed first, so readers see either the whole field or none.
+    The seal of the field is removed first, so readers see either the whole field or none. What is
+    left is `fields/FIELD.dropped`, with a number that shards of a later field of this name have.
 
     Args:
         store: Folder or fsspec URL of the store.
@@ -70,15 +77,25 @@ def drop(store: str | os.PathLike[str], *, field: str) -> Dropped:
     _refuse_links(folder)
     with only_run(folder) as hold:
         found = dict(_files(hold.storage))
+        revisions = {path: revision for path in found if (revision := _revision(path)) is not None}
+        # It shows the next `drop` that the number below is not written yet. Writing the number
+        # first would fail on a full disk.
+        last = max(revisions, key=revisions.__getitem__, default=None)
         for path in found:
-            hold.storage.delete(path)
+            if path != last:
+                hold.storage.delete(path)
+        if last is not None:
+            number = max(revisions[last] + 1, first_revision(folder.root))
+            hold.check()
+            base.write(f"{FIELDS}/{field}{DROPPED}", b"%d" % number)
+            hold.storage.delete(last)
         folder.clear_scratch()
         if folder.local:
             _remove_if_empty(*(Path(folder.full(name)) for name in _FOLDERS))
     kept: tuple[str, ...] = ()
     if folder.local:
         root = Path(folder.root)
-        _remove_if_empty(root, root.parent)
+        _remove_if_empty(root, root.parent, base.scratch_folder)
         left = (str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir())
         kept = tuple(sorted(path for path in left if path != LOCK_PATH))
     elif folder.exists(LEASE_PATH):  # which makes it a field that is not complete
@@ -99,6 +116,12 @@ def _files(storage: Storage) -> Iterator[tuple[str, int]]:
     for path, size in sizes.items():
         if _WRITTEN.fullmatch(path):
             yield path, size
+
+
+def _revision(path: str) -> int | None:
+    """The revision of a commit or shard; None for other files."""
+    parsed = parse_name(path.rpartition("/")[2])
+    return None if parsed is None else parsed[1]
 
 
 def _refuse_links(folder: Storage) -> None:

@@ -27,6 +27,7 @@ from latentmill.store.commit import (
     iter_commits,
     next_revisions,
 )
+from latentmill.store.field_layout import first_revision
 from latentmill.store.schema import ORIGIN_PATH, SHARDS, DatasetInfo
 from latentmill.store.seal import (
     current_annotations,
@@ -193,8 +194,9 @@ def complete(
     tidy(storage)
     tallies, sealable = finished_units(setup, plan, stale)
     revisions = next_revisions(storage)
+    first = 0 if plan.field is None else first_revision(storage.root)
     todo = [
-        replace(unit, revision=revisions.get(unit.name, 0))
+        replace(unit, revision=revisions.get(unit.name, first))
         for unit in plan.units
         if unit.name not in tallies and unit.name not in waiting
     ]

@@ -29,7 +29,7 @@ from latentmill.sources.base import Item
 from latentmill.sources.metadata import read_metadata
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import Tally, committed_revisions, next_revisions
-from latentmill.store.field_layout import field_storage
+from latentmill.store.field_layout import field_storage, first_revision
 from latentmill.text.log import get_logger
 
 _log = get_logger("run")
@@ -194,8 +194,9 @@ class FieldsOfRun:
         stack.callback(hold.storage.clear_scratch)
         committed, free = committed_revisions(hold.storage), next_revisions(hold.storage)
         self._before[one.entry.name] = len(committed)
+        first = first_revision(hold.storage.root)
         revisions = {
-            unit.name: free.get(unit.name, 0) for unit in todo if unit.name not in committed
+            unit.name: free.get(unit.name, first) for unit in todo if unit.name not in committed
         }
         return FieldInPass(setup.config, setup.handle, setup.chunking, own_plan, hold, revisions)
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from latentmill.errors import StorageError, StoreError
-from latentmill.storage.remote import is_web, protocol_of
+from latentmill.storage.remote import is_web, protocol_of, was_removed
 from latentmill.storage.storage import Storage
 from latentmill.store.entries import BaseEntry
 from latentmill.store.index import INDEX_SCHEMA, Index, damaged_index, open_index
@@ -163,7 +163,7 @@ class Bases:
         try:
             return open_index(storage, info.index, info.index_hash)
         except (FileNotFoundError, StorageError) as error:
-            if not isinstance(error.__cause__ or error, FileNotFoundError):
+            if not was_removed(error.__cause__ or error):
                 raise
             now = self._seal(number)
             if now == info:

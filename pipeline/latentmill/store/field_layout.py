@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from latentmill.store.store import LatentStore
 
 FIELDS = "fields"
+DROPPED = ".dropped"  # ending of the file beside a field's folder that `drop` leaves
+_MAX_DIGITS = 9  # of a revision
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -50,6 +52,23 @@ def field_storage(base: Storage, name: str) -> Storage:
             if folder.is_symlink():
                 raise StoreError(f"{folder} is a link: replace it by a folder.")
     return Storage(url)
+
+
+def first_revision(field: str) -> int:
+    """The revision from which the shards of a field are numbered, by its folder or URL.
+
+    If the field was dropped and is added again, it is higher than those of the dropped shards:
+    readers may still have these open or cached, by their names.
+    """
+    path = f"{FIELDS}/{field.rstrip('/').rpartition('/')[2]}{DROPPED}"
+    base = Storage(base_url(field))
+    if (data := base.read_if_exists(path)) is None:
+        return 0
+    if not data.isdigit() or len(data) > _MAX_DIGITS:
+        raise StoreError(
+            f"{base.named(path)} is damaged: stop what reads the field, and delete this file."
+        )
+    return int(data)
 
 
 def field_names(base: Storage) -> list[str]:

@@ -209,6 +209,18 @@ def current_seal(storage: Storage, seal_hash: str) -> DatasetInfo | None:
     return info
 
 
+def check_fingerprint(url: str, info: DatasetInfo, read: str) -> None:
+    """Raise StoreError if a seal has another fingerprint than the one that is being read.
+
+    Runs never change it. A field has another one if it was dropped and added again.
+    """
+    if info.fingerprint != read:
+        raise StoreError(
+            f"{url} was replaced by another store or field, with other settings, while it was "
+            "being read: open it again."
+        )
+
+
 def write_origin(storage: Storage, origin: FloatArray) -> None:
     """Store E(0) of one chunk, `[D, Z]`."""
     storage.write(ORIGIN_PATH, npy_bytes(origin))

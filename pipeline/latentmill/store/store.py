@@ -30,7 +30,7 @@ from latentmill.store.index import Index, IndexEntry, to_batch
 from latentmill.store.measurement import read_measurement, with_measurements
 from latentmill.store.prefetch import PrefetchedRanges, prefetched
 from latentmill.store.schema import Commit, DatasetInfo, levels_of, record_from_fields
-from latentmill.store.seal import dataset_info, read_origin, read_seal
+from latentmill.store.seal import check_fingerprint, dataset_info, read_origin, read_seal
 from latentmill.text.shown import Shown
 
 T = TypeVar("T")
@@ -213,9 +213,9 @@ class LatentStore(StoreDecoder, Shown):
         Returns whether it has changed. If so, this object now represents the new seal.
         """
         with self._reloading:
-            found = read_seal(self.storage)
-            if not self.sealed or found is None:
+            if not self.sealed or (found := read_seal(self.storage)) is None:
                 return False
+            check_fingerprint(self.url, found, self.info.fingerprint)
             if found != self._info:
                 self._use_seal(found)
             elif self.bases is None or not self.bases.reload():
