@@ -13,7 +13,7 @@ from audio_files import with_pyav
 
 from latentmill.audio.decode import open_audio
 from latentmill.audio.media import open_media
-from latentmill.audio.packing import Packer
+from latentmill.audio.packing import FramePacker
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_blocks_are_those_of_pyav_s_resampler(adts: Path, samples: int) -> None:
         frames = list(container.decode(audio=0))
     layout, rate = frames[0].layout, frames[0].sample_rate
     resampler = av.AudioResampler("flt", layout, rate, samples or None)
-    packer = Packer(layout, rate, samples)
+    packer = FramePacker(layout, rate, samples)
     for frame in (*frames, None):
         wanted, found = resampler.resample(frame), packer.push(frame)
         assert [one.samples for one in found] == [one.samples for one in wanted]
@@ -56,7 +56,7 @@ def test_blocks_are_those_of_pyav_s_resampler(adts: Path, samples: int) -> None:
 def test_other_frames_are_refused(adts: Path) -> None:
     with av.open(str(adts)) as container:
         frame = next(container.decode(audio=0))
-    packer = Packer(frame.layout, frame.sample_rate)
+    packer = FramePacker(frame.layout, frame.sample_rate)
     assert packer.push(None) == []
     packer.push(frame)
     other = av.AudioFrame.from_ndarray(np.zeros((1, 100), np.int16), format="s16", layout="mono")

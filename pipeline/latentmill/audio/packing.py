@@ -5,7 +5,7 @@ from __future__ import annotations
 import av
 
 
-class Packer:
+class FramePacker:
     """Converts frames to packed floats of the same rate, in blocks of one size if `samples` is set.
 
     Unlike `av.AudioResampler`, it has no threads of its own. Those do not exist in a fork of the

@@ -15,7 +15,7 @@ import numpy as np
 
 from latentmill.audio import vorbis
 from latentmill.audio.ogg import Page, all_pages, packets_of
-from latentmill.audio.packing import Packer
+from latentmill.audio.packing import FramePacker
 from latentmill.audio.stream import silence
 from latentmill.audio.with_pyav import AV_ERRORS, PyAVDecoder
 from latentmill.record import FloatArray
@@ -74,7 +74,7 @@ class OggPageDecoder(PyAVDecoder):
         extradata = self._stream.codec_context.extradata
         codec.extradata, codec.layout = extradata, self._layout
         codec.sample_rate = self._stream.codec_context.sample_rate
-        packer = Packer(self._layout, self.info.sample_rate)
+        packer = FramePacker(self._layout, self.info.sample_rate)
         opus = self._format == "ogg-opus"
         time = _TimeLine(int.from_bytes((extradata or b"")[10:12], "little") if opus else 0)
         done, rest, lost, headers = 0, bytearray(), 0, list[bytes]()
@@ -121,7 +121,7 @@ class OggPageDecoder(PyAVDecoder):
         return vorbis.given_by(packet, sizes) if sizes and packet else 0
 
     def _decoded(
-        self, codec: av.AudioCodecContext, packer: Packer, packets: list[bytes]
+        self, codec: av.AudioCodecContext, packer: FramePacker, packets: list[bytes]
     ) -> FloatArray:
         """The samples of some packets; packets that cannot be decoded are skipped."""
         found: list[FloatArray] = [np.empty((0, self.info.channels), np.float32)]

@@ -16,7 +16,7 @@ import numpy as np
 from latentmill.audio.formats import DECODERS, FORMATS
 from latentmill.audio.media import MediaFile
 from latentmill.audio.mp4 import read_tables
-from latentmill.audio.packing import Packer
+from latentmill.audio.packing import FramePacker
 from latentmill.audio.sniff import Sniffed
 from latentmill.audio.stream import KEEP_HINT, AudioInfo, DecodeError, silence, without
 from latentmill.audio.survey import NOTHING, Survey
@@ -241,13 +241,13 @@ class PyAVDecoder:
         # Convert to packed floats at the same rate, because PyAV (18.1) cannot convert planar
         # frames to arrays: it expects a null after the last plane, which is missing from eight
         # channels on.
-        packer = Packer(self._layout, self.info.sample_rate, _PACKED)
+        packer = FramePacker(self._layout, self.info.sample_rate, _PACKED)
         fault, done = None, 0
         try:
             for frame in self._frames:
                 if gap := self._gap(frame, done):
                     yield from self._packed(packer, None)
-                    packer = Packer(self._layout, self.info.sample_rate, _PACKED)
+                    packer = FramePacker(self._layout, self.info.sample_rate, _PACKED)
                     yield from silence(gap, self.info.channels)
                 done += gap + frame.samples
                 yield from self._packed(packer, frame)
@@ -330,7 +330,7 @@ class PyAVDecoder:
                 continue
             return
 
-    def _packed(self, packer: Packer, frame: av.AudioFrame | None) -> list[FloatArray]:
+    def _packed(self, packer: FramePacker, frame: av.AudioFrame | None) -> list[FloatArray]:
         """The next blocks `[n, C]`, scaled as in libsndfile."""
         rate, channels = self.info.sample_rate, self.info.channels
         if frame and (frame.sample_rate, frame.layout.nb_channels) != (rate, channels):
