@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -241,3 +242,38 @@ def test_decoding_stops_when_nothing_can_be_written(
         f"latentmill: Cannot write {tmp_path}/audio/{keys[1]}.wav: No space left on device.\n"
     )
     assert list(audio_in(tmp_path / "audio")) == [keys[0]]
+
+
+def test_it_stops_if_nothing_can_be_decoded(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Not after days at the last of a million records."""
+    tried = []
+
+    def fail(*given: object) -> str:
+        tried.append(given)
+        raise ConfigError("Model mdct: 10.0 s of audio at once do not fit: use --device cpu.")
+
+    monkeypatch.setattr(cli_decode, "write_decoded", fail)
+    monkeypatch.setattr(cli_decode, "MOST_IN_A_ROW", 3)
+    result = runs.call(capsys, "decode", copy, "--all", "-o", tmp_path / "out")
+    assert (result.code, len(tried)) == (7, 3)
+    assert "3 records in a row cannot be decoded" in result.err
+    assert "use --device cpu" in result.err
+
+
+def test_a_store_that_is_gone_ends_it(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """As after an unmount: it is not one damaged shard after the other."""
+    real, out = cli_decode.write_decoded, tmp_path / "out"
+
+    def then_moved(path: Path, *given: Any) -> str:
+        written = real(path, *given)
+        copy.rename(tmp_path / "elsewhere")
+        return written
+
+    monkeypatch.setattr(cli_decode, "write_decoded", then_moved)
+    result = runs.call(capsys, "decode", copy, "--all", "-o", out)
+    assert (result.code, len(audio_in(out))) == (6, 1)
+    assert "No such file" in result.err

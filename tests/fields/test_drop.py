@@ -238,6 +238,14 @@ def test_the_commands_on_a_store_with_damaged_fields(
     assert result.code == 0, result.out
 
 
+def test_only_the_folder_of_the_fields_is_written_to(store: Path) -> None:
+    """The store itself may be read-only: here, it can have no folder for temporary files."""
+    added(store)
+    (store / "tmp").write_text("")
+    drop(store, field="second")
+    assert [path.name for path in (store / "fields").iterdir()] == ["second.dropped"]
+
+
 def test_a_run_that_writes_to_a_field(store: Path) -> None:
     """`status` shows it, and a drop waits for it and is refused."""
     added(store)

@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 from store_files import write_store
 
+import latentmill as lm
 from latentmill.models.base import Autoencoder
-from latentmill.store import decoder, fields
+from latentmill.store import decoder, field_view, fields
 from latentmill.store.schema import FIELD_NAMES
 from latentmill.store.store import LatentStore
+from support.field_stores import write_fields
+from support.latent_store import write_again, write_latents
 
 
 @pytest.mark.parametrize("kept", [1, 2])
@@ -121,3 +124,26 @@ def test_copies_of_the_fields_of_shards_have_read_nothing(store: LatentStore) ->
         assert not other._tables
         if entry.fields_offset < 0:
             assert other.row(entry.shard, entry.row)["content_hash"] == wanted.content_hash
+
+
+def test_threads_read_a_field_of_a_view_that_is_sealed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = write_latents(str(tmp_path / "store"), [20] * 16)
+    write_fields(store, [20] * 16, names=["whole"])
+    lm.select(store.url, tmp_path / "view", where="number < 12")
+    field, keys = lm.open(tmp_path / "view").field("whole"), [f"item/{n:05d}" for n in range(8)]
+    assert len(field) == 12
+    own = lm.open(f"{store.url}/fields/whole")
+    latents = [own[f"item/{n:05d}"].latent for n in range(16)]
+    write_again(own.url, [0, 1], latents)
+    real = field_view._fields
+
+    def as_slow_as_s3(*given: Any) -> Any:
+        time.sleep(0.1)
+        return real(*given)
+
+    monkeypatch.setattr(field_view, "_fields", as_slow_as_s3)
+    with ThreadPoolExecutor(len(keys)) as pool:
+        found = list(pool.map(lambda key: field[key].latent, keys))
+    assert all(np.array_equal(one, two) for one, two in zip(found, latents, strict=False))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from latentmill.audio.media import MediaFile
 
+_LAST = 1 << 15  # most frames are shorter
 _TAIL = 1 << 17
 _WINDOW = 1 << 22
 _MAX_BLOCKS = 4096
@@ -60,13 +61,17 @@ def _total_samples(media: MediaFile, offset: int) -> int:
 def _last_ends(media: MediaFile, offset: int) -> Iterator[int]:
     """The samples after the frames near the end of the file, from the last frame on."""
     fixed = int.from_bytes(media.read_at(offset + 8, 2), "big")
-    tail = media.read_at(max(offset, media.size - _TAIL), _TAIL)
-    at = tail.rfind(b"\xff")
-    while at >= 0:
-        end = _frame_end(tail[at : at + 16], fixed)
-        if end is not None:
-            yield end
-        at = tail.rfind(b"\xff", 0, at)
+    searched = media.size
+    for length in (_LAST, _TAIL):
+        begin = max(offset, media.size - length)
+        tail = media.read_at(begin, searched - begin + 16)
+        at = tail.rfind(b"\xff", 0, searched - begin)
+        while at >= 0:
+            end = _frame_end(tail[at : at + 16], fixed)
+            if end is not None:
+                yield end
+            at = tail.rfind(b"\xff", 0, at)
+        searched = begin
 
 
 def first_sample(media: MediaFile, offset: int) -> int:

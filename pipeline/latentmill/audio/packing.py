@@ -9,7 +9,7 @@ class FramePacker:
     """Converts frames to packed floats of the same rate, in blocks of one size if `samples` is set.
 
     Unlike `av.AudioResampler`, it has no threads of its own. Those do not exist in a fork of the
-    process, such as a worker of a DataLoader, which hangs or crashes when it frees the resampler.
+    process, such as a worker of a DataLoader, which hangs when it frees the resampler.
     """
 
     def __init__(self, layout: av.AudioLayout, sample_rate: int, samples: int = 0) -> None:

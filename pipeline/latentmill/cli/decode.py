@@ -42,6 +42,9 @@ from latentmill.text.redact import redact_text
 if TYPE_CHECKING:
     from latentmill.store.store import LatentStore
 
+MOST_IN_A_ROW = 20
+"""Failures in a row, none of a damaged shard, after which nothing more is tried."""
+
 _log = get_logger("cli")
 app = Commands()  # app.py adds its command to the main app
 
@@ -130,6 +133,7 @@ def _decode(
     """Decode records to files; return the paths, and the keys that failed with the reasons."""
     files: list[str] = []
     failures: list[tuple[str, str]] = []
+    in_a_row = 0
     if targets:
         store.decoder()  # without the model, no record can be decoded
     for key, path in targets.items():
@@ -137,17 +141,28 @@ def _decode(
             source = store.source(key)  # may read a new seal, so read the length afterwards
             samples = store.entry(key).num_samples
             files.append(write_decoded(path, store, source, samples, seed))
+            in_a_row = 0
         except Exception as error:  # the model may be the user's code
-            if interrupted() or not _is_of_one_record(error):
+            if interrupted() or not _is_of_one_record(store, error):
                 raise
+            in_a_row += not is_damaged_shard(error)
+            if in_a_row == MOST_IN_A_ROW:
+                raise ModelError(
+                    f"{in_a_row} records in a row cannot be decoded; correct the cause, and add "
+                    f"--skip-existing to decode only the rest: {_reason(error)}"
+                ) from error
             _log.debug("%s cannot be decoded", key, exc_info=True)
             failures.append((key, _reason(error)))
     return files, failures
 
 
-def _is_of_one_record(error: Exception) -> bool:
+def _is_of_one_record(store: LatentStore, error: Exception) -> bool:
     """Whether other records can probably be decoded: not if the disk is full, for example."""
-    return is_damaged_shard(error) or not isinstance(error, StorageError | ModelError)
+    from latentmill.store.describe import is_there
+
+    if is_damaged_shard(error):
+        return is_there(store)
+    return not isinstance(error, StorageError | ModelError)
 
 
 def _reason(error: Exception) -> str:
@@ -197,10 +212,14 @@ def _check_distinct(targets: Mapping[str, Path]) -> None:
                 f"records {other!r} and {key!r} would both be written to {path}: "
                 "decode them into different folders."
             )
+    folders: set[Path] = set()
     for key, path in targets.items():
-        for folder in path.parents:
+        folder = path.parent
+        while folder not in folders:
+            folders.add(folder)
             if folder in taken:
                 raise ConfigError(
                     f"record {taken[folder]!r} would be written to {folder}, which is the folder "
                     f"of {key!r}: decode them into different folders."
                 )
+            folder = folder.parent

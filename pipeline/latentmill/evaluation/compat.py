@@ -45,9 +45,10 @@ def measure_linear_cae(
     `record` writes the card into a sealed store's evaluation/linearity-linear-cae.json.
     """
     refuse_codes(store)
-    info, codec, scores = store.info, StoreCodec(store), Scores()
-    most = None if max_seconds is None else int(max_seconds * codec.spec.sample_rate)
     keys = spread_keys(store, items)[:items]
+    info = store.info  # after the index, which may load a later seal
+    codec, scores = StoreCodec(store), Scores()
+    most = None if max_seconds is None else int(max_seconds * codec.spec.sample_rate)
     chunks = _chunks(store, keys, most)
     count = 0
     with numeric_mode(store.precision, store.device):

@@ -88,9 +88,9 @@ def measure_linearity(
     evaluation/linearity.json.
     """
     refuse_codes(store)
-    info, codec = store.info, StoreCodec(store)
     longest = samples_of(store, max_seconds)
     tracks, silent = stem_tracks(store, items, longest)
+    info, codec = store.info, StoreCodec(store)  # after the index, which may load a later seal
     grouped = bool(tracks)
     if not tracks:
         tracks, silent = pair_tracks(store, items, longest), 0

@@ -39,10 +39,10 @@ def measure_reconstruction(
     Records whose source cannot be read are counted by reason. `record` writes the result into a
     sealed store's evaluation/reconstruction.json.
     """
-    info = store.info
+    step = max(1, len(store) // items)
+    info = store.info  # after the index, which may load a later seal
     rate = info.model["sample_rate"]
     longest = round((60.0 if max_seconds is None else max_seconds) * rate)
-    step = max(1, len(store) // items)
     keys = list(itertools.islice(store.keys(), 0, step * items, step))
     found: list[ItemQuality] = []
     missing: Counter[str] = Counter()

@@ -63,7 +63,7 @@ def measure_seams(
     source must still be readable. `record` writes the result into a sealed store's
     evaluation/seams.json.
     """
-    info, index = store.info, store.index
+    index, info = store.index, store.info  # in this order: the index may load a later seal
     fitting = _items_with_seams(store, max_seconds)
     step = max(1, len(fitting) // items)
     measured: list[SeamError] = []

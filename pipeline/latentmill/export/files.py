@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,9 +18,10 @@ from latentmill.errors import ConfigError, ItemError, StorageError, is_damaged_s
 from latentmill.export.conversion import refuse_unless_empty
 from latentmill.export.layout import Layout
 from latentmill.plan import iter_keys
-from latentmill.record import FloatArray
+from latentmill.record import FloatArray, Record
 from latentmill.storage.storage import Storage, writing
 from latentmill.store.commit import iter_commits
+from latentmill.store.describe import is_there
 from latentmill.store.index import IndexEntry, entries
 from latentmill.store.left_out import read_left_out
 from latentmill.store.prefetch import prefetched
@@ -62,17 +63,19 @@ def write_files(layout: Layout, storage: Storage) -> Written:
             continue
         if entry is not None:
             try:
-                _write_sample(layout, storage, paths, entry, values)
+                record, by_role = _read_sample(layout, entry, values)
+            except StorageError as error:
+                if not is_damaged_shard(error) or not is_there(layout.store):
+                    raise
+                written.failures.append((key, str(error)))
+                continue
+            try:
+                _write_sample(layout, storage, paths, record, by_role)
                 written.names.append(name)
                 written.escaped += name != key
                 continue
             except ItemError as error:
                 written.failures.append((key, str(error)))
-            except StorageError as error:
-                if not is_damaged_shard(error):
-                    raise
-                written.failures.append((key, str(error)))
-                continue
         if earlier:
             for path in reversed(paths):
                 storage.delete(path)
@@ -188,23 +191,32 @@ def _check_earlier(layout: Layout, dest: str, details: bytes, identity: Sequence
         )
 
 
+def _read_sample(
+    layout: Layout, entry: IndexEntry, values: Sequence[IndexEntry | None]
+) -> tuple[Record, dict[str, FloatArray]]:
+    """A record and its values of the fields, `[D, n]`, as far as it has any."""
+    stores = layout.fields.items()
+    return layout.store.read(entry), {
+        role: store.read(value).latent.astype(np.float32)
+        for (role, store), value in zip(stores, values, strict=True)
+        if value is not None
+    }
+
+
 def _write_sample(
     layout: Layout,
     storage: Storage,
     paths: Sequence[str],
-    entry: IndexEntry,
-    values: Sequence[IndexEntry | None],
+    record: Record,
+    by_role: Mapping[str, FloatArray],
 ) -> None:
     """Write those of a record's files that are not complete or have changed, the last one last.
 
     ItemError if a field has no value for it.
     """
-    record = layout.store.read(entry)
-    by_role: dict[str, FloatArray] = {}
-    for (role, store), value in zip(layout.fields.items(), values, strict=True):
-        if value is None:
+    for role, store in layout.fields.items():
+        if role not in by_role:
             raise ItemError(f"field {store.url.rpartition('/')[2]!r} has no value for it")
-        by_role[role] = store.read(value).latent.astype(np.float32)  # [D, n]
     contents = dict(zip(paths, layout.contents(record, by_role), strict=True))
     last = paths[-1]
     # The hash in the last file tells whether the others have changed, if that one has not.

@@ -14,7 +14,7 @@ from latentmill.engine.lock import LOCK_PATH, only_run
 from latentmill.errors import StorageError, StoreError
 from latentmill.plan import PLAN, PLAN_PATH
 from latentmill.storage.scratch import SCRATCH
-from latentmill.storage.storage import Storage
+from latentmill.storage.storage import Storage, writing
 from latentmill.store.annotations import ANNOTATIONS
 from latentmill.store.field_layout import (
     DROPPED,
@@ -87,7 +87,7 @@ def drop(store: str | os.PathLike[str], *, field: str) -> Dropped:
         if last is not None:
             number = max(revisions[last] + 1, first_revision(folder.root))
             hold.check()
-            base.write(f"{FIELDS}/{field}{DROPPED}", b"%d" % number)
+            _write_number(base, folder, f"{FIELDS}/{field}{DROPPED}", number)
             hold.storage.delete(last)
         folder.clear_scratch()
         if folder.local:
@@ -95,7 +95,7 @@ def drop(store: str | os.PathLike[str], *, field: str) -> Dropped:
     kept: tuple[str, ...] = ()
     if folder.local:
         root = Path(folder.root)
-        _remove_if_empty(root, root.parent, base.scratch_folder)
+        _remove_if_empty(root, root.parent)
         left = (str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir())
         kept = tuple(sorted(path for path in left if path != LOCK_PATH))
     elif folder.exists(LEASE_PATH):  # which makes it a field that is not complete
@@ -116,6 +116,20 @@ def _files(storage: Storage) -> Iterator[tuple[str, int]]:
     for path, size in sizes.items():
         if _WRITTEN.fullmatch(path):
             yield path, size
+
+
+def _write_number(base: Storage, folder: Storage, path: str, number: int) -> None:
+    """Write it without a temporary file in the base: perhaps only `fields/` may be written to."""
+    if not base.local:
+        base.write(path, b"%d" % number)
+        return
+    target = Path(base.full(path))
+    with folder.scratch_file(path) as temporary, writing(str(target)):
+        with temporary.open("wb") as file:
+            file.write(b"%d" % number)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
 
 
 def _revision(path: str) -> int | None:

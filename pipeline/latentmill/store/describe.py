@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from latentmill.errors import IncompleteStoreWarning, StorageError, StoreError
+from latentmill.plan import PLAN_PATH
 from latentmill.storage.remote import was_removed
 from latentmill.store.commit import committed_revisions
 from latentmill.store.index import Index, damaged_index, open_index
-from latentmill.store.schema import ORIGIN_PATH
+from latentmill.store.schema import DATASET_PATH, ORIGIN_PATH
 from latentmill.text.printing import counted
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ def read_index(store: LatentStore) -> Index:
 def changed_meanwhile(store: LatentStore) -> StoreError:
     """The error for a store that was sealed again while a command read it."""
     return StoreError(f"{store.url} was changed while it was read: run the command again.")
+
+
+def is_there(store: LatentStore) -> bool:
+    """Whether the store itself can still be read: its disk may be unmounted, its folder moved."""
+    return any(store.storage.exists(path) for path in (DATASET_PATH, PLAN_PATH))
 
 
 def is_complete(store: LatentStore) -> bool:

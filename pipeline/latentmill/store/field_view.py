@@ -142,12 +142,16 @@ class FieldOfView(LatentStore):
 
     def reload(self) -> bool:
         """Read the seals of the view and of the fields again; see `LatentStore.reload`."""
-        changed = [store.reload() for store in (self._view, *self._stores)]
-        if any(changed):
-            view, name, device = self._view, self.name, self._device
-            self.__dict__.clear()
-            self.__init__(view, name, device=device)  # type: ignore[misc]
-        return any(changed)
+        with self._reloading:
+            changed = [store.reload() for store in (self._view, *self._stores)]
+            if any(changed):
+                # Opened first: other threads read meanwhile, and opening may fail.
+                now = FieldOfView(self._view, self.name, device=self._device)
+                kept = ("_reloading", "_loading", "_model")
+                self.__dict__.update({k: v for k, v in vars(now).items() if k not in kept})
+                for name in self.__dict__.keys() - vars(now).keys():  # such as the index
+                    self.__dict__.pop(name, None)
+            return any(changed)
 
 
 def _fields(view: LatentStore, name: str, device: str) -> list[tuple[int, LatentStore]]:

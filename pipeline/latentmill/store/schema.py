@@ -207,7 +207,10 @@ class Commit(Document):
     format_version: Literal[1, 2] = 2
     unit: NameInStore
     revision: int = Field(
-        0, ge=0, description="0 at first; increases when the unit is encoded again."
+        0,
+        ge=0,
+        description="0 at first, or the number that `drop` left of an earlier field of the name; "
+        "increases when the unit is encoded again.",
     )
     fingerprint: str
     shard: NameInStore | None = Field(
@@ -284,9 +287,7 @@ class DatasetInfo(Document):
     seal: str | None = Field(
         None, description="xxh3-128 over the names and hashes of the commits that were sealed."
     )
-    revisions: dict[str, int] = Field(
-        {}, description="Revision of each unit that was encoded again; other units have 0."
-    )
+    revisions: dict[str, int] = Field({}, description="Revision of each unit; other units have 0.")
     index: str = Field(
         "index.arrow", pattern=INDEX_NAME, description="File with the location of every record."
     )
