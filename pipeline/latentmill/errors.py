@@ -55,7 +55,7 @@ class DamagedShardError(StorageError):
 
 
 class ModelError(LatentmillError):
-    """The model is unknown, its package or weights are missing, or its options are invalid."""
+    """The model is unknown, cannot be loaded or does not work, or its options are invalid."""
 
     exit_code = 7
 
