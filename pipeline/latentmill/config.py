@@ -68,7 +68,7 @@ class RunConfig(SourceSettings):
     )
     channels: Annotated[Channels | None, _MODEL] = Field(
         None,
-        description="mono, or split: run a mono model on each channel of stereo. "
+        description="mono: average the channels. split: run a mono model on each stereo channel. "
         "[default: the model's]",
     )
     precision: Annotated[Precision | None, _MODEL] = Field(
@@ -93,7 +93,7 @@ class RunConfig(SourceSettings):
         None, gt=0, description="Chunk length in seconds. [default: the model's]"
     )
     chunk_samples: Annotated[int | None, _MODEL] = Field(
-        None, ge=1, description="Chunk length in samples. Overrides --chunk-seconds."
+        None, ge=1, description="Chunk length in samples, instead of --chunk-seconds."
     )
     overlap: Annotated[float | None, _MODEL] = Field(
         None,
@@ -141,7 +141,7 @@ class RunConfig(SourceSettings):
     probe: Annotated[bool | None, _PLAN] = Field(
         None,
         description="Read the headers of files for their lengths, to plan and estimate exactly. "
-        "[default: up to 100,000 local files]",
+        "[default: of local files, if at most 100,000 lengths are unknown]",
     )
     retry_failed: Annotated[bool, _PLAN] = Field(
         False, description="Retry failed items: encode their shards again."
@@ -159,8 +159,8 @@ class RunConfig(SourceSettings):
     )
     with_fields: Annotated[dict[str, str | dict[str, Any]], _FIELDS] = Field(
         default_factory=dict,
-        description="Field of the store to compute in the same pass: NAME=MODEL, or from a text "
-        "NAME=MODEL@metadata.TEXT. Repeatable.",
+        description="Field to compute in the same pass: NAME=MODEL from audio, "
+        "NAME=MODEL@metadata.KEY from a text, or NAME=MODEL@latents. Repeatable.",
     )
     device: Annotated[str, _COMPUTE] = Field(
         "auto", description="Device of the model: auto, cpu or cuda."
@@ -168,7 +168,8 @@ class RunConfig(SourceSettings):
     workers: Annotated[int | None, _COMPUTE] = Field(
         None,
         ge=1,
-        description="Number of workers; each loads one copy of the model. [default: one per GPU]",
+        description="Number of workers; each loads one copy of the model. "
+        "[default: one per GPU, or per 4 CPU cores]",
     )
     threads: Annotated[int | None, _COMPUTE] = Field(
         None,
@@ -185,7 +186,7 @@ class RunConfig(SourceSettings):
         None,
         ge=1,
         description="Audio loading threads per worker. "
-        "[default: 2; on a GPU its share of the cores, up to 16]",
+        "[default: 2; with a GPU, the worker's share of the node's cores, 2 to 16]",
     )
     load_tasks: Annotated[int, _COMPUTE] = Field(
         0,

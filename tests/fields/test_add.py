@@ -103,7 +103,7 @@ def test_names_that_are_not_those_of_a_field(store: Path, name: str) -> None:
 
 def test_what_cannot_have_fields(store: Path, tmp_path: Path) -> None:
     added(store)
-    with pytest.raises(StoreError, match="is a field, which has no fields"):
+    with pytest.raises(StoreError, match="is a field, and a field cannot have fields"):
         added(store / "fields" / "second", "third")
     select(str(store), str(tmp_path / "view"), keys=["album 0/song 00"])
     with pytest.raises(StoreError, match="is a view, whose fields are those of its base stores"):

@@ -66,9 +66,8 @@ FromSource = Annotated[
     typer.Option(
         "--from",
         metavar="SOURCE",
-        help="What the values are computed from: audio, metadata:NAME (a text of the items), or "
-        "latents. Or imports a .parquet or .jsonl file with a column of keys, or a folder of .npy "
-        "files.",
+        help="Input of the model: audio, metadata:NAME (a text) or latents. Or values to import: a "
+        ".parquet or .jsonl file with a column of keys, or a folder of .npy files.",
     ),
 ]
 StoreArgument = Annotated[
@@ -312,7 +311,7 @@ def probe(
     device: str,
     as_json: bool,
 ) -> None:
-    """Measure what the spec of MODEL promises: lengths, context, batches, noise, decoding.
+    """Test whether MODEL behaves as it declares: lengths, context, batches, noise, decoding.
 
     It prints each promise with the claimed and the measured value, a sentence for each that is
     broken, and a spec with the measured values to paste. The exit code is 8 if one is broken.

@@ -73,7 +73,8 @@ def select(
     stratify: Annotated[
         str | None,
         typer.Option(
-            metavar="FIELD", help="With --sample: take the same share of each value of this field."
+            metavar="COLUMN",
+            help="With --sample: take the same share of each value of this column.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
@@ -132,9 +133,9 @@ def split(
     by: Annotated[
         str | None,
         typer.Option(
-            metavar="FIELD",
-            help="Keep records with the same value of this field in one part. \\[default: the "
-            "group, or else the key]",
+            metavar="COLUMN",
+            help="Keep records with the same value of this column in one part. "
+            "\\[default: the group, or else the key]",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed; another one gives another split.")] = 0,
@@ -153,8 +154,8 @@ def split(
 ) -> None:
     """Divide STORE into parts, such as train, valid and test.
 
-    The part of a record depends only on its group or key and on the seed, so records that are
-    added to STORE later never move others to another part.
+    The part of a record depends only on its group or key (or --by), the shares and the seed. So
+    records that are added to STORE later never move others, except with --duplicates-together.
     """
     from latentmill.cli import show
     from latentmill.curation.split import split as split_store
@@ -192,7 +193,10 @@ def merge(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Combine several stores that were encoded with the same settings. Writes a view by default."""
+    """Combine several stores that were encoded with the same settings.
+
+    The result refers to their latents; --copy copies them.
+    """
     from latentmill.cli import show
     from latentmill.curation.merge import merge as merge_stores
 

@@ -108,7 +108,9 @@ def decode(
     if f".{format}" not in FILE_TYPES:
         raise ConfigError(f"invalid --format {format!r}: use wav or flac.")
     if skip_existing and overwrite:
-        raise ConfigError("--skip-existing and --overwrite exclude each other: use one of them.")
+        raise ConfigError(
+            "--skip-existing and --overwrite are both given: use one of them, not both."
+        )
     store = open_to_decode(url, device, trust_model, model_option)
     if bool(keys) == everything:
         raise ConfigError("decode needs either keys of records or --all.")

@@ -36,7 +36,7 @@ Items = Annotated[
     typer.Option(
         min=1,
         help="Number of items, spread evenly over the store. \\[default: 8; 32 for "
-        "reconstruction and LUFS]",
+        "reconstruction, and for loudness in statistics]",
     ),
 ]
 MaxSeconds = Annotated[
@@ -61,7 +61,7 @@ Compat = Annotated[
     str | None,
     typer.Option(
         metavar="PROTOCOL",
-        help="Measure linearity by the protocol of other code: linear-cae.",
+        help="Measure linearity with the protocol of another package: linear-cae (only choice).",
     ),
 ]
 Address = Annotated[

@@ -44,7 +44,7 @@ def query(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run SQL over the fields and metadata of the records of STORE (extra `query`: DuckDB).
+    """Run SQL over the metadata of STORE, one row per record (needs DuckDB: extra `query`).
 
     `DESCRIBE records` lists the columns. A query cannot change the store or read other files.
     """
@@ -85,8 +85,8 @@ def neighbours(
 ) -> None:
     """List the records of STORE whose latents are most similar to a record or an audio file.
 
-    Needs the result of `latentmill evaluate STORE --only statistics`, but not with --field. An
-    audio file is encoded with the model of STORE.
+    Run `latentmill evaluate STORE --only statistics` first, unless you use --field. An audio file
+    is encoded with the model of STORE.
     """
     from latentmill.curation.neighbours import neighbours as nearest
     from latentmill.store.store import open_store

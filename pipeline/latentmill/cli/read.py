@@ -114,7 +114,8 @@ def mix(
     length: Annotated[
         str | None,
         typer.Option(
-            help="Length of the mix if the records differ: shortest, or longest (adds silence)."
+            help="Required if the lengths differ: shortest (cuts the others), or longest (adds "
+            "silence)."
         ),
     ] = None,
     overwrite: Overwrite = False,

@@ -66,8 +66,8 @@ class Chunking:
             samples = _rounded(spec, seconds)
         elif seconds is not None:
             raise ConfigError(
-                f"chunk_seconds ({seconds:g}) and chunk_samples ({samples}) exclude each other: "
-                "set one of them."
+                f"chunk_seconds ({seconds:g}) and chunk_samples ({samples}) are both given: set "
+                "one of them, not both."
             )
         else:
             _check_samples(spec, stitch, samples)

@@ -71,10 +71,10 @@ class SourceSettings(BaseModel):
         description=f"Type of SOURCE: {choices(SourceType)}. [default: by its name]",
     )
     include: Annotated[tuple[str, ...], _source("folder")] = Field(
-        (), description="Glob of paths to include, e.g. '*/vocals.*'. Repeatable."
+        (), description="Folders only: glob of paths to include, e.g. '*/vocals.*'. Repeatable."
     )
     exclude: Annotated[tuple[str, ...], _source("folder")] = Field(
-        (), description="Glob of paths to skip, e.g. '*/drafts/*'. Repeatable."
+        (), description="Folders only: glob of paths to skip, e.g. '*/drafts/*'. Repeatable."
     )
     extensions: Annotated[tuple[str, ...], _source("folder", "webdataset")] = Field(
         AUDIO_EXTENSIONS,

@@ -136,7 +136,9 @@ def base_plan(base: Storage) -> Plan:
             "path, or try again later."
         )
     if plan.field is not None:
-        raise StoreError(f"{base.root} is a field, which has no fields: use {base_url(base.root)}.")
+        raise StoreError(
+            f"{base.root} is a field, and a field cannot have fields: use {base_url(base.root)}."
+        )
     return plan
 
 

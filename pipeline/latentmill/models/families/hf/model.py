@@ -105,8 +105,8 @@ def _given(name: str, measured: str) -> MeasuredTokenizer:
         return MeasuredTokenizer.parse(measured)
     except (ValueError, TypeError, LookupError) as error:
         raise ModelError(
-            f"Model {name}: the measurement in option measured or in the store is not one of this "
-            f"version of latentmill ({one_line(error)}): leave the option out, or restore "
+            f"Model {name}: this version of latentmill cannot read the measurements in option "
+            f"measured or in the store ({one_line(error)}): leave the option out, or restore "
             "plan.json and dataset.json of the store."
         ) from error
 
