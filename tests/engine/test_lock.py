@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import uuid
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,15 @@ def test_a_worker_does_not_make_the_folder_of_a_store(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"not mounted/store does not exist on \S+: mount"):
         Membership(Storage(str(tmp_path / "not mounted" / "store")))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_removes_what_killed_ones_left_on_its_disk() -> None:
+    """For a bucket, shards are written to the worker's own TMPDIR first."""
+    storage = Storage(f"memory://{uuid.uuid4().hex}")
+    storage.scratch_folder.mkdir()
+    left = storage.scratch_folder / f"{uuid.uuid4().hex}.shards.000000.parquet"
+    left.write_bytes(b"half")
+    with storage.scratch_file("shards/000001.parquet") as written:
+        Membership(storage)
+        assert written.exists()
+        assert not left.exists()

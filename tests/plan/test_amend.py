@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentmill.plan import Plan, UnitLimits, draft, extend, freeze, load, read_items
-from latentmill.plan.amend import amend
+from latentmill.plan.amend import RowsByKey, amend
 from latentmill.plan.compare import compare
 from latentmill.plan.plan import PlanPart
 from latentmill.sources.base import ByteRange, Item
@@ -134,3 +135,19 @@ def test_new_metadata_leaves_the_totals_as_they_are() -> None:
     (before,), (after,) = plan.parts, amended.parts
     names = ("seconds", "estimated_seconds", "estimated_items", "bytes", "formats")
     assert [getattr(after, name) for name in names] == [getattr(before, name) for name in names]
+
+
+@given(st.lists(st.text(max_size=3), unique=True), st.sets(st.text(max_size=3), min_size=1))
+def test_rows_are_found_by_their_keys(keys: list[str], wanted: set[str]) -> None:
+    chunks = [keys[:3], keys[3:]]
+    table = pa.table({"key": pa.chunked_array(chunks, pa.string()), "n": range(len(keys))})
+    found = RowsByKey(table).of(pa.chunked_array([sorted(wanted)], pa.string()))
+    assert found.to_pylist() == [row for row in table.to_pylist() if row["key"] in wanted]
+
+
+def test_rows_with_equal_hashes_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xxhash.xxh3_64_intdigest", len)
+    table = pa.table({"key": ["b", "aa", "a"]})
+    found = RowsByKey(table).of(pa.chunked_array([["a"]]))
+    assert "a" in found["key"].to_pylist()
+    assert "aa" not in found["key"].to_pylist()

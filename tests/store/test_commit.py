@@ -16,10 +16,12 @@ import xxhash
 from store_files import FORMATS, make_record
 
 from latentmill.errors import StorageError, StoreError
+from latentmill.fields.inputs import InOrder
 from latentmill.record import Outcome
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import (
     Tally,
+    committed_revisions,
     iter_commits,
     next_revisions,
     read_commit,
@@ -323,3 +325,15 @@ def test_a_reason_that_quotes_a_signed_url_is_stored_without_its_signature(tmp_p
     assert item.reason is not None
     assert "0123456789abcdef" not in item.reason
     assert "cdn.example/a.wav" in item.reason
+
+
+def test_commits_are_in_the_order_of_the_plan(tmp_path: Path) -> None:
+    """From unit 1,000,000 on, names have another digit."""
+    storage = Storage(str(tmp_path))
+    units = ["100000", "100001", "999999", "1000000", "1000001"]
+    for unit in reversed(units):
+        commit = write_unit(storage, unit, [], format_name="parquet", fingerprint="f00", info={})
+        write_commit(storage, commit, {})
+    assert list(committed_revisions(storage)) == units
+    found = InOrder(iter_commits(storage))
+    assert [commit and commit.unit for commit in map(found.of, units)] == units

@@ -105,7 +105,9 @@ class Membership:
         """
         self.storage = storage if owner is None else guarded(storage, owner)
         self._file: BinaryIO | None = None
-        if storage.local:
+        if not storage.local:
+            storage.clear_scratch()  # on this machine's disk, of workers that were killed
+        else:
             with writing(storage.root):
                 there = Path(storage.root).is_dir()  # the driver has made it
             if not there:

@@ -15,6 +15,7 @@ import xxhash
 
 from latentmill.errors import StoreError
 from latentmill.plan import Plan, Unit, read_items
+from latentmill.plan.plan import plan_order
 from latentmill.record import absent_reason
 from latentmill.sources.base import Item
 from latentmill.storage.storage import Storage
@@ -208,6 +209,6 @@ class InOrder:
         self._next = next(self._rest, None)
 
     def of(self, unit: str) -> Commit | None:
-        while self._next is not None and self._next.unit < unit:
+        while self._next is not None and plan_order(self._next.unit) < plan_order(unit):
             self._next = next(self._rest, None)
         return self._next if self._next is not None and self._next.unit == unit else None

@@ -8,8 +8,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
+from numpy.typing import NDArray
 
 from latentmill.plan.files import RowGroup, iter_units, write_document, write_part
 from latentmill.plan.items import (
@@ -44,7 +47,7 @@ def amend(
     units: list[Unit] = []
     parts: list[PlanPart] = []
     replaced: list[str] = []
-    begin = 0
+    begin, rows = 0, RowsByKey(changed)
     for part in plan.parts:
         own = plan.units[begin : begin + part.units]
         begin += part.units
@@ -55,7 +58,7 @@ def amend(
         alone = dataclasses.replace(plan, units=own, parts=(part,))
         newer = dataclasses.replace(part, revision=part.revision + 1)
         totals = _Totals(Counter(part.formats))
-        groups = _amended(alone, changed, touched, storage, columns, totals)
+        groups = _amended(alone, rows, touched, storage, columns, totals)
         newer, rewritten = write_part(newer, groups, storage)
         parts.append(totals.of(newer, rewritten))
         units += rewritten
@@ -65,6 +68,34 @@ def amend(
     for path in replaced:
         storage.delete(path)
     return amended
+
+
+class RowsByKey:
+    """Finds rows of a table by their keys, without going over the whole table each time."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+        hashes = _hashes(table["key"])
+        self._order = np.argsort(hashes)
+        self._hashes = hashes[self._order]
+
+    def of(self, keys: pa.ChunkedArray) -> pa.Table:
+        """The rows with these keys, in the order of the table; a few others if hashes are equal."""
+        wanted = _hashes(keys)
+        begin = np.searchsorted(self._hashes, wanted, "left")
+        end = np.searchsorted(self._hashes, wanted, "right")
+        found = [self._order[a:b] for a, b in zip(begin.tolist(), end.tolist(), strict=True)]
+        places = np.unique(np.concatenate([self._order[:0], *found]))
+        runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
+        some = [self._table.slice(int(run[0]), len(run)) for run in runs if len(run)]
+        return pa.concat_tables([self._table.slice(0, 0), *some])
+
+
+def _hashes(keys: pa.ChunkedArray) -> NDArray[np.uint64]:
+    hashes = (
+        xxhash.xxh3_64_intdigest(key.encode()) for chunk in keys.chunks for key in chunk.to_pylist()
+    )
+    return np.fromiter(hashes, np.uint64, len(keys))
 
 
 @dataclass
@@ -99,7 +130,7 @@ class _Totals:
 
 def _amended(
     part: Plan,
-    changed: pa.Table,
+    rows: RowsByKey,
     touched: set[int],
     storage: Storage,
     columns: Sequence[str],
@@ -109,7 +140,7 @@ def _amended(
     units = iter_units(storage, part)
     for _, some in itertools.groupby(units, key=lambda pair: pair[0].row_group):
         pairs = [
-            _amend(unit, table, changed, columns, totals)
+            _amend(unit, table, rows.of(table["key"]), columns, totals)
             if unit.number in touched
             else (unit, table)
             for unit, table in some

@@ -48,6 +48,11 @@ class Unit:
         return f"{self.number:06d}"
 
 
+def plan_order(unit: str) -> tuple[int, str]:
+    """Sorts names of units: `999999` is before `1000000`."""
+    return len(unit), unit
+
+
 @dataclass(frozen=True)
 class PlanPart:
     """The items that were planned at one time: by the first run, or by an extension.

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import xxhash
 
 from latentmill.errors import StorageError, StoreError, restore_hint
+from latentmill.plan.plan import plan_order
 from latentmill.record import Outcome, Record, time_major_bytes
 from latentmill.storage.storage import Storage, writing
 from latentmill.storage.threads import map_in_threads
@@ -253,9 +254,9 @@ def next_revisions(storage: Storage) -> dict[str, int]:
 
 def _highest(names: Iterable[str]) -> dict[str, int]:
     highest: dict[str, int] = {}
-    for unit, revision in filter(None, map(parse_name, sorted(names))):
+    for unit, revision in filter(None, map(parse_name, names)):
         highest[unit] = max(revision, highest.get(unit, 0))
-    return dict(sorted(highest.items()))
+    return {unit: highest[unit] for unit in sorted(highest, key=plan_order)}
 
 
 def read_commit(storage: Storage, unit: str, revision: int = 0) -> Commit:
