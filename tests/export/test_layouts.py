@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 import latentmill as lm
 from latentmill.errors import ConfigError, StoreError
 from latentmill.export.export import LAYOUTS, ExportSummary, Target, export_store
+from latentmill.export.layout import caption_of
 from latentmill.plan import FieldEntry
 from latentmill.store.store import LatentStore
 from support import runs
@@ -253,6 +254,32 @@ def test_files_of_ace_step(store: LatentStore, hints: bool) -> None:
         assert sample["metadata"]["filename"] == record.key
         assert sample["metadata"]["caption"] == record.metadata.get("caption", "")
         assert sample["metadata"]["lyrics"] == record.metadata.get("lyrics", "[Instrumental]")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "caption"),
+    [
+        ({"prompt": "rain", "caption": "a dog barks"}, "rain"),
+        (
+            {"caption": ["a dog barks", "barking dog"], "title": "track 7"},
+            "a dog barks, barking dog",
+        ),
+        ({"prompt": ["jazz"], "text": "a song"}, "jazz"),
+        ({"prompt": [], "text": "a song"}, "a song"),
+        ({"prompt": ["jazz", 5], "caption": {"en": "rain"}, "text": True, "title": "song"}, "song"),
+        ({"prompt": None, "title": 1999}, "1999"),
+        ({"genre": "jazz"}, ""),
+    ],
+)
+def test_the_caption_is_the_first_text(metadata: dict[str, Any], caption: str) -> None:
+    assert caption_of(metadata) == caption
+
+
+def test_a_list_of_captions_is_one_prompt(tmp_path: Path) -> None:
+    store = write_latents(str(tmp_path / "store"), [5], metadata=[{"prompt": ["rain", "wind"]}])
+    out = Path(exported(store, to=Target.STABLE_AUDIO_TOOLS).dest)
+    (name,) = (path for path in out.rglob("*.npy") if path.name != "silence.npy")
+    assert json.loads(name.with_suffix(".json").read_text())["prompt"] == "rain, wind"
 
 
 @only_ace

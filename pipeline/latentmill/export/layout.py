@@ -13,6 +13,7 @@ from urllib.parse import quote
 import numpy as np
 
 from latentmill.errors import ConfigError, ItemError
+from latentmill.fields.values import text_of
 from latentmill.record import FloatArray, Record
 from latentmill.store.store import LatentStore
 
@@ -110,9 +111,10 @@ class Layout(ABC):
 
 
 def caption_of(metadata: Mapping[str, Any]) -> str:
-    """The first text of `PROMPT_FIELDS` in the metadata of an item, or an empty text."""
-    texts = (metadata[name] for name in PROMPT_FIELDS if isinstance(metadata.get(name), str))
-    return next(texts, "")
+    """The first of `PROMPT_FIELDS` of an item that is a text, number or list of texts, or ""."""
+    given = (name for name in PROMPT_FIELDS if metadata.get(name) != [])
+    texts = (text_of(metadata.get(name), name) for name in given)
+    return next((text for text in texts if isinstance(text, str)), "")
 
 
 def escaped(key: str) -> str:

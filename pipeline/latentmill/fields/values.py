@@ -73,7 +73,7 @@ class MetadataValues:
 
 
 def text_of(value: Any, name: str) -> str | Absent:
-    """A value of metadata as the text that is embedded: a text, number or list of texts."""
+    """A value of metadata as one text: a text, number or list of texts."""
     if value is None:
         return Absent(f"it has no metadata named {name}")
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
