@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 import soundfile as sf
 import torch
 
+from support import runs
 from support.recordings import noise
 from support.scripts import run_here
 
@@ -183,25 +185,31 @@ PROCESS = """
 import json, sys, time
 kind = json.loads(sys.argv[1])["model"]
 def emit(key, value): print(json.dumps({"key": key, "value": value}), flush=True)
+emit("first", 1)
 for line in sys.stdin:
-    emit("first", 1)
     if kind == "dies": sys.exit(1)
-    if kind == "hangs": time.sleep(60)
+    if kind == "hangs": time.sleep(600)
     emit("second", 2)
     emit("end", None)
 """
+
+
+def started(child: Any) -> bool:
+    return bool(child.lines.qsize())
 
 
 def test_a_model_that_dies_or_hangs_loses_only_the_rest_of_its_part(
     gpu: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "process.py").write_text(PROCESS)
-    arguments = argparse.Namespace(results=tmp_path, budget=60.0, grace=0.5)
+    arguments = argparse.Namespace(results=tmp_path, budget=6000.0, grace=0.5)
     run = gpu.Run(arguments, "cpu", result={"models": {}})
-    parts = [gpu.Part(name, "alone", {}, 1.0) for name in ("dies", "hangs", "works")]
+    limits = {"dies": 600.0, "hangs": 0.1, "works": 600.0}
+    parts = [gpu.Part(name, "alone", {}, seconds) for name, seconds in limits.items()]
     for number, part in enumerate(parts):
         run.result["models"][part.model] = {}
         with gpu.Child({"model": part.model}, tmp_path / "process.py") as child:
+            runs.until(functools.partial(started, child), "the process has started")
             run._measure(part, child, parts[number:], None)
             run._measure(replace(part, name="next"), child, parts[number:], None)
     models = json.loads((tmp_path / "gpu.json").read_text())["models"]
