@@ -23,12 +23,16 @@ from latentmill.engine import lease
 from latentmill.engine.lock import only_run
 from latentmill.errors import ConfigError, LatentmillError, StorageError, StoreError
 from latentmill.evaluation.statistics import measure_statistics
+from latentmill.plan import load
 from latentmill.publishing.contents import contents_of
 from latentmill.publishing.sync import sync
 from latentmill.publishing.transfer import BLOCK
 from latentmill.storage.storage import Storage
+from latentmill.store.annotations import annotation_path
 from latentmill.store.measurement import write_measurement
 from latentmill.store.results import SeamEntry
+from latentmill.store.schema import DATASET_PATH
+from latentmill.store.seal import seal
 from latentmill.store.tidy import tidy
 from latentmill.store.verify import verify
 from support.latent_store import latent_of, write_again, write_latents
@@ -155,6 +159,35 @@ def test_results_and_annotations_follow(tmp_path: Path) -> None:
     }
     assert lm.open(copy)["item/00000"].metadata["mood"] == "wild"
     assert files(copy) == files(url)
+
+
+def test_earlier_annotations_that_were_deleted(tmp_path: Path, one_sentence: OneSentence) -> None:
+    """The copy keeps its files of them, unless they are not those of the store."""
+    url, copy = store_at(str(tmp_path / "store")), tmp_path / "copy"
+    sync(url, str(copy))
+    annotated(url, "mood", "wild")
+    (tmp_path / "store" / annotation_path(1)).unlink()
+    sync(url, str(copy))
+    assert lm.open(str(copy))["item/00000"].metadata["mood"] == "wild"
+    assert verify(lm.open(str(copy))).faults == []
+    (copy / annotation_path(1)).write_bytes((copy / annotation_path(2)).read_bytes())
+    with pytest.raises(ConfigError, match=r"is damaged \(annotations/0001") as caught:
+        sync(url, str(copy))
+    one_sentence(caught.value)
+
+
+def test_earlier_annotations_that_nobody_knows(tmp_path: Path) -> None:
+    """A seal that replaces a lost one has no hashes of deleted files."""
+    url, copy = store_at(str(tmp_path / "store")), str(tmp_path / "copy")
+    sync(url, copy)
+    annotated(url, "mood", "wild")
+    for name in (annotation_path(1), DATASET_PATH):
+        (tmp_path / "store" / name).unlink()
+    plan = load(Storage(url))
+    assert plan is not None
+    seal(Storage(url), plan)
+    with pytest.raises(ConfigError, match=r"is damaged \(annotations/0001"):
+        sync(url, copy)
 
 
 @pytest.mark.parametrize("kind", ["disk", "memory"])

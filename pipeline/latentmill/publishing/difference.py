@@ -13,7 +13,7 @@ from latentmill.plan import PLAN, Plan, load
 from latentmill.publishing.contents import StoreFile, StoreFiles, UnitFiles
 from latentmill.storage.remote import protocol_of
 from latentmill.storage.storage import Storage
-from latentmill.store.annotations import ANNOTATIONS, is_annotation_file
+from latentmill.store.annotations import ANNOTATIONS, annotation_path, is_annotation_file
 from latentmill.store.card import MARKER
 from latentmill.store.commit import READERS, hash_of
 from latentmill.store.field_layout import FIELDS
@@ -156,13 +156,18 @@ def _uncommitted(
 
 
 def _check_annotations(contents: StoreFiles, dest: Storage, listed: Mapping[str, int]) -> None:
-    """Refuse a destination that has been annotated itself, which would lose its annotations."""
-    ours = {file.path: file for file in contents.last}
-    for path in listed:
-        if is_annotation_file(path):
-            file = ours.get(path)
-            if file is None or not _has(dest, file, listed, trusted=False):
-                raise _encoded_itself(dest, path)
+    """Refuse a destination that has been annotated itself, which would lose its annotations.
+
+    It may have files of earlier versions that were deleted in the source.
+    """
+    entry = contents.info.annotation
+    hashes = [] if entry is None else entry.hashes
+    expected = {annotation_path(number): digest for number, digest in enumerate(hashes, 1)}
+    for path in filter(is_annotation_file, listed):
+        with dest.open(path) as file:
+            same = hash_of(file) == expected.get(path)
+        if not same:
+            raise _encoded_itself(dest, path)
 
 
 def _encoded_itself(dest: Storage, path: str) -> ConfigError:
