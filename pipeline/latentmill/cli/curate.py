@@ -212,10 +212,12 @@ def merge(
 
 def _lines(file: Path) -> list[str]:
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        text = file.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ConfigError(f"Cannot read {file}: {why}.") from error
+    # A key can contain what other functions take for the end of a line, such as U+2028.
+    lines = (line.removesuffix("\r") for line in text.split("\n"))
     return [line for line in lines if line.strip()]
 
 
