@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -263,6 +264,35 @@ def test_annotated_values_are_columns(tmp_path: Path) -> None:
     sql = "SELECT key FROM records WHERE metadata_mood = 'calm'"
     assert lm.query(store, sql)["key"].to_pylist() == ["item/00001"]
     assert store.table(["metadata_mood"])["metadata_mood"].to_pylist() == [None, "calm", None]
+
+
+def test_names_that_differ_only_in_case(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ("BPM", "bpm", "bpm_1", "genre")
+    metadata = [{name: f"{name} {n}" for name in names} for n in range(3)]
+    store = write_latents(str(tmp_path / "s"), [3, 4, 5], metadata=metadata)
+    (tmp_path / "a.csv").write_text("key,Bpm,loud,mood\nitem/00001,x,1,calm\n")
+    lm.annotate(store, tmp_path / "a.csv")
+    (warned,) = caplog.messages
+    assert "the names BPM and Bpm and bpm differ only in case" in warned
+    caplog.clear()
+    (tmp_path / "a.csv").write_text("key,Bpm,loud\nitem/00002,y,2\n")
+    lm.annotate(store, tmp_path / "a.csv")  # no new names
+    assert caplog.messages == []
+    columns = store.table().column_names
+    called = {row["column_name"] for row in lm.query(store, "DESCRIBE records").to_pylist()}
+    (warned,) = caplog.messages
+    assert warned.startswith("SQL ignores the case of column names: ")
+    for name in sorted(set(columns) - called):
+        pattern = rf"{name} is called (\w+), because there is (\w+), too[;.]"
+        ((new, other),) = re.findall(pattern, warned)
+        assert other.lower() == name.lower()
+        found = lm.query(store, f"SELECT {new} FROM records WHERE {new} IS NOT NULL ORDER BY key")
+        assert found[new].to_pylist() == store.table([name])[name].drop_null().to_pylist()
+    assert len(set(columns) - called) == 3
+    caplog.clear()
+    plain = write_latents(str(tmp_path / "p"), [3, 4, 5], metadata=[{"bpm": 1}] * 3)
+    assert lm.query(plain, "SELECT metadata_BPM FROM records LIMIT 1").num_rows == 1
+    assert caplog.messages == []
 
 
 def test_a_store_without_a_metadata_file(store: LatentStore, tmp_path: Path) -> None:

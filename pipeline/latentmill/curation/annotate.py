@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from latentmill.curation.annotation_table import EMPTY, merged, read_table, without
 from latentmill.encoding.fingerprint import version_difference
@@ -17,12 +19,15 @@ from latentmill.engine.lock import only_run
 from latentmill.errors import ConfigError, SourceError, StoreError
 from latentmill.storage.storage import Storage
 from latentmill.store.annotations import Annotations, open_annotations, write_annotations
-from latentmill.store.metadata import publish_metadata
+from latentmill.store.metadata import PREFIX, publish_metadata
 from latentmill.store.seal import write_seal
 from latentmill.store.store import LatentStore
 from latentmill.store.tidy import tidy_sealed
+from latentmill.text.log import get_logger
 
 MAX_LISTED = 20
+
+_log = get_logger("curation")
 
 
 @dataclass(frozen=True)
@@ -204,6 +209,8 @@ def publish(
         update = {"metadata": metadata, "metadata_hash": digest, "annotation": entry}
         write_seal(storage, info.model_copy(update=update))
         storage.clear_scratch()
+        known = [] if info.annotation is None else info.annotation.names
+        _warn_of_case(storage, metadata, set(annotations.kinds).difference(known))
     return AnnotateSummary(
         store=storage.root,
         version=0 if entry is None else entry.version,
@@ -211,3 +218,22 @@ def publish(
         names=tuple(annotations.kinds),
         records=len(annotations),
     )
+
+
+def _warn_of_case(storage: Storage, metadata: str, new: set[str]) -> None:
+    """Warn of new names that differ from others only in case, which SQL ignores."""
+    with storage.open(metadata) as file:
+        columns = pq.read_schema(file).names
+    spellings = defaultdict(list)
+    for column in columns:
+        if column.startswith(PREFIX):
+            name = column.removeprefix(PREFIX)
+            spellings[name.encode().lower()].append(name)  # of ASCII letters, as DuckDB does
+    for names in spellings.values():
+        if len(names) > 1 and new.intersection(names):
+            _log.warning(
+                "%s: the names %s differ only in case, which SQL ignores: `query` gives the "
+                "column of each but the first another name.",
+                storage.root,
+                " and ".join(names),
+            )

@@ -24,12 +24,15 @@ from latentmill.storage.scratch import check_replaceable, partial_file
 from latentmill.storage.storage import writing
 from latentmill.store.metadata_file import metadata_source
 from latentmill.store.store import LatentStore, open_store
+from latentmill.text.log import get_logger
 from latentmill.text.redact import redact_value
 
 FILE_TYPES = (".csv", ".parquet")
 _MEMORY = "4GB"  # of DuckDB, which cannot use temporary files here
 _BATCH = 10_000  # rows
 _READ = "a query is one SELECT statement: the table `records` has the fields and metadata."
+
+_log = get_logger("curation")
 
 # A store is never changed by a query, and a query reads nothing but the store.
 _SETTINGS: dict[str, str | bool | int | float | list[str]] = {
@@ -144,7 +147,7 @@ def _result(
             (statement,) = statements
             if statement.type not in (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN):
                 raise ConfigError(f"{statement.type.name} is not allowed: {_READ}")
-            connection.register("records", _records(opened))
+            _register(connection, _records(opened))
             connection.execute("SET lock_configuration = true")
             relation = _interruptible(connection, lambda: connection.sql(statement).materialize())
             yield relation.to_arrow_reader(_BATCH)
@@ -177,6 +180,18 @@ def _interruptible(connection: Any, run: Callable[[], Any]) -> Any:
             while not running.done():
                 connection.interrupt()
                 wait([running], timeout=0.1)
+
+
+def _register(connection: Any, records: ds.Dataset) -> None:
+    """Make the table `records`. Warn of columns that DuckDB, which ignores case, renames."""
+    connection.register("records", records)
+    called, renamed = connection.table("records").columns, []
+    for place, name in enumerate(records.schema.names):
+        if called[place] != name:
+            same = (other for other in called[:place] if other.lower() == name.lower())
+            renamed.append(f"{name} is called {called[place]}, because there is {next(same)}, too")
+    if renamed:
+        _log.warning("SQL ignores the case of column names: %s.", "; ".join(renamed))
 
 
 def _records(store: LatentStore) -> ds.Dataset:
