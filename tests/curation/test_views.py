@@ -255,7 +255,9 @@ def repeated(tmp_path_factory: pytest.TempPathFactory) -> str:
     hashes = [f"xxh3:{n}" for n in range(12)]
     hashes[7] = hashes[1]
     url = str(tmp_path_factory.mktemp("repeated") / "store")
-    write_latents(url, [200] * 12, latents=latents, channels=16, content_hashes=hashes)
+    rms = [0.1 + n / 100 for n in range(12)]
+    options: dict[str, Any] = {"content_hashes": hashes, "rms": rms}
+    write_latents(url, [200] * 12, latents=latents, channels=16, **options)
     return url
 
 

@@ -41,6 +41,8 @@ class MadeUp:
     metadata: Sequence[Mapping[str, Any]] | None = None
     failed: Sequence[int] = ()
     content_hashes: Sequence[str] | None = None
+    rms: Sequence[float] | None = None
+    levels: Sequence[bytes | None] | None = None
 
     def outcome(self, item: Item) -> Outcome:
         """What becomes of an item."""
@@ -61,10 +63,11 @@ class MadeUp:
             source_sample_rate=48000,
             source_channels=2,
             content_hash=self.content_hashes[number] if self.content_hashes else "xxh3:0",
-            rms=0.1,
+            rms=self.rms[number] if self.rms else 0.1,
             peak=0.5,
             group=f"group {number // 4}",
             role=("drums", "bass", "vocals", "other")[number % 4],
+            levels=self.levels[number] if self.levels else None,
             metadata=self.metadata[number] if self.metadata else {"number": number},
         )
 
@@ -86,6 +89,8 @@ def write_latents(
     field: FieldEntry | None = None,
     failed: Sequence[int] = (),
     origin: np.ndarray | None = None,
+    rms: Sequence[float] | None = None,
+    levels: Sequence[bytes | None] | None = None,
 ) -> LatentStore:
     """Write a store of one latent for each length; key `prefix/NNNNN`, units of `per_unit`."""
     made = {"name": "made-up", "sample_rate": RATE, "channels": 1, "latent_channels": channels}
@@ -106,7 +111,7 @@ def write_latents(
         origin = np.full((channels, 16), 0.5, np.float32)
         origin[:, 0], origin[:, -1] = 0.25, 0.75
     write_origin(storage, origin)
-    made_up = MadeUp(lengths, channels, latents, metadata, failed, content_hashes)
+    made_up = MadeUp(lengths, channels, latents, metadata, failed, content_hashes, rms, levels)
     for unit in plan.units:
         _write_unit(storage, plan, unit, made_up)
     if sealed:

@@ -53,14 +53,15 @@ def select(
         typer.Option(
             metavar="KIND",
             help="Drop duplicates and keep the first record of each group. exact: equal files or "
-            "latents. near: also almost equal latents; reads all latents.",
+            "latents. near: also almost equal latents; reads all latents. Silent records stay.",
         ),
     ] = None,
     drop_outliers: Annotated[
         bool,
         typer.Option(
             "--drop-outliers",
-            help="Leave out records whose latents are unlike the others. Reads all latents.",
+            help="Leave out records whose latents are unlike the others. Reads all latents. "
+            "Silent records stay.",
         ),
     ] = False,
     sample: Annotated[
@@ -143,8 +144,8 @@ def split(
         bool,
         typer.Option(
             "--duplicates-together",
-            help="Keep near duplicates in one part, too. Reads all latents, and records the parts "
-            "in DEST.",
+            help="Keep near duplicates in one part, too, except silent records. Reads all latents, "
+            "and records the parts in DEST.",
         ),
     ] = False,
     overwrite: Annotated[

@@ -7,14 +7,22 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
 from latentmill.curation.chosen import Chosen, Ints
 from latentmill.curation.columns import values_of
+from latentmill.encoding.loudness import SILENT_DB
 from latentmill.errors import ConfigError
-from latentmill.evaluation.similarity import Groups, connect_near, near_groups, outliers
+from latentmill.evaluation.similarity import (
+    Groups,
+    connect_near,
+    find_repeats,
+    near_groups,
+    outliers,
+)
 from latentmill.reader.fields import Where, gather, select
 from latentmill.sources.address import item_at
 from latentmill.store.describe import changed_meanwhile
@@ -119,19 +127,28 @@ class Selector:
         """Keep the first record, by key, of those with equal files or latents.
 
         With `near`, also of those with almost equal latents: the same sound in another encoding
-        or at another level.
+        or at another level. Silent records stay.
         """
-        for group in self._equal():
+        for group in self._equal(self._sounding()):
             self._keep_first(group, "duplicate")
         if kind == "near":
-            use = self._reason_of < 0
+            use = self._sounding()
             for group, _ in near_groups(self._surveyed().positions, self._frames, use):
                 self._keep_first(group, "near duplicate")
 
     def drop_outliers(self) -> None:
-        """Leave out records whose latents are unlike those of the others."""
-        found = outliers(self._surveyed().shapes, self._reason_of < 0)
-        self.leave_out((row for row, _ in found), "outlier")
+        """Leave out records whose latents are unlike those of the others, and their duplicates.
+
+        As in `evaluate`, duplicates count once and silent records are not compared.
+        """
+        table = self._surveyed()
+        repeats = find_repeats(table, self._frames, self._sounding())
+        found = {row for row, _ in outliers(table.shapes, repeats.others)}
+        near = (group for group, _ in repeats.near)
+        for group in (*near, *repeats.same_audio, *repeats.same_file):
+            if group[0] in found:
+                found.update(group)
+        self.leave_out(found, "outlier")
 
     def sample(self, size: float, stratify: str | None, seed: int) -> None:
         """Keep a number of records (1 or more), or a share of them (below 1).
@@ -159,11 +176,14 @@ class Selector:
         self._keep(rows[np.concatenate(kept)] if kept else rows, "not in the sample")
 
     def groups_of_duplicates(self) -> list[list[int]]:
-        """Groups of chosen records that are duplicates of each other, exact or near."""
-        use = self._reason_of < 0
+        """Groups of chosen records that are duplicates of each other, exact or near.
+
+        Silent records are in none: they would connect all songs with a silent stem or segment.
+        """
+        use = self._sounding()
         groups = Groups(len(self.store))
         connect_near(groups, self._surveyed().positions, self._frames, use)
-        for group in self._equal():
+        for group in self._equal(use):
             groups.connect(np.array(group[:1] * (len(group) - 1)), np.array(group[1:]))
         return [group for group, _ in groups.found()]
 
@@ -177,15 +197,24 @@ class Selector:
         self.leave_out(others, reason)
         self._details |= dict.fromkeys(others, kept)
 
-    def _equal(self) -> list[list[int]]:
-        """Groups of chosen records of equal files, or with equal latents."""
+    def _sounding(self) -> npt.NDArray[np.bool_]:
+        """Which of the chosen records are not silent, by the definition of `evaluate`."""
+        table = self.store.table(["silence", "rms"])
+        self.check_unchanged()
+        share, rms = (table[name].to_numpy() for name in table.column_names)
+        # Overlapping chunks have no levels, of which `silence` is the share.
+        silent = np.where(np.isnan(share), rms < 10 ** (SILENT_DB / 20), share == 1)
+        return (self._reason_of < 0) & ~silent
+
+    def _equal(self, use: npt.NDArray[np.bool_]) -> list[list[int]]:
+        """Groups of those records to `use` that have equal files or latents."""
         table = gather(self.store, ["content_hash", "source_uri"])
         self.check_unchanged()
         seen: dict[object, int] = {}
         first, second = [], []
         hashes, samples = self.index.column("hash"), self.index.column("num_samples")
         digests, uris = (table[name].to_pylist() for name in table.column_names)
-        for row in self.rows.tolist():
+        for row in np.flatnonzero(use).tolist():
             uri = uris[row]
             part = item_at(uri).segment if "#" in uri else None
             for same in ((digests[row], part), (int(hashes[row]), int(samples[row]))):

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from latentmill.evaluation.shard_pass import RecordTable
 
 NEAR = 0.01  # cosine distance of near duplicates; other music is beyond 0.1
 LENGTHS = 0.02  # relative difference in length of near duplicates at most, and four frames
@@ -17,6 +22,36 @@ DEVIATION, RATIO = 6.0, 2.0  # of an outlier's distance, in robust deviations an
 
 Half = npt.NDArray[np.float16]
 Positions = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RepeatedRecords:
+    """Positions of records that are the same sound, and which records are not repeated.
+
+    Attributes:
+        same_file, same_audio: Groups of records.
+        near: Groups of near duplicates, with the largest distance of a pair.
+        others: Whether a record is compared and is not a repeat of an earlier one.
+    """
+
+    same_file: list[list[int]]
+    same_audio: list[list[int]]
+    near: list[tuple[list[int], float]]
+    others: npt.NDArray[np.bool_]
+
+
+def find_repeats(
+    table: RecordTable, frames: Positions, use: npt.NDArray[np.bool_]
+) -> RepeatedRecords:
+    """Compare some records. Of each group that was found, the first one is compared further."""
+    others = use.copy()
+    same_file = equal_groups(table.files, others)
+    others[[at for group in same_file for at in group[1:]]] = False
+    same_audio = equal_groups(table.audio, others)
+    others[[at for group in same_audio for at in group[1:]]] = False
+    near = near_groups(table.positions, frames, others)
+    others[[at for records, _ in near for at in records[1:]]] = False
+    return RepeatedRecords(same_file, same_audio, near, others)
 
 
 def equal_groups(hashes: npt.NDArray[np.uint64], use: npt.NDArray[np.bool_]) -> list[list[int]]:

@@ -10,14 +10,13 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from latentmill.errors import ConfigError, ItemError
 from latentmill.evaluation.shard_pass import RecordTable, ShardPass, ShardResult, ShardTotals
-from latentmill.evaluation.similarity import equal_groups, near_groups, outliers
+from latentmill.evaluation.similarity import find_repeats, outliers
 from latentmill.evaluation.vectors import remove_other_vectors, write_vectors
 from latentmill.store.describe import changed_meanwhile
 from latentmill.store.index import Index
@@ -98,7 +97,7 @@ def _result(
     index, moments = store.index, totals.moments
     info, key = store.info, index.key
     sounding = ~table.silent
-    repeats = _repeats(table, index.column("frames"), sounding)
+    repeats = find_repeats(table, index.column("frames"), sounding)
     seconds = index.column("num_samples") / info.model["sample_rate"]
     deviations = store.origin.deviations
     rows = len(info.mean) - deviations
@@ -150,35 +149,6 @@ def _result(
         outliers=[Outlier(key=key(at), distance=distance) for at, distance in unusual[:MAX_LISTED]],
         outlier_records=len(unusual),
     )
-
-
-@dataclass(frozen=True)
-class _Repeats:
-    """Positions of records that are the same sound, and which records are not repeated.
-
-    Attributes:
-        near: Groups of near duplicates, with the largest distance of a pair.
-        others: Whether a record sounds and is not a repeat of an earlier one.
-    """
-
-    same_file: list[list[int]]
-    same_audio: list[list[int]]
-    near: list[tuple[list[int], float]]
-    others: npt.NDArray[np.bool_]
-
-
-def _repeats(
-    table: RecordTable, frames: npt.NDArray[np.int64], sounding: npt.NDArray[np.bool_]
-) -> _Repeats:
-    """Of each group that was found, one record is compared further."""
-    others = sounding.copy()
-    same_file = equal_groups(table.files, others)
-    others[[at for group in same_file for at in group[1:]]] = False
-    same_audio = equal_groups(table.audio, others)
-    others[[at for group in same_audio for at in group[1:]]] = False
-    near = near_groups(table.positions, frames, others)
-    others[[at for records, _ in near for at in records[1:]]] = False
-    return _Repeats(same_file, same_audio, near, others)
 
 
 def _named(store: LatentStore, groups: list[list[int]]) -> list[list[str]]:
