@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -37,7 +38,7 @@ def read(
     samplers: list[BatchSampler], steps: int | None = None
 ) -> tuple[list[tuple[int, ...]], dict[str, Any] | None]:
     """Let all ranks take steps; gives the numbers of their batches and their state."""
-    iterators = [iter(sampler) for sampler in samplers]
+    iterators: list[Any] = [iter(sampler) for sampler in samplers]
     seen: list[tuple[int, ...]] = []
     state = None
     while steps is None or steps > 0:
@@ -52,6 +53,8 @@ def read(
         ]
         state = states[0]
         assert all(other == state for other in states)  # whichever rank saves it
+        for iterator, batch in zip(iterators, batches, strict=True):
+            assert batch is None or iterator.state_dict() == state
         steps = None if steps is None else steps - 1
     return seen, state
 
@@ -279,6 +282,45 @@ def test_a_dataloader_goes_through_epochs(mixed: list[str]) -> None:
     other.load_state_dict(state)
     resumed = DataLoader(dataset, batch_sampler=other, collate_fn=collate)
     assert [batch["key"] for batch in resumed] == [batch["key"] for batch in epochs[1][5:]]
+
+
+@pytest.mark.parametrize(("workers", "every"), [(0, 1), (2, 1), (2, 4)])
+def test_torchdata_keeps_the_state_of_batches(mixed: list[str], workers: int, every: int) -> None:
+    """At any time in an epoch after the first one, and between two epochs."""
+    stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+
+    def build() -> Any:
+        dataset = LatentDataset(mixed, crop=4)
+        return stateful(
+            dataset,
+            batch_sampler=BatchSampler(dataset, 8),
+            num_workers=workers,
+            collate_fn=collate,
+            snapshot_every_n_steps=every,
+        )
+
+    def read_batches(loader: Any) -> list[Any]:
+        return [(batch["epoch"], batch["position"], batch["key"]) for batch in loader]
+
+    dataset = LatentDataset(mixed, crop=4)
+    batches = BatchSampler(dataset, 8)
+    batches.set_epoch(1)
+    plain = DataLoader(dataset, batch_sampler=batches, collate_fn=collate)
+    second, third = read_batches(plain), read_batches(plain)
+    broken = build()
+    next(iter(broken))  # an epoch that was not finished
+    iterator = iter(broken)
+    states = [pickle.dumps(broken.state_dict())]
+    states += [pickle.dumps(broken.state_dict()) for _ in iterator]
+    states.append(pickle.dumps(broken.state_dict()))
+    for number in (0, 3, 10):
+        resumed = build()
+        resumed.load_state_dict(pickle.loads(states[number]))
+        assert read_batches(resumed) == second[number:]
+        assert read_batches(resumed) == third
+    resumed = build()
+    resumed.load_state_dict(pickle.loads(states[11]))
+    assert read_batches(resumed) == third
 
 
 def test_weights_repeat_a_store(mixed: list[str]) -> None:

@@ -147,9 +147,7 @@ class BatchSampler(Resumable, Sampler[list[Request]]):
         return self._rank.share(batches)
 
     def __iter__(self) -> Iterator[list[Request]]:
-        for epoch, positions, numbers in self.requested():
-            pairs = zip(positions.tolist(), numbers.tolist(), strict=True)
-            yield [(epoch, *pair) for pair in pairs]
+        return _Batches(self)
 
     def requested(self) -> Iterator[Requested]:
         """The samples of the batches of the next iteration, as arrays for `Loader`."""
@@ -179,12 +177,18 @@ class BatchSampler(Resumable, Sampler[list[Request]]):
         place, rank = epoch.batch_of(int(batch["position"][0])), self._rank
         together = max(rank.world_size, accelerate_processes(self))
         turn = (place - start - rank.rank) % len(epoch) // together + 1
-        position = start + turn * together
+        return self._state_after(EpochProgress(number, start, turn), together)
+
+    def _state_after(self, progress: EpochProgress, together: int) -> dict[str, Any]:
+        """The state after each of `together` processes has read `progress.done` batches."""
+        epoch, start, turns = progress.epoch, progress.position, progress.done
+        batches, rank = len(self._epoch(epoch)), self._rank
+        position = start + turns * together
         if rank.world_size == 1:
-            position = min(position, len(epoch))
-        elif turn >= rank.largest_share(len(epoch) - start):
-            position = len(epoch)
-        return self._state(EpochProgress(number, position))
+            position = min(position, batches)
+        elif turns >= rank.largest_share(batches - start):
+            position = batches
+        return self._state(EpochProgress(epoch, position))
 
     def _records(self) -> list[int]:
         return self.dataset.records
@@ -241,6 +245,36 @@ class BatchSampler(Resumable, Sampler[list[Request]]):
             full.append(members[:end])
             rest.append(members[end:])
         return np.concatenate([*full, *rest])
+
+
+class _Batches(Iterator[list[Request]]):
+    """An iteration over a `BatchSampler`, with the state that torchdata's loader saves.
+
+    `StatefulDataLoader` asks for the state after each batch that it takes, and returns it when
+    training has this batch, so batches that workers read ahead do not count.
+    """
+
+    def __init__(self, sampler: BatchSampler) -> None:
+        self._sampler, self._requested = sampler, sampler.requested()
+        self._within = False  # whether the last call of `next` gave a batch
+
+    def __next__(self) -> list[Request]:
+        self._within = False
+        epoch, positions, numbers = next(self._requested)
+        self._within = True
+        pairs = zip(positions.tolist(), numbers.tolist(), strict=True)
+        return [(epoch, *pair) for pair in pairs]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state after the batches of this iteration so far, or before the next one."""
+        sampler = self._sampler
+        if not self._within:
+            return sampler.upcoming_state()
+        return sampler._state_after(sampler._now, sampler._rank.world_size)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume the sampler from a state, before the first batch of this iteration."""
+        self._sampler.load_state_dict(state)
 
 
 @dataclass(frozen=True)
