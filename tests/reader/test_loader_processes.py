@@ -20,6 +20,7 @@ import torch
 
 import latentmill as lm
 from latentmill.errors import ConfigError, StoreError, WorkerError
+from latentmill.reader.buffers import Packed, Released, Slot
 from latentmill.reader.sample import Sample
 from support.latent_store import latent_of, write_again, write_latents
 
@@ -100,6 +101,7 @@ class Runtime:
 
     def __init__(self) -> None:
         self.registered: dict[int, int] = {}
+        self.streams = {0: Stream(), 3: Stream()}  # of the devices that have a context
 
     def cudaHostRegister(self, place: int, size: int, _flags: int) -> int:  # noqa: N802
         assert place not in self.registered
@@ -114,12 +116,24 @@ class Runtime:
 class Event:
     """Stands for an event of CUDA."""
 
-    def record(self) -> None: ...
+    def __init__(self) -> None:
+        self.stream: Any = None
+
+    def record(self, stream: Any = None) -> None:
+        self.stream = stream or torch.cuda.current_stream()
 
     def query(self) -> bool:
-        return True
+        return not self.stream.busy
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        self.stream.busy = False
+
+
+@dataclass
+class Stream:
+    """Stands for the current stream of a device."""
+
+    busy: bool = False
 
 
 @pytest.fixture
@@ -129,7 +143,39 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     monkeypatch.setattr(torch.cuda, "cudart", lambda: stand_in)
     monkeypatch.setattr(torch.cuda, "check_error", lambda _: None)
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=0: stand_in.streams[device])
+    monkeypatch.setattr(
+        torch._C,
+        "_cuda_hasPrimaryContext",
+        lambda device: device in stand_in.streams,
+        raising=False,
+    )
     return stand_in
+
+
+@pytest.mark.parametrize("device", [0, 3])
+def test_a_slot_waits_for_copies_to_every_device(runtime: Runtime, device: int) -> None:
+    """Also to one that is not the current device, as `.to("cuda:3", non_blocking=True)` starts."""
+    slot, released = Slot(0, 0), Released()
+    packed = Packed(torch.arange(4.0), torch.float32)
+    slot.set_memory(torch.zeros(packed.size, dtype=torch.uint8), pin=True)
+    assert slot.memory is not None
+    packed.write(slot.memory)
+    batch = slot.unpack(packed.size, packed.payload, released)
+    assert torch.equal(batch, torch.arange(4.0))
+    copy = runtime.streams[device]
+    copy.busy = True
+    del batch
+    assert list(released.take()) == [slot]
+    assert not slot.reusable
+    copy.busy = False
+    assert slot.reusable
+    copy.busy = True
+    slot.free()
+    assert not copy.busy
+    assert runtime.registered == {}
+    assert slot.reusable
 
 
 @dataclass(frozen=True)

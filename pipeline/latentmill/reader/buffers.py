@@ -61,7 +61,7 @@ class Slot:
         self.number, self.worker = number, worker
         self.memory: torch.Tensor | None = None
         self._pinned = False
-        self._copied: torch.cuda.Event | None = None
+        self._copied: list[torch.cuda.Event] = []
 
     def set_memory(self, memory: torch.Tensor, *, pin: bool) -> None:
         """Use other memory, page-locked if `pin`."""
@@ -83,25 +83,24 @@ class Slot:
         return unpack(torch.from_numpy(root), payload)
 
     def mark_copied(self) -> None:
-        """Note that the batch is deleted; a copy of it to the GPU may not have ended yet."""
+        """Note that the batch is deleted; copies of it to GPUs may not have ended yet."""
         if self._pinned:
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record()
+            self._copied = [_recorded(device) for device in _used_devices()]
 
     @property
     def reusable(self) -> bool:
-        """Whether copies to a GPU that were started from this memory have ended."""
-        return self._copied is None or bool(self._copied.query())  # type: ignore[no-untyped-call]
+        """Whether copies to GPUs that were started from this memory have ended."""
+        return all(event.query() for event in self._copied)  # type: ignore[no-untyped-call]
 
     def free(self) -> None:
         """Give the memory back, once no batch is in it."""
         if self._pinned and self.memory is not None:
-            if self._copied is not None:
-                self._copied.synchronize()
+            for event in self._copied:
+                event.synchronize()
             runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             runtime.cudaHostUnregister(self.memory.data_ptr())
             self._pinned = False
-        self.memory = self._copied = None
+        self.memory, self._copied = None, []
 
 
 class Released:
@@ -130,6 +129,20 @@ class Released:
         self._closed = True
         for slot in self.take():
             slot.free()
+
+
+def _used_devices() -> list[int]:
+    """The GPUs that this process uses. An event on another one would take memory there."""
+    library: Any = torch._C  # torch has no public function for this
+    devices = range(torch.cuda.device_count())
+    return [device for device in devices if library._cuda_hasPrimaryContext(device)]
+
+
+def _recorded(device: int) -> torch.cuda.Event:
+    """An event after all that was started on the current stream of a GPU."""
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def check_pinnable() -> None:

@@ -38,9 +38,9 @@ class Loader(Shown, Closeable):
 
     A batch is yours while you refer to it: its memory is used again only when none of its tensors,
     and no view or array made from them, exists any more. If you keep batches, the loader uses more
-    memory. With `pin_memory`, a copy to the GPU that was started on the current stream may still
-    be running when you delete the batch; if you copy on another stream, keep the batch until that
-    copy has ended.
+    memory. With `pin_memory`, copies to GPUs that were started on the current stream of each GPU
+    may still be running when you delete the batch; if you copy on another stream, keep the batch
+    until that copy has ended.
 
     The worker processes start with the first iteration and end with `close()`, at the end of a
     `with` block, or when the loader is deleted. A fork of this process starts its own with its next
