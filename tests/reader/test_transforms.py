@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from latentmill.reader.dataset import LatentDataset
 from latentmill.reader.loader import Loader
 from latentmill.reader.normalize import Normalize
 from latentmill.reader.sample import Sample, sample_random
+from latentmill.reader.stem_dataset import StemDataset
+from latentmill.reader.stems import AllStems, ContextAndTarget, Stems
 from latentmill.reader.stream import LatentStream
 from latentmill.reader.transforms import DrawFromPosterior, RandomFade, RandomGain
 from latentmill.store.store import LatentStore
@@ -247,3 +250,39 @@ def test_what_makes_no_sense(
     with pytest.raises(ConfigError) as caught:
         wrong()
     assert says in one_sentence(caught.value)
+
+
+def as_dict(stems: Stems, random: np.random.Generator) -> dict[str, Any]:
+    return {"latents": stems.latents}
+
+
+def unchanged(stems: Stems, random: np.random.Generator) -> Stems:
+    return stems
+
+
+@pytest.mark.parametrize(
+    ("transform", "instead"),
+    [
+        (Normalize((0.0,) * 4, (1.0,) * 4), r'normal.apply\(batch\["context"\]\)'),
+        (RandomGain(), r"gains=\(-6, 6\)"),
+        (RandomFade(2), "lm.fade in a task of your own"),
+        (DrawFromPosterior(), "in a task of your own"),
+    ],
+)
+def test_transforms_of_latents_refuse_results_of_tasks(
+    store: LatentStore, transform: Any, instead: str, one_sentence: Any
+) -> None:
+    for task in (ContextAndTarget(), AllStems(("drums",)), as_dict):
+        dataset = StemDataset(store, task, crop=CROP, transforms=[transform])
+        with pytest.raises(ConfigError, match=instead) as error:
+            dataset[0]
+        one_sentence(error.value)
+
+
+def test_transforms_of_latents_change_results_with_an_origin(store: LatentStore) -> None:
+    options: Any = {"task": unchanged, "crop": CROP}
+    normal = Normalize.from_store(store)
+    changed = StemDataset(store, **options, transforms=[normal])[(0, 0, 0)]
+    plain = StemDataset(store, **options)[(0, 0, 0)]
+    mean, std = (column[:, None] for column in (store.mean, store.std))
+    assert np.allclose(changed.latents, (plain.latents - mean) / std, atol=1e-5)

@@ -12,7 +12,7 @@ import torch
 
 from latentmill.errors import ConfigError
 from latentmill.reader.corpus import as_store, choice
-from latentmill.reader.sample import Sample
+from latentmill.reader.sample import Sample, check_has_origin
 from latentmill.store.store import LatentStore
 
 Latents = TypeVar("Latents", np.ndarray[Any, Any], torch.Tensor)
@@ -75,6 +75,7 @@ class Normalize:
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
         """Normalise a sample and its origin; `random` is not used."""
+        check_has_origin(sample, self, 'normalise batches, as in normal.apply(batch["context"])')
         origin = sample.origin
         if origin is not None:
             origin = replace(origin, changes=(*origin.changes, self.apply))

@@ -93,6 +93,15 @@ class Transform(Protocol):
         ...
 
 
+def check_has_origin(sample: object, transform: object, instead: str) -> None:
+    """Raise ConfigError if a transform of latents gets a stem task's result without an origin."""
+    if not hasattr(sample, "origin"):
+        raise ConfigError(
+            f"{type(transform).__name__} changes samples with `latents` and `origin`, but a stem "
+            f"task returned a {type(sample).__name__}: {instead}."
+        )
+
+
 def whole_number(name: str, value: object, *, least: int) -> int:
     """Return `value` as an int; ConfigError if it is not a whole number or below `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):

@@ -12,7 +12,7 @@ import numpy as np
 
 from latentmill.errors import ConfigError
 from latentmill.ops import Origin, fade, gain
-from latentmill.reader.sample import Sample
+from latentmill.reader.sample import Sample, check_has_origin
 
 Decibels = tuple[float, float]
 
@@ -45,6 +45,7 @@ class RandomGain:
         check_decibels(self.decibels)
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
+        check_has_origin(sample, self, "use StemDataset(..., gains=(-6, 6))")
         factor = random_factor(self.decibels, random)
         return replace(sample, latents=gain(sample.latents, factor, origin=_origin(sample)))
 
@@ -64,6 +65,7 @@ class RandomFade:
             raise ConfigError(f"RandomFade needs a number of frames from 0, not {self.frames}.")
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
+        check_has_origin(sample, self, "use lm.fade in a task of your own")
         longest = min(self.frames, sample.latents.shape[1] // 2)
         fade_in, fade_out = random.integers(0, longest + 1, 2).tolist()
         return replace(
@@ -80,6 +82,7 @@ class DrawFromPosterior:
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
         """Draw the latent; silence that pads it is the mean of the origin, without noise."""
+        check_has_origin(sample, self, "draw the stems in a task of your own")
         origin = _origin(sample)
         rows = origin.deviations
         if not rows:
