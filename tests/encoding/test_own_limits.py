@@ -25,7 +25,6 @@ from latentmill.encoding.timings import Timings
 from latentmill.encoding.unit_audio import LocalAudio
 from latentmill.errors import StorageError
 from latentmill.models.families import mdct
-from latentmill.sources import reading
 from latentmill.sources.base import ByteRange, Item, TableCell
 from support import runs
 
@@ -87,7 +86,6 @@ def test_a_full_disk_for_temporary_files(
 ) -> None:
     item = kind(song)
     monkeypatch.setattr(fetch, "MEMORY_LIMIT", 1000)
-    monkeypatch.setattr(reading, "MEMORY_LIMIT", 1000)
     assert isinstance(load(item)[-1], Facts)
 
     def full(**options: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -17,15 +18,18 @@ import pytest
 from latentmill.config import fingerprint_document, load_config
 from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.fingerprint import fingerprint
+from latentmill.encoding.timings import Timings
 from latentmill.engine.job import make_job
 from latentmill.engine.worker import Job, Stopped, Worker
 from latentmill.errors import SourceError
 from latentmill.models import registry
 from latentmill.plan import Plan, Unit, UnitLimits, draft, freeze, read_items
+from latentmill.sources.base import Item
 from latentmill.sources.folder import FolderSource
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import read_commits
 from support import runs
+from support.gated_server import PARTS, gated
 from support.in_process import encode, in_process, spoil, tone
 
 
@@ -119,6 +123,30 @@ def test_a_stopped_worker_leaves_nothing_of_its_units(tmp_path: Path) -> None:
     assert not list((tmp_path / "store").glob("tmp/*"))
     assert not (tmp_path / "store" / "commits").exists()
     assert threading.active_count() <= before
+
+
+def test_a_download_on_trial_is_progress(tmp_path: Path) -> None:
+    """Else the worker would be replaced, and the unit would never be finished."""
+    job, plan = prepared(tmp_path / "songs", tmp_path / "store")
+    path = Path(read_items(Storage(str(tmp_path / "store")), plan.units[0])[0].uri)
+    timings = Timings()
+    with (
+        gated(path.read_bytes()) as (url, gate),
+        contextlib.closing(Worker(job)) as worker,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        item = Item("a", url, path.stat().st_size, "")
+        refused = pool.submit(worker._refused, [item], timings)
+        try:
+            runs.until(lambda: timings.steps > 0, "the trial has begun")
+            for _ in range(1, PARTS):
+                before = timings.steps
+                gate.pass_part()
+                runs.until(lambda before=before: timings.steps > before, "a part has arrived")  # type: ignore[misc]
+                assert not refused.done()
+        finally:
+            gate.open()
+        assert refused.result() == {}
 
 
 def test_the_origin_is_the_latent_of_silence(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import io
 import random
 import uuid
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,9 +35,9 @@ def fetches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     found: Counter[str] = Counter()
     real = reading.open_media
 
-    def counted(uri: str, size: int | None = None) -> MediaFile:
+    def counted(uri: str, *args: Any) -> MediaFile:
         found[uri] += 1
-        return real(uri, size)
+        return real(uri, *args)
 
     monkeypatch.setattr(reading, "open_media", counted)
     return found

@@ -154,7 +154,9 @@ def test_a_row_group_is_read_once(
     monkeypatch.setattr(parquet_cells, "KEPT_LIMIT", limit)  # 0: what waits goes to a file
     opened: list[str] = []
     real = parquet_cells.open_table
-    monkeypatch.setattr(parquet_cells, "open_table", lambda uri: opened.append(uri) or real(uri))
+    monkeypatch.setattr(
+        parquet_cells, "open_table", lambda uri, *args: opened.append(uri) or real(uri, *args)
+    )
     orders = {
         "forward": items,
         "backward": items[::-1],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
@@ -46,19 +47,22 @@ class _OtherSizeError(Exception):
     """The file is longer or shorter than expected."""
 
 
-def fetch(url: str, size: int | None = None) -> IO[bytes]:
+def fetch(
+    url: str, size: int | None = None, on_bytes: Callable[[], object] = lambda: None
+) -> IO[bytes]:
     """Fetch the file at an fsspec URL to a local file, unbuffered and without a name.
 
-    A known `size` saves a request. Raises ItemError if the file is missing or cannot be fetched as
-    a whole, and ConfigError if the package for this kind of URL is not installed.
+    A known `size` saves a request. `on_bytes` is called, in any thread, whenever bytes have
+    arrived, because a download may take hours. Raises ItemError if the file is missing or cannot
+    be fetched as a whole, and ConfigError if the package for this kind of URL is not installed.
     """
     try:
         if is_web(url):
-            return retrying(lambda: _stream(url))
+            return retrying(lambda: _stream(url, on_bytes))
         if size is not None:
             with contextlib.suppress(_OtherSizeError):  # it has changed: look up its size
-                return _by_ranges(url, size)
-        return _by_ranges(url, None)
+                return _by_ranges(url, size, on_bytes)
+        return _by_ranges(url, None, on_bytes)
     except _OtherSizeError as error:
         raise ItemError(str(error)) from error
     except ImportError as error:
@@ -84,13 +88,13 @@ def _why_not_fetched(url: str, error: Exception) -> str:
     return f"the file cannot be fetched: {reason}"
 
 
-def _by_ranges(url: str, size: int | None) -> IO[bytes]:
+def _by_ranges(url: str, size: int | None, on_bytes: Callable[[], object]) -> IO[bytes]:
     """Fetch from object storage, where each range is one request."""
     filesystem, path = open_filesystem(url)
     if size is None:
         size = int(retrying(lambda: filesystem.info(path))["size"])
     with contextlib.ExitStack() as stack:
-        target = stack.enter_context(memory_file() if size <= MEMORY_LIMIT else _disk_file())
+        target = stack.enter_context(local_file(size))
         starts = range(0, size, PIECE)
 
         def copy(start: int) -> None:
@@ -108,6 +112,7 @@ def _by_ranges(url: str, size: int | None) -> IO[bytes]:
                 text = f"fetching it gave {start + len(data)} of {size} bytes"
                 raise _OtherSizeError(text)
             write_at(target.fileno(), data, start)
+            on_bytes()
 
         if len(starts) == 1:
             copy(0)
@@ -120,13 +125,13 @@ def _by_ranges(url: str, size: int | None) -> IO[bytes]:
     return target
 
 
-def _stream(url: str) -> IO[bytes]:
+def _stream(url: str, on_bytes: Callable[[], object]) -> IO[bytes]:
     """Fetch from a web server with one request: some support no ranges and send the whole file."""
     filesystem, path = open_filesystem(url)
     # Decompressed data would not have the length in the header.
     headers = {**filesystem.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
     with contextlib.ExitStack() as stack:
-        target = _Growing()
+        target = _Growing(on_bytes)
         stack.callback(target.close)
         limit = int(_LONGEST_SECONDS * _SLOWEST)
         _limited(filesystem, "get_file", path, limit, target, headers=headers)
@@ -150,8 +155,9 @@ def _seconds(size: int) -> float:
 class _Growing:
     """A file of unknown length that moves from memory to disk above `MEMORY_LIMIT`."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_bytes: Callable[[], object]) -> None:
         self.file = memory_file()
+        self._on_bytes = on_bytes
         self._size = 0
 
     def write(self, data: bytes) -> int:
@@ -162,6 +168,7 @@ class _Growing:
                     write_at(self.file.fileno(), read_at(short.fileno(), PIECE, start), start)
         write_at(self.file.fileno(), data, self._size)
         self._size += len(data)
+        self._on_bytes()
         return len(data)
 
     def tell(self) -> int:
@@ -172,6 +179,11 @@ class _Growing:
 
     def close(self) -> None:
         self.file.close()
+
+
+def local_file(size: int) -> IO[bytes]:
+    """An empty unbuffered file without a name, in memory if `size` is at most `MEMORY_LIMIT`."""
+    return memory_file() if size <= MEMORY_LIMIT else _disk_file()
 
 
 def memory_file(name: str = "audio") -> IO[bytes]:

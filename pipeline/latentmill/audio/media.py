@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import IO
@@ -95,12 +96,15 @@ class MediaFile(Closeable):
 
 
 @own_limits()
-def open_media(uri: str, size: int | None = None) -> MediaFile:
+def open_media(
+    uri: str, size: int | None = None, on_bytes: Callable[[], object] = lambda: None
+) -> MediaFile:
     """Open the file at `uri`: a local path, a `file://` URL or any fsspec URL.
 
     Args:
         uri: Path or URL.
         size: Bytes of a remote file, if known; this saves a request.
+        on_bytes: Called, in any thread, whenever bytes of a remote file have arrived.
 
     Raises:
         ItemError: It is missing, not a regular file, or cannot be read or fetched.
@@ -111,7 +115,7 @@ def open_media(uri: str, size: int | None = None) -> MediaFile:
         return _open_local(Path(path_of_file_url(uri)))
     if not is_remote(uri):
         return _open_local(Path(uri))
-    return MediaFile(fetch(uri, size))
+    return MediaFile(fetch(uri, size, on_bytes))
 
 
 def path_of_file_url(url: str) -> str:

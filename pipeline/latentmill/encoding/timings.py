@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+T = TypeVar("T")
 
 COUNTERS = (
     "audio_seconds",
@@ -28,7 +31,7 @@ class Timings:
     model_seconds: float = 0.0  # the model encoded; on a GPU, time waiting for its results
     idle_seconds: float = 0.0  # the model had no unit, because all units were being written
     write_seconds: float = 0.0  # finishing and uploading shards
-    steps: int = 0  # number of `add` calls
+    steps: int = 0  # grows with any progress
     parent: Timings | None = None  # receives every `add` too
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -38,6 +41,19 @@ class Timings:
             self.steps += 1
         if self.parent is not None:
             self.parent.add(name, seconds)
+
+    def step(self) -> None:
+        """Count progress that no counter measures, such as bytes that have arrived."""
+        with self._lock:
+            self.steps += 1
+        if self.parent is not None:
+            self.parent.step()
+
+    def stepping(self, values: Iterable[T]) -> Iterator[T]:
+        """Yield values; each of them counts as progress."""
+        for value in values:
+            self.step()
+            yield value
 
     def snapshot(self) -> dict[str, float]:
         with self._lock:

@@ -75,7 +75,10 @@ class SharedAudio:
         self._in_turn = settings.packing > 1
         read = [item for item in items if item.key not in loadings[0].absent]
         self._reader = UnitReader(
-            read, allow_changed=settings.allow_changed, unchanged=loadings[0].encoded
+            read,
+            allow_changed=settings.allow_changed,
+            unchanged=loadings[0].encoded,
+            on_bytes=timings[0].step,
         )
         self._changed = threading.Condition()  # guards what follows
         self._stopped = False

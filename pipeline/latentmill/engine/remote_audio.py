@@ -12,7 +12,8 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -44,6 +45,7 @@ _log = get_logger("engine")
 PARCEL_BYTES = 2 << 20
 PARCELS_UNREAD = 4  # for each task
 EVENTS_WAITING = 16  # received events that wait for the model
+ALIVE_SECONDS = 5.0  # between two empty parcels of a task that waits for bytes
 START_SECONDS = 5.0  # tasks that have no core by then are given up
 WAIT_SECONDS = 1.0  # between two checks whether the unit was closed
 
@@ -60,21 +62,33 @@ class Parcel:
     decode_seconds: float = 0.0
 
 
-def parcels(lanes: Sequence[Sequence[Numbered]], loading: Loading, trial: bool) -> Iterator[Parcel]:
+def parcels(
+    lanes: Sequence[Sequence[Numbered]],
+    loading: Loading,
+    trial: bool,
+    on_progress: Callable[[], object] = lambda: None,
+) -> Iterator[Parcel]:
     """Load lanes side by side. Only the measured seconds differ between two calls.
 
     The first parcel is empty: it shows that the task has started. With `trial`, each item is first
-    loaded in another process, and fails if it ends that process.
+    loaded in another process, and fails if it ends that process. `on_progress` is called, in any
+    thread, whenever bytes have arrived.
     """
     yield Parcel()
     spec, settings = loading.spec, loading.settings
     items = [item for lane in lanes for _, item in lane if item.key not in loading.absent]
     with (
         UnitReader(
-            items, allow_changed=settings.allow_changed, unchanged=loading.encoded
+            items,
+            allow_changed=settings.allow_changed,
+            unchanged=loading.encoded,
+            on_bytes=on_progress,
         ) as reader,
         TrialLoader(
-            spec.sample_rate, spec.channels, allow_truncated=settings.allow_truncated
+            spec.sample_rate,
+            spec.channels,
+            allow_truncated=settings.allow_truncated,
+            on_progress=on_progress,
         ) as trials,
     ):
 
@@ -104,6 +118,31 @@ def parcels(lanes: Sequence[Sequence[Numbered]], loading: Loading, trial: bool) 
         yield Parcel(tuple(events), read, decoded)
 
 
+def parcels_with_progress(
+    lanes: Sequence[Sequence[Numbered]], loading: Loading, trial: bool
+) -> Iterator[Parcel]:
+    """The parcels, and empty ones while bytes arrive of which the next one will be made.
+
+    A worker whose tasks send nothing makes no progress, and is replaced.
+    """
+    moved = threading.Event()
+    loaded = parcels(lanes, loading, trial, moved.set)
+    pool = ThreadPoolExecutor(1, thread_name_prefix="parcels")
+    try:
+        while True:
+            upcoming = pool.submit(next, loaded, None)
+            while not wait([upcoming], ALIVE_SECONDS).done:
+                if moved.is_set():
+                    moved.clear()
+                    yield Parcel()
+            parcel = upcoming.result()
+            if parcel is None:
+                return
+            yield parcel
+    finally:
+        pool.shutdown(wait=False)  # a cancelled task does not wait for a download
+
+
 def packed(event: Event) -> Event:
     """Convert a chunk to 16-bit samples if that is exact; return other events unchanged."""
     if not isinstance(event, Chunk):
@@ -125,7 +164,7 @@ def unpacked(event: Event) -> Event:
 
 @ray.remote(num_cpus=1, max_retries=0, scheduling_strategy="SPREAD")
 def _load(lanes: Sequence[Sequence[Numbered]], loading: Loading, trial: bool) -> Iterator[Parcel]:
-    yield from parcels(lanes, loading, trial)
+    yield from parcels_with_progress(lanes, loading, trial)
 
 
 @dataclass(eq=False)

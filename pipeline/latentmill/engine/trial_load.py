@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,8 @@ from latentmill.storage.closeable import Closeable
 HANG_SECONDS = 120.0
 START_SECONDS = 300.0
 FETCH_SECONDS = 3600.0
-"""Time limit for fetching a remote recording, during which the load does not count as hung."""
+"""During this time, fetching a remote recording does not count as hung, even if no bytes arrive:
+its requests have their own limits."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ _RESULT = TypeAdapter(TrialResult)
 class TrialLoader(Closeable):
     """Loads items on trial. A context manager; its server starts with the first trial.
 
-    A load that makes no progress for `hang_seconds` counts as hung.
+    A load that makes no progress for `hang_seconds` counts as hung. `on_progress` is called
+    whenever a trial reports that it goes on or has ended.
     """
 
     def __init__(
@@ -84,9 +86,11 @@ class TrialLoader(Closeable):
         *,
         allow_truncated: bool = False,
         hang_seconds: float = HANG_SECONDS,
+        on_progress: Callable[[], object] = lambda: None,
     ) -> None:
         self._settings = (sample_rate, channels, allow_truncated, hang_seconds)
         self._hang_seconds = hang_seconds
+        self._on_progress = on_progress
         self._server: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
@@ -105,7 +109,7 @@ class TrialLoader(Closeable):
         self._socket.settimeout(START_SECONDS + self._hang_seconds)
         try:
             self._socket.sendall(_TRIAL.dump_json(Trial(item, *self._settings)) + b"\n")
-            answer = _line(self._socket)
+            answer = _line(self._socket, self._on_progress)
         except OSError:
             answer = b""
         if not answer:  # the server was killed during the trial
@@ -146,14 +150,15 @@ class TrialLoader(Closeable):
             raise RuntimeError("the process that loads items on trial does not start")
 
 
-def _line(connection: socket.socket) -> bytes:
-    """Read one line; empty at the end of the connection."""
+def _line(connection: socket.socket, on_bytes: Callable[[], object] = lambda: None) -> bytes:
+    """Read one line; empty at the end of the connection. `on_bytes` is called for each part."""
     line = bytearray()
     while not line.endswith(b"\n"):
         part = connection.recv(1 << 16)
         if not part:
             return b""
         line += part
+        on_bytes()
     return bytes(line)
 
 
@@ -208,7 +213,14 @@ def _load(trial: Trial, progress: int) -> None:
     read_metadata(trial.item)
     os.write(progress, b".")
     part = trial.item.segment or Segment(0.0)
-    with UnitReader([trial.item], allow_changed=True) as reader, contextlib.ExitStack() as stack:
+
+    def step() -> None:
+        os.write(progress, b".")
+
+    with (
+        UnitReader([trial.item], allow_changed=True, on_bytes=step) as reader,
+        contextlib.ExitStack() as stack,
+    ):
         with _keep_alive(trial, progress):
             media = stack.enter_context(reader.open(trial.item))
         stream = open_audio(
@@ -218,7 +230,7 @@ def _load(trial: Trial, progress: int) -> None:
             allow_truncated=trial.allow_truncated,
         )
         waveform = prepare(stream, sample_rate=trial.sample_rate, channels=trial.channels)
-        stream.on_block = lambda: os.write(progress, b".")
+        stream.on_block = step
         for _ in waveform.blocks():
             pass
 

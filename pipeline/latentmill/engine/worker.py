@@ -278,7 +278,7 @@ class Worker:
                 revision=unit.revision,
                 keys=[item.key for item in work.planned],
             )
-            kept = () if field is None else field.kept()
+            kept = () if field is None else timings.stepping(field.kept())
             # Tasks load on other nodes, so this one cannot tell whether they have the source.
             found = done if job.load_tasks else checked(done, self.storage, unit)
             commit = written_beside(itertools.chain(kept, link.outcomes(found)), write)
@@ -336,13 +336,13 @@ class Worker:
             spec.channels,
             allow_truncated=settings.allow_truncated,
             hang_seconds=self._job.hang_seconds,
+            on_progress=timings.step,
         ) as trials:
             for item in items:
                 if self._stopped.is_set():
                     raise Stopped
                 if reason := trials.failure_reason(item):
                     refused[item.key] = reason
-                timings.add("decode_seconds", 0.0)  # counts as progress
         return refused
 
     @contextlib.contextmanager

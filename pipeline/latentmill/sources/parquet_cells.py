@@ -14,7 +14,7 @@ import os
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any, TypeAlias
 
 import pyarrow as pa
@@ -46,10 +46,16 @@ _ROWS = 8  # rows converted at a time: a page may contain hundreds of megabytes
 
 
 class CellReader:
-    """The Parquet cells of a unit's items. Thread-safe; `close` it."""
+    """The Parquet cells of a unit's items. Thread-safe; `close` it.
 
-    def __init__(self, items: Iterable[Item]) -> None:
+    `on_bytes` is called, in any thread, whenever bytes have arrived.
+    """
+
+    def __init__(
+        self, items: Iterable[Item], on_bytes: Callable[[], object] = lambda: None
+    ) -> None:
         self._kept = _KeptCells()
+        self._on_bytes = on_bytes
         self._decoding = threading.Semaphore(OPEN_PASSES)
         self._lock = threading.Lock()  # guards what follows
         self._groups: dict[Group, _RowGroup] = {}
@@ -94,7 +100,7 @@ class CellReader:
 
     def _group(self, name: Group) -> _RowGroup:
         if name not in self._groups:
-            self._groups[name] = _RowGroup(name, self._kept, self._decoding)
+            self._groups[name] = _RowGroup(name, self._kept, self._decoding, self._on_bytes)
         return self._groups[name]
 
 
@@ -158,12 +164,19 @@ class _RowGroup:
     closed to stay within `OPEN_PASSES`, and is not left open again.
     """
 
-    def __init__(self, name: Group, kept: _KeptCells, decoding: threading.Semaphore) -> None:
+    def __init__(
+        self,
+        name: Group,
+        kept: _KeptCells,
+        decoding: threading.Semaphore,
+        on_bytes: Callable[[], object],
+    ) -> None:
         self.needed: set[int] = set()
         self.finished = False
         self._name = name
         self._kept = kept
         self._decoding = decoding
+        self._on_bytes = on_bytes
         self._lock = threading.Lock()
         self._file = contextlib.ExitStack()
         self._cells: Iterator[tuple[int, Data]] | None = None
@@ -247,7 +260,7 @@ class _RowGroup:
 
     def _begin(self) -> Iterator[tuple[int, Data]]:
         uri, row_group, name = self._name
-        file = self._file.enter_context(open_table(uri))
+        file = self._file.enter_context(open_table(uri, self._on_bytes))
         if row_group >= file.metadata.num_row_groups:
             raise ItemError(f"the file has no row group {row_group}")
         try:
@@ -293,16 +306,32 @@ def _has_space(file: IO[bytes], size: int) -> bool:
     return disk.f_bavail * disk.f_frsize - size >= reserve
 
 
+class _Watched:
+    """An open file that calls `on_bytes` after each read."""
+
+    def __init__(self, file: IO[bytes], on_bytes: Callable[[], object]) -> None:
+        self._file, self._on_bytes = file, on_bytes
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._on_bytes()
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 @contextlib.contextmanager
-def open_table(uri: str) -> Iterator[Any]:
+def open_table(uri: str, on_bytes: Callable[[], object] = lambda: None) -> Iterator[Any]:
     """Open a Parquet file that reads its column chunks piece by piece.
 
-    Raises OSError and other errors of pyarrow and the storage.
+    `on_bytes` is called whenever bytes of a remote file have arrived. Raises OSError and other
+    errors of pyarrow and the storage.
     """
     with contextlib.ExitStack() as stack:
         if "://" in uri:
             fs, path = open_filesystem(uri)
-            source = stack.enter_context(fs.open(path, "rb"))
+            source = _Watched(stack.enter_context(fs.open(path, "rb")), on_bytes)
         else:
             source = stack.enter_context(pa.OSFile(uri, "rb"))
         file = pq.ParquetFile(source, buffer_size=_PIECE, pre_buffer=False)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import pyarrow as pa
 
-from latentmill.audio.fetch import MEMORY_LIMIT
+from latentmill.audio.fetch import local_file
 from latentmill.audio.media import MediaFile, is_remote, media_from_bytes, open_media
 from latentmill.audio.pieces import Helpers
 from latentmill.errors import ItemError
@@ -38,7 +37,8 @@ class UnitReader(Closeable):
     be opened. `allow_changed` accepts whole files that have changed since planning, but not those
     of the items with the keys `unchanged`. A tar or table must never have changed, because the
     position of an item can now be that of another one. Readers that share `versions` look each tar
-    or table up once together. `helpers` are threads that may load pieces of a long recording.
+    or table up once together. `on_bytes` is called, in any thread, whenever bytes have arrived.
+    `helpers` are threads that may load pieces of a long recording.
     """
 
     helpers: Helpers | None = None
@@ -50,9 +50,11 @@ class UnitReader(Closeable):
         allow_changed: bool = False,
         unchanged: Collection[str] = (),
         versions: dict[str, tuple[int, str]] | None = None,
+        on_bytes: Callable[[], object] = lambda: None,
     ) -> None:
         items = list(items)
-        self._cells = CellReader(items)
+        self._on_bytes = on_bytes
+        self._cells = CellReader(items, on_bytes)
         self._allow_changed = allow_changed
         self._unchanged = unchanged
         self._lock = threading.Lock()
@@ -90,14 +92,14 @@ class UnitReader(Closeable):
     def _open(self, item: Item) -> MediaFile:
         self.check_container(item)
         if isinstance(item.place, ByteRange):
-            return _open_range(item.uri, item.place)
+            return _open_range(item.uri, item.place, self._on_bytes)
         if isinstance(item.place, TableCell):
             try:
                 data = self._cells.read(item.uri, item.place)
             except (*storage_errors(), pa.ArrowException) as error:
                 raise ItemError(f"the table cannot be read: {cause_of(error)}") from error
             return media_from_bytes(data)
-        media = self._shared(item) if _is_shared(item) else open_media(item.uri, item.size or None)
+        media = self._shared(item) if _is_shared(item) else self._opened(item)
         if not self._allow_changed or item.key in self._unchanged:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(media)
@@ -163,12 +165,15 @@ class UnitReader(Closeable):
                 if known is not None:
                     self._recordings.move_to_end(uri)
                     return known.reopened()
-            fetched = open_media(uri, item.size or None)
+            fetched = self._opened(item)
             with self._lock:
                 self._recordings[uri] = fetched
                 while len(self._recordings) > _SHARED_RECORDINGS:
                     self._recordings.popitem(last=False)[1].close()
                 return fetched.reopened()
+
+    def _opened(self, item: Item) -> MediaFile:
+        return open_media(item.uri, item.size or None, self._on_bytes)
 
     def _lock_of(self, uri: str) -> threading.Lock:
         with self._lock:
@@ -207,13 +212,10 @@ def _check_unchanged(item: Item, media: MediaFile) -> None:
         raise ItemError("changed since the plan was made (same size, new modification time)")
 
 
-def _open_range(uri: str, place: ByteRange) -> MediaFile:
-    """A range of bytes of a file; a large one is copied to an unlinked temporary file."""
+def _open_range(uri: str, place: ByteRange, on_bytes: Callable[[], object]) -> MediaFile:
+    """A range of bytes of a file, in memory; a large one in an unlinked temporary file."""
     try:
-        if place.size <= MEMORY_LIMIT:
-            media = media_from_bytes(read_bytes(uri, place.offset, place.offset + place.size))
-        else:
-            media = _copy(uri, place)
+        media = _copy(uri, place, on_bytes)
     except storage_errors(ValueError) as error:
         raise ItemError(f"its file cannot be read: {cause_of(error)}") from error
     if media.size != place.size:
@@ -227,14 +229,16 @@ def _open_range(uri: str, place: ByteRange) -> MediaFile:
     return media
 
 
-def _copy(uri: str, place: ByteRange) -> MediaFile:
+def _copy(uri: str, place: ByteRange, on_bytes: Callable[[], object]) -> MediaFile:
     with contextlib.ExitStack() as undo:
-        target = undo.enter_context(tempfile.TemporaryFile(buffering=0))
+        target = undo.enter_context(local_file(place.size))
         end = place.offset + place.size
         for start in range(place.offset, end, _PIECE):
-            piece = read_bytes(uri, start, min(start + _PIECE, end))
+            size = min(_PIECE, end - start)
+            piece = read_bytes(uri, start, start + size)
             write_at(target.fileno(), piece, start - place.offset)
-            if not piece:
+            on_bytes()
+            if len(piece) != size:  # the file ends, or its server has returned all of it
                 break
         undo.pop_all()
     return MediaFile(target)
