@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -118,6 +119,23 @@ def test_a_load_task_that_downloads_makes_progress(
         type(event) for event in events([*parcels([[(0, item)]], LOADING, trial)])
     ]
     assert isinstance(loaded[-1], Facts)
+
+
+def test_a_cancelled_load_task_ends_its_download(slow: tuple[Item, Gate]) -> None:
+    item, gate = slow
+    before = set(threading.enumerate())
+    found = parcels_with_progress([[(0, item)]], LOADING, False)
+    assert next(found) == Parcel()
+    gate.pass_part()
+    assert next(found) == Parcel()
+    found.close()  # type: ignore[attr-defined]
+    gate.pass_part()  # one more is missing
+    runs.until(lambda: not loading_threads(before), "the task has ended")
+
+
+def loading_threads(before: set[threading.Thread]) -> list[threading.Thread]:
+    started = set(threading.enumerate()) - before
+    return [thread for thread in started if thread.name.startswith("parcels")]
 
 
 def events(found: list[Parcel]) -> list[Event]:

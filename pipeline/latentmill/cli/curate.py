@@ -156,7 +156,8 @@ def split(
     """Divide STORE into parts, such as train, valid and test.
 
     The part of a record depends only on its group or key (or --by), the shares and the seed. So
-    records that are added to STORE later never move others, except with --duplicates-together.
+    records that are added to STORE later never move others. With --duplicates-together, this holds
+    only within the same DEST, which records the parts.
     """
     from latentmill.cli import show
     from latentmill.curation.split import split as split_store

@@ -232,8 +232,8 @@ def _warn_of_case(storage: Storage, metadata: str, new: set[str]) -> None:
     for names in spellings.values():
         if len(names) > 1 and new.intersection(names):
             _log.warning(
-                "%s: the names %s differ only in case, which SQL ignores: `query` gives the "
-                "column of each but the first another name.",
+                "%s: the names %s differ only in case, which SQL ignores: `query` "
+                "renames the columns of all but the first.",
                 storage.root,
                 " and ".join(names),
             )

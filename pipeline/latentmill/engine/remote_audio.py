@@ -45,7 +45,7 @@ _log = get_logger("engine")
 PARCEL_BYTES = 2 << 20
 PARCELS_UNREAD = 4  # for each task
 EVENTS_WAITING = 16  # received events that wait for the model
-ALIVE_SECONDS = 5.0  # between two empty parcels of a task that waits for bytes
+ALIVE_SECONDS = 0.5  # between looks whether bytes have arrived; a cancelled task ends by then
 START_SECONDS = 5.0  # tasks that have no core by then are given up
 WAIT_SECONDS = 1.0  # between two checks whether the unit was closed
 
@@ -72,7 +72,7 @@ def parcels(
 
     The first parcel is empty: it shows that the task has started. With `trial`, each item is first
     loaded in another process, and fails if it ends that process. `on_progress` is called, in any
-    thread, whenever bytes have arrived.
+    thread, whenever bytes have arrived and before each event; if it raises, nothing more is loaded.
     """
     yield Parcel()
     spec, settings = loading.spec, loading.settings
@@ -98,6 +98,7 @@ def parcels(
                 reason = trials.failure_reason(item) if tried else None
                 refused = {item.key: reason} if reason else loading.refused
                 for event in replace(loading, refused=refused).read(item, reader):
+                    on_progress()
                     yield number, event
 
         events: list[tuple[int, Event]] = []
@@ -118,15 +119,25 @@ def parcels(
         yield Parcel(tuple(events), read, decoded)
 
 
+class _Cancelled(Exception):  # noqa: N818  nothing is wrong
+    """The task was cancelled while it was loading."""
+
+
 def parcels_with_progress(
     lanes: Sequence[Sequence[Numbered]], loading: Loading, trial: bool
 ) -> Iterator[Parcel]:
-    """The parcels, and empty ones while bytes arrive of which the next one will be made.
+    """Yield the parcels, and empty ones while bytes of the next one arrive.
 
-    A worker whose tasks send nothing makes no progress, and is replaced.
+    Otherwise a worker that waits for a slow download would be replaced.
     """
-    moved = threading.Event()
-    loaded = parcels(lanes, loading, trial, moved.set)
+    moved, cancelled = threading.Event(), threading.Event()
+
+    def on_progress() -> None:
+        if cancelled.is_set():
+            raise _Cancelled
+        moved.set()
+
+    loaded = parcels(lanes, loading, trial, on_progress)
     pool = ThreadPoolExecutor(1, thread_name_prefix="parcels")
     try:
         while True:
@@ -140,7 +151,8 @@ def parcels_with_progress(
                 return
             yield parcel
     finally:
-        pool.shutdown(wait=False)  # a cancelled task does not wait for a download
+        cancelled.set()  # ends a download at its next bytes, for which nobody waits
+        pool.shutdown(wait=False)
 
 
 def packed(event: Event) -> Event:

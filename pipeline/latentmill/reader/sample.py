@@ -97,8 +97,8 @@ def check_has_origin(sample: object, transform: object, instead: str) -> None:
     """Raise ConfigError if a transform of latents gets a stem task's result without an origin."""
     if not hasattr(sample, "origin"):
         raise ConfigError(
-            f"{type(transform).__name__} changes samples with `latents` and `origin`, but a stem "
-            f"task returned a {type(sample).__name__}: {instead}."
+            f"{type(transform).__name__} changes samples with `latents` and `origin`, but got a "
+            f"{type(sample).__name__}: for results of a stem task, {instead}."
         )
 
 
