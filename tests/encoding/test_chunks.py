@@ -232,5 +232,5 @@ def test_the_readme_s_chunk_of_linear_cae_is_taken_and_one_that_drifts_is_not(
     with pytest.raises(ConfigError) as caught:
         Chunking.for_model(LINCAE, stitch="none", samples=47_103)
     assert one_sentence(caught.value).endswith("use the nearest valid length, 47104.")
-    with pytest.raises(ConfigError, match="are both given"):
+    with pytest.raises(ConfigError, match="cannot be combined"):
         Chunking.for_model(LINCAE, samples=441_000, seconds=10)

@@ -108,9 +108,7 @@ def decode(
     if f".{format}" not in FILE_TYPES:
         raise ConfigError(f"invalid --format {format!r}: use wav or flac.")
     if skip_existing and overwrite:
-        raise ConfigError(
-            "--skip-existing and --overwrite are both given: use one of them, not both."
-        )
+        raise ConfigError("--skip-existing and --overwrite cannot be combined: use one of them.")
     store = open_to_decode(url, device, trust_model, model_option)
     if bool(keys) == everything:
         raise ConfigError("decode needs either keys of records or --all.")

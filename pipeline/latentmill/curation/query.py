@@ -30,7 +30,7 @@ from latentmill.text.redact import redact_value
 FILE_TYPES = (".csv", ".parquet")
 _MEMORY = "4GB"  # of DuckDB, which cannot use temporary files here
 _BATCH = 10_000  # rows
-_READ = "a query is one SELECT statement: the table `records` has the fields and metadata."
+_READ = "a query is one SELECT statement about the table `records`."
 
 _log = get_logger("curation")
 

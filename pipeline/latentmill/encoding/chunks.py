@@ -66,8 +66,8 @@ class Chunking:
             samples = _rounded(spec, seconds)
         elif seconds is not None:
             raise ConfigError(
-                f"chunk_seconds ({seconds:g}) and chunk_samples ({samples}) are both given: set "
-                "one of them, not both."
+                f"chunk_seconds ({seconds:g}) and chunk_samples ({samples}) cannot be combined: "
+                "set one of them."
             )
         else:
             _check_samples(spec, stitch, samples)

@@ -49,7 +49,7 @@ class Unit:
 
 
 def plan_order(unit: str) -> tuple[int, str]:
-    """Sorts names of units: `999999` is before `1000000`."""
+    """The sort key of a unit's name: `999999` is before `1000000`."""
     return len(unit), unit
 
 
