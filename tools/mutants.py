@@ -83,7 +83,9 @@ def main() -> None:
     parser.add_argument("--modules", nargs="*", default=list(MODULES), choices=MODULES)
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument(
-        "--unnoticed", action="store_true", help="try those of --results that have no reason again"
+        "--unnoticed",
+        action="store_true",
+        help="retry the unnoticed mutants of --results for which no reason (`no_effect`) is given",
     )
     asked = parser.parse_args()
     if asked.unnoticed:

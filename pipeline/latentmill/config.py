@@ -86,7 +86,7 @@ class RunConfig(SourceSettings):
     stitch: Annotated[Stitch | None, _MODEL] = Field(
         None,
         description="How to join the chunks of an item: trim, crossfade, none (keep them) or state "
-        "(each chunk continues from the state of a causal model after the one before). "
+        "(for causal models: each chunk continues from the model's state after the previous one). "
         "[default: the model's]",
     )
     chunk_seconds: Annotated[float | None, _MODEL] = Field(
@@ -133,7 +133,10 @@ class RunConfig(SourceSettings):
         '100".',
     )
     unit_seconds: Annotated[float | None, _PLAN] = Field(
-        None, gt=0, description="Seconds of audio per shard. [default: by corpus size]"
+        None,
+        gt=0,
+        description="Maximum seconds of audio per shard; a group is never divided. [default: a "
+        "256th of the corpus, 1 minute to 4 hours]",
     )
     shard_size: Annotated[ByteSize | None, _PLAN] = Field(
         None, ge=1, description="Maximum shard size (estimated), e.g. 512MiB. [default: 1GiB]"

@@ -3,8 +3,8 @@
 Exit codes: 0 every item was encoded or skipped; 1 a bug in latentmill; 2 an invalid option or
 config; 3 the run is complete, but items failed; 4 the source cannot be used; 5 the store does not
 match the run; 6 storage failed (disk full, no permission); 7 the model cannot be loaded;
-8 `verify` or `probe` found faults; 9 units failed, so their items have no result yet;
-130 interrupted.
+8 `verify` or `probe` found faults; 9 units failed, so their items have no result yet, or a
+worker process died; 10 training cannot continue; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ModelError(LatentmillError):
 
 
 class VerifyError(LatentmillError):
-    """`verify` found faults in a store, or `probe` a broken promise of a model."""
+    """`verify` found faults in a store, or `probe` found that a model fails a check."""
 
     exit_code = 8
 

@@ -40,8 +40,8 @@ class Record(Shown):
         source_sample_rate: Sample rate of the source, Hz.
         source_channels: Audio channels of the source.
         content_hash: `xxh3:` and the hex digest of the source file's bytes.
-        rms: Root mean square of the audio at the model's input.
-        peak: Largest absolute sample of the audio at the model's input.
+        rms: Root mean square of the audio at the model's input; 1.0 is full scale.
+        peak: Largest absolute sample of the audio at the model's input; 1.0 is full scale.
         group: Name of the group that the item belongs to (the song of a stem), if known.
         role: Role of the item in its group (`drums`, `vocals`), if known.
         levels: Loudness of each frame, one byte per frame, which

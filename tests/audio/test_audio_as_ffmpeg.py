@@ -69,7 +69,7 @@ def aac(container: str = "mp4", length: int = LENGTH, **options: str) -> bytes:
     return with_pyav(music(length), RATE, "aac", container, options)
 
 
-def with_promise(data: bytes, milliseconds: int) -> bytes:
+def with_stated_length(data: bytes, milliseconds: int) -> bytes:
     """An MP4 whose edit list is longer."""
     at = data.rindex(b"elst") + 12
     duration = struct.unpack_from(">I", data, at)[0] + milliseconds
@@ -112,7 +112,7 @@ WHOLE: dict[str, tuple[Callable[[], bytes], int]] = {
         lambda: in_whole_frames(aac(length=55_266, movie_timescale="44100")),
         55_266,
     ),
-    "edit list seconds longer": (lambda: with_promise(aac(), 2000), 133_120),
+    "edit list seconds longer": (lambda: with_stated_length(aac(), 2000), 133_120),
     "421 samples": (lambda: aac(length=421), 421),
     "421 samples, QuickTime": (lambda: aac("mov", length=421), 421),
     "no edit list": (lambda: aac(use_editlist="0"), 133_324),
@@ -251,7 +251,7 @@ LOST = [("1", "zeros"), ("1", "noise"), ("1", "removed"), ("0", "zeros"), ("0", 
 def test_a_lost_mp3_frame_fails(xing: str, kind: str) -> None:
     """Decoders skip it, and all that follows comes 26 ms early."""
     data = damaged(mp3(write_xing=xing), kind)
-    text = {"removed": "^truncated: the header promises 133632 samples, 132480"}.get(
+    text = {"removed": "^truncated: the header states 133632 samples, 132480"}.get(
         kind, r"loading stopped at sample (67968|69120), 41[78] bytes at byte [0-9]+ are not MPEG"
     )
     with pytest.raises(ItemError, match=text):
@@ -270,7 +270,7 @@ def test_a_lost_mp3_frame_is_silent_where_that_is_allowed(xing: str, kind: str) 
     assert np.abs(kept[:, first : last + 1]).max() < 1
 
 
-def test_an_impossible_promise_is_not_filled_with_silence() -> None:
+def test_an_impossible_length_is_not_filled_with_silence() -> None:
     """A Xing header that counts four billion frames, in a file with a damaged one."""
     data = mp3(write_xing="1")
     at = min(place for place in (data.find(b"Xing"), data.find(b"Info")) if place > 0) + 8
@@ -339,7 +339,7 @@ def test_a_lost_mp3_frame_fails_at_the_ends_and_with_a_vbri_header(kind: str) ->
 
 def test_a_damaged_opus_packet_in_mp4_fails() -> None:
     """Zeros are a valid packet of another length, and FFmpeg reports nothing."""
-    with pytest.raises(ItemError, match=r"the file's tables promise at least 14[0-9]{4} samples"):
+    with pytest.raises(ItemError, match=r"the file's tables state at least 14[0-9]{4} samples"):
         decode(zeroed(in_mp4("libopus", 48_000)))
 
 
@@ -485,5 +485,5 @@ def test_what_lies_behind_damage_stays_in_its_place(kind: str) -> None:
 
 def test_a_matroska_file_whose_end_cannot_be_read_fails() -> None:
     """FFmpeg ends at the damaged cluster without an error."""
-    with pytest.raises(ItemError, match=r"the header promises 3\.0[0-9]+ s"):
+    with pytest.raises(ItemError, match=r"the header states 3\.0[0-9]+ s"):
         decode(zeroed(encoded("webm", 144_000)))

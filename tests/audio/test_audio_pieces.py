@@ -154,7 +154,7 @@ def test_faults_are_those_of_the_whole(tmp_path: Path, allowed: bool) -> None:
     assert "first at sample 441000" in str(cases["nan"])
     if not allowed:
         assert "truncated or damaged: loading stopped at" in str(cases["missing-False"])
-        assert "truncated: the header promises" in str(cases["cut"])
+        assert "truncated: the header states" in str(cases["cut"])
 
 
 def check_fault(path: Path, allowed: bool) -> object:

@@ -45,7 +45,7 @@ def test_the_message_counts_samples(kind: str) -> None:
         assert probe(media).num_samples == promised
     kept = decode(data[: len(data) // 2], allow_truncated=True).shape[1]
     assert str(caught.value) == (
-        f"truncated: the header promises {promised} samples, "
+        f"truncated: the header states {promised} samples, "
         f"{kept} could be loaded (--allow-truncated keeps the readable part)"
     )
 
@@ -97,7 +97,7 @@ def test_an_mp3_encoder_may_miscount_by_two_frames(miscount: int, whole: bool) -
     if whole:
         assert decode(bytes(data)).shape[1] >= SECONDS * rate_of("mp3")
     else:
-        with pytest.raises(ItemError, match="truncated: the header promises"):
+        with pytest.raises(ItemError, match="truncated: the header states"):
             decode(bytes(data))
 
 

@@ -196,14 +196,14 @@ def test_the_lock_is_seen_without_the_right_to_write_to_it_except_on_nfs(
     who = f"ann@{HERE['host']}, pid 7, since 2026-11-28 20:49:00 UTC"
     unknown = (
         f"unknown: the run of {who}, did not end normally, and this machine cannot see whether "
-        "it is running; if it was killed, run "
+        "it is running; if it was killed, "
     )
     assert first == "/lat: " + (
-        f"{unknown}the same command again to resume" if nfs else f"running: by {who}"
+        f"{unknown}run the same command again to resume" if nfs else f"running: by {who}"
     )
     assert second.startswith("progress  3 of 20 units committed")
     if nfs:
-        assert lines[-1] == f"  {unknown}the command that added the field again"
+        assert lines[-1] == f"  {unknown}rerun the `latentmill add` command of this field"
     else:
         assert lines[-1].startswith("  running: by ann@")
 

@@ -283,7 +283,7 @@ def test_names_that_differ_only_in_case(tmp_path: Path, caplog: pytest.LogCaptur
     (warned,) = caplog.messages
     assert warned.startswith("SQL ignores the case of column names: ")
     for name in sorted(set(columns) - called):
-        pattern = rf"{name} is called (\w+), because there is (\w+), too[;.]"
+        pattern = rf"{name} is renamed to (\w+), because (\w+) exists[;.]"
         ((new, other),) = re.findall(pattern, warned)
         assert other.lower() == name.lower()
         found = lm.query(store, f"SELECT {new} FROM records WHERE {new} IS NOT NULL ORDER BY key")

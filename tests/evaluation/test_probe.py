@@ -32,11 +32,11 @@ def no_decoder(latents: torch.Tensor, samples: int, seed: int) -> torch.Tensor:
     raise ModelError("it cannot decode")
 
 
-def test_an_honest_model_keeps_every_promise() -> None:
+def test_an_honest_model_passes_every_check() -> None:
     result = lm.probe(Handle())
-    assert result.broken == ()
-    assert {one.name: one.status for one in result.promises} == dict.fromkeys(
-        [one.name for one in result.promises], "kept"
+    assert result.failed == ()
+    assert {one.name: one.status for one in result.checks} == dict.fromkeys(
+        [one.name for one in result.checks], "passed"
     )
     assert result.spec == SPEC
     assert result.latents is not None
@@ -47,7 +47,7 @@ def test_an_honest_model_keeps_every_promise() -> None:
 def test_every_lie_is_one_sentence(lie: str) -> None:
     make, sentence = LIES[lie]
     # Functions made here cannot be pickled, which is a lie of its own.
-    broken = [one for one in lm.probe(make()).broken if lie == LAMBDA or "pickled" not in one]
+    broken = [one for one in lm.probe(make()).failed if lie == LAMBDA or "pickled" not in one]
     assert len(broken) == 1, broken
     assert re.fullmatch(sentence, broken[0]), broken[0]
     assert broken[0].endswith(".")
@@ -62,27 +62,27 @@ def test_the_printed_spec_is_true(lie: str) -> None:
     corrected = lm.probe(made).spec
     assert corrected != made.spec
     again = lm.probe(Handle(corrected, made.encode_with, made.decode_with))
-    assert [one for one in again.broken if "pickled" not in one] == []
+    assert [one for one in again.failed if "pickled" not in one] == []
 
 
-def test_a_range_that_is_exceeded_does_not_hide_other_promises() -> None:
-    status = {one.name: one.status for one in lm.probe(LIES["range"][0]()).promises}
-    assert {name for name, one in status.items() if one != "kept"} == {"range", "handle"}
-    reasons = {one.measured for one in lm.probe(LIES["music is NaN"][0]()).promises}
+def test_a_range_that_is_exceeded_does_not_hide_other_checks() -> None:
+    status = {one.name: one.status for one in lm.probe(LIES["range"][0]()).checks}
+    assert {name for name, one in status.items() if one != "passed"} == {"range", "handle"}
+    reasons = {one.measured for one in lm.probe(LIES["music is NaN"][0]()).checks}
     assert "the latents are not finite" in reasons
 
 
 def test_lengths_without_a_formula_leave_the_context_unmeasured() -> None:
     result = lm.probe(Handle(SPEC, lambda audio: features(audio)[..., : audio.shape[-1] % 320 + 1]))
-    status = {one.name: one.status for one in result.promises}
-    assert (status["lengths"], status["context"]) == ("broken", "not measured")
+    status = {one.name: one.status for one in result.checks}
+    assert (status["lengths"], status["context"]) == ("failed", "not measured")
 
 
 def test_a_model_that_cannot_decode() -> None:
     files = ModelFiles(Repo("owner/name"), {}, {}, {})
     result = lm.probe(WithoutDecoder(SPEC, files, TokenizerLoader(), {}))
-    assert result.broken == ()
-    assert {one.status for one in result.promises if "decod" in one.name} == {"not measured"}
+    assert result.failed == ()
+    assert {one.status for one in result.checks if "decod" in one.name} == {"not measured"}
 
 
 def test_a_hop_s_lie_still_measures_the_context() -> None:
@@ -118,7 +118,7 @@ def test_the_audio_of_a_folder(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "silent.wav", torch.zeros(8000).numpy(), 8000)
     (tmp_path / "broken.wav").write_bytes(b"RIFF")
     result = lm.probe(Handle(), audio=tmp_path)
-    assert result.broken == ()
+    assert result.failed == ()
     assert re.fullmatch(rf"\d\.\d s of 3 recordings in {re.escape(str(tmp_path))}", result.audio)
     for name in "abc":
         (tmp_path / f"{name}.wav").unlink()
@@ -130,18 +130,18 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     honest = runs.call(capsys, "probe", "mdct", "--model-option", "hop=256")
     assert (honest.code, honest.err) == (0, "")
     assert "measured with synthesised music" in honest.out
-    assert "18 promises kept" in honest.out
+    assert "18 checks passed" in honest.out
     spec = honest.out.partition("the spec with measured values:\n")[2]
     names = {"ModelSpec": ModelSpec, "Context": Context}
     assert eval(spec, names) == lm.probe("mdct", model_options={"hop": 256}).spec
     lying = runs.call(capsys, "probe", "python:support.lying_models:lying", "--json")
     assert lying.code == 8
     parsed = runs.outcome(lying)
-    assert len(parsed["broken"]) == 1
+    assert len(parsed["failed"]) == 1
     assert lying.err == (
-        "latentmill: python:support.lying_models:lying breaks 1 promise; first: "
-        f"{parsed['broken'][0]}\n"
+        "latentmill: python:support.lying_models:lying fails 1 check; first: "
+        f"{parsed['failed'][0]}\n"
     )
     text = runs.call(capsys, "probe", "python:support.lying_models:lying").out
-    assert parsed["broken"][0] in text.splitlines()
+    assert parsed["failed"][0] in text.splitlines()
     assert "latent_channels=4" in text

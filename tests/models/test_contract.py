@@ -154,10 +154,10 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     [pytest.param(n, marks=pytest.mark.slow) if n in SLOW + SLOW_PROBE else n for n in CASES],
     indirect=True,
 )
-def test_probe_finds_no_broken_promise(handle: ModelHandle) -> None:
+def test_probe_finds_no_failed_check(handle: ModelHandle) -> None:
     """Lengths, context, batches, determinism, silence, decoding and more: see models/probing."""
     result = probe(handle)
-    assert result.broken == ()
+    assert result.failed == ()
     assert result.spec == handle.spec
     seconds = handle.spec.samples(handle.spec.chunk_frames) / handle.spec.sample_rate
     assert 0.9 < seconds < 61

@@ -277,7 +277,7 @@ def test_tars_behind_each_other_are_all_read(tmp_path: Path, zeros: int) -> None
 def test_other_bytes_behind_a_tar_are_counted(tmp_path: Path) -> None:
     found = source(tmp_path / "x.tar", tar_of([("a.wav", b"1")]) + b"signature" * 100)
     assert list(by_key(found)) == ["x/a"]
-    assert found.ignored == {"tars with other bytes behind their end": 1}
+    assert found.ignored == {"tars with other bytes after their end": 1}
 
 
 @pytest.mark.parametrize("behind", [True, False])

@@ -1,4 +1,4 @@
-"""A small honest model, and models that break one promise each."""
+"""A small honest model, and models that fail one check each."""
 
 from __future__ import annotations
 
@@ -205,8 +205,8 @@ LIES: dict[str, tuple[Callable[[], Handle], str]] = {
     ),
     "range": (
         lambda: Handle(SPEC, lambda audio: features(audio) * 1e6),
-        r"Music at full scale gives latents up to \S+, but float16 ends at 65504: lower "
-        r"scale_factor, or encode with --dtype float32\.",
+        r"Music at full scale gives latents up to \S+, but the largest float16 value is 65504: "
+        r"lower scale_factor, or encode with --dtype float32\.",
     ),
     "music is NaN": (
         lambda: Handle(SPEC, lambda audio: features(audio).sqrt()),
@@ -219,7 +219,7 @@ LIES: dict[str, tuple[Callable[[], Handle], str]] = {
     ),
     "one value out of range": (
         lambda: Handle(SPEC, _one_large),
-        r"Music at full scale gives latents up to \S+, but float16 ends at 65504: .*",
+        r"Music at full scale gives latents up to \S+, but the largest float16 value is 65504: .*",
     ),
     "counts": (
         lambda: Handle(_spec(hop=0, min_samples=0)),
@@ -287,14 +287,14 @@ LIES: dict[str, tuple[Callable[[], Handle], str]] = {
     ),
     "context": (
         lambda: Handle(_spec(context=Context(1, 0))),
-        r"Frames behind the claimed context of 1 and 0 frames still differ from those of the whole "
-        r"item \(by \S+ of their norm\): set context=Context\(1, 1\)\.",
+        r"Frames beyond the claimed context \(1 left, 0 right\) still differ from those of the "
+        r"whole item \(by \S+ of their norm\): set context=Context\(1, 1\)\.",
     ),
     "context of all": (
         lambda: Handle(SPEC, _with_context_of_all),
-        r"Frames behind the claimed context of 1 and 1 frames still differ from those of the whole "
-        r"item \(by \S+ of their norm\): set context=None and stitch=\"crossfade\", because every "
-        r"frame differs\.",
+        r"Frames beyond the claimed context \(1 left, 1 right\) still differ from those of the "
+        r"whole item \(by \S+ of their norm\): set context=None and stitch=\"crossfade\", because "
+        r"every frame differs\.",
     ),
     "codes that are none": (
         lambda: Handle(_spec(codebook_size=16)),

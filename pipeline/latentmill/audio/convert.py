@@ -75,9 +75,9 @@ class Waveform:
         """Yield blocks `[C, n]`, float32, n at most `BLOCK`, in total
         ceil(source samples * model rate / source rate).
 
-        The samples are bit-identical however the source is split into blocks, and in pieces. The
-        channels of a block that need not be contiguous are interleaved in memory, which saves a
-        copy if the caller copies them anyway.
+        The samples are bit-identical however the source is split into blocks, and whether or not it
+        is loaded in pieces. With `contiguous=False`, the channels of a block are interleaved in
+        memory, which saves a copy if the caller copies them anyway.
 
         Raises:
             ItemError: See `AudioStream.blocks`.

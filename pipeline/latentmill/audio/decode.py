@@ -65,10 +65,10 @@ def open_audio(
     shortage = find_shortage(media, sniffed)
     decoder = _open_decoder(media, sniffed, found, shortage, keep=allow_truncated)
     try:
-        promised = _checked(decoder, shortage)
+        stated = _checked(decoder, shortage)
         if shortage and not allow_truncated:
             raise ItemError(_truncated_at_open(shortage, decoder.info))
-        info = decoder.info = promised
+        info = decoder.info = stated
         if start > 0 or duration is not None:
             decoder = SegmentDecoder(decoder, info, start, duration)
     except ItemError:

@@ -39,7 +39,7 @@ def sample_format(media: MediaFile, at: int) -> tuple[int, int, int]:
     return bits >> 12, (bits >> 9 & 7) + 1, (bits >> 4 & 31) + 1
 
 
-def ends_as_promised(media: MediaFile, offset: int) -> bool:
+def ends_as_stated(media: MediaFile, offset: int) -> bool:
     """Whether a frame near the end of the file ends at the total samples of STREAMINFO."""
     total = _total_samples(media, offset)
     return any(end == total for end in _last_ends(media, offset))
@@ -59,7 +59,7 @@ def _total_samples(media: MediaFile, offset: int) -> int:
 
 
 def _last_ends(media: MediaFile, offset: int) -> Iterator[int]:
-    """The samples after the frames near the end of the file, from the last frame on."""
+    """The position in samples after each frame near the end of the file, the last frame first."""
     fixed = int.from_bytes(media.read_at(offset + 8, 2), "big")
     searched = media.size
     for length in (_LAST, _TAIL):

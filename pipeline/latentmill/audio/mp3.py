@@ -45,9 +45,9 @@ class Frames:
         samples: Samples per channel of a frame.
         gaps: Lost or damaged bytes.
         other: Position after the last frame where frames of another sample rate or layer begin.
-        promised: Number of frames according to a Xing, Info or VBRI header, without its own frame;
+        stated: Number of frames according to a Xing, Info or VBRI header, without its own frame;
             None without a header.
-        promised_end: The byte after the audio according to that header.
+        stated_end: The byte after the audio according to that header.
     """
 
     count: int
@@ -57,13 +57,13 @@ class Frames:
     samples: int
     gaps: tuple[Gap, ...]
     other: int | None = None
-    promised: int | None = None
-    promised_end: int | None = None
+    stated: int | None = None
+    stated_end: int | None = None
 
     @property
     def lost(self) -> int | None:
         """Number of frames missing according to the header; negative if there are more."""
-        return None if self.promised is None else self.promised + 1 - self.count
+        return None if self.stated is None else self.stated + 1 - self.count
 
 
 def read_frames(media: MediaFile, offset: int, end: int | None = None) -> Frames | None:
@@ -73,12 +73,12 @@ def read_frames(media: MediaFile, offset: int, end: int | None = None) -> Frames
     if frames is None:
         return None
     data = media.read_at(frames.first, 64)
-    promise = _vbri_header(data) or xing_header(data, 0)
-    if promise is None:
+    stated = _vbri_header(data) or xing_header(data, 0)
+    if stated is None:
         return frames
-    count, size = promise
+    count, size = stated
     end = None if size is None else frames.first + size
-    return replace(frames, promised=count, promised_end=end)
+    return replace(frames, stated=count, stated_end=end)
 
 
 def only_tags_follow(media: MediaFile, offset: int, end: int) -> bool:

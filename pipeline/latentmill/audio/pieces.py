@@ -1,11 +1,11 @@
-"""Loads a long recording in pieces, in several threads, with the samples of loading it at once.
+"""Loads a long recording in pieces, in several threads, with the samples of loading it whole.
 
 A piece starts at a fixed position of a lossless file. The resampler (soxr) filters blocks of fixed
 lengths with FFTs, so a sample's last bits depend on its position in such a block: a resampler that
 starts in the middle of a recording gives equal samples only if it starts at a multiple of
 `restart_step`, and after its first block. Each piece also has the last samples before it, which are
-compared with the piece before. If anything differs or fails, the recording is loaded again at once,
-without the samples that were already yielded, so its errors are those of loading it at once.
+compared with the piece before. If anything differs or fails, the recording is loaded again whole,
+without the samples that were already yielded, so its errors are those of loading it whole.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class PieceLoader:
         self._offered: deque[tuple[int, Future[Piece]]] = deque()
         self._next = 1  # the first piece that was not offered
         self._cursor: _Cursor | None = _Cursor(convert(stream), 0)
-        self._at_once = True  # all pieces so far came from this cursor
+        self._whole = True  # all pieces so far came from this cursor
         # The last samples that were yielded.
         self._tail: FloatArray = np.empty((0, grid.channels), np.float32)
 
@@ -168,11 +168,11 @@ class PieceLoader:
                     self._tail = _joined([self._tail, block[-_CHECKED:]])[-_CHECKED:]
                     yield block
                 if done != self._grid.stop(number):
-                    if self._at_once:  # truncated, which is allowed
+                    if self._whole:  # truncated, which is allowed
                         return
                     raise _DifferentError
         except _FAULTS:
-            if self._at_once:
+            if self._whole:
                 raise
         else:
             self._stream.loaded = self._grid.total
@@ -233,7 +233,7 @@ class PieceLoader:
             raise _DifferentError
 
     def _leave_cursor(self) -> None:
-        self._at_once = False
+        self._whole = False
         if self._cursor is not None:
             self._cursor.close()
             self._cursor = None

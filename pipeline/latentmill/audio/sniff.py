@@ -79,10 +79,10 @@ def _mpeg(media: MediaFile, offset: int) -> Sniffed | None:
         return None
     if frame.format == "aac":
         return Sniffed("aac", offset)
-    promise = xing_header(data, frame.start)
-    if promise is None:
+    stated = xing_header(data, frame.start)
+    if stated is None:
         return Sniffed("mp3", offset, has_length=False)
-    size = promise[1]
+    size = stated[1]
     end = None if size is None else offset + zeros + frame.start + size
     return Sniffed("mp3", offset, end=end)
 

@@ -238,15 +238,15 @@ class AudioStream(Closeable):
                 )
 
     def _check_complete(self, done: int, fault: str | None) -> None:
-        promised = self.num_samples
-        complete = promised is None or done >= promised
+        stated = self.num_samples
+        complete = stated is None or done >= stated
         if done == 0:
             raise ItemError(f"no samples could be loaded{f': {fault}' if fault else ''}")
         if self._allow_truncated or (complete and fault is None):
             return
         if fault is None:
-            raise ItemError(truncated(promised, done))
-        where = f"sample {done}" + (f" of {promised}" if promised is not None else "")
+            raise ItemError(truncated(stated, done))
+        where = f"sample {done}" + (f" of {stated}" if stated is not None else "")
         raise ItemError(f"truncated or damaged: loading stopped at {where}, {fault} {KEEP_HINT}")
 
     def close(self) -> None:
@@ -256,11 +256,9 @@ class AudioStream(Closeable):
             self._repaired.close()
 
 
-def truncated(promised: int | None, loadable: int) -> str:
+def truncated(stated: int | None, loadable: int) -> str:
     """The message for a file with fewer samples than in its header."""
-    return (
-        f"truncated: the header promises {promised} samples, {loadable} could be loaded {KEEP_HINT}"
-    )
+    return f"truncated: the header states {stated} samples, {loadable} could be loaded {KEEP_HINT}"
 
 
 def without(blocks: Iterator[FloatArray], first: int, last: int | None) -> Iterator[FloatArray]:

@@ -89,7 +89,7 @@ def survey_ends(media: MediaFile, sniffed: Sniffed) -> Survey:
 
 
 def _flac_ends(media: MediaFile, offset: int) -> Survey:
-    first, whole = flac.first_sample(media, offset), flac.ends_as_promised(media, offset)
+    first, whole = flac.first_sample(media, offset), flac.ends_as_stated(media, offset)
     return Survey(plain=whole and not first, skipped=first, counted=whole)
 
 
@@ -123,15 +123,15 @@ def _mp3(media: MediaFile, offset: int) -> Survey:
     if frames is None:
         return Survey()
     plain = frames.lost == 0
-    if frames.promised_end is not None:
+    if frames.stated_end is not None:
         # If much data follows the audio, FFmpeg ignores the header.
-        size = frames.promised_end - frames.first
-        plain = plain and media.size - frames.promised_end <= size >> 4
+        size = frames.stated_end - frames.first
+        plain = plain and media.size - frames.stated_end <= size >> 4
     return Survey(_mp3_damage(media, frames), plain=plain, frames=frames)
 
 
 def _mp3_damage(media: MediaFile, frames: mp3.Frames) -> str | None:
-    start = 0 if frames.promised is None else 1
+    start = 0 if frames.stated is None else 1
     if frames.gaps:
         gap = frames.gaps[0]
         at = (gap.frames - start) * frames.samples
@@ -140,13 +140,13 @@ def _mp3_damage(media: MediaFile, frames: mp3.Frames) -> str | None:
             f", {gap.size} bytes at byte {gap.start} are not MPEG audio"
         )
     lost, there = frames.lost or 0, (frames.count - start) * frames.samples
-    end = frames.promised_end
+    end = frames.stated_end
     whole = end is not None and end <= media.size and not frames.incomplete
     # The bytes in the header cover frames, and tags with some encoders.
     whole = whole and (frames.end >= (end or 0) or mp3.tag_size(media, frames.end) > 0)
-    if lost > (_MISCOUNT if whole else 0) and frames.promised is not None:
-        promised = frames.promised * frames.samples
-        return f"truncated: the header promises {promised} samples, {there} could be loaded"
+    if lost > (_MISCOUNT if whole else 0) and frames.stated is not None:
+        stated = frames.stated * frames.samples
+        return f"truncated: the header states {stated} samples, {there} could be loaded"
     if frames.other is not None:
         return (
             f"damaged or joined: at byte {frames.other} MPEG audio of another sample rate or layer "

@@ -108,18 +108,18 @@ class PyAVDecoder:
         if self._damaged:  # the first frames are lost, perhaps with AAC frames before time 0
             self._origin = max(0, self._begin or 0)
         self._tables = read_tables(self._media) if self._format == "mp4" else None
-        promised = self._promised(first.sample_rate)
+        stated = self._stated(first.sample_rate)
         self._limit = self._itunes_length()
         exact = self._limit is not None or (self._format in _EXACT and self._found.counted)
         # An edit list may end within a frame, which FFmpeg before version 9 does not trim.
         if self._limit is None and self._tables:
-            self._limit = promised if stream.codec.canonical_name not in _UNTRIMMED else None
+            self._limit = stated if stream.codec.canonical_name not in _UNTRIMMED else None
         if self._limit is not None and exact is False:
             self._limit = self._by_tables(self._limit, first.sample_rate)
         self.info = AudioInfo(
             sample_rate=first.sample_rate,
             channels=first.layout.nb_channels,
-            num_samples=self._limit or promised,
+            num_samples=self._limit or stated,
             format=self._format,
             codec=stream.codec.canonical_name,
             decoder="pyav",
@@ -163,7 +163,7 @@ class PyAVDecoder:
                 yield block[done:]
             done -= min(done, len(block))
         if least is not None and not self._keep and total <= least:
-            raise DecodeError(f"the file's tables promise at least {int(least) + 1} samples")
+            raise DecodeError(f"the file's tables state at least {int(least) + 1} samples")
 
     def _by_tables(self, limit: int, rate: int) -> int:
         """The number of samples in the tables if it agrees with `limit`, or else `limit`.
@@ -183,9 +183,9 @@ class PyAVDecoder:
 
     def _least(self) -> float | None:
         """Samples are lost if there are not more than this number; None if unknown."""
-        rate, promised = self.info.sample_rate, self.info.num_samples
-        if self._format == "ogg-opus" and promised is not None:
-            return promised - 1
+        rate, stated = self.info.sample_rate, self.info.num_samples
+        if self._format == "ogg-opus" and stated is not None:
+            return stated - 1
         if self._format != "mp4":
             return None
         tables, base = self._tables, self._stream.time_base
@@ -259,9 +259,9 @@ class PyAVDecoder:
         alone = self._format == "matroska" and len(self._container.streams) == 1
         if alone and not fault and done / self.info.sample_rate < seconds - _MATROSKA_SLACK:
             # FFmpeg does not report clusters that it skips.
-            fault = DecodeError(f"the header promises {seconds:.3f} s")
-        promised = self.info.num_samples or 0
-        whole = self._format == "wavpack" and 0 < promised <= done  # only tags follow
+            fault = DecodeError(f"the header states {seconds:.3f} s")
+        stated = self.info.num_samples or 0
+        whole = self._format == "wavpack" and 0 < stated <= done  # only tags follow
         if fault and not whole:
             raise fault
 
@@ -340,7 +340,7 @@ class PyAVDecoder:
         except AV_ERRORS as error:
             raise DecodeError(_text(error)) from error
 
-    def _promised(self, rate: int) -> int | None:
+    def _stated(self, rate: int) -> int | None:
         """Samples according to the container's header; None if approximate or unknown."""
         duration, time_base = self._stream.duration, self._stream.time_base
         if duration is None or time_base is None or time_base.numerator != 1:

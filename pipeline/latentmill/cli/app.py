@@ -313,8 +313,8 @@ def probe(
 ) -> None:
     """Test whether MODEL behaves as it declares: lengths, context, batches, noise, decoding.
 
-    It prints each promise with the claimed and the measured value, a sentence for each that is
-    broken, and a spec with the measured values to paste. The exit code is 8 if one is broken.
+    It prints the claimed and the measured value of each check, what to correct for each check that
+    fails, and a spec with the measured values to paste. The exit code is 8 if a check fails.
     """
     from latentmill.evaluation.probe import probe as probe_model
 
@@ -322,9 +322,9 @@ def probe(
     options = _options(model_option, revision)
     result = probe_model(name, audio=audio, device=device, model_options=options, channels=channels)
     print_value(as_json, result, cli_probe.shown)
-    if result.broken:
+    if result.failed:
         raise VerifyError(
-            f"{name} breaks {counted(len(result.broken), 'promise')}; first: {result.broken[0]}"
+            f"{name} fails {counted(len(result.failed), 'check')}; first: {result.failed[0]}"
         )
 
 

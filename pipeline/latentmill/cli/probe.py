@@ -28,9 +28,9 @@ Audio = Annotated[
 
 def shown(result: Probe) -> str:
     """The text that `probe` prints."""
-    mark = {"kept": "ok", "broken": "BROKEN", "not measured": "-"}
-    rows = [("promise", "", "claimed", "measured")]
-    rows += [(one.name, mark[one.status], one.claimed, one.measured) for one in result.promises]
+    mark = {"passed": "ok", "failed": "FAILED", "not measured": "-"}
+    rows = [("check", "", "claimed", "measured")]
+    rows += [(one.name, mark[one.status], one.claimed, one.measured) for one in result.checks]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [f"{result.model} on {result.device}, measured with {result.audio}", ""]
     for *cells, last in rows:
@@ -42,8 +42,8 @@ def shown(result: Probe) -> str:
             f"latents: {number_text(values.minimum)} to {number_text(values.maximum)}, "
             f"mean {number_text(values.mean)}, standard deviation {number_text(values.std)}",
         ]
-    kept = sum(one.status == "kept" for one in result.promises)
-    lines += ["", *result.broken] if result.broken else ["", f"{counted(kept, 'promise')} kept"]
+    passed = sum(one.status == "passed" for one in result.checks)
+    lines += ["", *result.failed] if result.failed else ["", f"{counted(passed, 'check')} passed"]
     return "\n".join([*lines, "", "the spec with measured values:", _source(result.spec)])
 
 

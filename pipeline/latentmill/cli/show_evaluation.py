@@ -22,8 +22,8 @@ _UNITS = {"snr": " dB", "si_sdr": " dB", "level": " dB", "log_mel": " dB"}
 _MOST_LINES = 40
 _FORMS = ("origin", "raw", "mix")
 _BOUNDS = (
-    "bounds: unchanged is the sound or mix without arithmetic, twice the target decoded again, "
-    "reconstruction the target encoded and decoded"
+    "bounds: unchanged = the sound or mix without arithmetic; twice = the target decoded twice, "
+    "with different noise; reconstruction = the target encoded and decoded"
 )
 
 

@@ -156,10 +156,10 @@ def _field(one: FieldStatus, run: CurrentRun | None) -> str:
     if run is not None and run.state == "running":
         lines.append(f"  running: by {run.by}; {_progress(run).removeprefix('progress  ')}")
     elif run is not None and run.state == "silent":
-        again = "run the command that added the field again"
+        again = "rerun the `latentmill add` command of this field"
         lines.append(f"  unknown: {_unknown(run)}; if it was killed, {again}")
     elif not one.complete:
-        lines.append(f"  {_what_lacks(one)}: run the command that added the field again")
+        lines.append(f"  {_what_lacks(one)}: rerun the `latentmill add` command of this field")
     lines += [
         pairs_listed(f"{title} in {one.name}", pairs)
         for title, pairs in (("failed", one.failures), ("kept", one.kept))

@@ -189,9 +189,9 @@ def _register(connection: Any, records: ds.Dataset) -> None:
     for place, name in enumerate(records.schema.names):
         if called[place] != name:
             same = (other for other in called[:place] if other.lower() == name.lower())
-            renamed.append(f"{name} is called {called[place]}, because there is {next(same)}, too")
+            renamed.append(f"{name} is renamed to {called[place]}, because {next(same)} exists")
     if renamed:
-        _log.warning("SQL ignores the case of column names: %s.", "; ".join(renamed))
+        _log.warning("SQL ignores the case of column names: column %s.", "; ".join(renamed))
 
 
 def _records(store: LatentStore) -> ds.Dataset:

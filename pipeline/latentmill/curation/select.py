@@ -30,7 +30,7 @@ def select(
 ) -> Curated:
     """Write a subset of a store.
 
-    By default this is a view: a store that names its records in `store` by key and latent hash, and
+    By default this is a view: a store that refers to records in `store` by key and latent hash, and
     copies no latent. It is opened, trained on and verified as any store, while `store` exists. The
     conditions are applied in the order of the arguments; every record that a condition leaves out
     is counted, with the reason, and listed in the file `left_out` of dataset.json.

@@ -60,7 +60,7 @@ class Selector:
         return other
 
     def chosen(self, prefix: str = "") -> Chosen:
-        """The result."""
+        """The chosen records, and the others with their reasons."""
         out = np.flatnonzero(self._reason_of >= 0)
         keys = self.index.key_array().take(pa.array(out))
         if prefix:

@@ -84,7 +84,7 @@ def split(
     target = os.fspath(dest)
     check_sources([opened], target, copy=False)
     selector = Selector(opened)
-    names = _units(selector, by)
+    names = _clusters(selector, by)
     settings: dict[str, Any] = {"into": dict(into), "by": by or "group", "seed": seed}
     settings["duplicates_together"] = duplicates_together
     _recorded(Storage(target), settings)  # checked before the lock, which writes a file
@@ -115,7 +115,7 @@ def _together(
     assignment: Mapping[str, str | None],
     known: Mapping[str, str | None],
 ) -> dict[str, str | None]:
-    """The part of each unit, with duplicates in the same one; leaves out records of conflicts."""
+    """The part of each cluster, the same for duplicates; leaves out records of conflicts."""
     connected = _joined(names, selector.groups_of_duplicates())
     found, conflicts = _assigned(assignment, connected, known)
     for row, name in enumerate(names):
@@ -165,8 +165,8 @@ def _check_shares(into: Mapping[str, float]) -> None:
         )
 
 
-def _units(selector: Selector, by: str | None) -> list[str]:
-    """For each record a text that is equal for records that belong together."""
+def _clusters(selector: Selector, by: str | None) -> list[str]:
+    """For each record the name of its cluster: the records that must be in the same part."""
     keys = [f"key {key}" for key in selector.index.keys(np.arange(len(selector.index)))]
     if by == "key":
         return keys
@@ -187,7 +187,7 @@ def _text(value: object) -> str:
 
 
 def _side(seed: int, name: str, into: Mapping[str, float]) -> str | None:
-    """The part of a unit: a pure function of its name, the seed and the shares."""
+    """The part of a cluster: a pure function of its name, the seed and the shares."""
     place, end = hash_of(seed, name) / 2**64, 0.0
     for part, share in into.items():
         end += share
@@ -197,7 +197,7 @@ def _side(seed: int, name: str, into: Mapping[str, float]) -> str | None:
 
 
 def _joined(names: Sequence[str], groups: Sequence[Sequence[int]]) -> list[set[str]]:
-    """Sets of units that are connected by duplicates."""
+    """Sets of clusters that are connected by duplicates."""
     number = {name: place for place, name in enumerate(dict.fromkeys(names))}
     own = list(number)
     pairs = [(number[names[group[0]]], number[names[row]]) for group in groups for row in group[1:]]
@@ -212,10 +212,10 @@ def _assigned(
     joined: Sequence[set[str]],
     known: Mapping[str, str | None],
 ) -> tuple[dict[str, str | None], dict[str, str]]:
-    """The part of each unit, and the new units that would connect two parts, with their names.
+    """The part of each cluster; and the new clusters that would connect two parts, with these.
 
-    Units that are known keep their part. Others get that of the known ones that they are connected
-    to, or else that of the unit whose name is first.
+    Known clusters keep their part. Others get that of the known ones that they are connected to,
+    or else that of the cluster whose name is first.
     """
     found = {**assignment, **{name: known[name] for name in assignment if name in known}}
     conflicts: dict[str, str] = {}

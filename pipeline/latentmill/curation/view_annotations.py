@@ -32,8 +32,9 @@ def write_view_annotations(
 ) -> tuple[Annotations | None, AnnotationEntry | None]:
     """Write the annotations of the chosen records, as the next version if a view is replaced.
 
-    Values that were annotated on the view that is replaced stay, but values of the stores replace
-    them, unless `keep`. The first result is None if there are only those of the stores.
+    Values annotated on the replaced view stay, except where a store has a value for the same key
+    and name: that value replaces them. With `keep`, a store value that would change the view raises
+    ConfigError. The first result is None if there are only values of the stores.
     """
     table = EMPTY
     for one in chosen:

@@ -1,4 +1,4 @@
-"""Writing views: stores that name their records in other stores and have no shards of their own."""
+"""Writing views: stores that refer to records in other stores and have no shards of their own."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def is_inside(path: str, folder: str) -> bool:
 def write_view(out: str, chosen: Sequence[Chosen], *, overwrite: bool = False) -> Curated:
     """Write a view of some records to a new folder or URL, or in place of another view.
 
-    A view that is replaced stays readable until dataset.json is replaced, in one step. The view
-    that the same call has written is written again.
+    A view that is replaced stays readable until dataset.json is replaced, in one step. Without
+    `overwrite`, only a view of the same records is replaced, so that a call can be repeated.
 
     Raises:
         ConfigError: Two records have the same key, there is no record, or `out` has other files.

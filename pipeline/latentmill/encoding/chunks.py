@@ -209,7 +209,7 @@ class Chunker:
     """
 
     def __init__(self, spec: ModelSpec, chunking: Chunking, expected: int = 0) -> None:
-        """`expected` is the number of samples that the header promises; 0 if unknown."""
+        """`expected` is the number of samples that the header states; 0 if unknown."""
         self._spec = spec
         self._chunking = chunking
         self._model_samples = chunking.model_samples(spec)
@@ -224,7 +224,7 @@ class Chunker:
         size, step = self._chunking.samples, self._chunking.step
         taken = 0
         while taken < block.shape[1]:
-            if self._filled == self._current.shape[1]:  # more than the header promised
+            if self._filled == self._current.shape[1]:  # more than the header stated
                 short, self._current = self._current, self._new(size)
                 self._current[:, : self._filled] = short
             count = min(self._current.shape[1] - self._filled, block.shape[1] - taken)

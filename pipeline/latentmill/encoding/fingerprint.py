@@ -9,10 +9,10 @@ from typing import Any
 
 from latentmill.models.base import MEANS_FIRST, ROWS, has_deviations
 
-# Raised when the same file, model and settings result in other latents than before. Stores of
+# Increased when the same file, model and settings result in other latents than before. Stores of
 # another version stay readable; resuming or extending them is refused (`version_difference`).
-# 2: more files are loaded exactly as FFmpeg decodes them. Not raised when wrong samples at some
-# blocks of MP3s became right: stores, most of them without such samples, should go on.
+# 2: more files are loaded exactly as FFmpeg decodes them. Not increased when wrong samples in some
+# MP3s were fixed, so that existing stores, most of which have none of them, can be resumed.
 ENCODING_VERSION = 2
 
 

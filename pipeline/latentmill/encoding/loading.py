@@ -210,9 +210,9 @@ class _Share:
     def begin(self, stream: AudioStream, helpers: Helpers | None) -> Iterator[Event]:
         """Prepare for the audio of a recording whose header was read."""
         spec = self._loading.spec
-        promised = (stream.num_samples or 0) * spec.sample_rate // stream.sample_rate
-        yield Opened(spec.frames(spec.padded(promised)) + 1 if promised else 0)
-        if reason := self._unwanted(stream, promised):
+        stated = (stream.num_samples or 0) * spec.sample_rate // stream.sample_rate
+        yield Opened(spec.frames(spec.padded(stated)) + 1 if stated else 0)
+        if reason := self._unwanted(stream, stated):
             yield self.skipped(reason)
             return
         expected = -(-(stream.num_samples or 0) * spec.sample_rate // stream.sample_rate)
@@ -262,12 +262,12 @@ class _Share:
             metadata=self._metadata,
         )
 
-    def _unwanted(self, stream: AudioStream, promised: int) -> str | None:
+    def _unwanted(self, stream: AudioStream, stated: int) -> str | None:
         """Why a filter skips an item by its header, or None."""
         filters = self.settings.filters
         reason = filters.of_header(stream.sample_rate, stream.channels)
-        if promised and not reason:
-            reason = filters.of_length(promised / self._loading.spec.sample_rate)
+        if stated and not reason:
+            reason = filters.of_length(stated / self._loading.spec.sample_rate)
         return reason
 
 

@@ -1,7 +1,7 @@
 """Loudness of an item in each latent frame: one byte per frame, measured while it is encoded.
 
-It shows when a stem plays without decoding its latents. A byte v stands for (v - 255) / 2 dB of RMS
-over all channels, full scale being 0 dB; 0 is -127.5 dB or less, silence.
+It shows when a stem is audible, without decoding its latents. A byte v stands for (v - 255) / 2 dB
+of RMS over all channels, full scale being 0 dB; 0 is -127.5 dB or less, silence.
 """
 
 from __future__ import annotations

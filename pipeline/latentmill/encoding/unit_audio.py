@@ -61,9 +61,9 @@ class SharedAudio:
 
     They start at once. Each thread loads up to the next chunk of the lane that has the fewest
     loaded ones for any model, because this model will need that lane first. If `BUFFER_BYTES` per
-    thread and model are loaded, only lanes go on that have nothing loaded for the model for which
-    the most bytes wait: the one that is furthest behind. So the others wait for it, and it never
-    waits for them. With one model, threads that no lane needs load pieces of long recordings.
+    thread and model are loaded, only lanes continue that have nothing loaded for the slowest model,
+    which has the most waiting bytes. So the others wait for it, and it never waits for them.
+    With one model, threads that no lane needs load pieces of long recordings.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class SharedAudio:
             self._lanes.append(self._waiting.popleft())
 
     def _is_taken(self, lane: _Lane, model: int) -> None:
-        """A model has taken all events of a lane, or needs none of them."""
+        """Called when a model has taken all events of a lane, or needs none of them."""
         lane.takers.discard(model)
         if not lane.takers and lane in self._lanes:
             self._lanes.remove(lane)
@@ -243,9 +243,9 @@ class SharedAudio:
                 if not unfinished and not self._waiting:
                     break
                 full = self._size >= self._limit
-                behind = self._sizes.index(max(self._sizes))
+                last = self._sizes.index(max(self._sizes))
                 free = [
-                    lane for lane in unfinished if not (lane.busy or (full and lane.loaded[behind]))
+                    lane for lane in unfinished if not (lane.busy or (full and lane.loaded[last]))
                 ]
                 if free:
                     lane = min(free, key=self._prefetched)

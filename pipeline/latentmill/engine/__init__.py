@@ -1,1 +1,4 @@
-"""The only modules that import ray: cluster, actors and scheduler. Also the progress of a run."""
+"""Runs units on Ray: cluster connection, actors, scheduler; and shows the progress of a run.
+
+Outside this package, only `training/job.py` imports ray.
+"""

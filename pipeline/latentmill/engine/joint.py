@@ -2,7 +2,7 @@
 
 Each model has a thread and a `Worker`; a unit's audio is loaded once for all of them. What they
 write is what `encode` and then `add` write. The store commits a unit first, so a field knows which
-items the store lacks. What is left open of a field is what the `add` after the pass computes.
+items the store lacks. The `add` after the pass computes the units that a field still lacks.
 """
 
 from __future__ import annotations
@@ -160,11 +160,11 @@ class JointWorker:
     def encode(self, unit: Unit, trial_load: bool = False) -> UnitResult:
         """Encode a unit in the store, and in the fields that lack it; commit the store first.
 
-        If the store's model raises an exception, the others stop. If that of a field does, the unit
-        is left to the `add` after the pass, which reports the exception; one that makes the device
-        unusable is raised when the store has the unit. An attempt with
-        `trial_load` is for the store alone, and so is one after the unit was committed: a model of
-        a field that ends the process does not keep the unit from the store.
+        If the store's model raises an exception, the whole attempt stops. If a field's model does,
+        the others continue, and the `add` after the pass computes the unit of this field. If the
+        exception made the device unusable, it is raised after the store's commit. Attempts with
+        `trial_load` run only the store's model. If the unit is already committed, its result is
+        returned, so a field's model that kills the process does not keep the unit from the store.
         """
         revisions = unit.revisions if isinstance(unit, JointUnit) else ()
         path = commit_path(unit.name, unit.revision)

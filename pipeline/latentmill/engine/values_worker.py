@@ -137,7 +137,7 @@ class ValuesWorker:
         if base is None:
             raise StoreError(
                 f"Unit {unit.name} of {job.base} is not encoded any more: finish the run that "
-                "encodes it, then add the field again."
+                "encodes it, then rerun the `latentmill add` command of the field."
             )
         fields = self._rows.fields(base)
         inputs = self._values.of(unit, base, None)

@@ -343,7 +343,7 @@ class _TrackMeasurer:
 
 
 def _card(scores: Scores) -> LinearityEntry:
-    """The main errors, as medians and means over all units, and all scores."""
+    """The main errors, as medians and means over all tracks, and all scores."""
 
     def of(metric: Metric, form: Form, **fields: object) -> list[float]:
         fields = {"measure": "relative_l2", **fields}

@@ -29,13 +29,13 @@ from latentmill.models.probing.examination import (
     countable,
     examine,
     measured,
-    spec_promises,
+    spec_checks,
 )
 from latentmill.models.probing.music import music, repeated
 from latentmill.models.probing.subject import (
     CALL_ERRORS,
+    Check,
     LatentStatistics,
-    Promise,
     Subject,
     samples_needed,
 )
@@ -65,8 +65,8 @@ class Probe:
         model: The model's name, as given.
         device: Where it ran.
         audio: What it was measured with.
-        promises: Each claim, the measured value and whether it holds.
-        broken: A sentence for each broken promise.
+        checks: Each claim, the measured value and whether it holds.
+        failed: A sentence for each failed check.
         latents: Statistics of the scaled latents; None if encoding failed.
         spec: The spec with measured values in place of wrong ones.
     """
@@ -74,8 +74,8 @@ class Probe:
     model: str
     device: str
     audio: str
-    promises: tuple[Promise, ...]
-    broken: tuple[str, ...]
+    checks: tuple[Check, ...]
+    failed: tuple[str, ...]
     latents: LatentStatistics | None
     spec: ModelSpec
 
@@ -105,7 +105,7 @@ def probe(
     handle = resolve(model, model_options, channels) if isinstance(model, str) else model
     chosen = pick_device(device)
     if not countable(handle.spec):
-        return _unloaded(given or handle.spec.name, chosen, handle, spec_promises(handle.spec))
+        return _unloaded(given or handle.spec.name, chosen, handle, spec_checks(handle.spec))
     chunks = _short_chunks(handle.spec)
     samples = max(samples_needed(handle.spec), _seam_samples(handle.spec, chunks))
     if audio is None:
@@ -113,52 +113,50 @@ def probe(
         sound = music(handle.spec.sample_rate, handle.spec.channels, samples)
     else:
         sound, label = _recorded(os.fspath(audio), handle.spec, samples)
-    promises = [_handle_promise(handle)]
+    checks = [_handle_check(handle)]
     try:
         loaded = handle.load(chosen)
     except LatentmillError:
         raise
     except Exception as error:  # noqa: BLE001  of the user's code
-        promises.append(
-            Promise("load", "loads", "an error").broken(
+        checks.append(
+            Check("load", "loads", "an error").failed(
                 f"Loading the model failed ({one_line(error)}): correct load."
             )
         )
-        return _unloaded(given or handle.spec.name, chosen, handle, promises)
+        return _unloaded(given or handle.spec.name, chosen, handle, checks)
     with numeric_mode("float32", chosen), torch.inference_mode():
         subject = Subject(loaded, sound, can_decode(handle))
-        promises += examine(subject)
-        promises.append(
-            measured("seams", lambda _: _seams(loaded, sound, chunks, promises), subject)
-        )
+        checks += examine(subject)
+        checks.append(measured("seams", lambda _: _seams(loaded, sound, chunks, checks), subject))
     return Probe(
         model=given or handle.spec.name,
         device=chosen,
         audio=label,
-        promises=tuple(promises),
-        broken=tuple(one.sentence for one in promises if one.sentence is not None),
+        checks=tuple(checks),
+        failed=tuple(one.sentence for one in checks if one.sentence is not None),
         latents=subject.values,
         spec=subject.spec,
     )
 
 
-def _unloaded(name: str, device: str, handle: ModelHandle, promises: list[Promise]) -> Probe:
+def _unloaded(name: str, device: str, handle: ModelHandle, checks: list[Check]) -> Probe:
     """The result if nothing could be measured."""
-    broken = tuple(one.sentence for one in promises if one.sentence is not None)
-    return Probe(name, device, "nothing", tuple(promises), broken, None, handle.spec)
+    failed = tuple(one.sentence for one in checks if one.sentence is not None)
+    return Probe(name, device, "nothing", tuple(checks), failed, None, handle.spec)
 
 
-def _handle_promise(handle: ModelHandle) -> Promise:
-    promise = Promise("handle", "can be pickled", "can be pickled")
+def _handle_check(handle: ModelHandle) -> Check:
+    check = Check("handle", "can be pickled", "can be pickled")
     try:
         pickle.dumps(handle)
     except Exception as error:  # noqa: BLE001  of the user's code
-        return promise.broken(
+        return check.failed(
             f"The model's handle cannot be pickled ({one_line(error)}), but workers receive it by "
             "pickle: make it a dataclass of plain values.",
             measured="an error",
         )
-    return promise
+    return check
 
 
 def _short_chunks(spec: ModelSpec) -> Chunking | None:
@@ -175,33 +173,33 @@ def _seam_samples(spec: ModelSpec, chunking: Chunking | None) -> int:
 
 
 def _seams(
-    model: Autoencoder, sound: Tensor, chunking: Chunking | None, promises: list[Promise]
-) -> Promise:
-    """Compare stitched chunks with the whole; trimming and states promise that they are equal."""
+    model: Autoencoder, sound: Tensor, chunking: Chunking | None, checks: list[Check]
+) -> Check:
+    """Compare stitched chunks with the whole: with `trim` and `state` they must be equal."""
     needed = ("spec", "shape", "channels", "lengths", "generators", "determinism", "context")
-    wrong = [one.name for one in promises if one.name in needed and one.status != "kept"]
+    wrong = [one.name for one in checks if one.name in needed and one.status != "passed"]
     spec = model.spec
     if wrong or chunking is None:
         reason = f"it depends on {wrong[0]}" if wrong else "the spec allows no chunks"
-        return Promise("seams", "", reason, "not measured")
+        return Check("seams", "", reason, "not measured")
     if spec.stitch == "none":
-        return Promise("seams", "chunks are stored as they are", "", "not measured")
+        return Check("seams", "chunks are stored as they are", "", "not measured")
     length = _seam_samples(spec, chunking)
     whole = encode_whole(model, sound[:, :length]).cpu()
     error = distance(encode_chunked(model, sound[:, :length], chunking), whole)
     seconds = chunking.samples / spec.sample_rate
     found = f"{spec.stitch} of {seconds:.2f} s chunks: difference {error:.2g}"
     if spec.stitch not in ("trim", "state"):
-        return Promise("seams", "not equal", found)
-    promise = Promise("seams", f"difference up to {TOLERANCE:g}", found)
+        return Check("seams", "not equal", found)
+    check = Check("seams", f"difference up to {TOLERANCE:g}", found)
     if error <= TOLERANCE:
-        return promise
+        return check
     if spec.stitch == "state":
-        return promise.broken(
+        return check.failed(
             f"Chunks that continue from a state differ from the whole item (relative difference "
             f"{error:.2g}): encode_step must return everything that later frames depend on."
         )
-    return promise.broken(
+    return check.failed(
         f"Trimmed chunks differ from the whole item (relative difference {error:.2g}), although "
         "the context is right: encode must not depend on the length of the chunk."
     )

@@ -116,7 +116,7 @@ def connect_near(
 
     Of large stores, records are compared whose vectors are on the same side of random planes, in
     one of 12 sets of planes, with at least their next 64 neighbours: a pair at a distance of 0.001
-    is found with 99.99 %.
+    is found with a probability of 99.99 %.
     """
     chosen = np.flatnonzero(use)
     candidates = _all_pairs if len(chosen) <= EXACT_RECORDS else _hashed_pairs

@@ -34,7 +34,7 @@ _BATCH = 4096  # records of a view whose places are in memory
 
 @dataclass
 class Written:
-    """What was written.
+    """Result of writing the files of an export.
 
     Attributes:
         names: The names of the samples.

@@ -22,7 +22,7 @@ from latentmill.store.store import LatentStore
 Rows = npt.NDArray[np.int64]
 
 KEPT_BYTES = 64 << 20  # of row groups of the metadata file
-# How many rows of the metadata file may be read for each row that is asked for, and at first.
+# Rows of the metadata file that may be read: `FIRST_ROWS`, and `ROWS_FOR_ONE` per requested row.
 ROWS_FOR_ONE, FIRST_ROWS = 16, 1 << 16
 
 
@@ -36,14 +36,14 @@ class BaseRows:
     """The rows of committed units; a few units and row groups are in memory.
 
     The metadata is read from the metadata file of the seal, whose row n is record n. The rows of a
-    unit are neighbours in it, but not always: those of an extension are anywhere, as are those of
-    units that follow the rows of a table and not the keys. Where it would read many rows for few,
-    and for a unit that is not in the seal, the shard is read instead.
+    unit are usually next to each other in this file. They are not for units of an extension, or if
+    the plan follows the rows of a table instead of the keys. If too many other rows would be read
+    for a unit, or the seal does not have it, its shard is read instead.
 
     Args:
         store: The base store.
-        from_shards: Read only shards. Where a process needs few units of a store in a bucket, its
-            index and its metadata file would take longer, and memory for all records.
+        from_shards: Read only shards. For processes that read few units of a store in a bucket:
+            the index and the metadata file would take longer, and need memory for all records.
     """
 
     def __init__(self, store: LatentStore, *, from_shards: bool = False) -> None:

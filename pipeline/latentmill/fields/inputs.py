@@ -52,8 +52,9 @@ def audio_inputs(
 ) -> dict[str, Input]:
     """The inputs of values that are computed from audio: the planned files.
 
-    If the base store has kept an earlier latent of an item, a value that the field has is not out
-    of date (`known`: the entries of the field): the planned file is not that of the store.
+    If the base store kept an item's earlier latent because the planned file could not be loaded, a
+    value in the field counts as up to date: its recorded input is returned. `known` has the entries
+    of the field's commit.
     """
     found: dict[str, Input] = {item.key: _hash_of(item) for item in items}
     kept = {entry.key for entry in (() if base is None else base.items) if entry.kept}

@@ -1,7 +1,7 @@
 """Inputs of fields that are not computed from audio: texts, latents, imported values.
 
-The records of the base store give them: a text is the metadata of the record with its annotated
-values, so `annotate` and `--refresh-metadata` put the items behind whose text they change.
+Texts come from the metadata of the base store's records, including annotated values. So if
+`annotate` or `--refresh-metadata` changes the text of an item, its value is out of date.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class LatentValues:
 
 
 class KnownImports:
-    """The inputs of an imported field when its file is not at hand: those that it has."""
+    """The inputs of an imported field whose file is not available: those in its commits."""
 
     def of(self, unit: Unit, base: Commit | None, known: Commit | None) -> Mapping[str, Input]:
         del unit

@@ -97,10 +97,11 @@ class ModelSpec:
             `codebook_size - 1` that cannot be blended. None if latents are continuous.
         max_batch_samples: Maximum number of samples in a batch; None if only memory limits it.
         short_last_chunk: Encode the last chunk at its own length, as the codec does, instead of
-            padding it with zeros: with `stitch: none`, which stores its missing frames as zeros,
-            and if frames have no context and chunks do not overlap.
-        step_frames: Minimum number of frames of a chunk before the last one with `stitch: state`;
-            0 if the model has no `encode_step`.
+            moving it back or padding it with zeros. Applies with `stitch: none` (the missing frames
+            are stored as zeros), and to chunks that do not overlap if frames have no context or one
+            frame is the whole chunk.
+        step_frames: With `stitch: state`: minimum number of frames of every chunk except an item's
+            last; 0 if the model has no `encode_step`.
     """
 
     name: str

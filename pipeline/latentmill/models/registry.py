@@ -33,7 +33,7 @@ class ModelEntry(NamedTuple):
     """A model that can be used by name.
 
     Attributes:
-        name: The name.
+        name: The name that `--model` takes.
         description: One line.
         requirement: The command that installs what it needs.
         kind: `autoencoder`, `audio encoder`, `text embedder`, or `custom` for a model of another

@@ -290,10 +290,10 @@ def _find_on_hub(
     if optional and hub.constants.HF_HUB_OFFLINE:
         revision = f" --revision {repo.revision}" if repo.revision else ""
         raise ModelError(
-            f"Model {model}: it is not known on this machine whether {repo.location} has "
-            f"{candidates[0]}, and HF_HUB_OFFLINE is set: run `hf download {repo.location} "
-            f"{candidates[0]}{revision}` with network access, which records it in the cache if "
-            "there is none, or download the whole repository."
+            f"Model {model}: the cache does not record whether {repo.location} has the optional "
+            f"file {candidates[0]}, and HF_HUB_OFFLINE is set: run `hf download {repo.location} "
+            f"{candidates[0]}{revision}` once with network access (if there is no such file, the "
+            "cache records that, too), or download the whole repository."
         ) from failure
     here = f"; the folder here is ./{repo.location}" if Path(repo.location).is_dir() else ""
     why = _why(repo, wanted, candidates, failure)

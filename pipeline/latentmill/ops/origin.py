@@ -181,8 +181,9 @@ class Origin:
     def warn(self, *, adds: bool, subtracts: bool, scales: bool, stacklevel: int) -> None:
         """Warn if the store's linearity card calls an operation poor.
 
-        Each operation has its own metric: scaling homogeneity, adding additivity, subtracting the
-        removal of stems. Cards of earlier versions have no removal: additivity stands for it.
+        Each operation has its own metric: homogeneity for scaling, additivity for adding, removal
+        of stems for subtracting. Cards of earlier versions have no removal: additivity is used
+        instead.
 
         Args:
             adds: Whether sounds are added.

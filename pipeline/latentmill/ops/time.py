@@ -31,6 +31,9 @@ def fade(
         shape: `linear` in amplitude, or `power`: the first quarter of a sine.
         origin: The latent of silence; None for the raw form.
 
+    Returns:
+        `[C, T]`, float32.
+
     Raises:
         ConfigError: As in `mix`, or a fade is longer than the latent.
     """
@@ -116,6 +119,9 @@ def fit(latent: LatentLike, frames: int, *, origin: Origin | None, offset: int =
         origin: The latent of silence. None extends with zeros, which are silence only for a linear
             encoder.
         offset: Frame at which the sound begins; a negative one removes its first frames.
+
+    Returns:
+        `[C, frames]`, float32.
 
     Raises:
         ConfigError: The latent consists of chunks `[N, C, T]`.

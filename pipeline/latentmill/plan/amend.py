@@ -35,11 +35,11 @@ def amend(
     storage: Storage,
     columns: Sequence[str] = ITEMS_SCHEMA.names[1:],
 ) -> Plan:
-    """Replace values of items in the plan: those of `columns`, from rows of `DRAFT_SCHEMA`.
+    """Replace the values in `columns` of planned items by those in `changed`.
 
-    If files have changed, this invalidates the commits of the units `in_units`, which have these
-    items. Units keep their items and their numbers, and the totals of the plan are updated.
-    Replaced files are deleted last.
+    `changed` has rows of `DRAFT_SCHEMA`, `in_units` the units of these items. If their files have
+    changed, this invalidates the commits of these units. Units keep their items and their numbers,
+    and the totals of the plan are updated. Replaced files are deleted last.
     """
     touched = set(in_units)
     if not touched:

@@ -68,8 +68,8 @@ class Comparison:
         changed: The items whose file has changed, as rows of `DRAFT_SCHEMA`.
         units: The unit numbers of the changed items, in the same order.
         described: Number of items whose file is unchanged but whose sidecars or metadata changed.
-        described_rows: Those items as rows of `DRAFT_SCHEMA`, with the items of which this is not
-            known; empty unless they are asked for.
+        described_rows: These items, and those of which this is not known, as rows of
+            `DRAFT_SCHEMA`; empty unless they are requested.
         described_units: Their unit numbers, in the same order.
         new_keys: The first few keys of the new items; likewise for the other kinds.
     """

@@ -245,7 +245,7 @@ def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
 
 
 def _together(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows in tables of at least `SORT_ITEMS`, so that fewer files are merged."""
+    """The same rows in fewer, larger tables, so that fewer files are merged."""
     some: list[pa.Table] = []
     for table in tables:
         some.append(table)

@@ -19,14 +19,14 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class Drop:
-    """Replaces a field by the one of an empty input, at random: conditioning dropout.
+    """Conditioning dropout: randomly replaces a field by its value for an empty input.
 
     The empty input is an empty text or silence; the store of the field has its value. Tokens and
     vectors of stores without it become zeros.
 
     Attributes:
         field: Name of the field.
-        probability: Probability of a sample, 0 to 1.
+        probability: Probability that the field of a sample is replaced, 0 to 1.
         zeros: Whether to use zeros in any case; the mask then stays as it is.
     """
 

@@ -167,7 +167,7 @@ class CropReader(RowReader):
             request.finish()
 
     def pad(self, target: Raw, starts: Ints, have: Ints) -> None:
-        """Write silence behind the first `have` frames of crops, `[crops, frames, channels]`."""
+        """Write silence after the first `have` frames of crops, `[crops, frames, channels]`."""
         frames = target.shape[1]
         for number in np.flatnonzero(have < frames).tolist():
             end, there = int(starts[number]) + frames, int(have[number])

@@ -82,7 +82,7 @@ class FieldCrops(CropReader):
         return value
 
     def pad(self, target: Raw, starts: Ints, have: Ints) -> None:
-        """Write silence, or zeros for a field without a rate, behind the end of items."""
+        """Write silence, or zeros for a field without a rate, after the end of items."""
         if self.form.timed:
             super().pad(target, starts, have)
             return

@@ -104,7 +104,7 @@ class FieldValue:
         return self.values.T if self.form.timed else self.values
 
     def padded(self, length: int) -> FieldValue:
-        """The field with padding behind its end, `length` frames or tokens in all."""
+        """The field with padding after its end, `length` frames or tokens in all."""
         rows = self.time_major
         have, dimensions = rows.shape
         if have >= length:

@@ -233,7 +233,7 @@ class Loader(Shown, Closeable):
 
 
 def _order(source: object, batch_size: int | None) -> LatentStream | BatchSampler:
-    """The stream or batch sampler that a source is read in the order of."""
+    """The stream or batch sampler that determines the order of a source."""
     if batch_size is not None:
         whole_number("batch_size", batch_size, least=1)
     if isinstance(source, LatentDataset | StemDataset):

@@ -76,8 +76,8 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         gains: Range of the random gain of each stem, in dB, e.g. (-6, 6). None applies no gain.
         remix: Probability, 0 to 1, that all stems of a song are replaced by stems of the same role
             from random songs, each at a random position. Tempo and key are not matched.
-        active_db: Level from which a stem is audible, in dBFS. None does not read levels: a stem
-            is then audible in all its frames.
+        active_db: Loudness from which a frame of a stem is audible, in dBFS. None does not read
+            the loudness: a stem is then audible in all its frames.
         per_song: Number of samples of each song in an epoch.
         fields: Names of the store's fields to read, as in `LatentDataset`. The results of
             `ContextAndTarget` and `MixtureTriplet` have those of the target or source.
@@ -223,7 +223,7 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
 
         Raises:
             IndexError: A number is out of range.
-            ConfigError: `active_db` is set, but the store has no levels.
+            ConfigError: `active_db` is set, but the store has no loudness per frame.
             StorageError: A shard cannot be read.
         """
         found = []
@@ -291,7 +291,7 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         return rows
 
     def _active(self, rows: Ints, starts: Ints) -> list[Flags] | None:
-        """Flags `[T]` for each crop, True for audible frames; None if levels are not used."""
+        """Flags `[T]` for each crop, True for audible frames; None if loudness is not used."""
         if self._active_db is None:
             return None
         flags = []
@@ -299,8 +299,8 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
             levels = levels_of(fields)
             if levels is None:
                 raise ConfigError(
-                    f"{self.store.url} has no levels, because an earlier version wrote it: set "
-                    "active_db=None, or encode it again."
+                    f"{self.store.url} has no loudness per frame, because an earlier version "
+                    "encoded it: set active_db=None, or encode it again."
                 )
             loud = decibels(levels)[start : start + self._crop] >= self._active_db
             flags.append(np.pad(loud, (0, self._crop - len(loud))))

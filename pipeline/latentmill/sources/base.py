@@ -73,9 +73,9 @@ class Item:
         uri: The file that holds its bytes: an absolute local path or an fsspec URL.
         size: Bytes of the encoded audio according to the listing; 0 if unknown. For a cell of a
             table, the average in its row group.
-        version: A value that changes when the file at `uri` changes: of a local file its
-            modification time, `str(st_mtime_ns)`, which is compared when the file is read; else
-            such as the ETag (`current_version` and `version_of` in `sources/files.py`).
+        version: A value that changes when the file at `uri` changes. Local files: the modification
+            time, `str(st_mtime_ns)`, which is compared when the file is read. Other storage: for
+            example the ETag (`current_version` and `version_of` in `sources/files.py`).
         sidecars: URIs of the files that hold its metadata, in a stable order.
         place: The position of its bytes in the file; None: they are the whole file.
         segment: The part of the recording to encode; None: all of it.

@@ -32,7 +32,7 @@ from latentmill.storage.remote import (
     storage_errors,
 )
 
-# Fields of fsspec file systems whose value changes when a file changes.
+# Details in the listings of fsspec's file systems that change when a file changes.
 VERSION_FIELDS: tuple[str, ...] = ("ETag", "etag", "mtime", "LastModified", "last_modified")
 VERSION_FIELDS += ("Last-Modified", "blob_id", "sha256", "modify")
 

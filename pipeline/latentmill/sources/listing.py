@@ -85,7 +85,7 @@ def _entry(info: Mapping[str, Any]) -> Entry:
 
 
 def _walk(root: str, ignored: Counter[str]) -> Iterator[Entries]:
-    """List local files, also behind links to folders. Raises OSError if a folder is unreadable."""
+    """List local files, also those in linked folders. Raises OSError if a folder is unreadable."""
     seen: set[str] = set()
 
     def refuse(error: OSError) -> None:

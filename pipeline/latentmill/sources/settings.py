@@ -82,13 +82,19 @@ class SourceSettings(BaseModel):
         "[default: all that can be loaded]",
     )
     path_column: Annotated[str | None, _source("manifest")] = Field(
-        None, description="Manifest column of paths or URLs. [default: by common names]"
+        None,
+        description="Manifest column of paths or URLs. [default: a column with a usual "
+        "name, such as path]",
     )
     start_column: Annotated[str | None, _source("manifest")] = Field(
-        None, description="Manifest column of segment starts, in seconds."
+        None,
+        description="Manifest column of segment starts, in seconds. [default: a column with a "
+        "usual name, such as start]",
     )
     duration_column: Annotated[str | None, _source("manifest")] = Field(
-        None, description="Manifest column of segment durations, in seconds."
+        None,
+        description="Manifest column of segment durations, in seconds. [default: a column with a "
+        "usual name, such as duration]",
     )
     key_column: Annotated[str | None, _source("manifest", "parquet")] = Field(
         None, description="Manifest or Parquet column of unique item keys."

@@ -257,7 +257,7 @@ def _next_tar(file: IO[bytes], offset: int, ignored: Counter[str]) -> int | None
     try:
         tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
-        ignored["tars with other bytes behind their end"] += 1
+        ignored["tars with other bytes after their end"] += 1
         return None
     file.seek(offset)
     return offset

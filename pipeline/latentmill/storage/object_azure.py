@@ -17,7 +17,7 @@ _SCOPE = "https://storage.azure.com/.default"  # of tokens for Azure Storage
 
 
 def opener(fs: Any, container: str) -> OpenStore:
-    """What opens a container; UnsupportedError if adlfs must read it."""
+    """Return the function that opens a container; UnsupportedError if adlfs must read it."""
     from obstore.store import AzureStore
 
     client = fs.service_client
@@ -58,7 +58,7 @@ def opener(fs: Any, container: str) -> OpenStore:
 
 
 def _provider(fs: Any) -> Any:
-    """What gives obstore the credentials of the client of adlfs; None for anonymous access."""
+    """Return the credentials of adlfs' client as obstore needs them; None for anonymous access."""
     client = fs.service_client
     credential, signature = client.credential, client._query_str.lstrip("?")
     if credential is None and not signature:

@@ -1,4 +1,4 @@
-"""What the openers of object storage share: what obstore cannot carry over from a client."""
+"""Shared by the openers of buckets: common options, and errors for settings obstore lacks."""
 
 from __future__ import annotations
 

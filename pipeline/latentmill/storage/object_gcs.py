@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def opener(fs: Any, bucket: str) -> OpenStore:
-    """What opens a bucket; UnsupportedError if gcsfs must read it."""
+    """Return the function that opens a bucket; UnsupportedError if gcsfs must read it."""
     from obstore.store import GCSStore
 
     endpoint = fs._location.rstrip("/")  # with STORAGE_EMULATOR_HOST and `endpoint_url`

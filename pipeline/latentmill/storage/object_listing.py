@@ -50,7 +50,7 @@ def list_pages(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[list[Listed
     Raises:
         UnlistedError: Objects after those that were yielded must be listed with fsspec's client:
             obstore does not support the bucket, or failed, or the next page has an object without
-            content. Such an object may be the marker of a folder, which obstore does not tell.
+            content. Such an object may mark a folder, which obstore's listing does not show.
     """
     name, _, folder = path.partition("/")
     bucket = bucket_of(fs, name)

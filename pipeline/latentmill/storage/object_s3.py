@@ -22,7 +22,7 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
 def opener(fs: Any, bucket: str) -> OpenStore:
-    """What opens a bucket; UnsupportedError if s3fs must read it."""
+    """Return the function that opens a bucket; UnsupportedError if s3fs must read it."""
     from botocore import UNSIGNED
     from obstore.store import S3Store
 

@@ -7,7 +7,7 @@ time limits. Where this cannot be carried over exactly, and for every answer but
 object" and transient errors, fsspec's client is used, so that both behave alike.
 
 obstore's threads do not survive a fork: a process that was forked after the import of obstore uses
-fsspec. Therefore obstore is imported by the first read, and used where there are many reads.
+fsspec. Therefore obstore is imported by the first read, and only used where there are many reads.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ObjectError(OSError):
 
 
 class UnknownError(Exception):
-    """fsspec's client must be asked."""
+    """obstore's answer is not reliable here: use that of fsspec's client."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Kind:
         protocol: The protocol of its URLs in messages.
         client: The package that fsspec uses, which is imported when its file system exists.
         file_system: The class of the file system in `client`.
-        opener: What opens a bucket, with a file system and the bucket's name.
+        opener: Opens a bucket: called with a file system and the bucket's name.
         same_api: Whether obstore sends requests of the API that `client` uses. If not, its listings
             have other versions, and an emulator that answers 404 may not know the API.
         offsets: Whether a listing can start after an object.
-        ends_key: Where `client` ends a key, although obstore would not.
+        ends_key: Text at which `client` cuts off a key, although obstore does not.
     """
 
     protocol: str

@@ -258,7 +258,7 @@ def cause_of(error: Exception, *, writing: bool = False) -> str:
             return cause_of(error.__cause__)
         return NO_SUCH_BUCKET if writing else "no such file"  # fsspec's message is only the path
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    # The rest of an answer of Azure: the numbers of the request, and all of it again as XML.
+    # Azure appends request numbers and repeats the error as XML: both are cut off.
     text = text.partition("RequestId:")[0] or text
     return redact_text(" ".join(text.split()).rstrip(".")) or type(error).__name__
 

@@ -183,7 +183,7 @@ def open_to_lock(path: Path) -> BinaryIO:
 
 
 def _refuse_link(folder: Path) -> None:
-    """It may lead to files of the user."""
+    """Raise StoreError if the folder is a link, which may lead to files of the user."""
     if folder.is_symlink():
         raise StoreError(f"{folder} is a link: remove it first.")
 

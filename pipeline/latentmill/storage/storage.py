@@ -97,7 +97,7 @@ class Storage:
         return f"{self.root}/{path}"
 
     def key_prefix(self, path: str) -> str:
-        """What the keys of a shard's records begin with here and not in the shard; see views."""
+        """Prefix that a view adds to the keys of a shard's records; empty for other stores."""
         return ""
 
     def exists(self, path: str) -> bool:

@@ -34,7 +34,7 @@ _INSIDE = re.compile(r"bases/(\d{1,6})/(.+)")
 
 
 class Bases:
-    """The base stores of one view, with the seals that they had when this object was created."""
+    """The base stores of one view, and their seals as last read."""
 
     def __init__(self, view: Storage, entries: Sequence[BaseEntry]) -> None:
         self.entries = entries
@@ -223,7 +223,10 @@ def split_path(path: str) -> tuple[int, str]:
     """
     found = _INSIDE.fullmatch(path)
     if found is None:
-        raise StoreError(f"The index of a view lists {path!r}: create the view again.")
+        raise StoreError(
+            f"The index of a view has the path {path!r}, which is not in a base: create the view "
+            "again."
+        )
     return int(found[1]), found[2]
 
 

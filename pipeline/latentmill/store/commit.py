@@ -90,14 +90,14 @@ class _UnitEntries:
 
 @dataclass(frozen=True)
 class Tally:
-    """Summary of a commit without its items, small for a unit of any size.
+    """Summary of a commit that lists only the failed, skipped and kept items.
 
     Attributes:
         items: Number of items.
         encoded: Number of encoded items; likewise `skipped` and `failed`.
         audio_seconds: Seconds of audio of the encoded items.
         bytes: Size of the shard.
-        timings: Seconds per stage.
+        timings: Seconds by counter.
         failures: (key, reason) of each failed item.
         skips: (key, filter) of each skipped item.
         kept: (key, reason) of each item whose earlier record was kept.

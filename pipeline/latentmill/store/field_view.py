@@ -105,10 +105,10 @@ class FieldOfView(LatentStore):
         other = sum(ours.get(key) != theirs.get(key.removeprefix(base.prefix)) for key in keys)
         if other:
             warnings.warn(
-                f"field {entry.name!r} of {base.url} is computed from {name!r}, of which the view "
-                f"{self._view.url} has other values for {counted(other, 'record')}: annotate "
-                f"{base.url} instead of the view, and run the `latentmill add` command again that "
-                f"added the field; if {base.url} has the better values, write the view again with "
+                f"field {entry.name!r} was computed from the values of {name!r} in {base.url}, but "
+                f"{self._view.url} has other values for {counted(other, 'record')}: to use those "
+                f"of the view, annotate {base.url} with them and rerun the `latentmill add` "
+                "command of the field; to use those of the store, write the view again with "
                 "--overwrite.",
                 FieldBehindWarning,
                 stacklevel=2,

@@ -91,7 +91,8 @@ def parse_member(storage: Storage, path: str, data: bytes) -> dict[str, Any]:
 def damaged_shard(storage: Storage, path: str) -> DamagedShardError:
     """The error for a shard whose columns cannot be read."""
     return DamagedShardError(
-        f"{storage.named(path)} is damaged: its fields cannot be read; {restore_hint('the shard')}."
+        f"{storage.named(path)} is damaged: its columns cannot be read; "
+        f"{restore_hint('the shard')}."
     )
 
 

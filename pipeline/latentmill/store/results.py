@@ -39,7 +39,7 @@ Noise = Literal["shared", "independent"]
 
 
 class ScoreEntry(_Result):
-    """One metric of the linearity card: the values of all units, and their median."""
+    """One metric of the linearity card: its values over all tracks, their median and mean."""
 
     metric: Metric
     measure: str = Field(
@@ -85,10 +85,13 @@ class LinearityEntry(_Result):
     additivity_mean: float | None = Field(None, description="Mean of the additivity errors.")
     homogeneity_raw_norm: float | None = Field(
         None,
-        description="homogeneity_raw divided by ||t||, which is small if the origin is large. In "
-        "results without this field, all errors are divided by ||t||.",
+        description="homogeneity (with the origin), divided by ||t|| instead of ||t - E(0)||; "
+        "small if the origin is large. In results without this value, all errors are divided by "
+        "||t||.",
     )
-    additivity_raw_norm: float | None = Field(None, description="additivity_raw divided by ||t||.")
+    additivity_raw_norm: float | None = Field(
+        None, description="additivity (with the origin), divided by ||t|| instead of ||t - E(0)||."
+    )
     removal: float | None = Field(
         None, description="SI-SDR in dB of D(E(mix) - E(s) + E(0)) against D(E(mix - s))."
     )

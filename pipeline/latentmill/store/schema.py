@@ -172,8 +172,8 @@ class ItemEntry(Document):
     )
     input: str | None = Field(
         None,
-        description="In a field: hash of what the value was computed from, or what it could not be "
-        "computed from if it failed; null if the base store has no latent of the item.",
+        description="In a field: hash of the input of the value, also if computing it failed; "
+        "null if the base store has no latent of the item.",
     )
     fields_offset: Bytes | None = Field(None, description="Tar: first byte of the JSON member.")
     fields_length: Bytes | None = Field(None, description="Tar: length of the JSON member.")
@@ -209,8 +209,8 @@ class Commit(Document):
     revision: int = Field(
         0,
         ge=0,
-        description="0 at first, or the number that `drop` left of an earlier field of the name; "
-        "increases when the unit is encoded again.",
+        description="Starts at 0, or for a dropped field at the number in fields/NAME.dropped; "
+        "increases each time the unit is encoded.",
     )
     fingerprint: str
     shard: NameInStore | None = Field(
@@ -233,7 +233,7 @@ class Commit(Document):
         "after a + the hash of the annotations that were copied with them.",
     )
     statistics: StatisticsEntry | None = None
-    timings: dict[str, float] = Field(description="Seconds per stage: wait, model, write, total.")
+    timings: dict[str, float] = Field(description="Seconds by stage, and audio_seconds encoded.")
     worker: str = Field("", description="HOST:PID of the process that encoded the unit.")
     finished: str = Field("", description="UTC time of the commit, ISO 8601.")
 

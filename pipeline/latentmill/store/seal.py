@@ -41,7 +41,8 @@ from latentmill.store.schema import (
 )
 from latentmill.store.statistics import ChannelStatistics
 
-# From the last seal and the revisions of the units now: the new annotations, if they change.
+# Called with the storage, the last seal and the units' current revisions; returns the new
+# annotations, or None to keep the old ones.
 Amended = Callable[[Storage, DatasetInfo, Mapping[str, int]], pa.Table | None]
 
 VIEW_FIELDS = {"bases", "left_out", "left_out_file"}  # of dataset.json

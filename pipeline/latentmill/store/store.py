@@ -296,12 +296,12 @@ class LatentStore(StoreDecoder, Shown):
                 fields = {**fields, "metadata": merged}
             return record_from_fields(fields, latent_from_bytes(data, shape, fields["dtype"]))
         except (ValueError, TypeError, LookupError, pa.ArrowException) as error:
-            raise self._damaged(entry, "the fields cannot be read") from error
+            raise self._damaged(entry, "its columns cannot be read") from error
 
     def crop(self, key: str, start: int, frames: int) -> Latent:
         """Read frames `start` to `start + frames` of a stitched latent, `[channels, frames]`.
 
-        Reads only the bytes of these frames, so the latent's hash is not checked.
+        Reads only their bytes, so the latent's hash is not checked. The result is read-only.
 
         Raises:
             KeyError: There is no record with this key.

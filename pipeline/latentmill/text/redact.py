@@ -12,7 +12,7 @@ import re
 from typing import Any
 from urllib.parse import unquote
 
-# Fields of web addresses that grant access: signatures, keys, tokens, policies.
+# Query parameters of web addresses that grant access: signatures, keys, tokens, policies.
 _SECRET = re.compile(
     r"sig|token|secret|pass|pwd|key|auth|cred|polic|hmac|sess|hdn|jwt|bearer", re.I
 )
@@ -32,7 +32,7 @@ _MOSTLY_SECRET = re.compile(
     re.I,
 )
 _FOLDER_NAME = re.compile(r".*session(id)?", re.I)  # `session=3/take.wav`
-# Fields of web addresses that grant no access and identify the file.
+# Query parameters of web addresses that grant no access and identify the file.
 _HARMLESS = re.compile(
     r"x-(amz|goog)-(algorithm|date|expires|signedheaders)|response-content-(disposition|type)|expires"
     r"|alt|attachment|bitrate|channels?|dl|download|end|ext|export|file(name)?|fmt|format|generation"
@@ -41,8 +41,10 @@ _HARMLESS = re.compile(
     re.I,
 )
 _PLAIN_VALUE = re.compile(r"-?[0-9.,:-]{0,16}|true|false|yes|no|\w|[^?&]*\.[a-z0-9]{2,5}", re.I)
-_LONGEST_PLAIN = 32  # characters; a longer value may be a token, whatever the field's name
-_LONGEST_PATH = 4096  # characters; a longer value is no path, and is not searched for other names
+_LONGEST_PLAIN = 32  # characters; a longer value may be a token, whatever its name
+_LONGEST_PATH = (
+    4096  # characters; a longer value is not a path, and is not searched for other names
+)
 # A shorter value may be a token if it switches between letters and digits more often than words do.
 _WITHOUT_SEPARATORS = re.compile(r"[A-Za-z0-9+/]{16,}={0,2}")
 _SWITCH = re.compile(r"(?=[a-z][A-Z0-9]|[A-Z][0-9]|[0-9][A-Za-z])")
@@ -101,7 +103,7 @@ _PORT_OR_ADDRESS = re.compile(r"[^:@]*(:\d{0,5})?|\[[^\]]*\](:\d{0,5})?")
 # Texts may be long and hostile: no pattern may scan the same character many times.
 _URLS_IN_TEXT = re.compile(r"(?:[a-z][a-z0-9+.-]{0,20}:)?//[^\s'\"<>]+", re.I)
 _USER_AND_PASSWORD = re.compile(r"//[^@/:]+:[^@]*@")
-_MOST_NESTED = 8  # URLs nested in a field of a URL
+_MOST_NESTED = 8  # URLs nested in a parameter of a URL
 # `--name `, `name=`, `"name": ` or `<name>`, and the value that follows.
 _NAME_IN_TEXT = re.compile(
     r"(?<![\w.%-])(?:--(?P<flag>[\w-]{1,80})[\t ]|<(?P<tag>[\w.:-]{1,80})>"
@@ -122,8 +124,8 @@ def redact(url: str) -> str:
     """Replace passwords, signatures and tokens in a URL by `***`.
 
     A local path stays unchanged. Each link of a chain (`zip://a.wav::s3://...`) is redacted. In a
-    web address, every query field is treated as a secret unless its name or value is known to be
-    harmless. A URL after other text (`url=https://...`) is redacted, too.
+    web address, every query parameter is treated as a secret unless its name or value is known to
+    be harmless. A URL after other text (`url=https://...`) is redacted, too.
     """
     if "//" not in url:
         return url

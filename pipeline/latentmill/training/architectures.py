@@ -27,7 +27,7 @@ from latentmill.training.settings import TrainSettings
 
 
 class Trainable(nn.Module):
-    """An autoencoder and its loss. `forward` computes the loss of a batch."""
+    """An autoencoder and its loss. `forward` computes the loss of a batch, a scalar."""
 
     def __init__(self, architecture: Architecture, spec: ModelSpec) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Oobleck(Trainable):
 
 
 def drawn(batch: LinearityBatch, encoded: Tensor) -> tuple[Tensor, Tensor]:
-    """The latents of the targets, drawn from the inputs' posteriors, and the divergence.
+    """The latents of the targets, drawn from the inputs' posteriors, and the KL divergence.
 
     `encoded` `[B, 2 D, Z]` are means and, before softplus, standard deviations. The divergence is
     that from a standard normal distribution, as in the code of Stable Audio. The origin is not

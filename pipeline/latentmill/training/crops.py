@@ -46,7 +46,7 @@ class AudioBatch:
 
 
 class Crops:
-    """Draws crops of `samples` samples, evenly from all items.
+    """Draws crops of `samples` samples, uniformly from all items.
 
     Items shorter than a crop are padded with zeros. An item that cannot be loaded is reported once,
     and another one is drawn instead; so are silent crops.

@@ -47,7 +47,9 @@ class LinearitySettings(BaseModel):
     gain_probability: float = Field(
         0.8, ge=0, le=1, description="Share of the targets that get a random gain."
     )
-    max_gain: float = Field(3.0, ge=1, description="Gains are drawn evenly from 0 to this factor.")
+    max_gain: float = Field(
+        3.0, ge=1, description="Gains are drawn uniformly from 0 to this factor."
+    )
     silence_below: float = Field(
         0.05, ge=0, le=1, description="Smaller gains become 0, which is silence."
     )
@@ -213,7 +215,7 @@ def capped(gains: Tensor, sounds: Tensor) -> Tensor:
 
 
 def random_numbers(seed: int, step: int, rank: int, count: int, stream: int = 0) -> Numbers:
-    """Evenly distributed numbers in [0, 1), a pure function of the arguments (Philox)."""
+    """Uniformly distributed numbers in [0, 1), a pure function of the arguments (Philox)."""
     key = np.array([seed % 2**64, (stream << 32) + rank], dtype=np.uint64)
     generator = np.random.Generator(np.random.Philox(key=key, counter=step << 128))
     return generator.random(count)

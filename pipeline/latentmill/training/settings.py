@@ -59,8 +59,8 @@ class TrainSettings(SourceSettings):
     quieter_db: Annotated[float, _RUN] = Field(
         0.0,
         ge=0,
-        description="Crops are made quieter by up to this many dB, drawn evenly, with and without "
-        "linearity, so that the encoder sees each sound at many levels.",
+        description="Crops are made quieter by up to this many dB, drawn uniformly, with and "
+        "without linearity, so that the encoder sees each sound at many levels.",
     )
     learning_rate: Annotated[float, _RUN] = Field(
         1e-4, gt=0, description="Learning rate after the warm-up."
@@ -75,7 +75,9 @@ class TrainSettings(SourceSettings):
         1.0, gt=0, description="Gradients are scaled down to at most this norm."
     )
     kl_weight: Annotated[float, _RUN] = Field(
-        1e-4, ge=0, description="conv, oobleck: weight of the posterior's divergence in the loss."
+        1e-4,
+        ge=0,
+        description="conv, oobleck: weight of the KL divergence of the posterior in the loss.",
     )
     ema: Annotated[float, _RUN] = Field(
         0.9999, ge=0, lt=1, description="Decay of the moving average of the weights."

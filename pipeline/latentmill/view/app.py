@@ -147,7 +147,7 @@ class Viewer:
         if of == "latent":
             return self._desk.latent_picture(key, _PICTURE_SECONDS)
         if of not in ("waveform", "spectrogram"):
-            raise ConfigError("invalid of: use waveform, spectrogram or latent.")
+            raise ConfigError("invalid parameter 'of': use waveform, spectrogram or latent.")
         rate = self._desk.spec.sample_rate
         audio = self._desk.audio(self._excerpt(key), "decoded", check)
         audio = audio[:, : round(_PICTURE_SECONDS * rate)]  # overlapping chunks are decoded whole
@@ -164,7 +164,7 @@ class Viewer:
         values = _only(request, "mix", "of", "name")
         mix, side = self._mix(values), values.get("of", "latent")
         if side not in _SIDES:
-            raise ConfigError(f"invalid of: use one of {', '.join(_SIDES)}.")
+            raise ConfigError(f"invalid parameter 'of': use one of {', '.join(_SIDES)}.")
 
         def work(check: Callable[[], None]) -> bytes:
             audio = self._desk.audio(mix, side, check)

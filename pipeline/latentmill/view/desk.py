@@ -77,7 +77,7 @@ class Desk:
         if not _plain(mix):
             self._store.origin.check_arithmetic()
         if any(channel.pan for channel in mix.channels) and (why := why_no_pan(self._store)):
-            raise ConfigError(f"This store has no pan: {why}")
+            raise ConfigError(f"Records of this store cannot be panned: {why}")
         if self.chunked:
             return self._chunks(mix)
         spec = self.spec

@@ -91,15 +91,15 @@ def test_chunks_of_a_tokenizer_are_the_whole_if_it_can_be_trimmed(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", REFERENCES)
-def test_probe_finds_no_broken_promise(tokenizers: Path, model_type: str) -> None:
-    assert lm.probe(f"hf:{written(tokenizers, model_type)}").broken == ()
+def test_probe_finds_no_failed_check(tokenizers: Path, model_type: str) -> None:
+    assert lm.probe(f"hf:{written(tokenizers, model_type)}").failed == ()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", WITH_TORCHAUDIO)
 def test_tokenizers_that_need_torchaudio(tokenizers: Path, model_type: str) -> None:
     pytest.importorskip("torchaudio", reason="transformers needs torchaudio for these types")
-    assert lm.probe(f"hf:{written(tokenizers, model_type)}").broken == ()
+    assert lm.probe(f"hf:{written(tokenizers, model_type)}").failed == ()
 
 
 @pytest.mark.skipif(find_spec("torchaudio") is not None, reason="torchaudio is installed")
@@ -258,7 +258,7 @@ def test_a_type_that_is_not_known_and_whose_neighbours_change_latents(
     assert (handle.spec.hop, handle.spec.latent_channels) == (128, 6)
     assert handle.spec.stitch == "crossfade"
     assert '"one_by_one": true' in str(handle.spec.identity["measured"])
-    assert lm.probe(handle).broken == ()
+    assert lm.probe(handle).failed == ()
     model, sound = handle.load("cpu"), music(8000, 1, 2560)[None]
     both = model.encode(torch.cat((0.1 * sound, sound)))
     package = OtherModel.from_pretrained(repo).requires_grad_(False)

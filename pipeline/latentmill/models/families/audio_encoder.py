@@ -51,7 +51,7 @@ class AudioHandle(CodecHandle):
 
 
 def can_decode(handle: ModelHandle) -> bool:
-    """Whether a model of audio has a decoder; `--channels split` changes nothing about it."""
+    """Whether a model of audio has a decoder, also with `--channels split`."""
     inner = handle.inner if isinstance(handle, SplitHandle) else handle
     return not isinstance(inner, AudioHandle)
 
@@ -95,7 +95,7 @@ class ClapAudio(_Encoder):
             )
             power = spectrum.abs().square().transpose(1, 2) @ self._filters  # [B, frames, bands]
             mel = 10 * power.clamp(min=MEL_FLOOR).log10().float()[:, None]
-        if self._fused:  # the package calls a short recording long, too, if it is alone
+        if self._fused:  # as in the package, which marks a single short recording as long
             mel = mel.expand(-1, 4, -1, -1).contiguous()
         longer = torch.full((batch, 1), self._fused, device=audio.device)
         found = self._model.get_audio_features(input_features=mel, is_longer=longer)
@@ -104,7 +104,7 @@ class ClapAudio(_Encoder):
 
 
 class AudioFrames(_Encoder):
-    """wav2vec 2.0 and its kin: `[B, 1, T]` to the hidden states of a layer, `[B, D, frames]`."""
+    """wav2vec 2.0 and the like: `[B, 1, T]` to the hidden states of a layer, `[B, D, frames]`."""
 
     def __init__(self, name: str, model: Any, normalise: bool, layer: int | None) -> None:
         super().__init__(name)

@@ -122,7 +122,7 @@ def _spec(config: Any, codes: bool) -> ModelSpec:
         hop=hop,
         context=None if native else Context(CONTEXT, ahead),
         chunk_frames=round((config.chunk_length or CHUNK_SECONDS * rate) / hop),
-        # With 3 the crossfade of decoding windows is `ahead` frames from their ends, too.
+        # 3, so that the crossfade of decoding windows is `ahead` frames from their ends, too.
         overlap_frames=NATIVE_OVERLAP if native else CONTEXT + 3 * ahead,
         batch_size={"cpu": 1, "cuda": 64 if native else 16},
         own_length=native,

@@ -161,7 +161,7 @@ def _spec(config: dict[str, Any], *, std: bool) -> ModelSpec:
 
 
 def _check(config: dict[str, Any]) -> None:
-    """Raise `ValueError` for settings with which frames are other ones, or depend on all others."""
+    """Raise `ValueError` for settings that change the frames' grid or make frames depend on all."""
     wanted: dict[str, Any] = {"causality_axis": "height", "norm_type": "pixel", "double_z": True}
     wanted |= {"mid_block_add_attention": False}
     for setting, value in wanted.items():

@@ -34,7 +34,7 @@ class Steps:
         return all(state is None for state in self._states)
 
     def before(self, first: Tensor) -> Tensor:
-        """What the next module kept, `[B, ...]`; `first` has the rows of first chunks."""
+        """The next module's state of the previous chunk, `[B, ...]`; first chunks get `first`."""
         index = len(self._kept)
         if self.first:
             return first
@@ -138,7 +138,7 @@ class _Attention:
         self._steps.keep(both[:, :, -self._past :])
         return both[:, :, self._past - self._length :]
 
-    # What transformers asks a cache when it makes its own mask: nothing was seen before.
+    # transformers calls these to make its own mask: report an empty cache.
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return 0

@@ -2,7 +2,7 @@
 
 PATH is the folder of a run or its folder `model`, which contains `trained.json` and the weights in
 the format of the architecture's own family, so that `oobleck:PATH` loads them, too. Only the
-architectures of `ARCHITECTURES` are built; the file names no code.
+architectures of `ARCHITECTURES` are built; the file cannot name code to run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Finding the batch size by trial: the most chunks per forward pass that fit and that pay off.
 
 Latents depend on the batch size in the last digits (6e-6), so the size is found once per store; see
-`engine/worker.py`.
+`settled_batch_size` in `engine/tuning.py`.
 """
 
 from __future__ import annotations

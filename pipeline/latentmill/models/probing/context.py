@@ -42,7 +42,7 @@ class EdgeErrors:
         return left, right
 
     def beyond(self, left: int, right: int) -> float:
-        """The largest error of frames behind a context."""
+        """The largest error of frames beyond a context."""
         return max((*self.left[left:], *self.right[right:]), default=0.0)
 
 

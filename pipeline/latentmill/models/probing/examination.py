@@ -1,4 +1,4 @@
-"""Compares what a loaded model does with what its spec and the protocol of `base.py` promise."""
+"""Checks what a loaded model does: the claims of its spec, and the protocol of `base.py`."""
 
 from __future__ import annotations
 
@@ -8,56 +8,56 @@ import torch
 
 from latentmill.models.base import ModelSpec
 from latentmill.models.probing import decoding, encoding
-from latentmill.models.probing.subject import Promise, Subject
+from latentmill.models.probing.subject import Check, Subject
 from latentmill.models.weights import one_line
 
-Measure = Callable[[Subject], Promise]
+Measure = Callable[[Subject], Check]
 COUNTS = ("hop", "sample_multiple", "min_samples", "sample_rate", "chunk_frames")
 
 
-def examine(subject: Subject) -> list[Promise]:
-    """Measure every promise. What depends on a broken one is listed as not measured."""
-    promises = spec_promises(subject.claimed)
+def examine(subject: Subject) -> list[Check]:
+    """Make every check. Those that depend on a failed one are listed as not measured."""
+    checks = spec_checks(subject.claimed)
 
-    def keeps(name: str, measure: Measure) -> bool:
-        promises.append(measured(name, measure, subject))
-        return promises[-1].status == "kept"
+    def passes(name: str, measure: Measure) -> bool:
+        checks.append(measured(name, measure, subject))
+        return checks[-1].status == "passed"
 
     def skip(reason: str, *names: str) -> None:
-        promises.extend(Promise(name, "", reason, "not measured") for name in names)
+        checks.extend(Check(name, "", reason, "not measured") for name in names)
 
-    if not keeps("shape", encoding.shape):
+    if not passes("shape", encoding.shape):
         skip("encode fails", "values", *_AFTER_VALUES)
-        return promises
-    if not keeps("values", encoding.values):
+        return checks
+    if not passes("values", encoding.values):
         skip("the latents are not finite", *_AFTER_VALUES)
-        return promises
-    keeps("range", encoding.value_range)
-    channels = keeps("channels", encoding.channels)
-    lengths = keeps("lengths", encoding.lengths)
-    keeps("silence", encoding.silence)
-    keeps("input", encoding.unchanged_input)
-    if keeps("generators", encoding.generators) and keeps("determinism", encoding.determinism):
-        keeps("batch", encoding.batch)
-        keeps("neighbours", encoding.neighbours)
-        keeps("context", encoding.context)
+        return checks
+    passes("range", encoding.value_range)
+    channels = passes("channels", encoding.channels)
+    lengths = passes("lengths", encoding.lengths)
+    passes("silence", encoding.silence)
+    passes("input", encoding.unchanged_input)
+    if passes("generators", encoding.generators) and passes("determinism", encoding.determinism):
+        passes("batch", encoding.batch)
+        passes("neighbours", encoding.neighbours)
+        passes("context", encoding.context)
     else:
         skip("encode is not deterministic", "batch", "neighbours", "context")
-    keeps("codes", encoding.codes)
+    passes("codes", encoding.codes)
     if not subject.decodes:
         skip("the model cannot decode", "decoding", "decoder")
     elif not (channels and lengths):
         skip("it depends on the shape of latents", "decoding", "decoder")
-    elif not keeps("decoding", decoding.lengths):
+    elif not passes("decoding", decoding.lengths):
         skip("decode fails", "decoder")
     else:
-        keeps("decoder", decoding.decoder)
-    return promises
+        passes("decoder", decoding.decoder)
+    return checks
 
 
-def spec_promises(spec: ModelSpec) -> list[Promise]:
-    promise = Promise("spec", "consistent", "consistent")
-    return [promise.broken(one, "inconsistent") for one in spec_faults(spec)] or [promise]
+def spec_checks(spec: ModelSpec) -> list[Check]:
+    check = Check("spec", "consistent", "consistent")
+    return [check.failed(one, "inconsistent") for one in spec_faults(spec)] or [check]
 
 
 def spec_faults(spec: ModelSpec) -> list[str]:
@@ -93,12 +93,12 @@ def countable(spec: ModelSpec) -> bool:
     return all(getattr(spec, name) >= 1 for name in COUNTS)
 
 
-def measured(name: str, measure: Measure, subject: Subject) -> Promise:
+def measured(name: str, measure: Measure, subject: Subject) -> Check:
     try:
         with torch.inference_mode():
             return measure(subject)
     except Exception as error:  # noqa: BLE001  of the user's code
-        return Promise(name, "", "an error").broken(
+        return Check(name, "", "an error").failed(
             f"Measuring {name} failed ({one_line(error)}): encode and decode must accept all that "
             "the spec allows."
         )

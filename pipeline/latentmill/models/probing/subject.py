@@ -1,4 +1,4 @@
-"""A model that is probed, and a promise that it keeps or breaks."""
+"""A model that is probed, and a check that it passes or fails."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ ROUNDING = 1e-5  # relative error of equal calls on a GPU
 BATCH = 1e-4  # relative error that the rest of a batch may cause
 CALL_ERRORS = (LatentmillError, AssertionError, NotImplementedError, *LOAD_ERRORS)
 
-Status = Literal["kept", "broken", "not measured"]
+Status = Literal["passed", "failed", "not measured"]
 
 
 @dataclass(frozen=True)
-class Promise:
+class Check:
     """A claim about a model, and what was measured.
 
     Attributes:
         name: What the claim is about, such as `lengths`.
         claimed: The claim.
         measured: The measured value, or why it was not measured.
-        status: Whether the model keeps the promise.
-        sentence: What is wrong and what to do, if it is broken.
+        status: Whether the model passes.
+        sentence: What is wrong and what to do, if it fails.
     """
 
     name: str
     claimed: str
     measured: str
-    status: Status = "kept"
+    status: Status = "passed"
     sentence: str | None = None
 
-    def broken(self, sentence: str, measured: str | None = None) -> Promise:
+    def failed(self, sentence: str, measured: str | None = None) -> Check:
         measured = self.measured if measured is None else measured
-        return replace(self, measured=measured, status="broken", sentence=sentence)
+        return replace(self, measured=measured, status="failed", sentence=sentence)
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,12 @@ def samples_needed(spec: ModelSpec) -> int:
     return max(spec.padded(spec.samples(frames)), 2 * spec.min_samples)
 
 
-def generators_promise(name: str, call: str, result: str, repeats: Repeatability) -> Promise:
+def generators_check(name: str, call: str, result: str, repeats: Repeatability) -> Check:
     used = ", ".join(repeats.generators)
-    promise = Promise(name, "no global random numbers", used or "none")
+    check = Check(name, "no global random numbers", used or "none")
     if not used:
-        return promise
-    return promise.broken(
+        return check
+    return check.failed(
         f"{call} uses the global random numbers of {used}, so that {result} depend on what ran "
         "before: use no noise, or a torch.Generator of its own."
     )

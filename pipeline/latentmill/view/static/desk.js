@@ -64,7 +64,7 @@ export class Desk {
   /** Add records; `offsets` are the frames of the mix at which they begin. */
   add(keys, offsets = []) {
     const room = this.facts.max_channels - this.channels.length;
-    showError(keys.length > room ? `The desk has ${this.facts.max_channels} channels: remove some first.` : "");
+    showError(keys.length > room ? `The desk can have at most ${this.facts.max_channels} channels: remove some first.` : "");
     this.channels.push(...keys.slice(0, room).map((key, number) => newChannel(key, offsets[number])));
     this.#show();
     announce(`The mixing desk has ${this.channels.length} channels.`);
@@ -84,7 +84,7 @@ export class Desk {
         added.map(({ key }) => key),
         added.map(({ begin }) => Math.round(((begin - first) * rate) / hop)),
       );
-      if (total > records.length) showError(`The group has ${total} records; the desk has ${max_channels} channels.`);
+      if (total > records.length) showError(`The group has ${total} records, but the desk can have at most ${max_channels} channels.`);
     } catch (error) {
       if (!(error instanceof RequestError)) throw error;
       showError(error.message);

@@ -36,16 +36,16 @@ from latentmill.text.log import get_logger
 VERSION = 1  # increases if the same model gives other values
 SHORT = (*range(1, 13), 21, 34, 64)  # lengths in frames
 CONTEXT_FRAMES = 192  # length of the audio whose parts are compared with the whole
-EXACT = 1e-5  # error of a frame that is left behind the context
+EXACT = 1e-5  # largest error of a frame beyond the context
 LARGEST = 2**20  # no measured number is larger
-SPARE = 8  # frames behind the context that must be equal
+SPARE = 8  # frames beyond the context that must be equal
 
 _log = get_logger("models")
 
 
 @dataclass(frozen=True)
 class MeasuredTokenizer:
-    """What is measured.
+    """Properties of an audio tokenizer, measured on the CPU.
 
     Attributes:
         hop: Samples per frame.
@@ -224,7 +224,7 @@ def _order(network: TokenizerNetwork, sound: Tensor, sample_rate: int) -> float:
 
 
 def _independent(network: TokenizerNetwork, one: Tensor, other: Tensor) -> bool:
-    """Whether a batch leaves its elements as they are; ModelError if equal calls differ."""
+    """Whether the rest of a batch does not change an element; ModelError if equal calls differ."""
     repeats = repeatability(lambda: network.encode(one), lambda: network.encode(other))
     if not max(repeats.same_seed, repeats.other_seed) <= EXACT:
         raise ModelError("its latents differ from call to call")
