@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from latentmill.config import fingerprint_document, load_config
 from latentmill.encoding.chunks import Chunking
@@ -34,7 +36,7 @@ from support.in_process import encode, in_process, spoil, tone
 
 
 def prepared(
-    folder: Path, store: Path, songs_per_unit: int = 2, **options: object
+    folder: Path, store: Path | str, songs_per_unit: int = 2, **options: object
 ) -> tuple[Job, Plan]:
     """A frozen plan of three units of songs, and a job for it."""
     songs = runs.write_songs(folder, 3 * songs_per_unit)
@@ -147,6 +149,25 @@ def test_a_download_on_trial_is_progress(tmp_path: Path) -> None:
         finally:
             gate.open()
         assert refused.result() == {}
+
+
+def test_an_upload_is_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the worker would be replaced during a slow upload, and the unit never finished."""
+    job, plan = prepared(tmp_path / "songs", f"memory://{uuid.uuid4().hex}/store")
+    worker = Worker(job)
+    steps: list[float] = []
+    write = MemoryFile.write
+
+    def noted(file: MemoryFile, data: bytes) -> int:
+        steps.append(worker.timings()["steps"])
+        return write(file, data)
+
+    monkeypatch.setattr(MemoryFileSystem, "blocksize", 1000)  # bytes of an upload in one write
+    monkeypatch.setattr(MemoryFile, "write", noted)
+    assert worker.encode(plan.units[0]).encoded == 2
+    worker.close()
+    assert len(steps) > 10
+    assert steps == list(range(int(steps[0]), int(steps[0]) + len(steps)))
 
 
 def test_the_origin_is_the_latent_of_silence(tmp_path: Path) -> None:

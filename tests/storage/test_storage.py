@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from latentmill.errors import StorageError, StoreError
-from latentmill.storage import remote
+from latentmill.storage import remote, uploads
 from latentmill.storage import storage as module
 from latentmill.storage.storage import Storage
 
@@ -88,6 +88,22 @@ def test_publishing_a_finished_file(storage: Storage) -> None:
     assert storage.read("shards/000.parquet") == b"rows"
     assert not temporary.exists()
     assert storage.list("shards") == {"000.parquet": 4}
+
+
+@pytest.mark.parametrize("size", [0, 12 << 20])
+def test_bytes_of_an_upload_are_reported(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """A worker that reports no progress is replaced, and an upload may take hours."""
+    monkeypatch.setattr(uploads, "ONE_REQUEST", 10 << 20)
+    reports: list[int] = []
+    finished = tmp_path / "finished"
+    finished.write_bytes(os.urandom(size))
+    data = finished.read_bytes()
+    assert storage.publish(finished, "shards/a", lambda: reports.append(1))
+    assert storage.read("shards/a") == data
+    if not storage.local and size:
+        assert len(reports) == 3
 
 
 def test_a_scratch_file_goes_when_its_writer_fails(storage: Storage) -> None:

@@ -277,6 +277,7 @@ class Worker:
                 info=job.info,
                 revision=unit.revision,
                 keys=[item.key for item in work.planned],
+                on_bytes=timings.step,
             )
             kept = () if field is None else timings.stepping(field.kept())
             # Tasks load on other nodes, so this one cannot tell whether they have the source.

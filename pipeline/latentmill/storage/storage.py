@@ -37,6 +37,7 @@ from latentmill.storage.remote import (
     status_of,
     storage_errors,
 )
+from latentmill.storage.uploads import upload
 
 T = TypeVar("T")
 
@@ -248,10 +249,13 @@ class Storage:
             new = self._unless_refused(lambda: self._fs.pipe_file(full, data, IfMatch=version))
             return new or self.read_if_exists(path) == data
 
-    def publish(self, temporary: Path, path: str) -> bool:
+    def publish(
+        self, temporary: Path, path: str, on_bytes: Callable[[], object] = lambda: None
+    ) -> bool:
         """Move a finished local file into the store atomically, under a new name.
 
-        Returns False if a file of that name exists already; that file stays.
+        Returns False if a file of that name exists already; that file stays. `on_bytes` is called,
+        in any thread, whenever bytes of an upload have arrived.
         """
         self.refuse_read_only()
         with self._errors("write", path):
@@ -259,8 +263,8 @@ class Storage:
                 with temporary.open("rb+") as file:
                     os.fsync(file.fileno())
                 return self._unless_refused(partial(self._rename, temporary, path, replace=False))
-            name, full = str(temporary), self.full(path)
-            return self._unless_refused(lambda: self._fs.put_file(name, full, mode="create"))
+            full = self.full(path)
+            return self._unless_refused(lambda: upload(self._fs, temporary, full, on_bytes))
 
     def delete(self, path: str) -> None:
         """Remove a file if it exists."""
@@ -335,7 +339,7 @@ class Storage:
         if replace:
             temporary.replace(target)
         else:
-            _link(temporary, target)
+            scratch.link(temporary, target)
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # the name itself must survive a power failure
@@ -384,16 +388,3 @@ def writing(place: str, advice: str = "") -> Iterator[None]:
         # pyarrow's message is long; the error number has a short one.
         cause = os.strerror(error.errno) if error.errno else str(error)
         raise StorageError(f"Cannot write {place}: {cause}{advice or advice_on(error)}.") from error
-
-
-def _link(temporary: Path, target: Path) -> None:
-    """Link a file under a new name; FileExistsError if the name is taken."""
-    try:
-        os.link(temporary, target)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        # SMB and FAT have no hard links: check the name, then rename.
-        if target.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
-        temporary.replace(target)

@@ -304,8 +304,10 @@ class ViewStorage(Storage):
     def replace(self, path: str, data: bytes, version: str | None) -> bool:
         return self._own.replace(path, data, version)
 
-    def publish(self, temporary: Path, path: str) -> bool:
-        return self._own.publish(temporary, path)
+    def publish(
+        self, temporary: Path, path: str, on_bytes: Callable[[], object] = lambda: None
+    ) -> bool:
+        return self._own.publish(temporary, path, on_bytes)
 
     def delete(self, path: str) -> None:
         self._own.delete(path)

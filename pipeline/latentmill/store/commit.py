@@ -147,6 +147,7 @@ def write_unit(
     info: Mapping[str, Any],
     revision: int = 0,
     keys: Sequence[str] | None = None,
+    on_bytes: Callable[[], object] = lambda: None,
 ) -> Commit:
     """Write a unit's records to a new shard as they arrive; return the commit for `write_commit`.
 
@@ -154,7 +155,8 @@ def write_unit(
     items; the shard has the records in this order. `keys` are those of the items in the plan's
     order, if it is another one. `info` is what a reader of this shard alone needs to know. If the
     name of `revision` is taken by an attempt that was not committed, the next free revision is
-    used. If writing fails with a StorageError, the shard is removed.
+    used. If writing fails with a StorageError, the shard is removed. `on_bytes` is called, in any
+    thread, whenever bytes of an upload have arrived.
     """
     entries = _UnitEntries()
     scratch = storage.scratch_file(shard_path(unit, format_name))
@@ -176,7 +178,7 @@ def write_unit(
         on_failure.pop_all()
         rows = len(locations)
         while not (
-            storage.publish(temporary, shard_path(unit, format_name, revision))
+            storage.publish(temporary, shard_path(unit, format_name, revision), on_bytes)
             if rows
             else not storage.exists(shard_path(unit, format_name, revision))
         ):
