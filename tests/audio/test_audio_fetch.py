@@ -1,6 +1,7 @@
 """Recordings from S3, the web and memory: fetched whole, or refused with a reason."""
 
 import http.server
+import itertools
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import tracemalloc
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -267,6 +269,36 @@ def test_a_web_server_that_stumbles_is_asked_again() -> None:
 
     with web(stumble) as url:
         assert content(url) == DATA
+
+
+def test_a_long_download_that_is_cut_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def pass_minutes() -> None:
+        now[0] += remote.GIVE_UP_SECONDS
+
+    def cut_once(handler: http.server.BaseHTTPRequestHandler, number: int) -> None:
+        send(handler, DATA[: 1 << 20] if number == 1 else DATA, length=len(DATA))
+
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: None)
+    monkeypatch.setattr(remote, "time", clock)
+    with web(cut_once) as url, open_media(url, None, pass_minutes) as media:
+        assert media.read_at(0, media.size) == DATA
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_download_may_take_hours_but_not_forever(
+    monkeypatch: pytest.MonkeyPatch, slow: bool
+) -> None:
+    """A server that sends a byte now and then would keep an item, and its worker, for days."""
+    hours = itertools.count(step=3600.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(hours)))
+    monkeypatch.setattr(module, "_SLOWEST", (1 << 20) if slow else 0.1)
+    with web(lambda handler, _: send(handler)) as url:
+        if slow:
+            refused("^the file cannot be fetched: it arrives at less than 1024 KiB/s$", url)
+        else:
+            assert content(url) == DATA
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
@@ -112,6 +113,33 @@ def test_trying_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "GIVE_UP_SECONDS", -1.0)
     with pytest.raises(ConnectionResetError):
         failing(ConnectionResetError(), 1)
+
+
+@pytest.mark.parametrize("reported", [True, False])
+def test_a_long_transfer_is_tried_again_if_it_has_progressed(
+    monkeypatch: pytest.MonkeyPatch, reported: bool
+) -> None:
+    now, calls, arrived = [0.0], [], []
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: None)
+    monkeypatch.setattr(remote, "time", clock)
+    retries = remote.Retries(lambda: arrived.append(1))
+
+    def transfer() -> str:
+        calls.append(1)
+        for _ in range(10):
+            now[0] += remote.GIVE_UP_SECONDS
+            if reported:
+                retries.progress()
+        if len(calls) < 3:
+            raise ConnectionResetError
+        return "done"
+
+    if reported:
+        assert retrying(transfer, retries) == "done"
+        assert len(arrived) == 30
+    else:  # the clients' own retries have taken this time
+        with pytest.raises(ConnectionResetError):
+            retrying(transfer, retries)
 
 
 def test_statuses() -> None:

@@ -8,17 +8,17 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, Any
-
-import fsspec.asyn
+from typing import IO
 
 from latentmill.errors import ConfigError, ItemError
 from latentmill.storage import objects
 from latentmill.storage.descriptors import read_at, write_at
 from latentmill.storage.remote import (
     RANGE_NOT_SATISFIABLE,
+    Retries,
     cause_of,
     is_transient,
     is_web,
@@ -39,8 +39,7 @@ IN_FLIGHT = 4
 """Larger files are fetched with `IN_FLIGHT` concurrent requests of `PIECE` bytes."""
 
 _FIRST_BYTE_SECONDS = 60.0
-_SLOWEST = 64 << 10  # bytes per second; slower requests are given up
-_LONGEST_SECONDS = 3600.0  # for a download of unknown length
+_SLOWEST = 64 << 10  # bytes per second on average; slower requests are given up
 
 
 class _OtherSizeError(Exception):
@@ -56,13 +55,14 @@ def fetch(
     arrived, because a download may take hours. Raises ItemError if the file is missing or cannot
     be fetched as a whole, and ConfigError if the package for this kind of URL is not installed.
     """
+    retries = Retries(on_bytes)
     try:
         if is_web(url):
-            return retrying(lambda: _stream(url, on_bytes))
+            return retrying(lambda: _stream(url, retries.progress), retries)
         if size is not None:
             with contextlib.suppress(_OtherSizeError):  # it has changed: look up its size
-                return _by_ranges(url, size, on_bytes)
-        return _by_ranges(url, None, on_bytes)
+                return _by_ranges(url, size, retries)
+        return _by_ranges(url, None, retries)
     except _OtherSizeError as error:
         raise ItemError(str(error)) from error
     except ImportError as error:
@@ -88,11 +88,11 @@ def _why_not_fetched(url: str, error: Exception) -> str:
     return f"the file cannot be fetched: {reason}"
 
 
-def _by_ranges(url: str, size: int | None, on_bytes: Callable[[], object]) -> IO[bytes]:
+def _by_ranges(url: str, size: int | None, retries: Retries) -> IO[bytes]:
     """Fetch from object storage, where each range is one request."""
     filesystem, path = open_filesystem(url)
     if size is None:
-        size = int(retrying(lambda: filesystem.info(path))["size"])
+        size = int(retrying(lambda: filesystem.info(path), retries)["size"])
     with contextlib.ExitStack() as stack:
         target = stack.enter_context(local_file(size))
         starts = range(0, size, PIECE)
@@ -102,7 +102,7 @@ def _by_ranges(url: str, size: int | None, on_bytes: Callable[[], object]) -> IO
             end = min(start + PIECE, size + 1)
             try:
                 data = retrying(
-                    lambda: objects.cat_file(filesystem, path, start, end, _seconds(PIECE))
+                    lambda: objects.cat_file(filesystem, path, start, end, _seconds(PIECE)), retries
                 )
             except storage_errors() as error:
                 if status_of(error) != RANGE_NOT_SATISFIABLE:
@@ -112,7 +112,7 @@ def _by_ranges(url: str, size: int | None, on_bytes: Callable[[], object]) -> IO
                 text = f"fetching it gave {start + len(data)} of {size} bytes"
                 raise _OtherSizeError(text)
             write_at(target.fileno(), data, start)
-            on_bytes()
+            retries.progress()
 
         if len(starts) == 1:
             copy(0)
@@ -133,18 +133,9 @@ def _stream(url: str, on_bytes: Callable[[], object]) -> IO[bytes]:
     with contextlib.ExitStack() as stack:
         target = _Growing(on_bytes)
         stack.callback(target.close)
-        limit = int(_LONGEST_SECONDS * _SLOWEST)
-        _limited(filesystem, "get_file", path, limit, target, headers=headers)
+        filesystem.get_file(path, target, headers=headers)
         stack.pop_all()
     return target.file
-
-
-def _limited(filesystem: Any, name: str, path: str, size: int, *args: Any, **kwargs: Any) -> Any:
-    """Call a method of a file system, with a time limit if it is asynchronous."""
-    if not filesystem.async_impl:
-        return getattr(filesystem, name)(path, *args, **kwargs)
-    method = getattr(filesystem, f"_{name}")
-    return fsspec.asyn.sync(filesystem.loop, method, path, *args, timeout=_seconds(size), **kwargs)
 
 
 def _seconds(size: int) -> float:
@@ -153,12 +144,16 @@ def _seconds(size: int) -> float:
 
 
 class _Growing:
-    """A file of unknown length that moves from memory to disk above `MEMORY_LIMIT`."""
+    """A file of unknown length that moves from memory to disk above `MEMORY_LIMIT`.
+
+    Raises OSError if it arrives too slowly. The client notices if nothing arrives.
+    """
 
     def __init__(self, on_bytes: Callable[[], object]) -> None:
         self.file = memory_file()
         self._on_bytes = on_bytes
         self._size = 0
+        self._began = time.monotonic()
 
     def write(self, data: bytes) -> int:
         if self._size <= MEMORY_LIMIT < self._size + len(data):
@@ -169,6 +164,8 @@ class _Growing:
         write_at(self.file.fileno(), data, self._size)
         self._size += len(data)
         self._on_bytes()
+        if time.monotonic() - self._began > _seconds(self._size):
+            raise OSError(f"it arrives at less than {_SLOWEST >> 10} KiB/s")
         return len(data)
 
     def tell(self) -> int:

@@ -24,7 +24,7 @@ from latentmill.errors import ItemError, SourceError
 from latentmill.sources.arrays import AudioColumn, audio_column
 from latentmill.sources.base import Item, TableCell
 from latentmill.storage.descriptors import read_at, write_at
-from latentmill.storage.remote import open_filesystem, retrying, storage_errors
+from latentmill.storage.remote import Retries, open_filesystem, retrying, storage_errors
 
 Group: TypeAlias = tuple[str, int, str]
 """A table, the number of a row group and a column."""
@@ -70,7 +70,10 @@ class CellReader:
         Raises ItemError if the cell is empty or does not exist, and OSError or other errors of
         pyarrow and the storage.
         """
-        return retrying(lambda: self._read(_group_of(uri, cell), cell.row))
+        name = _group_of(uri, cell)
+        with self._lock:
+            retries = self._group(name).retries
+        return retrying(lambda: self._read(name, cell.row), retries)
 
     def release(self, uri: str, cell: TableCell) -> None:
         """Keep a cell no longer: its item needs no more reading."""
@@ -100,7 +103,8 @@ class CellReader:
 
     def _group(self, name: Group) -> _RowGroup:
         if name not in self._groups:
-            self._groups[name] = _RowGroup(name, self._kept, self._decoding, self._on_bytes)
+            retries = Retries(self._on_bytes)
+            self._groups[name] = _RowGroup(name, self._kept, self._decoding, retries)
         return self._groups[name]
 
 
@@ -169,14 +173,14 @@ class _RowGroup:
         name: Group,
         kept: _KeptCells,
         decoding: threading.Semaphore,
-        on_bytes: Callable[[], object],
+        retries: Retries,
     ) -> None:
         self.needed: set[int] = set()
         self.finished = False
         self._name = name
         self._kept = kept
         self._decoding = decoding
-        self._on_bytes = on_bytes
+        self.retries = retries
         self._lock = threading.Lock()
         self._file = contextlib.ExitStack()
         self._cells: Iterator[tuple[int, Data]] | None = None
@@ -260,7 +264,7 @@ class _RowGroup:
 
     def _begin(self) -> Iterator[tuple[int, Data]]:
         uri, row_group, name = self._name
-        file = self._file.enter_context(open_table(uri, self._on_bytes))
+        file = self._file.enter_context(open_table(uri, self.retries.progress))
         if row_group >= file.metadata.num_row_groups:
             raise ItemError(f"the file has no row group {row_group}")
         try:

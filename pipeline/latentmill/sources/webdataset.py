@@ -29,7 +29,7 @@ from latentmill.sources.names import (
     is_apple_double,
     without_extensions,
 )
-from latentmill.storage.remote import cause_of, retrying, storage_errors
+from latentmill.storage.remote import Retries, cause_of, retrying, storage_errors
 from latentmill.storage.threads import map_in_threads
 
 METADATA = (".json", ".txt", ".cls")
@@ -98,9 +98,10 @@ class WebDatasetSource:
     def _scan(self, tar: File) -> tuple[list[Item], Counter[str]]:
         """The items and ignored members of a tar."""
         ignored: Counter[str] = Counter()
+        retries = Retries()
         try:
             # A retry after a lost connection must read the tar from its start.
-            items: list[Item] = retrying(lambda: self._read(tar, ignored))
+            items: list[Item] = retrying(lambda: self._read(tar, ignored, retries), retries)
             return items, ignored
         # ValueError: from `tarfile` for invalid numbers, from fsspec's http without ranges.
         except storage_errors(ValueError) as error:
@@ -111,13 +112,14 @@ class WebDatasetSource:
                 f"Tar {tar.uri} is not a valid tar file ({error}): recreate it or exclude it."
             ) from error
 
-    def _read(self, tar: File, ignored: Counter[str]) -> list[Item]:
+    def _read(self, tar: File, ignored: Counter[str], retries: Retries) -> list[Item]:
         ignored.clear()
         items: list[Item] = []
         sample: list[_Member] = []
         key = None
         with self._open(tar) as file:
             for member in _members(file, tar, ignored):
+                retries.progress()
                 if is_apple_double(member.name):
                     ignored[APPLE_DOUBLE] += 1
                     continue

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import random
 import sys
@@ -72,7 +73,7 @@ NO_SUCH_BUCKET = "there is no such bucket"
 
 MAX_ATTEMPTS = 7
 FIRST_PAUSE = 0.25  # seconds; doubles after every attempt
-GIVE_UP_SECONDS = 120.0  # no new attempt later than this; the clients' own retries take time, too
+GIVE_UP_SECONDS = 120.0  # without progress, no new attempt: the clients' own retries take time, too
 
 S3_CONNECTIONS = (
     256  # maximum; with botocore's default of 10, the requests of a batch would wait for each other
@@ -234,21 +235,39 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def retrying(call: Callable[[], T]) -> T:
+class Retries:
+    """Decides whether a call is retried. A long call reports bytes that arrive by `progress`."""
+
+    def __init__(self, on_bytes: Callable[[], object] = lambda: None) -> None:
+        self._on_bytes = on_bytes
+        self._progressed = float("-inf")
+
+    def progress(self) -> None:
+        """Count progress, and call `on_bytes`."""
+        self._progressed = time.monotonic()
+        self._on_bytes()
+
+    def allow(self, attempt: int, began: float, error: Exception) -> bool:
+        """Whether to try again after `attempt` attempts since `began`; the last raised `error`."""
+        waited = time.monotonic() - max(began, self._progressed)
+        return is_transient(error) and attempt < MAX_ATTEMPTS and waited <= GIVE_UP_SECONDS
+
+
+def retrying(call: Callable[[], T], retries: Retries | None = None) -> T:
     """Call `call`, and retry it after transient errors; raises the last error."""
-    began = time.monotonic()
-    for attempt in range(1, MAX_ATTEMPTS):
+    retries, began = retries or Retries(), time.monotonic()
+    for attempt in itertools.count(1):
         try:
             return call()
         except storage_errors() as error:
-            if not is_transient(error) or time.monotonic() - began > GIVE_UP_SECONDS:
+            if not retries.allow(attempt, began, error):
                 raise
             reason = cause_of(error)
         # Jitter, so that workers that failed at the same time do not retry at the same time.
         pause = random.uniform(0.5, 1.0) * FIRST_PAUSE * 2 ** (attempt - 1)
         _log.debug("attempt %d failed (%s): retrying in %.1f s", attempt, reason, pause)
         time.sleep(pause)
-    return call()
+    raise AssertionError("the loop ends by return or raise")
 
 
 def cause_of(error: Exception, *, writing: bool = False) -> str:

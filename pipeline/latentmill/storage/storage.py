@@ -25,6 +25,7 @@ from latentmill.errors import ConfigError, StorageError, StoreError
 from latentmill.storage import descriptors, hub, scratch
 from latentmill.storage.ranged import RangedFile, cat_ranges
 from latentmill.storage.remote import (
+    Retries,
     address,
     advice_on,
     cause_of,
@@ -263,8 +264,9 @@ class Storage:
                 with temporary.open("rb+") as file:
                     os.fsync(file.fileno())
                 return self._unless_refused(partial(self._rename, temporary, path, replace=False))
-            full = self.full(path)
-            return self._unless_refused(lambda: upload(self._fs, temporary, full, on_bytes))
+            full, retries = self.full(path), Retries(on_bytes)
+            send = partial(upload, on_bytes=retries.progress)
+            return self._unless_refused(lambda: send(self._fs, temporary, full), retries)
 
     def delete(self, path: str) -> None:
         """Remove a file if it exists."""
@@ -273,17 +275,17 @@ class Storage:
             self.check_writable()
             self._unless_missing(lambda: self._fs.rm_file(self.full(path)))
 
-    def _retry_write(self, write: Callable[[], object]) -> None:
+    def _retry_write(self, write: Callable[[], object], retries: Retries | None = None) -> None:
         def attempt() -> None:
             self.check_writable()
             write()
 
-        retrying(attempt)
+        retrying(attempt, retries)
 
-    def _unless_refused(self, write: Callable[[], object]) -> bool:
+    def _unless_refused(self, write: Callable[[], object], retries: Retries | None = None) -> bool:
         """Make a conditional write; False if its condition was not met."""
         try:
-            self._retry_write(write)
+            self._retry_write(write, retries)
         except storage_errors() as error:
             if not isinstance(error, FileExistsError) and status_of(error) != 412:
                 raise
