@@ -21,6 +21,7 @@ from latentmill.audio import open_media
 from latentmill.errors import ItemError
 from latentmill.storage import remote
 from latentmill.storage.objects import SWITCH
+from latentmill.storage.outages import MOST_ATTEMPTS
 from support.faulty_s3 import Faults
 from support.storage_faults import faulty_s3
 
@@ -311,7 +312,8 @@ def test_a_download_may_take_hours_but_not_forever(
         (503, "the file cannot be fetched: HTTP status 503"),
     ],
 )
-def test_what_a_web_server_refuses(status: int, text: str) -> None:
+def test_what_a_web_server_refuses(status: int, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.001)
     asked = []
 
     def refuse(handler: http.server.BaseHTTPRequestHandler, number: int) -> None:
@@ -320,7 +322,7 @@ def test_what_a_web_server_refuses(status: int, text: str) -> None:
 
     with web(refuse) as url:
         refused(f"^{text}$", f"{url}?X-Amz-Signature=verysecret")
-    assert len(asked) == (remote.MAX_ATTEMPTS if status == 503 else 1)
+    assert len(asked) == (MOST_ATTEMPTS if status == 503 else 1)
 
 
 def test_the_first_error_of_a_process_is_one_sentence() -> None:

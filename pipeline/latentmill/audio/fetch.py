@@ -16,6 +16,7 @@ from typing import IO
 from latentmill.errors import ConfigError, ItemError
 from latentmill.storage import objects
 from latentmill.storage.descriptors import read_at, write_at
+from latentmill.storage.outages import ItemRetries
 from latentmill.storage.remote import (
     RANGE_NOT_SATISFIABLE,
     Retries,
@@ -55,7 +56,7 @@ def fetch(
     arrived, because a download may take hours. Raises ItemError if the file is missing or cannot
     be fetched as a whole, and ConfigError if the package for this kind of URL is not installed.
     """
-    retries = Retries(on_bytes)
+    retries = ItemRetries(url, on_bytes)
     try:
         if is_web(url):
             return retrying(lambda: _stream(url, retries.progress), retries)

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from latentmill.sources.columns import is_text
 from latentmill.sources.names import as_text
 from latentmill.storage import objects
 from latentmill.storage.remote import (
+    Retries,
     address,
     cause_of,
     is_missing,
@@ -228,7 +230,7 @@ def _common_folder(patterns: list[str]) -> str:
     return protocol + mark + posixpath.commonpath(folders) if all(folders) else ""
 
 
-def current_version(uri: str) -> tuple[int, str]:
+def current_version(uri: str, retries: Retries | None = None) -> tuple[int, str]:
     """Current size and version of a file.
 
     Raises OSError and other `storage_errors`.
@@ -238,11 +240,13 @@ def current_version(uri: str) -> tuple[int, str]:
         return status.st_size, str(status.st_mtime_ns)
     fs, path = open_filesystem(uri)
     fs.invalidate_cache(path)  # this process may have listed the folder while planning
-    info = retrying(lambda: fs.info(path))
+    info = retrying(lambda: fs.info(path), retries)
     return int(info.get("size") or 0), version_of(info)
 
 
-def read_bytes(uri: str, start: int = 0, end: int | None = None) -> bytes:
+def read_bytes(
+    uri: str, start: int = 0, end: int | None = None, retries: Retries | None = None
+) -> bytes:
     """The bytes of a file from `start` to before `end`; fewer if it ends earlier.
 
     Raises OSError and other `storage_errors`.
@@ -257,5 +261,6 @@ def read_bytes(uri: str, start: int = 0, end: int | None = None) -> bytes:
             return file.read(-1 if end is None else end - start)
     fs, path = open_filesystem(uri)
     if end is not None:
-        return retrying(lambda: objects.cat_file(fs, path, start, end))
-    return retrying(lambda: bytes(fs.cat_file(path, start=start) if start else fs.cat_file(path)))
+        return retrying(lambda: objects.cat_file(fs, path, start, end), retries)
+    whole = partial(fs.cat_file, path, **({"start": start} if start else {}))
+    return retrying(lambda: bytes(whole()), retries)

@@ -24,6 +24,7 @@ from latentmill.errors import ItemError, SourceError
 from latentmill.sources.arrays import AudioColumn, audio_column
 from latentmill.sources.base import Item, TableCell
 from latentmill.storage.descriptors import read_at, write_at
+from latentmill.storage.outages import ItemRetries
 from latentmill.storage.remote import Retries, open_filesystem, retrying, storage_errors
 
 Group: TypeAlias = tuple[str, int, str]
@@ -103,7 +104,7 @@ class CellReader:
 
     def _group(self, name: Group) -> _RowGroup:
         if name not in self._groups:
-            retries = Retries(self._on_bytes)
+            retries = ItemRetries(name[0], self._on_bytes)
             self._groups[name] = _RowGroup(name, self._kept, self._decoding, retries)
         return self._groups[name]
 

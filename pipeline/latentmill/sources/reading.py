@@ -21,6 +21,7 @@ from latentmill.sources.parquet_cells import CellReader
 from latentmill.sources.prefetch import LARGEST, Prefetch
 from latentmill.storage.closeable import Closeable
 from latentmill.storage.descriptors import write_at
+from latentmill.storage.outages import ItemRetries
 from latentmill.storage.remote import cause_of, own_limits, storage_errors
 
 _PIECE = 16 << 20
@@ -122,7 +123,7 @@ class UnitReader(Closeable):
         with self._lock_of(item.uri):
             try:
                 if item.uri not in self._versions:
-                    self._versions[item.uri] = current_version(item.uri)
+                    self._versions[item.uri] = current_version(item.uri, ItemRetries(item.uri))
             except storage_errors(ValueError) as error:
                 raise ItemError(f"its file cannot be read: {cause_of(error)}") from error
         if self._versions[item.uri][1] != item.version:
@@ -230,14 +231,15 @@ def _open_range(uri: str, place: ByteRange, on_bytes: Callable[[], object]) -> M
 
 
 def _copy(uri: str, place: ByteRange, on_bytes: Callable[[], object]) -> MediaFile:
+    retries = ItemRetries(uri, on_bytes)
     with contextlib.ExitStack() as undo:
         target = undo.enter_context(local_file(place.size))
         end = place.offset + place.size
         for start in range(place.offset, end, _PIECE):
             size = min(_PIECE, end - start)
-            piece = read_bytes(uri, start, start + size)
+            piece = read_bytes(uri, start, start + size, retries)
             write_at(target.fileno(), piece, start - place.offset)
-            on_bytes()
+            retries.progress()
             if len(piece) != size:  # the file ends, or its server has returned all of it
                 break
         undo.pop_all()

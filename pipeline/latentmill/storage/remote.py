@@ -73,6 +73,7 @@ NO_SUCH_BUCKET = "there is no such bucket"
 
 MAX_ATTEMPTS = 7
 FIRST_PAUSE = 0.25  # seconds; doubles after every attempt
+MOST_DOUBLINGS = 5
 GIVE_UP_SECONDS = 120.0  # without progress, no new attempt: the clients' own retries take time, too
 
 S3_CONNECTIONS = (
@@ -240,16 +241,16 @@ class Retries:
 
     def __init__(self, on_bytes: Callable[[], object] = lambda: None) -> None:
         self._on_bytes = on_bytes
-        self._progressed = float("-inf")
+        self.progressed = float("-inf")
 
     def progress(self) -> None:
         """Count progress, and call `on_bytes`."""
-        self._progressed = time.monotonic()
+        self.progressed = time.monotonic()
         self._on_bytes()
 
     def allow(self, attempt: int, began: float, error: Exception) -> bool:
         """Whether to try again after `attempt` attempts since `began`; the last raised `error`."""
-        waited = time.monotonic() - max(began, self._progressed)
+        waited = time.monotonic() - max(began, self.progressed)
         return is_transient(error) and attempt < MAX_ATTEMPTS and waited <= GIVE_UP_SECONDS
 
 
@@ -264,7 +265,7 @@ def retrying(call: Callable[[], T], retries: Retries | None = None) -> T:
                 raise
             reason = cause_of(error)
         # Jitter, so that workers that failed at the same time do not retry at the same time.
-        pause = random.uniform(0.5, 1.0) * FIRST_PAUSE * 2 ** (attempt - 1)
+        pause = random.uniform(0.5, 1.0) * FIRST_PAUSE * 2 ** min(attempt - 1, MOST_DOUBLINGS)
         _log.debug("attempt %d failed (%s): retrying in %.1f s", attempt, reason, pause)
         time.sleep(pause)
     raise AssertionError("the loop ends by return or raise")
