@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import latentmill as lm
 from latentmill.engine.lock import Membership, only_run
-from latentmill.errors import StorageError
+from latentmill.errors import ConfigError, StorageError
 from latentmill.storage.storage import Storage
 
 
@@ -41,3 +43,15 @@ def test_a_worker_removes_what_killed_ones_left_on_its_disk() -> None:
         Membership(storage)
         assert written.exists()
         assert not left.exists()
+
+
+def test_no_store_is_written_on_the_hub(
+    tmp_path: Path, one_sentence: Callable[[BaseException], str]
+) -> None:
+    """The lease of a run, which is renewed every few seconds, would be a commit each time."""
+    url = "hf://datasets/me/latents"
+    with pytest.raises(ConfigError) as caught, only_run(Storage(url)):
+        pass
+    assert f"use `latentmill push FOLDER {url}`" in one_sentence(caught.value)
+    with pytest.raises(ConfigError, match="latentmill push"):
+        lm.encode(tmp_path, url, model="no such model")

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from latentmill.engine.holder import Holder, RunProgress, this_process
 from latentmill.engine.lease import Lease, guarded, hold
 from latentmill.errors import StorageError, StoreError
-from latentmill.storage import scratch
+from latentmill.storage import hub, scratch
 from latentmill.storage.storage import Storage, writing
 
 LOCK_PATH = ".lock"
@@ -69,8 +69,9 @@ def only_run(storage: Storage) -> Iterator[Hold]:
     """Hold a store for a run. A store that is still empty at the end is removed.
 
     Raises StoreError if another run, or a worker of one, keeps the lock for `WAIT_SECONDS`, or if
-    another run's lease is alive.
+    another run's lease is alive, and ConfigError if the store is on the Hugging Face hub.
     """
+    hub.refuse_store(storage.root)
     if not storage.local:
         with hold(storage) as lease:
             yield lease

@@ -39,6 +39,7 @@ from latentmill.plan.probe import cheap, probed
 from latentmill.run.differences import default_stitch, differences, explain, with_planned
 from latentmill.sources.base import Item, Source, ignored_by
 from latentmill.sources.open import open_source
+from latentmill.storage import hub
 from latentmill.storage.job_folder import refuse_job_folder
 from latentmill.storage.scratch import has_only_temporary
 from latentmill.storage.storage import Storage
@@ -152,6 +153,7 @@ def set_up(config: RunConfig) -> Setup:
     refuse_job_folder("STORE", config.out, "an absolute path or a URL")
     storage = Storage(config.out)
     storage.refuse_read_only()
+    hub.refuse_store(storage.root)
     if storage.local and Path(storage.root).exists() and not Path(storage.root).is_dir():
         raise ConfigError(f"The output {storage.root} is a file: choose a folder.")
     plan = load(storage)

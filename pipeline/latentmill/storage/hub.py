@@ -1,7 +1,7 @@
 """Reads of the Hugging Face hub: exact ranges, many at the same time.
 
 By default, fsspec's file system of the hub reads ranges one after the other, and 5 MiB more than
-each range.
+each range. Each file that it writes is a commit, so no store is written there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 
 import fsspec
 
-from latentmill.storage.remote import status_of, storage_errors
+from latentmill.errors import ConfigError
+from latentmill.storage.remote import protocol_of, status_of, storage_errors
 
 IN_FLIGHT = 16
 
@@ -20,6 +21,15 @@ IN_FLIGHT = 16
 def is_hub(fs: fsspec.AbstractFileSystem) -> bool:
     """Whether a file system is that of the hub."""
     return "hf" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+
+
+def refuse_store(url: str) -> None:
+    """Raise ConfigError if a store that is to be written or changed is on the hub."""
+    if protocol_of(url) == "hf":
+        raise ConfigError(
+            f"{url} would get one commit per file and per heartbeat of the run: write to a folder "
+            f"or a bucket, then use `latentmill push FOLDER {url}`."
+        )
 
 
 def cat_file(fs: fsspec.AbstractFileSystem, path: str, start: int, end: int) -> bytes:
