@@ -23,7 +23,8 @@ import torch
 import latentmill as lm
 from latentmill.errors import ConfigError, LatentmillError, ModelError, SourceError, TrainingError
 from latentmill.models.registry import resolve
-from latentmill.training.loop import Ema, Trainer, learning_rate
+from latentmill.storage import scratch
+from latentmill.training.loop import Ema, Trainer, TrainProcess, learning_rate
 from latentmill.training.metrics import read_metrics
 from latentmill.training.settings import TrainSettings
 from store.store_files import write_store
@@ -214,6 +215,22 @@ def test_a_checkpoint_is_written_after_its_model(
     Trainer(settings).train()
     document = json.loads((Path(settings.out) / "model" / "trained.json").read_text())
     assert document["step"] == 4
+
+
+def test_what_a_killed_run_left_is_removed(tiny: Settings) -> None:
+    """A run that is killed while it writes a file leaves a temporary one."""
+    settings = tiny("steps=4")
+    out = Path(settings.out)
+    for folder, name in ((out, "metrics.jsonl"), (out / "checkpoints", "step-000000004.pt")):
+        with scratch.temporary_file(folder / "tmp", name) as temporary:
+            left = temporary.rename(temporary.parent / f"{'0' * 32}.{name}")
+        assert left.exists()
+    (out / "tmp" / "notes.txt").touch()
+    Trainer(settings, TrainProcess(rank=1))  # only the first process removes them
+    assert left.exists()
+    Trainer(settings).train()
+    assert not (out / "checkpoints" / "tmp").exists()
+    assert [path.name for path in (out / "tmp").iterdir()] == ["notes.txt"]
 
 
 def test_relative_paths_are_those_of_this_folder(

@@ -32,6 +32,10 @@ class Checkpoints:
         for old in self._steps()[: -self._keep]:
             self._path(old).unlink(missing_ok=True)
 
+    def clear_scratch(self) -> None:
+        """Remove what runs that were killed while they wrote a checkpoint have left."""
+        Storage(str(self._folder)).clear_scratch()
+
     def load(self, settings: TrainSettings, restore: Callable[[int, dict[str, Any]], None]) -> None:
         """Call `restore` with the newest state and its step, if there is one.
 

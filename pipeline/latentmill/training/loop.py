@@ -144,6 +144,7 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             metrics = None
             if self.place.rank == 0:
+                self._checkpoints.clear_scratch()
                 metrics = stack.enter_context(
                     MetricsLog(self.out, start=self.step, tensorboard=settings.tensorboard)
                 )

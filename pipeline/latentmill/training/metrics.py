@@ -26,7 +26,9 @@ class MetricsLog:
     def __init__(self, out: Path, *, start: int, tensorboard: bool) -> None:
         kept = [line for line in read_metrics(out) if line["step"] < start]
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        Storage(str(out)).write(FILE, text.encode())
+        storage = Storage(str(out))
+        storage.clear_scratch()  # of runs that were killed here
+        storage.write(FILE, text.encode())
         self._file = (out / FILE).open("a", encoding="utf-8")
         self._board = _board(out, start) if tensorboard else None
 
