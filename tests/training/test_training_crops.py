@@ -153,3 +153,23 @@ def test_an_item_larger_than_the_cache_removes_none_from_it(
     assert {name.split()[0] for name in crops.batch(0).names} == {"a", "b", "large"}
     assert set(crops._whole) == {"a", "b"}
     assert crops._size == sum(audio.nbytes for audio in crops._whole.values())
+
+
+@pytest.mark.parametrize("whole", [WHOLE_SECONDS, 0.5])
+def test_an_item_that_could_not_be_read_once_is_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: float
+) -> None:
+    """The crops of a step do not depend on errors in the steps before."""
+    monkeypatch.setattr(crops_module, "WHOLE_SECONDS", whole)
+    for name in "ab":
+        soundfile.write(tmp_path / f"{name}.wav", noise(1.0, RATE), RATE)
+    items = list_items(FolderSource(str(tmp_path), ["wav"]))
+    made = {"sample_rate": RATE, "channels": 1, "samples": RATE // 10, "batch_size": 16}
+    crops = Crops(items, **made)
+    (tmp_path / "b.wav").rename(tmp_path / "elsewhere")
+    assert {name.split()[0] for name in crops.batch(0).names} == {"a"}
+    (tmp_path / "elsewhere").rename(tmp_path / "b.wav")
+    after, alone = crops.batch(1), Crops(items, **made).batch(1)
+    assert {name.split()[0] for name in alone.names} == {"a", "b"}
+    assert after.names == alone.names
+    assert torch.equal(after.audio, alone.audio)

@@ -48,8 +48,9 @@ class AudioBatch:
 class Crops:
     """Draws crops of `samples` samples, uniformly from all items.
 
-    Items shorter than a crop are padded with zeros. An item that cannot be loaded is reported once,
-    and another one is drawn instead; so are silent crops.
+    Items shorter than a crop are padded with zeros. If an item cannot be loaded, another one is
+    drawn instead. It is reported once, but tried again whenever it is drawn: the error may have
+    been transient, and crops do not depend on those of earlier steps. Silent crops are drawn again.
     """
 
     def __init__(
@@ -74,7 +75,6 @@ class Crops:
         self._ends: dict[str, float] = {}  # measured lengths of some of them, in seconds
         self._whole: OrderedDict[str, FloatArray] = OrderedDict()
         self._size = 0
-        self._broken: dict[str, str] = {}  # items of which nothing can be loaded
         self._reported: set[str] = set()
         self._versions: dict[str, tuple[int, str]] = {}  # of tars and tables
 
@@ -169,15 +169,9 @@ class Crops:
 
     def _known(self, item: Item) -> tuple[FloatArray | None, float]:
         """The whole audio of a short item, or the length of a long one in seconds."""
-        if item.key in self._broken:
-            raise ItemError(self._broken[item.key])
-        try:
-            length = self._length(item)
-            if length is None or length <= WHOLE_SECONDS:
-                return self._cached(item), 0.0
-        except ItemError as error:
-            self._broken[item.key] = str(error)
-            raise
+        length = self._length(item)
+        if length is None or length <= WHOLE_SECONDS:
+            return self._cached(item), 0.0
         return None, length
 
     def _length(self, item: Item) -> float | None:
