@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -173,3 +174,11 @@ def test_an_item_that_could_not_be_read_once_is_drawn_again(
     assert {name.split()[0] for name in alone.names} == {"a", "b"}
     assert after.names == alone.names
     assert torch.equal(after.audio, alone.audio)
+
+
+def test_all_threads_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thread loads a batch, so as many batches as threads are loaded at the same time."""
+    together = threading.Barrier(6)
+    monkeypatch.setattr(Crops, "batch", lambda _, step: (together.wait(timeout=30), step)[1])
+    crops = Crops([], sample_rate=RATE, channels=1, samples=1, batch_size=1)
+    assert list(crops.batches(0, 12, threads=6)) == list(range(12))

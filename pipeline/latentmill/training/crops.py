@@ -30,7 +30,7 @@ WHOLE_SECONDS = 60.0  # shorter items are loaded whole and cached; of longer one
 CACHE_BYTES = 512 << 20
 QUIET = 10 ** (-60 / 20)  # RMS below which another crop is drawn
 DRAWS = 16  # crops that are drawn until one can be loaded and is not silent
-PREFETCH = 3  # batches that are loaded before they are needed
+PREFETCH = 3  # batches in memory, with the one that is trained on; more if there are more threads
 _STREAM = 1  # of the random numbers; 0 is that of the augmentation
 _LEVELS = 3  # the same, for their levels
 
@@ -98,9 +98,9 @@ class Crops:
         return AudioBatch(audio, tuple(name for _, name in drawn))
 
     def batches(self, start: int, end: int, threads: int) -> Generator[AudioBatch]:
-        """The batches of steps `start` to `end` - 1, loaded ahead by threads."""
-        steps = range(start, end)
-        return map_in_threads(self.batch, steps, threads=threads, prefetch=PREFETCH)
+        """The batches of steps `start` to `end` - 1, loaded ahead by threads, each a batch."""
+        steps, prefetch = range(start, end), max(PREFETCH, threads + 1)
+        return map_in_threads(self.batch, steps, threads=threads, prefetch=prefetch)
 
     def _draw(self, numbers: Numbers) -> tuple[FloatArray, str]:
         """The first crop that loads and is not silent, else the first that loads."""
