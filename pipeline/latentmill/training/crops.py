@@ -26,7 +26,9 @@ from latentmill.storage.threads import map_in_threads
 from latentmill.text.log import get_logger
 from latentmill.training.linearity import Numbers, random_numbers
 
-WHOLE_SECONDS = 60.0  # shorter items are loaded whole and cached; of longer ones, only the crop
+# Shorter items are loaded whole and cached. Of longer ones only the crop is decoded, but all bytes
+# of a remote recording, a tar member or the row group of a table are read for each crop.
+WHOLE_SECONDS = 60.0
 CACHE_BYTES = 512 << 20
 QUIET = 10 ** (-60 / 20)  # RMS below which another crop is drawn
 DRAWS = 16  # crops that are drawn until one can be loaded and is not silent
