@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,10 @@ import pytest
 import ray
 import soundfile
 
+from latentmill.engine.lock import only_run
 from latentmill.errors import ConfigError, StoreError, TrainingError
 from latentmill.models.registry import resolve
+from latentmill.storage.storage import Storage
 from latentmill.training.job import cause
 from latentmill.training.loop import Trainer
 from latentmill.training.metrics import read_metrics
@@ -79,6 +83,56 @@ def test_a_wrong_setting_is_one_sentence_before_ray_starts(
     done = job_here(capsys, "train_linear.py", *given, "step=7")
     assert done.code == ConfigError.exit_code
     assert done.err == "error: unknown setting step: did you mean steps?\n"
+
+
+def test_a_second_run_in_the_same_folder_is_refused(
+    songs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("latentmill.engine.lock.WAIT_SECONDS", 0.1)
+    out = tmp_path / "run"
+    with only_run(Storage(str(out))):
+        done = job_here(capsys, "train_linear.py", *options(songs, out))
+    assert done.code == StoreError.exit_code
+    assert done.err == f"error: Another run is writing to {out}: wait until it has ended.\n"
+
+
+@pytest.mark.slow
+def test_a_run_that_is_alive_keeps_its_folder_and_a_killed_one_is_resumed(
+    songs: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    given = [*options(songs, out), "steps=1000000", "checkpoint_every=2"]
+    first = started(given, until=lambda: len(read_metrics(out)) > 10)
+    try:
+        second = job("train_linear.py", *given)
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+    assert second.returncode == StoreError.exit_code
+    error = f"error: Another run is writing to {out}: wait until it has ended."
+    assert second.stderr.splitlines()[-1] == error
+    reached = len(read_metrics(out))
+    third = started(given, until=lambda: len(read_metrics(out)) > reached + 10)
+    third.kill()
+    third.wait()
+    steps = [line["step"] for line in read_metrics(out)]
+    assert steps == list(range(len(steps)))
+
+
+def started(given: list[str], until: Callable[[], bool]) -> subprocess.Popen[bytes]:
+    """A run that is alive when the condition is met."""
+    run = subprocess.Popen([sys.executable, str(JOBS / "train_linear.py"), *given])
+    end = time.monotonic() + 600
+    while not until():
+        if run.poll() is not None or time.monotonic() > end:
+            run.kill()
+            pytest.fail("the run has ended, or does not train")
+        time.sleep(0.05)
+    return run
 
 
 @pytest.mark.slow

@@ -113,7 +113,7 @@ class Membership:
                 there = Path(storage.root).is_dir()  # the driver has made it
             if not there:
                 raise StorageError(
-                    f"Store {storage.root} does not exist on {socket.gethostname()}: mount its "
+                    f"Folder {storage.root} does not exist on {socket.gethostname()}: mount its "
                     "file system there, then run the same command again."
                 )
             with contextlib.ExitStack() as undo:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
+from latentmill.engine.lock import Membership, only_run
 from latentmill.errors import ConfigError, LatentmillError, TrainingError
+from latentmill.storage.storage import Storage
 from latentmill.training.loop import Trainer, TrainProcess
 from latentmill.training.settings import TrainSettings
 
@@ -14,6 +17,7 @@ def run(settings: TrainSettings) -> None:
     """Train with Ray Train; a run that was interrupted is resumed.
 
     Raises:
+        StoreError: Another run is alive in the same folder.
         LatentmillError: The first error of a process, such as a loss that is not finite.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -21,7 +25,8 @@ def run(settings: TrainSettings) -> None:
 
     from latentmill.engine.cluster import connect
 
-    with connect(settings.address) as cluster:
+    out = str(Path(settings.out).absolute())
+    with only_run(Storage(out)), connect(settings.address) as cluster:
         if settings.device == "cuda" and not cluster.gpus:
             raise ConfigError("device is cuda, but the cluster has no GPU: use auto or cpu.")
         trainer = TorchTrainer(
@@ -33,7 +38,7 @@ def run(settings: TrainSettings) -> None:
             ),
             run_config=RunConfig(
                 name="ray",
-                storage_path=str(Path(settings.out).absolute()),
+                storage_path=out,
                 failure_config=FailureConfig(max_failures=settings.max_failures),
             ),
         )
@@ -55,7 +60,9 @@ def _train(config: dict[str, Any]) -> None:
         wrap=lambda network: prepare_model(network, move_to_device=False),
         report=ray.train.report,
     )
-    Trainer(TrainSettings.model_validate(config["settings"]), place).train()
+    settings = TrainSettings.model_validate(config["settings"])
+    with contextlib.closing(Membership(Storage(settings.out))):
+        Trainer(settings, place).train()
 
 
 def cause(error: Exception) -> LatentmillError:
