@@ -16,7 +16,7 @@ from typing import Any
 from latentmill.engine.cluster import connect
 from latentmill.errors import LatentmillError
 from latentmill.storage.job_folder import refuse_job_folder
-from latentmill.training.job import cause
+from latentmill.training.job import cause, check_workers
 from latentmill.training.settings import absolute
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -71,10 +71,12 @@ def run(args: argparse.Namespace, options: list[str], processes: int) -> None:
     folder = absolute(str(args.folder))
     options += ["--store", absolute(args.store), "--folder", folder]
     with connect(None) as cluster:
+        on_gpu = bool(cluster.gpus)
+        check_workers("--processes", processes, cluster, on_gpu=on_gpu)
         trainer = TorchTrainer(
             train,
             train_loop_config={"options": options, "examples": str(EXAMPLES)},
-            scaling_config=ScalingConfig(num_workers=processes, use_gpu=bool(cluster.gpus)),
+            scaling_config=ScalingConfig(num_workers=processes, use_gpu=on_gpu),
             run_config=RunConfig(name="ray", storage_path=folder),
         )
         try:

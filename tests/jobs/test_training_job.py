@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -14,11 +15,12 @@ import pytest
 import ray
 import soundfile
 
+from latentmill.engine.cluster import Cluster
 from latentmill.engine.lock import only_run
 from latentmill.errors import ConfigError, StoreError, TrainingError
 from latentmill.models.registry import resolve
 from latentmill.storage.storage import Storage
-from latentmill.training.job import cause
+from latentmill.training.job import cause, check_workers
 from latentmill.training.loop import Trainer
 from latentmill.training.metrics import read_metrics
 from latentmill.training.settings import load_settings, parse_options
@@ -133,6 +135,50 @@ def started(given: list[str], until: Callable[[], bool]) -> subprocess.Popen[byt
             pytest.fail("the run has ended, or does not train")
         time.sleep(0.05)
     return run
+
+
+@pytest.mark.parametrize(
+    ("gpus", "on_gpu", "message"),
+    [
+        (0, False, "workers is 3, but this machine has only 2 CPU cores: use at most 2."),
+        (1, True, "workers is 3, but this machine has only 1 GPU: use at most 1."),
+        (4, False, "workers is 3, but this machine has only 2 CPU cores: use at most 2."),
+    ],
+)
+def test_more_workers_than_this_machine_can_run(gpus: int, on_gpu: bool, message: str) -> None:
+    """Ray Train would wait for more of them forever."""
+    cluster = Cluster(embedded=True, node_cpus=(2,), node_gpus=(gpus,))
+    with pytest.raises(ConfigError) as caught:
+        check_workers("workers", 3, cluster, on_gpu=on_gpu)
+    assert str(caught.value) == message
+    check_workers("workers", gpus if on_gpu else 2, cluster, on_gpu=on_gpu)
+
+
+def test_more_workers_than_a_cluster_has_places(caplog: pytest.LogCaptureFixture) -> None:
+    """A cluster may get more nodes."""
+    cluster = Cluster(embedded=False, node_cpus=(8, 8), node_gpus=(2, 2))
+    with caplog.at_level(logging.WARNING, "latentmill.training"):
+        check_workers("workers", 4, cluster, on_gpu=True)
+        assert not caplog.messages
+        check_workers("workers", 6, cluster, on_gpu=True)
+    assert caplog.messages == [
+        "workers is 6, but the cluster has only 4 GPUs now: training starts when it has 6."
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train_linear.py", "train_dit.py"])
+def test_too_many_workers_are_one_sentence(songs: Path, tmp_path: Path, script: str) -> None:
+    given, name = [*options(songs, tmp_path / "run"), "workers=1000", "device=cpu"], "workers"
+    if script == "train_dit.py":
+        small = {"model_options": {"hop": 32, "sample_rate": 8000}}
+        store = write_store(str(tmp_path / "latents"), songs, **small)
+        given = ["--store", store.url, "--folder", str(tmp_path / "dit"), "--processes", "1000"]
+        name = "--processes"
+    done = job(script, *given)
+    assert done.returncode == ConfigError.exit_code
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: {name} is 1000, but this machine has only ")
 
 
 @pytest.mark.slow
