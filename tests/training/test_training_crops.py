@@ -17,6 +17,7 @@ from latentmill.sources import reading
 from latentmill.sources.folder import FolderSource
 from latentmill.sources.manifest import ManifestSource
 from latentmill.sources.webdataset import WebDatasetSource
+from latentmill.storage.remote import Retries
 from latentmill.training import crops as crops_module
 from latentmill.training.crops import WHOLE_SECONDS, Crops, list_items
 from support.recordings import noise
@@ -64,9 +65,9 @@ def test_a_tar_is_looked_up_once_for_all_crops(
     items = list_items(WebDatasetSource(url, ("wav",)))
     looked_up, real = [], reading.current_version
 
-    def counted(uri: str) -> tuple[int, str]:
+    def counted(uri: str, *retries: Retries) -> tuple[int, str]:
         looked_up.append(uri)
-        return real(uri)
+        return real(uri, *retries)
 
     monkeypatch.setattr(reading, "current_version", counted)
     crops = Crops(items, sample_rate=RATE, channels=1, samples=RATE // 2, batch_size=8)
