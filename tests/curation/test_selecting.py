@@ -11,6 +11,7 @@ import pytest
 
 import latentmill as lm
 from latentmill.curation.split import Side
+from latentmill.errors import ConfigError
 from latentmill.evaluation.statistics import measure_statistics
 from latentmill.store.store import LatentStore
 from support.latent_store import write_latents
@@ -86,3 +87,12 @@ def test_duplicates_are_not_what_the_others_are_compared_with(tmp_path: Path) ->
     assert measure_statistics(store).outliers == []
     made = lm.select(store, tmp_path / "view", drop_outliers=True)
     assert numbers(made.dest) == set(range(52))
+
+
+def test_keys_are_strings(tmp_path: Path, one_sentence: Any) -> None:
+    store = write(tmp_path / "store", [sound(0), sound(1)])
+    with pytest.raises(ConfigError, match=r"1 is not a key: .* such as 'item/00000'") as error:
+        lm.select(store, tmp_path / "view", keys=[1])  # type: ignore[list-item]
+    one_sentence(error.value)
+    keys = (key for key in ["item/00001"])
+    assert lm.select(store, tmp_path / "view", keys=keys).records == 1  # type: ignore[arg-type]

@@ -109,3 +109,24 @@ def test_what_a_base_no_longer_has_is_not_on_the_view(tmp_path: Path) -> None:
     lm.merge([base], view, prefix=True, overwrite=True)
     del expected[f"base/{second}"]["level"]
     assert metadata_of(view) == expected
+
+
+def test_a_view_that_is_written_again_without_changes_has_no_new_version(tmp_path: Path) -> None:
+    base = write_latents(str(tmp_path / "base"), [5] * 2, metadata=[{"n": n} for n in range(2)]).url
+    first, second = lm.open(base).keys()
+    annotate(base, {first: {"mood": "calm"}})
+    view = lm.select(base, tmp_path / "view").dest
+    annotate(view, {second: {"mood": "wild"}})
+    files = sorted(path.name for path in Path(view, "annotations").iterdir())
+    entry = lm.open(view).info.annotation
+    for _ in range(3):
+        lm.select(base, view, overwrite=True)
+        assert lm.open(view).info.annotation == entry
+    assert sorted(path.name for path in Path(view, "annotations").iterdir()) == files
+    annotate(base, {first: {"mood": "loud"}})
+    lm.select(base, view, overwrite=True)
+    changed = lm.open(view).info.annotation
+    assert entry is not None
+    assert changed is not None
+    assert changed.version == entry.version + 1
+    assert metadata_of(view) == {first: {"n": 0, "mood": "loud"}, second: {"n": 1, "mood": "wild"}}

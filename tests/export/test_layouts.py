@@ -190,7 +190,7 @@ def test_what_ltx2_cannot_read(store: LatentStore, caplog: pytest.LogCaptureFixt
         ("text", "mask", "hints"): "invalid --fields 'hints'",
         ("text", "prompt_embeds=other"): "prompt_embeds twice",
         ("audio_prompt_embeds=text",): "LTX-2 takes prompt_embeds for both modalities",
-        ("text",): "is an export with prompt_embeds: use",
+        ("text",): "is an export with prompt_embeds=longer: use",
     }.items():
         if fields == ("text",):
             fields = ("mask",)  # noqa: PLW2901
@@ -312,6 +312,17 @@ def test_a_second_export_is_brought_up_to_date(store: LatentStore) -> None:
     assert found == {path.relative_to(fresh): path.read_bytes() for path in fresh.rglob("*.pt")}
     kept = [path for path in first if path.exists() and path.read_bytes() == first[path]]
     assert all(path.stat().st_mtime_ns == times[path] for path in kept if path != damaged)
+
+
+@only_ltx2
+def test_an_export_keeps_its_fields(store: LatentStore, tmp_path: Path) -> None:
+    out = Path(exported(store, "text").dest)
+    before = contents(out)
+    text = refusal(lambda: exported(store, "longer"))
+    assert "is an export with prompt_embeds=text: use the same --fields" in text
+    assert contents(out) == before
+    moved = shutil.move(store.url, tmp_path / "moved")
+    assert export_store(LatentStore(str(moved)), str(out), Target.LTX2, fields=["text"]).records
 
 
 @only_ltx2

@@ -14,18 +14,18 @@ from torch.utils.data import DataLoader
 import latentmill as lm
 from latentmill.errors import ConfigError
 
-URL, NOTES, WORKERS = sys.argv[1:]
+URL, NOTES, WORKERS, *UNEVEN = sys.argv[1:]
 ALONE: dict[str, Any] = {"rank": 0, "world_size": 1}
 
 
-def loader(kind: str, workers: int, **ranks: Any) -> tuple[Any, DataLoader[Any]]:
+def loader(kind: str, workers: int, url: str = URL, **ranks: Any) -> tuple[Any, DataLoader[Any]]:
     if kind == "batches":
-        dataset = lm.LatentDataset(URL, crop=8)
+        dataset = lm.LatentDataset(url, crop=8)
         sampler = lm.BatchSampler(dataset, 4, **ranks)
         return sampler, DataLoader(
             dataset, batch_sampler=sampler, num_workers=workers, collate_fn=lm.collate
         )
-    stream = lm.LatentStream(URL, crop=8, batch_size=4, **ranks)
+    stream = lm.LatentStream(url, crop=8, batch_size=4, **ranks)
     collate = lm.collate_tensors if kind == "dispatched" else lm.collate
     return stream, DataLoader(stream, batch_size=4, num_workers=workers, collate_fn=collate)
 
@@ -62,6 +62,12 @@ def main() -> None:
         found[f"{name}-rest"] = [
             [int(position) for position in batch["position"]] for batch in resumed
         ]
+        found[f"{name}-uneven"] = []
+        for url in UNEVEN:
+            reader, plain = loader(name, int(WORKERS), url, **ALONE)
+            states = [reader.state_after(batch) for batch in accelerator.prepare(plain)]
+            steps = [(state["epoch"], state["position"]) for state in states]
+            found[f"{name}-uneven"].append(steps)
         accelerator.free_memory()
     rank = accelerator.process_index
     Path(NOTES, f"{rank}.json").write_text(json.dumps(found))

@@ -24,7 +24,9 @@ def test_two_processes_read_everything_once(tmp_path: Path, workers: int) -> Non
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(SCRIPT), store.url, str(tmp_path), str(workers)]
+    uneven = [42, 43, 45, 3]  # of which accelerate divides or fills up the last step
+    others = [write_latents(str(tmp_path / str(count)), [20] * count).url for count in uneven]
+    command = [sys.executable, str(SCRIPT), store.url, str(tmp_path), str(workers), *others]
     started = []
     for rank in (0, 1):
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
@@ -44,3 +46,7 @@ def test_two_processes_read_everything_once(tmp_path: Path, workers: int) -> Non
         assert ranks[0][f"{name}-state"] == [1, 4 if name == "batches" else 16]
         for rank in ranks if name != "dispatched" else ranks[:1]:
             assert "rank=0, world_size=1" in rank[f"{name}-error"]
+        for number, count in enumerate(uneven):
+            all_read, step = (-(-count // 4), 2) if name == "batches" else (count, 8)
+            ends = [[0, at] for at in range(step, all_read, step)] + [[0, all_read]]
+            assert [rank[f"{name}-uneven"][number] for rank in ranks] == [ends, ends]

@@ -430,12 +430,34 @@ def test_drop_last(mixed: list[str], count: int) -> None:
         assert next(iter(loader))["epoch"][0] == 2
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_drop_last_of_a_dataset(mixed: list[str], count: int) -> None:
+    dataset = lm.LatentDataset(mixed, crop=8)
+    sampler = lm.BatchSampler(dataset, 10, drop_last=True)
+    for loader in (
+        lm.Loader(dataset, 10, workers=count, drop_last=True),
+        lm.Loader(sampler, workers=count, drop_last=True),
+        lm.Loader(lm.BatchSampler(dataset, 10, drop_last=True), workers=count),
+    ):
+        with loader:
+            assert len(loader) == 7
+            assert [len(batch["key"]) for batch in loader] == [10] * 7
+
+
 def test_invalid_options(mixed: list[str], one_sentence: Any) -> None:
     stream = lm.LatentStream(mixed, crop=8, batch_size=4)
     dataset = lm.LatentDataset(mixed, crop=8)
+    used = lm.LatentStream(mixed, crop=8)
+    lm.Loader(used, batch_size=32)
     cases: list[tuple[Any, dict[str, Any], str]] = [
         (stream, {"batch_size": 5}, "batch_size is 5 in Loader, but 4 in LatentStream"),
         (lm.LatentStream(mixed, crop=8), {}, "batch_size is None in Loader"),
+        (
+            used,
+            {"batch_size": 16},
+            r"16 in Loader, but 32 in LatentStream \(its own, or that of an",
+        ),
+        (lm.BatchSampler(dataset, 4), {"drop_last": True}, "but False in BatchSampler"),
         (dataset, {}, "needs a batch_size"),
         (dataset, {"batch_size": 0}, "batch_size must be at least 1"),
         (stream, {"workers": -1}, "workers must be at least 0"),

@@ -236,6 +236,15 @@ def test_a_run_resumes_in_the_middle(url: str, make: Make) -> None:
         assert read([ours]) == read([theirs])
 
 
+def test_a_sampler_may_yield_tensors(url: str) -> None:
+    dataset = samples(url)
+    numbers = torch.arange(3, 15)
+    sampler = lm.BatchSampler(dataset, 4, sampler=SubsetRandomSampler(numbers))
+    batches = list(sampler)
+    assert [len(batch) for batch in batches] == [4, 4, 4]
+    assert {number for batch in batches for _, _, number in batch} == set(range(3, 15))
+
+
 def test_what_samplers_cannot_be_is_said(url: str, one_sentence) -> None:
     dataset = samples(url)
     pairs = torch.utils.data.BatchSampler(SequentialSampler(range(8)), 2, False)

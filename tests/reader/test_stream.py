@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from latentmill.errors import ConfigError
 from latentmill.reader import stream as stream_module
-from latentmill.reader.collate import collate
+from latentmill.reader.collate import collate, collate_tensors
 from latentmill.reader.stream import LatentStream
 from latentmill.store.store import LatentStore
 from support.latent_store import write_latents
@@ -345,3 +346,37 @@ def test_torchdata_keeps_its_state(mixed: list[str]) -> None:
         resumed = build()
         resumed.load_state_dict(state)
         assert part + [batch["key"] for batch in resumed] == expected
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that numpy refuses, as one on a GPU."""
+
+    def __array__(self, *args: Any, **options: Any) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def cpu(self, *args: Any, **options: Any) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def test_the_state_of_a_batch_on_a_device(mixed: list[str]) -> None:
+    stream = LatentStream(mixed, crop=8, batch_size=8)
+    batch = next(iter(DataLoader(stream, batch_size=8, collate_fn=collate_tensors)))
+    moved = {name: batch[name].as_subclass(OnDevice) for name in ("epoch", "position")}
+    with pytest.raises(TypeError):
+        np.asarray(moved["position"])
+    assert stream.state_after(moved) == stream.state_after(batch)
+    assert stream.state_after(moved)["position"] == 8
+
+
+def test_one_iterator_at_a_time(mixed: list[str], one_sentence) -> None:
+    stream = LatentStream(mixed, crop=8, batch_size=8)
+    older = iter(stream)
+    next(older)
+    newer = list(stream)  # the abandoned epoch did not count
+    assert len(newer) == 73
+    with pytest.raises(ConfigError, match="use one iterator of a LatentStream at a time") as error:
+        next(older)
+    one_sentence(error.value)
+    with pytest.raises(ConfigError, match="iterated over again"):
+        next(zip(stream, stream, strict=True))
+    assert len({sample.key for sample in stream}) == 73

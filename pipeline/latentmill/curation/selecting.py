@@ -108,6 +108,12 @@ class Selector:
         Raises:
             ConfigError: The store does not have one of the keys.
         """
+        for key in (keys := list(keys)):
+            if not isinstance(key, str):
+                raise ConfigError(
+                    f"{key!r} is not a key: the keys of records are strings, such as "
+                    f"{self.index.key(0)!r}."
+                )
         rows = {key: self.index.find(key) for key in keys}
         missing = [key for key, row in rows.items() if row is None]
         if missing:

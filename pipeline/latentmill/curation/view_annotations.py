@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from latentmill.curation.annotation_table import EMPTY, merged, with_values
 from latentmill.curation.chosen import Chosen
@@ -30,7 +31,7 @@ from latentmill.store.schema import DatasetInfo
 def write_view_annotations(
     storage: Storage, chosen: Sequence[Chosen], before: DatasetInfo | None, *, keep: bool
 ) -> tuple[Annotations | None, AnnotationEntry | None]:
-    """Write the annotations of the chosen records, as the next version if a view is replaced.
+    """Write the annotations of the chosen records, as the next version if those of a view change.
 
     Values annotated on the replaced view stay, except where a store has a value for the same key
     and name: that value replaces them. With `keep`, a store value that would change the view raises
@@ -54,9 +55,10 @@ def write_view_annotations(
                 f"{storage.root} is a view already, and its bases have other metadata for some of "
                 "its records: use --overwrite to take the values of the bases."
             )
-    path, data = annotation_path(1 if entry is None else entry.version + 1), annotation_file(table)
-    storage.write(path, data)
-    annotations = Annotations(table)
+    data, annotations = annotation_file(table), Annotations(table)
+    if entry is not None and xxhash.xxh3_128_hexdigest(data) == entry.hashes[-1]:
+        return annotations, entry
+    storage.write(annotation_path(1 if entry is None else entry.version + 1), data)
     own_values = None if entry is None else annotations
     return own_values, annotation_entry(entry, data, annotations, refreshed=True)
 

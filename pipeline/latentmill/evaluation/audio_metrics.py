@@ -91,9 +91,9 @@ def mel_bands(rate: int) -> Tensor:
     mel = 2595 log10(1 + f / 700).
     """
     highest = 2595 * math.log10(1 + rate / 2 / 700)
-    mels = torch.linspace(0, highest, MEL_BANDS + 2, dtype=torch.float64)
+    mels = torch.linspace(0, highest, MEL_BANDS + 2, dtype=torch.float64, device="cpu")
     edges = 700 * (10 ** (mels / 2595) - 1)
-    bins = torch.linspace(0, rate / 2, MEL_FFT // 2 + 1, dtype=torch.float64)
+    bins = torch.linspace(0, rate / 2, MEL_FFT // 2 + 1, dtype=torch.float64, device="cpu")
     low, middle, high = (edges[n : n + MEL_BANDS, None] for n in range(3))
     rising, falling = (bins - low) / (middle - low), (high - bins) / (high - middle)
     return torch.minimum(rising, falling).clamp(min=0)

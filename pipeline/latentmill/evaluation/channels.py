@@ -26,7 +26,7 @@ class ChannelMoments:
         # Of the frames that count for saturation.
         self._sounding = 0
         self._least, self._most = np.full(channels, np.inf), np.full(channels, -np.inf)
-        self._products = torch.zeros(channels, channels, dtype=torch.float64)
+        self._products = torch.zeros(channels, channels, dtype=torch.float64, device="cpu")
         self._lagged = np.zeros((len(LAGS), channels))
         self._pairs = np.zeros(len(LAGS), np.int64)
 

@@ -176,19 +176,24 @@ def _check_earlier(layout: Layout, dest: str, details: bytes, identity: Sequence
     try:
         earlier = parse_json(details)
         fingerprint, tool = earlier["fingerprint"], earlier.get("layout", layout.tool)
-        roles = set(earlier.get("fields", ()))
+        fields = _names_by_role(earlier.get("fields", {}))
         same = earlier["store"] == layout.store.url  # earlier versions wrote no identity
         if "identity" in earlier:
             same = not set(earlier["identity"]).isdisjoint(identity)
     except (ValueError, TypeError, LookupError, AttributeError):
-        fingerprint, tool, roles, same = None, None, set(), False
+        fingerprint, tool, fields, same = None, None, {}, False
     if not same or (fingerprint, tool) != (layout.store.info.fingerprint, layout.tool):
         raise ConfigError(f"{dest} is an export of another store: use another destination.")
-    if roles != set(layout.fields):
-        names = ", ".join(sorted(roles)) or "no fields"
+    if fields != _names_by_role({role: store.url for role, store in layout.fields.items()}):
+        names = ", ".join(f"{role}={name}" for role, name in sorted(fields.items())) or "no fields"
         raise ConfigError(
             f"{dest} is an export with {names}: use the same --fields, or another destination."
         )
+
+
+def _names_by_role(urls: Mapping[str, str]) -> dict[str, str]:
+    """The names of fields, by role, from their URLs."""
+    return {role: url.rpartition("/")[2] for role, url in urls.items()}
 
 
 def _read_sample(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,7 @@ from latentmill.reader.sharding import (
     Even,
     Rank,
     Resumable,
+    accelerate_place,
     accelerate_processes,
     check_distributed_once,
     mixture,
@@ -176,6 +178,9 @@ class BatchSampler(Resumable, Sampler[list[Request]]):
         start = (self._next or self._now).on_epoch(number).position
         place, rank = epoch.batch_of(int(batch["position"][0])), self._rank
         together = max(rank.world_size, accelerate_processes(self))
+        if accelerate_place(self) not in (None, (place - start) % together):
+            # At the end of an epoch, accelerate gives some processes samples of its start.
+            return self._state(EpochProgress(number, len(epoch)))
         turn = (place - start - rank.rank) % len(epoch) // together + 1
         return self._state_after(EpochProgress(number, start, turn), together)
 
@@ -341,12 +346,13 @@ def sampled_numbers(sampler: Any, size: int, seed: int, epoch: int) -> Ints:
     finally:
         if isinstance(generator, torch.Generator):
             sampler.generator = generator
-    if not all(isinstance(number, int | np.integer) for number in numbers):
+    try:
+        found = np.array([operator.index(number) for number in numbers], np.int64)
+    except TypeError as error:
         raise ConfigError(
             f"{type(sampler).__name__} does not yield sample numbers: give BatchSampler a sampler "
             "of single samples, not one of batches."
-        )
-    found = np.array(numbers, np.int64)
+        ) from error
     if len(found) and not (found.min() >= 0 and found.max() < size):
         raise ConfigError(
             f"{type(sampler).__name__} yields numbers up to {found.max()}, but the dataset has "

@@ -70,8 +70,9 @@ class BatchBuilder:
         crops = _Crops(corpus, requested)
         count, described = len(requested.numbers), crops.describe()
         channels = corpus.stores[0].crops.channels
+        latents = torch.empty(count, frames, channels, dtype=torch.float32, device="meta")
         batch = {
-            "latents": torch.empty(count, frames, channels, device="meta").transpose(1, 2),
+            "latents": latents.transpose(1, 2),
             "mask": torch.from_numpy(np.arange(frames) < crops.left()[:, None]),
             "metadata": [metadata.parsed() for _, metadata in described],
             "key": [key for key, _ in described],

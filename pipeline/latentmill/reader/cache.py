@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import math
 import os
 import re
 import stat
@@ -19,6 +20,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,6 +85,8 @@ class RangeCache:
     """
 
     def __init__(self, folder: str | Path, gib: float, *, whole: bool = False) -> None:
+        if not isinstance(gib, Real) or not math.isfinite(gib):
+            raise ConfigError(f"cache_gib must be a number of GiB, not {gib!r}.")
         self.folder, self.gib, self.whole = Path(folder), gib, whole
         self._max_bytes = int(gib * 2**30)
         self._written = self._max_bytes  # check the size before writing the first block

@@ -93,11 +93,13 @@ def only_tensors(batch: Mapping[str, Any]) -> dict[str, Any]:
     tensors: dict[str, Any] = {
         name: value for name, value in batch.items() if isinstance(value, torch.Tensor)
     }
-    tensors |= {name: torch.tensor(batch[name]) for name in ("epoch", "position") if name in batch}
+    for name in ("epoch", "position"):
+        if name in batch:
+            tensors[name] = torch.tensor(batch[name], device="cpu")
     for name in ("seconds_start", "seconds_total"):
         if "metadata" in batch:
             seconds = [one[name] for one in batch["metadata"]]
-            tensors[name] = torch.tensor(seconds, dtype=torch.float64)
+            tensors[name] = torch.tensor(seconds, dtype=torch.float64, device="cpu")
     return tensors | ({"fields": batch["fields"]} if "fields" in batch else {})
 
 
@@ -146,7 +148,8 @@ def _has_fields(rows: Sequence[Mapping[str, Any]], ours: bool) -> bool:
 
 def _collated(values: list[Any]) -> Any:
     if isinstance(values[0], np.ndarray | torch.Tensor):
-        return default_collate(values)
+        with torch.device("cpu"):  # not torch's default device
+            return default_collate(values)
     return [dict(value) if isinstance(value, Mapping) else value for value in values]
 
 

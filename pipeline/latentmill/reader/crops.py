@@ -122,7 +122,8 @@ class CropReader(RowReader):
             IndexError: A row does not exist, or a crop starts outside its item.
             StorageError: A shard cannot be read, or its size is not the one in its commit.
         """
-        block = torch.empty(len(rows), frames, self.channels)
+        shape = len(rows), frames, self.channels
+        block = torch.empty(shape, dtype=torch.float32, device="cpu")
         have = self.read_into(rows, starts, block, also)
         return block.numpy(), have
 

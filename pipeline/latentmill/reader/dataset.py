@@ -13,7 +13,7 @@ from latentmill.reader.draws import Draws, Request
 from latentmill.reader.field_crops import Missing, checked_names
 from latentmill.reader.fields import Where
 from latentmill.reader.order import Ints
-from latentmill.reader.sample import Sample, Transform
+from latentmill.reader.sample import Sample, Transform, checked_transforms
 from latentmill.text.shown import Shown
 
 
@@ -62,9 +62,8 @@ class LatentDataset(Shown, Dataset[Sample]):
         cache: str | os.PathLike[str] | None = None,
         cache_gib: float = 50.0,
     ) -> None:
-        reading = Reading(
-            crop, mode, seed, metadata, tuple(transforms), checked_names(fields), missing_fields
-        )
+        own, names = checked_transforms(transforms), checked_names(fields)
+        reading = Reading(crop, mode, seed, metadata, own, names, missing_fields)
         self.corpus = Corpus(stores, reading, where=where, cache=cache, cache_gib=cache_gib)
         self._draws = Draws()
 

@@ -43,7 +43,7 @@ class _SharedIntegers:
 
     def __init__(self, numbers: list[int]) -> None:
         # Torch unlinks the shared memory's name right after mapping it.
-        self._memory = torch.tensor(numbers, dtype=torch.int64)
+        self._memory = torch.tensor(numbers, dtype=torch.int64, device="cpu")
         self._memory.share_memory_()  # type: ignore[no-untyped-call]
         self._numbers = self._memory.numpy()
 

@@ -264,7 +264,9 @@ class ReadFields:
 
     def __init__(self, located: Sequence[Located], count: int, *, cropped: bool) -> None:
         self._located, self._count, self._cropped = located, count, cropped
-        self._blocks = [torch.empty(one.shape, dtype=one.reader.dtype) for one in located]
+        self._blocks = [
+            torch.empty(one.shape, dtype=one.reader.dtype, device="cpu") for one in located
+        ]
         self.requests = [
             one.request(block) for one, block in zip(located, self._blocks, strict=True)
         ]

@@ -56,8 +56,8 @@ class Loader(Shown, Closeable):
             faster and asynchronous with `non_blocking=True`.
         collate_fn: Makes a batch of samples. With `collate` or `collate_tensors`, crops without
             transforms are read into the batch without making samples.
-        drop_last: Whether to leave out the last batch of a stream if it is not full; a
-            `BatchSampler` has its own option.
+        drop_last: Whether to leave out the last batch if it is not full; a `BatchSampler` has its
+            own option.
         prefetch: Number of batches that each worker makes ahead.
         start_method: How processes are started: `fork`, `spawn` or `forkserver`. None uses the
             default of Python's multiprocessing.
@@ -85,7 +85,7 @@ class Loader(Shown, Closeable):
         if pin_memory:
             check_pinnable()
         self._pin, self._start_method, self._drop_last = pin_memory, start_method, drop_last
-        self._order = _order(source, batch_size)
+        self._order = _order(source, batch_size, drop_last=drop_last)
         assert self._order.batch_size is not None
         self.batch_size = self._order.batch_size
         read: Any = getattr(self._order, "dataset", self._order)
@@ -232,24 +232,33 @@ class Loader(Shown, Closeable):
         self._start = self._last = None
 
 
-def _order(source: object, batch_size: int | None) -> LatentStream | BatchSampler:
+def _order(
+    source: object, batch_size: int | None, *, drop_last: bool
+) -> LatentStream | BatchSampler:
     """The stream or batch sampler that determines the order of a source."""
     if batch_size is not None:
         whole_number("batch_size", batch_size, least=1)
     if isinstance(source, LatentDataset | StemDataset):
         if batch_size is None:
             raise ConfigError("Loader needs a batch_size: give it the number of samples.")
-        return BatchSampler(source, batch_size)
+        return BatchSampler(source, batch_size, drop_last=drop_last)
     if not isinstance(source, LatentStream | BatchSampler):
         raise ConfigError(
             "Loader needs a LatentStream, LatentDataset, StemDataset or BatchSampler, not "
             f"{type(source).__name__}."
         )
-    if source.batch_size is None and batch_size is not None:
-        source.batch_size = batch_size
-    if source.batch_size is None or batch_size not in (None, source.batch_size):
+    kind = type(source).__name__
+    if drop_last and isinstance(source, BatchSampler) and not source.drop_last:
         raise ConfigError(
-            f"batch_size is {batch_size} in Loader, but {source.batch_size} in "
-            f"{type(source).__name__}: give it once, or the same number."
+            "drop_last is True in Loader, but False in BatchSampler: give it to BatchSampler."
+        )
+    if isinstance(source, LatentStream) and source.batch_size is None:
+        source.batch_size = batch_size
+    if source.batch_size is None:
+        raise ConfigError(f"batch_size is None in Loader and {kind}: give it to one of them.")
+    if batch_size not in (None, source.batch_size):
+        raise ConfigError(
+            f"batch_size is {batch_size} in Loader, but {source.batch_size} in {kind} (its own, or "
+            f"that of an earlier Loader): use the same number, or a new {kind}."
         )
     return source

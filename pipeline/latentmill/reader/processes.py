@@ -52,7 +52,7 @@ class InProcess:
 
     def receive(self) -> Any:
         packed = self._builder.build(self._requested.popleft())
-        memory = torch.empty(packed.size, dtype=torch.uint8, pin_memory=self._pin)
+        memory = torch.empty(packed.size, dtype=torch.uint8, device="cpu", pin_memory=self._pin)
         packed.write(memory)
         return unpack(memory, packed.payload)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -110,6 +110,21 @@ def whole_number(name: str, value: object, *, least: int) -> int:
     if value < least:
         raise ConfigError(f"{name} must be at least {least}, not {value}.")
     return int(value)
+
+
+def checked_transforms(transforms: Iterable[Any]) -> tuple[Any, ...]:
+    """The transforms as a tuple; ConfigError unless they are a list of callables."""
+    several = isinstance(transforms, Iterable)
+    if callable(transforms) and not several:
+        raise ConfigError(f"transforms must be a list: write transforms=[{transforms!r}].")
+    checked = tuple(transforms) if several else (transforms,)
+    for one in checked:
+        if not callable(one):
+            raise ConfigError(
+                f"{one!r} is not a transform: use an object such as lm.RandomGain(), or a function "
+                "of a sample and a random generator."
+            )
+    return checked
 
 
 def sample_random(seed: int, epoch: int, position: int) -> np.random.Generator:

@@ -102,6 +102,21 @@ def accelerate_shards(stream: object) -> int:
     return int(getattr(shard, "num_processes", 1))
 
 
+def accelerate_place(reader: object) -> int | None:
+    """Number of this process among those that get whole batches of `reader` from `accelerate`.
+
+    None if it does not distribute `reader`, or divides each batch (`split_batches`).
+    """
+    if accelerate_processes(reader) == 1:
+        return None
+    module = sys.modules["accelerate.state"]
+    loader = module.GradientState().active_dataloader
+    parts = [loader, *(getattr(loader, name, None) for name in ("dataset", "batch_sampler"))]
+    if any(getattr(part, "split_batches", False) for part in parts):
+        return None
+    return int(module.PartialState().process_index)
+
+
 def check_distributed_once(reader: object, rank: Rank, kind: str) -> None:
     """Raise ConfigError if both `reader` and `accelerate` would distribute an epoch to ranks."""
     if rank.world_size > 1 and accelerate_processes(reader) > 1:
@@ -146,7 +161,11 @@ def mixture(
     whole_number("shuffle_window", window, least=block)
     taken = tuple(int(size) for size in sizes)
     if weights is not None:
-        if len(weights) != len(sizes) or not all(0 < w < math.inf for w in weights):
+        try:
+            valid = len(weights) == len(sizes) and all(0 < w < math.inf for w in weights)
+        except (TypeError, ValueError):  # not a list of numbers
+            valid = False
+        if not valid:
             raise ConfigError(f"weights needs a number above zero for each of {len(sizes)} stores.")
         if not shuffle:
             raise ConfigError(
@@ -154,7 +173,14 @@ def mixture(
             )
         # If `where` matches nothing in a store, the other stores get its share.
         present = [w if size else 0.0 for w, size in zip(weights, sizes, strict=True)]
-        taken = apportion(sum(taken), present)
+        taken = apportion(sum(sizes), present)
+        for number, (weight, count) in enumerate(zip(present, taken, strict=True)):
+            if weight and not count:
+                raise ConfigError(
+                    f"weights[{number}] is {weight}, too small for an epoch of {sum(sizes)} "
+                    "samples, so this store would never be read: use a larger weight, or leave the "
+                    "store out."
+                )
     return Mixture(tuple(map(int, sizes)), taken, seed, shuffle, block, window // block * block)
 
 

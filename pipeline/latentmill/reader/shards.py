@@ -99,13 +99,11 @@ class ShardReader:
 
     def _find_sizes(self, paths: set[str]) -> None:
         """Get the sizes of shards, with one listing per folder if the storage can list."""
-        if not paths:
-            return
-        if is_web(self._storage.root):  # web servers cannot list
+        on_web = {path for path in paths if is_web(self._storage.named(path))}
+        if on_web:  # web servers cannot list
             with ThreadPoolExecutor(THREADS) as pool:
-                self._sizes.update(zip(paths, pool.map(self._size, paths), strict=True))
-            return
-        for folder in {path.rpartition("/")[0] for path in paths}:
+                self._sizes.update(zip(on_web, pool.map(self._size, on_web), strict=True))
+        for folder in {path.rpartition("/")[0] for path in paths - on_web}:
             listed = self._storage.list(folder)
             self._sizes.update({f"{folder}/{name}": size for name, size in listed.items()})
 

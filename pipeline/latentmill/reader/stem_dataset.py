@@ -23,7 +23,7 @@ from latentmill.reader.field_crops import Missing, StoreFields, checked_names
 from latentmill.reader.field_values import FieldValue
 from latentmill.reader.fields import FieldReader
 from latentmill.reader.order import Ints
-from latentmill.reader.sample import sample_random, whole_number
+from latentmill.reader.sample import checked_transforms, sample_random, whole_number
 from latentmill.reader.stems import (
     By,
     Flags,
@@ -136,7 +136,7 @@ class StemDataset(Shown, Dataset[T], Generic[T]):
         self._task, self._crop, self._seed = task, crop, seed
         self._gains = None if gains is None else RandomStemGains(gains)
         self._remix, self._active_db, self._per_song = remix, active_db, per_song
-        self._transforms = tuple(transforms)
+        self._transforms = checked_transforms(transforms)
 
     def _use_complete(self, missing: Missing) -> None:
         """Leave out songs with a stem that has no value of a field, or raise ConfigError."""

@@ -16,7 +16,7 @@ from latentmill.reader.draws import Requested, Starts
 from latentmill.reader.field_crops import Missing, checked_names
 from latentmill.reader.fields import Where
 from latentmill.reader.order import EpochOrder, Ints
-from latentmill.reader.sample import Sample, Transform, whole_number
+from latentmill.reader.sample import Sample, Transform, checked_transforms, whole_number
 from latentmill.reader.sharding import (
     BLOCK,
     STATE_VERSION,
@@ -24,11 +24,13 @@ from latentmill.reader.sharding import (
     EpochProgress,
     Even,
     Resumable,
+    accelerate_place,
     accelerate_processes,
     accelerate_shards,
     check_distributed_once,
     mixture,
 )
+from latentmill.record import as_array
 from latentmill.text.shown import Shown
 
 READ_TOGETHER = 32  # minimum number of samples per batch of requests
@@ -95,9 +97,8 @@ class LatentStream(Shown, Resumable, IterableDataset[Sample]):
         cache: str | os.PathLike[str] | None = None,
         cache_gib: float = 50.0,
     ) -> None:
-        reading = Reading(
-            crop, mode, seed, metadata, tuple(transforms), checked_names(fields), missing_fields
-        )
+        own, names = checked_transforms(transforms), checked_names(fields)
+        reading = Reading(crop, mode, seed, metadata, own, names, missing_fields)
         Resumable.__init__(self, rank, world_size, even)
         if batch_size is not None:
             whole_number("batch_size", batch_size, least=1)
@@ -111,6 +112,7 @@ class LatentStream(Shown, Resumable, IterableDataset[Sample]):
         self._share: tuple[int, ...] | None = None  # rank and worker that `_now` belongs to
         self._loaded_share: tuple[int, ...] | None = None
         self._accelerate_shards = 1
+        self._iteration = 0  # number of the last iteration
 
     def __getstate__(self) -> dict[str, Any]:
         # A spawned worker has no process group and no accelerate state, so pass both on.
@@ -143,11 +145,13 @@ class LatentStream(Shown, Resumable, IterableDataset[Sample]):
         epochs_differ = self._mixture.shuffle or crops or reading.transforms
         if worker and id_ == 0 and epochs_differ:
             self._starts.check_repeated(self._now)
-        return self._samples(self._now.epoch, self._now.position, id_, workers, turn)
+        share = id_, workers, turn
+        return self._samples(self._iteration, self._now.epoch, self._now.position, *share)
 
     def _begin(self, share: tuple[int, ...]) -> None:
         """Begin the next iteration, as one worker of a rank."""
         check_distributed_once(self, self._rank, "LatentStream")
+        self._iteration += 1
         self._now, self._next = self._upcoming(), None
         if self._now.done and self._loaded_share != share:
             raise ConfigError(
@@ -190,8 +194,9 @@ class LatentStream(Shown, Resumable, IterableDataset[Sample]):
         return super()._upcoming()
 
     def _samples(
-        self, epoch: int, start: int, worker: int, workers: int, turn: int
+        self, iteration: int, epoch: int, start: int, worker: int, workers: int, turn: int
     ) -> Iterator[Sample]:
+        self._refuse_unless_last(iteration)
         order, total = EpochOrder(self._mixture, epoch), self._mixture.total
         rank = self._rank
         count = worker_share(rank.share(total - start), worker, workers, turn)
@@ -205,8 +210,16 @@ class LatentStream(Shown, Resumable, IterableDataset[Sample]):
             for sample in self.corpus.read(of_store, samples, epoch, positions):
                 self._now = EpochProgress(epoch, start, self._now.done + 1)
                 yield sample
+                self._refuse_unless_last(iteration)
         if not count:  # no sample left for this worker: go to the next epoch
             self._next = EpochProgress(epoch + 1)
+
+    def _refuse_unless_last(self, iteration: int) -> None:
+        if iteration != self._iteration:
+            raise ConfigError(
+                "this iterator cannot continue, because its LatentStream was iterated over again: "
+                "use one iterator of a LatentStream at a time."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The exact state of this process's own iteration.
@@ -237,12 +250,14 @@ class LatentStream(Shown, Resumable, IterableDataset[Sample]):
             ConfigError: The batch is not one that a single process would read: `batch_size` is not
                 the DataLoader's.
         """
-        epoch, positions = int(batch["epoch"][0]), np.asarray(batch["position"])
+        epoch, positions = int(batch["epoch"][0]), np.asarray(as_array(batch["position"]))
         start = (self._next or self._now).on_epoch(epoch).position
         rank, size = self._rank, self.batch_size or 1
         local, wrong = np.divmod(positions - start - rank.rank, rank.world_size)
         count = rank.share(self._mixture.total - start)
         first, last = int(local[0]), int(local[-1]) + 1
+        if self._is_last_of_accelerate(first, count):
+            return self._state(EpochProgress(epoch, self._mixture.total))
         whole = self.batch_size is None or (
             first % self.batch_size == 0 and (len(local) == self.batch_size or last == count)
         )
@@ -254,6 +269,18 @@ class LatentStream(Shown, Resumable, IterableDataset[Sample]):
         # If this batch is not full, it is the last one on all ranks; one may have one more sample.
         step = size * accelerate_processes(self)
         return self._state(self._after(EpochProgress(epoch, start), -(-last // step) * step))
+
+    def _is_last_of_accelerate(self, first: int, count: int) -> bool:
+        """Whether a batch of accelerate that begins with sample `first` is in the last step.
+
+        In this step, accelerate divides what is left, and adds samples of the first step.
+        """
+        place, size = accelerate_place(self), self.batch_size or 1
+        if place is None:
+            return False
+        step = size * accelerate_processes(self)
+        added = 0 <= first < step and first // size != place
+        return added or first // step == (count - 1) // step
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from a saved state, with any number of ranks and workers.

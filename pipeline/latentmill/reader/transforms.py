@@ -23,11 +23,16 @@ def random_factor(decibels: Decibels, random: np.random.Generator) -> float:
 
 
 def check_decibels(decibels: Decibels) -> None:
-    """Raise ConfigError if a bound is not finite or the bounds are in the wrong order."""
-    lowest, highest = decibels
-    if not (np.isfinite(lowest) and np.isfinite(highest) and lowest <= highest):
+    """Raise ConfigError unless there are two finite bounds in the right order."""
+    try:
+        lowest, highest = decibels
+        valid = bool(np.isfinite(lowest) and np.isfinite(highest) and lowest <= highest)
+    except (TypeError, ValueError):  # not two numbers
+        valid = False
+    if not valid:
         raise ConfigError(
-            f"invalid range of decibels ({lowest}, {highest}): use finite bounds, from low to high."
+            f"invalid range of decibels {decibels!r}: use two finite bounds, from low to high, "
+            "such as (-6, 6)."
         )
 
 

@@ -191,7 +191,8 @@ def measure(
     """Encode batches of noise for some seconds. Returns the speed as a multiple of real time."""
     model = load_model(handle, device)
     spec = handle.spec
-    audio = torch.empty(batch, spec.channels, chunking.model_samples(spec))  # [B, C, T]
+    shape = batch, spec.channels, chunking.model_samples(spec)  # [B, C, T]
+    audio = torch.empty(shape, dtype=torch.float32, device="cpu")
     audio.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(0))
     model.encode(audio).cpu()  # warm-up
     began, batches = time.perf_counter(), 0

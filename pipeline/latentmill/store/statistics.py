@@ -47,7 +47,7 @@ class ChannelStatistics:
             for start in range(0, chunk.shape[1], BLOCK_FRAMES):
                 part = chunk[:, start : start + BLOCK_FRAMES]
                 # numpy takes three times as long to widen float16.
-                block = torch.tensor(part).double().numpy()
+                block = torch.tensor(part, device="cpu").double().numpy()
                 mean = block.mean(axis=1)
                 m2 = ((block - mean[:, None]) ** 2).sum(axis=1)
                 found = cls(block.shape[1], mean, m2)

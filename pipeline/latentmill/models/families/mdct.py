@@ -48,10 +48,12 @@ class Mdct:
 
     def __init__(self, hop: int, device: torch.device) -> None:
         self._hop = hop
-        phase = math.pi / (2 * hop) * (torch.arange(2 * hop, dtype=torch.float64) + 0.5)
+        phase = (
+            math.pi / (2 * hop) * (torch.arange(2 * hop, dtype=torch.float64, device="cpu") + 0.5)
+        )
         self._window = torch.sin(phase).float().to(device)  # [2 * hop]
         # sqrt(2/N) is split evenly between the multiplication before and after the FFT.
-        angle = -math.pi / hop * (torch.arange(hop // 2, dtype=torch.float64) + 0.125)
+        angle = -math.pi / hop * (torch.arange(hop // 2, dtype=torch.float64, device="cpu") + 0.125)
         twiddle = torch.polar(torch.full_like(angle, (2 / hop) ** 0.25), angle)
         self._twiddle = twiddle.to(torch.complex64).to(device)  # [hop / 2]
 

@@ -107,7 +107,8 @@ def _seconds_on_gpu(
 ) -> float:
     """Time of a batch of noise: the best of three, because kernels are chosen in the first one."""
     torch.cuda.empty_cache()
-    audio = 0.1 * torch.randn(size, model.spec.channels, samples)
+    shape = size, model.spec.channels, samples
+    audio = 0.1 * torch.randn(shape, dtype=torch.float32, device="cpu")
     best = float("inf")
     with numeric_mode(precision, device):
         for _ in range(3):

@@ -42,7 +42,7 @@ class Compiled:
             mode = "reduce-overhead" if on_gpu else None
             self._program = torch.compile(inner.encode, dynamic=False, mode=mode)
             for _ in range(3 if on_gpu else 1):  # compiles, warms up, captures the graphs
-                self.encode(torch.zeros(shape))
+                self.encode(torch.zeros(shape, dtype=torch.float32, device="cpu"))
         except RuntimeError as error:
             raise _does_not_compile(inner.spec.name, error) from error
 

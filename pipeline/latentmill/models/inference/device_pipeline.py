@@ -109,7 +109,7 @@ class CudaTransport:
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
         # The latents of the batch that used a slot before have been awaited when it is used again.
-        self._slots = deque(torch.empty(0) for _ in range(self.prefetch + 1))
+        self._slots = deque(torch.empty(0, device="cpu") for _ in range(self.prefetch + 1))
         self._copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     def stage(self, shape: tuple[int, int, int]) -> FloatArray:
@@ -117,7 +117,7 @@ class CudaTransport:
         size = math.prod(shape)
         slot = self._slots.popleft()
         if slot.numel() < size:
-            slot = torch.empty(size, dtype=torch.float32, pin_memory=True)
+            slot = torch.empty(size, dtype=torch.float32, device="cpu", pin_memory=True)
         self._slots.append(slot)
         memory: FloatArray = slot.numpy()[:size].reshape(shape)
         return memory
@@ -136,7 +136,7 @@ class CudaTransport:
 
     def fetch(self, latents: Tensor) -> tuple[Tensor, torch.cuda.Event]:
         """Copy after the computation; the event marks the end of the copy."""
-        on_host = torch.empty(latents.shape, dtype=torch.float32, pin_memory=True)
+        on_host = torch.empty(latents.shape, dtype=torch.float32, device="cpu", pin_memory=True)
         on_host.copy_(latents, non_blocking=True)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record(torch.cuda.current_stream(self._device))
