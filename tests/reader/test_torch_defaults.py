@@ -13,6 +13,7 @@ import torch
 import latentmill as lm
 from latentmill.reader.collate import collate_tensors
 from latentmill.reader.stems import ContextAndTarget
+from latentmill.reader.transforms import RandomGain
 from support.stem_files import write_stem_store, write_stems
 
 DEFAULTS = [torch.float64, torch.bfloat16, "meta"]
@@ -39,7 +40,7 @@ def read(url: str, workers: int) -> list[Any]:
     found: list[Any] = [dataset[0].latents, *(sample.latents for sample in stream)]
     with lm.Loader(lm.LatentDataset(url, crop=8), 4, workers=workers) as loader:
         found += [batch[name] for batch in loader for name in ("latents", "mask")]
-    whole = lm.LatentDataset(url, transforms=[lm.RandomGain()])
+    whole = lm.LatentDataset(url, transforms=[RandomGain()])
     with lm.Loader(whole, 4, workers=workers, collate_fn=collate_tensors) as loader:
         found += [value for batch in loader for value in batch.values()]
     return found

@@ -20,7 +20,6 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,7 +84,7 @@ class RangeCache:
     """
 
     def __init__(self, folder: str | Path, gib: float, *, whole: bool = False) -> None:
-        if not isinstance(gib, Real) or not math.isfinite(gib):
+        if not isinstance(gib, int | float | np.number) or not math.isfinite(gib):
             raise ConfigError(f"cache_gib must be a number of GiB, not {gib!r}.")
         self.folder, self.gib, self.whole = Path(folder), gib, whole
         self._max_bytes = int(gib * 2**30)

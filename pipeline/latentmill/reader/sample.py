@@ -121,7 +121,7 @@ def checked_transforms(transforms: Iterable[Any]) -> tuple[Any, ...]:
     for one in checked:
         if not callable(one):
             raise ConfigError(
-                f"{one!r} is not a transform: use an object such as lm.RandomGain(), or a function "
+                f"{one!r} is not a transform: use an object such as lm.Drop(...), or a function "
                 "of a sample and a random generator."
             )
     return checked
