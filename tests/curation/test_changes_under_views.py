@@ -15,7 +15,7 @@ import soundfile
 
 import latentmill as lm
 from latentmill.curation.selecting import Selector
-from latentmill.curation.split import _units
+from latentmill.curation.split import _clusters
 from latentmill.errors import ConfigError, StoreError
 from latentmill.reader.crops import CropReader
 from latentmill.reader.stems import stem_groups
@@ -151,7 +151,7 @@ STEPS: dict[str, Callable[[Selector], object]] = {
     "duplicates": lambda selector: selector.drop_duplicates("exact"),
     "stratify": lambda selector: selector.sample(4, "number", 0),
     "stratify by role": lambda selector: selector.sample(4, "role", 0),
-    "split": lambda selector: _units(selector, "number"),
+    "split": lambda selector: _clusters(selector, "number"),
 }
 
 
