@@ -94,7 +94,7 @@ def test_a_store_whose_run_has_not_ended(tmp_path: Path, source: str) -> None:
     again = add(store, source)
     assert (again.resumed_units, again.waiting) == (2, 2)
     encode(songs, store)
-    assert "behind by 2 items: run the command" in status(store)
+    assert "behind by 2 items: rerun the `latentmill add` command" in status(store)
     summary = add(store, source)
     assert (summary.info.encoded, summary.waiting, summary.resumed_units) == (4, 0, 2)
     runs.assert_whole(store / "fields/f")

@@ -169,7 +169,8 @@ def test_a_reader_is_warned_of_texts_that_were_annotated_on_a_view(
     annotate(view, "store/", {"text": "text 0"}, {"text": "new"})
     found = opened_with(view, "text")
     assert len(found) == 2
-    assert f"of which the view {view} has other values for 1 record: annotate {store}" in found[0]
+    expected = f"{view} has other values for 1 record: to use those of the view, annotate {store}"
+    assert expected in found[0]
     path = view / "dataset.json"  # as an earlier version wrote it, which marked nothing
     info = json.loads(path.read_text())
     info["annotation"]["refreshed"] = []
