@@ -52,6 +52,6 @@ def test_no_store_is_written_on_the_hub(
     url = "hf://datasets/me/latents"
     with pytest.raises(ConfigError) as caught, only_run(Storage(url)):
         pass
-    assert f"use `latentmill push FOLDER {url}`" in one_sentence(caught.value)
+    assert f"run `latentmill push STORE {url}`" in one_sentence(caught.value)
     with pytest.raises(ConfigError, match="latentmill push"):
         lm.encode(tmp_path, url, model="no such model")

@@ -27,8 +27,8 @@ def refuse_store(url: str) -> None:
     """Raise ConfigError if a store that is to be written or changed is on the hub."""
     if protocol_of(url) == "hf":
         raise ConfigError(
-            f"{url} would get one commit per file and per heartbeat of the run: write to a folder "
-            f"or a bucket, then use `latentmill push FOLDER {url}`."
+            f"{url} is on the Hugging Face hub, where each write is a commit: write the store to a "
+            f"folder or a bucket, then run `latentmill push STORE {url}`."
         )
 
 

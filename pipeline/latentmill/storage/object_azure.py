@@ -58,7 +58,7 @@ def opener(fs: Any, container: str) -> OpenStore:
 
 
 def _provider(fs: Any) -> Any:
-    """Return the credentials of adlfs' client as obstore needs them; None for anonymous access."""
+    """Return what gives obstore the client's credentials; None for anonymous access."""
     client = fs.service_client
     credential, signature = client.credential, client._query_str.lstrip("?")
     if credential is None and not signature:

@@ -97,7 +97,7 @@ class Tally:
         encoded: Number of encoded items; likewise `skipped` and `failed`.
         audio_seconds: Seconds of audio of the encoded items.
         bytes: Size of the shard.
-        timings: Seconds by counter.
+        timings: Seconds by stage.
         failures: (key, reason) of each failed item.
         skips: (key, filter) of each skipped item.
         kept: (key, reason) of each item whose earlier record was kept.
@@ -155,8 +155,7 @@ def write_unit(
     items; the shard has the records in this order. `keys` are those of the items in the plan's
     order, if it is another one. `info` is what a reader of this shard alone needs to know. If the
     name of `revision` is taken by an attempt that was not committed, the next free revision is
-    used. If writing fails with a StorageError, the shard is removed. `on_bytes` is called, in any
-    thread, whenever bytes of an upload have arrived.
+    used. If writing fails with a StorageError, the shard is removed. `on_bytes`: see `publish`.
     """
     entries = _UnitEntries()
     scratch = storage.scratch_file(shard_path(unit, format_name))
