@@ -1,5 +1,6 @@
 """Recordings from S3, the web and memory: fetched whole, or refused with a reason."""
 
+import gc
 import http.server
 import itertools
 import os
@@ -9,7 +10,9 @@ import threading
 import tracemalloc
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import fsspec
@@ -17,8 +20,11 @@ import pytest
 import xxhash
 
 from latentmill.audio import fetch as module
-from latentmill.audio import open_media
+from latentmill.audio import media_from_bytes, open_media
+from latentmill.audio.media import MediaFile
 from latentmill.errors import ItemError
+from latentmill.sources.base import ByteRange, Item
+from latentmill.sources.reading import UnitReader
 from latentmill.storage import remote
 from latentmill.storage.objects import SWITCH
 from latentmill.storage.outages import MOST_ATTEMPTS
@@ -331,3 +337,85 @@ def test_the_first_error_of_a_process_is_one_sentence() -> None:
         command = [sys.executable, "-c", FIRST_FETCH, url]
         ended = subprocess.run(command, capture_output=True, text=True, check=True)
     assert ended.stdout == "no permission to read the file\n"
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def in_memory(media: MediaFile) -> bool:
+    return "memfd" in Path(f"/proc/self/fd/{media.fileno()}").readlink().name
+
+
+@pytest.fixture
+def two_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that may hold two recordings of DATA in memory, but not three."""
+    if not hasattr(os, "memfd_create"):
+        pytest.skip("needs files in memory")
+    gc.collect()  # closes what earlier tests have left open
+    monkeypatch.setattr(module, "PROCESS_LIMIT", 2 * len(DATA) + 1000)
+    monkeypatch.setattr(module._Reservation, "total", 0)
+
+
+@pytest.mark.usefixtures("two_in_memory")
+@pytest.mark.parametrize("way", ["size known", "size unknown", "web", "member of a tar", "bytes"])
+def test_a_process_holds_a_limited_number_of_bytes_in_memory(way: str) -> None:
+    url = f"memory://{uuid.uuid4().hex}/a.wav"
+    put(url, DATA)
+    with ExitStack() as stack:
+        address = stack.enter_context(web(lambda handler, _: send(handler)))
+        member = Item("a", url, 0, "", place=ByteRange(0, len(DATA)))
+        reader = stack.enter_context(UnitReader([member]))
+        opened = {
+            "size known": lambda: open_media(url, len(DATA)),
+            "size unknown": lambda: open_media(url),
+            "web": lambda: open_media(address),
+            "member of a tar": lambda: reader.open(member),
+            "bytes": lambda: media_from_bytes(DATA),
+        }[way]
+        first, second, third = (stack.enter_context(opened()) for _ in range(3))
+        assert [in_memory(media) for media in (first, second, third)] == [True, True, False]
+        assert os.fstat(third.fileno()).st_nlink == 0
+        assert third.read_at(0, third.size) == DATA
+        for _ in range(2):
+            first.close()  # a second time it releases nothing
+        fourth, fifth = (stack.enter_context(opened()) for _ in range(2))
+        assert [in_memory(media) for media in (fourth, fifth)] == [True, False]
+    assert module._Reservation.total == 0
+
+
+@pytest.mark.usefixtures("two_in_memory")
+def test_a_recording_that_is_open_twice_counts_once_until_both_are_closed() -> None:
+    with media_from_bytes(DATA) as first, media_from_bytes(DATA):
+        with first.reopened() as again:
+            first.close()
+            assert again.read_at(0, again.size) == DATA
+            with media_from_bytes(DATA) as other:
+                assert not in_memory(other)
+        with media_from_bytes(DATA) as other:
+            assert in_memory(other)
+
+
+@pytest.mark.usefixtures("two_in_memory")
+def test_memory_is_released_when_fetching_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "MAX_ATTEMPTS", 2)
+
+    def cut(handler: http.server.BaseHTTPRequestHandler, _: int) -> None:
+        send(handler, DATA[:1000], length=len(DATA))
+
+    url = f"memory://{uuid.uuid4().hex}/a.wav"
+    put(url, DATA)
+    with web(cut) as address:
+        refused("the file cannot be fetched", address)
+    memory = type(fsspec.filesystem("memory"))
+    monkeypatch.setattr(memory, "cat_file", lambda self, path, start, end: DATA[:-1])
+    refused("gave", url, len(DATA))
+    assert module._Reservation.total == 0
+
+
+@pytest.mark.usefixtures("two_in_memory")
+def test_threads_share_the_limit() -> None:
+    with ThreadPoolExecutor(8) as pool:
+        opened = [*pool.map(lambda _: media_from_bytes(DATA), range(8))]
+        assert sum(map(in_memory, opened)) == 2
+        list(pool.map(MediaFile.close, opened))
+    assert module._Reservation.total == 0

@@ -110,7 +110,8 @@ def test_the_system_may_transfer_fewer_bytes_than_requested(
     pread, pwrite = os.pread, os.pwrite
     monkeypatch.setattr(os, "pread", lambda file, size, at: pread(file, min(size, 999), at))
     monkeypatch.setattr(os, "pwrite", lambda file, data, at: pwrite(file, data[:999], at))
-    monkeypatch.setattr(media_module, "memory_file", lambda _: Partial(tmp_path / "memory", "w+b"))
+    partial = Partial(tmp_path / "memory", "w+b")
+    monkeypatch.setattr(media_module, "local_file", lambda *_: partial)
     with media_from_bytes(data) as media:
         assert media.size == len(data)
         assert media.read_at(0, len(data)) == data

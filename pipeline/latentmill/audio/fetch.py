@@ -6,12 +6,14 @@ They are fetched whole, because decoders seek and each seek on object storage wo
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO
+from typing import IO, ClassVar
 
 from latentmill.errors import ConfigError, ItemError
 from latentmill.storage import objects
@@ -34,6 +36,9 @@ from latentmill.text.redact import redact
 
 MEMORY_LIMIT = 256 << 20
 """Bytes above which a fetched file goes to an unlinked temporary file instead of memory."""
+
+PROCESS_LIMIT = 1 << 30
+"""The same for all recordings that this process has in memory together."""
 
 PIECE = 8 << 20
 IN_FLIGHT = 4
@@ -145,19 +150,19 @@ def _seconds(size: int) -> float:
 
 
 class _Growing:
-    """A file of unknown length that moves from memory to disk above `MEMORY_LIMIT`.
+    """A file of unknown length that moves from memory to disk above the limits.
 
     Raises OSError if it arrives too slowly. The client notices if nothing arrives.
     """
 
     def __init__(self, on_bytes: Callable[[], object]) -> None:
-        self.file = memory_file()
+        self.file = _memory_file()
         self._on_bytes = on_bytes
         self._size = 0
         self._began = time.monotonic()
 
     def write(self, data: bytes) -> int:
-        if self._size <= MEMORY_LIMIT < self._size + len(data):
+        if isinstance(self.file, MemoryFile) and not self.file.reserve(self._size + len(data)):
             with self.file as short:
                 self.file = _disk_file()
                 for start in range(0, self._size, PIECE):
@@ -179,19 +184,86 @@ class _Growing:
         self.file.close()
 
 
-def local_file(size: int) -> IO[bytes]:
-    """An empty unbuffered file without a name, in memory if `size` is at most `MEMORY_LIMIT`."""
-    return memory_file() if size <= MEMORY_LIMIT else _disk_file()
+def local_file(size: int, name: str = "audio") -> IO[bytes]:
+    """An empty unbuffered file without a name, in memory if the limits allow `size` bytes.
+
+    `name` only appears in /proc.
+    """
+    file = _memory_file(name)
+    if isinstance(file, MemoryFile) and not file.reserve(size):
+        file.close()
+        return _disk_file()
+    return file
 
 
-def memory_file(name: str = "audio") -> IO[bytes]:
-    """An empty unbuffered file in memory; `name` only appears in /proc."""
+def _memory_file(name: str = "audio") -> IO[bytes]:
+    """An empty unbuffered file in memory, or on disk if the system has no files in memory."""
     if hasattr(os, "memfd_create"):
         with own_limits():
-            return open(os.memfd_create(name), "w+b", buffering=0)  # noqa: PTH123
+            return MemoryFile(os.memfd_create(name), "w+b", _Reservation())
     return _disk_file()
 
 
 def _disk_file() -> IO[bytes]:
     with own_limits():
         return tempfile.TemporaryFile(buffering=0)
+
+
+class _Reservation:
+    """Bytes of one recording in memory. They are released when its last file is closed."""
+
+    total: ClassVar[int] = 0  # of all recordings of this process
+    # Reentrant, because the garbage collector may close a file in a thread that holds it.
+    lock: ClassVar[threading.RLock] = threading.RLock()
+
+    def __init__(self) -> None:
+        self._size = self._files = 0
+
+    def open(self) -> None:
+        with self.lock:
+            self._files += 1
+
+    def close(self) -> None:
+        with self.lock:
+            self._files -= 1
+            if not self._files:
+                _Reservation.total -= self._size
+                self._size = 0
+
+    def grow(self, size: int) -> bool:
+        """Reserve `size` bytes in total. Returns False if a limit does not allow it."""
+        with self.lock:
+            total = self.total - self._size + size
+            if size > MEMORY_LIMIT or total > PROCESS_LIMIT:
+                return False
+            self._size, _Reservation.total = size, total
+        return True
+
+
+class MemoryFile(io.FileIO):
+    """An unbuffered file in memory. Reserve its bytes before you write them."""
+
+    _reservation: _Reservation | None = None
+
+    def __init__(self, descriptor: int, mode: str, reservation: _Reservation) -> None:
+        super().__init__(descriptor, mode)
+        reservation.open()
+        self._reservation = reservation
+
+    def reserve(self, size: int) -> bool:
+        """Reserve memory for `size` bytes in total. Returns False if a limit does not allow it."""
+        return self._reservation is not None and self._reservation.grow(size)
+
+    def reopened(self) -> MemoryFile:
+        """A second file of the same bytes, with its own position. Needs Linux."""
+        if self._reservation is None:
+            raise ValueError("the file is closed")
+        descriptor = os.open(f"/proc/self/fd/{self.fileno()}", os.O_RDONLY)
+        return MemoryFile(descriptor, "rb", self._reservation)
+
+    def close(self) -> None:
+        super().close()
+        with _Reservation.lock:
+            reservation, self._reservation = self._reservation, None
+            if reservation is not None:
+                reservation.close()

@@ -6,6 +6,7 @@ as a whole.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -17,7 +18,7 @@ from urllib.parse import unquote
 
 import xxhash
 
-from latentmill.audio.fetch import fetch, memory_file
+from latentmill.audio.fetch import MemoryFile, fetch, local_file
 from latentmill.errors import ItemError
 from latentmill.storage.closeable import Closeable
 from latentmill.storage.descriptors import read_at, write_at
@@ -54,6 +55,8 @@ class MediaFile(Closeable):
     def reopened(self) -> MediaFile:
         """A second MediaFile of the same bytes, with its own file position."""
         try:
+            if isinstance(self._file, MemoryFile):
+                return MediaFile(self._file.reopened())
             return MediaFile(Path(f"/proc/self/fd/{self.fileno()}").open("rb", buffering=0))
         except OSError:  # not Linux
             return media_from_bytes(self.read_at(0, self.size))
@@ -130,11 +133,18 @@ def is_remote(uri: str) -> bool:
     return _URL.match(uri) is not None and not uri.startswith("file://")
 
 
+@own_limits()
 def media_from_bytes(data: bytes, name: str = "bytes") -> MediaFile:
-    """A MediaFile of `data` in memory; `name` only appears in /proc."""
-    file = memory_file(name)
-    write_at(file.fileno(), data, 0)
-    return MediaFile(file)
+    """A MediaFile of `data`, in memory if the limits allow it; `name` only appears in /proc.
+
+    Raises StorageError if this machine has no space for it.
+    """
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(local_file(len(data), name))
+        write_at(file.fileno(), data, 0)
+        media = MediaFile(file)
+        stack.pop_all()  # the caller closes it
+    return media
 
 
 def _open_local(path: Path) -> MediaFile:
