@@ -23,14 +23,8 @@ from latentmill.engine import remote_audio
 from latentmill.engine.actor import ActorShape
 from latentmill.engine.cluster import Cluster
 from latentmill.engine.launch import _check_spare_cores, _Resources
-from latentmill.engine.remote_audio import (
-    PARCEL_BYTES,
-    PARCELS_UNREAD,
-    Parcel,
-    RemoteAudio,
-    packed,
-    unpacked,
-)
+from latentmill.engine.parcels import PARCEL_BYTES, Parcel, packed, unpacked
+from latentmill.engine.remote_audio import PARCELS_UNREAD, RemoteAudio
 from latentmill.errors import ConfigError
 from latentmill.models.families import mdct
 from latentmill.record import Outcome

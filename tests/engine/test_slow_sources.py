@@ -19,8 +19,8 @@ from latentmill.audio import fetch
 from latentmill.encoding.loading import EncodeSettings, Event, Facts, Loading
 from latentmill.encoding.timings import Timings
 from latentmill.encoding.unit_audio import LocalAudio
-from latentmill.engine import remote_audio
-from latentmill.engine.remote_audio import Parcel, parcels, parcels_with_progress
+from latentmill.engine import parcels as parcels_module
+from latentmill.engine.parcels import Parcel, parcels, parcels_with_progress
 from latentmill.sources import parquet_cells, reading
 from latentmill.sources.base import ByteRange, Item, Segment, TableCell
 from latentmill.sources.reading import UnitReader
@@ -106,7 +106,7 @@ def test_a_load_task_that_downloads_makes_progress(
     slow: tuple[Item, Gate], trial: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     item, gate = slow
-    monkeypatch.setattr(remote_audio, "ALIVE_SECONDS", 0.01)
+    monkeypatch.setattr(parcels_module, "ALIVE_SECONDS", 0.01)
     found = parcels_with_progress([[(0, item)]], LOADING, trial)
     with contextlib.closing(found):
         assert next(found) == Parcel()  # it has started

@@ -1,8 +1,8 @@
 """Loads a unit's audio in Ray tasks, on any nodes that have free CPU cores.
 
 Each task loads some of the unit's lanes (see `encoding/lanes.py`), one chunk of each in turn, and
-sends them in parcels through Ray's object store. It pauses when `PARCELS_UNREAD` parcels have not
-been received yet. Samples are sent as 16 bits if that is exact.
+sends them in parcels (`parcels.py`) through Ray's object store. It pauses when `PARCELS_UNREAD`
+parcels have not been received yet.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import ray
 from ray.exceptions import (
     NodeDiedError,
@@ -27,151 +25,26 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from latentmill.encoding.chunks import Chunk
 from latentmill.encoding.lanes import Numbered, in_turn, lanes_of
-from latentmill.encoding.loading import Event, Facts, ItemEvent, Loading, Opened
+from latentmill.encoding.loading import Event, Facts, ItemEvent, Loading
 from latentmill.encoding.timings import Timings
 from latentmill.engine.dispatch import MAX_ATTEMPTS, MAX_NODE_LOSSES, Loss
 from latentmill.engine.loss import classify
-from latentmill.engine.trial_load import TrialLoader
+from latentmill.engine.parcels import Parcel, parcels_with_progress, unpacked
 from latentmill.errors import LatentmillError
 from latentmill.record import Outcome
 from latentmill.sources.base import Item
-from latentmill.sources.reading import UnitReader
 from latentmill.text.log import get_logger
 
 _log = get_logger("engine")
 
-PARCEL_BYTES = 2 << 20
 PARCELS_UNREAD = 4  # for each task
 EVENTS_WAITING = 16  # received events that wait for the model
-ALIVE_SECONDS = 0.5  # between looks whether bytes have arrived; a cancelled task ends by then
 START_SECONDS = 5.0  # tasks that have no core by then are given up
 WAIT_SECONDS = 1.0  # between two checks whether the unit was closed
 
 # With these errors the task is lost, perhaps because of an item. Others end the unit.
 _LOSSES = (WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError)
-
-
-@dataclass(frozen=True)
-class Parcel:
-    """Events of one message, each with its item's number, and the seconds that the task spent."""
-
-    events: tuple[tuple[int, Event], ...] = ()
-    read_seconds: float = 0.0
-    decode_seconds: float = 0.0
-
-
-def parcels(
-    lanes: Sequence[Sequence[Numbered]],
-    loading: Loading,
-    trial: bool,
-    on_progress: Callable[[], object] = lambda: None,
-) -> Iterator[Parcel]:
-    """Load lanes side by side. Only the measured seconds differ between two calls.
-
-    The first parcel is empty: it shows that the task has started. With `trial`, each item is first
-    loaded in another process, and fails if it ends that process. `on_progress` is called, in any
-    thread, whenever bytes have arrived and before each event; if it raises, nothing more is loaded.
-    """
-    yield Parcel()
-    spec, settings = loading.spec, loading.settings
-    items = [item for lane in lanes for _, item in lane if item.key not in loading.absent]
-    with (
-        UnitReader(
-            items,
-            allow_changed=settings.allow_changed,
-            unchanged=loading.encoded,
-            on_bytes=on_progress,
-        ) as reader,
-        TrialLoader(
-            spec.sample_rate,
-            spec.channels,
-            allow_truncated=settings.allow_truncated,
-            on_progress=on_progress,
-        ) as trials,
-    ):
-
-        def events_of(lane: Sequence[Numbered]) -> Iterator[tuple[int, Event]]:
-            for number, item in lane:
-                tried = trial and item.key not in loading.absent
-                reason = trials.failure_reason(item) if tried else None
-                refused = {item.key: reason} if reason else loading.refused
-                for event in replace(loading, refused=refused).read(item, reader):
-                    on_progress()
-                    yield number, event
-
-        events: list[tuple[int, Event]] = []
-        size, read, decoded, start = 0, 0.0, 0.0, time.perf_counter()
-        for number, event in in_turn([events_of(lane) for lane in lanes]):
-            seconds = time.perf_counter() - start
-            read, decoded = (
-                (read + seconds, decoded)
-                if isinstance(event, Opened)
-                else (read, decoded + seconds)
-            )
-            events.append((number, packed(event)))
-            size += event.audio.nbytes if isinstance(event, Chunk) else 0
-            if size >= PARCEL_BYTES:
-                yield Parcel(tuple(events), read, decoded)
-                events, size, read, decoded = [], 0, 0.0, 0.0
-            start = time.perf_counter()
-        yield Parcel(tuple(events), read, decoded)
-
-
-class _Cancelled(Exception):  # noqa: N818  nothing is wrong
-    """The task was cancelled while it was loading."""
-
-
-def parcels_with_progress(
-    lanes: Sequence[Sequence[Numbered]], loading: Loading, trial: bool
-) -> Iterator[Parcel]:
-    """Yield the parcels, and empty ones while bytes of the next one arrive.
-
-    Otherwise a worker that waits for a slow download would be replaced.
-    """
-    moved, cancelled = threading.Event(), threading.Event()
-
-    def on_progress() -> None:
-        if cancelled.is_set():
-            raise _Cancelled
-        moved.set()
-
-    loaded = parcels(lanes, loading, trial, on_progress)
-    pool = ThreadPoolExecutor(1, thread_name_prefix="parcels")
-    try:
-        while True:
-            upcoming = pool.submit(next, loaded, None)
-            while not wait([upcoming], ALIVE_SECONDS).done:
-                if moved.is_set():
-                    moved.clear()
-                    yield Parcel()
-            parcel = upcoming.result()
-            if parcel is None:
-                return
-            yield parcel
-    finally:
-        cancelled.set()  # ends a download at its next bytes, for which nobody waits
-        pool.shutdown(wait=False)
-
-
-def packed(event: Event) -> Event:
-    """Convert a chunk to 16-bit samples if that is exact; return other events unchanged."""
-    if not isinstance(event, Chunk):
-        return event
-    for part in (event.audio[:, :256], event.audio):  # inexact chunks usually differ at the start
-        scaled = part * np.float32(32768)
-        whole = np.clip(scaled, -32768, 32767).astype(np.int16)
-        if not np.array_equal(whole, scaled):
-            return event
-    return Chunk(event.frame, whole)  # type: ignore[arg-type]  # int16 until `unpacked`
-
-
-def unpacked(event: Event) -> Event:
-    """Undo `packed`."""
-    if isinstance(event, Chunk) and event.audio.dtype == np.int16:
-        return Chunk(event.frame, event.audio.astype(np.float32) / np.float32(32768))
-    return event
 
 
 @ray.remote(num_cpus=1, max_retries=0, scheduling_strategy="SPREAD")
