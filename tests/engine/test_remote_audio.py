@@ -20,11 +20,12 @@ from latentmill.encoding.loading import EncodeSettings, Event, Facts, Loading, O
 from latentmill.encoding.timings import Timings
 from latentmill.encoding.unit_audio import LocalAudio, UnitAudio
 from latentmill.engine import remote_audio
-from latentmill.engine.actor import ActorShape
+from latentmill.engine.actor import ActorShape, audio_opener
 from latentmill.engine.cluster import Cluster
 from latentmill.engine.launch import _check_spare_cores, _Resources
 from latentmill.engine.parcels import PARCEL_BYTES, Parcel, packed, unpacked
 from latentmill.engine.remote_audio import PARCELS_UNREAD, RemoteAudio
+from latentmill.engine.worker import Job
 from latentmill.errors import ConfigError
 from latentmill.models.families import mdct
 from latentmill.record import Outcome
@@ -35,7 +36,7 @@ from support.in_process import in_process
 from support.recordings import noise
 
 SPEC = mdct.build(hop=64, sample_rate=8000).spec
-SEGFAULT = 22051  # see support/deadly
+SEGFAULT, HANG = 22051, 22053  # see support/deadly
 LOADING = Loading(SPEC, Chunking.for_model(SPEC, seconds=0.5), EncodeSettings())
 
 
@@ -84,12 +85,19 @@ def test_tasks_yield_the_events_of_threads(
     assert timings.decode_seconds > 0
 
 
-def test_an_item_that_ends_its_process_fails_alone(tmp_path: Path, ray_session: Path) -> None:
-    rates = {"a": 8000, "b": SEGFAULT, "c": 8000}
+def test_an_item_that_ends_or_hangs_its_process_fails_alone(
+    tmp_path: Path, ray_session: Path
+) -> None:
+    rates = {"a": 8000, "b": SEGFAULT, "c": 8000, "d": HANG}  # one task loads b and d
+    reasons = {
+        SEGFAULT: "loading it kills the process (SIGSEGV)",
+        HANG: "loading it hangs: no progress for 0.7 s",
+    }
     for name, rate in rates.items():
         sf.write(tmp_path / f"{name}.wav", noise(1.0, rate), rate)
     items = items_of(tmp_path)
-    found = all_events(RemoteAudio(items, LOADING, Timings(), tasks=2))
+    audio = RemoteAudio(items, LOADING, Timings(), tasks=2, hang_seconds=0.7)
+    found = all_events(audio)
     ends = {key: event for _, key, event in found if not isinstance(event, Chunk | Opened)}
     assert ends.keys() == rates.keys()
     for name, rate in rates.items():
@@ -97,7 +105,7 @@ def test_an_item_that_ends_its_process_fails_alone(tmp_path: Path, ray_session: 
         if rate == 8000:
             assert isinstance(end, Facts)
         else:
-            assert "loading it kills the process (SIGSEGV" in str(getattr(end, "reason", ""))
+            assert getattr(end, "reason", "") == reasons[rate]
     good = [item for item in items if rates[item.key] == 8000]
     expected = all_events(LocalAudio(good, LOADING, Timings()))
     for name in ("a", "c"):
@@ -105,6 +113,15 @@ def test_an_item_that_ends_its_process_fails_alone(tmp_path: Path, ray_session: 
             [(0, *one[1:]) for one in events if one[1] == name] for events in (found, expected)
         )
         assert_equal(left, right)
+
+
+def test_trial_loads_of_a_task_have_the_limit_of_the_run() -> None:
+    model = mdct.build(hop=64, sample_rate=8000)
+    job = Job(model, LOADING.chunking, LOADING.settings, "/store", "parquet", "", {}, "cpu", 1)
+    audio = audio_opener(replace(job, load_tasks=2, hang_seconds=20.0))([], LOADING, Timings())
+    assert isinstance(audio, RemoteAudio)
+    assert audio._hang_seconds == 20.0
+    assert audio_opener(job) is LocalAudio
 
 
 def test_a_killed_task_is_started_again(tmp_path: Path, ray_session: Path) -> None:

@@ -19,7 +19,7 @@ from latentmill.engine.joint import JointJob, JointWorker
 from latentmill.engine.loss import memory_used
 from latentmill.engine.metrics import ActorMetrics
 from latentmill.engine.remote_audio import RemoteAudio
-from latentmill.engine.worker import Job, Worker
+from latentmill.engine.worker import Job, OpenUnitAudio, Worker
 from latentmill.engine.worker_slot import Report
 from latentmill.models.inference.device import worker_environment
 from latentmill.plan import Unit
@@ -78,9 +78,7 @@ class EncodeActor:
         if isinstance(self._job, JointJob):
             self._worker = JointWorker(self._job, self._stopped)
         else:
-            tasks = self._job.load_tasks
-            open_audio_of = partial(RemoteAudio, tasks=tasks) if tasks else LocalAudio
-            self._worker = Worker(self._job, self._stopped, open_audio_of)
+            self._worker = Worker(self._job, self._stopped, audio_opener(self._job))
         return self._reply(self._place)
 
     def origin(self) -> Reply:
@@ -109,6 +107,13 @@ class EncodeActor:
     def _loaded(self) -> Worker | JointWorker:
         assert self._worker is not None, "`ready` is called first"
         return self._worker
+
+
+def audio_opener(job: Job) -> OpenUnitAudio:
+    """How a worker opens the audio of its units: with load tasks or with its own threads."""
+    if not job.load_tasks:
+        return LocalAudio
+    return partial(RemoteAudio, tasks=job.load_tasks, hang_seconds=job.hang_seconds)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from latentmill.encoding.chunks import Chunk
 from latentmill.encoding.lanes import Numbered, in_turn
 from latentmill.encoding.loading import Event, Loading, Opened
-from latentmill.engine.trial_load import TrialLoader
+from latentmill.engine.trial_load import HANG_SECONDS, TrialLoader
 from latentmill.sources.reading import UnitReader
 
 PARCEL_BYTES = 2 << 20
@@ -35,14 +35,15 @@ class Parcel:
 def parcels(
     lanes: Sequence[Sequence[Numbered]],
     loading: Loading,
-    trial: bool,
+    trial: float | None,
     on_progress: Callable[[], object] = lambda: None,
 ) -> Iterator[Parcel]:
     """Load lanes side by side. Only the measured seconds differ between two calls.
 
     The first parcel is empty: it shows that the task has started. With `trial`, each item is first
-    loaded in another process, and fails if it ends that process. `on_progress` is called, in any
-    thread, whenever bytes have arrived and before each event; if it raises, nothing more is loaded.
+    loaded in another process, and fails if it ends that process or makes no progress there for
+    `trial` seconds. `on_progress` is called, in any thread, whenever bytes have arrived and before
+    each event; if it raises, nothing more is loaded.
     """
     yield Parcel()
     spec, settings = loading.spec, loading.settings
@@ -58,13 +59,14 @@ def parcels(
             spec.sample_rate,
             spec.channels,
             allow_truncated=settings.allow_truncated,
+            hang_seconds=HANG_SECONDS if trial is None else trial,
             on_progress=on_progress,
         ) as trials,
     ):
 
         def events_of(lane: Sequence[Numbered]) -> Iterator[tuple[int, Event]]:
             for number, item in lane:
-                tried = trial and item.key not in loading.absent
+                tried = trial is not None and item.key not in loading.absent
                 reason = trials.failure_reason(item) if tried else None
                 refused = {item.key: reason} if reason else loading.refused
                 for event in replace(loading, refused=refused).read(item, reader):
@@ -94,7 +96,7 @@ class _Cancelled(Exception):  # noqa: N818  nothing is wrong
 
 
 def parcels_with_progress(
-    lanes: Sequence[Sequence[Numbered]], loading: Loading, trial: bool
+    lanes: Sequence[Sequence[Numbered]], loading: Loading, trial: float | None
 ) -> Iterator[Parcel]:
     """Yield the parcels, and empty ones while bytes of the next one arrive.
 

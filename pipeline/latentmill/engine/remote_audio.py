@@ -31,6 +31,7 @@ from latentmill.encoding.timings import Timings
 from latentmill.engine.dispatch import MAX_ATTEMPTS, MAX_NODE_LOSSES, Loss
 from latentmill.engine.loss import classify
 from latentmill.engine.parcels import Parcel, parcels_with_progress, unpacked
+from latentmill.engine.trial_load import HANG_SECONDS
 from latentmill.errors import LatentmillError
 from latentmill.record import Outcome
 from latentmill.sources.base import Item
@@ -48,7 +49,9 @@ _LOSSES = (WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 
 
 @ray.remote(num_cpus=1, max_retries=0, scheduling_strategy="SPREAD")
-def _load(lanes: Sequence[Sequence[Numbered]], loading: Loading, trial: bool) -> Iterator[Parcel]:
+def _load(
+    lanes: Sequence[Sequence[Numbered]], loading: Loading, trial: float | None
+) -> Iterator[Parcel]:
     yield from parcels_with_progress(lanes, loading, trial)
 
 
@@ -77,14 +80,22 @@ class RemoteAudio:
     parcels to be received: only the unit whose turn it is may use cores. If fewer tasks than
     requested get a core, the lanes are divided among those. If a task dies, another one continues
     its lanes and first loads each of their items on trial, which finds an item that ends its task.
+    A trial load without progress for `hang_seconds` is hung.
     """
 
     def __init__(
-        self, items: Sequence[Item], loading: Loading, timings: Timings, *, tasks: int
+        self,
+        items: Sequence[Item],
+        loading: Loading,
+        timings: Timings,
+        *,
+        tasks: int,
+        hang_seconds: float = HANG_SECONDS,
     ) -> None:
         self._items = items
         self._loading = loading
         self._timings = timings
+        self._hang_seconds = hang_seconds
         self._lanes = [
             _RemoteLane(deque(lane)) for lane in lanes_of(items, loading.settings.packing)
         ]
@@ -159,7 +170,8 @@ class RemoteAudio:
     def _task(self, lanes: list[_RemoteLane], *, trial: bool = False) -> _Task:
         options = {"_generator_backpressure_num_objects": PARCELS_UNREAD}
         items = [list(lane.items) for lane in lanes]
-        return _Task(lanes, _load.options(**options).remote(items, self._loading, trial))
+        hang_seconds = self._hang_seconds if trial else None
+        return _Task(lanes, _load.options(**options).remote(items, self._loading, hang_seconds))
 
     def _received(self, lane: _RemoteLane) -> Iterator[tuple[int, Event]]:
         while lane.items or lane.received:
