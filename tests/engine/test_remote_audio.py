@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import soundfile as sf
+from ray.util.placement_group import placement_group, remove_placement_group
 
 import latentmill
 from latentmill.encoding.chunks import Chunk, Chunking
@@ -139,6 +143,44 @@ def test_a_killed_task_is_started_again(tmp_path: Path, ray_session: Path) -> No
                 os.kill(pid, signal.SIGKILL)
             found.append((index, item.key, event))
     assert_equal(found, expected)
+
+
+@contextlib.contextmanager
+def all_cores_taken() -> Iterator[None]:
+    cores = ray.cluster_resources()["CPU"]
+    group = placement_group([{"CPU": cores}])
+    try:
+        assert group.wait(runs.PATIENCE_SECONDS)
+        yield
+    finally:
+        remove_placement_group(group)
+
+
+def test_waiting_for_a_core_is_progress_and_is_reported(
+    tmp_path: Path,
+    ray_session: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(remote_audio, "WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(remote_audio, "NO_CORE_SECONDS", 0.2)
+    sf.write(tmp_path / "a.wav", noise(1.0, 8000), 8000)
+    items, timings = items_of(tmp_path), Timings(parent=Timings())
+    audio = RemoteAudio(items, LOADING, timings, tasks=2)
+    assert timings.parent is not None
+    with ThreadPoolExecutor(1) as pool:
+        with all_cores_taken():
+            found = pool.submit(all_events, audio)
+            runs.until(lambda: timings.parent.steps >= 10, "waiting counts as progress")
+            runs.until(lambda: len(caplog.records) >= 2, "it is reported again and again")
+            assert not found.done()
+        assert_equal(found.result(), all_events(LocalAudio(items, LOADING, Timings())))
+    for record in caplog.records:
+        assert re.fullmatch(
+            r"no load task has had a CPU core for \d+ s: add CPU cores, lower --workers or --threads, "
+            "or stop the run and resume it without --load-tasks",
+            record.getMessage(),
+        )
 
 
 def test_closing_ends_the_tasks(tmp_path: Path, ray_session: Path) -> None:

@@ -43,6 +43,7 @@ PARCELS_UNREAD = 4  # for each task
 EVENTS_WAITING = 16  # received events that wait for the model
 START_SECONDS = 5.0  # tasks that have no core by then are given up
 WAIT_SECONDS = 1.0  # between two checks whether the unit was closed
+NO_CORE_SECONDS = 60.0  # between two warnings that no task has a core
 
 # With these errors the task is lost, perhaps because of an item. Others end the unit.
 _LOSSES = (WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError)
@@ -102,6 +103,7 @@ class RemoteAudio:
         self._most = min(tasks, len(self._lanes))
         self._tasks: list[_Task] = []
         self._delivered: Counter[int] = Counter()  # number of events by item
+        self._warned = float("-inf")  # when the last warning was that no task has a core
         self._stop = threading.Event()
         self._queue: queue.Queue[tuple[int, Event] | BaseException | None] = queue.Queue(
             EVENTS_WAITING
@@ -148,24 +150,43 @@ class RemoteAudio:
         count = self._most
         while count and not self._stop.is_set():
             self._tasks = [self._task(self._lanes[n::count]) for n in range(count)]
-            waiting = [task.parcels for task in self._tasks]
-            end = time.monotonic() + START_SECONDS
-            started: list[Any] = []
-            while len(started) < count and not self._stop.is_set():
-                if started and time.monotonic() > end:
-                    break
-                started, _ = ray.wait(
-                    waiting, num_returns=count, timeout=WAIT_SECONDS, fetch_local=False
-                )
-            if len(started) == count:
+            started = self._started()
+            if started == count or self._stop.is_set():
                 return
             _log.warning(
                 "only %d of %d load tasks got a CPU core: lower --load-tasks or add cores",
-                len(started),
+                started,
                 count,
             )
             self._cancel()
-            count = len(started)
+            count = started
+
+    def _started(self) -> int:
+        """Wait for at least one task to get a core; how many have one after `START_SECONDS`."""
+        waiting = [task.parcels for task in self._tasks]
+        began = time.monotonic()
+        started: list[Any] = []
+        while len(started) < len(waiting) and not self._stop.is_set():
+            if started and time.monotonic() - began > START_SECONDS:
+                break
+            started, _ = ray.wait(
+                waiting, num_returns=len(waiting), timeout=WAIT_SECONDS, fetch_local=False
+            )
+            if not started:
+                self._without_core(began)
+        return len(started)
+
+    def _without_core(self, began: float) -> None:
+        """Count waiting for a core as progress, because another worker would wait, too."""
+        self._timings.step()
+        now = time.monotonic()
+        if now - max(began, self._warned) > NO_CORE_SECONDS:
+            self._warned = now
+            _log.warning(
+                "no load task has had a CPU core for %.0f s: add CPU cores, lower --workers or "
+                "--threads, or stop the run and resume it without --load-tasks",
+                now - began,
+            )
 
     def _task(self, lanes: list[_RemoteLane], *, trial: bool = False) -> _Task:
         options = {"_generator_backpressure_num_objects": PARCELS_UNREAD}
