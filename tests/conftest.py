@@ -165,6 +165,7 @@ def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             patch.setenv("PYTHONPATH", os.pathsep.join(str(path) for path in paths if str(path)))
             patch.setenv("HF_HOME", str(hf_home))
             patch.setenv("HF_HUB_OFFLINE", "1")
+            patch.setenv("FULL_DISK", str(hf_home / "full"))  # see support/deadly
             patch.delenv("RAY_ADDRESS", raising=False)
             stack.enter_context(connect(None))
         yield hf_home

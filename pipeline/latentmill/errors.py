@@ -54,6 +54,10 @@ class DamagedShardError(StorageError):
     """A shard was read, but its bytes are not those that were written."""
 
 
+class LoadTaskError(StorageError):
+    """No node of the cluster can load audio in tasks, for example because their disks are full."""
+
+
 class ModelError(LatentmillError):
     """The model is unknown, cannot be loaded or does not work, or its options are invalid."""
 

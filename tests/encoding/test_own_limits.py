@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
-import resource
 import tarfile
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from latentmill.errors import StorageError
 from latentmill.models.families import mdct
 from latentmill.sources.base import ByteRange, Item, TableCell
 from support import runs
+from support.open_files import no_more_files
 
 SPEC = mdct.build(hop=64, sample_rate=8000).spec
 LOADING = Loading(SPEC, Chunking.for_model(SPEC, seconds=0.5), EncodeSettings(load_threads=1))
@@ -100,22 +99,6 @@ def test_a_full_disk_for_temporary_files(
     assert one_sentence(caught.value).startswith(
         f"Cannot write temporary files to {tempfile.gettempdir()}: No space left on device; "
     )
-
-
-@contextlib.contextmanager
-def no_more_files() -> Iterator[None]:
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    opened = [os.open(os.devnull, os.O_RDONLY)]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(opened[0] + 64, limits[0]), limits[1]))
-    try:
-        with contextlib.suppress(OSError):
-            while True:
-                opened.append(os.dup(opened[0]))
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        for file in opened:
-            os.close(file)
 
 
 @pytest.mark.parametrize("kind", [local, remote, member, cell, described])

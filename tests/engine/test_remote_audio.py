@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import ray
 import soundfile as sf
+from ray.exceptions import NodeDiedError
 from ray.util.placement_group import placement_group, remove_placement_group
 
 import latentmill
@@ -23,20 +32,23 @@ from latentmill.encoding.chunks import Chunk, Chunking
 from latentmill.encoding.loading import EncodeSettings, Event, Facts, Loading, Opened
 from latentmill.encoding.timings import Timings
 from latentmill.encoding.unit_audio import LocalAudio, UnitAudio
-from latentmill.engine import remote_audio
+from latentmill.engine import node_trouble, remote_audio
+from latentmill.engine import parcels as parcels_module
 from latentmill.engine.actor import ActorShape, audio_opener
 from latentmill.engine.cluster import Cluster
 from latentmill.engine.launch import _check_spare_cores, _Resources
-from latentmill.engine.parcels import PARCEL_BYTES, Parcel, packed, unpacked
+from latentmill.engine.node_trouble import AvoidedNodes, NodeTrouble, label_selector
+from latentmill.engine.parcels import PARCEL_BYTES, Parcel, packed, parcels, unpacked
 from latentmill.engine.remote_audio import PARCELS_UNREAD, RemoteAudio
 from latentmill.engine.worker import Job
-from latentmill.errors import ConfigError
+from latentmill.errors import ConfigError, StorageError
 from latentmill.models.families import mdct
 from latentmill.record import Outcome
-from latentmill.sources.base import Item
+from latentmill.sources.base import ByteRange, Item
 from latentmill.sources.folder import FolderSource
-from support import runs
+from support import nodes, runs
 from support.in_process import in_process
+from support.open_files import no_more_files
 from support.recordings import noise
 
 SPEC = mdct.build(hop=64, sample_rate=8000).spec
@@ -177,10 +189,234 @@ def test_waiting_for_a_core_is_progress_and_is_reported(
         assert_equal(found.result(), all_events(LocalAudio(items, LOADING, Timings())))
     for record in caplog.records:
         assert re.fullmatch(
-            r"no load task has had a CPU core for \d+ s: add CPU cores, lower --workers or --threads, "
-            "or stop the run and resume it without --load-tasks",
+            r"no load task has had a CPU core for \d+ s: add CPU cores, lower --workers or "
+            "--threads, or stop the run and resume it without --load-tasks",
             record.getMessage(),
         )
+
+
+def copied(folder: Path, seconds: float, count: int = 4) -> list[Item]:
+    """Items that are copied before they are loaded, as from a tar or a bucket."""
+    for number in range(count):
+        sf.write(folder / f"{number}.wav", noise(seconds, 8000, seed=number), 8000)
+    return [replace(item, version="", place=ByteRange(0, item.size)) for item in items_of(folder)]
+
+
+def test_a_node_without_space_is_named(
+    tmp_path: Path,
+    ray_session: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    one_sentence: Callable[[BaseException], str],
+) -> None:
+    monkeypatch.setattr(remote_audio, "other_nodes", lambda avoided: [])
+    full = ray_session / "full"
+    items = copied(tmp_path, 1.0)
+    full.touch()
+    try:
+        with pytest.raises(StorageError) as caught:
+            all_events(RemoteAudio(items, LOADING, Timings(), tasks=1))
+    finally:
+        full.unlink()
+    assert one_sentence(caught.value) == (
+        f"Load tasks cannot work on {socket.gethostname()}, and no other node has CPU cores for "
+        f"them: Cannot write temporary files to {tempfile.gettempdir()}: No space left on device; "
+        "free some space there, or set TMPDIR to another folder."
+    )
+
+
+def test_a_task_without_open_files_reports_its_node(tmp_path: Path, ray_session: Path) -> None:
+    items = copied(tmp_path, 1.0, count=1)
+    load = partial(remote_audio._load._function, [[(0, items[0])]], LOADING)
+    assert isinstance(events_of(load(None))[-1], Facts)  # and what it needs is imported
+    with no_more_files():
+        found = [*load(None)]
+    node = ray.get_runtime_context().get_node_id()
+    reason = "Cannot open more files: Too many open files; raise the limit with `ulimit -n`"
+    assert found == [Parcel(), Parcel(trouble=NodeTrouble(node, socket.gethostname(), reason))]
+
+
+def test_a_task_that_cannot_load_on_trial_reports_its_node(
+    tmp_path: Path, ray_session: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = copied(tmp_path, 1.0, count=1)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    *_, last = remote_audio._load._function([[(0, items[0])]], LOADING, 60.0)
+    assert last.trouble is not None
+    assert last.trouble.reason == (
+        "the process that loads items on trial does not start; fix this, or remove the node from "
+        "the cluster"
+    )
+
+
+def events_of(found: Iterable[Parcel]) -> list[Event]:
+    return [event for parcel in found for _, event in parcel.events]
+
+
+class FakeTask:
+    """A task that loads in this process, once it has a core."""
+
+    def __init__(self, lanes: Any, selector: dict[str, str], loaded: Iterator[Parcel]) -> None:
+        self.keys = [item.key for ((_, item), *_) in lanes]
+        self.selector = selector
+        self.loaded = loaded
+        self.node: str | None = None
+
+    def __next__(self) -> Parcel:
+        return next(self.loaded)
+
+
+class FakeTasks:
+    """Tasks on two nodes A and B. The first one, on A, fails after some parcels.
+
+    Attributes:
+        started: All tasks.
+        cores: The number of free cores of each node.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, failing: Iterable[Parcel], cores: int) -> None:
+        self.started: list[FakeTask] = []
+        self.cores = {"A": 1, "B": cores}
+        self._failing = failing
+        self.before = 0  # parcels of the first task before it fails
+        patch.setattr(remote_audio, "_load", SimpleNamespace(options=self._options))
+        patch.setattr(remote_audio, "ray", self)
+        for module in (remote_audio, node_trouble):
+            patch.setattr(module, "other_nodes", lambda avoided: self.cores.keys() - avoided)
+        for name in ("START_SECONDS", "REPLACE_SECONDS"):
+            patch.setattr(remote_audio, name, 0.0)
+
+    def _options(self, *, label_selector: Any = None, **_: object) -> SimpleNamespace:
+        def remote(lanes: Any, *given: Any) -> FakeTask:
+            loaded = parcels(lanes, *given)
+            if not self.started:
+                loaded = itertools.chain(itertools.islice(loaded, self.before), self._failing)
+            self.started.append(FakeTask(lanes, label_selector or {}, loaded))
+            return self.started[-1]
+
+        return SimpleNamespace(remote=remote)
+
+    def wait(self, waiting: list[FakeTask], **_: object) -> tuple[list[FakeTask], list[FakeTask]]:
+        for task in waiting:
+            free = [node for node, cores in self.cores.items() if cores]
+            allowed = [node for node in free if task.selector != label_selector([node])]
+            if task.node is None and allowed:
+                task.node = allowed[0]
+                self.cores[task.node] -= 1
+        return [task for task in waiting if task.node], []
+
+    def get(self, parcel: Parcel) -> Parcel:
+        return parcel
+
+    def cancel(self, task: FakeTask) -> None:
+        if task.node in self.cores:
+            self.cores[task.node] += 1
+
+
+TROUBLE = NodeTrouble("A", "a-host", "No space left on device; free some")
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 4])
+def test_another_node_continues_with_what_is_missing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    before: int,
+) -> None:
+    monkeypatch.setattr(parcels_module, "PARCEL_BYTES", 20_000)
+    items = copied(tmp_path, 3.0)
+    expected = all_events(LocalAudio(items, LOADING, Timings()))
+    fake = FakeTasks(monkeypatch, [Parcel(trouble=TROUBLE)], cores=2)
+    fake.before = before
+    avoided = AvoidedNodes()
+    audio = RemoteAudio(items, LOADING, Timings(), tasks=2, avoided=avoided)
+    assert_equal(all_events(audio), expected)
+    tasks = [(task.keys, task.node) for task in fake.started]
+    assert tasks == [(["0", "2"], "A"), (["1", "3"], "B"), (["0", "2"], "B")]
+    assert [record.getMessage() for record in caplog.records] == [
+        "load tasks cannot work on a-host, so other nodes continue: No space left on device; free "
+        "some"
+    ]
+    fake.cores = {"A": 1, "B": 1}
+    following = RemoteAudio(items, LOADING, Timings(), tasks=1, avoided=avoided)
+    assert_equal(all_events(following), expected)
+    assert fake.started[-1].node == "B"
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_if_no_core_is_free_the_other_tasks_load_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: bool
+) -> None:
+    """The other task keeps its core until the lanes of the first one are loaded."""
+    monkeypatch.setattr(parcels_module, "PARCEL_BYTES", 20_000)
+    items = copied(tmp_path, 3.0)
+    expected = all_events(LocalAudio(items, LOADING, Timings()))
+
+    def died() -> Iterator[Parcel]:
+        del fake.cores["A"]
+        raise NodeDiedError("its node has died")
+        yield
+
+    fake = FakeTasks(monkeypatch, died() if dies else [Parcel(trouble=TROUBLE)], cores=1)
+    fake.before = 3
+    assert_equal(all_events(RemoteAudio(items, LOADING, Timings(), tasks=2)), expected)
+    tasks = [(sorted(task.keys), task.node) for task in fake.started]
+    assert tasks == [
+        (["0", "2"], "A"),
+        (["1", "3"], "B"),
+        (["0", "2"], None),
+        (["0", "1", "2", "3"], "B"),
+    ]
+
+
+ON_CLUSTER = """
+import logging, sys
+from pathlib import Path
+import ray
+import test_remote_audio as tests
+from latentmill.engine import remote_audio
+
+logging.basicConfig(format="%(message)s")
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level=logging.ERROR)
+remote_audio.REPLACE_SECONDS = 1.0
+items = tests.copied(Path(sys.argv[2]), 20.0)
+expected = tests.all_events(tests.LocalAudio(items, tests.LOADING, tests.Timings()))
+found = tests.RemoteAudio(items, tests.LOADING, tests.Timings(), tasks=2)
+tests.assert_equal(tests.all_events(found), expected)
+print("equal")
+"""
+
+
+@pytest.mark.slow  # test_another_node_continues_with_what_is_missing: without a cluster
+def test_on_a_cluster_another_node_continues(tmp_path: Path, ray_session: Path) -> None:
+    (tmp_path / "full").touch()
+    deadly = runs.TESTS / "support" / "deadly"
+    paths = os.pathsep.join(map(str, [deadly, runs.TESTS, runs.TESTS.parent / "pipeline"]))
+    cluster = nodes.Nodes()
+
+    def load(folder: str) -> list[str]:
+        (tmp_path / folder).mkdir()
+        here = os.pathsep.join([str(Path(__file__).parent), paths])
+        ended = subprocess.run(
+            [sys.executable, "-c", ON_CLUSTER, cluster.address, str(tmp_path / folder)],
+            env={**os.environ, "PYTHONPATH": here},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.stdout == "equal\n", ended.stderr
+        return ended.stderr.splitlines()
+
+    moved = f"load tasks cannot work on {socket.gethostname()}, so other nodes continue: "
+    try:
+        cluster.add(PYTHONPATH=paths, FULL_DISK=str(tmp_path / "full"))
+        cluster.add()
+        (warning,) = load("two nodes")  # the second one has no core for a second task
+        assert warning.startswith(moved)
+        cluster.add()
+        (warning,) = load("three nodes")
+        assert warning.startswith(moved)
+    finally:
+        cluster.shutdown()
 
 
 def test_closing_ends_the_tasks(tmp_path: Path, ray_session: Path) -> None:

@@ -19,7 +19,7 @@ from latentmill.engine.dispatch import Dispatch
 from latentmill.engine.progress import Progress
 from latentmill.engine.scheduler import Scheduler, _Call
 from latentmill.engine.worker_slot import WorkerSlot
-from latentmill.errors import StorageError, UnitsFailedError
+from latentmill.errors import LoadTaskError, StorageError, UnitsFailedError
 from latentmill.plan import Unit
 from latentmill.run.forecast import forecast
 from latentmill.run.run import RunSummary, run
@@ -200,6 +200,14 @@ def test_workers_that_are_not_placed_hold_no_units(
     runs.assert_whole(tmp_path / "store")
     assert max(ready for ready, _ in ear.counts) <= cpus
     assert max(starting for _, starting in ear.counts) >= 2
+
+
+def test_an_error_of_load_tasks_names_their_host_and_not_that_of_the_worker() -> None:
+    slot = WorkerSlot(actor=None, ready=True, placed=True, place="process 7 on gpu-1")
+    full = "Cannot write temporary files to /tmp: No space left on device"
+    assert str(slot.located(StorageError(full))) == f"process 7 on gpu-1: {full}"
+    of_task = LoadTaskError(f"Load tasks cannot work on cpu-3: {full}")
+    assert slot.located(of_task) is of_task
 
 
 def test_a_worker_that_cannot_even_be_asked_is_given_up_with_its_units(

@@ -54,8 +54,11 @@ class Nodes:
         )
         self.workers = []
 
-    def add(self) -> Any:
-        node = self._cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES)
+    def add(self, **environment: str) -> Any:
+        """Add a node whose processes have these environment variables, too."""
+        node = self._cluster.add_node(
+            num_cpus=1, object_store_memory=OBJECT_STORE_BYTES, env_vars=environment
+        )
         self.workers.append(node)
         return node
 

@@ -18,6 +18,7 @@ from latentmill.engine.dispatch import UNITS_IN_FLIGHT
 from latentmill.engine.joint import JointJob, JointWorker
 from latentmill.engine.loss import memory_used
 from latentmill.engine.metrics import ActorMetrics
+from latentmill.engine.node_trouble import AvoidedNodes
 from latentmill.engine.remote_audio import RemoteAudio
 from latentmill.engine.worker import Job, OpenUnitAudio, Worker
 from latentmill.engine.worker_slot import Report
@@ -113,7 +114,9 @@ def audio_opener(job: Job) -> OpenUnitAudio:
     """How a worker opens the audio of its units: with load tasks or with its own threads."""
     if not job.load_tasks:
         return LocalAudio
-    return partial(RemoteAudio, tasks=job.load_tasks, hang_seconds=job.hang_seconds)
+    return partial(
+        RemoteAudio, tasks=job.load_tasks, hang_seconds=job.hang_seconds, avoided=AvoidedNodes()
+    )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import numpy as np
 from latentmill.encoding.chunks import Chunk
 from latentmill.encoding.lanes import Numbered, in_turn
 from latentmill.encoding.loading import Event, Loading, Opened
+from latentmill.engine.node_trouble import NodeTrouble
 from latentmill.engine.trial_load import HANG_SECONDS, TrialLoader
 from latentmill.sources.reading import UnitReader
 
@@ -25,11 +26,15 @@ ALIVE_SECONDS = 0.5  # between looks whether bytes have arrived; a cancelled tas
 
 @dataclass(frozen=True)
 class Parcel:
-    """Events of one message, each with its item's number, and the seconds that the task spent."""
+    """Events of one message, each with its item's number, and the seconds that the task spent.
+
+    With `trouble`, it is the last one of a task that has not loaded everything.
+    """
 
     events: tuple[tuple[int, Event], ...] = ()
     read_seconds: float = 0.0
     decode_seconds: float = 0.0
+    trouble: NodeTrouble | None = None
 
 
 def parcels(

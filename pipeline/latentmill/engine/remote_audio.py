@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import socket
 import threading
 import time
 from collections import Counter, deque
@@ -30,11 +31,18 @@ from latentmill.encoding.loading import Event, Facts, ItemEvent, Loading
 from latentmill.encoding.timings import Timings
 from latentmill.engine.dispatch import MAX_ATTEMPTS, MAX_NODE_LOSSES, Loss
 from latentmill.engine.loss import classify
+from latentmill.engine.node_trouble import (
+    AvoidedNodes,
+    NodeTrouble,
+    label_selector,
+    other_nodes,
+)
 from latentmill.engine.parcels import Parcel, parcels_with_progress, unpacked
-from latentmill.engine.trial_load import HANG_SECONDS
-from latentmill.errors import LatentmillError
+from latentmill.engine.trial_load import HANG_SECONDS, TrialStartError
+from latentmill.errors import LatentmillError, LoadTaskError, StorageError
 from latentmill.record import Outcome
 from latentmill.sources.base import Item
+from latentmill.storage.remote import cause_of, own_limits
 from latentmill.text.log import get_logger
 
 _log = get_logger("engine")
@@ -42,6 +50,7 @@ _log = get_logger("engine")
 PARCELS_UNREAD = 4  # for each task
 EVENTS_WAITING = 16  # received events that wait for the model
 START_SECONDS = 5.0  # tasks that have no core by then are given up
+REPLACE_SECONDS = 30.0  # the same for a task that continues the lanes of another one
 WAIT_SECONDS = 1.0  # between two checks whether the unit was closed
 NO_CORE_SECONDS = 60.0  # between two warnings that no task has a core
 
@@ -53,7 +62,18 @@ _LOSSES = (WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 def _load(
     lanes: Sequence[Sequence[Numbered]], loading: Loading, trial: float | None
 ) -> Iterator[Parcel]:
-    yield from parcels_with_progress(lanes, loading, trial)
+    try:
+        with own_limits():
+            yield from parcels_with_progress(lanes, loading, trial)
+    except (StorageError, OSError, TrialStartError) as error:
+        node = ray.get_runtime_context().get_node_id()
+        yield Parcel(trouble=NodeTrouble(node, socket.gethostname(), _reason(error)))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, StorageError):
+        return str(error).rstrip(".")
+    return f"{cause_of(error)}; fix this, or remove the node from the cluster"
 
 
 @dataclass(eq=False)
@@ -70,8 +90,10 @@ class _Task:
 
     lanes: list[_RemoteLane]
     parcels: Any  # Ray's generator of object references
+    losses: Counter[str] = field(default_factory=Counter)  # of the tasks before this one, by kind
     sent: Counter[int] = field(default_factory=Counter)
-    losses: Counter[str] = field(default_factory=Counter)  # of this task and those before, by kind
+    started: bool = False  # it has sent a parcel
+    began: float = field(default_factory=time.monotonic)
 
 
 class RemoteAudio:
@@ -81,7 +103,8 @@ class RemoteAudio:
     parcels to be received: only the unit whose turn it is may use cores. If fewer tasks than
     requested get a core, the lanes are divided among those. If a task dies, another one continues
     its lanes and first loads each of their items on trial, which finds an item that ends its task.
-    A trial load without progress for `hang_seconds` is hung.
+    A trial load without progress for `hang_seconds` is hung. If the node of a task has trouble, a
+    task on another node continues its lanes; no task runs on the nodes in `avoided`.
     """
 
     def __init__(
@@ -92,6 +115,7 @@ class RemoteAudio:
         *,
         tasks: int,
         hang_seconds: float = HANG_SECONDS,
+        avoided: AvoidedNodes | None = None,
     ) -> None:
         self._items = items
         self._loading = loading
@@ -100,7 +124,9 @@ class RemoteAudio:
         self._lanes = [
             _RemoteLane(deque(lane)) for lane in lanes_of(items, loading.settings.packing)
         ]
-        self._most = min(tasks, len(self._lanes))
+        self._most = tasks
+        self._avoided_by_all = avoided or AvoidedNodes()
+        self._avoided: dict[str, str] = {}  # hosts of nodes by Ray's id
         self._tasks: list[_Task] = []
         self._delivered: Counter[int] = Counter()  # number of events by item
         self._warned = float("-inf")  # when the last warning was that no task has a core
@@ -137,7 +163,7 @@ class RemoteAudio:
         """Queue the events of all lanes in turn. Runs in its own thread."""
         last: BaseException | None = None
         try:
-            self._start()
+            self._start(self._most)
             for received in in_turn([self._received(lane) for lane in self._lanes]):
                 self._put(received)
         except Exception as error:  # noqa: BLE001  the thread that iterates raises it
@@ -145,24 +171,37 @@ class RemoteAudio:
             last = cause if isinstance(cause, LatentmillError) else error
         self._put(last)
 
-    def _start(self) -> None:
-        """Start the tasks. If some get no core, start fewer: all lanes must be loaded at once."""
-        count = self._most
+    def _start(self, count: int) -> None:
+        """Start tasks for all lanes, in place of those that run.
+
+        If some get no core, start fewer: all lanes must be loaded at once.
+        """
+        losses: Counter[str] = Counter()
+        for task in self._tasks:
+            losses |= task.losses
+        lanes = [lane for lane in self._lanes if lane.items]
+        count = min(count, len(lanes))
         while count and not self._stop.is_set():
-            self._tasks = [self._task(self._lanes[n::count]) for n in range(count)]
+            self._cancel()
+            self._avoided = self._avoided_by_all.current()
+            self._tasks = [self._task(lanes[n::count], losses) for n in range(count)]
             started = self._started()
             if started == count or self._stop.is_set():
                 return
+            if not started:
+                continue
             _log.warning(
                 "only %d of %d load tasks got a CPU core: lower --load-tasks or add cores",
                 started,
                 count,
             )
-            self._cancel()
             count = started
 
     def _started(self) -> int:
-        """Wait for at least one task to get a core; how many have one after `START_SECONDS`."""
+        """Wait until a task has a core; how many have one after `START_SECONDS`.
+
+        0 if none has one, and nodes are avoided that may be better now.
+        """
         waiting = [task.parcels for task in self._tasks]
         began = time.monotonic()
         started: list[Any] = []
@@ -174,6 +213,10 @@ class RemoteAudio:
             )
             if not started:
                 self._without_core(began)
+                if self._avoided and self._avoided != self._avoided_by_all.current():
+                    break
+        for task in self._tasks:
+            task.started = task.parcels in started
         return len(started)
 
     def _without_core(self, began: float) -> None:
@@ -182,17 +225,21 @@ class RemoteAudio:
         now = time.monotonic()
         if now - max(began, self._warned) > NO_CORE_SECONDS:
             self._warned = now
+            hosts = ", ".join(sorted(self._avoided.values()))
             _log.warning(
-                "no load task has had a CPU core for %.0f s: add CPU cores, lower --workers or "
+                "no load task has had a CPU core for %.0f s%s: add CPU cores, lower --workers or "
                 "--threads, or stop the run and resume it without --load-tasks",
                 now - began,
+                f" (avoided: {hosts})" if hosts else "",
             )
 
-    def _task(self, lanes: list[_RemoteLane], *, trial: bool = False) -> _Task:
-        options = {"_generator_backpressure_num_objects": PARCELS_UNREAD}
+    def _task(self, lanes: list[_RemoteLane], losses: Counter[str]) -> _Task:
+        options: dict[str, Any] = {"_generator_backpressure_num_objects": PARCELS_UNREAD}
+        if self._avoided:
+            options["label_selector"] = label_selector(self._avoided)
         items = [list(lane.items) for lane in lanes]
-        hang_seconds = self._hang_seconds if trial else None
-        return _Task(lanes, _load.options(**options).remote(items, self._loading, hang_seconds))
+        trial = self._hang_seconds if losses["worker"] else None
+        return _Task(lanes, _load.options(**options).remote(items, self._loading, trial), losses)
 
     def _received(self, lane: _RemoteLane) -> Iterator[tuple[int, Event]]:
         while lane.items or lane.received:
@@ -205,13 +252,18 @@ class RemoteAudio:
     def _receive(self, task: _Task) -> None:
         ready, _ = ray.wait([task.parcels], timeout=WAIT_SECONDS, fetch_local=False)
         if not ready:
+            if not task.started:
+                self._not_started(task)
             return
         try:
             parcel = ray.get(next(task.parcels))
         except _LOSSES as error:
             self._lost(task, classify(error))
         else:
+            task.started = True
             self._deliver(task, parcel)
+            if parcel.trouble is not None:
+                self._move(task, parcel.trouble)
 
     def _deliver(self, task: _Task, parcel: Parcel) -> None:
         """Pass on a parcel's events, without those that an earlier task of the item delivered."""
@@ -239,9 +291,35 @@ class RemoteAudio:
         losses = task.losses + Counter([loss.kind])
         if losses[loss.kind] >= (MAX_ATTEMPTS if loss.kind == "worker" else MAX_NODE_LOSSES):
             raise RuntimeError(f"a load task was lost {losses[loss.kind]} times: {loss.reason}")
-        again = self._task(task.lanes, trial=losses["worker"] > 0)
-        again.losses = losses
-        self._tasks[self._tasks.index(task)] = again
+        self._replace(task, losses)
+
+    def _move(self, task: _Task, trouble: NodeTrouble) -> None:
+        """Continue the lanes of a task on another node. Raises LoadTaskError if there is none."""
+        known = trouble.node in self._avoided
+        self._avoided[trouble.node] = trouble.host
+        self._avoided_by_all.add(trouble)
+        if not other_nodes(self._avoided):
+            raise LoadTaskError(
+                f"Load tasks cannot work on {trouble.host}, and no other node has CPU cores for "
+                f"them: {trouble.reason}."
+            )
+        if not known:
+            _log.warning(
+                "load tasks cannot work on %s, so other nodes continue: %s",
+                trouble.host,
+                trouble.reason,
+            )
+        self._replace(task, task.losses)
+
+    def _replace(self, task: _Task, losses: Counter[str]) -> None:
+        self._tasks[self._tasks.index(task)] = self._task(task.lanes, losses)
+
+    def _not_started(self, task: _Task) -> None:
+        """Called about once a second while a task that replaces another one has not started."""
+        self._timings.step()
+        if time.monotonic() - task.began > REPLACE_SECONDS:
+            # The other tasks keep their cores until this one has loaded its lanes.
+            self._start(max(1, len(self._tasks) - 1))
 
     def _put(self, received: tuple[int, Event] | BaseException | None) -> None:
         while not self._stop.is_set():

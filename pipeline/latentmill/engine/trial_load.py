@@ -68,6 +68,10 @@ class TrialResult:
         return None
 
 
+class TrialStartError(RuntimeError):
+    """The process that loads items on trial does not start, which is not the fault of an item."""
+
+
 _TRIAL = TypeAdapter(Trial)
 _RESULT = TypeAdapter(TrialResult)
 
@@ -100,7 +104,7 @@ class TrialLoader(Closeable):
         Ordinary failures are not reported here; the worker reports them.
 
         Raises:
-            RuntimeError: The server does not start, which is not the fault of an item.
+            TrialStartError: The server does not start, which is not the fault of an item.
         """
         if self._socket is None:
             self._start()
@@ -147,7 +151,7 @@ class TrialLoader(Closeable):
             ready = b""
         if not ready:
             self.close()
-            raise RuntimeError("the process that loads items on trial does not start")
+            raise TrialStartError("the process that loads items on trial does not start")
 
 
 def _line(connection: socket.socket, on_bytes: Callable[[], object] = lambda: None) -> bytes:

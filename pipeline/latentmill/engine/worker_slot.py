@@ -10,7 +10,7 @@ from typing import Any
 
 from latentmill.engine.dispatch import Assignment
 from latentmill.engine.underway import UnitProgress
-from latentmill.errors import LatentmillError
+from latentmill.errors import LatentmillError, LoadTaskError
 from latentmill.plan import Unit
 
 
@@ -78,9 +78,11 @@ class WorkerSlot:
         }
 
     def located(self, error: LatentmillError) -> LatentmillError:
-        """An error with its process and host, unless it has the host or is from this machine."""
+        """An error with its process and host, unless it has a host or is from this machine."""
         host = self.place.partition(" on ")[2]
         if not self.placed or host == socket.gethostname() or host in str(error):
+            return error
+        if isinstance(error, LoadTaskError):  # of another host, which it names
             return error
         located = type(error)(f"{self.place}: {error}")
         located.__cause__ = error.__cause__

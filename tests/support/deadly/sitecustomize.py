@@ -1,12 +1,14 @@
 """On PYTHONPATH: makes a decoder of this process crash, hang, exit or be slow at certain files.
 
 Python imports a module of this name when it starts, so that it reaches workers and their children.
-The sample rate of a file, which no other test uses, selects what happens.
+The sample rate of a file, which no other test uses, selects what happens. While the file FULL_DISK
+exists, this process has no space for recordings that are not opened in place.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import time
@@ -41,3 +43,13 @@ def _deadly(self: soundfile.SoundFile, *args: object, **kwargs: object) -> None:
 
 
 soundfile.SoundFile.__init__ = _deadly
+
+if "FULL_DISK" in os.environ and hasattr(os, "memfd_create"):
+    _memfd_create = os.memfd_create
+
+    def _full(*args: object) -> int:
+        if os.path.exists(os.environ["FULL_DISK"]):  # noqa: PTH110  imported by every process
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return _memfd_create(*args)
+
+    os.memfd_create = _full
