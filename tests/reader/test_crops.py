@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import multiprocessing
 import os
@@ -22,6 +21,7 @@ from latentmill.reader.crops import CropReader
 from latentmill.reader.open_files import OpenFiles
 from latentmill.store.store import LatentStore
 from support.latent_store import latent_of, write_again, write_latents
+from support.open_files import open_files
 
 
 def whole(store: LatentStore, row: int) -> np.ndarray:
@@ -145,15 +145,6 @@ def test_what_is_not_there_is_an_index_error(made: LatentStore, crop: tuple[int,
         read(CropReader(made), crop, frames=8)
     with pytest.raises(KeyError):
         CropReader(made).row("no such key")
-
-
-def open_files(folder: str) -> set[tuple[str, str]]:
-    """Descriptors of this process that are files in a folder; other tests leave others behind."""
-    found = set()
-    for descriptor in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
-            found.add((descriptor.name, str(descriptor.readlink())))
-    return {one for one in found if one[1].startswith(folder)}
 
 
 def test_few_files_are_open_at_once(made: LatentStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -16,20 +15,17 @@ from latentmill.reader.cache import Piece, Shard
 from latentmill.reader.open_files import OpenFiles
 from latentmill.reader.shards import ShardReader
 from latentmill.storage.storage import Storage
+from support.open_files import open_files
 
 STORES, SHARDS, BYTES = 4, 60, 16
 FREE = 40  # files that the process may open
 
 
-def opened() -> list[int]:
-    """The numbers of this process's open files."""
-    return [int(one.name) for one in Path("/proc/self/fd").iterdir()]
-
-
 @pytest.fixture
 def few_files() -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(opened()) + 1 + FREE, before[1]))
+    highest = max(map(int, os.listdir("/proc/self/fd")))  # noqa: PTH208
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + FREE, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
@@ -65,18 +61,17 @@ def whole(reader: ShardReader, number: int) -> bytes:
 @pytest.mark.parametrize("read", [crop, whole])
 @pytest.mark.usefixtures("few_files")
 def test_stores_share_the_open_files(
-    readers: list[ShardReader], read: Callable[[ShardReader, int], bytes]
+    readers: list[ShardReader], read: Callable[[ShardReader, int], bytes], tmp_path: Path
 ) -> None:
-    gc.collect()
-    before, limit = len(opened()), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     for _ in range(2):
         for number in range(SHARDS):
             for store, reader in enumerate(readers):
                 assert read(reader, number) == content(store, number)
-        assert len(opened()) - before <= limit // 4
+        assert 0 < len(open_files(tmp_path)) <= limit // 4
     del reader
     readers.clear()
-    assert len(opened()) == before
+    assert not open_files(tmp_path)
 
 
 @pytest.mark.usefixtures("few_files")

@@ -205,6 +205,15 @@ class _FileSystem:
         return call
 
 
+def _write_again(path: Path, data: bytes) -> None:
+    """Another thread removes the folder at any moment, if it is empty."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            path.write_bytes(data)
+            return
+
+
 def _stay_dead(faults: Faults, patch: pytest.MonkeyPatch) -> None:
     """A process that was killed leaves its temporary files."""
     scratch_file, clear_scratch = Storage.scratch_file, Storage.clear_scratch
@@ -220,8 +229,7 @@ def _stay_dead(faults: Faults, patch: pytest.MonkeyPatch) -> None:
                     left = temporary.read_bytes()
                 killed = temporary
         if faults.dead and left is not None:
-            killed.parent.mkdir(parents=True, exist_ok=True)
-            killed.write_bytes(left)
+            _write_again(killed, left)
         if faults.dead:
             raise Killed
 
