@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
 import math
 import shutil
@@ -15,7 +17,7 @@ import latentmill as lm
 from latentmill.reporting.charts import durations, loudness, silence
 from latentmill.reporting.columns import Field, RecordColumns, read_columns
 from latentmill.reporting.corpus_map import corpus_map, principal
-from latentmill.reporting.excerpts import Excerpts
+from latentmill.reporting.excerpts import ExcerptRange, Excerpts
 from latentmill.reporting.listening import stem_mix
 from latentmill.reporting.media import Budget
 from latentmill.store.store import LatentStore
@@ -72,9 +74,45 @@ def test_a_missing_source_is_counted(report_store: LatentStore, tmp_path: Path) 
         assert one.original is None
         assert one.reconstruction is not None
     assert dict(excerpts.without_original) == {
-        "the file is missing": 1,
+        "there is no such file": 1,
         "the source has changed since it was encoded": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        (f"/{'x' * 300}/a.wav", "File name too long"),
+        (f"/{'x' * 300}/a.tar#bytes=0-99", "File name too long"),
+        ("/nowhere/a\0.parquet#cell=0,0,audio", "null byte"),
+        ("/nowhere/a.tar#bytes=0-99", "there is no such file"),
+        ("/dev/zero#bytes=0-99", "not a regular file"),
+        ("/dev/zero#cell=0,0,audio", "not a regular file"),
+        ("http://[::1/a.wav", "at another address"),
+    ],
+)
+def test_an_address_that_cannot_be_opened_is_counted(
+    address: str, reason: str, report_store: LatentStore
+) -> None:
+    excerpts = Excerpts(report_store)
+    record = dataclasses.replace(excerpts.record("late"), source_uri=address)
+    assert excerpts.original(record, ExcerptRange(0, 8, 0, 8 * HOP)) is None
+    ((counted, number),) = excerpts.without_original.items()
+    assert reason in counted
+    assert number == 1
+
+
+def test_a_source_without_permission_is_counted(
+    report_store: LatentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path, **_options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    excerpts = Excerpts(report_store)
+    record = excerpts.record("late")
+    monkeypatch.setattr(Path, "stat", denied)
+    assert excerpts.original(record, ExcerptRange(0, 8, 0, 8 * HOP)) is None
+    assert dict(excerpts.without_original) == {"no permission to read the file": 1}
 
 
 def test_addresses_that_a_store_names_are_not_requested(tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def test_stores_without_their_model_have_a_report(kind: str, tmp_path: Path) -> 
     options = {"lengths": [16, 16, 16], **STORES[kind]}
     page = Page(render(write_latents(str(tmp_path / "store"), **options), Budget()))
     assert "No reconstructions, because the model cannot be loaded" in page.text
-    assert "without the original: the file is missing" in page.text
+    assert "without the original: there is no such file" in page.text
     assert len(page.all("img")) == len(options["lengths"])  # the latents
     assert not page.all("audio")
 

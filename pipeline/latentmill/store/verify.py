@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 
 from latentmill.audio import open_audio, prepare
+from latentmill.audio.media import is_remote, open_media
 from latentmill.encoding.fingerprint import fingerprint
 from latentmill.errors import ItemError, LatentmillError, StorageError, StoreError
 from latentmill.models.inference.precision import numeric_mode
@@ -345,6 +346,8 @@ def read_source(record: Record, channels: int, samples: int | None = None) -> Fl
     """
     item = item_at(record.source_uri)
     part = item.segment or Segment(0.0)
+    if item.place is not None and not is_remote(item.uri):
+        open_media(item.uri).close()  # ItemError, also for a pipe, which would block
     with UnitReader([item]) as reader, reader.open(item) as media:
         if media.content_hash != record.content_hash:
             raise ItemError("the source has changed since it was encoded")
@@ -366,5 +369,8 @@ def source_is_near(store: LatentStore, record: Record) -> bool:
     address = item_at(record.source_uri).uri
     if "://" not in address:
         return True
-    here, there = urlsplit(store.url), urlsplit(address)
+    try:
+        here, there = urlsplit(store.url), urlsplit(address)
+    except ValueError:  # the address is not a valid URL
+        return False
     return (here.scheme, here.netloc) == (there.scheme, there.netloc)
