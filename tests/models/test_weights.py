@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentmill.errors import ModelError
-from latentmill.models import weights
 from latentmill.models.registry import resolve
 from latentmill.models.weights import Repo, find, find_again, parse_repo, read_state
 from support.hub import serve, serving
@@ -182,7 +181,7 @@ def test_a_hub_out_of_reach_is_one_short_sentence_at_once(
 ) -> None:
     """huggingface_hub itself would retry for 23 seconds, and print eleven lines."""
     online(unreachable)
-    monkeypatch.setattr(weights, "HUB_SECONDS", 0.0)
+    monkeypatch.setattr("latentmill.models.hub.HUB_SECONDS", 0.0)
     sleep, this = time.sleep, threading.current_thread()
 
     def no_pause(seconds: float) -> None:
@@ -207,7 +206,7 @@ def test_a_folder_without_a_dot_is_named(
     online: Callable[[str], None], unreachable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     online(unreachable)
-    monkeypatch.setattr(weights, "HUB_SECONDS", 0.0)
+    monkeypatch.setattr("latentmill.models.hub.HUB_SECONDS", 0.0)
     (tmp_path / "models/dac").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match=r"run `hf .*; the folder here is \./models/dac\.$"):

@@ -7,18 +7,14 @@ is executed: weights are read as safetensors or by `torch.load(weights_only=True
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import importlib
 import json
 import os
-import tempfile
-import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from pickle import UnpicklingError  # what torch.load raises; nothing is unpickled here
 from types import ModuleType
 from typing import Any
@@ -40,7 +36,6 @@ LOAD_ERRORS = (
     ValueError,
 )
 WEIGHTS = "weights"  # the role of the file, if a repository is a local file
-HUB_SECONDS = 3.0  # how long to retry while the hub does not answer
 
 
 @dataclass(frozen=True)
@@ -59,6 +54,11 @@ class Repo:
     def local(self) -> Path | None:
         """The path, if the location is one."""
         return Path(self.location) if Path(self.location).is_absolute() else None
+
+    @property
+    def text(self) -> str:
+        """The location and the revision, for messages."""
+        return f"{self.location} (revision {self.revision})" if self.revision else self.location
 
 
 @dataclass(frozen=True)
@@ -139,13 +139,15 @@ def find(
     `optional` may have no file, which the hub or the cache must confirm. If the repository is a
     local file, it is the file of the role `weights`.
     """
+    from latentmill.models.hub import find_on_hub  # imports this module
+
     names: dict[str, str] = {}
     paths: dict[str, Path] = {}
     for role, candidates in wanted.items():
         found = (
             _find_local(repo.local, role, candidates)
             if repo.local
-            else _find_on_hub(model, repo, candidates, wanted, role in optional)
+            else find_on_hub(model, repo, candidates, wanted, role in optional)
         )
         if found is None and role not in optional:
             raise ModelError(
@@ -168,24 +170,11 @@ def find_again(model: str, files: ModelFiles) -> ModelFiles:
     differing = [role for role, digest in files.sha256.items() if digest != found.sha256[role]]
     if differing:
         raise ModelError(
-            f"Model {model}: the {', '.join(differing)} file of {_describe(files.repo)} on this "
+            f"Model {model}: the {', '.join(differing)} file of {files.repo.text} on this "
             "machine differs from the one that this run started with; copy the same files to "
             "every machine, or start the run again."
         )
     return found
-
-
-@contextlib.contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Let only one process of this machine look for weights at a time.
-
-    When the actors of a node start together, the first one downloads the files, and the others find
-    them in the cache without a request to the hub, which limits the rate of requests.
-    """
-    path = Path(tempfile.gettempdir()) / f"latentmill-weights-{os.getuid()}.lock"
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def read_state(
@@ -243,144 +232,6 @@ def _find_local(local: Path, role: str, candidates: Sequence[str]) -> tuple[str,
     folder = local.parent if local.is_file() else local
     found = (name for name in candidates if (folder / name).is_file())
     return next(((name, folder / name) for name in found), None)
-
-
-def _find_on_hub(
-    model: str,
-    repo: Repo,
-    candidates: Sequence[str],
-    wanted: Mapping[str, Sequence[str]],
-    optional: bool,
-) -> tuple[str, Path] | None:
-    import huggingface_hub as hub
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-    )
-
-    if optional:
-        found = hub.try_to_load_from_cache(repo.location, candidates[0], revision=repo.revision)
-        if found is not None and not isinstance(found, str):  # the hub said so for this commit
-            return None
-    # The bases are the HTTP client's errors; which client it is depends on huggingface_hub.
-    hub_errors: tuple[type[Exception], ...] = (
-        OSError,
-        ValueError,
-        HfHubHTTPError,
-        *HfHubHTTPError.__bases__,
-    )
-    failure: Exception | None = None
-    for name in candidates:
-        try:
-            with one_at_a_time():
-                return name, _download(repo, name, hub_errors)
-        except EntryNotFoundError as error:  # missing in the repository or in an offline cache
-            failure = failure or error
-        except hub_errors as error:
-            failure = error
-            break
-    assert failure is not None, "there is at least one candidate"
-    if optional and isinstance(failure, EntryNotFoundError):
-        local = isinstance(failure, LocalEntryNotFoundError)
-        # Every repository has this file, and only a download of the whole repository includes it.
-        mark = hub.try_to_load_from_cache(repo.location, ".gitattributes", revision=repo.revision)
-        if not local or isinstance(mark, str):
-            return None
-    if optional and hub.constants.HF_HUB_OFFLINE:
-        revision = f" --revision {repo.revision}" if repo.revision else ""
-        raise ModelError(
-            f"Model {model}: the cache does not record whether {repo.location} has the optional "
-            f"file {candidates[0]}, and HF_HUB_OFFLINE is set: run `hf download {repo.location} "
-            f"{candidates[0]}{revision}` once with network access (if there is no such file, the "
-            "cache records that, too), or download the whole repository."
-        ) from failure
-    here = f"; the folder here is ./{repo.location}" if Path(repo.location).is_dir() else ""
-    why = _why(repo, wanted, candidates, failure)
-    raise ModelError(f"Model {model}: {why}{here}.") from failure
-
-
-def _download(repo: Repo, name: str, hub_errors: tuple[type[Exception], ...]) -> Path:
-    """Return the path of a file in the cache; download it if it is missing."""
-    import huggingface_hub as hub
-
-    file: dict[str, Any] = {
-        "repo_id": repo.location,
-        "filename": name,
-        "revision": repo.revision,
-    }
-    cached = isinstance(hub.try_to_load_from_cache(**file), str)
-    if not cached and not hub.constants.HF_HUB_OFFLINE:
-        _reach(hub.hf_hub_url(**file), hub_errors)
-    return Path(hub.hf_hub_download(**file))
-
-
-def _reach(url: str, hub_errors: tuple[type[Exception], ...]) -> None:
-    """Retry for `HUB_SECONDS` until the hub answers; raise the last error if it does not.
-
-    Without an answer huggingface_hub would retry for half a minute, or for six if a firewall drops
-    its packets, and print each attempt. After the first answer, which may be an error, its own
-    retries apply.
-    """
-    from huggingface_hub import get_hf_file_metadata
-    from huggingface_hub.errors import HfHubHTTPError
-
-    until = time.monotonic() + HUB_SECONDS
-    while True:
-        try:
-            get_hf_file_metadata(url)
-        except HfHubHTTPError:
-            return
-        except hub_errors:
-            if time.monotonic() > until:
-                raise
-            time.sleep(1)
-        else:
-            return
-
-
-def _why(
-    repo: Repo, wanted: Mapping[str, Sequence[str]], candidates: Sequence[str], failure: Exception
-) -> str:
-    """Why a file is not available, and what to do."""
-    import huggingface_hub as hub
-    from huggingface_hub import errors
-
-    where, endpoint = repo.location, hub.constants.ENDPOINT
-    if isinstance(failure, errors.GatedRepoError):
-        page = f"{endpoint}/{where}"
-        return f"{where} requires a login: accept its terms at {page}, then run `hf auth login`"
-    if isinstance(failure, errors.RepositoryNotFoundError):
-        return (
-            f"repository {where} not found at {endpoint}: correct the name or, if the repository "
-            "is private, run `hf auth login`"
-        )
-    if isinstance(failure, errors.RevisionNotFoundError):
-        return f"{where} has no revision {repo.revision}: set the option revision to main"
-    local = isinstance(failure, errors.LocalEntryNotFoundError)
-    if isinstance(failure, errors.EntryNotFoundError) and not local:
-        return (
-            f"{_describe(repo)} has no {' or '.join(candidates)}: it is not a model of this "
-            "family, use another repository"
-        )
-    if hub.constants.HF_HUB_OFFLINE:
-        cause = "HF_HUB_OFFLINE is set"
-    else:
-        message = str(failure.__cause__ or failure).strip().partition("\n")[0]
-        cause = f"cannot be downloaded from {endpoint} ({one_line(OSError(message))})"
-    files = [candidates[0] for candidates in wanted.values()]
-    folders = {str(PurePosixPath(file).parent) for file in files}
-    chosen = " ".join(files) if "." in folders else f"--include '{folders.pop()}/*'"
-    revision = f" --revision {repo.revision}" if repo.revision else ""
-    command = f"hf download {repo.location} {chosen}{revision}"
-    return (
-        f"its weights are not on this machine, and {cause}: run `{command}` with network access, "
-        "here or on a machine from which you can copy the cache"
-    )
-
-
-def _describe(repo: Repo) -> str:
-    return f"{repo.location} (revision {repo.revision})" if repo.revision else repo.location
 
 
 def _read_safetensors(model: str, path: Path, prefix: str) -> dict[str, torch.Tensor]:

@@ -1,0 +1,169 @@
+"""Files of a repository on the Hugging Face hub, from its cache or downloaded into it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from latentmill.errors import ModelError
+from latentmill.models.weights import Repo, one_line
+
+HUB_SECONDS = 3.0  # how long to retry while the hub does not answer
+
+
+def find_on_hub(
+    model: str,
+    repo: Repo,
+    candidates: Sequence[str],
+    wanted: Mapping[str, Sequence[str]],
+    optional: bool,
+) -> tuple[str, Path] | None:
+    """Name and path of the first of a role's files that exists; it is downloaded if necessary.
+
+    None if an optional file does not exist. Raises ModelError with the command that downloads the
+    files of all roles (`wanted`).
+    """
+    import huggingface_hub as hub
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+    )
+
+    if optional:
+        found = hub.try_to_load_from_cache(repo.location, candidates[0], revision=repo.revision)
+        if found is not None and not isinstance(found, str):  # the hub said so for this commit
+            return None
+    # The bases are the HTTP client's errors; which client it is depends on huggingface_hub.
+    hub_errors: tuple[type[Exception], ...] = (
+        OSError,
+        ValueError,
+        HfHubHTTPError,
+        *HfHubHTTPError.__bases__,
+    )
+    failure: Exception | None = None
+    for name in candidates:
+        try:
+            with one_at_a_time():
+                return name, _download(repo, name, hub_errors)
+        except EntryNotFoundError as error:  # missing in the repository or in an offline cache
+            failure = failure or error
+        except hub_errors as error:
+            failure = error
+            break
+    assert failure is not None, "there is at least one candidate"
+    if optional and isinstance(failure, EntryNotFoundError):
+        local = isinstance(failure, LocalEntryNotFoundError)
+        # Every repository has this file, and only a download of the whole repository includes it.
+        mark = hub.try_to_load_from_cache(repo.location, ".gitattributes", revision=repo.revision)
+        if not local or isinstance(mark, str):
+            return None
+    if optional and hub.constants.HF_HUB_OFFLINE:
+        revision = f" --revision {repo.revision}" if repo.revision else ""
+        raise ModelError(
+            f"Model {model}: the cache does not record whether {repo.location} has the optional "
+            f"file {candidates[0]}, and HF_HUB_OFFLINE is set: run `hf download {repo.location} "
+            f"{candidates[0]}{revision}` once with network access (if there is no such file, the "
+            "cache records that, too), or download the whole repository."
+        ) from failure
+    here = f"; the folder here is ./{repo.location}" if Path(repo.location).is_dir() else ""
+    why = _why(repo, wanted, candidates, failure)
+    raise ModelError(f"Model {model}: {why}{here}.") from failure
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Let only one process of this machine look for weights at a time.
+
+    When the actors of a node start together, the first one downloads the files, and the others find
+    them in the cache without a request to the hub, which limits the rate of requests.
+    """
+    path = Path(tempfile.gettempdir()) / f"latentmill-weights-{os.getuid()}.lock"
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _download(repo: Repo, name: str, hub_errors: tuple[type[Exception], ...]) -> Path:
+    """Return the path of a file in the cache; download it if it is missing."""
+    import huggingface_hub as hub
+
+    file: dict[str, Any] = {
+        "repo_id": repo.location,
+        "filename": name,
+        "revision": repo.revision,
+    }
+    cached = isinstance(hub.try_to_load_from_cache(**file), str)
+    if not cached and not hub.constants.HF_HUB_OFFLINE:
+        _reach(hub.hf_hub_url(**file), hub_errors)
+    return Path(hub.hf_hub_download(**file))
+
+
+def _reach(url: str, hub_errors: tuple[type[Exception], ...]) -> None:
+    """Retry for `HUB_SECONDS` until the hub answers; raise the last error if it does not.
+
+    Without an answer huggingface_hub would retry for half a minute, or for six if a firewall drops
+    its packets, and print each attempt. After the first answer, which may be an error, its own
+    retries apply.
+    """
+    from huggingface_hub import get_hf_file_metadata
+    from huggingface_hub.errors import HfHubHTTPError
+
+    until = time.monotonic() + HUB_SECONDS
+    while True:
+        try:
+            get_hf_file_metadata(url)
+        except HfHubHTTPError:
+            return
+        except hub_errors:
+            if time.monotonic() > until:
+                raise
+            time.sleep(1)
+        else:
+            return
+
+
+def _why(
+    repo: Repo, wanted: Mapping[str, Sequence[str]], candidates: Sequence[str], failure: Exception
+) -> str:
+    """Why a file is not available, and what to do."""
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    where, endpoint = repo.location, hub.constants.ENDPOINT
+    if isinstance(failure, errors.GatedRepoError):
+        page = f"{endpoint}/{where}"
+        return f"{where} requires a login: accept its terms at {page}, then run `hf auth login`"
+    if isinstance(failure, errors.RepositoryNotFoundError):
+        return (
+            f"repository {where} not found at {endpoint}: correct the name or, if the repository "
+            "is private, run `hf auth login`"
+        )
+    if isinstance(failure, errors.RevisionNotFoundError):
+        return f"{where} has no revision {repo.revision}: set the option revision to main"
+    local = isinstance(failure, errors.LocalEntryNotFoundError)
+    if isinstance(failure, errors.EntryNotFoundError) and not local:
+        return (
+            f"{repo.text} has no {' or '.join(candidates)}: it is not a model of this "
+            "family, use another repository"
+        )
+    if hub.constants.HF_HUB_OFFLINE:
+        cause = "HF_HUB_OFFLINE is set"
+    else:
+        message = str(failure.__cause__ or failure).strip().partition("\n")[0]
+        cause = f"cannot be downloaded from {endpoint} ({one_line(OSError(message))})"
+    files = [candidates[0] for candidates in wanted.values()]
+    folders = {str(PurePosixPath(file).parent) for file in files}
+    chosen = " ".join(files) if "." in folders else f"--include '{folders.pop()}/*'"
+    revision = f" --revision {repo.revision}" if repo.revision else ""
+    command = f"hf download {repo.location} {chosen}{revision}"
+    return (
+        f"its weights are not on this machine, and {cause}: run `{command}` with network access, "
+        "here or on a machine from which you can copy the cache"
+    )
