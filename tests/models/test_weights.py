@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from latentmill.models.registry import resolve
 from latentmill.models.weights import Repo, find, find_again, parse_repo, read_state
 from support.hub import serve, serving
 from support.linear_cae_weights import HF_REPO, use_cache
+from support.tiny_models import write_trained
 
 PIPELINE = Path(__file__).parents[2] / "pipeline"
 FILES = {"config": ["config.json"], "weights": ["model.safetensors", "pytorch_model.bin"]}
@@ -65,6 +67,44 @@ def test_what_is_no_repository_is_refused(
 ) -> None:
     with pytest.raises(ModelError, match=message) as caught:
         parse_repo("dac", text)
+    one_sentence(caught.value)
+
+
+@pytest.mark.parametrize("name", ["dac", "trained", "hf", "lin-cae"])
+def test_a_path_that_cannot_be_looked_up_is_refused(
+    name: str, one_sentence: Callable[[BaseException], str]
+) -> None:
+    for path in ("~nobody-of-this-name/w", f"/{'x' * 300}/w"):
+        with pytest.raises(ModelError, match=r"cannot be read \(.*\): make it") as caught:
+            resolve(name, {"repo": path}) if name == "lin-cae" else resolve(f"{name}:{path}")
+        assert path in one_sentence(caught.value)
+
+
+@pytest.mark.parametrize("method", ["exists", "is_file", "open"])
+@pytest.mark.parametrize("name", ["dac", "trained"])
+def test_a_path_without_permission_is_refused(
+    name: str,
+    method: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    one_sentence: Callable[[BaseException], str],
+) -> None:
+    if name == "trained":
+        folder = tmp_path / "run"
+        write_trained(folder)
+    original = getattr(Path, method)
+
+    def denied(path: Path, *args: object, **options: object) -> object:
+        if path.is_relative_to(folder):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path, *args, **options)
+
+    monkeypatch.setattr(Path, method, denied)
+    if (name, method) == ("trained", "exists"):  # which is for its error only
+        (folder / "model" / "trained.json").unlink()
+    with pytest.raises(ModelError, match=r"cannot be read \(Permission denied\)") as caught:
+        resolve(f"{name}:{folder}")
     one_sentence(caught.value)
 
 

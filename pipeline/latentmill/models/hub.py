@@ -72,7 +72,8 @@ def find_on_hub(
             f"{candidates[0]}{revision}` once with network access (if there is no such file, the "
             "cache records that, too), or download the whole repository."
         ) from failure
-    here = f"; the folder here is ./{repo.location}" if Path(repo.location).is_dir() else ""
+    folder = os.path.isdir(repo.location)  # noqa: PTH112  which raises no error
+    here = f"; the folder here is ./{repo.location}" if folder else ""
     why = _why(repo, wanted, candidates, failure)
     raise ModelError(f"Model {model}: {why}{here}.") from failure
 

@@ -7,11 +7,12 @@ is executed: weights are read as safetensors or by `torch.load(weights_only=True
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 
 from latentmill.errors import ModelError
 from latentmill.models.base import Value
+from latentmill.storage.remote import cause_of
 
 LOAD_ERRORS = (
     ArithmeticError,
@@ -104,11 +106,25 @@ def import_package(
         ) from error
 
 
+@contextlib.contextmanager
+def local_files(model: str, path: str | Path) -> Iterator[None]:
+    """Raise `ModelError` if a path cannot be looked up or read, such as without permission."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder for `~`
+        raise ModelError(
+            f"Model {model}: {path} cannot be read ({cause_of(error)}): make it readable, or use "
+            "another path."
+        ) from error
+
+
 def parse_repo(model: str, text: str, revision: str | None = None) -> Repo:
     """Parse a repository: `owner/name`, or a local path, which begins with `/`, `.` or `~`."""
     if text.startswith(("/", ".", "~")):
-        path = Path(os.path.abspath(Path(text).expanduser()))  # noqa: PTH100  links stay
-        if not path.exists():
+        with local_files(model, text):
+            path = Path(os.path.abspath(Path(text).expanduser()))  # noqa: PTH100  links stay
+            exists = path.exists()
+        if not exists:
             raise ModelError(
                 f"Model {model}: path not found: {path}; use a folder, a weights file or a hub "
                 "repository."
@@ -144,11 +160,11 @@ def find(
     names: dict[str, str] = {}
     paths: dict[str, Path] = {}
     for role, candidates in wanted.items():
-        found = (
-            _find_local(repo.local, role, candidates)
-            if repo.local
-            else find_on_hub(model, repo, candidates, wanted, role in optional)
-        )
+        if repo.local:
+            with local_files(model, repo.local):
+                found = _find_local(repo.local, role, candidates)
+        else:
+            found = find_on_hub(model, repo, candidates, wanted, role in optional)
         if found is None and role not in optional:
             raise ModelError(
                 f"Model {model}: {repo.local} does not contain {' or '.join(candidates)}; copy all "
@@ -161,7 +177,9 @@ def find(
             continue
         # The path is .../snapshots/COMMIT/NAME; the other files must be from the same commit.
         repo = Repo(repo.location, paths[role].parents[names[role].count("/")].name)
-    return ModelFiles(repo, names, {role: _sha256(path) for role, path in paths.items()}, paths)
+    return ModelFiles(
+        repo, names, {role: _sha256(model, path) for role, path in paths.items()}, paths
+    )
 
 
 def find_again(model: str, files: ModelFiles) -> ModelFiles:
@@ -243,6 +261,6 @@ def _read_safetensors(model: str, path: Path, prefix: str) -> dict[str, torch.Te
         raise ValueError(str(error)) from error
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+def _sha256(model: str, path: Path) -> str:
+    with local_files(model, path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,10 +19,11 @@ from latentmill.encoding.chunks import Chunking
 from latentmill.encoding.single import encode_chunked, encode_whole
 from latentmill.errors import ModelError
 from latentmill.models.families.hf import model as hf_model
-from latentmill.models.families.hf.measured import MeasuredTokenizer
+from latentmill.models.families.hf.measured import MeasuredTokenizer, from_cache
 from latentmill.models.probing.behaviour import distance
 from latentmill.models.probing.music import music
 from latentmill.models.registry import resolve
+from latentmill.models.weights import ModelFiles, Repo
 from support.runs import call, write_songs
 from support.tiny_tokenizers import TOKENIZERS, WITH_TORCHAUDIO, write_tokenizer
 from support.tokenizer_references import REFERENCES, loaded
@@ -153,6 +154,17 @@ def test_a_tokenizer_is_measured_once(
     write_tokenizer(repo, "vibevoice_acoustic_tokenizer", seed=1)
     assert resolve(f"hf:{repo}").spec.identity != first.spec.identity
     assert times == ["again", "again"]
+
+
+def test_a_measurement_is_not_kept_without_a_home_folder(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As for a user of a container who is not in its list of users."""
+    wanted = MeasuredTokenizer(40, 0, 1, 4, False, None, False, None, 40, {})
+    files = ModelFiles(Repo("/w"), {}, {"weights": "00"}, {})
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-of-this-name/cache")
+    assert from_cache(files, ("1",), lambda: wanted) is wanted
+    assert "the model will be measured again" in caplog.text
 
 
 @pytest.mark.usefixtures("inline")

@@ -26,6 +26,7 @@ from latentmill.models.weights import (
     Repo,
     does_not_load,
     find,
+    local_files,
     one_line,
     read_state,
 )
@@ -61,7 +62,8 @@ class Trained(BaseModel):
 def build(path: str, *, scale_factor: float | None = None) -> ModelHandle:
     """Find a trained model; `scale_factor` multiplies its latents (default: the family's)."""
     name = f"trained:{path}"
-    folder = _folder(name, path)
+    with local_files(name, path):
+        folder = _folder(name, path)
     found = find(name, Repo(str(folder)), {"config": [MANIFEST]})
     trained = read_manifest(name, found.paths["config"])
     handle: Any = _FAMILIES[trained.architecture](name, folder, trained, scale_factor)

@@ -147,17 +147,18 @@ def from_cache(
     """The measured values from the user's cache, or from `measure`."""
     key = json.dumps([VERSION, *versions, sorted(files.sha256.items())])
     name = hashlib.sha256(key.encode()).hexdigest()
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    path = Path(home).expanduser() / "latentmill" / "measured" / f"{name}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
-        return MeasuredTokenizer.parse(path.read_text(encoding="utf-8"))
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    path = home / "latentmill" / "measured" / f"{name}.json"
+    with contextlib.suppress(OSError, RuntimeError, ValueError, TypeError, LookupError):
+        return MeasuredTokenizer.parse(path.expanduser().read_text(encoding="utf-8"))
     found = measure()
     try:
+        path = path.expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             file.write(found.text())
         Path(file.name).replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder for `~`
         _log.warning(
             "cannot write %s (%s): the model will be measured again", path, one_line(error)
         )
