@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentmill.errors import ModelError
+from latentmill.models.hub import one_at_a_time
 from latentmill.models.registry import resolve
 from latentmill.models.weights import Repo, find, find_again, parse_repo, read_state
 from support.hub import serve, serving
@@ -432,6 +435,38 @@ def test_downloads_once_from_the_hub_then_works_offline(
     offline = resolve(f"{name}:owner/model")
     assert offline.spec.identity == identity
     offline.load("cpu")
+
+
+def test_only_the_same_repository_waits(
+    cache: Path, online: Callable[[str], None], unreachable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nobody waits for files of a known commit that are in the cache."""
+    lock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda file, how: lock(file, how | fcntl.LOCK_NB))
+    monkeypatch.setattr("latentmill.models.hub.HUB_SECONDS", 0.0)
+    online(unreachable)
+    with one_at_a_time("dac", "owner/dac"):
+        with one_at_a_time("dac", "owner/other"):
+            pass
+        repo = Repo("owner/dac", COMMIT)
+        names = {"config": ["config.json"], "weights": ["model.safetensors"]}
+        assert find("dac", repo, names).paths["weights"] == cache / "model.safetensors"
+
+
+def test_an_unusable_lock_is_the_reason(
+    cache: Path,
+    online: Callable[[str], None],
+    unreachable: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    one_sentence: Callable[[BaseException], str],
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    resolve("dac:owner/dac")  # HF_HUB_OFFLINE is set
+    online(unreachable)
+    with pytest.raises(ModelError, match=r"cannot lock .*/gone/latentmill-.*\(No such") as caught:
+        resolve("dac:owner/dac")
+    assert "TMPDIR" in one_sentence(caught.value)
 
 
 def test_the_actors_of_a_node_ask_the_hub_once(tiny_repos: Path, tmp_path: Path) -> None:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from latentmill.errors import ModelError
 from latentmill.models.weights import Repo, one_line
+from latentmill.storage.remote import cause_of
+from latentmill.text.log import get_logger
 
 HUB_SECONDS = 3.0  # how long to retry while the hub does not answer
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+_log = get_logger("models")
 
 
 def find_on_hub(
@@ -49,8 +56,11 @@ def find_on_hub(
     )
     failure: Exception | None = None
     for name in candidates:
+        cached = _cached(repo, name)
+        if cached is not None:
+            return name, cached
         try:
-            with one_at_a_time():
+            with _turn(model, repo):
                 return name, _download(repo, name, hub_errors)
         except EntryNotFoundError as error:  # missing in the repository or in an offline cache
             failure = failure or error
@@ -79,16 +89,51 @@ def find_on_hub(
 
 
 @contextlib.contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Let only one process of this machine look for weights at a time.
+def one_at_a_time(model: str, repository: str) -> Iterator[None]:
+    """Let only one process of this machine look for the files of a repository at a time.
 
     When the actors of a node start together, the first one downloads the files, and the others find
     them in the cache without a request to the hub, which limits the rate of requests.
     """
-    path = Path(tempfile.gettempdir()) / f"latentmill-weights-{os.getuid()}.lock"
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    name = hashlib.sha256(repository.encode()).hexdigest()[:16]
+    path = f"latentmill-weights-{os.getuid()}-{name}.lock"
+    with contextlib.ExitStack() as stack:
+        try:
+            path = f"{tempfile.gettempdir()}/{path}"
+            _lock(stack.enter_context(Path(path).open("ab")), repository)
+        except OSError as error:
+            raise ModelError(
+                f"Model {model}: cannot lock {path} ({cause_of(error)}): delete this file, or set "
+                "TMPDIR to a folder that you can write to."
+            ) from error
         yield
+
+
+def _turn(model: str, repo: Repo) -> contextlib.AbstractContextManager[None]:
+    """`one_at_a_time`, which is not necessary to read the cache."""
+    import huggingface_hub as hub
+
+    if hub.constants.HF_HUB_OFFLINE:
+        return contextlib.nullcontext()
+    return one_at_a_time(model, repo.location)
+
+
+def _lock(file: IO[bytes], repository: str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _log.info("waiting for another process that downloads files of %s", repository)
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _cached(repo: Repo, name: str) -> Path | None:
+    """The path of a file that is in the cache, if the hub cannot have another version of it."""
+    import huggingface_hub as hub
+
+    if repo.revision is None or not _COMMIT.fullmatch(repo.revision):
+        return None
+    found = hub.try_to_load_from_cache(repo.location, name, revision=repo.revision)
+    return Path(found) if isinstance(found, str) else None
 
 
 def _download(repo: Repo, name: str, hub_errors: tuple[type[Exception], ...]) -> Path:
