@@ -92,6 +92,9 @@ def test_a_long_latent_stays_on_the_disk(
     assert windowed.shape == store.entry("north/drums").shape
     assert np.array_equal(store.decode("north/drums"), whole)
     assert np.array_equal(store.decode("north/drums", batch_size=3), whole)
+    for decode in (store.decode_latent, store.decode_blocks):
+        with pytest.raises(ConfigError, match="batch_size must be at least 1, not 0"):
+            decode(windowed, batch_size=0)
 
 
 def test_a_long_latent_that_is_damaged_is_not_played(

@@ -402,3 +402,16 @@ def test_latents_of_several_items_are_decoded_as_each_alone(
         with pytest.raises(ConfigError, match="cannot be decoded: give") as caught:
             decode_latents(MODEL, wrong, None, chunking)
         assert one_sentence(caught.value)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+@pytest.mark.parametrize("decode", [decode_latent, decode_latents, decode_blocks])
+def test_a_batch_has_a_window_at_least(
+    decode: Callable[..., Any], batch_size: int, one_sentence: Callable[[BaseException], str]
+) -> None:
+    latent = encoded(noise(2000), CHUNKINGS[0])
+    given = [latent, latent[None]] if decode is decode_latents else [latent]
+    for one in given:
+        with pytest.raises(ConfigError, match=f"must be at least 1, not {batch_size}") as caught:
+            decode(MODEL, one, None, CHUNKINGS[0], batch_size=batch_size)
+        one_sentence(caught.value)

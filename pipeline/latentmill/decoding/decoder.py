@@ -126,10 +126,10 @@ def decode_blocks(
     Otherwise the fade spans the middle half of the overlap, away from the windows' edges (for a
     causal model: away from their starts). The windows of one batch and one more are in memory.
 
-    `num_samples` is the item's length at the model's rate; None decodes the whole latent. If the
-    latent is too short for it, or is a batch, `ConfigError` is raised at once. `seed`
+    `num_samples` is the item's length at the model's rate; None decodes the whole latent. `seed`
     determines the noise of a stochastic decoder, frame by frame. `batch_size` is the number of
-    windows per forward pass; it is halved if the memory of the device is too small.
+    windows per forward pass; it is halved if the memory of the device is too small. `ConfigError`
+    is raised at once if the latent is too short or is a batch, or if `batch_size` is less than 1.
     """
     source = _of_one_item(latent, chunking)
     length = _length(model.spec, source.shape, num_samples, chunking)
@@ -193,11 +193,19 @@ def _whole(spec: ModelSpec, blocks: Iterator[FloatArray], num_samples: int) -> F
 def _decoded(
     model: Autoencoder, windows: Iterator[_Window], seed: int, batch_size: int
 ) -> Iterator[tuple[int, FloatArray]]:
-    """Decode windows; yield the first sample and the audio `[C, samples]` of each."""
+    """Decode windows; yields the first sample and the audio `[C, samples]` of each."""
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, not {batch_size}.")
+    return _decoded_batches(model, _batches(windows, batch_size), seed, batch_size)
+
+
+def _decoded_batches(
+    model: Autoencoder, batches: Iterator[list[_Window]], seed: int, batch_size: int
+) -> Iterator[tuple[int, FloatArray]]:
     from latentmill.models.inference.memory import BatchRunner  # imports torch, which is slow
 
     runner = BatchRunner(model.spec, batch_size)
-    for batch in _batches(windows, batch_size):
+    for batch in batches:
         samples = batch[0].samples
         step = partial(_decode, model, batch, samples, seed)
         for window, audio in zip(batch, runner.run(len(batch), samples, step), strict=True):

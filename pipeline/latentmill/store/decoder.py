@@ -211,7 +211,7 @@ class StoreDecoder:
         Returns:
             Audio `[channels, samples]`, or `[B, channels, samples]`; float32.
         """
-        batch = batch_size or self._decode_batch
+        batch = self._decode_batch if batch_size is None else batch_size
         latent = self._with_deviations(latent)
         return decode_latents(
             self.decoder(), latent, num_samples, self.chunking, seed=seed, batch_size=batch
@@ -229,7 +229,7 @@ class StoreDecoder:
 
         The arguments are those of `decode_latent`, which also decodes batches.
         """
-        batch = batch_size or self._decode_batch
+        batch = self._decode_batch if batch_size is None else batch_size
         latent = self._with_deviations(latent)
         return decode_blocks(
             self.decoder(), latent, num_samples, self.chunking, seed=seed, batch_size=batch
