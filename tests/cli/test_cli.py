@@ -124,9 +124,9 @@ def test_verify_can_clean_up_when_it_is_interrupted(
     """Otherwise a signal ends the process at once, and the files that it downloaded stay."""
     handlers = []
 
-    def verified(opened: LatentStore, *, decode: int) -> VerifyReport:
+    def verified(opened: LatentStore, *, decode: int, remote_sources: bool) -> VerifyReport:
         handlers.append(signal.getsignal(signal.SIGTERM))
-        return verify(opened, decode=decode)
+        return verify(opened, decode=decode, remote_sources=remote_sources)
 
     monkeypatch.setattr("latentmill.store.verify.verify", verified)
     assert runs.call(capsys, "verify", store).code == 0

@@ -57,6 +57,27 @@ def test_all_parts_are_measured_and_recorded(
         assert list(written.keys() & set(PARTS)) == [part]
 
 
+def test_sources_at_other_addresses_are_read_with_consent_only(
+    store: lm.LatentStore,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    one_sentence: Callable[[BaseException], str],
+) -> None:
+    monkeypatch.setattr("latentmill.store.remote_sources.source_is_near", lambda *_: False)
+    called = runs.call(capsys, "evaluate", store.url, "--items", 1, "--json")
+    assert called.err.count("at another address") == 1
+    result = runs.outcome(called)
+    assert set(result["unavailable"]) == {"linearity", "reconstruction", "seams"}
+    for reason in result["unavailable"].values():
+        assert "at another address (add --remote-sources if" in one_sentence(ConfigError(reason))
+    assert result["statistics"]["lufs_records"] == 0
+    found = runs.call(
+        capsys, "evaluate", store.url, "--remote-sources", "--items", 1, "--only", "reconstruction"
+    )
+    assert found.code == 0
+    assert "warning" not in found.err
+
+
 def test_only_chooses_parts(store: lm.LatentStore, capsys: pytest.CaptureFixture[str]) -> None:
     assert lm.evaluate(store.url, only=["seams"], items=2).linearity is None
     assert {n for n in files(store) if n.startswith("evaluation/")} == {"evaluation/seams.json"}

@@ -102,6 +102,13 @@ def test_an_address_that_cannot_be_opened_is_counted(
     assert number == 1
 
 
+def test_a_file_url_is_on_this_machine(report_store: LatentStore) -> None:
+    excerpts = Excerpts(report_store)
+    record = excerpts.record("late")
+    record = dataclasses.replace(record, source_uri=f"file://{record.source_uri}")
+    assert excerpts.original(record, ExcerptRange(0, 8, 0, 8 * HOP)) is not None
+
+
 def test_a_source_without_permission_is_counted(
     report_store: LatentStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -318,3 +318,16 @@ def test_a_store_of_which_nothing_is_encoded_has_no_origin(tmp_path: Path, one_s
     with pytest.raises(StorageError) as caught:
         read_origin(Storage(str(tmp_path)))
     assert "run the same encode command again" in one_sentence(caught.value)
+
+
+def test_a_source_at_another_address_is_read_with_consent_only(
+    store: LatentStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("latentmill.store.remote_sources.source_is_near", lambda *_: False)
+    (decoded,) = verify(store, decode=1).decoded
+    assert decoded.snr_db is None
+    assert "1 source at another address was not read: if you trust the store" in caplog.text
+    caplog.clear()
+    (decoded,) = verify(store, decode=1, remote_sources=True).decoded
+    assert decoded.snr_db is not None
+    assert not caplog.text

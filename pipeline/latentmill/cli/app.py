@@ -248,6 +248,7 @@ def verify(
             min=0, help="Number of records to decode and compare with their source audio."
         ),
     ] = 0,
+    remote_sources: cli_report.RemoteSources = False,
     device: Device = "auto",
     trust_model: TrustModel = False,
     as_json: AsJson = False,
@@ -260,7 +261,7 @@ def verify(
 
     interrupts_raise()
     opened = open_store(store, device=device, trust_model=trust_model)
-    report = verify_store(opened, decode=decode)
+    report = verify_store(opened, decode=decode, remote_sources=remote_sources)
     if opened.bases is None:
         report.fields = verify_fields(opened.storage)
         report.faults += field_faults(report.fields)

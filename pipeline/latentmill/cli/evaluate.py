@@ -17,6 +17,7 @@ from latentmill.cli.read import (
     open_to_decode,
     print_value,
 )
+from latentmill.cli.report import RemoteSources
 from latentmill.text.log import get_logger
 
 _log = get_logger("cli")
@@ -82,6 +83,7 @@ def evaluate(
     gain: Gains = None,
     compat: Compat = None,
     address: Address = None,
+    remote_sources: RemoteSources = False,
     device: Device = "auto",
     trust_model: TrustModel = False,
     model_option: ModelOption = None,
@@ -112,6 +114,7 @@ def evaluate(
         gains=gain or (),
         compat=compat,
         address=address,
+        remote_sources=remote_sources,
     )
     print_value(as_json, result, show_evaluation.evaluation)
     if not store.sealed:

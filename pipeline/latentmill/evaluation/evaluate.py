@@ -17,6 +17,7 @@ from latentmill.evaluation.linearity import LinearityReport, measure_linearity
 from latentmill.evaluation.reconstruction import measure_reconstruction
 from latentmill.evaluation.seams import SeamReport, measure_seams
 from latentmill.evaluation.statistics import measure_statistics
+from latentmill.store.remote_sources import sources_near
 from latentmill.store.results import ReconstructionEntry, StoreStatistics
 from latentmill.store.store import LatentStore, open_store
 from latentmill.text.log import get_logger
@@ -62,6 +63,7 @@ def evaluate(
     compat: str | None = None,
     address: str | None = None,
     record: bool = True,
+    remote_sources: bool = False,
 ) -> Evaluation:
     """Evaluate a store on its own audio.
 
@@ -77,6 +79,8 @@ def evaluate(
             parts are measured in this process. None for RAY_ADDRESS, or no cluster.
         record: Whether to write the results to evaluation/*.json of a sealed store. If that is not
             possible, for example because it is read-only, a warning is logged.
+        remote_sources: Whether to read source audio from other addresses than this machine and the
+            bucket or server of the store.
 
     Returns:
         The results. Without `only`, a part that cannot be measured on this store, for example
@@ -108,18 +112,19 @@ def evaluate(
     }
     results: dict[Part, Any] = {}
     unavailable: dict[Part, str] = {}
-    for part in PARTS:
-        if only and part not in only:
-            continue
-        _log.info("evaluate: %s", part)
-        try:
-            if part in DECODED:
-                opened.decoder()
-            results[part] = measures[part](opened, **options)
-        except (ConfigError, ModelError) as error:
-            if only:
-                raise
-            unavailable[part] = str(error)
+    with sources_near(opened, remote_sources=remote_sources):
+        for part in PARTS:
+            if only and part not in only:
+                continue
+            _log.info("evaluate: %s", part)
+            try:
+                if part in DECODED:
+                    opened.decoder()
+                results[part] = measures[part](opened, **options)
+            except (ConfigError, ModelError) as error:
+                if only:
+                    raise
+                unavailable[part] = str(error)
     return Evaluation(**results, unavailable=unavailable)
 
 

@@ -12,8 +12,9 @@ import numpy as np
 from latentmill.encoding.loudness import busiest_part, loudest_part
 from latentmill.errors import ItemError, LatentmillError
 from latentmill.record import FloatArray, Latent, Record
+from latentmill.store.remote_sources import source_is_near
 from latentmill.store.store import LatentStore
-from latentmill.store.verify import read_source, source_is_near
+from latentmill.store.verify import read_source
 
 _CONTEXT = 8  # frames decoded on either side of an excerpt, at least
 

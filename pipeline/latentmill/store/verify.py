@@ -6,7 +6,6 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
 import numpy as np
 import xxhash
@@ -25,6 +24,7 @@ from latentmill.storage.scratch import SCRATCH, is_temporary
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import committed_revisions, iter_commits, read_commit
 from latentmill.store.metadata import matches_records
+from latentmill.store.remote_sources import check_source, sources_near
 from latentmill.store.schema import (
     COMMITS,
     DATASET_PATH,
@@ -72,7 +72,7 @@ class VerifyReport:
     fields: dict[str, VerifyReport] = field(default_factory=dict)  # by name
 
 
-def verify(store: LatentStore, *, decode: int = 0) -> VerifyReport:
+def verify(store: LatentStore, *, decode: int = 0, remote_sources: bool = False) -> VerifyReport:
     """Check a store: plan, commits, hashes, counts and values; decode some records to audio.
 
     Of a view, its own files are checked, and its records in the base stores.
@@ -83,20 +83,27 @@ def verify(store: LatentStore, *, decode: int = 0) -> VerifyReport:
     Args:
         store: The store.
         decode: Number of records to decode, spread evenly over the store; none if there are faults.
+        remote_sources: Whether to compare them with source audio at other addresses than this
+            machine and the bucket or server of the store.
 
     Raises:
         StoreError: The plan cannot be read.
     """
     try:
-        if store.bases is None:
-            return _Verification(store).run(decode)
-        report = VerifyReport(items=store.info.items, records=store.info.encoded)
-        report.faults += view_faults(store)
-        if not report.faults:
-            _decode_some(store, decode, report)
-        return report
+        with sources_near(store, remote_sources=remote_sources):
+            return (
+                _Verification(store).run(decode) if store.bases is None else _of_view(store, decode)
+            )
     finally:
         vars(store).pop("annotations", None)
+
+
+def _of_view(store: LatentStore, decode: int) -> VerifyReport:
+    report = VerifyReport(items=store.info.items, records=store.info.encoded)
+    report.faults += view_faults(store)
+    if not report.faults:
+        _decode_some(store, decode, report)
+    return report
 
 
 class _Verification:
@@ -341,9 +348,10 @@ def _snr(record: Record, audio: FloatArray) -> float | None:
 def read_source(record: Record, channels: int, samples: int | None = None) -> FloatArray:
     """Load the audio that a record was encoded from, as the model's input `[channels, samples]`.
 
-    With `samples` only the first ones are loaded. Raises ItemError if the source is missing or has
-    changed.
+    With `samples` only the first ones are loaded. Raises ItemError if the source is missing, has
+    changed, or is refused by `sources_near`.
     """
+    check_source(record)
     item = item_at(record.source_uri)
     part = item.segment or Segment(0.0)
     if item.place is not None and not is_remote(item.uri):
@@ -359,18 +367,3 @@ def read_source(record: Record, channels: int, samples: int | None = None) -> Fl
             if samples is not None and sum(b.shape[1] for b in blocks) >= samples:
                 break
         return np.concatenate(blocks, axis=1)[:, :samples]
-
-
-def source_is_near(store: LatentStore, record: Record) -> bool:
-    """Whether a source is on this machine, or in the bucket or on the server of the store.
-
-    Looking at a store must not send requests to addresses that the store names.
-    """
-    address = item_at(record.source_uri).uri
-    if "://" not in address:
-        return True
-    try:
-        here, there = urlsplit(store.url), urlsplit(address)
-    except ValueError:  # the address is not a valid URL
-        return False
-    return (here.scheme, here.netloc) == (there.scheme, there.netloc)

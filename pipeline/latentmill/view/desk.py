@@ -22,8 +22,9 @@ from latentmill.errors import ConfigError, ItemError
 from latentmill.models.base import ModelSpec
 from latentmill.pictures.drawing import heat_map
 from latentmill.record import FloatArray, Latent
+from latentmill.store.remote_sources import source_is_near
 from latentmill.store.store import LatentStore
-from latentmill.store.verify import read_source, source_is_near
+from latentmill.store.verify import read_source
 from latentmill.view.query import MAX_SECONDS, Channel, MixRequest
 
 Side = Literal["latent", "decoded", "original"]
