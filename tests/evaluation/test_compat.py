@@ -34,6 +34,16 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LatentStore:
     return write_stem_store(tmp_path / "store", tmp_path / "in")
 
 
+def test_only_the_first_minutes_of_readable_recordings_are_used(
+    store: LatentStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compat, "LOADED_SECONDS", 4.2 * CHUNK / RATE)
+    assert compat.measure_linear_cae(store, items=2).card.pairs == 4  # of 4 + 4 chunks
+    (Path(store.info.source) / "0.wav").unlink()
+    assert compat.measure_linear_cae(store, items=2).card.pairs == 2
+    assert "1 source cannot be read" in caplog.text
+
+
 def test_batches_of_adjacent_pairs(store: LatentStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The decoder adds noise of its seed to what it decodes: each decoding has its own."""
     model, seeds = store.model(), []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import warnings
 import weakref
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from latentmill.errors import ConfigError
 from latentmill.evaluation import tracks
 from latentmill.evaluation.linearity import StoreCodec, measure_linearity
 from latentmill.evaluation.seams import measure_seams
+from latentmill.evaluation.tracks import UnreadSources
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import read_source, verify
 from support import runs
@@ -208,6 +210,29 @@ def test_a_sound_that_is_too_long_for_the_model(
     assert "use --device cpu" in one_sentence(no_memory.value)
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_sounds_whose_source_is_missing_are_left_out(
+    grouped: bool, source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, one_sentence
+) -> None:
+    songs = Path(shutil.copytree(source, tmp_path / "songs"))
+    if not grouped:
+        for path in songs.rglob("*.json"):
+            path.unlink()
+    store = write_stem_store(tmp_path / "store", songs)
+    missing = store.index.key(2)
+    (songs / f"{missing}.wav").unlink()
+    found = measure_linearity(store, items=4).card
+    assert found.grouped == grouped
+    assert not [name for name in found.tracks if missing in name]
+    assert len(found.tracks) >= 2
+    assert "1 source cannot be read, and others are measured (1: " in caplog.text
+    for path in songs.rglob("*.wav"):
+        path.unlink()
+    with pytest.raises(ConfigError, match="cannot be read, and nothing else can be") as error:
+        measure_linearity(store, items=4)
+    one_sentence(error.value)
+
+
 @pytest.mark.parametrize("channels", [1, 2])
 def test_of_a_recording_only_the_sounds_are_kept(
     channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -226,7 +251,7 @@ def test_of_a_recording_only_the_sounds_are_kept(
         soundfile.write(tmp_path / "in" / f"{number}.wav", audio, 3200, subtype="FLOAT")
     options = {"hop": 32, "sample_rate": 3200, "channels": channels}
     store = write_stem_store(tmp_path / "store", tmp_path / "in", model_options=options)
-    kept = tracks.pair_tracks(store, 3, 1600)
+    kept = tracks.pair_tracks(store, 3, 1600, UnreadSources(store.url))
     assert {sound.shape for track in kept for sound in track.stems} == {(channels, 1600)}
     assert [one() for one in recordings] == [None] * 3
 
@@ -248,9 +273,9 @@ def test_only_the_start_of_a_recording_is_loaded(
     for longest, most in ((1600, 4000), (4800, 4800)):
         loaded.clear()
         if grouped:
-            tracks.stem_tracks(store, 2, longest)
+            tracks.stem_tracks(store, 2, longest, UnreadSources(store.url))
         else:
-            tracks.pair_tracks(store, 3, longest)
+            tracks.pair_tracks(store, 3, longest, UnreadSources(store.url))
         assert max(loaded) == most
 
 
@@ -269,7 +294,7 @@ def test_of_a_large_group_only_some_stems_are_loaded(
     store = write_stem_store(tmp_path / "store", source)
     groups = dict(tracks.stem_groups(store, 2))
     assert all(len(keys) > 2 for keys in groups.values())
-    tracks.stem_tracks(store, 2, 1600)
+    tracks.stem_tracks(store, 2, 1600, UnreadSources(store.url))
     assert loaded == [key for keys in groups.values() for key in keys[:2]]
 
 

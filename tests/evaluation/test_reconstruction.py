@@ -14,6 +14,7 @@ from formulas import METRICS
 import latentmill as lm
 from latentmill.errors import ConfigError
 from latentmill.evaluation.reconstruction import measure_reconstruction
+from latentmill.store.measurement import read_measurement
 from latentmill.store.store import LatentStore
 from support import runs
 from support.stem_files import RATE, waveform, write_stem_store, write_stems
@@ -54,8 +55,8 @@ def test_every_item_is_measured(store: LatentStore, source: Path) -> None:
 
 
 def test_a_part_of_each_item(store: LatentStore, source: Path) -> None:
-    found = measure_reconstruction(store, items=3, max_seconds=0.7)
-    assert (len(found.items), found.silent) == (3, 0)  # also a bass that begins after a second
+    found = measure_reconstruction(store, items=4, max_seconds=0.7)
+    assert (len(found.items), found.silent) == (4, 0)  # also a bass that begins after a second
     hop = store.info.model["hop"]
     for item in found.items:
         whole = store.entry(item.key).num_samples
@@ -70,6 +71,30 @@ def test_a_part_of_each_item(store: LatentStore, source: Path) -> None:
         decoded, target = (audio[:, start : start + length] for audio in (decoded, target))
         assert item.seconds == decoded.shape[1] / RATE
         assert item.snr == pytest.approx(METRICS["snr"](decoded, target, RATE), rel=1e-3)
+
+
+def test_a_record_that_decodes_to_no_finite_values_is_counted(
+    store: LatentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result can be read again; its summary is that of the others."""
+    _, *others = store.keys()
+    decoded: list[int] = []
+
+    def decode(*args: object) -> np.ndarray:
+        audio = LatentStore.decode_latent(store, *args)
+        if not decoded:
+            audio[0, -7] = np.nan
+        decoded.append(audio.shape[1])
+        return audio
+
+    monkeypatch.setattr(store, "decode_latent", decode)
+    found = measure_reconstruction(store)
+    assert found.without_source == {"it decodes to values that are not finite": 1}
+    assert [item.key for item in found.items] == [key for key in others if key != "silence"]
+    assert all(np.isfinite(value.high) for value in found.summary.values())
+    read = read_measurement(store.storage, store.info, "reconstruction")
+    assert read is not None
+    assert read.reconstruction == found
 
 
 def test_items_without_a_source_are_counted(

@@ -85,6 +85,23 @@ def test_only_the_records_that_are_measured_are_looked_up(
     assert [one.key for one in report.items] == looked_up == ["1"]
 
 
+def test_items_whose_source_is_missing_are_left_out(
+    noise: Path, tmp_path: Path, inline: None, caplog: pytest.LogCaptureFixture, one_sentence
+) -> None:
+    songs = Path(shutil.copytree(noise, tmp_path / "songs"))
+    lm.encode(str(songs), str(tmp_path / "out"), **SETTINGS)
+    store = lm.open(str(tmp_path / "out"))
+    (songs / "1.wav").unlink()
+    report = measure_seams(store, items=2)
+    assert [one.key for one in report.items] == ["3", "2"]
+    assert "1 source cannot be read, and others are measured (1: " in caplog.text
+    for path in songs.iterdir():
+        path.unlink()
+    with pytest.raises(ConfigError, match=r"3 sources of .*/out cannot be read") as error:
+        measure_seams(store)
+    one_sentence(error.value)
+
+
 def test_a_model_that_normalises_over_the_chunk_has(
     encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ from latentmill.store.store import LatentStore
 from reporting.conftest import HOP, RATE, SETTINGS
 from store.store_files import write_store
 from support.elsewhere import sources_elsewhere
+from support.latent_store import write_latents
 from support.stem_files import write_segments, write_stem_store, write_stems
 
 
@@ -216,6 +217,22 @@ def test_similar_records_are_close_on_the_map(report_store: LatentStore) -> None
     same = np.linalg.norm(at["same 1"] - at["same 2"])
     assert same < 1e-4
     assert np.linalg.norm(at["silent"] - at["same 1"]) > 0.5
+
+
+def test_padding_of_chunks_has_no_place_on_the_map(tmp_path: Path) -> None:
+    """The same sound, in a chunk of its own and in one that is padded."""
+    random = np.random.default_rng(0)
+    latents = [random.standard_normal((1, 4, 16)).astype(np.float16) for _ in range(4)]
+    latents.append(latents[0].copy())
+    for latent in (latents[0], latents[4]):
+        latent[0, :, 1:] = latent[0, :, :1]  # constant, so its mean does not depend on the length
+    latents[4][0, :, 8:] = 0
+    store = write_latents(
+        str(tmp_path / "store"), [16, 16, 16, 16, 8], stitch="none", channels=4, latents=latents
+    )
+    placed = corpus_map(store, np.arange(5))
+    assert placed is not None
+    assert np.linalg.norm(placed.points[0] - placed.points[4]) < 1e-3
 
 
 @pytest.mark.parametrize(

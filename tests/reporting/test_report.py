@@ -405,3 +405,21 @@ def test_the_report_can_be_written_to_a_bucket(report_store: LatentStore, s3_buc
 def test_numbers_of_the_page(value: float | None, digits: int, text: str) -> None:
     environment = _template().environment
     assert environment.filters["number"](value, digits) == text
+
+
+def test_results_from_before_a_change_are_not_those_of_the_records(
+    report_store: LatentStore, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(report_store.url, tmp_path / "store"))
+    lm.report(str(folder), tmp_path / "a.html")
+    current = (tmp_path / "a.html").read_text()
+    assert "among the worst reconstructions" in current
+    assert ", SNR " in current
+    path = folder / "evaluation" / "reconstruction.json"
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps(written | {"seal": "0" * len(written["seal"])}))
+    lm.report(str(folder), tmp_path / "b.html")
+    stale = (tmp_path / "b.html").read_text()
+    assert "The store has changed since this was measured" in stale
+    assert "among the worst reconstructions" not in stale
+    assert ", SNR " not in stale

@@ -21,12 +21,13 @@ from latentmill.evaluation.audio_metrics import mr_stft, snr
 from latentmill.evaluation.linearity import LinearityReport, StoreCodec, refuse_codes
 from latentmill.evaluation.metrics import GAINS, combination, relative_l2
 from latentmill.evaluation.scores import Key, Scores
-from latentmill.evaluation.tracks import source_of, spread_keys
+from latentmill.evaluation.tracks import LOADED_SECONDS, UnreadSources, spread_keys
 from latentmill.models.inference.precision import numeric_mode
 from latentmill.ops.origin import POOR, POOR_DB
 from latentmill.store.measurement import recording, write_measurement
 from latentmill.store.results import LinearityEntry
 from latentmill.store.store import LatentStore
+from latentmill.store.verify import read_source
 
 PROTOCOL: Literal["linear-cae"] = "linear-cae"
 CHUNK, BATCH = 132_608, 20
@@ -40,7 +41,10 @@ def measure_linear_cae(
     gains: Sequence[float] = (),
     record: bool = True,
 ) -> LinearityReport:
-    """Measure linearity by the authors' protocol on `items` items, or their first `max_seconds`.
+    """Measure linearity by the authors' protocol on `items` items.
+
+    Of each, the first `max_seconds` are used, by default 10 minutes. Items whose source cannot be
+    read are left out.
 
     `record` writes the card into a sealed store's evaluation/linearity-linear-cae.json.
     """
@@ -48,13 +52,15 @@ def measure_linear_cae(
     keys = spread_keys(store, items)[:items]
     info = store.info  # after the index, which may load a later seal
     codec, scores = StoreCodec(store), Scores()
-    most = None if max_seconds is None else int(max_seconds * codec.spec.sample_rate)
-    chunks = _chunks(store, keys, most)
+    most = int((LOADED_SECONDS if max_seconds is None else max_seconds) * codec.spec.sample_rate)
+    unread = UnreadSources(store.url)
+    chunks = _chunks(store, keys, most, unread)
     count = 0
     with numeric_mode(store.precision, store.device):
         while len(batch := list(itertools.islice(chunks, BATCH))) > 1:
             _Batch(codec, scores, count, batch).measure(sorted({*GAINS, *gains}))
             count += 1
+    unread.report(any_left=count > 0)
     if not count:
         raise ConfigError(
             f"{store.url} has fewer than two chunks of {CHUNK} samples in {len(keys)} items: "
@@ -91,11 +97,14 @@ def _card(scores: Scores) -> LinearityEntry:
     )
 
 
-def _chunks(store: LatentStore, keys: Sequence[str], most: int | None) -> Iterator[Tensor]:
+def _chunks(
+    store: LatentStore, keys: Sequence[str], most: int, unread: UnreadSources
+) -> Iterator[Tensor]:
     for key in keys:
-        audio = source_of(store, key, most)
-        for start in range(0, audio.shape[1] - CHUNK + 1, CHUNK):
-            yield torch.from_numpy(audio[:, start : start + CHUNK].copy())
+        with unread.counted():
+            audio = read_source(store[key], store.model().spec.channels, most)
+            for start in range(0, audio.shape[1] - CHUNK + 1, CHUNK):
+                yield torch.from_numpy(audio[:, start : start + CHUNK].copy())
 
 
 class _Batch:

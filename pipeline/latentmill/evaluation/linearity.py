@@ -33,7 +33,7 @@ from latentmill.errors import ConfigError
 from latentmill.evaluation.audio_metrics import magnitude, measures_of, mr_stft
 from latentmill.evaluation.metrics import GAINS, combination, relative_l2
 from latentmill.evaluation.scores import Key, Scores
-from latentmill.evaluation.tracks import Track, audible, pair_tracks, stem_tracks
+from latentmill.evaluation.tracks import Track, UnreadSources, audible, pair_tracks, stem_tracks
 from latentmill.models.base import Autoencoder
 from latentmill.models.inference.batch import check_whole, most_chunks
 from latentmill.models.inference.memory import BatchRunner
@@ -89,11 +89,13 @@ def measure_linearity(
     """
     refuse_codes(store)
     longest = samples_of(store, max_seconds)
-    tracks, silent = stem_tracks(store, items, longest)
+    unread = UnreadSources(store.url)
+    tracks, silent = stem_tracks(store, items, longest, unread)
     info, codec = store.info, StoreCodec(store)  # after the index, which may load a later seal
     grouped = bool(tracks)
     if not tracks:
-        tracks, silent = pair_tracks(store, items, longest), 0
+        tracks, silent = pair_tracks(store, items, longest, unread), 0
+    unread.report(any_left=bool(tracks))
     if not tracks:
         raise ConfigError(
             f"{store.url} has fewer than two items that are not silent: use a larger store."

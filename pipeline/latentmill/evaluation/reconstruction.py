@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections import Counter
 
+import numpy as np
 import torch
 
 from latentmill.decoding.files import fitted
@@ -17,6 +17,7 @@ from latentmill.models.inference.precision import numeric_mode
 from latentmill.record import Record
 from latentmill.store.measurement import recording, write_measurement
 from latentmill.store.results import ItemQuality, ReconstructionEntry, SummaryEntry
+from latentmill.store.spread import spread_rows
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import read_source
 from latentmill.text.log import get_logger
@@ -36,14 +37,14 @@ def measure_reconstruction(
     `items` records are spread evenly over the store. Of each, the loudest part of `max_seconds`
     in the first 10 minutes is used, by default a minute (the first one of overlapping chunks, which
     cannot be cut).
-    Records whose source cannot be read are counted by reason. `record` writes the result into a
+    Records whose source cannot be read, or that do not decode to finite values, are counted by
+    reason. `record` writes the result into a
     sealed store's evaluation/reconstruction.json.
     """
-    step = max(1, len(store) // items)
     info = store.info  # after the index, which may load a later seal
     rate = info.model["sample_rate"]
     longest = round((60.0 if max_seconds is None else max_seconds) * rate)
-    keys = list(itertools.islice(store.keys(), 0, step * items, step))
+    keys = [store.index.key(row) for row in spread_rows(len(store), items)]
     found: list[ItemQuality] = []
     missing: Counter[str] = Counter()
     silent = 0
@@ -84,7 +85,10 @@ def measure_reconstruction(
 
 
 def _quality(store: LatentStore, record: Record, longest: int) -> ItemQuality | None:
-    """The quality of one record; None if its source is silent."""
+    """The quality of one record; None if its source is silent.
+
+    Raises ItemError if its source cannot be read, or if it does not decode to finite values.
+    """
     model, latent = store.model(), store.source(record.key)
     hop = model.spec.hop
     start = 0
@@ -103,6 +107,8 @@ def _quality(store: LatentStore, record: Record, longest: int) -> ItemQuality | 
     samples = min(target.shape[1], record.num_samples - start * hop)
     with numeric_mode(store.precision, store.device):
         audio = store.decode_latent(latent, samples + before * hop)[:, before * hop :]
+    if not np.isfinite(audio).all():
+        raise ItemError("it decodes to values that are not finite")
     decoded = torch.from_numpy(audio)
     target = target[:, :samples]
     measured = {n: of(decoded, target) for n, of in measures_of(record.sample_rate).items()}

@@ -15,13 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from latentmill.errors import ConfigError, ItemError
+from latentmill.errors import ConfigError
+from latentmill.evaluation.tracks import SPARES, UnreadSources
 from latentmill.models.inference.batch import check_whole
 from latentmill.models.inference.memory import BatchRunner
 from latentmill.models.inference.precision import numeric_mode
 from latentmill.record import Record
 from latentmill.store.measurement import recording, write_measurement
 from latentmill.store.results import SeamEntry
+from latentmill.store.spread import spread_rows
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import read_source
 
@@ -65,17 +67,16 @@ def measure_seams(
     """
     index, info = store.index, store.info  # in this order: the index may load a later seal
     fitting = _items_with_seams(store, max_seconds)
-    step = max(1, len(fitting) // items)
+    candidates = fitting[spread_rows(len(fitting), items, SPARES)]
     measured: list[SeamError] = []
-    for key in map(index.key, fitting[::step].tolist()):
+    unread = UnreadSources(store.url)
+    for key in map(index.key, candidates.tolist()):
         if len(measured) == items:
             break
-        try:
+        with unread.counted():
             one = _measure(store, store[key])
-        except ItemError as error:
-            raise ConfigError(f"The source of {key} cannot be read: {error}.") from error
-        if one is not None:
-            measured.append(one)
+            measured += [one] if one is not None else []
+    unread.report(any_left=bool(measured))
     if not measured:
         raise ConfigError(
             f"{store.url} has only zeros in the latents that were measured: raise --items or "

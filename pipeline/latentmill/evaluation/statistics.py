@@ -22,6 +22,7 @@ from latentmill.store.describe import changed_meanwhile
 from latentmill.store.index import Index
 from latentmill.store.measurement import recording, write_measurement
 from latentmill.store.results import NearDuplicates, Outlier, StoreStatistics
+from latentmill.store.spread import spread_rows
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import read_source
 from latentmill.text.log import get_logger
@@ -168,9 +169,8 @@ def _lufs(store: LatentStore, index: Index, items: int, longest: float) -> list[
         return None
     import pyloudnorm
 
-    step = max(1, len(index) // items)
     found = []
-    for row in range(len(index))[: step * items : step]:
+    for row in spread_rows(len(index), items):
         record = store.read(index.entry(row))
         rate, channels = record.sample_rate, min(record.source_channels, 2)
         try:

@@ -5,6 +5,7 @@ A track is a group of stems of one song. In a store without groups, a track is a
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator
@@ -21,13 +22,18 @@ from latentmill.evaluation.rows import ShardRows
 from latentmill.record import MIXES, FloatArray
 from latentmill.sources.address import starts_at
 from latentmill.sources.group import groups_together
+from latentmill.store.spread import spread_rows
 from latentmill.store.store import LatentStore
 from latentmill.store.verify import read_source
+from latentmill.text.log import get_logger
+from latentmill.text.printing import counted
 
-SPARE = 4  # candidates for each item, because some may be silent
+SPARES = 3  # other candidates for each item, because some may be silent or cannot be read
 QUIET = 10 ** (-50 / 20)  # RMS below which a sound is not scored
 FAINT = 10 ** (-30 / 20)  # the same, relative to the mix
 LOADED_SECONDS = 600.0  # of each recording, from its start
+_log = get_logger("evaluation")
+
 MAX_STEMS = 16  # of a group: all are in memory at once, and each is compared with all others
 
 
@@ -44,6 +50,35 @@ class Track:
     name: str
     stems: tuple[Tensor, ...]
     silent: int = 0
+
+
+class UnreadSources:
+    """Sources of a store that cannot be read; their records are left out."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._reasons: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count an ItemError by its text."""
+        try:
+            yield
+        except ItemError as error:
+            self._reasons[str(error)] += 1
+
+    def report(self, *, any_left: bool) -> None:
+        """Log how many there are and why; raises ConfigError if no record is left."""
+        if not self._reasons:
+            return
+        why = "; ".join(f"{count}: {reason}" for reason, count in self._reasons.most_common(3))
+        sources = counted(self._reasons.total(), "source")
+        if not any_left:
+            raise ConfigError(
+                f"{sources} of {self._url} cannot be read, and nothing else can be measured "
+                f"({why}): make the sources readable, or raise --items."
+            )
+        _log.warning("%s cannot be read, and others are measured (%s)", sources, why)
 
 
 def audible(sound: Tensor, mix: Tensor | None = None) -> bool:
@@ -91,7 +126,9 @@ def stem_groups(store: LatentStore, count: int) -> list[tuple[str, list[str]]]:
     ]
 
 
-def stem_tracks(store: LatentStore, count: int, longest: int) -> tuple[list[Track], int]:
+def stem_tracks(
+    store: LatentStore, count: int, longest: int, unread: UnreadSources
+) -> tuple[list[Track], int]:
     """Tracks of stem groups, and the number of their stems that are too quiet.
 
     Of each group the first `MAX_STEMS` stems are used. Of each song the window of `longest`
@@ -99,8 +136,12 @@ def stem_tracks(store: LatentStore, count: int, longest: int) -> tuple[list[Trac
     """
     tracks, silent = [], 0
     for group, keys in stem_groups(store, count):
-        used = keys[:MAX_STEMS]
-        audio = [source_of(store, key, _loaded(store, longest)) for key in used]
+        audio = []
+        for key in keys[:MAX_STEMS]:
+            with unread.counted():
+                audio.append(source_of(store, key, longest))
+        if len(audio) < 2:
+            continue
         stems = _window(audio, longest)
         mix = torch.stack(stems).sum(dim=0)
         kept = tuple(stem for stem in stems if audible(stem, mix))
@@ -110,9 +151,9 @@ def stem_tracks(store: LatentStore, count: int, longest: int) -> tuple[list[Trac
     return tracks, silent
 
 
-def pair_tracks(store: LatentStore, count: int, longest: int) -> list[Track]:
+def pair_tracks(store: LatentStore, count: int, longest: int, unread: UnreadSources) -> list[Track]:
     """Each of `count` items with the next one, the last with the first."""
-    sounds = list(itertools.islice(_sounds(store, count, longest), count))
+    sounds = list(itertools.islice(_sounds(store, count, longest, unread), count))
     if len(sounds) < 2:
         return []
     tracks = []
@@ -124,36 +165,35 @@ def pair_tracks(store: LatentStore, count: int, longest: int) -> list[Track]:
 
 def spread_keys(store: LatentStore, count: int) -> list[str]:
     """Keys spread evenly over the store: `count` of them first, then spare ones between them."""
-    step = max(1, len(store) // (SPARE * count))
-    keys = list(itertools.islice(store.keys(), 0, None, step))
-    first = keys[::SPARE]
-    chosen = set(first)
-    return [*first, *(key for key in keys if key not in chosen)]
+    return [store.index.key(row) for row in spread_rows(len(store), count, SPARES)]
 
 
-def _sounds(store: LatentStore, count: int, longest: int) -> Iterator[tuple[str, Tensor]]:
+def _sounds(
+    store: LatentStore, count: int, longest: int, unread: UnreadSources
+) -> Iterator[tuple[str, Tensor]]:
     """Key and the first `longest` samples of items, without leading silence."""
     for key in spread_keys(store, count):
         if store[key].rms < QUIET / 10:  # loud parts of long items may still be audible
             continue
-        audio = source_of(store, key, _loaded(store, longest))
+        audio: FloatArray | None = None
+        with unread.counted():
+            audio = source_of(store, key, longest)
+        if audio is None:
+            continue
         start = int(np.argmax(np.abs(audio).max(axis=0) >= QUIET))
         sound = torch.tensor(audio[:, start : start + longest])  # copied: a view keeps the whole
         if audible(sound):
             yield key, sound
 
 
-def source_of(store: LatentStore, key: str, samples: int | None = None) -> FloatArray:
-    """The audio `[C, T]` of a record, or its first samples; ConfigError if it cannot be read."""
-    try:
-        return read_source(store[key], store.model().spec.channels, samples)
-    except ItemError as error:
-        raise ConfigError(f"The source of {key} cannot be read: {error}.") from error
+def source_of(store: LatentStore, key: str, longest: int) -> FloatArray:
+    """The first 10 minutes of the audio `[C, T]` of a record, or `longest` samples if that is more.
 
-
-def _loaded(store: LatentStore, longest: int) -> int:
-    """Number of samples of a recording that are loaded; `longest` of them are used."""
-    return max(longest, round(LOADED_SECONDS * store.model().spec.sample_rate))
+    Raises ItemError if it cannot be read.
+    """
+    spec = store.model().spec
+    loaded = max(longest, round(LOADED_SECONDS * spec.sample_rate))
+    return read_source(store[key], spec.channels, loaded)
 
 
 def _window(audio: list[FloatArray], longest: int) -> list[Tensor]:

@@ -19,6 +19,7 @@ from latentmill.record import MIXES
 from latentmill.sources.address import format_at, starts_at
 from latentmill.sources.group import groups_together
 from latentmill.store.metadata_file import damaged_metadata, metadata_of
+from latentmill.store.spread import spread_rows
 from latentmill.store.store import LatentStore
 
 Values = npt.NDArray[np.float64]
@@ -80,7 +81,7 @@ def read_columns(store: LatentStore, most: int) -> RecordColumns:
         StorageError: A shard of a store without a metadata file is damaged.
     """
     file, index = metadata_of(store), store.index
-    sample = np.unique(np.linspace(0, len(index) - 1, min(len(index), most)).astype(np.int64))
+    sample = np.array(spread_rows(len(index), most), np.int64)
     try:
         levels = file.read(columns=["rms", "silence"], use_threads=False)
         rms, silence = (levels[name].to_numpy().astype(np.float64) for name in ("rms", "silence"))

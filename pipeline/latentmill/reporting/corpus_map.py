@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from latentmill.errors import StorageError
+from latentmill.evaluation.shard_pass import used_frames
 from latentmill.record import DTYPES
 from latentmill.store.store import LatentStore
 
@@ -97,7 +98,9 @@ def _frames(store: LatentStore, sample: npt.NDArray[np.int64]) -> Iterator[Matri
             values = np.frombuffer(data, dtype)
             shape = (entry.channels, -1) if entry.chunks else (-1, entry.channels)
             frames = values.reshape(shape).astype(np.float32)
-            yield np.nan_to_num(frames.T if entry.chunks else frames)
+            if entry.chunks:
+                frames = frames[:, : used_frames(frames)].T
+            yield np.nan_to_num(frames)
 
 
 def _ranges(offset: int, length: int, frames: int, chunks: int) -> list[tuple[int, int]]:

@@ -30,7 +30,7 @@ class PreviewedRecord:
         seconds: Length of the excerpt.
         pictures: By name: waveform, spectrogram, reconstruction (its spectrogram), latent.
         players: Addresses by name: original, reconstruction.
-        snr: SNR in dB of the whole record, if it was measured.
+        snr: SNR in dB of the record as `evaluate` measured it, not of the excerpt.
         worst: Whether it is among the worst reconstructions.
     """
 

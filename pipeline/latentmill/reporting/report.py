@@ -314,7 +314,8 @@ def _sounds(
     count: int,
 ) -> dict[str, Any]:
     quality, statistics = measured["reconstruction"], measured["statistics"]
-    shown = listening.items(excerpts, budget, count, quality.result if quality else None)
+    current = quality.result if quality and not quality.stale else None
+    shown = listening.items(excerpts, budget, count, current)
     mixed = listening.stem_mix(excerpts, budget, *group) if group else None
     found: dict[str, Any] = {"items": shown, "mix": mixed}
     if statistics is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ from latentmill.store.schema import (
     shard_path,
 )
 from latentmill.store.seal import dataset_info, read_origin
+from latentmill.store.spread import spread_rows
 from latentmill.store.store import LatentStore
 from latentmill.store.verify_index import misplaced
 from latentmill.store.verify_shard import shard_faults
@@ -314,9 +314,8 @@ def _differences(expected: DatasetInfo, found: DatasetInfo) -> list[str]:
 
 def _decode_some(store: LatentStore, count: int, report: VerifyReport) -> None:
     if count:
-        step = max(1, len(store) // count)
-        for key in itertools.islice(store.keys(), 0, step * count, step):
-            _decode(store, key, report)
+        for row in spread_rows(len(store), count):
+            _decode(store, store.index.key(row), report)
 
 
 def _decode(store: LatentStore, key: str, report: VerifyReport) -> None:
