@@ -555,3 +555,11 @@ def test_audio_rows_with_a_path_alone_stand_for_that_file(tmp_path: Path) -> Non
     for rate, samples in loaded(items):
         assert rate == 8000
         assert np.array_equal(samples[:, 0], MONO)
+
+
+def test_apple_double_files_beside_tables_are_counted(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.parquet", table(1))
+    (tmp_path / "in" / "._a.parquet").write_bytes(b"\0\5\26\7")
+    source = ParquetSource(str(tmp_path / "in"))
+    assert [item.key for item in source.items()] == ["a/00000000"]
+    assert source.ignored == {"files of macOS (._*, __MACOSX)": 1}

@@ -298,3 +298,15 @@ def test_apple_double_members_are_counted(tmp_path: Path) -> None:
     found = source(tmp_path / "x.tar", tar_of(members))
     assert list(by_key(found)) == ["x/a", "x/d/b"]
     assert found.ignored == {"files of macOS (._*, __MACOSX)": 2}
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.tar", "/{a,.}*.tar"])
+def test_apple_double_files_beside_tars_are_counted(tmp_path: Path, pattern: str) -> None:
+    folder = tmp_path / "tars"
+    (folder / "__MACOSX").mkdir(parents=True)
+    (folder / "a.tar").write_bytes(tar_of([("a.wav", b"1")]))
+    (folder / "._a.tar").write_bytes(b"\0\5\26\7")
+    (folder / "__MACOSX" / "a.tar").write_bytes(b"\0\5\26\7")
+    found = WebDatasetSource(f"{folder}{pattern}", ["wav"])
+    assert list(by_key(found)) == ["a/a"]
+    assert found.ignored == {"files of macOS (._*, __MACOSX)": 1 if pattern else 2}

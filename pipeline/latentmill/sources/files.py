@@ -20,7 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from latentmill.audio.media import path_of_file_url
 from latentmill.errors import SourceError
 from latentmill.sources.columns import is_text
-from latentmill.sources.names import as_text
+from latentmill.sources.names import APPLE_DOUBLE, as_text, is_apple_double
 from latentmill.storage import objects
 from latentmill.storage.remote import (
     Retries,
@@ -138,9 +138,10 @@ def check_name(source: str, path: str) -> None:
 def find_files(place: Place, extensions: Collection[str], ignored: dict[str, int]) -> list[File]:
     """The files of a folder, or those that a path, a glob or a brace pattern matches, sorted.
 
-    In a folder, files without one of the extensions (`.tar`) are counted in `ignored`. Names are
-    relative to the folder, or to the part of a pattern before its first wildcard. Raises
-    SourceError if there are none, or if a file of a brace pattern is missing.
+    Files that macOS creates beside others are counted in `ignored`, and in a folder also files
+    without one of the extensions (`.tar`). Names are relative to the folder, or to the part of a
+    pattern before its first wildcard. Raises SourceError if there are none, or if a file of a brace
+    pattern is missing.
     """
     kind = place.kind()
     if kind == "folder":
@@ -155,6 +156,9 @@ def find_files(place: Place, extensions: Collection[str], ignored: dict[str, int
     files = []
     for path, info in sorted(found.items()):
         name = path.removeprefix(root.rstrip("/") + "/")
+        if kind != "file" and is_apple_double(name):
+            ignored[APPLE_DOUBLE] = ignored.get(APPLE_DOUBLE, 0) + 1
+            continue
         if kind == "folder" and not name.lower().endswith(tuple(extensions)):
             extension = posixpath.splitext(name)[1].lower()
             ignored[extension or "no extension"] = ignored.get(extension or "no extension", 0) + 1
