@@ -422,3 +422,34 @@ def test_file_urls_are_decoded(tmp_path: Path, host: str) -> None:
     assert (item.uri, item.key) == (f"{tmp_path}/{name}", "ein Stück #1 100%")
     with UnitReader([item]) as reader, reader.open(item) as media:
         assert media.read_at(0, 9) == b"audio"
+
+
+CUT = {
+    "type": "MonoCut",
+    "id": "/",
+    "start": 0,
+    "duration": 1.0,
+    "channel": 0,
+    "recording": {
+        "sources": [{"type": "file", "channels": [0], "source": "a.wav"}],
+        "duration": 1.0,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        *({"path": "a.wav", "id": key} for key in ("/", ".", "./.", "\0")),
+        {"path": "."},
+        {"path": "/"},
+        CUT,
+    ],
+)
+def test_an_empty_key_is_refused_with_its_line(
+    tmp_path: Path, row: dict[str, Any], one_sentence: Callable[[BaseException], str]
+) -> None:
+    source = jsonl(tmp_path / "m.jsonl", {**CUT, "id": "x"} if row is CUT else {"path": "b"}, row)
+    with pytest.raises(SourceError) as caught:
+        keys(source)
+    assert "empty key in line 2" in one_sentence(caught.value)

@@ -95,6 +95,15 @@ def test_keys_never_become_paths(tmp_path: Path) -> None:
     assert [item.key for item in items] == ["%2E%2E/%2E%2E/x", "a/b", "etc/x"]
 
 
+def test_an_empty_key_is_refused_with_its_row(
+    tmp_path: Path, one_sentence: Callable[[BaseException], str]
+) -> None:
+    uri = write(tmp_path / "a.parquet", pa.table({"audio": [b"1", b"2"], "id": ["x", "./"]}))
+    with pytest.raises(SourceError) as caught:
+        sorted_items(ParquetSource(uri, key_column="id"))
+    assert "empty key in row 1" in one_sentence(caught.value)
+
+
 def test_text_that_is_none_is_refused(tmp_path: Path, one_sentence: Callable[..., str]) -> None:
     text = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff"))
     uri = write(tmp_path / "a.parquet", pa.table({"audio": [b"1"], "text": text}))

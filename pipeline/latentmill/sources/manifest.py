@@ -35,7 +35,7 @@ from latentmill.sources.columns import (
 from latentmill.sources.files import Place, check_name
 from latentmill.sources.lines import BoundedLines, open_text
 from latentmill.sources.metadata import MAX_NESTING, is_too_deep
-from latentmill.sources.names import as_key
+from latentmill.sources.names import as_key, not_empty
 from latentmill.sources.parquet import table_errors
 from latentmill.sources.parquet_cells import open_table
 from latentmill.storage.remote import cause_of, refuse_secrets, storage_errors
@@ -225,7 +225,7 @@ class ManifestSource:
             ) from error
         uri, _ = self._locate(cut.path, place)
         return Item(
-            key=as_key(cut.id),
+            key=not_empty(as_key(cut.id), self._name, place),
             uri=uri,
             size=0,
             version="",
@@ -243,11 +243,12 @@ class ManifestSource:
         place: str,
     ) -> str:
         if column is None:
-            return name if segment is None else f"{name}#{segment_text(segment, '-')}"
+            key = name if segment is None else f"{name}#{segment_text(segment, '-')}"
+            return not_empty(key, self._name, place)
         value = row.get(column)
         if value is None or value == "":
             raise SourceError(f"{self._name} has no {column} in {place}: add it or remove the row.")
-        return as_key(str(value))
+        return not_empty(as_key(str(value)), self._name, place)
 
     def _locate(self, path: str, place: str) -> tuple[str, str]:
         """A recording's URI and its path relative to the manifest without its extension."""

@@ -7,6 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from latentmill.errors import SourceError
+
 # Most names match and are used as they are.
 _PLAIN = re.compile(r"[\w -][\w .#-]*(/[\w -][\w .#-]*)*", re.ASCII)
 
@@ -45,6 +47,16 @@ def as_key(name: str) -> str:
     text = as_text(name).replace("\0", "")
     parts = (part for part in text.split("/") if part not in ("", "."))
     return "/".join("%2E%2E" if part == ".." else part for part in parts)
+
+
+def not_empty(key: str, source: str, place: str) -> str:
+    """The key of a row; raises SourceError if it is empty, as that of `/` or `.`."""
+    if not key:
+        raise SourceError(
+            f"{source} has an empty key in {place}: a key or path needs more than slashes and "
+            "dots; correct it or remove the row."
+        )
+    return key
 
 
 def as_text(name: str) -> str:

@@ -24,7 +24,7 @@ from latentmill.sources.columns import (
     refuse_bombs,
 )
 from latentmill.sources.files import File, Place, find_files
-from latentmill.sources.names import as_key
+from latentmill.sources.names import as_key, not_empty
 from latentmill.sources.parquet_cells import open_table
 from latentmill.storage.remote import cause_of, refuse_secrets, storage_errors
 
@@ -106,7 +106,7 @@ class ParquetSource:
                 f"{file.uri} has no {self._key_column} in row {number}: add it, or use keys by row "
                 "number, without --key-column."
             )
-        return as_key(str(value))
+        return not_empty(as_key(str(value)), file.uri, f"row {number}")
 
 
 def _beside(table: str, path: str) -> str:
