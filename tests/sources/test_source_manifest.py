@@ -453,3 +453,15 @@ def test_an_empty_key_is_refused_with_its_line(
     with pytest.raises(SourceError) as caught:
         keys(source)
     assert "empty key in line 2" in one_sentence(caught.value)
+
+
+@pytest.mark.parametrize("name", ["m.csv", "m.tsv"])
+def test_two_columns_of_one_name_are_refused(
+    tmp_path: Path, name: str, one_sentence: Callable[[BaseException], str]
+) -> None:
+    text = "path,text,text\na.wav,one,two\n"
+    with pytest.raises(SourceError) as caught:
+        keys(manifest(tmp_path / name, text.replace(",", "\t") if name == "m.tsv" else text))
+    assert "several columns text" in one_sentence(caught.value)
+    unnamed = manifest(tmp_path / "n.csv", "path,,\na.wav,,\n")
+    assert keys(unnamed) == ["a"]

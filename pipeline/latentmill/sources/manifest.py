@@ -316,7 +316,7 @@ class ManifestSource:
                     lines.next_row()
                     row = list(map(_unquoted, cells)) if tabs else cells
                     if names is None and row:
-                        names = row
+                        names = self._without_repeats(row)
                     elif names is not None and row:
                         if len(row) > len(names):
                             raise csv.Error(f"{len(row)} fields, but the header has {len(names)}")
@@ -327,6 +327,14 @@ class ManifestSource:
                 raise SourceError(
                     f"{self._name} is not valid CSV in line {line}: {error}; correct it."
                 ) from error
+
+    def _without_repeats(self, names: list[str]) -> list[str]:
+        repeated = [name for name, uses in Counter(filter(None, names)).items() if uses > 1]
+        if repeated:
+            raise SourceError(
+                f"{self._name} has several columns {repeated[0]}: rename or remove all but one."
+            )
+        return names
 
     def _jsonl(self) -> Iterator[Row]:
         with open_text(self._place.fs, self._place.path) as file:
