@@ -465,3 +465,16 @@ def test_two_columns_of_one_name_are_refused(
     assert "several columns text" in one_sentence(caught.value)
     unnamed = manifest(tmp_path / "n.csv", "path,,\na.wav,,\n")
     assert keys(unnamed) == ["a"]
+
+
+def test_a_tilde_that_is_no_home_folder_is_part_of_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/homes/me")
+    rows = {
+        "~take.wav": (f"{tmp_path}/~take.wav", "~take"),
+        "~no-such-user/b.wav": (f"{tmp_path}/~no-such-user/b.wav", "~no-such-user/b"),
+        "~/c.wav": ("/homes/me/c.wav", "homes/me/c"),
+    }
+    source = jsonl(tmp_path / "m.jsonl", *({"path": path} for path in rows))
+    assert [(item.uri, item.key) for item in source.items()] == list(rows.values())

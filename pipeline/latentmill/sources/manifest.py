@@ -263,10 +263,13 @@ class ManifestSource:
             refuse_secrets(f"{self._name}, {place}: URL", path, SourceError)
         if path.startswith("file://"):
             path = path_of_file_url(path)
+        if self._place.local and path.startswith("~"):  # may also begin the name of a file
+            expanded = os.path.expanduser(path)  # noqa: PTH111
+            path = expanded if expanded.startswith("/") else path
         if "://" in path:
             uri = path
-        elif path.startswith("/") or (self._place.local and path.startswith("~")):
-            uri = posixpath.normpath(os.path.expanduser(path))  # noqa: PTH111
+        elif path.startswith("/"):
+            uri = posixpath.normpath(path)
         else:
             uri = self._beside(path)
         name = uri.removeprefix(self._below)
