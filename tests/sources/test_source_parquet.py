@@ -24,7 +24,7 @@ from latentmill.encoding.lanes import in_turn, lanes_of, reading_order
 from latentmill.errors import ItemError, SourceError
 from latentmill.plan import UnitLimits, draft
 from latentmill.plan.items import to_items
-from latentmill.sources import parquet_cells
+from latentmill.sources import parquet, parquet_cells
 from latentmill.sources.address import address_of, item_at
 from latentmill.sources.base import Item, TableCell
 from latentmill.sources.group import GroupedSource
@@ -572,3 +572,33 @@ def test_apple_double_files_beside_tables_are_counted(tmp_path: Path) -> None:
     source = ParquetSource(str(tmp_path / "in"))
     assert [item.key for item in source.items()] == ["a/00000000"]
     assert source.ignored == {"files of macOS (._*, __MACOSX)": 1}
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_rows_with_only_a_path_need_no_statistics(tmp_path: Path, statistics: bool) -> None:
+    def items(name: str, *cells: bytes | None) -> list[Item]:
+        audio = [{"bytes": data, "path": f"{n}.wav"} for n, data in enumerate(cells)]
+        data = pa.table({"audio": pa.array(audio, AUDIO)})
+        pq.write_table(data, tmp_path / name, row_group_size=20, write_statistics=statistics)
+        return list(ParquetSource(str(tmp_path / name)).items())
+
+    paths = items("a.parquet", *[None] * 30)
+    assert [item.uri for item in paths] == [f"{tmp_path}/{n}.wav" for n in range(30)]
+    assert {item.place for item in paths} == {None}
+    mixed = items("b.parquet", *[None] * 19, b"audio", *[None] * 10)
+    assert [item.place is None for item in mixed] == [False] * 20 + [True] * 10
+    for audio in (b"", os.urandom(2 << 20)):
+        assert items("c.parquet", audio, None)[0].place == TableCell(0, 0, "audio")
+
+
+def test_large_audio_is_not_read_while_planning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = table(2, size=2 << 20)
+    pq.write_table(data, tmp_path / "a.parquet", write_statistics=False, use_dictionary=False)
+
+    def refuse(*_: Any) -> NoReturn:
+        raise AssertionError
+
+    monkeypatch.setattr(parquet, "_has_only_nulls", refuse)
+    assert len(sorted_items(ParquetSource(str(tmp_path / "a.parquet")))) == 2

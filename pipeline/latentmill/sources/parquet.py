@@ -30,6 +30,12 @@ from latentmill.storage.remote import cause_of, refuse_secrets, storage_errors
 
 TABLES = (".parquet",)
 
+# A column chunk with more bytes than both together holds values, whoever has written it.
+_MOST_NULLS = 1 << 20
+_MOST_PER_NULL = 64
+
+_BATCH = 8  # rows of audio that are in memory at a time
+
 
 class ParquetSource:
     """The rows of Parquet files: a file, a folder of files, a glob or a brace pattern.
@@ -81,6 +87,8 @@ class ParquetSource:
         for group in range(table.metadata.num_row_groups):
             about = table.metadata.row_group(group)
             size, empty = _mean_size(about, audio)
+            if empty is None and column.kind == "file":
+                empty = _has_only_nulls(table, group, audio)
             for row, metadata in enumerate(_rows(table, file.uri, group, columns, about.num_rows)):
                 path = (metadata.pop(audio, None) or {}).get("path")
                 elsewhere = column.kind == "file" and empty and bool(path)
@@ -171,10 +179,10 @@ def _rows(
     )
 
 
-def _mean_size(group: Any, column: str) -> tuple[int, bool]:
+def _mean_size(group: Any, column: str) -> tuple[int, bool | None]:
     """Average bytes of a cell in a row group, and whether all cells are empty.
 
-    The footer has only these totals.
+    The footer has only these totals. None: only reading the cells, which are small, can tell.
     """
     for index in range(group.num_columns):
         chunk = group.column(index)
@@ -183,7 +191,17 @@ def _mean_size(group: Any, column: str) -> tuple[int, bool]:
             path in (column, f"{column}.bytes")
             or path.startswith((f"{column}.array.", f"{column}.list."))
         ) and (group.num_rows):
-            known = chunk.statistics is not None and chunk.statistics.has_null_count
-            empty = known and chunk.statistics.null_count == group.num_rows
-            return int(chunk.total_compressed_size // group.num_rows), bool(empty)
+            size = int(chunk.total_compressed_size // group.num_rows)
+            if chunk.statistics is not None and chunk.statistics.has_null_count:
+                return size, chunk.statistics.null_count == group.num_rows
+            limit = _MOST_NULLS + _MOST_PER_NULL * group.num_rows
+            return size, False if chunk.total_uncompressed_size > limit else None
     return 0, False
+
+
+def _has_only_nulls(table: Any, group: int, column: str) -> bool:
+    """Whether no row of a row group has bytes; reads up to the first that has."""
+    batches = table.iter_batches(
+        _BATCH, row_groups=[group], columns=[f"{column}.bytes"], use_threads=False
+    )
+    return all(cells.flatten()[0].null_count == len(cells) for (cells,) in batches)
