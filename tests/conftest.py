@@ -71,6 +71,14 @@ def _one_torch_thread() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _no_disk_is_waited_for() -> Iterator[None]:
+    """A file that was written is there for every process, and no power is cut in a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _interrupts_reach_children() -> None:
     """What a shell starts in the background ignores SIGINT, and its children inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -8,7 +8,6 @@ failures are tried again.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -128,7 +127,6 @@ def faults_on(faults: Faults) -> Iterator[None]:
                 if hasattr(Storage, name):
                     patch.setattr(Storage, name, _counted(faults, name, getattr(Storage, name)))
         _stay_dead(faults, patch)
-        patch.setattr(os, "fsync", lambda file: None)  # no power is cut here
         # As if inside were a process of its own: the next one finds its lease dead.
         stamp, mark = holder.process_stamp, uuid.uuid4().hex[:8]
         patch.setattr(holder, "process_stamp", lambda pid: f"{stamp(pid)}-{mark}")
