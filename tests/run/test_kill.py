@@ -1,6 +1,7 @@
 """Runs that are killed: the same command again finishes them, with the same bytes.
 
-The model sleeps before every batch, so that a shard takes a second to write.
+The model stands still in the middle of a shard until the test has killed the run. For kills at
+random moments, it sleeps before every batch instead.
 """
 
 from __future__ import annotations
@@ -22,14 +23,22 @@ from support.fields import files
 SONGS = 20
 UNIT_SECONDS = 26.0  # ten songs: half of them fill a row group, then the file is not empty
 BATCH_SECONDS = 0.3
-OPTIONS = [
-    *("--model", runs.SLOW_MODEL, "--model-option", f"seconds={BATCH_SECONDS}", "--device", "cpu"),
-    *("--batch-size", "1", "--threads", "1", "--workers", "1", "--json"),
-]
+BATCHES = 8  # a row group is written, but not the shard; one is the origin
 
 
-def arguments(songs: Path, store: Path) -> list[str]:
-    return ["encode", str(songs), str(store), "--unit-seconds", str(UNIT_SECONDS), *OPTIONS]
+def options(folder: Path, seconds: float = BATCH_SECONDS) -> list[str]:
+    """Of runs that stand still in the middle of a shard while there is a file `hold`."""
+    model = {"seconds": seconds, "hold": folder / "hold", "batches": BATCHES}
+    return [
+        *("--model", runs.SLOW_MODEL, "--device", "cpu"),
+        *(word for name, value in model.items() for word in ("--model-option", f"{name}={value}")),
+        *("--batch-size", "1", "--threads", "1", "--workers", "1", "--json"),
+    ]
+
+
+def arguments(songs: Path, store: Path, seconds: float = BATCH_SECONDS) -> list[str]:
+    words = ["encode", str(songs), str(store), "--unit-seconds", str(UNIT_SECONDS)]
+    return words + options(store.parent, seconds)
 
 
 @pytest.fixture(scope="module")
@@ -53,22 +62,25 @@ def undisturbed(
     return latents
 
 
-def wait_for_shard(process: subprocess.Popen[str], store: Path) -> None:
-    """Wait until a shard of this run is half-written."""
-    before = set(runs.half_written(store))
+def wait_for_shard(process: subprocess.Popen[str], store: Path, before: set[str]) -> None:
+    """Wait until a shard of this run is half-written, which was not there `before`."""
     runs.until(
         lambda: bool(set(runs.half_written(store)) - before) or process.poll() is not None,
         "a shard is half-written",
     )
 
 
-def kill_once(args: list[str], store: Path, target: str, delay: float | None) -> list[str]:
+def kill_once(
+    args: list[str], store: Path, target: str, delay: float | None, hold: Path
+) -> list[str]:
     """Start a run and kill its driver or its actor; gives the shards that were half-written then.
 
     The moment is `delay` seconds after the driver has made its plan or the actor has begun a shard;
     without a delay, when a shard is half-written.
     """
     before, sealed = set(runs.half_written(store)), (store / "dataset.json").exists()
+    if delay is None or target == "actor":
+        hold.touch()
     with runs.started(*args) as process:
         pids: list[int] = []
         if target == "actor":  # a shard may still be written by a worker of the run before
@@ -79,7 +91,7 @@ def kill_once(args: list[str], store: Path, target: str, delay: float | None) ->
 
             runs.until(found, "the run has an actor")
         if delay is None or target == "actor":
-            wait_for_shard(process, store)
+            wait_for_shard(process, store, before)
         else:
             runs.until((store / "plan" / "plan.json").exists, "the plan is frozen")
         time.sleep(delay or 0)
@@ -87,6 +99,7 @@ def kill_once(args: list[str], store: Path, target: str, delay: float | None) ->
             process.kill()
             half = sorted(set(runs.half_written(store)) - before)
             code = process.wait(runs.PATIENCE_SECONDS)
+            hold.unlink(missing_ok=True)
             # It has ended before; if only fields were left, that may be.
             assert code == -signal.SIGKILL or sealed, process.communicate()[1]
             return half
@@ -94,6 +107,7 @@ def kill_once(args: list[str], store: Path, target: str, delay: float | None) ->
             with contextlib.suppress(ProcessLookupError):  # the run has ended before
                 os.kill(pid, signal.SIGKILL)
         half = sorted(set(runs.half_written(store)) - before)
+        hold.unlink(missing_ok=True)
         out, err = process.communicate(timeout=runs.PATIENCE_SECONDS)
         assert process.returncode == 0, err
         assert runs.outcome(runs.Result(0, out, err))["exit_code"] == 0  # nothing else on stdout
@@ -106,11 +120,13 @@ def kill_and_resume(
     store: Path,
     undisturbed: dict[str, bytes],
     kills: list[tuple[str, float | None]],
+    hold: Path,
     last: str = "dataset.json",
 ) -> None:
     """Kill a run again and again, and start it at once again, while its workers may still live.
 
-    `last` is the file that a run writes last.
+    While there is a file `hold`, the model stands still in the middle of a shard. `last` is the
+    file that a run writes last.
     """
     hits = 0
     more: list[tuple[str, float | None]] = [("driver", None)] * 5  # if none of `kills` hits a shard
@@ -121,7 +137,7 @@ def kill_and_resume(
             check(store, undisturbed)
             store.rename(store.with_name(f"finished before kill {number}"))
         kept = runs.commits(store)
-        hits += bool(kill_once(args, store, target, delay))
+        hits += bool(kill_once(args, store, target, delay, hold))
         assert kept.items() <= runs.commits(store).items()
     if not (store / last).exists():
         finish(args, store, undisturbed)
@@ -148,8 +164,9 @@ def test_a_killed_driver_and_a_killed_actor(
     songs: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
-    args = arguments(songs, store)
-    kill_and_resume(args, store, undisturbed, [("driver", None), ("actor", 0.1)])
+    args = arguments(songs, store, seconds=0)
+    kills = [("driver", None), ("actor", 0.1)]
+    kill_and_resume(args, store, undisturbed, kills, tmp_path / "hold")
 
 
 @pytest.mark.slow
@@ -159,7 +176,8 @@ def test_ten_kills_at_random_moments(
     songs: Path, undisturbed: dict[str, bytes], tmp_path: Path, seed: int
 ) -> None:
     store = tmp_path / "store"
-    kill_and_resume(arguments(songs, store), store, undisturbed, ten_kills(seed))
+    args = arguments(songs, store)
+    kill_and_resume(args, store, undisturbed, ten_kills(seed), tmp_path / "hold")
 
 
 @pytest.mark.slow
@@ -173,8 +191,9 @@ def test_ten_kills_of_a_field(
     base = tmp_path / "base"
     encode(str(songs), str(base), device="cpu", unit_seconds=UNIT_SECONDS)
     before = files(base)
-    args = ["add", str(base), "--field", "slow", *OPTIONS]
-    kill_and_resume(args, base / "fields" / "slow", undisturbed, ten_kills(3))
+    args = ["add", str(base), "--field", "slow", *options(tmp_path)]
+    store = base / "fields" / "slow"
+    kill_and_resume(args, store, undisturbed, ten_kills(3), tmp_path / "hold")
     assert files(base) == before
 
 
@@ -191,7 +210,7 @@ def test_ten_kills_of_a_store_and_its_field(
     )
     args = [*arguments(songs, store), "--config", str(config)]
     last = "fields/slow/dataset.json"
-    kill_and_resume(args, store, undisturbed, ten_kills(4), last)
+    kill_and_resume(args, store, undisturbed, ten_kills(4), tmp_path / "hold", last)
 
 
 def ten_kills(seed: int) -> list[tuple[str, float | None]]:
@@ -212,9 +231,12 @@ def test_an_interrupted_run_leaves_no_trace_and_resumes(
     store = tmp_path / "store"
     args = arguments(songs, store)
     for signum in (signal.SIGTERM, signal.SIGINT):
+        before, hold = set(runs.half_written(store)), tmp_path / "hold"
+        hold.touch()
         with runs.started(*args) as process:
-            wait_for_shard(process, store)
+            wait_for_shard(process, store, before)
             assert process.poll() is None
+            hold.unlink()
             if signum == signal.SIGINT:
                 os.killpg(process.pid, signum)  # as Ctrl-C in a terminal
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import torch
 
 from latentmill.models.base import Autoencoder
 from support.mdct_around import Around, small_mdct
+
+_batches = itertools.count()  # that this process has encoded
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Handle(Around):
     raising: bool
     deadly_load: bool
     hold: str
+    batches: int
 
     def load(self, device: str) -> Autoencoder:
         if self.deadly_load:
@@ -39,7 +43,8 @@ class Handle(Around):
             with Path(self.log).open("a") as file:
                 file.writelines(f"{os.getpid()}\n" for peak in peaks if peak > 0)
         time.sleep(self.seconds)
-        while self.hold and Path(self.hold).exists():
+        encoded = next(_batches)
+        while self.hold and encoded >= self.batches and Path(self.hold).exists():
             time.sleep(0.05)
 
 
@@ -51,8 +56,9 @@ def build(
     raising: bool = False,
     deadly_load: bool = False,
     hold: str = "",
+    batches: int = 0,
 ) -> Handle:
     """A model that takes `seconds` a batch, writes a line per encoded chunk into `log`, and ends
-    its process (or raises) when it gets audio louder than `deadly_peak`. It stands still as long as
-    there is a file `hold`."""
-    return Handle(small_mdct(), seconds, log, deadly_peak, raising, deadly_load, hold)
+    its process (or raises) when it gets audio louder than `deadly_peak`. After a number of
+    `batches` it stands still as long as there is a file `hold`."""
+    return Handle(small_mdct(), seconds, log, deadly_peak, raising, deadly_load, hold, batches)
