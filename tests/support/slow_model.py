@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import os
 import time
 from dataclasses import dataclass
@@ -12,8 +12,7 @@ import torch
 
 from latentmill.models.base import Autoencoder
 from support.mdct_around import Around, small_mdct
-
-_batches = itertools.count()  # that this process has encoded
+from support.open_files import open_files
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Handle(Around):
     raising: bool
     deadly_load: bool
     hold: str
-    batches: int
+    shards: str
 
     def load(self, device: str) -> Autoencoder:
         if self.deadly_load:
@@ -43,9 +42,9 @@ class Handle(Around):
             with Path(self.log).open("a") as file:
                 file.writelines(f"{os.getpid()}\n" for peak in peaks if peak > 0)
         time.sleep(self.seconds)
-        encoded = next(_batches)
-        while self.hold and encoded >= self.batches and Path(self.hold).exists():
-            time.sleep(0.05)
+        if not self.shards or writes_shard(self.shards):
+            while self.hold and Path(self.hold).exists():
+                time.sleep(0.05)
 
 
 def build(
@@ -56,9 +55,17 @@ def build(
     raising: bool = False,
     deadly_load: bool = False,
     hold: str = "",
-    batches: int = 0,
+    shards: str = "",
 ) -> Handle:
     """A model that takes `seconds` a batch, writes a line per encoded chunk into `log`, and ends
-    its process (or raises) when it gets audio louder than `deadly_peak`. After a number of
-    `batches` it stands still as long as there is a file `hold`."""
-    return Handle(small_mdct(), seconds, log, deadly_peak, raising, deadly_load, hold, batches)
+    its process (or raises) when it gets audio louder than `deadly_peak`. It stands still as
+    long as there is a file `hold`; with `shards`, only in the middle of a shard of that store."""
+    return Handle(small_mdct(), seconds, log, deadly_peak, raising, deadly_load, hold, shards)
+
+
+def writes_shard(store: str) -> bool:
+    """Whether this process has a shard open that is half-written."""
+    opened = {path for _, path in open_files(f"{store}/tmp/") if ".shards." in path}
+    with contextlib.suppress(FileNotFoundError):  # it has just been finished
+        return any(Path(path).stat().st_size > 4 for path in opened)
+    return False
