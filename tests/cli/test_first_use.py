@@ -56,6 +56,22 @@ def test_a_recording_is_not_lost_to_its_own_copy(store: Path, songs: Path, tmp_p
     assert (songs / "long.wav").read_bytes() == before
 
 
+def test_nor_through_a_link_or_beside_a_manifest(songs: Path, tmp_path: Path, inline: None) -> None:
+    before = (songs / "long.wav").read_bytes()
+    (tmp_path / "link").symlink_to(songs)
+    (songs / "list.csv").write_text("path\nlong.wav\n")
+    for source in (tmp_path / "link", songs / "list.csv"):
+        store = tmp_path / f"store of {source.name}"
+        lm.encode(str(source), str(store), threads=1)
+        for option in ("--overwrite", "--skip-existing"):
+            with pytest.raises(ConfigError, match=r"is inside the source|is source audio of"):
+                run("decode", store, "long", "-o", songs, option)
+        with pytest.raises(ConfigError, match=r"is inside the source|is source audio of"):
+            run("mix", store, "long", "-o", songs / "long.wav", "--overwrite")
+        run("mix", store, "long", "-o", tmp_path / f"{source.stem}.wav", "--overwrite")
+    assert (songs / "long.wav").read_bytes() == before
+
+
 @pytest.mark.parametrize("name", ["pipe.wav", "link to pipe.wav"])
 def test_only_regular_files_are_replaced(store: Path, tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / "pipe.wav")

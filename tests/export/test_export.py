@@ -289,6 +289,9 @@ def test_what_cannot_be_exported_is_refused(
         assert "not empty" in refusal(lambda to=to: export_store(store, str(tmp_path / "full"), to))
         inside = f"{store.url}/inside"
         assert "is inside the store" in refusal(lambda to=to: export_store(store, inside, to))  # noqa: B023
+        link = tmp_path / f"link {to}"
+        link.symlink_to(store.url)
+        assert "is inside the store" in refusal(lambda to=to: export_store(store, str(link), to))  # noqa: B023
     other = write_store(str(tmp_path / "other"), source, chunk_seconds=1.0)
     assert "another store" in refusal(
         lambda: export_store(store, other.url, Target(other.info.format))

@@ -116,8 +116,8 @@ def decode(
     targets = {key: folder / file_name(key, f".{format}") for key in chosen}
     _check_distinct(targets)
     advice = "add --skip-existing to decode only the other records, or --overwrite"
-    for path in targets.values():
-        check_target(path, store, overwrite or skip_existing, advice)
+    for key, path in targets.items():
+        check_target(path, store, overwrite or skip_existing, [key], advice)
     existing = {key: str(path) for key, path in targets.items() if skip_existing and path.exists()}
     interrupts_raise()
     rest = {key: path for key, path in targets.items() if key not in existing}

@@ -6,7 +6,7 @@ import contextlib
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -134,8 +134,8 @@ def mix(
 
     check_file_type(file)
     store = open_to_decode(url, device, trust_model, model_option)
-    check_target(file, store, overwrite)
     wanted = [_key_and_gain(store, part) for part in parts]
+    check_target(file, store, overwrite, [key for key, _ in wanted])
     origin = store.origin.raw() if raw else store.origin
     origin.check_arithmetic()
     sources = [store.source(key) for key, _ in wanted]
@@ -239,18 +239,37 @@ def check_key(store: LatentStore, key: str) -> None:
 
 
 def check_target(
-    path: Path, store: LatentStore, overwrite: bool, advice: str = "add --overwrite"
+    path: Path,
+    store: LatentStore,
+    overwrite: bool,
+    keys: Iterable[str],
+    advice: str = "add --overwrite",
 ) -> None:
-    """Refuse to overwrite files, above all the source audio."""
+    """Refuse to overwrite files, above all the source audio of the records `keys`."""
     from latentmill.storage.scratch import check_replaceable
 
-    if path.resolve().is_relative_to(Path(store.info.source)):
+    folder = Path(store.info.source).resolve()
+    if path.resolve().is_relative_to(folder):
         raise ConfigError(
             f"{path} is inside the source of {store.url}: choose another output path."
         )
     check_replaceable(path)
     if path.exists() and not overwrite:
         raise ConfigError(f"{path} exists: choose another output path, or {advice}.")
+    if folder.is_dir() or not path.exists():
+        return
+    if any(_is_source(path, store[key].source_uri) for key in keys):  # a manifest, for example
+        raise ConfigError(f"{path} is source audio of {store.url}: choose another output path.")
+
+
+def _is_source(path: Path, address: str) -> bool:
+    from latentmill.audio.media import path_of_file_url
+    from latentmill.sources.address import item_at
+
+    file = item_at(address).uri
+    with contextlib.suppress(OSError, ValueError):  # it is not on this machine any more
+        return path.samefile(path_of_file_url(file) if file.startswith("file://") else file)
+    return False
 
 
 def write_decoded(

@@ -94,7 +94,7 @@ def export_store(
             f"{store.url} is not complete: finish the run that encodes it, then export it."
         )
     storage = Storage(dest)
-    if f"{storage.root}/".startswith(f"{store.url}/"):
+    if f"{storage.real_root}/".startswith(f"{store.storage.real_root}/"):
         raise ConfigError(f"{dest} is inside the store: use another destination.")
     if frames is not None and not (layout and layout.takes_frames):
         raise ConfigError(f"--frames has no effect with --to {to}: leave it out.")

@@ -142,13 +142,9 @@ def _check_destination(source: str, dest: Storage) -> None:
             f"{dest.root}`."
         )
     store = Storage(source)
-    inside, outside = (f"{_real(storage)}/" for storage in (dest, store))
+    inside, outside = (f"{storage.real_root}/" for storage in (dest, store))
     if inside.startswith(outside) or outside.startswith(inside):
         raise ConfigError(f"{dest.root} and {store.root} overlap: use another destination.")
-
-
-def _real(storage: Storage) -> str:
-    return os.path.realpath(storage.root) if storage.local else storage.root
 
 
 def _write(contents: StoreFiles, found: CopyDifference, dest: Storage, jobs: int) -> None:

@@ -311,6 +311,11 @@ class Storage:
             yield temporary
 
     @property
+    def real_root(self) -> str:
+        """The root without symbolic links, to find out whether two are the same folder."""
+        return os.path.realpath(self.root) if self.local else self.root
+
+    @property
     def scratch_folder(self) -> Path:
         """The folder of temporary files: in a local store, or the user's own in TMPDIR."""
         if self.local:
