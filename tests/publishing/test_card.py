@@ -185,8 +185,8 @@ def test_cards_that_were_there_before(contents: StoreFiles) -> None:
     assert "Mine." not in made("Other.")
 
 
-def test_names_cannot_break_the_card(tmp_path: Path) -> None:
-    odd = '```\n<script>"\\`|{x}'
+@pytest.mark.parametrize("odd", ['```\n<script>"\\`|{x}', "\U0001f600 \u4e16\u202e'\\"])
+def test_names_cannot_break_the_card(odd: str, tmp_path: Path) -> None:
     store = write_latents(str(tmp_path / "s"), [5], prefix=odd, model={"name": odd})
     text = hub_card(contents_of(store.url), REPO, None, new=True, license_=odd)
     assert header(text)["license"] == odd

@@ -492,3 +492,19 @@ def test_interrupted_copies_of_a_store_that_changes(seed: int, tmp_path: Path) -
     sync(url, copy)
     assert files(copy) == files(url)
     assert verify(lm.open(copy)).faults == []
+
+
+@pytest.mark.parametrize("copy", ["sync", "push", "pull"])
+def test_no_jobs_are_an_error_before_anything_is_written(
+    copy: str, places: Callable[[str], str], one_sentence: Callable[[BaseException], str]
+) -> None:
+    url, dest = store_at(places("disk")), places("disk")
+    copies = {
+        "sync": lambda: lm.sync(url, dest, jobs=0),
+        "push": lambda: lm.push(url, "hf://datasets/me/songs", jobs=0),
+        "pull": lambda: lm.pull("hf://datasets/me/songs", dest, jobs=0),
+    }
+    with pytest.raises(ConfigError, match="jobs must be at least 1, not 0") as caught:
+        copies[copy]()
+    one_sentence(caught.value)
+    assert not Path(dest).exists()

@@ -120,7 +120,7 @@ def _fields(
 def _section(contents: StoreFiles, repo: str) -> Iterator[str]:
     info, store = contents.info, contents.store
     model, name = info.model, repo.partition("datasets/")[2]
-    key = json.dumps(next(store.keys(), "KEY")).replace("`", "\\u0060")
+    key = repr(next(store.keys(), "KEY")).replace("`", "\\x60")  # valid Python, also for emoji
     yield f"# {name.partition('@')[0]}"
     yield ""
     yield (

@@ -21,7 +21,7 @@ from latentmill.publishing.contents import StoreFile, StoreFiles, contents_of
 from latentmill.publishing.difference import CopyDifference, difference
 from latentmill.publishing.repository import Repository, hub_errors, without_bars
 from latentmill.publishing.sync import SyncSummary, sync
-from latentmill.publishing.transfer import JOBS, Transfer, check, download, read_checked
+from latentmill.publishing.transfer import JOBS, Transfer, check, check_jobs, download, read_checked
 from latentmill.publishing.views import StagedView
 from latentmill.storage import remote
 from latentmill.storage.remote import cause_of, is_transient
@@ -100,6 +100,7 @@ def push(
         ConfigError: The repository has something else, or another visibility.
         StorageError: Reading or uploading failed, or access was denied.
     """
+    check_jobs(jobs)
     repository = Repository.parse(url, revision)
     opened = LatentStore(os.fspath(store))
     contents = None if opened.bases else contents_of(os.fspath(store))
@@ -136,6 +137,7 @@ def pull(
         jobs: Number of files copied at the same time.
         dry_run: Report what would be copied, and write nothing.
     """
+    check_jobs(jobs)
     repository = Repository.parse(url)
     with hub_errors(repository):
         commit = _Hub(repository, None, jobs, []).commit_of_revision()

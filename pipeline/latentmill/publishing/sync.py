@@ -12,7 +12,7 @@ from latentmill.engine.lock import only_run
 from latentmill.errors import ConfigError, StorageError
 from latentmill.publishing.contents import StoreFile, StoreFiles, changed, contents_of
 from latentmill.publishing.difference import CopyDifference, difference
-from latentmill.publishing.transfer import JOBS, Transfer, check, download, read_checked
+from latentmill.publishing.transfer import JOBS, Transfer, check, check_jobs, download, read_checked
 from latentmill.storage.remote import protocol_of, was_removed
 from latentmill.storage.storage import Storage
 from latentmill.store.commit import write_new
@@ -75,6 +75,7 @@ def sync(
         ConfigError: `dest` has something else than a copy of this store, or of one of its fields.
         StorageError: Reading or writing failed.
     """
+    check_jobs(jobs)
     target, store = Storage(os.fspath(dest)), Storage(os.fspath(source))
     _check_destination(os.fspath(source), target)
     summary = _synced(store.root, target, jobs, dry_run=dry_run)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import xxhash
 
-from latentmill.errors import StorageError
+from latentmill.errors import ConfigError, StorageError
 from latentmill.publishing.contents import StoreFile, changed, damaged
 from latentmill.storage.storage import Storage, writing
 from latentmill.text.log import get_logger
@@ -22,6 +22,13 @@ from latentmill.text.printing import size_text
 BLOCK = 8 << 20  # bytes per read; each job holds one block
 LINE_SECONDS = 10.0
 JOBS = 4
+
+
+def check_jobs(jobs: int) -> None:
+    """Raise ConfigError if this is no number of files that can be copied at the same time."""
+    if jobs < 1:
+        raise ConfigError(f"jobs must be at least 1, not {jobs}.")
+
 
 _log = get_logger("publishing")
 
