@@ -15,8 +15,9 @@ from latentmill.errors import ModelError, SourceError
 from latentmill.models.base import Context, ModelSpec
 from latentmill.models.families.audio_encoder import AudioHandle
 from latentmill.models.families.hf.model import TokenizerLoader
+from latentmill.models.hub import Repo
 from latentmill.models.probing.lengths import Formula, fit
-from latentmill.models.weights import ModelFiles, Repo
+from latentmill.models.weights import ModelFiles
 from support import runs
 from support.lying_models import LIES, SPEC, Handle, Model, features
 

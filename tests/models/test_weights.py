@@ -24,9 +24,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentmill.errors import ModelError
-from latentmill.models.hub import one_at_a_time
+from latentmill.models.hub import Repo, one_at_a_time
 from latentmill.models.registry import resolve
-from latentmill.models.weights import Repo, find, find_again, parse_repo, read_state
+from latentmill.models.weights import find, find_again, parse_repo, read_state
 from support.hub import serve, serving
 from support.linear_cae_weights import HF_REPO, use_cache
 from support.tiny_models import write_trained
@@ -474,7 +474,8 @@ def test_the_actors_of_a_node_ask_the_hub_once(tiny_repos: Path, tmp_path: Path)
     script = (
         "import os\n"
         "import huggingface_hub\n"
-        "from latentmill.models.weights import Repo, find\n"
+        "from latentmill.models.hub import Repo\n"
+        "from latentmill.models.weights import find\n"
         f"repo = Repo('owner/model', '{COMMIT}')\n"
         "names = {'config': ['config.json'], 'weights': ['model.safetensors']}\n"
         "children = []\n"

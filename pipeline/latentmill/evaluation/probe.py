@@ -40,13 +40,12 @@ from latentmill.models.probing.subject import (
     samples_needed,
 )
 from latentmill.models.registry import resolve
-from latentmill.models.weights import one_line
 from latentmill.record import FloatArray
 from latentmill.sources.base import Item
 from latentmill.sources.open import open_source
 from latentmill.sources.reading import UnitReader
 from latentmill.sources.settings import SourceSettings
-from latentmill.text.printing import counted
+from latentmill.text.printing import counted, one_line
 
 LISTED = 10_000  # items of a source that are listed, at most
 FILES = 24  # items that are loaded, about

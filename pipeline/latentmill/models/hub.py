@@ -10,18 +10,42 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from latentmill.errors import ModelError
-from latentmill.models.weights import Repo, one_line
 from latentmill.storage.remote import cause_of
 from latentmill.text.log import get_logger
+from latentmill.text.printing import one_line
 
 HUB_SECONDS = 3.0  # how long to retry while the hub does not answer
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 _log = get_logger("models")
+
+
+@dataclass(frozen=True)
+class Repo:
+    """Where a model's files are.
+
+    Attributes:
+        location: `owner/name` on the hub, or an absolute local path.
+        revision: Branch, tag or commit on the hub; None: `main`, or a local path.
+    """
+
+    location: str
+    revision: str | None = None
+
+    @property
+    def local(self) -> Path | None:
+        """The path, if the location is one."""
+        return Path(self.location) if Path(self.location).is_absolute() else None
+
+    @property
+    def text(self) -> str:
+        """The location and the revision, for messages."""
+        return f"{self.location} (revision {self.revision})" if self.revision else self.location
 
 
 def find_on_hub(

@@ -24,7 +24,9 @@ import torch
 
 from latentmill.errors import ModelError
 from latentmill.models.base import Value
+from latentmill.models.hub import Repo, find_on_hub
 from latentmill.storage.remote import cause_of
+from latentmill.text.printing import one_line
 
 LOAD_ERRORS = (
     ArithmeticError,
@@ -38,29 +40,6 @@ LOAD_ERRORS = (
     ValueError,
 )
 WEIGHTS = "weights"  # the role of the file, if a repository is a local file
-
-
-@dataclass(frozen=True)
-class Repo:
-    """Where a model's files are.
-
-    Attributes:
-        location: `owner/name` on the hub, or an absolute local path.
-        revision: Branch, tag or commit on the hub; None: `main`, or a local path.
-    """
-
-    location: str
-    revision: str | None = None
-
-    @property
-    def local(self) -> Path | None:
-        """The path, if the location is one."""
-        return Path(self.location) if Path(self.location).is_absolute() else None
-
-    @property
-    def text(self) -> str:
-        """The location and the revision, for messages."""
-        return f"{self.location} (revision {self.revision})" if self.revision else self.location
 
 
 @dataclass(frozen=True)
@@ -155,8 +134,6 @@ def find(
     `optional` may have no file, which the hub or the cache must confirm. If the repository is a
     local file, it is the file of the role `weights`.
     """
-    from latentmill.models.hub import find_on_hub  # imports this module
-
     names: dict[str, str] = {}
     paths: dict[str, Path] = {}
     for role, candidates in wanted.items():
@@ -236,12 +213,6 @@ def does_not_load(model: str, path: Path, error: BaseException) -> ModelError:
     unsafe = isinstance(error, UnpicklingError)
     reason = "it is damaged or contains more than tensors" if unsafe else one_line(error)
     return ModelError(f"Model {model}: {path} does not load ({reason}); {fix}.")
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message on one line of at most 300 characters, without full stops."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text[:300].rstrip(". ").replace(". ", "; ")
 
 
 def _find_local(local: Path, role: str, candidates: Sequence[str]) -> tuple[str, Path] | None:

@@ -83,3 +83,9 @@ def printable_json(value: object) -> str:
     return _UNSAFE.sub(
         lambda match: json.dumps(match[0])[1:-1], json.dumps(value, ensure_ascii=False)
     )
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message on one line of at most 300 characters, without full stops."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:300].rstrip(". ").replace(". ", "; ")

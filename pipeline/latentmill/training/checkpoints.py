@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from latentmill.errors import ConfigError
-from latentmill.models.weights import LOAD_ERRORS, one_line
+from latentmill.models.weights import LOAD_ERRORS
 from latentmill.storage.storage import Storage
+from latentmill.text.printing import one_line
 from latentmill.training.settings import TrainSettings
 
 _NAME = re.compile(r"step-(\d+)\.pt")

@@ -20,10 +20,11 @@ from latentmill.encoding.single import encode_chunked, encode_whole
 from latentmill.errors import ModelError
 from latentmill.models.families.hf import model as hf_model
 from latentmill.models.families.hf.measured import MeasuredTokenizer, from_cache
+from latentmill.models.hub import Repo
 from latentmill.models.probing.behaviour import distance
 from latentmill.models.probing.music import music
 from latentmill.models.registry import resolve
-from latentmill.models.weights import ModelFiles, Repo
+from latentmill.models.weights import ModelFiles
 from support.runs import call, write_songs
 from support.tiny_tokenizers import TOKENIZERS, WITH_TORCHAUDIO, write_tokenizer
 from support.tokenizer_references import REFERENCES, loaded

@@ -20,16 +20,16 @@ from latentmill.errors import ModelError, requirement
 from latentmill.models.base import ModelHandle, Value
 from latentmill.models.families.codec import CodecHandle, check_scale_factor
 from latentmill.models.families.conv import ConvAutoencoder, ConvSettings, conv_spec
+from latentmill.models.hub import Repo
 from latentmill.models.weights import (
     LOAD_ERRORS,
     ModelFiles,
-    Repo,
     does_not_load,
     find,
     local_files,
-    one_line,
     read_state,
 )
+from latentmill.text.printing import one_line
 
 MANIFEST = "trained.json"
 FOLDER = "model"  # in the folder of a run

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from latentmill.errors import ModelError
+from latentmill.models.hub import Repo
 from latentmill.models.weights import (
     LOAD_ERRORS,
     ModelFiles,
-    Repo,
     does_not_load,
     find,
     import_package,

@@ -25,7 +25,7 @@ from latentmill.models.probing.subject import (
     Subject,
     generators_check,
 )
-from latentmill.models.weights import one_line
+from latentmill.text.printing import one_line
 
 FLOAT16_MAX = 65504.0
 

@@ -9,7 +9,7 @@ import torch
 from latentmill.models.base import ModelSpec
 from latentmill.models.probing import decoding, encoding
 from latentmill.models.probing.subject import Check, Subject
-from latentmill.models.weights import one_line
+from latentmill.text.printing import one_line
 
 Measure = Callable[[Subject], Check]
 COUNTS = ("hop", "sample_multiple", "min_samples", "sample_rate", "chunk_frames")

@@ -30,8 +30,9 @@ from latentmill.models.probing.context import edge_errors
 from latentmill.models.probing.lengths import fit
 from latentmill.models.probing.music import music
 from latentmill.models.probing.subject import BATCH, CALL_ERRORS
-from latentmill.models.weights import ModelFiles, one_line
+from latentmill.models.weights import ModelFiles
 from latentmill.text.log import get_logger
+from latentmill.text.printing import one_line
 
 VERSION = 1  # increases if the same model gives other values
 SHORT = (*range(1, 13), 21, 34, 64)  # lengths in frames

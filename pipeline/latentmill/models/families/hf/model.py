@@ -28,10 +28,10 @@ from latentmill.models.weights import (
     does_not_load,
     find,
     import_package,
-    one_line,
     parse_repo,
     read_config,
 )
+from latentmill.text.printing import one_line
 
 WANTED = {
     "config": ["config.json"],

@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 
 from latentmill.errors import ModelError
-from latentmill.models.weights import WEIGHTS, ModelFiles, Repo, find, import_package, one_line
+from latentmill.models.hub import Repo
+from latentmill.models.weights import WEIGHTS, ModelFiles, find, import_package
+from latentmill.text.printing import one_line
 
 ROLES = {
     WEIGHTS: "autoencoder_inference_model_last.pth",

@@ -36,10 +36,10 @@ from latentmill.models.families.linear_cae.files import (
     read_arguments,
 )
 from latentmill.models.families.linear_cae.lean import make_exact, make_lean
+from latentmill.models.hub import Repo
 from latentmill.models.weights import (
     LOAD_ERRORS,
     ModelFiles,
-    Repo,
     does_not_load,
     find_again,
     parse_repo,
