@@ -228,7 +228,7 @@ def test_an_interrupted_run_leaves_no_trace_and_resumes(
     songs: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
-    args = arguments(songs, store)
+    args = arguments(songs, store, seconds=1.0)
     for signum in (signal.SIGTERM, signal.SIGINT):
         before, hold = set(runs.half_written(store)), tmp_path / "hold"
         hold.touch()
