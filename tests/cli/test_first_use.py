@@ -15,7 +15,7 @@ import soundfile
 
 import latentmill as lm
 from latentmill.cli.app import app
-from latentmill.errors import ConfigError, SourceError, StoreError
+from latentmill.errors import ITEMS_FAILED_EXIT_CODE, ConfigError, SourceError, StoreError
 
 RATE = 44100
 
@@ -70,6 +70,23 @@ def test_nor_through_a_link_or_beside_a_manifest(songs: Path, tmp_path: Path, in
             run("mix", store, "long", "-o", songs / "long.wav", "--overwrite")
         run("mix", store, "long", "-o", tmp_path / f"{source.stem}.wav", "--overwrite")
     assert (songs / "long.wav").read_bytes() == before
+
+
+def test_a_damaged_record_does_not_keep_the_others_from_being_decoded(
+    songs: Path, tmp_path: Path, inline: None
+) -> None:
+    """Also if the source is a manifest, of which an existing output could be source audio."""
+    (songs / "list.csv").write_text("path\nlong.wav\n")
+    lm.encode(str(songs / "list.csv"), str(tmp_path / "out"), threads=1)
+    run("decode", tmp_path / "out", "long", "-o", tmp_path / "heard")
+    (shard,) = (tmp_path / "out" / "shards").iterdir()
+    shard.write_bytes(bytes(shard.stat().st_size))
+    code = app(
+        ["decode", str(tmp_path / "out"), "long", "-o", str(tmp_path / "heard"), "--overwrite"],
+        standalone_mode=False,
+    )
+    assert code == ITEMS_FAILED_EXIT_CODE
+    run("decode", tmp_path / "out", "long", "-o", tmp_path / "heard", "--skip-existing")
 
 
 @pytest.mark.parametrize("name", ["pipe.wav", "link to pipe.wav"])

@@ -14,7 +14,7 @@ import typer
 
 from latentmill.cli.entry import interrupts_raise
 from latentmill.cli.log import Commands
-from latentmill.errors import ITEMS_FAILED_EXIT_CODE, ConfigError
+from latentmill.errors import ITEMS_FAILED_EXIT_CODE, ConfigError, StorageError
 from latentmill.text.log import get_logger
 from latentmill.text.printing import printable_json, printable_value
 
@@ -258,16 +258,17 @@ def check_target(
         raise ConfigError(f"{path} exists: choose another output path, or {advice}.")
     if folder.is_dir() or not path.exists():
         return
-    if any(_is_source(path, store[key].source_uri) for key in keys):  # a manifest, for example
+    if any(_is_source(path, store, key) for key in keys):  # a manifest, for example
         raise ConfigError(f"{path} is source audio of {store.url}: choose another output path.")
 
 
-def _is_source(path: Path, address: str) -> bool:
+def _is_source(path: Path, store: LatentStore, key: str) -> bool:
     from latentmill.audio.media import path_of_file_url
     from latentmill.sources.address import item_at
 
-    file = item_at(address).uri
-    with contextlib.suppress(OSError, ValueError):  # it is not on this machine any more
+    # The source is not on this machine any more, or the record is damaged, which `decode` reports.
+    with contextlib.suppress(OSError, ValueError, StorageError):
+        file = item_at(store[key].source_uri).uri
         return path.samefile(path_of_file_url(file) if file.startswith("file://") else file)
     return False
 
