@@ -462,7 +462,7 @@ def test_two_columns_of_one_name_are_refused(
     text = "path,text,text\na.wav,one,two\n"
     with pytest.raises(SourceError) as caught:
         keys(manifest(tmp_path / name, text.replace(",", "\t") if name == "m.tsv" else text))
-    assert "several columns text" in one_sentence(caught.value)
+    assert "several columns named text" in one_sentence(caught.value)
     unnamed = manifest(tmp_path / "n.csv", "path,,\na.wav,,\n")
     assert keys(unnamed) == ["a"]
 

@@ -101,7 +101,7 @@ def _chunks(
     store: LatentStore, keys: Sequence[str], most: int, unread: UnreadSources
 ) -> Iterator[Tensor]:
     for key in keys:
-        with unread.counted():
+        with unread.noted(key):
             audio = read_source(store[key], store.model().spec.channels, most)
             for start in range(0, audio.shape[1] - CHUNK + 1, CHUNK):
                 yield torch.from_numpy(audio[:, start : start + CHUNK].copy())

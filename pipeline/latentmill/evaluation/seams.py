@@ -73,7 +73,7 @@ def measure_seams(
     for key in map(index.key, candidates.tolist()):
         if len(measured) == items:
             break
-        with unread.counted():
+        with unread.noted(key):
             one = _measure(store, store[key])
             measured += [one] if one is not None else []
     unread.report(any_left=bool(measured))

@@ -32,9 +32,9 @@ SPARES = 3  # other candidates for each item, because some may be silent or cann
 QUIET = 10 ** (-50 / 20)  # RMS below which a sound is not scored
 FAINT = 10 ** (-30 / 20)  # the same, relative to the mix
 LOADED_SECONDS = 600.0  # of each recording, from its start
-_log = get_logger("evaluation")
-
 MAX_STEMS = 16  # of a group: all are in memory at once, and each is compared with all others
+
+_log = get_logger("evaluation")
 
 
 @dataclass(frozen=True)
@@ -57,22 +57,23 @@ class UnreadSources:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._reasons: Counter[str] = Counter()
+        self._reasons: dict[str, str] = {}  # by key
 
     @contextlib.contextmanager
-    def counted(self) -> Iterator[None]:
-        """Count an ItemError by its text."""
+    def noted(self, key: str) -> Iterator[None]:
+        """Note an ItemError of the record `key`."""
         try:
             yield
         except ItemError as error:
-            self._reasons[str(error)] += 1
+            self._reasons[key] = str(error)
 
     def report(self, *, any_left: bool) -> None:
         """Log how many there are and why; raises ConfigError if no record is left."""
         if not self._reasons:
             return
-        why = "; ".join(f"{count}: {reason}" for reason, count in self._reasons.most_common(3))
-        sources = counted(self._reasons.total(), "source")
+        reasons = Counter(self._reasons.values()).most_common(3)
+        why = "; ".join(f"{count}: {reason}" for reason, count in reasons)
+        sources = counted(len(self._reasons), "source")
         if not any_left:
             raise ConfigError(
                 f"{sources} of {self._url} cannot be read, and nothing else can be measured "
@@ -138,7 +139,7 @@ def stem_tracks(
     for group, keys in stem_groups(store, count):
         audio = []
         for key in keys[:MAX_STEMS]:
-            with unread.counted():
+            with unread.noted(key):
                 audio.append(source_of(store, key, longest))
         if len(audio) < 2:
             continue
@@ -176,7 +177,7 @@ def _sounds(
         if store[key].rms < QUIET / 10:  # loud parts of long items may still be audible
             continue
         audio: FloatArray | None = None
-        with unread.counted():
+        with unread.noted(key):
             audio = source_of(store, key, longest)
         if audio is None:
             continue

@@ -95,7 +95,9 @@ def export_store(
         )
     storage = Storage(dest)
     if f"{storage.real_root}/".startswith(f"{store.storage.real_root}/"):
-        raise ConfigError(f"{dest} is inside the store: use another destination.")
+        raise ConfigError(
+            f"{dest} is inside the store, or the store itself: use another destination."
+        )
     if frames is not None and not (layout and layout.takes_frames):
         raise ConfigError(f"--frames has no effect with --to {to}: leave it out.")
     if fields and not (layout and layout.roles):

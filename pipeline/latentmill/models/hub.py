@@ -99,17 +99,21 @@ def find_on_hub(
         if not local or isinstance(mark, str):
             return None
     if optional and hub.constants.HF_HUB_OFFLINE:
-        revision = f" --revision {repo.revision}" if repo.revision else ""
-        raise ModelError(
-            f"Model {model}: the cache does not record whether {repo.location} has the optional "
-            f"file {candidates[0]}, and HF_HUB_OFFLINE is set: run `hf download {repo.location} "
-            f"{candidates[0]}{revision}` once with network access (if there is no such file, the "
-            "cache records that, too), or download the whole repository."
-        ) from failure
+        raise _unknown_while_offline(model, repo, candidates[0]) from failure
     folder = os.path.isdir(repo.location)  # noqa: PTH112  which raises no error
     here = f"; the folder here is ./{repo.location}" if folder else ""
     why = _why(repo, wanted, candidates, failure)
     raise ModelError(f"Model {model}: {why}{here}.") from failure
+
+
+def _unknown_while_offline(model: str, repo: Repo, name: str) -> ModelError:
+    revision = f" --revision {repo.revision}" if repo.revision else ""
+    return ModelError(
+        f"Model {model}: the cache does not record whether {repo.location} has the optional file "
+        f"{name}, and HF_HUB_OFFLINE is set: run `hf download {repo.location} {name}{revision}` "
+        "once with network access (if there is no such file, the cache records that, too), or "
+        "download the whole repository."
+    )
 
 
 @contextlib.contextmanager

@@ -335,7 +335,8 @@ class ManifestSource:
         repeated = [name for name, uses in Counter(filter(None, names)).items() if uses > 1]
         if repeated:
             raise SourceError(
-                f"{self._name} has several columns {repeated[0]}: rename or remove all but one."
+                f"{self._name} has several columns named {repeated[0]}: rename them, or remove all "
+                "but one."
             )
         return names
 
